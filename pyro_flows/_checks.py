@@ -1,0 +1,71 @@
+"""The sentences of all shape and value errors: expected, got, remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    """Return ``value`` as an int of at least ``minimum``, or say what is wrong with it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}.")
+    return value
+
+
+def positive(name: str, value: Any) -> float:
+    """Return ``value`` as a finite float above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}.")
+    return float(value)
+
+
+def choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``choices``; suggest the nearest one otherwise."""
+    options = sorted(choices)
+    if isinstance(value, str) and value in options:
+        return value
+    near = difflib.get_close_matches(str(value), options, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}.{hint}")
+
+
+def widths(name: str, value: Any) -> tuple[int, ...]:
+    """Return hidden widths as a tuple of positive integers (an empty tuple: a linear map)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value,)
+    if not isinstance(value, (tuple, list)):
+        raise ValueError(f"{name}: expected a sequence of layer widths such as (32, 32), got {value!r}.")
+    return tuple(integer(name, width, 1) for width in value)
+
+
+def event(owner: str, x: Tensor, dim: int) -> None:
+    """Check that the last axis of ``x`` has ``dim`` entries."""
+    if x.dim() < 1 or x.shape[-1] != dim:
+        raise ValueError(f"{owner}: expected a tensor of shape (..., {dim}), got {tuple(x.shape)}.")
+
+
+def context(owner: str, value: Tensor | None, context_dim: int) -> None:
+    """Check that a context is there exactly if one is expected, with the right width."""
+    if context_dim == 0:
+        if value is not None:
+            raise ValueError(f"{owner}: takes no context (context_dim=0), got one of shape {tuple(value.shape)}.")
+    elif value is None:
+        raise ValueError(
+            f"{owner}: expected a context of shape (..., {context_dim}), got none. "
+            "Pass one, or bind it with condition(context)."
+        )
+    elif value.dim() < 1 or value.shape[-1] != context_dim:
+        raise ValueError(f"{owner}: expected a context of shape (..., {context_dim}), got {tuple(value.shape)}.")
+
+
+def vector(name: str, value: Any, dim: int) -> Tensor:
+    """Return ``value`` as a finite tensor of shape ``(dim,)``."""
+    tensor = torch.as_tensor(value)
+    if tensor.shape != (dim,) or not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name}: expected {dim} finite numbers, got shape {tuple(tensor.shape)}: {value!r}.")
+    return tensor

@@ -1,0 +1,320 @@
+"""A Pyro model as a batched log density of one unconstrained vector."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_flows import _checks
+from pyro_flows.sites import Enumerate, Place, Resample, Structure, read_structure
+
+CHUNK = 1024
+TRACES_KEPT = 4
+
+logger = logging.getLogger("pyro_flows")
+
+
+class LogDensity:
+    r"""The log joint density of a Pyro model over unconstrained coordinates z, batched: (S, D) -> (S,).
+
+    .. math:: \log \tilde p(z) = \log p(\theta(z), \text{data}) + \sum_{\text{sites}} \log |d\theta / dz|
+
+    The model is a black box: whatever Pyro can score, this can, written for batches or not. Runs are batched with
+    ``torch.func.vmap``; models that cannot be (``.item()``, branches on values) are run draw by draw, and
+    :attr:`reason` says why. Discrete latents marked for parallel enumeration are summed out.
+    :meth:`value_and_grad` records the computation as one flat graph, checks it at new points, and falls back to
+    ordinary evaluation where recording fails.
+
+    Args:
+        model: a Pyro model, function or module. Parameters of its own are held at their present values.
+        args: its positional arguments (the data).
+        kwargs: its keyword arguments.
+
+    Attributes:
+        dim: D, the number of unconstrained coordinates.
+        names: the latent sites, in the order of their coordinates.
+        dtype, device: of z; they follow the model's latents and data (the widest floating dtype).
+        evaluations: how many gradients of the density have been taken so far.
+
+    Raises:
+        ValueError: naming the site, for a model without latents, a discrete latent that is not enumerated, a support
+            without a bijection, a subsampled plate, NaN in the data.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y):
+    ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    ...     pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+    >>> density = pf.LogDensity(model, (torch.tensor(0.5),))
+    >>> density.dim, density(torch.zeros(3, 1)).shape
+    (1, torch.Size([3]))
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        if not callable(model):
+            raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
+        self.model, self.args, self.kwargs = model, tuple(args), dict(kwargs or {})
+        self.structure: Structure = read_structure(model, self.args, self.kwargs)
+        if self.structure.subsampled:
+            plate = self.structure.subsampled[0]
+            raise ValueError(
+                f"plate {plate!r}: subsampled, so the log density is random. Give it its full size, or train a guide "
+                "such as AutoRealNVP with Pyro's own SVI."
+            )
+        self.dim, self.dtype, self.device = self.structure.dim, self.structure.dtype, self.structure.device
+        self.names = tuple(latent.name for latent in self.structure.latents)
+        self.evaluations = 0
+        self.batched = True
+        self.reason: str | None = None
+        self._evaluator: TraceEinsumEvaluator | None = None
+        self._graphs: dict[int, Callable[[Tensor], tuple[Tensor, Tensor]]] = {}
+        self._probe()
+
+    # one run ------------------------------------------------------------------------------------------------------
+
+    def _run(self, z: Tensor, *, enumerate_sites: bool, resample: bool = False) -> tuple[poutine.Trace, Tensor]:
+        """Run the model at one point; return the trace and the log Jacobian."""
+        model = self.model
+        if enumerate_sites and self.structure.enumerated:
+            model = Enumerate(first_available_dim=-1 - self.structure.plate_nesting)(model)
+        if resample:
+            model = Resample()(model)
+        place = Place(self.structure.latents, z)
+        with poutine.block(), place:
+            trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+        return trace, sum((ladj.sum() for ladj in place.ladj.values()), z.new_zeros(()))
+
+    def _single(self, z: Tensor) -> Tensor:
+        trace, ladj = self._run(z, enumerate_sites=True)
+        if not self.structure.enumerated:
+            return trace.log_prob_sum() + ladj
+        if self._evaluator is None:
+            self._evaluator = TraceEinsumEvaluator(trace, True, self.structure.plate_nesting)
+        return self._evaluator.log_prob(trace) + ladj
+
+    def _probe(self) -> None:
+        """Find out whether the model can be batched, by comparing with single runs at two points."""
+        points = torch.linspace(-0.5, 0.5, 2 * self.dim, dtype=self.dtype, device=self.device).reshape(2, self.dim)
+        with torch.no_grad(), _quiet():
+            single = torch.stack([self._single(point) for point in points])
+            try:
+                batched = torch.func.vmap(self._single)(points)
+            except Exception as error:
+                self.batched, self.reason = False, f"not batched: {_first_line(error)}"
+                return
+        if not torch.allclose(single, batched, rtol=1e-3, atol=1e-3, equal_nan=True):
+            self.batched, self.reason = False, "not batched: vmap gave other values than single runs"
+
+    # batches ------------------------------------------------------------------------------------------------------
+
+    def map(self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "error") -> Any:
+        """Apply a function of one point to all rows of ``z``, in chunks; results (dicts of tensors) are stacked."""
+        with _quiet():
+            if self.batched:
+                try:
+                    batched = torch.func.vmap(function, randomness=randomness)
+                    return _join([batched(part) for part in z.split(CHUNK)], torch.cat)
+                except RuntimeError as error:
+                    if randomness == "error":
+                        raise
+                    logger.debug("drawing one by one: %s", error)
+            return _join([function(row) for row in z], torch.stack)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return the log density (S,) at ``z`` (S, D), differentiable in ``z`` and in the model's own parameters."""
+        self._check(z)
+        return self.map(self._single, z).to(z.dtype)
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log density (S,) and its gradient (S, D), both without a graph; cost: S gradient evaluations."""
+        self._check(z)
+        z = z.detach()
+        self.evaluations += len(z)
+        if not self.batched:
+            return self._gradients_one_by_one(z)
+        if len(z) not in self._graphs:
+            self._graphs[len(z)] = self._record(z)
+            while len(self._graphs) > TRACES_KEPT:
+                self._graphs.pop(next(iter(self._graphs)))
+        with torch.no_grad():
+            return self._graphs[len(z)](z)
+
+    def _gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), _quiet():
+            grad, value = torch.func.vmap(torch.func.grad_and_value(self._single))(z)
+        return value.to(z.dtype), grad
+
+    def _gradients_one_by_one(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        values, grads = [], []
+        with torch.enable_grad(), _quiet():
+            for row in z:
+                leaf = row.clone().requires_grad_()
+                value = self._single(leaf)
+                grads.append(torch.autograd.grad(value, leaf)[0])
+                values.append(value.detach())
+        return torch.stack(values).to(z.dtype), torch.stack(grads)
+
+    def _record(self, z: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Record value and gradient for this batch size as a flat graph; keep it only if it repeats at new points."""
+        fresh = z + 0.1 * torch.sin(torch.arange(z.numel(), dtype=z.dtype, device=z.device)).reshape(z.shape)
+        try:
+            graph = make_fx(lambda points: self._gradients(points))(z)
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            with torch.no_grad():
+                recorded = graph(fresh)
+        except Exception as error:
+            self.reason = f"not recorded: {_first_line(error)}"
+            return self._gradients
+        tolerance = 1e-8 if z.dtype == torch.float64 else 1e-3
+        for ours, plain in zip(recorded, self._gradients(fresh), strict=True):
+            if not torch.allclose(ours, plain, rtol=tolerance, atol=tolerance, equal_nan=True):
+                self.reason = "not recorded: the graph gave other values at new points"
+                return self._gradients
+        return graph
+
+    # values -------------------------------------------------------------------------------------------------------
+
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """Return latent and deterministic sites as the model sees them: ``{name: (S, *shape)}``."""
+        self._check(z)
+        deterministic = () if self.structure.enumerated else tuple(self.structure.deterministic)
+
+        def values(row: Tensor) -> dict[str, Tensor]:
+            trace, _ = self._run(row, enumerate_sites=True)
+            return {name: trace.nodes[name]["value"] for name in (*self.names, *deterministic)}
+
+        with torch.no_grad():
+            return self.map(values, z)
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return ``z`` (S, D) for constrained latents ``{name: (S, *shape)}``: the inverse of :meth:`constrain`."""
+        missing = [name for name in self.names if name not in values]
+        if missing:
+            raise ValueError(f"values: expected one for each latent site, {', '.join(map(repr, missing))} missing.")
+        kept = {name: torch.as_tensor(values[name], device=self.device) for name in self.names}
+        for latent in self.structure.latents:
+            if kept[latent.name].shape[1:] != latent.shape:
+                got = tuple(kept[latent.name].shape)
+                raise ValueError(f"values[{latent.name!r}]: expected shape (S, *{tuple(latent.shape)}), got {got}.")
+
+        def flat(row: dict[str, Tensor]) -> Tensor:
+            with poutine.block(), poutine.condition(data=row):
+                trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+            parts = [
+                latent.flatten(row[latent.name], trace.nodes[latent.name]["fn"].support)
+                for latent in self.structure.latents
+            ]
+            return torch.cat(parts)
+
+        with torch.no_grad(), _quiet():
+            if self.batched:
+                return torch.func.vmap(flat)(kept).to(self.dtype)
+            rows = [{name: value[i] for name, value in kept.items()} for i in range(len(kept[self.names[0]]))]
+            return torch.stack([flat(row) for row in rows]).to(self.dtype)
+
+    def log_prior(self, z: Tensor) -> dict[str, Tensor]:
+        """Return the log prior density of each latent site, constrained: ``{name: (S, *batch)}``."""
+        return self._site_densities(z, self.names)
+
+    def log_likelihood(self, z: Tensor) -> dict[str, Tensor]:
+        """Return the pointwise log likelihood of each observed site: ``{name: (S, *batch)}``; masked entries are 0."""
+        return self._site_densities(z, () if self.structure.enumerated else tuple(self.structure.observed))
+
+    def _site_densities(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        self._check(z)
+
+        def densities(row: Tensor) -> dict[str, Tensor]:
+            trace, _ = self._run(row, enumerate_sites=True)
+            found = {}
+            for name in names:
+                site = trace.nodes[name]
+                density = site["fn"].log_prob(site["value"])
+                mask = site["mask"]
+                found[name] = density if mask is None else torch.where(torch.as_tensor(mask), density, 0.0)
+            return found
+
+        with torch.no_grad():
+            return self.map(densities, z)
+
+    def predictive(self, z: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
+        """Draw the observed sites anew at each row of ``z``: ``{name: (S, *shape)}``; one seed, one answer."""
+        self._check(z)
+
+        def draw(row: Tensor) -> dict[str, Tensor]:
+            trace, _ = self._run(row, enumerate_sites=False, resample=True)
+            return {name: trace.nodes[name]["value"] for name in self.structure.observed}
+
+        with torch.no_grad(), seeded(seed, self.device):
+            return self.map(draw, z, randomness="different")
+
+    def prior(self, draws: int, *, seed: int = 0) -> dict[str, Tensor] | None:
+        """Draw all sites from the prior, observed ones too: ``{name: (draws, *shape)}``; None for improper priors."""
+        _checks.integer("draws", draws, 1)
+        names = (*self.names, *self.structure.deterministic, *self.structure.observed)
+
+        def draw(_: Tensor) -> dict[str, Tensor]:
+            with poutine.block():
+                trace = poutine.trace(Resample()(self.model)).get_trace(*self.args, **self.kwargs)
+            return {name: trace.nodes[name]["value"] for name in names}
+
+        with torch.no_grad(), seeded(seed, self.device):
+            try:
+                return self.map(draw, torch.zeros(draws, 1, device=self.device), randomness="different")
+            except NotImplementedError:
+                return None
+
+    def explain(self, z: Tensor) -> str:
+        """Name the sites whose log density is not finite at one point ``z`` (D,)."""
+        with torch.no_grad(), _quiet():
+            trace, ladj = self._run(z, enumerate_sites=True)
+        bad = []
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and not torch.isfinite(torch.as_tensor(site["fn"].log_prob(site["value"]))).all():
+                bad.append(f"site {name!r} has log density {float(site['fn'].log_prob(site['value']).sum())}")
+        return "; ".join(bad) or f"log Jacobian {float(ladj)}"
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the unconstrained leaves of the model's own parameters (``pyro.param``, modules), by name."""
+        nodes = self.structure.trace.nodes.items()
+        return {name: site["value"].unconstrained() for name, site in nodes if site["type"] == "param"}
+
+    def _check(self, z: Tensor) -> None:
+        if z.dim() != 2 or z.shape[1] != self.dim:
+            raise ValueError(f"z: expected shape (S, {self.dim}), got {tuple(z.shape)}.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Switch validation off for a while: it branches on values, which neither vmap nor recording can do."""
+    with pyro.validation_enabled(False):
+        yield
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators inside, put them back after."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _join(parts: list[Any], how: Callable[[list[Tensor]], Tensor]) -> Any:
+    if isinstance(parts[0], dict):
+        return {name: how([part[name] for part in parts]) for name in parts[0]}
+    return how(parts)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -1,0 +1,300 @@
+"""What a Pyro model consists of, read from one run: latent sites, their supports, plates, observations."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Delta, Unit
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.constraints import Constraint
+
+MEDIAN_DRAWS = 15
+
+
+@dataclass(frozen=True)
+class Plate:
+    """One batch axis of a site: the plate's name, its (negative) axis among the batch axes, its size."""
+
+    name: str
+    dim: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One latent site and its place in the unconstrained vector."""
+
+    name: str
+    shape: torch.Size
+    unconstrained_shape: torch.Size
+    event_dim: int
+    plates: tuple[Plate, ...]
+    offset: int
+    size: int
+    mask: Tensor | None = field(default=None, repr=False)
+    free: Tensor | None = field(default=None, repr=False)
+
+    def unconstrained(self, z: Tensor) -> Tensor:
+        """Cut this site out of ``z`` (..., D) and give it its unconstrained shape; masked-out entries are 0."""
+        flat = z[..., self.offset : self.offset + self.size]
+        if self.free is not None:
+            full = flat.new_zeros(*flat.shape[:-1], math.prod(self.unconstrained_shape))
+            flat = full.index_copy(-1, self.free.to(flat.device), flat)
+        lifted = self.event_dim + len(self.unconstrained_shape) - len(self.shape)
+        shape = torch.broadcast_shapes(self.unconstrained_shape, z.shape[:-1] + (1,) * lifted)
+        return flat.reshape(shape)
+
+    def place(self, z: Tensor, support: Constraint) -> tuple[Tensor, Tensor]:
+        """Return the constrained value at ``z`` and its log Jacobian, one number for each batch element of the site."""
+        unconstrained = self.unconstrained(z)
+        transform = biject_to(support)
+        value = transform(unconstrained)
+        ladj = transform.log_abs_det_jacobian(unconstrained, value)
+        extra = ladj.dim() - (value.dim() - self.event_dim)
+        if extra > 0:
+            ladj = ladj.flatten(-extra).sum(-1)
+        return value, ladj if self.mask is None else torch.where(self.mask.to(ladj.device), ladj, 0.0)
+
+    def flatten(self, value: Tensor, support: Constraint) -> Tensor:
+        """Return the unconstrained coordinates of one constrained value (no batch axes), shape ``(size,)``."""
+        flat = biject_to(support).inv(value).reshape(-1)
+        return flat if self.free is None else flat[self.free.to(flat.device)]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The static structure of a model: what never changes from run to run."""
+
+    latents: tuple[Latent, ...]
+    observed: dict[str, Tensor]
+    observed_plates: dict[str, tuple[Plate, ...]]
+    deterministic: dict[str, tuple[Plate, ...]]
+    enumerated: tuple[str, ...]
+    subsampled: tuple[str, ...]
+    dependent: bool
+    plate_nesting: int
+    dtype: torch.dtype
+    device: torch.device
+    trace: poutine.Trace = field(repr=False)
+
+    @property
+    def dim(self) -> int:
+        """Number of unconstrained coordinates."""
+        return sum(latent.size for latent in self.latents)
+
+
+class Place(Messenger):
+    """Give each latent site its value from one unconstrained vector and add up the log Jacobians.
+
+    Supports are taken from the run itself, so that a bound may depend on latents drawn before it.
+    """
+
+    def __init__(self, latents: Sequence[Latent], z: Tensor) -> None:
+        super().__init__()
+        self.latents = {latent.name: latent for latent in latents}
+        self.z = z
+        self.ladj: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        latent = self.latents.get(msg["name"])
+        if latent is not None and not msg["is_observed"]:
+            msg["value"], self.ladj[msg["name"]] = latent.place(self.z, msg["fn"].support)
+
+
+class Resample(Messenger):
+    """Draw the observed sites anew (posterior and prior predictive)."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and is_data(msg):
+            msg["is_observed"], msg["value"] = False, None
+
+
+class Enumerate(EnumMessenger):
+    """Pyro's parallel enumeration, which reads ``value.data``, forbidden under vmap, where only the shape matters."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if value is not None:
+            msg["value"] = SimpleNamespace(data=value, dim=value.dim)
+        try:
+            super()._pyro_post_sample(msg)
+        finally:
+            msg["value"] = value
+
+
+def is_data(site: Any) -> bool:
+    """Whether a sample site holds data: neither a factor nor a deterministic value nor a subsample."""
+    return (
+        site["type"] == "sample"
+        and not site["infer"].get("_deterministic")
+        and not isinstance(site["fn"], (Unit, Delta))
+        and not site_is_subsample(site)
+    )
+
+
+def is_enumerated(site: Any) -> bool:
+    """Whether a latent site is discrete and marked for parallel enumeration."""
+    return site["infer"].get("enumerate") == "parallel" and site["fn"].has_enumerate_support
+
+
+def initial_value(site: Any = None) -> Any:
+    """Pyro ``init_loc_fn``: the prior's median where it can be sampled, the middle of the support otherwise."""
+    if site is None:
+        return initial_value
+    fn = site["fn"]
+    transform = _transform(site)
+    try:
+        draws = fn.sample((MEDIAN_DRAWS,))
+    except NotImplementedError:
+        shape = transform.inverse_shape(fn.shape())
+        return transform(torch.zeros(shape, **_like(fn.support)))
+    middle = transform.inv(draws).median(0).values
+    return transform(torch.where(torch.isfinite(middle), middle, torch.zeros_like(middle)))
+
+
+def _like(support: Constraint) -> dict[str, Any]:
+    """Dtype and device of a support's bounds, where it has tensor bounds."""
+    for bound in vars(getattr(support, "base_constraint", support)).values():
+        if isinstance(bound, Tensor) and bound.is_floating_point():
+            return {"dtype": bound.dtype, "device": bound.device}
+    return {}
+
+
+def _transform(site: Any) -> Any:
+    """Return the bijection onto a latent site's support, or say which site has none."""
+    name, support = site["name"], site["fn"].support
+    if support.is_discrete:
+        raise ValueError(
+            f"site {name!r}: expected a continuous latent, got the discrete {type(site['fn']).__name__}. Enumerate it "
+            f"(pyro.infer.config_enumerate, or infer={{'enumerate': 'parallel'}}) or hide it from the guide "
+            f"(poutine.block(model, hide=[{name!r}]))."
+        )
+    try:
+        return biject_to(support)
+    except NotImplementedError:
+        raise ValueError(
+            f"site {name!r}: no bijection from real numbers to its support {support}. Use a distribution with another "
+            "support, or reparametrise the site (poutine.reparam)."
+        ) from None
+
+
+class _Start(Messenger):
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and not site_is_subsample(msg) and not is_enumerated(msg):
+            with torch.no_grad():
+                msg["value"] = initial_value(msg)
+
+
+def read_structure(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Structure:
+    """Run ``model`` once at a starting value and read its structure.
+
+    Raises:
+        ValueError: if there is no latent site; a latent is discrete and not enumerated, has a support without a
+            bijection, or sits in a subsampled or sequential plate; or observed values are NaN. The site is named.
+    """
+    with poutine.block(), torch.no_grad(), _Start():
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    sites = [site for site in trace.nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
+    stochastic = [site for site in sites if not site["is_observed"]]
+    latents: list[Latent] = []
+    for site in stochastic:
+        if not is_enumerated(site):
+            latents.append(_read_latent(site, sum(latent.size for latent in latents)))
+    if not sum(latent.size for latent in latents):
+        raise ValueError(
+            "model: expected at least one continuous latent site (pyro.sample without obs=), got none. "
+            f"Sites seen: {', '.join(repr(site['name']) for site in sites) or 'none'}."
+        )
+    data = {site["name"]: site for site in sites if site["is_observed"] and is_data(site)}
+    for site in data.values():
+        _check_data(site)
+    floats = [site["value"] for site in (*stochastic, *data.values()) if site["value"].is_floating_point()]
+    structure = Structure(
+        latents=tuple(latents),
+        observed={name: site["value"] for name, site in data.items()},
+        observed_plates={name: _plates(site) for name, site in data.items()},
+        deterministic={site["name"]: _plates(site) for site in sites if site["infer"].get("_deterministic")},
+        enumerated=tuple(site["name"] for site in stochastic if is_enumerated(site)),
+        subsampled=tuple(sorted({name for site in sites for name in _subsampled(site)})),
+        dependent=False,
+        plate_nesting=max((-frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.dim), default=0),
+        dtype=functools.reduce(torch.promote_types, [value.dtype for value in floats]),
+        device=floats[0].device,
+        trace=trace,
+    )
+    return Structure(**{**vars(structure), "dependent": _supports_depend(model, args, kwargs, structure)})
+
+
+def _read_latent(site: Any, offset: int) -> Latent:
+    name = site["name"]
+    transform = _transform(site)
+    for plate in _subsampled(site):
+        raise ValueError(
+            f"site {name!r}: a latent in the subsampled plate {plate!r}; a guide over one vector would learn only as "
+            f"many latents as one subsample holds. Give {plate!r} its full size, or write the local latents' guide "
+            "by hand (amortised)."
+        )
+    if any(frame.dim is None for frame in site["cond_indep_stack"]):
+        raise ValueError(f"site {name!r}: a latent in a sequential plate. Use a vectorised plate (with pyro.plate(...)).")
+    unconstrained = transform.inv(site["value"])
+    event_dim = site["fn"].event_dim
+    shape, lifted = site["value"].shape, event_dim + unconstrained.dim() - site["value"].dim()
+    mask, free, size = site["mask"], None, unconstrained.numel()
+    if isinstance(mask, Tensor) and not bool(mask.all()):
+        mask = mask.expand(shape[: len(shape) - event_dim])
+        inside = mask.reshape(mask.shape + (1,) * lifted).expand(unconstrained.shape)
+        free = inside.reshape(-1).nonzero().flatten()
+        size = len(free)
+    else:
+        mask = None
+    return Latent(name, shape, unconstrained.shape, event_dim, _plates(site), offset, size, mask, free)
+
+
+def _plates(site: Any) -> tuple[Plate, ...]:
+    return tuple(Plate(frame.name, frame.dim, frame.size) for frame in site["cond_indep_stack"] if frame.dim is not None)
+
+
+def _subsampled(site: Any) -> list[str]:
+    return [frame.name for frame in site["cond_indep_stack"] if frame.full_size not in (None, frame.size)]
+
+
+def _check_data(site: Any) -> None:
+    value = site["value"]
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return
+    bad = torch.isnan(value)
+    if isinstance(site["mask"], Tensor):
+        event = value.dim() - site["fn"].event_dim
+        bad = bad & site["mask"].expand(value.shape[:event]).reshape(value.shape[:event] + (1,) * site["fn"].event_dim)
+    if bool(bad.any()):
+        raise ValueError(
+            f"site {site['name']!r}: {int(bad.sum())} of {value.numel()} observed values are NaN. "
+            "Drop them, or mark them as missing with obs_mask=."
+        )
+
+
+def _supports_depend(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], structure: Structure
+) -> bool:
+    """Whether any support moves with the latents: compare the bijections of two runs at one unconstrained point."""
+    point = torch.linspace(-1.0, 1.0, structure.dim, dtype=structure.dtype, device=structure.device)
+    with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), Place(structure.latents, point):
+        second = poutine.trace(model).get_trace(*args, **kwargs)
+    for latent in structure.latents:
+        supports = [trace.nodes[latent.name]["fn"].support for trace in (structure.trace, second)]
+        first, other = (latent.place(point, support)[0] for support in supports)
+        if not torch.equal(first, other):
+            return True
+    return False

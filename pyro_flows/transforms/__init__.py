@@ -1,0 +1,22 @@
+"""Bijections as Pyro ``TransformModule``s: each returns value and log-determinant, and inverts at any point."""
+
+from pyro_flows.transforms import masks
+from pyro_flows.transforms.base import Bijection, Bound, Chain, Inverse
+from pyro_flows.transforms.coupling import AdditiveCoupling, AffineCoupling
+from pyro_flows.transforms.linear import DiagonalAffine, LowerTriangularAffine, Permutation, Rescale
+from pyro_flows.transforms.planar import Planar
+
+__all__ = [
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Bijection",
+    "Bound",
+    "Chain",
+    "DiagonalAffine",
+    "Inverse",
+    "LowerTriangularAffine",
+    "Permutation",
+    "Planar",
+    "Rescale",
+    "masks",
+]

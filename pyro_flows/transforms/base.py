@@ -1,0 +1,287 @@
+"""What every bijection shares: torch's and Pyro's protocols, composition, inversion and the one-shot memo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions.conditional import ConditionalTransform
+from pyro.distributions.torch_transform import TransformModule
+from torch import Tensor, nn
+from torch.distributions import Transform, constraints
+
+from pyro_flows import _checks
+
+
+class Bijection(TransformModule, ConditionalTransform):
+    r"""An invertible map with trainable parameters, plain (``context_dim=0``) or conditional.
+
+    A subclass writes :meth:`forward_and_ladj` and :meth:`inverse_and_ladj`; each returns the value and the log
+    absolute determinant *in the direction asked for*. Torch's ``Transform`` protocol (``t(x)``, ``t.inv``,
+    ``log_abs_det_jacobian``, ``with_cache``, shapes) and Pyro's ``condition`` follow from the two.
+    Nothing that a pass computes is stored on the module.
+
+    Shapes: ``x`` and ``y`` are ``(..., *event_shape)``, ``ladj`` is ``(...)``, ``context`` is ``(..., context_dim)``
+    and broadcasts against the leading axes of ``x``.
+    """
+
+    bijective = True
+    event_dim: int = 1  # type: ignore[assignment]
+    context_dim: int = 0
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return ``y`` and ``log|dy/dx|``."""
+        raise NotImplementedError
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return ``x`` and ``log|dx/dy|``."""
+        raise NotImplementedError
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Return ``y``, ``log|dy/dx|`` and the score carried along.
+
+        Given :math:`g_x = \nabla_x \log q(x)` (``score``, shaped like ``x``), the density of ``y`` has the score
+        :math:`g_y = J^{-\top}(g_x - \nabla_x \log|J|)`. It comes back without a graph. This default goes through
+        the inverse; families override it with a recursion that needs none (Vaitl et al. 2024, path gradients).
+        """
+        y, ladj = self.forward_and_ladj(x, context)
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            back, back_ladj = self.inverse_and_ladj(leaf, context)
+            total = (back * score).sum() + back_ladj.sum()
+        (carried,) = torch.autograd.grad(total, leaf)
+        return y, ladj, carried
+
+    # torch's protocol -------------------------------------------------------------------------------------------
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.independent(constraints.real, self.event_dim)
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.independent(constraints.real, self.event_dim)
+
+    @property
+    def inv(self) -> Inverse:  # type: ignore[override]
+        """The inverse as a bijection of its own that shares the parameters."""
+        return Inverse(self)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.forward_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inverse_and_ladj(y)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log|dy/dx|`` at ``x``; one pass (see :class:`Bound` for how to save it)."""
+        return self.forward_and_ladj(x)[1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._call(x)
+
+    def with_cache(self, cache_size: int = 1) -> Transform:
+        """Return a view with a one-shot memo (``cache_size=1``), or this bijection itself (``cache_size=0``)."""
+        return Bound(self) if cache_size else self
+
+    def condition(self, context: Tensor | None) -> Bound:
+        """Bind a context; the result is a torch ``Transform``."""
+        return Bound(self, context)
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+
+class _Memo(NamedTuple):
+    x: Tensor
+    y: Tensor
+    ladj: Tensor
+    grad: bool
+    state: tuple[tuple[int, int], ...]
+
+
+class Bound(Transform):
+    r"""One bijection with one context, as a plain torch ``Transform``: made anew for each trace, never stored.
+
+    Torch and Pyro ask for the map and then for its log-determinant. To cost one pass, a ``Bound`` remembers the last
+    ``(x, y, ladj)`` and gives it up when the log-determinant is read. The memo serves only the very same tensor
+    objects, unedited, with unchanged parameters, and with gradients recorded if they are recorded now. (Edits through
+    ``.data`` and fused optimisers leave no trace in torch's version counters: make a new ``Bound`` after a step.)
+
+    >>> import torch, pyro_flows as pf
+    >>> bound = pf.AffineCoupling(2).condition(None)
+    >>> x = torch.ones(2)
+    >>> torch.equal(bound.inv(bound(x)), x)
+    True
+    """
+
+    bijective = True
+
+    def __init__(self, bijection: Bijection, context: Tensor | None = None) -> None:
+        super().__init__(cache_size=0)
+        _checks.context(type(bijection).__name__, context, bijection.context_dim)
+        self.bijection = bijection
+        self.context = context
+        self._memo: _Memo | None = None
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.bijection.domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.bijection.codomain
+
+    def with_cache(self, cache_size: int = 1) -> Bound:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_memo": None}
+
+    def _state(self, *tensors: Tensor) -> tuple[tuple[int, int], ...]:
+        """Identity and version of all that the memo depends on."""
+        owned = (*self.bijection.parameters(), *self.bijection.buffers())
+        held = owned if self.context is None else (*owned, self.context)
+        return tuple((id(tensor), tensor._version) for tensor in (*held, *tensors))
+
+    def _keep(self, x: Tensor, y: Tensor, ladj: Tensor) -> None:
+        if torch.is_inference_mode_enabled() or x.is_inference() or y.is_inference():
+            self._memo = None  # inference tensors have no version counter
+        else:
+            self._memo = _Memo(x, y, ladj, torch.is_grad_enabled(), self._state(x, y, ladj))
+
+    def _recall(self, x: Tensor | None, y: Tensor) -> _Memo | None:
+        memo = self._memo
+        if memo is None or memo.y is not y or (x is not None and memo.x is not x):
+            return None
+        if torch.is_grad_enabled() and not memo.grad:
+            return None
+        return memo if memo.state == self._state(memo.x, memo.y, memo.ladj) else None
+
+    def _call(self, x: Tensor) -> Tensor:
+        y, ladj = self.bijection.forward_and_ladj(x, self.context)
+        self._keep(x, y, ladj)
+        return y
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        memo = self._recall(None, y)
+        if memo is not None:
+            return memo.x
+        x, ladj = self.bijection.inverse_and_ladj(y, self.context)
+        self._keep(x, y, -ladj)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        memo, self._memo = self._recall(x, y), None
+        return self.bijection.forward_and_ladj(x, self.context)[1] if memo is None else memo.ladj
+
+    def forward_shape(self, shape: Iterable[int]) -> torch.Size:
+        shape = torch.Size(shape)
+        if self.context is None:
+            return shape
+        cut = len(shape) - self.bijection.event_dim
+        return torch.broadcast_shapes(shape[:cut], self.context.shape[:-1]) + shape[cut:]
+
+    inverse_shape = forward_shape
+
+    def __repr__(self) -> str:
+        shape = "" if self.context is None else f", context {tuple(self.context.shape)}"
+        return f"Bound({type(self.bijection).__name__}{shape})"
+
+
+class Chain(Bijection):
+    r"""Bijections one after the other: :math:`y = T_K(\dots T_1(x))`, :math:`\log|J| = \sum_k \log|J_k|`.
+
+    Layers with ``context_dim > 0`` must agree on it; all of them see the same context. The inverse costs the inverse
+    of each layer.
+
+    Args:
+        layers: the bijections, first applied first.
+
+    Raises:
+        ValueError: if there is no layer, or event or context dimensions differ.
+
+    >>> import torch, pyro_flows as pf
+    >>> chain = pf.Chain([pf.Planar(2), pf.AffineCoupling(2)])
+    >>> chain.forward_and_ladj(torch.zeros(5, 2))[1].shape
+    torch.Size([5])
+    """
+
+    def __init__(self, layers: Iterable[Bijection]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        if not len(self.layers):
+            raise ValueError("Chain: expected at least one layer, got none.")
+        for layer in self.layers:
+            if not isinstance(layer, Bijection):
+                raise ValueError(f"Chain: expected Bijections, got a {type(layer).__name__}.")
+        if len({layer.event_dim for layer in self.layers}) > 1:
+            raise ValueError("Chain: expected layers with one event_dim, got several.")
+        widths = {layer.context_dim for layer in self.layers} - {0}
+        if len(widths) > 1:
+            raise ValueError(f"Chain: expected one context_dim, got {sorted(widths)}.")
+        self.event_dim = self.layers[0].event_dim  # type: ignore[assignment]
+        self.context_dim = widths.pop() if widths else 0
+
+    def _context(self, layer: nn.Module, context: Tensor | None) -> Tensor | None:
+        return context if layer.context_dim else None
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        _checks.context("Chain", context, self.context_dim)
+        total: Tensor | float = 0.0
+        for layer in self.layers:
+            x, ladj = layer.forward_and_ladj(x, self._context(layer, context))  # type: ignore[operator]
+            total = total + ladj
+        return x, total  # type: ignore[return-value]
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        _checks.context("Chain", context, self.context_dim)
+        total: Tensor | float = 0.0
+        for layer in reversed(self.layers):
+            y, ladj = layer.inverse_and_ladj(y, self._context(layer, context))  # type: ignore[operator]
+            total = total + ladj
+        return y, total  # type: ignore[return-value]
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        total: Tensor | float = 0.0
+        for layer in self.layers:
+            x, ladj, score = layer.forward_and_score(x, score, self._context(layer, context))  # type: ignore[operator]
+            total = total + ladj
+        return x, total, score  # type: ignore[return-value]
+
+
+class Inverse(Bijection):
+    """A bijection run backwards, sharing its parameters: ``Inverse(t).forward_and_ladj`` is ``t.inverse_and_ladj``.
+
+    >>> import torch, pyro_flows as pf
+    >>> t = pf.Rescale(3)
+    >>> t.inv.inv is t
+    True
+    """
+
+    def __init__(self, bijection: Bijection) -> None:
+        super().__init__()
+        self.bijection = bijection
+        self.event_dim = bijection.event_dim  # type: ignore[assignment]
+        self.context_dim = bijection.context_dim
+
+    @property
+    def inv(self) -> Bijection:  # type: ignore[override]
+        return self.bijection
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.bijection.inverse_and_ladj(x, context)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.bijection.forward_and_ladj(y, context)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Inverse) and self.bijection is other.bijection
+
+    def __hash__(self) -> int:
+        return hash((Inverse, id(self.bijection)))

@@ -1,0 +1,256 @@
+"""Linear and affine maps: permutation, NICE's scaling, diagonal and triangular affine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _checks
+from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.conditioners import conditioner
+
+
+class Permutation(Bijection):
+    r"""Reorders the coordinates: :math:`y_i = x_{p(i)}`, :math:`\log|J| = 0`. Both ways cost one gather.
+
+    Args:
+        permutation: the indices p, or a number of coordinates to be shuffled by ``seed``.
+        seed: of the shuffle; the result is a registered buffer, saved and moved with the module.
+
+    Raises:
+        ValueError: if the indices are no permutation of 0 to D - 1.
+
+    >>> import torch, pyro_flows as pf
+    >>> pf.Permutation([2, 0, 1])(torch.tensor([10.0, 20.0, 30.0])).tolist()
+    [30.0, 10.0, 20.0]
+    """
+
+    def __init__(self, permutation: Sequence[int] | Tensor | int, *, seed: int = 0) -> None:
+        super().__init__()
+        if isinstance(permutation, int) and not isinstance(permutation, bool):
+            size = _checks.integer("permutation", permutation, 1)
+            permutation = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+        indices = torch.as_tensor(permutation, dtype=torch.long)
+        if indices.dim() != 1 or sorted(indices.tolist()) != list(range(len(indices))) or not len(indices):
+            raise ValueError(f"permutation: expected each of 0 to D - 1 once, got {indices.tolist()}.")
+        self.dim = len(indices)
+        self.register_buffer("permutation", indices)
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._gather(x, context, self.permutation)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._gather(y, context, torch.argsort(self.permutation))
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.forward_and_ladj(x, context), score.index_select(-1, self.permutation)
+
+    def _gather(self, x: Tensor, context: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor]:
+        _checks.event("Permutation", x, self.dim)
+        _checks.context("Permutation", context, 0)
+        return x.index_select(-1, indices), x.new_zeros(x.shape[:-1])
+
+
+class DiagonalAffine(Bijection):
+    r"""Elementwise affine map relative to its start: :math:`y = m + \ell \odot (b + e^{s} \odot x)`.
+
+    :math:`m` and :math:`\ell` (``loc`` and ``scale``) are fixed; b and s are trained from zero, so one step size serves
+    coordinates of any unit. :math:`\log|J| = \sum_d (s_d + \log \ell_d)`. Both ways cost O(D).
+
+    Args:
+        dim: number of coordinates.
+        loc: m, default zeros.
+        scale: :math:`\ell > 0`, default ones.
+        context_dim: width of the context; above 0, a network of it gives b and s.
+        hidden: widths of that network.
+        activation: its activation.
+
+    Raises:
+        ValueError: for a start of the wrong shape, not finite, or a scale that is not positive.
+
+    >>> import torch, pyro_flows as pf
+    >>> pf.DiagonalAffine(2, loc=[1.0, 1.0], scale=[2.0, 4.0])(torch.ones(2)).tolist()
+    [3.0, 5.0]
+    """
+
+    _shifts = True
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        loc: Sequence[float] | Tensor | None = None,
+        scale: Sequence[float] | Tensor | None = None,
+        context_dim: int = 0,
+        hidden: Sequence[int] = (32, 32),
+        activation: str = "silu",
+    ) -> None:
+        super().__init__()
+        self.dim = _checks.integer("dim", dim, 1)
+        self.context_dim = context_dim
+        self.register_buffer("loc", torch.zeros(dim) if loc is None else _checks.vector("loc", loc, dim))
+        self.register_buffer("scale", torch.ones(dim) if scale is None else _checks.vector("scale", scale, dim))
+        if not bool((self.scale > 0).all()):
+            raise ValueError(f"scale: expected positive numbers, got {self.scale.tolist()}.")
+        out = 2 * dim if self._shifts else dim
+        self.conditioner = conditioner(0, context_dim, out, hidden=hidden, activation=activation)
+
+    def _affine(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        _checks.event(type(self).__name__, x, self.dim)
+        _checks.context(type(self).__name__, context, self.context_dim)
+        free = self.conditioner(None, context)
+        if not self._shifts:
+            return self.loc, free + self.scale.log()
+        shift, log_scale = free.chunk(2, dim=-1)
+        return self.loc + self.scale * shift, log_scale + self.scale.log()
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._affine(x, context)
+        y = torch.addcmul(shift, x, log_scale.exp())
+        return y, log_scale.sum(-1).expand(y.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._affine(y, context)
+        x = (y - shift) * torch.exp(-log_scale)
+        return x, -log_scale.sum(-1).expand(x.shape[:-1])
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shift, log_scale = self._affine(x, context)
+        y = torch.addcmul(shift, x, log_scale.exp())
+        return y, log_scale.sum(-1).expand(y.shape[:-1]), score * torch.exp(-log_scale.detach())
+
+
+class Rescale(DiagonalAffine):
+    r"""NICE's last layer: :math:`y_d = e^{s_d} x_d`, :math:`\log|J| = \sum_d s_d`; without it NICE preserves volume.
+
+    In NICE's own notation, which maps data to noise, its scaling is :math:`e^{-s_d}`. Both ways cost O(D).
+
+    Args:
+        dim: number of coordinates.
+        context_dim: width of the context; above 0, a network of it gives s.
+        hidden: widths of that network.
+        activation: its activation.
+
+    Raises:
+        ValueError: for a ``dim`` below 1 or a wrong width.
+
+    Reference: Dinh, Krueger and Bengio, *NICE*, ICLR workshop 2015, section 3.3.
+
+    >>> import torch, pyro_flows as pf
+    >>> pf.Rescale(2)(torch.ones(2)).tolist()
+    [1.0, 1.0]
+    """
+
+    _shifts = False
+
+    def __init__(
+        self, dim: int, *, context_dim: int = 0, hidden: Sequence[int] = (32, 32), activation: str = "silu"
+    ) -> None:
+        super().__init__(dim, context_dim=context_dim, hidden=hidden, activation=activation)
+
+
+class LowerTriangularAffine(Bijection):
+    r"""Affine map relative to its start: :math:`y = m + L (b + A x)`, A lower triangular with diagonal :math:`e^{s}`.
+
+    :math:`m` and :math:`L` (``loc`` and ``scale_tril``) are fixed; b, s and the part of A below the diagonal are trained
+    from zero, so one step size serves kilometres and millimetres. :math:`\log|J| = \sum_d (s_d + \log L_{dd})`.
+    Forward: one product with a D x D matrix; inverse: one triangular solve, O(D^2) a point.
+
+    Args:
+        dim: number of coordinates.
+        loc: m, default zeros.
+        scale_tril: L, lower triangular with a positive diagonal, default the identity.
+        context_dim: width of the context; above 0, a network of it gives b, s and A.
+        hidden: widths of that network.
+        activation: its activation.
+
+    Raises:
+        ValueError: for a start of the wrong shape, not finite, not lower triangular or without a positive diagonal.
+
+    >>> import torch, pyro_flows as pf
+    >>> layer = pf.LowerTriangularAffine(2, loc=[1.0, 0.0], scale_tril=[[1.0, 0.0], [1.0, 2.0]])
+    >>> layer(torch.ones(2)).tolist()
+    [2.0, 3.0]
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        loc: Sequence[float] | Tensor | None = None,
+        scale_tril: Sequence[Sequence[float]] | Tensor | None = None,
+        context_dim: int = 0,
+        hidden: Sequence[int] = (32, 32),
+        activation: str = "silu",
+    ) -> None:
+        super().__init__()
+        self.dim = _checks.integer("dim", dim, 1)
+        self.context_dim = context_dim
+        self.register_buffer("loc", torch.zeros(dim) if loc is None else _checks.vector("loc", loc, dim))
+        start = torch.eye(dim) if scale_tril is None else torch.as_tensor(scale_tril)
+        if start.shape != (dim, dim) or not bool(torch.isfinite(start).all()):
+            raise ValueError(f"scale_tril: expected a finite {dim} x {dim} matrix, got shape {tuple(start.shape)}.")
+        if not torch.equal(start, start.tril()) or not bool((start.diagonal() > 0).all()):
+            raise ValueError("scale_tril: expected a lower triangular matrix with a positive diagonal.")
+        self.register_buffer("scale_tril", start)
+        below = dim * (dim - 1) // 2
+        self.conditioner = conditioner(0, context_dim, 2 * dim + below, hidden=hidden, activation=activation)
+
+    def _affine(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the shift m + L b, the matrix L A and its log determinant."""
+        _checks.event("LowerTriangularAffine", x, self.dim)
+        _checks.context("LowerTriangularAffine", context, self.context_dim)
+        free = self.conditioner(None, context)
+        shift, log_diagonal, below = free.split([self.dim, self.dim, free.shape[-1] - 2 * self.dim], dim=-1)
+        matrix = torch.diag_embed(log_diagonal.exp())
+        if self.dim > 1:
+            rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=x.device).unbind()
+            flat = below.new_zeros(*below.shape[:-1], self.dim * self.dim)
+            index = (rows * self.dim + columns).expand(below.shape)
+            matrix = matrix + flat.scatter(-1, index, below).unflatten(-1, (self.dim, self.dim))
+        start = self.scale_tril
+        ladj = (log_diagonal + start.diagonal().log()).sum(-1)
+        return self.loc + (start @ shift.unsqueeze(-1)).squeeze(-1), start @ matrix, ladj
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, matrix, ladj = self._affine(x, context)
+        y = shift + _product(matrix, x)
+        return y, ladj.expand(y.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, matrix, ladj = self._affine(y, context)
+        x = _solve(matrix, y - shift)
+        return x, -ladj.expand(x.shape[:-1])
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shift, matrix, ladj = self._affine(x, context)
+        y = shift + _product(matrix, x)
+        with torch.no_grad():
+            carried = _solve(matrix, score, transpose=True)
+        return y, ladj.expand(y.shape[:-1]), carried
+
+
+def _product(matrix: Tensor, x: Tensor) -> Tensor:
+    if matrix.dim() == 2:
+        return x @ matrix.mT
+    return (matrix @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def _solve(matrix: Tensor, y: Tensor, transpose: bool = False) -> Tensor:
+    """Solve ``matrix x = y`` (or with its transpose) for a lower triangular matrix, or a batch of them."""
+    if matrix.dim() == 2:
+        rows = y.reshape(math.prod(y.shape[:-1]), y.shape[-1])
+        # x^T M^T = y^T: M^T is upper triangular and stands on the right
+        factor = matrix if transpose else matrix.mT
+        return torch.linalg.solve_triangular(factor, rows, upper=not transpose, left=False).reshape(y.shape)
+    factor = matrix.mT if transpose else matrix
+    return torch.linalg.solve_triangular(factor, y.unsqueeze(-1), upper=transpose).squeeze(-1)

@@ -1,0 +1,64 @@
+"""Boolean masks of coupling layers: ``True`` marks the coordinates that a layer keeps and conditions on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _checks
+
+
+def half(dim: int, *, flip: bool = False) -> Tensor:
+    """Keep the first ``dim // 2`` coordinates, move the rest (``flip=True``: the other way round).
+
+    With ``dim = 1`` nothing is kept and the one coordinate moves, flipped or not.
+
+    >>> half(5).tolist()
+    [True, True, False, False, False]
+    """
+    _checks.integer("dim", dim, 1)
+    kept = torch.arange(dim) < dim // 2
+    return ~kept if flip and dim > 1 else kept
+
+
+def alternating(dim: int, *, flip: bool = False) -> Tensor:
+    """Keep every other coordinate, from the second one on (``flip=True``: from the first).
+
+    >>> alternating(5).tolist()
+    [False, True, False, True, False]
+    """
+    _checks.integer("dim", dim, 1)
+    kept = torch.arange(dim) % 2 == 1
+    return ~kept if flip and dim > 1 else kept
+
+
+def random(dim: int, *, seed: int, flip: bool = False) -> Tensor:
+    """Keep ``dim // 2`` coordinates drawn by a generator of its own: one seed, one mask, on any machine.
+
+    >>> random(4, seed=1).sum().item()
+    2
+    """
+    _checks.integer("dim", dim, 1)
+    order = torch.randperm(dim, generator=torch.Generator().manual_seed(seed))
+    return half(dim, flip=flip)[order]
+
+
+def sequence(dim: int, layers: int, *, seed: int = 0) -> list[Tensor]:
+    """Masks for a stack of couplings: pairs of a mask and its complement, so that every coordinate moves.
+
+    The pairs are halves, then alternating, then seeded random ones, so that any two coordinates soon stand on
+    opposite sides of a mask and can depend on each other directly.
+
+    >>> [mask.tolist() for mask in sequence(2, 2)]
+    [[True, False], [False, True]]
+    """
+    masks = []
+    for layer in range(_checks.integer("layers", layers, 1)):
+        pair, flip = layer // 2, layer % 2 == 1
+        if pair == 0:
+            masks.append(half(dim, flip=flip))
+        elif pair == 1:
+            masks.append(alternating(dim, flip=flip))
+        else:
+            masks.append(random(dim, seed=seed + pair, flip=flip))
+    return masks

@@ -1,0 +1,212 @@
+"""What every bijection promises, as functions that raise AssertionError: used by the tests, and tested themselves."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError, gradcheck
+
+import pyro_flows as pf
+from pyro_flows.transforms.conditioners import Free, Network
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
+    """Equal shape and dtype, and values to ``tolerance``, absolute and relative."""
+    torch.testing.assert_close(
+        got, expected, rtol=tolerance, atol=tolerance, msg=lambda message: f"{what}: {message}" if what else message
+    )
+
+
+def jacobian(function: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> Tensor:
+    """Return the Jacobian (*batch, n, n) of a map whose batch rows are independent, by n backward passes."""
+    x = x.detach().requires_grad_()
+    y = function(x).flatten(-event_dim)
+    rows = [
+        torch.autograd.grad(y[..., i].sum(), x, retain_graph=True, materialize_grads=True)[0].flatten(-event_dim)
+        for i in range(y.shape[-1])
+    ]
+    return torch.stack(rows, dim=-2)
+
+
+def check_round_trip(t: pf.Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:
+    """From both ends: the point comes back, and the two log-determinants cancel."""
+    with torch.no_grad():
+        for there, back in ((t.forward_and_ladj, t.inverse_and_ladj), (t.inverse_and_ladj, t.forward_and_ladj)):
+            y, ladj = there(x, context)
+            again, ladj_back = back(y, context)
+            close(again, x, tolerance, f"{back.__name__} after {there.__name__}")
+            close(ladj_back, -ladj, tolerance, f"ladj of {back.__name__}")
+
+
+def check_ladj(t: pf.Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:
+    """In both directions, ladj is the log absolute determinant of the Jacobian that autograd finds."""
+    for way in (t.forward_and_ladj, t.inverse_and_ladj):
+        matrix = jacobian(lambda point, way=way: way(point, context)[0], x, t.event_dim)
+        close(way(x, context)[1].detach(), torch.linalg.slogdet(matrix)[1], tolerance, way.__name__)
+
+
+def check_gradients(t: pf.Bijection, x: Tensor, context: Tensor | None, *, fast: bool = True) -> None:
+    """In both directions, gradients with respect to input, context and every parameter match differences."""
+    parameters = tuple(t.parameters())  # gradcheck edits them in place, so the module sees the edits
+    inputs = [x.clone().requires_grad_()] + ([] if context is None else [context.clone().requires_grad_()])
+    for way in (t.forward_and_ladj, t.inverse_and_ladj):
+
+        def run(*tensors: Tensor, way: Callable = way) -> tuple[Tensor, Tensor]:
+            return way(tensors[0], tensors[1] if context is not None else None)
+
+        try:
+            gradcheck(run, (*inputs, *parameters), fast_mode=fast, atol=1e-6, rtol=1e-4)
+        except GradcheckError as error:
+            raise AssertionError(f"{way.__name__}: {error}") from error
+
+
+def check_batching(t: pf.Bijection, x: Tensor, context: Tensor | None) -> None:
+    """``torch.func.vmap`` over the rows gives what one call with the batch gives."""
+    axes = (0, None if context is None else 0)
+    for way in (t.forward_and_ladj, t.inverse_and_ladj):
+        for got, expected in zip(torch.func.vmap(way, in_dims=axes)(x, context), way(x, context), strict=True):
+            close(got, expected, 1e-12, way.__name__)
+
+
+def check_identity(t: pf.Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:
+    """The map leaves every point where it is, with log-determinant 0."""
+    for way in (t.forward_and_ladj, t.inverse_and_ladj):
+        y, ladj = way(x, context)
+        close(y, x, tolerance, way.__name__)
+        close(ladj, torch.zeros_like(x[..., 0]), tolerance, f"ladj of {way.__name__}")
+
+
+def check_score(t: pf.Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:
+    r"""The score of y's density is :math:`J^{-\top}(g_x - \nabla\log|J|)`, by the Jacobian and by the inverse."""
+
+    def log_base(point: Tensor) -> Tensor:
+        return -3.0 * torch.log1p(0.2 * (point - 0.3).square()).flatten(-t.event_dim).sum(-1)
+
+    def gradient(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
+        leaf = point.detach().requires_grad_()
+        value = function(leaf).sum()
+        if not value.requires_grad:
+            return torch.zeros_like(point)
+        return torch.autograd.grad(value, leaf, materialize_grads=True)[0]
+
+    def log_density(point: Tensor) -> Tensor:
+        back, ladj = t.inverse_and_ladj(point, context)
+        return log_base(back) + ladj
+
+    score = gradient(log_base, x)
+    y, ladj, carried = t.forward_and_score(x, score, context)
+    plain, plain_ladj = t.forward_and_ladj(x, context)
+    assert not carried.requires_grad, "the score came back with a graph"
+    close(y.detach(), plain.detach(), 1e-12, "value")
+    close(ladj.detach(), plain_ladj.detach(), 1e-12, "ladj")
+    close(carried, gradient(log_density, y), tolerance, "score against the inverse")
+    matrix = jacobian(lambda point: t.forward_and_ladj(point, context)[0], x, t.event_dim)
+    pull = score - gradient(lambda point: t.forward_and_ladj(point, context)[1], x)
+    expected = torch.linalg.solve(matrix.mT, pull.flatten(-t.event_dim)).reshape(y.shape)
+    close(carried, expected, tolerance, "score against the Jacobian")
+
+
+def check_path_gradient(flow: pf.Flow) -> None:
+    """With the flow itself as the target, the path gradient vanishes to 1e-10 of its two halves."""
+    y, log_q, score = flow.sample_with_score((64,))
+    leaf = y.detach().requires_grad_()
+    log_p = flow.log_prob(leaf)
+    (target,) = torch.autograd.grad(log_p.sum(), leaf)
+    close(log_q, log_p.detach(), 1e-9, "log q")
+    parameters = list(flow.parameters())
+    assert y.requires_grad, "the draws carry no graph"
+
+    def size(weight: Tensor) -> Tensor:
+        found = torch.autograd.grad((weight * y).sum(), parameters, retain_graph=True, materialize_grads=True)
+        return torch.cat([gradient.flatten() for gradient in found]).norm()
+
+    whole = size(target)
+    assert whole > 0.0
+    assert size(score - target) <= 1e-10 * whole, "the path gradient does not vanish where q = p"
+
+
+def snapshot(module: nn.Module) -> tuple[dict, dict]:
+    """All attributes of all submodules, by identity, and the values and versions of the tensors."""
+    held = {
+        (name, key): dict(value) if isinstance(value, dict) else value
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+    }
+    tensors = {key: (value.clone(), value._version) for key, value in module.state_dict(keep_vars=True).items()}
+    return held, tensors
+
+
+def check_unchanged(module: nn.Module, before: tuple[dict, dict]) -> None:
+    """Nothing was added, removed, replaced or edited since the snapshot."""
+    held, tensors = snapshot(module)
+    assert held.keys() == before[0].keys(), "attributes came or went"
+    for key, value in held.items():
+        old = before[0][key]
+        if isinstance(value, dict):
+            assert value.keys() == old.keys(), f"{key}: entries came or went"
+            assert all(value[entry] is old[entry] for entry in value), f"{key}: an entry was replaced"
+        else:
+            assert value is old, f"{key}: replaced"
+    for key, (value, version) in tensors.items():
+        assert version == before[1][key][1], f"{key}: edited"
+        close(value, before[1][key][0], 0.0, key)
+
+
+def check_pure(t: pf.Bijection, x: Tensor, context: Tensor | None) -> None:
+    """No pass in any direction leaves anything on the module."""
+    before = snapshot(t)
+    y, _ = t.forward_and_ladj(x, context)
+    t.inverse_and_ladj(x, context)
+    t.forward_and_score(x, torch.ones_like(x), context)
+    bound = t.condition(context)
+    bound.log_abs_det_jacobian(x, bound(x))
+    bound.inv(y.detach())
+    bound.inv(bound(x)).sum().backward() if y.requires_grad else None
+    assert t.inv.inv is t
+    check_unchanged(t, before)
+
+
+def copies(module: nn.Module, fresh: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module by deepcopy, pickle, torch.save, and by its ``state_dict`` through a file into a fresh one."""
+    yield "deepcopy", copy.deepcopy(module)
+    yield "pickle", pickle.loads(pickle.dumps(module))
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    yield "torch.save", torch.load(buffer, weights_only=False)
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    yield "state_dict", fresh
+
+
+@contextmanager
+def evaluations(module: nn.Module) -> Iterator[Counter]:
+    """Count how often each layer's source of parameters (network or free numbers) is evaluated."""
+    counts: Counter = Counter()
+    sources = [(name, part) for name, part in module.named_modules() if isinstance(part, (Free, Network))]
+    counts.update({name: 0 for name, _ in sources})
+    hooks = [
+        part.register_forward_hook(lambda *_, name=name: counts.update([name])) for name, part in sources
+    ]
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_evaluations(module: nn.Module, work: Callable[[], object], expected: int = 1) -> None:
+    """``work`` evaluates each layer's source of parameters exactly ``expected`` times."""
+    with evaluations(module) as counts:
+        work()
+    assert counts, "nothing to count"
+    assert set(counts.values()) == {expected}, f"expected {expected} evaluation(s) of each layer, got {dict(counts)}"

@@ -1,0 +1,173 @@
+"""Every public transform and flow, with random parameters: what the invariants run over.
+
+A new transform gets a line in ``TRANSFORMS``, a new flow builder one in ``FLOWS``; a test fails if either is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import pyro_flows as pf
+from pyro_flows import masks
+
+CONTEXT = 3
+HIDDEN = (6,)
+DIMS = (1, 2, 3, 7)
+
+
+def randomise(module: nn.Module, *, sd: float, seed: int = 0) -> nn.Module:
+    """Add normal noise to every parameter, by a generator of its own: no map stays the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((sd * noise).to(parameter.dtype))
+    return module
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers by a generator of their own."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def built(build: Callable[[], nn.Module], *, dtype: torch.dtype, sd: float, seed: int) -> nn.Module:
+    """Build with a seeded start, without touching the global generator; randomised if ``sd`` is above 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = build().to(dtype)
+    return randomise(module, sd=sd, seed=seed + 1) if sd else module
+
+
+@dataclass(frozen=True)
+class Case:
+    """One transform: how to build it, the shape of an event, the width of its context."""
+
+    name: str
+    build: Callable[[], pf.Bijection]
+    shape: tuple[int, ...]
+    context_dim: int
+    sd: float = 0.3
+    closed: bool = True  # the inverse is a closed form
+
+    @property
+    def tolerance(self) -> float:
+        """What a float64 inverse must reach: rounding of a closed form, or of a numeric root."""
+        return 1e-9 if self.closed else 1e-7
+
+    def make(self, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> pf.Bijection:
+        return built(self.build, dtype=dtype, sd=self.sd, seed=seed)
+
+    def start(self, *, dtype: torch.dtype = torch.float64) -> pf.Bijection:
+        """The transform as its class builds it."""
+        return built(self.build, dtype=dtype, sd=0.0, seed=0)
+
+    def inputs(self, *batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor | None]:
+        """Points of the given batch shape, with a context for each."""
+        x = 1.5 * normal(*batch, *self.shape, seed=11, dtype=dtype)
+        return x, normal(*batch, self.context_dim, seed=12, dtype=dtype) if self.context_dim else None
+
+
+def _affine(dim: int, context_dim: int) -> pf.LowerTriangularAffine:
+    tril = 0.3 * normal(dim, dim, seed=1, dtype=torch.float32).tril(-1) + torch.linspace(0.5, 2.0, dim).diag()
+    return pf.LowerTriangularAffine(
+        dim, loc=torch.linspace(-1.0, 1.0, dim), scale_tril=tril, context_dim=context_dim, hidden=HIDDEN
+    )
+
+
+def _diagonal(dim: int, context_dim: int) -> pf.DiagonalAffine:
+    return pf.DiagonalAffine(
+        dim,
+        loc=torch.linspace(-1.0, 1.0, dim),
+        scale=torch.linspace(0.5, 2.0, dim),
+        context_dim=context_dim,
+        hidden=HIDDEN,
+    )
+
+
+def _mixed(dim: int, context_dim: int) -> pf.Chain:
+    """Plain and conditional layers of every family, with each kind of mask."""
+    options = {"context_dim": context_dim, "hidden": HIDDEN}
+    return pf.Chain(
+        [
+            pf.Planar(dim, **options),
+            pf.AffineCoupling(dim, mask=masks.alternating(dim, flip=True), **options),
+            pf.Permutation(dim, seed=3),
+            pf.AdditiveCoupling(dim, hidden=HIDDEN),
+            pf.Rescale(dim),
+            pf.Inverse(pf.AffineCoupling(dim, **options)),
+            _affine(dim, 0),
+        ]
+    )
+
+
+def _coupling(kind: type, mask: Callable[[int], Tensor] | None = None, **more) -> Callable[[int, int], pf.Bijection]:
+    def build(dim: int, context_dim: int) -> pf.Bijection:
+        chosen = None if mask is None else mask(dim)
+        return kind(dim, mask=chosen, context_dim=context_dim, hidden=HIDDEN, **more)
+
+    return build
+
+
+# A factory of (dim, context_dim), and what differs from the defaults of ``Case``.
+TRANSFORMS: dict[str, tuple[Callable[[int, int], pf.Bijection], dict]] = {
+    "AdditiveCoupling": (_coupling(pf.AdditiveCoupling), {}),
+    "AdditiveCoupling-alternating": (_coupling(pf.AdditiveCoupling, masks.alternating, activation="elu"), {}),
+    "AdditiveCoupling-flipped": (_coupling(pf.AdditiveCoupling, lambda d: masks.half(d, flip=True)), {}),
+    "AffineCoupling": (_coupling(pf.AffineCoupling), {}),
+    "AffineCoupling-alternating": (_coupling(pf.AffineCoupling, masks.alternating, activation="tanh"), {}),
+    "AffineCoupling-flipped": (_coupling(pf.AffineCoupling, lambda d: masks.half(d, flip=True)), {}),
+    "AffineCoupling-random": (_coupling(pf.AffineCoupling, lambda d: masks.random(d, seed=5)), {}),
+    "AffineCoupling-all": (_coupling(pf.AffineCoupling, lambda d: torch.zeros(d), log_scale_bound=0.5), {}),
+    "Chain": (_mixed, {"sd": 0.15, "closed": False}),
+    "DiagonalAffine": (_diagonal, {}),
+    "Inverse": (lambda d, c: pf.Inverse(pf.AffineCoupling(d, context_dim=c, hidden=HIDDEN)), {}),
+    "Inverse-Chain": (lambda d, c: pf.Inverse(_mixed(d, c)), {"sd": 0.15, "closed": False}),
+    "Inverse-Planar": (lambda d, c: pf.Inverse(pf.Planar(d, context_dim=c, hidden=HIDDEN)), {"closed": False}),
+    "LowerTriangularAffine": (_affine, {"sd": 0.15}),
+    "Permutation": (lambda d, c: pf.Permutation(d, seed=d), {}),
+    "Planar": (lambda d, c: pf.Planar(d, context_dim=c, hidden=HIDDEN), {"sd": 0.5, "closed": False}),
+    "Rescale": (lambda d, c: pf.Rescale(d, context_dim=c, hidden=HIDDEN), {}),
+}
+
+# Builders with the options that the cases use.
+FLOWS: dict[str, tuple[Callable[..., pf.Flow], dict]] = {
+    "nice": (pf.nice, {"layers": 4, "hidden": HIDDEN}),
+    "planar": (pf.planar, {"layers": 4, "hidden": HIDDEN}),
+    "realnvp": (pf.realnvp, {"layers": 4, "hidden": HIDDEN}),
+}
+NUMERIC = {"planar"}  # flows without a closed inverse
+ONE_WIDTH = {"Permutation"}  # transforms that take no context
+
+
+def make_flow(
+    name: str, dim: int, *, context_dim: int = 0, sd: float = 0.15, dtype: torch.dtype = torch.float64, **more
+) -> pf.Flow:
+    """A flow of the registry with random parameters (``sd=0``: as it starts)."""
+    builder, options = FLOWS[name]
+    options = {**options, "context_dim": context_dim, **more}
+    return built(lambda: builder(dim, **options), dtype=dtype, sd=sd, seed=dim)
+
+
+def _cases(dims: tuple[int, ...]) -> list[Case]:
+    cases = []
+    for dim in dims:
+        for context_dim in (0, CONTEXT):
+            end = f"-{dim}" + ("-context" if context_dim else "")
+            for name, (factory, more) in TRANSFORMS.items():
+                if not (context_dim and name in ONE_WIDTH):
+                    build = lambda f=factory, d=dim, c=context_dim: f(d, c)  # noqa: E731
+                    cases.append(Case(name + end, build, (dim,), context_dim, **more))
+            for name in FLOWS:
+                build = lambda n=name, d=dim, c=context_dim: make_flow(  # noqa: E731
+                    n, d, context_dim=c, sd=0.0, dtype=torch.float32
+                ).bijection
+                cases.append(Case(name + end, build, (dim,), context_dim, sd=0.15, closed=name not in NUMERIC))
+    return cases
+
+
+SMALL = _cases(DIMS)
+LARGE = _cases((100,))
