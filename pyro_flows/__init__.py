@@ -16,3 +16,4 @@ from pyro_flows.transforms import (
     masks,
 )
 from pyro_flows.log_density import LogDensity
+from pyro_flows.guides import AutoFlow, AutoNICE, AutoPlanar, AutoRealNVP

@@ -49,9 +49,9 @@ class Flow(nn.Module):
     (torch.Size([2]), torch.Size([3, 2]))
     """
 
-    def __init__(
-        self, bijection: Bijection, *, dim: int | None = None, base: str = "normal", df: float = 15.0
-    ) -> None:
+    _like: Tensor
+
+    def __init__(self, bijection: Bijection, *, dim: int | None = None, base: str = "normal", df: float = 15.0) -> None:
         super().__init__()
         if not isinstance(bijection, Bijection):
             raise ValueError(f"bijection: expected a Bijection, got a {type(bijection).__name__}.")
@@ -87,9 +87,7 @@ class Flow(nn.Module):
         """Return the distribution of the flow, with the batch shape of the context."""
         return TransformedDistribution(self.base_distribution(), [Bound(self.bijection, context)])
 
-    def rsample_and_log_prob(
-        self, shape: Sequence[int] = (), context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rsample_and_log_prob(self, shape: Sequence[int] = (), context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draw and score in one pass: ``(*shape, *batch, dim)`` and ``(*shape, *batch)``, with gradients."""
         base = self.base_distribution()
         if context is not None:
@@ -101,8 +99,13 @@ class Flow(nn.Module):
     def sample_with_score(self, shape: Sequence[int] = ()) -> tuple[Tensor, Tensor, Tensor]:
         r"""Draw with a graph; return ``y``, ``log q(y)`` and the score :math:`\nabla_y \log q(y)` without one.
 
-        This is what the path gradient needs, in one pass through the bijection.
+        This is what the path gradient needs, in one pass through the bijection. The uniform base is refused: its
+        density has edges that move with the parameters, which a score cannot see.
         """
+        if self.base == "uniform":
+            raise ValueError(
+                "base: the uniform base has no score at its edges; take 'normal', 'student_t' or 'logistic'."
+            )
         base = self.base_distribution()
         x = base.rsample(torch.Size(shape))
         with torch.enable_grad():

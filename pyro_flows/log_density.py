@@ -10,12 +10,12 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flows import _checks
-from pyro_flows.sites import Enumerate, Place, Resample, Structure, read_structure
+from pyro_flows.enumeration import Enumerate, Evaluator
+from pyro_flows.sites import Place, Resample, Structure, flatten_all, read_structure
 
 CHUNK = 1024
 TRACES_KEPT = 4
@@ -76,7 +76,7 @@ class LogDensity:
         self.evaluations = 0
         self.batched = True
         self.reason: str | None = None
-        self._evaluator: TraceEinsumEvaluator | None = None
+        self._evaluator: Evaluator | None = None
         self._graphs: dict[int, Callable[[Tensor], tuple[Tensor, Tensor]]] = {}
         self._probe()
 
@@ -92,14 +92,14 @@ class LogDensity:
         place = Place(self.structure.latents, z)
         with poutine.block(), place:
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
-        return trace, sum((ladj.sum() for ladj in place.ladj.values()), z.new_zeros(()))
+        return trace, sum((ladj.sum() for _, ladj in place.placed.values()), z.new_zeros(()))
 
     def _single(self, z: Tensor) -> Tensor:
         trace, ladj = self._run(z, enumerate_sites=True)
         if not self.structure.enumerated:
             return trace.log_prob_sum() + ladj
         if self._evaluator is None:
-            self._evaluator = TraceEinsumEvaluator(trace, True, self.structure.plate_nesting)
+            self._evaluator = Evaluator(trace, True, self.structure.plate_nesting)
         return self._evaluator.log_prob(trace) + ladj
 
     def _probe(self) -> None:
@@ -209,13 +209,7 @@ class LogDensity:
                 raise ValueError(f"values[{latent.name!r}]: expected shape (S, *{tuple(latent.shape)}), got {got}.")
 
         def flat(row: dict[str, Tensor]) -> Tensor:
-            with poutine.block(), poutine.condition(data=row):
-                trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
-            parts = [
-                latent.flatten(row[latent.name], trace.nodes[latent.name]["fn"].support)
-                for latent in self.structure.latents
-            ]
-            return torch.cat(parts)
+            return flatten_all(self.structure, row, lambda: self.model(*self.args, **self.kwargs))
 
         with torch.no_grad(), _quiet():
             if self.batched:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, Unit
-from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -105,12 +103,13 @@ class Place(Messenger):
         super().__init__()
         self.latents = {latent.name: latent for latent in latents}
         self.z = z
-        self.ladj: dict[str, Tensor] = {}
+        self.placed: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         latent = self.latents.get(msg["name"])
         if latent is not None and not msg["is_observed"]:
-            msg["value"], self.ladj[msg["name"]] = latent.place(self.z, msg["fn"].support)
+            self.placed[msg["name"]] = latent.place(self.z, msg["fn"].support)
+            msg["value"] = self.placed[msg["name"]][0]
 
 
 class Resample(Messenger):
@@ -121,17 +120,25 @@ class Resample(Messenger):
             msg["is_observed"], msg["value"] = False, None
 
 
-class Enumerate(EnumMessenger):
-    """Pyro's parallel enumeration, which reads ``value.data``, forbidden under vmap, where only the shape matters."""
+def place_all(structure: Structure, z: Tensor, run: Callable[[], Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return value and log Jacobian of each latent at ``z``; ``run`` calls the model, only if supports depend on it."""
+    if not structure.dependent:
+        nodes = structure.trace.nodes
+        return {latent.name: latent.place(z, nodes[latent.name]["fn"].support) for latent in structure.latents}
+    place = Place(structure.latents, z)
+    with poutine.block(), place:
+        run()
+    return place.placed
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        value = msg["value"]
-        if value is not None:
-            msg["value"] = SimpleNamespace(data=value, dim=value.dim)
-        try:
-            super()._pyro_post_sample(msg)
-        finally:
-            msg["value"] = value
+
+def flatten_all(structure: Structure, values: Mapping[str, Tensor], run: Callable[[], Any]) -> Tensor:
+    """Return the unconstrained vector (D,) of one constrained value of each latent; ``run`` as in :func:`place_all`."""
+    trace = structure.trace
+    if structure.dependent:
+        with poutine.block(), poutine.condition(data=dict(values)):
+            trace = poutine.trace(run).get_trace()
+    supports = {latent.name: trace.nodes[latent.name]["fn"].support for latent in structure.latents}
+    return torch.cat([latent.flatten(values[latent.name], supports[latent.name]) for latent in structure.latents])
 
 
 def is_data(site: Any) -> bool:
@@ -191,20 +198,29 @@ def _transform(site: Any) -> Any:
 
 
 class _Start(Messenger):
+    def __init__(self, start: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.start = start
+
     def _pyro_sample(self, msg: Any) -> None:
         if msg["value"] is None and not site_is_subsample(msg) and not is_enumerated(msg):
             with torch.no_grad():
-                msg["value"] = initial_value(msg)
+                msg["value"] = self.start(msg)
 
 
-def read_structure(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Structure:
-    """Run ``model`` once at a starting value and read its structure.
+def read_structure(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    start: Callable[[Any], Tensor] = initial_value,
+) -> Structure:
+    """Run ``model`` once at a starting value (``start`` of each latent site's message) and read its structure.
 
     Raises:
         ValueError: if there is no latent site; a latent is discrete and not enumerated, has a support without a
             bijection, or sits in a subsampled or sequential plate; or observed values are NaN. The site is named.
     """
-    with poutine.block(), torch.no_grad(), _Start():
+    with poutine.block(), torch.no_grad(), _Start(start):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     sites = [site for site in trace.nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
     stochastic = [site for site in sites if not site["is_observed"]]
@@ -220,7 +236,9 @@ def read_structure(model: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
     data = {site["name"]: site for site in sites if site["is_observed"] and is_data(site)}
     for site in data.values():
         _check_data(site)
-    floats = [site["value"] for site in (*stochastic, *data.values()) if site["value"].is_floating_point()]
+    seen = [site["value"] for site in (*stochastic, *data.values())]
+    seen += [site["fn"].log_factor for site in sites if isinstance(site["fn"], Unit)]
+    floats = [value for value in seen if value.is_floating_point()]
     structure = Structure(
         latents=tuple(latents),
         observed={name: site["value"] for name, site in data.items()},
@@ -234,7 +252,7 @@ def read_structure(model: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
         device=floats[0].device,
         trace=trace,
     )
-    return Structure(**{**vars(structure), "dependent": _supports_depend(model, args, kwargs, structure)})
+    return replace(structure, dependent=_supports_depend(model, args, kwargs, structure))
 
 
 def _read_latent(site: Any, offset: int) -> Latent:

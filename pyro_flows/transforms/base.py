@@ -99,17 +99,19 @@ class _Memo(NamedTuple):
     x: Tensor
     y: Tensor
     ladj: Tensor
+    point: bool  # whether x may still be handed out: it was given by the caller, and not read yet
     grad: bool
-    state: tuple[tuple[int, int], ...]
+    state: tuple[tuple[int, int, bool], ...]
 
 
 class Bound(Transform):
     r"""One bijection with one context, as a plain torch ``Transform``: made anew for each trace, never stored.
 
     Torch and Pyro ask for the map and then for its log-determinant. To cost one pass, a ``Bound`` remembers the last
-    ``(x, y, ladj)`` and gives it up when the log-determinant is read. The memo serves only the very same tensor
-    objects, unedited, with unchanged parameters, and with gradients recorded if they are recorded now. (Edits through
-    ``.data`` and fused optimisers leave no trace in torch's version counters: make a new ``Bound`` after a step.)
+    ``(x, y, ladj)`` of a pass: it answers one inversion of a ``y`` that it made, and one reading of the
+    log-determinant, which ends it. It serves only the very same tensor objects, unedited, with unchanged parameters,
+    and with gradients recorded if they are recorded now. (Edits through ``.data`` and fused optimisers leave no trace
+    in torch's version counters: make a new ``Bound`` after a step.)
 
     >>> import torch, pyro_flows as pf
     >>> bound = pf.AffineCoupling(2).condition(None)
@@ -141,17 +143,17 @@ class Bound(Transform):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_memo": None}
 
-    def _state(self, *tensors: Tensor) -> tuple[tuple[int, int], ...]:
-        """Identity and version of all that the memo depends on."""
+    def _state(self, *tensors: Tensor) -> tuple[tuple[int, int, bool], ...]:
+        """Identity and version of all that the memo depends on, and whether gradients are wanted for it."""
         owned = (*self.bijection.parameters(), *self.bijection.buffers())
         held = owned if self.context is None else (*owned, self.context)
-        return tuple((id(tensor), tensor._version) for tensor in (*held, *tensors))
+        return tuple((id(tensor), tensor._version, tensor.requires_grad) for tensor in (*held, *tensors))
 
-    def _keep(self, x: Tensor, y: Tensor, ladj: Tensor) -> None:
+    def _keep(self, x: Tensor, y: Tensor, ladj: Tensor, *, point: bool) -> None:
         if torch.is_inference_mode_enabled() or x.is_inference() or y.is_inference():
             self._memo = None  # inference tensors have no version counter
         else:
-            self._memo = _Memo(x, y, ladj, torch.is_grad_enabled(), self._state(x, y, ladj))
+            self._memo = _Memo(x, y, ladj, point, torch.is_grad_enabled(), self._state(x, y, ladj))
 
     def _recall(self, x: Tensor | None, y: Tensor) -> _Memo | None:
         memo = self._memo
@@ -163,15 +165,16 @@ class Bound(Transform):
 
     def _call(self, x: Tensor) -> Tensor:
         y, ladj = self.bijection.forward_and_ladj(x, self.context)
-        self._keep(x, y, ladj)
+        self._keep(x, y, ladj, point=True)
         return y
 
     def _inverse(self, y: Tensor) -> Tensor:
         memo = self._recall(None, y)
-        if memo is not None:
+        if memo is not None and memo.point:
+            self._memo = memo._replace(point=False)
             return memo.x
         x, ladj = self.bijection.inverse_and_ladj(y, self.context)
-        self._keep(x, y, -ladj)
+        self._keep(x, y, -ladj, point=False)
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -212,18 +215,19 @@ class Chain(Bijection):
 
     def __init__(self, layers: Iterable[Bijection]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
-        if not len(self.layers):
-            raise ValueError("Chain: expected at least one layer, got none.")
-        for layer in self.layers:
+        stack = list(layers)
+        if not stack:
+            raise ValueError("layers: expected at least one Bijection, got none.")
+        for layer in stack:
             if not isinstance(layer, Bijection):
-                raise ValueError(f"Chain: expected Bijections, got a {type(layer).__name__}.")
-        if len({layer.event_dim for layer in self.layers}) > 1:
-            raise ValueError("Chain: expected layers with one event_dim, got several.")
-        widths = {layer.context_dim for layer in self.layers} - {0}
+                raise ValueError(f"layers: expected Bijections, got a {type(layer).__name__}.")
+        if len({layer.event_dim for layer in stack}) > 1:
+            raise ValueError("layers: expected one event_dim, got several.")
+        widths = {layer.context_dim for layer in stack} - {0}
         if len(widths) > 1:
-            raise ValueError(f"Chain: expected one context_dim, got {sorted(widths)}.")
-        self.event_dim = self.layers[0].event_dim  # type: ignore[assignment]
+            raise ValueError(f"layers: expected one context_dim, got {sorted(widths)}.")
+        self.layers = nn.ModuleList(stack)
+        self.event_dim = stack[0].event_dim  # type: ignore[assignment]
         self.context_dim = widths.pop() if widths else 0
 
     def _context(self, layer: nn.Module, context: Tensor | None) -> Tensor | None:
@@ -248,6 +252,7 @@ class Chain(Bijection):
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        _checks.context("Chain", context, self.context_dim)
         total: Tensor | float = 0.0
         for layer in self.layers:
             x, ladj, score = layer.forward_and_score(x, score, self._context(layer, context))  # type: ignore[operator]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Network(nn.Module):
         super().__init__()
         sizes = [kept + context_dim, *hidden]
         layers: list[nn.Module] = []
-        for wide, narrow in zip(sizes[:-1], sizes[1:], strict=True):
+        for wide, narrow in pairwise(sizes):
             layers += [nn.Linear(wide, narrow), ACTIVATIONS[activation]()]
         last = nn.Linear(sizes[-1], out)
         nn.init.zeros_(last.weight)

@@ -17,6 +17,10 @@ class _Coupling(Bijection):
     """Mask, splitting, joining and the conditioner of a coupling layer; ``per`` parameters a moved coordinate."""
 
     per: int
+    mask: Tensor
+    _kept: Tensor
+    _moved: Tensor
+    _order: Tensor
 
     def __init__(
         self,
@@ -30,13 +34,14 @@ class _Coupling(Bijection):
         super().__init__()
         self.dim = _checks.integer("dim", dim, 1)
         self.context_dim = context_dim
-        mask = half(dim) if mask is None else torch.as_tensor(mask, dtype=torch.bool)
-        if mask.shape != (dim,) or bool(mask.all()):
+        given = half(dim) if mask is None else torch.as_tensor(mask)
+        mask = given == 1
+        if given.shape != (dim,) or bool(mask.all()) or not bool((mask | (given == 0)).all()):
             raise ValueError(
-                f"mask: expected {dim} booleans, at least one of them False (moved), got {mask.tolist()}."
+                f"mask: expected {dim} booleans, at least one of them False (moved), got {given.tolist()}."
             )
         self.register_buffer("mask", mask)
-        self.register_load_state_dict_post_hook(lambda module, _: module._index())
+        self.register_load_state_dict_post_hook(_reindex)
         self._index()
         kept = int(mask.sum())
         out = self.per * (dim - kept)
@@ -74,7 +79,7 @@ class _Coupling(Bijection):
 
 
 class AdditiveCoupling(_Coupling):
-    r"""NICE's coupling: :math:`y_K = x_K,\ y_M = x_M + t(x_K, \text{context})`, volume-preserving (:math:`\log|J| = 0`).
+    r"""NICE's coupling: :math:`y_K = x_K,\ y_M = x_M + t(x_K, \text{context})`; :math:`\log|J| = 0` (it preserves volume).
 
     K are the coordinates that ``mask`` keeps, M those it moves. The network's last layer starts at zero: the identity.
     The inverse costs the same as the forward pass: one evaluation of the network.
@@ -115,8 +120,7 @@ class AdditiveCoupling(_Coupling):
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         self._check(x, context)
-        kept, moved = self._split(x)
-        score_kept, score_moved = self._split(score)
+        (kept, moved), (score_kept, score_moved) = map(self._split, _spread(x, score, context))
         with torch.enable_grad():
             root = kept if kept.requires_grad else kept.detach().requires_grad_()
             shift = self.conditioner(root, context)
@@ -142,7 +146,8 @@ class AffineCoupling(_Coupling):
         log_scale_bound: B, in nats.
 
     Raises:
-        ValueError: for a mask that moves nothing or has the wrong length, a bound that is not positive, or a wrong width.
+        ValueError: for a mask that moves nothing or has the wrong length, a bound that is not positive, or a wrong
+            width.
 
     Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017.
 
@@ -190,8 +195,7 @@ class AffineCoupling(_Coupling):
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         self._check(x, context)
-        kept, moved = self._split(x)
-        score_kept, score_moved = self._split(score)
+        (kept, moved), (score_kept, score_moved) = map(self._split, _spread(x, score, context))
         with torch.enable_grad():
             root = kept if kept.requires_grad else kept.detach().requires_grad_()
             log_scale, shift = self._scale_and_shift(root, context)
@@ -202,6 +206,18 @@ class AffineCoupling(_Coupling):
             weights = torch.addcmul(torch.ones_like(carried), score_moved, moved.detach())
             score_kept = score_kept - _pull((log_scale, shift), root, (weights, carried))
         return y, log_scale.sum(-1).expand(y.shape[:-1]), self._join(score_kept, carried)
+
+
+def _reindex(module: _Coupling, _: object) -> None:
+    module._index()
+
+
+def _spread(x: Tensor, score: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Expand a point and its score to the batch shape that they have in common with the context."""
+    if context is None:
+        return x, score
+    shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+    return x.expand(*shape, -1), score.expand(*shape, -1)
 
 
 def _pull(outputs: tuple[Tensor, ...], root: Tensor, weights: tuple[Tensor, ...]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class Permutation(Bijection):
     [30.0, 10.0, 20.0]
     """
 
+    permutation: Tensor
+
     def __init__(self, permutation: Sequence[int] | Tensor | int, *, seed: int = 0) -> None:
         super().__init__()
         if isinstance(permutation, int) and not isinstance(permutation, bool):
@@ -37,7 +40,7 @@ class Permutation(Bijection):
         if indices.dim() != 1 or sorted(indices.tolist()) != list(range(len(indices))) or not len(indices):
             raise ValueError(f"permutation: expected each of 0 to D - 1 once, got {indices.tolist()}.")
         self.dim = len(indices)
-        self.register_buffer("permutation", indices)
+        self.register_buffer("permutation", indices.clone())
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._gather(x, context, self.permutation)
@@ -64,7 +67,7 @@ class DiagonalAffine(Bijection):
 
     Args:
         dim: number of coordinates.
-        loc: m, default zeros.
+        loc: m, default zeros. The module follows a floating tensor in dtype and device.
         scale: :math:`\ell > 0`, default ones.
         context_dim: width of the context; above 0, a network of it gives b and s.
         hidden: widths of that network.
@@ -79,6 +82,8 @@ class DiagonalAffine(Bijection):
     """
 
     _shifts = True
+    loc: Tensor
+    scale: Tensor
 
     def __init__(
         self,
@@ -93,12 +98,13 @@ class DiagonalAffine(Bijection):
         super().__init__()
         self.dim = _checks.integer("dim", dim, 1)
         self.context_dim = context_dim
-        self.register_buffer("loc", torch.zeros(dim) if loc is None else _checks.vector("loc", loc, dim))
-        self.register_buffer("scale", torch.ones(dim) if scale is None else _checks.vector("scale", scale, dim))
+        self.register_buffer("loc", torch.zeros(dim) if loc is None else _checks.vector("loc", _start(loc), dim))
+        self.register_buffer("scale", torch.ones(dim) if scale is None else _checks.vector("scale", _start(scale), dim))
         if not bool((self.scale > 0).all()):
             raise ValueError(f"scale: expected positive numbers, got {self.scale.tolist()}.")
         out = 2 * dim if self._shifts else dim
         self.conditioner = conditioner(0, context_dim, out, hidden=hidden, activation=activation)
+        _follow(self, loc, scale)
 
     def _affine(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         _checks.event(type(self).__name__, x, self.dim)
@@ -159,13 +165,13 @@ class Rescale(DiagonalAffine):
 class LowerTriangularAffine(Bijection):
     r"""Affine map relative to its start: :math:`y = m + L (b + A x)`, A lower triangular with diagonal :math:`e^{s}`.
 
-    :math:`m` and :math:`L` (``loc`` and ``scale_tril``) are fixed; b, s and the part of A below the diagonal are trained
-    from zero, so one step size serves kilometres and millimetres. :math:`\log|J| = \sum_d (s_d + \log L_{dd})`.
+    :math:`m` and :math:`L` (``loc`` and ``scale_tril``) are fixed; b, s and the part of A below the diagonal are
+    trained from zero, so one step size serves kilometres and millimetres. :math:`\log|J| = \sum_d (s_d + \log L_{dd})`.
     Forward: one product with a D x D matrix; inverse: one triangular solve, O(D^2) a point.
 
     Args:
         dim: number of coordinates.
-        loc: m, default zeros.
+        loc: m, default zeros. The module follows a floating tensor in dtype and device.
         scale_tril: L, lower triangular with a positive diagonal, default the identity.
         context_dim: width of the context; above 0, a network of it gives b, s and A.
         hidden: widths of that network.
@@ -180,6 +186,9 @@ class LowerTriangularAffine(Bijection):
     [2.0, 3.0]
     """
 
+    loc: Tensor
+    scale_tril: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -193,8 +202,8 @@ class LowerTriangularAffine(Bijection):
         super().__init__()
         self.dim = _checks.integer("dim", dim, 1)
         self.context_dim = context_dim
-        self.register_buffer("loc", torch.zeros(dim) if loc is None else _checks.vector("loc", loc, dim))
-        start = torch.eye(dim) if scale_tril is None else torch.as_tensor(scale_tril)
+        self.register_buffer("loc", torch.zeros(dim) if loc is None else _checks.vector("loc", _start(loc), dim))
+        start = torch.eye(dim) if scale_tril is None else _start(scale_tril)
         if start.shape != (dim, dim) or not bool(torch.isfinite(start).all()):
             raise ValueError(f"scale_tril: expected a finite {dim} x {dim} matrix, got shape {tuple(start.shape)}.")
         if not torch.equal(start, start.tril()) or not bool((start.diagonal() > 0).all()):
@@ -202,6 +211,7 @@ class LowerTriangularAffine(Bijection):
         self.register_buffer("scale_tril", start)
         below = dim * (dim - 1) // 2
         self.conditioner = conditioner(0, context_dim, 2 * dim + below, hidden=hidden, activation=activation)
+        _follow(self, loc, scale_tril)
 
     def _affine(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the shift m + L b, the matrix L A and its log determinant."""
@@ -237,6 +247,21 @@ class LowerTriangularAffine(Bijection):
         with torch.no_grad():
             carried = _solve(matrix, score, transpose=True)
         return y, ladj.expand(y.shape[:-1]), carried
+
+
+def _start(value: Any) -> Tensor:
+    """Return a copy: a floating tensor as it is, anything else in the default dtype."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().clone()
+    return torch.as_tensor(value, dtype=torch.get_default_dtype()).clone()
+
+
+def _follow(module: Bijection, *starts: Any) -> None:
+    """Move a module to dtype and device of the first start that is a floating tensor."""
+    for value in starts:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            module.to(value)
+            return
 
 
 def _product(matrix: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,454 @@
+"""Flow guides for Pyro: subclasses of ``AutoContinuous`` that work in Pyro's own SVI and are what ``fit`` trains."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.guides import AutoGuide
+from pyro.nn.module import _is_module_local_param_enabled
+from pyro.params.param_store import param_with_module_name
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pyro_flows import _checks
+from pyro_flows.flows import BUILDERS, Flow
+from pyro_flows.sites import Structure, flatten_all, initial_value, place_all, read_structure
+from pyro_flows.transforms import Bijection, Bound, Chain, DiagonalAffine, LowerTriangularAffine
+
+AFFINES = ("auto", "diagonal", "none", "tril")
+FULL_AFFINE_UP_TO = 200
+QUANTILE_DRAWS = 4000
+
+FlowLike = str | Flow | Bijection | Callable[[int], "Flow | Bijection"]
+
+_owned: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that some guide of this process registered in the store
+
+
+class AutoFlow(AutoContinuous):
+    r"""Guide :math:`z = m + L(b + A f(\epsilon))` over all continuous latents, f any flow, affine map trained with it.
+
+    Works in Pyro's ``SVI`` with any ELBO, in ``Predictive``, ``AutoGuideList``, ``poutine.block`` and ``NeuTraReparam``.
+    Latents are mapped to real numbers by their supports' bijections (dependent supports and improper priors too).
+    Every guide owns its parameters: a second guide of the same name starts afresh and trains, and parameters that were
+    loaded into Pyro's store are taken over. dtype and device follow the model's sites, or an earlier ``guide.to(...)``.
+
+    One SVI step evaluates each layer's network once.
+
+    Args:
+        model: a Pyro model.
+        flow: a builder's name (``"realnvp"``, ``"nice"``, ``"planar"``), a :class:`Flow` or :class:`Bijection` of the
+            model's dimension, or a function of the dimension that returns one.
+        affine: the trainable affine map after the flow: ``"tril"``, ``"diagonal"``, ``"none"``, or ``"auto"``
+            (triangular up to 200 dimensions).
+        base: base distribution, see :class:`Flow`; ignored if ``flow`` is a :class:`Flow`, which brings its own.
+        df: degrees of freedom of the Student-t base.
+        init_loc_fn: Pyro init function for m; the default is the prior median, and works for improper priors.
+        init_scale: L at the start, times the identity.
+        options: passed to the builder, e.g. ``layers=8``; only with a builder's name.
+
+    Raises:
+        ValueError: for an unknown flow, affine map or base; and when the model is first run, naming the site, for
+            discrete latents, supports without a bijection, subsampled plates with local latents, NaN in the data.
+        RuntimeError: if parameters are asked for before the guide has seen the model's arguments.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model():
+    ...     pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    >>> guide = pf.AutoFlow(model, "nice", layers=2).initialize()
+    >>> guide.sample_posterior(10)["x"].shape
+    torch.Size([10, 3])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        flow: FlowLike = "realnvp",
+        *,
+        affine: str = "auto",
+        base: str = "student_t",
+        df: float = 15.0,
+        init_loc_fn: Callable[..., Any] = initial_value,
+        init_scale: float = 1.0,
+        **options: Any,
+    ) -> None:
+        AutoGuide.__init__(self, model)
+        if isinstance(flow, str):
+            _checks.choice("flow", flow, BUILDERS)
+            BUILDERS[flow](1, base=base, df=df, **options)  # wrong options fail here, not at the first step
+        elif options:
+            raise TypeError(f"options: {', '.join(options)} go with a flow's name; this flow is already built.")
+        elif not isinstance(flow, (Flow, Bijection)) and not callable(flow):
+            raise ValueError(f"flow: expected a name, a Flow, a Bijection or a function, got a {type(flow).__name__}.")
+        self._recipe = (flow, _checks.choice("affine", affine, AFFINES), base, df, options)
+        self._init_loc_fn = init_loc_fn
+        self._init_scale = _checks.positive("init_scale", init_scale)
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._moved = False
+        self.structure: Structure | None = None
+        self.plates: dict[str, Any] = {}
+        self.register_buffer("_like", torch.zeros(()), persistent=False)
+
+    # setting up -----------------------------------------------------------------------------------------------------
+
+    def initialize(self, *args: Any, **kwargs: Any) -> AutoFlow:
+        """Run the model once on its arguments and make the parameters, so that an optimiser can be built."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+            if self.master is None:
+                with poutine.block():
+                    self._create_plates(*args, **kwargs)
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        structure = read_structure(self.model, args, kwargs, self._init_loc_fn)
+        self._arguments = (args, kwargs)
+        self._set_structure(structure)
+        if self.master is not None:
+            self.master()._check_prototype(self.prototype_trace)
+        like = self._like if self._moved else torch.zeros((), dtype=structure.dtype, device=structure.device)
+        loc = self._init_loc().to(like)
+        flow = self._build(structure.dim).to(like)
+        self.flow = flow
+        self.start_at(loc, self._init_scale * torch.ones_like(loc))
+
+    def _set_structure(self, structure: Structure) -> None:
+        """Keep what the guide needs of the prototype run: latent sites only, no data, nothing of a graph."""
+        trace = poutine.Trace()
+        for latent in structure.latents:
+            site = structure.trace.nodes[latent.name]
+            kept = ("name", "type", "fn", "value", "is_observed", "infer", "cond_indep_stack", "scale", "mask")
+            trace.add_node(latent.name, args=(), kwargs={}, **{key: site[key] for key in kept})
+        self.structure = replace(structure, trace=trace, observed={})
+        self.prototype_trace = trace
+        self.latent_dim = structure.dim
+        self._unconstrained_shapes = {latent.name: latent.unconstrained_shape for latent in structure.latents}
+        self._cond_indep_stacks = {name: site["cond_indep_stack"] for name, site in trace.nodes.items()}
+        frames = [frame for stack in self._cond_indep_stacks.values() for frame in stack]
+        self._prototype_frames = {frame.name: frame for frame in frames}
+
+    def _build(self, dim: int) -> Flow:
+        flow, affine, base, df, options = self._recipe
+        built: Any = BUILDERS[flow](dim, base=base, df=df, **options) if isinstance(flow, str) else flow
+        if not isinstance(built, (Flow, Bijection)):
+            built = built(dim)
+        built = built if isinstance(built, Flow) else Flow(built, base=base, df=df)
+        if built.dim != dim or built.context_dim:
+            raise ValueError(
+                f"flow: expected one of dim {dim} (the model's unconstrained latents) without context, "
+                f"got dim {built.dim}, context_dim {built.context_dim}."
+            )
+        if affine == "none":
+            return built
+        kind = "tril" if affine == "tril" or (affine == "auto" and dim <= FULL_AFFINE_UP_TO) else "diagonal"
+        map_ = LowerTriangularAffine(dim) if kind == "tril" else DiagonalAffine(dim)
+        whole = Flow(Chain([built.bijection, map_]), dim=dim, base=built.base, df=built.df)
+        whole.settings = None if built.settings is None else {**built.settings, "affine": kind}
+        return whole
+
+    @property
+    def affine(self) -> LowerTriangularAffine | DiagonalAffine | None:
+        """The trainable affine map after the flow, None with ``affine="none"``."""
+        last = self._flow.bijection
+        last = last.layers[-1] if isinstance(last, Chain) else last
+        wanted = self._recipe[1] != "none" and isinstance(last, (LowerTriangularAffine, DiagonalAffine))
+        return last if wanted else None  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def start_at(self, loc: Tensor, scale: Tensor) -> None:
+        """Set the fixed start m and L of the affine map (``scale``: (D,) or lower triangular (D, D)); b = 0, A = I."""
+        affine = self.affine
+        if affine is None:
+            return
+        affine.loc.copy_(loc)
+        if isinstance(affine, LowerTriangularAffine):
+            affine.scale_tril.copy_(torch.diag(scale) if scale.dim() == 1 else scale)
+        else:
+            affine.scale.copy_(scale if scale.dim() == 1 else scale.diagonal())
+        for parameter in affine.parameters():
+            parameter.zero_()
+
+    @property
+    def _flow(self) -> Flow:
+        """The flow, past Pyro's attribute hook, which would register its parameters once more."""
+        flow = self.__dict__["_modules"].get("flow")
+        if flow is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no parameters yet: they are made when the model is first run. "
+                "Call guide.initialize(*args) with the model's arguments first."
+            )
+        return flow
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self._flow  # noqa: B018  (raises before the first run)
+        return super().named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._flow  # noqa: B018
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._flow  # noqa: B018
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AutoFlow:
+        self._moved = True
+        return super()._apply(fn, recurse)
+
+    # copies ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        if self._model is None:
+            raise RuntimeError("this guide was loaded without its model; give it one with guide.attach(model, *args).")
+        return self._model[0]
+
+    def attach(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> AutoFlow:
+        """Give a loaded guide its model back (pickles hold none)."""
+        self._model = (model,)
+        self._arguments = (args, kwargs)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        modules = self.__dict__["_modules"].values()
+        for parameter in (parameter for module in modules for parameter in module.parameters()):
+            parameter.__dict__.pop("unconstrained", None)  # Pyro's weak reference
+        state = self.__dict__.copy()
+        state.update(_model=None, master=None, plates={}, _arguments=((), {}))
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        new.__dict__.update(_model=self._model, _arguments=self._arguments)
+        return new
+
+    # Pyro's protocol ---------------------------------------------------------------------------------------------------
+
+    def get_base_dist(self) -> dist.TorchDistribution:
+        return self._flow.base_distribution()
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Bound:
+        return Bound(self._flow.bijection)
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
+        """Return the distribution of the unconstrained vector."""
+        return self._flow()
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        for site in self._built_structure.latents:
+            yield self.prototype_trace.nodes[site.name], site.unconstrained(latent)
+
+    @property
+    def _built_structure(self) -> Structure:
+        self._flow  # noqa: B018
+        assert self.structure is not None
+        return self.structure
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        self._register()
+        z = self.sample_latent(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        placed = place_all(self._built_structure, z, lambda: self.model(*args, **kwargs))
+        result = {}
+        for latent in self._built_structure.latents:
+            value, ladj = placed[latent.name]
+            density = 0.0 if poutine.get_mask() is False else -ladj
+            with ExitStack() as stack:
+                for frame in self._cond_indep_stacks[latent.name]:
+                    stack.enter_context(plates[frame.name])
+                delta = dist.Delta(value, log_density=density, event_dim=latent.event_dim)
+                result[latent.name] = pyro.sample(latent.name, delta)
+        return result
+
+    def _register(self) -> None:
+        """Tell Pyro of the flow's parameters; make the store hold the very tensors of this guide.
+
+        What the store holds under our names is either another guide's (then ours replaces it) or was loaded into the
+        store (then we take its values over).
+        """
+        prefix = self._pyro_get_fullname("flow")
+        local = _is_module_local_param_enabled()
+        store = pyro.get_param_store()
+        for name, parameter in self._flow.named_parameters():
+            full = param_with_module_name(prefix, name)
+            if local:
+                pyro.poutine.runtime.effectful(type="param")(lambda *_, value=parameter, **__: value)(
+                    full, parameter, constraint=constraints.real, name=full
+                )
+                continue
+            stored = store._params.get(full)
+            if stored is not parameter:
+                if stored is not None:
+                    if stored not in _owned:
+                        _take_over(full, parameter, stored)
+                    del store[full]
+                store._constraints[full] = constraints.real
+                store._params[full] = parameter
+                store._param_to_name[parameter] = full
+                _owned[parameter] = True
+            pyro.param(full, parameter)
+
+    # the posterior, constrained ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw ``n`` times from the guide: ``{name: (n, *shape)}``, constrained; uses torch's global generator.
+
+        Model arguments are needed only if supports depend on latents and the guide was loaded from a file.
+        """
+        _checks.integer("n", n, 1)
+        return self._constrain(self._flow().sample((n,)), *args, **kwargs)
+
+    def _constrain(self, z: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        structure = self._built_structure
+        args, kwargs = (args, kwargs) if args or kwargs else self._arguments
+
+        def values(row: Tensor) -> dict[str, Tensor]:
+            placed = place_all(structure, row, lambda: self.model(*args, **kwargs))
+            return {name: value for name, (value, _) in placed.items()}
+
+        with pyro.validation_enabled(False):
+            return torch.func.vmap(values)(z)
+
+    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        r"""Return the guide's log density of constrained latents, :math:`\log q(z) - \log|d\theta/dz|`.
+
+        Args:
+            values: ``{name: (*batch, *shape)}``, one for each latent site, with one common batch shape.
+            args: the model's arguments (as in :meth:`sample_posterior`).
+            kwargs: its keyword arguments.
+
+        Raises:
+            ValueError: naming the site that is missing or has the wrong shape.
+        """
+        structure = self._built_structure
+        args, kwargs = (args, kwargs) if args or kwargs else self._arguments
+        shapes = set()
+        for latent in structure.latents:
+            shape = torch.as_tensor(values[latent.name]).shape if latent.name in values else None
+            cut = 0 if shape is None else len(shape) - len(latent.shape)
+            if shape is None or cut < 0 or shape[cut:] != latent.shape:
+                got = "nothing" if shape is None else f"shape {tuple(shape)}"
+                raise ValueError(f"values[{latent.name!r}]: expected shape (*batch, *{tuple(latent.shape)}), got {got}.")
+            shapes.add(shape[:cut])
+        if len(shapes) > 1:
+            raise ValueError(f"values: expected one batch shape for all sites, got {sorted(map(tuple, shapes))}.")
+        batch = shapes.pop()
+        rows = {site.name: values[site.name].reshape(-1, *site.shape) for site in structure.latents}
+
+        def flat(row: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            z = flatten_all(structure, row, lambda: self.model(*args, **kwargs))
+            placed = place_all(structure, z, lambda: self.model(*args, **kwargs))
+            return z, sum((ladj.sum() for _, ladj in placed.values()), z.new_zeros(()))
+
+        with pyro.validation_enabled(False):
+            z, ladj = torch.func.vmap(flat)(rows)
+        return (self._flow().log_prob(z.to(self.get_base_dist().mean)) - ladj).reshape(batch)
+
+    @torch.no_grad()
+    def _draws(self) -> Tensor:
+        """Draws for medians and quantiles, the same at each call."""
+        like = self.get_base_dist().mean
+        with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
+            torch.manual_seed(0)
+            return self._flow().sample((QUANTILE_DRAWS,))
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the marginal medians, taken over 4000 draws of the unconstrained vector and then constrained."""
+        self.initialize(*args, **kwargs)
+        middle = self._draws().median(0, keepdim=True).values
+        return {name: value[0] for name, value in self._constrain(middle, *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return marginal quantiles over 4000 draws, constrained: ``{name: (len(quantiles), *shape)}``."""
+        self.initialize(*args, **kwargs)
+        levels = torch.as_tensor(quantiles)
+        if levels.dim() != 1 or not bool(((levels >= 0) & (levels <= 1)).all()):
+            raise ValueError(f"quantiles: expected a list of numbers between 0 and 1, got {quantiles!r}.")
+        draws = self._constrain(self._draws(), *args, **kwargs)
+        return {name: torch.quantile(value, levels.to(value), dim=0) for name, value in draws.items()}
+
+
+def _take_over(name: str, parameter: nn.Parameter, stored: Tensor) -> None:
+    if stored.shape != parameter.shape:
+        raise ValueError(
+            f"param store: {name!r} has shape {tuple(stored.shape)}, this guide's is {tuple(parameter.shape)}. "
+            "It was saved from another guide; call pyro.clear_param_store(), or build the guide with the same settings."
+        )
+    with torch.no_grad():
+        parameter.copy_(stored)
+
+
+class AutoRealNVP(AutoFlow):
+    """:class:`AutoFlow` with :func:`~pyro_flows.realnvp`: affine couplings with alternating masks. The default choice.
+
+    Args:
+        model: a Pyro model.
+        layers: number of couplings.
+        hidden: widths of their hidden layers.
+        options: as for :class:`AutoFlow` and :func:`~pyro_flows.realnvp`.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> guide = pf.AutoRealNVP(lambda: pyro.sample("x", dist.Beta(2.0, 2.0)), layers=2)
+    >>> guide.initialize().median()["x"].shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], layers: int = 8, *, hidden: Sequence[int] = (32, 32), **options: Any
+    ) -> None:
+        super().__init__(model, "realnvp", layers=layers, hidden=hidden, **options)
+
+
+class AutoNICE(AutoFlow):
+    """:class:`AutoFlow` with :func:`~pyro_flows.nice`: additive couplings, volume-preserving up to a final scale.
+
+    Args:
+        model: a Pyro model.
+        layers: number of couplings.
+        hidden: widths of their hidden layers.
+        options: as for :class:`AutoFlow` and :func:`~pyro_flows.nice`.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> guide = pf.AutoNICE(lambda: pyro.sample("x", dist.Beta(2.0, 2.0)), layers=2)
+    >>> guide.initialize().median()["x"].shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], layers: int = 4, *, hidden: Sequence[int] = (32, 32), **options: Any
+    ) -> None:
+        super().__init__(model, "nice", layers=layers, hidden=hidden, **options)
+
+
+class AutoPlanar(AutoFlow):
+    """:class:`AutoFlow` with :func:`~pyro_flows.planar`: for few dimensions and mild departures from a Gaussian.
+
+    Args:
+        model: a Pyro model.
+        layers: number of planar maps.
+        options: as for :class:`AutoFlow` and :func:`~pyro_flows.planar`.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> guide = pf.AutoPlanar(lambda: pyro.sample("x", dist.Beta(2.0, 2.0)), layers=2)
+    >>> guide.initialize().median()["x"].shape
+    torch.Size([])
+    """
+
+    def __init__(self, model: Callable[..., Any], layers: int = 16, **options: Any) -> None:
+        super().__init__(model, "planar", layers=layers, **options)

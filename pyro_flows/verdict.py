@@ -1,0 +1,154 @@
+"""Whether to believe a fit: PSIS, effective sample size, and what weighting would change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_flows._arviz import psis
+
+ESS_RATIO = 0.1
+MEAN_SHIFT = 0.1
+SD_SHIFT = 0.1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judgement and the numbers it rests on; ``str()`` is one plain sentence.
+
+    Attributes:
+        status: ``"ok"``: the draws stand as they are; ``"corrected"``: the raw draws miss, importance resampling mends
+            them, and ``samples`` holds the resampled ones; ``"unreliable"``: neither.
+        k_hat: Pareto shape of the importance weights.
+        k_threshold: min(1 - 1 / log10(S), 0.7).
+        ess_ratio: effective sample size of the weights over S.
+        mean_shift: largest difference between raw and weighted means, in posterior sds, over unconstrained coordinates.
+        sd_shift: largest absolute log ratio of raw and weighted sds.
+        where: the coordinate of the larger shift.
+        reasons: what spoke against ``ok``, in words.
+    """
+
+    status: str
+    k_hat: float
+    k_threshold: float
+    ess_ratio: float
+    mean_shift: float
+    sd_shift: float
+    where: str
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        figures = (
+            f"k-hat {self.k_hat:.2f} (limit {self.k_threshold:.2f}), ESS/S {self.ess_ratio:.2f}, "
+            f"largest shift by weighting {self.mean_shift:.2f} sd at {self.where}"
+        )
+        if self.status == "ok":
+            return f"ok: the draws can be used as they are; {figures}."
+        why = "; ".join(self.reasons)
+        if self.status == "corrected":
+            return f"corrected: raw draws miss, so samples are importance-resampled ({why}); {figures}."
+        return (
+            f"unreliable: do not use these draws ({why}); {figures}. "
+            "Try more layers or more steps, another parametrisation of the model, or Pyro's NUTS."
+        )
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """Draws scored by both densities: smoothed weights and what they imply."""
+
+    log_weights: Tensor
+    k_hat: float
+    ess: float
+    elbo: float
+    log_evidence: float
+    mean_shift: Tensor
+    sd_shift: Tensor
+    broken: int
+
+    @property
+    def threshold(self) -> float:
+        """Largest admissible k-hat for this many draws."""
+        return min(1.0 - 1.0 / math.log10(max(len(self.log_weights), 11)), 0.7)
+
+    @property
+    def admissible(self) -> bool:
+        """Whether weighted averages can be trusted."""
+        return self.k_hat < self.threshold and self.ess >= ESS_RATIO * len(self.log_weights)
+
+
+def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
+    """Compare draws ``z`` (S, D) from q with their log densities under p and q."""
+    ratio = (log_p - log_q).double()
+    broken = int((~torch.isfinite(ratio)).sum())
+    ratio = torch.where(torch.isfinite(ratio), ratio, -torch.inf)
+    if broken == len(ratio):
+        nothing = torch.full((z.shape[1],), torch.nan)
+        return Weighing(ratio, math.inf, 0.0, -math.inf, -math.inf, nothing, nothing, broken)
+    log_weights, k_hat = psis(ratio)
+    weights, points = log_weights.exp().unsqueeze(-1), z.double()
+    mean, weighted = points.mean(0), (weights * points).sum(0)
+    spread = points.std(0)
+    weighted_spread = (weights * (points - weighted).square()).sum(0).sqrt()
+    return Weighing(
+        log_weights=log_weights,
+        k_hat=k_hat,
+        ess=float(1.0 / weights.square().sum()),
+        elbo=float(ratio[torch.isfinite(ratio)].mean()),
+        log_evidence=float(torch.logsumexp(ratio, 0) - math.log(len(ratio))),
+        mean_shift=(mean - weighted).abs() / weighted_spread.clamp_min(torch.finfo(torch.float64).tiny),
+        sd_shift=(spread / weighted_spread.clamp_min(torch.finfo(torch.float64).tiny)).log().abs(),
+        broken=broken,
+    )
+
+
+def judge(
+    weighing: Weighing, names: Sequence[str], *, warnings: Sequence[str] = (), failures: Sequence[str] = ()
+) -> Verdict:
+    """Turn a weighing into a verdict.
+
+    Args:
+        weighing: the scored draws.
+        names: labels of the coordinates.
+        warnings: what speaks against the raw draws (a fit that was cut short).
+        failures: what speaks against the weighted draws too (runs that disagree).
+    """
+    reasons = list(failures)
+    ratio = weighing.ess / len(weighing.log_weights)
+    if not weighing.k_hat < weighing.threshold:
+        reasons.append(f"k-hat {weighing.k_hat:.2f} is not below {weighing.threshold:.2f}")
+    if ratio < ESS_RATIO:
+        reasons.append(f"ESS/S {ratio:.3f} is below {ESS_RATIO}")
+    mean, where = (float(x) for x in weighing.mean_shift.max(0))
+    sd, sd_where = (float(x) for x in weighing.sd_shift.max(0))
+    moved = []
+    if not mean <= MEAN_SHIFT:
+        moved.append(f"weighting moves the mean of {names[int(where)]} by {mean:.2f} sd")
+    if not sd <= SD_SHIFT:
+        moved.append(f"weighting changes the sd of {names[int(sd_where)]} by a factor {math.exp(sd):.2f}")
+    if weighing.broken:
+        moved.append(f"{weighing.broken} draws have no finite log density")
+    status = "unreliable" if reasons else "corrected" if moved or warnings else "ok"
+    return Verdict(
+        status=status,
+        k_hat=weighing.k_hat,
+        k_threshold=weighing.threshold,
+        ess_ratio=ratio,
+        mean_shift=mean,
+        sd_shift=sd,
+        where=names[int(where)],
+        reasons=(*reasons, *moved, *warnings),
+    )
+
+
+def resample(log_weights: Tensor, draws: int, *, seed: int) -> Tensor:
+    """Return ``draws`` indices drawn by systematic resampling of normalised log weights (S,), in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    cumulative = log_weights.double().cpu().exp().cumsum(0)
+    points = (torch.arange(draws, dtype=torch.float64) + torch.rand((), generator=generator, dtype=torch.float64)) / draws
+    index = torch.searchsorted(cumulative, points * cumulative[-1]).clamp_max(len(cumulative) - 1)
+    return index[torch.randperm(draws, generator=generator)].to(log_weights.device)
