@@ -1,10 +1,30 @@
-"""The only door to ArviZ, opened lazily: importing ``pyro_flows`` does not import ArviZ."""
+"""The only door to ArviZ, opened lazily: importing ``pyro_flows`` does not import ArviZ.
+
+Everything goes through ``arviz_base`` and ``arviz_stats``, which are the same for ArviZ 0.23 (Python 3.11) and 1.x; only
+the last step of :func:`pack` and the default interval differ.
+"""
 
 from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyro_flows import _checks
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+SAMPLE_DIMS = ("chain", "draw")
+SD_DIGITS = 3
 
 
 def psis(log_weights: Tensor) -> tuple[Tensor, float]:
@@ -20,3 +40,164 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
     result = torch.as_tensor(np.asarray(smoothed), device=log_weights.device)
     result = torch.where(torch.isfinite(log_weights), result, -torch.inf)
     return result - torch.logsumexp(result, 0), float(k_hat)
+
+
+# labelled arrays ------------------------------------------------------------------------------------------------------
+
+
+def dataset(
+    values: Mapping[str, np.ndarray],
+    dims: Mapping[str, Sequence[str]],
+    *,
+    sample_dims: Sequence[str] = SAMPLE_DIMS,
+    coords: Mapping[str, Any] | None = None,
+) -> xr.Dataset:
+    """Label arrays; their leading axes are ``sample_dims``. Attributes are left to :func:`pack`."""
+    from arviz_base import dict_to_dataset
+
+    found = dict_to_dataset(
+        dict(values), dims={name: list(names) for name, names in dims.items()}, coords=coords, sample_dims=sample_dims
+    )
+    found.attrs = {}
+    return found
+
+
+def relabel(
+    groups: Mapping[str, xr.Dataset], coords: Mapping[str, Any] | None, dims: Mapping[str, Sequence[str]] | None
+) -> dict[str, xr.Dataset]:
+    """Rename the dimensions of variables, and label dimensions with coordinates, in all groups that have them.
+
+    Raises:
+        ValueError: naming the variable, the dimension or the length that does not fit.
+    """
+    renamed = {name: _rename(group, _renamings(groups, dims or {})) for name, group in groups.items()}
+    known = {str(dim): size for group in renamed.values() for dim, size in group.sizes.items()}
+    for dim, labels in (coords or {}).items():
+        _checks.choice("coords", dim, known)
+        for name, group in renamed.items():
+            if dim in group.sizes:
+                if len(labels) != group.sizes[dim]:
+                    raise ValueError(f"coords[{dim!r}]: expected {group.sizes[dim]} labels, got {len(labels)}.")
+                renamed[name] = group.assign_coords({dim: list(labels)})
+    return renamed
+
+
+def _renamings(groups: Mapping[str, xr.Dataset], dims: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
+    widest: dict[str, tuple[str, ...]] = {}
+    for group in groups.values():
+        for name, values in group.data_vars.items():
+            own = tuple(str(dim) for dim in values.dims if dim not in SAMPLE_DIMS)
+            widest[str(name)] = max(widest.get(str(name), ()), own, key=len)
+    renamings = {}
+    for name, names in dims.items():
+        old = widest[_checks.choice("dims", name, widest)]
+        if len(names) != len(old) or isinstance(names, str):
+            raise ValueError(f"dims[{name!r}]: expected {len(old)} names for its dimensions {old}, got {names!r}.")
+        renamings[name] = dict(zip(old, names, strict=True))
+    return renamings
+
+
+def _rename(group: xr.Dataset, renamings: Mapping[str, Mapping[str, str]]) -> xr.Dataset:
+    if not any(name in group for name in renamings):
+        return group
+    variables = {}
+    for name, values in group.data_vars.items():
+        mapping = renamings.get(str(name), {})
+        variables[name] = values.rename({old: new for old, new in mapping.items() if old in values.dims and old != new})
+    return group.drop_vars(list(group)).drop_dims(list(group.dims)).assign(variables)
+
+
+# the whole object -----------------------------------------------------------------------------------------------------
+
+
+def pack(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> Any:
+    """Return an ``arviz.InferenceData`` where the installed ArviZ is 0.x, a ``DataTree`` elsewhere."""
+    if not _is_old():
+        return _tree(groups, attrs)
+    with_attrs = {name: group.assign_attrs(attrs) for name, group in groups.items()}
+    return _old().InferenceData(attrs=dict(attrs), **with_attrs)
+
+
+def write(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float], path: Path) -> None:
+    """Write all groups to one netCDF file."""
+    _tree(groups, attrs).to_netcdf(path, engine="h5netcdf")
+
+
+def read(path: Path) -> tuple[dict[str, xr.Dataset], dict[str, str | float]]:
+    """Read what :func:`write` wrote: groups and attributes, all in memory."""
+    import xarray
+
+    with xarray.open_datatree(path, engine="h5netcdf") as tree:
+        tree.load()
+        groups = {name: node.to_dataset().copy() for name, node in tree.children.items()}
+        attrs = {name: value.item() if hasattr(value, "item") else value for name, value in tree.attrs.items()}
+    for group in groups.values():
+        group.attrs = {}
+    return groups, attrs
+
+
+def _tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> Any:
+    import xarray
+
+    tree = xarray.DataTree.from_dict({name: group.assign_attrs(attrs) for name, group in groups.items()})
+    tree.attrs = dict(attrs)
+    return tree
+
+
+def _is_old() -> bool:
+    return int(version("arviz").split(".")[0]) < 1
+
+
+def _old() -> Any:
+    """Import ArviZ 0.x without its advertisement for 1.x, which needs another Python."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing a major refactor", category=FutureWarning)
+        import arviz
+    return arviz
+
+
+# the table ------------------------------------------------------------------------------------------------------------
+
+
+def default_interval() -> tuple[str, float]:
+    """Return kind and probability of the installed ArviZ's interval, as its settings have it: hdi .94, or eti .89."""
+    if _is_old():
+        return "hdi", float(_old().rcParams["stats.ci_prob"])
+    from arviz_base import rcParams
+
+    return str(rcParams["stats.ci_kind"]), float(rcParams["stats.ci_prob"])
+
+
+def summary(draws: xr.Dataset, *, ess: float, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
+    """Table of independent draws: mean, sd, interval, Monte Carlo standard error of the mean, effective draws."""
+    import arviz_stats  # noqa: F401  (registers the accessor azstats)
+    import xarray
+    from arviz_base import dataset_to_dataframe
+
+    dims = list(SAMPLE_DIMS)
+    draws = draws.map(lambda values: values.astype(float))
+    label = f"{kind}{prob * 100:g}"
+    bounds = getattr(draws.azstats, kind)(prob=prob, dim=dims).rename(ci_bound="summary")
+    spread = draws.std(dims, ddof=1)
+    parts = [
+        draws.mean(dims).expand_dims(summary=["mean"]),
+        spread.expand_dims(summary=["sd"]),
+        bounds.assign_coords(summary=[f"{label}_lb", f"{label}_ub"]),
+        (spread / math.sqrt(ess)).expand_dims(summary=["mcse_mean"]),
+    ]
+    table = dataset_to_dataframe(xarray.concat(parts, dim="summary"), sample_dims=["summary"]).T
+    table = _round(table, round_to)
+    table["ess"] = ess if math.isnan(ess) else int(ess)
+    return table
+
+
+def _round(table: pd.DataFrame, round_to: int | str) -> pd.DataFrame:
+    """Round to decimals, or (``"auto"``) row by row to three digits of the sd."""
+    if round_to == "none":
+        return table
+    if round_to != "auto":
+        return table.round(_checks.integer("round_to", round_to, 0))
+    for row, sd in table["sd"].items():
+        if math.isfinite(sd) and sd > 0:
+            table.loc[row] = table.loc[row].round(max(SD_DIGITS - 1 - math.floor(math.log10(sd)), 0))
+    return table

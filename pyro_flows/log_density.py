@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -94,7 +95,8 @@ class LogDensity:
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         return trace, sum((ladj.sum() for _, ladj in place.placed.values()), z.new_zeros(()))
 
-    def _single(self, z: Tensor) -> Tensor:
+    def single(self, z: Tensor) -> Tensor:
+        """Return the log density of one point (D,)."""
         trace, ladj = self._run(z, enumerate_sites=True)
         if not self.structure.enumerated:
             return trace.log_prob_sum() + ladj
@@ -105,10 +107,10 @@ class LogDensity:
     def _probe(self) -> None:
         """Find out whether the model can be batched, by comparing with single runs at two points."""
         points = torch.linspace(-0.5, 0.5, 2 * self.dim, dtype=self.dtype, device=self.device).reshape(2, self.dim)
-        with torch.no_grad(), _quiet():
-            single = torch.stack([self._single(point) for point in points])
+        with torch.no_grad(), quiet():
+            single = torch.stack([self.single(point) for point in points])
             try:
-                batched = torch.func.vmap(self._single)(points)
+                batched = torch.func.vmap(self.single)(points)
             except Exception as error:
                 self.batched, self.reason = False, f"not batched: {_first_line(error)}"
                 return
@@ -119,7 +121,7 @@ class LogDensity:
 
     def map(self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "error") -> Any:
         """Apply a function of one point to all rows of ``z``, in chunks; results (dicts of tensors) are stacked."""
-        with _quiet():
+        with quiet():
             if self.batched:
                 try:
                     batched = torch.func.vmap(function, randomness=randomness)
@@ -133,7 +135,7 @@ class LogDensity:
     def __call__(self, z: Tensor) -> Tensor:
         """Return the log density (S,) at ``z`` (S, D), differentiable in ``z`` and in the model's own parameters."""
         self._check(z)
-        return self.map(self._single, z).to(z.dtype)
+        return self.map(self.single, z).to(z.dtype)
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density (S,) and its gradient (S, D), both without a graph; cost: S gradient evaluations."""
@@ -150,16 +152,16 @@ class LogDensity:
             return self._graphs[len(z)](z)
 
     def _gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), _quiet():
-            grad, value = torch.func.vmap(torch.func.grad_and_value(self._single))(z)
+        with torch.no_grad(), quiet():
+            grad, value = torch.func.vmap(torch.func.grad_and_value(self.single))(z)
         return value.to(z.dtype), grad
 
     def _gradients_one_by_one(self, z: Tensor) -> tuple[Tensor, Tensor]:
         values, grads = [], []
-        with torch.enable_grad(), _quiet():
+        with torch.enable_grad(), quiet():
             for row in z:
                 leaf = row.clone().requires_grad_()
-                value = self._single(leaf)
+                value = self.single(leaf)
                 grads.append(torch.autograd.grad(value, leaf)[0])
                 values.append(value.detach())
         return torch.stack(values).to(z.dtype), torch.stack(grads)
@@ -211,7 +213,7 @@ class LogDensity:
         def flat(row: dict[str, Tensor]) -> Tensor:
             return flatten_all(self.structure, row, lambda: self.model(*self.args, **self.kwargs))
 
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             if self.batched:
                 return torch.func.vmap(flat)(kept).to(self.dtype)
             rows = [{name: value[i] for name, value in kept.items()} for i in range(len(kept[self.names[0]]))]
@@ -270,7 +272,7 @@ class LogDensity:
 
     def explain(self, z: Tensor) -> str:
         """Name the sites whose log density is not finite at one point ``z`` (D,)."""
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             trace, ladj = self._run(z, enumerate_sites=True)
         bad = []
         for name, site in trace.nodes.items():
@@ -289,9 +291,10 @@ class LogDensity:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Switch validation off for a while: it branches on values, which neither vmap nor recording can do."""
-    with pyro.validation_enabled(False):
+    with pyro.validation_enabled(False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop because")  # vmap, in Pyro's samplers
         yield
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Delta, ImproperUniform, Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
+from torch.utils._pytree import tree_leaves
 
 MEDIAN_DRAWS = 15
 
@@ -198,14 +199,44 @@ def _transform(site: Any) -> Any:
 
 
 class _Start(Messenger):
-    def __init__(self, start: Callable[[Any], Tensor]) -> None:
+    """Give latent sites their starting values; flat priors, which have no dtype of their own, take that of ``like``."""
+
+    def __init__(self, start: Callable[[Any], Tensor], like: Tensor) -> None:
         super().__init__()
         self.start = start
+        self.like = like
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["value"] is None and not site_is_subsample(msg) and not is_enumerated(msg):
             with torch.no_grad():
-                msg["value"] = self.start(msg)
+                value = self.start(msg)
+            msg["value"] = value.to(self.like) if _innermost(msg["fn"]) is ImproperUniform else value
+
+
+def _innermost(fn: Any) -> type:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return type(fn)
+
+
+def _first_run(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], start: Callable[[Any], Tensor]
+) -> poutine.Trace:
+    """Run the model once at starting values of the arguments' floating dtype (or, failing that, of another one)."""
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    dtypes = [leaf.dtype for leaf in given if leaf.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
+    device = given[0].device if given else None
+    other = torch.float32 if dtype == torch.float64 else torch.float64
+    with poutine.block(), torch.no_grad():
+        try:
+            with _Start(start, torch.zeros((), dtype=dtype, device=device)):
+                return poutine.trace(model).get_trace(*args, **kwargs)
+        except RuntimeError as error:
+            if "dtype" not in str(error):
+                raise
+        with _Start(start, torch.zeros((), dtype=other, device=device)):
+            return poutine.trace(model).get_trace(*args, **kwargs)
 
 
 def read_structure(
@@ -220,8 +251,7 @@ def read_structure(
         ValueError: if there is no latent site; a latent is discrete and not enumerated, has a support without a
             bijection, or sits in a subsampled or sequential plate; or observed values are NaN. The site is named.
     """
-    with poutine.block(), torch.no_grad(), _Start(start):
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    trace = _first_run(model, args, kwargs, start)
     sites = [site for site in trace.nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
     stochastic = [site for site in sites if not site["is_observed"]]
     latents: list[Latent] = []

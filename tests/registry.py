@@ -5,14 +5,17 @@ A new transform gets a line in ``TRANSFORMS``, a new flow builder one in ``FLOWS
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import pyro_flows as pf
-from pyro_flows import masks
+from pyro_flows import masks, transforms
+from pyro_flows.flows import BUILDERS
 
 CONTEXT = 3
 HIDDEN = (6,)
@@ -52,6 +55,7 @@ class Case:
     context_dim: int
     sd: float = 0.3
     closed: bool = True  # the inverse is a closed form
+    identity: bool = True  # the map starts as the identity
 
     @property
     def tolerance(self) -> float:
@@ -59,7 +63,9 @@ class Case:
         return 1e-9 if self.closed else 1e-7
 
     def make(self, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> pf.Bijection:
-        return built(self.build, dtype=dtype, sd=self.sd, seed=seed)
+        """The transform with random parameters; in many dimensions with less noise, to stay well conditioned."""
+        sd = self.sd if math.prod(self.shape) < 50 else 0.2 * self.sd
+        return built(self.build, dtype=dtype, sd=sd, seed=seed)
 
     def start(self, *, dtype: torch.dtype = torch.float64) -> pf.Bijection:
         """The transform as its class builds it."""
@@ -72,7 +78,8 @@ class Case:
 
 
 def _affine(dim: int, context_dim: int) -> pf.LowerTriangularAffine:
-    tril = 0.3 * normal(dim, dim, seed=1, dtype=torch.float32).tril(-1) + torch.linspace(0.5, 2.0, dim).diag()
+    below = normal(dim, dim, seed=1, dtype=torch.float32).tril(-1)
+    tril = 0.5 * below / dim**0.5 + torch.linspace(0.5, 2.0, dim).diag()
     return pf.LowerTriangularAffine(
         dim, loc=torch.linspace(-1.0, 1.0, dim), scale_tril=tril, context_dim=context_dim, hidden=HIDDEN
     )
@@ -122,13 +129,15 @@ TRANSFORMS: dict[str, tuple[Callable[[int, int], pf.Bijection], dict]] = {
     "AffineCoupling-flipped": (_coupling(pf.AffineCoupling, lambda d: masks.half(d, flip=True)), {}),
     "AffineCoupling-random": (_coupling(pf.AffineCoupling, lambda d: masks.random(d, seed=5)), {}),
     "AffineCoupling-all": (_coupling(pf.AffineCoupling, lambda d: torch.zeros(d), log_scale_bound=0.5), {}),
-    "Chain": (_mixed, {"sd": 0.15, "closed": False}),
-    "DiagonalAffine": (_diagonal, {}),
+    "Chain": (_mixed, {"sd": 0.15, "closed": False, "identity": False}),
+    "DiagonalAffine": (lambda d, c: pf.DiagonalAffine(d, context_dim=c, hidden=HIDDEN), {}),
+    "DiagonalAffine-started": (_diagonal, {"identity": False}),
     "Inverse": (lambda d, c: pf.Inverse(pf.AffineCoupling(d, context_dim=c, hidden=HIDDEN)), {}),
-    "Inverse-Chain": (lambda d, c: pf.Inverse(_mixed(d, c)), {"sd": 0.15, "closed": False}),
+    "Inverse-Chain": (lambda d, c: pf.Inverse(_mixed(d, c)), {"sd": 0.15, "closed": False, "identity": False}),
     "Inverse-Planar": (lambda d, c: pf.Inverse(pf.Planar(d, context_dim=c, hidden=HIDDEN)), {"closed": False}),
-    "LowerTriangularAffine": (_affine, {"sd": 0.15}),
-    "Permutation": (lambda d, c: pf.Permutation(d, seed=d), {}),
+    "LowerTriangularAffine": (lambda d, c: pf.LowerTriangularAffine(d, context_dim=c, hidden=HIDDEN), {"sd": 0.15}),
+    "LowerTriangularAffine-started": (_affine, {"sd": 0.15, "identity": False}),
+    "Permutation": (lambda d, c: pf.Permutation(d, seed=d), {"identity": False}),
     "Planar": (lambda d, c: pf.Planar(d, context_dim=c, hidden=HIDDEN), {"sd": 0.5, "closed": False}),
     "Rescale": (lambda d, c: pf.Rescale(d, context_dim=c, hidden=HIDDEN), {}),
 }
@@ -171,3 +180,19 @@ def _cases(dims: tuple[int, ...]) -> list[Case]:
 
 SMALL = _cases(DIMS)
 LARGE = _cases((100,))
+
+
+def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
+    """Parametrise a test over cases, by their names."""
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases])
+
+
+def unregistered() -> set[str]:
+    """Names of public transforms and of flow builders that no case covers."""
+    public = {name for name in transforms.__all__ if _is_bijection(getattr(transforms, name))}
+    covered = {type(case.start()).__name__ for case in SMALL}
+    return (public - covered) | (BUILDERS.keys() - FLOWS.keys())
+
+
+def _is_bijection(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, pf.Bijection) and value is not pf.Bijection

@@ -79,7 +79,7 @@ class _Coupling(Bijection):
 
 
 class AdditiveCoupling(_Coupling):
-    r"""NICE's coupling: :math:`y_K = x_K,\ y_M = x_M + t(x_K, \text{context})`; :math:`\log|J| = 0` (it preserves volume).
+    r"""NICE's coupling: :math:`y_K = x_K,\ y_M = x_M + t(x_K, \text{context})`; volume is kept, :math:`\log|J| = 0`.
 
     K are the coordinates that ``mask`` keeps, M those it moves. The network's last layer starts at zero: the identity.
     The inverse costs the same as the forward pass: one evaluation of the network.

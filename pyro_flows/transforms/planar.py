@@ -93,10 +93,13 @@ class Planar(Bijection):
         square = w.square().sum(-1, keepdim=True)
         slope = finfo.eps + (1.0 - finfo.eps) * softplus(dot + _UNIT)
         away = square > math.sqrt(finfo.tiny)
+        mild = dot > -1.0
         near = torch.log1p(torch.expm1(-dot.clamp_min(-1.0)) / math.e)  # m(t) - t without cancellation
-        pull = torch.where(dot > -1.0, near, slope - 1.0 - dot) / torch.where(away, square, 1.0)
-        pull = torch.where(away, pull, 0.0)
-        return u + pull * w, w, b, torch.where(away, slope, 1.0)
+        safe = torch.where(away, square, 1.0)
+        u = u + torch.where(away, torch.where(mild, near, slope - 1.0 - dot) / safe, 0.0) * w
+        slope = torch.where(away, slope, 1.0)
+        rounding = (slope - 1.0 - (w * u).sum(-1, keepdim=True)) / safe * w  # of a large u
+        return u + torch.where(away & ~mild, rounding, 0.0).detach(), w, b, slope
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _checks.event("Planar", x, self.dim)

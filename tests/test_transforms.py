@@ -1,0 +1,161 @@
+"""The mathematics of every transform: inverse, log-determinant, gradients, batches, the identity at the start."""
+
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows.transforms.conditioners import ACTIVATIONS
+from tests.invariants import (
+    check_batching,
+    check_gradients,
+    check_identity,
+    check_ladj,
+    check_round_trip,
+    close,
+    jacobian,
+)
+from tests.registry import HIDDEN, LARGE, SMALL, built, each, make_flow, normal, unregistered
+
+
+def test_every_public_transform_and_builder_has_a_case():
+    assert unregistered() == set()
+
+
+@each(SMALL + LARGE)
+def test_round_trip(case):
+    """Closed forms to 1e-9, numeric inverses to 1e-7: rounding of float64 with room for the conditioning."""
+    check_round_trip(case.make(), *case.inputs(20), case.tolerance)
+
+
+@each(SMALL + LARGE)
+def test_round_trip_in_float32(case):
+    """To 1e-4: rounding of float32 (6e-8) times a conditioning of about 1000."""
+    check_round_trip(case.make(dtype=torch.float32), *case.inputs(20, dtype=torch.float32), 1e-4)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize(("name", "tolerance"), [("nice", 1e-9), ("realnvp", 1e-9), ("planar", 1e-7)])
+def test_round_trip_of_32_layers(name, tolerance, dim):
+    """Errors do not pile up over a deep stack; the noise is smaller, as 32 random layers soon are badly conditioned."""
+    flow = make_flow(name, dim, layers=32, sd=0.05 if dim < 50 else 0.02)
+    x = normal(20, dim, seed=1)
+    assert (flow.bijection(x) - x).abs().max() > 0.1
+    check_round_trip(flow.bijection, x, None, tolerance)
+
+
+@each(SMALL + LARGE)
+def test_log_determinant(case):
+    """Against slogdet of the Jacobian by autograd, to the tolerance of the inverse."""
+    check_ladj(case.make(), *case.inputs(4), case.tolerance)
+
+
+@each(SMALL)
+def test_gradients(case):
+    check_gradients(case.make(), *case.inputs(3))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_each_activation(activation):
+    layer = built(
+        lambda: pf.AffineCoupling(3, context_dim=2, hidden=(4, 3), activation=activation),
+        dtype=torch.float64,
+        sd=0.3,
+        seed=0,
+    )
+    check_gradients(layer, normal(2, 3, seed=1), normal(2, 2, seed=2), fast=False)
+
+
+@each(case for case in SMALL if case.shape == (3,))
+def test_second_derivatives(case):
+    """Hessians of log densities are right too: the inverse of a planar layer is differentiable twice."""
+    t = case.make()
+    x, context = case.inputs(2)
+    x.requires_grad_()
+    for way in (t.forward_and_ladj, t.inverse_and_ladj):
+        assert torch.autograd.gradgradcheck(
+            lambda point, *_, way=way: way(point, context), (x, *t.parameters()), fast_mode=True, atol=1e-6, rtol=1e-4
+        )
+
+
+@each(SMALL)
+def test_vmap_equals_batching(case):
+    check_batching(case.make(), *case.inputs(4))
+
+
+# At the first forward-mode derivative of a process torch scripts its own formulas, and warns that scripting is old.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+@each(case for case in SMALL if case.shape == (2,))
+def test_torch_func_derivatives(case):
+    """``torch.func`` sees the same Jacobian and the same gradient as autograd does."""
+    t = case.make()
+    x, context = case.inputs(3)
+    for way in (t.forward_and_ladj, t.inverse_and_ladj):
+        for row in range(3):
+            given = None if context is None else context[row]
+            expected = jacobian(lambda point, way=way, given=given: way(point, given)[0], x[row], 1)
+            close(torch.func.jacrev(lambda point, way=way, given=given: way(point, given)[0])(x[row]), expected, 1e-9)
+            close(torch.func.jacfwd(lambda point, way=way, given=given: way(point, given)[0])(x[row]), expected, 1e-9)
+
+
+@each(case for case in SMALL + LARGE if case.identity)
+def test_identity_at_the_start(case):
+    """Exact up to the rounding of softplus(log(e - 1)) in the planar layer."""
+    check_identity(case.start(), *case.inputs(4), 1e-14)
+
+
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_affine_maps_start_where_they_are_told(context_dim):
+    context = normal(5, 3, seed=1, dtype=torch.float32) if context_dim else None
+    x = normal(5, 2, seed=2, dtype=torch.float32)
+    loc, scale = torch.tensor([3.0, -1.0]), torch.tensor([2.0, 0.5])
+    tril = torch.tensor([[2.0, 0.0], [-3.0, 0.5]])
+    diagonal = pf.DiagonalAffine(2, loc=loc, scale=scale, context_dim=context_dim, hidden=HIDDEN)
+    full = pf.LowerTriangularAffine(2, loc=loc, scale_tril=tril, context_dim=context_dim, hidden=HIDDEN)
+    close(diagonal.forward_and_ladj(x, context)[0], loc + scale * x, 1e-6)
+    close(full.forward_and_ladj(x, context)[0], loc + x @ tril.T, 1e-6)
+
+
+@each(case for case in SMALL if case.shape == (3,))
+@pytest.mark.parametrize("batch", [(), (1,), (5,), (4, 2), (0,)], ids=str)
+def test_shapes(case, batch):
+    """``y`` is shaped like ``x``, ``ladj`` like its batch, in both directions; also for no and for empty batches."""
+    t = case.make()
+    x, context = case.inputs(*batch)
+    for way in (t.forward_and_ladj, t.inverse_and_ladj):
+        y, ladj = way(x, context)
+        assert y.shape == (*batch, 3)
+        assert ladj.shape == batch
+    y, ladj, score = t.forward_and_score(x, torch.ones_like(x), context)
+    assert (y.shape, ladj.shape, score.shape) == ((*batch, 3), batch, (*batch, 3))
+
+
+@each(case for case in SMALL if case.context_dim and case.shape != (7,))
+@pytest.mark.parametrize(
+    ("points", "contexts"), [((), (4,)), ((6, 4), (4,)), ((6, 1), (4,)), ((4,), ()), ((6, 4), (6, 1))], ids=str
+)
+def test_context_broadcasts(case, points, contexts):
+    """Samples x batch against a batch of contexts: the same as repeating both to their common shape."""
+    t = case.make()
+    x, _ = case.inputs(*points)
+    context = normal(*contexts, case.context_dim, seed=3)
+    batch = torch.broadcast_shapes(points, contexts)
+    whole = x.expand(*batch, -1).contiguous(), context.expand(*batch, -1).contiguous()
+    for way in (t.forward_and_ladj, t.inverse_and_ladj):
+        for got, expected in zip(way(x, context), way(*whole), strict=True):
+            close(got, expected, 1e-10, way.__name__)
+    score = normal(*x.shape, seed=4)
+    expected = t.forward_and_score(whole[0], score.expand_as(whole[0]).contiguous(), whole[1])
+    for got, value in zip(t.forward_and_score(x, score, context), expected, strict=True):
+        close(got, value, 1e-10, "forward_and_score")
+
+
+@each(case for case in SMALL if case.shape == (3,))
+def test_strided_input_is_welcome(case):
+    """A transposed or expanded tensor gives what its copy gives."""
+    t = case.make()
+    x = normal(3, 5, seed=1).T
+    context = normal(case.context_dim, seed=2).expand(5, -1) if case.context_dim else None
+    for way in (t.forward_and_ladj, t.inverse_and_ladj):
+        whole = way(x.contiguous(), None if context is None else context.contiguous())
+        for got, expected in zip(way(x, context), whole, strict=True):
+            close(got, expected, 1e-12)
