@@ -17,3 +17,5 @@ from pyro_flows.transforms import (
 )
 from pyro_flows.log_density import LogDensity
 from pyro_flows.guides import AutoFlow, AutoNICE, AutoPlanar, AutoRealNVP
+from pyro_flows.posterior import Posterior, load
+from pyro_flows.diagnostics import diagnose

@@ -1,7 +1,7 @@
 """The only door to ArviZ, opened lazily: importing ``pyro_flows`` does not import ArviZ.
 
-Everything goes through ``arviz_base`` and ``arviz_stats``, which are the same for ArviZ 0.23 (Python 3.11) and 1.x; only
-the last step of :func:`pack` and the default interval differ.
+Everything goes through ``arviz_base`` and ``arviz_stats``, which are the same for ArviZ 0.23 (Python 3.11) and 1.x;
+only the last step of :func:`pack` and the default interval differ.
 """
 
 from __future__ import annotations
@@ -50,14 +50,12 @@ def dataset(
     dims: Mapping[str, Sequence[str]],
     *,
     sample_dims: Sequence[str] = SAMPLE_DIMS,
-    coords: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
-    """Label arrays; their leading axes are ``sample_dims``. Attributes are left to :func:`pack`."""
+    """Label arrays; their leading axes are ``sample_dims``. Empty arrays are left out."""
     from arviz_base import dict_to_dataset
 
-    found = dict_to_dataset(
-        dict(values), dims={name: list(names) for name, names in dims.items()}, coords=coords, sample_dims=sample_dims
-    )
+    filled = {name: value for name, value in values.items() if value.size}
+    found = dict_to_dataset(filled, dims={name: list(dims.get(name, ())) for name in filled}, sample_dims=sample_dims)
     found.attrs = {}
     return found
 
@@ -114,8 +112,7 @@ def pack(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> 
     """Return an ``arviz.InferenceData`` where the installed ArviZ is 0.x, a ``DataTree`` elsewhere."""
     if not _is_old():
         return _tree(groups, attrs)
-    with_attrs = {name: group.assign_attrs(attrs) for name, group in groups.items()}
-    return _old().InferenceData(attrs=dict(attrs), **with_attrs)
+    return _old().InferenceData(attrs=dict(attrs), **_with_attrs(groups, attrs))
 
 
 def write(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float], path: Path) -> None:
@@ -130,7 +127,7 @@ def read(path: Path) -> tuple[dict[str, xr.Dataset], dict[str, str | float]]:
     with xarray.open_datatree(path, engine="h5netcdf") as tree:
         tree.load()
         groups = {name: node.to_dataset().copy() for name, node in tree.children.items()}
-        attrs = {name: value.item() if hasattr(value, "item") else value for name, value in tree.attrs.items()}
+        attrs = {str(name): value.item() if hasattr(value, "item") else value for name, value in tree.attrs.items()}
     for group in groups.values():
         group.attrs = {}
     return groups, attrs
@@ -139,9 +136,15 @@ def read(path: Path) -> tuple[dict[str, xr.Dataset], dict[str, str | float]]:
 def _tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> Any:
     import xarray
 
-    tree = xarray.DataTree.from_dict({name: group.assign_attrs(attrs) for name, group in groups.items()})
+    tree = xarray.DataTree.from_dict(_with_attrs(groups, attrs))
     tree.attrs = dict(attrs)
     return tree
+
+
+def _with_attrs(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> dict[str, xr.Dataset]:
+    """Put the attributes, which belong to the whole, on the first group too, where tools look for them."""
+    first = next(iter(groups))
+    return {name: group.assign_attrs(attrs) if name == first else group.copy() for name, group in groups.items()}
 
 
 def _is_old() -> bool:

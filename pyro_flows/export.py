@@ -1,4 +1,4 @@
-"""From a posterior to labelled arrays: which axes of which sites get which names, and what goes into which group."""
+"""From a posterior to labelled arrays: what goes into which group of the ArviZ object."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import _arviz
-from pyro_flows.log_density import LogDensity
-from pyro_flows.sites import Latent, Plate, Structure
+from pyro_flows.labels import Labels, Layout
+from pyro_flows.log_density import LogDensity, seeded
+from pyro_flows.sites import Latent, Place, Resample, is_data
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -30,140 +31,11 @@ PACKAGES = ("pyro-ppl", "torch", "arviz-base", "arviz-stats")
 logger = logging.getLogger("pyro_flows")
 
 
-# names and axes -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How values ``(S, *batch, *event)`` of a site become an array: phantom axes dropped, masked entries left out.
-
-    Attributes:
-        dims: names of the axes that stay.
-        batch: how many batch axes the value has.
-        phantom: singleton axes that belong to no plate, counted from the first batch axis.
-        keep: the entries that count, if some are masked out: a boolean mask over the batch axes.
-    """
-
-    dims: tuple[str, ...]
-    batch: int
-    phantom: tuple[int, ...] = ()
-    keep: Tensor | None = None
-
-    def __call__(self, values: Tensor) -> np.ndarray:
-        if self.keep is not None:
-            picked = values[:, self.keep.to(values.device)]
-        else:
-            picked = values.squeeze(tuple(axis + 1 for axis in self.phantom))
-        return picked.detach().cpu().numpy()
-
-    def without_event(self) -> Layout:
-        """The layout of log densities: batch axes only."""
-        kept = self.batch - len(self.phantom) if self.keep is None else 1
-        return Layout(self.dims[:kept], self.batch, self.phantom, self.keep)
-
-
-class Labels:
-    """Names of variables and dimensions of one model.
-
-    Slashes, which netCDF reserves for groups, become points; a plate that shares its name with a variable gets the
-    suffix ``_dim``.
-    """
-
-    def __init__(self, structure: Structure) -> None:
-        self.structure = structure
-        sites = [latent.name for latent in structure.latents]
-        self._sites = (*sites, *structure.deterministic, *structure.observed)
-        self._taken = {self.variable(name) for name in self._sites} | set(_arviz.SAMPLE_DIMS)
-        self._sizes: dict[str, int] = {}
-
-    def variable(self, site: str) -> str:
-        """Return the variable that holds this site."""
-        name = site.replace("/", ".")
-        return f"{name}_" if name in _arviz.SAMPLE_DIMS else name
-
-    def layout(
-        self, site: str, shape: torch.Size, event_dim: int, plates: Iterable[Plate], keep: Tensor | None = None
-    ) -> Layout:
-        """Name the axes of one site's value: plates by their names, all others by the site's."""
-        batch = len(shape) - event_dim
-        by_axis = {batch + plate.dim: plate for plate in plates if batch + plate.dim >= 0}
-        variable, dims, phantom, unnamed = self.variable(site), [], [], 0
-        axes = range(len(shape))
-        if keep is not None:
-            dims, axes = [f"{variable}_entry"], range(batch, len(shape))
-        for axis in axes:
-            plate = by_axis.get(axis)
-            if plate is not None and plate.size == shape[axis]:
-                dims.append(self._plate(plate, variable))
-            elif axis < batch and shape[axis] == 1:
-                phantom.append(axis)
-            else:
-                dims.append(f"{variable}_dim_{unnamed}")
-                unnamed += 1
-        return Layout(tuple(dims), batch, tuple(phantom), keep)
-
-    def _plate(self, plate: Plate, variable: str) -> str:
-        name = plate.name.replace("/", ".")
-        name = f"{name}_dim" if name in self._taken else name
-        if self._sizes.setdefault(name, plate.size) != plate.size:
-            return f"{variable}_{name}"
-        return name
-
-    def latent(self, latent: Latent) -> Layout:
-        """The layout of a latent site's constrained value."""
-        return self.layout(latent.name, latent.shape, latent.event_dim, latent.plates, latent.mask)
-
-    def unconstrained(self, latent: Latent) -> Layout:
-        """The layout of a latent site's unconstrained coordinates, each masked-out one left out."""
-        if latent.free is None and latent.unconstrained_shape == latent.shape:
-            return self.latent(latent)
-        if latent.free is not None:
-            return Layout((f"{self.variable(latent.name)}_unconstrained_entry",), 1)
-        event_dim = latent.event_dim + len(latent.unconstrained_shape) - len(latent.shape)
-        found = self.layout(latent.name, latent.unconstrained_shape, event_dim, latent.plates)
-        prefix = f"{self.variable(latent.name)}_dim_"
-        dims = tuple(dim.replace(prefix, f"{prefix[:-5]}_unconstrained_dim_") for dim in found.dims)
-        return Layout(dims, found.batch, found.phantom)
-
-    def observed(self, site: str) -> Layout:
-        """The layout of an observed site, without the entries that a mask takes out."""
-        node = self.structure.trace.nodes[site]
-        shape, event_dim = self.data(site).shape, node["fn"].event_dim
-        keep = torch.ones(shape[: len(shape) - event_dim], dtype=torch.bool)
-        for mask in (node["mask"], getattr(node["fn"], "_mask", None)):  # poutine.mask, and fn.mask(...)
-            keep = keep if mask is None else keep & torch.as_tensor(mask).to(keep.device)
-        plates = self.structure.observed_plates[site]
-        return self.layout(site, shape, event_dim, plates, None if bool(keep.all()) else keep)
-
-    def data(self, site: str) -> Tensor:
-        """The observed values of a site, one for each density that the model evaluates."""
-        node = self.structure.trace.nodes[site]
-        return node["value"].expand(torch.broadcast_shapes(node["value"].shape, node["fn"].shape()))
-
-    def deterministic(self, site: str) -> Layout:
-        """The layout of a deterministic site.
-
-        Pyro takes all its axes for event axes unless told otherwise, inside plates too; so plates are looked for from
-        the last axis on.
-        """
-        node, plates = self.structure.trace.nodes[site], self.structure.deterministic[site]
-        shape, event_dim = node["value"].shape, node["fn"].event_dim
-        if event_dim == len(shape):
-            for event_dim in range(len(shape) + 1):
-                batch = len(shape) - event_dim
-                if all(batch + plate.dim >= 0 and shape[batch + plate.dim] == plate.size for plate in plates):
-                    break
-        return self.layout(site, shape, event_dim, plates)
-
-
 def _stack(labels: Labels, values: Mapping[str, Tensor], layout: Callable[[str], Layout]) -> xr.Dataset:
     """Make a group of draws ``{site: (S, *shape)}``; the draws are one chain."""
     layouts = {name: layout(name) for name in values}
     arrays = {labels.variable(name): layouts[name](value)[None] for name, value in values.items()}
     return _arviz.dataset(arrays, {labels.variable(name): found.dims for name, found in layouts.items()})
-
-
-# groups ---------------------------------------------------------------------------------------------------------------
 
 
 def draws_group(labels: Labels, samples: Mapping[str, Tensor]) -> xr.Dataset:
@@ -229,12 +101,53 @@ def _predictive(labels: Labels, density: LogDensity, z: Tensor, seed: int) -> di
         logger.warning("no prior: %s: %s", type(error).__name__, error)
         return groups
     if prior is not None:
-        unknown = structure.deterministic if structure.enumerated else ()
-        values = {name: value for name, value in prior.items() if name not in structure.observed and name not in unknown}
-        groups["prior"] = draws_group(labels, values)
+        names = [*density.names, *(() if structure.enumerated else structure.deterministic)]
+        groups["prior"] = draws_group(labels, {name: prior[name] for name in names})
         data = {name: prior[name] for name in structure.observed}
         groups["prior_predictive"] = _stack(labels, data, labels.observed)
     return groups
+
+
+class _PlaceFitted(Place):
+    """Place the fit's latents in a run on other data, if they still have their shapes there."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        latent = self.latents.get(msg["name"])
+        if latent is not None and not msg["is_observed"] and msg["fn"].shape() != latent.shape:
+            raise ValueError(
+                f"site {latent.name!r}: shape {tuple(latent.shape)} in the fit, {tuple(msg['fn'].shape())} with these "
+                "arguments. Only sites that do not grow with the data can be carried over."
+            )
+        super()._pyro_sample(msg)
+
+
+def predict(
+    density: LogDensity, z: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], *, seed: int
+) -> dict[str, Tensor]:
+    """Run the model on other arguments with its latents at ``z`` (S, D); return all other sites, drawn anew."""
+
+    def run(row: Tensor) -> poutine.Trace:
+        with poutine.block(), _PlaceFitted(density.structure.latents, row):
+            return poutine.trace(Resample()(density.model)).get_trace(*args, **kwargs)
+
+    with torch.no_grad(), seeded(seed, density.device):
+        nodes: Mapping[str, Any] = run(z[0]).nodes
+        for name in density.names:
+            if name not in nodes or nodes[name]["is_observed"]:
+                raise ValueError(f"site {name!r}: a latent of the fit, but not one of the model with these arguments.")
+        wanted = [
+            name
+            for name, site in nodes.items()
+            if name not in density.names and site["type"] == "sample"
+            if is_data(site) or site["infer"].get("_deterministic")
+        ]
+
+        def draw(row: Tensor) -> dict[str, Tensor]:
+            found: Mapping[str, Any] = run(row).nodes
+            return {name: found[name]["value"] for name in wanted}
+
+        drawn: dict[str, Tensor] = density.map(draw, z, randomness="different")
+        return drawn
 
 
 def _constants(density: LogDensity) -> xr.Dataset:
@@ -243,7 +156,7 @@ def _constants(density: LogDensity) -> xr.Dataset:
         arguments = inspect.signature(density.model).bind(*density.args, **density.kwargs).arguments
     except (TypeError, ValueError):
         arguments = {}
-    observed = [value for value in density.structure.observed.values()]
+    observed = list(density.structure.observed.values())
     found = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor) and not any(value.shape == y.shape and torch.equal(value, y) for y in observed):

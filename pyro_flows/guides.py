@@ -150,10 +150,7 @@ class AutoFlow(AutoContinuous):
         if affine == "none":
             return built
         kind = "tril" if affine == "tril" or (affine == "auto" and dim <= FULL_AFFINE_UP_TO) else "diagonal"
-        map_ = LowerTriangularAffine(dim) if kind == "tril" else DiagonalAffine(dim)
-        whole = Flow(Chain([built.bijection, map_]), dim=dim, base=built.base, df=built.df)
-        whole.settings = None if built.settings is None else {**built.settings, "affine": kind}
-        return whole
+        return _append_affine(built, kind)
 
     @property
     def affine(self) -> LowerTriangularAffine | DiagonalAffine | None:
@@ -382,6 +379,25 @@ class AutoFlow(AutoContinuous):
             raise ValueError(f"quantiles: expected a list of numbers between 0 and 1, got {quantiles!r}.")
         draws = self._constrain(self._draws(), *args, **kwargs)
         return {name: torch.quantile(value, levels.to(value), dim=0) for name, value in draws.items()}
+
+
+def _append_affine(flow: Flow, kind: str) -> Flow:
+    map_ = LowerTriangularAffine(flow.dim) if kind == "tril" else DiagonalAffine(flow.dim)
+    whole = Flow(Chain([flow.bijection, map_]), dim=flow.dim, base=flow.base, df=flow.df)
+    whole.settings = None if flow.settings is None else {**flow.settings, "affine": kind}
+    return whole
+
+
+def rebuild(settings: Mapping[str, Any]) -> Flow:
+    """Build the flow that :attr:`Flow.settings` describes, with the affine map of a guide if it has one.
+
+    Raises:
+        ValueError: for an unknown builder or affine map.
+    """
+    options = dict(settings)
+    affine = options.pop("affine", None)
+    flow = BUILDERS[_checks.choice("builder", options.pop("builder"), BUILDERS)](**options)
+    return flow if affine is None else _append_affine(flow, _checks.choice("affine", affine, ("diagonal", "tril")))
 
 
 def _take_over(name: str, parameter: nn.Parameter, stored: Tensor) -> None:

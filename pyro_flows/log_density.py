@@ -135,7 +135,12 @@ class LogDensity:
     def __call__(self, z: Tensor) -> Tensor:
         """Return the log density (S,) at ``z`` (S, D), differentiable in ``z`` and in the model's own parameters."""
         self._check(z)
+        self.evaluations += len(z) if z.requires_grad else 0
         return self.map(self.single, z).to(z.dtype)
+
+    def forget(self) -> None:
+        """Drop the recorded graphs: call it after the model's own parameters have changed."""
+        self._graphs.clear()
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density (S,) and its gradient (S, D), both without a graph; cost: S gradient evaluations."""

@@ -18,21 +18,40 @@ class Estimate(NamedTuple):
     log_weights: Tensor
 
 
-def path(flow: Flow, density: LogDensity, draws: int) -> Estimate:
-    r"""Negative ELBO with the path gradient ("sticking the landing").
+def path(flow: Flow, density: LogDensity, draws: int, *, forward: float = 0.0) -> Estimate:
+    r"""Negative ELBO with the path gradient ("sticking the landing"), or a blend of it with the forward divergence.
 
-    .. math:: \nabla_\theta = -\mathbb E_\epsilon\big[(\nabla_z \log \tilde p(z) - \nabla_z \log q_\theta(z))^\top
-              \partial_\theta z_\theta(\epsilon)\big]
+    .. math:: \nabla_\theta = -\sum_i c_i \big(\nabla_z \log \tilde p(z_i) - \nabla_z \log q_\theta(z_i)\big)^\top
+              \partial_\theta z_\theta(\epsilon_i), \qquad
+              c_i = (1 - f) \tfrac 1S + f\, \tilde w_i (1 - \tilde w_i)
 
-    leaves out the score term of the total gradient, which has mean zero but not variance zero: at q = p this gradient
-    is exactly zero for every draw. The score of q comes along with the forward pass (Vaitl et al. 2024). Draws where
-    p or a gradient is not finite count as zero gradient. The loss's *value* is meaningless: read ``log_weights``.
+    With f = 0 this is the ELBO's gradient without its score term, which has mean zero but not variance zero. With f = 1
+    it is the doubly reparametrised gradient of KL(p || q), :math:`\tilde w` the self-normalised importance weights:
+    it pulls mass to where q has too little, which the ELBO hardly feels. Both are exactly zero for every draw at q = p.
+    The score of q comes along with the forward pass. Draws where p or a gradient is not finite count as zero.
+    The loss's *value* is meaningless: read ``log_weights``.
 
-    References: Roeder, Wu and Duvenaud 2017; Vaitl, Nicoli, Nakajima and Kessel 2022 and 2024.
+    References: Roeder, Wu and Duvenaud 2017; Tucker et al. 2018 (DReG); Vaitl et al. 2022 and 2024.
     """
     z, log_q, score_q = flow.sample_with_score((draws,))
     log_p, score_p = density.value_and_grad(z)
     direction = score_p - score_q
     good = torch.isfinite(log_p) & torch.isfinite(direction).all(-1)
-    direction = torch.where(good[:, None], direction, 0.0)
-    return Estimate(-(direction * z).sum() / draws, log_p - log_q)
+    log_weights = log_p - log_q
+    coefficients = torch.full_like(log_q, 1.0 / draws)
+    if forward > 0.0:
+        weights = torch.softmax(torch.where(good, log_weights, -torch.inf), 0)
+        coefficients = (1.0 - forward) * coefficients + forward * weights * (1.0 - weights)
+    direction = torch.where(good[:, None], direction * coefficients[:, None], 0.0)
+    return Estimate(-(direction * z).sum(), log_weights)
+
+
+def elbo(flow: Flow, density: LogDensity, draws: int) -> Estimate:
+    r"""Negative ELBO :math:`-\frac 1S\sum_i \log \tilde p(z_i) - \log q(z_i)`, differentiable in all parameters.
+
+    The total gradient, for models with trainable parameters of their own (``train_model=True``): those enter
+    :math:`\log \tilde p` directly, which the path gradient does not see.
+    """
+    z, log_q = flow.rsample_and_log_prob((draws,))
+    log_weights = density(z) - log_q
+    return Estimate(-log_weights.mean(), log_weights.detach())

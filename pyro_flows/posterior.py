@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import html
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pyro_flows import _arviz, _checks
+from pyro_flows import _arviz, _checks, export, storage
+from pyro_flows.flows import Flow
+from pyro_flows.guides import AutoFlow
+from pyro_flows.labels import Labels, coordinate_names
 from pyro_flows.log_density import LogDensity
-from pyro_flows.verdict import Verdict, judge, resample, weigh
+from pyro_flows.verdict import Draw, Verdict, decide, resample
 
 if TYPE_CHECKING:
     import pandas as pd
 
-POOL = 4
-
-Draw = Callable[[int], tuple[Tensor, Tensor]]  # n -> z (n, D), log q (n,)
+ROWS_SHOWN = 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,7 @@ class Posterior:
         z: raw draws in unconstrained coordinates (S, D).
         log_p, log_q: unnormalised log posterior and log guide density of ``z`` (S,).
         log_weights: Pareto-smoothed, normalised log importance weights of ``z`` (S,).
+        used: unconstrained coordinates of ``samples`` (S, D); ``used_log_p`` and ``used_log_q`` are their densities.
         k_hat: Pareto shape of the weights.
         ess: effective sample size of the weights (S is the best).
         elbo: evidence lower bound, nats, mean of ``log_p - log_q``.
@@ -40,8 +44,12 @@ class Posterior:
         losses: negative ELBO of each optimisation step (empty for :func:`diagnose`).
         history: what happened during the fit, one dict a stage.
         settings: everything that :func:`fit` was told or chose, JSON values only.
-        guide: the guide.
+        coordinates: names of the unconstrained coordinates.
+        guide: the guide; None after :func:`load` without a model.
+        guide_name: its class.
+        flow: the guide's :class:`Flow` over the unconstrained coordinates; None if it has none.
         density: the model as a log density; None after :func:`load` without a model.
+        missing: for each of ``guide``, ``flow`` and ``density`` that is None, why.
     """
 
     samples: dict[str, Tensor] = field(repr=False)
@@ -49,6 +57,9 @@ class Posterior:
     log_p: Tensor = field(repr=False)
     log_q: Tensor = field(repr=False)
     log_weights: Tensor = field(repr=False)
+    used: Tensor = field(repr=False)
+    used_log_p: Tensor = field(repr=False)
+    used_log_q: Tensor = field(repr=False)
     k_hat: float
     ess: float
     elbo: float
@@ -57,18 +68,255 @@ class Posterior:
     losses: Tensor = field(repr=False)
     history: tuple[dict[str, Any], ...] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
+    coordinates: tuple[str, ...] = field(repr=False)
     guide: Any = field(repr=False)
+    guide_name: str
+    flow: Flow | None = field(repr=False)
     density: LogDensity | None = field(repr=False)
-    used: Tensor = field(repr=False)  # unconstrained coordinates of ``samples``
+    missing: dict[str, str] = field(repr=False)
+    stored: tuple[dict[str, Any], dict[str, Any]] | None = field(repr=False, default=None)  # as read from a file
+
+    # what it says ---------------------------------------------------------------------------------------------------
+
+    @property
+    def resampled(self) -> bool:
+        """Whether ``samples`` are importance-resampled draws."""
+        return self.verdict.status == "corrected"
+
+    @property
+    def used_log_weights(self) -> Tensor:
+        """Normalised log weights that ``samples`` still carry (S,): equal ones once they are resampled."""
+        return torch.full_like(self.used_log_p, -math.log(len(self.used))) if self.resampled else self.log_weights
+
+    @property
+    def effective(self) -> float:
+        """How many independent draws ``samples`` are worth for means under the posterior; NaN if unreliable.
+
+        The effective sample size of the weights, or, of resampled draws, (sum of counts)^2 / (sum of their squares).
+        """
+        if self.verdict.status == "unreliable":
+            return math.nan
+        if not self.resampled:
+            return self.ess
+        counts = torch.unique(self.used, dim=0, return_counts=True)[1].double()
+        return float(counts.sum().square() / counts.square().sum())
+
+    @property
+    def seconds(self) -> float:
+        """How long the fit took; NaN where nobody measured it."""
+        return float(self.settings.get("seconds", math.nan))
+
+    def __str__(self) -> str:
+        sites = ", ".join(self.samples)
+        return (
+            f"Posterior of {sites}: {len(self.used)} draws, {self.z.shape[1]} unconstrained coordinates, "
+            f"ELBO {self.elbo:.2f}, log evidence {self.log_evidence:.2f}, guide {self.guide_name}\n{self.verdict}"
+        )
+
+    def _repr_html_(self) -> str:
+        table = self.summary()
+        hidden = len(table) - ROWS_SHOWN
+        note = f"<p>and {hidden} more rows: <code>summary()</code> has them all</p>" if hidden > 0 else ""
+        return f"<p>{html.escape(str(self))}</p>".replace("\n", "<br>") + table.head(ROWS_SHOWN).to_html() + note
+
+    def summary(
+        self,
+        names: str | Sequence[str] | None = None,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        ci_kind: str | None = None,
+        ci_prob: float | None = None,
+        round_to: int | str = "auto",
+    ) -> pd.DataFrame:
+        r"""Table of the draws to use, one row a scalar.
+
+        Columns: mean, sd, interval, :math:`\text{sd} / \sqrt{\text{ess}}`, and ``ess``, the number of independent
+        posterior draws that these are worth (:attr:`effective`; NaN if the verdict is unreliable). Draws are
+        independent, so there is no R-hat.
+
+        Args:
+            names: sites to show; all by default.
+            coords: labels of dimensions, see :meth:`to_arviz`.
+            dims: names of dimensions, see :meth:`to_arviz`.
+            ci_kind: ``"hdi"`` or ``"eti"``; the installed ArviZ's default otherwise.
+            ci_prob: the interval's probability; the installed ArviZ's default otherwise.
+            round_to: decimals, ``"auto"`` for three digits of each row's sd, or ``"none"``.
+
+        Raises:
+            ValueError: for a name that is no site, an unknown kind or a probability outside of (0, 1).
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(1.0, 2.0))
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> posterior = pf.diagnose(model, guide, draws=1000)
+        >>> list(posterior.summary("x", ci_kind="eti", ci_prob=0.9).columns)
+        ['mean', 'sd', 'eti90_lb', 'eti90_ub', 'mcse_mean', 'ess']
+        """
+        draws = _arviz.relabel({"posterior": self._draws()}, coords, dims)["posterior"]
+        if names is not None:
+            wanted = [names] if isinstance(names, str) else names
+            draws = draws[[_checks.choice("names", name, map(str, draws)) for name in wanted]]
+        kind, prob = (ci_kind, ci_prob) if ci_kind and ci_prob else _arviz.default_interval()
+        kind = _checks.choice("ci_kind", ci_kind or kind, ("eti", "hdi"))
+        prob = prob if ci_prob is None else ci_prob
+        if prob is None or not 0 < prob < 1:
+            raise ValueError(f"ci_prob: expected a number between 0 and 1, got {prob!r}.")
+        return _arviz.summary(draws, ess=self.effective, kind=kind, prob=prob, round_to=round_to)
+
+    def _draws(self) -> Any:
+        if self.stored is not None:
+            return self.stored[0]["posterior"]
+        return export.draws_group(Labels(self._need_density().structure), self.samples)
+
+    def to_arviz(
+        self,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        predictive: bool = True,
+    ) -> Any:
+        """Return everything as one ArviZ object: a ``DataTree``, or an ``InferenceData`` where ArviZ 0.x is installed.
+
+        Draws are one chain: they are independent and are not cut into false chains. Dimensions are named after plates
+        (with the suffix ``_dim`` if a variable has that name), others ``{site}_dim_0`` and so on. Entries that a mask
+        takes out (``obs_mask``) are left out, with one dimension ``{site}_entry`` for what remains.
+
+        Groups: ``posterior``, the draws to use; ``sample_stats`` with their ``log_p``, ``log_q`` (unconstrained
+        coordinates), ``log_weight`` (the normalised log weight that a draw still carries) and ``lp``;
+        ``log_likelihood``, ``log_prior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
+        ``constant_data``, ``unconstrained_posterior``, ``fit``; and, if the draws were importance-resampled,
+        ``raw_posterior`` and ``raw_sample_stats``. Models with enumerated latents have neither deterministic sites nor
+        a pointwise log likelihood; improper priors cannot be drawn from.
+
+        Args:
+            coords: labels of dimensions, ``{"school": ["Choate", ...]}``.
+            dims: names of the dimensions of variables, ``{"theta": ["school"]}``.
+            predictive: whether to draw from the posterior and prior predictive distributions.
+
+        Raises:
+            ValueError: naming the variable, the dimension or the length that does not fit.
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model(y):
+        ...     with pyro.plate("school", 3):
+        ...         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+        >>> y = torch.tensor([1.0, 0.0, 2.0])
+        >>> posterior = pf.diagnose(model, pyro.infer.autoguide.AutoNormal(model), y, draws=1000)
+        >>> dict(posterior.to_arviz(predictive=False)["posterior"].sizes)
+        {'chain': 1, 'draw': 1000, 'school': 3}
+        """
+        groups, attrs = self._groups(predictive)
+        return _arviz.pack(_arviz.relabel(groups, coords, dims), attrs)
+
+    def _groups(self, predictive: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self.stored is None:
+            return export.all_groups(self, self._need_density(), predictive=predictive), export.attributes(self)
+        groups, attrs = self.stored
+        drawn = () if predictive else ("posterior_predictive", "prior", "prior_predictive")
+        return {name: group for name, group in groups.items() if name not in drawn}, attrs
+
+    # more draws -----------------------------------------------------------------------------------------------------
+
+    def resample(self, draws: int | None = None, *, seed: int = 0, force: bool = False) -> dict[str, Tensor]:
+        """Resample the raw draws by their importance weights: ``{name: (draws, *shape)}``, constrained.
+
+        Args:
+            draws: how many; as many as there are raw draws by default.
+            seed: of the resampling.
+            force: resample even if the verdict is unreliable.
+
+        Raises:
+            ValueError: if the verdict is unreliable, so that weighting cannot mend the draws; or if a loaded posterior
+                needs its model for this.
+        """
+        if self.verdict.status == "unreliable" and not force:
+            raise ValueError(
+                f"resample: the importance weights cannot be relied on ({'; '.join(self.verdict.reasons)}). "
+                "Pass force=True to resample all the same."
+            )
+        count = len(self.z) if draws is None else _checks.integer("draws", draws, 1)
+        index = resample(self.log_weights, count, seed=seed)
+        if not self.resampled:
+            return {name: values[index] for name, values in self.samples.items()}
+        return self._need_density().constrain(self.z[index])
+
+    def predictive(
+        self,
+        *args: Any,
+        draws: int | None = None,
+        seed: int = 0,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """Draw from the posterior predictive distribution: ``{name: (draws, *shape)}`` for each observed site.
+
+        Without arguments, at the data of the fit. With arguments, the model is run on these: sites that are observed
+        in that run are drawn anew, as are latent sites that the fit did not have (``y`` where ``y=None`` is passed);
+        deterministic sites are there too.
+
+        Args:
+            args: the model's arguments, positional.
+            draws: how many of the draws to use, from the first on; all by default.
+            seed: of the drawing: the same seed gives the same values.
+            model_kwargs: the model's keyword arguments.
+
+        Raises:
+            ValueError: if there are fewer draws, if a loaded posterior has no model, or if a latent site of the fit is
+                missing from the new run or has another shape there.
+        """
+        density = self._need_density()
+        count = len(self.used) if draws is None else _checks.integer("draws", draws, 1)
+        if count > len(self.used):
+            raise ValueError(f"draws: expected at most {len(self.used)}, the draws that there are, got {count}.")
+        z = self.used[:count]
+        if not args and model_kwargs is None:
+            return density.predictive(z, seed=seed)
+        return export.predict(density, z, args, dict(model_kwargs or {}), seed=seed)
+
+    def _need_density(self) -> LogDensity:
+        if self.density is None:
+            raise ValueError("this needs the model: load(path, model, *args) with the arguments of the fit.")
+        return self.density
+
+    # files ----------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a directory with ``posterior.nc`` (netCDF, for ArviZ), ``guide.pt`` (tensors), ``posterior.json``.
+
+        A posterior that was saved there before is replaced.
+
+        Raises:
+            ValueError: if ``path`` is a file, or a directory with content that is not a saved posterior.
+        """
+        target = storage.check_target(path)
+        groups, attrs = self._groups(True)
+        storage.write(self, groups, attrs, target)
 
 
-def coordinate_names(density: LogDensity) -> list[str]:
-    """Label the unconstrained coordinates by site and index: ``theta[3]``."""
-    names = []
-    for latent in density.structure.latents:
-        single = latent.size == 1 and not latent.unconstrained_shape
-        names += [latent.name] if single else [f"{latent.name}[{i}]" for i in range(latent.size)]
-    return names
+def load(
+    path: str | os.PathLike[str],
+    model: Callable[..., Any] | None = None,
+    *args: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Posterior:
+    """Read a posterior that :meth:`Posterior.save` wrote. Tensors and JSON only: nothing in the files is run.
+
+    Without a model, draws, summary, ArviZ object, verdict and flow are there. With the model and the arguments of the
+    fit, guide and log density are too, and so are predictive draws.
+
+    Args:
+        path: the directory.
+        model: the model that was fitted.
+        args: its positional arguments.
+        model_kwargs: its keyword arguments.
+
+    Raises:
+        ValueError: if the directory is not a saved posterior, was written in another format version, or if model and
+            arguments give another log density than the saved one.
+    """
+    return Posterior(**storage.read(path, model, args, dict(model_kwargs or {})))
 
 
 def from_draws(
@@ -86,37 +334,33 @@ def from_draws(
 ) -> Posterior:
     """Draw, score, weigh and judge. ``draw(n)`` gives unconstrained draws and their log density under the guide."""
     _checks.integer("draws", draws, 100)
+    names = coordinate_names(density.structure)
     with torch.no_grad():
-        z, log_q = draw(draws)
-        log_p = density(z)
-        weighing = weigh(z, log_p, log_q)
-        names = coordinate_names(density)
-        verdict = judge(weighing, names, warnings=warnings, failures=failures)
-        used = z
-        if verdict.status == "corrected":
-            pool, pool_q = draw(POOL * draws)
-            again = weigh(pool, density(pool), pool_q)
-            if again.admissible:
-                used = pool[resample(again.log_weights, draws, seed=seed)]
-            else:
-                extra = f"a larger pool of draws has k-hat {again.k_hat:.2f} and ESS/S {again.ess / len(pool):.3f}"
-                verdict = judge(weighing, names, warnings=warnings, failures=(*failures, extra))
-        samples = density.constrain(used)
+        found = decide(draw, density, names, draws=draws, seed=seed, warnings=warnings, failures=failures)
+        samples = density.constrain(found.used)
+    flow = guide._flow if isinstance(guide, AutoFlow) else None
+    guide_name = type(guide).__name__ if isinstance(guide, torch.nn.Module) else getattr(guide, "__name__", "guide")
     return Posterior(
         samples=samples,
-        z=z,
-        log_p=log_p,
-        log_q=log_q,
-        log_weights=weighing.log_weights,
-        k_hat=weighing.k_hat,
-        ess=weighing.ess,
-        elbo=weighing.elbo,
-        log_evidence=weighing.log_evidence,
-        verdict=verdict,
+        z=found.z,
+        log_p=found.log_p,
+        log_q=found.log_q,
+        log_weights=found.weighing.log_weights,
+        used=found.used,
+        used_log_p=found.used_log_p,
+        used_log_q=found.used_log_q,
+        k_hat=found.weighing.k_hat,
+        ess=found.weighing.ess,
+        elbo=found.weighing.elbo,
+        log_evidence=found.weighing.log_evidence,
+        verdict=found.verdict,
         losses=losses,
         history=tuple(history),
         settings={"draws": draws, "seed": seed, **dict(settings or {})},
+        coordinates=tuple(names),
         guide=guide,
+        guide_name=guide_name,
+        flow=flow,
         density=density,
-        used=used,
+        missing={} if flow is not None else {"flow": f"the guide ({guide_name}) is not a flow guide of pyro_flows"},
     )

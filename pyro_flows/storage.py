@@ -16,6 +16,7 @@ from pyro_flows import _arviz
 from pyro_flows.export import plain
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, rebuild
+from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
 from pyro_flows.verdict import Verdict
 
@@ -66,7 +67,7 @@ def write(posterior: Posterior, groups: Mapping[str, Any], attrs: Mapping[str, s
         "settings": posterior.settings,
         "history": posterior.history,
         "guide": {
-            "class": type(posterior.guide).__name__ if posterior.guide is not None else posterior.guide_name,
+            "class": posterior.guide_name,
             "flow": None if flow is None or reason else flow.settings,
             "reason": reason,
         },
@@ -74,7 +75,8 @@ def write(posterior: Posterior, groups: Mapping[str, Any], attrs: Mapping[str, s
     }
     tensors: dict[str, Any] = {name: getattr(posterior, name).detach().cpu() for name in TENSOR_FIELDS}
     tensors["samples"] = {name: value.detach().cpu() for name, value in posterior.samples.items()}
-    tensors["flow"] = {} if flow is None or reason else {name: x.detach().cpu() for name, x in flow.state_dict().items()}
+    state = {} if flow is None or reason else flow.state_dict()
+    tensors["flow"] = {name: value.detach().cpu() for name, value in state.items()}
     path.mkdir(parents=True, exist_ok=True)
     _replace(path / NETCDF, lambda file: _arviz.write(groups, attrs, file))
     _replace(path / TENSORS, lambda file: torch.save(tensors, file))
@@ -143,8 +145,8 @@ def _describe(source: Path) -> dict[str, Any]:
     description: dict[str, Any] = json.loads((source / TEXT).read_text(encoding="utf-8"))
     if description.get("version") != VERSION:
         raise ValueError(
-            f"path: {str(source)!r} has format version {description.get('version')!r}, this release of pyro_flows reads "
-            f"version {VERSION}. Read it with the release that wrote it, or fit and save anew."
+            f"path: {str(source)!r} has format version {description.get('version')!r}, this release of pyro_flows "
+            f"reads version {VERSION}. Read it with the release that wrote it, or fit and save anew."
         )
     return description
 
@@ -163,7 +165,7 @@ def _density(
 ) -> LogDensity:
     """Make the log density again, and check that it is the one that was fitted."""
     density = LogDensity(model, args, kwargs)
-    found = density.coordinates()
+    found = coordinate_names(density.structure)
     if list(coordinates) != found:
         raise ValueError(f"model: expected the unconstrained coordinates {list(coordinates)}, got {found}.")
     z, saved = tensors["z"][:CHECKED_DRAWS].to(density.device), tensors["log_p"][:CHECKED_DRAWS].to(density.device)
@@ -184,7 +186,7 @@ def _guide(
     affine = settings.get("affine")
     bare = rebuild({name: value for name, value in settings.items() if name != "affine"})
     guide = AutoFlow(model, bare, affine=affine or "none").initialize(*args, **kwargs)
-    made: Flow = guide.distribution
+    made: Flow = guide._flow
     made.load_state_dict(flow.state_dict())
     return guide, made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,9 @@ from pyro_flows._arviz import psis
 ESS_RATIO = 0.1
 MEAN_SHIFT = 0.1
 SD_SHIFT = 0.1
+POOL = 4
+
+Draw = Callable[[int], tuple[Tensor, Tensor]]  # n -> z (n, D), log q (n,)
 
 
 @dataclass(frozen=True)
@@ -145,10 +148,62 @@ def judge(
     )
 
 
+@dataclass(frozen=True)
+class Decision:
+    """Raw draws ``z`` with their densities, the verdict on them, and the draws to use."""
+
+    z: Tensor
+    log_p: Tensor
+    log_q: Tensor
+    weighing: Weighing
+    verdict: Verdict
+    used: Tensor
+    used_log_p: Tensor
+    used_log_q: Tensor
+
+
+def decide(
+    draw: Draw,
+    score: Callable[[Tensor], Tensor],
+    names: Sequence[str],
+    *,
+    draws: int,
+    seed: int,
+    warnings: Sequence[str] = (),
+    failures: Sequence[str] = (),
+) -> Decision:
+    """Draw, weigh and judge; where weighting mends the draws, resample from a pool of four times as many.
+
+    Args:
+        draw: n -> draws z (n, D) and their log density (n,) under the guide.
+        score: z -> log density (n,) under the model.
+        names: labels of the coordinates.
+        draws: how many.
+        seed: of the resampling.
+        warnings: see :func:`judge`.
+        failures: see :func:`judge`.
+    """
+    z, log_q = draw(draws)
+    log_p = score(z)
+    weighing = weigh(z, log_p, log_q)
+    verdict = judge(weighing, names, warnings=warnings, failures=failures)
+    if verdict.status == "corrected":
+        pool, pool_q = draw(POOL * draws)
+        pool_p = score(pool)
+        again = weigh(pool, pool_p, pool_q)
+        if again.admissible:
+            index = resample(again.log_weights, draws, seed=seed)
+            return Decision(z, log_p, log_q, weighing, verdict, pool[index], pool_p[index], pool_q[index])
+        extra = f"a larger pool of draws has k-hat {again.k_hat:.2f} and ESS/S {again.ess / len(pool):.3f}"
+        verdict = judge(weighing, names, warnings=warnings, failures=(*failures, extra))
+    return Decision(z, log_p, log_q, weighing, verdict, z, log_p, log_q)
+
+
 def resample(log_weights: Tensor, draws: int, *, seed: int) -> Tensor:
     """Return ``draws`` indices drawn by systematic resampling of normalised log weights (S,), in random order."""
     generator = torch.Generator().manual_seed(seed)
     cumulative = log_weights.double().cpu().exp().cumsum(0)
-    points = (torch.arange(draws, dtype=torch.float64) + torch.rand((), generator=generator, dtype=torch.float64)) / draws
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    points = (torch.arange(draws, dtype=torch.float64) + offset) / draws
     index = torch.searchsorted(cumulative, points * cumulative[-1]).clamp_max(len(cumulative) - 1)
     return index[torch.randperm(draws, generator=generator)].to(log_weights.device)

@@ -4,7 +4,7 @@ import pyro
 import pytest
 import torch
 
-pytest.register_assert_rewrite("tests.invariants")
+pytest.register_assert_rewrite("tests.invariants", "tests.state_invariants")
 
 
 @pytest.fixture(autouse=True)

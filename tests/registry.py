@@ -5,9 +5,11 @@ A new transform gets a line in ``TRANSFORMS``, a new flow builder one in ``FLOWS
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -161,20 +163,20 @@ def make_flow(
     return built(lambda: builder(dim, **options), dtype=dtype, sd=sd, seed=dim)
 
 
+def _bijection_of(name: str, dim: int, context_dim: int) -> pf.Bijection:
+    return make_flow(name, dim, context_dim=context_dim, sd=0.0, dtype=torch.float32).bijection
+
+
 def _cases(dims: tuple[int, ...]) -> list[Case]:
     cases = []
-    for dim in dims:
-        for context_dim in (0, CONTEXT):
-            end = f"-{dim}" + ("-context" if context_dim else "")
-            for name, (factory, more) in TRANSFORMS.items():
-                if not (context_dim and name in ONE_WIDTH):
-                    build = lambda f=factory, d=dim, c=context_dim: f(d, c)  # noqa: E731
-                    cases.append(Case(name + end, build, (dim,), context_dim, **more))
-            for name in FLOWS:
-                build = lambda n=name, d=dim, c=context_dim: make_flow(  # noqa: E731
-                    n, d, context_dim=c, sd=0.0, dtype=torch.float32
-                ).bijection
-                cases.append(Case(name + end, build, (dim,), context_dim, sd=0.15, closed=name not in NUMERIC))
+    for dim, context_dim in itertools.product(dims, (0, CONTEXT)):
+        end = f"-{dim}" + ("-context" if context_dim else "")
+        for name, (factory, more) in TRANSFORMS.items():
+            if not (context_dim and name in ONE_WIDTH):
+                cases.append(Case(name + end, partial(factory, dim, context_dim), (dim,), context_dim, **more))
+        for name in FLOWS:
+            build = partial(_bijection_of, name, dim, context_dim)
+            cases.append(Case(name + end, build, (dim,), context_dim, sd=0.15, closed=name not in NUMERIC))
     return cases
 
 

@@ -10,7 +10,7 @@ from torch.distributions import ComposeTransform, Transform, constraints
 
 import pyro_flows as pf
 from tests.invariants import close
-from tests.registry import HIDDEN, SMALL, built, each, make_flow, normal
+from tests.registry import HIDDEN, SMALL, each, make_flow, normal
 
 PLAIN = [case for case in SMALL if not case.context_dim and case.shape in ((1,), (3,))]
 CONDITIONAL = [case for case in SMALL if case.context_dim and case.shape in ((1,), (3,))]
@@ -38,7 +38,7 @@ def test_torch_protocol(case):
     assert t.forward_shape((5, 3)) == t.inverse_shape((5, 3)) == (5, 3)
     assert t.with_cache(0) is t
     assert isinstance(hash(t), int)
-    assert t == t  # noqa: PLR0124
+    assert t == t
     assert t != case.make()
 
 
@@ -134,7 +134,7 @@ def test_bound_is_a_torch_transform(case):
 
 def test_pyro_conditional_compose():
     """Pyro's own composition of conditional transforms, and its caching, take these maps as parts."""
-    parts = [built(lambda: pf.Planar(2, context_dim=3, hidden=HIDDEN), dtype=torch.float64, sd=0.3, seed=s) for s in (1, 2)]
+    parts = [next(case for case in SMALL if case.name == "Planar-2-context").make(seed=seed) for seed in (1, 2)]
     stack = dist.conditional.ConditionalComposeTransformModule(parts, cache_size=1)
     context, x = normal(4, 3, seed=1), normal(4, 2, seed=2)
     close(stack.condition(context)(x), pf.Chain(parts).forward_and_ladj(x, context)[0], 1e-12)

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 import pyro_flows as pf
 from pyro_flows import masks
 from pyro_flows.flows import BASES
-from tests.invariants import check_follows_parameters, check_pure, close, copies, snapshot
+from tests.invariants import close
 from tests.registry import SMALL, built, each, make_flow, normal
+from tests.state_invariants import check_follows_parameters, check_pure, copies, snapshot
 
 SOME = [case for case in SMALL if case.shape in ((1,), (3,))]
 

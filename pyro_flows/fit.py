@@ -1,0 +1,202 @@
+"""``fit``: from a Pyro model and its data to a judged posterior, in one call."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_flows import _checks
+from pyro_flows.flows import Flow
+from pyro_flows.guides import AutoFlow, FlowLike
+from pyro_flows.initial import Start, portfolio
+from pyro_flows.log_density import LogDensity, seeded
+from pyro_flows.posterior import Posterior, from_draws
+from pyro_flows.training import Budget, Check, Trainer, Training, train
+
+MAX_STEPS = 6000
+BATCH = 64
+RACE_STEPS = 100
+STEP_SIZES = (1e-2, 3e-3, 3e-2)
+CLOSE = 10.0  # nats between two starts that are worth racing
+
+
+def fit(
+    model: Callable[..., Any],
+    *args: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    flow: FlowLike = "realnvp",
+    layers: int | None = None,
+    draws: int = 4000,
+    seed: int = 0,
+    max_steps: int = MAX_STEPS,
+    max_seconds: float = math.inf,
+    train_model: bool = False,
+    progress: bool = True,
+) -> Posterior:
+    r"""Fit a flow guide to the posterior of a Pyro model, judge it, and return draws.
+
+    The guide is :math:`z = m + L(b + A f(\epsilon))` over all latents in unconstrained coordinates, f a normalizing
+    flow, :math:`\epsilon` Student-t with 15 degrees of freedom. m and L come from a portfolio of starts, the step size
+    from a race; training minimises the ELBO by path gradients and stops by itself.
+
+    Args:
+        model: a Pyro model (function or module).
+        args: its positional arguments, as a rule the data.
+        model_kwargs: its keyword arguments.
+        flow: ``"realnvp"``, ``"nice"``, ``"planar"``, a :class:`Flow` or :class:`Bijection` of the right dimension, or a
+            function of the dimension that returns one. In one dimension couplings are affine, so ``"planar"`` stands
+            in for ``"realnvp"`` and ``"nice"``.
+        layers: number of layers, for a flow given by name; the default is the builder's.
+        draws: how many draws to return and to judge by, at least 100.
+        seed: of all randomness; one seed, one answer. Torch's global generator is left as it was.
+        max_steps: bound on optimisation steps of 64 gradient evaluations each.
+        max_seconds: bound on the training time. A fit that is cut short says so.
+        train_model: also train the model's own parameters (``pyro.param``, modules); by default they are held fixed.
+        progress: show a progress bar.
+
+    Returns:
+        A :class:`Posterior`; read its ``verdict`` first.
+
+    Raises:
+        ValueError: before any work, for a bad option or a model that cannot be fitted; the argument or site is named.
+
+    References: Agrawal, Sheldon and Domke 2020; Vaitl et al. 2024; Vehtari et al. 2024 (k-hat).
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y):
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> posterior = pf.fit(model, torch.tensor(1.3), progress=False, max_steps=1500)
+    >>> posterior.verdict.status
+    'ok'
+    """
+    _checks.integer("draws", draws, 100)
+    _checks.integer("max_steps", max_steps, 1)
+    _checks.integer("seed", seed, 0)
+    if layers is not None:
+        _checks.integer("layers", layers, 1)
+        if not isinstance(flow, str):
+            raise ValueError("layers: goes with a flow given by name; this flow is already built.")
+    began = time.monotonic()
+    options = {} if layers is None else {"layers": layers}
+    if isinstance(flow, str):
+        AutoFlow(model, flow, **options)  # bad names and options fail before any work
+    density = LogDensity(model, args, model_kwargs)
+    if density.dim == 1 and flow in ("realnvp", "nice"):
+        flow = "planar"
+    if train_model and not density.parameters():
+        raise ValueError("train_model: expected a model with parameters of its own (pyro.param or modules), got none.")
+    with seeded(seed, density.device):
+        starts = portfolio(density, seed=seed)
+        guide = AutoFlow(model, flow, **options).initialize(*args, **dict(model_kwargs or {}))
+        bar = _Bar(max_steps, progress)
+        budget = Budget(max_steps, time.monotonic() + max_seconds)
+        trainer, history = _race(guide, density, starts, budget, train_model=train_model, seed=seed)
+        bar.show(len(trainer.losses), -trainer.losses[-1], "race")
+        result = train(trainer, Budget(max_steps - len(trainer.losses), budget.deadline), seed=seed, report=bar.show)
+        bar.close(result.elbo, result.converged)
+        history.append(_entry(result, trainer))
+        density.forget()
+        return from_draws(
+            density,
+            lambda n: _draw(guide.flow, n),
+            draws=draws,
+            seed=seed,
+            guide=guide,
+            losses=torch.tensor(trainer.losses),
+            history=history,
+            settings=_settings(guide, trainer, density, began, max_steps=max_steps, train_model=train_model),
+            warnings=_warnings(result),
+        )
+
+
+def _race(
+    guide: AutoFlow, density: LogDensity, starts: Sequence[Start], budget: Budget, *, train_model: bool, seed: int
+) -> tuple[Trainer, list[dict[str, Any]]]:
+    """Run the best start with each step size, and the runner-up where it is close, for a few steps; keep the best.
+
+    The guide ends up with the winner's parameters and start.
+    """
+    extra = list(density.parameters().values()) if train_model else []
+    entrants = [(starts[0], size) for size in STEP_SIZES[: 1 if extra else None]]
+    if len(starts) > 1 and not extra and starts[0].elbo - starts[1].elbo < CLOSE:
+        entrants.append((starts[1], STEP_SIZES[0]))
+    steps = max(1, min(RACE_STEPS, budget.steps // (2 * len(entrants))))
+    history, best = [], None
+    for start, size in entrants:
+        flow = copy.deepcopy(guide.flow)
+        runner = copy.copy(guide)  # shares everything but the flow
+        runner.__dict__["_modules"] = {**guide.__dict__["_modules"], "flow": flow}
+        runner.start_at(start.loc, start.scale)
+        trainer = Trainer(flow, density, learning_rate=size, batch=BATCH, extra=extra)
+        for step in range(steps):
+            trainer.step(size * min(1.0, (step + 1) / (0.5 * RACE_STEPS)))
+        score = Check.make(flow, density, seed=seed).elbo()
+        history.append({"stage": "race", "start": start.name, "step_size": size, "start_elbo": start.elbo, "elbo": score})
+        if best is None or score > best[0] or not math.isfinite(best[0]):
+            best = score, trainer
+    assert best is not None
+    guide.flow = best[1].flow
+    return best[1], history
+
+
+@torch.no_grad()
+def _draw(flow: Flow, n: int) -> tuple[Tensor, Tensor]:
+    return flow.rsample_and_log_prob((n,))
+
+
+def _entry(result: Training, trainer: Trainer) -> dict[str, Any]:
+    return {
+        "stage": "training",
+        "steps": len(result.losses),
+        "step_size": trainer.learning_rate,
+        "batch": trainer.batch,
+        "elbo": result.elbo,
+        "converged": result.converged,
+        "why": result.why,
+        "skipped": result.skipped,
+    }
+
+
+def _warnings(result: Training) -> list[str]:
+    found = [] if result.converged else [result.why]
+    if result.skipped > 0.01 * len(result.losses):
+        found.append(f"{result.skipped} of {len(result.losses)} steps had a gradient that is not finite")
+    return found
+
+
+def _settings(guide: AutoFlow, trainer: Trainer, density: LogDensity, began: float, **given: Any) -> dict[str, Any]:
+    return {
+        **given,
+        "flow": guide.flow.settings,
+        "step_size": trainer.learning_rate,
+        "batch": trainer.batch,
+        "gradient_evaluations": density.evaluations,
+        "evaluation": density.reason or "recorded",
+        "seconds": time.monotonic() - began,
+    }
+
+
+class _Bar:
+    """A progress bar of optimisation steps, with the ELBO and the state of the fit."""
+
+    def __init__(self, steps: int, visible: bool) -> None:
+        self.bar = tqdm(total=steps, disable=not visible, unit="step", desc="fit", leave=True)
+
+    def show(self, done: int, elbo: float, state: str) -> None:
+        """Show that ``done`` more steps of this stage are over."""
+        self.bar.n = min(done, self.bar.total or done)
+        self.bar.set_postfix_str(f"ELBO {elbo:.2f}, {state}", refresh=True)
+
+    def close(self, elbo: float, converged: bool) -> None:
+        """End the bar at the steps that were taken."""
+        self.bar.total = self.bar.n
+        self.bar.set_postfix_str(f"ELBO {elbo:.2f}, {'settled' if converged else 'cut short'}", refresh=True)
+        self.bar.close()
