@@ -13,6 +13,7 @@ from pyro_flows.transforms import (
     Permutation,
     Planar,
     Rescale,
+    SinhArcsinh,
     masks,
 )
 from pyro_flows.log_density import LogDensity

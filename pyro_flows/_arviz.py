@@ -25,18 +25,23 @@ if TYPE_CHECKING:
 
 SAMPLE_DIMS = ("chain", "draw")
 SD_DIGITS = 3
+SAME_WEIGHT = 1e-3  # nats between the largest and the smallest weight
 
 
 def psis(log_weights: Tensor) -> tuple[Tensor, float]:
     """Pareto-smooth importance weights: return normalised log weights (S,) and the shape estimate k-hat.
 
-    Draws with log weight -inf keep weight zero and count as draws. Reference: Vehtari et al. 2024.
+    Draws with log weight -inf keep weight zero and count as draws. Weights that are equal up to rounding have no tail
+    to fit: they stay as they are, with k-hat 0. Reference: Vehtari et al. 2024.
     """
     from arviz_stats.base import array_stats
 
     given = log_weights.detach().double().cpu().numpy()
+    if np.ptp(given) < SAME_WEIGHT:
+        return log_weights.double() - torch.logsumexp(log_weights.double(), 0), 0.0
     floor = np.where(np.isfinite(given), given, -1e300)
-    smoothed, k_hat = array_stats.psislw(-(floor - floor.max()))  # the array function takes minus the log weights
+    with np.errstate(all="ignore"):  # k-hat is NaN, and never admissible, where ties leave nothing to fit
+        smoothed, k_hat = array_stats.psislw(-(floor - floor.max()))  # the array function takes minus the log weights
     result = torch.as_tensor(np.asarray(smoothed), device=log_weights.device)
     result = torch.where(torch.isfinite(log_weights), result, -torch.inf)
     return result - torch.logsumexp(result, 0), float(k_hat)
@@ -49,13 +54,15 @@ def dataset(
     values: Mapping[str, np.ndarray],
     dims: Mapping[str, Sequence[str]],
     *,
+    coords: Mapping[str, Any] | None = None,
     sample_dims: Sequence[str] = SAMPLE_DIMS,
 ) -> xr.Dataset:
     """Label arrays; their leading axes are ``sample_dims``. Empty arrays are left out."""
     from arviz_base import dict_to_dataset
 
     filled = {name: value for name, value in values.items() if value.size}
-    found = dict_to_dataset(filled, dims={name: list(dims.get(name, ())) for name in filled}, sample_dims=sample_dims)
+    names = {name: list(dims.get(name, ())) for name in filled}
+    found = dict_to_dataset(filled, dims=names, coords=dict(coords or {}), sample_dims=sample_dims)
     found.attrs = {}
     return found
 
@@ -195,12 +202,13 @@ def summary(draws: xr.Dataset, *, ess: float, kind: str, prob: float, round_to: 
 
 
 def _round(table: pd.DataFrame, round_to: int | str) -> pd.DataFrame:
-    """Round to decimals, or (``"auto"``) row by row to three digits of the sd."""
+    """Round to decimals, or (``"auto"``) row by row to three digits of the sd (of the mean, where sd is 0)."""
     if round_to == "none":
         return table
     if round_to != "auto":
         return table.round(_checks.integer("round_to", round_to, 0))
-    for row, sd in table["sd"].items():
-        if math.isfinite(sd) and sd > 0:
-            table.loc[row] = table.loc[row].round(max(SD_DIGITS - 1 - math.floor(math.log10(sd)), 0))
+    scales = table["sd"].where(table["sd"] > 0, table["mean"].abs())
+    for row, scale in scales.items():
+        if math.isfinite(scale) and scale > 0:
+            table.loc[row] = table.loc[row].round(max(SD_DIGITS - 1 - math.floor(math.log10(scale)), 0))
     return table

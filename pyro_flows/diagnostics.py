@@ -16,7 +16,8 @@ from pyro_flows import _checks
 from pyro_flows.guides import AutoFlow
 from pyro_flows.log_density import LogDensity, quiet, seeded
 from pyro_flows.posterior import Posterior, from_draws
-from pyro_flows.sites import place_all
+from pyro_flows.randomness import BatchedDraws
+from pyro_flows.sites import messages, place_all
 from pyro_flows.verdict import Draw
 
 LOG_Q = " log q"  # beside the sites' values
@@ -117,7 +118,7 @@ def _from_distribution(guide: Any, density: LogDensity, args: Sequence[Any], kwa
 def _random_sites(trace: poutine.Trace) -> dict[str, Any]:
     return {
         name: site
-        for name, site in trace.nodes.items()
+        for name, site in messages(trace).items()
         if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
     }
 
@@ -173,7 +174,7 @@ def _from_traces(
 
     def one(_: Tensor) -> dict[str, Tensor]:
         trace = _run(guide, args, kwargs)
-        values: dict[str, Any] = {name: trace.nodes[name]["value"] for name in density.names}
+        values = {name: messages(trace)[name]["value"] for name in density.names}
         return {**values, LOG_Q: _log_density(trace, masks)}
 
     def ladj(z: Tensor) -> Tensor:
@@ -193,11 +194,10 @@ def _from_traces(
 def _log_density(trace: poutine.Trace, masks: Mapping[str, Tensor]) -> Tensor:
     """Sum the log densities of all random sites and factors; entries that the model masks out count for nothing."""
     total = torch.zeros(())
-    for name, site in trace.nodes.items():
+    for name, site in messages(trace).items():
         counts = site["type"] == "sample" and (not site["is_observed"] or isinstance(site["fn"], Unit))
         if counts and not site_is_subsample(site):
-            fn: Any = site["fn"]
-            density = fn.log_prob(site["value"])
+            density = site["fn"].log_prob(site["value"])
             for mask in (site["mask"], masks.get(name)):
                 density = density if mask is None else torch.where(torch.as_tensor(mask), density, 0.0)
             total = total + density.sum()
@@ -207,7 +207,8 @@ def _log_density(trace: poutine.Trace, masks: Mapping[str, Tensor]) -> Tensor:
 def _repeat(function: Callable[[Tensor], dict[str, Tensor]], count: int) -> dict[str, Tensor]:
     """Run a random function ``count`` times, at once where it can be."""
     try:
-        return torch.func.vmap(function, randomness="different")(torch.zeros(count))
+        with BatchedDraws():
+            return torch.func.vmap(function, randomness="different")(torch.zeros(count))
     except Exception:
         rows = [function(torch.zeros(())) for _ in range(count)]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

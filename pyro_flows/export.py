@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_flows import _arviz
 from pyro_flows.labels import Labels, Layout
 from pyro_flows.log_density import LogDensity, seeded
-from pyro_flows.sites import Latent, Place, Resample, is_data
+from pyro_flows.sites import Latent, Place, Resample, is_data, messages
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -35,7 +35,15 @@ def _stack(labels: Labels, values: Mapping[str, Tensor], layout: Callable[[str],
     """Make a group of draws ``{site: (S, *shape)}``; the draws are one chain."""
     layouts = {name: layout(name) for name in values}
     arrays = {labels.variable(name): layouts[name](value)[None] for name, value in values.items()}
-    return _arviz.dataset(arrays, {labels.variable(name): found.dims for name, found in layouts.items()})
+    return _labelled(labels, arrays, layouts, _arviz.SAMPLE_DIMS)
+
+
+def _labelled(
+    labels: Labels, arrays: Mapping[str, np.ndarray], layouts: Mapping[str, Layout], sample_dims: Sequence[str]
+) -> xr.Dataset:
+    dims = {labels.variable(name): layout.dims for name, layout in layouts.items()}
+    coords = {dim: entries for layout in layouts.values() for dim, entries in layout.coords.items()}
+    return _arviz.dataset(arrays, dims, coords=coords, sample_dims=sample_dims)
 
 
 def draws_group(labels: Labels, samples: Mapping[str, Tensor]) -> xr.Dataset:
@@ -61,9 +69,9 @@ def all_groups(posterior: Posterior, density: LogDensity, *, predictive: bool) -
     if predictive:
         seed = int(posterior.settings["seed"])
         groups |= _predictive(labels, density, posterior.used, seed)
-    data = {labels.variable(name): observed(name)(labels.data(name)[None])[0] for name in density.structure.observed}
-    dims = {labels.variable(name): observed(name).dims for name in density.structure.observed}
-    groups["observed_data"] = _arviz.dataset(data, dims, sample_dims=())
+    layouts = {name: observed(name) for name in density.structure.observed}
+    data = {labels.variable(name): layout(labels.data(name)[None])[0] for name, layout in layouts.items()}
+    groups["observed_data"] = _labelled(labels, data, layouts, ())
     groups["constant_data"] = _constants(density)
     cut = {latent.name: _cut(latent, posterior.used) for latent in density.structure.latents}
     groups["unconstrained_posterior"] = _stack(labels, cut, lambda name: labels.unconstrained(latents[name]))
@@ -131,7 +139,7 @@ def predict(
             return poutine.trace(Resample()(density.model)).get_trace(*args, **kwargs)
 
     with torch.no_grad(), seeded(seed, density.device):
-        nodes: Mapping[str, Any] = run(z[0]).nodes
+        nodes = messages(run(z[0]))
         for name in density.names:
             if name not in nodes or nodes[name]["is_observed"]:
                 raise ValueError(f"site {name!r}: a latent of the fit, but not one of the model with these arguments.")
@@ -143,7 +151,7 @@ def predict(
         ]
 
         def draw(row: Tensor) -> dict[str, Tensor]:
-            found: Mapping[str, Any] = run(row).nodes
+            found = messages(run(row))
             return {name: found[name]["value"] for name in wanted}
 
         drawn: dict[str, Tensor] = density.map(draw, z, randomness="different")

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows import _checks
+from pyro_flows.escalation import assess, entry, rounds
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, FlowLike
 from pyro_flows.initial import Start, portfolio
@@ -23,7 +24,7 @@ from pyro_flows.training import Budget, Check, Trainer, Training, train
 MAX_STEPS = 6000
 BATCH = 64
 RACE_STEPS = 100
-STEP_SIZES = (1e-2, 3e-3, 3e-2)
+STEP_SIZES = (1e-2, 3e-3)
 CLOSE = 10.0  # nats between two starts that are worth racing
 
 
@@ -38,12 +39,13 @@ def fit(
     max_steps: int = MAX_STEPS,
     max_seconds: float = math.inf,
     train_model: bool = False,
+    escalate: bool = True,
     progress: bool = True,
 ) -> Posterior:
     r"""Fit a flow guide to the posterior of a Pyro model, judge it, and return draws.
 
-    The guide is :math:`z = m + L(b + A f(\epsilon))` over all latents in unconstrained coordinates, f a normalizing
-    flow, :math:`\epsilon` Student-t with 15 degrees of freedom. m and L come from a portfolio of starts, the step size
+    The guide is :math:`z = m + L(b + A\,t(f(\epsilon)))` over all latents in unconstrained coordinates, f a normalizing
+    flow, t tails for each coordinate, :math:`\epsilon` Student-t with 15 degrees of freedom (2 D, if that is more). m and L come from a portfolio of starts, the step size
     from a race; training minimises the ELBO by path gradients and stops by itself.
 
     Args:
@@ -59,6 +61,8 @@ def fit(
         max_steps: bound on optimisation steps of 64 gradient evaluations each.
         max_seconds: bound on the training time. A fit that is cut short says so.
         train_model: also train the model's own parameters (``pyro.param``, modules); by default they are held fixed.
+        escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and
+            tempering, in this order; each is an entry of ``history``.
         progress: show a progress bar.
 
     Returns:
@@ -95,14 +99,21 @@ def fit(
         raise ValueError("train_model: expected a model with parameters of its own (pyro.param or modules), got none.")
     with seeded(seed, density.device):
         starts = portfolio(density, seed=seed)
-        guide = AutoFlow(model, flow, **options).initialize(*args, **dict(model_kwargs or {}))
+        guide = AutoFlow(model, flow, df=_tails(density.dim), **options).initialize(*args, **dict(model_kwargs or {}))
         bar = _Bar(max_steps, progress)
-        budget = Budget(max_steps, time.monotonic() + max_seconds)
-        trainer, history = _race(guide, density, starts, budget, train_model=train_model, seed=seed)
-        bar.show(len(trainer.losses), -trainer.losses[-1], "race")
-        result = train(trainer, Budget(max_steps - len(trainer.losses), budget.deadline), seed=seed, report=bar.show)
-        bar.close(result.elbo, result.converged)
-        history.append(_entry(result, trainer))
+        budget = Budget(max_steps, began + max_seconds)
+        trainer, start, history = _race(guide, density, starts, budget, train_model=train_model, seed=seed)
+        left = Budget(max_steps - len(trainer.losses), budget.deadline)
+        best = assess(guide.flow, density, train(trainer, left, seed=seed, report=bar.show))
+        history.append(entry("first round", trainer, best))
+        if escalate and not train_model and not best.enough:
+            for name, trainer, outcome in rounds(guide, density, trainer, start, budget, seed=seed, report=bar.show):
+                history.append(entry(name, trainer, outcome))
+                best = max(best, outcome, key=lambda round_: round_.rank)
+                if outcome.enough:
+                    break
+        guide.adopt(best.flow)
+        bar.close(best.weighing.elbo, best.training.converged)
         density.forget()
         return from_draws(
             density,
@@ -113,13 +124,18 @@ def fit(
             losses=torch.tensor(trainer.losses),
             history=history,
             settings=_settings(guide, trainer, density, began, max_steps=max_steps, train_model=train_model),
-            warnings=_warnings(result),
+            warnings=_warnings(best.training),
         )
+
+
+def _tails(dim: int) -> float:
+    """Degrees of freedom of the base: a Student-t costs about 0.94 D / df^2 nats where the target is Gaussian."""
+    return max(15.0, 2.0 * dim)
 
 
 def _race(
     guide: AutoFlow, density: LogDensity, starts: Sequence[Start], budget: Budget, *, train_model: bool, seed: int
-) -> tuple[Trainer, list[dict[str, Any]]]:
+) -> tuple[Trainer, Start, list[dict[str, Any]]]:
     """Run the best start with each step size, and the runner-up where it is close, for a few steps; keep the best.
 
     The guide ends up with the winner's parameters and start.
@@ -141,28 +157,15 @@ def _race(
         score = Check.make(flow, density, seed=seed).elbo()
         history.append({"stage": "race", "start": start.name, "step_size": size, "start_elbo": start.elbo, "elbo": score})
         if best is None or score > best[0] or not math.isfinite(best[0]):
-            best = score, trainer
+            best = score, trainer, start
     assert best is not None
     guide.flow = best[1].flow
-    return best[1], history
+    return best[1], best[2], history
 
 
 @torch.no_grad()
 def _draw(flow: Flow, n: int) -> tuple[Tensor, Tensor]:
     return flow.rsample_and_log_prob((n,))
-
-
-def _entry(result: Training, trainer: Trainer) -> dict[str, Any]:
-    return {
-        "stage": "training",
-        "steps": len(result.losses),
-        "step_size": trainer.learning_rate,
-        "batch": trainer.batch,
-        "elbo": result.elbo,
-        "converged": result.converged,
-        "why": result.why,
-        "skipped": result.skipped,
-    }
 
 
 def _warnings(result: Training) -> list[str]:

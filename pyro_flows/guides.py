@@ -18,12 +18,13 @@ from pyro.nn.module import _is_module_local_param_enabled
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_flows import _checks
 from pyro_flows.flows import BUILDERS, Flow
-from pyro_flows.sites import Structure, flatten_all, initial_value, place_all, read_structure
-from pyro_flows.transforms import Bijection, Bound, Chain, DiagonalAffine, LowerTriangularAffine
+from pyro_flows.sites import Structure, flatten_all, initial_value, messages, place_all, read_structure
+from pyro_flows.transforms import Bijection, Bound, Chain, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 
 AFFINES = ("auto", "diagonal", "none", "tril")
 FULL_AFFINE_UP_TO = 200
@@ -31,13 +32,15 @@ QUANTILE_DRAWS = 4000
 
 FlowLike = str | Flow | Bijection | Callable[[int], "Flow | Bijection"]
 
-_owned: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that some guide of this process registered in the store
+_owned: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a guide of this process put into the store
 
 
 class AutoFlow(AutoContinuous):
-    r"""Guide :math:`z = m + L(b + A f(\epsilon))` over all continuous latents, f any flow, affine map trained with it.
+    r"""Guide :math:`z = m + L(b + A\,t(f(\epsilon)))` over all continuous latents: any flow f, then tails, then affine.
 
-    Works in Pyro's ``SVI`` with any ELBO, in ``Predictive``, ``AutoGuideList``, ``poutine.block`` and ``NeuTraReparam``.
+    t is :class:`SinhArcsinh`, which gives each coordinate tails of its own; it and the affine map are trained with f.
+
+    Works in Pyro's ``SVI`` with any ELBO, in ``Predictive``, ``AutoGuideList``, ``poutine.block``, ``NeuTraReparam``.
     Latents are mapped to real numbers by their supports' bijections (dependent supports and improper priors too).
     Every guide owns its parameters: a second guide of the same name starts afresh and trains, and parameters that were
     loaded into Pyro's store are taken over. dtype and device follow the model's sites, or an earlier ``guide.to(...)``.
@@ -48,8 +51,8 @@ class AutoFlow(AutoContinuous):
         model: a Pyro model.
         flow: a builder's name (``"realnvp"``, ``"nice"``, ``"planar"``), a :class:`Flow` or :class:`Bijection` of the
             model's dimension, or a function of the dimension that returns one.
-        affine: the trainable affine map after the flow: ``"tril"``, ``"diagonal"``, ``"none"``, or ``"auto"``
-            (triangular up to 200 dimensions).
+        affine: the trainable affine map after flow and tails: ``"tril"``, ``"diagonal"``, ``"none"`` (no tails
+            either), or ``"auto"`` (triangular up to 200 dimensions).
         base: base distribution, see :class:`Flow`; ignored if ``flow`` is a :class:`Flow`, which brings its own.
         df: degrees of freedom of the Student-t base.
         init_loc_fn: Pyro init function for m; the default is the prior median, and works for improper priors.
@@ -84,7 +87,8 @@ class AutoFlow(AutoContinuous):
         AutoGuide.__init__(self, model)
         if isinstance(flow, str):
             _checks.choice("flow", flow, BUILDERS)
-            BUILDERS[flow](1, base=base, df=df, **options)  # wrong options fail here, not at the first step
+            with torch.random.fork_rng(devices=[]):
+                BUILDERS[flow](1, base=base, df=df, **options)  # wrong options fail here, not at the first step
         elif options:
             raise TypeError(f"options: {', '.join(options)} go with a flow's name; this flow is already built.")
         elif not isinstance(flow, (Flow, Bijection)) and not callable(flow):
@@ -93,10 +97,9 @@ class AutoFlow(AutoContinuous):
         self._init_loc_fn = init_loc_fn
         self._init_scale = _checks.positive("init_scale", init_scale)
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._moved = False
+        self._moved_to: dict[str, Any] = {}
         self.structure: Structure | None = None
         self.plates: dict[str, Any] = {}
-        self.register_buffer("_like", torch.zeros(()), persistent=False)
 
     # setting up -----------------------------------------------------------------------------------------------------
 
@@ -115,17 +118,22 @@ class AutoFlow(AutoContinuous):
         self._set_structure(structure)
         if self.master is not None:
             self.master()._check_prototype(self.prototype_trace)
-        like = self._like if self._moved else torch.zeros((), dtype=structure.dtype, device=structure.device)
+        like = torch.zeros((), **{"dtype": structure.dtype, "device": structure.device, **self._moved_to})
         loc = self._init_loc().to(like)
-        flow = self._build(structure.dim).to(like)
-        self.flow = flow
+        self.flow = self._build(structure.dim).to(like)
         self.start_at(loc, self._init_scale * torch.ones_like(loc))
+
+    def _init_loc(self) -> Tensor:
+        """The prototype run's values, unconstrained (D,), without entries that are masked out."""
+        nodes, latents = messages(self.prototype_trace), self._known_structure.latents
+        sites = [(latent, nodes[latent.name]) for latent in latents]
+        return torch.cat([latent.flatten(site["value"], site["fn"].support) for latent, site in sites])
 
     def _set_structure(self, structure: Structure) -> None:
         """Keep what the guide needs of the prototype run: latent sites only, no data, nothing of a graph."""
         trace = poutine.Trace()
         for latent in structure.latents:
-            site = structure.trace.nodes[latent.name]
+            site = messages(structure.trace)[latent.name]
             kept = ("name", "type", "fn", "value", "is_observed", "infer", "cond_indep_stack", "scale", "mask")
             trace.add_node(latent.name, args=(), kwargs={}, **{key: site[key] for key in kept})
         self.structure = replace(structure, trace=trace, observed={})
@@ -152,10 +160,41 @@ class AutoFlow(AutoContinuous):
         kind = "tril" if affine == "tril" or (affine == "auto" and dim <= FULL_AFFINE_UP_TO) else "diagonal"
         return _append_affine(built, kind)
 
+    def adopt(self, flow: Flow) -> None:
+        """Take over a flow that came from this guide's own recipe, at whatever number of layers and tails it has."""
+        name, affine, base, df, options = self._recipe
+        if isinstance(name, str) and flow.settings is not None:
+            options, df = {**options, "layers": flow.settings["layers"]}, flow.df
+        self._recipe = (name, affine, base, df, options)
+        self.flow = flow
+
+    def restart(self, loc: Tensor, scale: Tensor) -> None:
+        """Begin anew: fresh parameters by the recipe, the affine map's start at ``loc`` and ``scale``."""
+        self.flow = self._build(self._flow.dim).to(next(self._flow.parameters()))
+        self.start_at(loc, scale)
+
+    @torch.no_grad()
+    def grow(self, layers: int) -> bool:
+        """Append ``layers`` layers at the identity; the guide's distribution stays as it is.
+
+        Returns whether it could be done: only flows given by a builder's name know how to go on.
+        """
+        flow, affine, base, df, options = self._recipe
+        if not isinstance(flow, str):
+            return False
+        old, like = self._flow, next(self._flow.parameters())
+        count = old.settings["layers"] + layers  # type: ignore[index]
+        self._recipe = (flow, affine, base, df, {**options, "layers": count})
+        new = self._build(old.dim).to(like)
+        _copy_layers(old.bijection, new.bijection)
+        new.df = old.df
+        self.flow = new
+        return True
+
     @property
     def affine(self) -> LowerTriangularAffine | DiagonalAffine | None:
         """The trainable affine map after the flow, None with ``affine="none"``."""
-        last = self._flow.bijection
+        last: nn.Module = self._flow.bijection
         last = last.layers[-1] if isinstance(last, Chain) else last
         wanted = self._recipe[1] != "none" and isinstance(last, (LowerTriangularAffine, DiagonalAffine))
         return last if wanted else None  # type: ignore[return-value]
@@ -198,7 +237,13 @@ class AutoFlow(AutoContinuous):
         return super().load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AutoFlow:
-        self._moved = True
+        """Remember a move (``to``, ``double``, ``cuda``) that comes before the parameters: its dtype, its device."""
+        if self.prototype_trace is None:
+            single, double = (fn(torch.zeros((), dtype=dtype)) for dtype in (torch.float32, torch.float64))
+            if single.dtype == double.dtype:
+                self._moved_to["dtype"] = single.dtype
+            if single.device != torch.zeros(()).device:
+                self._moved_to["device"] = single.device
         return super()._apply(fn, recurse)
 
     # copies ----------------------------------------------------------------------------------------------------------
@@ -217,8 +262,8 @@ class AutoFlow(AutoContinuous):
 
     def __getstate__(self) -> dict[str, Any]:
         modules = self.__dict__["_modules"].values()
-        for parameter in (parameter for module in modules for parameter in module.parameters()):
-            parameter.__dict__.pop("unconstrained", None)  # Pyro's weak reference
+        for tensor in (tensor for module in modules for tensor in module.state_dict(keep_vars=True).values()):
+            tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
         state = self.__dict__.copy()
         state.update(_model=None, master=None, plates={}, _arguments=((), {}))
         return state
@@ -230,7 +275,7 @@ class AutoFlow(AutoContinuous):
         new.__dict__.update(_model=self._model, _arguments=self._arguments)
         return new
 
-    # Pyro's protocol ---------------------------------------------------------------------------------------------------
+    # Pyro's protocol -------------------------------------------------------------------------------------------------
 
     def get_base_dist(self) -> dist.TorchDistribution:
         return self._flow.base_distribution()
@@ -244,11 +289,15 @@ class AutoFlow(AutoContinuous):
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         for site in self._built_structure.latents:
-            yield self.prototype_trace.nodes[site.name], site.unconstrained(latent)
+            yield messages(self.prototype_trace)[site.name], site.unconstrained(latent)
 
     @property
     def _built_structure(self) -> Structure:
         self._flow  # noqa: B018
+        return self._known_structure
+
+    @property
+    def _known_structure(self) -> Structure:
         assert self.structure is not None
         return self.structure
 
@@ -274,31 +323,32 @@ class AutoFlow(AutoContinuous):
         """Tell Pyro of the flow's parameters; make the store hold the very tensors of this guide.
 
         What the store holds under our names is either another guide's (then ours replaces it) or was loaded into the
-        store (then we take its values over).
+        store (then we take its values over). The store holds the buffers too, m and L among them: without them the
+        parameters, which are relative to the start, would mean something else in another guide.
         """
         prefix = self._pyro_get_fullname("flow")
         local = _is_module_local_param_enabled()
         store = pyro.get_param_store()
-        for name, parameter in self._flow.named_parameters():
+        for name, tensor in self._flow.state_dict(keep_vars=True).items():
             full = param_with_module_name(prefix, name)
-            if local:
-                pyro.poutine.runtime.effectful(type="param")(lambda *_, value=parameter, **__: value)(
-                    full, parameter, constraint=constraints.real, name=full
-                )
-                continue
             stored = store._params.get(full)
-            if stored is not parameter:
+            if stored is not tensor and not local:
                 if stored is not None:
                     if stored not in _owned:
-                        _take_over(full, parameter, stored)
+                        _take_over(full, tensor, stored)
                     del store[full]
                 store._constraints[full] = constraints.real
-                store._params[full] = parameter
-                store._param_to_name[parameter] = full
-                _owned[parameter] = True
-            pyro.param(full, parameter)
+                store._params[full] = tensor
+                store._param_to_name[tensor] = full
+                _owned[tensor] = True
+            if local and isinstance(tensor, nn.Parameter):
+                pyro.poutine.runtime.effectful(type="param")(lambda *_, value=tensor, **__: value)(
+                    full, tensor, constraint=constraints.real, name=full
+                )
+            elif isinstance(tensor, nn.Parameter):
+                pyro.param(full, tensor)
 
-    # the posterior, constrained ------------------------------------------------------------------------------------------
+    # the posterior, constrained --------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -317,8 +367,7 @@ class AutoFlow(AutoContinuous):
             placed = place_all(structure, row, lambda: self.model(*args, **kwargs))
             return {name: value for name, (value, _) in placed.items()}
 
-        with pyro.validation_enabled(False):
-            return torch.func.vmap(values)(z)
+        return _map_rows(values, z)
 
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         r"""Return the guide's log density of constrained latents, :math:`\log q(z) - \log|d\theta/dz|`.
@@ -339,7 +388,8 @@ class AutoFlow(AutoContinuous):
             cut = 0 if shape is None else len(shape) - len(latent.shape)
             if shape is None or cut < 0 or shape[cut:] != latent.shape:
                 got = "nothing" if shape is None else f"shape {tuple(shape)}"
-                raise ValueError(f"values[{latent.name!r}]: expected shape (*batch, *{tuple(latent.shape)}), got {got}.")
+                expected = f"(*batch, *{tuple(latent.shape)})"
+                raise ValueError(f"values[{latent.name!r}]: expected shape {expected}, got {got}.")
             shapes.add(shape[:cut])
         if len(shapes) > 1:
             raise ValueError(f"values: expected one batch shape for all sites, got {sorted(map(tuple, shapes))}.")
@@ -351,8 +401,7 @@ class AutoFlow(AutoContinuous):
             placed = place_all(structure, z, lambda: self.model(*args, **kwargs))
             return z, sum((ladj.sum() for _, ladj in placed.values()), z.new_zeros(()))
 
-        with pyro.validation_enabled(False):
-            z, ladj = torch.func.vmap(flat)(rows)
+        z, ladj = _map_rows(flat, rows)
         return (self._flow().log_prob(z.to(self.get_base_dist().mean)) - ladj).reshape(batch)
 
     @torch.no_grad()
@@ -381,9 +430,20 @@ class AutoFlow(AutoContinuous):
         return {name: torch.quantile(value, levels.to(value), dim=0) for name, value in draws.items()}
 
 
+def _map_rows(function: Callable[..., Any], rows: Any) -> Any:
+    """Apply a function of one row to all rows of a tensor or a dict of tensors; batched where the model allows."""
+    with pyro.validation_enabled(False):
+        try:
+            return torch.func.vmap(function)(rows)
+        except RuntimeError:  # the model is run only if supports depend on latents
+            count = len(tree_leaves(rows)[0])
+            found = [function(tree_map(lambda column, i=i: column[i], rows)) for i in range(count)]  # type: ignore[misc]
+            return tree_map(lambda *parts: torch.stack(parts), *found)
+
+
 def _append_affine(flow: Flow, kind: str) -> Flow:
     map_ = LowerTriangularAffine(flow.dim) if kind == "tril" else DiagonalAffine(flow.dim)
-    whole = Flow(Chain([flow.bijection, map_]), dim=flow.dim, base=flow.base, df=flow.df)
+    whole = Flow(Chain([flow.bijection, SinhArcsinh(flow.dim), map_]), dim=flow.dim, base=flow.base, df=flow.df)
     whole.settings = None if flow.settings is None else {**flow.settings, "affine": kind}
     return whole
 
@@ -398,6 +458,18 @@ def rebuild(settings: Mapping[str, Any]) -> Flow:
     affine = options.pop("affine", None)
     flow = BUILDERS[_checks.choice("builder", options.pop("builder"), BUILDERS)](**options)
     return flow if affine is None else _append_affine(flow, _checks.choice("affine", affine, ("diagonal", "tril")))
+
+
+def _copy_layers(old: nn.Module, new: nn.Module) -> None:
+    """Copy parameters and buffers layer by layer: the n-th layer of each class onto the n-th of the same class."""
+    if not isinstance(old, Chain):
+        new.load_state_dict(old.state_dict())
+        return
+    seen: dict[type, int] = {}
+    for layer in old.layers:
+        twins: Any = [candidate for candidate in new.layers if type(candidate) is type(layer)]  # type: ignore[union-attr]
+        _copy_layers(layer, twins[seen.get(type(layer), 0)])
+        seen[type(layer)] = seen.get(type(layer), 0) + 1
 
 
 def _take_over(name: str, parameter: nn.Parameter, stored: Tensor) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_flows import _arviz
-from pyro_flows.sites import Latent, Plate, Structure
+from pyro_flows.sites import Latent, Plate, Structure, messages
 
 
 def coordinate_names(structure: Structure) -> list[str]:
@@ -45,6 +44,15 @@ class Layout:
         else:
             picked = values.squeeze(tuple(axis + 1 for axis in self.phantom))
         return picked.detach().cpu().numpy()
+
+    @property
+    def coords(self) -> dict[str, list[int] | list[str]]:
+        """Labels of the entries that masks leave: their index in the whole, ``2``, or ``"0,2"`` of several axes."""
+        if self.keep is None:
+            return {}
+        entries = self.keep.nonzero().tolist()
+        single = self.keep.dim() == 1
+        return {self.dims[0]: [row[0] for row in entries] if single else [",".join(map(str, row)) for row in entries]}
 
     def without_event(self) -> Layout:
         """The layout of log densities: batch axes only."""
@@ -122,7 +130,7 @@ class Labels:
 
     def observed(self, site: str) -> Layout:
         """The layout of an observed site, without the entries that a mask takes out."""
-        node: Any = self.structure.trace.nodes[site]
+        node = messages(self.structure.trace)[site]
         shape, event_dim = self.data(site).shape, node["fn"].event_dim
         keep = torch.ones(shape[: len(shape) - event_dim], dtype=torch.bool)
         for mask in (node["mask"], getattr(node["fn"], "_mask", None)):  # poutine.mask, and fn.mask(...)
@@ -132,7 +140,7 @@ class Labels:
 
     def data(self, site: str) -> Tensor:
         """The observed values of a site, one for each density that the model evaluates."""
-        node: Any = self.structure.trace.nodes[site]
+        node = messages(self.structure.trace)[site]
         values: Tensor = node["value"]
         return values.expand(torch.broadcast_shapes(values.shape, node["fn"].shape()))
 
@@ -142,7 +150,7 @@ class Labels:
         Pyro takes all its axes for event axes unless told otherwise, inside plates too; so plates are looked for from
         the last axis on.
         """
-        node: Any = self.structure.trace.nodes[site]
+        node = messages(self.structure.trace)[site]
         plates = self.structure.deterministic[site]
         shape, event_dim = node["value"].shape, node["fn"].event_dim
         if event_dim == len(shape):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -16,7 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flows import _checks
 from pyro_flows.enumeration import Enumerate, Evaluator
-from pyro_flows.sites import Place, Resample, Structure, flatten_all, read_structure
+from pyro_flows.randomness import BatchedDraws
+from pyro_flows.sites import Place, Resample, Structure, flatten_all, messages, read_structure
 
 CHUNK = 1024
 TRACES_KEPT = 4
@@ -125,7 +126,8 @@ class LogDensity:
             if self.batched:
                 try:
                     batched = torch.func.vmap(function, randomness=randomness)
-                    return _join([batched(part) for part in z.split(CHUNK)], torch.cat)
+                    with BatchedDraws() if randomness == "different" else nullcontext():
+                        return _join([batched(part) for part in z.split(CHUNK)], torch.cat)
                 except RuntimeError as error:
                     if randomness == "error":
                         raise
@@ -199,7 +201,7 @@ class LogDensity:
 
         def values(row: Tensor) -> dict[str, Tensor]:
             trace, _ = self._run(row, enumerate_sites=True)
-            return {name: trace.nodes[name]["value"] for name in (*self.names, *deterministic)}
+            return {name: messages(trace)[name]["value"] for name in (*self.names, *deterministic)}
 
         with torch.no_grad():
             return self.map(values, z)
@@ -220,7 +222,8 @@ class LogDensity:
 
         with torch.no_grad(), quiet():
             if self.batched:
-                return torch.func.vmap(flat)(kept).to(self.dtype)
+                with seeded(0, self.device):  # enumerated sites are drawn, if supports depend on latents
+                    return torch.func.vmap(flat, randomness="different")(kept).to(self.dtype)
             rows = [{name: value[i] for name, value in kept.items()} for i in range(len(kept[self.names[0]]))]
             return torch.stack([flat(row) for row in rows]).to(self.dtype)
 
@@ -239,7 +242,7 @@ class LogDensity:
             trace, _ = self._run(row, enumerate_sites=True)
             found = {}
             for name in names:
-                site = trace.nodes[name]
+                site = messages(trace)[name]
                 density = site["fn"].log_prob(site["value"])
                 mask = site["mask"]
                 found[name] = density if mask is None else torch.where(torch.as_tensor(mask), density, 0.0)
@@ -254,7 +257,7 @@ class LogDensity:
 
         def draw(row: Tensor) -> dict[str, Tensor]:
             trace, _ = self._run(row, enumerate_sites=False, resample=True)
-            return {name: trace.nodes[name]["value"] for name in self.structure.observed}
+            return {name: messages(trace)[name]["value"] for name in self.structure.observed}
 
         with torch.no_grad(), seeded(seed, self.device):
             return self.map(draw, z, randomness="different")
@@ -267,7 +270,7 @@ class LogDensity:
         def draw(_: Tensor) -> dict[str, Tensor]:
             with poutine.block():
                 trace = poutine.trace(Resample()(self.model)).get_trace(*self.args, **self.kwargs)
-            return {name: trace.nodes[name]["value"] for name in names}
+            return {name: messages(trace)[name]["value"] for name in names}
 
         with torch.no_grad(), seeded(seed, self.device):
             try:
@@ -280,14 +283,16 @@ class LogDensity:
         with torch.no_grad(), quiet():
             trace, ladj = self._run(z, enumerate_sites=True)
         bad = []
-        for name, site in trace.nodes.items():
-            if site["type"] == "sample" and not torch.isfinite(torch.as_tensor(site["fn"].log_prob(site["value"]))).all():
+        for name, site in messages(trace).items():
+            if site["type"] != "sample" or site["mask"] is False:
+                continue
+            if not torch.isfinite(torch.as_tensor(site["fn"].log_prob(site["value"]))).all():
                 bad.append(f"site {name!r} has log density {float(site['fn'].log_prob(site['value']).sum())}")
         return "; ".join(bad) or f"log Jacobian {float(ladj)}"
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the unconstrained leaves of the model's own parameters (``pyro.param``, modules), by name."""
-        nodes = self.structure.trace.nodes.items()
+        nodes = messages(self.structure.trace).items()
         return {name: site["value"].unconstrained() for name, site in nodes if site["type"] == "param"}
 
     def _check(self, z: Tensor) -> None:

@@ -18,7 +18,7 @@ class Estimate(NamedTuple):
     log_weights: Tensor
 
 
-def path(flow: Flow, density: LogDensity, draws: int, *, forward: float = 0.0) -> Estimate:
+def path(flow: Flow, density: LogDensity, draws: int, *, forward: float = 0.0, beta: float = 1.0) -> Estimate:
     r"""Negative ELBO with the path gradient ("sticking the landing"), or a blend of it with the forward divergence.
 
     .. math:: \nabla_\theta = -\sum_i c_i \big(\nabla_z \log \tilde p(z_i) - \nabla_z \log q_\theta(z_i)\big)^\top
@@ -28,13 +28,19 @@ def path(flow: Flow, density: LogDensity, draws: int, *, forward: float = 0.0) -
     With f = 0 this is the ELBO's gradient without its score term, which has mean zero but not variance zero. With f = 1
     it is the doubly reparametrised gradient of KL(p || q), :math:`\tilde w` the self-normalised importance weights:
     it pulls mass to where q has too little, which the ELBO hardly feels. Both are exactly zero for every draw at q = p.
+    With ``beta`` below 1 the target is the tempered density :math:`\tilde p^\beta` (annealing, for several modes).
+    With ``beta`` below 1 the target is the tempered density :math:`\tilde p^\beta` (annealing, for several modes).
     The score of q comes along with the forward pass. Draws where p or a gradient is not finite count as zero.
     The loss's *value* is meaningless: read ``log_weights``.
 
-    References: Roeder, Wu and Duvenaud 2017; Tucker et al. 2018 (DReG); Vaitl et al. 2022 and 2024.
+    References: Rezende and Mohamed 2015 (annealing); Roeder, Wu and Duvenaud 2017; Tucker et al. 2018 (DReG); Vaitl et al. 2022 and 2024.
     """
     z, log_q, score_q = flow.sample_with_score((draws,))
     log_p, score_p = density.value_and_grad(z)
+    if beta != 1.0:
+        log_p, score_p = beta * log_p, beta * score_p
+    if beta != 1.0:
+        log_p, score_p = beta * log_p, beta * score_p
     direction = score_p - score_q
     good = torch.isfinite(log_p) & torch.isfinite(direction).all(-1)
     log_weights = log_p - log_q

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from pyro.distributions import Delta, ImproperUniform, Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Distribution, biject_to
 from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
 
@@ -95,9 +96,10 @@ class Structure:
 
 
 class Place(Messenger):
-    """Give each latent site its value from one unconstrained vector and add up the log Jacobians.
+    """Give each latent site its value from one unconstrained vector and keep the log Jacobians.
 
-    Supports are taken from the run itself, so that a bound may depend on latents drawn before it.
+    Supports are taken from the run itself, so that a bound may depend on latents drawn before it. Masked-out data are
+    replaced by data, and distributions that were made with argument checks are freed of them (see below).
     """
 
     def __init__(self, latents: Sequence[Latent], z: Tensor) -> None:
@@ -107,24 +109,55 @@ class Place(Messenger):
         self.placed: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
+        msg["fn"] = _unchecked(msg["fn"])
         latent = self.latents.get(msg["name"])
         if latent is not None and not msg["is_observed"]:
             self.placed[msg["name"]] = latent.place(self.z, msg["fn"].support)
             msg["value"] = self.placed[msg["name"]][0]
+        elif msg["is_observed"] and isinstance(msg["mask"], Tensor) and is_data(msg):
+            msg["value"] = _fill(msg["value"], msg["mask"], msg["fn"].event_dim)
+
+
+def _fill(value: Tensor, mask: Tensor, event_dim: int) -> Tensor:
+    """Put the first observed event where ``mask`` is False: NaN there would make the gradient NaN, masked or not."""
+    batch = torch.broadcast_shapes(mask.shape, value.shape[: value.dim() - event_dim])
+    event = value.shape[value.dim() - event_dim :]
+    first = mask.expand(batch).reshape(-1).int().argmax().reshape(1)
+    filler = value.expand(batch + event).reshape(-1, *event).index_select(0, first)[0]
+    if value.is_floating_point():
+        filler = torch.nan_to_num(filler, nan=0.5)  # if nothing is observed
+    return torch.where(mask.reshape(mask.shape + (1,) * event_dim), value, filler)
+
+
+def _unchecked(fn: Any) -> Any:
+    """Return the distribution without argument checks, which branch on values; the model's own object stays as it is.
+
+    Only distributions that were made before the run have any, such as the priors of a ``PyroSample``.
+    """
+    inner = {key: part for key, part in vars(fn).items() if isinstance(part, Distribution)}
+    freed = {key: _unchecked(part) for key, part in inner.items()}
+    if not vars(fn).get("_validate_args") and all(freed[key] is inner[key] for key in inner):
+        return fn
+    new = copy.copy(fn)
+    vars(new).update(freed, _validate_args=False)
+    return new
 
 
 class Resample(Messenger):
-    """Draw the observed sites anew (posterior and prior predictive)."""
+    """Draw the observed sites anew (posterior and prior predictive), one draw for each observed value."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and is_data(msg):
+            fn, value = msg["fn"], msg["value"]
+            batch = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+            msg["fn"] = fn if batch == fn.batch_shape else fn.expand(batch)
             msg["is_observed"], msg["value"] = False, None
 
 
 def place_all(structure: Structure, z: Tensor, run: Callable[[], Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return value and log Jacobian of each latent at ``z``; ``run`` calls the model, only if supports depend on it."""
     if not structure.dependent:
-        nodes = structure.trace.nodes
+        nodes = messages(structure.trace)
         return {latent.name: latent.place(z, nodes[latent.name]["fn"].support) for latent in structure.latents}
     place = Place(structure.latents, z)
     with poutine.block(), place:
@@ -138,8 +171,13 @@ def flatten_all(structure: Structure, values: Mapping[str, Tensor], run: Callabl
     if structure.dependent:
         with poutine.block(), poutine.condition(data=dict(values)):
             trace = poutine.trace(run).get_trace()
-    supports = {latent.name: trace.nodes[latent.name]["fn"].support for latent in structure.latents}
+    supports = {latent.name: messages(trace)[latent.name]["fn"].support for latent in structure.latents}
     return torch.cat([latent.flatten(values[latent.name], supports[latent.name]) for latent in structure.latents])
+
+
+def messages(trace: Any) -> dict[str, Any]:
+    """Return the sites of a trace by name, free of Pyro's loose types."""
+    return trace.nodes
 
 
 def is_data(site: Any) -> bool:
@@ -147,9 +185,14 @@ def is_data(site: Any) -> bool:
     return (
         site["type"] == "sample"
         and not site["infer"].get("_deterministic")
-        and not isinstance(site["fn"], (Unit, Delta))
+        and _innermost(site["fn"]) not in (Unit, Delta)
         and not site_is_subsample(site)
     )
+
+
+def is_deterministic(site: Any) -> bool:
+    """Whether a site holds a computed value: ``pyro.deterministic``, or a site that was reparametrised."""
+    return site["is_observed"] and _innermost(site["fn"]) is Delta
 
 
 def is_enumerated(site: Any) -> bool:
@@ -183,6 +226,8 @@ def _like(support: Constraint) -> dict[str, Any]:
 def _transform(site: Any) -> Any:
     """Return the bijection onto a latent site's support, or say which site has none."""
     name, support = site["name"], site["fn"].support
+    if _innermost(site["fn"]) is Delta:
+        raise ValueError(f"site {name!r}: a Delta is a fixed value, no latent. Use pyro.deterministic({name!r}, ...).")
     if support.is_discrete:
         raise ValueError(
             f"site {name!r}: expected a continuous latent, got the discrete {type(site['fn']).__name__}. Enumerate it "
@@ -233,10 +278,14 @@ def _first_run(
             with _Start(start, torch.zeros((), dtype=dtype, device=device)):
                 return poutine.trace(model).get_trace(*args, **kwargs)
         except RuntimeError as error:
-            if "dtype" not in str(error):
+            if not _is_about_dtypes(error):
                 raise
         with _Start(start, torch.zeros((), dtype=other, device=device)):
             return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def _is_about_dtypes(error: RuntimeError) -> bool:
+    return "dtype" in str(error) or "scalar type" in str(error)
 
 
 def read_structure(
@@ -248,11 +297,12 @@ def read_structure(
     """Run ``model`` once at a starting value (``start`` of each latent site's message) and read its structure.
 
     Raises:
-        ValueError: if there is no latent site; a latent is discrete and not enumerated, has a support without a
-            bijection, or sits in a subsampled or sequential plate; or observed values are NaN. The site is named.
+        ValueError: if there is no latent site; a latent is discrete and not enumerated, a Delta, has a support without
+            a bijection, or sits in a subsampled or sequential plate; or observed values are NaN or no tensor. The site
+            is named.
     """
     trace = _first_run(model, args, kwargs, start)
-    sites = [site for site in trace.nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
+    sites = [site for site in messages(trace).values() if site["type"] == "sample" and not site_is_subsample(site)]
     stochastic = [site for site in sites if not site["is_observed"]]
     latents: list[Latent] = []
     for site in stochastic:
@@ -273,7 +323,7 @@ def read_structure(
         latents=tuple(latents),
         observed={name: site["value"] for name, site in data.items()},
         observed_plates={name: _plates(site) for name, site in data.items()},
-        deterministic={site["name"]: _plates(site) for site in sites if site["infer"].get("_deterministic")},
+        deterministic={site["name"]: _plates(site) for site in sites if is_deterministic(site)},
         enumerated=tuple(site["name"] for site in stochastic if is_enumerated(site)),
         subsampled=tuple(sorted({name for site in sites for name in _subsampled(site)})),
         dependent=False,
@@ -282,6 +332,13 @@ def read_structure(
         device=floats[0].device,
         trace=trace,
     )
+    try:
+        return replace(structure, dependent=_supports_depend(model, args, kwargs, structure))
+    except RuntimeError as error:
+        own = functools.reduce(torch.promote_types, [messages(trace)[latent.name]["value"].dtype for latent in latents])
+        if own == structure.dtype or not _is_about_dtypes(error):
+            raise
+    structure = replace(structure, dtype=own)  # wider data, and a model that does not mix
     return replace(structure, dependent=_supports_depend(model, args, kwargs, structure))
 
 
@@ -295,11 +352,12 @@ def _read_latent(site: Any, offset: int) -> Latent:
             "by hand (amortised)."
         )
     if any(frame.dim is None for frame in site["cond_indep_stack"]):
-        raise ValueError(f"site {name!r}: a latent in a sequential plate. Use a vectorised plate (with pyro.plate(...)).")
+        raise ValueError(f"site {name!r}: a latent in a sequential plate. Use a vectorised one (with pyro.plate(...)).")
     unconstrained = transform.inv(site["value"])
     event_dim = site["fn"].event_dim
     shape, lifted = site["value"].shape, event_dim + unconstrained.dim() - site["value"].dim()
     mask, free, size = site["mask"], None, unconstrained.numel()
+    mask = unconstrained.new_zeros((), dtype=torch.bool) if mask is False else mask
     if isinstance(mask, Tensor) and not bool(mask.all()):
         mask = mask.expand(shape[: len(shape) - event_dim])
         inside = mask.reshape(mask.shape + (1,) * lifted).expand(unconstrained.shape)
@@ -311,7 +369,8 @@ def _read_latent(site: Any, offset: int) -> Latent:
 
 
 def _plates(site: Any) -> tuple[Plate, ...]:
-    return tuple(Plate(frame.name, frame.dim, frame.size) for frame in site["cond_indep_stack"] if frame.dim is not None)
+    frames = [frame for frame in site["cond_indep_stack"] if frame.dim is not None]
+    return tuple(Plate(frame.name, frame.dim, frame.size) for frame in frames)
 
 
 def _subsampled(site: Any) -> list[str]:
@@ -319,16 +378,19 @@ def _subsampled(site: Any) -> list[str]:
 
 
 def _check_data(site: Any) -> None:
-    value = site["value"]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    name, value = site["name"], site["value"]
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"site {name!r}: expected a tensor as obs=, got a {type(value).__name__}. Use torch.as_tensor."
+        )
+    if not value.is_floating_point() or site["mask"] is False:
         return
-    bad = torch.isnan(value)
+    bad = torch.isnan(value).reshape(*value.shape[: value.dim() - site["fn"].event_dim], -1).any(-1)
     if isinstance(site["mask"], Tensor):
-        event = value.dim() - site["fn"].event_dim
-        bad = bad & site["mask"].expand(value.shape[:event]).reshape(value.shape[:event] + (1,) * site["fn"].event_dim)
+        bad = bad & site["mask"]
     if bool(bad.any()):
         raise ValueError(
-            f"site {site['name']!r}: {int(bad.sum())} of {value.numel()} observed values are NaN. "
+            f"site {name!r}: {int(bad.sum())} of {bad.numel()} observed values are NaN. "
             "Drop them, or mark them as missing with obs_mask=."
         )
 
@@ -341,7 +403,7 @@ def _supports_depend(
     with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), Place(structure.latents, point):
         second = poutine.trace(model).get_trace(*args, **kwargs)
     for latent in structure.latents:
-        supports = [trace.nodes[latent.name]["fn"].support for trace in (structure.trace, second)]
+        supports = [messages(trace)[latent.name]["fn"].support for trace in (structure.trace, second)]
         first, other = (latent.place(point, support)[0] for support in supports)
         if not torch.equal(first, other):
             return True

@@ -25,6 +25,9 @@ AVERAGED_SHARE = 0.2
 BLEND = 0.5
 BLEND_FROM_ESS = 0.3
 CLIP = 5.0
+ANNEAL_FROM = 0.01
+ANNEAL_FROM = 0.01
+FALL = 20.0  # nats below the best check: go back to it with half the step size
 
 Report = Callable[[int, float, str], None]  # steps done, ELBO, state
 
@@ -50,6 +53,7 @@ class Training:
     converged: bool
     why: str
     skipped: int
+    falls: int
 
 
 class Trainer:
@@ -67,6 +71,8 @@ class Trainer:
         self.optimiser = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
         self.norm = 0.0
         self.ess = 0.0
+        self.beta = 1.0
+        self.beta = 1.0
         self.skipped = 0
         self.losses: list[float] = []
 
@@ -81,7 +87,7 @@ class Trainer:
         if not math.isfinite(norm):
             self.skipped += 1
             return
-        self.norm = norm if len(self.losses) == 1 else 0.95 * self.norm + 0.05 * min(norm, CLIP * self.norm)
+        self.norm = norm if self.norm == 0.0 else 0.95 * self.norm + 0.05 * min(norm, CLIP * self.norm)
         if norm > CLIP * self.norm > 0.0:
             torch._foreach_mul_(present, CLIP * self.norm / norm)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -90,10 +96,23 @@ class Trainer:
             group["lr"] = learning_rate
         self.optimiser.step()
 
+    def keep(self) -> list[Tensor]:
+        """Return a copy of all parameters."""
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    def restore(self, kept: list[Tensor]) -> None:
+        """Go back to a copy, forget the optimiser's moments and halve the step size."""
+        with torch.no_grad():
+            _assign(self.parameters, kept)
+        self.learning_rate *= 0.5
+        self.optimiser = torch.optim.Adam(self.parameters, lr=self.learning_rate, fused=True)
+        self.norm = 0.0
+
     def _estimate(self) -> Estimate:
         if self.extra:
             return elbo(self.flow, self.density, self.batch)
-        estimate = path(self.flow, self.density, self.batch, forward=BLEND if self.ess > BLEND_FROM_ESS else 0.0)
+        blend = BLEND if self.ess > BLEND_FROM_ESS else 0.0
+        estimate = path(self.flow, self.density, self.batch, forward=blend, beta=self.beta)
         weights = torch.softmax(torch.nan_to_num(estimate.log_weights, nan=-torch.inf), 0)
         share = float(1.0 / (weights.square().sum() * self.batch))
         self.ess = 0.95 * self.ess + 0.05 * (share if math.isfinite(share) else 0.0)
@@ -132,6 +151,7 @@ def train(trainer: Trainer, budget: Budget, *, seed: int, report: Report) -> Tra
     first = len(trainer.losses)  # a race may have gone before
     still, why = False, "no steps"
     steady = _steady_share(budget.steps)
+    kept, best, falls = trainer.keep(), check.elbo(), 0
     done = 0
     while done < steady and budget.left(done) and not still:
         trainer.step(trainer.learning_rate * min(1.0, (done + 1) / WARM_UP))
@@ -139,11 +159,36 @@ def train(trainer: Trainer, budget: Budget, *, seed: int, report: Report) -> Tra
         if done % CHECK_EVERY == 0:
             value = monitor.add(*check())
             still, why = monitor.stationary()
+            if value >= best:
+                kept, best = trainer.keep(), value
+            elif not value > best - FALL:
+                trainer.restore(kept)
+                falls += 1
             report(first + done, value, "settling")
     cool = min(budget.left(done), max(COOL_AT_LEAST, min(int(COOL_SHARE * done), COOL_AT_MOST)))
     value = _cool(trainer, budget, done, cool, check, lambda *state: report(first + state[0], *state[1:]))
     why = f"stopped: {why}" if still else f"{done + cool} steps ended the fit before it settled ({why})"
-    return Training(trainer.losses[first:], value, still, why, trainer.skipped)
+    return Training(trainer.losses[first:], value, still, why, trainer.skipped, falls)
+
+
+def anneal(trainer: Trainer, steps: int, *, report: Report) -> None:
+    """Train on tempered densities, beta rising from 0.01 to 1 along a straight line in its logarithm."""
+    for step in range(steps):
+        trainer.beta = ANNEAL_FROM ** (1.0 - (step + 1) / steps)
+        trainer.step(trainer.learning_rate * min(1.0, (step + 1) / WARM_UP))
+        if (step + 1) % CHECK_EVERY == 0:
+            report(step + 1, -trainer.losses[-1], f"tempering, beta {trainer.beta:.2f}")
+    trainer.beta = 1.0
+
+
+def anneal(trainer: Trainer, steps: int, *, report: Report) -> None:
+    """Train on tempered densities, beta rising from 0.01 to 1 along a straight line in its logarithm."""
+    for step in range(steps):
+        trainer.beta = ANNEAL_FROM ** (1.0 - (step + 1) / steps)
+        trainer.step(trainer.learning_rate * min(1.0, (step + 1) / WARM_UP))
+        if (step + 1) % CHECK_EVERY == 0:
+            report(step + 1, -trainer.losses[-1], f"tempering, beta {trainer.beta:.2f}")
+    trainer.beta = 1.0
 
 
 def _steady_share(steps: int) -> int:
@@ -163,7 +208,7 @@ def _cool(trainer: Trainer, budget: Budget, done: int, steps: int, check: Check,
             averaged += 1
             with torch.no_grad():
                 if not average:
-                    average = [parameter.clone() for parameter in trainer.parameters]
+                    average = trainer.keep()
                 torch._foreach_lerp_(average, list(trainer.parameters), 1.0 / averaged)
         if (step + 1) % CHECK_EVERY == 0:
             report(done + step + 1, check.elbo(), "cooling")
@@ -171,7 +216,7 @@ def _cool(trainer: Trainer, budget: Budget, done: int, steps: int, check: Check,
     if not average:
         return last
     with torch.no_grad():
-        kept = [parameter.clone() for parameter in trainer.parameters]
+        kept = trainer.keep()
         _assign(trainer.parameters, average)
         better = check.elbo()
         if not better >= last:

@@ -155,6 +155,7 @@ class Decision:
     z: Tensor
     log_p: Tensor
     log_q: Tensor
+    log_weights: Tensor
     weighing: Weighing
     verdict: Verdict
     used: Tensor
@@ -172,7 +173,10 @@ def decide(
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
 ) -> Decision:
-    """Draw, weigh and judge; where weighting mends the draws, resample from a pool of four times as many.
+    """Draw a pool of four times as many draws as asked for, weigh and judge it, and choose the draws to use.
+
+    The pool steadies k-hat, whose standard error is about (1 + k) / sqrt(3 sqrt(S)). The first ``draws`` of it are the
+    raw draws; where weighting mends them, the draws to use are resampled from the whole pool.
 
     Args:
         draw: n -> draws z (n, D) and their log density (n,) under the guide.
@@ -183,20 +187,23 @@ def decide(
         warnings: see :func:`judge`.
         failures: see :func:`judge`.
     """
-    z, log_q = draw(draws)
-    log_p = score(z)
-    weighing = weigh(z, log_p, log_q)
+    pool, pool_q = draw(POOL * draws)
+    pool_p = score(pool)
+    weighing = weigh(pool, pool_p, pool_q)
     verdict = judge(weighing, names, warnings=warnings, failures=failures)
-    if verdict.status == "corrected":
-        pool, pool_q = draw(POOL * draws)
-        pool_p = score(pool)
-        again = weigh(pool, pool_p, pool_q)
-        if again.admissible:
-            index = resample(again.log_weights, draws, seed=seed)
-            return Decision(z, log_p, log_q, weighing, verdict, pool[index], pool_p[index], pool_q[index])
-        extra = f"a larger pool of draws has k-hat {again.k_hat:.2f} and ESS/S {again.ess / len(pool):.3f}"
-        verdict = judge(weighing, names, warnings=warnings, failures=(*failures, extra))
-    return Decision(z, log_p, log_q, weighing, verdict, z, log_p, log_q)
+    raw = torch.arange(draws, device=pool.device)
+    index = resample(weighing.log_weights, draws, seed=seed) if verdict.status == "corrected" else raw
+    return Decision(
+        z=pool[:draws],
+        log_p=pool_p[:draws],
+        log_q=pool_q[:draws],
+        log_weights=torch.log_softmax(weighing.log_weights[:draws], 0),
+        weighing=weighing,
+        verdict=verdict,
+        used=pool[index],
+        used_log_p=pool_p[index],
+        used_log_q=pool_q[index],
+    )
 
 
 def resample(log_weights: Tensor, draws: int, *, seed: int) -> Tensor:

@@ -141,6 +141,7 @@ TRANSFORMS: dict[str, tuple[Callable[[int, int], pf.Bijection], dict]] = {
     "LowerTriangularAffine-started": (_affine, {"sd": 0.15, "identity": False}),
     "Permutation": (lambda d, c: pf.Permutation(d, seed=d), {"identity": False}),
     "Planar": (lambda d, c: pf.Planar(d, context_dim=c, hidden=HIDDEN), {"sd": 0.5, "closed": False}),
+    "SinhArcsinh": (lambda d, c: transforms.SinhArcsinh(d, context_dim=c, hidden=HIDDEN), {}),
     "Rescale": (lambda d, c: pf.Rescale(d, context_dim=c, hidden=HIDDEN), {}),
 }
 

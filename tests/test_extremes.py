@@ -89,6 +89,15 @@ def test_planar_with_w_zero_is_a_shift():
             assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_planar_starts_from_u_zero_and_w_random(context_dim):
+    """The identity by u = 0; w = 0 would be one too, but there the constraint has no derivative."""
+    context = torch.ones(context_dim) if context_dim else None
+    u, w, _ = pf.Planar(3, context_dim=context_dim).conditioner(None, context).split([3, 3, 1])
+    assert (u == 0.0).all()
+    assert (w != 0.0).all()
+
+
 @pytest.mark.parametrize("length", [1e-2, 1e-4, 1e-6, 1e-8])
 def test_planar_with_tiny_w(length):
     """In float32 as in float64, to 1e-5: no cancellation where w is short and the constraint divides by its square."""

@@ -1,5 +1,7 @@
 """Flows: densities of mass 1, the base at the start, draws and scores that agree, every coordinate moved."""
 
+import inspect
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -129,6 +131,7 @@ def test_settings_rebuild_the_flow(name):
     """``settings`` name the builder and all that it was told; state_dict does the rest."""
     flow = make_flow(name, 3, context_dim=2, base="logistic", dtype=torch.float32)
     settings = dict(flow.settings)
+    assert settings.keys() == inspect.signature(BUILDERS[name]).parameters.keys() | {"builder"}
     twin = BUILDERS[settings.pop("builder")](**settings)
     assert twin.settings == flow.settings
     twin.load_state_dict(flow.state_dict())

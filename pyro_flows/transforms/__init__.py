@@ -5,6 +5,7 @@ from pyro_flows.transforms.base import Bijection, Bound, Chain, Inverse
 from pyro_flows.transforms.coupling import AdditiveCoupling, AffineCoupling
 from pyro_flows.transforms.linear import DiagonalAffine, LowerTriangularAffine, Permutation, Rescale
 from pyro_flows.transforms.planar import Planar
+from pyro_flows.transforms.tails import SinhArcsinh
 
 __all__ = [
     "AdditiveCoupling",
@@ -18,5 +19,6 @@ __all__ = [
     "Permutation",
     "Planar",
     "Rescale",
+    "SinhArcsinh",
     "masks",
 ]

@@ -1,0 +1,116 @@
+"""What a fit tries when a first round does not suffice: more draws, more layers, heavier tails, tempering."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyro_flows.flows import Flow
+from pyro_flows.guides import AutoFlow
+from pyro_flows.initial import Start
+from pyro_flows.log_density import LogDensity
+from pyro_flows.training import Budget, Report, Trainer, Training, anneal, train
+from pyro_flows.verdict import Weighing, judge, weigh
+
+ENOUGH_K = 0.5
+ENOUGH_GAP = 0.04
+JUDGED_DRAWS = 8000
+WIDER = 4
+EXTRA_LAYERS = 4
+HEAVY_DF = 5.0
+ANNEALED_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class Round:
+    """The flow after one round, what a fresh sample says of it, and how the round ended."""
+
+    flow: Flow
+    weighing: Weighing
+    training: Training
+
+    @property
+    def enough(self) -> bool:
+        """Whether there is nothing left to mend: stricter than the verdict, since more rounds are to be had."""
+        gap = self.weighing.log_evidence - self.weighing.elbo
+        fine = judge(self.weighing, _numbers(self.weighing)).status == "ok"
+        return fine and self.training.converged and self.weighing.k_hat < ENOUGH_K and gap < ENOUGH_GAP
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The larger the better: the verdict first, then the ELBO."""
+        status = judge(self.weighing, _numbers(self.weighing)).status
+        return float(("unreliable", "corrected", "ok").index(status)), self.weighing.elbo
+
+
+def _numbers(weighing: Weighing) -> list[str]:
+    return [str(i) for i in range(len(weighing.mean_shift))]
+
+
+@torch.no_grad()
+def assess(flow: Flow, density: LogDensity, training: Training) -> Round:
+    """Weigh a fresh sample of the flow."""
+    z, log_q = flow.rsample_and_log_prob((JUDGED_DRAWS,))
+    return Round(copy.deepcopy(flow), weigh(z, density(z), log_q), training)
+
+
+def rounds(
+    guide: AutoFlow, density: LogDensity, trainer: Trainer, start: Start, budget: Budget, *, seed: int, report: Report
+) -> Iterator[tuple[str, Trainer, Round]]:
+    """Yield one escalation after the other: its name, the trainer with all losses, and the round's outcome."""
+    used = len(trainer.losses)
+    for name in ("larger batch", "more layers", "heavier tails", "tempering"):
+        if not budget.left(used):
+            return
+        size, batch = trainer.learning_rate, trainer.batch
+        if name == "larger batch":
+            batch = WIDER * batch
+        elif name == "more layers":
+            if not guide.grow(EXTRA_LAYERS):
+                continue
+        elif name == "heavier tails":
+            if guide.flow.base != "student_t" or guide.flow.df <= HEAVY_DF:
+                continue
+            guide.adopt(_with_df(guide.flow, HEAVY_DF))
+        else:
+            guide.restart(start.loc, start.scale)
+        losses = trainer.losses
+        trainer = Trainer(guide.flow, density, learning_rate=size, batch=batch)
+        trainer.losses = losses
+        if name == "tempering":
+            anneal(trainer, max(1, int(ANNEALED_SHARE * budget.left(used))), report=report)
+        left = Budget(budget.steps - len(trainer.losses), budget.deadline)
+        result = train(trainer, left, seed=seed, report=report)
+        used = len(trainer.losses)
+        yield name, trainer, assess(guide.flow, density, result)
+
+
+def _with_df(flow: Flow, df: float) -> Flow:
+    flow.df = df
+    if flow.settings is not None:
+        flow.settings["df"] = df
+    return flow
+
+
+def entry(name: str, trainer: Trainer, outcome: Round) -> dict[str, Any]:
+    """What the history says of a round."""
+    weighing, training = outcome.weighing, outcome.training
+    return {
+        "stage": name,
+        "steps": len(training.losses),
+        "step_size": trainer.learning_rate,
+        "batch": trainer.batch,
+        "elbo": weighing.elbo,
+        "k_hat": weighing.k_hat if math.isfinite(weighing.k_hat) else None,
+        "ess_ratio": weighing.ess / len(weighing.log_weights),
+        "gap": weighing.log_evidence - weighing.elbo if math.isfinite(weighing.elbo) else None,
+        "converged": training.converged,
+        "why": training.why,
+        "skipped": training.skipped,
+        "falls": training.falls,
+    }

@@ -1,0 +1,93 @@
+"""Elementwise maps that change the tails of a distribution and leave its middle alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _checks
+from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.conditioners import conditioner
+
+
+class SinhArcsinh(Bijection):
+    r"""Two-sided tails: :math:`y_d = \sinh(k\,\mathrm{arcsinh}\,x_d) / k`, with k one number left of 0 and one right.
+
+    :math:`y \approx x` in the middle, whatever k (value, slope and curvature agree at 0); far out
+    :math:`|y| \approx |2x|^k / 2k`: heavier tails for k > 1, lighter ones for k < 1, each side for itself. k = 2 turns
+    a Gaussian tail into an exponential one, which is how the logarithm of a scale falls off towards zero. The logarithm
+    of k is bounded smoothly by ``log_bound`` and starts at 0: the identity.
+
+    .. math:: \log|J| = \sum_d \log\cosh(k\,\mathrm{arcsinh}\,x_d) - \log\cosh(\mathrm{arcsinh}\,x_d)
+
+    Both ways cost O(D), in closed form: :math:`x = \sinh(\mathrm{arcsinh}(k y) / k)`.
+
+    Args:
+        dim: number of coordinates.
+        context_dim: width of the context; above 0, a network of it gives the k.
+        hidden: widths of that network.
+        activation: its activation.
+        log_bound: bound of :math:`|\log k|`.
+
+    Raises:
+        ValueError: for a ``dim`` below 1, a bound that is not positive, or a wrong width.
+
+    Reference: Jones and Pewsey, *Sinh-arcsinh distributions*, Biometrika 2009 (one k; here one a side).
+
+    >>> import torch, pyro_flows as pf
+    >>> pf.SinhArcsinh(2)(torch.tensor([-1.0, 2.0])).tolist()
+    [-1.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        context_dim: int = 0,
+        hidden: Sequence[int] = (32, 32),
+        activation: str = "silu",
+        log_bound: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.dim = _checks.integer("dim", dim, 1)
+        self.context_dim = context_dim
+        self.log_bound = _checks.positive("log_bound", log_bound)
+        self.conditioner = conditioner(0, context_dim, 2 * dim, hidden=hidden, activation=activation)
+
+    def _powers(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Return k for each coordinate of ``x``, by the side it is on (the map keeps the sign)."""
+        _checks.event("SinhArcsinh", x, self.dim)
+        _checks.context("SinhArcsinh", context, self.context_dim)
+        raw = self.conditioner(None, context)
+        left, right = torch.exp(self.log_bound * torch.tanh(raw / self.log_bound)).chunk(2, dim=-1)
+        return torch.where(x < 0, left, right)
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        power, angle = self._powers(x, context), torch.asinh(x)
+        stretched = power * angle
+        return torch.sinh(stretched) / power, (_log_cosh(stretched) - _log_cosh(angle)).sum(-1)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        power = self._powers(y, context)
+        stretched = torch.asinh(power * y)
+        angle = stretched / power
+        return torch.sinh(angle), (_log_cosh(angle) - _log_cosh(stretched)).sum(-1)
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        power, angle = self._powers(x, context), torch.asinh(x)
+        stretched = power * angle
+        terms = _log_cosh(stretched) - _log_cosh(angle)
+        with torch.no_grad():
+            bend = (power * torch.tanh(stretched) - torch.tanh(angle)) / torch.cosh(angle)
+            carried = (score - bend) * torch.exp(-terms)
+        return torch.sinh(stretched) / power, terms.sum(-1), carried
+
+
+def _log_cosh(x: Tensor) -> Tensor:
+    size = x.abs()
+    return size + torch.log1p(torch.exp(-2.0 * size)) - math.log(2.0)
