@@ -47,6 +47,14 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
     return result - torch.logsumexp(result, 0), float(k_hat)
 
 
+def r_hat(draws: Tensor) -> Tensor:
+    """Return rank-normalised split R-hat (D,) of draws (runs, S, D); it sees differences of location and of scale."""
+    from arviz_stats.base import array_stats
+
+    given = draws.detach().double().cpu().numpy()
+    return torch.as_tensor(np.asarray(array_stats.rhat(given, chain_axis=0, draw_axis=1)))
+
+
 # labelled arrays ------------------------------------------------------------------------------------------------------
 
 
@@ -61,7 +69,7 @@ def dataset(
     from arviz_base import dict_to_dataset
 
     filled = {name: value for name, value in values.items() if value.size}
-    names = {name: list(dims.get(name, ())) for name in filled}
+    names: dict[Any, Any] = {name: list(dims.get(name, ())) for name in filled}
     found = dict_to_dataset(filled, dims=names, coords=dict(coords or {}), sample_dims=sample_dims)
     found.attrs = {}
     return found

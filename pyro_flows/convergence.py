@@ -29,7 +29,9 @@ def split_r_hat(series: Tensor) -> Tensor:
     between = half * chains.mean(1).var(0)
     pooled = (half - 1) / half * within + between / half
     tiny = torch.finfo(series.dtype).tiny
-    return torch.where(within > tiny, (pooled / within.clamp_min(tiny)).sqrt(), torch.where(between > tiny, math.inf, 1.0))
+    return torch.where(
+        within > tiny, (pooled / within.clamp_min(tiny)).sqrt(), torch.where(between > tiny, math.inf, 1.0)
+    )
 
 
 @dataclass

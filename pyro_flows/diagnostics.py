@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows.guides import AutoFlow
-from pyro_flows.log_density import LogDensity, quiet, seeded
+from pyro_flows.log_density import LogDensity, quiet
 from pyro_flows.posterior import Posterior, from_draws
-from pyro_flows.randomness import BatchedDraws
+from pyro_flows.randomness import BatchedDraws, seeded
 from pyro_flows.sites import messages, place_all
 from pyro_flows.verdict import Draw
 

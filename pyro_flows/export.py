@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pyro_flows import _arviz
 from pyro_flows.labels import Labels, Layout
-from pyro_flows.log_density import LogDensity, seeded
+from pyro_flows.log_density import LogDensity
+from pyro_flows.randomness import seeded
 from pyro_flows.sites import Latent, Place, Resample, is_data, messages
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +14,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows import _checks
-from pyro_flows.escalation import assess, entry, rounds
+from pyro_flows.escalation import Round, assess, entry, rounds
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, FlowLike
-from pyro_flows.initial import Start, portfolio
-from pyro_flows.log_density import LogDensity, seeded
+from pyro_flows.initial import Start, missed_modes, portfolio
+from pyro_flows.labels import coordinate_names
+from pyro_flows.log_density import LogDensity
 from pyro_flows.posterior import Posterior, from_draws
+from pyro_flows.randomness import seeded
+from pyro_flows.runs import Stack, compare
+from pyro_flows.runs import entry as comparison
 from pyro_flows.training import Budget, Check, Trainer, Training, train
+from pyro_flows.verdict import Draw
 
 MAX_STEPS = 6000
 BATCH = 64
@@ -40,21 +46,23 @@ def fit(
     max_seconds: float = math.inf,
     train_model: bool = False,
     escalate: bool = True,
+    runs: int = 1,
     progress: bool = True,
 ) -> Posterior:
     r"""Fit a flow guide to the posterior of a Pyro model, judge it, and return draws.
 
-    The guide is :math:`z = m + L(b + A\,t(f(\epsilon)))` over all latents in unconstrained coordinates, f a normalizing
-    flow, t tails for each coordinate, :math:`\epsilon` Student-t with 15 degrees of freedom (2 D, if that is more). m and L come from a portfolio of starts, the step size
-    from a race; training minimises the ELBO by path gradients and stops by itself.
+    The guide is :math:`z = m + L(b + A\,t(f(\epsilon)))` over all latents in unconstrained coordinates: f a normalizing
+    flow, t tails for each coordinate, :math:`\epsilon` Student-t with 15 degrees of freedom (2 D, if that is more). m
+    and L come from a portfolio of starts, the step size from a race; training minimises the ELBO by path gradients and
+    stops by itself.
 
     Args:
         model: a Pyro model (function or module).
         args: its positional arguments, as a rule the data.
         model_kwargs: its keyword arguments.
-        flow: ``"realnvp"``, ``"nice"``, ``"planar"``, a :class:`Flow` or :class:`Bijection` of the right dimension, or a
-            function of the dimension that returns one. In one dimension couplings are affine, so ``"planar"`` stands
-            in for ``"realnvp"`` and ``"nice"``.
+        flow: ``"realnvp"``, ``"nice"``, ``"planar"``, a :class:`Flow` or :class:`Bijection` of the right dimension (it
+            is copied), or a function of the dimension that returns one. In one dimension couplings are affine, so
+            ``"planar"`` stands in for ``"realnvp"`` and ``"nice"``.
         layers: number of layers, for a flow given by name; the default is the builder's.
         draws: how many draws to return and to judge by, at least 100.
         seed: of all randomness; one seed, one answer. Torch's global generator is left as it was.
@@ -63,6 +71,8 @@ def fit(
         train_model: also train the model's own parameters (``pyro.param``, modules); by default they are held fixed.
         escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and
             tempering, in this order; each is an entry of ``history``.
+        runs: independent runs with seeds and starts of their own. Where they disagree, the verdict names the sites,
+            and draws come from a mixture of the runs weighted by their estimated evidence.
         progress: show a progress bar.
 
     Returns:
@@ -88,44 +98,115 @@ def fit(
         _checks.integer("layers", layers, 1)
         if not isinstance(flow, str):
             raise ValueError("layers: goes with a flow given by name; this flow is already built.")
+    _checks.integer("runs", runs, 1)
+    plan = _Plan(
+        model, args, dict(model_kwargs or {}), flow, {} if layers is None else {"layers": layers},
+        max_steps, time.monotonic() + max_seconds, train_model, escalate, progress,
+    )  # fmt: skip
     began = time.monotonic()
-    options = {} if layers is None else {"layers": layers}
-    if isinstance(flow, str):
-        AutoFlow(model, flow, **options)  # bad names and options fail before any work
-    density = LogDensity(model, args, model_kwargs)
-    if density.dim == 1 and flow in ("realnvp", "nice"):
-        flow = "planar"
-    if train_model and not density.parameters():
-        raise ValueError("train_model: expected a model with parameters of its own (pyro.param or modules), got none.")
+    with seeded(seed):
+        if isinstance(flow, str):
+            AutoFlow(model, flow, **plan.options)  # bad names and options fail before any work
+        density = LogDensity(model, args, plan.kwargs)
+        if train_model and not density.parameters():
+            raise ValueError(
+                "train_model: expected a model with parameters of its own (pyro.param, modules), got none."
+            )
+        if train_model and runs > 1:
+            raise ValueError(
+                "runs: expected 1 with train_model=True, since the runs would share the model's parameters."
+            )
+        done = [_run(plan, density, number, seed=seed + number) for number in range(runs)]
+        best = max(done, key=lambda run: run.best.rank)
+        history = [stage for run in done for stage in run.history]
+        flow_found, warnings = best.guide.flow, _warnings(best.best.training)
+        draw: Draw = lambda n: _draw(flow_found, n)  # noqa: E731
+        score: Callable[[Tensor], Tensor] = flow_found.log_prob
+        if runs > 1:
+            agreement = compare([run.best for run in done], coordinate_names(density.structure))
+            history.append(comparison(agreement))
+            if not agreement.holds:
+                warnings += agreement.disagreements
+                stack = Stack.make([run.guide.flow for run in done], agreement.weights)
+                draw, score = stack.draw, stack.log_prob
+        density.forget()
+        missed = missed_modes(density, [mode for run in done for mode in run.modes], score)
+        settings = _settings(best, density, began, max_steps=max_steps, train_model=train_model, runs=runs)
+        return from_draws(
+            density,
+            draw,
+            draws=draws,
+            seed=seed,
+            guide=best.guide,
+            losses=torch.tensor(best.trainer.losses),
+            history=history,
+            settings=settings,
+            warnings=warnings,
+            failures=missed,
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the caller of :func:`fit` asked for."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    flow: FlowLike
+    options: dict[str, Any]
+    max_steps: int
+    deadline: float
+    train_model: bool
+    escalate: bool
+    progress: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One finished run: its guide holds the flow of the best round."""
+
+    guide: AutoFlow
+    trainer: Trainer
+    best: Round
+    modes: list[Start]
+    history: list[dict[str, Any]]
+
+
+def _run(plan: _Plan, density: LogDensity, number: int, *, seed: int) -> _Run:
+    """Train one guide: portfolio, race, first round, escalation."""
     with seeded(seed, density.device):
         starts = portfolio(density, seed=seed)
-        guide = AutoFlow(model, flow, df=_tails(density.dim), **options).initialize(*args, **dict(model_kwargs or {}))
-        bar = _Bar(max_steps, progress)
-        budget = Budget(max_steps, began + max_seconds)
-        trainer, start, history = _race(guide, density, starts, budget, train_model=train_model, seed=seed)
-        left = Budget(max_steps - len(trainer.losses), budget.deadline)
+        modes = [start for start in starts if start.evidence is not None]
+        close = [start for start in starts if start.elbo > starts[0].elbo - CLOSE]
+        starts = close[number % len(close) :] + close[: number % len(close)]
+        guide = _guide(plan, density)
+        bar = _Bar(plan.max_steps, plan.progress)
+        budget = Budget(plan.max_steps, plan.deadline)
+        trainer, start, history = _race(guide, density, starts, budget, train_model=plan.train_model, seed=seed)
+        left = Budget(plan.max_steps - len(trainer.losses), plan.deadline)
         best = assess(guide.flow, density, train(trainer, left, seed=seed, report=bar.show))
         history.append(entry("first round", trainer, best))
-        if escalate and not train_model and not best.enough:
-            for name, trainer, outcome in rounds(guide, density, trainer, start, budget, seed=seed, report=bar.show):
+        if plan.escalate and not plan.train_model and not best.enough:
+            more = rounds(guide, density, trainer, start, budget, seed=seed, report=bar.show)
+            for name, trainer, outcome in more:
                 history.append(entry(name, trainer, outcome))
                 best = max(best, outcome, key=lambda round_: round_.rank)
                 if outcome.enough:
                     break
         guide.adopt(best.flow)
         bar.close(best.weighing.elbo, best.training.converged)
-        density.forget()
-        return from_draws(
-            density,
-            lambda n: _draw(guide.flow, n),
-            draws=draws,
-            seed=seed,
-            guide=guide,
-            losses=torch.tensor(trainer.losses),
-            history=history,
-            settings=_settings(guide, trainer, density, began, max_steps=max_steps, train_model=train_model),
-            warnings=_warnings(best.training),
-        )
+    return _Run(guide, trainer, best, modes, [{"run": number, **stage} for stage in history])
+
+
+def _guide(plan: _Plan, density: LogDensity) -> AutoFlow:
+    flow = plan.flow
+    if density.dim == 1 and flow in ("realnvp", "nice"):
+        flow = "planar"
+    if not isinstance(flow, str):
+        flow = copy.deepcopy(flow)  # the caller's flow stays untrained, and each run has one of its own
+    guide = AutoFlow(plan.model, flow, df=_tails(density.dim), **plan.options)
+    return guide.initialize(*plan.args, **plan.kwargs)
 
 
 def _tails(dim: int) -> float:
@@ -155,7 +236,9 @@ def _race(
         for step in range(steps):
             trainer.step(size * min(1.0, (step + 1) / (0.5 * RACE_STEPS)))
         score = Check.make(flow, density, seed=seed).elbo()
-        history.append({"stage": "race", "start": start.name, "step_size": size, "start_elbo": start.elbo, "elbo": score})
+        history.append(
+            {"stage": "race", "start": start.name, "step_size": size, "start_elbo": start.elbo, "elbo": score}
+        )
         if best is None or score > best[0] or not math.isfinite(best[0]):
             best = score, trainer, start
     assert best is not None
@@ -175,12 +258,12 @@ def _warnings(result: Training) -> list[str]:
     return found
 
 
-def _settings(guide: AutoFlow, trainer: Trainer, density: LogDensity, began: float, **given: Any) -> dict[str, Any]:
+def _settings(run: _Run, density: LogDensity, began: float, **given: Any) -> dict[str, Any]:
     return {
         **given,
-        "flow": guide.flow.settings,
-        "step_size": trainer.learning_rate,
-        "batch": trainer.batch,
+        "flow": run.guide.flow.settings,
+        "step_size": run.trainer.learning_rate,
+        "batch": run.trainer.batch,
         "gradient_evaluations": density.evaluations,
         "evaluation": density.reason or "recorded",
         "seconds": time.monotonic() - began,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,12 +15,17 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_flows.log_density import LogDensity, quiet, seeded
+from pyro_flows.log_density import LogDensity, quiet
+from pyro_flows.randomness import seeded
 
 FULL_HESSIAN_UP_TO = 200
 PRIOR_DRAWS = 200
 SEARCHES = 8
 SEARCHES_UNBATCHED = 3
+MISSED_SHARE = 0.02  # of the best mode's mass
+MISSED_RATIO = 7.0  # nats by which the guide is thinner there than where it is thickest
+MODES = 4
+MODES_WITHIN = 20.0  # nats of Laplace evidence below the best
 NEWTON_STEPS = 60
 NEWTON_HALVINGS = 12
 NEWTON_TOLERANCE = 1e-6
@@ -29,12 +35,16 @@ TRIM = 0.05
 
 @dataclass(frozen=True)
 class Start:
-    """An affine map z = loc + scale eps: ``scale`` is (D,) or lower triangular (D, D); ``elbo`` in nats, robust."""
+    """An affine map z = loc + scale eps: ``scale`` is (D,) or lower triangular (D, D); ``elbo`` in nats, robust.
+
+    ``evidence`` is Laplace's estimate of the log mass around ``loc``, for starts at a mode with full curvature.
+    """
 
     name: str
     loc: Tensor
     scale: Tensor
     elbo: float = -math.inf
+    evidence: float | None = None
 
     def map(self, noise: Tensor) -> tuple[Tensor, float]:
         """Return the images (S, D) of noise (S, D) and the log determinant."""
@@ -79,7 +89,7 @@ def _scored(density: LogDensity, start: Start, noise: Tensor, log_noise: Tensor)
     z, log_determinant = start.map(noise)
     with torch.no_grad():
         terms = torch.nan_to_num(density(z) - log_noise + log_determinant, nan=-torch.inf).sort().values
-    return Start(start.name, start.loc, start.scale, float(terms[int(TRIM * len(terms)) :].mean()))
+    return replace(start, elbo=float(terms[int(TRIM * len(terms)) :].mean()))
 
 
 # the prior -----------------------------------------------------------------------------------------------------------
@@ -111,7 +121,8 @@ def prior_draws(density: LogDensity, draws: int, *, seed: int) -> Tensor:
     def draw(_: Tensor) -> dict[str, Tensor]:
         with poutine.block(), _FromPrior(like):
             trace = poutine.trace(density.model).get_trace(*density.args, **density.kwargs)
-        return {name: trace.nodes[name]["value"] for name in density.names}
+        sites: dict[str, Any] = trace.nodes
+        return {name: sites[name]["value"] for name in density.names}
 
     with torch.no_grad(), seeded(seed, density.device):
         z = density.unconstrain(density.map(draw, like.expand(draws, 1), randomness="different"))
@@ -122,7 +133,11 @@ def prior_draws(density: LogDensity, draws: int, *, seed: int) -> Tensor:
 
 
 def laplace(density: LogDensity, points: Tensor) -> list[Start]:
-    """Climb from each point (K, D); return Laplace starts at the best mode by Laplace evidence, full and diagonal."""
+    """Climb from each point (K, D); return Laplace starts at the distinct modes, full and diagonal, the best first.
+
+    Modes are ranked by their Laplace evidence; those far below the best, or within one sd of a better one, are left
+    out.
+    """
     if density.dim > FULL_HESSIAN_UP_TO:
         return []
     modes = _climb(density, points if density.batched else points[:SEARCHES_UNBATCHED])
@@ -130,18 +145,53 @@ def laplace(density: LogDensity, points: Tensor) -> list[Start]:
     with torch.no_grad():
         evidence = density(modes) + torch.linalg.slogdet(roots).logabsdet
     evidence = torch.nan_to_num(evidence, nan=-torch.inf, posinf=-torch.inf)
-    best = int(evidence.argmax())
-    if not math.isfinite(float(evidence[best])):
+    kept: list[int] = []
+    for index in evidence.argsort(descending=True).tolist():
+        if len(kept) == MODES or not float(evidence[index]) > float(evidence.max()) - MODES_WITHIN:
+            break
+        apart = [torch.linalg.solve(roots[other], modes[index] - modes[other]).norm() for other in kept]
+        if all(float(distance) > 1.0 for distance in apart):
+            kept.append(index)
+    gauss = 0.5 * density.dim * math.log(2.0 * math.pi)
+    starts = []
+    for rank, index in enumerate(kept):
+        upper = torch.linalg.qr(roots[index].mT).R
+        factor = (upper * upper.diagonal().sign()[:, None]).mT.tril()
+        suffix = f" {rank + 1}" if rank else ""
+        starts += [
+            Start(f"laplace{suffix}", modes[index], factor, evidence=float(evidence[index]) + gauss),
+            Start(f"laplace diagonal{suffix}", modes[index], units[index]),
+        ]
+    return starts
+
+
+@torch.no_grad()
+def missed_modes(density: LogDensity, modes: Sequence[Start], score: Callable[[Tensor], Tensor]) -> list[str]:
+    """Name the modes of the portfolio that hold a good part of the mass and that a guide (log density ``score``) lacks.
+
+    A draw of the guide would never show them; their share is Laplace's estimate, relative to all modes found.
+    """
+    if len(modes) < 2:
         return []
-    upper = torch.linalg.qr(roots[best].mT).R
-    factor = (upper * upper.diagonal().sign()[:, None]).mT.tril()
-    return [Start("laplace", modes[best], factor), Start("laplace diagonal", modes[best], units[best])]
+    points = torch.stack([mode.loc for mode in modes])
+    evidences = torch.tensor([mode.evidence for mode in modes], dtype=torch.float64)
+    ratios = (density(points) - score(points)).double().cpu()
+    covered = float(ratios.min())
+    found = []
+    for mode, ratio, evidence in zip(modes, ratios.tolist(), evidences.tolist(), strict=True):
+        share = math.exp(evidence - float(evidences.max()))
+        if share > MISSED_SHARE and ratio - covered > MISSED_RATIO:
+            values = density.constrain(mode.loc[None])
+            place = ", ".join(f"{name} = {value[0].flatten()[0]:.3g}" for name, value in list(values.items())[:3])
+            found.append(f"the guide lacks a mode near {place}; try runs=4")
+    return sorted(set(found))
 
 
 def _climb(density: LogDensity, points: Tensor) -> Tensor:
     """Newton's method with the absolute eigenvalues of the Hessian, halved until the density rises, from each point.
 
-    Affine-invariant near a mode, so that scales of 1e-6 and 1e6 side by side do no harm; an ascent direction everywhere.
+    Affine-invariant near a mode, so that scales of 1e-6 and 1e6 side by side do no harm; an ascent direction
+    everywhere.
     """
     halvings = 0.5 ** torch.arange(NEWTON_HALVINGS, dtype=density.dtype, device=density.device)
     heights, gradients = density.value_and_grad(points)

@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flows import _checks
 from pyro_flows.enumeration import Enumerate, Evaluator
-from pyro_flows.randomness import BatchedDraws
-from pyro_flows.sites import Place, Resample, Structure, flatten_all, messages, read_structure
+from pyro_flows.randomness import BatchedDraws, seeded
+from pyro_flows.sites import Place, Resample, Structure, flatten_all, hold, messages, read_structure
 
 CHUNK = 1024
 TRACES_KEPT = 4
@@ -65,8 +65,10 @@ class LogDensity:
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
-        self.model, self.args, self.kwargs = model, tuple(args), dict(kwargs or {})
-        self.structure: Structure = read_structure(model, self.args, self.kwargs)
+        self.args, self.kwargs = tuple(args), dict(kwargs or {})
+        with seeded(0):
+            self.structure: Structure = read_structure(model, self.args, self.kwargs)
+        self.model, self._parameters = hold(model, self.structure.trace)
         if self.structure.subsampled:
             plate = self.structure.subsampled[0]
             raise ValueError(
@@ -280,20 +282,19 @@ class LogDensity:
 
     def explain(self, z: Tensor) -> str:
         """Name the sites whose log density is not finite at one point ``z`` (D,)."""
+        bad = []
         with torch.no_grad(), quiet():
             trace, ladj = self._run(z, enumerate_sites=True)
-        bad = []
-        for name, site in messages(trace).items():
-            if site["type"] != "sample" or site["mask"] is False:
-                continue
-            if not torch.isfinite(torch.as_tensor(site["fn"].log_prob(site["value"]))).all():
-                bad.append(f"site {name!r} has log density {float(site['fn'].log_prob(site['value']).sum())}")
+            for name, site in messages(trace).items():
+                if site["type"] == "sample" and site["mask"] is not False:
+                    density = torch.as_tensor(site["fn"].log_prob(site["value"]))
+                    if not torch.isfinite(density).all():
+                        bad.append(f"site {name!r} has log density {float(density.sum())}")
         return "; ".join(bad) or f"log Jacobian {float(ladj)}"
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the unconstrained leaves of the model's own parameters (``pyro.param``, modules), by name."""
-        nodes = messages(self.structure.trace).items()
-        return {name: site["value"].unconstrained() for name, site in nodes if site["type"] == "param"}
+        return dict(self._parameters)
 
     def _check(self, z: Tensor) -> None:
         if z.dim() != 2 or z.shape[1] != self.dim:
@@ -305,15 +306,6 @@ def quiet() -> Iterator[None]:
     """Switch validation off for a while: it branches on values, which neither vmap nor recording can do."""
     with pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop because")  # vmap, in Pyro's samplers
-        yield
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators inside, put them back after."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
         yield
 
 

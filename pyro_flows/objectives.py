@@ -33,7 +33,8 @@ def path(flow: Flow, density: LogDensity, draws: int, *, forward: float = 0.0, b
     The score of q comes along with the forward pass. Draws where p or a gradient is not finite count as zero.
     The loss's *value* is meaningless: read ``log_weights``.
 
-    References: Rezende and Mohamed 2015 (annealing); Roeder, Wu and Duvenaud 2017; Tucker et al. 2018 (DReG); Vaitl et al. 2022 and 2024.
+    References: Rezende and Mohamed 2015 (annealing); Roeder, Wu and Duvenaud 2017; Tucker et al. 2018 (DReG);
+    Vaitl et al. 2022 and 2024.
     """
     z, log_q, score_q = flow.sample_with_score((draws,))
     log_p, score_p = density.value_and_grad(z)

@@ -1,14 +1,26 @@
-"""Random draws that ``torch.func.vmap`` can batch."""
+"""Seeding without side effects, and random draws that ``torch.func.vmap`` can batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch's global generators (of the CPU, and of ``device``) inside, put them back after."""
+    devices = [device] if device is not None and device.type == "cuda" else []
+    if device is None and torch.cuda.is_initialized():
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 class BatchedDraws(TorchFunctionMode):

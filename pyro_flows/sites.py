@@ -16,7 +16,7 @@ from pyro.distributions import Delta, ImproperUniform, Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, biject_to
+from torch.distributions import Distribution, biject_to, transform_to
 from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
 
@@ -152,6 +152,39 @@ class Resample(Messenger):
             batch = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
             msg["fn"] = fn if batch == fn.batch_shape else fn.expand(batch)
             msg["is_observed"], msg["value"] = False, None
+
+
+class _Hold(Messenger):
+    """Give a model's parameters values made from leaf tensors of ours, whatever Pyro's store holds by now."""
+
+    def __init__(self, held: Mapping[str, tuple[Tensor, Constraint]]) -> None:
+        super().__init__()
+        self.held = held
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] in self.held:
+            leaf, constraint = self.held[msg["name"]]
+            msg["value"] = transform_to(constraint)(leaf)
+
+
+def hold(model: Callable[..., Any], trace: poutine.Trace) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """Return the model, tied to the parameters that it had in ``trace``, and their unconstrained leaves by name.
+
+    Without this, a cleared or reloaded parameter store would silently turn it into another model.
+    """
+    constraints = pyro.get_param_store()._constraints
+    held = {}
+    for name, site in messages(trace).items():
+        if site["type"] == "param":
+            leaf = getattr(site["value"], "unconstrained", lambda site=site: site["value"])()
+            held[name] = (leaf, constraints.get(name, site["kwargs"]["constraint"]))
+
+    @functools.wraps(model, updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _Hold(held):
+            return model(*args, **kwargs)
+
+    return run, {name: leaf for name, (leaf, _) in held.items()}
 
 
 def place_all(structure: Structure, z: Tensor, run: Callable[[], Any]) -> dict[str, tuple[Tensor, Tensor]]:

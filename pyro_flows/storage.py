@@ -18,6 +18,7 @@ from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, rebuild
 from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
+from pyro_flows.randomness import seeded
 from pyro_flows.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def write(posterior: Posterior, groups: Mapping[str, Any], attrs: Mapping[str, str | float], path: Path) -> None:
-    """Write the three files, each first under another name, so that a broken run leaves no half of one."""
+    """Write the three files, first under other names, so that a run that breaks off leaves the earlier ones whole."""
     flow, reason = posterior.flow, posterior.missing.get("flow")
     if flow is not None and flow.settings is None:
         reason = "its bijection is not one of the builders', so it cannot be rebuilt from settings"
@@ -78,16 +79,13 @@ def write(posterior: Posterior, groups: Mapping[str, Any], attrs: Mapping[str, s
     state = {} if flow is None or reason else flow.state_dict()
     tensors["flow"] = {name: value.detach().cpu() for name, value in state.items()}
     path.mkdir(parents=True, exist_ok=True)
-    _replace(path / NETCDF, lambda file: _arviz.write(groups, attrs, file))
-    _replace(path / TENSORS, lambda file: torch.save(tensors, file))
-    text = json.dumps(plain(description), indent=1, allow_nan=False)
-    _replace(path / TEXT, lambda file: file.write_text(text + "\n", encoding="utf-8"))
-
-
-def _replace(path: Path, write_to: Callable[[Path], Any]) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    write_to(unfinished)
-    unfinished.replace(path)
+    text = json.dumps(plain(description), indent=1, allow_nan=False) + "\n"
+    unfinished = {name: path / f"{name}.unfinished" for name in (NETCDF, TENSORS, TEXT)}
+    _arviz.write(groups, attrs, unfinished[NETCDF])
+    torch.save(tensors, unfinished[TENSORS])
+    unfinished[TEXT].write_text(text, encoding="utf-8")
+    for name, file in unfinished.items():
+        file.replace(path / name)
 
 
 def read(
@@ -100,7 +98,17 @@ def read(
             with these arguments is not the one that was fitted.
     """
     source = Path(path)
-    description = _describe(source)
+    with seeded(0):  # parameters are made before they are read
+        return _read(source, _describe(source), model, args, kwargs)
+
+
+def _read(
+    source: Path,
+    description: Mapping[str, Any],
+    model: Callable[..., Any] | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
     tensors = torch.load(source / TENSORS, map_location="cpu", weights_only=True)
     groups, attrs = _arviz.read(source / NETCDF)
     recipe = description["guide"]

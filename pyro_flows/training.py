@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pyro_flows.convergence import Monitor
 from pyro_flows.flows import Flow
-from pyro_flows.log_density import LogDensity, seeded
+from pyro_flows.log_density import LogDensity
 from pyro_flows.objectives import Estimate, elbo, path
+from pyro_flows.randomness import seeded
 
 WARM_UP = 50
 CHECK_EVERY = 40
@@ -181,16 +182,6 @@ def anneal(trainer: Trainer, steps: int, *, report: Report) -> None:
     trainer.beta = 1.0
 
 
-def anneal(trainer: Trainer, steps: int, *, report: Report) -> None:
-    """Train on tempered densities, beta rising from 0.01 to 1 along a straight line in its logarithm."""
-    for step in range(steps):
-        trainer.beta = ANNEAL_FROM ** (1.0 - (step + 1) / steps)
-        trainer.step(trainer.learning_rate * min(1.0, (step + 1) / WARM_UP))
-        if (step + 1) % CHECK_EVERY == 0:
-            report(step + 1, -trainer.losses[-1], f"tempering, beta {trainer.beta:.2f}")
-    trainer.beta = 1.0
-
-
 def _steady_share(steps: int) -> int:
     """How many of ``steps`` may pass before the cool-down has to begin."""
     return max(steps - max(COOL_AT_LEAST, int(steps * COOL_SHARE / (1.0 + COOL_SHARE))), steps // 2)
@@ -227,5 +218,3 @@ def _cool(trainer: Trainer, budget: Budget, done: int, steps: int, check: Check,
 def _assign(parameters: list[Tensor], values: list[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
-
-

@@ -229,7 +229,7 @@ def no_jacobian(v: dict[str, Tensor]) -> Tensor:
     return real(0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A model, its arguments, and by hand: the log joint of constrained values, the log Jacobian at them."""
 

@@ -48,7 +48,7 @@ def schools_flow(dtype: torch.dtype = torch.float32) -> pf.AutoFlow:
     y = Y.to(dtype)
     guide = pf.AutoFlow(schools, "realnvp", layers=2, hidden=(8,)).initialize(y)
     guide.to(dtype)
-    guide.start_at(0.8 * y, torch.full((SCHOOLS,), SPREAD, dtype=dtype))
+    guide.start_at(0.8 * y, torch.full((SCHOOLS,), SPREAD * (13 / 15) ** 0.5, dtype=dtype))  # the base is Student-t
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))

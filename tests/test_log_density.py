@@ -3,6 +3,8 @@
 Tolerances in float64: 1e-9 relative to sums of some dozens of terms, each rounded at 1e-16.
 """
 
+import functools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,7 +18,9 @@ from tests.invariants import close
 from tests.models import CASES, Regression, each_model, gauss, normal, real, with_params
 
 
+@functools.cache
 def built(case):
+    """The density of a case, made once for all tests, and four points."""
     density = pf.LogDensity(case.model, case.args)
     return density, 0.7 * normal(4, density.dim, seed=21)
 
@@ -101,7 +105,7 @@ def test_sites_add_up_to_the_joint(case):
     density, z = built(case)
     parts = {**density.log_prior(z), **density.log_likelihood(z)}
     assert set(parts) == set(density.names) | set(density.structure.observed)
-    total = sum(part.flatten(1).sum(1) for part in parts.values())
+    total = sum(part.reshape(len(z), -1).sum(1) for part in parts.values())
     close(total, torch.stack([case.joint(v, *case.args) for v in rows_of(density.constrain(z))]), 1e-9)
 
 
@@ -161,7 +165,11 @@ def test_log_jacobian_of_a_support(name, batch):
     transform = biject_to(support)
     for z in 0.8 * normal(3, density.dim, seed=22):
         site = density.structure.latents[0]
-        jacobian = torch.autograd.functional.jacobian(lambda z: free(transform(site.unconstrained(z))).flatten(), z)
+
+        def entries(z, site=site):
+            return free(transform(site.unconstrained(z))).flatten()
+
+        jacobian = torch.autograd.functional.jacobian(entries, z)
         close(density.single(z), torch.linalg.slogdet(jacobian).logabsdet, 1e-9)
 
 
@@ -232,13 +240,50 @@ def test_parameters_are_held_until_told_to_forget():
     assert (after - before).abs().max() > 0.1
 
 
+@each_model("regression", "params")
+def test_parameters_outlive_the_store(case):
+    """A store that is cleared, or filled by another model, does not make this another model."""
+    density = pf.LogDensity(case.model, case.args)
+    leaves = density.parameters()
+    with torch.no_grad():
+        for leaf in leaves.values():
+            leaf.add_(0.5)
+    z = normal(3, density.dim, seed=28)
+    before = density(z).detach()
+    pyro.clear_param_store()
+    for other in (None, 7.0):
+        if other is not None:
+            for name in leaves:
+                pyro.param(name, real(other))
+        close(density(z).detach(), before, 1e-12)
+        close(density.value_and_grad(z)[0], before, 1e-12)
+        assert set(density.predictive(z)) == {"y"}
+        assert density.prior(2) is not None
+    with torch.no_grad():
+        for leaf in leaves.values():
+            leaf.sub_(0.5)  # the module is shared
+
+
+def test_parameters_of_modules_without_a_store():
+    """Pyro's setting ``module_local_params``."""
+    x, y = normal(5, 2, seed=7), normal(5, seed=8)
+    with pyro.settings.context(module_local_params=True):
+        density = pf.LogDensity(Regression(), (x, y))
+        z = normal(3, 2, seed=29)
+        leaves = density.parameters()
+        assert sorted(leaves) == ["linear.bias", "noise", "offset"]
+        assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(density(z).sum(), leaves.values()))
+    close(density(z).detach(), pf.LogDensity(Regression(), (x, y))(z).detach(), 1e-12)
+
+
 @each_model("nested", "regression", "params")
 def test_nothing_outside_sees_the_runs(case):
     """No trace, no gradient and no change of the model's parameters comes from evaluating it."""
     if isinstance(case.model, torch.nn.Module):
         before = {name: value.clone() for name, value in case.model.state_dict().items()}
     with pyro.poutine.trace() as outer:
-        density, z = built(case)
+        density = pf.LogDensity(case.model, case.args)
+        z = normal(2, density.dim, seed=27)
         density.value_and_grad(z)
         density.constrain(z)
     assert not outer.trace.nodes

@@ -119,7 +119,9 @@ def test_summary_selects_names(by_status):
     assert list(by_status["ok"].summary("double").index) == [f"double[{i}]" for i in range(SCHOOLS)]
     labelled = by_status["ok"].summary(["theta"], coords={"school": list("abcdefgh")})
     assert labelled.index[0] == "theta[a]"
-    with pytest.raises(ValueError, match=r"names: expected one of 'double', 'theta', got 'thet'\. Did you mean 'theta'"):
+    with pytest.raises(
+        ValueError, match=r"names: expected one of 'double', 'theta', got 'thet'\. Did you mean 'theta'"
+    ):
         by_status["ok"].summary("thet")
 
 

@@ -1,0 +1,467 @@
+"""The ArviZ object: groups, names of dimensions, values, and what ArviZ's own functions make of it; 0.x and 1.x."""
+
+import importlib
+import json
+import logging
+import subprocess
+import sys
+import warnings
+from importlib.metadata import version
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.contrib.autoname import scope
+from pyro.infer.autoguide import AutoNormal
+
+import pyro_flows as pf
+from tests.posteriors import (
+    SCHOOLS,
+    SPREAD,
+    Y,
+    any_posterior,
+    exact,
+    location,
+    location_guide,
+    schools_flow,
+    schools_posterior,
+)
+from tests.posteriors import schools as schools_model
+
+OLD = int(version("arviz").split(".")[0]) < 1
+ALWAYS = {"posterior", "sample_stats", "log_prior", "unconstrained_posterior", "fit"}
+DRAWN = {"posterior_predictive", "prior", "prior_predictive"}
+
+
+@pytest.fixture(scope="module")
+def az():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return importlib.import_module("arviz")
+
+
+@pytest.fixture(scope="module")
+def schools():
+    return schools_posterior("ok")
+
+
+@pytest.fixture(scope="module")
+def corrected():
+    return schools_posterior("corrected")
+
+
+def groups(tree):
+    """The names of groups, of either kind of object."""
+    return set(tree.groups()) if OLD else {name.strip("/") for name in tree.groups} - {""}
+
+
+def sizes(tree, group, name):
+    values = tree[group][name]
+    return dict(zip(values.dims, values.shape, strict=True))
+
+
+# the object -----------------------------------------------------------------------------------------------------------
+
+
+def test_kind_of_object_follows_the_installed_arviz(schools, az):
+    tree = schools.to_arviz()
+    if OLD:
+        assert isinstance(tree, az.InferenceData)
+    else:
+        assert type(tree).__name__ == "DataTree"
+
+
+def test_groups(schools, corrected):
+    expected = ALWAYS | DRAWN | {"log_likelihood", "observed_data"}
+    assert groups(schools.to_arviz()) == expected
+    assert groups(schools.to_arviz(predictive=False)) == expected - DRAWN
+    assert groups(corrected.to_arviz()) == expected | {"raw_posterior", "raw_sample_stats"}
+
+
+def test_attributes_are_numbers_and_strings(corrected):
+    attrs = corrected.to_arviz(predictive=False).attrs
+    assert all(type(value) in (int, float, str) for value in attrs.values())
+    assert attrs["status"] == "corrected"
+    assert attrs["sampling"] == "psis-resampled"
+    assert attrs["verdict"] == str(corrected.verdict)
+    assert (attrs["seed"], attrs["device"], attrs["dtype"]) == (0, "cpu", "float32")
+    assert json.loads(attrs["settings"])["draws"] == 2000
+    assert attrs["inference_library"] == "pyro_flows"
+    assert schools_posterior("ok").to_arviz(predictive=False).attrs["sampling"] == "guide"
+    flow = pf.diagnose(schools_model, schools_flow(), Y, draws=500)
+    assert flow.to_arviz(predictive=False).attrs["sampling"] == "flow"
+
+
+def test_draws_are_one_chain_and_as_in_samples(corrected):
+    tree = corrected.to_arviz(predictive=False)
+    assert sizes(tree, "posterior", "theta") == {"chain": 1, "draw": 2000, "school": SCHOOLS}
+    assert sizes(tree, "posterior", "double") == {"chain": 1, "draw": 2000, "school": SCHOOLS}
+    np.testing.assert_array_equal(tree["posterior"]["theta"].values[0], corrected.samples["theta"].numpy())
+    np.testing.assert_array_equal(tree["unconstrained_posterior"]["theta"].values[0], corrected.used.numpy())
+    np.testing.assert_array_equal(tree["raw_posterior"]["theta"].values[0], corrected.z.numpy())
+    np.testing.assert_array_equal(tree["observed_data"]["y"].values, Y.numpy())
+
+
+def test_sample_stats_belong_to_the_draws_of_the_group(schools, corrected):
+    shifted = dist.Normal(0.8 * Y + 0.15 * SPREAD, SPREAD).to_event(1)
+    tree = corrected.to_arviz(predictive=False)
+    for posterior, stats in (("posterior", "sample_stats"), ("raw_posterior", "raw_sample_stats")):
+        drawn = torch.as_tensor(tree[posterior]["theta"].values[0])
+        log_q, log_p = shifted.log_prob(drawn), corrected.density(drawn)
+        np.testing.assert_allclose(tree[stats]["log_q"].values[0], log_q.numpy(), rtol=1e-4)
+        np.testing.assert_allclose(tree[stats]["log_p"].values[0], log_p.numpy(), rtol=1e-4)
+        np.testing.assert_array_equal(tree[stats]["lp"].values, tree[stats]["log_p"].values)
+        assert np.exp(tree[stats]["log_weight"].values).sum() == pytest.approx(1.0)
+    assert np.ptp(tree["sample_stats"]["log_weight"].values) == 0  # resampled: equal weights
+    assert np.ptp(tree["raw_sample_stats"]["log_weight"].values) > 1
+    raw = schools.to_arviz(predictive=False)["sample_stats"]["log_weight"].values[0]
+    np.testing.assert_allclose(raw, schools.log_weights.numpy())
+
+
+def test_prior_and_likelihood_add_up_to_the_log_density():
+    def model(y):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("group", 3):
+            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            pyro.sample("y", dist.Normal(rate, scale), obs=y)
+
+    posterior = any_posterior(model, torch.tensor([1.0, 2.0, 0.5]))
+    tree = posterior.to_arviz(predictive=False)
+    total = sum(values.sum(set(values.dims) - {"draw"}) for values in tree["log_prior"].data_vars.values())
+    total = total + tree["log_likelihood"]["y"].sum(("chain", "group"))
+    jacobian = posterior.used.sum(-1)  # every latent is exp(z)
+    expected = posterior.used_log_p - jacobian
+    np.testing.assert_allclose(total.values, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_fit_group_holds_the_course_of_the_fit():
+    posterior = pf.diagnose(schools_model, schools_flow(), Y, draws=500)
+    trained = posterior.__class__(
+        **{**vars(posterior), "losses": torch.tensor([3.0, 2.0]), "settings": {"seed": 0, "seconds": 1.5}}
+    )
+    group = trained.to_arviz(predictive=False)["fit"]
+    assert group["elbo"].dims == ("step",)
+    assert group["elbo"].values.tolist() == [-3.0, -2.0]
+    assert float(group["k_hat"]) == trained.k_hat
+    assert float(group["ess"]) == trained.ess
+    assert float(group["seconds"]) == 1.5
+    assert "elbo" not in posterior.to_arviz(predictive=False)["fit"]
+
+
+# names of dimensions --------------------------------------------------------------------------------------------------
+
+
+def test_plates_events_and_phantom_axes():
+    def model(y):
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("row", 2, dim=-2):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))  # (2, 1): the second axis is no plate's
+            pyro.sample("slope", dist.MultivariateNormal(torch.zeros(4), torch.eye(4)))
+            with pyro.plate("column", 5, dim=-1):
+                pyro.deterministic("sum", level + weights.sum() + torch.zeros(2, 5))
+                pyro.sample("y", dist.Normal(level, 1.0), obs=y)
+
+    tree = any_posterior(model, torch.zeros(2, 5)).to_arviz()
+    head = {"chain": 1, "draw": 200}
+    assert sizes(tree, "posterior", "weights") == {**head, "weights_dim_0": 3}
+    assert sizes(tree, "posterior", "level") == {**head, "row": 2}
+    assert sizes(tree, "posterior", "slope") == {**head, "row": 2, "slope_dim_0": 4}
+    assert sizes(tree, "posterior", "sum") == {**head, "row": 2, "column": 5}
+    assert sizes(tree, "log_prior", "slope") == {**head, "row": 2}
+    assert sizes(tree, "log_likelihood", "y") == {**head, "row": 2, "column": 5}
+    assert sizes(tree, "posterior_predictive", "y") == {**head, "row": 2, "column": 5}
+    assert sizes(tree, "prior", "slope") == {"chain": 1, "draw": 500, "row": 2, "slope_dim_0": 4}
+    assert sizes(tree, "observed_data", "y") == {"row": 2, "column": 5}
+    assert sizes(tree, "unconstrained_posterior", "weights") == {**head, "weights_unconstrained_dim_0": 2}
+    assert sizes(tree, "unconstrained_posterior", "level") == {**head, "row": 2}
+
+
+def test_deterministic_values_with_event_axes_inside_a_plate():
+    def model():
+        with pyro.plate("unit", 4):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.deterministic("powers", torch.stack([x, x**2, x**3], -1))  # (4, 3)
+            pyro.deterministic("declared", torch.stack([x] * 4, -1), event_dim=1)  # (4, 4)
+        pyro.deterministic("free", torch.zeros(2))
+
+    tree = any_posterior(model).to_arviz(predictive=False)
+    assert tree["posterior"]["powers"].dims == ("chain", "draw", "unit", "powers_dim_0")
+    assert tree["posterior"]["declared"].dims == ("chain", "draw", "unit", "declared_dim_0")
+    assert tree["posterior"]["free"].dims == ("chain", "draw", "free_dim_0")
+
+
+def test_names_that_clash_or_hold_slashes():
+    def model():
+        with pyro.plate("a.x", 3), scope(prefix="a"):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("draw", dist.Normal(0.0, 1.0))
+
+    tree = any_posterior(model).to_arviz()
+    assert sizes(tree, "posterior", "a.x") == {"chain": 1, "draw": 200, "a.x_dim": 3}
+    assert sizes(tree, "posterior", "draw_") == {"chain": 1, "draw": 200}
+
+
+def test_masked_entries_are_left_out():
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    y = torch.arange(6.0).reshape(2, 3)
+
+    def model(y, mask):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 2, dim=-2), pyro.plate("column", 3, dim=-1):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y, obs_mask=mask)
+
+    posterior = any_posterior(model, y, mask)
+    tree = posterior.to_arviz()
+    entries = {"y_observed_entry": 4}
+    for group in ("log_likelihood", "posterior_predictive"):
+        assert sizes(tree, group, "y_observed") == {"chain": 1, "draw": 200, **entries}
+    assert tree["observed_data"]["y_observed"].values.tolist() == [0.0, 2.0, 3.0, 4.0]
+    assert tree["observed_data"]["y_observed_entry"].values.tolist() == ["0,0", "0,2", "1,0", "1,1"]
+    mu = posterior.samples["mu"]
+    expected = dist.Normal(mu[:, None], 1.0).log_prob(y[mask])
+    np.testing.assert_allclose(tree["log_likelihood"]["y_observed"].values[0], expected.numpy(), rtol=1e-4)
+    assert sizes(tree, "posterior", "y_unobserved") == {"chain": 1, "draw": 200, "y_unobserved_entry": 2}
+    filled = posterior.samples["y"][:, ~mask]
+    np.testing.assert_array_equal(tree["posterior"]["y_unobserved"].values[0], filled.numpy())
+    assert tree["log_prior"]["y_unobserved"].dims == ("chain", "draw", "y_unobserved_entry")
+
+
+@pytest.mark.parametrize("way", ["handler", "distribution"])
+def test_masks_of_handlers_and_distributions(way):
+    mask = torch.tensor([True, False, True])
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("unit", 3):
+            if way == "handler":
+                with poutine.mask(mask=mask):
+                    pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+            else:
+                pyro.sample("y", dist.Normal(mu, 1.0).mask(mask), obs=y)
+
+    tree = any_posterior(model, torch.zeros(3)).to_arviz()
+    assert tree["log_likelihood"]["y"].dims == ("chain", "draw", "y_entry")
+    assert tree["observed_data"]["y_entry"].values.tolist() == [0, 2]
+
+
+def test_coords_and_dims_of_the_user(schools):
+    names = list("ABCDEFGH")
+    tree = schools.to_arviz(coords={"school": names})
+    for group in ("posterior", "log_likelihood", "posterior_predictive", "prior", "observed_data"):
+        assert tree[group]["school"].values.tolist() == names
+    tree = schools.to_arviz(dims={"theta": ["place"]}, coords={"place": names})
+    assert tree["posterior"]["theta"].dims == ("chain", "draw", "place")
+    assert tree["posterior"]["double"].dims == ("chain", "draw", "school")
+    assert tree["log_prior"]["theta"].dims == ("chain", "draw", "place")
+    assert tree["posterior"]["place"].values.tolist() == names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coords": {"schol": [1]}}, r"coords: expected one of .*, got 'schol'\. Did you mean 'school'"),
+        ({"coords": {"school": [1, 2]}}, r"coords\['school'\]: expected 8 labels, got 2"),
+        ({"dims": {"theta": ["a", "b"]}}, r"dims\['theta'\]: expected 1 names for its dimensions \('school',\)"),
+        ({"dims": {"theta": "a"}}, r"dims\['theta'\]: expected 1 names"),
+        ({"dims": {"tehta": ["a"]}}, r"dims: expected one of .*'tehta'\. Did you mean 'theta'"),
+    ],
+)
+def test_coords_and_dims_that_do_not_fit(schools, options, message):
+    with pytest.raises(ValueError, match=message):
+        schools.to_arviz(predictive=False, **options)
+
+
+def test_constant_data_are_arguments_that_are_not_observed():
+    def model(x, y, count):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("point", count):
+            pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    tree = any_posterior(model, torch.arange(3.0), torch.zeros(3), 3).to_arviz(predictive=False)
+    assert list(tree["constant_data"].data_vars) == ["x"]
+    assert tree["constant_data"]["x"].dims == ("x_dim_0",)
+
+
+# models that lack something -------------------------------------------------------------------------------------------
+
+
+def test_enumerated_models_have_no_pointwise_likelihood():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.deterministic("gap", mu[1] - mu[0])
+        with pyro.plate("point", 4):
+            which = pyro.sample("which", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(mu[which.long()], 1.0), obs=y)
+
+    tree = any_posterior(model, torch.tensor([-1.0, 1.0, -2.0, 2.0])).to_arviz()
+    assert "log_likelihood" not in groups(tree)
+    assert list(tree["posterior"].data_vars) == ["mu"]
+    assert list(tree["prior"].data_vars) == ["mu"]
+    assert sizes(tree, "posterior_predictive", "y")["point"] == 4
+
+
+def test_improper_priors_are_not_drawn_from():
+    def model(y):
+        mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    tree = any_posterior(model, torch.tensor(1.0)).to_arviz()
+    assert {"prior", "prior_predictive"}.isdisjoint(groups(tree))
+    assert "posterior_predictive" in groups(tree)
+    assert (tree["log_prior"]["mu"].values == 0).all()
+
+
+def test_what_cannot_be_drawn_is_left_out_with_a_note(caplog):
+    class ScoreOnly(dist.Normal):
+        def sample(self, *args, **kwargs):
+            raise RuntimeError("no sampler for this one")
+
+        rsample = sample
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", ScoreOnly(mu, 1.0), obs=y)
+
+    posterior = any_posterior(model, torch.tensor(1.0))
+    with caplog.at_level(logging.WARNING, "pyro_flows"):
+        tree = posterior.to_arviz()
+    assert DRAWN.isdisjoint(groups(tree))
+    assert "no posterior_predictive: RuntimeError: no sampler for this one" in caplog.text
+
+
+def test_a_model_without_data():
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    tree = exact(model, model).to_arviz()
+    assert groups(tree) == ALWAYS | {"prior"}
+
+
+# what ArviZ does with it ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thirty():
+    y = 1.0 + torch.randn(30, generator=torch.Generator().manual_seed(0))
+    return exact(location, location_guide, y, draws=4000), y
+
+
+def exact_loo(y):
+    """The leave-one-out predictive density of :func:`tests.posteriors.location`, in closed form."""
+    precision = len(y) - 1 + 1 / 25
+    return dist.Normal((y.sum() - y) / precision, (1 + 1 / precision) ** 0.5).log_prob(y)
+
+
+def test_loo_gives_the_exact_value(az, thirty):
+    posterior, y = thirty
+    result = az.loo(posterior.to_arviz(predictive=False), pointwise=True)
+    elpd = result.elpd_loo if OLD else result.elpd
+    points = result.loo_i if OLD else result.elpd_i
+    assert float(elpd) == pytest.approx(float(exact_loo(y).sum()), abs=0.05)
+    assert points.dims == ("observation",)
+    np.testing.assert_allclose(points.values, exact_loo(y).numpy(), atol=0.02)
+    assert float(result.pareto_k.max()) < 0.5
+
+
+def test_loo_counts_only_entries_that_a_mask_leaves(az):
+    y = torch.cat([1.0 + torch.randn(20), torch.full((10,), 50.0)])
+    mask = torch.arange(30) < 20
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("observation", 30), poutine.mask(mask=mask):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    posterior = exact(model, lambda y: location_guide(y[mask]), y, draws=4000)
+    result = az.loo(posterior.to_arviz(predictive=False))
+    assert float(result.elpd_loo if OLD else result.elpd) == pytest.approx(float(exact_loo(y[mask]).sum()), abs=0.05)
+    assert result.n_data_points == 20
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ArviZ 0.23 sorts in a way that pandas 3.1 is giving up
+def test_compare_prefers_the_better_model(az, thirty):
+    posterior, y = thirty
+
+    def wide(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("observation", len(y)):
+            pyro.sample("y", dist.Normal(mu, 4.0), obs=y)
+
+    def wide_guide(y):
+        precision = len(y) / 16 + 1 / 25
+        pyro.sample("mu", dist.Normal(y.sum() / 16 / precision, precision**-0.5))
+
+    other = exact(wide, wide_guide, y, draws=4000)
+    trees = {"right": posterior.to_arviz(predictive=False), "wide": other.to_arviz(predictive=False)}
+    table = az.compare(trees)
+    assert list(table.index) == ["right", "wide"]
+
+
+def test_summary_of_arviz_agrees_with_ours(az, schools):
+    ours, theirs = schools.summary(round_to="none"), az.summary(schools.to_arviz(predictive=False), round_to="none")
+    assert list(ours.index) == list(theirs.index)
+    np.testing.assert_allclose(ours["mean"], theirs["mean"].astype(float), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(ours["sd"], theirs["sd"].astype(float), rtol=1e-3)
+    low, high = (theirs.columns[i] for i in (2, 3))
+    np.testing.assert_allclose(ours.iloc[:, 2], theirs[low].astype(float), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(ours.iloc[:, 3], theirs[high].astype(float), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ArviZ's and matplotlib's own making
+@pytest.mark.parametrize(
+    "name",
+    ["plot_posterior", "plot_trace", "plot_pair", "plot_forest", "plot_ppc"]
+    if OLD
+    else ["plot_dist", "plot_trace", "plot_pair", "plot_forest", "plot_ppc_dist"],
+)
+def test_plots_of_arviz(az, corrected, name):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    tree = corrected.to_arviz()
+    options = {} if "ppc" in name else {"var_names": ["theta"], "coords": {"school": [0, 1]}}
+    drawn = getattr(az, name)(tree, **options)
+    assert drawn is not None
+    importlib.import_module("matplotlib.pyplot").close("all")
+
+
+def test_netcdf_of_arviz(az, corrected, tmp_path):
+    tree = corrected.to_arviz()
+    tree.to_netcdf(tmp_path / "tree.nc")
+    again = az.from_netcdf(tmp_path / "tree.nc")
+    assert groups(again) == groups(tree)
+    np.testing.assert_array_equal(again["posterior"]["theta"].values, tree["posterior"]["theta"].values)
+
+
+# importing ------------------------------------------------------------------------------------------------------------
+
+
+def test_import_brings_in_neither_arviz_nor_matplotlib_and_arviz_comes_silently():
+    code = """
+import sys
+import pyro_flows as pf
+found = [name for name in ("arviz", "arviz_base", "arviz_stats", "xarray", "matplotlib") if name in sys.modules]
+assert not found, found
+import pyro, torch, pyro.distributions as dist
+def model():
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+pf.diagnose(model, model, draws=100).to_arviz()
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_float64_and_integer_data_keep_their_kind():
+    def model(y):
+        rate = pyro.sample("rate", dist.Gamma(torch.tensor(2.0, dtype=torch.float64), 1.0))
+        with pyro.plate("unit", 3):
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    posterior = pf.diagnose(model, AutoNormal(model), torch.tensor([1, 0, 2]), draws=200)
+    tree = posterior.to_arviz()
+    assert tree["posterior"]["rate"].dtype == np.float64
+    assert tree["observed_data"]["y"].dtype == np.int64

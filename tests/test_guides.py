@@ -1,0 +1,263 @@
+"""Flow guides in Pyro's own machinery: every ELBO gets the right densities, every parameter its gradient."""
+
+import contextlib
+import warnings
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import (
+    SVI,
+    JitTrace_ELBO,
+    Predictive,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    config_enumerate,
+)
+from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, AutoNormal
+from pyro.infer.mcmc import MCMC, NUTS
+from pyro.infer.mcmc.util import initialize_model
+from pyro.infer.reparam import NeuTraReparam
+from pyro.poutine.messenger import Messenger
+
+import pyro_flows as pf
+from tests.invariants import close
+from tests.models import CASES, each_model, nested, normal, real
+from tests.registry import randomise
+from tests.state_invariants import evaluations
+
+KINDS = {
+    "realnvp": partial(pf.AutoRealNVP, layers=2, hidden=(8,)),
+    "nice": partial(pf.AutoNICE, layers=2, hidden=(8,)),
+    "planar": partial(pf.AutoPlanar, layers=2),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+ENUMERATED = ("mixture", "hidden_markov")
+
+
+def case_of(name):
+    return next(case for case in CASES if case.name == name)
+
+
+def guide_of(case, kind="realnvp", sd=0.1):
+    """A guide with random parameters."""
+    guide = KINDS[kind](case.model).initialize(*case.args)
+    randomise(guide.flow, sd=sd, seed=51)
+    return guide
+
+
+class Drawn(Messenger):
+    """Keep the unconstrained vectors that guides draw."""
+
+    def __init__(self):
+        super().__init__()
+        self.z = []
+
+    def _pyro_post_sample(self, msg):
+        if msg["infer"].get("is_auxiliary"):
+            self.z.append(
+                msg["value"].detach().flatten(0, -2) if msg["value"].dim() > 1 else msg["value"].detach()[None]
+            )
+
+
+ELBOS = {
+    "Trace": (Trace_ELBO(), False),
+    "Trace, 3 particles": (Trace_ELBO(num_particles=3), False),
+    "Trace, 3 vectorised": (Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=2), False),
+    "TraceGraph": (TraceGraph_ELBO(), False),
+    "TraceEnum": (TraceEnum_ELBO(max_plate_nesting=2), False),
+    "TraceEnum, 3 vectorised": (
+        TraceEnum_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=2),
+        False,
+    ),
+    "Renyi, 3 particles": (RenyiELBO(alpha=0.0, num_particles=3), True),
+    "Renyi, 3 vectorised": (
+        RenyiELBO(alpha=0.0, num_particles=3, vectorize_particles=True, max_plate_nesting=2),
+        True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELBOS)
+@each_model("nested", "masked", "missing", "dependent", "decentred", "mixture")
+def test_loss_is_made_of_the_two_densities(case, name):
+    """log p(z) - log q(z) at the drawn z, whatever plates, masks, supports and particles are on the way."""
+    elbo, renyi = ELBOS[name]
+    if case.name in ENUMERATED and "Enum" not in name:
+        pytest.skip("discrete latents need TraceEnum_ELBO")
+    guide, density = guide_of(case), pf.LogDensity(case.model, case.args)
+    with Drawn() as drawn:
+        loss = elbo.loss(case.model, guide, *case.args)
+    z = torch.cat(drawn.z)
+    assert len(z) == elbo.num_particles
+    log_weights = density(z) - guide.get_posterior().log_prob(z)
+    expected = log_weights.logsumexp(0) - real(float(len(z))).log() if renyi else log_weights.mean()
+    close(real(loss), -expected.detach(), 1e-9)
+
+
+@each_kind
+@each_model("nested", "missing", "improper", "hidden_markov")
+def test_svi_moves_every_parameter(case, kind):
+    """Three steps: a last layer that starts at zero passes gradients on from the second step."""
+    elbo = TraceEnum_ELBO if case.name in ENUMERATED else Trace_ELBO
+    guide = KINDS[kind](case.model).initialize(*case.args)
+    before = {name: parameter.detach().clone() for name, parameter in guide.named_parameters()}
+    assert before
+    assert (
+        list(before) == list(guide.state_dict(keep_vars=True).keys() & before.keys())
+        or before.keys() <= guide.state_dict().keys()
+    )
+    svi = SVI(case.model, guide, pyro.optim.Adam({"lr": 0.01}), elbo(max_plate_nesting=2))
+    for _ in range(3):
+        svi.step(*case.args)
+    for name, parameter in guide.named_parameters():
+        assert torch.isfinite(parameter).all()
+        assert (parameter != before[name]).any(), f"{name} did not move"
+
+
+@each_kind
+def test_one_evaluation_of_each_layer_a_step(kind):
+    case = case_of("nested")
+    guide = guide_of(case, kind)
+    for elbo, _ in ELBOS.values():
+        svi = SVI(case.model, guide, pyro.optim.Adam({"lr": 1e-4}), elbo)
+        with evaluations(guide.flow) as counts:
+            svi.step(*case.args)
+        vectorised = getattr(elbo, "vectorize_particles", False)
+        assert len(counts) >= 3
+        assert set(counts.values()) == {1 if vectorised else elbo.num_particles}
+
+
+def test_jit():
+    """With a fresh guide, which Pyro's own flow guide does not survive."""
+    case = case_of("nested")
+    guide = KINDS["realnvp"](case.model)
+    svi = SVI(case.model, guide, pyro.optim.Adam({"lr": 0.01}), JitTrace_ELBO())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.jit: tracers see Python numbers, and its deprecation
+        losses = [svi.step(*case.args) for _ in range(3)]
+    assert all(torch.isfinite(real(losses)))
+    assert max(abs(parameter.grad).max() if parameter.grad is not None else 1.0 for parameter in guide.parameters()) > 0
+    assert len(set(losses)) == 3
+
+
+@each_kind
+@each_model(where=lambda case: case.name not in ENUMERATED)
+def test_log_prob_is_that_of_the_trace(case, kind):
+    guide = guide_of(case, kind)
+    rows = []
+    for _ in range(6):
+        trace = poutine.trace(guide).get_trace(*case.args)
+        values = {name: trace.nodes[name]["value"].detach() for name in guide.prototype_trace.nodes}
+        rows.append((values, trace.log_prob_sum().detach()))
+    stacked = {name: torch.stack([values[name] for values, _ in rows]) for name in rows[0][0]}
+    totals = torch.stack([total for _, total in rows])
+    close(guide.log_prob(stacked).detach(), totals, 1e-8)  # there and back through the bijections
+    shaped = {name: value.unflatten(0, (2, 3)) for name, value in stacked.items()}
+    close(guide.log_prob(shaped).detach(), totals.reshape(2, 3), 1e-8)
+    close(guide.log_prob(rows[0][0]).detach(), totals[0], 1e-8)
+
+
+def test_log_prob_checks_its_values():
+    case = case_of("nested")
+    guide = guide_of(case)
+    values = guide.sample_posterior(2)
+    with pytest.raises(ValueError, match=r"values\['tau'\]: expected shape .*got nothing"):
+        guide.log_prob({name: value for name, value in values.items() if name != "tau"})
+    with pytest.raises(ValueError, match=r"values\['x'\]: expected shape \(\*batch, \*\(3, 4\)\), got shape \(2, 3\)"):
+        guide.log_prob({**values, "x": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match=r"one batch shape for all sites, got \[\(2,\), \(5,\)\]"):
+        guide.log_prob({**values, "mu": torch.zeros(5)})
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@each_model("nested", "dependent", "decentred")
+def test_predictive(case, parallel):
+    guide = guide_of(case)
+    draws = Predictive(case.model, guide=guide, num_samples=7, parallel=parallel)(*case.args)
+    for latent in guide.structure.latents:
+        assert draws[latent.name].shape == (7, *latent.shape)
+        assert len(draws[latent.name].flatten(1).unique(dim=0) if latent.shape else draws[latent.name].unique()) == 7
+    if case.name == "dependent":
+        assert ((draws["beta"] > 0) & (draws["beta"] < 1 - draws["alpha"])).all()
+    if case.name == "decentred":
+        close(draws["theta"], draws["tau"][:, None] * draws["theta_decentered"], 1e-12)
+
+
+def test_parts_of_a_guide_list():
+    """A flow over some sites, Pyro's own guide over others, in nested plates; named after their places in the list."""
+    case = case_of("nested")
+    guide = AutoGuideList(nested)
+    guide.append(KINDS["realnvp"](poutine.block(nested, expose=["mu", "tau"])))
+    guide.append(AutoNormal(poutine.block(nested, expose=["x"])))
+    svi = SVI(nested, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(*case.args)
+    before = {name: parameter.detach().clone() for name, parameter in guide.named_parameters()}
+    for _ in range(3):
+        svi.step(*case.args)
+    assert any(name.startswith("0.flow.") for name in before)
+    assert any(name.startswith("1.locs.") for name in before)
+    for name, parameter in guide.named_parameters():
+        assert (parameter != before[name]).any(), f"{name} did not move"
+    assert guide[0].latent_dim == 4
+    draws = guide(*case.args)
+    assert {name: tuple(value.shape) for name, value in draws.items()} == {"mu": (), "tau": (3, 1), "x": (3, 4)}
+    assert set(guide.median(*case.args)) == {"mu", "tau", "x"}
+    assert guide.quantiles([0.1, 0.9], *case.args)["tau"][1].shape == (3, 1)
+
+
+def test_discrete_sites_by_another_guide():
+    """With the enumeration in the guide: the flow's part does not mind the extra dimensions."""
+
+    @config_enumerate
+    def model(y):
+        p = pyro.sample("p", dist.Dirichlet(torch.ones(2, dtype=torch.float64)))
+        with pyro.plate("n", len(y)):
+            k = pyro.sample("k", dist.Categorical(p))
+            pyro.sample("y", dist.Normal(k.double(), 0.7), obs=y)
+
+    y = normal(4, seed=52)
+    guide = AutoGuideList(model)
+    guide.append(KINDS["realnvp"](poutine.block(model, hide=["k"])))
+    guide.append(AutoDiscreteParallel(poutine.block(model, expose=["k"])))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), TraceEnum_ELBO(max_plate_nesting=1))
+    losses = [svi.step(y) for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@each_kind
+def test_neutra(kind):
+    """Pyro's potential of the warped model is that of the log density pulled back, and NUTS runs on it."""
+    case = case_of("regression")
+    guide = guide_of(case, kind, sd=0.3)
+    neutra = NeuTraReparam(guide)
+    warped = neutra.reparam(case.model)
+    density = pf.LogDensity(case.model, case.args)
+    _, potential, _, trace = initialize_model(warped, case.args)
+    (name,) = [name for name in trace.nodes if name.endswith("_shared_latent")]
+    for noise in normal(4, density.dim, seed=53):
+        z, ladj = guide.flow.bijection.forward_and_ladj(noise)
+        close(potential({name: noise}), -(density(z[None])[0] + ladj), 1e-9)
+    mcmc = MCMC(NUTS(warped, max_tree_depth=3), num_samples=3, warmup_steps=2, disable_progbar=True)
+    mcmc.run(*case.args)
+    values = neutra.transform_sample(mcmc.get_samples()[name])
+    assert values["linear.weight"].shape == (3, 1, 2)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_both_ways_of_pyro_to_hold_module_parameters(local):
+    case = case_of("regression")
+    with pyro.settings.context(module_local_params=True) if local else contextlib.nullcontext():
+        guide = KINDS["realnvp"](case.model)
+        svi = SVI(case.model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        svi.step(*case.args)
+        before = {name: parameter.detach().clone() for name, parameter in guide.named_parameters()}
+        for _ in range(3):
+            svi.step(*case.args)
+        assert all((parameter != before[name]).any() for name, parameter in guide.named_parameters())
+        assert any("AutoRealNVP" in name for name in pyro.get_param_store()) is not local
