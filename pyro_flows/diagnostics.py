@@ -21,6 +21,7 @@ from pyro_flows.sites import messages, place_all
 from pyro_flows.verdict import Draw
 
 LOG_Q = " log q"  # beside the sites' values
+ROUND_TRIP = 1e-3
 NO_DENSITY = "a point-mass guide such as AutoDelta has no density, so it cannot be weighed against the posterior"
 
 
@@ -67,6 +68,7 @@ def diagnose(
     density = LogDensity(model, args, kwargs)
     with torch.no_grad(), seeded(seed, density.device):
         trace = _run(guide, args, kwargs)  # makes the parameters of a guide that has never run
+    with torch.no_grad(), seeded(seed, density.device):
         if _same_coordinates(guide, density):
             draw = _from_distribution(guide, density, args, kwargs)
         else:
@@ -186,9 +188,22 @@ def _from_traces(
             values = _repeat(one, count)
         log_q = values.pop(LOG_Q)
         z = density.unconstrain(values)
-        return z, (log_q + density.map(ladj, z)).to(density.dtype)
+        log_q = log_q + density.map(ladj, z)
+        return z, torch.where(_placed_back(density, z, values), log_q, torch.inf).to(density.dtype)
 
     return draw
+
+
+def _placed_back(density: LogDensity, z: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Whether each of the values (S, ...) is what its coordinates stand for: no, if it lies outside of the support."""
+    back, inside = density.constrain(z), torch.ones(len(z), dtype=torch.bool, device=z.device)
+    for latent in density.structure.latents:
+        value = values[latent.name].to(back[latent.name])
+        close = torch.isclose(back[latent.name], value, rtol=ROUND_TRIP, atol=ROUND_TRIP**2)
+        if latent.mask is not None:
+            close = close[:, latent.mask]
+        inside &= close.reshape(len(z), -1).all(1)
+    return inside
 
 
 def _log_density(trace: poutine.Trace, masks: Mapping[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -342,6 +343,7 @@ class AutoFlow(AutoContinuous):
                 store._param_to_name[tensor] = full
                 _owned[tensor] = True
             if local and isinstance(tensor, nn.Parameter):
+                tensor.unconstrained = weakref.ref(tensor)  # type: ignore[attr-defined]  # as Pyro's store does
                 pyro.poutine.runtime.effectful(type="param")(lambda *_, value=tensor, **__: value)(
                     full, tensor, constraint=constraints.real, name=full
                 )

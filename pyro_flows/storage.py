@@ -81,11 +81,15 @@ def write(posterior: Posterior, groups: Mapping[str, Any], attrs: Mapping[str, s
     path.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(description), indent=1, allow_nan=False) + "\n"
     unfinished = {name: path / f"{name}.unfinished" for name in (NETCDF, TENSORS, TEXT)}
-    _arviz.write(groups, attrs, unfinished[NETCDF])
-    torch.save(tensors, unfinished[TENSORS])
-    unfinished[TEXT].write_text(text, encoding="utf-8")
-    for name, file in unfinished.items():
-        file.replace(path / name)
+    try:
+        _arviz.write(groups, attrs, unfinished[NETCDF])
+        torch.save(tensors, unfinished[TENSORS])
+        unfinished[TEXT].write_text(text, encoding="utf-8")
+        for name, file in unfinished.items():
+            file.replace(path / name)
+    finally:
+        for file in unfinished.values():
+            file.unlink(missing_ok=True)
 
 
 def read(
@@ -117,8 +121,9 @@ def _read(
     if recipe["flow"] is None:
         missing["flow"] = recipe["reason"]
     else:
-        flow = rebuild(recipe["flow"]).to(tensors["z"].dtype)
-        flow.load_state_dict(tensors["flow"])
+        state = tensors["flow"]
+        flow = rebuild(recipe["flow"]).to(next(value.dtype for value in state.values() if value.is_floating_point()))
+        flow.load_state_dict(state)
     guide = density = None
     if model is not None:
         density = _density(model, args, kwargs, description["coordinates"], tensors)

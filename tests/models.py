@@ -14,6 +14,7 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.reparam import LocScaleReparam
+from pyro.ops.indexing import Vindex
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -106,14 +107,14 @@ def scaled_joint(v, y):
     return 0.5 * (v["s"].log() - v["s"]) + 2.5 * gauss(y, 0.0, v["s"])
 
 
-def missing(y):
+def missing(y, there=None):
     mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
     with pyro.plate("n", 4):
-        pyro.sample("y", dist.LogNormal(mu, 0.5), obs=y, obs_mask=~torch.isnan(y))
+        pyro.sample("y", dist.LogNormal(mu, 0.5), obs=y, obs_mask=~torch.isnan(y) if there is None else there)
 
 
-def missing_joint(v, y):
-    every = torch.where(torch.isnan(y), v["y_unobserved"], y)
+def missing_joint(v, y, there=None):
+    every = torch.where(~torch.isnan(y) if there is None else there, y, v["y_unobserved"])
     return gauss(v["mu"], 0.0, 5.0) + gauss(every.log(), v["mu"], 0.5) - every.log().sum()
 
 
@@ -121,7 +122,7 @@ def improper(y):
     mu = pyro.sample("mu", dist.ImproperUniform(constraints.real, (), ()))
     with pyro.plate("groups", 2):
         s = pyro.sample("s", dist.ImproperUniform(constraints.positive, (2,), ()))
-    pyro.sample("y", dist.Normal(mu, s).to_event(1), obs=y)
+        pyro.sample("y", dist.Normal(mu, s), obs=y)
 
 
 def dependent(y):
@@ -157,7 +158,7 @@ def mixture(y):
     loc = pyro.sample("loc", dist.Normal(real(0.0), 3.0).expand([2]).to_event(1))
     with pyro.plate("n", len(y)):
         k = pyro.sample("k", dist.Categorical(p))
-        pyro.sample("y", dist.Normal(loc[k], 0.7), obs=y)
+        pyro.sample("y", dist.Normal(Vindex(loc)[..., k], 0.7), obs=y)
 
 
 def mixture_joint(v, y):
@@ -170,14 +171,13 @@ def mixture_joint(v, y):
 @config_enumerate
 def hidden_markov(y):
     """Two sequences (T, 2) that share a transition matrix."""
-    with pyro.plate("states", 3):
-        rows = pyro.sample("rows", dist.Dirichlet(torch.ones(3, dtype=torch.float64)))
-        loc = pyro.sample("loc", dist.Normal(real(0.0), 3.0))
+    rows = pyro.sample("rows", dist.Dirichlet(torch.ones(3, 3, dtype=torch.float64)).to_event(1))
+    loc = pyro.sample("loc", dist.Normal(real(0.0), 3.0).expand([3]).to_event(1))
     with pyro.plate("sequences", 2):
         x: Any = 0
         for t in pyro.markov(range(len(y))):
-            x = pyro.sample(f"x{t}", dist.Categorical(rows[x]))
-            pyro.sample(f"y{t}", dist.Normal(loc[x], 0.7), obs=y[t])
+            x = pyro.sample(f"x{t}", dist.Categorical(Vindex(rows)[..., x, :]))
+            pyro.sample(f"y{t}", dist.Normal(Vindex(loc)[..., x], 0.7), obs=y[t])
 
 
 def hidden_markov_joint(v, y):
@@ -255,6 +255,15 @@ CASES = [
         "missing",
         missing,
         (GAPS,),
+        missing_joint,
+        lambda v: v["y_unobserved"][GAPS.isnan()].log().sum(),
+        dim=3,
+        pyro=False,
+    ),
+    Case(
+        "filled",  # Pyro's ELBOs take no NaN
+        missing,
+        (GAPS.nan_to_num(1.0), ~GAPS.isnan()),
         missing_joint,
         lambda v: v["y_unobserved"][GAPS.isnan()].log().sum(),
         dim=3,

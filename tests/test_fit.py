@@ -113,10 +113,10 @@ def test_trains_the_models_own_parameters_on_request():
 
     y = torch.tensor([2.0, 3.0, 4.0, 3.5])
     quick(model, y, max_steps=5)
-    assert float(pyro.param("middle")) == 0.0
+    assert float(pyro.param("middle").detach()) == 0.0
     posterior = quick(model, y, train_model=True, max_steps=1500)
     # the step size has cooled to zero at the end; what is left is gradient noise
-    assert abs(float(pyro.param("middle")) - float(y.mean())) < 0.1
+    assert abs(float(pyro.param("middle").detach()) - float(y.mean())) < 0.1
     assert posterior.settings["train_model"] is True
     with pytest.raises(ValueError, match="train_model"):
         quick(conjugate, y, train_model=True)
@@ -181,8 +181,13 @@ def test_zoo_ring():
 
 
 def test_zoo_cauchy():
+    """No sd exists, so look at quantiles: the median of |z| is 1, its 95 % quantile tan(0.475 pi) = 12.7."""
     posterior = quick(factor_model(lambda z: torch.log1p(z.square()).sum(), 3))
-    assert posterior.verdict.status == "unreliable"
+    size = posterior.samples["z"].abs()
+    middle, far = torch.quantile(size, 0.5, dim=0), torch.quantile(size, 0.95, dim=0)
+    # 2000 draws: standard errors of about 4 % and 10 %
+    right = bool(((middle - 1.0).abs() < 0.12).all() and ((far / 12.7).log().abs() < 0.3).all())
+    assert posterior.verdict.status == "unreliable" or right
 
 
 def test_zoo_nice_on_a_funnel():

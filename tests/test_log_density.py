@@ -114,8 +114,7 @@ def test_pointwise_likelihood_has_the_shape_of_the_data_and_zeros_where_masked()
         density, z = built(case)
         for name, part in density.log_likelihood(z).items():
             observed = density.structure.observed[name]
-            event = 1 if case.name == "improper" else 0
-            assert part.shape == (len(z), *observed.shape[: observed.dim() - event]), case.name
+            assert part.shape == (len(z), *observed.shape), case.name
             if case.name == "missing":
                 assert ((part == 0.0) == observed.isnan()).all()
 

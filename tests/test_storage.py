@@ -269,7 +269,7 @@ def test_a_run_that_breaks_off_leaves_the_earlier_files(fitted, saved, tmp_path,
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="no space"):
         fitted.save(copy)
-    assert {name: (copy / name).read_bytes() for name in FILES} == before
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 
 
 def test_saving_and_loading_are_silent_and_leave_the_random_state(fitted, tmp_path):

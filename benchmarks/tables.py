@@ -1,0 +1,190 @@
+"""Write the tables of ``docs/performance.md`` from the CSV files of the benchmarks.
+
+    python -m benchmarks.tables
+
+Only what stands between the markers is replaced; the text around them stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import posteriordb, records, rivals, steps
+from benchmarks.records import Row
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+SKELETON = """# Performance
+
+`make bench` runs the benchmarks and writes the tables of this page.
+
+## One optimisation step
+
+<!-- steps: begin -->
+<!-- steps: end -->
+
+## Posteriors with reference draws
+
+<!-- posteriordb: begin -->
+<!-- posteriordb: end -->
+"""
+
+
+def write_tables(page: Path = PAGE, *, steps_csv: Path = steps.OUT, posteriordb_csv: Path = posteriordb.OUT) -> None:
+    """Fill the sections of ``page`` whose CSV file is there; make the page if there is none.
+
+    Raises:
+        ValueError: if the page lacks the markers of a section.
+    """
+    text = page.read_text(encoding="utf-8") if page.is_file() else SKELETON
+    sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
+        ("steps", steps_csv, steps_section),
+        ("posteriordb", posteriordb_csv, posteriordb_section),
+    ]
+    for name, file, section in sections:
+        if rows := records.read(file):
+            text = replace(text, name, section(rows))
+    page.write_text(text, encoding="utf-8")
+
+
+def replace(text: str, name: str, content: str) -> str:
+    """Put ``content`` between the markers ``<!-- name: begin -->`` and ``<!-- name: end -->``.
+
+    Raises:
+        ValueError: if a marker is missing.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"page: expected the markers {begin} and {end}, in this order; put them in.")
+    return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; all columns but the first are set to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def about(rows: Sequence[Row]) -> str:
+    """Name the machines, the software and the versions that the rows come from."""
+    named = ("machine", "software")
+    found = [" and ".join(dict.fromkeys(row[column] for row in rows)) for column in named]
+    return f"Measured on {found[0]}; {found[1]}."
+
+
+# ---- sections --------------------------------------------------------------------------------------------------------
+
+
+def steps_section(rows: Sequence[Row]) -> str:
+    """Return the section about one step."""
+    rounds = len({row["round"] for row in rows})
+    body = [
+        [name, f"{milliseconds:.2f}", f"{ratio:.2f}"] for name, (milliseconds, ratio) in steps.medians(rows).items()
+    ]
+    text = (
+        f"One step with {steps.DIM} dimensions, {steps.COUPLINGS} couplings of hidden layers {steps.HIDDEN}, "
+        f"{steps.PARTICLES} particles and Adam, one thread; medians of {rounds} rounds that take turns. Pyro's flow is "
+        "its affine couplings with a flip between each two. Ours has a trained triangular map and tails on top of "
+        f"that. {about(rows)} pyro_flows {rows[-1]['version']}."
+    )
+    return f"{text}\n\n{table(['', 'ms a step', 'ratio to Pyro'], body)}"
+
+
+def posteriordb_section(rows: Sequence[Row]) -> str:
+    """Return the section about posteriordb: our fits by posterior, then all methods."""
+    methods = posteriordb.newest(rows)
+    parts = []
+    if ours := methods.get(posteriordb.OURS):
+        parts += [_ours_text(ours), _ours_table(ours)]
+    parts += [_methods_text(methods), _methods_table(methods)]
+    return "\n\n".join(parts)
+
+
+def _ours_text(rows: Sequence[Row]) -> str:
+    found = posteriordb.count(rows)
+    return (
+        f"`fit` as it comes, on {found.posteriors} posteriors of posteriordb with {_plural(found.seeds, 'seed')} each; "
+        f"every figure is that of the worst seed. Errors are those of the worst unconstrained coordinate against the "
+        "reference draws: of the mean, in reference standard deviations, and the absolute log ratio of standard "
+        "deviations. They are given for the draws to use and for raw draws of the guide. The ELBO gap is to a log "
+        f"evidence known to 0.02 nats. Seconds are of one thread. {about(rows)} pyro_flows {rows[-1]['version']}."
+    )
+
+
+def _ours_table(rows: Sequence[Row]) -> str:
+    header = ["posterior", "D", "mean", "sd", "raw mean", "raw sd", "k-hat", "ESS/S", "ELBO gap", "gradients"]
+    body = []
+    for name, group in posteriordb.by_posterior(rows).items():
+        errors = [posteriordb.worst(group, f"{which}_{what}") for which in ("used", "raw") for what in ("mean", "sd")]
+        statuses = ", ".join(sorted({row["status"] or "failed" for row in group}))
+        body.append(
+            [
+                name,
+                next((row["dim"] for row in group if row["dim"]), ""),
+                *(_number(error, 3) for error in errors),
+                _number(posteriordb.worst(group, "k_hat"), 2),
+                _number(posteriordb.worst(group, "ess_ratio", smallest=True), 2),
+                _number(posteriordb.worst(group, "elbo_gap"), 3),
+                _number(posteriordb.worst(group, "gradient_evaluations"), 0),
+                _number(posteriordb.worst(group, "seconds"), 0),
+                statuses,
+            ]
+        )
+    return table([*header, "seconds", "verdicts"], body)
+
+
+def _methods_text(methods: dict[str, list[Row]]) -> str:
+    others = [name for name in methods if name != posteriordb.OURS]
+    text = (
+        f"A fit is right if no mean is off by more than {posteriordb.MEAN} standard deviations and no standard "
+        "deviation by more than 10 %, wrong if one is off by more than 0.25 standard deviations or 25 %. A posterior "
+        "counts as right if all seeds are."
+    )
+    if not others:
+        return text
+    return (
+        f"{text} Pyro's guides are trained by Pyro's `SVI` with Adam: 2000 steps of 0.01 with one particle, or, with "
+        f"equal gradients, {rivals.PARTICLES} particles and a step size of 0.005 for as many gradient evaluations as "
+        f"our fit of the same posterior and seed took ({rivals.GRADIENTS_AT_MOST} at most). They get each posterior in "
+        "unconstrained coordinates, since on the models as written they cannot start from improper priors. Their flow "
+        f"has {rivals.COUPLINGS} affine couplings of hidden layers {rivals.HIDDEN} with flips. Verdicts, and the draws "
+        "to use, are those of `diagnose`."
+    )
+
+
+def _methods_table(methods: dict[str, list[Row]]) -> str:
+    gaps = [f"gap ≤ {limit:g}" for limit in posteriordb.SMALL_GAPS]
+    header = ["method", "right, to use", "right, raw", "k-hat < 0.7", "ESS/S ≥ 0.1", *gaps]
+    header += ["wrong and ok", "right and unreliable", "gradients", "seconds"]
+    body = []
+    for name, rows in methods.items():
+        found = posteriordb.count(rows)
+        total = f"of {found.posteriors}"
+        counts = (found.right_used, found.right_raw, found.small_k, found.large_ess)
+        body.append(
+            [
+                name,
+                *(f"{number} {total}" for number in counts),
+                *(f"{number} of {found.evidence_known}" for number in found.small_gap),
+                f"{found.wrong_and_ok_fits} of {found.fits}",
+                f"{found.right_and_unreliable_fits} of {found.right_fits}",
+                _number(found.gradients, 0),
+                _number(found.seconds, 1),
+            ]
+        )
+    return table(header, body)
+
+
+def _number(value: float, digits: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+if __name__ == "__main__":
+    write_tables()

@@ -1,0 +1,261 @@
+"""The benchmarks: comparison, resuming, tables, and the ports against their reference draws."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from benchmarks import posteriordb, records, steps, tables
+from benchmarks.models import NAMES, eight_schools_centered, eight_schools_noncentered, load
+from benchmarks.reference import find_posteriordb
+from pyro_flows import LogDensity
+
+STEIN_DRAWS = 2000
+STEIN_CHUNK = 250
+STEIN_ERRORS = 6.0  # largest admissible deviation, in standard errors, over all entries of the identity
+# Where the score is heavy-tailed under the posterior, so that its averages have no standard error: tau of the centred
+# model, whose funnel makes the score of theta as large as 1 / tau. Its density is compared with the non-centred one.
+INFINITE_VARIANCE = "eight_schools-eight_schools_centered"
+
+
+def row(**given: object) -> records.Row:
+    """A row of a right fit, but for what is given."""
+    figures = {"status": "ok", "k_hat": 0.2, "ess_ratio": 0.9, "elbo": -1.0, "elbo_gap": 0.01}
+    figures |= {"raw_mean": 0.02, "raw_sd": 0.02, "used_mean": 0.02, "used_sd": 0.02, "dim": 3}
+    figures |= {"gradient_evaluations": 80000, "steps": 1000, "seconds": 9.0, "rounds": "first round"}
+    figures |= {"posterior": NAMES[0], "method": posteriordb.OURS, "seed": 0, "version": "1", "machine": "A CPU"}
+    return {name: str({**figures, **given}.get(name, "")) for name in posteriordb.FIELDS}
+
+
+def made(task: posteriordb.Task) -> records.Row:
+    """A row for a task, without a fit."""
+    named = {"posterior": task.posterior, "method": task.method, "seed": task.seed, "version": task.version}
+    return row(**named, gradient_evaluations=task.gradients or 128)
+
+
+# ---- comparison ------------------------------------------------------------------------------------------------------
+
+
+def test_compare_finds_the_shift_and_the_scale_that_were_put_in():
+    reference = torch.randn(4000, 3, dtype=torch.float64)
+    shift = torch.tensor([0.0, 0.3, -0.1]) * reference.std(0)
+    scale = torch.tensor([1.0, 1.0, 0.8])
+    draws = reference.mean(0) + (reference - reference.mean(0)) * scale + shift
+    mean, sd = posteriordb.compare(draws, reference)
+    assert mean == pytest.approx(0.3, rel=1e-6)
+    assert sd == pytest.approx(-math.log(0.8), rel=1e-6)
+    assert posteriordb.compare(reference, reference) == (0.0, 0.0)
+
+
+def test_compare_calls_draws_that_are_not_finite_infinitely_wrong():
+    draws = torch.randn(100, 2)
+    draws[3, 1] = math.nan
+    assert posteriordb.compare(draws, torch.randn(100, 2)) == (math.inf, math.inf)
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+def test_bench_does_each_fit_once(tmp_path):
+    out, done = tmp_path / "rows.csv", []
+
+    def do(task):
+        done.append((task.method, task.seed))
+        return made(task)
+
+    options = {"only": ["kilpisjarvi"], "out": out, "do": do}
+    posteriordb.bench(None, seeds=1, **options)
+    assert done == [(posteriordb.OURS, 0)]
+    rows = posteriordb.bench(None, seeds=2, **options)
+    assert done == [(posteriordb.OURS, 0), (posteriordb.OURS, 1)]
+    assert [found["seed"] for found in rows] == ["0", "1"]
+    assert records.read(out) == rows
+
+
+def test_bench_adds_rivals_to_fits_that_were_done_before(tmp_path):
+    out, done = tmp_path / "rows.csv", []
+
+    def do(task):
+        done.append(task)
+        return made(task)
+
+    options = {"seeds": 1, "only": ["kilpisjarvi"], "out": out, "do": do}
+    posteriordb.bench(None, **options)
+    rows = posteriordb.bench(None, rivals=True, **options)
+    assert [task.method for task in done] == [posteriordb.OURS, *posteriordb.RIVALS]
+    assert {task.gradients for task in done[1:]} == {128}
+    assert len(rows) == len(done)
+    posteriordb.bench(None, rivals=True, **options)
+    assert len(done) == len(rows)
+
+
+def test_bench_does_fits_of_another_version_again(tmp_path, monkeypatch):
+    options = {"seeds": 1, "only": ["kilpisjarvi"], "out": tmp_path / "rows.csv", "do": made}
+    posteriordb.bench(None, **options)
+    monkeypatch.setattr(records, "code_version", lambda: "another")
+    rows = posteriordb.bench(None, **options)
+    assert [found["version"] for found in rows] == ["another"]
+    assert len(records.read(options["out"])) == 2
+
+
+def test_a_row_that_was_cut_short_is_done_again(tmp_path):
+    options = {"seeds": 2, "only": ["kilpisjarvi"], "out": tmp_path / "rows.csv", "do": made}
+    whole = posteriordb.bench(None, **options)
+    text = options["out"].read_text()
+    options["out"].write_text(text[: text.rindex("ok")])
+    assert len(records.read(options["out"])) == 1
+    assert posteriordb.bench(None, **options) == whole
+    assert records.read(options["out"]) == whole
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path):
+    out = tmp_path / "rows.csv"
+    out.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="out: expected the columns"):
+        posteriordb.bench(None, seeds=1, only=["kilpisjarvi"], out=out, do=made)
+    assert out.read_text() == "a,b\n1,2\n"
+
+
+def test_an_exception_in_a_fit_becomes_its_row(monkeypatch):
+    def broken(name, root):
+        raise RuntimeError("no\nluck")
+
+    monkeypatch.setattr(posteriordb, "load", broken)
+    found = posteriordb.work(posteriordb.Task(NAMES[0], posteriordb.OURS, 0, "1", None))
+    assert found["error"] == "RuntimeError: no luck"
+    assert set(found) == set(posteriordb.FIELDS)
+
+
+def test_an_unknown_posterior_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="got 'nine_schools'; choose from"):
+        posteriordb.bench(None, seeds=1, only=["nine_schools"], out=tmp_path / "rows.csv", do=made)
+
+
+# ---- summary and tables ----------------------------------------------------------------------------------------------
+
+
+def test_count_goes_by_the_worst_seed():
+    rows = [
+        row(),
+        row(seed=1, raw_mean=0.3),
+        row(posterior=NAMES[1], k_hat=0.9, status="unreliable", elbo_gap=0.07),
+        row(posterior=NAMES[2], used_mean=0.3, raw_mean=0.3, elbo_gap=""),
+        row(
+            posterior=NAMES[3],
+            error="ValueError: none",
+            status="",
+            **dict.fromkeys(("used_mean", "k_hat", "ess_ratio"), ""),
+        ),
+    ]
+    found = posteriordb.count(rows)
+    assert (found.posteriors, found.fits, found.failed_fits) == (4, 5, 1)
+    assert (found.right_used, found.right_raw) == (2, 1)
+    assert (found.small_k, found.large_ess) == (2, 3)
+    assert (found.evidence_known, found.small_gap) == (3, (1, 2))
+    assert found.wrong_and_ok_fits == 1
+    assert (found.right_fits, found.right_and_unreliable_fits) == (2, 1)
+    assert "right in the worst seed: 2 of 4 with the draws to use, 1 with raw draws" in posteriordb.summary(rows)
+
+
+def test_newest_keeps_the_version_that_was_written_last():
+    found = posteriordb.newest([row(version="1"), row(version="2"), row(version="2", seed=1)])
+    assert [kept["version"] for kept in found[posteriordb.OURS]] == ["2", "2"]
+
+
+def test_tables_are_put_between_the_markers_and_nowhere_else(tmp_path):
+    page, posteriors, times = tmp_path / "performance.md", tmp_path / "posteriordb.csv", tmp_path / "steps.csv"
+    rows = [row(), row(seed=1, used_mean=0.055), row(posterior=NAMES[1], error="ValueError: none", status="")]
+    records.write(posteriors, posteriordb.FIELDS, rows)
+    named = {"version": "1", "machine": "A CPU", "software": "Torch"}
+    taken = {steps.SVI_OURS: (2.0, 3.0, 9.0), steps.FIT_OURS: (1.0, 1.5, 4.0), steps.SVI_PYRO: (2.0, 3.0, 8.0)}
+    milliseconds = [(name, n, value) for name, values in taken.items() for n, value in enumerate(values)]
+    records.write(
+        times,
+        steps.FIELDS,
+        [{"method": m, "round": n, "position": 0, "milliseconds": ms, **named} for m, n, ms in milliseconds],
+    )
+    tables.write_tables(page, steps_csv=times, posteriordb_csv=posteriors)
+    text = page.read_text()
+    assert f"| {steps.FIT_OURS} | 1.50 | 0.50 |" in text
+    line = next(line for line in text.splitlines() if line.startswith(f"| {NAMES[0]} |"))
+    assert line.split(" | ")[2] == "0.055"
+    assert line.endswith("| ok |")
+    assert "| inf |" in next(line for line in text.splitlines() if line.startswith(f"| {NAMES[1]} |"))
+    assert "A CPU" in text
+
+    page.write_text(text.replace("# Performance", "# Performance\n\nBy hand."))
+    tables.write_tables(page, steps_csv=tmp_path / "none.csv", posteriordb_csv=posteriors)
+    again = page.read_text()
+    assert "By hand." in again
+    assert again.replace("\n\nBy hand.", "") == text
+
+
+def test_a_page_without_markers_is_refused():
+    with pytest.raises(ValueError, match="expected the markers <!-- steps: begin -->"):
+        tables.replace("# Performance", "steps", "table")
+
+
+def test_the_version_ignores_docstrings_and_comments():
+    plain = "def f():\n    return 1\n"
+    assert records._without_docstrings(
+        'def f():\n    """One."""\n    return 1  # one\n'
+    ) == records._without_docstrings(plain)
+    assert records._without_docstrings("def f():\n    return 2\n") != records._without_docstrings(plain)
+
+
+def test_one_round_of_steps_times_all_three():
+    rows = steps.measure(rounds=1, count=1, warm_up=1)
+    assert {found["method"] for found in rows} == {steps.SVI_OURS, steps.FIT_OURS, steps.SVI_PYRO}
+    assert all(float(found["milliseconds"]) > 0 for found in rows)
+    assert set(rows[0]) == set(steps.FIELDS)
+
+
+# ---- the ports -------------------------------------------------------------------------------------------------------
+
+
+def stein_errors(density: LogDensity, z: torch.Tensor) -> torch.Tensor:
+    """Deviations from Stein's identity in standard errors: E[s_j] = 0 and E[w_i s_j] = -1 if i is j, else 0.
+
+    w are the whitened draws, s the score in their coordinates.
+    """
+    centre = z.mean(0)
+    factor = torch.linalg.cholesky((z - centre).T.cov())
+    z = z[:: max(len(z) // STEIN_DRAWS, 1)]
+    w = torch.linalg.solve_triangular(factor, (z - centre).T, upper=False).T
+    score = torch.cat([density.value_and_grad(part)[1] for part in z.split(STEIN_CHUNK)]) @ factor
+    terms = torch.cat([w[:, :, None] * score[:, None, :] + torch.eye(density.dim), score[:, None, :]], 1).flatten(1)
+    return terms.mean(0) / (terms.std(0) / math.sqrt(len(terms)))
+
+
+@pytest.mark.skipif(find_posteriordb() is None, reason="posteriordb is not here: set POSTERIORDB to a checkout of it")
+@pytest.mark.parametrize("name", [name for name in NAMES if name != INFINITE_VARIANCE])
+def test_the_score_of_each_port_fits_its_reference_draws(name):
+    problem = load(name)
+    density = LogDensity(problem.model, problem.args)
+    errors = stein_errors(density, density.unconstrain(problem.reference))
+    assert float(errors.abs().max()) < STEIN_ERRORS
+
+
+def test_the_score_check_tells_a_wrong_density():
+    def model(scale):
+        pyro.sample("x", dist.Normal(torch.zeros(2, dtype=torch.float64), scale).to_event(1))
+
+    z = torch.randn(4000, 2, dtype=torch.float64)
+    right, wrong = (LogDensity(model, (torch.tensor(scale, dtype=torch.float64),)) for scale in (1.0, 1.15))
+    assert float(stein_errors(right, z).abs().max()) < STEIN_ERRORS
+    assert float(stein_errors(wrong, z).abs().max()) > STEIN_ERRORS
+
+
+def test_the_centred_schools_have_the_density_of_the_non_centred_ones():
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64)
+    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64)
+    noncentered = LogDensity(eight_schools_noncentered, (y, sigma))
+    centered = LogDensity(eight_schools_centered, (y, sigma))
+    z = torch.randn(200, noncentered.dim, dtype=torch.float64)
+    values = noncentered.constrain(z)
+    tau = values["tau"]
+    theta = values["mu"][:, None] + tau[:, None] * values["theta_trans"]
+    z_centered = centered.unconstrain({"mu": values["mu"], "tau": tau, "theta": theta})
+    torch.testing.assert_close(centered(z_centered), noncentered(z) - 8.0 * tau.log())

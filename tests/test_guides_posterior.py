@@ -1,0 +1,270 @@
+"""What a flow guide says about the posterior: mass one, medians, quantiles and draws, checked against closed forms."""
+
+import math
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+
+import pyro_flows as pf
+from tests.invariants import close
+from tests.models import CASES, dependent, nested, normal, real
+from tests.registry import randomise
+from tests.test_guides import KINDS, each_kind
+
+Y = real(0.4)
+
+
+def random_guide(model, *args, kind="realnvp", sd=0.3, **options):
+    guide = KINDS[kind](model, **options).initialize(*args)
+    randomise(guide.flow, sd=sd, seed=61)
+    return guide
+
+
+# mass ----------------------------------------------------------------------------------------------------------------
+
+# Integrals over logits from -40 to 40 in steps of 0.05: a Student t with 15 degrees of freedom has 1e-12 outside, and
+# the trapezoidal rule is exact to rounding for smooth densities this wide; 1e-6 leaves room for the sharpest of them.
+GRID = torch.arange(-40.0, 40.0, 0.05, dtype=torch.float64)
+MASS = 1e-6
+
+
+@each_kind
+def test_mass_on_an_interval(kind):
+    """Over x in (2, 5), by x = 2 + 3 s(t), dx = 3 s (1 - s) dt."""
+    guide = random_guide(lambda: pyro.sample("x", dist.Uniform(real(2.0), 5.0)), kind=kind)
+    s = torch.sigmoid(GRID)
+    inside = (s > 0) & (s < 1)
+    density = guide.log_prob({"x": 2.0 + 3.0 * s[inside]}).detach().exp()
+    mass = (density * 3.0 * (s * (1 - s))[inside]).sum() * 0.05
+    close(mass, real(1.0), MASS)
+
+
+@each_kind
+def test_mass_on_a_triangle(kind):
+    """Over alpha and beta > 0 with alpha + beta < 1: the second support depends on the first latent."""
+    guide = random_guide(dependent, Y, kind=kind, sd=0.2)
+    grid = torch.arange(-16.0, 16.0, 0.1, dtype=torch.float64)
+    s, t = torch.sigmoid(grid)[:, None], torch.sigmoid(grid)
+    alpha, beta = torch.broadcast_tensors(s, (1 - s) * t)
+    jacobian = s * (1 - s) * (1 - s) * t * (1 - t)
+    density = guide.log_prob({"alpha": alpha, "beta": beta}).detach().exp()
+    close((density * jacobian).sum() * 0.01, real(1.0), 1e-5)  # the tails beyond 16: 1e-7, and rounding of 1 - s
+
+
+def test_mass_on_a_simplex():
+    """Over the first two of three probabilities, Lebesgue measure: p1 = s, p2 = (1 - s) t."""
+    guide = random_guide(lambda: pyro.sample("p", dist.Dirichlet(torch.ones(3, dtype=torch.float64))), sd=0.2)
+    grid = torch.arange(-16.0, 16.0, 0.1, dtype=torch.float64)
+    s, t = torch.broadcast_tensors(torch.sigmoid(grid)[:, None], torch.sigmoid(grid))
+    p = torch.stack([s, (1 - s) * t, (1 - s) * (1 - t)], dim=-1)
+    density = guide.log_prob({"p": p}).detach().exp()
+    close((density * s * (1 - s) ** 2 * t * (1 - t)).sum() * 0.01, real(1.0), 1e-5)
+
+
+@each_kind
+def test_draws_have_the_density(kind):
+    """Inverse weights: for draws from q, the mean of h / q is the integral of h, here 1.
+
+    h is the prior, narrower than q. 20,000 draws, five standard errors: failure rate below 1e-6.
+    """
+    guide = random_guide(nested, normal(3, 4, seed=1), kind=kind, sd=0.05, init_scale=1.2)
+    draws = guide.sample_posterior(20_000)
+    z = torch.cat([draws["mu"][:, None], draws["tau"].log().flatten(1), draws["x"].flatten(1)], dim=1)
+    loc = z.mean(0)
+    narrow = dist.Normal(loc, 0.9 * z.std(0)).to_event(1)
+    ratio = (narrow.log_prob(z) - draws["tau"].log().flatten(1).sum(1) - guide.log_prob(draws)).detach().exp()
+    error = ratio.std() / len(ratio) ** 0.5
+    assert error < 0.1
+    assert abs(ratio.mean() - 1.0) < 5 * error
+
+
+# medians and quantiles -----------------------------------------------------------------------------------------------
+
+
+def log_normal(shift=0.7, sd=0.5):
+    """A guide that is exactly LogNormal(shift, sd) over a vector of two."""
+    guide = pf.AutoRealNVP(
+        lambda: pyro.sample("s", dist.LogNormal(real(0.0), 1.0).expand([2]).to_event(1)), layers=2, base="normal"
+    ).initialize()
+    guide.start_at(real(shift, -shift), real(sd, 2 * sd))
+    return guide
+
+
+def test_median_and_quantiles_of_a_known_distribution():
+    """Over 4000 draws: 6 standard errors of a median (0.02 sd) and of 5 % and 95 % quantiles (0.033 sd)."""
+    guide = log_normal()
+    logs = guide.median()["s"].log()
+    assert ((logs - real(0.7, -0.7)).abs() < 6 * 0.02 * real(0.5, 1.0)).all()
+    levels = [0.05, 0.5, 0.95]
+    quantiles = guide.quantiles(levels)["s"]
+    assert quantiles.shape == (3, 2)
+    expected = real(0.7, -0.7) + real(0.5, 1.0) * torch.special.ndtri(real(levels))[:, None]
+    assert ((quantiles.log() - expected).abs() < 6 * 0.033 * real(0.5, 1.0)).all()
+    close(guide.quantiles(torch.tensor(levels))["s"], quantiles, 1e-12)  # the same draws each time
+
+
+def test_summaries_use_no_global_randomness():
+    guide = log_normal()
+    state = torch.random.get_rng_state()
+    first = guide.median()["s"]
+    guide.quantiles([0.5])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    close(guide.median()["s"], first, 0.0)
+    assert not torch.equal(guide.sample_posterior(2)["s"], guide.sample_posterior(2)["s"])
+
+
+def test_shapes():
+    y = normal(3, 4, seed=1)
+    guide = KINDS["realnvp"](nested)
+    median = guide.median(y)  # initialises the guide
+    assert {name: tuple(value.shape) for name, value in median.items()} == {"mu": (), "tau": (3, 1), "x": (3, 4)}
+    quantiles = guide.quantiles([0.1, 0.9], y)
+    assert {name: tuple(value.shape) for name, value in quantiles.items()} == {
+        "mu": (2,),
+        "tau": (2, 3, 1),
+        "x": (2, 3, 4),
+    }
+    draws = guide.sample_posterior(5)
+    assert {name: tuple(value.shape) for name, value in draws.items()} == {"mu": (5,), "tau": (5, 3, 1), "x": (5, 3, 4)}
+    with pytest.raises(ValueError, match="quantiles: expected a list of numbers between 0 and 1"):
+        guide.quantiles([1.5])
+    with pytest.raises(ValueError, match="n: expected an integer >= 1"):
+        guide.sample_posterior(0)
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_draws_lie_in_their_supports(name):
+    case = next(case for case in CASES if case.name == name)
+    draws = random_guide(case.model, *case.args).sample_posterior(50)
+    density = pf.LogDensity(case.model, case.args)
+    assert set(draws) == set(density.names)
+    values = density.constrain(density.unconstrain(draws))
+    for site in density.structure.latents:
+        assert draws[site.name].shape == (50, *site.shape)
+        if site.mask is None:
+            close(values[site.name], draws[site.name], 1e-9)
+    assert torch.isfinite(density(density.unconstrain(draws))).all()
+
+
+# posteriors in closed form -------------------------------------------------------------------------------------------
+
+X = normal(12, 2, seed=62) @ real([[1.0, 0.9], [0.0, 0.4]])
+TARGET = X @ real(1.0, -0.5) + 0.3 * normal(12, seed=63)
+
+
+def regression(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.Normal((x * w).sum(-1), 0.3), obs=y)
+
+
+def exact():
+    """Posterior mean, covariance and log evidence of the regression."""
+    precision = torch.eye(2, dtype=torch.float64) + X.T @ X / 0.09
+    covariance = torch.linalg.inv(precision)
+    marginal = dist.MultivariateNormal(real(0.0).expand(12), 0.09 * torch.eye(12).double() + X @ X.T)
+    return covariance @ (X.T @ TARGET) / 0.09, covariance, marginal.log_prob(TARGET)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(partial(pf.AutoRealNVP, layers=2, hidden=(8,), base="normal"), id="realnvp"),
+        pytest.param(partial(pf.AutoNICE, layers=2, hidden=(8,), base="normal"), id="nice"),
+        pytest.param(partial(pf.AutoPlanar, layers=2, base="normal"), id="planar"),
+        pytest.param(partial(pf.AutoRealNVP, layers=4, hidden=(8,), affine="none", base="normal"), id="without affine"),
+        pytest.param(partial(pf.AutoRealNVP, layers=2, hidden=(8,), affine="diagonal", base="normal"), id="diagonal"),
+    ],
+)
+def test_training_finds_a_normal_posterior(make):
+    """All of these can be exact. Adam in Pyro's SVI, 8 particles, 400 steps, then a smaller step size for 100.
+
+    Means to 0.1 sd, sds to 10 %, correlation to 0.05, ELBO to 0.05 nats of the evidence: well above the noise of
+    20,000 draws (0.007 sd) and of the last steps.
+    """
+    torch.manual_seed(3)
+    guide = make(regression)
+    elbo = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+    guide.initialize(X, TARGET)
+    for rate, steps in ((0.03, 400), (0.003, 100)):
+        svi = SVI(regression, guide, pyro.optim.Adam({"lr": rate}), elbo)
+        for _ in range(steps):
+            svi.step(X, TARGET)
+    mean, covariance, evidence = exact()
+    sd = covariance.diagonal().sqrt()
+    w = guide.sample_posterior(20_000)["w"]
+    assert ((w.mean(0) - mean).abs() < 0.1 * sd).all()
+    assert ((w.std(0) / sd).log().abs() < 0.1).all()
+    assert abs(torch.corrcoef(w.T)[0, 1] - covariance[0, 1] / sd.prod()) < 0.05
+    assert ((guide.median()["w"] - mean).abs() < 0.15 * sd).all()
+    density = pf.LogDensity(regression, (X, TARGET))
+    with torch.no_grad():
+        log_weights = density(w) - guide.log_prob({"w": w})
+    assert evidence - 0.05 < log_weights.mean() < evidence + 0.01
+
+
+# the parts of a guide ------------------------------------------------------------------------------------------------
+
+
+def flat(dim):
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(dim, dtype=torch.float64), 1.0).to_event(1))
+
+    return model
+
+
+@pytest.mark.parametrize("affine", ["tril", "none"])
+@pytest.mark.parametrize("dim", [1, 3, 5, 7])
+@each_kind
+def test_every_coordinate_can_move(kind, dim, affine):
+    """One dimension and odd ones too, by the flow alone and with the affine map."""
+    guide = random_guide(flat(dim), kind=kind, affine=affine)
+    noise = normal(5, dim, seed=64)
+    z, _ = guide.flow.bijection.forward_and_ladj(noise)
+    assert ((z - noise).abs().amax(0) > 1e-3).all()
+    assert guide.sample_posterior(2)["x"].shape == (2, dim)
+    svi = SVI(flat(dim), guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step()
+    after, _ = guide.flow.bijection.forward_and_ladj(noise)
+    assert (after != z).any(0).all()
+
+
+def test_affine_map_by_dimension_and_by_name():
+    """Triangular up to 200 dimensions, diagonal above, or as asked for."""
+    small, large = (KINDS["realnvp"](flat(dim)).initialize() for dim in (200, 201))
+    assert isinstance(small.affine, pf.LowerTriangularAffine)
+    assert isinstance(large.affine, pf.DiagonalAffine)
+    assert isinstance(KINDS["realnvp"](flat(2), affine="diagonal").initialize().affine, pf.DiagonalAffine)
+    assert KINDS["realnvp"](flat(2), affine="none").initialize().affine is None
+    ends_in_one = pf.AutoFlow(flat(2), pf.LowerTriangularAffine(2), affine="none").initialize()
+    assert ends_in_one.affine is None, "the user's own last layer is not the guide's"
+
+
+def test_a_guide_starts_at_the_median_with_the_scale_asked_for():
+    def model():
+        pyro.sample("x", dist.Normal(real(5.0, -3.0), 0.01).to_event(1))
+        pyro.sample("s", dist.LogNormal(real(2.0), 0.01))
+
+    guide = KINDS["realnvp"](model, init_scale=0.1, base="normal").initialize()
+    q = guide.get_posterior()
+    expected = dist.Normal(real(5.0, -3.0, 2.0), 0.1).to_event(1)
+    z = expected.sample((4,))
+    close(q.log_prob(z).detach(), expected.log_prob(z), 0.5)  # a median of 15 draws with sd 0.01: 0.1 sd of the guide
+    start = KINDS["realnvp"](
+        model, init_loc_fn=pyro.infer.autoguide.init_to_value(values={"x": real(1.0, 2.0), "s": real(1.0)})
+    )
+    close(start.initialize().affine.loc, real(1.0, 2.0, 0.0), 1e-12)
+
+
+def test_flows_given_in_every_form():
+    """A name, a flow, a bijection, and functions of the dimension."""
+    forms = ["planar", pf.nice(3), pf.Planar(3), lambda dim: pf.realnvp(dim, layers=2), pf.Planar]
+    for form in forms:
+        guide = pf.AutoFlow(flat(3), form, base="student_t", df=7.0).initialize()
+        assert guide.sample_posterior(4)["x"].shape == (4, 3)
+        assert guide.flow.df == (15.0 if isinstance(form, pf.Flow) or form is forms[3] else 7.0)
+        assert math.isfinite(guide.log_prob(guide.sample_posterior(1)).item())
