@@ -252,14 +252,17 @@ def wrong(row: Row) -> bool:
 
 
 def newest(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Return the rows by method, of each method those of the version that was written last."""
-    found: dict[str, list[Row]] = {}
+    """Return the rows by method, of each method those of the version that was written last, one a posterior and seed.
+
+    Two benchmarks that wrote to one file at the same time may both have done a fit.
+    """
+    rows = list(rows)
+    last = {row["method"]: row["version"] for row in rows}
+    found: dict[str, dict[tuple[str, str], Row]] = {method: {} for method in last}
     for row in rows:
-        kept = found.setdefault(row["method"], [])
-        if kept and kept[-1]["version"] != row["version"]:
-            kept.clear()
-        kept.append(row)
-    return found
+        if row["version"] == last[row["method"]]:
+            found[row["method"]][row["posterior"], row["seed"]] = row
+    return {method: list(kept.values()) for method, kept in found.items()}
 
 
 def by_posterior(rows: Iterable[Row]) -> dict[str, list[Row]]:

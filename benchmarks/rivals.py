@@ -21,7 +21,7 @@ from pyro.distributions.transforms import ComposeTransformModule, Permute, affin
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow, init_to_value
 from pyro.infer.autoguide.guides import AutoContinuous, AutoGuide
-from pyro.optim import Adam
+from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 import pyro_flows
@@ -84,13 +84,17 @@ RIVALS: dict[str, Rival] = {
 
 
 class _Score(torch.autograd.Function):
-    """The log density with the gradient that was computed along with it."""
+    """The log density with the gradient that was computed along with it, both 0 for draws where either is not finite.
+
+    That is kinder than Pyro's SVI, which would go on with NaN in all parameters. Nobody reads the loss.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, density: LogDensity) -> Tensor:
         value, gradient = density.value_and_grad(z)
-        ctx.save_for_backward(gradient)
-        return value
+        good = torch.isfinite(value) & torch.isfinite(gradient).all(-1)
+        ctx.save_for_backward(torch.where(good[:, None], gradient, 0.0))
+        return torch.where(good, value, 0.0)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_flows import _arviz
 from pyro_flows.labels import Labels, Layout
 from pyro_flows.log_density import LogDensity
-from pyro_flows.randomness import seeded
+from pyro_flows.randomness import derive, seeded
 from pyro_flows.sites import Latent, Place, Resample, is_data, messages
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def predict(
         with poutine.block(), _PlaceFitted(density.structure.latents, row):
             return poutine.trace(Resample()(density.model)).get_trace(*args, **kwargs)
 
-    with torch.no_grad(), seeded(seed, density.device):
+    with torch.no_grad(), seeded(derive(seed, "posterior predictive"), density.device):
         nodes = messages(run(z[0]))
         for name in density.names:
             if name not in nodes or nodes[name]["is_observed"]:

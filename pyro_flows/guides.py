@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.nn.module import _is_module_local_param_enabled
 from pyro.params.param_store import param_with_module_name
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils._pytree import tree_leaves, tree_map
@@ -342,13 +343,10 @@ class AutoFlow(AutoContinuous):
                 store._params[full] = tensor
                 store._param_to_name[tensor] = full
                 _owned[tensor] = True
-            if local and isinstance(tensor, nn.Parameter):
-                tensor.unconstrained = weakref.ref(tensor)  # type: ignore[attr-defined]  # as Pyro's store does
-                pyro.poutine.runtime.effectful(type="param")(lambda *_, value=tensor, **__: value)(
-                    full, tensor, constraint=constraints.real, name=full
-                )
-            elif isinstance(tensor, nn.Parameter):
-                pyro.param(full, tensor)
+            if isinstance(tensor, nn.Parameter):
+                # a param statement as pyro.param makes it, past the store's look-up and transform of real numbers
+                tensor.unconstrained = weakref.ref(tensor)  # type: ignore[attr-defined]
+                _param_statement(full, tensor, constraint=constraints.real, name=full)
 
     # the posterior, constrained --------------------------------------------------------------------------------------
 
@@ -472,6 +470,11 @@ def _copy_layers(old: nn.Module, new: nn.Module) -> None:
         twins: Any = [candidate for candidate in new.layers if type(candidate) is type(layer)]  # type: ignore[union-attr]
         _copy_layers(layer, twins[seen.get(type(layer), 0)])
         seen[type(layer)] = seen.get(type(layer), 0) + 1
+
+
+@effectful(type="param")
+def _param_statement(name: str, tensor: nn.Parameter, **_: Any) -> nn.Parameter:
+    return tensor
 
 
 def _take_over(name: str, parameter: nn.Parameter, stored: Tensor) -> None:

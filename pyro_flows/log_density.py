@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flows import _checks
 from pyro_flows.enumeration import Enumerate, Evaluator
-from pyro_flows.randomness import BatchedDraws, seeded
+from pyro_flows.randomness import BatchedDraws, derive, seeded
 from pyro_flows.sites import Place, Resample, Structure, flatten_all, hold, messages, read_structure
 
 CHUNK = 1024
@@ -261,7 +261,7 @@ class LogDensity:
             trace, _ = self._run(row, enumerate_sites=False, resample=True)
             return {name: messages(trace)[name]["value"] for name in self.structure.observed}
 
-        with torch.no_grad(), seeded(seed, self.device):
+        with torch.no_grad(), seeded(derive(seed, "posterior predictive"), self.device):
             return self.map(draw, z, randomness="different")
 
     def prior(self, draws: int, *, seed: int = 0) -> dict[str, Tensor] | None:
@@ -274,7 +274,7 @@ class LogDensity:
                 trace = poutine.trace(Resample()(self.model)).get_trace(*self.args, **self.kwargs)
             return {name: messages(trace)[name]["value"] for name in names}
 
-        with torch.no_grad(), seeded(seed, self.device):
+        with torch.no_grad(), seeded(derive(seed, "prior"), self.device):
             try:
                 return self.map(draw, torch.zeros(draws, 1, device=self.device), randomness="different")
             except NotImplementedError:

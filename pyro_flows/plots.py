@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +76,11 @@ def plot_elbo(posterior: Posterior) -> Figure:
 def _running_median(values: np.ndarray) -> np.ndarray:
     """Median over a centred window of a twenty-fifth of the run, shorter at both ends."""
     half = max(1, round(WINDOW_SHARE * len(values) / 2))
-    padded = np.pad(values, half, constant_values=np.nan)
+    padded = np.pad(np.where(np.isfinite(values), values, np.nan), half, constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    return np.asarray(np.nanmedian(windows, axis=-1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All-NaN slice", category=RuntimeWarning)
+        return np.asarray(np.nanmedian(windows, axis=-1))
 
 
 def _elbo_limits(elbo: np.ndarray, final: float) -> tuple[float, float]:
@@ -234,9 +237,10 @@ def _regions(axes: Axes, points: np.ndarray, label: str) -> None:
     kernel = np.exp(-0.5 * (np.arange(-3 * SMOOTH, 3 * SMOOTH + 1) / SMOOTH) ** 2)
     for axis in (0, 1):
         density = np.apply_along_axis(np.convolve, axis, density, kernel / kernel.sum(), mode="same")
-    ordered = np.sort(density.ravel())[::-1]
-    mass = ordered.cumsum() / max(ordered.sum(), 1e-300)
-    levels = sorted({float(ordered[np.searchsorted(mass, share)]) for share in (0.9, 0.5)})
+    inside = ((finite >= frame[:, 0]) & (finite < frame[:, 1])).all(-1)
+    cells = (BINS * (finite[inside] - frame[:, 0]) / (frame[:, 1] - frame[:, 0])).astype(int).clip(0, BINS - 1)
+    at_points = np.concatenate([density[cells[:, 0], cells[:, 1]], np.zeros(np.count_nonzero(~inside))])
+    levels = sorted({float(level) for level in np.quantile(at_points, [0.1, 0.5])}) if len(finite) else []
     if len(levels) == 2 and levels[0] > 0:
         centres = [(edges[1:] + edges[:-1]) / 2 for edges in (across, upwards)]
         axes.contourf(*centres, density.T, levels=[*levels, np.inf], colors=[BASE, BASE], alpha=0.15, zorder=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,14 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+def derive(seed: int, purpose: str) -> int:
+    """Return a seed of its own for each purpose.
+
+    Two purposes with one seed would draw the same numbers: noise of predictive draws would be that of the posterior's.
+    """
+    return int.from_bytes(hashlib.sha256(f"{purpose} {seed}".encode()).digest()[:4], "little")
 
 
 class BatchedDraws(TorchFunctionMode):

@@ -27,7 +27,6 @@ BLEND = 0.5
 BLEND_FROM_ESS = 0.3
 CLIP = 5.0
 ANNEAL_FROM = 0.01
-ANNEAL_FROM = 0.01
 FALL = 20.0  # nats below the best check: go back to it with half the step size
 
 Report = Callable[[int, float, str], None]  # steps done, ELBO, state
@@ -72,7 +71,6 @@ class Trainer:
         self.optimiser = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
         self.norm = 0.0
         self.ess = 0.0
-        self.beta = 1.0
         self.beta = 1.0
         self.skipped = 0
         self.losses: list[float] = []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._arviz import psis
+from pyro_flows.randomness import derive
 
 ESS_RATIO = 0.1
 MEAN_SHIFT = 0.1
@@ -208,7 +209,7 @@ def decide(
 
 def resample(log_weights: Tensor, draws: int, *, seed: int) -> Tensor:
     """Return ``draws`` indices drawn by systematic resampling of normalised log weights (S,), in random order."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(derive(seed, "resampling"))
     cumulative = log_weights.double().cpu().exp().cumsum(0)
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     points = (torch.arange(draws, dtype=torch.float64) + offset) / draws

@@ -159,8 +159,8 @@ def test_count_goes_by_the_worst_seed():
     assert "right in the worst seed: 2 of 4 with the draws to use, 1 with raw draws" in posteriordb.summary(rows)
 
 
-def test_newest_keeps_the_version_that_was_written_last():
-    found = posteriordb.newest([row(version="1"), row(version="2"), row(version="2", seed=1)])
+def test_newest_keeps_the_version_that_was_written_last_and_no_fit_twice():
+    found = posteriordb.newest([row(version="1"), row(version="2"), row(version="2", seed=1), row(version="2")])
     assert [kept["version"] for kept in found[posteriordb.OURS]] == ["2", "2"]
 
 

@@ -47,7 +47,7 @@ def test_elbo_range_is_not_ruled_by_the_first_steps(ok):
     assert -15.0 < high < -14
     assert axes.get_xlabel() == "optimisation step"
     assert axes.get_ylabel() == "ELBO (nats)"
-    steps, median = axes.lines
+    steps, median, _ = axes.lines
     assert len(steps.get_xdata()) == len(median.get_xdata()) == 500
     late = median.get_ydata()[100:]
     assert np.abs(late + 15.2).max() < 0.1  # smoothed: the steps scatter by .3

@@ -128,6 +128,8 @@ class Bound(Transform):
         self.bijection = bijection
         self.context = context
         self._memo: _Memo | None = None
+        modules = list(bijection.modules())
+        self._held = [held for module in modules for held in (module._parameters, module._buffers) if held]
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
@@ -141,13 +143,13 @@ class Bound(Transform):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_memo": None}
+        return {**super().__getstate__(), "_memo": None}  # the dicts in _held stay those of the copied bijection
 
     def _state(self, *tensors: Tensor) -> tuple[tuple[int, int, bool], ...]:
         """Identity and version of all that the memo depends on, and whether gradients are wanted for it."""
-        owned = (*self.bijection.parameters(), *self.bijection.buffers())
-        held = owned if self.context is None else (*owned, self.context)
-        return tuple((id(tensor), tensor._version, tensor.requires_grad) for tensor in (*held, *tensors))
+        owned = [tensor for held in self._held for tensor in held.values() if tensor is not None]
+        rest = tensors if self.context is None else (*tensors, self.context)
+        return tuple((id(tensor), tensor._version, tensor.requires_grad) for tensor in (*owned, *rest))
 
     def _keep(self, x: Tensor, y: Tensor, ladj: Tensor, *, point: bool) -> None:
         if torch.is_inference_mode_enabled() or x.is_inference() or y.is_inference():

@@ -188,6 +188,7 @@ class LowerTriangularAffine(Bijection):
 
     loc: Tensor
     scale_tril: Tensor
+    _below: Tensor
 
     def __init__(
         self,
@@ -209,6 +210,8 @@ class LowerTriangularAffine(Bijection):
         if not torch.equal(start, start.tril()) or not bool((start.diagonal() > 0).all()):
             raise ValueError("scale_tril: expected a lower triangular matrix with a positive diagonal.")
         self.register_buffer("scale_tril", start)
+        rows, columns = torch.tril_indices(dim, dim, -1).unbind()
+        self.register_buffer("_below", rows * dim + columns, persistent=False)
         below = dim * (dim - 1) // 2
         self.conditioner = conditioner(0, context_dim, 2 * dim + below, hidden=hidden, activation=activation)
         _follow(self, loc, scale_tril)
@@ -221,10 +224,9 @@ class LowerTriangularAffine(Bijection):
         shift, log_diagonal, below = free.split([self.dim, self.dim, free.shape[-1] - 2 * self.dim], dim=-1)
         matrix = torch.diag_embed(log_diagonal.exp())
         if self.dim > 1:
-            rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=x.device).unbind()
             flat = below.new_zeros(*below.shape[:-1], self.dim * self.dim)
-            index = (rows * self.dim + columns).expand(below.shape)
-            matrix = matrix + flat.scatter(-1, index, below).unflatten(-1, (self.dim, self.dim))
+            flat = flat.scatter(-1, self._below.expand(below.shape), below)
+            matrix = matrix + flat.unflatten(-1, (self.dim, self.dim))
         start = self.scale_tril
         ladj = (log_diagonal + start.diagonal().log()).sum(-1)
         return self.loc + (start @ shift.unsqueeze(-1)).squeeze(-1), start @ matrix, ladj
