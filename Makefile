@@ -54,7 +54,7 @@ $(DOCS_INSTALLED): $(INSTALLED)
 
 venv: $(INSTALLED)  ## make the virtual environment and install what development needs
 
-demo: $(INSTALLED)  ## fit eight schools and write table, plots and report to demo-output/
+demo: $(INSTALLED)  ## fit eight schools and write plots and results to demo-output/
 	$(BIN)/pyro-flows demo --out demo-output
 
 test: $(INSTALLED)  ## the tests and doctests, without the slow ones

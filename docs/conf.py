@@ -1,7 +1,5 @@
 """Settings of the documentation; `make docs` builds it, and any warning stops the build."""
 
-from importlib.metadata import version as version_of
-
 from sphinx.util.logging import getLogger
 
 import pyro_flows
@@ -12,7 +10,7 @@ if not getattr(pyro_flows, "__all__", None):
 project = "pyro_flows"
 author = "The pyro_flows developers"
 copyright = author
-release = version = version_of("pyro-flows")
+release = version = pyro_flows.__version__
 
 extensions = [
     "myst_parser",

@@ -19,7 +19,7 @@ from pyro_flows.verdict import Weighing, judge, weigh
 
 ENOUGH_K = 0.5
 ENOUGH_GAP = 0.04
-JUDGED_DRAWS = 8000
+JUDGED_DRAWS = 20_000
 WIDER = 4
 EXTRA_LAYERS = 4
 HEAVY_DF = 5.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ MAX_STEPS = 6000
 BATCH = 64
 RACE_STEPS = 100
 STEP_SIZES = (1e-2, 3e-3)
+ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
 CLOSE = 10.0  # nats between two starts that are worth racing
 
 
@@ -66,7 +68,8 @@ def fit(
         layers: number of layers, for a flow given by name; the default is the builder's.
         draws: how many draws to return and to judge by, at least 100.
         seed: of all randomness; one seed, one answer. Torch's global generator is left as it was.
-        max_steps: bound on optimisation steps of 64 gradient evaluations each.
+        max_steps: bound on the optimisation steps of a run, 64 gradient evaluations each (256 from the second round on);
+            the short race of step sizes comes on top.
         max_seconds: bound on the training time. A fit that is cut short says so.
         train_model: also train the model's own parameters (``pyro.param``, modules); by default they are held fixed.
         escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and
@@ -116,7 +119,8 @@ def fit(
             raise ValueError(
                 "runs: expected 1 with train_model=True, since the runs would share the model's parameters."
             )
-        done = [_run(plan, density, number, seed=seed + number) for number in range(runs)]
+        with _threads(density):
+            done = [_run(plan, density, number, seed=seed + number) for number in range(runs)]
         best = max(done, key=lambda run: run.best.rank)
         history = [stage for run in done for stage in run.history]
         flow_found, warnings = best.guide.flow, _warnings(best.best.training)
@@ -171,6 +175,22 @@ class _Run:
     best: Round
     modes: list[Start]
     history: list[dict[str, Any]]
+
+
+@contextmanager
+def _threads(density: LogDensity) -> Iterator[None]:
+    """One thread for small problems, where threads cost more than they save; the caller's number comes back after.
+
+    The rule looks at sizes, not at clocks, so that one seed gives one answer.
+    """
+    rows = sum(value.numel() for value in density.structure.observed.values())
+    before = torch.get_num_threads()
+    if BATCH * max(rows, density.dim) < ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run(plan: _Plan, density: LogDensity, number: int, *, seed: int) -> _Run:

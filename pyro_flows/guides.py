@@ -49,6 +49,10 @@ class AutoFlow(AutoContinuous):
 
     One SVI step evaluates each layer's network once.
 
+    Two limits of Pyro's: ``NeuTraReparam`` is wrong for models whose first latent sits in a plate (it counts the
+    log-determinant once for each entry), ``RenyiELBO`` for models with all sites in one plate (it takes the entries for
+    independent problems).
+
     Args:
         model: a Pyro model.
         flow: a builder's name (``"realnvp"``, ``"nice"``, ``"planar"``), a :class:`Flow` or :class:`Bijection` of the
@@ -62,8 +66,9 @@ class AutoFlow(AutoContinuous):
         options: passed to the builder, e.g. ``layers=8``; only with a builder's name.
 
     Raises:
-        ValueError: for an unknown flow, affine map or base; and when the model is first run, naming the site, for
-            discrete latents, supports without a bijection, subsampled plates with local latents, NaN in the data.
+        ValueError: for a model that is not callable, an unknown flow, affine map or base; and when the model is first
+            run, naming the site, for discrete latents, supports without a bijection, subsampled plates with local
+            latents, NaN in the data.
         RuntimeError: if parameters are asked for before the guide has seen the model's arguments.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
@@ -86,6 +91,8 @@ class AutoFlow(AutoContinuous):
         init_scale: float = 1.0,
         **options: Any,
     ) -> None:
+        if not callable(model):
+            raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
         AutoGuide.__init__(self, model)
         if isinstance(flow, str):
             _checks.choice("flow", flow, BUILDERS)
@@ -394,7 +401,7 @@ class AutoFlow(AutoContinuous):
         if len(shapes) > 1:
             raise ValueError(f"values: expected one batch shape for all sites, got {sorted(map(tuple, shapes))}.")
         batch = shapes.pop()
-        rows = {site.name: values[site.name].reshape(-1, *site.shape) for site in structure.latents}
+        rows = {site.name: torch.as_tensor(values[site.name]).reshape(-1, *site.shape) for site in structure.latents}
 
         def flat(row: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             z = flatten_all(structure, row, lambda: self.model(*args, **kwargs))

@@ -292,6 +292,23 @@ class LogDensity:
                         bad.append(f"site {name!r} has log density {float(density.sum())}")
         return "; ".join(bad) or f"log Jacobian {float(ladj)}"
 
+    def complaint(self, z: Tensor) -> str | None:
+        """Return what Pyro's own argument checks say at the first row of ``z`` where they object, or None.
+
+        An invalid parameter can have a finite density (a Beta with a negative concentration has one), and for speed
+        everything else here runs without these checks. Rows whose density is not finite are left out.
+        """
+        self._check(z)
+        with torch.no_grad():
+            rows = z[torch.isfinite(self(z))]
+        with torch.no_grad(), pyro.validation_enabled(True):
+            for row in rows:
+                try:
+                    self._run(row, enumerate_sites=True)[0].compute_log_prob()
+                except ValueError as error:
+                    return str(error).partition("Trace Shapes")[0].strip()
+        return None
+
     def parameters(self) -> dict[str, Tensor]:
         """Return the unconstrained leaves of the model's own parameters (``pyro.param``, modules), by name."""
         return dict(self._parameters)

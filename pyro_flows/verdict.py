@@ -118,8 +118,8 @@ def judge(
     Args:
         weighing: the scored draws.
         names: labels of the coordinates.
-        warnings: what speaks against the raw draws (a fit that was cut short).
-        failures: what speaks against the weighted draws too (runs that disagree).
+        warnings: what speaks against the raw draws (a fit that was cut short, runs that disagree).
+        failures: what speaks against the weighted draws too (a mode that the guide lacks).
     """
     reasons = list(failures)
     ratio = weighing.ess / len(weighing.log_weights)

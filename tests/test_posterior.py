@@ -206,18 +206,49 @@ def test_verdict_rests_on_a_pool_of_four_times_the_draws():
     assert posterior.verdict.ess_ratio < 0.5
 
 
-def test_weights_with_ties_in_the_tail_are_never_admissible_by_accident():
-    """Zeros and one value: the tail has no shape. What matters is that no NaN comes out and that the status is no ok."""
-    log_weights, k_hat = psis(torch.where(torch.arange(2000) < 500, 0.0, -10.0))
-    assert torch.isfinite(log_weights).all()
-    assert float(log_weights.exp().sum()) == pytest.approx(1.0)
-    assert k_hat == math.inf
+def test_weights_without_a_tail_to_fit():
     equal, k_hat = psis(1e-5 * torch.randn(1000))
     assert k_hat == 0.0
     torch.testing.assert_close(equal.exp(), torch.full((1000,), 1e-3).double(), rtol=1e-3, atol=0)
-    kept, _ = psis(torch.where(torch.arange(2000) < 100, -torch.inf, torch.randn(2000)))
-    assert (kept[:100] == -torch.inf).all()
-    assert torch.isfinite(kept[100:]).all()
+    two_values, k_hat = psis(torch.where(torch.arange(2000) < 500, 0.0, -10.0))  # bounded
+    assert k_hat == 0.0
+    assert float(two_values.exp().sum()) == pytest.approx(1.0)
+
+
+def test_weights_with_other_ties_are_not_admissible():
+    """The lower half of the tail is one value: its shape cannot be told."""
+    values = torch.zeros(2000)
+    values[:60] = torch.linspace(1.0, 3.0, 60)
+    values[500:] = -5.0
+    log_weights, k_hat = psis(values)
+    assert torch.isfinite(log_weights).all()
+    assert k_hat == math.inf
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95, 0.9995])
+def test_draws_of_weight_zero_stay_at_zero(share):
+    broken = torch.rand(2000) < share
+    broken[0] = False
+    log_weights, k_hat = psis(torch.where(broken, -torch.inf, torch.randn(2000)))
+    assert (log_weights[broken] == -torch.inf).all()
+    assert torch.isfinite(log_weights[~broken]).all()
+    assert float(log_weights.exp().sum()) == pytest.approx(1.0)
+    assert not math.isnan(k_hat)
+
+
+def test_a_guide_wider_than_a_uniform_posterior_is_mended():
+    """All weights are one or zero; two thirds are zero."""
+
+    def model():
+        pyro.sample("x", dist.Uniform(0.0, 1.0))
+
+    def guide():
+        pyro.sample("x", dist.Uniform(-1.0, 2.0))
+
+    posterior = pf.diagnose(model, guide, draws=1000)
+    assert posterior.verdict.status == "corrected"
+    assert posterior.log_evidence == pytest.approx(0.0, abs=0.1)
+    assert float(posterior.samples["x"].mean()) == pytest.approx(0.5, abs=0.05)
 
 
 # predictive draws -----------------------------------------------------------------------------------------------------
