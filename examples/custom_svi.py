@@ -35,7 +35,7 @@ def train(guide, x, y, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a short training, which may not be enough")
-    steps = 250 if parser.parse_args().smoke else 3000
+    steps = 150 if parser.parse_args().smoke else 3000
 
     pyro.set_rng_seed(0)
     x = torch.linspace(0.5, 2.0, 30)

@@ -35,7 +35,7 @@ def main():
     parser.add_argument("--out", type=Path, default=None, help="where to save the posterior and its figures")
     options = parser.parse_args()
 
-    posterior = pf.fit(eight_schools, Y, SIGMA, progress=False, **({"max_steps": 300} if options.smoke else {}))
+    posterior = pf.fit(eight_schools, Y, SIGMA, progress=False, **({"max_steps": 200} if options.smoke else {}))
     print(posterior.verdict)
     if posterior.verdict.status == "unreliable":
         print("A fit with more steps would be next; what follows is not to be relied on.")

@@ -58,7 +58,7 @@ def learn(prior, x, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a short training")
-    steps = 400 if parser.parse_args().smoke else 2000
+    steps = 250 if parser.parse_args().smoke else 2000
 
     pyro.set_rng_seed(0)
     generator = torch.Generator().manual_seed(1)

@@ -11,7 +11,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(name, *options):
-    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), "--smoke", *map(str, options)]
+    # A shortened fit may be far off; then ArviZ's leave-one-out says so.
+    silence = ["-W", "error", "-W", "ignore:Estimated shape parameter of Pareto distribution:UserWarning"]
+    command = [sys.executable, *silence, str(EXAMPLES / f"{name}.py"), "--smoke", *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES.parent, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
