@@ -11,6 +11,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -49,7 +50,8 @@ class LogDensity:
 
     Raises:
         ValueError: naming the site, for a model without latents, a discrete latent that is not enumerated, a support
-            without a bijection, a subsampled plate, NaN in the data.
+            without a bijection, a latent that comes and goes, a subsampled plate, NaN in the data; or for a random
+            density.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
@@ -96,7 +98,23 @@ class LogDensity:
         place = Place(self.structure.latents, z)
         with poutine.block(), place:
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+        self._check_sites(trace, place)
         return trace, sum((ladj.sum() for _, ladj in place.placed.values()), z.new_zeros(()))
+
+    def _check_sites(self, trace: poutine.Trace, place: Place) -> None:
+        """Refuse models whose latents come and go: a new one would be drawn at random, a lost one have no density."""
+        known = {*place.placed, *self.structure.observed, *self.structure.enumerated}
+        new = [
+            name
+            for name, site in messages(trace).items()
+            if site["type"] == "sample" and not site["is_observed"] and name not in known
+            if not site_is_subsample(site)
+        ]
+        for name in (*new, *(name for name in self.names if name not in place.placed)):
+            raise ValueError(
+                f"site {name!r}: a latent that is there for some values of the others only. A flow needs one and the "
+                "same set of latents everywhere; write the choice as a mixture."
+            )
 
     def single(self, z: Tensor) -> Tensor:
         """Return the log density of one point (D,)."""
@@ -111,7 +129,13 @@ class LogDensity:
         """Find out whether the model can be batched, by comparing with single runs at two points."""
         points = torch.linspace(-0.5, 0.5, 2 * self.dim, dtype=self.dtype, device=self.device).reshape(2, self.dim)
         with torch.no_grad(), quiet():
-            single = torch.stack([self.single(point) for point in points])
+            single, again = (torch.stack([self.single(point) for point in points]) for _ in range(2))
+            if not torch.allclose(single, again, rtol=1e-3, atol=1e-3, equal_nan=True):
+                worst = int((single - again).abs().nan_to_num(nan=torch.inf).argmax())
+                raise ValueError(
+                    f"model: its log density is random, {single[worst]:.6g} and {again[worst]:.6g} at one point. Take "
+                    "random numbers out of the model, or train a guide such as AutoRealNVP with Pyro's own SVI."
+                )
             try:
                 batched = torch.func.vmap(self.single)(points)
             except Exception as error:

@@ -362,7 +362,7 @@ def read_structure(
         dependent=False,
         plate_nesting=max((-frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.dim), default=0),
         dtype=functools.reduce(torch.promote_types, [value.dtype for value in floats]),
-        device=floats[0].device,
+        device=next((value.device for value in floats if value.device.type != "cpu"), floats[0].device),
         trace=trace,
     )
     try:
@@ -383,6 +383,11 @@ def _read_latent(site: Any, offset: int) -> Latent:
             f"site {name!r}: a latent in the subsampled plate {plate!r}; a guide over one vector would learn only as "
             f"many latents as one subsample holds. Give {plate!r} its full size, or write the local latents' guide "
             "by hand (amortised)."
+        )
+    if site["value"].shape != site["fn"].shape():
+        raise ValueError(
+            f"site {name!r}: expected a starting value of shape {tuple(site['fn'].shape())}, got "
+            f"{tuple(site['value'].shape)}. Give init_loc_fn one number for each entry."
         )
     if any(frame.dim is None for frame in site["cond_indep_stack"]):
         raise ValueError(f"site {name!r}: a latent in a sequential plate. Use a vectorised one (with pyro.plate(...)).")

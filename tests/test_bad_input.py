@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import init_to_value
 from pyro.infer.reparam import ProjectedNormalReparam
 
 import pyro_flows as pf
@@ -119,6 +120,58 @@ def test_a_reparametrised_site_is_accepted():
     density = pf.LogDensity(reparametrised)
     assert density.dim == 2
     assert density.constrain(normal(3, 2, seed=91))["angle"].shape == (3, 2)
+
+
+def test_latents_that_come_and_go():
+    """At construction if a probe sees it, at evaluation otherwise; never silently."""
+
+    def model(border):
+        x = pyro.sample("x", dist.Normal(real(0.0), 1.0))
+        if x > border:
+            pyro.sample("above", dist.Normal(real(0.0), 1.0))
+        else:
+            pyro.sample("below", dist.Normal(real(0.0), 1.0))
+
+    for border, name in ((-2.0, "below"), (2.0, "above")):
+        density = pf.LogDensity(model, (border,))
+        far = real([[2.0 * border, 0.0]])
+        for evaluate in (density, density.value_and_grad, density.constrain):
+            with pytest.raises(
+                ValueError, match=f"site '{name}': a latent that is there for some values of the others"
+            ):
+                evaluate(far)
+    with pytest.raises(ValueError, match="a latent that is there for some values of the others only"):
+        pf.LogDensity(model, (0.0,))
+
+    def vanishing(y):
+        x = pyro.sample("x", dist.Normal(real(0.0), 1.0))
+        if x < 2.0:
+            pyro.sample("sometimes", dist.Normal(real(0.0), 1.0))
+
+    with pytest.raises(ValueError, match="site 'sometimes': a latent that is there for some values"):
+        pf.LogDensity(vanishing, (Y,))(real([[3.0, 0.0]]))
+
+
+def test_random_densities():
+    def model(y):
+        x = pyro.sample("x", dist.Normal(real(0.0), 1.0))
+        pyro.factor("noise", x * torch.randn((), dtype=torch.float64))
+
+    with pytest.raises(ValueError, match=r"model: its log density is random, .* Take random numbers out of the model"):
+        pf.LogDensity(model, (Y,))
+
+
+def test_starting_values_of_the_wrong_shape():
+    """Pyro's guides would tie the entries of such a site together."""
+
+    def model(y):
+        with pyro.plate("n", 3):
+            x = pyro.sample("x", dist.Normal(real(0.0), 1.0))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    guide = pf.AutoRealNVP(model, init_loc_fn=init_to_value(values={"x": real(0.0)}))
+    with pytest.raises(ValueError, match=r"site 'x': expected a starting value of shape \(3,\), got \(\)"):
+        guide(Y)
 
 
 # densities that are finite nowhere -----------------------------------------------------------------------------------

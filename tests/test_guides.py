@@ -167,6 +167,13 @@ def test_log_prob_is_that_of_the_trace(case, kind):
     close(guide.log_prob(rows[0][0]).detach(), totals[0], 1e-8)
 
 
+def test_to_make_a_guide_draws_no_random_numbers():
+    state = torch.random.get_rng_state()
+    for kind in KINDS.values():
+        kind(nested)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_log_prob_checks_its_values():
     case = case_of("nested")
     guide = guide_of(case)

@@ -255,6 +255,18 @@ def test_a_guide_starts_at_the_median_with_the_scale_asked_for():
     close(start.initialize().affine.loc, real(1.0, 2.0, 0.0), 1e-12)
 
 
+@each_kind
+@pytest.mark.parametrize("affine", ["tril", "diagonal"])
+def test_start_at_sets_the_map_whatever_was_trained(affine, kind):
+    guide = random_guide(flat(3), kind=kind, affine=affine)
+    noise = normal(5, 3, seed=65)
+    x, _ = guide.flow.bijection.layers[0].forward_and_ladj(noise)
+    scale = real([[0.5, 0.0, 0.0], [0.3, 2.0, 0.0], [-0.4, 0.1, 1.5]])
+    guide.start_at(real(1.0, 2.0, 3.0), scale)
+    kept = scale if affine == "tril" else scale.diagonal().diag()
+    close(guide.flow.bijection.forward_and_ladj(noise)[0], real(1.0, 2.0, 3.0) + x @ kept.T, 1e-12)
+
+
 def test_flows_given_in_every_form():
     """A name, a flow, a bijection, and functions of the dimension."""
     forms = ["planar", pf.nice(3), pf.Planar(3), lambda dim: pf.realnvp(dim, layers=2), pf.Planar]

@@ -166,6 +166,19 @@ def test_predictive_draws_have_the_likelihoods_moments():
     assert abs(mu.std() - 5.0) < 5 * 5.0 / 40_000**0.5
 
 
+def test_predictive_draws_one_number_for_each_observed_value():
+    """Without a plate, one distribution scores all of the data."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    density = pf.LogDensity(model, (real(0.3, -0.2, 1.7),))
+    for draws in (density.predictive(real([[0.0], [1.0]]))["y"], density.prior(2)["y"]):
+        assert draws.shape == (2, 3)
+        assert draws.unique().numel() == 6
+
+
 def test_improper_priors_have_no_draws():
     def model(y):
         mu = pyro.sample("mu", dist.ImproperUniform(constraints.real, (), ()))
