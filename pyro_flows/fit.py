@@ -68,8 +68,8 @@ def fit(
         layers: number of layers, for a flow given by name; the default is the builder's.
         draws: how many draws to return and to judge by, at least 100.
         seed: of all randomness; one seed, one answer. Torch's global generator is left as it was.
-        max_steps: bound on the optimisation steps of a run, 64 gradient evaluations each (256 from the second round on);
-            the short race of step sizes comes on top.
+        max_steps: bound on the optimisation steps of a run, 64 gradient evaluations each (256 from the second round
+            on); the short race of step sizes comes on top.
         max_seconds: bound on the training time. A fit that is cut short says so.
         train_model: also train the model's own parameters (``pyro.param``, modules); by default they are held fixed.
         escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and

@@ -1,6 +1,7 @@
 """A model's own parameters (``pyro.param``, modules): held fixed, differentiable, independent of Pyro's store."""
 
 import pyro
+import pyro.distributions as dist
 import torch
 
 import pyro_flows as pf
