@@ -198,7 +198,7 @@ def _run(plan: _Plan, density: LogDensity, number: int, *, seed: int) -> _Run:
     with seeded(seed, density.device):
         starts = portfolio(density, seed=seed)
         modes = [start for start in starts if start.evidence is not None]
-        close = [start for start in starts if start.elbo > starts[0].elbo - CLOSE]
+        close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
         starts = close[number % len(close) :] + close[: number % len(close)]
         guide = _guide(plan, density)
         bar = _Bar(plan.max_steps, plan.progress)

@@ -82,7 +82,9 @@ def portfolio(density: LogDensity, *, seed: int, df: float = 15.0) -> list[Start
         noise = base.sample((SCORE_DRAWS,))
     log_noise = base.log_prob(noise)
     scored = [_scored(density, start, noise, log_noise) for start in starts]
-    return sorted((start for start in scored if math.isfinite(start.elbo)), key=lambda start: -start.elbo)
+    usable = [start for start in scored if math.isfinite(start.elbo)]
+    # where the support cuts through every start, none has a finite ELBO: all are left to the race
+    return sorted(usable or scored, key=lambda start: -start.elbo)
 
 
 def _scored(density: LogDensity, start: Start, noise: Tensor, log_noise: Tensor) -> Start:
