@@ -19,7 +19,7 @@ from pyro_flows import _arviz
 from pyro_flows.labels import Labels, Layout
 from pyro_flows.log_density import LogDensity
 from pyro_flows.randomness import derive, seeded
-from pyro_flows.sites import Latent, Place, Resample, is_data, messages
+from pyro_flows.sites import Latent, Place, Resample, is_data, is_deterministic, messages
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -148,7 +148,7 @@ def predict(
             name
             for name, site in nodes.items()
             if name not in density.names and site["type"] == "sample"
-            if is_data(site) or site["infer"].get("_deterministic")
+            if is_data(site) or is_deterministic(site)
         ]
 
         def draw(row: Tensor) -> dict[str, Tensor]:

@@ -330,7 +330,7 @@ class LogDensity:
                 try:
                     self._run(row, enumerate_sites=True)[0].compute_log_prob()
                 except ValueError as error:
-                    return str(error).partition("Trace Shapes")[0].strip()
+                    return " ".join(str(error).partition("Trace Shapes")[0].split())
         return None
 
     def parameters(self) -> dict[str, Tensor]:

@@ -336,7 +336,16 @@ def from_draws(
     _checks.integer("draws", draws, 100)
     names = coordinate_names(density.structure)
     with torch.no_grad():
-        found = decide(draw, density, names, draws=draws, seed=seed, warnings=warnings, failures=failures)
+        found = decide(
+            draw,
+            density,
+            names,
+            draws=draws,
+            seed=seed,
+            warnings=warnings,
+            failures=failures,
+            complaint=density.complaint,
+        )
         samples = density.constrain(found.used)
     flow = guide._flow if isinstance(guide, AutoFlow) else None
     guide_name = type(guide).__name__ if isinstance(guide, torch.nn.Module) else getattr(guide, "__name__", "guide")

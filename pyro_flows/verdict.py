@@ -16,6 +16,7 @@ ESS_RATIO = 0.1
 MEAN_SHIFT = 0.1
 SD_SHIFT = 0.1
 POOL = 4
+CHECKED = 50  # draws run with Pyro's argument checks on
 
 Draw = Callable[[int], tuple[Tensor, Tensor]]  # n -> z (n, D), log q (n,)
 
@@ -173,6 +174,7 @@ def decide(
     seed: int,
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
+    complaint: Callable[[Tensor], str | None] = lambda z: None,
 ) -> Decision:
     """Draw a pool of four times as many draws as asked for, weigh and judge it, and choose the draws to use.
 
@@ -187,10 +189,14 @@ def decide(
         seed: of the resampling.
         warnings: see :func:`judge`.
         failures: see :func:`judge`.
+        complaint: z -> what is invalid about the model at some of the first draws, though its density is finite there.
     """
     pool, pool_q = draw(POOL * draws)
     pool_p = score(pool)
     weighing = weigh(pool, pool_p, pool_q)
+    objection = complaint(pool[:CHECKED])
+    if objection is not None:
+        failures = (*failures, f"the model is invalid at some draws: {objection}")
     verdict = judge(weighing, names, warnings=warnings, failures=failures)
     raw = torch.arange(draws, device=pool.device)
     index = resample(weighing.log_weights, draws, seed=seed) if verdict.status == "corrected" else raw

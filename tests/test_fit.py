@@ -200,3 +200,26 @@ def test_zoo_nice_on_a_funnel():
             pyro.sample("y", dist.Normal(theta, SIGMA), obs=Y)
 
     assert quick(centred, flow="nice").verdict.status == "unreliable"
+
+
+def test_zoo_a_silently_invalid_parameter():
+    """A Beta with a negative concentration has a finite density, and fits run without Pyro's checks."""
+
+    def model(y):
+        concentration = pyro.sample("concentration", dist.Normal(1.0, 1.0))
+        pyro.sample("y", dist.Beta(concentration, 2.0), obs=y)
+
+    verdict = quick(model, torch.tensor(0.05)).verdict
+    assert verdict.status == "unreliable"
+    assert "the model is invalid at some draws" in str(verdict)
+
+
+def test_a_support_that_cuts_through_every_start():
+    """No start has a finite ELBO; the fit still ends with a verdict."""
+
+    def model(y):
+        top = pyro.sample("top", dist.HalfCauchy(1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Uniform(0.0, top), obs=y)
+
+    assert quick(model, torch.tensor([0.5, 1.0, 3.0]), max_steps=100).verdict.status != "ok"
