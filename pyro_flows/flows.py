@@ -96,18 +96,21 @@ class Flow(nn.Module):
         y, ladj = self.bijection.forward_and_ladj(x, context)
         return y, base.log_prob(x) - ladj
 
-    def sample_with_score(self, shape: Sequence[int] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    def sample_with_score(
+        self, shape: Sequence[int] = (), *, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         r"""Draw with a graph; return ``y``, ``log q(y)`` and the score :math:`\nabla_y \log q(y)` without one.
 
-        This is what the path gradient needs, in one pass through the bijection. The uniform base is refused: its
-        density has edges that move with the parameters, which a score cannot see.
+        This is what the path gradient needs, in one pass through the bijection. ``at`` gives base points
+        ``(*shape, dim)`` to be used instead of draws of the base. The uniform base is refused: its density has edges
+        that move with the parameters, which a score cannot see.
         """
         if self.base == "uniform":
             raise ValueError(
                 "base: the uniform base has no score at its edges; take 'normal', 'student_t' or 'logistic'."
             )
         base = self.base_distribution()
-        x = base.rsample(torch.Size(shape))
+        x = base.rsample(torch.Size(shape)) if at is None else at
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             log_base = base.log_prob(leaf)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyro_flows.flows import Flow
 from pyro_flows.log_density import LogDensity
+
+WIDE_DF = 3.0
+WIDE_SCALE = 3.0
 
 
 class Estimate(NamedTuple):
@@ -18,37 +22,60 @@ class Estimate(NamedTuple):
     log_weights: Tensor
 
 
-def path(flow: Flow, density: LogDensity, draws: int, *, forward: float = 0.0, beta: float = 1.0) -> Estimate:
+def path(
+    flow: Flow, density: LogDensity, draws: int, *, forward: float = 0.0, defensive: float = 0.0, beta: float = 1.0
+) -> Estimate:
     r"""Negative ELBO with the path gradient ("sticking the landing"), or a blend of it with the forward divergence.
 
     .. math:: \nabla_\theta = -\sum_i c_i \big(\nabla_z \log \tilde p(z_i) - \nabla_z \log q_\theta(z_i)\big)^\top
               \partial_\theta z_\theta(\epsilon_i), \qquad
-              c_i = (1 - f) \tfrac 1S + f\, \tilde w_i (1 - \tilde w_i)
+              c_i = \frac{1 - f}{S} \frac{q_0(\epsilon_i)}{m(\epsilon_i)} + f\, \tilde w_i (1 - \tilde w_i)
 
     With f = 0 this is the ELBO's gradient without its score term, which has mean zero but not variance zero. With f = 1
     it is the doubly reparametrised gradient of KL(p || q), :math:`\tilde w` the self-normalised importance weights:
     it pulls mass to where q has too little, which the ELBO hardly feels. Both are exactly zero for every draw at q = p.
-    With ``beta`` below 1 the target is the tempered density :math:`\tilde p^\beta` (annealing, for several modes).
-    With ``beta`` below 1 the target is the tempered density :math:`\tilde p^\beta` (annealing, for several modes).
     The score of q comes along with the forward pass. Draws where p or a gradient is not finite count as zero.
     The loss's *value* is meaningless: read ``log_weights``.
 
-    References: Rezende and Mohamed 2015 (annealing); Roeder, Wu and Duvenaud 2017; Tucker et al. 2018 (DReG);
-    Vaitl et al. 2022 and 2024.
+    Args:
+        flow: q.
+        density: the unnormalised log density of p.
+        draws: S; the cost is as many gradients of the density.
+        forward: f.
+        defensive: share of draws that have one base coordinate, picked at random, from a distribution three times as
+            wide (Student-t with 3 degrees of freedom); m is the mixture's density. Draws of q alone say nothing about
+            a tail that q lacks. With 0, m is :math:`q_0`, the base.
+        beta: below 1, the target is the tempered density :math:`\tilde p^\beta` (annealing, for several modes).
+
+    References: Hesterberg 1995 (defensive mixtures); Rezende and Mohamed 2015 (annealing); Roeder, Wu and Duvenaud
+    2017; Tucker et al. 2019 (DReG); Vaitl et al. 2022 and 2024.
     """
-    z, log_q, score_q = flow.sample_with_score((draws,))
+    x, log_thinning = _defensive(flow, draws, defensive) if defensive > 0.0 else (None, 0.0)
+    z, log_q, score_q = flow.sample_with_score((draws,), at=x)
     log_p, score_p = density.value_and_grad(z)
     if beta != 1.0:
         log_p, score_p = beta * log_p, beta * score_p
     direction = score_p - score_q
     good = torch.isfinite(log_p) & torch.isfinite(direction).all(-1)
-    log_weights = log_p - log_q
-    coefficients = torch.full_like(log_q, 1.0 / draws)
+    log_weights = log_p - log_q + log_thinning
+    coefficients = (1.0 - forward) / draws * torch.as_tensor(log_thinning, dtype=log_q.dtype).exp()
     if forward > 0.0:
         weights = torch.softmax(torch.where(good, log_weights, -torch.inf), 0)
-        coefficients = (1.0 - forward) * coefficients + forward * weights * (1.0 - weights)
-    direction = torch.where(good[:, None], direction * coefficients[:, None], 0.0)
+        coefficients = coefficients + forward * weights * (1.0 - weights)
+    direction = torch.where(good[:, None], direction * coefficients.reshape(-1, 1), 0.0)
     return Estimate(-(direction * z).sum(), log_weights)
+
+
+def _defensive(flow: Flow, draws: int, share: float) -> tuple[Tensor, Tensor]:
+    """Draw base points (S, D) of which a share has one wide coordinate; return them and log q_0 / m (S,)."""
+    base = flow.base_distribution()
+    x = base.sample((draws,))
+    wide = dist.StudentT(WIDE_DF * torch.ones_like(x[0]), 0.0, WIDE_SCALE, validate_args=False)
+    widened = torch.arange(flow.dim, device=x.device) == torch.randint(flow.dim, (draws, 1), device=x.device)
+    widened = widened & (torch.rand(draws, 1, dtype=x.dtype, device=x.device) < share)
+    x = torch.where(widened, wide.sample((draws,)), x)
+    ratios = (wide.log_prob(x) - base.base_dist.log_prob(x)).exp()
+    return x, -torch.log(1.0 - share + share * ratios.mean(-1))
 
 
 def elbo(flow: Flow, density: LogDensity, draws: int) -> Estimate:

@@ -14,28 +14,28 @@ from pyro_flows.transforms.conditioners import conditioner
 
 
 class SinhArcsinh(Bijection):
-    r"""Two-sided tails: :math:`y_d = \sinh(k\,\mathrm{arcsinh}\,x_d) / k`, with k one number left of 0 and one right.
+    r"""Two-sided tails: :math:`y_d = c\,\sinh(k\,\mathrm{arcsinh}(x_d / c)) / k`; k and c one number a side of 0 each.
 
-    :math:`y \approx x` in the middle, whatever k (value, slope and curvature agree at 0); far out
-    :math:`|y| \approx |2x|^k / 2k`: heavier tails for k > 1, lighter ones for k < 1, each side for itself. k = 2 turns
-    a Gaussian tail into an exponential one, which is how the logarithm of a scale falls off towards zero. The logarithm
-    of k is bounded smoothly by ``log_bound`` and starts at 0: the identity.
+    :math:`y \approx x` for :math:`|x| \ll c`, whatever k (value, slope and curvature agree at 0); far out
+    :math:`|y| \approx c\,|2x / c|^k / 2k`: heavier tails for k > 1, lighter ones for k < 1. k = 2 turns a Gaussian tail
+    into an exponential one, which is how the logarithm of a scale falls off towards zero; c says where that begins. The
+    logarithms of k and c are bounded smoothly by ``log_bound`` and start at 0: the identity.
 
-    .. math:: \log|J| = \sum_d \log\cosh(k\,\mathrm{arcsinh}\,x_d) - \log\cosh(\mathrm{arcsinh}\,x_d)
+    .. math:: \log|J| = \sum_d \log\cosh(k\,a_d) - \log\cosh(a_d), \qquad a_d = \mathrm{arcsinh}(x_d / c)
 
-    Both ways cost O(D), in closed form: :math:`x = \sinh(\mathrm{arcsinh}(k y) / k)`.
+    Both ways cost O(D), in closed form: :math:`x = c\,\sinh(\mathrm{arcsinh}(k y / c) / k)`.
 
     Args:
         dim: number of coordinates.
-        context_dim: width of the context; above 0, a network of it gives the k.
+        context_dim: width of the context; above 0, a network of it gives k and c.
         hidden: widths of that network.
         activation: its activation.
-        log_bound: bound of :math:`|\log k|`.
+        log_bound: bound of :math:`|\log k|` and :math:`|\log c|`.
 
     Raises:
         ValueError: for a ``dim`` below 1, a bound that is not positive, or a wrong width.
 
-    Reference: Jones and Pewsey, *Sinh-arcsinh distributions*, Biometrika 2009 (one k; here one a side).
+    Reference: Jones and Pewsey, *Sinh-arcsinh distributions*, Biometrika 2009 (one k, no c; here two a side).
 
     >>> import torch, pyro_flows as pf
     >>> pf.SinhArcsinh(2)(torch.tensor([-1.0, 2.0])).tolist()
@@ -49,43 +49,47 @@ class SinhArcsinh(Bijection):
         context_dim: int = 0,
         hidden: Sequence[int] = (32, 32),
         activation: str = "silu",
-        log_bound: float = 1.0,
+        log_bound: float = 1.5,
     ) -> None:
         super().__init__()
         self.dim = _checks.integer("dim", dim, 1)
         self.context_dim = context_dim
         self.log_bound = _checks.positive("log_bound", log_bound)
-        self.conditioner = conditioner(0, context_dim, 2 * dim, hidden=hidden, activation=activation)
+        self.conditioner = conditioner(0, context_dim, 4 * dim, hidden=hidden, activation=activation)
 
-    def _powers(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Return k for each coordinate of ``x``, by the side it is on (the map keeps the sign)."""
+    def _tails(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return k and c for each coordinate of ``x``, by the side it is on (the map keeps the sign)."""
         _checks.event("SinhArcsinh", x, self.dim)
         _checks.context("SinhArcsinh", context, self.context_dim)
         raw = self.conditioner(None, context)
         left, right = torch.exp(self.log_bound * torch.tanh(raw / self.log_bound)).chunk(2, dim=-1)
-        return torch.where(x < 0, left, right)
+        ends = zip(left.chunk(2, dim=-1), right.chunk(2, dim=-1), strict=True)
+        power, onset = (torch.where(x < 0, low, high) for low, high in ends)
+        return power, onset
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        power, angle = self._powers(x, context), torch.asinh(x)
+        power, onset = self._tails(x, context)
+        angle = torch.asinh(x / onset)
         stretched = power * angle
-        return torch.sinh(stretched) / power, (_log_cosh(stretched) - _log_cosh(angle)).sum(-1)
+        return onset * torch.sinh(stretched) / power, (_log_cosh(stretched) - _log_cosh(angle)).sum(-1)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        power = self._powers(y, context)
-        stretched = torch.asinh(power * y)
+        power, onset = self._tails(y, context)
+        stretched = torch.asinh(power * y / onset)
         angle = stretched / power
-        return torch.sinh(angle), (_log_cosh(angle) - _log_cosh(stretched)).sum(-1)
+        return onset * torch.sinh(angle), (_log_cosh(angle) - _log_cosh(stretched)).sum(-1)
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        power, angle = self._powers(x, context), torch.asinh(x)
+        power, onset = self._tails(x, context)
+        angle = torch.asinh(x / onset)
         stretched = power * angle
         terms = _log_cosh(stretched) - _log_cosh(angle)
         with torch.no_grad():
-            bend = (power * torch.tanh(stretched) - torch.tanh(angle)) / torch.cosh(angle)
+            bend = (power * torch.tanh(stretched) - torch.tanh(angle)) / (onset * torch.cosh(angle))
             carried = (score - bend) * torch.exp(-terms)
-        return torch.sinh(stretched) / power, terms.sum(-1), carried
+        return onset * torch.sinh(stretched) / power, terms.sum(-1), carried
 
 
 def _log_cosh(x: Tensor) -> Tensor:
