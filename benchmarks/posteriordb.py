@@ -26,7 +26,7 @@ from torch import Tensor
 
 import pyro_flows
 from benchmarks import records
-from benchmarks.models import NAMES, load
+from benchmarks.models import NAMES, Problem, load
 from benchmarks.records import Row
 from benchmarks.reference import ENVIRONMENT_VARIABLE, find_posteriordb
 from benchmarks.rivals import RIVALS, run
@@ -103,17 +103,21 @@ def work(task: Task) -> Row:
             options: dict[str, Any] = {"gradients": task.gradients, "seed": task.seed, "draws": DRAWS}
             found = run(RIVALS[task.method], problem.model, problem.args, **options)
         row["seconds"] = time.monotonic() - began
-        reference = LogDensity(problem.model, problem.args).unconstrain(problem.reference)
-        row.update(_figures(found, reference, problem.log_evidence))
+        row.update(_figures(found, problem))
     except Exception as error:
         row["seconds"] = time.monotonic() - began
         row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
 
 
-def _figures(found: Posterior, reference: Tensor, log_evidence: float | None) -> dict[str, Any]:
-    raw, used = compare(found.z, reference), compare(found.used, reference)
-    rounds = [stage for stage in found.history if stage["stage"] != "race"]
+def _figures(found: Posterior, problem: Problem) -> dict[str, Any]:
+    """Compare in the model's own unconstrained coordinates, whichever the fit chose."""
+    density, log_evidence = LogDensity(problem.model, problem.args), problem.log_evidence
+    reference = density.unconstrain(problem.reference)
+    assert found.density is not None
+    draws = [density.unconstrain(found.density.constrain(z)) for z in (found.z, found.used)]
+    raw, used = (compare(z, reference) for z in draws)
+    rounds = [stage for stage in found.history if "why" in stage]
     return {
         "dim": found.z.shape[1],
         "status": found.verdict.status,

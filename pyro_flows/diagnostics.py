@@ -65,7 +65,11 @@ def diagnose(
     """
     _checks.integer("draws", draws, 100)
     kwargs = dict(model_kwargs or {})
-    density = LogDensity(model, args, kwargs)
+    noncentred = []
+    if isinstance(guide, AutoFlow):
+        with seeded(seed):
+            noncentred = guide.initialize(*args, **kwargs)._built_structure.noncentred
+    density = LogDensity(model, args, kwargs, noncentred=noncentred)
     with torch.no_grad(), seeded(seed, density.device):
         trace = _run(guide, args, kwargs)  # makes the parameters of a guide that has never run
     with torch.no_grad(), seeded(seed, density.device):

@@ -110,7 +110,7 @@ def fit(
     with seeded(seed):
         if isinstance(flow, str):
             AutoFlow(model, flow, **plan.options)  # bad names and options fail before any work
-        density = LogDensity(model, args, plan.kwargs)
+        density, history = _coordinates(plan, seed=seed)
         if train_model and not density.parameters():
             raise ValueError(
                 "train_model: expected a model with parameters of its own (pyro.param, modules), got none."
@@ -122,7 +122,7 @@ def fit(
         with _threads(density):
             done = [_run(plan, density, number, seed=seed + number) for number in range(runs)]
         best = max(done, key=lambda run: run.best.rank)
-        history = [stage for run in done for stage in run.history]
+        history += [stage for run in done for stage in run.history]
         flow_found, warnings = best.guide.flow, _warnings(best.best.training)
         draw: Draw = lambda n: _draw(flow_found, n)  # noqa: E731
         score: Callable[[Tensor], Tensor] = flow_found.log_prob
@@ -177,6 +177,31 @@ class _Run:
     history: list[dict[str, Any]]
 
 
+def _coordinates(plan: _Plan, *, seed: int) -> tuple[LogDensity, list[dict[str, Any]]]:
+    """Return the log density in the coordinates in which a short race comes further, and the history of the choice.
+
+    There is a choice where the location or the scale of some sites depends on other latents: centred or not.
+    """
+    density = LogDensity(plan.model, plan.args, plan.kwargs)
+    if plan.train_model or not density.structure.hierarchical:
+        return density, []
+    other = LogDensity(plan.model, plan.args, plan.kwargs, noncentred=True)
+    reached = []
+    with _threads(density):
+        for candidate in (density, other):
+            start = portfolio(candidate, seed=seed)[0]
+            entrant = _Entrant.run(
+                _guide(plan, candidate), candidate, start, STEP_SIZES[0], _race_steps(plan), seed=seed
+            )
+            reached.append(entrant.elbo)
+    chosen, left = (other, density) if reached[1] > reached[0] else (density, other)
+    chosen.evaluations += left.evaluations
+    sites = chosen.structure.noncentred
+    return chosen, [
+        {"stage": "coordinates", "noncentred": sites, "elbo_centred": reached[0], "elbo_noncentred": reached[1]}
+    ]
+
+
 @contextmanager
 def _threads(density: LogDensity) -> Iterator[None]:
     """One thread for small problems, where threads cost more than they save; the caller's number comes back after.
@@ -203,7 +228,7 @@ def _run(plan: _Plan, density: LogDensity, number: int, *, seed: int) -> _Run:
         guide = _guide(plan, density)
         bar = _Bar(plan.max_steps, plan.progress)
         budget = Budget(plan.max_steps, plan.deadline)
-        trainer, start, history = _race(guide, density, starts, budget, train_model=plan.train_model, seed=seed)
+        trainer, start, history = _race(guide, density, starts, plan, seed=seed)
         left = Budget(plan.max_steps - len(trainer.losses), plan.deadline)
         best = assess(guide.flow, density, train(trainer, left, seed=seed, report=bar.show))
         history.append(entry("first round", trainer, best))
@@ -225,7 +250,8 @@ def _guide(plan: _Plan, density: LogDensity) -> AutoFlow:
         flow = "planar"
     if not isinstance(flow, str):
         flow = copy.deepcopy(flow)  # the caller's flow stays untrained, and each run has one of its own
-    guide = AutoFlow(plan.model, flow, df=_tails(density.dim), **plan.options)
+    noncentred = density.structure.noncentred
+    guide = AutoFlow(plan.model, flow, df=_tails(density.dim), noncentred=noncentred, **plan.options)
     return guide.initialize(*plan.args, **plan.kwargs)
 
 
@@ -234,20 +260,20 @@ def _tails(dim: int) -> float:
     return max(15.0, 2.0 * dim)
 
 
-def _race(
-    guide: AutoFlow, density: LogDensity, starts: Sequence[Start], budget: Budget, *, train_model: bool, seed: int
-) -> tuple[Trainer, Start, list[dict[str, Any]]]:
-    """Run the best start with each step size, and the runner-up where it is close, for a few steps; keep the best.
+@dataclass(frozen=True)
+class _Entrant:
+    """A start and a step size after a few steps, on a flow of its own, and the ELBO that they reached."""
 
-    The guide ends up with the winner's parameters and start.
-    """
-    extra = list(density.parameters().values()) if train_model else []
-    entrants = [(starts[0], size) for size in STEP_SIZES[: 1 if extra else None]]
-    if len(starts) > 1 and not extra and starts[0].elbo - starts[1].elbo < CLOSE:
-        entrants.append((starts[1], STEP_SIZES[0]))
-    steps = max(1, min(RACE_STEPS, budget.steps // (2 * len(entrants))))
-    history, best = [], None
-    for start, size in entrants:
+    start: Start
+    trainer: Trainer
+    elbo: float
+
+    @classmethod
+    def run(
+        cls, guide: AutoFlow, density: LogDensity, start: Start, size: float, steps: int, *, seed: int,
+        extra: Sequence[Tensor] = (),
+    ) -> _Entrant:  # fmt: skip
+        """Train a copy of the guide's flow from ``start``."""
         flow = copy.deepcopy(guide.flow)
         runner = copy.copy(guide)  # shares everything but the flow
         runner.__dict__["_modules"] = {**guide.__dict__["_modules"], "flow": flow}
@@ -255,15 +281,36 @@ def _race(
         trainer = Trainer(flow, density, learning_rate=size, batch=BATCH, extra=extra)
         for step in range(steps):
             trainer.step(size * min(1.0, (step + 1) / (0.5 * RACE_STEPS)))
-        score = Check.make(flow, density, seed=seed).elbo()
-        history.append(
-            {"stage": "race", "start": start.name, "step_size": size, "start_elbo": start.elbo, "elbo": score}
-        )
-        if best is None or score > best[0] or not math.isfinite(best[0]):
-            best = score, trainer, start
-    assert best is not None
-    guide.flow = best[1].flow
-    return best[1], best[2], history
+        return cls(start, trainer, Check.make(flow, density, seed=seed).elbo())
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What the history says of it."""
+        size, before = self.trainer.learning_rate, self.start.elbo
+        return {"stage": "race", "start": self.start.name, "step_size": size, "start_elbo": before, "elbo": self.elbo}
+
+
+def _race_steps(plan: _Plan) -> int:
+    """Steps of each entrant, so that all of them together take at most half of the budget."""
+    return max(1, min(RACE_STEPS, plan.max_steps // (2 * (len(STEP_SIZES) + 1))))
+
+
+def _race(
+    guide: AutoFlow, density: LogDensity, starts: Sequence[Start], plan: _Plan, *, seed: int
+) -> tuple[Trainer, Start, list[dict[str, Any]]]:
+    """Run the best start with each step size, and the runner-up where it is close, for a few steps; keep the best.
+
+    The guide ends up with the winner's parameters and start.
+    """
+    extra = list(density.parameters().values()) if plan.train_model else []
+    entrants = [(starts[0], size) for size in STEP_SIZES[: 1 if extra else None]]
+    if len(starts) > 1 and not extra and starts[0].elbo - starts[1].elbo < CLOSE:
+        entrants.append((starts[1], STEP_SIZES[0]))
+    steps = _race_steps(plan)
+    done = [_Entrant.run(guide, density, start, size, steps, seed=seed, extra=extra) for start, size in entrants]
+    best = max(done, key=lambda entrant: entrant.elbo if math.isfinite(entrant.elbo) else -math.inf)
+    guide.flow = best.trainer.flow
+    return best.trainer, best.start, [entrant.entry for entrant in done]
 
 
 @torch.no_grad()
@@ -282,6 +329,7 @@ def _settings(run: _Run, density: LogDensity, began: float, **given: Any) -> dic
     return {
         **given,
         "flow": run.guide.flow.settings,
+        "noncentred": density.structure.noncentred,
         "step_size": run.trainer.learning_rate,
         "batch": run.trainer.batch,
         "gradient_evaluations": density.evaluations,

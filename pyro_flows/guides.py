@@ -63,6 +63,7 @@ class AutoFlow(AutoContinuous):
         df: degrees of freedom of the Student-t base.
         init_loc_fn: Pyro init function for m; the default is the prior median, and works for improper priors.
         init_scale: L at the start, times the identity.
+        noncentred: sites that get non-centred coordinates, see :class:`LogDensity`.
         options: passed to the builder, e.g. ``layers=8``; only with a builder's name.
 
     Raises:
@@ -89,6 +90,7 @@ class AutoFlow(AutoContinuous):
         df: float = 15.0,
         init_loc_fn: Callable[..., Any] = initial_value,
         init_scale: float = 1.0,
+        noncentred: bool | Sequence[str] = (),
         **options: Any,
     ) -> None:
         if not callable(model):
@@ -105,6 +107,7 @@ class AutoFlow(AutoContinuous):
         self._recipe = (flow, _checks.choice("affine", affine, AFFINES), base, df, options)
         self._init_loc_fn = init_loc_fn
         self._init_scale = _checks.positive("init_scale", init_scale)
+        self._noncentred = noncentred
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._moved_to: dict[str, Any] = {}
         self.structure: Structure | None = None
@@ -122,7 +125,7 @@ class AutoFlow(AutoContinuous):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        structure = read_structure(self.model, args, kwargs, self._init_loc_fn)
+        structure = read_structure(self.model, args, kwargs, self._init_loc_fn).noncentre(self._noncentred)
         self._arguments = (args, kwargs)
         self._set_structure(structure)
         if self.master is not None:
@@ -136,7 +139,7 @@ class AutoFlow(AutoContinuous):
         """The prototype run's values, unconstrained (D,), without entries that are masked out."""
         nodes, latents = messages(self.prototype_trace), self._known_structure.latents
         sites = [(latent, nodes[latent.name]) for latent in latents]
-        return torch.cat([latent.flatten(site["value"], site["fn"].support) for latent, site in sites])
+        return torch.cat([latent.flatten(site["value"], site["fn"]) for latent, site in sites])
 
     def _set_structure(self, structure: Structure) -> None:
         """Keep what the guide needs of the prototype run: latent sites only, no data, nothing of a graph."""

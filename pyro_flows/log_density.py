@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flows import _checks
@@ -41,6 +42,8 @@ class LogDensity:
         model: a Pyro model, function or module. Parameters of its own are held at their present values.
         args: its positional arguments (the data).
         kwargs: its keyword arguments.
+        noncentred: sites that get non-centred coordinates, (value - location) / scale, or True for all whose location
+            or scale depends on other latents (``structure.hierarchical``). The model stays as it is.
 
     Attributes:
         dim: D, the number of unconstrained coordinates.
@@ -63,13 +66,18 @@ class LogDensity:
     """
 
     def __init__(
-        self, model: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        noncentred: bool | Sequence[str] = (),
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
         self.args, self.kwargs = tuple(args), dict(kwargs or {})
         with seeded(0):
-            self.structure: Structure = read_structure(model, self.args, self.kwargs)
+            self.structure: Structure = read_structure(model, self.args, self.kwargs).noncentre(noncentred)
         self.model, self._parameters = hold(model, self.structure.trace)
         if self.structure.subsampled:
             plate = self.structure.subsampled[0]
@@ -252,6 +260,20 @@ class LogDensity:
                     return torch.func.vmap(flat, randomness="different")(kept).to(self.dtype)
             rows = [{name: value[i] for name, value in kept.items()} for i in range(len(kept[self.names[0]]))]
             return torch.stack([flat(row) for row in rows]).to(self.dtype)
+
+    def watched(self, z: Tensor) -> Tensor:
+        """Return ``z`` with, beside it, the centred unconstrained values of non-centred sites: (S, D + E)."""
+        latents = [latent for latent in self.structure.latents if latent.noncentred]
+        if not latents:
+            return z
+
+        def centred(row: Tensor) -> Tensor:
+            sites = messages(self._run(row, enumerate_sites=True)[0])
+            parts = [biject_to(sites[latent.name]["fn"].support).inv(sites[latent.name]["value"]) for latent in latents]
+            return torch.cat([row, *(part.reshape(-1) for part in parts)])
+
+        with torch.no_grad():
+            return self.map(centred, z)
 
     def log_prior(self, z: Tensor) -> dict[str, Tensor]:
         """Return the log prior density of each latent site, constrained: ``{name: (S, *batch)}``."""

@@ -16,9 +16,12 @@ WIDE_SCALE = 3.0
 
 
 class Estimate(NamedTuple):
-    """A loss to call ``backward`` on, and the log weights log p - log q (S,) of its draws, without a graph."""
+    """A loss to call ``backward`` on; without a graph: the ELBO's terms (S,), whose mean over the finite ones estimates
+    it, and the log importance weights (S,) of the draws.
+    """
 
     loss: Tensor
+    terms: Tensor
     log_weights: Tensor
 
 
@@ -35,7 +38,7 @@ def path(
     it is the doubly reparametrised gradient of KL(p || q), :math:`\tilde w` the self-normalised importance weights:
     it pulls mass to where q has too little, which the ELBO hardly feels. Both are exactly zero for every draw at q = p.
     The score of q comes along with the forward pass. Draws where p or a gradient is not finite count as zero.
-    The loss's *value* is meaningless: read ``log_weights``.
+    The loss's *value* is meaningless: read ``terms``.
 
     Args:
         flow: q.
@@ -50,20 +53,21 @@ def path(
     References: Hesterberg 1995 (defensive mixtures); Rezende and Mohamed 2015 (annealing); Roeder, Wu and Duvenaud
     2017; Tucker et al. 2019 (DReG); Vaitl et al. 2022 and 2024.
     """
-    x, log_thinning = _defensive(flow, draws, defensive) if defensive > 0.0 else (None, 0.0)
+    x, log_thinning = _defensive(flow, draws, defensive) if defensive > 0.0 else (None, torch.zeros(draws))
     z, log_q, score_q = flow.sample_with_score((draws,), at=x)
+    log_thinning = log_thinning.to(log_q)
     log_p, score_p = density.value_and_grad(z)
     if beta != 1.0:
         log_p, score_p = beta * log_p, beta * score_p
     direction = score_p - score_q
     good = torch.isfinite(log_p) & torch.isfinite(direction).all(-1)
     log_weights = log_p - log_q + log_thinning
-    coefficients = (1.0 - forward) / draws * torch.as_tensor(log_thinning, dtype=log_q.dtype).exp()
+    coefficients = (1.0 - forward) / draws * log_thinning.exp()
     if forward > 0.0:
         weights = torch.softmax(torch.where(good, log_weights, -torch.inf), 0)
         coefficients = coefficients + forward * weights * (1.0 - weights)
-    direction = torch.where(good[:, None], direction * coefficients.reshape(-1, 1), 0.0)
-    return Estimate(-(direction * z).sum(), log_weights)
+    direction = torch.where(good[:, None], direction * coefficients[:, None], 0.0)
+    return Estimate(-(direction * z).sum(), log_thinning.exp() * (log_p - log_q), log_weights)
 
 
 def _defensive(flow: Flow, draws: int, share: float) -> tuple[Tensor, Tensor]:
@@ -86,4 +90,4 @@ def elbo(flow: Flow, density: LogDensity, draws: int) -> Estimate:
     """
     z, log_q = flow.rsample_and_log_prob((draws,))
     log_weights = density(z) - log_q
-    return Estimate(-log_weights.mean(), log_weights.detach())
+    return Estimate(-log_weights.mean(), log_weights.detach(), log_weights.detach())

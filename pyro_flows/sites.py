@@ -20,6 +20,8 @@ from torch.distributions import Distribution, biject_to, transform_to
 from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
 
+from pyro_flows.centring import moves, spread, standardise
+
 MEDIAN_DRAWS = 15
 
 
@@ -34,7 +36,11 @@ class Plate:
 
 @dataclass(frozen=True)
 class Latent:
-    """One latent site and its place in the unconstrained vector."""
+    """One latent site and its place in the unconstrained vector.
+
+    The coordinates of a site that is ``noncentred`` are those of its unconstrained value less its location, over its
+    scale: they depend on the latents before it, but are independent of them under the prior.
+    """
 
     name: str
     shape: torch.Size
@@ -45,6 +51,7 @@ class Latent:
     size: int
     mask: Tensor | None = field(default=None, repr=False)
     free: Tensor | None = field(default=None, repr=False)
+    noncentred: bool = False
 
     def unconstrained(self, z: Tensor) -> Tensor:
         """Cut this site out of ``z`` (..., D) and give it its unconstrained shape; masked-out entries are 0."""
@@ -56,20 +63,24 @@ class Latent:
         shape = torch.broadcast_shapes(self.unconstrained_shape, z.shape[:-1] + (1,) * lifted)
         return flat.reshape(shape)
 
-    def place(self, z: Tensor, support: Constraint) -> tuple[Tensor, Tensor]:
+    def place(self, z: Tensor, fn: Any) -> tuple[Tensor, Tensor]:
         """Return the constrained value at ``z`` and its log Jacobian, one number for each batch element of the site."""
-        unconstrained = self.unconstrained(z)
-        transform = biject_to(support)
+        unconstrained, spreading = self.unconstrained(z), None
+        if self.noncentred:
+            unconstrained, spreading = spread(fn, unconstrained)
+        transform = biject_to(fn.support)
         value = transform(unconstrained)
         ladj = transform.log_abs_det_jacobian(unconstrained, value)
         extra = ladj.dim() - (value.dim() - self.event_dim)
         if extra > 0:
             ladj = ladj.flatten(-extra).sum(-1)
+        ladj = ladj if spreading is None else ladj + spreading
         return value, ladj if self.mask is None else torch.where(self.mask.to(ladj.device), ladj, 0.0)
 
-    def flatten(self, value: Tensor, support: Constraint) -> Tensor:
+    def flatten(self, value: Tensor, fn: Any) -> Tensor:
         """Return the unconstrained coordinates of one constrained value (no batch axes), shape ``(size,)``."""
-        flat = biject_to(support).inv(value).reshape(-1)
+        unconstrained = biject_to(fn.support).inv(value)
+        flat = (standardise(fn, unconstrained) if self.noncentred else unconstrained).reshape(-1)
         return flat if self.free is None else flat[self.free.to(flat.device)]
 
 
@@ -83,6 +94,7 @@ class Structure:
     deterministic: dict[str, tuple[Plate, ...]]
     enumerated: tuple[str, ...]
     subsampled: tuple[str, ...]
+    hierarchical: tuple[str, ...]
     dependent: bool
     plate_nesting: int
     dtype: torch.dtype
@@ -93,6 +105,28 @@ class Structure:
     def dim(self) -> int:
         """Number of unconstrained coordinates."""
         return sum(latent.size for latent in self.latents)
+
+    def noncentre(self, names: bool | Sequence[str]) -> Structure:
+        """Return this structure with these sites non-centred; True stands for all that can be.
+
+        Raises:
+            ValueError: for a site whose location and scale do not depend on other latents, or that has none.
+        """
+        chosen = (self.hierarchical if names else ()) if isinstance(names, bool) else tuple(names)
+        for name in chosen:
+            if name not in self.hierarchical:
+                known = ", ".join(map(repr, self.hierarchical)) or "none here"
+                raise ValueError(
+                    f"noncentred: expected sites whose location or scale depends on other latents ({known}), "
+                    f"got {name!r}."
+                )
+        latents = tuple(replace(latent, noncentred=latent.name in chosen) for latent in self.latents)
+        return replace(self, latents=latents, dependent=self.dependent or bool(chosen))
+
+    @property
+    def noncentred(self) -> list[str]:
+        """The sites that are non-centred."""
+        return [latent.name for latent in self.latents if latent.noncentred]
 
 
 class Place(Messenger):
@@ -112,7 +146,7 @@ class Place(Messenger):
         msg["fn"] = _unchecked(msg["fn"])
         latent = self.latents.get(msg["name"])
         if latent is not None and not msg["is_observed"]:
-            self.placed[msg["name"]] = latent.place(self.z, msg["fn"].support)
+            self.placed[msg["name"]] = latent.place(self.z, msg["fn"])
             msg["value"] = self.placed[msg["name"]][0]
         elif msg["is_observed"] and isinstance(msg["mask"], Tensor) and is_data(msg):
             msg["value"] = _fill(msg["value"], msg["mask"], msg["fn"].event_dim)
@@ -191,7 +225,7 @@ def place_all(structure: Structure, z: Tensor, run: Callable[[], Any]) -> dict[s
     """Return value and log Jacobian of each latent at ``z``; ``run`` calls the model, only if supports depend on it."""
     if not structure.dependent:
         nodes = messages(structure.trace)
-        return {latent.name: latent.place(z, nodes[latent.name]["fn"].support) for latent in structure.latents}
+        return {latent.name: latent.place(z, nodes[latent.name]["fn"]) for latent in structure.latents}
     place = Place(structure.latents, z)
     with poutine.block(), place:
         run()
@@ -204,8 +238,8 @@ def flatten_all(structure: Structure, values: Mapping[str, Tensor], run: Callabl
     if structure.dependent:
         with poutine.block(), poutine.condition(data=dict(values)):
             trace = poutine.trace(run).get_trace()
-    supports = {latent.name: messages(trace)[latent.name]["fn"].support for latent in structure.latents}
-    return torch.cat([latent.flatten(values[latent.name], supports[latent.name]) for latent in structure.latents])
+    priors = {latent.name: messages(trace)[latent.name]["fn"] for latent in structure.latents}
+    return torch.cat([latent.flatten(values[latent.name], priors[latent.name]) for latent in structure.latents])
 
 
 def messages(trace: Any) -> dict[str, Any]:
@@ -359,6 +393,7 @@ def read_structure(
         deterministic={site["name"]: _plates(site) for site in sites if is_deterministic(site)},
         enumerated=tuple(site["name"] for site in stochastic if is_enumerated(site)),
         subsampled=tuple(sorted({name for site in sites for name in _subsampled(site)})),
+        hierarchical=(),
         dependent=False,
         plate_nesting=max((-frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.dim), default=0),
         dtype=functools.reduce(torch.promote_types, [value.dtype for value in floats]),
@@ -366,13 +401,13 @@ def read_structure(
         trace=trace,
     )
     try:
-        return replace(structure, dependent=_supports_depend(model, args, kwargs, structure))
+        return _dependence(model, args, kwargs, structure)
     except RuntimeError as error:
         own = functools.reduce(torch.promote_types, [messages(trace)[latent.name]["value"].dtype for latent in latents])
         if own == structure.dtype or not _is_about_dtypes(error):
             raise
     structure = replace(structure, dtype=own)  # wider data, and a model that does not mix
-    return replace(structure, dependent=_supports_depend(model, args, kwargs, structure))
+    return _dependence(model, args, kwargs, structure)
 
 
 def _read_latent(site: Any, offset: int) -> Latent:
@@ -433,16 +468,18 @@ def _check_data(site: Any) -> None:
         )
 
 
-def _supports_depend(
+def _dependence(
     model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], structure: Structure
-) -> bool:
-    """Whether any support moves with the latents: compare the bijections of two runs at one unconstrained point."""
+) -> Structure:
+    """Find out, from a second run, whether supports move with the latents, and which locations and scales do."""
     point = torch.linspace(-1.0, 1.0, structure.dim, dtype=structure.dtype, device=structure.device)
     with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), Place(structure.latents, point):
         second = poutine.trace(model).get_trace(*args, **kwargs)
+    hierarchical, dependent = [], False
     for latent in structure.latents:
-        supports = [messages(trace)[latent.name]["fn"].support for trace in (structure.trace, second)]
-        first, other = (latent.place(point, support)[0] for support in supports)
-        if not torch.equal(first, other):
-            return True
-    return False
+        priors = [messages(trace)[latent.name]["fn"] for trace in (structure.trace, second)]
+        first, other = (latent.place(point, prior)[0] for prior in priors)
+        dependent = dependent or not torch.equal(first, other)
+        if latent.mask is None and moves(*priors):
+            hierarchical.append(latent.name)
+    return replace(structure, dependent=dependent, hierarchical=tuple(hierarchical))

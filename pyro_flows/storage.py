@@ -126,13 +126,14 @@ def _read(
         flow.load_state_dict(state)
     guide = density = None
     if model is not None:
-        density = _density(model, args, kwargs, description["coordinates"], tensors)
+        noncentred = description["settings"].get("noncentred", [])
+        density = _density(LogDensity(model, args, kwargs, noncentred=noncentred), description["coordinates"], tensors)
         tensors = _move(tensors, density.device)
         del missing["density"]
         if flow is None:
             missing["guide"] = missing["flow"]
         else:
-            guide, flow = _guide(model, args, kwargs, recipe["flow"], flow)
+            guide, flow = _guide(density, model, recipe["flow"], flow)
             del missing["guide"]
     return {
         **{name: tensors[name] for name in (*TENSOR_FIELDS, "samples")},
@@ -169,15 +170,8 @@ def _verdict(stored: Mapping[str, Any]) -> Verdict:
     return Verdict(status=stored["status"], where=stored["where"], reasons=tuple(stored["reasons"]), **numbers)
 
 
-def _density(
-    model: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    coordinates: Sequence[str],
-    tensors: Mapping[str, Any],
-) -> LogDensity:
-    """Make the log density again, and check that it is the one that was fitted."""
-    density = LogDensity(model, args, kwargs)
+def _density(density: LogDensity, coordinates: Sequence[str], tensors: Mapping[str, Any]) -> LogDensity:
+    """Check that the log density, made again, is the one that was fitted."""
     found = coordinate_names(density.structure)
     if list(coordinates) != found:
         raise ValueError(f"model: expected the unconstrained coordinates {list(coordinates)}, got {found}.")
@@ -194,11 +188,12 @@ def _density(
 
 
 def _guide(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], settings: Mapping[str, Any], flow: Flow
+    density: LogDensity, model: Callable[..., Any], settings: Mapping[str, Any], flow: Flow
 ) -> tuple[AutoFlow, Flow]:
     affine = settings.get("affine")
     bare = rebuild({name: value for name, value in settings.items() if name != "affine"})
-    guide = AutoFlow(model, bare, affine=affine or "none").initialize(*args, **kwargs)
+    guide = AutoFlow(model, bare, affine=affine or "none", noncentred=density.structure.noncentred)
+    guide.initialize(*density.args, **density.kwargs)
     made: Flow = guide._flow
     made.load_state_dict(flow.state_dict())
     return guide, made

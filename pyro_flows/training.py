@@ -25,6 +25,7 @@ COOL_AT_MOST = 1500
 AVERAGED_SHARE = 0.2
 BLEND = 0.5
 BLEND_FROM_ESS = 0.3
+DEFENSIVE = 0.3
 CLIP = 5.0
 ANNEAL_FROM = 0.01
 FALL = 20.0  # nats below the best check: go back to it with half the step size
@@ -79,7 +80,7 @@ class Trainer:
         """Take one step."""
         estimate = self._estimate()
         gradients = torch.autograd.grad(estimate.loss, self.parameters, allow_unused=True)
-        finite = estimate.log_weights[torch.isfinite(estimate.log_weights)]
+        finite = estimate.terms[torch.isfinite(estimate.terms)]
         self.losses.append(float(-finite.mean()) if len(finite) else math.inf)
         present = [gradient for gradient in gradients if gradient is not None]
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present))))
@@ -111,10 +112,11 @@ class Trainer:
         if self.extra:
             return elbo(self.flow, self.density, self.batch)
         blend = BLEND if self.ess > BLEND_FROM_ESS else 0.0
-        estimate = path(self.flow, self.density, self.batch, forward=blend, beta=self.beta)
+        share = DEFENSIVE if blend else 0.0
+        estimate = path(self.flow, self.density, self.batch, forward=blend, defensive=share, beta=self.beta)
         weights = torch.softmax(torch.nan_to_num(estimate.log_weights, nan=-torch.inf), 0)
-        share = float(1.0 / (weights.square().sum() * self.batch))
-        self.ess = 0.95 * self.ess + 0.05 * (share if math.isfinite(share) else 0.0)
+        effective = float(1.0 / (weights.square().sum() * self.batch))
+        self.ess = 0.95 * self.ess + 0.05 * (effective if math.isfinite(effective) else 0.0)
         return estimate
 
 

@@ -175,6 +175,7 @@ def decide(
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
     complaint: Callable[[Tensor], str | None] = lambda z: None,
+    watched: Callable[[Tensor], Tensor] = lambda z: z,
 ) -> Decision:
     """Draw a pool of four times as many draws as asked for, weigh and judge it, and choose the draws to use.
 
@@ -184,16 +185,17 @@ def decide(
     Args:
         draw: n -> draws z (n, D) and their log density (n,) under the guide.
         score: z -> log density (n,) under the model.
-        names: labels of the coordinates.
+        names: labels of the columns of ``watched``.
         draws: how many.
         seed: of the resampling.
         warnings: see :func:`judge`.
         failures: see :func:`judge`.
         complaint: z -> what is invalid about the model at some of the first draws, though its density is finite there.
+        watched: z -> the columns (n, E) whose means and sds must not move by weighting.
     """
     pool, pool_q = draw(POOL * draws)
     pool_p = score(pool)
-    weighing = weigh(pool, pool_p, pool_q)
+    weighing = weigh(watched(pool), pool_p, pool_q)
     objection = complaint(pool[:CHECKED])
     if objection is not None:
         failures = (*failures, f"the model is invalid at some draws: {objection}")
