@@ -11,6 +11,7 @@ from torch import Tensor
 WINDOW = 10
 R_HAT = 1.1
 ELBO_TOLERANCE = 0.02
+LEFT_TOLERANCE = 0.03
 SD_TOLERANCE = 0.05
 TRIM = 0.02
 
@@ -58,7 +59,9 @@ class Monitor:
         """Whether the last window stands still, and the sentence that says so.
 
         A functional stands still if its split R-hat is at most 1.1, or if its two half-window means differ by less
-        than it matters: 0.02 nats of ELBO, 0.05 posterior sds, 5 % of an sd.
+        than it matters: 0.02 nats of ELBO, 0.05 posterior sds, 5 % of an sd. A slow climb is small in any window, so
+        the ELBO's is also extrapolated: were the gap to shrink as one over the number of steps, what is left to be
+        gained must be 0.03 nats at most, give or take its standard error.
         """
         if len(self.elbos) < WINDOW:
             return False, f"{len(self.elbos)} of {WINDOW} checks"
@@ -75,4 +78,11 @@ class Monitor:
         small = torch.cat([drift[:1] < ELBO_TOLERANCE, drift[1:] < SD_TOLERANCE])
         moving = ~((r_hat <= R_HAT) | small)
         text = f"ELBO drift {float(drift[0]):.3f} nats, worst moment drift {float(drift[1:].max()):.3f} sd"
-        return not bool(moving.any()), text
+        return not bool(moving.any()) and self._left(elbos[:, 0]) <= LEFT_TOLERANCE, text
+
+    def _left(self, window: Tensor) -> float:
+        """What further steps would gain if the gap went as one over their number, less one standard error."""
+        halves = window.reshape(2, -1)
+        rise = halves[1].mean() - halves[0].mean()
+        error = (halves.var(1).sum() / halves.shape[1]).sqrt()
+        return float(rise - error) * len(self.elbos) / halves.shape[1]

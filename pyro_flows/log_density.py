@@ -169,10 +169,13 @@ class LogDensity:
             return _join([function(row) for row in z], torch.stack)
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Return the log density (S,) at ``z`` (S, D), differentiable in ``z`` and in the model's own parameters."""
+        """Return the log density (S,) at ``z`` (S, D), differentiable in ``z`` and in the model's own parameters.
+
+        It is NaN where the model cannot be run, since a matrix has no factorization there.
+        """
         self._check(z)
         self.evaluations += len(z) if z.requires_grad else 0
-        return self.map(self.single, z).to(z.dtype)
+        return _where_possible(lambda part: (self.map(self.single, part),), z, ())[0].to(z.dtype)
 
     def forget(self) -> None:
         """Drop the recorded graphs: call it after the model's own parameters have changed."""
@@ -184,13 +187,18 @@ class LogDensity:
         z = z.detach()
         self.evaluations += len(z)
         if not self.batched:
-            return self._gradients_one_by_one(z)
-        if len(z) not in self._graphs:
-            self._graphs[len(z)] = self._record(z)
-            while len(self._graphs) > TRACES_KEPT:
-                self._graphs.pop(next(iter(self._graphs)))
-        with torch.no_grad():
-            return self._graphs[len(z)](z)
+            values, grads = _where_possible(self._gradients_one_by_one, z, (), (self.dim,))
+            return values, grads
+        try:
+            if len(z) not in self._graphs:
+                self._graphs[len(z)] = self._record(z)
+                while len(self._graphs) > TRACES_KEPT:
+                    self._graphs.pop(next(iter(self._graphs)))
+            with torch.no_grad():
+                return self._graphs[len(z)](z)
+        except torch.linalg.LinAlgError:
+            values, grads = _where_possible(self._gradients, z, (), (self.dim,))
+            return values, grads
 
     def _gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), quiet():
@@ -216,6 +224,8 @@ class LogDensity:
             graph.recompile()
             with torch.no_grad():
                 recorded = graph(fresh)
+        except torch.linalg.LinAlgError:
+            raise  # of these points, not of the model
         except Exception as error:
             self.reason = f"not recorded: {_first_line(error)}"
             return self._gradients
@@ -273,7 +283,8 @@ class LogDensity:
             return torch.cat([row, *(part.reshape(-1) for part in parts)])
 
         with torch.no_grad():
-            return self.map(centred, z)
+            width = self.dim + sum(latent.size for latent in latents)
+            return _where_possible(lambda part: (self.map(centred, part),), z, (width,))[0]
 
     def log_prior(self, z: Tensor) -> dict[str, Tensor]:
         """Return the log prior density of each latent site, constrained: ``{name: (S, *batch)}``."""
@@ -370,6 +381,36 @@ def quiet() -> Iterator[None]:
     with pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop because")  # vmap, in Pyro's samplers
         yield
+
+
+def _where_possible(
+    function: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor, *widths: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """Apply a function to the rows of ``z``, with NaN at rows where a factorization fails.
+
+    ``widths`` are the shapes of its results at one row.
+    """
+    pieces = list(_pieces(function, z))
+    if len(pieces) == 1 and len(pieces[0][1][0]) == len(z):
+        return pieces[0][1]
+    whole = tuple(z.new_full((len(z), *width), torch.nan) for width in widths)
+    for first, piece in pieces:
+        rows = torch.arange(first, first + len(piece[0]), device=z.device)
+        whole = tuple(all_.index_copy(0, rows, part.to(z)) for all_, part in zip(whole, piece, strict=True))
+    return whole
+
+
+def _pieces(
+    function: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor, first: int = 0
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Yield where a piece of the rows begins and the function of it, halving where a factorization fails."""
+    try:
+        yield first, function(z)
+    except torch.linalg.LinAlgError:
+        if len(z) > 1:
+            half = len(z) // 2
+            yield from _pieces(function, z[:half], first)
+            yield from _pieces(function, z[half:], first + half)
 
 
 def _join(parts: list[Any], how: Callable[[list[Tensor]], Tensor]) -> Any:

@@ -89,8 +89,9 @@ class Weighing:
 def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
     """Compare draws ``z`` (S, D) from q with their log densities under p and q."""
     ratio = (log_p - log_q).double()
-    broken = int((~torch.isfinite(ratio)).sum())
-    ratio = torch.where(torch.isfinite(ratio), ratio, -torch.inf)
+    usable = torch.isfinite(ratio) & torch.isfinite(z).all(-1)
+    broken = int((~usable).sum())
+    ratio, z = torch.where(usable, ratio, -torch.inf), torch.where(usable[:, None], z, 0.0)
     if broken == len(ratio):
         nothing = torch.full((z.shape[1],), torch.nan)
         return Weighing(ratio, math.inf, 0.0, -math.inf, -math.inf, nothing, nothing, broken)
