@@ -14,12 +14,14 @@ from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow
 from pyro_flows.initial import Start
 from pyro_flows.log_density import LogDensity
-from pyro_flows.training import Budget, Report, Trainer, Training, anneal, train
+from pyro_flows.training import BATCH, Budget, Report, Trainer, Training, anneal, train
 from pyro_flows.verdict import Weighing, judge, weigh
 
 ENOUGH_K = 0.5
 ENOUGH_GAP = 0.04
 JUDGED_DRAWS = 20_000
+ALL = ("larger batch", "more layers", "heavier tails", "tempering")
+TAILS_FIRST = ("heavier tails", "larger batch", "more layers")
 WIDER = 4
 EXTRA_LAYERS = 4
 HEAVY_DF = 5.0
@@ -42,6 +44,11 @@ class Round:
         return fine and self.training.converged and self.weighing.k_hat < ENOUGH_K and gap < ENOUGH_GAP
 
     @property
+    def tails_only(self) -> bool:
+        """Whether nothing but k-hat is short: log evidence and ELBO leave no room for more layers."""
+        return self.weighing.log_evidence - self.weighing.elbo < ENOUGH_GAP and self.training.converged
+
+    @property
     def rank(self) -> tuple[float, float]:
         """The larger the better: the verdict first, then the ELBO."""
         status = judge(self.weighing, _numbers(self.weighing)).status
@@ -60,24 +67,27 @@ def assess(flow: Flow, density: LogDensity, training: Training) -> Round:
 
 
 def rounds(
-    guide: AutoFlow, density: LogDensity, trainer: Trainer, start: Start, budget: Budget, *, seed: int, report: Report
-) -> Iterator[tuple[str, Trainer, Round]]:
-    """Yield one escalation after the other: its name, the trainer with all losses, and the round's outcome."""
+    guide: AutoFlow, density: LogDensity, trainer: Trainer, first: Round, start: Start, budget: Budget, *, seed: int,
+    report: Report,
+) -> Iterator[tuple[str, Trainer, Round]]:  # fmt: skip
+    """Yield one escalation after the other: its name, the trainer with all losses, and the round's outcome.
+
+    ``first`` is the round that did not suffice. Where it was short of tails only, these come first, and there is no
+    restart.
+    """
     used = len(trainer.losses)
-    for name in ("larger batch", "more layers", "heavier tails", "tempering"):
+    for name in TAILS_FIRST if first.tails_only else ALL:
         if not budget.left(used):
             return
-        size, batch = trainer.learning_rate, trainer.batch
-        if name == "larger batch":
-            batch = WIDER * batch
-        elif name == "more layers":
+        size, batch = trainer.learning_rate, WIDER * BATCH
+        if name == "more layers":
             if not guide.grow(EXTRA_LAYERS):
                 continue
         elif name == "heavier tails":
             if guide.flow.base != "student_t" or guide.flow.df <= HEAVY_DF:
                 continue
             guide.adopt(_with_df(guide.flow, HEAVY_DF))
-        else:
+        elif name == "tempering":
             guide.restart(start.loc, start.scale)
         losses = trainer.losses
         trainer = Trainer(guide.flow, density, learning_rate=size, batch=batch)

@@ -25,11 +25,10 @@ from pyro_flows.posterior import Posterior, from_draws
 from pyro_flows.randomness import seeded
 from pyro_flows.runs import Stack, compare
 from pyro_flows.runs import entry as comparison
-from pyro_flows.training import Budget, Check, Trainer, Training, train
+from pyro_flows.training import BATCH, Budget, Check, Trainer, Training, train
 from pyro_flows.verdict import Draw
 
 MAX_STEPS = 6000
-BATCH = 64
 RACE_STEPS = 100
 STEP_SIZES = (1e-2, 3e-3)
 ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
@@ -233,7 +232,7 @@ def _run(plan: _Plan, density: LogDensity, number: int, *, seed: int) -> _Run:
         best = assess(guide.flow, density, train(trainer, left, seed=seed, report=bar.show))
         history.append(entry("first round", trainer, best))
         if plan.escalate and not plan.train_model and not best.enough:
-            more = rounds(guide, density, trainer, start, budget, seed=seed, report=bar.show)
+            more = rounds(guide, density, trainer, best, start, budget, seed=seed, report=bar.show)
             for name, trainer, outcome in more:
                 history.append(entry(name, trainer, outcome))
                 best = max(best, outcome, key=lambda round_: round_.rank)

@@ -16,6 +16,7 @@ from pyro_flows.log_density import LogDensity
 from pyro_flows.objectives import Estimate, elbo, path
 from pyro_flows.randomness import seeded
 
+BATCH = 64
 WARM_UP = 50
 CHECK_EVERY = 40
 CHECK_DRAWS = 256
