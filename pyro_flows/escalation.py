@@ -14,7 +14,7 @@ from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow
 from pyro_flows.initial import Start
 from pyro_flows.log_density import LogDensity
-from pyro_flows.training import BATCH, Budget, Report, Trainer, Training, anneal, train
+from pyro_flows.training import BATCH, STEP_SIZE, Budget, Report, Trainer, Training, anneal, train
 from pyro_flows.verdict import Weighing, judge, weigh
 
 ENOUGH_K = 0.5
@@ -80,7 +80,9 @@ def rounds(
         if not budget.left(used):
             return
         size, batch = trainer.learning_rate, WIDER * BATCH
-        if name == "more layers":
+        if name == "larger batch":
+            size = STEP_SIZE  # four times as many draws bear it
+        elif name == "more layers":
             if not guide.grow(EXTRA_LAYERS):
                 continue
         elif name == "heavier tails":

@@ -25,12 +25,12 @@ from pyro_flows.posterior import Posterior, from_draws
 from pyro_flows.randomness import seeded
 from pyro_flows.runs import Stack, compare
 from pyro_flows.runs import entry as comparison
-from pyro_flows.training import BATCH, Budget, Check, Trainer, Training, train
+from pyro_flows.training import BATCH, STEP_SIZE, Budget, Check, Trainer, Training, train
 from pyro_flows.verdict import Draw
 
 MAX_STEPS = 6000
 RACE_STEPS = 100
-STEP_SIZES = (1e-2, 3e-3)
+STEP_SIZES = (STEP_SIZE, 3e-3)
 ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
 CLOSE = 10.0  # nats between two starts that are worth racing
 
@@ -297,14 +297,16 @@ def _race_steps(plan: _Plan) -> int:
 def _race(
     guide: AutoFlow, density: LogDensity, starts: Sequence[Start], plan: _Plan, *, seed: int
 ) -> tuple[Trainer, Start, list[dict[str, Any]]]:
-    """Run the best start with each step size, and the runner-up where it is close, for a few steps; keep the best.
+    """Run the best start with each step size, and the widest of the others that are close; keep the best.
 
-    The guide ends up with the winner's parameters and start.
+    A wide start can still come to see what a narrow one has left out. The guide ends up with the winner's parameters
+    and start.
     """
     extra = list(density.parameters().values()) if plan.train_model else []
     entrants = [(starts[0], size) for size in STEP_SIZES[: 1 if extra else None]]
-    if len(starts) > 1 and not extra and starts[0].elbo - starts[1].elbo < CLOSE:
-        entrants.append((starts[1], STEP_SIZES[0]))
+    close = [start for start in starts[1:] if starts[0].elbo - start.elbo < CLOSE]
+    if close and not extra:
+        entrants.append((max(close, key=lambda start: start.volume), STEP_SIZES[0]))
     steps = _race_steps(plan)
     done = [_Entrant.run(guide, density, start, size, steps, seed=seed, extra=extra) for start, size in entrants]
     best = max(done, key=lambda entrant: entrant.elbo if math.isfinite(entrant.elbo) else -math.inf)

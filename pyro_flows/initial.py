@@ -46,11 +46,14 @@ class Start:
     elbo: float = -math.inf
     evidence: float | None = None
 
-    def map(self, noise: Tensor) -> tuple[Tensor, float]:
-        """Return the images (S, D) of noise (S, D) and the log determinant."""
-        if self.scale.dim() == 1:
-            return self.loc + self.scale * noise, float(self.scale.log().sum())
-        return self.loc + noise @ self.scale.mT, float(self.scale.diagonal().log().sum())
+    @property
+    def volume(self) -> float:
+        """The log determinant of the map."""
+        return float((self.scale if self.scale.dim() == 1 else self.scale.diagonal()).log().sum())
+
+    def map(self, noise: Tensor) -> Tensor:
+        """Return the images (S, D) of noise (S, D)."""
+        return self.loc + (self.scale * noise if self.scale.dim() == 1 else noise @ self.scale.mT)
 
 
 def portfolio(density: LogDensity, *, seed: int, df: float = 15.0) -> list[Start]:
@@ -88,9 +91,9 @@ def portfolio(density: LogDensity, *, seed: int, df: float = 15.0) -> list[Start
 
 
 def _scored(density: LogDensity, start: Start, noise: Tensor, log_noise: Tensor) -> Start:
-    z, log_determinant = start.map(noise)
     with torch.no_grad():
-        terms = torch.nan_to_num(density(z) - log_noise + log_determinant, nan=-torch.inf).sort().values
+        terms = density(start.map(noise)) - log_noise + start.volume
+        terms = torch.nan_to_num(terms, nan=-torch.inf).sort().values
     return replace(start, elbo=float(terms[int(TRIM * len(terms)) :].mean()))
 
 

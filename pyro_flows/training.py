@@ -17,6 +17,7 @@ from pyro_flows.objectives import Estimate, elbo, path
 from pyro_flows.randomness import seeded
 
 BATCH = 64
+STEP_SIZE = 1e-2
 WARM_UP = 50
 CHECK_EVERY = 40
 CHECK_DRAWS = 256
