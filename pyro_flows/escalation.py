@@ -63,7 +63,7 @@ def _numbers(weighing: Weighing) -> list[str]:
 def assess(flow: Flow, density: LogDensity, training: Training) -> Round:
     """Weigh a fresh sample of the flow."""
     z, log_q = flow.rsample_and_log_prob((JUDGED_DRAWS,))
-    return Round(copy.deepcopy(flow), weigh(density.watched(z), density(z), log_q), training)
+    return Round(copy.deepcopy(flow), weigh(z, density(z), log_q), training)
 
 
 def rounds(

@@ -15,22 +15,12 @@ from pyro_flows.sites import Latent, Plate, Structure, messages
 
 def coordinate_names(structure: Structure) -> list[str]:
     """Label the unconstrained coordinates by site and index: ``theta[3]``, ``theta[3] (non-centred)``."""
-    return [
-        f"{name} (non-centred)" if latent.noncentred else name
-        for latent in structure.latents
-        for name in _entries(latent)
-    ]
-
-
-def watched_names(structure: Structure) -> list[str]:
-    """Label what :meth:`LogDensity.watched` returns: the coordinates, then non-centred sites as they are."""
-    centred = [name for latent in structure.latents if latent.noncentred for name in _entries(latent)]
-    return coordinate_names(structure) + centred
-
-
-def _entries(latent: Latent) -> list[str]:
-    single = latent.size == 1 and not latent.unconstrained_shape
-    return [latent.name] if single else [f"{latent.name}[{i}]" for i in range(latent.size)]
+    names = []
+    for latent in structure.latents:
+        single = latent.size == 1 and not latent.unconstrained_shape
+        found = [latent.name] if single else [f"{latent.name}[{i}]" for i in range(latent.size)]
+        names += [f"{name} (non-centred)" for name in found] if latent.noncentred else found
+    return names
 
 
 @dataclass(frozen=True)

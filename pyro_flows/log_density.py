@@ -13,7 +13,6 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flows import _checks
@@ -270,21 +269,6 @@ class LogDensity:
                     return torch.func.vmap(flat, randomness="different")(kept).to(self.dtype)
             rows = [{name: value[i] for name, value in kept.items()} for i in range(len(kept[self.names[0]]))]
             return torch.stack([flat(row) for row in rows]).to(self.dtype)
-
-    def watched(self, z: Tensor) -> Tensor:
-        """Return ``z`` with, beside it, the centred unconstrained values of non-centred sites: (S, D + E)."""
-        latents = [latent for latent in self.structure.latents if latent.noncentred]
-        if not latents:
-            return z
-
-        def centred(row: Tensor) -> Tensor:
-            sites = messages(self._run(row, enumerate_sites=True)[0])
-            parts = [biject_to(sites[latent.name]["fn"].support).inv(sites[latent.name]["value"]) for latent in latents]
-            return torch.cat([row, *(part.reshape(-1) for part in parts)])
-
-        with torch.no_grad():
-            width = self.dim + sum(latent.size for latent in latents)
-            return _where_possible(lambda part: (self.map(centred, part),), z, (width,))[0]
 
     def log_prior(self, z: Tensor) -> dict[str, Tensor]:
         """Return the log prior density of each latent site, constrained: ``{name: (S, *batch)}``."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_flows import _arviz, _checks, export, storage
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow
-from pyro_flows.labels import Labels, coordinate_names, watched_names
+from pyro_flows.labels import Labels, coordinate_names
 from pyro_flows.log_density import LogDensity
 from pyro_flows.verdict import Draw, Verdict, decide, resample
 
@@ -339,13 +339,12 @@ def from_draws(
         found = decide(
             draw,
             density,
-            watched_names(density.structure),
+            names,
             draws=draws,
             seed=seed,
             warnings=warnings,
             failures=failures,
             complaint=density.complaint,
-            watched=density.watched,
         )
         samples = density.constrain(found.used)
     flow = guide._flow if isinstance(guide, AutoFlow) else None

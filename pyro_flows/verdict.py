@@ -89,9 +89,8 @@ class Weighing:
 def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
     """Compare draws ``z`` (S, D) from q with their log densities under p and q."""
     ratio = (log_p - log_q).double()
-    usable = torch.isfinite(ratio) & torch.isfinite(z).all(-1)
-    broken = int((~usable).sum())
-    ratio, z = torch.where(usable, ratio, -torch.inf), torch.where(usable[:, None], z, 0.0)
+    broken = int((~torch.isfinite(ratio)).sum())
+    ratio = torch.where(torch.isfinite(ratio), ratio, -torch.inf)
     if broken == len(ratio):
         nothing = torch.full((z.shape[1],), torch.nan)
         return Weighing(ratio, math.inf, 0.0, -math.inf, -math.inf, nothing, nothing, broken)
@@ -176,7 +175,6 @@ def decide(
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
     complaint: Callable[[Tensor], str | None] = lambda z: None,
-    watched: Callable[[Tensor], Tensor] = lambda z: z,
 ) -> Decision:
     """Draw a pool of four times as many draws as asked for, weigh and judge it, and choose the draws to use.
 
@@ -186,17 +184,16 @@ def decide(
     Args:
         draw: n -> draws z (n, D) and their log density (n,) under the guide.
         score: z -> log density (n,) under the model.
-        names: labels of the columns of ``watched``.
+        names: labels of the coordinates.
         draws: how many.
         seed: of the resampling.
         warnings: see :func:`judge`.
         failures: see :func:`judge`.
         complaint: z -> what is invalid about the model at some of the first draws, though its density is finite there.
-        watched: z -> the columns (n, E) whose means and sds must not move by weighting.
     """
     pool, pool_q = draw(POOL * draws)
     pool_p = score(pool)
-    weighing = weigh(watched(pool), pool_p, pool_q)
+    weighing = weigh(pool, pool_p, pool_q)
     objection = complaint(pool[:CHECKED])
     if objection is not None:
         failures = (*failures, f"the model is invalid at some draws: {objection}")
