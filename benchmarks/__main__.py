@@ -1,12 +1,13 @@
-"""What ``make bench`` runs: the step times, the posteriors of posteriordb if they are there, then the tables."""
+"""What ``make bench`` runs: step times, toy targets, posteriors of posteriordb if they are there; then the tables."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
-from benchmarks import posteriordb, steps, tables
+from benchmarks import posteriordb, steps, tables, toys
 from benchmarks.reference import ENVIRONMENT_VARIABLE, find_posteriordb
+from benchmarks.targets import TARGETS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -16,23 +17,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     posteriordb.add_options(parser)
     options = parser.parse_args(arguments)
+    targets = [name for name in options.only if name in TARGETS]
     try:
-        only = [posteriordb.full_name(name) for name in options.only]
+        only = [posteriordb.full_name(name) for name in options.only if name not in TARGETS]
     except ValueError as error:
         parser.error(str(error))
     print("One optimisation step:")
     steps.main([])
+    if targets or not options.only:
+        print("Toy targets:")
+        print(toys.summary(toys.bench(seeds=options.seeds, only=targets, jobs=options.jobs)))
+    if only or not options.only:
+        _posteriors(options, only)
+    tables.write_tables(posteriordb_csv=options.out)
+    print(f"Tables: docs/{tables.PAGE.name}")
+
+
+def _posteriors(options: argparse.Namespace, only: Sequence[str]) -> None:
     if find_posteriordb(options.posteriordb) is None:
         print(
             "Posteriors with reference draws: left out, since no posteriordb was found. Clone it and give its folder "
             f"with --posteriordb or in the environment variable {ENVIRONMENT_VARIABLE}."
         )
-    else:
-        print("Posteriors with reference draws:")
-        choice = {"seeds": options.seeds, "only": only, "rivals": options.rivals}
-        print(posteriordb.summary(posteriordb.bench(options.posteriordb, **choice, out=options.out, jobs=options.jobs)))
-    tables.write_tables(posteriordb_csv=options.out)
-    print(f"Tables: docs/{tables.PAGE.name}")
+        return
+    print("Posteriors with reference draws:")
+    choice = {"seeds": options.seeds, "only": only, "rivals": options.rivals}
+    print(posteriordb.summary(posteriordb.bench(options.posteriordb, **choice, out=options.out, jobs=options.jobs)))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -188,32 +185,11 @@ def bench(
 
     queue = [task for task in tasks if task.key not in rows]
     queue += [task for key in [task.key for task in tasks] if key in rows for task in followers(rows[key])]
-    for row in _done(queue, followers, jobs, do):
+    for row in records.done(queue, do, jobs, followers):
         records.append(out, FIELDS, row)
         rows[tuple(row[name] for name in KEY)] = row
         print(line(row), flush=True)
     return [row for key, row in rows.items() if key in wanted]
-
-
-def _done(
-    tasks: Sequence[Task], followers: Callable[[Row], list[Task]], jobs: int, do: Callable[[Task], Row]
-) -> Iterator[Row]:
-    """Yield rows as they come; what follows from a row is done as well."""
-    if jobs == 1:
-        queue = deque(tasks)
-        while queue:
-            row = do(queue.popleft())
-            yield row
-            queue.extendleft(reversed(followers(row)))
-        return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = {pool.submit(do, task) for task in tasks}
-        while pending:
-            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in finished:
-                row = future.result()
-                yield row
-                pending |= {pool.submit(do, task) for task in followers(row)}
 
 
 def full_name(name: str) -> str:
@@ -330,12 +306,13 @@ def count(rows: Sequence[Row]) -> Counts:
         wrong_and_ok_fits=sum(wrong(row) and row["status"] == "ok" for row in rows),
         right_fits=len(right_rows),
         right_and_unreliable_fits=sum(row["status"] == "unreliable" for row in right_rows),
-        gradients=_median(good, "gradient_evaluations"),
-        seconds=_median(good, "seconds"),
+        gradients=median(good, "gradient_evaluations"),
+        seconds=median(good, "seconds"),
     )
 
 
-def _median(rows: Iterable[Mapping[str, str]], column: str) -> float:
+def median(rows: Iterable[Mapping[str, str]], column: str) -> float:
+    """Return the median of a column, NaN where there are no rows."""
     values = [float(row[column]) for row in rows]
     return statistics.median(values) if values else math.nan
 
@@ -365,25 +342,18 @@ def summary(rows: Iterable[Row]) -> str:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def positive(text: str) -> int:
-    """Return a whole number from 1 on, for argparse."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
-    return value
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     parser.add_argument(
         "--posteriordb", metavar="PATH", help=f"checkout of posteriordb (else the variable {ENVIRONMENT_VARIABLE})"
     )
-    parser.add_argument("--seeds", type=positive, default=5, help="seeds a posterior, from 0 on (default: 5)")
+    parser.add_argument("--seeds", type=records.positive, default=5, help="seeds a posterior, from 0 on (default: 5)")
     parser.add_argument(
         "--only", metavar="NAME", action="append", default=[], help="only this posterior; can be repeated"
     )
     parser.add_argument("--rivals", action="store_true", help="Pyro's own guides too")
     parser.add_argument("--out", type=Path, default=OUT, metavar="CSV", help="file of the rows; those in it are kept")
-    parser.add_argument("--jobs", type=positive, default=1, help="processes, one thread each (default: 1)")
+    parser.add_argument("--jobs", type=records.positive, default=1, help="processes, one thread each (default: 1)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,21 +1,27 @@
-"""What all benchmarks share: rows in CSV files, and the names of the machine and of the software they ran on."""
+"""What all benchmarks share: rows in CSV files, tasks that make them, the names of the machine and of the software."""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import csv
 import hashlib
+import multiprocessing
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 import pyro_flows
 
 Row = dict[str, str]
+Task = TypeVar("Task")
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PRESENTATION = {"__init__", "__main__", "cli", "data", "export", "labels", "plots", "storage"}  # no part of a fit
@@ -104,3 +110,31 @@ def append(file: Path, fields: Sequence[str], row: Mapping[str, object]) -> None
         csv.DictWriter(stream, fields, lineterminator="\n").writerow(row)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def done(
+    tasks: Sequence[Task], do: Callable[[Task], Row], jobs: int, followers: Callable[[Row], list[Task]] = lambda row: []
+) -> Iterator[Row]:
+    """Yield the rows of ``tasks`` as they come, in ``jobs`` processes; what follows from a row is done as well."""
+    if jobs == 1:
+        queue = deque(tasks)
+        while queue:
+            row = do(queue.popleft())
+            yield row
+            queue.extendleft(reversed(followers(row)))
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pending = {pool.submit(do, task) for task in tasks}
+        while pending:
+            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in finished:
+                row = future.result()
+                yield row
+                pending |= {pool.submit(do, task) for task in followers(row)}
+
+
+def positive(text: str) -> int:
+    """Return a whole number from 1 on, for argparse."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value

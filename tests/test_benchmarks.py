@@ -1,4 +1,4 @@
-"""The benchmarks: comparison, resuming, tables, and the ports against their reference draws."""
+"""The benchmarks: comparison, resuming, tables, ports against their reference draws, toy targets against quadrature."""
 
 import math
 
@@ -7,9 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from benchmarks import posteriordb, records, steps, tables
+from benchmarks import __main__ as everything
+from benchmarks import posteriordb, records, steps, tables, targets, toys
 from benchmarks.models import NAMES, eight_schools_centered, eight_schools_noncentered, load
 from benchmarks.reference import find_posteriordb
+from benchmarks.targets import TARGETS
 from pyro_flows import LogDensity
 
 STEIN_DRAWS = 2000
@@ -259,3 +261,198 @@ def test_the_centred_schools_have_the_density_of_the_non_centred_ones():
     theta = values["mu"][:, None] + tau[:, None] * values["theta_trans"]
     z_centered = centered.unconstrain({"mu": values["mu"], "tau": tau, "theta": theta})
     torch.testing.assert_close(centered(z_centered), noncentered(z) - 8.0 * tau.log())
+
+
+# ---- toy targets -----------------------------------------------------------------------------------------------------
+
+
+def toy_row(**given: object) -> records.Row:
+    """A row of a right fit of U1, but for what is given."""
+    figures = {"target": "u1", "flow": "planar", "layers": 32, "runs": 1, "seed": 0, "version": "1", "status": "ok"}
+    figures |= {"k_hat": 0.2, "ess_ratio": 0.9, "elbo": 1.8, "elbo_gap": 0.02, "modes": 2, "of_modes": 2}
+    figures |= {"used_mean": 0.01, "used_sd": 0.01, "gradient_evaluations": 90000, "seconds": 9.0, "machine": "A CPU"}
+    return {name: str({**figures, **given}.get(name, "")) for name in toys.FIELDS}
+
+
+def toy_made(task: toys.Task) -> records.Row:
+    """A row for a task, without a fit."""
+    return toy_row(**task.named)
+
+
+def moments(points: torch.Tensor, log_density: torch.Tensor, cell: float) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Log normaliser, mean and sd by the midpoint rule over points (..., D)."""
+    density = log_density.exp()
+    mass = density.sum() * cell
+    weights = (density * cell / mass)[..., None]
+    axes = tuple(range(log_density.dim()))
+    mean = (weights * points).sum(axes)
+    return float(mass.log()), mean, (weights * (points - mean).square()).sum(axes).sqrt()
+
+
+@pytest.mark.parametrize("name", ["u1", "u2", "u3", "u4"])
+def test_the_potentials_have_the_normaliser_and_moments_that_a_grid_finds(name):
+    """The energies are written down once more, as in the paper, and integrated over a square."""
+    axis = torch.linspace(-8.0, 8.0, 1001, dtype=torch.float64)
+    z1, z2 = torch.meshgrid(axis, axis, indexing="ij")
+    w1 = torch.sin(2 * math.pi * z1 / 4)
+    w2 = 3 * torch.exp(-0.5 * ((z1 - 1) / 0.6) ** 2)
+    w3 = 3 / (1 + torch.exp(-(z1 - 1) / 0.3))
+    wall = 0.5 * ((z1.abs() - 4).clamp(min=0) / 0.4) ** 2
+    energies = {
+        "u1": 0.5 * (((z1**2 + z2**2).sqrt() - 2) / 0.4) ** 2
+        - torch.log(torch.exp(-0.5 * ((z1 - 2) / 0.6) ** 2) + torch.exp(-0.5 * ((z1 + 2) / 0.6) ** 2)),
+        "u2": wall + 0.5 * ((z2 - w1) / 0.4) ** 2,
+        "u3": wall
+        - torch.log(torch.exp(-0.5 * ((z2 - w1) / 0.35) ** 2) + torch.exp(-0.5 * ((z2 - w1 + w2) / 0.35) ** 2)),
+        "u4": wall
+        - torch.log(torch.exp(-0.5 * ((z2 - w1) / 0.4) ** 2) + torch.exp(-0.5 * ((z2 - w1 + w3) / 0.35) ** 2)),
+    }
+    target, points = TARGETS[name], torch.stack([z1, z2], dim=-1)
+    log_normaliser, mean, sd = moments(points, -energies[name], float(axis[1] - axis[0]) ** 2)
+    assert target.log_evidence == pytest.approx(log_normaliser, abs=1e-5)
+    assert mean.tolist() == pytest.approx(target.mean, abs=1e-5)
+    assert sd.tolist() == pytest.approx(target.sd, abs=1e-5)
+
+    density = LogDensity(target.model, ())
+    inside = points[200:800:75, 200:800:75].reshape(-1, 2)
+    expected = -energies[name][200:800:75, 200:800:75].flatten()
+    torch.testing.assert_close(density(inside.float()).double(), expected, atol=1e-3, rtol=1e-5)
+
+
+def test_the_many_well_has_the_normaliser_and_moments_of_its_double_well():
+    x = torch.linspace(-5.0, 5.0, 10001, dtype=torch.float64)
+    log_well = 0.5 * x + 6.0 * x**2 - x**4
+    log_normaliser, mean, sd = moments(x[:, None], log_well, float(x[1] - x[0]))
+    target = TARGETS["many_well"]
+    expected = 16 * (log_normaliser + 0.5 * math.log(2 * math.pi))
+    assert target.log_evidence == pytest.approx(expected, abs=1e-3)
+    assert (float(mean), float(sd)) == pytest.approx((target.mean[0], target.sd[0]), abs=1e-5)
+    left = float(log_well[x < 0].exp().sum() / log_well.exp().sum())
+    assert target.shares == pytest.approx((left,) * 16 + (1 - left,) * 16, abs=1e-5)
+
+    z = torch.randn(5, 32)
+    terms = 0.5 * z[:, ::2] + 6.0 * z[:, ::2] ** 2 - z[:, ::2] ** 4 - 0.5 * z[:, 1::2] ** 2
+    torch.testing.assert_close(LogDensity(target.model, ())(z), terms.sum(-1))
+
+
+def test_the_funnel_and_the_mixture_have_mass_one_and_their_moments():
+    funnel = LogDensity(TARGETS["funnel"].model, ())
+    z = torch.randn(6, 10)
+    x0, leaves = z[:, :1], z[:, 1:]
+    log_p = dist.Normal(0.0, 3.0).log_prob(x0).sum(-1) + dist.Normal(0.0, (x0 / 2).exp()).log_prob(leaves).sum(-1)
+    torch.testing.assert_close(funnel(z), log_p)
+    torch.testing.assert_close(funnel.constrain(z)["x0"], z[:, 0])
+
+    target = TARGETS["mixture"]
+    centres = targets.CENTRES
+    assert len(centres) == 40
+    assert bool((centres.abs() <= 40.0).all())
+    draws = centres[torch.arange(40).repeat(2000)] + targets.COMPONENT_SD * torch.randn(80_000, 2)
+    components = dist.Normal(centres, targets.COMPONENT_SD).to_event(1)
+    reference = dist.MixtureSameFamily(dist.Categorical(torch.ones(40)), components).log_prob(draws[:100])
+    torch.testing.assert_close(LogDensity(target.model, ())(draws[:100]), reference, atol=1e-4, rtol=1e-4)
+    mean, sd = toys.errors(target, draws)
+    assert mean < 0.001
+    assert sd < 0.001
+    assert toys.modes_found(target, draws) == 40
+
+
+def test_modes_that_draws_lack_are_not_found():
+    ring = torch.tensor([[-2.0, 0.0], [2.0, 0.0]]).repeat(500, 1)
+    assert toys.modes_found(TARGETS["u1"], ring) == 2
+    assert toys.modes_found(TARGETS["u1"], ring.abs()) == 1
+    mostly = ring.abs()
+    mostly[:100] = -mostly[:100]  # a tenth, where a half is due
+    assert toys.modes_found(TARGETS["u1"], mostly) == 1
+    wells = torch.full((1000, 32), 1.75)
+    assert toys.modes_found(TARGETS["many_well"], wells) == 16
+    wells[:100, :6] = -1.7
+    assert toys.modes_found(TARGETS["many_well"], wells) == 19
+    some = targets.CENTRES[:7].repeat(100, 1)
+    assert toys.modes_found(TARGETS["mixture"], some) == 7
+
+
+def test_toys_are_fitted_once_each_and_by_name(tmp_path):
+    out, done = tmp_path / "toys.csv", []
+
+    def do(task):
+        done.append((task.case.target, task.case.layers, task.seed))
+        return toy_made(task)
+
+    toys.bench(seeds=1, only=["u2"], out=out, do=do)
+    assert done == [("u2", 2, 0), ("u2", 8, 0), ("u2", 32, 0)]
+    rows = toys.bench(seeds=2, only=["u2"], out=out, do=do)
+    assert done[3:] == [("u2", 2, 1), ("u2", 8, 1), ("u2", 32, 1)]
+    assert len(rows) == len(records.read(out)) == 6
+    with pytest.raises(ValueError, match="only: expected the name of a toy target, got 'u5'; choose from u1, u2"):
+        toys.bench(seeds=1, only=["u5"], out=out, do=do)
+
+
+def test_one_toy_is_fitted_for_real(monkeypatch):
+    given = {}
+
+    def short(model, **options):
+        given.update(options)
+        return fit(model, **options, max_steps=30, escalate=False)
+
+    fit = toys.pyro_flows.fit
+    monkeypatch.setattr(toys.pyro_flows, "fit", short)
+    found = toys.work(toys.Task(toys.Case("u1", "planar", 2), seed=3, version="1"))
+    assert given == {"flow": "planar", "layers": 2, "runs": 1, "seed": 3, "draws": toys.DRAWS, "progress": False}
+    assert found["error"] == ""
+    assert set(found) == set(toys.FIELDS)
+    assert float(found["elbo_gap"]) == pytest.approx(TARGETS["u1"].log_evidence - float(found["elbo"]), abs=1e-4)
+    assert found["layers_at_end"] == "2"
+    assert int(found["modes"]) <= int(found["of_modes"]) == 2
+    assert "u1, planar 2, seed 3: " in toys.line(found)
+
+
+def test_an_exception_in_a_toy_fit_becomes_its_row(monkeypatch):
+    def broken(model, **options):
+        raise RuntimeError("no\nluck")
+
+    monkeypatch.setattr(toys.pyro_flows, "fit", broken)
+    found = toys.work(toys.Task(toys.Case("funnel"), 0, "1"))
+    assert found["error"] == "RuntimeError: no luck"
+    assert toys.wrong(found)
+
+
+def test_a_toy_fit_without_a_mode_is_wrong_whatever_its_moments():
+    assert not toys.wrong(toy_row())
+    assert toys.wrong(toy_row(modes=1))
+    assert toys.wrong(toy_row(used_mean=0.3))
+    assert toys.wrong(toy_row(used_sd=0.3))
+    assert "2 fits, 0 of them failed; wrong and ok: 1" in toys.summary([toy_row(), toy_row(modes=1)])
+
+
+def test_the_table_of_toys_has_one_line_a_case(tmp_path):
+    page, file = tmp_path / "performance.md", tmp_path / "toys.csv"
+    rows = [toy_row(version="0", elbo_gap=9.0), toy_row(), toy_row(seed=1, modes=1, elbo_gap=0.7)]
+    rows += [toy_row(target="funnel", flow="realnvp", layers=8, modes="", of_modes="", sd_x0=sd) for sd in (2.9,)]
+    rows += [toy_row(target="mixture", flow="realnvp", layers=8, runs=4, error="ValueError: none", status="")]
+    records.write(file, toys.FIELDS, rows)
+    nothing = tmp_path / "none.csv"
+    tables.write_tables(page, steps_csv=nothing, posteriordb_csv=nothing, toys_csv=file)
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    cells = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in lines}
+    assert cells["u1"][4:6] == ["0.360", "0.700"]
+    assert cells["u1"][8] == "1 to 2 of 2"
+    assert cells["u1"][10] == "1 of 2"
+    assert cells["funnel"][9] == "2.90"
+    assert cells["mixture"][3] == "4"
+    assert cells["mixture"][-1] == "failed"
+
+
+def test_make_bench_hands_names_to_the_benchmark_that_knows_them(monkeypatch):
+    called = {}
+    monkeypatch.setattr(steps, "main", lambda arguments: None)
+    monkeypatch.setattr(tables, "write_tables", lambda **files: None)
+    monkeypatch.setattr(toys, "bench", lambda **options: called.setdefault("toys", options["only"]) and [])
+    monkeypatch.setattr(everything, "find_posteriordb", lambda root: "somewhere")
+    monkeypatch.setattr(
+        posteriordb, "bench", lambda root, **options: called.setdefault("posteriors", options["only"]) and []
+    )
+    everything.main(["--only", "u1"])
+    assert called == {"toys": ["u1"]}
+    everything.main(["--only", "kilpisjarvi"])
+    assert called == {"toys": ["u1"], "posteriors": ["kilpisjarvi_mod-kilpisjarvi"]}

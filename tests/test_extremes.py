@@ -98,6 +98,17 @@ def test_planar_starts_from_u_zero_and_w_random(context_dim):
     assert (w != 0.0).all()
 
 
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_planar_starts_with_planes_spread_over_a_standard_normal(context_dim):
+    """Signed distances b / |w| from the origin are standard normal; fails once in 10^6 by chance (five errors)."""
+    context = torch.ones(context_dim) if context_dim else None
+    starts = [pf.Planar(3, context_dim=context_dim).conditioner(None, context) for _ in range(400)]
+    _, w, b = torch.stack(starts).detach().split([3, 3, 1], dim=-1)
+    distances = b.squeeze(-1) / w.norm(dim=-1)
+    assert float(distances.mean().abs()) < 5.0 / math.sqrt(400)
+    assert float((distances.square().mean() - 1.0).abs()) < 5.0 * math.sqrt(2.0 / 400)
+
+
 @pytest.mark.parametrize("length", [1e-2, 1e-4, 1e-6, 1e-8])
 def test_planar_with_tiny_w(length):
     """In float32 as in float64, to 1e-5: no cancellation where w is short and the constraint divides by its square."""

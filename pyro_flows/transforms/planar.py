@@ -51,7 +51,8 @@ class Planar(Bijection):
               \qquad \log|J| = \log(\tanh^2 a + (1 + w^\top\hat u)(1 - \tanh^2 a)),
 
     so that :math:`w^\top u = 0` is left as it is, and :math:`w = 0` is a plain shift.
-    Parameters start at :math:`u = 0`: the identity.
+    Parameters start at :math:`u = 0`: the identity; w and b start at random, so that the planes :math:`a = 0` lie where
+    a standard normal has its mass, each in a place of its own.
 
     Inverse: the scalar root of :math:`a + (w^\top\hat u)\tanh a = w^\top y + b` by Newton's method from a bound on its
     convex side (monotone, so it cannot fail), and two differentiable Newton steps, which make first and second
@@ -82,7 +83,8 @@ class Planar(Bijection):
         self.dim = _checks.integer("dim", dim, 1)
         self.context_dim = context_dim
         start = torch.zeros(2 * dim + 1)
-        start[dim : 2 * dim] = torch.randn(dim) / math.sqrt(dim)
+        start[dim : 2 * dim] = w = torch.randn(dim) / math.sqrt(dim)
+        start[2 * dim] = -(w @ torch.randn(dim))
         self.conditioner = conditioner(0, context_dim, 2 * dim + 1, hidden=hidden, activation=activation, start=start)
 
     def _parameters_at(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
