@@ -2,15 +2,18 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from pyro_flows.builders import nice, planar, realnvp, spline
 from pyro_flows.diagnostics import diagnose
 from pyro_flows.fit import fit
-from pyro_flows.flows import Flow, nice, planar, realnvp
+from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, AutoNICE, AutoPlanar, AutoRealNVP
 from pyro_flows.log_density import LogDensity
 from pyro_flows.posterior import Posterior, load
 from pyro_flows.transforms import (
+    ActNorm,
     AdditiveCoupling,
     AffineCoupling,
+    BatchNorm,
     Bijection,
     Bound,
     Chain,
@@ -21,6 +24,7 @@ from pyro_flows.transforms import (
     Planar,
     Rescale,
     SinhArcsinh,
+    SplineCoupling,
     masks,
 )
 from pyro_flows.verdict import Verdict
@@ -31,12 +35,14 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
     "AutoFlow",
     "AutoNICE",
     "AutoPlanar",
     "AutoRealNVP",
+    "BatchNorm",
     "Bijection",
     "Bound",
     "Chain",
@@ -50,6 +56,7 @@ __all__ = [
     "Posterior",
     "Rescale",
     "SinhArcsinh",
+    "SplineCoupling",
     "Verdict",
     "diagnose",
     "fit",
@@ -58,4 +65,5 @@ __all__ = [
     "nice",
     "planar",
     "realnvp",
+    "spline",
 ]
