@@ -24,7 +24,7 @@ from pyro_flows._arviz import psis
 from pyro_flows.log_density import LogDensity
 from pyro_flows.randomness import seeded
 
-HISTORY = 8
+HISTORY = 12
 TICKS = 100
 SCORED_TOGETHER = 10
 DRAWS = 10
