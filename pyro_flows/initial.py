@@ -18,7 +18,7 @@ from torch.distributions import biject_to
 from pyro_flows.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular, scales
 from pyro_flows.log_density import LogDensity
 from pyro_flows.pathfinder import pathfinder, pool
-from pyro_flows.randomness import derive, seeded
+from pyro_flows.randomness import seeded
 
 PRIOR_DRAWS = 200
 SEARCHES = 8
@@ -63,9 +63,13 @@ class Start:
 def portfolio(density: LogDensity, *, seed: int, df: float = 15.0) -> list[Start]:
     """Return all usable starts, the best ELBO first.
 
-    Starts: standard (zero, one), the prior's median and scale, and the modes found by Newton's method from prior draws,
-    with the full and the diagonal Laplace curvature. ELBOs use the same Student-t noise for all and leave out the
-    lowest 5 % of the draws, where a wide start can fall arbitrarily low.
+    Starts: standard (zero, one); the prior's median and scale; the modes found by Newton's method from prior draws, with
+    the full and the diagonal Laplace curvature; the best Gaussian along Pathfinder's paths from the same draws, and the
+    moments of draws of all paths. A start by Pathfinder that is next to the same as another is left out. ELBOs use the
+    same Student-t noise for all and leave out the lowest 5 % of the draws, where a wide start can fall arbitrarily low.
+
+    Newton's method stays beside L-BFGS up to 200 dimensions: its modes are exact and come with the evidence by which
+    missed modes are found. Above that it would be too dear, and the paths have to do.
 
     Raises:
         ValueError: if the log density is infinite or NaN at every starting point; the sites at fault are named.
@@ -194,7 +198,7 @@ def along_paths(density: LogDensity, points: Tensor, *, seed: int) -> list[Start
     frames = lower_triangular(roots)
     frames[1::2] = torch.diag_embed(units[1::2])
     found = pathfinder(density, points, frames, seed=seed)
-    pooled = pool(density, found.best, seed=derive(seed, "pool"))
+    pooled = pool(density, found.best, seed=seed)
     best = int(pooled.elbo.argmax())
     if not math.isfinite(float(pooled.elbo[best])):
         return []
@@ -260,8 +264,8 @@ def missed_modes(density: LogDensity, modes: Sequence[Start], score: Callable[[T
 def _climb(density: LogDensity, points: Tensor) -> Tensor:
     """Newton's method with the absolute eigenvalues of the Hessian, halved until the density rises, from each point.
 
-    Affine-invariant near a mode, so that scales of 1e-6 and 1e6 side by side do no harm; an ascent direction
-    everywhere.
+    Affine-invariant near a mode, so that scales of 1e-6 and 1e6 side by side do no harm (L-BFGS does not converge there
+    in raw coordinates); an ascent direction everywhere.
     """
     halvings = 0.5 ** torch.arange(NEWTON_HALVINGS, dtype=density.dtype, device=density.device)
     heights, gradients = density.value_and_grad(points)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_flows._arviz import psis
 from pyro_flows.log_density import LogDensity
-from pyro_flows.randomness import seeded
+from pyro_flows.randomness import derive, seeded
 
 HISTORY = 12
 TICKS = 100
@@ -115,7 +115,7 @@ def pathfinder(density: LogDensity, points: Tensor, units: Tensor, *, seed: int)
     ELBOs come from ten draws, with the same noise at each point; where the density vanishes for some of them, it is
     that of the Gaussian cut to the rest. Cost: at most 100 K gradients, and ten densities for each step.
     """
-    with seeded(seed, density.device):
+    with seeded(derive(seed, "pathfinder"), density.device):
         noise = torch.randn(DRAWS, density.dim, dtype=density.dtype, device=density.device)
     climb = _Climb(density, points, units)
     found = [(climb.gaussians(), torch.ones_like(climb.over))]
@@ -174,7 +174,7 @@ def pool(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Pool:
     The proposal is the mixture of those within 10 nats of the best ELBO (all draws are scored under all of them), so
     that paths which found the same mode share it, and paths at different modes each get their due.
     """
-    with seeded(seed, density.device):
+    with seeded(derive(seed, "pool"), density.device):
         shape = (*gaussians.loc.shape[:1], POOLED, density.dim)
         noise = torch.randn(shape, dtype=density.dtype, device=density.device)
     z, log_q = gaussians.map(noise)
