@@ -63,10 +63,11 @@ class Start:
 def portfolio(density: LogDensity, *, seed: int, df: float = 15.0) -> list[Start]:
     """Return all usable starts, the best ELBO first.
 
-    Starts: standard (zero, one); the prior's median and scale; the modes found by Newton's method from prior draws, with
-    the full and the diagonal Laplace curvature; the best Gaussian along Pathfinder's paths from the same draws, and the
-    moments of draws of all paths. A start by Pathfinder that is next to the same as another is left out. ELBOs use the
-    same Student-t noise for all and leave out the lowest 5 % of the draws, where a wide start can fall arbitrarily low.
+    Starts: standard (zero, one); the prior's median and scale; the modes found by Newton's method from prior draws,
+    with the full and the diagonal Laplace curvature; the best Gaussian along Pathfinder's paths from the same draws,
+    and the moments of draws of all paths. A start by Pathfinder that is next to the same as another is left out. ELBOs
+    use the same Student-t noise for all and leave out the lowest 5 % of the draws, where a wide start can fall
+    arbitrarily low.
 
     Newton's method stays beside L-BFGS up to 200 dimensions: its modes are exact and come with the evidence by which
     missed modes are found. Above that it would be too dear, and the paths have to do.

@@ -13,7 +13,6 @@ Reference: Zhang, Carpenter, Gelman and Vehtari 2022, "Pathfinder: Parallel quas
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._arviz import psis
+from pyro_flows.gaussians import Gaussians, choose, compact, diagonal_update, identity_like, stretch
 from pyro_flows.log_density import LogDensity
 from pyro_flows.randomness import derive, seeded
 
@@ -32,66 +32,10 @@ POOLED = 100
 POOLED_WITHIN = 10.0  # nats
 RISE = 1e-4  # of what the slope promises
 SHRINK = (0.1, 0.5)
+GROW = 2.0  # where the density does not curve down
 SMALLEST_STEP = 1e-10
 SETTLED = 1e-8  # nats still to gain
 CURVED = 1e-10
-
-
-class Gaussians(NamedTuple):
-    r"""Normal distributions, one for each path: the images of standard normal noise under
-
-    .. math:: \epsilon \mapsto m + U R\, (I + Q (C - I) Q^\top)\, \epsilon.
-
-    m = ``loc`` (K, D); U = ``units``, lower triangular (K, D, D) or a diagonal (K, D); R = ``root``, a diagonal (K, D);
-    Q = ``basis`` (K, D, M) has orthonormal columns; C = ``factor`` (K, M, M) is lower triangular.
-    """
-
-    loc: Tensor
-    units: Tensor
-    root: Tensor
-    basis: Tensor
-    factor: Tensor
-
-    def map(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images (K, S, D) of noise (S, D) or (K, S, D), and their log densities (K, S)."""
-        inner = noise @ self.basis
-        turned = noise + (inner @ self.factor.mT - inner) @ self.basis.mT
-        z = self.loc[:, None] + _times(self.units, self.root[:, None] * turned)
-        return z, -0.5 * noise.square().sum(-1) - self._log_scale()
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Return the log densities (K, S) of points (S, D)."""
-        away = z - self.loc[:, None]
-        if self.units.dim() == 2:
-            x = away / self.units[:, None]
-        else:
-            x = torch.linalg.solve_triangular(self.units, away.mT, upper=False).mT
-        x = x / self.root[:, None]
-        inner = x @ self.basis
-        back = torch.linalg.solve_triangular(self.factor, inner.mT, upper=False).mT
-        squares = x.square().sum(-1) - inner.square().sum(-1) + back.square().sum(-1)
-        return -0.5 * squares - self._log_scale()
-
-    def _log_scale(self) -> Tensor:
-        diagonals = torch.cat([_diagonal(self.units), self.root, _diagonal(self.factor)], -1)
-        return diagonals.log().sum(-1, keepdim=True) + 0.5 * self.loc.shape[-1] * math.log(2.0 * math.pi)
-
-    def scale(self) -> Tensor:
-        r"""Return W (K, D, D) with :math:`W W^\top` the covariances; a diagonal (K, D) where units are diagonal.
-
-        That diagonal is the one of best ELBO: the standard deviation of each coordinate given all others.
-        """
-        if self.units.dim() == 3:
-            turn = self.basis @ (self.factor - _identity(self.factor)) @ self.basis.mT
-            return (self.units * self.root[:, None]) @ (_identity(turn) + turn)
-        inverse = torch.linalg.solve_triangular(self.factor, _identity(self.factor), upper=False)
-        within = (self.basis @ inverse.mT).square().sum(-1) - self.basis.square().sum(-1)
-        return self.units * self.root * (1.0 + within).rsqrt()
-
-    def where(self, chosen: Tensor, others: Gaussians) -> Gaussians:
-        """Return these where ``chosen`` (K,), and the others elsewhere."""
-        pairs = zip(self, others, strict=True)
-        return Gaussians(*(torch.where(_as(chosen, mine), mine, other) for mine, other in pairs))
 
 
 @dataclass(frozen=True)
@@ -107,13 +51,21 @@ class Paths:
 def pathfinder(density: LogDensity, points: Tensor, units: Tensor, *, seed: int) -> Paths:
     r"""Climb from each point (K, D) by L-BFGS, all paths side by side; return the best Gaussian along each.
 
-    Coordinates are measured in ``units`` (K, D), so that scales of 1e-6 and 1e6 are on a par; the diagonal
-    :math:`\alpha` follows the curvature from there. A tick of the loop takes one gradient for each path: a step that
-    rises as its slope promises is taken, any other is shortened and tried again. No path goes where the density or its
-    gradient is not finite; one has settled where less than 1e-4 nats are to be gained.
+    Coordinates are measured in ``units``, for each path a lower triangular matrix (K, D, D) or a diagonal (K, D), so
+    that scales of 1e-6 and 1e6 are on a par. The diagonal :math:`\alpha` follows the curvature from there. A tick of
+    the loop takes one gradient for each path: a step that rises as its slope promises is taken, any other is shortened
+    and tried again. No path goes where the density or its gradient is not finite; one has settled where it sees less
+    than 1e-8 nats to be gained.
 
     ELBOs come from ten draws, with the same noise at each point; where the density vanishes for some of them, it is
-    that of the Gaussian cut to the rest. Cost: at most 100 K gradients, and ten densities for each step.
+    that of the Gaussian cut to the rest, and where it vanishes for all of them, -inf. Cost: at most 101 K gradients,
+    and ten densities for each step.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(torch.tensor(3.0), 2.0)))
+    >>> found = pathfinder(density, torch.zeros(1, 1), torch.ones(1, 1), seed=0)
+    >>> print(f"{found.best.loc.item():.2f} {found.best.scale().item():.2f}")
+    3.00 2.00
     """
     with seeded(derive(seed, "pathfinder"), density.device):
         noise = torch.randn(DRAWS, density.dim, dtype=density.dtype, device=density.device)
@@ -192,17 +144,17 @@ def pool(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Pool:
 
 
 class _Climb:
-    """The state of K paths; ``gradient``, ``direction`` and the history are in units of ``units``."""
+    """The state of K paths; gradient, direction and history are measured in ``units``."""
 
     def __init__(self, density: LogDensity, points: Tensor, units: Tensor) -> None:
         self.density, self.points, self.units = density, points, units
         self.height, gradient = self._look(points)
         finite = torch.isfinite(self.height) & torch.isfinite(gradient).all(-1)
-        self.gradient = torch.where(finite[:, None], gradient, 0.0)
+        self.gradient = choose(finite, gradient, 0.0)
         self.alpha = torch.ones_like(points)
         self.steps = points.new_zeros(len(points), HISTORY, density.dim)
         self.changes = torch.zeros_like(self.steps)
-        self.basis, self.factor = _compact(self.alpha, self.steps, self.changes)
+        self.basis, self.factor = compact(self.alpha, self.steps, self.changes)
         self.direction = self._newton()
         self.length = torch.ones_like(self.height)
         self.settled = finite & self._at_rest()
@@ -214,28 +166,28 @@ class _Climb:
         return Gaussians(loc, self.units, self.alpha.sqrt(), self.basis, self.factor)
 
     def tick(self) -> Tensor:
-        """Try one step on each path; return which were taken (K,)."""
-        step = self.length[:, None] * self.direction
+        """Try one step on each path that is not over; return which were taken (K,)."""
+        step = choose(~self.over, self.length[:, None] * self.direction, 0.0)
         points = self.points + self._stretch(step)
         height, gradient = self._look(points)
         promised, gain = (self.gradient * step).sum(-1), height - self.height
         finite = torch.isfinite(height) & torch.isfinite(gradient).all(-1)
         moved = finite & (gain >= RISE * promised - self._rounding()) & ~self.over
-        curved = moved & self._remember(step, self.gradient - gradient, moved)
-        self.points = torch.where(moved[:, None], points, self.points)
-        self.height = torch.where(moved, height, self.height)
-        self.gradient = torch.where(moved[:, None], gradient, self.gradient)
+        curved = self._remember(step, self.gradient - gradient, moved)
+        self.points = choose(moved, points, self.points)
+        self.height = choose(moved, height, self.height)
+        self.gradient = choose(moved, gradient, self.gradient)
         shrink = torch.where(finite, (0.5 * promised / (promised - gain)).clamp(*SHRINK), SHRINK[0])
-        self.length = self.length * torch.where(moved, 2.0, shrink)
+        self.length = self.length * torch.where(moved, GROW, shrink)
         self._turn(moved, curved)
         return moved
 
     def _look(self, points: Tensor) -> tuple[Tensor, Tensor]:
         height, gradient = self.density.value_and_grad(points)
-        return height, _times(self.units.mT if self.units.dim() == 3 else self.units, gradient[:, None])[:, 0]
+        return height, stretch(self.units.mT if self.units.dim() == 3 else self.units, gradient[:, None])[:, 0]
 
     def _stretch(self, x: Tensor) -> Tensor:
-        return _times(self.units, x[:, None])[:, 0]
+        return stretch(self.units, x[:, None])[:, 0]
 
     def _rounding(self) -> Tensor:
         return 8.0 * torch.finfo(self.height.dtype).eps * self.height.abs()
@@ -248,75 +200,28 @@ class _Climb:
     def _newton(self) -> Tensor:
         """Inverse Hessian times gradient (K, D)."""
         x = self.alpha.sqrt() * self.gradient
-        inner = (x[:, None] @ self.basis) @ (self.factor @ self.factor.mT - _identity(self.factor))
+        inner = (x[:, None] @ self.basis) @ (self.factor @ self.factor.mT - identity_like(self.factor))
         return self.alpha.sqrt() * (x + (inner @ self.basis.mT)[:, 0])
 
     def _remember(self, step: Tensor, change: Tensor, moved: Tensor) -> Tensor:
-        """Add a step to the history where the density curves down along it; return where it does (K,)."""
+        """Add steps that were taken to the history, where the density curves down along them; return where (K,)."""
         curvature = (step * change).sum(-1)
         curved = moved & (curvature > CURVED * step.norm(dim=-1) * change.norm(dim=-1))
         root = torch.where(curved, curvature, 1.0).sqrt()[:, None]
         step, change = step / root, change / root
-        self.alpha = torch.where(curved[:, None], _diagonal_update(self.alpha, step, change), self.alpha)
-        for name, latest in (("steps", step), ("changes", change)):
-            old = getattr(self, name)
-            new = torch.cat([old[:, 1:], latest[:, None]], 1)
-            setattr(self, name, torch.where(curved[:, None, None], new, old))
+        self.alpha = choose(curved, diagonal_update(self.alpha, step, change), self.alpha)
+        self.steps = choose(curved, torch.cat([self.steps[:, 1:], step[:, None]], 1), self.steps)
+        self.changes = choose(curved, torch.cat([self.changes[:, 1:], change[:, None]], 1), self.changes)
         return curved
 
     def _turn(self, moved: Tensor, curved: Tensor) -> None:
         """Choose new directions where a step was taken; forget the history where none could be."""
-        lost = ~moved & (self.length < SMALLEST_STEP)
+        lost = ~moved & ~self.over & (self.length < SMALLEST_STEP)
         self.over = self.over | (lost & (self.steps == 0.0).all(-1).all(-1))
-        self.alpha = torch.where(lost[:, None], 1.0, self.alpha)
-        self.steps, self.changes = (torch.where(lost[:, None, None], 0.0, old) for old in (self.steps, self.changes))
-        self.basis, self.factor = _compact(self.alpha, self.steps, self.changes)
-        self.direction = torch.where((moved | lost)[:, None], self._newton(), self.direction)
+        self.alpha = choose(~lost, self.alpha, 1.0)
+        self.steps, self.changes = choose(~lost, self.steps, 0.0), choose(~lost, self.changes, 0.0)
+        self.basis, self.factor = compact(self.alpha, self.steps, self.changes)
+        self.direction = choose(moved | lost, self._newton(), self.direction)
         self.length = torch.where(curved | lost, 1.0, self.length)
         self.settled = self.settled | (moved & self._at_rest())
         self.over = self.over | self.settled
-
-
-def _diagonal_update(alpha: Tensor, step: Tensor, change: Tensor) -> Tensor:
-    """Fit the diagonal (K, D) to one more step, scaled so that step times change is 1 (Gilbert and Lemaréchal 1989)."""
-    a = (alpha * change.square()).sum(-1, keepdim=True)
-    c = (step.square() / alpha).sum(-1, keepdim=True)
-    inverse = a / alpha * (1.0 - step.square() / (alpha * c)) + change.square()
-    return inverse.clamp_min(torch.finfo(alpha.dtype).tiny).reciprocal()
-
-
-def _compact(alpha: Tensor, steps: Tensor, changes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return basis and factor (see :class:`Gaussians`) of the inverse Hessian from the history (K, J, D).
-
-    Empty places of the history are zero. Where rounding has eaten up the factor, it is the identity.
-    """
-    dtype, root = alpha.dtype, alpha.double().sqrt()[:, None]
-    steps, changes = steps.double(), changes.double()
-    identity = torch.eye(steps.shape[1], dtype=root.dtype, device=root.device)
-    inverse = torch.linalg.solve_triangular((steps @ changes.mT).triu(1) + identity, identity, upper=True)
-    corner = inverse.mT @ (identity + (changes * root) @ (changes * root).mT) @ inverse
-    middle = torch.cat([torch.cat([torch.zeros_like(corner), -inverse], -1), torch.cat([-inverse.mT, corner], -1)], -2)
-    basis, upper = torch.linalg.qr(torch.cat([changes * root, steps / root], 1).mT)
-    inner = upper @ middle @ upper.mT
-    inner = 0.5 * (inner + inner.mT) + _identity(inner)
-    factor, fault = torch.linalg.cholesky_ex(inner)
-    factor = torch.where(_as(fault == 0, factor), factor, _identity(factor))
-    return basis.to(dtype), factor.to(dtype)
-
-
-def _times(units: Tensor, x: Tensor) -> Tensor:
-    """Multiply the rows of x (K, S, D) by matrices (K, D, D) or diagonals (K, D)."""
-    return units[:, None] * x if units.dim() == 2 else x @ units.mT
-
-
-def _diagonal(units: Tensor) -> Tensor:
-    return units if units.dim() == 2 else units.diagonal(dim1=-2, dim2=-1)
-
-
-def _identity(like: Tensor) -> Tensor:
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-
-
-def _as(mask: Tensor, like: Tensor) -> Tensor:
-    """Give a mask (K,) the number of axes of another tensor (K, ...)."""
-    return mask.reshape(-1, *[1] * (like.dim() - 1))
