@@ -15,13 +15,17 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_flows.log_density import LogDensity, quiet
+from pyro_flows.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular, scales
+from pyro_flows.log_density import LogDensity
+from pyro_flows.pathfinder import pathfinder, pool
 from pyro_flows.randomness import seeded
 
-FULL_HESSIAN_UP_TO = 200
 PRIOR_DRAWS = 200
 SEARCHES = 8
 SEARCHES_UNBATCHED = 3
+PATHS_IF_LARGE = 4
+LEGS = 2
+SAME = 0.1  # nats
 MISSED_SHARE = 0.02  # of the best mode's mass
 MISSED_RATIO = 7.0  # nats by which the guide is thinner there than where it is thickest
 MODES = 4
@@ -59,9 +63,14 @@ class Start:
 def portfolio(density: LogDensity, *, seed: int, df: float = 15.0) -> list[Start]:
     """Return all usable starts, the best ELBO first.
 
-    Starts: standard (zero, one), the prior's median and scale, and the modes found by Newton's method from prior draws,
-    with the full and the diagonal Laplace curvature. ELBOs use the same Student-t noise for all and leave out the
-    lowest 5 % of the draws, where a wide start can fall arbitrarily low.
+    Starts: standard (zero, one); the prior's median and scale; the modes found by Newton's method from prior draws,
+    with the full and the diagonal Laplace curvature; the best Gaussian along Pathfinder's paths from the same draws,
+    and the moments of draws of all paths. A start by Pathfinder that is next to the same as another is left out. ELBOs
+    use the same Student-t noise for all and leave out the lowest 5 % of the draws, where a wide start can fall
+    arbitrarily low.
+
+    Newton's method stays beside L-BFGS up to 200 dimensions: its modes are exact and come with the evidence by which
+    missed modes are found. Above that it would be too dear, and the paths have to do.
 
     Raises:
         ValueError: if the log density is infinite or NaN at every starting point; the sites at fault are named.
@@ -79,7 +88,11 @@ def portfolio(density: LogDensity, *, seed: int, df: float = 15.0) -> list[Start
             f"{density.explain(middle)}. Check the data against the likelihood's support, and the priors."
         )
     starts = [Start("standard", zero, torch.ones_like(zero)), Start("prior", middle, spread)]
-    starts += laplace(density, points[finite])
+    points = points[finite] if density.batched else points[finite][:SEARCHES_UNBATCHED]
+    starts += laplace(density, points)
+    for start in along_paths(density, points, seed=seed):
+        if not any(_divergence(start, other) < SAME for other in starts):
+            starts.append(start)
     with seeded(seed, density.device):
         base = dist.StudentT(df * torch.ones_like(zero), 0.0, 1.0).to_event(1)
         noise = base.sample((SCORE_DRAWS,))
@@ -145,8 +158,8 @@ def laplace(density: LogDensity, points: Tensor) -> list[Start]:
     """
     if density.dim > FULL_HESSIAN_UP_TO:
         return []
-    modes = _climb(density, points if density.batched else points[:SEARCHES_UNBATCHED])
-    roots, units = _inverse_curvature(density, modes)
+    modes = _climb(density, points)
+    roots, units = inverse_roots(density, modes)
     with torch.no_grad():
         evidence = density(modes) + torch.linalg.slogdet(roots).logabsdet
     evidence = torch.nan_to_num(evidence, nan=-torch.inf, posinf=-torch.inf)
@@ -160,14 +173,71 @@ def laplace(density: LogDensity, points: Tensor) -> list[Start]:
     gauss = 0.5 * density.dim * math.log(2.0 * math.pi)
     starts = []
     for rank, index in enumerate(kept):
-        upper = torch.linalg.qr(roots[index].mT).R
-        factor = (upper * upper.diagonal().sign()[:, None]).mT.tril()
         suffix = f" {rank + 1}" if rank else ""
         starts += [
-            Start(f"laplace{suffix}", modes[index], factor, evidence=float(evidence[index]) + gauss),
+            Start(
+                f"laplace{suffix}",
+                modes[index],
+                lower_triangular(roots[index]),
+                evidence=float(evidence[index]) + gauss,
+            ),
             Start(f"laplace diagonal{suffix}", modes[index], units[index]),
         ]
     return starts
+
+
+def along_paths(density: LogDensity, points: Tensor, *, seed: int) -> list[Start]:
+    """Starts by Pathfinder from points (K, D): the best Gaussian of all paths, and the moments of draws from all.
+
+    Paths are measured by the full and by the diagonal curvature where they begin, in turn: the one makes them fast
+    where coordinates depend on each other, the other finds more where a mode is far from the mass. Above 200 dimensions
+    curvature and scales are diagonal; there paths go two legs, and the highest end gives a Laplace start.
+    """
+    if density.dim > FULL_HESSIAN_UP_TO:
+        return _along_diagonal_paths(density, points[:PATHS_IF_LARGE], seed=seed)
+    roots, units = inverse_roots(density, points)
+    frames = lower_triangular(roots)
+    frames[1::2] = torch.diag_embed(units[1::2])
+    found = pathfinder(density, points, frames, seed=seed)
+    pooled = pool(density, found.best, seed=seed)
+    best = int(pooled.elbo.argmax())
+    if not math.isfinite(float(pooled.elbo[best])):
+        return []
+    single = Start("pathfinder", found.best.loc[best], lower_triangular(found.best.scale()[best]))
+    if not pooled.k_hat < 1.0:  # the draws have no moments
+        return [single]
+    # as if D more draws had the covariance of the best path
+    share = pooled.ess / (pooled.ess + density.dim)
+    covariance = share * pooled.covariance + (1.0 - share) * single.scale @ single.scale.mT
+    return [single, Start("multi-path pathfinder", pooled.mean, torch.linalg.cholesky(covariance))]
+
+
+def _along_diagonal_paths(density: LogDensity, points: Tensor, *, seed: int) -> list[Start]:
+    legs = []
+    for _ in range(LEGS):
+        legs.append(pathfinder(density, points, scales(density, points), seed=seed))
+        points = legs[-1].ends
+    found = max(legs, key=lambda leg: float(leg.elbo.max()))
+    best = int(found.elbo.argmax())
+    with torch.no_grad():
+        end = points[density(points).argmax()]
+    return [
+        Start("pathfinder", found.best.loc[best], found.best.scale()[best]),
+        Start("laplace diagonal", end, scales(density, end[None])[0]),
+    ]
+
+
+def _divergence(one: Start, other: Start) -> float:
+    """KL(one || other) of the two Gaussians."""
+    away = one.loc - other.loc
+    if one.scale.dim() == other.scale.dim() == 1:
+        ratio, away = one.scale / other.scale, away / other.scale
+        log_ratio = ratio.log().sum()
+    else:
+        mine, theirs = (start.scale if start.scale.dim() == 2 else start.scale.diag() for start in (one, other))
+        ratio, away = (torch.linalg.solve_triangular(theirs, x, upper=False) for x in (mine, away[:, None]))
+        log_ratio = ratio.diagonal().log().sum()
+    return float(0.5 * (ratio.square().sum() + away.square().sum() - len(one.loc)) - log_ratio)
 
 
 @torch.no_grad()
@@ -195,13 +265,13 @@ def missed_modes(density: LogDensity, modes: Sequence[Start], score: Callable[[T
 def _climb(density: LogDensity, points: Tensor) -> Tensor:
     """Newton's method with the absolute eigenvalues of the Hessian, halved until the density rises, from each point.
 
-    Affine-invariant near a mode, so that scales of 1e-6 and 1e6 side by side do no harm; an ascent direction
-    everywhere.
+    Affine-invariant near a mode, so that scales of 1e-6 and 1e6 side by side do no harm (L-BFGS does not converge there
+    in raw coordinates); an ascent direction everywhere.
     """
     halvings = 0.5 ** torch.arange(NEWTON_HALVINGS, dtype=density.dtype, device=density.device)
     heights, gradients = density.value_and_grad(points)
     for _ in range(NEWTON_STEPS):
-        roots, _ = _inverse_curvature(density, points)
+        roots, _ = inverse_roots(density, points)
         steps = (roots @ (roots.mT @ gradients[..., None])).squeeze(-1)
         tries = points[:, None] + halvings[:, None] * steps[:, None]
         with torch.no_grad():
@@ -215,39 +285,3 @@ def _climb(density: LogDensity, points: Tensor) -> Tensor:
         points = torch.where(rises[:, None], chosen, points)
         heights, gradients = density.value_and_grad(points)
     return points
-
-
-def _inverse_curvature(density: LogDensity, points: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Return W (K, D, D) with :math:`W W^\top = |H|^{-1}`, H the Hessian, and :math:`|H_{ii}|^{-1/2}` (K, D).
-
-    Scaled by the diagonal first: the eigenvalues of a matrix with entries of 1e-12 and 1e12 would be noise.
-    Where the Hessian is not finite, W is the identity.
-    """
-    hessians = _hessians(density, points)
-    hessians = 0.5 * (hessians + hessians.mT)
-    sizes = hessians.diagonal(dim1=-2, dim2=-1).abs()
-    units = torch.where(sizes > torch.finfo(sizes.dtype).tiny ** 0.5, sizes.rsqrt(), 1.0)
-    scaled = units[..., None] * hessians * units[..., None, :]
-    usable = torch.isfinite(scaled).all(-1).all(-1)
-    identity = torch.eye(density.dim, dtype=density.dtype, device=density.device)
-    scaled = torch.where(usable[:, None, None], scaled, identity)
-    units = torch.where(usable[:, None], units, 1.0)
-    values, vectors = torch.linalg.eigh(scaled)
-    floor = 1e-10 if density.dtype == torch.float64 else 1e-5
-    values = torch.maximum(values.abs(), floor * values.abs().amax(-1, keepdim=True))
-    return units[..., None] * vectors * values.rsqrt()[..., None, :], units
-
-
-def _hessians(density: LogDensity, points: Tensor) -> Tensor:
-    """Hessians (K, D, D): automatic differentiation where the model allows, differences of gradients otherwise."""
-    if density.batched:
-        try:
-            with torch.no_grad(), quiet():
-                return torch.func.vmap(torch.func.jacrev(torch.func.grad(density.single)))(points)
-        except RuntimeError:
-            pass
-    step = torch.finfo(points.dtype).eps ** (1 / 3) * (1.0 + points.abs())
-    shifts = torch.diag_embed(step)
-    ends = torch.cat([points[:, None] + shifts, points[:, None] - shifts]).flatten(0, 1)
-    up, down = density.value_and_grad(ends)[1].unflatten(0, (2 * len(points), density.dim)).chunk(2)
-    return (up - down) / (2.0 * step[..., None])
