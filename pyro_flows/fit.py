@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,17 +22,17 @@ from pyro_flows.initial import Start, missed_modes, portfolio
 from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
 from pyro_flows.posterior import Posterior, from_draws
+from pyro_flows.race import CLOSE, choose_coordinates, race, share
 from pyro_flows.randomness import seeded
 from pyro_flows.runs import Stack, compare
 from pyro_flows.runs import entry as comparison
-from pyro_flows.training import BATCH, STEP_SIZE, Budget, Check, Trainer, Training, train
-from pyro_flows.verdict import Draw
+from pyro_flows.training import BATCH, Budget, Trainer, Training, train
+from pyro_flows.verdict import Draw, weigh
 
 MAX_STEPS = 6000
-RACE_STEPS = 100
-STEP_SIZES = (STEP_SIZE, 3e-3)
 ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
-CLOSE = 10.0  # nats between two starts that are worth racing
+UNEVEN = 2.0
+UNEVEN_DRAWS = 4000
 
 
 def fit(
@@ -109,7 +109,7 @@ def fit(
     with seeded(seed):
         if isinstance(flow, str):
             AutoFlow(model, flow, **plan.options)  # bad names and options fail before any work
-        density, history = _coordinates(plan, seed=seed)
+        density = LogDensity(model, args, plan.kwargs)
         if train_model and not density.parameters():
             raise ValueError(
                 "train_model: expected a model with parameters of its own (pyro.param, modules), got none."
@@ -119,10 +119,16 @@ def fit(
                 "runs: expected 1 with train_model=True, since the runs would share the model's parameters."
             )
         with _threads(density):
+            history = []
+            if density.structure.hierarchical and not train_model:
+                steps = share(max_steps)
+                density, choice = choose_coordinates(density, lambda target: _guide(plan, target), steps, seed=seed)
+                history.append(choice)
             done = [_run(plan, density, number, seed=seed + number) for number in range(runs)]
         best = max(done, key=lambda run: run.best.rank)
         history += [stage for run in done for stage in run.history]
-        flow_found, warnings = best.guide.flow, _warnings(best.best.training)
+        flow_found = best.guide.flow
+        warnings = _warnings(best.best.training) + _too_uneven(flow_found, density)
         draw: Draw = lambda n: _draw(flow_found, n)  # noqa: E731
         score: Callable[[Tensor], Tensor] = flow_found.log_prob
         if runs > 1:
@@ -176,31 +182,6 @@ class _Run:
     history: list[dict[str, Any]]
 
 
-def _coordinates(plan: _Plan, *, seed: int) -> tuple[LogDensity, list[dict[str, Any]]]:
-    """Return the log density in the coordinates in which a short race comes further, and the history of the choice.
-
-    There is a choice where the location or the scale of some sites depends on other latents: centred or not.
-    """
-    density = LogDensity(plan.model, plan.args, plan.kwargs)
-    if plan.train_model or not density.structure.hierarchical:
-        return density, []
-    other = LogDensity(plan.model, plan.args, plan.kwargs, noncentred=True)
-    reached = []
-    with _threads(density):
-        for candidate in (density, other):
-            start = portfolio(candidate, seed=seed)[0]
-            entrant = _Entrant.run(
-                _guide(plan, candidate), candidate, start, STEP_SIZES[0], _race_steps(plan), seed=seed
-            )
-            reached.append(entrant.elbo)
-    chosen, left = (other, density) if reached[1] > reached[0] else (density, other)
-    chosen.evaluations += left.evaluations
-    sites = chosen.structure.noncentred
-    return chosen, [
-        {"stage": "coordinates", "noncentred": sites, "elbo_centred": reached[0], "elbo_noncentred": reached[1]}
-    ]
-
-
 @contextmanager
 def _threads(density: LogDensity) -> Iterator[None]:
     """One thread for small problems, where threads cost more than they save; the caller's number comes back after.
@@ -227,12 +208,14 @@ def _run(plan: _Plan, density: LogDensity, number: int, *, seed: int) -> _Run:
         guide = _guide(plan, density)
         bar = _Bar(plan.max_steps, plan.progress)
         budget = Budget(plan.max_steps, plan.deadline)
-        trainer, start, history = _race(guide, density, starts, plan, seed=seed)
+        extra = list(density.parameters().values()) if plan.train_model else []
+        winner, field = race(guide, density, starts, share(plan.max_steps), seed=seed, extra=extra)
+        history, trainer = [entrant.entry for entrant in field], winner.trainer
         left = Budget(plan.max_steps - len(trainer.losses), plan.deadline)
         best = assess(guide.flow, density, train(trainer, left, seed=seed, report=bar.show))
         history.append(entry("first round", trainer, best))
         if plan.escalate and not plan.train_model and not best.enough:
-            more = rounds(guide, density, trainer, best, start, budget, seed=seed, report=bar.show)
+            more = rounds(guide, density, trainer, best, winner.start, budget, seed=seed, report=bar.show)
             for name, trainer, outcome in more:
                 history.append(entry(name, trainer, outcome))
                 best = max(best, outcome, key=lambda round_: round_.rank)
@@ -259,61 +242,6 @@ def _tails(dim: int) -> float:
     return max(15.0, 2.0 * dim)
 
 
-@dataclass(frozen=True)
-class _Entrant:
-    """A start and a step size after a few steps, on a flow of its own, and the ELBO that they reached."""
-
-    start: Start
-    trainer: Trainer
-    elbo: float
-
-    @classmethod
-    def run(
-        cls, guide: AutoFlow, density: LogDensity, start: Start, size: float, steps: int, *, seed: int,
-        extra: Sequence[Tensor] = (),
-    ) -> _Entrant:  # fmt: skip
-        """Train a copy of the guide's flow from ``start``."""
-        flow = copy.deepcopy(guide.flow)
-        runner = copy.copy(guide)  # shares everything but the flow
-        runner.__dict__["_modules"] = {**guide.__dict__["_modules"], "flow": flow}
-        runner.start_at(start.loc, start.scale)
-        trainer = Trainer(flow, density, learning_rate=size, batch=BATCH, extra=extra)
-        for step in range(steps):
-            trainer.step(size * min(1.0, (step + 1) / (0.5 * RACE_STEPS)))
-        return cls(start, trainer, Check.make(flow, density, seed=seed).elbo())
-
-    @property
-    def entry(self) -> dict[str, Any]:
-        """What the history says of it."""
-        size, before = self.trainer.learning_rate, self.start.elbo
-        return {"stage": "race", "start": self.start.name, "step_size": size, "start_elbo": before, "elbo": self.elbo}
-
-
-def _race_steps(plan: _Plan) -> int:
-    """Steps of each entrant, so that all of them together take at most half of the budget."""
-    return max(1, min(RACE_STEPS, plan.max_steps // (2 * (len(STEP_SIZES) + 1))))
-
-
-def _race(
-    guide: AutoFlow, density: LogDensity, starts: Sequence[Start], plan: _Plan, *, seed: int
-) -> tuple[Trainer, Start, list[dict[str, Any]]]:
-    """Run the best start with each step size, and the widest of the others that are close; keep the best.
-
-    A wide start can still come to see what a narrow one has left out. The guide ends up with the winner's parameters
-    and start.
-    """
-    extra = list(density.parameters().values()) if plan.train_model else []
-    entrants = [(starts[0], size) for size in STEP_SIZES[: 1 if extra else None]]
-    close = [start for start in starts[1:] if starts[0].elbo - start.elbo < CLOSE]
-    if close and not extra:
-        entrants.append((max(close, key=lambda start: start.volume), STEP_SIZES[0]))
-    steps = _race_steps(plan)
-    done = [_Entrant.run(guide, density, start, size, steps, seed=seed, extra=extra) for start, size in entrants]
-    best = max(done, key=lambda entrant: entrant.elbo if math.isfinite(entrant.elbo) else -math.inf)
-    guide.flow = best.trainer.flow
-    return best.trainer, best.start, [entrant.entry for entrant in done]
-
-
 @torch.no_grad()
 def _draw(flow: Flow, n: int) -> tuple[Tensor, Tensor]:
     return flow.rsample_and_log_prob((n,))
@@ -324,6 +252,27 @@ def _warnings(result: Training) -> list[str]:
     if result.skipped > 0.01 * len(result.losses):
         found.append(f"{result.skipped} of {len(result.losses)} steps had a gradient that is not finite")
     return found
+
+
+@torch.no_grad()
+def _too_uneven(flow: Flow, density: LogDensity) -> list[str]:
+    """Say so where the posterior's density is more uneven than a volume-preserving flow can be.
+
+    Such a flow hands on the base's Var[log q], which the posterior's Var[log p] has to equal.
+    """
+    if flow.settings is None or flow.settings["builder"] != "nice":
+        return []
+    z, log_q = _draw(flow, UNEVEN_DRAWS)
+    log_p = density(z)
+    weighing = weigh(z, log_p, log_q)
+    weights = weighing.log_weights.exp().nan_to_num()
+    log_p = torch.where(weights > 0, log_p.double(), 0.0)
+    spread = (weights * (log_p - (weights * log_p).sum()).square()).sum()
+    base = flow.base_distribution()
+    ratio = float(spread / base.log_prob(base.sample((UNEVEN_DRAWS,))).var())
+    if not ratio > UNEVEN:
+        return []
+    return [f"Var[log p] is {ratio:.1f} times what a volume-preserving flow can have, so NICE cannot fit; try realnvp"]
 
 
 def _settings(run: _Run, density: LogDensity, began: float, **given: Any) -> dict[str, Any]:
