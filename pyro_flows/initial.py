@@ -210,7 +210,8 @@ def along_paths(density: LogDensity, points: Tensor, *, seed: int) -> list[Start
     # as if D more draws had the covariance of the best path
     share = pooled.ess / (pooled.ess + density.dim)
     covariance = share * pooled.covariance + (1.0 - share) * single.scale @ single.scale.mT
-    return [single, Start("multi-path pathfinder", pooled.mean, torch.linalg.cholesky(covariance))]
+    root, fault = torch.linalg.cholesky_ex(covariance)
+    return [single] if int(fault) else [single, Start("multi-path pathfinder", pooled.mean, root)]
 
 
 def _along_diagonal_paths(density: LogDensity, points: Tensor, *, seed: int) -> list[Start]:
