@@ -26,6 +26,7 @@ SEARCHES_UNBATCHED = 3
 PATHS_IF_LARGE = 4
 LEGS = 2
 SAME = 0.1  # nats
+TRUSTED_K_HAT = 0.7  # beyond, moments of weighted draws hang on a few of them
 MISSED_SHARE = 0.02  # of the best mode's mass
 MISSED_RATIO = 7.0  # nats by which the guide is thinner there than where it is thickest
 MODES = 4
@@ -204,12 +205,13 @@ def along_paths(density: LogDensity, points: Tensor, *, seed: int) -> list[Start
     if not math.isfinite(float(pooled.elbo[best])):
         return []
     single = Start("pathfinder", found.best.loc[best], lower_triangular(found.best.scale()[best]))
-    if not pooled.k_hat < 1.0:  # the draws have no moments
+    if not pooled.k_hat < TRUSTED_K_HAT:
         return [single]
     # as if D more draws had the covariance of the best path
     share = pooled.ess / (pooled.ess + density.dim)
     covariance = share * pooled.covariance + (1.0 - share) * single.scale @ single.scale.mT
-    return [single, Start("multi-path pathfinder", pooled.mean, torch.linalg.cholesky(covariance))]
+    root, fault = torch.linalg.cholesky_ex(covariance)
+    return [single] if int(fault) else [single, Start("multi-path pathfinder", pooled.mean, root)]
 
 
 def _along_diagonal_paths(density: LogDensity, points: Tensor, *, seed: int) -> list[Start]:
