@@ -147,8 +147,11 @@ class Check:
         return Monitor().add(*self())
 
 
-def train(trainer: Trainer, budget: Budget, *, seed: int, report: Report) -> Training:
-    """Run until the functionals stand still, then cool the step size down and average; or until the budget ends."""
+def train(trainer: Trainer, budget: Budget, *, seed: int, report: Report, settle: bool = True) -> Training:
+    """Run until the functionals stand still, then cool the step size down and average; or until the budget ends.
+
+    With ``settle=False`` the budget alone ends it, to see what stopping costs.
+    """
     check = Check.make(trainer.flow, trainer.density, seed=seed)
     monitor = Monitor()
     first = len(trainer.losses)  # a race may have gone before
@@ -162,6 +165,7 @@ def train(trainer: Trainer, budget: Budget, *, seed: int, report: Report) -> Tra
         if done % CHECK_EVERY == 0:
             value = monitor.add(*check())
             still, why = monitor.stationary()
+            still = still and settle
             if value >= best:
                 kept, best = trainer.keep(), value
             elif not value > best - FALL:

@@ -15,6 +15,7 @@ from pyro_flows.randomness import derive
 ESS_RATIO = 0.1
 MEAN_SHIFT = 0.1
 SD_SHIFT = 0.1
+WIDENING = math.log(2.0)  # of an sd: beyond it, weights tell that mass is missing in the tails, not how much
 POOL = 4
 CHECKED = 50  # draws run with Pyro's argument checks on
 
@@ -73,6 +74,7 @@ class Weighing:
     log_evidence: float
     mean_shift: Tensor
     sd_shift: Tensor
+    widening: float
     broken: int
 
     @property
@@ -93,12 +95,13 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
     ratio = torch.where(torch.isfinite(ratio), ratio, -torch.inf)
     if broken == len(ratio):
         nothing = torch.full((z.shape[1],), torch.nan)
-        return Weighing(ratio, math.inf, 0.0, -math.inf, -math.inf, nothing, nothing, broken)
+        return Weighing(ratio, math.inf, 0.0, -math.inf, -math.inf, nothing, nothing, 0.0, broken)
     log_weights, k_hat = psis(ratio)
     weights, points = log_weights.exp().unsqueeze(-1), z.double()
     mean, weighted = points.mean(0), (weights * points).sum(0)
     spread = points.std(0)
     weighted_spread = (weights * (points - weighted).square()).sum(0).sqrt()
+    narrowing = (spread / weighted_spread.clamp_min(torch.finfo(torch.float64).tiny)).log()
     return Weighing(
         log_weights=log_weights,
         k_hat=k_hat,
@@ -106,7 +109,8 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
         elbo=float(ratio[torch.isfinite(ratio)].mean()),
         log_evidence=float(torch.logsumexp(ratio, 0) - math.log(len(ratio))),
         mean_shift=(mean - weighted).abs() / weighted_spread.clamp_min(torch.finfo(torch.float64).tiny),
-        sd_shift=(spread / weighted_spread.clamp_min(torch.finfo(torch.float64).tiny)).log().abs(),
+        sd_shift=narrowing.abs(),
+        widening=float(-narrowing.min()),
         broken=broken,
     )
 
@@ -135,6 +139,8 @@ def judge(
         moved.append(f"weighting moves the mean of {names[int(where)]} by {mean:.2f} sd")
     if not sd <= SD_SHIFT:
         moved.append(f"weighting changes the sd of {names[int(sd_where)]} by a factor {math.exp(sd):.2f}")
+    if weighing.widening > WIDENING:
+        reasons.append(f"weighting widens an sd {math.exp(weighing.widening):.1f} times, more than weights can mend")
     if weighing.broken:
         moved.append(f"{weighing.broken} draws have no finite log density")
     status = "unreliable" if reasons else "corrected" if moved or warnings else "ok"
