@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import posteriordb, records, rivals, steps, toys
+from benchmarks import posteriordb, records, rivals, steps, stopping, toys
 from benchmarks.records import Row
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
@@ -30,6 +30,11 @@ SKELETON = """# Performance
 <!-- posteriordb: begin -->
 <!-- posteriordb: end -->
 
+## What the automatic stop costs
+
+<!-- stopping: begin -->
+<!-- stopping: end -->
+
 ## Toy targets
 
 <!-- toys: begin -->
@@ -42,6 +47,7 @@ def write_tables(
     *,
     steps_csv: Path = steps.OUT,
     posteriordb_csv: Path = posteriordb.OUT,
+    stopping_csv: Path = stopping.OUT,
     toys_csv: Path = toys.OUT,
 ) -> None:
     """Fill the sections of ``page`` whose CSV file is there; make the page if there is none.
@@ -53,6 +59,7 @@ def write_tables(
     sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
         ("steps", steps_csv, steps_section),
         ("posteriordb", posteriordb_csv, posteriordb_section),
+        ("stopping", stopping_csv, stopping_section),
         ("toys", toys_csv, toys_section),
     ]
     for name, file, section in sections:
@@ -104,6 +111,31 @@ def steps_section(rows: Sequence[Row]) -> str:
         f"that. {about(rows)} pyro_flows {rows[-1]['version']}."
     )
     return f"{text}\n\n{table(['', 'ms a step', 'ratio to Pyro'], body)}"
+
+
+def stopping_section(rows: Sequence[Row]) -> str:
+    """Return the section about the automatic stop."""
+    rows = [row for row in rows if row["version"] == rows[-1]["version"]]
+    text = (
+        f"The first round of a fit against one with the same seed that goes on for {stopping.LONGER} times as many "
+        f"steps; ELBOs on {stopping.DRAWS} common draws. {stopping.summary(rows)} {about(rows)} pyro_flows "
+        f"{rows[-1]['version']}."
+    )
+    body = [
+        [
+            f"{row['posterior']}, seed {row['seed']}",
+            row["steps"],
+            row["longer_steps"],
+            _lost(row),
+            _lost(row, "error_of_"),
+        ]
+        for row in rows
+    ]
+    return f"{text}\n\n{table(['', 'steps', 'longer', 'nats lost', 'standard error'], body)}"
+
+
+def _lost(row: Row, prefix: str = "") -> str:
+    return f"{float(row[f'{prefix}lost']):.4f}"
 
 
 def posteriordb_section(rows: Sequence[Row]) -> str:
