@@ -97,9 +97,13 @@ def rounds(
         if name == "tempering":
             anneal(trainer, max(1, int(ANNEALED_SHARE * budget.left(used))), report=report)
         left = Budget(budget.steps - len(trainer.losses), budget.deadline)
-        result = train(trainer, left, seed=seed, report=report)
+        result = train(trainer, left, seed=seed, report=_named(report, name))
         used = len(trainer.losses)
         yield name, trainer, assess(guide.flow, density, result)
+
+
+def _named(report: Report, name: str) -> Report:
+    return lambda done, value, state: report(done, value, f"{name}, {state}")
 
 
 def _with_df(flow: Flow, df: float) -> Flow:
