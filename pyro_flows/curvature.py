@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_flows.log_density import LogDensity, quiet
+from pyro_flows.batching import quiet
+from pyro_flows.log_density import LogDensity
 
 FULL_HESSIAN_UP_TO = 200
 ROWS_AT_ONCE = 256

@@ -13,8 +13,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows.batching import quiet
 from pyro_flows.guides import AutoFlow
-from pyro_flows.log_density import LogDensity, quiet
+from pyro_flows.log_density import LogDensity
 from pyro_flows.posterior import Posterior, from_draws
 from pyro_flows.randomness import BatchedDraws, seeded
 from pyro_flows.sites import messages, place_all

@@ -15,6 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_flows.batching import where_possible
 from pyro_flows.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular, scales
 from pyro_flows.log_density import LogDensity
 from pyro_flows.pathfinder import pathfinder, pool
@@ -143,8 +144,11 @@ def prior_draws(density: LogDensity, draws: int, *, seed: int) -> Tensor:
         sites: dict[str, Any] = trace.nodes
         return {name: sites[name]["value"] for name in density.names}
 
+    def unconstrained(rows: Tensor) -> tuple[Tensor]:
+        return (density.unconstrain(density.map(draw, rows, randomness="different")),)
+
     with torch.no_grad(), seeded(seed, density.device):
-        z = density.unconstrain(density.map(draw, like.expand(draws, 1), randomness="different"))
+        (z,) = where_possible(unconstrained, like.expand(draws, 1), (density.dim,))
     return torch.where(torch.isfinite(z).all(-1, keepdim=True), z, 0.0)
 
 

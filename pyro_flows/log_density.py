@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flows import _checks
+from pyro_flows.batching import first_line, join, nearer, quiet, where_possible
 from pyro_flows.enumeration import Enumerate, Evaluator
 from pyro_flows.randomness import BatchedDraws, derive, seeded
 from pyro_flows.sites import Place, Resample, Structure, flatten_all, hold, messages, read_structure
@@ -134,9 +134,15 @@ class LogDensity:
 
     def _probe(self) -> None:
         """Find out whether the model can be batched, by comparing with single runs at two points."""
-        points = torch.linspace(-0.5, 0.5, 2 * self.dim, dtype=self.dtype, device=self.device).reshape(2, self.dim)
-        with torch.no_grad(), quiet():
+        spread = torch.linspace(-0.5, 0.5, 2 * self.dim, dtype=self.dtype, device=self.device).reshape(2, self.dim)
+
+        def run(size: float) -> tuple[Tensor, Tensor, Tensor]:
+            points = size * spread
             single, again = (torch.stack([self.single(point) for point in points]) for _ in range(2))
+            return points, single, again
+
+        with torch.no_grad(), quiet():
+            points, single, again = nearer(run)
             if not torch.allclose(single, again, rtol=1e-3, atol=1e-3, equal_nan=True):
                 worst = int((single - again).abs().nan_to_num(nan=torch.inf).argmax())
                 raise ValueError(
@@ -146,7 +152,7 @@ class LogDensity:
             try:
                 batched = torch.func.vmap(self.single)(points)
             except Exception as error:
-                self.batched, self.reason = False, f"not batched: {_first_line(error)}"
+                self.batched, self.reason = False, f"not batched: {first_line(error)}"
                 return
         if not torch.allclose(single, batched, rtol=1e-3, atol=1e-3, equal_nan=True):
             self.batched, self.reason = False, "not batched: vmap gave other values than single runs"
@@ -160,12 +166,12 @@ class LogDensity:
                 try:
                     batched = torch.func.vmap(function, randomness=randomness)
                     with BatchedDraws() if randomness == "different" else nullcontext():
-                        return _join([batched(part) for part in z.split(CHUNK)], torch.cat)
+                        return join([batched(part) for part in z.split(CHUNK)], torch.cat)
                 except RuntimeError as error:
                     if randomness == "error":
                         raise
                     logger.debug("drawing one by one: %s", error)
-            return _join([function(row) for row in z], torch.stack)
+            return join([function(row) for row in z], torch.stack)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return the log density (S,) at ``z`` (S, D), differentiable in ``z`` and in the model's own parameters.
@@ -174,7 +180,7 @@ class LogDensity:
         """
         self._check(z)
         self.evaluations += len(z) if z.requires_grad else 0
-        return _where_possible(lambda part: (self.map(self.single, part),), z, ())[0].to(z.dtype)
+        return where_possible(lambda part: (self.map(self.single, part),), z, ())[0].to(z.dtype)
 
     def forget(self) -> None:
         """Drop the recorded graphs: call it after the model's own parameters have changed."""
@@ -186,7 +192,7 @@ class LogDensity:
         z = z.detach()
         self.evaluations += len(z)
         if not self.batched:
-            values, grads = _where_possible(self._gradients_one_by_one, z, (), (self.dim,))
+            values, grads = where_possible(self._gradients_one_by_one, z, (), (self.dim,))
             return values, grads
         try:
             if len(z) not in self._graphs:
@@ -196,7 +202,7 @@ class LogDensity:
             with torch.no_grad():
                 return self._graphs[len(z)](z)
         except torch.linalg.LinAlgError:
-            values, grads = _where_possible(self._gradients, z, (), (self.dim,))
+            values, grads = where_possible(self._gradients, z, (), (self.dim,))
             return values, grads
 
     def _gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +232,7 @@ class LogDensity:
         except torch.linalg.LinAlgError:
             raise  # of these points, not of the model
         except Exception as error:
-            self.reason = f"not recorded: {_first_line(error)}"
+            self.reason = f"not recorded: {first_line(error)}"
             return self._gradients
         tolerance = 1e-8 if z.dtype == torch.float64 else 1e-3
         for ours, plain in zip(recorded, self._gradients(fresh), strict=True):
@@ -306,7 +312,10 @@ class LogDensity:
             return self.map(draw, z, randomness="different")
 
     def prior(self, draws: int, *, seed: int = 0) -> dict[str, Tensor] | None:
-        """Draw all sites from the prior, observed ones too: ``{name: (draws, *shape)}``; None for improper priors."""
+        """Draw all sites from the prior, observed ones too: ``{name: (draws, *shape)}``; None if there are none.
+
+        There are none with improper priors, and where a factorization fails on the way.
+        """
         _checks.integer("draws", draws, 1)
         names = (*self.names, *self.structure.deterministic, *self.structure.observed)
 
@@ -318,7 +327,7 @@ class LogDensity:
         with torch.no_grad(), seeded(derive(seed, "prior"), self.device):
             try:
                 return self.map(draw, torch.zeros(draws, 1, device=self.device), randomness="different")
-            except NotImplementedError:
+            except (NotImplementedError, torch.linalg.LinAlgError):
                 return None
 
     def explain(self, z: Tensor) -> str:
@@ -357,51 +366,3 @@ class LogDensity:
     def _check(self, z: Tensor) -> None:
         if z.dim() != 2 or z.shape[1] != self.dim:
             raise ValueError(f"z: expected shape (S, {self.dim}), got {tuple(z.shape)}.")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Switch validation off for a while: it branches on values, which neither vmap nor recording can do."""
-    with pyro.validation_enabled(False), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop because")  # vmap, in Pyro's samplers
-        yield
-
-
-def _where_possible(
-    function: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor, *widths: tuple[int, ...]
-) -> tuple[Tensor, ...]:
-    """Apply a function to the rows of ``z``, with NaN at rows where a factorization fails.
-
-    ``widths`` are the shapes of its results at one row.
-    """
-    pieces = list(_pieces(function, z))
-    if len(pieces) == 1 and len(pieces[0][1][0]) == len(z):
-        return pieces[0][1]
-    whole = tuple(z.new_full((len(z), *width), torch.nan) for width in widths)
-    for first, piece in pieces:
-        rows = torch.arange(first, first + len(piece[0]), device=z.device)
-        whole = tuple(all_.index_copy(0, rows, part.to(z)) for all_, part in zip(whole, piece, strict=True))
-    return whole
-
-
-def _pieces(
-    function: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor, first: int = 0
-) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Yield where a piece of the rows begins and the function of it, halving where a factorization fails."""
-    try:
-        yield first, function(z)
-    except torch.linalg.LinAlgError:
-        if len(z) > 1:
-            half = len(z) // 2
-            yield from _pieces(function, z[:half], first)
-            yield from _pieces(function, z[half:], first + half)
-
-
-def _join(parts: list[Any], how: Callable[[list[Tensor]], Tensor]) -> Any:
-    if isinstance(parts[0], dict):
-        return {name: how([part[name] for part in parts]) for name in parts[0]}
-    return how(parts)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -20,6 +20,7 @@ from torch.distributions import Distribution, biject_to, transform_to
 from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
 
+from pyro_flows.batching import nearer
 from pyro_flows.centring import moves, spread, standardise
 
 MEDIAN_DRAWS = 15
@@ -472,9 +473,13 @@ def _dependence(
     model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], structure: Structure
 ) -> Structure:
     """Find out, from a second run, whether supports move with the latents, and which locations and scales do."""
-    point = torch.linspace(-1.0, 1.0, structure.dim, dtype=structure.dtype, device=structure.device)
-    with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), Place(structure.latents, point):
-        second = poutine.trace(model).get_trace(*args, **kwargs)
+
+    def run(size: float) -> tuple[Tensor, poutine.Trace]:
+        point = size * torch.linspace(-1.0, 1.0, structure.dim, dtype=structure.dtype, device=structure.device)
+        with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), Place(structure.latents, point):
+            return point, poutine.trace(model).get_trace(*args, **kwargs)
+
+    point, second = nearer(run)
     hierarchical, dependent = [], False
     for latent in structure.latents:
         priors = [messages(trace)[latent.name]["fn"] for trace in (structure.trace, second)]

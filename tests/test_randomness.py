@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from pyro_flows.log_density import quiet
+from pyro_flows.batching import quiet
 from pyro_flows.randomness import BatchedDraws
 
 DRAWS = 4000

@@ -1,0 +1,76 @@
+"""Rows of a batch at which a model's matrix has no factorization: NaN there, and nothing lost elsewhere."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows.batching import where_possible
+from tests.models import real
+from tests.registry import normal
+
+BAD = (3, 4, 11)
+
+
+def correlated(y: Tensor, *, single: bool = False) -> None:
+    """The covariance is positive definite for correlations below 1 only, and the prior goes on above."""
+    rho = pyro.sample("rho", dist.Normal(real(0.0), 0.5))
+    if single:
+        float(rho.detach())
+    covariance = torch.eye(2, dtype=y.dtype) + rho * (1.0 - torch.eye(2, dtype=y.dtype))
+    factor = torch.linalg.cholesky(covariance)
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(2, dtype=y.dtype), scale_tril=factor), obs=y)
+
+
+def points() -> Tensor:
+    z = 0.3 * normal(16, 1, seed=1).clamp(-2.0, 2.0)
+    z[list(BAD)] = real(1.5, -1.2, 4.0)[:, None]
+    return z
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_density_and_gradient_are_nan_there_and_right_elsewhere(single):
+    density = pf.LogDensity(correlated, (real(0.3, -0.4),), {"single": single})
+    assert density.batched is not single
+    z = points()
+    good = torch.ones(len(z), dtype=torch.bool)
+    good[list(BAD)] = False
+    values = density(z)
+    again, gradients = density.value_and_grad(z)
+    for found in (values, again, gradients[:, 0]):
+        assert torch.equal(torch.isfinite(found), good)
+    alone, slopes = density.value_and_grad(z[good])
+    assert torch.allclose(values[good], alone)
+    assert torch.allclose(again[good], alone)
+    assert torch.allclose(gradients[good], slopes)
+
+
+def test_recording_survives_a_first_batch_with_bad_rows():
+    density = pf.LogDensity(correlated, (real(0.3, -0.4),))
+    z = points()
+    density.value_and_grad(z)
+    assert density.reason is None
+    clean = z.clamp(-0.5, 0.5)
+    density.value_and_grad(clean)
+    assert len(clean) in density._graphs
+    assert density.reason is None
+
+
+def test_a_fit_goes_through():
+    posterior = pf.fit(correlated, real(0.3, -0.4), progress=False, max_steps=150, escalate=False, draws=500)
+    assert torch.isfinite(posterior.z).all()
+    assert float(posterior.samples["rho"].abs().median()) < 1.0
+
+
+def test_no_row_at_all():
+    def fails(z: Tensor) -> tuple[Tensor]:
+        raise torch.linalg.LinAlgError("not positive-definite")
+
+    found, wide = where_possible(fails, torch.zeros(3, 2), (), (2,))
+    assert found.shape == (3,)
+    assert wide.shape == (3, 2)
+    assert torch.isnan(wide).all()
