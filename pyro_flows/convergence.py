@@ -13,6 +13,7 @@ R_HAT = 1.1
 ELBO_TOLERANCE = 0.02
 LEFT_TOLERANCE = 0.03
 SD_TOLERANCE = 0.05
+NOISY = 20.0
 TRIM = 0.02
 
 
@@ -58,10 +59,10 @@ class Monitor:
     def stationary(self) -> tuple[bool, str]:
         """Whether the last window stands still, and the sentence that says so.
 
-        A functional stands still if its split R-hat is at most 1.1, or if its two half-window means differ by less
-        than it matters: 0.02 nats of ELBO, 0.05 posterior sds, 5 % of an sd. A slow climb is small in any window, so
-        the ELBO's is also extrapolated: were the gap to shrink as one over the number of steps, what is left to be
-        gained must be 0.03 nats at most, give or take its standard error.
+        A functional stands still if its two half-window means differ by less than it matters (0.02 nats of ELBO, 0.05
+        posterior sds, 5 % of an sd), or by up to twenty times that while its split R-hat is at most 1.1. A slow climb
+        is small in any window, so the ELBO's is also extrapolated: were the gap to shrink as one over the number of
+        steps, what is left to be gained must be 0.03 nats at most, give or take its standard error.
         """
         if len(self.elbos) < WINDOW:
             return False, f"{len(self.elbos)} of {WINDOW} checks"
@@ -75,8 +76,8 @@ class Monitor:
         series = torch.cat([elbos - elbos[-1], moments], dim=1)
         r_hat = split_r_hat(series)
         drift = (series[: WINDOW // 2].mean(0) - series[-(WINDOW // 2) :].mean(0)).abs()
-        small = torch.cat([drift[:1] < ELBO_TOLERANCE, drift[1:] < SD_TOLERANCE])
-        moving = ~((r_hat <= R_HAT) | small)
+        relative = torch.cat([drift[:1] / ELBO_TOLERANCE, drift[1:] / SD_TOLERANCE])
+        moving = ~((relative < 1.0) | ((r_hat <= R_HAT) & (relative < NOISY)))
         text = f"ELBO drift {float(drift[0]):.3f} nats, worst moment drift {float(drift[1:].max()):.3f} sd"
         return not bool(moving.any()) and self._left(elbos[:, 0]) <= LEFT_TOLERANCE, text
 

@@ -254,14 +254,13 @@ def missed_modes(density: LogDensity, modes: Sequence[Start], score: Callable[[T
     """
     if len(modes) < 2:
         return []
-    points = torch.stack([mode.loc for mode in modes])
-    evidences = torch.tensor([mode.evidence for mode in modes], dtype=torch.float64)
+    best = max(mode.evidence for mode in modes if mode.evidence is not None)
+    large = [mode for mode in modes if mode.evidence is not None and mode.evidence - best > math.log(MISSED_SHARE)]
+    points = torch.stack([mode.loc for mode in large])
     ratios = (density(points) - score(points)).double().cpu()
-    covered = float(ratios.min())
     found = []
-    for mode, ratio, evidence in zip(modes, ratios.tolist(), evidences.tolist(), strict=True):
-        share = math.exp(evidence - float(evidences.max()))
-        if share > MISSED_SHARE and ratio - covered > MISSED_RATIO:
+    for mode, ratio in zip(large, ratios.tolist(), strict=True):
+        if ratio - float(ratios.min()) > MISSED_RATIO:
             values = density.constrain(mode.loc[None])
             place = ", ".join(f"{name} = {value[0].flatten()[0]:.3g}" for name, value in list(values.items())[:3])
             found.append(f"the guide lacks a mode near {place}; try runs=4")
