@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from pyro_flows.density import DensityFit, fit_density
 from pyro_flows.diagnostics import diagnose
 from pyro_flows.fit import fit
 from pyro_flows.flows import Flow, nice, planar, realnvp
@@ -40,6 +41,7 @@ __all__ = [
     "Bijection",
     "Bound",
     "Chain",
+    "DensityFit",
     "DiagonalAffine",
     "Flow",
     "Inverse",
@@ -53,6 +55,7 @@ __all__ = [
     "Verdict",
     "diagnose",
     "fit",
+    "fit_density",
     "load",
     "masks",
     "nice",

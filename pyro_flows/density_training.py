@@ -225,7 +225,7 @@ def _check_every(ascent: Ascent) -> int:
 
 
 def _factor(state: State, progress: float) -> float | None:
-    """Return the share of the step size to take now; none at the end. Begins the cool-down where the budget asks for it."""
+    """Return the share of the step size to take now, none at the end; begin the cool-down that the budget asks for."""
     if progress >= 1.0:
         state.why = state.why or "the budget ended it"
         return None

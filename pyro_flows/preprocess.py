@@ -19,8 +19,8 @@ CONSTANT = 1e-12  # a variance below this share of the squared mean is rounding 
 class Preprocess(Bijection):
     r"""A fixed affine map to the scale of the data, :math:`y = m + B c + A x`; A is diagonal or a full matrix.
 
-    c is the context, if there is one. :math:`\log|J| = \log|\det A|` is a constant. Nothing here is trained: a flow with
-    this as its last layer sees standardised or white data, and its density is that of the data as they are. Both
+    c is the context, if there is one. :math:`\log|J| = \log|\det A|` is a constant. Nothing here is trained: a flow
+    with this as its last layer sees standardised or white data, and its density is that of the data as they are. Both
     ways cost O(D), or one product with a D x D matrix.
 
     Args:
@@ -87,9 +87,7 @@ class Preprocess(Bijection):
         return x, -self.log_scale.expand(x.shape[: x.dim() - self.event_dim])
 
 
-def preprocess(
-    kind: str, batches: Iterable[Batch], *, noise_variance: float = 0.0, shrink: bool = True
-) -> Preprocess:
+def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shrink: bool = True) -> Preprocess:
     r"""Measure data, and return the layer that makes them standardised or white. One pass over the batches.
 
     With a context, its linear effect on the mean is taken out too: for one-hot classes, the mean of each class.
@@ -99,7 +97,7 @@ def preprocess(
     Args:
         kind: ``"standardize"`` or ``"whiten"``.
         batches: points, each with its context or none.
-        noise_variance: of noise that training will add and that is not in these batches.
+        pooled: whether all coordinates get one scale, as the pixels of an image should.
         shrink: whether correlations are shrunk.
 
     Raises:
@@ -121,7 +119,9 @@ def preprocess(
         context = torch.cat([batch for _, batch in seen if batch is not None]).double()
         slope, y = _regress(context, y)
         mean = mean - context.mean(0) @ slope
-    scale = _scales(y, mean, noise_variance)
+    scale = _scales(y, mean)
+    if pooled:
+        scale = scale.square().mean().sqrt().expand(scale.shape)
     factor = scale.reshape(shape)
     if kind == "whiten":
         factor = scale[:, None] * _root(y / scale, shrink)
@@ -137,14 +137,14 @@ def _regress(context: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return slope, y - centred @ slope
 
 
-def _scales(y: Tensor, mean: Tensor, noise_variance: float) -> Tensor:
-    variance = y.square().mean(0) + noise_variance
+def _scales(y: Tensor, mean: Tensor) -> Tensor:
+    variance = y.square().mean(0)
     constant = variance <= CONSTANT * mean.square() + 1e-30
     if bool(constant.any()):
         where = constant.nonzero().flatten().tolist()
         warnings.warn(
-            f"data: coordinate {where[0]} is constant ({len(where)} of {len(constant)} are), so that its density has no "
-            "upper bound. Drop it, or pass levels= if the values are quantised.",
+            f"data: coordinate {where[0]} is constant ({len(where)} of {len(constant)} are), so that its density has "
+            "no upper bound. Drop it, or pass levels= if the values are quantised.",
             UserWarning,
             stacklevel=4,
         )
@@ -163,4 +163,3 @@ def _root(z: Tensor, shrink: bool) -> Tensor:
     share = float((noise / away.clamp(min=1e-300)).clamp(0.0, 1.0)) if shrink else 0.0
     values, vectors = torch.linalg.eigh((1.0 - share) * found + share * torch.eye(dim).to(found))
     return (vectors * values.clamp(min=dim * 1e-7).sqrt()) @ vectors.mT
-

@@ -1,0 +1,398 @@
+"""``fit_density``: a flow fitted to data by maximum likelihood, and the result."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from pyro_flows import _checks, density_storage
+from pyro_flows.density_data import CHUNK, Batch, Levels, Rows, Source, Stream, rows, source
+from pyro_flows.density_training import RACE_STEPS, RACED, Ascent, Plan, climb
+from pyro_flows.flows import BUILDERS, Flow
+from pyro_flows.preprocess import KINDS, Preprocess, preprocess
+from pyro_flows.randomness import derive, seeded
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_STEPS = 20_000
+BATCH = 512
+CHECKED_POINTS = 5_000  # held-out points that the checks during training use
+MEASURED_POINTS = 50_000  # from which scales and correlations are taken
+SAVE_EVERY = 30.0  # seconds between checkpoints
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.monotonic, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class DensityFit:
+    """A density fitted to data: the flow, how it was trained, and how good it is on points that it did not see.
+
+    Attributes:
+        flow: the trained flow, with the affine map to the scale of the data as its last layer.
+        losses: negative mean log density of each minibatch, in nats.
+        checks: ``(count, 2)``: steps done and mean log density of held-out points, of the averaged weights.
+        validation: mean log density of all held-out points, in nats; NaN if there were none.
+        levels: how the data are quantised, if they are.
+        settings: what :func:`fit_density` was asked for and what it chose.
+        why: what ended the training, in a sentence.
+    """
+
+    flow: Flow
+    losses: Tensor
+    checks: Tensor
+    validation: float
+    levels: Levels | None
+    settings: dict[str, Any] = field(repr=False)
+    why: str
+
+    @torch.no_grad()
+    def log_prob(self, y: Any, context: Any = None) -> Tensor:
+        """Return ``log q(y)`` for points ``(N, ...)``, in nats, ``(N,)``; with levels, of points in the unit cube.
+
+        Raises:
+            ValueError: for points of another shape, or values that are missing.
+        """
+        given = self._source(y, context)
+        return torch.cat([self.flow.log_prob(batch, about) for batch, about in given.ordered(CHUNK)])
+
+    @torch.no_grad()
+    def sample(self, count: int, context: Any = None, *, seed: int | None = None) -> Tensor:
+        """Draw ``count`` points, ``(count, ...)``; with a context, one for each of its ``count`` rows.
+
+        Raises:
+            ValueError: for a count below 1, or a context that does not fit.
+        """
+        _checks.integer("count", count, 1)
+        if context is None:
+            return self._draw(lambda: self.flow().sample((count,)), seed)
+        about = torch.as_tensor(context).to(_like(self.flow)).expand(count, -1)
+        return self._draw(lambda: self.flow(about).sample(), seed)
+
+    def _draw(self, draw: Callable[[], Tensor], seed: int | None) -> Tensor:
+        if seed is None:
+            return draw()
+        with seeded(seed, _like(self.flow).device):
+            return draw()
+
+    def nats(self, data: Any, context: Any = None, *, seed: int = 0) -> float:
+        """Return the mean log density of data given as to :func:`fit_density`; quantised values get noise first."""
+        given: Source = self._source(data, context)
+        if self.levels is not None:
+            given = given.quantised(self.levels.count)
+        with seeded(seed, _like(self.flow).device):
+            return _mean(self.flow, given)
+
+    def bits_per_dim(self, data: Any, context: Any = None, *, seed: int = 0) -> float:
+        r"""Return bits a dimension, :math:`(\log L - \text{nats} / D) / \log 2` for L levels; smaller is better.
+
+        For quantised data it is an upper bound on the bits that a code by this model needs. Without levels, L is 1.
+        """
+        return self._bits(self.nats(data, context, seed=seed))
+
+    def _bits(self, nats: float) -> float:
+        return _bits(nats, self.flow, self.levels)
+
+    def summary(self) -> str:
+        """Say in a few lines what was fitted, how long it took and how good it is."""
+        about = self.settings
+        lines = [
+            f"{about['flow']} on {about['points']} points of shape {tuple(about['event_shape'])}, "
+            f"preprocess {about['preprocess']!r}",
+            f"{about['steps']} steps of {about['batch']} in {about['seconds']:.1f} s, step size "
+            f"{about['learning_rate']:g}: {self.why}",
+            f"held out: {self.validation:.4f} nats, {self._bits(self.validation):.4f} bits/dim"
+            if math.isfinite(self.validation)
+            else f"nothing held out; last training loss {float(self.losses[-1]):.4f} nats",
+        ]
+        return "\n".join(lines)
+
+    def plot_losses(self) -> Figure:
+        """Draw training and held-out nats over the steps."""
+        from pyro_flows import pictures
+
+        return pictures.plot_losses(self.losses, self.checks)
+
+    def plot_samples(self, count: int = 64, *, image_shape: tuple[int, ...] | None = None, seed: int = 0) -> Figure:
+        """Draw samples: a cloud in two dimensions, else a grid of images (of ``image_shape``, for flat ones)."""
+        from pyro_flows import pictures
+
+        points = self.sample(count if self.flow().event_shape != (2,) else 2000, seed=seed)
+        return pictures.plot_points(points) if points.shape[1:] == (2,) else pictures.plot_images(points, image_shape)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a directory of tensors and JSON.
+
+        Raises:
+            ValueError: if the flow was not made by a builder, or the path holds other files.
+        """
+        description = {"settings": self.settings, "validation": self.validation, "why": self.why}
+        density_storage.write(path, self.flow, {"losses": self.losses, "checks": self.checks}, description, self.levels)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> DensityFit:
+        """Read what :meth:`save` wrote. No code is run: only tensors and JSON are read.
+
+        Raises:
+            ValueError: if the directory is not a saved density, or of another format version.
+        """
+        return cls(**density_storage.read(path))
+
+    def _source(self, y: Any, context: Any) -> Source:
+        about = {"context_dim": self.flow.context_dim, "like": _like(self.flow)}
+        return source("data", y, context, event_shape=self.flow().event_shape, **about)
+
+
+def fit_density(
+    flow: Flow | str,
+    data: Any,
+    *,
+    context: Any = None,
+    validation: Any = 0.1,
+    preprocess: str | None = "auto",
+    levels: int | None = None,
+    batch: int | None = None,
+    learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+    max_epochs: int | None = None,
+    max_seconds: float | None = None,
+    clock: str = "wall",
+    checkpoint: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> DensityFit:
+    r"""Fit a flow to data by maximum likelihood, with nothing to tune.
+
+    The data are put on a common scale by an affine map that becomes the flow's last layer. Step sizes race for a few
+    steps; the best goes on until the mean log density of held-out points stands still, or 40 % of the budget is used;
+    then the step size falls to zero along a cosine. An average of the weights over about the last tenth of the steps
+    is what is checked and, if it is the best, what is kept.
+
+    Args:
+        flow: a flow of the shape of one point, which is copied, not changed; or the name of a builder for vectors
+            (``"realnvp"``, ``"nice"``, ...), then with a logistic base. Data often touch places that are empty in
+            training; a normal base punishes them without measure.
+        data: one point a row, ``(N, ...)``: a tensor, an array, a ``numpy.memmap`` (read batch by batch), or a
+            ``DataLoader`` that gives tensors, or pairs ``(data, context)``.
+        context: what the density is conditional on, ``(N, context_dim)``.
+        validation: the share to hold out; or held-out data, or a pair of them and their context; or ``None``, with
+            which nothing stops the training but the budget. With a ``DataLoader``, it cannot be a share.
+        preprocess: ``"standardize"`` (each coordinate), ``"whiten"`` (correlations too; see
+            :func:`~pyro_flows.preprocess.preprocess`), ``None``, or ``"auto"``: standardised for vectors, and for
+            images with one scale for all pixels.
+        levels: for quantised data, how many levels they have (256 for bytes): values 0 to ``levels - 1``, or the same
+            divided by ``levels - 1``. Level k becomes ``(k + U(0, 1)) / levels``, with fresh noise each time, and the
+            density is one on the unit cube.
+        batch: points a step; by default 512, or a tenth of the data if that is less, and 32 at least.
+        learning_rate: the step size of Adam, without a race.
+        weight_decay: of AdamW, relative to the step size.
+        max_epochs: passes through the data at most; by default, as many as make 20 000 steps.
+        max_seconds: seconds at most, preparation included.
+        clock: what these seconds are: ``"wall"``, or ``"cpu"`` for the process's own, as benchmarks want them.
+        checkpoint: a file, written each half minute at the end of an epoch and at the end. If it is there, the
+            training goes on from it, as if it had not been broken off.
+        seed: of all randomness. The global generators are left as they were.
+        progress: whether to show a bar, with held-out nats and bits a dimension.
+
+    Raises:
+        ValueError: for data of another shape than the flow's, missing or infinite values (with row and column), values
+            that are no levels, a checkpoint of another run, or an option out of range.
+
+    Warns:
+        UserWarning: if a coordinate is constant.
+
+    Reference: Dinh, Krueger and Bengio 2015; Polyak and Juditsky 1992 (averaging).
+
+    >>> import torch, pyro_flows as pf
+    >>> points = torch.randn(500, 1) * torch.tensor([1.0, 10.0]) + 5.0
+    >>> fit = pf.fit_density("realnvp", points, max_epochs=3, progress=False)
+    >>> fit.sample(4).shape, fit.log_prob(points).shape
+    (torch.Size([4, 2]), torch.Size([500]))
+    """
+    began = CLOCKS[_checks.choice("clock", clock, CLOCKS)]()
+    options = {
+        "preprocess": preprocess if preprocess is None else _checks.choice("preprocess", preprocess, ("auto", *KINDS)),
+        "levels": levels if levels is None else _checks.integer("levels", levels, 2),
+        "weight_decay": float(weight_decay) if weight_decay == 0 else _checks.positive("weight_decay", weight_decay),
+        "seed": _checks.integer("seed", seed, 0),
+    }
+    limits = (
+        max_epochs if max_epochs is None else _checks.integer("max_epochs", max_epochs, 1),
+        math.inf if max_seconds is None else _checks.positive("max_seconds", max_seconds),
+    )
+    if learning_rate is not None:
+        _checks.positive("learning_rate", learning_rate)
+    like = _like(flow) if isinstance(flow, Flow) else torch.zeros(())
+    with seeded(derive(seed, "fit_density"), like.device):
+        made = _make(flow, data, context)
+        train, held_out = _sources(made, data, context, validation, levels)
+        made, name = _with_preprocessing(made, train, preprocess)
+        size = _batch_size(train, batch)
+        checks = [] if held_out is None else _materialise(held_out)
+        ascent = Ascent(made, train, checks, batch=size, weight_decay=options["weight_decay"])
+        max_steps = MAX_STEPS if limits[0] is None else limits[0] * train.steps(size)
+        plan = Plan(max_steps, limits[1], CLOCKS[clock], began)
+        bar = _Bar(visible=progress, flow=made, levels=train.levels)
+        keeper = density_storage.Keeper(checkpoint, ascent, plan, SAVE_EVERY, {**options, "batch": size})
+        if not keeper.resume():
+            _choose_step_size(ascent, learning_rate, max_steps)
+        climb(ascent, keeper.plan, report=bar.show, save=keeper.save)
+        keeper.save(final=True)
+        validated = math.nan if held_out is None else _mean(made, held_out)
+        bar.close(validated)
+    state = ascent.state
+    made.requires_grad_(True)
+    settings = {
+        **options,
+        "flow": (made.settings or {}).get("builder", "flow"),
+        "preprocess": name,
+        "points": len(train) if isinstance(train, Rows) else None,
+        "event_shape": list(made().event_shape),
+        "batch": size,
+        "learning_rate": state.learning_rate,
+        "steps": state.steps,
+        "epochs": state.epoch,
+        "seconds": CLOCKS[clock]() - keeper.plan.began,
+        "clock": clock,
+        "skipped": state.skipped,
+        "falls": state.falls,
+    }
+    return DensityFit(
+        flow=made,
+        losses=torch.tensor(state.losses),
+        checks=torch.tensor(state.checks, dtype=torch.float64).reshape(-1, 2),
+        validation=validated,
+        levels=train.levels,
+        settings=settings,
+        why=state.why,
+    )
+
+
+# parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _like(flow: Flow) -> Tensor:
+    return next(flow.parameters(), flow._like)
+
+
+def _make(flow: Flow | str, data: Any, context: Any) -> Flow:
+    """Copy the flow, or make one by a builder's name."""
+    if isinstance(flow, Flow):
+        return copy.deepcopy(flow)
+    if not isinstance(flow, str):
+        raise ValueError(f"flow: expected a Flow or a builder's name, got a {type(flow).__name__}.")
+    builder = BUILDERS[_checks.choice("flow", flow, BUILDERS)]
+    if isinstance(data, DataLoader):
+        raise ValueError("flow: a DataLoader does not tell its shape; pass a flow, such as pf.realnvp(dim).")
+    shape = rows("data", data, None, torch.zeros(())).event_shape
+    if len(shape) != 1:
+        raise ValueError(f"flow: a name makes a flow of vectors, the data have shape {tuple(shape)}; pass a flow.")
+    width = 0 if context is None else torch.as_tensor(context).shape[-1]
+    return builder(shape[0], context_dim=width, base="logistic")
+
+
+def _sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int | None) -> tuple[Source, Source | None]:
+    """Make what is trained on and what is held out."""
+    about = {"event_shape": flow().event_shape, "context_dim": flow.context_dim, "like": _like(flow)}
+    train = source("data", data, context, **about)
+    if levels is not None:
+        train = train.quantised(levels)
+    if validation is None:
+        return train, None
+    if isinstance(validation, float):
+        if isinstance(train, Stream):
+            raise ValueError(
+                "validation: of a DataLoader no share can be held out; pass held-out data, a loader of them, or None."
+            )
+        if not 0.0 < validation < 1.0:
+            raise ValueError(f"validation: expected a share between 0 and 1, data or None, got {validation!r}.")
+        return train.split(validation)
+    pair = validation if isinstance(validation, tuple) else (validation, None)
+    if len(pair) != 2:
+        raise ValueError(f"validation: expected data, or a pair (data, context), got {len(pair)} items.")
+    held_out = source("validation", *pair, **about)
+    return train, held_out if levels is None else held_out.quantised(levels)
+
+
+def _with_preprocessing(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str | None]:
+    """Append the affine map to the scale of the data, as measured on the data, noise of levels included."""
+    if kind is None:
+        return flow, None
+    images = len(flow().event_shape) > 1
+    kind = "standardize" if kind == "auto" else kind
+    batches: list[Batch] = []
+    for batch in (train.first(MEASURED_POINTS) if isinstance(train, Rows) else train).ordered(CHUNK):
+        batches.append(batch)
+        if sum(len(y) for y, _ in batches) >= MEASURED_POINTS:
+            break
+    layer: Preprocess = preprocess(kind, batches, pooled=images)
+    return density_storage.append(flow, layer), kind
+
+
+def _batch_size(train: Source, batch: int | None) -> int:
+    if batch is not None:
+        return _checks.integer("batch", batch, 1)
+    return max(32, min(BATCH, len(train) // 10)) if isinstance(train, Rows) else BATCH
+
+
+def _materialise(held_out: Source) -> list[Batch]:
+    """Return batches that stay the same in all checks, noise included."""
+    if isinstance(held_out, Rows):
+        return list(held_out.first(CHECKED_POINTS).ordered(CHUNK))
+    found: list[Batch] = []
+    for batch in held_out.ordered(CHUNK):
+        found.append(batch)
+        if sum(len(y) for y, _ in found) >= CHECKED_POINTS:
+            break
+    return found
+
+
+def _choose_step_size(ascent: Ascent, learning_rate: float | None, max_steps: int) -> None:
+    if learning_rate is not None:
+        ascent.state.learning_rate = learning_rate
+        return
+    ascent.race(RACED, max(min(RACE_STEPS, max_steps // 10), 2))
+
+
+@torch.no_grad()
+def _mean(flow: Flow, given: Source) -> float:
+    total, count = 0.0, 0
+    for y, context in given.ordered(CHUNK):
+        total += float(flow.log_prob(y, context).double().sum())
+        count += len(y)
+    return total / count
+
+
+def _bits(nats: float, flow: Flow, levels: Levels | None) -> float:
+    offset = 0.0 if levels is None else math.log(levels.count)
+    return (offset - nats / math.prod(flow().event_shape)) / math.log(2.0)
+
+
+class _Bar:
+    """A progress bar in percent of the budget."""
+
+    def __init__(self, *, visible: bool, flow: Flow, levels: Levels | None) -> None:
+        self.flow, self.levels = flow, levels
+        self.bar = tqdm(total=100, disable=not visible, unit="%", desc="fit_density", leave=True)
+
+    def show(self, state: str, epoch: int, share: float, nats: float) -> None:
+        self.bar.n = min(round(100 * share), 100)
+        self.bar.set_postfix_str(f"epoch {epoch}, {self._words(nats)}, {state}", refresh=True)
+
+    def close(self, nats: float) -> None:
+        self.bar.n = self.bar.total
+        if math.isfinite(nats):
+            self.bar.set_postfix_str(self._words(nats), refresh=True)
+        self.bar.close()
+
+    def _words(self, nats: float) -> str:
+        return f"{nats:.3f} nats, {_bits(nats, self.flow, self.levels):.3f} bits/dim"
