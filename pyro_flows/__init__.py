@@ -2,16 +2,19 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from pyro_flows.builders import nice, planar, realnvp, spline
 from pyro_flows.density import DensityFit, fit_density
 from pyro_flows.diagnostics import diagnose
 from pyro_flows.fit import fit
-from pyro_flows.flows import Flow, nice, planar, realnvp
+from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, AutoNICE, AutoPlanar, AutoRealNVP
 from pyro_flows.log_density import LogDensity
 from pyro_flows.posterior import Posterior, load
 from pyro_flows.transforms import (
+    ActNorm,
     AdditiveCoupling,
     AffineCoupling,
+    BatchNorm,
     Bijection,
     Bound,
     Chain,
@@ -22,6 +25,7 @@ from pyro_flows.transforms import (
     Planar,
     Rescale,
     SinhArcsinh,
+    SplineCoupling,
     masks,
 )
 from pyro_flows.verdict import Verdict
@@ -32,12 +36,14 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
     "AutoFlow",
     "AutoNICE",
     "AutoPlanar",
     "AutoRealNVP",
+    "BatchNorm",
     "Bijection",
     "Bound",
     "Chain",
@@ -52,6 +58,7 @@ __all__ = [
     "Posterior",
     "Rescale",
     "SinhArcsinh",
+    "SplineCoupling",
     "Verdict",
     "diagnose",
     "fit",
@@ -61,4 +68,5 @@ __all__ = [
     "nice",
     "planar",
     "realnvp",
+    "spline",
 ]

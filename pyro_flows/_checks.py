@@ -43,10 +43,30 @@ def widths(name: str, value: Any) -> tuple[int, ...]:
     return tuple(integer(name, width, 1) for width in value)
 
 
-def event(owner: str, x: Tensor, dim: int) -> None:
-    """Check that the last axis of ``x`` has ``dim`` entries."""
-    if x.dim() < 1 or x.shape[-1] != dim:
-        raise ValueError(f"{owner}: expected a tensor of shape (..., {dim}), got {tuple(x.shape)}.")
+def size(name: str, value: Any) -> int | tuple[int, int, int]:
+    """Return a number of coordinates as it is, or the shape (C, H, W) of an image as a tuple."""
+    if isinstance(value, int):
+        return integer(name, value, 1)
+    if isinstance(value, (tuple, list)) and len(value) == 3:
+        channels, height, width = (integer(name, side, 1) for side in value)
+        return channels, height, width
+    raise ValueError(f"{name}: expected an integer >= 1 or the shape (C, H, W) of an image, got {value!r}.")
+
+
+def image(name: str, value: Any) -> tuple[int, int, int]:
+    """Return the shape (C, H, W) of an image as a tuple."""
+    shape = () if isinstance(value, int) else size(name, value)
+    if isinstance(shape, int) or not shape:
+        raise ValueError(f"{name}: expected the shape (C, H, W) of an image, got {value!r}.")
+    return shape
+
+
+def event(owner: str, x: Tensor, dim: int | tuple[int, ...]) -> None:
+    """Check that the last axis of ``x`` has ``dim`` entries, or its last axes the shape ``dim``."""
+    shape = (dim,) if isinstance(dim, int) else dim
+    if x.shape[-len(shape) :] != shape:
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"{owner}: expected a tensor of shape (..., {expected}), got {tuple(x.shape)}.")
 
 
 def context(owner: str, value: Tensor | None, context_dim: int) -> None:

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pyro_flows import _checks, density_storage
+from pyro_flows.builders import BUILDERS
 from pyro_flows.density_data import CHUNK, Batch, Levels, Rows, Source, Stream, rows, source
 from pyro_flows.density_training import RACE_STEPS, RACED, Ascent, Plan, climb
-from pyro_flows.flows import BUILDERS, Flow
+from pyro_flows.flows import Flow
 from pyro_flows.preprocess import KINDS, Preprocess, preprocess
 from pyro_flows.randomness import derive, seeded
 
@@ -126,7 +127,7 @@ class DensityFit:
         """Draw samples: a cloud in two dimensions, else a grid of images (of ``image_shape``, for flat ones)."""
         from pyro_flows import pictures
 
-        points = self.sample(count if self.flow().event_shape != (2,) else 2000, seed=seed)
+        points = self.sample(count if self.flow.event_shape != (2,) else 2000, seed=seed)
         return pictures.plot_points(points) if points.shape[1:] == (2,) else pictures.plot_images(points, image_shape)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -149,7 +150,7 @@ class DensityFit:
 
     def _source(self, y: Any, context: Any) -> Source:
         about = {"context_dim": self.flow.context_dim, "like": _like(self.flow)}
-        return source("data", y, context, event_shape=self.flow().event_shape, **about)
+        return source("data", y, context, event_shape=self.flow.event_shape, **about)
 
 
 def fit_density(
@@ -256,7 +257,7 @@ def fit_density(
         "flow": (made.settings or {}).get("builder", "flow"),
         "preprocess": name,
         "points": len(train) if isinstance(train, Rows) else None,
-        "event_shape": list(made().event_shape),
+        "event_shape": list(made.event_shape),
         "batch": size,
         "learning_rate": state.learning_rate,
         "steps": state.steps,
@@ -302,7 +303,7 @@ def _make(flow: Flow | str, data: Any, context: Any) -> Flow:
 
 def _sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int | None) -> tuple[Source, Source | None]:
     """Make what is trained on and what is held out."""
-    about = {"event_shape": flow().event_shape, "context_dim": flow.context_dim, "like": _like(flow)}
+    about = {"event_shape": flow.event_shape, "context_dim": flow.context_dim, "like": _like(flow)}
     train = source("data", data, context, **about)
     if levels is not None:
         train = train.quantised(levels)
@@ -327,7 +328,7 @@ def _with_preprocessing(flow: Flow, train: Source, kind: str | None) -> tuple[Fl
     """Append the affine map to the scale of the data, as measured on the data, noise of levels included."""
     if kind is None:
         return flow, None
-    images = len(flow().event_shape) > 1
+    images = len(flow.event_shape) > 1
     kind = "standardize" if kind == "auto" else kind
     batches: list[Batch] = []
     for batch in (train.first(MEASURED_POINTS) if isinstance(train, Rows) else train).ordered(CHUNK):
@@ -374,7 +375,7 @@ def _mean(flow: Flow, given: Source) -> float:
 
 def _bits(nats: float, flow: Flow, levels: Levels | None) -> float:
     offset = 0.0 if levels is None else math.log(levels.count)
-    return (offset - nats / math.prod(flow().event_shape)) / math.log(2.0)
+    return (offset - nats / math.prod(flow.event_shape)) / math.log(2.0)
 
 
 class _Bar:

@@ -82,7 +82,7 @@ class Ascent:
         self.fresh_moments()
         self.average = self.keep()
         self.best_weights = self.average
-        self.dim = math.prod(flow().event_shape)
+        self.dim = flow.dim
 
     def fresh_moments(self) -> None:
         """Forget the optimiser's moments."""

@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_flows import _checks
-from pyro_flows.flows import BUILDERS, Flow
+from pyro_flows.builders import BUILDERS
+from pyro_flows.flows import Flow
 from pyro_flows.sites import Structure, flatten_all, initial_value, messages, place_all, read_structure
 from pyro_flows.transforms import Bijection, Bound, Chain, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 
@@ -55,8 +56,8 @@ class AutoFlow(AutoContinuous):
 
     Args:
         model: a Pyro model.
-        flow: a builder's name (``"realnvp"``, ``"nice"``, ``"planar"``), a :class:`Flow` or :class:`Bijection` of the
-            model's dimension, or a function of the dimension that returns one.
+        flow: a builder's name (``"realnvp"``, ``"spline"``, ``"nice"``, ``"planar"``), a :class:`Flow` or
+            :class:`Bijection` of the model's dimension, or a function of the dimension that returns one.
         affine: the trainable affine map after flow and tails: ``"tril"``, ``"diagonal"``, ``"none"`` (no tails
             either), or ``"auto"`` (triangular up to 200 dimensions).
         base: base distribution, see :class:`Flow`; ignored if ``flow`` is a :class:`Flow`, which brings its own.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pyro_flows as pf
 from pyro_flows import masks, transforms
-from pyro_flows.flows import BUILDERS
+from pyro_flows.builders import BUILDERS
 
 CONTEXT = 3
 HIDDEN = (6,)
@@ -121,8 +121,25 @@ def _coupling(kind: type, mask: Callable[[int], Tensor] | None = None, **more) -
     return build
 
 
+def _batch_norm(dim: int | tuple[int, ...]) -> pf.BatchNorm:
+    """In eval mode, with running averages of some batch."""
+    layer = pf.BatchNorm(dim)
+    shape = (dim,) if isinstance(dim, int) else dim
+    layer.inverse_and_ladj(1.0 + 2.0 * normal(16, *shape, seed=1, dtype=torch.float32))
+    return layer.eval()
+
+
+def _act_norm(dim: int | tuple[int, ...]) -> pf.ActNorm:
+    layer = pf.ActNorm(dim)
+    shape = (dim,) if isinstance(dim, int) else dim
+    layer.start_from(1.0 + 2.0 * normal(16, *shape, seed=1, dtype=torch.float32))
+    return layer
+
+
 # A factory of (dim, context_dim), and what differs from the defaults of ``Case``.
 TRANSFORMS: dict[str, tuple[Callable[[int, int], pf.Bijection], dict]] = {
+    "ActNorm": (lambda d, c: pf.ActNorm(d), {}),
+    "ActNorm-started": (lambda d, c: _act_norm(d), {"identity": False}),
     "AdditiveCoupling": (_coupling(pf.AdditiveCoupling), {}),
     "AdditiveCoupling-alternating": (_coupling(pf.AdditiveCoupling, masks.alternating, activation="elu"), {}),
     "AdditiveCoupling-flipped": (_coupling(pf.AdditiveCoupling, lambda d: masks.half(d, flip=True)), {}),
@@ -131,6 +148,9 @@ TRANSFORMS: dict[str, tuple[Callable[[int, int], pf.Bijection], dict]] = {
     "AffineCoupling-flipped": (_coupling(pf.AffineCoupling, lambda d: masks.half(d, flip=True)), {}),
     "AffineCoupling-random": (_coupling(pf.AffineCoupling, lambda d: masks.random(d, seed=5)), {}),
     "AffineCoupling-all": (_coupling(pf.AffineCoupling, lambda d: torch.zeros(d), log_scale_bound=0.5), {}),
+    "AffineCoupling-residual": (_coupling(pf.AffineCoupling, network="residual"), {}),
+    "BatchNorm": (lambda d, c: pf.BatchNorm(d).eval(), {}),
+    "BatchNorm-started": (lambda d, c: _batch_norm(d), {"identity": False}),
     "Chain": (_mixed, {"sd": 0.15, "closed": False, "identity": False}),
     "DiagonalAffine": (lambda d, c: pf.DiagonalAffine(d, context_dim=c, hidden=HIDDEN), {}),
     "DiagonalAffine-started": (_diagonal, {"identity": False}),
@@ -142,6 +162,9 @@ TRANSFORMS: dict[str, tuple[Callable[[int, int], pf.Bijection], dict]] = {
     "Permutation": (lambda d, c: pf.Permutation(d, seed=d), {"identity": False}),
     "Planar": (lambda d, c: pf.Planar(d, context_dim=c, hidden=HIDDEN), {"sd": 0.5, "closed": False}),
     "SinhArcsinh": (lambda d, c: transforms.SinhArcsinh(d, context_dim=c, hidden=HIDDEN), {}),
+    "SplineCoupling": (_coupling(pf.SplineCoupling, bins=5, bound=2.0), {}),
+    "SplineCoupling-all": (_coupling(pf.SplineCoupling, lambda d: torch.zeros(d), bins=3), {}),
+    "SplineCoupling-alternating": (_coupling(pf.SplineCoupling, masks.alternating, activation="tanh"), {}),
     "Rescale": (lambda d, c: pf.Rescale(d, context_dim=c, hidden=HIDDEN), {}),
 }
 
@@ -150,9 +173,10 @@ FLOWS: dict[str, tuple[Callable[..., pf.Flow], dict]] = {
     "nice": (pf.nice, {"layers": 4, "hidden": HIDDEN}),
     "planar": (pf.planar, {"layers": 4, "hidden": HIDDEN}),
     "realnvp": (pf.realnvp, {"layers": 4, "hidden": HIDDEN}),
+    "spline": (pf.spline, {"layers": 2, "hidden": HIDDEN, "bins": 4}),
 }
 NUMERIC = {"planar"}  # flows without a closed inverse
-ONE_WIDTH = {"Permutation"}  # transforms that take no context
+NO_CONTEXT = {"ActNorm", "BatchNorm", "Permutation"}  # transforms that take no context
 
 
 def make_flow(
@@ -173,7 +197,7 @@ def _cases(dims: tuple[int, ...]) -> list[Case]:
     for dim, context_dim in itertools.product(dims, (0, CONTEXT)):
         end = f"-{dim}" + ("-context" if context_dim else "")
         for name, (factory, more) in TRANSFORMS.items():
-            if not (context_dim and name in ONE_WIDTH):
+            if not (context_dim and name.split("-")[0] in NO_CONTEXT):
                 cases.append(Case(name + end, partial(factory, dim, context_dim), (dim,), context_dim, **more))
         for name in FLOWS:
             build = partial(_bijection_of, name, dim, context_dim)

@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Transform
 
 import pyro_flows as pf
-from pyro_flows import flows, masks, transforms
+from pyro_flows import builders, masks, transforms
 from tests.invariants import (
     check_batching,
     check_every_coordinate_moves,
@@ -45,7 +45,7 @@ class SignFlippedInInverse(pf.AffineCoupling):
 
 class ShiftFlippedInInverse(pf.AdditiveCoupling):
     def inverse_and_ladj(self, y, context=None):
-        return self._shift(y, context, 1.0)
+        return super().forward_and_ladj(y, context)
 
 
 class SignFlippedInScore(pf.AffineCoupling):
@@ -177,7 +177,7 @@ def test_masks_that_do_not_alternate_are_caught(name, monkeypatch):
         return pf.Chain([part for part in flow.bijection.layers if not isinstance(part, pf.Rescale)])
 
     check_every_coordinate_moves(couplings(), 3)
-    monkeypatch.setattr(masks, "sequence", lambda dim, layers, seed=0: [masks.half(dim)] * layers)
+    monkeypatch.setattr(masks, "sequence", lambda dim, layers, kind="mixed", seed=0: [masks.half(dim)] * layers)
     with pytest.raises(AssertionError, match="never move"):
         check_every_coordinate_moves(couplings(), 3)
 
@@ -190,5 +190,5 @@ def test_a_transform_without_a_case_is_caught(monkeypatch):
     assert unregistered() == set()
     monkeypatch.setattr(transforms, "New", New, raising=False)
     monkeypatch.setattr(transforms, "__all__", [*transforms.__all__, "New"])
-    monkeypatch.setitem(flows.BUILDERS, "new", flows.nice)
+    monkeypatch.setitem(builders.BUILDERS, "new", builders.nice)
     assert unregistered() == {"New", "new"}

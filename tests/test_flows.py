@@ -8,7 +8,8 @@ import torch
 from pyro.distributions import TransformedDistribution
 
 import pyro_flows as pf
-from pyro_flows.flows import BASES, BUILDERS
+from pyro_flows.builders import BUILDERS
+from pyro_flows.flows import BASES
 from tests.invariants import check_every_coordinate_moves, check_mass, close
 from tests.registry import FLOWS, SMALL, make_flow, normal
 
@@ -27,6 +28,8 @@ GRIDS = {
 @pytest.mark.parametrize("name", FLOWS)
 def test_mass_is_one(name, context_dim, base):
     half_width, points, tolerance = GRIDS[base]
+    if name == "spline":  # its density has kinks at the knots, where the error falls only as the step's square
+        points, tolerance = 2 * points - 1, max(tolerance, 5e-5)
     flow = make_flow(name, 2, context_dim=context_dim, base=base)
     context = normal(3, seed=1) if context_dim else None
     assert (flow.bijection.forward_and_ladj(normal(9, 2, seed=2), context)[0] - normal(9, 2, seed=2)).abs().max() > 0.1

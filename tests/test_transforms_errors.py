@@ -69,6 +69,10 @@ BAD_ARGUMENTS = {
         lambda: pf.DiagonalAffine(-1),
         lambda: pf.LowerTriangularAffine("2"),
         lambda: pf.Flow(pf.Rescale(2), dim=0),
+        lambda: pf.Flow(pf.Rescale(2), dim=3),
+        lambda: pf.Flow(pf.Rescale(2), dim=(2, 1, 1)),
+        lambda: pf.Flow(Image()),
+        lambda: pf.Flow(Image(), dim=4),
     ],
     "mask": [
         lambda: pf.AffineCoupling(3, mask=[True, False]),
@@ -121,7 +125,6 @@ BAD_ARGUMENTS = {
         lambda: pf.Chain([pf.Planar(2, context_dim=1), pf.Planar(2, context_dim=2)]),
     ],
     "bijection": [
-        lambda: pf.Flow(Image()),
         lambda: pf.Flow(torch.nn.Linear(2, 2)),
         lambda: pf.Flow(torch.distributions.ExpTransform()),
     ],

@@ -1,15 +1,20 @@
 """Bijections as Pyro ``TransformModule``s: each returns value and log-determinant, and inverts at any point."""
 
 from pyro_flows.transforms import masks
-from pyro_flows.transforms.base import Bijection, Bound, Chain, Inverse
+from pyro_flows.transforms.base import Bijection, Bound, Inverse
+from pyro_flows.transforms.chain import Chain
 from pyro_flows.transforms.coupling import AdditiveCoupling, AffineCoupling
 from pyro_flows.transforms.linear import DiagonalAffine, LowerTriangularAffine, Permutation, Rescale
+from pyro_flows.transforms.norm import ActNorm, BatchNorm
 from pyro_flows.transforms.planar import Planar
+from pyro_flows.transforms.spline_coupling import SplineCoupling
 from pyro_flows.transforms.tails import SinhArcsinh
 
 __all__ = [
+    "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
+    "BatchNorm",
     "Bijection",
     "Bound",
     "Chain",
@@ -20,5 +25,6 @@ __all__ = [
     "Planar",
     "Rescale",
     "SinhArcsinh",
+    "SplineCoupling",
     "masks",
 ]

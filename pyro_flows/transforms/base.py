@@ -1,4 +1,4 @@
-"""What every bijection shares: torch's and Pyro's protocols, composition, inversion and the one-shot memo."""
+"""What every bijection shares: torch's and Pyro's protocols, shapes, inversion and the one-shot memo."""
 
 from __future__ import annotations
 
@@ -54,6 +54,21 @@ class Bijection(TransformModule, ConditionalTransform):
             total = (back * score).sum() + back_ladj.sum()
         (carried,) = torch.autograd.grad(total, leaf)
         return y, ladj, carried
+
+    @property
+    def event_shape(self) -> torch.Size | None:
+        """Shape of an event of x, from the map's ``dim`` (a number, or a shape); None if the map does not know it."""
+        dim = getattr(self, "dim", None)
+        return None if dim is None else torch.Size((dim,) if isinstance(dim, int) else dim)
+
+    @torch.no_grad()
+    def start_from(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Set what this map can set from a batch of data, and return the batch's ``x``.
+
+        Chains hand the batch down, last layer first: each :class:`ActNorm` makes zero mean and unit variance of what
+        reaches it. Maps without a data-dependent start, and those inside an :class:`Inverse`, stay as they are.
+        """
+        return self.inverse_and_ladj(y, context)[0]
 
     # torch's protocol -------------------------------------------------------------------------------------------
 
@@ -184,82 +199,21 @@ class Bound(Transform):
         return self.bijection.forward_and_ladj(x, self.context)[1] if memo is None else memo.ladj
 
     def forward_shape(self, shape: Iterable[int]) -> torch.Size:
+        return self._broadcast(self.bijection.forward_shape(shape))
+
+    def inverse_shape(self, shape: Iterable[int]) -> torch.Size:
+        return self._broadcast(self.bijection.inverse_shape(shape))
+
+    def _broadcast(self, shape: Iterable[int]) -> torch.Size:
         shape = torch.Size(shape)
         if self.context is None:
             return shape
         cut = len(shape) - self.bijection.event_dim
         return torch.broadcast_shapes(shape[:cut], self.context.shape[:-1]) + shape[cut:]
 
-    inverse_shape = forward_shape
-
     def __repr__(self) -> str:
         shape = "" if self.context is None else f", context {tuple(self.context.shape)}"
         return f"Bound({type(self.bijection).__name__}{shape})"
-
-
-class Chain(Bijection):
-    r"""Bijections one after the other: :math:`y = T_K(\dots T_1(x))`, :math:`\log|J| = \sum_k \log|J_k|`.
-
-    Layers with ``context_dim > 0`` must agree on it; all of them see the same context. The inverse costs the inverse
-    of each layer.
-
-    Args:
-        layers: the bijections, first applied first.
-
-    Raises:
-        ValueError: if there is no layer, or event or context dimensions differ.
-
-    >>> import torch, pyro_flows as pf
-    >>> chain = pf.Chain([pf.Planar(2), pf.AffineCoupling(2)])
-    >>> chain.forward_and_ladj(torch.zeros(5, 2))[1].shape
-    torch.Size([5])
-    """
-
-    def __init__(self, layers: Iterable[Bijection]) -> None:
-        super().__init__()
-        stack = list(layers)
-        if not stack:
-            raise ValueError("layers: expected at least one Bijection, got none.")
-        for layer in stack:
-            if not isinstance(layer, Bijection):
-                raise ValueError(f"layers: expected Bijections, got a {type(layer).__name__}.")
-        if len({layer.event_dim for layer in stack}) > 1:
-            raise ValueError("layers: expected one event_dim, got several.")
-        widths = {layer.context_dim for layer in stack} - {0}
-        if len(widths) > 1:
-            raise ValueError(f"layers: expected one context_dim, got {sorted(widths)}.")
-        self.layers = nn.ModuleList(stack)
-        self.event_dim = stack[0].event_dim  # type: ignore[assignment]
-        self.context_dim = widths.pop() if widths else 0
-
-    def _context(self, layer: nn.Module, context: Tensor | None) -> Tensor | None:
-        return context if layer.context_dim else None
-
-    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.context("Chain", context, self.context_dim)
-        total: Tensor | float = 0.0
-        for layer in self.layers:
-            x, ladj = layer.forward_and_ladj(x, self._context(layer, context))  # type: ignore[operator]
-            total = total + ladj
-        return x, total  # type: ignore[return-value]
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.context("Chain", context, self.context_dim)
-        total: Tensor | float = 0.0
-        for layer in reversed(self.layers):
-            y, ladj = layer.inverse_and_ladj(y, self._context(layer, context))  # type: ignore[operator]
-            total = total + ladj
-        return y, total  # type: ignore[return-value]
-
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        _checks.context("Chain", context, self.context_dim)
-        total: Tensor | float = 0.0
-        for layer in self.layers:
-            x, ladj, score = layer.forward_and_score(x, score, self._context(layer, context))  # type: ignore[operator]
-            total = total + ladj
-        return x, total, score  # type: ignore[return-value]
 
 
 class Inverse(Bijection):
@@ -278,8 +232,19 @@ class Inverse(Bijection):
         self.context_dim = bijection.context_dim
 
     @property
+    def event_shape(self) -> torch.Size | None:
+        shape = self.bijection.event_shape
+        return None if shape is None else torch.Size(self.bijection.forward_shape(shape))
+
+    @property
     def inv(self) -> Bijection:  # type: ignore[override]
         return self.bijection
+
+    def forward_shape(self, shape: Iterable[int]) -> Iterable[int]:  # type: ignore[override]
+        return self.bijection.inverse_shape(shape)
+
+    def inverse_shape(self, shape: Iterable[int]) -> Iterable[int]:  # type: ignore[override]
+        return self.bijection.forward_shape(shape)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.bijection.inverse_and_ladj(x, context)

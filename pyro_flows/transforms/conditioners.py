@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
 
 from pyro_flows import _checks
 
@@ -38,14 +40,18 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [kept + context_dim, *hidden]
-        layers: list[nn.Module] = []
-        for wide, narrow in pairwise(sizes):
-            layers += [nn.Linear(wide, narrow), ACTIVATIONS[activation]()]
-        last = nn.Linear(sizes[-1], out)
+        body = self._body(sizes, ACTIVATIONS[activation])
+        last = self._last(sizes[-1], out)
         nn.init.zeros_(last.weight)
         with torch.no_grad():
-            last.bias.copy_(torch.zeros(out) if start is None else start)
-        self.layers = nn.Sequential(*layers, last)
+            last.bias.copy_(torch.zeros(out) if start is None else start)  # type: ignore[union-attr]
+        self.layers = nn.Sequential(*body, last)
+
+    def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
+        return [part for wide, narrow in pairwise(sizes) for part in (nn.Linear(wide, narrow), activation())]
+
+    def _last(self, width: int, out: int) -> nn.Linear | nn.Conv2d:
+        return nn.Linear(width, out)
 
     def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
         if context is None:
@@ -58,6 +64,84 @@ class Network(nn.Module):
         return self.layers(inputs)
 
 
+class Residual(Network):
+    """A residual network, a block of two weight-normed layers for each entry of ``hidden``, which must be equal."""
+
+    def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
+        width = _one_width(sizes[1:])
+        blocks = [
+            Block(activation(), NormedLinear(width, width), activation(), NormedLinear(width, width)) for _ in sizes[1:]
+        ]
+        return [NormedLinear(sizes[0], width), *blocks, activation()]
+
+
+class Convolution(Network):
+    """Convolutions of kept channels: 3 x 3, then 1 x 1 up to the last, 3 x 3; a context enters as constant channels."""
+
+    def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
+        layers: list[nn.Module] = []
+        for number, (wide, narrow) in enumerate(pairwise(sizes)):
+            layers += [nn.Conv2d(wide, narrow, 1 if number else 3, padding="same"), activation()]
+        return layers
+
+    def _last(self, width: int, out: int) -> nn.Linear | nn.Conv2d:
+        return nn.Conv2d(width, out, 3, padding="same")
+
+    def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
+        assert kept is not None
+        if context is not None:
+            batch = torch.broadcast_shapes(kept.shape[:-3], context.shape[:-1])
+            constant = context[..., None, None].expand(*batch, -1, *kept.shape[-2:])
+            kept = torch.cat([kept.expand(*batch, -1, -1, -1), constant], dim=-3)
+        out = self.layers(kept.reshape(math.prod(kept.shape[:-3]), *kept.shape[-3:]))
+        return out.reshape(*kept.shape[:-3], *out.shape[1:])
+
+
+class ResidualConvolution(Convolution):
+    """A residual network of weight-normed 3 x 3 convolutions, a block of two for each entry of ``hidden``."""
+
+    def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
+        width = _one_width(sizes[1:])
+        blocks = [
+            Block(activation(), NormedConv2d(width, width), activation(), NormedConv2d(width, width)) for _ in sizes[1:]
+        ]
+        return [NormedConv2d(sizes[0], width), *blocks, activation()]
+
+
+class Block(nn.Sequential):
+    """Layers with a way around them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class NormedLinear(nn.Linear):
+    """A linear layer whose rows have a direction and a length of their own (torch's own one cannot be pickled)."""
+
+    def __init__(self, wide: int, narrow: int) -> None:
+        super().__init__(wide, narrow)
+        self.length = nn.Parameter(self.weight.detach().norm(dim=1, keepdim=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.length * self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+
+
+class NormedConv2d(nn.Conv2d):
+    """A 3 x 3 convolution whose filters have a direction and a length of their own."""
+
+    def __init__(self, wide: int, narrow: int) -> None:
+        super().__init__(wide, narrow, 3, padding="same")
+        self.length = nn.Parameter(self.weight.detach().flatten(1).norm(dim=1)[:, None, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.weight.flatten(1).norm(dim=1)[:, None, None, None]
+        return conv2d(x, self.length * self.weight / size, self.bias, padding="same")
+
+
+VECTOR_NETWORKS: dict[str, type[Network]] = {"mlp": Network, "residual": Residual}
+IMAGE_NETWORKS: dict[str, type[Network]] = {"convolution": Convolution, "residual": ResidualConvolution}
+
+
 def conditioner(
     kept: int,
     context_dim: int,
@@ -65,21 +149,34 @@ def conditioner(
     *,
     hidden: Sequence[int] | int = (32, 32),
     activation: str = "silu",
+    network: str | None = None,
+    image: bool = False,
     start: Tensor | None = None,
 ) -> Free | Network:
     """Return free parameters if there is nothing to condition on, a network otherwise.
 
     Args:
-        kept: how many coordinates are conditioned on (0: none).
+        kept: how many coordinates (channels of an image) are conditioned on (0: none).
         context_dim: width of the context (0: none).
-        out: how many numbers the layer needs.
-        hidden: widths of the hidden layers.
+        out: how many numbers (channels) the layer needs.
+        hidden: widths of the hidden layers, or of residual blocks.
         activation: one of ``elu``, ``relu``, ``silu``, ``softplus``, ``tanh``.
+        network: ``mlp`` (the default) or ``residual`` for vectors, ``convolution`` (the default) or ``residual`` for
+            images.
+        image: whether events are images.
         start: the ``out`` numbers that come out before any training (default: zeros).
     """
     _checks.integer("context_dim", context_dim, 0)
     hidden = _checks.widths("hidden", hidden)
     _checks.choice("activation", activation, ACTIVATIONS)
+    kinds = IMAGE_NETWORKS if image else VECTOR_NETWORKS
+    kind = kinds[next(iter(kinds)) if network is None else _checks.choice("network", network, kinds)]
     if kept + context_dim == 0:
         return Free(out, start)
-    return Network(kept, context_dim, out, hidden, activation, start)
+    return kind(kept, context_dim, out, hidden, activation, start)
+
+
+def _one_width(widths: Sequence[int]) -> int:
+    if len(set(widths)) != 1:
+        raise ValueError(f"hidden: expected equal widths of residual blocks such as (32, 32), got {tuple(widths)}.")
+    return widths[0]

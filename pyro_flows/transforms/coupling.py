@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +11,15 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.conditioners import conditioner
-from pyro_flows.transforms.masks import half
+from pyro_flows.transforms.masks import channels, half
 
 
-class _Coupling(Bijection):
-    """Mask, splitting, joining and the conditioner of a coupling layer; ``per`` parameters a moved coordinate."""
+class Coupling(Bijection):
+    """What couplings share: mask, splitting and joining, the conditioner, the passes. A subclass is an elementwise map.
+
+    It says how many parameters a moved coordinate takes (``per``), and writes ``_read`` (from the conditioner's numbers
+    to parameters), ``_move`` and ``_unmove`` (value and log-determinant), and ``_carry`` (the score).
+    """
 
     per: int
     mask: Tensor
@@ -24,75 +29,132 @@ class _Coupling(Bijection):
 
     def __init__(
         self,
-        dim: int,
+        dim: int | Sequence[int],
         *,
         mask: Tensor | None = None,
         context_dim: int = 0,
         hidden: Sequence[int] = (32, 32),
         activation: str = "silu",
+        network: str | None = None,
     ) -> None:
         super().__init__()
-        self.dim = _checks.integer("dim", dim, 1)
+        self.dim = _checks.size("dim", dim)
         self.context_dim = context_dim
-        given = half(dim) if mask is None else torch.as_tensor(mask)
-        mask = given == 1
-        if given.shape != (dim,) or bool(mask.all()) or not bool((mask | (given == 0)).all()):
-            raise ValueError(
-                f"mask: expected {dim} booleans, at least one of them False (moved), got {given.tolist()}."
-            )
-        self.register_buffer("mask", mask)
+        shape = (self.dim,) if isinstance(self.dim, int) else self.dim
+        self.event_dim = len(shape)  # type: ignore[assignment]
+        self._axes = tuple(range(-len(shape), 0))
+        self.register_buffer("mask", _read_mask(mask, shape))
         self.register_load_state_dict_post_hook(_reindex)
         self._index()
-        kept = int(mask.sum())
-        out = self.per * (dim - kept)
-        self.conditioner = conditioner(kept, context_dim, out, hidden=hidden, activation=activation)
+        kept, moved = (part.shape[self._axes[0]] for part in self._split(self.mask))
+        options: dict[str, Any] = {"hidden": hidden, "activation": activation, "network": network}
+        self.conditioner = conditioner(kept, context_dim, self.per * moved, image=len(shape) == 3, **options)
 
     def _index(self) -> None:
-        """Derive the index tensors from the mask, and whether slices can replace them."""
-        mask = self.mask
-        kept, moved = mask.nonzero().flatten(), (~mask).nonzero().flatten()
-        self.register_buffer("_kept", kept, persistent=False)
-        self.register_buffer("_moved", moved, persistent=False)
-        self.register_buffer("_order", torch.argsort(torch.cat([kept, moved])), persistent=False)
-        changes = int((mask[1:] != mask[:-1]).sum()) if len(mask) > 1 else 0
-        self._first = len(kept) if changes <= 1 and (len(kept) == 0 or bool(mask[0])) else None
-        self._last = len(moved) if changes == 1 and not bool(mask[0]) else None
+        """Derive from the mask how to split and join: by slices where they do, else by an index, or by masking."""
+        self._first, self._every_other, self._slices = _slices(self.mask)
+        if self.mask.dim() == 1:
+            kept, moved = self.mask.nonzero().flatten(), (~self.mask).nonzero().flatten()
+            self.register_buffer("_kept", kept, persistent=False)
+            self.register_buffer("_moved", moved, persistent=False)
+            self.register_buffer("_order", torch.argsort(torch.cat([kept, moved])), persistent=False)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self._first is not None:
-            return x[..., : self._first], x[..., self._first :]
-        if self._last is not None:
-            return x[..., self._last :], x[..., : self._last]
+        """Return what is conditioned on and what moves. A masked image is kept with zeros, and moves as a whole."""
+        if self._slices is not None:
+            return x[self._slices[0]], x[self._slices[1]]
+        if self.event_dim == 3:
+            return torch.where(self.mask, x, 0), x
         return x.index_select(-1, self._kept), x.index_select(-1, self._moved)
 
     def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
-        kept = kept.expand(*moved.shape[:-1], -1)
-        if self._first is not None:
-            return torch.cat([kept, moved], dim=-1)
-        if self._last is not None:
-            return torch.cat([moved, kept], dim=-1)
-        return torch.cat([kept, moved], dim=-1).index_select(-1, self._order)
+        if self._slices is None and self.event_dim == 3:
+            return torch.where(self.mask, kept, moved)
+        kept = kept.expand(*moved.shape[: -self.event_dim], *kept.shape[-self.event_dim :])
+        pair = (kept, moved) if self._first or self._slices is None else (moved, kept)
+        if self._slices is None:
+            return torch.cat(pair, dim=-1).index_select(-1, self._order)
+        if self._every_other:
+            return torch.stack(pair, dim=-1).flatten(-2)
+        return torch.cat(pair, dim=self._axes[0])
+
+    def _parameters_at(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the parameters of each coordinate that moves; zeros for those of a masked image that do not."""
+        raw = self.conditioner(kept, context).unflatten(self._axes[0], (self.per, -1))
+        if self._slices is None and self.event_dim == 3:
+            raw = torch.where(self.mask, 0, raw)
+        return self._read(raw)
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
         _checks.event(type(self).__name__, x, self.dim)
         _checks.context(type(self).__name__, context, self.context_dim)
 
+    def _total(self, terms: Tensor) -> Tensor:
+        return terms.sum(self._axes)
 
-class AdditiveCoupling(_Coupling):
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._pass(x, context, self._move)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._pass(y, context, self._unmove)
+
+    def _pass(self, x: Tensor, context: Tensor | None, run: Any) -> tuple[Tensor, Tensor]:
+        self._check(x, context)
+        kept, moved = self._split(x)
+        moved, ladj = run(moved, self._parameters_at(kept, context))
+        y = self._join(kept, moved)
+        return y, ladj.expand(y.shape[: -self.event_dim])
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        self._check(x, context)
+        if context is not None:
+            batch = torch.broadcast_shapes(x.shape[: -self.event_dim], context.shape[:-1])
+            event = x.shape[-self.event_dim :]
+            x, score = x.expand(*batch, *event), score.expand(*batch, *event)
+        (kept, moved), (score_kept, score_moved) = self._split(x), self._split(score)
+        with torch.enable_grad():
+            root = kept if kept.requires_grad else kept.detach().requires_grad_()
+            parameters = self._parameters_at(root, context)
+        y, ladj = self._move(moved, parameters)
+        y = self._join(kept, y)
+        carried, weights = self._carry(moved.detach(), tuple(p.detach() for p in parameters), score_moved)
+        if kept.shape[self._axes[0]]:  # the conditioner's vector-Jacobian product; its graph is for the pass to come
+            score_kept = score_kept - torch.autograd.grad(parameters, root, weights, retain_graph=True)[0]
+        return y, ladj.expand(y.shape[: -self.event_dim]), self._join(score_kept, carried)
+
+    def _read(self, raw: Tensor) -> tuple[Tensor, ...]:
+        """Split the conditioner's numbers, which have an axis of length ``per`` in front of those of the event."""
+        return raw.unbind(self._axes[0] - 1)
+
+    def _move(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _unmove(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _carry(self, moved: Tensor, parameters: tuple[Tensor, ...], score: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        r"""Return the score :math:`g_M` after the map, and :math:`\partial(g_M \cdot y + \log|J|)` by parameter."""
+        raise NotImplementedError
+
+
+class AdditiveCoupling(Coupling):
     r"""NICE's coupling: :math:`y_K = x_K,\ y_M = x_M + t(x_K, \text{context})`; volume is kept, :math:`\log|J| = 0`.
 
     K are the coordinates that ``mask`` keeps, M those it moves. The network's last layer starts at zero: the identity.
     The inverse costs the same as the forward pass: one evaluation of the network.
 
     Args:
-        dim: number of coordinates.
-        mask: booleans, ``True`` for the kept ones (default: the first half).
+        dim: number of coordinates, or the shape (C, H, W) of an image.
+        mask: booleans, ``True`` for the kept ones (default: the first half, of an image's channels).
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
+        network: ``"mlp"`` or ``"residual"``; for images ``"convolution"`` or ``"residual"`` (``None``: the first).
 
     Raises:
-        ValueError: for a mask that moves nothing or has the wrong length, or a wrong width.
+        ValueError: for a mask that moves nothing or has the wrong shape, or a wrong width.
 
     Reference: Dinh, Krueger and Bengio, *NICE*, ICLR workshop 2015.
 
@@ -104,33 +166,17 @@ class AdditiveCoupling(_Coupling):
 
     per = 1
 
-    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._shift(x, context, 1.0)
+    def _move(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return moved + parameters[0], moved.new_zeros(())
 
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._shift(y, context, -1.0)
+    def _unmove(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return moved - parameters[0], moved.new_zeros(())
 
-    def _shift(self, x: Tensor, context: Tensor | None, sign: float) -> tuple[Tensor, Tensor]:
-        self._check(x, context)
-        kept, moved = self._split(x)
-        y = self._join(kept, moved + sign * self.conditioner(kept, context))
-        return y, y.new_zeros(y.shape[:-1])
-
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        self._check(x, context)
-        (kept, moved), (score_kept, score_moved) = map(self._split, _spread(x, score, context))
-        with torch.enable_grad():
-            root = kept if kept.requires_grad else kept.detach().requires_grad_()
-            shift = self.conditioner(root, context)
-        y = self._join(kept, moved + shift)
-        if kept.shape[-1]:
-            score_kept = score_kept - _pull((shift,), root, (score_moved,))
-        return y, y.new_zeros(y.shape[:-1]), self._join(score_kept, score_moved)
+    def _carry(self, moved: Tensor, parameters: tuple[Tensor, ...], score: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return score, (score,)
 
 
-class AffineCoupling(_Coupling):
+class AffineCoupling(Coupling):
     r"""Real-NVP's coupling: :math:`y_K = x_K,\ y_M = x_M \odot e^{s} + t`, with s and t from a network of :math:`x_K`.
 
     The log scale is bounded smoothly, :math:`s = B \tanh(r / B)`, so that one layer scales by at most :math:`e^{B}`
@@ -138,15 +184,17 @@ class AffineCoupling(_Coupling):
     the same as the forward pass: one evaluation of the network.
 
     Args:
-        dim: number of coordinates (with one coordinate and no context, s and t are free parameters).
-        mask: booleans, ``True`` for the kept ones (default: the first half).
+        dim: number of coordinates (with one coordinate and no context, s and t are free parameters), or the shape
+            (C, H, W) of an image.
+        mask: booleans, ``True`` for the kept ones (default: the first half, of an image's channels).
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
+        network: ``"mlp"`` or ``"residual"``; for images ``"convolution"`` or ``"residual"`` (``None``: the first).
         log_scale_bound: B, in nats.
 
     Raises:
-        ValueError: for a mask that moves nothing or has the wrong length, a bound that is not positive, or a wrong
+        ValueError: for a mask that moves nothing or has the wrong shape, a bound that is not positive, or a wrong
             width.
 
     Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017.
@@ -156,70 +204,77 @@ class AffineCoupling(_Coupling):
     >>> y, ladj = layer.forward_and_ladj(torch.randn(10, 4))
     >>> ladj.shape
     torch.Size([10])
+    >>> pf.AffineCoupling((2, 8, 8), mask=pf.masks.checkerboard((2, 8, 8)))(torch.ones(5, 2, 8, 8)).shape
+    torch.Size([5, 2, 8, 8])
     """
 
     per = 2
 
     def __init__(
         self,
-        dim: int,
+        dim: int | Sequence[int],
         *,
         mask: Tensor | None = None,
         context_dim: int = 0,
         hidden: Sequence[int] = (32, 32),
         activation: str = "silu",
+        network: str | None = None,
         log_scale_bound: float = 8.0,
     ) -> None:
-        super().__init__(dim, mask=mask, context_dim=context_dim, hidden=hidden, activation=activation)
+        super().__init__(dim, mask=mask, context_dim=context_dim, hidden=hidden, activation=activation, network=network)
         self.log_scale_bound = _checks.positive("log_scale_bound", log_scale_bound)
 
-    def _scale_and_shift(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        raw, shift = self.conditioner(kept, context).chunk(2, dim=-1)
+    def _read(self, raw: Tensor) -> tuple[Tensor, ...]:
+        raw, shift = super()._read(raw)
         return self.log_scale_bound * torch.tanh(raw / self.log_scale_bound), shift
 
-    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._check(x, context)
-        kept, moved = self._split(x)
-        log_scale, shift = self._scale_and_shift(kept, context)
-        y = self._join(kept, torch.addcmul(shift, moved, log_scale.exp()))
-        return y, log_scale.sum(-1).expand(y.shape[:-1])
+    def _move(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        log_scale, shift = parameters
+        return torch.addcmul(shift, moved, log_scale.exp()), self._total(log_scale)
 
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._check(y, context)
-        kept, moved = self._split(y)
-        log_scale, shift = self._scale_and_shift(kept, context)
-        x = self._join(kept, (moved - shift) * torch.exp(-log_scale))
-        return x, -log_scale.sum(-1).expand(x.shape[:-1])
+    def _unmove(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        log_scale, shift = parameters
+        return (moved - shift) * torch.exp(-log_scale), -self._total(log_scale)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        self._check(x, context)
-        (kept, moved), (score_kept, score_moved) = map(self._split, _spread(x, score, context))
-        with torch.enable_grad():
-            root = kept if kept.requires_grad else kept.detach().requires_grad_()
-            log_scale, shift = self._scale_and_shift(root, context)
-        scale = log_scale.exp()
-        y = self._join(kept, torch.addcmul(shift, moved, scale))
-        carried = score_moved / scale.detach()
-        if kept.shape[-1]:
-            weights = torch.addcmul(torch.ones_like(carried), score_moved, moved.detach())
-            score_kept = score_kept - _pull((log_scale, shift), root, (weights, carried))
-        return y, log_scale.sum(-1).expand(y.shape[:-1]), self._join(score_kept, carried)
+    def _carry(self, moved: Tensor, parameters: tuple[Tensor, ...], score: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        carried = score * torch.exp(-parameters[0])
+        return carried, (torch.addcmul(torch.ones_like(carried), score, moved), carried)
 
 
-def _reindex(module: _Coupling, _: object) -> None:
+def _reindex(module: Coupling, _: object) -> None:
     module._index()
 
 
-def _spread(x: Tensor, score: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Expand a point and its score to the batch shape that they have in common with the context."""
-    if context is None:
-        return x, score
-    shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-    return x.expand(*shape, -1), score.expand(*shape, -1)
+def _slices(mask: Tensor) -> tuple[bool, bool, tuple[Any, Any] | None]:
+    """Return whether a kept coordinate comes first, whether every other is kept, and slices of kept and moved.
+
+    Slices do for two blocks of coordinates or of channels, and for every other coordinate of an even number.
+    """
+    image = mask.dim() == 3
+    line, rest = (mask[:, 0, 0], (slice(None),) * 2) if image else (mask, ())
+    first, changes = bool(line[0]), int((line[1:] != line[:-1]).sum())
+    every_other = not image and len(line) > 2 and changes == len(line) - 1
+    if every_other and len(line) % 2 == 0:
+        pair = slice(0, None, 2), slice(1, None, 2)
+    elif changes <= 1 and (not image or bool((mask == line[:, None, None]).all())):
+        cut = int((line == line[0]).sum())
+        pair = slice(0, cut, None), slice(cut, None, None)
+    else:
+        return first, every_other, None
+    kept, moved = pair if first else pair[::-1]
+    return first, every_other, ((..., kept, *rest), (..., moved, *rest))
 
 
-def _pull(outputs: tuple[Tensor, ...], root: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-    """Return the vector-Jacobian product of the conditioner, keeping its graph for the backward pass to come."""
-    return torch.autograd.grad(outputs, root, weights, retain_graph=True)[0]
+def _read_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Return the mask as booleans (the default one for None), or say what is wrong with it."""
+    if mask is None:
+        mask = half(shape[0]) if len(shape) == 1 else channels(shape)
+    given = torch.as_tensor(mask)
+    kept = given == 1
+    usable = given.shape == shape and bool((kept | (given == 0)).all()) and not bool(kept.all())
+    if not usable or (len(shape) == 3 and not bool(kept.any())):
+        got = given.tolist() if given.dim() == 1 else f"shape {tuple(given.shape)}"
+        size = str(shape[0]) if len(shape) == 1 else str(shape)
+        needs = "at least one of them False (moved)" + (" and one True (kept)" if len(shape) == 3 else "")
+        raise ValueError(f"mask: expected {size} booleans, {needs}, got {got}.")
+    return kept

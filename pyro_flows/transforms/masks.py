@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pyro_flows import _checks
+
+KINDS = ("alternating", "mixed")
 
 
 def half(dim: int, *, flip: bool = False) -> Tensor:
@@ -43,22 +47,47 @@ def random(dim: int, *, seed: int, flip: bool = False) -> Tensor:
     return half(dim, flip=flip)[order]
 
 
-def sequence(dim: int, layers: int, *, seed: int = 0) -> list[Tensor]:
+def sequence(dim: int, layers: int, *, kind: str = "mixed", seed: int = 0) -> list[Tensor]:
     """Masks for a stack of couplings: pairs of a mask and its complement, so that every coordinate moves.
 
-    The pairs are halves, then alternating, then seeded random ones, so that any two coordinates soon stand on
-    opposite sides of a mask and can depend on each other directly.
+    ``kind="mixed"``: the pairs are halves, then alternating, then seeded random ones, so that any two coordinates soon
+    stand on opposite sides of a mask and can depend on each other directly. ``kind="alternating"``: all pairs are
+    alternating, as in NICE.
 
     >>> [mask.tolist() for mask in sequence(2, 2)]
     [[True, False], [False, True]]
     """
+    _checks.choice("mask", kind, KINDS)
     masks = []
     for layer in range(_checks.integer("layers", layers, 1)):
         pair, flip = layer // 2, layer % 2 == 1
-        if pair == 0:
-            masks.append(half(dim, flip=flip))
-        elif pair == 1:
+        if kind == "alternating" or pair == 1:
             masks.append(alternating(dim, flip=flip))
+        elif pair == 0:
+            masks.append(half(dim, flip=flip))
         else:
             masks.append(random(dim, seed=seed + pair, flip=flip))
     return masks
+
+
+def checkerboard(shape: Sequence[int], *, flip: bool = False) -> Tensor:
+    """Keep every other pixel of an image (C, H, W), in all of its channels; the top left one moves (or stays).
+
+    >>> checkerboard((1, 2, 3)).tolist()
+    [[[False, True, False], [True, False, True]]]
+    """
+    _, height, width = _checks.image("shape", shape)
+    kept = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 1
+    return (~kept if flip else kept).expand(tuple(shape)).clone()
+
+
+def channels(shape: Sequence[int], *, flip: bool = False) -> Tensor:
+    """Keep the first half of the channels of an image (C, H, W) with at least two (``flip=True``: the second half).
+
+    >>> channels((2, 1, 1)).flatten().tolist()
+    [True, False]
+    """
+    count, *_ = _checks.image("shape", shape)
+    if count < 2:
+        raise ValueError(f"shape: expected at least 2 channels to choose from, got {tuple(shape)}.")
+    return half(count, flip=flip)[:, None, None].expand(tuple(shape)).clone()

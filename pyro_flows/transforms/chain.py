@@ -1,0 +1,119 @@
+"""Composition of bijections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows import _checks
+from pyro_flows.transforms.base import Bijection
+
+
+class Chain(Bijection):
+    r"""Bijections one after the other: :math:`y = T_K(\dots T_1(x))`, :math:`\log|J| = \sum_k \log|J_k|`.
+
+    Layers with ``context_dim > 0`` must agree on it; all of them see the same context. The inverse costs the inverse
+    of each layer.
+
+    Args:
+        layers: the bijections, first applied first.
+
+    Raises:
+        ValueError: if there is no layer, or shapes of events or context dimensions do not fit.
+
+    >>> import torch, pyro_flows as pf
+    >>> chain = pf.Chain([pf.Planar(2), pf.AffineCoupling(2)])
+    >>> chain.forward_and_ladj(torch.zeros(5, 2))[1].shape
+    torch.Size([5])
+    """
+
+    def __init__(self, layers: Iterable[Bijection]) -> None:
+        super().__init__()
+        stack = list(layers)
+        if not stack:
+            raise ValueError("layers: expected at least one Bijection, got none.")
+        for layer in stack:
+            if not isinstance(layer, Bijection):
+                raise ValueError(f"layers: expected Bijections, got a {type(layer).__name__}.")
+        if len({layer.event_dim for layer in stack}) > 1:
+            raise ValueError("layers: expected one event_dim, got several.")
+        widths = {layer.context_dim for layer in stack} - {0}
+        if len(widths) > 1:
+            raise ValueError(f"layers: expected one context_dim, got {sorted(widths)}.")
+        _check_shapes(stack)
+        self.layers = nn.ModuleList(stack)
+        self.event_dim = stack[0].event_dim  # type: ignore[assignment]
+        self.context_dim = widths.pop() if widths else 0
+
+    @property
+    def event_shape(self) -> torch.Size | None:
+        stack: list[Bijection] = list(self.layers)  # type: ignore[arg-type]
+        for number, layer in enumerate(stack):
+            if layer.event_shape is not None:
+                shape: Iterable[int] = layer.event_shape
+                for before in reversed(stack[:number]):
+                    shape = before.inverse_shape(shape)
+                return torch.Size(shape)
+        return None
+
+    def forward_shape(self, shape: Iterable[int]) -> Iterable[int]:  # type: ignore[override]
+        for layer in self.layers:
+            shape = layer.forward_shape(shape)  # type: ignore[operator]
+        return shape
+
+    def inverse_shape(self, shape: Iterable[int]) -> Iterable[int]:  # type: ignore[override]
+        for layer in reversed(self.layers):
+            shape = layer.inverse_shape(shape)  # type: ignore[operator]
+        return shape
+
+    def _context(self, layer: nn.Module, context: Tensor | None) -> Tensor | None:
+        return context if layer.context_dim else None
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        _checks.context("Chain", context, self.context_dim)
+        total: Tensor | float = 0.0
+        for layer in self.layers:
+            x, ladj = layer.forward_and_ladj(x, self._context(layer, context))  # type: ignore[operator]
+            total = total + ladj
+        return x, total  # type: ignore[return-value]
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        _checks.context("Chain", context, self.context_dim)
+        total: Tensor | float = 0.0
+        for layer in reversed(self.layers):
+            y, ladj = layer.inverse_and_ladj(y, self._context(layer, context))  # type: ignore[operator]
+            total = total + ladj
+        return y, total  # type: ignore[return-value]
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _checks.context("Chain", context, self.context_dim)
+        total: Tensor | float = 0.0
+        for layer in self.layers:
+            x, ladj, score = layer.forward_and_score(x, score, self._context(layer, context))  # type: ignore[operator]
+            total = total + ladj
+        return x, total, score  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def start_from(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        _checks.context("Chain", context, self.context_dim)
+        for layer in reversed(self.layers):
+            y = layer.start_from(y, self._context(layer, context))  # type: ignore[operator]
+        return y
+
+
+def _check_shapes(stack: list[Bijection]) -> None:
+    """Compare the shape of the event that each layer gets with the one that it expects, where both are known."""
+    shape: Iterable[int] | None = None
+    for number, layer in enumerate(stack):
+        own = layer.event_shape
+        if own is not None and shape is not None and tuple(own) != tuple(shape):
+            raise ValueError(
+                f"layers: layer {number} ({type(layer).__name__}) expects events of shape {tuple(own)}, "
+                f"but gets {tuple(shape)} from the layer before it."
+            )
+        known = shape if own is None else own
+        shape = None if known is None else layer.forward_shape(known)

@@ -1,0 +1,107 @@
+"""Monotone rational quadratic splines (Durkan et al. 2019): pure functions of knots."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, softplus
+
+_UNIT = math.log(math.e - 1.0)  # softplus(_UNIT) = 1
+SMALLEST = 1e-3  # the narrowest bin, as a share of the interval, and the least slope at a knot
+MOST_BINS = 500
+
+
+class Knots(NamedTuple):
+    """Knots of K bins: places, values and slopes, each (..., K + 1)."""
+
+    places: Tensor
+    values: Tensor
+    slopes: Tensor
+
+
+class _Bin(NamedTuple):
+    left: Tensor
+    width: Tensor
+    bottom: Tensor
+    height: Tensor
+    slope_left: Tensor
+    slope_right: Tensor
+
+
+def count(bins: int) -> int:
+    """Return how many numbers one spline of ``bins`` bins needs."""
+    return 3 * bins - 1
+
+
+def knots(raw: Tensor, bins: int, bound: float) -> Knots:
+    r"""Turn (..., 3 K - 1) unconstrained numbers into knots on :math:`[-B, B]^2`; zeros give the identity.
+
+    The slope is 1 at both ends, so the spline goes on as a line of slope 1 without a kink.
+    """
+    widths, heights, slopes = raw.split([bins, bins, bins - 1], dim=-1)
+    inner = SMALLEST + (1.0 - SMALLEST) * softplus(slopes + _UNIT)
+    return Knots(_places(widths, bound), _places(heights, bound), pad(inner, (1, 1), value=1.0))
+
+
+def _places(raw: Tensor, bound: float) -> Tensor:
+    shares = SMALLEST + (1.0 - SMALLEST * raw.shape[-1]) * torch.softmax(raw, dim=-1)
+    inner = 2.0 * bound * shares[..., :-1].cumsum(-1) - bound
+    return torch.cat([pad(inner, (1, 0), value=-bound), torch.full_like(raw[..., :1], bound)], dim=-1)
+
+
+def forward(x: Tensor, at: Knots, bound: float) -> tuple[Tensor, Tensor]:
+    r"""Return ``y`` and :math:`\log dy/dx`, elementwise; outside of :math:`[-B, B]` the map is the identity.
+
+    In the bin of width w and height h, with :math:`s = h / w`, slopes :math:`d_0, d_1` and
+    :math:`\theta = (x - x_0) / w`:
+
+    .. math:: y = y_0 + h \frac{s \theta^2 + d_0 \theta (1 - \theta)}{s + (d_0 + d_1 - 2 s)\,\theta (1 - \theta)}
+    """
+    inside, point = _inside(x, bound)
+    bin_ = _find(point, at, at.places)
+    theta = (point - bin_.left) / bin_.width
+    steep, denominator, log_slope = _slope(theta, bin_)
+    y = bin_.bottom + bin_.height * theta * (steep * theta + bin_.slope_left * (1.0 - theta)) / denominator
+    return torch.where(inside, y, x), torch.where(inside, log_slope, 0.0)
+
+
+def inverse(y: Tensor, at: Knots, bound: float) -> tuple[Tensor, Tensor]:
+    r"""Return ``x`` and :math:`\log dx/dy`, elementwise, by the root of a quadratic in the form that never cancels."""
+    inside, point = _inside(y, bound)
+    bin_ = _find(point, at, at.values)
+    steep, rise = bin_.height / bin_.width, point - bin_.bottom
+    bend = rise * (bin_.slope_left + bin_.slope_right - 2.0 * steep)
+    a = bin_.height * (steep - bin_.slope_left) + bend
+    b = bin_.height * bin_.slope_left - bend
+    c = steep * rise
+    theta = 2.0 * c / (b + torch.sqrt(b.square() + 4.0 * a * c))
+    _, _, log_slope = _slope(theta, bin_)
+    return torch.where(inside, bin_.left + theta * bin_.width, y), torch.where(inside, -log_slope, 0.0)
+
+
+def _inside(x: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """Return where x is inside, and x there, 0 elsewhere: no gradient comes from a bin that does not apply."""
+    inside = x.abs() < bound
+    return inside, torch.where(inside, x, 0.0)
+
+
+def _find(point: Tensor, at: Knots, axis: Tensor) -> _Bin:
+    """Pick each point's bin along ``axis``, the knots' places or their values."""
+    index = (point.unsqueeze(-1) >= axis[..., 1:-1]).sum(-1, keepdim=True)
+    shape = index.shape[:-1]
+    ends = torch.stack([tensor.expand(*shape, -1) for tensor in at], dim=-2)
+    ends = ends.gather(-1, torch.cat([index, index + 1], dim=-1).unsqueeze(-2).expand(*shape, 3, 2))
+    (left, right), (bottom, top), (slope_left, slope_right) = (row.unbind(-1) for row in ends.unbind(-2))
+    return _Bin(left, right - left, bottom, top - bottom, slope_left, slope_right)
+
+
+def _slope(theta: Tensor, bin_: _Bin) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean slope s, the denominator and the log of the slope at theta."""
+    steep, rest = bin_.height / bin_.width, 1.0 - theta
+    middle = theta * rest
+    denominator = steep + (bin_.slope_left + bin_.slope_right - 2.0 * steep) * middle
+    numerator = bin_.slope_right * theta.square() + 2.0 * steep * middle + bin_.slope_left * rest.square()
+    return steep, denominator, 2.0 * torch.log(steep / denominator) + torch.log(numerator)
