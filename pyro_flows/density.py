@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pyro_flows import _checks, density_storage
+from pyro_flows import _checks, density_storage, pictures
 from pyro_flows.builders import BUILDERS
 from pyro_flows.density_data import CHUNK, Batch, Levels, Rows, Source, Stream, rows, source
-from pyro_flows.density_training import RACE_STEPS, RACED, Ascent, Plan, climb
+from pyro_flows.density_training import RACE_STEPS, RACED, Ascent, Plan, climb, rouse
 from pyro_flows.flows import Flow
 from pyro_flows.preprocess import KINDS, Preprocess, preprocess
 from pyro_flows.randomness import derive, seeded
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_STEPS = 20_000
-BATCH = 512
+BATCH = 256
 CHECKED_POINTS = 5_000  # held-out points that the checks during training use
 MEASURED_POINTS = 50_000  # from which scales and correlations are taken
 SAVE_EVERY = 30.0  # seconds between checkpoints
@@ -119,14 +119,10 @@ class DensityFit:
 
     def plot_losses(self) -> Figure:
         """Draw training and held-out nats over the steps."""
-        from pyro_flows import pictures
-
         return pictures.plot_losses(self.losses, self.checks)
 
     def plot_samples(self, count: int = 64, *, image_shape: tuple[int, ...] | None = None, seed: int = 0) -> Figure:
         """Draw samples: a cloud in two dimensions, else a grid of images (of ``image_shape``, for flat ones)."""
-        from pyro_flows import pictures
-
         points = self.sample(count if self.flow.event_shape != (2,) else 2000, seed=seed)
         return pictures.plot_points(points) if points.shape[1:] == (2,) else pictures.plot_images(points, image_shape)
 
@@ -149,8 +145,7 @@ class DensityFit:
         return cls(**density_storage.read(path))
 
     def _source(self, y: Any, context: Any) -> Source:
-        about = {"context_dim": self.flow.context_dim, "like": _like(self.flow)}
-        return source("data", y, context, event_shape=self.flow.event_shape, **about)
+        return _source(self.flow, "data", y, context)
 
 
 def fit_density(
@@ -174,8 +169,8 @@ def fit_density(
     r"""Fit a flow to data by maximum likelihood, with nothing to tune.
 
     The data are put on a common scale by an affine map that becomes the flow's last layer. Step sizes race for a few
-    steps; the best goes on until the mean log density of held-out points stands still, or 40 % of the budget is used;
-    then the step size falls to zero along a cosine. An average of the weights over about the last tenth of the steps
+    steps. The best goes on until the mean log density of held-out points stands still, or a fifth of the budget is
+    used. Then the step size falls to zero along a cosine. An average of the weights over about the last tenth of the steps
     is what is checked and, if it is the best, what is kept.
 
     Args:
@@ -193,7 +188,7 @@ def fit_density(
         levels: for quantised data, how many levels they have (256 for bytes): values 0 to ``levels - 1``, or the same
             divided by ``levels - 1``. Level k becomes ``(k + U(0, 1)) / levels``, with fresh noise each time, and the
             density is one on the unit cube.
-        batch: points a step; by default 512, or a tenth of the data if that is less, and 32 at least.
+        batch: points a step; by default 256, or a tenth of the data if that is less, and 32 at least.
         learning_rate: the step size of Adam, without a race.
         weight_decay: of AdamW, relative to the step size.
         max_epochs: passes through the data at most; by default, as many as make 20 000 steps.
@@ -220,7 +215,7 @@ def fit_density(
     (torch.Size([4, 2]), torch.Size([500]))
     """
     began = CLOCKS[_checks.choice("clock", clock, CLOCKS)]()
-    options = {
+    options: dict[str, Any] = {
         "preprocess": preprocess if preprocess is None else _checks.choice("preprocess", preprocess, ("auto", *KINDS)),
         "levels": levels if levels is None else _checks.integer("levels", levels, 2),
         "weight_decay": float(weight_decay) if weight_decay == 0 else _checks.positive("weight_decay", weight_decay),
@@ -239,6 +234,7 @@ def fit_density(
         made, name = _with_preprocessing(made, train, preprocess)
         size = _batch_size(train, batch)
         checks = [] if held_out is None else _materialise(held_out)
+        rouse(made)
         ascent = Ascent(made, train, checks, batch=size, weight_decay=options["weight_decay"])
         max_steps = MAX_STEPS if limits[0] is None else limits[0] * train.steps(size)
         plan = Plan(max_steps, limits[1], CLOCKS[clock], began)
@@ -285,6 +281,11 @@ def _like(flow: Flow) -> Tensor:
     return next(flow.parameters(), flow._like)
 
 
+def _source(flow: Flow, name: str, data: Any, context: Any) -> Source:
+    like = _like(flow)
+    return source(name, data, context, event_shape=flow.event_shape, context_dim=flow.context_dim, like=like)
+
+
 def _make(flow: Flow | str, data: Any, context: Any) -> Flow:
     """Copy the flow, or make one by a builder's name."""
     if isinstance(flow, Flow):
@@ -298,13 +299,12 @@ def _make(flow: Flow | str, data: Any, context: Any) -> Flow:
     if len(shape) != 1:
         raise ValueError(f"flow: a name makes a flow of vectors, the data have shape {tuple(shape)}; pass a flow.")
     width = 0 if context is None else torch.as_tensor(context).shape[-1]
-    return builder(shape[0], context_dim=width, base="logistic")
+    return builder(shape[0], context_dim=width, hidden=(64, 64), activation="relu", base="logistic")
 
 
 def _sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int | None) -> tuple[Source, Source | None]:
     """Make what is trained on and what is held out."""
-    about = {"event_shape": flow.event_shape, "context_dim": flow.context_dim, "like": _like(flow)}
-    train = source("data", data, context, **about)
+    train = _source(flow, "data", data, context)
     if levels is not None:
         train = train.quantised(levels)
     if validation is None:
@@ -320,7 +320,7 @@ def _sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int |
     pair = validation if isinstance(validation, tuple) else (validation, None)
     if len(pair) != 2:
         raise ValueError(f"validation: expected data, or a pair (data, context), got {len(pair)} items.")
-    held_out = source("validation", *pair, **about)
+    held_out = _source(flow, "validation", *pair)
     return train, held_out if levels is None else held_out.quantised(levels)
 
 

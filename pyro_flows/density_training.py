@@ -13,12 +13,13 @@ from torch import Tensor
 
 from pyro_flows.density_data import Batch, Source
 from pyro_flows.flows import Flow
+from pyro_flows.transforms.conditioners import Network
 
 RACED = (3e-4, 1e-3, 3e-3, 1e-2)
 RACE_STEPS = 40
 WARM_UP = 40
-STEADY_SHARE = 0.4  # of a budget; the rest is for the cool-down
-COOL_SHARE = 0.4  # of the steps so far, for a cool-down that validation asked for
+STEADY_SHARE = 0.2  # of a budget; the rest is for the cool-down
+COOL_SHARE = 0.6  # of the steps so far, for a cool-down that validation asked for
 PATIENCE_SHARE = 0.3
 PATIENT_CHECKS = 8
 CHECK_COST = 0.05  # share of the work that goes into checks
@@ -190,6 +191,20 @@ class Ascent:
         torch.set_rng_state(saved["random"].cpu())
         if saved["random_cuda"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in saved["random_cuda"]])
+
+
+@torch.no_grad()
+def rouse(flow: Flow) -> None:
+    """Give last layers of networks that start at zero torch's usual small random weights.
+
+    At zero, the layers below get no gradient, and for some hundred steps only little: that is right for a guide, whose
+    start is a good one, and slow for data.
+    """
+    for network in flow.modules():
+        if isinstance(network, Network):
+            last = network.layers[-1].get_parameter("weight")
+            if not bool(last.any()):
+                last.uniform_(-1.0, 1.0).mul_(last[0].numel() ** -0.5)
 
 
 def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None] = lambda: None) -> None:
