@@ -170,8 +170,8 @@ def fit_density(
 
     The data are put on a common scale by an affine map that becomes the flow's last layer. Step sizes race for a few
     steps. The best goes on until the mean log density of held-out points stands still, or a fifth of the budget is
-    used. Then the step size falls to zero along a cosine. An average of the weights over about the last tenth of the steps
-    is what is checked and, if it is the best, what is kept.
+    used. Then the step size falls to zero along a cosine. An average of the weights over about the last tenth of the
+    steps is what is checked and, if it is the best, what is kept.
 
     Args:
         flow: a flow of the shape of one point, which is copied, not changed; or the name of a builder for vectors

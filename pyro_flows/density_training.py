@@ -128,7 +128,8 @@ class Ascent:
     @torch.no_grad()
     def assign(self, values: Sequence[Tensor]) -> None:
         """Set the weights."""
-        torch._foreach_copy_(self.parameters, list(values))
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     @torch.no_grad()
     def validate(self, weights: Sequence[Tensor] | None = None) -> float:

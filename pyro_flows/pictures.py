@@ -79,8 +79,7 @@ def plot_images(
     """Draw a grid of images with values from 0 to ``levels``; what is outside is shown as the nearest of them.
 
     Args:
-        images: ``(N, H, W)``, ``(N, C, H, W)`` with one or three channels, or flat ``(N, D)``; or all of these with
-            two leading axes, rows and columns of the grid.
+        images: ``(N, H, W)``, ``(N, C, H, W)`` with one or three channels, or flat ``(N, D)``.
         image_shape: (H, W) or (C, H, W), of flat images; squares are guessed.
         columns: of the grid, by default as many as rows.
         levels: the value of white.
@@ -88,7 +87,8 @@ def plot_images(
     Raises:
         ValueError: for flat images that are no squares and have no ``image_shape``, or another number of channels.
     """
-    pictures, columns = _pictures(images, image_shape, columns)
+    pictures = _pictures(images, image_shape)
+    columns = math.ceil(math.sqrt(len(pictures))) if columns is None else _checks.integer("columns", columns, 1)
     rows = math.ceil(len(pictures) / columns)
     height, width = pictures.shape[1:3]
     sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, pictures.shape[3]))
@@ -106,7 +106,8 @@ def plot_interpolation(
     flow: Flow, points: Tensor, *, steps: int = 8, image_shape: Sequence[int] | None = None, levels: float = 1.0
 ) -> Figure:
     """Draw :func:`~pyro_flows.interpolation.interpolate`: a walk between four images, which stand in the corners."""
-    return plot_images(interpolate(flow, points, steps=steps), image_shape, levels=levels)
+    walk = interpolate(flow, points, steps=steps).flatten(0, 1)
+    return plot_images(walk, image_shape, columns=steps, levels=levels)
 
 
 def plot_nearest(
@@ -161,28 +162,20 @@ def plot_losses(losses: Tensor, checks: Tensor) -> Figure:
 # parts ----------------------------------------------------------------------------------------------------------------
 
 
-def _pictures(images: Tensor, image_shape: Sequence[int] | None, columns: int | None) -> tuple[np.ndarray, int]:
-    """Return the images as (N, H, W, C), and the columns of the grid."""
-    shape = tuple(image_shape) if image_shape is not None else None
+def _pictures(images: Tensor, image_shape: Sequence[int] | None) -> np.ndarray:
+    """Return the images as (N, H, W, C)."""
     flat = images.shape[-1]
-    if shape is None and (images.dim() == 2 or (images.dim() == 3 and math.isqrt(flat) ** 2 == flat > 64)):
-        side = math.isqrt(flat)
-        if side * side != flat:
-            raise ValueError(f"image_shape: {flat} pixels are no square; pass (H, W) or (C, H, W).")
-        shape = (side, side)
-    if shape is not None:
-        lead = images.shape[: images.dim() - 1] if images.shape[-len(shape) :] != shape else images.shape[: -len(shape)]
-        images = images.reshape(*lead, *shape)
-    else:
-        shape = tuple(images.shape[-3:]) if images.dim() >= 4 and images.shape[-3] in (1, 3) else images.shape[-2:]
-    lead = images.shape[: images.dim() - len(shape)]
+    side = math.isqrt(flat)
+    if image_shape is None and images.dim() == 2 and side * side != flat:
+        raise ValueError(f"image_shape: {flat} pixels are no square; pass (H, W) or (C, H, W).")
+    guessed = (side, side) if images.dim() == 2 else images.shape[1:]
+    shape = tuple(guessed if image_shape is None else image_shape)
     channels = shape[0] if len(shape) == 3 else 1
-    if len(shape) not in (2, 3) or channels not in (1, 3) or not lead:
-        raise ValueError(f"images: expected one or three channels, got images of shape {shape}.")
-    pictures = images.detach().reshape(-1, channels, *shape[-2:]).movedim(1, -1).double().cpu().numpy()
-    if columns is None:
-        columns = lead[1] if len(lead) == 2 else math.ceil(math.sqrt(len(pictures)))
-    return pictures, _checks.integer("columns", columns, 1)
+    if len(shape) not in (2, 3) or channels not in (1, 3) or math.prod(images.shape[1:]) != math.prod(shape):
+        raise ValueError(
+            f"images: expected (N, H, W), (N, 1 or 3, H, W) or flat ones of the image_shape, got {tuple(images.shape)}."
+        )
+    return images.detach().reshape(-1, channels, *shape[-2:]).movedim(1, -1).double().cpu().numpy()
 
 
 def _panels(count: int, *, columns: int, size: float | tuple[float, float] = PANEL) -> tuple[Figure, list[Axes]]:
