@@ -116,19 +116,17 @@ PEERS: dict[str, Callable[[str, int, int, tuple[int, ...], int], Made]] = {
 }
 
 
-def train(
-    made: Made, train: LogProb, held_out: Tensor, *, points: int, batch: int, seconds: float, learning_rate: float
-) -> int:
-    """Train until ``seconds`` of CPU time are over, and leave the best weights; ``train`` gives rows by index."""
+def train(made: Made, rows: LogProb, held_out: Tensor, *, points: int, batch: int, seconds: float) -> int:
+    """Train until ``seconds`` of CPU time are over, and leave the best weights; ``rows`` gives points by index."""
     parameters, log_prob = made
     began = time.process_time()
-    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
+    optimiser = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     best, kept, check_at, steps = -math.inf, [parameter.detach().clone() for parameter in parameters], 0.05, 0
     while (share := (time.process_time() - began) / seconds) < 1.0:
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
+            group["lr"] = LEARNING_RATE * 0.5 * (1.0 + math.cos(math.pi * share))
         optimiser.zero_grad()
-        loss = -log_prob(train(torch.randint(points, (batch,)))).mean()
+        loss = -log_prob(rows(torch.randint(points, (batch,)))).mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, 50.0)
         if bool(torch.isfinite(norm)):
