@@ -3,7 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pyro_flows.builders import nice, planar, realnvp, spline
-from pyro_flows.density import DensityFit, fit_density
+from pyro_flows.density import fit_density
+from pyro_flows.density_fit import DensityFit
 from pyro_flows.diagnostics import diagnose
 from pyro_flows.fit import fit
 from pyro_flows.flows import Flow

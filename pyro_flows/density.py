@@ -1,4 +1,4 @@
-"""``fit_density``: a flow fitted to data by maximum likelihood, and the result."""
+"""``fit_density``: a flow fitted to data by maximum likelihood."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pyro_flows import _checks, density_storage, pictures
+from pyro_flows import _checks, density_storage
 from pyro_flows.builders import BUILDERS
-from pyro_flows.density_data import CHUNK, Batch, Levels, Rows, Source, Stream, rows, source
+from pyro_flows.density_data import CHUNK, Batch, Levels, Rows, Source, Stream, rows
+from pyro_flows.density_fit import DensityFit, bits_per_dim, like, mean_log_prob, points_for
 from pyro_flows.density_training import RACE_STEPS, RACED, Ascent, Plan, climb, rouse
 from pyro_flows.flows import Flow
 from pyro_flows.preprocess import KINDS, Preprocess, preprocess
 from pyro_flows.randomness import derive, seeded
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MAX_STEPS = 20_000
 BATCH = 256
@@ -32,120 +28,6 @@ CHECKED_POINTS = 5_000  # held-out points that the checks during training use
 MEASURED_POINTS = 50_000  # from which scales and correlations are taken
 SAVE_EVERY = 30.0  # seconds between checkpoints
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.monotonic, "cpu": time.process_time}
-
-
-@dataclass(frozen=True)
-class DensityFit:
-    """A density fitted to data: the flow, how it was trained, and how good it is on points that it did not see.
-
-    Attributes:
-        flow: the trained flow, with the affine map to the scale of the data as its last layer.
-        losses: negative mean log density of each minibatch, in nats.
-        checks: ``(count, 2)``: steps done and mean log density of held-out points, of the averaged weights.
-        validation: mean log density of all held-out points, in nats; NaN if there were none.
-        levels: how the data are quantised, if they are.
-        settings: what :func:`fit_density` was asked for and what it chose.
-        why: what ended the training, in a sentence.
-    """
-
-    flow: Flow
-    losses: Tensor
-    checks: Tensor
-    validation: float
-    levels: Levels | None
-    settings: dict[str, Any] = field(repr=False)
-    why: str
-
-    @torch.no_grad()
-    def log_prob(self, y: Any, context: Any = None) -> Tensor:
-        """Return ``log q(y)`` for points ``(N, ...)``, in nats, ``(N,)``; with levels, of points in the unit cube.
-
-        Raises:
-            ValueError: for points of another shape, or values that are missing.
-        """
-        given = self._source(y, context)
-        return torch.cat([self.flow.log_prob(batch, about) for batch, about in given.ordered(CHUNK)])
-
-    @torch.no_grad()
-    def sample(self, count: int, context: Any = None, *, seed: int | None = None) -> Tensor:
-        """Draw ``count`` points, ``(count, ...)``; with a context, one for each of its ``count`` rows.
-
-        Raises:
-            ValueError: for a count below 1, or a context that does not fit.
-        """
-        _checks.integer("count", count, 1)
-        if context is None:
-            return self._draw(lambda: self.flow().sample((count,)), seed)
-        about = torch.as_tensor(context).to(_like(self.flow)).expand(count, -1)
-        return self._draw(lambda: self.flow(about).sample(), seed)
-
-    def _draw(self, draw: Callable[[], Tensor], seed: int | None) -> Tensor:
-        if seed is None:
-            return draw()
-        with seeded(seed, _like(self.flow).device):
-            return draw()
-
-    def nats(self, data: Any, context: Any = None, *, seed: int = 0) -> float:
-        """Return the mean log density of data given as to :func:`fit_density`; quantised values get noise first."""
-        given: Source = self._source(data, context)
-        if self.levels is not None:
-            given = given.quantised(self.levels.count)
-        with seeded(seed, _like(self.flow).device):
-            return _mean(self.flow, given)
-
-    def bits_per_dim(self, data: Any, context: Any = None, *, seed: int = 0) -> float:
-        r"""Return bits a dimension, :math:`(\log L - \text{nats} / D) / \log 2` for L levels; smaller is better.
-
-        For quantised data it is an upper bound on the bits that a code by this model needs. Without levels, L is 1.
-        """
-        return self._bits(self.nats(data, context, seed=seed))
-
-    def _bits(self, nats: float) -> float:
-        return _bits(nats, self.flow, self.levels)
-
-    def summary(self) -> str:
-        """Say in a few lines what was fitted, how long it took and how good it is."""
-        about = self.settings
-        lines = [
-            f"{about['flow']} on {about['points']} points of shape {tuple(about['event_shape'])}, "
-            f"preprocess {about['preprocess']!r}",
-            f"{about['steps']} steps of {about['batch']} in {about['seconds']:.1f} s, step size "
-            f"{about['learning_rate']:g}: {self.why}",
-            f"held out: {self.validation:.4f} nats, {self._bits(self.validation):.4f} bits/dim"
-            if math.isfinite(self.validation)
-            else f"nothing held out; last training loss {float(self.losses[-1]):.4f} nats",
-        ]
-        return "\n".join(lines)
-
-    def plot_losses(self) -> Figure:
-        """Draw training and held-out nats over the steps."""
-        return pictures.plot_losses(self.losses, self.checks)
-
-    def plot_samples(self, count: int = 64, *, image_shape: tuple[int, ...] | None = None, seed: int = 0) -> Figure:
-        """Draw samples: a cloud in two dimensions, else a grid of images (of ``image_shape``, for flat ones)."""
-        points = self.sample(count if self.flow.event_shape != (2,) else 2000, seed=seed)
-        return pictures.plot_points(points) if points.shape[1:] == (2,) else pictures.plot_images(points, image_shape)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a directory of tensors and JSON.
-
-        Raises:
-            ValueError: if the flow was not made by a builder, or the path holds other files.
-        """
-        description = {"settings": self.settings, "validation": self.validation, "why": self.why}
-        density_storage.write(path, self.flow, {"losses": self.losses, "checks": self.checks}, description, self.levels)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> DensityFit:
-        """Read what :meth:`save` wrote. No code is run: only tensors and JSON are read.
-
-        Raises:
-            ValueError: if the directory is not a saved density, or of another format version.
-        """
-        return cls(**density_storage.read(path))
-
-    def _source(self, y: Any, context: Any) -> Source:
-        return _source(self.flow, "data", y, context)
 
 
 def fit_density(
@@ -227,8 +109,8 @@ def fit_density(
     )
     if learning_rate is not None:
         _checks.positive("learning_rate", learning_rate)
-    like = _like(flow) if isinstance(flow, Flow) else torch.zeros(())
-    with seeded(derive(seed, "fit_density"), like.device):
+    device = like(flow).device if isinstance(flow, Flow) else None
+    with seeded(derive(seed, "fit_density"), device):
         made = _make(flow, data, context)
         train, held_out = _sources(made, data, context, validation, levels)
         made, name = _with_preprocessing(made, train, preprocess)
@@ -244,7 +126,7 @@ def fit_density(
             _choose_step_size(ascent, learning_rate, max_steps)
         climb(ascent, keeper.plan, report=bar.show, save=keeper.save)
         keeper.save(final=True)
-        validated = math.nan if held_out is None else _mean(made, held_out)
+        validated = math.nan if held_out is None else mean_log_prob(made, held_out)
         bar.close(validated)
     state = ascent.state
     made.requires_grad_(True)
@@ -277,15 +159,6 @@ def fit_density(
 # parts ----------------------------------------------------------------------------------------------------------------
 
 
-def _like(flow: Flow) -> Tensor:
-    return next(flow.parameters(), flow._like)
-
-
-def _source(flow: Flow, name: str, data: Any, context: Any) -> Source:
-    like = _like(flow)
-    return source(name, data, context, event_shape=flow.event_shape, context_dim=flow.context_dim, like=like)
-
-
 def _make(flow: Flow | str, data: Any, context: Any) -> Flow:
     """Copy the flow, or make one by a builder's name."""
     if isinstance(flow, Flow):
@@ -304,7 +177,7 @@ def _make(flow: Flow | str, data: Any, context: Any) -> Flow:
 
 def _sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int | None) -> tuple[Source, Source | None]:
     """Make what is trained on and what is held out."""
-    train = _source(flow, "data", data, context)
+    train = points_for(flow, "data", data, context)
     if levels is not None:
         train = train.quantised(levels)
     if validation is None:
@@ -320,7 +193,7 @@ def _sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int |
     pair = validation if isinstance(validation, tuple) else (validation, None)
     if len(pair) != 2:
         raise ValueError(f"validation: expected data, or a pair (data, context), got {len(pair)} items.")
-    held_out = _source(flow, "validation", *pair)
+    held_out = points_for(flow, "validation", *pair)
     return train, held_out if levels is None else held_out.quantised(levels)
 
 
@@ -364,20 +237,6 @@ def _choose_step_size(ascent: Ascent, learning_rate: float | None, max_steps: in
     ascent.race(RACED, max(min(RACE_STEPS, max_steps // 10), 2))
 
 
-@torch.no_grad()
-def _mean(flow: Flow, given: Source) -> float:
-    total, count = 0.0, 0
-    for y, context in given.ordered(CHUNK):
-        total += float(flow.log_prob(y, context).double().sum())
-        count += len(y)
-    return total / count
-
-
-def _bits(nats: float, flow: Flow, levels: Levels | None) -> float:
-    offset = 0.0 if levels is None else math.log(levels.count)
-    return (offset - nats / math.prod(flow.event_shape)) / math.log(2.0)
-
-
 class _Bar:
     """A progress bar in percent of the budget."""
 
@@ -396,4 +255,4 @@ class _Bar:
         self.bar.close()
 
     def _words(self, nats: float) -> str:
-        return f"{nats:.3f} nats, {_bits(nats, self.flow, self.levels):.3f} bits/dim"
+        return f"{nats:.3f} nats, {bits_per_dim(nats, self.flow, self.levels):.3f} bits/dim"
