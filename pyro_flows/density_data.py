@@ -115,7 +115,7 @@ class Rows:
             if values is None or not _is_floating(values):
                 continue
             for start in range(0, len(values), CHUNK):
-                bad = (~torch.isfinite(torch.as_tensor(values[start : start + CHUNK]))).nonzero()
+                bad = (~torch.isfinite(_tensor(values[start : start + CHUNK]))).nonzero()
                 if len(bad):
                     row, *column = bad[0].tolist()
                     place = column[0] if len(column) == 1 else tuple(column)
@@ -195,7 +195,12 @@ def _like(tensor: Tensor, like: Tensor) -> Tensor:
 def _look_up(values: Any, indices: Tensor, like: Tensor) -> Tensor:
     if isinstance(values, Tensor):
         return _like(values.index_select(0, indices.to(values.device)), like)
-    return _like(torch.as_tensor(values[indices.numpy()]), like)
+    return _like(_tensor(values[indices.numpy()]), like)
+
+
+def _tensor(values: Any) -> Tensor:
+    """Make a tensor of part of a tensor or a memory map, which may not be writable."""
+    return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
 
 
 def _is_floating(values: Any) -> bool:

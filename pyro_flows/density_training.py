@@ -26,7 +26,7 @@ CHECK_COST = 0.05  # share of the work that goes into checks
 AVERAGE_EVERY = 5
 AVERAGE_POWER = 9.0  # the average holds about the last tenth of the steps
 CLIP = 5.0
-FALL = 1.0  # nats a dimension below the best check: go back to it with half the step size
+FALL = 20.0  # nats a dimension below the best check: go back to it with half the step size
 
 Report = Callable[[str, int, float, float], None]  # state, epochs, progress in [0, 1], validation or training nats
 
@@ -61,6 +61,7 @@ class State:
     best_step: int = 0
     cool_from: float = -1.0  # progress or steps at which the cool-down began; below 0: not yet
     cool_steps: int = 0  # its length, where validation asked for it; 0 where the budget did
+    cool_top: float = 1.0  # the share of the step size that it began with
     done: bool = False
     why: str = ""
     losses: list[float] = field(default_factory=list)
@@ -247,12 +248,16 @@ def _factor(state: State, progress: float) -> float | None:
         return None
     if state.cool_steps:
         done = (state.steps - state.cool_from) / state.cool_steps
-        return None if done >= 1.0 else _cosine(max(done, (progress - STEADY_SHARE) / (1.0 - STEADY_SHARE)))
-    if progress >= STEADY_SHARE and state.cool_from < 0:
+        return None if done >= 1.0 else state.cool_top * _cosine(done)
+    return _by_budget(state, progress)
+
+
+def _by_budget(state: State, progress: float) -> float:
+    if progress < STEADY_SHARE:
+        return min(1.0, (state.steps + 1) / WARM_UP)
+    if state.cool_from < 0:
         state.cool_from = progress
-    if state.cool_from >= 0:
-        return _cosine((progress - state.cool_from) / (1.0 - state.cool_from))
-    return min(1.0, (state.steps + 1) / WARM_UP)
+    return _cosine((progress - state.cool_from) / (1.0 - state.cool_from))
 
 
 def _check(ascent: Ascent, progress: float) -> None:
@@ -265,7 +270,7 @@ def _check(ascent: Ascent, progress: float) -> None:
     if value > state.best:
         state.best, state.best_step, ascent.best_weights = value, state.steps, [w.clone() for w in ascent.average]
         return
-    if state.cool_from >= 0:
+    if state.cool_steps:
         return
     if not value > state.best - FALL * ascent.dim and state.falls < 8:
         _go_back(ascent)
@@ -275,6 +280,7 @@ def _check(ascent: Ascent, progress: float) -> None:
     patience = max(PATIENCE_SHARE * state.steps, PATIENT_CHECKS * _check_every(ascent))
     if state.steps - state.best_step > patience:
         state.why = "validation no longer improved"
+        state.cool_top = _by_budget(state, progress)
         state.cool_from, state.cool_steps = state.steps, max(int(COOL_SHARE * state.best_step), 2 * WARM_UP)
         _go_back(ascent)
 

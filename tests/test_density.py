@@ -27,7 +27,7 @@ def weights(fit):
 
 def test_reaches_the_entropy_of_data_on_very_different_scales():
     y, entropy = correlated(4000)
-    fit = pf.fit_density(pf.realnvp(2, layers=4), y, max_epochs=40, progress=False)
+    fit = pf.fit_density(pf.realnvp(2, layers=2), y, max_epochs=25, progress=False)
     fresh, _ = correlated(4000, seed=1)
     # 3 standard errors: the standard deviation of log p is 1 for two Gaussian coordinates
     assert -entropy - 0.05 < fit.nats(fresh) < -entropy + 3 / math.sqrt(4000)
@@ -51,7 +51,7 @@ def test_the_density_counts_the_preprocessing(kind):
 
 def test_beats_a_gaussian_and_does_not_beat_the_entropy():
     train, test = datasets.toy("moons", 4000), datasets.toy("moons", 8000, seed=9)
-    fit = pf.fit_density("realnvp", train, max_epochs=25, progress=False)
+    fit = pf.fit_density(pf.realnvp(2, layers=6, activation="relu"), train, max_epochs=20, progress=False)
     gaussian = torch.distributions.MultivariateNormal(train.mean(0), torch.cov(train.T))
     scores = fit.log_prob(test)
     assert scores.mean() > gaussian.log_prob(test).mean() + 0.3
@@ -177,9 +177,10 @@ def test_resumes_exactly(tmp_path, monkeypatch):
             raise _Stop
         return step(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(_Stop):
+    with monkeypatch.context() as patch:
         patch.setattr(density_training.Ascent, "step", stopping)
-        pf.fit_density(flow, y, checkpoint=tmp_path / "run.pt", **options)
+        with pytest.raises(_Stop):
+            pf.fit_density(flow, y, checkpoint=tmp_path / "run.pt", **options)
     assert steps == [31]
     resumed = pf.fit_density(flow, y, checkpoint=tmp_path / "run.pt", **options)
     assert torch.equal(weights(whole), weights(resumed))
@@ -188,7 +189,7 @@ def test_resumes_exactly(tmp_path, monkeypatch):
     assert whole.validation == resumed.validation
     again = pf.fit_density(flow, y, checkpoint=tmp_path / "run.pt", **options)
     assert torch.equal(weights(again), weights(whole))
-    with pytest.raises(ValueError, match="another run .different: .*seed"):
+    with pytest.raises(ValueError, match=r"another run \(different: .*seed"):
         pf.fit_density(flow, y, checkpoint=tmp_path / "run.pt", seed=1, **options)
     torch.save({"a": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="no checkpoint"):
@@ -252,7 +253,7 @@ def test_refuses_missing_values_and_says_where(tmp_path):
 def test_constant_columns_are_named():
     y = torch.randn(300, 3)
     y[:, 1] = 1234.5
-    with pytest.warns(UserWarning, match="coordinate 1 is constant .1 of 3"):
+    with pytest.warns(UserWarning, match=r"coordinate 1 is constant \(1 of 3"):
         fit = pf.fit_density("nice", y, **QUICK)
     assert fit.losses.isfinite().all()
 
