@@ -151,7 +151,8 @@ def plot_losses(losses: Tensor, checks: Tensor) -> Figure:
         steps, held_out = checks.double().cpu().numpy().T
         axes.plot(steps, held_out, color=FLOW, linewidth=1.8, label="held out, averaged weights")
         low = min(low, np.quantile(held_out, 0.25))
-    high = max(finite.max(initial=low), *([] if not len(checks) else [held_out.max()]))
+        finite = np.concatenate([finite, held_out])
+    high = finite.max(initial=low)
     axes.set_ylim(low - 0.5 * (high - low) - 1e-6, high + 0.1 * (high - low) + 1e-6)
     axes.set_xlabel("step", fontsize=9, color=INK)
     axes.set_ylabel("mean log density (nats)", fontsize=9, color=INK)
