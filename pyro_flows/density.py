@@ -23,6 +23,7 @@ from pyro_flows.preprocess import KINDS, Preprocess, preprocess
 from pyro_flows.randomness import derive, seeded
 
 MAX_STEPS = 20_000
+DECAY_POINTS = 400.0
 BATCH = 256
 CHECKED_POINTS = 5_000  # held-out points that the checks during training use
 MEASURED_POINTS = 50_000  # from which scales and correlations are taken
@@ -40,7 +41,8 @@ def fit_density(
     levels: int | None = None,
     batch: int | None = None,
     learning_rate: float | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
+    start: str = "random",
     max_epochs: int | None = None,
     max_seconds: float | None = None,
     clock: str = "wall",
@@ -72,7 +74,10 @@ def fit_density(
             density is one on the unit cube.
         batch: points a step; by default 256, or a tenth of the data if that is less, and 32 at least.
         learning_rate: the step size of Adam, without a race.
-        weight_decay: of AdamW, relative to the step size.
+        weight_decay: of AdamW, relative to the step size; by default 400 over the number of points, 1 at most.
+        start: ``"random"``: last layers of networks that are zero get small random weights, with which training is far
+            quicker; or ``"identity"``: the flow starts as it is, so that few data are first described by the base
+            and the preprocessing alone (whitened, with a normal base: by a Gaussian), and stay so if nothing is better.
         max_epochs: passes through the data at most; by default, as many as make 20 000 steps.
         max_seconds: seconds at most, preparation included.
         clock: what these seconds are: ``"wall"``, or ``"cpu"`` for the process's own, as benchmarks want them.
@@ -100,7 +105,8 @@ def fit_density(
     options: dict[str, Any] = {
         "preprocess": preprocess if preprocess is None else _checks.choice("preprocess", preprocess, ("auto", *KINDS)),
         "levels": levels if levels is None else _checks.integer("levels", levels, 2),
-        "weight_decay": float(weight_decay) if weight_decay == 0 else _checks.positive("weight_decay", weight_decay),
+        "weight_decay": weight_decay if not weight_decay else _checks.positive("weight_decay", weight_decay),
+        "start": _checks.choice("start", start, ("random", "identity")),
         "seed": _checks.integer("seed", seed, 0),
     }
     limits = (
@@ -115,8 +121,11 @@ def fit_density(
         train, held_out = _sources(made, data, context, validation, levels)
         made, name = _with_preprocessing(made, train, preprocess)
         size = _batch_size(train, batch)
+        if weight_decay is None:
+            options["weight_decay"] = min(1.0, DECAY_POINTS / (train.steps(size) * size))
         checks = [] if held_out is None else _materialise(held_out)
-        rouse(made)
+        if start == "random":
+            rouse(made)
         ascent = Ascent(made, train, checks, batch=size, weight_decay=options["weight_decay"])
         max_steps = MAX_STEPS if limits[0] is None else limits[0] * train.steps(size)
         plan = Plan(max_steps, limits[1], CLOCKS[clock], began)

@@ -213,6 +213,8 @@ def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None
     """Train until validation no longer improves or the budget ends, and leave the best weights in the flow."""
     state = ascent.state
     every = _check_every(ascent)
+    if state.steps == 0 and ascent.held_out and not math.isfinite(state.best):
+        state.best = ascent.validate()
     while not state.done:
         for y, context in ascent.source.shuffled(ascent.batch):
             progress = plan.progress(state.steps)
