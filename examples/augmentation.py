@@ -43,8 +43,7 @@ def synthesise(images, labels, max_epochs, seed):
     flow = pf.realnvp(64, layers=4, hidden=(32,), context_dim=10)
     fit = pf.fit_density(
         flow, images, context=onehot, levels=17, preprocess="whiten", validation=0.2, learning_rate=1e-3,
-        start="identity",
-        max_epochs=max_epochs, seed=seed, progress=False,
+        start="identity", max_epochs=max_epochs, seed=seed, progress=False,
     )  # fmt: skip
     wanted = torch.arange(10).repeat_interleave(SYNTHETIC)
     draws = fit.sample(len(wanted), torch.nn.functional.one_hot(wanted, 10).float(), seed=seed)

@@ -102,6 +102,8 @@ def fit_density(
     (torch.Size([4, 2]), torch.Size([500]))
     """
     began = CLOCKS[_checks.choice("clock", clock, CLOCKS)]()
+    if learning_rate is not None:
+        _checks.positive("learning_rate", learning_rate)
     options: dict[str, Any] = {
         "preprocess": preprocess if preprocess is None else _checks.choice("preprocess", preprocess, ("auto", *KINDS)),
         "levels": levels if levels is None else _checks.integer("levels", levels, 2),
@@ -109,60 +111,30 @@ def fit_density(
         "start": _checks.choice("start", start, ("random", "identity")),
         "seed": _checks.integer("seed", seed, 0),
     }
-    limits = (
-        max_epochs if max_epochs is None else _checks.integer("max_epochs", max_epochs, 1),
-        math.inf if max_seconds is None else _checks.positive("max_seconds", max_seconds),
-    )
-    if learning_rate is not None:
-        _checks.positive("learning_rate", learning_rate)
-    device = like(flow).device if isinstance(flow, Flow) else None
-    with seeded(derive(seed, "fit_density"), device):
+    epochs = max_epochs if max_epochs is None else _checks.integer("max_epochs", max_epochs, 1)
+    seconds = math.inf if max_seconds is None else _checks.positive("max_seconds", max_seconds)
+    with seeded(derive(seed, "fit_density"), like(flow).device if isinstance(flow, Flow) else None):
         made = _make(flow, data, context)
         train, held_out = _sources(made, data, context, validation, levels)
-        made, name = _with_preprocessing(made, train, preprocess)
-        size = _batch_size(train, batch)
+        made, options["preprocess"] = _with_preprocessing(made, train, preprocess)
+        size = options["batch"] = _batch_size(train, batch)
         if weight_decay is None:
             options["weight_decay"] = min(1.0, DECAY_POINTS / (train.steps(size) * size))
-        checks = [] if held_out is None else _materialise(held_out)
         if start == "random":
             rouse(made)
-        ascent = Ascent(made, train, checks, batch=size, weight_decay=options["weight_decay"])
-        max_steps = MAX_STEPS if limits[0] is None else limits[0] * train.steps(size)
-        plan = Plan(max_steps, limits[1], CLOCKS[clock], began)
+        checked = [] if held_out is None else _materialise(held_out)
+        ascent = Ascent(made, train, checked, batch=size, weight_decay=options["weight_decay"])
+        plan = Plan(MAX_STEPS if epochs is None else epochs * train.steps(size), seconds, CLOCKS[clock], began)
         bar = _Bar(visible=progress, flow=made, levels=train.levels)
-        keeper = density_storage.Keeper(checkpoint, ascent, plan, SAVE_EVERY, {**options, "batch": size})
+        keeper = density_storage.Keeper(checkpoint, ascent, plan, SAVE_EVERY, options)
         if not keeper.resume():
-            _choose_step_size(ascent, learning_rate, max_steps)
+            _choose_step_size(ascent, learning_rate, plan.max_steps)
         climb(ascent, keeper.plan, report=bar.show, save=keeper.save)
         keeper.save(final=True)
         validated = math.nan if held_out is None else mean_log_prob(made, held_out)
         bar.close(validated)
-    state = ascent.state
-    made.requires_grad_(True)
-    settings = {
-        **options,
-        "flow": (made.settings or {}).get("builder", "flow"),
-        "preprocess": name,
-        "points": len(train) if isinstance(train, Rows) else None,
-        "event_shape": list(made.event_shape),
-        "batch": size,
-        "learning_rate": state.learning_rate,
-        "steps": state.steps,
-        "epochs": state.epoch,
-        "seconds": CLOCKS[clock]() - keeper.plan.began,
-        "clock": clock,
-        "skipped": state.skipped,
-        "falls": state.falls,
-    }
-    return DensityFit(
-        flow=made,
-        losses=torch.tensor(state.losses),
-        checks=torch.tensor(state.checks, dtype=torch.float64).reshape(-1, 2),
-        validation=validated,
-        levels=train.levels,
-        settings=settings,
-        why=state.why,
-    )
+    options.update(clock=clock, seconds=plan.clock() - keeper.plan.began)
+    return _result(ascent, validated, options)
 
 
 # parts ----------------------------------------------------------------------------------------------------------------
@@ -219,6 +191,30 @@ def _with_preprocessing(flow: Flow, train: Source, kind: str | None) -> tuple[Fl
             break
     layer: Preprocess = preprocess(kind, batches, pooled=images)
     return density_storage.append(flow, layer), kind
+
+
+def _result(ascent: Ascent, validation: float, options: dict[str, Any]) -> DensityFit:
+    state, train, flow = ascent.state, ascent.source, ascent.flow
+    settings = {
+        **options,
+        "flow": (flow.settings or {}).get("builder", "flow"),
+        "points": len(train) if isinstance(train, Rows) else None,
+        "event_shape": list(flow.event_shape),
+        "learning_rate": state.learning_rate,
+        "steps": state.steps,
+        "epochs": state.epoch,
+        "skipped": state.skipped,
+        "falls": state.falls,
+    }
+    return DensityFit(
+        flow=flow,
+        losses=torch.tensor(state.losses),
+        checks=torch.tensor(state.checks, dtype=torch.float64).reshape(-1, 2),
+        validation=validation,
+        levels=train.levels,
+        settings=settings,
+        why=state.why,
+    )
 
 
 def _batch_size(train: Source, batch: int | None) -> int:

@@ -212,6 +212,8 @@ def rouse(flow: Flow) -> None:
 def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None] = lambda: None) -> None:
     """Train until validation no longer improves or the budget ends, and leave the best weights in the flow."""
     state = ascent.state
+    if state.done:
+        return
     every = _check_every(ascent)
     if state.steps == 0 and ascent.held_out and not math.isfinite(state.best):
         state.best = ascent.validate()

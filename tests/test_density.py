@@ -153,6 +153,16 @@ def test_stops_by_itself_before_it_learns_the_data_by_heart():
     assert fit.nats(fresh) > exact - 3.0
 
 
+def test_a_start_at_the_identity_is_the_gaussian_of_the_data_and_is_kept_if_nothing_is_better():
+    y = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    flow = pf.realnvp(6, layers=4)
+    fit = pf.fit_density(
+        flow, y, start="identity", preprocess="whiten", learning_rate=1.0, max_epochs=2, progress=False
+    )
+    assert fit.validation > -6 * 1.6  # of a step size that destroys the flow; a standard Gaussian has -6 * 1.42
+    assert fit.checks[-1, 1] >= fit.checks[:, 1].max()
+
+
 def test_seconds_end_the_training():
     y = datasets.toy("moons", 2000)
     fit = pf.fit_density("realnvp", y, max_seconds=1.0, clock="cpu", progress=False)
@@ -189,6 +199,7 @@ def test_resumes_exactly(tmp_path, monkeypatch):
     assert whole.validation == resumed.validation
     again = pf.fit_density(flow, y, checkpoint=tmp_path / "run.pt", **options)
     assert torch.equal(weights(again), weights(whole))
+    assert torch.equal(again.checks, whole.checks)
     with pytest.raises(ValueError, match=r"another run \(different: .*seed"):
         pf.fit_density(flow, y, checkpoint=tmp_path / "run.pt", seed=1, **options)
     torch.save({"a": 1}, tmp_path / "other.pt")
@@ -270,6 +281,7 @@ def test_constant_columns_are_named():
         ({"learning_rate": -1.0}, "learning_rate: expected"),
         ({"max_epochs": 0}, "max_epochs: expected"),
         ({"max_seconds": 0.0}, "max_seconds: expected"),
+        ({"start": "zero"}, "start: expected one of"),
         ({"clock": "sun"}, "clock: expected one of 'cpu', 'wall'"),
         ({"weight_decay": -1.0}, "weight_decay: expected"),
         ({"context": torch.zeros(4, 1)}, "context: expected a row for each of 50"),
