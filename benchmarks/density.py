@@ -45,12 +45,17 @@ class Problem:
     make: Callable[[int], Split]
     seconds: float
     layers: int = 8
+    spline_layers: int = 4
     hidden: tuple[int, ...] = (64, 64)
     bins: int = 8
     batch: int = 256
     levels: int | None = None
     kinds: tuple[str, ...] = ("additive", "affine", "spline")
     entropy: float = math.nan
+
+    def depth(self, kind: str) -> int:
+        """How many couplings a flow of this kind has."""
+        return self.spline_layers if kind == "spline" else self.layers
 
 
 def toy(name: str) -> Problem:
@@ -132,7 +137,7 @@ def run(problem: Problem, method: str, kind: str, seed: int, seconds: float) -> 
         scores, steps = _humble((train - loc) / scale, held_out, test, (1,) if method == GAUSSIAN else COMPONENTS)
     else:
         dim = train.shape[1]
-        made = density_peers.PEERS[method](kind, dim, problem.layers, problem.hidden, problem.bins)
+        made = density_peers.PEERS[method](kind, dim, problem.depth(kind), problem.hidden, problem.bins)
 
         def rows(places: Tensor) -> Tensor:
             return (_spread(split.train[places], problem.levels) - loc) / scale
@@ -155,7 +160,7 @@ def _ours(problem: Problem, split: Split, kind: str, seed: int, seconds: float) 
     make: Callable[..., pf.Flow] = getattr(pf, BUILDERS[kind])
     flow = make(
         split.train.shape[1],
-        layers=problem.layers,
+        layers=problem.depth(kind),
         hidden=problem.hidden,
         activation="relu",
         mask="alternating",

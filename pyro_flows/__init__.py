@@ -9,6 +9,7 @@ from pyro_flows.diagnostics import diagnose
 from pyro_flows.fit import fit
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, AutoNICE, AutoPlanar, AutoRealNVP
+from pyro_flows.image_builders import glow, multiscale_realnvp
 from pyro_flows.log_density import LogDensity
 from pyro_flows.posterior import Posterior, load
 from pyro_flows.transforms import (
@@ -19,14 +20,20 @@ from pyro_flows.transforms import (
     Bijection,
     Bound,
     Chain,
+    Conv1x1,
+    Dequantize,
     DiagonalAffine,
     Inverse,
+    Logit,
     LowerTriangularAffine,
+    LULinear,
+    MultiScale,
     Permutation,
     Planar,
     Rescale,
     SinhArcsinh,
     SplineCoupling,
+    Squeeze,
     masks,
 )
 from pyro_flows.verdict import Verdict
@@ -48,24 +55,32 @@ __all__ = [
     "Bijection",
     "Bound",
     "Chain",
+    "Conv1x1",
     "DensityFit",
+    "Dequantize",
     "DiagonalAffine",
     "Flow",
     "Inverse",
+    "LULinear",
     "LogDensity",
+    "Logit",
     "LowerTriangularAffine",
+    "MultiScale",
     "Permutation",
     "Planar",
     "Posterior",
     "Rescale",
     "SinhArcsinh",
     "SplineCoupling",
+    "Squeeze",
     "Verdict",
     "diagnose",
     "fit",
     "fit_density",
+    "glow",
     "load",
     "masks",
+    "multiscale_realnvp",
     "nice",
     "planar",
     "realnvp",

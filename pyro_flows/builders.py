@@ -1,4 +1,4 @@
-"""Builders of the usual stacks, for vectors."""
+"""Builders of the usual stacks, for vectors, and the list of all builders."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from pyro_flows import _checks
 from pyro_flows.flows import Flow, build
+from pyro_flows.image_builders import glow, multiscale_realnvp
 from pyro_flows.transforms import (
     AdditiveCoupling,
     AffineCoupling,
@@ -212,4 +213,5 @@ def spline(
     return build(stack, base, df, builder="spline", dim=dim, layers=layers, mask=mask, seed=seed, **options)
 
 
-BUILDERS: dict[str, Callable[..., Flow]] = {"nice": nice, "planar": planar, "realnvp": realnvp, "spline": spline}
+VECTOR_BUILDERS: dict[str, Callable[..., Flow]] = {"nice": nice, "planar": planar, "realnvp": realnvp, "spline": spline}
+BUILDERS: dict[str, Callable[..., Flow]] = {**VECTOR_BUILDERS, "glow": glow, "multiscale_realnvp": multiscale_realnvp}

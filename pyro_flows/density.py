@@ -21,6 +21,7 @@ from pyro_flows.density_training import RACE_STEPS, RACED, Ascent, Plan, climb, 
 from pyro_flows.flows import Flow
 from pyro_flows.preprocess import KINDS, Preprocess, preprocess
 from pyro_flows.randomness import derive, seeded
+from pyro_flows.transforms import Chain, Logit
 
 MAX_STEPS = 20_000
 DECAY_POINTS = 400.0
@@ -68,7 +69,7 @@ def fit_density(
             which nothing stops the training but the budget. With a ``DataLoader``, it cannot be a share.
         preprocess: ``"standardize"`` (each coordinate), ``"whiten"`` (correlations too; see
             :func:`~pyro_flows.preprocess.preprocess`), ``None``, or ``"auto"``: standardised for vectors, and for
-            images with one scale for all pixels.
+            images with one scale for all pixels; nothing after a :class:`~pyro_flows.Logit`, which needs the unit cube.
         levels: for quantised data, how many levels they have (256 for bytes): values 0 to ``levels - 1``, or the same
             divided by ``levels - 1``. Level k becomes ``(k + U(0, 1)) / levels``, with fresh noise each time, and the
             density is one on the unit cube.
@@ -128,7 +129,7 @@ def fit_density(
         bar = _Bar(visible=progress, flow=made, levels=train.levels)
         keeper = density_storage.Keeper(checkpoint, ascent, plan, SAVE_EVERY, options)
         if not keeper.resume():
-            _choose_step_size(ascent, learning_rate, plan.max_steps)
+            _choose_step_size(ascent, learning_rate, plan)
         climb(ascent, keeper.plan, report=bar.show, save=keeper.save)
         keeper.save(final=True)
         validated = math.nan if held_out is None else mean_log_prob(made, held_out)
@@ -183,7 +184,11 @@ def _with_preprocessing(flow: Flow, train: Source, kind: str | None) -> tuple[Fl
     if kind is None:
         return flow, None
     images = len(flow.event_shape) > 1
-    kind = "standardize" if kind == "auto" else kind
+    if kind == "auto":
+        inner = flow.bijection
+        if isinstance(inner.layers[-1] if isinstance(inner, Chain) else inner, Logit):
+            return flow, None
+        kind = "standardize"
     batches: list[Batch] = []
     for batch in (train.first(MEASURED_POINTS) if isinstance(train, Rows) else train).ordered(CHUNK):
         batches.append(batch)
@@ -235,17 +240,19 @@ def _materialise(held_out: Source) -> list[Batch]:
     return found
 
 
-def _choose_step_size(ascent: Ascent, learning_rate: float | None, max_steps: int) -> None:
+def _choose_step_size(ascent: Ascent, learning_rate: float | None, plan: Plan) -> None:
+    """Hold the race, of a tenth of the steps or seconds at most, unless the step size is given."""
     if learning_rate is not None:
         ascent.state.learning_rate = learning_rate
         return
-    ascent.race(RACED, max(min(RACE_STEPS, max_steps // 10), 2))
+    steps = min(RACE_STEPS, plan.max_steps // (10 * len(RACED)))
+    if math.isfinite(plan.max_seconds):
+        affordable = 0.1 * plan.max_seconds / (len(RACED) * ascent.seconds_a_step(plan.clock))
+        steps = min(steps, int(affordable))
+    ascent.race(RACED, max(steps, 8))
 
 
-class _Bar:
-    """A progress bar in percent of the budget."""
-
-    def __init__(self, *, visible: bool, flow: Flow, levels: Levels | None) -> None:
+def __init__(self, *, visible: bool, flow: Flow, levels: Levels | None) -> None:
         self.flow, self.levels = flow, levels
         self.bar = tqdm(total=100, disable=not visible, unit="%", desc="fit_density", leave=True)
 

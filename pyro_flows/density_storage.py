@@ -98,9 +98,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _rebuild(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> Flow:
     with seeded(0):
         flow = rebuild(settings)
-    if any(name.endswith(".log_scale") and name.rpartition(".")[0] + ".loc" in state for name in state):
-        prefix = next(name for name in state if name.endswith(".inverse_scale")).removesuffix("inverse_scale")
-        append(flow, Preprocess(state[f"{prefix}loc"], state[f"{prefix}scale"], state.get(f"{prefix}slope")))
+    found = [name.removesuffix("inverse_scale") for name in state if name.endswith(".inverse_scale")]
+    if found:
+        loc, scale, slope = (state.get(f"{found[0]}{part}") for part in ("loc", "scale", "slope"))
+        append(flow, Preprocess(loc, scale, slope))  # type: ignore[arg-type]
     flow.to(next(value.dtype for value in state.values() if value.is_floating_point()))
     flow.load_state_dict(state)
     return flow

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from pyro_flows.density_data import Batch, Source
 from pyro_flows.flows import Flow
 from pyro_flows.transforms.conditioners import Network
 
-RACED = (3e-4, 1e-3, 3e-3, 1e-2)
+RACED = (1e-3, 3e-3, 1e-2)
 RACE_STEPS = 40
 WARM_UP = 40
 STEADY_SHARE = 0.2  # of a budget; the rest is for the cool-down
@@ -143,6 +144,17 @@ class Ascent:
             self.assign(kept)
         value = total / sum(len(y) for y, _ in self.held_out)
         return value if math.isfinite(value) else -math.inf
+
+    def seconds_a_step(self, clock: Callable[[], float]) -> float:
+        """Time a step, and forget it."""
+        start, batches = self.keep(), list(_first(self._forever(), 3))
+        times = [clock()]
+        for y, context in batches:
+            self.step(y, context, 0.0)
+            times.append(clock())
+        self.assign(start)
+        self.fresh_moments()
+        return max(min(later - earlier for earlier, later in pairwise(times)), 1e-6)
 
     def race(self, candidates: Sequence[float], steps: int) -> None:
         """Take ``steps`` steps with each step size from the same start, on the same batches; go on with the best.

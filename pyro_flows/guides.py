@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_flows import _checks
-from pyro_flows.builders import BUILDERS
+from pyro_flows.builders import BUILDERS, VECTOR_BUILDERS
 from pyro_flows.flows import Flow
 from pyro_flows.sites import Structure, flatten_all, initial_value, messages, place_all, read_structure
 from pyro_flows.transforms import Bijection, Bound, Chain, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
@@ -96,7 +96,9 @@ class AutoFlow(AutoContinuous):
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
         AutoGuide.__init__(self, model)
         if isinstance(flow, str):
-            _checks.choice("flow", flow, BUILDERS)
+            if flow in BUILDERS and flow not in VECTOR_BUILDERS:
+                raise ValueError(f"flow: {flow!r} makes flows of images; a guide's is of a vector, as 'realnvp' makes.")
+            _checks.choice("flow", flow, VECTOR_BUILDERS)
             with torch.random.fork_rng(devices=[]):
                 BUILDERS[flow](1, base=base, df=df, **options)  # wrong options fail here, not at the first step
         elif options:

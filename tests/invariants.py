@@ -74,7 +74,7 @@ def check_identity(t: pf.Bijection, x: Tensor, context: Tensor | None, tolerance
     for way in (t.forward_and_ladj, t.inverse_and_ladj):
         y, ladj = way(x, context)
         close(y, x, tolerance, way.__name__)
-        close(ladj, torch.zeros_like(x[..., 0]), tolerance, f"ladj of {way.__name__}")
+        close(ladj, x.new_zeros(x.shape[: -t.event_dim]), tolerance, f"ladj of {way.__name__}")
 
 
 def check_score(t: pf.Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:

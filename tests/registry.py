@@ -58,6 +58,7 @@ class Case:
     sd: float = 0.3
     closed: bool = True  # the inverse is a closed form
     identity: bool = True  # the map starts as the identity
+    unit: bool = False  # inputs come from the unit interval, so that both ways take them
 
     @property
     def tolerance(self) -> float:
@@ -76,6 +77,7 @@ class Case:
     def inputs(self, *batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor | None]:
         """Points of the given batch shape, with a context for each."""
         x = 1.5 * normal(*batch, *self.shape, seed=11, dtype=dtype)
+        x = torch.sigmoid(x) if self.unit else x
         return x, normal(*batch, self.context_dim, seed=12, dtype=dtype) if self.context_dim else None
 
 
@@ -157,6 +159,9 @@ TRANSFORMS: dict[str, tuple[Callable[[int, int], pf.Bijection], dict]] = {
     "Inverse": (lambda d, c: pf.Inverse(pf.AffineCoupling(d, context_dim=c, hidden=HIDDEN)), {}),
     "Inverse-Chain": (lambda d, c: pf.Inverse(_mixed(d, c)), {"sd": 0.15, "closed": False, "identity": False}),
     "Inverse-Planar": (lambda d, c: pf.Inverse(pf.Planar(d, context_dim=c, hidden=HIDDEN)), {"closed": False}),
+    "LULinear": (lambda d, c: pf.LULinear(d), {"sd": 0.15}),
+    "LULinear-permuted": (lambda d, c: pf.LULinear(d, seed=d), {"sd": 0.15, "identity": False}),
+    "Logit": (lambda d, c: pf.Logit(d), {"identity": False, "unit": True}),
     "LowerTriangularAffine": (lambda d, c: pf.LowerTriangularAffine(d, context_dim=c, hidden=HIDDEN), {"sd": 0.15}),
     "LowerTriangularAffine-started": (_affine, {"sd": 0.15, "identity": False}),
     "Permutation": (lambda d, c: pf.Permutation(d, seed=d), {"identity": False}),
@@ -168,6 +173,55 @@ TRANSFORMS: dict[str, tuple[Callable[[int, int], pf.Bijection], dict]] = {
     "Rescale": (lambda d, c: pf.Rescale(d, context_dim=c, hidden=HIDDEN), {}),
 }
 
+
+def _image(kind: type, mask: Callable | None = None, **more) -> Callable[[tuple, int], pf.Bijection]:
+    def build(shape: tuple[int, ...], context_dim: int) -> pf.Bijection:
+        chosen = None if mask is None else mask(shape)
+        return kind(shape, mask=chosen, context_dim=context_dim, hidden=HIDDEN, **more)
+
+    return build
+
+
+def _nested(shape: tuple[int, ...], context_dim: int) -> pf.MultiScale:
+    half = (shape[0] // 2, *shape[1:])
+    mask = masks.checkerboard(half)
+    coarse = pf.AffineCoupling(half, mask=mask, context_dim=context_dim, hidden=HIDDEN)
+    return pf.MultiScale(pf.Chain([coarse, _act_norm(half)]))
+
+
+def _squeezed(shape: tuple[int, ...], context_dim: int) -> pf.Chain:
+    """There and back, with a layer in between: the cases keep their shape. By itself it is tested elsewhere."""
+    deep = (4 * shape[0], shape[1] // 2, shape[2] // 2)
+    layer = pf.AffineCoupling(deep, context_dim=context_dim, hidden=HIDDEN)
+    return pf.Chain([pf.Squeeze(shape), layer, _act_norm(deep), pf.Squeeze(shape).inv])
+
+
+def _rows(shape: tuple[int, ...]) -> Tensor:
+    """A mask that is neither a checkerboard nor one of channels."""
+    return torch.arange(math.prod(shape)).reshape(shape) // 2 % 3 == 0
+
+
+# The same for maps of images: a factory of (shape, context_dim).
+IMAGE_TRANSFORMS: dict[str, tuple[Callable[[tuple, int], pf.Bijection], dict]] = {
+    "ActNorm": (lambda s, c: pf.ActNorm(s), {}),
+    "ActNorm-started": (lambda s, c: _act_norm(s), {"identity": False}),
+    "AdditiveCoupling": (_image(pf.AdditiveCoupling), {}),
+    "AdditiveCoupling-checkerboard": (_image(pf.AdditiveCoupling, masks.checkerboard, activation="tanh"), {}),
+    "AffineCoupling": (_image(pf.AffineCoupling), {}),
+    "AffineCoupling-flipped": (_image(pf.AffineCoupling, lambda s: masks.channels(s, flip=True)), {}),
+    "AffineCoupling-checkerboard": (_image(pf.AffineCoupling, masks.checkerboard), {}),
+    "AffineCoupling-residual": (_image(pf.AffineCoupling, masks.checkerboard, network="residual"), {}),
+    "AffineCoupling-rows": (_image(pf.AffineCoupling, _rows), {}),
+    "BatchNorm-started": (lambda s, c: _batch_norm(s), {"identity": False}),
+    "Conv1x1": (lambda s, c: pf.Conv1x1(s), {"sd": 0.15}),
+    "Conv1x1-permuted": (lambda s, c: pf.Conv1x1(s, seed=3), {"sd": 0.15, "identity": False}),
+    "Logit": (lambda s, c: pf.Logit(s, alpha=0.01), {"identity": False, "unit": True}),
+    "MultiScale": (_nested, {"identity": False}),
+    "SplineCoupling": (_image(pf.SplineCoupling, bins=3, bound=2.0), {"sd": 0.1}),
+    "SplineCoupling-checkerboard": (_image(pf.SplineCoupling, masks.checkerboard, bins=3, bound=2.0), {"sd": 0.1}),
+    "Squeeze-between": (_squeezed, {"identity": False}),
+}
+
 # Builders with the options that the cases use.
 FLOWS: dict[str, tuple[Callable[..., pf.Flow], dict]] = {
     "nice": (pf.nice, {"layers": 4, "hidden": HIDDEN}),
@@ -175,20 +229,26 @@ FLOWS: dict[str, tuple[Callable[..., pf.Flow], dict]] = {
     "realnvp": (pf.realnvp, {"layers": 4, "hidden": HIDDEN}),
     "spline": (pf.spline, {"layers": 2, "hidden": HIDDEN, "bins": 4}),
 }
+IMAGE_FLOWS: dict[str, tuple[Callable[..., pf.Flow], dict]] = {
+    "glow": (pf.glow, {"levels": 2, "layers": 2, "hidden": HIDDEN}),
+    "multiscale_realnvp": (pf.multiscale_realnvp, {"levels": 2, "layers": 1, "hidden": HIDDEN}),
+}
+BARE = ("Logit", "Permutation")  # transforms without parameters
 NUMERIC = {"planar"}  # flows without a closed inverse
-NO_CONTEXT = {"ActNorm", "BatchNorm", "Permutation"}  # transforms that take no context
+# Transforms that take no context.
+NO_CONTEXT = {"ActNorm", "BatchNorm", "Conv1x1", "LULinear", "Logit", "Permutation"}
 
 
 def make_flow(
-    name: str, dim: int, *, context_dim: int = 0, sd: float = 0.15, dtype: torch.dtype = torch.float64, **more
+    name: str, dim: int | tuple, *, context_dim: int = 0, sd: float = 0.15, dtype: torch.dtype = torch.float64, **more
 ) -> pf.Flow:
     """A flow of the registry with random parameters (``sd=0``: as it starts)."""
-    builder, options = FLOWS[name]
+    builder, options = {**FLOWS, **IMAGE_FLOWS}[name]
     options = {**options, "context_dim": context_dim, **more}
-    return built(lambda: builder(dim, **options), dtype=dtype, sd=sd, seed=dim)
+    return built(lambda: builder(dim, **options), dtype=dtype, sd=sd, seed=dim if isinstance(dim, int) else dim[0])
 
 
-def _bijection_of(name: str, dim: int, context_dim: int) -> pf.Bijection:
+def _bijection_of(name: str, dim: int | tuple, context_dim: int) -> pf.Bijection:
     return make_flow(name, dim, context_dim=context_dim, sd=0.0, dtype=torch.float32).bijection
 
 
@@ -205,7 +265,22 @@ def _cases(dims: tuple[int, ...]) -> list[Case]:
     return cases
 
 
-SMALL = _cases(DIMS)
+def _image_cases(shapes: tuple[tuple[int, ...], ...]) -> list[Case]:
+    cases = []
+    for shape, context_dim in itertools.product(shapes, (0, CONTEXT)):
+        end = "-" + "x".join(map(str, shape)) + ("-context" if context_dim else "")
+        for name, (factory, more) in IMAGE_TRANSFORMS.items():
+            if not (context_dim and name.split("-")[0] in NO_CONTEXT):
+                cases.append(Case(name + end, partial(factory, shape, context_dim), shape, context_dim, **more))
+        for name in IMAGE_FLOWS if shape[1] % 4 == 0 else ():
+            build = partial(_bijection_of, name, shape, context_dim)
+            cases.append(Case(name + end, build, shape, context_dim, sd=0.1, identity=False))
+    return cases
+
+
+IMAGE = (2, 4, 4)
+SMALL = _cases(DIMS) + _image_cases((IMAGE, (4, 2, 4)))
+TYPICAL = [case for case in SMALL if case.shape in ((3,), IMAGE)]
 LARGE = _cases((100,))
 
 
@@ -217,8 +292,8 @@ def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
 def unregistered() -> set[str]:
     """Names of public transforms and of flow builders that no case covers."""
     public = {name for name in transforms.__all__ if _is_bijection(getattr(transforms, name))}
-    covered = {type(case.start()).__name__ for case in SMALL}
-    return (public - covered) | (BUILDERS.keys() - FLOWS.keys())
+    covered = {type(case.start()).__name__ for case in SMALL} | {case.name.split("-")[0] for case in SMALL}
+    return (public - covered) | (BUILDERS.keys() - FLOWS.keys() - IMAGE_FLOWS.keys())
 
 
 def _is_bijection(value: object) -> bool:

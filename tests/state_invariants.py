@@ -61,7 +61,7 @@ def check_pure(t: pf.Bijection, x: Tensor, context: Tensor | None) -> None:
 def check_follows_parameters(t: pf.Bijection, x: Tensor, context: Tensor | None) -> None:
     """After an edit of every parameter, and after a step of an optimiser, the map is the new one; through Bound too."""
     parameters = list(t.parameters())
-    optimiser = torch.optim.SGD(parameters, lr=0.05)
+    optimiser = torch.optim.SGD(parameters, lr=0.05 if t.event_dim == 1 else 0.001)  # images have far larger gradients
     bound = t.condition(context)
 
     def edit() -> None:

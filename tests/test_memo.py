@@ -8,7 +8,7 @@ from pyro.infer import SVI, Trace_ELBO
 
 import pyro_flows as pf
 from tests.invariants import close
-from tests.registry import SMALL, each, make_flow, normal
+from tests.registry import BARE, SMALL, TYPICAL, each, make_flow, normal
 from tests.state_invariants import (
     EDITS,
     check_evaluations,
@@ -27,7 +27,7 @@ def mixed_bound():
     return MIXED.make().condition(context), x
 
 
-@each(case for case in SMALL if case.shape == (3,) and not case.name.startswith("Permutation"))
+@each(case for case in TYPICAL if not case.name.startswith(BARE))
 def test_memo_saves_a_pass_and_is_spent(case):
     x, context = case.inputs(4)
     bound = case.make().condition(context)
@@ -35,7 +35,7 @@ def test_memo_saves_a_pass_and_is_spent(case):
     check_memo_is_spent(bound, x)
 
 
-@each(case for case in SMALL if case.shape == (3,) and not case.name.startswith(("AdditiveCoupling", "Permutation")))
+@each(case for case in TYPICAL if not case.name.startswith(("AdditiveCoupling", *BARE)))
 def test_memo_has_gradients(case):
     """Of every map whose log-determinant has a gradient."""
     x, context = case.inputs(4)

@@ -5,7 +5,7 @@ import torch
 
 import pyro_flows as pf
 from tests.invariants import check_path_gradient, check_score, close
-from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, normal
+from tests.registry import FLOWS, LARGE, SMALL, TYPICAL, each, make_flow, normal
 
 
 @each(SMALL + LARGE)
@@ -31,7 +31,7 @@ def test_score_pass_has_the_gradients_of_a_plain_pass(case):
         close(one, other, 1e-10)
 
 
-@each(case for case in SMALL if case.shape == (3,))
+@each(TYPICAL)
 def test_score_without_gradients(case):
     """Under no_grad, and with frozen parameters, the same numbers."""
     t = case.make()

@@ -7,9 +7,9 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.flows import BASES
-from tests.registry import FLOWS, SMALL, each, make_flow
+from tests.registry import FLOWS, TYPICAL, each, make_flow
 
-CASES = [case for case in SMALL if case.shape == (3,)]
+CASES = TYPICAL
 
 
 def passes(t):
@@ -26,8 +26,8 @@ def test_wrong_width(case):
     t = case.make()
     _, context = case.inputs()
     for run in passes(t):
-        for x in (torch.zeros(5, 4), torch.zeros(5, 2), torch.zeros(())):
-            with pytest.raises(ValueError, match=r"expected a tensor of shape \(\.\.\., 3\), got"):
+        for x in (torch.zeros(5, *case.shape[:-1], 8), torch.zeros(5, *case.shape[:-1], 2), torch.zeros(())):
+            with pytest.raises(ValueError, match=r"expected a tensor of shape \(\.\.\., \d.*\), got"):
                 run(x.double(), context)
 
 
@@ -39,10 +39,10 @@ def test_wrong_or_missing_context(case):
         with pytest.raises(ValueError, match=r"expected a context of shape \(\.\.\., 3\), got none"):
             run(x)
         with pytest.raises(ValueError, match=r"expected a context of shape \(\.\.\., 3\), got \(5, 2\)"):
-            run(x, x[:, :2])
+            run(x, torch.zeros(5, 2))
     with pytest.raises(ValueError, match="condition"):
         t(x)
-    for bad in (None, x[:, :2]):
+    for bad in (None, torch.zeros(5, 2)):
         with pytest.raises(ValueError, match="expected a context"):
             t.condition(bad)
 

@@ -10,15 +10,15 @@ from torch.distributions import ComposeTransform, Transform, constraints
 
 import pyro_flows as pf
 from tests.invariants import close
-from tests.registry import HIDDEN, SMALL, each, make_flow, normal
+from tests.registry import HIDDEN, IMAGE, SMALL, each, make_flow, normal
 
-PLAIN = [case for case in SMALL if not case.context_dim and case.shape in ((1,), (3,))]
-CONDITIONAL = [case for case in SMALL if case.context_dim and case.shape in ((1,), (3,))]
+PLAIN = [case for case in SMALL if not case.context_dim and case.shape in ((1,), (3,), IMAGE)]
+CONDITIONAL = [case for case in SMALL if case.context_dim and case.shape in ((1,), (3,), IMAGE)]
 
 
-def base(dim):
-    zero = torch.zeros(dim, dtype=torch.float64)
-    return dist.Normal(zero, zero + 1.0).to_event(1)
+def base(shape):
+    zero = torch.zeros(shape, dtype=torch.float64)
+    return dist.Normal(zero, zero + 1.0).to_event(len(shape))
 
 
 @each(PLAIN)
@@ -29,13 +29,14 @@ def test_torch_protocol(case):
     assert isinstance(t, Transform)
     assert isinstance(t, dist.TransformModule)
     assert t.bijective
-    assert t.event_dim == t.domain.event_dim == t.codomain.event_dim == 1
+    assert t.event_dim == t.domain.event_dim == t.codomain.event_dim == len(case.shape)
+    assert t.event_shape == case.shape
     assert isinstance(t.domain.base_constraint, type(constraints.real))
     close(t(x), y, 0.0)
     close(t.log_abs_det_jacobian(x, y), ladj, 0.0)
     close(t.inv(y), x, case.tolerance)
     close(t.inv.log_abs_det_jacobian(y, x), -ladj, case.tolerance)
-    assert t.forward_shape((5, 3)) == t.inverse_shape((5, 3)) == (5, 3)
+    assert t.forward_shape(x.shape) == t.inverse_shape(x.shape) == x.shape
     assert t.with_cache(0) is t
     assert isinstance(hash(t), int)
     assert t == t
@@ -71,20 +72,19 @@ def test_with_cache_gives_the_same_map(case):
 def test_transformed_distribution(case):
     """Change of variables, with the map itself, with a bound one, backwards, and inside a ComposeTransform."""
     t = case.make()
-    dim = case.shape[0]
-    y = normal(6, dim, seed=1)
+    y, _ = case.inputs(6)
     x, ladj = t.inverse_and_ladj(y)
-    expected = base(dim).log_prob(x) + ladj
+    expected = base(case.shape).log_prob(x) + ladj
     for parts in ([t], [t.condition(None)], [t.with_cache()], [ComposeTransform([t])], [t.inv.inv]):
         for kind in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):
-            distribution = kind(base(dim), parts)
-            assert (distribution.batch_shape, distribution.event_shape) == ((), (dim,))
+            distribution = kind(base(case.shape), parts)
+            assert (distribution.batch_shape, distribution.event_shape) == ((), case.shape)
             close(distribution.log_prob(y), expected, 1e-10)
-            assert distribution.rsample((4, 2)).shape == (4, 2, dim)
-            assert distribution.expand((3,)).rsample().shape == (3, dim)
-    backwards = dist.TransformedDistribution(base(dim), [t.inv])
+            assert distribution.rsample((4, 2)).shape == (4, 2, *case.shape)
+            assert distribution.expand((3,)).rsample().shape == (3, *case.shape)
+    backwards = dist.TransformedDistribution(base(case.shape), [t.inv])
     z, ladj = t.forward_and_ladj(y)
-    close(backwards.log_prob(y), base(dim).log_prob(z) + ladj, 1e-10)
+    close(backwards.log_prob(y), base(case.shape).log_prob(z) + ladj, 1e-10)
 
 
 @each(PLAIN)
@@ -92,12 +92,12 @@ def test_compose_transform(case):
     """Next to torch's own transforms, forwards and backwards."""
     t = case.make()
     x, _ = case.inputs(5)
-    shift = torch.distributions.AffineTransform(2.0, 3.0, event_dim=1)
+    shift = torch.distributions.AffineTransform(2.0, 3.0, event_dim=len(case.shape))
     both = ComposeTransform([t, shift])
     y = both(x)
     close(y, 2.0 + 3.0 * t(x), 1e-12)
     close(both.inv(y), x, case.tolerance)
-    expected = t.forward_and_ladj(x)[1] + x.shape[-1] * torch.log(torch.tensor(3.0, dtype=torch.float64))
+    expected = t.forward_and_ladj(x)[1] + x[0].numel() * torch.log(torch.tensor(3.0, dtype=torch.float64))
     close(both.log_abs_det_jacobian(x, y), expected, 1e-12)
     close(both.inv.log_abs_det_jacobian(y, x), -expected, case.tolerance)
 
@@ -105,16 +105,15 @@ def test_compose_transform(case):
 @each(CONDITIONAL)
 def test_conditional_transformed_distribution(case):
     t = case.make()
-    dim = case.shape[0]
     _, context = case.inputs(4)
-    y = normal(6, 4, dim, seed=1)
+    y = normal(6, 4, *case.shape, seed=1)
     x, ladj = t.inverse_and_ladj(y, context)
-    conditional = dist.ConditionalTransformedDistribution(base(dim), [t])
+    conditional = dist.ConditionalTransformedDistribution(base(case.shape), [t])
     distribution = conditional.condition(context)
-    assert (distribution.batch_shape, distribution.event_shape) == ((4,), (dim,))
-    close(distribution.log_prob(y), base(dim).log_prob(x) + ladj, 1e-10)
-    assert distribution.rsample((6,)).shape == (6, 4, dim)
-    assert distribution.expand((2, 4)).rsample((6,)).shape == (6, 2, 4, dim)
+    assert (distribution.batch_shape, distribution.event_shape) == ((4,), case.shape)
+    close(distribution.log_prob(y), base(case.shape).log_prob(x) + ladj, 1e-10)
+    assert distribution.rsample((6,)).shape == (6, 4, *case.shape)
+    assert distribution.expand((2, 4)).rsample((6,)).shape == (6, 2, 4, *case.shape)
     assert not torch.allclose(conditional.condition(context + 1.0).log_prob(y), distribution.log_prob(y))
 
 
@@ -128,7 +127,7 @@ def test_bound_is_a_torch_transform(case):
     close(bound.log_abs_det_jacobian(x, y), ladj, 0.0)
     close(bound.inv.log_abs_det_jacobian(y, x), -ladj, 0.0)
     assert bound.forward_shape((7, 1, *case.shape)) == bound.inverse_shape((7, 1, *case.shape)) == (7, 4, *case.shape)
-    assert bound.domain.event_dim == bound.codomain.event_dim == bound.event_dim == 1
+    assert bound.domain.event_dim == bound.codomain.event_dim == bound.event_dim == len(case.shape)
     assert repr(bound) == f"Bound({type(t).__name__}, context (4, 3))"
 
 

@@ -4,8 +4,11 @@ from pyro_flows.transforms import masks
 from pyro_flows.transforms.base import Bijection, Bound, Inverse
 from pyro_flows.transforms.chain import Chain
 from pyro_flows.transforms.coupling import AdditiveCoupling, AffineCoupling
+from pyro_flows.transforms.image import MultiScale, Squeeze
 from pyro_flows.transforms.linear import DiagonalAffine, LowerTriangularAffine, Permutation, Rescale
+from pyro_flows.transforms.lu import Conv1x1, LULinear
 from pyro_flows.transforms.norm import ActNorm, BatchNorm
+from pyro_flows.transforms.pixels import Dequantize, Logit
 from pyro_flows.transforms.planar import Planar
 from pyro_flows.transforms.spline_coupling import SplineCoupling
 from pyro_flows.transforms.tails import SinhArcsinh
@@ -18,13 +21,19 @@ __all__ = [
     "Bijection",
     "Bound",
     "Chain",
+    "Conv1x1",
+    "Dequantize",
     "DiagonalAffine",
     "Inverse",
+    "LULinear",
+    "Logit",
     "LowerTriangularAffine",
+    "MultiScale",
     "Permutation",
     "Planar",
     "Rescale",
     "SinhArcsinh",
     "SplineCoupling",
+    "Squeeze",
     "masks",
 ]

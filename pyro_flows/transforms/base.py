@@ -237,6 +237,14 @@ class Inverse(Bijection):
         return None if shape is None else torch.Size(self.bijection.forward_shape(shape))
 
     @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.bijection.codomain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.bijection.domain
+
+    @property
     def inv(self) -> Bijection:  # type: ignore[override]
         return self.bijection
 

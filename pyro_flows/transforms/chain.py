@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
@@ -57,6 +58,14 @@ class Chain(Bijection):
                     shape = before.inverse_shape(shape)
                 return torch.Size(shape)
         return None
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layers[0].domain  # type: ignore[return-value]
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layers[-1].codomain  # type: ignore[return-value]
 
     def forward_shape(self, shape: Iterable[int]) -> Iterable[int]:  # type: ignore[override]
         for layer in self.layers:
