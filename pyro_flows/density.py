@@ -252,7 +252,10 @@ def _choose_step_size(ascent: Ascent, learning_rate: float | None, plan: Plan) -
     ascent.race(RACED, max(steps, 8))
 
 
-def __init__(self, *, visible: bool, flow: Flow, levels: Levels | None) -> None:
+class _Bar:
+    """A progress bar in percent of the budget."""
+
+    def __init__(self, *, visible: bool, flow: Flow, levels: Levels | None) -> None:
         self.flow, self.levels = flow, levels
         self.bar = tqdm(total=100, disable=not visible, unit="%", desc="fit_density", leave=True)
 
