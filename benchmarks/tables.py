@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import posteriordb, records, rivals, steps
+from benchmarks import density, density_peers, posteriordb, records, rivals, steps
 from benchmarks.records import Row
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
@@ -28,10 +28,21 @@ SKELETON = """# Performance
 
 <!-- posteriordb: begin -->
 <!-- posteriordb: end -->
+
+## Densities of data
+
+<!-- density: begin -->
+<!-- density: end -->
 """
 
 
-def write_tables(page: Path = PAGE, *, steps_csv: Path = steps.OUT, posteriordb_csv: Path = posteriordb.OUT) -> None:
+def write_tables(
+    page: Path = PAGE,
+    *,
+    steps_csv: Path = steps.OUT,
+    posteriordb_csv: Path = posteriordb.OUT,
+    density_csv: Path = density.OUT,
+) -> None:
     """Fill the sections of ``page`` whose CSV file is there; make the page if there is none.
 
     Raises:
@@ -41,6 +52,7 @@ def write_tables(page: Path = PAGE, *, steps_csv: Path = steps.OUT, posteriordb_
     sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
         ("steps", steps_csv, steps_section),
         ("posteriordb", posteriordb_csv, posteriordb_section),
+        ("density", density_csv, density_section),
     ]
     for name, file, section in sections:
         if rows := records.read(file):
@@ -176,6 +188,34 @@ def _methods_table(methods: dict[str, list[Row]]) -> str:
             ]
         )
     return table(header, body)
+
+
+def density_section(rows: Sequence[Row]) -> str:
+    """Return the section about densities of data."""
+    found = density.means(rows)
+    columns = list(dict.fromkeys((problem, seconds) for problem, seconds, *_ in found))
+    methods = list(dict.fromkeys((method, kind) for *_, method, kind in found))
+    body = []
+    for method, kind in methods:
+        cells = [found.get((*column, method, kind)) for column in columns]
+        body.append([f"{method} {kind}".strip(), *(_nats(cell) for cell in cells)])
+    entropies = [-density.PROBLEMS[problem].entropy for problem, _ in columns]
+    body.append(["no more is possible", *(_number(value, 3) for value in entropies)])
+    text = (
+        "Mean log density of test points in nats, more is better: the mean over seeds, with their number in brackets "
+        "where it is not one. All methods get the same data, split, number of layers, widths, batch and CPU seconds of "
+        "one thread, which the head names. Peers are trained by one plain recipe: standardised data, Adam with "
+        f"{density_peers.LEARNING_RATE:g} along a cosine, the best of twenty checks. {about(rows)} pyro_flows "
+        f"{[row['version'] for row in rows if row['version']][-1]}."
+    )
+    return f"{text}\n\n{table(['', *(f'{problem}, {seconds} s' for problem, seconds in columns)], body)}"
+
+
+def _nats(cell: tuple[float, float, int] | None) -> str:
+    if cell is None:
+        return ""
+    mean, _, seeds = cell
+    return _number(mean, 3 if abs(mean) < 20 else 1) + ("" if seeds == 1 else f" ({seeds})")
 
 
 def _number(value: float, digits: int) -> str:
