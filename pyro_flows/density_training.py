@@ -296,7 +296,7 @@ def _check(ascent: Ascent, progress: float) -> None:
     patience = max(PATIENCE_SHARE * state.steps, PATIENT_CHECKS * _check_every(ascent))
     if state.steps - state.best_step > patience:
         state.why = "validation no longer improved"
-        state.cool_top = _by_budget(state, progress)
+        state.cool_top = 0.3 * _by_budget(state, progress)
         state.cool_from, state.cool_steps = state.steps, max(int(COOL_SHARE * state.best_step), 2 * WARM_UP)
         _go_back(ascent)
 

@@ -1,13 +1,15 @@
 """The benchmark of densities: plans, resuming, our run and the humble rivals, its table."""
 
+import io
 import json
 import math
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import density, density_peers, records, tables
+from benchmarks import density, density_peers, emoji, records, tables
 
 
 @pytest.fixture
@@ -127,3 +129,18 @@ def test_the_table(tmp_path, monkeypatch):
     assert "| pyro_flows affine | -1.100 (2) | -1.100 (2) |" in text
     assert "| no more is possible | -1.008 |  |" in text
     assert "moons, 10.0 s" in text
+
+
+def test_emoji_are_rendered_from_bitmaps(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install pillow")
+    contents = []
+    for colour in ((255, 0, 0, 255), (255, 0, 0, 255), (0, 0, 255, 0)):
+        stream = io.BytesIO()
+        image.new("RGBA", (136, 128), colour).save(stream, "PNG")
+        contents.append(stream.getvalue())
+    monkeypatch.setattr(emoji, "bitmaps", lambda font: iter(contents))
+    emoji.main(["any.ttf", str(tmp_path / "emoji.npy")])
+    images = np.load(tmp_path / "emoji.npy")
+    assert images.shape == (2, 3, 32, 32)  # the double is left out
+    assert images[0, :, 16, 16].tolist() == [255, 0, 0]
+    assert (images[1] == 255).all()  # transparent on white
