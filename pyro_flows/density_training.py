@@ -139,10 +139,15 @@ class Ascent:
         kept = self.keep() if weights is not None else None
         if weights is not None:
             self.assign(weights)
-        total = sum(float(self.log_prob(y, context).double().sum()) for y, context in self.held_out)
+        value = self._score(self.held_out)
         if kept is not None:
             self.assign(kept)
-        value = total / sum(len(y) for y, _ in self.held_out)
+        return value
+
+    @torch.no_grad()
+    def _score(self, batches: Sequence[Batch]) -> float:
+        total = sum(float(self.log_prob(y, context).double().sum()) for y, context in batches)
+        value = total / sum(len(y) for y, _ in batches)
         return value if math.isfinite(value) else -math.inf
 
     def seconds_a_step(self, clock: Callable[[], float]) -> float:
@@ -159,25 +164,24 @@ class Ascent:
     def race(self, candidates: Sequence[float], steps: int) -> None:
         """Take ``steps`` steps with each step size from the same start, on the same batches; go on with the best.
 
-        Each run warms up and cools down, so that a large step size is not judged by its noise.
+        Each run warms up and cools down, so that a large step size is not judged by its noise. If none of them improves
+        on the start, the start stays and the smallest step size is taken.
         """
-        start, runs = self.keep(), []
+        start = self.keep()
         batches = list(_first(self._forever(), steps))
         judge = self.held_out or batches[-8:]
+        runs = [(self._score(judge), min(candidates), start, self.optimiser)]
         for learning_rate in candidates:
             self.assign(start)
             self.fresh_moments()
             self.state.norm = 0.0
             for step, (y, context) in enumerate(batches):
                 self.step(y, context, learning_rate * _trapeze((step + 1) / steps))
-            with torch.no_grad():
-                values = [self.log_prob(y, context).mean() for y, context in judge]
-            value = float(torch.stack(values).mean())
-            runs.append((value if math.isfinite(value) else -math.inf, learning_rate, self.keep(), self.optimiser))
+            runs.append((self._score(judge), learning_rate, self.keep(), self.optimiser))
         value, self.state.learning_rate, weights, self.optimiser = max(runs, key=lambda run: run[0])
         self.assign(weights)
         self.average, self.best_weights, self.state.best = self.keep(), weights, value if self.held_out else -math.inf
-        self.state.skipped = 0
+        self.state.skipped, self.state.norm = 0, 0.0
 
     def _forever(self) -> Iterator[Batch]:
         while True:
