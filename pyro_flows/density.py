@@ -17,7 +17,8 @@ from pyro_flows import _checks, density_storage
 from pyro_flows.builders import BUILDERS
 from pyro_flows.density_data import CHUNK, Batch, Levels, Rows, Source, Stream, rows
 from pyro_flows.density_fit import DensityFit, bits_per_dim, like, mean_log_prob, points_for
-from pyro_flows.density_training import RACE_STEPS, RACED, Ascent, Plan, climb, rouse
+from pyro_flows.density_schedule import Plan
+from pyro_flows.density_training import RACE_STEPS, RACED, Ascent, climb, rouse
 from pyro_flows.flows import Flow
 from pyro_flows.preprocess import KINDS, Preprocess, preprocess
 from pyro_flows.randomness import derive, seeded

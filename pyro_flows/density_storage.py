@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows.density_data import Levels
-from pyro_flows.density_training import Ascent, Plan
+from pyro_flows.density_schedule import Plan
+from pyro_flows.density_training import Ascent
 from pyro_flows.export import plain
 from pyro_flows.flows import Flow
 from pyro_flows.guides import rebuild

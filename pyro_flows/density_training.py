@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -13,13 +11,12 @@ import torch
 from torch import Tensor
 
 from pyro_flows.density_data import Batch, Source
+from pyro_flows.density_schedule import WARM_UP, Plan, State, by_budget, factor, trapeze
 from pyro_flows.flows import Flow
 from pyro_flows.transforms.conditioners import Network
 
 RACED = (1e-3, 3e-3, 1e-2)
 RACE_STEPS = 40
-WARM_UP = 40
-STEADY_SHARE = 0.2  # of a budget; the rest is for the cool-down
 COOL_SHARE = 0.6  # of the steps so far, for a cool-down that validation asked for
 PATIENCE_SHARE = 0.3
 PATIENT_CHECKS = 8
@@ -30,43 +27,6 @@ CLIP = 5.0
 FALL = 20.0  # nats a dimension below the best check: go back to it with half the step size
 
 Report = Callable[[str, int, float, float], None]  # state, epochs, progress in [0, 1], validation or training nats
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What bounds a run."""
-
-    max_steps: int
-    max_seconds: float = math.inf
-    clock: Callable[[], float] = time.monotonic
-    began: float = 0.0
-
-    def progress(self, steps: int) -> float:
-        """Return the share of the budget that is used, 1 or more at its end."""
-        return max(steps / self.max_steps, (self.clock() - self.began) / self.max_seconds)
-
-
-@dataclass
-class State:
-    """Where a run stands, but for weights and moments; plain numbers, so that it can be written to a checkpoint."""
-
-    learning_rate: float = 0.0
-    steps: int = 0
-    epoch: int = 0
-    seconds: float = 0.0
-    norm: float = 0.0
-    skipped: int = 0
-    falls: int = 0
-    averaged: int = 0
-    best: float = -math.inf
-    best_step: int = 0
-    cool_from: float = -1.0  # progress or steps at which the cool-down began; below 0: not yet
-    cool_steps: int = 0  # its length, where validation asked for it; 0 where the budget did
-    cool_top: float = 1.0  # the share of the step size that it began with
-    done: bool = False
-    why: str = ""
-    losses: list[float] = field(default_factory=list)
-    checks: list[tuple[int, float]] = field(default_factory=list)  # steps, nats on validation
 
 
 class Ascent:
@@ -176,7 +136,7 @@ class Ascent:
             self.fresh_moments()
             self.state.norm = 0.0
             for step, (y, context) in enumerate(batches):
-                self.step(y, context, learning_rate * _trapeze((step + 1) / steps))
+                self.step(y, context, learning_rate * trapeze((step + 1) / steps))
             runs.append((self._score(judge), learning_rate, self.keep(), self.optimiser))
         value, self.state.learning_rate, weights, self.optimiser = max(runs, key=lambda run: run[0])
         self.assign(weights)
@@ -236,11 +196,11 @@ def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None
     while not state.done:
         for y, context in ascent.source.shuffled(ascent.batch):
             progress = plan.progress(state.steps)
-            factor = _factor(state, progress)
-            if factor is None:
+            share = factor(state, progress)
+            if share is None:
                 state.done = True
                 break
-            state.losses.append(ascent.step(y, context, state.learning_rate * factor))
+            state.losses.append(ascent.step(y, context, state.learning_rate * share))
             state.steps += 1
             if state.steps % AVERAGE_EVERY == 0:
                 ascent.update_average()
@@ -259,25 +219,6 @@ def _check_every(ascent: Ascent) -> int:
         return 50
     points = sum(len(y) for y, _ in ascent.held_out)
     return max(20, math.ceil(points / (3 * ascent.batch) / CHECK_COST))
-
-
-def _factor(state: State, progress: float) -> float | None:
-    """Return the share of the step size to take now, none at the end; begin the cool-down that the budget asks for."""
-    if progress >= 1.0:
-        state.why = state.why or "the budget ended it"
-        return None
-    if state.cool_steps:
-        done = (state.steps - state.cool_from) / state.cool_steps
-        return None if done >= 1.0 else state.cool_top * _cosine(done)
-    return _by_budget(state, progress)
-
-
-def _by_budget(state: State, progress: float) -> float:
-    if progress < STEADY_SHARE:
-        return min(1.0, (state.steps + 1) / WARM_UP)
-    if state.cool_from < 0:
-        state.cool_from = progress
-    return _cosine((progress - state.cool_from) / (1.0 - state.cool_from))
 
 
 def _check(ascent: Ascent, progress: float) -> None:
@@ -300,7 +241,7 @@ def _check(ascent: Ascent, progress: float) -> None:
     patience = max(PATIENCE_SHARE * state.steps, PATIENT_CHECKS * _check_every(ascent))
     if state.steps - state.best_step > patience:
         state.why = "validation no longer improved"
-        state.cool_top = 0.3 * _by_budget(state, progress)
+        state.cool_top = 0.3 * by_budget(state, progress)
         state.cool_from, state.cool_steps = state.steps, max(int(COOL_SHARE * state.best_step), 2 * WARM_UP)
         _go_back(ascent)
 
@@ -328,15 +269,6 @@ def _finish(ascent: Ascent) -> None:
 
 def _shown(state: State) -> float:
     return state.checks[-1][1] if state.checks else -sum(state.losses[-50:]) / len(state.losses[-50:])
-
-
-def _cosine(share: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * min(max(share, 0.0), 1.0)))
-
-
-def _trapeze(share: float) -> float:
-    """Rise over the first quarter, stay, fall over the last third."""
-    return min(1.0, 4.0 * share, max(3.0 * (1.0 - share), 0.02))
 
 
 def _first(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
