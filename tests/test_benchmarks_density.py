@@ -67,7 +67,7 @@ def test_the_recipe_of_the_peers_learns():
     off = (log_scale.detach() - math.log(0.5)).abs().max()
     # the time allowed gives more steps on an idle machine; each moves by at most the step size
     assert steps > 10
-    assert off < max(math.log(2.0) - 0.4 * density_peers.LEARNING_RATE * steps, 0.1)
+    assert off < max(math.log(2.0) - 0.25 * density_peers.LEARNING_RATE * steps, 0.1)
 
 
 def answering(monkeypatch):
