@@ -119,8 +119,8 @@ PEERS: dict[str, Callable[[str, int, int, tuple[int, ...], int], Made]] = {
 def train(made: Made, rows: LogProb, held_out: Tensor, *, points: int, batch: int, seconds: float) -> int:
     """Train until ``seconds`` of CPU time are over, and leave the best weights; ``rows`` gives points by index."""
     parameters, log_prob = made
-    began = time.process_time()
     optimiser = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    began = time.process_time()
     best, kept, check_at, steps = -math.inf, [parameter.detach().clone() for parameter in parameters], 0.05, 0
     while (share := (time.process_time() - began) / seconds) < 1.0:
         for group in optimiser.param_groups:
