@@ -1,1 +1,1 @@
-"""Benchmarks against posteriordb: ports of its posteriors to Pyro and the reader of its reference draws."""
+"""Benchmarks: posteriors with reference draws, densities of data, and the time of one step."""

@@ -3,6 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pyro_flows.builders import nice, planar, realnvp, spline
+from pyro_flows.density import fit_density
+from pyro_flows.density_fit import DensityFit
 from pyro_flows.diagnostics import diagnose
 from pyro_flows.fit import fit
 from pyro_flows.flows import Flow
@@ -54,6 +56,7 @@ __all__ = [
     "Bound",
     "Chain",
     "Conv1x1",
+    "DensityFit",
     "Dequantize",
     "DiagonalAffine",
     "Flow",
@@ -73,6 +76,7 @@ __all__ = [
     "Verdict",
     "diagnose",
     "fit",
+    "fit_density",
     "glow",
     "load",
     "masks",

@@ -51,8 +51,21 @@ def test_example_flow_prior():
     assert flow > gaussian + 0.5
 
 
+def test_example_augmentation():
+    pytest.importorskip("sklearn", reason="needs scikit-learn: pip install scikit-learn")
+    text = run("augmentation")
+    found = re.findall(r"10 a class, .*: real (\S+) %, with synthetic (\S+) %, only it (\S+) %", text)
+    assert len(found) == 3
+    for real, both, fake in ([float(value) for value in row] for row in found):
+        assert 80 < real < 97
+        assert both > real - 6  # it hurts a little; a broken sampler, or labels mixed up, would cost much more
+        assert fake > 70
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_examples_explain_their_options(name):
+    if name == "augmentation":
+        pytest.importorskip("sklearn", reason="needs scikit-learn: pip install scikit-learn")
     done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "--smoke" in done.stdout

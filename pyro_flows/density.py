@@ -1,0 +1,274 @@
+"""``fit_density``: a flow fitted to data by maximum likelihood."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from pyro_flows import _checks, density_storage
+from pyro_flows.builders import BUILDERS
+from pyro_flows.density_data import CHUNK, Batch, Levels, Rows, Source, Stream, rows
+from pyro_flows.density_fit import DensityFit, bits_per_dim, like, mean_log_prob, points_for
+from pyro_flows.density_schedule import Plan
+from pyro_flows.density_training import RACE_STEPS, RACED, Ascent, climb, rouse
+from pyro_flows.flows import Flow
+from pyro_flows.preprocess import KINDS, Preprocess, preprocess
+from pyro_flows.randomness import derive, seeded
+from pyro_flows.transforms import Chain, Logit
+
+MAX_STEPS = 20_000
+DECAY_POINTS = 400.0
+BATCH = 256
+CHECKED_POINTS = 5_000  # held-out points that the checks during training use
+MEASURED_POINTS = 50_000  # from which scales and correlations are taken
+SAVE_EVERY = 30.0  # seconds between checkpoints
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.monotonic, "cpu": time.process_time}
+
+
+def fit_density(
+    flow: Flow | str,
+    data: Any,
+    *,
+    context: Any = None,
+    validation: Any = 0.1,
+    preprocess: str | None = "auto",
+    levels: int | None = None,
+    batch: int | None = None,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    start: str = "random",
+    max_epochs: int | None = None,
+    max_seconds: float | None = None,
+    clock: str = "wall",
+    checkpoint: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> DensityFit:
+    r"""Fit a flow to data by maximum likelihood, with nothing to tune.
+
+    The data are put on a common scale by an affine map that becomes the flow's last layer. Step sizes race for a few
+    steps. The best goes on until the mean log density of held-out points stands still, or a fifth of the budget is
+    used. Then the step size falls to zero along a cosine. An average of the weights over about the last tenth of the
+    steps is what is checked and, if it is the best, what is kept.
+
+    Args:
+        flow: a flow of the shape of one point, which is copied, not changed; or the name of a builder for vectors
+            (``"realnvp"``, ``"nice"``, ...), then with a logistic base. Data often touch places that are empty in
+            training; a normal base punishes them without measure.
+        data: one point a row, ``(N, ...)``: a tensor, an array, a ``numpy.memmap`` (read batch by batch), or a
+            ``DataLoader`` that gives tensors, or pairs ``(data, context)``.
+        context: what the density is conditional on, ``(N, context_dim)``.
+        validation: the share to hold out; or held-out data, or a pair of them and their context; or ``None``, with
+            which nothing stops the training but the budget. With a ``DataLoader``, it cannot be a share.
+        preprocess: ``"standardize"`` (each coordinate), ``"whiten"`` (correlations too; see
+            :func:`~pyro_flows.preprocess.preprocess`), ``None``, or ``"auto"``: standardised for vectors, and for
+            images with one scale for all pixels; nothing after a :class:`~pyro_flows.Logit`, which needs the unit cube.
+        levels: for quantised data, how many levels they have (256 for bytes): values 0 to ``levels - 1``, or the same
+            divided by ``levels - 1``. Level k becomes ``(k + U(0, 1)) / levels``, with fresh noise each time, and the
+            density is one on the unit cube.
+        batch: points a step; by default 256, or a tenth of the data if that is less, and 32 at least.
+        learning_rate: the step size of Adam, without a race.
+        weight_decay: of AdamW, relative to the step size; by default 400 over the number of points, 1 at most.
+        start: ``"random"``: last layers of networks that are zero get small random weights, with which training is far
+            quicker; or ``"identity"``: the flow starts as it is, so that few data are first described by the base
+            and the preprocessing alone (whitened, with a normal base: by a Gaussian), and stay so if nothing is better.
+        max_epochs: passes through the data at most; by default, as many as make 20 000 steps.
+        max_seconds: seconds at most, preparation included.
+        clock: what these seconds are: ``"wall"``, or ``"cpu"`` for the process's own, as benchmarks want them.
+        checkpoint: a file, written each half minute at the end of an epoch and at the end. If it is there, the
+            training goes on from it, as if it had not been broken off.
+        seed: of all randomness. The global generators are left as they were.
+        progress: whether to show a bar, with held-out nats and bits a dimension.
+
+    Raises:
+        ValueError: for data of another shape than the flow's, missing or infinite values (with row and column), values
+            that are no levels, a checkpoint of another run, or an option out of range.
+
+    Warns:
+        UserWarning: if a coordinate is constant.
+
+    Reference: Dinh, Krueger and Bengio 2015; Polyak and Juditsky 1992 (averaging).
+
+    >>> import torch, pyro_flows as pf
+    >>> points = torch.randn(500, 1) * torch.tensor([1.0, 10.0]) + 5.0
+    >>> fit = pf.fit_density("realnvp", points, max_epochs=3, progress=False)
+    >>> fit.sample(4).shape, fit.log_prob(points).shape
+    (torch.Size([4, 2]), torch.Size([500]))
+    """
+    began = CLOCKS[_checks.choice("clock", clock, CLOCKS)]()
+    if learning_rate is not None:
+        _checks.positive("learning_rate", learning_rate)
+    options: dict[str, Any] = {
+        "preprocess": preprocess if preprocess is None else _checks.choice("preprocess", preprocess, ("auto", *KINDS)),
+        "levels": levels if levels is None else _checks.integer("levels", levels, 2),
+        "weight_decay": weight_decay if not weight_decay else _checks.positive("weight_decay", weight_decay),
+        "start": _checks.choice("start", start, ("random", "identity")),
+        "seed": _checks.integer("seed", seed, 0),
+    }
+    epochs = max_epochs if max_epochs is None else _checks.integer("max_epochs", max_epochs, 1)
+    seconds = math.inf if max_seconds is None else _checks.positive("max_seconds", max_seconds)
+    with seeded(derive(seed, "fit_density"), like(flow).device if isinstance(flow, Flow) else None):
+        made = _make(flow, data, context)
+        train, held_out = _sources(made, data, context, validation, levels)
+        made, options["preprocess"] = _with_preprocessing(made, train, preprocess)
+        size = options["batch"] = _batch_size(train, batch)
+        if weight_decay is None:
+            options["weight_decay"] = min(1.0, DECAY_POINTS / (train.steps(size) * size))
+        if start == "random":
+            rouse(made)
+        checked = [] if held_out is None else _materialise(held_out)
+        ascent = Ascent(made, train, checked, batch=size, weight_decay=options["weight_decay"])
+        plan = Plan(MAX_STEPS if epochs is None else epochs * train.steps(size), seconds, CLOCKS[clock], began)
+        bar = _Bar(visible=progress, flow=made, levels=train.levels)
+        keeper = density_storage.Keeper(checkpoint, ascent, plan, SAVE_EVERY, options)
+        if not keeper.resume():
+            _choose_step_size(ascent, learning_rate, plan)
+        climb(ascent, keeper.plan, report=bar.show, save=keeper.save)
+        keeper.save(final=True)
+        validated = math.nan if held_out is None else mean_log_prob(made, held_out)
+        bar.close(validated)
+    options.update(clock=clock, seconds=plan.clock() - keeper.plan.began)
+    return _result(ascent, validated, options)
+
+
+# parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _make(flow: Flow | str, data: Any, context: Any) -> Flow:
+    """Copy the flow, or make one by a builder's name."""
+    if isinstance(flow, Flow):
+        return copy.deepcopy(flow)
+    if not isinstance(flow, str):
+        raise ValueError(f"flow: expected a Flow or a builder's name, got a {type(flow).__name__}.")
+    builder = BUILDERS[_checks.choice("flow", flow, BUILDERS)]
+    if isinstance(data, DataLoader):
+        raise ValueError("flow: a DataLoader does not tell its shape; pass a flow, such as pf.realnvp(dim).")
+    shape = rows("data", data, None, torch.zeros(())).event_shape
+    if len(shape) != 1:
+        raise ValueError(f"flow: a name makes a flow of vectors, the data have shape {tuple(shape)}; pass a flow.")
+    width = 0 if context is None else torch.as_tensor(context).shape[-1]
+    return builder(shape[0], context_dim=width, hidden=(64, 64), activation="relu", base="logistic")
+
+
+def _sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int | None) -> tuple[Source, Source | None]:
+    """Make what is trained on and what is held out."""
+    train = points_for(flow, "data", data, context)
+    if levels is not None:
+        train = train.quantised(levels)
+    if validation is None:
+        return train, None
+    if isinstance(validation, float):
+        if isinstance(train, Stream):
+            raise ValueError(
+                "validation: of a DataLoader no share can be held out; pass held-out data, a loader of them, or None."
+            )
+        if not 0.0 < validation < 1.0:
+            raise ValueError(f"validation: expected a share between 0 and 1, data or None, got {validation!r}.")
+        return train.split(validation)
+    pair = validation if isinstance(validation, tuple) else (validation, None)
+    if len(pair) != 2:
+        raise ValueError(f"validation: expected data, or a pair (data, context), got {len(pair)} items.")
+    held_out = points_for(flow, "validation", *pair)
+    return train, held_out if levels is None else held_out.quantised(levels)
+
+
+def _with_preprocessing(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str | None]:
+    """Append the affine map to the scale of the data, as measured on the data, noise of levels included."""
+    if kind is None:
+        return flow, None
+    images = len(flow.event_shape) > 1
+    if kind == "auto":
+        inner = flow.bijection
+        if isinstance(inner.layers[-1] if isinstance(inner, Chain) else inner, Logit):
+            return flow, None
+        kind = "standardize"
+    batches: list[Batch] = []
+    for batch in (train.first(MEASURED_POINTS) if isinstance(train, Rows) else train).ordered(CHUNK):
+        batches.append(batch)
+        if sum(len(y) for y, _ in batches) >= MEASURED_POINTS:
+            break
+    layer: Preprocess = preprocess(kind, batches, pooled=images)
+    return density_storage.append(flow, layer), kind
+
+
+def _result(ascent: Ascent, validation: float, options: dict[str, Any]) -> DensityFit:
+    state, train, flow = ascent.state, ascent.source, ascent.flow
+    settings = {
+        **options,
+        "flow": (flow.settings or {}).get("builder", "flow"),
+        "points": len(train) if isinstance(train, Rows) else None,
+        "event_shape": list(flow.event_shape),
+        "learning_rate": state.learning_rate,
+        "steps": state.steps,
+        "epochs": state.epoch,
+        "skipped": state.skipped,
+        "falls": state.falls,
+    }
+    return DensityFit(
+        flow=flow,
+        losses=torch.tensor(state.losses),
+        checks=torch.tensor(state.checks, dtype=torch.float64).reshape(-1, 2),
+        validation=validation,
+        levels=train.levels,
+        settings=settings,
+        why=state.why,
+    )
+
+
+def _batch_size(train: Source, batch: int | None) -> int:
+    if batch is not None:
+        return _checks.integer("batch", batch, 1)
+    return max(32, min(BATCH, len(train) // 10)) if isinstance(train, Rows) else BATCH
+
+
+def _materialise(held_out: Source) -> list[Batch]:
+    """Return batches that stay the same in all checks, noise included."""
+    if isinstance(held_out, Rows):
+        return list(held_out.first(CHECKED_POINTS).ordered(CHUNK))
+    found: list[Batch] = []
+    for batch in held_out.ordered(CHUNK):
+        found.append(batch)
+        if sum(len(y) for y, _ in found) >= CHECKED_POINTS:
+            break
+    return found
+
+
+def _choose_step_size(ascent: Ascent, learning_rate: float | None, plan: Plan) -> None:
+    """Hold the race, of a tenth of the steps or seconds at most, unless the step size is given."""
+    if learning_rate is not None:
+        ascent.state.learning_rate = learning_rate
+        return
+    steps = min(RACE_STEPS, plan.max_steps // (10 * len(RACED)))
+    if math.isfinite(plan.max_seconds):
+        affordable = 0.1 * plan.max_seconds / (len(RACED) * ascent.seconds_a_step(plan.clock))
+        steps = min(steps, int(affordable))
+    ascent.race(RACED, max(steps, 8))
+
+
+class _Bar:
+    """A progress bar in percent of the budget."""
+
+    def __init__(self, *, visible: bool, flow: Flow, levels: Levels | None) -> None:
+        self.flow, self.levels = flow, levels
+        self.bar = tqdm(total=100, disable=not visible, unit="%", desc="fit_density", leave=True)
+
+    def show(self, state: str, epoch: int, share: float, nats: float) -> None:
+        self.bar.n = min(round(100 * share), 100)
+        self.bar.set_postfix_str(f"epoch {epoch}, {self._words(nats)}, {state}", refresh=True)
+
+    def close(self, nats: float) -> None:
+        self.bar.n = self.bar.total
+        if math.isfinite(nats):
+            self.bar.set_postfix_str(self._words(nats), refresh=True)
+        self.bar.close()
+
+    def _words(self, nats: float) -> str:
+        return f"{nats:.3f} nats, {bits_per_dim(nats, self.flow, self.levels):.3f} bits/dim"

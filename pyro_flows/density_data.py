@@ -1,0 +1,228 @@
+"""Data for maximum likelihood, as batches: tensors, memory maps and loaders, quantised values and missing ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pyro_flows import _checks
+
+CHUNK = 4096
+Batch = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Values that are one of ``count`` levels, ``step`` apart from zero on, and the noise that spreads them."""
+
+    count: int
+    step: float
+
+    def spread(self, y: Tensor) -> Tensor:
+        """Return ``(k + U(0, 1)) / count`` in the unit cube, for level k; the noise is fresh."""
+        return (y / self.step + torch.rand_like(y)) / self.count
+
+    @property
+    def variance(self) -> float:
+        """The noise's variance."""
+        return 1.0 / (12.0 * self.count**2)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Points by index, in memory or on disk, with their context, as numbers of ``like``'s dtype on its device."""
+
+    values: Any
+    context: Any
+    like: Tensor
+    indices: Tensor | None = None
+    levels: Levels | None = None
+
+    def __len__(self) -> int:
+        return len(self.values) if self.indices is None else len(self.indices)
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one point."""
+        return torch.Size(self.values.shape[1:])
+
+    def take(self, places: Tensor) -> Batch:
+        """Return the points and contexts at these places."""
+        indices = places if self.indices is None else self.indices[places]
+        y = _look_up(self.values, indices, self.like)
+        context = None if self.context is None else _look_up(self.context, indices, self.like)
+        return y if self.levels is None else self.levels.spread(y), context
+
+    def ordered(self, size: int) -> Iterator[Batch]:
+        """Go through all points once, in order."""
+        for places in torch.arange(len(self)).split(size):
+            yield self.take(places)
+
+    def shuffled(self, size: int) -> Iterator[Batch]:
+        """Go through the points once in a fresh random order, without those left over after the last full batch."""
+        size = min(size, len(self))
+        order = torch.randperm(len(self))
+        for places in order[: len(self) // size * size].split(size):
+            yield self.take(places)
+
+    def steps(self, size: int) -> int:
+        """How many batches :meth:`shuffled` gives."""
+        return max(len(self) // size, 1)
+
+    def split(self, share: float) -> tuple[Rows, Rows]:
+        """Part at random into the rest and ``share``, of at least one point each."""
+        if len(self) < 2:
+            raise ValueError("data: expected at least two points to hold some out, got one; pass validation=None.")
+        order = torch.randperm(len(self))
+        count = min(max(round(share * len(self)), 1), len(self) - 1)
+        return replace(self, indices=order[count:].sort().values), replace(self, indices=order[:count].sort().values)
+
+    def first(self, count: int) -> Rows:
+        """Return ``count`` points at most, at random."""
+        if len(self) <= count:
+            return self
+        places = torch.randperm(len(self))[:count].sort().values
+        return replace(self, indices=places if self.indices is None else self.indices[places])
+
+    def quantised(self, levels: int) -> Rows:
+        """Say that the values are levels: ``0, 1, ..., levels - 1``, or the same divided by ``levels - 1``.
+
+        Raises:
+            ValueError: naming a value that is neither.
+        """
+        largest = max(float(y.max()) for y, _ in self.ordered(CHUNK))
+        integers = not _is_floating(self.values) or largest > 1.0
+        step = 1.0 if integers else 1.0 / (levels - 1)
+        for y, _ in self.ordered(CHUNK):
+            level = y / step
+            wrong = ((level - level.round()).abs() > 1e-3) | (level < -0.5) | (level > levels - 0.5)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"data: expected {levels} levels, 0 to {levels - 1} or the same divided by {levels - 1}, got "
+                    f"{float(y[wrong][0]):g}. Pass quantised values as they are, or levels=None for continuous ones."
+                )
+        return replace(self, levels=Levels(levels, step))
+
+    def check(self, name: str) -> None:
+        """Refuse values that are missing or infinite, and say where the first of them is."""
+        for what, values in ((name, self.values), ("context", self.context)):
+            if values is None or not _is_floating(values):
+                continue
+            for start in range(0, len(values), CHUNK):
+                bad = (~torch.isfinite(_tensor(values[start : start + CHUNK]))).nonzero()
+                if len(bad):
+                    row, *column = bad[0].tolist()
+                    place = column[0] if len(column) == 1 else tuple(column)
+                    raise ValueError(
+                        f"{what}: the value in row {start + row}, column {place} is missing or infinite "
+                        f"({float(values[(start + row, *column)])}). Fill it in or drop the row."
+                    )
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Batches of a ``DataLoader``: tensors ``y``, or pairs ``(y, context)``."""
+
+    loader: DataLoader[Any]
+    like: Tensor
+    paired: bool
+    levels: Levels | None = None
+
+    def ordered(self, size: int) -> Iterator[Batch]:
+        """Go through the loader once; ``size`` is the loader's own."""
+        for number, item in enumerate(self.loader):
+            parts = item if isinstance(item, (tuple, list)) else (item,)
+            if len(parts) < 1 + self.paired:
+                raise ValueError("data: expected the loader to give pairs (data, context) for a conditional flow.")
+            y = _like(torch.as_tensor(parts[0]), self.like)
+            if not bool(torch.isfinite(y).all()):
+                raise ValueError(f"data: batch {number} of the loader holds missing or infinite values.")
+            yield (
+                y if self.levels is None else self.levels.spread(y),
+                _like(torch.as_tensor(parts[1]), self.like) if self.paired else None,
+            )
+
+    shuffled = ordered
+
+    def steps(self, size: int) -> int:
+        """How many batches an epoch has."""
+        return len(self.loader)
+
+    def quantised(self, levels: int) -> Stream:
+        """Say that the values are levels, as for tensors; judged by the first batch."""
+        y = next(self.ordered(0))[0]
+        return replace(self, levels=Levels(levels, 1.0 if float(y.max()) > 1.0 else 1.0 / (levels - 1)))
+
+
+Source = Rows | Stream
+
+
+def rows(name: str, values: Any, context: Any, like: Tensor) -> Rows:
+    """Make rows of a tensor, an array or a memory map; what lies in memory is converted once.
+
+    Raises:
+        ValueError: for what is no array of numbers with one point a row, or a context of another length.
+    """
+    values, context = _array(name, values, like), None if context is None else _array("context", context, like)
+    if len(values.shape) < 2 or 0 in values.shape:
+        raise ValueError(f"{name}: expected one point a row, (N, ...), got shape {tuple(values.shape)}.")
+    if context is not None and len(context) != len(values):
+        raise ValueError(f"context: expected a row for each of {len(values)} points of {name}, got {len(context)}.")
+    found = Rows(values, context, like)
+    found.check(name)
+    return found
+
+
+def _array(name: str, values: Any, like: Tensor) -> Any:
+    if isinstance(values, np.memmap):
+        return values
+    if not isinstance(values, (Tensor, np.ndarray, list, tuple)):
+        raise ValueError(f"{name}: expected a tensor, an array or a DataLoader, got a {type(values).__name__}.")
+    tensor = torch.as_tensor(values)
+    return tensor.to(like.device) if tensor.element_size() == 1 else _like(tensor, like)  # bytes stay bytes
+
+
+def _like(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(device=like.device, dtype=like.dtype)
+
+
+def _look_up(values: Any, indices: Tensor, like: Tensor) -> Tensor:
+    if isinstance(values, Tensor):
+        return _like(values.index_select(0, indices.to(values.device)), like)
+    return _like(_tensor(values[indices.numpy()]), like)
+
+
+def _tensor(values: Any) -> Tensor:
+    """Make a tensor of part of a tensor or a memory map, which may not be writable."""
+    return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+
+
+def _is_floating(values: Any) -> bool:
+    return values.is_floating_point() if isinstance(values, Tensor) else np.issubdtype(values.dtype, np.floating)
+
+
+def source(name: str, data: Any, context: Any, *, event_shape: torch.Size, context_dim: int, like: Tensor) -> Source:
+    """Make rows, or a stream of a ``DataLoader``, for a flow.
+
+    Raises:
+        ValueError: for points of another shape than the flow's, or a context where none is expected,
+            or none where one is.
+    """
+    if isinstance(data, DataLoader):
+        if context is not None:
+            raise ValueError("context: a DataLoader gives its context itself, as pairs (data, context).")
+        return Stream(data, like, context_dim > 0)
+    found = rows(name, data, context, like)
+    if found.event_shape != event_shape:
+        raise ValueError(
+            f"{name}: expected points of shape {tuple(event_shape)}, got {tuple(found.event_shape)}; "
+            "reshape them, or make the flow for that shape."
+        )
+    _checks.context(name, None if context is None else found.take(torch.zeros(1, dtype=torch.long))[1], context_dim)
+    return found

@@ -1,0 +1,220 @@
+"""Figures of flows and of data. Matplotlib is imported when the first one is drawn; pyplot is not used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_flows import _checks
+from pyro_flows.flows import Flow
+from pyro_flows.interpolation import interpolate, nearest, scale_spectrum
+from pyro_flows.randomness import seeded
+from pyro_flows.transforms import Chain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FLOW, BASE, INK = "#1f5f8b", "#d98841", "#333333"
+PANEL = 1.9  # inches
+SHOWN = (0.002, 0.998)
+
+
+def plot_layers(flow: Flow, *, count: int = 3000, seed: int = 0, layers: Sequence[int] | None = None) -> Figure:
+    """Draw what each layer of a flow in two dimensions does to draws of the base, coloured by where they started.
+
+    Args:
+        flow: a flow of two dimensions without context.
+        count: number of draws.
+        seed: of the draws.
+        layers: after how many layers to draw (0: the base); by default after each, at most eleven of them.
+
+    Raises:
+        ValueError: for a flow of other dimensions or with a context, or a layer that it does not have.
+    """
+    if flow.event_shape != (2,) or flow.context_dim:
+        raise ValueError(f"flow: expected two dimensions and no context, got {tuple(flow.event_shape)}.")
+    stack: list[Any] = list(flow.bijection.layers) if isinstance(flow.bijection, Chain) else [flow.bijection]
+    total = len(stack)
+    shown = sorted({round(k * total / min(total, 11)) for k in range(min(total, 11) + 1)}) if layers is None else layers
+    if not all(0 <= layer <= total for layer in shown):
+        raise ValueError(f"layers: expected numbers from 0 to {total}, got {list(shown)}.")
+    with torch.no_grad(), seeded(seed, flow._like.device):
+        x = flow.base_distribution().sample((count,))
+        clouds = [x]
+        for layer in stack:
+            clouds.append(layer.forward_and_ladj(clouds[-1])[0])
+    colours = _wheel(x)
+    figure, grid = _panels(len(shown), columns=min(len(shown), 6))
+    for axes, layer in zip(grid, shown, strict=True):
+        _cloud(axes, clouds[layer], colours)
+        axes.set_title("base" if layer == 0 else f"layer {layer}", fontsize=9, color=INK)
+    return figure
+
+
+def plot_points(points: Tensor, data: Tensor | None = None) -> Figure:
+    """Draw points in the plane, beside data if they are given.
+
+    Raises:
+        ValueError: for points that are not in the plane.
+    """
+    clouds = [points] if data is None else [data, points]
+    if any(cloud.dim() != 2 or cloud.shape[1] != 2 for cloud in clouds):
+        raise ValueError(f"points: expected shape (N, 2), got {[tuple(cloud.shape) for cloud in clouds]}.")
+    figure, grid = _panels(len(clouds), columns=len(clouds), size=3.2)
+    for axes, cloud, colour, name in zip(grid, clouds[::-1], (FLOW, BASE), ("flow", "data"), strict=False):
+        _cloud(axes, cloud, colour)
+        axes.set_title(name, fontsize=9, color=INK)
+    return figure
+
+
+def plot_images(
+    images: Tensor, image_shape: Sequence[int] | None = None, *, columns: int | None = None, levels: float = 1.0
+) -> Figure:
+    """Draw a grid of images with values from 0 to ``levels``; what is outside is shown as the nearest of them.
+
+    Args:
+        images: ``(N, H, W)``, ``(N, C, H, W)`` with one or three channels, or flat ``(N, D)``.
+        image_shape: (H, W) or (C, H, W), of flat images; squares are guessed.
+        columns: of the grid, by default as many as rows.
+        levels: the value of white.
+
+    Raises:
+        ValueError: for flat images that are no squares and have no ``image_shape``, or another number of channels.
+    """
+    pictures = _pictures(images, image_shape)
+    columns = math.ceil(math.sqrt(len(pictures))) if columns is None else _checks.integer("columns", columns, 1)
+    rows = math.ceil(len(pictures) / columns)
+    height, width = pictures.shape[1:3]
+    sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, pictures.shape[3]))
+    for number, picture in enumerate(np.clip(pictures / levels, 0.0, 1.0)):
+        top, left = (number // columns) * (height + 1), (number % columns) * (width + 1)
+        sheet[top : top + height, left : left + width] = picture
+    scale = 0.5 + 0.01 * max(height, width)
+    figure, (axes,) = _panels(1, columns=1, size=(columns * scale * width / height, rows * scale))
+    axes.imshow(sheet.repeat(3, -1) if sheet.shape[-1] == 1 else sheet, interpolation="nearest")
+    axes.set_axis_off()
+    return figure
+
+
+def plot_interpolation(
+    flow: Flow, points: Tensor, *, steps: int = 8, image_shape: Sequence[int] | None = None, levels: float = 1.0
+) -> Figure:
+    """Draw :func:`~pyro_flows.interpolation.interpolate`: a walk between four images, which stand in the corners."""
+    walk = interpolate(flow, points, steps=steps).flatten(0, 1)
+    return plot_images(walk, image_shape, columns=steps, levels=levels)
+
+
+def plot_nearest(
+    samples: Tensor,
+    training: Tensor,
+    *,
+    count: int = 4,
+    image_shape: Sequence[int] | None = None,
+    levels: float = 1.0,
+) -> Figure:
+    """Draw each sample (left) and the training images nearest to it: has the flow learnt its data by heart?"""
+    found = training[nearest(samples, training, count=count).to(training.device)].to(samples)
+    rows = torch.cat([samples.unsqueeze(1), found], 1)
+    return plot_images(rows.flatten(0, 1), image_shape, columns=count + 1, levels=levels)
+
+
+def plot_spectrum(flow: Flow) -> Figure:
+    r"""Draw the spectrum of NICE's scaling layer, :math:`e^{s_d}` from noise to data, largest first.
+
+    Few large values: the data lie near a manifold of few dimensions.
+    """
+    values = scale_spectrum(flow).double().cpu().numpy()
+    figure, (axes,) = _panels(1, columns=1, size=(5.4, 3.2))
+    axes.plot(np.arange(1, len(values) + 1), values, color=FLOW, linewidth=1.5)
+    axes.set_yscale("log")
+    axes.set_xlabel("latent, most important first", fontsize=9, color=INK)
+    axes.set_ylabel("scale of the latent in the data", fontsize=9, color=INK)
+    return figure
+
+
+def plot_losses(losses: Tensor, checks: Tensor) -> Figure:
+    """Draw the mean log density of minibatches, and of held-out points by the averaged weights, in nats."""
+    figure, (axes,) = _panels(1, columns=1, size=(6.4, 3.4))
+    values = -losses.double().cpu().numpy()
+    if not len(values):
+        raise ValueError("losses: expected those of a training, got none.")
+    axes.plot(np.arange(1, len(values) + 1), values, color=BASE, linewidth=0.6, alpha=0.7, label="minibatches")
+    finite = values[np.isfinite(values)]
+    low = np.quantile(finite, 0.25) if len(finite) else 0.0
+    if len(checks):
+        steps, held_out = checks.double().cpu().numpy().T
+        axes.plot(steps, held_out, color=FLOW, linewidth=1.8, label="held out, averaged weights")
+        low = min(low, np.quantile(held_out, 0.25))
+        finite = np.concatenate([finite, held_out])
+    high = finite.max(initial=low)
+    axes.set_ylim(low - 0.5 * (high - low) - 1e-6, high + 0.1 * (high - low) + 1e-6)
+    axes.set_xlabel("step", fontsize=9, color=INK)
+    axes.set_ylabel("mean log density (nats)", fontsize=9, color=INK)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+# parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _pictures(images: Tensor, image_shape: Sequence[int] | None) -> np.ndarray:
+    """Return the images as (N, H, W, C)."""
+    flat = images.shape[-1]
+    side = math.isqrt(flat)
+    if image_shape is None and images.dim() == 2 and side * side != flat:
+        raise ValueError(f"image_shape: {flat} pixels are no square; pass (H, W) or (C, H, W).")
+    guessed = (side, side) if images.dim() == 2 else images.shape[1:]
+    shape = tuple(guessed if image_shape is None else image_shape)
+    channels = shape[0] if len(shape) == 3 else 1
+    if len(shape) not in (2, 3) or channels not in (1, 3) or math.prod(images.shape[1:]) != math.prod(shape):
+        raise ValueError(
+            f"images: expected (N, H, W), (N, 1 or 3, H, W) or flat ones of the image_shape, got {tuple(images.shape)}."
+        )
+    return images.detach().reshape(-1, channels, *shape[-2:]).movedim(1, -1).double().cpu().numpy()
+
+
+def _panels(count: int, *, columns: int, size: float | tuple[float, float] = PANEL) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(count / columns)
+    shape = (size * columns, (size + 0.2) * rows) if isinstance(size, float) else size
+    figure = Figure(figsize=shape, dpi=150, layout="constrained")
+    grid: Any = figure.subplots(rows, columns, squeeze=False)
+    for number, axes in enumerate(grid.flat):
+        axes.tick_params(colors=INK, labelsize=7, length=2, color="#999999")
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color("#999999")
+        if number >= count:
+            axes.set_visible(False)
+    return figure, list(grid.flat)[:count]
+
+
+def _cloud(axes: Axes, points: Tensor, colours: Any) -> None:
+    values = points.detach().double().cpu().numpy()
+    finite = values[np.isfinite(values).all(-1)]
+    kept = colours if isinstance(colours, str) else colours[np.isfinite(values).all(-1)]
+    axes.scatter(finite[:, 0], finite[:, 1], s=2.0, c=kept, linewidths=0, alpha=0.7, rasterized=True)
+    if len(finite):
+        low, high = np.quantile(finite, SHOWN, axis=0)
+        middle, half = (low + high) / 2.0, 0.55 * float((high - low).max()) + 1e-6
+        axes.set_xlim(middle[0] - half, middle[0] + half)
+        axes.set_ylim(middle[1] - half, middle[1] + half)
+    axes.set_aspect("equal")
+
+
+def _wheel(points: Tensor) -> np.ndarray:
+    """A colour for each point by its direction, paler towards the centre."""
+    from matplotlib.colors import hsv_to_rgb
+
+    values = points.detach().double().cpu().numpy()
+    angle = np.arctan2(values[:, 1], values[:, 0]) / (2.0 * np.pi) % 1.0
+    radius = np.hypot(values[:, 0], values[:, 1])
+    strength = 0.35 + 0.65 * radius / max(float(np.quantile(radius, 0.95)), 1e-9)
+    return np.asarray(hsv_to_rgb(np.stack([angle, strength.clip(0.0, 1.0), np.full_like(angle, 0.8)], -1)))

