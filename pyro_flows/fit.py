@@ -18,9 +18,10 @@ from pyro_flows import _checks
 from pyro_flows.escalation import Round, assess, entry, rounds
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, FlowLike
-from pyro_flows.initial import Start, missed_modes, portfolio
+from pyro_flows.initial import Start, portfolio
 from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
+from pyro_flows.modes import missed_modes
 from pyro_flows.posterior import Posterior, from_draws
 from pyro_flows.race import CLOSE, choose_coordinates, race, share
 from pyro_flows.randomness import seeded
@@ -33,6 +34,7 @@ MAX_STEPS = 6000
 ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
 UNEVEN = 2.0
 UNEVEN_DRAWS = 4000
+MODE_DRAWS = 1000
 
 
 def fit(
@@ -139,7 +141,8 @@ def fit(
                 stack = Stack.make([run.guide.flow for run in done], agreement.weights)
                 draw, score = stack.draw, stack.log_prob
         density.forget()
-        missed = missed_modes(density, [mode for run in done for mode in run.modes], score)
+        z, log_q = draw(MODE_DRAWS)
+        missed = missed_modes(density, [mode for run in done for mode in run.modes], z, log_q, score)
         settings = _settings(best, density, began, max_steps=max_steps, train_model=train_model, runs=runs)
         return from_draws(
             density,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +27,6 @@ PATHS_IF_LARGE = 4
 LEGS = 2
 SAME = 0.1  # nats
 TRUSTED_K_HAT = 0.7  # beyond, moments of weighted draws hang on a few of them
-MISSED_SHARE = 0.02  # of the best mode's mass
-MISSED_RATIO = 7.0  # nats by which the guide is thinner there than where it is thickest
 MODES = 4
 MODES_WITHIN = 20.0  # nats of Laplace evidence below the best
 NEWTON_STEPS = 60
@@ -244,27 +241,6 @@ def _divergence(one: Start, other: Start) -> float:
         ratio, away = (torch.linalg.solve_triangular(theirs, x, upper=False) for x in (mine, away[:, None]))
         log_ratio = ratio.diagonal().log().sum()
     return float(0.5 * (ratio.square().sum() + away.square().sum() - len(one.loc)) - log_ratio)
-
-
-@torch.no_grad()
-def missed_modes(density: LogDensity, modes: Sequence[Start], score: Callable[[Tensor], Tensor]) -> list[str]:
-    """Name the modes of the portfolio that hold a good part of the mass and that a guide (log density ``score``) lacks.
-
-    A draw of the guide would never show them; their share is Laplace's estimate, relative to all modes found.
-    """
-    if len(modes) < 2:
-        return []
-    best = max(mode.evidence for mode in modes if mode.evidence is not None)
-    large = [mode for mode in modes if mode.evidence is not None and mode.evidence - best > math.log(MISSED_SHARE)]
-    points = torch.stack([mode.loc for mode in large])
-    ratios = (density(points) - score(points)).double().cpu()
-    found = []
-    for mode, ratio in zip(large, ratios.tolist(), strict=True):
-        if ratio - float(ratios.min()) > MISSED_RATIO:
-            values = density.constrain(mode.loc[None])
-            place = ", ".join(f"{name} = {value[0].flatten()[0]:.3g}" for name, value in list(values.items())[:3])
-            found.append(f"the guide lacks a mode near {place}; try runs=4")
-    return sorted(set(found))
 
 
 def _climb(density: LogDensity, points: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal, constraints, kl_divergence
 
 import pyro_flows as pf
 from pyro_flows import curvature
-from pyro_flows.initial import Start, _climb, _divergence, along_paths, missed_modes, portfolio, prior_draws
+from pyro_flows.initial import Start, _climb, _divergence, along_paths, portfolio, prior_draws
 from pyro_flows.pathfinder import pathfinder, pool
 from tests.invariants import close
 from tests.models import real
@@ -247,20 +247,3 @@ def test_lower_triangular():
     close(found @ found.mT, roots @ roots.mT, 1e-12)
     close(found, found.tril(), 0.0)
     assert (found.diagonal(dim1=-2, dim2=-1) > 0.0).all()
-
-
-def test_a_saddle_says_nothing_of_missed_modes():
-    """The guide is thick between two modes, where there is no mass, and covers both: none is missed."""
-
-    def model():
-        z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (1,)))
-        pyro.factor("two", torch.logsumexp(torch.stack([-0.5 * (z[0] - 5.0) ** 2, -0.5 * (z[0] + 5.0) ** 2]), 0))
-
-    density = pf.LogDensity(model)
-    one = torch.ones(1)
-    modes = [Start("", at * one, one, evidence=evidence) for at, evidence in ((5.0, 0.9), (-5.0, 0.9), (0.0, -11.6))]
-    wide = dist.Normal(0.0, 5.0)
-    assert missed_modes(density, modes, lambda z: wide.log_prob(z[:, 0])) == []
-    narrow = dist.Normal(5.0, 1.0)
-    (found,) = missed_modes(density, modes, lambda z: narrow.log_prob(z[:, 0]))
-    assert "lacks a mode near z = -5" in found
