@@ -165,10 +165,11 @@ class AutoFlow(AutoContinuous):
         if not isinstance(built, (Flow, Bijection)):
             built = built(dim)
         built = built if isinstance(built, Flow) else Flow(built, base=base, df=df)
-        if built.dim != dim or built.context_dim:
+        got = built.dim if len(built.event_shape) == 1 else tuple(built.event_shape)
+        if got != dim or built.context_dim:
             raise ValueError(
                 f"flow: expected one of dim {dim} (the model's unconstrained latents) without context, "
-                f"got dim {built.dim}, context_dim {built.context_dim}."
+                f"got dim {got}, context_dim {built.context_dim}."
             )
         if affine == "none":
             return built

@@ -60,6 +60,15 @@ class ForgetsLadjInScore(pf.AffineCoupling):
         return y, ladj, carried - super().forward_and_score(x, torch.zeros_like(score), context)[2]
 
 
+class ForgetsTheBend(pf.SplineCoupling):
+    """As if the slope of a spline were the same everywhere, which it is for the affine map alone."""
+
+    def _carry(self, moved, parameters, score):
+        carried, weights = super()._carry(moved, parameters, score)
+        bend = super()._carry(moved.detach(), tuple(p.detach() for p in parameters), torch.zeros_like(score))[0]
+        return carried - bend, weights
+
+
 class InverseWithoutGradient(pf.Planar):
     def inverse_and_ladj(self, y, context=None):
         with torch.no_grad():
@@ -126,6 +135,7 @@ BUGS = [
     (lambda t: check_ladj(t, X, None, 1e-9), pf.AffineCoupling, [LadjDoubled, SignFlippedInInverse, MixesRows]),
     (lambda t: check_gradients(t, X, None), pf.Planar, [InverseWithoutGradient, ClampedStraightThrough]),
     (lambda t: check_score(t, X, None, 1e-9), pf.AffineCoupling, [SignFlippedInScore, ForgetsLadjInScore, LadjDoubled]),
+    (lambda t: check_score(t, X, None, 1e-9), pf.SplineCoupling, [ForgetsTheBend]),
     (lambda t: check_batching(t, X, None), pf.AffineCoupling, [MixesRows]),
     (lambda t: check_pure(t, X, None), pf.AffineCoupling, [StoresItsPass, EditsItsBuffer]),
     (lambda t: check_follows_parameters(t, X, None), pf.AffineCoupling, [Remembers]),

@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import TransformedDistribution
 
 import pyro_flows as pf
-from pyro_flows.builders import BUILDERS
+from pyro_flows.builders import BUILDERS, VECTOR_BUILDERS
 from pyro_flows.flows import BASES
 from tests.invariants import check_every_coordinate_moves, check_mass, close
 from tests.registry import FLOWS, SMALL, make_flow, normal
@@ -107,7 +107,7 @@ def test_base_distribution(base):
     close(flow.base_distribution().log_prob(x), expected.log_prob(x).sum(-1), 1e-6)
 
 
-@pytest.mark.parametrize("name", ["nice", "realnvp"])
+@pytest.mark.parametrize("name", ["nice", "realnvp", "spline"])
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 7, 10])
 @pytest.mark.parametrize("layers", [2, 4, 6, 8])
 def test_couplings_move_every_coordinate(name, dim, layers):
@@ -129,7 +129,7 @@ def test_every_parameter_is_used(name, dim):
         assert parameter.grad.abs().sum() > 0.0, key
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", VECTOR_BUILDERS)
 def test_settings_rebuild_the_flow(name):
     """``settings`` name the builder and all that it was told; state_dict does the rest."""
     flow = make_flow(name, 3, context_dim=2, base="logistic", dtype=torch.float32)
@@ -170,3 +170,23 @@ def test_dim_is_found_or_asked_for():
     with pytest.raises(ValueError, match="dim"):
         pf.Flow(Plain())
     assert pf.Flow(Plain(), dim=3)().sample().shape == (3,)
+
+
+@pytest.mark.parametrize("name", ["nice", "realnvp", "spline"])
+def test_alternating_masks_as_in_nice(name):
+    """Even and odd coordinates in turn, whatever the number of layers."""
+    flow = pf.__dict__[name](6, layers=4, mask="alternating", hidden=(4,))
+    kept = [layer.mask.tolist() for layer in flow.bijection.layers if hasattr(layer, "mask")]
+    even, odd = [True, False] * 3, [False, True] * 3
+    assert kept == [odd, even, odd, even]
+
+
+def test_nice_as_published():
+    """Four additive couplings of five hidden layers, relu, logistic base, one scaling at the end."""
+    flow = pf.nice(784, mask="alternating", hidden=(1000,) * 5, activation="relu", base="logistic")
+    *couplings, scaling = flow.bijection.layers
+    assert [type(layer) for layer in couplings] == [pf.AdditiveCoupling] * 4
+    assert isinstance(scaling, pf.Rescale)
+    widths = [part.out_features for part in couplings[0].modules() if isinstance(part, torch.nn.Linear)]
+    assert widths == [1000] * 5 + [392]
+    assert flow.base == "logistic"

@@ -8,7 +8,7 @@ from pyro.infer import SVI, Trace_ELBO
 
 import pyro_flows as pf
 from tests.invariants import close
-from tests.registry import BARE, SMALL, TYPICAL, each, make_flow, normal
+from tests.registry import BARE, FLOWS, SMALL, TYPICAL, each, make_flow, normal
 from tests.state_invariants import (
     EDITS,
     check_evaluations,
@@ -18,7 +18,7 @@ from tests.state_invariants import (
     check_memo_saves_a_pass,
 )
 
-NAMES = ["nice", "planar", "realnvp"]
+NAMES = list(FLOWS)
 MIXED = next(case for case in SMALL if case.name == "Chain-3-context")
 
 

@@ -34,7 +34,7 @@ def test_round_trip_in_float32(case):
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 7, 100])
-@pytest.mark.parametrize(("name", "tolerance"), [("nice", 1e-9), ("realnvp", 1e-9), ("planar", 1e-7)])
+@pytest.mark.parametrize(("name", "tolerance"), [("nice", 1e-9), ("realnvp", 1e-9), ("spline", 1e-9), ("planar", 1e-7)])
 def test_round_trip_of_32_layers(name, tolerance, dim):
     """Errors do not pile up over a deep stack; the noise is smaller, as 32 random layers soon are badly conditioned."""
     flow = make_flow(name, dim, layers=32, sd=0.05 if dim < 50 else 0.02)

@@ -10,7 +10,7 @@ from torch.distributions import ComposeTransform, Transform, constraints
 
 import pyro_flows as pf
 from tests.invariants import close
-from tests.registry import HIDDEN, IMAGE, SMALL, each, make_flow, normal
+from tests.registry import FLOWS, HIDDEN, IMAGE, SMALL, each, make_flow, normal
 
 PLAIN = [case for case in SMALL if not case.context_dim and case.shape in ((1,), (3,), IMAGE)]
 CONDITIONAL = [case for case in SMALL if case.context_dim and case.shape in ((1,), (3,), IMAGE)]
@@ -153,7 +153,7 @@ def test_pyro_module_registers_the_parameters():
     assert len(list(pyro.get_param_store().keys())) == len(list(flow.parameters()))
 
 
-@pytest.mark.parametrize("name", ["nice", "planar", "realnvp"])
+@pytest.mark.parametrize("name", FLOWS)
 def test_transform_reparam(name):
     """The noise becomes the latent site, with the base density; the flow's own site becomes its image."""
     flow = make_flow(name, 3)

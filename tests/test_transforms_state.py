@@ -14,7 +14,7 @@ import pyro_flows as pf
 from pyro_flows import masks
 from pyro_flows.flows import BASES
 from tests.invariants import close
-from tests.registry import BARE, IMAGE, SMALL, built, each, make_flow, normal
+from tests.registry import BARE, FLOWS, IMAGE, SMALL, built, each, make_flow, normal
 from tests.state_invariants import check_follows_parameters, check_pure, copies, snapshot
 
 SOME = [case for case in SMALL if case.shape in ((1,), (3,), IMAGE)]
@@ -119,7 +119,7 @@ def test_copies_after_a_pass_give_the_same_map(case):
         assert not {id(p) for p in twin.parameters()} & {id(p) for p in t.parameters()}, f"{name} shares parameters"
 
 
-@pytest.mark.parametrize("name", ["nice", "planar", "realnvp"])
+@pytest.mark.parametrize("name", FLOWS)
 @pytest.mark.parametrize("base", BASES)
 def test_copies_of_a_flow(name, base):
     flow, other = make_flow(name, 3, base=base), make_flow(name, 3, base=base, sd=0.4)

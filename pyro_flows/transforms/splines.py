@@ -69,16 +69,23 @@ def forward(x: Tensor, at: Knots, bound: float) -> tuple[Tensor, Tensor]:
 
 
 def inverse(y: Tensor, at: Knots, bound: float) -> tuple[Tensor, Tensor]:
-    r"""Return ``x`` and :math:`\log dx/dy`, elementwise, by the root of a quadratic in the form that never cancels."""
+    r"""Return ``x`` and :math:`\log dx/dy`, elementwise, by the root of a quadratic, without cancellation.
+
+    With :math:`q = (y - y_0) / h`, :math:`\theta` solves :math:`a \theta^2 + b \theta = s q`. Its discriminant is a sum
+    of terms that are not negative, :math:`(d_0 - (d_0 + d_1) q)^2 + 4 s^2 q (1 - q)`; of the two forms of the root, the
+    one that adds is taken.
+    """
     inside, point = _inside(y, bound)
     bin_ = _find(point, at, at.values)
-    steep, rise = bin_.height / bin_.width, point - bin_.bottom
-    bend = rise * (bin_.slope_left + bin_.slope_right - 2.0 * steep)
-    a = bin_.height * (steep - bin_.slope_left) + bend
-    b = bin_.height * bin_.slope_left - bend
-    c = steep * rise
-    theta = 2.0 * c / (b + torch.sqrt(b.square() + 4.0 * a * c))
-    _, _, log_slope = _slope(theta, bin_)
+    steep, share = bin_.height / bin_.width, (point - bin_.bottom) / bin_.height
+    total = bin_.slope_left + bin_.slope_right
+    bend = share * (total - 2.0 * steep)
+    b = bin_.slope_left - bend
+    root = torch.sqrt((bin_.slope_left - total * share).square() + 4.0 * steep.square() * share * (1.0 - share))
+    falling = b < 0.0  # then a > s
+    a = torch.where(falling, steep - b, 1.0)
+    theta = torch.where(falling, (root - b) / (2.0 * a), 2.0 * steep * share / torch.where(falling, 1.0, b + root))
+    log_slope = _slope(theta, bin_)[2]
     return torch.where(inside, bin_.left + theta * bin_.width, y), torch.where(inside, -log_slope, 0.0)
 
 
@@ -101,7 +108,7 @@ def _find(point: Tensor, at: Knots, axis: Tensor) -> _Bin:
 def _slope(theta: Tensor, bin_: _Bin) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean slope s, the denominator and the log of the slope at theta."""
     steep, rest = bin_.height / bin_.width, 1.0 - theta
-    middle = theta * rest
-    denominator = steep + (bin_.slope_left + bin_.slope_right - 2.0 * steep) * middle
+    middle = (theta * rest).clamp_min(0.0)  # where rounding puts theta outside of its bin
+    denominator = steep * (1.0 - 2.0 * middle) + (bin_.slope_left + bin_.slope_right) * middle
     numerator = bin_.slope_right * theta.square() + 2.0 * steep * middle + bin_.slope_left * rest.square()
     return steep, denominator, 2.0 * torch.log(steep / denominator) + torch.log(numerator)

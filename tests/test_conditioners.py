@@ -1,0 +1,86 @@
+"""Networks that couplings condition by: weight norm, residual blocks, convolutions, contexts of images."""
+
+import pytest
+import torch
+from torch.nn.utils.parametrizations import weight_norm
+
+import pyro_flows as pf
+from pyro_flows.transforms.conditioners import (
+    Block,
+    Convolution,
+    Network,
+    NormedConv2d,
+    NormedLinear,
+    Residual,
+    ResidualConvolution,
+)
+from tests.invariants import close
+from tests.registry import HIDDEN, IMAGE, built, normal, randomise
+
+
+@pytest.mark.parametrize("kind", [NormedLinear, NormedConv2d])
+def test_weight_norm_is_that_of_torch(kind):
+    """The same start as a plain layer, and the same function of direction and length after training."""
+    layer = built(lambda: kind(3, 5), dtype=torch.float64, sd=0.0, seed=0)
+    plain = torch.nn.Linear(3, 5) if kind is NormedLinear else torch.nn.Conv2d(3, 5, 3, padding="same")
+    plain = plain.double()
+    x = normal(4, 3, seed=1) if kind is NormedLinear else normal(4, 3, 6, 6, seed=1)
+    plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    close(layer(x), plain(x), 1e-6)  # the lengths were worked out in float32
+    randomise(layer, sd=0.3)
+    with torch.no_grad():
+        plain.bias.copy_(layer.bias)
+    theirs = weight_norm(plain)
+    theirs.parametrizations.weight.load_state_dict({"original0": layer.length, "original1": layer.weight})
+    close(layer(x), theirs(x), 1e-12)
+
+
+@pytest.mark.parametrize("kind", [Network, Residual, Convolution, ResidualConvolution])
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_networks_start_at_what_they_are_told(kind, context_dim):
+    """Whatever the input: their last layer starts without weights."""
+    start = torch.tensor([1.0, -2.0, 0.5])
+    network = kind(4, context_dim, 3, (6, 6), "silu", start)
+    kept = torch.randn(5, 4, *((3, 3) if issubclass(kind, Convolution) else ()))
+    out = network(kept, torch.randn(5, context_dim) if context_dim else None)
+    expected = start.reshape(-1, *(1,) * (kept.dim() - 2)).expand_as(out)
+    close(out.detach(), expected, 0.0)
+    assert len(out) == 5
+
+
+def test_one_residual_block_for_each_width():
+    for kind in (Residual, ResidualConvolution):
+        for count in (1, 3):
+            network = kind(2, 0, 2, (8,) * count, "relu")
+            assert sum(isinstance(part, Block) for part in network.modules()) == count
+
+
+def test_a_block_adds_to_its_input():
+    block = Block(torch.nn.Tanh(), NormedLinear(3, 3))
+    x = torch.randn(4, 3)
+    close(block(x), x + block[1](x.tanh()), 1e-6)
+
+
+def test_convolutions_see_the_neighbourhood_and_the_context():
+    """3 x 3, 1 x 1, 3 x 3: five pixels across. The context reaches every pixel."""
+    network = built(lambda: Convolution(1, 2, 1, (4, 4), "tanh"), dtype=torch.float64, sd=0.3, seed=0)
+    kept, context = normal(1, 9, 9, seed=1).requires_grad_(), normal(2, seed=2).requires_grad_()
+    out = network(kept, context)
+    (gradient,) = torch.autograd.grad(out[0, 4, 4], kept, retain_graph=True)
+    rows, columns = (gradient[0] != 0.0).nonzero().unbind(1)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (2, 6, 2, 6)
+    for pixel in out[0].flatten()[:20]:
+        assert torch.autograd.grad(pixel, context, retain_graph=True)[0].abs().min() > 0.0
+
+
+@pytest.mark.parametrize("network", ["mlp", "residual"])
+def test_couplings_of_vectors_take_either_network(network):
+    flow = pf.realnvp(4, layers=2, hidden=(8, 8), network=network)
+    kinds = {type(part) for part in flow.modules() if isinstance(part, Network)}
+    assert kinds == {Network if network == "mlp" else Residual}
+
+
+@pytest.mark.parametrize("network", [None, "convolution", "residual"])
+def test_couplings_of_images_take_either_network(network):
+    layer = pf.AffineCoupling(IMAGE, hidden=HIDDEN, network=network)
+    assert type(layer.conditioner) is (ResidualConvolution if network == "residual" else Convolution)
