@@ -2,6 +2,7 @@
 
 import inspect
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -105,6 +106,30 @@ def test_base_distribution(base):
         "uniform": dist.Uniform(-one, one),
     }[base]
     close(flow.base_distribution().log_prob(x), expected.log_prob(x).sum(-1), 1e-6)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("dim", [3, (2, 3, 4)], ids=str)
+def test_the_base_is_scored_as_its_distribution_says(dim, base):
+    """By the flow itself as by Pyro's distribution, far out too."""
+    kind = pf.LULinear if isinstance(dim, int) else pf.Conv1x1
+    flow = pf.Flow(kind(dim).double(), base=base)
+    x = torch.linspace(-80.0, 80.0, 5, dtype=torch.float64).reshape(5, *(1,) * len(flow.base_shape))
+    x = x + normal(5, *flow.base_shape, seed=1)
+    expected = flow.base_distribution().log_prob(x)
+    close(flow.log_prob(x), expected, 1e-12)
+    close(flow().log_prob(x), expected, 1e-12)
+
+
+def test_values_outside_of_the_support_are_refused():
+    """As Pyro's distributions do, and only while they do."""
+    flow = pf.realnvp(2, layers=2)
+    bad = torch.tensor([[0.0, float("nan")]])
+    for score in (flow.log_prob, flow().log_prob):
+        with pytest.raises(ValueError, match="support"):
+            score(bad)
+    with pyro.validation_enabled(False):
+        assert flow.log_prob(bad).isnan().all()
 
 
 @pytest.mark.parametrize("name", ["nice", "realnvp", "spline"])

@@ -82,28 +82,28 @@ class Chain(Bijection):
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _checks.context("Chain", context, self.context_dim)
-        total: Tensor | float = 0.0
+        total: Tensor | None = None
         for layer in self.layers:
             x, ladj = layer.forward_and_ladj(x, self._context(layer, context))  # type: ignore[operator]
-            total = total + ladj
+            total = ladj if total is None else total + ladj
         return x, total  # type: ignore[return-value]
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _checks.context("Chain", context, self.context_dim)
-        total: Tensor | float = 0.0
+        total: Tensor | None = None
         for layer in reversed(self.layers):
             y, ladj = layer.inverse_and_ladj(y, self._context(layer, context))  # type: ignore[operator]
-            total = total + ladj
+            total = ladj if total is None else total + ladj
         return y, total  # type: ignore[return-value]
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         _checks.context("Chain", context, self.context_dim)
-        total: Tensor | float = 0.0
+        total: Tensor | None = None
         for layer in self.layers:
             x, ladj, score = layer.forward_and_score(x, score, self._context(layer, context))  # type: ignore[operator]
-            total = total + ladj
+            total = ladj if total is None else total + ladj
         return x, total, score  # type: ignore[return-value]
 
     @torch.no_grad()

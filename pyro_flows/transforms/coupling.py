@@ -23,9 +23,8 @@ class Coupling(Bijection):
 
     per: int
     mask: Tensor
-    _kept: Tensor
-    _moved: Tensor
     _order: Tensor
+    _back: Tensor
 
     def __init__(
         self,
@@ -51,38 +50,42 @@ class Coupling(Bijection):
         self.conditioner = conditioner(kept, context_dim, self.per * moved, image=len(shape) == 3, **options)
 
     def _index(self) -> None:
-        """Derive from the mask how to split and join: by slices where they do, else by an index, or by masking."""
-        self._first, self._every_other, self._slices = _slices(self.mask)
+        """Derive from the mask how to split and join: in blocks, by every other coordinate, by an order, by masking."""
+        self._way, self._sizes, self._kept_first = _way(self.mask)
         if self.mask.dim() == 1:
-            kept, moved = self.mask.nonzero().flatten(), (~self.mask).nonzero().flatten()
-            self.register_buffer("_kept", kept, persistent=False)
-            self.register_buffer("_moved", moved, persistent=False)
-            self.register_buffer("_order", torch.argsort(torch.cat([kept, moved])), persistent=False)
+            order = torch.argsort((~self.mask).long(), stable=True)
+            self.register_buffer("_order", order, persistent=False)
+            self.register_buffer("_back", torch.argsort(order), persistent=False)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is conditioned on and what moves. A masked image is kept with zeros, and moves as a whole."""
-        if self._slices is not None:
-            return x[self._slices[0]], x[self._slices[1]]
-        if self.event_dim == 3:
+        if self._way == "masked":
             return torch.where(self.mask, x, 0), x
-        return x.index_select(-1, self._kept), x.index_select(-1, self._moved)
+        if self._way == "every other":
+            first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        else:
+            first, second = (x if self._way == "blocks" else x.index_select(-1, self._order)).split(
+                self._sizes, dim=self._axes[0]
+            )
+        return (first, second) if self._kept_first else (second, first)
 
     def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
-        if self._slices is None and self.event_dim == 3:
+        if self._way == "masked":
             return torch.where(self.mask, kept, moved)
-        kept = kept.expand(*moved.shape[: -self.event_dim], *kept.shape[-self.event_dim :])
-        pair = (kept, moved) if self._first or self._slices is None else (moved, kept)
-        if self._slices is None:
-            return torch.cat(pair, dim=-1).index_select(-1, self._order)
-        if self._every_other:
+        batch = moved.shape[: -self.event_dim]
+        if kept.shape[: -self.event_dim] != batch:
+            kept = kept.expand(*batch, *kept.shape[-self.event_dim :])
+        pair = (kept, moved) if self._kept_first else (moved, kept)
+        if self._way == "every other":
             return torch.stack(pair, dim=-1).flatten(-2)
-        return torch.cat(pair, dim=self._axes[0])
+        whole = torch.cat(pair, dim=self._axes[0])
+        return whole if self._way == "blocks" else whole.index_select(-1, self._back)
 
     def _parameters_at(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
         """Return the parameters of each coordinate that moves; zeros for those of a masked image that do not."""
-        raw = self.conditioner(kept, context).unflatten(self._axes[0], (self.per, -1))
-        if self._slices is None and self.event_dim == 3:
-            raw = torch.where(self.mask, 0, raw)
+        raw = self.conditioner(kept, context)
+        if self._way == "masked":
+            raw = torch.where(self.mask.repeat(self.per, 1, 1), 0, raw)
         return self._read(raw)
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
@@ -103,7 +106,11 @@ class Coupling(Bijection):
         kept, moved = self._split(x)
         moved, ladj = run(moved, self._parameters_at(kept, context))
         y = self._join(kept, moved)
-        return y, ladj.expand(y.shape[: -self.event_dim])
+        return y, self._expand(ladj, y)
+
+    def _expand(self, ladj: Tensor, y: Tensor) -> Tensor:
+        batch = y.shape[: -self.event_dim]
+        return ladj if ladj.shape == batch else ladj.expand(batch)
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
@@ -122,11 +129,11 @@ class Coupling(Bijection):
         carried, weights = self._carry(moved.detach(), tuple(p.detach() for p in parameters), score_moved)
         if kept.shape[self._axes[0]]:  # the conditioner's vector-Jacobian product; its graph is for the pass to come
             score_kept = score_kept - torch.autograd.grad(parameters, root, weights, retain_graph=True)[0]
-        return y, ladj.expand(y.shape[: -self.event_dim]), self._join(score_kept, carried)
+        return y, self._expand(ladj, y), self._join(score_kept, carried)
 
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:
-        """Split the conditioner's numbers, which have an axis of length ``per`` in front of those of the event."""
-        return raw.unbind(self._axes[0] - 1)
+        """Split the conditioner's numbers, ``per`` blocks of coordinates or channels."""
+        return raw.chunk(self.per, dim=self._axes[0])
 
     def _move(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -234,7 +241,8 @@ class AffineCoupling(Coupling):
 
     def _unmove(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         log_scale, shift = parameters
-        return (moved - shift) * torch.exp(-log_scale), -self._total(log_scale)
+        shrink = -log_scale
+        return (moved - shift) * shrink.exp(), self._total(shrink)
 
     def _carry(self, moved: Tensor, parameters: tuple[Tensor, ...], score: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         carried = score * torch.exp(-parameters[0])
@@ -245,24 +253,22 @@ def _reindex(module: Coupling, _: object) -> None:
     module._index()
 
 
-def _slices(mask: Tensor) -> tuple[bool, bool, tuple[Any, Any] | None]:
-    """Return whether a kept coordinate comes first, whether every other is kept, and slices of kept and moved.
+def _way(mask: Tensor) -> tuple[str, tuple[int, int], bool]:
+    """Return how to split by a mask, the sizes of the two parts, and whether the kept one comes first.
 
-    Slices do for two blocks of coordinates or of channels, and for every other coordinate of an even number.
+    Two blocks of coordinates or of channels, and every other one of an even number of coordinates, need no index.
     """
     image = mask.dim() == 3
-    line, rest = (mask[:, 0, 0], (slice(None),) * 2) if image else (mask, ())
+    line = mask[:, 0, 0] if image else mask
     first, changes = bool(line[0]), int((line[1:] != line[:-1]).sum())
-    every_other = not image and len(line) > 2 and changes == len(line) - 1
-    if every_other and len(line) % 2 == 0:
-        pair = slice(0, None, 2), slice(1, None, 2)
-    elif changes <= 1 and (not image or bool((mask == line[:, None, None]).all())):
-        cut = int((line == line[0]).sum())
-        pair = slice(0, cut, None), slice(cut, None, None)
-    else:
-        return first, every_other, None
-    kept, moved = pair if first else pair[::-1]
-    return first, every_other, ((..., kept, *rest), (..., moved, *rest))
+    size = int((line == line[0]).sum())
+    if changes <= 1 and (not image or bool((mask == line[:, None, None]).all())):
+        return "blocks", (size, len(line) - size), first
+    if image:
+        return "masked", (0, 0), True
+    if changes == len(line) - 1 and len(line) % 2 == 0:
+        return "every other", (0, 0), first
+    return "order", (int(mask.sum()), int((~mask).sum())), True
 
 
 def _read_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:

@@ -70,10 +70,9 @@ class SplineCoupling(Coupling):
         self.log_scale_bound = _checks.positive("log_scale_bound", log_scale_bound)
 
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:
-        log_scale, shift, knots = raw.split([1, 1, self.per - 2], dim=self._axes[0] - 1)
-        log_scale, shift = log_scale.squeeze(self._axes[0] - 1), shift.squeeze(self._axes[0] - 1)
+        log_scale, shift, *knots = super()._read(raw)
         bounded = self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
-        return bounded, shift, knots.movedim(self._axes[0] - 1, -1)
+        return bounded, shift, torch.stack(knots, dim=-1)
 
     def _move(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         y, terms = self._bend(moved, parameters)
