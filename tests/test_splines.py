@@ -28,15 +28,15 @@ def test_zeros_are_the_identity():
 
 def test_the_spline_goes_through_its_knots_with_their_slopes():
     knots = random_knots()
-    places, values, slopes = (part[1:-1] for part in knots)
+    places, values, slopes = knots[:, 1:-1]
     y, log_slope = splines.forward(places, knots, BOUND)
     close(y, values, 1e-12)
     close(log_slope, slopes.log(), 1e-12)
     x, log_slope = splines.inverse(values, knots, BOUND)
     close(x, places, 1e-12)
     close(log_slope, -slopes.log(), 1e-12)
-    assert knots.places[0] == knots.values[0] == -BOUND
-    assert knots.places[-1] == knots.values[-1] == BOUND
+    close(knots[:, 0], torch.tensor([-BOUND, -BOUND, 1.0], dtype=torch.float64), 0.0)
+    close(knots[:, -1], torch.tensor([BOUND, BOUND, 1.0], dtype=torch.float64), 1e-14)
 
 
 def test_the_spline_rises_without_jumps_or_kinks():
@@ -65,9 +65,9 @@ def test_pyro_has_the_same_spline():
     knots = splines.knots(raw, BINS, BOUND)
     widths, heights, _ = raw.split([BINS, BINS, BINS - 1])
     theirs = importlib.import_module("pyro.distributions.transforms.spline")._monotonic_rational_spline
-    inside = (knots.places[1] < LINE) & (knots.places[-2] > LINE)
+    inside = (knots[0, 1] < LINE) & (knots[0, -2] > LINE)
     x = LINE[inside]
-    parts = (part.expand(len(x), -1) for part in (widths.softmax(0), heights.softmax(0), knots.slopes[1:-1] - 1e-3))
+    parts = (part.expand(len(x), -1) for part in (widths.softmax(0), heights.softmax(0), knots[2, 1:-1] - 1e-3))
     expected = theirs(x, *parts, bound=BOUND)
     for got, value in zip(splines.forward(x, knots, BOUND), expected, strict=True):
         close(got, value, 1e-6)  # Pyro looks bins up with a tolerance of 1e-6

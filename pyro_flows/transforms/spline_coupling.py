@@ -70,9 +70,11 @@ class SplineCoupling(Coupling):
         self.log_scale_bound = _checks.positive("log_scale_bound", log_scale_bound)
 
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:
-        log_scale, shift, *knots = super()._read(raw)
-        bounded = self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
-        return bounded, shift, torch.stack(knots, dim=-1)
+        image = self.event_dim == 3
+        numbers = raw.unflatten(-3, (self.per, -1)).movedim(-4, -1) if image else raw.unflatten(-1, (-1, self.per))
+        log_scale, shift, knots = numbers.split([1, 1, self.per - 2], dim=-1)
+        bounded = self.log_scale_bound * torch.tanh(log_scale.squeeze(-1) / self.log_scale_bound)
+        return bounded, shift.squeeze(-1), knots
 
     def _move(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         y, terms = self._bend(moved, parameters)

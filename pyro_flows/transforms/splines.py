@@ -14,14 +14,6 @@ SMALLEST = 1e-3  # the narrowest bin, as a share of the interval, and the least 
 MOST_BINS = 500
 
 
-class Knots(NamedTuple):
-    """Knots of K bins: places, values and slopes, each (..., K + 1)."""
-
-    places: Tensor
-    values: Tensor
-    slopes: Tensor
-
-
 class _Bin(NamedTuple):
     left: Tensor
     width: Tensor
@@ -36,23 +28,20 @@ def count(bins: int) -> int:
     return 3 * bins - 1
 
 
-def knots(raw: Tensor, bins: int, bound: float) -> Knots:
-    r"""Turn (..., 3 K - 1) unconstrained numbers into knots on :math:`[-B, B]^2`; zeros give the identity.
+def knots(raw: Tensor, bins: int, bound: float) -> Tensor:
+    r"""Turn (..., 3 K - 1) unconstrained numbers into the K + 1 knots of a spline on :math:`[-B, B]^2`.
 
-    The slope is 1 at both ends, so the spline goes on as a line of slope 1 without a kink.
+    They come as (..., 3, K + 1): places, values and slopes. Zeros give the identity. The slope is 1 at both ends, so
+    the spline goes on as a line of slope 1 without a kink.
     """
-    widths, heights, slopes = raw.split([bins, bins, bins - 1], dim=-1)
-    inner = SMALLEST + (1.0 - SMALLEST) * softplus(slopes + _UNIT)
-    return Knots(_places(widths, bound), _places(heights, bound), pad(inner, (1, 1), value=1.0))
+    sizes, slopes = raw.split([2 * bins, bins - 1], dim=-1)
+    shares = SMALLEST + (1.0 - SMALLEST * bins) * torch.softmax(sizes.unflatten(-1, (2, bins)), dim=-1)
+    places = pad(2.0 * bound * shares.cumsum(-1) - bound, (1, 0), value=-bound)
+    slopes = pad(SMALLEST + (1.0 - SMALLEST) * softplus(slopes + _UNIT), (1, 1), value=1.0)
+    return torch.cat([places, slopes.unsqueeze(-2)], dim=-2)
 
 
-def _places(raw: Tensor, bound: float) -> Tensor:
-    shares = SMALLEST + (1.0 - SMALLEST * raw.shape[-1]) * torch.softmax(raw, dim=-1)
-    inner = 2.0 * bound * shares[..., :-1].cumsum(-1) - bound
-    return torch.cat([pad(inner, (1, 0), value=-bound), torch.full_like(raw[..., :1], bound)], dim=-1)
-
-
-def forward(x: Tensor, at: Knots, bound: float) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, at: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     r"""Return ``y`` and :math:`\log dy/dx`, elementwise; outside of :math:`[-B, B]` the map is the identity.
 
     In the bin of width w and height h, with :math:`s = h / w`, slopes :math:`d_0, d_1` and
@@ -61,14 +50,14 @@ def forward(x: Tensor, at: Knots, bound: float) -> tuple[Tensor, Tensor]:
     .. math:: y = y_0 + h \frac{s \theta^2 + d_0 \theta (1 - \theta)}{s + (d_0 + d_1 - 2 s)\,\theta (1 - \theta)}
     """
     inside, point = _inside(x, bound)
-    bin_ = _find(point, at, at.places)
+    bin_ = _find(point, at, 0)
     theta = (point - bin_.left) / bin_.width
     steep, denominator, log_slope = _slope(theta, bin_)
     y = bin_.bottom + bin_.height * theta * (steep * theta + bin_.slope_left * (1.0 - theta)) / denominator
     return torch.where(inside, y, x), torch.where(inside, log_slope, 0.0)
 
 
-def inverse(y: Tensor, at: Knots, bound: float) -> tuple[Tensor, Tensor]:
+def inverse(y: Tensor, at: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     r"""Return ``x`` and :math:`\log dx/dy`, elementwise, by the root of a quadratic, without cancellation.
 
     With :math:`q = (y - y_0) / h`, :math:`\theta` solves :math:`a \theta^2 + b \theta = s q`. Its discriminant is a sum
@@ -76,7 +65,7 @@ def inverse(y: Tensor, at: Knots, bound: float) -> tuple[Tensor, Tensor]:
     one that adds is taken.
     """
     inside, point = _inside(y, bound)
-    bin_ = _find(point, at, at.values)
+    bin_ = _find(point, at, 1)
     steep, share = bin_.height / bin_.width, (point - bin_.bottom) / bin_.height
     total = bin_.slope_left + bin_.slope_right
     bend = share * (total - 2.0 * steep)
@@ -95,12 +84,12 @@ def _inside(x: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     return inside, torch.where(inside, x, 0.0)
 
 
-def _find(point: Tensor, at: Knots, axis: Tensor) -> _Bin:
-    """Pick each point's bin along ``axis``, the knots' places or their values."""
-    index = (point.unsqueeze(-1) >= axis[..., 1:-1]).sum(-1, keepdim=True)
-    shape = index.shape[:-1]
-    ends = torch.stack([tensor.expand(*shape, -1) for tensor in at], dim=-2)
-    ends = ends.gather(-1, torch.cat([index, index + 1], dim=-1).unsqueeze(-2).expand(*shape, 3, 2))
+def _find(point: Tensor, at: Tensor, axis: int) -> _Bin:
+    """Pick each point's bin along an axis of the knots, 0 for their places and 1 for their values."""
+    index = (point.unsqueeze(-1) >= at[..., axis, 1:-1]).sum(-1, keepdim=True)
+    shape = (*index.shape[:-1], 3)
+    pair = torch.cat([index, index + 1], dim=-1).unsqueeze(-2).expand(*shape, 2)
+    ends = at.expand(*shape, -1).gather(-1, pair)
     (left, right), (bottom, top), (slope_left, slope_right) = (row.unbind(-1) for row in ends.unbind(-2))
     return _Bin(left, right - left, bottom, top - bottom, slope_left, slope_right)
 
