@@ -3,7 +3,7 @@
     target = TARGETS["u1"]
     pyro_flows.fit(target.model, flow="planar", layers=32)
 
-All but the funnel are energies: a site with an improper prior on the whole space and a ``pyro.factor``.
+All but ``funnel`` are energies: a site with an improper prior on the whole space and a ``pyro.factor``.
 """
 
 from __future__ import annotations
@@ -107,6 +107,14 @@ def funnel() -> None:
         pyro.sample("x", dist.Normal(0.0, torch.exp(0.5 * x0)))
 
 
+def log_funnel(z: Tensor) -> Tensor:
+    """Return the funnel's log density, z = (x0, x): nothing of its structure can be seen from outside."""
+    x0, x = z[..., 0], z[..., 1:]
+    leaves = _normal(x * torch.exp(-0.5 * x0)[..., None]).sum(-1) - 0.5 * FUNNEL_LEAVES * x0
+    constant = 0.5 * (FUNNEL_LEAVES + 1) * math.log(2.0 * math.pi) + math.log(FUNNEL_SD)
+    return _normal(x0 / FUNNEL_SD) + leaves - constant
+
+
 PAIRS = 16
 WELL_MEAN, WELL_SD = 1.187961, 1.244409  # of exp(x / 2 + 6 x^2 - x^4)
 WELL_LEFT = 0.155693  # its mass below 0
@@ -158,6 +166,7 @@ TARGETS = {
         Target("u3", energy_model(log_u3, 2), 2.759783, (0.0, -0.250589), (2.612181, 0.862876)),
         Target("u4", energy_model(log_u4, 2), 2.828776, (0.0, -0.544491), (2.612181, 1.394135)),
         Target("funnel", funnel, 0.0, (0.0,), (FUNNEL_SD,)),
+        Target("funnel_energy", energy_model(log_funnel, FUNNEL_LEAVES + 1), 0.0, (0.0,), (FUNNEL_SD,)),
         Target(
             "many_well",
             energy_model(log_many_well, 2 * PAIRS),

@@ -341,6 +341,7 @@ def test_the_funnel_and_the_mixture_have_mass_one_and_their_moments():
     x0, leaves = z[:, :1], z[:, 1:]
     log_p = dist.Normal(0.0, 3.0).log_prob(x0).sum(-1) + dist.Normal(0.0, (x0 / 2).exp()).log_prob(leaves).sum(-1)
     torch.testing.assert_close(funnel(z), log_p)
+    torch.testing.assert_close(LogDensity(TARGETS["funnel_energy"].model, ())(z), log_p)
     torch.testing.assert_close(funnel.constrain(z)["x0"], z[:, 0])
 
     target = TARGETS["mixture"]
