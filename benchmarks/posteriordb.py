@@ -108,11 +108,13 @@ def work(task: Task) -> Row:
 
 
 def _figures(found: Posterior, problem: Problem) -> dict[str, Any]:
-    """Compare in the model's own unconstrained coordinates, whichever the fit chose."""
+    """Compare in the model's own unconstrained coordinates, whichever the fit chose; rivals are given these."""
     density, log_evidence = LogDensity(problem.model, problem.args), problem.log_evidence
     reference = density.unconstrain(problem.reference)
     assert found.density is not None
-    draws = [density.unconstrain(found.density.constrain(z)) for z in (found.z, found.used)]
+    draws = [found.z, found.used]
+    if found.density.structure.noncentred:
+        draws = [density.unconstrain(found.density.constrain(z)) for z in draws]
     raw, used = (compare(z, reference) for z in draws)
     rounds = [stage for stage in found.history if "why" in stage]
     return {
