@@ -14,6 +14,7 @@ ELBO_TOLERANCE = 0.02
 LEFT_TOLERANCE = 0.03
 SD_TOLERANCE = 0.05
 NOISY = 20.0
+RESTLESS = 0.5
 TRIM = 0.02
 
 
@@ -56,6 +57,25 @@ class Monitor:
         self.moments.append(torch.cat([z.mean(0), z.std(0).clamp_min(1e-300).log()]))
         return self.elbos[-1]
 
+    @property
+    def restless(self) -> bool:
+        """Whether a mean or an sd moved by more than half an sd between the halves of the last window."""
+        if len(self.moments) < WINDOW:
+            return False
+        return not float(self._drift()[1:].max()) <= RESTLESS
+
+    def _series(self) -> Tensor:
+        """The last window (T, 1 + 2 D): ELBO, means in present sds, log sds; relative to the last check."""
+        elbos = torch.tensor(self.elbos[-WINDOW:], dtype=torch.float64)[:, None]
+        moments = torch.stack(self.moments[-WINDOW:])
+        dim = moments.shape[1] // 2
+        scale = torch.cat([moments[-1, dim:].exp(), torch.ones(dim, dtype=moments.dtype, device=moments.device)])
+        return torch.cat([elbos - elbos[-1], ((moments - moments[-1]) / scale).cpu()], dim=1)
+
+    def _drift(self) -> Tensor:
+        series = self._series()
+        return (series[: WINDOW // 2].mean(0) - series[-(WINDOW // 2) :].mean(0)).abs()
+
     def stationary(self) -> tuple[bool, str]:
         """Whether the last window stands still, and the sentence that says so.
 
@@ -69,15 +89,9 @@ class Monitor:
         elbos = torch.tensor(self.elbos[-WINDOW:], dtype=torch.float64)[:, None]
         if not bool(torch.isfinite(elbos).all()):
             return False, "the ELBO is not finite"
-        moments = torch.stack(self.moments[-WINDOW:])
-        dim = moments.shape[1] // 2
-        scale = torch.cat([moments[-1, dim:].exp(), torch.ones(dim, dtype=moments.dtype, device=moments.device)])
-        moments = ((moments - moments[-1]) / scale).cpu()
-        series = torch.cat([elbos - elbos[-1], moments], dim=1)
-        r_hat = split_r_hat(series)
-        drift = (series[: WINDOW // 2].mean(0) - series[-(WINDOW // 2) :].mean(0)).abs()
+        drift = self._drift()
         relative = torch.cat([drift[:1] / ELBO_TOLERANCE, drift[1:] / SD_TOLERANCE])
-        moving = ~((relative < 1.0) | ((r_hat <= R_HAT) & (relative < NOISY)))
+        moving = ~((relative < 1.0) | ((split_r_hat(self._series()) <= R_HAT) & (relative < NOISY)))
         text = f"ELBO drift {float(drift[0]):.3f} nats, worst moment drift {float(drift[1:].max()):.3f} sd"
         return not bool(moving.any()) and self._left(elbos[:, 0]) <= LEFT_TOLERANCE, text
 

@@ -154,7 +154,7 @@ def fit(
             history=history,
             settings=settings,
             warnings=warnings,
-            failures=missed,
+            failures=missed + (["the fit was cut short while it still moved"] if best.best.training.moving else []),
         )
 
 

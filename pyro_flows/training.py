@@ -54,6 +54,7 @@ class Training:
     losses: list[float]
     elbo: float
     converged: bool
+    moving: bool  # cut short while means and sds still moved a lot
     why: str
     skipped: int
     falls: int
@@ -175,7 +176,8 @@ def train(trainer: Trainer, budget: Budget, *, seed: int, report: Report, settle
     cool = min(budget.left(done), max(COOL_AT_LEAST, min(int(COOL_SHARE * done), COOL_AT_MOST)))
     value = _cool(trainer, budget, done, cool, check, lambda *state: report(first + state[0], *state[1:]))
     why = f"stopped: {why}" if still else f"{done + cool} steps ended the fit before it settled ({why})"
-    return Training(trainer.losses[first:], value, still, why, trainer.skipped, falls)
+    moving = not still and monitor.restless
+    return Training(trainer.losses[first:], value, still, moving, why, trainer.skipped, falls)
 
 
 def anneal(trainer: Trainer, steps: int, *, report: Report) -> None:

@@ -61,7 +61,7 @@ def test_recording_survives_a_first_batch_with_bad_rows():
 
 
 def test_a_fit_goes_through():
-    posterior = pf.fit(correlated, real(0.3, -0.4), progress=False, max_steps=150, escalate=False, draws=500)
+    posterior = pf.fit(correlated, real(0.3, -0.4), progress=False, max_steps=40, escalate=False, draws=200)
     assert torch.isfinite(posterior.z).all()
     assert float(posterior.samples["rho"].abs().median()) < 1.0
 
