@@ -123,11 +123,11 @@ def steps_section(rows: Sequence[Row]) -> str:
 def stopping_section(rows: Sequence[Row]) -> str:
     """Return the section about the automatic stop."""
     rows = [row for row in rows if row["version"] == rows[-1]["version"]]
+    longer = statistics.median(int(row["longer_steps"]) / int(row["steps"]) for row in rows)
     text = (
-        "The first round of a fit against one with the same seed that goes on "
-        f"{statistics.median(int(row['longer_steps']) / int(row['steps']) for row in rows):.1f} times as long (a budget "
-        f"of {stopping.LONGER} times the steps, less what its shorter cool-down leaves); ELBOs on {stopping.DRAWS} common draws. {stopping.summary(rows)} {about(rows)} pyro_flows "
-        f"{rows[-1]['version']}."
+        f"The first round of a fit against one with the same seed that goes on {longer:.1f} times as long (a budget of "
+        f"{stopping.LONGER} times the steps, less what its shorter cool-down leaves); ELBOs on {stopping.DRAWS} common "
+        f"draws. {stopping.summary(rows)} {about(rows)} pyro_flows {rows[-1]['version']}."
     )
     body = [
         [
