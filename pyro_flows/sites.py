@@ -147,10 +147,13 @@ class Place(Messenger):
         msg["fn"] = _unchecked(msg["fn"])
         latent = self.latents.get(msg["name"])
         if latent is not None and not msg["is_observed"]:
-            self.placed[msg["name"]] = latent.place(self.z, msg["fn"])
+            self.placed[msg["name"]] = self._place(latent, msg["fn"])
             msg["value"] = self.placed[msg["name"]][0]
         elif msg["is_observed"] and isinstance(msg["mask"], Tensor) and is_data(msg):
             msg["value"] = _fill(msg["value"], msg["mask"], msg["fn"].event_dim)
+
+    def _place(self, latent: Latent, fn: Any) -> tuple[Tensor, Tensor]:
+        return latent.place(self.z, fn)
 
 
 def _fill(value: Tensor, mask: Tensor, event_dim: int) -> Tensor:
@@ -485,6 +488,7 @@ def _dependence(
         priors = [messages(trace)[latent.name]["fn"] for trace in (structure.trace, second)]
         first, other = (latent.place(point, prior)[0] for prior in priors)
         dependent = dependent or not torch.equal(first, other)
-        if latent.mask is None and moves(*priors):
+        # where discrete latents are summed out, a location may have one value for each of theirs
+        if latent.mask is None and not structure.enumerated and moves(*priors):
             hierarchical.append(latent.name)
     return replace(structure, dependent=dependent, hierarchical=tuple(hierarchical))

@@ -167,3 +167,17 @@ def test_saved_and_loaded(tmp_path) -> None:
     values = loaded.density.constrain(posterior.z[:3])["rest"]
     assert torch.allclose(values, posterior.density.constrain(posterior.z[:3])["rest"])
     assert math.isfinite(loaded.elbo)
+
+
+def test_a_location_that_depends_on_a_discrete_latent_stays_centred():
+    """Summed out, the discrete latent gives the site one location for each of its values: no coordinate of its own."""
+    middles = torch.linspace(-6.0, 6.0, 7, dtype=torch.float64)
+
+    def mixture(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Categorical(torch.ones(7).double()), infer={"enumerate": "parallel"})
+        theta = pyro.sample("theta", dist.Normal(middles[z], 1.5))
+        pyro.sample("y", dist.Normal(theta, 2.0), obs=y)
+
+    assert LogDensity(mixture, (real(1.0),)).structure.hierarchical == ()
+    with pytest.raises(ValueError, match="noncentred"):
+        LogDensity(mixture, (real(1.0),), noncentred=["theta"])
