@@ -19,7 +19,7 @@ from pyro_flows import _arviz
 from pyro_flows.labels import Labels, Layout
 from pyro_flows.log_density import LogDensity
 from pyro_flows.randomness import derive, seeded
-from pyro_flows.sites import Latent, Place, Resample, is_data, is_deterministic, messages
+from pyro_flows.sites import Latent, Place, Resample, is_data, is_deterministic, messages, place_all
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -117,26 +117,34 @@ def _predictive(labels: Labels, density: LogDensity, z: Tensor, seed: int) -> di
     return groups
 
 
-class _PlaceFitted(Place):
-    """Place the fit's latents in a run on other data, if they still have their shapes there."""
+class _CarryOver(Place):
+    """Give the fit's latents the values that they have there in a run on other data, if they still have their shapes.
 
-    def _pyro_sample(self, msg: Any) -> None:
-        latent = self.latents.get(msg["name"])
-        if latent is not None and not msg["is_observed"] and msg["fn"].shape() != latent.shape:
+    Coordinates would not do: what they stand for may depend on the data, by way of a support, a location or a scale.
+    """
+
+    def __init__(self, latents: Sequence[Latent], z: Tensor, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        super().__init__(latents, z)
+        self.values = values
+
+    def _place(self, latent: Latent, fn: Any) -> tuple[Tensor, Tensor]:
+        if fn.shape() != latent.shape:
             raise ValueError(
-                f"site {latent.name!r}: shape {tuple(latent.shape)} in the fit, {tuple(msg['fn'].shape())} with these "
+                f"site {latent.name!r}: shape {tuple(latent.shape)} in the fit, {tuple(fn.shape())} with these "
                 "arguments. Only sites that do not grow with the data can be carried over."
             )
-        super()._pyro_sample(msg)
+        return self.values[latent.name]
 
 
 def predict(
     density: LogDensity, z: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], *, seed: int
 ) -> dict[str, Tensor]:
     """Run the model on other arguments with its latents at ``z`` (S, D); return all other sites, drawn anew."""
+    structure = density.structure
 
     def run(row: Tensor) -> poutine.Trace:
-        with poutine.block(), _PlaceFitted(density.structure.latents, row):
+        values = place_all(structure, row, lambda: density.model(*density.args, **density.kwargs))
+        with poutine.block(), _CarryOver(structure.latents, row, values):
             return poutine.trace(Resample()(density.model)).get_trace(*args, **kwargs)
 
     with torch.no_grad(), seeded(derive(seed, "posterior predictive"), density.device):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import LogDensity
+from pyro_flows.export import predict
 from pyro_flows.labels import coordinate_names
 from tests.models import real
 from tests.registry import normal
@@ -181,3 +182,20 @@ def test_a_location_that_depends_on_a_discrete_latent_stays_centred():
     assert LogDensity(mixture, (real(1.0),)).structure.hierarchical == ()
     with pytest.raises(ValueError, match="noncentred"):
         LogDensity(mixture, (real(1.0),), noncentred=["theta"])
+
+
+@pytest.mark.parametrize("noncentred", [False, True])
+def test_values_are_carried_over_to_other_data_whatever_the_coordinates(noncentred):
+    def regression(x: Tensor, y: Tensor | None = None) -> None:
+        slope = pyro.sample("slope", dist.Normal(real(0.0), 1.0))
+        tau = pyro.sample("tau", dist.HalfNormal(real(1.0)))
+        with pyro.plate("groups", 3):
+            theta = pyro.sample("theta", dist.Normal(slope * x, tau))
+            pyro.sample("y", dist.Normal(theta, 1e-6), obs=y)
+
+    x = real(0.0, 1.0, 2.0)
+    density = LogDensity(regression, (x, x), noncentred=noncentred)
+    assert density.structure.hierarchical == ("theta",)
+    values = {"slope": normal(5, seed=1), "tau": 1.0 + normal(5, seed=2).abs(), "theta": normal(5, 3, seed=3)}
+    drawn = predict(density, density.unconstrain(values), (x + 100.0,), {}, seed=0)
+    assert torch.allclose(drawn["y"], values["theta"], rtol=0.0, atol=1e-4)
