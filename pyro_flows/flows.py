@@ -11,9 +11,8 @@ import torch
 from pyro.distributions import TorchDistribution, TransformedDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.nn.functional import logsigmoid
 
-from pyro_flows import _checks
+from pyro_flows import _checks, bases
 from pyro_flows.transforms import Bijection, Bound, Chain
 
 BASES = ("logistic", "normal", "student_t", "uniform")
@@ -106,14 +105,11 @@ class Flow(nn.Module):
             raise ValueError(
                 "base: the uniform base has no score at its edges; take 'normal', 'student_t' or 'logistic'."
             )
-        base = self.base_distribution()
-        x = base.rsample(torch.Size(shape)) if at is None else at
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            log_base = base.log_prob(leaf)
-            (score,) = torch.autograd.grad(log_base.sum(), leaf)
+        x = self.base_distribution().rsample(torch.Size(shape)) if at is None else at
+        with torch.no_grad():
+            log_base, score = self._log_base(x), bases.score(self.base, x, self.df)
         y, ladj, score = self.bijection.forward_and_score(x, score)
-        return y, log_base.detach() - ladj.detach(), score
+        return y, log_base - ladj.detach(), score
 
     def log_prob(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Return ``log q(y)``, one inverse pass: what ``flow(context).log_prob(y)`` returns, without its detours.
@@ -126,13 +122,9 @@ class Flow(nn.Module):
         return self._log_base(x) + ladj
 
     def _log_base(self, x: Tensor) -> Tensor:
-        """Return the base's log density: at location 0 and scale 1 there is less to compute than in general."""
-        axes = tuple(range(-len(self.base_shape), 0))
-        if self.base == "normal":
-            return -0.5 * x.square().sum(axes) - 0.5 * self.dim * math.log(2.0 * math.pi)
-        if self.base == "logistic":
-            return (2.0 * logsigmoid(x) - x).sum(axes)
-        return self.base_distribution().log_prob(x)
+        if self.base == "uniform":
+            return self.base_distribution().log_prob(x)
+        return bases.log_density(self.base, x, self.df).sum(tuple(range(-len(self.base_shape), 0)))
 
 
 def _find_shape(bijection: Bijection, dim: int | Sequence[int] | None) -> torch.Size:

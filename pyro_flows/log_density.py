@@ -12,11 +12,11 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flows import _checks
 from pyro_flows.batching import first_line, join, nearer, quiet, where_possible
 from pyro_flows.enumeration import Enumerate, Evaluator
+from pyro_flows.graphs import quicken, record
 from pyro_flows.randomness import BatchedDraws, derive, seeded
 from pyro_flows.sites import Place, Resample, Structure, flatten_all, hold, messages, read_structure
 
@@ -224,9 +224,7 @@ class LogDensity:
         """Record value and gradient for this batch size as a flat graph; keep it only if it repeats at new points."""
         fresh = z + 0.1 * torch.sin(torch.arange(z.numel(), dtype=z.dtype, device=z.device)).reshape(z.shape)
         try:
-            graph = make_fx(lambda points: self._gradients(points))(z)
-            graph.graph.eliminate_dead_code()
-            graph.recompile()
+            graph = quicken(record(self._gradients, z))
             with torch.no_grad():
                 recorded = graph(fresh)
         except torch.linalg.LinAlgError:

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows import _checks, bases
 from pyro_flows.flows import Flow
 from pyro_flows.log_density import LogDensity
 
@@ -55,15 +55,66 @@ def path(
     References: Hesterberg 1995 (defensive mixtures); Rezende and Mohamed 2015 (annealing); Roeder, Wu and Duvenaud
     2017; Tucker et al. 2019 (DReG); Vaitl et al. 2022 and 2024.
     """
-    x, log_thinning = _defensive(flow, draws, defensive) if defensive > 0.0 else (None, torch.zeros(draws))
-    z, log_ratios, direction, good = _sampled(flow, density, draws, beta, at=x)
-    log_thinning = log_thinning.to(log_ratios)
+    x, log_thinning = BasePoints(flow)(draws, defensive)
+    z, log_q, score_q = flow.sample_with_score(at=x)
+    log_p, score_p = density.value_and_grad(z)
+    pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, forward=forward, beta=beta)
+    return Estimate((pull * z).sum(), terms, log_weights)
+
+
+def pulled(
+    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, log_thinning: Tensor,
+    *, forward: float = 0.0, beta: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return what :func:`path`'s loss pulls each draw with, its derivative along z (S, D); the terms and log weights.
+
+    Args:
+        log_p: of the draws (S,).
+        score_p: its gradient along z (S, D).
+        log_q: the flow's log density (S,).
+        score_q: its gradient along z (S, D).
+        log_thinning: log of the base's density over that of the mixture which the draws are from (S,).
+        forward: as in :func:`path`.
+        beta: as in :func:`path`.
+    """
+    if beta != 1.0:
+        log_p, score_p = beta * log_p, beta * score_p
+    direction, log_ratios = score_p - score_q, log_p - log_q
+    good = torch.isfinite(log_p) & torch.isfinite(direction).all(-1)
+    thinning = log_thinning.exp()
+    coefficients = (1.0 - forward) / len(log_p) * thinning
     log_weights = log_ratios + log_thinning
-    coefficients = (1.0 - forward) / draws * log_thinning.exp()
     if forward > 0.0:
         weights = torch.softmax(torch.where(good, log_weights, -torch.inf), 0)
         coefficients = coefficients + forward * weights * (1.0 - weights)
-    return Estimate(_surrogate(z, direction, good, coefficients), log_thinning.exp() * log_ratios, log_weights)
+    pull = torch.where(good[:, None], -direction * coefficients[:, None], 0.0)
+    return pull, thinning * log_ratios, log_weights
+
+
+class BasePoints:
+    r"""Draws of a flow's base, a share of them with one wide coordinate, and their :math:`\log q_0 / m`.
+
+    Making the two distributions costs more than drawing from them, so a loop keeps this.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow, self.base = flow, flow.base_distribution()
+        like = torch.ones_like(self.base.base_dist.mean[0])
+        self.wide = dist.StudentT(WIDE_DF * like, 0.0, WIDE_SCALE, validate_args=False)
+
+    @torch.no_grad()
+    def __call__(self, draws: int, defensive: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return points (S, D), and (S,)."""
+        x = self.base.sample(torch.Size((draws,)))
+        if defensive == 0.0:
+            return x, x.new_zeros(draws)
+        dim = x.shape[-1]
+        widened = torch.arange(dim, device=x.device) == torch.randint(dim, (draws, 1), device=x.device)
+        widened = widened & (torch.rand(draws, 1, dtype=x.dtype, device=x.device) < defensive)
+        x = torch.where(widened, self.wide.sample(torch.Size((draws, 1))), x)
+        wide = bases.log_density("student_t", x / WIDE_SCALE, WIDE_DF) - math.log(WIDE_SCALE)
+        ratios = (wide - bases.log_density(self.flow.base, x, self.flow.df)).exp()
+        return x, -torch.log(1.0 - defensive + defensive * ratios.mean(-1))
 
 
 def importance_weighted(flow: Flow, density: LogDensity, draws: int, *, group: int, beta: float = 1.0) -> Estimate:
@@ -104,40 +155,15 @@ def importance_weighted(flow: Flow, density: LogDensity, draws: int, *, group: i
     _checks.integer("group", group, 1)
     if _checks.integer("draws", draws, 1) % group:
         raise ValueError(f"draws: expected a multiple of group={group}, got {draws}.")
-    z, log_ratios, direction, good = _sampled(flow, density, draws, beta)
+    z, log_q, score_q = flow.sample_with_score((draws,))
+    log_p, score_p = density.value_and_grad(z)
+    log_ratios, direction = beta * log_p - log_q, beta * score_p - score_q
+    good = torch.isfinite(log_p) & torch.isfinite(direction).all(-1)
     grouped = torch.where(good, log_ratios, -torch.inf).reshape(-1, group)
     weights = torch.nan_to_num(torch.softmax(grouped, 1)).flatten()  # NaN: a group without a finite draw
     terms = torch.logsumexp(grouped, 1) - math.log(group)
-    return Estimate(_surrogate(z, direction, good, group / draws * weights.square()), terms, log_ratios)
-
-
-def _sampled(
-    flow: Flow, density: LogDensity, draws: int, beta: float, at: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw; return z with its graph, log p - log q (S,), its gradient along z (S, D), and where all is finite (S,)."""
-    z, log_q, score_q = flow.sample_with_score((draws,), at=at)
-    log_p, score_p = density.value_and_grad(z)
-    if beta != 1.0:
-        log_p, score_p = beta * log_p, beta * score_p
-    direction = score_p - score_q
-    return z, log_p - log_q, direction, torch.isfinite(log_p) & torch.isfinite(direction).all(-1)
-
-
-def _surrogate(z: Tensor, direction: Tensor, good: Tensor, coefficients: Tensor) -> Tensor:
-    """A number whose gradient is that of the loss, through z alone."""
-    return -(torch.where(good[:, None], direction * coefficients[:, None], 0.0) * z).sum()
-
-
-def _defensive(flow: Flow, draws: int, share: float) -> tuple[Tensor, Tensor]:
-    """Draw base points (S, D) of which a share has one wide coordinate; return them and log q_0 / m (S,)."""
-    base = flow.base_distribution()
-    x = base.sample((draws,))
-    wide = dist.StudentT(WIDE_DF * torch.ones_like(x[0]), 0.0, WIDE_SCALE, validate_args=False)
-    widened = torch.arange(flow.dim, device=x.device) == torch.randint(flow.dim, (draws, 1), device=x.device)
-    widened = widened & (torch.rand(draws, 1, dtype=x.dtype, device=x.device) < share)
-    x = torch.where(widened, wide.sample((draws,)), x)
-    ratios = (wide.log_prob(x) - base.base_dist.log_prob(x)).exp()
-    return x, -torch.log(1.0 - share + share * ratios.mean(-1))
+    pull = torch.where(good[:, None], -direction * (group / draws * weights.square())[:, None], 0.0)
+    return Estimate((pull * z).sum(), terms, log_ratios)
 
 
 def elbo(flow: Flow, density: LogDensity, draws: int) -> Estimate:

@@ -41,6 +41,7 @@ class Entrant:
         trainer = Trainer(flow, density, learning_rate=size, batch=BATCH, extra=extra)
         for step in range(steps):
             trainer.step(size * min(1.0, (step + 1) / (0.5 * RACE_STEPS)))
+        trainer.write()
         return cls(start, trainer, Check.make(flow, density, seed=seed).elbo())
 
     @property

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_flows.batching import first_line
 from pyro_flows.convergence import Monitor
 from pyro_flows.flows import Flow
 from pyro_flows.log_density import LogDensity
-from pyro_flows.objectives import Estimate, elbo, path
+from pyro_flows.objectives import BasePoints, elbo, pulled
+from pyro_flows.passes import Passes
 from pyro_flows.randomness import seeded
 
 BATCH = 64
@@ -28,7 +30,11 @@ AVERAGED_SHARE = 0.2
 BLEND = 0.5
 BLEND_FROM_ESS = 0.3
 DEFENSIVE = 0.3
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
 CLIP = 5.0
+LOOK_EVERY = 10  # steps between two looks at the effective sample size, since a look makes a GPU wait
+EAGER_STEPS = 10  # a shorter run would not pay for recording
 ANNEAL_FROM = 0.01
 FALL = 20.0  # nats below the best check: go back to it with half the step size
 
@@ -63,7 +69,9 @@ class Training:
 class Trainer:
     """Adam on the flow's parameters (and the model's, with ``extra``), one state for all stages of a run.
 
-    Gradients are clipped at five times their running norm; steps whose gradient is not finite are skipped and counted.
+    The parameters live in one vector here, and each step is arithmetic on it; :meth:`write` hands them to the flow.
+    Nothing in a step waits for a result, so that a GPU is kept busy. Gradients are clipped at five times their running
+    norm; steps whose gradient is not finite are skipped and counted.
     """
 
     def __init__(
@@ -71,56 +79,133 @@ class Trainer:
     ) -> None:
         self.flow, self.density, self.batch, self.learning_rate = flow, density, batch, learning_rate
         self.extra = list(extra)
-        self.parameters = [*flow.parameters(), *self.extra]
-        self.optimiser = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
-        self.norm = 0.0
-        self.ess = 0.0
+        self.parameters = [*(part for part in flow.parameters() if part.requires_grad), *self.extra]
+        self.weights = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
+        ends = self.weights.split([parameter.numel() for parameter in self.parameters])
+        self._views = [part.view(parameter.shape) for part, parameter in zip(ends, self.parameters, strict=True)]
+        self._points = BasePoints(flow)
+        self._passes: Passes | None = None
+        self._recordable = not self.extra
+        self.evaluation = "eager"
+        self.ess = self.weights.new_zeros(())
         self.beta = 1.0
-        self.skipped = 0
-        self.losses: list[float] = []
+        self._skipped = torch.zeros((), dtype=torch.long, device=self.weights.device)
+        self._losses: list[float] = []
+        self._pending: list[Tensor] = []
+        self._blended = False
+        self._fresh_moments()
+
+    # state ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def losses(self) -> list[float]:
+        """The negative ELBO of each step so far."""
+        if self._pending:
+            self._losses += torch.stack(self._pending).tolist()
+            self._pending = []
+        return self._losses
+
+    @losses.setter
+    def losses(self, before: list[float]) -> None:
+        self._losses, self._pending = before, []
+
+    @property
+    def skipped(self) -> int:
+        """How many steps had a gradient that is not finite."""
+        return int(self._skipped)
+
+    def write(self) -> None:
+        """Hand the parameters to the flow (and the model)."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self._views)
+
+    def keep(self) -> Tensor:
+        """Return a copy of all parameters."""
+        return self.weights.clone()
+
+    def assign(self, kept: Tensor) -> None:
+        """Take parameters from a copy."""
+        self.weights.copy_(kept)
+        self.write()
+
+    def restore(self, kept: Tensor) -> None:
+        """Go back to a copy, forget the optimiser's moments and halve the step size."""
+        self.assign(kept)
+        self.learning_rate *= 0.5
+        self._fresh_moments()
+
+    def _fresh_moments(self) -> None:
+        self._mean, self._square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self._counted = self.weights.new_zeros(())
+        self._norm = self.weights.new_zeros(())
+
+    # steps ----------------------------------------------------------------------------------------------------------
 
     def step(self, learning_rate: float) -> None:
         """Take one step."""
-        estimate = self._estimate()
-        gradients = torch.autograd.grad(estimate.loss, self.parameters, allow_unused=True)
-        finite = estimate.terms[torch.isfinite(estimate.terms)]
-        self.losses.append(float(-finite.mean()) if len(finite) else math.inf)
-        present = [gradient for gradient in gradients if gradient is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present))))
-        if not math.isfinite(norm):
-            self.skipped += 1
-            return
-        self.norm = norm if self.norm == 0.0 else 0.95 * self.norm + 0.05 * min(norm, CLIP * self.norm)
-        if norm > CLIP * self.norm > 0.0:
-            torch._foreach_mul_(present, CLIP * self.norm / norm)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate
-        self.optimiser.step()
-
-    def keep(self) -> list[Tensor]:
-        """Return a copy of all parameters."""
-        return [parameter.detach().clone() for parameter in self.parameters]
-
-    def restore(self, kept: list[Tensor]) -> None:
-        """Go back to a copy, forget the optimiser's moments and halve the step size."""
+        gradient, terms, log_weights = self._elbo() if self.extra else self._path()
         with torch.no_grad():
-            _assign(self.parameters, kept)
-        self.learning_rate *= 0.5
-        self.optimiser = torch.optim.Adam(self.parameters, lr=self.learning_rate, fused=True)
-        self.norm = 0.0
+            finite = torch.isfinite(terms)
+            self._pending.append(-torch.where(finite, terms, 0.0).sum() / finite.sum())
+            weights = torch.softmax(torch.nan_to_num(log_weights, nan=-torch.inf), 0)
+            self.ess = 0.95 * self.ess + 0.05 * torch.nan_to_num(1.0 / (weights.square().sum() * self.batch))
+            self._update(gradient, learning_rate)
 
-    def _estimate(self) -> Estimate:
-        if self.extra:
-            return elbo(self.flow, self.density, self.batch)
-        blend = BLEND if self.ess > BLEND_FROM_ESS else 0.0
-        share = DEFENSIVE if blend else 0.0
-        estimate = path(self.flow, self.density, self.batch, forward=blend, defensive=share, beta=self.beta)
-        weights = torch.softmax(torch.nan_to_num(estimate.log_weights, nan=-torch.inf), 0)
-        effective = float(1.0 / (weights.square().sum() * self.batch))
-        self.ess = 0.95 * self.ess + 0.05 * (effective if math.isfinite(effective) else 0.0)
-        return estimate
+    def _update(self, gradient: Tensor, learning_rate: float) -> None:
+        """Adam with clipping; a gradient that is not finite changes nothing."""
+        norm = torch.linalg.vector_norm(gradient)
+        good = torch.isfinite(norm)
+        self._skipped += ~good
+        first = self._norm == 0.0
+        smooth = 0.95 * self._norm + 0.05 * torch.minimum(norm, CLIP * self._norm)
+        self._norm = torch.where(good, torch.where(first, norm, smooth), self._norm)
+        share = torch.clamp(CLIP * self._norm / norm, max=1.0)
+        gradient = torch.where(good, gradient * torch.where(norm > 0.0, share, 1.0), 0.0)
+        moved = good.to(self.weights)
+        self._counted = self._counted + moved
+        self._mean.lerp_(gradient, (1.0 - BETAS[0]) * moved)
+        self._square.lerp_(gradient.square(), (1.0 - BETAS[1]) * moved)
+        mean_share, square_share = (1.0 - beta**self._counted for beta in BETAS)
+        size = torch.where(good, learning_rate / mean_share, 0.0)
+        scale = (self._square / square_share).sqrt_().add_(EPSILON)
+        self.weights.addcdiv_(self._mean * -size, scale)
+
+    def _path(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the path gradient, the ELBO's terms and the log weights."""
+        done = len(self._losses) + len(self._pending)
+        if done % LOOK_EVERY == 0:
+            self._blended = bool(self.ess > BLEND_FROM_ESS)
+        if self._recordable and done >= EAGER_STEPS:
+            self._record()
+        blend = BLEND if self._blended else 0.0
+        x, log_thinning = self._points(self.batch, DEFENSIVE if self._blended else 0.0)
+        if self._passes is None:
+            self.write()
+            z, log_q, score_q = self.flow.sample_with_score(at=x)
+        else:
+            z, log_q, score_q, tape = self._passes.sample(x)
+        log_p, score_p = self.density.value_and_grad(z)
+        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, forward=blend, beta=self.beta)
+        gradient = self._pull((pull * z).sum()) if self._passes is None else self._passes.pull(tape, pull)
+        return gradient, terms, log_weights
+
+    def _elbo(self) -> tuple[Tensor, Tensor, Tensor]:
+        self.write()
+        estimate = elbo(self.flow, self.density, self.batch)
+        return self._pull(estimate.loss), estimate.terms, estimate.log_weights
+
+    def _pull(self, loss: Tensor) -> Tensor:
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        parts = zip(gradients, self._views, strict=True)
+        return torch.cat([(torch.zeros_like(view) if part is None else part).reshape(-1) for part, view in parts])
+
+    def _record(self) -> None:
+        self._recordable = False
+        like = self.weights.new_zeros(self.batch, self.flow.dim)
+        try:
+            self._passes, self.evaluation = Passes(self.flow, like, self._views), "recorded"
+        except Exception as error:
+            self.evaluation = f"eager: {first_line(error)}"
 
 
 @dataclass
@@ -164,6 +249,7 @@ def train(trainer: Trainer, budget: Budget, *, seed: int, report: Report, settle
         trainer.step(trainer.learning_rate * min(1.0, (done + 1) / WARM_UP))
         done += 1
         if done % CHECK_EVERY == 0:
+            trainer.write()
             value = monitor.add(*check())
             still, why = monitor.stationary()
             still = still and settle
@@ -197,7 +283,7 @@ def _steady_share(steps: int) -> int:
 
 def _cool(trainer: Trainer, budget: Budget, done: int, steps: int, check: Check, report: Report) -> float:
     """Lower the step size to zero along a cosine; average the last fifth, kept if the ELBO does not fall."""
-    average: list[Tensor] = []
+    average: Tensor | None = None
     averaged = 0
     for step in range(steps):
         if not budget.left(done + step):
@@ -205,24 +291,17 @@ def _cool(trainer: Trainer, budget: Budget, done: int, steps: int, check: Check,
         trainer.step(trainer.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
         if step >= (1.0 - AVERAGED_SHARE) * steps:
             averaged += 1
-            with torch.no_grad():
-                if not average:
-                    average = trainer.keep()
-                torch._foreach_lerp_(average, list(trainer.parameters), 1.0 / averaged)
+            average = trainer.keep() if average is None else average.lerp_(trainer.weights, 1.0 / averaged)
         if (step + 1) % CHECK_EVERY == 0:
+            trainer.write()
             report(done + step + 1, check.elbo(), "cooling")
+    trainer.write()
     last = check.elbo()
-    if not average:
+    if average is None:
         return last
-    with torch.no_grad():
-        kept = trainer.keep()
-        _assign(trainer.parameters, average)
-        better = check.elbo()
-        if not better >= last:
-            _assign(trainer.parameters, kept)
+    kept = trainer.keep()
+    trainer.assign(average)
+    better = check.elbo()
+    if not better >= last:
+        trainer.assign(kept)
     return max(better, last)
-
-
-def _assign(parameters: list[Tensor], values: list[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)

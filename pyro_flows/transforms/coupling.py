@@ -245,7 +245,7 @@ class AffineCoupling(Coupling):
         return (moved - shift) * shrink.exp(), self._total(shrink)
 
     def _carry(self, moved: Tensor, parameters: tuple[Tensor, ...], score: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        carried = score * torch.exp(-parameters[0])
+        carried = score / parameters[0].exp()
         return carried, (torch.addcmul(torch.ones_like(carried), score, moved), carried)
 
 

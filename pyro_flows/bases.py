@@ -1,0 +1,29 @@
+"""Log densities of base distributions at location 0 and scale 1, coordinate by coordinate, and their derivatives."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def log_density(base: str, x: Tensor, df: float) -> Tensor:
+    """Return the log density of each coordinate of ``x``: there is less to compute than in torch's distributions."""
+    if base == "normal":
+        return -0.5 * x.square() - 0.5 * math.log(2.0 * math.pi)
+    if base == "logistic":
+        return 2.0 * logsigmoid(x) - x
+    half = 0.5 * (df + 1.0)
+    constant = math.lgamma(half) - math.lgamma(0.5 * df) - 0.5 * math.log(math.pi * df)
+    return constant - half * torch.log1p(x.square() / df)
+
+
+def score(base: str, x: Tensor, df: float) -> Tensor:
+    """Return the derivative of the log density at each coordinate of ``x``."""
+    if base == "normal":
+        return -x
+    if base == "logistic":
+        return -torch.tanh(0.5 * x)
+    return x * (-(df + 1.0)) / (x.square() + df)

@@ -1,0 +1,176 @@
+"""Flat graphs of tensor operations: recording, tidying, and running them with little Python in between."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+_aten = torch.ops.aten
+_SAME = (_aten.detach.default, _aten.alias.default)
+_BY_ONE = (_aten.mul.Scalar, _aten.pow.Tensor_Scalar)
+_METHODS = ("view", "expand")  # operations that are methods only, not functions of torch
+_ELSEWHERE: dict[str, Callable[..., Any]] = {"silu": torch._C._nn.silu, "split": torch.unsafe_split}  # type: ignore[attr-defined]
+_LIKE = ("ones_like", "zeros_like", "empty_like", "full_like")
+FOLDED = 2**16  # numbers in a constant that may be computed from smaller ones
+_OTHERWISE = ("index", "index_put", "scalar_tensor")  # whose bindings take other arguments
+
+
+def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+    """Record the tensor operations of ``function`` at ``inputs``, without those that repeat others or only constants.
+
+    Tensors that are no inputs are constants; what depends on them alone is computed here and now. Inputs that are one
+    tensor would become one input of the graph.
+    """
+    module = make_fx(lambda *parts: function(*parts))(*inputs)  # bound methods confuse it
+    if _out_of_place(module.graph):
+        _tidy(module.graph)
+        _fold(module)
+        _tidy(module.graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _out_of_place(graph: fx.Graph) -> bool:
+    """Replace operations that change a tensor by ones that return a new tensor; return whether none is left."""
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not (_is_aten(node) and node.target._schema.is_mutable):
+            continue
+        name = _name(node)
+        pure = getattr(getattr(_aten, name.removesuffix("_"), None), node.target._overloadname, None)
+        changed = node.args[0]
+        if not name.endswith("_") or pure is None or not isinstance(changed, fx.Node) or not _is_own(changed, node):
+            return False
+        node.target = pure
+        changed.replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)  # type: ignore[misc]
+    return True
+
+
+def _is_own(changed: fx.Node, by: fx.Node) -> bool:
+    """Whether no other tensor of the graph shares memory with ``changed``."""
+    return _is_fresh(changed) and all(_is_fresh(user) for user in changed.users if user is not by)
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    if node.op == "output":
+        return True
+    return _is_aten(node) and all(result.alias_info is None for result in node.target._schema.returns)  # type: ignore[union-attr]
+
+
+def _is_aten(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+
+
+def _tidy(graph: fx.Graph) -> None:
+    """Drop operations that repeat their input; compute equal things once."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            replacement = _simpler(node)
+            if replacement is None and _is_pure(node):
+                replacement = seen.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
+            if replacement not in (None, node):
+                node.replace_all_uses_with(replacement)  # type: ignore[arg-type]
+                graph.erase_node(node)
+
+
+def _fold(module: fx.GraphModule) -> None:
+    """Compute what depends on constants and shapes alone, unless it takes far more memory than they do."""
+    graph, known = module.graph, {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            known[node] = getattr(module, node.target)
+        elif _is_aten(node) and _is_pure(node):
+            sources = node.all_input_nodes
+            if _name(node) in _LIKE and len(sources) == 1:  # only the shape matters
+                like = sources[0].meta["val"]
+                values = {sources[0]: torch.empty(like.shape, dtype=like.dtype, device=like.device)}
+            elif all(source in known for source in sources):
+                values = known
+            else:
+                continue
+            with torch.no_grad():
+                value = node.target(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get))  # type: ignore[arg-type, operator]
+            if isinstance(value, Tensor) and value.numel() <= max([FOLDED, *(v.numel() for v in values.values())]):
+                known[node] = value
+    for number, (node, value) in enumerate(known.items()):
+        if node.op == "call_function":
+            name = f"_folded_{number}"
+            module.register_buffer(name, value)
+            with graph.inserting_before(node):
+                constant = graph.get_attr(name)
+            constant.meta = dict(node.meta)
+            node.replace_all_uses_with(constant)
+            graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a second call with the same inputs is a second copy of the same value."""
+    if node.target is operator.getitem:
+        return True
+    return _is_aten(node) and torch.Tag.nondeterministic_seeded not in node.target.tags  # type: ignore[union-attr]
+
+
+def _name(node: fx.Node) -> str:
+    return node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+
+
+def _simpler(node: fx.Node) -> fx.Node | None:
+    """Return the node whose value this one only repeats, if there is one."""
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return None
+    if node.target in _SAME or (node.target in _BY_ONE and node.args[1] == 1):
+        return first
+    if node.target is _aten.t.default and first.target is _aten.t.default:
+        return first.args[0]  # type: ignore[return-value]
+    shaped = node.target in (_aten.view.default, _aten.expand.default)
+    return first if shaped and node.meta["val"].shape == first.meta["val"].shape else None
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(part) for part in value)
+    if isinstance(value, dict):
+        return tuple((key, _key(part)) for key, part in value.items())
+    return type(value), value  # 1, 1.0 and True are equal, but not to a graph
+
+
+def quicken(module: fx.GraphModule) -> Callable[..., Any]:
+    """Return the graph as a function that calls torch's own bindings, which take half of an operator object's time.
+
+    Call it without autograd. What it computes is the same; whoever records checks that.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.nodes:
+        if _is_aten(node):
+            _bind(node)
+    quick = fx.GraphModule(module, graph)
+    constants = dict(quick.named_buffers())
+    quick._buffers.clear()
+    quick.__dict__.update(constants)  # plain attributes, which Python finds at once
+    return quick.forward  # type: ignore[return-value]
+
+
+def _bind(node: fx.Node) -> None:
+    """Put torch's binding of the same operation in place of the operator object, where there is one."""
+    name = _name(node)
+    if node.target is _aten.slice.Tensor and len(node.args) == 4 and node.args[1] in (0, 1, 2):
+        tensor, axis, start, stop = node.args
+        node.target, node.args = operator.getitem, (tensor, (slice(None),) * axis + (slice(start, stop),))  # type: ignore[operator, arg-type]
+    elif name in _METHODS:
+        node.target = getattr(torch.Tensor, name)
+    elif name in _ELSEWHERE:
+        node.target = _ELSEWHERE[name]
+    elif name in _LIKE:
+        node.target = getattr(torch, name)
+        node.kwargs = {key: value for key, value in node.kwargs.items() if (key, value) != ("pin_memory", False)}
+    elif name not in _OTHERWISE and hasattr(torch._C._VariableFunctions, name) and hasattr(torch, name):
+        node.target = getattr(torch, name)

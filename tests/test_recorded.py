@@ -1,0 +1,229 @@
+"""Recorded graphs: the same numbers as ordinary code, for each layer, each flow and each training step."""
+
+import copy
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows import LogDensity, training
+from pyro_flows.bodies import body_of
+from pyro_flows.graphs import quicken, record
+from pyro_flows.passes import Passes
+from pyro_flows.training import Trainer
+from tests.invariants import close
+from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, normal
+
+NUMERIC = ("Inverse-Planar", "Inverse-Chain")  # the root is searched until it is found, so there is no flat graph
+VECTORS = [case for case in SMALL + LARGE if not (case.context_dim or case.unit) and len(case.shape) == 1]
+PLAIN = [case for case in VECTORS if not case.name.startswith(NUMERIC)]
+
+
+def run(function, *inputs: Tensor):
+    """Record, then run both forms of the graph at other inputs than those it was recorded at."""
+    module = record(function, *inputs)
+    others = [part + 0.3 * torch.cos(part) for part in inputs]
+    with torch.no_grad():
+        return module(*others), quicken(module)(*others), function(*others), module
+
+
+# ---- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def test_constants_are_folded_and_repeats_shared():
+    scale = torch.arange(1.0, 4.0)
+
+    def function(x: Tensor) -> Tensor:
+        return torch.exp(x) / scale.log1p() + torch.exp(x).detach() * torch.ones_like(x)
+
+    plain, quick, expected, module = run(function, normal(3, seed=0).float())
+    assert torch.equal(plain, expected)
+    assert torch.equal(quick, expected)
+    called = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+    assert sorted(called) == ["aten.add.Tensor", "aten.div.Tensor", "aten.exp.default", "aten.mul.Tensor"]
+
+
+def test_changes_in_place_are_kept():
+    """A value that is changed in place, one that is used before and after, and one that a view shares."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        doubled = 2.0 * x
+        before = doubled + 1.0
+        doubled.masked_fill_(x > 0.0, -1.0)
+        again = 2.0 * x
+        part = again[1:]
+        part.mul_(3.0)
+        return before, doubled, doubled + 1.0, again, 2.0 * x
+
+    plain, quick, expected, _ = run(function, normal(5, seed=1))
+    for one, other, value in zip(plain, quick, expected, strict=True):
+        assert torch.equal(one, value)
+        assert torch.equal(other, value)
+
+
+def test_draws_are_not_shared():
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.randn_like(x), torch.randn_like(x)
+
+    module = record(function, torch.zeros(4))
+    first, second = quicken(module)(torch.zeros(4))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[:, [2, 0]] + x[[1], :2],
+        lambda x: torch.where(x > 0, x, torch.full_like(x, 2.0)).to(torch.float32).sum(-1, keepdim=True),
+        lambda x: torch.cat([part.t() for part in x.split(2, dim=-1)], 0).reshape(-1).cumsum(0),
+        lambda x: torch.nn.functional.silu(x[..., 1:]) - x.new_zeros(1) * x.flatten()[0],
+    ],
+)
+def test_bindings_take_the_same_arguments(function):
+    plain, quick, expected, _ = run(function, normal(4, 4, seed=2))
+    assert torch.equal(plain, expected)
+    assert torch.equal(quick, expected)
+
+
+# ---- layers and flows ------------------------------------------------------------------------------------------------
+
+
+def eager(flow: pf.Flow, x: Tensor, pull: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z, log_q, score = flow.sample_with_score(at=x)
+    parameters = list(flow.parameters())
+    gradients = torch.autograd.grad((pull * z).sum(), parameters, materialize_grads=True)
+    return z.detach(), log_q, score, torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
+def recorded(flow: pf.Flow, x: Tensor, pull: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    passes = Passes(flow, x, [parameter.detach() for parameter in flow.parameters()])
+    z, log_q, score, tape = passes.sample(x)
+    return z, log_q, score, passes.pull(tape, pull)
+
+
+@each(PLAIN)
+def test_passes_of_every_layer(case):
+    flow = pf.Flow(pf.Chain([pf.DiagonalAffine(case.shape[0]).double(), case.make()]))
+    x, pull = normal(6, *case.shape, seed=3), normal(6, *case.shape, seed=4)
+    for got, expected in zip(recorded(flow, x, pull), eager(flow, x, pull), strict=True):
+        close(got, expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("base", ["normal", "student_t", "logistic"])
+def test_passes_of_every_flow(name, base):
+    flow = make_flow(name, 5, base=base)
+    x, pull = normal(7, 5, seed=5), normal(7, 5, seed=6)
+    for got, expected in zip(recorded(flow, x, pull), eager(flow, x, pull), strict=True):
+        close(got, expected, 1e-12)
+
+
+def test_layers_of_one_kind_share_a_body():
+    x = normal(8, 6, seed=7)
+    layer, same = (pf.AffineCoupling(6).double() for _ in range(2))
+    other = pf.AffineCoupling(6, log_scale_bound=2.0).double()
+    assert body_of(layer, x) is body_of(same, x)
+    assert body_of(layer, x) is not body_of(other, x)
+    assert body_of(layer, x) is not body_of(layer, x[:4])
+
+
+def test_frozen_parameters_get_no_gradient():
+    flow = make_flow("realnvp", 4)
+    next(flow.parameters()).requires_grad_(False)
+    x = normal(5, 4, seed=8)
+    trained = [parameter for parameter in flow.parameters() if parameter.requires_grad]
+    passes = Passes(flow, x, [parameter.detach() for parameter in trained])
+    gradient = passes.pull(passes.sample(x)[-1], x)
+    assert len(gradient) == sum(parameter.numel() for parameter in trained)
+
+
+def test_a_layer_used_twice_is_refused():
+    layer = pf.AffineCoupling(4).double()
+    flow = pf.Flow(pf.Chain([layer, layer]))
+    with pytest.raises(ValueError, match="belong to one layer"):
+        Passes(flow, normal(3, 4, seed=9), list(flow.parameters()))
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+class Branching(pf.AffineCoupling):
+    """A layer whose code depends on values, so that it cannot be recorded."""
+
+    def forward_and_score(self, x, score, context=None):
+        assert math.isfinite(x.sum().item())
+        return super().forward_and_score(x, score, context)
+
+
+def model() -> None:
+    scale = pyro.sample("scale", dist.HalfNormal(torch.tensor(1.0, dtype=torch.float64)))
+    pyro.sample("x", dist.StudentT(4.0, torch.zeros(3, dtype=torch.float64), scale).to_event(1))
+
+
+def trained(flow: pf.Flow, *, steps: int = 40) -> Trainer:
+    pyro.set_rng_seed(0)
+    trainer = Trainer(flow, LogDensity(model), learning_rate=1e-2, batch=32)
+    for _ in range(steps):
+        trainer.step(1e-2)
+    trainer.write()
+    return trainer
+
+
+def test_recorded_steps_are_eager_steps(monkeypatch):
+    flow = make_flow("realnvp", 4, base="student_t")
+    other = copy.deepcopy(flow)
+    fast = trained(flow)
+    monkeypatch.setattr(training, "EAGER_STEPS", 10**9)
+    slow = trained(other)
+    assert fast.evaluation == "recorded"
+    assert slow.evaluation == "eager"
+    close(fast.weights, slow.weights, 1e-9)
+    close(torch.tensor(fast.losses), torch.tensor(slow.losses), 1e-9)
+    held = torch.cat([parameter.reshape(-1) for parameter in flow.parameters()])
+    assert torch.equal(held, fast.weights)
+
+
+def test_a_layer_that_cannot_be_recorded_is_trained_all_the_same():
+    flow = pf.Flow(pf.Chain([Branching(4).double(), pf.AffineCoupling(4, mask=~pf.masks.half(4)).double()]))
+    trainer = trained(flow)
+    assert trainer.evaluation.startswith("eager: ")
+    assert trainer.losses[-1] < trainer.losses[0]
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    trainer = trained(make_flow("realnvp", 4), steps=12)
+    before, square = trainer.keep(), trainer._square.clone()
+    trainer._update(torch.full_like(before, torch.nan), 1e-2)
+    assert trainer.skipped == 1
+    assert torch.equal(trainer.weights, before)
+    assert torch.equal(trainer._square, square)
+    trainer._update(torch.ones_like(before), 1e-2)
+    assert trainer.skipped == 1
+    assert not torch.equal(trainer.weights, before)
+
+
+def test_updates_are_those_of_adam():
+    """As long as nothing is clipped."""
+    trainer = trained(make_flow("realnvp", 4), steps=0)
+    reference = trainer.keep().requires_grad_()
+    optimiser = torch.optim.Adam([reference], lr=1e-2)
+    for seed in range(5):
+        reference.grad = normal(len(reference), seed=seed)
+        trainer._update(reference.grad, 1e-2)
+        optimiser.step()
+    close(trainer.weights, reference.detach(), 1e-12)
+
+
+def test_large_gradients_are_clipped():
+    trainer = trained(make_flow("realnvp", 4), steps=0)
+    gradient = normal(len(trainer.weights), seed=0)
+    trainer._update(gradient, 1e-2)
+    mean = trainer._mean.clone()
+    trainer._update(1e6 * gradient, 1e-2)
+    running = (0.95 + 0.05 * training.CLIP) * torch.linalg.vector_norm(gradient)
+    clipped = gradient / torch.linalg.vector_norm(gradient) * training.CLIP * running
+    close(trainer._mean, mean.lerp(clipped, 0.1), 1e-9)
