@@ -23,11 +23,15 @@ class Body(NamedTuple):
 
     ``forward(*state, x, score)`` returns ``(y, ladj, score, *saved)``. ``backward(*state, x, score, *saved, pull)``
     returns the gradients of ``(pull * y).sum()`` along x and along each of the layer's parameters that are trained.
-    ``state`` are the layer's parameters, then its buffers, in the order of :func:`state_of`.
+    ``state`` are the layer's parameters, then its buffers, in the order of :func:`state_of`; ``saved`` tensors go from
+    one to the other. The graphs are those that both run.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    saved: int
+    forward_graph: fx.GraphModule
+    backward_graph: fx.GraphModule
 
 
 def state_of(layer: nn.Module) -> list[Tensor]:
@@ -154,11 +158,11 @@ def _split(graph: fx.Graph, inputs: int) -> Body:
     need(results[3:])
     forward = _graph(graph, placeholders[:inputs], [*results[:3], *saved])
     backward = _graph(graph, [*placeholders[:inputs], *saved, placeholders[inputs]], results[3:])
-    return Body(forward, backward)
+    return Body(quicken(forward), quicken(backward), len(saved), forward, backward)
 
 
-def _graph(source: fx.Graph, inputs: list[fx.Node], outputs: list[Any]) -> Callable[..., Any]:
-    """Return the part of ``source`` that leads from some of its nodes to others, as a function."""
+def _graph(source: fx.Graph, inputs: list[fx.Node], outputs: list[Any]) -> fx.GraphModule:
+    """Return the part of ``source`` that leads from some of its nodes to others."""
     part, copies = fx.Graph(), {}
     for number, node in enumerate(inputs):
         copies[node] = part.placeholder(f"input_{number}")
@@ -169,4 +173,4 @@ def _graph(source: fx.Graph, inputs: list[fx.Node], outputs: list[Any]) -> Calla
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in outputs))
     part.eliminate_dead_code()
-    return quicken(fx.GraphModule(source.owning_module, part))  # type: ignore[arg-type]
+    return fx.GraphModule(source.owning_module, part)  # type: ignore[arg-type]

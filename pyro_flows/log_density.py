@@ -16,12 +16,11 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows.batching import first_line, join, nearer, quiet, where_possible
 from pyro_flows.enumeration import Enumerate, Evaluator
-from pyro_flows.graphs import quicken, record
 from pyro_flows.randomness import BatchedDraws, derive, seeded
+from pyro_flows.recorder import Recorder, rows_for
 from pyro_flows.sites import Place, Resample, Structure, flatten_all, hold, messages, read_structure
 
-CHUNK = 1024
-TRACES_KEPT = 4
+MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
 
 logger = logging.getLogger("pyro_flows")
 
@@ -88,9 +87,12 @@ class LogDensity:
         self.names = tuple(latent.name for latent in self.structure.latents)
         self.evaluations = 0
         self.batched = True
-        self.reason: str | None = None
+        self._unbatched: str | None = None
         self._evaluator: Evaluator | None = None
-        self._graphs: dict[int, Callable[[Tensor], tuple[Tensor, Tensor]]] = {}
+        numbers = max(self.dim, sum(value.numel() for value in self.structure.observed.values()))
+        self._rows = rows_for(numbers, MAPPED)
+        self._values = Recorder(self._plain_values, numbers)
+        self._with_gradients = Recorder(self._gradients, numbers)
         self._probe()
 
     # one run ------------------------------------------------------------------------------------------------------
@@ -152,10 +154,10 @@ class LogDensity:
             try:
                 batched = torch.func.vmap(self.single)(points)
             except Exception as error:
-                self.batched, self.reason = False, f"not batched: {first_line(error)}"
+                self.batched, self._unbatched = False, f"not batched: {first_line(error)}"
                 return
         if not torch.allclose(single, batched, rtol=1e-3, atol=1e-3, equal_nan=True):
-            self.batched, self.reason = False, "not batched: vmap gave other values than single runs"
+            self.batched, self._unbatched = False, "not batched: vmap gave other values than single runs"
 
     # batches ------------------------------------------------------------------------------------------------------
 
@@ -166,7 +168,7 @@ class LogDensity:
                 try:
                     batched = torch.func.vmap(function, randomness=randomness)
                     with BatchedDraws() if randomness == "different" else nullcontext():
-                        return join([batched(part) for part in z.split(CHUNK)], torch.cat)
+                        return join([batched(part) for part in z.split(self._rows)], torch.cat)
                 except RuntimeError as error:
                     if randomness == "error":
                         raise
@@ -176,39 +178,44 @@ class LogDensity:
     def __call__(self, z: Tensor) -> Tensor:
         """Return the log density (S,) at ``z`` (S, D), differentiable in ``z`` and in the model's own parameters.
 
-        It is NaN where the model cannot be run, since a matrix has no factorization there.
+        It is NaN where the model cannot be run, since a matrix has no factorization there. Without autograd, the
+        computation is recorded as :meth:`value_and_grad` records it, unless the model has parameters of its own.
         """
         self._check(z)
         self.evaluations += len(z) if z.requires_grad else 0
-        return where_possible(lambda part: (self.map(self.single, part),), z, ())[0].to(z.dtype)
+        recorded = self.batched and not torch.is_grad_enabled() and not self._parameters
+        run = self._values if recorded else self._plain_values
+        return where_possible(run, z, ())[0].to(z.dtype)
+
+    def _plain_values(self, z: Tensor) -> tuple[Tensor]:
+        return (self.map(self.single, z),)
 
     def forget(self) -> None:
-        """Drop the recorded graphs: call it after the model's own parameters have changed."""
-        self._graphs.clear()
+        """Drop the recorded graphs: call it after the model's own parameters, or its data, have changed in place."""
+        self._values.forget()
+        self._with_gradients.forget()
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density (S,) and its gradient (S, D), both without a graph; cost: S gradient evaluations."""
         self._check(z)
         z = z.detach()
         self.evaluations += len(z)
-        if not self.batched:
-            values, grads = where_possible(self._gradients_one_by_one, z, (), (self.dim,))
-            return values, grads
-        try:
-            if len(z) not in self._graphs:
-                self._graphs[len(z)] = self._record(z)
-                while len(self._graphs) > TRACES_KEPT:
-                    self._graphs.pop(next(iter(self._graphs)))
-            with torch.no_grad():
-                return self._graphs[len(z)](z)
-        except torch.linalg.LinAlgError:
-            values, grads = where_possible(self._gradients, z, (), (self.dim,))
-            return values, grads
+        run = self._with_gradients if self.batched else self._gradients_one_by_one
+        value, grad = where_possible(run, z, (), (self.dim,))
+        return value.to(z.dtype), grad
+
+    @property
+    def reason(self) -> str | None:
+        """Why the model is run draw by draw, or is not recorded; None if it is batched and recorded."""
+        return self._unbatched or self._with_gradients.reason or self._values.reason
 
     def _gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Both for the rows of ``z``, in pieces like those of :meth:`map`."""
         with torch.no_grad(), quiet():
-            grad, value = torch.func.vmap(torch.func.grad_and_value(self.single))(z)
-        return value.to(z.dtype), grad
+            run = torch.func.vmap(torch.func.grad_and_value(self.single))
+            parts = [run(part) for part in z.split(self._rows)]
+        grad, value = (torch.cat(part) for part in zip(*parts, strict=True))
+        return value, grad
 
     def _gradients_one_by_one(self, z: Tensor) -> tuple[Tensor, Tensor]:
         values, grads = [], []
@@ -219,25 +226,6 @@ class LogDensity:
                 grads.append(torch.autograd.grad(value, leaf)[0])
                 values.append(value.detach())
         return torch.stack(values).to(z.dtype), torch.stack(grads)
-
-    def _record(self, z: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Record value and gradient for this batch size as a flat graph; keep it only if it repeats at new points."""
-        fresh = z + 0.1 * torch.sin(torch.arange(z.numel(), dtype=z.dtype, device=z.device)).reshape(z.shape)
-        try:
-            graph = quicken(record(self._gradients, z))
-            with torch.no_grad():
-                recorded = graph(fresh)
-        except torch.linalg.LinAlgError:
-            raise  # of these points, not of the model
-        except Exception as error:
-            self.reason = f"not recorded: {first_line(error)}"
-            return self._gradients
-        tolerance = 1e-8 if z.dtype == torch.float64 else 1e-3
-        for ours, plain in zip(recorded, self._gradients(fresh), strict=True):
-            if not torch.allclose(ours, plain, rtol=tolerance, atol=tolerance, equal_nan=True):
-                self.reason = "not recorded: the graph gave other values at new points"
-                return self._gradients
-        return graph
 
     # values -------------------------------------------------------------------------------------------------------
 

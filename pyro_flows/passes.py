@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from pyro_flows import bases
 from pyro_flows.bodies import Body, body_of
+from pyro_flows.compiling import Runner, pays_at
 from pyro_flows.flows import Flow
+from pyro_flows.graphs import record
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.chain import Chain
 
@@ -19,48 +21,94 @@ class Passes:
     r"""Draw with a score, then pull a cotangent of the draws back to the parameters: what one training step needs.
 
     The arithmetic is that of :meth:`Flow.sample_with_score` and of autograd, but each kind of layer is recorded as two
-    flat graphs once (see :mod:`pyro_flows.bodies`) and then run without Python's modules and without a tape.
+    flat graphs once (see :mod:`pyro_flows.bodies`) and then run without Python's modules and without a tape. When that
+    has been done often enough to pay for it, both passes are compiled as a whole (see :mod:`pyro_flows.compiling`).
 
     Args:
         flow: an unconditional flow; its layers must keep the shape of an event.
         like: base points (S, D) of the batches to come.
         weights: the flow's parameters that are trained, in their order; the passes read these tensors, not the flow's.
+        compile: whether to compile at once (True), never (False), or when it pays (None).
 
     Raises:
         Exception: of any kind, if some layer cannot be recorded.
     """
 
-    def __init__(self, flow: Flow, like: Tensor, weights: Sequence[Tensor]) -> None:
+    def __init__(self, flow: Flow, like: Tensor, weights: Sequence[Tensor], *, compile: bool | None = None) -> None:
         self.flow = flow
         layers = list(_flat(flow.bijection))
         owned = [parameter for layer in layers for parameter in layer.parameters()]
         if [id(parameter) for parameter in owned] != [id(parameter) for parameter in flow.parameters()]:
             raise ValueError("layers: expected parameters that belong to one layer each.")
         left = iter(weights)
-        self.layers: list[tuple[Body, list[Tensor]]] = []
+        self.bodies: list[Body] = []
+        self.state: list[Tensor] = []  # of all layers, one after the other
+        self._ends = [0]
         for layer in layers:
-            state = [next(left) if part.requires_grad else part.detach() for part in layer.parameters()]
-            self.layers.append((body_of(layer, like), [*state, *layer.buffers()]))
+            self.bodies.append(body_of(layer, like))
+            self.state += [next(left) if part.requires_grad else part.detach() for part in layer.parameters()]
+            self.state += layer.buffers()
+            self._ends.append(len(self.state))
+        graphs = [module for body in self.bodies for module in (body.forward_graph, body.backward_graph)]
+        self._compile_at = pays_at(graphs) if compile is None else int(compile)
+        self._runs = 0
+        self._whole: tuple[Runner, Runner] | None = None
 
     @torch.no_grad()
-    def sample(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Any]]:
+    def sample(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Return ``z``, ``log q(z)``, the score and what :meth:`pull` needs, for base points ``x`` (S, D)."""
-        log_q, score = self.flow._log_base(x), bases.score(self.flow.base, x, self.flow.df)
-        tape: list[Any] = []
-        for body, state in self.layers:
-            y, ladj, carried, *saved = body.forward(*state, x, score)
-            tape.append((x, score, *saved))
-            x, score, log_q = y, carried, log_q - ladj
-        return x, log_q, score, tape
+        self._runs += 1
+        if self._runs == self._compile_at:
+            self._compile(x)
+        run = self._forward if self._whole is None else self._whole[0]
+        z, log_q, score, *tape = run(*self.state, x)
+        return z, log_q, score, tape
 
     @torch.no_grad()
-    def pull(self, tape: list[Any], cotangent: Tensor) -> Tensor:
+    def pull(self, tape: list[Tensor], cotangent: Tensor) -> Tensor:
         """Return the gradient of ``(cotangent * z).sum()`` along all parameters, as one vector."""
+        run = self._backward if self._whole is None else self._whole[1]
+        return run(*self.state, *tape, cotangent)[0]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the passes run as compiled code."""
+        return self._whole is not None
+
+    def _forward(self, *inputs: Tensor) -> list[Tensor]:
+        *state, x = inputs
+        log_q, score = self.flow._log_base(x), bases.score(self.flow.base, x, self.flow.df)
+        tape: list[Tensor] = []
+        for body, (first, last) in zip(self.bodies, pairwise(self._ends), strict=True):
+            y, ladj, carried, *saved = body.forward(*state[first:last], x, score)
+            tape += (x, score, *saved)
+            x, score, log_q = y, carried, log_q - ladj
+        return [x, log_q, score, *tape]
+
+    def _backward(self, *inputs: Tensor) -> tuple[Tensor]:
+        *given, cotangent = inputs
+        state, tape = given[: self._ends[-1]], given[self._ends[-1] :]
+        taped = list(pairwise(accumulate((2 + body.saved for body in self.bodies), initial=0)))
         found: list[Tensor] = []
-        for (body, state), saved in zip(reversed(self.layers), reversed(tape), strict=True):
-            cotangent, *gradients = body.backward(*state, *saved, cotangent)
+        for number in reversed(range(len(self.bodies))):
+            (first, last), (begin, end) = self._ends[number : number + 2], taped[number]
+            cotangent, *gradients = self.bodies[number].backward(*state[first:last], *tape[begin:end], cotangent)
             found += reversed(gradients)
-        return torch.cat([gradient.reshape(-1) for gradient in reversed(found)])
+        return (torch.cat([gradient.reshape(-1) for gradient in reversed(found)]),)
+
+    def _compile(self, x: Tensor) -> None:
+        z, _, _, *tape = self._forward(*self.state, x)
+        forward = Runner(record(self._forward, *self.state, x), compile=True)
+        backward = Runner(record(self._backward, *_apart([*self.state, *tape, z])), compile=True)
+        forward(*self.state, x)
+        backward(*self.state, *tape, z)
+        if forward.compiled and backward.compiled:
+            self._whole = forward, backward
+
+
+def _apart(tensors: list[Tensor]) -> list[Tensor]:
+    """Return tensors of which no two are one: a graph would take them for one input."""
+    return [tensor.clone() for tensor in tensors]
 
 
 def _flat(bijection: Bijection) -> Iterator[Bijection]:

@@ -75,10 +75,17 @@ class Trainer:
     """
 
     def __init__(
-        self, flow: Flow, density: LogDensity, *, learning_rate: float, batch: int, extra: Sequence[Tensor] = ()
+        self,
+        flow: Flow,
+        density: LogDensity,
+        *,
+        learning_rate: float,
+        batch: int,
+        extra: Sequence[Tensor] = (),
+        compile: bool | None = None,
     ) -> None:
         self.flow, self.density, self.batch, self.learning_rate = flow, density, batch, learning_rate
-        self.extra = list(extra)
+        self.extra, self.compile = list(extra), compile
         self.parameters = [*(part for part in flow.parameters() if part.requires_grad), *self.extra]
         self.weights = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
         ends = self.weights.split([parameter.numel() for parameter in self.parameters])
@@ -203,7 +210,7 @@ class Trainer:
         self._recordable = False
         like = self.weights.new_zeros(self.batch, self.flow.dim)
         try:
-            self._passes, self.evaluation = Passes(self.flow, like, self._views), "recorded"
+            self._passes, self.evaluation = Passes(self.flow, like, self._views, compile=self.compile), "recorded"
         except Exception as error:
             self.evaluation = f"eager: {first_line(error)}"
 

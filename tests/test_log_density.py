@@ -56,9 +56,14 @@ def test_value_is_pyros_potential(case):
 def test_models_of_the_registry_are_batched_and_recorded(case):
     """Otherwise the tests of fallbacks would not show that these are the exception."""
     density, z = built(case)
-    density.value_and_grad(z)
+    for _ in range(2):
+        value, _ = density.value_and_grad(z)
+        with torch.no_grad():
+            close(density(z), value, 1e-9)
     assert density.batched
     assert density.reason is None
+    assert list(density._with_gradients.runners) == [len(z)]
+    assert list(density._values.runners) == ([] if density.parameters() else [len(z)])
 
 
 @each_model()

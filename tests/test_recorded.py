@@ -164,9 +164,9 @@ def model() -> None:
     pyro.sample("x", dist.StudentT(4.0, torch.zeros(3, dtype=torch.float64), scale).to_event(1))
 
 
-def trained(flow: pf.Flow, *, steps: int = 40) -> Trainer:
+def trained(flow: pf.Flow, *, steps: int = 40, compile: bool | None = None) -> Trainer:
     pyro.set_rng_seed(0)
-    trainer = Trainer(flow, LogDensity(model), learning_rate=1e-2, batch=32)
+    trainer = Trainer(flow, LogDensity(model), learning_rate=1e-2, batch=32, compile=compile)
     for _ in range(steps):
         trainer.step(1e-2)
     trainer.write()
@@ -227,3 +227,13 @@ def test_large_gradients_are_clipped():
     running = (0.95 + 0.05 * training.CLIP) * torch.linalg.vector_norm(gradient)
     clipped = gradient / torch.linalg.vector_norm(gradient) * training.CLIP * running
     close(trainer._mean, mean.lerp(clipped, 0.1), 1e-9)
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_recorded_steps():
+    """Up to rounding, which steps amplify."""
+    flow = make_flow("realnvp", 4, base="student_t")
+    other = copy.deepcopy(flow)
+    plain, compiled = trained(flow, compile=False), trained(other, compile=True)
+    assert compiled._passes.compiled
+    close(compiled.weights, plain.weights, 1e-7)

@@ -1,0 +1,80 @@
+"""Recorded graphs that are compiled once that pays."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyro_flows.graphs import quicken
+
+# what a processor of 2024 took, in seconds (docs/performance.md); rules by clocks would make results depend on the load
+COMPILE_START = 3.0  # to compile anything, in a process that has not done so yet
+COMPILE_NODE = 0.02  # more for each operation
+SAVED_NODE = 2.5e-6  # a run saves for each operation,
+SAVED_NUMBER = 1.0e-9  # and for each number that it writes
+
+logger = logging.getLogger("pyro_flows")
+
+
+class Runner:
+    """A recorded graph as a function: run by torch's bindings at first, compiled by Inductor when it has run often.
+
+    A graph is compiled when what compiling would have saved so far reaches half of what it costs. Both are estimated
+    from the graph, not timed, so that one seed gives one answer on a busy machine too. Where there is no compiler, or
+    where the compiled code gives other values, it stays as it is.
+
+    Args:
+        module: the graph.
+        compile: whether to compile at the first run (True), never (False), or once it pays (None).
+    """
+
+    def __init__(self, module: fx.GraphModule, *, compile: bool | None = None) -> None:
+        self.module = module
+        self.function: Callable[..., Any] = quicken(module)
+        self.compiled = False
+        self.runs = 0
+        self.compile_at = pays_at([module]) if compile is None else int(compile)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run, without autograd."""
+        self.runs += 1
+        if self.runs == self.compile_at:
+            self._compile(inputs)
+        return self.function(*inputs)
+
+    def _compile(self, inputs: tuple[Tensor, ...]) -> None:
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                import torch._inductor as inductor
+
+                options = {"size_asserts": False, "alignment_asserts": False, "compile_threads": 1}
+                compiled = inductor.compile(self.module, list(inputs), options=options)  # type: ignore[arg-type]
+                agrees = _agree(compiled(*inputs), self.function(*inputs))
+        except Exception as error:  # no compiler, or one that fails: there is nothing to lose but time
+            logger.debug("not compiled: %s", error)
+            return
+        if agrees:
+            self.function, self.compiled = compiled, True
+
+
+def pays_at(modules: Sequence[fx.GraphModule]) -> int:
+    """Return after how many runs of all these graphs compiling them would have saved half of what it costs."""
+    called = [node for module in modules for node in module.graph.nodes if node.op == "call_function"]
+    values = (node.meta.get("val") for node in called)
+    written = sum(value.numel() for value in values if isinstance(value, Tensor))
+    cost = COMPILE_START + COMPILE_NODE * len(called)
+    return 1 + int(0.5 * cost / (SAVED_NODE * len(called) + SAVED_NUMBER * written + 1e-12))
+
+
+def _agree(found: Any, expected: Any) -> bool:
+    def close(one: Tensor, other: Tensor) -> bool:
+        tolerance = 1e-8 if other.dtype == torch.float64 else 1e-3
+        return torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+    return all(close(one, other) for one, other in zip(found, expected, strict=True))

@@ -1,0 +1,91 @@
+"""A function of a batch of points, recorded for the batch sizes that come again, in pieces that fit a cache."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_flows.batching import first_line
+from pyro_flows.compiling import Runner
+from pyro_flows.graphs import record
+
+SIZES_KEPT = 4
+RECORDED_FROM = 2  # the call with one batch size at which it is recorded
+PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
+ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
+
+
+def rows_for(numbers: int, budget: int = PIECE) -> int:
+    """Return how many points to take at once where each takes ``numbers``: a power of two."""
+    rows = max(1, budget // max(numbers, 1))
+    return min(max(1 << (rows.bit_length() - 1), ROWS_AT_LEAST), ROWS_AT_MOST)
+
+
+class Recorder:
+    """Apply ``function``, which maps (S, D) to a tuple of tensors with S rows, by recorded graphs.
+
+    Batches larger than a piece go through piece by piece, the last one filled up. A graph is checked at new points when
+    it is recorded; where recording fails or the check does, the function itself is called from then on, and
+    :attr:`reason` says why.
+
+    Args:
+        function: what to record.
+        numbers: how many numbers it handles at one point.
+    """
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], numbers: int) -> None:
+        self.function = function
+        self.rows = rows_for(numbers)
+        self.reason: str | None = None
+        self.runners: OrderedDict[int, Runner] = OrderedDict()
+        self._calls: Counter[int] = Counter()
+
+    @torch.no_grad()
+    def __call__(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Return the function's results, without a graph of autograd's."""
+        if self.reason is not None:
+            return self.function(z)
+        if len(z) <= self.rows:
+            return self._piece(z)
+        short = -len(z) % self.rows
+        filled = torch.cat([z, z[-1:].expand(short, -1)]) if short else z
+        parts = zip(*(self._piece(part) for part in filled.split(self.rows)), strict=True)
+        return tuple(torch.cat(part)[: len(z)] for part in parts)
+
+    def forget(self) -> None:
+        """Drop the graphs."""
+        self.runners.clear()
+        self._calls.clear()
+
+    def _piece(self, z: Tensor) -> tuple[Tensor, ...]:
+        size = len(z)
+        if size not in self.runners:
+            self._calls[size] += 1
+            if self._calls[size] < RECORDED_FROM or not self._record(z):
+                return self.function(z)
+        self.runners.move_to_end(size)
+        return self.runners[size](z)
+
+    def _record(self, z: Tensor) -> bool:
+        """Record for this batch size; return whether the graph repeats what the function gives at new points."""
+        fresh = z + 0.1 * torch.sin(torch.arange(z.numel(), dtype=z.dtype, device=z.device)).reshape(z.shape)
+        try:
+            runner = Runner(record(self.function, z))
+            recorded = runner(fresh)
+        except torch.linalg.LinAlgError:
+            raise  # of these points, not of the function
+        except Exception as error:
+            self.reason = f"not recorded: {first_line(error)}"
+            return False
+        tolerance = 1e-8 if z.dtype == torch.float64 else 1e-3
+        for ours, plain in zip(recorded, self.function(fresh), strict=True):
+            if not torch.allclose(ours, plain, rtol=tolerance, atol=tolerance, equal_nan=True):
+                self.reason = "not recorded: the graph gave other values at new points"
+                return False
+        self.runners[size := len(z)] = runner
+        while len(self.runners) > SIZES_KEPT:
+            self._calls.pop(self.runners.popitem(last=False)[0], None)
+        return size in self.runners
