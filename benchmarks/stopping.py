@@ -9,6 +9,7 @@ row of the same version is not done again.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -44,8 +45,11 @@ def first_round(problem: Problem, *, seed: int, steps: int | None = None) -> tup
     with seeded(seed):
         density = LogDensity(problem.model, problem.args)
         if density.structure.hierarchical:
-            density, _ = choose_coordinates(density, lambda target: _guide(plan, target), share(MAX_STEPS), seed=seed)
-        guide, starts = _guide(plan, density), portfolio(density, seed=seed)
+            guide_for = functools.partial(_guide, plan)
+            density, starts, _ = choose_coordinates(density, guide_for, share(MAX_STEPS), seed=seed)
+        else:
+            starts = portfolio(density, seed=seed)
+        guide = _guide(plan, density)
         winner, _ = race(guide, density, starts, share(MAX_STEPS), seed=seed, extra=())
         trainer, allowed = winner.trainer, steps or MAX_STEPS
         left = Budget(allowed - len(trainer.losses))

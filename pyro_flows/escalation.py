@@ -26,6 +26,7 @@ WIDER = 4
 EXTRA_LAYERS = 4
 HEAVY_DF = 5.0
 ANNEALED_SHARE = 0.4
+COOL = 1500  # steps at least: what is left to mend after a first round is small, and noise hides it
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def rounds(
         if name == "tempering":
             anneal(trainer, max(1, int(ANNEALED_SHARE * budget.left(used))), report=report)
         left = Budget(budget.steps - len(trainer.losses), budget.deadline)
-        result = train(trainer, left, seed=seed, report=_named(report, name))
+        result = train(trainer, left, seed=seed, report=_named(report, name), cool=COOL)
         used = len(trainer.losses)
         yield name, trainer, assess(guide.flow, density, result)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -121,12 +122,13 @@ def fit(
                 "runs: expected 1 with train_model=True, since the runs would share the model's parameters."
             )
         with _threads(density):
-            history = []
+            history, starts = [], None
             if density.structure.hierarchical and not train_model:
                 steps = share(max_steps)
-                density, choice = choose_coordinates(density, lambda target: _guide(plan, target), steps, seed=seed)
+                guide_for = functools.partial(_guide, plan)
+                density, starts, choice = choose_coordinates(density, guide_for, steps, seed=seed)
                 history.append(choice)
-            done = [_run(plan, density, number, seed=seed + number) for number in range(runs)]
+            done = [_run(plan, density, number, starts, seed=seed + number) for number in range(runs)]
         best = max(done, key=lambda run: run.best.rank)
         history += [stage for run in done for stage in run.history]
         flow_found = best.guide.flow
@@ -201,10 +203,11 @@ def _threads(density: LogDensity) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(plan: _Plan, density: LogDensity, number: int, *, seed: int) -> _Run:
-    """Train one guide: portfolio, race, first round, escalation."""
+def _run(plan: _Plan, density: LogDensity, number: int, starts: list[Start] | None, *, seed: int) -> _Run:
+    """Train one guide: portfolio (for run 0, ``starts`` if there are some), race, first round, escalation."""
     with seeded(seed, density.device):
-        starts = portfolio(density, seed=seed)
+        if number or starts is None:
+            starts = portfolio(density, seed=seed)
         modes = [start for start in starts if start.evidence is not None]
         close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
         starts = close[number % len(close) :] + close[: number % len(close)]

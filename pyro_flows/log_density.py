@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pyro
@@ -184,8 +184,10 @@ class LogDensity:
         self._check(z)
         self.evaluations += len(z) if z.requires_grad else 0
         recorded = self.batched and not torch.is_grad_enabled() and not self._parameters
-        run = self._values if recorded else self._plain_values
-        return where_possible(run, z, ())[0].to(z.dtype)
+        if recorded:
+            with suppress(torch.linalg.LinAlgError):
+                return self._values(z)[0].to(z.dtype)
+        return where_possible(self._plain_values, z, ())[0].to(z.dtype)
 
     def _plain_values(self, z: Tensor) -> tuple[Tensor]:
         return (self.map(self.single, z),)
@@ -200,7 +202,11 @@ class LogDensity:
         self._check(z)
         z = z.detach()
         self.evaluations += len(z)
-        run = self._with_gradients if self.batched else self._gradients_one_by_one
+        if self.batched:
+            with suppress(torch.linalg.LinAlgError):
+                value, grad = self._with_gradients(z)
+                return value.to(z.dtype), grad
+        run = self._gradients if self.batched else self._gradients_one_by_one
         value, grad = where_possible(run, z, (), (self.dim,))
         return value.to(z.dtype), grad
 

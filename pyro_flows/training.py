@@ -240,10 +240,13 @@ class Check:
         return Monitor().add(*self())
 
 
-def train(trainer: Trainer, budget: Budget, *, seed: int, report: Report, settle: bool = True) -> Training:
+def train(
+    trainer: Trainer, budget: Budget, *, seed: int, report: Report, cool: int = COOL_AT_LEAST, settle: bool = True
+) -> Training:
     """Run until the functionals stand still, then cool the step size down and average; or until the budget ends.
 
-    With ``settle=False`` the budget alone ends it, to see what stopping costs.
+    The cool-down takes ``cool`` steps at least. With ``settle=False`` the budget alone ends it, to see what stopping
+    costs.
     """
     check = Check.make(trainer.flow, trainer.density, seed=seed)
     monitor = Monitor()
@@ -266,7 +269,7 @@ def train(trainer: Trainer, budget: Budget, *, seed: int, report: Report, settle
                 trainer.restore(kept)
                 falls += 1
             report(first + done, value, "settling")
-    cool = min(budget.left(done), max(COOL_AT_LEAST, min(int(COOL_SHARE * done), COOL_AT_MOST)))
+    cool = min(budget.left(done), max(cool, min(int(COOL_SHARE * done), COOL_AT_MOST)))
     value = _cool(trainer, budget, done, cool, check, lambda *state: report(first + state[0], *state[1:]))
     why = f"stopped: {why}" if still else f"{done + cool} steps ended the fit before it settled ({why})"
     moving = not still and monitor.restless
