@@ -1,11 +1,11 @@
-"""What ``make bench`` runs: step times, toy targets, posteriors of posteriordb if they are there; then the tables."""
+"""What ``make bench`` runs: speed, toy targets, posteriors of posteriordb if they are there; then the tables."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
-from benchmarks import posteriordb, steps, tables, toys
+from benchmarks import posteriordb, speed, tables, toys
 from benchmarks.reference import ENVIRONMENT_VARIABLE, find_posteriordb
 from benchmarks.targets import TARGETS
 
@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         only = [posteriordb.full_name(name) for name in options.only if name not in TARGETS]
     except ValueError as error:
         parser.error(str(error))
-    print("One optimisation step:")
-    steps.main([])
+    print("Speed:")
+    speed.main([])
     if targets or not options.only:
         print("Toy targets:")
         print(toys.summary(toys.bench(seeds=options.seeds, only=targets, jobs=options.jobs)))

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import density, density_peers, posteriordb, records, rivals, steps, stopping, toys
+from benchmarks import density, density_peers, posteriordb, records, rivals, speed, speed_tables, stopping, toys
 from benchmarks.records import Row
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
@@ -20,10 +20,10 @@ SKELETON = """# Performance
 
 `make bench` runs the benchmarks and writes the tables of this page.
 
-## One optimisation step
+## Speed
 
-<!-- steps: begin -->
-<!-- steps: end -->
+<!-- speed: begin -->
+<!-- speed: end -->
 
 ## Posteriors with reference draws
 
@@ -50,7 +50,7 @@ SKELETON = """# Performance
 def write_tables(
     page: Path = PAGE,
     *,
-    steps_csv: Path = steps.OUT,
+    speed_csv: Path = speed.OUT,
     posteriordb_csv: Path = posteriordb.OUT,
     stopping_csv: Path = stopping.OUT,
     toys_csv: Path = toys.OUT,
@@ -63,7 +63,7 @@ def write_tables(
     """
     text = page.read_text(encoding="utf-8") if page.is_file() else SKELETON
     sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
-        ("steps", steps_csv, steps_section),
+        ("speed", speed_csv, lambda rows: speed_tables.section(rows, table)),
         ("posteriordb", posteriordb_csv, posteriordb_section),
         ("stopping", stopping_csv, stopping_section),
         ("toys", toys_csv, toys_section),
@@ -103,21 +103,6 @@ def about(rows: Sequence[Row]) -> str:
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
-
-
-def steps_section(rows: Sequence[Row]) -> str:
-    """Return the section about one step."""
-    rounds = len({row["round"] for row in rows})
-    body = [
-        [name, f"{milliseconds:.2f}", f"{ratio:.2f}"] for name, (milliseconds, ratio) in steps.medians(rows).items()
-    ]
-    text = (
-        f"One step with {steps.DIM} dimensions, {steps.COUPLINGS} couplings of hidden layers {steps.HIDDEN}, "
-        f"{steps.PARTICLES} particles and Adam, one thread; medians of {rounds} rounds that take turns. Pyro's flow is "
-        "its affine couplings with a flip between each two. Ours has a trained triangular map and tails on top of "
-        f"that. {about(rows)} pyro_flows {rows[-1]['version']}."
-    )
-    return f"{text}\n\n{table(['', 'ms a step', 'ratio to Pyro'], body)}"
 
 
 def stopping_section(rows: Sequence[Row]) -> str:

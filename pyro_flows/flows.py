@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, TransformedDistribution
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
 from pyro_flows import _checks, bases
 from pyro_flows.transforms import Bijection, Bound, Chain
@@ -116,8 +116,12 @@ class Flow(nn.Module):
 
         Like it, it refuses values outside of the support, NaN among them, unless Pyro's validation is switched off.
         """
-        if Distribution._validate_args and not bool(self.bijection.codomain.check(y).all()):
-            raise ValueError(f"y: expected values in the support of the flow, {self.bijection.codomain}, got others.")
+        # a finite sum has no NaN in it, and any other number is real: one pass, where the check itself takes three
+        support = self.bijection.codomain
+        if Distribution._validate_args:
+            real = getattr(support, "base_constraint", support) is constraints.real
+            if not (real and bool(torch.isfinite(y.sum()))) and not bool(support.check(y).all()):
+                raise ValueError(f"y: expected values in the support of the flow, {support}, got others.")
         x, ladj = self.bijection.inverse_and_ladj(y, context)
         return self._log_base(x) + ladj
 

@@ -40,6 +40,7 @@ class Recorder:
         self.function = function
         self.rows = rows_for(numbers)
         self.reason: str | None = None
+        self.compile: bool | None = None  # when it pays
         self.runners: OrderedDict[int, Runner] = OrderedDict()
         self._calls: Counter[int] = Counter()
 
@@ -73,7 +74,7 @@ class Recorder:
         """Record for this batch size; return whether the graph repeats what the function gives at new points."""
         fresh = z + 0.1 * torch.sin(torch.arange(z.numel(), dtype=z.dtype, device=z.device)).reshape(z.shape)
         try:
-            runner = Runner(record(self.function, z))
+            runner = Runner(record(self.function, z), compile=self.compile)
             recorded = runner(fresh)
         except torch.linalg.LinAlgError:
             raise  # of these points, not of the function

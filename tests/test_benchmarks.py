@@ -1,6 +1,7 @@
 """The benchmarks: comparison, resuming, tables, ports against their reference draws, toy targets against quadrature."""
 
 import math
+from dataclasses import asdict
 
 import pyro
 import pyro.distributions as dist
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import posteriordb, records, steps, tables, targets, toys
+from benchmarks import posteriordb, records, speed, tables, targets, toys
 from benchmarks.models import NAMES, eight_schools_centered, eight_schools_noncentered, load
 from benchmarks.reference import find_posteriordb
 from benchmarks.targets import TARGETS
@@ -166,21 +167,20 @@ def test_newest_keeps_the_version_that_was_written_last_and_no_fit_twice():
     assert [kept["version"] for kept in found[posteriordb.OURS]] == ["2", "2"]
 
 
+def timed(method: str, milliseconds: float, case: speed.Case = speed.SCHOOLS, **figures: object) -> dict[str, str]:
+    about = {"version": "1", "machine": "A CPU", "software": "Torch", "setup_seconds": "1", "megabytes": "300"}
+    row = {**asdict(case), "method": method, "round": 0, "milliseconds": milliseconds, **about, **figures}
+    return {name: str(value) for name, value in row.items()}
+
+
 def test_tables_are_put_between_the_markers_and_nowhere_else(tmp_path):
-    page, posteriors, times = tmp_path / "performance.md", tmp_path / "posteriordb.csv", tmp_path / "steps.csv"
+    page, posteriors, times = tmp_path / "performance.md", tmp_path / "posteriordb.csv", tmp_path / "speed.csv"
     rows = [row(), row(seed=1, used_mean=0.055), row(posterior=NAMES[1], error="ValueError: none", status="")]
     records.write(posteriors, posteriordb.FIELDS, rows)
-    named = {"version": "1", "machine": "A CPU", "software": "Torch"}
-    taken = {steps.SVI_OURS: (2.0, 3.0, 9.0), steps.FIT_OURS: (1.0, 1.5, 4.0), steps.SVI_PYRO: (2.0, 3.0, 8.0)}
-    milliseconds = [(name, n, value) for name, values in taken.items() for n, value in enumerate(values)]
-    records.write(
-        times,
-        steps.FIELDS,
-        [{"method": m, "round": n, "position": 0, "milliseconds": ms, **named} for m, n, ms in milliseconds],
-    )
-    tables.write_tables(page, steps_csv=times, posteriordb_csv=posteriors)
+    records.write(times, speed.FIELDS, [timed("eager", 2.0), timed("Pyro", 8.0), timed("recorded", 1.0)])
+    tables.write_tables(page, speed_csv=times, posteriordb_csv=posteriors)
     text = page.read_text()
-    assert f"| {steps.FIT_OURS} | 1.50 | 0.50 |" in text
+    assert "| eight schools | 10 | 256 | 2.00 (4.0) | 1.00 (8.0) | 8.00 |" in text
     line = next(line for line in text.splitlines() if line.startswith(f"| {NAMES[0]} |"))
     assert line.split(" | ")[2] == "0.055"
     assert line.endswith("| ok |")
@@ -188,15 +188,15 @@ def test_tables_are_put_between_the_markers_and_nowhere_else(tmp_path):
     assert "A CPU" in text
 
     page.write_text(text.replace("# Performance", "# Performance\n\nBy hand."))
-    tables.write_tables(page, steps_csv=tmp_path / "none.csv", posteriordb_csv=posteriors)
+    tables.write_tables(page, speed_csv=tmp_path / "none.csv", posteriordb_csv=posteriors)
     again = page.read_text()
     assert "By hand." in again
     assert again.replace("\n\nBy hand.", "") == text
 
 
 def test_a_page_without_markers_is_refused():
-    with pytest.raises(ValueError, match="expected the markers <!-- steps: begin -->"):
-        tables.replace("# Performance", "steps", "table")
+    with pytest.raises(ValueError, match="expected the markers <!-- speed: begin -->"):
+        tables.replace("# Performance", "speed", "table")
 
 
 def test_the_version_ignores_docstrings_and_comments():
@@ -205,13 +205,6 @@ def test_the_version_ignores_docstrings_and_comments():
         'def f():\n    """One."""\n    return 1  # one\n'
     ) == records._without_docstrings(plain)
     assert records._without_docstrings("def f():\n    return 2\n") != records._without_docstrings(plain)
-
-
-def test_one_round_of_steps_times_all_three():
-    rows = steps.measure(rounds=1, count=1, warm_up=1)
-    assert {found["method"] for found in rows} == {steps.SVI_OURS, steps.FIT_OURS, steps.SVI_PYRO}
-    assert all(float(found["milliseconds"]) > 0 for found in rows)
-    assert set(rows[0]) == set(steps.FIELDS)
 
 
 # ---- the ports -------------------------------------------------------------------------------------------------------
@@ -433,7 +426,7 @@ def test_the_table_of_toys_has_one_line_a_case(tmp_path):
     rows += [toy_row(target="mixture", flow="realnvp", layers=8, runs=4, error="ValueError: none", status="")]
     records.write(file, toys.FIELDS, rows)
     nothing = tmp_path / "none.csv"
-    tables.write_tables(page, steps_csv=nothing, posteriordb_csv=nothing, toys_csv=file)
+    tables.write_tables(page, speed_csv=nothing, posteriordb_csv=nothing, toys_csv=file)
     lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     cells = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in lines}
     assert cells["u1"][4:6] == ["0.360", "0.700"]
@@ -446,7 +439,7 @@ def test_the_table_of_toys_has_one_line_a_case(tmp_path):
 
 def test_make_bench_hands_names_to_the_benchmark_that_knows_them(monkeypatch):
     called = {}
-    monkeypatch.setattr(steps, "main", lambda arguments: None)
+    monkeypatch.setattr(speed, "main", lambda arguments: None)
     monkeypatch.setattr(tables, "write_tables", lambda **files: None)
     monkeypatch.setattr(toys, "bench", lambda **options: called.setdefault("toys", options["only"]) and [])
     monkeypatch.setattr(everything, "find_posteriordb", lambda root: "somewhere")
