@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, TypeVar
 
 import pyro
@@ -62,10 +63,25 @@ def nearer(run: Callable[[float], Result]) -> Result:
     return run(0.1)
 
 
-def join(parts: list[Any], how: Callable[[list[Tensor]], Tensor]) -> Any:
-    if isinstance(parts[0], dict):
-        return {name: how([part[name] for part in parts]) for name in parts[0]}
-    return how(parts)
+def join(parts: Iterable[Any], rows: int) -> Any:
+    """Put pieces of ``rows`` rows in all, tensors or dicts of tensors, one after the other.
+
+    Without autograd they are copied as they come, so that results never take twice their memory.
+    """
+    left = iter(parts)
+    first = next(left)
+    if not isinstance(first, dict):
+        return join(({"": part} for part in chain([first], left)), rows)[""]
+    if any(part.requires_grad for part in first.values()):
+        pieces = [first, *left]
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in first}
+    whole = {name: part.new_empty(rows, *part.shape[1:]) for name, part in first.items()}
+    done = 0
+    for piece in chain([first], left):
+        for name, part in piece.items():
+            whole[name][done : done + len(part)] = part
+        done += len(next(iter(piece.values())))
+    return whole
 
 
 def first_line(error: Exception) -> str:

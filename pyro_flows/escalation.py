@@ -122,6 +122,7 @@ def entry(name: str, trainer: Trainer, outcome: Round) -> dict[str, Any]:
         "steps": len(training.losses),
         "step_size": trainer.learning_rate,
         "batch": trainer.batch,
+        "evaluation": {"flow": trainer.evaluation, "model": trainer.density.reason or "recorded"},
         "elbo": weighing.elbo,
         "k_hat": weighing.k_hat if math.isfinite(weighing.k_hat) else None,
         "ess_ratio": weighing.ess / len(weighing.log_weights),

@@ -168,12 +168,12 @@ class LogDensity:
                 try:
                     batched = torch.func.vmap(function, randomness=randomness)
                     with BatchedDraws() if randomness == "different" else nullcontext():
-                        return join([batched(part) for part in z.split(self._rows)], torch.cat)
+                        return join((batched(part) for part in z.split(self._rows)), len(z))
                 except RuntimeError as error:
                     if randomness == "error":
                         raise
                     logger.debug("drawing one by one: %s", error)
-            return join([function(row) for row in z], torch.stack)
+            return join((_one_row(function(row)) for row in z), len(z))
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return the log density (S,) at ``z`` (S, D), differentiable in ``z`` and in the model's own parameters.
@@ -358,3 +358,7 @@ class LogDensity:
     def _check(self, z: Tensor) -> None:
         if z.dim() != 2 or z.shape[1] != self.dim:
             raise ValueError(f"z: expected shape (S, {self.dim}), got {tuple(z.shape)}.")
+
+
+def _one_row(value: Any) -> Any:
+    return {name: part[None] for name, part in value.items()} if isinstance(value, dict) else value[None]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyro_flows as pf
-from pyro_flows import masks
+from pyro_flows import masks, training
 from pyro_flows.flows import BASES
 from tests.invariants import close
 from tests.registry import BARE, FLOWS, IMAGE, SMALL, built, each, make_flow, normal
@@ -83,6 +83,26 @@ def test_flow_stays_on_its_device(base):
         assert distribution.log_prob(y).shape == (4,)
         assert flow.rsample_and_log_prob((2,))[1].shape == (2,)
     assert y.dtype == torch.float64
+
+
+class Sum:
+    """A log density without a model."""
+
+    def value_and_grad(self, z):
+        return z.sum(-1), torch.ones_like(z)
+
+
+@pytest.mark.parametrize("blended", [False, True])
+def test_a_training_step_stays_on_its_device_and_waits_for_nothing(blended, monkeypatch):
+    """A tensor on meta has no value: whoever asks for one, as a GPU would have to be waited for, fails."""
+    monkeypatch.setattr(training, "EAGER_STEPS", 10**9)
+    flow = make_flow("realnvp", 3, base="student_t").to("meta")
+    with pyro.validation_enabled(False):
+        trainer = training.Trainer(flow, Sum(), learning_rate=1e-2, batch=8)
+        trainer.losses, trainer._blended = [0.0], blended  # a second step: the first one looks at the weights
+        with OnlyOn("meta"):
+            trainer.step(1e-2)
+    assert len(trainer._pending) == 1
 
 
 @each(SMALL)
