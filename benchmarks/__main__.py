@@ -1,11 +1,14 @@
-"""What ``make bench`` runs: speed, toy targets, posteriors of posteriordb if they are there; then the tables."""
+"""What ``make bench`` runs: speed, toy targets, posteriors of posteriordb if they are there; then the tables.
+
+The hours that NUTS takes on these posteriors are spent if they are asked for, by ``--nuts``.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
-from benchmarks import posteriordb, speed, tables, toys
+from benchmarks import nuts, posteriordb, speed, tables, toys
 from benchmarks.reference import ENVIRONMENT_VARIABLE, find_posteriordb
 from benchmarks.targets import TARGETS
 
@@ -16,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     posteriordb.add_options(parser)
+    parser.add_argument("--nuts", action="store_true", help="the time that NUTS takes too, with one seed, one by one")
+    nuts.add_numpyro(parser)
     options = parser.parse_args(arguments)
     targets = [name for name in options.only if name in TARGETS]
     try:
@@ -43,6 +48,10 @@ def _posteriors(options: argparse.Namespace, only: Sequence[str]) -> None:
     print("Posteriors with reference draws:")
     choice = {"seeds": options.seeds, "only": only, "rivals": options.rivals}
     print(posteriordb.summary(posteriordb.bench(options.posteriordb, **choice, out=options.out, jobs=options.jobs)))
+    if options.nuts:
+        nuts.name_numpyro(options)
+        print("The time that NUTS takes:")
+        print(nuts.summary(nuts.bench(options.posteriordb, only=only)))
 
 
 if __name__ == "__main__":

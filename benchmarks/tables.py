@@ -12,7 +12,19 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import density, density_peers, posteriordb, records, rivals, speed, speed_tables, stopping, toys
+from benchmarks import (
+    density,
+    density_peers,
+    nuts,
+    posteriordb,
+    records,
+    rivals,
+    samplers,
+    speed,
+    speed_tables,
+    stopping,
+    toys,
+)
 from benchmarks.records import Row
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
@@ -29,6 +41,11 @@ SKELETON = """# Performance
 
 <!-- posteriordb: begin -->
 <!-- posteriordb: end -->
+
+## Against NUTS
+
+<!-- nuts: begin -->
+<!-- nuts: end -->
 
 ## What the automatic stop costs
 
@@ -52,6 +69,7 @@ def write_tables(
     *,
     speed_csv: Path = speed.OUT,
     posteriordb_csv: Path = posteriordb.OUT,
+    nuts_csv: Path = nuts.OUT,
     stopping_csv: Path = stopping.OUT,
     toys_csv: Path = toys.OUT,
     density_csv: Path = density.OUT,
@@ -65,6 +83,7 @@ def write_tables(
     sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
         ("speed", speed_csv, lambda rows: speed_tables.section(rows, table)),
         ("posteriordb", posteriordb_csv, posteriordb_section),
+        ("nuts", nuts_csv, nuts_section),
         ("stopping", stopping_csv, stopping_section),
         ("toys", toys_csv, toys_section),
         ("density", density_csv, density_section),
@@ -214,6 +233,47 @@ def _methods_table(methods: dict[str, list[Row]]) -> str:
             ]
         )
     return table(header, body)
+
+
+def nuts_section(rows: Sequence[Row]) -> str:
+    """Return the section about seconds to a right posterior."""
+    found = nuts.cells(rows)
+    versions = [kept[-1]["version"] for kept in posteriordb.newest(rows).values()]
+    text = (
+        f"Seconds of the processor, in a process of one thread, from just before the model is built to the last draw. "
+        f"Medians over {_plural(len({row['seed'] for row in rows}), 'seed')}. Draws are right if no mean is off by "
+        f"more than {posteriordb.MEAN} standard deviations and no standard deviation by more than 10 %; ratios compare "
+        "seconds whether or not they are, a failed run has neither. Where "
+        f"{samplers.CHAINS} chains of Pyro's NUTS would take more than {samplers.LIMIT / 60:g} minutes, one of "
+        f"{samplers.SHORT} draws after as many of warm-up is timed and scaled by {samplers.SCALE}. {about(rows)} "
+        f"{', '.join(versions)}."
+    )
+    verdicts = "\n".join(f"- {line[0].upper()}{line[1:]}." for line in nuts.summary(rows).splitlines())
+    return f"{text}\n\n{verdicts}\n\n{_nuts_table(found, list(posteriordb.by_posterior(rows)))}"
+
+
+def _nuts_table(found: dict[str, dict[str, nuts.Cell]], posteriors: Sequence[str]) -> str:
+    rivals_here = [rival for rival in nuts.GOALS if rival in found]
+    header = ["posterior", posteriordb.OURS, "right"]
+    header += [column for rival in rivals_here for column in (rival, "right", "scaled", "ratio")]
+    body = []
+    for name in posteriors:
+        ours = found.get(posteriordb.OURS, {}).get(name)
+        cells = ["", ""] if ours is None else [_number(ours.seconds, 1), _yes(ours.right)]
+        for rival in rivals_here:
+            theirs = found[rival].get(name)
+            if theirs is None:
+                cells += ["", "", "", ""]
+            else:
+                times = "" if ours is None else _number(nuts.ratio(ours, theirs), 2)
+                scaled = f"× {samplers.SCALE}" if theirs.scaled else ""
+                cells += [_number(theirs.seconds, 1), _yes(theirs.right), scaled, times]
+        body.append([name, *cells])
+    return table(header, body)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def toys_section(rows: Sequence[Row]) -> str:

@@ -1,0 +1,180 @@
+"""Draws of a posterior and the seconds that they take: our fit, NUTS of Pyro and NUTS of NumPyro.
+
+Pyro's NUTS gets each posterior as the recorded density of :class:`pyro_flows.LogDensity`, compiled once that pays. A
+gradient of eight schools takes 0.2 ms so, 1.0 ms from Pyro's own potential of the model, which moreover cannot start
+from improper priors and fixes a support that depends on a latent. NumPyro's NUTS gets models of its own, see
+:mod:`benchmarks.numpyro_models`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import MCMC, NUTS
+from torch import Tensor
+
+import pyro_flows
+from benchmarks.clock import Stopwatch
+from benchmarks.models import Problem
+from benchmarks.posteriordb import DRAWS, OURS
+from pyro_flows import LogDensity
+
+PYRO, NUMPYRO = "Pyro NUTS", "NumPyro NUTS"
+INTERPRETER = "NUMPYRO_PYTHON"  # the variable that names it
+ROOT = Path(__file__).resolve().parents[1]
+
+CHAINS, LENGTH = 4, 1000  # of Pyro's NUTS, with a warm-up as long;
+LIMIT = 600.0  # where that would take more seconds of the processor,
+SHORT, SCALE = 250, 16  # one chain this long, its time scaled
+SPREAD, TRIES = 2.0, 100  # a chain starts anywhere in (-2, 2), as Pyro's chains do
+SINGLE_THREAD = {
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    "OMP_NUM_THREADS": "1",
+    "NPROC": "1",
+}
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Draws (S, D) in the model's own unconstrained coordinates, and what they took."""
+
+    draws: Tensor
+    seconds: float
+    cpu_seconds: float
+    scaled: bool = False
+
+
+def fit(problem: Problem, seed: int) -> Sampled:
+    """Fit as it comes; its draws are those to use."""
+    watch = Stopwatch()
+    found = pyro_flows.fit(problem.model, *problem.args, seed=seed, draws=DRAWS, progress=False)
+    seconds, cpu_seconds = watch.wall(), watch.cpu()
+    draws = found.used
+    assert found.density is not None
+    if found.density.structure.noncentred:
+        draws = LogDensity(problem.model, problem.args).unconstrain(found.density.constrain(draws))
+    return Sampled(draws, seconds, cpu_seconds)
+
+
+class _Potential(torch.autograd.Function):
+    """The potential of one point with the gradient that was computed along with it."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, density: LogDensity) -> Tensor:
+        value, gradient = density.value_and_grad(z[None])
+        ctx.save_for_backward(gradient[0])
+        return -value[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return -upstream * gradient, None
+
+
+def pyro_nuts(problem: Problem, seed: int) -> Sampled:
+    """Run Pyro's NUTS on the recorded density, chain after chain."""
+    watch = Stopwatch()
+    density = LogDensity(problem.model, problem.args)
+    prepared = watch.wall(), watch.cpu()
+
+    def chain(index: int, length: int, check: Callable[[], None]) -> Tensor:
+        pyro.set_rng_seed(seed * CHAINS + index)
+        mcmc = MCMC(
+            NUTS(potential_fn=lambda values: _Potential.apply(values["z"], density)),
+            num_samples=length,
+            warmup_steps=length,
+            initial_params={"z": start(density)},
+            hook_fn=lambda *_: check(),
+            disable_progbar=True,
+        )
+        mcmc.run()
+        return mcmc.get_samples()["z"]
+
+    found = run_chains(chain)
+    return Sampled(found.draws, found.seconds + prepared[0], found.cpu_seconds + prepared[1], found.scaled)
+
+
+def start(density: LogDensity) -> Tensor:
+    """Return a uniform point where the density and its gradient are finite."""
+    for _ in range(TRIES):
+        z = SPREAD * (2.0 * torch.rand(1, density.dim, dtype=density.dtype) - 1.0)
+        if all(bool(torch.isfinite(part).all()) for part in density.value_and_grad(z)):
+            return z[0]
+    raise RuntimeError(f"no finite density at {TRIES} starting points")
+
+
+class TooLong(Exception):
+    """The first chain has shown that all of them would take more than the limit."""
+
+
+def run_chains(
+    chain: Callable[[int, int, Callable[[], None]], Tensor], clock: Callable[[], Stopwatch] = Stopwatch
+) -> Sampled:
+    """Run all chains, or a short one in their place where the first takes more than its share of `LIMIT`.
+
+    Args:
+        chain: (index, length, check) -> draws; it has to call ``check`` after each transition.
+        clock: makes a stopwatch.
+    """
+    watch = clock()
+
+    def check() -> None:
+        if CHAINS * watch.cpu() > LIMIT:
+            raise TooLong
+
+    def unchecked() -> None:
+        """Let the chain go on."""
+
+    try:
+        draws = [chain(0, LENGTH, check)]
+    except TooLong:
+        watch = clock()
+        draws = [chain(0, SHORT, unchecked)]
+        return Sampled(draws[0], SCALE * watch.wall(), SCALE * watch.cpu(), scaled=True)
+    draws += [chain(index, LENGTH, unchecked) for index in range(1, CHAINS)]
+    return Sampled(torch.cat(draws), watch.wall(), watch.cpu())
+
+
+def numpyro_nuts(problem: Problem, seed: int) -> Sampled:
+    """Run NumPyro's NUTS by the interpreter that has it."""
+    found = in_numpyro(problem, seed=seed)
+    seconds, cpu_seconds = (float(found.pop(name)) for name in ("seconds", "cpu_seconds"))
+    draws = {name: torch.from_numpy(value) for name, value in found.items()}
+    return Sampled(LogDensity(problem.model, problem.args).unconstrain(draws), seconds, cpu_seconds)
+
+
+def in_numpyro(problem: Problem, points: dict[str, Tensor] | None = None, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return what :mod:`benchmarks.numpyro_models` finds: draws, or the log density at unconstrained points by site."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder) / "given.npz", Path(folder) / "out.npz"
+        arrays = {str(index): value for index, value in enumerate(problem.args)} | (points or {})
+        np.savez(given, **{name: value.numpy() for name, value in arrays.items()})  # type: ignore[arg-type]
+        command = [os.environ[INTERPRETER], "-m", "benchmarks.numpyro_models", problem.model.__name__]
+        command += [str(given), str(out), "--seed", str(seed)]
+        environment = {**os.environ, **SINGLE_THREAD}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        return dict(np.load(out))
+
+
+def numpyro_version() -> str | None:
+    """Return the versions of NumPyro and JAX, None where no interpreter has them."""
+    code = "from importlib.metadata import version; print(*(f'{name}-{version(name)}' for name in ('numpyro', 'jax')))"
+    try:
+        done = subprocess.run([os.environ[INTERPRETER], "-c", code], capture_output=True, text=True)
+    except (KeyError, OSError):
+        return None
+    return None if done.returncode else done.stdout.strip()
+
+
+METHODS: dict[str, Callable[[Problem, int], Sampled]] = {OURS: fit, PYRO: pyro_nuts, NUMPYRO: numpyro_nuts}
