@@ -217,7 +217,7 @@ def test_the_table_marks_scaled_times(tmp_path):
     rows += pair(NAMES[0], 2.0, 5.0, NUMPYRO)
     records.write(file, nuts.FIELDS, rows)
     nothing = tmp_path / "none.csv"
-    others = dict.fromkeys(("steps_csv", "posteriordb_csv", "stopping_csv", "toys_csv", "density_csv"), nothing)
+    others = dict.fromkeys(("speed_csv", "posteriordb_csv", "stopping_csv", "toys_csv", "density_csv"), nothing)
     tables.write_tables(page, nuts_csv=file, **others)
     lines = page.read_text().splitlines()
     assert f"| {NAMES[0]} | 2.0 | yes | 900.0 | yes | × 16 | 450.00 | 5.0 | yes |  | 2.50 |" in lines
