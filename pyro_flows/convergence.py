@@ -62,7 +62,7 @@ class Monitor:
         """Whether a mean or an sd moved by more than half an sd between the halves of the last window."""
         if len(self.moments) < WINDOW:
             return False
-        return not float(self._drift()[1:].max()) <= RESTLESS
+        return not float(_drift(self._series())[1:].max()) <= RESTLESS
 
     def _series(self) -> Tensor:
         """The last window (T, 1 + 2 D): ELBO, means in present sds, log sds; relative to the last check."""
@@ -71,10 +71,6 @@ class Monitor:
         dim = moments.shape[1] // 2
         scale = torch.cat([moments[-1, dim:].exp(), torch.ones(dim, dtype=moments.dtype, device=moments.device)])
         return torch.cat([elbos - elbos[-1], ((moments - moments[-1]) / scale).cpu()], dim=1)
-
-    def _drift(self) -> Tensor:
-        series = self._series()
-        return (series[: WINDOW // 2].mean(0) - series[-(WINDOW // 2) :].mean(0)).abs()
 
     def stationary(self) -> tuple[bool, str]:
         """Whether the last window stands still, and the sentence that says so.
@@ -86,14 +82,14 @@ class Monitor:
         """
         if len(self.elbos) < WINDOW:
             return False, f"{len(self.elbos)} of {WINDOW} checks"
-        elbos = torch.tensor(self.elbos[-WINDOW:], dtype=torch.float64)[:, None]
-        if not bool(torch.isfinite(elbos).all()):
+        series = self._series()
+        if not bool(torch.isfinite(series[:, 0]).all()):
             return False, "the ELBO is not finite"
-        drift = self._drift()
+        drift = _drift(series)
         relative = torch.cat([drift[:1] / ELBO_TOLERANCE, drift[1:] / SD_TOLERANCE])
-        moving = ~((relative < 1.0) | ((split_r_hat(self._series()) <= R_HAT) & (relative < NOISY)))
+        moving = ~((relative < 1.0) | ((split_r_hat(series) <= R_HAT) & (relative < NOISY)))
         text = f"ELBO drift {float(drift[0]):.3f} nats, worst moment drift {float(drift[1:].max()):.3f} sd"
-        return not bool(moving.any()) and self._left(elbos[:, 0]) <= LEFT_TOLERANCE, text
+        return not bool(moving.any()) and self._left(series[:, 0]) <= LEFT_TOLERANCE, text
 
     def _left(self, window: Tensor) -> float:
         """What further steps would gain if the gap went as one over their number, less one standard error."""
@@ -101,3 +97,8 @@ class Monitor:
         rise = halves[1].mean() - halves[0].mean()
         error = (halves.var(1).sum() / halves.shape[1]).sqrt()
         return float(rise - error) * len(self.elbos) / halves.shape[1]
+
+
+def _drift(series: Tensor) -> Tensor:
+    """The distance between the means of the two halves of a window (T, F), by functional."""
+    return (series[: WINDOW // 2].mean(0) - series[-(WINDOW // 2) :].mean(0)).abs()

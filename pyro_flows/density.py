@@ -124,7 +124,7 @@ def fit_density(
             options["weight_decay"] = min(1.0, DECAY_POINTS / (train.steps(size) * size))
         if start == "random":
             rouse(made)
-        checked = [] if held_out is None else _materialise(held_out)
+        checked = [] if held_out is None else _held(held_out, CHECKED_POINTS)
         ascent = Ascent(made, train, checked, batch=size, weight_decay=options["weight_decay"])
         plan = Plan(MAX_STEPS if epochs is None else epochs * train.steps(size), seconds, CLOCKS[clock], began)
         bar = _Bar(visible=progress, flow=made, levels=train.levels)
@@ -190,12 +190,7 @@ def _with_preprocessing(flow: Flow, train: Source, kind: str | None) -> tuple[Fl
         if isinstance(inner.layers[-1] if isinstance(inner, Chain) else inner, Logit):
             return flow, None
         kind = "standardize"
-    batches: list[Batch] = []
-    for batch in (train.first(MEASURED_POINTS) if isinstance(train, Rows) else train).ordered(CHUNK):
-        batches.append(batch)
-        if sum(len(y) for y, _ in batches) >= MEASURED_POINTS:
-            break
-    layer: Preprocess = preprocess(kind, batches, pooled=images)
+    layer: Preprocess = preprocess(kind, _held(train, MEASURED_POINTS), pooled=images)
     return density_storage.append(flow, layer), kind
 
 
@@ -229,14 +224,14 @@ def _batch_size(train: Source, batch: int | None) -> int:
     return max(32, min(BATCH, len(train) // 10)) if isinstance(train, Rows) else BATCH
 
 
-def _materialise(held_out: Source) -> list[Batch]:
-    """Return batches that stay the same in all checks, noise included."""
-    if isinstance(held_out, Rows):
-        return list(held_out.first(CHECKED_POINTS).ordered(CHUNK))
+def _held(points: Source, most: int) -> list[Batch]:
+    """Return about the first ``most`` points as batches that stay the same, noise included."""
+    if isinstance(points, Rows):
+        return list(points.first(most).ordered(CHUNK))
     found: list[Batch] = []
-    for batch in held_out.ordered(CHUNK):
+    for batch in points.ordered(CHUNK):
         found.append(batch)
-        if sum(len(y) for y, _ in found) >= CHECKED_POINTS:
+        if sum(len(y) for y, _ in found) >= most:
             break
     return found
 

@@ -100,15 +100,15 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
     weights, points = log_weights.exp().unsqueeze(-1), z.double()
     mean, weighted = points.mean(0), (weights * points).sum(0)
     spread = points.std(0)
-    weighted_spread = (weights * (points - weighted).square()).sum(0).sqrt()
-    narrowing = (spread / weighted_spread.clamp_min(torch.finfo(torch.float64).tiny)).log()
+    weighted_spread = (weights * (points - weighted).square()).sum(0).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    narrowing = (spread / weighted_spread).log()
     return Weighing(
         log_weights=log_weights,
         k_hat=k_hat,
         ess=float(1.0 / weights.square().sum()),
         elbo=float(ratio[torch.isfinite(ratio)].mean()),
         log_evidence=float(torch.logsumexp(ratio, 0) - math.log(len(ratio))),
-        mean_shift=(mean - weighted).abs() / weighted_spread.clamp_min(torch.finfo(torch.float64).tiny),
+        mean_shift=(mean - weighted).abs() / weighted_spread,
         sd_shift=narrowing.abs(),
         widening=float(-narrowing.min()),
         broken=broken,
