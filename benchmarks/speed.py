@@ -31,6 +31,7 @@ SECONDS = 0.3  # of each turn
 PEERS = ("zuko", "nflows", "normflows", "Pyro")
 EAGER, RECORDED, COMPILED, GUIDE = "eager", "recorded", "compiled", "recorded, the guide of fit"
 STEPS = (EAGER, RECORDED, COMPILED, GUIDE, "Pyro", "zuko in Pyro", "NumPyro")
+THREADS = ("1 thread", "2 threads")
 PATH, PLAIN, PRODUCTS = "path gradient", "plain gradient", "products"
 FLOWS = ("ours", "ours, compiled", *PEERS)
 
@@ -59,6 +60,7 @@ CASES = (
     *(Case("growth", "student", 20, batch) for batch in (16, 256, 1024, 4096)),
     *(Case("growth", "student", 20, 64, layers) for layers in (2, 4, 16, 32)),
     *(Case("growth", "regression", 5, 64, 8, rows) for rows in (100, 1000, 10_000, 100_000, 1_000_000)),
+    *(Case("threads", "regression", 5, 64, 8, rows) for rows in (100, 10_000, 30_000, 100_000, 1_000_000)),
     Case("limit", "products alone", 10, 256, 10),
     Case("limit", "products alone", 10, 64, 10),
 )
@@ -66,7 +68,7 @@ CASES = (
 
 def methods(case: Case) -> tuple[str, ...]:
     """What is timed in a case."""
-    parts = {"steps": STEPS, "gradients": (PATH, PLAIN), "flows": FLOWS, "growth": (RECORDED,)}
+    parts = {"steps": STEPS, "gradients": (PATH, PLAIN), "flows": FLOWS, "growth": (RECORDED,), "threads": THREADS}
     return parts.get(case.part, (RECORDED, COMPILED, PRODUCTS))
 
 
@@ -75,7 +77,8 @@ class Worker:
 
     def __init__(self, case: Case, method: str, python: str) -> None:
         command = [python, "-m", "benchmarks.speed_worker", json.dumps(asdict(case)), method]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "JAX_ENABLE_X64": "0"}
+        threads = method[0] if method in THREADS else "1"
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "JAX_ENABLE_X64": "0"}
         environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, text=True, env=environment, **pipes)  # type: ignore[call-overload]

@@ -15,7 +15,8 @@ def section(rows: Sequence[Row], table: Callable[[Sequence[str], Sequence[Sequen
     """Return the section about speed; ``table`` makes Markdown of a header and lines."""
     parts = {name: [row for row in rows if row["part"] == name] for name in dict.fromkeys(row["part"] for row in rows)}
     writers = {
-        "steps": _steps, "gradients": _gradients, "flows": _flows, "growth": _growth, "limit": _limit,
+        "steps": _steps, "gradients": _gradients, "flows": _flows, "growth": _growth, "threads": _threads,
+        "limit": _limit,
     }  # fmt: skip
     found = [writers[name](_cases(part), table) for name, part in parts.items()]
     versions = " and ".join(dict.fromkeys(row["version"] for row in rows))
@@ -114,6 +115,19 @@ def _growth(cases: Sequence[Sequence[Row]], table: Callable[..., str]) -> str:
     header = ["", "from, to", "ms at first", "ms at last", "slope", "slope at the end", "MB at last"]
     text = "Growth of a recorded step, the others at D = 20, 64 particles, 8 layers; slopes are log-log."
     return f"{text}\n\n{table(header, lines)}"
+
+
+def _threads(cases: Sequence[Sequence[Row]], table: Callable[..., str]) -> str:
+    lines = []
+    for case in cases:
+        times = speed.medians(case)
+        one, two = (times.get(name, math.nan) for name in speed.THREADS)
+        lines.append([case[0]["rows"], f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}"])
+    text = (
+        "Threads, on a regression with 64 particles: `fit` takes one thread up to about 16 000 rows, where a second one "
+        "begins to pay, and the caller's number above."
+    )
+    return f"{text}\n\n{table(['rows of data', '1 thread, ms', '2 threads, ms', 'times faster'], lines)}"
 
 
 def _limit(cases: Sequence[Sequence[Row]], table: Callable[..., str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -297,7 +298,7 @@ def build(case: dict[str, Any], method: str) -> Step:
         return in_numpyro(case, method)
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
     if case["part"] in ("flows", "gradients"):
         return (bare if case["part"] == "flows" else gradient)(case, method)
