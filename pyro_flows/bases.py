@@ -15,6 +15,8 @@ def log_density(base: str, x: Tensor, df: float) -> Tensor:
         return -0.5 * x.square() - 0.5 * math.log(2.0 * math.pi)
     if base == "logistic":
         return 2.0 * logsigmoid(x) - x
+    if base != "student_t":
+        raise ValueError(f"base: expected 'normal', 'logistic' or 'student_t', got {base!r}.")
     half = 0.5 * (df + 1.0)
     constant = math.lgamma(half) - math.lgamma(0.5 * df) - 0.5 * math.log(math.pi * df)
     return constant - half * torch.log1p(x.square() / df)

@@ -67,18 +67,27 @@ def join(parts: Iterable[Any], rows: int) -> Any:
     """Put pieces of ``rows`` rows in all, tensors or dicts of tensors, one after the other.
 
     Without autograd they are copied as they come, so that results never take twice their memory.
+
+    Raises:
+        RuntimeError: if the pieces differ in more than their number of rows.
     """
-    left = iter(parts)
-    first = next(left)
-    if not isinstance(first, dict):
-        return join(({"": part} for part in chain([first], left)), rows)[""]
+    pieces = iter(parts)
+    first = next(pieces)
+    if isinstance(first, dict):
+        return _filled(chain([first], pieces), first, rows)
+    return _filled(({"": piece} for piece in chain([first], pieces)), {"": first}, rows)[""]
+
+
+def _filled(pieces: Iterable[dict[str, Tensor]], first: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
     if any(part.requires_grad for part in first.values()):
-        pieces = [first, *left]
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in first}
+        listed = list(pieces)
+        return {name: torch.cat([piece[name] for piece in listed]) for name in first}
     whole = {name: part.new_empty(rows, *part.shape[1:]) for name, part in first.items()}
     done = 0
-    for piece in chain([first], left):
+    for piece in pieces:
         for name, part in piece.items():
+            if part.shape[1:] != whole[name].shape[1:] or part.dtype != whole[name].dtype:
+                raise RuntimeError(f"{name}: {part.shape[1:]}, {part.dtype} after {first[name].shape[1:]} in one batch")
             whole[name][done : done + len(part)] = part
         done += len(next(iter(piece.values())))
     return whole

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from pyro_flows.graphs import quicken, record
+from pyro_flows.graphs import nearby, quicken, record
 from pyro_flows.transforms.base import Bijection
 
 BODIES_KEPT = 64
@@ -42,10 +42,15 @@ def state_of(layer: nn.Module) -> list[Tensor]:
 def body_of(layer: Bijection, x: Tensor) -> Body:
     """Return the recorded passes of ``layer`` for batches like ``x`` (S, D); layers of one kind share one.
 
+    Whoever uses them compares them with the layer itself once, see :class:`pyro_flows.passes.Passes`.
+
     Raises:
-        Exception: of any kind, if the layer's code cannot be recorded (branches on values), or repeats badly.
+        Exception: of any kind, if the layer's code cannot be recorded (branches on values).
     """
-    key = (_kind(layer), x.shape, x.dtype, x.device)
+    kind = _kind(layer)
+    if kind is None:
+        return _record(layer, x)
+    key = (kind, x.shape, x.dtype, x.device)
     if key not in _bodies:
         _bodies[key] = _record(layer, x)
         while len(_bodies) > BODIES_KEPT:
@@ -55,28 +60,37 @@ def body_of(layer: Bijection, x: Tensor) -> Body:
 
 
 _bodies: OrderedDict[Any, Body] = OrderedDict()
+_MODULE_STATE = frozenset(vars(nn.Module()))
 
 
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    """What the code of a layer depends on, besides the values of its parameters and buffers."""
+def _kind(layer: nn.Module) -> tuple[Any, ...] | None:
+    """What the code of a layer depends on, besides the values of its parameters and buffers; None if that is not known.
+
+    It is not known of a layer that has hooks, or attributes that are no plain values.
+    """
     found: list[Any] = []
+    places: dict[int, int] = {}
     for name, module in layer.named_modules():
-        plain = sorted((key, value) for key, value in vars(module).items() if _is_plain(value))
-        other = [key for key, value in vars(module).items() if not _is_plain(value) and key not in _MODULE_STATE]
+        own = {key: value for key, value in vars(module).items() if key not in _MODULE_STATE}
+        if any(map(_has_hooks, vars(module).items())) or not all(map(_is_plain, own.values())):
+            return None
         tensors = [
-            (key, value.shape, value.dtype, value.requires_grad)
-            for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            (key, value.shape, value.dtype, value.requires_grad, places.setdefault(id(value), len(places)))
+            for key, value in (*module._parameters.items(), *module._buffers.items())
+            if value is not None
         ]
-        found.append((name, type(module), tuple(plain), tuple(tensors), id(module) if other else None))
+        found.append((name, type(module), tuple(sorted(own.items())), module.training, tuple(tensors)))
     return tuple(found)
 
 
-_MODULE_STATE = frozenset(vars(nn.Module()))
+def _has_hooks(attribute: tuple[str, Any]) -> bool:
+    name, value = attribute
+    return name in _MODULE_STATE and "hooks" in name and bool(value) and "state_dict" not in name
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, torch.Size)):
-        return all(_is_plain(part) for part in value)
+        return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
@@ -91,13 +105,13 @@ class _Scored(nn.Module):
         return self.layer.forward_and_score(x, score)
 
 
-def _joint(layer: Bijection) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Return both passes as one function of ``(*state, x, score, cotangent)``."""
+def _joint(layer: Bijection) -> Callable[..., tuple[Tensor, ...]]:
+    """Return both passes as one function of ``(*state, x, score, pull)``."""
     scored, trained = _Scored(layer), [parameter.requires_grad for parameter in layer.parameters()]
     names = [*dict(scored.named_parameters()), *dict(scored.named_buffers())]
 
-    def passes(*inputs: Tensor) -> tuple[Tensor | None, ...]:
-        *state, x, score, cotangent = inputs
+    def passes(*inputs: Tensor) -> tuple[Tensor, ...]:
+        *state, x, score, pull = inputs
         leaves = [part.detach().requires_grad_() for part, free in zip(state, trained, strict=False) if free]
         left = iter(leaves)
         given = [next(left) if free else part for part, free in zip(state, trained, strict=False)]
@@ -105,36 +119,24 @@ def _joint(layer: Bijection) -> Callable[..., tuple[Tensor | None, ...]]:
         with torch.enable_grad():
             tensors = dict(zip(names, [*given, *state[len(trained) :]], strict=True))
             y, ladj, score = torch.func.functional_call(scored, tensors, (root, score))
-        grads = torch.autograd.grad(y, [root, *leaves], cotangent, allow_unused=True)
-        present = [
-            torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, [root, *leaves], strict=True)
-        ]
-        return (y.detach(), ladj.detach(), score.detach(), *present)
+        gradients = torch.autograd.grad(y, [root, *leaves], pull, materialize_grads=True)
+        return (y.detach(), ladj.detach(), score.detach(), *gradients)
 
     return passes
 
 
 def _record(layer: Bijection, x: Tensor) -> Body:
-    joint, state = _joint(layer), [part.detach() for part in state_of(layer)]
-    wave = torch.sin(torch.arange(x.numel(), dtype=x.dtype, device=x.device)).reshape(x.shape)
-    body = _split(record(joint, *state, x, wave, wave.clone()).graph, len(state) + 2)
-    other = [*state, x + 0.1 * wave, wave.flip(0), 1.0 - wave]
-    with torch.no_grad():
-        out: list[Tensor] = body.forward(*other[:-1])
-        ours = (*out[:3], *body.backward(*other[:-1], *out[3:], other[-1]))
-    tolerance = 1e-8 if x.dtype == torch.float64 else 1e-3
-    for recorded, plain in zip(ours, joint(*other), strict=True):
-        assert plain is not None
-        if not torch.allclose(recorded, plain, rtol=tolerance, atol=tolerance, equal_nan=True):
-            raise RuntimeError(f"{type(layer).__name__}: the graph gave other values at new points")
-    return body
+    state, score = [part.detach() for part in state_of(layer)], nearby(x)
+    graph = record(_joint(layer), *state, x, score, score.clone())  # tensors that are one would be one input
+    return _split(graph, len(state) + 2)
 
 
 # ---- cutting in two --------------------------------------------------------------------------------------------------
 
 
-def _split(graph: fx.Graph, inputs: int) -> Body:
+def _split(module: fx.GraphModule, inputs: int) -> Body:
     """Cut the joint graph in two: what does not need the cotangent, and the rest, given what it needs of the first."""
+    graph = module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     (result,) = (node for node in graph.nodes if node.op == "output")
     results = list(result.args[0])  # type: ignore[arg-type]
@@ -156,21 +158,21 @@ def _split(graph: fx.Graph, inputs: int) -> Body:
     for node in late:
         need(node.all_input_nodes)
     need(results[3:])
-    forward = _graph(graph, placeholders[:inputs], [*results[:3], *saved])
-    backward = _graph(graph, [*placeholders[:inputs], *saved, placeholders[inputs]], results[3:])
+    forward = _part(module, placeholders[:inputs], [*results[:3], *saved])
+    backward = _part(module, [*placeholders[:inputs], *saved, placeholders[inputs]], results[3:])
     return Body(quicken(forward), quicken(backward), len(saved), forward, backward)
 
 
-def _graph(source: fx.Graph, inputs: list[fx.Node], outputs: list[Any]) -> fx.GraphModule:
+def _part(source: fx.GraphModule, inputs: list[fx.Node], outputs: list[Any]) -> fx.GraphModule:
     """Return the part of ``source`` that leads from some of its nodes to others."""
     part, copies = fx.Graph(), {}
     for number, node in enumerate(inputs):
         copies[node] = part.placeholder(f"input_{number}")
         copies[node].meta = dict(node.meta)
-    for node in source.nodes:
+    for node in source.graph.nodes:
         known = all(argument in copies for argument in node.all_input_nodes)
         if node.op in ("call_function", "get_attr") and node not in copies and known:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in outputs))
     part.eliminate_dead_code()
-    return fx.GraphModule(source.owning_module, part)  # type: ignore[arg-type]
+    return fx.GraphModule(source, part)

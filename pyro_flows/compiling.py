@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.graphs import quicken
+from pyro_flows.graphs import agree, quicken
 
 # what a processor of 2024 took, in seconds (docs/performance.md); rules by clocks would make results depend on the load
 COMPILE_START = 3.0  # to compile anything, in a process that has not done so yet
@@ -27,6 +27,8 @@ class Runner:
     A graph is compiled when what compiling would have saved so far reaches half of what it costs. Both are estimated
     from the graph, not timed, so that one seed gives one answer on a busy machine too. Where there is no compiler, or
     where the compiled code gives other values, it stays as it is.
+
+    Inputs must be contiguous, and of one shape, dtype and device.
 
     Args:
         module: the graph.
@@ -53,14 +55,16 @@ class Runner:
                 warnings.simplefilter("ignore")
                 import torch._inductor as inductor
 
-                options = {"size_asserts": False, "alignment_asserts": False, "compile_threads": 1}
+                options = {"compile_threads": 1}
                 compiled = inductor.compile(self.module, list(inputs), options=options)  # type: ignore[arg-type]
-                agrees = _agree(compiled(*inputs), self.function(*inputs))
+                agrees = agree(compiled(*inputs), self.function(*inputs))
+        except torch.linalg.LinAlgError:
+            self.compile_at += 1  # of these inputs, not of the compiler
         except Exception as error:  # no compiler, or one that fails: there is nothing to lose but time
             logger.debug("not compiled: %s", error)
-            return
-        if agrees:
-            self.function, self.compiled = compiled, True
+        else:
+            if agrees:
+                self.function, self.compiled = compiled, True
 
 
 def pays_at(modules: Sequence[fx.GraphModule]) -> int:
@@ -70,11 +74,3 @@ def pays_at(modules: Sequence[fx.GraphModule]) -> int:
     written = sum(value.numel() for value in values if isinstance(value, Tensor))
     cost = COMPILE_START + COMPILE_NODE * len(called)
     return 1 + int(0.5 * cost / (SAVED_NODE * len(called) + SAVED_NUMBER * written + 1e-12))
-
-
-def _agree(found: Any, expected: Any) -> bool:
-    def close(one: Tensor, other: Tensor) -> bool:
-        tolerance = 1e-8 if other.dtype == torch.float64 else 1e-3
-        return torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-    return all(close(one, other) for one, other in zip(found, expected, strict=True))

@@ -217,6 +217,7 @@ def _run(plan: _Plan, density: LogDensity, number: int, starts: list[Start] | No
         extra = list(density.parameters().values()) if plan.train_model else []
         winner, field = race(guide, density, starts, share(plan.max_steps), seed=seed, extra=extra)
         history, trainer = [entrant.entry for entrant in field], winner.trainer
+        del field  # the losers' flows
         left = Budget(plan.max_steps - len(trainer.losses), plan.deadline)
         best = assess(guide.flow, density, train(trainer, left, seed=seed, report=bar.show))
         history.append(entry("first round", trainer, best))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ _OTHERWISE = ("index", "index_put", "scalar_tensor")  # whose bindings take othe
 def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """Record the tensor operations of ``function`` at ``inputs``, without those that repeat others or only constants.
 
-    Tensors that are no inputs are constants; what depends on them alone is computed here and now. Inputs that are one
-    tensor would become one input of the graph.
+    Tensors that are no inputs are constants; what depends on them alone is computed here and now, unless they are
+    parameters, which stay what they are at each run. Inputs that are one tensor would become one input of the graph.
     """
     module = make_fx(lambda *parts: function(*parts))(*inputs)  # bound methods confuse it
     if _out_of_place(module.graph):
@@ -32,8 +32,23 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
         _fold(module)
         _tidy(module.graph)
     module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
+    return fx.GraphModule(module, module.graph)  # with those constants only that are used
+
+
+def nearby(x: Tensor) -> Tensor:
+    """Return other points close to ``x``, for a graph to be checked at; no random numbers are used."""
+    return x + 0.1 * torch.sin(torch.arange(x.numel(), dtype=x.dtype, device=x.device)).reshape(x.shape)
+
+
+def agree(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
+    """Whether results are equal but for rounding."""
+
+    def close(one: Tensor, other: Tensor) -> bool:
+        tolerance = 1e-8 if other.dtype == torch.float64 else 1e-3
+        same = one.shape == other.shape and one.dtype == other.dtype
+        return same and torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+    return all(close(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def _out_of_place(graph: fx.Graph) -> bool:
@@ -53,8 +68,10 @@ def _out_of_place(graph: fx.Graph) -> bool:
 
 
 def _is_own(changed: fx.Node, by: fx.Node) -> bool:
-    """Whether no other tensor of the graph shares memory with ``changed``."""
-    return _is_fresh(changed) and all(_is_fresh(user) for user in changed.users if user is not by)
+    """Whether no other tensor shares memory with ``changed``, and a new tensor would have the same dtype."""
+    others = [node.meta["val"].dtype for node in by.all_input_nodes if isinstance(node.meta.get("val"), Tensor)]
+    promoted = any(dtype.is_floating_point and dtype != changed.meta["val"].dtype for dtype in others)
+    return not promoted and _is_fresh(changed) and all(_is_fresh(user) for user in changed.users if user is not by)
 
 
 def _is_fresh(node: fx.Node) -> bool:
@@ -82,32 +99,39 @@ def _tidy(graph: fx.Graph) -> None:
 
 def _fold(module: fx.GraphModule) -> None:
     """Compute what depends on constants and shapes alone, unless it takes far more memory than they do."""
-    graph, known = module.graph, {}
+    graph = module.graph
+    known: dict[fx.Node, Tensor] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr":
-            known[node] = getattr(module, node.target)
-        elif _is_aten(node) and _is_pure(node):
-            sources = node.all_input_nodes
-            if _name(node) in _LIKE and len(sources) == 1:  # only the shape matters
-                like = sources[0].meta["val"]
-                values = {sources[0]: torch.empty(like.shape, dtype=like.dtype, device=like.device)}
-            elif all(source in known for source in sources):
-                values = known
-            else:
-                continue
+            constant = getattr(module, node.target)
+            if not constant.requires_grad:
+                known[node] = constant
+        elif _is_aten(node) and _is_pure(node) and (values := _values(node, known)) is not None:
             with torch.no_grad():
                 value = node.target(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get))  # type: ignore[arg-type, operator]
-            if isinstance(value, Tensor) and value.numel() <= max([FOLDED, *(v.numel() for v in values.values())]):
+            sizes = [] if _name(node) in _LIKE else [part.numel() for part in values.values()]
+            if isinstance(value, Tensor) and value.numel() <= max([FOLDED, *sizes]):
                 known[node] = value
     for number, (node, value) in enumerate(known.items()):
         if node.op == "call_function":
             name = f"_folded_{number}"
             module.register_buffer(name, value)
             with graph.inserting_before(node):
-                constant = graph.get_attr(name)
-            constant.meta = dict(node.meta)
-            node.replace_all_uses_with(constant)
+                folded = graph.get_attr(name)
+            folded.meta = dict(node.meta)
+            node.replace_all_uses_with(folded)
             graph.erase_node(node)
+
+
+def _values(node: fx.Node, known: dict[fx.Node, Tensor]) -> dict[fx.Node, Tensor] | None:
+    """Return the values of a node's inputs, or None if they are not known; of some operations only the shape counts."""
+    sources = node.all_input_nodes
+    if _name(node) in _LIKE and len(sources) == 1:
+        like = sources[0].meta["val"]
+        if like.numel() > FOLDED:
+            return None
+        return {sources[0]: torch.empty(like.shape, dtype=like.dtype, device=like.device)}
+    return {source: known[source] for source in sources} if all(source in known for source in sources) else None
 
 
 def _is_pure(node: fx.Node) -> bool:
@@ -126,7 +150,9 @@ def _simpler(node: fx.Node) -> fx.Node | None:
     first = node.args[0] if node.args else None
     if not isinstance(first, fx.Node):
         return None
-    if node.target in _SAME or (node.target in _BY_ONE and node.args[1] == 1):
+    if node.target in _SAME:
+        return first
+    if node.target in _BY_ONE and node.args[1] == 1 and node.meta["val"].dtype == first.meta["val"].dtype:
         return first
     if node.target is _aten.t.default and first.target is _aten.t.default:
         return first.args[0]  # type: ignore[return-value]

@@ -179,7 +179,8 @@ class LogDensity:
         """Return the log density (S,) at ``z`` (S, D), differentiable in ``z`` and in the model's own parameters.
 
         It is NaN where the model cannot be run, since a matrix has no factorization there. Without autograd, the
-        computation is recorded as :meth:`value_and_grad` records it, unless the model has parameters of its own.
+        computation is recorded as :meth:`value_and_grad` records it, unless the model has parameters of its own; see
+        :meth:`forget`.
         """
         self._check(z)
         self.evaluations += len(z) if z.requires_grad else 0

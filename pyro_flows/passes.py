@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
@@ -12,9 +13,11 @@ from pyro_flows import bases
 from pyro_flows.bodies import Body, body_of
 from pyro_flows.compiling import Runner, pays_at
 from pyro_flows.flows import Flow
-from pyro_flows.graphs import record
+from pyro_flows.graphs import agree, record
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.chain import Chain
+
+logger = logging.getLogger("pyro_flows")
 
 
 class Passes:
@@ -31,7 +34,7 @@ class Passes:
         compile: whether to compile at once (True), never (False), or when it pays (None).
 
     Raises:
-        Exception: of any kind, if some layer cannot be recorded.
+        Exception: of any kind, if some layer cannot be recorded, or the graphs give other numbers than the flow.
     """
 
     def __init__(self, flow: Flow, like: Tensor, weights: Sequence[Tensor], *, compile: bool | None = None) -> None:
@@ -53,6 +56,7 @@ class Passes:
         self._compile_at = pays_at(graphs) if compile is None else int(compile)
         self._runs = 0
         self._whole: tuple[Runner, Runner] | None = None
+        self._check(like)
 
     @torch.no_grad()
     def sample(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -96,19 +100,36 @@ class Passes:
             found += reversed(gradients)
         return (torch.cat([gradient.reshape(-1) for gradient in reversed(found)]),)
 
+    def _check(self, like: Tensor) -> None:
+        """Compare with the flow and autograd; bodies may come from other flows."""
+        x = 2.0 * torch.sin(torch.arange(like.numel(), dtype=like.dtype, device=like.device)).reshape(like.shape)
+        pull = torch.cos(x)
+        z, log_q, score = self.flow.sample_with_score(at=x)
+        trained = [parameter for parameter in self.flow.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad((pull * z).sum(), trained, materialize_grads=True)
+        expected = (z.detach(), log_q, score, torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        with torch.no_grad():
+            z, log_q, score, *tape = self._forward(*self.state, x)
+            got = z, log_q, score, *self._backward(*self.state, *tape, pull)
+        if not agree(got, expected):
+            raise RuntimeError("the graphs gave other values than the flow")
+
     def _compile(self, x: Tensor) -> None:
-        z, _, _, *tape = self._forward(*self.state, x)
-        forward = Runner(record(self._forward, *self.state, x), compile=True)
-        backward = Runner(record(self._backward, *_apart([*self.state, *tape, z])), compile=True)
-        forward(*self.state, x)
-        backward(*self.state, *tape, z)
-        if forward.compiled and backward.compiled:
+        """Compile both passes; where that fails, or gives other numbers, they stay as they are."""
+        try:
+            forward = Runner(record(self._contiguous, *self.state, x), compile=True)
+            z, _, _, *tape = forward(*self.state, x)
+            example = [part.clone() for part in (*self.state, *tape, z)]  # tensors that are one would be one input
+            backward = Runner(record(self._backward, *example), compile=forward.compiled)
+            backward(*self.state, *tape, z)
+        except Exception as error:
+            logger.debug("not compiled: %s", error)
+            return
+        if backward.compiled:
             self._whole = forward, backward
 
-
-def _apart(tensors: list[Tensor]) -> list[Tensor]:
-    """Return tensors of which no two are one: a graph would take them for one input."""
-    return [tensor.clone() for tensor in tensors]
+    def _contiguous(self, *inputs: Tensor) -> list[Tensor]:
+        return [part.contiguous() for part in self._forward(*inputs)]  # compiled code counts on strides
 
 
 def _flat(bijection: Bijection) -> Iterator[Bijection]:

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from pyro_flows.batching import first_line
 from pyro_flows.compiling import Runner
-from pyro_flows.graphs import record
+from pyro_flows.graphs import agree, nearby, record
 
-SIZES_KEPT = 4
+KINDS_KEPT = 4
 RECORDED_FROM = 2  # the call with one batch size at which it is recorded
 PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
 ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
+
+Kind = tuple[int, torch.dtype, torch.device]
 
 
 def rows_for(numbers: int, budget: int = PIECE) -> int:
@@ -41,38 +43,40 @@ class Recorder:
         self.rows = rows_for(numbers)
         self.reason: str | None = None
         self.compile: bool | None = None  # when it pays
-        self.runners: OrderedDict[int, Runner] = OrderedDict()
-        self._calls: Counter[int] = Counter()
+        self.runners: OrderedDict[Kind, Runner] = OrderedDict()
+        self._calls: Counter[Kind] = Counter()
 
     @torch.no_grad()
     def __call__(self, z: Tensor) -> tuple[Tensor, ...]:
         """Return the function's results, without a graph of autograd's."""
         if self.reason is not None:
             return self.function(z)
+        z = z.contiguous()
         if len(z) <= self.rows:
-            return self._piece(z)
+            return tuple(part.clone() for part in self._piece(z))  # not the graph's own constants
         short = -len(z) % self.rows
         filled = torch.cat([z, z[-1:].expand(short, -1)]) if short else z
         parts = zip(*(self._piece(part) for part in filled.split(self.rows)), strict=True)
         return tuple(torch.cat(part)[: len(z)] for part in parts)
 
     def forget(self) -> None:
-        """Drop the graphs."""
+        """Drop the graphs, and what is known of whether they can be recorded."""
         self.runners.clear()
         self._calls.clear()
+        self.reason = None
 
     def _piece(self, z: Tensor) -> tuple[Tensor, ...]:
-        size = len(z)
-        if size not in self.runners:
-            self._calls[size] += 1
-            if self._calls[size] < RECORDED_FROM or not self._record(z):
+        kind = len(z), z.dtype, z.device
+        if kind not in self.runners:
+            self._calls[kind] += 1
+            if self._calls[kind] < RECORDED_FROM or not self._record(z):
                 return self.function(z)
-        self.runners.move_to_end(size)
-        return self.runners[size](z)
+        self.runners.move_to_end(kind)
+        return self.runners[kind](z)
 
     def _record(self, z: Tensor) -> bool:
-        """Record for this batch size; return whether the graph repeats what the function gives at new points."""
-        fresh = z + 0.1 * torch.sin(torch.arange(z.numel(), dtype=z.dtype, device=z.device)).reshape(z.shape)
+        """Record for such batches; return whether the graph repeats what the function gives at new points."""
+        fresh = nearby(z)
         try:
             runner = Runner(record(self.function, z), compile=self.compile)
             recorded = runner(fresh)
@@ -81,12 +85,10 @@ class Recorder:
         except Exception as error:
             self.reason = f"not recorded: {first_line(error)}"
             return False
-        tolerance = 1e-8 if z.dtype == torch.float64 else 1e-3
-        for ours, plain in zip(recorded, self.function(fresh), strict=True):
-            if not torch.allclose(ours, plain, rtol=tolerance, atol=tolerance, equal_nan=True):
-                self.reason = "not recorded: the graph gave other values at new points"
-                return False
-        self.runners[size := len(z)] = runner
-        while len(self.runners) > SIZES_KEPT:
+        if not agree(recorded, self.function(fresh)):
+            self.reason = "not recorded: the graph gave other values at new points"
+            return False
+        self.runners[len(z), z.dtype, z.device] = runner
+        while len(self.runners) > KINDS_KEPT:
             self._calls.pop(self.runners.popitem(last=False)[0], None)
-        return size in self.runners
+        return True

@@ -153,8 +153,9 @@ class Trainer:
         gradient, terms, log_weights = self._elbo() if self.extra else self._path()
         with torch.no_grad():
             finite = torch.isfinite(terms)
-            self._pending.append(-torch.where(finite, terms, 0.0).sum() / finite.sum())
-            weights = torch.softmax(torch.nan_to_num(log_weights, nan=-torch.inf), 0)
+            mean = torch.where(finite, terms, 0.0).sum() / finite.sum()
+            self._pending.append(torch.where(finite.any(), -mean, torch.inf))
+            weights = torch.softmax(torch.nan_to_num(log_weights, nan=-torch.inf, neginf=-torch.inf), 0)
             self.ess = 0.95 * self.ess + 0.05 * torch.nan_to_num(1.0 / (weights.square().sum() * self.batch))
             self._update(gradient, learning_rate)
 
@@ -172,7 +173,8 @@ class Trainer:
         self._counted = self._counted + moved
         self._mean.lerp_(gradient, (1.0 - BETAS[0]) * moved)
         self._square.lerp_(gradient.square(), (1.0 - BETAS[1]) * moved)
-        mean_share, square_share = (1.0 - beta**self._counted for beta in BETAS)
+        counted = self._counted.clamp(min=1.0)  # 0 if all gradients so far were bad
+        mean_share, square_share = (1.0 - beta**counted for beta in BETAS)
         size = torch.where(good, learning_rate / mean_share, 0.0)
         scale = (self._square / square_share).sqrt_().add_(EPSILON)
         self.weights.addcdiv_(self._mean * -size, scale)
@@ -209,6 +211,7 @@ class Trainer:
     def _record(self) -> None:
         self._recordable = False
         like = self.weights.new_zeros(self.batch, self.flow.dim)
+        self.write()
         try:
             self._passes, self.evaluation = Passes(self.flow, like, self._views, compile=self.compile), "recorded"
         except Exception as error:
@@ -284,6 +287,7 @@ def anneal(trainer: Trainer, steps: int, *, report: Report) -> None:
         if (step + 1) % CHECK_EVERY == 0:
             report(step + 1, -trainer.losses[-1], f"tempering, beta {trainer.beta:.2f}")
     trainer.beta = 1.0
+    trainer.write()
 
 
 def _steady_share(steps: int) -> int:

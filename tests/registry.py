@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,11 @@ from pyro_flows.builders import BUILDERS
 CONTEXT = 3
 HIDDEN = (6,)
 DIMS = (1, 2, 3, 7)
+
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler: install g++ or clang++"
+)
 
 
 def randomise(module: nn.Module, *, sd: float, seed: int = 0) -> nn.Module:

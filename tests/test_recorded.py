@@ -16,7 +16,7 @@ from pyro_flows.graphs import quicken, record
 from pyro_flows.passes import Passes
 from pyro_flows.training import Trainer
 from tests.invariants import close
-from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, normal
+from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, needs_compiler, normal
 
 NUMERIC = ("Inverse-Planar", "Inverse-Chain")  # the root is searched until it is found, so there is no flat graph
 VECTORS = [case for case in SMALL + LARGE if not (case.context_dim or case.unit) and len(case.shape) == 1]
@@ -63,6 +63,38 @@ def test_changes_in_place_are_kept():
     for one, other, value in zip(plain, quick, expected, strict=True):
         assert torch.equal(one, value)
         assert torch.equal(other, value)
+
+
+def test_types_are_those_of_ordinary_code():
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        narrow = 2.0 * x.float()
+        narrow.add_(x)
+        return narrow, x.long() ** 1.0
+
+    plain, quick, expected, _ = run(function, normal(5, seed=8))
+    for one, other, value in zip(plain, quick, expected, strict=True):
+        assert one.dtype == other.dtype == value.dtype
+        assert torch.equal(one, value)
+        assert torch.equal(other, value)
+
+
+def test_constants_take_no_more_memory_than_they_have_to():
+    """Those on the way to others are dropped, and zeros in the shape of a large result are made anew."""
+    rows = torch.arange(1.0, 100_001.0)
+
+    def function(x: Tensor) -> Tensor:
+        return ((x[:, None] - rows) / (2.0 * rows.square().log1p()) + torch.zeros_like(x[:, None] - rows)).sum(-1)
+
+    *_, module = run(function, normal(16, seed=9).float())
+    assert sum(part.numel() for part in module.buffers()) == 2 * len(rows)
+
+
+def test_parameters_are_no_constants():
+    weight = torch.nn.Parameter(torch.tensor(2.0))
+    module = record(lambda x: (weight.exp() * x).detach(), torch.ones(2))
+    with torch.no_grad():
+        weight.fill_(0.0)
+        assert torch.equal(quicken(module)(torch.ones(2)), torch.ones(2))
 
 
 def test_draws_are_not_shared():
@@ -129,6 +161,45 @@ def test_layers_of_one_kind_share_a_body():
     assert body_of(layer, x) is body_of(same, x)
     assert body_of(layer, x) is not body_of(other, x)
     assert body_of(layer, x) is not body_of(layer, x[:4])
+
+
+class Listed(pf.AffineCoupling):
+    """A layer with an attribute that is no plain value."""
+
+    def __init__(self, dim: int, size: float) -> None:
+        super().__init__(dim)
+        self.sizes = [size]
+
+    def forward_and_score(self, x, score, context=None):
+        y, ladj, score = super().forward_and_score(x, score, context)
+        return y * self.sizes[0], ladj + self.dim * math.log(self.sizes[0]), score / self.sizes[0]
+
+
+def test_layers_that_differ_in_more_than_plain_values_share_nothing():
+    x = normal(8, 6, seed=7)
+    for size in (1.0, 2.0, 3.0):  # short-lived, so that one may get the identity of the one before
+        layer = Listed(6, size).double()
+        z = Passes(pf.Flow(layer), x, list(layer.parameters())).sample(x)[0]
+        close(z[:, 3:], size * x[:, 3:], 1e-12)
+    hooked = pf.AffineCoupling(6).double()
+    hooked.conditioner.register_forward_hook(lambda module, inputs, out: out + 1.0)
+    body_of(pf.AffineCoupling(6).double(), x)
+    assert Passes(pf.Flow(hooked), x, list(hooked.parameters())).sample(x)[1].std() > 0.0
+    close(
+        Passes(pf.Flow(hooked), x, list(hooked.parameters())).sample(x)[0],
+        hooked.forward_and_ladj(x)[0].detach(),
+        1e-12,
+    )
+
+
+def test_passes_are_compared_with_the_flow(monkeypatch):
+    """A body that a changed class left behind is found out."""
+    flow = make_flow("realnvp", 4)
+    x = normal(5, 4, seed=8)
+    Passes(flow, x, list(flow.parameters()))
+    monkeypatch.setattr(pf.AffineCoupling, "_move", pf.AdditiveCoupling._move)
+    with pytest.raises(RuntimeError, match="other values"):
+        Passes(flow, x, list(flow.parameters()))
 
 
 def test_frozen_parameters_get_no_gradient():
@@ -206,6 +277,30 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert not torch.equal(trainer.weights, before)
 
 
+def test_a_bad_gradient_may_come_first():
+    trainer = trained(make_flow("realnvp", 4), steps=0)
+    before = trainer.keep()
+    for _ in range(2):
+        trainer._update(torch.full_like(before, torch.nan), 1e-2)
+        assert torch.equal(trainer.weights, before)
+        trainer.restore(before)
+    assert trainer.skipped == 2
+
+
+def test_a_batch_without_a_finite_term_counts_as_infinite_loss():
+    trainer = trained(make_flow("realnvp", 4), steps=0)
+    trainer.density.value_and_grad = lambda z: (torch.full_like(z[:, 0], -torch.inf), torch.zeros_like(z))
+    trainer.step(1e-2)
+    assert trainer.losses == [math.inf]
+    assert float(trainer.ess) == 0.0
+
+
+def test_annealing_hands_its_parameters_over():
+    trainer = trained(make_flow("realnvp", 4), steps=12)
+    training.anneal(trainer, 5, report=lambda *_: None)
+    assert torch.equal(torch.cat([part.detach().reshape(-1) for part in trainer.flow.parameters()]), trainer.weights)
+
+
 def test_updates_are_those_of_adam():
     """As long as nothing is clipped."""
     trainer = trained(make_flow("realnvp", 4), steps=0)
@@ -229,6 +324,20 @@ def test_large_gradients_are_clipped():
     close(trainer._mean, mean.lerp(clipped, 0.1), 1e-9)
 
 
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FLOWS)
+def test_compiled_passes_of_every_flow(name):
+    flow = make_flow(name, 5, base="student_t")
+    x, pull = normal(7, 5, seed=5), normal(7, 5, seed=6)
+    passes = Passes(flow, x, [parameter.detach() for parameter in flow.parameters()], compile=True)
+    z, log_q, score, tape = passes.sample(x)
+    assert passes.compiled
+    for got, expected in zip((z, log_q, score, passes.pull(tape, pull)), eager(flow, x, pull), strict=True):
+        close(got, expected, 1e-10)
+
+
+@needs_compiler
 @pytest.mark.slow
 def test_compiled_steps_are_recorded_steps():
     """Up to rounding, which steps amplify."""
