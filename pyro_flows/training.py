@@ -252,11 +252,10 @@ def train(
     costs.
     """
     check = Check.make(trainer.flow, trainer.density, seed=seed)
-    monitor = Monitor()
+    monitor, ratchet = Monitor(), _Ratchet(trainer, check.elbo())
     first = len(trainer.losses)  # a race may have gone before
     still, why = False, "no steps"
     steady = _steady_share(budget.steps)
-    kept, best, falls = trainer.keep(), check.elbo(), 0
     done = 0
     while done < steady and budget.left(done) and not still:
         trainer.step(trainer.learning_rate * min(1.0, (done + 1) / WARM_UP))
@@ -266,17 +265,28 @@ def train(
             value = monitor.add(*check())
             still, why = monitor.stationary()
             still = still and settle
-            if value >= best:
-                kept, best = trainer.keep(), value
-            elif not value > best - FALL:
-                trainer.restore(kept)
-                falls += 1
+            ratchet.look(value)
             report(first + done, value, "settling")
     cool = min(budget.left(done), max(cool, min(int(COOL_SHARE * done), COOL_AT_MOST)))
-    value = _cool(trainer, budget, done, cool, check, lambda *state: report(first + state[0], *state[1:]))
+    value = _cool(trainer, budget, done, cool, check, ratchet, lambda *state: report(first + state[0], *state[1:]))
     why = f"stopped: {why}" if still else f"{done + cool} steps ended the fit before it settled ({why})"
     moving = not still and monitor.restless
-    return Training(trainer.losses[first:], value, still, moving, why, trainer.skipped, falls)
+    return Training(trainer.losses[first:], value, still, moving, why, trainer.skipped, ratchet.falls)
+
+
+class _Ratchet:
+    """The parameters of the best check so far, to go back to with half the step size after a fall."""
+
+    def __init__(self, trainer: Trainer, elbo: float) -> None:
+        self.trainer, self.kept, self.best, self.falls = trainer, trainer.keep(), elbo, 0
+
+    def look(self, elbo: float) -> None:
+        """Keep the present parameters if they are the best, go back if they are far from it."""
+        if elbo >= self.best:
+            self.kept, self.best = self.trainer.keep(), elbo
+        elif not elbo > self.best - FALL:
+            self.trainer.restore(self.kept)
+            self.falls += 1
 
 
 def anneal(trainer: Trainer, steps: int, *, report: Report) -> None:
@@ -295,7 +305,9 @@ def _steady_share(steps: int) -> int:
     return max(steps - max(COOL_AT_LEAST, int(steps * COOL_SHARE / (1.0 + COOL_SHARE))), steps // 2)
 
 
-def _cool(trainer: Trainer, budget: Budget, done: int, steps: int, check: Check, report: Report) -> float:
+def _cool(
+    trainer: Trainer, budget: Budget, done: int, steps: int, check: Check, ratchet: _Ratchet, report: Report
+) -> float:
     """Lower the step size to zero along a cosine; average the last fifth, kept if the ELBO does not fall."""
     average: Tensor | None = None
     averaged = 0
@@ -308,9 +320,14 @@ def _cool(trainer: Trainer, budget: Budget, done: int, steps: int, check: Check,
             average = trainer.keep() if average is None else average.lerp_(trainer.weights, 1.0 / averaged)
         if (step + 1) % CHECK_EVERY == 0:
             trainer.write()
-            report(done + step + 1, check.elbo(), "cooling")
+            value = check.elbo()
+            ratchet.look(value)
+            report(done + step + 1, value, "cooling")
     trainer.write()
     last = check.elbo()
+    if not last > ratchet.best - FALL:
+        ratchet.look(last)
+        last = ratchet.best
     if average is None:
         return last
     kept = trainer.keep()

@@ -301,6 +301,26 @@ def test_annealing_hands_its_parameters_over():
     assert torch.equal(torch.cat([part.detach().reshape(-1) for part in trainer.flow.parameters()]), trainer.weights)
 
 
+def test_a_fall_while_cooling_leads_back(monkeypatch):
+    """Half of the cool-down is good; then something breaks."""
+    trainer = trained(make_flow("realnvp", 4), steps=12)
+    check = training.Check.make(trainer.flow, trainer.density, seed=0)
+    ratchet = training._Ratchet(trainer, check.elbo())
+    step, taken = trainer.step, []
+
+    def breaks(learning_rate):
+        taken.append(None)
+        step(learning_rate)
+        if len(taken) > 60:
+            trainer.weights.add_(100.0)
+
+    monkeypatch.setattr(trainer, "step", breaks)
+    value = training._cool(trainer, training.Budget(100), 0, 100, check, ratchet, lambda *_: None)
+    assert ratchet.falls >= 1
+    assert value == ratchet.best
+    assert check.elbo() == value
+
+
 def test_updates_are_those_of_adam():
     """As long as nothing is clipped."""
     trainer = trained(make_flow("realnvp", 4), steps=0)
