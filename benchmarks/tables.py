@@ -281,6 +281,7 @@ def toys_section(rows: Sequence[Row]) -> str:
     cases = toys.newest(rows)
     kept = [row for group in cases.values() for row in group]
     seeds = max(len(group) for group in cases.values())
+    versions = " and ".join(dict.fromkeys(row["version"] for row in kept))
     text = (
         f"`fit` as it comes, on targets of known log normaliser and moments, with {_plural(seeds, 'seed')} each. "
         "u1 to u4 are Rezende and Mohamed's potentials; the funnel is Neal's in 10 dimensions (best Gaussian: a gap of "
@@ -289,7 +290,7 @@ def toys_section(rows: Sequence[Row]) -> str:
         "normaliser, in nats. A mode is found if draws of the "
         f"guide hold {toys.FOUND_SHARE:.0%} of its mass at least. A fit is wrong if it lacks a mode, or draws to use "
         "miss a mean by more than 0.25 standard deviations or a standard deviation by more than 25 %. Where a first "
-        f"round did not suffice, the fit added layers. {about(kept)} pyro_flows {rows[-1]['version']}."
+        f"round did not suffice, the fit added layers. {about(kept)} pyro_flows {versions}."
     )
     return f"{text}\n\n{_toys_table(cases)}"
 
