@@ -33,7 +33,7 @@ from pyro_flows.verdict import Draw, weigh
 
 MAX_STEPS = 6000
 ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
-UNEVEN = 2.0
+UNEVEN, FAR_UNEVEN = 2.0, 5.0
 UNEVEN_DRAWS = 4000
 MODE_DRAWS = 1000
 
@@ -132,7 +132,8 @@ def fit(
         best = max(done, key=lambda run: run.best.rank)
         history += [stage for run in done for stage in run.history]
         flow_found = best.guide.flow
-        warnings = _warnings(best.best.training) + _too_uneven(flow_found, density)
+        uneven, impossible = _too_uneven(flow_found, density)
+        warnings = _warnings(best.best.training) + uneven
         draw: Draw = lambda n: _draw(flow_found, n)  # noqa: E731
         score: Callable[[Tensor], Tensor] = flow_found.log_prob
         if runs > 1:
@@ -142,6 +143,7 @@ def fit(
                 warnings += agreement.disagreements
                 stack = Stack.make([run.guide.flow for run in done], agreement.weights)
                 draw, score = stack.draw, stack.log_prob
+        moving = best.best.training.moving
         density.forget()
         z, log_q = draw(MODE_DRAWS)
         missed = missed_modes(density, [mode for run in done for mode in run.modes], z, log_q, score)
@@ -156,7 +158,7 @@ def fit(
             history=history,
             settings=settings,
             warnings=warnings,
-            failures=missed + (["the fit was cut short while it still moved"] if best.best.training.moving else []),
+            failures=missed + impossible + (["the fit was cut short while it still moved"] if moving else []),
         )
 
 
@@ -262,13 +264,14 @@ def _warnings(result: Training) -> list[str]:
 
 
 @torch.no_grad()
-def _too_uneven(flow: Flow, density: LogDensity) -> list[str]:
+def _too_uneven(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]]:
     """Say so where the posterior's density is more uneven than a volume-preserving flow can be.
 
-    Such a flow hands on the base's Var[log q], which the posterior's Var[log p] has to equal.
+    Such a flow hands on the base's Var[log q], which the posterior's Var[log p] has to equal. A little more is a
+    warning, much more a failure: draws of such a flow do not come to where most of the variance is. Returns both kinds.
     """
     if flow.settings is None or flow.settings["builder"] != "nice":
-        return []
+        return [], []
     z, log_q = _draw(flow, UNEVEN_DRAWS)
     log_p = density(z)
     weighing = weigh(z, log_p, log_q)
@@ -278,8 +281,9 @@ def _too_uneven(flow: Flow, density: LogDensity) -> list[str]:
     base = flow.base_distribution()
     ratio = float(spread / base.log_prob(base.sample((UNEVEN_DRAWS,))).var())
     if not ratio > UNEVEN:
-        return []
-    return [f"Var[log p] is {ratio:.1f} times what a volume-preserving flow can have, so NICE cannot fit; try realnvp"]
+        return [], []
+    said = [f"Var[log p] is {ratio:.1f} times what a volume-preserving flow can have, so NICE cannot fit; try realnvp"]
+    return (said, []) if ratio < FAR_UNEVEN else ([], said)
 
 
 def _settings(run: _Run, density: LogDensity, began: float, **given: Any) -> dict[str, Any]:

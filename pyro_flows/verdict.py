@@ -16,6 +16,8 @@ ESS_RATIO = 0.1
 MEAN_SHIFT = 0.1
 SD_SHIFT = 0.1
 WIDENING = math.log(2.0)  # of an sd: beyond it, weights tell that mass is missing in the tails, not how much
+MENDED_MEAN = 1.0  # sds: a guide that is further off has not seen what it should weigh
+MENDED_K = 0.5  # of weights that have to mend something: above it they have no variance
 POOL = 4
 CHECKED = 50  # draws run with Pyro's argument checks on
 
@@ -75,6 +77,7 @@ class Weighing:
     mean_shift: Tensor
     sd_shift: Tensor
     widening: float
+    distance: float  # the largest shift of a mean, of the draws that are possible under p
     broken: int
 
     @property
@@ -95,10 +98,10 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
     ratio = torch.where(torch.isfinite(ratio), ratio, -torch.inf)
     if broken == len(ratio):
         nothing = torch.full((z.shape[1],), torch.nan)
-        return Weighing(ratio, math.inf, 0.0, -math.inf, -math.inf, nothing, nothing, 0.0, broken)
+        return Weighing(ratio, math.inf, 0.0, -math.inf, -math.inf, nothing, nothing, 0.0, math.inf, broken)
     log_weights, k_hat = psis(ratio)
     weights, points = log_weights.exp().unsqueeze(-1), z.double()
-    mean, weighted = points.mean(0), (weights * points).sum(0)
+    mean, weighted, possible = points.mean(0), (weights * points).sum(0), torch.isfinite(ratio)
     spread = points.std(0)
     weighted_spread = (weights * (points - weighted).square()).sum(0).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     narrowing = (spread / weighted_spread).log()
@@ -106,11 +109,12 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
         log_weights=log_weights,
         k_hat=k_hat,
         ess=float(1.0 / weights.square().sum()),
-        elbo=float(ratio[torch.isfinite(ratio)].mean()),
+        elbo=float(ratio[possible].mean()),
         log_evidence=float(torch.logsumexp(ratio, 0) - math.log(len(ratio))),
         mean_shift=(mean - weighted).abs() / weighted_spread,
         sd_shift=narrowing.abs(),
         widening=float(-narrowing.min()),
+        distance=float(((points[possible].mean(0) - weighted).abs() / weighted_spread).max()),
         broken=broken,
     )
 
@@ -141,6 +145,10 @@ def judge(
         moved.append(f"weighting changes the sd of {names[int(sd_where)]} by a factor {math.exp(sd):.2f}")
     if weighing.widening > WIDENING:
         reasons.append(f"weighting widens an sd {math.exp(weighing.widening):.1f} times, more than weights can mend")
+    if not weighing.distance <= MENDED_MEAN:
+        reasons.append(f"weighting moves a mean by {weighing.distance:.3g} sd, more than weights can mend")
+    if moved and MENDED_K <= weighing.k_hat < weighing.threshold:
+        reasons.append(f"k-hat {weighing.k_hat:.2f} is not below {MENDED_K}, and weights have draws to mend")
     if weighing.broken:
         moved.append(f"{weighing.broken} draws have no finite log density")
     status = "unreliable" if reasons else "corrected" if moved or warnings else "ok"
