@@ -89,7 +89,7 @@ def _filled(pieces: Iterable[dict[str, Tensor]], first: dict[str, Tensor], rows:
             if part.shape[1:] != whole[name].shape[1:] or part.dtype != whole[name].dtype:
                 raise RuntimeError(f"{name}: {part.shape[1:]}, {part.dtype} after {first[name].shape[1:]} in one batch")
             whole[name][done : done + len(part)] = part
-        done += len(next(iter(piece.values())))
+        done += max(map(len, piece.values()), default=0)
     return whole
 
 
