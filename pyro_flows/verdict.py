@@ -16,6 +16,7 @@ ESS_RATIO = 0.1
 MEAN_SHIFT = 0.1
 SD_SHIFT = 0.1
 WIDENING = math.log(2.0)  # of an sd: beyond it, weights tell that mass is missing in the tails, not how much
+LEVEL = math.log(1.5)  # largest weight over the mean one, below which weights have no tail for k-hat to look at
 MENDED_MEAN = 1.0  # sds: a guide that is further off has not seen what it should weigh
 MENDED_K = 0.5  # of weights that have to mend something: above it they have no variance
 POOL = 4
@@ -100,6 +101,9 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
         nothing = torch.full((z.shape[1],), torch.nan)
         return Weighing(ratio, math.inf, 0.0, -math.inf, -math.inf, nothing, nothing, 0.0, math.inf, broken)
     log_weights, k_hat = psis(ratio)
+    log_evidence = float(torch.logsumexp(ratio, 0) - math.log(len(ratio)))
+    if float(ratio.max()) - log_evidence < LEVEL:
+        k_hat = min(k_hat, 0.0)
     weights, points = log_weights.exp().unsqueeze(-1), z.double()
     mean, weighted, possible = points.mean(0), (weights * points).sum(0), torch.isfinite(ratio)
     spread = points.std(0)
@@ -110,7 +114,7 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
         k_hat=k_hat,
         ess=float(1.0 / weights.square().sum()),
         elbo=float(ratio[possible].mean()),
-        log_evidence=float(torch.logsumexp(ratio, 0) - math.log(len(ratio))),
+        log_evidence=log_evidence,
         mean_shift=(mean - weighted).abs() / weighted_spread,
         sd_shift=narrowing.abs(),
         widening=float(-narrowing.min()),
