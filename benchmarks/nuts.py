@@ -15,15 +15,12 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks import records
 from benchmarks.models import NAMES, load
@@ -52,12 +49,8 @@ FIELDS = (
 
 def work(task: Task) -> Row:
     """Do one task and return its row; an exception is recorded in the column ``error``."""
-    torch.set_num_threads(1)
-    row: dict[str, Any] = dict.fromkeys(FIELDS, "")
-    row.update(posterior=task.posterior, method=task.method, seed=task.seed, version=task.version)
-    row.update(machine=records.machine(), software=records.software())
-    began = time.monotonic()
-    try:
+
+    def fill(row: dict[str, Any]) -> None:
         problem = load(task.posterior, task.root)
         found = METHODS[task.method](problem, task.seed)
         reference = LogDensity(problem.model, problem.args).unconstrain(problem.reference)
@@ -65,10 +58,8 @@ def work(task: Task) -> Row:
         row.update(dim=reference.shape[1], draws=len(found.draws), mean=mean, sd=sd)
         row.update(right="yes" if mean <= MEAN and sd <= SD else "no", scaled="yes" if found.scaled else "no")
         row.update(seconds=found.seconds, cpu_seconds=found.cpu_seconds)
-    except Exception as error:
-        row["seconds"] = time.monotonic() - began
-        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
+
+    return records.attempt({**dict.fromkeys(FIELDS, ""), **task.named}, fill)
 
 
 def alone(task: Task) -> Row:

@@ -79,19 +79,20 @@ class Task:
     gradients: int = 0
 
     @property
+    def named(self) -> dict[str, str]:
+        """The columns that tell its row from others."""
+        return {name: str(getattr(self, name)) for name in KEY}
+
+    @property
     def key(self) -> tuple[str, ...]:
-        """What tells its row from others."""
-        return self.posterior, self.method, str(self.seed), self.version
+        """Their values."""
+        return tuple(self.named.values())
 
 
 def work(task: Task) -> Row:
     """Do one fit and return its row; an exception is recorded in the column ``error``."""
-    torch.set_num_threads(1)
-    row: dict[str, Any] = dict.fromkeys(FIELDS, "")
-    row.update(posterior=task.posterior, method=task.method, seed=task.seed, version=task.version)
-    row.update(machine=records.machine(), software=records.software())
-    began = time.monotonic()
-    try:
+
+    def fill(row: dict[str, Any]) -> None:
         problem = load(task.posterior, task.root)
         began = time.monotonic()
         if task.method == OURS:
@@ -101,10 +102,8 @@ def work(task: Task) -> Row:
             found = run(RIVALS[task.method], problem.model, problem.args, **options)
         row["seconds"] = time.monotonic() - began
         row.update(_figures(found, problem))
-    except Exception as error:
-        row["seconds"] = time.monotonic() - began
-        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
+
+    return records.attempt({**dict.fromkeys(FIELDS, ""), **task.named}, fill)
 
 
 def _figures(found: Posterior, problem: Problem) -> dict[str, Any]:

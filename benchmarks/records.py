@@ -9,12 +9,13 @@ import hashlib
 import multiprocessing
 import os
 import platform
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -110,6 +111,19 @@ def append(file: Path, fields: Sequence[str], row: Mapping[str, object]) -> None
         csv.DictWriter(stream, fields, lineterminator="\n").writerow(row)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def attempt(row: dict[str, Any], fill: Callable[[dict[str, Any]], None]) -> Row:
+    """Let ``fill`` write its figures into ``row``; an exception is recorded in the column ``error``. One thread."""
+    torch.set_num_threads(1)
+    row.update(machine=machine(), software=software())
+    began = time.monotonic()
+    try:
+        fill(row)
+    except Exception as error:
+        row["seconds"] = time.monotonic() - began
+        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
 
 
 def done(

@@ -45,14 +45,14 @@ class Rival:
     particles: int = 1
 
 
-def couplings(dim: int) -> ComposeTransformModule:
+def couplings(dim: int, layers: int = COUPLINGS) -> ComposeTransformModule:
     """Return Pyro's affine couplings with a flip of the coordinates between each two of them.
 
     Without the flips, the first half of the coordinates would never be transformed.
     """
     flip = torch.arange(dim - 1, -1, -1)
     parts: list[Any] = []
-    for _ in range(COUPLINGS):
+    for _ in range(layers):
         parts += [affine_coupling(dim, list(HIDDEN)), Permute(flip)]
     return ComposeTransformModule(parts[:-1])
 

@@ -137,22 +137,17 @@ def products(flow: Any, batch: int) -> Step:
 def in_pyro(case: dict[str, Any], method: str) -> Step:
     """A step of Pyro's SVI with its own flow guide, or with zuko's flow."""
     import pyro
-    import torch
-    from pyro.distributions import transforms
     from pyro.infer import SVI, Trace_ELBO
     from pyro.infer.autoguide import AutoNormalizingFlow
     from pyro.optim import Adam  # type: ignore[attr-defined]
 
+    from benchmarks.rivals import couplings
+
     model, dim, layers = MODELS[case["case"]](case["dim"]), case["dim"], case["layers"]
-
-    def couplings(dim: int) -> Any:
-        flip = torch.arange(dim).flip(0)
-        parts: list[Any] = []
-        for _ in range(layers):
-            parts += [transforms.affine_coupling(dim, list(HIDDEN)), transforms.Permute(flip)]
-        return transforms.ComposeTransformModule(parts[:-1])
-
-    guide = AutoNormalizingFlow(model, couplings) if method == "Pyro" else zuko_guide(model, dim, layers)
+    if method == "Pyro":
+        guide = AutoNormalizingFlow(model, lambda dim: couplings(dim, layers))
+    else:
+        guide = zuko_guide(model, dim, layers)
     elbo = Trace_ELBO(num_particles=case["batch"], vectorize_particles=True, max_plate_nesting=1)
     inference = SVI(model, guide, Adam({"lr": LEARNING_RATE}), elbo)
     pyro.set_rng_seed(0)
@@ -274,12 +269,12 @@ def peer(method: str, dim: int, layers: int, batch: int, y: Any) -> tuple[Step, 
         normal = nf.NormalizingFlow(nf.distributions.DiagGaussian(dim, trainable=False), parts)
         return lambda: normal.sample(batch), lambda: normal.log_prob(y)
     import pyro.distributions as dist
-    from pyro.distributions import transforms
 
-    flip, maps = torch.arange(dim).flip(0), []
-    for _ in range(layers):
-        maps += [transforms.affine_coupling(dim, list(HIDDEN)), transforms.Permute(flip)]
-    transformed = dist.TransformedDistribution(dist.Normal(torch.zeros(dim), 1.0).to_event(1), maps)
+    from benchmarks.rivals import couplings
+
+    transformed = dist.TransformedDistribution(
+        dist.Normal(torch.zeros(dim), 1.0).to_event(1), list(couplings(dim, layers).parts)
+    )
 
     def scored() -> Any:
         transformed.clear_cache()

@@ -97,20 +97,16 @@ def errors(target: Target, z: Tensor) -> tuple[float, float]:
 
 def work(task: Task) -> Row:
     """Do one fit and return its row; an exception is recorded in the column ``error``."""
-    torch.set_num_threads(1)
-    row: dict[str, Any] = {**dict.fromkeys(FIELDS, ""), **task.named}
-    row.update(machine=records.machine(), software=records.software())
-    case, began = task.case, time.monotonic()
+    case = task.case
     options: dict[str, Any] = {"flow": case.flow, "layers": case.layers, "runs": case.runs}
-    try:
-        target = TARGETS[case.target]
+
+    def fill(row: dict[str, Any]) -> None:
+        target, began = TARGETS[case.target], time.monotonic()
         found = pyro_flows.fit(target.model, **options, seed=task.seed, draws=DRAWS, progress=False)
         row["seconds"] = time.monotonic() - began
         row.update(_figures(found, target))
-    except Exception as error:
-        row["seconds"] = time.monotonic() - began
-        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
+
+    return records.attempt({**dict.fromkeys(FIELDS, ""), **task.named}, fill)
 
 
 def _figures(found: Posterior, target: Target) -> dict[str, Any]:

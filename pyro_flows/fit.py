@@ -144,7 +144,8 @@ def fit(
                 stack = Stack.make([run.guide.flow for run in done], agreement.weights)
                 draw, score = stack.draw, stack.log_prob
         moving = best.best.training.moving
-        density.forget()
+        if train_model:
+            density.forget()
         z, log_q = draw(MODE_DRAWS)
         missed = missed_modes(density, [mode for run in done for mode in run.modes], z, log_q, score)
         settings = _settings(best, density, began, max_steps=max_steps, train_model=train_model, runs=runs)

@@ -46,14 +46,17 @@ def missed_modes(
     covered = float(weights[torch.isfinite(weights)].median()) if bool(torch.isfinite(weights).any()) else -math.inf
     known = [mode for mode in (*modes, *_beyond(density, z)) if mode.evidence is not None]
     large = [mode.loc for mode in known if float(mode.evidence or 0.0) - covered > math.log(SHARE)]
-    found = [place for place in large if _is_thin(density, score, place[None], covered)]
+    found: list[Tensor] = []
+    if large:
+        places = torch.stack(large)
+        found = list(places[_is_thin(density, score, places, covered)])
     if not found and density.batched:
         found = _across(density, z[:MOVED_DRAWS], log_q[:MOVED_DRAWS], score, covered)
     if not found:
         return []
-    places = sorted({_named(density, place, z[:MOVED_DRAWS]) for place in found})
-    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-    return [f"the guide lacks a mode near {places[0]}{more}; try runs=4"]
+    names = sorted({_named(density, place, z[:MOVED_DRAWS]) for place in found})
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"the guide lacks a mode near {names[0]}{more}; try runs=4"]
 
 
 @torch.no_grad()

@@ -77,18 +77,29 @@ def pulled(
         forward: as in :func:`path`.
         beta: as in :func:`path`.
     """
-    if beta != 1.0:
-        log_p, score_p = beta * log_p, beta * score_p
-    direction, log_ratios = score_p - score_q, log_p - log_q
-    good = torch.isfinite(log_p) & torch.isfinite(direction).all(-1)
+    log_ratios, direction, good = _compared(log_p, score_p, log_q, score_q, beta)
     thinning = log_thinning.exp()
     coefficients = (1.0 - forward) / len(log_p) * thinning
     log_weights = log_ratios + log_thinning
     if forward > 0.0:
         weights = torch.softmax(torch.where(good, log_weights, -torch.inf), 0)
         coefficients = coefficients + forward * weights * (1.0 - weights)
-    pull = torch.where(good[:, None], -direction * coefficients[:, None], 0.0)
-    return pull, thinning * log_ratios, log_weights
+    return _pull(direction, good, coefficients), thinning * log_ratios, log_weights
+
+
+def _compared(
+    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tempered log p less log q (S,), its gradient along z (S, D), and where both are finite (S,)."""
+    if beta != 1.0:
+        log_p, score_p = beta * log_p, beta * score_p
+    direction = score_p - score_q
+    return log_p - log_q, direction, torch.isfinite(log_p) & torch.isfinite(direction).all(-1)
+
+
+def _pull(direction: Tensor, good: Tensor, coefficients: Tensor) -> Tensor:
+    """Return what a loss pulls each draw with, if ``direction`` weighs as much as ``coefficients`` (S,) say."""
+    return torch.where(good[:, None], -direction * coefficients[:, None], 0.0)
 
 
 class BasePoints:
@@ -157,12 +168,11 @@ def importance_weighted(flow: Flow, density: LogDensity, draws: int, *, group: i
         raise ValueError(f"draws: expected a multiple of group={group}, got {draws}.")
     z, log_q, score_q = flow.sample_with_score((draws,))
     log_p, score_p = density.value_and_grad(z)
-    log_ratios, direction = beta * log_p - log_q, beta * score_p - score_q
-    good = torch.isfinite(log_p) & torch.isfinite(direction).all(-1)
+    log_ratios, direction, good = _compared(log_p, score_p, log_q, score_q, beta)
     grouped = torch.where(good, log_ratios, -torch.inf).reshape(-1, group)
     weights = torch.nan_to_num(torch.softmax(grouped, 1)).flatten()  # NaN: a group without a finite draw
     terms = torch.logsumexp(grouped, 1) - math.log(group)
-    pull = torch.where(good[:, None], -direction * (group / draws * weights.square())[:, None], 0.0)
+    pull = _pull(direction, good, group / draws * weights.square())
     return Estimate((pull * z).sum(), terms, log_ratios)
 
 

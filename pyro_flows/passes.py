@@ -52,6 +52,7 @@ class Passes:
             self.state += [next(left) if part.requires_grad else part.detach() for part in layer.parameters()]
             self.state += layer.buffers()
             self._ends.append(len(self.state))
+        self._taped = list(accumulate((2 + body.saved for body in self.bodies), initial=0))
         graphs = [module for body in self.bodies for module in (body.forward_graph, body.backward_graph)]
         self._compile_at = pays_at(graphs) if compile is None else int(compile)
         self._runs = 0
@@ -92,10 +93,9 @@ class Passes:
     def _backward(self, *inputs: Tensor) -> tuple[Tensor]:
         *given, cotangent = inputs
         state, tape = given[: self._ends[-1]], given[self._ends[-1] :]
-        taped = list(pairwise(accumulate((2 + body.saved for body in self.bodies), initial=0)))
         found: list[Tensor] = []
         for number in reversed(range(len(self.bodies))):
-            (first, last), (begin, end) = self._ends[number : number + 2], taped[number]
+            (first, last), (begin, end) = self._ends[number : number + 2], self._taped[number : number + 2]
             cotangent, *gradients = self.bodies[number].backward(*state[first:last], *tape[begin:end], cotangent)
             found += reversed(gradients)
         return (torch.cat([gradient.reshape(-1) for gradient in reversed(found)]),)

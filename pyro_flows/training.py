@@ -280,13 +280,15 @@ class _Ratchet:
     def __init__(self, trainer: Trainer, elbo: float) -> None:
         self.trainer, self.kept, self.best, self.falls = trainer, trainer.keep(), elbo, 0
 
-    def look(self, elbo: float) -> None:
-        """Keep the present parameters if they are the best, go back if they are far from it."""
+    def look(self, elbo: float) -> float:
+        """Keep the present parameters if they are the best, go back if they are far from it; return their ELBO."""
         if elbo >= self.best:
             self.kept, self.best = self.trainer.keep(), elbo
         elif not elbo > self.best - FALL:
             self.trainer.restore(self.kept)
             self.falls += 1
+            return self.best
+        return elbo
 
 
 def anneal(trainer: Trainer, steps: int, *, report: Report) -> None:
@@ -324,10 +326,7 @@ def _cool(
             ratchet.look(value)
             report(done + step + 1, value, "cooling")
     trainer.write()
-    last = check.elbo()
-    if not last > ratchet.best - FALL:
-        ratchet.look(last)
-        last = ratchet.best
+    last = ratchet.look(check.elbo())
     if average is None:
         return last
     kept = trainer.keep()
