@@ -25,32 +25,6 @@ if TYPE_CHECKING:
 
 SAMPLE_DIMS = ("chain", "draw")
 SD_DIGITS = 3
-SAME_WEIGHT = 1e-3  # nats between the largest and the smallest weight
-
-
-def psis(log_weights: Tensor) -> tuple[Tensor, float]:
-    """Pareto-smooth importance weights: return normalised log weights (S,) and the shape estimate k-hat.
-
-    Draws with log weight -inf keep weight zero and count as draws. Weights whose largest ones are equal up to rounding
-    are bounded and have no tail to fit: they stay as they are, with k-hat 0. Where other ties leave nothing to fit,
-    they stay as they are and k-hat is infinite. Reference: Vehtari et al. 2024.
-    """
-    from arviz_stats.base import array_stats
-
-    given = log_weights.detach().double().cpu().numpy()
-    floor = np.where(np.isfinite(given), given, -1e300)
-    floor -= floor.max()
-    tail = math.ceil(min(0.2 * len(floor), 3 * math.sqrt(len(floor))))
-    if np.ptp(np.sort(floor)[-tail - 1 :]) < SAME_WEIGHT:
-        smoothed, k_hat = floor, 0.0
-    else:
-        with np.errstate(all="ignore"):
-            smoothed, k_hat = array_stats.psislw(-floor)  # the array function takes minus the log weights
-        if not (math.isfinite(k_hat) and np.isfinite(smoothed).all()):
-            smoothed, k_hat = floor, math.inf
-    result = torch.as_tensor(np.asarray(smoothed), device=log_weights.device)
-    result = torch.where(torch.isfinite(log_weights), result, -torch.inf)
-    return result - torch.logsumexp(result, 0), float(k_hat)
 
 
 def r_hat(draws: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 _aten = torch.ops.aten
@@ -31,8 +31,72 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
         _tidy(module.graph)
         _fold(module)
         _tidy(module.graph)
+        _shorten(module.graph)
     module.graph.eliminate_dead_code()
     return fx.GraphModule(module, module.graph)  # with those constants only that are used
+
+
+class Stitcher:
+    """Puts recorded graphs together into one: each is added with nodes of those before as its inputs.
+
+    >>> double = record(lambda x: (x + x,), torch.ones(2))
+    >>> whole = Stitcher()
+    >>> (twice,) = whole.add(double, [whole.input(torch.ones(2))])
+    >>> quicken(whole.finish(whole.add(double, [twice])))(torch.ones(2))
+    (tensor([4., 4.]),)
+    """
+
+    def __init__(self) -> None:
+        self.graph, self._constants, self._inputs = fx.Graph(), nn.Module(), 0
+        self._names: dict[int, str] = {}  # of constants
+
+    def input(self, like: Tensor) -> fx.Node:
+        """Add an input of the whole, of the shape, dtype and device of ``like``."""
+        node = self.graph.placeholder(f"input_{self._inputs}")
+        node.meta["val"] = like.detach()
+        self._inputs += 1
+        return node
+
+    def add(self, module: fx.GraphModule, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+        """Add a graph that returns a tuple of tensors; return their nodes."""
+        left = iter(inputs)
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in module.graph.nodes:
+            if node.op == "output":
+                return [copies[part] for part in node.args[0]]
+            if node.op == "placeholder":
+                copies[node] = next(left)
+            elif node.op == "get_attr":
+                copies[node] = self.graph.get_attr(self._constant(getattr(module, node.target)))
+                copies[node].meta = dict(node.meta)
+            else:
+                copies[node] = self.graph.node_copy(node, copies.__getitem__)
+        raise ValueError("module: expected a graph that returns something.")
+
+    def join(self, nodes: Iterable[fx.Node]) -> fx.Node:
+        """Add tensors of any shapes, flattened and one after the other."""
+        flat = [
+            node if node.meta["val"].dim() == 1 else self.graph.call_function(_aten.reshape.default, (node, [-1]))
+            for node in nodes
+        ]
+        return self.graph.call_function(_aten.cat.default, (flat,))
+
+    def finish(self, outputs: Sequence[fx.Node]) -> fx.GraphModule:
+        """Return the whole, without what is computed twice or not used."""
+        self.graph.output(tuple(outputs))
+        _tidy(self.graph)
+        self.graph.eliminate_dead_code()
+        return fx.GraphModule(self._constants, self.graph)
+
+    def _constant(self, value: Tensor) -> str:
+        """Return the name of a constant; one tensor has one name."""
+        if id(value) not in self._names:
+            name = self._names[id(value)] = f"constant_{len(self._names)}"
+            if isinstance(value, nn.Parameter):
+                self._constants.register_parameter(name, value)
+            else:
+                self._constants.register_buffer(name, value)
+        return self._names[id(value)]
 
 
 def nearby(x: Tensor) -> Tensor:
@@ -158,6 +222,47 @@ def _simpler(node: fx.Node) -> fx.Node | None:
         return first.args[0]  # type: ignore[return-value]
     shaped = node.target in (_aten.view.default, _aten.expand.default)
     return first if shaped and node.meta["val"].shape == first.meta["val"].shape else None
+
+
+def _shorten(graph: fx.Graph) -> None:
+    """Make one operation of two that follow each other; rounding apart, values stay."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and (replacement := _shorter(node)) is not None:
+            node.replace_all_uses_with(replacement)
+            graph.erase_node(node)
+
+
+def _shorter(node: fx.Node) -> fx.Node | None:
+    """Return the node before this one, if it can be made to give this one's value; its own must serve nothing else."""
+    last = node.args[0] if node.args else None
+    if not isinstance(last, fx.Node) or len(last.users) > 1:
+        return None
+    if node.target is _aten.view.default and last.target is _aten.sum.dim_IntList and last.args[2:] == (True,):
+        value = node.meta["val"]
+        kept = [size for axis, size in enumerate(last.all_input_nodes[0].meta["val"].shape) if axis not in _axes(last)]
+        if list(value.shape) != kept:
+            return None
+        last.args = last.args[:2]
+        last.meta = dict(node.meta)
+        return last
+    if node.target is _aten.div.Tensor and last.target is _aten.tanh_backward.default:
+        scaled, size = last.args[0], node.args[1]
+        if not isinstance(size, float) or not _is_times(scaled, size):
+            return None
+        last.args = (scaled.args[0], last.args[1])  # type: ignore[union-attr]
+        return last
+    return None
+
+
+def _axes(summed: fx.Node) -> list[int]:
+    """The axes that a sum is over, from 0 on."""
+    dims = summed.all_input_nodes[0].meta["val"].dim()
+    return [axis % dims for axis in summed.args[1]]  # type: ignore[union-attr, operator]
+
+
+def _is_times(node: Any, size: float) -> bool:
+    """Whether a node is a product with a number."""
+    return isinstance(node, fx.Node) and node.target is _aten.mul.Tensor and node.args[1:] == (size,)
 
 
 def _key(value: Any) -> Any:

@@ -11,7 +11,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, fx
 
 from pyro_flows import _checks
 from pyro_flows.batching import first_line, join, nearer, quiet, where_possible
@@ -210,6 +210,15 @@ class LogDensity:
         run = self._gradients if self.batched else self._gradients_one_by_one
         value, grad = where_possible(run, z, (), (self.dim,))
         return value.to(z.dtype), grad
+
+    def graph(self, z: Tensor) -> fx.GraphModule | None:
+        """Return the recorded graph of :meth:`value_and_grad` for batches like ``z``, to be made part of a larger one.
+
+        None if the model cannot be recorded, or if such batches go through it in several pieces.
+        """
+        with suppress(torch.linalg.LinAlgError):
+            return self._with_gradients.graph(z) if self.batched else None
+        return None
 
     @property
     def reason(self) -> str | None:

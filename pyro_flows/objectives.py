@@ -64,7 +64,7 @@ def path(
 
 def pulled(
     log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, log_thinning: Tensor,
-    *, forward: float = 0.0, beta: float = 1.0,
+    *, forward: float | Tensor = 0.0, beta: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return what :func:`path`'s loss pulls each draw with, its derivative along z (S, D); the terms and log weights.
 
@@ -74,24 +74,24 @@ def pulled(
         log_q: the flow's log density (S,).
         score_q: its gradient along z (S, D).
         log_thinning: log of the base's density over that of the mixture which the draws are from (S,).
-        forward: as in :func:`path`.
-        beta: as in :func:`path`.
+        forward: as in :func:`path`; a tensor in recorded code.
+        beta: as in :func:`path`; likewise.
     """
     log_ratios, direction, good = _compared(log_p, score_p, log_q, score_q, beta)
     thinning = log_thinning.exp()
     coefficients = (1.0 - forward) / len(log_p) * thinning
     log_weights = log_ratios + log_thinning
-    if forward > 0.0:
+    if isinstance(forward, Tensor) or forward > 0.0:
         weights = torch.softmax(torch.where(good, log_weights, -torch.inf), 0)
         coefficients = coefficients + forward * weights * (1.0 - weights)
     return _pull(direction, good, coefficients), thinning * log_ratios, log_weights
 
 
 def _compared(
-    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, beta: float
+    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, beta: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the tempered log p less log q (S,), its gradient along z (S, D), and where both are finite (S,)."""
-    if beta != 1.0:
+    if isinstance(beta, Tensor) or beta != 1.0:
         log_p, score_p = beta * log_p, beta * score_p
     direction = score_p - score_q
     return log_p - log_q, direction, torch.isfinite(log_p) & torch.isfinite(direction).all(-1)

@@ -1,31 +1,97 @@
-"""A flow's two passes for the path gradient, layer by layer through recorded bodies, without autograd."""
+"""A flow's two passes for the path gradient as flat graphs, without autograd."""
 
 from __future__ import annotations
 
-import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from pyro_flows import bases
 from pyro_flows.bodies import Body, body_of
 from pyro_flows.compiling import Runner, pays_at
 from pyro_flows.flows import Flow
-from pyro_flows.graphs import agree, record
+from pyro_flows.graphs import Stitcher, agree, record
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.chain import Chain
 
-logger = logging.getLogger("pyro_flows")
+KINDS_KEPT = 16
+
+
+class Kind:
+    """What flows of one kind have in common: the recorded passes of their layers, to be put together.
+
+    ``forward(*state, x)`` returns ``(z, log q(z), score, *tape)``; ``backward(*state, *tape, cotangent)`` returns the
+    gradient of ``(cotangent * z).sum()`` along all trained parameters, as one vector.
+
+    Args:
+        flow: one of them.
+        bodies: of its layers.
+        state: examples of all layers' parameters and buffers, one layer after the other,
+        ends: and where each layer's begin and end.
+        like: base points (S, D).
+    """
+
+    def __init__(
+        self, flow: Flow, bodies: Sequence[Body], state: Sequence[Tensor], ends: Sequence[int], like: Tensor
+    ) -> None:
+        self.bodies, self.ends, self.like = tuple(bodies), tuple(ends), like
+        self._state = [part.detach() for part in state]
+        base, df = flow.base, flow.df
+        self._at_base = record(lambda x: (bases.log_density(base, x, df).sum(-1), bases.score(base, x, df)), like)
+        self._less = record(lambda log_q, ladj: (log_q - ladj,), like[:, 0].clone(), like[:, 0] + 1.0)
+
+    def add_forward(
+        self, whole: Stitcher, state: Sequence[fx.Node], x: fx.Node
+    ) -> tuple[fx.Node, fx.Node, fx.Node, list[list[fx.Node]]]:
+        """Add the forward pass to a graph; return z, log q, the score, and what is kept of each layer."""
+        log_q, score = whole.add(self._at_base, [x])
+        tape: list[list[fx.Node]] = []
+        for body, (first, last) in zip(self.bodies, pairwise(self.ends), strict=True):
+            y, ladj, carried, *saved = whole.add(body.forward_graph, [*state[first:last], x, score])
+            tape.append([x, score, *saved])
+            (log_q,) = whole.add(self._less, [log_q, ladj])
+            x, score = y, carried
+        return x, log_q, score, tape
+
+    def add_backward(
+        self, whole: Stitcher, state: Sequence[fx.Node], tape: Sequence[Sequence[fx.Node]], cotangent: fx.Node
+    ) -> fx.Node:
+        """Add the backward pass to a graph; return the gradient."""
+        found: list[fx.Node] = []
+        for number in reversed(range(len(self.bodies))):
+            first, last = self.ends[number : number + 2]
+            given = [*state[first:last], *tape[number], cotangent]
+            cotangent, *gradients = whole.add(self.bodies[number].backward_graph, given)
+            found += reversed(gradients)
+        return whole.join(reversed(found))
+
+    def inputs(self, whole: Stitcher) -> list[fx.Node]:
+        """Add the state to a graph, as inputs."""
+        return [whole.input(part) for part in self._state]
+
+    @cached_property
+    def graphs(self) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Both passes, each as a graph of its own."""
+        forward, backward = Stitcher(), Stitcher()
+        z, log_q, score, tape = self.add_forward(forward, self.inputs(forward), forward.input(self.like))
+        state = self.inputs(backward)
+        kept = [[backward.input(node.meta["val"]) for node in nodes] for nodes in tape]
+        gradient = self.add_backward(backward, state, kept, backward.input(self.like))
+        outputs = [z, log_q, score, *(node for nodes in tape for node in nodes)]
+        return forward.finish(outputs), backward.finish([gradient])
 
 
 class Passes:
     r"""Draw with a score, then pull a cotangent of the draws back to the parameters: what one training step needs.
 
     The arithmetic is that of :meth:`Flow.sample_with_score` and of autograd, but each kind of layer is recorded as two
-    flat graphs once (see :mod:`pyro_flows.bodies`) and then run without Python's modules and without a tape. When that
-    has been done often enough to pay for it, both passes are compiled as a whole (see :mod:`pyro_flows.compiling`).
+    flat graphs once (see :mod:`pyro_flows.bodies`), these are put together into one for each pass, and run without
+    Python's modules and without a tape. When they have run often enough to pay for it, both are compiled.
 
     Args:
         flow: an unconditional flow; its layers must keep the shape of an event.
@@ -34,102 +100,88 @@ class Passes:
         compile: whether to compile at once (True), never (False), or when it pays (None).
 
     Raises:
-        Exception: of any kind, if some layer cannot be recorded, or the graphs give other numbers than the flow.
+        Exception: of any kind, if some layer cannot be recorded.
     """
 
     def __init__(self, flow: Flow, like: Tensor, weights: Sequence[Tensor], *, compile: bool | None = None) -> None:
-        self.flow = flow
         layers = list(_flat(flow.bijection))
         owned = [parameter for layer in layers for parameter in layer.parameters()]
         if [id(parameter) for parameter in owned] != [id(parameter) for parameter in flow.parameters()]:
             raise ValueError("layers: expected parameters that belong to one layer each.")
         left = iter(weights)
-        self.bodies: list[Body] = []
+        bodies: list[Body] = []
+        self.flow = flow
         self.state: list[Tensor] = []  # of all layers, one after the other
-        self._ends = [0]
+        ends = [0]
         for layer in layers:
-            self.bodies.append(body_of(layer, like))
+            bodies.append(body_of(layer, like))
             self.state += [next(left) if part.requires_grad else part.detach() for part in layer.parameters()]
             self.state += layer.buffers()
-            self._ends.append(len(self.state))
-        self._taped = list(accumulate((2 + body.saved for body in self.bodies), initial=0))
-        graphs = [module for body in self.bodies for module in (body.forward_graph, body.backward_graph)]
-        self._compile_at = pays_at(graphs) if compile is None else int(compile)
-        self._runs = 0
-        self._whole: tuple[Runner, Runner] | None = None
-        self._check(like)
+            ends.append(len(self.state))
+        self.kind = _kind(flow, bodies, self.state, ends, like)
+        self._compile = compile
 
     @torch.no_grad()
     def sample(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Return ``z``, ``log q(z)``, the score and what :meth:`pull` needs, for base points ``x`` (S, D)."""
-        self._runs += 1
-        if self._runs == self._compile_at:
-            self._compile(x)
-        run = self._forward if self._whole is None else self._whole[0]
-        z, log_q, score, *tape = run(*self.state, x)
+        z, log_q, score, *tape = self._runners[0](*self.state, x)
         return z, log_q, score, tape
 
     @torch.no_grad()
     def pull(self, tape: list[Tensor], cotangent: Tensor) -> Tensor:
         """Return the gradient of ``(cotangent * z).sum()`` along all parameters, as one vector."""
-        run = self._backward if self._whole is None else self._whole[1]
-        return run(*self.state, *tape, cotangent)[0]
+        return self._runners[1](*self.state, *tape, cotangent)[0]
 
     @property
     def compiled(self) -> bool:
         """Whether the passes run as compiled code."""
-        return self._whole is not None
+        return all(runner.compiled for runner in self._runners)
 
-    def _forward(self, *inputs: Tensor) -> list[Tensor]:
-        *state, x = inputs
-        log_q, score = self.flow._log_base(x), bases.score(self.flow.base, x, self.flow.df)
-        tape: list[Tensor] = []
-        for body, (first, last) in zip(self.bodies, pairwise(self._ends), strict=True):
-            y, ladj, carried, *saved = body.forward(*state[first:last], x, score)
-            tape += (x, score, *saved)
-            x, score, log_q = y, carried, log_q - ladj
-        return [x, log_q, score, *tape]
+    @cached_property
+    def _runners(self) -> tuple[Runner, Runner]:
+        at = pays_at(self.kind.graphs) if self._compile is None else int(self._compile)  # both in one step
+        forward, backward = self.kind.graphs
+        return Runner(forward, compile_at=at), Runner(backward, compile_at=at)
 
-    def _backward(self, *inputs: Tensor) -> tuple[Tensor]:
-        *given, cotangent = inputs
-        state, tape = given[: self._ends[-1]], given[self._ends[-1] :]
-        found: list[Tensor] = []
-        for number in reversed(range(len(self.bodies))):
-            (first, last), (begin, end) = self._ends[number : number + 2], self._taped[number : number + 2]
-            cotangent, *gradients = self.bodies[number].backward(*state[first:last], *tape[begin:end], cotangent)
-            found += reversed(gradients)
-        return (torch.cat([gradient.reshape(-1) for gradient in reversed(found)]),)
+    def check(self, like: Tensor) -> None:
+        """Compare with the flow and autograd; bodies may come from other flows.
 
-    def _check(self, like: Tensor) -> None:
-        """Compare with the flow and autograd; bodies may come from other flows."""
-        x = 2.0 * torch.sin(torch.arange(like.numel(), dtype=like.dtype, device=like.device)).reshape(like.shape)
+        Raises:
+            RuntimeError: if the graphs give other numbers.
+        """
+        x = points(like)
         pull = torch.cos(x)
         z, log_q, score = self.flow.sample_with_score(at=x)
-        trained = [parameter for parameter in self.flow.parameters() if parameter.requires_grad]
-        gradients = torch.autograd.grad((pull * z).sum(), trained, materialize_grads=True)
-        expected = (z.detach(), log_q, score, torch.cat([gradient.reshape(-1) for gradient in gradients]))
-        with torch.no_grad():
-            z, log_q, score, *tape = self._forward(*self.state, x)
-            got = z, log_q, score, *self._backward(*self.state, *tape, pull)
-        if not agree(got, expected):
+        expected = (z.detach(), log_q, score, gradient_of(self.flow, (pull * z).sum()))
+        z, log_q, score, tape = self.sample(x)
+        if not agree((z, log_q, score, self.pull(tape, pull)), expected):
             raise RuntimeError("the graphs gave other values than the flow")
 
-    def _compile(self, x: Tensor) -> None:
-        """Compile both passes; where that fails, or gives other numbers, they stay as they are."""
-        try:
-            forward = Runner(record(self._contiguous, *self.state, x), compile=True)
-            z, _, _, *tape = forward(*self.state, x)
-            example = [part.clone() for part in (*self.state, *tape, z)]  # tensors that are one would be one input
-            backward = Runner(record(self._backward, *example), compile=forward.compiled)
-            backward(*self.state, *tape, z)
-        except Exception as error:
-            logger.debug("not compiled: %s", error)
-            return
-        if backward.compiled:
-            self._whole = forward, backward
 
-    def _contiguous(self, *inputs: Tensor) -> list[Tensor]:
-        return [part.contiguous() for part in self._forward(*inputs)]  # compiled code counts on strides
+def points(like: Tensor) -> Tensor:
+    """Return points between -2 and 2 in the shape of ``like``, to check graphs at."""
+    return 2.0 * torch.sin(torch.arange(like.numel(), dtype=like.dtype, device=like.device)).reshape(like.shape)
+
+
+def gradient_of(flow: Flow, loss: Tensor) -> Tensor:
+    """Return the gradient of a loss along a flow's trained parameters by autograd, as one vector."""
+    trained = [parameter for parameter in flow.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
+_kinds: OrderedDict[Any, Kind] = OrderedDict()
+
+
+def _kind(flow: Flow, bodies: Sequence[Body], state: Sequence[Tensor], ends: Sequence[int], like: Tensor) -> Kind:
+    """Return the kind of a flow, a known one if there is one."""
+    key = (tuple(map(id, bodies)), flow.base, flow.df, like.shape, like.dtype, like.device)  # kept bodies keep their id
+    if key not in _kinds:
+        _kinds[key] = Kind(flow, bodies, state, ends, like)
+        while len(_kinds) > KINDS_KEPT:
+            _kinds.popitem(last=False)
+    _kinds.move_to_end(key)
+    return _kinds[key]
 
 
 def _flat(bijection: Bijection) -> Iterator[Bijection]:

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows._arviz import psis
 from pyro_flows.gaussians import Gaussians, choose, compact, diagonal_update, identity_like, stretch
 from pyro_flows.log_density import LogDensity
+from pyro_flows.psis import psis
 from pyro_flows.randomness import derive, seeded
 
 HISTORY = 12

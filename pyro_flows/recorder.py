@@ -6,14 +6,14 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from pyro_flows.batching import first_line
 from pyro_flows.compiling import Runner
 from pyro_flows.graphs import agree, nearby, record
 
 KINDS_KEPT = 4
-RECORDED_FROM = 2  # the call with one batch size at which it is recorded
+RECORDED_FROM = 4  # the call with one batch size at which it is recorded: recording takes as long as ten calls
 PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
 ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
 
@@ -59,6 +59,15 @@ class Recorder:
         parts = zip(*(self._piece(part) for part in filled.split(self.rows)), strict=True)
         return tuple(torch.cat(part)[: len(z)] for part in parts)
 
+    def graph(self, z: Tensor) -> fx.GraphModule | None:
+        """Return the graph for batches like ``z``; None if there is none, or if they go through in several pieces."""
+        if self.reason is not None or len(z) > self.rows:
+            return None
+        kind = len(z), z.dtype, z.device
+        if kind not in self.runners and not self._record(z.contiguous()):
+            return None
+        return self.runners[kind].module
+
     def forget(self) -> None:
         """Drop the graphs, and what is known of whether they can be recorded."""
         self.runners.clear()
@@ -78,7 +87,7 @@ class Recorder:
         """Record for such batches; return whether the graph repeats what the function gives at new points."""
         fresh = nearby(z)
         try:
-            runner = Runner(record(self.function, z), compile=self.compile)
+            runner = Runner(record(self.function, z), compile_at=None if self.compile is None else int(self.compile))
             recorded = runner(fresh)
         except torch.linalg.LinAlgError:
             raise  # of these points, not of the function

@@ -15,8 +15,9 @@ from pyro_flows.convergence import Monitor
 from pyro_flows.flows import Flow
 from pyro_flows.log_density import LogDensity
 from pyro_flows.objectives import BasePoints, elbo, pulled
-from pyro_flows.passes import Passes
 from pyro_flows.randomness import seeded
+from pyro_flows.steps import Step
+from pyro_flows.updates import Moments, update, watch
 
 BATCH = 64
 STEP_SIZE = 1e-2
@@ -30,10 +31,7 @@ AVERAGED_SHARE = 0.2
 BLEND = 0.5
 BLEND_FROM_ESS = 0.3
 DEFENSIVE = 0.3
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
-CLIP = 5.0
-LOOK_EVERY = 10  # steps between two looks at the effective sample size, since a look makes a GPU wait
+LOOK_EVERY = 10  # steps between two looks at what they have come to, since a look makes a GPU wait
 EAGER_STEPS = 10  # a shorter run would not pay for recording
 ANNEAL_FROM = 0.01
 FALL = 20.0  # nats below the best check: go back to it with half the step size
@@ -71,7 +69,8 @@ class Trainer:
 
     The parameters live in one vector here, and each step is arithmetic on it; :meth:`write` hands them to the flow.
     Nothing in a step waits for a result, so that a GPU is kept busy. Gradients are clipped at five times their running
-    norm; steps whose gradient is not finite are skipped and counted.
+    norm; steps whose gradient is not finite are skipped and counted, and the steps after them leave out what draws have
+    no finite density.
     """
 
     def __init__(
@@ -91,16 +90,15 @@ class Trainer:
         ends = self.weights.split([parameter.numel() for parameter in self.parameters])
         self._views = [part.view(parameter.shape) for part, parameter in zip(ends, self.parameters, strict=True)]
         self._points = BasePoints(flow)
-        self._passes: Passes | None = None
+        self._drawn: list[tuple[Tensor, Tensor]] = []
+        self._step: Step | None = None
         self._recordable = not self.extra
         self.evaluation = "eager"
-        self.ess = self.weights.new_zeros(())
+        self.moments = Moments.fresh(self.weights)
         self.beta = 1.0
-        self._skipped = torch.zeros((), dtype=torch.long, device=self.weights.device)
         self._losses: list[float] = []
         self._pending: list[Tensor] = []
-        self._blended = False
-        self._fresh_moments()
+        self._blend, self._careful, self._skips_seen = 0.0, False, 0
 
     # state ----------------------------------------------------------------------------------------------------------
 
@@ -119,7 +117,7 @@ class Trainer:
     @property
     def skipped(self) -> int:
         """How many steps had a gradient that is not finite."""
-        return int(self._skipped)
+        return int(self.moments.skipped)
 
     def write(self) -> None:
         """Hand the parameters to the flow (and the model)."""
@@ -139,64 +137,55 @@ class Trainer:
         """Go back to a copy, forget the optimiser's moments and halve the step size."""
         self.assign(kept)
         self.learning_rate *= 0.5
-        self._fresh_moments()
-
-    def _fresh_moments(self) -> None:
-        self._mean, self._square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
-        self._counted = self.weights.new_zeros(())
-        self._norm = self.weights.new_zeros(())
+        self.moments = self.moments.forget()
 
     # steps ----------------------------------------------------------------------------------------------------------
 
     def step(self, learning_rate: float) -> None:
         """Take one step."""
-        gradient, terms, log_weights = self._elbo() if self.extra else self._path()
-        with torch.no_grad():
-            finite = torch.isfinite(terms)
-            mean = torch.where(finite, terms, 0.0).sum() / finite.sum()
-            self._pending.append(torch.where(finite.any(), -mean, torch.inf))
-            weights = torch.softmax(torch.nan_to_num(log_weights, nan=-torch.inf, neginf=-torch.inf), 0)
-            self.ess = 0.95 * self.ess + 0.05 * torch.nan_to_num(1.0 / (weights.square().sum() * self.batch))
-            self._update(gradient, learning_rate)
+        if self.extra:
+            self._advance(*self._elbo(), learning_rate)
+            return
+        if not self._drawn:
+            self._look()
+        x, log_thinning = self._drawn.pop()
+        if self._step is None:
+            self._advance(*self._path(x, log_thinning), learning_rate)
+            return
+        if self._careful:
+            possible = self._step.possible(x)
+            x = torch.where(possible[:, None], x, 0.0)
+            log_thinning = torch.where(possible, log_thinning, -torch.inf)
+        options = (learning_rate, self._blend, self.beta)
+        loss, weights, self.moments = self._step(self.weights, self.moments, x, log_thinning, *options)
+        self.weights.copy_(weights)
+        self._pending.append(loss)
 
-    def _update(self, gradient: Tensor, learning_rate: float) -> None:
-        """Adam with clipping; a gradient that is not finite changes nothing."""
-        norm = torch.linalg.vector_norm(gradient)
-        good = torch.isfinite(norm)
-        self._skipped += ~good
-        first = self._norm == 0.0
-        smooth = 0.95 * self._norm + 0.05 * torch.minimum(norm, CLIP * self._norm)
-        self._norm = torch.where(good, torch.where(first, norm, smooth), self._norm)
-        share = torch.clamp(CLIP * self._norm / norm, max=1.0)
-        gradient = torch.where(good, gradient * torch.where(norm > 0.0, share, 1.0), 0.0)
-        moved = good.to(self.weights)
-        self._counted = self._counted + moved
-        self._mean.lerp_(gradient, (1.0 - BETAS[0]) * moved)
-        self._square.lerp_(gradient.square(), (1.0 - BETAS[1]) * moved)
-        counted = self._counted.clamp(min=1.0)  # 0 if all gradients so far were bad
-        mean_share, square_share = (1.0 - beta**counted for beta in BETAS)
-        size = torch.where(good, learning_rate / mean_share, 0.0)
-        scale = (self._square / square_share).sqrt_().add_(EPSILON)
-        self.weights.addcdiv_(self._mean * -size, scale)
-
-    def _path(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the path gradient, the ELBO's terms and the log weights."""
-        done = len(self._losses) + len(self._pending)
-        if done % LOOK_EVERY == 0:
-            self._blended = bool(self.ess > BLEND_FROM_ESS)
+    def _look(self) -> None:
+        """See what the steps have come to, and draw the base points of the next ones."""
+        done, skipped = len(self._losses) + len(self._pending), self.skipped
+        self._blend = BLEND if float(self.moments.ess) > BLEND_FROM_ESS else 0.0
+        self._careful, self._skips_seen = skipped > self._skips_seen, skipped
         if self._recordable and done >= EAGER_STEPS:
             self._record()
-        blend = BLEND if self._blended else 0.0
-        x, log_thinning = self._points(self.batch, DEFENSIVE if self._blended else 0.0)
-        if self._passes is None:
-            self.write()
-            z, log_q, score_q = self.flow.sample_with_score(at=x)
-        else:
-            z, log_q, score_q, tape = self._passes.sample(x)
+        x, log_thinning = self._points(LOOK_EVERY * self.batch, DEFENSIVE if self._blend else 0.0)
+        self._drawn = list(zip(x.split(self.batch), log_thinning.split(self.batch), strict=True))
+
+    @torch.no_grad()
+    def _advance(self, gradient: Tensor, terms: Tensor, log_weights: Tensor, learning_rate: float) -> None:
+        loss, moments = watch(self.moments, terms, log_weights)
+        weights, self.moments = update(self.weights, moments, gradient, learning_rate)
+        self.weights.copy_(weights)
+        self._pending.append(loss)
+
+    def _path(self, x: Tensor, log_thinning: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the path gradient by autograd, the ELBO's terms and the log weights."""
+        self.write()
+        z, log_q, score_q = self.flow.sample_with_score(at=x)
         log_p, score_p = self.density.value_and_grad(z)
-        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, forward=blend, beta=self.beta)
-        gradient = self._pull((pull * z).sum()) if self._passes is None else self._passes.pull(tape, pull)
-        return gradient, terms, log_weights
+        options = {"forward": self._blend, "beta": self.beta}
+        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, **options)
+        return self._pull((pull * z).sum()), terms, log_weights
 
     def _elbo(self) -> tuple[Tensor, Tensor, Tensor]:
         self.write()
@@ -213,7 +202,8 @@ class Trainer:
         like = self.weights.new_zeros(self.batch, self.flow.dim)
         self.write()
         try:
-            self._passes, self.evaluation = Passes(self.flow, like, self._views, compile=self.compile), "recorded"
+            self._step = Step(self.flow, self.density, like, self.weights, self._views, compile=self.compile)
+            self.evaluation = "recorded"
         except Exception as error:
             self.evaluation = f"eager: {first_line(error)}"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flows._arviz import psis
+from pyro_flows.psis import psis
 from pyro_flows.randomness import derive
 
 ESS_RATIO = 0.1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows.batching import where_possible
+from pyro_flows.recorder import RECORDED_FROM
 from tests.models import real
 from tests.registry import normal
 
@@ -55,7 +56,7 @@ def test_recording_survives_a_first_batch_with_bad_rows():
     density.value_and_grad(z)
     assert density.reason is None
     clean = z.clamp(-0.5, 0.5)
-    for _ in range(2):
+    for _ in range(RECORDED_FROM):
         density.value_and_grad(clean)
     assert [kind[0] for kind in density._with_gradients.runners] == [len(clean)]
     assert density.reason is None

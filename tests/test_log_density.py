@@ -14,6 +14,7 @@ from pyro.infer.mcmc.util import initialize_model
 from torch.distributions import biject_to, constraints
 
 import pyro_flows as pf
+from pyro_flows.recorder import RECORDED_FROM
 from tests.invariants import close
 from tests.models import CASES, each_model, gauss, normal, real
 
@@ -56,7 +57,7 @@ def test_value_is_pyros_potential(case):
 def test_models_of_the_registry_are_batched_and_recorded(case):
     """Otherwise the tests of fallbacks would not show that these are the exception."""
     density, z = built(case)
-    for _ in range(2):
+    for _ in range(RECORDED_FROM):
         value, _ = density.value_and_grad(z)
         with torch.no_grad():
             close(density(z), value, 1e-9)

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 
 import pyro_flows as pf
+from pyro_flows.recorder import RECORDED_FROM
 from tests.invariants import close
 from tests.models import CASES, gauss, nested, normal, real
 
@@ -116,7 +117,7 @@ def test_models_that_cannot_be_recorded_are_evaluated_as_they_are():
     density = pf.LogDensity(model, (Y,))
     calls.extend([None] * 9)
     z = normal(3, 1, seed=31)
-    for _ in range(2):
+    for _ in range(RECORDED_FROM):
         value, _ = density.value_and_grad(z)
     assert density.batched
     assert density.reason.startswith("not recorded: RuntimeError: not while recording")
@@ -134,7 +135,7 @@ def test_recorded_constants_are_found_out():
 
     density = pf.LogDensity(model, (Y,))
     assert density.batched
-    for _ in range(2):
+    for _ in range(RECORDED_FROM):
         density.value_and_grad(normal(3, 1, seed=32))
     assert density.reason == "not recorded: the graph gave other values at new points"
 

@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import torch
 
 import pyro_flows as pf
+from pyro_flows.recorder import RECORDED_FROM
 from tests.invariants import close
 from tests.models import Regression, each_model, gauss, normal, real, with_params
 
@@ -39,7 +40,7 @@ def test_what_a_model_reads_elsewhere_is_held_until_told_to_forget():
 
     density = pf.LogDensity(model)
     z = normal(3, 1, seed=30)
-    for _ in range(2):
+    for _ in range(RECORDED_FROM):
         before = density.value_and_grad(z)[0]
     outside["shift"] = 2.0
     close(density.value_and_grad(z)[0], before, 0.0)

@@ -10,8 +10,8 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import verdict
-from pyro_flows._arviz import psis
 from pyro_flows.posterior import ROWS_SHOWN, from_draws
+from pyro_flows.psis import psis
 from tests.posteriors import (
     SCHOOLS,
     SPREAD,

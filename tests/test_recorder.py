@@ -9,7 +9,7 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows.compiling import Runner, pays_at
 from pyro_flows.graphs import record
-from pyro_flows.recorder import PIECE, ROWS_AT_LEAST, ROWS_AT_MOST, Recorder, rows_for
+from pyro_flows.recorder import PIECE, RECORDED_FROM, ROWS_AT_LEAST, ROWS_AT_MOST, Recorder, rows_for
 from tests.invariants import close
 from tests.registry import needs_compiler, normal
 
@@ -23,7 +23,7 @@ def test_results_do_not_depend_on_pieces(size):
     z = normal(size, 3, seed=0)
     recorder = Recorder(function, numbers=PIECE)
     assert recorder.rows == ROWS_AT_LEAST
-    for _ in range(3):
+    for _ in range(RECORDED_FROM + 1):
         for got, expected in zip(recorder(z), function(z), strict=True):
             close(got, expected, 1e-12)
     assert max(kind[0] for kind in recorder.runners) <= recorder.rows
@@ -65,7 +65,7 @@ def test_memory_of_a_large_batch_is_bounded():
 @pytest.mark.slow
 def test_compiled_graphs_give_the_same_numbers():
     z = normal(40, 3, seed=1)
-    runner = Runner(record(function, z), compile=True)
+    runner = Runner(record(function, z), compile_at=1)
     other = normal(40, 3, seed=2)
     with torch.no_grad():
         for got, expected in zip(runner(other), function(other), strict=True):
@@ -95,7 +95,7 @@ def test_without_a_compiler_everything_works(monkeypatch):
 
     monkeypatch.setattr(torch._inductor, "compile", fail)
     z = normal(4, 3, seed=4)
-    runner = Runner(record(function, z), compile=True)
+    runner = Runner(record(function, z), compile_at=1)
     for got, expected in zip(runner(z), function(z), strict=True):
         close(got, expected, 1e-12)
     assert not runner.compiled
@@ -106,7 +106,7 @@ def test_compiled_code_that_gives_other_numbers_is_not_used(monkeypatch):
 
     monkeypatch.setattr(torch._inductor, "compile", lambda *_, **__: lambda z: (z.sum(-1), z))
     z = normal(4, 3, seed=5)
-    runner = Runner(record(function, z), compile=True)
+    runner = Runner(record(function, z), compile_at=1)
     for got, expected in zip(runner(z), function(z), strict=True):
         close(got, expected, 1e-12)
     assert not runner.compiled
@@ -144,7 +144,7 @@ def test_results_belong_to_the_caller():
     """Constants of the graph, and the input itself, are copied."""
     recorder = Recorder(lambda z: (torch.ones_like(z), z.detach()), numbers=3)
     z = normal(4, 3, seed=10)
-    for _ in range(3):
+    for _ in range(RECORDED_FROM + 1):
         ones, same = recorder(z)
         assert torch.equal(ones, torch.ones(4, 3, dtype=z.dtype))
         ones.neg_()
@@ -161,12 +161,12 @@ def test_forgetting_gives_recording_another_try():
 
     recorder = Recorder(fails_at_first, numbers=3)
     z = normal(4, 3, seed=11)
-    for _ in range(2):
+    for _ in range(RECORDED_FROM):
         recorder(z)
     assert recorder.reason.startswith("not recorded")
     recorder.forget()
     broken[0] = False
-    for _ in range(2):
+    for _ in range(RECORDED_FROM):
         recorder(z)
     assert recorder.reason is None
     assert len(recorder.runners) == 1

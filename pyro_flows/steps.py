@@ -1,0 +1,150 @@
+"""A training step as one recorded graph: draw, score, density, gradient and update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx
+
+from pyro_flows.compiling import Runner
+from pyro_flows.flows import Flow
+from pyro_flows.graphs import Stitcher, agree, record
+from pyro_flows.log_density import LogDensity
+from pyro_flows.objectives import pulled
+from pyro_flows.passes import Kind, Passes, gradient_of, points
+from pyro_flows.updates import Moments, update, watch
+
+
+class Step:
+    """One step of training a flow on a density, from values to values; nothing in it waits for a result.
+
+    Where the density has a graph for the batch, all of the step is one graph, which flows of one kind share; else, the
+    passes and the density are run one after the other.
+
+    Args:
+        flow: the flow, unconditional.
+        density: the target.
+        like: base points (S, D) of the batches to come.
+        weights: the parameters that are trained, as one vector (W,),
+        views: and one by one, as views of it.
+        compile: as for :class:`Passes`.
+
+    Raises:
+        Exception: of any kind, if some layer cannot be recorded, or the graphs give other numbers than the flow.
+    """
+
+    def __init__(
+        self, flow: Flow, density: LogDensity, like: Tensor, weights: Tensor, views: Sequence[Tensor],
+        *, compile: bool | None = None,
+    ) -> None:  # fmt: skip
+        self.density = density
+        self.passes = Passes(flow, like, views, compile=compile)
+        self._whole = _whole(density, self.passes, like, weights, compile)
+        if self._whole is None:
+            self.passes.check(like)
+        else:
+            self._check(flow, like, weights)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the step runs as compiled code."""
+        return self.passes.compiled if self._whole is None else self._whole.compiled
+
+    @torch.no_grad()
+    def __call__(
+        self, weights: Tensor, moments: Moments, x: Tensor, log_thinning: Tensor, rate: float, blend: float, beta: float
+    ) -> tuple[Tensor, Tensor, Moments]:
+        """Return the loss, and the weights and moments after the step.
+
+        Args:
+            weights: before the step (W,).
+            moments: likewise.
+            x: base points (S, D).
+            log_thinning: as in :func:`pulled` (S,).
+            rate: step size.
+            blend: share of the forward divergence, ``forward`` in :func:`pulled`.
+            beta: power of the density.
+        """
+        if self._whole is not None:
+            dials = weights.new_tensor([rate, blend, beta])
+            try:
+                loss, new, *rest = self._whole(*self.passes.state, x, log_thinning, dials, weights, *moments)
+            except torch.linalg.LinAlgError:
+                pass  # of some of the points, which the density itself goes around
+            else:
+                self.density.evaluations += len(x)
+                return loss, new, Moments(*rest)
+        z, log_q, score_q, tape = self.passes.sample(x)
+        log_p, score_p = self.density.value_and_grad(z)
+        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, forward=blend, beta=beta)
+        loss, moments = watch(moments, terms, log_weights)
+        return loss, *update(weights, moments, self.passes.pull(tape, pull), rate)
+
+    def possible(self, x: Tensor) -> Tensor:
+        """Return which base points (S,) lead to where the flow and the density are finite; S gradient evaluations."""
+        z, log_q, score_q, _ = self.passes.sample(x)
+        log_p, score_p = self.density.value_and_grad(z)
+        return torch.isfinite(torch.cat([score_p, score_q, log_p[:, None], log_q[:, None]], 1)).all(1)
+
+    def _check(self, flow: Flow, like: Tensor, weights: Tensor) -> None:
+        """Compare a first step with autograd's: its loss, and the first moment, which is a tenth of the gradient."""
+        assert self._whole is not None
+        x, none = points(like), torch.zeros_like(like[:, 0])
+        z, log_q, score_q = flow.sample_with_score(at=x)
+        log_p, score_p = self.density.value_and_grad(z)
+        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, none, forward=0.5)
+        loss, moments = watch(Moments.fresh(weights), terms, log_weights)
+        _, expected = update(weights, moments, gradient_of(flow, (pull * z).sum()), 0.0)
+        found, _, after = self(weights, Moments.fresh(weights), x, none, 0.0, 0.5, 1.0)
+        if not agree((found, after.mean), (loss, expected.mean)):
+            raise RuntimeError("the graphs gave other values than the flow")
+
+
+# ---- one graph -------------------------------------------------------------------------------------------------------
+
+_wholes: WeakKeyDictionary[LogDensity, dict[tuple[int, int], tuple[Kind, fx.GraphModule, Runner]]]
+_wholes = WeakKeyDictionary()
+
+
+def _whole(density: LogDensity, passes: Passes, like: Tensor, weights: Tensor, compile: bool | None) -> Runner | None:
+    """Return the step as one graph, the one that is known for such flows on this density; None if it has none."""
+    kind, graph = passes.kind, density.graph(like)
+    if graph is None:
+        return None
+    known, key = _wholes.setdefault(density, {}), (id(kind), id(graph))  # both are kept, so that ids stay theirs
+    if key in known:
+        return known[key][-1]
+    whole = Stitcher()
+    state = kind.inputs(whole)
+    z, log_q, score_q, tape = kind.add_forward(whole, state, whole.input(like))
+    log_p, score_p = whole.add(graph, [z])
+    none, dials, moments = torch.zeros_like(like[:, 0]), weights.new_ones(3), Moments.fresh(weights)
+    values = log_p.meta["val"].dtype
+    given = [none.to(values), like, none.clone(), like.clone(), none.clone(), dials]
+    pulling = record(_pulling, *(part.clone() for part in given))
+    dialled = [whole.input(none), whole.input(dials)]
+    pull, terms, log_weights = whole.add(pulling, [log_p, score_p, log_q, score_q, *dialled])
+    gradient = kind.add_backward(whole, state, tape, pull)
+    held = [weights, *moments]
+    updating = record(_updating, weights.clone(), none.clone(), none + 1.0, dials, *(part.clone() for part in held))
+    outputs = whole.add(updating, [gradient, terms, log_weights, dialled[1], *map(whole.input, held)])
+    runner = Runner(whole.finish(outputs), compile_at=None if compile is None else int(compile))
+    known[key] = kind, graph, runner
+    return runner
+
+
+def _pulling(
+    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, log_thinning: Tensor, dials: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    log_p = log_p.to(log_q.dtype)
+    return pulled(log_p, score_p, log_q, score_q, log_thinning, forward=dials[1], beta=dials[2])
+
+
+def _updating(
+    gradient: Tensor, terms: Tensor, log_weights: Tensor, dials: Tensor, weights: Tensor, *moments: Tensor
+) -> tuple[Tensor, ...]:
+    loss, watched = watch(Moments(*moments), terms, log_weights)
+    weights, after = update(weights, watched, gradient, dials[0])
+    return loss, weights, *after
