@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor, fx
 
 from pyro_flows.graphs import agree, quicken
 
-# what a processor of 2024 took, in seconds (docs/performance.md); rules by clocks would make results depend on the load
+# what a processor of 2026 took, in seconds (docs/performance.md); rules by clocks would make results depend on the load
 COMPILE_START = 3.0  # to compile anything, in a process that has not done so yet
 COMPILE_NODE = 0.02  # more for each operation
-SAVED_NODE = 2.5e-6  # a run saves for each operation,
-SAVED_NUMBER = 1.0e-9  # and for each number that it writes
+SAVED_NODE = 1.1e-6  # a run saves for each operation,
+SAVED_NUMBER = 3.0e-10  # and for each number that it writes
 
 logger = logging.getLogger("pyro_flows")
 
@@ -51,8 +52,7 @@ class Runner:
 
     def _compile(self, inputs: tuple[Tensor, ...]) -> None:
         try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
+            with _silent(), torch.no_grad():
                 compiled = _compiled(self.module, inputs)
                 agrees = agree(compiled(*inputs), self.function(*inputs))
         except torch.linalg.LinAlgError:
@@ -62,6 +62,20 @@ class Runner:
         else:
             if agrees:
                 self.function, self.compiled = compiled, True
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep the compiler's remarks, on operations that it does not know, from users."""
+    remarks = logging.getLogger("torch._inductor.ir")
+    before = remarks.level
+    remarks.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        remarks.setLevel(before)
 
 
 def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

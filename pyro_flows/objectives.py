@@ -15,6 +15,7 @@ from pyro_flows.log_density import LogDensity
 
 WIDE_DF = 3.0
 WIDE_SCALE = 3.0
+STEEP = 1e3  # times the median length of a direction: no draw pulls harder
 
 
 class Estimate(NamedTuple):
@@ -84,7 +85,18 @@ def pulled(
     if isinstance(forward, Tensor) or forward > 0.0:
         weights = torch.softmax(torch.where(good, log_weights, -torch.inf), 0)
         coefficients = coefficients + forward * weights * (1.0 - weights)
-    return _pull(direction, good, coefficients), thinning * log_ratios, log_weights
+    return _pull(_tamed(direction, good), good, coefficients), thinning * log_ratios, log_weights
+
+
+def _tamed(direction: Tensor, good: Tensor) -> Tensor:
+    """Shorten what is far longer than most directions (S, D): one draw in a steep place would drown all others.
+
+    Lengths are those of the largest component, which cannot overflow where the direction does not.
+    """
+    length = direction.abs().amax(-1)
+    limit = STEEP * torch.where(good, length, torch.nan).nanmedian()
+    share = torch.where((length > limit) & (limit > 0.0), limit / length, 1.0)  # where most are zero, none is long
+    return direction * share[:, None]
 
 
 def _compared(

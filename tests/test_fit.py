@@ -189,7 +189,7 @@ def test_zoo_two_modes_in_one_run():
 
 def test_zoo_two_modes_in_four_runs():
     """Runs that found different modes disagree, and their mixture has both."""
-    posterior = quick(factor_model(two_modes, 2), runs=4)
+    posterior = quick(factor_model(two_modes, 2), runs=4, max_steps=3000)
     left = float((posterior.samples["z"][:, 0] < 0).double().mean())
     assert posterior.verdict.status in ("ok", "corrected")
     assert 0.4 < left < 0.6

@@ -129,14 +129,15 @@ def test_wells_in_many_coordinates(covered):
         assert "= -1." in found[0]
 
 
-def test_two_modes_of_which_the_start_is_one():
-    """Flat priors are searched around zero: the mode there is found at once, the other only from outside."""
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_modes_of_which_the_start_is_one(seed):
+    """Flat priors are searched around zero: the mode there is found at once, the other only from outside, or by luck."""
 
     def model():
         z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (2,)))
         pyro.factor("modes", torch.logsumexp(-0.5 * torch.stack([z, z - 7.0]).square().sum(-1), 0))
 
-    posterior = pf.fit(model, progress=False, max_steps=1200, escalate=False, draws=2000)
+    posterior = pf.fit(model, progress=False, max_steps=1200, escalate=False, draws=2000, seed=seed)
     share = float((posterior.samples["z"][:, 0] < 3.5).double().mean())
-    assert 0.4 < share < 0.6 or "lacks a mode" in str(posterior.verdict)
+    assert share < 0.99 or "lacks a mode" in str(posterior.verdict)
     assert 0.4 < share < 0.6 or posterior.verdict.status == "unreliable"
