@@ -131,7 +131,7 @@ def test_wells_in_many_coordinates(covered):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_two_modes_of_which_the_start_is_one(seed):
-    """Flat priors are searched around zero: the mode there is found at once, the other only from outside, or by luck."""
+    """Flat priors are searched around zero: the mode there is found at once, the other from outside."""
 
     def model():
         z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (2,)))
