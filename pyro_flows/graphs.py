@@ -230,6 +230,8 @@ def _shorten(graph: fx.Graph) -> None:
         if node.op == "call_function" and (replacement := _shorter(node)) is not None:
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
+        else:
+            _merge_factors(node)
 
 
 def _shorter(node: fx.Node) -> fx.Node | None:
@@ -245,24 +247,26 @@ def _shorter(node: fx.Node) -> fx.Node | None:
         last.args = last.args[:2]
         last.meta = dict(node.meta)
         return last
-    if node.target is _aten.div.Tensor and last.target is _aten.tanh_backward.default:
-        scaled, size = last.args[0], node.args[1]
-        if not isinstance(size, float) or not _is_times(scaled, size):
-            return None
-        last.args = (scaled.args[0], last.args[1])  # type: ignore[union-attr]
-        return last
     return None
+
+
+def _merge_factors(node: fx.Node) -> None:
+    """Multiply once what is multiplied by one number before a derivative of a sigmoid and by another one after it."""
+    last = node.args[0] if node.args else None
+    if node.target is not _aten.mul.Tensor or not isinstance(node.args[1], float) or not isinstance(last, fx.Node):
+        return
+    if last.target is not _aten.sigmoid_backward.default or len(last.users) > 1:
+        return
+    before = last.args[0]
+    if isinstance(before, fx.Node) and before.target is _aten.mul.Tensor and isinstance(before.args[1], float):
+        last.args = (before.args[0], last.args[1])
+        node.args = (last, before.args[1] * node.args[1])
 
 
 def _axes(summed: fx.Node) -> list[int]:
     """The axes that a sum is over, from 0 on."""
     dims = summed.all_input_nodes[0].meta["val"].dim()
     return [axis % dims for axis in summed.args[1]]  # type: ignore[union-attr, operator]
-
-
-def _is_times(node: Any, size: float) -> bool:
-    """Whether a node is a product with a number."""
-    return isinstance(node, fx.Node) and node.target is _aten.mul.Tensor and node.args[1:] == (size,)
 
 
 def _key(value: Any) -> Any:

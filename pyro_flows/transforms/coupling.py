@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.conditioners import conditioner
+from pyro_flows.transforms.conditioners import bounded, conditioner
 from pyro_flows.transforms.masks import channels, half
 
 
@@ -233,7 +233,7 @@ class AffineCoupling(Coupling):
 
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:
         raw, shift = super()._read(raw)
-        return self.log_scale_bound * torch.tanh(raw / self.log_scale_bound), shift
+        return bounded(raw, self.log_scale_bound), shift
 
     def _move(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         log_scale, shift = parameters

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.conditioners import conditioner
+from pyro_flows.transforms.conditioners import bounded, conditioner
 
 
 class Logit(Bijection):
@@ -167,7 +167,7 @@ class Dequantize(nn.Module):
         assert self.conditioner is not None
         raw = self.conditioner((2.0 * level + 1.0) / self.levels - 1.0, None)
         shift, log_scale = raw.chunk(2, dim=self._axes[0])
-        log_scale = 4.0 * torch.tanh(log_scale / 4.0)
+        log_scale = bounded(log_scale, 4.0)
         smallest = torch.finfo(uniform.dtype).eps
         standard = torch.logit(uniform.clamp(smallest, 1.0 - smallest))
         noise = shift + log_scale.exp() * standard

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows.transforms import splines
+from pyro_flows.transforms.conditioners import bounded
 from pyro_flows.transforms.coupling import Coupling
 
 
@@ -73,8 +74,8 @@ class SplineCoupling(Coupling):
         image = self.event_dim == 3
         numbers = raw.unflatten(-3, (self.per, -1)).movedim(-4, -1) if image else raw.unflatten(-1, (-1, self.per))
         log_scale, shift, knots = numbers.split([1, 1, self.per - 2], dim=-1)
-        bounded = self.log_scale_bound * torch.tanh(log_scale.squeeze(-1) / self.log_scale_bound)
-        return bounded, shift.squeeze(-1), knots
+        log_scale = bounded(log_scale.squeeze(-1), self.log_scale_bound)
+        return log_scale, shift.squeeze(-1), knots
 
     def _move(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         y, terms = self._bend(moved, parameters)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.conditioners import conditioner
+from pyro_flows.transforms.conditioners import bounded, conditioner
 
 
 class SinhArcsinh(Bijection):
@@ -62,7 +62,7 @@ class SinhArcsinh(Bijection):
         _checks.event("SinhArcsinh", x, self.dim)
         _checks.context("SinhArcsinh", context, self.context_dim)
         raw = self.conditioner(None, context)
-        left, right = torch.exp(self.log_bound * torch.tanh(raw / self.log_bound)).chunk(2, dim=-1)
+        left, right = torch.exp(bounded(raw, self.log_bound)).chunk(2, dim=-1)
         ends = zip(left.chunk(2, dim=-1), right.chunk(2, dim=-1), strict=True)
         power, onset = (torch.where(x < 0, low, high) for low, high in ends)
         return power, onset
