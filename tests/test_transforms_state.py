@@ -99,8 +99,9 @@ def test_a_training_step_stays_on_its_device_and_waits_for_nothing(blended, monk
     flow = make_flow("realnvp", 3, base="student_t").to("meta")
     with pyro.validation_enabled(False):
         trainer = training.Trainer(flow, Sum(), learning_rate=1e-2, batch=8)
-        trainer.losses, trainer._blended = [0.0], blended  # a second step: the first one looks at the weights
-        with OnlyOn("meta"):
+        with OnlyOn("meta"):  # a second step: the first one in ten looks at what there is
+            trainer._blend = training.BLEND if blended else 0.0
+            trainer._drawn = [trainer._points(8, training.DEFENSIVE if blended else 0.0)]
             trainer.step(1e-2)
     assert len(trainer._pending) == 1
 
