@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from pyro_flows.graphs import nearby, quicken, record
+from pyro_flows.graphs import nearby, record
 from pyro_flows.transforms.base import Bijection
 
 BODIES_KEPT = 64
@@ -19,19 +19,16 @@ _VIEWS = (_aten.t.default, _aten.view.default, _aten.unsqueeze.default, _aten.ex
 
 
 class Body(NamedTuple):
-    """The forward pass of a layer with the score, and the vector-Jacobian product of its value.
+    """The forward pass of a layer with the score, and the vector-Jacobian product of its value, as graphs.
 
     ``forward(*state, x, score)`` returns ``(y, ladj, score, *saved)``. ``backward(*state, x, score, *saved, pull)``
     returns the gradients of ``(pull * y).sum()`` along x and along each of the layer's parameters that are trained.
     ``state`` are the layer's parameters, then its buffers, in the order of :func:`state_of`; ``saved`` tensors go from
-    one to the other. The graphs are those that both run.
+    one to the other.
     """
 
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-    saved: int
-    forward_graph: fx.GraphModule
-    backward_graph: fx.GraphModule
+    forward: fx.GraphModule
+    backward: fx.GraphModule
 
 
 def state_of(layer: nn.Module) -> list[Tensor]:
@@ -42,7 +39,7 @@ def state_of(layer: nn.Module) -> list[Tensor]:
 def body_of(layer: Bijection, x: Tensor) -> Body:
     """Return the recorded passes of ``layer`` for batches like ``x`` (S, D); layers of one kind share one.
 
-    Whoever uses them compares them with the layer itself once, see :class:`pyro_flows.passes.Passes`.
+    Whoever uses them compares them with the layer itself once, see :meth:`pyro_flows.passes.Passes.check`.
 
     Raises:
         Exception: of any kind, if the layer's code cannot be recorded (branches on values).
@@ -160,7 +157,7 @@ def _split(module: fx.GraphModule, inputs: int) -> Body:
     need(results[3:])
     forward = _part(module, placeholders[:inputs], [*results[:3], *saved])
     backward = _part(module, [*placeholders[:inputs], *saved, placeholders[inputs]], results[3:])
-    return Body(quicken(forward), quicken(backward), len(saved), forward, backward)
+    return Body(forward, backward)
 
 
 def _part(source: fx.GraphModule, inputs: list[fx.Node], outputs: list[Any]) -> fx.GraphModule:

@@ -29,39 +29,54 @@ class Runner:
     from the graph, not timed, so that one seed gives one answer on a busy machine too. Where there is no compiler, or
     where the compiled code gives other values, it stays as it is.
 
-    Inputs must be contiguous, and of one shape, dtype and device.
+    Inputs must be of one shape, dtype and device; compiled code serves those with the strides that it was made with.
 
     Args:
         module: the graph.
-        compile_at: the run at which to compile, 0 for never; by default, once it pays.
+        compile: whether to compile at the first run (True), never (False), or once it pays (None).
+        along: other graphs that run as often, and are to be compiled at the same time.
     """
 
-    def __init__(self, module: fx.GraphModule, *, compile_at: int | None = None) -> None:
+    def __init__(
+        self, module: fx.GraphModule, *, compile: bool | None = None, along: Sequence[fx.GraphModule] = ()
+    ) -> None:
         self.module = module
-        self.function: Callable[..., Any] = quicken(module)
-        self.compiled = False
+        self._recorded: Callable[..., Any] = quicken(module)
+        self._compiled: Callable[..., Any] | None = None
         self.runs = 0
-        self.compile_at = pays_at([module]) if compile_at is None else compile_at
+        self.compile_at = pays_at([module, *along]) if compile is None else int(compile)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it runs as compiled code."""
+        return self._compiled is not None
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run, without autograd."""
         self.runs += 1
         if self.runs == self.compile_at:
             self._compile(inputs)
-        return self.function(*inputs)
+        if self._compiled is not None:
+            try:
+                return self._compiled(*inputs)
+            except RuntimeError:
+                logger.debug("recorded code in place of compiled code", exc_info=True)
+        return self._recorded(*inputs)  # which says what is wrong with these inputs, if anything is
 
     def _compile(self, inputs: tuple[Tensor, ...]) -> None:
         try:
-            with _silent(), torch.no_grad():
-                compiled = _compiled(self.module, inputs)
-                agrees = agree(compiled(*inputs), self.function(*inputs))
+            expected = self._recorded(*inputs)
         except torch.linalg.LinAlgError:
             self.compile_at += 1  # of these inputs, not of the compiler
+            return
+        try:
+            with _silent(), torch.no_grad():
+                compiled = _compiled(self.module, inputs)
+                agrees = agree(compiled(*inputs), expected)
         except Exception as error:  # no compiler, or one that fails: there is nothing to lose but time
             logger.debug("not compiled: %s", error)
         else:
-            if agrees:
-                self.function, self.compiled = compiled, True
+            self._compiled = compiled if agrees else None
 
 
 @contextmanager

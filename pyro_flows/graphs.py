@@ -31,13 +31,14 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
         _tidy(module.graph)
         _fold(module)
         _tidy(module.graph)
-        _shorten(module.graph)
     module.graph.eliminate_dead_code()
     return fx.GraphModule(module, module.graph)  # with those constants only that are used
 
 
 class Stitcher:
     """Puts recorded graphs together into one: each is added with nodes of those before as its inputs.
+
+    They must not change tensors in place, see :func:`is_pure`.
 
     >>> double = record(lambda x: (x + x,), torch.ones(2))
     >>> whole = Stitcher()
@@ -73,13 +74,22 @@ class Stitcher:
                 copies[node] = self.graph.node_copy(node, copies.__getitem__)
         raise ValueError("module: expected a graph that returns something.")
 
+    def call(self, operation: Callable[..., Any], arguments: tuple[Any, ...], like: Tensor) -> fx.Node:
+        """Add one operation whose result has the shape, dtype and device of ``like``."""
+        node = self.graph.call_function(operation, arguments)
+        node.meta["val"] = like
+        return node
+
     def join(self, nodes: Iterable[fx.Node]) -> fx.Node:
         """Add tensors of any shapes, flattened and one after the other."""
-        flat = [
-            node if node.meta["val"].dim() == 1 else self.graph.call_function(_aten.reshape.default, (node, [-1]))
-            for node in nodes
-        ]
-        return self.graph.call_function(_aten.cat.default, (flat,))
+        flat = []
+        for node in nodes:
+            value = node.meta["val"]
+            if value.dim() != 1:
+                node = self.call(_aten.reshape.default, (node, [-1]), value.new_zeros(()).expand(value.numel()))
+            flat.append(node)
+        length = sum(node.meta["val"].numel() for node in flat)
+        return self.call(_aten.cat.default, (flat,), flat[0].meta["val"].new_zeros(()).expand(length))
 
     def finish(self, outputs: Sequence[fx.Node]) -> fx.GraphModule:
         """Return the whole, without what is computed twice or not used."""
@@ -102,6 +112,11 @@ class Stitcher:
 def nearby(x: Tensor) -> Tensor:
     """Return other points close to ``x``, for a graph to be checked at; no random numbers are used."""
     return x + 0.1 * torch.sin(torch.arange(x.numel(), dtype=x.dtype, device=x.device)).reshape(x.shape)
+
+
+def is_pure(module: fx.GraphModule) -> bool:
+    """Whether no operation of a graph changes a tensor in place."""
+    return not any(_is_aten(node) and node.target._schema.is_mutable for node in module.graph.nodes)  # type: ignore[union-attr]
 
 
 def agree(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
@@ -222,51 +237,6 @@ def _simpler(node: fx.Node) -> fx.Node | None:
         return first.args[0]  # type: ignore[return-value]
     shaped = node.target in (_aten.view.default, _aten.expand.default)
     return first if shaped and node.meta["val"].shape == first.meta["val"].shape else None
-
-
-def _shorten(graph: fx.Graph) -> None:
-    """Make one operation of two that follow each other; rounding apart, values stay."""
-    for node in list(graph.nodes):
-        if node.op == "call_function" and (replacement := _shorter(node)) is not None:
-            node.replace_all_uses_with(replacement)
-            graph.erase_node(node)
-        else:
-            _merge_factors(node)
-
-
-def _shorter(node: fx.Node) -> fx.Node | None:
-    """Return the node before this one, if it can be made to give this one's value; its own must serve nothing else."""
-    last = node.args[0] if node.args else None
-    if not isinstance(last, fx.Node) or len(last.users) > 1:
-        return None
-    if node.target is _aten.view.default and last.target is _aten.sum.dim_IntList and last.args[2:] == (True,):
-        value = node.meta["val"]
-        kept = [size for axis, size in enumerate(last.all_input_nodes[0].meta["val"].shape) if axis not in _axes(last)]
-        if list(value.shape) != kept:
-            return None
-        last.args = last.args[:2]
-        last.meta = dict(node.meta)
-        return last
-    return None
-
-
-def _merge_factors(node: fx.Node) -> None:
-    """Multiply once what is multiplied by one number before a derivative of a sigmoid and by another one after it."""
-    last = node.args[0] if node.args else None
-    if node.target is not _aten.mul.Tensor or not isinstance(node.args[1], float) or not isinstance(last, fx.Node):
-        return
-    if last.target is not _aten.sigmoid_backward.default or len(last.users) > 1:
-        return
-    before = last.args[0]
-    if isinstance(before, fx.Node) and before.target is _aten.mul.Tensor and isinstance(before.args[1], float):
-        last.args = (before.args[0], last.args[1])
-        node.args = (last, before.args[1] * node.args[1])
-
-
-def _axes(summed: fx.Node) -> list[int]:
-    """The axes that a sum is over, from 0 on."""
-    dims = summed.all_input_nodes[0].meta["val"].dim()
-    return [axis % dims for axis in summed.args[1]]  # type: ignore[union-attr, operator]
 
 
 def _key(value: Any) -> Any:

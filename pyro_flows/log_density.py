@@ -194,7 +194,10 @@ class LogDensity:
         return (self.map(self.single, z),)
 
     def forget(self) -> None:
-        """Drop the recorded graphs: call it after the model's own parameters, or its data, have changed in place."""
+        """Drop the recorded graphs: call it after the model's own parameters, or its data, have changed in place.
+
+        A training run that has begun keeps the graph that it began with.
+        """
         self._values.forget()
         self._with_gradients.forget()
 
@@ -207,18 +210,23 @@ class LogDensity:
             with suppress(torch.linalg.LinAlgError):
                 value, grad = self._with_gradients(z)
                 return value.to(z.dtype), grad
-        run = self._gradients if self.batched else self._gradients_one_by_one
-        value, grad = where_possible(run, z, (), (self.dim,))
-        return value.to(z.dtype), grad
+        return self.unrecorded(z)
 
     def graph(self, z: Tensor) -> fx.GraphModule | None:
         """Return the recorded graph of :meth:`value_and_grad` for batches like ``z``, to be made part of a larger one.
 
         None if the model cannot be recorded, or if such batches go through it in several pieces.
+
+        Raises:
+            torch.linalg.LinAlgError: if it is to be recorded now, and a factorization fails at ``z``.
         """
-        with suppress(torch.linalg.LinAlgError):
-            return self._with_gradients.graph(z) if self.batched else None
-        return None
+        return self._with_gradients.graph(z) if self.batched else None
+
+    def unrecorded(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`value_and_grad` returns, by the model itself, for graphs to be compared with."""
+        run = self._gradients if self.batched else self._gradients_one_by_one
+        value, grad = where_possible(run, z.detach(), (), (self.dim,))
+        return value.to(z.dtype), grad
 
     @property
     def reason(self) -> str | None:

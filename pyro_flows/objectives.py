@@ -40,7 +40,8 @@ def path(
     With f = 0 this is the ELBO's gradient without its score term, which has mean zero but not variance zero. With f = 1
     it is the doubly reparametrised gradient of KL(p || q), :math:`\tilde w` the self-normalised importance weights:
     it pulls mass to where q has too little, which the ELBO hardly feels. Both are exactly zero for every draw at q = p.
-    The score of q comes along with the forward pass. Draws where p or a gradient is not finite count as zero.
+    The score of q comes along with the forward pass. Draws where p, q or a gradient is not finite count as zero, and a
+    difference of gradients a thousand times as long as the median one is shortened to that.
     The loss's *value* is meaningless: read ``terms``.
 
     Args:
@@ -74,7 +75,8 @@ def pulled(
         score_p: its gradient along z (S, D).
         log_q: the flow's log density (S,).
         score_q: its gradient along z (S, D).
-        log_thinning: log of the base's density over that of the mixture which the draws are from (S,).
+        log_thinning: log of the base's density over that of the mixture which the draws are from (S,); draws where it
+            is -inf are left out.
         forward: as in :func:`path`; a tensor in recorded code.
         beta: as in :func:`path`; likewise.
     """
@@ -85,7 +87,8 @@ def pulled(
     if isinstance(forward, Tensor) or forward > 0.0:
         weights = torch.softmax(torch.where(good, log_weights, -torch.inf), 0)
         coefficients = coefficients + forward * weights * (1.0 - weights)
-    return _pull(_tamed(direction, good), good, coefficients), thinning * log_ratios, log_weights
+    terms = torch.where(log_thinning > -torch.inf, thinning * log_ratios, torch.nan)
+    return _pull(_tamed(direction, good), good, coefficients), terms, log_weights
 
 
 def _tamed(direction: Tensor, good: Tensor) -> Tensor:
@@ -105,8 +108,8 @@ def _compared(
     """Return the tempered log p less log q (S,), its gradient along z (S, D), and where both are finite (S,)."""
     if isinstance(beta, Tensor) or beta != 1.0:
         log_p, score_p = beta * log_p, beta * score_p
-    direction = score_p - score_q
-    return log_p - log_q, direction, torch.isfinite(log_p) & torch.isfinite(direction).all(-1)
+    log_ratios, direction = log_p - log_q, score_p - score_q
+    return log_ratios, direction, torch.isfinite(log_ratios) & torch.isfinite(direction).all(-1)
 
 
 def _pull(direction: Tensor, good: Tensor, coefficients: Tensor) -> Tensor:
@@ -151,9 +154,10 @@ def importance_weighted(flow: Flow, density: LogDensity, draws: int, *, group: i
 
     :math:`\tilde w` are the weights, normalised within their group. This is the doubly reparametrised gradient: it has
     no score term, its signal does not drown in noise as K grows, and it is exactly zero for every draw at q = p. K = 1
-    gives the ELBO and the gradient of :func:`path`; the bound rises with K towards the log evidence. It asks for a q
-    that is good once weighted, which may be wider than p, not for one that is good by itself. Draws where p or a
-    gradient is not finite have weight zero. The loss's *value* is meaningless: read ``terms``, one for each group.
+    gives the ELBO and the gradient of :func:`path` but for what that shortens; the bound rises with K towards the log
+    evidence. It asks for a q that is good once weighted, which may be wider than p, not for one that is good by
+    itself. Draws where p or a gradient is not finite have weight zero. The loss's *value* is meaningless: read
+    ``terms``, one for each group.
     Cost: that of :func:`path`, one pass and ``draws`` gradients of p.
 
     Args:

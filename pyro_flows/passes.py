@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from pyro_flows import bases
 from pyro_flows.bodies import Body, body_of
-from pyro_flows.compiling import Runner, pays_at
+from pyro_flows.compiling import Runner
 from pyro_flows.flows import Flow
 from pyro_flows.graphs import Stitcher, agree, record
 from pyro_flows.transforms.base import Bijection
@@ -40,10 +40,9 @@ class Kind:
         self, flow: Flow, bodies: Sequence[Body], state: Sequence[Tensor], ends: Sequence[int], like: Tensor
     ) -> None:
         self.bodies, self.ends, self.like = tuple(bodies), tuple(ends), like
-        self._state = [part.detach() for part in state]
+        self._state = [part.new_zeros(()).expand(part.shape) for part in state]  # not the weights of the first flow
         base, df = flow.base, flow.df
         self._at_base = record(lambda x: (bases.log_density(base, x, df).sum(-1), bases.score(base, x, df)), like)
-        self._less = record(lambda log_q, ladj: (log_q - ladj,), like[:, 0].clone(), like[:, 0] + 1.0)
 
     def add_forward(
         self, whole: Stitcher, state: Sequence[fx.Node], x: fx.Node
@@ -52,9 +51,9 @@ class Kind:
         log_q, score = whole.add(self._at_base, [x])
         tape: list[list[fx.Node]] = []
         for body, (first, last) in zip(self.bodies, pairwise(self.ends), strict=True):
-            y, ladj, carried, *saved = whole.add(body.forward_graph, [*state[first:last], x, score])
+            y, ladj, carried, *saved = whole.add(body.forward, [*state[first:last], x, score])
             tape.append([x, score, *saved])
-            (log_q,) = whole.add(self._less, [log_q, ladj])
+            log_q = whole.call(torch.ops.aten.sub.Tensor, (log_q, ladj), log_q.meta["val"])
             x, score = y, carried
         return x, log_q, score, tape
 
@@ -66,7 +65,7 @@ class Kind:
         for number in reversed(range(len(self.bodies))):
             first, last = self.ends[number : number + 2]
             given = [*state[first:last], *tape[number], cotangent]
-            cotangent, *gradients = whole.add(self.bodies[number].backward_graph, given)
+            cotangent, *gradients = whole.add(self.bodies[number].backward, given)
             found += reversed(gradients)
         return whole.join(reversed(found))
 
@@ -139,9 +138,11 @@ class Passes:
 
     @cached_property
     def _runners(self) -> tuple[Runner, Runner]:
-        at = pays_at(self.kind.graphs) if self._compile is None else int(self._compile)  # both in one step
         forward, backward = self.kind.graphs
-        return Runner(forward, compile_at=at), Runner(backward, compile_at=at)
+        return (
+            Runner(forward, compile=self._compile, along=[backward]),
+            Runner(backward, compile=self._compile, along=[forward]),
+        )
 
     def check(self, like: Tensor) -> None:
         """Compare with the flow and autograd; bodies may come from other flows.
@@ -152,7 +153,8 @@ class Passes:
         x = points(like)
         pull = torch.cos(x)
         z, log_q, score = self.flow.sample_with_score(at=x)
-        expected = (z.detach(), log_q, score, gradient_of(self.flow, (pull * z).sum()))
+        trained = [parameter for parameter in self.flow.parameters() if parameter.requires_grad]
+        expected = (z.detach(), log_q, score, gradient_of((pull * z).sum(), trained))
         z, log_q, score, tape = self.sample(x)
         if not agree((z, log_q, score, self.pull(tape, pull)), expected):
             raise RuntimeError("the graphs gave other values than the flow")
@@ -163,10 +165,9 @@ def points(like: Tensor) -> Tensor:
     return 2.0 * torch.sin(torch.arange(like.numel(), dtype=like.dtype, device=like.device)).reshape(like.shape)
 
 
-def gradient_of(flow: Flow, loss: Tensor) -> Tensor:
-    """Return the gradient of a loss along a flow's trained parameters by autograd, as one vector."""
-    trained = [parameter for parameter in flow.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
+def gradient_of(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Return the gradient of a loss along parameters by autograd, as one vector."""
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 

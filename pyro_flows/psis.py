@@ -20,7 +20,7 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
 
     Draws with log weight -inf keep weight zero and count as draws. Weights whose largest ones are equal up to rounding
     are bounded and have no tail to fit: they stay as they are, with k-hat 0. Where other ties leave nothing to fit,
-    they stay as they are and k-hat is infinite. Cost: sorting, and :math:`O(M^{1.5})`.
+    they stay as they are and k-hat is infinite, as for fewer than 25 draws. Cost: sorting, and :math:`O(M^{1.5})`.
 
     Args:
         log_weights: log importance ratios (S,), up to a constant; at least one of them finite.
@@ -38,7 +38,7 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
     tail = math.floor(3.0 * math.sqrt(count)) if count > 225 else count // 5
     ordered, places = given.sort()
     smoothed, k_hat = given, math.inf
-    if float(ordered[-1] - ordered[-tail - 1]) < SAME_WEIGHT:
+    if tail >= TAIL_AT_LEAST and float(ordered[-1] - ordered[-tail - 1]) < SAME_WEIGHT:
         k_hat = 0.0
     elif tail >= TAIL_AT_LEAST:
         cutoff = ordered[-tail - 1].exp()

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from pyro_flows.batching import first_line
 from pyro_flows.compiling import Runner
-from pyro_flows.graphs import agree, nearby, record
+from pyro_flows.graphs import agree, is_pure, nearby, record
 
 KINDS_KEPT = 4
 RECORDED_FROM = 4  # the call with one batch size at which it is recorded: recording takes as long as ten calls
@@ -60,13 +60,18 @@ class Recorder:
         return tuple(torch.cat(part)[: len(z)] for part in parts)
 
     def graph(self, z: Tensor) -> fx.GraphModule | None:
-        """Return the graph for batches like ``z``; None if there is none, or if they go through in several pieces."""
+        """Return the graph for batches like ``z``, to be made part of a larger one.
+
+        None if there is none, if it changes tensors in place, or if such batches go through in several pieces.
+        """
         if self.reason is not None or len(z) > self.rows:
             return None
         kind = len(z), z.dtype, z.device
         if kind not in self.runners and not self._record(z.contiguous()):
             return None
-        return self.runners[kind].module
+        self.runners.move_to_end(kind)
+        module = self.runners[kind].module
+        return module if is_pure(module) else None
 
     def forget(self) -> None:
         """Drop the graphs, and what is known of whether they can be recorded."""
@@ -87,7 +92,7 @@ class Recorder:
         """Record for such batches; return whether the graph repeats what the function gives at new points."""
         fresh = nearby(z)
         try:
-            runner = Runner(record(self.function, z), compile_at=None if self.compile is None else int(self.compile))
+            runner = Runner(record(self.function, z), compile=self.compile)
             recorded = runner(fresh)
         except torch.linalg.LinAlgError:
             raise  # of these points, not of the function

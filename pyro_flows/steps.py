@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
 
+from pyro_flows.batching import nearer
 from pyro_flows.compiling import Runner
 from pyro_flows.flows import Flow
 from pyro_flows.graphs import Stitcher, agree, record
 from pyro_flows.log_density import LogDensity
 from pyro_flows.objectives import pulled
 from pyro_flows.passes import Kind, Passes, gradient_of, points
-from pyro_flows.updates import Moments, update, watch
+from pyro_flows.updates import Moments, advance
+
+logger = logging.getLogger("pyro_flows")
 
 
 class Step:
@@ -32,20 +37,24 @@ class Step:
         compile: as for :class:`Passes`.
 
     Raises:
-        Exception: of any kind, if some layer cannot be recorded, or the graphs give other numbers than the flow.
+        Exception: of any kind, if some layer cannot be recorded, or the passes give other numbers than the flow.
     """
 
     def __init__(
         self, flow: Flow, density: LogDensity, like: Tensor, weights: Tensor, views: Sequence[Tensor],
         *, compile: bool | None = None,
     ) -> None:  # fmt: skip
-        self.density = density
+        self.flow, self.density = flow, density
         self.passes = Passes(flow, like, views, compile=compile)
-        self._whole = _whole(density, self.passes, like, weights, compile)
+        self._dials = weights.new_zeros(3)
+        self._whole: Runner | None = None
+        try:
+            nearer(lambda size: self._make_whole(size * points(like), weights, compile))
+        except RuntimeError as error:
+            logger.debug("a step in parts: %s", error)
+            self._whole = None
         if self._whole is None:
             self.passes.check(like)
-        else:
-            self._check(flow, like, weights)
 
     @property
     def compiled(self) -> bool:
@@ -68,19 +77,26 @@ class Step:
             beta: power of the density.
         """
         if self._whole is not None:
-            dials = weights.new_tensor([rate, blend, beta])
             try:
-                loss, new, *rest = self._whole(*self.passes.state, x, log_thinning, dials, weights, *moments)
+                found = self._run(weights, moments, x, log_thinning, rate, blend, beta)
             except torch.linalg.LinAlgError:
                 pass  # of some of the points, which the density itself goes around
             else:
                 self.density.evaluations += len(x)
-                return loss, new, Moments(*rest)
+                return found
         z, log_q, score_q, tape = self.passes.sample(x)
         log_p, score_p = self.density.value_and_grad(z)
         pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, forward=blend, beta=beta)
-        loss, moments = watch(moments, terms, log_weights)
-        return loss, *update(weights, moments, self.passes.pull(tape, pull), rate)
+        return advance(weights, moments, self.passes.pull(tape, pull), terms, log_weights, rate)
+
+    def _run(
+        self, weights: Tensor, moments: Moments, x: Tensor, log_thinning: Tensor, *dials: float
+    ) -> tuple[Tensor, Tensor, Moments]:
+        assert self._whole is not None
+        for place, value in zip(self._dials.unbind(), dials, strict=True):
+            place.fill_(value)  # a GPU need not wait for this
+        loss, new, *rest = self._whole(*self.passes.state, x, log_thinning, self._dials, weights, *moments)
+        return loss, new, Moments(*rest)
 
     def possible(self, x: Tensor) -> Tensor:
         """Return which base points (S,) lead to where the flow and the density are finite; S gradient evaluations."""
@@ -88,32 +104,40 @@ class Step:
         log_p, score_p = self.density.value_and_grad(z)
         return torch.isfinite(torch.cat([score_p, score_q, log_p[:, None], log_q[:, None]], 1)).all(1)
 
-    def _check(self, flow: Flow, like: Tensor, weights: Tensor) -> None:
-        """Compare a first step with autograd's: its loss, and the first moment, which is a tenth of the gradient."""
-        assert self._whole is not None
-        x, none = points(like), torch.zeros_like(like[:, 0])
-        z, log_q, score_q = flow.sample_with_score(at=x)
-        log_p, score_p = self.density.value_and_grad(z)
+    def _make_whole(self, x: Tensor, weights: Tensor, compile: bool | None) -> None:
+        """Find the step as one graph, recorded and checked where base points ``x`` lead, if there is one."""
+        with torch.no_grad():
+            graph = self.density.graph(self.flow.sample_with_score(at=x)[0])
+        if graph is not None:
+            self._whole = _whole(self.density, graph, self.passes.kind, weights, compile)
+            self._check(x, weights)
+
+    def _check(self, x: Tensor, weights: Tensor) -> None:
+        """Compare a first step with autograd's and the model's own: its loss, and a tenth of the gradient."""
+        none, fresh = torch.zeros_like(x[:, 0]), Moments.fresh(weights)
+        z, log_q, score_q = self.flow.sample_with_score(at=x)
+        log_p, score_p = self.density.unrecorded(z)
         pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, none, forward=0.5)
-        loss, moments = watch(Moments.fresh(weights), terms, log_weights)
-        _, expected = update(weights, moments, gradient_of(flow, (pull * z).sum()), 0.0)
-        found, _, after = self(weights, Moments.fresh(weights), x, none, 0.0, 0.5, 1.0)
-        if not agree((found, after.mean), (loss, expected.mean)):
-            raise RuntimeError("the graphs gave other values than the flow")
+        trained = [parameter for parameter in self.flow.parameters() if parameter.requires_grad]
+        gradient = gradient_of((pull * z).sum(), trained)
+        loss, _, expected = advance(weights, fresh, gradient, terms, log_weights, 0.0)
+        with torch.no_grad():
+            found, _, after = self._run(weights, fresh, x, none, 0.0, 0.5, 1.0)
+        size = torch.maximum(expected.mean.abs().max(), 1e-3 * score_q.abs().max())  # p may be q
+        if int(expected.skipped) or not agree((found, after.mean / size), (loss, expected.mean / size)):
+            raise RuntimeError("the graph gave other values than the flow and the model")
 
 
 # ---- one graph -------------------------------------------------------------------------------------------------------
 
-_wholes: WeakKeyDictionary[LogDensity, dict[tuple[int, int], tuple[Kind, fx.GraphModule, Runner]]]
-_wholes = WeakKeyDictionary()
+WHOLES_KEPT = 8  # of one density
+_wholes: WeakKeyDictionary[LogDensity, dict[Any, tuple[Kind, fx.GraphModule, Runner]]] = WeakKeyDictionary()
 
 
-def _whole(density: LogDensity, passes: Passes, like: Tensor, weights: Tensor, compile: bool | None) -> Runner | None:
-    """Return the step as one graph, the one that is known for such flows on this density; None if it has none."""
-    kind, graph = passes.kind, density.graph(like)
-    if graph is None:
-        return None
-    known, key = _wholes.setdefault(density, {}), (id(kind), id(graph))  # both are kept, so that ids stay theirs
+def _whole(density: LogDensity, graph: fx.GraphModule, kind: Kind, weights: Tensor, compile: bool | None) -> Runner:
+    """Return the step as one graph, the one that is known for such flows on this density."""
+    like = kind.like
+    known, key = _wholes.setdefault(density, {}), (id(kind), id(graph), compile)  # both are kept: ids stay theirs
     if key in known:
         return known[key][-1]
     whole = Stitcher()
@@ -130,8 +154,10 @@ def _whole(density: LogDensity, passes: Passes, like: Tensor, weights: Tensor, c
     held = [weights, *moments]
     updating = record(_updating, weights.clone(), none.clone(), none + 1.0, dials, *(part.clone() for part in held))
     outputs = whole.add(updating, [gradient, terms, log_weights, dialled[1], *map(whole.input, held)])
-    runner = Runner(whole.finish(outputs), compile_at=None if compile is None else int(compile))
+    runner = Runner(whole.finish(outputs), compile=compile)
     known[key] = kind, graph, runner
+    while len(known) > WHOLES_KEPT:
+        del known[next(iter(known))]
     return runner
 
 
@@ -145,6 +171,5 @@ def _pulling(
 def _updating(
     gradient: Tensor, terms: Tensor, log_weights: Tensor, dials: Tensor, weights: Tensor, *moments: Tensor
 ) -> tuple[Tensor, ...]:
-    loss, watched = watch(Moments(*moments), terms, log_weights)
-    weights, after = update(weights, watched, gradient, dials[0])
+    loss, weights, after = advance(weights, Moments(*moments), gradient, terms, log_weights, dials[0])
     return loss, weights, *after

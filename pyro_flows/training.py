@@ -15,9 +15,10 @@ from pyro_flows.convergence import Monitor
 from pyro_flows.flows import Flow
 from pyro_flows.log_density import LogDensity
 from pyro_flows.objectives import BasePoints, elbo, pulled
+from pyro_flows.passes import gradient_of
 from pyro_flows.randomness import seeded
 from pyro_flows.steps import Step
-from pyro_flows.updates import Moments, update, watch
+from pyro_flows.updates import Moments, advance
 
 BATCH = 64
 STEP_SIZE = 1e-2
@@ -69,8 +70,8 @@ class Trainer:
 
     The parameters live in one vector here, and each step is arithmetic on it; :meth:`write` hands them to the flow.
     Nothing in a step waits for a result, so that a GPU is kept busy. Gradients are clipped at five times their running
-    norm; steps whose gradient is not finite are skipped and counted, and the steps after them leave out what draws have
-    no finite density.
+    norm; steps whose gradient is not finite are skipped and counted. Recorded steps after them leave out draws at which
+    the flow or the density is not finite, until there are none.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Trainer:
         self._losses: list[float] = []
         self._pending: list[Tensor] = []
         self._blend, self._careful, self._skips_seen = 0.0, False, 0
+        self._left_out = torch.zeros((), dtype=torch.long, device=self.weights.device)
 
     # state ----------------------------------------------------------------------------------------------------------
 
@@ -154,6 +156,7 @@ class Trainer:
             return
         if self._careful:
             possible = self._step.possible(x)
+            self._left_out += torch.logical_not(possible).sum()
             x = torch.where(possible[:, None], x, 0.0)
             log_thinning = torch.where(possible, log_thinning, -torch.inf)
         options = (learning_rate, self._blend, self.beta)
@@ -165,7 +168,9 @@ class Trainer:
         """See what the steps have come to, and draw the base points of the next ones."""
         done, skipped = len(self._losses) + len(self._pending), self.skipped
         self._blend = BLEND if float(self.moments.ess) > BLEND_FROM_ESS else 0.0
-        self._careful, self._skips_seen = skipped > self._skips_seen, skipped
+        self._careful = skipped > self._skips_seen or bool(self._left_out)
+        self._skips_seen = skipped
+        self._left_out.zero_()
         if self._recordable and done >= EAGER_STEPS:
             self._record()
         x, log_thinning = self._points(LOOK_EVERY * self.batch, DEFENSIVE if self._blend else 0.0)
@@ -173,8 +178,8 @@ class Trainer:
 
     @torch.no_grad()
     def _advance(self, gradient: Tensor, terms: Tensor, log_weights: Tensor, learning_rate: float) -> None:
-        loss, moments = watch(self.moments, terms, log_weights)
-        weights, self.moments = update(self.weights, moments, gradient, learning_rate)
+        state = (self.weights, self.moments, gradient, terms, log_weights, learning_rate)
+        loss, weights, self.moments = advance(*state)
         self.weights.copy_(weights)
         self._pending.append(loss)
 
@@ -185,17 +190,12 @@ class Trainer:
         log_p, score_p = self.density.value_and_grad(z)
         options = {"forward": self._blend, "beta": self.beta}
         pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, **options)
-        return self._pull((pull * z).sum()), terms, log_weights
+        return gradient_of((pull * z).sum(), self.parameters), terms, log_weights
 
     def _elbo(self) -> tuple[Tensor, Tensor, Tensor]:
         self.write()
         estimate = elbo(self.flow, self.density, self.batch)
-        return self._pull(estimate.loss), estimate.terms, estimate.log_weights
-
-    def _pull(self, loss: Tensor) -> Tensor:
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        parts = zip(gradients, self._views, strict=True)
-        return torch.cat([(torch.zeros_like(view) if part is None else part).reshape(-1) for part, view in parts])
+        return gradient_of(estimate.loss, self.parameters), estimate.terms, estimate.log_weights
 
     def _record(self) -> None:
         self._recordable = False

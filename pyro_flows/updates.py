@@ -69,3 +69,11 @@ def watch(moments: Moments, terms: Tensor, log_weights: Tensor) -> tuple[Tensor,
     weights = torch.softmax(torch.nan_to_num(log_weights, nan=-torch.inf, neginf=-torch.inf), 0)
     share = torch.nan_to_num(1.0 / (weights.square().sum() * len(terms)))
     return loss, moments._replace(ess=KEPT * moments.ess + (1.0 - KEPT) * share)
+
+
+def advance(
+    weights: Tensor, moments: Moments, gradient: Tensor, terms: Tensor, log_weights: Tensor, rate: float | Tensor
+) -> tuple[Tensor, Tensor, Moments]:
+    """Return the loss, and the weights and moments after a step: :func:`watch`, then :func:`update`."""
+    loss, moments = watch(moments, terms, log_weights)
+    return loss, *update(weights, moments, gradient, rate)

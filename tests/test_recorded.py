@@ -367,9 +367,9 @@ class Overflowing(pf.DiagonalAffine):
 def test_draws_that_overflow_do_not_stop_training():
     """One draw in ten, so that nearly no batch is without one: a batch that was skipped is followed by careful ones."""
     flow = pf.Flow(pf.Chain([Overflowing(4).double(), make_flow("realnvp", 4).bijection]), base="student_t", df=1.0)
-    trainer = trained(flow, steps=60)
+    trainer = trained(flow, steps=120)
     assert trainer.evaluation == "recorded"
-    assert 0 < trainer.skipped <= 30
+    assert 0 < trainer.skipped <= 10  # those before the first look after recording
     assert torch.isfinite(trainer.weights).all()
 
 

@@ -65,7 +65,7 @@ def test_memory_of_a_large_batch_is_bounded():
 @pytest.mark.slow
 def test_compiled_graphs_give_the_same_numbers():
     z = normal(40, 3, seed=1)
-    runner = Runner(record(function, z), compile_at=1)
+    runner = Runner(record(function, z), compile=True)
     other = normal(40, 3, seed=2)
     with torch.no_grad():
         for got, expected in zip(runner(other), function(other), strict=True):
@@ -95,7 +95,7 @@ def test_without_a_compiler_everything_works(monkeypatch):
 
     monkeypatch.setattr(torch._inductor, "compile", fail)
     z = normal(4, 3, seed=4)
-    runner = Runner(record(function, z), compile_at=1)
+    runner = Runner(record(function, z), compile=True)
     for got, expected in zip(runner(z), function(z), strict=True):
         close(got, expected, 1e-12)
     assert not runner.compiled
@@ -106,7 +106,7 @@ def test_compiled_code_that_gives_other_numbers_is_not_used(monkeypatch):
 
     monkeypatch.setattr(torch._inductor, "compile", lambda *_, **__: lambda z: (z.sum(-1), z))
     z = normal(4, 3, seed=5)
-    runner = Runner(record(function, z), compile_at=1)
+    runner = Runner(record(function, z), compile=True)
     for got, expected in zip(runner(z), function(z), strict=True):
         close(got, expected, 1e-12)
     assert not runner.compiled

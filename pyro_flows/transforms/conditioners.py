@@ -24,7 +24,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 def bounded(raw: Tensor, bound: float) -> Tensor:
     r"""Return :math:`B \tanh(r / B)` for a bound B: near 0 the identity, smooth, within (-B, B).
 
-    As :math:`2 B\,\sigma(2 r / B) - B`, which is the same, but takes an eighth of the time: torch's tanh is slow.
+    As :math:`2 B\,\sigma(2 r / B) - B`, which is the same up to rounding of B, exact at 0, and takes an eighth of the
+    time: torch's tanh is slow.
     """
     return (2.0 * bound) * torch.sigmoid(raw * (2.0 / bound)) - bound
 
