@@ -68,7 +68,7 @@ def peer(name: str, data: Tensor, batch: int, layers: int, hidden: tuple[int, ..
 
 
 def bare_nice(data: Tensor, batch: int, hidden: Sequence[int]) -> Step:
-    """Return a step of NICE in plain torch, with the fused Adam; ``data`` are bytes."""
+    """Return a step of the same NICE in plain torch, with the fused Adam; ``data`` are bytes."""
     half = data.shape[1] // 2
     sizes = [half, *hidden]
     nets = nn.ModuleList(
@@ -86,13 +86,13 @@ def bare_nice(data: Tensor, batch: int, hidden: Sequence[int]) -> Step:
     def step() -> None:
         optimiser.zero_grad()
         y = (data[torch.randint(len(data), (batch,))] + torch.rand(batch, data.shape[1])) / 256.0
-        first, second = ((y - loc) / spread).unflatten(-1, (-1, 2)).unbind(-1)
+        first, second = ((y - loc) / spread * torch.exp(-scale)).unflatten(-1, (-1, 2)).unbind(-1)
         for number, net in enumerate(nets):
             if number % 2:
                 first = first - net(second)
             else:
                 second = second - net(first)
-        x = torch.cat([first, second], -1) * torch.exp(-scale)
+        x = torch.cat([first, second], -1)
         loss = (scale.sum() + data.shape[1] * math.log(spread)) - (2.0 * logsigmoid(x) - x).sum(-1).mean()
         loss.backward()
         optimiser.step()

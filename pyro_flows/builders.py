@@ -89,7 +89,8 @@ def nice(
         context_dim: width of the context.
         hidden: widths of the couplings' hidden layers.
         activation: their activation.
-        network: ``"mlp"`` or ``"residual"`` (weight-normed blocks, one for each of ``hidden``).
+        network: ``"mlp"``, ``"robust"`` (of asinh(x), for data with far values) or ``"residual"`` (weight-normed
+            blocks, one for each of ``hidden``).
         mask: ``"mixed"`` or ``"alternating"``, see :func:`masks.sequence`.
         base: see :class:`Flow`.
         df: degrees of freedom of the Student-t base.
@@ -137,7 +138,8 @@ def realnvp(
         context_dim: width of the context.
         hidden: widths of the couplings' hidden layers.
         activation: their activation.
-        network: ``"mlp"`` or ``"residual"`` (weight-normed blocks, one for each of ``hidden``).
+        network: ``"mlp"``, ``"robust"`` (of asinh(x), for data with far values) or ``"residual"`` (weight-normed
+            blocks, one for each of ``hidden``).
         mask: ``"mixed"`` or ``"alternating"``, see :func:`masks.sequence`.
         log_scale_bound: smooth bound of one coupling's log scale, in nats.
         base: see :class:`Flow`.
@@ -191,7 +193,8 @@ def spline(
         context_dim: width of the context.
         hidden: widths of the couplings' hidden layers.
         activation: their activation.
-        network: ``"mlp"`` or ``"residual"`` (weight-normed blocks, one for each of ``hidden``).
+        network: ``"mlp"``, ``"robust"`` (of asinh(x), for data with far values) or ``"residual"`` (weight-normed
+            blocks, one for each of ``hidden``).
         mask: ``"mixed"`` or ``"alternating"``, see :func:`masks.sequence`.
         log_scale_bound: smooth bound of one coupling's log scale, in nats.
         base: see :class:`Flow`.

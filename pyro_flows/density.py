@@ -61,8 +61,9 @@ def fit_density(
 
     Args:
         flow: a flow of the shape of one point, which is copied, not changed; or the name of a builder for vectors
-            (``"realnvp"``, ``"nice"``, ...), then with a logistic base. Data often touch places that are empty in
-            training; a normal base punishes them without measure.
+            (``"realnvp"``, ``"nice"``, ...), then with a logistic base and robust networks. Data often touch places
+            that are empty in training; a normal base punishes them without measure, and networks that go on along
+            straight lines throw them far out.
         data: one point a row, ``(N, ...)``: a tensor, an array, a ``numpy.memmap`` (read batch by batch), or a
             ``DataLoader`` that gives tensors, or pairs ``(data, context)``.
         context: what the density is conditional on, ``(N, context_dim)``.
@@ -155,7 +156,8 @@ def _make(flow: Flow | str, data: Any, context: Any) -> Flow:
     if len(shape) != 1:
         raise ValueError(f"flow: a name makes a flow of vectors, the data have shape {tuple(shape)}; pass a flow.")
     width = 0 if context is None else torch.as_tensor(context).shape[-1]
-    return builder(shape[0], context_dim=width, hidden=(64, 64), activation="relu", base="logistic")
+    options = {} if flow == "planar" else {"network": "robust"}
+    return builder(shape[0], context_dim=width, hidden=(64, 64), activation="relu", base="logistic", **options)
 
 
 def _sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int | None) -> tuple[Source, Source | None]:

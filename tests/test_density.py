@@ -86,6 +86,15 @@ def test_conditional():
         assert fit.log_prob(y[:5], context[:5]).shape == (5,)
 
 
+@pytest.mark.parametrize("name", ["nice", "realnvp", "spline"])
+def test_far_values_cost_about_their_distance(name):
+    """A pixel that is lit in one image of a thousand, and then a thousand times as bright as the noise in the dark."""
+    y = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1.0, 1e-3, 1e-3])
+    fit = pf.fit_density(name, y, max_epochs=10, progress=False)
+    lit = y[:20] + torch.tensor([0.0, 0.0, 1.0, 0.0])
+    assert fit.log_prob(lit).min() > -6000.0  # two thousand of the logistic's exponential tail, and some of its slope
+
+
 def test_levels_and_bits_per_dim():
     """A fair coin a coordinate: log 2 nats each, so one bit a dimension, which no model beats but by chance."""
     y = torch.randint(2, (4000, 3), generator=torch.Generator().manual_seed(0))
