@@ -129,9 +129,7 @@ def images(rounds: int = 15, each: int = 5) -> dict[str, float]:
     torch.manual_seed(0)
     data, hidden = torch.randint(256, (5000, 784), dtype=torch.uint8), (512,) * 3
     flow = pf.nice(784, layers=4, hidden=hidden, activation="relu", mask="alternating", base="logistic")
-    return measure(
-        {"pyro_flows": ours(flow, data, 200, 256), "bare loop": bare_nice(data, 200, hidden)}, rounds, each
-    )
+    return measure({"pyro_flows": ours(flow, data, 200, 256), "bare loop": bare_nice(data, 200, hidden)}, rounds, each)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
