@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def bare_nice(data: Tensor, batch: int, hidden: Sequence[int]) -> Step:
     sizes = [half, *hidden]
     nets = nn.ModuleList(
         nn.Sequential(
-            *(part for pair in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(*pair), nn.ReLU())),
+            *(part for pair in pairwise(sizes) for part in (nn.Linear(*pair), nn.ReLU())),
             nn.Linear(sizes[-1], half),
         )
         for _ in range(4)
