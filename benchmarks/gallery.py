@@ -9,6 +9,7 @@ A picture whose fit or data are absent is left out with a sentence.
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def neighbours(fit: pf.DensityFit, problem: str) -> Figure:
 
 
 def walk(fit: pf.DensityFit, problem: str, chosen: Sequence[int]) -> Figure:
-    """A walk between four test images, which stand in the corners."""
+    """A walk between four test images, which stand in the corners; figures of many such walks are printed."""
+    print(f"{problem}: {walk_figures(fit, problem)}")
     corners = points(problem, "test")[list(chosen)]
     return pictures.plot_interpolation(fit.flow, corners, image_shape=SHAPES.get(problem))
 
@@ -66,6 +68,36 @@ def inpainting(fit: pf.DensityFit, problem: str, rows: int = 6) -> Figure:
         filled = interpolation.inpaint(fit.flow, whole, known, steps=600, step_size=0.02, bounds=(0.0, 1.0))
         columns += [torch.where(known, whole, 0.5), filled]
     return pictures.plot_images(torch.stack(columns, 1).flatten(0, 1), SHAPES.get(problem), columns=len(columns))
+
+
+@torch.no_grad()
+def walk_figures(fit: pf.DensityFit, problem: str, walks: int = 50) -> str:
+    """Say how far corners are from the images, and how far latents on the grid are from typical ones, as normal ones.
+
+    What counts as typical is the median norm of single test images' latents, which differ among themselves.
+    """
+    images = points(problem, "test")[: 4 * walks]
+    norms = interpolation.to_normal(fit.flow, fit.flow.bijection.inverse_and_ladj(images)[0]).flatten(1).norm(dim=1)
+    typical, off, shares = float(norms.median()), {torch.float32: 0.0, torch.float64: 0.0}, []
+    for four in images.split(4):
+        for dtype in off:
+            flow = copy.deepcopy(fit.flow).to(dtype)
+            walk = interpolation.interpolate(flow, four.to(dtype), steps=8)
+            corners = torch.stack([walk[0, 0], walk[0, -1], walk[-1, 0], walk[-1, -1]])
+            off[dtype] = max(off[dtype], float((corners - four).abs().max()))
+        z, _ = flow.bijection.inverse_and_ladj(walk.flatten(0, 1))
+        shares.append(interpolation.to_normal(flow, z).flatten(1).norm(dim=1) / typical)
+    grid, own = torch.stack(shares), norms / typical
+    return (
+        f"corners off by {off[torch.float32]:.1e} (float32), {off[torch.float64]:.1e} (float64); norms of latents "
+        f"against the typical one: images {_spread(own)}, on the grid {_spread(grid)}, median by place on the grid "
+        f"{float(grid.median(0).values.min()):.3f} to {float(grid.median(0).values.max()):.3f}"
+    )
+
+
+def _spread(values: Tensor) -> str:
+    low, high = values.double().flatten().quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
+    return f"{low:.3f} to {high:.3f} (9 of 10)"
 
 
 def drawings(fits: Path) -> Drawn:
