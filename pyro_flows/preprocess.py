@@ -62,11 +62,11 @@ class Preprocess(Bijection):
             raise ValueError("scale: expected finite numbers, a positive diagonal or a matrix that can be inverted.")
         self.register_buffer("loc", loc.clone())
         self.register_buffer("scale", scale.clone())
-        self.register_buffer("inverse_scale", self._inverse())
+        self.register_buffer("inverse_scale", self._invert())
         self.register_buffer("log_scale", log_scale.to(scale.dtype))
         self.register_buffer("slope", None if slope is None else slope.clone())
 
-    def _inverse(self) -> Tensor:
+    def _invert(self) -> Tensor:
         scale = self.scale.double()
         return (torch.linalg.inv(scale) if self.full else 1.0 / scale).to(self.scale.dtype)
 
@@ -75,7 +75,7 @@ class Preprocess(Bijection):
         before = self.scale.dtype
         super()._apply(fn, recurse)
         if self.scale.dtype != before:
-            self.inverse_scale = self._inverse()
+            self.inverse_scale = self._invert()
         return self
 
     def _shift(self, x: Tensor, context: Tensor | None) -> Tensor:
