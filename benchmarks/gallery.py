@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 import pyro_flows as pf
@@ -29,7 +31,7 @@ Drawn = dict[str, Callable[[], Figure]]
 
 def planar_figure(base: str) -> Figure:
     """Ten planar layers, drawn one by one."""
-    return pictures.plot_layers(planar.train(10, base, 0))
+    return pictures.plot_layers(planar.train(10, base, 0), count=1500)
 
 
 def points(problem: str, part: str, seed: int = 0) -> Tensor:
@@ -122,6 +124,14 @@ def drawings(fits: Path) -> Drawn:
     return found
 
 
+def save(figure: Figure, file: Path) -> None:
+    """Write a small PNG: a hundred pixels an inch, a palette of 128 colours."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=100)
+    with Image.open(content) as opened:
+        opened.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(
@@ -138,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.only and name not in options.only:
             continue
         try:
-            draw().savefig(options.out / f"{name}.png", dpi=100)
+            save(draw(), options.out / f"{name}.png")
         except (FileNotFoundError, ValueError) as error:
             print(f"{name}: left out. {error}")
 

@@ -27,6 +27,7 @@ from pyro_flows.transforms import Chain, Logit
 MAX_STEPS = 20_000
 DECAY_POINTS = 400.0
 BATCH = 256
+LONG = 1000  # steps, from which on the step size falls with the square root of their number
 CHECKED_POINTS = 5_000  # held-out points that the checks during training use
 MEASURED_POINTS = 50_000  # from which scales and correlations are taken
 SAVE_EVERY = 30.0  # seconds between checkpoints
@@ -239,15 +240,18 @@ def _held(points: Source, most: int) -> list[Batch]:
 
 
 def _choose_step_size(ascent: Ascent, learning_rate: float | None, plan: Plan) -> None:
-    """Hold the race, of a tenth of the steps or seconds at most, unless the step size is given."""
+    """Hold the race, of a tenth of the budget at most, unless the step size is given; less for long trainings.
+
+    A short race is won by a step size that is too large for thousands of steps: units of wide networks die of it.
+    """
     if learning_rate is not None:
         ascent.state.learning_rate = learning_rate
         return
-    steps = min(RACE_STEPS, plan.max_steps // (10 * len(RACED)))
+    ahead = plan.max_steps
     if math.isfinite(plan.max_seconds):
-        affordable = 0.1 * plan.max_seconds / (len(RACED) * ascent.seconds_a_step(plan.clock))
-        steps = min(steps, int(affordable))
-    ascent.race(RACED, max(steps, 8))
+        ahead = min(ahead, int(plan.max_seconds / ascent.seconds_a_step(plan.clock)))
+    ascent.race(RACED, max(min(RACE_STEPS, ahead // (10 * len(RACED))), 8))
+    ascent.state.learning_rate *= min(1.0, math.sqrt(LONG / max(ahead, 1)))
 
 
 class _Bar:
