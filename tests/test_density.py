@@ -95,6 +95,18 @@ def test_far_values_cost_about_their_distance(name):
     assert fit.log_prob(lit).min() > -6000.0  # two thousand of the logistic's exponential tail, and some of its slope
 
 
+@pytest.mark.parametrize("network", ["convolution", "residual"])
+def test_random_last_layers_spoil_no_start(network):
+    """Ten couplings in a row: what each adds must stay small."""
+    torch.manual_seed(0)
+    flow = pf.multiscale_realnvp((1, 16, 16), layers=2, hidden=(16, 16), network=network)
+    y = torch.randn(50, 1, 16, 16)
+    flow.bijection.start_from(y)
+    before = flow.log_prob(y).mean().detach() / 256
+    density_training.rouse(flow)
+    assert (flow.log_prob(y).mean().detach() / 256 - before).abs() < 0.1
+
+
 def test_levels_and_bits_per_dim():
     """A fair coin a coordinate: log 2 nats each, so one bit a dimension, which no model beats but by chance."""
     y = torch.randint(2, (4000, 3), generator=torch.Generator().manual_seed(0))
