@@ -242,7 +242,8 @@ def _held(points: Source, most: int) -> list[Batch]:
 def _choose_step_size(ascent: Ascent, learning_rate: float | None, plan: Plan) -> None:
     """Hold the race, of a tenth of the budget at most, unless the step size is given; less for long trainings.
 
-    A short race is won by a step size that is too large for thousands of steps: units of wide networks die of it.
+    A short race is won by a step size that is too large for thousands of steps: units of wide networks die of it. The
+    smallest that raced is small enough.
     """
     if learning_rate is not None:
         ascent.state.learning_rate = learning_rate
@@ -251,7 +252,8 @@ def _choose_step_size(ascent: Ascent, learning_rate: float | None, plan: Plan) -
     if math.isfinite(plan.max_seconds):
         ahead = min(ahead, int(plan.max_seconds / ascent.seconds_a_step(plan.clock)))
     ascent.race(RACED, max(min(RACE_STEPS, ahead // (10 * len(RACED))), 8))
-    ascent.state.learning_rate *= min(1.0, math.sqrt(LONG / max(ahead, 1)))
+    shrunk = ascent.state.learning_rate * min(1.0, math.sqrt(LONG / max(ahead, 1)))
+    ascent.state.learning_rate = max(shrunk, min(RACED))
 
 
 class _Bar:

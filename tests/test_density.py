@@ -95,6 +95,19 @@ def test_far_values_cost_about_their_distance(name):
     assert fit.log_prob(lit).min() > -6000.0  # two thousand of the logistic's exponential tail, and some of its slope
 
 
+@pytest.mark.parametrize(("raced", "expected"), [(1e-2, (1e-2, 1e-2 * 0.4**0.5, 1e-2 * 0.1**0.5)), (1e-3, (1e-3,) * 3)])
+def test_long_trainings_take_smaller_steps(raced, expected, monkeypatch):
+    """Four times the steps, half the step size; but what raced as the smallest is small enough."""
+    monkeypatch.setattr(density_training.Ascent, "race", lambda self, *_: setattr(self.state, "learning_rate", raced))
+    monkeypatch.setattr(density, "climb", lambda *_, **__: None)
+    found = []
+    for epochs in (50, 250, 1000):  # of ten steps
+        flow, y = pf.realnvp(2, layers=2), datasets.toy("moons", 320)
+        fit = pf.fit_density(flow, y, validation=None, max_epochs=epochs, progress=False)
+        found.append(fit.settings["learning_rate"])
+    assert found == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("network", ["convolution", "residual"])
 def test_random_last_layers_spoil_no_start(network):
     """Ten couplings in a row: what each adds must stay small."""
