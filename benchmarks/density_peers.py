@@ -1,7 +1,8 @@
 """Densities fitted by other libraries, each as its documentation has it, with one plain recipe of training.
 
-Standardised data, Adam with a step size of 2e-3 that falls to zero along a cosine over the CPU seconds allowed, and
-the weights of the best of about twenty checks on held-out points. Ran in a process of its own by ``density.py``.
+Standardised data (images by one scale for all pixels), Adam with a step size of 2e-3 that falls to zero along a cosine
+over the CPU seconds allowed, and the weights of the best of about twenty checks on held-out points. Ran in a process of
+its own by ``density.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.density_problems import Problem
 
 LEARNING_RATE = 2e-3
 LogProb = Callable[[Tensor], Tensor]
@@ -108,12 +111,44 @@ def pyro(kind: str, dim: int, layers: int, hidden: tuple[int, ...], bins: int) -
     return list(nn.ModuleList([layer for layer in stack if isinstance(layer, nn.Module)]).parameters()), log_prob
 
 
+def normflows_glow(shape: torch.Size, levels: int, layers: int, hidden: int) -> Made:
+    """Glow as in normflows' own example, for flat images, with a diagonal Gaussian that is trained as base."""
+    import normflows as nf
+
+    channels, height, width = shape
+    bases, stacks, merges = [], [], []
+    for level in range(levels):
+        deep = channels * 2 ** (levels + 1 - level)
+        blocks = [nf.flows.GlowBlock(deep, hidden, split_mode="channel", scale=True) for _ in range(layers)]
+        stacks.append([*blocks, nf.flows.Squeeze()])
+        merges += [nf.flows.Merge()] if level else []
+        small = (height // 2 ** (levels - level), width // 2 ** (levels - level))
+        bases.append(nf.distributions.DiagGaussian((deep if level == 0 else deep // 2, *small)))
+    flow = nf.MultiscaleFlow(bases, stacks, merges, class_cond=False)
+    return list(flow.parameters()), lambda y: flow.log_prob(y.unflatten(-1, shape))
+
+
 PEERS: dict[str, Callable[[str, int, int, tuple[int, ...], int], Made]] = {
     "zuko": zuko,
     "nflows": nflows,
     "normflows": normflows,
     "Pyro": pyro,
 }
+
+
+def make(peer: str, problem: Problem, kind: str, shape: torch.Size) -> Made:
+    """Return a peer's flow of the size that the problem asks for, of flat points."""
+    if kind in problem.images:
+        options = problem.images[kind]
+        return normflows_glow(shape, options["levels"], options["layers"], options["hidden"][0])
+    return PEERS[peer](kind, shape[0], problem.depth(kind), problem.hidden, problem.bins)
+
+
+def has(peer: str, kind: str) -> bool:
+    """Whether a peer has flows of this kind: Pyro no additive couplings, and for images only normflows has Glow."""
+    if kind in ("multiscale", "glow"):
+        return (peer, kind) == ("normflows", "glow")
+    return (peer, kind) != ("Pyro", "additive")
 
 
 def train(made: Made, rows: LogProb, held_out: Tensor, *, points: int, batch: int, seconds: float) -> int:

@@ -34,7 +34,7 @@ def log_density(z: Tensor) -> Tensor:
     return torch.logsumexp(sides, 0) - ring
 
 
-def train(layers: int, base: str, seed: int, steps: int = 3000, batch: int = 256) -> pf.Flow:
+def train(layers: int, base: str, seed: int, steps: int = 8000, batch: int = 256) -> pf.Flow:
     """Fit by Adam, with a step size that falls along a cosine and an inverse temperature that rises to 1 half-way."""
     torch.manual_seed(seed)
     flow = pf.planar(2, layers=layers, base=base)
@@ -48,7 +48,7 @@ def train(layers: int, base: str, seed: int, steps: int = 3000, batch: int = 256
         optimiser.zero_grad()
         (log_q - heat * log_density(y)).mean().backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
-        optimiser.param_groups[0]["lr"] = 0.02 * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+        optimiser.param_groups[0]["lr"] = 0.05 * 0.5 * (1.0 + math.cos(math.pi * step / steps))
         optimiser.step()
     return flow
 
@@ -61,7 +61,7 @@ def gap(flow: pf.Flow, draws: int = 50_000) -> tuple[float, float]:
     return float(terms.mean()), float(terms.std() / draws**0.5)
 
 
-def bench(seeds: Sequence[int], *, out: Path, figures: Path | None = None, steps: int = 3000) -> None:
+def bench(seeds: Sequence[int], *, out: Path, figures: Path | None = None, steps: int = 8000) -> None:
     """Run what is not in ``out`` yet, and draw each flow layer by layer into the folder ``figures``."""
     torch.set_num_threads(1)
     version = records.code_version()

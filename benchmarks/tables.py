@@ -14,8 +14,9 @@ from pathlib import Path
 
 from benchmarks import (
     density,
-    density_peers,
+    density_tables,
     nuts,
+    planar,
     posteriordb,
     records,
     rivals,
@@ -332,32 +333,9 @@ def _range(values: Sequence[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def density_section(rows: Sequence[Row]) -> str:
+def density_section(rows: Sequence[Row], planar_csv: Path = planar.OUT) -> str:
     """Return the section about densities of data."""
-    found = density.means(rows)
-    columns = list(dict.fromkeys((problem, seconds) for problem, seconds, *_ in found))
-    methods = list(dict.fromkeys((method, kind) for *_, method, kind in found))
-    body = []
-    for method, kind in methods:
-        cells = [found.get((*column, method, kind)) for column in columns]
-        body.append([f"{method} {kind}".strip(), *(_nats(cell) for cell in cells)])
-    entropies = [-density.PROBLEMS[problem].entropy for problem, _ in columns]
-    body.append(["no more is possible", *(_number(value, 3) for value in entropies)])
-    text = (
-        "Mean log density of test points in nats, more is better: the mean over seeds, with their number in brackets "
-        "where it is not one. All methods get the same data, split, number of layers, widths, batch and CPU seconds of "
-        "one thread, which the head names. Peers are trained by one plain recipe: standardised data, Adam with "
-        f"{density_peers.LEARNING_RATE:g} along a cosine, the best of twenty checks. {about(rows)} pyro_flows "
-        f"{[row['version'] for row in rows if row['version']][-1]}."
-    )
-    return f"{text}\n\n{table(['', *(f'{problem}, {seconds} s' for problem, seconds in columns)], body)}"
-
-
-def _nats(cell: tuple[float, float, int] | None) -> str:
-    if cell is None:
-        return ""
-    mean, _, seeds = cell
-    return _number(mean, 3 if abs(mean) < 20 else 1) + ("" if seeds == 1 else f" ({seeds})")
+    return density_tables.section(rows, records.read(planar_csv), table, about)
 
 
 def _number(value: float, digits: int) -> str:

@@ -89,7 +89,8 @@ def nice(
         context_dim: width of the context.
         hidden: widths of the couplings' hidden layers.
         activation: their activation.
-        network: ``"mlp"`` or ``"residual"`` (weight-normed blocks, one for each of ``hidden``).
+        network: ``"mlp"``, ``"robust"`` (of asinh(x), for data with far values) or ``"residual"`` (weight-normed
+            blocks, one for each of ``hidden``).
         mask: ``"mixed"`` or ``"alternating"``, see :func:`masks.sequence`.
         base: see :class:`Flow`.
         df: degrees of freedom of the Student-t base.
@@ -137,7 +138,8 @@ def realnvp(
         context_dim: width of the context.
         hidden: widths of the couplings' hidden layers.
         activation: their activation.
-        network: ``"mlp"`` or ``"residual"`` (weight-normed blocks, one for each of ``hidden``).
+        network: ``"mlp"``, ``"robust"`` (of asinh(x), for data with far values) or ``"residual"`` (weight-normed
+            blocks, one for each of ``hidden``).
         mask: ``"mixed"`` or ``"alternating"``, see :func:`masks.sequence`.
         log_scale_bound: smooth bound of one coupling's log scale, in nats.
         base: see :class:`Flow`.
@@ -165,7 +167,7 @@ def spline(
     *,
     layers: int = 4,
     bins: int = 8,
-    bound: float = 5.0,
+    bound: float | None = None,
     context_dim: int = 0,
     hidden: Sequence[int] = (32, 32),
     activation: str = "silu",
@@ -186,11 +188,13 @@ def spline(
         dim: number of coordinates.
         layers: number of couplings; an even number moves all coordinates equally often.
         bins: of each spline.
-        bound: each spline bends (-bound, bound), in units of the base distribution.
+        bound: each spline bends (-bound, bound), in units of the base distribution; by default 3 with a normal base,
+            5 with the wider ones: beyond, bins are wasted on the few far points.
         context_dim: width of the context.
         hidden: widths of the couplings' hidden layers.
         activation: their activation.
-        network: ``"mlp"`` or ``"residual"`` (weight-normed blocks, one for each of ``hidden``).
+        network: ``"mlp"``, ``"robust"`` (of asinh(x), for data with far values) or ``"residual"`` (weight-normed
+            blocks, one for each of ``hidden``).
         mask: ``"mixed"`` or ``"alternating"``, see :func:`masks.sequence`.
         log_scale_bound: smooth bound of one coupling's log scale, in nats.
         base: see :class:`Flow`.
@@ -207,6 +211,7 @@ def spline(
     torch.Size([3])
     """
     options: dict[str, Any] = {"context_dim": context_dim, "hidden": hidden, "activation": activation}
+    bound = (3.0 if base == "normal" else 5.0) if bound is None else bound
     options |= {"network": network, "log_scale_bound": log_scale_bound, "bins": bins, "bound": bound}
     kept = masks.sequence(dim, layers, kind=mask, seed=seed)
     stack: list[Bijection] = [SplineCoupling(dim, mask=part, **options) for part in kept]

@@ -27,6 +27,7 @@ from pyro_flows.transforms import Chain, Logit
 MAX_STEPS = 20_000
 DECAY_POINTS = 400.0
 BATCH = 256
+LONG = 1000  # steps, from which on the step size falls with the square root of their number
 CHECKED_POINTS = 5_000  # held-out points that the checks during training use
 MEASURED_POINTS = 50_000  # from which scales and correlations are taken
 SAVE_EVERY = 30.0  # seconds between checkpoints
@@ -61,8 +62,9 @@ def fit_density(
 
     Args:
         flow: a flow of the shape of one point, which is copied, not changed; or the name of a builder for vectors
-            (``"realnvp"``, ``"nice"``, ...), then with a logistic base. Data often touch places that are empty in
-            training; a normal base punishes them without measure.
+            (``"realnvp"``, ``"nice"``, ...), then with a logistic base and robust networks. Data often touch places
+            that are empty in training; a normal base punishes them without measure, and networks that go on along
+            straight lines throw them far out.
         data: one point a row, ``(N, ...)``: a tensor, an array, a ``numpy.memmap`` (read batch by batch), or a
             ``DataLoader`` that gives tensors, or pairs ``(data, context)``.
         context: what the density is conditional on, ``(N, context_dim)``.
@@ -155,7 +157,8 @@ def _make(flow: Flow | str, data: Any, context: Any) -> Flow:
     if len(shape) != 1:
         raise ValueError(f"flow: a name makes a flow of vectors, the data have shape {tuple(shape)}; pass a flow.")
     width = 0 if context is None else torch.as_tensor(context).shape[-1]
-    return builder(shape[0], context_dim=width, hidden=(64, 64), activation="relu", base="logistic")
+    options = {} if flow == "planar" else {"network": "robust"}
+    return builder(shape[0], context_dim=width, hidden=(64, 64), activation="relu", base="logistic", **options)
 
 
 def _sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int | None) -> tuple[Source, Source | None]:
@@ -237,15 +240,20 @@ def _held(points: Source, most: int) -> list[Batch]:
 
 
 def _choose_step_size(ascent: Ascent, learning_rate: float | None, plan: Plan) -> None:
-    """Hold the race, of a tenth of the steps or seconds at most, unless the step size is given."""
+    """Hold the race, of a tenth of the budget at most, unless the step size is given; less for long trainings.
+
+    A short race is won by a step size that is too large for thousands of steps: units of wide networks die of it. The
+    smallest that raced is small enough.
+    """
     if learning_rate is not None:
         ascent.state.learning_rate = learning_rate
         return
-    steps = min(RACE_STEPS, plan.max_steps // (10 * len(RACED)))
+    ahead = plan.max_steps
     if math.isfinite(plan.max_seconds):
-        affordable = 0.1 * plan.max_seconds / (len(RACED) * ascent.seconds_a_step(plan.clock))
-        steps = min(steps, int(affordable))
-    ascent.race(RACED, max(steps, 8))
+        ahead = min(ahead, int(plan.max_seconds / ascent.seconds_a_step(plan.clock)))
+    ascent.race(RACED, max(min(RACE_STEPS, ahead // (10 * len(RACED))), 8))
+    shrunk = ascent.state.learning_rate * min(1.0, math.sqrt(LONG / max(ahead, 1)))
+    ascent.state.learning_rate = max(shrunk, min(RACED))
 
 
 class _Bar:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_flows.density_data import Batch, Source
 from pyro_flows.density_schedule import WARM_UP, Plan, State, by_budget, factor, trapeze
 from pyro_flows.flows import Flow
-from pyro_flows.transforms.conditioners import Network
+from pyro_flows.transforms.conditioners import Network, Residual, ResidualConvolution
 
 RACED = (1e-3, 3e-3, 1e-2)
 RACE_STEPS = 40
@@ -176,13 +176,14 @@ def rouse(flow: Flow) -> None:
     """Give last layers of networks that start at zero torch's usual small random weights.
 
     At zero, the layers below get no gradient, and for some hundred steps only little: that is right for a guide, whose
-    start is a good one, and slow for data.
+    start is a good one, and slow for data. Residual networks, whose blocks add up, get a tenth of that.
     """
     for network in flow.modules():
         if isinstance(network, Network):
             last = network.layers[-1].get_parameter("weight")
             if not bool(last.any()):
-                last.uniform_(-1.0, 1.0).mul_(last[0].numel() ** -0.5)
+                size = 0.1 if isinstance(network, (Residual, ResidualConvolution)) else 1.0
+                last.uniform_(-1.0, 1.0).mul_(size * last[0].numel() ** -0.5)
 
 
 def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None] = lambda: None) -> None:

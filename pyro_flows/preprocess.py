@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,12 +60,23 @@ class Preprocess(Bijection):
         given = [loc, scale, log_scale, *([] if slope is None else [slope])]
         if not all(bool(torch.isfinite(value).all()) for value in given):
             raise ValueError("scale: expected finite numbers, a positive diagonal or a matrix that can be inverted.")
-        inverse = torch.linalg.inv(scale.double()) if self.full else 1.0 / scale.double()
         self.register_buffer("loc", loc.clone())
         self.register_buffer("scale", scale.clone())
-        self.register_buffer("inverse_scale", inverse.to(scale.dtype))
+        self.register_buffer("inverse_scale", self._invert())
         self.register_buffer("log_scale", log_scale.to(scale.dtype))
         self.register_buffer("slope", None if slope is None else slope.clone())
+
+    def _invert(self) -> Tensor:
+        scale = self.scale.double()
+        return (torch.linalg.inv(scale) if self.full else 1.0 / scale).to(self.scale.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Preprocess:
+        """Move or convert; in a finer dtype the inverse is found anew, or both ways would not meet."""
+        before = self.scale.dtype
+        super()._apply(fn, recurse)
+        if self.scale.dtype != before:
+            self.inverse_scale = self._invert()
+        return self
 
     def _shift(self, x: Tensor, context: Tensor | None) -> Tensor:
         if x.shape[x.dim() - self.event_dim :] != self.loc.shape:

@@ -157,6 +157,7 @@ TRANSFORMS: dict[str, tuple[Callable[[int, int], pf.Bijection], dict]] = {
     "AffineCoupling-random": (_coupling(pf.AffineCoupling, lambda d: masks.random(d, seed=5)), {}),
     "AffineCoupling-all": (_coupling(pf.AffineCoupling, lambda d: torch.zeros(d), log_scale_bound=0.5), {}),
     "AffineCoupling-residual": (_coupling(pf.AffineCoupling, network="residual"), {}),
+    "AffineCoupling-robust": (_coupling(pf.AffineCoupling, network="robust"), {}),
     "BatchNorm": (lambda d, c: pf.BatchNorm(d).eval(), {}),
     "BatchNorm-started": (lambda d, c: _batch_norm(d), {"identity": False}),
     "Chain": (_mixed, {"sd": 0.15, "closed": False, "identity": False}),

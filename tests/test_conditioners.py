@@ -1,5 +1,7 @@
 """Networks that couplings condition by: weight norm, residual blocks, convolutions, contexts of images."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.utils.parametrizations import weight_norm
@@ -13,6 +15,7 @@ from pyro_flows.transforms.conditioners import (
     NormedLinear,
     Residual,
     ResidualConvolution,
+    Robust,
 )
 from tests.invariants import close
 from tests.registry import HIDDEN, IMAGE, built, normal, randomise
@@ -35,7 +38,7 @@ def test_weight_norm_is_that_of_torch(kind):
     close(layer(x), theirs(x), 1e-12)
 
 
-@pytest.mark.parametrize("kind", [Network, Residual, Convolution, ResidualConvolution])
+@pytest.mark.parametrize("kind", [Network, Robust, Residual, Convolution, ResidualConvolution])
 @pytest.mark.parametrize("context_dim", [0, 2])
 def test_networks_start_at_what_they_are_told(kind, context_dim):
     """Whatever the input: their last layer starts without weights."""
@@ -73,11 +76,19 @@ def test_convolutions_see_the_neighbourhood_and_the_context():
         assert torch.autograd.grad(pixel, context, retain_graph=True)[0].abs().min() > 0.0
 
 
-@pytest.mark.parametrize("network", ["mlp", "residual"])
-def test_couplings_of_vectors_take_either_network(network):
+def test_a_robust_network_sees_far_values_by_their_logarithm():
+    network = built(lambda: Robust(2, 3, 4, (6,), "relu"), dtype=torch.float64, sd=0.3, seed=0)
+    kept, context = torch.tensor([[1e4, -0.5]], dtype=torch.float64), 1e4 * torch.ones(1, 3, dtype=torch.float64)
+    seen = torch.tensor([[math.log(2e4), -math.asinh(0.5)]], dtype=torch.float64)
+    close(network(kept, context), network.layers(torch.cat([seen, context], 1)), 1e-4)
+    near = 1e-3 * kept.clamp(-1.0, 1.0)
+    close(network(near, context), network.layers(torch.cat([near, context], 1)), 1e-6)
+
+
+@pytest.mark.parametrize(("network", "kind"), [("mlp", Network), ("robust", Robust), ("residual", Residual)])
+def test_couplings_of_vectors_take_either_network(network, kind):
     flow = pf.realnvp(4, layers=2, hidden=(8, 8), network=network)
-    kinds = {type(part) for part in flow.modules() if isinstance(part, Network)}
-    assert kinds == {Network if network == "mlp" else Residual}
+    assert {type(part) for part in flow.modules() if isinstance(part, Network)} == {kind}
 
 
 @pytest.mark.parametrize("network", [None, "convolution", "residual"])

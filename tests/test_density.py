@@ -86,6 +86,40 @@ def test_conditional():
         assert fit.log_prob(y[:5], context[:5]).shape == (5,)
 
 
+@pytest.mark.parametrize("name", ["nice", "realnvp", "spline"])
+def test_far_values_cost_about_their_distance(name):
+    """A pixel that is lit in one image of a thousand, and then a thousand times as bright as the noise in the dark."""
+    y = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1.0, 1e-3, 1e-3])
+    fit = pf.fit_density(name, y, max_epochs=10, progress=False)
+    lit = y[:20] + torch.tensor([0.0, 0.0, 1.0, 0.0])
+    assert fit.log_prob(lit).min() > -6000.0  # two thousand of the logistic's exponential tail, and some of its slope
+
+
+@pytest.mark.parametrize(("raced", "expected"), [(1e-2, (1e-2, 1e-2 * 0.4**0.5, 1e-2 * 0.1**0.5)), (1e-3, (1e-3,) * 3)])
+def test_long_trainings_take_smaller_steps(raced, expected, monkeypatch):
+    """Four times the steps, half the step size; but what raced as the smallest is small enough."""
+    monkeypatch.setattr(density_training.Ascent, "race", lambda self, *_: setattr(self.state, "learning_rate", raced))
+    monkeypatch.setattr(density, "climb", lambda *_, **__: None)
+    found = []
+    for epochs in (50, 250, 1000):  # of ten steps
+        flow, y = pf.realnvp(2, layers=2), datasets.toy("moons", 320)
+        fit = pf.fit_density(flow, y, validation=None, max_epochs=epochs, progress=False)
+        found.append(fit.settings["learning_rate"])
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("network", ["convolution", "residual"])
+def test_random_last_layers_spoil_no_start(network):
+    """Ten couplings in a row: what each adds must stay small."""
+    torch.manual_seed(0)
+    flow = pf.multiscale_realnvp((1, 16, 16), layers=2, hidden=(16, 16), network=network)
+    y = torch.randn(50, 1, 16, 16)
+    flow.bijection.start_from(y)
+    before = flow.log_prob(y).mean().detach() / 256
+    density_training.rouse(flow)
+    assert (flow.log_prob(y).mean().detach() / 256 - before).abs() < 0.1
+
+
 def test_levels_and_bits_per_dim():
     """A fair coin a coordinate: log 2 nats each, so one bit a dimension, which no model beats but by chance."""
     y = torch.randint(2, (4000, 3), generator=torch.Generator().manual_seed(0))

@@ -54,12 +54,12 @@ def test_example_flow_prior():
 def test_example_augmentation():
     pytest.importorskip("sklearn", reason="needs scikit-learn: pip install scikit-learn")
     text = run("augmentation")
-    found = re.findall(r"10 a class, .*: real (\S+) %, with synthetic (\S+) %, only it (\S+) %", text)
+    found = re.findall(r"10 a class, .*: real (\S+)%, with synthetic (\S+)%, only it (\S+)%, .* (\S+)%", text)
     assert len(found) == 3
-    for real, both, fake in ([float(value) for value in row] for row in found):
+    for real, both, fake, gaussian in ([float(value) for value in row] for row in found):
         assert 80 < real < 97
-        assert both > real - 6  # it hurts a little; a broken sampler, or labels mixed up, would cost much more
-        assert fake > 70
+        assert both > real - 2  # one seed; a broken sampler, or labels mixed up, would cost much more
+        assert min(fake, gaussian) > 80
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))

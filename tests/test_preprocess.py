@@ -107,3 +107,11 @@ def test_bad_points_and_kinds():
     with pytest.raises(ValueError, match="Did you mean 'whiten'"):
         preprocess("white", [(torch.zeros(2, 4), None)])
     assert pf.Flow(t).event_shape == (3,)
+
+
+@pytest.mark.parametrize("kind", ["standardize", "whiten"])
+def test_both_ways_meet_after_a_change_of_dtype(kind):
+    y = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3e-3, 700.0]) + 0.1
+    layer = preprocess(kind, [(y, None)]).double()
+    x, _ = layer.inverse_and_ladj(y.double())
+    assert torch.allclose(layer.forward_and_ladj(x)[0], y.double(), rtol=1e-12, atol=1e-12)

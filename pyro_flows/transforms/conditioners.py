@@ -73,6 +73,17 @@ class Network(nn.Module):
         return self.layers(inputs)
 
 
+class Robust(Network):
+    """A multilayer perceptron of (asinh(kept), context): near zero the same, far out it sees the logarithm.
+
+    Rare values of data can lie some hundred standard deviations out, such as a lit pixel that is dark in nearly all
+    images. A network of lines goes on along its lines there, and an exponential follows.
+    """
+
+    def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
+        return super().forward(None if kept is None else kept.asinh(), context)
+
+
 class Residual(Network):
     """A residual network, a block of two weight-normed layers for each entry of ``hidden``, which must be equal."""
 
@@ -147,7 +158,7 @@ class NormedConv2d(nn.Conv2d):
         return conv2d(x, self.length * self.weight / size, self.bias, padding="same")
 
 
-VECTOR_NETWORKS: dict[str, type[Network]] = {"mlp": Network, "residual": Residual}
+VECTOR_NETWORKS: dict[str, type[Network]] = {"mlp": Network, "robust": Robust, "residual": Residual}
 IMAGE_NETWORKS: dict[str, type[Network]] = {"convolution": Convolution, "residual": ResidualConvolution}
 
 
@@ -170,8 +181,8 @@ def conditioner(
         out: how many numbers (channels) the layer needs.
         hidden: widths of the hidden layers, or of residual blocks.
         activation: one of ``elu``, ``relu``, ``silu``, ``softplus``, ``tanh``.
-        network: ``mlp`` (the default) or ``residual`` for vectors, ``convolution`` (the default) or ``residual`` for
-            images.
+        network: ``mlp`` (the default), ``robust`` or ``residual`` for vectors, ``convolution`` (the default) or
+            ``residual`` for images.
         image: whether events are images.
         start: the ``out`` numbers that come out before any training (default: zeros).
     """

@@ -158,7 +158,8 @@ class AdditiveCoupling(Coupling):
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
-        network: ``"mlp"`` or ``"residual"``; for images ``"convolution"`` or ``"residual"`` (``None``: the first).
+        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"`` or ``"residual"`` (``None``:
+            the first).
 
     Raises:
         ValueError: for a mask that moves nothing or has the wrong shape, or a wrong width.
@@ -197,7 +198,8 @@ class AffineCoupling(Coupling):
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
-        network: ``"mlp"`` or ``"residual"``; for images ``"convolution"`` or ``"residual"`` (``None``: the first).
+        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"`` or ``"residual"`` (``None``:
+            the first).
         log_scale_bound: B, in nats.
 
     Raises:
