@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.poutine import runtime
 from torch import Tensor
 
 Result = TypeVar("Result")
@@ -21,6 +23,20 @@ def quiet() -> Iterator[None]:
     with pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop because")  # vmap, in Pyro's samplers
         yield
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Run a model apart from a Pyro program that may be running around it: unseen by its handlers, and with all plate
+    dimensions free. A plate around would move the model's own ones aside, and multiply its density.
+    """
+    dims = runtime._DIM_ALLOCATOR
+    taken, dims._stack = dims._stack, []
+    try:
+        with poutine.block():
+            yield
+    finally:
+        dims._stack = taken
 
 
 def where_possible(

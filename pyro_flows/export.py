@@ -16,6 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import _arviz
+from pyro_flows.batching import apart
 from pyro_flows.labels import Labels, Layout
 from pyro_flows.log_density import LogDensity
 from pyro_flows.randomness import derive, seeded
@@ -144,7 +145,7 @@ def predict(
 
     def run(row: Tensor) -> poutine.Trace:
         values = place_all(structure, row, lambda: density.model(*density.args, **density.kwargs))
-        with poutine.block(), _CarryOver(structure.latents, row, values):
+        with apart(), _CarryOver(structure.latents, row, values):
             return poutine.trace(Resample()(density.model)).get_trace(*args, **kwargs)
 
     with torch.no_grad(), seeded(derive(seed, "posterior predictive"), density.device):

@@ -14,7 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_flows.batching import where_possible
+from pyro_flows.batching import apart, where_possible
 from pyro_flows.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular, scales
 from pyro_flows.log_density import LogDensity
 from pyro_flows.pathfinder import pathfinder, pool
@@ -136,7 +136,7 @@ def prior_draws(density: LogDensity, draws: int, *, seed: int) -> Tensor:
     like = torch.zeros(1, dtype=density.dtype, device=density.device)
 
     def draw(_: Tensor) -> dict[str, Tensor]:
-        with poutine.block(), _FromPrior(like):
+        with apart(), _FromPrior(like):
             trace = poutine.trace(density.model).get_trace(*density.args, **density.kwargs)
         sites: dict[str, Any] = trace.nodes
         return {name: sites[name]["value"] for name in density.names}

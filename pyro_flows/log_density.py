@@ -14,7 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, fx
 
 from pyro_flows import _checks
-from pyro_flows.batching import first_line, join, nearer, quiet, where_possible
+from pyro_flows.batching import apart, first_line, join, nearer, quiet, where_possible
 from pyro_flows.enumeration import Enumerate, Evaluator
 from pyro_flows.randomness import BatchedDraws, derive, seeded
 from pyro_flows.recorder import Recorder, rows_for
@@ -105,7 +105,7 @@ class LogDensity:
         if resample:
             model = Resample()(model)
         place = Place(self.structure.latents, z)
-        with poutine.block(), place:
+        with apart(), place:
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         self._check_sites(trace, place)
         return trace, sum((ladj.sum() for _, ladj in place.placed.values()), z.new_zeros(()))
@@ -330,7 +330,7 @@ class LogDensity:
         names = (*self.names, *self.structure.deterministic, *self.structure.observed)
 
         def draw(_: Tensor) -> dict[str, Tensor]:
-            with poutine.block():
+            with apart():
                 trace = poutine.trace(Resample()(self.model)).get_trace(*self.args, **self.kwargs)
             return {name: messages(trace)[name]["value"] for name in names}
 

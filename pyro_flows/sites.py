@@ -20,7 +20,7 @@ from torch.distributions import Distribution, biject_to, transform_to
 from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
 
-from pyro_flows.batching import nearer
+from pyro_flows.batching import apart, nearer
 from pyro_flows.centring import moves, spread, standardise
 
 MEDIAN_DRAWS = 15
@@ -231,7 +231,7 @@ def place_all(structure: Structure, z: Tensor, run: Callable[[], Any]) -> dict[s
         nodes = messages(structure.trace)
         return {latent.name: latent.place(z, nodes[latent.name]["fn"]) for latent in structure.latents}
     place = Place(structure.latents, z)
-    with poutine.block(), place:
+    with apart(), place:
         run()
     return place.placed
 
@@ -240,7 +240,7 @@ def flatten_all(structure: Structure, values: Mapping[str, Tensor], run: Callabl
     """Return the unconstrained vector (D,) of one constrained value of each latent; ``run`` as in :func:`place_all`."""
     trace = structure.trace
     if structure.dependent:
-        with poutine.block(), poutine.condition(data=dict(values)):
+        with apart(), poutine.condition(data=dict(values)):
             trace = poutine.trace(run).get_trace()
     priors = {latent.name: messages(trace)[latent.name]["fn"] for latent in structure.latents}
     return torch.cat([latent.flatten(values[latent.name], priors[latent.name]) for latent in structure.latents])
@@ -344,7 +344,7 @@ def _first_run(
     dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
     device = given[0].device if given else None
     other = torch.float32 if dtype == torch.float64 else torch.float64
-    with poutine.block(), torch.no_grad():
+    with apart(), torch.no_grad():
         try:
             with _Start(start, torch.zeros((), dtype=dtype, device=device)):
                 return poutine.trace(model).get_trace(*args, **kwargs)
@@ -479,7 +479,7 @@ def _dependence(
 
     def run(size: float) -> tuple[Tensor, poutine.Trace]:
         point = size * torch.linspace(-1.0, 1.0, structure.dim, dtype=structure.dtype, device=structure.device)
-        with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), Place(structure.latents, point):
+        with apart(), torch.no_grad(), pyro.validation_enabled(False), Place(structure.latents, point):
             return point, poutine.trace(model).get_trace(*args, **kwargs)
 
     point, second = nearer(run)

@@ -216,3 +216,31 @@ def test_argument_checks_of_distributions_made_elsewhere_are_not_taken_along():
     assert density.reason is None
     assert torch.isfinite(value).all()
     assert prior.base_dist._validate_args, "the model's own distribution was changed"
+
+
+def test_a_plate_around_does_not_multiply_the_density():
+    """Within another program, such as a guide's ELBO with vectorised particles, the model is run as it is alone."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    y = normal(5, seed=40)
+    z = normal(3, 1, seed=41)
+    alone = pf.LogDensity(model, (y,))
+    expected = alone.value_and_grad(z)
+    inside = []
+
+    def outer():
+        inside.append(pf.LogDensity(model, (y,)).value_and_grad(z))
+        inside.append(alone.unrecorded(z))
+
+    with pyro.plate("particles", 7, dim=-1):
+        outer()
+    for found in inside:
+        for got, wanted in zip(found, expected, strict=True):
+            close(got, wanted, 1e-12)
+    with pyro.plate("rows", 4):  # its name is not taken either, and it is given back
+        outer()
+        assert pyro.sample("after", dist.Normal(0.0, 1.0)).shape == (4,)
