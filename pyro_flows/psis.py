@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SAME_WEIGHT = 1e-3  # nats between the largest and the smallest weight of a tail without a shape
-TAIL_AT_LEAST = 5
+TAIL_AT_LEAST = 6  # for the first quartile of a tail to be another point than its smallest
 PRIOR_DRAWS, PRIOR_K = 10, 0.5  # of the shape: as if so many draws had told this value
 
 
@@ -20,7 +20,7 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
 
     Draws with log weight -inf keep weight zero and count as draws. Weights whose largest ones are equal up to rounding
     are bounded and have no tail to fit: they stay as they are, with k-hat 0. Where other ties leave nothing to fit,
-    they stay as they are and k-hat is infinite, as for fewer than 25 draws. Cost: sorting, and :math:`O(M^{1.5})`.
+    they stay as they are and k-hat is infinite, as for fewer than 30 draws. Cost: sorting, and :math:`O(M^{1.5})`.
 
     Args:
         log_weights: log importance ratios (S,), up to a constant; at least one of them finite.
@@ -59,8 +59,8 @@ def fit_pareto(excesses: Tensor) -> tuple[float, float]:
     .. math:: p(x) = \frac 1\sigma \Big(1 + k \frac x\sigma\Big)^{-1/k - 1}
 
     The mean of :math:`\theta = -k / \sigma` under a quasi-posterior over a grid, its profile likelihood times an
-    empirical prior; k is drawn a little towards 1/2, as if ten more excesses had said so. NaN where ties leave no
-    likelihood.
+    empirical prior; k is drawn towards 1/2 a little, as if ten more excesses had said so. NaN where a first quarter
+    is one value, which no such distribution has.
 
     Reference: Zhang and Stephens 2009.
     """
@@ -68,6 +68,8 @@ def fit_pareto(excesses: Tensor) -> tuple[float, float]:
     grid = 30 + math.isqrt(count)
     steps = torch.arange(1, grid + 1, dtype=excesses.dtype) - 0.5
     quartile, largest = excesses[int(count / 4 + 0.5) - 1], excesses[-1]
+    if not quartile > excesses[0]:
+        return math.nan, math.nan
     thetas = 1.0 / largest + (1.0 - (grid / steps).sqrt()) / (3.0 * quartile)
     shapes = torch.log1p(-thetas[:, None] * excesses).mean(1)
     profile = count * ((-thetas / shapes).log() - shapes - 1.0)
