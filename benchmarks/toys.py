@@ -193,13 +193,14 @@ def wrong(row: Row) -> bool:
 
 
 def newest(rows: Iterable[Row]) -> dict[Case, list[Row]]:
-    """Return the rows by case, of the version that was written last, one a seed."""
-    rows = list(rows)
+    """Return the rows by case, of each case those of the version that was written last, one a seed."""
     found: dict[Case, dict[str, Row]] = {case: {} for case in CASES}
     for row in rows:
         case = Case(row["target"], row["flow"], int(row["layers"]), int(row["runs"]))
-        if row["version"] == rows[-1]["version"]:
-            found.setdefault(case, {})[row["seed"]] = row
+        kept = found.setdefault(case, {})
+        if any(other["version"] != row["version"] for other in kept.values()):
+            kept.clear()
+        kept[row["seed"]] = row
     return {case: list(kept.values()) for case, kept in found.items() if kept}
 
 

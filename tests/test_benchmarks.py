@@ -434,7 +434,15 @@ def test_the_table_of_toys_has_one_line_a_case(tmp_path):
     assert cells["u1"][10] == "1 of 2"
     assert cells["funnel"][9] == "2.90"
     assert cells["mixture"][3] == "4"
-    assert cells["mixture"][-1] == "failed"
+    assert cells["mixture"][-2:] == ["failed", "1"]
+
+
+def test_each_toy_target_is_shown_at_its_last_version():
+    """A run of one target must not take the others off the page."""
+    funnel = {"target": "funnel", "flow": "realnvp", "layers": 8}
+    rows = [toy_row(version="0"), toy_row(version="0", seed=1), toy_row(version="0", **funnel), toy_row(version="1")]
+    found = toys.newest(rows)
+    assert [[row["version"] for row in kept] for kept in found.values()] == [["1"], ["0"]]
 
 
 def test_make_bench_hands_names_to_the_benchmark_that_knows_them(monkeypatch):
