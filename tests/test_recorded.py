@@ -404,8 +404,9 @@ def test_compiled_passes_of_every_flow(name):
     x, pull = normal(7, 5, seed=5), normal(7, 5, seed=6)
     passes = Passes(flow, x, [parameter.detach() for parameter in flow.parameters()], compile=True)
     z, log_q, score, tape = passes.sample(x)
+    found = (z, log_q, score, passes.pull(tape, pull))
     assert passes.compiled
-    for got, expected in zip((z, log_q, score, passes.pull(tape, pull)), eager(flow, x, pull), strict=True):
+    for got, expected in zip(found, eager(flow, x, pull), strict=True):
         close(got, expected, 1e-10)
 
 
