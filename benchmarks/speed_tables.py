@@ -42,7 +42,7 @@ def _steps(cases: Sequence[Sequence[Row]], table: Callable[..., str]) -> str:
         f"hidden layers (32, 32). *eager*, *recorded* and *compiled* are ours on {_layers(cases)} couplings alone, "
         "with the path gradient; *the guide of fit* has a Student-t base, tails and a trained triangular map on top of "
         "them. Pyro's `AutoNormalizingFlow` has its affine couplings with a flip between each two, NumPyro's jitted "
-        "step inverse autoregressive flows of the same number and widths (which it refuses where D is above the widths), "
+        "step inverse autoregressive flows of the same number and widths (refused where D is above the widths), "
         "both the plain gradient."
     )
     names = [name for name in speed.STEPS if any(name in speed.medians(case) for case in cases)]
