@@ -11,6 +11,7 @@ on what else the machine does than those of the wall.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import statistics
@@ -32,6 +33,7 @@ from pyro_flows import LogDensity
 
 OUT = records.RESULTS / "nuts.csv"
 MUCH = 10.0  # times faster
+AT_LEAST = "at least"  # a time of a short chain that was broken off
 GOALS = {PYRO: f">= {MUCH:g} x faster on >= 12 of 17, never slower", NUMPYRO: "faster on >= 10 of 17"}
 NO_NUMPYRO = (
     "NumPyro's NUTS: left out, since no interpreter with NumPyro was found. Make an environment that has it and name "
@@ -54,10 +56,12 @@ def work(task: Task) -> Row:
         problem = load(task.posterior, task.root)
         found = METHODS[task.method](problem, task.seed)
         reference = LogDensity(problem.model, problem.args).unconstrain(problem.reference)
-        mean, sd = compare(found.draws, reference)
-        row.update(dim=reference.shape[1], draws=len(found.draws), mean=mean, sd=sd)
-        row.update(right="yes" if mean <= MEAN and sd <= SD else "no", scaled="yes" if found.scaled else "no")
+        row.update(dim=reference.shape[1], draws=0, mean=math.nan, sd=math.nan, right="no", scaled=AT_LEAST)
         row.update(seconds=found.seconds, cpu_seconds=found.cpu_seconds)
+        if found.draws is not None:
+            mean, sd = compare(found.draws, reference)
+            row.update(draws=len(found.draws), mean=mean, sd=sd, scaled="yes" if found.scaled else "no")
+            row.update(right="yes" if mean <= MEAN and sd <= SD else "no")
 
     return records.attempt({**dict.fromkeys(FIELDS, ""), **task.named}, fill)
 
@@ -125,7 +129,7 @@ def line(row: Row) -> str:
     return (
         f"{head}{'right' if row['right'] == 'yes' else 'not right'} ({float(row['mean']):.3f} / "
         f"{float(row['sd']):.3f}), {float(row['cpu_seconds']):.1f} s of the processor, {float(row['seconds']):.1f} s"
-        f"{', scaled' if row['scaled'] == 'yes' else ''}"
+        f"{'' if row['scaled'] == 'no' else ', scaled'}{', at least' if row['scaled'] == AT_LEAST else ''}"
     )
 
 
@@ -139,6 +143,7 @@ class Cell:
     seconds: float
     right: bool
     scaled: bool
+    broken: bool = False
 
 
 def cells(rows: Iterable[Row]) -> dict[str, dict[str, Cell]]:
@@ -148,7 +153,8 @@ def cells(rows: Iterable[Row]) -> dict[str, dict[str, Cell]]:
             name: Cell(
                 statistics.median(float(row["cpu_seconds"]) for row in group),
                 all(row["right"] == "yes" for row in group),
-                any(row["scaled"] == "yes" for row in group),
+                any(row["scaled"] != "no" for row in group),
+                any(row["scaled"] == AT_LEAST for row in group),
             )
             for name, group in by_posterior(kept).items()
             if not any(row["error"] for row in group)

@@ -246,7 +246,8 @@ def nuts_section(rows: Sequence[Row]) -> str:
         f"more than {posteriordb.MEAN} standard deviations and no standard deviation by more than 10 %; ratios compare "
         "seconds whether or not they are, a failed run has neither. Where "
         f"{samplers.CHAINS} chains of Pyro's NUTS would take more than {samplers.LIMIT / 60:g} minutes, one of "
-        f"{samplers.SHORT} draws after as many of warm-up is timed and scaled by {samplers.SCALE}. {about(rows)} "
+        f"{samplers.SHORT} draws after as many of warm-up is timed and scaled by {samplers.SCALE}; after "
+        f"{samplers.MOST / 60:g} minutes it is broken off, which gives a lower bound (≥). {about(rows)} "
         f"{', '.join(versions)}."
     )
     verdicts = "\n".join(f"- {line[0].upper()}{line[1:]}." for line in nuts.summary(rows).splitlines())
@@ -267,7 +268,7 @@ def _nuts_table(found: dict[str, dict[str, nuts.Cell]], posteriors: Sequence[str
                 cells += ["", "", "", ""]
             else:
                 times = "" if ours is None else _number(nuts.ratio(ours, theirs), 2)
-                scaled = f"× {samplers.SCALE}" if theirs.scaled else ""
+                scaled = f"{'≥ ' * theirs.broken}× {samplers.SCALE}" if theirs.scaled else ""
                 cells += [_number(theirs.seconds, 1), _yes(theirs.right), scaled, times]
         body.append([name, *cells])
     return table(header, body)

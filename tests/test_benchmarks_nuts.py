@@ -9,7 +9,7 @@ from benchmarks.clock import Stopwatch
 from benchmarks.models import NAMES, eight_schools_noncentered, load
 from benchmarks.posteriordb import OURS, Task
 from benchmarks.reference import find_posteriordb
-from benchmarks.samplers import CHAINS, LENGTH, LIMIT, NUMPYRO, PYRO, SCALE, SHORT
+from benchmarks.samplers import CHAINS, LENGTH, LIMIT, MOST, NUMPYRO, PYRO, SCALE, SHORT
 from pyro_flows import LogDensity
 
 
@@ -145,11 +145,19 @@ def test_a_short_chain_stands_in_for_chains_that_would_take_longer():
 
 
 def test_the_first_chain_is_given_up_once_it_has_taken_its_share():
-    chains = Chains(100 * ALLOWED)
+    chains = Chains(7 * ALLOWED)
     found = samplers.run_chains(chains, chains.clock)
     short = 2 * SHORT * chains.seconds
     assert found.cpu_seconds == pytest.approx(SCALE * short)
     assert 0.0 < chains.now - short - LIMIT / CHAINS <= chains.seconds
+
+
+def test_a_short_chain_is_broken_off_in_its_turn():
+    chains = Chains(MOST / (2 * SHORT) * 1.01)
+    found = samplers.run_chains(chains, chains.clock)
+    assert found.draws is None
+    assert found.scaled
+    assert SCALE * MOST < found.cpu_seconds <= SCALE * (MOST + chains.seconds)
 
 
 def test_pyro_samples_the_recorded_density(monkeypatch):
@@ -215,6 +223,7 @@ def test_the_table_marks_scaled_times(tmp_path):
     page, file = tmp_path / "performance.md", tmp_path / "nuts.csv"
     rows = [*pair(NAMES[0], 2.0, 900.0, scaled="yes"), *pair(NAMES[1], 2.0, 3.0, right="no")]
     rows += pair(NAMES[0], 2.0, 5.0, NUMPYRO)
+    rows += pair(NAMES[2], 2.0, 4800.0, scaled=nuts.AT_LEAST, right="no")
     records.write(file, nuts.FIELDS, rows)
     nothing = tmp_path / "none.csv"
     others = dict.fromkeys(("speed_csv", "posteriordb_csv", "stopping_csv", "toys_csv", "density_csv"), nothing)
@@ -222,6 +231,7 @@ def test_the_table_marks_scaled_times(tmp_path):
     lines = page.read_text().splitlines()
     assert f"| {NAMES[0]} | 2.0 | yes | 900.0 | yes | × 16 | 450.00 | 5.0 | yes |  | 2.50 |" in lines
     assert f"| {NAMES[1]} | 2.0 | yes | 3.0 | no |  | 1.50 |  |  |  |  |" in lines
+    assert f"| {NAMES[2]} | 2.0 | yes | 4800.0 | no | ≥ × 16 | 2400.00 |  |  |  |  |" in lines
     assert any(line.startswith("- Seconds to a right posterior against NumPyro NUTS: 0 of 1") for line in lines)
 
 
