@@ -37,7 +37,7 @@ def ours(flow: pf.Flow, data: Tensor, batch: int, levels: int | None = None) -> 
     layer = preprocess("standardize", source.first(5000).ordered(5000))
     flow = pf.Flow(pf.Chain([*flow.bijection.layers, layer]), base=flow.base)  # type: ignore[union-attr]
     rouse(flow)
-    ascent = Ascent(flow, source, [], batch=batch, weight_decay=0.01)
+    ascent = Ascent(flow, source, [], batch=batch)
     batches = _forever(source, batch)
 
     def step() -> None:

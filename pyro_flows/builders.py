@@ -71,10 +71,11 @@ def nice(
     df: float = 15.0,
     seed: int = 0,
 ) -> Flow:
-    r"""NICE: ``layers`` additive couplings and a diagonal :math:`e^{s}` at the end.
+    r"""NICE: a diagonal :math:`e^{s}` of the base, then ``layers`` additive couplings.
 
-    Volume-preserving up to its last scale: fast and stable, but it cannot widen one region and narrow another.
-    The inverse costs as much as the forward pass.
+    Volume-preserving up to that scale: fast and stable, but it cannot widen one region and narrow another.
+    The inverse costs as much as the forward pass. Couplings work on the scale of what is modelled; s tells how much
+    each latent matters (:func:`scale_spectrum`).
 
     For images as vectors in the unit cube, as published::
 
@@ -107,8 +108,8 @@ def nice(
     """
     options: dict[str, Any] = {"context_dim": context_dim, "hidden": hidden, "activation": activation}
     kept = masks.sequence(dim, layers, kind=mask, seed=seed)
-    stack: list[Bijection] = [AdditiveCoupling(dim, mask=part, network=network, **options) for part in kept]
-    stack.append(Rescale(dim, **options))
+    stack: list[Bijection] = [Rescale(dim, **options)]
+    stack += [AdditiveCoupling(dim, mask=part, network=network, **options) for part in kept]
     options |= {"network": network, "mask": mask, "seed": seed}
     return build(stack, base, df, builder="nice", dim=dim, layers=layers, **options)
 

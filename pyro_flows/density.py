@@ -25,7 +25,7 @@ from pyro_flows.randomness import derive, seeded
 from pyro_flows.transforms import Chain, Logit
 
 MAX_STEPS = 20_000
-DECAY_POINTS = 400.0
+DECAY = 1e-4  # of weights a point of data, each epoch
 BATCH = 256
 LONG = 1000  # steps, from which on the step size falls with the square root of their number
 CHECKED_POINTS = 5_000  # held-out points that the checks during training use
@@ -78,7 +78,8 @@ def fit_density(
             density is one on the unit cube.
         batch: points a step; by default 256, or a tenth of the data if that is less, and 32 at least.
         learning_rate: the step size of Adam, without a race.
-        weight_decay: of AdamW, relative to the step size; by default 400 over the number of points, 1 at most.
+        weight_decay: of AdamW, relative to the step size; by default 1e-4 times epochs ahead times parameters over
+            points, 1 at most: what can be learnt by heart is the more, the longer it takes and the more there are.
         start: ``"random"``: last layers of networks that are zero get small random weights, with which training is far
             quicker; or ``"identity"``: the flow starts as it is, so that few data are first described by the base
             and the preprocessing alone (whitened, with a normal base: by a Gaussian), and stay so if nothing is better.
@@ -122,17 +123,15 @@ def fit_density(
         train, held_out = _sources(made, data, context, validation, levels)
         made, options["preprocess"] = _with_preprocessing(made, train, preprocess)
         size = options["batch"] = _batch_size(train, batch)
-        if weight_decay is None:
-            options["weight_decay"] = min(1.0, DECAY_POINTS / (train.steps(size) * size))
         if start == "random":
             rouse(made)
         checked = [] if held_out is None else _held(held_out, CHECKED_POINTS)
-        ascent = Ascent(made, train, checked, batch=size, weight_decay=options["weight_decay"])
+        ascent = Ascent(made, train, checked, batch=size)
         plan = Plan(MAX_STEPS if epochs is None else epochs * train.steps(size), seconds, CLOCKS[clock], began)
         bar = _Bar(visible=progress, flow=made, levels=train.levels)
         keeper = density_storage.Keeper(checkpoint, ascent, plan, SAVE_EVERY, options)
         if not keeper.resume():
-            _choose_step_size(ascent, learning_rate, plan)
+            _choose(ascent, learning_rate, weight_decay, plan)
         climb(ascent, keeper.plan, report=bar.show, save=keeper.save)
         keeper.save(final=True)
         validated = math.nan if held_out is None else mean_log_prob(made, held_out)
@@ -205,6 +204,7 @@ def _result(ascent: Ascent, validation: float, options: dict[str, Any]) -> Densi
         "points": len(train) if isinstance(train, Rows) else None,
         "event_shape": list(flow.event_shape),
         "learning_rate": state.learning_rate,
+        "weight_decay": state.weight_decay,
         "steps": state.steps,
         "epochs": state.epoch,
         "skipped": state.skipped,
@@ -239,18 +239,23 @@ def _held(points: Source, most: int) -> list[Batch]:
     return found
 
 
-def _choose_step_size(ascent: Ascent, learning_rate: float | None, plan: Plan) -> None:
-    """Hold the race, of a tenth of the budget at most, unless the step size is given; less for long trainings.
+def _choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | None, plan: Plan) -> None:
+    """Set what is not given: the decay by the budget, the step size by a race of a tenth of the budget at most.
 
-    A short race is won by a step size that is too large for thousands of steps: units of wide networks die of it. The
-    smallest that raced is small enough.
+    A short race is won by a step size that is too large for thousands of steps: units of wide networks die of it. So it
+    is less for long trainings; the smallest that raced is small enough.
     """
-    if learning_rate is not None:
-        ascent.state.learning_rate = learning_rate
-        return
     ahead = plan.max_steps
     if math.isfinite(plan.max_seconds):
         ahead = min(ahead, int(plan.max_seconds / ascent.seconds_a_step(plan.clock)))
+    if weight_decay is None:
+        weights, epoch = sum(parameter.numel() for parameter in ascent.parameters), ascent.source.steps(ascent.batch)
+        weight_decay = min(1.0, DECAY * (weights / (epoch * ascent.batch)) * (ahead / epoch))
+    ascent.state.weight_decay = weight_decay
+    ascent.fresh_moments()
+    if learning_rate is not None:
+        ascent.state.learning_rate = learning_rate
+        return
     ascent.race(RACED, max(min(RACE_STEPS, ahead // (10 * len(RACED))), 8))
     shrunk = ascent.state.learning_rate * min(1.0, math.sqrt(LONG / max(ahead, 1)))
     ascent.state.learning_rate = max(shrunk, min(RACED))

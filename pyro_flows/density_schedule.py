@@ -30,6 +30,7 @@ class State:
     """Where a run stands, but for weights and moments; plain numbers, so that it can be written to a checkpoint."""
 
     learning_rate: float = 0.0
+    weight_decay: float = 0.0
     steps: int = 0
     epoch: int = 0
     seconds: float = 0.0

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_flows.density_data import Batch, Source
 from pyro_flows.density_schedule import WARM_UP, Plan, State, by_budget, factor, trapeze
 from pyro_flows.flows import Flow
+from pyro_flows.transforms import DiagonalAffine
 from pyro_flows.transforms.conditioners import Network, Residual, ResidualConvolution
 
 RACED = (1e-3, 3e-3, 1e-2)
@@ -24,6 +25,7 @@ CHECK_COST = 0.05  # share of the work that goes into checks
 AVERAGE_EVERY = 5
 AVERAGE_POWER = 9.0  # the average holds about the last tenth of the steps
 CLIP = 5.0
+SCALES = 5.0
 FALL = 20.0  # nats a dimension below the best check: go back to it with half the step size
 
 Report = Callable[[str, int, float, float], None]  # state, epochs, progress in [0, 1], validation or training nats
@@ -32,15 +34,13 @@ Report = Callable[[str, int, float, float], None]  # state, epochs, progress in 
 class Ascent:
     """Adam on the negative mean log density of a flow, with an average of the weights beside it.
 
-    Gradients are clipped at five times their running norm; a step whose gradient is not finite is skipped and counted.
+    Diagonal scales take `SCALES` times the step size, since they move by units where weights move by hundredths, and do
+    not decay. Gradients are clipped at five times their running norm; a step whose gradient is not finite is skipped and counted.
     """
 
-    def __init__(
-        self, flow: Flow, source: Source, held_out: Sequence[Batch], *, batch: int, weight_decay: float = 0.0
-    ) -> None:
+    def __init__(self, flow: Flow, source: Source, held_out: Sequence[Batch], *, batch: int) -> None:
         self.flow, self.source, self.held_out, self.batch = flow, source, list(held_out), batch
         self.parameters = [parameter for parameter in flow.parameters() if parameter.requires_grad]
-        self.weight_decay = weight_decay
         self.state = State()
         self.fresh_moments()
         self.average = self.keep()
@@ -49,8 +49,17 @@ class Ascent:
 
     def fresh_moments(self) -> None:
         """Forget the optimiser's moments."""
+        layers = [layer for layer in self.flow.modules() if isinstance(layer, DiagonalAffine) and not layer.context_dim]
+        scales = {parameter for layer in layers for parameter in layer.parameters()}
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in self.parameters if (parameter in scales) == chosen], **options}
+            for chosen, options in (
+                (False, {"weight_decay": self.state.weight_decay, "times": 1.0}),
+                (True, {"weight_decay": 0.0, "times": SCALES}),
+            )
+        ]
         self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=self.weight_decay, fused=True
+            [group for group in groups if group["params"]], lr=1e-3, betas=(0.9, 0.99), fused=True
         )
 
     def log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
@@ -72,7 +81,8 @@ class Ascent:
             torch._foreach_mul_(gradients, CLIP * state.norm / norm)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        self.optimiser.param_groups[0]["lr"] = learning_rate
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate * group["times"]
         self.optimiser.step()
         return value
 

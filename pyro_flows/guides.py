@@ -523,7 +523,7 @@ class AutoRealNVP(AutoFlow):
 
 
 class AutoNICE(AutoFlow):
-    """:class:`AutoFlow` with :func:`~pyro_flows.nice`: additive couplings, volume-preserving up to a final scale.
+    """:class:`AutoFlow` with :func:`~pyro_flows.nice`: additive couplings, volume-preserving up to a scale of the base.
 
     Args:
         model: a Pyro model.

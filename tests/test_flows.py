@@ -136,7 +136,7 @@ def test_values_outside_of_the_support_are_refused():
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 7, 10])
 @pytest.mark.parametrize("layers", [2, 4, 6, 8])
 def test_couplings_move_every_coordinate(name, dim, layers):
-    """With the masks that the builders choose. NICE's last scale moves all by itself, so it is left out here."""
+    """With the masks that the builders choose. NICE's scale moves all by itself, so it is left out here."""
     flow = make_flow(name, dim, layers=layers)
     couplings = pf.Chain([layer for layer in flow.bijection.layers if not isinstance(layer, pf.Rescale)])
     assert len(couplings.layers) == layers
@@ -207,9 +207,9 @@ def test_alternating_masks_as_in_nice(name):
 
 
 def test_nice_as_published():
-    """Four additive couplings of five hidden layers, relu, logistic base, one scaling at the end."""
+    """Four additive couplings of five hidden layers, relu, logistic base, one scaling next to it."""
     flow = pf.nice(784, mask="alternating", hidden=(1000,) * 5, activation="relu", base="logistic")
-    *couplings, scaling = flow.bijection.layers
+    scaling, *couplings = flow.bijection.layers
     assert [type(layer) for layer in couplings] == [pf.AdditiveCoupling] * 4
     assert isinstance(scaling, pf.Rescale)
     widths = [part.out_features for part in couplings[0].modules() if isinstance(part, torch.nn.Linear)]

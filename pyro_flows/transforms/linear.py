@@ -134,9 +134,9 @@ class DiagonalAffine(Bijection):
 
 
 class Rescale(DiagonalAffine):
-    r"""NICE's last layer: :math:`y_d = e^{s_d} x_d`, :math:`\log|J| = \sum_d s_d`; without it NICE preserves volume.
+    r"""NICE's scaling: :math:`y_d = e^{s_d} x_d`, :math:`\log|J| = \sum_d s_d`; without it NICE preserves volume.
 
-    In NICE's own notation, which maps data to noise, its scaling is :math:`e^{-s_d}`. Both ways cost O(D).
+    In NICE's own notation, which maps data to noise, it comes last and is :math:`e^{-s_d}`. Both ways cost O(D).
 
     Args:
         dim: number of coordinates.
