@@ -35,7 +35,8 @@ class Ascent:
     """Adam on the negative mean log density of a flow, with an average of the weights beside it.
 
     Diagonal scales take `SCALES` times the step size, since they move by units where weights move by hundredths, and do
-    not decay. Gradients are clipped at five times their running norm; a step whose gradient is not finite is skipped and counted.
+    not decay. Gradients are clipped at five times their running norm; a step whose gradient is not finite is skipped
+    and counted.
     """
 
     def __init__(self, flow: Flow, source: Source, held_out: Sequence[Batch], *, batch: int) -> None:
