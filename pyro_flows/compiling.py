@@ -17,7 +17,7 @@ from pyro_flows.graphs import LIKE, agree, is_aten, is_pure, name_of
 # what a processor of 2026 took, in seconds (docs/performance.md); rules by clocks would make results depend on the load
 COMPILE_START = 3.0  # to compile anything, in a process that has not done so yet
 COMPILE_NODE = 0.02  # more for each operation
-SAVED_NODE = 1.1e-6  # a run saves for each operation,
+SAVED_NODE = 7.0e-7  # a run saves for each operation,
 SAVED_NUMBER = 3.0e-10  # and for each number that it writes
 
 logger = logging.getLogger("pyro_flows")
