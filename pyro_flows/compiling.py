@@ -175,12 +175,14 @@ def _hasten(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
 
 def _hold_number(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
     """Make a number a tensor once and for all, as torch does in each call."""
-    first, number, *factor = node.args
+    first, number, *factor = cast("tuple[Any, ...]", node.args)
     like = _value(first)
     if type(number) not in (int, float) or node.kwargs or value.dim() == 0 or like is None or like.dtype != value.dtype:
         return
     if value.dtype not in (torch.float32, torch.float64):  # narrower numbers are worked on in a wider type
         return
+    if node.target is _aten.mul.Tensor and first.target is _aten.neg.default:
+        first, number = first.args[0], -number
     name = f"number_{len(module._buffers)}"
     module.register_buffer(name, torch.tensor(number, dtype=value.dtype, device=value.device))
     with node.graph.inserting_before(node):

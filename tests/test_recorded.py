@@ -146,7 +146,17 @@ def test_what_is_made_faster_is_the_same_but_for_rounding(rows, dtype):
 def test_numbers_that_are_held_as_tensors_change_no_type(dtype):
     def function(x: Tensor) -> tuple[Tensor, ...]:
         total = x.sum()
-        return 0.1 * x, x + 1, x - 0.1, x / 3, torch.rsub(x, 0.1, alpha=2), 1 - x, torch.add(x, 3, alpha=2), 0.1 * total
+        return (
+            0.1 * x,
+            x + 1,
+            x - 0.1,
+            x / 3,
+            torch.rsub(x, 0.1, alpha=2),
+            1 - x,
+            torch.add(x, 3, alpha=2),
+            0.1 * total,
+            -x * 3,
+        )
 
     module = record(function, torch.arange(1, 7).to(dtype))
     x = torch.arange(2, 8).to(dtype)
