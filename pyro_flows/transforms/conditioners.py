@@ -222,7 +222,7 @@ BACK: dict[type[nn.Module], Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def forward_and_pull(network: nn.Module, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Pull]:
-    """Return what a network returns, and its vector-Jacobian product along ``kept``, which has no graph.
+    """Return what a network returns, and its vector-Jacobian product along ``kept``, to be called without autograd.
 
     Autograd takes longer to find the way back through a few layers than they take to run, so perceptrons of plain
     layers are followed by hand. ``context`` must have the batch shape of ``kept``.
@@ -238,7 +238,6 @@ def forward_and_pull(network: nn.Module, kept: Tensor, context: Tensor | None) -
         x, out = out, layer(out)
         tape.append((layer, x, out))
 
-    @torch.no_grad()
     def pull(cotangent: Tensor) -> Tensor:
         for layer, x, y in reversed(tape):
             cotangent = BACK[type(layer)](layer, x, y, cotangent)

@@ -131,10 +131,12 @@ class Coupling(Bijection):
             parameters = self._parameters_at(kept, context)
         y, ladj = self._move(moved, parameters)
         y = self._join(kept, y)
-        carried, weights = self._carry(moved.detach(), tuple(p.detach() for p in parameters), score_moved)
-        if conditioned:
-            score_kept = score_kept - pull(self._blank(self._read_back(raw, parameters, weights)))
-        return y, self._expand(ladj, y), self._join(score_kept, carried)
+        with torch.no_grad():
+            carried, weights = self._carry(moved, parameters, score_moved)
+            if conditioned:
+                score_kept = score_kept - pull(self._blank(self._read_back(raw, parameters, weights)))
+            score = self._join(score_kept, carried)
+        return y, self._expand(ladj, y), score
 
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:
         """Split the conditioner's numbers, ``per`` blocks of coordinates or channels."""
@@ -252,7 +254,7 @@ class AffineCoupling(Coupling):
         return bounded(raw, self.log_scale_bound), shift
 
     def _read_back(self, raw: Tensor, parameters: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
-        along_scale = bounded_back(parameters[0].detach(), self.log_scale_bound, weights[0])
+        along_scale = bounded_back(parameters[0], self.log_scale_bound, weights[0])
         return torch.cat([along_scale, weights[1]], dim=self._axes[0])
 
     def _move(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
