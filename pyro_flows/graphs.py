@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,11 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 _aten = torch.ops.aten
 _SAME = (_aten.detach.default, _aten.alias.default)
 _BY_ONE = (_aten.mul.Scalar, _aten.pow.Tensor_Scalar)
-_METHODS = ("view", "expand")  # operations that are methods only, not functions of torch
-_ELSEWHERE: dict[str, Callable[..., Any]] = {"silu": torch._C._nn.silu, "split": torch.unsafe_split}  # type: ignore[attr-defined]
-_LIKE = ("ones_like", "zeros_like", "empty_like", "full_like")
+LIKE = ("ones_like", "zeros_like", "empty_like", "full_like")
 FOLDED = 2**16  # numbers in a constant that may be computed from smaller ones
-_OTHERWISE = ("index", "index_put", "scalar_tensor")  # whose bindings take other arguments
 
 
 def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
@@ -43,7 +40,7 @@ class Stitcher:
     >>> double = record(lambda x: (x + x,), torch.ones(2))
     >>> whole = Stitcher()
     >>> (twice,) = whole.add(double, [whole.input(torch.ones(2))])
-    >>> quicken(whole.finish(whole.add(double, [twice])))(torch.ones(2))
+    >>> whole.finish(whole.add(double, [twice]))(torch.ones(2))
     (tensor([4., 4.]),)
     """
 
@@ -58,6 +55,12 @@ class Stitcher:
         self._inputs += 1
         return node
 
+    def constant(self, value: Tensor) -> fx.Node:
+        """Add a tensor that stays what it is."""
+        node = self.graph.get_attr(self._constant(value))
+        node.meta["val"] = value
+        return node
+
     def add(self, module: fx.GraphModule, inputs: Sequence[fx.Node]) -> list[fx.Node]:
         """Add a graph that returns a tuple of tensors; return their nodes."""
         left = iter(inputs)
@@ -68,8 +71,7 @@ class Stitcher:
             if node.op == "placeholder":
                 copies[node] = next(left)
             elif node.op == "get_attr":
-                copies[node] = self.graph.get_attr(self._constant(getattr(module, node.target)))
-                copies[node].meta = dict(node.meta)
+                copies[node] = self.constant(getattr(module, node.target))
             else:
                 copies[node] = self.graph.node_copy(node, copies.__getitem__)
         raise ValueError("module: expected a graph that returns something.")
@@ -95,8 +97,39 @@ class Stitcher:
         """Return the whole, without what is computed twice or not used."""
         self.graph.output(tuple(outputs))
         _tidy(self.graph)
+        for node in list(self.graph.nodes):
+            self._reorder(node)
         self.graph.eliminate_dead_code()
         return fx.GraphModule(self._constants, self.graph)
+
+    def _reorder(self, node: fx.Node) -> None:
+        """Merge constant orders, one after the other, into one; undo one by its inverse, not by adding to zeros."""
+        if node.target not in (_aten.index_select.default, _aten.index_add.default) or node.kwargs:
+            return
+        source, axis, by, *given = cast("list[Any]", node.args)
+        order = self._order(by)
+        if order is None:
+            return
+        if node.target is _aten.index_add.default:
+            size = node.meta["val"].shape[axis]
+            if source.target is not _aten.new_zeros.default or not torch.equal(order.sort()[0], _count(size, order)):
+                return
+            source, order = given[0], torch.argsort(order)
+        while source.target is _aten.index_select.default and source.args[1] == axis:
+            before = self._order(source.args[2])
+            if before is None:
+                break
+            source, order = source.args[0], before[order]
+        if torch.equal(order, _count(source.meta["val"].shape[axis], order)):
+            node.replace_all_uses_with(source)
+            return
+        with self.graph.inserting_before(node):
+            node.target, node.args = _aten.index_select.default, (source, axis, self.constant(order))
+
+    def _order(self, node: Any) -> Tensor | None:
+        """Return the value of a constant vector."""
+        value = getattr(self._constants, node.target) if node.op == "get_attr" else None
+        return value if value is not None and value.dim() == 1 else None
 
     def _constant(self, value: Tensor) -> str:
         """Return the name of a constant; one tensor has one name."""
@@ -109,6 +142,10 @@ class Stitcher:
         return self._names[id(value)]
 
 
+def _count(size: int, like: Tensor) -> Tensor:
+    return torch.arange(size, dtype=like.dtype, device=like.device)
+
+
 def nearby(x: Tensor) -> Tensor:
     """Return other points close to ``x``, for a graph to be checked at; no random numbers are used."""
     return x + 0.1 * torch.sin(torch.arange(x.numel(), dtype=x.dtype, device=x.device)).reshape(x.shape)
@@ -116,7 +153,7 @@ def nearby(x: Tensor) -> Tensor:
 
 def is_pure(module: fx.GraphModule) -> bool:
     """Whether no operation of a graph changes a tensor in place."""
-    return not any(_is_aten(node) and node.target._schema.is_mutable for node in module.graph.nodes)  # type: ignore[union-attr]
+    return not any(is_aten(node) and node.target._schema.is_mutable for node in module.graph.nodes)  # type: ignore[union-attr]
 
 
 def agree(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
@@ -134,9 +171,9 @@ def _out_of_place(graph: fx.Graph) -> bool:
     """Replace operations that change a tensor by ones that return a new tensor; return whether none is left."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if not (_is_aten(node) and node.target._schema.is_mutable):
+        if not (is_aten(node) and node.target._schema.is_mutable):
             continue
-        name = _name(node)
+        name = name_of(node)
         pure = getattr(getattr(_aten, name.removesuffix("_"), None), node.target._overloadname, None)
         changed = node.args[0]
         if not name.endswith("_") or pure is None or not isinstance(changed, fx.Node) or not _is_own(changed, node):
@@ -156,10 +193,10 @@ def _is_own(changed: fx.Node, by: fx.Node) -> bool:
 def _is_fresh(node: fx.Node) -> bool:
     if node.op == "output":
         return True
-    return _is_aten(node) and all(result.alias_info is None for result in node.target._schema.returns)  # type: ignore[union-attr]
+    return is_aten(node) and all(result.alias_info is None for result in node.target._schema.returns)  # type: ignore[union-attr]
 
 
-def _is_aten(node: fx.Node) -> bool:
+def is_aten(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
 
 
@@ -185,10 +222,10 @@ def _fold(module: fx.GraphModule) -> None:
             constant = getattr(module, node.target)
             if not constant.requires_grad:
                 known[node] = constant
-        elif _is_aten(node) and _is_pure(node) and (values := _values(node, known)) is not None:
+        elif is_aten(node) and _is_pure(node) and (values := _values(node, known)) is not None:
             with torch.no_grad():
                 value = node.target(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get))  # type: ignore[arg-type, operator]
-            sizes = [] if _name(node) in _LIKE else [part.numel() for part in values.values()]
+            sizes = [] if name_of(node) in LIKE else [part.numel() for part in values.values()]
             if isinstance(value, Tensor) and value.numel() <= max([FOLDED, *sizes]):
                 known[node] = value
     for number, (node, value) in enumerate(known.items()):
@@ -205,7 +242,7 @@ def _fold(module: fx.GraphModule) -> None:
 def _values(node: fx.Node, known: dict[fx.Node, Tensor]) -> dict[fx.Node, Tensor] | None:
     """Return the values of a node's inputs, or None if they are not known; of some operations only the shape counts."""
     sources = node.all_input_nodes
-    if _name(node) in _LIKE and len(sources) == 1:
+    if name_of(node) in LIKE and len(sources) == 1:
         like = sources[0].meta["val"]
         if like.numel() > FOLDED:
             return None
@@ -217,10 +254,10 @@ def _is_pure(node: fx.Node) -> bool:
     """Whether a second call with the same inputs is a second copy of the same value."""
     if node.target is operator.getitem:
         return True
-    return _is_aten(node) and torch.Tag.nondeterministic_seeded not in node.target.tags  # type: ignore[union-attr]
+    return is_aten(node) and torch.Tag.nondeterministic_seeded not in node.target.tags  # type: ignore[union-attr]
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
     return node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
 
 
@@ -245,37 +282,3 @@ def _key(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((key, _key(part)) for key, part in value.items())
     return type(value), value  # 1, 1.0 and True are equal, but not to a graph
-
-
-def quicken(module: fx.GraphModule) -> Callable[..., Any]:
-    """Return the graph as a function that calls torch's own bindings, which take half of an operator object's time.
-
-    Call it without autograd. What it computes is the same; whoever records checks that.
-    """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    for node in graph.nodes:
-        if _is_aten(node):
-            _bind(node)
-    quick = fx.GraphModule(module, graph)
-    constants = dict(quick.named_buffers())
-    quick._buffers.clear()
-    quick.__dict__.update(constants)  # plain attributes, which Python finds at once
-    return quick.forward  # type: ignore[return-value]
-
-
-def _bind(node: fx.Node) -> None:
-    """Put torch's binding of the same operation in place of the operator object, where there is one."""
-    name = _name(node)
-    if node.target is _aten.slice.Tensor and len(node.args) == 4 and node.args[1] in (0, 1, 2):
-        tensor, axis, start, stop = node.args
-        node.target, node.args = operator.getitem, (tensor, (slice(None),) * axis + (slice(start, stop),))  # type: ignore[operator, arg-type]
-    elif name in _METHODS:
-        node.target = getattr(torch.Tensor, name)
-    elif name in _ELSEWHERE:
-        node.target = _ELSEWHERE[name]
-    elif name in _LIKE:
-        node.target = getattr(torch, name)
-        node.kwargs = {key: value for key, value in node.kwargs.items() if (key, value) != ("pin_memory", False)}
-    elif name not in _OTHERWISE and hasattr(torch._C._VariableFunctions, name) and hasattr(torch, name):
-        node.target = getattr(torch, name)

@@ -26,12 +26,13 @@ class Kind:
     """What flows of one kind have in common: the recorded passes of their layers, to be put together.
 
     ``forward(*state, x)`` returns ``(z, log q(z), score, *tape)``; ``backward(*state, *tape, cotangent)`` returns the
-    gradient of ``(cotangent * z).sum()`` along all trained parameters, as one vector.
+    gradient of ``(cotangent * z).sum()`` along all trained parameters, as one vector. Orders are not among the inputs.
 
     Args:
         flow: one of them.
         bodies: of its layers.
-        state: examples of all layers' parameters and buffers, one layer after the other,
+        state: all layers' parameters and buffers, one layer after the other; orders of coordinates are the same in all
+            flows of a kind, of the rest these are examples,
         ends: and where each layer's begin and end.
         like: base points (S, D).
     """
@@ -40,6 +41,7 @@ class Kind:
         self, flow: Flow, bodies: Sequence[Body], state: Sequence[Tensor], ends: Sequence[int], like: Tensor
     ) -> None:
         self.bodies, self.ends, self.like = tuple(bodies), tuple(ends), like
+        self._orders = {number: part.clone() for number, part in enumerate(state) if is_order(part)}
         self._state = [part.new_zeros(()).expand(part.shape) for part in state]  # not the weights of the first flow
         base, df = flow.base, flow.df
         self._at_base = record(lambda x: (bases.log_density(base, x, df).sum(-1), bases.score(base, x, df)), like)
@@ -70,8 +72,11 @@ class Kind:
         return whole.join(reversed(found))
 
     def inputs(self, whole: Stitcher) -> list[fx.Node]:
-        """Add the state to a graph, as inputs."""
-        return [whole.input(part) for part in self._state]
+        """Add the state to a graph: orders as constants, the rest as inputs."""
+        return [
+            whole.constant(self._orders[number]) if number in self._orders else whole.input(part)
+            for number, part in enumerate(self._state)
+        ]
 
     @cached_property
     def graphs(self) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -118,18 +123,19 @@ class Passes:
             self.state += layer.buffers()
             ends.append(len(self.state))
         self.kind = _kind(flow, bodies, self.state, ends, like)
+        self.state = [part for part in self.state if not is_order(part)]
         self._compile = compile
 
     @torch.no_grad()
     def sample(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Return ``z``, ``log q(z)``, the score and what :meth:`pull` needs, for base points ``x`` (S, D)."""
         z, log_q, score, *tape = self._runners[0](*self.state, x)
-        return z, log_q, score, tape
+        return z.clone(), log_q.clone(), score.clone(), tape
 
     @torch.no_grad()
     def pull(self, tape: list[Tensor], cotangent: Tensor) -> Tensor:
         """Return the gradient of ``(cotangent * z).sum()`` along all parameters, as one vector."""
-        return self._runners[1](*self.state, *tape, cotangent)[0]
+        return self._runners[1](*self.state, *tape, cotangent)[0].clone()
 
     @property
     def compiled(self) -> bool:
@@ -160,6 +166,13 @@ class Passes:
             raise RuntimeError("the graphs gave other values than the flow")
 
 
+def is_order(part: Tensor) -> bool:
+    """Whether a layer's parameter or buffer says how coordinates are arranged: each of 0 to D - 1 once."""
+    if part.dtype != torch.long or part.dim() != 1 or not len(part) or int(part.max()) >= len(part):
+        return False
+    return torch.equal(part.sort()[0], torch.arange(len(part), device=part.device))
+
+
 def points(like: Tensor) -> Tensor:
     """Return points between -2 and 2 in the shape of ``like``, to check graphs at."""
     return 2.0 * torch.sin(torch.arange(like.numel(), dtype=like.dtype, device=like.device)).reshape(like.shape)
@@ -176,7 +189,9 @@ _kinds: OrderedDict[Any, Kind] = OrderedDict()
 
 def _kind(flow: Flow, bodies: Sequence[Body], state: Sequence[Tensor], ends: Sequence[int], like: Tensor) -> Kind:
     """Return the kind of a flow, a known one if there is one."""
-    key = (tuple(map(id, bodies)), flow.base, flow.df, like.shape, like.dtype, like.device)  # kept bodies keep their id
+    orders = tuple(tuple(part.tolist()) for part in state if is_order(part))
+    bodies_known = tuple(map(id, bodies))  # kept bodies keep their id
+    key = (bodies_known, orders, flow.base, flow.df, like.shape, like.dtype, like.device)
     if key not in _kinds:
         _kinds[key] = Kind(flow, bodies, state, ends, like)
         while len(_kinds) > KINDS_KEPT:

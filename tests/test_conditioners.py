@@ -8,6 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import pyro_flows as pf
 from pyro_flows.transforms.conditioners import (
+    ACTIVATIONS,
     Block,
     Convolution,
     Network,
@@ -16,6 +17,9 @@ from pyro_flows.transforms.conditioners import (
     Residual,
     ResidualConvolution,
     Robust,
+    bounded,
+    bounded_back,
+    forward_and_pull,
 )
 from tests.invariants import close
 from tests.registry import HIDDEN, IMAGE, built, normal, randomise
@@ -95,3 +99,43 @@ def test_couplings_of_vectors_take_either_network(network, kind):
 def test_couplings_of_images_take_either_network(network):
     layer = pf.AffineCoupling(IMAGE, hidden=HIDDEN, network=network)
     assert type(layer.conditioner) is (ResidualConvolution if network == "residual" else Convolution)
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", [Network, Robust, Residual, Convolution])
+def test_the_way_back_to_what_is_kept_is_that_of_autograd(kind, activation, context_dim):
+    network = built(lambda: kind(3, context_dim, 4, (6, 6), activation), dtype=torch.float64, sd=0.5, seed=0)
+    kept = normal(5, 3, *((4, 4) if kind is Convolution else ()), seed=1).requires_grad_()
+    context = normal(5, context_dim, seed=2) if context_dim else None
+    out, pull = forward_and_pull(network, kept, context)
+    close(out, network(kept, context), 0.0)
+    cotangent = normal(*out.shape, seed=3)
+    with torch.no_grad():
+        found = pull(cotangent)
+    close(found, torch.autograd.grad(out, kept, cotangent)[0], 1e-12)
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("place", [None, "layers", "layers.0", "layers.1"])
+@pytest.mark.parametrize("kind", [Network, Robust])
+def test_hooks_on_a_network_are_part_of_the_way_back(kind, place):
+    """Such a network is left to autograd."""
+    network = built(lambda: kind(3, 0, 4, (6,), "tanh"), dtype=torch.float64, sd=0.5, seed=0)
+    kept, cotangent = normal(5, 3, seed=1), normal(5, 4, seed=2)
+    without = forward_and_pull(network, kept, None)[1](cotangent).detach()
+    network.get_submodule(place or "").register_forward_hook(lambda layer, given, out: 2.0 * out)
+    kept.requires_grad_()
+    out, pull = forward_and_pull(network, kept, None)
+    expected = torch.autograd.grad(network(kept, None), kept, cotangent)[0]
+    close(out, network(kept, None), 0.0)
+    close(pull(cotangent).detach(), expected, 1e-12)
+    assert not torch.allclose(expected, without)
+
+
+def test_the_way_back_through_a_bound_is_that_of_autograd():
+    raw = torch.linspace(-20.0, 20.0, 41, dtype=torch.float64, requires_grad=True)
+    out, cotangent = bounded(raw, 3.0), normal(41, seed=0)
+    assert float(out[20].detach()) == 0.0
+    close(out.detach(), 3.0 * torch.tanh(raw.detach() / 3.0), 1e-14)
+    close(bounded_back(out.detach(), 3.0, cotangent), torch.autograd.grad(out, raw, cotangent)[0], 1e-14)

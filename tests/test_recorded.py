@@ -12,13 +12,14 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import LogDensity, training
 from pyro_flows.bodies import body_of
-from pyro_flows.graphs import quicken, record
+from pyro_flows.compiling import quicken
+from pyro_flows.graphs import Stitcher, record
 from pyro_flows.passes import Passes
 from pyro_flows.steps import Step
 from pyro_flows.training import Trainer
 from pyro_flows.updates import CLIP, Moments, update
 from tests.invariants import close
-from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, needs_compiler, normal
+from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, needs_compiler, normal, randomise
 
 NUMERIC = ("Inverse-Planar", "Inverse-Chain")  # the root is searched until it is found, so there is no flat graph
 VECTORS = [case for case in SMALL + LARGE if not (case.context_dim or case.unit) and len(case.shape) == 1]
@@ -123,6 +124,69 @@ def test_bindings_take_the_same_arguments(function):
     assert torch.equal(quick, expected)
 
 
+def linear_and_back(x: Tensor) -> tuple[Tensor, ...]:
+    """A layer of few columns, and what its gradients take."""
+    weight, bias = torch.ones(5, x.shape[1], dtype=x.dtype).cumsum(1), torch.arange(5.0, dtype=x.dtype)
+    y = torch.addmm(bias * x[0, 0], x, (weight * x[0]).t())
+    narrow = x.t().mm(y).view(-1), (x @ weight.t()).view(-1, 10), (x[None] @ (weight * x[0]).t()).view(-1, 5)
+    return y, *narrow, y.sum(0, keepdim=True).view(5), y.sum(0, keepdim=True).view(1, 5)
+
+
+@pytest.mark.parametrize("rows", [64, 512])  # products of few columns are turned around if they are large
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_made_faster_is_the_same_but_for_rounding(rows, dtype):
+    plain, quick, expected, _ = run(linear_and_back, normal(rows, 32, seed=2).to(dtype))
+    for one, other, value in zip(plain, quick, expected, strict=True):
+        scale = value.abs().max()
+        close(one / scale, value / scale, 1e-12 if dtype == torch.float64 else 1e-5)
+        close(other / scale, value / scale, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.long])
+def test_numbers_that_are_held_as_tensors_change_no_type(dtype):
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        total = x.sum()
+        return (
+            0.1 * x,
+            x + 1,
+            x - 0.1,
+            x / 3,
+            torch.rsub(x, 0.1, alpha=2),
+            1 - x,
+            torch.add(x, 3, alpha=2),
+            0.1 * total,
+            -x * 3,
+        )
+
+    module = record(function, torch.arange(1, 7).to(dtype))
+    x = torch.arange(2, 8).to(dtype)
+    for one, value in zip(quicken(module)(x), function(x), strict=True):
+        assert one.dtype == value.dtype
+        assert torch.equal(one, value)
+
+
+def test_orders_one_after_the_other_are_one():
+    order, other = torch.tensor([2, 0, 3, 1]), torch.tensor([3, 2, 0, 1])
+    zeros = torch.zeros(3, 4)
+
+    def function(x: Tensor, first: Tensor, second: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        there = x.index_select(1, first)
+        back = x.new_zeros(3, 4).index_add(1, first, there)  # as autograd has it
+        twice = there.index_select(1, second)
+        return back, twice, x.new_zeros(3, 4).index_add(1, torch.zeros_like(first), x), twice.index_select(0, rows)
+
+    x, rows = normal(3, 4, seed=0), torch.tensor([0, 0, 2])
+    module = record(function, zeros, order.clone(), other.clone(), rows.clone())
+    whole = Stitcher()
+    inputs = [whole.input(zeros), *map(whole.constant, (order, other, rows))]
+    ordered = whole.finish(whole.add(module, inputs))
+    for got, expected in zip(ordered(x), function(x, order, other, rows), strict=True):
+        assert torch.equal(got, expected)
+    called = [str(node.target) for node in ordered.graph.nodes if node.op == "call_function"]
+    assert called.count("aten.index_select.default") == 2  # back is x itself
+    assert called.count("aten.index_add.default") == 1
+
+
 # ---- layers and flows ------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +218,28 @@ def test_passes_of_every_flow(name, base):
     x, pull = normal(7, 5, seed=5), normal(7, 5, seed=6)
     for got, expected in zip(recorded(flow, x, pull), eager(flow, x, pull), strict=True):
         close(got, expected, 1e-12)
+
+
+def test_flows_that_arrange_coordinates_otherwise_share_no_graph():
+    x, pull = normal(7, 5, seed=5), normal(7, 5, seed=6)
+    masks = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 1, 0, 0], [1, 0, 0, 1, 0]])
+    kinds = set()
+    for mask in masks:
+        couplings = [pf.AffineCoupling(5, mask=part) for part in (mask, mask.flip(0))]
+        flow = pf.Flow(randomise(pf.Chain([*couplings, pf.Permutation(5, seed=int(mask[0]))]).double(), sd=0.3))
+        for got, expected in zip(recorded(flow, x, pull), eager(flow, x, pull), strict=True):
+            close(got, expected, 1e-12)
+        kinds.add(id(Passes(flow, x, [parameter.detach() for parameter in flow.parameters()]).kind))
+    assert len(kinds) == 2
+
+
+def test_what_passes_return_may_meet_autograd():
+    flow, x = make_flow("realnvp", 4), normal(5, 4, seed=8)
+    z, log_q, score, gradient = recorded(flow, x, x)
+    leaf = torch.ones((), dtype=z.dtype, requires_grad=True)
+    (leaf * (z.sum() + log_q.sum() + score.sum() + gradient.sum())).backward()
+    for tensor in (z, log_q, score, gradient, *LogDensity(model).value_and_grad(z)):
+        assert not tensor.is_inference()
 
 
 def test_layers_of_one_kind_share_a_body():
@@ -419,3 +505,20 @@ def test_compiled_steps_are_recorded_steps():
     plain, compiled = trained(flow, compile=False), trained(other, compile=True)
     assert compiled._step.compiled
     close(compiled.weights, plain.weights, 1e-7)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_run_that_is_compiled_midway_goes_on():
+    flow = make_flow("realnvp", 4, base="student_t")
+    other = copy.deepcopy(flow)
+    plain, midway = trained(flow, compile=False), trained(other)
+    runner = midway._step._whole
+    assert not runner.compiled
+    runner.compile_at = runner.runs + 2
+    for trainer in (plain, midway):
+        pyro.set_rng_seed(1)
+        for _ in range(5):
+            trainer.step(1e-3)
+    assert runner.compiled
+    close(midway.weights, plain.weights, 1e-7)

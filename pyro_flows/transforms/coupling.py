@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.conditioners import bounded, conditioner
+from pyro_flows.transforms.conditioners import bounded, bounded_back, conditioner, forward_and_pull
 from pyro_flows.transforms.masks import channels, half
 
 
@@ -83,10 +83,11 @@ class Coupling(Bijection):
 
     def _parameters_at(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
         """Return the parameters of each coordinate that moves; zeros for those of a masked image that do not."""
-        raw = self.conditioner(kept, context)
-        if self._way == "masked":
-            raw = torch.where(self.mask.repeat(self.per, 1, 1), 0, raw)
-        return self._read(raw)
+        return self._read(self._blank(self.conditioner(kept, context)))
+
+    def _blank(self, raw: Tensor) -> Tensor:
+        """Put zeros where a masked image does not move."""
+        return torch.where(self.mask.repeat(self.per, 1, 1), 0, raw) if self._way == "masked" else raw
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
         _checks.event(type(self).__name__, x, self.dim)
@@ -121,19 +122,31 @@ class Coupling(Bijection):
             event = x.shape[-self.event_dim :]
             x, score = x.expand(*batch, *event), score.expand(*batch, *event)
         (kept, moved), (score_kept, score_moved) = self._split(x), self._split(score)
-        with torch.enable_grad():
-            root = kept if kept.requires_grad else kept.detach().requires_grad_()
-            parameters = self._parameters_at(root, context)
+        conditioned = bool(kept.shape[self._axes[0]])
+        if conditioned:
+            raw, pull = forward_and_pull(self.conditioner, kept, context)
+            raw = self._blank(raw)
+            parameters = self._read(raw)
+        else:
+            parameters = self._parameters_at(kept, context)
         y, ladj = self._move(moved, parameters)
         y = self._join(kept, y)
-        carried, weights = self._carry(moved.detach(), tuple(p.detach() for p in parameters), score_moved)
-        if kept.shape[self._axes[0]]:  # the conditioner's vector-Jacobian product; its graph is for the pass to come
-            score_kept = score_kept - torch.autograd.grad(parameters, root, weights, retain_graph=True)[0]
-        return y, self._expand(ladj, y), self._join(score_kept, carried)
+        with torch.no_grad():
+            carried, weights = self._carry(moved, parameters, score_moved)
+            if conditioned:
+                score_kept = score_kept - pull(self._blank(self._read_back(raw, parameters, weights)))
+            score = self._join(score_kept, carried)
+        return y, self._expand(ladj, y), score
 
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:
         """Split the conditioner's numbers, ``per`` blocks of coordinates or channels."""
         return raw.chunk(self.per, dim=self._axes[0])
+
+    def _read_back(self, raw: Tensor, parameters: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        """Return the vector-Jacobian product of ``_read``, without a graph: what ``weights`` are along ``raw``."""
+        with torch.enable_grad():
+            leaf = raw.detach().requires_grad_()
+            return torch.autograd.grad(self._read(leaf), leaf, weights)[0]
 
     def _move(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -173,6 +186,9 @@ class AdditiveCoupling(Coupling):
     """
 
     per = 1
+
+    def _read_back(self, raw: Tensor, parameters: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        return weights[0]
 
     def _move(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return moved + parameters[0], moved.new_zeros(())
@@ -236,6 +252,10 @@ class AffineCoupling(Coupling):
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:
         raw, shift = super()._read(raw)
         return bounded(raw, self.log_scale_bound), shift
+
+    def _read_back(self, raw: Tensor, parameters: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        along_scale = bounded_back(parameters[0], self.log_scale_bound, weights[0])
+        return torch.cat([along_scale, weights[1]], dim=self._axes[0])
 
     def _move(self, moved: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         log_scale, shift = parameters

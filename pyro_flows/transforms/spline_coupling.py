@@ -95,8 +95,8 @@ class SplineCoupling(Coupling):
 
     def _carry(self, moved: Tensor, parameters: tuple[Tensor, ...], score: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         with torch.enable_grad():
-            point = moved.requires_grad_()
-            leaves = tuple(parameter.requires_grad_() for parameter in parameters)
+            point = moved.detach().requires_grad_()
+            leaves = tuple(parameter.detach().requires_grad_() for parameter in parameters)
             y, terms = self._bend(point, leaves)
             (bend,) = torch.autograd.grad(terms.sum(), point, retain_graph=True)
             carried = (score - bend) * torch.exp(-terms.detach())
