@@ -73,7 +73,7 @@ def toy(name: str) -> Problem:
         counts = (20_000, 5_000, 50_000)
         return Split(*(datasets.toy(name, count, seed=3 * seed + part) for part, count in enumerate(counts)))
 
-    return Problem(make, 10.0, base="normal", network="mlp", entropy=datasets.ENTROPY[name])
+    return Problem(make, 10.0, batch=512, base="normal", network="mlp", entropy=datasets.ENTROPY[name])
 
 
 def digits(seed: int) -> Split:

@@ -18,7 +18,7 @@ from pyro_flows.builders import BUILDERS
 from pyro_flows.density_data import CHUNK, Batch, Levels, Rows, Source, Stream, rows
 from pyro_flows.density_fit import DensityFit, bits_per_dim, like, mean_log_prob, points_for
 from pyro_flows.density_schedule import Plan
-from pyro_flows.density_training import RACE_STEPS, RACED, Ascent, climb, rouse
+from pyro_flows.density_training import RACE_STEPS, RACED, Ascent, climb, rouse, widest
 from pyro_flows.flows import Flow
 from pyro_flows.preprocess import KINDS, Preprocess, preprocess
 from pyro_flows.randomness import derive, seeded
@@ -27,7 +27,8 @@ from pyro_flows.transforms import Chain, Logit
 MAX_STEPS = 20_000
 DECAY = 1e-4  # of weights a point of data, each epoch
 BATCH = 256
-LONG = 1000  # steps, from which on the step size falls with the square root of their number
+LONG = 1000  # steps, from which on the step size falls with the square root of their number,
+SMALL_ENOUGH = 2e-3  # down to this
 CHECKED_POINTS = 5_000  # held-out points that the checks during training use
 MEASURED_POINTS = 50_000  # from which scales and correlations are taken
 SAVE_EVERY = 30.0  # seconds between checkpoints
@@ -242,8 +243,10 @@ def _held(points: Source, most: int) -> list[Batch]:
 def _choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | None, plan: Plan) -> None:
     """Set what is not given: the decay by the budget, the step size by a race of a tenth of the budget at most.
 
-    A short race is won by a step size that is too large for thousands of steps: units of wide networks die of it. So it
-    is less for long trainings; the smallest that raced is small enough.
+    A short race is won by a step size that is too large for thousands of steps, so it is less for long trainings, down
+    to `SMALL_ENOUGH`; and units of wide networks die of it, so those of width W race up to 1 / W only. (That Adam's
+    step size should go as 1 / W: Yang et al. 2021, *Tuning large neural networks via zero-shot hyperparameter
+    transfer*.)
     """
     ahead = plan.max_steps
     if math.isfinite(plan.max_seconds):
@@ -256,9 +259,10 @@ def _choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | N
     if learning_rate is not None:
         ascent.state.learning_rate = learning_rate
         return
-    ascent.race(RACED, max(min(RACE_STEPS, ahead // (10 * len(RACED))), 8))
-    shrunk = ascent.state.learning_rate * min(1.0, math.sqrt(LONG / max(ahead, 1)))
-    ascent.state.learning_rate = max(shrunk, min(RACED))
+    raced = sorted({min(candidate, 1.0 / widest(ascent.flow)) for candidate in RACED})
+    ascent.race(raced, max(min(RACE_STEPS, ahead // (10 * len(RACED))), 8))
+    found = ascent.state.learning_rate
+    ascent.state.learning_rate = max(found * min(1.0, math.sqrt(LONG / max(ahead, 1))), min(found, SMALL_ENOUGH))
 
 
 class _Bar:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_flows.density_data import Batch, Source
 from pyro_flows.density_schedule import WARM_UP, Plan, State, by_budget, factor, trapeze
@@ -195,6 +195,12 @@ def rouse(flow: Flow) -> None:
             if not bool(last.any()):
                 size = 0.1 if isinstance(network, (Residual, ResidualConvolution)) else 1.0
                 last.uniform_(-1.0, 1.0).mul_(size * last[0].numel() ** -0.5)
+
+
+def widest(flow: Flow) -> int:
+    """Return the width of the widest layer of a conditioner of vectors, 1 if there is none."""
+    layers = [layer for network in flow.modules() if isinstance(network, Network) for layer in network.modules()]
+    return max([layer.in_features for layer in layers if isinstance(layer, nn.Linear)], default=1)
 
 
 def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None] = lambda: None) -> None:

@@ -108,6 +108,35 @@ def test_long_trainings_take_smaller_steps(raced, expected, monkeypatch):
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("width", "expected"), [(64, [1e-3, 3e-3, 1e-2]), (500, [1e-3, 2e-3]), (2000, [5e-4])])
+def test_wide_networks_race_small_steps(width, expected, monkeypatch):
+    """No step size above one over the width."""
+    asked = []
+    monkeypatch.setattr(density_training.Ascent, "race", lambda self, candidates, _: asked.extend(candidates))
+    monkeypatch.setattr(density, "climb", lambda *_, **__: None)
+    flow = pf.realnvp(2, layers=2, hidden=(width,))
+    pf.fit_density(flow, datasets.toy("moons", 64), validation=None, max_epochs=1, progress=False)
+    assert asked == pytest.approx(expected)
+
+
+def test_weights_decay_by_how_much_can_be_learnt_by_heart():
+    """By parameters and epochs over points, unless it is given; scales of NICE do not decay, and move faster."""
+    y, flow = datasets.toy("moons", 320), pf.nice(2)
+    found = [pf.fit_density(flow, y, validation=None, max_epochs=n, progress=False) for n in (1, 2)]
+    expected = 1e-4 * sum(parameter.numel() for parameter in flow.parameters()) / 320
+    assert [fit.settings["weight_decay"] for fit in found] == pytest.approx([expected, 2 * expected])
+    given = pf.fit_density(flow, y, validation=None, max_epochs=1, weight_decay=0.25, progress=False)
+    assert given.settings["weight_decay"] == 0.25
+    ascent = density_training.Ascent(flow, None, [], batch=32)
+    ascent.state.weight_decay = 0.25
+    ascent.fresh_moments()
+    ascent.step(y, None, 1e-3)
+    weights, scales = ascent.optimiser.param_groups
+    assert (weights["weight_decay"], scales["weight_decay"]) == (0.25, 0.0)
+    assert scales["lr"] == 5 * weights["lr"]
+    assert [scale.shape for scale in scales["params"]] == [(2,)]
+
+
 @pytest.mark.parametrize("network", ["convolution", "residual"])
 def test_random_last_layers_spoil_no_start(network):
     """Ten couplings in a row: what each adds must stay small."""
