@@ -101,6 +101,9 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
 
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
+    for node in list(graph.nodes):
+        _turn(node)  # a seventh of the time of a step of 256 particles
+    graph.eliminate_dead_code()
     for node in graph.nodes:
         node.meta.clear()  # of several recordings, whose examples do not go together
     bare = fx.GraphModule(module, graph)
@@ -150,6 +153,7 @@ def quicken(module: fx.GraphModule) -> Callable[..., Any]:
             value = _value(node)
             if isinstance(value, Tensor) and value.device.type == "cpu":
                 _hasten(quick, node, value)
+            _turn(node)
         graph.eliminate_dead_code()
     for node in graph.nodes:
         if is_aten(node):
@@ -169,8 +173,6 @@ def _hasten(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
         _sum_at_once(node, value)
     elif node.target is _aten.addmm.default:
         _as_linear(node)
-    elif node.target is _aten.mm.default and 1 < value.shape[1] <= NARROW:
-        _turn(node)
 
 
 def _hold_number(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
@@ -217,10 +219,13 @@ def _as_linear(node: fx.Node) -> None:
 
 
 def _turn(node: fx.Node) -> None:
-    """Compute a product of few columns as one of few rows, which takes half of the time."""
+    """Compute a product of few columns as one of few rows, which takes half of the time on a processor."""
+    value = _value(node)
+    if node.target is not _aten.mm.default or not isinstance(value, Tensor) or value.device.type != "cpu":
+        return
     first, second = cast("tuple[fx.Node, ...]", node.args)
     like = _value(first)
-    if like is not None and like.numel() >= LARGE:
+    if 1 < value.shape[1] <= NARROW and like is not None and like.numel() >= LARGE:
         with node.graph.inserting_before(node):
             factors = (_transposed(second), _transposed(first))
             product = node.graph.call_function(_aten.mm.default, factors)
