@@ -259,8 +259,8 @@ def _choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | N
     if learning_rate is not None:
         ascent.state.learning_rate = learning_rate
         return
-    raced = sorted({min(candidate, 1.0 / widest(ascent.flow)) for candidate in RACED})
-    ascent.race(raced, max(min(RACE_STEPS, ahead // (10 * len(RACED))), 8))
+    scale = min(1.0, 1.0 / (widest(ascent.flow) * max(RACED)))
+    ascent.race([scale * candidate for candidate in RACED], max(min(RACE_STEPS, ahead // (10 * len(RACED))), 8))
     found = ascent.state.learning_rate
     ascent.state.learning_rate = max(found * min(1.0, math.sqrt(LONG / max(ahead, 1))), min(found, SMALL_ENOUGH))
 
