@@ -205,16 +205,15 @@ def key(row: Row) -> tuple[str, ...]:
 
 
 def means(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], tuple[float, float, int]]:
-    """Return mean and worst nats and the number of seeds, by problem, seconds, method and kind; ours: the last one."""
-    found: dict[tuple[str, str, str, str], dict[str, dict[str, float]]] = {}
+    """Return mean and worst nats and the number of seeds, by problem, seconds, method and kind. Last rows count."""
+    found: dict[tuple[str, str, str, str], dict[str, float]] = {}
     for row in rows:
-        group = found.setdefault((row["problem"], row["seconds"], row["method"], row["kind"]), {})
-        group.setdefault(row["version"], {})[row["seed"]] = float(row["test"])
-    results = {}
-    for name, versions in found.items():
-        values = list(versions.values())[-1].values()
-        results[name] = (statistics.fmean(values), min(values), len(values))
-    return results
+        name = (row["problem"], row["seconds"], row["method"], row["kind"])
+        found.setdefault(name, {})[row["seed"]] = float(row["test"])
+    return {
+        name: (statistics.fmean(by_seed.values()), min(by_seed.values()), len(by_seed))
+        for name, by_seed in found.items()
+    }
 
 
 def _one(name: str, method: str, kind: str, seed: str, seconds: str, fits: Path | None) -> None:
