@@ -87,13 +87,13 @@ def bare_nice(data: Tensor, batch: int, hidden: Sequence[int]) -> Step:
     def step() -> None:
         optimiser.zero_grad()
         y = (data[torch.randint(len(data), (batch,))] + torch.rand(batch, data.shape[1])) / 256.0
-        first, second = ((y - loc) / spread * torch.exp(-scale)).unflatten(-1, (-1, 2)).unbind(-1)
+        first, second = ((y - loc) / spread).unflatten(-1, (-1, 2)).unbind(-1)
         for number, net in enumerate(nets):
             if number % 2:
                 first = first - net(second)
             else:
                 second = second - net(first)
-        x = torch.cat([first, second], -1)
+        x = torch.cat([first, second], -1) * torch.exp(-scale)
         loss = (scale.sum() + data.shape[1] * math.log(spread)) - (2.0 * logsigmoid(x) - x).sum(-1).mean()
         loss.backward()
         optimiser.step()

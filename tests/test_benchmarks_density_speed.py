@@ -29,7 +29,7 @@ def test_the_bare_loop_is_the_same_model(monkeypatch):
     density_speed.bare_nice(data, 4000, (8,))()
     loss, parameters = seen
     flow = pf.nice(6, layers=4, hidden=(8,), activation="relu", mask="alternating", base="logistic")
-    for layer, number in zip(reversed(flow.bijection.layers[:-1]), range(4), strict=True):
+    for layer, number in zip(reversed(flow.bijection.layers[1:]), range(4), strict=True):
         layer.conditioner.load_state_dict(
             dict(zip(layer.conditioner.state_dict(), parameters[4 * number : 4 * number + 4], strict=True))
         )
