@@ -16,14 +16,15 @@ KINDS_KEPT = 4
 RECORDED_FROM = 4  # the call with one batch size at which it is recorded: recording takes as long as ten calls
 PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
 ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
+LARGEST = 2**20  # numbers for which the least rows are still taken: memory above is mapped anew by each operation
 
 Kind = tuple[int, torch.dtype, torch.device]
 
 
 def rows_for(numbers: int, budget: int = PIECE) -> int:
     """Return how many points to take at once where each takes ``numbers``: a power of two."""
-    rows = max(1, budget // max(numbers, 1))
-    return min(max(1 << (rows.bit_length() - 1), ROWS_AT_LEAST), ROWS_AT_MOST)
+    rows, most = (max(1, count // max(numbers, 1)) for count in (budget, LARGEST))
+    return min(max(1 << (rows.bit_length() - 1), min(1 << (most.bit_length() - 1), ROWS_AT_LEAST)), ROWS_AT_MOST)
 
 
 class Recorder:
