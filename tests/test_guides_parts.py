@@ -100,9 +100,9 @@ def test_a_spline_guide_finds_two_modes():
 
     guide = pf.AutoFlow(model, "spline", layers=1, init_scale=2.0)
     loss = Trace_ELBO(32, max_plate_nesting=0, vectorize_particles=True)
-    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.02}), loss)
-    losses = [svi.step() for _ in range(300)]
-    assert sum(losses[-50:]) / 50 < 0.12
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.995}), loss)  # a constant one wanders
+    losses = [svi.step() for _ in range(600)]
+    assert sum(losses[-50:]) / 50 < 0.08
     draws = guide.sample_posterior(4000)["x"]
     assert 0.15 < (draws < 0.0).float().mean() < 0.35
 
