@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +34,7 @@ SMALL_ENOUGH = 2e-3  # down to this
 CHECKED_POINTS = 5_000  # held-out points that the checks during training use
 MEASURED_POINTS = 50_000  # from which scales and correlations are taken
 SAVE_EVERY = 30.0  # seconds between checkpoints
+SKIPPED_SHARE = 0.05  # of the steps, above which users are warned
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.monotonic, "cpu": time.process_time}
 
 
@@ -84,7 +87,8 @@ def fit_density(
         start: ``"random"``: last layers of networks that are zero get small random weights, with which training is far
             quicker; or ``"identity"``: the flow starts as it is, so that few data are first described by the base
             and the preprocessing alone (whitened, with a normal base: by a Gaussian), and stay so if nothing is better.
-        max_epochs: passes through the data at most; by default, as many as make 20 000 steps.
+        max_epochs: passes through the data at most; by default, as many as make 20 000 steps, or as many as fit into
+            ``max_seconds`` if that is given.
         max_seconds: seconds at most, preparation included.
         clock: what these seconds are: ``"wall"``, or ``"cpu"`` for the process's own, as benchmarks want them.
         checkpoint: a file, written each half minute at the end of an epoch and at the end. If it is there, the
@@ -97,7 +101,8 @@ def fit_density(
             that are no levels, a checkpoint of another run, or an option out of range.
 
     Warns:
-        UserWarning: if a coordinate is constant.
+        UserWarning: if a coordinate is constant, or if more than a twentieth of the steps had a gradient that is not
+            finite and were skipped.
 
     Reference: Dinh, Krueger and Bengio 2015; Polyak and Juditsky 1992 (averaging).
 
@@ -115,9 +120,9 @@ def fit_density(
         "levels": levels if levels is None else _checks.integer("levels", levels, 2),
         "weight_decay": weight_decay if not weight_decay else _checks.positive("weight_decay", weight_decay),
         "start": _checks.choice("start", start, ("random", "identity")),
+        "max_epochs": max_epochs if max_epochs is None else _checks.integer("max_epochs", max_epochs, 1),
         "seed": _checks.integer("seed", seed, 0),
     }
-    epochs = max_epochs if max_epochs is None else _checks.integer("max_epochs", max_epochs, 1)
     seconds = math.inf if max_seconds is None else _checks.positive("max_seconds", max_seconds)
     with seeded(derive(seed, "fit_density"), like(flow).device if isinstance(flow, Flow) else None):
         made = _make(flow, data, context)
@@ -128,7 +133,8 @@ def fit_density(
             rouse(made)
         checked = [] if held_out is None else _held(held_out, CHECKED_POINTS)
         ascent = Ascent(made, train, checked, batch=size)
-        plan = Plan(MAX_STEPS if epochs is None else epochs * train.steps(size), seconds, CLOCKS[clock], began)
+        steps = sys.maxsize if max_seconds is not None else MAX_STEPS
+        plan = Plan(steps if max_epochs is None else max_epochs * train.steps(size), seconds, CLOCKS[clock], began)
         bar = _Bar(visible=progress, flow=made, levels=train.levels)
         keeper = density_storage.Keeper(checkpoint, ascent, plan, SAVE_EVERY, options)
         if not keeper.resume():
@@ -138,6 +144,7 @@ def fit_density(
         validated = math.nan if held_out is None else mean_log_prob(made, held_out)
         bar.close(validated)
     options.update(clock=clock, seconds=plan.clock() - keeper.plan.began)
+    _warn_of_skipped(ascent)
     return _result(ascent, validated, options)
 
 
@@ -220,6 +227,16 @@ def _result(ascent: Ascent, validation: float, options: dict[str, Any]) -> Densi
         settings=settings,
         why=state.why,
     )
+
+
+def _warn_of_skipped(ascent: Ascent) -> None:
+    skipped, steps = ascent.state.skipped, ascent.state.steps
+    if skipped > SKIPPED_SHARE * steps:
+        warnings.warn(
+            f"data: {skipped} of {steps} steps were skipped, since their gradient was not finite. The density of some "
+            "points overflows: look for far ones, and take network='robust' and a logistic base.",
+            stacklevel=3,
+        )
 
 
 def _batch_size(train: Source, batch: int | None) -> int:

@@ -101,6 +101,8 @@ class DensityFit:
             if math.isfinite(self.validation)
             else f"nothing held out; last training loss {float(self.losses[-1]):.4f} nats",
         ]
+        if about["skipped"]:
+            lines.append(f"{about['skipped']} steps were skipped, since their gradient was not finite")
         return "\n".join(lines)
 
     def plot_losses(self) -> Figure:
@@ -126,7 +128,8 @@ class DensityFit:
         """Read what :meth:`save` wrote. No code is run: only tensors and JSON are read.
 
         Raises:
-            ValueError: if the directory is not a saved density, or of another format version.
+            ValueError: if the directory is not a saved density, of another format version, or by a release that makes
+                flows otherwise.
         """
         return cls(**density_storage.read(path))
 

@@ -74,7 +74,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a fitted density: the fields of a :class:`~pyro_flows.DensityFit`.
 
     Raises:
-        ValueError: if it is no saved density, or of another format version.
+        ValueError: if it is no saved density, of another format version, or by a release that makes flows otherwise.
     """
     source = Path(path)
     if not _is_ours(source) or not (source / TENSORS).is_file():
@@ -104,7 +104,13 @@ def _rebuild(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> Flow:
         loc, scale, slope = (state.get(f"{found[0]}{part}") for part in ("loc", "scale", "slope"))
         append(flow, Preprocess(loc, scale, slope))  # type: ignore[arg-type]
     flow.to(next(value.dtype for value in state.values() if value.is_floating_point()))
-    flow.load_state_dict(state)
+    try:
+        flow.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"path: the tensors are not those of pf.{settings.get('builder')} as this release makes it; "
+            "read them by the release that wrote them, or fit anew."
+        ) from error
     return flow
 
 
@@ -145,7 +151,7 @@ class Keeper:
         self.ascent, self.plan, self.every, self.last = ascent, plan, every, time.monotonic()
         shapes = [list(parameter.shape) for parameter in ascent.parameters]
         points = len(ascent.source) if hasattr(ascent.source, "__len__") else None
-        self.about = {**options, "max_steps": plan.max_steps, "shapes": shapes, "points": points}
+        self.about = {**options, "shapes": shapes, "points": points}
 
     def resume(self) -> bool:
         """Restore the state in the file, if there is one.

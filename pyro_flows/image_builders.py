@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pyro_flows import _checks
 from pyro_flows.flows import Flow, build
 from pyro_flows.transforms import ActNorm, AffineCoupling, Bijection, Chain, Conv1x1, Logit, MultiScale, Squeeze, masks
@@ -20,7 +23,7 @@ def multiscale_realnvp(
     context_dim: int = 0,
     hidden: Sequence[int] = (32, 32),
     activation: str = "relu",
-    network: str = "residual",
+    network: str = "robust",
     log_scale_bound: float = 8.0,
     alpha: float | None = None,
     base: str = "logistic",
@@ -29,19 +32,23 @@ def multiscale_realnvp(
     r"""Real-NVP of images: at each scale checkerboard couplings, couplings of channels, and half is factored out.
 
     In the direction of the density: ``layers`` affine couplings with checkerboard masks, space to depth, ``layers``
-    with channel masks; half of the channels are left to the base, the others go on to the next scale; the last scale
-    has ``layers + 1`` with checkerboard masks. An :class:`ActNorm` before each coupling stands in for the paper's batch
-    normalisation: call ``flow.bijection.start_from(batch)`` before training. Latents have the shape of the data. The
-    inverse costs as much as the forward pass. For guides, which need vectors, take :func:`realnvp`.
+    with masks of channels, which part the rows that each block of 2 x 2 pixels had; half of the channels, a
+    checkerboard, are left to the base, the others go on to the next scale; the last scale has ``layers + 1`` with
+    checkerboard masks. The parts of a checkerboard are moved from space to depth before the networks and not after
+    them: then no network works on zeros, with a quarter of the pixels. An :class:`ActNorm` before each coupling stands
+    in for the paper's batch normalisation: call ``flow.bijection.start_from(batch)`` before training. Latents have the
+    shape of the data. The inverse costs as much as the forward pass. For guides, which need vectors, take
+    :func:`realnvp`.
 
     Args:
         dim: the shape (C, H, W) of an image; H and W divisible by 2 for each level but the last.
         levels: number of scales.
         layers: number of couplings of each kind at a scale.
         context_dim: width of the context.
-        hidden: channels of the residual blocks, which are equal (or of the convolutions) of each coupling.
+        hidden: channels of the convolutions of each coupling (or of the residual blocks, which are equal).
         activation: their activation.
-        network: ``"residual"`` or ``"convolution"``.
+        network: ``"robust"`` (convolutions of asinh(x): a few images far from all others, such as white ones, else send
+            the density of their batch to zero), ``"convolution"``, or ``"residual"`` (weight-normed, as published).
         log_scale_bound: smooth bound of one coupling's log scale, in nats.
         alpha: None for data on the real line; for data in [0, 1], that of a final :class:`Logit`.
         base: see :class:`Flow`.
@@ -71,11 +78,15 @@ def multiscale_realnvp(
 
     def scale(shape: Shape, left: int) -> list[Bijection]:
         """In the order of sampling, the coarser scale first."""
-        if left == 1:
+        if left == 1 and (shape[1] % 2 or shape[2] % 2):
             return couplings(shape, layers + 1, masks.checkerboard)
         deep, half = _halved(shape)
-        inner = [MultiScale(Chain(scale(half, left - 1))), *couplings(deep, layers, masks.channels)]
-        return [Squeeze(shape), *inner, Squeeze(shape).inv, *couplings(shape, layers, masks.checkerboard)]
+        if left == 1:
+            inner = couplings(deep, layers + 1, _board)
+        else:
+            inner = [MultiScale(Chain(scale(half, left - 1))), *couplings(deep, layers, _rows)]
+            inner += couplings(deep, layers, _board)
+        return [Squeeze(shape), *inner, Squeeze(shape).inv]
 
     stack = [*scale(shape, levels), *_ending(shape, alpha)]
     options |= {"dim": shape, "levels": levels, "layers": layers, "alpha": alpha}
@@ -90,7 +101,7 @@ def glow(
     context_dim: int = 0,
     hidden: Sequence[int] = (64, 64),
     activation: str = "relu",
-    network: str = "convolution",
+    network: str = "robust",
     log_scale_bound: float = 8.0,
     alpha: float | None = None,
     base: str = "logistic",
@@ -109,9 +120,9 @@ def glow(
         levels: number of scales.
         layers: number of steps at a scale.
         context_dim: width of the context.
-        hidden: channels of the convolutions of each coupling.
+        hidden: channels of the convolutions of each coupling (or of the residual blocks, which are equal).
         activation: their activation.
-        network: ``"convolution"`` or ``"residual"``.
+        network: as for :func:`multiscale_realnvp`.
         log_scale_bound: smooth bound of one coupling's log scale, in nats.
         alpha: None for data on the real line; for data in [0, 1], that of a final :class:`Logit`.
         base: see :class:`Flow`.
@@ -160,6 +171,17 @@ def _halved(shape: Shape) -> tuple[Shape, Shape]:
     """Return the shape after space to depth, and that of the half that goes on."""
     channels, height, width = shape
     return (4 * channels, height // 2, width // 2), (2 * channels, height // 2, width // 2)
+
+
+def _board(shape: Shape, *, flip: bool) -> Tensor:
+    """Return the checkerboard as masks of what :class:`Squeeze` made of the image; the top left pixel moves first."""
+    return masks.channels(shape, flip=not flip)
+
+
+def _rows(shape: Shape, *, flip: bool) -> Tensor:
+    """Keep, of what :class:`Squeeze` made of blocks of 2 x 2 pixels, the upper two (or the lower ones)."""
+    upper = torch.arange(shape[0]) * 4 // shape[0] % 2 == 0
+    return (~upper if flip else upper)[:, None, None].expand(shape).clone()
 
 
 def _ending(shape: Shape, alpha: float | None) -> list[Bijection]:

@@ -208,6 +208,10 @@ def _rows(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(math.prod(shape)).reshape(shape) // 2 % 3 == 0
 
 
+def _every_other_channel(shape: tuple[int, ...]) -> Tensor:
+    return (torch.arange(shape[0]) % 2 == 0)[:, None, None].expand(shape)
+
+
 # The same for maps of images: a factory of (shape, context_dim).
 IMAGE_TRANSFORMS: dict[str, tuple[Callable[[tuple, int], pf.Bijection], dict]] = {
     "ActNorm": (lambda s, c: pf.ActNorm(s), {}),
@@ -218,6 +222,8 @@ IMAGE_TRANSFORMS: dict[str, tuple[Callable[[tuple, int], pf.Bijection], dict]] =
     "AffineCoupling-flipped": (_image(pf.AffineCoupling, lambda s: masks.channels(s, flip=True)), {}),
     "AffineCoupling-checkerboard": (_image(pf.AffineCoupling, masks.checkerboard), {}),
     "AffineCoupling-residual": (_image(pf.AffineCoupling, masks.checkerboard, network="residual"), {}),
+    "AffineCoupling-robust-image": (_image(pf.AffineCoupling, network="robust"), {}),
+    "AffineCoupling-every-other-channel": (_image(pf.AffineCoupling, _every_other_channel), {}),
     "AffineCoupling-rows": (_image(pf.AffineCoupling, _rows), {}),
     "BatchNorm-started": (lambda s, c: _batch_norm(s), {"identity": False}),
     "Conv1x1": (lambda s, c: pf.Conv1x1(s), {"sd": 0.15}),

@@ -17,6 +17,7 @@ from pyro_flows.transforms.conditioners import (
     Residual,
     ResidualConvolution,
     Robust,
+    RobustConvolution,
     bounded,
     bounded_back,
     forward_and_pull,
@@ -89,16 +90,32 @@ def test_a_robust_network_sees_far_values_by_their_logarithm():
     close(network(near, context), network.layers(torch.cat([near, context], 1)), 1e-6)
 
 
+def test_robust_convolutions_see_far_values_by_their_logarithm():
+    network = built(lambda: RobustConvolution(2, 3, 4, (6,), "relu"), dtype=torch.float64, sd=0.3, seed=0)
+    plain = built(lambda: Convolution(2, 3, 4, (6,), "relu"), dtype=torch.float64, sd=0.3, seed=0)
+    kept, context = 1e4 * normal(5, 2, 4, 4, seed=1), normal(5, 3, seed=2)
+    close(network(kept, context), plain(kept.asinh(), context), 1e-12)
+
+
 @pytest.mark.parametrize(("network", "kind"), [("mlp", Network), ("robust", Robust), ("residual", Residual)])
 def test_couplings_of_vectors_take_either_network(network, kind):
     flow = pf.realnvp(4, layers=2, hidden=(8, 8), network=network)
     assert {type(part) for part in flow.modules() if isinstance(part, Network)} == {kind}
 
 
-@pytest.mark.parametrize("network", [None, "convolution", "residual"])
+IMAGE_KINDS = {"convolution": Convolution, "robust": RobustConvolution, "residual": ResidualConvolution}
+
+
+@pytest.mark.parametrize("network", [None, *IMAGE_KINDS])
 def test_couplings_of_images_take_either_network(network):
     layer = pf.AffineCoupling(IMAGE, hidden=HIDDEN, network=network)
-    assert type(layer.conditioner) is (ResidualConvolution if network == "residual" else Convolution)
+    assert type(layer.conditioner) is IMAGE_KINDS[network or "convolution"]
+
+
+@pytest.mark.parametrize("build", [pf.glow, pf.multiscale_realnvp])
+def test_flows_of_images_take_robust_networks(build):
+    flow = build(IMAGE, hidden=HIDDEN)
+    assert {type(part) for part in flow.modules() if isinstance(part, Network)} == {RobustConvolution}
 
 
 @pytest.mark.parametrize("context_dim", [0, 2])

@@ -95,6 +95,44 @@ def test_far_values_cost_about_their_distance(name):
     assert fit.log_prob(lit).min() > -6000.0  # two thousand of the logistic's exponential tail, and some of its slope
 
 
+@pytest.mark.parametrize("build", [pf.glow, pf.multiscale_realnvp])
+def test_far_images_cost_about_their_distance(build):
+    """White images, three hundred standard deviations out; plain convolutions make 1e20 nats of them."""
+    y = torch.randn(1000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    flow = build((1, 8, 8), hidden=(8, 8))
+    flow.bijection.start_from(y[:200])
+    fit = pf.fit_density(flow, y, max_epochs=5, progress=False)
+    assert fit.validation > -64 * 1.5  # a Gaussian has 1.42 a pixel
+    assert fit.log_prob(y[:20] + 300.0).min() > -10.0 * 64 * 300.0
+
+
+def test_seconds_take_the_place_of_a_number_of_steps(monkeypatch):
+    monkeypatch.setattr(density, "MAX_STEPS", 30)
+    flow, y = pf.realnvp(2, layers=2), datasets.toy("moons", 320)
+    options = {"validation": None, "learning_rate": 1e-3, "progress": False}
+    assert pf.fit_density(flow, y, **options).settings["steps"] == 30
+    fit = pf.fit_density(flow, y, max_seconds=1.0, clock="cpu", **options)
+    assert fit.settings["steps"] > 30
+    assert fit.why == "the budget ended it"
+
+
+def test_steps_that_were_skipped_are_told():
+    """A point whose density overflows, in one batch of ten, of every epoch."""
+    y = datasets.toy("moons", 320)
+    flow, options = (
+        pf.realnvp(2, layers=2),
+        {"validation": None, "preprocess": None, "batch": 32, "learning_rate": 1e-3},
+    )
+    fit = pf.fit_density(flow, y, max_epochs=2, progress=False, **options)
+    assert fit.settings["skipped"] == 0
+    assert "skipped" not in fit.summary()
+    y[7] = 1e30
+    with pytest.warns(UserWarning, match="2 of 20 steps were skipped"):
+        fit = pf.fit_density(flow, y, max_epochs=2, progress=False, **options)
+    assert "2 steps were skipped" in fit.summary()
+
+
 @pytest.mark.parametrize(("raced", "expected"), [(1e-2, (1e-2, 1e-2 * 0.4**0.5, 1e-2 * 0.1**0.5)), (1e-3, (1e-3,) * 3)])
 def test_long_trainings_take_smaller_steps(raced, expected, monkeypatch):
     """Four times the steps, half the step size; but what raced as the smallest is small enough."""
@@ -137,7 +175,7 @@ def test_weights_decay_by_how_much_can_be_learnt_by_heart():
     assert [scale.shape for scale in scales["params"]] == [(2,)]
 
 
-@pytest.mark.parametrize("network", ["convolution", "residual"])
+@pytest.mark.parametrize("network", ["convolution", "robust", "residual"])
 def test_random_last_layers_spoil_no_start(network):
     """Ten couplings in a row: what each adds must stay small."""
     torch.manual_seed(0)
@@ -295,6 +333,10 @@ def test_saving_and_loading_refuse_what_is_not_theirs(tmp_path):
     text = json.loads((tmp_path / "fit" / "density.json").read_text())
     (tmp_path / "fit" / "density.json").write_text(json.dumps({**text, "version": 99}))
     with pytest.raises(ValueError, match="format version 99"):
+        pf.DensityFit.load(tmp_path / "fit")
+    text["builder"]["layers"] += 2
+    (tmp_path / "fit" / "density.json").write_text(json.dumps(text))
+    with pytest.raises(ValueError, match=r"the tensors are not those of pf\.nice"):
         pf.DensityFit.load(tmp_path / "fit")
     own = pf.Flow(pf.Planar(2))
     with pytest.raises(ValueError, match="builder"):

@@ -202,6 +202,17 @@ def test_pixels_across_the_image_meet(name):
     assert ((flow.bijection(x) - x).abs().amax(0) > 1e-6).all()
 
 
+def test_a_scale_parts_images_by_checkerboards_and_by_rows():
+    """In the order of sampling; networks see squeezed images, so masks are laid out as images here."""
+    shape = (2, 4, 4)
+    flow = pf.multiscale_realnvp(shape, levels=2, layers=2, hidden=HIDDEN)
+    found = [part.mask for part in flow.modules() if isinstance(part, pf.AffineCoupling) and part.dim == (8, 2, 2)]
+    board, even = masks.checkerboard(shape), (torch.arange(4) % 2 == 0)[:, None].expand(shape)
+    unfold = pf.Squeeze(shape).inv
+    expected = [even, ~even, board, ~board]
+    assert [(unfold(mask.float()) == 1.0).tolist() for mask in found] == [part.tolist() for part in expected]
+
+
 @pytest.mark.parametrize("name", IMAGE_FLOWS)
 def test_a_flow_of_images_learns(name):
     """Stripes of random brightness: a Gaussian of known covariance, to within 10 % of the gap from the start."""
@@ -258,7 +269,7 @@ def test_a_flow_of_images_in_a_plate():
         ("network", lambda: pf.glow(IMAGE, network="mlp")),
         ("network", lambda: pf.realnvp(2, network="convolution")),
         ("hidden", lambda: pf.realnvp(2, network="residual", hidden=(4, 5))),
-        ("hidden", lambda: pf.multiscale_realnvp(IMAGE, hidden=())),
+        ("hidden", lambda: pf.multiscale_realnvp(IMAGE, network="residual", hidden=())),
         ("mask", lambda: pf.realnvp(2, mask="alternate")),
     ],
 )

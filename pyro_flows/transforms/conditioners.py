@@ -119,6 +119,13 @@ class Convolution(Network):
         return out.reshape(*kept.shape[:-3], *out.shape[1:])
 
 
+class RobustConvolution(Convolution):
+    """Convolutions of asinh(kept), for the reason of :class:`Robust`."""
+
+    def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
+        return super().forward(None if kept is None else kept.asinh(), context)
+
+
 class ResidualConvolution(Convolution):
     """A residual network of weight-normed 3 x 3 convolutions, a block of two for each entry of ``hidden``."""
 
@@ -169,7 +176,11 @@ def _beside(kept: Tensor | None, context: Tensor | None) -> Tensor:
 
 
 VECTOR_NETWORKS: dict[str, type[Network]] = {"mlp": Network, "robust": Robust, "residual": Residual}
-IMAGE_NETWORKS: dict[str, type[Network]] = {"convolution": Convolution, "residual": ResidualConvolution}
+IMAGE_NETWORKS: dict[str, type[Network]] = {
+    "convolution": Convolution,
+    "robust": RobustConvolution,
+    "residual": ResidualConvolution,
+}
 
 
 def conditioner(
@@ -191,8 +202,8 @@ def conditioner(
         out: how many numbers (channels) the layer needs.
         hidden: widths of the hidden layers, or of residual blocks.
         activation: one of ``elu``, ``relu``, ``silu``, ``softplus``, ``tanh``.
-        network: ``mlp`` (the default), ``robust`` or ``residual`` for vectors, ``convolution`` (the default) or
-            ``residual`` for images.
+        network: ``mlp`` (the default), ``robust`` or ``residual`` for vectors, ``convolution`` (the default),
+            ``robust`` or ``residual`` for images.
         image: whether events are images.
         start: the ``out`` numbers that come out before any training (default: zeros).
     """

@@ -52,8 +52,8 @@ class Coupling(Bijection):
     def _index(self) -> None:
         """Derive from the mask how to split and join: in blocks, by every other coordinate, by an order, by masking."""
         self._way, self._sizes, self._kept_first = _way(self.mask)
-        if self.mask.dim() == 1:
-            order = torch.argsort((~self.mask).long(), stable=True)
+        if self._way != "masked":
+            order = torch.argsort((~_line(self.mask)).long(), stable=True)
             self.register_buffer("_order", order, persistent=False)
             self.register_buffer("_back", torch.argsort(order), persistent=False)
 
@@ -64,9 +64,8 @@ class Coupling(Bijection):
         if self._way == "every other":
             first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
         else:
-            first, second = (x if self._way == "blocks" else x.index_select(-1, self._order)).split(
-                self._sizes, dim=self._axes[0]
-            )
+            axis = self._axes[0]
+            first, second = (x if self._way == "blocks" else x.index_select(axis, self._order)).split(self._sizes, axis)
         return (first, second) if self._kept_first else (second, first)
 
     def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
@@ -79,7 +78,7 @@ class Coupling(Bijection):
         if self._way == "every other":
             return torch.stack(pair, dim=-1).flatten(-2)
         whole = torch.cat(pair, dim=self._axes[0])
-        return whole if self._way == "blocks" else whole.index_select(-1, self._back)
+        return whole if self._way == "blocks" else whole.index_select(self._axes[0], self._back)
 
     def _parameters_at(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
         """Return the parameters of each coordinate that moves; zeros for those of a masked image that do not."""
@@ -171,8 +170,8 @@ class AdditiveCoupling(Coupling):
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
-        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"`` or ``"residual"`` (``None``:
-            the first).
+        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
+            (``None``: the first).
 
     Raises:
         ValueError: for a mask that moves nothing or has the wrong shape, or a wrong width.
@@ -214,8 +213,8 @@ class AffineCoupling(Coupling):
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
-        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"`` or ``"residual"`` (``None``:
-            the first).
+        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
+            (``None``: the first).
         log_scale_bound: B, in nats.
 
     Raises:
@@ -280,17 +279,21 @@ def _way(mask: Tensor) -> tuple[str, tuple[int, int], bool]:
 
     Two blocks of coordinates or of channels, and every other one of an even number of coordinates, need no index.
     """
-    image = mask.dim() == 3
-    line = mask[:, 0, 0] if image else mask
-    first, changes = bool(line[0]), int((line[1:] != line[:-1]).sum())
-    size = int((line == line[0]).sum())
-    if changes <= 1 and (not image or bool((mask == line[:, None, None]).all())):
-        return "blocks", (size, len(line) - size), first
-    if image:
+    line, image = _line(mask), mask.dim() == 3
+    if image and not bool((mask == line[:, None, None]).all()):
         return "masked", (0, 0), True
-    if changes == len(line) - 1 and len(line) % 2 == 0:
+    first, changes = bool(line[0]), int((line[1:] != line[:-1]).sum())
+    if changes <= 1:
+        size = int((line == line[0]).sum())
+        return "blocks", (size, len(line) - size), first
+    if changes == len(line) - 1 and len(line) % 2 == 0 and not image:
         return "every other", (0, 0), first
-    return "order", (int(mask.sum()), int((~mask).sum())), True
+    return "order", (int(line.sum()), int((~line).sum())), True
+
+
+def _line(mask: Tensor) -> Tensor:
+    """Return the mask of coordinates, or of an image's channels at its first pixel."""
+    return mask[:, 0, 0] if mask.dim() == 3 else mask
 
 
 def _read_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:

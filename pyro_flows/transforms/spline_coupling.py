@@ -34,8 +34,8 @@ class SplineCoupling(Coupling):
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
-        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"`` or ``"residual"`` (``None``:
-            the first).
+        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
+            (``None``: the first).
         log_scale_bound: bound of the affine map's log scale, in nats.
 
     Raises:
