@@ -118,7 +118,7 @@ def sizes(levels: int) -> dict[str, dict[str, Any]]:
     """Return small networks, for seconds of one thread. Noise of a level is a box: a normal base lies closer to it."""
     shared = {"levels": levels, "network": "robust", "alpha": 0.05}
     return {
-        "multiscale": shared | {"layers": 3, "hidden": (24, 24)},
+        "multiscale": shared | {"layers": 3, "hidden": (48, 48)},
         "glow": shared | {"layers": 6, "hidden": (32, 32)},
     }
 

@@ -258,7 +258,7 @@ def _held(points: Source, most: int) -> list[Batch]:
 
 
 def _choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | None, plan: Plan) -> None:
-    """Set what is not given: the decay by the budget, the step size by a race of a tenth of the budget at most.
+    """Set what is not given: the decay by the budget, the step size by a race of a fifth of the budget at most.
 
     A short race is won by a step size that is too large for thousands of steps, so it is less for long trainings, down
     to `SMALL_ENOUGH`; and units of wide networks die of it, so those of width W race up to 1 / W only. (That Adam's
@@ -277,7 +277,7 @@ def _choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | N
         ascent.state.learning_rate = learning_rate
         return
     scale = min(1.0, 1.0 / (widest(ascent.flow) * max(RACED)))
-    ascent.race([scale * candidate for candidate in RACED], max(min(RACE_STEPS, ahead // (10 * len(RACED))), 8))
+    ascent.race([scale * candidate for candidate in RACED], max(min(RACE_STEPS, ahead // (5 * len(RACED))), 8))
     found = ascent.state.learning_rate
     ascent.state.learning_rate = max(found * min(1.0, math.sqrt(LONG / max(ahead, 1))), min(found, SMALL_ENOUGH))
 

@@ -17,7 +17,8 @@ from pyro_flows.transforms import DiagonalAffine
 from pyro_flows.transforms.conditioners import Network, Residual, ResidualConvolution
 
 RACED = (1e-3, 3e-3, 1e-2)
-RACE_STEPS = 40
+RACE_STEPS = 80
+TIE = 0.1  # of what the best gains on the start and on the smallest step size
 COOL_SHARE = 0.6  # of the steps so far, for a cool-down that validation asked for
 PATIENCE_SHARE = 0.3
 PATIENT_CHECKS = 8
@@ -135,13 +136,15 @@ class Ascent:
     def race(self, candidates: Sequence[float], steps: int) -> None:
         """Take ``steps`` steps with each step size from the same start, on the same batches; go on with the best.
 
-        Each run warms up and cools down, so that a large step size is not judged by its noise. If none of them improves
-        on the start, the start stays and the smallest step size is taken.
+        Each run warms up and cools down, so that a large step size is not judged by its noise. Among those that come
+        about as far as the best, the largest is taken: noise tells them apart here, thousands of steps do later. If
+        none improves on the start, the start stays and the smallest step size is taken.
         """
         start = self.keep()
         batches = list(_first(self._forever(), steps))
         judge = self.held_out or batches[-8:]
-        runs = [(self._score(judge), min(candidates), start, self.optimiser)]
+        first = (self._score(judge), min(candidates), start, self.optimiser)
+        runs = []
         for learning_rate in candidates:
             self.assign(start)
             self.fresh_moments()
@@ -149,7 +152,8 @@ class Ascent:
             for step, (y, context) in enumerate(batches):
                 self.step(y, context, learning_rate * trapeze((step + 1) / steps))
             runs.append((self._score(judge), learning_rate, self.keep(), self.optimiser))
-        value, self.state.learning_rate, weights, self.optimiser = max(runs, key=lambda run: run[0])
+        good = _about_best(first, runs)
+        value, self.state.learning_rate, weights, self.optimiser = max(good or [first], key=lambda run: run[1])
         self.assign(weights)
         self.average, self.best_weights, self.state.best = self.keep(), weights, value if self.held_out else -math.inf
         self.state.skipped, self.state.norm = 0, 0.0
@@ -283,6 +287,13 @@ def _finish(ascent: Ascent) -> None:
     state.best, weights = max([*tried, (state.best, ascent.best_weights)], key=lambda pair: pair[0])
     state.checks.append((state.steps, state.best))
     ascent.assign(weights)
+
+
+def _about_best(start: Sequence[Any], runs: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return the runs (score, step size, ...) that come about as far as the best one; none if that is no further."""
+    best, from_where = max(run[0] for run in runs), max(start[0], min(runs, key=lambda run: run[1])[0])
+    enough = best - TIE * (best - from_where) if math.isfinite(from_where) else best
+    return [run for run in runs if run[0] >= enough and best > start[0]]
 
 
 def _shown(state: State) -> float:

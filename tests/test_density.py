@@ -146,6 +146,36 @@ def test_long_trainings_take_smaller_steps(raced, expected, monkeypatch):
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("scores", "start", "expected"),
+    [
+        ((100.0, 200.0, 195.0), 50.0, 1e-2),  # a tie: within a tenth of 200 - 100
+        ((100.0, 200.0, 185.0), 50.0, 3e-3),
+        ((100.0, 200.0, 195.0), 180.0, 3e-3),  # a tenth of 200 - 180
+        ((200.0, 199.0, 199.0), 50.0, 1e-3),
+        ((-math.inf, 100.0, -1e9), -math.inf, 3e-3),
+        ((-math.inf, 100.0, 50.0), -1e9, 1e-2),
+        ((40.0, 50.0, -math.inf), 50.0, None),
+        ((-math.inf,) * 3, -math.inf, None),
+    ],
+)
+def test_the_largest_step_size_that_comes_about_as_far_wins_a_race(scores, start, expected):
+    runs = list(zip(scores, density_training.RACED, strict=True))
+    good = density_training._about_best((start, 1e-3), runs)
+    assert max([rate for _, rate in good], default=None) == expected
+
+
+def test_a_race_that_gains_nothing_leaves_the_start():
+    """Points of the flow itself, and step sizes that destroy it."""
+    flow = pf.realnvp(2, layers=2)
+    train = density.points_for(flow, "data", torch.randn(400, 2, generator=torch.Generator().manual_seed(0)), None)
+    ascent = density_training.Ascent(flow, train, list(train.ordered(400)), batch=32)
+    before = ascent.keep()
+    ascent.race((10.0, 100.0), 8)
+    assert ascent.state.learning_rate == 10.0
+    assert all(torch.equal(a, b) for a, b in zip(before, ascent.keep(), strict=True))
+
+
 @pytest.mark.parametrize(("width", "expected"), [(64, [1e-3, 3e-3, 1e-2]), (500, [2e-4, 6e-4, 2e-3])])
 def test_wide_networks_race_small_steps(width, expected, monkeypatch):
     """No step size above one over the width."""
