@@ -27,7 +27,8 @@ from pyro_flows.randomness import derive, seeded
 from pyro_flows.transforms import Chain, Logit
 
 MAX_STEPS = 20_000
-DECAY = 1e-4  # of weights a point of data, each epoch
+DECAY = 1e-4  # of weights a point of data, each epoch,
+FORGOTTEN = 10.0  # and so often in a training at most
 BATCH = 256
 LONG = 1000  # steps, from which on the step size falls with the square root of their number,
 SMALL_ENOUGH = 2e-3  # down to this
@@ -60,9 +61,9 @@ def fit_density(
     r"""Fit a flow to data by maximum likelihood, with nothing to tune.
 
     The data are put on a common scale by an affine map that becomes the flow's last layer. Step sizes race for a few
-    steps. The best goes on until the mean log density of held-out points stands still, or a fifth of the budget is
-    used. Then the step size falls to zero along a cosine. An average of the weights over about the last tenth of the
-    steps is what is checked and, if it is the best, what is kept.
+    steps. The largest that comes about as far as the best goes on until the mean log density of held-out points stands
+    still, or a fifth of the budget is used. Then the step size falls to zero along a cosine. An average of the weights
+    over about the last tenth of the steps is what is checked and, if it is the best, what is kept.
 
     Args:
         flow: a flow of the shape of one point, which is copied, not changed; or the name of a builder for vectors
@@ -82,8 +83,9 @@ def fit_density(
             density is one on the unit cube.
         batch: points a step; by default 256, or a tenth of the data if that is less, and 32 at least.
         learning_rate: the step size of Adam, without a race.
-        weight_decay: of AdamW, relative to the step size; by default 1e-4 times epochs ahead times parameters over
-            points, 1 at most: what can be learnt by heart is the more, the longer it takes and the more there are.
+        weight_decay: of AdamW, relative to the step size; by default 1e-4 times epochs ahead (in 20 000 steps at most)
+            times parameters over points, since what can be learnt by heart is the more, the longer it takes and the
+            more there are; but 1 at most, and so little that a tenth of the training is remembered.
         start: ``"random"``: last layers of networks that are zero get small random weights, with which training is far
             quicker; or ``"identity"``: the flow starts as it is, so that few data are first described by the base
             and the preprocessing alone (whitened, with a normal base: by a Gaussian), and stay so if nothing is better.
@@ -234,7 +236,7 @@ def _warn_of_skipped(ascent: Ascent) -> None:
     if skipped > SKIPPED_SHARE * steps:
         warnings.warn(
             f"data: {skipped} of {steps} steps were skipped, since their gradient was not finite. The density of some "
-            "points overflows: look for far ones, and take network='robust' and a logistic base.",
+            "points overflows: look for far ones; take network='robust', a logistic base, a smaller learning_rate.",
             stacklevel=3,
         )
 
@@ -258,7 +260,7 @@ def _held(points: Source, most: int) -> list[Batch]:
 
 
 def _choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | None, plan: Plan) -> None:
-    """Set what is not given: the decay by the budget, the step size by a race of a fifth of the budget at most.
+    """Set what is not given: the step size by a race of about a fifth of the budget at most, the decay by the budget.
 
     A short race is won by a step size that is too large for thousands of steps, so it is less for long trainings, down
     to `SMALL_ENOUGH`; and units of wide networks die of it, so those of width W race up to 1 / W only. (That Adam's
@@ -268,18 +270,22 @@ def _choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | N
     ahead = plan.max_steps
     if math.isfinite(plan.max_seconds):
         ahead = min(ahead, int(plan.max_seconds / ascent.seconds_a_step(plan.clock)))
+    ascent.set_weight_decay(_decay(ascent, ahead) if weight_decay is None else weight_decay)
+    if learning_rate is None:
+        scale = min(1.0, 1.0 / (widest(ascent.flow) * max(RACED)))
+        ascent.race([scale * candidate for candidate in RACED], max(min(RACE_STEPS, ahead // (5 * len(RACED))), 8))
+        found = ascent.state.learning_rate
+        learning_rate = max(found * min(1.0, math.sqrt(LONG / max(ahead, 1))), min(found, SMALL_ENOUGH))
+    ascent.state.learning_rate = learning_rate
     if weight_decay is None:
-        weights, epoch = sum(parameter.numel() for parameter in ascent.parameters), ascent.source.steps(ascent.batch)
-        weight_decay = min(1.0, DECAY * (weights / (epoch * ascent.batch)) * (ahead / epoch))
-    ascent.state.weight_decay = weight_decay
-    ascent.fresh_moments()
-    if learning_rate is not None:
-        ascent.state.learning_rate = learning_rate
-        return
-    scale = min(1.0, 1.0 / (widest(ascent.flow) * max(RACED)))
-    ascent.race([scale * candidate for candidate in RACED], max(min(RACE_STEPS, ahead // (5 * len(RACED))), 8))
-    found = ascent.state.learning_rate
-    ascent.state.learning_rate = max(found * min(1.0, math.sqrt(LONG / max(ahead, 1))), min(found, SMALL_ENOUGH))
+        limit = FORGOTTEN / (learning_rate * max(min(ahead, MAX_STEPS), 1))
+        ascent.set_weight_decay(min(ascent.state.weight_decay, limit))
+
+
+def _decay(ascent: Ascent, ahead: int) -> float:
+    """Return the weight decay for a number of steps ahead, of which validation seldom lets more than a default pass."""
+    weights, epoch = sum(parameter.numel() for parameter in ascent.parameters), ascent.source.steps(ascent.batch)
+    return min(1.0, DECAY * (weights / (epoch * ascent.batch)) * (min(ahead, MAX_STEPS) / epoch))
 
 
 class _Bar:

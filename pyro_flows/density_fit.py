@@ -99,11 +99,14 @@ class DensityFit:
             f"{about['learning_rate']:g}: {self.why}",
             f"held out: {self.validation:.4f} nats, {self._bits(self.validation):.4f} bits/dim"
             if math.isfinite(self.validation)
-            else f"nothing held out; last training loss {float(self.losses[-1]):.4f} nats",
+            else f"nothing held out; last training loss {self._last_loss():.4f} nats",
         ]
         if about["skipped"]:
             lines.append(f"{about['skipped']} steps were skipped, since their gradient was not finite")
         return "\n".join(lines)
+
+    def _last_loss(self) -> float:
+        return float(self.losses[-1]) if len(self.losses) else math.nan
 
     def plot_losses(self) -> Figure:
         """Draw training and held-out nats over the steps."""

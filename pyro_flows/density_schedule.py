@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 WARM_UP = 40
-STEADY_SHARE = 0.2  # of a budget; the rest is for the cool-down
+STEADY_SHARE = 0.2  # of what is left of a budget after the race; the rest is for the cool-down
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class State:
 
     learning_rate: float = 0.0
     weight_decay: float = 0.0
+    spent: float = 0.0  # share of the budget that went before the first step
     steps: int = 0
     epoch: int = 0
     seconds: float = 0.0
@@ -61,8 +62,8 @@ def factor(state: State, progress: float) -> float | None:
 
 
 def by_budget(state: State, progress: float) -> float:
-    """Return the share of the step size: it rises, stays for a fifth of the budget and falls along a cosine."""
-    if progress < STEADY_SHARE:
+    """Return the share of the step size: it rises, stays for a fifth of what is left and falls along a cosine."""
+    if progress < state.spent + STEADY_SHARE * (1.0 - state.spent):
         return min(1.0, (state.steps + 1) / WARM_UP)
     if state.cool_from < 0:
         state.cool_from = progress

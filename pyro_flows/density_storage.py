@@ -97,16 +97,16 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _rebuild(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> Flow:
-    with seeded(0):
-        flow = rebuild(settings)
-    found = [name.removesuffix("inverse_scale") for name in state if name.endswith(".inverse_scale")]
-    if found:
-        loc, scale, slope = (state.get(f"{found[0]}{part}") for part in ("loc", "scale", "slope"))
-        append(flow, Preprocess(loc, scale, slope))  # type: ignore[arg-type]
-    flow.to(next(value.dtype for value in state.values() if value.is_floating_point()))
     try:
+        with seeded(0):
+            flow = rebuild(settings)
+        found = [name.removesuffix("inverse_scale") for name in state if name.endswith(".inverse_scale")]
+        if found:
+            loc, scale, slope = (state.get(f"{found[0]}{part}") for part in ("loc", "scale", "slope"))
+            append(flow, Preprocess(loc, scale, slope))  # type: ignore[arg-type]
+        flow.to(next(value.dtype for value in state.values() if value.is_floating_point()))
         flow.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"path: the tensors are not those of pf.{settings.get('builder')} as this release makes it; "
             "read them by the release that wrote them, or fit anew."
@@ -151,7 +151,8 @@ class Keeper:
         self.ascent, self.plan, self.every, self.last = ascent, plan, every, time.monotonic()
         shapes = [list(parameter.shape) for parameter in ascent.parameters]
         points = len(ascent.source) if hasattr(ascent.source, "__len__") else None
-        self.about = {**options, "shapes": shapes, "points": points}
+        builder = None if ascent.flow.settings is None else json.loads(json.dumps(plain(ascent.flow.settings)))
+        self.about = {**options, "flow": builder, "shapes": shapes, "points": points}
 
     def resume(self) -> bool:
         """Restore the state in the file, if there is one.

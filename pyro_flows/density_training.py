@@ -18,7 +18,7 @@ from pyro_flows.transforms.conditioners import Network, Residual, ResidualConvol
 
 RACED = (1e-3, 3e-3, 1e-2)
 RACE_STEPS = 80
-TIE = 0.1  # of what the best gains on the start and on the smallest step size
+TIE, TIE_NATS = 0.05, 0.1  # of what the best gains on the start, and nats a dimension at most
 COOL_SHARE = 0.6  # of the steps so far, for a cool-down that validation asked for
 PATIENCE_SHARE = 0.3
 PATIENT_CHECKS = 8
@@ -131,10 +131,11 @@ class Ascent:
             times.append(clock())
         self.assign(start)
         self.fresh_moments()
+        self.state.skipped, self.state.norm = 0, 0.0
         return max(min(later - earlier for earlier, later in pairwise(times)), 1e-6)
 
     def race(self, candidates: Sequence[float], steps: int) -> None:
-        """Take ``steps`` steps with each step size from the same start, on the same batches; go on with the best.
+        """Take ``steps`` steps with each step size from the same start, on the same batches; go on with one of them.
 
         Each run warms up and cools down, so that a large step size is not judged by its noise. Among those that come
         about as far as the best, the largest is taken: noise tells them apart here, thousands of steps do later. If
@@ -152,11 +153,17 @@ class Ascent:
             for step, (y, context) in enumerate(batches):
                 self.step(y, context, learning_rate * trapeze((step + 1) / steps))
             runs.append((self._score(judge), learning_rate, self.keep(), self.optimiser))
-        good = _about_best(first, runs)
+        good = _about_best(first[0], runs, self.dim)
         value, self.state.learning_rate, weights, self.optimiser = max(good or [first], key=lambda run: run[1])
         self.assign(weights)
         self.average, self.best_weights, self.state.best = self.keep(), weights, value if self.held_out else -math.inf
         self.state.skipped, self.state.norm = 0, 0.0
+
+    def set_weight_decay(self, decay: float) -> None:
+        """Let weights decay, but not diagonal scales."""
+        self.state.weight_decay = decay
+        for group in self.optimiser.param_groups:
+            group["weight_decay"] = decay if group["times"] == 1.0 else 0.0
 
     def _forever(self) -> Iterator[Batch]:
         while True:
@@ -167,6 +174,7 @@ class Ascent:
         moments = self.optimiser.state_dict()
         return {
             "weights": self.keep(),
+            "buffers": [buffer.clone() for buffer in self.flow.buffers()],
             "average": self.average,
             "best_weights": self.best_weights,
             "moments": moments,
@@ -178,6 +186,8 @@ class Ascent:
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from what :meth:`checkpoint` returned."""
         self.assign(saved["weights"])
+        for buffer, value in zip(self.flow.buffers(), saved["buffers"], strict=True):
+            buffer.copy_(value)
         self.average, self.best_weights = saved["average"], saved["best_weights"]
         self.optimiser.load_state_dict(saved["moments"])
         self.state = State(**saved["state"])
@@ -213,6 +223,8 @@ def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None
     if state.done:
         return
     every = _check_every(ascent)
+    if state.steps == 0:
+        state.spent = min(plan.progress(0), 1.0)
     if state.steps == 0 and ascent.held_out and not math.isfinite(state.best):
         state.best = ascent.validate()
     while not state.done:
@@ -289,11 +301,11 @@ def _finish(ascent: Ascent) -> None:
     ascent.assign(weights)
 
 
-def _about_best(start: Sequence[Any], runs: Sequence[Sequence[Any]]) -> list[Any]:
+def _about_best(start: float, runs: Sequence[Sequence[Any]], dim: int) -> list[Any]:
     """Return the runs (score, step size, ...) that come about as far as the best one; none if that is no further."""
-    best, from_where = max(run[0] for run in runs), max(start[0], min(runs, key=lambda run: run[1])[0])
-    enough = best - TIE * (best - from_where) if math.isfinite(from_where) else best
-    return [run for run in runs if run[0] >= enough and best > start[0]]
+    best = max(run[0] for run in runs)
+    enough = best - min(TIE * (best - start), TIE_NATS * dim) if math.isfinite(best) else best
+    return [run for run in runs if run[0] >= enough and best > start]
 
 
 def _shown(state: State) -> float:

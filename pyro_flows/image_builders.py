@@ -34,11 +34,11 @@ def multiscale_realnvp(
     In the direction of the density: ``layers`` affine couplings with checkerboard masks, space to depth, ``layers``
     with masks of channels, which part the rows that each block of 2 x 2 pixels had; half of the channels, a
     checkerboard, are left to the base, the others go on to the next scale; the last scale has ``layers + 1`` with
-    checkerboard masks. The parts of a checkerboard are moved from space to depth before the networks and not after
-    them: then no network works on zeros, with a quarter of the pixels. An :class:`ActNorm` before each coupling stands
-    in for the paper's batch normalisation: call ``flow.bijection.start_from(batch)`` before training. Latents have the
-    shape of the data. The inverse costs as much as the forward pass. For guides, which need vectors, take
-    :func:`realnvp`.
+    checkerboard masks. Where sides are even, the parts of a checkerboard go from space to depth before the networks and
+    not after them: then none works on zeros, and all on a quarter of the pixels. An :class:`ActNorm` before each
+    coupling stands in for the paper's batch normalisation: call ``flow.bijection.start_from(batch)`` before training.
+    Latents have the shape of the data. The inverse costs as much as the forward pass. For guides, which need vectors,
+    take :func:`realnvp`.
 
     Args:
         dim: the shape (C, H, W) of an image; H and W divisible by 2 for each level but the last.

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
-from pyro_flows import datasets, density, density_training
+from pyro_flows import datasets, density, density_schedule, density_training
 
 QUICK = {"progress": False, "max_epochs": 4}
 
@@ -117,6 +117,26 @@ def test_seconds_take_the_place_of_a_number_of_steps(monkeypatch):
     assert fit.why == "the budget ended it"
 
 
+def test_a_generous_limit_makes_no_stronger_decay(monkeypatch):
+    """Validation ends such a training early, and decay for all the steps that fit into a day would spoil it."""
+    monkeypatch.setattr(density, "climb", lambda *_, **__: None)
+    flow, y = pf.realnvp(2, layers=2), datasets.toy("moons", 5000)
+    options = {"validation": None, "progress": False}
+    found = [
+        pf.fit_density(flow, y, **options, **more).settings["weight_decay"]
+        for more in ({}, {"max_seconds": 1e5}, {"max_seconds": 1e5, "learning_rate": 0.1})
+    ]
+    assert found[0] == found[1] > found[2] == pytest.approx(10.0 / (0.1 * 20_000))
+
+
+def test_a_budget_leaves_a_steady_stretch_after_a_long_race():
+    state = density_schedule.State(spent=0.5, steps=100)
+    assert [density_schedule.by_budget(state, share) for share in (0.5, 0.59)] == [1.0, 1.0]
+    assert density_schedule.by_budget(state, 0.61) == 1.0  # where the cool-down begins
+    assert state.cool_from == 0.61
+    assert density_schedule.by_budget(state, 0.805) == pytest.approx(0.5)
+
+
 def test_steps_that_were_skipped_are_told():
     """A point whose density overflows, in one batch of ten, of every epoch."""
     y = datasets.toy("moons", 320)
@@ -131,6 +151,9 @@ def test_steps_that_were_skipped_are_told():
     with pytest.warns(UserWarning, match="2 of 20 steps were skipped"):
         fit = pf.fit_density(flow, y, max_epochs=2, progress=False, **options)
     assert "2 steps were skipped" in fit.summary()
+    y[:] = 1e30
+    with pytest.warns(UserWarning, match="10 of 10 steps were skipped"):
+        pf.fit_density(flow, y, max_epochs=1, max_seconds=60.0, progress=False, **options)
 
 
 @pytest.mark.parametrize(("raced", "expected"), [(1e-2, (1e-2, 1e-2 * 0.4**0.5, 1e-2 * 0.1**0.5)), (1e-3, (1e-3,) * 3)])
@@ -147,21 +170,21 @@ def test_long_trainings_take_smaller_steps(raced, expected, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("scores", "start", "expected"),
+    ("scores", "start", "dim", "expected"),
     [
-        ((100.0, 200.0, 195.0), 50.0, 1e-2),  # a tie: within a tenth of 200 - 100
-        ((100.0, 200.0, 185.0), 50.0, 3e-3),
-        ((100.0, 200.0, 195.0), 180.0, 3e-3),  # a tenth of 200 - 180
-        ((200.0, 199.0, 199.0), 50.0, 1e-3),
-        ((-math.inf, 100.0, -1e9), -math.inf, 3e-3),
-        ((-math.inf, 100.0, 50.0), -1e9, 1e-2),
-        ((40.0, 50.0, -math.inf), 50.0, None),
-        ((-math.inf,) * 3, -math.inf, None),
+        ((100.0, 200.0, 193.0), 50.0, 1000, 1e-2),  # a tie: within a twentieth of 200 - 50
+        ((100.0, 200.0, 192.0), 50.0, 1000, 3e-3),
+        ((100.0, 200.0, 193.0), 50.0, 60, 3e-3),  # more than a tenth of a nat a dimension
+        ((200.0, 193.0, 100.0), 50.0, 1000, 3e-3),
+        ((-math.inf, 100.0, -1e9), -math.inf, 10, 3e-3),
+        ((-5e9, 100.0, -4e8), -1e20, 10, 3e-3),
+        ((40.0, 50.0, -math.inf), 50.0, 10, None),
+        ((-math.inf,) * 3, -math.inf, 10, None),
     ],
 )
-def test_the_largest_step_size_that_comes_about_as_far_wins_a_race(scores, start, expected):
+def test_the_largest_step_size_that_comes_about_as_far_wins_a_race(scores, start, dim, expected):
     runs = list(zip(scores, density_training.RACED, strict=True))
-    good = density_training._about_best((start, 1e-3), runs)
+    good = density_training._about_best(start, runs, dim)
     assert max([rate for _, rate in good], default=None) == expected
 
 
@@ -180,7 +203,12 @@ def test_a_race_that_gains_nothing_leaves_the_start():
 def test_wide_networks_race_small_steps(width, expected, monkeypatch):
     """No step size above one over the width."""
     asked = []
-    monkeypatch.setattr(density_training.Ascent, "race", lambda self, candidates, _: asked.extend(candidates))
+
+    def race(self, candidates, _):
+        asked.extend(candidates)
+        self.state.learning_rate = candidates[0]
+
+    monkeypatch.setattr(density_training.Ascent, "race", race)
     monkeypatch.setattr(density, "climb", lambda *_, **__: None)
     flow = pf.realnvp(2, layers=2, hidden=(width,))
     pf.fit_density(flow, datasets.toy("moons", 64), validation=None, max_epochs=1, progress=False)
@@ -333,6 +361,8 @@ def test_resumes_exactly(tmp_path, monkeypatch):
     assert torch.equal(again.checks, whole.checks)
     with pytest.raises(ValueError, match=r"another run \(different: .*seed"):
         pf.fit_density(flow, y, checkpoint=tmp_path / "run.pt", seed=1, **options)
+    with pytest.raises(ValueError, match=r"another run \(different: flow\)"):
+        pf.fit_density(pf.realnvp(2, layers=2, network="robust"), y, checkpoint=tmp_path / "run.pt", **options)
     torch.save({"a": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="no checkpoint"):
         pf.fit_density(flow, y, checkpoint=tmp_path / "other.pt", **options)
@@ -365,6 +395,10 @@ def test_saving_and_loading_refuse_what_is_not_theirs(tmp_path):
     with pytest.raises(ValueError, match="format version 99"):
         pf.DensityFit.load(tmp_path / "fit")
     text["builder"]["layers"] += 2
+    (tmp_path / "fit" / "density.json").write_text(json.dumps(text))
+    with pytest.raises(ValueError, match=r"the tensors are not those of pf\.nice"):
+        pf.DensityFit.load(tmp_path / "fit")
+    text["builder"]["bins"] = 8
     (tmp_path / "fit" / "density.json").write_text(json.dumps(text))
     with pytest.raises(ValueError, match=r"the tensors are not those of pf\.nice"):
         pf.DensityFit.load(tmp_path / "fit")

@@ -202,6 +202,19 @@ def test_pixels_across_the_image_meet(name):
     assert ((flow.bijection(x) - x).abs().amax(0) > 1e-6).all()
 
 
+@pytest.mark.parametrize(("shape", "levels"), [((1, 6, 6), 2), ((1, 3, 5), 1), ((2, 1, 4), 1)])
+def test_odd_sides_keep_their_checkerboards(shape, levels):
+    """The last scale of those is parted as an image."""
+    options = {"levels": levels, "layers": 1, "hidden": HIDDEN}
+    flow = built(lambda: pf.multiscale_realnvp(shape, **options), dtype=torch.float64, sd=0.1, seed=0)
+    x = normal(3, *shape, seed=1)
+    y, ladj = flow.bijection.forward_and_ladj(x)
+    close(flow.bijection.inverse_and_ladj(y)[0], x, 1e-10)
+    matrix = jacobian(flow.bijection, x, 3)
+    close(ladj, torch.linalg.slogdet(matrix)[1], 1e-10)
+    assert ((y - x).abs().amax(0) > 1e-6).all()
+
+
 def test_a_scale_parts_images_by_checkerboards_and_by_rows():
     """In the order of sampling; networks see squeezed images, so masks are laid out as images here."""
     shape = (2, 4, 4)

@@ -105,7 +105,8 @@ class Dequantize(nn.Module):
         variational: whether the noise is learned.
         hidden: widths of its network's hidden layers.
         activation: their activation.
-        network: ``"mlp"`` or ``"residual"``; for images ``"convolution"`` or ``"residual"`` (``None``: the first).
+        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
+            (``None``: the first).
 
     Raises:
         ValueError: for fewer than 2 levels, or data that are not whole numbers from 0 to n - 1.
