@@ -120,6 +120,7 @@ def fit_density(
     options: dict[str, Any] = {
         "preprocess": preprocess if preprocess is None else _checks.choice("preprocess", preprocess, ("auto", *KINDS)),
         "levels": levels if levels is None else _checks.integer("levels", levels, 2),
+        "learning_rate": learning_rate,
         "weight_decay": weight_decay if not weight_decay else _checks.positive("weight_decay", weight_decay),
         "start": _checks.choice("start", start, ("random", "identity")),
         "max_epochs": max_epochs if max_epochs is None else _checks.integer("max_epochs", max_epochs, 1),

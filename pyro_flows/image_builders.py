@@ -55,7 +55,8 @@ def multiscale_realnvp(
         df: degrees of freedom of the Student-t base.
 
     Raises:
-        ValueError: for a shape that cannot be halved that often, ``levels`` or ``layers`` below 1, an unknown base.
+        ValueError: for a shape that cannot be halved that often or is down to one pixel then, ``levels`` or ``layers``
+            below 1, an unknown base.
 
     Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017.
 
@@ -65,6 +66,8 @@ def multiscale_realnvp(
     (torch.Size([3, 1, 8, 8]), torch.Size([3]))
     """
     shape = _divisible(dim, _checks.integer("levels", levels, 1) - 1)
+    if shape[1] * shape[2] == 4 ** (levels - 1):
+        raise ValueError(f"dim: expected more than one pixel at the last of {levels} scales, got {shape}.")
     _checks.integer("layers", layers, 1)
     options: dict[str, Any] = {"context_dim": context_dim, "hidden": hidden, "activation": activation}
     options |= {"network": network, "log_scale_bound": log_scale_bound}

@@ -361,6 +361,8 @@ def test_resumes_exactly(tmp_path, monkeypatch):
     assert torch.equal(again.checks, whole.checks)
     with pytest.raises(ValueError, match=r"another run \(different: .*seed"):
         pf.fit_density(flow, y, checkpoint=tmp_path / "run.pt", seed=1, **options)
+    with pytest.raises(ValueError, match=r"another run \(different: learning_rate\)"):
+        pf.fit_density(flow, y, checkpoint=tmp_path / "run.pt", learning_rate=1e-3, **options)
     with pytest.raises(ValueError, match=r"another run \(different: flow\)"):
         pf.fit_density(pf.realnvp(2, layers=2, network="robust"), y, checkpoint=tmp_path / "run.pt", **options)
     torch.save({"a": 1}, tmp_path / "other.pt")

@@ -266,6 +266,7 @@ def test_a_flow_of_images_in_a_plate():
         ("dim", lambda: pf.glow((1, 6, 8))),
         ("dim", lambda: pf.multiscale_realnvp((1, 5, 4))),
         ("dim", lambda: pf.multiscale_realnvp((4, 4))),
+        ("dim", lambda: pf.multiscale_realnvp((1, 2, 2), levels=2)),
         ("dim", lambda: pf.Conv1x1(3)),
         ("dim", lambda: pf.AffineCoupling((2, 0, 2))),
         ("dim", lambda: pf.nice((1, 4, 4))),
