@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,23 +53,22 @@ class DensityFit:
         return torch.cat([self.flow.log_prob(batch, about) for batch, about in given.ordered(CHUNK)])
 
     @torch.no_grad()
-    def sample(self, count: int, context: Any = None, *, seed: int | None = None) -> Tensor:
+    def sample(self, count: int, context: Any = None, *, temperature: float = 1.0, seed: int | None = None) -> Tensor:
         """Draw ``count`` points, ``(count, ...)``; with a context, one for each of its ``count`` rows.
 
+        With a ``temperature`` other than 1, the base's draws are multiplied by it. Below 1, images look more regular
+        and differ less; they are no draws of the density any more (Kingma and Dhariwal 2018).
+
         Raises:
-            ValueError: for a count below 1, or a context that does not fit.
+            ValueError: for a count below 1, a temperature that is not positive, or a context that does not fit.
         """
         _checks.integer("count", count, 1)
-        if context is None:
-            return self._draw(lambda: self.flow().sample((count,)), seed)
-        about = torch.as_tensor(context).to(like(self.flow)).expand(count, -1)
-        return self._draw(lambda: self.flow(about).sample(), seed)
-
-    def _draw(self, draw: Callable[[], Tensor], seed: int | None) -> Tensor:
-        if seed is None:
-            return draw()
-        with seeded(seed, like(self.flow).device):
-            return draw()
+        _checks.positive("temperature", temperature)
+        about = None if context is None else torch.as_tensor(context).to(like(self.flow)).expand(count, -1)
+        base = self.flow.base_distribution()
+        with nullcontext() if seed is None else seeded(seed, like(self.flow).device):
+            x = base.sample(torch.Size((count,)))
+        return self.flow.bijection.forward_and_ladj(temperature * x, about)[0]
 
     def nats(self, data: Any, context: Any = None, *, seed: int = 0) -> float:
         """Return the mean log density of data given as to :func:`fit_density`; quantised values get noise first."""
@@ -112,10 +111,13 @@ class DensityFit:
         """Draw training and held-out nats over the steps."""
         return pictures.plot_losses(self.losses, self.checks)
 
-    def plot_samples(self, count: int = 64, *, image_shape: tuple[int, ...] | None = None, seed: int = 0) -> Figure:
+    def plot_samples(
+        self, count: int = 64, *, image_shape: tuple[int, ...] | None = None, temperature: float = 1.0, seed: int = 0
+    ) -> Figure:
         """Draw samples: a cloud in two dimensions, else a grid of images (of ``image_shape``, for flat ones)."""
-        points = self.sample(count if self.flow.event_shape != (2,) else 2000, seed=seed)
-        return pictures.plot_points(points) if points.shape[1:] == (2,) else pictures.plot_images(points, image_shape)
+        flat = self.flow.event_shape == (2,)
+        points = self.sample(2000 if flat else count, temperature=temperature, seed=seed)
+        return pictures.plot_points(points) if flat else pictures.plot_images(points, image_shape)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a directory of tensors and JSON.

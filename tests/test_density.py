@@ -86,6 +86,16 @@ def test_conditional():
         assert fit.log_prob(y[:5], context[:5]).shape == (5,)
 
 
+def test_a_temperature_shrinks_what_is_drawn_of_the_base():
+    fit = pf.fit_density("realnvp", datasets.toy("moons", 400), **QUICK)
+    hot, cold = fit.sample(50, seed=1), fit.sample(50, temperature=0.5, seed=1)
+    x, y = (fit.flow.bijection.inverse_and_ladj(draws)[0] for draws in (hot, cold))
+    assert (0.5 * x - y).abs().max() < 1e-4
+    assert torch.equal(hot, fit.sample(50, temperature=1.0, seed=1))
+    with pytest.raises(ValueError, match="temperature: expected"):
+        fit.sample(1, temperature=0.0)
+
+
 @pytest.mark.parametrize("name", ["nice", "realnvp", "spline"])
 def test_far_values_cost_about_their_distance(name):
     """A pixel that is lit in one image of a thousand, and then a thousand times as bright as the noise in the dark."""
