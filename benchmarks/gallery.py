@@ -1,6 +1,7 @@
 """The pictures of docs/densities.md, from fits that the density benchmark has kept, and planar flows trained here.
 
     python -m benchmarks.density --only mnist emoji --methods pyro_flows --seeds 0 --fits fits
+    python -m benchmarks.density --only emoji --kinds multiscale --methods pyro_flows --seeds 0 --seconds 600 --fits fits
     python -m benchmarks.gallery --fits fits --out docs/images
 
 A picture whose fit or data are absent is left out with a sentence.
@@ -26,6 +27,7 @@ from pyro_flows import interpolation, pictures
 
 SHAPES = {"mnist": (28, 28), "fashion-mnist": (28, 28)}
 CORNERS = {"mnist images": (0, 1, 2, 4), "emoji": (0, 1, 2, 3), "photos": (0, 1, 2, 3)}  # test images of the walks
+LONGER = {("mnist images", "multiscale"): 2400.0, ("emoji", "multiscale"): 600.0, ("photos", "multiscale"): 600.0}
 Drawn = dict[str, Callable[[], Figure]]
 
 
@@ -79,16 +81,17 @@ def walk_figures(fit: pf.DensityFit, problem: str, walks: int = 50) -> str:
     What counts as typical is the median norm of single test images' latents, which differ among themselves.
     """
     images = points(problem, "test")[: 4 * walks]
-    norms = interpolation.to_normal(fit.flow, fit.flow.bijection.inverse_and_ladj(images)[0]).flatten(1).norm(dim=1)
+    latents = interpolation.to_normal(fit.flow, fit.flow.bijection.inverse_and_ladj(images)[0])
+    norms, angles = latents.flatten(1).norm(dim=1), torch.linspace(0.0, 0.5 * torch.pi, 8)
     typical, off, shares = float(norms.median()), {torch.float32: 0.0, torch.float64: 0.0}, []
-    for four in images.split(4):
+    for four, z in zip(images.split(4), latents.split(4), strict=True):
         for dtype in off:
             flow = copy.deepcopy(fit.flow).to(dtype)
             walk = interpolation.interpolate(flow, four.to(dtype), steps=8)
             corners = torch.stack([walk[0, 0], walk[0, -1], walk[-1, 0], walk[-1, -1]])
             off[dtype] = max(off[dtype], float((corners - four).abs().max()))
-        z, _ = flow.bijection.inverse_and_ladj(walk.flatten(0, 1))
-        shares.append(interpolation.to_normal(flow, z).flatten(1).norm(dim=1) / typical)
+        grid = interpolation.blend(z, angles[None, :], angles[:, None])
+        shares.append(grid.flatten(0, 1).flatten(1).norm(dim=1) / typical)
     grid, own = torch.stack(shares), norms / typical
     return (
         f"corners off by {off[torch.float32]:.1e} (float32), {off[torch.float64]:.1e} (float64); norms of latents "
@@ -118,7 +121,8 @@ def drawings(fits: Path) -> Drawn:
     for problem, corners in CORNERS.items():
         short = problem.removesuffix(" images")
         for kind in ("multiscale", "glow"):
-            fit = f"{problem}-{kind}-0-{PROBLEMS[problem].seconds}".replace(" ", "-")
+            seconds = LONGER.get((problem, kind), PROBLEMS[problem].seconds)
+            fit = f"{problem}-{kind}-0-{seconds}".replace(" ", "-")
             found[f"{short}-{kind}-samples"] = of(fit, problem, samples)
             found[f"{short}-{kind}-walk"] = of(fit, problem, walk, corners)
     return found

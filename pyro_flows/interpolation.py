@@ -52,7 +52,7 @@ def interpolate(flow: Flow, points: Tensor, *, steps: int = 8, context: Tensor |
     :math:`\Phi^{-1}(F(z))` (the Gaussian copula), so that every latent on the grid keeps the base's margins.
 
     Args:
-        flow: a trained flow with a normal, logistic or Student-t base.
+        flow: a trained flow with a normal or logistic base.
         points: the four, ``(4, *event_shape)``: top left, top right, bottom left, bottom right.
         steps: points along each side of the grid.
         context: the context of all points, ``(context_dim,)``.
@@ -61,7 +61,7 @@ def interpolate(flow: Flow, points: Tensor, *, steps: int = 8, context: Tensor |
         ``(steps, steps, *event_shape)``.
 
     Raises:
-        ValueError: for points of another shape, fewer than two steps, or a uniform base, which has no room outside.
+        ValueError: for points of another shape, fewer than two steps, or another base.
 
     >>> import torch, pyro_flows as pf
     >>> interpolate(pf.realnvp(2), torch.randn(4, 2), steps=5).shape
