@@ -1,7 +1,7 @@
 """The pictures of docs/densities.md, from fits that the density benchmark has kept, and planar flows trained here.
 
     python -m benchmarks.density --only mnist emoji --methods pyro_flows --seeds 0 --fits fits
-    python -m benchmarks.density --only emoji --kinds multiscale --methods pyro_flows --seeds 0 --seconds 600 --fits fits
+    python -m benchmarks.density --only emoji --methods pyro_flows --seeds 0 --seconds 600 --fits fits
     python -m benchmarks.gallery --fits fits --out docs/images
 
 A picture whose fit or data are absent is left out with a sentence.
