@@ -125,7 +125,7 @@ def normflows_glow(shape: torch.Size, levels: int, layers: int, hidden: int) -> 
         small = (height // 2 ** (levels - level), width // 2 ** (levels - level))
         bases.append(nf.distributions.DiagGaussian((deep if level == 0 else deep // 2, *small)))
     flow = nf.MultiscaleFlow(bases, stacks, merges, class_cond=False)
-    return list(flow.parameters()), lambda y: flow.log_prob(y.unflatten(-1, shape))
+    return list(flow.parameters()), lambda y: flow.log_prob(y.unflatten(-1, shape), None)
 
 
 PEERS: dict[str, Callable[[str, int, int, tuple[int, ...], int], Made]] = {

@@ -27,7 +27,7 @@ from pyro_flows import interpolation, pictures
 
 SHAPES = {"mnist": (28, 28), "fashion-mnist": (28, 28)}
 CORNERS = {"mnist images": (0, 1, 2, 4), "emoji": (0, 1, 2, 3), "photos": (0, 1, 2, 3)}  # test images of the walks
-LONGER = {("mnist images", "multiscale"): 2400.0, ("emoji", "multiscale"): 600.0, ("photos", "multiscale"): 600.0}
+LONGER = {("mnist images", "multiscale"): 2400.0, ("emoji", "multiscale"): 600.0}
 Drawn = dict[str, Callable[[], Figure]]
 
 

@@ -84,8 +84,8 @@ def fit_density(
         batch: points a step; by default 256, or a tenth of the data if that is less, and 32 at least.
         learning_rate: the step size of Adam, without a race.
         weight_decay: of AdamW, relative to the step size; by default 1e-4 times epochs ahead (in 20 000 steps at most)
-            times parameters over points, since what can be learnt by heart is the more, the longer it takes and the
-            more there are; but 1 at most, and so little that a tenth of the training is remembered.
+            times parameters over points (of images: pixels), since what can be learnt by heart is the more, the longer
+            it takes and the more there are; but 1 at most, and so little that a tenth of the training is remembered.
         start: ``"random"``: last layers of networks that are zero get small random weights, with which training is far
             quicker; or ``"identity"``: the flow starts as it is, so that few data are first described by the base
             and the preprocessing alone (whitened, with a normal base: by a Gaussian), and stay so if nothing is better.
@@ -284,9 +284,13 @@ def _choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | N
 
 
 def _decay(ascent: Ascent, ahead: int) -> float:
-    """Return the weight decay for a number of steps ahead, of which validation seldom lets more than a default pass."""
+    """Return the weight decay for a number of steps ahead, of which validation seldom lets more than a default pass.
+
+    An image counts as often as it has pixels, at each of which convolutions use all their weights.
+    """
     weights, epoch = sum(parameter.numel() for parameter in ascent.parameters), ascent.source.steps(ascent.batch)
-    return min(1.0, DECAY * (weights / (epoch * ascent.batch)) * (min(ahead, MAX_STEPS) / epoch))
+    points = epoch * ascent.batch * math.prod(ascent.flow.event_shape[1:])
+    return min(1.0, DECAY * weights / points * min(ahead, MAX_STEPS) / epoch)
 
 
 class _Bar:

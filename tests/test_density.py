@@ -139,6 +139,15 @@ def test_a_generous_limit_makes_no_stronger_decay(monkeypatch):
     assert found[0] == found[1] > found[2] == pytest.approx(10.0 / (0.1 * 20_000))
 
 
+def test_an_image_counts_as_often_as_it_has_pixels(monkeypatch):
+    monkeypatch.setattr(density, "climb", lambda *_, **__: None)
+    flow = pf.glow((1, 4, 4), levels=1, layers=1, hidden=(4,))
+    y = torch.randn(320, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    fit = pf.fit_density(flow, y, validation=None, max_epochs=2, progress=False)
+    expected = 1e-4 * sum(parameter.numel() for parameter in flow.parameters()) / (320 * 16) * 2
+    assert fit.settings["weight_decay"] == pytest.approx(expected)
+
+
 def test_a_budget_leaves_a_steady_stretch_after_a_long_race():
     state = density_schedule.State(spent=0.5, steps=100)
     assert [density_schedule.by_budget(state, share) for share in (0.5, 0.59)] == [1.0, 1.0]
