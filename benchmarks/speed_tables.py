@@ -126,7 +126,8 @@ def _threads(cases: Sequence[Sequence[Row]], table: Callable[..., str]) -> str:
         lines.append([case[0]["rows"], f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}"])
     text = (
         "Threads, on a regression with 64 particles: `fit` takes one thread up to about 16 000 rows, where a "
-        "second one begins to pay, and the caller's number above."
+        "second one begins to pay, and the caller's number above. From there on memory takes the time, which varied up "
+        "to fourfold from run to run on virtual machines."
     )
     return f"{text}\n\n{table(['rows of data', '1 thread, ms', '2 threads, ms', 'times faster'], lines)}"
 
