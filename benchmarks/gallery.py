@@ -1,7 +1,8 @@
 """The pictures of docs/densities.md, from fits that the density benchmark has kept, and planar flows trained here.
 
-    python -m benchmarks.density --only mnist emoji --methods pyro_flows --seeds 0 --fits fits
+    python -m benchmarks.density --only mnist photos --methods pyro_flows --seeds 0 --fits fits
     python -m benchmarks.density --only emoji --methods pyro_flows --seeds 0 --seconds 600 --fits fits
+    python -m benchmarks.density --only "mnist images" --methods pyro_flows --seeds 0 --seconds 2400 --fits fits
     python -m benchmarks.gallery --fits fits --out docs/images
 
 A picture whose fit or data are absent is left out with a sentence.
@@ -82,7 +83,7 @@ def walk_figures(fit: pf.DensityFit, problem: str, walks: int = 50) -> str:
     """
     images = points(problem, "test")[: 4 * walks]
     latents = interpolation.to_normal(fit.flow, fit.flow.bijection.inverse_and_ladj(images)[0])
-    norms, angles = latents.flatten(1).norm(dim=1), torch.linspace(0.0, 0.5 * torch.pi, 8)
+    norms = latents.flatten(1).norm(dim=1)
     typical, off, shares = float(norms.median()), {torch.float32: 0.0, torch.float64: 0.0}, []
     for four, z in zip(images.split(4), latents.split(4), strict=True):
         for dtype in off:
@@ -90,8 +91,7 @@ def walk_figures(fit: pf.DensityFit, problem: str, walks: int = 50) -> str:
             walk = interpolation.interpolate(flow, four.to(dtype), steps=8)
             corners = torch.stack([walk[0, 0], walk[0, -1], walk[-1, 0], walk[-1, -1]])
             off[dtype] = max(off[dtype], float((corners - four).abs().max()))
-        grid = interpolation.blend(z, angles[None, :], angles[:, None])
-        shares.append(grid.flatten(0, 1).flatten(1).norm(dim=1) / typical)
+        shares.append(interpolation.over_grid(z, 8).flatten(0, 1).flatten(1).norm(dim=1) / typical)
     grid, own = torch.stack(shares), norms / typical
     return (
         f"corners off by {off[torch.float32]:.1e} (float32), {off[torch.float64]:.1e} (float64); norms of latents "

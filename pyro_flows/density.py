@@ -62,8 +62,9 @@ def fit_density(
 
     The data are put on a common scale by an affine map that becomes the flow's last layer. Step sizes race for a few
     steps. The largest that comes about as far as the best goes on until the mean log density of held-out points stands
-    still, or a fifth of the budget is used. Then the step size falls to zero along a cosine. An average of the weights
-    over about the last tenth of the steps is what is checked and, if it is the best, what is kept.
+    still, or a fifth of what the race left of the budget is used. Then the step size falls to zero along a cosine. An
+    average of the weights over about the last tenth of the steps is what is checked and, if it is the best, what is
+    kept.
 
     Args:
         flow: a flow of the shape of one point, which is copied, not changed; or the name of a builder for vectors
@@ -271,7 +272,8 @@ def _choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | N
     ahead = plan.max_steps
     if math.isfinite(plan.max_seconds):
         ahead = min(ahead, int(plan.max_seconds / ascent.seconds_a_step(plan.clock)))
-    ascent.set_weight_decay(_decay(ascent, ahead) if weight_decay is None else weight_decay)
+    counted = min(ahead, MAX_STEPS)  # for the decay: validation seldom lets more pass
+    ascent.set_weight_decay(_decay(ascent, counted) if weight_decay is None else weight_decay)
     if learning_rate is None:
         scale = min(1.0, 1.0 / (widest(ascent.flow) * max(RACED)))
         ascent.race([scale * candidate for candidate in RACED], max(min(RACE_STEPS, ahead // (5 * len(RACED))), 8))
@@ -279,18 +281,18 @@ def _choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | N
         learning_rate = max(found * min(1.0, math.sqrt(LONG / max(ahead, 1))), min(found, SMALL_ENOUGH))
     ascent.state.learning_rate = learning_rate
     if weight_decay is None:
-        limit = FORGOTTEN / (learning_rate * max(min(ahead, MAX_STEPS), 1))
+        limit = FORGOTTEN / (learning_rate * max(counted, 1))
         ascent.set_weight_decay(min(ascent.state.weight_decay, limit))
 
 
 def _decay(ascent: Ascent, ahead: int) -> float:
-    """Return the weight decay for a number of steps ahead, of which validation seldom lets more than a default pass.
+    """Return the weight decay for a number of steps ahead.
 
     An image counts as often as it has pixels, at each of which convolutions use all their weights.
     """
     weights, epoch = sum(parameter.numel() for parameter in ascent.parameters), ascent.source.steps(ascent.batch)
     points = epoch * ascent.batch * math.prod(ascent.flow.event_shape[1:])
-    return min(1.0, DECAY * weights / points * min(ahead, MAX_STEPS) / epoch)
+    return min(1.0, DECAY * weights / points * ahead / epoch)
 
 
 class _Bar:

@@ -64,7 +64,11 @@ class DensityFit:
         """
         _checks.integer("count", count, 1)
         _checks.positive("temperature", temperature)
-        about = None if context is None else torch.as_tensor(context).to(like(self.flow)).expand(count, -1)
+        about = None if context is None else torch.as_tensor(context).to(like(self.flow))
+        if about is not None:
+            if about.shape[:-1] not in ((), (1,), (count,)):
+                raise ValueError(f"context: expected one row or {count} rows, got shape {tuple(about.shape)}.")
+            about = about.expand(count, -1)
         base = self.flow.base_distribution()
         with nullcontext() if seed is None else seeded(seed, like(self.flow).device):
             x = base.sample(torch.Size((count,)))

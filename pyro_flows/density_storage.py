@@ -151,8 +151,9 @@ class Keeper:
         self.ascent, self.plan, self.every, self.last = ascent, plan, every, time.monotonic()
         shapes = [list(parameter.shape) for parameter in ascent.parameters]
         points = len(ascent.source) if hasattr(ascent.source, "__len__") else None
+        epoch = None if path is None else ascent.source.steps(ascent.batch)  # a DataLoader does not tell its points
         builder = None if ascent.flow.settings is None else json.loads(json.dumps(plain(ascent.flow.settings)))
-        self.about = {**options, "flow": builder, "shapes": shapes, "points": points}
+        self.about = {**options, "flow": builder, "shapes": shapes, "points": points, "epoch": epoch}
 
     def resume(self) -> bool:
         """Restore the state in the file, if there is one.

@@ -54,15 +54,13 @@ class Ascent:
         layers = [layer for layer in self.flow.modules() if isinstance(layer, DiagonalAffine) and not layer.context_dim]
         scales = {parameter for layer in layers for parameter in layer.parameters()}
         groups: list[dict[str, Any]] = [
-            {"params": [parameter for parameter in self.parameters if (parameter in scales) == chosen], **options}
-            for chosen, options in (
-                (False, {"weight_decay": self.state.weight_decay, "times": 1.0}),
-                (True, {"weight_decay": 0.0, "times": SCALES}),
-            )
+            {"params": [parameter for parameter in self.parameters if (parameter in scales) == chosen], "times": times}
+            for chosen, times in ((False, 1.0), (True, SCALES))
         ]
         self.optimiser = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=1e-3, betas=(0.9, 0.99), fused=True
         )
+        self.set_weight_decay(self.state.weight_decay)
 
     def log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         """Return ``log q(y)`` without the detour over a distribution of Pyro's."""
@@ -225,8 +223,8 @@ def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None
     every = _check_every(ascent)
     if state.steps == 0:
         state.spent = min(plan.progress(0), 1.0)
-    if state.steps == 0 and ascent.held_out and not math.isfinite(state.best):
-        state.best = ascent.validate()
+        if ascent.held_out and not math.isfinite(state.best):
+            state.best = ascent.validate()
     while not state.done:
         for y, context in ascent.source.shuffled(ascent.batch):
             progress = plan.progress(state.steps)

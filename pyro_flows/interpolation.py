@@ -44,6 +44,12 @@ def blend(latents: Tensor, across: Tensor, up: Tensor) -> Tensor:
     return torch.tensordot(torch.stack(weights, -1).to(latents), latents, 1)
 
 
+def over_grid(latents: Tensor, steps: int) -> Tensor:
+    """Blend four latents over a grid of angles, ``(steps, steps, ...)``; they stand in its corners."""
+    angles = torch.linspace(0.0, math.pi / 2.0, steps, dtype=latents.dtype, device=latents.device)
+    return blend(latents, angles[None, :], angles[:, None])
+
+
 @torch.no_grad()
 def interpolate(flow: Flow, points: Tensor, *, steps: int = 8, context: Tensor | None = None) -> Tensor:
     r"""Walk between four points: encode them, blend their latents over a grid of angles, decode.
@@ -70,9 +76,8 @@ def interpolate(flow: Flow, points: Tensor, *, steps: int = 8, context: Tensor |
     if points.shape != (4, *flow.event_shape):
         raise ValueError(f"points: expected shape {(4, *flow.event_shape)}, got {tuple(points.shape)}.")
     _checks.integer("steps", steps, 2)
-    angles = torch.linspace(0.0, math.pi / 2.0, steps, dtype=points.dtype, device=points.device)
     z = to_normal(flow, flow.bijection.inverse_and_ladj(points, context)[0])
-    latents = from_normal(flow, blend(z, angles[None, :], angles[:, None]))
+    latents = from_normal(flow, over_grid(z, steps))
     return flow.bijection.forward_and_ladj(latents, context)[0]
 
 

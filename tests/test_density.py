@@ -84,6 +84,8 @@ def test_conditional():
             assert (draws.mean(0) - 6.0 * c).abs().max() < 0.15
             assert (draws.std(0) / (0.2 + c)).log().abs().max() < 0.15
         assert fit.log_prob(y[:5], context[:5]).shape == (5,)
+        with pytest.raises(ValueError, match=r"context: expected one row or 3 rows, got shape \(2, 1\)"):
+            fit.sample(3, context[:2])
 
 
 def test_a_temperature_shrinks_what_is_drawn_of_the_base():
@@ -159,10 +161,8 @@ def test_a_budget_leaves_a_steady_stretch_after_a_long_race():
 def test_steps_that_were_skipped_are_told():
     """A point whose density overflows, in one batch of ten, of every epoch."""
     y = datasets.toy("moons", 320)
-    flow, options = (
-        pf.realnvp(2, layers=2),
-        {"validation": None, "preprocess": None, "batch": 32, "learning_rate": 1e-3},
-    )
+    flow = pf.realnvp(2, layers=2)
+    options = {"validation": None, "preprocess": None, "batch": 32, "learning_rate": 1e-3}
     fit = pf.fit_density(flow, y, max_epochs=2, progress=False, **options)
     assert fit.settings["skipped"] == 0
     assert "skipped" not in fit.summary()
@@ -384,6 +384,11 @@ def test_resumes_exactly(tmp_path, monkeypatch):
         pf.fit_density(flow, y, checkpoint=tmp_path / "run.pt", learning_rate=1e-3, **options)
     with pytest.raises(ValueError, match=r"another run \(different: flow\)"):
         pf.fit_density(pf.realnvp(2, layers=2, network="robust"), y, checkpoint=tmp_path / "run.pt", **options)
+    short, longer = (DataLoader(TensorDataset(y[:count]), batch_size=32) for count in (64, 128))
+    options = {"validation": None, "max_epochs": 1, "progress": False}
+    pf.fit_density(flow, short, checkpoint=tmp_path / "loader.pt", **options)
+    with pytest.raises(ValueError, match=r"another run \(different: epoch\)"):
+        pf.fit_density(flow, longer, checkpoint=tmp_path / "loader.pt", **options)
     torch.save({"a": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="no checkpoint"):
         pf.fit_density(flow, y, checkpoint=tmp_path / "other.pt", **options)

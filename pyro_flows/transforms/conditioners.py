@@ -119,11 +119,8 @@ class Convolution(Network):
         return out.reshape(*kept.shape[:-3], *out.shape[1:])
 
 
-class RobustConvolution(Convolution):
-    """Convolutions of asinh(kept), for the reason of :class:`Robust`."""
-
-    def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
-        return super().forward(None if kept is None else kept.asinh(), context)
+class RobustConvolution(Robust, Convolution):
+    """Convolutions of asinh(kept)."""
 
 
 class ResidualConvolution(Convolution):
