@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,8 @@ from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
 from pyro_flows.modes import missed_modes
 from pyro_flows.posterior import Posterior, from_draws
-from pyro_flows.race import CLOSE, choose_coordinates, race, share
+from pyro_flows.coordinates import choose_coordinates
+from pyro_flows.race import CLOSE, race, share
 from pyro_flows.randomness import seeded
 from pyro_flows.runs import Stack, compare
 from pyro_flows.runs import entry as comparison
@@ -122,13 +122,12 @@ def fit(
                 "runs: expected 1 with train_model=True, since the runs would share the model's parameters."
             )
         with _threads(density):
-            history, starts = [], None
+            history, extra = [], []
             if density.structure.hierarchical and not train_model:
-                steps = share(max_steps)
-                guide_for = functools.partial(_guide, plan)
-                density, starts, choice = choose_coordinates(density, guide_for, steps, seed=seed)
+                density, start, choice = choose_coordinates(density, seed=seed)
                 history.append(choice)
-            done = [_run(plan, density, number, starts, seed=seed + number) for number in range(runs)]
+                extra = [start] if start is not None else []
+            done = [_run(plan, density, number, extra, seed=seed + number) for number in range(runs)]
         best = max(done, key=lambda run: run.best.rank)
         history += [stage for run in done for stage in run.history]
         flow_found = best.guide.flow
@@ -206,19 +205,18 @@ def _threads(density: LogDensity) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(plan: _Plan, density: LogDensity, number: int, starts: list[Start] | None, *, seed: int) -> _Run:
-    """Train one guide: portfolio (for run 0, ``starts`` if there are some), race, first round, escalation."""
+def _run(plan: _Plan, density: LogDensity, number: int, extra: list[Start], *, seed: int) -> _Run:
+    """Train one guide: portfolio (with the starts in ``extra``), race, first round, escalation."""
     with seeded(seed, density.device):
-        if number or starts is None:
-            starts = portfolio(density, seed=seed)
+        starts = portfolio(density, seed=seed, extra=extra)
         modes = [start for start in starts if start.evidence is not None]
         close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
         starts = close[number % len(close) :] + close[: number % len(close)]
         guide = _guide(plan, density)
         bar = _Bar(plan.max_steps, plan.progress)
         budget = Budget(plan.max_steps, plan.deadline)
-        extra = list(density.parameters().values()) if plan.train_model else []
-        winner, field = race(guide, density, starts, share(plan.max_steps), seed=seed, extra=extra)
+        trained = list(density.parameters().values()) if plan.train_model else []
+        winner, field = race(guide, density, starts, share(plan.max_steps), seed=seed, extra=trained)
         history, trainer = [entrant.entry for entrant in field], winner.trainer
         del field  # the losers' flows
         left = Budget(plan.max_steps - len(trainer.losses), plan.deadline)
