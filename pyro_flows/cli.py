@@ -181,6 +181,8 @@ def _guarded(work: Callable[[], int], debug: bool, file: Path | None = None) -> 
             raise
         lines = str(error).strip().splitlines()
         text = lines[0] if lines else "no message"
+        if text.endswith(":") and len(lines) > 1:  # torch writes the values that it means into the next line
+            text = f"{text} {lines[1].strip()}"
         line = _line(error, file)
         plain = isinstance(error, ValueError) and not line
         kind = "" if plain else f"{type(error).__name__}: "

@@ -43,6 +43,9 @@ def discrete(y, sigma):
 
 def wrong(y, sigma):
     float("x")
+
+def scale(y, sigma):
+    pyro.sample("mu", dist.Normal(0.0, -1.0))
 """
 ROOT = Path(__file__).parent.parent
 Y = [28, 8, -3, 7, -1, 1, 18, 12]
@@ -206,7 +209,7 @@ def test_models_may_import_their_neighbours(folder):
 def test_a_model_file_replaces_no_module(tmp_path, name):
     folder = tmp_path / "a folder"
     folder.mkdir()
-    text = "import statistics, torch\nfrom .helper import SPREAD\n" + MODEL + "ABOVE = statistics.fmean, torch.randn\n"
+    text = "import statistics, torch\n" + MODEL + "ABOVE = statistics.fmean, torch.randn\n"
     (folder / name).write_text(text)
     (folder / "helper.py").write_text("SPREAD = 5.0\n")
     before, path = dict(sys.modules), list(sys.path)
@@ -438,6 +441,7 @@ def refused(done):
         ("models.py:schools", ("--flow", "realnpv"), "got 'realnpv'. Did you mean 'realnvp'?"),
         ("models.py:schools", ("--data", "nowhere.json"), "data: no file 'nowhere.json'"),
         ("models.py:broken", (), "RuntimeError: first line (models.py, line 15) (--debug shows the traceback)"),
+        ("models.py:scale", (), "found invalid values: -1.0 (models.py, line 25) (--debug"),
         ("models.py:wrong", (), "ValueError: could not convert string to float: 'x' (models.py, line 22) (--debug"),
         ("models.py:discrete", (), "site 'k': expected a continuous latent, got the discrete Poisson"),
     ],
