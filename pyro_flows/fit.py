@@ -146,7 +146,7 @@ def fit(
         if train_model:
             density.forget()
         z, log_q = draw(MODE_DRAWS)
-        missed = missed_modes(density, [mode for run in done for mode in run.modes], z, log_q, score)
+        search = missed_modes(density, [mode for run in done for mode in run.modes], z, log_q, score, seed=seed)
         settings = _settings(best, density, began, max_steps=max_steps, train_model=train_model, runs=runs)
         return from_draws(
             density,
@@ -158,7 +158,7 @@ def fit(
             history=history,
             settings=settings,
             warnings=warnings,
-            failures=missed + impossible + (["the fit was cut short while it still moved"] if moving else []),
+            failures=search.failures + impossible + (["the fit was cut short while it still moved"] if moving else []),
         )
 
 
