@@ -45,6 +45,11 @@ class Information:
     precision: Tensor
     centre: Tensor
 
+    @property
+    def options(self) -> dict[str, Tensor]:
+        """The same as :class:`LogDensity` takes it."""
+        return {"precision": self.precision, "centre": self.centre}
+
 
 def spread(fn: Any, x: Tensor, data: Information | None) -> tuple[Tensor, Tensor]:
     """Return the unconstrained value of coordinates ``x``, and the log determinant of each event of ``fn``."""

@@ -66,7 +66,9 @@ def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, S
                 noise = torch.randn(STARTED_FROM, density.dim, dtype=density.dtype, device=density.device)
             found.append(family.learn(candidate, paths.best.map(noise)[0][best], seed=path_seed))
     chosen = max(found, key=lambda learnt: learnt.start.elbo, default=None)
-    kept = True if chosen is None or not math.isfinite(chosen.start.elbo) else chosen.information
+    kept: Any = True
+    if chosen is not None and math.isfinite(chosen.start.elbo):
+        kept = {name: said.options for name, said in chosen.information.items()}
     result = LogDensity(density.model, density.args, density.kwargs, noncentred=kept)
     result.evaluations += density.evaluations + wholly.evaluations + family.evaluations
     entry = {
@@ -129,7 +131,7 @@ class _Family:
         # 1. The posterior's precision is that of the prior and that of the data together: begin with half of it.
         log_precision = -2.0 * spread.log() - math.log(2.0)
         began = self.information(log_precision, centre)
-        middle = LogDensity(density.model, density.args, density.kwargs, noncentred=began)
+        middle = LogDensity(density.model, density.args, density.kwargs, noncentred={name: found.options for name, found in began.items()})
         loc, unit = _middle_and_spread(middle.unconstrain(values))
         # 2. Everything is trained relative to where it began, in units of its spread.
         base, units = torch.cat([loc, log_precision, centre]), torch.cat([unit, torch.ones_like(spread), spread])

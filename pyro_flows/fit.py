@@ -23,6 +23,7 @@ from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
 from pyro_flows.modes import missed_modes
 from pyro_flows.posterior import Posterior, from_draws
+from pyro_flows.charting import choose_charts
 from pyro_flows.coordinates import choose_coordinates
 from pyro_flows.race import CLOSE, race, share
 from pyro_flows.randomness import seeded
@@ -122,11 +123,14 @@ def fit(
                 "runs: expected 1 with train_model=True, since the runs would share the model's parameters."
             )
         with _threads(density):
-            history, extra = [], []
+            history, start = [], None
             if density.structure.hierarchical and not train_model:
                 density, start, choice = choose_coordinates(density, seed=seed)
                 history.append(choice)
-                extra = [start] if start is not None else []
+            if not train_model:
+                density, start, charted = choose_charts(density, start, seed=seed)
+                history += [{"stage": "charts", "sites": charted}] if charted else []
+            extra = [] if start is None else [start]
             done = [_run(plan, density, number, extra, seed=seed + number) for number in range(runs)]
         best = max(done, key=lambda run: run.best.rank)
         history += [stage for run in done for stage in run.history]

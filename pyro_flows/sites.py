@@ -21,11 +21,13 @@ from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
 
 from pyro_flows.batching import apart, nearer
+from pyro_flows.charts import Chart, read_chart, write_chart
 from pyro_flows.centring import Information, moves, spread, standardise
 
 MEDIAN_DRAWS = 15
+CHARTS = {"turn_about", "heavy_about", "heavy_scale"}
 
-Noncentred = bool | Sequence[str] | Mapping[str, Any]  # all or none, names of sites, or what the data say of them
+Noncentred = bool | Sequence[str] | Mapping[str, Any]  # all or none, names, or numbers
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Latent:
     """One latent site and its place in the unconstrained vector.
 
     The coordinates of a site that is ``noncentred`` have its location and scale taken out, and with ``data`` what the
-    data say of it too: see :mod:`pyro_flows.centring`.
+    data say of it too: see :mod:`pyro_flows.centring`. ``chart`` is for angles and heavy tails: :mod:`pyro_flows.charts`.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Latent:
     free: Tensor | None = field(default=None, repr=False)
     noncentred: bool = False
     data: Information | None = field(default=None, repr=False)
+    chart: Chart | None = field(default=None, repr=False)
 
     def unconstrained(self, z: Tensor) -> Tensor:
         """Cut this site out of ``z`` (..., D) and give it its unconstrained shape; masked-out entries are 0."""
@@ -69,23 +72,31 @@ class Latent:
 
     def place(self, z: Tensor, fn: Any) -> tuple[Tensor, Tensor]:
         """Return the constrained value at ``z`` and its log Jacobian, one number for each batch element of the site."""
-        unconstrained, spreading = self.unconstrained(z), None
+        unconstrained, charted, spreading = self.unconstrained(z), None, None
+        if self.chart is not None:
+            unconstrained, charted = self.chart.forward(unconstrained)
         if self.noncentred:
             unconstrained, spreading = spread(fn, unconstrained, self.data)
         transform = biject_to(fn.support)
         value = transform(unconstrained)
         ladj = transform.log_abs_det_jacobian(unconstrained, value)
-        extra = ladj.dim() - (value.dim() - self.event_dim)
-        if extra > 0:
-            ladj = ladj.flatten(-extra).sum(-1)
+        ladj = _by_event(ladj, value.dim() - self.event_dim)
+        ladj = ladj if charted is None else ladj + _by_event(charted, value.dim() - self.event_dim)
         ladj = ladj if spreading is None else ladj + spreading
         return value, ladj if self.mask is None else torch.where(self.mask.to(ladj.device), ladj, 0.0)
 
     def flatten(self, value: Tensor, fn: Any) -> Tensor:
         """Return the unconstrained coordinates of one constrained value (no batch axes), shape ``(size,)``."""
         unconstrained = biject_to(fn.support).inv(value)
-        flat = (standardise(fn, unconstrained, self.data) if self.noncentred else unconstrained).reshape(-1)
+        unconstrained = standardise(fn, unconstrained, self.data) if self.noncentred else unconstrained
+        flat = (unconstrained if self.chart is None else self.chart.inverse(unconstrained)).reshape(-1)
         return flat if self.free is None else flat[self.free.to(flat.device)]
+
+
+def _by_event(ladj: Tensor, batch: int) -> Tensor:
+    """Sum log derivatives to one number for each of the ``batch`` leading axes' entries."""
+    extra = ladj.dim() - batch
+    return ladj.flatten(-extra).sum(-1) if extra > 0 else ladj
 
 
 @dataclass(frozen=True)
@@ -111,58 +122,65 @@ class Structure:
         return sum(latent.size for latent in self.latents)
 
     def noncentre(self, chosen: Noncentred) -> Structure:
-        """Return this structure with these sites non-centred, see :class:`LogDensity`; True stands for all that can be.
+        """Return this structure with other coordinates of sites, see :class:`LogDensity`; True: non-centred where it can.
 
         Raises:
-            ValueError: for a site whose location and scale do not depend on other latents, or that has none; for
-                precisions and centres that do not fit the site.
+            ValueError: for non-centred coordinates of a site whose location and scale do not depend on other latents,
+                or that has none; for numbers that do not fit the site.
         """
         if isinstance(chosen, bool):
             chosen = self.hierarchical if chosen else ()
         wanted = dict(chosen) if isinstance(chosen, Mapping) else dict.fromkeys(chosen)
-        for name in wanted:
-            if name not in self.hierarchical:
+        for name, options in wanted.items():
+            charted = isinstance(options, Mapping) and set(options) <= CHARTS and name in {x.name for x in self.latents}
+            if name not in self.hierarchical and not charted:
                 known = ", ".join(map(repr, self.hierarchical)) or "none here"
                 raise ValueError(
                     f"noncentred: expected sites whose location or scale depends on other latents ({known}), "
                     f"got {name!r}."
                 )
         like = torch.zeros((), dtype=self.dtype, device=self.device)
+        bare = {"noncentred": False, "data": None, "chart": None}
         latents = tuple(
-            replace(latent, noncentred=True, data=_information(latent, wanted[latent.name], like))
-            if latent.name in wanted
-            else replace(latent, noncentred=False, data=None)
+            replace(latent, **{**bare, **(_coordinates(latent, wanted[latent.name], like) if latent.name in wanted else {})})
             for latent in self.latents
         )
-        return replace(self, latents=latents, dependent=self.dependent or bool(wanted))
+        moved = any(latent.noncentred for latent in latents)
+        return replace(self, latents=latents, dependent=self.dependent or moved)
 
     @property
     def noncentred(self) -> dict[str, Any]:
-        """The sites that are non-centred, each with its precisions and centres as nested lists, or None."""
-        found = {latent.name: latent.data for latent in self.latents if latent.noncentred}
-        return {
-            name: data and {"precision": data.precision.tolist(), "centre": data.centre.tolist()}
-            for name, data in found.items()
-        }
+        """The sites with coordinates of their own, as :meth:`noncentre` takes them: plain numbers, or None."""
+        found: dict[str, Any] = {}
+        for latent in self.latents:
+            options = write_chart(latent.chart)
+            if latent.noncentred:
+                data = latent.data
+                options["noncentred"] = True
+                if data is not None:
+                    options |= {"precision": data.precision.tolist(), "centre": data.centre.tolist()}
+            if options:
+                found[latent.name] = None if options == {"noncentred": True} else options
+        return found
 
 
-def _information(latent: Latent, given: Any, like: Tensor) -> Information | None:
-    """Return precisions and centres as :class:`Latent` keeps them, with dtype and device of ``like``."""
-    if given is None or isinstance(given, Information):
-        return given
+def _coordinates(latent: Latent, given: Any, like: Tensor) -> dict[str, Any]:
+    """Return the fields of :class:`Latent` that plain numbers stand for."""
+    if given is None:
+        return {"noncentred": True}
     try:
-        parts = [
-            torch.as_tensor(given[part], dtype=like.dtype, device=like.device).expand(latent.unconstrained_shape).clone()
-            for part in ("precision", "centre")
-        ]
-    except (KeyError, TypeError, RuntimeError, IndexError):
+        chart, data = read_chart(given, latent.unconstrained_shape, like), None
+        if "precision" in given:
+            parts = [torch.as_tensor(given[name], dtype=like.dtype, device=like.device) for name in ("precision", "centre")]
+            data = Information(*(part.expand(latent.unconstrained_shape).clone() for part in parts))
+    except (KeyError, TypeError, RuntimeError, ValueError):
         raise ValueError(
             f"noncentred: expected None or {{'precision': ..., 'centre': ...}} of shape "
             f"{tuple(latent.unconstrained_shape)} for site {latent.name!r}, got {given!r}."
         ) from None
-    if not bool((parts[0] >= 0.0).all() & torch.isfinite(torch.stack(parts)).all()):
+    if data is not None and not bool(torch.isfinite(data.centre).all() & (data.precision >= 0.0).all()):
         raise ValueError(f"noncentred: expected finite centres and precisions of 0 or more for site {latent.name!r}.")
-    return Information(*parts)
+    return {"noncentred": bool(given.get("noncentred")) or data is not None, "data": data, "chart": chart}
 
 
 class Place(Messenger):
