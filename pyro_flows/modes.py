@@ -137,9 +137,7 @@ def _mirrored(guide: _Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
     found = []
     candidates = dict.fromkeys(move for draw in z[:SEEDS] for move in moves(density, draw))
     for move in candidates:
-        moved = move.apply(density, z)
-        inside = torch.isfinite(moved).all(1)
-        moved = torch.where(inside[:, None], moved, 0.0)
+        moved, inside = move.apply(density, z)
         # The move keeps the volume of the model's own values, so there q's image has the density that q has at z.
         image = log_q - density.log_jacobian(z) + density.log_jacobian(moved)
         share = guide.lacking(moved, torch.where(inside, density(moved), -torch.inf), image).clamp(max=1.0)

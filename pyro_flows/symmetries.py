@@ -26,6 +26,7 @@ UNITS = 64  # seeds at most, whole sites first
 AXIS = 32  # longest axis whose indices are moved one at a time
 PAIRS_UP_TO = 6  # indices along an axis of which each pair is exchanged; neighbours only, beyond
 ADDITIONS = 12
+ROUND_TRIP = 1e-3
 RETURNED = 3.0  # nats below the height where a move began
 
 Values = Mapping[str, Tensor]
@@ -72,10 +73,9 @@ class Move:
             moved[unit.site] = unit.apply(moved[unit.site])
         return moved
 
-    def apply(self, density: LogDensity, z: Tensor) -> Tensor:
-        """Return the images (S, D) of unconstrained draws; NaN where a value leaves its site's support."""
-        latents = {name: value for name, value in density.constrain(z).items() if name in density.names}
-        return density.unconstrain(self(latents))
+    def apply(self, density: LogDensity, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images (S, D) of unconstrained draws, and where they are inside of the support (S,)."""
+        return _placed(density, self(_latents(density, z)))
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def moves(density: LogDensity, z: Tensor) -> list[Move]:
 
     Cost: at most 64 (64 + 1) densities for each of twelve additions; most models have a few units, and two additions.
     """
-    latents = {name: value for name, value in density.constrain(z[None]).items() if name in density.names}
+    latents = _latents(density, z[None])
     found: dict[frozenset[Unit], Move] = {}
     for kind in _kinds(latents):
         height = float(_heights(density, latents, [()])[0])
@@ -157,9 +157,21 @@ def _together(members: tuple[Unit, ...], additions: list[Unit]) -> tuple[Unit, .
 def _heights(density: LogDensity, latents: Values, sets: list[tuple[Unit, ...]]) -> Tensor:
     """Return the log density (N,) of the model's own values after each move; -inf outside of the support."""
     moved = [Move(members)(latents) for members in sets]
-    batch = {name: torch.cat([values[name] for values in moved]) for name in latents}
-    z = density.unconstrain(batch)
-    usable = torch.isfinite(z).all(1)
-    z = torch.where(usable[:, None], z, 0.0)
+    z, inside = _placed(density, {name: torch.cat([values[name] for values in moved]) for name in latents})
     heights = density(z) - density.log_jacobian(z)
-    return torch.where(usable, heights.double(), -torch.inf).nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+    return torch.where(inside, heights.double(), -torch.inf).nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+
+
+def _latents(density: LogDensity, z: Tensor) -> dict[str, Tensor]:
+    return {name: value for name, value in density.constrain(z).items() if name in density.names}
+
+
+def _placed(density: LogDensity, values: Values) -> tuple[Tensor, Tensor]:
+    """Return coordinates (S, D) of values, 0 where they leave the support, and where they are inside of it (S,)."""
+    z = density.unconstrain(values)
+    inside = torch.isfinite(z).all(1)
+    z = torch.where(inside[:, None], z, 0.0)
+    for name, back in _latents(density, z).items():  # values that leave a support may have finite coordinates
+        close = torch.isclose(back, values[name], rtol=ROUND_TRIP, atol=ROUND_TRIP)
+        inside = inside & close.reshape(len(z), -1).all(1)
+    return torch.where(inside[:, None], z, 0.0), inside

@@ -1,4 +1,4 @@
-r"""The mass of a region, measured by tempering from a normal distribution that lies in it.
+r"""Hamiltonian moves: the mass of a region by tempering from a normal distribution, and walks away from a guide's draws.
 
 Points are drawn from the normal g and carried through the densities :math:`g^{1-\beta} p^{\beta}`, :math:`\beta` from 0 to
 1, by short Hamiltonian moves in the normal's own coordinates. The product of the ratios along the way has the region's
@@ -23,6 +23,7 @@ POINTS = 48  # for each normal
 TEMPERATURES = 40
 LEAPS = 5
 STEP = 0.3  # of a leap, in the normal's sds at first
+WANDERINGS = 24
 WANTED = 0.75  # of the moves to be accepted
 
 
@@ -44,6 +45,27 @@ def temper(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Tempered:
         for number in range(TEMPERATURES):
             walk.heat((number + 1) / TEMPERATURES)
     return Tempered(gaussians.map(walk.x)[0], walk.log_p, walk.log_weights)
+
+
+@torch.no_grad()
+def wander(density: LogDensity, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Move points (S, D) about under the density itself; return where they come to and log p there (S,).
+
+    Draws of the density stay draws of it. Draws of a guide that lacks a region next to where it lies go on into it: the
+    neck of a funnel, a tail. Leaps are from a hundredth of ``units`` (sds (D,), or a lower triangular matrix) to all of
+    them, since necks are narrow. Cost: 120 S gradients.
+    """
+    identity = torch.ones(1, z.shape[1], dtype=z.dtype, device=z.device)
+    none = torch.zeros(1, z.shape[1], 1, dtype=z.dtype, device=z.device)
+    frame = Gaussians(torch.zeros_like(identity), units[None], identity, none, torch.ones_like(none[:, :1]))
+    x = z / units if units.dim() == 1 else torch.linalg.solve_triangular(units, z.mT, upper=False).mT
+    with seeded(seed, density.device):
+        walk = _Walk(density, frame, x[None])
+        walk.beta = 1.0
+        for _ in range(WANDERINGS):
+            walk.step = 10.0 ** (-2.0 * torch.rand_like(walk.log_p))[..., None]
+            walk.move()
+    return frame.map(walk.x)[0][0], walk.log_p[0]
 
 
 def log_mean(log_weights: Tensor) -> Tensor:
@@ -74,6 +96,11 @@ class _Walk:
         """Weight the points for a higher beta, and move them once there."""
         self.log_weights += (beta - self.beta) * (self.log_p - self.log_g).double()
         self.beta = beta
+        accepted = self.move()
+        self.step = self.step * torch.where(accepted.mean(1)[:, None, None] > WANTED, 1.15, 0.8)
+
+    def move(self) -> Tensor:
+        """Move all points once by Hamiltonian dynamics; return which moves were accepted (K, S)."""
         momentum = torch.randn_like(self.x)
         start = self._energy(self.log_p, self.log_g, momentum)
         x, state = self.x, (self.log_p, self.log_g, self.slope)
@@ -87,8 +114,7 @@ class _Walk:
         self.x = torch.where(taken[..., None], x, self.x)
         self.log_p, self.log_g = (torch.where(taken, new, old) for new, old in zip(state, (self.log_p, self.log_g), strict=False))
         self.slope = torch.where(taken[..., None], state[2], self.slope)
-        accepted = taken.to(self.x.dtype).mean(1)[:, None, None]
-        self.step = self.step * torch.where(accepted > WANTED, 1.15, 0.8)
+        return taken.to(self.x.dtype)
 
     def _force(self, x: Tensor, slope: Tensor) -> Tensor:
         return self.beta * slope - (1.0 - self.beta) * x
