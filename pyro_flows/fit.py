@@ -23,6 +23,7 @@ from pyro_flows.initial import Start, portfolio
 from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
 from pyro_flows.modes import missed_modes
+from pyro_flows.observations import warn_if_nothing_observed
 from pyro_flows.posterior import Posterior, from_draws
 from pyro_flows.race import CLOSE, choose_coordinates, race, share
 from pyro_flows.randomness import seeded
@@ -113,6 +114,7 @@ def fit(
         if isinstance(flow, str):
             AutoFlow(model, flow, **plan.options)  # bad names and options fail before any work
         density = LogDensity(model, args, plan.kwargs)
+        warn_if_nothing_observed(density.structure, density.trace_at, model, args, plan.kwargs)
         if train_model and not density.parameters():
             raise ValueError(
                 "train_model: expected a model with parameters of its own (pyro.param, modules), got none."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,12 +16,13 @@ from pyro.distributions import Delta, ImproperUniform, Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, biject_to, transform_to
+from torch.distributions import Distribution, transform_to
 from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
 
 from pyro_flows.batching import apart, nearer
 from pyro_flows.centring import moves, spread, standardise
+from pyro_flows.supports import bijection, guarded
 
 MEDIAN_DRAWS = 15
 
@@ -69,7 +70,7 @@ class Latent:
         unconstrained, spreading = self.unconstrained(z), None
         if self.noncentred:
             unconstrained, spreading = spread(fn, unconstrained)
-        transform = biject_to(fn.support)
+        transform = bijection(fn)
         value = transform(unconstrained)
         ladj = transform.log_abs_det_jacobian(unconstrained, value)
         extra = ladj.dim() - (value.dim() - self.event_dim)
@@ -80,7 +81,7 @@ class Latent:
 
     def flatten(self, value: Tensor, fn: Any) -> Tensor:
         """Return the unconstrained coordinates of one constrained value (no batch axes), shape ``(size,)``."""
-        unconstrained = biject_to(fn.support).inv(value)
+        unconstrained = bijection(fn).inv(value)
         flat = (standardise(fn, unconstrained) if self.noncentred else unconstrained).reshape(-1)
         return flat if self.free is None else flat[self.free.to(flat.device)]
 
@@ -134,13 +135,15 @@ class Place(Messenger):
     """Give each latent site its value from one unconstrained vector and keep the log Jacobians.
 
     Supports are taken from the run itself, so that a bound may depend on latents drawn before it. Masked-out data are
-    replaced by data, and distributions that were made with argument checks are freed of them (see below).
+    replaced by data, and distributions that were made with argument checks are freed of them (see below). Sites in
+    ``guards`` get a density of zero outside of their supports.
     """
 
-    def __init__(self, latents: Sequence[Latent], z: Tensor) -> None:
+    def __init__(self, latents: Sequence[Latent], z: Tensor, guards: Collection[str] = ()) -> None:
         super().__init__()
         self.latents = {latent.name: latent for latent in latents}
         self.z = z
+        self.guards = guards
         self.placed: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -151,6 +154,8 @@ class Place(Messenger):
             msg["value"] = self.placed[msg["name"]][0]
         elif msg["is_observed"] and isinstance(msg["mask"], Tensor) and is_data(msg):
             msg["value"] = _fill(msg["value"], msg["mask"], msg["fn"].event_dim)
+        if msg["name"] in self.guards:
+            msg["fn"] = guarded(msg["fn"])
 
     def _place(self, latent: Latent, fn: Any) -> tuple[Tensor, Tensor]:
         return latent.place(self.z, fn)
@@ -170,11 +175,12 @@ def _fill(value: Tensor, mask: Tensor, event_dim: int) -> Tensor:
 def _unchecked(fn: Any) -> Any:
     """Return the distribution without argument checks, which branch on values; the model's own object stays as it is.
 
-    Only distributions that were made before the run have any, such as the priors of a ``PyroSample``.
+    Under :func:`quiet`, only distributions that were made before the run have any, such as the priors of a
+    ``PyroSample``. Values are checked once, by ``observations.py``.
     """
     inner = {key: part for key, part in vars(fn).items() if isinstance(part, Distribution)}
     freed = {key: _unchecked(part) for key, part in inner.items()}
-    if not vars(fn).get("_validate_args") and all(freed[key] is inner[key] for key in inner):
+    if not getattr(fn, "_validate_args", False) and all(freed[key] is inner[key] for key in inner):
         return fn
     new = copy.copy(fn)
     vars(new).update(freed, _validate_args=False)
@@ -306,7 +312,7 @@ def _transform(site: Any) -> Any:
             f"(poutine.block(model, hide=[{name!r}]))."
         )
     try:
-        return biject_to(support)
+        return bijection(site["fn"])
     except NotImplementedError:
         raise ValueError(
             f"site {name!r}: no bijection from real numbers to its support {support}. Use a distribution with another "
