@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from pyro_flows.batching import apart, nearer
 from pyro_flows.sites import Latent, Structure, messages
-from pyro_flows.supports import WRAPPERS, inside, is_whole, needs_guard, signature, support_of
+from pyro_flows.supports import WRAPPERS, inside, is_narrower, is_whole, needs_guard, signature, support_of
 
 SHOWN = 3  # entries, or names, in a message
 NUMBERS = 4  # of one event in a message
@@ -175,7 +175,7 @@ def _distances(fn: Any, value: Tensor) -> Tensor | None:
     support = _elementary(support_of(fn))
     number = value.double()
     parts = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
-    if all(bound is None for bound in parts):
+    if all(bound is None for bound in parts) or support.event_dim:
         return None
     low = torch.zeros_like(number) if parts[0] is None else parts[0] - number
     high = torch.zeros_like(number) if parts[1] is None else number - parts[1]
@@ -190,6 +190,8 @@ def _elementary(support: Any) -> Any:
 
 def _stated(fn: Any) -> str:
     """A support in words: its name and its bounds."""
+    if is_narrower(fn):
+        return f"what its transforms make of {type(_family(fn.base_dist)).__name__}, {_stated(_family(fn.base_dist))}"
     support = _elementary(support_of(fn))
     bounds = {key: getattr(support, key) for key in ("lower_bound", "upper_bound") if hasattr(support, key)}
     name = type(support).__name__.lstrip("_")

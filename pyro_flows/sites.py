@@ -6,13 +6,14 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ImproperUniform, Unit
+from pyro.distributions import Delta, ImproperUniform, NanMaskedMultivariateNormal, NanMaskedNormal, Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_flows.batching import apart, nearer
 from pyro_flows.centring import moves, spread, standardise
-from pyro_flows.supports import bijection, guarded
+from pyro_flows.supports import bijection, guarded, missing
 
 MEDIAN_DRAWS = 15
 
@@ -152,13 +153,20 @@ class Place(Messenger):
         if latent is not None and not msg["is_observed"]:
             self.placed[msg["name"]] = self._place(latent, msg["fn"])
             msg["value"] = self.placed[msg["name"]][0]
-        elif msg["is_observed"] and isinstance(msg["mask"], Tensor) and is_data(msg):
-            msg["value"] = _fill(msg["value"], msg["mask"], msg["fn"].event_dim)
+        elif msg["is_observed"] and is_data(msg):
+            for mask, axes in _masks(msg):
+                msg["value"] = _fill(msg["value"], mask, msg["fn"].event_dim - axes)
         if msg["name"] in self.guards:
             msg["fn"] = guarded(msg["fn"])
 
     def _place(self, latent: Latent, fn: Any) -> tuple[Tensor, Tensor]:
         return latent.place(self.z, fn)
+
+
+def _masks(site: Any) -> list[tuple[Tensor, int]]:
+    """The masks over an observed site's entries (False: left out), each with the number of axes of one event it has."""
+    own = missing(site["fn"])
+    return ([(site["mask"], 0)] if isinstance(site["mask"], Tensor) else []) + ([] if own is None else [own])
 
 
 def _fill(value: Tensor, mask: Tensor, event_dim: int) -> Tensor:
@@ -283,13 +291,24 @@ def initial_value(site: Any = None) -> Any:
         return initial_value
     fn = site["fn"]
     transform = _transform(site)
-    try:
-        draws = fn.sample((MEDIAN_DRAWS,))
-    except NotImplementedError:
+    draws = _prior_draws(fn)
+    if draws is None:
         shape = transform.inverse_shape(fn.shape())
         return transform(torch.zeros(shape, **_like(fn.support)))
     middle = transform.inv(draws).median(0).values
     return transform(torch.where(torch.isfinite(middle), middle, torch.zeros_like(middle)))
+
+
+def _prior_draws(fn: Any) -> Tensor | None:
+    """Draws to start from, or None where there are none; samplers that cannot draw several at once are called often."""
+    try:
+        with suppress(RuntimeError, TypeError):  # some of Pyro's samplers ignore the shape asked for, or stumble on it
+            draws: Tensor = fn.sample((MEDIAN_DRAWS,))
+            if draws.shape == (MEDIAN_DRAWS, *fn.shape()):
+                return draws
+        return torch.stack([fn.sample() for _ in range(MEDIAN_DRAWS)])
+    except NotImplementedError:
+        return None
 
 
 def _like(support: Constraint) -> dict[str, Any]:
@@ -468,9 +487,12 @@ def _check_data(site: Any) -> None:
         )
     if not value.is_floating_point() or site["mask"] is False:
         return
-    bad = torch.isnan(value).reshape(*value.shape[: value.dim() - site["fn"].event_dim], -1).any(-1)
-    if isinstance(site["mask"], Tensor):
-        bad = bad & site["mask"]
+    if isinstance(site["fn"], (NanMaskedNormal, NanMaskedMultivariateNormal)):
+        return
+    bad = torch.isnan(value)
+    for mask, axes in _masks(site):
+        bad = bad & mask.reshape(mask.shape + (1,) * (site["fn"].event_dim - axes))
+    bad = bad.reshape(*bad.shape[: bad.dim() - site["fn"].event_dim], -1).any(-1)
     if bool(bad.any()):
         raise ValueError(
             f"site {name!r}: {int(bad.sum())} of {bad.numel()} observed values are NaN. "

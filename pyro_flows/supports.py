@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pyro.distributions as dist
@@ -39,10 +40,23 @@ def bijection(fn: Any) -> Transform:
     while isinstance(inner, WRAPPERS):
         lifted += getattr(inner, "reinterpreted_batch_ndims", 0)
         inner = inner.base_dist
-    if not _is_narrower(inner) or not ComposeTransform(list(inner.transforms)).bijective:
+    if isinstance(inner, dist.GeneralizedPareto):
+        return _lifted(_perhaps_bounded(inner.support), lifted)
+    if not is_narrower(inner) or not ComposeTransform(list(inner.transforms)).bijective:
         return biject_to(fn.support)
-    whole = ComposeTransform([bijection(inner.base_dist), *inner.transforms])
-    return IndependentTransform(whole, lifted) if lifted else whole
+    return _lifted(ComposeTransform([bijection(inner.base_dist), *inner.transforms]), lifted)
+
+
+def _lifted(transform: Transform, axes: int) -> Transform:
+    return IndependentTransform(transform, axes) if axes else transform
+
+
+def _perhaps_bounded(support: Any) -> Transform:
+    """The bijection onto an interval whose upper bound may be infinite."""
+    upper = torch.as_tensor(support.upper_bound)
+    bounded = torch.isfinite(upper)
+    interval = constraints.interval(support.lower_bound, torch.where(bounded, upper, support.lower_bound + 1.0))
+    return _Choice(bounded, registered(constraints.greater_than(support.lower_bound)), registered(interval))
 
 
 def biject_to(support: Constraint) -> Transform:
@@ -63,6 +77,10 @@ def biject_to(support: Constraint) -> Transform:
         return biject_to(_hull(support.base_constraint, -1))
     if isinstance(support, MaskedConstraint):
         return _Choice(support.mask, biject_to(support.constraint0), biject_to(support.constraint1))
+    if isinstance(support, type(constraints.lower_cholesky)):
+        return _Triangle()
+    if isinstance(support, (type(constraints.positive_definite), type(constraints.positive_semidefinite))):
+        return _Triangle(square=True)
     found: Transform = registered(support)
     return found
 
@@ -88,6 +106,60 @@ class _Choice(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.where(self.mask, *(part.log_abs_det_jacobian(x, part(x)) for part in (self.first, self.other)))
+
+
+class _Triangle(Transform):
+    r"""Lower triangular matrices L with a positive diagonal from n (n + 1) / 2 numbers, or their products L L^T.
+
+    Row by row; the diagonal is exponentiated. Its logarithms add to the log determinant; the step from L to L L^T
+    adds :math:`n \log 2 + \sum_i (n - i + 1) \log L_{ii}`, i counted from 1.
+    """
+
+    domain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, *, square: bool = False) -> None:
+        super().__init__()
+        self.square = square
+
+    @property
+    def codomain(self) -> Any:  # type: ignore[override]
+        return constraints.positive_definite if self.square else constraints.lower_cholesky
+
+    def _call(self, x: Tensor) -> Tensor:
+        size = _side(x.shape[-1])
+        rows, columns = torch.tril_indices(size, size, device=x.device)
+        flat = x.new_zeros(*x.shape[:-1], size * size).index_copy(-1, rows * size + columns, x)
+        root = flat.unflatten(-1, (size, size))
+        root = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=-2, dim2=-1).exp())
+        return root @ root.mT if self.square else root
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        root = torch.linalg.cholesky(y) if self.square else y
+        size = root.shape[-1]
+        rows, columns = torch.tril_indices(size, size, device=y.device)
+        root = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=-2, dim2=-1).log())
+        return root.flatten(-2).index_select(-1, rows * size + columns)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        size = _side(x.shape[-1])
+        steps = torch.arange(1, size + 1, device=x.device)
+        logs = x.index_select(-1, steps * (steps + 1) // 2 - 1)
+        if not self.square:
+            return logs.sum(-1)
+        return ((size + 2 - steps) * logs).sum(-1) + size * math.log(2.0)
+
+    def forward_shape(self, shape: Any) -> torch.Size:
+        side = _side(shape[-1])
+        return torch.Size((*shape[:-1], side, side))
+
+    def inverse_shape(self, shape: Any) -> torch.Size:
+        return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
+
+def _side(numbers: int) -> int:
+    """The side of the triangle that holds so many numbers."""
+    return int(math.isqrt(8 * numbers + 1) - 1) // 2
 
 
 def _hull(support: Any, axis: int) -> Any:
@@ -121,7 +193,7 @@ def is_whole(fn: Any) -> bool:
     support = support_of(fn)
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return support is None or (isinstance(support, type(constraints.real)) and not _is_narrower(fn))
+    return support is None or (isinstance(support, type(constraints.real)) and not is_narrower(fn))
 
 
 def support_of(fn: Any) -> Any:
@@ -133,7 +205,7 @@ def support_of(fn: Any) -> Any:
     return None if constraints.is_dependent(support) else support
 
 
-def _is_narrower(fn: Any) -> bool:
+def is_narrower(fn: Any) -> bool:
     """Whether this is a transformed distribution whose support is only a part of the codomain of its transforms."""
     plain = isinstance(fn, TransformedDistribution) and type(fn).support is TransformedDistribution.support
     return plain and bool(fn.transforms) and not is_whole(fn.base_dist)
@@ -156,7 +228,7 @@ def signature(fn: Any) -> list[Any]:
     if isinstance(fn, MixtureSameFamily):
         return signature(fn.component_distribution)
     found = _numbers(support_of(fn))
-    if _is_narrower(fn):
+    if is_narrower(fn):
         found = [*found, *_numbers(fn.transforms), *signature(fn.base_dist)]
     return found
 
@@ -171,6 +243,22 @@ def _numbers(thing: Any) -> list[Any]:
         kept = {name: part for name, part in vars(thing).items() if name not in ("_cached_x_y", "_inv")}
         return [number for name in sorted(kept) for number in _numbers(kept[name])]
     return []
+
+
+def missing(fn: Any) -> tuple[Tensor, int] | None:
+    """Return the mask that a distribution itself holds (False: left out), and how many axes of one event it has.
+
+    None if it holds none.
+    """
+    if not isinstance(fn, WRAPPERS):
+        return None
+    found = missing(fn.base_dist)
+    if isinstance(fn, MaskedDistribution):
+        mask = torch.as_tensor(fn._mask)
+        return (mask, 0) if found is None else (mask.reshape(mask.shape + (1,) * found[1]) & found[0], found[1])
+    if found is None:
+        return None
+    return found[0], found[1] + getattr(fn, "reinterpreted_batch_ndims", 0)
 
 
 # which values lie inside ----------------------------------------------------------------------------------------------
@@ -206,7 +294,7 @@ def inside(fn: Any, value: Tensor) -> tuple[Tensor, int]:
     found, axes = _check(support, value), depth - _event_dim(support)
     if isinstance(fn, (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)):
         found = found | torch.isnan(value)
-    if _is_narrower(fn):
+    if is_narrower(fn):
         found, axes = _all(found, axes) & _image(fn, value), 0
     return found, axes
 
