@@ -85,7 +85,11 @@ def fit(
         A :class:`Posterior`; read its ``verdict`` first.
 
     Raises:
-        ValueError: before any work, for a bad option or a model that cannot be fitted; the argument or site is named.
+        ValueError: before any work, for a bad option, a model that cannot be fitted, or data outside of the support of
+            their likelihood; the argument or site is named.
+
+    Warns:
+        NothingObservedWarning: for a model with neither data nor factors, so that the posterior is the prior.
 
     References: Agrawal, Sheldon and Domke 2020; Vaitl et al. 2024; Vehtari et al. 2024 (k-hat).
 

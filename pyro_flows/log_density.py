@@ -352,7 +352,7 @@ class LogDensity:
         bad = []
         with torch.no_grad(), quiet():
             trace, ladj = self._run(z, enumerate_sites=True)
-            for name, site in messages(trace).items():
+            for site in messages(trace).values():
                 if site["type"] == "sample" and site["mask"] is not False:
                     density = torch.as_tensor(site["fn"].log_prob(site["value"]))
                     if not torch.isfinite(density).all():

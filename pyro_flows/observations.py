@@ -52,7 +52,8 @@ def check_values(structure: Structure, run: Run, model: Callable[[], Any]) -> fr
     """
     nodes = messages(structure.trace)
     guards = {latent.name for latent in structure.latents if needs_guard(nodes[latent.name]["fn"])}
-    asked = [name for name in structure.observed if not is_whole(nodes[name]["fn"]) and nodes[name]["mask"] is not False]
+    kept = [name for name in structure.observed if nodes[name]["mask"] is not False]
+    asked = [name for name in kept if not is_whole(nodes[name]["fn"])]
     if asked:
         left_alone = _left_alone(structure, model)
         asked = [name for name in asked if name not in left_alone]
@@ -91,7 +92,7 @@ def _two_runs(structure: Structure, run: Run) -> list[poutine.Trace]:
     ends = (-1.0, 1.0), (0.7, -0.7)
 
     def traces(size: float) -> list[poutine.Trace]:
-        like = {"dtype": structure.dtype, "device": structure.device}
+        like: dict[str, Any] = {"dtype": structure.dtype, "device": structure.device}
         points = [torch.linspace(size * start, size * end, structure.dim, **like) for start, end in ends]
         return [run(point) for point in points]
 
@@ -101,7 +102,7 @@ def _two_runs(structure: Structure, run: Run) -> list[poutine.Trace]:
 
 def _moves(one: Any, other: Any) -> bool:
     """Whether the support of an observed site, or its value, differs between two runs."""
-    pairs = [signature(site["fn"]) + [site["value"]] for site in (one, other)]
+    pairs = [[*signature(site["fn"]), site["value"]] for site in (one, other)]
     return len(pairs[0]) != len(pairs[1]) or any(not _same(a, b) for a, b in zip(*pairs, strict=True))
 
 
@@ -267,7 +268,8 @@ def _changes(one: Any, other: Any) -> bool:
 
 
 def _fits(latent: Latent, value: Tensor) -> bool:
-    lengths = {plate.size for plate in latent.plates} | set(latent.shape[-latent.event_dim :] if latent.event_dim else ())
+    event = latent.shape[len(latent.shape) - latent.event_dim :]
+    lengths = {*(plate.size for plate in latent.plates), *event}
     return value.dim() > 0 and len(value) > 1 and len(value) in lengths
 
 
@@ -285,7 +287,7 @@ def _arguments(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
 
 
 def _outside() -> int:
-    """The ``stacklevel`` that stands for the first caller outside of this package, from the function that calls this."""
+    """The ``stacklevel`` of the first caller outside of this package, for the function that calls this."""
     ours = (str(Path(__file__).parent), contextlib.__file__)
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):

@@ -21,7 +21,7 @@ from torch.distributions import Distribution, transform_to
 from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
 
-from pyro_flows.batching import apart, nearer
+from pyro_flows.batching import apart, nearer, quiet
 from pyro_flows.centring import moves, spread, standardise
 from pyro_flows.supports import bijection, guarded, missing
 
@@ -302,11 +302,13 @@ def initial_value(site: Any = None) -> Any:
 def _prior_draws(fn: Any) -> Tensor | None:
     """Draws to start from, or None where there are none; samplers that cannot draw several at once are called often."""
     try:
-        with suppress(RuntimeError, TypeError):  # some of Pyro's samplers ignore the shape asked for, or stumble on it
+        # some of Pyro's samplers ignore the shape that is asked for, or stumble on it
+        with quiet(), suppress(RuntimeError, TypeError):
             draws: Tensor = fn.sample((MEDIAN_DRAWS,))
             if draws.shape == (MEDIAN_DRAWS, *fn.shape()):
                 return draws
-        return torch.stack([fn.sample() for _ in range(MEDIAN_DRAWS)])
+        with quiet():
+            return torch.stack([fn.sample() for _ in range(MEDIAN_DRAWS)])
     except NotImplementedError:
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -24,6 +24,7 @@ from torch.distributions.transforms import (
 
 WRAPPERS = (Independent, ExpandedDistribution, MaskedDistribution)
 ROUNDING = 1e-4  # how far sums, norms and diagonals of data may be from 1: torch's 1e-6 refuses rounded float32 data
+GENERALIZED_PARETO: Any = getattr(torch.distributions, "GeneralizedPareto", ())  # from torch 2.8 on
 BOUNDS = {"lower_bound": torch.amin, "upper_bound": torch.amax}
 
 
@@ -40,7 +41,7 @@ def bijection(fn: Any) -> Transform:
     while isinstance(inner, WRAPPERS):
         lifted += getattr(inner, "reinterpreted_batch_ndims", 0)
         inner = inner.base_dist
-    if isinstance(inner, dist.GeneralizedPareto):
+    if isinstance(inner, GENERALIZED_PARETO):
         return _lifted(_perhaps_bounded(inner.support), lifted)
     if not is_narrower(inner) or not ComposeTransform(list(inner.transforms)).bijective:
         return biject_to(fn.support)
@@ -105,7 +106,8 @@ class _Choice(Transform):
         return torch.where(self.mask, self.first.inv(y), self.other.inv(y))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.where(self.mask, *(part.log_abs_det_jacobian(x, part(x)) for part in (self.first, self.other)))
+        first, other = (part.log_abs_det_jacobian(x, part(x)) for part in (self.first, self.other))
+        return torch.where(self.mask, first, other)
 
 
 class _Triangle(Transform):
@@ -273,7 +275,7 @@ def inside(fn: Any, value: Tensor) -> tuple[Tensor, int]:
     """
     if isinstance(fn, MaskedDistribution):
         found, axes = inside(fn.base_dist, value)
-        mask = fn._mask if isinstance(fn._mask, Tensor) else torch.as_tensor(fn._mask, device=value.device)
+        mask = torch.as_tensor(fn._mask, device=value.device)
         return found | ~mask.reshape(mask.shape + (1,) * axes), axes
     if isinstance(fn, Independent):
         found, axes = inside(fn.base_dist, value)
@@ -284,7 +286,8 @@ def inside(fn: Any, value: Tensor) -> tuple[Tensor, int]:
         found = events_inside(fn.component_distribution, value.unsqueeze(-1 - fn._event_ndims))
         return found.any(-1), 0
     if isinstance(fn, dist.MaskedMixture):
-        return torch.where(fn.mask, events_inside(fn.component1, value), events_inside(fn.component0, value)), 0
+        mask: Any = fn.mask
+        return torch.where(mask, events_inside(fn.component1, value), events_inside(fn.component0, value)), 0
     support = support_of(fn)
     depth = len(fn.event_shape)
     if support is None:
@@ -347,7 +350,7 @@ class Guarded(dist.TorchDistribution):
     A mixture is guarded component by component.
     """
 
-    arg_constraints: dict[str, Constraint] = {}
+    arg_constraints: ClassVar[dict[str, Constraint]] = {}
 
     def __init__(self, base_dist: Any) -> None:
         self.base_dist = base_dist

@@ -47,7 +47,7 @@ MODELS = {
     ),
     "times": (
         lambda: pyro.sample("times", dist.CoalescentTimes(torch.zeros(3))),
-        r"site 'times': no bijection .* support .*CoalescentTimesConstraint",
+        r"site 'times': no bijection .* support .*oalescentTimesConstraint",
     ),
     "delta": (
         lambda: pyro.sample("fixed", dist.Delta(real(1.0))),

@@ -57,8 +57,10 @@ LIKELIHOODS = {
         lambda r: dist.ZeroInflatedNegativeBinomial(r, probs=real(0.3), gate=real(0.3)), [1.0, -2.0], [1.0, 2.0],
     ),
     "categorical": (lambda r: dist.Categorical(logits=r * ones(3)), [1, 3], [2, 0]),
-    "one-hot": (lambda r: dist.OneHotCategorical(logits=r * ones(3)), [[1.0, 0, 0], [1, 1, 0]], [[1.0, 0, 0], [0, 1, 0]]),
-    "multinomial": (lambda r: dist.Multinomial(4, logits=r * ones(3)), [[1.0, 3, 0], [1, -1, 4]], [[1.0, 3, 0], [0, 1, 3]]),
+    "one-hot": (lambda r: dist.OneHotCategorical(logits=r * ones(3)), [[1, 0, 0], [1, 1, 0]], [[1, 0, 0], [0, 1, 0]]),
+    "multinomial": (
+        lambda r: dist.Multinomial(4, logits=r * ones(3)), [[1.0, 3, 0], [1, -1, 4]], [[1.0, 3, 0], [0, 1, 3]],
+    ),
     "parts of counts": (
         lambda r: dist.Multinomial(4, logits=r * ones(3)), [[1.0, 3, 0], [1.5, 1.5, 1]], [[1.0, 3, 0], [0, 1, 3]],
     ),
@@ -67,20 +69,25 @@ LIKELIHOODS = {
     ),
     "Dirichlet": (lambda r: dist.Dirichlet(r * ones(2)), [[0.4, 0.6], [0.5, 0.6]], [[0.4, 0.6], [0.5, 0.50001]]),
     "LKJ": (
-        lambda r: dist.LKJCholesky(2, r), [[[1.0, 0], [0, 1]], [[1, 0], [0.5, 0.5]]], [[[1.0, 0], [0, 1]], [[1, 0], [0.6, 0.8]]],
+        lambda r: dist.LKJCholesky(2, r),
+        [[[1.0, 0], [0, 1]], [[1, 0], [0.5, 0.5]]], [[[1.0, 0], [0, 1]], [[1, 0], [0.6, 0.8]]],
     ),
     "Wishart": (
-        lambda r: dist.Wishart(r + 2, torch.eye(2)), [[[1.0, 0], [0, 1]], [[1, 2], [2, 1]]], [[[1.0, 0], [0, 1]], [[1, 0.5], [0.5, 1]]],
+        lambda r: dist.Wishart(r + 2, torch.eye(2)),
+        [[[1.0, 0], [0, 1]], [[1, 2], [2, 1]]], [[[1.0, 0], [0, 1]], [[1, 0.5], [0.5, 1]]],
     ),
     "ordered": (lambda r: dist.OrderedLogistic(r, real([0.0, 1.0])), [1, 3], [2, 0]),
     "Polya-gamma": (lambda r: dist.TruncatedPolyaGamma(0.0 * r), [1.0, -1.0], [1.0, 0.5]),
     "relaxed": (lambda r: dist.RelaxedBernoulli(real(0.5), logits=r), [0.3, 1.2], [0.3, 0.2]),
-    "sphere": (lambda r: dist.VonMises3D(r * real([1.0, 0, 0])), [[1.0, 0, 0], [1, 1, 0]], [[1.0, 0, 0], [0, 0.6, 0.8]]),
+    "sphere": (
+        lambda r: dist.VonMises3D(r * real([1.0, 0, 0])), [[1.0, 0, 0], [1, 1, 0]], [[1.0, 0, 0], [0, 0.6, 0.8]],
+    ),
     "shifted exponential": (lambda r: shifted(r, 3.0), [4.0, 1.0], [4.0, 3.5]),
     "events": (lambda r: dist.Exponential(r * ones(2)).to_event(1), [[4.0, 1], [1, -1]], [[4.0, 1], [1, 1]]),
     "mixture": (lambda r: dist.MixtureSameFamily(PAIR, dist.Gamma(r * ones(2), 1.0)), [4.0, -1.0], [4.0, 1.0]),
     "mixture with a gap": (
-        lambda r: dist.MixtureSameFamily(PAIR, dist.Uniform(real([0.0, 2.0]), real([1.0, 3.0]))), [0.4, 1.5], [0.4, 2.5],
+        lambda r: dist.MixtureSameFamily(PAIR, dist.Uniform(real([0.0, 2.0]), real([1.0, 3.0]))),
+        [0.4, 1.5], [0.4, 2.5],
     ),
 }  # fmt: skip
 
@@ -97,7 +104,7 @@ def observing(likelihood):
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_impossible_values_are_refused_and_possible_ones_taken(name):
     likelihood, bad, good = LIKELIHOODS[name]
-    with pytest.raises(ValueError, match=r"site 'y': expected .* in the support of .*, got 1 of \d+ outside .*y\[1.*= "):
+    with pytest.raises(ValueError, match=r"site 'y': expected .* the support of .*, got 1 of \d .*outside .*y\[1.*= "):
         pf.LogDensity(observing(likelihood), (real(bad),))
     density = pf.LogDensity(observing(likelihood), (real(good),))
     assert torch.isfinite(density(torch.zeros(1, 1))).all()
