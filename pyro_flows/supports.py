@@ -286,8 +286,8 @@ def inside(fn: Any, value: Tensor) -> tuple[Tensor, int]:
         found = events_inside(fn.component_distribution, value.unsqueeze(-1 - fn._event_ndims))
         return found.any(-1), 0
     if isinstance(fn, dist.MaskedMixture):
-        mask: Any = fn.mask
-        return torch.where(mask, events_inside(fn.component1, value), events_inside(fn.component0, value)), 0
+        where: Any = fn.mask
+        return torch.where(where, events_inside(fn.component1, value), events_inside(fn.component0, value)), 0
     support = support_of(fn)
     depth = len(fn.event_shape)
     if support is None:
