@@ -113,7 +113,6 @@ PRIORS = {
     "flat factor": lambda: improper(constraints.lower_cholesky, 2, 2),
     "flat wrapped": lambda: improper(constraints.MixtureSameFamilyConstraint(constraints.positive)),
 }
-UNBATCHED = {"Wishart"}  # torch's mvlgamma branches on its values
 # Pyro's own samplers or expand do not go further
 ALONE = {"by a mask", "bivariate von Mises", "sine-skewed"}
 GAPS = {"mixture of uniforms", "mixture of Paretos"}
@@ -153,7 +152,7 @@ def test_any_prior_is_placed_scored_and_differentiated(name, shape):
         pytest.skip("not expandable in Pyro itself")
     make = PRIORS[name]
     density = pf.LogDensity(shape(make))
-    assert density.batched == (name not in UNBATCHED)
+    assert density.batched
     torch.manual_seed(3)
     z = torch.randn(5, density.dim, dtype=density.dtype)
     values = density.constrain(z)
