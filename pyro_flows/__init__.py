@@ -11,6 +11,7 @@ from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, AutoNICE, AutoPlanar, AutoRealNVP
 from pyro_flows.image_builders import glow, multiscale_realnvp
 from pyro_flows.log_density import LogDensity
+from pyro_flows.observations import NothingObservedWarning
 from pyro_flows.posterior import Posterior, load
 from pyro_flows.transforms import (
     ActNorm,
@@ -66,6 +67,7 @@ __all__ = [
     "Logit",
     "LowerTriangularAffine",
     "MultiScale",
+    "NothingObservedWarning",
     "Permutation",
     "Planar",
     "Posterior",

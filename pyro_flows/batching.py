@@ -22,6 +22,7 @@ def quiet() -> Iterator[None]:
     """Switch validation off for a while: it branches on values, which neither vmap nor recording can do."""
     with pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop because")  # vmap, in Pyro's samplers
+        warnings.filterwarnings("ignore", message="Singular sample detected")  # torch's Wishart, which draws again
         yield
 
 

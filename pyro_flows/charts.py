@@ -50,7 +50,9 @@ class Heavy:
         scale = torch.where(chosen, self.scale, 1.0)
         size = inner.abs()
         log_cosh = size + torch.log1p(torch.exp(-2.0 * size)) - math.log(2.0)
-        return torch.where(chosen, self.loc + scale * torch.sinh(inner), u), torch.where(chosen, scale.log() + log_cosh, 0.0)
+        return torch.where(chosen, self.loc + scale * torch.sinh(inner), u), torch.where(
+            chosen, scale.log() + log_cosh, 0.0
+        )
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return the coordinates of values."""

@@ -11,7 +11,6 @@ who learn a degree of centring in this way.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,7 +130,12 @@ class _Family:
         # 1. The posterior's precision is that of the prior and that of the data together: begin with half of it.
         log_precision = -2.0 * spread.log() - math.log(2.0)
         began = self.information(log_precision, centre)
-        middle = LogDensity(density.model, density.args, density.kwargs, noncentred={name: found.options for name, found in began.items()})
+        middle = LogDensity(
+            density.model,
+            density.args,
+            density.kwargs,
+            noncentred={name: found.options for name, found in began.items()},
+        )
         loc, unit = _middle_and_spread(middle.unconstrain(values))
         # 2. Everything is trained relative to where it began, in units of its spread.
         base, units = torch.cat([loc, log_precision, centre]), torch.cat([unit, torch.ones_like(spread), spread])

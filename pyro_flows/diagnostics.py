@@ -16,6 +16,7 @@ from pyro_flows import _checks
 from pyro_flows.batching import quiet
 from pyro_flows.guides import AutoFlow
 from pyro_flows.log_density import LogDensity
+from pyro_flows.observations import warn_if_nothing_observed
 from pyro_flows.posterior import Posterior, from_draws
 from pyro_flows.randomness import BatchedDraws, seeded
 from pyro_flows.sites import messages, place_all
@@ -71,6 +72,7 @@ def diagnose(
         with seeded(seed):
             noncentred = guide.initialize(*args, **kwargs)._built_structure.noncentred
     density = LogDensity(model, args, kwargs, noncentred=noncentred)
+    warn_if_nothing_observed(density.structure, density.trace_at, model, args, kwargs)
     with torch.no_grad(), seeded(seed, density.device):
         trace = _run(guide, args, kwargs)  # makes the parameters of a guide that has never run
     with torch.no_grad(), seeded(seed, density.device):

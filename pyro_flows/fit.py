@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows import _checks
+from pyro_flows.charting import choose_charts
+from pyro_flows.coordinates import choose_coordinates
 from pyro_flows.escalation import Round, assess, entry, rounds
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, FlowLike
@@ -22,9 +24,8 @@ from pyro_flows.initial import Start, portfolio
 from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
 from pyro_flows.modes import missed_modes
+from pyro_flows.observations import warn_if_nothing_observed
 from pyro_flows.posterior import Posterior, from_draws
-from pyro_flows.charting import choose_charts
-from pyro_flows.coordinates import choose_coordinates
 from pyro_flows.race import CLOSE, race, share
 from pyro_flows.randomness import seeded
 from pyro_flows.runs import Stack, compare
@@ -85,7 +86,11 @@ def fit(
         A :class:`Posterior`; read its ``verdict`` first.
 
     Raises:
-        ValueError: before any work, for a bad option or a model that cannot be fitted; the argument or site is named.
+        ValueError: before any work, for a bad option, a model that cannot be fitted, or data outside of the support of
+            their likelihood; the argument or site is named.
+
+    Warns:
+        NothingObservedWarning: for a model with neither data nor factors, so that the posterior is the prior.
 
     References: Agrawal, Sheldon and Domke 2020; Vaitl et al. 2024; Vehtari et al. 2024 (k-hat).
 
@@ -114,6 +119,7 @@ def fit(
         if isinstance(flow, str):
             AutoFlow(model, flow, **plan.options)  # bad names and options fail before any work
         density = LogDensity(model, args, plan.kwargs)
+        warn_if_nothing_observed(density.structure, density.trace_at, model, args, plan.kwargs)
         if train_model and not density.parameters():
             raise ValueError(
                 "train_model: expected a model with parameters of its own (pyro.param, modules), got none."

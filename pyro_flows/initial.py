@@ -13,13 +13,13 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_flows.batching import apart, where_possible
 from pyro_flows.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular, scales
 from pyro_flows.log_density import LogDensity
 from pyro_flows.pathfinder import pathfinder, pool
 from pyro_flows.randomness import seeded
+from pyro_flows.supports import bijection
 
 PRIOR_DRAWS = 200
 SEARCHES = 8
@@ -127,7 +127,7 @@ class _FromPrior(Messenger):
         try:
             msg["value"] = fn.sample()
         except NotImplementedError:
-            transform = biject_to(fn.support)
+            transform = bijection(fn)
             shape = transform.inverse_shape(fn.shape())
             msg["value"] = transform(torch.randn(shape, dtype=self.like.dtype, device=self.like.device))
 

@@ -16,9 +16,21 @@ from torch import Tensor, fx
 from pyro_flows import _checks
 from pyro_flows.batching import apart, first_line, join, nearer, quiet, where_possible
 from pyro_flows.enumeration import Enumerate, Evaluator
+from pyro_flows.observations import check_values, not_finite
 from pyro_flows.randomness import BatchedDraws, derive, seeded
 from pyro_flows.recorder import Recorder, rows_for
-from pyro_flows.sites import Latent, Noncentred, Place, Resample, Structure, flatten_all, hold, messages, place_all, read_structure
+from pyro_flows.sites import (
+    Latent,
+    Noncentred,
+    Place,
+    Resample,
+    Structure,
+    flatten_all,
+    hold,
+    messages,
+    place_all,
+    read_structure,
+)
 
 MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
 
@@ -54,8 +66,8 @@ class LogDensity:
 
     Raises:
         ValueError: naming the site, for a model without latents, a discrete latent that is not enumerated, a support
-            without a bijection, a latent that comes and goes, a subsampled plate, NaN in the data; or for a random
-            density.
+            without a bijection, a latent that comes and goes, a subsampled plate, NaN in the data, data outside of the
+            likelihood's support; or for a random density.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
@@ -96,6 +108,8 @@ class LogDensity:
         self._rows = rows_for(self.numbers, MAPPED)
         self._values = Recorder(self._plain_values, self.numbers)
         self._with_gradients = Recorder(self._gradients, self.numbers)
+        self._guards: frozenset[str] = frozenset()
+        self._guards = check_values(self.structure, self.trace_at, lambda: self.model(*self.args, **self.kwargs))
         self._probe()
 
     # one run ------------------------------------------------------------------------------------------------------
@@ -109,11 +123,15 @@ class LogDensity:
             model = Enumerate(first_available_dim=-1 - self.structure.plate_nesting)(model)
         if resample:
             model = Resample()(model)
-        place = Place(self.structure.latents if latents is None else latents, z)
+        place = Place(self.structure.latents if latents is None else latents, z, self._guards)
         with apart(), place:
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         self._check_sites(trace, place)
         return trace, sum((ladj.sum() for _, ladj in place.placed.values()), z.new_zeros(()))
+
+    def trace_at(self, z: Tensor) -> poutine.Trace:
+        """Return the trace of the model at one point ``z`` (D,), with enumerated latents along axes of their own."""
+        return self._run(z, enumerate_sites=True)[0]
 
     def _check_sites(self, trace: poutine.Trace, place: Place) -> None:
         """Refuse models whose latents come and go: a new one would be drawn at random, a lost one have no density."""
@@ -362,11 +380,11 @@ class LogDensity:
         bad = []
         with torch.no_grad(), quiet():
             trace, ladj = self._run(z, enumerate_sites=True)
-            for name, site in messages(trace).items():
+            for site in messages(trace).values():
                 if site["type"] == "sample" and site["mask"] is not False:
                     density = torch.as_tensor(site["fn"].log_prob(site["value"]))
                     if not torch.isfinite(density).all():
-                        bad.append(f"site {name!r} has log density {float(density.sum())}")
+                        bad.append(not_finite(site, density))
         return "; ".join(bad) or f"log Jacobian {float(ladj)}"
 
     def complaint(self, z: Tensor) -> str | None:

@@ -230,7 +230,10 @@ def _distinct(found: list[Lack], units: Tensor) -> list[Lack]:
     kept: list[Lack] = []
     for lack in found:
         away = [lack.place - other.place for other in kept]
-        scaled = [x / units if units.dim() == 1 else torch.linalg.solve_triangular(units, x[:, None], upper=False) for x in away]
+        scaled = [
+            x / units if units.dim() == 1 else torch.linalg.solve_triangular(units, x[:, None], upper=False)
+            for x in away
+        ]
         if all(float(x.norm()) > math.sqrt(len(lack.place)) for x in scaled):
             kept.append(lack)
     return kept

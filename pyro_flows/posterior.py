@@ -148,7 +148,8 @@ class Posterior:
 
         >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
         >>> def model():
-        ...     pyro.sample("x", dist.Normal(1.0, 2.0))
+        ...     x = pyro.sample("x", dist.Normal(1.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
         >>> guide = pyro.infer.autoguide.AutoNormal(model)
         >>> posterior = pf.diagnose(model, guide, draws=1000)
         >>> list(posterior.summary("x", ci_kind="eti", ci_prob=0.9).columns)

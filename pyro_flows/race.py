@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from pyro_flows.guides import AutoFlow
-from pyro_flows.initial import Start, portfolio
+from pyro_flows.initial import Start
 from pyro_flows.log_density import LogDensity
 from pyro_flows.training import BATCH, STEP_SIZE, Check, Trainer
 

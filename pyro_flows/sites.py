@@ -5,24 +5,26 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ImproperUniform, Unit
+from pyro.distributions import Delta, ImproperUniform, NanMaskedMultivariateNormal, NanMaskedNormal, Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, biject_to, transform_to
+from torch.distributions import Distribution, transform_to
 from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
 
-from pyro_flows.batching import apart, nearer
-from pyro_flows.charts import Chart, read_chart, write_chart
+from pyro_flows.batching import apart, nearer, quiet
 from pyro_flows.centring import Information, moves, spread, standardise
+from pyro_flows.charts import Chart, read_chart, write_chart
+from pyro_flows.supports import bijection, guarded, missing
 
 MEDIAN_DRAWS = 15
 CHARTS = {"turn_about", "heavy_about", "heavy_scale"}
@@ -77,7 +79,7 @@ class Latent:
             unconstrained, charted = self.chart.forward(unconstrained)
         if self.noncentred:
             unconstrained, spreading = spread(fn, unconstrained, self.data)
-        transform = biject_to(fn.support)
+        transform = bijection(fn)
         value = transform(unconstrained)
         ladj = transform.log_abs_det_jacobian(unconstrained, value)
         ladj = _by_event(ladj, value.dim() - self.event_dim)
@@ -87,7 +89,7 @@ class Latent:
 
     def flatten(self, value: Tensor, fn: Any) -> Tensor:
         """Return the unconstrained coordinates of one constrained value (no batch axes), shape ``(size,)``."""
-        unconstrained = biject_to(fn.support).inv(value)
+        unconstrained = bijection(fn).inv(value)
         unconstrained = standardise(fn, unconstrained, self.data) if self.noncentred else unconstrained
         flat = (unconstrained if self.chart is None else self.chart.inverse(unconstrained)).reshape(-1)
         return flat if self.free is None else flat[self.free.to(flat.device)]
@@ -142,7 +144,9 @@ class Structure:
         like = torch.zeros((), dtype=self.dtype, device=self.device)
         bare = {"noncentred": False, "data": None, "chart": None}
         latents = tuple(
-            replace(latent, **{**bare, **(_coordinates(latent, wanted[latent.name], like) if latent.name in wanted else {})})
+            replace(
+                latent, **{**bare, **(_coordinates(latent, wanted[latent.name], like) if latent.name in wanted else {})}
+            )
             for latent in self.latents
         )
         moved = any(latent.noncentred for latent in latents)
@@ -171,7 +175,9 @@ def _coordinates(latent: Latent, given: Any, like: Tensor) -> dict[str, Any]:
     try:
         chart, data = read_chart(given, latent.unconstrained_shape, like), None
         if "precision" in given:
-            parts = [torch.as_tensor(given[name], dtype=like.dtype, device=like.device) for name in ("precision", "centre")]
+            parts = [
+                torch.as_tensor(given[name], dtype=like.dtype, device=like.device) for name in ("precision", "centre")
+            ]
             data = Information(*(part.expand(latent.unconstrained_shape).clone() for part in parts))
     except (KeyError, TypeError, RuntimeError, ValueError):
         raise ValueError(
@@ -187,13 +193,15 @@ class Place(Messenger):
     """Give each latent site its value from one unconstrained vector and keep the log Jacobians.
 
     Supports are taken from the run itself, so that a bound may depend on latents drawn before it. Masked-out data are
-    replaced by data, and distributions that were made with argument checks are freed of them (see below).
+    replaced by data, and distributions that were made with argument checks are freed of them (see below). Sites in
+    ``guards`` get a density of zero outside of their supports.
     """
 
-    def __init__(self, latents: Sequence[Latent], z: Tensor) -> None:
+    def __init__(self, latents: Sequence[Latent], z: Tensor, guards: Collection[str] = ()) -> None:
         super().__init__()
         self.latents = {latent.name: latent for latent in latents}
         self.z = z
+        self.guards = guards
         self.placed: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -202,11 +210,20 @@ class Place(Messenger):
         if latent is not None and not msg["is_observed"]:
             self.placed[msg["name"]] = self._place(latent, msg["fn"])
             msg["value"] = self.placed[msg["name"]][0]
-        elif msg["is_observed"] and isinstance(msg["mask"], Tensor) and is_data(msg):
-            msg["value"] = _fill(msg["value"], msg["mask"], msg["fn"].event_dim)
+        elif msg["is_observed"] and is_data(msg):
+            for mask, axes in _masks(msg):
+                msg["value"] = _fill(msg["value"], mask, msg["fn"].event_dim - axes)
+        if msg["name"] in self.guards:
+            msg["fn"] = guarded(msg["fn"])
 
     def _place(self, latent: Latent, fn: Any) -> tuple[Tensor, Tensor]:
         return latent.place(self.z, fn)
+
+
+def _masks(site: Any) -> list[tuple[Tensor, int]]:
+    """The masks over an observed site's entries (False: left out), each with the number of axes of one event it has."""
+    own = missing(site["fn"])
+    return ([(site["mask"], 0)] if isinstance(site["mask"], Tensor) else []) + ([] if own is None else [own])
 
 
 def _fill(value: Tensor, mask: Tensor, event_dim: int) -> Tensor:
@@ -223,11 +240,12 @@ def _fill(value: Tensor, mask: Tensor, event_dim: int) -> Tensor:
 def _unchecked(fn: Any) -> Any:
     """Return the distribution without argument checks, which branch on values; the model's own object stays as it is.
 
-    Only distributions that were made before the run have any, such as the priors of a ``PyroSample``.
+    Under :func:`quiet`, only distributions that were made before the run have any, such as the priors of a
+    ``PyroSample``. Values are checked once, by ``observations.py``.
     """
     inner = {key: part for key, part in vars(fn).items() if isinstance(part, Distribution)}
     freed = {key: _unchecked(part) for key, part in inner.items()}
-    if not vars(fn).get("_validate_args") and all(freed[key] is inner[key] for key in inner):
+    if not getattr(fn, "_validate_args", False) and all(freed[key] is inner[key] for key in inner):
         return fn
     new = copy.copy(fn)
     vars(new).update(freed, _validate_args=False)
@@ -330,13 +348,26 @@ def initial_value(site: Any = None) -> Any:
         return initial_value
     fn = site["fn"]
     transform = _transform(site)
-    try:
-        draws = fn.sample((MEDIAN_DRAWS,))
-    except NotImplementedError:
+    draws = _prior_draws(fn)
+    if draws is None:
         shape = transform.inverse_shape(fn.shape())
         return transform(torch.zeros(shape, **_like(fn.support)))
     middle = transform.inv(draws).median(0).values
     return transform(torch.where(torch.isfinite(middle), middle, torch.zeros_like(middle)))
+
+
+def _prior_draws(fn: Any) -> Tensor | None:
+    """Draws to start from, or None where there are none; samplers that cannot draw several at once are called often."""
+    try:
+        # some of Pyro's samplers ignore the shape that is asked for, or stumble on it
+        with quiet(), suppress(RuntimeError, TypeError):
+            draws: Tensor = fn.sample((MEDIAN_DRAWS,))
+            if draws.shape == (MEDIAN_DRAWS, *fn.shape()):
+                return draws
+        with quiet():
+            return torch.stack([fn.sample() for _ in range(MEDIAN_DRAWS)])
+    except NotImplementedError:
+        return None
 
 
 def _like(support: Constraint) -> dict[str, Any]:
@@ -359,7 +390,7 @@ def _transform(site: Any) -> Any:
             f"(poutine.block(model, hide=[{name!r}]))."
         )
     try:
-        return biject_to(support)
+        return bijection(site["fn"])
     except NotImplementedError:
         raise ValueError(
             f"site {name!r}: no bijection from real numbers to its support {support}. Use a distribution with another "
@@ -515,9 +546,12 @@ def _check_data(site: Any) -> None:
         )
     if not value.is_floating_point() or site["mask"] is False:
         return
-    bad = torch.isnan(value).reshape(*value.shape[: value.dim() - site["fn"].event_dim], -1).any(-1)
-    if isinstance(site["mask"], Tensor):
-        bad = bad & site["mask"]
+    if isinstance(site["fn"], (NanMaskedNormal, NanMaskedMultivariateNormal)):
+        return
+    bad = torch.isnan(value)
+    for mask, axes in _masks(site):
+        bad = bad & mask.reshape(mask.shape + (1,) * (site["fn"].event_dim - axes))
+    bad = bad.reshape(*bad.shape[: bad.dim() - site["fn"].event_dim], -1).any(-1)
     if bool(bad.any()):
         raise ValueError(
             f"site {name!r}: {int(bad.sum())} of {bad.numel()} observed values are NaN. "

@@ -105,7 +105,9 @@ def _kinds(latents: Values) -> list[list[Unit]]:
             if not 1 < length <= AXIS:
                 continue
             signs += [Unit(site, axis, (index,)) for index in range(length)]
-            pairs = itertools.combinations(range(length), 2) if length <= PAIRS_UP_TO else itertools.pairwise(range(length))
+            pairs = (
+                itertools.combinations(range(length), 2) if length <= PAIRS_UP_TO else itertools.pairwise(range(length))
+            )
             for first, second in pairs:
                 swaps.setdefault((length, first, second), []).append(Unit(site, axis, (first, second)))
     signs.sort(key=lambda unit: unit.axis is not None)
@@ -142,9 +144,7 @@ def _grown(density: LogDensity, latents: Values, kind: list[Unit], height: float
 
 def _goes_with(unit: Unit, members: tuple[Unit, ...]) -> bool:
     """Whether a unit adds something: it is not there yet, and is no part of a whole site's change of signs."""
-    return all(
-        unit != other and not (unit.site == other.site and None in (unit.axis, other.axis)) for other in members
-    )
+    return all(unit != other and not (unit.site == other.site and None in (unit.axis, other.axis)) for other in members)
 
 
 def _together(members: tuple[Unit, ...], additions: list[Unit]) -> tuple[Unit, ...]:

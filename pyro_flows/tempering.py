@@ -112,7 +112,9 @@ class _Walk:
         chance = (start - self._energy(state[0], state[1], momentum)).nan_to_num(nan=-torch.inf).exp()
         taken = torch.rand_like(chance) < chance
         self.x = torch.where(taken[..., None], x, self.x)
-        self.log_p, self.log_g = (torch.where(taken, new, old) for new, old in zip(state, (self.log_p, self.log_g), strict=False))
+        self.log_p, self.log_g = (
+            torch.where(taken, new, old) for new, old in zip(state, (self.log_p, self.log_g), strict=False)
+        )
         self.slope = torch.where(taken[..., None], state[2], self.slope)
         return taken.to(self.x.dtype)
 

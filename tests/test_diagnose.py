@@ -128,6 +128,7 @@ def test_flow_guides_with_masks_and_dependent_supports():
     assert (posterior.samples["high"] > posterior.samples["low"]).all()
 
 
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
 def test_dependent_supports_under_pyros_autoguide():
     """Pyro maps ``high`` by the support of its first run; where that is not the model's, draws weigh nothing."""
 
@@ -155,6 +156,7 @@ def test_dependent_supports_under_pyros_autoguide():
     torch.testing.assert_close(ours, log_ratio.detach(), rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
 @pytest.mark.parametrize("support", ["interval", "positive"])
 def test_values_outside_of_the_support_weigh_nothing(support):
     """A uniform prior on (0, 1), or an exponential one, and a Gaussian guide: a share of its draws is outside."""

@@ -107,6 +107,7 @@ def test_summary_of_unreliable_draws_claims_no_accuracy(by_status):
     assert table["mcse_mean"].isna().all()
 
 
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
 def test_summary_intervals_differ_by_kind_and_default_to_the_installed_arviz():
     def model():
         pyro.sample("x", dist.Exponential(1.0))
@@ -143,6 +144,7 @@ def test_summary_refuses_bad_options(by_status, options, message):
         by_status["ok"].summary(hdi_prob=0.9)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
 def test_summary_rounds_each_row_to_its_own_scale():
     def model():
         pyro.sample("small", dist.Normal(0.0, 1e-4))
@@ -238,6 +240,7 @@ def test_draws_of_weight_zero_stay_at_zero(share):
     assert not math.isnan(k_hat)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
 def test_a_guide_wider_than_a_uniform_posterior_is_mended():
     """All weights are one or zero; two thirds are zero."""
 

@@ -1,0 +1,396 @@
+"""Supports of distributions: bijections onto them, and which values lie inside, whatever wraps the distribution."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.mixture import MaskedConstraint
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from torch import Tensor
+from torch.distributions import Distribution, Independent, MixtureSameFamily, TransformedDistribution, constraints
+from torch.distributions import biject_to as registered
+from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
+from torch.distributions.transforms import (
+    CatTransform,
+    ComposeTransform,
+    IndependentTransform,
+    StackTransform,
+    Transform,
+)
+
+WRAPPERS = (Independent, ExpandedDistribution, MaskedDistribution)
+ROUNDING = 1e-4  # how far sums, norms and diagonals of data may be from 1: torch's 1e-6 refuses rounded float32 data
+GENERALIZED_PARETO: Any = getattr(torch.distributions, "GeneralizedPareto", ())  # from torch 2.8 on
+BOUNDS = {"lower_bound": torch.amin, "upper_bound": torch.amax}
+
+
+def bijection(fn: Any) -> Transform:
+    """Return a bijection from real numbers onto the support of a distribution.
+
+    A transformed distribution claims all of its last transform's codomain. Where its base has a narrower support than
+    the real numbers, the image of that one is taken instead.
+
+    Raises:
+        NotImplementedError: if there is none.
+    """
+    inner, lifted = fn, 0
+    while isinstance(inner, WRAPPERS):
+        lifted += getattr(inner, "reinterpreted_batch_ndims", 0)
+        inner = inner.base_dist
+    if isinstance(inner, GENERALIZED_PARETO):
+        return _lifted(_perhaps_bounded(inner.support), lifted)
+    if not is_narrower(inner) or not ComposeTransform(list(inner.transforms)).bijective:
+        return biject_to(fn.support)
+    return _lifted(ComposeTransform([bijection(inner.base_dist), *inner.transforms]), lifted)
+
+
+def _lifted(transform: Transform, axes: int) -> Transform:
+    return IndependentTransform(transform, axes) if axes else transform
+
+
+def _perhaps_bounded(support: Any) -> Transform:
+    """The bijection onto an interval whose upper bound may be infinite."""
+    upper = torch.as_tensor(support.upper_bound)
+    bounded = torch.isfinite(upper)
+    interval = constraints.interval(support.lower_bound, torch.where(bounded, upper, support.lower_bound + 1.0))
+    return _Choice(bounded, registered(constraints.greater_than(support.lower_bound)), registered(interval))
+
+
+def biject_to(support: Constraint) -> Transform:
+    """Return torch's bijection onto a support, also where constraints without one of their own wrap it.
+
+    Components of a mixture that have bounds of their own share the interval from the lowest to the highest of them.
+
+    Raises:
+        NotImplementedError: if there is none.
+    """
+    if isinstance(support, constraints.independent):
+        return IndependentTransform(biject_to(support.base_constraint), support.reinterpreted_batch_ndims)
+    if isinstance(support, constraints.cat):
+        return CatTransform([biject_to(part) for part in support.cseq], support.dim, support.lengths)
+    if isinstance(support, constraints.stack):
+        return StackTransform([biject_to(part) for part in support.cseq], support.dim)
+    if isinstance(support, MixtureSameFamilyConstraint):
+        return biject_to(_hull(support.base_constraint, -1))
+    if isinstance(support, MaskedConstraint):
+        return _Choice(support.mask, biject_to(support.constraint0), biject_to(support.constraint1))
+    if isinstance(support, type(constraints.lower_cholesky)):
+        return _Triangle()
+    if isinstance(support, (type(constraints.positive_definite), type(constraints.positive_semidefinite))):
+        return _Triangle(square=True)
+    found: Transform = registered(support)
+    return found
+
+
+class _Choice(Transform):
+    """One of two elementwise transforms for each element: ``first`` where ``mask`` is True, else ``other``."""
+
+    domain = constraints.real
+    codomain = constraints.real  # of both together; each has its own
+    bijective = True
+
+    def __init__(self, mask: Tensor, other: Transform, first: Transform) -> None:
+        super().__init__()
+        if other.domain.event_dim or first.domain.event_dim:
+            raise NotImplementedError("a masked mixture of distributions whose elements depend on each other")
+        self.mask, self.other, self.first = mask, other, first
+
+    def _call(self, x: Tensor) -> Tensor:
+        return torch.where(self.mask, self.first(x), self.other(x))
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return torch.where(self.mask, self.first.inv(y), self.other.inv(y))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        first, other = (part.log_abs_det_jacobian(x, part(x)) for part in (self.first, self.other))
+        return torch.where(self.mask, first, other)
+
+
+class _Triangle(Transform):
+    r"""Lower triangular matrices L with a positive diagonal from n (n + 1) / 2 numbers, or their products L L^T.
+
+    Row by row; the diagonal is exponentiated. Its logarithms add to the log determinant; the step from L to L L^T
+    adds :math:`n \log 2 + \sum_i (n - i + 1) \log L_{ii}`, i counted from 1.
+    """
+
+    domain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, *, square: bool = False) -> None:
+        super().__init__()
+        self.square = square
+
+    @property
+    def codomain(self) -> Any:  # type: ignore[override]
+        return constraints.positive_definite if self.square else constraints.lower_cholesky
+
+    def _call(self, x: Tensor) -> Tensor:
+        size = _side(x.shape[-1])
+        rows, columns = torch.tril_indices(size, size, device=x.device)
+        flat = x.new_zeros(*x.shape[:-1], size * size).index_copy(-1, rows * size + columns, x)
+        root = flat.unflatten(-1, (size, size))
+        root = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=-2, dim2=-1).exp())
+        return root @ root.mT if self.square else root
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        root = torch.linalg.cholesky(y) if self.square else y
+        size = root.shape[-1]
+        rows, columns = torch.tril_indices(size, size, device=y.device)
+        root = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=-2, dim2=-1).log())
+        return root.flatten(-2).index_select(-1, rows * size + columns)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        size = _side(x.shape[-1])
+        steps = torch.arange(1, size + 1, device=x.device)
+        logs = x.index_select(-1, steps * (steps + 1) // 2 - 1)
+        if not self.square:
+            return logs.sum(-1)
+        return ((size + 2 - steps) * logs).sum(-1) + size * math.log(2.0)
+
+    def forward_shape(self, shape: Any) -> torch.Size:
+        side = _side(shape[-1])
+        return torch.Size((*shape[:-1], side, side))
+
+    def inverse_shape(self, shape: Any) -> torch.Size:
+        return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
+
+def _side(numbers: int) -> int:
+    """The side of the triangle that holds so many numbers."""
+    return int(math.isqrt(8 * numbers + 1) - 1) // 2
+
+
+def _hull(support: Any, axis: int) -> Any:
+    """Return the support that holds those of all components, which lie along ``axis`` of its bounds."""
+    if isinstance(support, MixtureSameFamilyConstraint):
+        return _hull(_hull(support.base_constraint, -1), axis)
+    if isinstance(support, constraints.independent):
+        base = _hull(support.base_constraint, axis - support.reinterpreted_batch_ndims)
+        return constraints.independent(base, support.reinterpreted_batch_ndims)
+    bounds = {name: value for name, value in vars(support).items() if isinstance(value, Tensor) and value.dim()}
+    if not bounds:
+        return support
+    if not bounds.keys() <= BOUNDS.keys():
+        raise NotImplementedError(f"a mixture of components with the support {type(support).__name__}")
+    wider = copy.copy(support)
+    for name, value in bounds.items():
+        if value.dim() >= -axis:
+            setattr(wider, name, BOUNDS[name](value, axis))
+    return wider
+
+
+# which supports are what they claim -----------------------------------------------------------------------------------
+
+
+def is_whole(fn: Any) -> bool:
+    """Whether any real numbers are inside of a distribution's support."""
+    if isinstance(fn, WRAPPERS):
+        return is_whole(fn.base_dist)
+    if isinstance(fn, MixtureSameFamily):
+        return is_whole(fn.component_distribution)
+    support = support_of(fn)
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is None or (isinstance(support, type(constraints.real)) and not is_narrower(fn))
+
+
+def support_of(fn: Any) -> Any:
+    """Return the support that a distribution states, or None if it states none."""
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return None
+    return None if constraints.is_dependent(support) else support
+
+
+def is_narrower(fn: Any) -> bool:
+    """Whether this is a transformed distribution whose support is only a part of the codomain of its transforms."""
+    plain = isinstance(fn, TransformedDistribution) and type(fn).support is TransformedDistribution.support
+    return plain and bool(fn.transforms) and not is_whole(fn.base_dist)
+
+
+def needs_guard(fn: Any) -> bool:
+    """Whether a mixture's components have supports of their own, so that each has density outside of its own one."""
+    if isinstance(fn, WRAPPERS):
+        return needs_guard(fn.base_dist)
+    if isinstance(fn, MixtureSameFamily):
+        component = fn.component_distribution
+        return not is_whole(component) and any(isinstance(part, Tensor) for part in signature(component))
+    return isinstance(fn, TransformedDistribution) and needs_guard(fn.base_dist)
+
+
+def signature(fn: Any) -> list[Any]:
+    """Return all bounds of a distribution's support, tensors and numbers, so that two runs can be compared."""
+    if isinstance(fn, WRAPPERS):
+        return signature(fn.base_dist)
+    if isinstance(fn, MixtureSameFamily):
+        return signature(fn.component_distribution)
+    found = _numbers(support_of(fn))
+    if is_narrower(fn):
+        found = [*found, *_numbers(fn.transforms), *signature(fn.base_dist)]
+    return found
+
+
+def _numbers(thing: Any) -> list[Any]:
+    """Tensors and numbers among the attributes of a constraint or a transform, those of its parts too."""
+    if isinstance(thing, (Tensor, bool, int, float)):
+        return [thing]
+    if isinstance(thing, (list, tuple)):
+        return [number for part in thing for number in _numbers(part)]
+    if isinstance(thing, (Constraint, Transform)):
+        kept = {name: part for name, part in vars(thing).items() if name not in ("_cached_x_y", "_inv")}
+        return [number for name in sorted(kept) for number in _numbers(kept[name])]
+    return []
+
+
+def missing(fn: Any) -> tuple[Tensor, int] | None:
+    """Return the mask that a distribution itself holds (False: left out), and how many axes of one event it has.
+
+    None if it holds none.
+    """
+    if not isinstance(fn, WRAPPERS):
+        return None
+    found = missing(fn.base_dist)
+    if isinstance(fn, MaskedDistribution):
+        mask = torch.as_tensor(fn._mask)
+        return (mask, 0) if found is None else (mask.reshape(mask.shape + (1,) * found[1]) & found[0], found[1])
+    if found is None:
+        return None
+    return found[0], found[1] + getattr(fn, "reinterpreted_batch_ndims", 0)
+
+
+# which values lie inside ----------------------------------------------------------------------------------------------
+
+
+def inside(fn: Any, value: Tensor) -> tuple[Tensor, int]:
+    """Return which numbers of ``value`` lie in the support, and how many of the last axes are axes of one event.
+
+    Numbers that depend on each other (a simplex) stand for one. What a :class:`MaskedDistribution` masks out counts as
+    inside, and so does everything where no support is stated. A value of a mixture has to lie in the support of one of
+    its components.
+    """
+    if isinstance(fn, MaskedDistribution):
+        found, axes = inside(fn.base_dist, value)
+        mask = torch.as_tensor(fn._mask, device=value.device)
+        return found | ~mask.reshape(mask.shape + (1,) * axes), axes
+    if isinstance(fn, Independent):
+        found, axes = inside(fn.base_dist, value)
+        return found, axes + fn.reinterpreted_batch_ndims
+    if isinstance(fn, ExpandedDistribution):
+        return inside(fn.base_dist, value)
+    if isinstance(fn, MixtureSameFamily):
+        found = events_inside(fn.component_distribution, value.unsqueeze(-1 - fn._event_ndims))
+        return found.any(-1), 0
+    if isinstance(fn, dist.MaskedMixture):
+        where: Any = fn.mask
+        return torch.where(where, events_inside(fn.component1, value), events_inside(fn.component0, value)), 0
+    support = support_of(fn)
+    depth = len(fn.event_shape)
+    if support is None:
+        return torch.ones(value.shape[: value.dim() - depth], dtype=torch.bool, device=value.device), 0
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    found, axes = _check(support, value), depth - _event_dim(support)
+    if isinstance(fn, (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)):
+        found = found | torch.isnan(value)
+    if is_narrower(fn):
+        found, axes = _all(found, axes) & _image(fn, value), 0
+    return found, axes
+
+
+def events_inside(fn: Any, value: Tensor) -> Tensor:
+    """Return which events of ``value`` lie in the support: one answer for each batch element."""
+    return _all(*inside(fn, value))
+
+
+def _image(fn: Any, value: Tensor) -> Tensor:
+    """Whether events come from the base's support, through the transforms."""
+    try:
+        for transform in reversed(fn.transforms):
+            value = transform.inv(value)
+    except NotImplementedError:  # a transform that goes one way only
+        return torch.ones((), dtype=torch.bool, device=value.device)
+    return events_inside(fn.base_dist, value)
+
+
+def _all(found: Tensor, axes: int) -> Tensor:
+    return found.flatten(-axes).all(-1) if axes else found
+
+
+def _event_dim(support: Constraint) -> int:
+    return max(support.event_dim, int(isinstance(support, type(dist.constraints.positive_ordered_vector))))
+
+
+def _check(support: Any, value: Tensor) -> Tensor:
+    """What the support says of values; sums, norms and diagonals of 1 hold up to rounding."""
+    value = value if value.is_floating_point() else value.double()
+    if isinstance(support, type(constraints.simplex)):
+        return (value >= 0).all(-1) & ((value.sum(-1) - 1.0).abs() < ROUNDING)
+    if isinstance(support, type(dist.constraints.sphere)):
+        return (torch.linalg.norm(value, dim=-1) - 1.0).abs() < ROUNDING
+    if isinstance(support, type(constraints.corr_cholesky)):
+        norms = (torch.linalg.norm(value, dim=-1) - 1.0).abs() < ROUNDING
+        return constraints.lower_cholesky.check(value) & norms.all(-1)
+    if isinstance(support, type(dist.constraints.corr_matrix)):
+        ones = (value.diagonal(dim1=-2, dim2=-1) - 1.0).abs() < ROUNDING
+        return constraints.positive_definite.check(value) & ones.all(-1)
+    found: Tensor = support.check(value)
+    if isinstance(support, constraints.multinomial):
+        found = found & (value % 1 == 0).all(-1)  # torch asks for the sum alone
+    return found
+
+
+class Guarded(dist.TorchDistribution):
+    """A distribution with density zero outside of its support, where torch's own density goes on as if inside.
+
+    A mixture is guarded component by component.
+    """
+
+    arg_constraints: ClassVar[dict[str, Constraint]] = {}
+
+    def __init__(self, base_dist: Any) -> None:
+        self.base_dist = base_dist
+        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:  # type: ignore[override]
+        return self.base_dist.support
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        return bool(self.base_dist.has_rsample)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        found: Tensor = self.base_dist.sample(sample_shape)
+        return found
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        found: Tensor = self.base_dist.rsample(sample_shape)
+        return found
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Guarded:
+        return Guarded(self.base_dist.expand(batch_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.where(events_inside(self.base_dist, value), self.base_dist.log_prob(value), -torch.inf)
+
+
+def guarded(fn: Any) -> Any:
+    """Return the distribution with density zero outside of its support; the model's own object stays as it is."""
+    return Guarded(_guard_components(fn))
+
+
+def _guard_components(fn: Any) -> Any:
+    if isinstance(fn, MixtureSameFamily):
+        new = copy.copy(fn)
+        new._component_distribution = guarded(fn.component_distribution)
+        return new
+    if isinstance(getattr(fn, "base_dist", None), Distribution) and needs_guard(fn.base_dist):
+        new = copy.copy(fn)
+        new.base_dist = _guard_components(fn.base_dist)
+        return new
+    return fn
