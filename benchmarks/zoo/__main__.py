@@ -3,11 +3,11 @@
     python -m benchmarks.zoo --seed 2 --models 300 --jobs 2
     python -m benchmarks.zoo --seed 2 --models 300 --table
 
-One row of the CSV file is one fit, in a process of its own; it is written as soon as the fit is done, and a fit that has
-a row of the same version is not done again. Develop on one seed, and report another.
+One row of the CSV file is one fit, in a process of its own. It is written as soon as the fit is done, and a fit that
+has a row of the same version is not done again. Develop on one seed, and report another.
 
-- right: means within .25 sd, sds within 25 % (quantiles within .25 sd where tails are heavy, masses of modes within .1),
-  and not called unreliable; or impossible data refused, or called unreliable.
+- right: means within .25 sd, sds within 25 % (quantiles within .25 sd where tails are heavy, masses of modes within
+  .1), and not called unreliable; or impossible data refused, or called unreliable.
 - lie: wrong, and not called unreliable. Alarm: right, and called unreliable.
 - honest: wrong, and called unreliable; or data that are possible refused with a ValueError.
 - crash: another exception, or a process that ended. Cut off: no result after ``--seconds-per-fit``.

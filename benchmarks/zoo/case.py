@@ -93,7 +93,7 @@ class Maker:
     def size(self, low: int = 1, high: int = 40, most: int = 300) -> int:
         """Return a number of dimensions: from ``low`` to ``high``, or up to ``most`` in a large case."""
         low, high = (max(low, min(60, most)), most) if self.large and most > high else (low, high)
-        return int(round(self.log_uniform(low, high)))
+        return round(self.log_uniform(low, high))
 
     def uniform(self, low: float, high: float) -> float:
         """Return a number, uniform between two."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pyro
 import pyro.distributions as dist
-import torch
 from scipy.special import betaln, gammaln, multigammaln
 from torch import Tensor
 
@@ -20,7 +19,7 @@ def _shape(maker: Maker, n: int) -> Array:
 
 
 def _rows(maker: Maker, most: int) -> int:
-    return 0 if maker.flag(0.1) else int(round(maker.log_uniform(1, most)))
+    return 0 if maker.flag(0.1) else round(maker.log_uniform(1, most))
 
 
 def beta_binomial(maker: Maker) -> Piece:

@@ -1,4 +1,4 @@
-"""Two- and three-level normal models with unknown scales: given the scales all else is normal, and scales have a grid."""
+"""Two- and three-level normal models with unknown scales: given these, all else is normal; scales are on a grid."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ScalePrior:
 def effects(
     name: str, way: str, location: Tensor, scale: Tensor, shape: tuple[int, ...], plates: tuple[str, ...]
 ) -> Tensor:
-    """Sample normal effects (shape) with the sites named ``name``: centred, non-centred, or half of the last axis each."""
+    """Sample normal effects (shape) at the sites ``name``: centred, non-centred, or half of the last axis each."""
     if way == "half of each" and shape[-1] > 1:
         half = shape[-1] // 2
         sizes, ways = (half, shape[-1] - half), ("centred", "non-centred")
@@ -68,7 +68,9 @@ def effects(
             for k in range(2)
         ]
         return torch.cat(parts, -1)
-    nested = [pyro.plate(plate, size, dim=-1 - k) for k, (plate, size) in enumerate(zip(plates, reversed(shape)))]
+    nested = [
+        pyro.plate(plate, size, dim=-1 - k) for k, (plate, size) in enumerate(zip(plates, reversed(shape), strict=True))
+    ]
     for plate in nested:
         plate.__enter__()
     try:

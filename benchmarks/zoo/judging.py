@@ -23,8 +23,9 @@ OUTCOMES = ("right", "lie", "alarm", "honest", "crash", "late")
 class Errors:
     """The worst errors of one sample. ``ratio`` is the worst in units of what a right fit may have (``strict``: less).
 
-    ``mean`` and ``quantile`` are in exact sds, ``sd`` is an absolute log ratio, ``mode`` an absolute error of a mass and
-    ``mode_share`` the error relative to the mass; ``where`` names what ``ratio`` is about. NaN where nothing was judged.
+    ``mean`` and ``quantile`` are in exact sds, ``sd`` is an absolute log ratio, ``mode`` an absolute error of a mass
+    and ``mode_share`` the error relative to the mass; ``where`` names what ``ratio`` is about. NaN where nothing was
+    judged.
     """
 
     mean: float = math.nan
@@ -143,7 +144,7 @@ def outcome(case: Case, status: str, ratio: float) -> str:
 
 
 def outcome_of_error(case: Case, error: BaseException) -> str:
-    """Return what an exception is: a refusal with a ValueError is right for impossible data, else honest; or a crash."""
+    """Return what an exception is: a ValueError is right for impossible data and honest for others; else a crash."""
     if isinstance(error, ValueError):
         return "right" if case.impossible else "honest"
     return "crash"

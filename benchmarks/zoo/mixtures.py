@@ -126,7 +126,8 @@ class _Elements:
 
     def text(self) -> str:
         """Return what it is, in words."""
-        return f"{self.components} normals {number_text(self.distance)} sds apart, noise {number_text(self.noise / self.scale)} sds"
+        noise = number_text(self.noise / self.scale)
+        return f"{self.components} normals {number_text(self.distance)} sds apart, noise {noise} sds"
 
 
 def enumerated(maker: Maker) -> Case:

@@ -60,6 +60,6 @@ def of_pieces(kind: Callable[[Maker], Piece], others: Sequence[Callable[[Maker],
     def variant(maker: Maker) -> Case:
         return assemble([kind(maker), *([maker.choice(others)(maker)] if maker.flag(0.33) else [])])
 
-    variant.__name__ = kind.__name__
+    variant.__module__, variant.__name__ = kind.__module__, kind.__name__
     variant.__doc__ = kind.__doc__
     return variant

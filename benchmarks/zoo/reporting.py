@@ -16,11 +16,11 @@ Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of the seed and the versions that were written last, by number, without repeats."""
+    """Return the rows of the seed and version that were written last, by number; of each number the last one."""
     if not rows:
         return []
     last = rows[-1]
-    kept = {row["number"]: row for row in rows if all(row[name] == last[name] for name in ("seed", "version", "zoo"))}
+    kept = {row["number"]: row for row in rows if all(row[name] == last[name] for name in ("seed", "version"))}
     return sorted(kept.values(), key=lambda row: int(row["number"]))
 
 
@@ -66,7 +66,7 @@ def section(rows: Sequence[Row], table: Table, about: Callable[[Sequence[Row]], 
     rows = newest(rows)
     text = (
         f"`fit` as it comes on {len(rows)} random models of seed {rows[0]['seed']}. {about(rows)} "
-        f"pyro_flows {rows[0]['version']}, zoo {rows[0]['zoo']}."
+        f"pyro_flows {rows[0]['version']}."
     )
     return f"{text}\n\n{table(HEADER, table_rows(rows))}"
 

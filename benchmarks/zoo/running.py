@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import multiprocessing
 import os
 import resource
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,13 +50,23 @@ class Task:
         return tuple(str(getattr(self, name)) for name in KEY)
 
 
-def zoo_version() -> str:
-    """Return a digest of the files that make the cases and judge the fits."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        if file.stem not in ("__main__", "running", "reporting", "checking"):
-            digest.update(records.without_docstrings(file.read_text(encoding="utf-8")).encode())
-    return digest.hexdigest()[:8]
+def sources(family: str) -> dict[str, str]:
+    """Return the modules that make the cases of a family and judge the fits, and their source."""
+    found: dict[str, str] = {}
+    waiting = {FAMILIES[family][0].__module__, figures.__module__}
+    while waiting:
+        name = waiting.pop()
+        found[name] = Path(sys.modules[name].__file__ or "").read_text(encoding="utf-8")
+        imports = [node for node in ast.walk(ast.parse(found[name])) if isinstance(node, ast.ImportFrom)]
+        waiting |= {node.module for node in imports if node.module and node.module.startswith("benchmarks.zoo.")}
+        waiting -= found.keys()
+    return found
+
+
+def zoo_version(family: str) -> str:
+    """Return a digest of :func:`sources`; comments and docstrings do not count."""
+    texts = [records.without_docstrings(source) for _, source in sorted(sources(family).items())]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:8]
 
 
 def numbers(models: int, families: Sequence[str] = (), first: int = 0) -> list[int]:
@@ -102,6 +115,7 @@ def _child(task: Task, pipe: Any) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = int(used.ru_utime + used.ru_stime + task.limit) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     row = blank(task)
     try:
         fill(row, task)
@@ -140,10 +154,8 @@ def work(task: Task) -> Row:
 
 def _end(process: Any) -> None:
     process.join(5.0)
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
     process.join(5.0)
 
 
@@ -182,8 +194,9 @@ def bench(
         if family not in FAMILIES:
             raise ValueError(f"families: expected some of {', '.join(FAMILIES)}, got {family!r}.")
     rows = {tuple(row[name] for name in KEY): row for row in records.start(out, FIELDS)}
-    versions = records.code_version(), zoo_version()
-    tasks = [Task(seed, number, *versions, limit) for number in numbers(models, families, first)]
+    version, digests = records.code_version(), {family: zoo_version(family) for family in FAMILIES}
+    wanted = numbers(models, families, first)
+    tasks = [Task(seed, number, version, digests[family_of(number)], limit) for number in wanted]
     for row in _done([task for task in tasks if task.key not in rows], do, jobs):
         records.append(out, FIELDS, row)
         rows[tuple(row[name] for name in KEY)] = row

@@ -32,7 +32,7 @@ class Shape(Protocol):
 
 
 class Gaussian:
-    """A normal distribution: mean (D,), principal axes (the columns of a rotation, None for the coordinates), sds (D,)."""
+    """A normal distribution: mean (D,), sds (D,) along axes, the columns of a rotation (None: the coordinates)."""
 
     def __init__(self, mean: Array, sds: Array, axes: Array | None = None) -> None:
         self.mean, self.sds, self.axes = mean, sds, axes
@@ -68,7 +68,7 @@ class Gaussian:
 
 
 class SinhArcsinh:
-    """``m + A (s * sinh((asinh(u) + e) / d))`` for standard normal u: skewed by e (D,), tails by d (D,), below 1 heavier."""
+    """``m + A (s * sinh((asinh(u) + e) / d))``, u standard normal: skewed by e (D,); tails heavier where d (D,) < 1."""
 
     def __init__(self, outer: Gaussian, skews: Array, tails: Array) -> None:
         self.outer, self.skews, self.tails, self.dim = outer, skews, tails, outer.dim

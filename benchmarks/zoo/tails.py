@@ -254,7 +254,7 @@ def in_an_interval(maker: Maker) -> Piece:
 
 
 def truncated(maker: Maker) -> Piece:
-    """Means of normal data of which only those above a threshold were kept, or of which some are only known to be above."""
+    """Means of normal data: only those above a threshold were kept, or some are only known to be above it."""
     n, rows, censored = maker.size(1, 15, 80), maker.integer(1, 20), maker.flag()
     width, s = maker.rounded(maker.log_uniform(0.5, 5.0)), maker.rounded(maker.log_uniform(0.2, 2.0))
     limit = maker.rounded(maker.uniform(-1.0, 1.0))

@@ -86,7 +86,7 @@ def funnel(maker: Maker) -> Case:
 
 
 class _Funnel:
-    """``x0 ~ Normal(m, s)``, the others ``Normal(0, exp(x0 / 2))``, as a density that shows nothing of its structure."""
+    """``x0 ~ Normal(m, s)``, the others ``Normal(0, exp(x0 / 2))``, as a density that shows no structure."""
 
     def __init__(self, dim: int, centre: float, spread: float) -> None:
         self.dim, self.centre, self.spread = dim, centre, spread
