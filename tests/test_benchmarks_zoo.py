@@ -242,7 +242,7 @@ def test_bench_does_each_fit_once(tmp_path):
     assert done[5:] == [0, 8]
     running.bench(seed=1, models=20, first=15, jobs=3, out=out, do=do)
     assert sorted(done[7:]) == [15, 16, 17, 18, 19]
-    with pytest.raises(ValueError, match="families: expected some of mixtures, .*, got 'reptiles'"):
+    with pytest.raises(ValueError, match=r"families: expected some of mixtures, .*, got 'reptiles'"):
         running.bench(seed=1, models=1, families=["reptiles"], out=out, do=do)
 
 

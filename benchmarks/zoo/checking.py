@@ -51,7 +51,8 @@ def log_probs(case: Case, density: LogDensity, z: Tensor) -> Tensor:
         found = torch.nan_to_num(density(z).double(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     for latent in density.structure.latents:
         if latent.name in case.periods:
-            beyond = latent.unconstrained(z).abs().reshape(len(z), -1) > 0.5 * case.periods[latent.name]
+            angles = z[:, latent.offset : latent.offset + latent.size]
+            beyond = angles.abs() > 0.5 * case.periods[latent.name]
             found = torch.where(beyond.any(1), -math.inf, found)
     return found
 
