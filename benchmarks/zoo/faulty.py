@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import numpy as np
 import pyro
@@ -86,7 +87,7 @@ def masked(maker: Maker) -> Case:
     if way == "obs_mask" and kept.all():
         kept[0, 0] = False
     filler = np.nan if way != "zero weights" and maker.flag() else 99.0
-    data, mask = maker.tensor(np.where(kept, y, filler)), torch.as_tensor(kept)
+    data, mask = maker.tensor(np.where(kept, y, filler)), cast(torch.BoolTensor, torch.as_tensor(kept))
     width_, s_, zero = maker.tensor(width), maker.tensor(s), maker.tensor(0.0)
 
     def model(y: Tensor) -> None:

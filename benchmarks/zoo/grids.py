@@ -25,17 +25,18 @@ class Grid:
     """
 
     def __init__(self, log_density: Callable[[Array], Array], low: ArrayLike, high: ArrayLike, n: int = 1) -> None:
-        low, high = (np.broadcast_to(np.asarray(x, dtype=float), (n,)) for x in (low, high))
+        first: Array = np.broadcast_to(np.asarray(low, dtype=float), (n,))
+        last: Array = np.broadcast_to(np.asarray(high, dtype=float), (n,))
         for points in (COARSE, FINE, FINE):
-            x = low + (high - low) * np.linspace(0.0, 1.0, points)[:, None]
+            x = first + (last - first) * np.linspace(0.0, 1.0, points)[:, None]
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 values = np.broadcast_to(log_density(x), x.shape)
             values = np.where(np.isnan(values), -np.inf, values)
             counts = values > values.max(0) - DROP
-            first = np.maximum(counts.argmax(0) - 1, 0)
-            last = np.minimum(points - counts[::-1].argmax(0), points - 1)
+            below = np.maximum(counts.argmax(0) - 1, 0)
+            above = np.minimum(points - counts[::-1].argmax(0), points - 1)
             each = np.arange(n)
-            low, high = x[first, each], x[last, each]
+            first, last = x[below, each], x[above, each]
         self.n = n
         top = values.max(0)
         density = np.exp(values - top)

@@ -28,6 +28,10 @@ class ScalePrior:
         above = 16.0 if self.kind == "half-Cauchy" else 9.0 if self.kind == "log-normal" else 4.5
         self.range = (centre - (9.0 if self.kind == "log-normal" else 18.0), centre + above)
 
+    def heavy(self, name: str, effects: int) -> frozenset[str]:
+        """Return the scale's name if its posterior, of so many effects less their means, lacks a fourth moment."""
+        return frozenset([name] if self.kind == "half-Cauchy" and effects <= 4 else [])
+
     def distribution(self) -> dist.TorchDistribution:
         """Return it for Pyro."""
         size = self._tensor
@@ -187,6 +191,8 @@ def _two_level(maker: Maker, known: bool) -> Case:
         draw,
         (torch.as_tensor(found.index), maker.tensor(found.y)),
         log_evidence=found.log_evidence,
+        heavy=found.tau_prior.heavy("tau", found.groups - 1)
+        | (frozenset() if known else found.sigma_prior.heavy("sigma", len(found.y) - found.groups)),
     )
 
 
@@ -221,9 +227,10 @@ class _ThreeLevel:
     def log_joint(self, u: Array, v: Array) -> Array:
         """Return the log density of data, u = log tau_a and v = log tau_b."""
         tau_a2, tau_b2 = np.exp(2.0 * u), np.exp(2.0 * v)
-        precision, pull, total, logs = 1.0 / self.w**2, 0.0, 0.0, 2.0 * np.log(self.w)
+        zero = 0.0 * (u + v)
+        precision, pull, total, logs = 1.0 / self.w**2 + zero, zero, zero, 2.0 * np.log(self.w) + zero
         for s in range(self.schools):
-            inner, inner_pull = 0.0, 0.0
+            inner, inner_pull = zero, zero
             for y, error in zip(self.y[:, s], self.errors[:, s], strict=True):
                 variance = tau_b2 + error**2
                 inner, inner_pull = inner + 1.0 / variance, inner_pull + y / variance
@@ -291,6 +298,8 @@ def three_levels(maker: Maker) -> Case:
         draw,
         (maker.tensor(found.y),),
         log_evidence=found.grid.log_mass,
+        heavy=found.priors[0].heavy("tau_a", found.schools - 1)
+        | found.priors[1].heavy("tau_b", (found.classes - 1) * found.schools),
     )
 
 

@@ -14,7 +14,7 @@ from benchmarks.zoo.case import EXACT_DRAWS, Array, Case
 MEAN, SD, MODE = 0.25, math.log(1.25), 0.1  # errors that a right fit may have: sds, log ratio of sds, mass
 STRICT_MEAN, STRICT_SD, STRICT_MODE = 0.1, math.log(1.1), 0.05
 NOISE = 3.0  # standard errors of both samples that are allowed for on top
-LOOSE_SD = 0.05  # relative standard error of a sample's sd above which quantiles are judged in its stead
+LOOSE_SD = 0.035  # relative standard error of a sample's sd above which quantiles are judged in its stead
 QUANTILES = (0.05, 0.5, 0.95)
 OUTCOMES = ("right", "lie", "alarm", "honest", "crash", "late")
 

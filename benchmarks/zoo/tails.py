@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -276,7 +278,7 @@ def truncated(maker: Maker) -> Piece:
     far = 9.0 * width + 30.0 * s
     grid = Grid(log_joint, -far, far, n)
     width_, s_, limit_, zero = (maker.tensor(part) for part in (width, s, limit, 0.0))
-    mask, unseen = torch.as_tensor(seen), maker.tensor((~seen).sum(0))
+    mask, unseen = cast(torch.BoolTensor, torch.as_tensor(seen)), maker.tensor((~seen).sum(0))
 
     def run(prefix: str, y: Tensor | None) -> None:
         with pyro.plate(f"{prefix}group", n, dim=-1):
