@@ -53,11 +53,11 @@ def code_version() -> str:
     folder = Path(pyro_flows.__file__).parent
     for file in sorted(folder.rglob("*.py")):
         if file.parent != folder or file.stem not in PRESENTATION:
-            digest.update(_without_docstrings(file.read_text(encoding="utf-8")).encode())
+            digest.update(without_docstrings(file.read_text(encoding="utf-8")).encode())
     return f"{pyro_flows.__version__}-{digest.hexdigest()[:8]}"
 
 
-def _without_docstrings(source: str) -> str:
+def without_docstrings(source: str) -> str:
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:

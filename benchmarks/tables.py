@@ -27,11 +27,18 @@ from benchmarks import (
     toys,
 )
 from benchmarks.records import Row
+from benchmarks.zoo import reporting as zoo_reporting
+from benchmarks.zoo import running as zoo_running
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 SKELETON = """# Performance
 
 `make bench` runs the benchmarks and writes the tables of this page.
+
+## Is the verdict right?
+
+<!-- zoo: begin -->
+<!-- zoo: end -->
 
 ## Speed
 
@@ -68,6 +75,7 @@ SKELETON = """# Performance
 def write_tables(
     page: Path = PAGE,
     *,
+    zoo_csv: Path = zoo_running.OUT,
     speed_csv: Path = speed.OUT,
     posteriordb_csv: Path = posteriordb.OUT,
     nuts_csv: Path = nuts.OUT,
@@ -82,6 +90,7 @@ def write_tables(
     """
     text = page.read_text(encoding="utf-8") if page.is_file() else SKELETON
     sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
+        ("zoo", zoo_csv, lambda rows: zoo_reporting.section(rows, table, about)),
         ("speed", speed_csv, lambda rows: speed_tables.section(rows, table)),
         ("posteriordb", posteriordb_csv, posteriordb_section),
         ("nuts", nuts_csv, nuts_section),

@@ -1,0 +1,50 @@
+"""A zoo of random Pyro models whose posteriors are known exactly: what ``fit`` says of them can be checked.
+
+    case = zoo(seed=1, number=17)
+    posterior = pyro_flows.fit(case.model, *case.args, model_kwargs=case.kwargs)
+    judge(case, posterior).outcome
+
+References are closed forms, quadrature over at most two numbers, or independent draws; never another fit. See
+``python -m benchmarks.zoo --help``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.zoo import conjugate, faulty, hierarchical, mixtures, symmetric, tails, warped
+from benchmarks.zoo.case import Case, Maker
+
+FAMILIES = {
+    "mixtures": mixtures.VARIANTS,
+    "mirrored": symmetric.VARIANTS,
+    "warped": warped.VARIANTS,
+    "hierarchical": hierarchical.VARIANTS,
+    "conjugate": conjugate.VARIANTS,
+    "tails and bounds": tails.VARIANTS,
+    "faulty data": faulty.VARIANTS,
+}
+
+
+def family_of(number: int) -> str:
+    """Return the family of a case: they take turns, so that any first cases cover all of them evenly."""
+    return list(FAMILIES)[number % len(FAMILIES)]
+
+
+def zoo(seed: int, number: int) -> Case:
+    """Return one case; the same seed and number give the same case.
+
+    Raises:
+        ValueError: for a negative seed or number.
+    """
+    for name, value in (("seed", seed), ("number", number)):
+        if value < 0:
+            raise ValueError(f"{name}: expected a number from 0 on, got {value}.")
+    family, turn = family_of(number), number // len(FAMILIES)
+    variants = FAMILIES[family]
+    maker = Maker(seed, number)
+    made = variants[turn % len(variants)](maker)
+    return replace(made, family=family, seed=seed, number=number, dtype=maker.dtype)
+
+
+__all__ = ["FAMILIES", "Case", "family_of", "zoo"]

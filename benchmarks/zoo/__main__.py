@@ -1,0 +1,66 @@
+"""Fit random models whose posteriors are known exactly, and count how often the verdict is right about them.
+
+    python -m benchmarks.zoo --seed 2 --models 300 --jobs 2
+    python -m benchmarks.zoo --seed 2 --models 300 --table
+
+One row of the CSV file is one fit, in a process of its own. It is written as soon as the fit is done, and a fit that
+has a row of the same version is not done again. Develop on one seed, and report another.
+
+- right: means within .25 sd, sds within 25 % (quantiles within .25 sd where tails are heavy, masses of modes within
+  .1), and not called unreliable; or impossible data refused, or called unreliable.
+- lie: wrong, and not called unreliable. Alarm: right, and called unreliable.
+- honest: wrong, and called unreliable; or data that are possible refused with a ValueError.
+- crash: another exception, or a process that ended. Cut off: no result after ``--seconds-per-fit``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import records, tables
+from benchmarks.zoo import FAMILIES, running
+from benchmarks.zoo.reporting import HEADER, line, newest, table_rows, wanting
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the zoo (default: 1, to develop on)")
+    parser.add_argument("--models", type=records.positive, default=300, help="how many (default: 300)")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="the number to begin with (default: 0)")
+    parser.add_argument("--families", nargs="+", default=[], metavar="NAME", help=f"some of: {', '.join(FAMILIES)}")
+    parser.add_argument(
+        "--seconds-per-fit", type=float, default=running.SECONDS, help="of the processor (default: 180)"
+    )
+    parser.add_argument("--jobs", type=records.positive, default=1, help="processes, one thread each (default: 1)")
+    parser.add_argument("--out", type=Path, default=running.OUT, metavar="CSV", help="file of the rows")
+    parser.add_argument("--table", action="store_true", help="only show the table of the newest rows in the file")
+    options = parser.parse_args(arguments)
+    if options.table:
+        rows = newest(records.read(options.out))
+        if not rows:
+            parser.error(f"no rows in {options.out}")
+    else:
+        try:
+            rows = running.bench(
+                seed=options.seed,
+                models=options.models,
+                families=options.families,
+                first=options.first,
+                limit=options.seconds_per_fit,
+                out=options.out,
+                jobs=options.jobs,
+                show=lambda row: print(line(row), flush=True),
+            )
+        except ValueError as error:
+            parser.error(str(error))
+    print(tables.table(HEADER, table_rows(rows)))
+    print("\n".join(wanting(rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What the zoo's fits say: a line for each, and a table by family."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+from benchmarks.records import Row
+from benchmarks.zoo import FAMILIES
+from benchmarks.zoo.judging import OUTCOMES
+
+SHOWN = {"lie": "lies", "crash": "crashes", "alarm": "alarms", "right": "right", "honest": "honest", "late": "cut off"}
+HEADER = ("family", *SHOWN.values(), "fits", "strictly right", "seconds, median", "seconds, most")
+Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of the seed and version that were written last, by number; of each number the last one."""
+    if not rows:
+        return []
+    last = rows[-1]
+    kept = {row["number"]: row for row in rows if all(row[name] == last[name] for name in ("seed", "version"))}
+    return sorted(kept.values(), key=lambda row: int(row["number"]))
+
+
+def line(row: Row) -> str:
+    """Return one line about one fit."""
+    head = f"{row['number']:>4} {row['outcome']:<6} {row['status'] or '-':<10} {row['family']}: {row['name']}"
+    if row["error"]:
+        return f"{head} | {row['error']}"
+    errors = f"{_text(row['ratio'])} of the limit in {row['worst']}" if row["worst"] else ""
+    times = f"D = {row['dim']}, k-hat {_text(row['k_hat'])}, {_text(row['seconds'])} s"
+    return f"{head} | {errors}; {times}; {row['reasons'] or 'no reasons'}"
+
+
+def _text(value: str) -> str:
+    return f"{float(value):.2f}" if value else "-"
+
+
+def counts(rows: Sequence[Row]) -> dict[str, int]:
+    """Return how many fits came to each outcome."""
+    return {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in OUTCOMES}
+
+
+def strictly_right(rows: Sequence[Row]) -> int:
+    """Return how many right fits are so by the strict limits too, refused impossible data among them."""
+    return sum(row["outcome"] == "right" and float(row["strict_ratio"] or 0.0) <= 1.0 for row in rows)
+
+
+def table_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the cells of the table: a row for each family, and one for all."""
+    groups = [(family, [row for row in rows if row["family"] == family]) for family in FAMILIES]
+    body = []
+    for name, group in [*((name, group) for name, group in groups if group), ("all", list(rows))]:
+        found = counts(group)
+        seconds = [float(row["seconds"]) for row in group if row["seconds"]]
+        median, most = (statistics.median(seconds), max(seconds)) if seconds else (math.nan, math.nan)
+        cells = [str(found[outcome]) for outcome in SHOWN]
+        body.append([name, *cells, str(len(group)), str(strictly_right(group)), f"{median:.1f}", f"{most:.0f}"])
+    return body
+
+
+def section(rows: Sequence[Row], table: Table, about: Callable[[Sequence[Row]], str]) -> str:
+    """Return the section of the performance page: the newest run of the zoo."""
+    rows = newest(rows)
+    text = (
+        f"`fit` as it comes on {len(rows)} random models of seed {rows[0]['seed']}. {about(rows)} "
+        f"pyro_flows {rows[0]['version']}."
+    )
+    return f"{text}\n\n{table(HEADER, table_rows(rows))}"
+
+
+def wanting(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each lie, crash, alarm, and fit that was cut off."""
+    order = ("lie", "crash", "alarm", "late", "honest")
+    kept = [row for row in rows if row["outcome"] in order]
+    return [line(row) for row in sorted(kept, key=lambda row: (order.index(row["outcome"]), int(row["number"])))]
