@@ -18,7 +18,7 @@ from pyro_flows.training import BATCH, STEP_SIZE, Budget, Report, Trainer, Train
 from pyro_flows.verdict import Weighing, judge, weigh
 
 ENOUGH_K = 0.5
-ENOUGH_GAP = 0.04
+ENOUGH_GAP, ENOUGH_GAP_A_DIM = 0.04, 0.0015  # nats between log evidence and ELBO: the larger one, by the dimension
 JUDGED_DRAWS = 20_000
 ALL = ("larger batch", "more layers", "heavier tails", "tempering")
 TAILS_FIRST = ("heavier tails", "larger batch", "more layers")
@@ -42,12 +42,17 @@ class Round:
         """Whether there is nothing left to mend: stricter than the verdict, since more rounds are to be had."""
         gap = self.weighing.log_evidence - self.weighing.elbo
         fine = judge(self.weighing, _numbers(self.weighing)).status == "ok"
-        return fine and self.training.converged and self.weighing.k_hat < ENOUGH_K and gap < ENOUGH_GAP
+        return fine and self.training.converged and self.weighing.k_hat < ENOUGH_K and gap < self.enough_gap
+
+    @property
+    def enough_gap(self) -> float:
+        """The gap in nats that leaves nothing to see in means and sds: the same for each dimension."""
+        return max(ENOUGH_GAP, ENOUGH_GAP_A_DIM * len(self.weighing.mean_shift))
 
     @property
     def tails_only(self) -> bool:
         """Whether nothing but k-hat is short: log evidence and ELBO leave no room for more layers."""
-        return self.weighing.log_evidence - self.weighing.elbo < ENOUGH_GAP and self.training.converged
+        return self.weighing.log_evidence - self.weighing.elbo < self.enough_gap and self.training.converged
 
     @property
     def rank(self) -> tuple[float, float]:

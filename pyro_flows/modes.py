@@ -18,7 +18,8 @@ from pyro_flows.pathfinder import pathfinder
 from pyro_flows.psis import psis
 from pyro_flows.randomness import derive, seeded
 from pyro_flows.symmetries import moves
-from pyro_flows.tempering import log_mean, temper
+from pyro_flows.tempering import log_mean, temper, wander
+from pyro_flows.verdict import resample
 
 SHARE = 0.02  # of the mass that the guide covers
 THINNER = 7.0  # nats by which the guide falls short at a mode that it lacks
@@ -34,7 +35,10 @@ LINE_POINTS = 24  # by as many points a side,
 NEAR, FAR = 2.0, 40.0  # standard deviations away
 MOVES = 8
 MOVED_DRAWS = 200
-SEEDS = 3  # draws at which exact moves are looked for
+WANDERERS = 256
+WANDERED = "wandered"
+THIN = 3.0  # nats by which the guide falls short where wanderers count
+SEEDS = 2  # draws at which exact moves are looked for
 
 Score = Callable[[Tensor], Tensor]
 
@@ -76,6 +80,7 @@ def missed_modes(
        tell the mass; where they are too few, tempering does, in comparison with the region that the guide covers, by
        the same method.
     3. All draws are moved along single coordinates to further maxima: see :func:`_across`.
+    4. Draws wander about under the density itself: see :func:`_wandered`.
 
     Args:
         density: log p, unnormalised.
@@ -95,7 +100,7 @@ def missed_modes(
     found = _mirrored(guide, *few) if density.batched else []
     found = found or _climbed(guide, modes, z[finite], seed=seed)
     if not found and density.batched:
-        found = _across(guide, *few)
+        found = _across(guide, *few) or _wandered(guide, z[finite], weights[finite], seed=seed)
     notes = () if density.batched else (
         f"modes were looked for from {SEARCHES_UNBATCHED} points only, since the model runs draw by draw",
     )  # fmt: skip
@@ -103,7 +108,8 @@ def missed_modes(
         return Search(notes=notes)
     names = sorted({_named(density, lack.place, few[0]) for lack in found})
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return Search(tuple(found), f"the guide lacks a mode near {names[0]}{more}; try runs=4", notes)
+    what = "has too little" if found[0].start.name == WANDERED else "lacks a mode"
+    return Search(tuple(found), f"the guide {what} near {names[0]}{more}; try runs=4", notes)
 
 
 @dataclass(frozen=True)
@@ -121,12 +127,12 @@ class _Guide:
         return torch.where(self.is_thin(z, log_p) & torch.isfinite(ratios), ratios, -torch.inf).exp()
 
     @torch.no_grad()
-    def is_thin(self, z: Tensor, log_p: Tensor) -> Tensor:
-        """Whether the guide has far less than it ought to have at points (S, D) with these log densities."""
+    def is_thin(self, z: Tensor, log_p: Tensor, *, by: float = THINNER) -> Tensor:
+        """Whether the guide has less than it ought to have, by some nats, at points (S, D) with these log densities."""
         usable = torch.isfinite(log_p) & torch.isfinite(z).all(1)
         thin = torch.zeros_like(usable)
         if bool(usable.any()):
-            thin[usable] = (log_p[usable] - self.score(z[usable])).double() - self.covered > THINNER
+            thin[usable] = (log_p[usable] - self.score(z[usable])).double() - self.covered > by
         return thin
 
 
@@ -271,6 +277,25 @@ def _across(guide: _Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
         if float(share.mean()) > SHARE:
             found.append(Lack(moved[int(share.argmax())], _moments(moved[share > 0.0], "moved")))
     return found
+
+
+@torch.no_grad()
+def _wandered(guide: _Guide, z: Tensor, weights: Tensor, *, seed: int) -> list[Lack]:
+    """Let weighted draws wander; return a place where the guide is too thin, if more of them come there than there were.
+
+    This finds what a guide lacks next to where it lies, such as the neck of a funnel. Weights know of places where the
+    guide is thin as long as it has a draw there; only what exceeds that counts.
+    """
+    ratios = (weights - guide.covered).double()
+    known = float(torch.softmax(ratios, 0)[ratios > THIN].sum())
+    chosen = resample(torch.log_softmax(ratios, 0), WANDERERS, seed=derive(seed, "wanderers"))
+    ends, log_p = wander(guide.density, z[chosen], _units(z), seed=derive(seed, "wandering"))
+    thin = guide.is_thin(ends, log_p, by=THIN)
+    share = float(thin.double().mean())
+    error = math.sqrt(max(share, 1.0 / WANDERERS) * (1.0 - share) / WANDERERS)
+    if share - 2.0 * error <= known + SHARE:
+        return []
+    return [Lack(ends[thin][0], _moments(ends[thin], WANDERED))]
 
 
 def _further_maxima(density: LogDensity, centre: Tensor, sd: Tensor) -> list[Tensor]:

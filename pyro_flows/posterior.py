@@ -332,6 +332,7 @@ def from_draws(
     settings: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Posterior:
     """Draw, score, weigh and judge. ``draw(n)`` gives unconstrained draws and their log density under the guide."""
     _checks.integer("draws", draws, 100)
@@ -345,6 +346,7 @@ def from_draws(
             seed=seed,
             warnings=warnings,
             failures=failures,
+            notes=notes,
             complaint=density.complaint,
         )
         samples = density.constrain(found.used)

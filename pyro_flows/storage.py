@@ -167,7 +167,7 @@ def _describe(source: Path) -> dict[str, Any]:
 
 def _verdict(stored: Mapping[str, Any]) -> Verdict:
     numbers = {name: float(stored[name]) for name in ("k_hat", "k_threshold", "ess_ratio", "mean_shift", "sd_shift")}
-    return Verdict(status=stored["status"], where=stored["where"], reasons=tuple(stored["reasons"]), **numbers)
+    return Verdict(status=stored["status"], where=stored["where"], reasons=tuple(stored["reasons"]), notes=tuple(stored.get("notes", ())), **numbers)
 
 
 def _density(density: LogDensity, coordinates: Sequence[str], tensors: Mapping[str, Any]) -> LogDensity:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_flows.log_density import LogDensity
 
-UNITS = 64  # seeds at most, whole sites first
+UNITS = 40  # seeds at most, whole sites first
 AXIS = 32  # longest axis whose indices are moved one at a time
 PAIRS_UP_TO = 6  # indices along an axis of which each pair is exchanged; neighbours only, beyond
 ADDITIONS = 12
@@ -82,7 +82,7 @@ class Move:
 def moves(density: LogDensity, z: Tensor) -> list[Move]:
     """Return the moves found at one draw ``z`` (D,) that lead back to about its height; see the module.
 
-    Cost: at most 64 (64 + 1) densities for each of twelve additions; most models have a few units, and two additions.
+    Cost: at most 40 (40 + 1) densities for each of twelve additions; most models have a few units, and two additions.
     """
     latents = _latents(density, z[None])
     found: dict[frozenset[Unit], Move] = {}
@@ -116,7 +116,7 @@ def _kinds(latents: Values) -> list[list[Unit]]:
 
 def _grown(density: LogDensity, latents: Values, kind: list[Unit], height: float) -> list[tuple[Unit, ...]]:
     """Grow a set from each unit of a kind, all of them side by side; return those that come back to ``height``."""
-    sets = [(unit,) for unit in kind]
+    sets: list[tuple[Unit, ...]] = [(unit,) for unit in kind]
     heights = _heights(density, latents, sets)
     sets = [members for members, at in zip(sets, heights.tolist(), strict=True) if at > -torch.inf]
     heights = heights[heights > -torch.inf]

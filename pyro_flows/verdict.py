@@ -19,6 +19,7 @@ WIDENING = math.log(2.0)  # of an sd: beyond it, weights tell that mass is missi
 LEVEL = math.log(1.5)  # largest weight over the mean one, below which weights have no tail for k-hat to look at
 MENDED_MEAN = 1.0  # sds: a guide that is further off has not seen what it should weigh
 MENDED_K = 0.5  # of weights that have to mend something: above it they have no variance
+HEAVY_INDEX = 0.42
 POOL = 4
 CHECKED = 50  # draws run with Pyro's argument checks on
 
@@ -39,6 +40,7 @@ class Verdict:
         sd_shift: largest absolute log ratio of raw and weighted sds.
         where: the coordinate of the larger shift.
         reasons: what spoke against ``ok``, in words.
+        notes: what was not or not fully checked, and what else to know before the draws are used.
     """
 
     status: str
@@ -49,8 +51,12 @@ class Verdict:
     sd_shift: float
     where: str
     reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        return self._sentence() + (f" Note: {'; '.join(self.notes)}." if self.notes else "")
+
+    def _sentence(self) -> str:
         figures = (
             f"k-hat {self.k_hat:.2f} (limit {self.k_threshold:.2f}), ESS/S {self.ess_ratio:.2f}, "
             f"largest shift by weighting {self.mean_shift:.2f} sd at {self.where}"
@@ -80,6 +86,7 @@ class Weighing:
     widening: float
     distance: float  # the largest shift of a mean, of the draws that are possible under p
     broken: int
+    heavy: Tensor | None = None  # (D,): quantiles were compared in place of moments
 
     @property
     def threshold(self) -> float:
@@ -109,22 +116,71 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
     spread = points.std(0)
     weighted_spread = (weights * (points - weighted).square()).sum(0).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     narrowing = (spread / weighted_spread).log()
+    mean_shift = (mean - weighted).abs() / weighted_spread
+    distance = (points[possible].mean(0) - weighted).abs() / weighted_spread
+    heavy = heavy_tails(points)
+    if bool(heavy.any()):  # moments that do not exist are noise
+        moved, narrowed = _quantile_shifts(points[:, heavy], weights[:, 0])
+        mean_shift[heavy], distance[heavy], narrowing[heavy] = moved, moved, narrowed
     return Weighing(
         log_weights=log_weights,
         k_hat=k_hat,
         ess=float(1.0 / weights.square().sum()),
         elbo=float(ratio[possible].mean()),
         log_evidence=log_evidence,
-        mean_shift=(mean - weighted).abs() / weighted_spread,
+        mean_shift=mean_shift,
         sd_shift=narrowing.abs(),
         widening=float(-narrowing.min()),
-        distance=float(((points[possible].mean(0) - weighted).abs() / weighted_spread).max()),
+        distance=float(distance.max()),
         broken=broken,
+        heavy=heavy,
     )
 
 
+def heavy_tails(points: Tensor) -> Tensor:
+    """Return which columns (D,) of draws (S, D) have tails so heavy that their variance may not exist.
+
+    The tail index of each side is estimated from the 3 sqrt(S) draws that are farthest from the median. From an index of
+    0.5 on there is no variance; what counts as heavy begins a little below.
+
+    Reference: Dekkers, Einmahl and de Haan 1989, "A moment estimator for the index of an extreme-value distribution".
+    """
+    count = len(points)
+    tail = int(3.0 * math.sqrt(count))
+    if tail < 30 or tail >= count // 2:
+        return torch.zeros(points.shape[1], dtype=torch.bool, device=points.device)
+    away = torch.nan_to_num(points - points.median(0).values)
+    heavy = torch.zeros(points.shape[1], dtype=torch.bool, device=points.device)
+    for side in (away, -away):
+        largest = side.topk(tail + 1, dim=0).values.clamp_min(torch.finfo(side.dtype).tiny).log()
+        excess = largest[:-1] - largest[-1]
+        first, second = excess.mean(0), excess.square().mean(0)
+        index = first + 1.0 - 0.5 / (1.0 - first.square() / second.clamp_min(torch.finfo(side.dtype).tiny))
+        heavy = heavy | (index > HEAVY_INDEX)
+    return heavy
+
+
+def _quantile_shifts(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return shifts of quartiles in weighted sds (from the quartiles), and the log ratio of spreads, raw over weighted."""
+    ordered, places = points.sort(0)
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=points.dtype, device=points.device)
+    cumulative = weights[places].cumsum(0)
+    wanted = levels[None].expand(points.shape[1], -1).contiguous()
+    index = torch.searchsorted(cumulative.mT.contiguous(), wanted).clamp_max(len(points) - 1)
+    weighted, raw = ordered.gather(0, index.mT), torch.quantile(points, levels, dim=0)
+    scale = ((weighted[3] - weighted[1]) / 1.349).clamp_min(torch.finfo(points.dtype).tiny)
+    ratios = torch.stack([(raw[4] - raw[0]) / (weighted[4] - weighted[0]), (raw[3] - raw[1]) / (weighted[3] - weighted[1])])
+    widest = ratios.log().abs().argmax(0)
+    return ((raw - weighted)[1:4].abs() / scale).amax(0), ratios.log().gather(0, widest[None])[0]
+
+
 def judge(
-    weighing: Weighing, names: Sequence[str], *, warnings: Sequence[str] = (), failures: Sequence[str] = ()
+    weighing: Weighing,
+    names: Sequence[str],
+    *,
+    warnings: Sequence[str] = (),
+    failures: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Verdict:
     """Turn a weighing into a verdict.
 
@@ -133,7 +189,12 @@ def judge(
         names: labels of the coordinates.
         warnings: what speaks against the raw draws (a fit that was cut short, runs that disagree).
         failures: what speaks against the weighted draws too (a mode that the guide lacks).
+        notes: what was not checked, or is to be known.
     """
+    if weighing.heavy is not None and bool(weighing.heavy.any()):
+        found = [names[index] for index in weighing.heavy.nonzero().flatten().tolist()]
+        said = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        notes = (*notes, f"{said}: tails so heavy that quantiles were compared; means and sds may not exist")
     reasons = list(failures)
     ratio = weighing.ess / len(weighing.log_weights)
     if not weighing.k_hat < weighing.threshold:
@@ -165,6 +226,7 @@ def judge(
         sd_shift=sd,
         where=names[int(where)],
         reasons=(*reasons, *moved, *warnings),
+        notes=tuple(notes),
     )
 
 
@@ -192,12 +254,14 @@ def decide(
     seed: int,
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
+    notes: Sequence[str] = (),
     complaint: Callable[[Tensor], str | None] = lambda z: None,
 ) -> Decision:
     """Draw a pool of four times as many draws as asked for, weigh and judge it, and choose the draws to use.
 
     The pool steadies k-hat, whose standard error is about (1 + k) / sqrt(3 sqrt(S)). The first ``draws`` of it are the
-    raw draws; where weighting mends them, the draws to use are resampled from the whole pool.
+    raw draws; where weighting mends them, the draws to use are resampled from the whole pool, and a second pool has to
+    come to the same verdict.
 
     Args:
         draw: n -> draws z (n, D) and their log density (n,) under the guide.
@@ -207,6 +271,7 @@ def decide(
         seed: of the resampling.
         warnings: see :func:`judge`.
         failures: see :func:`judge`.
+        notes: see :func:`judge`.
         complaint: z -> what is invalid about the model at some of the first draws, though its density is finite there.
     """
     pool, pool_q = draw(POOL * draws)
@@ -215,7 +280,13 @@ def decide(
     objection = complaint(pool[:CHECKED])
     if objection is not None:
         failures = (*failures, f"the model is invalid at some draws: {objection}")
-    verdict = judge(weighing, names, warnings=warnings, failures=failures)
+    verdict = judge(weighing, names, warnings=warnings, failures=failures, notes=notes)
+    if verdict.status == "corrected":  # one lucky pool does not correct a guide
+        again, again_q = draw(POOL * draws)
+        second = judge(weigh(again, score(again), again_q), names)
+        if second.status == "unreliable":
+            failures = (*failures, f"a second sample is worse ({second.reasons[0]})")
+            verdict = judge(weighing, names, warnings=warnings, failures=failures, notes=notes)
     raw = torch.arange(draws, device=pool.device)
     index = resample(weighing.log_weights, draws, seed=seed) if verdict.status == "corrected" else raw
     return Decision(
