@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 COMPILES_FROM = 150.0  # seconds allowed in all, below which nothing is compiled: that takes 20 s, and cannot be cut
 RESERVED_AT_MOST = 0.25  # of all seconds, for judging
@@ -77,6 +80,10 @@ class Clock:
         if self.over and not self.final:
             raise OutOfTime
 
+    def watching(self) -> AbstractContextManager[Any]:
+        """Look at the clock at each of torch's operations inside, if there is a bound: for what takes seconds."""
+        return _Watch(self) if self.finite else nullcontext()
+
     @property
     def hurried(self) -> bool:
         """Whether there may be too little time to judge by all draws."""
@@ -147,6 +154,18 @@ class Part:
                 self.clock.skip(self.name)
             return True
         return isinstance(error, KeyboardInterrupt) and not self.clock.final and self.clock.interrupt(self.name)
+
+
+class _Watch(TorchDispatchMode):
+    """Looks at the clock at each operation, those that are being recorded too."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.clock.look()
+        return func(*args, **(kwargs or {}))
 
 
 def unbounded() -> Clock:

@@ -172,7 +172,7 @@ class LogDensity:
 
     def map(self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "error") -> Any:
         """Apply a function of one point to all rows of ``z``, in chunks; results (dicts of tensors) are stacked."""
-        with quiet():
+        with quiet(), self.clock.watching():
             if self.batched:
                 try:
                     batched = torch.func.vmap(function, randomness=randomness)
@@ -260,7 +260,7 @@ class LogDensity:
 
     def _gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Both for the rows of ``z``, in pieces like those of :meth:`map`."""
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), self.clock.watching():
             run = torch.func.vmap(torch.func.grad_and_value(self.single))
             parts = [run(part) for part in self._pieces(z)]
         grad, value = (torch.cat(part) for part in zip(*parts, strict=True))

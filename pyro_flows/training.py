@@ -203,7 +203,8 @@ class Trainer:
         like = self.weights.new_zeros(self.batch, self.flow.dim)
         self.write()
         try:
-            self._step = Step(self.flow, self.density, like, self.weights, self._views, compile=self.compile)
+            with self.density.clock.watching():
+                self._step = Step(self.flow, self.density, like, self.weights, self._views, compile=self.compile)
             self.evaluation = "recorded"
         except Exception as error:
             self.evaluation = f"eager: {first_line(error)}"
@@ -275,7 +276,7 @@ def train(
         return Training(trainer.losses[first:], value, still, moving, why, trainer.skipped, ratchet.falls)
     ratchet.rescue()
     losses = trainer.losses[first:]
-    why = f"{len(losses)} steps were taken before the fit was stopped ({why})"
+    why = f"{len(losses)} steps were taken before the fit was stopped" + (f" ({why})" if losses else "")
     moving = not still and (monitor.restless or len(monitor.elbos) < WINDOW)
     return Training(losses, value, False, moving, why, trainer.skipped, ratchet.falls)
 
