@@ -1,28 +1,46 @@
 # What a contributor types; `make` alone lists it. Needs nothing but a Python (3.11 or newer) and pip:
-# the virtual environment is made on the first run, and again when pyproject.toml or the Python version changes.
+# the virtual environment is made on the first run, and brought up to date when pyproject.toml changes.
 #
 #   make test                         with python3
-#   PYTHON=python3.13 make test       with another Python
+#   PYTHON=python3.13 make test       with another Python, in an environment of its own
 #   make test ARGS="-k planar"        with more arguments for pytest
+#   make demo VENV=/tmp/env           in an environment of that name
+#   make demo TORCH="..."             after `pip install ...`, for another build of PyTorch
+#   make demo PIP_ARGS="..."          with more arguments for each `pip install`
 
 PYTHON ?= python3
-VENV ?= .venv
+TORCH ?=
+PIP_ARGS ?=
 ARGS ?=
 
-BIN := $(VENV)/bin
-VERSION_CODE := import sys, pip; print("%d.%d" % sys.version_info[:2])
-PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VERSION_CODE := import sys; print("%d.%d" % sys.version_info[:2])
+PYTHON_VERSION := $(shell $(PYTHON) -c '$(VERSION_CODE)' 2>/dev/null)
 PYTHON_NEW_ENOUGH := $(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null)
 
-# A stamp is written only after its installation went through. `venv --clear` removes those of another Python.
-INSTALLED := $(VENV)/.stamp-$(PYTHON_VERSION)
-DOCS_INSTALLED := $(VENV)/.stamp-$(PYTHON_VERSION)-docs
+# The first Python gets .venv, each other one .venv-X.Y beside it. No environment is ever removed.
+ifeq ($(strip $(VENV)),)
+  FOUND := $(shell .venv/bin/python -c '$(VERSION_CODE)' 2>/dev/null)
+  override VENV := .venv$(if $(filter-out $(PYTHON_VERSION),$(FOUND)),-$(PYTHON_VERSION))
+endif
+ifneq ($(words $(VENV)),1)
+  $(error VENV='$(VENV)' has a space in it, which make cannot handle. Name another folder)
+endif
+BIN := $(VENV)/bin
+VENV_VERSION := $(shell "$(BIN)/python" -c '$(VERSION_CODE)' 2>/dev/null)
+VENV_STATE := $(shell if [ -e "$(VENV)/pyvenv.cfg" ]; then echo environment; \
+  elif [ -e "$(VENV)" ] || [ -h "$(VENV)" ]; then echo foreign; fi)
+
+# A stamp is written only after its installation went through.
+RUNTIME := $(VENV)/.stamp-$(PYTHON_VERSION)-runtime
+DEV := $(VENV)/.stamp-$(PYTHON_VERSION)-dev
+DOCS := $(VENV)/.stamp-$(PYTHON_VERSION)-docs
 
 # One thread a test process: pytest-xdist already keeps every core busy.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help check-python venv demo test test-all lint format docs bench clean
+.NOTPARALLEL:
+.PHONY: help check-python check-venv again install venv demo test test-all lint format docs bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -35,47 +53,77 @@ ifneq ($(PYTHON_NEW_ENOUGH),True)
 	@exit 1
 endif
 
-$(INSTALLED): pyproject.toml | check-python
-	@if [ -e "$(VENV)" ] && [ ! -e "$(VENV)/pyvenv.cfg" ]; then \
-	  echo "VENV='$(VENV)' is there but is no virtual environment, so it is left alone. Name another folder." >&2; \
-	  exit 1; \
-	fi
-	@if [ "$$($(BIN)/python -c '$(VERSION_CODE)' 2>/dev/null)" != "$(PYTHON_VERSION)" ]; then \
-	  echo "Making $(VENV) with Python $(PYTHON_VERSION)"; \
-	  $(PYTHON) -m venv --clear "$(VENV)"; \
-	fi
-	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e ".[dev]"
-	@touch $@
+check-venv: check-python
+ifeq ($(VENV_STATE),foreign)
+	@echo "VENV='$(VENV)' is there but is no virtual environment, so it is left alone. Name another folder," \
+	  "for example: make VENV=.venv-$(PYTHON_VERSION) test" >&2
+	@exit 1
+else ifeq ($(VENV_STATE)$(VENV_VERSION),environment)
+	@echo "The Python of the virtual environment '$(VENV)' does not run (was it moved, or its Python removed?)." \
+	  "It is left alone: remove it, or name another folder, for example: make VENV=.venv-$(PYTHON_VERSION) test" >&2
+	@exit 1
+else ifneq ($(filter-out $(PYTHON_VERSION),$(VENV_VERSION)),)
+	@echo "VENV='$(VENV)' has Python $(VENV_VERSION), but '$(PYTHON)' is Python $(PYTHON_VERSION). It is left alone:" \
+	  "leave out VENV=, or name another folder, for example: make VENV=.venv-$(PYTHON_VERSION) test" >&2
+	@exit 1
+endif
 
-$(DOCS_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install -e ".[docs]"
-	@touch $@
+# $(call install,EXTRAS,WHAT): say what comes, make the environment if there is none or only a part of it, install.
+PIP = "$(BIN)/python" -m pip install $(PIP_ARGS)
+COMMA := ,
+CUDA := pip downloads PyTorch too, 3 GB with CUDA, which Linux gets unless you ask for the CPU build (see README.md)
+SIZE := $(if $(strip $(TORCH)),PyTorch comes as TORCH= says,$(CUDA))
+define install
+	@echo "Installing pyro-flows $(2) into $(VENV), with Python $(PYTHON_VERSION);" \
+	  "$$("$(BIN)/python" -m pip show --quiet torch 2>/dev/null && echo 'PyTorch is there already' || echo '$(SIZE)')."
+	@"$(BIN)/python" -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv "$(VENV)"
+	$(PIP) --upgrade pip
+	$(if $(strip $(TORCH)),$(PIP) $(TORCH))
+	$(PIP) -e ".$(1)"
+endef
 
-venv: $(INSTALLED)  ## make the virtual environment and install what development needs
+# With TORCH or PIP_ARGS, pip runs even if everything is installed.
+AGAIN := $(if $(strip $(TORCH)$(PIP_ARGS)),again)
+again:
 
-demo: $(INSTALLED)  ## fit eight schools and write plots and results to demo-output/
-	$(BIN)/pyro-flows demo --out demo-output
+$(RUNTIME): pyproject.toml $(AGAIN) | check-venv
+	$(call install,,and the libraries that it runs on)
+	@touch "$@"
 
-test: $(INSTALLED)  ## the tests and doctests, without the slow ones
+$(DEV): pyproject.toml $(AGAIN) | check-venv
+	$(call install,[dev],with its libraries and what development needs (pytest$(COMMA) ruff$(COMMA) mypy))
+	@touch "$(RUNTIME)" "$@"
+
+$(DOCS): $(DEV)
+	$(PIP) -e ".[docs]"
+	@touch "$@"
+
+install: $(RUNTIME)  ## make the virtual environment and install the package
+
+venv: $(DEV)  ## make the virtual environment and install what development needs
+
+demo: $(RUNTIME)  ## fit eight schools and write plots and results to demo-output/
+	$(BIN)/python -m pyro_flows demo --out demo-output
+
+test: $(DEV)  ## the tests and doctests, without the slow ones
 	$(PYTEST) $(ARGS)
 
-test-all: $(INSTALLED)  ## all tests and doctests
+test-all: $(DEV)  ## all tests and doctests
 	$(PYTEST) -m "" $(ARGS)
 
-lint: $(INSTALLED)  ## style, format and types, changing nothing
+lint: $(DEV)  ## style, format and types, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(INSTALLED)  ## rewrite the files in the project's format
+format: $(DEV)  ## rewrite the files in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(DOCS_INSTALLED)  ## the documentation, to docs/_build/html/index.html
+docs: $(DOCS)  ## the documentation, to docs/_build/html/index.html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
-bench: $(INSTALLED)  ## the benchmarks (ARGS are handed on)
+bench: $(DEV)  ## the benchmarks (ARGS are handed on)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove what the other targets wrote, but for the virtual environment

@@ -1,10 +1,24 @@
-"""The command ``pyro-flows``."""
+"""The command ``pyro-flows``.
+
+Exit codes: 0 for a posterior that is ``ok``, ``corrected`` or ``refined``, 3 for one that is ``unreliable`` (it is
+written all the same), 2 for an error, 130 for a run that was interrupted by Ctrl-C.
+"""
 
 from __future__ import annotations
 
+import math
+import platform
+import signal
 import sys
-from collections.abc import Callable
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import pyro
@@ -17,6 +31,7 @@ from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from pyro_flows import plots
+from pyro_flows.builders import VECTOR_BUILDERS
 from pyro_flows.data import match, read_data, read_model
 from pyro_flows.diagnostics import diagnose
 from pyro_flows.fit import MAX_STEPS, fit
@@ -24,6 +39,11 @@ from pyro_flows.posterior import Posterior
 from pyro_flows.storage import check_target
 
 GAUSSIAN_STEPS = 1500
+DONE, ERROR, UNRELIABLE, INTERRUPTED = 0, 2, 3, 130  # exit codes; 130 is what shells give to Ctrl-C
+EXIT_CODES = (
+    "Exit codes: 0 for a posterior that is ok or corrected, 3 for one that is unreliable (its results are written all "
+    "the same), 2 for an error, 130 after Ctrl-C."
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -31,50 +51,106 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Normalizing flows for Pyro models: fit, judge, hand over to ArviZ.",
+    epilog=EXIT_CODES,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            own = version("pyro-flows")
+        except PackageNotFoundError:  # run from a source tree that was not installed
+            own = "0+unknown"
+        beside = f"Python {platform.python_version()}, torch {torch.__version__}, Pyro {pyro.__version__}"
+        typer.echo(f"pyro-flows {own} ({beside})")
+        raise typer.Exit
+
+
+def _seconds(value: float | None) -> float | None:
+    if value is not None and not value > 0:
+        raise typer.BadParameter(f"expected a number of seconds > 0, got {value}.")
+    return value
+
 
 Out = Annotated[Path, typer.Option(help="Directory for the results: new, empty, or of an earlier run.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of all randomness: the same seed gives the same result.")]
 Steps = Annotated[int, typer.Option(min=1, help="Bound on optimisation steps; the fit stops by itself before.")]
+Seconds = Annotated[
+    float | None, typer.Option(callback=_seconds, help="Bound on the time of the fit; the verdict says if it was cut.")
+]
+Progress = Annotated[bool | None, typer.Option(help="Show a progress bar; in a terminal it is shown anyway.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+FLOWS = f"Kind of flow: {', '.join(sorted(VECTOR_BUILDERS))}."
 
 
 # the commands ---------------------------------------------------------------------------------------------------------
 
 
-@app.command("demo")
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """Take the options that belong to no command."""
+
+
+@app.command("demo", epilog=EXIT_CODES)
 def demo_command(
-    out: Out = Path("demo-output"), seed: Seed = 0, max_steps: Steps = MAX_STEPS, debug: Debug = False
+    out: Out = Path("demo-output"),
+    seed: Seed = 0,
+    max_steps: Steps = MAX_STEPS,
+    progress: Progress = None,
+    debug: Debug = False,
 ) -> None:
     """Fit the eight schools (Rubin 1981); write posterior.nc and three figures."""
-    _guarded(lambda: demo(out, seed=seed, max_steps=max_steps), debug)
+    _guarded(lambda: demo(_target(out), seed=seed, max_steps=max_steps, progress=_shown(progress)), debug)
 
 
-@app.command("fit")
+@app.command("fit", epilog=EXIT_CODES)
 def fit_command(
     model: Annotated[str, typer.Argument(metavar="FILE.py:MODEL", help="A Python file and a Pyro model in it.")],
     data: Annotated[Path, typer.Option(help="JSON, CSV or npz file with a field for each parameter of the model.")],
     out: Out,
-    flow: Annotated[str, typer.Option(help="Kind of flow: realnvp, nice, planar.")] = "realnvp",
+    flow: Annotated[str, typer.Option(help=FLOWS)] = "realnvp",
     layers: Annotated[
         int | None, typer.Option(min=1, help="Number of layers; the flow's own default otherwise.")
     ] = None,
     draws: Annotated[int, typer.Option(min=100, help="Number of posterior draws.")] = 4000,
+    runs: Annotated[int, typer.Option(min=1, help="Independent runs that are compared.")] = 1,
     seed: Seed = 0,
     max_steps: Steps = MAX_STEPS,
+    max_seconds: Seconds = None,
+    escalate: Annotated[bool, typer.Option(help="Go on with larger batches and more layers where needed.")] = True,
+    train_model: Annotated[
+        bool, typer.Option("--train-model", help="Train the model's own parameters too (pyro.param, modules).")
+    ] = False,
+    progress: Progress = None,
     debug: Debug = False,
 ) -> None:
     """Fit a flow to the posterior of a Pyro model; write posterior.nc and two figures."""
 
-    def work() -> None:
-        target = check_target(out)
+    def work() -> int:
+        target = _target(out)
         chosen = read_model(model)
         arguments = match(chosen, read_data(data))
-        options: dict[str, Any] = {"flow": flow, "layers": layers, "draws": draws, "seed": seed, "max_steps": max_steps}
-        posterior = fit(chosen, model_kwargs=arguments, progress=_interactive(), **options)
+        options: dict[str, Any] = {
+            "flow": flow,
+            "layers": layers,
+            "draws": draws,
+            "runs": runs,
+            "seed": seed,
+            "max_steps": max_steps,
+            "max_seconds": math.inf if max_seconds is None else max_seconds,
+            "escalate": escalate,
+            "train_model": train_model,
+        }
+        with _interruptible() as interrupt:
+            posterior = fit(chosen, model_kwargs=arguments, progress=_shown(progress), **options)
         _write(posterior, target)
+        return _code(posterior, interrupt)
 
-    _guarded(work, debug)
+    _guarded(work, debug, Path(model.rpartition(":")[0]))
 
 
 def main() -> None:
@@ -82,23 +158,107 @@ def main() -> None:
     app(prog_name="pyro-flows")
 
 
-def _guarded(work: Callable[[], None], debug: bool) -> None:
-    """Run; turn any error into one line, unless a traceback is asked for."""
+# errors and interrupts ------------------------------------------------------------------------------------------------
+
+
+def _guarded(work: Callable[[], int], debug: bool, file: Path | None = None) -> None:
+    """Run, and exit with the code that comes back; turn any error into one line, unless a traceback is asked for.
+
+    Args:
+        work: returns the exit code.
+        debug: whether a traceback is shown.
+        file: the user's Python file; an error that was raised below it is shown with its kind and line.
+    """
     try:
-        work()
+        code = work()
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        typer.echo("pyro-flows: interrupted; no complete results were written.", err=True)
+        code = INTERRUPTED
     except Exception as error:
         if debug:
             raise
         lines = str(error).strip().splitlines()
         text = lines[0] if lines else "no message"
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        hint = "" if isinstance(error, ValueError) else " (--debug shows the traceback)"
+        if text.endswith(":") and len(lines) > 1:  # torch writes the values that it means into the next line
+            text = f"{text} {lines[1].strip()}"
+        line = _line(error, file)
+        plain = isinstance(error, ValueError) and not line
+        kind = "" if plain else f"{type(error).__name__}: "
+        hint = "" if plain else f"{line} (--debug shows the traceback)"
         typer.echo(f"pyro-flows: error: {kind}{text}{hint}", err=True)
-        raise typer.Exit(2) from None
+        code = ERROR
+    raise typer.Exit(code)
 
 
-def _interactive() -> bool:
-    return sys.stderr.isatty()
+def _line(error: Exception, file: Path | None) -> str:
+    """The last line of the user's file that the error passed through, if any."""
+    if file is None:
+        return ""
+    passed = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file.absolute()]
+    return f" ({file.name}, line {passed[-1].lineno})" if passed else ""
+
+
+@dataclass
+class _Interrupt:
+    """Whether Ctrl-C was pressed."""
+
+    seen: bool = False
+
+
+@contextmanager
+def _interruptible() -> Iterator[_Interrupt]:
+    """Note Ctrl-C, which raises ``KeyboardInterrupt`` as always: a fit may catch it and return what it has."""
+    found = _Interrupt()
+    before = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+
+    def note(number: int, frame: FrameType | None) -> None:
+        found.seen = True
+        signal.default_int_handler(number, frame)
+
+    if before is not signal.default_int_handler or not main:  # someone else handles it, or nobody is to
+        yield found
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _code(posterior: Posterior, interrupt: _Interrupt) -> int:
+    """The exit code for results that were written."""
+    if interrupt.seen:
+        typer.echo("pyro-flows: interrupted; the results are the best so far.", err=True)
+        return INTERRUPTED
+    return UNRELIABLE if posterior.verdict.status == "unreliable" else DONE
+
+
+def _target(out: Path) -> Path:
+    """Check before any work that results can be written to ``out``, and leave nothing there."""
+    try:
+        target = check_target(out)
+    except ValueError as error:
+        raise ValueError(str(error).replace("path: ", "out: ", 1)) from None
+    place = target.absolute()
+    try:
+        while not place.is_dir():
+            if place.exists() or place.is_symlink():
+                raise NotADirectoryError(0, f"{str(place)!r} is no directory")
+            place = place.parent
+        tempfile.TemporaryDirectory(prefix=".pyro-flows-", dir=place).cleanup()
+    except OSError as error:
+        raise ValueError(
+            f"out: expected a directory that can be written, got {str(out)!r}: {error.strerror or error}. Name another."
+        ) from None
+    return target
+
+
+def _shown(progress: bool | None) -> bool:
+    """Whether there is a progress bar: as asked for, or if somebody sees it."""
+    return sys.stderr.isatty() if progress is None else progress
 
 
 # what they do ---------------------------------------------------------------------------------------------------------
@@ -114,17 +274,21 @@ def eight_schools(y: Tensor, sigma: Tensor) -> None:
         pyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
 
-def demo(out: Path, *, seed: int, max_steps: int) -> None:
-    """Fit the eight schools by a flow and by a full-rank Gaussian; write results and figures to ``out``."""
-    target = check_target(out)
+def demo(target: Path, *, seed: int, max_steps: int, progress: bool) -> int:
+    """Fit the eight schools by a flow and by a full-rank Gaussian; write results and figures to ``target``."""
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-    posterior = fit(eight_schools, y, sigma, seed=seed, max_steps=max_steps, progress=_interactive())
+    with _interruptible() as interrupt:
+        posterior = fit(eight_schools, y, sigma, seed=seed, max_steps=max_steps, progress=progress)
+    if interrupt.seen:
+        _write(posterior, target)
+        return _code(posterior, interrupt)
     gaussian = diagnose(eight_schools, _gaussian(y, sigma, seed=seed, steps=min(GAUSSIAN_STEPS, max_steps)), y, sigma)
     labels = ("flow", "full-rank Gaussian guide")
     pairs = plots.plot_pairs(posterior, "mu", "tau", compare=gaussian, transform={"tau": torch.log}, labels=labels)
     _write(posterior, target, {"pairs.png": pairs})
     typer.echo(f"For comparison, a full-rank Gaussian guide: {gaussian.verdict}")
+    return _code(posterior, interrupt)
 
 
 def _gaussian(y: Tensor, sigma: Tensor, *, seed: int, steps: int) -> AutoMultivariateNormal:

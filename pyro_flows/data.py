@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import inspect
+import io
+import itertools
 import json
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,36 +25,96 @@ from pyro_flows import _checks
 
 Parameter = inspect.Parameter
 NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+PRIVATE = "_pyro_flows_model_{}"  # the package that holds a file of the user's
 
 
 def read_model(spec: str) -> Callable[..., Any]:
-    """Run a Python file and return one of its names: ``"models.py:eight_schools"``. The file's folder is importable.
+    """Run a Python file and return one of its names: ``"models.py:eight_schools"``.
+
+    The file becomes a module under a private name, so that one called ``statistics.py`` or ``torch.py`` replaces no
+    other module. It may import files beside it: as ``from .helper import x``, or as ``import helper`` if no installed
+    module has that name, since its folder is put at the end of ``sys.path``. Pickles of the model load in this process.
 
     Raises:
-        ValueError: if there is no such file or name, or if the name is not callable.
+        ValueError: if there is no such file or name, if the name is not a model, or if the file ends the program.
+        Exception: what the file itself raises when it is run.
     """
     file, _, name = spec.rpartition(":")
     if not file or not name or "/" in name or "\\" in name:
         raise ValueError(f"model: expected FILE.py:NAME, for example models.py:eight_schools, got {spec!r}.")
     path = Path(file)
+    if path.is_dir():
+        raise ValueError(f"model: expected a Python file, {file!r} is a directory.")
     if not path.is_file():
         raise ValueError(f"model: no file {file!r}.")
-    loader = importlib.util.spec_from_file_location(path.stem, path)
-    if path.suffix != ".py" or loader is None or loader.loader is None:
+    if path.suffix != ".py":
         raise ValueError(f"model: expected a Python file, got {file!r}.")
-    module = importlib.util.module_from_spec(loader)
-    sys.path.insert(0, str(path.parent.resolve()))
-    sys.modules[path.stem] = module
-    loader.loader.exec_module(module)
+    module = _run_file(path)
     own = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
-    own = {key: value for key, value in own.items() if getattr(value, "__module__", path.stem) == path.stem} or own
+    own = {key: value for key, value in own.items() if getattr(value, "__module__", None) == module.__name__} or own
     if not hasattr(module, name):
+        if not own:
+            raise ValueError(f"model: expected {name!r} in {file}, which defines no function. Define the model there.")
         _checks.choice(f"model, in {file}", name, own)
     model = getattr(module, name)
+    if isinstance(model, type):
+        raise ValueError(
+            f"model: expected a function or a module that is already made, {name!r} in {file} is a class. Make an "
+            f"instance of it in the file, and name that."
+        )
     if not callable(model):
         raise ValueError(f"model: expected a callable, {name!r} in {file} is a {type(model).__name__}.")
     found: Callable[..., Any] = model
     return found
+
+
+def _run_file(path: Path) -> ModuleType:
+    """Run a Python file as a module of a private package, whose folder is the file's own."""
+    folder = path.parent.resolve()
+    root, inner = folder, list[str]()
+    while (root / "__init__.py").is_file() and root.name.isidentifier():  # folders that are packages themselves
+        root, inner = root.parent, [root.name, *inner]
+    package = ModuleType(next(name for name in map(PRIVATE.format, itertools.count()) if name not in sys.modules))
+    package.__path__ = [str(root)]
+    added = [str(place) for place in dict.fromkeys((folder, root)) if str(place) not in sys.path]
+    sys.path += added
+    sys.modules[package.__name__] = package
+    try:
+        parent = ".".join((package.__name__, *inner))
+        module = importlib.import_module(parent)
+        if inner and path.name == "__init__.py":
+            return module
+        # A dot in the stem would make a package of what stands before it.
+        name = f"{parent}.{path.stem.replace('.', '-')}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        for name in [name for name in sys.modules if f"{name}.".startswith(f"{package.__name__}.")]:
+            del sys.modules[name]
+        sys.path[:] = [place for place in sys.path if place not in added]
+        if isinstance(error, SystemExit):
+            raise ValueError(
+                f"model: {path} ends the program when it is run (SystemExit: {error.code}). Put what is no part of the "
+                "model under `if __name__ == '__main__':`."
+            ) from None
+        if isinstance(error, ImportError) and error.name and _beside(folder, error):
+            raise ValueError(
+                f"model: {path} imports from {error.name!r}, which is {error.path or 'a module of Python'} and not the "
+                f"file of that name beside it. Write `from .{error.name} import ...`, or rename the file."
+            ) from error
+        raise
+    return module
+
+
+def _beside(folder: Path, error: ImportError) -> bool:
+    """Whether the folder has a file of the name of a module that was found elsewhere and lacks what was asked for."""
+    found = None if error.path is None else Path(error.path).resolve()
+    beside = (folder / f"{error.name}.py", folder / str(error.name) / "__init__.py")
+    return any(file.is_file() and file.resolve() != found for file in beside)
 
 
 def read_data(file: str | Path) -> dict[str, Any]:
@@ -61,28 +127,54 @@ def read_data(file: str | Path) -> dict[str, Any]:
         ValueError: naming the file and field, for what cannot be read, is not a number, ragged, missing or NaN.
     """
     path = Path(file)
+    if path.is_dir():
+        raise ValueError(f"data: expected a JSON, CSV or npz file, {str(file)!r} is a directory.")
     if not path.is_file():
         raise ValueError(f"data: no file {str(file)!r}.")
     kind = _checks.choice(f"data, suffix of {path.name}", path.suffix.lower().lstrip("."), READERS)
-    fields = {name: _value(f"data, {path.name}, field {name!r}", value) for name, value in READERS[kind](path).items()}
+    try:
+        found = READERS[kind](path)
+    except OSError as error:
+        raise ValueError(f"data: {str(file)!r} cannot be read: {error.strerror or error}.") from None
+    fields = {name: _value(f"data, {path.name}, field {name!r}", value) for name, value in found.items()}
     if not fields:
         raise ValueError(f"data: {path.name} has no fields.")
     return fields
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    text, twice = _text(path), set[str]()
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice.update(name for name in names if names.count(name) > 1)
+        return dict(pairs)
+
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = json.loads(text, object_pairs_hook=collect)
+    except ValueError as error:
         raise ValueError(f"data: {path.name} is not JSON: {error}.") from None
+    except RecursionError:
+        raise ValueError(f"data: {path.name} is nested too deeply to be lists of numbers.") from None
+    if twice:
+        raise ValueError(f"data: expected distinct names in {path.name}, got {', '.join(sorted(twice))} twice.")
     if not isinstance(found, dict):
         raise ValueError(f'data: expected an object {{"field": values}} in {path.name}, got a {type(found).__name__}.')
     return found
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: expected UTF-8 text in {path.name}: {error}. Save it with that encoding.") from None
+
+
 def _read_csv(path: Path) -> dict[str, Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(_text(path), newline="")) if row]
+    except csv.Error as error:
+        raise ValueError(f"data: {path.name} is not CSV: {error}.") from None
     if len(rows) < 2:
         raise ValueError(f"data: expected a header and rows of numbers in {path.name}, got {len(rows)} lines.")
     header = [name.strip() for name in rows[0]]
@@ -111,10 +203,12 @@ def _column(path: Path, name: str, cells: tuple[str, ...]) -> list[Any]:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"data: {path.name} is not an npz file of plain arrays. Write one with numpy.savez.")
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise ValueError(f"data: {path.name} is not an npz file of plain arrays: {error}") from None
 
 
@@ -127,6 +221,8 @@ def _value(where: str, value: Any) -> Tensor | int | bool:
         array = np.asarray(_filled(value))
     except ValueError:
         raise ValueError(f"{where}: expected lists of equal lengths.") from None
+    if array.dtype.kind in "uO" and _too_large(array):
+        raise ValueError(f"{where}: expected integers below 2**63, got larger ones. Write them as floats: 1e20, 3.0.")
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{where}: expected numbers, got {str(value)[:60]!r}.")
     if array.dtype.kind == "f" and np.isnan(array).any():
@@ -139,6 +235,14 @@ def _value(where: str, value: Any) -> Tensor | int | bool:
         return single
     dtype = {"f": torch.get_default_dtype(), "b": torch.bool}.get(array.dtype.kind, torch.int64)
     return torch.as_tensor(array.astype(np.float64) if array.dtype.kind == "f" else array.astype(np.int64)).to(dtype)
+
+
+def _too_large(array: np.ndarray[Any, Any]) -> bool:
+    """Whether these are integers, some of which do not fit into 64 bits with a sign."""
+    if array.dtype.kind == "u":
+        return bool(array.size) and int(array.max()) >= 2**63
+    whole = all(isinstance(item, int) for item in array.flat)
+    return whole and any(not -(2**63) <= item < 2**63 for item in array.flat)
 
 
 def _filled(value: Any) -> Any:

@@ -19,7 +19,7 @@ from pyro_flows.log_density import LogDensity
 from pyro_flows.posterior import Posterior, from_draws
 from pyro_flows.randomness import BatchedDraws, seeded
 from pyro_flows.scoring import MAX_DRAWS
-from pyro_flows.sites import messages, place_all
+from pyro_flows.sites import Noncentred, messages, place_all
 from pyro_flows.verdict import Draw
 
 LOG_Q = " log q"  # beside the sites' values
@@ -79,7 +79,7 @@ def _diagnose(
     draws: int,
     seed: int,
 ) -> Posterior:
-    noncentred = []
+    noncentred: Noncentred = ()
     if isinstance(guide, AutoFlow):
         with seeded(seed):
             noncentred = guide.initialize(*args, **kwargs)._built_structure.noncentred

@@ -19,12 +19,13 @@ from pyro_flows.batching import alone, usable
 from pyro_flows.clock import Clock, unbounded
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, FlowLike
+from pyro_flows.initial import Start
 from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
 from pyro_flows.mixture import FlowMixture
 from pyro_flows.modes import missed_modes
 from pyro_flows.posterior import Posterior, from_draws
-from pyro_flows.race import choose_coordinates, share
+from pyro_flows.coordinates import choose_coordinates
 from pyro_flows.randomness import seeded
 from pyro_flows.run import Plan, Run, make_run
 from pyro_flows.runs import Agreement, compare
@@ -202,13 +203,13 @@ class _State:
 
 def _work(plan: Plan, state: _State, seed: int, runs: int) -> None:
     """Choose coordinates, make the runs, compare them, look for what they lack; all that is found is in ``state``."""
-    clock, starts = plan.clock, None
+    clock, starts = plan.clock, list[Start]()
     with _threads(state.density):
         if state.density.structure.hierarchical and not plan.train_model:
             with clock.part("the choice of coordinates", share=COORDINATES_SHARE):
-                steps = share(plan.max_steps)
-                state.density, starts, choice = choose_coordinates(state.density, plan.guide, steps, seed=seed)
+                state.density, start, choice = choose_coordinates(state.density, seed=seed)
                 state.history.append(choice)
+                starts += [] if start is None else [start]
         for number in range(runs):
             if number and clock.over:
                 clock.skip(f"run {number + 1} of {runs}")

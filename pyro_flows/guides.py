@@ -28,7 +28,7 @@ from pyro_flows.batching import turn
 from pyro_flows.builders import BUILDERS, VECTOR_BUILDERS
 from pyro_flows.flows import Flow
 from pyro_flows.mixture import BUILDER, FlowMixture
-from pyro_flows.sites import Structure, flatten_all, initial_value, messages, place_all, read_structure
+from pyro_flows.sites import Noncentred, Structure, flatten_all, initial_value, messages, place_all, read_structure
 from pyro_flows.transforms import Bijection, Bound, Chain, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 
 AFFINES = ("auto", "diagonal", "none", "tril")
@@ -93,7 +93,7 @@ class AutoFlow(AutoContinuous):
         df: float = 15.0,
         init_loc_fn: Callable[..., Any] = initial_value,
         init_scale: float = 1.0,
-        noncentred: bool | Sequence[str] = (),
+        noncentred: Noncentred = (),
         **options: Any,
     ) -> None:
         if not callable(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,12 +60,12 @@ class Start:
         return self.loc + (self.scale * noise if self.scale.dim() == 1 else noise @ self.scale.mT)
 
 
-def portfolio(density: LogDensity, *, seed: int, df: float = 15.0) -> list[Start]:
+def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df: float = 15.0) -> list[Start]:
     """Return all usable starts, the best ELBO first.
 
     Starts: standard (zero, one); the prior's median and scale; the modes found by Newton's method from prior draws,
     with the full and the diagonal Laplace curvature; the best Gaussian along Pathfinder's paths from the same draws,
-    and the moments of draws of all paths. A start by Pathfinder that is next to the same as another is left out. ELBOs
+    and the moments of draws of all paths; and those in ``extra``. A start by Pathfinder that is next to the same as another is left out. ELBOs
     use the same Student-t noise for all and leave out the lowest 5 % of the draws, where a wide start can fall
     arbitrarily low.
 
@@ -76,9 +77,7 @@ def portfolio(density: LogDensity, *, seed: int, df: float = 15.0) -> list[Start
     """
     zero = torch.zeros(density.dim, dtype=density.dtype, device=density.device)
     draws = prior_draws(density, PRIOR_DRAWS, seed=seed)
-    middle = draws.median(0).values
-    spread = 1.4826 * (draws - middle).abs().median(0).values
-    spread = torch.where((spread > 0) & torch.isfinite(spread), spread, 1.0)
+    middle, spread = draws.median(0).values, spread_of(draws)
     points = torch.stack([zero, middle, *draws[:SEARCHES]])
     finite = torch.isfinite(density(points).detach())
     if not bool(finite.any()):
@@ -86,7 +85,7 @@ def portfolio(density: LogDensity, *, seed: int, df: float = 15.0) -> list[Start
             f"log density: not finite at any of {len(points)} starting points; at the prior median "
             f"{density.explain(middle)}. Check the data against the likelihood's support, and the priors."
         )
-    starts = [Start("standard", zero, torch.ones_like(zero)), Start("prior", middle, spread)]
+    starts = [*extra, Start("standard", zero, torch.ones_like(zero)), Start("prior", middle, spread)]
     points = points[finite] if density.batched else points[finite][:SEARCHES_UNBATCHED]
     with density.clock.part("the climbs to modes", share=0.5):
         starts += laplace(density, points)
@@ -112,6 +111,12 @@ def _scored(density: LogDensity, start: Start, noise: Tensor, log_noise: Tensor)
         terms = density(start.map(noise)) - log_noise + start.volume
         terms = torch.nan_to_num(terms, nan=-torch.inf).sort().values
     return replace(start, elbo=float(terms[int(TRIM * len(terms)) :].mean()))
+
+
+def spread_of(draws: Tensor) -> Tensor:
+    """Return the scaled median absolute deviations (D,) of draws (S, D): sds, if normal; 1 where there is no spread."""
+    spread = 1.4826 * (draws - draws.median(0).values).abs().median(0).values
+    return torch.where((spread > 0) & torch.isfinite(spread), spread, 1.0)
 
 
 # the prior -----------------------------------------------------------------------------------------------------------

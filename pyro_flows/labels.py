@@ -14,12 +14,16 @@ from pyro_flows.sites import Latent, Plate, Structure, messages
 
 
 def coordinate_names(structure: Structure) -> list[str]:
-    """Label the unconstrained coordinates by site and index: ``theta[3]``, ``theta[3] (non-centred)``."""
+    """Label the unconstrained coordinates by site and index: ``theta[3]``, ``theta[3] (non-centred)``.
+
+    Those of which the data say something are ``theta[3] (partly non-centred)``.
+    """
     names = []
     for latent in structure.latents:
         single = latent.size == 1 and not latent.unconstrained_shape
         found = [latent.name] if single else [f"{latent.name}[{i}]" for i in range(latent.size)]
-        names += [f"{name} (non-centred)" for name in found] if latent.noncentred else found
+        suffix = "" if not latent.noncentred else " (partly non-centred)" if latent.data else " (non-centred)"
+        names += [name + suffix for name in found]
     return names
 
 

@@ -20,7 +20,7 @@ from pyro_flows.clock import Clock, unbounded
 from pyro_flows.enumeration import Enumerate, Evaluator
 from pyro_flows.randomness import BatchedDraws, derive, seeded
 from pyro_flows.recorder import Recorder, rows_for
-from pyro_flows.sites import Place, Resample, Structure, flatten_all, hold, messages, read_structure
+from pyro_flows.sites import Latent, Noncentred, Place, Resample, Structure, flatten_all, hold, messages, read_structure
 
 MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
 PORTION = 16  # pieces of a recorded graph between two looks at the clock
@@ -44,13 +44,16 @@ class LogDensity:
         args: its positional arguments (the data).
         kwargs: its keyword arguments.
         noncentred: sites that get non-centred coordinates, (value - location) / scale, or True for all whose location
-            or scale depends on other latents (``structure.hierarchical``). The model stays as it is.
+            or scale depends on other latents (``structure.hierarchical``); or ``{site: None}``, the same for some, or
+            ``{site: {"precision": t, "centre": c}}``, non-centred as far as the data leave a value open (see
+            :mod:`pyro_flows.centring`). The model stays as it is.
 
     Attributes:
         dim: D, the number of unconstrained coordinates.
         names: the latent sites, in the order of their coordinates.
         dtype, device: of z; they follow the model's latents and data (the widest floating dtype).
         evaluations: how many gradients of the density have been taken so far.
+        numbers: how many numbers one evaluation handles, as far as is known: latents or observations.
 
     Raises:
         ValueError: naming the site, for a model without latents, a discrete latent that is not enumerated, a support
@@ -72,7 +75,7 @@ class LogDensity:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        noncentred: bool | Sequence[str] = (),
+        noncentred: Noncentred = (),
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
@@ -93,22 +96,24 @@ class LogDensity:
         self.batched = True
         self._unbatched: str | None = None
         self._evaluator: Evaluator | None = None
-        numbers = max(self.dim, sum(value.numel() for value in self.structure.observed.values()))
-        self._rows = rows_for(numbers, MAPPED)
-        self._values = Recorder(self._plain_values, numbers)
-        self._with_gradients = Recorder(self._gradients, numbers)
+        self.numbers = max(self.dim, sum(value.numel() for value in self.structure.observed.values()))
+        self._rows = rows_for(self.numbers, MAPPED)
+        self._values = Recorder(self._plain_values, self.numbers)
+        self._with_gradients = Recorder(self._gradients, self.numbers)
         self._probe()
 
     # one run ------------------------------------------------------------------------------------------------------
 
-    def _run(self, z: Tensor, *, enumerate_sites: bool, resample: bool = False) -> tuple[poutine.Trace, Tensor]:
-        """Run the model at one point; return the trace and the log Jacobian."""
+    def _run(
+        self, z: Tensor, *, enumerate_sites: bool, resample: bool = False, latents: Sequence[Latent] | None = None
+    ) -> tuple[poutine.Trace, Tensor]:
+        """Run the model at one point; return the trace and the log Jacobian. ``latents`` may have other coordinates."""
         model = self.model
         if enumerate_sites and self.structure.enumerated:
             model = Enumerate(first_available_dim=-1 - self.structure.plate_nesting)(model)
         if resample:
             model = Resample()(model)
-        place = Place(self.structure.latents, z)
+        place = Place(self.structure.latents if latents is None else latents, z)
         with apart(), place:
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         self._check_sites(trace, place)
@@ -129,9 +134,9 @@ class LogDensity:
                 "same set of latents everywhere; write the choice as a mixture."
             )
 
-    def single(self, z: Tensor) -> Tensor:
-        """Return the log density of one point (D,)."""
-        trace, ladj = self._run(z, enumerate_sites=True)
+    def single(self, z: Tensor, latents: Sequence[Latent] | None = None) -> Tensor:
+        """Return the log density of one point (D,), or that in the coordinates of other ``latents``."""
+        trace, ladj = self._run(z, enumerate_sites=True, latents=latents)
         if not self.structure.enumerated:
             return trace.log_prob_sum() + ladj
         if self._evaluator is None:
@@ -167,6 +172,12 @@ class LogDensity:
         """Look at ``clock`` as evaluations go on, and compile nothing if it leaves no time for that."""
         self.clock = clock
         self._values.compile = self._with_gradients.compile = None if clock.compiles else False
+
+    def elsewhere(self, noncentred: Noncentred) -> LogDensity:
+        """Return the same log density in other coordinates, under the same clock."""
+        other = LogDensity(self.model, self.args, self.kwargs, noncentred=noncentred)
+        other.under(self.clock)
+        return other
 
     # batches ------------------------------------------------------------------------------------------------------
 

@@ -75,23 +75,3 @@ def race(
     best = max(done, key=lambda entrant: entrant.elbo if math.isfinite(entrant.elbo) else -math.inf)
     guide.flow = best.trainer.flow
     return best, done
-
-
-def choose_coordinates(
-    density: LogDensity, make_guide: Callable[[LogDensity], AutoFlow], steps: int, *, seed: int
-) -> tuple[LogDensity, list[Start], dict[str, Any]]:
-    """Return the log density in the coordinates in which ``steps`` steps come further, starts there, and the choice.
-
-    Centred or not: there is a choice where the location or the scale of some sites depends on other latents.
-    """
-    other = LogDensity(density.model, density.args, density.kwargs, noncentred=True)
-    other.under(density.clock)
-    reached, starts = [], []
-    for candidate in (density, other):
-        starts.append(portfolio(candidate, seed=seed))
-        reached.append(Entrant.run(make_guide(candidate), candidate, starts[-1][0], STEP_SIZE, steps, seed=seed).elbo)
-    further = int(reached[1] > reached[0])
-    chosen, left = (other, density) if further else (density, other)
-    chosen.evaluations += left.evaluations
-    figures = {"elbo_centred": reached[0], "elbo_noncentred": reached[1]}
-    return chosen, starts[further], {"stage": "coordinates", "noncentred": chosen.structure.noncentred, **figures}

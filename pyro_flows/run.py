@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,26 +102,25 @@ class Run:
         return self.guide
 
 
-def make_run(plan: Plan, density: LogDensity, run: Run, starts: list[Start] | None, *, seed: int) -> None:
-    """Train one guide: portfolio (for run 0, ``starts`` if there are some), race, first round, escalation.
+def make_run(plan: Plan, density: LogDensity, run: Run, extra: Sequence[Start], *, seed: int) -> None:
+    """Train one guide: portfolio (with the starts in ``extra``), race, first round, escalation.
 
     All that is found is in ``run`` at once, so that Ctrl-C or the end of the time loses nothing.
     """
     clock = plan.clock
     with seeded(seed, density.device):
-        if run.number or starts is None:
-            starts = [standard(density)]
-            with clock.part("the starts", share=STARTS_SHARE):
-                starts = portfolio(density, seed=seed)
+        starts = [*extra, standard(density)]
+        with clock.part("the starts", share=STARTS_SHARE):
+            starts = portfolio(density, seed=seed, extra=extra)
         run.modes = [start for start in starts if start.evidence is not None]
         close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
         starts = close[run.number % len(close) :] + close[: run.number % len(close)]
         guide = run.guide = plan.guide(density)
         guide.start_at(starts[0].loc, starts[0].scale)
-        extra = list(density.parameters().values()) if plan.train_model else []
+        trained = list(density.parameters().values()) if plan.train_model else []
         winner: Entrant | None = None
         with clock.part("the races", share=RACE_SHARE):
-            winner, field_ = race(guide, density, starts, share(plan.max_steps), seed=seed, extra=extra)
+            winner, field_ = race(guide, density, starts, share(plan.max_steps), seed=seed, extra=trained)
             run.history += [{"run": run.number, **entrant.entry} for entrant in field_]
             del field_  # the losers' flows
         if winner is None:

@@ -21,9 +21,11 @@ from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
 
 from pyro_flows.batching import apart, nearer
-from pyro_flows.centring import moves, spread, standardise
+from pyro_flows.centring import Information, moves, spread, standardise
 
 MEDIAN_DRAWS = 15
+
+Noncentred = bool | Sequence[str] | Mapping[str, Any]  # all or none, names of sites, or what the data say of them
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Plate:
 class Latent:
     """One latent site and its place in the unconstrained vector.
 
-    The coordinates of a site that is ``noncentred`` are those of its unconstrained value less its location, over its
-    scale: they depend on the latents before it, but are independent of them under the prior.
+    The coordinates of a site that is ``noncentred`` have its location and scale taken out, and with ``data`` what the
+    data say of it too: see :mod:`pyro_flows.centring`.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Latent:
     mask: Tensor | None = field(default=None, repr=False)
     free: Tensor | None = field(default=None, repr=False)
     noncentred: bool = False
+    data: Information | None = field(default=None, repr=False)
 
     def unconstrained(self, z: Tensor) -> Tensor:
         """Cut this site out of ``z`` (..., D) and give it its unconstrained shape; masked-out entries are 0."""
@@ -68,7 +71,7 @@ class Latent:
         """Return the constrained value at ``z`` and its log Jacobian, one number for each batch element of the site."""
         unconstrained, spreading = self.unconstrained(z), None
         if self.noncentred:
-            unconstrained, spreading = spread(fn, unconstrained)
+            unconstrained, spreading = spread(fn, unconstrained, self.data)
         transform = biject_to(fn.support)
         value = transform(unconstrained)
         ladj = transform.log_abs_det_jacobian(unconstrained, value)
@@ -81,7 +84,7 @@ class Latent:
     def flatten(self, value: Tensor, fn: Any) -> Tensor:
         """Return the unconstrained coordinates of one constrained value (no batch axes), shape ``(size,)``."""
         unconstrained = biject_to(fn.support).inv(value)
-        flat = (standardise(fn, unconstrained) if self.noncentred else unconstrained).reshape(-1)
+        flat = (standardise(fn, unconstrained, self.data) if self.noncentred else unconstrained).reshape(-1)
         return flat if self.free is None else flat[self.free.to(flat.device)]
 
 
@@ -107,27 +110,59 @@ class Structure:
         """Number of unconstrained coordinates."""
         return sum(latent.size for latent in self.latents)
 
-    def noncentre(self, names: bool | Sequence[str]) -> Structure:
-        """Return this structure with these sites non-centred; True stands for all that can be.
+    def noncentre(self, chosen: Noncentred) -> Structure:
+        """Return this structure with these sites non-centred, see :class:`LogDensity`; True stands for all that can be.
 
         Raises:
-            ValueError: for a site whose location and scale do not depend on other latents, or that has none.
+            ValueError: for a site whose location and scale do not depend on other latents, or that has none; for
+                precisions and centres that do not fit the site.
         """
-        chosen = (self.hierarchical if names else ()) if isinstance(names, bool) else tuple(names)
-        for name in chosen:
+        if isinstance(chosen, bool):
+            chosen = self.hierarchical if chosen else ()
+        wanted = dict(chosen) if isinstance(chosen, Mapping) else dict.fromkeys(chosen)
+        for name in wanted:
             if name not in self.hierarchical:
                 known = ", ".join(map(repr, self.hierarchical)) or "none here"
                 raise ValueError(
                     f"noncentred: expected sites whose location or scale depends on other latents ({known}), "
                     f"got {name!r}."
                 )
-        latents = tuple(replace(latent, noncentred=latent.name in chosen) for latent in self.latents)
-        return replace(self, latents=latents, dependent=self.dependent or bool(chosen))
+        like = torch.zeros((), dtype=self.dtype, device=self.device)
+        latents = tuple(
+            replace(latent, noncentred=True, data=_information(latent, wanted[latent.name], like))
+            if latent.name in wanted
+            else replace(latent, noncentred=False, data=None)
+            for latent in self.latents
+        )
+        return replace(self, latents=latents, dependent=self.dependent or bool(wanted))
 
     @property
-    def noncentred(self) -> list[str]:
-        """The sites that are non-centred."""
-        return [latent.name for latent in self.latents if latent.noncentred]
+    def noncentred(self) -> dict[str, Any]:
+        """The sites that are non-centred, each with its precisions and centres as nested lists, or None."""
+        found = {latent.name: latent.data for latent in self.latents if latent.noncentred}
+        return {
+            name: data and {"precision": data.precision.tolist(), "centre": data.centre.tolist()}
+            for name, data in found.items()
+        }
+
+
+def _information(latent: Latent, given: Any, like: Tensor) -> Information | None:
+    """Return precisions and centres as :class:`Latent` keeps them, with dtype and device of ``like``."""
+    if given is None or isinstance(given, Information):
+        return given
+    try:
+        parts = [
+            torch.as_tensor(given[part], dtype=like.dtype, device=like.device).expand(latent.unconstrained_shape).clone()
+            for part in ("precision", "centre")
+        ]
+    except (KeyError, TypeError, RuntimeError, IndexError):
+        raise ValueError(
+            f"noncentred: expected None or {{'precision': ..., 'centre': ...}} of shape "
+            f"{tuple(latent.unconstrained_shape)} for site {latent.name!r}, got {given!r}."
+        ) from None
+    if not bool((parts[0] >= 0.0).all() & torch.isfinite(torch.stack(parts)).all()):
+        raise ValueError(f"noncentred: expected finite centres and precisions of 0 or more for site {latent.name!r}.")
+    return Information(*parts)
 
 
 class Place(Messenger):

@@ -1,8 +1,14 @@
 """The command line: data from files, a fit, the demo, and one clear line for each mistake."""
 
+import dataclasses
 import json
+import os
+import pickle
+import signal
+import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +16,8 @@ import torch
 from typer.testing import CliRunner
 
 import pyro_flows as pf
+from pyro_flows import cli
+from pyro_flows.builders import VECTOR_BUILDERS
 from pyro_flows.cli import app
 from pyro_flows.data import match, read_data, read_model
 
@@ -32,7 +40,14 @@ def broken(y, sigma):
 def discrete(y, sigma):
     pyro.sample("k", dist.Poisson(3.0))
     pyro.sample("y", dist.Normal(0.0, sigma), obs=y)
+
+def wrong(y, sigma):
+    float("x")
+
+def scale(y, sigma):
+    pyro.sample("mu", dist.Normal(0.0, -1.0))
 """
+ROOT = Path(__file__).parent.parent
 Y = [28, 8, -3, 7, -1, 1, 18, 12]
 SIGMA = [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
 
@@ -50,9 +65,9 @@ def _imports_undone():
     path, modules = list(sys.path), set(sys.modules)
     yield
     sys.path[:] = path
-    for name in ("models", "helper"):
-        if name not in modules:
-            sys.modules.pop(name, None)
+    for name in set(sys.modules) - modules:
+        if name.partition(".")[0] in ("helper", "package") or name.startswith("_pyro_flows_model_"):
+            del sys.modules[name]
 
 
 def run(*arguments):
@@ -108,6 +123,16 @@ def test_floats_follow_the_default_dtype(tmp_path):
     ("name", "content", "message"),
     [
         ("a.json", "{", r"a\.json is not JSON: Expecting property name"),
+        ("a.json", '{"y": ' + "9" * 5000 + "}", r"a\.json is not JSON: Exceeds the limit"),
+        ("a.json", "[" * 100_000, r"a\.json is nested too deeply"),
+        ("a.json", '{"y": [1], "y": [2]}', r"expected distinct names in a\.json, got y twice"),
+        ("a.json", '{"y": [18446744073709551615]}', r"field 'y': expected integers below 2\*\*63"),
+        ("a.json", '{"y": [1, 100000000000000000000]}', r"field 'y': expected integers below 2\*\*63"),
+        ("a.json", b'{"y": "\xe9"}', r"expected UTF-8 text in a\.json"),
+        ("a.csv", b"caf\xe9\n1\n", r"expected UTF-8 text in a\.csv: .* Save it with that encoding"),
+        ("a.csv", "y\n" + "1" * 200_000 + "\n", r"a\.csv is not CSV: field larger than field limit"),
+        ("a.npz", b"", r"a\.npz is not an npz file of plain arrays\. Write one with numpy\.savez"),
+        ("a.npz", b"\x93NUMPY", r"a\.npz is not an npz file of plain arrays"),
         ("a.json", "[1]", r"expected an object .* in a\.json, got a list"),
         ("a.json", "{}", r"a\.json has no fields"),
         ("a.json", '{"y": [1, null, NaN]}', r"field 'y': 2 of 3 values are missing or NaN.*obs_mask"),
@@ -125,9 +150,30 @@ def test_floats_follow_the_default_dtype(tmp_path):
     ],
 )
 def test_data_that_cannot_be_read(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         read_data(tmp_path / name)
+
+
+def test_damaged_archives_and_directories_are_no_data(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, y=np.arange(1000.0))
+    whole = path.read_bytes()
+    for damaged in (whole[:200], whole[:100] + bytes(60) + whole[160:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.npz is not an npz file of plain arrays"):
+            read_data(path)
+    np.savez(path, y=np.array([2**64 - 1], dtype=np.uint64))
+    with pytest.raises(ValueError, match=r"field 'y': expected integers below 2\*\*63"):
+        read_data(path)
+    (tmp_path / "b.json").mkdir()
+    with pytest.raises(ValueError, match=r"b\.json' is a directory"):
+        read_data(tmp_path / "b.json")
+
+
+def test_a_byte_order_mark_is_no_part_of_json(tmp_path):
+    (tmp_path / "a.json").write_text('\ufeff{"n": 3}', encoding="utf-8")
+    assert read_data(tmp_path / "a.json") == {"n": 3}
 
 
 def test_pickled_arrays_are_not_loaded(tmp_path):
@@ -152,8 +198,87 @@ def test_matching_fields_with_parameters():
         match(eval("lambda x, /: None"), {"x": 1})
 
 
+# models ---------------------------------------------------------------------------------------------------------------
+
+
 def test_models_may_import_their_neighbours(folder):
     assert read_model(f"{folder}/models.py:schools").__name__ == "schools"
+
+
+@pytest.mark.parametrize("name", ["statistics.py", "torch.py", "model-1.py", "model.v1.py", "helper2.py", "class.py"])
+def test_a_model_file_replaces_no_module(tmp_path, name):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    text = "import statistics, torch\n" + MODEL + "ABOVE = statistics.fmean, torch.randn\n"
+    (folder / name).write_text(text)
+    (folder / "helper.py").write_text("SPREAD = 5.0\n")
+    before, path = dict(sys.modules), list(sys.path)
+    model = read_model(f"{folder / name}:schools")
+    assert model.__globals__["ABOVE"] == (statistics.fmean, torch.randn)
+    assert {key: sys.modules[key] for key in before} == before
+    assert sys.path == [*path, str(folder)]
+    assert pickle.loads(pickle.dumps(model)) is model
+
+
+def test_files_of_one_name_live_side_by_side(tmp_path):
+    found = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "helper.py").write_text(f"NAME = {name!r}\n")
+        (tmp_path / name / "models.py").write_text("from .helper import NAME\ndef model(): return NAME\n")
+        found.append(read_model(f"{tmp_path / name / 'models.py'}:model"))
+    assert [model() for model in found] == ["first", "second"]
+    assert [pickle.loads(pickle.dumps(model)) for model in found] == found
+
+
+def test_a_model_file_in_a_package(tmp_path):
+    inner = tmp_path / "package" / "inner"
+    inner.mkdir(parents=True)
+    (tmp_path / "package" / "__init__.py").write_text("from package.helper import ONE\n")
+    (tmp_path / "package" / "helper.py").write_text("ONE = 1\n")
+    (inner / "__init__.py").write_text("TWO = 2\n")
+    (inner / "models.py").write_text(
+        "from . import TWO\nfrom .. import ONE\nfrom ..helper import ONE as SAME\nimport package.helper\n"
+        "def model(): return ONE, SAME, package.helper.ONE, TWO\n"
+    )
+    assert read_model(f"{inner}/models.py:model")() == (1, 1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("raise SystemExit(4)\n", r"ends the program when it is run \(SystemExit: 4\).*__name__ == '__main__'"),
+        ("from statistics import SPREAD\n", r"imports from 'statistics', which is .* `from \.statistics import "),
+        ("from time import SPREAD\n", r"imports from 'time', which is a module of Python and not"),
+    ],
+)
+def test_a_model_file_that_does_not_run_leaves_nothing_behind(tmp_path, text, message):
+    (tmp_path / "models.py").write_text("from .helper import SPREAD\n" + text)
+    for name in ("helper", "statistics", "time"):
+        (tmp_path / f"{name}.py").write_text("SPREAD = 5.0\n")
+    before, path = set(sys.modules), list(sys.path)
+    with pytest.raises(ValueError, match=message):
+        read_model(f"{tmp_path}/models.py:model")
+    assert set(sys.modules) == before
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 3\n", r"expected 'model' in .*models\.py, which defines no function"),
+        ("class model:\n    def __call__(self): ...\n", r"'model' in .* is a class\. Make an instance"),
+    ],
+)
+def test_files_without_a_model(tmp_path, text, message):
+    (tmp_path / "models.py").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_model(f"{tmp_path}/models.py:model")
+
+
+def test_a_package_directory_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match="is a directory"):
+        read_model(f"{tmp_path}:model")
 
 
 # the commands ---------------------------------------------------------------------------------------------------------
@@ -164,8 +289,9 @@ def test_fit_writes_what_it_says(folder):
     arguments = ("fit", f"{folder}/models.py:schools", "--data", folder / "data.json", "--out", out)
     options = ("--flow", "planar", "--layers", "2", "--draws", "500", "--max-steps", "300", "--seed", "3")
     done = run(*arguments, *options)
-    assert done.exit_code == 0, done.output
     posterior = pf.load(out)
+    assert posterior.verdict.status in ("ok", "corrected")
+    assert done.exit_code == 0, done.output
     assert done.stdout.startswith(str(posterior.verdict))
     assert "mcse_mean" in done.stdout
     assert posterior.samples["mu"].shape == (500,)
@@ -183,7 +309,7 @@ def test_fit_writes_what_it_says(folder):
 def test_demo(tmp_path):
     out = tmp_path / "demo"
     done = run("demo", "--out", out, "--seed", "1", "--max-steps", "250")
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == (3 if pf.load(out).verdict.status == "unreliable" else 0), done.output
     expected = {"posterior.nc", "guide.pt", "posterior.json", "elbo.png", "posterior.png", "pairs.png"}
     assert {path.name for path in out.iterdir()} == expected
     posterior = pf.load(out)
@@ -198,6 +324,97 @@ def test_module_is_the_command(tmp_path):
     assert done.returncode == 0
     assert "demo" in done.stdout
     assert "fit" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A posterior to be returned in place of a fit, and the arguments of a command that would fit it."""
+    folder = tmp_path_factory.mktemp("fitted")
+    (folder / "models.py").write_text(MODEL.replace("from helper import SPREAD", "SPREAD = 5.0"))
+    (folder / "data.json").write_text(json.dumps({"y": Y, "sigma": SIGMA}))
+    model = read_model(f"{folder}/models.py:schools")
+    arguments = read_data(folder / "data.json")
+    posterior = pf.fit(model, model_kwargs=arguments, flow="planar", draws=200, max_steps=200, progress=False)
+    return posterior, ("fit", f"{folder}/models.py:schools", "--data", folder / "data.json")
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("corrected", 0), ("unreliable", 3)])
+def test_the_exit_code_is_the_verdict(fitted, tmp_path, monkeypatch, status, code):
+    posterior, arguments = fitted
+    judged = dataclasses.replace(posterior, verdict=dataclasses.replace(posterior.verdict, status=status))
+    monkeypatch.setattr(cli, "fit", lambda *args, **options: judged)
+    done = run(*arguments, "--out", tmp_path / "out")
+    assert done.exit_code == code, done.output
+    assert done.stdout.startswith(f"{status}: ")
+    assert done.stderr == ""
+    assert (tmp_path / "out" / "posterior.nc").is_file()
+
+
+def test_options_reach_the_fit(fitted, tmp_path, monkeypatch):
+    posterior, arguments = fitted
+    seen = []
+    monkeypatch.setattr(cli, "fit", lambda *args, **options: seen.append(options) or posterior)
+    run(*arguments, "--out", tmp_path / "plain")
+    run(
+        *(*arguments, "--out", tmp_path / "full", "--flow", "spline", "--layers", "3", "--draws", "200", "--runs", "4"),
+        *("--seed", "5", "--max-steps", "7", "--max-seconds", "2.5", "--no-escalate", "--train-model", "--progress"),
+    )
+    plain, full = ({key: value for key, value in options.items() if key != "model_kwargs"} for options in seen)
+    assert plain == {
+        **{"flow": "realnvp", "layers": None, "draws": 4000, "runs": 1, "seed": 0, "max_steps": cli.MAX_STEPS},
+        **{"max_seconds": float("inf"), "escalate": True, "train_model": False, "progress": False},
+    }
+    assert full == {
+        **{"flow": "spline", "layers": 3, "draws": 200, "runs": 4, "seed": 5, "max_steps": 7, "max_seconds": 2.5},
+        **{"escalate": False, "train_model": True, "progress": True},
+    }
+
+
+def test_help_names_every_flow_for_vectors_and_the_exit_codes():
+    shown = " ".join(run("fit", "--help").stdout.split())
+    assert ", ".join(sorted(VECTOR_BUILDERS)) in shown
+    assert "3 for one that is unreliable" in shown
+    for option in ("--runs", "--max-seconds", "--layers", "--seed", "--draws", "--escalate", "--train-model"):
+        assert option in shown
+
+
+def test_version():
+    done = run("--version")
+    assert done.exit_code == 0
+    assert done.stdout.startswith(f"pyro-flows {pf.__version__} (Python {sys.version.split()[0]}, torch ")
+
+
+def test_ctrl_c_during_a_fit_is_one_line(fitted, tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(cli, "fit", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    done = run(*fitted[1], "--out", tmp_path / "out")
+    assert done.exit_code == 130
+    assert done.stdout == ""
+    assert done.stderr == "pyro-flows: interrupted; no complete results were written.\n"
+    assert not (tmp_path / "out").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("command", ["fit", "demo"])
+def test_ctrl_c_in_a_fit_that_returns_its_best_so_far_writes_the_results(fitted, tmp_path, monkeypatch, command):
+    posterior, arguments = fitted
+
+    def interrupted(*args, **options):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            return posterior
+        raise AssertionError("no interrupt came")
+
+    monkeypatch.setattr(cli, "fit", interrupted)
+    done = run(*(arguments if command == "fit" else ("demo",)), "--out", tmp_path / "out")
+    assert done.exit_code == 130, done.output
+    assert done.stdout.startswith(str(posterior.verdict))
+    assert done.stderr == "pyro-flows: interrupted; the results are the best so far.\n"
+    assert pf.load(tmp_path / "out").verdict.status == posterior.verdict.status
 
 
 # mistakes -------------------------------------------------------------------------------------------------------------
@@ -223,7 +440,9 @@ def refused(done):
         ("data.json:schools", (), "expected a Python file"),
         ("models.py:schools", ("--flow", "realnpv"), "got 'realnpv'. Did you mean 'realnvp'?"),
         ("models.py:schools", ("--data", "nowhere.json"), "data: no file 'nowhere.json'"),
-        ("models.py:broken", (), "RuntimeError: first line"),
+        ("models.py:broken", (), "RuntimeError: first line (models.py, line 15) (--debug shows the traceback)"),
+        ("models.py:scale", (), "found invalid values: -1.0 (models.py, line 25) (--debug"),
+        ("models.py:wrong", (), "ValueError: could not convert string to float: 'x' (models.py, line 22) (--debug"),
         ("models.py:discrete", (), "site 'k': expected a continuous latent, got the discrete Poisson"),
     ],
 )
@@ -263,6 +482,20 @@ def test_folders_with_other_content_are_refused_before_the_fit(folder):
     assert "holds other files" in refused(run("demo", "--out", folder))
 
 
+@pytest.mark.parametrize("kind", ["file", "below a file", "dangling link"])
+def test_places_where_nothing_can_be_written_are_refused_before_the_fit(folder, monkeypatch, kind):
+    def never(*args, **options):
+        raise AssertionError("the fit began")
+
+    monkeypatch.setattr(cli, "fit", never)
+    out = {"file": "data.json", "below a file": "data.json/a/b", "dangling link": "link"}[kind]
+    (folder / "link").symlink_to(folder / "nowhere")
+    before = set(folder.rglob("*"))
+    for command in (("fit", f"{folder}/models.py:schools", "--data", folder / "data.json"), ("demo",)):
+        assert "out: expected a directory" in refused(run(*command, "--out", folder / out))
+    assert {path for path in folder.rglob("*") if "__pycache__" not in path.parts} == before
+
+
 def test_debug_shows_the_traceback(folder):
     arguments = (
         "fit",
@@ -279,7 +512,15 @@ def test_debug_shows_the_traceback(folder):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("fit",), ("demo", "--sed", "1"), ("fit", "m.py:m", "--data", "d", "--draws", "5")]
+    "arguments",
+    [
+        ("fit",),
+        ("demo", "--sed", "1"),
+        ("fit", "m.py:m", "--data", "d", "--out", "o", "--draws", "5"),
+        ("fit", "m.py:m", "--data", "d", "--out", "o", "--runs", "0"),
+        ("fit", "m.py:m", "--data", "d", "--out", "o", "--max-seconds", "-1"),
+        ("fit", "m.py:m", "--data", "d", "--out", "o", "--max-seconds", "nan"),
+    ],
 )
 def test_usage_errors(arguments):
     done = run(*arguments)

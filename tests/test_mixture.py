@@ -105,7 +105,7 @@ def test_state_and_settings_rebuild_it():
     twin.load_state_dict(mixture.state_dict())
     z = torch.randn(20, 2, dtype=torch.float64)
     assert torch.equal(twin.log_prob(z), mixture.log_prob(z))
-    assert twin.settings == mixture.settings
+    assert json.loads(json.dumps(twin.settings)) == json.loads(json.dumps(mixture.settings))
     assert torch.equal(pickle.loads(pickle.dumps(mixture)).log_prob(z), mixture.log_prob(z))
     assert FlowMixture([affine([0.0], [1.0])]).settings is None, "no builder knows this flow"
 
@@ -174,7 +174,7 @@ def test_a_guide_holds_a_mixture():
 def test_a_guide_with_a_mixture_is_judged_as_what_it_draws():
     posterior = pf.diagnose(halves, guide_of(two()), draws=2000)
     assert posterior.verdict.status == "ok", str(posterior.verdict)
-    assert posterior.flow.log_prob(posterior.z) == pytest.approx(posterior.log_q)
+    torch.testing.assert_close(posterior.flow.log_prob(posterior.z), posterior.log_q)
     single = pf.diagnose(halves, guide_of(FlowMixture([affine([8.0, 8.0], [0.3, 0.3])])), draws=2000)
     assert posterior.log_evidence - single.log_evidence == pytest.approx(math.log(2.0), abs=0.02)
 
