@@ -17,6 +17,7 @@ from pyro_flows import _checks
 from pyro_flows.bar import Bar
 from pyro_flows.batching import alone, usable
 from pyro_flows.clock import Clock, unbounded
+from pyro_flows.coordinates import choose_coordinates
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, FlowLike
 from pyro_flows.initial import Start
@@ -25,7 +26,6 @@ from pyro_flows.log_density import LogDensity
 from pyro_flows.mixture import FlowMixture
 from pyro_flows.modes import missed_modes
 from pyro_flows.posterior import Posterior, from_draws
-from pyro_flows.coordinates import choose_coordinates
 from pyro_flows.randomness import seeded
 from pyro_flows.run import Plan, Run, make_run
 from pyro_flows.runs import Agreement, compare
@@ -257,12 +257,9 @@ def _judged(plan: Plan, state: _State, draws: int, seed: int, runs: int) -> Post
     guide = best.settle(plan, density) if state.guide is None else state.guide
     mixed = [run for run in state.kept if run is not best and isinstance(guide._flow, FlowMixture)]
     notes = [note for run in [best, *mixed] for note in _warnings(run)]
-    moving = (
-        []
-        if best.best is not None and not best.best.training.moving
-        else ["the fit was cut short while it still moved"]
-    )
-    given = {"max_steps": plan.max_steps, "max_seconds": clock.seconds, "train_model": plan.train_model, "runs": runs}
+    moving = best.best is None or best.best.training.moving
+    seconds = clock.seconds if clock.finite else None
+    given = {"max_steps": plan.max_steps, "max_seconds": seconds, "train_model": plan.train_model, "runs": runs}
     return from_draws(
         density,
         functools.partial(_draw, guide._flow),

@@ -17,7 +17,7 @@ COPIES = 3  # of the pool that exist at once, and as many numbers beside it for 
 JUDGING = "the scores of draws"
 LEAST = 8  # draws, whatever the clock says
 SCORING = 0.7  # of the time left: the rest is for checks and for the constrained values
-SLOW_ROWS = 16
+SHORT = 0.05  # of the time left, for which a piece may be taken twice as large
 ROWS = 1024
 
 
@@ -68,16 +68,14 @@ def score_pool(density: LogDensity, draw: Draw, count: int) -> Pool:
     """
     clock = density.clock
     z, log_q = draw(count)
-    left = clock.left
-    until, began = time.monotonic() + SCORING * left, time.monotonic()
-    rows = ROWS if density.batched and not clock.hurried else SLOW_ROWS
+    hurried, began = clock.hurried, time.monotonic()
+    until = began + SCORING * clock.left
+    rows = LEAST if hurried else ROWS
     scored: list[Tensor] = []
     done = 0
-    while done < count:
-        if done >= LEAST and time.monotonic() >= until:
-            break
+    while done < count and (done < LEAST or time.monotonic() < until):
         many = count - done if count - done < 2 * rows else rows  # no new size of a piece at the end
-        many = min(many, LEAST) if clock.hurried and done == 0 else many
+        before = time.monotonic()
         try:
             scored.append(density(z[done : done + many]))
         except KeyboardInterrupt:
@@ -86,9 +84,11 @@ def score_pool(density: LogDensity, draw: Draw, count: int) -> Pool:
             until = time.monotonic()
             continue
         done += many
+        if hurried and density.batched and time.monotonic() - before < SHORT * (until - before):
+            rows = min(2 * rows, ROWS)
     each = (time.monotonic() - began) / max(done, 1)
     afford = (clock.left - each * done / POOL) / max(4.0 * each, 1e-9)
-    checked = CHECKED if not clock.hurried else int(min(max(afford, 1.0), CHECKED))
+    checked = CHECKED if not hurried else int(min(max(afford, 1.0), CHECKED))
     done -= done % POOL if done < count else 0
     log_p = torch.cat(scored)
     return Pool(z[:done], log_q[:done], log_p[:done], checked)

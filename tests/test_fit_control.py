@@ -88,7 +88,7 @@ def test_more_draws_than_the_memory_holds_are_refused_before_training(monkeypatc
 
 
 def test_an_infinite_bound_is_none():
-    assert pf.fit(model, Y, max_seconds=math.inf, **QUICK).settings["max_seconds"] == math.inf
+    assert pf.fit(model, Y, max_seconds=math.inf, **QUICK).settings["max_seconds"] is None
 
 
 # the bound ----------------------------------------------------------------------------------------------------------
