@@ -70,7 +70,7 @@ def score_pool(density: LogDensity, draw: Draw, count: int) -> Pool:
     z, log_q = draw(count)
     hurried, began = clock.hurried, time.monotonic()
     until = began + SCORING * clock.left
-    rows = LEAST if hurried else ROWS
+    rows = LEAST if hurried or not density.batched else ROWS
     scored: list[Tensor] = []
     done = 0
     while done < count and (done < LEAST or time.monotonic() < until):
@@ -81,7 +81,7 @@ def score_pool(density: LogDensity, draw: Draw, count: int) -> Pool:
         except KeyboardInterrupt:
             if not clock.interrupt(JUDGING):
                 raise
-            until = time.monotonic()
+            until, rows = time.monotonic(), LEAST
             continue
         done += many
         if hurried and density.batched and time.monotonic() - before < SHORT * (until - before):
