@@ -235,7 +235,8 @@ def _work(plan: Plan, state: _State, seed: int, runs: int) -> None:
         flow = state.guide._flow
         z, log_q = _draw(flow, MODE_DRAWS)
         modes = [mode for run in state.done for mode in run.modes]
-        state.failures = missed_modes(state.density, modes, z, log_q, flow.log_prob) + state.failures
+        search = missed_modes(state.density, modes, z, log_q, flow.log_prob, seed=seed)
+        state.failures = search.failures + state.failures
 
 
 def _compare(plan: Plan, state: _State) -> None:

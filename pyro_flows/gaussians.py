@@ -51,6 +51,13 @@ class Gaussians(NamedTuple):
         squares = x.square().sum(-1) - inner.square().sum(-1) + back.square().sum(-1)
         return -0.5 * squares - self._log_scale()
 
+    def pull(self, gradient: Tensor) -> Tensor:
+        """Return gradients (K, S, D) with respect to the noise, from those with respect to the images."""
+        units = self.units.mT if self.units.dim() == 3 else self.units
+        scaled = self.root[:, None] * stretch(units, gradient)
+        inner = scaled @ self.basis
+        return scaled + (inner @ self.factor - inner) @ self.basis.mT
+
     def _log_scale(self) -> Tensor:
         diagonals = torch.cat([_diagonal(self.units), self.root, _diagonal(self.factor)], -1)
         return diagonals.log().sum(-1, keepdim=True) + 0.5 * self.loc.shape[-1] * math.log(2.0 * math.pi)

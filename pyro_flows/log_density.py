@@ -20,7 +20,7 @@ from pyro_flows.clock import Clock, unbounded
 from pyro_flows.enumeration import Enumerate, Evaluator
 from pyro_flows.randomness import BatchedDraws, derive, seeded
 from pyro_flows.recorder import Recorder, rows_for
-from pyro_flows.sites import Latent, Noncentred, Place, Resample, Structure, flatten_all, hold, messages, read_structure
+from pyro_flows.sites import Latent, Noncentred, Place, Resample, Structure, flatten_all, hold, messages, place_all, read_structure
 
 MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
 PORTION = 16  # pieces of a recorded graph between two looks at the clock
@@ -321,6 +321,18 @@ class LogDensity:
                     return torch.func.vmap(flat, randomness="different")(kept).to(self.dtype)
             rows = [{name: value[i] for name, value in kept.items()} for i in range(len(kept[self.names[0]]))]
             return torch.stack([flat(row) for row in rows]).to(self.dtype)
+
+    def log_jacobian(self, z: Tensor) -> Tensor:
+        """Return the log determinant (S,) of the map from ``z`` to the model's own values, which the density contains."""
+        self._check(z)
+
+        def ladj(row: Tensor) -> Tensor:
+            placed = place_all(self.structure, row, lambda: self.model(*self.args, **self.kwargs))
+            return sum((found.sum() for _, found in placed.values()), row.new_zeros(()))
+
+        with torch.no_grad():
+            found: Tensor = self.map(ladj, z)
+        return found
 
     def log_prior(self, z: Tensor) -> dict[str, Tensor]:
         """Return the log prior density of each latent site, constrained: ``{name: (S, *batch)}``."""

@@ -5,58 +5,237 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pyro_flows.initial import SEARCHES_UNBATCHED, Start, laplace
+from pyro_flows.curvature import lower_triangular
+from pyro_flows.gaussians import Gaussians
+from pyro_flows.initial import SEARCHES_UNBATCHED, Start, prior_draws
 from pyro_flows.log_density import LogDensity
+from pyro_flows.pathfinder import pathfinder
+from pyro_flows.psis import psis
+from pyro_flows.randomness import derive, seeded
+from pyro_flows.symmetries import moves
+from pyro_flows.tempering import log_mean, temper
 
 SHARE = 0.02  # of the mass that the guide covers
 THINNER = 7.0  # nats by which the guide falls short at a mode that it lacks
 INFLATED = (3.0, 10.0, 30.0)
-CLIMBERS = 6  # for each factor
-AT_REST = 0.01  # nats that another Newton step promises
+CLIMBERS = 6  # for each factor, and from the guide's own draws
+PRIOR_CLIMBERS = 12
+FULL_UNITS_UP_TO = 100  # dimensions
+WEIGHED = 400  # draws from the normal at the end of a path
+TRUSTED_K_HAT = 0.7
+LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 LINES = 400  # coordinates that are followed,
 LINE_POINTS = 24  # by as many points a side,
 NEAR, FAR = 2.0, 40.0  # standard deviations away
 MOVES = 8
 MOVED_DRAWS = 200
+SEEDS = 3  # draws at which exact moves are looked for
+
+Score = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Lack:
+    """A place that the guide lacks, and a normal distribution there: where another run may start."""
+
+    place: Tensor
+    start: Start
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search for missed modes found, and what it could not look at."""
+
+    lacks: tuple[Lack, ...] = ()
+    sentence: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def failures(self) -> list[str]:
+        """The reason against the draws, if there is one."""
+        return [] if self.sentence is None else [self.sentence]
 
 
 def missed_modes(
-    density: LogDensity, modes: Sequence[Start], z: Tensor, log_q: Tensor, score: Callable[[Tensor], Tensor]
-) -> list[str]:
-    """Name the modes that hold a good part of the mass and that a guide lacks.
+    density: LogDensity, modes: Sequence[Start], z: Tensor, log_q: Tensor, score: Score, *, seed: int = 0
+) -> Search:
+    """Search for regions that hold a good part of the mass and that a guide lacks.
 
-    At its own draws, log p - log q of a guide is about the log of the mass that it covers. A mode is missed if its
-    mass, by Laplace's method, is a good part of that, and if the guide is much thinner there than it ought to be. Those
-    looked at are the modes of the portfolio, and others found by climbing from the guide's draws moved outwards. Where
-    the density has further maxima along a coordinate, all draws are moved there: see :func:`_across`.
+    At its own draws, log p - log q of a guide is about the log of the mass that it covers. A region is missed if it has
+    a good part of that mass where the guide is much thinner than it ought to be. Four searches:
+
+    1. Exact moves (:mod:`pyro_flows.symmetries`) are applied to the draws. The mass of the region is
+       :math:`E_q\\, p(T z) / q(z)`.
+    2. Paths climb from draws moved outwards, from prior draws, from draws with a site's signs changed, and from the
+       modes of the portfolio. Each carries a normal distribution (:mod:`pyro_flows.pathfinder`), whose weighted draws
+       tell the mass; where they are too few, tempering does, in comparison with the region that the guide covers, by
+       the same method.
+    3. All draws are moved along single coordinates to further maxima: see :func:`_across`.
 
     Args:
         density: log p, unnormalised.
-        modes: starts with an ``evidence``.
+        modes: starts whose places are looked at too.
         z: draws (S, D) of the guide.
         log_q: their log densities (S,).
         score: the guide's log density.
+        seed: of the search.
     """
     with torch.no_grad():
         weights = density(z) - log_q
-    covered = float(weights[torch.isfinite(weights)].median()) if bool(torch.isfinite(weights).any()) else -math.inf
-    known = [mode for mode in (*modes, *_beyond(density, z)) if mode.evidence is not None]
-    large = [mode.loc for mode in known if float(mode.evidence or 0.0) - covered > math.log(SHARE)]
-    found: list[Tensor] = []
-    if large:
-        places = torch.stack(large)
-        found = list(places[_is_thin(density, score, places, covered)])
+    finite = torch.isfinite(weights)
+    if not bool(finite.any()):
+        return Search()
+    guide = _Guide(density, score, float(weights[finite].median()))
+    few = z[finite][:MOVED_DRAWS], log_q[finite][:MOVED_DRAWS]
+    found = _mirrored(guide, *few) if density.batched else []
+    found = found or _climbed(guide, modes, z[finite], seed=seed)
     if not found and density.batched:
-        found = _across(density, z[:MOVED_DRAWS], log_q[:MOVED_DRAWS], score, covered)
+        found = _across(guide, *few)
+    notes = () if density.batched else (
+        f"modes were looked for from {SEARCHES_UNBATCHED} points only, since the model runs draw by draw",
+    )  # fmt: skip
     if not found:
-        return []
-    names = sorted({_named(density, place, z[:MOVED_DRAWS]) for place in found})
+        return Search(notes=notes)
+    names = sorted({_named(density, lack.place, few[0]) for lack in found})
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return [f"the guide lacks a mode near {names[0]}{more}; try runs=4"]
+    return Search(tuple(found), f"the guide lacks a mode near {names[0]}{more}; try runs=4", notes)
+
+
+@dataclass(frozen=True)
+class _Guide:
+    """The guide's log density, and the log of the mass that it covers."""
+
+    density: LogDensity
+    score: Score
+    covered: float
+
+    @torch.no_grad()
+    def lacking(self, z: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Return p / (covered mass) / q (S,) at draws of q where the guide is much too thin, and 0 elsewhere."""
+        ratios = (log_p - log_q).double() - self.covered
+        return torch.where(self.is_thin(z, log_p) & torch.isfinite(ratios), ratios, -torch.inf).exp()
+
+    @torch.no_grad()
+    def is_thin(self, z: Tensor, log_p: Tensor) -> Tensor:
+        """Whether the guide has far less than it ought to have at points (S, D) with these log densities."""
+        usable = torch.isfinite(log_p) & torch.isfinite(z).all(1)
+        thin = torch.zeros_like(usable)
+        if bool(usable.any()):
+            thin[usable] = (log_p[usable] - self.score(z[usable])).double() - self.covered > THINNER
+        return thin
+
+
+@torch.no_grad()
+def _mirrored(guide: _Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
+    """Apply exact moves to the draws; return the regions that hold a good part of the mass and no draws."""
+    density = guide.density
+    found = []
+    candidates = dict.fromkeys(move for draw in z[:SEEDS] for move in moves(density, draw))
+    for move in candidates:
+        moved = move.apply(density, z)
+        inside = torch.isfinite(moved).all(1)
+        moved = torch.where(inside[:, None], moved, 0.0)
+        # The move keeps the volume of the model's own values, so there q's image has the density that q has at z.
+        image = log_q - density.log_jacobian(z) + density.log_jacobian(moved)
+        share = guide.lacking(moved, torch.where(inside, density(moved), -torch.inf), image).clamp(max=1.0)
+        if float(share.mean()) > SHARE:
+            found.append(Lack(moved[int(share.argmax())], _moments(moved[share > 0.0], "mirrored")))
+    return found
+
+
+def _moments(draws: Tensor, name: str) -> Start:
+    spread = draws.std(0) if len(draws) > 1 else torch.ones_like(draws[0])
+    return Start(name, draws.mean(0), torch.where(spread > 0.0, spread, 1.0))
+
+
+def _climbed(guide: _Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> list[Lack]:
+    """Climb from many points; return the regions at the ends of the paths that the guide lacks."""
+    density = guide.density
+    own, far = z[:CLIMBERS], _dispersed(guide, modes, z, seed=seed)
+    if not len(far):
+        return []
+    units = _units(z)
+    points = torch.cat([own, far])
+    paths = pathfinder(density, points, units.expand(len(points), *units.shape), seed=derive(seed, "modes"))
+    with seeded(derive(seed, "weighing"), density.device), torch.no_grad():
+        noise = torch.randn(WEIGHED, density.dim, dtype=z.dtype, device=z.device)
+        draws, log_q = paths.best.map(noise)
+        log_p = density(draws.flatten(0, 1)).unflatten(0, draws.shape[:2])
+    scales = paths.best.scale()
+    scales = lower_triangular(scales) if scales.dim() == 3 else scales
+    found, doubtful = [], []
+    for number in range(len(own), len(points)):
+        lacking = guide.lacking(draws[number], log_p[number], log_q[number])
+        if not bool((lacking > 0.0).any()):
+            continue
+        log_weights, k_hat = psis(lacking.log())
+        start = Start("mode", paths.best.loc[number], scales[number])
+        if k_hat < TRUSTED_K_HAT:
+            if float(lacking.mean()) > SHARE:
+                found.append(Lack(draws[number][int(log_weights.argmax())], start))
+        else:
+            doubtful.append((float(paths.elbo[number]), number, start))
+    if found:
+        return _distinct(found, units)
+    # 2. Where a normal is too poor, tempering from it measures the mass, and just so that of the guide's own region.
+    doubtful.sort(key=lambda entry: -entry[0])
+    base = int(paths.elbo[: len(own)].nan_to_num(nan=-torch.inf).argmax())
+    reach = guide.covered + math.log(SHARE) - max(0.0, guide.covered - float(paths.elbo[base]))
+    worth = [entry for entry in doubtful if entry[0] > reach - THINNER]
+    if not worth:
+        return []
+    chosen = [base] + [number for _, number, _ in worth[:LOOKED_AT]]
+    walk = temper(density, Gaussians(*(part[chosen] for part in paths.best)), seed=derive(seed, "tempering"))
+    covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
+    for (_, _, start), ends, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=False):
+        thin = guide.is_thin(ends, log_p)
+        if float(log_mean(torch.where(thin, log_weights, -torch.inf))) - covered > math.log(SHARE):
+            found.append(Lack(ends[int(torch.where(thin, log_weights, -torch.inf).argmax())], start))
+    return _distinct(found, units)
+
+
+def _dispersed(guide: _Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> Tensor:
+    """Points to climb from: draws moved away from their centre, prior draws, known modes; of finite density."""
+    density = guide.density
+    centre = z.median(0).values
+    parts = zip(INFLATED, z.split(CLIMBERS), strict=False)
+    outwards = [centre + factor * (part - centre) for factor, part in parts]
+    flipped = []
+    for latent in density.structure.latents[:CLIMBERS]:
+        changed = z[-1:].clone()
+        changed[:, latent.offset : latent.offset + latent.size] *= -1.0
+        flipped.append(changed)
+    prior = prior_draws(density, PRIOR_CLIMBERS, seed=derive(seed, "modes from the prior"))
+    points = torch.cat([*(mode.loc[None] for mode in modes), *outwards, *flipped, prior])
+    with torch.no_grad():
+        points = points[torch.isfinite(density(points))]
+    return points if density.batched else points[:SEARCHES_UNBATCHED]
+
+
+def _units(z: Tensor) -> Tensor:
+    """The draws' scale: the Cholesky factor of their covariance where there are draws enough for it, or their sds."""
+    if z.shape[1] <= FULL_UNITS_UP_TO and len(z) > 4 * z.shape[1]:
+        root, fault = torch.linalg.cholesky_ex(torch.cov(z.mT.double()).reshape(z.shape[1], z.shape[1]))
+        if int(fault) == 0 and bool(torch.isfinite(root).all()):
+            return root.to(z.dtype)
+    spread = z.std(0)
+    return torch.where((spread > 0.0) & torch.isfinite(spread), spread, 1.0)
+
+
+def _distinct(found: list[Lack], units: Tensor) -> list[Lack]:
+    """Leave out places within a standard deviation of an earlier one."""
+    kept: list[Lack] = []
+    for lack in found:
+        away = [lack.place - other.place for other in kept]
+        scaled = [x / units if units.dim() == 1 else torch.linalg.solve_triangular(units, x[:, None], upper=False) for x in away]
+        if all(float(x.norm()) > math.sqrt(len(lack.place)) for x in scaled):
+            kept.append(lack)
+    return kept
 
 
 @torch.no_grad()
@@ -65,7 +244,7 @@ def _named(density: LogDensity, place: Tensor, z: Tensor) -> str:
     drawn, here = density.constrain(z), density.constrain(place[None])
     entries = []
     for name in density.names:
-        values, value = drawn[name].flatten(1).double(), here[name].flatten().double()
+        values, value = drawn[name].reshape(len(z), -1).double(), here[name].flatten().double()
         distance = (value - values.mean(0)).abs() / values.std(0).clamp_min(torch.finfo(torch.float64).tiny)
         for number, index in enumerate(itertools.product(*map(range, here[name].shape[1:]))):
             label = f"{name}[{','.join(map(str, index))}]" if index else name
@@ -75,30 +254,21 @@ def _named(density: LogDensity, place: Tensor, z: Tensor) -> str:
 
 
 @torch.no_grad()
-def _is_thin(density: LogDensity, score: Callable[[Tensor], Tensor], z: Tensor, covered: float) -> Tensor:
-    """Whether the guide has far less than it ought to have at each row of ``z``."""
-    return (density(z) - score(z)).double() - covered > THINNER
-
-
-@torch.no_grad()
-def _across(
-    density: LogDensity, z: Tensor, log_q: Tensor, score: Callable[[Tensor], Tensor], covered: float
-) -> list[Tensor]:
+def _across(guide: _Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
     r"""Return a place in each region that has much of the mass, but no draws until they are moved along a coordinate.
 
     Candidates for the move :math:`\delta` are further maxima of the density on the lines through the best draw. The
     mass of the region is :math:`E_q\, p(z + \delta) / q(z)`; here each draw counts as one at most. The number of modes
     does not matter: with two wells in each of many coordinates, one mode alone is next to nothing.
     """
-    log_p = density(z)
-    best = z[int(torch.nan_to_num(log_p, nan=-torch.inf).argmax())]
+    density = guide.density
+    best = z[int(torch.nan_to_num(density(z), nan=-torch.inf).argmax())]
     found = []
     for move in _further_maxima(density, best, z.std(0)):
         moved = z + move
-        shares = (density(moved) - log_q - covered).double().nan_to_num(nan=-torch.inf).exp().clamp(max=1.0)
-        lacking = shares * _is_thin(density, score, moved, covered)
-        if float(lacking.mean()) > SHARE:
-            found.append(moved[int(lacking.argmax())])
+        share = guide.lacking(moved, density(moved), log_q).clamp(max=1.0)
+        if float(share.mean()) > SHARE:
+            found.append(Lack(moved[int(share.argmax())], _moments(moved[share > 0.0], "moved")))
     return found
 
 
@@ -120,22 +290,3 @@ def _further_maxima(density: LogDensity, centre: Tensor, sd: Tensor) -> list[Ten
         fine = density(centre + near[:, None] * lines[line]).nan_to_num(nan=-torch.inf)
         moves.append((float(fine.max()), near[int(fine.argmax())] * lines[line]))
     return [move for _, move in sorted(moves, key=lambda pair: -pair[0])[:MOVES]]
-
-
-def _beyond(density: LogDensity, z: Tensor) -> list[Start]:
-    """Climb from draws that are moved away from their centre; return the modes that are reached."""
-    centre = z.median(0).values
-    parts = zip(INFLATED, z.split(CLIMBERS), strict=False)
-    points = torch.cat([centre + factor * (part - centre) for factor, part in parts])
-    with torch.no_grad():
-        points = points[torch.isfinite(density(points))]
-    points = points if density.batched else points[:SEARCHES_UNBATCHED]
-    if not len(points):
-        return []
-    return [mode for mode in laplace(density, points) if mode.evidence is not None and _rests(density, mode)]
-
-
-def _rests(density: LogDensity, mode: Start) -> bool:
-    """Whether climbing ended at a mode, and not on its way."""
-    gradient = density.value_and_grad(mode.loc[None])[1][0]
-    return float((mode.scale.mT @ gradient).square().sum()) < AT_REST
