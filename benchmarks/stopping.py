@@ -9,8 +9,6 @@ row of the same version is not done again.
 from __future__ import annotations
 
 import argparse
-import functools
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +20,14 @@ from benchmarks import records
 from benchmarks.models import NAMES, Problem, load
 from benchmarks.posteriordb import full_name
 from pyro_flows import LogDensity
-from pyro_flows.fit import MAX_STEPS, _guide, _Plan
+from pyro_flows.bar import Bar
+from pyro_flows.clock import unbounded
+from pyro_flows.coordinates import choose_coordinates
+from pyro_flows.fit import MAX_STEPS
 from pyro_flows.initial import portfolio
-from pyro_flows.race import choose_coordinates, race, share
+from pyro_flows.race import race, share
 from pyro_flows.randomness import seeded
+from pyro_flows.run import Plan
 from pyro_flows.training import Budget, train
 
 OUT = records.RESULTS / "stopping.csv"
@@ -40,16 +42,16 @@ FIELDS = (
 
 def first_round(problem: Problem, *, seed: int, steps: int | None = None) -> tuple[int, torch.Tensor, float, str]:
     """Return steps, ELBO terms on common draws, seconds and why it ended; ``steps`` switches the automatic stop off."""
-    plan = _Plan(problem.model, problem.args, {}, "realnvp", {}, MAX_STEPS, math.inf, False, False, False)
+    options = {"train_model": False, "escalate": False, "clock": unbounded(), "bar": Bar("fit", visible=False)}
+    plan = Plan(problem.model, problem.args, {}, "realnvp", {}, MAX_STEPS, **options)
     began = time.monotonic()
     with seeded(seed):
-        density = LogDensity(problem.model, problem.args)
+        density, extra = LogDensity(problem.model, problem.args), []
         if density.structure.hierarchical:
-            guide_for = functools.partial(_guide, plan)
-            density, starts, _ = choose_coordinates(density, guide_for, share(MAX_STEPS), seed=seed)
-        else:
-            starts = portfolio(density, seed=seed)
-        guide = _guide(plan, density)
+            density, start, _ = choose_coordinates(density, seed=seed)
+            extra = [] if start is None else [start]
+        starts = portfolio(density, seed=seed, extra=extra)
+        guide = plan.guide(density)
         winner, _ = race(guide, density, starts, share(MAX_STEPS), seed=seed, extra=())
         trainer, allowed = winner.trainer, steps or MAX_STEPS
         left = Budget(allowed - len(trainer.losses))

@@ -10,11 +10,22 @@ import torch
 from torch import Tensor
 
 
-def integer(name: str, value: Any, minimum: int) -> int:
+def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     """Return ``value`` as an int of at least ``minimum``, or say what is wrong with it."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}.")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name}: expected an integer from {minimum} to {maximum}, got {value!r}. Take fewer.")
     return value
+
+
+def seconds(name: str, value: Any) -> float:
+    """Return a bound on a time as a float above zero; infinity is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(
+            f"{name}: expected a number of seconds > 0 (math.inf for no bound), got {value!r}. Pass a number."
+        )
+    return float(value)
 
 
 def positive(name: str, value: Any) -> float:

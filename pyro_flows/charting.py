@@ -49,7 +49,7 @@ def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tup
         if chart:
             kept = options[latent.name] if latent.name in options else {}
             options[latent.name] = {**({"noncentred": True} if kept is None else kept), **chart}
-    found = LogDensity(density.model, density.args, density.kwargs, noncentred=options)
+    found = density.elsewhere(options)
     found.evaluations += density.evaluations
     names = [latent.name for latent in found.structure.latents if latent.chart is not None]
     return found, _carried(density, found, start, seed=seed), names

@@ -49,7 +49,7 @@ def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, S
     ``density`` is centred. Paths climb in centred and in non-centred coordinates. The best normal on each side is where
     learning begins; the better ELBO decides.
     """
-    wholly = LogDensity(density.model, density.args, density.kwargs, noncentred=True)
+    wholly = density.elsewhere(True)
     family = _Family(density)
     found, elbos = [], []
     for number, candidate in enumerate((density, wholly)):
@@ -68,7 +68,7 @@ def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, S
     kept: Any = True
     if chosen is not None and math.isfinite(chosen.start.elbo):
         kept = {name: said.options for name, said in chosen.information.items()}
-    result = LogDensity(density.model, density.args, density.kwargs, noncentred=kept)
+    result = density.elsewhere(kept)
     result.evaluations += density.evaluations + wholly.evaluations + family.evaluations
     entry = {
         "stage": "coordinates",
@@ -111,12 +111,13 @@ class _Family:
         return self.density.single(z, latents)
 
     def _gradients(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), self.density.clock.watching():
             grad, value = torch.func.vmap(torch.func.grad_and_value(self._single))(points)
         return value, grad
 
     def look(self, z: Tensor, said: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return values (S,), and gradients with respect to z (S, D) and to log precisions and centres (S, 2 K)."""
+        self.density.clock.look()
         self.evaluations += len(z)
         points = torch.cat([z, said.expand(len(z), -1)], 1)
         value, grad = where_possible(self._recorder, points, (), (points.shape[1],))
@@ -130,12 +131,7 @@ class _Family:
         # 1. The posterior's precision is that of the prior and that of the data together: begin with half of it.
         log_precision = -2.0 * spread.log() - math.log(2.0)
         began = self.information(log_precision, centre)
-        middle = LogDensity(
-            density.model,
-            density.args,
-            density.kwargs,
-            noncentred={name: found.options for name, found in began.items()},
-        )
+        middle = density.elsewhere({name: found.options for name, found in began.items()})
         loc, unit = _middle_and_spread(middle.unconstrain(values))
         # 2. Everything is trained relative to where it began, in units of its spread.
         base, units = torch.cat([loc, log_precision, centre]), torch.cat([unit, torch.ones_like(spread), spread])

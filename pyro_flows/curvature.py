@@ -54,7 +54,7 @@ def _hessians(density: LogDensity, points: Tensor) -> Tensor:
     """Hessians (K, D, D): automatic differentiation where the model allows, differences of gradients otherwise."""
     if density.batched:
         try:
-            with torch.no_grad(), quiet():
+            with torch.no_grad(), quiet(), density.clock.watching():
                 found = torch.func.vmap(torch.func.jacrev(torch.func.grad(density.single)))(points)
             density.evaluations += points.numel()
             return found
@@ -69,7 +69,7 @@ def _diagonal(density: LogDensity, point: Tensor) -> Tensor:
     coordinates = torch.arange(density.dim, device=point.device)
     if density.batched:
         try:
-            with torch.no_grad(), quiet():
+            with torch.no_grad(), quiet(), density.clock.watching():
                 pull = torch.func.vjp(torch.func.grad(density.single), point)[1]
 
                 def entry(index: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from pyro_flows import _checks, density_storage
+from pyro_flows.bar import Bar
+from pyro_flows.batching import alone
 from pyro_flows.builders import BUILDERS
 from pyro_flows.density_data import CHUNK, Batch, Levels, Rows, Source, Stream, rows
 from pyro_flows.density_fit import DensityFit, bits_per_dim, like, mean_log_prob, points_for
@@ -128,7 +129,7 @@ def fit_density(
         "seed": _checks.integer("seed", seed, 0),
     }
     seconds = math.inf if max_seconds is None else _checks.positive("max_seconds", max_seconds)
-    with seeded(derive(seed, "fit_density"), like(flow).device if isinstance(flow, Flow) else None):
+    with alone(), seeded(derive(seed, "fit_density"), like(flow).device if isinstance(flow, Flow) else None):
         made = _make(flow, data, context)
         train, held_out = _sources(made, data, context, validation, levels)
         made, options["preprocess"] = _with_preprocessing(made, train, preprocess)
@@ -296,21 +297,20 @@ def _decay(ascent: Ascent, ahead: int) -> float:
 
 
 class _Bar:
-    """A progress bar in percent of the budget."""
+    """One line: the share of the budget, at the end of which it stops at the latest, and held-out nats."""
 
     def __init__(self, *, visible: bool, flow: Flow, levels: Levels | None) -> None:
         self.flow, self.levels = flow, levels
-        self.bar = tqdm(total=100, disable=not visible, unit="%", desc="fit_density", leave=True)
+        self.bar = Bar("fit_density", visible)
+        self.bar.watch("the race of step sizes")
 
     def show(self, state: str, epoch: int, share: float, nats: float) -> None:
-        self.bar.n = min(round(100 * share), 100)
-        self.bar.set_postfix_str(f"epoch {epoch}, {self._words(nats)}, {state}", refresh=True)
+        self.bar.watch(state)
+        spent = min(round(100 * share), 100)
+        self.bar.show(f"epoch {epoch}, {spent} % of the budget, {self._words(nats)}")
 
     def close(self, nats: float) -> None:
-        self.bar.n = self.bar.total
-        if math.isfinite(nats):
-            self.bar.set_postfix_str(self._words(nats), refresh=True)
-        self.bar.close()
+        self.bar.close(self._words(nats) if math.isfinite(nats) else "done")
 
     def _words(self, nats: float) -> str:
         return f"{nats:.3f} nats, {bits_per_dim(nats, self.flow, self.levels):.3f} bits/dim"

@@ -13,13 +13,14 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.batching import quiet
+from pyro_flows.batching import alone, quiet, usable
 from pyro_flows.guides import AutoFlow
 from pyro_flows.log_density import LogDensity
 from pyro_flows.observations import warn_if_nothing_observed
 from pyro_flows.posterior import Posterior, from_draws
 from pyro_flows.randomness import BatchedDraws, seeded
-from pyro_flows.sites import messages, place_all
+from pyro_flows.scoring import MAX_DRAWS
+from pyro_flows.sites import Noncentred, messages, place_all
 from pyro_flows.verdict import Draw
 
 LOG_Q = " log q"  # beside the sites' values
@@ -49,7 +50,8 @@ def diagnose(
         args: positional arguments of both (the data).
         model_kwargs: keyword arguments of both.
         draws: how many draws to judge and keep, 100 at least.
-        seed: the same seed gives the same result; Pyro's and torch's own random state is left as it was.
+        seed: the same seed gives the same result; Pyro's and torch's own random state is left as it was. Calls from
+            several threads take turns, as those of :func:`fit` do.
 
     Raises:
         ValueError: for guides without a density (``AutoDelta``, an ``AutoLaplaceApproximation`` that is not finished),
@@ -65,9 +67,20 @@ def diagnose(
     >>> posterior.verdict.status, posterior.samples["x"].shape
     ('ok', torch.Size([1000]))
     """
-    _checks.integer("draws", draws, 100)
-    kwargs = dict(model_kwargs or {})
-    noncentred = []
+    _checks.integer("draws", draws, 100, MAX_DRAWS)
+    with alone():
+        return _diagnose(model, guide, usable(args), usable(dict(model_kwargs or {})), draws, seed)
+
+
+def _diagnose(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    draws: int,
+    seed: int,
+) -> Posterior:
+    noncentred: Noncentred = ()
     if isinstance(guide, AutoFlow):
         with seeded(seed):
             noncentred = guide.initialize(*args, **kwargs)._built_structure.noncentred

@@ -50,6 +50,11 @@ class Round:
         return max(ENOUGH_GAP, ENOUGH_GAP_A_DIM * len(self.weighing.mean_shift))
 
     @property
+    def weighed(self) -> bool:
+        """Whether there was time to draw a sample of it."""
+        return len(self.weighing.log_weights) > 1
+
+    @property
     def tails_only(self) -> bool:
         """Whether nothing but k-hat is short: log evidence and ELBO leave no room for more layers."""
         return self.weighing.log_evidence - self.weighing.elbo < self.enough_gap and self.training.converged
@@ -67,9 +72,18 @@ def _numbers(weighing: Weighing) -> list[str]:
 
 @torch.no_grad()
 def assess(flow: Flow, density: LogDensity, training: Training) -> Round:
-    """Weigh a fresh sample of the flow."""
-    z, log_q = flow.rsample_and_log_prob((JUDGED_DRAWS,))
-    return Round(copy.deepcopy(flow), weigh(z, density(z), log_q), training)
+    """Weigh a fresh sample of the flow; a round that there is no time to weigh counts for nothing but its ELBO."""
+    weighing = unweighed(density.dim, training.elbo)
+    with density.clock.part("a look at the round", noted=False):
+        z, log_q = flow.rsample_and_log_prob((JUDGED_DRAWS,))
+        weighing = weigh(z, density(z), log_q)
+    return Round(copy.deepcopy(flow), weighing, training)
+
+
+def unweighed(dim: int, elbo: float) -> Weighing:
+    """Return the weighing of no draws."""
+    nothing = torch.full((dim,), torch.nan)
+    return Weighing(torch.zeros(1), math.inf, 0.0, elbo, -math.inf, nothing, nothing, 0.0, math.inf, 0)
 
 
 def rounds(
@@ -101,15 +115,12 @@ def rounds(
         trainer = Trainer(guide.flow, density, learning_rate=size, batch=batch)
         trainer.losses = losses
         if name == "tempering":
-            anneal(trainer, max(1, int(ANNEALED_SHARE * budget.left(used))), report=report)
-        left = Budget(budget.steps - len(trainer.losses), budget.deadline)
-        result = train(trainer, left, seed=seed, report=_named(report, name), cool=COOL)
+            with budget.clock.part(name):
+                anneal(trainer, max(1, int(ANNEALED_SHARE * budget.left(used))), report=report)
+        left = Budget(budget.steps - len(trainer.losses), budget.clock)
+        result = train(trainer, left, seed=seed, report=report, cool=COOL, name=name)
         used = len(trainer.losses)
         yield name, trainer, assess(guide.flow, density, result)
-
-
-def _named(report: Report, name: str) -> Report:
-    return lambda done, value, state: report(done, value, f"{name}, {state}")
 
 
 def _with_df(flow: Flow, df: float) -> Flow:

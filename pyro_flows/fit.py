@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
-import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_flows import _checks
+from pyro_flows.bar import Bar
+from pyro_flows.batching import alone, usable
 from pyro_flows.charting import choose_charts
+from pyro_flows.clock import Clock, unbounded
 from pyro_flows.coordinates import choose_coordinates
-from pyro_flows.escalation import Round, assess, entry, rounds
+from pyro_flows.escalation import ENOUGH_K
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, FlowLike
-from pyro_flows.initial import Start, portfolio
+from pyro_flows.initial import Start
 from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
-from pyro_flows.modes import missed_modes
+from pyro_flows.mixture import FlowMixture
+from pyro_flows.modes import Search, missed_modes
 from pyro_flows.observations import warn_if_nothing_observed
 from pyro_flows.posterior import Posterior, from_draws
-from pyro_flows.race import CLOSE, race, share
 from pyro_flows.randomness import seeded
-from pyro_flows.runs import Stack, compare
+from pyro_flows.run import Plan, Run, make_run
+from pyro_flows.runs import Agreement, compare
 from pyro_flows.runs import entry as comparison
-from pyro_flows.training import BATCH, Budget, Trainer, Training, train
-from pyro_flows.verdict import Draw, weigh
+from pyro_flows.scoring import MAX_DRAWS, check_memory, seconds_to_judge
+from pyro_flows.training import BATCH
+from pyro_flows.verdict import weigh
 
 MAX_STEPS = 6000
 ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
 UNEVEN, FAR_UNEVEN = 2.0, 5.0
 UNEVEN_DRAWS = 4000
 MODE_DRAWS = 1000
+COORDINATES_SHARE = 0.4  # of the seconds that are left, if there is a bound
+MAX_LAYERS, MAX_RUNS, MAX_SEED = 1000, 100, 2**62
 
 
 def fit(
@@ -54,6 +60,7 @@ def fit(
     escalate: bool = True,
     runs: int = 1,
     progress: bool = True,
+    raise_on_interrupt: bool = False,
 ) -> Posterior:
     r"""Fit a flow guide to the posterior of a Pyro model, judge it, and return draws.
 
@@ -69,18 +76,24 @@ def fit(
         flow: ``"realnvp"``, ``"nice"``, ``"planar"``, a :class:`Flow` or :class:`Bijection` of the right dimension (it
             is copied), or a function of the dimension that returns one. In one dimension couplings are affine, so
             ``"planar"`` stands in for ``"realnvp"`` and ``"nice"``.
-        layers: number of layers, for a flow given by name; the default is the builder's.
-        draws: how many draws to return and to judge by, at least 100.
+        layers: number of layers, for a flow given by name, 1000 at most; the default is the builder's.
+        draws: how many draws to return, at least 100, and ten million at most, or what the memory holds; four times as
+            many are judged by.
         seed: of all randomness; one seed, one answer. Torch's global generator is left as it was.
         max_steps: bound on the optimisation steps of a run, 64 gradient evaluations each (256 from the second round
             on); the short race of step sizes comes on top.
-        max_seconds: bound on the training time. A fit that is cut short says so.
+        max_seconds: bound on the seconds of the whole call, above zero: starts, races, training, the search for modes
+            and the final draws. It is kept within a second or a fifth, unless a single run of the model takes longer.
+            What there is by then is judged, by fewer draws if need be, and the verdict says what was cut. Time spent
+            waiting for another fit in the same process does not count.
         train_model: also train the model's own parameters (``pyro.param``, modules); by default they are held fixed.
         escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and
             tempering, in this order; each is an entry of ``history``.
-        runs: independent runs with seeds and starts of their own. Where they disagree, the verdict names the sites,
-            and draws come from a mixture of the runs weighted by their estimated evidence.
-        progress: show a progress bar.
+        runs: independent runs with seeds and starts of their own, 100 at most. Where they disagree, the verdict names
+            the sites, and the guide becomes a mixture of the runs weighted by their estimated evidence.
+        progress: show what is being done on one line: a stage, steps and ELBO, and the seconds so far.
+        raise_on_interrupt: let Ctrl-C raise ``KeyboardInterrupt``. By default, once the model has been read, it ends
+            the work, and what there is by then is judged and returned, never as ``ok``; a second Ctrl-C raises.
 
     Returns:
         A :class:`Posterior`; read its ``verdict`` first.
@@ -91,6 +104,11 @@ def fit(
 
     Warns:
         NothingObservedWarning: for a model with neither data nor factors, so that the posterior is the prior.
+        UserWarning: after Ctrl-C.
+
+    Fits take turns: a call from a second thread waits for the first one, since Pyro's handlers, its validation and
+    torch's random numbers belong to the whole process; a call from inside of a model does not wait. For several fits at
+    once, take processes. Inside of ``torch.no_grad()`` and ``torch.inference_mode()`` it gives the same as outside.
 
     References: Agrawal, Sheldon and Domke 2020; Vaitl et al. 2024; Vehtari et al. 2024 (k-hat).
 
@@ -102,101 +120,192 @@ def fit(
     >>> posterior.verdict.status
     'ok'
     """
-    _checks.integer("draws", draws, 100)
-    _checks.integer("max_steps", max_steps, 1)
-    _checks.integer("seed", seed, 0)
+    _check_numbers(draws, max_steps, seed, runs)
+    max_seconds = _checks.seconds("max_seconds", max_seconds)
     if layers is not None:
-        _checks.integer("layers", layers, 1)
+        _checks.integer("layers", layers, 1, MAX_LAYERS)
         if not isinstance(flow, str):
             raise ValueError("layers: goes with a flow given by name; this flow is already built.")
-    _checks.integer("runs", runs, 1)
-    plan = _Plan(
-        model, args, dict(model_kwargs or {}), flow, {} if layers is None else {"layers": layers},
-        max_steps, time.monotonic() + max_seconds, train_model, escalate, progress,
-    )  # fmt: skip
-    began = time.monotonic()
-    with seeded(seed):
-        if isinstance(flow, str):
-            AutoFlow(model, flow, **plan.options)  # bad names and options fail before any work
-        density = LogDensity(model, args, plan.kwargs)
-        warn_if_nothing_observed(density.structure, density.trace_at, model, args, plan.kwargs)
-        if train_model and not density.parameters():
-            raise ValueError(
-                "train_model: expected a model with parameters of its own (pyro.param, modules), got none."
-            )
-        if train_model and runs > 1:
-            raise ValueError(
-                "runs: expected 1 with train_model=True, since the runs would share the model's parameters."
-            )
-        with _threads(density):
-            history, start = [], None
-            if density.structure.hierarchical and not train_model:
-                density, start, choice = choose_coordinates(density, seed=seed)
-                history.append(choice)
-            if not train_model:
-                density, start, charted = choose_charts(density, start, seed=seed)
-                history += [{"stage": "charts", "sites": charted}] if charted else []
-            extra = [] if start is None else [start]
-            done = [_run(plan, density, number, extra, seed=seed + number) for number in range(runs)]
-        best = max(done, key=lambda run: run.best.rank)
-        history += [stage for run in done for stage in run.history]
-        flow_found = best.guide.flow
-        uneven, impossible = _too_uneven(flow_found, density)
-        warnings = _warnings(best.best.training) + uneven
-        draw: Draw = lambda n: _draw(flow_found, n)  # noqa: E731
-        score: Callable[[Tensor], Tensor] = flow_found.log_prob
-        if runs > 1:
-            agreement = compare([run.best for run in done], coordinate_names(density.structure))
-            history.append(comparison(agreement))
-            if not agreement.holds:
-                warnings += agreement.disagreements
-                stack = Stack.make([run.guide.flow for run in done], agreement.weights)
-                draw, score = stack.draw, stack.log_prob
-        moving = best.best.training.moving
-        if train_model:
-            density.forget()
-        z, log_q = draw(MODE_DRAWS)
-        search = missed_modes(density, [mode for run in done for mode in run.modes], z, log_q, score, seed=seed)
-        settings = _settings(best, density, began, max_steps=max_steps, train_model=train_model, runs=runs)
-        return from_draws(
-            density,
-            draw,
-            draws=draws,
-            seed=seed,
-            guide=best.guide,
-            losses=torch.tensor(best.trainer.losses),
-            history=history,
-            settings=settings,
-            warnings=warnings,
-            failures=search.failures + impossible + (["the fit was cut short while it still moved"] if moving else []),
-        )
+    options = {} if layers is None else {"layers": layers}
+    args, kwargs = usable(args), usable(dict(model_kwargs or {}))
+    with alone(), seeded(seed):
+        bar = Bar("fit", progress)
+        clock = Clock(max_seconds, raises=raise_on_interrupt, watch=bar.watch)
+        plan = Plan(model, args, kwargs, flow, options, max_steps, train_model, escalate, clock, bar)
+        try:
+            posterior = _fit(plan, draws, seed, runs)
+        except BaseException as error:
+            bar.close(f"ended by {type(error).__name__}")
+            raise
+        bar.close(f"{len(posterior.losses)} steps, ELBO {posterior.elbo:.2f}, {posterior.verdict.status}")
+    if clock.interrupted is not None:
+        warnings.warn(f"fit: {clock.reasons()[0]}. The posterior is what it had come to by then.", stacklevel=2)
+    return posterior
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What the caller of :func:`fit` asked for."""
-
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    flow: FlowLike
-    options: dict[str, Any]
-    max_steps: int
-    deadline: float
-    train_model: bool
-    escalate: bool
-    progress: bool
+def _check_numbers(draws: int, max_steps: int, seed: int, runs: int) -> None:
+    _checks.integer("draws", draws, 100, MAX_DRAWS)
+    _checks.integer("max_steps", max_steps, 1)
+    _checks.integer("seed", seed, 0, MAX_SEED)
+    _checks.integer("runs", runs, 1, MAX_RUNS)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One finished run: its guide holds the flow of the best round."""
+def _fit(plan: Plan, draws: int, seed: int, runs: int) -> Posterior:
+    """Fit under the plan's clock: the work, which can be cut anywhere, and the judging of what it came to."""
+    clock = plan.clock
+    plan.bar.watch("reading the model")
+    if isinstance(plan.flow, str):
+        AutoFlow(plan.model, plan.flow, **plan.options)  # bad names and options fail before any work
+    density = LogDensity(plan.model, plan.args, plan.kwargs)
+    warn_if_nothing_observed(density.structure, density.trace_at, plan.model, plan.args, plan.kwargs)
+    check_memory(density, draws)
+    if plan.train_model and not density.parameters():
+        raise ValueError("train_model: expected a model with parameters of its own (pyro.param, modules), got none.")
+    if plan.train_model and runs > 1:
+        raise ValueError("runs: expected 1 with train_model=True, since the runs would share the model's parameters.")
+    state = _State(density, [Run(0)])
+    density.under(clock)
+    try:
+        with clock.part("the fit"):
+            if clock.finite:
+                clock.reserve(seconds_to_judge(density, draws))
+            _work(plan, state, seed, runs)
+        clock.judging()
+        plan.bar.watch("judging")
+        if clock.interrupted is not None:
+            clock.reserve(seconds_to_judge(state.density, draws))
+        try:
+            return _judged(plan, state, draws, seed, runs)
+        except KeyboardInterrupt:
+            if not clock.interrupt("judging"):
+                raise
+            return _judged(plan, state, draws, seed, runs)
+    finally:
+        state.density.under(unbounded())
 
-    guide: AutoFlow
-    trainer: Trainer
-    best: Round
-    modes: list[Start]
-    history: list[dict[str, Any]]
+
+@dataclass
+class _State:
+    """What a fit has come to so far: enough to be judged at any moment."""
+
+    density: LogDensity
+    done: list[Run]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    guide: AutoFlow | None = None
+
+    @property
+    def kept(self) -> list[Run]:
+        """The runs that can be compared; if there are none, those that got anywhere."""
+        weighed = [run for run in self.done if run.best is not None and run.best.weighed]
+        return weighed or [run for run in self.done if run.best is not None] or self.done
+
+    @property
+    def best(self) -> Run:
+        """The run with the best verdict, then the best ELBO."""
+        return max(self.kept, key=lambda run: run.rank)
+
+
+def _work(plan: Plan, state: _State, seed: int, runs: int) -> None:
+    """Choose coordinates, make the runs, compare them, look for what they lack; all that is found is in ``state``."""
+    clock, starts = plan.clock, list[Start]()
+    with _threads(state.density):
+        if state.density.structure.hierarchical and not plan.train_model:
+            with clock.part("the choice of coordinates", share=COORDINATES_SHARE):
+                state.density, start, choice = choose_coordinates(state.density, seed=seed)
+                state.history.append(choice)
+                starts += [] if start is None else [start]
+        if not plan.train_model:
+            with clock.part("the search for angles and heavy tails", share=COORDINATES_SHARE):
+                state.density, carried, charted = choose_charts(state.density, starts[0] if starts else None, seed=seed)
+                state.history += [{"stage": "charts", "sites": charted}] if charted else []
+                starts = [] if carried is None else [carried]
+        for number in range(runs):
+            if number and clock.over:
+                clock.skip(f"run {number + 1} of {runs}")
+                break
+            if number:
+                state.done.append(Run(number))
+            name = f"run {number + 1} of {runs}"
+            plan.bar.task = "fit" if runs == 1 else f"fit, {name}"
+            with clock.part(name, noted=False):
+                lack = _first_lack(state, seed) if number and not plan.train_model else None
+                make_run(plan, state.density, state.done[-1], starts, lack, seed=seed + number)
+    plan.bar.task = "fit"
+    state.guide = state.best.settle(plan, state.density)
+    if not clock.over:
+        with clock.part("a look at how uneven the density is"):
+            uneven, impossible = _too_uneven(state.guide.flow, state.density)
+            state.warnings, state.failures = state.warnings + uneven, state.failures + impossible
+    if len(state.kept) > 1:
+        with clock.part("the comparison of runs"):
+            _compare(plan, state)
+    if plan.train_model:
+        state.density.forget()
+    state.notes = ["no search for missed modes was made"]
+    with clock.part("the search for modes that the guide lacks"):
+        search = _search(state, state.guide._flow, seed)
+        state.failures, state.notes = search.failures + state.failures, list(search.notes)
+
+
+def _search(state: _State, flow: Flow | FlowMixture, seed: int) -> Search:
+    """Look for modes that a flow, or a mixture of them, lacks."""
+    z, log_q = _draw(flow, MODE_DRAWS)
+    modes = [mode for run in state.done for mode in run.modes]
+    return missed_modes(state.density, modes, z, log_q, flow.log_prob, seed=seed)
+
+
+def _first_lack(state: _State, seed: int) -> Start | None:
+    """Return a start where the runs so far lack a mode: the next run trains there."""
+    outcomes = [run.best for run in state.done[:-1] if run.best is not None and run.best.weighed]
+    if not outcomes:
+        return None
+    flow: Flow | FlowMixture = outcomes[0].flow
+    if len(outcomes) > 1:
+        names = coordinate_names(state.density.structure)
+        flow = FlowMixture.of([outcome.flow for outcome in outcomes], compare(outcomes, names).weights)
+    lacks = _search(state, flow, seed).lacks
+    return lacks[0].start if lacks else None
+
+
+def _compare(plan: Plan, state: _State) -> None:
+    """Compare runs; where they disagree, the guide becomes their mixture: all parts of the posterior come from it."""
+    runs = state.kept
+    agreement: Agreement = compare([run.best for run in runs if run.best], coordinate_names(state.density.structure))
+    state.history.append(comparison(agreement))
+    if agreement.holds:
+        return
+    state.warnings = state.warnings + list(agreement.disagreements)
+    assert state.guide is not None
+    flows = [run.settle(plan, state.density)._single for run in runs]
+    state.guide.adopt(FlowMixture.of(flows, agreement.weights))
+
+
+def _judged(plan: Plan, state: _State, draws: int, seed: int, runs: int) -> Posterior:
+    """Draw from the guide and judge what the work came to."""
+    clock, density, best = plan.clock, state.density, state.best
+    guide = best.settle(plan, density) if state.guide is None else state.guide
+    mixed = [run for run in state.kept if run is not best and isinstance(guide._flow, FlowMixture)]
+    notes = [note for run in [best, *mixed] for note in _warnings(run)]
+    moving = best.best is None or best.best.training.moving
+    cut_short = ["the fit was cut short while it still moved"] if moving else _never_good(best)
+    seconds = clock.seconds if clock.finite else None
+    given = {"max_steps": plan.max_steps, "max_seconds": seconds, "train_model": plan.train_model, "runs": runs}
+    return from_draws(
+        density,
+        functools.partial(_draw, guide._flow),
+        draws=draws,
+        seed=seed,
+        guide=guide,
+        losses=best.losses,
+        history=[*state.history, *(stage for run in state.done for stage in run.history)],
+        settings={**given, **_settings(best, guide, density), "seconds": clock.elapsed},
+        warnings=[*notes, *state.warnings],
+        failures=[*state.failures, *cut_short],
+        notes=state.notes,
+    )
 
 
 @contextmanager
@@ -215,61 +324,30 @@ def _threads(density: LogDensity) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(plan: _Plan, density: LogDensity, number: int, extra: list[Start], *, seed: int) -> _Run:
-    """Train one guide: portfolio (with the starts in ``extra``), race, first round, escalation."""
-    with seeded(seed, density.device):
-        starts = portfolio(density, seed=seed, extra=extra)
-        modes = [start for start in starts if start.evidence is not None]
-        close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
-        starts = close[number % len(close) :] + close[: number % len(close)]
-        guide = _guide(plan, density)
-        bar = _Bar(plan.max_steps, plan.progress)
-        budget = Budget(plan.max_steps, plan.deadline)
-        trained = list(density.parameters().values()) if plan.train_model else []
-        winner, field = race(guide, density, starts, share(plan.max_steps), seed=seed, extra=trained)
-        history, trainer = [entrant.entry for entrant in field], winner.trainer
-        del field  # the losers' flows
-        left = Budget(plan.max_steps - len(trainer.losses), plan.deadline)
-        best = assess(guide.flow, density, train(trainer, left, seed=seed, report=bar.show))
-        history.append(entry("first round", trainer, best))
-        if plan.escalate and not plan.train_model and not best.enough:
-            more = rounds(guide, density, trainer, best, winner.start, budget, seed=seed, report=bar.show)
-            for name, trainer, outcome in more:
-                history.append(entry(name, trainer, outcome))
-                best = max(best, outcome, key=lambda round_: round_.rank)
-                if outcome.enough:
-                    break
-        guide.adopt(best.flow)
-        bar.close(best.weighing.elbo, best.training.converged)
-    return _Run(guide, trainer, best, modes, [{"run": number, **stage} for stage in history])
-
-
-def _guide(plan: _Plan, density: LogDensity) -> AutoFlow:
-    flow = plan.flow
-    if density.dim == 1 and flow in ("realnvp", "nice"):
-        flow = "planar"
-    if not isinstance(flow, str):
-        flow = copy.deepcopy(flow)  # the caller's flow stays untrained, and each run has one of its own
-    noncentred = density.structure.noncentred
-    guide = AutoFlow(plan.model, flow, df=_tails(density.dim), noncentred=noncentred, **plan.options)
-    return guide.initialize(*plan.args, **plan.kwargs)
-
-
-def _tails(dim: int) -> float:
-    """Degrees of freedom of the base: a Student-t costs about 0.94 D / df^2 nats where the target is Gaussian."""
-    return max(15.0, 2.0 * dim)
-
-
 @torch.no_grad()
-def _draw(flow: Flow, n: int) -> tuple[Tensor, Tensor]:
+def _draw(flow: Flow | FlowMixture, n: int) -> tuple[Tensor, Tensor]:
     return flow.rsample_and_log_prob((n,))
 
 
-def _warnings(result: Training) -> list[str]:
+def _warnings(run: Run) -> list[str]:
+    if run.best is None:
+        return []
+    result = run.best.training
     found = [] if result.converged else [result.why]
     if result.skipped > 0.01 * len(result.losses):
         found.append(f"{result.skipped} of {len(result.losses)} steps had a gradient that is not finite")
     return found
+
+
+def _never_good(run: Run) -> list[str]:
+    """Say so where a fit was cut short and its rounds before had poor weights: one good sample is then a lucky one."""
+    if run.best is None or run.best.training.converged:
+        return []
+    others = [stage for stage in run.history if "k_hat" in stage and stage["stage"] != run.kept.get("stage")]
+    worst = max((math.inf if stage["k_hat"] is None else stage["k_hat"] for stage in others), default=0.0)
+    if worst <= ENOUGH_K:
+        return []
+    return [f"the fit was cut short, and had k-hat {worst:.2f} before"]
 
 
 @torch.no_grad()
@@ -295,32 +373,14 @@ def _too_uneven(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]]:
     return (said, []) if ratio < FAR_UNEVEN else ([], said)
 
 
-def _settings(run: _Run, density: LogDensity, began: float, **given: Any) -> dict[str, Any]:
+def _settings(run: Run, guide: AutoFlow, density: LogDensity) -> dict[str, Any]:
+    """What was chosen: step size and batch are those of the round that was kept."""
     return {
-        **given,
-        "flow": run.guide.flow.settings,
+        "flow": guide._flow.settings,
         "noncentred": density.structure.noncentred,
-        "step_size": run.trainer.learning_rate,
-        "batch": run.trainer.batch,
+        "round": run.kept.get("stage"),
+        "step_size": run.kept.get("step_size"),
+        "batch": run.kept.get("batch"),
         "gradient_evaluations": density.evaluations,
         "evaluation": density.reason or "recorded",
-        "seconds": time.monotonic() - began,
     }
-
-
-class _Bar:
-    """A progress bar of optimisation steps, with the ELBO and the state of the fit."""
-
-    def __init__(self, steps: int, visible: bool) -> None:
-        self.bar = tqdm(total=steps, disable=not visible, unit="step", desc="fit", leave=True)
-
-    def show(self, done: int, elbo: float, state: str) -> None:
-        """Show that ``done`` more steps of this stage are over."""
-        self.bar.n = min(done, self.bar.total or done)
-        self.bar.set_postfix_str(f"ELBO {elbo:.2f}, {state}", refresh=True)
-
-    def close(self, elbo: float, converged: bool) -> None:
-        """End the bar at the steps that were taken."""
-        self.bar.total = self.bar.n
-        self.bar.set_postfix_str(f"ELBO {elbo:.2f}, {'settled' if converged else 'cut short'}", refresh=True)
-        self.bar.close()

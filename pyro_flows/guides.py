@@ -24,8 +24,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_flows import _checks
+from pyro_flows.batching import turn
 from pyro_flows.builders import BUILDERS, VECTOR_BUILDERS
 from pyro_flows.flows import Flow
+from pyro_flows.mixture import BUILDER, FlowMixture
 from pyro_flows.sites import Noncentred, Structure, flatten_all, initial_value, messages, place_all, read_structure
 from pyro_flows.transforms import Bijection, Bound, Chain, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 
@@ -101,7 +103,7 @@ class AutoFlow(AutoContinuous):
             if flow in BUILDERS and flow not in VECTOR_BUILDERS:
                 raise ValueError(f"flow: {flow!r} makes flows of images; a guide's is of a vector, as 'realnvp' makes.")
             _checks.choice("flow", flow, VECTOR_BUILDERS)
-            with torch.random.fork_rng(devices=[]):
+            with turn(), torch.random.fork_rng(devices=[]):
                 BUILDERS[flow](1, base=base, df=df, **options)  # wrong options fail here, not at the first step
         elif options:
             raise TypeError(f"options: {', '.join(options)} go with a flow's name; this flow is already built.")
@@ -176,17 +178,20 @@ class AutoFlow(AutoContinuous):
         kind = "tril" if affine == "tril" or (affine == "auto" and dim <= FULL_AFFINE_UP_TO) else "diagonal"
         return _append_affine(built, kind)
 
-    def adopt(self, flow: Flow) -> None:
-        """Take over a flow that came from this guide's own recipe, at whatever number of layers and tails it has."""
+    def adopt(self, flow: Flow | FlowMixture) -> None:
+        """Take over a flow that came from this guide's own recipe, at whatever number of layers and tails it has.
+
+        Or a mixture of such flows: the guide's distribution is then the mixture, and has no transform.
+        """
         name, affine, base, df, options = self._recipe
-        if isinstance(name, str) and flow.settings is not None:
+        if isinstance(flow, Flow) and isinstance(name, str) and flow.settings is not None:
             options, df = {**options, "layers": flow.settings["layers"]}, flow.df
         self._recipe = (name, affine, base, df, options)
-        self.flow = flow
+        self.flow = flow  # type: ignore[assignment]
 
     def restart(self, loc: Tensor, scale: Tensor) -> None:
         """Begin anew: fresh parameters by the recipe, the affine map's start at ``loc`` and ``scale``."""
-        self.flow = self._build(self._flow.dim).to(next(self._flow.parameters()))
+        self.flow = self._build(self._flow.dim).to(self._like)
         self.start_at(loc, scale)
 
     @torch.no_grad()
@@ -196,9 +201,9 @@ class AutoFlow(AutoContinuous):
         Returns whether it could be done: only flows given by a builder's name know how to go on.
         """
         flow, affine, base, df, options = self._recipe
-        if not isinstance(flow, str):
+        old, like = self._flow, self._like
+        if not isinstance(flow, str) or isinstance(old, FlowMixture):
             return False
-        old, like = self._flow, next(self._flow.parameters())
         count = old.settings["layers"] + layers  # type: ignore[index]
         self._recipe = (flow, affine, base, df, {**options, "layers": count})
         new = self._build(old.dim).to(like)
@@ -209,7 +214,9 @@ class AutoFlow(AutoContinuous):
 
     @property
     def affine(self) -> LowerTriangularAffine | DiagonalAffine | None:
-        """The trainable affine map after the flow, None with ``affine="none"``."""
+        """The trainable affine map after the flow, None with ``affine="none"`` and for a mixture of flows."""
+        if isinstance(self._flow, FlowMixture):
+            return None
         last: nn.Module = self._flow.bijection
         last = last.layers[-1] if isinstance(last, Chain) else last
         wanted = self._recipe[1] != "none" and isinstance(last, (LowerTriangularAffine, DiagonalAffine))
@@ -230,8 +237,8 @@ class AutoFlow(AutoContinuous):
             parameter.zero_()
 
     @property
-    def _flow(self) -> Flow:
-        """The flow, past Pyro's attribute hook, which would register its parameters once more."""
+    def _flow(self) -> Flow | FlowMixture:
+        """The flow, or mixture of flows, past Pyro's attribute hook, which would register its parameters once more."""
         flow = self.__dict__["_modules"].get("flow")
         if flow is None:
             raise RuntimeError(
@@ -239,6 +246,20 @@ class AutoFlow(AutoContinuous):
                 "Call guide.initialize(*args) with the model's arguments first."
             )
         return flow
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the dtype and on the device of the flow."""
+        return next(self._flow.parameters(), self._flow._like)
+
+    @property
+    def _single(self) -> Flow:
+        if isinstance(self._flow, FlowMixture):
+            raise ValueError(
+                "guide: a mixture of flows has no transform from one base distribution. Use get_posterior(), or fit "
+                "with runs=1."
+            )
+        return self._flow
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         self._flow  # noqa: B018  (raises before the first run)
@@ -294,12 +315,12 @@ class AutoFlow(AutoContinuous):
     # Pyro's protocol -------------------------------------------------------------------------------------------------
 
     def get_base_dist(self) -> dist.TorchDistribution:
-        return self._flow.base_distribution()
+        return self._single.base_distribution()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Bound:
-        return Bound(self._flow.bijection)
+        return Bound(self._single.bijection)
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
         """Return the distribution of the unconstrained vector."""
         return self._flow()
 
@@ -416,13 +437,13 @@ class AutoFlow(AutoContinuous):
             return z, sum((ladj.sum() for _, ladj in placed.values()), z.new_zeros(()))
 
         z, ladj = _map_rows(flat, rows)
-        return (self._flow().log_prob(z.to(self.get_base_dist().mean)) - ladj).reshape(batch)
+        return (self._flow().log_prob(z.to(self._like)) - ladj).reshape(batch)
 
     @torch.no_grad()
     def _draws(self) -> Tensor:
         """Draws for medians and quantiles, the same at each call."""
-        like = self.get_base_dist().mean
-        with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
+        like = self._like
+        with turn(), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
             torch.manual_seed(0)
             return self._flow().sample((QUANTILE_DRAWS,))
 
@@ -446,7 +467,7 @@ class AutoFlow(AutoContinuous):
 
 def _map_rows(function: Callable[..., Any], rows: Any) -> Any:
     """Apply a function of one row to all rows of a tensor or a dict of tensors; batched where the model allows."""
-    with pyro.validation_enabled(False):
+    with turn(), pyro.validation_enabled(False):
         try:
             return torch.func.vmap(function)(rows)
         except RuntimeError:  # the model is run only if supports depend on latents
@@ -462,12 +483,16 @@ def _append_affine(flow: Flow, kind: str) -> Flow:
     return whole
 
 
-def rebuild(settings: Mapping[str, Any]) -> Flow:
-    """Build the flow that :attr:`Flow.settings` describes, with the affine map of a guide if it has one.
+def rebuild(settings: Mapping[str, Any]) -> Any:
+    """Build the :class:`Flow` that its ``settings`` describe, with the affine map of a guide if it has one.
+
+    A :class:`FlowMixture` is built with all its flows; its weights, orders and signs are in the state to be loaded.
 
     Raises:
         ValueError: for an unknown builder or affine map.
     """
+    if settings.get("builder") == BUILDER:
+        return FlowMixture.from_settings(settings, rebuild)
     options = dict(settings)
     affine = options.pop("affine", None)
     flow = BUILDERS[_checks.choice("builder", options.pop("builder"), BUILDERS)](**options)

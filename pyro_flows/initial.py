@@ -87,15 +87,20 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
         )
     starts = [*extra, Start("standard", zero, torch.ones_like(zero)), Start("prior", middle, spread)]
     points = points[finite] if density.batched else points[finite][:SEARCHES_UNBATCHED]
-    starts += laplace(density, points)
-    for start in along_paths(density, points, seed=seed):
-        if not any(_divergence(start, other) < SAME for other in starts):
-            starts.append(start)
+    with density.clock.part("the climbs to modes", share=0.5):
+        starts += laplace(density, points)
+    with density.clock.part("the paths to modes", share=0.7):
+        for start in along_paths(density, points, seed=seed):
+            if not any(_divergence(start, other) < SAME for other in starts):
+                starts.append(start)
     with seeded(seed, density.device):
         base = dist.StudentT(df * torch.ones_like(zero), 0.0, 1.0).to_event(1)
         noise = base.sample((SCORE_DRAWS,))
     log_noise = base.log_prob(noise)
-    scored = [_scored(density, start, noise, log_noise) for start in starts]
+    scored: list[Start] = []
+    with density.clock.part("the scores of starts"):
+        scored += (_scored(density, start, noise, log_noise) for start in starts)
+    scored += starts[len(scored) :]
     usable = [start for start in scored if math.isfinite(start.elbo)]
     # where the support cuts through every start, none has a finite ELBO: all are left to the race
     return sorted(usable or scored, key=lambda start: -start.elbo)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from itertools import pairwise
 from typing import Any
 
 import pyro
@@ -14,7 +15,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, fx
 
 from pyro_flows import _checks
-from pyro_flows.batching import apart, first_line, join, nearer, quiet, where_possible
+from pyro_flows.batching import apart, first_line, join, nearer, quiet, turn, where_possible
+from pyro_flows.clock import Clock, unbounded
 from pyro_flows.enumeration import Enumerate, Evaluator
 from pyro_flows.observations import check_values, not_finite
 from pyro_flows.randomness import BatchedDraws, derive, seeded
@@ -33,6 +35,7 @@ from pyro_flows.sites import (
 )
 
 MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
+PORTION = 16  # pieces of a recorded graph between two looks at the clock
 
 logger = logging.getLogger("pyro_flows")
 
@@ -101,6 +104,7 @@ class LogDensity:
         self.dim, self.dtype, self.device = self.structure.dim, self.structure.dtype, self.structure.device
         self.names = tuple(latent.name for latent in self.structure.latents)
         self.evaluations = 0
+        self.clock = unbounded()  # looked at as evaluations go on
         self.batched = True
         self._unbatched: str | None = None
         self._evaluator: Evaluator | None = None
@@ -182,21 +186,38 @@ class LogDensity:
         if not torch.allclose(single, batched, rtol=1e-3, atol=1e-3, equal_nan=True):
             self.batched, self._unbatched = False, "not batched: vmap gave other values than single runs"
 
+    def under(self, clock: Clock) -> None:
+        """Look at ``clock`` as evaluations go on, and compile nothing if it leaves no time for that."""
+        self.clock = clock
+        self._values.compile = self._with_gradients.compile = None if clock.compiles else False
+
+    def elsewhere(self, noncentred: Noncentred) -> LogDensity:
+        """Return the same log density in other coordinates, under the same clock."""
+        other = LogDensity(self.model, self.args, self.kwargs, noncentred=noncentred)
+        other.under(self.clock)
+        return other
+
     # batches ------------------------------------------------------------------------------------------------------
 
     def map(self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "error") -> Any:
         """Apply a function of one point to all rows of ``z``, in chunks; results (dicts of tensors) are stacked."""
-        with quiet():
+        with quiet(), self.clock.watching():
             if self.batched:
                 try:
                     batched = torch.func.vmap(function, randomness=randomness)
                     with BatchedDraws() if randomness == "different" else nullcontext():
-                        return join((batched(part) for part in z.split(self._rows)), len(z))
+                        return join((batched(part) for part in self._pieces(z)), len(z))
                 except RuntimeError as error:
                     if randomness == "error":
                         raise
                     logger.debug("drawing one by one: %s", error)
-            return join((_one_row(function(row)) for row in z), len(z))
+            return join((_one_row(function(row)) for row in self._pieces(z, one_by_one=True)), len(z))
+
+    def _pieces(self, z: Tensor, *, one_by_one: bool = False) -> Iterator[Tensor]:
+        """Yield the rows of ``z`` in pieces, or one by one, with a look at the clock before each."""
+        for part in z if one_by_one else z.split(self._rows):
+            self.clock.look()
+            yield part
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return the log density (S,) at ``z`` (S, D), differentiable in ``z`` and in the model's own parameters.
@@ -209,8 +230,9 @@ class LogDensity:
         self.evaluations += len(z) if z.requires_grad else 0
         recorded = self.batched and not torch.is_grad_enabled() and not self._parameters
         if recorded:
-            with suppress(torch.linalg.LinAlgError):
-                return self._values(z)[0].to(z.dtype)
+            with turn(), suppress(torch.linalg.LinAlgError):
+                values = [self._values(part)[0] for part in self._portions(z, self._values)]
+                return (values[0] if len(values) == 1 else torch.cat(values)).to(z.dtype)
         return where_possible(self._plain_values, z, ())[0].to(z.dtype)
 
     def _plain_values(self, z: Tensor) -> tuple[Tensor]:
@@ -230,10 +252,19 @@ class LogDensity:
         z = z.detach()
         self.evaluations += len(z)
         if self.batched:
-            with suppress(torch.linalg.LinAlgError):
-                value, grad = self._with_gradients(z)
+            with turn(), suppress(torch.linalg.LinAlgError):
+                found = [self._with_gradients(part) for part in self._portions(z, self._with_gradients)]
+                value, grad = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
                 return value.to(z.dtype), grad
         return self.unrecorded(z)
+
+    def _portions(self, z: Tensor, recorder: Recorder) -> Iterator[Tensor]:
+        """Yield ``z`` in whole numbers of the recorder's pieces, with a look at the clock before each."""
+        rows = PORTION * recorder.rows
+        cuts = [*range(0, max(len(z) - rows, 0), rows), len(z)]  # the last one is the longest: no new size of a piece
+        for first, last in pairwise(cuts) if len(cuts) > 1 else [(0, len(z))]:
+            self.clock.look()
+            yield z[first:last]
 
     def graph(self, z: Tensor) -> fx.GraphModule | None:
         """Return the recorded graph of :meth:`value_and_grad` for batches like ``z``, to be made part of a larger one.
@@ -258,16 +289,16 @@ class LogDensity:
 
     def _gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Both for the rows of ``z``, in pieces like those of :meth:`map`."""
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), self.clock.watching():
             run = torch.func.vmap(torch.func.grad_and_value(self.single))
-            parts = [run(part) for part in z.split(self._rows)]
+            parts = [run(part) for part in self._pieces(z)]
         grad, value = (torch.cat(part) for part in zip(*parts, strict=True))
         return value, grad
 
     def _gradients_one_by_one(self, z: Tensor) -> tuple[Tensor, Tensor]:
         values, grads = [], []
         with torch.enable_grad(), quiet():
-            for row in z:
+            for row in self._pieces(z, one_by_one=True):
                 leaf = row.clone().requires_grad_()
                 value = self.single(leaf)
                 grads.append(torch.autograd.grad(value, leaf)[0])
@@ -396,8 +427,8 @@ class LogDensity:
         self._check(z)
         with torch.no_grad():
             rows = z[torch.isfinite(self(z))]
-        with torch.no_grad(), pyro.validation_enabled(True):
-            for row in rows:
+        with turn(), torch.no_grad(), pyro.validation_enabled(True):
+            for row in self._pieces(rows, one_by_one=True):
                 try:
                     self._run(row, enumerate_sites=True)[0].compute_log_prob()
                 except ValueError as error:

@@ -17,7 +17,9 @@ from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow
 from pyro_flows.labels import Labels, coordinate_names
 from pyro_flows.log_density import LogDensity
-from pyro_flows.verdict import Draw, Verdict, decide, resample
+from pyro_flows.mixture import FlowMixture
+from pyro_flows.scoring import check_memory, score_pool
+from pyro_flows.verdict import POOL, Draw, Verdict, Weighing, decide, resample, weigh
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,13 +43,15 @@ class Posterior:
         elbo: evidence lower bound, nats, mean of ``log_p - log_q``.
         log_evidence: importance-sampling estimate of the log normaliser, nats.
         verdict: whether to believe the draws.
-        losses: negative ELBO of each optimisation step (empty for :func:`diagnose`).
+        losses: negative ELBO of each optimisation step (empty for :func:`diagnose`); with several runs, of the best.
         history: what happened during the fit, one dict a stage.
         settings: everything that :func:`fit` was told or chose, JSON values only.
         coordinates: names of the unconstrained coordinates.
-        guide: the guide; None after :func:`load` without a model.
+        guide: the guide that drew ``z``; None after :func:`load` without a model. It knows of no weights: what it draws
+            is like ``z``, and like ``samples`` unless these are importance-resampled.
         guide_name: its class.
-        flow: the guide's :class:`Flow` over the unconstrained coordinates; None if it has none.
+        flow: the guide's :class:`Flow` over the unconstrained coordinates, a :class:`~pyro_flows.mixture.FlowMixture`
+            after runs that disagree; None if it has none. ``flow.log_prob(z)`` is ``log_q``.
         density: the model as a log density; None after :func:`load` without a model.
         missing: for each of ``guide``, ``flow`` and ``density`` that is None, why.
     """
@@ -71,7 +75,7 @@ class Posterior:
     coordinates: tuple[str, ...] = field(repr=False)
     guide: Any = field(repr=False)
     guide_name: str
-    flow: Flow | None = field(repr=False)
+    flow: Flow | FlowMixture | None = field(repr=False)
     density: LogDensity | None = field(repr=False)
     missing: dict[str, str] = field(repr=False)
     stored: tuple[dict[str, Any], dict[str, Any]] | None = field(repr=False, default=None)  # as read from a file
@@ -334,20 +338,29 @@ def from_draws(
     failures: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Posterior:
-    """Draw, score, weigh and judge. ``draw(n)`` gives unconstrained draws and their log density under the guide."""
+    """Draw, score, weigh and judge. ``draw(n)`` gives unconstrained draws and their log density under the guide.
+
+    Where the clock of ``density`` ends the scoring, the draws scored so far are all that there are.
+    """
     _checks.integer("draws", draws, 100)
+    check_memory(density, draws)
     names = coordinate_names(density.structure)
     with torch.no_grad():
+        pool = score_pool(density, draw, POOL * draws)
+        if len(pool.log_p) < POOL * draws:
+            failures = [*failures, f"time for {len(pool.log_p)} of {POOL * draws} draws to judge by"]
+            draws = len(pool.log_p) // POOL
         found = decide(
-            draw,
-            density,
+            lambda n: (pool.z[:n], pool.log_q[:n]),
+            lambda z: pool.log_p[: len(z)],
             names,
             draws=draws,
             seed=seed,
-            warnings=warnings,
+            warnings=[*warnings, *density.clock.reasons()],
             failures=failures,
             notes=notes,
-            complaint=density.complaint,
+            again=lambda: _weighed_again(density, draw, POOL * draws),
+            complaint=lambda z: density.complaint(z[: pool.checked]),
         )
         samples = density.constrain(found.used)
     flow = guide._flow if isinstance(guide, AutoFlow) else None
@@ -376,3 +389,9 @@ def from_draws(
         density=density,
         missing={} if flow is not None else {"flow": f"the guide ({guide_name}) is not a flow guide of pyro_flows"},
     )
+
+
+def _weighed_again(density: LogDensity, draw: Draw, count: int) -> Weighing:
+    """Weigh a second pool of draws."""
+    pool = score_pool(density, draw, count)
+    return weigh(pool.z, pool.log_p, pool.log_q)

@@ -39,10 +39,13 @@ class Entrant:
         runner.__dict__["_modules"] = {**guide.__dict__["_modules"], "flow": flow}
         runner.start_at(start.loc, start.scale)
         trainer = Trainer(flow, density, learning_rate=size, batch=BATCH, extra=extra)
-        for step in range(steps):
-            trainer.step(size * min(1.0, (step + 1) / (0.5 * RACE_STEPS)))
-        trainer.write()
-        return cls(start, trainer, Check.make(flow, density, seed=seed).elbo())
+        elbo = -math.inf  # unless it is finished
+        with density.clock.part("the race of starts and step sizes"):
+            for step in range(steps):
+                trainer.step(size * min(1.0, (step + 1) / (0.5 * RACE_STEPS)))
+            trainer.write()
+            elbo = Check.make(flow, density, seed=seed).elbo()
+        return cls(start, trainer, elbo)
 
     @property
     def entry(self) -> dict[str, Any]:

@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_flows.batching import turn
+
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch's global generators (of the CPU, and of ``device``) inside, put them back after."""
+    """Seed torch's global generators (of the CPU, and of ``device``) inside, put them back after.
+
+    Other threads wait: their draws would come from the same generators.
+    """
     devices = [device] if device is not None and device.type == "cuda" else []
     if device is None and torch.cuda.is_initialized():
         devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    with torch.random.fork_rng(devices=devices):
+    with turn(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 

@@ -8,21 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyro_flows._arviz import r_hat
 from pyro_flows.escalation import Round
-from pyro_flows.flows import Flow
 
 COMPARED_DRAWS = 4000
 R_HAT = 1.02
 EVIDENCE = 0.3  # nats between the largest and the smallest estimate
-LEAST_WEIGHT = 1e-3
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Whether runs agree; if not, in which sites, and the weights by which to stack them."""
+    """Whether runs agree; if not, in which sites, and the weights by which to mix them."""
 
     disagreements: tuple[str, ...]
     weights: tuple[float, ...]
@@ -50,37 +47,6 @@ def compare(outcomes: Sequence[Round], names: Sequence[str]) -> Agreement:
         found.append(f"their log evidences differ by {spread:.2f} nats")
     weights = torch.softmax(torch.nan_to_num(evidences, nan=-math.inf), 0)
     return Agreement(tuple(found), tuple(weights.tolist()))
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A mixture of flows: draws from all of them, scored by the mixture."""
-
-    flows: tuple[Flow, ...]
-    weights: tuple[float, ...]
-
-    @classmethod
-    def make(cls, flows: Sequence[Flow], weights: Sequence[float]) -> Stack:
-        """Leave out runs of negligible weight."""
-        kept = [(flow, weight) for flow, weight in zip(flows, weights, strict=True) if weight >= LEAST_WEIGHT]
-        total = sum(weight for _, weight in kept)
-        return cls(tuple(flow for flow, _ in kept), tuple(weight / total for _, weight in kept))
-
-    @torch.no_grad()
-    def draw(self, n: int) -> tuple[Tensor, Tensor]:
-        """Return n draws (n, D) in random order and their log density (n,) under the mixture."""
-        like = next(self.flows[0].parameters())
-        weights = torch.tensor(self.weights, dtype=torch.float64)
-        counts = torch.bincount(torch.multinomial(weights, n, replacement=True), minlength=len(self.flows)).tolist()
-        z = torch.cat([flow().sample((count,)) for flow, count in zip(self.flows, counts, strict=True)])
-        z = z[torch.randperm(n).to(like.device)]
-        return z, self.log_prob(z)
-
-    @torch.no_grad()
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Return the log density (n,) of the mixture at ``z`` (n, D)."""
-        terms = [flow.log_prob(z) + math.log(weight) for flow, weight in zip(self.flows, self.weights, strict=True)]
-        return torch.logsumexp(torch.stack(terms), 0)
 
 
 def entry(agreement: Agreement) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, rebuild
 from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
+from pyro_flows.mixture import FlowMixture
 from pyro_flows.randomness import seeded
 from pyro_flows.verdict import Verdict
 
@@ -188,15 +189,18 @@ def _density(density: LogDensity, coordinates: Sequence[str], tensors: Mapping[s
 
 
 def _guide(
-    density: LogDensity, model: Callable[..., Any], settings: Mapping[str, Any], flow: Flow
-) -> tuple[AutoFlow, Flow]:
-    affine = settings.get("affine")
-    bare = rebuild({name: value for name, value in settings.items() if name != "affine"})
+    density: LogDensity, model: Callable[..., Any], settings: Mapping[str, Any], flow: Flow | FlowMixture
+) -> tuple[AutoFlow, Flow | FlowMixture]:
+    single = settings["flows"][0] if isinstance(flow, FlowMixture) else settings
+    affine = single.get("affine")
+    bare = rebuild({name: value for name, value in single.items() if name != "affine"})
     guide = AutoFlow(model, bare, affine=affine or "none", noncentred=density.structure.noncentred)
     guide.initialize(*density.args, **density.kwargs)
-    made: Flow = guide._flow
-    made.load_state_dict(flow.state_dict())
-    return guide, made
+    if isinstance(flow, FlowMixture):
+        guide.adopt(flow.to(guide._like))
+    else:
+        guide._flow.load_state_dict(flow.state_dict())
+    return guide, guide._flow
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pyro_flows.batching import first_line
-from pyro_flows.convergence import Monitor
+from pyro_flows.clock import Clock, unbounded
+from pyro_flows.convergence import WINDOW, Monitor
 from pyro_flows.flows import Flow
 from pyro_flows.log_density import LogDensity
 from pyro_flows.objectives import BasePoints, elbo, pulled
@@ -42,14 +42,14 @@ Report = Callable[[int, float, str], None]  # steps done, ELBO, state
 
 @dataclass(frozen=True)
 class Budget:
-    """What bounds a training run: optimisation steps, and seconds on the clock."""
+    """What bounds a training run: optimisation steps, and the clock."""
 
     steps: int
-    deadline: float = math.inf
+    clock: Clock = field(default_factory=unbounded)
 
     def left(self, done: int) -> int:
-        """Steps still allowed after ``done``; none after the deadline."""
-        return 0 if time.monotonic() > self.deadline else max(self.steps - done, 0)
+        """Steps still allowed after ``done``; none once the time is over."""
+        return 0 if self.clock.over else max(self.steps - done, 0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Trainer:
         compile: bool | None = None,
     ) -> None:
         self.flow, self.density, self.batch, self.learning_rate = flow, density, batch, learning_rate
-        self.extra, self.compile = list(extra), compile
+        self.extra, self.compile = list(extra), compile if density.clock.compiles else False
         self.parameters = [*(part for part in flow.parameters() if part.requires_grad), *self.extra]
         self.weights = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
         ends = self.weights.split([parameter.numel() for parameter in self.parameters])
@@ -144,7 +144,8 @@ class Trainer:
     # steps ----------------------------------------------------------------------------------------------------------
 
     def step(self, learning_rate: float) -> None:
-        """Take one step."""
+        """Take one step, or find out that the time is over."""
+        self.density.clock.look()
         if self.extra:
             self._advance(*self._elbo(), learning_rate)
             return
@@ -202,7 +203,8 @@ class Trainer:
         like = self.weights.new_zeros(self.batch, self.flow.dim)
         self.write()
         try:
-            self._step = Step(self.flow, self.density, like, self.weights, self._views, compile=self.compile)
+            with self.density.clock.watching():
+                self._step = Step(self.flow, self.density, like, self.weights, self._views, compile=self.compile)
             self.evaluation = "recorded"
         except Exception as error:
             self.evaluation = f"eager: {first_line(error)}"
@@ -234,34 +236,49 @@ class Check:
 
 
 def train(
-    trainer: Trainer, budget: Budget, *, seed: int, report: Report, cool: int = COOL_AT_LEAST, settle: bool = True
+    trainer: Trainer,
+    budget: Budget,
+    *,
+    seed: int,
+    report: Report,
+    cool: int = COOL_AT_LEAST,
+    settle: bool = True,
+    name: str = "training",
 ) -> Training:
     """Run until the functionals stand still, then cool the step size down and average; or until the budget ends.
 
     The cool-down takes ``cool`` steps at least. With ``settle=False`` the budget alone ends it, to see what stopping
-    costs.
+    costs. Where the time ends or Ctrl-C comes on the way, the flow keeps what it has learnt so far, and the clock the
+    ``name`` of what was cut.
     """
     check = Check.make(trainer.flow, trainer.density, seed=seed)
-    monitor, ratchet = Monitor(), _Ratchet(trainer, check.elbo())
+    monitor, ratchet = Monitor(), _Ratchet(trainer, -math.inf)
     first = len(trainer.losses)  # a race may have gone before
-    still, why = False, "no steps"
+    still, why, value = False, "no steps", -math.inf
     steady = _steady_share(budget.steps)
     done = 0
-    while done < steady and budget.left(done) and not still:
-        trainer.step(trainer.learning_rate * min(1.0, (done + 1) / WARM_UP))
-        done += 1
-        if done % CHECK_EVERY == 0:
-            trainer.write()
-            value = monitor.add(*check())
-            still, why = monitor.stationary()
-            still = still and settle
-            ratchet.look(value)
-            report(first + done, value, "settling")
-    cool = min(budget.left(done), max(cool, min(int(COOL_SHARE * done), COOL_AT_MOST)))
-    value = _cool(trainer, budget, done, cool, check, ratchet, lambda *state: report(first + state[0], *state[1:]))
-    why = f"stopped: {why}" if still else f"{done + cool} steps ended the fit before it settled ({why})"
-    moving = not still and monitor.restless
-    return Training(trainer.losses[first:], value, still, moving, why, trainer.skipped, ratchet.falls)
+    with budget.clock.part(name):
+        ratchet.best = value = check.elbo()
+        while done < steady and budget.left(done) and not still:
+            trainer.step(trainer.learning_rate * min(1.0, (done + 1) / WARM_UP))
+            done += 1
+            if done % CHECK_EVERY == 0:
+                trainer.write()
+                value = monitor.add(*check())
+                still, why = monitor.stationary()
+                still = still and settle
+                ratchet.look(value)
+                report(first + done, value, "settling")
+        steps = min(budget.left(done), max(cool, min(int(COOL_SHARE * done), COOL_AT_MOST)))
+        value = _cool(trainer, budget, done, steps, check, ratchet, lambda *state: report(first + state[0], *state[1:]))
+        why = f"stopped: {why}" if still else f"{done + steps} steps ended the fit before it settled ({why})"
+        moving = not still and monitor.restless
+        return Training(trainer.losses[first:], value, still, moving, why, trainer.skipped, ratchet.falls)
+    ratchet.rescue()
+    losses = trainer.losses[first:]
+    why = f"{len(losses)} steps were taken before the fit was stopped" + (f" ({why})" if losses else "")
+    moving = not still and (monitor.restless or len(monitor.elbos) < WINDOW)
+    return Training(losses, value, False, moving, why, trainer.skipped, ratchet.falls)
 
 
 class _Ratchet:
@@ -279,6 +296,12 @@ class _Ratchet:
             self.falls += 1
             return self.best
         return elbo
+
+    def rescue(self) -> None:
+        """Hand the present parameters to the flow without a check, or the kept ones where the last losses are worse."""
+        last = self.trainer.losses[-LOOK_EVERY:]
+        lost = last and not -sum(last) / len(last) > self.best - FALL
+        self.trainer.assign(self.kept if lost else self.trainer.keep())
 
 
 def anneal(trainer: Trainer, steps: int, *, report: Report) -> None:

@@ -255,6 +255,7 @@ def decide(
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
     notes: Sequence[str] = (),
+    again: Callable[[], Weighing] | None = None,
     complaint: Callable[[Tensor], str | None] = lambda z: None,
 ) -> Decision:
     """Draw a pool of four times as many draws as asked for, weigh and judge it, and choose the draws to use.
@@ -272,6 +273,7 @@ def decide(
         warnings: see :func:`judge`.
         failures: see :func:`judge`.
         notes: see :func:`judge`.
+        again: weighs a second pool, if draws are to be corrected.
         complaint: z -> what is invalid about the model at some of the first draws, though its density is finite there.
     """
     pool, pool_q = draw(POOL * draws)
@@ -281,9 +283,8 @@ def decide(
     if objection is not None:
         failures = (*failures, f"the model is invalid at some draws: {objection}")
     verdict = judge(weighing, names, warnings=warnings, failures=failures, notes=notes)
-    if verdict.status == "corrected":  # one lucky pool does not correct a guide
-        again, again_q = draw(POOL * draws)
-        second = judge(weigh(again, score(again), again_q), names)
+    if verdict.status == "corrected" and again is not None:  # one lucky pool does not correct a guide
+        second = judge(again(), names)
         if second.status == "unreliable":
             failures = (*failures, f"a second sample is worse ({second.reasons[0]})")
             verdict = judge(weighing, names, warnings=warnings, failures=failures, notes=notes)

@@ -1,0 +1,173 @@
+"""How long a call may go on: a bound in seconds, Ctrl-C, and what was cut by either."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+COMPILES_FROM = 150.0  # seconds allowed in all, below which nothing is compiled: that takes 20 s, and cannot be cut
+RESERVED_AT_MOST = 0.25  # of all seconds, for judging
+AFTER_INTERRUPT = 10.0  # seconds that judging may take once somebody waits for it
+
+
+class OutOfTime(BaseException):
+    """The time is over: no ``Exception``, so that no fallback to a slower way takes it for a failure."""
+
+
+class Clock:
+    """What bounds a call. Each part of the work runs inside of :meth:`part`, and looks at the clock as it goes on.
+
+    A part that is cut, by the bound or by Ctrl-C, ends as if it had returned early: the caller goes on with what there
+    is. Once the call is cut, each further part ends at its first look. Then :meth:`judging` opens the last part, which
+    has a bound of its own and can be ended by another Ctrl-C only.
+
+    Args:
+        seconds: how many the call may take in all.
+        raises: whether Ctrl-C raises at once.
+        watch: told the name of each part as it begins, and None at each look.
+    """
+
+    def __init__(
+        self, seconds: float = math.inf, *, raises: bool = False, watch: Callable[[str | None], None] | None = None
+    ) -> None:
+        self.seconds, self.raises, self.watch = seconds, raises, watch
+        self.began = time.monotonic()
+        self.end = self.began + seconds
+        self.stop = self.end  # of the work, and of the part that is under way
+        self.interrupted: str | None = None  # the part that Ctrl-C came in
+        self.cut: list[str] = []
+        self.needed = 0.0  # seconds, about, for judging
+        self.final = False
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is a bound."""
+        return math.isfinite(self.seconds)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether there may be time for a compiler."""
+        return self.seconds >= COMPILES_FROM
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the call began."""
+        return time.monotonic() - self.began
+
+    @property
+    def left(self) -> float:
+        """Seconds left for the part that is under way."""
+        return self.stop - time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        """Whether no more work is to be begun."""
+        return (self.interrupted is not None and not self.final) or (self.finite and self.left <= 0.0)
+
+    def look(self) -> None:
+        """Say that the work goes on, or end it.
+
+        Raises:
+            OutOfTime: if it is over.
+        """
+        if self.watch is not None:
+            self.watch(None)
+        if self.over and not self.final:
+            raise OutOfTime
+
+    def watching(self) -> AbstractContextManager[Any]:
+        """Look at the clock at each of torch's operations inside, if there is a bound: for what takes seconds."""
+        return _Watch(self) if self.finite else nullcontext()
+
+    @property
+    def hurried(self) -> bool:
+        """Whether there may be too little time to judge by all draws."""
+        return (self.finite or self.interrupted is not None) and self.left < 2.0 * self.needed
+
+    def reserve(self, seconds: float) -> None:
+        """Keep the seconds that judging takes, a quarter of all at most."""
+        self.needed = seconds
+        if self.finite:
+            self.stop = self.end - min(seconds, RESERVED_AT_MOST * self.seconds)
+
+    def part(self, name: str, *, share: float = 1.0, noted: bool = True) -> Part:
+        """Run a part of the work, which may take ``share`` of the time that is left; if it is cut, note its name.
+
+        Parts stand inside of each other; the innermost one is the one that ends.
+        """
+        return Part(self, name, share, noted)
+
+    def skip(self, name: str) -> None:
+        """Note a part that is not begun, since the time is over."""
+        if name not in self.cut:
+            self.cut.append(name)
+
+    def interrupt(self, name: str) -> bool:
+        """Note that Ctrl-C came in this part; return False if it is to be raised: on request, or the second time."""
+        if self.raises or self.interrupted is not None:
+            return False
+        self.interrupted = name
+        self.cut = [name, *(other for other in self.cut if other != name)]
+        if self.final:
+            self.stop = min(self.end, time.monotonic() + AFTER_INTERRUPT)
+        return True
+
+    def judging(self) -> None:
+        """Begin the last part, for which the whole time is open."""
+        self.final = True
+        self.stop = self.end if self.interrupted is None else min(self.end, time.monotonic() + AFTER_INTERRUPT)
+
+    def reasons(self) -> list[str]:
+        """What was cut, in words; nothing if all was done."""
+        if not self.cut:
+            return []
+        if self.interrupted is None:
+            return [f"stopped after max_seconds={self.seconds:g} before the end of: {', '.join(self.cut)}"]
+        rest = [name for name in self.cut if name != self.interrupted]
+        left_out = f"; not to its end either: {', '.join(rest)}" if rest else ""
+        return [f"interrupted (Ctrl-C) before the end of: {self.interrupted}{left_out}"]
+
+
+class Part:
+    """A part of the work as a context: it ends quietly where the time is over, or the first Ctrl-C comes."""
+
+    def __init__(self, clock: Clock, name: str, share: float, noted: bool) -> None:
+        self.clock, self.name, self.share, self.noted = clock, name, share, noted
+        self.stop = clock.stop
+
+    def __enter__(self) -> None:
+        clock = self.clock
+        if clock.finite and self.share < 1.0:
+            clock.stop = min(self.stop, time.monotonic() + self.share * max(clock.left, 0.0))
+        if clock.watch is not None and not clock.over:
+            clock.watch(self.name)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        self.clock.stop = self.stop
+        if isinstance(error, OutOfTime):
+            if self.noted:
+                self.clock.skip(self.name)
+            return True
+        return isinstance(error, KeyboardInterrupt) and not self.clock.final and self.clock.interrupt(self.name)
+
+
+class _Watch(TorchDispatchMode):
+    """Looks at the clock at each operation, those that are being recorded too."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.clock.look()
+        return func(*args, **(kwargs or {}))
+
+
+def unbounded() -> Clock:
+    """Return a clock that never ends anything, and takes no Ctrl-C."""
+    return Clock(raises=True)
