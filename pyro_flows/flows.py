@@ -60,6 +60,11 @@ class Flow(nn.Module):
         self.settings: dict[str, Any] | None = None
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        for tensor in self.state_dict(keep_vars=True).values():
+            tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference, which it sets anew at each run
+        return self.__dict__.copy()
+
     @property
     def context_dim(self) -> int:
         """Width of the context, 0 for an unconditional flow."""
