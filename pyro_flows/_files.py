@@ -1,4 +1,4 @@
-"""Files that are whole or not there: directories replaced in one step, digests of what they hold, left-overs of kills."""
+"""Files that are whole or not there: directories replaced in one step, with digests of what they hold."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -19,7 +20,8 @@ from typing import Any
 
 VERSION, FIRST_SEALED = 2, 2  # of the format; from the second on, the JSON holds digests of all files
 UNFINISHED = ".unfinished"  # what the writer of format 1 appended to the names of its files
-NEW, OLD = ".new", ".old"  # endings of the directories that a save makes beside its target
+NEW, OLD = ".new", ".old"  # endings of what a save makes beside its target
+TOKEN = 6  # random bytes in these names
 ZEROS = "0" * 64  # stands for the digest of the JSON file while that is computed
 LOCK_SECONDS = 20.0  # to wait for another save into the same folder
 DEAD_SECONDS = 3600.0  # after which a left-over is nobody's, where locks cannot tell
@@ -62,8 +64,7 @@ class Bundle:
         inside = f"Name a directory inside of it, such as {str(target / self.what)!r}."
         if real in _working():
             raise ValueError(
-                f"path: a save replaces a directory as a whole, and {str(target)!r} is in use as the working directory. "
-                + inside
+                f"path: a save replaces a directory as a whole, and {str(target)!r} is the working directory. {inside}"
             )
         if os.path.ismount(real):
             raise ValueError(
@@ -130,7 +131,8 @@ class Bundle:
         if lacking or description.get("format") != self.format:
             why = f"{', '.join(lacking)} missing" if lacking else f"{self.text} was not written by pyro_flows"
             raise ValueError(f"path: expected the directory of a saved {self.what}, got {shown!r}: {why}.")
-        version, digests = description.get("version"), description.get("digests")
+        version: Any = description.get("version")
+        digests = description.get("digests")
         if version not in range(1, VERSION + 1):
             raise ValueError(
                 f"path: {shown!r} has format version {version!r}, this release of pyro_flows reads versions 1 to "
@@ -193,7 +195,7 @@ def replace_directory(path: Path, files: Mapping[str, bytes], *, gone: frozenset
         OSError: naming the path, if something cannot be written; the earlier directory is then as it was.
     """
     target = Path(os.path.realpath(path))
-    fresh = target.with_name(f".{target.name}.{secrets.token_hex(6)}{NEW}")
+    fresh = target.with_name(f".{target.name}.{secrets.token_hex(TOKEN)}{NEW}")
     dropped = {*files, *gone}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +258,7 @@ def replace_file(path: Path, data: bytes) -> None:
         OSError: naming the path, if it cannot be written; the earlier file is then as it was.
     """
     target = Path(os.path.realpath(path))
-    fresh = target.with_name(f".{target.name}.{secrets.token_hex(6)}{NEW}")
+    fresh = target.with_name(f".{target.name}.{secrets.token_hex(TOKEN)}{NEW}")
     try:
         with _locked(target.parent) as alone:
             _clear(target, alone)
@@ -318,14 +320,11 @@ def _carry(source: Path, target: Path, dropped: set[str], how: Callable[[Path, P
 
 def _left(target: Path, ending: str) -> list[Path]:
     """Return what saves to ``target`` made beside it, the latest first."""
+    made = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{{2 * TOKEN}}}{re.escape(ending)}")
     try:
-        found = [
-            item for item in target.parent.iterdir() if item.name.startswith(f".{target.name}.") and item.suffix == ending
-        ]
+        return sorted((item for item in target.parent.iterdir() if made.fullmatch(item.name)), key=_age)
     except OSError:
         return []
-    found = [item for item in found if len(item.name) == len(target.name) + 14 + len(ending)]  # two points, 12 digits
-    return sorted(found, key=_age)
 
 
 def _age(path: Path) -> float:

@@ -137,7 +137,7 @@ def check_checkpoint(path: str | os.PathLike[str] | None) -> None:
 
 
 def values_of(flow: Flow) -> list[float]:
-    """Return what the flow makes of some points: the same for any two that builders made, however their networks differ.
+    """Return what the flow makes of some points: the same for any two that are new, however their networks differ.
 
     A flow that was made anew for a resumed run may have other hidden weights, which the checkpoint replaces.
     """
@@ -237,8 +237,8 @@ class Keeper:
         found, _, data = whole[len(CHECKPOINT) :].partition(b"\n")
         if found.decode("ascii", "replace") != digest(data):
             raise ValueError(
-                f"checkpoint: {str(self.path)!r} is damaged (its SHA-256 digest differs). Take a copy of it, or remove it "
-                "to begin anew."
+                f"checkpoint: {str(self.path)!r} is damaged (its SHA-256 digest differs). Take a copy of it, or remove "
+                "it to begin anew."
             )
         saved = _unpacked(data, self.ascent.parameters[0].device)
         different = [name for name, value in self.about.items() if not _same(saved["about"].get(name), value)]

@@ -92,6 +92,7 @@ class Flow(nn.Module):
         """Draw and score in one pass: ``(*shape, *batch, *event_shape)`` and ``(*shape, *batch)``, with gradients."""
         base = self.base_distribution()
         if context is not None:
+            context = _checks.floating("context", context, next(self.bijection.parameters(), self._like))
             base = base.expand(context.shape[:-1])
         x = base.rsample(torch.Size(shape))
         y, ladj = self.bijection.forward_and_ladj(x, context)
@@ -110,7 +111,8 @@ class Flow(nn.Module):
             raise ValueError(
                 "base: the uniform base has no score at its edges; take 'normal', 'student_t' or 'logistic'."
             )
-        x = self.base_distribution().rsample(torch.Size(shape)) if at is None else at
+        base = self.base_distribution()
+        x = base.rsample(torch.Size(shape)) if at is None else _checks.floating("at", at, next(self.bijection.parameters(), self._like))
         with torch.no_grad():
             log_base, score = self._log_base(x), bases.score(self.base, x, self.df)
         y, ladj, score = self.bijection.forward_and_score(x, score)
@@ -121,6 +123,9 @@ class Flow(nn.Module):
 
         Like it, it refuses values outside of the support, NaN among them, unless Pyro's validation is switched off.
         """
+        like = next(self.bijection.parameters(), self._like)
+        y = _checks.floating("y", y, like)
+        context = None if context is None else _checks.floating("context", context, like)
         # a finite sum has no NaN in it, and any other number is real: one pass, where the check itself takes three
         support = self.bijection.codomain
         if Distribution._validate_args:

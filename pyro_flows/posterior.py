@@ -290,7 +290,7 @@ class Posterior:
             raise ValueError(
                 "this needs the model: load(path, model, *args) with the arguments of the fit."
                 if why == "loaded without a model"
-                else f"this needs the model, but the posterior was {why}. Save it where the model is, and there or later "
+                else f"this needs the model, but the posterior was {why}. Save it where the model is, then "
                 "load(path, model, *args) with the arguments of the fit."
             )
         return self.density
@@ -298,7 +298,7 @@ class Posterior:
     # copies ---------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: draws, verdict, flow and the groups that take no model, but neither model nor data."""
+        """Return what is pickled: draws, verdict, flow and the groups that take no model; neither model nor data."""
         state = {name: _compact(value) for name, value in vars(self).items()}
         state.update(guide=None, density=None)
         state["missing"] = {**self.missing, "guide": UNPICKLED, "density": UNPICKLED}
@@ -306,7 +306,7 @@ class Posterior:
             density = self._need_density()
             state["stored"] = export.modelless_groups(self, density), export.attributes(self)
             state["missing"]["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"
-        if isinstance(self.flow, Flow) and self.flow.settings is None:  # one of the user's own, whose class may be local
+        if isinstance(self.flow, Flow) and self.flow.settings is None:  # the user's own, of a class that may be local
             try:
                 pickle.dumps(self.flow)
             except (AttributeError, TypeError, pickle.PicklingError) as error:

@@ -106,7 +106,8 @@ def _read(
         stored: tuple[Any, Any] | None = _arviz.read(contents[NETCDF])
     with _reading(source, TEXT):
         settings, history = _revived(description["settings"]), tuple(_revived(description["history"]))
-        verdict, numbers = _verdict(description["verdict"]), {n: float(description["numbers"][n]) for n in NUMBER_FIELDS}
+        verdict = _verdict(description["verdict"])
+        numbers = {name: float(description["numbers"][name]) for name in NUMBER_FIELDS}
     recipe = description["guide"]
     missing = {"guide": "loaded without a model", "density": "loaded without a model"}
     flow = None
