@@ -92,7 +92,7 @@ class Flow(nn.Module):
         """Draw and score in one pass: ``(*shape, *batch, *event_shape)`` and ``(*shape, *batch)``, with gradients."""
         base = self.base_distribution()
         if context is not None:
-            context = _checks.floating("context", context, next(self.bijection.parameters(), self._like))
+            context = self._real("context", context)
             base = base.expand(context.shape[:-1])
         x = base.rsample(torch.Size(shape))
         y, ladj = self.bijection.forward_and_ladj(x, context)
@@ -112,7 +112,7 @@ class Flow(nn.Module):
                 "base: the uniform base has no score at its edges; take 'normal', 'student_t' or 'logistic'."
             )
         base = self.base_distribution()
-        x = base.rsample(torch.Size(shape)) if at is None else _checks.floating("at", at, next(self.bijection.parameters(), self._like))
+        x = base.rsample(torch.Size(shape)) if at is None else self._real("at", at)
         with torch.no_grad():
             log_base, score = self._log_base(x), bases.score(self.base, x, self.df)
         y, ladj, score = self.bijection.forward_and_score(x, score)
@@ -123,9 +123,7 @@ class Flow(nn.Module):
 
         Like it, it refuses values outside of the support, NaN among them, unless Pyro's validation is switched off.
         """
-        like = next(self.bijection.parameters(), self._like)
-        y = _checks.floating("y", y, like)
-        context = None if context is None else _checks.floating("context", context, like)
+        y, context = self._real("y", y), None if context is None else self._real("context", context)
         # a finite sum has no NaN in it, and any other number is real: one pass, where the check itself takes three
         support = self.bijection.codomain
         if Distribution._validate_args:
@@ -134,6 +132,10 @@ class Flow(nn.Module):
                 raise ValueError(f"y: expected values in the support of the flow, {support}, got others.")
         x, ladj = self.bijection.inverse_and_ladj(y, context)
         return self._log_base(x) + ladj
+
+    def _real(self, name: str, value: Tensor) -> Tensor:
+        """Whole numbers as numbers of the flow's dtype: products with its weights need one dtype."""
+        return _checks.floating(name, value, next(self.bijection.parameters(), self._like))
 
     def _log_base(self, x: Tensor) -> Tensor:
         if self.base == "uniform":

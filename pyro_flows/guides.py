@@ -499,7 +499,7 @@ def not_rebuilt(flow: Flow) -> str | None:
             again = rebuild(json.loads(json.dumps(flow.settings)))
         again.to(next(value.dtype for value in state.values() if value.is_floating_point())).load_state_dict(state)
         pair = [copy.deepcopy(flow).cpu().eval(), again.eval()]
-        x = torch.linspace(-1.0, 1.0, 2 * flow.dim).reshape(2, *flow.base_shape).to(again.base_distribution().mean)
+        x = torch.linspace(-3.0, 3.0, 2 * flow.dim).reshape(2, *flow.base_shape).to(again.base_distribution().mean)
         context = x.new_zeros(2, flow.context_dim) if flow.context_dim else None
         values = [one.bijection.forward_and_ladj(x, context) for one in pair]
         bases = [one.base_distribution().log_prob(x) for one in pair]

@@ -188,7 +188,9 @@ def test_what_cannot_be_written_leaves_the_old(tmp_path, monkeypatch, exchanging
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(OSError, match=r"saved' could not be written \(File too large\); what was there is as it was"):
+        with pytest.raises(
+            OSError, match=r"saved' could not be written \(File too large\); what was there is as it was"
+        ):
             BUNDLE.write(path, {}, {**NEW, "two.bin": bytes(30_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

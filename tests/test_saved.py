@@ -55,7 +55,9 @@ def test_a_diagnosed_guide_comes_back_in_its_own_coordinates(tmp_path, noncentre
     posterior = pf.diagnose(nested, guide, Y, draws=200)
     posterior.save(tmp_path / "saved")
     again = pf.load(tmp_path / "saved", nested, Y)
-    assert again.density.structure.noncentred == posterior.density.structure.noncentred == (["theta"] * bool(noncentred))
+    assert (
+        again.density.structure.noncentred == posterior.density.structure.noncentred == (["theta"] * bool(noncentred))
+    )
     assert torch.equal(again.density(again.z), posterior.log_p)
     assert torch.equal(again.density.constrain(again.used)["theta"], again.samples["theta"])
     values = {name: value[:5] for name, value in posterior.samples.items()}
@@ -121,9 +123,8 @@ def changes():
     def longer(flow):
         flow.bijection = pf.Chain([*flow.bijection.layers, Own()])
 
-    def turned(flow):  # the same names and shapes
-        inner = flow.bijection.layers[0]
-        inner.layers[0], inner.layers[1] = inner.layers[1], inner.layers[0]
+    def bounded(flow):  # the same names and shapes
+        flow.bijection.layers[0].layers[0].log_scale_bound = 1e-3
 
     def lighter(flow):
         flow.df = 100.0
@@ -134,7 +135,7 @@ def changes():
     def nonsense(flow):
         flow.settings["layers"] = 5
 
-    return longer, turned, lighter, other, nonsense
+    return longer, bounded, lighter, other, nonsense
 
 
 @pytest.mark.parametrize("change", changes())
@@ -250,8 +251,8 @@ while True:
 
 def test_a_process_that_saves_and_is_killed_leaves_a_whole_posterior(pair, tmp_path):
     whole = [(pair[k] / TENSORS).read_bytes() for k in (0, 1)]
-    wait = iter([0.001, 0.013, 0.03, 0.05])
-    for _ in range(4):
+    wait = iter([0.003, 0.02])
+    for _ in range(2):
         words = [sys.executable, "-c", KILLED, *pair, tmp_path / "saved"]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
