@@ -6,11 +6,11 @@ only the last step of :func:`pack` and the default interval differ.
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,16 +110,18 @@ def pack(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> 
     return _old().InferenceData(attrs=dict(attrs), **_with_attrs(groups, attrs))
 
 
-def write(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float], path: Path) -> None:
-    """Write all groups to one netCDF file."""
-    _tree(groups, attrs).to_netcdf(path, engine="h5netcdf")
+def write(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> bytes:
+    """Return all groups as the bytes of one netCDF file. HDF5 writes to memory: a full disk would crash it."""
+    file = io.BytesIO()
+    _tree(groups, attrs).to_netcdf(file, engine="h5netcdf")
+    return file.getvalue()
 
 
-def read(path: Path) -> tuple[dict[str, xr.Dataset], dict[str, str | float]]:
+def read(data: bytes) -> tuple[dict[str, xr.Dataset], dict[str, str | float]]:
     """Read what :func:`write` wrote: groups and attributes, all in memory."""
     import xarray
 
-    with xarray.open_datatree(path, engine="h5netcdf") as tree:
+    with xarray.open_datatree(io.BytesIO(data), engine="h5netcdf") as tree:
         tree.load()
         groups = {name: node.to_dataset().copy() for name, node in tree.children.items()}
         attrs = {str(name): value.item() if hasattr(value, "item") else value for name, value in tree.attrs.items()}

@@ -94,6 +94,20 @@ def context(owner: str, value: Tensor | None, context_dim: int) -> None:
         raise ValueError(f"{owner}: expected a context of shape (..., {context_dim}), got {tuple(value.shape)}.")
 
 
+def floating(name: str, value: Tensor, like: Tensor | torch.dtype) -> Tensor:
+    """Return ``value`` if it holds floating-point numbers; whole numbers become exact ones of ``like``'s dtype."""
+    if value.is_floating_point():
+        return value
+    dtype = like if isinstance(like, torch.dtype) else like.dtype
+    limit = int(2 / torch.finfo(dtype).eps)  # up to which all whole numbers are there
+    if value.is_complex() or (value.numel() and int(value.to(torch.int64).abs().max()) > limit):
+        raise ValueError(
+            f"{name}: expected real numbers of dtype {dtype} (or whole ones up to {limit}, which it holds exactly), "
+            f"got {value.dtype}. Convert them first."
+        )
+    return value.to(dtype)
+
+
 def vector(name: str, value: Any, dim: int) -> Tensor:
     """Return ``value`` as a finite tensor of shape ``(dim,)``."""
     tensor = torch.as_tensor(value)

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from pyro_flows.density_fit import DensityFit, bits_per_dim, like, mean_log_prob
 from pyro_flows.density_schedule import Plan
 from pyro_flows.density_training import RACE_STEPS, RACED, Ascent, climb, rouse, widest
 from pyro_flows.flows import Flow
-from pyro_flows.preprocess import KINDS, Preprocess, preprocess
+from pyro_flows.preprocess import KINDS, Preprocess, append, ending, is_fresh, preprocess
 from pyro_flows.randomness import derive, seeded
 from pyro_flows.transforms import Chain, Logit
 
@@ -80,6 +80,8 @@ def fit_density(
         preprocess: ``"standardize"`` (each coordinate), ``"whiten"`` (correlations too; see
             :func:`~pyro_flows.preprocess.preprocess`), ``None``, or ``"auto"``: standardised for vectors, and for
             images with one scale for all pixels; nothing after a :class:`~pyro_flows.Logit`, which needs the unit cube.
+            A map of this kind that the flow has, from an earlier fit, is replaced, never doubled; and ``"auto"`` leaves
+            a trained flow as it is where that describes the data better, so that its training goes on.
         levels: for quantised data, how many levels they have (256 for bytes): values 0 to ``levels - 1``, or the same
             divided by ``levels - 1``. Level k becomes ``(k + U(0, 1)) / levels``, with fresh noise each time, and the
             density is one on the unit cube.
@@ -96,13 +98,14 @@ def fit_density(
         max_seconds: seconds at most, preparation included.
         clock: what these seconds are: ``"wall"``, or ``"cpu"`` for the process's own, as benchmarks want them.
         checkpoint: a file, written each half minute at the end of an epoch and at the end. If it is there, the
-            training goes on from it, as if it had not been broken off.
+            training goes on from it, as if it had not been broken off. It holds digests of data, flow and options, and
+            those of another run are refused. (Of a ``DataLoader``, a few items are compared, if they are not random.)
         seed: of all randomness. The global generators are left as they were.
         progress: whether to show a bar, with held-out nats and bits a dimension.
 
     Raises:
         ValueError: for data of another shape than the flow's, missing or infinite values (with row and column), values
-            that are no levels, a checkpoint of another run, or an option out of range.
+            that are no levels, a damaged checkpoint or one of another run, or an option out of range.
 
     Warns:
         UserWarning: if a coordinate is constant, or if more than a twentieth of the steps had a gradient that is not
@@ -129,9 +132,11 @@ def fit_density(
         "seed": _checks.integer("seed", seed, 0),
     }
     seconds = math.inf if max_seconds is None else _checks.positive("max_seconds", max_seconds)
+    density_storage.check_checkpoint(checkpoint)
     with alone(), seeded(derive(seed, "fit_density"), like(flow).device if isinstance(flow, Flow) else None):
         made = _make(flow, data, context)
         train, held_out = _sources(made, data, context, validation, levels)
+        about = {} if checkpoint is None else _identity(made, train, held_out, validation)
         made, options["preprocess"] = _with_preprocessing(made, train, preprocess)
         size = options["batch"] = _batch_size(train, batch)
         if start == "random":
@@ -141,7 +146,7 @@ def fit_density(
         steps = sys.maxsize if max_seconds is not None else MAX_STEPS
         plan = Plan(steps if max_epochs is None else max_epochs * train.steps(size), seconds, CLOCKS[clock], began)
         bar = _Bar(visible=progress, flow=made, levels=train.levels)
-        keeper = density_storage.Keeper(checkpoint, ascent, plan, SAVE_EVERY, options)
+        keeper = density_storage.Keeper(checkpoint, ascent, plan, SAVE_EVERY, options, about)
         if not keeper.resume():
             _choose(ascent, learning_rate, weight_decay, plan)
         climb(ascent, keeper.plan, report=bar.show, save=keeper.save)
@@ -196,17 +201,52 @@ def _sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int |
 
 
 def _with_preprocessing(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str | None]:
-    """Append the affine map to the scale of the data, as measured on the data, noise of levels included."""
+    """Append the affine map to the scale of the data, as measured on the data, noise of levels included.
+
+    It takes the place of one that the flow has. A flow that knows data already, since it was trained, may be on their
+    scale: then ``"auto"`` leaves it as it is.
+    """
+    own = ending(flow)
     if kind is None:
         return flow, None
-    images = len(flow.event_shape) > 1
-    if kind == "auto":
+    images, auto = len(flow.event_shape) > 1, kind == "auto"
+    if auto:
         inner = flow.bijection
         if isinstance(inner.layers[-1] if isinstance(inner, Chain) else inner, Logit):
             return flow, None
-        kind = "standardize"
-    layer: Preprocess = preprocess(kind, _held(train, MEASURED_POINTS), pooled=images)
-    return density_storage.append(flow, layer), kind
+        kind = "whiten" if own is not None and own.full else "standardize"
+    batches = _held(train, MEASURED_POINTS)
+    layer: Preprocess = preprocess(kind, batches, pooled=images)
+    given = flow if auto and not is_fresh(flow) else None
+    placed = append(flow if given is None else copy.deepcopy(flow), layer)
+    if given is not None and _likelihood(given, batches) >= _likelihood(placed, batches):
+        return given, None if own is None else kind
+    return placed, kind
+
+
+@torch.no_grad()
+def _likelihood(flow: Flow, batches: Sequence[Batch]) -> float:
+    """Return the mean log density of about the first `CHECKED_POINTS` points; minus infinity if it is not finite."""
+    total, count = 0.0, 0
+    for y, context in batches:
+        x, ladj = flow.bijection.inverse_and_ladj(y, context)
+        total += float((flow.base_distribution().log_prob(x) + ladj).double().sum())
+        count += len(y)
+        if count >= CHECKED_POINTS:
+            break
+    return total / count if math.isfinite(total) else -math.inf
+
+
+def _identity(flow: Flow, train: Source, held_out: Source | None, validation: Any) -> dict[str, Any]:
+    """Return what tells a checkpoint of these data and this flow from those of others."""
+    share = validation if validation is None or isinstance(validation, float) else "given"
+    given = held_out if share == "given" else None
+    return {
+        "weights": density_storage.values_of(flow),
+        "data": density_storage.data_digest(train),
+        "validation": share,
+        "held out": density_storage.data_digest(given),
+    }
 
 
 def _result(ascent: Ascent, validation: float, options: dict[str, Any]) -> DensityFit:

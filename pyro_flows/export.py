@@ -84,6 +84,22 @@ def all_groups(posterior: Posterior, density: LogDensity, *, predictive: bool) -
     return {name: group for name, group in groups.items() if group.data_vars}
 
 
+def modelless_groups(posterior: Posterior, density: LogDensity) -> dict[str, xr.Dataset]:
+    """Those groups that take neither a run of the model nor its data."""
+    labels = Labels(density.structure)
+    latents = {latent.name: latent for latent in density.structure.latents}
+    cut = {latent.name: _cut(latent, posterior.used) for latent in density.structure.latents}
+    groups = {
+        "posterior": draws_group(labels, posterior.samples),
+        "sample_stats": _stats(posterior.used_log_p, posterior.used_log_q, posterior.used_log_weights),
+        "unconstrained_posterior": _stack(labels, cut, lambda name: labels.unconstrained(latents[name])),
+        "fit": _fit(posterior),
+    }
+    if posterior.resampled:
+        groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
+    return {name: group for name, group in groups.items() if group.data_vars}
+
+
 def _double(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() for name, value in values.items()}
 

@@ -60,6 +60,11 @@ class Flow(nn.Module):
         self.settings: dict[str, Any] | None = None
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        for tensor in self.state_dict(keep_vars=True).values():
+            tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference, which it sets anew at each run
+        return self.__dict__.copy()
+
     @property
     def context_dim(self) -> int:
         """Width of the context, 0 for an unconditional flow."""
@@ -87,6 +92,7 @@ class Flow(nn.Module):
         """Draw and score in one pass: ``(*shape, *batch, *event_shape)`` and ``(*shape, *batch)``, with gradients."""
         base = self.base_distribution()
         if context is not None:
+            context = self._real("context", context)
             base = base.expand(context.shape[:-1])
         x = base.rsample(torch.Size(shape))
         y, ladj = self.bijection.forward_and_ladj(x, context)
@@ -105,7 +111,8 @@ class Flow(nn.Module):
             raise ValueError(
                 "base: the uniform base has no score at its edges; take 'normal', 'student_t' or 'logistic'."
             )
-        x = self.base_distribution().rsample(torch.Size(shape)) if at is None else at
+        base = self.base_distribution()
+        x = base.rsample(torch.Size(shape)) if at is None else self._real("at", at)
         with torch.no_grad():
             log_base, score = self._log_base(x), bases.score(self.base, x, self.df)
         y, ladj, score = self.bijection.forward_and_score(x, score)
@@ -116,6 +123,7 @@ class Flow(nn.Module):
 
         Like it, it refuses values outside of the support, NaN among them, unless Pyro's validation is switched off.
         """
+        y, context = self._real("y", y), None if context is None else self._real("context", context)
         # a finite sum has no NaN in it, and any other number is real: one pass, where the check itself takes three
         support = self.bijection.codomain
         if Distribution._validate_args:
@@ -124,6 +132,10 @@ class Flow(nn.Module):
                 raise ValueError(f"y: expected values in the support of the flow, {support}, got others.")
         x, ladj = self.bijection.inverse_and_ladj(y, context)
         return self._log_base(x) + ladj
+
+    def _real(self, name: str, value: Tensor) -> Tensor:
+        """Whole numbers as numbers of the flow's dtype: products with its weights need one dtype."""
+        return _checks.floating(name, value, next(self.bijection.parameters(), self._like))
 
     def _log_base(self, x: Tensor) -> Tensor:
         if self.base == "uniform":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,10 +25,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_flows import _checks
-from pyro_flows.batching import turn
+from pyro_flows.batching import first_line, turn
 from pyro_flows.builders import BUILDERS, VECTOR_BUILDERS
 from pyro_flows.flows import Flow
 from pyro_flows.mixture import BUILDER, FlowMixture
+from pyro_flows.preprocess import append, blank, wrapped
+from pyro_flows.randomness import seeded
 from pyro_flows.sites import Noncentred, Structure, flatten_all, initial_value, messages, place_all, read_structure
 from pyro_flows.transforms import Bijection, Bound, Chain, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 
@@ -479,12 +482,12 @@ def _map_rows(function: Callable[..., Any], rows: Any) -> Any:
 def _append_affine(flow: Flow, kind: str) -> Flow:
     map_ = LowerTriangularAffine(flow.dim) if kind == "tril" else DiagonalAffine(flow.dim)
     whole = Flow(Chain([flow.bijection, SinhArcsinh(flow.dim), map_]), dim=flow.dim, base=flow.base, df=flow.df)
-    whole.settings = None if flow.settings is None else {**flow.settings, "affine": kind}
+    whole.settings = wrapped(flow.settings, "affine", kind)
     return whole
 
 
 def rebuild(settings: Mapping[str, Any]) -> Any:
-    """Build the :class:`Flow` that its ``settings`` describe, with the affine map of a guide if it has one.
+    """Build the flow that :attr:`Flow.settings` describes, with the maps after it: to the scale of data, of a guide.
 
     A :class:`FlowMixture` is built with all its flows; its weights, orders and signs are in the state to be loaded.
 
@@ -494,9 +497,49 @@ def rebuild(settings: Mapping[str, Any]) -> Any:
     if settings.get("builder") == BUILDER:
         return FlowMixture.from_settings(settings, rebuild)
     options = dict(settings)
-    affine = options.pop("affine", None)
-    flow = BUILDERS[_checks.choice("builder", options.pop("builder"), BUILDERS)](**options)
+    affine, standardising = options.pop("affine", None), options.pop("preprocess", None)
+    if "inner" in options:
+        flow = rebuild(options["inner"])
+        flow.df = options.get("df", flow.df)
+    else:
+        flow = BUILDERS[_checks.choice("builder", options.pop("builder"), BUILDERS)](**options)
+    if standardising is not None:
+        flow = append(flow, blank(standardising, flow))
     return flow if affine is None else _append_affine(flow, _checks.choice("affine", affine, ("diagonal", "tril")))
+
+
+@torch.no_grad()
+def not_rebuilt(flow: Flow | FlowMixture) -> str | None:
+    """Say why :func:`rebuild` does not give this flow back from its settings and state, or None: it does.
+
+    Names and shapes of the tensors are compared, then values at two points.
+    """
+    if flow.settings is None:
+        return "its bijection is not one of the builders', so it cannot be rebuilt from settings"
+    changed = "it was changed after a builder made it, so it cannot be rebuilt from settings"
+    state = {name: value.detach().cpu() for name, value in flow.state_dict().items()}
+    try:
+        with seeded(0):
+            again = rebuild(json.loads(json.dumps(flow.settings)))
+        again.to(next(value.dtype for value in state.values() if value.is_floating_point())).load_state_dict(state)
+        pair = [copy.deepcopy(flow).cpu().eval(), again.eval()]
+        found = [_at_two_points(one) for one in pair]
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        return f"{changed} ({first_line(error)})"
+    pairs = zip(*found, strict=True)
+    same = all(torch.allclose(one, other, rtol=1e-5, atol=1e-6, equal_nan=True) for one, other in pairs)
+    return None if same else changed
+
+
+@torch.no_grad()
+def _at_two_points(flow: Flow | FlowMixture) -> tuple[Tensor, ...]:
+    """Return what a flow makes of two points, for flows to be compared."""
+    if isinstance(flow, FlowMixture):
+        return (flow.log_prob(torch.linspace(-3.0, 3.0, 2 * flow.dim).reshape(2, -1).to(flow._like)),)
+    like = flow.base_distribution().mean
+    x = torch.linspace(-3.0, 3.0, 2 * flow.dim).reshape(2, *flow.base_shape).to(like)
+    context = x.new_zeros(2, flow.context_dim) if flow.context_dim else None
+    return (*flow.bijection.forward_and_ladj(x, context), flow.base_distribution().log_prob(x))
 
 
 def _copy_layers(old: nn.Module, new: nn.Module) -> None:

@@ -226,7 +226,7 @@ class LogDensity:
         computation is recorded as :meth:`value_and_grad` records it, unless the model has parameters of its own; see
         :meth:`forget`.
         """
-        self._check(z)
+        z = self._check(z)
         self.evaluations += len(z) if z.requires_grad else 0
         recorded = self.batched and not torch.is_grad_enabled() and not self._parameters
         if recorded:
@@ -248,7 +248,7 @@ class LogDensity:
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density (S,) and its gradient (S, D), both without a graph; cost: S gradient evaluations."""
-        self._check(z)
+        z = self._check(z)
         z = z.detach()
         self.evaluations += len(z)
         if self.batched:
@@ -278,6 +278,7 @@ class LogDensity:
 
     def unrecorded(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return what :meth:`value_and_grad` returns, by the model itself, for graphs to be compared with."""
+        z = self._check(z)
         run = self._gradients if self.batched else self._gradients_one_by_one
         value, grad = where_possible(run, z.detach(), (), (self.dim,))
         return value.to(z.dtype), grad
@@ -309,7 +310,7 @@ class LogDensity:
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Return latent and deterministic sites as the model sees them: ``{name: (S, *shape)}``."""
-        self._check(z)
+        z = self._check(z)
         deterministic = () if self.structure.enumerated else tuple(self.structure.deterministic)
 
         def values(row: Tensor) -> dict[str, Tensor]:
@@ -361,7 +362,7 @@ class LogDensity:
         return self._site_densities(z, () if self.structure.enumerated else tuple(self.structure.observed))
 
     def _site_densities(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        self._check(z)
+        z = self._check(z)
 
         def densities(row: Tensor) -> dict[str, Tensor]:
             trace, _ = self._run(row, enumerate_sites=True)
@@ -378,7 +379,7 @@ class LogDensity:
 
     def predictive(self, z: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
         """Draw the observed sites anew at each row of ``z``: ``{name: (S, *shape)}``; one seed, one answer."""
-        self._check(z)
+        z = self._check(z)
 
         def draw(row: Tensor) -> dict[str, Tensor]:
             trace, _ = self._run(row, enumerate_sites=False, resample=True)
@@ -424,7 +425,7 @@ class LogDensity:
         An invalid parameter can have a finite density (a Beta with a negative concentration has one), and for speed
         everything else here runs without these checks. Rows whose density is not finite are left out.
         """
-        self._check(z)
+        z = self._check(z)
         with torch.no_grad():
             rows = z[torch.isfinite(self(z))]
         with turn(), torch.no_grad(), pyro.validation_enabled(True):
@@ -439,9 +440,11 @@ class LogDensity:
         """Return the unconstrained leaves of the model's own parameters (``pyro.param``, modules), by name."""
         return dict(self._parameters)
 
-    def _check(self, z: Tensor) -> None:
+    def _check(self, z: Tensor) -> Tensor:
+        """Return ``z`` (S, D), whole numbers as floating-point ones: results have its dtype."""
         if z.dim() != 2 or z.shape[1] != self.dim:
             raise ValueError(f"z: expected shape (S, {self.dim}), got {tuple(z.shape)}.")
+        return _checks.floating("z", z, self.dtype)
 
 
 def _one_row(value: Any) -> Any:

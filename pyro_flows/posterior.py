@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import math
 import os
+import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ROWS_SHOWN = 30
+UNPICKLED = "unpickled without a model"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +57,10 @@ class Posterior:
         flow: the guide's :class:`Flow` over the unconstrained coordinates, a :class:`~pyro_flows.mixture.FlowMixture`
             after runs that disagree; None if it has none. ``flow.log_prob(z)`` is ``log_q``.
         density: the model as a log density; None after :func:`load` without a model.
-        missing: for each of ``guide``, ``flow`` and ``density`` that is None, why.
+        missing: for each of ``guide``, ``flow`` and ``density`` that is None, why; and why ``groups`` of the ArviZ
+            object are missing, if any are.
+
+    It can be pickled (joblib, Dask): draws, verdict and flow go along, model, data and guide stay behind.
     """
 
     samples: dict[str, Tensor] = field(repr=False)
@@ -220,6 +227,8 @@ class Posterior:
         if self.stored is None:
             return export.all_groups(self, self._need_density(), predictive=predictive), export.attributes(self)
         groups, attrs = self.stored
+        if "groups" in self.missing:
+            warnings.warn(f"only the groups {', '.join(groups)} are there: {self.missing['groups']}.", stacklevel=3)
         drawn = () if predictive else ("posterior_predictive", "prior", "prior_predictive")
         return {name: group for name, group in groups.items() if name not in drawn}, attrs
 
@@ -282,22 +291,65 @@ class Posterior:
 
     def _need_density(self) -> LogDensity:
         if self.density is None:
-            raise ValueError("this needs the model: load(path, model, *args) with the arguments of the fit.")
+            why = self.missing.get("density", "loaded without a model")
+            raise ValueError(
+                "this needs the model: load(path, model, *args) with the arguments of the fit."
+                if why == "loaded without a model"
+                else f"this needs the model, but the posterior was {why}. Save it where the model is, then "
+                "load(path, model, *args) with the arguments of the fit."
+            )
         return self.density
+
+    # copies ---------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: draws, verdict, flow and the groups that take no model; neither model nor data."""
+        state = {name: _compact(value) for name, value in vars(self).items()}
+        state.update(guide=None, density=None)
+        state["missing"] = {**self.missing, "guide": UNPICKLED, "density": UNPICKLED}
+        if self.stored is None:
+            density = self._need_density()
+            state["stored"] = export.modelless_groups(self, density), export.attributes(self)
+            state["missing"]["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"
+        if isinstance(self.flow, Flow) and self.flow.settings is None:  # the user's own, of a class that may be local
+            try:
+                pickle.dumps(self.flow)
+            except (AttributeError, TypeError, pickle.PicklingError) as error:
+                state["flow"], state["missing"]["flow"] = None, f"it could not be pickled ({error})"
+        return state
+
+    def __copy__(self) -> Posterior:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
+        """Copy everything but the model, its data and guides of other packages, which copies may share."""
+        kept = {"density", *(() if isinstance(self.guide, AutoFlow) else ("guide",))}
+        found = {name: value if name in kept else copy.deepcopy(value, memo) for name, value in vars(self).items()}
+        return type(self)(**found)
 
     # files ----------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a directory with ``posterior.nc`` (netCDF, for ArviZ), ``guide.pt`` (tensors), ``posterior.json``.
 
-        A posterior that was saved there before is replaced.
+        A posterior that was saved there before is replaced in one step: a save that is killed leaves the old one or the
+        new one, whole. Other files in the directory stay. The JSON holds digests of all three files.
 
         Raises:
-            ValueError: if ``path`` is a file, or a directory with content that is not a saved posterior.
+            ValueError: if ``path`` is a file, a directory with content that is not a saved posterior, or one that
+                cannot be replaced as a whole (the working directory, a mount point).
+            OSError: if the disk is full or cannot be written to; what was saved there before is as it was.
         """
         target = storage.check_target(path)
         groups, attrs = self._groups(True)
         storage.write(self, groups, attrs, target)
+
+
+def _compact(value: Any) -> Any:
+    """Copy tensors: a pickled view takes along all that it is cut from."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return {name: _compact(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def load(
@@ -318,8 +370,8 @@ def load(
         model_kwargs: its keyword arguments.
 
     Raises:
-        ValueError: if the directory is not a saved posterior, was written in another format version, or if model and
-            arguments give another log density than the saved one.
+        ValueError: if the directory is not a saved posterior, is damaged, was written in another format version, or if
+            model and arguments give another log density than the saved one.
     """
     return Posterior(**storage.read(path, model, args, dict(model_kwargs or {})))
 
@@ -381,7 +433,7 @@ def from_draws(
         verdict=found.verdict,
         losses=losses,
         history=tuple(history),
-        settings={"draws": draws, "seed": seed, **dict(settings or {})},
+        settings={"draws": draws, "seed": seed, "noncentred": density.structure.noncentred, **dict(settings or {})},
         coordinates=tuple(names),
         guide=guide,
         guide_name=guide_name,

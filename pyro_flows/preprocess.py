@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows.density_data import Batch
-from pyro_flows.transforms import Bijection
+from pyro_flows.transforms import Bijection, Chain
+
+if TYPE_CHECKING:
+    from pyro_flows.flows import Flow
 
 KINDS = ("standardize", "whiten")
 CONSTANT = 1e-12  # a variance below this share of the squared mean is rounding error
@@ -139,6 +143,65 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
     if kind == "whiten":
         factor = scale[:, None] * _root(y / scale, shrink)
     return Preprocess(mean.reshape(shape).to(like), factor.to(like), None if slope is None else slope.to(like))
+
+
+def append(flow: Flow, layer: Preprocess) -> Flow:
+    """Make ``layer`` the last one of the flow, in the place of one of its kind, and note it in the flow's settings."""
+    noted = {"full": layer.full, "context": layer.slope is not None}
+    if ending(flow) is not None:
+        flow.bijection = _ending_replaced(flow.bijection, layer)
+        flow.settings = None if flow.settings is None else {**flow.settings, "preprocess": noted}
+        return flow
+    inner = flow.bijection
+    flow.bijection = Chain([*(inner.layers if isinstance(inner, Chain) else [inner]), layer])  # type: ignore[list-item]
+    flow.settings = wrapped(flow.settings, "preprocess", noted)
+    return flow
+
+
+def _ending_replaced(bijection: Bijection, layer: Preprocess) -> Bijection:
+    if not isinstance(bijection, Chain):
+        return layer
+    stack: list[Any] = list(bijection.layers)
+    return Chain([*stack[:-1], _ending_replaced(stack[-1], layer)])
+
+
+def blank(about: Mapping[str, Any], flow: Flow) -> Preprocess:
+    """Return a map of the kind that :func:`append` noted, that changes nothing: its numbers are read from a file."""
+    loc = torch.zeros(flow.event_shape)
+    scale = torch.eye(loc.numel()) if about["full"] else torch.ones_like(loc)
+    return Preprocess(loc, scale, torch.zeros(flow.context_dim, loc.numel()) if about["context"] else None)
+
+
+def wrapped(settings: Mapping[str, Any] | None, name: str, value: Any) -> dict[str, Any] | None:
+    """Return the settings of a flow with one more map at its end: ``"preprocess"``, or ``"affine"`` of a guide.
+
+    One of each may stand beside a builder's options, in this order; what comes on top of those has the settings so far
+    as its ``"inner"`` ones.
+    """
+    if settings is None:
+        return None
+    if "affine" in settings or name in settings:
+        return {"builder": settings["builder"], "inner": dict(settings), name: value}
+    return {**settings, name: value}
+
+
+@torch.no_grad()
+def is_fresh(flow: Flow) -> bool:
+    """Whether the flow is what builders make: the identity, up to an order of coordinates, so that it knows no data."""
+    like = next(flow.parameters(), flow._like)
+    x = torch.linspace(-1.0, 1.0, 2 * flow.dim).reshape(2, *flow.base_shape).to(like)
+    context = x.new_zeros(2, flow.context_dim) if flow.context_dim else None
+    y, ladj = copy.deepcopy(flow.bijection).eval().forward_and_ladj(x, context)
+    order, other = x.flatten(1).sort(-1).values, y.flatten(1).sort(-1).values
+    return torch.allclose(order, other, atol=1e-5) and torch.allclose(ladj, torch.zeros_like(ladj), atol=1e-4)
+
+
+def ending(flow: Flow) -> Preprocess | None:
+    """Return the map to the scale of data that is the flow's last layer, if there is one."""
+    last: Any = flow.bijection
+    while isinstance(last, Chain):
+        last = last.layers[-1]
+    return last if isinstance(last, Preprocess) else None
 
 
 def _regress(context: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

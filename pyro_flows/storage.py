@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +15,11 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arviz
+from pyro_flows._files import Bundle, damaged
+from pyro_flows.batching import first_line
 from pyro_flows.export import plain
 from pyro_flows.flows import Flow
-from pyro_flows.guides import AutoFlow, rebuild
+from pyro_flows.guides import AutoFlow, not_rebuilt, rebuild
 from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
 from pyro_flows.mixture import FlowMixture
@@ -25,45 +29,33 @@ from pyro_flows.verdict import Verdict
 if TYPE_CHECKING:
     from pyro_flows.posterior import Posterior
 
-FORMAT = "pyro_flows posterior"
-VERSION = 1
 NETCDF, TENSORS, TEXT = "posterior.nc", "guide.pt", "posterior.json"
 TENSOR_FIELDS = ("z", "log_p", "log_q", "log_weights", "used", "used_log_p", "used_log_q", "losses")
 NUMBER_FIELDS = ("k_hat", "ess", "elbo", "log_evidence")
 CHECKED_DRAWS = 8
+FILES = Bundle("posterior", "pyro_flows posterior", TEXT, (NETCDF, TENSORS))
+DAMAGE = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
     """Return the directory to write to, or say why it cannot be written.
 
     Raises:
-        ValueError: if it is a file, or a directory with content that is not a saved posterior.
+        ValueError: if it is a file, a directory with content that is not a saved posterior, or one that cannot be
+            replaced as a whole.
     """
-    target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"path: expected a directory, {str(target)!r} is a file.")
-    if target.is_dir() and any(target.iterdir()) and not _is_ours(target / TEXT):
-        raise ValueError(
-            f"path: {str(target)!r} holds other files and no saved posterior. Name a new or empty directory."
-        )
-    return target
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
-        return False
+    return FILES.check_target(path)
 
 
 def write(posterior: Posterior, groups: Mapping[str, Any], attrs: Mapping[str, str | float], path: Path) -> None:
-    """Write the three files, first under other names, so that a run that breaks off leaves the earlier ones whole."""
+    """Write the three files, all or none: a run that breaks off leaves the earlier ones whole.
+
+    A flow that could not be rebuilt from what is written is left out, with the reason.
+    """
     flow, reason = posterior.flow, posterior.missing.get("flow")
-    if flow is not None and flow.settings is None:
-        reason = "its bijection is not one of the builders', so it cannot be rebuilt from settings"
+    if flow is not None:
+        reason = not_rebuilt(flow)
     description = {
-        "format": FORMAT,
-        "version": VERSION,
         "numbers": {name: getattr(posterior, name) for name in NUMBER_FIELDS},
         "verdict": dataclasses.asdict(posterior.verdict),
         "settings": posterior.settings,
@@ -74,23 +66,16 @@ def write(posterior: Posterior, groups: Mapping[str, Any], attrs: Mapping[str, s
             "reason": reason,
         },
         "coordinates": posterior.coordinates,
+        "without": posterior.missing.get("groups"),
     }
-    tensors: dict[str, Any] = {name: getattr(posterior, name).detach().cpu() for name in TENSOR_FIELDS}
-    tensors["samples"] = {name: value.detach().cpu() for name, value in posterior.samples.items()}
+    # copies, since views would be written with all that they are cut from
+    tensors: dict[str, Any] = {name: getattr(posterior, name).detach().cpu().clone() for name in TENSOR_FIELDS}
+    tensors["samples"] = {name: value.detach().cpu().clone() for name, value in posterior.samples.items()}
     state = {} if flow is None or reason else flow.state_dict()
     tensors["flow"] = {name: value.detach().cpu() for name, value in state.items()}
-    path.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plain(description), indent=1, allow_nan=False) + "\n"
-    unfinished = {name: path / f"{name}.unfinished" for name in (NETCDF, TENSORS, TEXT)}
-    try:
-        _arviz.write(groups, attrs, unfinished[NETCDF])
-        torch.save(tensors, unfinished[TENSORS])
-        unfinished[TEXT].write_text(text, encoding="utf-8")
-        for name, file in unfinished.items():
-            file.replace(path / name)
-    finally:
-        for file in unfinished.values():
-            file.unlink(missing_ok=True)
+    stored = io.BytesIO()
+    torch.save(tensors, stored)
+    FILES.write(path, plain(description), {NETCDF: _arviz.write(groups, attrs), TENSORS: stored.getvalue()})
 
 
 def read(
@@ -99,76 +84,94 @@ def read(
     """Read a saved posterior: the fields of a :class:`Posterior`.
 
     Raises:
-        ValueError: if the directory is not a saved posterior, was written in another format version, or if the model
-            with these arguments is not the one that was fitted.
+        ValueError: if the directory is not a saved posterior, is damaged, was written in another format version, or if
+            the model with these arguments is not the one that was fitted.
     """
     source = Path(path)
+    description, contents = FILES.read(source)
     with seeded(0):  # parameters are made before they are read
-        return _read(source, _describe(source), model, args, kwargs)
+        return _read(source, description, contents, model, args, kwargs)
 
 
 def _read(
     source: Path,
     description: Mapping[str, Any],
+    contents: Mapping[str, bytes],
     model: Callable[..., Any] | None,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> dict[str, Any]:
-    tensors = torch.load(source / TENSORS, map_location="cpu", weights_only=True)
-    groups, attrs = _arviz.read(source / NETCDF)
+    with _reading(source, TENSORS):
+        tensors = torch.load(io.BytesIO(contents[TENSORS]), map_location="cpu", weights_only=True)
+    with _reading(source, NETCDF):
+        stored: tuple[Any, Any] | None = _arviz.read(contents[NETCDF])
+    with _reading(source, TEXT):
+        settings, history = _revived(description["settings"]), tuple(_revived(description["history"]))
+        verdict = _verdict(description["verdict"])
+        numbers = {name: float(description["numbers"][name]) for name in NUMBER_FIELDS}
     recipe = description["guide"]
     missing = {"guide": "loaded without a model", "density": "loaded without a model"}
     flow = None
     if recipe["flow"] is None:
         missing["flow"] = recipe["reason"]
     else:
-        state = tensors["flow"]
-        flow = rebuild(recipe["flow"]).to(next(value.dtype for value in state.values() if value.is_floating_point()))
-        flow.load_state_dict(state)
+        with _reading(source, TENSORS, TEXT):
+            state = tensors["flow"]
+            dtype = next(value.dtype for value in state.values() if value.is_floating_point())
+            flow = rebuild(recipe["flow"]).to(dtype)
+            flow.load_state_dict(state)
     guide = density = None
     if model is not None:
-        noncentred = description["settings"].get("noncentred", [])
+        noncentred = settings.get("noncentred", [])
         density = _density(LogDensity(model, args, kwargs, noncentred=noncentred), description["coordinates"], tensors)
         tensors = _move(tensors, density.device)
         del missing["density"]
+        stored = None if description.get("without") else stored  # with the model all can be made
         if flow is None:
             missing["guide"] = missing["flow"]
         else:
             guide, flow = _guide(density, model, recipe["flow"], flow)
             del missing["guide"]
+    elif description.get("without"):
+        missing["groups"] = description["without"]
     return {
         **{name: tensors[name] for name in (*TENSOR_FIELDS, "samples")},
-        **{name: float(value) for name, value in description["numbers"].items()},
-        "verdict": _verdict(description["verdict"]),
-        "history": tuple(description["history"]),
-        "settings": description["settings"],
+        **numbers,
+        "verdict": verdict,
+        "history": history,
+        "settings": settings,
         "coordinates": tuple(description["coordinates"]),
         "guide": guide,
         "guide_name": recipe["class"],
         "flow": flow,
         "density": density,
         "missing": missing,
-        "stored": (groups, attrs),
+        "stored": stored,
     }
 
 
-def _describe(source: Path) -> dict[str, Any]:
-    lacking = [name for name in (NETCDF, TENSORS, TEXT) if not (source / name).is_file()]
-    if lacking or not _is_ours(source / TEXT):
-        why = f"{', '.join(lacking)} missing" if lacking else f"{TEXT} was not written by pyro_flows"
-        raise ValueError(f"path: expected the directory of a saved posterior, got {str(source)!r}: {why}.")
-    description: dict[str, Any] = json.loads((source / TEXT).read_text(encoding="utf-8"))
-    if description.get("version") != VERSION:
-        raise ValueError(
-            f"path: {str(source)!r} has format version {description.get('version')!r}, this release of pyro_flows "
-            f"reads version {VERSION}. Read it with the release that wrote it, or fit and save anew."
-        )
-    return description
+@contextmanager
+def _reading(source: Path, *names: str) -> Iterator[None]:
+    """Turn what a damaged file raises into one line that names it."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise ValueError(damaged(source, list(names), f"cannot be read: {first_line(error)}")) from error
+
+
+def _revived(value: Any) -> Any:
+    """Make numbers again of those that JSON does not have; :func:`plain` turned them into strings."""
+    if isinstance(value, dict):
+        return {name: _revived(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_revived(item) for item in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def _verdict(stored: Mapping[str, Any]) -> Verdict:
     numbers = {name: float(stored[name]) for name in ("k_hat", "k_threshold", "ess_ratio", "mean_shift", "sd_shift")}
-    return Verdict(status=stored["status"], where=stored["where"], reasons=tuple(stored["reasons"]), notes=tuple(stored.get("notes", ())), **numbers)
+    reasons, notes = (tuple(stored.get(name, ())) for name in ("reasons", "notes"))
+    return Verdict(status=stored["status"], where=stored["where"], reasons=reasons, notes=notes, **numbers)
 
 
 def _density(density: LogDensity, coordinates: Sequence[str], tensors: Mapping[str, Any]) -> LogDensity:
@@ -195,7 +198,7 @@ def _guide(
     affine = single.get("affine")
     bare = rebuild({name: value for name, value in single.items() if name != "affine"})
     guide = AutoFlow(model, bare, affine=affine or "none", noncentred=density.structure.noncentred)
-    guide.initialize(*density.args, **density.kwargs)
+    guide.to(next(flow.parameters()).dtype).initialize(*density.args, **density.kwargs)
     if isinstance(flow, FlowMixture):
         guide.adopt(flow.to(guide._like))
     else:

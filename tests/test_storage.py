@@ -14,10 +14,10 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_flows as pf
-from pyro_flows.storage import NETCDF, TENSOR_FIELDS, TENSORS, TEXT, check_target
+from pyro_flows.storage import FILES, NETCDF, TENSOR_FIELDS, TENSORS, TEXT, check_target
 from tests.posteriors import OFF, SCHOOLS, Y, exact, line, line_guide, schools, schools_flow, schools_posterior
 
-FILES = {NETCDF, TENSORS, TEXT}
+NAMES = {NETCDF, TENSORS, TEXT}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def same_trees(one, other):
 
 
 def test_files(saved):
-    assert {path.name for path in saved.iterdir()} == FILES
+    assert {path.name for path in saved.iterdir()} == NAMES
     text = json.loads((saved / TEXT).read_text(encoding="utf-8"))
     assert text["format"] == "pyro_flows posterior"
     assert text["guide"]["flow"]["builder"] == "realnvp"
@@ -186,7 +186,7 @@ def test_a_loaded_posterior_can_be_saved_again(saved, fitted, tmp_path):
 
 def test_only_own_directories_are_overwritten(fitted, saved, tmp_path):
     fitted.save(saved)  # its own, once more
-    assert {path.name for path in saved.iterdir()} == FILES
+    assert {path.name for path in saved.iterdir()} == NAMES
     (tmp_path / "thesis.tex").write_text("all of it")
     with pytest.raises(ValueError, match=r"holds other files and no saved posterior\. Name a new or empty directory"):
         fitted.save(tmp_path)
@@ -200,9 +200,9 @@ def test_only_own_directories_are_overwritten(fitted, saved, tmp_path):
     assert check_target(tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
 
 
-@pytest.mark.parametrize("lost", sorted(FILES))
+@pytest.mark.parametrize("lost", sorted(NAMES))
 def test_missing_files_are_named(saved, tmp_path, lost):
-    for name in FILES - {lost}:
+    for name in NAMES - {lost}:
         (tmp_path / name).write_bytes((saved / name).read_bytes())
     with pytest.raises(ValueError, match=f"expected the directory of a saved posterior, .*{lost} missing"):
         pf.load(tmp_path)
@@ -211,16 +211,24 @@ def test_missing_files_are_named(saved, tmp_path, lost):
 
 
 def copy_with(saved, target, **changes):
-    for name in FILES:
+    for name in NAMES:
         (target / name).write_bytes((saved / name).read_bytes())
     text = json.loads((target / TEXT).read_text(encoding="utf-8"))
     (target / TEXT).write_text(json.dumps({**text, **changes}), encoding="utf-8")
     return target
 
 
+def resealed(folder):
+    """Write the digests of what the files hold by now."""
+    text = json.loads((folder / TEXT).read_text(encoding="utf-8"))
+    about = {name: value for name, value in text.items() if name not in ("format", "version", "digests")}
+    FILES.write(folder, about, {name: (folder / name).read_bytes() for name in NAMES - {TEXT}})
+    return folder
+
+
 def test_other_versions_are_refused(saved, tmp_path):
     with pytest.raises(
-        ValueError, match=r"format version 99, this release of pyro_flows reads version 1\. Read it with"
+        ValueError, match=r"format version 99, this release of pyro_flows reads versions 1 to 2\. Read it with"
     ):
         pf.load(copy_with(saved, tmp_path, version=99))
     with pytest.raises(ValueError, match=r"posterior\.json was not written by pyro_flows"):
@@ -230,7 +238,7 @@ def test_other_versions_are_refused(saved, tmp_path):
 def test_settings_in_the_file_build_only_known_flows(saved, tmp_path):
     guide = {"class": "AutoFlow", "flow": {"builder": "os.system", "dim": 8}, "reason": None}
     with pytest.raises(ValueError, match=r"builder: expected one of .*'realnvp'.*, got 'os.system'"):
-        pf.load(copy_with(saved, tmp_path, guide=guide))
+        pf.load(resealed(copy_with(saved, tmp_path, guide=guide)))
 
 
 class _Bomb:
@@ -246,8 +254,10 @@ def test_code_in_the_tensor_file_is_not_run(saved, tmp_path):
     copy_with(saved, copy)
     torch.save({"z": bomb}, copy / TENSORS)
     assert zipfile.is_zipfile(copy / TENSORS)
-    with pytest.raises(pickle.UnpicklingError):
-        pf.load(copy)
+    with pytest.raises(ValueError, match=r"guide\.pt cannot be read: UnpicklingError") as caught:
+        pf.load(resealed(copy))
+    assert isinstance(caught.value.__cause__, pickle.UnpicklingError)
+    assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "harm").exists()
 
 
@@ -261,7 +271,7 @@ def test_another_model_or_other_data_are_refused(saved):
 
 def test_a_run_that_breaks_off_leaves_the_earlier_files(fitted, saved, tmp_path, monkeypatch):
     copy = copy_with(saved, tmp_path)
-    before = {name: (copy / name).read_bytes() for name in FILES}
+    before = {name: (copy / name).read_bytes() for name in NAMES}
 
     def fail(*args, **kwargs):
         raise OSError("no space left on device")

@@ -141,7 +141,8 @@ class Bound(Transform):
         super().__init__(cache_size=0)
         _checks.context(type(bijection).__name__, context, bijection.context_dim)
         self.bijection = bijection
-        self.context = context
+        self._dtype = next((p.dtype for p in bijection.parameters()), torch.get_default_dtype())
+        self.context = None if context is None else _checks.floating("context", context, self._dtype)
         self._memo: _Memo | None = None
         modules = list(bijection.modules())
         self._held = [held for module in modules for held in (module._parameters, module._buffers) if held]
@@ -181,7 +182,7 @@ class Bound(Transform):
         return memo if memo.state == self._state(memo.x, memo.y, memo.ladj) else None
 
     def _call(self, x: Tensor) -> Tensor:
-        y, ladj = self.bijection.forward_and_ladj(x, self.context)
+        y, ladj = self.bijection.forward_and_ladj(_checks.floating("x", x, self._dtype), self.context)
         self._keep(x, y, ladj, point=True)
         return y
 
@@ -190,13 +191,15 @@ class Bound(Transform):
         if memo is not None and memo.point:
             self._memo = memo._replace(point=False)
             return memo.x
-        x, ladj = self.bijection.inverse_and_ladj(y, self.context)
+        x, ladj = self.bijection.inverse_and_ladj(_checks.floating("y", y, self._dtype), self.context)
         self._keep(x, y, -ladj, point=False)
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         memo, self._memo = self._recall(x, y), None
-        return self.bijection.forward_and_ladj(x, self.context)[1] if memo is None else memo.ladj
+        if memo is not None:
+            return memo.ladj
+        return self.bijection.forward_and_ladj(_checks.floating("x", x, self._dtype), self.context)[1]
 
     def forward_shape(self, shape: Iterable[int]) -> torch.Size:
         return self._broadcast(self.bijection.forward_shape(shape))
