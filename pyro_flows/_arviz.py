@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SAMPLE_DIMS = ("chain", "draw")
 SD_DIGITS = 3
-JUDGED = "JudgedInferenceData"
+JUDGED = "InferenceData"  # the name of our own class too: arviz_base knows such objects by it
 
 
 def r_hat(draws: Tensor) -> Tensor:
@@ -156,15 +156,15 @@ def _is_old() -> bool:
 def _judged() -> type:
     """Return the class of ArviZ 0.x's objects that say what the verdict is when they are printed."""
 
-    class JudgedInferenceData(_old().InferenceData):  # type: ignore[misc]
+    class InferenceData(_old().InferenceData):  # type: ignore[misc]
         def __repr__(self) -> str:
-            return f"Verdict: {self.attrs.get('verdict')}\n{super().__repr__()}"
+            return f"Verdict: {self.attrs.get('verdict', 'not known')}\n{super().__repr__()}"
 
         def _repr_html_(self) -> str:
-            return f"<p>Verdict: {verdict_html(str(self.attrs.get('verdict')))}</p>{super()._repr_html_()}"
+            return f"<p>Verdict: {verdict_html(str(self.attrs.get('verdict', 'not known')))}</p>{super()._repr_html_()}"
 
-    JudgedInferenceData.__module__, JudgedInferenceData.__qualname__ = __name__, JUDGED
-    return JudgedInferenceData
+    InferenceData.__module__, InferenceData.__qualname__ = __name__, JUDGED
+    return InferenceData
 
 
 def __getattr__(name: str) -> Any:
