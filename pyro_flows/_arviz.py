@@ -109,10 +109,13 @@ def _rename(group: xr.Dataset, renamings: Mapping[str, Mapping[str, str]]) -> xr
 def pack(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> Any:
     """Return an ``arviz.InferenceData`` where the installed ArviZ is 0.x, a ``DataTree`` elsewhere.
 
-    The attributes ``status`` and ``verdict`` show when it is printed: a ``DataTree`` prints its attributes itself.
+    The attributes ``status`` and ``verdict`` show when it is printed. A ``DataTree`` prints its attributes, but a notebook
+    hides them until they are asked for; its name always shows, so it is named by the status.
     """
     if not _is_old():
-        return _tree(groups, attrs)
+        tree = _tree(groups, attrs)
+        tree.name = f"verdict: {attrs.get('status', 'not known')}"
+        return tree
     return _judged()(attrs=dict(attrs), **_with_attrs(groups, attrs))
 
 
