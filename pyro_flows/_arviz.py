@@ -109,8 +109,8 @@ def _rename(group: xr.Dataset, renamings: Mapping[str, Mapping[str, str]]) -> xr
 def pack(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> Any:
     """Return an ``arviz.InferenceData`` where the installed ArviZ is 0.x, a ``DataTree`` elsewhere.
 
-    The attributes ``status`` and ``verdict`` show when it is printed. A ``DataTree`` prints its attributes, but a notebook
-    hides them until they are asked for; its name always shows, so it is named by the status.
+    The attributes ``status`` and ``verdict`` show when it is printed. A ``DataTree`` prints its attributes, but a
+    notebook hides them until they are asked for; its name always shows, so it is named by the status.
     """
     if not _is_old():
         tree = _tree(groups, attrs)

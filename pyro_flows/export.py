@@ -85,10 +85,10 @@ def all_groups(posterior: Posterior, density: LogDensity, *, predictive: bool) -
 
 
 def _drawn_from(posterior: Posterior) -> Tensor:
-    r"""Log density (S,) of what the draws to use come from, for importance ratios :math:`p / q` that other tools form.
+    r"""Return the log density (S,) of what the draws to use come from, for importance ratios that other tools form.
 
-    That is the guide, or, of draws that were resampled, the posterior itself, :math:`\tilde p(z) / Z` with the estimated
-    evidence Z: their ratios are constant, so that no tool weights them a second time.
+    That is the guide, or, of draws that were resampled, the posterior itself, :math:`\tilde p(z) / Z` with the
+    estimated evidence Z: their ratios are constant, so that no tool weights them a second time.
     """
     if not posterior.resampled:
         return posterior.used_log_q

@@ -7,6 +7,7 @@ it to the slow suite. Commands in fences of ``sh`` are run there too.
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -111,7 +112,7 @@ def test_slow_code_runs_too(path, tmp_path, monkeypatch):
 
 def test_readme_prints_something_that_is_compared():
     found = fences((ROOT / "README.md").read_text(encoding="utf-8"))
-    pairs = [(one.kind, two.kind) for one, two in zip(found, found[1:], strict=False) if not two.gap.strip()]
+    pairs = [(one.kind, two.kind) for one, two in itertools.pairwise(found) if not two.gap.strip()]
     assert ("python", "text") in pairs
 
 
@@ -174,7 +175,9 @@ def test_commands_of_the_package_run(tmp_path):
 
 
 def test_the_test_bites():
-    text = "Text.\n\n```python\nx = 2.0\nprint('x is', x)\n```\n\n<!-- within 0.1 or 10 % -->\n```text\nx is 2.15\n```\n"
+    text = (
+        "Text.\n\n```python\nx = 2.0\nprint('x is', x)\n```\n\n<!-- within 0.1 or 10 % -->\n```text\nx is 2.15\n```\n"
+    )
     ((printed, fence),) = run(text, "text.md", slow=False)
     assert printed == "x is 2.0\n"
     assert not differences(printed, fence.text, fence.comment)

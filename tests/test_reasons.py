@@ -20,7 +20,9 @@ def test_runs_that_disagree_in_many_coordinates_name_the_worst_three():
     assert found[2] == "runs disagree on x[199] (R-hat 1.25) and on 197 more coordinates"
 
 
-@pytest.mark.parametrize(("count", "end"), [(0, ""), (1, "(R-hat 1.50)"), (3, "(R-hat 1.50)"), (4, "1 more coordinate")])
+@pytest.mark.parametrize(
+    ("count", "end"), [(0, ""), (1, "(R-hat 1.50)"), (3, "(R-hat 1.50)"), (4, "1 more coordinate")]
+)
 def test_runs_that_disagree_in_few(count, end):
     found = disagreements({f"x[{number}]": 1.5 for number in range(count)})
     assert len(found) == min(count, 3)
