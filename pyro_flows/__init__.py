@@ -2,6 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from pyro_flows import datasets, interpolation, objectives, pictures, plots
+from pyro_flows.alarms import UnreliableWarning
 from pyro_flows.builders import nice, planar, realnvp, spline
 from pyro_flows.density import fit_density
 from pyro_flows.density_fit import DensityFit
@@ -75,16 +77,27 @@ __all__ = [
     "SinhArcsinh",
     "SplineCoupling",
     "Squeeze",
+    "UnreliableWarning",
     "Verdict",
+    "datasets",
     "diagnose",
     "fit",
     "fit_density",
     "glow",
+    "interpolation",
     "load",
     "masks",
     "multiscale_realnvp",
     "nice",
+    "objectives",
+    "pictures",
     "planar",
+    "plots",
     "realnvp",
     "spline",
 ]
+
+
+def __dir__() -> list[str]:
+    """List the public names, and not the modules that hold them, which are there as well once they are imported."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

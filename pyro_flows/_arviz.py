@@ -6,6 +6,7 @@ only the last step of :func:`pack` and the default interval differ.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import warnings
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows.display import verdict_html
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 SAMPLE_DIMS = ("chain", "draw")
 SD_DIGITS = 3
+JUDGED = "InferenceData"  # the name of our own class too: arviz_base knows such objects by it
 
 
 def r_hat(draws: Tensor) -> Tensor:
@@ -104,10 +107,16 @@ def _rename(group: xr.Dataset, renamings: Mapping[str, Mapping[str, str]]) -> xr
 
 
 def pack(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> Any:
-    """Return an ``arviz.InferenceData`` where the installed ArviZ is 0.x, a ``DataTree`` elsewhere."""
+    """Return an ``arviz.InferenceData`` where the installed ArviZ is 0.x, a ``DataTree`` elsewhere.
+
+    The attributes ``status`` and ``verdict`` show when it is printed. A ``DataTree`` prints its attributes, but a
+    notebook hides them until they are asked for; its name always shows, so it is named by the status.
+    """
     if not _is_old():
-        return _tree(groups, attrs)
-    return _old().InferenceData(attrs=dict(attrs), **_with_attrs(groups, attrs))
+        tree = _tree(groups, attrs)
+        tree.name = f"verdict: {attrs.get('status', 'not known')}"
+        return tree
+    return _judged()(attrs=dict(attrs), **_with_attrs(groups, attrs))
 
 
 def write(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> bytes:
@@ -146,6 +155,28 @@ def _with_attrs(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | floa
 
 def _is_old() -> bool:
     return int(version("arviz").split(".")[0]) < 1
+
+
+@functools.cache
+def _judged() -> type:
+    """Return the class of ArviZ 0.x's objects that say what the verdict is when they are printed."""
+
+    class InferenceData(_old().InferenceData):  # type: ignore[misc]
+        def __repr__(self) -> str:
+            return f"Verdict: {self.attrs.get('verdict', 'not known')}\n{super().__repr__()}"
+
+        def _repr_html_(self) -> str:
+            return f"<p>Verdict: {verdict_html(str(self.attrs.get('verdict', 'not known')))}</p>{super()._repr_html_()}"
+
+    InferenceData.__module__, InferenceData.__qualname__ = __name__, JUDGED
+    return InferenceData
+
+
+def __getattr__(name: str) -> Any:
+    """Find the class where a pickle looks for it."""
+    if name == JUDGED:
+        return _judged()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _old() -> Any:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from pyro_flows import plots
+from pyro_flows.alarms import UnreliableWarning
 from pyro_flows.builders import VECTOR_BUILDERS
 from pyro_flows.data import match, read_data, read_model
 from pyro_flows.diagnostics import diagnose
@@ -305,8 +307,10 @@ def _gaussian(y: Tensor, sigma: Tensor, *, seed: int, steps: int) -> AutoMultiva
 def _write(posterior: Posterior, out: Path, figures: dict[str, Any] | None = None) -> None:
     """Print verdict and table; save posterior and figures."""
     typer.echo(str(posterior.verdict))
-    typer.echo(posterior.summary().to_string())
-    posterior.save(out)
+    with warnings.catch_warnings():  # the line above says it
+        warnings.simplefilter("ignore", UnreliableWarning)
+        typer.echo(posterior.summary().to_string())
+        posterior.save(out)
     drawn = {
         "elbo.png": plots.plot_elbo(posterior),
         "posterior.png": plots.plot_posterior(posterior),

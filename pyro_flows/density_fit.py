@@ -108,6 +108,9 @@ class DensityFit:
             lines.append(f"{about['skipped']} steps were skipped, since their gradient was not finite")
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.summary()}"
+
     def _last_loss(self) -> float:
         return float(self.losses[-1]) if len(self.losses) else math.nan
 

@@ -64,7 +64,7 @@ def all_groups(posterior: Posterior, density: LogDensity, *, predictive: bool) -
     latents = {latent.name: latent for latent in density.structure.latents}
     observed = labels.observed
     groups = {"posterior": draws_group(labels, posterior.samples)}
-    groups["sample_stats"] = _stats(posterior.used_log_p, posterior.used_log_q, posterior.used_log_weights)
+    groups["sample_stats"] = _stats(posterior.used_log_p, _drawn_from(posterior), posterior.used_log_weights)
     likelihood, prior = density.log_likelihood(posterior.used), density.log_prior(posterior.used)
     groups["log_likelihood"] = _stack(labels, _double(likelihood), lambda name: observed(name).without_event())
     groups["log_prior"] = _stack(labels, _double(prior), lambda name: labels.latent(latents[name]).without_event())
@@ -91,13 +91,24 @@ def modelless_groups(posterior: Posterior, density: LogDensity) -> dict[str, xr.
     cut = {latent.name: _cut(latent, posterior.used) for latent in density.structure.latents}
     groups = {
         "posterior": draws_group(labels, posterior.samples),
-        "sample_stats": _stats(posterior.used_log_p, posterior.used_log_q, posterior.used_log_weights),
+        "sample_stats": _stats(posterior.used_log_p, _drawn_from(posterior), posterior.used_log_weights),
         "unconstrained_posterior": _stack(labels, cut, lambda name: labels.unconstrained(latents[name])),
         "fit": _fit(posterior),
     }
     if posterior.resampled:
         groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
     return {name: group for name, group in groups.items() if group.data_vars}
+
+
+def _drawn_from(posterior: Posterior) -> Tensor:
+    r"""Return the log density (S,) of what the draws to use come from, for importance ratios that other tools form.
+
+    That is the guide, or, of draws that were resampled, the posterior itself, :math:`\tilde p(z) / Z` with the
+    estimated evidence Z: their ratios are constant, so that no tool weights them a second time.
+    """
+    if not posterior.resampled:
+        return posterior.used_log_q
+    return posterior.used_log_p.double() - posterior.log_evidence
 
 
 def _double(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -200,8 +211,8 @@ def _constants(density: LogDensity) -> xr.Dataset:
 
 
 def _fit(posterior: Posterior) -> xr.Dataset:
-    values: dict[str, np.ndarray] = {"k_hat": np.array(posterior.k_hat), "ess": np.array(posterior.ess)}
-    values["log_evidence"] = np.array(posterior.log_evidence)
+    values: dict[str, np.ndarray] = {"status": np.array(posterior.verdict.status)}
+    values |= {name: np.array(getattr(posterior, name)) for name in ("k_hat", "ess", "log_evidence")}
     seconds = posterior.seconds
     if not math.isnan(seconds):
         values["seconds"] = np.array(seconds)
@@ -211,9 +222,11 @@ def _fit(posterior: Posterior) -> xr.Dataset:
 
 
 def attributes(posterior: Posterior) -> dict[str, str | float]:
-    """What the object says of itself: numbers and strings only."""
+    """Return what the object says of itself, the verdict first: numbers and strings only."""
     kind = "psis-resampled" if posterior.resampled else "flow" if posterior.flow is not None else "guide"
     found: dict[str, str | float] = {
+        "status": posterior.verdict.status,  # both first, where a display that is cut short still shows them
+        "verdict": str(posterior.verdict),
         "inference_library": "pyro_flows",
         "inference_library_version": _version("pyro-flows"),
         **{f"{name.replace('-', '_')}_version": _version(name) for name in PACKAGES},
@@ -221,8 +234,6 @@ def attributes(posterior: Posterior) -> dict[str, str | float]:
         "seed": int(posterior.settings["seed"]),
         "device": str(posterior.z.device),
         "dtype": str(posterior.z.dtype).removeprefix("torch."),
-        "status": posterior.verdict.status,
-        "verdict": str(posterior.verdict),
         "sampling": kind,
     }
     return found

@@ -1,4 +1,7 @@
-"""Figures of flows and of data. Matplotlib is imported when the first one is drawn; pyplot is not used."""
+"""Figures of flows and of data. Matplotlib is imported when the first one is drawn; pyplot is not used.
+
+A notebook shows a figure that is the value of a cell; elsewhere, ``figure.savefig("file.png")`` writes it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows.display import new_figure
 from pyro_flows.flows import Flow
 from pyro_flows.interpolation import interpolate, nearest, scale_spectrum
 from pyro_flows.randomness import seeded
@@ -180,11 +184,9 @@ def _pictures(images: Tensor, image_shape: Sequence[int] | None) -> np.ndarray:
 
 
 def _panels(count: int, *, columns: int, size: float | tuple[float, float] = PANEL) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
     rows = math.ceil(count / columns)
     shape = (size * columns, (size + 0.2) * rows) if isinstance(size, float) else size
-    figure = Figure(figsize=shape, dpi=150, layout="constrained")
+    figure = new_figure(*shape)
     grid: Any = figure.subplots(rows, columns, squeeze=False)
     for number, axes in enumerate(grid.flat):
         axes.tick_params(colors=INK, labelsize=7, length=2, color="#999999")

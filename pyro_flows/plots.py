@@ -1,4 +1,7 @@
-"""Figures of a posterior. Matplotlib is imported when the first one is drawn; pyplot and its state are not used."""
+"""Figures of a posterior. Matplotlib is imported when the first one is drawn; pyplot and its state are not used.
+
+A notebook shows a figure that is the value of a cell; elsewhere, ``figure.savefig("file.png")`` writes it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows.display import STATUS_COLOURS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +24,6 @@ if TYPE_CHECKING:
     from pyro_flows.posterior import Posterior
 
 FLOW, BASE, INK, PAPER = "#1f5f8b", "#d98841", "#333333", "#dce8f0"
-STATUS_COLOURS = {"ok": "#2e7d4f", "corrected": "#b26a00", "unreliable": "#b3261e"}
 WINDOW_SHARE = 0.04
 SCATTERED = 2000
 SHOWN = (0.002, 0.998)  # quantiles between which marginals are shown
@@ -277,18 +280,14 @@ def _guide_label(posterior: Posterior) -> str:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = new_figure(width, height)
     axes = figure.add_subplot()
     _plain(axes)
     return figure, axes
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(2.1 * columns, 4.4), 1.55 * rows + 0.5), dpi=150, layout="constrained")
+    figure = new_figure(max(2.1 * columns, 4.4), 1.55 * rows + 0.5)
     grid: Any = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         _plain(axes)

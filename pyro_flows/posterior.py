@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arviz, _checks, export, storage
+from pyro_flows.alarms import warn_unreliable
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow
 from pyro_flows.labels import Labels, coordinate_names
@@ -35,6 +36,10 @@ UNPICKLED = "unpickled without a model"
 class Posterior:
     """What a fit (or :func:`diagnose`) found. Nothing in it changes; methods give new values.
 
+    If the verdict is unreliable, all methods that hand draws on (``summary``, ``to_arviz``, ``predictive``,
+    ``resample``, ``save``), and :func:`load`, warn with an :class:`UnreliableWarning`, once for each line that calls
+    them. Attributes and figures do not; figures show the status.
+
     Attributes:
         samples: the draws to use, constrained, deterministic sites too: ``{name: (draws, *shape)}``. Raw draws of the
             guide if the verdict is ok or unreliable, importance-resampled ones if it is corrected.
@@ -48,7 +53,8 @@ class Posterior:
         log_evidence: importance-sampling estimate of the log normaliser, nats.
         verdict: whether to believe the draws.
         losses: negative ELBO of each optimisation step (empty for :func:`diagnose`); with several runs, of the best.
-        history: what happened during the fit, one dict a stage.
+        history: what happened during the fit, one dict a stage. Each has ``stage``, its name, and ``elbo``, what it
+            reached in nats, None where a stage has none; the other entries go by the stage.
         settings: everything that :func:`fit` was told or chose, JSON values only.
         coordinates: names of the unconstrained coordinates.
         guide: the guide that drew ``z``; None after :func:`load` without a model. It knows of no weights: what it draws
@@ -124,11 +130,19 @@ class Posterior:
             f"ELBO {self.elbo:.2f}, log evidence {self.log_evidence:.2f}, guide {self.guide_name}\n{self.verdict}"
         )
 
+    __repr__ = __str__  # what a REPL shows
+
     def _repr_html_(self) -> str:
-        table = self.summary()
+        table = self._table()
         hidden = len(table) - ROWS_SHOWN
         note = f"<p>and {hidden} more rows: <code>summary()</code> has them all</p>" if hidden > 0 else ""
-        return f"<p>{html.escape(str(self))}</p>".replace("\n", "<br>") + table.head(ROWS_SHOWN).to_html() + note
+        about = html.escape(str(self).partition("\n")[0])
+        return f"<p>{about}<br>{self.verdict._repr_html_()}</p>{table.head(ROWS_SHOWN).to_html()}{note}"
+
+    def _hand_on(self, door: str) -> None:
+        """Warn where draws that the verdict calls unreliable go out by ``door``."""
+        if self.verdict.status == "unreliable":
+            warn_unreliable(self, door, self.verdict.reasons)
 
     def summary(
         self,
@@ -140,7 +154,7 @@ class Posterior:
         ci_prob: float | None = None,
         round_to: int | str = "auto",
     ) -> pd.DataFrame:
-        r"""Table of the draws to use, one row a scalar.
+        r"""Return a table of the draws to use, one row a scalar.
 
         Columns: mean, sd, interval, :math:`\text{sd} / \sqrt{\text{ess}}`, and ``ess``, the number of independent
         posterior draws that these are worth (:attr:`effective`; NaN if the verdict is unreliable). Draws are
@@ -166,6 +180,20 @@ class Posterior:
         >>> list(posterior.summary("x", ci_kind="eti", ci_prob=0.9).columns)
         ['mean', 'sd', 'eti90_lb', 'eti90_ub', 'mcse_mean', 'ess']
         """
+        table = self._table(names, coords=coords, dims=dims, ci_kind=ci_kind, ci_prob=ci_prob, round_to=round_to)
+        self._hand_on("summary()")
+        return table
+
+    def _table(
+        self,
+        names: str | Sequence[str] | None = None,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        ci_kind: str | None = None,
+        ci_prob: float | None = None,
+        round_to: int | str = "auto",
+    ) -> pd.DataFrame:
         draws = _arviz.relabel({"posterior": self._draws()}, coords, dims)["posterior"]
         if names is not None:
             wanted = [names] if isinstance(names, str) else names
@@ -221,7 +249,9 @@ class Posterior:
         {'chain': 1, 'draw': 1000, 'school': 3}
         """
         groups, attrs = self._groups(predictive)
-        return _arviz.pack(_arviz.relabel(groups, coords, dims), attrs)
+        packed = _arviz.pack(_arviz.relabel(groups, coords, dims), attrs)
+        self._hand_on("to_arviz()")
+        return packed
 
     def _groups(self, predictive: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.stored is None:
@@ -252,6 +282,7 @@ class Posterior:
                 "Pass force=True to resample all the same."
             )
         count = len(self.z) if draws is None else _checks.integer("draws", draws, 1)
+        self._hand_on("resample()")
         index = resample(self.log_weights, count, seed=seed)
         if not self.resampled:
             return {name: values[index] for name, values in self.samples.items()}
@@ -284,6 +315,7 @@ class Posterior:
         count = len(self.used) if draws is None else _checks.integer("draws", draws, 1)
         if count > len(self.used):
             raise ValueError(f"draws: expected at most {len(self.used)}, the draws that there are, got {count}.")
+        self._hand_on("predictive()")
         z = self.used[:count]
         if not args and model_kwargs is None:
             return density.predictive(z, seed=seed)
@@ -343,6 +375,7 @@ class Posterior:
         target = storage.check_target(path)
         groups, attrs = self._groups(True)
         storage.write(self, groups, attrs, target)
+        self._hand_on("save()")
 
 
 def _compact(value: Any) -> Any:
@@ -373,7 +406,9 @@ def load(
         ValueError: if the directory is not a saved posterior, is damaged, was written in another format version, or if
             model and arguments give another log density than the saved one.
     """
-    return Posterior(**storage.read(path, model, args, dict(model_kwargs or {})))
+    found = Posterior(**storage.read(path, model, args, dict(model_kwargs or {})))
+    found._hand_on("load()")
+    return found
 
 
 def from_draws(
@@ -432,7 +467,7 @@ def from_draws(
         log_evidence=found.weighing.log_evidence,
         verdict=found.verdict,
         losses=losses,
-        history=tuple(history),
+        history=tuple({**stage, "elbo": stage.get("elbo")} for stage in history),
         settings={"draws": draws, "seed": seed, "noncentred": density.structure.noncentred, **dict(settings or {})},
         coordinates=tuple(names),
         guide=guide,

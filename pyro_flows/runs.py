@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from pyro_flows.escalation import Round
 
 COMPARED_DRAWS = 4000
 R_HAT = 1.02
+NAMED = 3  # coordinates; the verdict counts the others
 EVIDENCE = 0.3  # nats between the largest and the smallest estimate
 
 
@@ -37,16 +38,24 @@ def compare(outcomes: Sequence[Round], names: Sequence[str]) -> Agreement:
     Weights are proportional to the estimated evidence of each run that has one.
     """
     draws = torch.stack([outcome.flow().sample((COMPARED_DRAWS,)) for outcome in outcomes])
-    found = []
-    for name, value in zip(names, r_hat(draws).tolist(), strict=True):
-        if not value <= R_HAT:
-            found.append(f"runs disagree on {name} (R-hat {value:.2f})")
+    found = disagreements(dict(zip(names, r_hat(draws).tolist(), strict=True)))
     evidences = torch.tensor([outcome.weighing.log_evidence for outcome in outcomes], dtype=torch.float64)
     spread = float(evidences.max() - evidences.min())
     if not spread <= EVIDENCE:
         found.append(f"their log evidences differ by {spread:.2f} nats")
     weights = torch.softmax(torch.nan_to_num(evidences, nan=-math.inf), 0)
     return Agreement(tuple(found), tuple(weights.tolist()))
+
+
+def disagreements(r_hats: Mapping[str, float]) -> list[str]:
+    """Name the worst coordinates that are above the limit, and count the others."""
+    above = {name: value for name, value in r_hats.items() if not value <= R_HAT}
+    worst = sorted(above, key=lambda name: -math.inf if math.isnan(above[name]) else -above[name])
+    found = [f"runs disagree on {name} (R-hat {above[name]:.2f})" for name in worst[:NAMED]]
+    others = len(worst) - len(found)
+    if others:
+        found[-1] += f" and on {others} more coordinate{'s' if others > 1 else ''}"
+    return found
 
 
 def entry(agreement: Agreement) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_flows.display import verdict_html
 from pyro_flows.psis import psis
 from pyro_flows.randomness import derive
 
@@ -70,6 +71,11 @@ class Verdict:
             f"unreliable: do not use these draws ({why}); {figures}. "
             "Try more layers or more steps, another parametrisation of the model, or Pyro's NUTS."
         )
+
+    __repr__ = __str__  # what a REPL shows
+
+    def _repr_html_(self) -> str:
+        return verdict_html(str(self))
 
 
 @dataclass(frozen=True)

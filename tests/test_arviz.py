@@ -31,6 +31,9 @@ from tests.posteriors import (
 )
 from tests.posteriors import schools as schools_model
 
+# Many posteriors here are of untrained guides: what is tested is the form of the object.
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
+
 OLD = int(version("arviz").split(".")[0]) < 1
 ALWAYS = {"posterior", "sample_stats", "log_prior", "unconstrained_posterior", "fit"}
 DRAWN = {"posterior_predictive", "prior", "prior_predictive"}
@@ -111,7 +114,8 @@ def test_sample_stats_belong_to_the_draws_of_the_group(schools, corrected):
     for posterior, stats in (("posterior", "sample_stats"), ("raw_posterior", "raw_sample_stats")):
         drawn = torch.as_tensor(tree[posterior]["theta"].values[0])
         log_q, log_p = shifted.log_prob(drawn), corrected.density(drawn)
-        np.testing.assert_allclose(tree[stats]["log_q"].values[0], log_q.numpy(), rtol=1e-4)
+        source = log_p - corrected.log_evidence if stats == "sample_stats" else log_q  # resampled: the posterior's own
+        np.testing.assert_allclose(tree[stats]["log_q"].values[0], source.numpy(), rtol=1e-4)
         np.testing.assert_allclose(tree[stats]["log_p"].values[0], log_p.numpy(), rtol=1e-4)
         np.testing.assert_array_equal(tree[stats]["lp"].values, tree[stats]["log_p"].values)
         assert np.exp(tree[stats]["log_weight"].values).sum() == pytest.approx(1.0)
@@ -365,6 +369,32 @@ def test_loo_gives_the_exact_value(az, thirty):
     assert points.dims == ("observation",)
     np.testing.assert_allclose(points.values, exact_loo(y).numpy(), atol=0.02)
     assert float(result.pareto_k.max()) < 0.5
+
+
+@pytest.mark.parametrize(("shift", "stretch", "status"), [(0.0, 1.05, "ok"), (0.3, 1.2, "corrected")])
+def test_loo_of_an_approximate_posterior_weights_draws_once(thirty, shift, stretch, status):
+    """With ``log_p`` and ``log_q`` of ``sample_stats``: raw draws are weighted, resampled ones had their weighting."""
+    import arviz_stats
+
+    def guide(y):
+        precision = len(y) + 1 / 25
+        sd = precision**-0.5
+        pyro.sample("mu", dist.Normal(y.sum() / precision + shift * sd, stretch * sd))
+
+    _, y = thirty
+    posterior = pf.diagnose(location, guide, y, draws=4000)
+    assert posterior.verdict.status == status
+    tree = posterior.to_arviz(predictive=False)
+    stats = tree["sample_stats"]
+    result = arviz_stats.loo_approximate_posterior(tree, stats["log_p"], stats["log_q"], pointwise=True)
+    assert float(result.elpd) == pytest.approx(float(exact_loo(y).sum()), abs=0.05)
+    np.testing.assert_allclose(result.elpd_i.values, exact_loo(y).numpy(), atol=0.02)
+    if status == "corrected":  # weighted twice, it is off
+        used = stats["log_q"].copy(data=posterior.used_log_q.double().numpy()[None])
+        twice = arviz_stats.loo_approximate_posterior(tree, stats["log_p"], used)
+        assert abs(float(twice.elpd) - float(exact_loo(y).sum())) > 0.1
+        raw = tree["raw_sample_stats"]
+        np.testing.assert_allclose(raw["log_q"].values[0], posterior.log_q.numpy(), rtol=1e-6)
 
 
 def test_loo_counts_only_entries_that_a_mask_leaves(az):

@@ -102,7 +102,8 @@ def test_summary_columns_and_error(by_status):
 
 
 def test_summary_of_unreliable_draws_claims_no_accuracy(by_status):
-    table = by_status["unreliable"].summary()
+    with pytest.warns(pf.UnreliableWarning):
+        table = by_status["unreliable"].summary()
     assert table["ess"].isna().all()
     assert table["mcse_mean"].isna().all()
 
@@ -171,7 +172,8 @@ def test_resample_by_the_weights(by_status):
 def test_resample_refuses_weights_that_cannot_be_relied_on(by_status):
     with pytest.raises(ValueError, match=r"resample: the importance weights cannot be relied on \(k-hat .*force=True"):
         by_status["unreliable"].resample()
-    assert by_status["unreliable"].resample(10, force=True)["theta"].shape == (10, SCHOOLS)
+    with pytest.warns(pf.UnreliableWarning):
+        assert by_status["unreliable"].resample(10, force=True)["theta"].shape == (10, SCHOOLS)
 
 
 def test_resample_refuses_where_runs_disagree():
@@ -344,12 +346,12 @@ def test_text_names_sites_and_gives_the_verdict(by_status):
     first, second = text.splitlines()
     assert first.startswith("Posterior of theta, double: 2000 draws, 8 unconstrained coordinates, ELBO -")
     assert second == str(by_status["corrected"].verdict)
-    assert len(repr(by_status["corrected"])) < 1500  # no tensors
+    assert repr(by_status["corrected"]) == text
 
 
 def test_html_is_a_table_with_the_verdict_and_a_bound_on_rows(by_status):
     page = by_status["ok"]._repr_html_()
-    assert "ok: the draws can be used as they are" in page
+    assert "ok</b>: the draws can be used as they are" in page
     assert page.count("<tr") == 1 + 2 * SCHOOLS
 
     def model():
