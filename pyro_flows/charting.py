@@ -47,7 +47,7 @@ def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tup
         part = slice(latent.offset, latent.offset + latent.size)
         chart = _options(latent, angles[part], heavy[part], loc[part], scale[part])
         if chart:
-            kept = options[latent.name] if latent.name in options else {}
+            kept = options.get(latent.name, {})
             options[latent.name] = {**({"noncentred": True} if kept is None else kept), **chart}
     found = density.elsewhere(options)
     found.evaluations += density.evaluations

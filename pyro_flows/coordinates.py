@@ -32,6 +32,7 @@ BATCH = 32  # pairs of opposite noise
 LEARNING_RATE = 0.05
 STARTED_FROM = 512  # draws of a path's normal
 JUDGED = 2000  # draws by which ELBOs are compared
+NOTHING = 0.05  # a precision of the data over that of the posterior: below, the data say nothing
 LOUDEST = 100.0  # a draw's contribution to the gradient, over the median one's
 
 
@@ -39,7 +40,7 @@ LOUDEST = 100.0  # a draw's contribution to the gradient, over the median one's
 class Learnt:
     """What the data say of the hierarchical sites, and the normal that was fitted with it."""
 
-    information: dict[str, Information]
+    information: dict[str, Information | None]
     start: Start
 
 
@@ -67,7 +68,7 @@ def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, S
     chosen = max(found, key=lambda learnt: learnt.start.elbo, default=None)
     kept: Any = True
     if chosen is not None and math.isfinite(chosen.start.elbo):
-        kept = {name: said.options for name, said in chosen.information.items()}
+        kept = {name: None if said is None else said.options for name, said in chosen.information.items()}
     result = density.elsewhere(kept)
     result.evaluations += density.evaluations + wholly.evaluations + family.evaluations
     entry = {
@@ -146,7 +147,13 @@ class _Family:
             terms = self.look(loc + scale * noise, said)[0]
         elbo = float(terms.mean() + scale.log().sum()) + 0.5 * density.dim * math.log(2.0 * math.pi * math.e)
         elbo = elbo if math.isfinite(elbo) else -math.inf
-        return Learnt(self.information(*said.split(self.size)), Start("coordinates", loc, scale, elbo))
+        precision, centre = said[: self.size].exp(), said[self.size :]
+        precision = torch.where(precision * spread.square() < NOTHING, 0.0, precision)
+        found = {
+            name: information if bool(information.precision.any()) else None
+            for name, information in self.information(precision.log(), centre).items()
+        }
+        return Learnt(found, Start("coordinates", loc, scale, elbo))
 
 
 class _Ascent:

@@ -90,6 +90,7 @@ def missed_modes(
         score: the guide's log density.
         seed: of the search.
     """
+    z = z.to(density.dtype)
     with torch.no_grad():
         weights = density(z) - log_q
     finite = torch.isfinite(weights)
@@ -146,10 +147,17 @@ def _mirrored(guide: _Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
         moved, inside = move.apply(density, z)
         # The move keeps the volume of the model's own values, so there q's image has the density that q has at z.
         image = log_q - density.log_jacobian(z) + density.log_jacobian(moved)
-        share = guide.lacking(moved, torch.where(inside, density(moved), -torch.inf), image).clamp(max=1.0)
-        if float(share.mean()) > SHARE:
-            found.append(Lack(moved[int(share.argmax())], _moments(moved[share > 0.0], "mirrored")))
+        log_p = torch.where(inside, density(moved), -torch.inf)
+        found += _lack(moved, log_p, guide.lacking(moved, log_p, image), "mirrored")
     return found
+
+
+def _lack(moved: Tensor, log_p: Tensor, lacking: Tensor, name: str) -> list[Lack]:
+    """Return the region of moved draws if it holds a good part of the mass; each draw counts as one at most."""
+    if not float(lacking.clamp(max=1.0).mean()) > SHARE:
+        return []
+    within = lacking > 0.0
+    return [Lack(moved[int(torch.where(within, log_p, -torch.inf).argmax())], _moments(moved[within], name))]
 
 
 def _moments(draws: Tensor, name: str) -> Start:
@@ -173,6 +181,8 @@ def _climbed(guide: _Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> 
     scales = paths.best.scale()
     scales = lower_triangular(scales) if scales.dim() == 3 else scales
     found, doubtful = [], []
+    ends = paths.ends
+    at_ends = guide.is_thin(ends, density(ends).detach())
     for number in range(len(own), len(points)):
         lacking = guide.lacking(draws[number], log_p[number], log_q[number])
         if not bool((lacking > 0.0).any()):
@@ -181,7 +191,8 @@ def _climbed(guide: _Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> 
         start = Start("mode", paths.best.loc[number], scales[number])
         if k_hat < TRUSTED_K_HAT:
             if float(lacking.mean()) > SHARE:
-                found.append(Lack(draws[number][int(log_weights.argmax())], start))
+                drawn = draws[number][int(log_weights.argmax())]
+                found.append(Lack(ends[number] if bool(at_ends[number]) else drawn, start))
         else:
             doubtful.append((float(paths.elbo[number]), number, start))
     if found:
@@ -196,10 +207,10 @@ def _climbed(guide: _Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> 
     chosen = [base] + [number for _, number, _ in worth[:LOOKED_AT]]
     walk = temper(density, Gaussians(*(part[chosen] for part in paths.best)), seed=derive(seed, "tempering"))
     covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
-    for (_, _, start), ends, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=False):
-        thin = guide.is_thin(ends, log_p)
-        if float(log_mean(torch.where(thin, log_weights, -torch.inf))) - covered > math.log(SHARE):
-            found.append(Lack(ends[int(torch.where(thin, log_weights, -torch.inf).argmax())], start))
+    for (_, number, start), reached, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=False):
+        log_weights = torch.where(guide.is_thin(reached, log_p), log_weights, -torch.inf)
+        if float(log_mean(log_weights)) - covered > math.log(SHARE):
+            found.append(Lack(ends[number] if bool(at_ends[number]) else reached[int(log_weights.argmax())], start))
     return _distinct(found, units)
 
 
@@ -273,9 +284,8 @@ def _across(guide: _Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
     found = []
     for move in _further_maxima(density, best, z.std(0)):
         moved = z + move
-        share = guide.lacking(moved, density(moved), log_q).clamp(max=1.0)
-        if float(share.mean()) > SHARE:
-            found.append(Lack(moved[int(share.argmax())], _moments(moved[share > 0.0], "moved")))
+        log_p = density(moved)
+        found += _lack(moved, log_p, guide.lacking(moved, log_p, log_q), "moved")
     return found
 
 

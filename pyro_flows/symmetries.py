@@ -172,6 +172,6 @@ def _placed(density: LogDensity, values: Values) -> tuple[Tensor, Tensor]:
     inside = torch.isfinite(z).all(1)
     z = torch.where(inside[:, None], z, 0.0)
     for name, back in _latents(density, z).items():  # values that leave a support may have finite coordinates
-        close = torch.isclose(back, values[name], rtol=ROUND_TRIP, atol=ROUND_TRIP)
+        close = torch.isclose(back.to(values[name]), values[name], rtol=ROUND_TRIP, atol=ROUND_TRIP)
         inside = inside & close.reshape(len(z), -1).all(1)
     return torch.where(inside[:, None], z, 0.0), inside

@@ -28,7 +28,7 @@ def apart(places, dim=1):
 
 def lacking(density, guide, modes=()):
     z = guide.sample((200,))
-    return missed_modes(density, modes, z, guide.log_prob(z), guide.log_prob)
+    return missed_modes(density, modes, z, guide.log_prob(z), guide.log_prob).failures
 
 
 def gauss(loc, sd, dim=1):
@@ -120,7 +120,7 @@ def test_wells_in_many_coordinates(covered):
         found = torch.distributions.Normal(0.0, 1.0).log_prob(points[:, 1::2]).sum(-1)
         return found + sum(log_x(points[:, 2 * pair], pair) for pair in range(8))
 
-    found = missed_modes(density, [], z, log_q, score)
+    found = missed_modes(density, [], z, log_q, score).failures
     if covered == 8:
         assert found == []
     else:

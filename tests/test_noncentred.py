@@ -71,7 +71,7 @@ def test_sites_whose_location_or_scale_moves_are_found() -> None:
 
 
 def test_nothing_is_noncentred_unless_asked_for() -> None:
-    assert LogDensity(hierarchy, (Y,)).structure.noncentred == []
+    assert LogDensity(hierarchy, (Y,)).structure.noncentred == {}
 
 
 @pytest.mark.parametrize("name", ["mu", "tau", "nobody"])
@@ -112,7 +112,7 @@ def test_round_trip(model, args) -> None:
 
 def test_some_sites_only() -> None:
     density = LogDensity(families, noncentred=["c"])
-    assert density.structure.noncentred == ["c"]
+    assert density.structure.noncentred == {"c": None}
     names = coordinate_names(density.structure)
     assert {"c[0] (non-centred)", "b"} <= set(names)
 
@@ -135,14 +135,14 @@ def test_a_noncentred_guide_trains_in_pyro_and_is_judged_in_its_coordinates() ->
 def test_fit_chooses_noncentred_coordinates_for_a_funnel_and_fits_it_exactly() -> None:
     posterior = pf.fit(funnel, progress=False, seed=0, max_steps=1500)
     choice = next(stage for stage in posterior.history if stage["stage"] == "coordinates")
-    assert choice["noncentred"] == ["rest"] == posterior.settings["noncentred"]
+    assert choice["noncentred"] == {"rest": None} == posterior.settings["noncentred"]
     assert choice["elbo_noncentred"] > choice["elbo_centred"]
     assert posterior.verdict.status == "ok"
     assert -0.01 <= posterior.elbo <= 0.005  # log Z = 0
     assert 2.85 < float(posterior.samples["x"].std()) < 3.15
 
 
-def test_fit_keeps_centred_coordinates_where_the_data_are_strong() -> None:
+def test_fit_takes_coordinates_that_are_as_good_as_centred_where_the_data_are_strong() -> None:
     def strong(y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
         tau = pyro.sample("tau", dist.HalfNormal(real(5.0)))
@@ -151,7 +151,9 @@ def test_fit_keeps_centred_coordinates_where_the_data_are_strong() -> None:
             pyro.sample("y", dist.Normal(theta, 0.01), obs=y)
 
     posterior = pf.fit(strong, 3.0 * normal(6, seed=8), progress=False, seed=0, max_steps=1500)
-    assert posterior.settings["noncentred"] == []
+    # the data fix each value to 0.01, and the prior is next to nothing beside any precision like that
+    precision = torch.tensor(posterior.settings["noncentred"]["theta"]["precision"])
+    assert bool((precision > 1e3).all() & (precision < 1e5).all())
     assert posterior.verdict.status == "ok"
 
 
@@ -159,7 +161,7 @@ def test_saved_and_loaded(tmp_path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         posterior = pf.fit(funnel, progress=False, seed=1, max_steps=400, escalate=False, draws=500)
-    assert posterior.settings["noncentred"] == ["rest"]
+    assert posterior.settings["noncentred"] == {"rest": None}
     posterior.save(tmp_path / "fit")
     loaded = pf.load(tmp_path / "fit", funnel)
     assert torch.equal(loaded.z, posterior.z)
