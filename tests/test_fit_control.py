@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -136,11 +137,18 @@ def test_the_bound_holds_for_the_whole_call(ticking, seconds):
     assert len(found.density(torch.zeros(2, 5))) == 2
 
 
-def test_a_real_second_on_a_slow_model():
-    began, cpu = time.monotonic(), time.process_time()
+def waited():
+    """Seconds that this thread was ready to run and others ran instead."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) * 1e-9
+    except OSError:
+        return 0.0
+
+
+def test_real_seconds_on_a_slow_model():
+    began, before = time.monotonic(), waited()
     found = pf.fit(slow, Y, max_seconds=2.0, progress=False)
-    own = min(time.monotonic() - began, 2.0 + time.process_time() - cpu)  # others may hold the processor meanwhile
-    assert own < 3.0
+    assert time.monotonic() - began - (waited() - before) < 3.0
     assert any("stopped after max_seconds=2" in reason for reason in found.verdict.reasons)
 
 
@@ -152,11 +160,12 @@ def test_a_bound_that_does_not_bind_changes_nothing():
 
 
 def test_runs_that_were_not_begun_are_said(monkeypatch):
-    original = training.train
+    original, over = training.train, []
+    monkeypatch.setattr(Clock, "over", property(lambda clock: bool(over) and not clock.final))
 
     def train(trainer, budget, **options):
         found = original(trainer, budget, **options)
-        budget.clock.end = budget.clock.stop = -1.0
+        over.append(True)
         return found
 
     monkeypatch.setattr("pyro_flows.run.train", train)
@@ -285,48 +294,53 @@ def test_an_interrupted_training_keeps_what_it_learnt(monkeypatch):
     assert cut.verdict.status == "corrected" or "still moved" in str(cut.verdict)
 
 
-def test_an_interrupted_escalation_keeps_the_best_round(monkeypatch):
+@pytest.fixture
+def short_first_round(monkeypatch):
+    """A first round of 40 steps that does not suffice, so that others follow; 260 steps are left to them."""
+
+    def train(trainer, budget, **options):
+        return training.train(trainer, training.Budget(40, budget.clock), **options)
+
+    monkeypatch.setattr("pyro_flows.run.train", train)
+    monkeypatch.setattr(escalation.Round, "enough", False)
+    return {**QUICK, "max_steps": 300, "escalate": True}
+
+
+def test_an_interrupted_escalation_keeps_the_best_round(monkeypatch, short_first_round):
     original = escalation.rounds
 
     def rounds(*args, **options):
-        for name, trainer, outcome in itertools.islice(original(*args, **options), 1):
-            yield name, trainer, outcome
-            raise KeyboardInterrupt
+        yield next(original(*args, **options))
+        raise KeyboardInterrupt
 
     monkeypatch.setattr("pyro_flows.run.rounds", rounds)
-    monkeypatch.setattr(escalation.Round, "enough", False)
     with pytest.warns(UserWarning, match="interrupted"):
-        found = pf.fit(model, Y, **{**QUICK, "max_steps": 400, "escalate": True})
+        found = pf.fit(model, Y, **short_first_round)
     stages = {stage["stage"]: stage for stage in found.history if "batch" in stage}
-    assert set(stages) == {"first round", "larger batch"}
-    kept = stages[found.settings["round"]]
-    assert found.settings["batch"] == kept["batch"]
-    assert found.settings["step_size"] == kept["step_size"]
+    assert len(stages) == 2
+    best = max(stages.values(), key=lambda stage: stage["elbo"])
+    assert found.settings["round"] == best["stage"]
+    assert found.elbo == pytest.approx(best["elbo"], abs=0.1)
 
 
-def test_settings_are_those_of_the_round_that_was_kept(monkeypatch):
-    """The later rounds are made worse: batch and step size must not be theirs."""
-    monkeypatch.setattr(escalation.Round, "enough", False)
-    original = escalation.assess
+@pytest.mark.parametrize("kept", [0, 1])
+def test_settings_are_those_of_the_round_that_was_kept(monkeypatch, short_first_round, kept):
+    """Step size and batch of the others, which are made worse here, must not be in the settings."""
+    original, calls = escalation.assess, itertools.count()
 
     def assess(flow, density, result):
         found = original(flow, density, result)
-        later = [name for name in ("WIDER",) if len(result.losses) and assess.calls]
-        assess.calls += 1
-        if not later:
+        if next(calls) == kept:
             return found
         return escalation.Round(found.flow, escalation.unweighed(density.dim, -1e6), result)
 
-    assess.calls = 0
     monkeypatch.setattr(escalation, "assess", assess)
     monkeypatch.setattr("pyro_flows.run.assess", assess)
-    found = pf.fit(model, Y, **{**QUICK, "max_steps": 600, "escalate": True})
-    assert assess.calls > 1
-    first = next(stage for stage in found.history if stage["stage"] == "first round")
-    last = [stage for stage in found.history if "batch" in stage][-1]
-    assert found.settings["round"] == "first round"
-    assert (found.settings["batch"], found.settings["step_size"]) == (first["batch"], first["step_size"])
-    assert found.settings["batch"] != last["batch"]
+    found = pf.fit(model, Y, **short_first_round)
+    rounds = [stage for stage in found.history if "batch" in stage]
+    assert len({stage["batch"] for stage in rounds}) == 2
+    chosen = {name: found.settings[name] for name in ("round", "batch", "step_size")}
+    assert chosen == {"round": rounds[kept]["stage"], **{name: rounds[kept][name] for name in ("batch", "step_size")}}
 
 
 def test_a_real_ctrl_c():
@@ -380,7 +394,7 @@ def in_threads(*calls):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(300)
+        thread.join()
     assert not errors, errors
     return found
 
@@ -445,7 +459,7 @@ def test_fit_gives_the_same_where_gradients_are_off(mode, chosen):
     assert torch.equal(found.z, expected.z)
     assert found.verdict == expected.verdict
     assert not found.z.is_inference()
-    assert judged.verdict.status == pf.diagnose(chosen, expected.guide, Y).verdict.status
+    assert torch.equal(judged.z, pf.diagnose(chosen, expected.guide, Y, draws=500).z)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
