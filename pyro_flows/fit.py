@@ -243,7 +243,8 @@ def _guide(plan: _Plan, density: LogDensity) -> AutoFlow:
     if not isinstance(flow, str):
         flow = copy.deepcopy(flow)  # the caller's flow stays untrained, and each run has one of its own
     noncentred = density.structure.noncentred
-    guide = AutoFlow(plan.model, flow, df=_tails(density.dim), noncentred=noncentred, **plan.options)
+    options: dict[str, Any] = {"noncentred": noncentred, "cautious": False, **plan.options}  # batches bear larger steps
+    guide = AutoFlow(plan.model, flow, df=_tails(density.dim), **options)
     return guide.initialize(*plan.args, **plan.kwargs)
 
 
