@@ -67,7 +67,7 @@ class Flow(nn.Module):
         return self.bijection.context_dim
 
     def slow(self) -> Flow:
-        r"""Make small steps of it: a step of Adam then moves the flow about as far as it moves an affine map; returns it.
+        r"""Train by small steps: let a step of Adam move the flow about as far as an affine map. Returns the flow.
 
         Adam moves each of a network's weights by one step size, and hundreds of them move a point in the same
         direction. The noise of gradients of single draws then adds up, and far draws meet a map that nobody trained.

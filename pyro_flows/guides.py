@@ -104,9 +104,13 @@ class AutoFlow(AutoContinuous):
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
-        for name, given in (("init_loc_fn", init_loc_fn), ("create_plates", create_plates)):
-            if not callable(given) and (name, given) != ("create_plates", None):
-                raise ValueError(f"{name}: expected a function, got a {type(given).__name__}.")
+        if not callable(init_loc_fn):
+            raise ValueError(f"init_loc_fn: expected a function of a site, got a {type(init_loc_fn).__name__}.")
+        if create_plates is not None and (isinstance(create_plates, pyro.plate) or not callable(create_plates)):
+            raise ValueError(
+                "create_plates: expected a function of the model's arguments that returns plates, "
+                f"got a {type(create_plates).__name__}."
+            )
         AutoGuide.__init__(self, model, create_plates=create_plates)
         if isinstance(flow, str):
             if flow in BUILDERS and flow not in VECTOR_BUILDERS:
@@ -470,7 +474,8 @@ class AutoFlow(AutoContinuous):
         """Make the parameters if need be, with the values that were loaded into Pyro's store, as a first run would."""
         if self.prototype_trace is None:
             self.initialize(*args, **kwargs)
-            self._in_store = True
+            with self._pyro_context:  # from here on the parameters have names
+                self._in_store = True
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.conditioners import bounded, conditioner
 
-
 SLOW = 0.1  # three units out, k moves a point by three times itself, and six units out by nine times
 
 
