@@ -333,10 +333,8 @@ def test_a_guide_is_built_lazily_trained_by_minibatches_saved_and_loaded(kind, a
     for _ in range(3):
         assert math.isfinite(svi.step(y, torch.arange(BATCH)))
     assert any((old != new).any() for old, new in zip(before, fresh[0].parameters(), strict=True))
-    assert all(
-        parameter is pyro.get_param_store()._params[f"AutoGuideList.0.{name}"]
-        for name, parameter in fresh[0].named_parameters()
-    )
+    held = {id(tensor) for tensor in pyro.get_param_store()._params.values()}
+    assert held.issuperset(map(id, fresh[0].parameters()))
 
 
 def test_medians_of_a_guide_that_never_ran_are_those_of_the_loaded_store():
