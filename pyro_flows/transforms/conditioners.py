@@ -290,7 +290,8 @@ def forward_and_pull(network: nn.Module, kept: Tensor, context: Tensor | None) -
             root = kept if kept.requires_grad else kept.detach().requires_grad_()
             out = network(root, context)
         return out, lambda cotangent: torch.autograd.grad(out, root, cotangent, retain_graph=True)[0]
-    robust, gain, tape = isinstance(network, Robust), network.gain, []
+    robust, tape = isinstance(network, Robust), []
+    gain: Tensor | None = network.gain  # type: ignore[assignment]
     out = _beside(kept.asinh() if robust else kept, context)
     for layer in network.layers:  # type: ignore[union-attr]
         x, out = out, layer(out)
