@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_flows import _checks, bases
-from pyro_flows.transforms import Bijection, Bound, Chain
+from pyro_flows.transforms import Bijection, Bound, Chain, Planar, SinhArcsinh
+from pyro_flows.transforms.coupling import Coupling
 
 BASES = ("logistic", "normal", "student_t", "uniform")
 
@@ -69,6 +70,26 @@ class Flow(nn.Module):
     def context_dim(self) -> int:
         """Width of the context, 0 for an unconditional flow."""
         return self.bijection.context_dim
+
+    def slow(self) -> Flow:
+        r"""Train by small steps: let a step of Adam move the flow about as far as an affine map. Returns the flow.
+
+        Adam moves each of a network's weights by one step size, and hundreds of them move a point in the same
+        direction. The noise of gradients of single draws then adds up, and far draws meet a map that nobody trained.
+        So what each network returns is multiplied by a fixed gain, in a buffer: :math:`2 / K W` for K couplings whose
+        networks end in W units, :math:`1 / K` for the u of K planar maps, 0.1 for tails. The map stays as it is, at
+        whatever parameters, and so does what it can become. Training by large batches is faster without.
+
+        >>> import torch, pyro_flows as pf
+        >>> flow = pf.realnvp(2, layers=4, hidden=(8,)).slow()
+        >>> flow.bijection.layers[0].conditioner.gain
+        tensor(0.0625)
+        """
+        for kind in (Coupling, Planar, SinhArcsinh):
+            layers = [layer for layer in self.bijection.modules() if isinstance(layer, kind)]
+            for layer in layers:
+                layer.slow(len(layers))
+        return self
 
     def base_distribution(self) -> TorchDistribution:
         """Return :math:`q_0`, with event shape ``base_shape``, on the flow's device and of its dtype."""

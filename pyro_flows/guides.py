@@ -22,7 +22,6 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_flows import _checks
 from pyro_flows.batching import first_line, turn
@@ -40,7 +39,9 @@ QUANTILE_DRAWS = 4000
 
 FlowLike = str | Flow | Bijection | Callable[[int], "Flow | Bijection"]
 
-_owned: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a guide of this process put into the store
+# Which tensor a guide of this process put into the store last under a name, and the store's table at that time, which
+# is another one once the store was cleared. What else is found there was loaded.
+_placed: dict[str, tuple[weakref.ref[Tensor], dict[str, Any]]] = {}
 
 
 class AutoFlow(AutoContinuous):
@@ -68,14 +69,19 @@ class AutoFlow(AutoContinuous):
         base: base distribution, see :class:`Flow`; ignored if ``flow`` is a :class:`Flow`, which brings its own.
         df: degrees of freedom of the Student-t base.
         init_loc_fn: Pyro init function for m; the default is the prior median, and works for improper priors.
+            With ``affine="none"`` there is no m, and the flow starts at its base.
         init_scale: L at the start, times the identity.
         noncentred: sites that get non-centred coordinates, see :class:`LogDensity`.
+        cautious: train the flow by small steps (:meth:`Flow.slow`), which one draw a step and minibatches need; False
+            is for gradients averaged over many draws.
+        create_plates: Pyro's: a function of the model's arguments that returns a plate or several, in which the guide
+            then works; for subsampling. In an ``AutoGuideList`` the list takes it.
         options: passed to the builder, e.g. ``layers=8``; only with a builder's name.
 
     Raises:
-        ValueError: for a model that is not callable, an unknown flow, affine map or base; and when the model is first
-            run, naming the site, for discrete latents, supports without a bijection, subsampled plates with local
-            latents, NaN in the data.
+        ValueError: for a model or function that is not callable, an unknown flow, affine map or base; and when the
+            model is first run, naming the site, for discrete latents, supports without a bijection, subsampled plates
+            with local latents, NaN in the data.
         RuntimeError: if parameters are asked for before the guide has seen the model's arguments.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
@@ -97,11 +103,20 @@ class AutoFlow(AutoContinuous):
         init_loc_fn: Callable[..., Any] = initial_value,
         init_scale: float = 1.0,
         noncentred: Noncentred = (),
+        cautious: bool = True,
+        create_plates: Callable[..., Any] | None = None,
         **options: Any,
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
-        AutoGuide.__init__(self, model)
+        if not callable(init_loc_fn):
+            raise ValueError(f"init_loc_fn: expected a function of a site, got a {type(init_loc_fn).__name__}.")
+        if create_plates is not None and (isinstance(create_plates, pyro.plate) or not callable(create_plates)):
+            raise ValueError(
+                "create_plates: expected a function of the model's arguments that returns plates, "
+                f"got a {type(create_plates).__name__}."
+            )
+        AutoGuide.__init__(self, model, create_plates=create_plates)
         if isinstance(flow, str):
             if flow in BUILDERS and flow not in VECTOR_BUILDERS:
                 raise ValueError(f"flow: {flow!r} makes flows of images; a guide's is of a vector, as 'realnvp' makes.")
@@ -116,10 +131,12 @@ class AutoFlow(AutoContinuous):
         self._init_loc_fn = init_loc_fn
         self._init_scale = _checks.positive("init_scale", init_scale)
         self._noncentred = noncentred
+        self._cautious = cautious
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._moved_to: dict[str, Any] = {}
         self.structure: Structure | None = None
         self.plates: dict[str, Any] = {}
+        self._in_store = False
 
     # setting up -----------------------------------------------------------------------------------------------------
 
@@ -176,10 +193,10 @@ class AutoFlow(AutoContinuous):
                 f"flow: expected one of dim {dim} (the model's unconstrained latents) without context, "
                 f"got dim {got}, context_dim {built.context_dim}."
             )
-        if affine == "none":
-            return built
-        kind = "tril" if affine == "tril" or (affine == "auto" and dim <= FULL_AFFINE_UP_TO) else "diagonal"
-        return _append_affine(built, kind)
+        if affine != "none":
+            kind = "tril" if affine == "tril" or (affine == "auto" and dim <= FULL_AFFINE_UP_TO) else "diagonal"
+            built = _append_affine(built, kind)
+        return built.slow() if self._cautious else built
 
     def adopt(self, flow: Flow | FlowMixture) -> None:
         """Take over a flow that came from this guide's own recipe, at whatever number of layers and tails it has.
@@ -270,6 +287,7 @@ class AutoFlow(AutoContinuous):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._flow  # noqa: B018
+        self._catch_up()
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -305,14 +323,14 @@ class AutoFlow(AutoContinuous):
         for tensor in (tensor for module in modules for tensor in module.state_dict(keep_vars=True).values()):
             tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
         state = self.__dict__.copy()
-        state.update(_model=None, master=None, plates={}, _arguments=((), {}))
+        state.update(_model=None, master=None, plates={}, create_plates=None, _arguments=((), {}), _in_store=False)
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        new.__dict__.update(_model=self._model, _arguments=self._arguments)
+        new.__dict__.update(_model=self._model, create_plates=self.create_plates, _arguments=self._arguments)
         return new
 
     # Pyro's protocol -------------------------------------------------------------------------------------------------
@@ -325,7 +343,13 @@ class AutoFlow(AutoContinuous):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
         """Return the distribution of the unconstrained vector."""
+        self._catch_up()
         return self._flow()
+
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draw the unconstrained vector, as the auxiliary site of Pyro's guides."""
+        name = f"_{self._pyro_name}_latent"
+        return pyro.sample(name, self._flow(), infer={"is_auxiliary": True})
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         for site in self._built_structure.latents:
@@ -366,25 +390,42 @@ class AutoFlow(AutoContinuous):
         store (then we take its values over). The store holds the buffers too, m and L among them: without them the
         parameters, which are relative to the start, would mean something else in another guide.
         """
-        prefix = self._pyro_get_fullname("flow")
-        local = _is_module_local_param_enabled()
-        store = pyro.get_param_store()
-        for name, tensor in self._flow.state_dict(keep_vars=True).items():
-            full = param_with_module_name(prefix, name)
-            stored = store._params.get(full)
-            if stored is not tensor and not local:
-                if stored is not None:
-                    if stored not in _owned:
-                        _take_over(full, tensor, stored)
-                    del store[full]
-                store._constraints[full] = constraints.real
-                store._params[full] = tensor
-                store._param_to_name[tensor] = full
-                _owned[tensor] = True
+        tensors = self._named_tensors()
+        if not _is_module_local_param_enabled():
+            self._take_over(tensors)
+            for full, tensor in tensors.items():
+                _place(full, tensor)
+            self._in_store = True
+        for full, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
                 # a param statement as pyro.param makes it, past the store's look-up and transform of real numbers
                 tensor.unconstrained = weakref.ref(tensor)  # type: ignore[attr-defined]
                 _param_statement(full, tensor, constraint=constraints.real, name=full)
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """Return the flow's parameters and buffers by their names in Pyro's store."""
+        prefix = self._pyro_get_fullname("flow")
+        state = self._flow.state_dict(keep_vars=True)
+        return {param_with_module_name(prefix, name): tensor for name, tensor in state.items()}
+
+    def _take_over(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the values that were loaded into the store under these names, and put the tensors there.
+
+        Parameters that come without a gain were saved before there were gains, and go with a gain of 1.
+        """
+        store = pyro.get_param_store()
+        loaded = [full for full, tensor in tensors.items() if _was_loaded(full, tensor)]
+        for full, tensor in tensors.items():
+            if full in loaded:
+                _copy_stored(full, tensor, store._params[full])
+                _place(full, tensor)
+            elif loaded and full.endswith(".conditioner.gain") and full not in store._params:
+                tensor.fill_(1.0)
+
+    def _catch_up(self) -> None:
+        """See to it that draws are those of values that were loaded into the store since the guide last ran."""
+        if self._in_store and not _is_module_local_param_enabled():
+            self._take_over(self._named_tensors())
 
     # the posterior, constrained --------------------------------------------------------------------------------------
 
@@ -395,6 +436,7 @@ class AutoFlow(AutoContinuous):
         Model arguments are needed only if supports depend on latents and the guide was loaded from a file.
         """
         _checks.integer("n", n, 1)
+        self._catch_up()
         return self._constrain(self._flow().sample((n,)), *args, **kwargs)
 
     def _constrain(self, z: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -419,6 +461,7 @@ class AutoFlow(AutoContinuous):
             ValueError: naming the site that is missing or has the wrong shape.
         """
         structure = self._built_structure
+        self._catch_up()
         args, kwargs = (args, kwargs) if args or kwargs else self._arguments
         shapes = set()
         for latent in structure.latents:
@@ -445,22 +488,30 @@ class AutoFlow(AutoContinuous):
     @torch.no_grad()
     def _draws(self) -> Tensor:
         """Draws for medians and quantiles, the same at each call."""
+        self._catch_up()
         like = self._like
         with turn(), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
             torch.manual_seed(0)
             return self._flow().sample((QUANTILE_DRAWS,))
 
+    def _initialize_from_store(self, *args: Any, **kwargs: Any) -> None:
+        """Make the parameters if need be, with the values that were loaded into Pyro's store, as a first run would."""
+        if self.prototype_trace is None:
+            self.initialize(*args, **kwargs)
+            with self._pyro_context:  # from here on the parameters have names
+                self._in_store = True
+
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the marginal medians, taken over 4000 draws of the unconstrained vector and then constrained."""
-        self.initialize(*args, **kwargs)
+        self._initialize_from_store(*args, **kwargs)
         middle = self._draws().median(0, keepdim=True).values
         return {name: value[0] for name, value in self._constrain(middle, *args, **kwargs).items()}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return marginal quantiles over 4000 draws, constrained: ``{name: (len(quantiles), *shape)}``."""
-        self.initialize(*args, **kwargs)
+        self._initialize_from_store(*args, **kwargs)
         levels = torch.as_tensor(quantiles)
         if levels.dim() != 1 or not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"quantiles: expected a list of numbers between 0 and 1, got {quantiles!r}.")
@@ -559,7 +610,29 @@ def _param_statement(name: str, tensor: nn.Parameter, **_: Any) -> nn.Parameter:
     return tensor
 
 
-def _take_over(name: str, parameter: nn.Parameter, stored: Tensor) -> None:
+def _was_loaded(name: str, tensor: Tensor) -> bool:
+    """Whether the store holds another tensor than this one under a name, and no guide put it there."""
+    store = pyro.get_param_store()
+    stored = store._params.get(name)
+    if stored is None or stored is tensor:
+        return False
+    placed = _placed.get(name)
+    return placed is None or placed[0]() is not stored or placed[1] is not store._constraints
+
+
+def _place(name: str, tensor: Tensor) -> None:
+    """Let the store hold this very tensor under a name."""
+    store = pyro.get_param_store()
+    if store._params.get(name) is not tensor:
+        if name in store._params:
+            del store[name]
+        store._constraints[name] = constraints.real
+        store._params[name] = tensor
+        store._param_to_name[tensor] = name
+        _placed[name] = weakref.ref(tensor), store._constraints
+
+
+def _copy_stored(name: str, parameter: Tensor, stored: Tensor) -> None:
     if stored.shape != parameter.shape:
         raise ValueError(
             f"param store: {name!r} has shape {tuple(stored.shape)}, this guide's is {tuple(parameter.shape)}. "

@@ -197,7 +197,8 @@ def _guide(
     single = settings["flows"][0] if isinstance(flow, FlowMixture) else settings
     affine = single.get("affine")
     bare = rebuild({name: value for name, value in single.items() if name != "affine"})
-    guide = AutoFlow(model, bare, affine=affine or "none", noncentred=density.structure.noncentred)
+    noncentred = density.structure.noncentred
+    guide = AutoFlow(model, bare, affine=affine or "none", noncentred=noncentred, cautious=False)
     guide.to(next(flow.parameters()).dtype).initialize(*density.args, **density.kwargs)
     if isinstance(flow, FlowMixture):
         guide.adopt(flow.to(guide._like))

@@ -39,7 +39,46 @@ def bounded_back(out: Tensor, bound: float, cotangent: Tensor) -> Tensor:
     return torch.addcmul(cotangent, cotangent, out.square(), value=-1.0 / bound**2)
 
 
-class Free(nn.Module):
+class Paced(nn.Module):
+    """Numbers that come out times a fixed ``gain``, if there is one: with a small gain, a step of Adam moves them less.
+
+    The gain is a buffer and goes with the parameters, which mean something else without it: a state that holds none is
+    loaded as one of gain 1, and a module without a gain takes over that of the state.
+    """
+
+    gain: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", None)
+
+    @torch.no_grad()
+    def slow(self, gain: float | Tensor) -> None:
+        """Set the gain, one number or one for each number that comes out, and leave what comes out as it is."""
+        like = next(self.parameters())
+        new = torch.as_tensor(gain, dtype=like.dtype, device=like.device)
+        share = (1.0 if self.gain is None else self.gain) / new
+        for parameter in self._last_parameters():
+            parameter.mul_(share.reshape(-1, *[1] * (parameter.dim() - 1)))
+        self.gain = new
+
+    def _last_parameters(self) -> list[Tensor]:
+        """Return the parameters that what comes out is linear in, a row for each number."""
+        raise NotImplementedError
+
+    def _paced(self, out: Tensor) -> Tensor:
+        return out if self.gain is None else out * self.gain
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        found = state_dict.get(f"{prefix}gain")
+        if found is not None:
+            self.gain = found.detach().clone().to(next(self.parameters()))
+        elif any(key.startswith(prefix) for key in state_dict):
+            self.gain = None
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class Free(Paced):
     """Parameters that depend on nothing: a vector of ``out`` numbers, zero at the start unless told otherwise."""
 
     def __init__(self, out: int, start: Tensor | None = None) -> None:
@@ -47,10 +86,13 @@ class Free(nn.Module):
         self.values = nn.Parameter(torch.zeros(out) if start is None else start.clone())
 
     def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
-        return self.values
+        return self._paced(self.values)
+
+    def _last_parameters(self) -> list[Tensor]:
+        return [self.values]
 
 
-class Network(nn.Module):
+class Network(Paced):
     """A multilayer perceptron of (kept, context); its last layer starts at ``start`` whatever the input."""
 
     def __init__(
@@ -71,8 +113,16 @@ class Network(nn.Module):
     def _last(self, width: int, out: int) -> nn.Linear | nn.Conv2d:
         return nn.Linear(width, out)
 
+    def _last_parameters(self) -> list[Tensor]:
+        return [*self.layers[-1].parameters()]
+
+    @property
+    def width(self) -> int:
+        """How many numbers the last layer makes one number of."""
+        return self._last_parameters()[0][0].numel()
+
     def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
-        return self.layers(_beside(kept, context))
+        return self._paced(self.layers(_beside(kept, context)))
 
 
 class Robust(Network):
@@ -115,7 +165,7 @@ class Convolution(Network):
             batch = torch.broadcast_shapes(kept.shape[:-3], context.shape[:-1])
             constant = context[..., None, None].expand(*batch, -1, *kept.shape[-2:])
             kept = torch.cat([kept.expand(*batch, -1, -1, -1), constant], dim=-3)
-        out = self.layers(kept.reshape(math.prod(kept.shape[:-3]), *kept.shape[-3:]))
+        out = self._paced(self.layers(kept.reshape(math.prod(kept.shape[:-3]), *kept.shape[-3:])))
         return out.reshape(*kept.shape[:-3], *out.shape[1:])
 
 
@@ -241,12 +291,15 @@ def forward_and_pull(network: nn.Module, kept: Tensor, context: Tensor | None) -
             out = network(root, context)
         return out, lambda cotangent: torch.autograd.grad(out, root, cotangent, retain_graph=True)[0]
     robust, tape = isinstance(network, Robust), []
+    gain: Tensor | None = network.gain  # type: ignore[assignment]
     out = _beside(kept.asinh() if robust else kept, context)
     for layer in network.layers:  # type: ignore[union-attr]
         x, out = out, layer(out)
         tape.append((layer, x, out))
+    out = network._paced(out)  # type: ignore[operator]
 
     def pull(cotangent: Tensor) -> Tensor:
+        cotangent = cotangent if gain is None else cotangent * gain
         for layer, x, y in reversed(tape):
             cotangent = BACK[type(layer)](layer, x, y, cotangent)
         if context is not None:

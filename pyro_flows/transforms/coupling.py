@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.conditioners import bounded, bounded_back, conditioner, forward_and_pull
+from pyro_flows.transforms.conditioners import Network, bounded, bounded_back, conditioner, forward_and_pull
 from pyro_flows.transforms.masks import channels, half
 
 
@@ -48,6 +48,15 @@ class Coupling(Bijection):
         kept, moved = (part.shape[self._axes[0]] for part in self._split(self.mask))
         options: dict[str, Any] = {"hidden": hidden, "activation": activation, "network": network}
         self.conditioner = conditioner(kept, context_dim, self.per * moved, image=len(shape) == 3, **options)
+
+    def slow(self, count: int) -> None:
+        """Let a step of Adam move the map as little as an affine one, as one of ``count`` couplings.
+
+        A step changes each of W weights of the last layer by about as much as the bias, in the same direction in the
+        worst case, and half of the couplings move a coordinate. The map stays as it is.
+        """
+        if isinstance(self.conditioner, Network):
+            self.conditioner.slow(min(1.0, 2.0 / (count * self.conditioner.width)))
 
     def _index(self) -> None:
         """Derive from the mask how to split and join: in blocks, by every other coordinate, by an order, by masking."""

@@ -87,6 +87,12 @@ class Planar(Bijection):
         start[2 * dim] = -(w @ torch.randn(dim))
         self.conditioner = conditioner(0, context_dim, 2 * dim + 1, hidden=hidden, activation=activation, start=start)
 
+    def slow(self, count: int) -> None:
+        """Let a step of Adam move u by a share of one in ``count`` maps, which all move a point; w and b stay free."""
+        gain = torch.ones(2 * self.dim + 1)
+        gain[: self.dim] = 1.0 / count
+        self.conditioner.slow(gain)
+
     def _parameters_at(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the constrained u, then w, b and the slope 1 + w.u > 0."""
         u, w, b = self.conditioner(None, context).split([self.dim, self.dim, 1], dim=-1)
