@@ -274,7 +274,8 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def _failure(error: OSError, path: Path) -> OSError:
     why = error.strerror or str(error)
-    return OSError(error.errno, f"path: {str(path)!r} could not be written ({why}); what was there is as it was")
+    text = f"path: {str(path)!r} could not be written ({why}); what was there is as it was"
+    return OSError(error.errno or errno.EIO, text)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -118,7 +118,7 @@ def _rebuild(path: str | os.PathLike[str], settings: Mapping[str, Any], state: M
         flow.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError, LookupError) as error:
         raise ValueError(
-            f"path: the tensors in {str(path)!r} are not those of pf.{settings.get('builder')} as this release makes "
+            f"path: {str(path)!r}: the tensors are not those of pf.{settings.get('builder')} as this release makes "
             "it; read them by the release that wrote them, or fit anew."
         ) from error
     return flow
