@@ -121,7 +121,9 @@ def fit_command(
     draws: Annotated[int, typer.Option(min=100, help="Number of posterior draws.")] = 4000,
     runs: Annotated[int, typer.Option(min=1, help="Independent runs that are compared.")] = 1,
     seed: Seed = 0,
-    max_steps: Steps = MAX_STEPS,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Bound on optimisation steps; 6000 or, in many dimensions, more otherwise.")
+    ] = None,
     max_seconds: Seconds = None,
     escalate: Annotated[bool, typer.Option(help="Go on with larger batches and more layers where needed.")] = True,
     train_model: Annotated[

@@ -48,7 +48,8 @@ def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, S
     """Return the log density in the chosen coordinates, a start there, and what the history says of the choice.
 
     ``density`` is centred. Paths climb in centred and in non-centred coordinates. The best normal on each side is where
-    learning begins; the better ELBO decides.
+    learning begins; the better ELBO decides. A model that runs draw by draw is too slow to learn from: there the better
+    path decides between all centred and all non-centred.
     """
     wholly = density.elsewhere(True)
     family = _Family(density)
@@ -61,12 +62,12 @@ def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, S
         paths = pathfinder(candidate, points, units, seed=path_seed)
         best = int(paths.elbo.nan_to_num(nan=-torch.inf).argmax())
         elbos.append(float(paths.elbo[best]))
-        if math.isfinite(elbos[-1]):
+        if math.isfinite(elbos[-1]) and density.batched:
             with seeded(path_seed, density.device):
                 noise = torch.randn(STARTED_FROM, density.dim, dtype=density.dtype, device=density.device)
             found.append(family.learn(candidate, paths.best.map(noise)[0][best], seed=path_seed))
     chosen = max(found, key=lambda learnt: learnt.start.elbo, default=None)
-    kept: Any = True
+    kept: Any = not elbos[0] > elbos[1]
     if chosen is not None and math.isfinite(chosen.start.elbo):
         kept = {name: None if said is None else said.options for name, said in chosen.information.items()}
     result = density.elsewhere(kept)

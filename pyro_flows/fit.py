@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from pyro_flows.training import BATCH
 from pyro_flows.verdict import weigh
 
 MAX_STEPS = 6000
+STEPS_GROW_FROM = 50  # dimensions
 ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
 UNEVEN, FAR_UNEVEN = 2.0, 5.0
 UNEVEN_DRAWS = 4000
@@ -54,7 +55,7 @@ def fit(
     layers: int | None = None,
     draws: int = 4000,
     seed: int = 0,
-    max_steps: int = MAX_STEPS,
+    max_steps: int | None = None,
     max_seconds: float = math.inf,
     train_model: bool = False,
     escalate: bool = True,
@@ -81,7 +82,7 @@ def fit(
             many are judged by.
         seed: of all randomness; one seed, one answer. Torch's global generator is left as it was.
         max_steps: bound on the optimisation steps of a run, 64 gradient evaluations each (256 from the second round
-            on); the short race of step sizes comes on top.
+            on); by default 6000, and more above 50 dimensions, up to twice as many at 200; the short race of step sizes comes on top.
         max_seconds: bound on the seconds of the whole call, above zero: starts, races, training, the search for modes
             and the final draws. It is kept within a second or a fifth, unless a single run of the model takes longer.
             What there is by then is judged, by fewer draws if need be, and the verdict says what was cut. Time spent
@@ -131,9 +132,9 @@ def fit(
     with alone(), seeded(seed):
         bar = Bar("fit", progress)
         clock = Clock(max_seconds, raises=raise_on_interrupt, watch=bar.watch)
-        plan = Plan(model, args, kwargs, flow, options, max_steps, train_model, escalate, clock, bar)
+        plan = Plan(model, args, kwargs, flow, options, max_steps or MAX_STEPS, train_model, escalate, clock, bar)
         try:
-            posterior = _fit(plan, draws, seed, runs)
+            posterior = _fit(plan, draws, seed, runs, grow=max_steps is None)
         except BaseException as error:
             bar.close(f"ended by {type(error).__name__}")
             raise
@@ -143,14 +144,20 @@ def fit(
     return posterior
 
 
-def _check_numbers(draws: int, max_steps: int, seed: int, runs: int) -> None:
+def default_steps(dim: int) -> int:
+    """Return how many steps a run may take at most, if nothing is said: 6000, and more from 50 dimensions on."""
+    return round(MAX_STEPS * min(max(dim / STEPS_GROW_FROM, 1.0), 4.0) ** 0.5)
+
+
+def _check_numbers(draws: int, max_steps: int | None, seed: int, runs: int) -> None:
     _checks.integer("draws", draws, 100, MAX_DRAWS)
-    _checks.integer("max_steps", max_steps, 1)
+    if max_steps is not None:
+        _checks.integer("max_steps", max_steps, 1)
     _checks.integer("seed", seed, 0, MAX_SEED)
     _checks.integer("runs", runs, 1, MAX_RUNS)
 
 
-def _fit(plan: Plan, draws: int, seed: int, runs: int) -> Posterior:
+def _fit(plan: Plan, draws: int, seed: int, runs: int, *, grow: bool) -> Posterior:
     """Fit under the plan's clock: the work, which can be cut anywhere, and the judging of what it came to."""
     clock = plan.clock
     plan.bar.watch("reading the model")
@@ -159,6 +166,7 @@ def _fit(plan: Plan, draws: int, seed: int, runs: int) -> Posterior:
     density = LogDensity(plan.model, plan.args, plan.kwargs)
     warn_if_nothing_observed(density.structure, density.trace_at, plan.model, plan.args, plan.kwargs)
     check_memory(density, draws)
+    plan = replace(plan, max_steps=default_steps(density.dim)) if grow else plan
     if plan.train_model and not density.parameters():
         raise ValueError("train_model: expected a model with parameters of its own (pyro.param, modules), got none.")
     if plan.train_model and runs > 1:
@@ -194,6 +202,7 @@ class _State:
     warnings: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    contained: bool = False
     guide: AutoFlow | None = None
 
     @property
@@ -248,6 +257,7 @@ def _work(plan: Plan, state: _State, seed: int, runs: int) -> None:
     with clock.part("the search for modes that the guide lacks"):
         search = _search(state, state.guide._flow, seed)
         state.failures, state.notes = search.failures + state.failures, list(search.notes)
+        state.contained = search.contained
 
 
 def _search(state: _State, flow: Flow | FlowMixture, seed: int) -> Search:
@@ -305,6 +315,7 @@ def _judged(plan: Plan, state: _State, draws: int, seed: int, runs: int) -> Post
         warnings=[*notes, *state.warnings],
         failures=[*state.failures, *cut_short],
         notes=state.notes,
+        contained=state.contained,
     )
 
 

@@ -58,6 +58,7 @@ class Search:
     lacks: tuple[Lack, ...] = ()
     sentence: str | None = None
     notes: tuple[str, ...] = field(default=())
+    contained: bool = False  # draws that wander about under the density stay where the guide has its due
 
     @property
     def failures(self) -> list[str]:
@@ -106,7 +107,7 @@ def missed_modes(
         f"modes were looked for from {SEARCHES_UNBATCHED} points only, since the model runs draw by draw",
     )  # fmt: skip
     if not found:
-        return Search(notes=notes)
+        return Search(notes=notes, contained=density.batched)
     names = sorted({_named(density, lack.place, few[0]) for lack in found})
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     what = "has too little" if found[0].start.name == WANDERED else "lacks a mode"

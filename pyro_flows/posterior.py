@@ -424,6 +424,7 @@ def from_draws(
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
     notes: Sequence[str] = (),
+    contained: bool = False,
 ) -> Posterior:
     """Draw, score, weigh and judge. ``draw(n)`` gives unconstrained draws and their log density under the guide.
 
@@ -446,6 +447,7 @@ def from_draws(
             warnings=[*warnings, *density.clock.reasons()],
             failures=failures,
             notes=notes,
+            contained=contained,
             again=lambda: _weighed_again(density, draw, POOL * draws),
             complaint=lambda z: density.complaint(z[: pool.checked]),
         )

@@ -22,6 +22,7 @@ MENDED_MEAN = 1.0  # sds: a guide that is further off has not seen what it shoul
 MENDED_K = 0.5  # of weights that have to mend something: above it they have no variance
 HEAVY_INDEX = 0.42
 POOL = 4
+CONTAINED_K, CONTAINED_ESS, CONTAINED_GAP, CONTAINED_SHIFT = 1.0, 0.9, 0.05, 0.05  # see _hangs_on_nothing
 CHECKED = 50  # draws run with Pyro's argument checks on
 
 Draw = Callable[[int], tuple[Tensor, Tensor]]  # n -> z (n, D), log q (n,)
@@ -187,6 +188,7 @@ def judge(
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
     notes: Sequence[str] = (),
+    contained: bool = False,
 ) -> Verdict:
     """Turn a weighing into a verdict.
 
@@ -196,6 +198,7 @@ def judge(
         warnings: what speaks against the raw draws (a fit that was cut short, runs that disagree).
         failures: what speaks against the weighted draws too (a mode that the guide lacks).
         notes: what was not checked, or is to be known.
+        contained: whether a search found no place next to the guide where it has too little.
     """
     if weighing.heavy is not None and bool(weighing.heavy.any()):
         found = [names[index] for index in weighing.heavy.nonzero().flatten().tolist()]
@@ -203,7 +206,13 @@ def judge(
         notes = (*notes, f"{said}: tails so heavy that quantiles were compared; means and sds may not exist")
     reasons = list(failures)
     ratio = weighing.ess / len(weighing.log_weights)
-    if not weighing.k_hat < weighing.threshold:
+    if not weighing.k_hat < weighing.threshold and contained and _hangs_on_nothing(weighing):
+        notes = (
+            *notes,
+            f"k-hat {weighing.k_hat:.2f} is above its threshold, but weights change nothing, and draws that move under "
+            "the posterior stay where the guide has its due",
+        )
+    elif not weighing.k_hat < weighing.threshold:
         reasons.append(f"k-hat {weighing.k_hat:.2f} is not below {weighing.threshold:.2f}")
     if ratio < ESS_RATIO:
         reasons.append(f"ESS/S {ratio:.3f} is below {ESS_RATIO}")
@@ -236,6 +245,19 @@ def judge(
     )
 
 
+def _hangs_on_nothing(weighing: Weighing) -> bool:
+    """Whether the largest weights carry next to nothing: the guide is right but for a tail that holds hardly any mass.
+
+    k-hat tells that weights have no mean square. Draws that are used as they are do not need one, if the effective sample
+    size is near its maximum, log evidence and ELBO agree, and weighting changes no mean and no sd; and if something else
+    than weights, which know of the guide's own draws only, says that nothing is missing.
+    """
+    gap = weighing.log_evidence - weighing.elbo
+    shift = max(float(weighing.mean_shift.max()), float(weighing.sd_shift.max()))
+    good = weighing.ess >= CONTAINED_ESS * len(weighing.log_weights) and gap <= CONTAINED_GAP
+    return good and weighing.k_hat < CONTAINED_K and shift <= CONTAINED_SHIFT
+
+
 @dataclass(frozen=True)
 class Decision:
     """Raw draws ``z`` with their densities, the verdict on them, and the draws to use."""
@@ -261,6 +283,7 @@ def decide(
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
     notes: Sequence[str] = (),
+    contained: bool = False,
     again: Callable[[], Weighing] | None = None,
     complaint: Callable[[Tensor], str | None] = lambda z: None,
 ) -> Decision:
@@ -279,6 +302,7 @@ def decide(
         warnings: see :func:`judge`.
         failures: see :func:`judge`.
         notes: see :func:`judge`.
+        contained: see :func:`judge`.
         again: weighs a second pool, if draws are to be corrected.
         complaint: z -> what is invalid about the model at some of the first draws, though its density is finite there.
     """
@@ -288,12 +312,13 @@ def decide(
     objection = complaint(pool[:CHECKED])
     if objection is not None:
         failures = (*failures, f"the model is invalid at some draws: {objection}")
-    verdict = judge(weighing, names, warnings=warnings, failures=failures, notes=notes)
+    said = {"warnings": warnings, "notes": notes, "contained": contained}
+    verdict = judge(weighing, names, failures=failures, **said)
     if verdict.status == "corrected" and again is not None:  # one lucky pool does not correct a guide
         second = judge(again(), names)
         if second.status == "unreliable":
             failures = (*failures, f"a second sample is worse ({second.reasons[0]})")
-            verdict = judge(weighing, names, warnings=warnings, failures=failures, notes=notes)
+            verdict = judge(weighing, names, failures=failures, **said)
     raw = torch.arange(draws, device=pool.device)
     index = resample(weighing.log_weights, draws, seed=seed) if verdict.status == "corrected" else raw
     return Decision(
