@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.graphs import LIKE, agree, is_aten, is_pure, name_of
+from pyro_flows.graphs import LIKE, agree, graph_module, is_aten, is_pure, name_of, sweep
 
 # what a processor of 2026 took, in seconds (docs/performance.md); rules by clocks would make results depend on the load
 COMPILE_START = 3.0  # to compile anything, in a process that has not done so yet
@@ -103,7 +103,7 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
     graph.output(graph.graph_copy(module.graph, {}))
     for node in list(graph.nodes):
         _turn(node)  # a seventh of the time of a step of 256 particles
-    graph.eliminate_dead_code()
+    sweep(graph)
     for node in graph.nodes:
         node.meta.clear()  # of several recordings, whose examples do not go together
     bare = fx.GraphModule(module, graph)
@@ -147,18 +147,18 @@ def quicken(module: fx.GraphModule) -> Callable[..., Any]:
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    quick = fx.GraphModule(module, graph)
+    quick = graph_module(module, graph)
     if is_pure(module) and not any(node.target is _aten.as_strided.default for node in graph.nodes):
         for node in list(graph.nodes):
             value = _value(node)
             if isinstance(value, Tensor) and value.device.type == "cpu":
                 _hasten(quick, node, value)
             _turn(node)
-        graph.eliminate_dead_code()
+        sweep(graph)
     for node in graph.nodes:
         if is_aten(node):
             _bind(node)
-    quick.recompile()
+    quick = fx.GraphModule(quick, graph)
     constants = dict(quick.named_buffers())
     quick._buffers.clear()
     quick.__dict__.update(constants)  # plain attributes, which Python finds at once

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from pyro_flows.batching import first_line
 from pyro_flows.compiling import Runner
-from pyro_flows.graphs import agree, is_pure, nearby, record
+from pyro_flows.graphs import agree, is_pure, nearby
+from pyro_flows.tracing import record
 
 KINDS_KEPT = 4
 RECORDED_FROM = 4  # the call with one batch size at which it is recorded: recording takes as long as ten calls

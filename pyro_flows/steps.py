@@ -13,10 +13,11 @@ from torch import Tensor, fx
 from pyro_flows.batching import nearer
 from pyro_flows.compiling import Runner
 from pyro_flows.flows import Flow
-from pyro_flows.graphs import Stitcher, agree, record
+from pyro_flows.graphs import Stitcher, agree
 from pyro_flows.log_density import LogDensity
 from pyro_flows.objectives import pulled
 from pyro_flows.passes import Kind, Passes, gradient_of, points
+from pyro_flows.tracing import record
 from pyro_flows.updates import Moments, advance
 
 logger = logging.getLogger("pyro_flows")

@@ -13,9 +13,10 @@ import pyro_flows as pf
 from pyro_flows import LogDensity, training
 from pyro_flows.bodies import body_of
 from pyro_flows.compiling import quicken
-from pyro_flows.graphs import Stitcher, record
+from pyro_flows.graphs import Stitcher
 from pyro_flows.passes import Passes
 from pyro_flows.steps import Step
+from pyro_flows.tracing import record
 from pyro_flows.training import Trainer
 from pyro_flows.updates import CLIP, Moments, update
 from tests.invariants import close
