@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs import LIKE, agree, graph_module, is_aten, is_pure, name_of, sweep
 
 # what a processor of 2026 took, in seconds (docs/performance.md); rules by clocks would make results depend on the load
@@ -19,8 +20,6 @@ COMPILE_START = 3.0  # to compile anything, in a process that has not done so ye
 COMPILE_NODE = 0.02  # more for each operation
 SAVED_NODE = 7.0e-7  # a run saves for each operation,
 SAVED_NUMBER = 3.0e-10  # and for each number that it writes
-
-logger = logging.getLogger("pyro_flows")
 
 
 class Runner:
@@ -60,8 +59,8 @@ class Runner:
         if self._compiled is not None:
             try:
                 return self._compiled(*inputs)
-            except RuntimeError:
-                logger.debug("recorded code in place of compiled code", exc_info=True)
+            except RuntimeError as error:
+                fallback("recorded code in place of compiled code", error)
         with torch.inference_mode():  # an operation takes a tenth less time
             return self._recorded(*inputs)  # which says what is wrong with these inputs, if anything is
 
@@ -76,9 +75,12 @@ class Runner:
                 compiled = _compiled(self.module, inputs)
                 agrees = agree(compiled(*inputs), expected)
         except Exception as error:  # no compiler, or one that fails: there is nothing to lose but time
-            logger.debug("not compiled: %s", error)
+            fallback("not compiled", error)
+            return
+        if agrees:
+            self._compiled = compiled
         else:
-            self._compiled = compiled if agrees else None
+            fallback("not compiled: the compiled code gave other values")
 
 
 @contextmanager
@@ -107,12 +109,12 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
     for node in graph.nodes:
         node.meta.clear()  # of several recordings, whose examples do not go together
     bare = fx.GraphModule(module, graph)
-    for options in ({"compile_threads": 1, "cpp_wrapper": True}, {"compile_threads": 1}):
-        try:
-            return inductor.compile(bare, list(inputs), options=options)  # type: ignore[arg-type, return-value]
-        except Exception as error:
-            reason = error
-    raise reason
+    options: dict[str, Any] = {"compile_threads": 1}
+    try:
+        return inductor.compile(bare, list(inputs), options={**options, "cpp_wrapper": True})  # type: ignore[arg-type, return-value]
+    except Exception as error:  # whatever the compiler, or the code that it made, may raise
+        fallback("compiled with a wrapper in Python", error)
+    return inductor.compile(bare, list(inputs), options=options)  # type: ignore[arg-type, return-value]
 
 
 def pays_at(modules: Sequence[fx.GraphModule]) -> int:

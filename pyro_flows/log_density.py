@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import pyro
@@ -14,11 +14,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, fx
 
 from pyro_flows import _checks
-from pyro_flows.batching import apart, first_line, join, nearer, quiet, where_possible
+from pyro_flows._fallbacks import fallback, first_line
+from pyro_flows.batching import advice, apart, batch, join, nearer, quiet, where_possible
 from pyro_flows.enumeration import Enumerate, Evaluator
 from pyro_flows.randomness import BatchedDraws, derive, seeded
 from pyro_flows.recorder import Recorder, rows_for
 from pyro_flows.sites import Place, Resample, Structure, flatten_all, hold, messages, read_structure
+from pyro_flows.writes import Batchable, FindWrites, Places
 
 MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
 
@@ -88,6 +90,7 @@ class LogDensity:
         self.evaluations = 0
         self.batched = True
         self._unbatched: str | None = None
+        self._writes: Places | None = None  # in tensors that the model makes
         self._evaluator: Evaluator | None = None
         numbers = max(self.dim, sum(value.numel() for value in self.structure.observed.values()))
         self._rows = rows_for(numbers, MAPPED)
@@ -105,10 +108,14 @@ class LogDensity:
         if resample:
             model = Resample()(model)
         place = Place(self.structure.latents, z)
-        with apart(), place:
+        with apart(), place, self._writing(z):
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         self._check_sites(trace, place)
         return trace, sum((ladj.sum() for _, ladj in place.placed.values()), z.new_zeros(()))
+
+    def _writing(self, z: Tensor) -> AbstractContextManager[Any]:
+        """Give tensors that the model writes into the batch axis of ``z``, if it has one."""
+        return nullcontext() if self._writes is None else Batchable(self._writes, z)
 
     def _check_sites(self, trace: poutine.Trace, place: Place) -> None:
         """Refuse models whose latents come and go: a new one would be drawn at random, a lost one have no density."""
@@ -151,17 +158,34 @@ class LogDensity:
                     f"model: its log density is random, {single[worst]:.6g} and {again[worst]:.6g} at one point. Take "
                     "random numbers out of the model, or train a guide such as AutoRealNVP with Pyro's own SVI."
                 )
-            try:
-                batched = torch.func.vmap(self.single)(points)
-            except Exception as error:
-                self.batched, self._unbatched = False, f"not batched: {first_line(error)}"
-                return
+            self._unbatched = self._why_unbatched(points, single)
+            if self._unbatched is not None:
+                with FindWrites() as found:
+                    self.single(points[0])
+                if found.places.made or found.places.numpy:
+                    self._writes = found.places
+                    self._unbatched = self._why_unbatched(points, single)
+        if self._unbatched is not None:
+            self.batched, self._writes = False, None
+            self._unbatched = f"{self._unbatched}. {advice(self._unbatched)}"
+            fallback(self._unbatched)
+            logger.warning("%s", self._unbatched)
+
+    def _why_unbatched(self, points: Tensor, single: Tensor) -> str | None:
+        """Return why values and gradients cannot be had for many points at once; None if they can."""
+        try:
+            _, batched = batch(torch.func.grad_and_value(self.single))(points)
+        except torch.linalg.LinAlgError:
+            raise
+        except Exception as error:  # a model's own code may raise anything
+            return f"not batched: {first_line(error)}"
         if not torch.allclose(single, batched, rtol=1e-3, atol=1e-3, equal_nan=True):
-            self.batched, self._unbatched = False, "not batched: vmap gave other values than single runs"
+            return "not batched: vmap gave other values than single runs"
+        return None
 
     # batches ------------------------------------------------------------------------------------------------------
 
-    def map(self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "error") -> Any:
+    def map(self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "same") -> Any:
         """Apply a function of one point to all rows of ``z``, in chunks; results (dicts of tensors) are stacked."""
         with quiet():
             if self.batched:
@@ -170,9 +194,9 @@ class LogDensity:
                     with BatchedDraws() if randomness == "different" else nullcontext():
                         return join((batched(part) for part in z.split(self._rows)), len(z))
                 except RuntimeError as error:
-                    if randomness == "error":
+                    if randomness == "same":
                         raise
-                    logger.debug("drawing one by one: %s", error)
+                    fallback("drawn one by one", error)
             return join((_one_row(function(row)) for row in z), len(z))
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -236,7 +260,7 @@ class LogDensity:
     def _gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Both for the rows of ``z``, in pieces like those of :meth:`map`."""
         with torch.no_grad(), quiet():
-            run = torch.func.vmap(torch.func.grad_and_value(self.single))
+            run = batch(torch.func.grad_and_value(self.single))
             parts = [run(part) for part in z.split(self._rows)]
         grad, value = (torch.cat(part) for part in zip(*parts, strict=True))
         return value, grad

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flows.batching import first_line
+from pyro_flows._fallbacks import fallback, first_line
 from pyro_flows.convergence import Monitor
 from pyro_flows.flows import Flow
 from pyro_flows.log_density import LogDensity
@@ -204,8 +204,9 @@ class Trainer:
         try:
             self._step = Step(self.flow, self.density, like, self.weights, self._views, compile=self.compile)
             self.evaluation = "recorded"
-        except Exception as error:
+        except Exception as error:  # a layer's own code may raise anything
             self.evaluation = f"eager: {first_line(error)}"
+            fallback("trained by autograd", error)
 
 
 @dataclass
