@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, fx
 
 from pyro_flows._fallbacks import fallback
-from pyro_flows.graphs import LIKE, agree, graph_module, is_aten, is_pure, name_of, sweep
+from pyro_flows.graphs import LIKE, agree, copy_graph, graph_module, is_aten, is_pure, name_of, sweep
 
 # what a processor of 2026 took, in seconds (docs/performance.md); rules by clocks would make results depend on the load
 COMPILE_START = 3.0  # to compile anything, in a process that has not done so yet
 COMPILE_NODE = 0.02  # more for each operation
 SAVED_NODE = 7.0e-7  # a run saves for each operation,
 SAVED_NUMBER = 3.0e-10  # and for each number that it writes
+COMPILE_NODES = 5000  # operations at most: Inductor's time grows faster than their number
 
 
 class Runner:
@@ -101,8 +102,7 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
     """Compile by Inductor, with a wrapper in C++ where it can be had: a call of it costs less than one in Python."""
     import torch._inductor as inductor
 
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
+    graph = copy_graph(module.graph)
     for node in list(graph.nodes):
         _turn(node)  # a seventh of the time of a step of 256 particles
     sweep(graph)
@@ -118,8 +118,10 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
 
 
 def pays_at(modules: Sequence[fx.GraphModule]) -> int:
-    """Return after how many runs of all these graphs compiling them would have saved half of what it costs."""
+    """Return after how many runs of all these graphs compiling them would have saved half of what it costs; 0: never."""
     called = [node for module in modules for node in module.graph.nodes if node.op == "call_function"]
+    if len(called) > COMPILE_NODES:
+        return 0
     values = (node.meta.get("val") for node in called)
     written = sum(value.numel() for value in values if isinstance(value, Tensor))
     cost = COMPILE_START + COMPILE_NODE * len(called)
@@ -147,8 +149,7 @@ def quicken(module: fx.GraphModule) -> Callable[..., Any]:
 
     Call it without autograd. What it computes is the same but for rounding; whoever records checks that.
     """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
+    graph = copy_graph(module.graph)
     quick = graph_module(module, graph)
     if is_pure(module) and not any(node.target is _aten.as_strided.default for node in graph.nodes):
         for node in list(graph.nodes):

@@ -21,6 +21,33 @@ def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return _LazyGraphModule(root, graph)
 
 
+def new_node(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """Add an operation; its arguments are given afterwards, since torch.fx takes half of its time to look into them."""
+    node = graph.create_node("call_function", target)
+    node.args = args
+    if kwargs:
+        node.kwargs = kwargs
+    return node
+
+
+def copy_node(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Add a copy of a node of another graph, given those of the nodes before it."""
+    if node.op != "call_function":
+        return graph.node_copy(node, copies.__getitem__)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)  # type: ignore[misc]
+    copy = new_node(graph, node.target, args, kwargs)
+    copy.meta = dict(node.meta)
+    return copy
+
+
+def copy_graph(source: fx.Graph) -> fx.Graph:
+    """Return a copy of a graph."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in source.nodes:
+        copies[node] = copy_node(graph, node, copies)
+    return graph
+
+
 class Stitcher:
     """Puts recorded graphs together into one: each is added with nodes of those before as its inputs.
 
@@ -63,7 +90,7 @@ class Stitcher:
             elif node.op == "get_attr":
                 copies[node] = self.constant(getattr(module, node.target))
             else:
-                copies[node] = self.graph.node_copy(node, copies.__getitem__)
+                copies[node] = copy_node(self.graph, node, copies)
         raise ValueError("module: expected a graph that returns something.")
 
     def call(self, operation: Callable[..., Any], arguments: tuple[Any, ...], like: Tensor) -> fx.Node:

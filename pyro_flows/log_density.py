@@ -193,6 +193,8 @@ class LogDensity:
                     batched = torch.func.vmap(function, randomness=randomness)
                     with BatchedDraws() if randomness == "different" else nullcontext():
                         return join((batched(part) for part in z.split(self._rows)), len(z))
+                except (torch.linalg.LinAlgError, NotImplementedError):
+                    raise  # of these points, and of a distribution without a sampler: no better one by one
                 except RuntimeError as error:
                     if randomness == "same":
                         raise

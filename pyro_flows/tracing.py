@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_flows.graphs import LIKE, graph_module, out_of_place, sweep, tidy
+from pyro_flows.graphs import LIKE, graph_module, new_node, out_of_place, sweep, tidy
 
 FOLDED = 2**16  # numbers in a constant that may be computed from smaller ones
 ALIKE = 2**12  # numbers in a constant that is compared with others
@@ -223,13 +223,13 @@ class _Tape(TorchDispatchMode):
                 "a number is taken out of a tensor that depends on the latents (float(), int(), .item(), if, numpy)"
             )
         named = {name: self._argument(part) for name, part in kwargs.items()}
-        node = self._graph.create_node("call_function", func, tuple(map(self._argument, args)), named)
+        node = new_node(self._graph, func, tuple(map(self._argument, args)), named)
         if isinstance(result, Tensor):
             self._tag(result, node, depends)
         elif isinstance(result, (tuple, list)):
             for place, part in enumerate(result):
                 if isinstance(part, Tensor):
-                    item = self._graph.create_node("call_function", operator.getitem, (node, place), {})
+                    item = new_node(self._graph, operator.getitem, (node, place), {})
                     self._tag(part, item, depends)
 
     def _argument(self, value: Any) -> Any:

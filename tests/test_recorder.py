@@ -88,6 +88,7 @@ def test_compiling_waits_until_it_pays(monkeypatch):
     assert asked == [3]
 
 
+@pytest.mark.falls_back
 def test_without_a_compiler_everything_works(monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no C++ compiler")
@@ -102,6 +103,7 @@ def test_without_a_compiler_everything_works(monkeypatch):
     assert not runner.compiled
 
 
+@pytest.mark.falls_back
 def test_compiled_code_that_gives_other_numbers_is_not_used(monkeypatch):
     import torch._inductor
 
@@ -152,6 +154,7 @@ def test_results_belong_to_the_caller():
         same.neg_()
 
 
+@pytest.mark.falls_back
 def test_forgetting_gives_recording_another_try():
     broken = [True]
 
