@@ -44,10 +44,13 @@ def advice(reason: str) -> str:
 
 
 REMEDIES = {
+    "data-dependent control flow": "it takes a number out of a latent (.item(), float()) or branches on one: keep it a "
+    "tensor, and write `if` as torch.where, or as a mixture",
+    ".item()": "it takes a number out of a latent (.item(), float()): keep it a tensor",
+    "in-place": "x[t] = ... writes into a tensor from outside of the model: make it in the model, or build a list and "
+    "torch.stack it",
     "inplace": "x[t] = ... writes into a tensor from outside of the model: make it in the model, or build a list and "
     "torch.stack it",
-    ".item()": "it takes a number out of a latent (.item(), float()): keep it a tensor",
-    "data-dependent control flow": "it branches on a latent: write `if` as torch.where, or as a mixture",
     "numpy": "it hands a latent to numpy: use the torch functions of the same name",
     "storage": "it hands a latent to numpy: use the torch functions of the same name",
     "dynamic shape": "the shape of a value depends on a latent: use torch.where, or a mask, in place of an index",

@@ -164,7 +164,8 @@ class LogDensity:
                     self.single(points[0])
                 if found.places.made or found.places.numpy:
                     self._writes = found.places
-                    self._unbatched = self._why_unbatched(points, single)
+                    if self._why_unbatched(points, single) is None:
+                        self._unbatched = None
         if self._unbatched is not None:
             self.batched, self._writes = False, None
             self._unbatched = f"{self._unbatched}. {advice(self._unbatched)}"
@@ -303,7 +304,8 @@ class LogDensity:
                 raise ValueError(f"values[{latent.name!r}]: expected shape (S, *{tuple(latent.shape)}), got {got}.")
 
         def flat(row: dict[str, Tensor]) -> Tensor:
-            return flatten_all(self.structure, row, lambda: self.model(*self.args, **self.kwargs))
+            with self._writing(row[self.names[0]]):
+                return flatten_all(self.structure, row, lambda: self.model(*self.args, **self.kwargs))
 
         with torch.no_grad(), quiet():
             if self.batched:
@@ -355,8 +357,8 @@ class LogDensity:
         _checks.integer("draws", draws, 1)
         names = (*self.names, *self.structure.deterministic, *self.structure.observed)
 
-        def draw(_: Tensor) -> dict[str, Tensor]:
-            with apart():
+        def draw(row: Tensor) -> dict[str, Tensor]:
+            with apart(), self._writing(row):
                 trace = poutine.trace(Resample()(self.model)).get_trace(*self.args, **self.kwargs)
             return {name: messages(trace)[name]["value"] for name in names}
 

@@ -276,7 +276,7 @@ class _Tape(TorchDispatchMode):
         return value.shape, value.dtype, value.device, numbers
 
     def _attribute(self, value: Tensor) -> fx.Node:
-        name = f"constant_{len(self._outside)}"
+        name = f"constant_{len(self._root._buffers) + len(self._root._parameters)}"
         if isinstance(value, nn.Parameter):
             self._root.register_parameter(name, value)
         else:

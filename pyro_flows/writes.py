@@ -108,9 +108,9 @@ class Batchable(TorchFunctionMode):
         self.places, self.like = places, like
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _TO_NUMPY:
+        if func in _TO_NUMPY and not _functorch.is_batchedtensor(_bare(args[0])):
             with temporarily_clear_interpreter_stack():
-                return func(_bare(args[0]), *args[1:], **(kwargs or {}))
+                return func(_bare(args[0]).detach(), *args[1:], **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             place = _place()
@@ -126,7 +126,7 @@ def _bare(value: Tensor) -> Tensor:
     """Return the tensor inside of the wrappers of ``torch.func``; a batch keeps its own."""
     while _functorch.is_functorch_wrapped_tensor(value) and not _functorch.is_batchedtensor(value):
         value = _functorch.get_unwrapped(value)
-    return value.detach()
+    return value
 
 
 def _place() -> Place:
