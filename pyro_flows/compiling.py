@@ -118,7 +118,7 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
 
 
 def pays_at(modules: Sequence[fx.GraphModule]) -> int:
-    """Return after how many runs of all these graphs compiling them would have saved half of what it costs; 0: never."""
+    """Return after how many runs of all graphs compiling them would have saved half of what it costs; 0 for never."""
     called = [node for module in modules for node in module.graph.nodes if node.op == "call_function"]
     if len(called) > COMPILE_NODES:
         return 0

@@ -17,7 +17,7 @@ LIKE = ("ones_like", "zeros_like", "empty_like", "full_like")
 
 
 def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """Return a graph as a module, whose Python code is not written before it is called: most are made part of others."""
+    """Return a graph as a module. Its Python code is written when it is called: most are made part of others."""
     return _LazyGraphModule(root, graph)
 
 

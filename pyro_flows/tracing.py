@@ -76,9 +76,7 @@ def _functionalized(function: Callable[..., Any], inputs: tuple[Tensor, ...]) ->
     return recorded
 
 
-def _run(
-    function: Callable[..., Any], inputs: tuple[Tensor, ...], changed: frozenset[int] = frozenset()
-) -> _Recorded:
+def _run(function: Callable[..., Any], inputs: tuple[Tensor, ...], changed: frozenset[int] = frozenset()) -> _Recorded:
     tape = _Tape(changed)
     given = [tape.input(part) for part in inputs]
     with torch.autograd.set_multithreading_enabled(False), tape:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from types import CodeType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack

@@ -9,10 +9,6 @@ from pyro_flows._fallbacks import strict
 pytest.register_assert_rewrite("tests.invariants", "tests.state_invariants")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "falls_back: a slower way is taken, and meant to be")
-
-
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(20240229)

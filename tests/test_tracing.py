@@ -1,4 +1,4 @@
-"""Models as users write them: numbers taken from data, loops, writes in place, sequential plates, modules with priors."""
+"""Models as users write them: numbers of data, loops, writes in place, sequential plates, modules with priors."""
 
 import math
 import re
