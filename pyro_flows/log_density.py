@@ -35,7 +35,8 @@ class LogDensity:
     The model is a black box: whatever Pyro can score, this can, written for batches or not. Runs are batched with
     ``torch.func.vmap``; models that cannot be (``.item()`` of a latent, branches on one) are run draw by draw, and
     :attr:`reason`, which is logged as a warning, says why, what it costs and what to change. Numbers may be taken out
-    of data, and tensors that the model makes may be written into. Discrete latents marked for parallel enumeration are summed out.
+    of data, and tensors that the model makes may be written into. Discrete latents marked for parallel enumeration are
+    summed out.
     :meth:`value_and_grad` records the computation as one flat graph, checks it at new points, and falls back to
     ordinary evaluation where recording fails.
 
