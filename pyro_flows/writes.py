@@ -29,6 +29,7 @@ class Places(NamedTuple):
 class FindWrites(TorchFunctionMode):
     """Inside, sees which tensors are changed in place: ``x = torch.zeros(T)`` and then ``x[t] = ...``.
 
+    >>> import torch
     >>> with FindWrites() as found:
     ...     x = torch.zeros(2)
     ...     x[0] = torch.ones(3).sum()
