@@ -56,6 +56,39 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def batch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of one point as a function of many.
+
+    Random numbers are the same at all of them: what is batched does not depend on any, though a model may draw some,
+    as one does that makes a module with priors.
+    """
+    return torch.func.vmap(function, randomness="same")
+
+
+def advice(reason: str) -> str:
+    """Say what it costs that a model cannot be batched for some reason, and what to change in it."""
+    cost = "It is run draw by draw, which takes about as many times longer as there are draws (40 times, with 64)"
+    for word, remedy in REMEDIES.items():
+        if word in reason:
+            return f"{cost}; {remedy}."
+    return f"{cost}; write it with tensor operations that torch.func.vmap can batch."
+
+
+REMEDIES = {
+    "data-dependent control flow": "it takes a number out of a latent (.item(), float()) or branches on one: keep it a "
+    "tensor, and write `if` as torch.where, or as a mixture",
+    ".item()": "it takes a number out of a latent (.item(), float()): keep it a tensor",
+    "in-place": "x[t] = ... writes into a tensor from outside of the model: make it in the model, or build a list and "
+    "torch.stack it",
+    "inplace": "x[t] = ... writes into a tensor from outside of the model: make it in the model, or build a list and "
+    "torch.stack it",
+    "numpy": "it hands a latent to numpy: use the torch functions of the same name",
+    "storage": "it hands a latent to numpy: use the torch functions of the same name",
+    "dynamic shape": "the shape of a value depends on a latent: use torch.where, or a mask, in place of an index",
+    "random operation": "it draws random numbers: take them out of the model",
+}
+
+
 @contextmanager
 def apart() -> Iterator[None]:
     """Run a model apart from a Pyro program that may be running around it: unseen by its handlers, and with all plate
@@ -139,7 +172,3 @@ def _filled(pieces: Iterable[dict[str, Tensor]], first: dict[str, Tensor], rows:
             whole[name][done : done + len(part)] = part
         done += max(map(len, piece.values()), default=0)
     return whole
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

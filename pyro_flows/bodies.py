@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from pyro_flows.graphs import nearby, record
+from pyro_flows.graphs import graph_module, nearby, sweep
+from pyro_flows.tracing import record
 from pyro_flows.transforms.base import Bijection
 
 BODIES_KEPT = 64
@@ -171,5 +172,5 @@ def _part(source: fx.GraphModule, inputs: list[fx.Node], outputs: list[Any]) -> 
         if node.op in ("call_function", "get_attr") and node not in copies and known:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in outputs))
-    part.eliminate_dead_code()
-    return fx.GraphModule(source, part)
+    sweep(part)
+    return graph_module(source, part)

@@ -1,16 +1,16 @@
 r"""Non-centred coordinates: a site's location and scale taken out, where they depend on other latents.
 
-The coordinate u of an unconstrained value y with prior location m and scale s is (y - m) / s. Where the data say something
-about y, it is taken out as well. With a precision t and a centre c, as if c had been observed with variance 1 / t,
+The coordinate u of an unconstrained value y with prior location m and scale s is (y - m) / s. What the data say about y
+is taken out as well. With a precision t and a centre c, as if c had been observed with variance 1 / t,
 
 .. math:: y = m' + s' u, \qquad s'^{-2} = s^{-2} + t, \qquad m' = s'^2\,(m / s^2 + t\,c).
 
-Given location and scale, u is then about standard normal, whatever they are: non-centred in the neck of a funnel, where s
-is small, and centred where s is large. t = 0 is non-centred everywhere. For a multivariate normal with covariance
+Given location and scale, u is then about standard normal, whatever they are. It is non-centred in the neck of a
+funnel, where s is small, and centred where s is large. t = 0 is non-centred everywhere. For a multivariate normal with covariance
 :math:`\Sigma = L L^\top` and precisions T (a diagonal), :math:`\Sigma'^{-1} = \Sigma^{-1} + T` in the same way.
 
-This is the degree of centring of Gorinova, Moore and Hoffman 2020, "Automatic Reparameterisation of Probabilistic Programs"
-(arXiv 1906.03028), made a function of the scale.
+This is the degree of centring of Gorinova, Moore and Hoffman 2020, "Automatic Reparameterisation of Probabilistic
+Programs" (arXiv 1906.03028), made a function of the scale.
 """
 
 from __future__ import annotations

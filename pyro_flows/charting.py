@@ -27,8 +27,9 @@ STARTED_FROM = 512  # draws by which a start is carried over
 def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tuple[LogDensity, Start | None, list[str]]:
     """Return the log density with charts for angles and heavy tails, the start there, and the coordinates concerned.
 
-    A coordinate is an angle if the density has a period of one turn along it, and is not constant. It has heavy tails if,
-    from the middle of the prior, the density falls off like a power of the distance. A start is carried over by its draws.
+    A coordinate is an angle if the density has a period of one turn along it, and is not constant. It has heavy tails
+    if, from the middle of the prior, the density falls off like a power of the distance. A start is carried over by its
+    draws.
     """
     if not density.batched:
         return density, start, []

@@ -65,7 +65,7 @@ Chart = Circle | Heavy
 
 
 def read_chart(given: Mapping[str, Any], shape: torch.Size, like: Tensor) -> Chart | None:
-    """Make a chart from plain numbers, with the shape of a site and dtype and device of ``like``; None if there is none.
+    """Make a chart from plain numbers, with a site's shape, and dtype and device of ``like``; None if there is none.
 
     Raises:
         KeyError, RuntimeError, TypeError: for numbers that are missing or do not fit.

@@ -122,7 +122,7 @@ def fit_command(
     runs: Annotated[int, typer.Option(min=1, help="Independent runs that are compared.")] = 1,
     seed: Seed = 0,
     max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Bound on optimisation steps; 6000 or, in many dimensions, more otherwise.")
+        int | None, typer.Option(min=1, help="Bound on optimisation steps; by default 6000, more in many dimensions.")
     ] = None,
     max_seconds: Seconds = None,
     escalate: Annotated[bool, typer.Option(help="Go on with larger batches and more layers where needed.")] = True,

@@ -12,15 +12,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.graphs import LIKE, agree, is_aten, is_pure, name_of
+from pyro_flows._fallbacks import fallback
+from pyro_flows.graphs import LIKE, agree, copy_graph, graph_module, is_aten, is_pure, name_of, sweep
 
 # what a processor of 2026 took, in seconds (docs/performance.md); rules by clocks would make results depend on the load
 COMPILE_START = 3.0  # to compile anything, in a process that has not done so yet
 COMPILE_NODE = 0.02  # more for each operation
 SAVED_NODE = 7.0e-7  # a run saves for each operation,
 SAVED_NUMBER = 3.0e-10  # and for each number that it writes
-
-logger = logging.getLogger("pyro_flows")
+COMPILE_NODES = 5000  # operations at most: Inductor's time grows faster than their number
 
 
 class Runner:
@@ -60,8 +60,8 @@ class Runner:
         if self._compiled is not None:
             try:
                 return self._compiled(*inputs)
-            except RuntimeError:
-                logger.debug("recorded code in place of compiled code", exc_info=True)
+            except RuntimeError as error:
+                fallback("recorded code in place of compiled code", error)
         with torch.inference_mode():  # an operation takes a tenth less time
             return self._recorded(*inputs)  # which says what is wrong with these inputs, if anything is
 
@@ -76,9 +76,12 @@ class Runner:
                 compiled = _compiled(self.module, inputs)
                 agrees = agree(compiled(*inputs), expected)
         except Exception as error:  # no compiler, or one that fails: there is nothing to lose but time
-            logger.debug("not compiled: %s", error)
+            fallback("not compiled", error)
+            return
+        if agrees:
+            self._compiled = compiled
         else:
-            self._compiled = compiled if agrees else None
+            fallback("not compiled: the compiled code gave other values")
 
 
 @contextmanager
@@ -99,25 +102,26 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
     """Compile by Inductor, with a wrapper in C++ where it can be had: a call of it costs less than one in Python."""
     import torch._inductor as inductor
 
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
+    graph = copy_graph(module.graph)
     for node in list(graph.nodes):
         _turn(node)  # a seventh of the time of a step of 256 particles
-    graph.eliminate_dead_code()
+    sweep(graph)
     for node in graph.nodes:
         node.meta.clear()  # of several recordings, whose examples do not go together
     bare = fx.GraphModule(module, graph)
-    for options in ({"compile_threads": 1, "cpp_wrapper": True}, {"compile_threads": 1}):
-        try:
-            return inductor.compile(bare, list(inputs), options=options)  # type: ignore[arg-type, return-value]
-        except Exception as error:
-            reason = error
-    raise reason
+    options: dict[str, Any] = {"compile_threads": 1}
+    try:
+        return inductor.compile(bare, list(inputs), options={**options, "cpp_wrapper": True})  # type: ignore[arg-type, return-value]
+    except Exception as error:  # whatever the compiler, or the code that it made, may raise
+        fallback("compiled with a wrapper in Python", error)
+    return inductor.compile(bare, list(inputs), options=options)  # type: ignore[arg-type, return-value]
 
 
 def pays_at(modules: Sequence[fx.GraphModule]) -> int:
-    """Return after how many runs of all these graphs compiling them would have saved half of what it costs."""
+    """Return after how many runs of all graphs compiling them would have saved half of what it costs; 0 for never."""
     called = [node for module in modules for node in module.graph.nodes if node.op == "call_function"]
+    if len(called) > COMPILE_NODES:
+        return 0
     values = (node.meta.get("val") for node in called)
     written = sum(value.numel() for value in values if isinstance(value, Tensor))
     cost = COMPILE_START + COMPILE_NODE * len(called)
@@ -145,20 +149,19 @@ def quicken(module: fx.GraphModule) -> Callable[..., Any]:
 
     Call it without autograd. What it computes is the same but for rounding; whoever records checks that.
     """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    quick = fx.GraphModule(module, graph)
+    graph = copy_graph(module.graph)
+    quick = graph_module(module, graph)
     if is_pure(module) and not any(node.target is _aten.as_strided.default for node in graph.nodes):
         for node in list(graph.nodes):
             value = _value(node)
             if isinstance(value, Tensor) and value.device.type == "cpu":
                 _hasten(quick, node, value)
             _turn(node)
-        graph.eliminate_dead_code()
+        sweep(graph)
     for node in graph.nodes:
         if is_aten(node):
             _bind(node)
-    quick.recompile()
+    quick = fx.GraphModule(quick, graph)
     constants = dict(quick.named_buffers())
     quick._buffers.clear()
     quick.__dict__.update(constants)  # plain attributes, which Python finds at once

@@ -1,11 +1,11 @@
 r"""The choice of coordinates: what the data say of each element of a hierarchical site, learnt on the ELBO.
 
-Non-centred sites can have coordinates that take out what the data say as well (:mod:`pyro_flows.centring`): precisions t
-and centres c, an element at a time. A normal distribution with a diagonal covariance is fitted to the posterior, and t and
-c with it, since the ELBO is a function of all of them. They are then frozen. The normal is a good start for a flow.
+Non-centred sites can have coordinates that take out what the data say as well (:mod:`pyro_flows.centring`): precisions
+t and centres c, an element at a time. A normal distribution with a diagonal covariance is fitted to the posterior, and
+t and c with it, since the ELBO is a function of all of them. They are then frozen. The normal is a good start for a flow.
 
-Reference: Gorinova, Moore and Hoffman 2020, "Automatic Reparameterisation of Probabilistic Programs" (arXiv 1906.03028),
-who learn a degree of centring in this way.
+Reference: Gorinova, Moore and Hoffman 2020, "Automatic Reparameterisation of Probabilistic Programs" (arXiv
+1906.03028), who learn a degree of centring in this way.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows.batching import quiet, where_possible
+from pyro_flows.batching import batch, quiet, where_possible
 from pyro_flows.centring import Information
 from pyro_flows.initial import PRIOR_DRAWS, Start, prior_draws, spread_of
 from pyro_flows.log_density import LogDensity
@@ -114,7 +114,7 @@ class _Family:
 
     def _gradients(self, points: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), quiet(), self.density.clock.watching():
-            grad, value = torch.func.vmap(torch.func.grad_and_value(self._single))(points)
+            grad, value = batch(torch.func.grad_and_value(self._single))(points)
         return value, grad
 
     def look(self, z: Tensor, said: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_flows.batching import quiet
+from pyro_flows.batching import batch, quiet
 from pyro_flows.log_density import LogDensity
 
 FULL_HESSIAN_UP_TO = 200
@@ -55,7 +55,7 @@ def _hessians(density: LogDensity, points: Tensor) -> Tensor:
     if density.batched:
         try:
             with torch.no_grad(), quiet(), density.clock.watching():
-                found = torch.func.vmap(torch.func.jacrev(torch.func.grad(density.single)))(points)
+                found = batch(torch.func.jacrev(torch.func.grad(density.single)))(points)
             density.evaluations += points.numel()
             return found
         except RuntimeError:

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset, TensorDataset
 
+from pyro_flows._fallbacks import first_line
 from pyro_flows._files import Bundle, damaged, digest, replace_file
-from pyro_flows.batching import first_line
 from pyro_flows.density_data import CHUNK, Levels, Rows, Source
 from pyro_flows.density_schedule import Plan
 from pyro_flows.density_training import Ascent

@@ -13,6 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._fallbacks import fallback
 from pyro_flows.batching import alone, quiet, usable
 from pyro_flows.guides import AutoFlow
 from pyro_flows.log_density import LogDensity
@@ -244,6 +245,7 @@ def _repeat(function: Callable[[Tensor], dict[str, Tensor]], count: int) -> dict
     try:
         with BatchedDraws():
             return torch.func.vmap(function, randomness="different")(torch.zeros(count))
-    except Exception:
+    except RuntimeError as error:  # what vmap cannot batch
+        fallback("drawn one by one", error)
         rows = [function(torch.zeros(())) for _ in range(count)]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

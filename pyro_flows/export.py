@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyro_flows.posterior import Posterior
 
 PRIOR_DRAWS = 500
+UNDRAWABLE = (NotImplementedError, RuntimeError, ValueError)  # from distributions that have no sampler
 PACKAGES = ("pyro-ppl", "torch", "arviz-base", "arviz-stats")
 
 logger = logging.getLogger("pyro_flows")
@@ -130,11 +131,11 @@ def _predictive(labels: Labels, density: LogDensity, z: Tensor, seed: int) -> di
     structure, groups = density.structure, {}
     try:
         groups["posterior_predictive"] = _stack(labels, density.predictive(z, seed=seed), labels.observed)
-    except Exception as error:
+    except UNDRAWABLE as error:
         logger.warning("no posterior_predictive: %s: %s", type(error).__name__, error)
     try:
         prior = density.prior(PRIOR_DRAWS, seed=seed)
-    except Exception as error:
+    except UNDRAWABLE as error:
         logger.warning("no prior: %s: %s", type(error).__name__, error)
         return groups
     if prior is not None:

@@ -82,7 +82,8 @@ def fit(
             many are judged by.
         seed: of all randomness; one seed, one answer. Torch's global generator is left as it was.
         max_steps: bound on the optimisation steps of a run, 64 gradient evaluations each (256 from the second round
-            on); by default 6000, and more above 50 dimensions, up to twice as many at 200; the short race of step sizes comes on top.
+            on); by default 6000, and more above 50 dimensions, twice as many from 200 on; the short race of step sizes
+            comes on top.
         max_seconds: bound on the seconds of the whole call, above zero: starts, races, training, the search for modes
             and the final draws. It is kept within a second or a fifth, unless a single run of the model takes longer.
             What there is by then is judged, by fewer draws if need be, and the verdict says what was cut. Time spent

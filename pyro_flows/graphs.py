@@ -1,4 +1,4 @@
-"""Flat graphs of tensor operations: recording, tidying, and running them with little Python in between."""
+"""Flat graphs of tensor operations: put together, tidied and compared."""
 
 from __future__ import annotations
 
@@ -8,28 +8,44 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 _aten = torch.ops.aten
 _SAME = (_aten.detach.default, _aten.alias.default)
 _BY_ONE = (_aten.mul.Scalar, _aten.pow.Tensor_Scalar)
 LIKE = ("ones_like", "zeros_like", "empty_like", "full_like")
-FOLDED = 2**16  # numbers in a constant that may be computed from smaller ones
 
 
-def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
-    """Record the tensor operations of ``function`` at ``inputs``, without those that repeat others or only constants.
+def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Return a graph as a module. Its Python code is written when it is called: most are made part of others."""
+    return _LazyGraphModule(root, graph)
 
-    Tensors that are no inputs are constants; what depends on them alone is computed here and now, unless they are
-    parameters, which stay what they are at each run. Inputs that are one tensor would become one input of the graph.
-    """
-    module = make_fx(lambda *parts: function(*parts))(*inputs)  # bound methods confuse it
-    if _out_of_place(module.graph):
-        _tidy(module.graph)
-        _fold(module)
-        _tidy(module.graph)
-    module.graph.eliminate_dead_code()
-    return fx.GraphModule(module, module.graph)  # with those constants only that are used
+
+def new_node(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """Add an operation; its arguments are given afterwards, since torch.fx takes half of its time to look into them."""
+    node = graph.create_node("call_function", target)
+    node.args = args
+    if kwargs:
+        node.kwargs = kwargs
+    return node
+
+
+def copy_node(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Add a copy of a node of another graph, given those of the nodes before it."""
+    if node.op != "call_function":
+        return graph.node_copy(node, copies.__getitem__)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)  # type: ignore[misc]
+    copy = new_node(graph, node.target, args, kwargs)
+    copy.meta = dict(node.meta)
+    return copy
+
+
+def copy_graph(source: fx.Graph) -> fx.Graph:
+    """Return a copy of a graph."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in source.nodes:
+        copies[node] = copy_node(graph, node, copies)
+    return graph
 
 
 class Stitcher:
@@ -37,6 +53,7 @@ class Stitcher:
 
     They must not change tensors in place, see :func:`is_pure`.
 
+    >>> from pyro_flows.tracing import record
     >>> double = record(lambda x: (x + x,), torch.ones(2))
     >>> whole = Stitcher()
     >>> (twice,) = whole.add(double, [whole.input(torch.ones(2))])
@@ -73,7 +90,7 @@ class Stitcher:
             elif node.op == "get_attr":
                 copies[node] = self.constant(getattr(module, node.target))
             else:
-                copies[node] = self.graph.node_copy(node, copies.__getitem__)
+                copies[node] = copy_node(self.graph, node, copies)
         raise ValueError("module: expected a graph that returns something.")
 
     def call(self, operation: Callable[..., Any], arguments: tuple[Any, ...], like: Tensor) -> fx.Node:
@@ -96,11 +113,11 @@ class Stitcher:
     def finish(self, outputs: Sequence[fx.Node]) -> fx.GraphModule:
         """Return the whole, without what is computed twice or not used."""
         self.graph.output(tuple(outputs))
-        _tidy(self.graph)
+        tidy(self.graph)
         for node in list(self.graph.nodes):
             self._reorder(node)
-        self.graph.eliminate_dead_code()
-        return fx.GraphModule(self._constants, self.graph)
+        sweep(self.graph)
+        return graph_module(self._constants, self.graph)
 
     def _reorder(self, node: fx.Node) -> None:
         """Merge constant orders, one after the other, into one; undo one by its inverse, not by adding to zeros."""
@@ -153,7 +170,7 @@ def nearby(x: Tensor) -> Tensor:
 
 def is_pure(module: fx.GraphModule) -> bool:
     """Whether no operation of a graph changes a tensor in place."""
-    return not any(is_aten(node) and node.target._schema.is_mutable for node in module.graph.nodes)  # type: ignore[union-attr]
+    return not any(map(_changes, module.graph.nodes))
 
 
 def agree(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
@@ -167,11 +184,11 @@ def agree(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
     return all(close(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def _out_of_place(graph: fx.Graph) -> bool:
+def out_of_place(graph: fx.Graph) -> bool:
     """Replace operations that change a tensor by ones that return a new tensor; return whether none is left."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if not (is_aten(node) and node.target._schema.is_mutable):
+        if not _changes(node):
             continue
         name = name_of(node)
         pure = getattr(getattr(_aten, name.removesuffix("_"), None), node.target._overloadname, None)
@@ -200,7 +217,7 @@ def is_aten(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
 
 
-def _tidy(graph: fx.Graph) -> None:
+def tidy(graph: fx.Graph) -> None:
     """Drop operations that repeat their input; compute equal things once."""
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
@@ -213,41 +230,15 @@ def _tidy(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def _fold(module: fx.GraphModule) -> None:
-    """Compute what depends on constants and shapes alone, unless it takes far more memory than they do."""
-    graph = module.graph
-    known: dict[fx.Node, Tensor] = {}
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            constant = getattr(module, node.target)
-            if not constant.requires_grad:
-                known[node] = constant
-        elif is_aten(node) and _is_pure(node) and (values := _values(node, known)) is not None:
-            with torch.no_grad():
-                value = node.target(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get))  # type: ignore[arg-type, operator]
-            sizes = [] if name_of(node) in LIKE else [part.numel() for part in values.values()]
-            if isinstance(value, Tensor) and value.numel() <= max([FOLDED, *sizes]):
-                known[node] = value
-    for number, (node, value) in enumerate(known.items()):
-        if node.op == "call_function":
-            name = f"_folded_{number}"
-            module.register_buffer(name, value)
-            with graph.inserting_before(node):
-                folded = graph.get_attr(name)
-            folded.meta = dict(node.meta)
-            node.replace_all_uses_with(folded)
+def sweep(graph: fx.Graph) -> None:
+    """Drop what is not used. Changes in place stay; a random number that nobody takes need not be drawn."""
+    for node in reversed(graph.nodes):
+        if not node.users and (node.op == "get_attr" or (node.op == "call_function" and not _changes(node))):
             graph.erase_node(node)
 
 
-def _values(node: fx.Node, known: dict[fx.Node, Tensor]) -> dict[fx.Node, Tensor] | None:
-    """Return the values of a node's inputs, or None if they are not known; of some operations only the shape counts."""
-    sources = node.all_input_nodes
-    if name_of(node) in LIKE and len(sources) == 1:
-        like = sources[0].meta["val"]
-        if like.numel() > FOLDED:
-            return None
-        return {sources[0]: torch.empty(like.shape, dtype=like.dtype, device=like.device)}
-    return {source: known[source] for source in sources} if all(source in known for source in sources) else None
+def _changes(node: fx.Node) -> bool:
+    return is_aten(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
 
 
 def _is_pure(node: fx.Node) -> bool:

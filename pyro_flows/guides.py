@@ -24,7 +24,8 @@ from torch.distributions import constraints
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_flows import _checks
-from pyro_flows.batching import first_line, turn
+from pyro_flows._fallbacks import first_line
+from pyro_flows.batching import turn
 from pyro_flows.builders import BUILDERS, VECTOR_BUILDERS
 from pyro_flows.flows import Flow
 from pyro_flows.mixture import BUILDER, FlowMixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, fx
 
 from pyro_flows import _checks
-from pyro_flows.batching import apart, first_line, join, nearer, quiet, turn, where_possible
+from pyro_flows._fallbacks import fallback, first_line
+from pyro_flows.batching import advice, apart, batch, join, nearer, quiet, turn, where_possible
 from pyro_flows.clock import Clock, unbounded
 from pyro_flows.enumeration import Enumerate, Evaluator
 from pyro_flows.observations import check_values, not_finite
@@ -33,6 +34,7 @@ from pyro_flows.sites import (
     place_all,
     read_structure,
 )
+from pyro_flows.writes import Batchable, FindWrites, Places
 
 MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
 PORTION = 16  # pieces of a recorded graph between two looks at the clock
@@ -46,8 +48,10 @@ class LogDensity:
     .. math:: \log \tilde p(z) = \log p(\theta(z), \text{data}) + \sum_{\text{sites}} \log |d\theta / dz|
 
     The model is a black box: whatever Pyro can score, this can, written for batches or not. Runs are batched with
-    ``torch.func.vmap``; models that cannot be (``.item()``, branches on values) are run draw by draw, and
-    :attr:`reason` says why. Discrete latents marked for parallel enumeration are summed out.
+    ``torch.func.vmap``; models that cannot be (``.item()`` of a latent, branches on one) are run draw by draw, and
+    :attr:`reason`, which is logged as a warning, says why, what it costs and what to change. Numbers may be taken out
+    of data, and tensors that the model makes may be written into. Discrete latents marked for parallel enumeration are
+    summed out.
     :meth:`value_and_grad` records the computation as one flat graph, checks it at new points, and falls back to
     ordinary evaluation where recording fails.
 
@@ -107,6 +111,7 @@ class LogDensity:
         self.clock = unbounded()  # looked at as evaluations go on
         self.batched = True
         self._unbatched: str | None = None
+        self._writes: Places | None = None  # in tensors that the model makes
         self._evaluator: Evaluator | None = None
         self.numbers = max(self.dim, sum(value.numel() for value in self.structure.observed.values()))
         self._rows = rows_for(self.numbers, MAPPED)
@@ -128,7 +133,7 @@ class LogDensity:
         if resample:
             model = Resample()(model)
         place = Place(self.structure.latents if latents is None else latents, z, self._guards)
-        with apart(), place:
+        with apart(), place, self._writing(z):
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         self._check_sites(trace, place)
         return trace, sum((ladj.sum() for _, ladj in place.placed.values()), z.new_zeros(()))
@@ -136,6 +141,10 @@ class LogDensity:
     def trace_at(self, z: Tensor) -> poutine.Trace:
         """Return the trace of the model at one point ``z`` (D,), with enumerated latents along axes of their own."""
         return self._run(z, enumerate_sites=True)[0]
+
+    def _writing(self, z: Tensor) -> AbstractContextManager[Any]:
+        """Give tensors that the model writes into the batch axis of ``z``, if it has one."""
+        return nullcontext() if self._writes is None else Batchable(self._writes, z)
 
     def _check_sites(self, trace: poutine.Trace, place: Place) -> None:
         """Refuse models whose latents come and go: a new one would be drawn at random, a lost one have no density."""
@@ -178,13 +187,31 @@ class LogDensity:
                     f"model: its log density is random, {single[worst]:.6g} and {again[worst]:.6g} at one point. Take "
                     "random numbers out of the model, or train a guide such as AutoRealNVP with Pyro's own SVI."
                 )
-            try:
-                batched = torch.func.vmap(self.single)(points)
-            except Exception as error:
-                self.batched, self._unbatched = False, f"not batched: {first_line(error)}"
-                return
+            self._unbatched = self._why_unbatched(points, single)
+            if self._unbatched is not None:
+                with FindWrites() as found:
+                    self.single(points[0])
+                if found.places.made or found.places.numpy:
+                    self._writes = found.places
+                    if self._why_unbatched(points, single) is None:
+                        self._unbatched = None
+        if self._unbatched is not None:
+            self.batched, self._writes = False, None
+            self._unbatched = f"{self._unbatched}. {advice(self._unbatched)}"
+            fallback(self._unbatched)
+            logger.warning("%s", self._unbatched)
+
+    def _why_unbatched(self, points: Tensor, single: Tensor) -> str | None:
+        """Return why values and gradients cannot be had for many points at once; None if they can."""
+        try:
+            _, batched = batch(torch.func.grad_and_value(self.single))(points)
+        except torch.linalg.LinAlgError:
+            raise
+        except Exception as error:  # a model's own code may raise anything
+            return f"not batched: {first_line(error)}"
         if not torch.allclose(single, batched, rtol=1e-3, atol=1e-3, equal_nan=True):
-            self.batched, self._unbatched = False, "not batched: vmap gave other values than single runs"
+            return "not batched: vmap gave other values than single runs"
+        return None
 
     def under(self, clock: Clock) -> None:
         """Look at ``clock`` as evaluations go on, and compile nothing if it leaves no time for that."""
@@ -199,7 +226,7 @@ class LogDensity:
 
     # batches ------------------------------------------------------------------------------------------------------
 
-    def map(self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "error") -> Any:
+    def map(self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "same") -> Any:
         """Apply a function of one point to all rows of ``z``, in chunks; results (dicts of tensors) are stacked."""
         with quiet(), self.clock.watching():
             if self.batched:
@@ -207,10 +234,12 @@ class LogDensity:
                     batched = torch.func.vmap(function, randomness=randomness)
                     with BatchedDraws() if randomness == "different" else nullcontext():
                         return join((batched(part) for part in self._pieces(z)), len(z))
+                except (torch.linalg.LinAlgError, NotImplementedError):
+                    raise  # of these points, and of a distribution without a sampler: no better one by one
                 except RuntimeError as error:
-                    if randomness == "error":
+                    if randomness == "same":
                         raise
-                    logger.debug("drawing one by one: %s", error)
+                    fallback("drawn one by one", error)
             return join((_one_row(function(row)) for row in self._pieces(z, one_by_one=True)), len(z))
 
     def _pieces(self, z: Tensor, *, one_by_one: bool = False) -> Iterator[Tensor]:
@@ -291,7 +320,7 @@ class LogDensity:
     def _gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Both for the rows of ``z``, in pieces like those of :meth:`map`."""
         with torch.no_grad(), quiet(), self.clock.watching():
-            run = torch.func.vmap(torch.func.grad_and_value(self.single))
+            run = batch(torch.func.grad_and_value(self.single))
             parts = [run(part) for part in self._pieces(z)]
         grad, value = (torch.cat(part) for part in zip(*parts, strict=True))
         return value, grad
@@ -332,7 +361,8 @@ class LogDensity:
                 raise ValueError(f"values[{latent.name!r}]: expected shape (S, *{tuple(latent.shape)}), got {got}.")
 
         def flat(row: dict[str, Tensor]) -> Tensor:
-            return flatten_all(self.structure, row, lambda: self.model(*self.args, **self.kwargs))
+            with self._writing(row[self.names[0]]):
+                return flatten_all(self.structure, row, lambda: self.model(*self.args, **self.kwargs))
 
         with torch.no_grad(), quiet():
             if self.batched:
@@ -342,7 +372,7 @@ class LogDensity:
             return torch.stack([flat(row) for row in rows]).to(self.dtype)
 
     def log_jacobian(self, z: Tensor) -> Tensor:
-        """Return the log determinant (S,) of the map from ``z`` to the model's own values, which the density contains."""
+        """Return the log determinant (S,) of the map from ``z`` to the model's own values; the density contains it."""
         self._check(z)
 
         def ladj(row: Tensor) -> Tensor:
@@ -396,8 +426,8 @@ class LogDensity:
         _checks.integer("draws", draws, 1)
         names = (*self.names, *self.structure.deterministic, *self.structure.observed)
 
-        def draw(_: Tensor) -> dict[str, Tensor]:
-            with apart():
+        def draw(row: Tensor) -> dict[str, Tensor]:
+            with apart(), self._writing(row):
                 trace = poutine.trace(Resample()(self.model)).get_trace(*self.args, **self.kwargs)
             return {name: messages(trace)[name]["value"] for name in names}
 

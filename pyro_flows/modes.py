@@ -292,7 +292,7 @@ def _across(guide: _Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
 
 @torch.no_grad()
 def _wandered(guide: _Guide, z: Tensor, weights: Tensor, *, seed: int) -> list[Lack]:
-    """Let weighted draws wander; return a place where the guide is too thin, if more of them come there than there were.
+    """Let weighted draws wander; return a place where the guide is too thin, if more of them come there than before.
 
     This finds what a guide lacks next to where it lies, such as the neck of a funnel. Weights know of places where the
     guide is thin as long as it has a draw there; only what exceeds that counts.

@@ -15,7 +15,8 @@ from pyro_flows import bases
 from pyro_flows.bodies import Body, body_of
 from pyro_flows.compiling import Runner
 from pyro_flows.flows import Flow
-from pyro_flows.graphs import Stitcher, agree, record
+from pyro_flows.graphs import Stitcher, agree
+from pyro_flows.tracing import record
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.chain import Chain
 

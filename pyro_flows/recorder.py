@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.batching import first_line
+from pyro_flows._fallbacks import fallback
 from pyro_flows.compiling import Runner
-from pyro_flows.graphs import agree, is_pure, nearby, record
+from pyro_flows.graphs import agree, is_pure, nearby
+from pyro_flows.tracing import record
 
 KINDS_KEPT = 4
 RECORDED_FROM = 4  # the call with one batch size at which it is recorded: recording takes as long as ten calls
@@ -97,11 +98,11 @@ class Recorder:
             recorded = runner(fresh)
         except torch.linalg.LinAlgError:
             raise  # of these points, not of the function
-        except Exception as error:
-            self.reason = f"not recorded: {first_line(error)}"
+        except Exception as error:  # a model's own code may raise anything
+            self.reason = fallback("not recorded", error)
             return False
         if not agree(recorded, self.function(fresh)):
-            self.reason = "not recorded: the graph gave other values at new points"
+            self.reason = fallback("not recorded: the graph gave other values at new points")
             return False
         self.runners[len(z), z.dtype, z.device] = runner
         while len(self.runners) > KINDS_KEPT:

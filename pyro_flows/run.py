@@ -46,7 +46,8 @@ class Plan:
         if not isinstance(flow, str):
             flow = copy.deepcopy(flow)  # the caller's flow stays untrained, and each run has one of its own
         noncentred = density.structure.noncentred
-        options: dict[str, Any] = {"noncentred": noncentred, "cautious": False, **self.options}  # batches bear larger steps
+        # batches bear larger steps than single draws
+        options: dict[str, Any] = {"noncentred": noncentred, "cautious": False, **self.options}
         guide = AutoFlow(self.model, flow, df=_tails(density.dim), **options)
         return guide.initialize(*self.args, **self.kwargs)
 

@@ -46,7 +46,7 @@ class Latent:
     """One latent site and its place in the unconstrained vector.
 
     The coordinates of a site that is ``noncentred`` have its location and scale taken out, and with ``data`` what the
-    data say of it too: see :mod:`pyro_flows.centring`. ``chart`` is for angles and heavy tails: :mod:`pyro_flows.charts`.
+    data say of it too: see :mod:`pyro_flows.centring`. For ``chart``, see :mod:`pyro_flows.charts`.
     """
 
     name: str
@@ -124,7 +124,7 @@ class Structure:
         return sum(latent.size for latent in self.latents)
 
     def noncentre(self, chosen: Noncentred) -> Structure:
-        """Return this structure with other coordinates of sites, see :class:`LogDensity`; True: non-centred where it can.
+        """Return this structure with other coordinates of sites, see :class:`LogDensity`; True: non-centred all over.
 
         Raises:
             ValueError: for non-centred coordinates of a site whose location and scale do not depend on other latents,

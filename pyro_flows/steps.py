@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,16 +9,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
+from pyro_flows._fallbacks import fallback
 from pyro_flows.batching import nearer
 from pyro_flows.compiling import Runner
 from pyro_flows.flows import Flow
-from pyro_flows.graphs import Stitcher, agree, record
+from pyro_flows.graphs import Stitcher, agree
 from pyro_flows.log_density import LogDensity
 from pyro_flows.objectives import pulled
 from pyro_flows.passes import Kind, Passes, gradient_of, points
+from pyro_flows.tracing import record
 from pyro_flows.updates import Moments, advance
-
-logger = logging.getLogger("pyro_flows")
 
 
 class Step:
@@ -51,8 +50,8 @@ class Step:
         try:
             nearer(lambda size: self._make_whole(size * points(like), weights, compile))
         except RuntimeError as error:
-            logger.debug("a step in parts: %s", error)
             self._whole = None
+            fallback("a step in parts", error)
         if self._whole is None:
             self.passes.check(like)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arviz
+from pyro_flows._fallbacks import first_line
 from pyro_flows._files import Bundle, damaged
-from pyro_flows.batching import first_line
 from pyro_flows.export import plain
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, not_rebuilt, rebuild

@@ -6,9 +6,9 @@ approximation of a mode's mass is needed, and the dimension does not matter. The
 - the signs of a whole site, or of one index along an axis of it;
 - two indices along an axis change places.
 
-A factor's sign changes along with that of its loadings, and two components of a mixture change places in their weights and
-in all their parameters. So such units are put together: from each of them as a seed, others are added for as long as the
-density at a draw rises, all at once that raise it. A move is what has come back to about the height where it began.
+A factor's sign changes along with that of its loadings, and two components of a mixture change places in their weights
+and in all their parameters. So such units are put together: from each of them as a seed, others are added for as long
+as the density at a draw rises, all at once that raise it. A move is what has come back to about the height where it began.
 """
 
 from __future__ import annotations

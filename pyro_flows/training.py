@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_flows.batching import first_line
+from pyro_flows._fallbacks import fallback, first_line
 from pyro_flows.clock import Clock, unbounded
 from pyro_flows.convergence import WINDOW, Monitor
 from pyro_flows.flows import Flow
@@ -206,8 +206,9 @@ class Trainer:
             with self.density.clock.watching():
                 self._step = Step(self.flow, self.density, like, self.weights, self._views, compile=self.compile)
             self.evaluation = "recorded"
-        except Exception as error:
+        except Exception as error:  # a layer's own code may raise anything
             self.evaluation = f"eager: {first_line(error)}"
+            fallback("trained by autograd", error)
 
 
 @dataclass

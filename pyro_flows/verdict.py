@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,8 +148,8 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
 def heavy_tails(points: Tensor) -> Tensor:
     """Return which columns (D,) of draws (S, D) have tails so heavy that their variance may not exist.
 
-    The tail index of each side is estimated from the 3 sqrt(S) draws that are farthest from the median. From an index of
-    0.5 on there is no variance; what counts as heavy begins a little below.
+    The tail index of each side is estimated from the 3 sqrt(S) draws that are farthest from the median. From an index
+    of 0.5 on there is no variance; what counts as heavy begins a little below.
 
     Reference: Dekkers, Einmahl and de Haan 1989, "A moment estimator for the index of an extreme-value distribution".
     """
@@ -168,7 +169,7 @@ def heavy_tails(points: Tensor) -> Tensor:
 
 
 def _quantile_shifts(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return shifts of quartiles in weighted sds (from the quartiles), and the log ratio of spreads, raw over weighted."""
+    """Return shifts of quartiles in weighted sds (by the quartiles), and log ratios of spreads, raw over weighted."""
     ordered, places = points.sort(0)
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=points.dtype, device=points.device)
     cumulative = weights[places].cumsum(0)
@@ -176,7 +177,7 @@ def _quantile_shifts(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.searchsorted(cumulative.mT.contiguous(), wanted).clamp_max(len(points) - 1)
     weighted, raw = ordered.gather(0, index.mT), torch.quantile(points, levels, dim=0)
     scale = ((weighted[3] - weighted[1]) / 1.349).clamp_min(torch.finfo(points.dtype).tiny)
-    ratios = torch.stack([(raw[4] - raw[0]) / (weighted[4] - weighted[0]), (raw[3] - raw[1]) / (weighted[3] - weighted[1])])
+    ratios = torch.stack([(raw[j] - raw[i]) / (weighted[j] - weighted[i]) for i, j in ((0, 4), (1, 3))])
     widest = ratios.log().abs().argmax(0)
     return ((raw - weighted)[1:4].abs() / scale).amax(0), ratios.log().gather(0, widest[None])[0]
 
@@ -248,9 +249,9 @@ def judge(
 def _hangs_on_nothing(weighing: Weighing) -> bool:
     """Whether the largest weights carry next to nothing: the guide is right but for a tail that holds hardly any mass.
 
-    k-hat tells that weights have no mean square. Draws that are used as they are do not need one, if the effective sample
-    size is near its maximum, log evidence and ELBO agree, and weighting changes no mean and no sd; and if something else
-    than weights, which know of the guide's own draws only, says that nothing is missing.
+    k-hat tells that weights have no mean square. Draws that are used as they are do not need one, if the effective
+    sample size is near its maximum, log evidence and ELBO agree, and weighting changes no mean and no sd; and if
+    something else than weights, which know of the guide's own draws only, says that nothing is missing.
     """
     gap = weighing.log_evidence - weighing.elbo
     shift = max(float(weighing.mean_shift.max()), float(weighing.sd_shift.max()))
@@ -312,7 +313,7 @@ def decide(
     objection = complaint(pool[:CHECKED])
     if objection is not None:
         failures = (*failures, f"the model is invalid at some draws: {objection}")
-    said = {"warnings": warnings, "notes": notes, "contained": contained}
+    said: dict[str, Any] = {"warnings": warnings, "notes": notes, "contained": contained}
     verdict = judge(weighing, names, failures=failures, **said)
     if verdict.status == "corrected" and again is not None:  # one lucky pool does not correct a guide
         second = judge(again(), names)

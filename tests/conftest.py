@@ -1,8 +1,10 @@
-"""What all tests share: a fixed seed, and Pyro's parameter store left empty."""
+"""What all tests share: a fixed seed, Pyro's parameter store left empty, and fallbacks that are errors."""
 
 import pyro
 import pytest
 import torch
+
+from pyro_flows._fallbacks import strict
 
 pytest.register_assert_rewrite("tests.invariants", "tests.state_invariants")
 
@@ -13,3 +15,10 @@ def _seeded():
     pyro.clear_param_store()
     yield
     pyro.clear_param_store()
+
+
+@pytest.fixture(autouse=True)
+def _no_fallbacks(request):
+    """A slower way that is taken where something fails is an error, unless the test is marked ``falls_back``."""
+    with strict(request.node.get_closest_marker("falls_back") is None):
+        yield

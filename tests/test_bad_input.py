@@ -110,6 +110,7 @@ def test_a_nan_is_counted_only_where_it_is_observed():
         assert torch.isfinite(pf.LogDensity(model, (y, mask)).value_and_grad(real([[0.3]]))[1]).all()
 
 
+@pytest.mark.falls_back
 def test_a_reparametrised_site_is_accepted():
     """What the message recommends."""
 
@@ -122,6 +123,7 @@ def test_a_reparametrised_site_is_accepted():
     assert density.constrain(normal(3, 2, seed=91))["angle"].shape == (3, 2)
 
 
+@pytest.mark.falls_back
 def test_latents_that_come_and_go():
     """At construction if a probe sees it, at evaluation otherwise; never silently."""
 

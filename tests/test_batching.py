@@ -33,6 +33,7 @@ def points() -> Tensor:
     return z
 
 
+@pytest.mark.falls_back
 @pytest.mark.parametrize("single", [False, True])
 def test_density_and_gradient_are_nan_there_and_right_elsewhere(single):
     density = pf.LogDensity(correlated, (real(0.3, -0.4),), {"single": single})

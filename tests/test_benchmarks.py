@@ -201,9 +201,9 @@ def test_a_page_without_markers_is_refused():
 
 def test_the_version_ignores_docstrings_and_comments():
     plain = "def f():\n    return 1\n"
-    assert records.without_docstrings(
-        'def f():\n    """One."""\n    return 1  # one\n'
-    ) == records.without_docstrings(plain)
+    assert records.without_docstrings('def f():\n    """One."""\n    return 1  # one\n') == records.without_docstrings(
+        plain
+    )
     assert records.without_docstrings("def f():\n    return 2\n") != records.without_docstrings(plain)
 
 

@@ -31,6 +31,7 @@ ZERO = torch.tensor(0.0)
 # densities ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.falls_back
 def test_log_density_of_a_written_guide_in_unconstrained_coordinates():
     def guide(y):
         real = pyro.sample("real", dist.Normal(0.5, 2.0))
@@ -223,6 +224,7 @@ def test_masked_entries_of_a_written_guide_count_for_nothing():
 # how guides are run ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.falls_back
 def test_a_guide_that_cannot_be_batched_runs_draw_by_draw():
     def guide(y):
         with pyro.plate("school", SCHOOLS):

@@ -135,6 +135,7 @@ def test_cost(dim):
     assert 0 < density.evaluations <= 3000
 
 
+@pytest.mark.falls_back
 def test_models_that_cannot_be_batched():
     """A branch on a value: run one by one, with the curvature from differences; found to 0.01 sd all the same."""
 

@@ -154,6 +154,7 @@ SUPPORTS = {
 }
 
 
+@pytest.mark.falls_back
 @pytest.mark.parametrize("batch", [(), (2,)])
 @pytest.mark.parametrize("name", SUPPORTS)
 def test_log_jacobian_of_a_support(name, batch):

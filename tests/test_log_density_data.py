@@ -135,6 +135,7 @@ def test_flat_priors_take_the_dtype_of_the_data():
 # random numbers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.falls_back
 @pytest.mark.parametrize("model", [numbers, missing, takes_item, mixture])
 def test_draws_are_seeded_and_leave_the_global_state_alone(model):
     y = {"missing": GAPS, "takes_item": Y}.get(model.__name__, real(0.3, -0.2, 1.7))

@@ -56,6 +56,7 @@ FALLING_BACK = {
 }
 
 
+@pytest.mark.falls_back
 @pytest.mark.parametrize("name", FALLING_BACK)
 def test_models_that_cannot_be_batched_give_the_same_values(name):
     model, by_hand = FALLING_BACK[name]
@@ -74,6 +75,7 @@ def test_models_that_cannot_be_batched_give_the_same_values(name):
     assert density.prior(3)["x"].shape == (3,)
 
 
+@pytest.mark.falls_back
 def test_a_branch_that_the_probes_do_not_see_still_counts():
     """Branches on values stop the batching wherever they are: each point is run for itself."""
 
@@ -85,6 +87,7 @@ def test_a_branch_that_the_probes_do_not_see_still_counts():
     close(density(real([150.0])[None])[0], gauss(150.0, 0.0, 1.0) + gauss(1.0, -150.0, 1.0), 1e-12)
 
 
+@pytest.mark.falls_back
 def test_guides_of_models_that_cannot_be_batched():
     """A guide runs the model only for supports that depend on latents; then row by row."""
     guide = pf.AutoRealNVP(dependent_item, layers=2).initialize(Y)
@@ -97,6 +100,7 @@ def test_guides_of_models_that_cannot_be_batched():
     close(values.detach(), guide.get_posterior().log_prob(z).detach() - ladj, 1e-9)
 
 
+@pytest.mark.falls_back
 def test_models_that_cannot_be_recorded_are_evaluated_as_they_are():
     """Recording fails, or repeats a constant where the model looks at the batch: plain values, and a reason."""
     calls = []
@@ -109,9 +113,9 @@ def test_models_that_cannot_be_recorded_are_evaluated_as_they_are():
         pyro.sample("y", dist.Normal(x, 1.0), obs=y)
 
     def raise_while_recording():
-        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+        from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-        if get_proxy_mode() is not None:
+        if _get_current_dispatch_mode() is not None:
             raise RuntimeError("not while recording")
 
     density = pf.LogDensity(model, (Y,))
@@ -124,6 +128,7 @@ def test_models_that_cannot_be_recorded_are_evaluated_as_they_are():
     close(value, density(z).detach(), 1e-12)
 
 
+@pytest.mark.falls_back
 def test_recorded_constants_are_found_out():
     """A model that returns other numbers each time it runs cannot be replayed; the check at new points sees it."""
     state = {"runs": 0}

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows.compiling import Runner, pays_at
-from pyro_flows.graphs import record
 from pyro_flows.recorder import PIECE, RECORDED_FROM, ROWS_AT_LEAST, ROWS_AT_MOST, Recorder, rows_for
+from pyro_flows.tracing import record
 from tests.invariants import close
 from tests.registry import needs_compiler, normal
 
@@ -88,6 +88,7 @@ def test_compiling_waits_until_it_pays(monkeypatch):
     assert asked == [3]
 
 
+@pytest.mark.falls_back
 def test_without_a_compiler_everything_works(monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no C++ compiler")
@@ -102,6 +103,7 @@ def test_without_a_compiler_everything_works(monkeypatch):
     assert not runner.compiled
 
 
+@pytest.mark.falls_back
 def test_compiled_code_that_gives_other_numbers_is_not_used(monkeypatch):
     import torch._inductor
 
@@ -152,6 +154,7 @@ def test_results_belong_to_the_caller():
         same.neg_()
 
 
+@pytest.mark.falls_back
 def test_forgetting_gives_recording_another_try():
     broken = [True]
 

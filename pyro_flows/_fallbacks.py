@@ -1,0 +1,59 @@
+"""Slower ways that are taken where a faster one fails: in the log for users, errors in the tests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger("pyro_flows")
+_strict = False
+
+
+class Fallback(BaseException):
+    """A slower way would have been taken, where :func:`strict` forbids it.
+
+    It is no ``Exception``, so that no handler takes it for the failure of something else.
+    """
+
+
+@contextmanager
+def strict(on: bool = True) -> Iterator[None]:
+    """Make each fallback an error inside, or, with ``on=False``, allow them again; the tests do, for the process.
+
+    >>> with strict():
+    ...     try:
+    ...         fallback("not compiled", RuntimeError("no compiler"))
+    ...     except Fallback as error:
+    ...         print(error)
+    not compiled: RuntimeError: no compiler
+    """
+    global _strict
+    before, _strict = _strict, on
+    try:
+        yield
+    finally:
+        _strict = before
+
+
+def fallback(what: str, error: BaseException | None = None) -> str:
+    """Say that a slower way is taken, and why; return the sentence.
+
+    Args:
+        what: what is not done, such as "not recorded".
+        error: what stood in the way.
+
+    Raises:
+        Fallback: inside of :func:`strict`.
+    """
+    reason = what if error is None else f"{what}: {first_line(error)}"
+    if _strict:
+        raise Fallback(reason) from error
+    logger.debug("%s", reason, exc_info=error)
+    return reason
+
+
+def first_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no message'}"
