@@ -6,8 +6,8 @@ is taken out as well. With a precision t and a centre c, as if c had been observ
 .. math:: y = m' + s' u, \qquad s'^{-2} = s^{-2} + t, \qquad m' = s'^2\,(m / s^2 + t\,c).
 
 Given location and scale, u is then about standard normal, whatever they are. It is non-centred in the neck of a
-funnel, where s is small, and centred where s is large. t = 0 is non-centred everywhere. For a multivariate normal with covariance
-:math:`\Sigma = L L^\top` and precisions T (a diagonal), :math:`\Sigma'^{-1} = \Sigma^{-1} + T` in the same way.
+funnel, where s is small, and centred where s is large. t = 0 is non-centred everywhere. For a multivariate normal with
+covariance :math:`\Sigma = L L^\top` and precisions T (a diagonal), likewise :math:`\Sigma'^{-1} = \Sigma^{-1} + T`.
 
 This is the degree of centring of Gorinova, Moore and Hoffman 2020, "Automatic Reparameterisation of Probabilistic
 Programs" (arXiv 1906.03028), made a function of the scale.

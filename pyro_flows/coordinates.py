@@ -2,7 +2,7 @@ r"""The choice of coordinates: what the data say of each element of a hierarchic
 
 Non-centred sites can have coordinates that take out what the data say as well (:mod:`pyro_flows.centring`): precisions
 t and centres c, an element at a time. A normal distribution with a diagonal covariance is fitted to the posterior, and
-t and c with it, since the ELBO is a function of all of them. They are then frozen. The normal is a good start for a flow.
+t and c with it, since the ELBO is a function of all of them. They are then frozen. The normal is a start for a flow.
 
 Reference: Gorinova, Moore and Hoffman 2020, "Automatic Reparameterisation of Probabilistic Programs" (arXiv
 1906.03028), who learn a degree of centring in this way.

@@ -23,6 +23,7 @@ from pyro_flows.supports import bijection
 
 PRIOR_DRAWS = 200
 SEARCHES = 8
+TRIED_VALUES, FARTHER, PASSES = 40, 4.0, 3
 SEARCHES_UNBATCHED = 3
 PATHS_IF_LARGE = 4
 LEGS = 2
@@ -81,8 +82,12 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
     points = torch.stack([zero, middle, *draws[:SEARCHES]])
     finite = torch.isfinite(density(points).detach())
     if not bool(finite.any()):
+        points = possible_points(density, draws)
+        finite = torch.ones(len(points), dtype=torch.bool, device=points.device)
+    if not len(points):
         raise ValueError(
-            f"log density: not finite at any of {len(points)} starting points; at the prior median "
+            f"log density: not finite at any of {PRIOR_DRAWS} draws of the prior, nor where single values of them are "
+            f"put together; at the prior median "
             f"{density.explain(middle)}. Check the data against the likelihood's support, and the priors."
         )
     starts = [*extra, Start("standard", zero, torch.ones_like(zero)), Start("prior", middle, spread)]
@@ -111,6 +116,43 @@ def _scored(density: LogDensity, start: Start, noise: Tensor, log_noise: Tensor)
         terms = density(start.map(noise)) - log_noise + start.volume
         terms = torch.nan_to_num(terms, nan=-torch.inf).sort().values
     return replace(start, elbo=float(terms[int(TRIM * len(terms)) :].mean()))
+
+
+@torch.no_grad()
+def possible_points(density: LogDensity, draws: Tensor) -> Tensor:
+    """Return points (N, D) where the density is finite: draws of the prior, or one put together from their coordinates.
+
+    Supports that depend on latents may rule out nearly all draws: eight unknown bounds of uniform data have to be right at
+    the same time. So from the draw at which the fewest terms are impossible, a coordinate at a time takes the value of
+    another draw, or one from farther out, that leaves fewer of them. Empty if none is found.
+    """
+    finite = torch.isfinite(density(draws))
+    if bool(finite.any()):
+        return draws[finite][:SEARCHES]
+    middle = draws.median(0).values
+    values = torch.cat([draws[:TRIED_VALUES], middle + FARTHER * (draws[:TRIED_VALUES] - middle)])
+    faults = _impossible_terms(density, draws)
+    best, fewest = draws[int(faults.argmin())].clone(), int(faults.min())
+    for _ in range(PASSES if density.batched else 1):
+        before = fewest
+        for coordinate in range(density.dim):
+            tried = best.repeat(len(values), 1)
+            tried[:, coordinate] = values[:, coordinate]
+            faults = _impossible_terms(density, tried)
+            if int(faults.min()) < fewest:
+                # of the values that are possible, one that is far from the edge: the median of them
+                as_good = tried[faults == faults.min()]
+                chosen = as_good[:, coordinate].argsort()[len(as_good) // 2]
+                best, fewest = as_good[chosen], int(faults.min())
+        if fewest == 0 or fewest == before:
+            break
+    return best[None] if bool(torch.isfinite(density(best[None])).all()) else draws[:0]
+
+
+def _impossible_terms(density: LogDensity, z: Tensor) -> Tensor:
+    """Count the terms (S,) of the density that are not finite, the density itself among them."""
+    terms = [density(z)[:, None], *density.log_likelihood(z).values(), *density.log_prior(z).values()]
+    return torch.stack([(~torch.isfinite(term)).reshape(len(z), -1).sum(1) for term in terms]).sum(0)
 
 
 def spread_of(draws: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ approximation of a mode's mass is needed, and the dimension does not matter. The
 
 A factor's sign changes along with that of its loadings, and two components of a mixture change places in their weights
 and in all their parameters. So such units are put together: from each of them as a seed, others are added for as long
-as the density at a draw rises, all at once that raise it. A move is what has come back to about the height where it began.
+as the density at a draw rises, all at once that raise it.
+What comes back to about the height where it began is a move.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@ r"""Hamiltonian moves: the mass of a region by tempering from a normal distribut
 
 Points are drawn from the normal g and carried through the densities :math:`g^{1-\beta} p^{\beta}`, :math:`\beta` from 0
 to 1, by short Hamiltonian moves in the normal's own coordinates. The product of the ratios along the way has the
-region's mass as its mean. Points stay in a region that steep walls or wide valleys surround, so that only its mass is counted.
+region's mass as its mean. Points stay in a region that steep walls or wide valleys surround, so that only its mass is
+counted.
 
 Reference: Neal 2001, "Annealed importance sampling" (arXiv physics/9803008).
 """
