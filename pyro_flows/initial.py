@@ -122,8 +122,8 @@ def _scored(density: LogDensity, start: Start, noise: Tensor, log_noise: Tensor)
 def possible_points(density: LogDensity, draws: Tensor) -> Tensor:
     """Return points (N, D) where the density is finite: draws of the prior, or one put together from their coordinates.
 
-    Supports that depend on latents may rule out nearly all draws: eight unknown bounds of uniform data have to be right at
-    the same time. So from the draw at which the fewest terms are impossible, a coordinate at a time takes the value of
+    Supports that depend on latents may rule out nearly all draws: eight unknown bounds of uniform data have to hold at
+    once. So from the draw at which the fewest terms are impossible, a coordinate at a time takes the value of
     another draw, or one from farther out, that leaves fewer of them. Empty if none is found.
     """
     finite = torch.isfinite(density(draws))

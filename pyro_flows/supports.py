@@ -137,7 +137,10 @@ class _Triangle(Transform):
         return root @ root.mT if self.square else root
 
     def _inverse(self, y: Tensor) -> Tensor:
-        root = torch.linalg.cholesky(y) if self.square else y
+        root = y
+        if self.square:  # NaN where a matrix is not positive definite
+            root, fault = torch.linalg.cholesky_ex(y)
+            root = torch.where((fault == 0)[..., None, None], root, torch.nan)
         size = root.shape[-1]
         rows, columns = torch.tril_indices(size, size, device=y.device)
         root = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=-2, dim2=-1).log())
