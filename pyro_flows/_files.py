@@ -71,7 +71,9 @@ class Bundle:
                 f"path: a save replaces a directory as a whole, and {str(target)!r} is a mount point. {inside}"
             )
         folder = next(parent for parent in real.parents if parent.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        if not folder.is_dir():
+            raise ValueError(f"path: expected a directory, {str(folder)!r} in {str(target)!r} is a file.")
+        if not os.access(folder, os.W_OK | os.X_OK):
             raise ValueError(f"path: no permission to write into {str(folder)!r}, where {str(target)!r} would be made.")
         return target
 

@@ -175,7 +175,7 @@ class Posterior:
         >>> def model():
         ...     x = pyro.sample("x", dist.Normal(1.0, 2.0))
         ...     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
-        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> guide = lambda: pyro.sample("x", dist.Normal(0.6, 0.8**0.5))
         >>> posterior = pf.diagnose(model, guide, draws=1000)
         >>> list(posterior.summary("x", ci_kind="eti", ci_prob=0.9).columns)
         ['mean', 'sd', 'eti90_lb', 'eti90_ub', 'mcse_mean', 'ess']
@@ -244,7 +244,10 @@ class Posterior:
         ...         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
         ...         pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
         >>> y = torch.tensor([1.0, 0.0, 2.0])
-        >>> posterior = pf.diagnose(model, pyro.infer.autoguide.AutoNormal(model), y, draws=1000)
+        >>> def guide(y):
+        ...     with pyro.plate("school", 3):
+        ...         pyro.sample("theta", dist.Normal(y / 2, 0.5**0.5))
+        >>> posterior = pf.diagnose(model, guide, y, draws=1000)
         >>> dict(posterior.to_arviz(predictive=False)["posterior"].sizes)
         {'chain': 1, 'draw': 1000, 'school': 3}
         """

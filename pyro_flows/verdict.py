@@ -126,7 +126,7 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
     narrowing = (spread / weighted_spread).log()
     mean_shift = (mean - weighted).abs() / weighted_spread
     distance = (points[possible].mean(0) - weighted).abs() / weighted_spread
-    heavy = heavy_tails(points)
+    heavy = heavy_tails(points[possible])
     if bool(heavy.any()):  # moments that do not exist are noise
         moved, narrowed = _quantile_shifts(points[:, heavy], weights[:, 0])
         mean_shift[heavy], distance[heavy], narrowing[heavy] = moved, moved, narrowed

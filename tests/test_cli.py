@@ -361,7 +361,7 @@ def test_options_reach_the_fit(fitted, tmp_path, monkeypatch):
     )
     plain, full = ({key: value for key, value in options.items() if key != "model_kwargs"} for options in seen)
     assert plain == {
-        **{"flow": "realnvp", "layers": None, "draws": 4000, "runs": 1, "seed": 0, "max_steps": cli.MAX_STEPS},
+        **{"flow": "realnvp", "layers": None, "draws": 4000, "runs": 1, "seed": 0, "max_steps": None},
         **{"max_seconds": float("inf"), "escalate": True, "train_model": False, "progress": False},
     }
     assert full == {

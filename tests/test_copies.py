@@ -17,6 +17,9 @@ from torch import nn
 import pyro_flows as pf
 from tests.posteriors import OFF, SCHOOLS, Y, schools, schools_flow, schools_posterior
 
+# Most guides here were not trained: what is tested is what comes back of them.
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
+
 
 def fitted():
     """A posterior of a flow guide, with a model and data that cannot be pickled."""

@@ -158,6 +158,7 @@ def test_a_state_brings_its_gain_or_the_lack_of_it():
     assert not any("gain" in key for key in flow.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
 def test_cautious_is_for_guides_and_not_for_fit():
     model = lambda: pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))  # noqa: E731
     gains = {

@@ -20,6 +20,9 @@ from pyro_flows import _files
 from pyro_flows.storage import FILES, NETCDF, TENSORS, TEXT
 from tests.posteriors import SCHOOLS, Y, schools, schools_flow, schools_posterior
 
+# Most guides here were not trained: what is tested is what comes back of them.
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
@@ -55,9 +58,8 @@ def test_a_diagnosed_guide_comes_back_in_its_own_coordinates(tmp_path, noncentre
     posterior = pf.diagnose(nested, guide, Y, draws=200)
     posterior.save(tmp_path / "saved")
     again = pf.load(tmp_path / "saved", nested, Y)
-    assert (
-        again.density.structure.noncentred == posterior.density.structure.noncentred == (["theta"] * bool(noncentred))
-    )
+    expected = {"theta": None} if noncentred else {}
+    assert again.density.structure.noncentred == posterior.density.structure.noncentred == expected
     assert torch.equal(again.density(again.z), posterior.log_p)
     assert torch.equal(again.density.constrain(again.used)["theta"], again.samples["theta"])
     values = {name: value[:5] for name, value in posterior.samples.items()}
