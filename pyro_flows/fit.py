@@ -31,7 +31,7 @@ from pyro_flows.observations import warn_if_nothing_observed
 from pyro_flows.posterior import Posterior, from_draws
 from pyro_flows.randomness import seeded
 from pyro_flows.run import Plan, Run, make_run
-from pyro_flows.runs import Agreement, compare
+from pyro_flows.runs import Agreement, balanced, compare
 from pyro_flows.runs import entry as comparison
 from pyro_flows.scoring import MAX_DRAWS, check_memory, seconds_to_judge
 from pyro_flows.training import BATCH
@@ -291,7 +291,9 @@ def _compare(plan: Plan, state: _State) -> None:
     state.warnings = state.warnings + list(agreement.disagreements)
     assert state.guide is not None
     flows = [run.settle(plan, state.density)._single for run in runs]
-    state.guide.adopt(FlowMixture.of(flows, agreement.weights))
+    weights = balanced(flows, state.density, agreement.weights)
+    state.history[-1]["weights"] = weights
+    state.guide.adopt(FlowMixture.of(flows, weights))
 
 
 def _judged(plan: Plan, state: _State, draws: int, seed: int, runs: int) -> Posterior:

@@ -11,8 +11,12 @@ import torch
 
 from pyro_flows._arviz import r_hat
 from pyro_flows.escalation import Round
+from pyro_flows.flows import Flow
+from pyro_flows.log_density import LogDensity
+from pyro_flows.psis import psis
 
 COMPARED_DRAWS = 4000
+BALANCED_DRAWS, BALANCING_STEPS = 2000, 200
 R_HAT = 1.02
 NAMED = 3  # coordinates; the verdict counts the others
 EVIDENCE = 0.3  # nats between the largest and the smallest estimate
@@ -56,6 +60,35 @@ def disagreements(r_hats: Mapping[str, float]) -> list[str]:
     if others:
         found[-1] += f" and on {others} more coordinate{'s' if others > 1 else ''}"
     return found
+
+
+@torch.no_grad()
+def balanced(flows: Sequence[Flow], density: LogDensity, weights: Sequence[float]) -> list[float]:
+    r"""Return mixture weights that bring the mixture of ``flows`` as close to the posterior as they can.
+
+    Evidences tell how much each run covers, but not that several runs cover the same. So the weights :math:`a_k`
+    maximise :math:`E_p \log \sum_k a_k q_k`, over importance-weighted draws of all runs, by
+
+    .. math:: a_k \leftarrow \sum_i w_i\, \frac{a_k q_k(z_i)}{\sum_l a_l q_l(z_i)}.
+
+    Cost: 2000 draws of each run, scored by the model and by all runs.
+
+    Reference: Cappé, Douc, Guillin, Marin and Robert 2008, "Adaptive importance sampling in general mixture classes"
+    (arXiv 0710.4242).
+    """
+    z = torch.cat([flow().sample((BALANCED_DRAWS,)) for flow in flows])
+    log_q = torch.stack([flow.log_prob(z) for flow in flows]).double().nan_to_num(nan=-torch.inf)
+    ratios = density(z).double() - (torch.logsumexp(log_q, 0) - math.log(len(flows)))
+    ratios = torch.where(torch.isfinite(ratios), ratios, -torch.inf)
+    found = torch.tensor(weights, dtype=torch.float64, device=z.device)
+    if not bool(torch.isfinite(ratios).any()):
+        return found.tolist()
+    draws = psis(ratios)[0].exp()
+    for _ in range(BALANCING_STEPS):
+        shares = torch.softmax(found.log()[:, None] + log_q, 0).nan_to_num(nan=0.0)
+        found = shares @ draws
+        found = found / found.sum()
+    return found.tolist()
 
 
 def entry(agreement: Agreement) -> dict[str, Any]:
