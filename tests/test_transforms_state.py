@@ -88,6 +88,8 @@ def test_flow_stays_on_its_device(base):
 class Sum:
     """A log density without a model."""
 
+    clock = unbounded()
+
     def value_and_grad(self, z):
         return z.sum(-1), torch.ones_like(z)
 
