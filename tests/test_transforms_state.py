@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import pyro_flows as pf
 from pyro_flows import masks, training
+from pyro_flows.clock import unbounded
 from pyro_flows.flows import BASES
 from tests.invariants import close
 from tests.registry import BARE, FLOWS, IMAGE, SMALL, built, each, make_flow, normal
