@@ -164,11 +164,12 @@ class LogDensity:
     def single(self, z: Tensor, latents: Sequence[Latent] | None = None) -> Tensor:
         """Return the log density of one point (D,), or that in the coordinates of other ``latents``."""
         trace, ladj = self._run(z, enumerate_sites=True, latents=latents)
-        if not self.structure.enumerated:
-            return trace.log_prob_sum() + ladj
-        if self._evaluator is None:
-            self._evaluator = Evaluator(trace, True, self.structure.plate_nesting)
-        return self._evaluator.log_prob(trace) + ladj
+        with self._writing(z):  # distributions write in place, too
+            if not self.structure.enumerated:
+                return trace.log_prob_sum() + ladj
+            if self._evaluator is None:
+                self._evaluator = Evaluator(trace, True, self.structure.plate_nesting)
+            return self._evaluator.log_prob(trace) + ladj
 
     def _probe(self) -> None:
         """Find out whether the model can be batched, by comparing with single runs at two points."""
@@ -191,10 +192,11 @@ class LogDensity:
             if self._unbatched is not None:
                 with FindWrites() as found:
                     self.single(points[0])
-                if found.places.made or found.places.numpy:
-                    self._writes = found.places
+                for places in found.places.ways():
+                    self._writes = places
                     if self._why_unbatched(points, single) is None:
                         self._unbatched = None
+                        break
         if self._unbatched is not None:
             self.batched, self._writes = False, None
             self._unbatched = f"{self._unbatched}. {advice(self._unbatched)}"
@@ -399,7 +401,8 @@ class LogDensity:
             found = {}
             for name in names:
                 site = messages(trace)[name]
-                density = site["fn"].log_prob(site["value"])
+                with self._writing(row):
+                    density = site["fn"].log_prob(site["value"])
                 mask = site["mask"]
                 found[name] = density if mask is None else torch.where(torch.as_tensor(mask), density, 0.0)
             return found

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import dirichlet
 from torch.overrides import TorchFunctionMode
 
 from pyro_flows.batching import turn
@@ -41,12 +42,35 @@ class BatchedDraws(TorchFunctionMode):
     """Inside, torch's in-place draws on fresh tensors are made out of place, with the same distribution.
 
     Distributions draw by ``torch.empty(shape).normal_()`` and the like, which ``vmap(randomness="different")`` refuses:
-    the fresh tensor has no batch axis. Only the returned value counts, so a new tensor does as well.
+    the fresh tensor has no batch axis. Only the returned value counts, so a new tensor does as well. Dirichlet and beta
+    distributions draw by an ``autograd.Function`` that the transforms of ``torch.func`` refuse; inside of them, what it
+    calls is called, and there are no gradients of these draws.
     """
+
+    def __enter__(self) -> Any:
+        self._drawn_by = dirichlet._Dirichlet
+        dirichlet._Dirichlet = _Dirichlet  # type: ignore[misc,assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        dirichlet._Dirichlet = self._drawn_by  # type: ignore[misc]
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         draw = OUT_OF_PLACE.get(func)
         return (draw or func)(*args, **(kwargs or {}))
+
+
+class _Dirichlet:
+    """What stands for torch's function of this name; other threads, which are in no transform, get torch's own."""
+
+    _torch = dirichlet._Dirichlet
+
+    @classmethod
+    def apply(cls, concentration: Tensor) -> Tensor:
+        if torch._C._are_functorch_transforms_active():
+            return torch._sample_dirichlet(concentration)
+        return cls._torch.apply(concentration)  # type: ignore[no-any-return]
 
 
 def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -65,9 +89,17 @@ def _cauchy(x: Tensor, median: float = 0.0, scale: float = 1.0) -> Tensor:
     return median + scale * torch.tan(math.pi * (torch.rand_like(x) - 0.5))
 
 
+def _new(x: Tensor, *given: Any, **options: Any) -> Tensor:
+    """Return a tensor with the batch axis of ``x``: draws of counts are added to such a one."""
+    sizes = given[0] if len(given) == 1 and isinstance(given[0], tuple) else given
+    sized = bool(given) and not options and all(type(part) is int for part in sizes)
+    return x.new_zeros(sizes) if sized else x.new(*given, **options)
+
+
 OUT_OF_PLACE: dict[Any, Callable[..., Tensor]] = {
     torch.Tensor.normal_: _normal,
     torch.Tensor.uniform_: _uniform,
     torch.Tensor.exponential_: _exponential,
     torch.Tensor.cauchy_: _cauchy,
+    torch.Tensor.new: _new,
 }

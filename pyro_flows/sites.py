@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_flows.batching import apart, nearer, quiet
 from pyro_flows.centring import Information, moves, spread, standardise
 from pyro_flows.charts import Chart, read_chart, write_chart
-from pyro_flows.supports import bijection, guarded, missing
+from pyro_flows.supports import WRAPPERS, bijection, guarded, missing
 
 MEDIAN_DRAWS = 15
 CHARTS = {"turn_about", "heavy_about", "heavy_scale"}
@@ -546,7 +546,10 @@ def _check_data(site: Any) -> None:
         )
     if not value.is_floating_point() or site["mask"] is False:
         return
-    if isinstance(site["fn"], (NanMaskedNormal, NanMaskedMultivariateNormal)):
+    fn = site["fn"]
+    while isinstance(fn, WRAPPERS):
+        fn = fn.base_dist
+    if isinstance(fn, (NanMaskedNormal, NanMaskedMultivariateNormal)):
         return
     bad = torch.isnan(value)
     for mask, axes in _masks(site):

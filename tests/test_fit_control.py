@@ -120,6 +120,7 @@ def unbatched(y):
     pyro.sample("y", dist.Normal(mu + x, 1.0).to_event(1), obs=y)
 
 
+@pytest.mark.falls_back  # the model branches on a latent
 @pytest.mark.parametrize("seconds", [10.0, 60.0, 300.0])
 def test_the_bound_holds_for_the_whole_call(ticking, seconds):
     """Of a model whose portfolio alone takes a thousand runs: it is cut inside, and so is all that comes after."""
@@ -145,6 +146,7 @@ def waited():
         return 0.0
 
 
+@pytest.mark.falls_back  # the model branches on a latent
 def test_real_seconds_on_a_slow_model():
     began, before = time.monotonic(), waited()
     found = pf.fit(slow, Y, max_seconds=2.0, progress=False)
@@ -254,6 +256,7 @@ def test_ctrl_c_raises_where_that_is_asked_for(monkeypatch, stage):
         pf.fit(chosen, Y, raise_on_interrupt=True, **QUICK)
 
 
+@pytest.mark.falls_back  # the model branches on a latent
 def test_ctrl_c_inside_of_a_model_is_the_users():
     runs = itertools.count()
 
@@ -448,7 +451,7 @@ def test_a_fit_inside_of_a_model_does_not_wait_for_itself():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("chosen", [model, effects, unbatched])
+@pytest.mark.parametrize("chosen", [model, effects, pytest.param(unbatched, marks=pytest.mark.falls_back)])
 def test_fit_gives_the_same_where_gradients_are_off(mode, chosen):
     expected = pf.fit(chosen, Y, **QUICK)
     with mode():

@@ -286,3 +286,44 @@ def test_what_cannot_be_batched_says_what_it_costs_and_what_to_change(model, rem
         pf.LogDensity(model, (X, Y))
 
     assert re.search(remedy, density.reason)
+
+
+def test_numbers_from_a_generator_of_the_model_are_constants():
+    """Generated code has no name for a generator; what is drawn with one is the same at each run."""
+
+    def model(y):
+        a = pyro.sample("a", dist.Normal(real(0.0), 1.0))
+        generator = torch.Generator().manual_seed(3)
+        noise = torch.randn(len(y), generator=generator, dtype=y.dtype)
+        noise += torch.empty_like(y).uniform_(generator=generator)
+        pyro.sample("y", dist.Normal(a * noise, 1.0).to_event(1), obs=y)
+
+    density = pf.LogDensity(model, (Y,))
+    z = normal(5, 1, seed=4)
+    for _ in range(RECORDED_FROM + 1):
+        recorded = density.value_and_grad(z)
+    assert density.reason is None
+    for one, other in zip(recorded, density.unrecorded(z), strict=True):
+        close(one, other, 1e-9)
+
+
+def test_a_generator_that_draws_from_inputs_is_refused():
+    generator = torch.Generator()
+    with pytest.raises(RuntimeError, match="drawn with a torch.Generator from what depends on the latents"):
+        record(lambda p: (torch.bernoulli(p, generator=generator),), torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.bool])
+def test_small_constants_of_any_strides_are_compared(dtype):
+    """A vector of one number may have a stride of 0; a conjugate has its numbers elsewhere."""
+
+    def function(x):
+        one = torch.ones((), dtype=dtype).clone()
+        alike = (one.expand(1), one.expand(1, 1)[0], one.clone()[None], one.clone()[None].conj(), torch.empty(0, 3))
+        return tuple(torch.where(x > 0.0, part.sum(), 0 * part.sum()) for part in alike) + tuple(
+            torch.where(x[:1] > 0.0, part, part) for part in alike[:4]
+        )
+
+    x = torch.tensor([0.5, -1.0])
+    for found, expected in zip(record(function, x)(-x), function(-x), strict=True):
+        assert torch.equal(found, expected)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import pyro_flows as pf
 from pyro_flows import masks, training
+from pyro_flows.clock import unbounded
 from pyro_flows.flows import BASES
 from tests.invariants import close
 from tests.registry import BARE, FLOWS, IMAGE, SMALL, built, each, make_flow, normal
@@ -87,6 +88,8 @@ def test_flow_stays_on_its_device(base):
 
 class Sum:
     """A log density without a model."""
+
+    clock = unbounded()
 
     def value_and_grad(self, z):
         return z.sum(-1), torch.ones_like(z)
