@@ -40,8 +40,8 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """Record the tensor operations of ``function`` at ``inputs``, without those that repeat others or only constants.
 
     Tensors that are no inputs are constants. What depends on them alone is computed here and now, and may be taken out
-    as a number (``float``, ``.item()``, ``if``); parameters are no constants, but stay what they are at each run. Random
-    numbers are drawn anew at each run, but those from a ``torch.Generator`` of the function's own are constants.
+    as a number (``float``, ``.item()``, ``if``); parameters are no constants, but stay what they are at each run.
+    Random numbers are drawn anew at each run, but those from a ``torch.Generator`` that the function has are constants.
     Where that can be done, operations that change a tensor in place become ones that return a new tensor. Cost: a run,
     or up to three if tensors are changed in place, and about 100 microseconds for each operation.
 

@@ -1,4 +1,4 @@
-"""What stops ``torch.func.vmap`` in a model though it need not: writes in place, boolean masks, data handed to numpy."""
+"""What stops ``torch.func.vmap`` in a model though it need not: writes in place, boolean masks, numpy on data."""
 
 from __future__ import annotations
 
@@ -168,10 +168,10 @@ def _is_torch(module: str) -> bool:
 
 
 class _Write(NamedTuple):
-    """``x[index] = value``, where ``index`` has one boolean mask."""
+    """``x[parts] = value``, where one of ``parts`` is a boolean mask."""
 
     x: Tensor
-    index: tuple[Any, ...]
+    parts: tuple[Any, ...]
     mask: Tensor
     value: Any
 
@@ -233,8 +233,8 @@ def _through_mask(func: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
 
 def _aligned(write: _Write) -> tuple[Tensor, Tensor]:
     """Return the part of a tensor that a mask may choose from, and the mask with an axis for each of its axes."""
-    at = next(place for place, part in enumerate(write.index) if part is write.mask)
-    before, after = write.index[:at], write.index[at + 1 :]
+    at = next(place for place, part in enumerate(write.parts) if part is write.mask)
+    before, after = write.parts[:at], write.parts[at + 1 :]
     axes = write.mask.dim()
     view = write.x[(*before, *[slice(None)] * axes, *after)]
     if any(part is Ellipsis for part in before):

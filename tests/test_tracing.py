@@ -309,7 +309,7 @@ def test_numbers_from_a_generator_of_the_model_are_constants():
 
 def test_a_generator_that_draws_from_inputs_is_refused():
     generator = torch.Generator()
-    with pytest.raises(RuntimeError, match="drawn with a torch.Generator from what depends on the latents"):
+    with pytest.raises(RuntimeError, match=r"drawn with a torch\.Generator from what depends on the latents"):
         record(lambda p: (torch.bernoulli(p, generator=generator),), torch.full((3,), 0.5))
 
 
