@@ -72,7 +72,7 @@ def test_a_small_mode_does_not_count():
     def model():
         z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (1,)))
         ends = torch.stack([-0.5 * z[0] ** 2, -0.5 * (z[0] - 10.0) ** 2 - 7.0])
-        pyro.factor("modes", torch.logsumexp(ends, 0) + 0.0 * normal(1, seed=1)[0])
+        pyro.factor("modes", torch.logsumexp(ends, 0) + torch.zeros((), dtype=torch.float64))
 
     torch.manual_seed(0)
     assert lacking(pf.LogDensity(model), gauss(0.0, 1.0)) == []

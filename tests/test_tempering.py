@@ -1,0 +1,139 @@
+"""Tempering measures known masses; wandering draws leave a distribution as it is, and leave a guide that is too small.
+
+Standard errors are stated; bounds are about four of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import constraints
+
+import pyro_flows as pf
+from pyro_flows.gaussians import Gaussians
+from pyro_flows.modes import missed_modes
+from pyro_flows.tempering import log_mean, temper, wander
+from tests.models import real
+from tests.registry import normal
+
+
+def flat(log_density, dim):
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (dim,)))
+        pyro.factor("density", real(1.0) * log_density(z))
+
+    return pf.LogDensity(model)
+
+
+def gaussians(loc, sd):
+    """Normals with these locations (K, D) and one sd."""
+    loc = torch.tensor(loc, dtype=torch.float64)
+    basis = torch.zeros(*loc.shape, 1, dtype=torch.float64)
+    return Gaussians(loc, torch.ones_like(loc), torch.full_like(loc, sd), basis, torch.ones_like(basis[:, :1]))
+
+
+def check_mass(dim=4):
+    """A normal density times e^5, from normals that are off by a sd and half or twice as wide."""
+
+    def peak(z):
+        return 5.0 - 0.5 * ((z - 1.0) / 0.7).square().sum(-1)
+
+    truth = 5.0 + 0.5 * dim * math.log(2.0 * math.pi) + dim * math.log(0.7)
+    walk = temper(flat(peak, dim), gaussians([[0.3] * dim, [1.7] * dim], 1.0), seed=0)
+    assert walk.ends.shape == (2, 48, dim)
+    for number in range(2):
+        weights = walk.log_weights[number].exp() / math.exp(truth)
+        error = float(weights.std()) / math.sqrt(48)
+        assert error < 0.1
+        assert float(log_mean(walk.log_weights[number])) == pytest.approx(truth, abs=4.0 * error + 0.02)
+    torch.testing.assert_close(walk.log_p, peak(walk.ends))
+    ends = walk.ends.flatten(0, 1)
+    # 96 points: standard errors .07 and .05
+    assert float((ends.mean(0) - 1.0).abs().max()) < 0.29
+    assert float((ends.std(0) - 0.7).abs().max()) < 0.2
+
+
+def test_the_mass_of_a_normal():
+    check_mass()
+
+
+def test_only_the_mass_of_its_own_region_counts():
+    """Of two modes with masses 1 and 1/3, each normal measures the one where it begins."""
+
+    def both(z):
+        first = -0.5 * (z - 10.0).square().sum(-1)
+        return torch.logaddexp(first, -math.log(3.0) - 0.5 * (z + 10.0).square().sum(-1)) - math.log(2.0 * math.pi)
+
+    walk = temper(flat(both, 2), gaussians([[9.5, 9.5], [-9.5, -9.5]], 1.2), seed=1)
+    masses = log_mean(walk.log_weights)
+    errors = (walk.log_weights - masses[:, None]).exp().std(1) / math.sqrt(48)
+    assert float(errors.max()) < 0.1
+    assert float(masses[0]) == pytest.approx(0.0, abs=4.0 * float(errors[0]) + 0.02)
+    assert float(masses[1]) == pytest.approx(-math.log(3.0), abs=4.0 * float(errors[1]) + 0.02)
+
+
+def test_weights_that_are_not_finite_weigh_nothing():
+    given = real([[0.0, math.nan, -math.inf, math.log(3.0)]])
+    assert float(log_mean(given)) == pytest.approx(0.0)
+
+
+# wandering ------------------------------------------------------------------------------------------------------------
+
+DRAWS = 1500
+
+
+def skewed(z):
+    """A normal coordinate, and an exponential one in its logarithm."""
+    return -0.5 * z[..., 0].square() + z[..., 1] - z[..., 1].exp()
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["sds", "matrix"])
+def test_exact_draws_stay_exact_draws(full):
+    z = torch.stack([normal(DRAWS, seed=1), torch.rand(DRAWS, generator=torch.Generator().manual_seed(2)).double()], 1)
+    z[:, 1] = (-z[:, 1].log()).log()
+    units = torch.tensor([[1.0, 0.0], [0.3, 1.2]]).double() if full else torch.tensor([1.0, 1.2]).double()
+    ends, log_p = wander(flat(skewed, 2), z, units, seed=0)
+    assert float((ends - z).abs().median()) > 0.1  # they do move
+    torch.testing.assert_close(log_p, skewed(ends))
+    # standard errors of mean and sd: .026 and .018; 1 / 39 and about .03 for the exponential
+    values = torch.stack([ends[:, 0], ends[:, 1].exp()], 1)
+    for column, mean in ((0, 0.0), (1, 1.0)):
+        assert float(values[:, column].mean()) == pytest.approx(mean, abs=0.105)
+        assert float(values[:, column].std()) == pytest.approx(1.0, abs=0.14)
+    assert float((ends[:, 0] * ends[:, 1]).mean()) == pytest.approx(0.0, abs=0.14)
+
+
+def funnel(z):
+    x, rest = z[..., 0], z[..., 1:]
+    return -0.5 * x.square() / 9.0 - 0.5 * (rest.square() * torch.exp(-x)[..., None]).sum(-1) - 0.5 * rest.shape[-1] * x
+
+
+def check_neck():
+    """Draws of a funnel without its neck: wanderers go on into it, and those of the whole funnel find nothing."""
+    density, x = flat(funnel, 4), 3.0 * normal(4000, seed=3)
+    whole = torch.cat([x[:, None], torch.exp(x / 2)[:, None] * normal(4000, 3, seed=4)], 1)
+    cut = whole[x > -0.5]
+
+    def log_q(z):
+        return funnel(z) - 2.0 * math.log(2.0 * math.pi) - math.log(3.0)
+
+    def cut_log_q(z):
+        return torch.where(z[:, 0] > -0.5, log_q(z) - math.log(len(cut) / 4000), -1e4)
+
+    ends, _ = wander(density, cut[:1000], cut.std(0), seed=0)
+    assert float((ends[:, 0] < -0.5).double().mean()) > 0.05
+    lacking = missed_modes(density, [], cut[:1000], cut_log_q(cut[:1000]), cut_log_q)
+    assert len(lacking.failures) == 1
+    assert not lacking.contained
+    assert float(lacking.lacks[0].place[0]) < -0.5
+    right = missed_modes(density, [], whole[:1000], log_q(whole[:1000]), log_q)
+    assert right.failures == []
+    assert right.contained
+
+
+def test_the_neck_of_a_funnel():
+    check_neck()
