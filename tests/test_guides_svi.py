@@ -145,6 +145,43 @@ def test_a_step_moves_a_slowed_flow_no_further_than_an_affine_map(name):
     assert 0.001 < moved[True] < 0.03 < moved[False]
 
 
+@pytest.mark.parametrize("network", ["mlp", "robust", "residual"])
+@pytest.mark.parametrize("name", ["realnvp", "nice", "spline"])
+def test_a_trained_network_is_no_faster_than_an_untrained_one(name, network):
+    """The last layers' weights have grown; then it is the layers before that move a point furthest in one step."""
+    torch.manual_seed(3)
+    x, moved = torch.randn(200, 3), {}
+    flow = getattr(pf, name)(3, network=network)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    for slow in (False, True):
+        part = copy.deepcopy(flow).slow() if slow else copy.deepcopy(flow)
+        inner = [
+            parameter
+            for coupling in part.modules()
+            if hasattr(coupling, "conditioner") and hasattr(coupling.conditioner, "layers")
+            for layer in coupling.conditioner.layers[:-1]
+            for parameter in layer.parameters()
+        ]
+        before, optimiser = part.bijection.forward_and_ladj(x)[0], torch.optim.Adam(inner, lr=0.01)
+        before.sum().backward()
+        optimiser.step()
+        moved[slow] = (part.bijection.forward_and_ladj(x)[0] - before).abs().mean().item()
+    assert moved[True] < 0.03
+    assert moved[True] < 0.2 * moved[False]
+
+
+def test_a_slowed_residual_network_is_the_same():
+    torch.manual_seed(3)
+    flow = pf.realnvp(3, layers=2, network="residual").double()
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(20, 3, dtype=torch.float64)
+    slowed = copy.deepcopy(flow).slow()
+    close(slowed.log_prob(x), flow.log_prob(x), 1e-10)
+    close(slowed.slow().log_prob(x), flow.log_prob(x), 1e-10)
+
+
 def test_a_state_brings_its_gain_or_the_lack_of_it():
     flow, slowed = pf.realnvp(3, layers=4), pf.realnvp(3, layers=4).slow()
     for parameter in (*flow.parameters(), *slowed.parameters()):
@@ -164,7 +201,7 @@ def test_cautious_is_for_guides_and_not_for_fit():
         cautious: [name for name in pf.AutoNICE(model, cautious=cautious).initialize().state_dict() if "gain" in name]
         for cautious in (True, False)
     }
-    assert len(gains[True]) == 5  # four couplings, and tails
+    assert len(gains[True]) == 13  # three layers of each of four couplings, and tails
     assert not gains[False]
     posterior = pf.fit(model, max_steps=20, draws=100, escalate=False, progress=False)
     assert not any("gain" in key for key in posterior.guide.state_dict())
