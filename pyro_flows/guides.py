@@ -420,7 +420,7 @@ class AutoFlow(AutoContinuous):
             if full in loaded:
                 _copy_stored(full, tensor, store._params[full])
                 _place(full, tensor)
-            elif loaded and full.endswith(".conditioner.gain") and full not in store._params:
+            elif loaded and full.endswith(".gain") and full not in store._params:
                 tensor.fill_(1.0)
 
     def _catch_up(self) -> None:

@@ -48,8 +48,8 @@ class Paced(nn.Module):
 
     gain: Tensor | None
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.register_buffer("gain", None)
 
     @torch.no_grad()
@@ -76,6 +76,16 @@ class Paced(nn.Module):
         elif any(key.startswith(prefix) for key in state_dict):
             self.gain = None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class Linear(Paced, nn.Linear):
+    """A linear layer within a network; its preactivations are what is paced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._paced(super().forward(x))
+
+    def _last_parameters(self) -> list[Tensor]:
+        return [self.weight, self.bias]
 
 
 class Free(Paced):
@@ -108,7 +118,19 @@ class Network(Paced):
         self.layers = nn.Sequential(*body, last)
 
     def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
-        return [part for wide, narrow in pairwise(sizes) for part in (nn.Linear(wide, narrow), activation())]
+        return [part for wide, narrow in pairwise(sizes) for part in (Linear(wide, narrow), activation())]
+
+    @torch.no_grad()
+    def slow(self, gain: float | Tensor) -> None:
+        """Set the gain, and one for each layer before the last: one over its width.
+
+        The smaller the gain, the larger grow the weights of the last layer, and each moves what comes out by that much
+        when the unit before it moves. A step of Adam moves all W units at once, in the direction that counts.
+        """
+        super().slow(gain)
+        for layer in self.layers.modules():
+            if isinstance(layer, (Linear, NormedLinear)):
+                layer.slow(1.0 / max(layer.in_features, layer.out_features))
 
     def _last(self, width: int, out: int) -> nn.Linear | nn.Conv2d:
         return nn.Linear(width, out)
@@ -191,15 +213,24 @@ class Block(nn.Sequential):
         return x + super().forward(x)
 
 
-class NormedLinear(nn.Linear):
+class NormedLinear(Paced, nn.Linear):
     """A linear layer whose rows have a direction and a length of their own (torch's own one cannot be pickled)."""
 
     def __init__(self, wide: int, narrow: int) -> None:
         super().__init__(wide, narrow)
         self.length = nn.Parameter(self.weight.detach().norm(dim=1, keepdim=True))
 
+    @torch.no_grad()
+    def slow(self, gain: float | Tensor) -> None:
+        """As for other layers; and rows as long as makes a step turn them by as little. Their length means nothing."""
+        super().slow(gain)
+        self.weight.div_(self.weight.norm(dim=1, keepdim=True) * gain)
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.length * self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+        return self._paced(linear(x, self.length * self.weight / self.weight.norm(dim=1, keepdim=True), self.bias))
+
+    def _last_parameters(self) -> list[Tensor]:
+        return [self.length, self.bias]
 
 
 class NormedConv2d(nn.Conv2d):
@@ -269,6 +300,7 @@ def conditioner(
 _aten = torch.ops.aten
 BACK: dict[type[nn.Module], Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     nn.Linear: lambda layer, x, y, cotangent: cotangent @ layer.weight,
+    Linear: lambda layer, x, y, cotangent: layer._paced(cotangent) @ layer.weight,
     nn.ELU: lambda layer, x, y, cotangent: _aten.elu_backward.default(cotangent, layer.alpha, 1.0, 1.0, False, x),
     nn.ReLU: lambda layer, x, y, cotangent: _aten.threshold_backward.default(cotangent, y, 0.0),
     nn.SiLU: lambda layer, x, y, cotangent: _aten.silu_backward.default(cotangent, x),
