@@ -38,6 +38,7 @@ from pyro_flows.training import BATCH
 from pyro_flows.verdict import weigh
 
 MAX_STEPS = 6000
+RUNS_ADDED = 3  # at most, one for each mode that is missed
 STEPS_GROW_FROM = 50  # dimensions
 ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
 UNEVEN, FAR_UNEVEN = 2.0, 5.0
@@ -90,9 +91,11 @@ def fit(
             waiting for another fit in the same process does not count.
         train_model: also train the model's own parameters (``pyro.param``, modules); by default they are held fixed.
         escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and
-            tempering, in this order; each is an entry of ``history``.
+            tempering, in this order; each is an entry of ``history``. Where the guide lacks a mode, up to three more
+            runs start there, and the guide becomes their mixture.
         runs: independent runs with seeds and starts of their own, 100 at most. Where they disagree, the verdict names
-            the sites, and the guide becomes a mixture of the runs weighted by their estimated evidence.
+            the sites, and the guide becomes a mixture of the runs, weighted so that it is as close to the posterior as
+            it can be.
         progress: show what is being done on one line: a stage, steps and ELBO, and the seconds so far.
         raise_on_interrupt: let Ctrl-C raise ``KeyboardInterrupt``. By default, once the model has been read, it ends
             the work, and what there is by then is judged and returned, never as ``ok``; a second Ctrl-C raises.
@@ -202,8 +205,9 @@ class _State:
     history: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    contained: bool = False
+    disagreements: list[str] = field(default_factory=list)
+    search: Search | None = None
+    added: int = 0
     guide: AutoFlow | None = None
 
     @property
@@ -254,11 +258,29 @@ def _work(plan: Plan, state: _State, seed: int, runs: int) -> None:
             _compare(plan, state)
     if plan.train_model:
         state.density.forget()
-    state.notes = ["no search for missed modes was made"]
     with clock.part("the search for modes that the guide lacks"):
-        search = _search(state, state.guide._flow, seed)
-        state.failures, state.notes = search.failures + state.failures, list(search.notes)
-        state.contained = search.contained
+        state.search = _search(state, state.guide._flow, seed)
+    if plan.escalate and not plan.train_model:
+        _add_runs(plan, state, starts, seed)
+
+
+def _add_runs(plan: Plan, state: _State, starts: list[Start], seed: int) -> None:
+    """Train further runs where the guide lacks a mode, until it lacks none; the guide becomes the mixture of all."""
+    for _ in range(RUNS_ADDED):
+        if state.search is None or not state.search.lacks or plan.clock.over:
+            return
+        number = len(state.done)
+        state.done.append(Run(number))
+        plan.bar.task = "fit, a run for a missed mode"
+        with plan.clock.part("a run for a missed mode"), _threads(state.density):
+            make_run(plan, state.density, state.done[-1], starts, state.search.lacks[0].start, seed=seed + number)
+        plan.bar.task = "fit"
+        state.guide = state.best.settle(plan, state.density)
+        with plan.clock.part("the comparison of runs"):
+            _compare(plan, state)
+        state.added += 1
+        with plan.clock.part("the search for modes that the guide lacks"):
+            state.search = _search(state, state.guide._flow, seed)
 
 
 def _search(state: _State, flow: Flow | FlowMixture, seed: int) -> Search:
@@ -288,7 +310,7 @@ def _compare(plan: Plan, state: _State) -> None:
     state.history.append(comparison(agreement))
     if agreement.holds:
         return
-    state.warnings = state.warnings + list(agreement.disagreements)
+    state.disagreements = list(agreement.disagreements)
     assert state.guide is not None
     flows = [run.settle(plan, state.density)._single for run in runs]
     weights = balanced(flows, state.density, agreement.weights)
@@ -305,6 +327,7 @@ def _judged(plan: Plan, state: _State, draws: int, seed: int, runs: int) -> Post
     moving = best.best is None or best.best.training.moving
     cut_short = ["the fit was cut short while it still moved"] if moving else _never_good(best)
     seconds = clock.seconds if clock.finite else None
+    search = state.search
     given = {"max_steps": plan.max_steps, "max_seconds": seconds, "train_model": plan.train_model, "runs": runs}
     return from_draws(
         density,
@@ -315,10 +338,10 @@ def _judged(plan: Plan, state: _State, draws: int, seed: int, runs: int) -> Post
         losses=best.losses,
         history=[*state.history, *(stage for run in state.done for stage in run.history)],
         settings={**given, **_settings(best, guide, density), "seconds": clock.elapsed},
-        warnings=[*notes, *state.warnings],
-        failures=[*state.failures, *cut_short],
-        notes=state.notes,
-        contained=state.contained,
+        warnings=[*notes, *state.warnings, *_differ(state, runs)],
+        failures=[*([] if search is None else search.failures), *state.failures, *cut_short],
+        notes=["no search for missed modes was made"] if search is None else search.notes,
+        contained=search is not None and search.contained,
     )
 
 
@@ -351,6 +374,14 @@ def _warnings(run: Run) -> list[str]:
     if result.skipped > 0.01 * len(result.losses):
         found.append(f"{result.skipped} of {len(result.losses)} steps had a gradient that is not finite")
     return found
+
+
+def _differ(state: _State, runs: int) -> list[str]:
+    """Say that runs disagree, or that some were added since the first ones lacked modes."""
+    if not state.added or not state.disagreements:
+        return state.disagreements
+    what = "a run was" if state.added == 1 else f"{state.added} runs were"
+    return [f"{what} added where the first {'one' if runs == 1 else 'ones'} lacked a mode, and mixed with it"]
 
 
 def _never_good(run: Run) -> list[str]:

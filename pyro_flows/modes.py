@@ -22,8 +22,10 @@ from pyro_flows.tempering import log_mean, temper, wander
 from pyro_flows.verdict import resample
 
 SHARE = 0.02  # of the mass that the guide covers
+RESOLUTION = 0.05  # of a coordinate
 THINNER = 7.0  # nats by which the guide falls short at a mode that it lacks
 INFLATED = (3.0, 10.0, 30.0)
+SCREENED, SCREENED_AT = 1000, (1.5, 2.5, 4.0, 8.0)  # draws, and factors by which they are moved outwards
 CLIMBERS = 6  # for each factor, and from the guide's own draws
 PRIOR_CLIMBERS = 12
 FULL_UNITS_UP_TO = 100  # dimensions
@@ -76,9 +78,9 @@ def missed_modes(
 
     1. Exact moves (:mod:`pyro_flows.symmetries`) are applied to the draws. The mass of the region is
        :math:`E_q\\, p(T z) / q(z)`.
-    2. Paths climb from draws moved outwards, from prior draws, from draws with a site's signs changed, and from the
-       modes of the portfolio. Each carries a normal distribution (:mod:`pyro_flows.pathfinder`), whose weighted draws
-       tell the mass; where they are too few, tempering does, in comparison with the region that the guide covers, by
+    2. Paths climb from draws moved outwards (from some, and from those of many where the density is farthest above what
+       the guide says), from prior draws, from draws with a site's signs changed, and from the modes of the portfolio.
+       Each carries a normal distribution (:mod:`pyro_flows.pathfinder`), whose weighted draws tell the mass; where they are too few, tempering does, in comparison with the region that the guide covers, by
        the same method.
     3. All draws are moved along single coordinates to further maxima: see :func:`_across`.
     4. Draws wander about under the density itself: see :func:`_wandered`.
@@ -99,10 +101,13 @@ def missed_modes(
         return Search()
     guide = _Guide(density, score, float(weights[finite].median()))
     few = z[finite][:MOVED_DRAWS], log_q[finite][:MOVED_DRAWS]
-    found = _mirrored(guide, *few) if density.batched else []
-    found = found or _climbed(guide, modes, z[finite], seed=seed)
-    if not found and density.batched:
-        found = _across(guide, *few) or _wandered(guide, z[finite], weights[finite], seed=seed)
+    searches: list[Callable[[], list[Lack]]] = [lambda: _climbed(guide, modes, z[finite], seed=seed)]
+    if density.batched:
+        searches.insert(0, lambda: _mirrored(guide, *few))
+        searches += [lambda: _across(guide, *few), lambda: _wandered(guide, z[finite], weights[finite], seed=seed)]
+    found: list[Lack] = []
+    for search in searches:
+        found = found or [lack for lack in search() if _is_resolved(density, lack.place)]
     notes = () if density.batched else (
         f"modes were looked for from {SEARCHES_UNBATCHED} points only, since the model runs draw by draw",
     )  # fmt: skip
@@ -112,6 +117,18 @@ def missed_modes(
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     what = "has too little" if found[0].start.name == WANDERED else "lacks a mode"
     return Search(tuple(found), f"the guide {what} near {names[0]}{more}; try runs=4", notes)
+
+
+@torch.no_grad()
+def _is_resolved(density: LogDensity, place: Tensor) -> bool:
+    """Whether numbers are fine enough at a place: its coordinates come back from the model's own values.
+
+    Where a scale is below the rounding of what it scales, values are equal to their location, and the density of the
+    model as it is written grows without bound.
+    """
+    latents = {name: value for name, value in density.constrain(place[None]).items() if name in density.names}
+    back = density.unconstrain(latents)[0]
+    return bool(((back - place).abs() <= RESOLUTION * (1.0 + place.abs())).all())
 
 
 @dataclass(frozen=True)
@@ -221,6 +238,8 @@ def _dispersed(guide: _Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -
     centre = z.median(0).values
     parts = zip(INFLATED, z.split(CLIMBERS), strict=False)
     outwards = [centre + factor * (part - centre) for factor, part in parts]
+    if density.batched:
+        outwards += [_denser(guide, centre + factor * (z[:SCREENED] - centre)) for factor in SCREENED_AT]
     flipped = []
     for latent in density.structure.latents[:CLIMBERS]:
         changed = z[-1:].clone()
@@ -231,6 +250,22 @@ def _dispersed(guide: _Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -
     with torch.no_grad():
         points = points[torch.isfinite(density(points))]
     return points if density.batched else points[:SEARCHES_UNBATCHED]
+
+
+@torch.no_grad()
+def _denser(guide: _Guide, points: Tensor) -> Tensor:
+    """Return the few of many points (S, D) at which the density is farthest above what the guide says of it.
+
+    From far away, paths end at the widest mode. A narrower one rules in a cone of directions about it, which is small
+    in many dimensions, but shows in the ratio of the densities.
+    """
+    log_p = guide.density(points)
+    usable = torch.isfinite(log_p)
+    points, log_p = points[usable], log_p[usable]
+    if not len(points):
+        return points
+    ratios = (log_p - guide.score(points)).double().nan_to_num(nan=-torch.inf)
+    return points[ratios.topk(min(CLIMBERS, len(points))).indices]
 
 
 def _units(z: Tensor) -> Tensor:
