@@ -250,7 +250,6 @@ BUGS = [
     (modes._Guide, "is_thin", "> by", "< by", both_halves),
     (modes, "_climbed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 10 * SHARE", a_large_mode),
     (modes, "_climbed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 0.1 * SHARE", a_small_mode),
-    (modes, "_wandered", "<= known + SHARE", "<= known + 1.0", neck),
     (symmetries.Unit, "apply", "return -value", "return value", one_half),
     (symmetries.Unit, "apply", "order[first], order[second] = second, first", "pass", labels),
     (symmetries, "_placed", "inside = inside & close", "close", supports),
