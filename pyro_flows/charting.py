@@ -21,6 +21,7 @@ PRIOR_DRAWS = 100
 FAR = (3e2, 1e3, 3e3)  # spreads of the prior: far enough for a tail to show its power
 HEAVY = 9.0  # powers of the density up to which a tail counts as heavy: eight degrees of freedom
 PATHS = 4
+TURN_POINTS = 64  # of a turn, where its lowest density is looked for
 STARTED_FROM = 512  # draws by which a start is carried over
 
 
@@ -42,7 +43,7 @@ def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tup
     points = torch.cat([draws.median(0).values[None], draws[: PATHS - 1]])
     paths = pathfinder(density, points, units.expand(PATHS, -1), seed=seed)
     best = int(paths.elbo.nan_to_num(nan=-torch.inf).argmax())
-    loc, scale = paths.best.loc[best], paths.best.scale()[best]
+    loc, scale = _turned(density, paths.best.loc[best], angles), paths.best.scale()[best]
     options = density.structure.noncentred
     for latent in density.structure.latents:
         part = slice(latent.offset, latent.offset + latent.size)
@@ -94,6 +95,23 @@ def _angles(density: LogDensity, draws: Tensor) -> Tensor:
     varies = (changes(0.3 * TURN) > 10.0 * tolerance).any(0)
     found[free] = period & varies
     return found
+
+
+@torch.no_grad()
+def _turned(density: LogDensity, loc: Tensor, angles: Tensor) -> Tensor:
+    """Return a place (D,) with each angle opposite to where the density is lowest along its turn through ``loc``.
+
+    A path may end anywhere along an angle: a normal's ELBO grows with its spread, where the density is periodic.
+    """
+    if not bool(angles.any()):
+        return loc
+    turns = torch.arange(TURN_POINTS, dtype=loc.dtype, device=loc.device) * (TURN / TURN_POINTS)
+    directions = torch.eye(density.dim, dtype=loc.dtype, device=loc.device)[angles]
+    points = loc + turns[:, None, None] * directions
+    heights = density(points.flatten(0, 1)).unflatten(0, points.shape[:2]).nan_to_num(nan=-torch.inf)
+    turned = loc.clone()
+    turned[angles] += turns[heights.argmin(0)] + math.pi
+    return turned
 
 
 def _is_free(density: LogDensity, latent: Latent) -> bool:

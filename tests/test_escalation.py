@@ -76,7 +76,7 @@ def test_the_better_round_has_the_better_verdict_then_the_better_elbo():
         round_of(elbo=-1.0, log_evidence=-0.9),
         round_of(elbo=0.0),
     ]
-    assert sorted(order[::-1], key=lambda outcome: outcome.rank) == order
+    assert sorted([order[at] for at in (2, 0, 3, 1)], key=lambda outcome: outcome.rank) == order
     bare = Round(None, unweighed(2, 7.0), DONE)
     assert not bare.weighed
     assert order[0].weighed
