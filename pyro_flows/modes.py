@@ -80,8 +80,8 @@ def missed_modes(
        :math:`E_q\\, p(T z) / q(z)`.
     2. Paths climb from draws moved outwards (from some, and from those of many where the density is farthest above what
        the guide says), from prior draws, from draws with a site's signs changed, and from the modes of the portfolio.
-       Each carries a normal distribution (:mod:`pyro_flows.pathfinder`), whose weighted draws tell the mass; where they are too few, tempering does, in comparison with the region that the guide covers, by
-       the same method.
+       Each carries a normal distribution (:mod:`pyro_flows.pathfinder`), whose weighted draws tell the mass. Where they
+       are too few, tempering does, in comparison with the region that the guide covers, by the same method.
     3. All draws are moved along single coordinates to further maxima: see :func:`_across`.
     4. Draws wander about under the density itself: see :func:`_wandered`.
 
