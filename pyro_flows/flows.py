@@ -77,10 +77,10 @@ class Flow(nn.Module):
         Adam moves each of a network's weights by one step size, and hundreds of them move a point in the same
         direction. The noise of gradients of single draws then adds up, and far draws meet a map that nobody trained.
         So what each network returns is multiplied by a fixed gain, in a buffer: :math:`2 / K W` for K couplings whose
-        networks end in W units, :math:`1 / K` for the u of K planar maps, 0.1 for tails; and what each layer before a
-        network's last one returns by one over its width, since the weights after it grow as the gain is small. The map
-        stays as it is, at whatever parameters, and so does what it can become. Training by large batches is faster
-        without.
+        networks end in W units, :math:`1 / K` for K planar maps, 0.1 for tails; knots of splines are slower by the
+        width of what they bend. What each layer before a network's last one returns is multiplied by one over its
+        width, since the weights after it grow as the gain is small. The map stays as it is, at whatever parameters, and
+        so does what it can become. Training by large batches is faster without.
 
         >>> import torch, pyro_flows as pf
         >>> flow = pf.realnvp(2, layers=4, hidden=(8,)).slow()

@@ -56,7 +56,11 @@ class Coupling(Bijection):
         worst case, and half of the couplings move a coordinate. The map stays as it is.
         """
         if isinstance(self.conditioner, Network):
-            self.conditioner.slow(min(1.0, 2.0 / (count * self.conditioner.width)))
+            self.conditioner.slow(self._reach().reciprocal() * min(1.0, 2.0 / (count * self.conditioner.width)))
+
+    def _reach(self) -> Tensor:
+        """Return how far a step of 1 in a number of the network moves a point: one for all, or one for each number."""
+        return torch.ones(())
 
     def _index(self) -> None:
         """Derive from the mask how to split and join: in blocks, by every other coordinate, by an order, by masking."""

@@ -88,10 +88,8 @@ class Planar(Bijection):
         self.conditioner = conditioner(0, context_dim, 2 * dim + 1, hidden=hidden, activation=activation, start=start)
 
     def slow(self, count: int) -> None:
-        """Let a step of Adam move u by a share of one in ``count`` maps, which all move a point; w and b stay free."""
-        gain = torch.ones(2 * self.dim + 1)
-        gain[: self.dim] = 1.0 / count
-        self.conditioner.slow(gain)
+        """Let a step of Adam move u, w and b by a share of one in ``count`` maps, which all move a point."""
+        self.conditioner.slow(1.0 / count)
 
     def _parameters_at(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the constrained u, then w, b and the slope 1 + w.u > 0."""

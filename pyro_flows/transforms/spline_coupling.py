@@ -71,6 +71,12 @@ class SplineCoupling(Coupling):
         self.bound = _checks.positive("bound", bound)
         self.log_scale_bound = _checks.positive("log_scale_bound", log_scale_bound)
 
+    def _reach(self) -> Tensor:
+        """Knots, by their widths and by their heights, move by up to B times as far as what they are made of."""
+        reach = torch.tensor([1.0, 1.0] + [max(1.0, 2.0 * self.bound)] * (self.per - 2))
+        moved = int((~self.mask).sum())
+        return reach.max() if self.event_dim == 3 else reach.repeat(moved)
+
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:
         image = self.event_dim == 3
         numbers = raw.unflatten(-3, (self.per, -1)).movedim(-4, -1) if image else raw.unflatten(-1, (-1, self.per))
