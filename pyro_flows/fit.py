@@ -325,7 +325,7 @@ def _judged(plan: Plan, state: _State, draws: int, seed: int, runs: int) -> Post
     mixed = [run for run in state.kept if run is not best and isinstance(guide._flow, FlowMixture)]
     notes = [note for run in [best, *mixed] for note in _warnings(run)]
     moving = best.best is None or best.best.training.moving
-    cut_short = ["the fit was cut short while it still moved"] if moving else _never_good(best)
+    cut_short = ["the fit was cut short while it still moved"] if moving else []
     seconds = clock.seconds if clock.finite else None
     search = state.search
     given = {"max_steps": plan.max_steps, "max_seconds": seconds, "train_model": plan.train_model, "runs": runs}
@@ -342,6 +342,7 @@ def _judged(plan: Plan, state: _State, draws: int, seed: int, runs: int) -> Post
         failures=[*([] if search is None else search.failures), *state.failures, *cut_short],
         notes=["no search for missed modes was made"] if search is None else search.notes,
         contained=search is not None and search.contained,
+        doubts=[] if moving else _never_good(best),
     )
 
 

@@ -428,6 +428,7 @@ def from_draws(
     failures: Sequence[str] = (),
     notes: Sequence[str] = (),
     contained: bool = False,
+    doubts: Sequence[str] = (),
 ) -> Posterior:
     """Draw, score, weigh and judge. ``draw(n)`` gives unconstrained draws and their log density under the guide.
 
@@ -451,6 +452,7 @@ def from_draws(
             failures=failures,
             notes=notes,
             contained=contained,
+            doubts=doubts,
             again=lambda: _weighed_again(density, draw, POOL * draws),
             complaint=lambda z: density.complaint(z[: pool.checked]),
         )

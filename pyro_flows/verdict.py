@@ -20,6 +20,7 @@ SD_SHIFT = 0.1
 WIDENING = math.log(2.0)  # of an sd: beyond it, weights tell that mass is missing in the tails, not how much
 LEVEL = math.log(1.5)  # largest weight over the mean one, below which weights have no tail for k-hat to look at
 MENDED_MEAN = 1.0  # sds: a guide that is further off has not seen what it should weigh
+UNDOUBTED_ESS = 0.5  # of S: with k-hat below MENDED_K, weights that are good whatever went before
 MENDED_K = 0.5  # of weights that have to mend something: above it they have no variance
 HEAVY_INDEX = 0.42
 POOL = 4
@@ -190,6 +191,7 @@ def judge(
     failures: Sequence[str] = (),
     notes: Sequence[str] = (),
     contained: bool = False,
+    doubts: Sequence[str] = (),
 ) -> Verdict:
     """Turn a weighing into a verdict.
 
@@ -200,6 +202,7 @@ def judge(
         failures: what speaks against the weighted draws too (a mode that the guide lacks).
         notes: what was not checked, or is to be known.
         contained: whether a search found no place next to the guide where it has too little.
+        doubts: what speaks against draws whose weights are not good (a fit that was cut short after poor rounds).
     """
     if weighing.heavy is not None and bool(weighing.heavy.any()):
         found = [names[index] for index in weighing.heavy.nonzero().flatten().tolist()]
@@ -207,6 +210,8 @@ def judge(
         notes = (*notes, f"{said}: tails so heavy that quantiles were compared; means and sds may not exist")
     reasons = list(failures)
     ratio = weighing.ess / len(weighing.log_weights)
+    good = weighing.k_hat < MENDED_K and ratio >= UNDOUBTED_ESS
+    reasons += () if good else doubts
     if not weighing.k_hat < weighing.threshold and contained and _hangs_on_nothing(weighing):
         notes = (
             *notes,
@@ -232,7 +237,7 @@ def judge(
         reasons.append(f"k-hat {weighing.k_hat:.2f} is not below {MENDED_K}, and weights have draws to mend")
     if weighing.broken:
         moved.append(f"{weighing.broken} draws have no finite log density")
-    status = "unreliable" if reasons else "corrected" if moved or warnings else "ok"
+    status = "unreliable" if reasons else "corrected" if moved or warnings or doubts else "ok"
     return Verdict(
         status=status,
         k_hat=weighing.k_hat,
@@ -241,7 +246,7 @@ def judge(
         mean_shift=mean,
         sd_shift=sd,
         where=names[int(where)],
-        reasons=(*reasons, *moved, *warnings),
+        reasons=(*reasons, *moved, *warnings, *(doubts if good else ())),
         notes=tuple(notes),
     )
 
@@ -285,6 +290,7 @@ def decide(
     failures: Sequence[str] = (),
     notes: Sequence[str] = (),
     contained: bool = False,
+    doubts: Sequence[str] = (),
     again: Callable[[], Weighing] | None = None,
     complaint: Callable[[Tensor], str | None] = lambda z: None,
 ) -> Decision:
@@ -304,6 +310,7 @@ def decide(
         failures: see :func:`judge`.
         notes: see :func:`judge`.
         contained: see :func:`judge`.
+        doubts: see :func:`judge`.
         again: weighs a second pool, if draws are to be corrected.
         complaint: z -> what is invalid about the model at some of the first draws, though its density is finite there.
     """
@@ -313,7 +320,7 @@ def decide(
     objection = complaint(pool[:CHECKED])
     if objection is not None:
         failures = (*failures, f"the model is invalid at some draws: {objection}")
-    said: dict[str, Any] = {"warnings": warnings, "notes": notes, "contained": contained}
+    said: dict[str, Any] = {"warnings": warnings, "notes": notes, "contained": contained, "doubts": doubts}
     verdict = judge(weighing, names, failures=failures, **said)
     if verdict.status == "corrected" and again is not None:  # one lucky pool does not correct a guide
         second = judge(again(), names)
