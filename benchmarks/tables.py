@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import (
     density,
     density_tables,
+    named,
     nuts,
     planar,
     posteriordb,
@@ -39,6 +40,11 @@ SKELETON = """# Performance
 
 <!-- zoo: begin -->
 <!-- zoo: end -->
+
+## Models that statisticians bring
+
+<!-- named: begin -->
+<!-- named: end -->
 
 ## Speed
 
@@ -76,6 +82,7 @@ def write_tables(
     page: Path = PAGE,
     *,
     zoo_csv: Path = zoo_running.OUT,
+    named_csv: Path = named.OUT,
     speed_csv: Path = speed.OUT,
     posteriordb_csv: Path = posteriordb.OUT,
     nuts_csv: Path = nuts.OUT,
@@ -91,6 +98,7 @@ def write_tables(
     text = page.read_text(encoding="utf-8") if page.is_file() else SKELETON
     sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
         ("zoo", zoo_csv, lambda rows: zoo_reporting.section(rows, table, about)),
+        ("named", named_csv, lambda rows: named.section(rows, table, about)),
         ("speed", speed_csv, lambda rows: speed_tables.section(rows, table)),
         ("posteriordb", posteriordb_csv, posteriordb_section),
         ("nuts", nuts_csv, nuts_section),
@@ -126,8 +134,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def about(rows: Sequence[Row]) -> str:
     """Name the machines, the software and the versions that the rows come from."""
-    named = ("machine", "software")
-    found = [" and ".join(dict.fromkeys(row[column] for row in rows)) for column in named]
+    columns = ("machine", "software")
+    found = [" and ".join(dict.fromkeys(row[column] for row in rows)) for column in columns]
     return f"Measured on {found[0]}; {found[1]}."
 
 
