@@ -29,7 +29,7 @@ SCREENED, SCREENED_AT = 1000, (1.5, 2.5, 4.0, 8.0)  # draws, and factors by whic
 CLIMBERS = 6  # for each factor, and from the guide's own draws
 PRIOR_CLIMBERS = 12
 FULL_UNITS_UP_TO = 100  # dimensions
-WEIGHED = 400  # draws from the normal at the end of a path
+WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path
 TRUSTED_K_HAT = 0.7
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 LINES = 400  # coordinates that are followed,
@@ -186,14 +186,15 @@ def _moments(draws: Tensor, name: str) -> Start:
 def _climbed(guide: _Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> list[Lack]:
     """Climb from many points; return the regions at the ends of the paths that the guide lacks."""
     density = guide.density
-    own, far = z[:CLIMBERS], _dispersed(guide, modes, z, seed=seed)
+    own, far = z[: CLIMBERS if density.batched else 1], _dispersed(guide, modes, z, seed=seed)
     if not len(far):
         return []
     units = _units(z)
     points = torch.cat([own, far])
     paths = pathfinder(density, points, units.expand(len(points), *units.shape), seed=derive(seed, "modes"))
     with seeded(derive(seed, "weighing"), density.device), torch.no_grad():
-        noise = torch.randn(WEIGHED, density.dim, dtype=z.dtype, device=z.device)
+        weighed = WEIGHED if density.batched else WEIGHED_UNBATCHED
+        noise = torch.randn(weighed, density.dim, dtype=z.dtype, device=z.device)
         draws, log_q = paths.best.map(noise)
         log_p = density(draws.flatten(0, 1)).unflatten(0, draws.shape[:2])
     scales = paths.best.scale()
@@ -213,7 +214,7 @@ def _climbed(guide: _Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> 
                 found.append(Lack(ends[number] if bool(at_ends[number]) else drawn, start))
         else:
             doubtful.append((float(paths.elbo[number]), number, start))
-    if found:
+    if found or not density.batched:
         return _distinct(found, units)
     # 2. Where a normal is too poor, tempering from it measures the mass, and just so that of the guide's own region.
     doubtful.sort(key=lambda entry: -entry[0])

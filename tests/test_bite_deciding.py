@@ -243,7 +243,7 @@ BUGS = [
     (verdict, "resample", "index[torch.randperm(draws, generator=generator)]", "index", systematic),
     # modes
     (modes, "missed_modes", "density(z) - log_q", "density(z)", both_halves),
-    (modes, "missed_modes", "_mirrored(guide, *few) if density.batched", "[] if density.batched", one_half),
+    (modes, "missed_modes", "lambda: _mirrored(guide, *few)", "list", one_half),
     (modes, "_mirrored", "move.apply(density, z)", "(z, torch.isfinite(z).all(1))", one_half),
     (modes, "_lack", "> SHARE", "> 1.0", one_half),
     (modes._Guide, "is_thin", "- self.score(z[usable])", "+ self.score(z[usable])", one_half),

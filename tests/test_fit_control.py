@@ -451,7 +451,9 @@ def test_a_fit_inside_of_a_model_does_not_wait_for_itself():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("chosen", [model, effects, pytest.param(unbatched, marks=pytest.mark.falls_back)])
+@pytest.mark.parametrize(
+    "chosen", [model, effects, pytest.param(unbatched, marks=[pytest.mark.falls_back, pytest.mark.slow])]
+)
 def test_fit_gives_the_same_where_gradients_are_off(mode, chosen):
     expected = pf.fit(chosen, Y, **QUICK)
     with mode():
