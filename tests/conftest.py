@@ -1,5 +1,8 @@
 """What all tests share: a fixed seed, Pyro's parameter store left empty, and fallbacks that are errors."""
 
+import signal
+import threading
+
 import pyro
 import pytest
 import torch
@@ -7,6 +10,15 @@ import torch
 from pyro_flows._fallbacks import strict
 
 pytest.register_assert_rewrite("tests.invariants", "tests.state_invariants")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """Ctrl-C reaches the tests of it: a shell starts its background jobs with SIGINT ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
 
 
 @pytest.fixture(autouse=True)
