@@ -18,14 +18,13 @@ def _interruptible():
     before = signal.getsignal(signal.SIGINT)
     if before is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(20240229)
     pyro.clear_param_store()
-    yield
+
     pyro.clear_param_store()
 
 
