@@ -35,8 +35,8 @@ class Verdict:
     """A judgement and the numbers it rests on; ``str()`` is one plain sentence.
 
     Attributes:
-        status: ``"ok"``: the draws stand as they are; ``"corrected"``: the raw draws are off, importance resampling mends
-            them, and ``samples`` holds the resampled ones; ``"unreliable"``: neither.
+        status: ``"ok"``: the draws stand as they are; ``"corrected"``: the raw draws are off, importance resampling
+            mends them, and ``samples`` holds the resampled ones; ``"unreliable"``: neither.
         k_hat: Pareto shape of the importance weights.
         k_threshold: min(1 - 1 / log10(S), 0.7).
         ess_ratio: effective sample size of the weights over S.
@@ -69,7 +69,7 @@ class Verdict:
             return f"ok: the draws can be used as they are; {figures}."
         why = "; ".join(self.reasons)
         if self.status == "corrected":
-            return f"corrected: samples were importance-resampled, to correct the draws of the guide ({why}); {figures}."
+            return f"corrected: samples were importance-resampled to correct the guide's draws ({why}); {figures}."
         return (
             f"unreliable: do not use these draws ({why}); {figures}. "
             "Try more layers or more steps, another parametrisation of the model, or Pyro's NUTS."
