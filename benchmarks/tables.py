@@ -135,7 +135,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def about(rows: Sequence[Row]) -> str:
     """Name the machines, the software and the versions that the rows come from."""
     columns = ("machine", "software")
-    found = [" and ".join(dict.fromkeys(row[column] for row in rows)) for column in columns]
+    found = [" and ".join(dict.fromkeys(row[column] for row in rows if row[column])) for column in columns]
     return f"Measured on {found[0]}; {found[1]}."
 
 
