@@ -57,7 +57,7 @@ class Round:
     @property
     def tails_only(self) -> bool:
         """Whether nothing but k-hat is short: log evidence and ELBO leave no room for more layers."""
-        return self.weighing.log_evidence - self.weighing.elbo < self.enough_gap and self.training.converged
+        return self.weighing.log_evidence - self.weighing.elbo < ENOUGH_GAP and self.training.converged
 
     @property
     def rank(self) -> tuple[float, float]:
