@@ -21,7 +21,7 @@ from pyro_flows.observations import warn_if_nothing_observed
 from pyro_flows.posterior import Posterior, from_draws
 from pyro_flows.randomness import BatchedDraws, seeded
 from pyro_flows.scoring import MAX_DRAWS
-from pyro_flows.sites import Noncentred, messages, place_all
+from pyro_flows.sites import Noncentred, messages
 from pyro_flows.verdict import Draw
 
 LOG_Q = " log q"  # beside the sites' values
@@ -200,16 +200,12 @@ def _from_traces(
         values = {name: messages(trace)[name]["value"] for name in density.names}
         return {**values, LOG_Q: _log_density(trace, masks)}
 
-    def ladj(z: Tensor) -> Tensor:
-        placed = place_all(density.structure, z, lambda: density.model(*density.args, **density.kwargs))
-        return sum((found.sum() for _, found in placed.values()), z.new_zeros(()))
-
     def draw(count: int) -> tuple[Tensor, Tensor]:
         with quiet():
             values = _repeat(one, count)
         log_q = values.pop(LOG_Q)
         z = density.unconstrain(values)
-        log_q = log_q + density.map(ladj, z)
+        log_q = log_q + density.log_jacobian(z)
         return z, torch.where(_placed_back(density, z, values), log_q, torch.inf).to(density.dtype)
 
     return draw

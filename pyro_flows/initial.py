@@ -90,7 +90,7 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
             f"put together; at the prior median "
             f"{density.explain(middle)}. Check the data against the likelihood's support, and the priors."
         )
-    starts = [*extra, Start("standard", zero, torch.ones_like(zero)), Start("prior", middle, spread)]
+    starts = [*extra, standard(density), Start("prior", middle, spread)]
     points = points[finite] if density.batched else points[finite][:SEARCHES_UNBATCHED]
     with density.clock.part("the climbs to modes", share=0.5):
         starts += laplace(density, points)
@@ -109,6 +109,12 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
     usable = [start for start in scored if math.isfinite(start.elbo)]
     # where the support cuts through every start, none has a finite ELBO: all are left to the race
     return sorted(usable or scored, key=lambda start: -start.elbo)
+
+
+def standard(density: LogDensity) -> Start:
+    """Return the start that needs no work: zero, with unit scales."""
+    zero = torch.zeros(density.dim, dtype=density.dtype, device=density.device)
+    return Start("standard", zero, torch.ones_like(zero))
 
 
 def _scored(density: LogDensity, start: Start, noise: Tensor, log_noise: Tensor) -> Start:

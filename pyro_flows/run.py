@@ -14,7 +14,7 @@ from pyro_flows.bar import Bar
 from pyro_flows.clock import Clock
 from pyro_flows.escalation import Round, assess, entry, rounds
 from pyro_flows.guides import AutoFlow, FlowLike
-from pyro_flows.initial import Start, portfolio
+from pyro_flows.initial import Start, portfolio, standard
 from pyro_flows.log_density import LogDensity
 from pyro_flows.race import CLOSE, Entrant, race, share
 from pyro_flows.randomness import seeded
@@ -142,12 +142,6 @@ def make_run(
                 run.take(name, trainer, outcome)
                 if outcome.enough:
                     break
-
-
-def standard(density: LogDensity) -> Start:
-    """Return the start that needs no work: zero, with unit scales."""
-    zero = torch.zeros(density.dim, dtype=density.dtype, device=density.device)
-    return Start("standard", zero, torch.ones_like(zero))
 
 
 def _reporter(bar: Bar) -> Callable[[int, float, str], None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flows.graphs import LIKE, graph_module, new_node, out_of_place, sweep, tidy
+from pyro_flows.writes import storage_of, tensors_in
 
 FOLDED = 2**16  # numbers in a constant that may be computed from smaller ones
 ALIKE = 2**12  # numbers in a constant that is compared with others
@@ -173,7 +174,7 @@ class _Tape(TorchDispatchMode):
                 setattr(result, _TAG, (self._token, number))
             return result
         self._done += 1
-        tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+        tensors = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
         numbers = [self._number(part) for part in tensors]
         depends = any(number is not None and self._depends[number] for number in numbers)
         if any(isinstance(part, torch.Generator) for part in (*args, *kwargs.values())):
@@ -188,24 +189,24 @@ class _Tape(TorchDispatchMode):
         if depends or self._needs_node(kind, result, tensors, numbers):
             self._write(func, args, kwargs, result, depends)
         elif isinstance(result, Tensor) and not kind.view:
-            self._made_by[_memory(result)] = self._done
+            self._made_by[storage_of(result)] = self._done
         return result
 
     def _needs_node(self, kind: _Kind, result: Any, tensors: list[Tensor], numbers: list[int | None]) -> bool:
         """Whether a result that does not depend on the inputs has a node all the same."""
         most = FOLDED if kind.by_shape else max([FOLDED, *(part.numel() for part in tensors)])
-        if kind.new or self._done in self._changed or any(part.numel() > most for part in _tensors((result,))):
+        if kind.new or self._done in self._changed or any(part.numel() > most for part in tensors_in((result,))):
             return True
         return kind.view and any(number is not None for number in numbers)
 
     def _change(self, func: Any, args: Any, kwargs: Any, kind: _Kind, depends: bool) -> Any:
         """Run an operation that changes tensors in place."""
         parts = [part for part, one in zip(args, kind.written, strict=False) if one]
-        changed = [*_tensors((*parts, *(kwargs.get(name) for name in kind.named)))]
+        changed = [*tensors_in((*parts, *(kwargs.get(name) for name in kind.named)))]
         numbers = [self._number(part) for part in changed]
         depends = depends or any(number is not None and self._depends[number] for number in numbers)
         if depends and None in numbers:
-            self._wrong.update(self._made_by.get(_memory(part), 0) for part in changed)
+            self._wrong.update(self._made_by.get(storage_of(part), 0) for part in changed)
         for part in changed:
             self._keep(part)
         result = func(*args, **kwargs)
@@ -215,7 +216,7 @@ class _Tape(TorchDispatchMode):
 
     def _keep(self, changed: Tensor) -> None:
         """Copy the constants that share memory with a tensor which is about to be changed in place."""
-        for key in self._sharing.pop(_memory(changed), ()):
+        for key in self._sharing.pop(storage_of(changed), ()):
             value, _, node = self._outside.pop(key)
             if getattr(self._root, str(node.target)) is value:
                 setattr(self._root, str(node.target), value.detach().clone())
@@ -269,12 +270,12 @@ class _Tape(TorchDispatchMode):
             node = self._equal.get(alike) or self._attribute(value)
             self._equal[alike] = node
             self._outside[id(value)] = value, None, node
-            self._sharing[_memory(value)].append(id(value))
+            self._sharing[storage_of(value)].append(id(value))
         return self._outside[id(value)][2]
 
     def _alike(self, value: Tensor) -> Any:
         """Return what small constants that are made in the function have in common if they are equal."""
-        if value.numel() > ALIKE or _memory(value) not in self._made_by or not value.is_contiguous():
+        if value.numel() > ALIKE or storage_of(value) not in self._made_by or not value.is_contiguous():
             return id(value)
         flat = value.detach().resolve_conj().resolve_neg().reshape(-1)
         numbers = flat.clone(memory_format=torch.contiguous_format).view(torch.uint8).cpu().numpy().tobytes()
@@ -296,15 +297,3 @@ class _Tape(TorchDispatchMode):
         if key not in self._like:
             self._like[key] = torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
         return self._like[key]
-
-
-def _memory(value: Tensor) -> int:
-    return value.untyped_storage()._cdata
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)

@@ -74,7 +74,7 @@ class FindWrites(TorchFunctionMode):
         kwargs = kwargs or {}
         self._numpy = self._numpy or func in _TO_NUMPY
         self._masks = self._masks or (_WRITES.get(func, _no_index)(args, kwargs) is not None)
-        given = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+        given = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
         versions = [0 if part.is_inference() else part._version for part in given]
         result = func(*args, **kwargs)
         for part, version in zip(given, versions, strict=True):
@@ -85,7 +85,7 @@ class FindWrites(TorchFunctionMode):
         return result
 
     def _write(self, changed: Tensor) -> None:
-        memory = _memory(changed)
+        memory = storage_of(changed)
         if memory not in self._made:
             return  # made outside
         self._written.add(self._made[memory])
@@ -96,8 +96,8 @@ class FindWrites(TorchFunctionMode):
             self._through.add(place)
 
     def _make(self, result: Tensor, given: list[Tensor], place: Place) -> None:
-        memory = _memory(result)
-        source = next((part for part in given if _memory(part) == memory), None)
+        memory = storage_of(result)
+        source = next((part for part in given if storage_of(part) == memory), None)
         if source is None:
             self._made[memory] = place
             views = self._views.pop(memory, set())
@@ -218,12 +218,12 @@ def _through_mask(func: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
             chosen = torch.where(mask, view, torch.zeros_like(view))
             setattr(chosen, _CHOSEN, write.mask)
             return True, chosen
-    by = [getattr(part, _CHOSEN, None) for part in _tensors((*args, *kwargs.values()))]
+    by = [getattr(part, _CHOSEN, None) for part in tensors_in((*args, *kwargs.values()))]
     chosen_by = next((mask for mask in by if mask is not None), None)
     if chosen_by is None:
         return False, None
     operation = _ON_CHOSEN.get(getattr(func, "__name__", "").strip("_") if func not in _WRITES else "")
-    vectors = [part for part in _tensors(args) if getattr(part, _CHOSEN, None) is not chosen_by and part.dim()]
+    vectors = [part for part in tensors_in(args) if getattr(part, _CHOSEN, None) is not chosen_by and part.dim()]
     if operation is None or vectors or kwargs:
         raise RuntimeError("indexing with a boolean mask that depends on a latent: its result has a dynamic shape")
     result = operation(*args)
@@ -263,13 +263,15 @@ def _has_batch(value: Tensor) -> bool:
     return bool(_functorch.is_batchedtensor(_bare(value)))
 
 
-def _memory(value: Tensor) -> int:
+def storage_of(value: Tensor) -> int:
+    """Tell the memory that a tensor is in: views of one tensor share it."""
     return int(value.untyped_storage()._cdata)
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors among arguments, those in lists and tuples too."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            yield from tensors_in(value)
