@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ TOKEN = 6  # random bytes in these names
 ZEROS = "0" * 64  # stands for the digest of the JSON file while that is computed
 LOCK_SECONDS = 20.0  # to wait for another save into the same folder
 DEAD_SECONDS = 3600.0  # after which a left-over is nobody's, where locks cannot tell
-READS = 5  # attempts, while other processes save
+READS = 5  # attempts, where locks cannot keep saves of other processes out
 CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of file systems that have no such thing
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
@@ -114,13 +114,13 @@ class Bundle:
             ValueError: if the directory holds no such object, one of another format version, or a damaged one.
         """
         for attempt in range(READS):
-            source = _existing(path)
-            before = _identity(source)
-            try:
-                return self._read(source, str(Path(path)))
-            except (OSError, ValueError):  # a save may have taken its place meanwhile
-                if attempt == READS - 1 or before == _identity(_existing(path)):
-                    raise
+            # a save may take the directory's place between two files: what failed once is read while no save can go on
+            with _locked(Path(os.path.realpath(path)).parent) if attempt else nullcontext(False) as alone:
+                try:
+                    return self._read(_existing(path), str(Path(path)))
+                except (OSError, ValueError):
+                    if alone or attempt == READS - 1:
+                        raise
         raise AssertionError  # not reached
 
     def _read(self, source: Path, shown: str) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -355,14 +355,6 @@ def _clear(target: Path, alone: bool) -> None:
                 shutil.rmtree(item, ignore_errors=True)
             else:
                 item.unlink(missing_ok=True)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 @contextmanager

@@ -142,13 +142,45 @@ for count in range(60):
     BUNDLE.write(path, {"sum": digest(OLD["one.bin"] + OLD["two.bin"])}, OLD)
     writers = [subprocess.Popen([sys.executable, "-c", PREAMBLE + program, str(path)]) for _ in range(3)]
     reads = 0
-    while any(writer.poll() is None for writer in writers):
-        description, contents = BUNDLE.read(path)
-        assert description["sum"] == digest(contents["one.bin"] + contents["two.bin"])
-        reads += 1
+    try:
+        while any(writer.poll() is None for writer in writers):
+            description, contents = BUNDLE.read(path)
+            assert description["sum"] == digest(contents["one.bin"] + contents["two.bin"])
+            reads += 1
+    except BaseException:
+        for writer in writers:
+            writer.kill()
+        raise
+    finally:
+        for writer in writers:
+            writer.wait()
     assert [writer.returncode for writer in writers] == [0, 0, 0]
     assert reads > 10
     assert [item.name for item in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_read_that_a_save_came_between_is_done_again_while_no_save_can_go_on(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    BUNDLE.write(tmp_path / "saved", {}, OLD)
+    read, locked = _files.Bundle._read, []
+
+    def interrupted(*arguments):
+        descriptor = os.open(tmp_path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked.append(False)
+        except BlockingIOError:
+            locked.append(True)
+        finally:
+            os.close(descriptor)
+        if not locked[-1]:
+            BUNDLE.write(tmp_path / "saved", {}, NEW)
+            raise ValueError("files of two saves")
+        return read(*arguments)
+
+    monkeypatch.setattr(_files.Bundle, "_read", interrupted)
+    assert BUNDLE.read(tmp_path / "saved")[1] == NEW
+    assert locked == [False, True]
 
 
 def test_what_others_are_writing_is_left_alone_where_there_are_no_locks(tmp_path, monkeypatch):
