@@ -225,12 +225,14 @@ def judge(
     mean, where = (float(x) for x in weighing.mean_shift.max(0))
     sd, sd_where = (float(x) for x in weighing.sd_shift.max(0))
     moved = []
-    if not mean <= MEAN_SHIFT:
+    if mean > MEAN_SHIFT:
         moved.append(f"weighting moves the mean of {names[int(where)]} by {mean:.2f} sd")
-    if not sd <= SD_SHIFT:
+    if sd > SD_SHIFT:
         moved.append(f"weighting changes the sd of {names[int(sd_where)]} by a factor {math.exp(sd):.2f}")
     if weighing.widening > WIDENING:
         reasons.append(f"weighting widens an sd {math.exp(weighing.widening):.1f} times, more than weights can mend")
+    if math.isnan(mean) or math.isnan(sd):
+        reasons.append(f"a mean or an sd of {names[int(where if math.isnan(mean) else sd_where)]} is not a number")
     if not weighing.distance <= MENDED_MEAN:
         reasons.append(f"weighting moves a mean by {weighing.distance:.3g} sd, more than weights can mend")
     if moved and MENDED_K <= weighing.k_hat < weighing.threshold:
@@ -323,7 +325,7 @@ def decide(
     said: dict[str, Any] = {"warnings": warnings, "notes": notes, "contained": contained, "doubts": doubts}
     verdict = judge(weighing, names, failures=failures, **said)
     if verdict.status == "corrected" and again is not None:  # one lucky pool does not correct a guide
-        second = judge(again(), names)
+        second = judge(again(), names, contained=contained)
         if second.status == "unreliable":
             failures = (*failures, f"a second sample is worse ({second.reasons[0]})")
             verdict = judge(weighing, names, failures=failures, **said)

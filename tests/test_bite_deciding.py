@@ -201,9 +201,10 @@ NOTHING, ROUNDS, NORMAL = (verdict, "_hangs_on_nothing"), (escalation, "rounds")
 
 BUGS = [
     # the verdict: thresholds flipped, moved, forgotten
-    (*JUDGE, "not mean <= MEAN_SHIFT", "not mean <= 2 * MEAN_SHIFT", the_table),
-    (*JUDGE, "not mean <= MEAN_SHIFT", "mean > MEAN_SHIFT", the_table),
-    (*JUDGE, "not sd <= SD_SHIFT", "sd <= SD_SHIFT", the_table),
+    (*JUDGE, "if mean > MEAN_SHIFT", "if mean > 2 * MEAN_SHIFT", the_table),
+    (*JUDGE, "if mean > MEAN_SHIFT", "if mean <= MEAN_SHIFT", the_table),
+    (*JUDGE, "if sd > SD_SHIFT", "if sd <= SD_SHIFT", the_table),
+    (*JUDGE, "math.isnan(mean) or math.isnan(sd)", "math.isnan(mean)", the_table),
     (*JUDGE, "ratio < ESS_RATIO", "ratio > ESS_RATIO", the_table),
     (*JUDGE, "weighing.widening > WIDENING", "sd > WIDENING", the_table),
     (*JUDGE, "not weighing.distance <= MENDED_MEAN", "not mean <= MENDED_MEAN", the_table),
@@ -211,7 +212,7 @@ BUGS = [
     (*JUDGE, "MENDED_K <= weighing.k_hat", "MENDED_K < weighing.k_hat", the_table),
     (*JUDGE, "if weighing.broken:", "if False:", the_table),
     (*JUDGE, "elif not weighing.k_hat < weighing.threshold", "elif weighing.k_hat >= weighing.threshold", the_table),
-    (*JUDGE, "names[int(sd_where)]", "names[int(where)]", the_table),
+    (*JUDGE, "{names[int(sd_where)]} by", "{names[int(where)]} by", the_table),
     (verdict.Weighing, "threshold", "0.7)", "0.8)", the_table),
     (verdict.Weighing, "threshold", "min(1.0 - 1.0 / ", "max(1.0 - 1.0 / ", the_table),
     (*JUDGE, "if moved or warnings", "if moved", what_a_fit_says),

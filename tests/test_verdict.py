@@ -48,10 +48,11 @@ TABLE = [
     # what weighting moves
     ({"mean_shift": pair(0.0, 0.1)}, "ok", ""),
     ({"mean_shift": pair(0.0, 0.101)}, "corrected", "moves the mean of b by 0.10 sd"),
-    ({"mean_shift": pair(math.nan)}, "corrected", "moves the mean of a by nan sd"),
+    ({"mean_shift": pair(math.nan)}, "unreliable", "a mean or an sd of a is not a number"),
     ({"sd_shift": pair(0.1)}, "ok", ""),
     ({"sd_shift": pair(0.101)}, "corrected", "changes the sd of a by a factor 1.11"),
-    ({"sd_shift": pair(0.0, math.nan)}, "corrected", "changes the sd of b"),
+    ({"sd_shift": pair(0.0, 0.11)}, "corrected", "changes the sd of b by a factor 1.12"),
+    ({"sd_shift": pair(0.0, math.nan)}, "unreliable", "a mean or an sd of b is not a number"),
     # a k-hat at which weights mend nothing, if there is something to mend
     ({**MOVED, "k_hat": 0.499}, "corrected", "moves the mean of b"),
     ({**MOVED, "k_hat": 0.5}, "unreliable", "k-hat 0.50 is not below 0.5, and weights have draws to mend"),
@@ -321,6 +322,13 @@ def test_a_second_pool_has_to_be_no_worse(second, status):
     assert torch.equal(found.used, found.z) == (status == "unreliable")
     if status == "unreliable":
         assert found.verdict.reasons[0] == "a second sample is worse (k-hat 0.75 is not below 0.70)"
+
+
+def test_a_second_pool_is_allowed_what_the_first_was():
+    """Weights on which nothing hangs are of use in both pools, or in none."""
+    second = weighing(k_hat=0.9)
+    assert decision(0.3, lambda: second, contained=True).verdict.status == "corrected"
+    assert decision(0.3, lambda: second).verdict.status == "unreliable"
 
 
 def test_an_invalid_model_is_no_posterior():
