@@ -1,8 +1,7 @@
-"""Models run on batches: one thread at a time, without argument checks, past points where a factorization fails."""
+"""Models run on batches: without argument checks, past points where a factorization fails."""
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,28 +15,9 @@ from pyro.poutine import runtime
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pyro_flows._turns import turn
+
 Result = TypeVar("Result")
-
-_turn = threading.RLock()
-
-
-@contextmanager
-def turn() -> Iterator[None]:
-    """Wait until no other thread is inside, and keep others waiting.
-
-    Pyro's handlers and its validation, torch's random numbers and number of threads, and the graphs kept here belong to
-    the whole process: two threads that used them at once would get wrong numbers. So whatever changes one of them takes
-    its turn. A thread that is inside may come in again; one that it waits for must not.
-    """
-    with _turn:
-        yield
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Take a turn for a whole call, with gradients switched on whatever the caller switched off."""
-    with _turn, torch.inference_mode(False), torch.enable_grad():
-        yield
 
 
 def usable(value: Any) -> Any:
@@ -50,7 +30,7 @@ def usable(value: Any) -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Switch validation off for a while: it branches on values, which neither vmap nor recording can do."""
-    with _turn, pyro.validation_enabled(False), warnings.catch_warnings():
+    with turn(), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop because")  # vmap, in Pyro's samplers
         warnings.filterwarnings("ignore", message="Singular sample detected")  # torch's Wishart, which draws again
         yield
@@ -94,7 +74,7 @@ def apart() -> Iterator[None]:
     """Run a model apart from a Pyro program that may be running around it: unseen by its handlers, and with all plate
     dimensions free. A plate around would move the model's own ones aside, and multiply its density.
     """
-    with _turn:
+    with turn():
         dims = runtime._DIM_ALLOCATOR
         taken, dims._stack = dims._stack, []
         try:

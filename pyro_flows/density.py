@@ -15,17 +15,19 @@ import torch
 from torch.utils.data import DataLoader
 
 from pyro_flows import _checks, density_storage
+from pyro_flows._turns import alone
 from pyro_flows.bar import Bar
-from pyro_flows.batching import alone
 from pyro_flows.builders import BUILDERS
 from pyro_flows.density_data import CHUNK, Batch, Levels, Rows, Source, Stream, rows
 from pyro_flows.density_fit import DensityFit, bits_per_dim, like, mean_log_prob, points_for
 from pyro_flows.density_schedule import Plan
 from pyro_flows.density_training import RACE_STEPS, RACED, Ascent, climb, rouse, widest
 from pyro_flows.flows import Flow
-from pyro_flows.preprocess import KINDS, Preprocess, append, ending, is_fresh, preprocess
+from pyro_flows.preprocess import KINDS, is_fresh, preprocess
 from pyro_flows.randomness import derive, seeded
+from pyro_flows.recipe import append, ending
 from pyro_flows.transforms import Chain, Logit
+from pyro_flows.transforms.fixed import Preprocess
 
 MAX_STEPS = 20_000
 DECAY = 1e-4  # of weights a point of data, each epoch,

@@ -24,15 +24,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset, TensorDataset
 
 from pyro_flows._fallbacks import first_line
-from pyro_flows._files import Bundle, damaged, digest, replace_file
+from pyro_flows._files import Bundle, damaged, digest, plain, replace_file
 from pyro_flows.density_data import CHUNK, Levels, Rows, Source
 from pyro_flows.density_schedule import Plan
 from pyro_flows.density_training import Ascent
-from pyro_flows.export import plain
 from pyro_flows.flows import Flow
-from pyro_flows.guides import not_rebuilt, rebuild
-from pyro_flows.preprocess import Preprocess, append, ending
 from pyro_flows.randomness import seeded
+from pyro_flows.recipe import append, ending, not_rebuilt, rebuild
+from pyro_flows.transforms.fixed import Preprocess
 
 CHECKPOINT = b"pyro_flows density checkpoint 2\n"  # then the digest of the rest, a line, and the tensors
 TENSORS, TEXT = "density.pt", "density.json"

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback
-from pyro_flows.batching import alone, quiet, usable
+from pyro_flows._turns import alone
+from pyro_flows.batching import quiet, usable
 from pyro_flows.guides import AutoFlow
 from pyro_flows.log_density import LogDensity
 from pyro_flows.observations import warn_if_nothing_observed

@@ -16,6 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import _arviz
+from pyro_flows._files import plain
 from pyro_flows.batching import apart
 from pyro_flows.labels import Labels, Layout
 from pyro_flows.log_density import LogDensity
@@ -238,19 +239,6 @@ def attributes(posterior: Posterior) -> dict[str, str | float]:
         "sampling": kind,
     }
     return found
-
-
-def plain(value: Any) -> Any:
-    """Return ``value`` as JSON has it: lists, dicts, strings, finite numbers; other numbers as strings."""
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
 
 
 def _version(package: str) -> str:

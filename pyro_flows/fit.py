@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._turns import alone
 from pyro_flows.bar import Bar
-from pyro_flows.batching import alone, usable
+from pyro_flows.batching import usable
 from pyro_flows.charting import choose_charts
 from pyro_flows.clock import Clock, unbounded
 from pyro_flows.coordinates import choose_coordinates

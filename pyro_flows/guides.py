@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,15 +23,13 @@ from torch.distributions import constraints
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_flows import _checks
-from pyro_flows._fallbacks import first_line
-from pyro_flows.batching import turn
+from pyro_flows._turns import turn
 from pyro_flows.builders import BUILDERS, VECTOR_BUILDERS
 from pyro_flows.flows import Flow
-from pyro_flows.mixture import BUILDER, FlowMixture
-from pyro_flows.preprocess import append, blank, wrapped
-from pyro_flows.randomness import seeded
+from pyro_flows.mixture import FlowMixture
+from pyro_flows.recipe import append_affine, copy_layers
 from pyro_flows.sites import Noncentred, Structure, flatten_all, initial_value, messages, place_all, read_structure
-from pyro_flows.transforms import Bijection, Bound, Chain, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
+from pyro_flows.transforms import Bijection, Bound, Chain, DiagonalAffine, LowerTriangularAffine
 
 AFFINES = ("auto", "diagonal", "none", "tril")
 FULL_AFFINE_UP_TO = 200
@@ -196,7 +193,7 @@ class AutoFlow(AutoContinuous):
             )
         if affine != "none":
             kind = "tril" if affine == "tril" or (affine == "auto" and dim <= FULL_AFFINE_UP_TO) else "diagonal"
-            built = _append_affine(built, kind)
+            built = append_affine(built, kind)
         return built.slow() if self._cautious else built
 
     def adopt(self, flow: Flow | FlowMixture) -> None:
@@ -228,7 +225,7 @@ class AutoFlow(AutoContinuous):
         count = old.settings["layers"] + layers  # type: ignore[index]
         self._recipe = (flow, affine, base, df, {**options, "layers": count})
         new = self._build(old.dim).to(like)
-        _copy_layers(old.bijection, new.bijection)
+        copy_layers(old.bijection, new.bijection)
         new.df = old.df
         self.flow = new
         return True
@@ -529,81 +526,6 @@ def _map_rows(function: Callable[..., Any], rows: Any) -> Any:
             count = len(tree_leaves(rows)[0])
             found = [function(tree_map(lambda column, i=i: column[i], rows)) for i in range(count)]  # type: ignore[misc]
             return tree_map(lambda *parts: torch.stack(parts), *found)
-
-
-def _append_affine(flow: Flow, kind: str) -> Flow:
-    map_ = LowerTriangularAffine(flow.dim) if kind == "tril" else DiagonalAffine(flow.dim)
-    whole = Flow(Chain([flow.bijection, SinhArcsinh(flow.dim), map_]), dim=flow.dim, base=flow.base, df=flow.df)
-    whole.settings = wrapped(flow.settings, "affine", kind)
-    return whole
-
-
-def rebuild(settings: Mapping[str, Any]) -> Any:
-    """Build the flow that :attr:`Flow.settings` describes, with the maps after it: to the scale of data, of a guide.
-
-    A :class:`FlowMixture` is built with all its flows; its weights, orders and signs are in the state to be loaded.
-
-    Raises:
-        ValueError: for an unknown builder or affine map.
-    """
-    if settings.get("builder") == BUILDER:
-        return FlowMixture.from_settings(settings, rebuild)
-    options = dict(settings)
-    affine, standardising = options.pop("affine", None), options.pop("preprocess", None)
-    if "inner" in options:
-        flow = rebuild(options["inner"])
-        flow.df = options.get("df", flow.df)
-    else:
-        flow = BUILDERS[_checks.choice("builder", options.pop("builder"), BUILDERS)](**options)
-    if standardising is not None:
-        flow = append(flow, blank(standardising, flow))
-    return flow if affine is None else _append_affine(flow, _checks.choice("affine", affine, ("diagonal", "tril")))
-
-
-@torch.no_grad()
-def not_rebuilt(flow: Flow | FlowMixture) -> str | None:
-    """Say why :func:`rebuild` does not give this flow back from its settings and state, or None: it does.
-
-    Names and shapes of the tensors are compared, then values at two points.
-    """
-    if flow.settings is None:
-        return "its bijection is not one of the builders', so it cannot be rebuilt from settings"
-    changed = "it was changed after a builder made it, so it cannot be rebuilt from settings"
-    state = {name: value.detach().cpu() for name, value in flow.state_dict().items()}
-    try:
-        with seeded(0):
-            again = rebuild(json.loads(json.dumps(flow.settings)))
-        again.to(next(value.dtype for value in state.values() if value.is_floating_point())).load_state_dict(state)
-        pair = [copy.deepcopy(flow).cpu().eval(), again.eval()]
-        found = [_at_two_points(one) for one in pair]
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        return f"{changed} ({first_line(error)})"
-    pairs = zip(*found, strict=True)
-    same = all(torch.allclose(one, other, rtol=1e-5, atol=1e-6, equal_nan=True) for one, other in pairs)
-    return None if same else changed
-
-
-@torch.no_grad()
-def _at_two_points(flow: Flow | FlowMixture) -> tuple[Tensor, ...]:
-    """Return what a flow makes of two points, for flows to be compared."""
-    if isinstance(flow, FlowMixture):
-        return (flow.log_prob(torch.linspace(-3.0, 3.0, 2 * flow.dim).reshape(2, -1).to(flow._like)),)
-    like = flow.base_distribution().mean
-    x = torch.linspace(-3.0, 3.0, 2 * flow.dim).reshape(2, *flow.base_shape).to(like)
-    context = x.new_zeros(2, flow.context_dim) if flow.context_dim else None
-    return (*flow.bijection.forward_and_ladj(x, context), flow.base_distribution().log_prob(x))
-
-
-def _copy_layers(old: nn.Module, new: nn.Module) -> None:
-    """Copy parameters and buffers layer by layer: the n-th layer of each class onto the n-th of the same class."""
-    if not isinstance(old, Chain):
-        new.load_state_dict(old.state_dict())
-        return
-    seen: dict[type, int] = {}
-    for layer in old.layers:
-        twins: Any = [candidate for candidate in new.layers if type(candidate) is type(layer)]  # type: ignore[union-attr]
-        _copy_layers(layer, twins[seen.get(type(layer), 0)])
-        seen[type(layer)] = seen.get(type(layer), 0) + 1
 
 
 @effectful(type="param")

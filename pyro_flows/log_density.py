@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback, first_line
-from pyro_flows.batching import advice, apart, batch, join, nearer, quiet, turn, where_possible
+from pyro_flows._turns import turn
+from pyro_flows.batching import advice, apart, batch, join, nearer, quiet, where_possible
 from pyro_flows.clock import Clock, unbounded
 from pyro_flows.enumeration import Enumerate, Evaluator
 from pyro_flows.observations import check_values, not_finite

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import dirichlet
 from torch.overrides import TorchFunctionMode
 
-from pyro_flows.batching import turn
+from pyro_flows._turns import turn
 
 
 @contextmanager

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from pyro_flows import _arviz
 from pyro_flows._fallbacks import first_line
-from pyro_flows._files import Bundle, damaged
-from pyro_flows.export import plain
+from pyro_flows._files import Bundle, damaged, plain
 from pyro_flows.flows import Flow
-from pyro_flows.guides import AutoFlow, not_rebuilt, rebuild
+from pyro_flows.guides import AutoFlow
 from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
 from pyro_flows.mixture import FlowMixture
 from pyro_flows.randomness import seeded
+from pyro_flows.recipe import not_rebuilt, rebuild
 from pyro_flows.verdict import Verdict
 
 if TYPE_CHECKING:

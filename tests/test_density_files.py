@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import pyro_flows as pf
 from pyro_flows import density, density_training
-from pyro_flows.preprocess import Preprocess
+from pyro_flows.transforms.fixed import Preprocess
 
 QUICK = {"progress": False, "max_epochs": 6}
 

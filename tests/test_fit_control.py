@@ -18,8 +18,8 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import escalation, initial, posterior, training
+from pyro_flows._turns import turn
 from pyro_flows.bar import Bar
-from pyro_flows.batching import turn
 from pyro_flows.clock import Clock, OutOfTime
 from pyro_flows.log_density import LogDensity
 

@@ -8,7 +8,7 @@ from torch.distributions import Normal
 
 import pyro_flows as pf
 from pyro_flows import interpolation
-from pyro_flows.preprocess import Preprocess
+from pyro_flows.transforms.fixed import Preprocess
 
 
 def image_flow(dim, base, dtype):

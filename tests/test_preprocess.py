@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.preprocess import Preprocess, preprocess
+from pyro_flows.preprocess import preprocess
+from pyro_flows.transforms.fixed import Preprocess
 from tests.invariants import check_batching, check_gradients, check_ladj, check_round_trip
 
 
