@@ -20,15 +20,15 @@ from benchmarks import records
 from benchmarks.models import NAMES, Problem, load
 from benchmarks.posteriordb import full_name
 from pyro_flows import LogDensity
-from pyro_flows.bar import Bar
-from pyro_flows.clock import unbounded
-from pyro_flows.coordinates import choose_coordinates
-from pyro_flows.fit import MAX_STEPS
-from pyro_flows.initial import portfolio
-from pyro_flows.race import race, share
-from pyro_flows.randomness import seeded
-from pyro_flows.run import Plan
-from pyro_flows.training import Budget, train
+from pyro_flows._clock import unbounded
+from pyro_flows._progress import Bar
+from pyro_flows._seeding import seeded
+from pyro_flows.fitting.fit import MAX_STEPS
+from pyro_flows.fitting.run import Plan
+from pyro_flows.fitting.selection import race, share
+from pyro_flows.starts.coordinates import choose_coordinates
+from pyro_flows.starts.portfolio import portfolio
+from pyro_flows.training.loop import Budget, train
 
 OUT = records.RESULTS / "stopping.csv"
 LONGER = 10

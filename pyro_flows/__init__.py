@@ -3,18 +3,18 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pyro_flows import datasets, interpolation, objectives, pictures, plots
-from pyro_flows.alarms import UnreliableWarning
-from pyro_flows.builders import nice, planar, realnvp, spline
-from pyro_flows.density import fit_density
-from pyro_flows.density_fit import DensityFit
-from pyro_flows.diagnostics import diagnose
-from pyro_flows.fit import fit
-from pyro_flows.flows import Flow
-from pyro_flows.guides import AutoFlow, AutoNICE, AutoPlanar, AutoRealNVP
-from pyro_flows.image_builders import glow, multiscale_realnvp
-from pyro_flows.log_density import LogDensity
-from pyro_flows.observations import NothingObservedWarning
-from pyro_flows.posterior import Posterior, load
+from pyro_flows._warnings import UnreliableWarning
+from pyro_flows.density_estimation.fit_density import fit_density
+from pyro_flows.density_estimation.fitted import DensityFit
+from pyro_flows.fitting.diagnose import diagnose
+from pyro_flows.fitting.fit import fit
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.images import glow, multiscale_realnvp
+from pyro_flows.flows.vectors import nice, planar, realnvp, spline
+from pyro_flows.guides.autoflow import AutoFlow, AutoNICE, AutoPlanar, AutoRealNVP
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.observations import NothingObservedWarning
+from pyro_flows.results.posterior import Posterior, load
 from pyro_flows.transforms import (
     ActNorm,
     AdditiveCoupling,
@@ -39,7 +39,7 @@ from pyro_flows.transforms import (
     Squeeze,
     masks,
 )
-from pyro_flows.verdict import Verdict
+from pyro_flows.verdict.verdict import Verdict
 
 try:
     __version__ = version("pyro-flows")

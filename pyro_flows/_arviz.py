@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.display import verdict_html
+from pyro_flows._display import verdict_html
 
 if TYPE_CHECKING:
     import pandas as pd

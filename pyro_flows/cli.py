@@ -32,13 +32,13 @@ from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from pyro_flows import plots
-from pyro_flows.alarms import UnreliableWarning
-from pyro_flows.builders import VECTOR_BUILDERS
-from pyro_flows.data import match, read_data, read_model
-from pyro_flows.diagnostics import diagnose
-from pyro_flows.fit import MAX_STEPS, fit
-from pyro_flows.posterior import Posterior
-from pyro_flows.storage import check_target
+from pyro_flows._inputs import match, read_data, read_model
+from pyro_flows._warnings import UnreliableWarning
+from pyro_flows.fitting.diagnose import diagnose
+from pyro_flows.fitting.fit import MAX_STEPS, fit
+from pyro_flows.flows.vectors import VECTOR_BUILDERS
+from pyro_flows.results.files import check_target
+from pyro_flows.results.posterior import Posterior
 
 GAUSSIAN_STEPS = 1500
 DONE, ERROR, UNRELIABLE, INTERRUPTED = 0, 2, 3, 130  # exit codes; 130 is what shells give to Ctrl-C

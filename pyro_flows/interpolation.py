@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.flows import Flow
+from pyro_flows.flows.flow import Flow
 from pyro_flows.transforms import Rescale
 
 

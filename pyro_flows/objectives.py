@@ -9,9 +9,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks, bases
-from pyro_flows.flows import Flow
-from pyro_flows.log_density import LogDensity
+from pyro_flows import _checks
+from pyro_flows.flows import bases
+from pyro_flows.flows.flow import Flow
+from pyro_flows.model.log_density import LogDensity
 
 WIDE_DF = 3.0
 WIDE_SCALE = 3.0

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.display import new_figure
-from pyro_flows.flows import Flow
+from pyro_flows._display import new_figure
+from pyro_flows._seeding import seeded
+from pyro_flows.flows.flow import Flow
 from pyro_flows.interpolation import interpolate, nearest, scale_spectrum
-from pyro_flows.randomness import seeded
 from pyro_flows.transforms import Chain
 
 if TYPE_CHECKING:

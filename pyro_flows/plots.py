@@ -15,13 +15,13 @@ import numpy as np
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.display import STATUS_COLOURS, new_figure
+from pyro_flows._display import STATUS_COLOURS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pyro_flows.posterior import Posterior
+    from pyro_flows.results.posterior import Posterior
 
 FLOW, BASE, INK, PAPER = "#1f5f8b", "#d98841", "#333333", "#dce8f0"
 WINDOW_SHARE = 0.04

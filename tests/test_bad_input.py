@@ -10,7 +10,7 @@ from pyro.infer.autoguide import init_to_value
 from pyro.infer.reparam import ProjectedNormalReparam
 
 import pyro_flows as pf
-from pyro_flows import initial
+from pyro_flows.starts import portfolio
 from tests.models import NAN, normal, real
 
 Y = real(0.3, 1.2, -0.4)
@@ -200,7 +200,7 @@ def test_densities_that_are_finite_nowhere(model, message):
     """Without Pyro's own checks, which find NaN in the first run."""
     with pyro.validation_enabled(False):
         with pytest.raises(ValueError, match=f"log density: not finite at any of 200 draws of the prior.*{message}"):
-            initial.portfolio(pf.LogDensity(model, (Y,)), seed=0)
+            portfolio.portfolio(pf.LogDensity(model, (Y,)), seed=0)
         with pytest.raises(ValueError, match=message):
             pf.fit(model, Y, progress=False, max_steps=10)
 
@@ -227,7 +227,7 @@ def test_a_density_that_is_infinite_for_some_starts_is_fitted():
         pyro.factor("above", torch.where(mu > 3.0, 0.0, -torch.inf))
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y[1])
 
-    starts = initial.portfolio(pf.LogDensity(model, (Y,)), seed=0)
+    starts = portfolio.portfolio(pf.LogDensity(model, (Y,)), seed=0)
     assert starts
     assert all(torch.isfinite(real(start.elbo)) for start in starts)
 

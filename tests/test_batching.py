@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows.batching import where_possible
-from pyro_flows.recorder import RECORDED_FROM
+from pyro_flows.graphs.batches import RECORDED_FROM
+from pyro_flows.model.batching import where_possible
 from tests.models import real
 from tests.registry import normal
 

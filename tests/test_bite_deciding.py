@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyro_flows import centring, charts, escalation, export, guides, modes, runs, symmetries, tempering, verdict
+from pyro_flows.fitting import agreement as runs
+from pyro_flows.fitting import escalation, missed_modes, symmetries, tempering
+from pyro_flows.guides import autoflow
+from pyro_flows.model import centring, charts
+from pyro_flows.results import arviz_groups
+from pyro_flows.verdict import verdict
 from tests import test_charts, test_coordinates, test_escalation, test_symmetries, test_tempering, test_verdict
 from tests.posteriors import schools_posterior
 from tests.test_verdict import weighing
@@ -89,7 +94,7 @@ def systematic(_):
 
 def _exact_moves_alone(monkeypatch):
     for name in ("_climbed", "_across", "_wandered"):
-        monkeypatch.setattr(modes, name, lambda *_, **__: [])
+        monkeypatch.setattr(missed_modes, name, lambda *_, **__: [])
 
 
 def one_half(monkeypatch):
@@ -181,7 +186,7 @@ def heavy(_):
 def conversion(_):
     """Draws are one chain, with the values and densities that the posterior has; resampled ones weigh nothing more."""
     posterior = schools_posterior("corrected", draws=200)
-    data = export.all_groups(posterior, posterior.density, predictive=False)
+    data = arviz_groups.all_groups(posterior, posterior.density, predictive=False)
     for name, values in posterior.samples.items():
         assert dict(data["posterior"][name].sizes)["chain"] == 1
         np.testing.assert_array_equal(data["posterior"][name].values[0], values.numpy())
@@ -243,14 +248,14 @@ BUGS = [
     (verdict, "resample", ".exp().cumsum", ".div(2.0).exp().cumsum", systematic),
     (verdict, "resample", "index[torch.randperm(draws, generator=generator)]", "index", systematic),
     # modes
-    (modes, "missed_modes", "density(z) - log_q", "density(z)", both_halves),
-    (modes, "missed_modes", "lambda: _mirrored(guide, *few)", "list", one_half),
-    (modes, "_mirrored", "move.apply(density, z)", "(z, torch.isfinite(z).all(1))", one_half),
-    (modes, "_lack", "> SHARE", "> 1.0", one_half),
-    (modes._Guide, "is_thin", "- self.score(z[usable])", "+ self.score(z[usable])", one_half),
-    (modes._Guide, "is_thin", "> by", "< by", both_halves),
-    (modes, "_climbed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 10 * SHARE", a_large_mode),
-    (modes, "_climbed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 0.1 * SHARE", a_small_mode),
+    (missed_modes, "missed_modes", "density(z) - log_q", "density(z)", both_halves),
+    (missed_modes, "missed_modes", "lambda: _mirrored(guide, *few)", "list", one_half),
+    (missed_modes, "_mirrored", "move.apply(density, z)", "(z, torch.isfinite(z).all(1))", one_half),
+    (missed_modes, "_lack", "> SHARE", "> 1.0", one_half),
+    (missed_modes._Guide, "is_thin", "- self.score(z[usable])", "+ self.score(z[usable])", one_half),
+    (missed_modes._Guide, "is_thin", "> by", "< by", both_halves),
+    (missed_modes, "_climbed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 10 * SHARE", a_large_mode),
+    (missed_modes, "_climbed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 0.1 * SHARE", a_small_mode),
     (symmetries.Unit, "apply", "return -value", "return value", one_half),
     (symmetries.Unit, "apply", "order[first], order[second] = second, first", "pass", labels),
     (symmetries, "_placed", "inside = inside & close", "close", supports),
@@ -271,8 +276,8 @@ BUGS = [
     (*ROUNDS, "budget.steps - len(trainer.losses)", "budget.steps", the_rounds),
     (escalation, "_with_df", "flow.df = df", "pass", the_rounds),
     (escalation, "assess", "copy.deepcopy(flow)", "flow", the_rounds),
-    (guides.AutoFlow, "grow", "_copy_layers(old.bijection, new.bijection)", "pass", grown),
-    (guides.AutoFlow, "grow", "new.df = old.df", "pass", grown),
+    (autoflow.AutoFlow, "grow", "_copy_layers(old.bijection, new.bijection)", "pass", grown),
+    (autoflow.AutoFlow, "grow", "new.df = old.df", "pass", grown),
     (runs, "compare", "not spread <= EVIDENCE", "spread <= EVIDENCE", agreement),
     (runs, "compare", "evidences.max() - evidences.min()", "evidences[0] - evidences[1]", agreement),
     (runs, "compare", "torch.nan_to_num(evidences, nan=-math.inf)", "-evidences", agreement),
@@ -287,10 +292,10 @@ BUGS = [
     (charts.Circle, "inverse", "y - self.centre + math.pi, 2.0 * math.pi", "y - self.centre + math.pi, 1e9", circle),
     (charts.Heavy, "forward", "scale.log() + log_cosh", "log_cosh", heavy),
     # the conversion for ArviZ
-    (export, "_stack", "(value)[None]", "(value)[:, None]", conversion),
-    (export, "_stats", '"log_p": log_p', '"log_p": log_q', conversion),
+    (arviz_groups, "_stack", "(value)[None]", "(value)[:, None]", conversion),
+    (arviz_groups, "_stats", '"log_p": log_p', '"log_p": log_q', conversion),
     (
-        export,
+        arviz_groups,
         "_drawn_from",
         "posterior.used_log_p.double()",
         "posterior.used_log_q",

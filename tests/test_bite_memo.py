@@ -3,7 +3,7 @@
 import pytest
 
 import pyro_flows as pf
-from pyro_flows import flows
+from pyro_flows.flows import flow as flows
 from tests.registry import SMALL, make_flow
 from tests.state_invariants import (
     EDITS,

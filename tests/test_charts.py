@@ -11,8 +11,8 @@ import torch
 from pyro import poutine
 
 import pyro_flows as pf
-from pyro_flows.charting import choose_charts
-from pyro_flows.charts import Circle, Heavy, read_chart, write_chart
+from pyro_flows.model.charts import Circle, Heavy, read_chart, write_chart
+from pyro_flows.starts.charting import choose_charts
 from tests.models import real
 from tests.registry import normal
 

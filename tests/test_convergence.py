@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_flows.convergence import LEFT_TOLERANCE, WINDOW, Monitor
+from pyro_flows.training.convergence import LEFT_TOLERANCE, WINDOW, Monitor
 from tests.registry import normal
 
 DRAWS = normal(200, 2, seed=1)

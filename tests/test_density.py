@@ -9,8 +9,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
-from pyro_flows import datasets, density, density_schedule, density_training
-from pyro_flows.density_storage import FILES
+from pyro_flows import datasets
+from pyro_flows.density_estimation import fit_density, schedule, training
+from pyro_flows.density_estimation.files import FILES
 
 QUICK = {"progress": False, "max_epochs": 4}
 
@@ -121,7 +122,7 @@ def test_far_images_cost_about_their_distance(build):
 
 
 def test_seconds_take_the_place_of_a_number_of_steps(monkeypatch):
-    monkeypatch.setattr(density, "MAX_STEPS", 30)
+    monkeypatch.setattr(fit_density, "MAX_STEPS", 30)
     flow, y = pf.realnvp(2, layers=2), datasets.toy("moons", 320)
     options = {"validation": None, "learning_rate": 1e-3, "progress": False}
     assert pf.fit_density(flow, y, **options).settings["steps"] == 30
@@ -132,7 +133,7 @@ def test_seconds_take_the_place_of_a_number_of_steps(monkeypatch):
 
 def test_a_generous_limit_makes_no_stronger_decay(monkeypatch):
     """Validation ends such a training early, and decay for all the steps that fit into a day would spoil it."""
-    monkeypatch.setattr(density, "climb", lambda *_, **__: None)
+    monkeypatch.setattr(fit_density, "climb", lambda *_, **__: None)
     flow, y = pf.realnvp(2, layers=2), datasets.toy("moons", 5000)
     options = {"validation": None, "progress": False}
     found = [
@@ -143,7 +144,7 @@ def test_a_generous_limit_makes_no_stronger_decay(monkeypatch):
 
 
 def test_an_image_counts_as_often_as_it_has_pixels(monkeypatch):
-    monkeypatch.setattr(density, "climb", lambda *_, **__: None)
+    monkeypatch.setattr(fit_density, "climb", lambda *_, **__: None)
     flow = pf.glow((1, 4, 4), levels=1, layers=1, hidden=(4,))
     y = torch.randn(320, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     fit = pf.fit_density(flow, y, validation=None, max_epochs=2, progress=False)
@@ -152,11 +153,11 @@ def test_an_image_counts_as_often_as_it_has_pixels(monkeypatch):
 
 
 def test_a_budget_leaves_a_steady_stretch_after_a_long_race():
-    state = density_schedule.State(spent=0.5, steps=100)
-    assert [density_schedule.by_budget(state, share) for share in (0.5, 0.59)] == [1.0, 1.0]
-    assert density_schedule.by_budget(state, 0.61) == 1.0  # where the cool-down begins
+    state = schedule.State(spent=0.5, steps=100)
+    assert [schedule.by_budget(state, share) for share in (0.5, 0.59)] == [1.0, 1.0]
+    assert schedule.by_budget(state, 0.61) == 1.0  # where the cool-down begins
     assert state.cool_from == 0.61
-    assert density_schedule.by_budget(state, 0.805) == pytest.approx(0.5)
+    assert schedule.by_budget(state, 0.805) == pytest.approx(0.5)
 
 
 def test_steps_that_were_skipped_are_told():
@@ -179,8 +180,8 @@ def test_steps_that_were_skipped_are_told():
 @pytest.mark.parametrize(("raced", "expected"), [(1e-2, (1e-2, 1e-2 * 0.4**0.5, 1e-2 * 0.1**0.5)), (1e-3, (1e-3,) * 3)])
 def test_long_trainings_take_smaller_steps(raced, expected, monkeypatch):
     """Four times the steps, half the step size; but what raced as the smallest is small enough."""
-    monkeypatch.setattr(density_training.Ascent, "race", lambda self, *_: setattr(self.state, "learning_rate", raced))
-    monkeypatch.setattr(density, "climb", lambda *_, **__: None)
+    monkeypatch.setattr(training.Ascent, "race", lambda self, *_: setattr(self.state, "learning_rate", raced))
+    monkeypatch.setattr(fit_density, "climb", lambda *_, **__: None)
     found = []
     for epochs in (50, 250, 1000):  # of ten steps
         flow, y = pf.realnvp(2, layers=2), datasets.toy("moons", 320)
@@ -203,16 +204,16 @@ def test_long_trainings_take_smaller_steps(raced, expected, monkeypatch):
     ],
 )
 def test_the_largest_step_size_that_comes_about_as_far_wins_a_race(scores, start, dim, expected):
-    runs = list(zip(scores, density_training.RACED, strict=True))
-    good = density_training._about_best(start, runs, dim)
+    runs = list(zip(scores, training.RACED, strict=True))
+    good = training._about_best(start, runs, dim)
     assert max([rate for _, rate in good], default=None) == expected
 
 
 def test_a_race_that_gains_nothing_leaves_the_start():
     """Points of the flow itself, and step sizes that destroy it."""
     flow = pf.realnvp(2, layers=2)
-    train = density.points_for(flow, "data", torch.randn(400, 2, generator=torch.Generator().manual_seed(0)), None)
-    ascent = density_training.Ascent(flow, train, list(train.ordered(400)), batch=32)
+    train = fit_density.points_for(flow, "data", torch.randn(400, 2, generator=torch.Generator().manual_seed(0)), None)
+    ascent = training.Ascent(flow, train, list(train.ordered(400)), batch=32)
     before = ascent.keep()
     ascent.race((10.0, 100.0), 8)
     assert ascent.state.learning_rate == 10.0
@@ -228,8 +229,8 @@ def test_wide_networks_race_small_steps(width, expected, monkeypatch):
         asked.extend(candidates)
         self.state.learning_rate = candidates[0]
 
-    monkeypatch.setattr(density_training.Ascent, "race", race)
-    monkeypatch.setattr(density, "climb", lambda *_, **__: None)
+    monkeypatch.setattr(training.Ascent, "race", race)
+    monkeypatch.setattr(fit_density, "climb", lambda *_, **__: None)
     flow = pf.realnvp(2, layers=2, hidden=(width,))
     pf.fit_density(flow, datasets.toy("moons", 64), validation=None, max_epochs=1, progress=False)
     assert asked == pytest.approx(expected)
@@ -243,7 +244,7 @@ def test_weights_decay_by_how_much_can_be_learnt_by_heart():
     assert [fit.settings["weight_decay"] for fit in found] == pytest.approx([expected, 2 * expected])
     given = pf.fit_density(flow, y, validation=None, max_epochs=1, weight_decay=0.25, progress=False)
     assert given.settings["weight_decay"] == 0.25
-    ascent = density_training.Ascent(flow, None, [], batch=32)
+    ascent = training.Ascent(flow, None, [], batch=32)
     ascent.state.weight_decay = 0.25
     ascent.fresh_moments()
     ascent.step(y, None, 1e-3)
@@ -261,7 +262,7 @@ def test_random_last_layers_spoil_no_start(network):
     y = torch.randn(50, 1, 16, 16)
     flow.bijection.start_from(y)
     before = flow.log_prob(y).mean().detach() / 256
-    density_training.rouse(flow)
+    training.rouse(flow)
     assert (flow.log_prob(y).mean().detach() / 256 - before).abs() < 0.1
 
 
@@ -354,11 +355,11 @@ class _Stop(Exception):
 
 
 def test_resumes_exactly(tmp_path, monkeypatch):
-    monkeypatch.setattr(density, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(fit_density, "SAVE_EVERY", 0.0)
     y, flow = datasets.toy("moons", 400), pf.realnvp(2, layers=2)
     options = {"levels": None, "max_epochs": 12, "progress": False}
     whole = pf.fit_density(flow, y, **options)
-    step, steps = density_training.Ascent.step, []
+    step, steps = training.Ascent.step, []
 
     def stopping(self, *args):
         if self.state.steps == 31:  # in the middle of an epoch
@@ -367,7 +368,7 @@ def test_resumes_exactly(tmp_path, monkeypatch):
         return step(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(density_training.Ascent, "step", stopping)
+        patch.setattr(training.Ascent, "step", stopping)
         with pytest.raises(_Stop):
             pf.fit_density(flow, y, checkpoint=tmp_path / "run.pt", **options)
     assert steps == [31]

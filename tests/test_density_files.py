@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import pyro_flows as pf
-from pyro_flows import density, density_training
+from pyro_flows.density_estimation import fit_density, training
 from pyro_flows.transforms.fixed import Preprocess
 
 QUICK = {"progress": False, "max_epochs": 6}
@@ -243,13 +243,13 @@ class _Stop(Exception):
 @pytest.mark.parametrize("build", [lambda: pf.realnvp(3, layers=2), lambda: pf.spline(3, layers=2), lambda: "nice"])
 def test_a_script_that_is_run_anew_goes_on_exactly(tmp_path, monkeypatch, build):
     """Its flow has other random weights by then, and its tensors are other objects."""
-    monkeypatch.setattr(density, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(fit_density, "SAVE_EVERY", 0.0)
     torch.manual_seed(1)
     whole = pf.fit_density(build(), cloud(), checkpoint=tmp_path / "whole.pt", **QUICK)
     torch.manual_seed(1)
     plain = pf.fit_density(build(), cloud(), **QUICK)
     assert torch.equal(plain.losses, whole.losses)  # a checkpoint changes nothing
-    step = density_training.Ascent.step
+    step = training.Ascent.step
 
     def stopping(self, *args):
         if self.state.steps == 25:
@@ -258,7 +258,7 @@ def test_a_script_that_is_run_anew_goes_on_exactly(tmp_path, monkeypatch, build)
 
     torch.manual_seed(1)
     with monkeypatch.context() as patch:
-        patch.setattr(density_training.Ascent, "step", stopping)
+        patch.setattr(training.Ascent, "step", stopping)
         with pytest.raises(_Stop):
             pf.fit_density(build(), cloud(), checkpoint=tmp_path / "run.pt", **QUICK)
     torch.manual_seed(2)
@@ -289,12 +289,12 @@ def test_checkpoints_that_cannot_be_written(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="checkpoint: expected a file in a directory that can be written to"):
             pf.fit_density("nice", cloud(), checkpoint=path, **QUICK)
     whole = pf.fit_density("nice", cloud(), **QUICK)
-    monkeypatch.setattr(density, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(fit_density, "SAVE_EVERY", 0.0)
 
     def fail(path, data):
         raise OSError(28, "path: 'run.pt' could not be written (No space left on device)")
 
-    monkeypatch.setattr(density.density_storage, "replace_file", fail)
+    monkeypatch.setattr(fit_density.density_storage, "replace_file", fail)
     with pytest.warns(UserWarning, match=r"checkpoint: .*No space left on device.*; the training goes on") as caught:
         fit = pf.fit_density("nice", cloud(), checkpoint=tmp_path / "run.pt", **QUICK)
     assert len(caught) == 1

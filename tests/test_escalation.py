@@ -13,15 +13,15 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows import escalation
-from pyro_flows.escalation import Round, rounds, unweighed
-from pyro_flows.fit import _never_good, default_steps
-from pyro_flows.initial import Start
-from pyro_flows.run import Run
-from pyro_flows.runs import compare
-from pyro_flows.training import BATCH, STEP_SIZE, Budget, Trainer, Training
+from pyro_flows.fitting import escalation
+from pyro_flows.fitting.agreement import compare
+from pyro_flows.fitting.escalation import Round, rounds, unweighed
+from pyro_flows.fitting.fit import _never_good, default_steps
+from pyro_flows.fitting.run import Run
+from pyro_flows.starts.portfolio import Start
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Trainer, Training
 from pyro_flows.transforms import DiagonalAffine
-from pyro_flows.verdict import Weighing
+from pyro_flows.verdict.verdict import Weighing
 from tests.models import real
 from tests.registry import normal, randomise
 

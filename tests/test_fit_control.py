@@ -17,11 +17,14 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows import escalation, initial, posterior, training
+from pyro_flows._clock import Clock, OutOfTime
+from pyro_flows._progress import Bar
 from pyro_flows._turns import turn
-from pyro_flows.bar import Bar
-from pyro_flows.clock import Clock, OutOfTime
-from pyro_flows.log_density import LogDensity
+from pyro_flows.fitting import escalation
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.results import posterior
+from pyro_flows.starts import portfolio
+from pyro_flows.training import loop
 
 Y = torch.tensor([0.3, -1.2, 2.0])
 QUICK = {"max_steps": 120, "draws": 500, "layers": 2, "escalate": False, "progress": False}
@@ -82,8 +85,8 @@ def test_numbers_beyond_reason_are_refused_before_the_model_is_run(options, mess
 
 
 def test_more_draws_than_the_memory_holds_are_refused_before_training(monkeypatch):
-    monkeypatch.setattr("pyro_flows.scoring._memory", lambda: 2.0**20)
-    monkeypatch.setattr(training.Trainer, "step", None)
+    monkeypatch.setattr("pyro_flows.results.scoring._memory", lambda: 2.0**20)
+    monkeypatch.setattr(loop.Trainer, "step", None)
     with pytest.raises(ValueError, match=r"draws: expected at most \d+ of 1 coordinates.*got 50000\. Take fewer"):
         pf.fit(model, Y, draws=50_000, progress=False)
 
@@ -100,7 +103,7 @@ def ticking(monkeypatch):
     """A clock that goes on a tenth of a second with each run of a model, and not otherwise: busy machines lie."""
     now = itertools.count()
     runs = []
-    monkeypatch.setattr("pyro_flows.clock.time.monotonic", lambda: 0.1 * len(runs) + 1e-6 * next(now))
+    monkeypatch.setattr("pyro_flows._clock.time.monotonic", lambda: 0.1 * len(runs) + 1e-6 * next(now))
     original = LogDensity._run
 
     def counted(self, z, **options):
@@ -162,7 +165,7 @@ def test_a_bound_that_does_not_bind_changes_nothing():
 
 
 def test_runs_that_were_not_begun_are_said(monkeypatch):
-    original, over = training.train, []
+    original, over = loop.train, []
     monkeypatch.setattr(Clock, "over", property(lambda clock: bool(over) and not clock.final))
 
     def train(trainer, budget, **options):
@@ -170,7 +173,7 @@ def test_runs_that_were_not_begun_are_said(monkeypatch):
         over.append(True)
         return found
 
-    monkeypatch.setattr("pyro_flows.run.train", train)
+    monkeypatch.setattr("pyro_flows.fitting.run.train", train)
     found = pf.fit(model, Y, runs=3, max_seconds=1e4, **QUICK)
     assert any("run 2 of 3" in reason for reason in found.verdict.reasons)
     assert {stage["run"] for stage in found.history} == {0}
@@ -213,13 +216,13 @@ def interrupting(monkeypatch, owner, name, *, at=1, instead=True):
 
 
 STAGES = {
-    "the climbs to modes": (initial, "laplace", 1, model),
-    "the paths to modes": (initial, "along_paths", 1, model),
-    "the scores of starts": (initial, "_scored", 1, model),
-    "the starts": ("pyro_flows.run", "portfolio", 1, model),
+    "the climbs to modes": (portfolio, "laplace", 1, model),
+    "the paths to modes": (portfolio, "along_paths", 1, model),
+    "the scores of starts": (portfolio, "_scored", 1, model),
+    "the starts": ("pyro_flows.fitting.run", "portfolio", 1, model),
     "the choice of coordinates": ("pyro_flows.fit", "choose_coordinates", 1, effects),
-    "the race of starts and step sizes": (training.Trainer, "step", 5, model),
-    "training": (training.Trainer, "step", 75, model),
+    "the race of starts and step sizes": (loop.Trainer, "step", 5, model),
+    "training": (loop.Trainer, "step", 75, model),
     "a look at the round": (escalation, "weigh", 1, model),
     "the search for modes that the guide lacks": ("pyro_flows.fit", "missed_modes", 1, model),
     "the scores of draws": (posterior, "decide", 1, model),
@@ -233,7 +236,7 @@ def resolve(owner):
 @pytest.mark.parametrize("stage", STAGES)
 def test_ctrl_c_returns_what_there_is(monkeypatch, stage):
     owner, name, at, chosen = STAGES[stage]
-    monkeypatch.setattr("pyro_flows.clock.AFTER_INTERRUPT", 1000.0)  # on a busy machine, too
+    monkeypatch.setattr("pyro_flows._clock.AFTER_INTERRUPT", 1000.0)  # on a busy machine, too
     interrupting(monkeypatch, resolve(owner), name, at=at)
     with pytest.warns(UserWarning, match=r"fit: interrupted \(Ctrl-C\)"):
         found = pf.fit(chosen, Y, **QUICK)
@@ -279,7 +282,7 @@ def test_ctrl_c_before_there_is_anything_to_keep_raises():
 
 
 def test_a_second_ctrl_c_while_judging_raises(monkeypatch):
-    interrupting(monkeypatch, training.Trainer, "step", at=75)
+    interrupting(monkeypatch, loop.Trainer, "step", at=75)
     interrupting(monkeypatch, posterior, "decide")
     with pytest.raises(KeyboardInterrupt):
         pf.fit(model, Y, **QUICK)
@@ -290,7 +293,7 @@ def test_an_interrupted_training_keeps_what_it_learnt(monkeypatch):
     """Late in the second run's training: the first run stands, and its draws are right but for the name."""
     options = {**QUICK, "max_steps": 1200}
     whole = pf.fit(model, Y, **options)
-    interrupting(monkeypatch, training.Trainer, "step", at=900)
+    interrupting(monkeypatch, loop.Trainer, "step", at=900)
     with pytest.warns(UserWarning, match="interrupted"):
         cut = pf.fit(model, Y, **options)
     assert cut.elbo == pytest.approx(whole.elbo, abs=0.05)
@@ -302,9 +305,9 @@ def short_first_round(monkeypatch):
     """A first round of 40 steps that does not suffice, so that others follow; 260 steps are left to them."""
 
     def train(trainer, budget, **options):
-        return training.train(trainer, training.Budget(40, budget.clock), **options)
+        return loop.train(trainer, loop.Budget(40, budget.clock), **options)
 
-    monkeypatch.setattr("pyro_flows.run.train", train)
+    monkeypatch.setattr("pyro_flows.fitting.run.train", train)
     monkeypatch.setattr(escalation.Round, "enough", False)
     return {**QUICK, "max_steps": 300, "escalate": True}
 
@@ -316,7 +319,7 @@ def test_an_interrupted_escalation_keeps_the_best_round(monkeypatch, short_first
         yield next(original(*args, **options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyro_flows.run.rounds", rounds)
+    monkeypatch.setattr("pyro_flows.fitting.run.rounds", rounds)
     with pytest.warns(UserWarning, match="interrupted"):
         found = pf.fit(model, Y, **short_first_round)
     stages = {stage["stage"]: stage for stage in found.history if "batch" in stage}
@@ -338,7 +341,7 @@ def test_settings_are_those_of_the_round_that_was_kept(monkeypatch, short_first_
         return escalation.Round(found.flow, escalation.unweighed(density.dim, -1e6), result)
 
     monkeypatch.setattr(escalation, "assess", assess)
-    monkeypatch.setattr("pyro_flows.run.assess", assess)
+    monkeypatch.setattr("pyro_flows.fitting.run.assess", assess)
     found = pf.fit(model, Y, **short_first_round)
     rounds = [stage for stage in found.history if "batch" in stage]
     assert len({stage["batch"] for stage in rounds}) == 2
@@ -518,7 +521,7 @@ def test_the_line_names_stages_and_no_time_to_come(monkeypatch):
 def test_the_line_moves_while_a_stage_goes_on(monkeypatch):
     terminal, now = Terminal(), [0.0]
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr("pyro_flows.bar.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pyro_flows._progress.time.monotonic", lambda: now[0])
     bar = Bar("fit", True)
     bar.watch("the starts")
     for _ in range(5):
@@ -554,7 +557,7 @@ def test_a_notebook_gets_one_output_that_is_updated(monkeypatch):
         outputs[len(outputs)] = [data["text/plain"]]
         return Handle(len(outputs) - 1)
 
-    monkeypatch.setattr("pyro_flows.bar._display", lambda: display)
+    monkeypatch.setattr("pyro_flows._progress._display", lambda: display)
     pf.fit(model, Y, **{**QUICK, "progress": True})
     assert len(outputs) == 1
     assert outputs[0][0].startswith("fit: reading the model")

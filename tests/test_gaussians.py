@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from pyro_flows.gaussians import Gaussians, compact, diagonal_update
+from pyro_flows.starts.gaussians import Gaussians, compact, diagonal_update
 from tests.invariants import close
 from tests.registry import normal
 

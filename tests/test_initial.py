@@ -9,9 +9,9 @@ import torch
 from torch.distributions import MultivariateNormal, constraints, kl_divergence
 
 import pyro_flows as pf
-from pyro_flows import curvature
-from pyro_flows.initial import Start, _climb, _divergence, along_paths, portfolio, prior_draws
-from pyro_flows.pathfinder import pathfinder, pool
+from pyro_flows.starts import curvature
+from pyro_flows.starts.pathfinder import pathfinder, pool
+from pyro_flows.starts.portfolio import Start, _climb, _divergence, along_paths, portfolio, prior_draws
 from tests.invariants import close
 from tests.models import real
 from tests.registry import normal

@@ -9,7 +9,7 @@ import torch
 from torch.distributions import constraints
 
 import pyro_flows as pf
-from pyro_flows.initial import Start, _divergence, portfolio
+from pyro_flows.starts.portfolio import Start, _divergence, portfolio
 from tests.invariants import close
 from tests.models import real
 from tests.registry import normal

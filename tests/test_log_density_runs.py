@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 
 import pyro_flows as pf
-from pyro_flows.recorder import RECORDED_FROM
+from pyro_flows.graphs.batches import RECORDED_FROM
 from tests.invariants import close
 from tests.models import CASES, gauss, nested, normal, real
 

@@ -13,8 +13,8 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.reparam import NeuTraReparam
 
 import pyro_flows as pf
-from pyro_flows.mixture import Component, FlowMixture
-from pyro_flows.recipe import rebuild
+from pyro_flows.flows.mixture import Component, FlowMixture
+from pyro_flows.flows.recipe import rebuild
 
 
 def affine(loc, scale):

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 
 import pyro_flows as pf
-from pyro_flows.recorder import RECORDED_FROM
+from pyro_flows.graphs.batches import RECORDED_FROM
 from tests.invariants import close
 from tests.models import Regression, each_model, gauss, normal, real, with_params
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import LogDensity
-from pyro_flows.export import predict
-from pyro_flows.labels import coordinate_names
+from pyro_flows.results.arviz_groups import predict
+from pyro_flows.results.dims import coordinate_names
 from tests.models import real
 from tests.registry import normal
 

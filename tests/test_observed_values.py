@@ -14,7 +14,7 @@ from pyro.distributions import transforms
 from pyro.infer import autoguide, config_enumerate
 
 import pyro_flows as pf
-from pyro_flows import initial
+from pyro_flows.starts import portfolio
 
 real = torch.tensor
 ones = torch.ones
@@ -267,7 +267,7 @@ def test_supports_of_enumerated_models():
     expected = math.log(0.25) + math.log(0.5) + dist.Pareto(1.0, 2.0).log_prob(y).sum()
     torch.testing.assert_close(density(torch.zeros(1, 1))[0], expected)
     with pytest.raises(ValueError, match="y"):
-        initial.portfolio(pf.LogDensity(model, (y - 1.9,)), seed=0)
+        portfolio.portfolio(pf.LogDensity(model, (y - 1.9,)), seed=0)
 
 
 def test_a_conditioned_model_and_one_with_factors_alone():

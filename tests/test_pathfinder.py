@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows import pathfinder as module
-from pyro_flows.curvature import inverse_roots, lower_triangular, scales
-from pyro_flows.gaussians import Gaussians
-from pyro_flows.pathfinder import pathfinder, pool
+from pyro_flows.starts import pathfinder as module
+from pyro_flows.starts.curvature import inverse_roots, lower_triangular, scales
+from pyro_flows.starts.gaussians import Gaussians
+from pyro_flows.starts.pathfinder import pathfinder, pool
 from tests.invariants import close
 from tests.registry import normal
 

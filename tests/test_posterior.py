@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows import verdict
-from pyro_flows.posterior import ROWS_SHOWN, from_draws
-from pyro_flows.psis import psis
+from pyro_flows.results.posterior import ROWS_SHOWN, from_draws
+from pyro_flows.verdict import verdict
+from pyro_flows.verdict.psis import psis
 from tests.posteriors import (
     SCHOOLS,
     SPREAD,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.preprocess import preprocess
+from pyro_flows.density_estimation.standardizing import preprocess
 from pyro_flows.transforms.fixed import Preprocess
 from tests.invariants import check_batching, check_gradients, check_ladj, check_round_trip
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_flows.psis import fit_pareto, psis
+from pyro_flows.verdict.psis import fit_pareto, psis
 
 
 def by_arviz(log_weights: torch.Tensor) -> tuple[np.ndarray, float]:

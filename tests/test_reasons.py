@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.runs import R_HAT, disagreements
+from pyro_flows.fitting.agreement import R_HAT, disagreements
 
 
 def test_runs_that_disagree_in_many_coordinates_name_the_worst_three():

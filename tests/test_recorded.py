@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows import LogDensity, training
-from pyro_flows.bodies import body_of
-from pyro_flows.compiling import quicken
-from pyro_flows.graphs import Stitcher
-from pyro_flows.passes import Passes
-from pyro_flows.steps import Step
-from pyro_flows.tracing import record
-from pyro_flows.training import Trainer
-from pyro_flows.updates import CLIP, Moments, update
+from pyro_flows import LogDensity
+from pyro_flows.graphs.compiling import quicken
+from pyro_flows.graphs.graph import Stitcher
+from pyro_flows.graphs.record import record
+from pyro_flows.training import loop
+from pyro_flows.training.adam import CLIP, Moments, update
+from pyro_flows.training.flow_graphs import Passes
+from pyro_flows.training.layer_graphs import body_of
+from pyro_flows.training.loop import Trainer
+from pyro_flows.training.step_graph import Step
 from tests.invariants import close
 from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, needs_compiler, normal, randomise
 
@@ -349,7 +350,7 @@ def test_recorded_steps_are_eager_steps(monkeypatch):
     flow = make_flow("realnvp", 4, base="student_t")
     other = copy.deepcopy(flow)
     fast = trained(flow)
-    monkeypatch.setattr(training, "EAGER_STEPS", 10**9)
+    monkeypatch.setattr(loop, "EAGER_STEPS", 10**9)
     slow = trained(other)
     assert fast.evaluation == "recorded"
     assert slow.evaluation == "eager"
@@ -399,15 +400,15 @@ def test_a_batch_without_a_finite_term_counts_as_infinite_loss():
 
 def test_annealing_hands_its_parameters_over():
     trainer = trained(make_flow("realnvp", 4), steps=12)
-    training.anneal(trainer, 5, report=lambda *_: None)
+    loop.anneal(trainer, 5, report=lambda *_: None)
     assert torch.equal(torch.cat([part.detach().reshape(-1) for part in trainer.flow.parameters()]), trainer.weights)
 
 
 def test_a_fall_while_cooling_leads_back(monkeypatch):
     """Half of the cool-down is good; then something breaks."""
     trainer = trained(make_flow("realnvp", 4), steps=12)
-    check = training.Check.make(trainer.flow, trainer.density, seed=0)
-    ratchet = training._Ratchet(trainer, check.elbo())
+    check = loop.Check.make(trainer.flow, trainer.density, seed=0)
+    ratchet = loop._Ratchet(trainer, check.elbo())
     step, taken = trainer.step, []
 
     def breaks(learning_rate):
@@ -417,7 +418,7 @@ def test_a_fall_while_cooling_leads_back(monkeypatch):
             trainer.weights.add_(100.0)
 
     monkeypatch.setattr(trainer, "step", breaks)
-    value = training._cool(trainer, training.Budget(100), 0, 100, check, ratchet, lambda *_: None)
+    value = loop._cool(trainer, loop.Budget(100), 0, 100, check, ratchet, lambda *_: None)
     assert ratchet.falls >= 1
     assert value == ratchet.best
     assert check.elbo() == value

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows.compiling import Runner, pays_at
-from pyro_flows.recorder import PIECE, RECORDED_FROM, ROWS_AT_LEAST, ROWS_AT_MOST, Recorder, rows_for
-from pyro_flows.tracing import record
+from pyro_flows.graphs.batches import PIECE, RECORDED_FROM, ROWS_AT_LEAST, ROWS_AT_MOST, Recorder, rows_for
+from pyro_flows.graphs.compiling import Runner, pays_at
+from pyro_flows.graphs.record import record
 from tests.invariants import close
 from tests.registry import needs_compiler, normal
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows import _files
-from pyro_flows.storage import FILES, NETCDF, TENSORS, TEXT
+from pyro_flows.results.files import FILES, NETCDF, TENSORS, TEXT
 from tests.posteriors import SCHOOLS, Y, schools, schools_flow, schools_posterior
 
 # Most guides here were not trained: what is tested is what comes back of them.

@@ -10,9 +10,9 @@ from benchmarks.models import NAMES, load
 from benchmarks.reference import find_posteriordb
 from pyro_flows import LogDensity
 from pyro_flows.objectives import pulled
-from pyro_flows.passes import gradient_of
-from pyro_flows.steps import Step
-from pyro_flows.updates import Moments, advance
+from pyro_flows.training.adam import Moments, advance
+from pyro_flows.training.flow_graphs import gradient_of
+from pyro_flows.training.step_graph import Step
 from tests.invariants import close
 from tests.registry import needs_compiler, randomise
 

@@ -14,7 +14,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_flows as pf
-from pyro_flows.storage import FILES, NETCDF, TENSOR_FIELDS, TENSORS, TEXT, check_target
+from pyro_flows.results.files import FILES, NETCDF, TENSOR_FIELDS, TENSORS, TEXT, check_target
 from tests.posteriors import OFF, SCHOOLS, Y, exact, line, line_guide, schools, schools_flow, schools_posterior
 
 # Many posteriors here are of guides that were not trained: what is tested is what a file keeps of them.

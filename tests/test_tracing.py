@@ -14,9 +14,9 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows._fallbacks import Fallback, fallback, strict
-from pyro_flows.graphs import is_pure
-from pyro_flows.recorder import RECORDED_FROM
-from pyro_flows.tracing import DependsOnValues, record
+from pyro_flows.graphs.batches import RECORDED_FROM
+from pyro_flows.graphs.graph import is_pure
+from pyro_flows.graphs.record import DependsOnValues, record
 from tests.invariants import close
 from tests.models import gauss, real
 from tests.registry import normal

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_flows import verdict
-from pyro_flows.verdict import Weighing, decide, heavy_tails, judge, resample, weigh
+from pyro_flows.verdict import verdict
+from pyro_flows.verdict.verdict import Weighing, decide, heavy_tails, judge, resample, weigh
 from tests.registry import normal
 
 S = 20_000

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.recorder import RECORDED_FROM
+from pyro_flows.graphs.batches import RECORDED_FROM
 from tests.invariants import close
 from tests.models import real
 from tests.registry import normal

@@ -1,0 +1,268 @@
+"""Fitted densities and training states as files of tensors and JSON. Reading them runs no code."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import pickle
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Subset, TensorDataset
+
+from pyro_flows._fallbacks import first_line
+from pyro_flows._files import Bundle, damaged, digest, plain, replace_file
+from pyro_flows._seeding import seeded
+from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source
+from pyro_flows.density_estimation.schedule import Plan
+from pyro_flows.density_estimation.training import Ascent
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.recipe import append, ending, not_rebuilt, rebuild
+from pyro_flows.transforms.fixed import Preprocess
+
+CHECKPOINT = b"pyro_flows density checkpoint 2\n"  # then the digest of the rest, a line, and the tensors
+TENSORS, TEXT = "density.pt", "density.json"
+FILES = Bundle("density", "pyro_flows density", TEXT, (TENSORS,))
+PROBED = 16  # items of a data set of a loader
+VALUES = 8  # points at which flows are compared
+
+logger = logging.getLogger("pyro_flows")
+
+
+def write(
+    path: str | os.PathLike[str],
+    flow: Flow,
+    curves: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    levels: Levels | None,
+) -> None:
+    """Write a fitted density, all of it or nothing.
+
+    Raises:
+        ValueError: if the flow was not made by a builder or changed afterwards, or ``path`` holds other files.
+        OSError: if it cannot be written; what was saved there before is as it was.
+    """
+    target = FILES.check_target(path)
+    reason = not_rebuilt(flow)
+    if reason is not None:
+        raise ValueError(
+            f"flow: expected one as a builder made it, such as pf.realnvp, for this one could not be loaded: {reason}. "
+            "torch.save(flow.state_dict(), ...) keeps its tensors."
+        )
+    text = {
+        **description,
+        "builder": flow.settings,
+        "levels": None if levels is None else [levels.count, levels.step],
+    }
+    tensors = {"flow": {name: value.detach().cpu() for name, value in flow.state_dict().items()}, **curves}
+    FILES.write(target, plain(text), {TENSORS: _packed(tensors)})
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a fitted density: the fields of a :class:`~pyro_flows.DensityFit`.
+
+    Raises:
+        ValueError: if it is no saved density, a damaged one, of another format version, or by a release that makes
+            flows otherwise.
+    """
+    text, contents = FILES.read(path)
+    try:
+        tensors = _unpacked(contents[TENSORS])
+        flow = _rebuild(path, text["builder"], tensors["flow"])
+        return {
+            "flow": flow,
+            "losses": tensors["losses"],
+            "checks": tensors["checks"],
+            "validation": float(text["validation"]),
+            "levels": None if text["levels"] is None else Levels(*text["levels"]),
+            "settings": text["settings"],
+            "why": text["why"],
+        }
+    except (EOFError, LookupError, OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(damaged(path, [TENSORS, TEXT], f"cannot be read: {first_line(error)}")) from error
+
+
+def _packed(tensors: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    return file.getvalue()
+
+
+def _unpacked(data: bytes, device: torch.device | str = "cpu") -> Any:
+    return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+
+
+def _rebuild(path: str | os.PathLike[str], settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> Flow:
+    try:
+        with seeded(0):
+            flow = rebuild(settings)
+        found = [name.removesuffix("inverse_scale") for name in state if name.endswith(".inverse_scale")]
+        if found and ending(flow) is None:  # format 1 did not note the map to the scale of data
+            loc, scale, slope = (state.get(f"{found[0]}{part}") for part in ("loc", "scale", "slope"))
+            append(flow, Preprocess(loc, scale, slope))  # type: ignore[arg-type]
+        flow.to(next(value.dtype for value in state.values() if value.is_floating_point()))
+        flow.load_state_dict(state)
+    except (RuntimeError, TypeError, ValueError, LookupError) as error:
+        raise ValueError(
+            f"path: {str(path)!r}: the tensors are not those of pf.{settings.get('builder')} as this release makes "
+            "it; read them by the release that wrote them, or fit anew."
+        ) from error
+    return flow
+
+
+# checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def check_checkpoint(path: str | os.PathLike[str] | None) -> None:
+    """Say before the work if no checkpoint can be written there."""
+    if path is None:
+        return
+    folder = Path(os.path.realpath(path)).parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"checkpoint: expected a file in a directory that can be written to, got {str(path)!r}.")
+
+
+def values_of(flow: Flow) -> list[float]:
+    """Return what the flow makes of some points: the same for any two that are new, however their networks differ.
+
+    A flow that was made anew for a resumed run may have other hidden weights, which the checkpoint replaces.
+    """
+    with seeded(0), torch.no_grad():
+        x = torch.randn(VALUES, *flow.base_shape)
+        context = torch.randn(VALUES, flow.context_dim) if flow.context_dim else None
+        like, quiet = next(flow.parameters(), flow._like), copy.deepcopy(flow.bijection).eval()
+        y, ladj = quiet.forward_and_ladj(x.to(like), None if context is None else context.to(like))
+    return [float(value) for value in torch.cat([y.flatten()[:VALUES], y.flatten(1).double().norm(dim=1).to(y), ladj])]
+
+
+def _digest(*parts: Any) -> str:
+    """Digest tensors, arrays (memory maps, piece by piece) and what has a repr."""
+    total = hashlib.sha256()
+    for part in parts:
+        if not isinstance(part, (Tensor, np.ndarray)):
+            total.update(repr(part).encode())
+            continue
+        total.update(f"{part.dtype} {tuple(part.shape)}".encode())
+        for piece in [part] if len(part.shape) == 0 else (part[i : i + CHUNK] for i in range(0, len(part), CHUNK)):
+            tensor = piece.detach().cpu() if isinstance(piece, Tensor) else torch.from_numpy(np.array(piece))
+            total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def data_digest(source: Source | None) -> str | None:
+    """Tell data apart: all numbers of rows, of a loader those of its tensors or of a few items, if they stay the same.
+
+    None for what cannot be looked at without going through it: a loader of a stream or of random changes.
+    """
+    if source is None:
+        return "none"
+    if isinstance(source, Rows):
+        return _digest(source.values, source.context, source.levels)
+    return _set_digest(source.loader.dataset)
+
+
+def _set_digest(found: Any) -> str | None:
+    if isinstance(found, TensorDataset):
+        return _digest(*found.tensors)
+    if isinstance(found, Subset):
+        inner = _set_digest(found.dataset)
+        return None if inner is None else _digest(inner, torch.as_tensor(list(found.indices)))
+    try:
+        count = len(found)
+        places = sorted({i * (count - 1) // (PROBED - 1) for i in range(PROBED)})
+        with seeded(0):
+            first = _digest(count, *(leaf for place in places for leaf in tree_leaves(found[place])))
+        with seeded(1):
+            second = _digest(count, *(leaf for place in places for leaf in tree_leaves(found[place])))
+    except Exception as error:  # code of the user's, which may want to be called in its own way
+        logger.debug("the data of a loader are not compared with those of the checkpoint: %s", error)
+        return None
+    return first if first == second else None
+
+
+def _same(saved: Any, now: Any) -> bool:
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        return all(_same(one, other) for one, other in zip(saved, now, strict=True))
+    if isinstance(saved, float) and isinstance(now, float):
+        return math.isclose(saved, now, rel_tol=1e-4, abs_tol=1e-5) or (math.isnan(saved) and math.isnan(now))
+    return bool(saved == now)
+
+
+class Keeper:
+    """Writes checkpoints of a training, and goes on from one."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        ascent: Ascent,
+        plan: Plan,
+        every: float,
+        options: Mapping[str, Any],
+        start: Mapping[str, Any],
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.ascent, self.plan, self.every, self.last = ascent, plan, every, time.monotonic()
+        self.failed = False
+        shapes = [list(parameter.shape) for parameter in ascent.parameters]
+        points = len(ascent.source) if hasattr(ascent.source, "__len__") else None
+        epoch = None if path is None else ascent.source.steps(ascent.batch)  # a DataLoader does not tell its points
+        builder = None if ascent.flow.settings is None else json.loads(json.dumps(plain(ascent.flow.settings)))
+        self.about = {**options, "flow": builder, "shapes": shapes, "points": points, "epoch": epoch, **start}
+
+    def resume(self) -> bool:
+        """Restore the state in the file, if there is one.
+
+        Raises:
+            ValueError: if the file is no checkpoint, or one of another run.
+        """
+        if self.path is None or not self.path.exists():
+            return False
+        whole = self.path.read_bytes()
+        if not whole.startswith(CHECKPOINT):
+            raise ValueError(f"checkpoint: {str(self.path)!r} is no checkpoint of this release. Name a new file.")
+        found, _, data = whole[len(CHECKPOINT) :].partition(b"\n")
+        if found.decode("ascii", "replace") != digest(data):
+            raise ValueError(
+                f"checkpoint: {str(self.path)!r} is damaged (its SHA-256 digest differs). Take a copy of it, or remove "
+                "it to begin anew."
+            )
+        saved = _unpacked(data, self.ascent.parameters[0].device)
+        different = [name for name, value in self.about.items() if not _same(saved["about"].get(name), value)]
+        if different != ["data"] and not {"points", "epoch"}.isdisjoint(different):
+            different = [name for name in different if name != "data"]  # which goes without saying
+        if different:
+            raise ValueError(
+                f"checkpoint: {str(self.path)!r} is of another run (different: {', '.join(different)}). "
+                "Name a new file, or pass the same flow, data and options."
+            )
+        self.ascent.restore(saved)
+        self.plan = replace(self.plan, began=self.plan.clock() - self.ascent.state.seconds)
+        return True
+
+    def save(self, *, final: bool = False) -> None:
+        """Write a checkpoint if it is time for one, or if this is the end."""
+        now = time.monotonic()
+        if self.path is None or (now - self.last < self.every and not final):
+            return
+        self.ascent.state.seconds = self.plan.clock() - self.plan.began
+        self.last = now
+        data = _packed({"about": self.about, **self.ascent.checkpoint()})
+        try:
+            replace_file(self.path, CHECKPOINT + digest(data).encode() + b"\n" + data)
+        except OSError as error:  # what has been learnt so far is worth more than its checkpoint
+            if not self.failed:
+                warnings.warn(f"checkpoint: {error.strerror}; the training goes on.", stacklevel=2)
+            self.failed = True

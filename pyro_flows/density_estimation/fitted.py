@@ -1,0 +1,174 @@
+"""A fitted density: the flow, how it was trained, how good it is; sampling, scoring, figures and files."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _checks, pictures
+from pyro_flows._seeding import seeded
+from pyro_flows.density_estimation import files
+from pyro_flows.density_estimation.points import CHUNK, Levels, Source, source
+from pyro_flows.flows.flow import Flow
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class DensityFit:
+    """A density fitted to data: the flow, how it was trained, and how good it is on points that it did not see.
+
+    Attributes:
+        flow: the trained flow, with the affine map to the scale of the data as its last layer.
+        losses: negative mean log density of each minibatch, in nats.
+        checks: ``(count, 2)``: steps done and mean log density of held-out points, of the averaged weights.
+        validation: mean log density of all held-out points, in nats; NaN if there were none.
+        levels: how the data are quantised, if they are.
+        settings: what :func:`fit_density` was asked for and what it chose.
+        why: what ended the training, in a sentence.
+    """
+
+    flow: Flow
+    losses: Tensor
+    checks: Tensor
+    validation: float
+    levels: Levels | None
+    settings: dict[str, Any] = field(repr=False)
+    why: str
+
+    @torch.no_grad()
+    def log_prob(self, y: Any, context: Any = None) -> Tensor:
+        """Return ``log q(y)`` for points ``(N, ...)``, in nats, ``(N,)``; with levels, of points in the unit cube.
+
+        Raises:
+            ValueError: for points of another shape, or values that are missing.
+        """
+        given = points_for(self.flow, "data", y, context)
+        return torch.cat([self.flow.log_prob(batch, about) for batch, about in given.ordered(CHUNK)])
+
+    @torch.no_grad()
+    def sample(self, count: int, context: Any = None, *, temperature: float = 1.0, seed: int | None = None) -> Tensor:
+        """Draw ``count`` points, ``(count, ...)``; with a context, one for each of its ``count`` rows.
+
+        With a ``temperature`` other than 1, the base's draws are multiplied by it. Below 1, images look more regular
+        and differ less; they are no draws of the density any more (Kingma and Dhariwal 2018).
+
+        Raises:
+            ValueError: for a count below 1, a temperature that is not positive, or a context that does not fit.
+        """
+        _checks.integer("count", count, 1)
+        _checks.positive("temperature", temperature)
+        about = None if context is None else torch.as_tensor(context).to(like(self.flow))
+        if about is not None:
+            if about.shape[:-1] not in ((), (1,), (count,)):
+                raise ValueError(f"context: expected one row or {count} rows, got shape {tuple(about.shape)}.")
+            about = about.expand(count, -1)
+        base = self.flow.base_distribution()
+        with nullcontext() if seed is None else seeded(seed, like(self.flow).device):
+            x = base.sample(torch.Size((count,)))
+        return self.flow.bijection.forward_and_ladj(temperature * x, about)[0]
+
+    def nats(self, data: Any, context: Any = None, *, seed: int = 0) -> float:
+        """Return the mean log density of data given as to :func:`fit_density`; quantised values get noise first."""
+        given = points_for(self.flow, "data", data, context)
+        if self.levels is not None:
+            given = given.quantised(self.levels.count)
+        with seeded(seed, like(self.flow).device):
+            return mean_log_prob(self.flow, given)
+
+    def bits_per_dim(self, data: Any, context: Any = None, *, seed: int = 0) -> float:
+        r"""Return bits a dimension, :math:`(\log L - \text{nats} / D) / \log 2` for L levels; smaller is better.
+
+        For quantised data it is an upper bound on the bits that a code by this model needs. Without levels, L is 1.
+        """
+        return self._bits(self.nats(data, context, seed=seed))
+
+    def _bits(self, nats: float) -> float:
+        return bits_per_dim(nats, self.flow, self.levels)
+
+    def summary(self) -> str:
+        """Say in a few lines what was fitted, how long it took and how good it is."""
+        about = self.settings
+        lines = [
+            f"{about['flow']} on {about['points']} points of shape {tuple(about['event_shape'])}, "
+            f"preprocess {about['preprocess']!r}",
+            f"{about['steps']} steps of {about['batch']} in {about['seconds']:.1f} s, step size "
+            f"{about['learning_rate']:g}: {self.why}",
+            f"held out: {self.validation:.4f} nats, {self._bits(self.validation):.4f} bits/dim"
+            if math.isfinite(self.validation)
+            else f"nothing held out; last training loss {self._last_loss():.4f} nats",
+        ]
+        if about["skipped"]:
+            lines.append(f"{about['skipped']} steps were skipped, since their gradient was not finite")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.summary()}"
+
+    def _last_loss(self) -> float:
+        return float(self.losses[-1]) if len(self.losses) else math.nan
+
+    def plot_losses(self) -> Figure:
+        """Draw training and held-out nats over the steps."""
+        return pictures.plot_losses(self.losses, self.checks)
+
+    def plot_samples(
+        self, count: int = 64, *, image_shape: tuple[int, ...] | None = None, temperature: float = 1.0, seed: int = 0
+    ) -> Figure:
+        """Draw samples: a cloud in two dimensions, else a grid of images (of ``image_shape``, for flat ones)."""
+        flat = self.flow.event_shape == (2,)
+        points = self.sample(2000 if flat else count, temperature=temperature, seed=seed)
+        return pictures.plot_points(points) if flat else pictures.plot_images(points, image_shape)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a directory of tensors and JSON.
+
+        Raises:
+            ValueError: if the flow was not made by a builder, or the path holds other files.
+        """
+        description = {"settings": self.settings, "validation": self.validation, "why": self.why}
+        files.write(path, self.flow, {"losses": self.losses, "checks": self.checks}, description, self.levels)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> DensityFit:
+        """Read what :meth:`save` wrote. No code is run: only tensors and JSON are read.
+
+        Raises:
+            ValueError: if the directory is not a saved density, of another format version, or by a release that makes
+                flows otherwise.
+        """
+        return cls(**files.read(path))
+
+
+def like(flow: Flow) -> Tensor:
+    """Return a tensor of the flow's dtype on its device."""
+    return next(flow.parameters(), flow._like)
+
+
+def points_for(flow: Flow, name: str, data: Any, context: Any) -> Source:
+    """Make rows or a stream of data for a flow."""
+    shape, width = flow.event_shape, flow.context_dim
+    return source(name, data, context, event_shape=shape, context_dim=width, like=like(flow))
+
+
+@torch.no_grad()
+def mean_log_prob(flow: Flow, given: Source) -> float:
+    """Return the mean log density of points, in nats."""
+    total, count = 0.0, 0
+    for y, context in given.ordered(CHUNK):
+        total += float(flow.log_prob(y, context).double().sum())
+        count += len(y)
+    return total / count
+
+
+def bits_per_dim(nats: float, flow: Flow, levels: Levels | None) -> float:
+    """Return bits a dimension for a mean log density."""
+    offset = 0.0 if levels is None else math.log(levels.count)
+    return (offset - nats / math.prod(flow.event_shape)) / math.log(2.0)

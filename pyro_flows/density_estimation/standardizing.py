@@ -1,0 +1,110 @@
+"""The affine map between data and flow: standardised or whitened, fixed, and counted in the density."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _checks
+from pyro_flows.density_estimation.points import Batch
+from pyro_flows.transforms.fixed import Preprocess
+
+if TYPE_CHECKING:
+    from pyro_flows.flows.flow import Flow
+
+KINDS = ("standardize", "whiten")
+CONSTANT = 1e-12  # a variance below this share of the squared mean is rounding error
+
+
+def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shrink: bool = True) -> Preprocess:
+    r"""Measure data, and return the layer that makes them standardised or white. One pass over the batches.
+
+    With a context, its linear effect on the mean is taken out too: for one-hot classes, the mean of each class.
+    White means :math:`A A^\top = \hat\Sigma`, the covariance with its correlations shrunk towards none by Ledoit and
+    Wolf's rule, and A its symmetric root on the scale of correlations.
+
+    Args:
+        kind: ``"standardize"`` or ``"whiten"``.
+        batches: points, each with its context or none.
+        pooled: whether all coordinates get one scale, as the pixels of an image should.
+        shrink: whether correlations are shrunk.
+
+    Raises:
+        ValueError: for an unknown kind.
+
+    Warns:
+        UserWarning: if a coordinate is constant; its scale is then that of the narrowest other one.
+
+    Reference: Ledoit and Wolf 2004, *A well-conditioned estimator for large-dimensional covariance matrices*.
+    """
+    _checks.choice("kind", kind, KINDS)
+    seen = list(batches)
+    shape, like = seen[0][0].shape[1:], seen[0][0]
+    y = torch.cat([batch.flatten(1) for batch, _ in seen]).double()
+    mean = y.mean(0)
+    y = y - mean
+    slope = None
+    if seen[0][1] is not None:
+        context = torch.cat([batch for _, batch in seen if batch is not None]).double()
+        slope, y = _regress(context, y)
+        mean = mean - context.mean(0) @ slope
+    scale = _scales(y, mean)
+    if pooled:
+        scale = scale.square().mean().sqrt().expand(scale.shape)
+    factor = scale.reshape(shape)
+    if kind == "whiten":
+        factor = scale[:, None] * _root(y / scale, shrink)
+    return Preprocess(mean.reshape(shape).to(like), factor.to(like), None if slope is None else slope.to(like))
+
+
+@torch.no_grad()
+def is_fresh(flow: Flow) -> bool:
+    """Whether the flow is what builders make: the identity, up to an order of coordinates, so that it knows no data."""
+    like = next(flow.parameters(), flow._like)
+    x = torch.linspace(-1.0, 1.0, 2 * flow.dim).reshape(2, *flow.base_shape).to(like)
+    context = x.new_zeros(2, flow.context_dim) if flow.context_dim else None
+    y, ladj = copy.deepcopy(flow.bijection).eval().forward_and_ladj(x, context)
+    order, other = x.flatten(1).sort(-1).values, y.flatten(1).sort(-1).values
+    return torch.allclose(order, other, atol=1e-5) and torch.allclose(ladj, torch.zeros_like(ladj), atol=1e-4)
+
+
+def _regress(context: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the slope of centred ``y`` on the context, with a hint of a ridge, and what is left."""
+    centred = context - context.mean(0)
+    gram = centred.mT @ centred
+    ridge = gram.diagonal().mean().clamp(min=1e-12) * 1e-4
+    slope = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), centred.mT @ y)
+    return slope, y - centred @ slope
+
+
+def _scales(y: Tensor, mean: Tensor) -> Tensor:
+    variance = y.square().mean(0)
+    constant = variance <= CONSTANT * mean.square() + 1e-30
+    if bool(constant.any()):
+        where = constant.nonzero().flatten().tolist()
+        warnings.warn(
+            f"data: coordinate {where[0]} is constant ({len(where)} of {len(constant)} are), so that its density has "
+            "no upper bound. Drop it, or pass levels= if the values are quantised.",
+            UserWarning,
+            stacklevel=4,
+        )
+        rest = variance[~constant]
+        variance = torch.where(constant, rest.min() if len(rest) else torch.ones_like(variance), variance)
+    return variance.sqrt()
+
+
+def _root(z: Tensor, shrink: bool) -> Tensor:
+    """Return the symmetric root of the shrunk correlations of standardised points."""
+    count, dim = z.shape
+    found = z.mT @ z / count
+    found.diagonal().fill_(1.0)
+    away = (found - torch.eye(dim).to(found)).square().sum()
+    noise = (z.square().sum(-1).square().sum() / count - found.square().sum()) / count
+    share = float((noise / away.clamp(min=1e-300)).clamp(0.0, 1.0)) if shrink else 0.0
+    values, vectors = torch.linalg.eigh((1.0 - share) * found + share * torch.eye(dim).to(found))
+    return (vectors * values.clamp(min=dim * 1e-7).sqrt()) @ vectors.mT

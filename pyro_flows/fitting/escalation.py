@@ -1,0 +1,150 @@
+"""What a fit tries when a first round does not suffice: more draws, more layers, heavier tails, tempering."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyro_flows.flows.flow import Flow
+from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.starts.portfolio import Start
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Report, Trainer, Training, anneal, train
+from pyro_flows.verdict.verdict import Weighing, judge, weigh
+
+ENOUGH_K = 0.5
+ENOUGH_GAP, ENOUGH_GAP_A_DIM = 0.04, 0.0015  # nats between log evidence and ELBO: the larger one, by the dimension
+JUDGED_DRAWS = 20_000
+ALL = ("larger batch", "more layers", "heavier tails", "tempering")
+TAILS_FIRST = ("heavier tails", "larger batch", "more layers")
+WIDER = 4
+EXTRA_LAYERS = 4
+HEAVY_DF = 5.0
+ANNEALED_SHARE = 0.4
+COOL = 1500  # steps at least: what is left to mend after a first round is small, and noise hides it
+
+
+@dataclass(frozen=True)
+class Round:
+    """The flow after one round, what a fresh sample says of it, and how the round ended."""
+
+    flow: Flow
+    weighing: Weighing
+    training: Training
+
+    @property
+    def enough(self) -> bool:
+        """Whether there is nothing left to mend: stricter than the verdict, since more rounds are to be had."""
+        gap = self.weighing.log_evidence - self.weighing.elbo
+        fine = judge(self.weighing, _numbers(self.weighing)).status == "ok"
+        return fine and self.training.converged and self.weighing.k_hat < ENOUGH_K and gap < self.enough_gap
+
+    @property
+    def enough_gap(self) -> float:
+        """The gap in nats that leaves nothing to see in means and sds: the same for each dimension."""
+        return max(ENOUGH_GAP, ENOUGH_GAP_A_DIM * len(self.weighing.mean_shift))
+
+    @property
+    def weighed(self) -> bool:
+        """Whether there was time to draw a sample of it."""
+        return len(self.weighing.log_weights) > 1
+
+    @property
+    def tails_only(self) -> bool:
+        """Whether nothing but k-hat is short: log evidence and ELBO leave no room for more layers."""
+        return self.weighing.log_evidence - self.weighing.elbo < ENOUGH_GAP and self.training.converged
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The larger the better: the verdict first, then the ELBO."""
+        status = judge(self.weighing, _numbers(self.weighing)).status
+        return float(("unreliable", "corrected", "ok").index(status)), self.weighing.elbo
+
+
+def _numbers(weighing: Weighing) -> list[str]:
+    return [str(i) for i in range(len(weighing.mean_shift))]
+
+
+@torch.no_grad()
+def assess(flow: Flow, density: LogDensity, training: Training) -> Round:
+    """Weigh a fresh sample of the flow; a round that there is no time to weigh counts for nothing but its ELBO."""
+    weighing = unweighed(density.dim, training.elbo)
+    with density.clock.part("a look at the round", noted=False):
+        z, log_q = flow.rsample_and_log_prob((JUDGED_DRAWS,))
+        weighing = weigh(z, density(z), log_q)
+    return Round(copy.deepcopy(flow), weighing, training)
+
+
+def unweighed(dim: int, elbo: float) -> Weighing:
+    """Return the weighing of no draws."""
+    nothing = torch.full((dim,), torch.nan)
+    return Weighing(torch.zeros(1), math.inf, 0.0, elbo, -math.inf, nothing, nothing, 0.0, math.inf, 0)
+
+
+def rounds(
+    guide: AutoFlow, density: LogDensity, trainer: Trainer, first: Round, start: Start, budget: Budget, *, seed: int,
+    report: Report,
+) -> Iterator[tuple[str, Trainer, Round]]:  # fmt: skip
+    """Yield one escalation after the other: its name, the trainer with all losses, and the round's outcome.
+
+    ``first`` is the round that did not suffice. Where it was short of tails only, these come first, and there is no
+    restart.
+    """
+    used = len(trainer.losses)
+    for name in TAILS_FIRST if first.tails_only else ALL:
+        if not budget.left(used):
+            return
+        size, batch = trainer.learning_rate, WIDER * BATCH
+        if name == "larger batch":
+            size = STEP_SIZE  # four times as many draws bear it
+        elif name == "more layers":
+            if not guide.grow(EXTRA_LAYERS):
+                continue
+        elif name == "heavier tails":
+            if guide.flow.base != "student_t" or guide.flow.df <= HEAVY_DF:
+                continue
+            guide.adopt(_with_df(guide.flow, HEAVY_DF))
+        elif name == "tempering":
+            guide.restart(start.loc, start.scale)
+        losses = trainer.losses
+        trainer = Trainer(guide.flow, density, learning_rate=size, batch=batch)
+        trainer.losses = losses
+        if name == "tempering":
+            with budget.clock.part(name):
+                anneal(trainer, max(1, int(ANNEALED_SHARE * budget.left(used))), report=report)
+        left = Budget(budget.steps - len(trainer.losses), budget.clock)
+        result = train(trainer, left, seed=seed, report=report, cool=COOL, name=name)
+        used = len(trainer.losses)
+        yield name, trainer, assess(guide.flow, density, result)
+
+
+def _with_df(flow: Flow, df: float) -> Flow:
+    flow.df = df
+    if flow.settings is not None:
+        flow.settings["df"] = df
+    return flow
+
+
+def entry(name: str, trainer: Trainer, outcome: Round) -> dict[str, Any]:
+    """What the history says of a round."""
+    weighing, training = outcome.weighing, outcome.training
+    return {
+        "stage": name,
+        "steps": len(training.losses),
+        "step_size": trainer.learning_rate,
+        "batch": trainer.batch,
+        "evaluation": {"flow": trainer.evaluation, "model": trainer.density.reason or "recorded"},
+        "elbo": weighing.elbo,
+        "k_hat": weighing.k_hat if math.isfinite(weighing.k_hat) else None,
+        "ess_ratio": weighing.ess / len(weighing.log_weights),
+        "gap": weighing.log_evidence - weighing.elbo if math.isfinite(weighing.elbo) else None,
+        "converged": training.converged,
+        "why": training.why,
+        "skipped": training.skipped,
+        "falls": training.falls,
+    }

@@ -1,0 +1,178 @@
+r"""Exact moves: sign flips and exchanges that leave the density as it is, and so map one mode of it onto another.
+
+Where p(T z) is about p(z) for draws z of a guide, and q(T z) is far below q(z), that much mass is missing, exactly: no
+approximation of a mode's mass is needed, and the dimension does not matter. The moves act on the model's own values:
+
+- the signs of a whole site, or of one index along an axis of it;
+- two indices along an axis change places.
+
+A factor's sign changes along with that of its loadings, and two components of a mixture change places in their weights
+and in all their parameters. So such units are put together: from each of them as a seed, others are added for as long
+as the density at a draw rises, all at once that raise it.
+What comes back to about the height where it began is a move.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_flows.model.log_density import LogDensity
+
+UNITS = 40  # seeds at most, whole sites first
+AXIS = 32  # longest axis whose indices are moved one at a time
+PAIRS_UP_TO = 6  # indices along an axis of which each pair is exchanged; neighbours only, beyond
+ADDITIONS = 12
+ROUND_TRIP = 1e-3
+RETURNED = 3.0  # nats below the height where a move began
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One site's part in a move: signs of all of it, or of one index along an axis; or an exchange of two indices."""
+
+    site: str
+    axis: int | None = None  # counted from the last one, of the site's value
+    indices: tuple[int, ...] = ()
+
+    @property
+    def swaps(self) -> bool:
+        """Whether two indices change places; signs change otherwise."""
+        return len(self.indices) == 2
+
+    def apply(self, value: Tensor) -> Tensor:
+        """Return values (..., *shape) after the move."""
+        if self.axis is None:
+            return -value
+        order = list(range(value.shape[self.axis]))
+        if self.swaps:
+            first, second = self.indices
+            order[first], order[second] = second, first
+            return value.index_select(self.axis, torch.tensor(order, device=value.device))
+        shape = [1] * value.dim()
+        shape[self.axis] = len(order)
+        signs = torch.ones(len(order), dtype=value.dtype, device=value.device)
+        signs[self.indices[0]] = -1.0
+        return value * signs.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Move:
+    """Several units at once: a map of the model's values onto themselves that keeps volumes."""
+
+    units: tuple[Unit, ...]
+
+    def __call__(self, values: Values) -> dict[str, Tensor]:
+        moved = dict(values)
+        for unit in self.units:
+            moved[unit.site] = unit.apply(moved[unit.site])
+        return moved
+
+    def apply(self, density: LogDensity, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images (S, D) of unconstrained draws, and where they are inside of the support (S,)."""
+        return _placed(density, self(_latents(density, z)))
+
+
+@torch.no_grad()
+def moves(density: LogDensity, z: Tensor) -> list[Move]:
+    """Return the moves found at one draw ``z`` (D,) that lead back to about its height; see the module.
+
+    Cost: at most 40 (40 + 1) densities for each of twelve additions; most models have a few units, and two additions.
+    """
+    latents = _latents(density, z[None])
+    found: dict[frozenset[Unit], Move] = {}
+    for kind in _kinds(latents):
+        height = float(_heights(density, latents, [()])[0])
+        for members in _grown(density, latents, kind, height):
+            found.setdefault(frozenset(members), Move(members))
+    return list(found.values())
+
+
+def _kinds(latents: Values) -> list[list[Unit]]:
+    """Units that may be put together: all changes of signs; and exchanges of the same indices on axes of one length."""
+    signs: list[Unit] = []
+    swaps: dict[tuple[int, int, int], list[Unit]] = {}
+    for site, value in latents.items():
+        shape = value.shape[1:]
+        signs.append(Unit(site))
+        for axis in range(-len(shape), 0):
+            length = shape[axis]
+            if not 1 < length <= AXIS:
+                continue
+            signs += [Unit(site, axis, (index,)) for index in range(length)]
+            pairs = (
+                itertools.combinations(range(length), 2) if length <= PAIRS_UP_TO else itertools.pairwise(range(length))
+            )
+            for first, second in pairs:
+                swaps.setdefault((length, first, second), []).append(Unit(site, axis, (first, second)))
+    signs.sort(key=lambda unit: unit.axis is not None)
+    return [signs[:UNITS], *list(swaps.values())[:UNITS]]
+
+
+def _grown(density: LogDensity, latents: Values, kind: list[Unit], height: float) -> list[tuple[Unit, ...]]:
+    """Grow a set from each unit of a kind, all of them side by side; return those that come back to ``height``."""
+    sets: list[tuple[Unit, ...]] = [(unit,) for unit in kind]
+    heights = _heights(density, latents, sets)
+    sets = [members for members, at in zip(sets, heights.tolist(), strict=True) if at > -torch.inf]
+    heights = heights[heights > -torch.inf]
+    done: list[tuple[Unit, ...]] = []
+    for _ in range(ADDITIONS):
+        done += [members for members, at in zip(sets, heights.tolist(), strict=True) if at > height - RETURNED]
+        open_ = [number for number, at in enumerate(heights.tolist()) if not at > height - RETURNED]
+        tried = [[(*sets[number], unit) for unit in kind if _goes_with(unit, sets[number])] for number in open_]
+        if not any(tried):
+            break
+        results = _heights(density, latents, list(itertools.chain(*tried))).split([len(group) for group in tried])
+        grown = []
+        for number, group, gains in zip(open_, tried, results, strict=True):
+            rising = gains > heights[number]
+            if bool(rising.any()):
+                # all that rise, if they agree with each other; else the best alone
+                together = _together(sets[number], [group[i][-1] for i in rising.nonzero().flatten().tolist()])
+                grown += [together, group[int(gains.argmax())]]
+        if not grown:
+            break
+        sets = list(dict.fromkeys(grown))
+        heights = _heights(density, latents, sets)
+    return done
+
+
+def _goes_with(unit: Unit, members: tuple[Unit, ...]) -> bool:
+    """Whether a unit adds something: it is not there yet, and is no part of a whole site's change of signs."""
+    return all(unit != other and not (unit.site == other.site and None in (unit.axis, other.axis)) for other in members)
+
+
+def _together(members: tuple[Unit, ...], additions: list[Unit]) -> tuple[Unit, ...]:
+    for unit in additions:  # whole sites come first
+        if _goes_with(unit, members):
+            members = (*members, unit)
+    return members
+
+
+def _heights(density: LogDensity, latents: Values, sets: list[tuple[Unit, ...]]) -> Tensor:
+    """Return the log density (N,) of the model's own values after each move; -inf outside of the support."""
+    moved = [Move(members)(latents) for members in sets]
+    z, inside = _placed(density, {name: torch.cat([values[name] for values in moved]) for name in latents})
+    heights = density(z) - density.log_jacobian(z)
+    return torch.where(inside, heights.double(), -torch.inf).nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+
+
+def _latents(density: LogDensity, z: Tensor) -> dict[str, Tensor]:
+    return {name: value for name, value in density.constrain(z).items() if name in density.names}
+
+
+def _placed(density: LogDensity, values: Values) -> tuple[Tensor, Tensor]:
+    """Return coordinates (S, D) of values, 0 where they leave the support, and where they are inside of it (S,)."""
+    z = density.unconstrain(values)
+    inside = torch.isfinite(z).all(1)
+    z = torch.where(inside[:, None], z, 0.0)
+    for name, back in _latents(density, z).items():  # values that leave a support may have finite coordinates
+        close = torch.isclose(back.to(values[name]), values[name], rtol=ROUND_TRIP, atol=ROUND_TRIP)
+        inside = inside & close.reshape(len(z), -1).all(1)
+    return torch.where(inside[:, None], z, 0.0), inside

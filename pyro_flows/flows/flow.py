@@ -1,0 +1,189 @@
+"""A flow: a bijection and a base distribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution, TransformedDistribution
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+
+from pyro_flows import _checks
+from pyro_flows.flows import bases
+from pyro_flows.transforms import Bijection, Bound, Chain, Planar, SinhArcsinh
+from pyro_flows.transforms.coupling import Coupling
+
+BASES = ("logistic", "normal", "student_t", "uniform")
+
+
+class Flow(nn.Module):
+    r"""A base distribution pushed through a bijection: :math:`y = T(x)`, :math:`x \sim q_0`.
+
+    ``flow()`` (or ``flow(context)``) is a Pyro ``TransformedDistribution`` with event shape ``(dim,)``, or (C, H, W)
+    for a flow of images: a prior, a likelihood or a guide site. It is made anew by each call and costs nothing to make;
+    sampling and then scoring the same draw costs one pass.
+
+    Args:
+        bijection: the map T.
+        dim: number of coordinates, or shape of an event of x; needed only if the bijection does not know it.
+        base: ``"normal"``, ``"student_t"``, ``"logistic"`` (all with unit scale) or ``"uniform"`` on (-1, 1), each
+            independent over coordinates; with the uniform base, draws fill the image of the cube and have density 0
+            outside of it.
+        df: degrees of freedom of the Student-t base.
+
+    Raises:
+        ValueError: for an unknown base (with a suggestion), a ``dim`` that is missing or does not fit the bijection, or
+            a context of the wrong width.
+
+    >>> import torch, pyro_flows as pf
+    >>> flow = pf.realnvp(2, layers=4)
+    >>> flow().event_shape, flow().sample((3,)).shape
+    (torch.Size([2]), torch.Size([3, 2]))
+    """
+
+    _like: Tensor
+
+    def __init__(
+        self, bijection: Bijection, *, dim: int | Sequence[int] | None = None, base: str = "normal", df: float = 15.0
+    ) -> None:
+        super().__init__()
+        if not isinstance(bijection, Bijection):
+            raise ValueError(f"bijection: expected a Bijection, got a {type(bijection).__name__}.")
+        self.bijection = bijection
+        self.base_shape = _find_shape(bijection, dim)
+        self.event_shape = torch.Size(bijection.forward_shape(self.base_shape))
+        self.dim = math.prod(self.base_shape)
+        self.base = _checks.choice("base", base, BASES)
+        self.df = _checks.positive("df", df)
+        self.settings: dict[str, Any] | None = None
+        self.register_buffer("_like", torch.zeros(()), persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        for tensor in self.state_dict(keep_vars=True).values():
+            tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference, which it sets anew at each run
+        return self.__dict__.copy()
+
+    @property
+    def context_dim(self) -> int:
+        """Width of the context, 0 for an unconditional flow."""
+        return self.bijection.context_dim
+
+    def slow(self) -> Flow:
+        r"""Train by small steps: let a step of Adam move the flow about as far as an affine map. Returns the flow.
+
+        Adam moves each of a network's weights by one step size, and hundreds of them move a point in the same
+        direction. The noise of gradients of single draws then adds up, and far draws meet a map that nobody trained.
+        So what each network returns is multiplied by a fixed gain, in a buffer: :math:`2 / K W` for K couplings whose
+        networks end in W units, :math:`1 / K` for K planar maps, 0.1 for tails; knots of splines are slower by the
+        width of what they bend. What each layer before a network's last one returns is multiplied by one over its
+        width, since the weights after it grow as the gain is small. The map stays as it is, at whatever parameters, and
+        so does what it can become. Training by large batches is faster without.
+
+        >>> import torch, pyro_flows as pf
+        >>> flow = pf.realnvp(2, layers=4, hidden=(8,)).slow()
+        >>> flow.bijection.layers[0].conditioner.gain
+        tensor(0.0625)
+        """
+        for kind in (Coupling, Planar, SinhArcsinh):
+            layers = [layer for layer in self.bijection.modules() if isinstance(layer, kind)]
+            for layer in layers:
+                layer.slow(len(layers))
+        return self
+
+    def base_distribution(self) -> TorchDistribution:
+        """Return :math:`q_0`, with event shape ``base_shape``, on the flow's device and of its dtype."""
+        like = next(self.bijection.parameters(), self._like)
+        zero, one = like.new_zeros(self.base_shape), like.new_ones(self.base_shape)
+        if self.base == "normal":
+            base = dist.Normal(zero, one, validate_args=False)
+        elif self.base == "student_t":
+            base = dist.StudentT(self.df * one, zero, one, validate_args=False)
+        elif self.base == "logistic":
+            base = dist.Logistic(zero, one, validate_args=False)
+        else:
+            base = dist.Uniform(-one, one, validate_args=False)
+        return base.to_event(len(self.base_shape))
+
+    def forward(self, context: Tensor | None = None) -> TransformedDistribution:
+        """Return the distribution of the flow, with the batch shape of the context."""
+        return TransformedDistribution(self.base_distribution(), [Bound(self.bijection, context)])
+
+    def rsample_and_log_prob(self, shape: Sequence[int] = (), context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Draw and score in one pass: ``(*shape, *batch, *event_shape)`` and ``(*shape, *batch)``, with gradients."""
+        base = self.base_distribution()
+        if context is not None:
+            context = self._real("context", context)
+            base = base.expand(context.shape[:-1])
+        x = base.rsample(torch.Size(shape))
+        y, ladj = self.bijection.forward_and_ladj(x, context)
+        return y, base.log_prob(x) - ladj
+
+    def sample_with_score(
+        self, shape: Sequence[int] = (), *, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Draw with a graph; return ``y``, ``log q(y)`` and the score :math:`\nabla_y \log q(y)` without one.
+
+        This is what the path gradient needs, in one pass through the bijection. ``at`` gives base points
+        ``(*shape, dim)`` to be used instead of draws of the base. The uniform base is refused: its density has edges
+        that move with the parameters, which a score cannot see.
+        """
+        if self.base == "uniform":
+            raise ValueError(
+                "base: the uniform base has no score at its edges; take 'normal', 'student_t' or 'logistic'."
+            )
+        base = self.base_distribution()
+        x = base.rsample(torch.Size(shape)) if at is None else self._real("at", at)
+        with torch.no_grad():
+            log_base, score = self._log_base(x), bases.score(self.base, x, self.df)
+        y, ladj, score = self.bijection.forward_and_score(x, score)
+        return y, log_base - ladj.detach(), score
+
+    def log_prob(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return ``log q(y)``, one inverse pass: what ``flow(context).log_prob(y)`` returns, without its detours.
+
+        Like it, it refuses values outside of the support, NaN among them, unless Pyro's validation is switched off.
+        """
+        y, context = self._real("y", y), None if context is None else self._real("context", context)
+        # a finite sum has no NaN in it, and any other number is real: one pass, where the check itself takes three
+        support = self.bijection.codomain
+        if Distribution._validate_args:
+            real = getattr(support, "base_constraint", support) is constraints.real
+            if not (real and bool(torch.isfinite(y.sum()))) and not bool(support.check(y).all()):
+                raise ValueError(f"y: expected values in the support of the flow, {support}, got others.")
+        x, ladj = self.bijection.inverse_and_ladj(y, context)
+        return self._log_base(x) + ladj
+
+    def _real(self, name: str, value: Tensor) -> Tensor:
+        """Whole numbers as numbers of the flow's dtype: products with its weights need one dtype."""
+        return _checks.floating(name, value, next(self.bijection.parameters(), self._like))
+
+    def _log_base(self, x: Tensor) -> Tensor:
+        if self.base == "uniform":
+            return self.base_distribution().log_prob(x)
+        return bases.log_density(self.base, x, self.df).sum(tuple(range(-len(self.base_shape), 0)))
+
+
+def _find_shape(bijection: Bijection, dim: int | Sequence[int] | None) -> torch.Size:
+    """Return the shape of an event of x, from the bijection or from ``dim``."""
+    known = bijection.event_shape
+    if dim is None and known is None:
+        raise ValueError("dim: this bijection does not name its number of coordinates; pass dim=.")
+    if dim is None:
+        return known  # type: ignore[return-value]
+    shape = _checks.size("dim", dim)
+    given = torch.Size((shape,) if isinstance(shape, int) else shape)
+    if len(given) != bijection.event_dim or given != (known or given):
+        expected = f"{bijection.event_dim} axes" if known is None else f"shape {tuple(known)}"
+        raise ValueError(f"dim: expected an event of {expected}, as the bijection's, got {dim!r}.")
+    return given
+
+
+def build(stack: Sequence[Bijection], base: str, df: float, **settings: Any) -> Flow:
+    """Chain the maps of a builder, and note its name and options in :attr:`Flow.settings`."""
+    flow = Flow(Chain(stack), base=base, df=df)
+    flow.settings = {**settings, "base": base, "df": df}
+    return flow

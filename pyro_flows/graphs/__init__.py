@@ -1,0 +1,1 @@
+"""Recorded tensor programs: written down once, run many times."""

@@ -1,0 +1,110 @@
+"""A function of a batch of points, recorded for the batch sizes that come again, in pieces that fit a cache."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from pyro_flows._fallbacks import fallback
+from pyro_flows.graphs.compiling import Runner
+from pyro_flows.graphs.graph import agree, is_pure, nearby
+from pyro_flows.graphs.record import record
+
+KINDS_KEPT = 4
+RECORDED_FROM = 4  # the call with one batch size at which it is recorded: recording takes as long as ten calls
+PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
+ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
+LARGEST = 2**20  # numbers for which the least rows are still taken: memory above is mapped anew by each operation
+
+Kind = tuple[int, torch.dtype, torch.device]
+
+
+def rows_for(numbers: int, budget: int = PIECE) -> int:
+    """Return how many points to take at once where each takes ``numbers``: a power of two."""
+    rows, most = (max(1, count // max(numbers, 1)) for count in (budget, LARGEST))
+    return min(max(1 << (rows.bit_length() - 1), min(1 << (most.bit_length() - 1), ROWS_AT_LEAST)), ROWS_AT_MOST)
+
+
+class Recorder:
+    """Apply ``function``, which maps (S, D) to a tuple of tensors with S rows, by recorded graphs.
+
+    Batches larger than a piece go through piece by piece, the last one filled up. A graph is checked at new points when
+    it is recorded; where recording fails or the check does, the function itself is called from then on, and
+    :attr:`reason` says why.
+
+    Args:
+        function: what to record.
+        numbers: how many numbers it handles at one point.
+    """
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], numbers: int) -> None:
+        self.function = function
+        self.rows = rows_for(numbers)
+        self.reason: str | None = None
+        self.compile: bool | None = None  # when it pays
+        self.runners: OrderedDict[Kind, Runner] = OrderedDict()
+        self._calls: Counter[Kind] = Counter()
+
+    @torch.no_grad()
+    def __call__(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Return the function's results, without a graph of autograd's."""
+        if self.reason is not None:
+            return self.function(z)
+        z = z.contiguous()
+        if len(z) <= self.rows:
+            return tuple(part.clone() for part in self._piece(z))  # not the graph's own constants
+        short = -len(z) % self.rows
+        filled = torch.cat([z, z[-1:].expand(short, -1)]) if short else z
+        parts = zip(*(self._piece(part) for part in filled.split(self.rows)), strict=True)
+        return tuple(torch.cat(part)[: len(z)] for part in parts)
+
+    def graph(self, z: Tensor) -> fx.GraphModule | None:
+        """Return the graph for batches like ``z``, to be made part of a larger one.
+
+        None if there is none, if it changes tensors in place, or if such batches go through in several pieces.
+        """
+        if self.reason is not None or len(z) > self.rows:
+            return None
+        kind = len(z), z.dtype, z.device
+        if kind not in self.runners and not self._record(z.contiguous()):
+            return None
+        self.runners.move_to_end(kind)
+        module = self.runners[kind].module
+        return module if is_pure(module) else None
+
+    def forget(self) -> None:
+        """Drop the graphs, and what is known of whether they can be recorded."""
+        self.runners.clear()
+        self._calls.clear()
+        self.reason = None
+
+    def _piece(self, z: Tensor) -> tuple[Tensor, ...]:
+        kind = len(z), z.dtype, z.device
+        if kind not in self.runners:
+            self._calls[kind] += 1
+            if self._calls[kind] < RECORDED_FROM or not self._record(z):
+                return self.function(z)
+        self.runners.move_to_end(kind)
+        return self.runners[kind](z)
+
+    def _record(self, z: Tensor) -> bool:
+        """Record for such batches; return whether the graph repeats what the function gives at new points."""
+        fresh = nearby(z)
+        try:
+            runner = Runner(record(self.function, z), compile=self.compile)
+            recorded = runner(fresh)
+        except torch.linalg.LinAlgError:
+            raise  # of these points, not of the function
+        except Exception as error:  # a model's own code may raise anything
+            self.reason = fallback("not recorded", error)
+            return False
+        if not agree(recorded, self.function(fresh)):
+            self.reason = fallback("not recorded: the graph gave other values at new points")
+            return False
+        self.runners[len(z), z.dtype, z.device] = runner
+        while len(self.runners) > KINDS_KEPT:
+            self._calls.pop(self.runners.popitem(last=False)[0], None)
+        return True

@@ -1,0 +1,275 @@
+"""Flat graphs of tensor operations: put together, tidied and compared."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
+
+_aten = torch.ops.aten
+_SAME = (_aten.detach.default, _aten.alias.default)
+_BY_ONE = (_aten.mul.Scalar, _aten.pow.Tensor_Scalar)
+LIKE = ("ones_like", "zeros_like", "empty_like", "full_like")
+
+
+def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Return a graph as a module. Its Python code is written when it is called: most are made part of others."""
+    return _LazyGraphModule(root, graph)
+
+
+def new_node(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """Add an operation; its arguments are given afterwards, since torch.fx takes half of its time to look into them."""
+    node = graph.create_node("call_function", target)
+    node.args = args
+    if kwargs:
+        node.kwargs = kwargs
+    return node
+
+
+def copy_node(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Add a copy of a node of another graph, given those of the nodes before it."""
+    if node.op != "call_function":
+        return graph.node_copy(node, copies.__getitem__)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)  # type: ignore[misc]
+    copy = new_node(graph, node.target, args, kwargs)
+    copy.meta = dict(node.meta)
+    return copy
+
+
+def copy_graph(source: fx.Graph) -> fx.Graph:
+    """Return a copy of a graph."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in source.nodes:
+        copies[node] = copy_node(graph, node, copies)
+    return graph
+
+
+class Stitcher:
+    """Puts recorded graphs together into one: each is added with nodes of those before as its inputs.
+
+    They must not change tensors in place, see :func:`is_pure`.
+
+    >>> from pyro_flows.graphs.record import record
+    >>> double = record(lambda x: (x + x,), torch.ones(2))
+    >>> whole = Stitcher()
+    >>> (twice,) = whole.add(double, [whole.input(torch.ones(2))])
+    >>> whole.finish(whole.add(double, [twice]))(torch.ones(2))
+    (tensor([4., 4.]),)
+    """
+
+    def __init__(self) -> None:
+        self.graph, self._constants, self._inputs = fx.Graph(), nn.Module(), 0
+        self._names: dict[int, str] = {}  # of constants
+
+    def input(self, like: Tensor) -> fx.Node:
+        """Add an input of the whole, of the shape, dtype and device of ``like``."""
+        node = self.graph.placeholder(f"input_{self._inputs}")
+        node.meta["val"] = like.detach()
+        self._inputs += 1
+        return node
+
+    def constant(self, value: Tensor) -> fx.Node:
+        """Add a tensor that stays what it is."""
+        node = self.graph.get_attr(self._constant(value))
+        node.meta["val"] = value
+        return node
+
+    def add(self, module: fx.GraphModule, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+        """Add a graph that returns a tuple of tensors; return their nodes."""
+        left = iter(inputs)
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in module.graph.nodes:
+            if node.op == "output":
+                return [copies[part] for part in node.args[0]]
+            if node.op == "placeholder":
+                copies[node] = next(left)
+            elif node.op == "get_attr":
+                copies[node] = self.constant(getattr(module, node.target))
+            else:
+                copies[node] = copy_node(self.graph, node, copies)
+        raise ValueError("module: expected a graph that returns something.")
+
+    def call(self, operation: Callable[..., Any], arguments: tuple[Any, ...], like: Tensor) -> fx.Node:
+        """Add one operation whose result has the shape, dtype and device of ``like``."""
+        node = self.graph.call_function(operation, arguments)
+        node.meta["val"] = like
+        return node
+
+    def join(self, nodes: Iterable[fx.Node]) -> fx.Node:
+        """Add tensors of any shapes, flattened and one after the other."""
+        flat = []
+        for node in nodes:
+            value = node.meta["val"]
+            if value.dim() != 1:
+                node = self.call(_aten.reshape.default, (node, [-1]), value.new_zeros(()).expand(value.numel()))
+            flat.append(node)
+        length = sum(node.meta["val"].numel() for node in flat)
+        return self.call(_aten.cat.default, (flat,), flat[0].meta["val"].new_zeros(()).expand(length))
+
+    def finish(self, outputs: Sequence[fx.Node]) -> fx.GraphModule:
+        """Return the whole, without what is computed twice or not used."""
+        self.graph.output(tuple(outputs))
+        tidy(self.graph)
+        for node in list(self.graph.nodes):
+            self._reorder(node)
+        sweep(self.graph)
+        return graph_module(self._constants, self.graph)
+
+    def _reorder(self, node: fx.Node) -> None:
+        """Merge constant orders, one after the other, into one; undo one by its inverse, not by adding to zeros."""
+        if node.target not in (_aten.index_select.default, _aten.index_add.default) or node.kwargs:
+            return
+        source, axis, by, *given = cast("list[Any]", node.args)
+        order = self._order(by)
+        if order is None:
+            return
+        if node.target is _aten.index_add.default:
+            size = node.meta["val"].shape[axis]
+            if source.target is not _aten.new_zeros.default or not torch.equal(order.sort()[0], _count(size, order)):
+                return
+            source, order = given[0], torch.argsort(order)
+        while source.target is _aten.index_select.default and source.args[1] == axis:
+            before = self._order(source.args[2])
+            if before is None:
+                break
+            source, order = source.args[0], before[order]
+        if torch.equal(order, _count(source.meta["val"].shape[axis], order)):
+            node.replace_all_uses_with(source)
+            return
+        with self.graph.inserting_before(node):
+            node.target, node.args = _aten.index_select.default, (source, axis, self.constant(order))
+
+    def _order(self, node: Any) -> Tensor | None:
+        """Return the value of a constant vector."""
+        value = getattr(self._constants, node.target) if node.op == "get_attr" else None
+        return value if value is not None and value.dim() == 1 else None
+
+    def _constant(self, value: Tensor) -> str:
+        """Return the name of a constant; one tensor has one name."""
+        if id(value) not in self._names:
+            name = self._names[id(value)] = f"constant_{len(self._names)}"
+            if isinstance(value, nn.Parameter):
+                self._constants.register_parameter(name, value)
+            else:
+                self._constants.register_buffer(name, value)
+        return self._names[id(value)]
+
+
+def _count(size: int, like: Tensor) -> Tensor:
+    return torch.arange(size, dtype=like.dtype, device=like.device)
+
+
+def nearby(x: Tensor) -> Tensor:
+    """Return other points close to ``x``, for a graph to be checked at; no random numbers are used."""
+    return x + 0.1 * torch.sin(torch.arange(x.numel(), dtype=x.dtype, device=x.device)).reshape(x.shape)
+
+
+def is_pure(module: fx.GraphModule) -> bool:
+    """Whether no operation of a graph changes a tensor in place."""
+    return not any(map(_changes, module.graph.nodes))
+
+
+def agree(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
+    """Whether results are equal but for rounding."""
+
+    def close(one: Tensor, other: Tensor) -> bool:
+        tolerance = 1e-8 if other.dtype == torch.float64 else 1e-3
+        same = one.shape == other.shape and one.dtype == other.dtype
+        return same and torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+    return all(close(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def out_of_place(graph: fx.Graph) -> bool:
+    """Replace operations that change a tensor by ones that return a new tensor; return whether none is left."""
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not _changes(node):
+            continue
+        name = name_of(node)
+        pure = getattr(getattr(_aten, name.removesuffix("_"), None), node.target._overloadname, None)
+        changed = node.args[0]
+        if not name.endswith("_") or pure is None or not isinstance(changed, fx.Node) or not _is_own(changed, node):
+            return False
+        node.target = pure
+        changed.replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)  # type: ignore[misc]
+    return True
+
+
+def _is_own(changed: fx.Node, by: fx.Node) -> bool:
+    """Whether no other tensor shares memory with ``changed``, and a new tensor would have the same dtype."""
+    others = [node.meta["val"].dtype for node in by.all_input_nodes if isinstance(node.meta.get("val"), Tensor)]
+    promoted = any(dtype.is_floating_point and dtype != changed.meta["val"].dtype for dtype in others)
+    return not promoted and _is_fresh(changed) and all(_is_fresh(user) for user in changed.users if user is not by)
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    if node.op == "output":
+        return True
+    return is_aten(node) and all(result.alias_info is None for result in node.target._schema.returns)  # type: ignore[union-attr]
+
+
+def is_aten(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+
+
+def tidy(graph: fx.Graph) -> None:
+    """Drop operations that repeat their input; compute equal things once."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            replacement = _simpler(node)
+            if replacement is None and _is_pure(node):
+                replacement = seen.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
+            if replacement not in (None, node):
+                node.replace_all_uses_with(replacement)  # type: ignore[arg-type]
+                graph.erase_node(node)
+
+
+def sweep(graph: fx.Graph) -> None:
+    """Drop what is not used. Changes in place stay; a random number that nobody takes need not be drawn."""
+    for node in reversed(graph.nodes):
+        if not node.users and (node.op == "get_attr" or (node.op == "call_function" and not _changes(node))):
+            graph.erase_node(node)
+
+
+def _changes(node: fx.Node) -> bool:
+    return is_aten(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a second call with the same inputs is a second copy of the same value."""
+    if node.target is operator.getitem:
+        return True
+    return is_aten(node) and torch.Tag.nondeterministic_seeded not in node.target.tags  # type: ignore[union-attr]
+
+
+def name_of(node: fx.Node) -> str:
+    return node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+
+
+def _simpler(node: fx.Node) -> fx.Node | None:
+    """Return the node whose value this one only repeats, if there is one."""
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return None
+    if node.target in _SAME:
+        return first
+    if node.target in _BY_ONE and node.args[1] == 1 and node.meta["val"].dtype == first.meta["val"].dtype:
+        return first
+    if node.target is _aten.t.default and first.target is _aten.t.default:
+        return first.args[0]  # type: ignore[return-value]
+    shaped = node.target in (_aten.view.default, _aten.expand.default)
+    return first if shaped and node.meta["val"].shape == first.meta["val"].shape else None
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(part) for part in value)
+    if isinstance(value, dict):
+        return tuple((key, _key(part)) for key, part in value.items())
+    return type(value), value  # 1, 1.0 and True are equal, but not to a graph

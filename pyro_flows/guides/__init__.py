@@ -1,0 +1,1 @@
+"""Pyro guides that are flows."""

@@ -1,0 +1,1 @@
+"""A Pyro model as a function of one unconstrained vector."""

@@ -1,0 +1,295 @@
+"""What a model observes: values that its likelihood allows, and whether there are any."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.utils._pytree import tree_flatten_with_path
+
+from pyro_flows.model.batching import apart, nearer
+from pyro_flows.model.sites import Latent, Structure, messages
+from pyro_flows.model.supports import WRAPPERS, inside, is_narrower, is_whole, needs_guard, signature, support_of
+
+SHOWN = 3  # entries, or names, in a message
+NUMBERS = 4  # of one event in a message
+Run = Callable[[Tensor], poutine.Trace]
+
+
+class NothingObservedWarning(UserWarning):
+    """A model without any observation was fitted or diagnosed, so that its posterior is its prior."""
+
+
+# values ---------------------------------------------------------------------------------------------------------------
+
+
+def check_values(structure: Structure, run: Run, model: Callable[[], Any]) -> frozenset[str]:
+    """Check observed values against the supports of their likelihoods, and return the sites that need a guard.
+
+    A support that is the same for all latents decides here. One that moves with latents (or a value that does) decides
+    anew at each of them: such a site has to get a density of zero outside of its support, and so has a mixture whose
+    components have supports of their own. Masked-out entries may be anything, and a distribution made with
+    ``validate_args=False`` is left alone.
+
+    Args:
+        structure: of the model.
+        run: runs the model at one unconstrained point, and returns the trace.
+        model: runs the model once more.
+
+    Raises:
+        ValueError: naming site, entries and support, for values outside of the support.
+    """
+    nodes = messages(structure.trace)
+    guards = {latent.name for latent in structure.latents if needs_guard(nodes[latent.name]["fn"])}
+    kept = [name for name in structure.observed if nodes[name]["mask"] is not False]
+    asked = [name for name in kept if not is_whole(nodes[name]["fn"])]
+    if asked:
+        left_alone = _left_alone(structure, model)
+        asked = [name for name in asked if name not in left_alone]
+    if asked:
+        first, second = (messages(trace) for trace in _two_runs(structure, run))
+        for name in asked:
+            site = first[name]
+            if _moves(site, second[name]) or _varies(site, structure):
+                guards.add(name)
+            else:
+                _refuse(site)
+                guards |= {name} if needs_guard(site["fn"]) else set()
+    return frozenset(guards)
+
+
+def _left_alone(structure: Structure, model: Callable[[], Any]) -> set[str]:
+    """The observed sites whose distributions were made with ``validate_args=False``."""
+    nodes = messages(structure.trace)
+    if not Distribution._validate_args:  # plates hand the global setting on as if it were a distribution's own
+        values = {name: site["value"] for name, site in nodes.items() if site["type"] == "sample"}
+        values = {name: value for name, value in values.items() if not nodes[name]["is_observed"]}
+        try:
+            with apart(), torch.no_grad(), pyro.validation_enabled(True), poutine.condition(data=values):
+                nodes = messages(poutine.trace(model).get_trace())
+        except ValueError:  # from a check of arguments
+            return set()
+    return {name for name in structure.observed if _is_unchecked(nodes[name]["fn"])}
+
+
+def _is_unchecked(fn: Any) -> bool:
+    own = vars(fn).get("_validate_args") is False
+    return own or (isinstance(fn, WRAPPERS) and _is_unchecked(fn.base_dist))
+
+
+def _two_runs(structure: Structure, run: Run) -> list[poutine.Trace]:
+    ends = (-1.0, 1.0), (0.7, -0.7)
+
+    def traces(size: float) -> list[poutine.Trace]:
+        like: dict[str, Any] = {"dtype": structure.dtype, "device": structure.device}
+        points = [torch.linspace(size * start, size * end, structure.dim, **like) for start, end in ends]
+        return [run(point) for point in points]
+
+    with torch.no_grad(), pyro.validation_enabled(False):
+        return nearer(traces)
+
+
+def _moves(one: Any, other: Any) -> bool:
+    """Whether the support of an observed site, or its value, differs between two runs."""
+    pairs = [[*signature(site["fn"]), site["value"]] for site in (one, other)]
+    return len(pairs[0]) != len(pairs[1]) or any(not _same(a, b) for a, b in zip(*pairs, strict=True))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+    return type(one) is type(other) and bool(one == other)
+
+
+def _varies(site: Any, structure: Structure) -> bool:
+    """Whether the support differs between values of enumerated latents, which lie along axes left of all plates."""
+    found, axes = inside(site["fn"], site["value"])
+    return bool(structure.enumerated) and found.dim() - axes > max(structure.plate_nesting, _batch_dim(site))
+
+
+def _batch_dim(site: Any) -> int:
+    return int(site["value"].dim()) - len(site["fn"].event_shape)
+
+
+def _refuse(site: Any) -> None:
+    """Raise an error if observed values lie outside of the support, whatever the latents are."""
+    name, fn, value = site["name"], site["fn"], site["value"]
+    found, axes = inside(fn, value)
+    found = found if site["mask"] is None else _masked(found, axes, site["mask"])
+    if bool(found.all()):
+        return
+    family = _family(fn)
+    entries = _entries(name, value, ~found, len(fn.event_shape) - axes, _distances(family, value))
+    raise ValueError(
+        f"site {name!r}: expected observed values in the support of {type(family).__name__} ({_stated(family)}), got "
+        f"{int((~found).sum())} of {found.numel()} outside of it: {entries}. Correct them, use another likelihood, or "
+        "mark them as missing with obs_mask=. If they are meant, make the distribution with validate_args=False."
+    )
+
+
+def _masked(found: Tensor, axes: int, mask: Any) -> Tensor:
+    mask = torch.as_tensor(mask, device=found.device)
+    return found | ~mask.reshape(mask.shape + (1,) * axes)
+
+
+def _family(fn: Any) -> Any:
+    while isinstance(fn, WRAPPERS):
+        fn = fn.base_dist
+    return fn
+
+
+def _entries(name: str, value: Tensor, bad: Tensor, depth: int, distance: Tensor | None) -> str:
+    """The first few bad entries, the farthest ones first, as ``name[index] = value``; ``depth`` axes make one entry."""
+    whole = value.expand(torch.broadcast_shapes(bad.shape + (1,) * depth, value.shape))
+    bad = bad.expand(whole.shape[: whole.dim() - depth])
+    where = bad.nonzero()
+    if distance is not None and depth == 0:
+        far = distance.expand(bad.shape)[bad].nan_to_num(nan=torch.inf)
+        where = where[far.argsort(descending=True, stable=True)]
+    shown = []
+    for index in where[:SHOWN].tolist():
+        label = f"{name}[{', '.join(map(str, index))}]" if index else name
+        shown.append(f"{label} = {_number(whole[tuple(index)])}")
+    return ", ".join(shown) + (", ..." if len(where) > SHOWN else "")
+
+
+def _number(value: Tensor) -> str:
+    if value.dim() == 0:
+        return f"{value.item():.6g}"
+    listed = [f"{number:.6g}" for number in value.flatten()[:NUMBERS].tolist()]
+    return f"[{', '.join(listed)}{', ...' if value.numel() > NUMBERS else ''}]"
+
+
+def _distances(fn: Any, value: Tensor) -> Tensor | None:
+    """How far numbers lie outside of the bounds of an interval, or from a whole number; None for other supports."""
+    support = _elementary(support_of(fn))
+    number = value.double()
+    parts = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
+    if all(bound is None for bound in parts) or support.event_dim:
+        return None
+    low = torch.zeros_like(number) if parts[0] is None else parts[0] - number
+    high = torch.zeros_like(number) if parts[1] is None else number - parts[1]
+    return torch.maximum(torch.maximum(low, high), (number - number.round()).abs() if support.is_discrete else low)
+
+
+def _elementary(support: Any) -> Any:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def _stated(fn: Any) -> str:
+    """A support in words: its name and its bounds."""
+    if is_narrower(fn):
+        return f"what its transforms make of {type(_family(fn.base_dist)).__name__}, {_stated(_family(fn.base_dist))}"
+    support = _elementary(support_of(fn))
+    bounds = {key: getattr(support, key) for key in ("lower_bound", "upper_bound") if hasattr(support, key)}
+    name = type(support).__name__.lstrip("_")
+    return f"{name}: {', '.join(f'{key} {_range(bound)}' for key, bound in bounds.items())}" if bounds else name
+
+
+def _range(bound: Any) -> str:
+    values = torch.as_tensor(bound, dtype=torch.float64)
+    low, high = float(values.min()), float(values.max())
+    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
+
+
+def not_finite(site: Any, density: Tensor) -> str:
+    """Say which entries of a site have a log density that is not finite, and, for data, what values they have."""
+    name, bad = site["name"], ~torch.isfinite(density)
+    said = f"site {name!r} has log density {float(density.sum())}"
+    if not site["is_observed"] or isinstance(site["fn"], Unit) or bad.dim() > _batch_dim(site):
+        return said
+    entries = _entries(name, site["value"], bad, len(site["fn"].event_shape), None)
+    return f"{said}, from {int(bad.sum())} of {bad.numel()} values: {entries}"
+
+
+# nothing observed -----------------------------------------------------------------------------------------------------
+
+
+def warn_if_nothing_observed(
+    structure: Structure, run: Run, model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> None:
+    """Warn, at the line outside of this package that called, if a model has neither data nor factors.
+
+    Latent sites that look like data whose ``obs=`` was forgotten are named: no other site depends on them, and they
+    depend on others or have the length of an argument.
+    """
+    factors = [site for site in messages(structure.trace).values() if isinstance(site.get("fn"), Unit)]
+    if structure.observed or factors:
+        return
+    looks = _forgotten(structure, run, _arguments(model, args, kwargs))
+    hint = f" These look like data whose obs= was forgotten: {'; '.join(looks)}." if looks else ""
+    warnings.warn(
+        f"model: nothing is observed (no obs= with values, no pyro.factor), so the posterior is the prior.{hint} If "
+        "that is meant, say so: warnings.simplefilter('ignore', pyro_flows.NothingObservedWarning).",
+        NothingObservedWarning,
+        stacklevel=_outside(),
+    )
+
+
+def _forgotten(structure: Structure, run: Run, arguments: dict[str, Tensor]) -> list[str]:
+    """Name the latents that look like data, with the argument that fits, the likeliest kind only."""
+    here = torch.zeros(structure.dim, dtype=structure.dtype, device=structure.device)
+    kinds: dict[tuple[bool, bool], list[str]] = {}
+    with torch.no_grad(), pyro.validation_enabled(False):
+        base = messages(run(here))
+        for latent in structure.latents:
+            own = slice(latent.offset, latent.offset + latent.size)
+            moved, others = here.clone(), here + 0.5
+            moved[own], others[own] = 0.5, 0.0
+            after = messages(run(moved))
+            rest = [other.name for other in structure.latents if other.name != latent.name]
+            if any(_changes(base[name], after[name]) for name in rest):
+                continue
+            depends = bool(rest) and _changes(base[latent.name], messages(run(others))[latent.name])
+            fitting = next((name for name, value in arguments.items() if _fits(latent, value)), None)
+            said = f"{latent.name!r}" + (f" (of the length of {fitting})" if fitting else "")
+            kinds.setdefault((depends, fitting is not None), []).append(said)
+    best = next((kinds[kind] for kind in ((True, True), (True, False), (False, True)) if kind in kinds), [])
+    return best[:SHOWN] + ([f"and {len(best) - SHOWN} more"] if len(best) > SHOWN else [])
+
+
+def _changes(one: Any, other: Any) -> bool:
+    """Whether a site's distribution differs between two runs."""
+    before, after = (site["fn"].log_prob(one["value"]) for site in (one, other))
+    return not torch.allclose(before, after, equal_nan=True)
+
+
+def _fits(latent: Latent, value: Tensor) -> bool:
+    event = latent.shape[len(latent.shape) - latent.event_dim :]
+    lengths = {*(plate.size for plate in latent.plates), *event}
+    return value.dim() > 0 and len(value) > 1 and len(value) in lengths
+
+
+def _arguments(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among a model's arguments, by name where names can be found."""
+    given: dict[str, Any] = {**{f"argument {position}": value for position, value in enumerate(args)}, **kwargs}
+    with contextlib.suppress(TypeError, ValueError):
+        given = dict(inspect.signature(model).bind(*args, **kwargs).arguments)
+    found = {}
+    for name, value in given.items():
+        for path, leaf in tree_flatten_with_path(value)[0]:
+            if isinstance(leaf, Tensor):
+                found[f"{name}{''.join(map(str, path))}"] = leaf
+    return found
+
+
+def _outside() -> int:
+    """The ``stacklevel`` of the first caller outside of this package, for the function that calls this."""
+    ours = (str(Path(__file__).parent), contextlib.__file__)
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -1,0 +1,1 @@
+"""What a fit hands over: draws and verdict, as a value, as ArviZ groups, as files."""

@@ -1,0 +1,248 @@
+"""From a posterior to labelled arrays: what goes into which group of the ArviZ object."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_flows import _arviz
+from pyro_flows._files import plain
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.model.batching import apart
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import Latent, Place, Resample, is_data, is_deterministic, messages, place_all
+from pyro_flows.results.dims import Labels, Layout
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from pyro_flows.results.posterior import Posterior
+
+PRIOR_DRAWS = 500
+UNDRAWABLE = (NotImplementedError, RuntimeError, ValueError)  # from distributions that have no sampler
+PACKAGES = ("pyro-ppl", "torch", "arviz-base", "arviz-stats")
+
+logger = logging.getLogger("pyro_flows")
+
+
+def _stack(labels: Labels, values: Mapping[str, Tensor], layout: Callable[[str], Layout]) -> xr.Dataset:
+    """Make a group of draws ``{site: (S, *shape)}``; the draws are one chain."""
+    layouts = {name: layout(name) for name in values}
+    arrays = {labels.variable(name): layouts[name](value)[None] for name, value in values.items()}
+    return _labelled(labels, arrays, layouts, _arviz.SAMPLE_DIMS)
+
+
+def _labelled(
+    labels: Labels, arrays: Mapping[str, np.ndarray], layouts: Mapping[str, Layout], sample_dims: Sequence[str]
+) -> xr.Dataset:
+    dims = {labels.variable(name): layout.dims for name, layout in layouts.items()}
+    coords = {dim: entries for layout in layouts.values() for dim, entries in layout.coords.items()}
+    return _arviz.dataset(arrays, dims, coords=coords, sample_dims=sample_dims)
+
+
+def draws_group(labels: Labels, samples: Mapping[str, Tensor]) -> xr.Dataset:
+    """Latent and deterministic sites as labelled arrays."""
+    latents = {latent.name: latent for latent in labels.structure.latents}
+
+    def layout(name: str) -> Layout:
+        return labels.latent(latents[name]) if name in latents else labels.deterministic(name)
+
+    return _stack(labels, samples, layout)
+
+
+def all_groups(posterior: Posterior, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
+    """All groups of the ArviZ object, in its usual order."""
+    labels = Labels(density.structure)
+    latents = {latent.name: latent for latent in density.structure.latents}
+    observed = labels.observed
+    groups = {"posterior": draws_group(labels, posterior.samples)}
+    groups["sample_stats"] = _stats(posterior.used_log_p, _drawn_from(posterior), posterior.used_log_weights)
+    likelihood, prior = density.log_likelihood(posterior.used), density.log_prior(posterior.used)
+    groups["log_likelihood"] = _stack(labels, _double(likelihood), lambda name: observed(name).without_event())
+    groups["log_prior"] = _stack(labels, _double(prior), lambda name: labels.latent(latents[name]).without_event())
+    if predictive:
+        seed = int(posterior.settings["seed"])
+        groups |= _predictive(labels, density, posterior.used, seed)
+    layouts = {name: observed(name) for name in density.structure.observed}
+    data = {labels.variable(name): layout(labels.data(name)[None])[0] for name, layout in layouts.items()}
+    groups["observed_data"] = _labelled(labels, data, layouts, ())
+    groups["constant_data"] = _constants(density)
+    cut = {latent.name: _cut(latent, posterior.used) for latent in density.structure.latents}
+    groups["unconstrained_posterior"] = _stack(labels, cut, lambda name: labels.unconstrained(latents[name]))
+    if posterior.resampled:
+        groups["raw_posterior"] = draws_group(labels, density.constrain(posterior.z))
+        groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
+    groups["fit"] = _fit(posterior)
+    return {name: group for name, group in groups.items() if group.data_vars}
+
+
+def modelless_groups(posterior: Posterior, density: LogDensity) -> dict[str, xr.Dataset]:
+    """Those groups that take neither a run of the model nor its data."""
+    labels = Labels(density.structure)
+    latents = {latent.name: latent for latent in density.structure.latents}
+    cut = {latent.name: _cut(latent, posterior.used) for latent in density.structure.latents}
+    groups = {
+        "posterior": draws_group(labels, posterior.samples),
+        "sample_stats": _stats(posterior.used_log_p, _drawn_from(posterior), posterior.used_log_weights),
+        "unconstrained_posterior": _stack(labels, cut, lambda name: labels.unconstrained(latents[name])),
+        "fit": _fit(posterior),
+    }
+    if posterior.resampled:
+        groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
+    return {name: group for name, group in groups.items() if group.data_vars}
+
+
+def _drawn_from(posterior: Posterior) -> Tensor:
+    r"""Return the log density (S,) of what the draws to use come from, for importance ratios that other tools form.
+
+    That is the guide, or, of draws that were resampled, the posterior itself, :math:`\tilde p(z) / Z` with the
+    estimated evidence Z: their ratios are constant, so that no tool weights them a second time.
+    """
+    if not posterior.resampled:
+        return posterior.used_log_q
+    return posterior.used_log_p.double() - posterior.log_evidence
+
+
+def _double(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.double() for name, value in values.items()}
+
+
+def _cut(latent: Latent, z: Tensor) -> Tensor:
+    flat = z[:, latent.offset : latent.offset + latent.size]
+    return flat if latent.free is not None else flat.reshape(len(z), *latent.unconstrained_shape)
+
+
+def _stats(log_p: Tensor, log_q: Tensor, log_weights: Tensor) -> xr.Dataset:
+    values = {"lp": log_p, "log_p": log_p, "log_q": log_q, "log_weight": log_weights}
+    return _arviz.dataset({name: value.double().cpu().numpy()[None] for name, value in values.items()}, {})
+
+
+def _predictive(labels: Labels, density: LogDensity, z: Tensor, seed: int) -> dict[str, xr.Dataset]:
+    """Draws of the data and the prior; what a model cannot draw is left out, with a note in the log."""
+    structure, groups = density.structure, {}
+    try:
+        groups["posterior_predictive"] = _stack(labels, density.predictive(z, seed=seed), labels.observed)
+    except UNDRAWABLE as error:
+        logger.warning("no posterior_predictive: %s: %s", type(error).__name__, error)
+    try:
+        prior = density.prior(PRIOR_DRAWS, seed=seed)
+    except UNDRAWABLE as error:
+        logger.warning("no prior: %s: %s", type(error).__name__, error)
+        return groups
+    if prior is not None:
+        names = [*density.names, *(() if structure.enumerated else structure.deterministic)]
+        groups["prior"] = draws_group(labels, {name: prior[name] for name in names})
+        data = {name: prior[name] for name in structure.observed}
+        groups["prior_predictive"] = _stack(labels, data, labels.observed)
+    return groups
+
+
+class _CarryOver(Place):
+    """Give the fit's latents the values that they have there in a run on other data, if they still have their shapes.
+
+    Coordinates would not do: what they stand for may depend on the data, by way of a support, a location or a scale.
+    """
+
+    def __init__(self, latents: Sequence[Latent], z: Tensor, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        super().__init__(latents, z)
+        self.values = values
+
+    def _place(self, latent: Latent, fn: Any) -> tuple[Tensor, Tensor]:
+        if fn.shape() != latent.shape:
+            raise ValueError(
+                f"site {latent.name!r}: shape {tuple(latent.shape)} in the fit, {tuple(fn.shape())} with these "
+                "arguments. Only sites that do not grow with the data can be carried over."
+            )
+        return self.values[latent.name]
+
+
+def predict(
+    density: LogDensity, z: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], *, seed: int
+) -> dict[str, Tensor]:
+    """Run the model on other arguments with its latents at ``z`` (S, D); return all other sites, drawn anew."""
+    structure = density.structure
+
+    def run(row: Tensor) -> poutine.Trace:
+        values = place_all(structure, row, lambda: density.model(*density.args, **density.kwargs))
+        with apart(), _CarryOver(structure.latents, row, values):
+            return poutine.trace(Resample()(density.model)).get_trace(*args, **kwargs)
+
+    with torch.no_grad(), seeded(derive(seed, "posterior predictive"), density.device):
+        nodes = messages(run(z[0]))
+        for name in density.names:
+            if name not in nodes or nodes[name]["is_observed"]:
+                raise ValueError(f"site {name!r}: a latent of the fit, but not one of the model with these arguments.")
+        wanted = [
+            name
+            for name, site in nodes.items()
+            if name not in density.names and site["type"] == "sample"
+            if is_data(site) or is_deterministic(site)
+        ]
+
+        def draw(row: Tensor) -> dict[str, Tensor]:
+            found = messages(run(row))
+            return {name: found[name]["value"] for name in wanted}
+
+        drawn: dict[str, Tensor] = density.map(draw, z, randomness="different")
+        return drawn
+
+
+def _constants(density: LogDensity) -> xr.Dataset:
+    """The model's tensor arguments that are not observed themselves."""
+    try:
+        arguments = inspect.signature(density.model).bind(*density.args, **density.kwargs).arguments
+    except (TypeError, ValueError):
+        arguments = {}
+    observed = list(density.structure.observed.values())
+    found = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and not any(value.shape == y.shape and torch.equal(value, y) for y in observed):
+            found[name] = value.detach().cpu().numpy()
+    dims = {name: [f"{name}_dim_{axis}" for axis in range(value.ndim)] for name, value in found.items()}
+    return _arviz.dataset(found, dims, sample_dims=())
+
+
+def _fit(posterior: Posterior) -> xr.Dataset:
+    values: dict[str, np.ndarray] = {"status": np.array(posterior.verdict.status)}
+    values |= {name: np.array(getattr(posterior, name)) for name in ("k_hat", "ess", "log_evidence")}
+    seconds = posterior.seconds
+    if not math.isnan(seconds):
+        values["seconds"] = np.array(seconds)
+    if len(posterior.losses):
+        values["elbo"] = -posterior.losses.detach().double().cpu().numpy()
+    return _arviz.dataset(values, {"elbo": ["step"]}, sample_dims=())
+
+
+def attributes(posterior: Posterior) -> dict[str, str | float]:
+    """Return what the object says of itself, the verdict first: numbers and strings only."""
+    kind = "psis-resampled" if posterior.resampled else "flow" if posterior.flow is not None else "guide"
+    found: dict[str, str | float] = {
+        "status": posterior.verdict.status,  # both first, where a display that is cut short still shows them
+        "verdict": str(posterior.verdict),
+        "inference_library": "pyro_flows",
+        "inference_library_version": _version("pyro-flows"),
+        **{f"{name.replace('-', '_')}_version": _version(name) for name in PACKAGES},
+        "settings": json.dumps(plain(posterior.settings)),
+        "seed": int(posterior.settings["seed"]),
+        "device": str(posterior.z.device),
+        "dtype": str(posterior.z.dtype).removeprefix("torch."),
+        "sampling": kind,
+    }
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

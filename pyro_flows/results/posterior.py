@@ -1,0 +1,494 @@
+"""The frozen result of a fit: draws, weights, verdict, ArviZ, files."""
+
+from __future__ import annotations
+
+import copy
+import html
+import math
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _arviz, _checks
+from pyro_flows._warnings import warn_unreliable
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.results import arviz_groups, files
+from pyro_flows.results.dims import Labels, coordinate_names
+from pyro_flows.results.scoring import check_memory, score_pool
+from pyro_flows.verdict.verdict import POOL, Draw, Verdict, Weighing, decide, resample, weigh
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROWS_SHOWN = 30
+UNPICKLED = "unpickled without a model"
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """What a fit (or :func:`diagnose`) found. Nothing in it changes; methods give new values.
+
+    If the verdict is unreliable, all methods that hand draws on (``summary``, ``to_arviz``, ``predictive``,
+    ``resample``, ``save``), and :func:`load`, warn with an :class:`UnreliableWarning`, once for each line that calls
+    them. Attributes and figures do not; figures show the status.
+
+    Attributes:
+        samples: the draws to use, constrained, deterministic sites too: ``{name: (draws, *shape)}``. Raw draws of the
+            guide if the verdict is ok or unreliable, importance-resampled ones if it is corrected.
+        z: raw draws in unconstrained coordinates (S, D).
+        log_p, log_q: unnormalised log posterior and log guide density of ``z`` (S,).
+        log_weights: Pareto-smoothed, normalised log importance weights of ``z`` (S,).
+        used: unconstrained coordinates of ``samples`` (S, D); ``used_log_p`` and ``used_log_q`` are their densities.
+        k_hat: Pareto shape of the weights.
+        ess: effective sample size of the weights (S is the best).
+        elbo: evidence lower bound, nats, mean of ``log_p - log_q``.
+        log_evidence: importance-sampling estimate of the log normaliser, nats.
+        verdict: whether to believe the draws.
+        losses: negative ELBO of each optimisation step (empty for :func:`diagnose`); with several runs, of the best.
+        history: what happened during the fit, one dict a stage. Each has ``stage``, its name, and ``elbo``, what it
+            reached in nats, None where a stage has none; the other entries go by the stage.
+        settings: everything that :func:`fit` was told or chose, JSON values only.
+        coordinates: names of the unconstrained coordinates.
+        guide: the guide that drew ``z``; None after :func:`load` without a model. It knows of no weights: what it draws
+            is like ``z``, and like ``samples`` unless these are importance-resampled.
+        guide_name: its class.
+        flow: the guide's :class:`Flow` over the unconstrained coordinates, a :class:`~pyro_flows.flows.mixture.FlowMixture`
+            after runs that disagree; None if it has none. ``flow.log_prob(z)`` is ``log_q``.
+        density: the model as a log density; None after :func:`load` without a model.
+        missing: for each of ``guide``, ``flow`` and ``density`` that is None, why; and why ``groups`` of the ArviZ
+            object are missing, if any are.
+
+    It can be pickled (joblib, Dask): draws, verdict and flow go along, model, data and guide stay behind.
+    """
+
+    samples: dict[str, Tensor] = field(repr=False)
+    z: Tensor = field(repr=False)
+    log_p: Tensor = field(repr=False)
+    log_q: Tensor = field(repr=False)
+    log_weights: Tensor = field(repr=False)
+    used: Tensor = field(repr=False)
+    used_log_p: Tensor = field(repr=False)
+    used_log_q: Tensor = field(repr=False)
+    k_hat: float
+    ess: float
+    elbo: float
+    log_evidence: float
+    verdict: Verdict
+    losses: Tensor = field(repr=False)
+    history: tuple[dict[str, Any], ...] = field(repr=False)
+    settings: dict[str, Any] = field(repr=False)
+    coordinates: tuple[str, ...] = field(repr=False)
+    guide: Any = field(repr=False)
+    guide_name: str
+    flow: Flow | FlowMixture | None = field(repr=False)
+    density: LogDensity | None = field(repr=False)
+    missing: dict[str, str] = field(repr=False)
+    stored: tuple[dict[str, Any], dict[str, Any]] | None = field(repr=False, default=None)  # as read from a file
+
+    # what it says ---------------------------------------------------------------------------------------------------
+
+    @property
+    def resampled(self) -> bool:
+        """Whether ``samples`` are importance-resampled draws."""
+        return self.verdict.status == "corrected"
+
+    @property
+    def used_log_weights(self) -> Tensor:
+        """Normalised log weights that ``samples`` still carry (S,): equal ones once they are resampled."""
+        return torch.full_like(self.used_log_p, -math.log(len(self.used))) if self.resampled else self.log_weights
+
+    @property
+    def effective(self) -> float:
+        """How many independent draws ``samples`` are worth for means under the posterior; NaN if unreliable.
+
+        The effective sample size of the weights, or, of resampled draws, (sum of counts)^2 / (sum of their squares).
+        """
+        if self.verdict.status == "unreliable":
+            return math.nan
+        if not self.resampled:
+            return self.ess
+        counts = torch.unique(self.used, dim=0, return_counts=True)[1].double()
+        return float(counts.sum().square() / counts.square().sum())
+
+    @property
+    def seconds(self) -> float:
+        """How long the fit took; NaN where nobody measured it."""
+        return float(self.settings.get("seconds", math.nan))
+
+    def __str__(self) -> str:
+        sites = ", ".join(self.samples)
+        return (
+            f"Posterior of {sites}: {len(self.used)} draws, {self.z.shape[1]} unconstrained coordinates, "
+            f"ELBO {self.elbo:.2f}, log evidence {self.log_evidence:.2f}, guide {self.guide_name}\n{self.verdict}"
+        )
+
+    __repr__ = __str__  # what a REPL shows
+
+    def _repr_html_(self) -> str:
+        table = self._table()
+        hidden = len(table) - ROWS_SHOWN
+        note = f"<p>and {hidden} more rows: <code>summary()</code> has them all</p>" if hidden > 0 else ""
+        about = html.escape(str(self).partition("\n")[0])
+        return f"<p>{about}<br>{self.verdict._repr_html_()}</p>{table.head(ROWS_SHOWN).to_html()}{note}"
+
+    def _hand_on(self, door: str) -> None:
+        """Warn where draws that the verdict calls unreliable go out by ``door``."""
+        if self.verdict.status == "unreliable":
+            warn_unreliable(self, door, self.verdict.reasons)
+
+    def summary(
+        self,
+        names: str | Sequence[str] | None = None,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        ci_kind: str | None = None,
+        ci_prob: float | None = None,
+        round_to: int | str = "auto",
+    ) -> pd.DataFrame:
+        r"""Return a table of the draws to use, one row a scalar.
+
+        Columns: mean, sd, interval, :math:`\text{sd} / \sqrt{\text{ess}}`, and ``ess``, the number of independent
+        posterior draws that these are worth (:attr:`effective`; NaN if the verdict is unreliable). Draws are
+        independent, so there is no R-hat.
+
+        Args:
+            names: sites to show; all by default.
+            coords: labels of dimensions, see :meth:`to_arviz`.
+            dims: names of dimensions, see :meth:`to_arviz`.
+            ci_kind: ``"hdi"`` or ``"eti"``; the installed ArviZ's default otherwise.
+            ci_prob: the interval's probability; the installed ArviZ's default otherwise.
+            round_to: decimals, ``"auto"`` for three digits of each row's sd, or ``"none"``.
+
+        Raises:
+            ValueError: for a name that is no site, an unknown kind or a probability outside of (0, 1).
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(1.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
+        >>> guide = lambda: pyro.sample("x", dist.Normal(0.6, 0.8**0.5))
+        >>> posterior = pf.diagnose(model, guide, draws=1000)
+        >>> list(posterior.summary("x", ci_kind="eti", ci_prob=0.9).columns)
+        ['mean', 'sd', 'eti90_lb', 'eti90_ub', 'mcse_mean', 'ess']
+        """
+        table = self._table(names, coords=coords, dims=dims, ci_kind=ci_kind, ci_prob=ci_prob, round_to=round_to)
+        self._hand_on("summary()")
+        return table
+
+    def _table(
+        self,
+        names: str | Sequence[str] | None = None,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        ci_kind: str | None = None,
+        ci_prob: float | None = None,
+        round_to: int | str = "auto",
+    ) -> pd.DataFrame:
+        draws = _arviz.relabel({"posterior": self._draws()}, coords, dims)["posterior"]
+        if names is not None:
+            wanted = [names] if isinstance(names, str) else names
+            draws = draws[[_checks.choice("names", name, map(str, draws)) for name in wanted]]
+        kind, prob = (ci_kind, ci_prob) if ci_kind and ci_prob else _arviz.default_interval()
+        kind = _checks.choice("ci_kind", ci_kind or kind, ("eti", "hdi"))
+        prob = prob if ci_prob is None else ci_prob
+        if prob is None or not 0 < prob < 1:
+            raise ValueError(f"ci_prob: expected a number between 0 and 1, got {prob!r}.")
+        return _arviz.summary(draws, ess=self.effective, kind=kind, prob=prob, round_to=round_to)
+
+    def _draws(self) -> Any:
+        if self.stored is not None:
+            return self.stored[0]["posterior"]
+        return arviz_groups.draws_group(Labels(self._need_density().structure), self.samples)
+
+    def to_arviz(
+        self,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        predictive: bool = True,
+    ) -> Any:
+        """Return everything as one ArviZ object: a ``DataTree``, or an ``InferenceData`` where ArviZ 0.x is installed.
+
+        Draws are one chain: they are independent and are not cut into false chains. Dimensions are named after plates
+        (with the suffix ``_dim`` if a variable has that name), others ``{site}_dim_0`` and so on. Entries that a mask
+        takes out (``obs_mask``) are left out, with one dimension ``{site}_entry`` for what remains.
+
+        Groups: ``posterior``, the draws to use; ``sample_stats`` with their ``log_p``, ``log_q`` (unconstrained
+        coordinates), ``log_weight`` (the normalised log weight that a draw still carries) and ``lp``;
+        ``log_likelihood``, ``log_prior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
+        ``constant_data``, ``unconstrained_posterior``, ``fit``; and, if the draws were importance-resampled,
+        ``raw_posterior`` and ``raw_sample_stats``. Models with enumerated latents have neither deterministic sites nor
+        a pointwise log likelihood; improper priors cannot be drawn from.
+
+        Args:
+            coords: labels of dimensions, ``{"school": ["Choate", ...]}``.
+            dims: names of the dimensions of variables, ``{"theta": ["school"]}``.
+            predictive: whether to draw from the posterior and prior predictive distributions.
+
+        Raises:
+            ValueError: naming the variable, the dimension or the length that does not fit.
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model(y):
+        ...     with pyro.plate("school", 3):
+        ...         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+        >>> y = torch.tensor([1.0, 0.0, 2.0])
+        >>> def guide(y):
+        ...     with pyro.plate("school", 3):
+        ...         pyro.sample("theta", dist.Normal(y / 2, 0.5**0.5))
+        >>> posterior = pf.diagnose(model, guide, y, draws=1000)
+        >>> dict(posterior.to_arviz(predictive=False)["posterior"].sizes)
+        {'chain': 1, 'draw': 1000, 'school': 3}
+        """
+        groups, attrs = self._groups(predictive)
+        packed = _arviz.pack(_arviz.relabel(groups, coords, dims), attrs)
+        self._hand_on("to_arviz()")
+        return packed
+
+    def _groups(self, predictive: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self.stored is None:
+            return arviz_groups.all_groups(self, self._need_density(), predictive=predictive), arviz_groups.attributes(
+                self
+            )
+        groups, attrs = self.stored
+        if "groups" in self.missing:
+            warnings.warn(f"only the groups {', '.join(groups)} are there: {self.missing['groups']}.", stacklevel=3)
+        drawn = () if predictive else ("posterior_predictive", "prior", "prior_predictive")
+        return {name: group for name, group in groups.items() if name not in drawn}, attrs
+
+    # more draws -----------------------------------------------------------------------------------------------------
+
+    def resample(self, draws: int | None = None, *, seed: int = 0, force: bool = False) -> dict[str, Tensor]:
+        """Resample the raw draws by their importance weights: ``{name: (draws, *shape)}``, constrained.
+
+        Args:
+            draws: how many; as many as there are raw draws by default.
+            seed: of the resampling.
+            force: resample even if the verdict is unreliable.
+
+        Raises:
+            ValueError: if the verdict is unreliable, so that weighting cannot mend the draws; or if a loaded posterior
+                needs its model for this.
+        """
+        if self.verdict.status == "unreliable" and not force:
+            raise ValueError(
+                f"resample: the importance weights cannot be relied on ({'; '.join(self.verdict.reasons)}). "
+                "Pass force=True to resample all the same."
+            )
+        count = len(self.z) if draws is None else _checks.integer("draws", draws, 1)
+        self._hand_on("resample()")
+        index = resample(self.log_weights, count, seed=seed)
+        if not self.resampled:
+            return {name: values[index] for name, values in self.samples.items()}
+        return self._need_density().constrain(self.z[index])
+
+    def predictive(
+        self,
+        *args: Any,
+        draws: int | None = None,
+        seed: int = 0,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """Draw from the posterior predictive distribution: ``{name: (draws, *shape)}`` for each observed site.
+
+        Without arguments, at the data of the fit. With arguments, the model is run on these: sites that are observed
+        in that run are drawn anew, as are latent sites that the fit did not have (``y`` where ``y=None`` is passed);
+        deterministic sites are there too.
+
+        Args:
+            args: the model's arguments, positional.
+            draws: how many of the draws to use, from the first on; all by default.
+            seed: of the drawing: the same seed gives the same values.
+            model_kwargs: the model's keyword arguments.
+
+        Raises:
+            ValueError: if there are fewer draws, if a loaded posterior has no model, or if a latent site of the fit is
+                missing from the new run or has another shape there.
+        """
+        density = self._need_density()
+        count = len(self.used) if draws is None else _checks.integer("draws", draws, 1)
+        if count > len(self.used):
+            raise ValueError(f"draws: expected at most {len(self.used)}, the draws that there are, got {count}.")
+        self._hand_on("predictive()")
+        z = self.used[:count]
+        if not args and model_kwargs is None:
+            return density.predictive(z, seed=seed)
+        return arviz_groups.predict(density, z, args, dict(model_kwargs or {}), seed=seed)
+
+    def _need_density(self) -> LogDensity:
+        if self.density is None:
+            why = self.missing.get("density", "loaded without a model")
+            raise ValueError(
+                "this needs the model: load(path, model, *args) with the arguments of the fit."
+                if why == "loaded without a model"
+                else f"this needs the model, but the posterior was {why}. Save it where the model is, then "
+                "load(path, model, *args) with the arguments of the fit."
+            )
+        return self.density
+
+    # copies ---------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: draws, verdict, flow and the groups that take no model; neither model nor data."""
+        state = {name: _compact(value) for name, value in vars(self).items()}
+        state.update(guide=None, density=None)
+        state["missing"] = {**self.missing, "guide": UNPICKLED, "density": UNPICKLED}
+        if self.stored is None:
+            density = self._need_density()
+            state["stored"] = arviz_groups.modelless_groups(self, density), arviz_groups.attributes(self)
+            state["missing"]["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"
+        if isinstance(self.flow, Flow) and self.flow.settings is None:  # the user's own, of a class that may be local
+            try:
+                pickle.dumps(self.flow)
+            except (AttributeError, TypeError, pickle.PicklingError) as error:
+                state["flow"], state["missing"]["flow"] = None, f"it could not be pickled ({error})"
+        return state
+
+    def __copy__(self) -> Posterior:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
+        """Copy everything but the model, its data and guides of other packages, which copies may share."""
+        kept = {"density", *(() if isinstance(self.guide, AutoFlow) else ("guide",))}
+        found = {name: value if name in kept else copy.deepcopy(value, memo) for name, value in vars(self).items()}
+        return type(self)(**found)
+
+    # files ----------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a directory with ``posterior.nc`` (netCDF, for ArviZ), ``guide.pt`` (tensors), ``posterior.json``.
+
+        A posterior that was saved there before is replaced in one step: a save that is killed leaves the old one or the
+        new one, whole. Other files in the directory stay. The JSON holds digests of all three files.
+
+        Raises:
+            ValueError: if ``path`` is a file, a directory with content that is not a saved posterior, or one that
+                cannot be replaced as a whole (the working directory, a mount point).
+            OSError: if the disk is full or cannot be written to; what was saved there before is as it was.
+        """
+        target = files.check_target(path)
+        groups, attrs = self._groups(True)
+        files.write(self, groups, attrs, target)
+        self._hand_on("save()")
+
+
+def _compact(value: Any) -> Any:
+    """Copy tensors: a pickled view takes along all that it is cut from."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return {name: _compact(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: Callable[..., Any] | None = None,
+    *args: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Posterior:
+    """Read a posterior that :meth:`Posterior.save` wrote. Tensors and JSON only: nothing in the files is run.
+
+    Without a model, draws, summary, ArviZ object, verdict and flow are there. With the model and the arguments of the
+    fit, guide and log density are too, and so are predictive draws.
+
+    Args:
+        path: the directory.
+        model: the model that was fitted.
+        args: its positional arguments.
+        model_kwargs: its keyword arguments.
+
+    Raises:
+        ValueError: if the directory is not a saved posterior, is damaged, was written in another format version, or if
+            model and arguments give another log density than the saved one.
+    """
+    found = Posterior(**files.read(path, model, args, dict(model_kwargs or {})))
+    found._hand_on("load()")
+    return found
+
+
+def from_draws(
+    density: LogDensity,
+    draw: Draw,
+    *,
+    draws: int,
+    seed: int,
+    guide: Any,
+    losses: Tensor,
+    history: Sequence[dict[str, Any]] = (),
+    settings: Mapping[str, Any] | None = None,
+    warnings: Sequence[str] = (),
+    failures: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    contained: bool = False,
+    doubts: Sequence[str] = (),
+) -> Posterior:
+    """Draw, score, weigh and judge. ``draw(n)`` gives unconstrained draws and their log density under the guide.
+
+    Where the clock of ``density`` ends the scoring, the draws scored so far are all that there are.
+    """
+    _checks.integer("draws", draws, 100)
+    check_memory(density, draws)
+    names = coordinate_names(density.structure)
+    with torch.no_grad():
+        pool = score_pool(density, draw, POOL * draws)
+        if len(pool.log_p) < POOL * draws:
+            failures = [*failures, f"time for {len(pool.log_p)} of {POOL * draws} draws to judge by"]
+            draws = len(pool.log_p) // POOL
+        found = decide(
+            lambda n: (pool.z[:n], pool.log_q[:n]),
+            lambda z: pool.log_p[: len(z)],
+            names,
+            draws=draws,
+            seed=seed,
+            warnings=[*warnings, *density.clock.reasons()],
+            failures=failures,
+            notes=notes,
+            contained=contained,
+            doubts=doubts,
+            again=lambda: _weighed_again(density, draw, POOL * draws),
+            complaint=lambda z: density.complaint(z[: pool.checked]),
+        )
+        samples = density.constrain(found.used)
+    flow = guide._flow if isinstance(guide, AutoFlow) else None
+    guide_name = type(guide).__name__ if isinstance(guide, torch.nn.Module) else getattr(guide, "__name__", "guide")
+    return Posterior(
+        samples=samples,
+        z=found.z,
+        log_p=found.log_p,
+        log_q=found.log_q,
+        log_weights=found.log_weights,
+        used=found.used,
+        used_log_p=found.used_log_p,
+        used_log_q=found.used_log_q,
+        k_hat=found.weighing.k_hat,
+        ess=found.verdict.ess_ratio * draws,
+        elbo=found.weighing.elbo,
+        log_evidence=found.weighing.log_evidence,
+        verdict=found.verdict,
+        losses=losses,
+        history=tuple({**stage, "elbo": stage.get("elbo")} for stage in history),
+        settings={"draws": draws, "seed": seed, "noncentred": density.structure.noncentred, **dict(settings or {})},
+        coordinates=tuple(names),
+        guide=guide,
+        guide_name=guide_name,
+        flow=flow,
+        density=density,
+        missing={} if flow is not None else {"flow": f"the guide ({guide_name}) is not a flow guide of pyro_flows"},
+    )
+
+
+def _weighed_again(density: LogDensity, draw: Draw, count: int) -> Weighing:
+    """Weigh a second pool of draws."""
+    pool = score_pool(density, draw, count)
+    return weigh(pool.z, pool.log_p, pool.log_q)

@@ -1,0 +1,94 @@
+"""The draws that a fit is judged by: whether memory holds them, and their scores for as long as there is time."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.verdict.verdict import CHECKED, POOL, Draw
+
+MAX_DRAWS = 10**7
+COPIES = 3  # of the pool that exist at once, and as many numbers beside it for each draw
+JUDGING = "the scores of draws"
+LEAST = 8  # draws, whatever the clock says
+SCORING = 0.7  # of the time left: the rest is for checks and for the constrained values
+SHORT = 0.05  # of the time left, for which a piece may be taken twice as large
+ROWS = 1024
+
+
+class Pool(NamedTuple):
+    """Draws (n, D), their log densities (n,) under the guide and the model, and how many are to be run with checks."""
+
+    z: Tensor
+    log_q: Tensor
+    log_p: Tensor
+    checked: int
+
+
+def check_memory(density: LogDensity, draws: int) -> None:
+    """Refuse more draws than the memory of this machine holds.
+
+    Raises:
+        ValueError: with the number that it could hold.
+    """
+    memory = _memory()
+    size = torch.finfo(density.dtype).bits // 8 * POOL * COPIES * (density.dim + 1)
+    if draws * size > memory:
+        raise ValueError(
+            f"draws: expected at most {int(memory / size)} of {density.dim} coordinates, for the "
+            f"{memory / 2**30:.0f} GiB of memory here, got {draws}. Take fewer; guide.sample_posterior() makes more."
+        )
+
+
+def _memory() -> float:
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return 2.0**36
+
+
+def seconds_to_judge(density: LogDensity, draws: int) -> float:
+    """Time a few evaluations, and return about how many seconds judging that many draws takes at most."""
+    rows = 64 if density.batched else 1
+    began = time.monotonic()
+    with torch.no_grad():
+        density.map(density.single, torch.zeros(rows, density.dim, dtype=density.dtype, device=density.device))
+    return (time.monotonic() - began) / rows * (POOL * draws + draws) + 0.1
+
+
+def score_pool(density: LogDensity, draw: Draw, count: int) -> Pool:
+    """Draw ``count`` times, and score the draws until the clock of ``density`` ends that or Ctrl-C comes; 8 at least.
+
+    Ctrl-C that comes after another one, or where it is to be raised, is raised.
+    """
+    clock = density.clock
+    z, log_q = draw(count)
+    hurried, began = clock.hurried, time.monotonic()
+    until = began + SCORING * clock.left
+    rows = LEAST if hurried or not density.batched else ROWS
+    scored: list[Tensor] = []
+    done = 0
+    while done < count and (done < LEAST or time.monotonic() < until):
+        many = count - done if count - done < 2 * rows else rows  # no new size of a piece at the end
+        before = time.monotonic()
+        try:
+            scored.append(density(z[done : done + many]))
+        except KeyboardInterrupt:
+            if not clock.interrupt(JUDGING):
+                raise
+            until, rows = time.monotonic(), LEAST
+            continue
+        done += many
+        if hurried and density.batched and time.monotonic() - before < SHORT * (until - before):
+            rows = min(2 * rows, ROWS)
+    each = (time.monotonic() - began) / max(done, 1)
+    afford = (clock.left - each * done / POOL) / max(4.0 * each, 1e-9)
+    checked = CHECKED if not hurried else int(min(max(afford, 1.0), CHECKED))
+    done -= done % POOL if done < count else 0
+    log_p = torch.cat(scored)
+    return Pool(z[:done], log_q[:done], log_p[:done], checked)

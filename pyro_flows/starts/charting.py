@@ -1,0 +1,148 @@
+"""The choice of charts: which coordinates are angles, which have heavy tails, as the density itself shows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import Latent, messages
+from pyro_flows.starts.pathfinder import pathfinder
+from pyro_flows.starts.portfolio import Start, prior_draws, spread_of
+
+TURN = 2.0 * math.pi
+LOOKED_FROM = 3  # draws from which every coordinate is turned once
+PRIOR_DRAWS = 100
+FAR = (3e2, 1e3, 3e3)  # spreads of the prior: far enough for a tail to show its power
+HEAVY = 9.0  # powers of the density up to which a tail counts as heavy: eight degrees of freedom
+PATHS = 4
+TURN_POINTS = 64  # of a turn, where its lowest density is looked for
+STARTED_FROM = 512  # draws by which a start is carried over
+
+
+def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tuple[LogDensity, Start | None, list[str]]:
+    """Return the log density with charts for angles and heavy tails, the start there, and the coordinates concerned.
+
+    A coordinate is an angle if the density has a period of one turn along it, and is not constant. It has heavy tails
+    if, from the middle of the prior, the density falls off like a power of the distance. A start is carried over by its
+    draws.
+    """
+    if not density.batched:
+        return density, start, []
+    draws = prior_draws(density, PRIOR_DRAWS, seed=derive(seed, "charts"))
+    angles, heavy = _angles(density, draws[:LOOKED_FROM]), _heavy(density, draws)
+    heavy &= ~angles
+    if not bool((angles | heavy).any()):
+        return density, start, []
+    units = spread_of(draws)
+    points = torch.cat([draws.median(0).values[None], draws[: PATHS - 1]])
+    paths = pathfinder(density, points, units.expand(PATHS, -1), seed=seed)
+    best = int(paths.elbo.nan_to_num(nan=-torch.inf).argmax())
+    loc, scale = _turned(density, paths.best.loc[best], angles), paths.best.scale()[best]
+    options = density.structure.noncentred
+    for latent in density.structure.latents:
+        part = slice(latent.offset, latent.offset + latent.size)
+        chart = _options(latent, angles[part], heavy[part], loc[part], scale[part])
+        if chart:
+            kept = options.get(latent.name, {})
+            options[latent.name] = {**({"noncentred": True} if kept is None else kept), **chart}
+    found = density.elsewhere(options)
+    found.evaluations += density.evaluations
+    names = [latent.name for latent in found.structure.latents if latent.chart is not None]
+    return found, _carried(density, found, start, seed=seed), names
+
+
+def _options(latent: Latent, angles: Tensor, heavy: Tensor, loc: Tensor, scale: Tensor) -> dict[str, Any]:
+    """Return the chart of a site as plain numbers; a site is an angle as a whole, or not."""
+    if bool(angles.any()):
+        return {"turn_about": _full(latent, torch.remainder(loc + math.pi, TURN) - math.pi, 0.0)}
+    if not bool(heavy.any()):
+        return {}
+    return {"heavy_about": _full(latent, loc, 0.0), "heavy_scale": _full(latent, torch.where(heavy, scale, 0.0), 0.0)}
+
+
+def _full(latent: Latent, values: Tensor, masked: float) -> Any:
+    """Return nested lists of a site's unconstrained shape; entries that are masked out get a number of their own."""
+    if latent.free is not None:
+        whole = torch.full((math.prod(latent.unconstrained_shape),), masked, dtype=values.dtype, device=values.device)
+        values = whole.index_copy(0, latent.free.to(values.device), values)
+    return values.reshape(latent.unconstrained_shape).tolist()
+
+
+@torch.no_grad()
+def _angles(density: LogDensity, draws: Tensor) -> Tensor:
+    """Which coordinates (D,) are angles."""
+    latents = density.structure.latents
+    free = torch.cat([torch.full((latent.size,), _is_free(density, latent)) for latent in latents]).to(draws.device)
+    found = torch.zeros_like(free)
+    usable = draws[torch.isfinite(density(draws))]
+    if not len(usable) or not bool(free.any()):
+        return found
+    directions = torch.eye(density.dim, dtype=draws.dtype, device=draws.device)[free]
+    heights = density(usable)[:, None]
+    tolerance = 100.0 * torch.finfo(draws.dtype).eps * (1.0 + heights.abs())
+
+    def changes(size: float) -> Tensor:
+        moved = usable[:, None] + size * directions
+        return (density(moved.flatten(0, 1)).unflatten(0, moved.shape[:2]) - heights).abs()
+
+    period = ((changes(TURN) <= tolerance) & (changes(-TURN) <= tolerance)).all(0)
+    varies = (changes(0.3 * TURN) > 10.0 * tolerance).any(0)
+    found[free] = period & varies
+    return found
+
+
+@torch.no_grad()
+def _turned(density: LogDensity, loc: Tensor, angles: Tensor) -> Tensor:
+    """Return a place (D,) with each angle opposite to where the density is lowest along its turn through ``loc``.
+
+    A path may end anywhere along an angle: a normal's ELBO grows with its spread, where the density is periodic.
+    """
+    if not bool(angles.any()):
+        return loc
+    turns = torch.arange(TURN_POINTS, dtype=loc.dtype, device=loc.device) * (TURN / TURN_POINTS)
+    directions = torch.eye(density.dim, dtype=loc.dtype, device=loc.device)[angles]
+    points = loc + turns[:, None, None] * directions
+    heights = density(points.flatten(0, 1)).unflatten(0, points.shape[:2]).nan_to_num(nan=-torch.inf)
+    turned = loc.clone()
+    turned[angles] += turns[heights.argmin(0)] + math.pi
+    return turned
+
+
+def _is_free(density: LogDensity, latent: Latent) -> bool:
+    """Whether a site's values are any real numbers, in coordinates that are the values themselves."""
+    support = messages(density.structure.trace)[latent.name]["fn"].support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real and not latent.noncentred
+
+
+@torch.no_grad()
+def _heavy(density: LogDensity, draws: Tensor) -> Tensor:
+    """Which coordinates (D,) have a tail, on either side, that falls off like a power."""
+    middle, spread = draws.median(0).values, spread_of(draws)
+    distances = torch.tensor([*FAR, *(-far for far in FAR)], dtype=draws.dtype, device=draws.device)
+    lines = torch.diag(spread)
+    points = middle + distances[:, None, None] * lines
+    heights = density(points.flatten(0, 1)).double().unflatten(0, points.shape[:2]).reshape(2, len(FAR), -1)
+    logs = torch.tensor(FAR, dtype=torch.float64, device=draws.device).log()
+    powers = -heights.diff(dim=1) / logs.diff()[:, None]
+    # a power is the same at all distances; an exponential or a normal tail has ever larger ones
+    steady = (powers > 1.0) & (powers < HEAVY) & ((powers - powers.mean(1, keepdim=True)).abs() < 0.1 * powers.abs())
+    return steady.all(1).any(0)
+
+
+@torch.no_grad()
+def _carried(density: LogDensity, found: LogDensity, start: Start | None, *, seed: int) -> Start | None:
+    """Return a start in the coordinates of another density of the same model."""
+    if start is None:
+        return None
+    with seeded(derive(seed, "carried over"), density.device):
+        noise = torch.randn(STARTED_FROM, density.dim, dtype=density.dtype, device=density.device)
+    z = torch.nan_to_num(found.unconstrain(density.constrain(start.map(noise))))
+    return Start(start.name, z.median(0).values, spread_of(z))

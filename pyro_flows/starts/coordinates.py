@@ -1,0 +1,194 @@
+r"""The choice of coordinates: what the data say of each element of a hierarchical site, learnt on the ELBO.
+
+Non-centred sites can have coordinates that take out what the data say as well (:mod:`pyro_flows.model.centring`): precisions
+t and centres c, an element at a time. A normal distribution with a diagonal covariance is fitted to the posterior, and
+t and c with it, since the ELBO is a function of all of them. They are then frozen. The normal is a start for a flow.
+
+Reference: Gorinova, Moore and Hoffman 2020, "Automatic Reparameterisation of Probabilistic Programs" (arXiv
+1906.03028), who learn a degree of centring in this way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.graphs.batches import Recorder
+from pyro_flows.model.batching import batch, quiet, where_possible
+from pyro_flows.model.centring import Information
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import Latent
+from pyro_flows.starts.pathfinder import pathfinder
+from pyro_flows.starts.portfolio import PRIOR_DRAWS, Start, prior_draws, spread_of
+
+PATHS = 4
+STEPS = 400
+BATCH = 32  # pairs of opposite noise
+LEARNING_RATE = 0.05
+STARTED_FROM = 512  # draws of a path's normal
+JUDGED = 2000  # draws by which ELBOs are compared
+NOTHING = 0.05  # a precision of the data over that of the posterior: below, the data say nothing
+LOUDEST = 100.0  # a draw's contribution to the gradient, over the median one's
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What the data say of the hierarchical sites, and the normal that was fitted with it."""
+
+    information: dict[str, Information | None]
+    start: Start
+
+
+def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, Start | None, dict[str, Any]]:
+    """Return the log density in the chosen coordinates, a start there, and what the history says of the choice.
+
+    ``density`` is centred. Paths climb in centred and in non-centred coordinates. The best normal on each side is where
+    learning begins; the better ELBO decides. A model that runs draw by draw is too slow to learn from: there the better
+    path decides between all centred and all non-centred.
+    """
+    wholly = density.elsewhere(True)
+    family = _Family(density)
+    found, elbos = [], []
+    for number, candidate in enumerate((density, wholly)):
+        path_seed = derive(seed, f"coordinates {number}")
+        draws = prior_draws(candidate, PRIOR_DRAWS, seed=path_seed)
+        units = spread_of(draws).expand(PATHS, -1)
+        points = torch.cat([draws.median(0).values[None], draws[: PATHS - 1]])
+        paths = pathfinder(candidate, points, units, seed=path_seed)
+        best = int(paths.elbo.nan_to_num(nan=-torch.inf).argmax())
+        elbos.append(float(paths.elbo[best]))
+        if math.isfinite(elbos[-1]) and density.batched:
+            with seeded(path_seed, density.device):
+                noise = torch.randn(STARTED_FROM, density.dim, dtype=density.dtype, device=density.device)
+            found.append(family.learn(candidate, paths.best.map(noise)[0][best], seed=path_seed))
+    chosen = max(found, key=lambda learnt: learnt.start.elbo, default=None)
+    kept: Any = not elbos[0] > elbos[1]
+    if chosen is not None and math.isfinite(chosen.start.elbo):
+        kept = {name: None if said is None else said.options for name, said in chosen.information.items()}
+    result = density.elsewhere(kept)
+    result.evaluations += density.evaluations + wholly.evaluations + family.evaluations
+    entry = {
+        "stage": "coordinates",
+        "noncentred": result.structure.noncentred,
+        "elbo": None if chosen is None else chosen.start.elbo,
+        "elbo_centred": elbos[0],
+        "elbo_noncentred": elbos[1],
+    }
+    return result, None if chosen is None else chosen.start, entry
+
+
+class _Family:
+    """The log density as a function of a point, log precisions and centres together: (S, D + 2 K) -> (S,)."""
+
+    def __init__(self, density: LogDensity) -> None:
+        self.density = density
+        self.sites = [latent for latent in density.structure.latents if latent.name in density.structure.hierarchical]
+        self.size = sum(latent.size for latent in self.sites)
+        self.evaluations = 0
+        self._recorder = Recorder(self._gradients, density.numbers)
+
+    def information(self, log_precision: Tensor, centre: Tensor) -> dict[str, Information]:
+        """Cut precisions and centres (K,) into sites."""
+        sizes, found = [latent.size for latent in self.sites], {}
+        for latent, *parts in zip(self.sites, log_precision.exp().split(sizes), centre.split(sizes), strict=True):
+            found[latent.name] = Information(*(part.reshape(latent.unconstrained_shape) for part in parts))
+        return found
+
+    def unconstrained(self, z: Tensor) -> Tensor:
+        """Return the hierarchical sites' part (S, K) of centred coordinates ``z`` (S, D)."""
+        return torch.cat([z[:, latent.offset : latent.offset + latent.size] for latent in self.sites], 1)
+
+    def _single(self, point: Tensor) -> Tensor:
+        z, log_precision, centre = point.split([self.density.dim, self.size, self.size])
+        found = self.information(log_precision, centre)
+        latents: list[Latent] = [
+            replace(latent, noncentred=True, data=found[latent.name]) if latent.name in found else latent
+            for latent in self.density.structure.latents
+        ]
+        return self.density.single(z, latents)
+
+    def _gradients(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), quiet(), self.density.clock.watching():
+            grad, value = batch(torch.func.grad_and_value(self._single))(points)
+        return value, grad
+
+    def look(self, z: Tensor, said: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return values (S,), and gradients with respect to z (S, D) and to log precisions and centres (S, 2 K)."""
+        self.density.clock.look()
+        self.evaluations += len(z)
+        points = torch.cat([z, said.expand(len(z), -1)], 1)
+        value, grad = where_possible(self._recorder, points, (), (points.shape[1],))
+        return value, *grad.split([self.density.dim, 2 * self.size], 1)
+
+    def learn(self, candidate: LogDensity, draws: Tensor, *, seed: int) -> Learnt:
+        """Fit normal, precisions and centres together, from draws (S, D) in the coordinates of ``candidate``."""
+        density = self.density
+        values = candidate.constrain(draws)
+        centre, spread = _middle_and_spread(self.unconstrained(density.unconstrain(values)))
+        # 1. The posterior's precision is that of the prior and that of the data together: begin with half of it.
+        log_precision = -2.0 * spread.log() - math.log(2.0)
+        began = self.information(log_precision, centre)
+        middle = density.elsewhere({name: found.options for name, found in began.items()})
+        loc, unit = _middle_and_spread(middle.unconstrain(values))
+        # 2. Everything is trained relative to where it began, in units of its spread.
+        base, units = torch.cat([loc, log_precision, centre]), torch.cat([unit, torch.ones_like(spread), spread])
+        ascent = _Ascent(base, units, density.dim)
+        with seeded(seed, density.device):
+            for step in range(STEPS):
+                noise = torch.randn(BATCH, density.dim, dtype=density.dtype, device=density.device)
+                ascent.step(self.look, torch.cat([noise, -noise]), step)
+            noise = torch.randn(JUDGED, density.dim, dtype=density.dtype, device=density.device)
+        loc, scale, said = ascent.result()
+        with torch.no_grad():
+            terms = self.look(loc + scale * noise, said)[0]
+        elbo = float(terms.mean() + scale.log().sum()) + 0.5 * density.dim * math.log(2.0 * math.pi * math.e)
+        elbo = elbo if math.isfinite(elbo) else -math.inf
+        precision, centre = said[: self.size].exp(), said[self.size :]
+        precision = torch.where(precision * spread.square() < NOTHING, 0.0, precision)
+        found = {
+            name: information if bool(information.precision.any()) else None
+            for name, information in self.information(precision.log(), centre).items()
+        }
+        return Learnt(found, Start("coordinates", loc, scale, elbo))
+
+
+class _Ascent:
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980) on shifts (D + 2 K,) and log scales (D,), relative to a start."""
+
+    def __init__(self, base: Tensor, units: Tensor, dim: int) -> None:
+        self.base, self.units, self.dim = base, units, dim
+        self.weights = torch.zeros(len(base) + dim, dtype=base.dtype, device=base.device)
+        self.first, self.second = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return location and scale (D,) of the normal, and log precisions and centres (2 K,)."""
+        shift, log_scale = self.weights.split([len(self.base), self.dim])
+        moved = self.base + self.units * shift
+        return moved[: self.dim], self.units[: self.dim] * log_scale.exp(), moved[self.dim :]
+
+    def step(self, look: Any, noise: Tensor, step: int) -> None:
+        """Follow the path gradient of the ELBO, once."""
+        loc, scale, said = self.result()
+        _, score, pull = look(loc + scale * noise, said)
+        path = score + noise / scale
+        usable = torch.isfinite(path).all(1, keepdim=True) & torch.isfinite(pull).all(1, keepdim=True)
+        both = torch.where(usable, torch.cat([path, pull], 1) * self.units, 0.0)
+        sizes = both.norm(dim=1, keepdim=True)
+        both = both * (LOUDEST * sizes.median() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)).clamp(max=1.0)
+        stretch = both[:, : self.dim] * (scale / self.units[: self.dim]) * noise
+        gradient = torch.cat([both.mean(0), stretch.mean(0)])
+        self.first, self.second = self.first.lerp(gradient, 0.1), self.second.lerp(gradient.square(), 0.01)
+        mean, square = self.first / (1.0 - 0.9 ** (step + 1)), self.second / (1.0 - 0.99 ** (step + 1))
+        rate = LEARNING_RATE * 0.5 * (1.0 + math.cos(math.pi * step / STEPS))
+        self.weights = self.weights + rate * mean / (square.sqrt() + 1e-8)
+
+
+def _middle_and_spread(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Return medians and scaled median absolute deviations of the columns of (S, D)."""
+    draws = torch.nan_to_num(draws)
+    return draws.median(0).values, spread_of(draws)

@@ -1,0 +1,94 @@
+"""Second derivatives of a log density: Hessians, their inverse roots, and the scale of each coordinate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_flows.model.batching import batch, quiet
+from pyro_flows.model.log_density import LogDensity
+
+FULL_HESSIAN_UP_TO = 200
+ROWS_AT_ONCE = 256
+
+
+def inverse_roots(density: LogDensity, points: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return W (K, D, D) with :math:`W W^\top = |H|^{-1}`, H the Hessian, and :math:`|H_{ii}|^{-1/2}` (K, D).
+
+    Scaled by the diagonal first: the eigenvalues of a matrix with entries of 1e-12 and 1e12 would be noise.
+    Where the Hessian is not finite, W is the identity.
+    """
+    hessians = _hessians(density, points)
+    hessians = 0.5 * (hessians + hessians.mT)
+    units = _units(hessians.diagonal(dim1=-2, dim2=-1))
+    scaled = units[..., None] * hessians * units[..., None, :]
+    usable = torch.isfinite(scaled).all(-1).all(-1)
+    identity = torch.eye(density.dim, dtype=density.dtype, device=density.device)
+    scaled = torch.where(usable[:, None, None], scaled, identity)
+    units = torch.where(usable[:, None], units, 1.0)
+    values, vectors = torch.linalg.eigh(scaled)
+    floor = 1e-10 if density.dtype == torch.float64 else 1e-5
+    values = torch.maximum(values.abs(), floor * values.abs().amax(-1, keepdim=True))
+    return units[..., None] * vectors * values.rsqrt()[..., None, :], units
+
+
+def lower_triangular(roots: Tensor) -> Tensor:
+    r"""Return the lower triangular L (..., D, D), with a positive diagonal, that has :math:`L L^\top = W W^\top`."""
+    upper = torch.linalg.qr(roots.mT).R
+    return (upper * upper.diagonal(dim1=-2, dim2=-1).sign()[..., None]).mT.tril()
+
+
+def scales(density: LogDensity, points: Tensor) -> Tensor:
+    r"""Return :math:`|H_{ii}|^{-1/2}` (K, D), or 1 where that is not finite; cost: D Hessian rows a point."""
+    if density.dim <= FULL_HESSIAN_UP_TO:
+        return _units(_hessians(density, points).diagonal(dim1=-2, dim2=-1))
+    return _units(torch.stack([_diagonal(density, point) for point in points]))
+
+
+def _units(diagonal: Tensor) -> Tensor:
+    sizes = diagonal.abs()
+    return torch.where((sizes > torch.finfo(sizes.dtype).tiny ** 0.5) & torch.isfinite(sizes), sizes.rsqrt(), 1.0)
+
+
+def _hessians(density: LogDensity, points: Tensor) -> Tensor:
+    """Hessians (K, D, D): automatic differentiation where the model allows, differences of gradients otherwise."""
+    if density.batched:
+        try:
+            with torch.no_grad(), quiet(), density.clock.watching():
+                found = batch(torch.func.jacrev(torch.func.grad(density.single)))(points)
+            density.evaluations += points.numel()
+            return found
+        except RuntimeError:
+            pass
+    coordinates = torch.arange(density.dim, device=points.device)
+    return torch.stack([_differences(density, point, coordinates) for point in points])
+
+
+def _diagonal(density: LogDensity, point: Tensor) -> Tensor:
+    """Diagonal (D,) of the Hessian at one point (D,), a chunk of rows at a time."""
+    coordinates = torch.arange(density.dim, device=point.device)
+    if density.batched:
+        try:
+            with torch.no_grad(), quiet(), density.clock.watching():
+                pull = torch.func.vjp(torch.func.grad(density.single), point)[1]
+
+                def entry(index: Tensor) -> Tensor:
+                    unit = coordinates == index
+                    return torch.where(unit, pull(unit.to(point.dtype))[0], 0.0).sum()
+
+                found = torch.func.vmap(entry, chunk_size=ROWS_AT_ONCE)(coordinates)
+            density.evaluations += density.dim
+            return found
+        except RuntimeError:
+            pass
+    parts = coordinates.split(ROWS_AT_ONCE)
+    return torch.cat([_differences(density, point, part).gather(1, part[:, None])[:, 0] for part in parts])
+
+
+def _differences(density: LogDensity, point: Tensor, coordinates: Tensor) -> Tensor:
+    """Rows (N, D) of the Hessian at one point, by central differences of 2 N gradients."""
+    step = torch.finfo(point.dtype).eps ** (1 / 3) * (1.0 + point[coordinates].abs())
+    shifts = torch.zeros(len(coordinates), density.dim, dtype=point.dtype, device=point.device)
+    shifts.scatter_(1, coordinates[:, None], step[:, None])
+    up, down = density.value_and_grad(torch.cat([point + shifts, point - shifts]))[1].chunk(2)
+    return (up - down) / (2.0 * step[:, None])

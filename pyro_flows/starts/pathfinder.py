@@ -1,0 +1,227 @@
+r"""Pathfinder: many L-BFGS paths at once up a log density, and the best Gaussian met along each of them.
+
+A path comes by the bulk of the mass before it ends at a mode, or runs off to where the density grows without bound.
+Each of its points z carries a Gaussian, from the inverse Hessian that L-BFGS has built up by then,
+
+.. math:: N\big(z + \Sigma \nabla \log p(z),\ \Sigma\big), \qquad
+          \Sigma = \operatorname{diag}(\alpha) + B\, \Gamma B^\top,
+
+with B of as many columns as there are vectors in the history. The one with the best ELBO is kept.
+
+Reference: Zhang, Carpenter, Gelman and Vehtari 2022, "Pathfinder: Parallel quasi-Newton variational inference".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.starts.gaussians import Gaussians, choose, compact, diagonal_update, identity_like, stretch
+from pyro_flows.verdict.psis import psis
+
+HISTORY = 12
+TICKS = 100
+SCORED_TOGETHER = 10
+DRAWS = 10
+POOLED = 100
+POOLED_WITHIN = 10.0  # nats
+RISE = 1e-4  # of what the slope promises
+SHRINK = (0.1, 0.5)
+GROW = 2.0  # where the density does not curve down
+SMALLEST_STEP = 1e-10
+SETTLED = 1e-8  # nats still to gain
+CURVED = 1e-10
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What K paths found: the best Gaussian on each, its ELBO (K,), where they ended (K, D), and whether at rest."""
+
+    best: Gaussians
+    elbo: Tensor
+    ends: Tensor
+    settled: Tensor
+
+
+def pathfinder(density: LogDensity, points: Tensor, units: Tensor, *, seed: int) -> Paths:
+    r"""Climb from each point (K, D) by L-BFGS, all paths side by side; return the best Gaussian along each.
+
+    Coordinates are measured in ``units``, for each path a lower triangular matrix (K, D, D) or a diagonal (K, D), so
+    that scales of 1e-6 and 1e6 are on a par. The diagonal :math:`\alpha` follows the curvature from there. A tick of
+    the loop takes one gradient for each path: a step that rises as its slope promises is taken, any other is shortened
+    and tried again. No path goes where the density or its gradient is not finite; one has settled where it sees less
+    than 1e-8 nats to be gained.
+
+    ELBOs come from ten draws, with the same noise at each point; where the density vanishes for some of them, it is
+    that of the Gaussian cut to the rest, and where it vanishes for all of them, -inf. Cost: at most 101 K gradients,
+    and ten densities for each step.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(torch.tensor(3.0), 2.0)))
+    >>> found = pathfinder(density, torch.zeros(1, 1), torch.ones(1, 1), seed=0)
+    >>> print(f"{found.best.loc.item():.2f} {found.best.scale().item():.2f}")
+    3.00 2.00
+    """
+    with seeded(derive(seed, "pathfinder"), density.device):
+        noise = torch.randn(DRAWS, density.dim, dtype=density.dtype, device=density.device)
+    climb = _Climb(density, points, units)
+    found = [(climb.gaussians(), torch.ones_like(climb.over))]
+    best, elbo = found[0][0], torch.full_like(climb.height, -torch.inf)
+    for tick in range(1, TICKS + 1):
+        moved = climb.tick()
+        found.append((climb.gaussians(), moved))
+        done = tick == TICKS or bool(climb.over.all())
+        if done or len(found) == SCORED_TOGETHER:
+            best, elbo = _best(density, noise, found, best, elbo)
+            found = []
+        if done:
+            break
+    return Paths(best, elbo, climb.points, climb.settled)
+
+
+def _best(
+    density: LogDensity, noise: Tensor, found: list[tuple[Gaussians, Tensor]], best: Gaussians, elbo: Tensor
+) -> tuple[Gaussians, Tensor]:
+    """Score a few ticks at once, and keep the best of them and of what there was, for each path."""
+    moved = torch.stack([moved for _, moved in found])
+    if not bool(moved.any()):
+        return best, elbo
+    z, log_q = (torch.stack(parts) for parts in zip(*(gaussians.map(noise) for gaussians, _ in found), strict=True))
+    log_p = torch.full_like(log_q, -torch.inf)
+    with torch.no_grad():
+        log_p[moved] = density(z[moved].flatten(0, 1)).unflatten(0, (-1, len(noise)))
+    for (gaussians, _), terms in zip(found, log_p - log_q, strict=True):
+        score = _cut_elbo(terms)
+        best = gaussians.where(score > elbo, best)
+        elbo = torch.maximum(score, elbo)
+    return best, elbo
+
+
+def _cut_elbo(terms: Tensor) -> Tensor:
+    """ELBO (K,) of Gaussians cut to where the density is positive, from log p - log q (K, S)."""
+    finite = torch.isfinite(terms)
+    count = finite.sum(-1)
+    mean = torch.where(finite, terms, 0.0).sum(-1) / count
+    return torch.where(count > 0, mean + (count / terms.shape[-1]).log(), -torch.inf)
+
+
+class Pool(NamedTuple):
+    """A fresh look at K Gaussians: their ELBOs (K,), and mean (D,) and covariance (D, D) of weighted draws of all."""
+
+    elbo: Tensor
+    mean: Tensor
+    covariance: Tensor
+    k_hat: float
+    ess: float
+
+
+def pool(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Pool:
+    """Draw from all Gaussians, 100 each, and weight the draws by importance, with Pareto-smoothed weights.
+
+    The proposal is the mixture of those within 10 nats of the best ELBO (all draws are scored under all of them), so
+    that paths which found the same mode share it, and paths at different modes each get their due.
+    """
+    with seeded(derive(seed, "pool"), density.device):
+        shape = (*gaussians.loc.shape[:1], POOLED, density.dim)
+        noise = torch.randn(shape, dtype=density.dtype, device=density.device)
+    z, log_q = gaussians.map(noise)
+    with torch.no_grad():
+        log_p = density(z.flatten(0, 1)).unflatten(0, shape[:2])
+    elbo = _cut_elbo(log_p - log_q)
+    kept = elbo >= elbo.max() - POOLED_WITHIN
+    z, log_p = z[kept].flatten(0, 1), log_p[kept].flatten()
+    mixture = torch.logsumexp(Gaussians(*(part[kept] for part in gaussians)).log_prob(z), 0)
+    log_weights, k_hat = psis(torch.nan_to_num(log_p - mixture, nan=-torch.inf, posinf=-torch.inf))
+    weights = log_weights.exp().to(z.dtype)
+    mean = weights @ z
+    away = z - mean
+    return Pool(elbo, mean, (weights[:, None] * away).mT @ away, k_hat, float(1.0 / weights.square().sum()))
+
+
+class _Climb:
+    """The state of K paths; gradient, direction and history are measured in ``units``."""
+
+    def __init__(self, density: LogDensity, points: Tensor, units: Tensor) -> None:
+        self.density, self.points, self.units = density, points, units
+        self.height, gradient = self._look(points)
+        finite = torch.isfinite(self.height) & torch.isfinite(gradient).all(-1)
+        self.gradient = choose(finite, gradient, 0.0)
+        self.alpha = torch.ones_like(points)
+        self.steps = points.new_zeros(len(points), HISTORY, density.dim)
+        self.changes = torch.zeros_like(self.steps)
+        self.basis, self.factor = compact(self.alpha, self.steps, self.changes)
+        self.direction = self._newton()
+        self.length = torch.ones_like(self.height)
+        self.settled = finite & self._at_rest()
+        self.over = self.settled | ~finite
+
+    def gaussians(self) -> Gaussians:
+        """Return the Gaussians at the present points."""
+        loc = self.points + self._stretch(self._newton())
+        return Gaussians(loc, self.units, self.alpha.sqrt(), self.basis, self.factor)
+
+    def tick(self) -> Tensor:
+        """Try one step on each path that is not over; return which were taken (K,)."""
+        step = choose(~self.over, self.length[:, None] * self.direction, 0.0)
+        points = self.points + self._stretch(step)
+        height, gradient = self._look(points)
+        promised, gain = (self.gradient * step).sum(-1), height - self.height
+        finite = torch.isfinite(height) & torch.isfinite(gradient).all(-1)
+        moved = finite & (gain >= RISE * promised - self._rounding()) & ~self.over
+        curved = self._remember(step, self.gradient - gradient, moved)
+        self.points = choose(moved, points, self.points)
+        self.height = choose(moved, height, self.height)
+        self.gradient = choose(moved, gradient, self.gradient)
+        shrink = torch.where(finite, (0.5 * promised / (promised - gain)).clamp(*SHRINK), SHRINK[0])
+        self.length = self.length * torch.where(moved, GROW, shrink)
+        self._turn(moved, curved)
+        return moved
+
+    def _look(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        height, gradient = self.density.value_and_grad(points)
+        return height, stretch(self.units.mT if self.units.dim() == 3 else self.units, gradient[:, None])[:, 0]
+
+    def _stretch(self, x: Tensor) -> Tensor:
+        return stretch(self.units, x[:, None])[:, 0]
+
+    def _rounding(self) -> Tensor:
+        return 8.0 * torch.finfo(self.height.dtype).eps * self.height.abs()
+
+    def _at_rest(self) -> Tensor:
+        """Whether the present direction promises next to nothing."""
+        slope = (self.gradient * self.direction).sum(-1)
+        return slope <= self._rounding().clamp_min(SETTLED)
+
+    def _newton(self) -> Tensor:
+        """Inverse Hessian times gradient (K, D)."""
+        x = self.alpha.sqrt() * self.gradient
+        inner = (x[:, None] @ self.basis) @ (self.factor @ self.factor.mT - identity_like(self.factor))
+        return self.alpha.sqrt() * (x + (inner @ self.basis.mT)[:, 0])
+
+    def _remember(self, step: Tensor, change: Tensor, moved: Tensor) -> Tensor:
+        """Add steps that were taken to the history, where the density curves down along them; return where (K,)."""
+        curvature = (step * change).sum(-1)
+        curved = moved & (curvature > CURVED * step.norm(dim=-1) * change.norm(dim=-1))
+        root = torch.where(curved, curvature, 1.0).sqrt()[:, None]
+        step, change = step / root, change / root
+        self.alpha = choose(curved, diagonal_update(self.alpha, step, change), self.alpha)
+        self.steps = choose(curved, torch.cat([self.steps[:, 1:], step[:, None]], 1), self.steps)
+        self.changes = choose(curved, torch.cat([self.changes[:, 1:], change[:, None]], 1), self.changes)
+        return curved
+
+    def _turn(self, moved: Tensor, curved: Tensor) -> None:
+        """Choose new directions where a step was taken; forget the history where none could be."""
+        lost = ~moved & ~self.over & (self.length < SMALLEST_STEP)
+        self.over = self.over | (lost & (self.steps == 0.0).all(-1).all(-1))
+        self.alpha = choose(~lost, self.alpha, 1.0)
+        self.steps, self.changes = choose(~lost, self.steps, 0.0), choose(~lost, self.changes, 0.0)
+        self.basis, self.factor = compact(self.alpha, self.steps, self.changes)
+        self.direction = choose(moved | lost, self._newton(), self.direction)
+        self.length = torch.where(curved | lost, 1.0, self.length)
+        self.settled = self.settled | (moved & self._at_rest())
+        self.over = self.over | self.settled

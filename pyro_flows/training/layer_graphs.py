@@ -1,0 +1,176 @@
+"""The passes of a layer as flat graphs of tensor operations, recorded once for all layers of a kind."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from pyro_flows.graphs.graph import graph_module, nearby, sweep
+from pyro_flows.graphs.record import record
+from pyro_flows.transforms.base import Bijection
+
+BODIES_KEPT = 64
+
+_aten = torch.ops.aten
+_VIEWS = (_aten.t.default, _aten.view.default, _aten.unsqueeze.default, _aten.expand.default, _aten.slice.Tensor)
+
+
+class Body(NamedTuple):
+    """The forward pass of a layer with the score, and the vector-Jacobian product of its value, as graphs.
+
+    ``forward(*state, x, score)`` returns ``(y, ladj, score, *saved)``. ``backward(*state, x, score, *saved, pull)``
+    returns the gradients of ``(pull * y).sum()`` along x and along each of the layer's parameters that are trained.
+    ``state`` are the layer's parameters, then its buffers, in the order of :func:`state_of`; ``saved`` tensors go from
+    one to the other.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+
+
+def state_of(layer: nn.Module) -> list[Tensor]:
+    """Return a layer's parameters, then its buffers."""
+    return [*layer.parameters(), *layer.buffers()]
+
+
+def body_of(layer: Bijection, x: Tensor) -> Body:
+    """Return the recorded passes of ``layer`` for batches like ``x`` (S, D); layers of one kind share one.
+
+    Whoever uses them compares them with the layer itself once, see :meth:`pyro_flows.training.flow_graphs.Passes.check`.
+
+    Raises:
+        Exception: of any kind, if the layer's code cannot be recorded (branches on values).
+    """
+    kind = _kind(layer)
+    if kind is None:
+        return _record(layer, x)
+    key = (kind, x.shape, x.dtype, x.device)
+    if key not in _bodies:
+        _bodies[key] = _record(layer, x)
+        while len(_bodies) > BODIES_KEPT:
+            _bodies.popitem(last=False)
+    _bodies.move_to_end(key)
+    return _bodies[key]
+
+
+_bodies: OrderedDict[Any, Body] = OrderedDict()
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...] | None:
+    """What the code of a layer depends on, besides the values of its parameters and buffers; None if that is not known.
+
+    It is not known of a layer that has hooks, or attributes that are no plain values.
+    """
+    found: list[Any] = []
+    places: dict[int, int] = {}
+    for name, module in layer.named_modules():
+        own = {key: value for key, value in vars(module).items() if key not in _MODULE_STATE}
+        if any(map(_has_hooks, vars(module).items())) or not all(map(_is_plain, own.values())):
+            return None
+        tensors = [
+            (key, value.shape, value.dtype, value.requires_grad, places.setdefault(id(value), len(places)))
+            for key, value in (*module._parameters.items(), *module._buffers.items())
+            if value is not None
+        ]
+        found.append((name, type(module), tuple(sorted(own.items())), module.training, tuple(tensors)))
+    return tuple(found)
+
+
+def _has_hooks(attribute: tuple[str, Any]) -> bool:
+    name, value = attribute
+    return name in _MODULE_STATE and "hooks" in name and bool(value) and "state_dict" not in name
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, torch.Size)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+
+
+class _Scored(nn.Module):
+    """Makes ``forward_and_score`` the call that ``functional_call`` makes."""
+
+    def __init__(self, layer: Bijection) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.layer.forward_and_score(x, score)
+
+
+def _joint(layer: Bijection) -> Callable[..., tuple[Tensor, ...]]:
+    """Return both passes as one function of ``(*state, x, score, pull)``."""
+    scored, trained = _Scored(layer), [parameter.requires_grad for parameter in layer.parameters()]
+    names = [*dict(scored.named_parameters()), *dict(scored.named_buffers())]
+
+    def passes(*inputs: Tensor) -> tuple[Tensor, ...]:
+        *state, x, score, pull = inputs
+        leaves = [part.detach().requires_grad_() for part, free in zip(state, trained, strict=False) if free]
+        left = iter(leaves)
+        given = [next(left) if free else part for part, free in zip(state, trained, strict=False)]
+        root = x.detach().requires_grad_()
+        with torch.enable_grad():
+            tensors = dict(zip(names, [*given, *state[len(trained) :]], strict=True))
+            y, ladj, score = torch.func.functional_call(scored, tensors, (root, score))
+        gradients = torch.autograd.grad(y, [root, *leaves], pull, materialize_grads=True)
+        return (y.detach(), ladj.detach(), score.detach(), *gradients)
+
+    return passes
+
+
+def _record(layer: Bijection, x: Tensor) -> Body:
+    state, score = [part.detach() for part in state_of(layer)], nearby(x)
+    graph = record(_joint(layer), *state, x, score, score.clone())  # tensors that are one would be one input
+    return _split(graph, len(state) + 2)
+
+
+# ---- cutting in two --------------------------------------------------------------------------------------------------
+
+
+def _split(module: fx.GraphModule, inputs: int) -> Body:
+    """Cut the joint graph in two: what does not need the cotangent, and the rest, given what it needs of the first."""
+    graph = module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    (result,) = (node for node in graph.nodes if node.op == "output")
+    results = list(result.args[0])  # type: ignore[arg-type]
+    late = {placeholders[inputs]}
+    for node in graph.nodes:
+        if node.op == "call_function" and late.intersection(node.all_input_nodes):
+            late.add(node)
+    saved: dict[fx.Node, None] = {}
+
+    def need(nodes: Iterable[Any]) -> None:
+        for node in nodes:
+            if not isinstance(node, fx.Node) or node in late or node.op != "call_function":
+                continue
+            if node.target in _VIEWS:
+                need(node.all_input_nodes)  # made anew: a view costs less than handing it over
+            else:
+                saved[node] = None
+
+    for node in late:
+        need(node.all_input_nodes)
+    need(results[3:])
+    forward = _part(module, placeholders[:inputs], [*results[:3], *saved])
+    backward = _part(module, [*placeholders[:inputs], *saved, placeholders[inputs]], results[3:])
+    return Body(forward, backward)
+
+
+def _part(source: fx.GraphModule, inputs: list[fx.Node], outputs: list[Any]) -> fx.GraphModule:
+    """Return the part of ``source`` that leads from some of its nodes to others."""
+    part, copies = fx.Graph(), {}
+    for number, node in enumerate(inputs):
+        copies[node] = part.placeholder(f"input_{number}")
+        copies[node].meta = dict(node.meta)
+    for node in source.graph.nodes:
+        known = all(argument in copies for argument in node.all_input_nodes)
+        if node.op in ("call_function", "get_attr") and node not in copies and known:
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in outputs))
+    sweep(part)
+    return graph_module(source, part)

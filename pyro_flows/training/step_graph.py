@@ -1,0 +1,174 @@
+"""A training step as one recorded graph: draw, score, density, gradient and update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx
+
+from pyro_flows._fallbacks import fallback
+from pyro_flows.flows.flow import Flow
+from pyro_flows.graphs.compiling import Runner
+from pyro_flows.graphs.graph import Stitcher, agree
+from pyro_flows.graphs.record import record
+from pyro_flows.model.batching import nearer
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.objectives import pulled
+from pyro_flows.training.adam import Moments, advance
+from pyro_flows.training.flow_graphs import Kind, Passes, gradient_of, points
+
+
+class Step:
+    """One step of training a flow on a density, from values to values; nothing in it waits for a result.
+
+    Where the density has a graph for the batch, all of the step is one graph, which flows of one kind share; else, the
+    passes and the density are run one after the other.
+
+    Args:
+        flow: the flow, unconditional.
+        density: the target.
+        like: base points (S, D) of the batches to come.
+        weights: the parameters that are trained, as one vector (W,),
+        views: and one by one, as views of it.
+        compile: as for :class:`Passes`.
+
+    Raises:
+        Exception: of any kind, if some layer cannot be recorded, or the passes give other numbers than the flow.
+    """
+
+    def __init__(
+        self, flow: Flow, density: LogDensity, like: Tensor, weights: Tensor, views: Sequence[Tensor],
+        *, compile: bool | None = None,
+    ) -> None:  # fmt: skip
+        self.flow, self.density = flow, density
+        self.passes = Passes(flow, like, views, compile=compile)
+        self._dials = weights.new_zeros(3)
+        self._whole: Runner | None = None
+        try:
+            nearer(lambda size: self._make_whole(size * points(like), weights, compile))
+        except RuntimeError as error:
+            self._whole = None
+            fallback("a step in parts", error)
+        if self._whole is None:
+            self.passes.check(like)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the step runs as compiled code."""
+        return self.passes.compiled if self._whole is None else self._whole.compiled
+
+    @torch.no_grad()
+    def __call__(
+        self, weights: Tensor, moments: Moments, x: Tensor, log_thinning: Tensor, rate: float, blend: float, beta: float
+    ) -> tuple[Tensor, Tensor, Moments]:
+        """Return the loss, and the weights and moments after the step.
+
+        Args:
+            weights: before the step (W,).
+            moments: likewise.
+            x: base points (S, D).
+            log_thinning: as in :func:`pulled` (S,).
+            rate: step size.
+            blend: share of the forward divergence, ``forward`` in :func:`pulled`.
+            beta: power of the density.
+        """
+        if self._whole is not None:
+            try:
+                found = self._run(weights, moments, x, log_thinning, rate, blend, beta)
+            except torch.linalg.LinAlgError:
+                pass  # of some of the points, which the density itself goes around
+            else:
+                self.density.evaluations += len(x)
+                return found
+        z, log_q, score_q, tape = self.passes.sample(x)
+        log_p, score_p = self.density.value_and_grad(z)
+        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, forward=blend, beta=beta)
+        return advance(weights, moments, self.passes.pull(tape, pull), terms, log_weights, rate)
+
+    def _run(
+        self, weights: Tensor, moments: Moments, x: Tensor, log_thinning: Tensor, *dials: float
+    ) -> tuple[Tensor, Tensor, Moments]:
+        assert self._whole is not None
+        for place, value in zip(self._dials.unbind(), dials, strict=True):
+            place.fill_(value)  # a GPU need not wait for this
+        loss, new, *rest = self._whole(*self.passes.state, x, log_thinning, self._dials, weights, *moments)
+        return loss, new, Moments(*rest)
+
+    def possible(self, x: Tensor) -> Tensor:
+        """Return which base points (S,) lead to where the flow and the density are finite; S gradient evaluations."""
+        z, log_q, score_q, _ = self.passes.sample(x)
+        log_p, score_p = self.density.value_and_grad(z)
+        return torch.isfinite(torch.cat([score_p, score_q, log_p[:, None], log_q[:, None]], 1)).all(1)
+
+    def _make_whole(self, x: Tensor, weights: Tensor, compile: bool | None) -> None:
+        """Find the step as one graph, recorded and checked where base points ``x`` lead, if there is one."""
+        with torch.no_grad():
+            graph = self.density.graph(self.flow.sample_with_score(at=x)[0])
+        if graph is not None:
+            self._whole = _whole(self.density, graph, self.passes.kind, weights, compile)
+            self._check(x, weights)
+
+    def _check(self, x: Tensor, weights: Tensor) -> None:
+        """Compare a first step with autograd's and the model's own: its loss, and a tenth of the gradient."""
+        none, fresh = torch.zeros_like(x[:, 0]), Moments.fresh(weights)
+        z, log_q, score_q = self.flow.sample_with_score(at=x)
+        log_p, score_p = self.density.unrecorded(z)
+        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, none, forward=0.5)
+        trained = [parameter for parameter in self.flow.parameters() if parameter.requires_grad]
+        gradient = gradient_of((pull * z).sum(), trained)
+        loss, _, expected = advance(weights, fresh, gradient, terms, log_weights, 0.0)
+        with torch.no_grad():
+            found, _, after = self._run(weights, fresh, x, none, 0.0, 0.5, 1.0)
+        size = torch.maximum(expected.mean.abs().max(), 1e-3 * score_q.abs().max())  # p may be q
+        if int(expected.skipped) or not agree((found, after.mean / size), (loss, expected.mean / size)):
+            raise RuntimeError("the graph gave other values than the flow and the model")
+
+
+# ---- one graph -------------------------------------------------------------------------------------------------------
+
+WHOLES_KEPT = 8  # of one density
+_wholes: WeakKeyDictionary[LogDensity, dict[Any, tuple[Kind, fx.GraphModule, Runner]]] = WeakKeyDictionary()
+
+
+def _whole(density: LogDensity, graph: fx.GraphModule, kind: Kind, weights: Tensor, compile: bool | None) -> Runner:
+    """Return the step as one graph, the one that is known for such flows on this density."""
+    like = kind.like
+    known, key = _wholes.setdefault(density, {}), (id(kind), id(graph), compile)  # both are kept: ids stay theirs
+    if key in known:
+        return known[key][-1]
+    whole = Stitcher()
+    state = kind.inputs(whole)
+    z, log_q, score_q, tape = kind.add_forward(whole, state, whole.input(like))
+    log_p, score_p = whole.add(graph, [z])
+    none, dials, moments = torch.zeros_like(like[:, 0]), weights.new_ones(3), Moments.fresh(weights)
+    values = log_p.meta["val"].dtype
+    given = [none.to(values), like, none.clone(), like.clone(), none.clone(), dials]
+    pulling = record(_pulling, *(part.clone() for part in given))
+    dialled = [whole.input(none), whole.input(dials)]
+    pull, terms, log_weights = whole.add(pulling, [log_p, score_p, log_q, score_q, *dialled])
+    gradient = kind.add_backward(whole, state, tape, pull)
+    held = [weights, *moments]
+    updating = record(_updating, weights.clone(), none.clone(), none + 1.0, dials, *(part.clone() for part in held))
+    outputs = whole.add(updating, [gradient, terms, log_weights, dialled[1], *map(whole.input, held)])
+    runner = Runner(whole.finish(outputs), compile=compile)
+    known[key] = kind, graph, runner
+    while len(known) > WHOLES_KEPT:
+        del known[next(iter(known))]
+    return runner
+
+
+def _pulling(
+    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, log_thinning: Tensor, dials: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    log_p = log_p.to(log_q.dtype)
+    return pulled(log_p, score_p, log_q, score_q, log_thinning, forward=dials[1], beta=dials[2])
+
+
+def _updating(
+    gradient: Tensor, terms: Tensor, log_weights: Tensor, dials: Tensor, weights: Tensor, *moments: Tensor
+) -> tuple[Tensor, ...]:
+    loss, weights, after = advance(weights, Moments(*moments), gradient, terms, log_weights, dials[0])
+    return loss, weights, *after

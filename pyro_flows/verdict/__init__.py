@@ -1,0 +1,1 @@
+"""Numbers in, a judgement out: weights, k-hat, and what they say of a fit."""
