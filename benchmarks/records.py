@@ -25,7 +25,7 @@ Row = dict[str, str]
 Task = TypeVar("Task")
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PRESENTATION = {"__init__", "__main__", "cli", "data", "export", "labels", "plots", "storage"}  # no part of a fit
+PRESENTATION = {"cli", "_inputs", "arviz_groups", "dims", "files", "plots", "report"}  # no part of a fit
 
 
 def machine() -> str:
@@ -47,22 +47,28 @@ def software() -> str:
 def code_version() -> str:
     """Return the package's version and a digest of the code that makes a fit.
 
-    Comments, docstrings, layout, and modules that only present results do not count.
+    It is one of the set of definitions. Where they stand, comments, docstrings, layout, imports, and modules that only
+    present results do not count.
     """
-    digest = hashlib.sha256()
-    folder = Path(pyro_flows.__file__).parent
-    for file in sorted(folder.rglob("*.py")):
-        if file.parent != folder or file.stem not in PRESENTATION:
-            digest.update(without_docstrings(file.read_text(encoding="utf-8")).encode())
+    found: set[str] = set()
+    for file in Path(pyro_flows.__file__).parent.rglob("*.py"):
+        if PRESENTATION.isdisjoint((file.stem, file.parent.name)):
+            found |= definitions(file.read_text(encoding="utf-8"))
+    digest = hashlib.sha256("\n".join(sorted(found)).encode())
     return f"{pyro_flows.__version__}-{digest.hexdigest()[:8]}"
 
 
-def without_docstrings(source: str) -> str:
+def definitions(source: str) -> set[str]:
+    """Return the statements of a module, without docstrings and imports."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
+        body = getattr(node, "body", None)
+        if not isinstance(body, list):
+            continue
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+        kept = [part for part in body[1 if documented else 0 :] if not isinstance(part, (ast.Import, ast.ImportFrom))]
+        node.body = kept  # type: ignore[attr-defined]
+    return {ast.dump(part) for part in tree.body}
 
 
 def read(file: Path) -> list[Row]:

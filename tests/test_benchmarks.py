@@ -199,12 +199,12 @@ def test_a_page_without_markers_is_refused():
         tables.replace("# Performance", "speed", "table")
 
 
-def test_the_version_ignores_docstrings_and_comments():
-    plain = "def f():\n    return 1\n"
-    assert records.without_docstrings('def f():\n    """One."""\n    return 1  # one\n') == records.without_docstrings(
-        plain
-    )
-    assert records.without_docstrings("def f():\n    return 2\n") != records.without_docstrings(plain)
+def test_the_version_goes_by_definitions():
+    """Docstrings, comments, imports and the order of definitions are no part of it."""
+    plain = "def f():\n    return g()\n\ndef g():\n    return 1\n"
+    other = 'import g\n\ndef g():\n    import f\n    return 1  # one\n\ndef f():\n    """One."""\n    return g()\n'
+    assert records.definitions(other) == records.definitions(plain)
+    assert records.definitions(plain.replace("1", "2")) != records.definitions(plain)
 
 
 # ---- the ports -------------------------------------------------------------------------------------------------------

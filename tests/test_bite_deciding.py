@@ -200,7 +200,7 @@ def conversion(_):
 
 # bugs -----------------------------------------------------------------------------------------------------------------
 
-FIT = sys.modules["pyro_flows.fit"]  # in the package, the function has this name
+FIT = sys.modules["pyro_flows.fitting.fit"]
 JUDGE, WEIGH, DECIDE = (verdict, "judge"), (verdict, "weigh"), (verdict, "decide")
 NOTHING, ROUNDS, NORMAL = (verdict, "_hangs_on_nothing"), (escalation, "rounds"), (centring, "_normal")
 

@@ -220,11 +220,11 @@ STAGES = {
     "the paths to modes": (portfolio, "along_paths", 1, model),
     "the scores of starts": (portfolio, "_scored", 1, model),
     "the starts": ("pyro_flows.fitting.run", "portfolio", 1, model),
-    "the choice of coordinates": ("pyro_flows.fit", "choose_coordinates", 1, effects),
+    "the choice of coordinates": ("pyro_flows.fitting.fit", "choose_coordinates", 1, effects),
     "the race of starts and step sizes": (loop.Trainer, "step", 5, model),
     "training": (loop.Trainer, "step", 75, model),
     "a look at the round": (escalation, "weigh", 1, model),
-    "the search for modes that the guide lacks": ("pyro_flows.fit", "missed_modes", 1, model),
+    "the search for modes that the guide lacks": ("pyro_flows.fitting.fit", "missed_modes", 1, model),
     "the scores of draws": (posterior, "decide", 1, model),
 }
 

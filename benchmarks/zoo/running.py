@@ -65,7 +65,7 @@ def sources(family: str) -> dict[str, str]:
 
 def zoo_version(family: str) -> str:
     """Return a digest of :func:`sources`; comments and docstrings do not count."""
-    texts = [records.without_docstrings(source) for _, source in sorted(sources(family).items())]
+    texts = ["\n".join(sorted(records.definitions(source))) for _, source in sorted(sources(family).items())]
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:8]
 
 

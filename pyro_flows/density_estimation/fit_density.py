@@ -81,8 +81,8 @@ def fit_density(
         validation: the share to hold out; or held-out data, or a pair of them and their context; or ``None``, with
             which nothing stops the training but the budget. With a ``DataLoader``, it cannot be a share.
         preprocess: ``"standardize"`` (each coordinate), ``"whiten"`` (correlations too; see
-            :func:`~pyro_flows.density_estimation.standardizing.preprocess`), ``None``, or ``"auto"``: standardised for vectors, and for
-            images with one scale for all pixels; nothing after a :class:`~pyro_flows.Logit`, which needs the unit cube.
+            ``density_estimation/standardizing.py``), ``None``, or ``"auto"``: standardised for vectors, and for images
+            with one scale for all pixels; nothing after a :class:`~pyro_flows.Logit`, which needs the unit cube.
             A map of this kind that the flow has, from an earlier fit, is replaced, never doubled; and ``"auto"`` leaves
             a trained flow as it is where that describes the data better, so that its training goes on.
         levels: for quantised data, how many levels they have (256 for bytes): values 0 to ``levels - 1``, or the same

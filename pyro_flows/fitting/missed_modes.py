@@ -76,11 +76,11 @@ def missed_modes(
     At its own draws, log p - log q of a guide is about the log of the mass that it covers. A region is missed if it has
     a good part of that mass where the guide is much thinner than it ought to be. Four searches:
 
-    1. Exact moves (:mod:`pyro_flows.fitting.symmetries`) are applied to the draws. The mass of the region is
+    1. Exact moves (``symmetries.py``) are applied to the draws. The mass of the region is
        :math:`E_q\\, p(T z) / q(z)`.
     2. Paths climb from draws moved outwards (from some, and from those of many where the density is farthest above what
        the guide says), from prior draws, from draws with a site's signs changed, and from the modes of the portfolio.
-       Each carries a normal distribution (:mod:`pyro_flows.starts.pathfinder`), whose weighted draws tell the mass. Where they
+       Each carries a normal distribution (``starts/pathfinder.py``), whose weighted draws tell the mass. Where they
        are too few, tempering does, in comparison with the region that the guide covers, by the same method.
     3. All draws are moved along single coordinates to further maxima: see :func:`_across`.
     4. Draws wander about under the density itself: see :func:`_wandered`.

@@ -114,7 +114,7 @@ class FlowMixture(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any] | None:
-        """What :func:`~pyro_flows.guides.autoflow.rebuild` needs, as JSON; None if a flow is not one of the builders'.
+        """What :func:`~pyro_flows.flows.recipe.rebuild` needs, as JSON; None if a flow is not one of the builders'.
 
         Orders, signs and weights are in the state, like all parameters.
         """

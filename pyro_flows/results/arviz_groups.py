@@ -22,11 +22,11 @@ from pyro_flows.model.batching import apart
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, Place, Resample, is_data, is_deterministic, messages, place_all
 from pyro_flows.results.dims import Labels, Layout
+from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from pyro_flows.results.posterior import Posterior
 
 PRIOR_DRAWS = 500
 UNDRAWABLE = (NotImplementedError, RuntimeError, ValueError)  # from distributions that have no sampler
@@ -60,7 +60,7 @@ def draws_group(labels: Labels, samples: Mapping[str, Tensor]) -> xr.Dataset:
     return _stack(labels, samples, layout)
 
 
-def all_groups(posterior: Posterior, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
+def all_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
     """All groups of the ArviZ object, in its usual order."""
     labels = Labels(density.structure)
     latents = {latent.name: latent for latent in density.structure.latents}
@@ -86,7 +86,7 @@ def all_groups(posterior: Posterior, density: LogDensity, *, predictive: bool) -
     return {name: group for name, group in groups.items() if group.data_vars}
 
 
-def modelless_groups(posterior: Posterior, density: LogDensity) -> dict[str, xr.Dataset]:
+def modelless_groups(posterior: Record, density: LogDensity) -> dict[str, xr.Dataset]:
     """Those groups that take neither a run of the model nor its data."""
     labels = Labels(density.structure)
     latents = {latent.name: latent for latent in density.structure.latents}
@@ -102,7 +102,7 @@ def modelless_groups(posterior: Posterior, density: LogDensity) -> dict[str, xr.
     return {name: group for name, group in groups.items() if group.data_vars}
 
 
-def _drawn_from(posterior: Posterior) -> Tensor:
+def _drawn_from(posterior: Record) -> Tensor:
     r"""Return the log density (S,) of what the draws to use come from, for importance ratios that other tools form.
 
     That is the guide, or, of draws that were resampled, the posterior itself, :math:`\tilde p(z) / Z` with the
@@ -212,7 +212,7 @@ def _constants(density: LogDensity) -> xr.Dataset:
     return _arviz.dataset(found, dims, sample_dims=())
 
 
-def _fit(posterior: Posterior) -> xr.Dataset:
+def _fit(posterior: Record) -> xr.Dataset:
     values: dict[str, np.ndarray] = {"status": np.array(posterior.verdict.status)}
     values |= {name: np.array(getattr(posterior, name)) for name in ("k_hat", "ess", "log_evidence")}
     seconds = posterior.seconds
@@ -223,7 +223,7 @@ def _fit(posterior: Posterior) -> xr.Dataset:
     return _arviz.dataset(values, {"elbo": ["step"]}, sample_dims=())
 
 
-def attributes(posterior: Posterior) -> dict[str, str | float]:
+def attributes(posterior: Record) -> dict[str, str | float]:
     """Return what the object says of itself, the verdict first: numbers and strings only."""
     kind = "psis-resampled" if posterior.resampled else "flow" if posterior.flow is not None else "guide"
     found: dict[str, str | float] = {

@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,8 @@ from pyro_flows.flows.recipe import not_rebuilt, rebuild
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.dims import coordinate_names
+from pyro_flows.results.record import Record
 from pyro_flows.verdict.verdict import Verdict
-
-if TYPE_CHECKING:
-    from pyro_flows.results.posterior import Posterior
 
 NETCDF, TENSORS, TEXT = "posterior.nc", "guide.pt", "posterior.json"
 TENSOR_FIELDS = ("z", "log_p", "log_q", "log_weights", "used", "used_log_p", "used_log_q", "losses")
@@ -47,7 +45,7 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     return FILES.check_target(path)
 
 
-def write(posterior: Posterior, groups: Mapping[str, Any], attrs: Mapping[str, str | float], path: Path) -> None:
+def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str | float], path: Path) -> None:
     """Write the three files, all or none: a run that breaks off leaves the earlier ones whole.
 
     A flow that could not be rebuilt from what is written is left out, with the reason.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import html
-import math
 import os
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +17,13 @@ from torch import Tensor
 from pyro_flows import _arviz, _checks
 from pyro_flows._warnings import warn_unreliable
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results import arviz_groups, files
 from pyro_flows.results.dims import Labels, coordinate_names
+from pyro_flows.results.record import Record
 from pyro_flows.results.scoring import check_memory, score_pool
-from pyro_flows.verdict.verdict import POOL, Draw, Verdict, Weighing, decide, resample, weigh
+from pyro_flows.verdict.verdict import POOL, Draw, Weighing, decide, resample, weigh
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,8 +32,8 @@ ROWS_SHOWN = 30
 UNPICKLED = "unpickled without a model"
 
 
-@dataclass(frozen=True, eq=False)
-class Posterior:
+@dataclass(frozen=True, eq=False, repr=False)
+class Posterior(Record):
     """What a fit (or :func:`diagnose`) found. Nothing in it changes; methods give new values.
 
     If the verdict is unreliable, all methods that hand draws on (``summary``, ``to_arviz``, ``predictive``,
@@ -61,8 +60,8 @@ class Posterior:
         guide: the guide that drew ``z``; None after :func:`load` without a model. It knows of no weights: what it draws
             is like ``z``, and like ``samples`` unless these are importance-resampled.
         guide_name: its class.
-        flow: the guide's :class:`Flow` over the unconstrained coordinates, a :class:`~pyro_flows.flows.mixture.FlowMixture`
-            after runs that disagree; None if it has none. ``flow.log_prob(z)`` is ``log_q``.
+        flow: the guide's :class:`Flow` over the unconstrained coordinates, a ``FlowMixture`` after runs that disagree;
+            None if it has none. ``flow.log_prob(z)`` is ``log_q``.
         density: the model as a log density; None after :func:`load` without a model.
         missing: for each of ``guide``, ``flow`` and ``density`` that is None, why; and why ``groups`` of the ArviZ
             object are missing, if any are.
@@ -70,59 +69,7 @@ class Posterior:
     It can be pickled (joblib, Dask): draws, verdict and flow go along, model, data and guide stay behind.
     """
 
-    samples: dict[str, Tensor] = field(repr=False)
-    z: Tensor = field(repr=False)
-    log_p: Tensor = field(repr=False)
-    log_q: Tensor = field(repr=False)
-    log_weights: Tensor = field(repr=False)
-    used: Tensor = field(repr=False)
-    used_log_p: Tensor = field(repr=False)
-    used_log_q: Tensor = field(repr=False)
-    k_hat: float
-    ess: float
-    elbo: float
-    log_evidence: float
-    verdict: Verdict
-    losses: Tensor = field(repr=False)
-    history: tuple[dict[str, Any], ...] = field(repr=False)
-    settings: dict[str, Any] = field(repr=False)
-    coordinates: tuple[str, ...] = field(repr=False)
-    guide: Any = field(repr=False)
-    guide_name: str
-    flow: Flow | FlowMixture | None = field(repr=False)
-    density: LogDensity | None = field(repr=False)
-    missing: dict[str, str] = field(repr=False)
-    stored: tuple[dict[str, Any], dict[str, Any]] | None = field(repr=False, default=None)  # as read from a file
-
     # what it says ---------------------------------------------------------------------------------------------------
-
-    @property
-    def resampled(self) -> bool:
-        """Whether ``samples`` are importance-resampled draws."""
-        return self.verdict.status == "corrected"
-
-    @property
-    def used_log_weights(self) -> Tensor:
-        """Normalised log weights that ``samples`` still carry (S,): equal ones once they are resampled."""
-        return torch.full_like(self.used_log_p, -math.log(len(self.used))) if self.resampled else self.log_weights
-
-    @property
-    def effective(self) -> float:
-        """How many independent draws ``samples`` are worth for means under the posterior; NaN if unreliable.
-
-        The effective sample size of the weights, or, of resampled draws, (sum of counts)^2 / (sum of their squares).
-        """
-        if self.verdict.status == "unreliable":
-            return math.nan
-        if not self.resampled:
-            return self.ess
-        counts = torch.unique(self.used, dim=0, return_counts=True)[1].double()
-        return float(counts.sum().square() / counts.square().sum())
-
-    @property
-    def seconds(self) -> float:
-        """How long the fit took; NaN where nobody measured it."""
-        return float(self.settings.get("seconds", math.nan))
 
     def __str__(self) -> str:
         sites = ", ".join(self.samples)

@@ -1,6 +1,6 @@
 r"""The choice of coordinates: what the data say of each element of a hierarchical site, learnt on the ELBO.
 
-Non-centred sites can have coordinates that take out what the data say as well (:mod:`pyro_flows.model.centring`): precisions
+Non-centred sites can have coordinates that take out what the data say as well (``model/centring.py``): precisions
 t and centres c, an element at a time. A normal distribution with a diagonal covariance is fitted to the posterior, and
 t and c with it, since the ELBO is a function of all of them. They are then frozen. The normal is a start for a flow.
 

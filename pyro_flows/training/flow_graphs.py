@@ -95,7 +95,7 @@ class Passes:
     r"""Draw with a score, then pull a cotangent of the draws back to the parameters: what one training step needs.
 
     The arithmetic is that of :meth:`Flow.sample_with_score` and of autograd, but each kind of layer is recorded as two
-    flat graphs once (see :mod:`pyro_flows.training.layer_graphs`), these are put together into one for each pass, and run without
+    flat graphs once (``layer_graphs.py``), these are put together into one for each pass, and run without
     Python's modules and without a tape. When they have run often enough to pay for it, both are compiled.
 
     Args:

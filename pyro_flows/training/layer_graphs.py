@@ -40,7 +40,7 @@ def state_of(layer: nn.Module) -> list[Tensor]:
 def body_of(layer: Bijection, x: Tensor) -> Body:
     """Return the recorded passes of ``layer`` for batches like ``x`` (S, D); layers of one kind share one.
 
-    Whoever uses them compares them with the layer itself once, see :meth:`pyro_flows.training.flow_graphs.Passes.check`.
+    Whoever uses them compares them with the layer itself once, see ``flow_graphs.Passes.check``.
 
     Raises:
         Exception: of any kind, if the layer's code cannot be recorded (branches on values).

@@ -1,0 +1,72 @@
+"""The fields of a posterior, which files and ArviZ groups are made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.verdict.verdict import Verdict
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What a fit found, as values; :class:`~pyro_flows.Posterior` says what each one is."""
+
+    samples: dict[str, Tensor] = field(repr=False)
+    z: Tensor = field(repr=False)
+    log_p: Tensor = field(repr=False)
+    log_q: Tensor = field(repr=False)
+    log_weights: Tensor = field(repr=False)
+    used: Tensor = field(repr=False)
+    used_log_p: Tensor = field(repr=False)
+    used_log_q: Tensor = field(repr=False)
+    k_hat: float
+    ess: float
+    elbo: float
+    log_evidence: float
+    verdict: Verdict
+    losses: Tensor = field(repr=False)
+    history: tuple[dict[str, Any], ...] = field(repr=False)
+    settings: dict[str, Any] = field(repr=False)
+    coordinates: tuple[str, ...] = field(repr=False)
+    guide: Any = field(repr=False)
+    guide_name: str
+    flow: Flow | FlowMixture | None = field(repr=False)
+    density: LogDensity | None = field(repr=False)
+    missing: dict[str, str] = field(repr=False)
+    stored: tuple[dict[str, Any], dict[str, Any]] | None = field(repr=False, default=None)  # as read from a file
+
+    @property
+    def resampled(self) -> bool:
+        """Whether ``samples`` are importance-resampled draws."""
+        return self.verdict.status == "corrected"
+
+    @property
+    def used_log_weights(self) -> Tensor:
+        """Normalised log weights that ``samples`` still carry (S,): equal ones once they are resampled."""
+        return torch.full_like(self.used_log_p, -math.log(len(self.used))) if self.resampled else self.log_weights
+
+    @property
+    def effective(self) -> float:
+        """How many independent draws ``samples`` are worth for means under the posterior; NaN if unreliable.
+
+        The effective sample size of the weights, or, of resampled draws, (sum of counts)^2 / (sum of their squares).
+        """
+        if self.verdict.status == "unreliable":
+            return math.nan
+        if not self.resampled:
+            return self.ess
+        counts = torch.unique(self.used, dim=0, return_counts=True)[1].double()
+        return float(counts.sum().square() / counts.square().sum())
+
+    @property
+    def seconds(self) -> float:
+        """How long the fit took; NaN where nobody measured it."""
+        return float(self.settings.get("seconds", math.nan))
