@@ -36,7 +36,7 @@ from pyro_flows._inputs import match, read_data, read_model
 from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import MAX_STEPS, fit
-from pyro_flows.flows.vectors import VECTOR_BUILDERS
+from pyro_flows.flows.recipe import VECTOR_BUILDERS
 from pyro_flows.results.files import check_target
 from pyro_flows.results.posterior import Posterior
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._display import STATUS_COLOURS, new_figure
+from pyro_flows.flows.saved import to_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -271,8 +272,8 @@ def _limits(layers: Sequence[np.ndarray]) -> tuple[float, float]:
 
 def _guide_label(posterior: Posterior) -> str:
     if posterior.flow is not None:
-        settings = posterior.flow.settings
-        return f"flow ({settings['builder']})" if settings else "flow"
+        about = to_json(posterior.flow)
+        return f"flow ({about['builder']})" if about else "flow"
     return posterior.guide_name
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import pyro_flows as pf
 from pyro_flows import masks, transforms
-from pyro_flows.flows.vectors import BUILDERS
+from pyro_flows.flows.recipe import BUILDERS
 
 CONTEXT = 3
 HIDDEN = (6,)

@@ -19,7 +19,7 @@ import pyro_flows as pf
 from pyro_flows import cli
 from pyro_flows._inputs import match, read_data, read_model
 from pyro_flows.cli import app
-from pyro_flows.flows.vectors import VECTOR_BUILDERS
+from pyro_flows.flows.recipe import VECTOR_BUILDERS
 
 MODEL = """
 import pyro

@@ -10,7 +10,7 @@ from pyro.distributions import TransformedDistribution
 
 import pyro_flows as pf
 from pyro_flows.flows.flow import BASES
-from pyro_flows.flows.vectors import BUILDERS, VECTOR_BUILDERS
+from pyro_flows.flows.recipe import BUILDERS, VECTOR_BUILDERS
 from tests.invariants import check_every_coordinate_moves, check_mass, close
 from tests.registry import FLOWS, SMALL, make_flow, normal
 

@@ -9,7 +9,7 @@ from pyro.distributions import TransformedDistribution
 
 import pyro_flows as pf
 from pyro_flows import masks
-from pyro_flows.flows.vectors import BUILDERS
+from pyro_flows.flows.recipe import BUILDERS
 from pyro_flows.transforms import base
 from tests.invariants import check_path_gradient, check_score, close, jacobian
 from tests.registry import HIDDEN, IMAGE, IMAGE_FLOWS, built, make_flow, normal

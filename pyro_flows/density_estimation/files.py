@@ -30,7 +30,8 @@ from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source
 from pyro_flows.density_estimation.schedule import Plan
 from pyro_flows.density_estimation.training import Ascent
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import append, ending, not_rebuilt, rebuild
+from pyro_flows.flows.recipe import ending, with_preprocess
+from pyro_flows.flows.saved import from_json, not_rebuilt, to_json
 from pyro_flows.transforms.fixed import Preprocess
 
 CHECKPOINT = b"pyro_flows density checkpoint 2\n"  # then the digest of the rest, a line, and the tensors
@@ -64,7 +65,7 @@ def write(
         )
     text = {
         **description,
-        "builder": flow.settings,
+        "builder": to_json(flow),
         "levels": None if levels is None else [levels.count, levels.step],
     }
     tensors = {"flow": {name: value.detach().cpu() for name, value in flow.state_dict().items()}, **curves}
@@ -108,11 +109,11 @@ def _unpacked(data: bytes, device: torch.device | str = "cpu") -> Any:
 def _rebuild(path: str | os.PathLike[str], settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> Flow:
     try:
         with seeded(0):
-            flow = rebuild(settings)
+            flow = from_json(settings)
         found = [name.removesuffix("inverse_scale") for name in state if name.endswith(".inverse_scale")]
         if found and ending(flow) is None:  # format 1 did not note the map to the scale of data
             loc, scale, slope = (state.get(f"{found[0]}{part}") for part in ("loc", "scale", "slope"))
-            append(flow, Preprocess(loc, scale, slope))  # type: ignore[arg-type]
+            with_preprocess(flow, Preprocess(loc, scale, slope))  # type: ignore[arg-type]
         flow.to(next(value.dtype for value in state.values() if value.is_floating_point()))
         flow.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError, LookupError) as error:
@@ -219,7 +220,7 @@ class Keeper:
         shapes = [list(parameter.shape) for parameter in ascent.parameters]
         points = len(ascent.source) if hasattr(ascent.source, "__len__") else None
         epoch = None if path is None else ascent.source.steps(ascent.batch)  # a DataLoader does not tell its points
-        builder = None if ascent.flow.settings is None else json.loads(json.dumps(plain(ascent.flow.settings)))
+        builder = json.loads(json.dumps(plain(to_json(ascent.flow))))
         self.about = {**options, "flow": builder, "shapes": shapes, "points": points, "epoch": epoch, **start}
 
     def resume(self) -> bool:

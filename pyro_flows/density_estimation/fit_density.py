@@ -25,8 +25,7 @@ from pyro_flows.density_estimation.schedule import Plan
 from pyro_flows.density_estimation.standardizing import KINDS, is_fresh, preprocess
 from pyro_flows.density_estimation.training import RACE_STEPS, RACED, Ascent, climb, rouse, widest
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import append, ending
-from pyro_flows.flows.vectors import BUILDERS
+from pyro_flows.flows.recipe import BUILDERS, ending, with_preprocess
 from pyro_flows.transforms import Chain, Logit
 from pyro_flows.transforms.fixed import Preprocess
 
@@ -221,7 +220,7 @@ def _with_preprocessing(flow: Flow, train: Source, kind: str | None) -> tuple[Fl
     batches = _held(train, MEASURED_POINTS)
     layer: Preprocess = preprocess(kind, batches, pooled=images)
     given = flow if auto and not is_fresh(flow) else None
-    placed = append(flow if given is None else copy.deepcopy(flow), layer)
+    placed = with_preprocess(flow if given is None else copy.deepcopy(flow), layer)
     if given is not None and _likelihood(given, batches) >= _likelihood(placed, batches):
         return given, None if own is None else kind
     return placed, kind
@@ -256,7 +255,7 @@ def _result(ascent: Ascent, validation: float, options: dict[str, Any]) -> Densi
     state, train, flow = ascent.state, ascent.source, ascent.flow
     settings = {
         **options,
-        "flow": (flow.settings or {}).get("builder", "flow"),
+        "flow": "flow" if flow.recipe is None else flow.recipe.builder,
         "points": len(train) if isinstance(train, Rows) else None,
         "event_shape": list(flow.event_shape),
         "learning_rate": state.learning_rate,

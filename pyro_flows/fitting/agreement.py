@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from pyro_flows._arviz import r_hat
 from pyro_flows.fitting.escalation import Round
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.psis import psis
 
 COMPARED_DRAWS = 4000
@@ -91,11 +91,7 @@ def balanced(flows: Sequence[Flow], density: LogDensity, weights: Sequence[float
     return found.tolist()
 
 
-def entry(agreement: Agreement) -> dict[str, Any]:
-    """What the history says of the comparison."""
-    return {
-        "stage": "comparison of runs",
-        "agree": agreement.holds,
-        "disagreements": list(agreement.disagreements),
-        "weights": list(agreement.weights),
-    }
+def stage(agreement: Agreement, weights: Sequence[float]) -> Stage:
+    """What the history says of the comparison, with the weights by which runs are mixed."""
+    said = {"agree": agreement.holds, "disagreements": list(agreement.disagreements), "weights": list(weights)}
+    return Stage("comparison of runs", details=said)

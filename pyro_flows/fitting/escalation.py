@@ -6,13 +6,14 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from pyro_flows.fitting.plan import Plan
 from pyro_flows.flows.flow import Flow
-from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.flows.recipe import grow, set_df, start_at
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.results.stage import Stage
 from pyro_flows.starts.portfolio import Start
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Report, Trainer, Training, anneal, train
 from pyro_flows.verdict.verdict import Weighing, judge, weigh
@@ -31,11 +32,12 @@ COOL = 1500  # steps at least: what is left to mend after a first round is small
 
 @dataclass(frozen=True)
 class Round:
-    """The flow after one round, what a fresh sample says of it, and how the round ended."""
+    """The flow after one round, what a fresh sample says of it, how the round ended, and its entry in the history."""
 
     flow: Flow
     weighing: Weighing
     training: Training
+    stage: Stage
 
     @property
     def enough(self) -> bool:
@@ -71,13 +73,14 @@ def _numbers(weighing: Weighing) -> list[str]:
 
 
 @torch.no_grad()
-def assess(flow: Flow, density: LogDensity, training: Training) -> Round:
+def assess(name: str, trainer: Trainer, training: Training) -> Round:
     """Weigh a fresh sample of the flow; a round that there is no time to weigh counts for nothing but its ELBO."""
+    flow, density = trainer.flow, trainer.density
     weighing = unweighed(density.dim, training.elbo)
     with density.clock.part("a look at the round", noted=False):
         z, log_q = flow.rsample_and_log_prob((JUDGED_DRAWS,))
         weighing = weigh(z, density(z), log_q)
-    return Round(copy.deepcopy(flow), weighing, training)
+    return Round(copy.deepcopy(flow), weighing, training, _stage(name, trainer, weighing, training))
 
 
 def unweighed(dim: int, elbo: float) -> Weighing:
@@ -87,32 +90,23 @@ def unweighed(dim: int, elbo: float) -> Weighing:
 
 
 def rounds(
-    guide: AutoFlow, density: LogDensity, trainer: Trainer, first: Round, start: Start, budget: Budget, *, seed: int,
-    report: Report,
-) -> Iterator[tuple[str, Trainer, Round]]:  # fmt: skip
-    """Yield one escalation after the other: its name, the trainer with all losses, and the round's outcome.
+    plan: Plan, trainer: Trainer, first: Round, start: Start, budget: Budget, *, seed: int, report: Report
+) -> Iterator[tuple[Trainer, Round]]:
+    """Yield one escalation after the other: the trainer with all losses, and the round's outcome.
 
-    ``first`` is the round that did not suffice. Where it was short of tails only, these come first, and there is no
-    restart.
+    ``trainer`` and ``first`` are of the round that did not suffice. Where it was short of tails only, these come first,
+    and there is no restart.
     """
-    used = len(trainer.losses)
+    density, used = trainer.density, len(trainer.losses)
     for name in TAILS_FIRST if first.tails_only else ALL:
         if not budget.left(used):
             return
-        size, batch = trainer.learning_rate, WIDER * BATCH
-        if name == "larger batch":
-            size = STEP_SIZE  # four times as many draws bear it
-        elif name == "more layers":
-            if not guide.grow(EXTRA_LAYERS):
-                continue
-        elif name == "heavier tails":
-            if guide.flow.base != "student_t" or guide.flow.df <= HEAVY_DF:
-                continue
-            guide.adopt(_with_df(guide.flow, HEAVY_DF))
-        elif name == "tempering":
-            guide.restart(start.loc, start.scale)
+        flow = _changed(name, trainer.flow, plan, density, start)
+        if flow is None:
+            continue
+        size = STEP_SIZE if name == "larger batch" else trainer.learning_rate  # four times as many draws bear it
         losses = trainer.losses
-        trainer = Trainer(guide.flow, density, learning_rate=size, batch=batch)
+        trainer = Trainer(flow, density, learning_rate=size, batch=WIDER * BATCH)
         trainer.losses = losses
         if name == "tempering":
             with budget.clock.part(name):
@@ -120,31 +114,36 @@ def rounds(
         left = Budget(budget.steps - len(trainer.losses), budget.clock)
         result = train(trainer, left, seed=seed, report=report, cool=COOL, name=name)
         used = len(trainer.losses)
-        yield name, trainer, assess(guide.flow, density, result)
+        yield trainer, assess(name, trainer, result)
 
 
-def _with_df(flow: Flow, df: float) -> Flow:
-    flow.df = df
-    if flow.settings is not None:
-        flow.settings["df"] = df
+def _changed(name: str, flow: Flow, plan: Plan, density: LogDensity, start: Start) -> Flow | None:
+    """Return the flow that a round trains; None if the round has nothing to change."""
+    if name == "more layers":
+        return grow(flow, EXTRA_LAYERS) if plan.recipe.named else None
+    if name == "heavier tails":
+        return set_df(flow, HEAVY_DF) if flow.base == "student_t" and flow.df > HEAVY_DF else None
+    if name == "tempering":
+        like = next(flow.parameters(), flow._like)
+        flow = flow.recipe.build(flow.dim).to(like) if plan.recipe.named else plan.fresh(density)
+        start_at(flow, start.loc, start.scale)
     return flow
 
 
-def entry(name: str, trainer: Trainer, outcome: Round) -> dict[str, Any]:
+def _stage(name: str, trainer: Trainer, weighing: Weighing, training: Training) -> Stage:
     """What the history says of a round."""
-    weighing, training = outcome.weighing, outcome.training
-    return {
-        "stage": name,
-        "steps": len(training.losses),
-        "step_size": trainer.learning_rate,
-        "batch": trainer.batch,
-        "evaluation": {"flow": trainer.evaluation, "model": trainer.density.reason or "recorded"},
-        "elbo": weighing.elbo,
-        "k_hat": weighing.k_hat if math.isfinite(weighing.k_hat) else None,
-        "ess_ratio": weighing.ess / len(weighing.log_weights),
-        "gap": weighing.log_evidence - weighing.elbo if math.isfinite(weighing.elbo) else None,
-        "converged": training.converged,
-        "why": training.why,
-        "skipped": training.skipped,
-        "falls": training.falls,
-    }
+    return Stage(
+        name,
+        elbo=weighing.elbo,
+        step_size=trainer.learning_rate,
+        batch=trainer.batch,
+        steps=len(training.losses),
+        k_hat=weighing.k_hat,
+        ess_ratio=weighing.ess / len(weighing.log_weights),
+        gap=weighing.log_evidence - weighing.elbo if math.isfinite(weighing.elbo) else None,
+        converged=training.converged,
+        why=training.why,
+        skipped=training.skipped,
+        falls=training.falls,
+        details={"flow": trainer.evaluation, "model": trainer.density.reason or "recorded"},
+    )

@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._clock import Clock, unbounded
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
 from pyro_flows._turns import alone
-from pyro_flows.fitting.agreement import Agreement, balanced, compare
-from pyro_flows.fitting.agreement import entry as comparison
-from pyro_flows.fitting.escalation import ENOUGH_K
-from pyro_flows.fitting.missed_modes import Search, missed_modes
-from pyro_flows.fitting.run import Plan, Run, make_run
-from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.guides.autoflow import AutoFlow, FlowLike
+from pyro_flows.fitting.combine import Combined, combine, make_runs, threads
+from pyro_flows.fitting.conclude import conclude
+from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.prepare import Prepared, prepare
+from pyro_flows.flows.recipe import FlowLike, latent_recipe
 from pyro_flows.model.batching import usable
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
-from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.posterior import Posterior, from_draws
+from pyro_flows.results.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS, check_memory, seconds_to_judge
-from pyro_flows.starts.charting import choose_charts
-from pyro_flows.starts.coordinates import choose_coordinates
-from pyro_flows.starts.portfolio import Start
-from pyro_flows.training.loop import BATCH
-from pyro_flows.verdict.verdict import weigh
 
 MAX_STEPS = 6000
-RUNS_ADDED = 3  # at most, one for each mode that is missed
 STEPS_GROW_FROM = 50  # dimensions
-ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
-UNEVEN, FAR_UNEVEN = 2.0, 5.0
-UNEVEN_DRAWS = 4000
-MODE_DRAWS = 1000
-COORDINATES_SHARE = 0.4  # of the seconds that are left, if there is a bound
 MAX_LAYERS, MAX_RUNS, MAX_SEED = 1000, 100, 2**62
 
 
@@ -137,9 +117,23 @@ def fit(
     with alone(), seeded(seed):
         bar = Bar("fit", progress)
         clock = Clock(max_seconds, raises=raise_on_interrupt, watch=bar.watch)
-        plan = Plan(model, args, kwargs, flow, options, max_steps or MAX_STEPS, train_model, escalate, clock, bar)
+        made_of = latent_recipe(flow, options, affine="auto", base="student_t", df=15.0)
+        plan = Plan(
+            model,
+            args,
+            kwargs,
+            made_of,
+            draws=draws,
+            seed=seed,
+            runs=runs,
+            max_steps=max_steps or MAX_STEPS,
+            train_model=train_model,
+            escalate=escalate,
+            clock=clock,
+            bar=bar,
+        )
         try:
-            posterior = _fit(plan, draws, seed, runs, grow=max_steps is None)
+            posterior = _fit(plan, grow=max_steps is None)
         except BaseException as error:
             bar.close(f"ended by {type(error).__name__}")
             raise
@@ -162,272 +156,42 @@ def _check_numbers(draws: int, max_steps: int | None, seed: int, runs: int) -> N
     _checks.integer("runs", runs, 1, MAX_RUNS)
 
 
-def _fit(plan: Plan, draws: int, seed: int, runs: int, *, grow: bool) -> Posterior:
+def _fit(plan: Plan, *, grow: bool) -> Posterior:
     """Fit under the plan's clock: the work, which can be cut anywhere, and the judging of what it came to."""
     clock = plan.clock
     plan.bar.watch("reading the model")
-    if isinstance(plan.flow, str):
-        AutoFlow(plan.model, plan.flow, **plan.options)  # bad names and options fail before any work
     density = LogDensity(plan.model, plan.args, plan.kwargs)
     warn_if_nothing_observed(density.structure, density.trace_at, plan.model, plan.args, plan.kwargs)
-    check_memory(density, draws)
+    check_memory(density, plan.draws)
     plan = replace(plan, max_steps=default_steps(density.dim)) if grow else plan
-    if plan.train_model and not density.parameters():
-        raise ValueError("train_model: expected a model with parameters of its own (pyro.param, modules), got none.")
-    if plan.train_model and runs > 1:
-        raise ValueError("runs: expected 1 with train_model=True, since the runs would share the model's parameters.")
-    state = _State(density, [Run(0)])
+    _check_training_of_model(plan, density)
+    prepared, found = Prepared(density), Combined()
     density.under(clock)
     try:
         with clock.part("the fit"):
             if clock.finite:
-                clock.reserve(seconds_to_judge(density, draws))
-            _work(plan, state, seed, runs)
+                clock.reserve(seconds_to_judge(density, plan.draws))
+            with threads(density):
+                prepare(plan, prepared, plan.seed)
+            make_runs(plan, prepared, found)
+            combine(plan, prepared, found)
         clock.judging()
         plan.bar.watch("judging")
         if clock.interrupted is not None:
-            clock.reserve(seconds_to_judge(state.density, draws))
+            clock.reserve(seconds_to_judge(prepared.density, plan.draws))
+        found.history[:0] = prepared.history
         try:
-            return _judged(plan, state, draws, seed, runs)
+            return conclude(plan, prepared.density, found)
         except KeyboardInterrupt:
             if not clock.interrupt("judging"):
                 raise
-            return _judged(plan, state, draws, seed, runs)
+            return conclude(plan, prepared.density, found)
     finally:
-        state.density.under(unbounded())
+        prepared.density.under(unbounded())
 
 
-@dataclass
-class _State:
-    """What a fit has come to so far: enough to be judged at any moment."""
-
-    density: LogDensity
-    done: list[Run]
-    history: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    disagreements: list[str] = field(default_factory=list)
-    search: Search | None = None
-    added: int = 0
-    guide: AutoFlow | None = None
-
-    @property
-    def kept(self) -> list[Run]:
-        """The runs that can be compared; if there are none, those that got anywhere."""
-        weighed = [run for run in self.done if run.best is not None and run.best.weighed]
-        return weighed or [run for run in self.done if run.best is not None] or self.done
-
-    @property
-    def best(self) -> Run:
-        """The run with the best verdict, then the best ELBO."""
-        return max(self.kept, key=lambda run: run.rank)
-
-
-def _work(plan: Plan, state: _State, seed: int, runs: int) -> None:
-    """Choose coordinates, make the runs, compare them, look for what they lack; all that is found is in ``state``."""
-    clock, starts = plan.clock, list[Start]()
-    with _threads(state.density):
-        if state.density.structure.hierarchical and not plan.train_model:
-            with clock.part("the choice of coordinates", share=COORDINATES_SHARE):
-                state.density, start, choice = choose_coordinates(state.density, seed=seed)
-                state.history.append(choice)
-                starts += [] if start is None else [start]
-        if not plan.train_model:
-            with clock.part("the search for angles and heavy tails", share=COORDINATES_SHARE):
-                state.density, carried, charted = choose_charts(state.density, starts[0] if starts else None, seed=seed)
-                state.history += [{"stage": "charts", "sites": charted}] if charted else []
-                starts = [] if carried is None else [carried]
-        for number in range(runs):
-            if number and clock.over:
-                clock.skip(f"run {number + 1} of {runs}")
-                break
-            if number:
-                state.done.append(Run(number))
-            name = f"run {number + 1} of {runs}"
-            plan.bar.task = "fit" if runs == 1 else f"fit, {name}"
-            with clock.part(name, noted=False):
-                lack = _first_lack(state, seed) if number and not plan.train_model else None
-                make_run(plan, state.density, state.done[-1], starts, lack, seed=seed + number)
-    plan.bar.task = "fit"
-    state.guide = state.best.settle(plan, state.density)
-    if not clock.over:
-        with clock.part("a look at how uneven the density is"):
-            uneven, impossible = _too_uneven(state.guide.flow, state.density)
-            state.warnings, state.failures = state.warnings + uneven, state.failures + impossible
-    if len(state.kept) > 1:
-        with clock.part("the comparison of runs"):
-            _compare(plan, state)
-    if plan.train_model:
-        state.density.forget()
-    with clock.part("the search for modes that the guide lacks"):
-        state.search = _search(state, state.guide._flow, seed)
-    if plan.escalate and not plan.train_model:
-        _add_runs(plan, state, starts, seed)
-
-
-def _add_runs(plan: Plan, state: _State, starts: list[Start], seed: int) -> None:
-    """Train further runs where the guide lacks a mode, until it lacks none; the guide becomes the mixture of all."""
-    for _ in range(RUNS_ADDED):
-        if state.search is None or not state.search.lacks or plan.clock.over:
-            return
-        number = len(state.done)
-        state.done.append(Run(number))
-        plan.bar.task = "fit, a run for a missed mode"
-        with plan.clock.part("a run for a missed mode"), _threads(state.density):
-            make_run(plan, state.density, state.done[-1], starts, state.search.lacks[0].start, seed=seed + number)
-        plan.bar.task = "fit"
-        state.guide = state.best.settle(plan, state.density)
-        with plan.clock.part("the comparison of runs"):
-            _compare(plan, state)
-        state.added += 1
-        with plan.clock.part("the search for modes that the guide lacks"):
-            state.search = _search(state, state.guide._flow, seed)
-
-
-def _search(state: _State, flow: Flow | FlowMixture, seed: int) -> Search:
-    """Look for modes that a flow, or a mixture of them, lacks."""
-    z, log_q = _draw(flow, MODE_DRAWS)
-    modes = [mode for run in state.done for mode in run.modes]
-    return missed_modes(state.density, modes, z, log_q, flow.log_prob, seed=seed)
-
-
-def _first_lack(state: _State, seed: int) -> Start | None:
-    """Return a start where the runs so far lack a mode: the next run trains there."""
-    outcomes = [run.best for run in state.done[:-1] if run.best is not None and run.best.weighed]
-    if not outcomes:
-        return None
-    flow: Flow | FlowMixture = outcomes[0].flow
-    if len(outcomes) > 1:
-        names = coordinate_names(state.density.structure)
-        flow = FlowMixture.of([outcome.flow for outcome in outcomes], compare(outcomes, names).weights)
-    lacks = _search(state, flow, seed).lacks
-    return lacks[0].start if lacks else None
-
-
-def _compare(plan: Plan, state: _State) -> None:
-    """Compare runs; where they disagree, the guide becomes their mixture: all parts of the posterior come from it."""
-    runs = state.kept
-    agreement: Agreement = compare([run.best for run in runs if run.best], coordinate_names(state.density.structure))
-    state.history.append(comparison(agreement))
-    if agreement.holds:
-        return
-    state.disagreements = list(agreement.disagreements)
-    assert state.guide is not None
-    flows = [run.settle(plan, state.density)._single for run in runs]
-    weights = balanced(flows, state.density, agreement.weights)
-    state.history[-1]["weights"] = weights
-    state.guide.adopt(FlowMixture.of(flows, weights))
-
-
-def _judged(plan: Plan, state: _State, draws: int, seed: int, runs: int) -> Posterior:
-    """Draw from the guide and judge what the work came to."""
-    clock, density, best = plan.clock, state.density, state.best
-    guide = best.settle(plan, density) if state.guide is None else state.guide
-    mixed = [run for run in state.kept if run is not best and isinstance(guide._flow, FlowMixture)]
-    notes = [note for run in [best, *mixed] for note in _warnings(run)]
-    moving = best.best is None or best.best.training.moving
-    cut_short = ["the fit was cut short while it still moved"] if moving else []
-    seconds = clock.seconds if clock.finite else None
-    search = state.search
-    given = {"max_steps": plan.max_steps, "max_seconds": seconds, "train_model": plan.train_model, "runs": runs}
-    return from_draws(
-        density,
-        functools.partial(_draw, guide._flow),
-        draws=draws,
-        seed=seed,
-        guide=guide,
-        losses=best.losses,
-        history=[*state.history, *(stage for run in state.done for stage in run.history)],
-        settings={**given, **_settings(best, guide, density), "seconds": clock.elapsed},
-        warnings=[*notes, *state.warnings, *_differ(state, runs)],
-        failures=[*([] if search is None else search.failures), *state.failures, *cut_short],
-        notes=["no search for missed modes was made"] if search is None else search.notes,
-        contained=search is not None and search.contained,
-        doubts=[] if moving else _never_good(best),
-    )
-
-
-@contextmanager
-def _threads(density: LogDensity) -> Iterator[None]:
-    """One thread for small problems, where threads cost more than they save; the caller's number comes back after.
-
-    The rule looks at sizes, not at clocks, so that one seed gives one answer.
-    """
-    rows = sum(value.numel() for value in density.structure.observed.values())
-    before = torch.get_num_threads()
-    if BATCH * max(rows, density.dim) < ONE_THREAD_BELOW:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@torch.no_grad()
-def _draw(flow: Flow | FlowMixture, n: int) -> tuple[Tensor, Tensor]:
-    return flow.rsample_and_log_prob((n,))
-
-
-def _warnings(run: Run) -> list[str]:
-    if run.best is None:
-        return []
-    result = run.best.training
-    found = [] if result.converged else [result.why]
-    if result.skipped > 0.01 * len(result.losses):
-        found.append(f"{result.skipped} of {len(result.losses)} steps had a gradient that is not finite")
-    return found
-
-
-def _differ(state: _State, runs: int) -> list[str]:
-    """Say that runs disagree, or that some were added since the first ones lacked modes."""
-    if not state.added or not state.disagreements:
-        return state.disagreements
-    what = "a run was" if state.added == 1 else f"{state.added} runs were"
-    return [f"{what} added where the first {'one' if runs == 1 else 'ones'} lacked a mode, and mixed with it"]
-
-
-def _never_good(run: Run) -> list[str]:
-    """Say so where a fit was cut short and its rounds before had poor weights: one good sample is then a lucky one."""
-    if run.best is None or run.best.training.converged:
-        return []
-    others = [stage for stage in run.history if "k_hat" in stage and stage["stage"] != run.kept.get("stage")]
-    worst = max((math.inf if stage["k_hat"] is None else stage["k_hat"] for stage in others), default=0.0)
-    if worst <= ENOUGH_K:
-        return []
-    return [f"the fit was cut short, and had k-hat {worst:.2f} before"]
-
-
-@torch.no_grad()
-def _too_uneven(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]]:
-    """Say so where the posterior's density is more uneven than a volume-preserving flow can be.
-
-    Such a flow hands on the base's Var[log q], which the posterior's Var[log p] has to equal. A little more is a
-    warning, much more a failure: draws of such a flow do not come to where most of the variance is. Returns both kinds.
-    """
-    if flow.settings is None or flow.settings["builder"] != "nice":
-        return [], []
-    z, log_q = _draw(flow, UNEVEN_DRAWS)
-    log_p = density(z)
-    weighing = weigh(z, log_p, log_q)
-    weights = weighing.log_weights.exp().nan_to_num()
-    log_p = torch.where(weights > 0, log_p.double(), 0.0)
-    spread = (weights * (log_p - (weights * log_p).sum()).square()).sum()
-    base = flow.base_distribution()
-    ratio = float(spread / base.log_prob(base.sample((UNEVEN_DRAWS,))).var())
-    if not ratio > UNEVEN:
-        return [], []
-    said = [f"Var[log p] is {ratio:.1f} times what a volume-preserving flow can have, so NICE cannot fit; try realnvp"]
-    return (said, []) if ratio < FAR_UNEVEN else ([], said)
-
-
-def _settings(run: Run, guide: AutoFlow, density: LogDensity) -> dict[str, Any]:
-    """What was chosen: step size and batch are those of the round that was kept."""
-    return {
-        "flow": guide._flow.settings,
-        "noncentred": density.structure.noncentred,
-        "round": run.kept.get("stage"),
-        "step_size": run.kept.get("step_size"),
-        "batch": run.kept.get("batch"),
-        "gradient_evaluations": density.evaluations,
-        "evaluation": density.reason or "recorded",
-    }
+def _check_training_of_model(plan: Plan, density: LogDensity) -> None:
+    if plan.train_model and not density.parameters():
+        raise ValueError("train_model: expected a model with parameters of its own (pyro.param, modules), got none.")
+    if plan.train_model and plan.runs > 1:
+        raise ValueError("runs: expected 1 with train_model=True, since the runs would share the model's parameters.")

@@ -1,64 +1,33 @@
-"""One run of a fit: starts, a race, a first round of training, and what follows where that does not suffice."""
+"""The second stage of a fit, one run: starts, a race, a first round of training, and what follows if needed."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
-from pyro_flows.fitting.escalation import Round, assess, entry, rounds
+from pyro_flows.fitting.escalation import Round, assess, rounds
+from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.selection import CLOSE, Entrant, race, share
-from pyro_flows.guides.autoflow import AutoFlow, FlowLike
+from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.results.stage import Stage
 from pyro_flows.starts.portfolio import Start, portfolio, standard
 from pyro_flows.training.loop import Budget, Trainer, train
 
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the caller of :func:`~pyro_flows.fit` asked for."""
-
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    flow: FlowLike
-    options: dict[str, Any]
-    max_steps: int
-    train_model: bool
-    escalate: bool
-    clock: Clock
-    bar: Bar
-
-    def guide(self, density: LogDensity) -> AutoFlow:
-        """Return an untrained guide in the coordinates of ``density``."""
-        flow = self.flow
-        if density.dim == 1 and flow in ("realnvp", "nice"):
-            flow = "planar"
-        if not isinstance(flow, str):
-            flow = copy.deepcopy(flow)  # the caller's flow stays untrained, and each run has one of its own
-        noncentred = density.structure.noncentred
-        # batches bear larger steps than single draws
-        options: dict[str, Any] = {"noncentred": noncentred, "cautious": False, **self.options}
-        guide = AutoFlow(self.model, flow, df=_tails(density.dim), **options)
-        return guide.initialize(*self.args, **self.kwargs)
-
-
 @dataclass
 class Run:
-    """What a run has come to so far; its guide holds the flow of the best round once :meth:`settle` is called.
+    """What a run has come to so far.
 
     Attributes:
         number: of the run, from 0 on.
-        guide: the guide, once there is one.
         trainer: of the last round, with the losses of all.
         best: the best round, and ``kept`` its entry in the history.
         modes: starts at modes.
@@ -66,12 +35,12 @@ class Run:
     """
 
     number: int
-    guide: AutoFlow | None = None
     trainer: Trainer | None = None
     best: Round | None = None
-    kept: dict[str, Any] = field(default_factory=dict)
+    kept: Stage | None = None
     modes: list[Start] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[Stage] = field(default_factory=list)
+    untrained: Flow | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -83,31 +52,32 @@ class Run:
         """The negative ELBO of each step."""
         return torch.tensor([] if self.trainer is None else self.trainer.losses)
 
-    def note(self, stage: dict[str, Any]) -> dict[str, Any]:
+    def note(self, stage: Stage) -> Stage:
         """Add an entry to the history, and return it."""
-        self.history.append({"run": self.number, **stage})
+        stage = replace(stage, run=self.number)
+        self.history.append(stage)
         return stage
 
-    def take(self, name: str, trainer: Trainer, outcome: Round) -> None:
+    def take(self, outcome: Round, trainer: Trainer) -> None:
         """Note a round, and keep it if it is the best so far."""
-        stage = self.note(entry(name, trainer, outcome))
+        stage = self.note(outcome.stage)
         if self.best is None or outcome.rank > self.best.rank:
             self.best, self.kept = outcome, stage
         self.trainer = trainer
 
-    def settle(self, plan: Plan, density: LogDensity) -> AutoFlow:
-        """Return the guide, with the flow of the best round; an untrained one, if there was no time for more."""
-        if self.guide is None:
-            self.guide = plan.guide(density)
+    def flow(self, plan: Plan, density: LogDensity) -> Flow:
+        """Return the flow of the best round; an untrained one, if there was no time for more."""
         if self.best is not None:
-            self.guide.adopt(self.best.flow)
-        return self.guide
+            return self.best.flow
+        if self.untrained is None:
+            self.untrained = plan.fresh(density)
+        return self.untrained
 
 
 def make_run(
     plan: Plan, density: LogDensity, run: Run, extra: Sequence[Start], lack: Start | None = None, *, seed: int
 ) -> None:
-    """Train one guide: portfolio (with the starts in ``extra``), race, first round, escalation.
+    """Train one flow: portfolio (with the starts in ``extra``), race, first round, escalation.
 
     With ``lack``, a start where the runs before lack a mode, this run starts there.
 
@@ -121,33 +91,34 @@ def make_run(
         run.modes = [start for start in starts if start.evidence is not None]
         close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
         starts = close[run.number % len(close) :] + close[: run.number % len(close)]
-        guide = run.guide = plan.guide(density)
-        guide.start_at(starts[0].loc, starts[0].scale)
-        trained = list(density.parameters().values()) if plan.train_model else []
-        winner: Entrant | None = None
-        with clock.part("the races", share=RACE_SHARE):
-            winner, field_ = race(guide, density, starts, share(plan.max_steps), seed=seed, extra=trained)
-            run.history += [{"run": run.number, **entrant.entry} for entrant in field_]
-            del field_  # the losers' flows
+        winner = _race(plan, density, run, starts, seed)
         if winner is None:
             return
         report = _reporter(plan.bar)
         trainer, budget = winner.trainer, Budget(plan.max_steps, clock)
         left = Budget(plan.max_steps - len(trainer.losses), clock)
-        run.take("first round", trainer, assess(guide.flow, density, train(trainer, left, seed=seed, report=report)))
+        training = train(trainer, left, seed=seed, report=report)
+        run.take(assess("first round", trainer, training), trainer)
         assert run.best is not None
         if plan.escalate and not plan.train_model and not run.best.enough:
-            more = rounds(guide, density, trainer, run.best, winner.start, budget, seed=seed, report=report)
-            for name, trainer, outcome in more:
-                run.take(name, trainer, outcome)
+            more = rounds(plan, trainer, run.best, winner.start, budget, seed=seed, report=report)
+            for trainer, outcome in more:
+                run.take(outcome, trainer)
                 if outcome.enough:
                     break
 
 
+def _race(plan: Plan, density: LogDensity, run: Run, starts: Sequence[Start], seed: int) -> Entrant | None:
+    """Race starts and step sizes; return the winner, None if there was no time for a race."""
+    flow = run.untrained = plan.fresh(density)
+    trained = list(density.parameters().values()) if plan.train_model else []
+    winner: Entrant | None = None
+    with plan.clock.part("the races", share=RACE_SHARE):
+        winner, entrants = race(flow, density, starts, share(plan.max_steps), seed=seed, extra=trained)
+        for entrant in entrants:
+            run.note(entrant.stage)
+    return winner
+
+
 def _reporter(bar: Bar) -> Callable[[int, float, str], None]:
     return lambda done, elbo, state: bar.show(f"{done} steps, ELBO {elbo:.2f}, {state}")
-
-
-def _tails(dim: int) -> float:
-    """Degrees of freedom of the base: a Student-t costs about 0.94 D / df^2 nats where the target is Gaussian."""
-    return max(15.0, 2.0 * dim)

@@ -6,12 +6,13 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.recipe import start_at
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.results.stage import Stage
 from pyro_flows.starts.portfolio import Start
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Check, Trainer
 
@@ -30,14 +31,12 @@ class Entrant:
 
     @classmethod
     def run(
-        cls, guide: AutoFlow, density: LogDensity, start: Start, size: float, steps: int, *, seed: int,
+        cls, fresh: Flow, density: LogDensity, start: Start, size: float, steps: int, *, seed: int,
         extra: Sequence[Tensor] = (),
     ) -> Entrant:  # fmt: skip
-        """Train a copy of the guide's flow from ``start``."""
-        flow = copy.deepcopy(guide.flow)
-        runner = copy.copy(guide)  # shares everything but the flow
-        runner.__dict__["_modules"] = {**guide.__dict__["_modules"], "flow": flow}
-        runner.start_at(start.loc, start.scale)
+        """Train a copy of an untrained flow from ``start``."""
+        flow = copy.deepcopy(fresh)
+        start_at(flow, start.loc, start.scale)
         trainer = Trainer(flow, density, learning_rate=size, batch=BATCH, extra=extra)
         elbo = -math.inf  # unless it is finished
         with density.clock.part("the race of starts and step sizes"):
@@ -48,10 +47,10 @@ class Entrant:
         return cls(start, trainer, elbo)
 
     @property
-    def entry(self) -> dict[str, Any]:
+    def stage(self) -> Stage:
         """What the history says of it."""
         size, before = self.trainer.learning_rate, self.start.elbo
-        return {"stage": "race", "start": self.start.name, "step_size": size, "start_elbo": before, "elbo": self.elbo}
+        return Stage("race", start=self.start.name, step_size=size, start_elbo=before, elbo=self.elbo)
 
 
 def share(max_steps: int) -> int:
@@ -60,18 +59,17 @@ def share(max_steps: int) -> int:
 
 
 def race(
-    guide: AutoFlow, density: LogDensity, starts: Sequence[Start], steps: int, *, seed: int, extra: Sequence[Tensor]
+    fresh: Flow, density: LogDensity, starts: Sequence[Start], steps: int, *, seed: int, extra: Sequence[Tensor]
 ) -> tuple[Entrant, list[Entrant]]:
     """Run the best start with each step size, and the widest of the others that are close; return winner and field.
 
-    A wide start can still come to see what a narrow one has left out. The guide ends up with the winner's parameters
-    and start. With ``extra``, the model's own parameters, one entrant trains them for good.
+    A wide start can still come to see what a narrow one has left out. Each trains a copy of the flow. With ``extra``,
+    the model's own parameters, one entrant trains them for good.
     """
     entrants = [(starts[0], size) for size in STEP_SIZES[: 1 if extra else None]]
     close = [start for start in starts[1:] if starts[0].elbo - start.elbo < CLOSE]
     if close and not extra:
         entrants.append((max(close, key=lambda start: start.volume), STEP_SIZES[0]))
-    done = [Entrant.run(guide, density, start, size, steps, seed=seed, extra=extra) for start, size in entrants]
+    done = [Entrant.run(fresh, density, start, size, steps, seed=seed, extra=extra) for start, size in entrants]
     best = max(done, key=lambda entrant: entrant.elbo if math.isfinite(entrant.elbo) else -math.inf)
-    guide.flow = best.trainer.flow
     return best, done

@@ -14,7 +14,7 @@ from torch.distributions import Distribution, constraints
 
 from pyro_flows import _checks
 from pyro_flows.flows import bases
-from pyro_flows.transforms import Bijection, Bound, Chain, Planar, SinhArcsinh
+from pyro_flows.transforms import Bijection, Bound, Planar, SinhArcsinh
 from pyro_flows.transforms.coupling import Coupling
 
 BASES = ("logistic", "normal", "student_t", "uniform")
@@ -59,7 +59,7 @@ class Flow(nn.Module):
         self.dim = math.prod(self.base_shape)
         self.base = _checks.choice("base", base, BASES)
         self.df = _checks.positive("df", df)
-        self.settings: dict[str, Any] | None = None
+        self.recipe: Any = None  # a Recipe, which builds flows and so stands above this file; builders write it
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,6 +122,11 @@ class Flow(nn.Module):
         y, ladj = self.bijection.forward_and_ladj(x, context)
         return y, base.log_prob(x) - ladj
 
+    @torch.no_grad()
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return n draws (n, *event_shape) and their log density (n,), without gradients."""
+        return self.rsample_and_log_prob((n,))
+
     def sample_with_score(
         self, shape: Sequence[int] = (), *, at: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,10 +185,3 @@ def _find_shape(bijection: Bijection, dim: int | Sequence[int] | None) -> torch.
         expected = f"{bijection.event_dim} axes" if known is None else f"shape {tuple(known)}"
         raise ValueError(f"dim: expected an event of {expected}, as the bijection's, got {dim!r}.")
     return given
-
-
-def build(stack: Sequence[Bijection], base: str, df: float, **settings: Any) -> Flow:
-    """Chain the maps of a builder, and note its name and options in :attr:`Flow.settings`."""
-    flow = Flow(Chain(stack), base=base, df=df)
-    flow.settings = {**settings, "base": base, "df": df}
-    return flow

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.flows.flow import Flow, build
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.recipe import build, of_images
 from pyro_flows.transforms import ActNorm, AffineCoupling, Bijection, Chain, Conv1x1, Logit, MultiScale, Squeeze, masks
 
 Shape = tuple[int, int, int]
 
 
+@of_images
 def multiscale_realnvp(
     dim: Sequence[int],
     *,
@@ -96,6 +98,7 @@ def multiscale_realnvp(
     return build(stack, base, df, builder="multiscale_realnvp", **options)
 
 
+@of_images
 def glow(
     dim: Sequence[int],
     *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from pyro_flows import _checks
 from pyro_flows.flows.flow import Flow
 
 LEAST_WEIGHT = 1e-3
-BUILDER = "mixture"  # in the place of a builder's name, in settings
 
 
 @dataclass(frozen=True)
@@ -111,25 +110,6 @@ class FlowMixture(nn.Module):
         """The parts, with weights that sum to one."""
         rows = zip(self.which.tolist(), self.log_weights.tolist(), self.orders, self.signs, strict=True)
         return tuple(Component(*row) for row in rows)
-
-    @property
-    def settings(self) -> dict[str, Any] | None:
-        """What :func:`~pyro_flows.flows.recipe.rebuild` needs, as JSON; None if a flow is not one of the builders'.
-
-        Orders, signs and weights are in the state, like all parameters.
-        """
-        flows = [flow.settings for flow in self.members]
-        known = [settings for settings in flows if settings is not None]
-        if len(known) < len(flows):
-            return None
-        parts = zip(self.which.tolist(), self.log_weights.exp().tolist(), strict=True)
-        return {"builder": BUILDER, "flows": known, "components": [list(part) for part in parts]}
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], rebuild: Callable[[Mapping[str, Any]], Any]) -> FlowMixture:
-        """Make a mixture of the sizes that ``settings`` tell, its flows by ``rebuild``; the state is to be loaded."""
-        parts = [Component(int(flow)) for flow, _ in settings["components"]]
-        return cls([rebuild(flow) for flow in settings["flows"]], parts)
 
     @property
     def members(self) -> list[Flow]:

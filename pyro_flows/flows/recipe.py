@@ -1,110 +1,190 @@
-"""What a flow is made of: a builder with its options, and the maps around the flow."""
+"""What a flow is made of: a builder with its options, a base distribution, and the maps around the flow."""
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_flows import _checks
-from pyro_flows._fallbacks import first_line
-from pyro_flows._seeding import seeded
+from pyro_flows._turns import turn
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.mixture import BUILDER, FlowMixture
-from pyro_flows.flows.vectors import BUILDERS
 from pyro_flows.transforms import Bijection, Chain, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 from pyro_flows.transforms.fixed import Preprocess
 
+AFFINES = ("auto", "diagonal", "none", "tril")
+FULL_AFFINE_UP_TO = 200  # dimensions
 
-def append_affine(flow: Flow, kind: str) -> Flow:
+FlowLike = str | Flow | Bijection | Callable[[int], "Flow | Bijection"]
+
+BUILDERS: dict[str, Callable[..., Flow]] = {}
+VECTOR_BUILDERS: dict[str, Callable[..., Flow]] = {}
+
+
+def of_vectors(builder: Callable[..., Flow]) -> Callable[..., Flow]:
+    """Register a builder of flows of vectors under its name."""
+    VECTOR_BUILDERS[builder.__name__] = builder
+    return of_images(builder)
+
+
+def of_images(builder: Callable[..., Flow]) -> Callable[..., Flow]:
+    """Register a builder of flows of images under its name."""
+    BUILDERS[builder.__name__] = builder
+    return builder
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The make-up of a flow. Nothing else knows it: builders write it down, and guides, fits and files read it.
+
+    Attributes:
+        builder: a builder's name; or what a caller gave in its place, a flow, a bijection or a function of the
+            dimension, which cannot be written into a file.
+        options: of the builder.
+        base: of the flow, see :class:`Flow`. A flow that was given brings its own.
+        df: degrees of freedom of the base.
+        around: the maps after the flow, from the inside out: ``("preprocess", {"full": ..., "context": ...})``, a map
+            to the scale of data, or ``("affine", kind)``, tails and a trainable affine map, where ``kind`` is "tril",
+            "diagonal", or "auto": triangular up to 200 dimensions.
+    """
+
+    builder: FlowLike
+    options: Mapping[str, Any] = field(default_factory=dict)
+    base: str = "normal"
+    df: float = 15.0
+    around: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def named(self) -> bool:
+        """Whether the builder is given by its name."""
+        return isinstance(self.builder, str)
+
+    def build(self, dim: int | tuple[int, ...]) -> Flow:
+        """Return a new flow: at the identity, unless a trained one was given.
+
+        Raises:
+            ValueError: for an unknown builder or affine map, and wrong options.
+        """
+        made: Any = self.builder
+        if isinstance(made, str):
+            made = BUILDERS[_checks.choice("builder", made, BUILDERS)]
+            made = made(dim, base=self.base, df=self.df, **self.options)
+        elif not isinstance(made, (Flow, Bijection)):
+            made = made(dim)
+        flow = made if isinstance(made, Flow) else Flow(made, base=self.base, df=self.df)
+        for kind, about in self.around:
+            flow = with_affine(flow, about) if kind == "affine" else with_preprocess(flow, blank(about, flow))
+        return flow
+
+    def build_for_latents(self, dim: int) -> Flow:
+        """Return a new flow of ``dim`` unconstrained latents.
+
+        Raises:
+            ValueError: as :meth:`build` does, and for a flow of another dimension or with a context.
+        """
+        inner = replace(self, around=()).build(dim)
+        got = inner.dim if len(inner.event_shape) == 1 else tuple(inner.event_shape)
+        if got != dim or inner.context_dim:
+            raise ValueError(
+                f"flow: expected one of dim {dim} (the model's unconstrained latents) without context, "
+                f"got dim {got}, context_dim {inner.context_dim}."
+            )
+        return replace(self, builder=inner, options={}).build(dim)
+
+    def grown(self, layers: int) -> Recipe:
+        """Return the recipe of a flow with ``layers`` layers more."""
+        return replace(self, options={**self.options, "layers": self.options["layers"] + layers})
+
+    def with_df(self, df: float) -> Recipe:
+        """Return the recipe with other tails of the base."""
+        return replace(self, df=df)
+
+    def then(self, kind: str, about: Any) -> Recipe:
+        """Return the recipe with one more map after the flow."""
+        return replace(self, around=(*self.around, (kind, about)))
+
+
+def build(stack: list[Bijection], base: str, df: float, *, builder: str, dim: Any, **options: Any) -> Flow:
+    """Chain the maps of a builder, and note what the flow is made of in :attr:`Flow.recipe`."""
+    flow = Flow(Chain(stack), base=base, df=df)
+    flow.recipe = Recipe(builder, options, base, flow.df)
+    return flow
+
+
+def latent_recipe(flow: FlowLike, options: Mapping[str, Any], *, affine: str, base: str, df: float) -> Recipe:
+    """Return the recipe of a flow over the latents of a model.
+
+    Raises:
+        ValueError: for an unknown builder, affine map or base, wrong options, and for what is no flow.
+        TypeError: for options beside a flow that is already built, or options that the builder does not have.
+    """
+    around = () if _checks.choice("affine", affine, AFFINES) == "none" else (("affine", affine),)
+    found = Recipe(flow, dict(options), base, df, around)
+    if isinstance(flow, str):
+        if flow in BUILDERS and flow not in VECTOR_BUILDERS:
+            raise ValueError(f"flow: {flow!r} makes flows of images; a guide's is of a vector, as 'realnvp' makes.")
+        _checks.choice("flow", flow, VECTOR_BUILDERS)
+        with turn(), torch.random.fork_rng(devices=[]):
+            found.build(1)  # wrong options fail here, not at the first step
+    elif options:
+        raise TypeError(f"options: {', '.join(options)} go with a flow's name; this flow is already built.")
+    elif not isinstance(flow, (Flow, Bijection)) and not callable(flow):
+        raise ValueError(f"flow: expected a name, a Flow, a Bijection or a function, got a {type(flow).__name__}.")
+    return found
+
+
+# maps around a flow ---------------------------------------------------------------------------------------------------
+
+
+def with_affine(flow: Flow, kind: str) -> Flow:
+    """Return the flow followed by tails and an affine map of one of `AFFINES`; "none" adds neither."""
+    kind = _checks.choice("affine", kind, AFFINES)
+    if kind == "none":
+        return flow
+    if kind == "auto":
+        kind = "tril" if flow.dim <= FULL_AFFINE_UP_TO else "diagonal"
     map_ = LowerTriangularAffine(flow.dim) if kind == "tril" else DiagonalAffine(flow.dim)
     whole = Flow(Chain([flow.bijection, SinhArcsinh(flow.dim), map_]), dim=flow.dim, base=flow.base, df=flow.df)
-    whole.settings = wrapped(flow.settings, "affine", kind)
+    whole.recipe = None if flow.recipe is None else flow.recipe.then("affine", kind)
     return whole
 
 
-def rebuild(settings: Mapping[str, Any]) -> Any:
-    """Build the flow that :attr:`Flow.settings` describes, with the maps after it: to the scale of data, of a guide.
-
-    A :class:`FlowMixture` is built with all its flows; its weights, orders and signs are in the state to be loaded.
-
-    Raises:
-        ValueError: for an unknown builder or affine map.
-    """
-    if settings.get("builder") == BUILDER:
-        return FlowMixture.from_settings(settings, rebuild)
-    options = dict(settings)
-    affine, standardising = options.pop("affine", None), options.pop("preprocess", None)
-    if "inner" in options:
-        flow = rebuild(options["inner"])
-        flow.df = options.get("df", flow.df)
-    else:
-        flow = BUILDERS[_checks.choice("builder", options.pop("builder"), BUILDERS)](**options)
-    if standardising is not None:
-        flow = append(flow, blank(standardising, flow))
-    return flow if affine is None else append_affine(flow, _checks.choice("affine", affine, ("diagonal", "tril")))
+def affine_of(flow: Flow) -> LowerTriangularAffine | DiagonalAffine | None:
+    """Return the affine map that :func:`with_affine` put after a flow, if the flow ends in one."""
+    last: nn.Module = flow.bijection
+    last = last.layers[-1] if isinstance(last, Chain) else last
+    return last if isinstance(last, (LowerTriangularAffine, DiagonalAffine)) else None
 
 
 @torch.no_grad()
-def not_rebuilt(flow: Flow | FlowMixture) -> str | None:
-    """Say why :func:`rebuild` does not give this flow back from its settings and state, or None: it does.
-
-    Names and shapes of the tensors are compared, then values at two points.
-    """
-    if flow.settings is None:
-        return "its bijection is not one of the builders', so it cannot be rebuilt from settings"
-    changed = "it was changed after a builder made it, so it cannot be rebuilt from settings"
-    state = {name: value.detach().cpu() for name, value in flow.state_dict().items()}
-    try:
-        with seeded(0):
-            again = rebuild(json.loads(json.dumps(flow.settings)))
-        again.to(next(value.dtype for value in state.values() if value.is_floating_point())).load_state_dict(state)
-        pair = [copy.deepcopy(flow).cpu().eval(), again.eval()]
-        found = [_at_two_points(one) for one in pair]
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        return f"{changed} ({first_line(error)})"
-    pairs = zip(*found, strict=True)
-    same = all(torch.allclose(one, other, rtol=1e-5, atol=1e-6, equal_nan=True) for one, other in pairs)
-    return None if same else changed
-
-
-@torch.no_grad()
-def _at_two_points(flow: Flow | FlowMixture) -> tuple[Tensor, ...]:
-    """Return what a flow makes of two points, for flows to be compared."""
-    if isinstance(flow, FlowMixture):
-        return (flow.log_prob(torch.linspace(-3.0, 3.0, 2 * flow.dim).reshape(2, -1).to(flow._like)),)
-    like = flow.base_distribution().mean
-    x = torch.linspace(-3.0, 3.0, 2 * flow.dim).reshape(2, *flow.base_shape).to(like)
-    context = x.new_zeros(2, flow.context_dim) if flow.context_dim else None
-    return (*flow.bijection.forward_and_ladj(x, context), flow.base_distribution().log_prob(x))
-
-
-def copy_layers(old: nn.Module, new: nn.Module) -> None:
-    """Copy parameters and buffers layer by layer: the n-th layer of each class onto the n-th of the same class."""
-    if not isinstance(old, Chain):
-        new.load_state_dict(old.state_dict())
+def start_at(flow: Flow, loc: Tensor, scale: Tensor) -> None:
+    """Set the fixed start m and L of the affine map (``scale``: (D,) or lower triangular (D, D)); b = 0, A = I."""
+    affine = affine_of(flow)
+    if affine is None:
         return
-    seen: dict[type, int] = {}
-    for layer in old.layers:
-        twins: Any = [candidate for candidate in new.layers if type(candidate) is type(layer)]  # type: ignore[union-attr]
-        copy_layers(layer, twins[seen.get(type(layer), 0)])
-        seen[type(layer)] = seen.get(type(layer), 0) + 1
+    affine.loc.copy_(loc)
+    if isinstance(affine, LowerTriangularAffine):
+        affine.scale_tril.copy_(torch.diag(scale) if scale.dim() == 1 else scale)
+    else:
+        affine.scale.copy_(scale if scale.dim() == 1 else scale.diagonal())
+    for parameter in affine.parameters():
+        parameter.zero_()
 
 
-def append(flow: Flow, layer: Preprocess) -> Flow:
-    """Make ``layer`` the last one of the flow, in the place of one of its kind, and note it in the flow's settings."""
-    noted = {"full": layer.full, "context": layer.slope is not None}
+def with_preprocess(flow: Flow, layer: Preprocess) -> Flow:
+    """Make ``layer`` the last one of the flow, in the place of one of its kind, and note it in the flow's recipe."""
+    about = ("preprocess", {"full": layer.full, "context": layer.slope is not None})
+    recipe = flow.recipe
     if ending(flow) is not None:
         flow.bijection = _ending_replaced(flow.bijection, layer)
-        flow.settings = None if flow.settings is None else {**flow.settings, "preprocess": noted}
+        flow.recipe = None if recipe is None else replace(recipe, around=(*recipe.around[:-1], about))
         return flow
     inner = flow.bijection
     flow.bijection = Chain([*(inner.layers if isinstance(inner, Chain) else [inner]), layer])  # type: ignore[list-item]
-    flow.settings = wrapped(flow.settings, "preprocess", noted)
+    flow.recipe = None if recipe is None else recipe.then(*about)
     return flow
 
 
@@ -115,29 +195,53 @@ def _ending_replaced(bijection: Bijection, layer: Preprocess) -> Bijection:
     return Chain([*stack[:-1], _ending_replaced(stack[-1], layer)])
 
 
-def blank(about: Mapping[str, Any], flow: Flow) -> Preprocess:
-    """Return a map of the kind that :func:`append` noted, that changes nothing: its numbers are read from a file."""
-    loc = torch.zeros(flow.event_shape)
-    scale = torch.eye(loc.numel()) if about["full"] else torch.ones_like(loc)
-    return Preprocess(loc, scale, torch.zeros(flow.context_dim, loc.numel()) if about["context"] else None)
-
-
-def wrapped(settings: Mapping[str, Any] | None, name: str, value: Any) -> dict[str, Any] | None:
-    """Return the settings of a flow with one more map at its end: ``"preprocess"``, or ``"affine"`` of a guide.
-
-    One of each may stand beside a builder's options, in this order; what comes on top of those has the settings so far
-    as its ``"inner"`` ones.
-    """
-    if settings is None:
-        return None
-    if "affine" in settings or name in settings:
-        return {"builder": settings["builder"], "inner": dict(settings), name: value}
-    return {**settings, name: value}
-
-
 def ending(flow: Flow) -> Preprocess | None:
     """Return the map to the scale of data that is the flow's last layer, if there is one."""
     last: Any = flow.bijection
     while isinstance(last, Chain):
         last = last.layers[-1]
     return last if isinstance(last, Preprocess) else None
+
+
+def blank(about: Mapping[str, Any], flow: Flow) -> Preprocess:
+    """Return a map to the scale of data that changes nothing: its numbers are read from a file."""
+    loc = torch.zeros(flow.event_shape)
+    scale = torch.eye(loc.numel()) if about["full"] else torch.ones_like(loc)
+    return Preprocess(loc, scale, torch.zeros(flow.context_dim, loc.numel()) if about["context"] else None)
+
+
+# changes of a flow ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def grow(flow: Flow, layers: int) -> Flow:
+    """Return the flow with ``layers`` layers more, at the identity, so that its distribution is the same.
+
+    Raises:
+        ValueError: if no builder made the flow.
+    """
+    if flow.recipe is None or not flow.recipe.named:
+        raise ValueError("flow: expected one that a builder made, such as pf.realnvp; others cannot be grown.")
+    like = next(flow.parameters(), flow._like)
+    new = flow.recipe.grown(layers).build(flow.dim).to(like)
+    _copy_layers(flow.bijection, new.bijection)
+    return new
+
+
+def _copy_layers(old: nn.Module, new: nn.Module) -> None:
+    """Copy parameters and buffers layer by layer: the n-th layer of each class onto the n-th of the same class."""
+    if not isinstance(old, Chain):
+        new.load_state_dict(old.state_dict())
+        return
+    seen: dict[type, int] = {}
+    for layer in old.layers:
+        twins: Any = [candidate for candidate in new.layers if type(candidate) is type(layer)]  # type: ignore[union-attr]
+        _copy_layers(layer, twins[seen.get(type(layer), 0)])
+        seen[type(layer)] = seen.get(type(layer), 0) + 1
+
+
+def set_df(flow: Flow, df: float) -> Flow:
+    """Give the flow's base other tails, and note it in the recipe. Returns the flow."""
+    flow.df = df
+    flow.recipe = None if flow.recipe is None else flow.recipe.with_df(df)
+    return flow

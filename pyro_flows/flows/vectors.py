@@ -1,13 +1,13 @@
-"""Builders of the usual stacks, for vectors, and the list of all builders."""
+"""Builders of the usual stacks, for vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pyro_flows import _checks
-from pyro_flows.flows.flow import Flow, build
-from pyro_flows.flows.images import glow, multiscale_realnvp
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.recipe import build, of_vectors
 from pyro_flows.transforms import (
     AdditiveCoupling,
     AffineCoupling,
@@ -19,6 +19,7 @@ from pyro_flows.transforms import (
 )
 
 
+@of_vectors
 def planar(
     dim: int,
     *,
@@ -58,6 +59,7 @@ def planar(
     return build(stack, base, df, builder="planar", dim=dim, layers=layers, **options)
 
 
+@of_vectors
 def nice(
     dim: int,
     *,
@@ -114,6 +116,7 @@ def nice(
     return build(stack, base, df, builder="nice", dim=dim, layers=layers, **options)
 
 
+@of_vectors
 def realnvp(
     dim: int,
     *,
@@ -163,6 +166,7 @@ def realnvp(
     return build(stack, base, df, builder="realnvp", dim=dim, layers=layers, mask=mask, seed=seed, **options)
 
 
+@of_vectors
 def spline(
     dim: int,
     *,
@@ -217,7 +221,3 @@ def spline(
     kept = masks.sequence(dim, layers, kind=mask, seed=seed)
     stack: list[Bijection] = [SplineCoupling(dim, mask=part, **options) for part in kept]
     return build(stack, base, df, builder="spline", dim=dim, layers=layers, mask=mask, seed=seed, **options)
-
-
-VECTOR_BUILDERS: dict[str, Callable[..., Flow]] = {"nice": nice, "planar": planar, "realnvp": realnvp, "spline": spline}
-BUILDERS: dict[str, Callable[..., Flow]] = {**VECTOR_BUILDERS, "glow": glow, "multiscale_realnvp": multiscale_realnvp}

@@ -26,8 +26,12 @@ from pyro_flows import _checks
 from pyro_flows._turns import turn
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.flows.recipe import append_affine, copy_layers
-from pyro_flows.flows.vectors import BUILDERS, VECTOR_BUILDERS
+from pyro_flows.flows.recipe import (
+    FlowLike,
+    affine_of,
+    latent_recipe,
+    start_at,
+)
 from pyro_flows.model.sites import (
     Noncentred,
     Structure,
@@ -37,13 +41,9 @@ from pyro_flows.model.sites import (
     place_all,
     read_structure,
 )
-from pyro_flows.transforms import Bijection, Bound, Chain, DiagonalAffine, LowerTriangularAffine
+from pyro_flows.transforms import Bound, DiagonalAffine, LowerTriangularAffine
 
-AFFINES = ("auto", "diagonal", "none", "tril")
-FULL_AFFINE_UP_TO = 200
 QUANTILE_DRAWS = 4000
-
-FlowLike = str | Flow | Bijection | Callable[[int], "Flow | Bijection"]
 
 # Which tensor a guide of this process put into the store last under a name, and the store's table at that time, which
 # is another one once the store was cleared. What else is found there was loaded.
@@ -123,17 +123,7 @@ class AutoFlow(AutoContinuous):
                 f"got a {type(create_plates).__name__}."
             )
         AutoGuide.__init__(self, model, create_plates=create_plates)
-        if isinstance(flow, str):
-            if flow in BUILDERS and flow not in VECTOR_BUILDERS:
-                raise ValueError(f"flow: {flow!r} makes flows of images; a guide's is of a vector, as 'realnvp' makes.")
-            _checks.choice("flow", flow, VECTOR_BUILDERS)
-            with turn(), torch.random.fork_rng(devices=[]):
-                BUILDERS[flow](1, base=base, df=df, **options)  # wrong options fail here, not at the first step
-        elif options:
-            raise TypeError(f"options: {', '.join(options)} go with a flow's name; this flow is already built.")
-        elif not isinstance(flow, (Flow, Bijection)) and not callable(flow):
-            raise ValueError(f"flow: expected a name, a Flow, a Bijection or a function, got a {type(flow).__name__}.")
-        self._recipe = (flow, _checks.choice("affine", affine, AFFINES), base, df, options)
+        self._recipe = latent_recipe(flow, options, affine=affine, base=base, df=df)
         self._init_loc_fn = init_loc_fn
         self._init_scale = _checks.positive("init_scale", init_scale)
         self._noncentred = noncentred
@@ -188,79 +178,41 @@ class AutoFlow(AutoContinuous):
         self._prototype_frames = {frame.name: frame for frame in frames}
 
     def _build(self, dim: int) -> Flow:
-        flow, affine, base, df, options = self._recipe
-        built: Any = BUILDERS[flow](dim, base=base, df=df, **options) if isinstance(flow, str) else flow
-        if not isinstance(built, (Flow, Bijection)):
-            built = built(dim)
-        built = built if isinstance(built, Flow) else Flow(built, base=base, df=df)
-        got = built.dim if len(built.event_shape) == 1 else tuple(built.event_shape)
-        if got != dim or built.context_dim:
-            raise ValueError(
-                f"flow: expected one of dim {dim} (the model's unconstrained latents) without context, "
-                f"got dim {got}, context_dim {built.context_dim}."
-            )
-        if affine != "none":
-            kind = "tril" if affine == "tril" or (affine == "auto" and dim <= FULL_AFFINE_UP_TO) else "diagonal"
-            built = append_affine(built, kind)
+        built = self._recipe.build_for_latents(dim)
         return built.slow() if self._cautious else built
 
-    def adopt(self, flow: Flow | FlowMixture) -> None:
-        """Take over a flow that came from this guide's own recipe, at whatever number of layers and tails it has.
+    @classmethod
+    def of(
+        cls,
+        flow: Flow | FlowMixture,
+        structure: Structure,
+        model: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> AutoFlow:
+        """Return the guide that holds this flow, or mixture of flows, over the latents of ``structure``.
 
-        Or a mixture of such flows: the guide's distribution is then the mixture, and has no transform.
+        The model is not run. With a mixture, the guide's distribution is the mixture, and has no transform.
         """
-        name, affine, base, df, options = self._recipe
-        if isinstance(flow, Flow) and isinstance(name, str) and flow.settings is not None:
-            options, df = {**options, "layers": flow.settings["layers"]}, flow.df
-        self._recipe = (name, affine, base, df, options)
-        self.flow = flow  # type: ignore[assignment]
-
-    def restart(self, loc: Tensor, scale: Tensor) -> None:
-        """Begin anew: fresh parameters by the recipe, the affine map's start at ``loc`` and ``scale``."""
-        self.flow = self._build(self._flow.dim).to(self._like)
-        self.start_at(loc, scale)
-
-    @torch.no_grad()
-    def grow(self, layers: int) -> bool:
-        """Append ``layers`` layers at the identity; the guide's distribution stays as it is.
-
-        Returns whether it could be done: only flows given by a builder's name know how to go on.
-        """
-        flow, affine, base, df, options = self._recipe
-        old, like = self._flow, self._like
-        if not isinstance(flow, str) or isinstance(old, FlowMixture):
-            return False
-        count = old.settings["layers"] + layers  # type: ignore[index]
-        self._recipe = (flow, affine, base, df, {**options, "layers": count})
-        new = self._build(old.dim).to(like)
-        copy_layers(old.bijection, new.bijection)
-        new.df = old.df
-        self.flow = new
-        return True
+        guide = cls(model, flow if isinstance(flow, Flow) else flow.members[0], affine="none", cautious=False)
+        guide._noncentred = structure.noncentred
+        guide._arguments = (args, dict(kwargs or {}))
+        guide._set_structure(structure)
+        with poutine.block():
+            guide._create_plates(*args, **guide._arguments[1])
+        guide.flow = flow  # type: ignore[assignment]
+        return guide
 
     @property
     def affine(self) -> LowerTriangularAffine | DiagonalAffine | None:
         """The trainable affine map after the flow, None with ``affine="none"`` and for a mixture of flows."""
-        if isinstance(self._flow, FlowMixture):
-            return None
-        last: nn.Module = self._flow.bijection
-        last = last.layers[-1] if isinstance(last, Chain) else last
-        wanted = self._recipe[1] != "none" and isinstance(last, (LowerTriangularAffine, DiagonalAffine))
-        return last if wanted else None  # type: ignore[return-value]
+        own = isinstance(self._flow, Flow) and bool(self._recipe.around)
+        return affine_of(self._single) if own else None
 
-    @torch.no_grad()
     def start_at(self, loc: Tensor, scale: Tensor) -> None:
         """Set the fixed start m and L of the affine map (``scale``: (D,) or lower triangular (D, D)); b = 0, A = I."""
-        affine = self.affine
-        if affine is None:
-            return
-        affine.loc.copy_(loc)
-        if isinstance(affine, LowerTriangularAffine):
-            affine.scale_tril.copy_(torch.diag(scale) if scale.dim() == 1 else scale)
-        else:
-            affine.scale.copy_(scale if scale.dim() == 1 else scale.diagonal())
-        for parameter in affine.parameters():
-            parameter.zero_()
+        if self.affine is not None:
+            start_at(self._single, loc, scale)
 
     @property
     def _flow(self) -> Flow | FlowMixture:

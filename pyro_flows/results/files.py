@@ -18,9 +18,7 @@ from pyro_flows import _arviz
 from pyro_flows._fallbacks import first_line
 from pyro_flows._files import Bundle, damaged, plain
 from pyro_flows._seeding import seeded
-from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.flows.recipe import not_rebuilt, rebuild
+from pyro_flows.flows.saved import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.dims import coordinate_names
@@ -60,7 +58,7 @@ def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str 
         "history": posterior.history,
         "guide": {
             "class": posterior.guide_name,
-            "flow": None if flow is None or reason else flow.settings,
+            "flow": None if flow is None or reason else to_json(flow),
             "reason": reason,
         },
         "coordinates": posterior.coordinates,
@@ -116,7 +114,7 @@ def _read(
         with _reading(source, TENSORS, TEXT):
             state = tensors["flow"]
             dtype = next(value.dtype for value in state.values() if value.is_floating_point())
-            flow = rebuild(recipe["flow"]).to(dtype)
+            flow = from_json(recipe["flow"]).to(dtype)
             flow.load_state_dict(state)
     guide = density = None
     if model is not None:
@@ -128,7 +126,8 @@ def _read(
         if flow is None:
             missing["guide"] = missing["flow"]
         else:
-            guide, flow = _guide(density, model, recipe["flow"], flow)
+            flow = flow.to(density.device)
+            guide = AutoFlow.of(flow, density.structure, model, density.args, density.kwargs)
             del missing["guide"]
     elif description.get("without"):
         missing["groups"] = description["without"]
@@ -187,22 +186,6 @@ def _density(density: LogDensity, coordinates: Sequence[str], tensors: Mapping[s
             "data and, if it has parameters of its own, the same values of these."
         )
     return density
-
-
-def _guide(
-    density: LogDensity, model: Callable[..., Any], settings: Mapping[str, Any], flow: Flow | FlowMixture
-) -> tuple[AutoFlow, Flow | FlowMixture]:
-    single = settings["flows"][0] if isinstance(flow, FlowMixture) else settings
-    affine = single.get("affine")
-    bare = rebuild({name: value for name, value in single.items() if name != "affine"})
-    noncentred = density.structure.noncentred
-    guide = AutoFlow(model, bare, affine=affine or "none", noncentred=noncentred, cautious=False)
-    guide.to(next(flow.parameters()).dtype).initialize(*density.args, **density.kwargs)
-    if isinstance(flow, FlowMixture):
-        guide.adopt(flow.to(guide._like))
-    else:
-        guide._flow.load_state_dict(flow.state_dict())
-    return guide, guide._flow
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -23,6 +23,7 @@ from pyro_flows.results import arviz_groups, files
 from pyro_flows.results.dims import Labels, coordinate_names
 from pyro_flows.results.record import Record
 from pyro_flows.results.scoring import check_memory, score_pool
+from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.verdict import POOL, Draw, Weighing, decide, resample, weigh
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ class Posterior(Record):
             density = self._need_density()
             state["stored"] = arviz_groups.modelless_groups(self, density), arviz_groups.attributes(self)
             state["missing"]["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"
-        if isinstance(self.flow, Flow) and self.flow.settings is None:  # the user's own, of a class that may be local
+        if isinstance(self.flow, Flow) and self.flow.recipe is None:  # the user's own, of a class that may be local
             try:
                 pickle.dumps(self.flow)
             except (AttributeError, TypeError, pickle.PicklingError) as error:
@@ -372,7 +373,7 @@ def from_draws(
     seed: int,
     guide: Any,
     losses: Tensor,
-    history: Sequence[dict[str, Any]] = (),
+    history: Sequence[Stage] = (),
     settings: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
@@ -424,7 +425,7 @@ def from_draws(
         log_evidence=found.weighing.log_evidence,
         verdict=found.verdict,
         losses=losses,
-        history=tuple({**stage, "elbo": stage.get("elbo")} for stage in history),
+        history=tuple(stage.as_dict() for stage in history),
         settings={"draws": draws, "seed": seed, "noncentred": density.structure.noncentred, **dict(settings or {})},
         coordinates=tuple(names),
         guide=guide,

@@ -1,0 +1,91 @@
+"""The last stage of a fit: draws from the sampler, the verdict on them, and the posterior."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro_flows.fitting.combine import Combined
+from pyro_flows.fitting.escalation import ENOUGH_K
+from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.run import Run
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.flows.saved import to_json
+from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.results.posterior import Posterior, from_draws
+
+
+def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
+    """Draw from the sampler, judge what the work came to, and put the sampler into a guide."""
+    best, search = found.best, found.search
+    sampler = best.flow(plan, density) if found.sampler is None else found.sampler
+    mixed = [run for run in found.kept if run is not best and isinstance(sampler, FlowMixture)]
+    notes = [note for run in [best, *mixed] for note in _warnings(run)]
+    moving = best.best is None or best.best.training.moving
+    cut_short = ["the fit was cut short while it still moved"] if moving else []
+    return from_draws(
+        density,
+        sampler.draw,
+        draws=plan.draws,
+        seed=plan.seed,
+        guide=AutoFlow.of(sampler, density.structure, plan.model, plan.args, plan.kwargs),
+        losses=best.losses,
+        history=[*found.history, *(stage for run in found.runs for stage in run.history)],
+        settings={**_asked(plan), **_chosen(best, sampler, density), "seconds": plan.clock.elapsed},
+        warnings=[*notes, *found.warnings, *_differ(found, plan.runs)],
+        failures=[*([] if search is None else search.failures), *found.failures, *cut_short],
+        notes=["no search for missed modes was made"] if search is None else search.notes,
+        contained=search is not None and search.contained,
+        doubts=[] if moving else _never_good(best),
+    )
+
+
+def _asked(plan: Plan) -> dict[str, Any]:
+    """What the caller asked for."""
+    seconds = plan.clock.seconds if plan.clock.finite else None
+    asked = {"max_steps": plan.max_steps, "max_seconds": seconds, "train_model": plan.train_model}
+    return {**asked, "runs": plan.runs}
+
+
+def _chosen(run: Run, sampler: Any, density: LogDensity) -> dict[str, Any]:
+    """What was chosen: step size and batch are those of the round that was kept."""
+    kept = run.kept
+    return {
+        "flow": to_json(sampler),
+        "noncentred": density.structure.noncentred,
+        "round": None if kept is None else kept.stage,
+        "step_size": None if kept is None else kept.step_size,
+        "batch": None if kept is None else kept.batch,
+        "gradient_evaluations": density.evaluations,
+        "evaluation": density.reason or "recorded",
+    }
+
+
+def _warnings(run: Run) -> list[str]:
+    if run.best is None:
+        return []
+    result = run.best.training
+    found = [] if result.converged else [result.why]
+    if result.skipped > 0.01 * len(result.losses):
+        found.append(f"{result.skipped} of {len(result.losses)} steps had a gradient that is not finite")
+    return found
+
+
+def _differ(found: Combined, runs: int) -> list[str]:
+    """Say that runs disagree, or that some were added since the first ones lacked modes."""
+    if not found.added or not found.disagreements:
+        return found.disagreements
+    what = "a run was" if found.added == 1 else f"{found.added} runs were"
+    return [f"{what} added where the first {'one' if runs == 1 else 'ones'} lacked a mode, and mixed with it"]
+
+
+def _never_good(run: Run) -> list[str]:
+    """Say so where a fit was cut short and its rounds before had poor weights: one good sample is then a lucky one."""
+    if run.best is None or run.best.training.converged:
+        return []
+    kept = None if run.kept is None else run.kept.stage
+    others = [stage.k_hat for stage in run.history if stage.k_hat is not None and stage.stage != kept]
+    worst = max(others, default=0.0)
+    if worst <= ENOUGH_K:
+        return []
+    return [f"the fit was cut short, and had k-hat {worst:.2f} before"]

@@ -1,0 +1,66 @@
+"""What the caller of ``fit`` asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pyro_flows._clock import Clock
+from pyro_flows._progress import Bar
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.recipe import Recipe
+from pyro_flows.model.log_density import LogDensity
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The model with its arguments, the recipe of the flow, and what bounds the work.
+
+    Attributes:
+        model: the Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        recipe: of the flow.
+        draws: how many to return.
+        seed: of all randomness.
+        runs: how many were asked for.
+        max_steps: of a run.
+        train_model: whether the model's own parameters are trained too.
+        escalate: whether more is tried where the first round does not suffice.
+        clock: the bound in seconds.
+        bar: the line that tells how far the work is.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    recipe: Recipe
+    draws: int
+    seed: int
+    runs: int
+    max_steps: int
+    train_model: bool
+    escalate: bool
+    clock: Clock
+    bar: Bar
+
+    def fresh(self, density: LogDensity) -> Flow:
+        """Return an untrained flow over the coordinates of ``density``.
+
+        In one dimension couplings are affine, so that planar maps stand in for them.
+        """
+        recipe = replace(self.recipe, df=_tails(density.dim))
+        if density.dim == 1 and recipe.builder in ("realnvp", "nice"):
+            recipe = replace(recipe, builder="planar")
+        if not recipe.named:
+            recipe = replace(recipe, builder=copy.deepcopy(recipe.builder))  # the caller's flow stays untrained
+        return recipe.build_for_latents(density.dim).to(torch.zeros((), dtype=density.dtype, device=density.device))
+
+
+def _tails(dim: int) -> float:
+    """Return the base's degrees of freedom: a Student-t costs about 0.94 D / df^2 nats where the target is Gaussian."""
+    return max(15.0, 2.0 * dim)

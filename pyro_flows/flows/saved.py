@@ -1,0 +1,109 @@
+"""What a file says of a flow: its recipe as JSON, from which an equal flow is built that takes over the tensors."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _checks
+from pyro_flows._fallbacks import first_line
+from pyro_flows._seeding import seeded
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import Component, FlowMixture
+from pyro_flows.flows.recipe import BUILDERS, Recipe
+
+MIXTURE = "mixture"  # in the place of a builder's name
+
+
+def to_json(flow: Flow | FlowMixture) -> dict[str, Any] | None:
+    """Return JSON values that tell how to build the flow; None if it was not made by a builder.
+
+    A builder's options stand side by side with "builder", "dim", "base" and "df", and so do one map to the scale of
+    data, "preprocess", and one affine map after it, "affine". What comes on top of these has all so far as "inner".
+    Weights, orders and signs of a mixture are in the state, like all parameters.
+    """
+    if isinstance(flow, FlowMixture):
+        found = [to_json(member) for member in flow.members]
+        parts = zip(flow.which.tolist(), flow.log_weights.exp().tolist(), strict=True)
+        whole = {"builder": MIXTURE, "flows": found, "components": [list(part) for part in parts]}
+        return None if None in found else whole
+    recipe = flow.recipe
+    if recipe is None or not recipe.named:
+        return None
+    dim = flow.dim if len(flow.base_shape) == 1 else tuple(flow.base_shape)
+    text = {"builder": recipe.builder, "dim": dim, **recipe.options, "base": recipe.base, "df": recipe.df}
+    for kind, about in recipe.around:
+        if "affine" in text or kind in text:
+            text = {"builder": recipe.builder, "df": recipe.df, "inner": text}
+        text[kind] = about
+    return text
+
+
+def recipe_of(text: Mapping[str, Any]) -> tuple[Recipe, Any]:
+    """Return the recipe that :func:`to_json` wrote down, and the dimension."""
+    if "inner" in text:
+        recipe, dim = recipe_of(text["inner"])
+        recipe = recipe.with_df(text.get("df", recipe.df))
+    else:
+        options = {name: value for name, value in text.items() if name not in ("affine", "preprocess")}
+        builder, dim, base, df = (options.pop(name) for name in ("builder", "dim", "base", "df"))
+        recipe = Recipe(builder, options, base, df)
+    if text.get("preprocess") is not None:
+        recipe = recipe.then("preprocess", text["preprocess"])
+    if text.get("affine") is not None:
+        recipe = recipe.then("affine", _checks.choice("affine", text["affine"], ("diagonal", "tril")))
+    return recipe, dim
+
+
+def from_json(text: Mapping[str, Any]) -> Any:
+    """Build the flow, or mixture of flows, that :func:`to_json` wrote down; its state is to be loaded.
+
+    Raises:
+        ValueError: for an unknown builder or affine map.
+    """
+    if text.get("builder") == MIXTURE:
+        parts = [Component(int(flow)) for flow, _ in text["components"]]
+        return FlowMixture([from_json(flow) for flow in text["flows"]], parts)
+    _checks.choice("builder", text["builder"], BUILDERS)
+    recipe, dim = recipe_of(text)
+    return recipe.build(dim)
+
+
+@torch.no_grad()
+def not_rebuilt(flow: Flow | FlowMixture) -> str | None:
+    """Say why :func:`from_json` does not give this flow back from what is written of it, or None: it does.
+
+    Names and shapes of the tensors are compared, then values at two points.
+    """
+    text = to_json(flow)
+    if text is None:
+        return "its bijection is not one of the builders', so it cannot be rebuilt from settings"
+    changed = "it was changed after a builder made it, so it cannot be rebuilt from settings"
+    state = {name: value.detach().cpu() for name, value in flow.state_dict().items()}
+    try:
+        with seeded(0):
+            again = from_json(json.loads(json.dumps(text)))
+        again.to(next(value.dtype for value in state.values() if value.is_floating_point())).load_state_dict(state)
+        pair = [copy.deepcopy(flow).cpu().eval(), again.eval()]
+        found = [_at_two_points(one) for one in pair]
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        return f"{changed} ({first_line(error)})"
+    pairs = zip(*found, strict=True)
+    same = all(torch.allclose(one, other, rtol=1e-5, atol=1e-6, equal_nan=True) for one, other in pairs)
+    return None if same else changed
+
+
+@torch.no_grad()
+def _at_two_points(flow: Flow | FlowMixture) -> tuple[Tensor, ...]:
+    """Return what a flow makes of two points, for flows to be compared."""
+    if isinstance(flow, FlowMixture):
+        return (flow.log_prob(torch.linspace(-3.0, 3.0, 2 * flow.dim).reshape(2, -1).to(flow._like)),)
+    like = flow.base_distribution().mean
+    x = torch.linspace(-3.0, 3.0, 2 * flow.dim).reshape(2, *flow.base_shape).to(like)
+    context = x.new_zeros(2, flow.context_dim) if flow.context_dim else None
+    return (*flow.bijection.forward_and_ladj(x, context), flow.base_distribution().log_prob(x))
