@@ -115,7 +115,7 @@ def _figures(found: Posterior, problem: Problem) -> dict[str, Any]:
     if found.density.structure.noncentred:
         draws = [density.unconstrain(found.density.constrain(z)) for z in draws]
     raw, used = (compare(z, reference) for z in draws)
-    rounds = [stage for stage in found.history if "why" in stage]
+    rounds = [stage for stage in found.history if stage["why"] is not None]
     return {
         "dim": found.z.shape[1],
         "status": found.verdict.status,

@@ -125,10 +125,10 @@ def _figures(found: Posterior, target: Target) -> dict[str, Any]:
         "used_mean": mean,
         "used_sd": sd,
         "gradient_evaluations": found.settings["gradient_evaluations"],
-        "steps": sum(stage.get("steps", 0) for stage in rounds),
+        "steps": sum(stage["steps"] or 0 for stage in rounds),
         "layers_at_end": found.settings["flow"]["layers"],
         "rounds": " > ".join(str(stage["stage"]) for stage in rounds),
-        "why": " > ".join(str(stage.get("why", "")) for stage in rounds),
+        "why": " > ".join(str(stage["why"] or "") for stage in rounds),
         "reasons": "; ".join(found.verdict.reasons),
     }
 

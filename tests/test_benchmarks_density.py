@@ -65,7 +65,7 @@ def test_a_run_on_images_and_its_fit(tmp_path):
     assert -9.0 < found["test"] < 0.5  # at most 0, but for chance: the data are uniform
     assert found["dim"] == 16
     fit = pf.DensityFit.load(tmp_path / "fit")
-    assert fit.flow.settings["builder"] == "glow"
+    assert fit.flow.recipe.builder == "glow"
     assert fit.nats(values[250:]) == pytest.approx(found["test"], abs=0.5)
 
 

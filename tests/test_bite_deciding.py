@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pyro_flows.fitting import agreement as runs
-from pyro_flows.fitting import escalation, missed_modes, symmetries, tempering
-from pyro_flows.guides import autoflow
+from pyro_flows.fitting import conclude, escalation, missed_modes, symmetries, tempering
+from pyro_flows.flows import recipe
 from pyro_flows.model import centring, charts
 from pyro_flows.results import arviz_groups
 from pyro_flows.verdict import verdict
@@ -142,8 +142,7 @@ def enough(_):
 
 
 def the_rounds(monkeypatch):
-    guide, density = test_escalation.small_guide(), test_escalation.pf.LogDensity(test_escalation.banana)
-    test_escalation.check_rounds(guide, density, monkeypatch)
+    test_escalation.check_rounds(test_escalation.pf.LogDensity(test_escalation.banana), monkeypatch)
 
 
 def grown(_):
@@ -200,7 +199,6 @@ def conversion(_):
 
 # bugs -----------------------------------------------------------------------------------------------------------------
 
-FIT = sys.modules["pyro_flows.fitting.fit"]
 JUDGE, WEIGH, DECIDE = (verdict, "judge"), (verdict, "weigh"), (verdict, "decide")
 NOTHING, ROUNDS, NORMAL = (verdict, "_hangs_on_nothing"), (escalation, "rounds"), (centring, "_normal")
 
@@ -254,8 +252,8 @@ BUGS = [
     (missed_modes, "_lack", "> SHARE", "> 1.0", one_half),
     (missed_modes._Guide, "is_thin", "- self.score(z[usable])", "+ self.score(z[usable])", one_half),
     (missed_modes._Guide, "is_thin", "> by", "< by", both_halves),
-    (missed_modes, "_climbed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 10 * SHARE", a_large_mode),
-    (missed_modes, "_climbed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 0.1 * SHARE", a_small_mode),
+    (missed_modes, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 10 * SHARE", a_large_mode),
+    (missed_modes, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 0.1 * SHARE", a_small_mode),
     (symmetries.Unit, "apply", "return -value", "return value", one_half),
     (symmetries.Unit, "apply", "order[first], order[second] = second, first", "pass", labels),
     (symmetries, "_placed", "inside = inside & close", "close", supports),
@@ -269,20 +267,20 @@ BUGS = [
     (escalation.Round, "enough", "self.weighing.k_hat < ENOUGH_K", "True", enough),
     (escalation.Round, "enough_gap", "max(", "min(", enough),
     (*ROUNDS, "WIDER * BATCH", "BATCH", the_rounds),
-    (*ROUNDS, "size = STEP_SIZE", "pass", the_rounds),
-    (*ROUNDS, "guide.adopt(_with_df(guide.flow, HEAVY_DF))", "pass", the_rounds),
-    (*ROUNDS, "guide.restart(start.loc, start.scale)", "pass", the_rounds),
+    (*ROUNDS, 'STEP_SIZE if name == "larger batch" else', "", the_rounds),
+    (escalation, "_changed", "set_df(flow, HEAVY_DF)", "flow", the_rounds),
+    (escalation, "_changed", "start_at(flow, start.loc, start.scale)", "pass", the_rounds),
     (*ROUNDS, "trainer.losses = losses", "pass", the_rounds),
     (*ROUNDS, "budget.steps - len(trainer.losses)", "budget.steps", the_rounds),
-    (escalation, "_with_df", "flow.df = df", "pass", the_rounds),
+    (recipe, "set_df", "flow.df = df", "pass", the_rounds),
     (escalation, "assess", "copy.deepcopy(flow)", "flow", the_rounds),
-    (autoflow.AutoFlow, "grow", "_copy_layers(old.bijection, new.bijection)", "pass", grown),
-    (autoflow.AutoFlow, "grow", "new.df = old.df", "pass", grown),
+    (recipe, "grow", "_copy_layers(flow.bijection, new.bijection)", "pass", grown),
+    (recipe.Recipe, "grown", '{**self.options, "layers"', '{"layers"', grown),
     (runs, "compare", "not spread <= EVIDENCE", "spread <= EVIDENCE", agreement),
     (runs, "compare", "evidences.max() - evidences.min()", "evidences[0] - evidences[1]", agreement),
     (runs, "compare", "torch.nan_to_num(evidences, nan=-math.inf)", "-evidences", agreement),
-    (FIT, "_never_good", "if worst <= ENOUGH_K", "if worst > ENOUGH_K", cut_short),
-    (FIT, "_never_good", "!= run.kept", "== run.kept", cut_short),
+    (conclude, "_never_good", "if worst <= ENOUGH_K", "if worst > ENOUGH_K", cut_short),
+    (conclude, "_never_good", "!= kept", "== kept", cut_short),
     # coordinates
     (*NORMAL, "+ 0.5 * share.log()", "- 0.5 * share.log()", elementwise),
     (*NORMAL, "log_diagonal - inner", "log_diagonal + inner", matrices),

@@ -296,7 +296,7 @@ def test_fit_writes_what_it_says(folder):
     assert "mcse_mean" in done.stdout
     assert posterior.samples["mu"].shape == (500,)
     assert posterior.settings["seed"] == 3
-    assert posterior.flow.settings["layers"] == 2
+    assert posterior.flow.recipe.options["layers"] == 2
     files = {path.name for path in out.iterdir()}
     assert files == {"posterior.nc", "guide.pt", "posterior.json", "elbo.png", "posterior.png"}
     assert f"Wrote elbo.png, guide.pt, posterior.json, posterior.nc, posterior.png to {out}." in done.stdout

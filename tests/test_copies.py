@@ -209,7 +209,7 @@ def test_flows_that_pyro_knows_are_pickled_and_copied():
     for again in (pickle.loads(pickle.dumps(flow)), copy.deepcopy(flow)):
         assert isinstance(again, nn.Module)
         torch.testing.assert_close(again.log_prob(y), flow.log_prob(y), rtol=0, atol=0)
-        assert again.settings == flow.settings
+        assert again.recipe == flow.recipe
 
 
 def test_densities_and_verdicts_are_pickled_and_copied():

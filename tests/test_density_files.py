@@ -77,7 +77,7 @@ def test_flows_that_know_their_scale_in_other_ways(tmp_path, wrap):
     fit = pf.fit_density(flow, y, **QUICK)
     assert fit.nats(y) > before - 0.1
     assert len(maps(fit.flow)) <= 1
-    if flow.settings is not None:
+    if flow.recipe is not None:
         fit.save(tmp_path / "fit")
         assert torch.equal(pf.DensityFit.load(tmp_path / "fit").log_prob(y), fit.log_prob(y))
 

@@ -322,7 +322,7 @@ def test_an_interrupted_escalation_keeps_the_best_round(monkeypatch, short_first
     monkeypatch.setattr("pyro_flows.fitting.run.rounds", rounds)
     with pytest.warns(UserWarning, match="interrupted"):
         found = pf.fit(model, Y, **short_first_round)
-    stages = {stage["stage"]: stage for stage in found.history if "batch" in stage}
+    stages = {stage["stage"]: stage for stage in found.history if stage["batch"]}
     assert len(stages) == 2
     best = max(stages.values(), key=lambda stage: stage["elbo"])
     assert found.settings["round"] == best["stage"]
@@ -343,7 +343,7 @@ def test_settings_are_those_of_the_round_that_was_kept(monkeypatch, short_first_
     monkeypatch.setattr(escalation, "assess", assess)
     monkeypatch.setattr("pyro_flows.fitting.run.assess", assess)
     found = pf.fit(model, Y, **short_first_round)
-    rounds = [stage for stage in found.history if "batch" in stage]
+    rounds = [stage for stage in found.history if stage["batch"]]
     assert len({stage["batch"] for stage in rounds}) == 2
     chosen = {name: found.settings[name] for name in ("round", "batch", "step_size")}
     assert chosen == {"round": rounds[kept]["stage"], **{name: rounds[kept][name] for name in ("batch", "step_size")}}

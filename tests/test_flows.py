@@ -11,6 +11,7 @@ from pyro.distributions import TransformedDistribution
 import pyro_flows as pf
 from pyro_flows.flows.flow import BASES
 from pyro_flows.flows.recipe import BUILDERS, VECTOR_BUILDERS
+from pyro_flows.flows.saved import to_json
 from tests.invariants import check_every_coordinate_moves, check_mass, close
 from tests.registry import FLOWS, SMALL, make_flow, normal
 
@@ -158,10 +159,10 @@ def test_every_parameter_is_used(name, dim):
 def test_settings_rebuild_the_flow(name):
     """``settings`` name the builder and all that it was told; state_dict does the rest."""
     flow = make_flow(name, 3, context_dim=2, base="logistic", dtype=torch.float32)
-    settings = dict(flow.settings)
+    settings = to_json(flow)
     assert settings.keys() == inspect.signature(BUILDERS[name]).parameters.keys() | {"builder"}
     twin = BUILDERS[settings.pop("builder")](**settings)
-    assert twin.settings == flow.settings
+    assert twin.recipe == flow.recipe
     twin.load_state_dict(flow.state_dict())
     y, context = normal(4, 3, seed=1, dtype=torch.float32), normal(4, 2, seed=2, dtype=torch.float32)
     close(twin.log_prob(y, context), flow.log_prob(y, context), 0.0)

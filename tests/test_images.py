@@ -10,6 +10,7 @@ from pyro.distributions import TransformedDistribution
 import pyro_flows as pf
 from pyro_flows import masks
 from pyro_flows.flows.recipe import BUILDERS
+from pyro_flows.flows.saved import to_json
 from pyro_flows.transforms import base
 from tests.invariants import check_path_gradient, check_score, close, jacobian
 from tests.registry import HIDDEN, IMAGE, IMAGE_FLOWS, built, make_flow, normal
@@ -158,10 +159,10 @@ class TestFlows:
 
     def test_settings_rebuild_the_flow(self, name, context_dim):
         flow = make_flow(name, IMAGE, context_dim=context_dim, alpha=0.1, dtype=torch.float32, sd=0.1)
-        settings = dict(flow.settings)
+        settings = to_json(flow)
         assert settings.keys() == inspect.signature(BUILDERS[name]).parameters.keys() | {"builder"}
         twin = BUILDERS[settings.pop("builder")](**{**settings, "dim": list(settings["dim"])})
-        assert twin.settings == flow.settings
+        assert twin.recipe == flow.recipe
         twin.load_state_dict(flow.state_dict())
         y, context = torch.full((2, *IMAGE), 0.3), torch.ones(2, 3) if context_dim else None
         close(twin.log_prob(y, context), flow.log_prob(y, context), 0.0)

@@ -11,6 +11,7 @@ import torch
 from torch.distributions import constraints
 
 import pyro_flows as pf
+from pyro_flows.fitting import missed_modes as module
 from pyro_flows.fitting.missed_modes import missed_modes
 from pyro_flows.starts.portfolio import Start
 from tests.registry import normal
@@ -143,3 +144,57 @@ def test_two_modes_of_which_the_start_is_one(seed):
     share = float((posterior.samples["z"][:, 0] < 3.5).double().mean())
     assert share < 0.99 or "lacks a mode" in str(posterior.verdict)
     assert 0.4 < share < 0.6 or posterior.verdict.status == "unreliable"
+
+
+def bent(dim, bends, scale=0.2):
+    """A banana in so many pairs of coordinates, as a density over (S, D) and as exact draws."""
+
+    def log_density(z):
+        first, second = z[..., :bends], z[..., bends : 2 * bends] - z[..., :bends].square()
+        rest = torch.cat([first, second / scale, z[..., 2 * bends :]], -1)
+        return -0.5 * rest.square().sum(-1)
+
+    def draw(count):
+        z = normal(count, dim, seed=4)
+        z[:, bends : 2 * bends] = scale * z[:, bends : 2 * bends] + z[:, :bends].square()
+        return z
+
+    return log_density, draw
+
+
+class Measured(Exception):
+    """Carries the places whose mass is to be measured."""
+
+
+def test_paths_to_the_guides_own_mode_leave_room_for_others(monkeypatch):
+    """An image under a rotation, which no exact move knows, in so many dimensions that no path's normal can weigh it.
+
+    About half of the paths end in either mode. The guide has light tails, so that it is thin at a few draws of the
+    normals that end in its own mode too, and these have the better ELBO by chance. One place is looked at here.
+    """
+    dim = 20
+    log_density, draw = bent(dim, 6)
+    turn = torch.linalg.qr(normal(dim, dim, seed=5))[0]
+    centre = torch.zeros(dim, dtype=torch.float64)
+    centre[0] = 5.0
+
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (dim,)))
+        near, image = log_density(z - centre), log_density((z + centre) @ turn)
+        pyro.factor("both", torch.logaddexp(near, image))
+
+    def score(points):
+        near = log_density(points - centre)
+        return near - (-near - 2.0 * dim).clamp_min(0.0).square()
+
+    def measured(density, gaussians, **_):
+        raise Measured(gaussians.loc)
+
+    monkeypatch.setattr(module, "temper", measured)
+    monkeypatch.setattr(module, "LOOKED_AT", 1)
+    z = draw(1000) + centre
+    with pytest.raises(Measured) as caught:
+        missed_modes(pf.LogDensity(model), [], z, score(z), score)
+    base, place = caught.value.args[0]
+    assert log_density(base - centre) > -20.0
+    assert log_density((place + centre) @ turn) > -20.0

@@ -17,6 +17,7 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows import _files
+from pyro_flows.flows.recipe import set_df
 from pyro_flows.results.files import FILES, NETCDF, TENSORS, TEXT
 from tests.posteriors import SCHOOLS, Y, schools, schools_flow, schools_posterior
 
@@ -95,7 +96,7 @@ def test_a_guide_with_a_flow_that_was_fitted_to_data(tmp_path, preprocess, affin
 def test_a_guide_whose_flow_is_another_guides(tmp_path):
     """Two affine maps, two kinds of tails, and the degrees of freedom of the inner one changed."""
     inner = schools_flow()._flow
-    inner.df = inner.settings["df"] = 7.0
+    set_df(inner, 7.0)
     guide = pf.AutoFlow(schools, inner).initialize(Y)
     twice = pf.AutoFlow(schools, guide._flow, affine="diagonal").initialize(Y)
     posterior = pf.diagnose(schools, twice, Y, draws=200)
@@ -135,7 +136,7 @@ def changes():
         flow.base = "normal"
 
     def nonsense(flow):
-        flow.settings["layers"] = 5
+        flow.recipe = flow.recipe.grown(3)
 
     return longer, bounded, lighter, other, nonsense
 

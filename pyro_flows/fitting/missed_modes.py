@@ -16,7 +16,7 @@ from pyro_flows.fitting.tempering import log_mean, temper, wander
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
-from pyro_flows.starts.pathfinder import pathfinder
+from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED, Start, prior_draws
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.verdict import resample
@@ -192,45 +192,80 @@ def _climbed(guide: _Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> 
     units = _units(z)
     points = torch.cat([own, far])
     paths = pathfinder(density, points, units.expand(len(points), *units.shape), seed=derive(seed, "modes"))
+    found, doubtful = _weighed(guide, paths, len(own), seed=seed)
+    if not found and density.batched:
+        found = _tempered(guide, paths, len(own), doubtful, units, seed=seed)
+    return [found[number] for number in _distinct([lack.place for lack in found], units)]
+
+
+@dataclass(frozen=True)
+class _Doubtful:
+    """A path at whose end the guide may lack something, and whose normal is too poor to weigh it."""
+
+    number: int
+    elbo: float
+    elsewhere: bool  # the guide is too thin at most draws of the normal, and not only at some of their tail
+    start: Start
+
+
+def _weighed(guide: _Guide, paths: Paths, own: int, *, seed: int) -> tuple[list[Lack], list[_Doubtful]]:
+    """Weigh draws of the normals at the ends of paths, from number ``own`` on; return what the guide lacks, and doubts.
+
+    A doubt is a normal too poor for its weights to tell a mass.
+    """
+    density, ends = guide.density, paths.ends
     with seeded(derive(seed, "weighing"), density.device), torch.no_grad():
-        weighed = WEIGHED if density.batched else WEIGHED_UNBATCHED
-        noise = torch.randn(weighed, density.dim, dtype=z.dtype, device=z.device)
+        count = WEIGHED if density.batched else WEIGHED_UNBATCHED
+        noise = torch.randn(count, density.dim, dtype=ends.dtype, device=ends.device)
         draws, log_q = paths.best.map(noise)
         log_p = density(draws.flatten(0, 1)).unflatten(0, draws.shape[:2])
     scales = paths.best.scale()
     scales = lower_triangular(scales) if scales.dim() == 3 else scales
     found, doubtful = [], []
-    ends = paths.ends
     at_ends = guide.is_thin(ends, density(ends).detach())
-    for number in range(len(own), len(points)):
+    for number in range(own, len(ends)):
         lacking = guide.lacking(draws[number], log_p[number], log_q[number])
-        if not bool((lacking > 0.0).any()):
+        thin = lacking > 0.0
+        if not bool(thin.any()):
             continue
         log_weights, k_hat = psis(lacking.log())
         start = Start("mode", paths.best.loc[number], scales[number])
-        if k_hat < TRUSTED_K_HAT:
-            if float(lacking.mean()) > SHARE:
-                drawn = draws[number][int(log_weights.argmax())]
-                found.append(Lack(ends[number] if bool(at_ends[number]) else drawn, start))
-        else:
-            doubtful.append((float(paths.elbo[number]), number, start))
-    if found or not density.batched:
-        return _distinct(found, units)
-    # 2. Where a normal is too poor, tempering from it measures the mass, and just so that of the guide's own region.
-    doubtful.sort(key=lambda entry: -entry[0])
-    base = int(paths.elbo[: len(own)].nan_to_num(nan=-torch.inf).argmax())
+        if not k_hat < TRUSTED_K_HAT:
+            elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
+            doubtful.append(_Doubtful(number, float(paths.elbo[number]), elsewhere, start))
+        elif float(lacking.mean()) > SHARE:
+            place = ends[number] if bool(at_ends[number]) else draws[number][int(log_weights.argmax())]
+            found.append(Lack(place, start))
+    return found, doubtful
+
+
+def _tempered(
+    guide: _Guide, paths: Paths, own: int, doubtful: Sequence[_Doubtful], units: Tensor, *, seed: int
+) -> list[Lack]:
+    """Measure masses by tempering from the normals at the ends of a few paths, and just so that of the guide's region.
+
+    Many paths end at one place, the guide's own one among them. So each place is measured once, and places where the
+    guide is thin altogether come first.
+    """
+    density, ends = guide.density, paths.ends
+    base = int(paths.elbo[:own].nan_to_num(nan=-torch.inf).argmax())
     reach = guide.covered + math.log(SHARE) - max(0.0, guide.covered - float(paths.elbo[base]))
-    worth = [entry for entry in doubtful if entry[0] > reach - THINNER]
+    worth = [path for path in doubtful if path.elbo > reach - THINNER]
+    worth.sort(key=lambda path: (not path.elsewhere, -path.elbo))
+    worth = [worth[number] for number in _distinct([ends[path.number] for path in worth], units)][:LOOKED_AT]
     if not worth:
         return []
-    chosen = [base] + [number for _, number, _ in worth[:LOOKED_AT]]
+    chosen = [base, *(path.number for path in worth)]
     walk = temper(density, Gaussians(*(part[chosen] for part in paths.best)), seed=derive(seed, "tempering"))
     covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
-    for (_, number, start), reached, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=False):
+    found = []
+    for path, reached, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=True):
         log_weights = torch.where(guide.is_thin(reached, log_p), log_weights, -torch.inf)
         if float(log_mean(log_weights)) - covered > math.log(SHARE):
-            found.append(Lack(ends[number] if bool(at_ends[number]) else reached[int(log_weights.argmax())], start))
-    return _distinct(found, units)
+            thin_end = bool(guide.is_thin(ends[path.number][None], density(ends[path.number][None]).detach()))
+            place = ends[path.number] if thin_end else reached[int(log_weights.argmax())]
+            found.append(Lack(place, path.start))
+    return found
 
 
 def _dispersed(guide: _Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> Tensor:
@@ -279,17 +314,17 @@ def _units(z: Tensor) -> Tensor:
     return torch.where((spread > 0.0) & torch.isfinite(spread), spread, 1.0)
 
 
-def _distinct(found: list[Lack], units: Tensor) -> list[Lack]:
-    """Leave out places within a standard deviation of an earlier one."""
-    kept: list[Lack] = []
-    for lack in found:
-        away = [lack.place - other.place for other in kept]
-        scaled = [
-            x / units if units.dim() == 1 else torch.linalg.solve_triangular(units, x[:, None], upper=False)
-            for x in away
-        ]
-        if all(float(x.norm()) > math.sqrt(len(lack.place)) for x in scaled):
-            kept.append(lack)
+def _distinct(places: Sequence[Tensor], units: Tensor) -> list[int]:
+    """Return the numbers of places (D,) that do not lie within a standard deviation of an earlier one of them."""
+    kept: list[int] = []
+    for number, place in enumerate(places):
+        away = [place - places[other] for other in kept]
+        if units.dim() == 2:
+            away = [torch.linalg.solve_triangular(units, x[:, None], upper=False)[:, 0] for x in away]
+        else:
+            away = [x / units for x in away]
+        if all(float(x.norm()) > math.sqrt(len(place)) for x in away):
+            kept.append(number)
     return kept
 
 
