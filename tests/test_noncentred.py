@@ -135,6 +135,7 @@ def test_a_noncentred_guide_trains_in_pyro_and_is_judged_in_its_coordinates() ->
 def test_fit_chooses_noncentred_coordinates_for_a_funnel_and_fits_it_exactly() -> None:
     posterior = pf.fit(funnel, progress=False, seed=0, max_steps=1500)
     choice = next(stage for stage in posterior.history if stage["stage"] == "coordinates")
+    choice = choice["details"]
     assert choice["noncentred"] == {"rest": None} == posterior.settings["noncentred"]
     assert choice["elbo_noncentred"] > choice["elbo_centred"]
     assert posterior.verdict.status == "ok"

@@ -106,12 +106,16 @@ def test_the_figures_of_a_verdict():
 
 # weights on which nothing hangs ---------------------------------------------------------------------------------------
 
+NEXT_TO_NONE = {"k_hat": 1.4, "ess": 0.99, "log_evidence": 0.005}
 LIMITS = [
     ({"k_hat": 0.999}, {"k_hat": 1.0}),
     ({"ess": 0.9}, {"ess": 0.899}),
     ({"log_evidence": 0.05}, {"log_evidence": 0.0501}),
     ({"mean_shift": pair(0.05)}, {"mean_shift": pair(0.0501)}),
     ({"sd_shift": pair(0.0, 0.05)}, {"sd_shift": pair(0.0, 0.0501)}),
+    ({**NEXT_TO_NONE, "k_hat": 1.499}, {**NEXT_TO_NONE, "k_hat": 1.5}),
+    (NEXT_TO_NONE, NEXT_TO_NONE | {"ess": 0.989}),
+    (NEXT_TO_NONE, NEXT_TO_NONE | {"log_evidence": 0.0051}),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from pyro_flows.fitting.missed_modes import Search, missed_modes
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared
 from pyro_flows.fitting.run import Run, make_run
+from pyro_flows.fitting.symmetries import SignedPermutation, group
 from pyro_flows.fitting.volume import too_uneven
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
@@ -23,6 +24,7 @@ from pyro_flows.starts.portfolio import Start
 from pyro_flows.training.loop import BATCH
 
 RUNS_ADDED = 3  # at most, one for each mode that is missed
+MAX_COPIES = 64  # of each flow: draws are scored by all of them
 MODE_DRAWS = 1000
 ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
 
@@ -35,22 +37,26 @@ class Combined:
 
     Attributes:
         runs: all of them, those too that are under way.
-        sampler: the flow of the best run, or a mixture of runs that disagree.
+        plain: the flow of the best run, or a mixture of runs that disagree.
+        sampler: the same, with copies at its images under exact symmetries where it lacks modes.
         history: an entry for each comparison.
         warnings: what speaks against the sampler.
         failures: what speaks against its weighted draws too.
         disagreements: of the runs, in words.
         search: for modes that the sampler lacks, None if there was no time for one.
+        copies: how many copies of each flow the sampler holds, moved by exact symmetries, the flow itself included.
         added: how many runs were added since a mode was missed.
     """
 
     runs: list[Run] = field(default_factory=lambda: [Run(0)])
+    plain: Sampler | None = None
     sampler: Sampler | None = None
     history: list[Stage] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     disagreements: list[str] = field(default_factory=list)
     search: Search | None = None
+    copies: int = 1
     added: int = 0
 
     @property
@@ -86,40 +92,69 @@ def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
 def combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
     """Compare the runs, look for what their sampler lacks, and add runs there."""
     clock, density = plan.clock, prepared.density
-    found.sampler = found.best.flow(plan, density)
+    found.plain = found.sampler = found.best.flow(plan, density)
     if not clock.over:
         with clock.part("a look at how uneven the density is"):
-            found.warnings, found.failures = too_uneven(found.sampler, density)
+            found.warnings, found.failures = too_uneven(found.plain, density)
     if len(found.kept) > 1:
         with clock.part("the comparison of runs"):
             _compare(plan, density, found)
     if plan.train_model:
         density.forget()
-    with clock.part("the search for modes that the guide lacks"):
-        found.search = _search(plan, density, found, found.sampler)
+    _look(plan, density, found)
     if plan.escalate and not plan.train_model:
-        _add_runs(plan, prepared, found)
+        _complete(plan, prepared, found)
 
 
-def _add_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
-    """Train further runs where the sampler lacks a mode, until it lacks none; it becomes the mixture of all."""
+def _look(plan: Plan, density: LogDensity, found: Combined) -> None:
+    """Search for modes that the sampler lacks."""
+    assert found.sampler is not None
+    with plan.clock.part("the search for modes that the guide lacks"):
+        found.search = _search(plan, density, found, found.sampler)
+
+
+def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
+    """Go on until the sampler lacks no mode: copies of its flows where a symmetry tells all, further runs elsewhere."""
+    moves: list[SignedPermutation] = []
+    while found.search is not None and found.search.lacks and not plan.clock.over:
+        known = len(moves)
+        moves += [lack.move for lack in found.search.lacks if lack.move is not None and lack.move not in moves]
+        if len(moves) == known or not _copied(found, moves):
+            if found.added == RUNS_ADDED:
+                return
+            _add_run(plan, prepared, found, found.search.lacks[0].start)
+            _copied(found, moves)
+        _look(plan, prepared.density, found)
+
+
+def _copied(found: Combined, moves: Sequence[SignedPermutation]) -> bool:
+    """Put a copy of each flow at each of its images under exact symmetries; say whether there are not too many.
+
+    The density is the same at all images of a point. So all copies have the same mass, and none has to be trained.
+    """
+    copies = group(moves, MAX_COPIES) if moves else None
+    if copies is None or found.plain is None:
+        return False
+    plain = found.plain if isinstance(found.plain, FlowMixture) else FlowMixture([found.plain])
+    pairs = [(torch.tensor(order), torch.tensor(signs)) for order, signs in copies]
+    parts = [replace(part, order=order, signs=signs) for part in plain.components for order, signs in pairs]
+    found.sampler, found.copies = FlowMixture(plain.members, parts), len(copies)
+    return True
+
+
+def _add_run(plan: Plan, prepared: Prepared, found: Combined, lack: Start) -> None:
+    """Train a further run where the sampler lacks a mode; the sampler becomes the mixture of all runs."""
     clock, density = plan.clock, prepared.density
-    for _ in range(RUNS_ADDED):
-        if found.search is None or not found.search.lacks or clock.over:
-            return
-        number = len(found.runs)
-        found.runs.append(Run(number))
-        plan.bar.task = "fit, a run for a missed mode"
-        with clock.part("a run for a missed mode"), threads(density):
-            lack = found.search.lacks[0].start
-            make_run(plan, density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
-        plan.bar.task = "fit"
-        found.sampler = found.best.flow(plan, density)
-        with clock.part("the comparison of runs"):
-            _compare(plan, density, found)
-        found.added += 1
-        with clock.part("the search for modes that the guide lacks"):
-            found.search = _search(plan, density, found, found.sampler)
+    number = len(found.runs)
+    found.runs.append(Run(number))
+    plan.bar.task = "fit, a run for a missed mode"
+    with clock.part("a run for a missed mode"), threads(density):
+        make_run(plan, density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
+    plan.bar.task = "fit"
+    found.plain = found.sampler = found.best.flow(plan, density)
+    with clock.part("the comparison of runs"):
+        _compare(plan, density, found)
+    found.added += 1
 
 
 def _search(plan: Plan, density: LogDensity, found: Combined, sampler: Sampler) -> Search:
@@ -153,7 +188,7 @@ def _compare(plan: Plan, density: LogDensity, found: Combined) -> None:
     flows = [run.flow(plan, density) for run in runs]
     weights = balanced(flows, density, agreement.weights)
     found.history[-1] = stage(agreement, weights)
-    found.sampler = FlowMixture.of(flows, weights)
+    found.plain = found.sampler = FlowMixture.of(flows, weights)
 
 
 @contextmanager

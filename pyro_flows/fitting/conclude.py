@@ -72,11 +72,14 @@ def _warnings(run: Run) -> list[str]:
 
 
 def _differ(found: Combined, runs: int) -> list[str]:
-    """Say that runs disagree, or that some were added since the first ones lacked modes."""
-    if not found.added or not found.disagreements:
-        return found.disagreements
-    what = "a run was" if found.added == 1 else f"{found.added} runs were"
-    return [f"{what} added where the first {'one' if runs == 1 else 'ones'} lacked a mode, and mixed with it"]
+    """Say that runs disagree, or what was added since the first ones lacked modes."""
+    said = list(found.disagreements)
+    if found.added and said:
+        what = "a run was" if found.added == 1 else f"{found.added} runs were"
+        said = [f"{what} added where the first {'one' if runs == 1 else 'ones'} lacked a mode, and mixed with it"]
+    if found.copies > 1:
+        said.append(f"the flow found one of {found.copies} equal modes, and copies of it stand at the others")
+    return said
 
 
 def _never_good(run: Run) -> list[str]:

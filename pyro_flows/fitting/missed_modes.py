@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.fitting.symmetries import moves
+from pyro_flows.fitting.symmetries import SignedPermutation, moves, signed_permutation
 from pyro_flows.fitting.tempering import log_mean, temper, wander
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.curvature import lower_triangular
@@ -40,6 +40,7 @@ MOVED_DRAWS = 200
 WANDERERS = 256
 WANDERED = "wandered"
 THIN = 3.0  # nats by which the guide falls short where wanderers count
+EXACT = 1e-4  # of a log density: rounding of single precision
 SEEDS = 2  # draws at which exact moves are looked for
 
 Score = Callable[[Tensor], Tensor]
@@ -47,10 +48,14 @@ Score = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Lack:
-    """A place that the guide lacks, and a normal distribution there: where another run may start."""
+    """A place that the guide lacks, and a normal distribution there: where another run may start.
+
+    ``move`` takes coordinates of the guide's draws there and leaves the density as it is, if there is such a move.
+    """
 
     place: Tensor
     start: Start
+    move: SignedPermutation | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,9 @@ def _mirrored(guide: _Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
         # The move keeps the volume of the model's own values, so there q's image has the density that q has at z.
         image = log_q - density.log_jacobian(z) + density.log_jacobian(moved)
         log_p = torch.where(inside, density(moved), -torch.inf)
-        found += _lack(moved, log_p, guide.lacking(moved, log_p, image), "mirrored")
+        lacks = _lack(moved, log_p, guide.lacking(moved, log_p, image), "mirrored")
+        exact = bool(lacks) and bool((log_p - density(z)).abs().le(EXACT * (1.0 + log_p.abs())).all())
+        found += [replace(lack, move=signed_permutation(z, moved)) if exact else lack for lack in lacks]
     return found
 
 

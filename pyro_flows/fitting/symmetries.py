@@ -15,7 +15,7 @@ What comes back to about the height where it began is a move.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ AXIS = 32  # longest axis whose indices are moved one at a time
 PAIRS_UP_TO = 6  # indices along an axis of which each pair is exchanged; neighbours only, beyond
 ADDITIONS = 12
 ROUND_TRIP = 1e-3
+COMPARED = 8  # draws by which signed permutations are told
 RETURNED = 3.0  # nats below the height where a move began
 
 Values = Mapping[str, Tensor]
@@ -92,6 +93,43 @@ def moves(density: LogDensity, z: Tensor) -> list[Move]:
         for members in _grown(density, latents, kind, height):
             found.setdefault(frozenset(members), Move(members))
     return list(found.values())
+
+
+SignedPermutation = tuple[tuple[int, ...], tuple[float, ...]]  # of coordinates: x becomes signs * x[order]
+
+
+def signed_permutation(z: Tensor, moved: Tensor) -> SignedPermutation | None:
+    """Return the order and signs that take draws ``z`` (S, D) to their images; None if nothing of that kind does."""
+    few, images = z[:COMPARED], moved[:COMPARED]
+    away = torch.stack([(images[:, :, None] - sign * few[:, None, :]).abs().amax(0) for sign in (1.0, -1.0)])
+    nearest, places = away.amin(0).min(1)
+    order = places.tolist()
+    scale = few.abs().amax(0)[places].clamp_min(torch.finfo(z.dtype).tiny)
+    if not bool((nearest <= ROUND_TRIP * scale).all()) or len({*order}) < len(order):
+        return None
+    signs = torch.where(away[0] <= away[1], 1.0, -1.0)[torch.arange(len(order)), places]
+    return tuple(order), tuple(signs.tolist())
+
+
+def group(generators: Iterable[SignedPermutation], limit: int) -> list[SignedPermutation] | None:
+    """Return all that comes of signed permutations one after the other, the identity first; None beyond ``limit``."""
+    steps = list(dict.fromkeys(generators))
+    dim = len(steps[0][0])
+    found = {(tuple(range(dim)), (1.0,) * dim): None}
+    waiting = list(found)
+    while waiting:
+        order, signs = waiting.pop()
+        for then, flips in steps:
+            product = (
+                tuple(order[place] for place in then),
+                tuple(flip * signs[place] for flip, place in zip(flips, then, strict=True)),
+            )
+            if product not in found:
+                found[product] = None
+                waiting.append(product)
+        if len(found) > limit:
+            return None
+    return list(found)
 
 
 def _kinds(latents: Values) -> list[list[Unit]]:

@@ -57,6 +57,10 @@ class Recipe:
     df: float = 15.0
     around: tuple[tuple[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in self.options.items()}
+        object.__setattr__(self, "options", options)
+
     @property
     def named(self) -> bool:
         """Whether the builder is given by its name."""

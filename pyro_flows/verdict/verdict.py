@@ -25,6 +25,7 @@ MENDED_K = 0.5  # of weights that have to mend something: above it they have no 
 HEAVY_INDEX = 0.42
 POOL = 4
 CONTAINED_K, CONTAINED_ESS, CONTAINED_GAP, CONTAINED_SHIFT = 1.0, 0.9, 0.05, 0.05  # see _hangs_on_nothing
+NEXT_TO_NONE_K, NEXT_TO_NONE_ESS, NEXT_TO_NONE_GAP = 1.5, 0.99, 0.005  # and this
 CHECKED = 50  # draws run with Pyro's argument checks on
 
 Draw = Callable[[int], tuple[Tensor, Tensor]]  # n -> z (n, D), log q (n,)
@@ -256,14 +257,16 @@ def judge(
 def _hangs_on_nothing(weighing: Weighing) -> bool:
     """Whether the largest weights carry next to nothing: the guide is right but for a tail that holds hardly any mass.
 
-    k-hat tells that weights have no mean square. Draws that are used as they are do not need one, if the effective
-    sample size is near its maximum, log evidence and ELBO agree, and weighting changes no mean and no sd; and if
-    something else than weights, which know of the guide's own draws only, says that nothing is missing.
+    k-hat tells that weights have no mean square, and above 1 no mean. Draws that are used as they are need neither, if
+    the effective sample size is near its maximum, log evidence and ELBO agree, and weighting changes no mean and no sd;
+    and if something else than weights, which know of the guide's own draws only, says that nothing is missing. The
+    smaller the part that all unequal weights have together, the less their tail can say.
     """
-    gap = weighing.log_evidence - weighing.elbo
+    gap, share = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
     shift = max(float(weighing.mean_shift.max()), float(weighing.sd_shift.max()))
-    good = weighing.ess >= CONTAINED_ESS * len(weighing.log_weights) and gap <= CONTAINED_GAP
-    return good and weighing.k_hat < CONTAINED_K and shift <= CONTAINED_SHIFT
+    next_to_none = share >= NEXT_TO_NONE_ESS and gap <= NEXT_TO_NONE_GAP
+    good = share >= CONTAINED_ESS and gap <= CONTAINED_GAP and shift <= CONTAINED_SHIFT
+    return good and weighing.k_hat < (NEXT_TO_NONE_K if next_to_none else CONTAINED_K)
 
 
 @dataclass(frozen=True)
