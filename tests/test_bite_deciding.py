@@ -111,6 +111,15 @@ def labels(_):
     test_symmetries.test_components_of_a_mixture_change_places()
 
 
+def told_from_draws(_):
+    test_symmetries.check_signed_permutation()
+
+
+def groups(_):
+    for generators, count in test_symmetries.GROUPS:
+        test_symmetries.check_group(generators, count)
+
+
 def supports(_):
     for prior in test_symmetries.SUPPORTS:
         test_symmetries.test_no_move_leaves_the_support(prior)
@@ -260,6 +269,10 @@ BUGS = [
     (symmetries.Unit, "apply", "return -value", "return value", one_half),
     (symmetries.Unit, "apply", "order[first], order[second] = second, first", "pass", labels),
     (symmetries, "_placed", "inside = inside & close", "close", supports),
+    (symmetries, "signed_permutation", "for sign in (1.0, -1.0)", "for sign in (1.0, 1.0)", told_from_draws),
+    (symmetries, "signed_permutation", "len({*order}) < len(order)", "False", told_from_draws),
+    (symmetries, "group", "order[place] for place in then", "order[place] for place in order", groups),
+    (symmetries, "group", "flip * signs[place]", "signs[place]", groups),
     (tempering._Walk, "heat", "(beta - self.beta)", "beta", mass),
     (tempering._Walk, "heat", "(self.log_p - self.log_g)", "self.log_p", mass),
     (tempering._Walk, "move", "torch.rand_like(chance) < chance", "chance == chance", wandering),

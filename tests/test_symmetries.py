@@ -15,7 +15,7 @@ from pyro.ops.indexing import Vindex
 import pyro_flows as pf
 from pyro_flows.fitting import missed_modes as modes
 from pyro_flows.fitting.missed_modes import missed_modes
-from pyro_flows.fitting.symmetries import Move, Unit, moves
+from pyro_flows.fitting.symmetries import Move, Unit, group, moves, signed_permutation
 from tests.models import real
 from tests.registry import normal
 
@@ -270,3 +270,75 @@ def test_a_spike_is_no_mode():
         return torch.where(points[:, place] > end, score(points), -1e4)
 
     assert look(density, z, ending).failures == []
+
+
+# copies ---------------------------------------------------------------------------------------------------------------
+
+
+def swap(dim, first, second):
+    order = list(range(dim))
+    order[first], order[second] = second, first
+    return tuple(order), (1.0,) * dim
+
+
+def flip(dim, *places):
+    return tuple(range(dim)), tuple(-1.0 if place in places else 1.0 for place in range(dim))
+
+
+def check_signed_permutation():
+    order, signs = (2, 0, 1, 3), (1.0, -1.0, 1.0, -1.0)
+    z = normal(20, 4, seed=3)
+    moved = torch.tensor(signs, dtype=z.dtype) * z[:, list(order)]
+    assert signed_permutation(z, moved) == (order, signs)
+    assert signed_permutation(z, moved + 0.1) is None
+    assert signed_permutation(z, moved[:, [0, 0, 2, 3]]) is None, "one coordinate stands twice"
+
+
+def test_signed_permutations_are_told_from_draws():
+    check_signed_permutation()
+
+
+GROUPS = [
+    ([flip(3, 0)], 2),
+    ([flip(3, 0), flip(3, 1), flip(3, 2)], 8),
+    ([swap(4, 0, 1), swap(4, 1, 2), swap(4, 2, 3)], 24),
+    ([swap(2, 0, 1), flip(2, 0)], 8),
+    ([((1, 2, 0), (1.0, 1.0, -1.0))], 6),  # three times round is a change of all signs
+]
+
+
+def check_group(generators, count):
+    """All products, each once: what is in it stays in it, and takes draws where the moves one by one take them."""
+    found = group(generators, 64)
+    assert len(found) == len({*found}) == count
+    x = normal(1, len(found[0][0]), seed=1)[0]
+    images = torch.stack([torch.tensor(signs).to(x) * x[list(order)] for order, signs in found])
+    for order, signs in generators:
+        moved = torch.tensor(signs).to(x) * images[:, list(order)]
+        assert float(torch.cdist(moved, images).amin(1).max()) < 1e-12
+
+
+@pytest.mark.parametrize(("generators", "count"), GROUPS)
+def test_a_group_is_closed(generators, count):
+    check_group(generators, count)
+
+
+def test_a_group_may_be_too_large():
+    assert group([swap(5, place, place + 1) for place in range(4)], 64) is None
+
+
+def test_a_mirrored_mode_costs_no_second_run():
+    """Both halves, one trained flow; saved and drawn from as any mixture."""
+
+    def model(y):
+        a = pyro.sample("a", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(a.abs(), 0.1).to_event(1), obs=y)
+
+    posterior = pf.fit(model, torch.tensor([1.0, 0.7]).double(), draws=4000, progress=False)
+    assert posterior.verdict.status == "corrected"
+    assert "the flow found one of 4 equal modes" in str(posterior.verdict)
+    assert {stage["run"] for stage in posterior.history if stage["steps"]} == {0}
+    assert len(posterior.flow.members) == 1
+    quadrants = (posterior.samples["a"] > 0).double() @ torch.tensor([2.0, 1.0]).double()
+    counts = torch.bincount(quadrants.long(), minlength=4) / 4000
+    assert float((counts - 0.25).abs().max()) < 0.04  # standard error .007
