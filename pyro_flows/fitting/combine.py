@@ -24,7 +24,7 @@ from pyro_flows.starts.portfolio import Start
 from pyro_flows.training.loop import BATCH
 
 RUNS_ADDED = 3  # at most, one for each mode that is missed
-MAX_COPIES = 64  # of each flow: draws are scored by all of them
+MAX_COPIES = 128  # of each flow: draws are scored by all of them
 MODE_DRAWS = 1000
 ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
 

@@ -16,6 +16,7 @@ from pyro_flows import _checks
 from pyro_flows.flows.flow import Flow
 
 LEAST_WEIGHT = 1e-3
+ROWS = 2**17  # that one flow is evaluated at together
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,11 @@ class FlowMixture(nn.Module):
         """
         _checks.event("FlowMixture", z, self.dim)
         rows = z.reshape(-1, self.dim)
+        size = max(1, ROWS // len(self.which))  # many parts at many points would fill the memory
+        found = [self._log_prob(part) for part in rows.split(size)]
+        return (torch.cat(found) if found else rows.sum(-1)).reshape(z.shape[:-1])
+
+    def _log_prob(self, rows: Tensor) -> Tensor:
         backward = self.orders.argsort(1)
         terms = torch.empty(0)
         for number, flow in enumerate(self.members):
@@ -168,7 +174,7 @@ class FlowMixture(nn.Module):
             found = torch.where(found.isnan() & rows.isfinite().all(-1), -torch.inf, found)
             found = found + self.log_weights[parts][:, None]
             terms = torch.cat([terms, found]) if len(terms) else found
-        return torch.logsumexp(terms, 0).reshape(z.shape[:-1])
+        return torch.logsumexp(terms, 0)
 
 
 class MixtureOfFlows(TorchDistribution):
