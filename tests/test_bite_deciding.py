@@ -291,7 +291,7 @@ BUGS = [
     (recipe, "set_df", "flow.df = df", "pass", the_rounds),
     (escalation, "assess", "copy.deepcopy(flow)", "flow", the_rounds),
     (recipe, "grow", "_copy_layers(flow.bijection, new.bijection)", "pass", grown),
-    (recipe.Recipe, "grown", '{**self.options, "layers"', '{"layers"', grown),
+    (recipe.Recipe, "grown", 'self.options["layers"] + layers', 'self.options["layers"]', grown),
     (runs, "compare", "not spread <= EVIDENCE", "spread <= EVIDENCE", agreement),
     (runs, "compare", "evidences.max() - evidences.min()", "evidences[0] - evidences[1]", agreement),
     (runs, "compare", "torch.nan_to_num(evidences, nan=-math.inf)", "-evidences", agreement),

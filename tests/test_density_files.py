@@ -294,7 +294,7 @@ def test_checkpoints_that_cannot_be_written(tmp_path, monkeypatch):
     def fail(path, data):
         raise OSError(28, "path: 'run.pt' could not be written (No space left on device)")
 
-    monkeypatch.setattr(fit_density.density_storage, "replace_file", fail)
+    monkeypatch.setattr(fit_density.files, "replace_file", fail)
     with pytest.warns(UserWarning, match=r"checkpoint: .*No space left on device.*; the training goes on") as caught:
         fit = pf.fit_density("nice", cloud(), checkpoint=tmp_path / "run.pt", **QUICK)
     assert len(caught) == 1
