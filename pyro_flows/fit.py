@@ -19,6 +19,8 @@ from pyro_flows.batching import alone, usable
 from pyro_flows.charting import choose_charts
 from pyro_flows.clock import Clock, unbounded
 from pyro_flows.coordinates import choose_coordinates
+from pyro_flows.correction.refine import last_rung, which
+from pyro_flows.correction.search import noted
 from pyro_flows.escalation import ENOUGH_K
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, FlowLike
@@ -60,6 +62,7 @@ def fit(
     max_seconds: float = math.inf,
     train_model: bool = False,
     escalate: bool = True,
+    refine: str | bool = "auto",
     runs: int = 1,
     progress: bool = True,
     raise_on_interrupt: bool = False,
@@ -93,6 +96,9 @@ def fit(
         escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and
             tempering, in this order; each is an entry of ``history``. Where the guide lacks a mode, up to three more
             runs start there, and the guide becomes their mixture.
+        refine: where the verdict would be ``unreliable``, let a sampler that begins at the flow's draws finish the work,
+            in the flow's latent space (see :meth:`Posterior.refine`): ``"auto"``, or one of its methods; False does
+            without. Not with ``train_model``.
         runs: independent runs with seeds and starts of their own, 100 at most. Where they disagree, the verdict names
             the sites, and the guide becomes a mixture of the runs, weighted so that it is as close to the posterior as
             it can be.
@@ -132,6 +138,7 @@ def fit(
         if not isinstance(flow, str):
             raise ValueError("layers: goes with a flow given by name; this flow is already built.")
     options = {} if layers is None else {"layers": layers}
+    method = which(refine)
     args, kwargs = usable(args), usable(dict(model_kwargs or {}))
     with alone(), seeded(seed):
         bar = Bar("fit", progress)
@@ -139,6 +146,8 @@ def fit(
         plan = Plan(model, args, kwargs, flow, options, max_steps or MAX_STEPS, train_model, escalate, clock, bar)
         try:
             posterior = _fit(plan, draws, seed, runs, grow=max_steps is None)
+            if method is not None and not train_model:
+                posterior = last_rung(posterior, method, clock, bar)
         except BaseException as error:
             bar.close(f"ended by {type(error).__name__}")
             raise
@@ -336,7 +345,7 @@ def _judged(plan: Plan, state: _State, draws: int, seed: int, runs: int) -> Post
         seed=seed,
         guide=guide,
         losses=best.losses,
-        history=[*state.history, *(stage for run in state.done for stage in run.history)],
+        history=[*state.history, *(stage for run in state.done for stage in run.history), *noted(search)],
         settings={**given, **_settings(best, guide, density), "seconds": clock.elapsed},
         warnings=[*notes, *state.warnings, *_differ(state, runs)],
         failures=[*([] if search is None else search.failures), *state.failures, *cut_short],

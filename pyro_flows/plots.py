@@ -207,7 +207,7 @@ def plot_pairs(
 
 def _raw(posterior: Posterior) -> Mapping[str, Tensor]:
     """Constrained draws as the guide gave them."""
-    if not posterior.resampled:
+    if not posterior.replaced:
         return posterior.samples
     if posterior.density is None:
         raise ValueError(

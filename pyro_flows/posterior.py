@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_flows import _arviz, _checks, export, storage
 from pyro_flows.alarms import warn_unreliable
+from pyro_flows.chains import Chains
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow
 from pyro_flows.labels import Labels, coordinate_names
@@ -42,7 +43,8 @@ class Posterior:
 
     Attributes:
         samples: the draws to use, constrained, deterministic sites too: ``{name: (draws, *shape)}``. Raw draws of the
-            guide if the verdict is ok or unreliable, importance-resampled ones if it is corrected.
+            guide if the verdict is ok or unreliable, importance-resampled ones if it is corrected, draws of chains,
+            one chain after the other, if it is refined.
         z: raw draws in unconstrained coordinates (S, D).
         log_p, log_q: unnormalised log posterior and log guide density of ``z`` (S,).
         log_weights: Pareto-smoothed, normalised log importance weights of ``z`` (S,).
@@ -65,6 +67,8 @@ class Posterior:
         density: the model as a log density; None after :func:`load` without a model.
         missing: for each of ``guide``, ``flow`` and ``density`` that is None, why; and why ``groups`` of the ArviZ
             object are missing, if any are.
+        chains: what a sampler came to, if :meth:`refine` was called, by ``fit`` or since: draws of each chain, and all
+            that it takes to go on.
 
     It can be pickled (joblib, Dask): draws, verdict and flow go along, model, data and guide stay behind.
     """
@@ -92,6 +96,7 @@ class Posterior:
     density: LogDensity | None = field(repr=False)
     missing: dict[str, str] = field(repr=False)
     stored: tuple[dict[str, Any], dict[str, Any]] | None = field(repr=False, default=None)  # as read from a file
+    chains: Chains | None = field(repr=False, default=None)
 
     # what it says ---------------------------------------------------------------------------------------------------
 
@@ -101,18 +106,31 @@ class Posterior:
         return self.verdict.status == "corrected"
 
     @property
+    def replaced(self) -> bool:
+        """Whether ``samples`` are other draws than the guide's own: resampled ones, or those of chains."""
+        return self.verdict.status in ("corrected", "refined")
+
+    @property
+    def chain_count(self) -> int:
+        """How many chains ``samples`` are, one after the other: 1 unless the verdict is refined."""
+        return self.chains.count if self.chains is not None and self.verdict.status == "refined" else 1
+
+    @property
     def used_log_weights(self) -> Tensor:
-        """Normalised log weights that ``samples`` still carry (S,): equal ones once they are resampled."""
-        return torch.full_like(self.used_log_p, -math.log(len(self.used))) if self.resampled else self.log_weights
+        """Normalised log weights that ``samples`` still carry (S,): equal ones unless they are the guide's own."""
+        return torch.full_like(self.used_log_p, -math.log(len(self.used))) if self.replaced else self.log_weights
 
     @property
     def effective(self) -> float:
         """How many independent draws ``samples`` are worth for means under the posterior; NaN if unreliable.
 
-        The effective sample size of the weights, or, of resampled draws, (sum of counts)^2 / (sum of their squares).
+        The effective sample size of the weights; of resampled draws, (sum of counts)^2 / (sum of their squares); of
+        chains, the bulk ESS of the worst coordinate.
         """
         if self.verdict.status == "unreliable":
             return math.nan
+        if self.verdict.status == "refined" and self.verdict.chains is not None:
+            return self.verdict.chains.ess_bulk
         if not self.resampled:
             return self.ess
         counts = torch.unique(self.used, dim=0, return_counts=True)[1].double()
@@ -158,7 +176,8 @@ class Posterior:
 
         Columns: mean, sd, interval, :math:`\text{sd} / \sqrt{\text{ess}}`, and ``ess``, the number of independent
         posterior draws that these are worth (:attr:`effective`; NaN if the verdict is unreliable). Draws are
-        independent, so there is no R-hat.
+        independent, so there is no R-hat; with verdict refined, each row has ``ess_bulk``, ``ess_tail`` and ``r_hat``
+        of its own.
 
         Args:
             names: sites to show; all by default.
@@ -203,12 +222,13 @@ class Posterior:
         prob = prob if ci_prob is None else ci_prob
         if prob is None or not 0 < prob < 1:
             raise ValueError(f"ci_prob: expected a number between 0 and 1, got {prob!r}.")
-        return _arviz.summary(draws, ess=self.effective, kind=kind, prob=prob, round_to=round_to)
+        ess = None if self.verdict.status == "refined" else self.effective
+        return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)
 
     def _draws(self) -> Any:
         if self.stored is not None:
             return self.stored[0]["posterior"]
-        return export.draws_group(Labels(self._need_density().structure), self.samples)
+        return export.draws_group(Labels(self._need_density().structure), self.samples, self.chain_count)
 
     def to_arviz(
         self,
@@ -219,15 +239,17 @@ class Posterior:
     ) -> Any:
         """Return everything as one ArviZ object: a ``DataTree``, or an ``InferenceData`` where ArviZ 0.x is installed.
 
-        Draws are one chain: they are independent and are not cut into false chains. Dimensions are named after plates
+        Draws are one chain: they are independent and are not cut into false chains; those of a sampler (verdict refined)
+        are as many chains as it had. Dimensions are named after plates
         (with the suffix ``_dim`` if a variable has that name), others ``{site}_dim_0`` and so on. Entries that a mask
         takes out (``obs_mask``) are left out, with one dimension ``{site}_entry`` for what remains.
 
         Groups: ``posterior``, the draws to use; ``sample_stats`` with their ``log_p``, ``log_q`` (unconstrained
         coordinates), ``log_weight`` (the normalised log weight that a draw still carries) and ``lp``;
         ``log_likelihood``, ``log_prior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
-        ``constant_data``, ``unconstrained_posterior``, ``fit``; and, if the draws were importance-resampled,
-        ``raw_posterior`` and ``raw_sample_stats``. Models with enumerated latents have neither deterministic sites nor
+        ``constant_data``, ``unconstrained_posterior``, ``fit``; and, if the draws were importance-resampled or are a
+        sampler's, the guide's own as ``raw_posterior`` and ``raw_sample_stats``. The ``sample_stats`` of a sampler also
+        have ``acceptance_rate``, ``diverging``, ``energy``, ``energy_error``, ``n_steps`` and ``step_size``. Models with enumerated latents have neither deterministic sites nor
         a pointwise log likelihood; improper priors cannot be drawn from.
 
         Args:
@@ -270,6 +292,8 @@ class Posterior:
     def resample(self, draws: int | None = None, *, seed: int = 0, force: bool = False) -> dict[str, Tensor]:
         """Resample the raw draws by their importance weights: ``{name: (draws, *shape)}``, constrained.
 
+        With verdict refined, the chains' draws are resampled, all with the same weight.
+
         Args:
             draws: how many; as many as there are raw draws by default.
             seed: of the resampling.
@@ -286,10 +310,88 @@ class Posterior:
             )
         count = len(self.z) if draws is None else _checks.integer("draws", draws, 1)
         self._hand_on("resample()")
-        index = resample(self.log_weights, count, seed=seed)
+        weights = self.used_log_weights if self.verdict.status == "refined" else self.log_weights
+        index = resample(weights, count, seed=seed)
         if not self.resampled:
             return {name: values[index] for name, values in self.samples.items()}
         return self._need_density().constrain(self.z[index])
+
+    def refine(
+        self,
+        method: str = "auto",
+        *,
+        chains: int = 128,
+        max_steps: int = 2000,
+        max_seconds: float = math.inf,
+        seed: int | None = None,
+        progress: bool = False,
+    ) -> Posterior:
+        r"""Let a sampler finish the work: many short chains in the flow's latent space, begun at its draws.
+
+        Where the flow T is close to the posterior, the target in latent space,
+        :math:`\log\tilde p(T(x)) + \log|\det J_T(x)|`, is close to the base distribution, and a few leaps of
+        Hamiltonian dynamics make a new draw. Step size and trajectory length are adapted across chains (ChEES). Chains
+        begin in superchains of eight at importance-resampled draws, and go on until nested R-hat is at most 1.01,
+        R-hat 1.05, and the effective sample size 1000 in the bulk and in the tails of each coordinate and of the log
+        density. Then the search for missed modes is made once more, from the chains' draws. The verdict is ``refined``
+        if nothing speaks against that; if chains need more time, it is what it was, with a reason or a note.
+
+        Called again, it goes on where it was, as if it had not been cut short. The guide's own draws stay: ``z``.
+
+        Args:
+            method: ``"hmc"``; ``"imh"``: with four independent proposals of the flow, or mixture, before each move;
+                ``"smc"``: chains begin where particles come to that are annealed from the flow to the posterior, which
+                also gives ``log_evidence`` (its standard error is in ``history``); ``"nuts"``: four chains of Pyro's
+                NUTS in the same space, slow, as a check; ``"auto"``: with one independent proposal before each move,
+                unless the flow's weights tell that it would be in vain. Chains of a mixture move in the latent space of
+                one part at a time, and change parts.
+            chains: how many, a multiple of 8.
+            max_steps: bound on the moves of each chain, warm-up included; a move takes a few gradients.
+            max_seconds: bound on the seconds.
+            seed: of all moves; the posterior's own by default. One seed, one answer.
+            progress: show what is being done on one line.
+
+        Returns:
+            A new posterior. Its draws to use are the chains', at least as many as before, if it is refined.
+
+        Raises:
+            ValueError: for a bad option, NUTS with a mixture, or if a loaded posterior needs its model for this.
+
+        References: Hoffman et al. 2019 (arXiv 1903.03704); Hoffman, Radul and Sountsov 2021 (ChEES); Margossian et al.
+        2024 (nested R-hat, arXiv 2110.13017); Li et al. 2024 (arXiv 2409.04332).
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model(y):
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+        >>> guide = lambda y: pyro.sample("x", dist.Normal(y / 2, 0.3))
+        >>> narrow = pf.diagnose(model, guide, torch.tensor(1.0), draws=1000)
+        >>> narrow.verdict.status, narrow.refine().verdict.status
+        ('unreliable', 'refined')
+        """
+        from pyro_flows.correction.refine import refine
+
+        options: dict[str, Any] = {"max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
+        return refine(self, method=method, chains=chains, progress=progress, **options)
+
+    def sample(self, draws: int, *, seed: int = 0) -> dict[str, Tensor]:
+        """Draw anew in the way of the verdict: ``{name: (draws, *shape)}``, constrained.
+
+        From the flow if it is ok (or unreliable, with a warning); resampled by importance weights from four times as
+        many new draws if it is corrected; by going on with the chains if it is refined.
+
+        Args:
+            draws: how many.
+            seed: of the draws: the same seed gives the same values.
+
+        Raises:
+            ValueError: if a loaded posterior has no model, if the guide is no flow, or for chains of NUTS.
+        """
+        from pyro_flows.correction.refine import more_draws
+
+        z = more_draws(self, _checks.integer("draws", draws, 1), seed=_checks.integer("seed", seed, 0))
+        self._hand_on("sample()")
+        return self._need_density().constrain(z)
 
     def predictive(
         self,

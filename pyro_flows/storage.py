@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_flows import _arviz
 from pyro_flows._fallbacks import first_line
 from pyro_flows._files import Bundle, damaged
+from pyro_flows.chains import ChainFigures, Chains
 from pyro_flows.export import plain
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlow, not_rebuilt, rebuild
@@ -73,6 +74,8 @@ def write(posterior: Posterior, groups: Mapping[str, Any], attrs: Mapping[str, s
     tensors["samples"] = {name: value.detach().cpu().clone() for name, value in posterior.samples.items()}
     state = {} if flow is None or reason else flow.state_dict()
     tensors["flow"] = {name: value.detach().cpu() for name, value in state.items()}
+    if posterior.chains is not None:
+        tensors["chains"] = posterior.chains.stored()
     stored = io.BytesIO()
     torch.save(tensors, stored)
     FILES.write(path, plain(description), {NETCDF: _arviz.write(groups, attrs), TENSORS: stored.getvalue()})
@@ -147,6 +150,7 @@ def _read(
         "density": density,
         "missing": missing,
         "stored": stored,
+        "chains": Chains(**tensors["chains"]) if "chains" in tensors else None,
     }
 
 
@@ -171,7 +175,10 @@ def _revived(value: Any) -> Any:
 def _verdict(stored: Mapping[str, Any]) -> Verdict:
     numbers = {name: float(stored[name]) for name in ("k_hat", "k_threshold", "ess_ratio", "mean_shift", "sd_shift")}
     reasons, notes = (tuple(stored.get(name, ())) for name in ("reasons", "notes"))
-    return Verdict(status=stored["status"], where=stored["where"], reasons=reasons, notes=notes, **numbers)
+    chains = None if stored.get("chains") is None else ChainFigures.of(stored["chains"])
+    return Verdict(
+        status=stored["status"], where=stored["where"], reasons=reasons, notes=notes, chains=chains, **numbers
+    )
 
 
 def _density(density: LogDensity, coordinates: Sequence[str], tensors: Mapping[str, Any]) -> LogDensity:
@@ -210,4 +217,4 @@ def _guide(
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
-    return {name: _move(item, device) for name, item in value.items()}
+    return {name: _move(item, device) for name, item in value.items()} if isinstance(value, dict) else value

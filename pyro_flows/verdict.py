@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_flows.chains import ChainFigures
 from pyro_flows.display import verdict_html
 from pyro_flows.psis import psis
 from pyro_flows.randomness import derive
@@ -36,7 +37,8 @@ class Verdict:
 
     Attributes:
         status: ``"ok"``: the draws stand as they are; ``"corrected"``: the raw draws are off, importance resampling
-            mends them, and ``samples`` holds the resampled ones; ``"unreliable"``: neither.
+            mends them, and ``samples`` holds the resampled ones; ``"refined"``: ``samples`` are draws of chains that
+            began at the guide's; ``"unreliable"``: none of these.
         k_hat: Pareto shape of the importance weights.
         k_threshold: min(1 - 1 / log10(S), 0.7).
         ess_ratio: effective sample size of the weights over S.
@@ -45,6 +47,7 @@ class Verdict:
         where: the coordinate of the larger shift.
         reasons: what spoke against ``ok``, in words.
         notes: what was not or not fully checked, and what else to know before the draws are used.
+        chains: figures of the chains, if a sampler was tried.
     """
 
     status: str
@@ -56,6 +59,7 @@ class Verdict:
     where: str
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    chains: ChainFigures | None = None
 
     def __str__(self) -> str:
         return self._sentence() + (f" Note: {'; '.join(self.notes)}." if self.notes else "")
@@ -70,6 +74,8 @@ class Verdict:
         why = "; ".join(self.reasons)
         if self.status == "corrected":
             return f"corrected: samples were importance-resampled to correct the guide's draws ({why}); {figures}."
+        if self.status == "refined":
+            return f"refined: samples are draws of a sampler that began at the guide's draws ({why}); {self.chains}."
         return (
             f"unreliable: do not use these draws ({why}); {figures}. "
             "Try more layers or more steps, another parametrisation of the model, or Pyro's NUTS."
