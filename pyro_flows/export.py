@@ -113,8 +113,9 @@ def modelless_groups(posterior: Posterior, density: LogDensity) -> dict[str, xr.
 def _drawn_from(posterior: Posterior) -> Tensor:
     r"""Return the log density (S,) of what the draws to use come from, for importance ratios that other tools form.
 
-    That is the guide, or, of draws that were resampled or are a sampler's, the posterior itself, :math:`\tilde p(z) / Z` with the
-    estimated evidence Z: their ratios are constant, so that no tool weights them a second time.
+    That is the guide, or, of draws that were resampled or are a sampler's, the posterior itself,
+    :math:`\tilde p(z) / Z` with the estimated evidence Z: their ratios are constant, so that no tool weights them a
+    second time.
     """
     if not posterior.replaced:
         return posterior.used_log_q
@@ -246,7 +247,8 @@ def _fit(posterior: Posterior) -> xr.Dataset:
 
 def attributes(posterior: Posterior) -> dict[str, str | float]:
     """Return what the object says of itself, the verdict first: numbers and strings only."""
-    kind = "chains" if posterior.verdict.status == "refined" else "psis-resampled" if posterior.resampled else "flow" if posterior.flow is not None else "guide"
+    kind = "flow" if posterior.flow is not None else "guide"
+    kind = {"corrected": "psis-resampled", "refined": "chains"}.get(posterior.verdict.status, kind)
     found: dict[str, str | float] = {
         "status": posterior.verdict.status,  # both first, where a display that is cut short still shows them
         "verdict": str(posterior.verdict),

@@ -96,9 +96,10 @@ def fit(
         escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and
             tempering, in this order; each is an entry of ``history``. Where the guide lacks a mode, up to three more
             runs start there, and the guide becomes their mixture.
-        refine: where the verdict would be ``unreliable``, let a sampler that begins at the flow's draws finish the work,
-            in the flow's latent space (see :meth:`Posterior.refine`): ``"auto"``, or one of its methods; False does
-            without. Not with ``train_model``.
+        refine: let a sampler that begins at the flow's draws finish the work (see :meth:`Posterior.refine`), where
+            the first round does not suffice and a sampler does for less than another round, and where the verdict
+            would be ``unreliable``: ``"auto"``, or one of its methods for the latter; False does without. A sampler is
+            not tried with ``train_model``.
         runs: independent runs with seeds and starts of their own, 100 at most. Where they disagree, the verdict names
             the sites, and the guide becomes a mixture of the runs, weighted so that it is as close to the posterior as
             it can be.
@@ -143,11 +144,10 @@ def fit(
     with alone(), seeded(seed):
         bar = Bar("fit", progress)
         clock = Clock(max_seconds, raises=raise_on_interrupt, watch=bar.watch)
-        plan = Plan(model, args, kwargs, flow, options, max_steps or MAX_STEPS, train_model, escalate, clock, bar)
+        steps = max_steps or MAX_STEPS
+        plan = Plan(model, args, kwargs, flow, options, steps, train_model, escalate, clock, bar, method, draws)
         try:
             posterior = _fit(plan, draws, seed, runs, grow=max_steps is None)
-            if method is not None and not train_model:
-                posterior = last_rung(posterior, method, clock, bar)
         except BaseException as error:
             bar.close(f"ended by {type(error).__name__}")
             raise
@@ -196,13 +196,17 @@ def _fit(plan: Plan, draws: int, seed: int, runs: int, *, grow: bool) -> Posteri
         if clock.interrupted is not None:
             clock.reserve(seconds_to_judge(state.density, draws))
         try:
-            return _judged(plan, state, draws, seed, runs)
+            found = _judged(plan, state, draws, seed, runs)
         except KeyboardInterrupt:
             if not clock.interrupt("judging"):
                 raise
-            return _judged(plan, state, draws, seed, runs)
+            found = _judged(plan, state, draws, seed, runs)
     finally:
         state.density.under(unbounded())
+    if plan.refine is None or plan.train_model:
+        return found
+    chains = state.best.chains if isinstance(found.flow, Flow) else None
+    return last_rung(found, plan.refine, clock, plan.bar, chains)
 
 
 @dataclass

@@ -104,7 +104,10 @@ def missed_modes(
     searches: list[Callable[[], list[Lack]]] = [lambda: _climbed(guide, modes, z[finite], seed=seed)]
     if density.batched:
         searches.insert(0, lambda: _mirrored(guide, *few))
-        searches += [lambda: _across(guide, *few), lambda: _wandered(guide, z[finite], weights[finite], log_q[finite], seed=seed)]
+        searches += [
+            lambda: _across(guide, *few),
+            lambda: _wandered(guide, z[finite], weights[finite], log_q[finite], seed=seed),
+        ]
     found: list[Lack] = []
     for search in searches:
         found = found or [lack for lack in search() if _is_resolved(density, lack.place)]

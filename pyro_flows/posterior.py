@@ -239,18 +239,19 @@ class Posterior:
     ) -> Any:
         """Return everything as one ArviZ object: a ``DataTree``, or an ``InferenceData`` where ArviZ 0.x is installed.
 
-        Draws are one chain: they are independent and are not cut into false chains; those of a sampler (verdict refined)
-        are as many chains as it had. Dimensions are named after plates
-        (with the suffix ``_dim`` if a variable has that name), others ``{site}_dim_0`` and so on. Entries that a mask
-        takes out (``obs_mask``) are left out, with one dimension ``{site}_entry`` for what remains.
+        Draws are one chain: they are independent and are not cut into false chains; those of a sampler (verdict
+        refined) are as many chains as it had. Dimensions are named after plates (with the suffix ``_dim`` if a variable
+        has that name), others ``{site}_dim_0`` and so on. Entries that a mask takes out (``obs_mask``) are left out,
+        with one dimension ``{site}_entry`` for what remains.
 
         Groups: ``posterior``, the draws to use; ``sample_stats`` with their ``log_p``, ``log_q`` (unconstrained
         coordinates), ``log_weight`` (the normalised log weight that a draw still carries) and ``lp``;
         ``log_likelihood``, ``log_prior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
         ``constant_data``, ``unconstrained_posterior``, ``fit``; and, if the draws were importance-resampled or are a
         sampler's, the guide's own as ``raw_posterior`` and ``raw_sample_stats``. The ``sample_stats`` of a sampler also
-        have ``acceptance_rate``, ``diverging``, ``energy``, ``energy_error``, ``n_steps`` and ``step_size``. Models with enumerated latents have neither deterministic sites nor
-        a pointwise log likelihood; improper priors cannot be drawn from.
+        have ``acceptance_rate``, ``diverging``, ``energy``, ``energy_error``, ``n_steps`` and ``step_size``. Models
+        with enumerated latents have neither deterministic sites nor a pointwise log likelihood; improper priors cannot
+        be drawn from.
 
         Args:
             coords: labels of dimensions, ``{"school": ["Choate", ...]}``.

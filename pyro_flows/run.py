@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from pyro_flows.bar import Bar
+from pyro_flows.chains import Chains
 from pyro_flows.clock import Clock
+from pyro_flows.correction.refine import attempt
 from pyro_flows.escalation import Round, assess, entry, rounds
 from pyro_flows.guides import AutoFlow, FlowLike
 from pyro_flows.initial import Start, portfolio, standard
+from pyro_flows.labels import coordinate_names
 from pyro_flows.log_density import LogDensity
 from pyro_flows.race import CLOSE, Entrant, race, share
 from pyro_flows.randomness import seeded
@@ -37,6 +40,8 @@ class Plan:
     escalate: bool
     clock: Clock
     bar: Bar
+    refine: str | None = None
+    draws: int = 4000
 
     def guide(self, density: LogDensity) -> AutoFlow:
         """Return an untrained guide in the coordinates of ``density``."""
@@ -63,6 +68,7 @@ class Run:
         best: the best round, and ``kept`` its entry in the history.
         modes: starts at modes.
         history: an entry for each stage.
+        chains: of a sampler that sufficed in the place of further rounds.
     """
 
     number: int
@@ -72,6 +78,7 @@ class Run:
     kept: dict[str, Any] = field(default_factory=dict)
     modes: list[Start] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    chains: Chains | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -137,6 +144,12 @@ def make_run(
         run.take("first round", trainer, assess(guide.flow, density, train(trainer, left, seed=seed, report=report)))
         assert run.best is not None
         if plan.escalate and not plan.train_model and not run.best.enough:
+            if plan.refine is not None:
+                names = coordinate_names(density.structure)
+                with clock.part("a sampler in the place of another round"):
+                    run.chains = attempt(guide._single, density, names, plan.draws, seed=seed, bar=plan.bar)
+            if run.chains is not None:
+                return
             more = rounds(guide, density, trainer, run.best, winner.start, budget, seed=seed, report=report)
             for name, trainer, outcome in more:
                 run.take(name, trainer, outcome)

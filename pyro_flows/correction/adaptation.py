@@ -1,13 +1,13 @@
 r"""The kernel of many chains, learnt from all of them: step size, trajectory length, a scale for each coordinate.
 
-The step size follows the mean acceptance by dual averaging. The trajectory length :math:`\tau` ascends the change of the
-squared distance from the centre that a trajectory brings about (ChEES),
+The step size follows the mean acceptance by dual averaging. The trajectory length :math:`\tau` ascends the change of
+the squared distance from the centre that a trajectory brings about (ChEES),
 
 .. math:: \tfrac14\, E\big[(\|x' - \bar x\|^2 - \|x - \bar x\|^2)^2\big],
 
-which is small for trajectories that are too short, and for those that come back. Trajectories are 2 u times as long, u a
-quasi-random number in (0, 1), so that no period is hit. Where the flow is the posterior, the target is close to N(0, I),
-and a few leaps make a draw that knows little of the one before.
+which is small for trajectories that are too short, and for those that come back. Trajectories are 2 u times as long, u
+a quasi-random number in (0, 1), so that no period is hit. Where the flow is the posterior, the target is close to
+N(0, I), and a few leaps make a draw that knows little of the one before.
 
 References: Hoffman, Radul and Sountsov 2021, "An adaptive-MCMC scheme for setting trajectory lengths in Hamiltonian
 Monte Carlo" (ChEES); Hoffman and Gelman 2014 (dual averaging, arXiv 1111.4246).

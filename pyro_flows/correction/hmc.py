@@ -41,9 +41,7 @@ def tempered(points: Points, beta: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def hamiltonian(
-    latent: Latent, points: Points, *, step: float, leaps: int, scale: Tensor, beta: float = 1.0
-) -> Moved:
+def hamiltonian(latent: Latent, points: Points, *, step: float, leaps: int, scale: Tensor, beta: float = 1.0) -> Moved:
     """Move all chains once, by ``leaps`` leapfrog steps of ``step`` times ``scale`` (D,); cost: a gradient a leap."""
     velocity = torch.randn_like(points.x)
     value, slope = tempered(points, beta)

@@ -75,7 +75,7 @@ class Latent:
         """Return z = T_k(x) and the log Jacobian."""
         of = self.parts[part]
         y, ladj = self.flows[of.flow].bijection.forward_and_ladj(x)
-        return (y if of.order is None else of.signs * y[:, of.order]), ladj
+        return (y if of.order is None or of.signs is None else of.signs * y[:, of.order]), ladj
 
     def _inverse(self, part: int, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return x = T_k^-1(z) and log q_k(z)."""
@@ -142,9 +142,7 @@ class Latent:
             leaf = x.detach().requires_grad_()
             return leaf, *self._forward(0, leaf)
 
-    def _by_flow(
-        self, x: Tensor, leaf: Tensor, z: Tensor, ladj: Tensor, *, graph: bool = False
-    ) -> tuple[Tensor, ...]:
+    def _by_flow(self, x: Tensor, leaf: Tensor, z: Tensor, ladj: Tensor, *, graph: bool = False) -> tuple[Tensor, ...]:
         log_p, slope = self._model(z.detach(), graph=graph)
         with torch.enable_grad():
             pulled = torch.autograd.grad(ladj.sum() + (z * slope).sum(), leaf)[0]

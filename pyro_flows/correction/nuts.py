@@ -62,9 +62,7 @@ def nuts(latent: Latent, x: Tensor, *, draws: int, warm_up: int) -> tuple[Tensor
     return torch.stack(kept), stats, latent.density.evaluations - before
 
 
-def _numbers(
-    log_p: Tensor, log_weight: Tensor, diverged: Tensor, acceptance: float, step: float
-) -> dict[str, Tensor]:
+def _numbers(log_p: Tensor, log_weight: Tensor, diverged: Tensor, acceptance: float, step: float) -> dict[str, Tensor]:
     nothing = torch.zeros_like(log_p)
     given = {"lp": log_p, "log_weight": log_weight, "diverging": diverged}
     given |= {"acceptance_rate": torch.full_like(log_p, acceptance), "step_size": torch.full_like(log_p, step)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from pyro_flows.correction.search import lacks_of_chains
 from pyro_flows.correction.smc import Annealed, anneal
 from pyro_flows.correction.starts import NoStart, affine_flow, starting_points
 from pyro_flows.flows import Flow
+from pyro_flows.log_density import LogDensity
 from pyro_flows.mixture import FlowMixture
 from pyro_flows.randomness import derive, seeded
 from pyro_flows.verdict import CHECKED, Verdict
@@ -38,9 +39,13 @@ CHAINS = 128
 MAX_STEPS = 2000  # sweeps of each chain
 PARTICLES = 1024
 NUTS_CHAINS = 4
+BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
+ATTEMPT = 300_000  # gradients
 SELDOM = 1e-3  # effective share of the flow's draws, below which independent proposals are in vain
 ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
 STAGE = "refinement"
+TRIED = "a sampler has not finished: "
+ASKED, CHEAPER = "it was asked for", "it took less than another round of training"
 LEAST_DRAWS = 8  # of each chain, for its figures
 
 
@@ -49,6 +54,7 @@ class _Work:
     """What a refinement has come to so far: enough to be judged at any moment."""
 
     method: str
+    why: str
     sampler: Sampler | None = None
     chains: Chains | None = None
     annealed: Annealed | None = None
@@ -65,9 +71,8 @@ def refine(
     max_seconds: float,
     seed: int | None,
     progress: bool,
-    clock: Clock | None = None,
 ) -> Posterior:
-    """Do what :meth:`~pyro_flows.posterior.Posterior.refine` says; a ``clock`` of a fit takes the place of seconds."""
+    """Do what :meth:`~pyro_flows.posterior.Posterior.refine` says."""
     _checks.choice("method", method, METHODS)
     _checks.integer("chains", chains, FEWEST, MOST_CHAINS)
     if chains % SUBCHAINS:
@@ -75,24 +80,31 @@ def refine(
     _checks.integer("max_steps", max_steps, 1)
     seconds = _checks.seconds("max_seconds", max_seconds)
     seed = int(posterior.settings["seed"]) if seed is None else _checks.integer("seed", seed, 0)
-    density = posterior._need_density()
+    posterior._need_density()
     if method == "nuts" and isinstance(posterior.flow, FlowMixture):
         raise ValueError("method: NUTS walks in the latent space of one flow, and this is a mixture; take 'auto'.")
+    bar = Bar("refine", progress)
+    found = _refined(posterior, method, chains, max_steps, seed, Clock(seconds, watch=bar.watch), bar)
+    bar.close(found.verdict.status)
+    return found
+
+
+def _refined(
+    posterior: Posterior, method: str, chains: int, max_steps: int, seed: int, clock: Clock, bar: Bar, why: str = ASKED
+) -> Posterior:
+    """Run the sampler under a clock, and judge what it came to."""
+    density = posterior._need_density()
     with alone(), seeded(seed, density.device), _threads(posterior, chains), torch.no_grad():
-        bar = Bar("refine", progress)
-        clock = Clock(seconds, watch=bar.watch) if clock is None else clock
-        work = _Work(method)
+        work = _Work(method, why)
         before = density.evaluations
         density.under(clock)
         try:
             with clock.part("the sampler"):
                 _run(posterior, work, chains, max_steps, seed, bar)
             work.gradients = density.evaluations - before
-            found = _concluded(posterior, work, seed, clock)
+            return _concluded(posterior, work, seed, clock)
         finally:
             density.under(unbounded())
-        bar.close(found.verdict.status)
-    return found
 
 
 def which(refine: Any) -> str | None:
@@ -106,22 +118,49 @@ def which(refine: Any) -> str | None:
     return _checks.choice("refine", "auto" if refine is True else refine, METHODS)
 
 
-def last_rung(posterior: Posterior, method: str, clock: Clock, bar: Bar) -> Posterior:
-    """Refine what a fit came to, if its verdict is unreliable and its clock leaves time for that."""
+def last_rung(posterior: Posterior, method: str, clock: Clock, bar: Bar, chains: Chains | None = None) -> Posterior:
+    """Refine what a fit came to, if its verdict is unreliable and its clock leaves time for that.
+
+    With ``chains`` that began at its draws and are enough, from :func:`attempt`, they are judged, whatever the verdict.
+    """
     left = clock.end - time.monotonic()
-    if posterior.verdict.status != "unreliable" or clock.interrupted is not None or left <= 0.0:
+    asked = chains is not None or posterior.verdict.status == "unreliable"
+    if not asked or clock.interrupted is not None or left <= 0.0:
         return posterior
     if method == "nuts" and isinstance(posterior.flow, FlowMixture):
         method = "auto"
     bar.watch("a sampler")
     own = Clock(left, raises=clock.raises, watch=bar.watch)
-    given: dict[str, Any] = {"method": method, "chains": CHAINS, "max_steps": MAX_STEPS, "seed": None}
-    found = refine(posterior, **given, max_seconds=left, progress=False, clock=own)
+    seed = int(posterior.settings["seed"])
+    begun = posterior if chains is None else replace(posterior, chains=chains)
+    found = _refined(begun, method, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar, CHEAPER)
     clock.interrupted = own.interrupted
     spent = {"seconds": clock.elapsed}
     if "gradient_evaluations" in posterior.settings:
         spent["gradient_evaluations"] = posterior.settings["gradient_evaluations"] + found.history[-1]["gradients"]
     return replace(found, settings={**found.settings, **spent})
+
+
+@torch.no_grad()
+def attempt(flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar) -> Chains | None:
+    """Try a sampler where a round of training did not suffice, for less than another round; None if it does not either.
+
+    Cost: 40,000 to 300,000 gradients. A round of training takes 256 for each of thousands of steps.
+    """
+    z, log_q = flow.rsample_and_log_prob((BEGUN_FROM,))
+    ratios = (density(z) - log_q).double()
+    weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0).nan_to_num(nan=0.0)
+    if not float(weights.square().sum()) * len(z) * WORTH < 1.0 or not bool(weights.sum() > 0.0):
+        return None
+    starts = starting_points(z, weights.log(), CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
+    kept = math.ceil(draws / CHAINS)
+    given: dict[str, Any] = {"chains": CHAINS, "kept": kept, "seed": seed, "independence": 1}
+    sampler = Sampler.begin(Latent(flow, density), names, starts, **given)
+    found = sampler.run(MAX_STEPS, bar.show, gradients=ATTEMPT)
+    if found is None or objections(found):
+        return None
+    chains = sampler.chains()
+    return replace(chains, numbers={**chains.numbers, "method": "auto"})
 
 
 @contextmanager
@@ -216,14 +255,12 @@ def _concluded(posterior: Posterior, work: _Work, seed: int, clock: Clock) -> Po
         with clock.part("the search for modes that the chains lack"):
             failures, notes = _checked(posterior, chains, seed)
     against += clock.reasons()
-    verdict = _verdict(posterior.verdict, found, against, failures, notes)
+    verdict = _verdict(posterior.verdict, found, against, failures, notes, work.why)
     history = (*posterior.history, _entry(work, found, verdict))
     evidence = posterior.log_evidence
     if work.annealed is not None and math.isfinite(work.annealed.log_evidence):
         evidence = work.annealed.log_evidence
-    result = replace(
-        posterior, verdict=verdict, chains=chains, history=history, stored=None, log_evidence=evidence
-    )
+    result = replace(posterior, verdict=verdict, chains=chains, history=history, stored=None, log_evidence=evidence)
     if verdict.status == "refined" and chains is not None:
         return _with_draws(result, chains)
     return _raw(result) if posterior.verdict.status != verdict.status else result
@@ -232,9 +269,9 @@ def _concluded(posterior: Posterior, work: _Work, seed: int, clock: Clock) -> Po
 def _come_to(posterior: Posterior, work: _Work) -> tuple[Chains | None, ChainFigures | None]:
     """Return the chains and their figures, if they have draws enough for these."""
     if work.sampler is not None:
-        chains = work.sampler.chains()
-        chains = replace(chains, numbers={**chains.numbers, "method": work.method})
-        return chains, work.sampler.figures() if chains.z.shape[1] >= LEAST_DRAWS else None
+        under_way = work.sampler.chains()
+        under_way = replace(under_way, numbers={**under_way.numbers, "method": work.method})
+        return under_way, work.sampler.figures() if under_way.z.shape[1] >= LEAST_DRAWS else None
     chains = work.chains if work.chains is not None else posterior.chains
     if work.chains is None or chains is None:
         return chains, None
@@ -261,7 +298,7 @@ def _checked(posterior: Posterior, chains: Chains, seed: int) -> tuple[list[str]
 
 
 def _verdict(
-    old: Verdict, found: ChainFigures | None, against: list[str], failures: list[str], notes: list[str]
+    old: Verdict, found: ChainFigures | None, against: list[str], failures: list[str], notes: list[str], why: str
 ) -> Verdict:
     """Say ``refined`` if nothing is against it; else what was said before, and why the chains change nothing."""
     notes = [*old.notes, *(note for note in notes if note not in old.notes)]
@@ -269,15 +306,11 @@ def _verdict(
     if failures:
         return replace(old, status="unreliable", reasons=(*failures, *reasons), notes=tuple(notes), chains=found)
     if not against:
-        return replace(old, status="refined", reasons=reasons or (ASKED,), notes=tuple(notes), chains=found)
+        return replace(old, status="refined", reasons=reasons or (why,), notes=tuple(notes), chains=found)
     said = TRIED + "; ".join(against)
     if old.status in ("ok", "corrected"):
         return replace(old, notes=(*(note for note in notes if not note.startswith(TRIED)), said), chains=found)
     return replace(old, status="unreliable", reasons=(*reasons, said), notes=tuple(notes), chains=found)
-
-
-TRIED = "a sampler has not finished: "
-ASKED = "asked for"
 
 
 def _entry(work: _Work, found: ChainFigures | None, verdict: Verdict) -> dict[str, Any]:

@@ -9,6 +9,7 @@ went on are those that went through.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,10 +99,12 @@ class Sampler:
 
     # running ----------------------------------------------------------------------------------------------------------
 
-    def run(self, sweeps: int, report: Callable[[str], None] = lambda text: None) -> ChainFigures | None:
-        """Go on until the draws are enough, or for ``sweeps`` sweeps in all; return the last figures."""
-        found = None
-        while self.numbers["sweeps"] < sweeps:
+    def run(
+        self, sweeps: int, report: Callable[[str], None] = lambda text: None, *, gradients: float = math.inf
+    ) -> ChainFigures | None:
+        """Go on until the draws are enough, or for ``sweeps`` in all or so many gradients; return the last figures."""
+        found, end = None, self.latent.density.evaluations + gradients
+        while self.numbers["sweeps"] < sweeps and self.latent.density.evaluations < end:
             if self.numbers["fixed_at"] is None:
                 report(f"warm-up, sweep {self.numbers['sweeps']}")
                 self._warm_up()

@@ -49,9 +49,7 @@ class Annealed:
 
 
 @torch.no_grad()
-def anneal(
-    latent: Latent, particles: int, *, seed: int, report: Callable[[str], None] = lambda text: None
-) -> Annealed:
+def anneal(latent: Latent, particles: int, *, seed: int, report: Callable[[str], None] = lambda text: None) -> Annealed:
     """Anneal ``particles`` in 8 populations, which share temperatures and the kernel.
 
     Cost: about ten gradients for each particle and temperature.
