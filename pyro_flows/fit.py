@@ -19,7 +19,7 @@ from pyro_flows.batching import alone, usable
 from pyro_flows.charting import choose_charts
 from pyro_flows.clock import Clock, unbounded
 from pyro_flows.coordinates import choose_coordinates
-from pyro_flows.correction.refine import last_rung, which
+from pyro_flows.correction.rungs import last_rung, which
 from pyro_flows.correction.search import noted
 from pyro_flows.escalation import ENOUGH_K
 from pyro_flows.flows import Flow

@@ -388,7 +388,7 @@ class Posterior:
         Raises:
             ValueError: if a loaded posterior has no model, if the guide is no flow, or for chains of NUTS.
         """
-        from pyro_flows.correction.refine import more_draws
+        from pyro_flows.correction.more import more_draws
 
         z = more_draws(self, _checks.integer("draws", draws, 1), seed=_checks.integer("seed", seed, 0))
         self._hand_on("sample()")

@@ -13,7 +13,7 @@ import torch
 from pyro_flows.bar import Bar
 from pyro_flows.chains import Chains
 from pyro_flows.clock import Clock
-from pyro_flows.correction.refine import attempt
+from pyro_flows.correction.rungs import attempt
 from pyro_flows.escalation import Round, assess, entry, rounds
 from pyro_flows.guides import AutoFlow, FlowLike
 from pyro_flows.initial import Start, portfolio, standard

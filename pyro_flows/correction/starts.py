@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from pyro_flows.flows import Flow
+from pyro_flows.mixture import FlowMixture
 from pyro_flows.transforms.linear import LowerTriangularAffine
 from pyro_flows.verdict import resample
+
+if TYPE_CHECKING:
+    from pyro_flows.posterior import Posterior
 
 DF = 15.0
 JITTER = 1e-8  # of a variance
@@ -58,3 +64,10 @@ def affine_flow(z: Tensor, log_weights: Tensor) -> Flow:
     root = torch.diag(torch.ones_like(spread)) if int(fault) else root
     affine = LowerTriangularAffine(len(spread), loc=points.mean(0), scale_tril=spread[:, None] * root)
     return Flow(affine.to(z), base="student_t", df=DF)
+
+
+def flow_of(posterior: Posterior) -> Flow | FlowMixture:
+    """Return the guide's flow or mixture; an affine one with the moments of the draws, if the guide is none."""
+    if posterior.flow is not None and getattr(posterior.flow, "base", "student_t") != "uniform":
+        return posterior.flow
+    return affine_flow(posterior.z, posterior.log_weights)
