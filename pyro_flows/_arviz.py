@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SAMPLE_DIMS = ("chain", "draw")
 SD_DIGITS = 3
+MANY_CHAINS = "Found chain dimension to be longer than draw dimension"  # short ones, as they are meant to be
 JUDGED = "InferenceData"  # the name of our own class too: arviz_base knows such objects by it
 
 
@@ -76,7 +77,9 @@ def dataset(
 
     filled = {name: value for name, value in values.items() if value.size}
     names: dict[Any, Any] = {name: list(dims.get(name, ())) for name in filled}
-    found = dict_to_dataset(filled, dims=names, coords=dict(coords or {}), sample_dims=sample_dims)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=MANY_CHAINS)
+        found = dict_to_dataset(filled, dims=names, coords=dict(coords or {}), sample_dims=sample_dims)
     found.attrs = {}
     return found
 

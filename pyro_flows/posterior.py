@@ -321,7 +321,7 @@ class Posterior:
         self,
         method: str = "auto",
         *,
-        chains: int = 128,
+        chains: int = 64,
         max_steps: int = 2000,
         max_seconds: float = math.inf,
         seed: int | None = None,

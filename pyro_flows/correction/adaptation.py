@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 WANTED = 0.8  # mean acceptance: far points of a flow's latent space bear smaller steps than the most
 RATE = 0.05  # of the ascent, in the log of the trajectory length
-SHORTEST, LONGEST = 0.2, 20.0  # trajectories, in units of the scale
-MOST_LEAPS = 256  # of a trajectory
+SHORTEST, LONGEST = 0.2, 8.0  # trajectories, in units of the scale
+MOST_LEAPS = 64  # of a trajectory
 AVERAGED = 0.5  # power by which earlier lengths lose weight in their mean
 SHRINKAGE, DELAY, FORGETTING = 0.05, 10.0, 0.75  # of dual averaging
 

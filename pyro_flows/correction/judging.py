@@ -95,7 +95,8 @@ def _verdict(
     old: Verdict, found: ChainFigures | None, against: list[str], failures: list[str], notes: list[str], why: str
 ) -> Verdict:
     """Say ``refined`` if nothing is against it; else what was said before, and why the chains change nothing."""
-    notes = [*old.notes, *(note for note in notes if note not in old.notes)]
+    kept = [note for note in old.notes if not note.startswith(TRIED)]
+    notes = [*kept, *(note for note in notes if note not in kept)]
     reasons = tuple(reason for reason in old.reasons if not reason.startswith(TRIED))
     if failures:
         return replace(old, status="unreliable", reasons=(*failures, *reasons), notes=tuple(notes), chains=found)
@@ -103,7 +104,7 @@ def _verdict(
         return replace(old, status="refined", reasons=reasons or (why,), notes=tuple(notes), chains=found)
     said = TRIED + "; ".join(against)
     if old.status in ("ok", "corrected"):
-        return replace(old, notes=(*(note for note in notes if not note.startswith(TRIED)), said), chains=found)
+        return replace(old, notes=(*notes, said), chains=found)
     return replace(old, status="unreliable", reasons=(*reasons, said), notes=tuple(notes), chains=found)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "hmc", "imh", "nuts", "smc")
 FEWEST, MOST_CHAINS = 16, 4096
-CHAINS = 128
+CHAINS = 64  # no more than the draws of each: ArviZ takes the longer axis for that of draws
 MAX_STEPS = 2000  # sweeps of each chain
 PARTICLES = 1024
 NUTS_CHAINS, NUTS_WARM_UP = 4, 500

@@ -74,7 +74,9 @@ def lacks_of_chains(
         if not all(_visited(chains, z.new_tensor(place), z.new_tensor(spread)) for place, spread in pairs):
             found.append(str(stage["sentence"]))
     if search.lacks and not all(_covers(chains, lack.start) for lack in search.lacks):
-        found.append((search.sentence or "").replace("the guide", "the chains").removesuffix("; try runs=4"))
+        place = (search.sentence or "").partition(" near ")[2].removesuffix("; try runs=4")
+        what = "have too little" if search.lacks[0].start.name == WANDERED else "lack a mode"
+        found.append(f"the chains {what} near {place}")
     return found, list(search.notes)
 
 
