@@ -37,8 +37,8 @@ from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import MAX_STEPS, fit
 from pyro_flows.flows.recipe import VECTOR_BUILDERS
+from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.files import check_target
-from pyro_flows.results.posterior import Posterior
 
 GAUSSIAN_STEPS = 1500
 DONE, ERROR, UNRELIABLE, INTERRUPTED = 0, 2, 3, 130  # exit codes; 130 is what shells give to Ctrl-C

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from pyro_flows.fitting import agreement as runs
-from pyro_flows.fitting import conclude, escalation, missed_modes, symmetries, tempering
+from pyro_flows.fitting import conclude, escalation
 from pyro_flows.flows import recipe
 from pyro_flows.model import centring, charts
+from pyro_flows.modes import missed_modes, symmetries, tempering
 from pyro_flows.results import arviz_groups
 from pyro_flows.verdict import verdict
 from tests import test_charts, test_coordinates, test_escalation, test_symmetries, test_tempering, test_verdict

@@ -23,7 +23,7 @@ from pyro_flows._progress import Bar
 from pyro_flows._turns import turn
 from pyro_flows.fitting import escalation
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.results import posterior
+from pyro_flows.posterior import posterior
 from pyro_flows.starts import portfolio
 from pyro_flows.training import loop
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyro_flows.correction.search import noted
 from pyro_flows.fitting.combine import Combined
 from pyro_flows.fitting.escalation import ENOUGH_K
 from pyro_flows.fitting.plan import Plan
@@ -12,7 +13,7 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.saved import to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.results.posterior import Posterior, from_draws
+from pyro_flows.posterior.posterior import Posterior, from_draws
 
 
 def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
@@ -30,7 +31,7 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
         seed=plan.seed,
         guide=AutoFlow.of(sampler, density.structure, plan.model, plan.args, plan.kwargs),
         losses=best.losses,
-        history=[*found.history, *(stage for run in found.runs for stage in run.history)],
+        history=[*found.history, *(stage for run in found.runs for stage in run.history), *noted(search)],
         settings={**_asked(plan), **_chosen(best, sampler, density), "seconds": plan.clock.elapsed},
         warnings=[*notes, *found.warnings, *_differ(found, plan.runs)],
         failures=[*([] if search is None else search.failures), *found.failures, *cut_short],
