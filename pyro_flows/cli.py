@@ -43,8 +43,8 @@ from pyro_flows.results.files import check_target
 GAUSSIAN_STEPS = 1500
 DONE, ERROR, UNRELIABLE, INTERRUPTED = 0, 2, 3, 130  # exit codes; 130 is what shells give to Ctrl-C
 EXIT_CODES = (
-    "Exit codes: 0 for a posterior that is ok or corrected, 3 for one that is unreliable (its results are written all "
-    "the same), 2 for an error, 130 after Ctrl-C."
+    "Exit codes: 0 for a posterior that is ok, corrected or refined, 3 for one that is unreliable (its results are "
+    "written all the same), 2 for an error, 130 after Ctrl-C."
 )
 
 app = typer.Typer(
@@ -126,6 +126,9 @@ def fit_command(
     ] = None,
     max_seconds: Seconds = None,
     escalate: Annotated[bool, typer.Option(help="Go on with larger batches and more layers where needed.")] = True,
+    refine: Annotated[
+        bool, typer.Option(help="Let a sampler finish the work where weights cannot correct the flow's draws.")
+    ] = True,
     train_model: Annotated[
         bool, typer.Option("--train-model", help="Train the model's own parameters too (pyro.param, modules).")
     ] = False,
@@ -147,6 +150,7 @@ def fit_command(
             "max_steps": max_steps,
             "max_seconds": math.inf if max_seconds is None else max_seconds,
             "escalate": escalate,
+            "refine": "auto" if refine else False,
             "train_model": train_model,
         }
         with _interruptible() as interrupt:

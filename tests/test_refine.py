@@ -12,8 +12,11 @@ import torch
 import pyro_flows as pf
 from pyro_flows.correction.rungs import which
 from pyro_flows.correction.sampler import STATS
+from pyro_flows.correction.search import _Regions, bridge
 from pyro_flows.correction.starts import NoStart, affine_flow, starting_points
 from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.modes.missed_modes import WANDERED
+from pyro_flows.starts.portfolio import Start
 from pyro_flows.verdict import chains as judged
 from pyro_flows.verdict.chains import ChainFigures, objections
 from tests.posteriors import SPREAD, Y, schools, schools_posterior
@@ -126,8 +129,8 @@ def test_saved_loaded_and_pickled(refined, tmp_path):
     for found in (pf.load(tmp_path / "here"), pickle.loads(pickle.dumps(refined))):
         assert str(found.verdict) == str(refined.verdict)
         assert torch.equal(found.chains.z, refined.chains.z)
-        assert found.to_arviz()["posterior"].sizes["chain"] == refined.chain_count
         assert found.summary().equals(refined.summary())
+    assert pf.load(tmp_path / "here").to_arviz()["raw_posterior"].sizes["draw"] == len(refined.z)
     again = pf.load(tmp_path / "here", schools, Y)
     assert again.to_arviz()["sample_stats"].sizes["chain"] == refined.chain_count
     more, same = (posterior.refine(max_steps=20) for posterior in (again, refined))
@@ -311,7 +314,7 @@ def test_options_are_checked_at_the_door(narrow):
     for options, match in [
         ({"method": "nutz"}, "Did you mean 'nuts'"),
         ({"chains": 100}, "chains: expected a multiple of 8"),
-        ({"chains": 8}, "chains: expected an integer from 16"),
+        ({"chains": 8}, "chains: expected an integer >= 16"),
         ({"max_steps": 0}, "max_steps"),
         ({"max_seconds": -1.0}, "max_seconds"),
         ({"seed": -1}, "seed"),
@@ -336,7 +339,7 @@ def test_a_fit_asks_for_it_by_a_word():
 def hard(y):
     """Neal's funnel as it is written for a sampler to fail at; all in one site, so that nothing is non-centred."""
     z = pyro.sample("z", dist.Normal(torch.zeros(4, dtype=REAL), 1.0).to_event(1))
-    width = (1.5 * z[0]).exp()
+    width = (0.8 * z[0]).exp()
     pyro.factor("funnel", (-0.5 * (z[1:] / width).square() + 0.5 * z[1:].square() - width.log()).sum() + 0.0 * y)
 
 
@@ -442,3 +445,30 @@ def test_stats_of_each_draw_are_kept(refined):
     lp = refined.density(refined.used)
     torch.testing.assert_close(refined.chains.stats["lp"].flatten().double(), lp.double(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(refined.used_log_p, refined.chains.stats["lp"].flatten())
+
+
+def test_bridge_sampling():
+    """N(0, 1) times e^3 by draws of N(.5, 1.5)."""
+    torch.manual_seed(0)
+    q, p = 0.5 + 1.5 * torch.randn(20_000, dtype=REAL), torch.randn(20_000, dtype=REAL)
+
+    def ratio(x):
+        return 3.0 + dist.Normal(0.0, 1.0).log_prob(x) - dist.Normal(0.5, 1.5).log_prob(x)
+
+    assert bridge(ratio(q), ratio(p)) == pytest.approx(3.0, abs=0.02)
+
+
+@pytest.mark.parametrize(("share", "enough"), [(0.3, True), (0.15, False), (0.0, False)])
+def test_regions_have_to_have_their_mass(share, enough):
+    """.7 N(4, 1) + .3 N(-4, 1): chains that have too little of the smaller mode do not cover it."""
+    torch.manual_seed(0)
+    density = pf.LogDensity(two, (torch.tensor(4.0, dtype=REAL),))
+    z = torch.randn(64, 64, 3, dtype=REAL)
+    z[..., 0] += torch.where(torch.rand(64, 64) < share, -4.0, 4.0)
+    chains = judged.Chains(z, {}, {"superchain": torch.arange(64) // 8}, {})
+    evidence = 0.0  # both halves of the sum are normalised
+    regions = _Regions(density, chains, evidence, 0)
+    loc, scale = torch.tensor([-4.0, 0.0, 0.0], dtype=REAL), torch.eye(3, dtype=REAL)
+    assert regions.visited(loc, scale) is enough
+    assert regions.visited(loc, torch.ones(3, dtype=REAL)) is enough
+    assert not regions.covers(Start(WANDERED, loc, scale))

@@ -11,7 +11,7 @@ import torch
 from pyro_flows._clock import Clock
 from pyro_flows.correction.diagnostics import figures
 from pyro_flows.correction.sampler import Sampler
-from pyro_flows.correction.search import lacks_of_chains
+from pyro_flows.correction.search import bridge, lacks_of_chains
 from pyro_flows.correction.smc import Annealed
 from pyro_flows.correction.starts import flow_of
 from pyro_flows.results.record import Record, Recorded
@@ -21,6 +21,7 @@ from pyro_flows.verdict.verdict import CHECKED, Verdict
 
 STAGE = "refinement"
 TRIED = "a sampler has not finished: "
+OTHER_DRAWS = 2000  # of a flow that is not the guide's
 LEAST_DRAWS = 8  # of each chain, for its figures
 
 
@@ -30,6 +31,7 @@ class Work:
 
     method: str
     why: str
+    most: float = math.inf  # gradients
     sampler: Sampler | None = None
     chains: Chains | None = None
     annealed: Annealed | None = None
@@ -85,8 +87,14 @@ def _checked(posterior: Record, chains: Chains, seed: int) -> tuple[list[str], l
     complaint = density.complaint(chains.z.flatten(0, 1)[:: max(1, chains.z[..., 0].numel() // CHECKED)])
     invalid = [] if complaint is None else [f"the model is invalid at some draws: {complaint}"]
     ratios = posterior.log_p - posterior.log_q
+    if flow is not posterior.flow:  # an affine one, that chains moved in
+        with torch.no_grad():
+            z, log_q = flow.rsample_and_log_prob((OTHER_DRAWS,))
+            ratios = density(z) - log_q
     covered = float(ratios[torch.isfinite(ratios)].median())
-    lacks, notes = lacks_of_chains(density, chains, flow.log_prob, covered, posterior.history, seed=seed)
+    evidence = bridge(ratios, chains.stats["log_weight"].flatten())
+    given = (flow.log_prob, covered, evidence, posterior.history)
+    lacks, notes = lacks_of_chains(density, chains, *given, seed=seed)
     return [*invalid, *lacks], notes
 
 

@@ -62,12 +62,20 @@ def refine(
 
 
 def refined(
-    posterior: Recorded, method: str, chains: int, max_steps: int, seed: int, clock: Clock, bar: Bar, why: str = ASKED
+    posterior: Recorded,
+    method: str,
+    chains: int,
+    max_steps: int,
+    seed: int,
+    clock: Clock,
+    bar: Bar,
+    why: str = ASKED,
+    gradients: float = math.inf,
 ) -> Recorded:
     """Run the sampler under a clock, and judge what it came to."""
     density = posterior._need_density()
     with alone(), seeded(seed, density.device), threads(posterior, chains), torch.no_grad():
-        work = Work(method, why)
+        work = Work(method, why, most=gradients)
         before = density.evaluations
         density.under(clock)
         try:
@@ -108,7 +116,7 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
         work.method = earlier.numbers["method"]
         kept, seed = math.ceil(len(posterior.z) / earlier.count), int(earlier.numbers["seed"])
         work.sampler = Sampler(latent, names, earlier, kept=kept, seed=seed)
-        work.sampler.run(work.sampler.numbers["sweeps"] + max_steps, bar.show)
+        work.sampler.run(work.sampler.numbers["sweeps"] + max_steps, bar.show, gradients=work.most)
         return
     weights = posterior.log_weights
     if not bool(torch.isfinite(posterior.log_p).any()):
@@ -124,7 +132,7 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
     work.sampler = Sampler.begin(
         latent, names, z, chains=chains, kept=wanted, seed=seed, independence=_proposals(posterior, work.method)
     )
-    work.sampler.run(max_steps, bar.show)
+    work.sampler.run(max_steps, bar.show, gradients=work.most)
 
 
 def _proposals(posterior: Recorded, method: str) -> int:

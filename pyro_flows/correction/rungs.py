@@ -25,7 +25,7 @@ from pyro_flows.results.record import Recorded
 from pyro_flows.verdict.chains import Chains, objections
 
 BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
-ATTEMPT = 300_000  # gradients
+ATTEMPT, LAST = 300_000, 1_500_000  # gradients at most: in the place of a round, and where nothing else is left
 CHEAPER = "it took less than another round of training"
 
 
@@ -55,7 +55,7 @@ def last_rung(posterior: Recorded, method: str, clock: Clock, bar: Bar, chains: 
     own = Clock(left, raises=clock.raises, watch=bar.watch)
     seed = int(posterior.settings["seed"])
     begun = posterior if chains is None else replace(posterior, chains=chains)
-    found = refined(begun, method, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar, CHEAPER)
+    found = refined(begun, method, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar, CHEAPER, LAST)
     clock.interrupted = own.interrupted
     spent = {"seconds": clock.elapsed}
     if "gradient_evaluations" in posterior.settings:

@@ -79,7 +79,7 @@ class Verdict:
             return f"refined: samples are draws of a sampler that began at the guide's draws ({why}); {self.chains}."
         return (
             f"unreliable: do not use these draws ({why}); {figures}. "
-            "Try more layers or more steps, another parametrisation of the model, or Pyro's NUTS."
+            "Try more layers or more steps, another parametrisation of the model, or refine() with more steps."
         )
 
     __repr__ = __str__  # what a REPL shows
