@@ -170,6 +170,11 @@ def cut_short(_):
         test_escalation.test_a_fit_that_was_cut_short_after_poor_rounds(run, said)
 
 
+def in_vain(_):
+    for given, said in test_escalation.IN_VAIN:
+        test_escalation.test_runs_that_left_the_missed_mode_where_they_began(given, said)
+
+
 def elementwise(_):
     test_coordinates.check_map(test_coordinates.FAMILIES["Normal"], test_coordinates.DATA)
 
@@ -297,6 +302,8 @@ BUGS = [
     (runs, "compare", "evidences.max() - evidences.min()", "evidences[0] - evidences[1]", agreement),
     (runs, "compare", "torch.nan_to_num(evidences, nan=-math.inf)", "-evidences", agreement),
     (conclude, "_never_good", "if worst <= ENOUGH_K", "if worst > ENOUGH_K", cut_short),
+    (conclude, "_in_vain", "not found.added or found.disagreements", "found.disagreements", in_vain),
+    (conclude, "_in_vain", "or found.disagreements", "", in_vain),
     (conclude, "_never_good", "!= kept", "== kept", cut_short),
     # coordinates
     (*NORMAL, "+ 0.5 * share.log()", "- 0.5 * share.log()", elementwise),

@@ -37,7 +37,7 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
         failures=[*([] if search is None else search.failures), *found.failures, *cut_short],
         notes=["no search for missed modes was made"] if search is None else search.notes,
         contained=search is not None and search.contained,
-        doubts=[] if moving else _never_good(best),
+        doubts=[] if moving else [*_never_good(best), *_in_vain(found)],
     )
 
 
@@ -81,6 +81,13 @@ def _differ(found: Combined, runs: int) -> list[str]:
     if found.copies > 1:
         said.append(f"the flow found one of {found.copies} equal modes, and copies of it stand at the others")
     return said
+
+
+def _in_vain(found: Combined) -> list[str]:
+    """Say so where runs that began at missed modes came to the same posterior as the first: they may have left them."""
+    if not found.added or found.disagreements or found.copies > 1:
+        return []
+    return ["runs that began where a search had found a missed mode came to the same posterior"]
 
 
 def _never_good(run: Run) -> list[str]:
