@@ -137,7 +137,7 @@ class _Regions:
         if not bool(torch.isfinite(ratios).any()):
             return SHARE
         k_hat = psis(ratios)[1]
-        mass = float((torch.logsumexp(ratios, 0) - math.log(WEIGHED) - self.evidence).exp())
+        mass = min(float((torch.logsumexp(ratios, 0) - math.log(WEIGHED) - self.evidence).exp()), 1.0)
         return PART * mass if k_hat < TRUSTED_K_HAT else max(SHARE, PART * mass)
 
 
