@@ -314,7 +314,7 @@ BUGS = [
     (charts.Circle, "inverse", "y - self.centre + math.pi, 2.0 * math.pi", "y - self.centre + math.pi, 1e9", circle),
     (charts.Heavy, "forward", "scale.log() + log_cosh", "log_cosh", heavy),
     # the conversion for ArviZ
-    (arviz_groups, "_stack", "(value)[None]", "(value)[:, None]", conversion),
+    (arviz_groups, "_in_chains", "(chains, len(values) // chains,", "(len(values) // chains, chains,", conversion),
     (arviz_groups, "_stats", '"log_p": log_p', '"log_p": log_q', conversion),
     (
         arviz_groups,

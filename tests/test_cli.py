@@ -290,11 +290,11 @@ def test_fit_writes_what_it_says(folder):
     options = ("--flow", "planar", "--layers", "2", "--draws", "500", "--max-steps", "300", "--seed", "3")
     done = run(*arguments, *options)
     posterior = pf.load(out)
-    assert posterior.verdict.status in ("ok", "corrected")
+    assert posterior.verdict.status in ("ok", "corrected", "refined")
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith(str(posterior.verdict))
     assert "mcse_mean" in done.stdout
-    assert posterior.samples["mu"].shape == (500,)
+    assert len(posterior.samples["mu"]) >= 500
     assert posterior.settings["seed"] == 3
     assert posterior.flow.recipe.options["layers"] == 2
     files = {path.name for path in out.iterdir()}
@@ -367,7 +367,7 @@ def test_options_reach_the_fit(fitted, tmp_path, monkeypatch):
     }
     assert full == {
         **{"flow": "spline", "layers": 3, "draws": 200, "runs": 4, "seed": 5, "max_steps": 7, "max_seconds": 2.5},
-        **{"escalate": False, "train_model": True, "progress": True},
+        **{"escalate": False, "refine": False, "train_model": True, "progress": True},
     }
 
 

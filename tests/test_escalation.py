@@ -137,7 +137,15 @@ def density():
 
 
 def plan_of(recipe):
-    asked = {"draws": 400, "seed": 0, "runs": 1, "max_steps": 200, "train_model": False, "escalate": True}
+    asked = {
+        "draws": 400,
+        "seed": 0,
+        "runs": 1,
+        "max_steps": 200,
+        "train_model": False,
+        "escalate": True,
+        "refine": None,
+    }
     return Plan(banana, (), {}, recipe, clock=unbounded(), bar=Bar("fit", False), **asked)
 
 

@@ -15,6 +15,7 @@ from pyro_flows.correction.sampler import STATS
 from pyro_flows.correction.search import _Regions, bridge
 from pyro_flows.correction.starts import NoStart, affine_flow, starting_points
 from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.modes.missed_modes import WANDERED
 from pyro_flows.starts.portfolio import Start
 from pyro_flows.verdict import chains as judged
@@ -240,7 +241,8 @@ def two_by(*places, weights=(0.9, 0.1)):
             other = pf.AutoFlow(two, "realnvp", layers=2, hidden=(8,)).initialize(*args)
             other.start_at(torch.tensor([place, 0.0, 0.0], dtype=REAL), torch.full((3,), 1.3, dtype=REAL))
             flows.append(other.flow)
-        guide.adopt(FlowMixture.of(flows, weights))
+        mixture = FlowMixture.of(flows, weights)
+        guide = AutoFlow.of(mixture, pf.LogDensity(two, args).structure, two, args)
     return pf.diagnose(two, guide, *args, draws=2000)
 
 
