@@ -367,7 +367,7 @@ def test_a_fit_tries_chains_before_it_trains_further(monkeypatch):
     monkeypatch.setattr(Round, "enough", property(lambda self: False))
     found = pf.fit(schools, Y, progress=False, max_steps=800)
     assert found.verdict.status == "refined", found.verdict
-    assert found.verdict.reasons == ("it took less than another round of training",)
+    assert found.history[-1]["sweeps"] < 400
     assert [stage["stage"] for stage in found.history if "why" in stage] == ["first round"]
     check_schools(found)
 
@@ -472,7 +472,7 @@ def test_bridge_sampling():
     assert bridge(ratio(q), ratio(p)) == pytest.approx(3.0, abs=0.02)
 
 
-@pytest.mark.parametrize(("share", "enough"), [(0.3, True), (0.15, False), (0.0, False)])
+@pytest.mark.parametrize(("share", "enough"), [(0.3, True), (0.1, False), (0.0, False)])
 def test_regions_have_to_have_their_mass(share, enough):
     """.7 N(4, 1) + .3 N(-4, 1): chains that have too little of the smaller mode do not cover it."""
     torch.manual_seed(0)
