@@ -338,26 +338,40 @@ def test_a_fit_asks_for_it_by_a_word():
         pf.fit(schools, Y, refine="nope")
 
 
-def hard(y):
-    """Neal's funnel as it is written for a sampler to fail at; all in one site, so that nothing is non-centred."""
-    z = pyro.sample("z", dist.Normal(torch.zeros(4, dtype=REAL), 1.0).to_event(1))
-    width = (0.8 * z[0]).exp()
-    pyro.factor("funnel", (-0.5 * (z[1:] / width).square() + 0.5 * z[1:].square() - width.log()).sum() + 0.0 * y)
+def bent(y):
+    """z_1 ~ N(2 (z_0^2 - 1), .4), the others N(0, 1): the sd of z_1 is sqrt(8.16). All in one site."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(3, dtype=REAL), 1.0).to_event(1))
+    away = (z[1] - 2.0 * (z[0].square() - 1.0)) / 0.4
+    pyro.factor("bent", -0.5 * away.square() + 0.5 * z[1].square() + 0.0 * y)
 
 
 def test_what_a_fit_cannot_do_is_refined():
-    """Two planar layers do not make a funnel; z[0] ~ N(0, 1) whatever the others."""
-    options = {"flow": "planar", "layers": 2, "escalate": False, "progress": False, "max_steps": 600}
+    """A flow that preserves volumes cannot be this: some trajectories diverge at first, and the step is halved."""
+    options = {"flow": "nice", "escalate": False, "progress": False, "max_steps": 400}
     given = torch.zeros((), dtype=REAL)
-    raw = pf.fit(hard, given, refine=False, **options)
+    raw = pf.fit(bent, given, refine=False, **options)
     assert raw.verdict.status == "unreliable", raw.verdict
     assert raw.chains is None
-    found = pf.fit(hard, given, **options)
+    found = pf.fit(bent, given, **options)
     assert found.verdict.status == "refined", found.verdict
-    first = found.samples["z"][:, 0]
-    assert abs(float(first.mean())) < 0.1
-    assert float(first.std()) == pytest.approx(1.0, abs=0.07)
+    assert found.chains.numbers["halved"] > 0
+    z = found.samples["z"]
+    assert abs(float(z[:, 0].mean())) < 0.1
+    assert float(z[:, 0].std()) == pytest.approx(1.0, abs=0.05)
+    assert abs(math.log(float(z[:, 1].std()) / math.sqrt(8.16))) < 0.12
     assert found.settings["gradient_evaluations"] > raw.settings["gradient_evaluations"]
+
+
+def test_a_fit_tries_chains_before_it_trains_further(monkeypatch):
+    """Where no round is ever enough, a fit ends after the first one."""
+    from pyro_flows.escalation import Round
+
+    monkeypatch.setattr(Round, "enough", property(lambda self: False))
+    found = pf.fit(schools, Y, progress=False, max_steps=800)
+    assert found.verdict.status == "refined", found.verdict
+    assert found.history[-1]["sweeps"] < 400
+    assert [stage["stage"] for stage in found.history if "why" in stage] == ["first round"]
+    check_schools(found)
 
 
 # thresholds ----------------------------------------------------------------------------------------------------------
@@ -371,7 +385,7 @@ GOOD = ChainFigures(
     ess_bulk=1000.0,
     ess_tail=1000.0,
     where="x",
-    divergences=0.01,
+    divergences=0.001,
     energy_error=0.1,
     acceptance=0.8,
     independence=math.nan,
@@ -393,7 +407,7 @@ GOOD = ChainFigures(
         ({"ess_bulk": 999.0}, "ESS 999 of the chains in the bulk is below 1000, at x"),
         ({"ess_tail": 999.0}, "ESS 999 of the chains in the tails is below 1000, at x"),
         ({"ess_tail": math.nan}, "ESS nan"),
-        ({"divergences": 0.0101}, "1.0% of the trajectories diverged"),
+        ({"divergences": 0.0011}, "0.1% of the trajectories diverged"),
         ({"agreement": 1.051}, "chains that began in different modes disagree"),
     ],
 )
@@ -460,7 +474,7 @@ def test_bridge_sampling():
     assert bridge(ratio(q), ratio(p)) == pytest.approx(3.0, abs=0.02)
 
 
-@pytest.mark.parametrize(("share", "enough"), [(0.3, True), (0.15, False), (0.0, False)])
+@pytest.mark.parametrize(("share", "enough"), [(0.3, True), (0.1, False), (0.0, False)])
 def test_regions_have_to_have_their_mass(share, enough):
     """.7 N(4, 1) + .3 N(-4, 1): chains that have too little of the smaller mode do not cover it."""
     torch.manual_seed(0)

@@ -7,13 +7,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_flows._clock import Clock
 from pyro_flows.correction.diagnostics import figures
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.correction.search import bridge, lacks_of_chains
 from pyro_flows.correction.smc import Annealed
-from pyro_flows.correction.starts import flow_of
+from pyro_flows.correction.starts import affine_flow, flow_of
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Record, Recorded
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import ChainFigures, Chains, as_numbers, objections
@@ -21,7 +25,7 @@ from pyro_flows.verdict.verdict import CHECKED, Verdict
 
 STAGE = "refinement"
 TRIED = "a sampler has not finished: "
-OTHER_DRAWS = 2000  # of a flow that is not the guide's
+BRIDGED = 2000  # draws from each end
 LEAST_DRAWS = 8  # of each chain, for its figures
 
 
@@ -89,13 +93,30 @@ def _checked(posterior: Record, chains: Chains, seed: int) -> tuple[list[str], l
     ratios = posterior.log_p - posterior.log_q
     if flow is not posterior.flow:  # an affine one, that chains moved in
         with torch.no_grad():
-            z, log_q = flow.rsample_and_log_prob((OTHER_DRAWS,))
+            z, log_q = flow.rsample_and_log_prob((BRIDGED,))
             ratios = density(z) - log_q
     covered = float(ratios[torch.isfinite(ratios)].median())
-    evidence = bridge(ratios, chains.stats["log_weight"].flatten())
+    evidence = _evidence(flow, chains, density)
     given = (flow.log_prob, covered, evidence, posterior.history)
     lacks, notes = lacks_of_chains(density, chains, *given, seed=seed)
     return [*invalid, *lacks], notes
+
+
+@torch.no_grad()
+def _evidence(flow: Flow | FlowMixture, chains: Chains, density: LogDensity) -> float:
+    """Return the log evidence by a bridge from the chains to a half of flow and a half of their own moments.
+
+    The flow overlaps with chains that change modes, the moments with chains that went far out of the flow.
+    """
+    z, log_p = chains.z.flatten(0, 1), chains.stats["lp"].flatten()
+    around = affine_flow(z, torch.zeros_like(log_p))
+    drawn = torch.cat([part.rsample_and_log_prob((BRIDGED,))[0] for part in (flow, around)])
+
+    def log_half(points: Tensor) -> Tensor:
+        parts = [part.log_prob(points).nan_to_num(nan=-math.inf) for part in (flow, around)]
+        return torch.logaddexp(*parts) - math.log(2.0)
+
+    return bridge(density(drawn) - log_half(drawn), log_p - log_half(z))
 
 
 def _verdict(

@@ -22,7 +22,7 @@ from pyro_flows.correction.adaptation import Kernel, scale_of
 from pyro_flows.correction.diagnostics import figures
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.latent import Latent
-from pyro_flows.verdict.chains import LEAST_ESS, ChainFigures, Chains, objections
+from pyro_flows.verdict.chains import DIVERGENCES, LEAST_ESS, ChainFigures, Chains, objections
 
 SUBCHAINS = 8  # chains of a superchain, with one starting point
 ROUND = 30  # sweeps of a round of warm-up
@@ -30,6 +30,8 @@ ROUNDS = 2, 12  # at least, at most
 WARM = 1.05  # nested R-hat over a round, up to which warm-up is over
 KEPT = 64  # draws of a chain, at least: R-hat splits them into halves
 SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to hang on the moment of the stop
+HALVINGS = 4  # of the step size, where trajectories diverge
+SHORT_EVERY, SHORT = 4, 0.25  # each fourth move takes leaps of a quarter: into necks that the others overshoot
 FAR = 1.1  # nested R-hat above which the first half of the draws counts as warm-up
 STATS = (
     *("lp", "log_weight", "acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size"),
@@ -76,7 +78,15 @@ class Sampler:
             "round": x.new_zeros(0, 2, *x.shape),
         }
         numbers = {
-            **{"sweeps": 0, "fixed_at": None, "thin": 1, "waiting": 0, "checked": 0, "independence": independence},
+            **{
+                "sweeps": 0,
+                "fixed_at": None,
+                "thin": 1,
+                "waiting": 0,
+                "checked": 0,
+                "halved": 0,
+                "independence": independence,
+            },
             **{"seed": seed, "kernel": Kernel.start(x.shape[1]).stored()},
         }
         return cls(latent, names, Chains(z[:, None][:, :0], {}, state, numbers), kept=kept, seed=seed)
@@ -115,7 +125,8 @@ class Sampler:
                 found = self.figures()
                 if not objections(found) and min(found.ess_bulk, found.ess_tail) >= SPARE * LEAST_ESS:
                     return found
-                self._make_room(found)
+                if not self._halve(found):
+                    self._make_room(found)
         return found
 
     def more(self, draws: int) -> Tensor:
@@ -147,6 +158,8 @@ class Sampler:
         points = relabel(self.latent, points)
         changes = (points.k != self.points.k).to(taken)
         leaps, step = self.kernel.leaps(number), self.kernel.step
+        short = not adapt and number % SHORT_EVERY == 0
+        step = SHORT * step if short else step
         moved = hamiltonian(self.latent, points, step=step, leaps=leaps, scale=self.scale)
         if adapt:
             self.kernel.adapt(points, moved, self.scale, number)
@@ -191,6 +204,16 @@ class Sampler:
         self.z.append(self.points.z)
         for name, value in numbers.items():
             self.stats[name].append(value)
+
+    def _halve(self, found: ChainFigures) -> bool:
+        """Begin the draws anew with half of the step size where trajectories diverge; return whether that was done."""
+        if found.divergences <= DIVERGENCES or self.numbers["halved"] >= HALVINGS:
+            return False
+        self.kernel.step *= 0.5
+        self.z, self.stats = [], _no_stats()
+        self.numbers |= {"halved": self.numbers["halved"] + 1, "fixed_at": self.numbers["sweeps"], "checked": 0}
+        self.numbers |= {"thin": 1, "waiting": 0}
+        return True
 
     def _make_room(self, found: ChainFigures) -> None:
         """Drop the first half of draws that superchains still disagree on; else every other one, where all are full."""

@@ -23,7 +23,7 @@ STAGE = "search for missed modes"
 SETTLED = 1.05  # nested R-hat of whether a chain is in a region
 WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
 WEIGHED, TRUSTED_K_HAT = 4000, 0.7  # draws that the mass of a region is found by
-PART = 0.7  # of a region's mass that chains have to have, where it is known
+PART = 0.5  # of a region's mass that chains have to have, where it is known
 BRIDGE_STEPS = 200
 INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribution that lie farther out do not count
 
@@ -137,7 +137,8 @@ class _Regions:
         if not bool(torch.isfinite(ratios).any()):
             return SHARE
         k_hat = psis(ratios)[1]
-        mass = min(float((torch.logsumexp(ratios, 0) - math.log(WEIGHED) - self.evidence).exp()), 1.0)
+        weights = (ratios - self.evidence).exp()
+        mass = min(float(weights.mean() - 2.0 * weights.std() / math.sqrt(WEIGHED)), 1.0)
         return PART * mass if k_hat < TRUSTED_K_HAT else max(SHARE, PART * mass)
 
 
