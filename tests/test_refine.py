@@ -364,13 +364,13 @@ def test_what_a_fit_cannot_do_is_refined():
 
 def test_a_fit_tries_chains_before_it_trains_further(monkeypatch):
     """Where no round is ever enough, a fit ends after the first one."""
-    from pyro_flows.escalation import Round
+    from pyro_flows.fitting.escalation import Round
 
     monkeypatch.setattr(Round, "enough", property(lambda self: False))
     found = pf.fit(schools, Y, progress=False, max_steps=800)
     assert found.verdict.status == "refined", found.verdict
-    assert found.history[-1]["sweeps"] < 400
-    assert [stage["stage"] for stage in found.history if "why" in stage] == ["first round"]
+    assert found.history[-1]["details"]["sweeps"] < 400
+    assert [stage["stage"] for stage in found.history if stage["why"]] == ["first round"]
     check_schools(found)
 
 
