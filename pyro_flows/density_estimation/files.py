@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset, TensorDataset
 
+from pyro_flows._bundles import Bundle, damaged, digest, plain
 from pyro_flows._fallbacks import first_line
-from pyro_flows._files import Bundle, damaged, digest, plain, replace_file
+from pyro_flows._files import replace_file
 from pyro_flows._seeding import seeded
 from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source
 from pyro_flows.density_estimation.schedule import Plan

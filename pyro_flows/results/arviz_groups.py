@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import _arviz
-from pyro_flows._files import plain
+from pyro_flows._bundles import plain
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart
 from pyro_flows.model.log_density import LogDensity

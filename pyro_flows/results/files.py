@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arviz
+from pyro_flows._bundles import Bundle, damaged, plain
 from pyro_flows._fallbacks import first_line
-from pyro_flows._files import Bundle, damaged, plain
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.saved import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
