@@ -22,9 +22,10 @@ from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
 
 from pyro_flows.model.batching import apart, nearer, quiet
+from pyro_flows.model.bijections import bijection
 from pyro_flows.model.centring import Information, moves, spread, standardise
 from pyro_flows.model.charts import Chart, read_chart, write_chart
-from pyro_flows.model.supports import WRAPPERS, bijection, guarded, missing
+from pyro_flows.model.supports import WRAPPERS, guarded, missing
 
 MEDIAN_DRAWS = 15
 CHARTS = {"turn_about", "heavy_about", "heavy_scale"}

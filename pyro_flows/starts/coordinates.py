@@ -24,7 +24,9 @@ from pyro_flows.model.centring import Information
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent
 from pyro_flows.starts.pathfinder import pathfinder
-from pyro_flows.starts.portfolio import PRIOR_DRAWS, Start, prior_draws, spread_of
+from pyro_flows.starts.portfolio import PRIOR_DRAWS
+from pyro_flows.starts.prior import prior_draws, spread_of
+from pyro_flows.starts.start import Start
 
 PATHS = 4
 STEPS = 400
