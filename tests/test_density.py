@@ -13,6 +13,7 @@ from pyro_flows import datasets
 from pyro_flows.density_estimation import budget, fit_density, schedule
 from pyro_flows.density_estimation.ascent import RACED, Ascent, _about_best, rouse
 from pyro_flows.density_estimation.files import FILES
+from pyro_flows.density_estimation.fitted import points_for
 
 QUICK = {"progress": False, "max_epochs": 4}
 
@@ -214,7 +215,7 @@ def test_the_largest_step_size_that_comes_about_as_far_wins_a_race(scores, start
 def test_a_race_that_gains_nothing_leaves_the_start():
     """Points of the flow itself, and step sizes that destroy it."""
     flow = pf.realnvp(2, layers=2)
-    train = fit_density.points_for(flow, "data", torch.randn(400, 2, generator=torch.Generator().manual_seed(0)), None)
+    train = points_for(flow, "data", torch.randn(400, 2, generator=torch.Generator().manual_seed(0)), None)
     ascent = Ascent(flow, train, list(train.ordered(400)), batch=32)
     before = ascent.keep()
     ascent.race((10.0, 100.0), 8)
