@@ -296,7 +296,7 @@ def section(rows: Sequence[Row], table: Any, about: Any) -> str:
         ]
         left = f"{min(figures['left']):.2f} to {max(figures['left']):.2f}" if figures["left"] else ""
         verdicts = ", ".join(f"{status.count(word)} {word}" for word in dict.fromkeys(status))
-        lies = sum(not right(row) and row["status"] in ("ok", "corrected") for row in kept)
+        lies = sum(not right(row) and row["status"] in ("ok", "corrected", "refined") for row in kept)
         seconds = f"{np.median(figures['seconds']):.0f}" if figures["seconds"] else ""
         dims = next((row["dim"] for row in kept if row["dim"]), "")
         body.append([name, runs, dims, *cells, left, verdicts, str(lies), seconds])

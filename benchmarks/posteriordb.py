@@ -304,7 +304,7 @@ def count(rows: Sequence[Row]) -> Counts:
         large_ess=sum(worst(group, "ess_ratio", smallest=True) >= LARGE_ESS for group in groups),
         evidence_known=len(known),
         small_gap=tuple(sum(gap <= limit for gap in known) for limit in SMALL_GAPS),
-        wrong_and_ok_fits=sum(wrong(row) and row["status"] == "ok" for row in rows),
+        wrong_and_ok_fits=sum(wrong(row) and row["status"] in ("ok", "refined") for row in rows),
         right_fits=len(right_rows),
         right_and_unreliable_fits=sum(row["status"] == "unreliable" for row in right_rows),
         gradients=median(good, "gradient_evaluations"),

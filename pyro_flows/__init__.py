@@ -14,7 +14,7 @@ from pyro_flows.flows.vectors import nice, planar, realnvp, spline
 from pyro_flows.guides.autoflow import AutoFlow, AutoNICE, AutoPlanar, AutoRealNVP
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
-from pyro_flows.results.posterior import Posterior, load
+from pyro_flows.posterior.posterior import Posterior, load
 from pyro_flows.transforms import (
     ActNorm,
     AdditiveCoupling,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SAMPLE_DIMS = ("chain", "draw")
 SD_DIGITS = 3
+MANY_CHAINS = "Found chain dimension to be longer than draw dimension"  # short ones, as they are meant to be
 JUDGED = "InferenceData"  # the name of our own class too: arviz_base knows such objects by it
 
 
@@ -36,6 +37,29 @@ def r_hat(draws: Tensor) -> Tensor:
 
     given = draws.detach().double().cpu().numpy()
     return torch.as_tensor(np.asarray(array_stats.rhat(given, chain_axis=0, draw_axis=1)))
+
+
+def chain_diagnostics(draws: Tensor, superchain: Tensor) -> dict[str, Tensor]:
+    """Return R-hat, nested R-hat and effective draws in bulk and tails, each (D,), of draws (C, N, D).
+
+    Args:
+        draws: of C chains.
+        superchain: number of the superchain of each chain (C,), each of equally many chains.
+
+    References: Vehtari et al. 2021 (arXiv 1903.08008); Margossian et al. 2024, "Nested R-hat" (arXiv 2110.13017).
+    """
+    from arviz_stats.base import array_stats
+
+    given, ids = draws.detach().double().cpu().numpy(), superchain.cpu().numpy()
+    axes: dict[str, Any] = {"chain_axis": 0, "draw_axis": 1}
+    with np.errstate(divide="ignore", invalid="ignore"):  # of coordinates that never move: NaN
+        found = {
+            "r_hat": array_stats.rhat(given, **axes),
+            "nested_r_hat": array_stats.rhat_nested(given, superchain_ids=ids, **axes),
+            "ess_bulk": array_stats.ess(given, method="bulk", **axes),
+            "ess_tail": array_stats.ess(given, method="tail", prob=(0.05, 0.95), **axes),
+        }
+    return {name: torch.as_tensor(np.asarray(value, dtype=float)) for name, value in found.items()}
 
 
 # labelled arrays ------------------------------------------------------------------------------------------------------
@@ -53,7 +77,9 @@ def dataset(
 
     filled = {name: value for name, value in values.items() if value.size}
     names: dict[Any, Any] = {name: list(dims.get(name, ())) for name in filled}
-    found = dict_to_dataset(filled, dims=names, coords=dict(coords or {}), sample_dims=sample_dims)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=MANY_CHAINS)
+        found = dict_to_dataset(filled, dims=names, coords=dict(coords or {}), sample_dims=sample_dims)
     found.attrs = {}
     return found
 
@@ -199,8 +225,11 @@ def default_interval() -> tuple[str, float]:
     return str(rcParams["stats.ci_kind"]), float(rcParams["stats.ci_prob"])
 
 
-def summary(draws: xr.Dataset, *, ess: float, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
-    """Table of independent draws: mean, sd, interval, Monte Carlo standard error of the mean, effective draws."""
+def summary(draws: xr.Dataset, *, ess: float | None, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
+    """Table of draws: mean, sd, interval, Monte Carlo standard error of the mean, effective draws.
+
+    Without ``ess`` they are chains, and each row has effective draws in bulk and tails and R-hat of its own.
+    """
     import arviz_stats  # noqa: F401  (registers the accessor azstats)
     import xarray
     from arviz_base import dataset_to_dataframe
@@ -214,12 +243,33 @@ def summary(draws: xr.Dataset, *, ess: float, kind: str, prob: float, round_to: 
         draws.mean(dims).expand_dims(summary=["mean"]),
         spread.expand_dims(summary=["sd"]),
         bounds.assign_coords(summary=[f"{label}_lb", f"{label}_ub"]),
-        (spread / math.sqrt(ess)).expand_dims(summary=["mcse_mean"]),
     ]
+    if ess is None:
+        return _with_chains(draws, parts, round_to)
+    parts.append((spread / math.sqrt(ess)).expand_dims(summary=["mcse_mean"]))
     table = dataset_to_dataframe(xarray.concat(parts, dim="summary"), sample_dims=["summary"]).T
     table = _round(table, round_to)
     table["ess"] = ess if math.isnan(ess) else int(ess)
     return table
+
+
+def _with_chains(draws: xr.Dataset, parts: list[xr.Dataset], round_to: int | str) -> pd.DataFrame:
+    """Finish the table of chains."""
+    import xarray
+    from arviz_base import dataset_to_dataframe
+
+    def table(columns: list[xr.Dataset]) -> pd.DataFrame:
+        return dataset_to_dataframe(xarray.concat(columns, dim="summary"), sample_dims=["summary"]).T
+
+    access = draws.azstats
+    error = access.mcse(method="mean").expand_dims(summary=["mcse_mean"])
+    found = _round(table([*parts, error]), round_to)
+    columns = {"ess_bulk": access.ess(method="bulk"), "ess_tail": access.ess(method="tail"), "r_hat": access.rhat()}
+    more = table([values.expand_dims(summary=[name]) for name, values in columns.items()])
+    for name in ("ess_bulk", "ess_tail"):
+        found[name] = more[name].fillna(0).astype(int)
+    found["r_hat"] = more["r_hat"] if round_to == "none" else more["r_hat"].round(3)
+    return found
 
 
 def _round(table: pd.DataFrame, round_to: int | str) -> pd.DataFrame:

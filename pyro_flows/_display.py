@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STATUS_COLOURS = {"ok": "#2e7d4f", "corrected": "#b26a00", "unreliable": "#b3261e"}
+STATUS_COLOURS = {"ok": "#2e7d4f", "corrected": "#b26a00", "refined": "#1f5f99", "unreliable": "#b3261e"}
 DPI = 150  # of the picture, so that it is sharp on fine screens too
 SHOWN_DPI = 96  # pixels of a page to an inch
 

@@ -1,7 +1,8 @@
-"""The warning that goes with unreliable draws wherever they are handed on."""
+"""Warnings at the user's line: the one that goes with unreliable draws wherever they are handed on, and others."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -23,6 +24,15 @@ class UnreliableWarning(UserWarning):
     runs. To silence it, once the verdict has been read:
     ``warnings.filterwarnings("ignore", category=pf.UnreliableWarning)``.
     """
+
+
+def outside() -> int:
+    """The ``stacklevel`` of the first caller outside of this package, for the function that calls this."""
+    ours = (HERE, contextlib.__file__)
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def warn_unreliable(owner: Any, door: str, reasons: Sequence[str]) -> None:

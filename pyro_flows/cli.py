@@ -31,13 +31,13 @@ from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import MAX_STEPS, fit
 from pyro_flows.flows.recipe import VECTOR_BUILDERS
+from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.files import check_target
-from pyro_flows.results.posterior import Posterior
 
 GAUSSIAN_STEPS = 1500
 EXIT_CODES = (
-    "Exit codes: 0 for a posterior that is ok or corrected, 3 for one that is unreliable (its results are written all "
-    "the same), 2 for an error, 130 after Ctrl-C."
+    "Exit codes: 0 for a posterior that is ok, corrected or refined, 3 for one that is unreliable (its results are "
+    "written all the same), 2 for an error, 130 after Ctrl-C."
 )
 
 app = typer.Typer(
@@ -79,6 +79,9 @@ FlowName = Annotated[str, typer.Option(help=f"Kind of flow: {', '.join(sorted(VE
 Layers = Annotated[int | None, typer.Option(min=1, help="Number of layers; the flow's own default otherwise.")]
 StepsOrNot = Annotated[
     int | None, typer.Option(min=1, help="Bound on optimisation steps; by default 6000, more in many dimensions.")
+]
+Refine = Annotated[
+    bool, typer.Option(help="Let a sampler finish the work where weights cannot correct the flow's draws.")
 ]
 TrainModel = Annotated[
     bool, typer.Option("--train-model", help="Train the model's own parameters too (pyro.param, modules).")
@@ -122,6 +125,7 @@ def fit_command(
     max_steps: StepsOrNot = None,
     max_seconds: Seconds = None,
     escalate: Annotated[bool, typer.Option(help="Go on with larger batches and more layers where needed.")] = True,
+    refine: Refine = True,
     train_model: TrainModel = False,
     progress: Progress = None,
     debug: Debug = False,
@@ -141,6 +145,7 @@ def fit_command(
             "max_steps": max_steps,
             "max_seconds": math.inf if max_seconds is None else max_seconds,
             "escalate": escalate,
+            "refine": "auto" if refine else False,
             "train_model": train_model,
         }
         with interruptible() as interrupt:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pyro_flows.results.posterior import Posterior
+    from pyro_flows.results.record import Record
 
 WINDOW_SHARE = 0.04
 SCATTERED = 2000
@@ -37,7 +37,7 @@ Transform = Mapping[str, Callable[[Tensor], Tensor]]
 # ELBO -----------------------------------------------------------------------------------------------------------------
 
 
-def plot_elbo(posterior: Posterior) -> Figure:
+def plot_elbo(posterior: Record) -> Figure:
     """Draw the ELBO of each optimisation step, with a running median.
 
     The vertical axis is chosen by the second half of the run, so that wild first steps do not flatten the rest.
@@ -100,7 +100,7 @@ def _elbo_limits(elbo: np.ndarray, final: float) -> tuple[float, float]:
 # marginals ------------------------------------------------------------------------------------------------------------
 
 
-def plot_posterior(posterior: Posterior, names: str | Sequence[str] | None = None, *, max_panels: int = 24) -> Figure:
+def plot_posterior(posterior: Record, names: str | Sequence[str] | None = None, *, max_panels: int = 24) -> Figure:
     """Draw the marginal histogram of each scalar, with its mean and central 89 % interval; one panel a scalar.
 
     Args:
@@ -160,11 +160,11 @@ def _marginal(axes: Axes, label: str, values: np.ndarray) -> None:
 
 
 def plot_pairs(
-    posterior: Posterior,
+    posterior: Record,
     x: str,
     y: str,
     *,
-    compare: Posterior | None = None,
+    compare: Record | None = None,
     transform: Transform | None = None,
     labels: tuple[str, str] | None = None,
 ) -> Figure:
@@ -203,9 +203,9 @@ def plot_pairs(
     return figure
 
 
-def _raw(posterior: Posterior) -> Mapping[str, Tensor]:
+def _raw(posterior: Record) -> Mapping[str, Tensor]:
     """Constrained draws as the guide gave them."""
-    if not posterior.resampled:
+    if not posterior.replaced:
         return posterior.samples
     if posterior.density is None:
         raise ValueError(
@@ -267,7 +267,7 @@ def _limits(layers: Sequence[np.ndarray]) -> tuple[float, float]:
     return low - 0.06 * (high - low), high + 0.06 * (high - low)
 
 
-def _guide_label(posterior: Posterior) -> str:
+def _guide_label(posterior: Record) -> str:
     if posterior.flow is not None:
         about = to_json(posterior.flow)
         return f"flow ({about['builder']})" if about else "flow"
@@ -277,12 +277,12 @@ def _guide_label(posterior: Posterior) -> str:
 # shared ---------------------------------------------------------------------------------------------------------------
 
 
-def _title(axes: Axes, posterior: Posterior, text: str) -> None:
+def _title(axes: Axes, posterior: Record, text: str) -> None:
     status = posterior.verdict.status
     axes.set_title(text, loc="left", fontsize=10, color=INK, fontweight="bold")
     axes.set_title(f"verdict: {status}", loc="right", fontsize=9, color=STATUS_COLOURS[status])
 
 
-def _heading(figure: Figure, posterior: Posterior, text: str) -> None:
+def _heading(figure: Figure, posterior: Record, text: str) -> None:
     status = posterior.verdict.status
     figure.suptitle(f"{text} · verdict: {status}", fontsize=10, color=STATUS_COLOURS[status], fontweight="bold")

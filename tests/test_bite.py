@@ -6,7 +6,7 @@ from torch.distributions import Transform
 
 import pyro_flows as pf
 from pyro_flows import masks, transforms
-from pyro_flows.flows import vectors
+from pyro_flows.flows import recipe
 from tests.invariants import (
     check_batching,
     check_every_coordinate_moves,
@@ -201,5 +201,5 @@ def test_a_transform_without_a_case_is_caught(monkeypatch):
     assert unregistered() == set()
     monkeypatch.setattr(transforms, "New", New, raising=False)
     monkeypatch.setattr(transforms, "__all__", [*transforms.__all__, "New"])
-    monkeypatch.setitem(vectors.BUILDERS, "new", vectors.nice)
+    monkeypatch.setitem(recipe.BUILDERS, "new", pf.nice)
     assert unregistered() == {"New", "new"}

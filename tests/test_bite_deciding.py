@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from pyro_flows.fitting import agreement as runs
-from pyro_flows.fitting import conclude, escalation, missed_modes, symmetries, tempering
+from pyro_flows.fitting import conclude, escalation
 from pyro_flows.flows import recipe
 from pyro_flows.model import charts, noncentered
+from pyro_flows.modes import missed_modes, symmetries, tempering
 from pyro_flows.results import arviz_groups
 from pyro_flows.verdict import verdict
 from tests import test_charts, test_coordinates, test_escalation, test_symmetries, test_tempering, test_verdict
@@ -169,6 +170,11 @@ def cut_short(_):
         test_escalation.test_a_fit_that_was_cut_short_after_poor_rounds(run, said)
 
 
+def in_vain(_):
+    for given, said in test_escalation.IN_VAIN:
+        test_escalation.test_runs_that_left_the_missed_mode_where_they_began(given, said)
+
+
 def elementwise(_):
     test_coordinates.check_map(test_coordinates.FAMILIES["Normal"], test_coordinates.DATA)
 
@@ -291,11 +297,13 @@ BUGS = [
     (recipe, "set_df", "flow.df = df", "pass", the_rounds),
     (escalation, "assess", "copy.deepcopy(flow)", "flow", the_rounds),
     (recipe, "grow", "_copy_layers(flow.bijection, new.bijection)", "pass", grown),
-    (recipe.Recipe, "grown", '{**self.options, "layers"', '{"layers"', grown),
+    (recipe.Recipe, "grown", 'self.options["layers"] + layers', 'self.options["layers"]', grown),
     (runs, "compare", "not spread <= EVIDENCE", "spread <= EVIDENCE", agreement),
     (runs, "compare", "evidences.max() - evidences.min()", "evidences[0] - evidences[1]", agreement),
     (runs, "compare", "torch.nan_to_num(evidences, nan=-math.inf)", "-evidences", agreement),
     (conclude, "_never_good", "if worst <= ENOUGH_K", "if worst > ENOUGH_K", cut_short),
+    (conclude, "_in_vain", "not found.added or found.disagreements", "found.disagreements", in_vain),
+    (conclude, "_in_vain", "or found.disagreements", "", in_vain),
     (conclude, "_never_good", "!= kept", "== kept", cut_short),
     # coordinates
     (*NORMAL, "+ 0.5 * share.log()", "- 0.5 * share.log()", elementwise),

@@ -338,7 +338,7 @@ def fitted(tmp_path_factory):
     return posterior, ("fit", f"{folder}/models.py:schools", "--data", folder / "data.json")
 
 
-@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("corrected", 0), ("unreliable", 3)])
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("corrected", 0), ("refined", 0), ("unreliable", 3)])
 def test_the_exit_code_is_the_verdict(fitted, tmp_path, monkeypatch, status, code):
     posterior, arguments = fitted
     judged = dataclasses.replace(posterior, verdict=dataclasses.replace(posterior.verdict, status=status))
@@ -357,12 +357,13 @@ def test_options_reach_the_fit(fitted, tmp_path, monkeypatch):
     run(*arguments, "--out", tmp_path / "plain")
     run(
         *(*arguments, "--out", tmp_path / "full", "--flow", "spline", "--layers", "3", "--draws", "200", "--runs", "4"),
-        *("--seed", "5", "--max-steps", "7", "--max-seconds", "2.5", "--no-escalate", "--train-model", "--progress"),
+        *("--seed", "5", "--max-steps", "7", "--max-seconds", "2.5", "--no-escalate", "--no-refine", "--train-model"),
+        "--progress",
     )
     plain, full = ({key: value for key, value in options.items() if key != "model_kwargs"} for options in seen)
     assert plain == {
         **{"flow": "realnvp", "layers": None, "draws": 4000, "runs": 1, "seed": 0, "max_steps": None},
-        **{"max_seconds": float("inf"), "escalate": True, "train_model": False, "progress": False},
+        **{"max_seconds": float("inf"), "escalate": True, "refine": "auto", "train_model": False, "progress": False},
     }
     assert full == {
         **{"flow": "spline", "layers": 3, "draws": 200, "runs": 4, "seed": 5, "max_steps": 7, "max_seconds": 2.5},

@@ -17,7 +17,8 @@ from pyro_flows._clock import unbounded
 from pyro_flows._progress import Bar
 from pyro_flows.fitting import escalation
 from pyro_flows.fitting.agreement import compare
-from pyro_flows.fitting.conclude import _never_good
+from pyro_flows.fitting.combine import Combined
+from pyro_flows.fitting.conclude import _in_vain, _never_good
 from pyro_flows.fitting.escalation import Round, rounds, unweighed
 from pyro_flows.fitting.fit import default_steps
 from pyro_flows.fitting.plan import Plan
@@ -338,6 +339,19 @@ def test_a_fit_that_was_cut_short_after_poor_rounds(run, said):
     found = _never_good(run)
     assert bool(found) == said
     assert not said or found[0].startswith("the fit was cut short, and had k-hat")
+
+
+IN_VAIN = [
+    ({}, False),
+    ({"added": 1}, True),
+    ({"added": 1, "disagreements": ["runs disagree on x"]}, False),  # they are mixed
+    ({"added": 1, "copies": 2}, False),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), IN_VAIN)
+def test_runs_that_left_the_missed_mode_where_they_began(given, said):
+    assert bool(_in_vain(Combined(**given))) == said
 
 
 @pytest.mark.parametrize(

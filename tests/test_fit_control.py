@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyro
@@ -22,7 +23,7 @@ from pyro_flows._progress import Bar
 from pyro_flows._turns import turn
 from pyro_flows.fitting import escalation
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.results import posterior
+from pyro_flows.posterior import posterior
 from pyro_flows.starts import portfolio
 from pyro_flows.training import loop
 from pyro_flows.training.trainer import Trainer
@@ -221,11 +222,11 @@ STAGES = {
     "the paths to modes": (portfolio, "along_paths", 1, model),
     "the scores of starts": (portfolio, "_scored", 1, model),
     "the starts": ("pyro_flows.fitting.run", "portfolio", 1, model),
-    "the choice of coordinates": ("pyro_flows.fitting.fit", "choose_coordinates", 1, effects),
+    "the choice of coordinates": ("pyro_flows.fitting.prepare", "choose_coordinates", 1, effects),
     "the race of starts and step sizes": (Trainer, "step", 5, model),
     "training": (Trainer, "step", 75, model),
     "a look at the round": (escalation, "weigh", 1, model),
-    "the search for modes that the guide lacks": ("pyro_flows.fitting.fit", "missed_modes", 1, model),
+    "the search for modes that the guide lacks": ("pyro_flows.fitting.combine", "missed_modes", 1, model),
     "the scores of draws": (posterior, "decide", 1, model),
 }
 
@@ -335,11 +336,11 @@ def test_settings_are_those_of_the_round_that_was_kept(monkeypatch, short_first_
     """Step size and batch of the others, which are made worse here, must not be in the settings."""
     original, calls = escalation.assess, itertools.count()
 
-    def assess(flow, density, result):
-        found = original(flow, density, result)
+    def assess(name, trainer, result):
+        found = original(name, trainer, result)
         if next(calls) == kept:
             return found
-        return escalation.Round(found.flow, escalation.unweighed(density.dim, -1e6), result)
+        return replace(found, weighing=escalation.unweighed(trainer.density.dim, -1e6))
 
     monkeypatch.setattr(escalation, "assess", assess)
     monkeypatch.setattr("pyro_flows.fitting.run.assess", assess)

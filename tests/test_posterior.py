@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.results.posterior import ROWS_SHOWN, from_draws
+from pyro_flows.posterior.posterior import ROWS_SHOWN, from_draws
 from pyro_flows.verdict import verdict
 from pyro_flows.verdict.psis import psis
 from tests.posteriors import (

@@ -13,9 +13,9 @@ from pyro.infer import config_enumerate
 from pyro.ops.indexing import Vindex
 
 import pyro_flows as pf
-from pyro_flows.fitting import missed_modes as modes
-from pyro_flows.fitting.missed_modes import missed_modes
-from pyro_flows.fitting.symmetries import Move, Unit, group, moves, signed_permutation
+from pyro_flows.modes import missed_modes as modes
+from pyro_flows.modes.missed_modes import missed_modes
+from pyro_flows.modes.symmetries import Move, Unit, group, moves, signed_permutation
 from tests.models import real
 from tests.registry import normal
 

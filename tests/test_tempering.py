@@ -14,8 +14,8 @@ import torch
 from torch.distributions import constraints
 
 import pyro_flows as pf
-from pyro_flows.fitting.missed_modes import missed_modes
-from pyro_flows.fitting.tempering import log_mean, temper, wander
+from pyro_flows.modes.missed_modes import missed_modes
+from pyro_flows.modes.tempering import log_mean, temper, wander
 from pyro_flows.starts.gaussians import Gaussians
 from tests.models import real
 from tests.registry import normal

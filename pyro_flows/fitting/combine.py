@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from pyro_flows.fitting.agreement import balanced, compare, stage
-from pyro_flows.fitting.missed_modes import Search, missed_modes
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared
 from pyro_flows.fitting.run import Run, make_run
-from pyro_flows.fitting.symmetries import SignedPermutation, group
 from pyro_flows.fitting.volume import too_uneven
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.missed_modes import Search, missed_modes
+from pyro_flows.modes.symmetries import SignedPermutation, group
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyro_flows.correction.search import noted
 from pyro_flows.fitting.combine import Combined
 from pyro_flows.fitting.escalation import ENOUGH_K
 from pyro_flows.fitting.plan import Plan
@@ -12,7 +13,7 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.saved import to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.results.posterior import Posterior, from_draws
+from pyro_flows.posterior.posterior import Posterior, from_draws
 
 
 def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
@@ -30,13 +31,13 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
         seed=plan.seed,
         guide=AutoFlow.of(sampler, density.structure, plan.model, plan.args, plan.kwargs),
         losses=best.losses,
-        history=[*found.history, *(stage for run in found.runs for stage in run.history)],
+        history=[*found.history, *(stage for run in found.runs for stage in run.history), *noted(search)],
         settings={**_asked(plan), **_chosen(best, sampler, density), "seconds": plan.clock.elapsed},
         warnings=[*notes, *found.warnings, *_differ(found, plan.runs)],
         failures=[*([] if search is None else search.failures), *found.failures, *cut_short],
         notes=["no search for missed modes was made"] if search is None else search.notes,
         contained=search is not None and search.contained,
-        doubts=[] if moving else _never_good(best),
+        doubts=[] if moving else [*_never_good(best), *_in_vain(found)],
     )
 
 
@@ -80,6 +81,13 @@ def _differ(found: Combined, runs: int) -> list[str]:
     if found.copies > 1:
         said.append(f"the flow found one of {found.copies} equal modes, and copies of it stand at the others")
     return said
+
+
+def _in_vain(found: Combined) -> list[str]:
+    """Say so where runs that began at missed modes came to the same posterior as the first: they may have left them."""
+    if not found.added or found.disagreements or found.copies > 1:
+        return []
+    return ["runs that began where a search had found a missed mode came to the same posterior"]
 
 
 def _never_good(run: Run) -> list[str]:

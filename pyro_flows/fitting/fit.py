@@ -13,15 +13,17 @@ from pyro_flows._clock import Clock, unbounded
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
 from pyro_flows._turns import alone
+from pyro_flows.correction.rungs import last_rung, which
 from pyro_flows.fitting.combine import Combined, combine, make_runs, threads
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared, prepare
+from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import FlowLike, latent_recipe
 from pyro_flows.model.batching import usable
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
-from pyro_flows.results.posterior import Posterior
+from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS, check_memory, seconds_to_judge
 
 MAX_STEPS = 6000
@@ -41,6 +43,7 @@ def fit(
     max_seconds: float = math.inf,
     train_model: bool = False,
     escalate: bool = True,
+    refine: str | bool = "auto",
     runs: int = 1,
     progress: bool = True,
     raise_on_interrupt: bool = False,
@@ -74,6 +77,10 @@ def fit(
         escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and
             tempering, in this order; each is an entry of ``history``. Where the guide lacks a mode, up to three more
             runs start there, and the guide becomes their mixture.
+        refine: let a sampler that begins at the flow's draws finish the work (see :meth:`Posterior.refine`), where
+            the first round does not suffice and a sampler does for less than another round, and where the verdict
+            would be ``unreliable``: ``"auto"``, or one of its methods for the latter; False does without. A sampler is
+            not tried with ``train_model``.
         runs: independent runs with seeds and starts of their own, 100 at most. Where they disagree, the verdict names
             the sites, and the guide becomes a mixture of the runs, weighted so that it is as close to the posterior as
             it can be.
@@ -113,6 +120,7 @@ def fit(
         if not isinstance(flow, str):
             raise ValueError("layers: goes with a flow given by name; this flow is already built.")
     options = {} if layers is None else {"layers": layers}
+    method = which(refine)
     args, kwargs = usable(args), usable(dict(model_kwargs or {}))
     with alone(), seeded(seed):
         bar = Bar("fit", progress)
@@ -129,6 +137,7 @@ def fit(
             max_steps=max_steps or MAX_STEPS,
             train_model=train_model,
             escalate=escalate,
+            refine=method,
             clock=clock,
             bar=bar,
         )
@@ -181,13 +190,17 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
             clock.reserve(seconds_to_judge(prepared.density, plan.draws))
         found.history[:0] = prepared.history
         try:
-            return conclude(plan, prepared.density, found)
+            posterior = conclude(plan, prepared.density, found)
         except KeyboardInterrupt:
             if not clock.interrupt("judging"):
                 raise
-            return conclude(plan, prepared.density, found)
+            posterior = conclude(plan, prepared.density, found)
     finally:
         prepared.density.under(unbounded())
+    if plan.refine is None or plan.train_model:
+        return posterior
+    chains = found.best.chains if isinstance(posterior.flow, Flow) else None
+    return last_rung(posterior, plan.refine, clock, plan.bar, chains)
 
 
 def _check_training_of_model(plan: Plan, density: LogDensity) -> None:

@@ -31,6 +31,7 @@ class Plan:
         max_steps: of a run.
         train_model: whether the model's own parameters are trained too.
         escalate: whether more is tried where the first round does not suffice.
+        refine: the sampler that finishes the work where need be; None for none.
         clock: the bound in seconds.
         bar: the line that tells how far the work is.
     """
@@ -45,6 +46,7 @@ class Plan:
     max_steps: int
     train_model: bool
     escalate: bool
+    refine: str | None
     clock: Clock
     bar: Bar
 

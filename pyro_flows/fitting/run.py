@@ -10,16 +10,19 @@ import torch
 
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
+from pyro_flows.correction.rungs import attempt
 from pyro_flows.fitting.escalation import Round, assess, rounds
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.selection import CLOSE, Entrant, race, share
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.portfolio import portfolio
 from pyro_flows.starts.start import Start, standard
 from pyro_flows.training.loop import Budget, train
 from pyro_flows.training.trainer import Trainer
+from pyro_flows.verdict.chains import Chains
 
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound
 
@@ -34,6 +37,8 @@ class Run:
         best: the best round, and ``kept`` its entry in the history.
         modes: starts at modes.
         history: an entry for each stage.
+        untrained: the flow that a race starts with.
+        chains: of a sampler that sufficed in the place of further rounds.
     """
 
     number: int
@@ -43,6 +48,7 @@ class Run:
     modes: list[Start] = field(default_factory=list)
     history: list[Stage] = field(default_factory=list)
     untrained: Flow | None = None
+    chains: Chains | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -103,6 +109,12 @@ def make_run(
         run.take(assess("first round", trainer, training), trainer)
         assert run.best is not None
         if plan.escalate and not plan.train_model and not run.best.enough:
+            if plan.refine is not None:
+                names = coordinate_names(density.structure)
+                with clock.part("a sampler in the place of another round"):
+                    run.chains = attempt(trainer.flow, density, names, plan.draws, seed=seed, bar=plan.bar)
+            if run.chains is not None:
+                return
             more = rounds(plan, trainer, run.best, winner.start, budget, seed=seed, report=report)
             for trainer, outcome in more:
                 run.take(outcome, trainer)

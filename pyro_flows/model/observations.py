@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten_with_path
 
+from pyro_flows._warnings import outside
 from pyro_flows.model.batching import apart, nearer
 from pyro_flows.model.sites import Latent, Structure, messages
 from pyro_flows.model.supports import WRAPPERS, inside, is_narrower, is_whole, needs_guard, signature, support_of
@@ -235,7 +234,7 @@ def warn_if_nothing_observed(
         f"model: nothing is observed (no obs= with values, no pyro.factor), so the posterior is the prior.{hint} If "
         "that is meant, say so: warnings.simplefilter('ignore', pyro_flows.NothingObservedWarning).",
         NothingObservedWarning,
-        stacklevel=_outside(),
+        stacklevel=outside(),
     )
 
 
@@ -284,12 +283,3 @@ def _arguments(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
             if isinstance(leaf, Tensor):
                 found[f"{name}{''.join(map(str, path))}"] = leaf
     return found
-
-
-def _outside() -> int:
-    """The ``stacklevel`` of the first caller outside of this package, for the function that calls this."""
-    ours = (str(Path(__file__).parent), contextlib.__file__)
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -31,16 +31,23 @@ if TYPE_CHECKING:
 
 PRIOR_DRAWS = 500
 UNDRAWABLE = (NotImplementedError, RuntimeError, ValueError)  # from distributions that have no sampler
+SAMPLER_STATS = ("acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size")
 PACKAGES = ("pyro-ppl", "torch", "arviz-base", "arviz-stats")
 
 logger = logging.getLogger("pyro_flows")
 
 
-def _stack(labels: Labels, values: Mapping[str, Tensor], layout: Callable[[str], Layout]) -> xr.Dataset:
-    """Make a group of draws ``{site: (S, *shape)}``; the draws are one chain."""
+def _stack(
+    labels: Labels, values: Mapping[str, Tensor], layout: Callable[[str], Layout], chains: int = 1
+) -> xr.Dataset:
+    """Make a group of draws ``{site: (S, *shape)}``, one chain after the other."""
     layouts = {name: layout(name) for name in values}
-    arrays = {labels.variable(name): layouts[name](value)[None] for name, value in values.items()}
+    arrays = {labels.variable(name): _in_chains(layouts[name](value), chains) for name, value in values.items()}
     return _labelled(labels, arrays, layouts, _arviz.SAMPLE_DIMS)
+
+
+def _in_chains(values: np.ndarray, chains: int) -> np.ndarray:
+    return values.reshape(chains, len(values) // chains, *values.shape[1:])
 
 
 def _labelled(
@@ -51,36 +58,38 @@ def _labelled(
     return _arviz.dataset(arrays, dims, coords=coords, sample_dims=sample_dims)
 
 
-def draws_group(labels: Labels, samples: Mapping[str, Tensor]) -> xr.Dataset:
+def draws_group(labels: Labels, samples: Mapping[str, Tensor], chains: int = 1) -> xr.Dataset:
     """Latent and deterministic sites as labelled arrays."""
     latents = {latent.name: latent for latent in labels.structure.latents}
 
     def layout(name: str) -> Layout:
         return labels.latent(latents[name]) if name in latents else labels.deterministic(name)
 
-    return _stack(labels, samples, layout)
+    return _stack(labels, samples, layout, chains)
 
 
 def all_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
     """All groups of the ArviZ object, in its usual order."""
     labels = Labels(density.structure)
     latents = {latent.name: latent for latent in density.structure.latents}
-    observed = labels.observed
-    groups = {"posterior": draws_group(labels, posterior.samples)}
-    groups["sample_stats"] = _stats(posterior.used_log_p, _drawn_from(posterior), posterior.used_log_weights)
+    observed, chains = labels.observed, posterior.chain_count
+    groups = {"posterior": draws_group(labels, posterior.samples, chains)}
+    groups["sample_stats"] = _used_stats(posterior)
     likelihood, prior = density.log_likelihood(posterior.used), density.log_prior(posterior.used)
-    groups["log_likelihood"] = _stack(labels, _double(likelihood), lambda name: observed(name).without_event())
-    groups["log_prior"] = _stack(labels, _double(prior), lambda name: labels.latent(latents[name]).without_event())
+    groups["log_likelihood"] = _stack(labels, _double(likelihood), lambda name: observed(name).without_event(), chains)
+    groups["log_prior"] = _stack(
+        labels, _double(prior), lambda name: labels.latent(latents[name]).without_event(), chains
+    )
     if predictive:
         seed = int(posterior.settings["seed"])
-        groups |= _predictive(labels, density, posterior.used, seed)
+        groups |= _predictive(labels, density, posterior.used, seed, chains)
     layouts = {name: observed(name) for name in density.structure.observed}
     data = {labels.variable(name): layout(labels.data(name)[None])[0] for name, layout in layouts.items()}
     groups["observed_data"] = _labelled(labels, data, layouts, ())
     groups["constant_data"] = _constants(density)
     cut = {latent.name: _cut(latent, posterior.used) for latent in density.structure.latents}
-    groups["unconstrained_posterior"] = _stack(labels, cut, lambda name: labels.unconstrained(latents[name]))
-    if posterior.resampled:
+    groups["unconstrained_posterior"] = _stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains)
+    if posterior.replaced:
         groups["raw_posterior"] = draws_group(labels, density.constrain(posterior.z))
         groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
     groups["fit"] = _fit(posterior)
@@ -91,14 +100,14 @@ def modelless_groups(posterior: Record, density: LogDensity) -> dict[str, xr.Dat
     """Those groups that take neither a run of the model nor its data."""
     labels = Labels(density.structure)
     latents = {latent.name: latent for latent in density.structure.latents}
-    cut = {latent.name: _cut(latent, posterior.used) for latent in density.structure.latents}
+    cut, chains = {latent.name: _cut(latent, posterior.used) for latent in latents.values()}, posterior.chain_count
     groups = {
-        "posterior": draws_group(labels, posterior.samples),
-        "sample_stats": _stats(posterior.used_log_p, _drawn_from(posterior), posterior.used_log_weights),
-        "unconstrained_posterior": _stack(labels, cut, lambda name: labels.unconstrained(latents[name])),
+        "posterior": draws_group(labels, posterior.samples, chains),
+        "sample_stats": _used_stats(posterior),
+        "unconstrained_posterior": _stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains),
         "fit": _fit(posterior),
     }
-    if posterior.resampled:
+    if posterior.replaced:
         groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
     return {name: group for name, group in groups.items() if group.data_vars}
 
@@ -106,10 +115,11 @@ def modelless_groups(posterior: Record, density: LogDensity) -> dict[str, xr.Dat
 def _drawn_from(posterior: Record) -> Tensor:
     r"""Return the log density (S,) of what the draws to use come from, for importance ratios that other tools form.
 
-    That is the guide, or, of draws that were resampled, the posterior itself, :math:`\tilde p(z) / Z` with the
-    estimated evidence Z: their ratios are constant, so that no tool weights them a second time.
+    That is the guide, or, of draws that were resampled or are a sampler's, the posterior itself,
+    :math:`\tilde p(z) / Z` with the estimated evidence Z: their ratios are constant, so that no tool weights them a
+    second time.
     """
-    if not posterior.resampled:
+    if not posterior.replaced:
         return posterior.used_log_q
     return posterior.used_log_p.double() - posterior.log_evidence
 
@@ -123,16 +133,27 @@ def _cut(latent: Latent, z: Tensor) -> Tensor:
     return flat if latent.free is not None else flat.reshape(len(z), *latent.unconstrained_shape)
 
 
-def _stats(log_p: Tensor, log_q: Tensor, log_weights: Tensor) -> xr.Dataset:
-    values = {"lp": log_p, "log_p": log_p, "log_q": log_q, "log_weight": log_weights}
-    return _arviz.dataset({name: value.double().cpu().numpy()[None] for name, value in values.items()}, {})
+def _used_stats(posterior: Record) -> xr.Dataset:
+    """The numbers of the draws to use; those of a sampler have more of them."""
+    weights = posterior.used_log_weights
+    given, chains = (posterior.used_log_p, _drawn_from(posterior), weights), posterior.chain_count
+    if posterior.verdict.status != "refined" or posterior.chains is None:
+        return _stats(*given)
+    own = {name: posterior.chains.stats[name].flatten() for name in SAMPLER_STATS}
+    return _stats(*given, chains=chains, **own)
 
 
-def _predictive(labels: Labels, density: LogDensity, z: Tensor, seed: int) -> dict[str, xr.Dataset]:
+def _stats(log_p: Tensor, log_q: Tensor, log_weights: Tensor, *, chains: int = 1, **more: Tensor) -> xr.Dataset:
+    values = {name: value.double() for name, value in {"lp": log_p, "log_p": log_p, "log_q": log_q}.items()}
+    values |= {"log_weight": log_weights.double(), **more}
+    return _arviz.dataset({name: _in_chains(value.cpu().numpy(), chains) for name, value in values.items()}, {})
+
+
+def _predictive(labels: Labels, density: LogDensity, z: Tensor, seed: int, chains: int = 1) -> dict[str, xr.Dataset]:
     """Draws of the data and the prior; what a model cannot draw is left out, with a note in the log."""
     structure, groups = density.structure, {}
     try:
-        groups["posterior_predictive"] = _stack(labels, density.predictive(z, seed=seed), labels.observed)
+        groups["posterior_predictive"] = _stack(labels, density.predictive(z, seed=seed), labels.observed, chains)
     except UNDRAWABLE as error:
         logger.warning("no posterior_predictive: %s: %s", type(error).__name__, error)
     try:
@@ -226,7 +247,8 @@ def _fit(posterior: Record) -> xr.Dataset:
 
 def attributes(posterior: Record) -> dict[str, str | float]:
     """Return what the object says of itself, the verdict first: numbers and strings only."""
-    kind = "psis-resampled" if posterior.resampled else "flow" if posterior.flow is not None else "guide"
+    kind = "flow" if posterior.flow is not None else "guide"
+    kind = {"corrected": "psis-resampled", "refined": "chains"}.get(posterior.verdict.status, kind)
     found: dict[str, str | float] = {
         "status": posterior.verdict.status,  # both first, where a display that is cut short still shows them
         "verdict": str(posterior.verdict),

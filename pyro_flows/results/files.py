@@ -25,6 +25,7 @@ from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.record import Record
+from pyro_flows.verdict.chains import ChainFigures, Chains
 from pyro_flows.verdict.verdict import Verdict
 
 NETCDF, TENSORS, TEXT = "posterior.nc", "guide.pt", "posterior.json"
@@ -71,6 +72,8 @@ def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str 
     tensors["samples"] = {name: value.detach().cpu().clone() for name, value in posterior.samples.items()}
     state = {} if flow is None or reason else flow.state_dict()
     tensors["flow"] = {name: value.detach().cpu() for name, value in state.items()}
+    if posterior.chains is not None:
+        tensors["chains"] = posterior.chains.stored()
     stored = io.BytesIO()
     torch.save(tensors, stored)
     FILES.write(path, plain(description), {NETCDF: _arviz.write(groups, attrs), TENSORS: stored.getvalue()})
@@ -124,6 +127,7 @@ def _read(
         "density": density,
         "missing": _missing(description, model is not None),
         "stored": stored,
+        "chains": Chains(**tensors["chains"]) if "chains" in tensors else None,
     }
 
 
@@ -182,7 +186,10 @@ def _revived(value: Any) -> Any:
 def _verdict(stored: Mapping[str, Any]) -> Verdict:
     numbers = {name: float(stored[name]) for name in ("k_hat", "k_threshold", "ess_ratio", "mean_shift", "sd_shift")}
     reasons, notes = (tuple(stored.get(name, ())) for name in ("reasons", "notes"))
-    return Verdict(status=stored["status"], where=stored["where"], reasons=reasons, notes=notes, **numbers)
+    chains = None if stored.get("chains") is None else ChainFigures.of(stored["chains"])
+    return Verdict(
+        status=stored["status"], where=stored["where"], reasons=reasons, notes=notes, chains=chains, **numbers
+    )
 
 
 def _density(density: LogDensity, coordinates: Sequence[str], tensors: Mapping[str, Any]) -> LogDensity:
@@ -205,4 +212,4 @@ def _density(density: LogDensity, coordinates: Sequence[str], tensors: Mapping[s
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
-    return {name: _move(item, device) for name, item in value.items()}
+    return {name: _move(item, device) for name, item in value.items()} if isinstance(value, dict) else value

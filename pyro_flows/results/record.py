@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.verdict.chains import Chains
 from pyro_flows.verdict.verdict import Verdict
 
 
@@ -42,6 +43,7 @@ class Record:
     density: LogDensity | None = field(repr=False)
     missing: dict[str, str] = field(repr=False)
     stored: tuple[dict[str, Any], dict[str, Any]] | None = field(repr=False, default=None)  # as read from a file
+    chains: Chains | None = field(repr=False, default=None)
 
     @property
     def resampled(self) -> bool:
@@ -49,18 +51,31 @@ class Record:
         return self.verdict.status == "corrected"
 
     @property
+    def replaced(self) -> bool:
+        """Whether ``samples`` are other draws than the guide's own: resampled ones, or those of chains."""
+        return self.verdict.status in ("corrected", "refined")
+
+    @property
+    def chain_count(self) -> int:
+        """How many chains ``samples`` are, one after the other: 1 unless the verdict is refined."""
+        return self.chains.count if self.chains is not None and self.verdict.status == "refined" else 1
+
+    @property
     def used_log_weights(self) -> Tensor:
-        """Normalised log weights that ``samples`` still carry (S,): equal ones once they are resampled."""
-        return torch.full_like(self.used_log_p, -math.log(len(self.used))) if self.resampled else self.log_weights
+        """Normalised log weights that ``samples`` still carry (S,): equal ones unless they are the guide's own."""
+        return torch.full_like(self.used_log_p, -math.log(len(self.used))) if self.replaced else self.log_weights
 
     @property
     def effective(self) -> float:
         """How many independent draws ``samples`` are worth for means under the posterior; NaN if unreliable.
 
-        The effective sample size of the weights, or, of resampled draws, (sum of counts)^2 / (sum of their squares).
+        The effective sample size of the weights; of resampled draws, (sum of counts)^2 / (sum of their squares); of
+        chains, the bulk ESS of the worst coordinate.
         """
         if self.verdict.status == "unreliable":
             return math.nan
+        if self.verdict.status == "refined" and self.verdict.chains is not None:
+            return self.verdict.chains.ess_bulk
         if not self.resampled:
             return self.ess
         counts = torch.unique(self.used, dim=0, return_counts=True)[1].double()
@@ -70,3 +85,17 @@ class Record:
     def seconds(self) -> float:
         """How long the fit took; NaN where nobody measured it."""
         return float(self.settings.get("seconds", math.nan))
+
+    def _need_density(self) -> LogDensity:
+        if self.density is None:
+            why = self.missing.get("density", "loaded without a model")
+            raise ValueError(
+                "this needs the model: load(path, model, *args) with the arguments of the fit."
+                if why == "loaded without a model"
+                else f"this needs the model, but the posterior was {why}. Save it where the model is, then "
+                "load(path, model, *args) with the arguments of the fit."
+            )
+        return self.density
+
+
+Recorded = TypeVar("Recorded", bound=Record)  # what takes a posterior gives a posterior

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_flows._display import verdict_html
 from pyro_flows._seeding import derive
+from pyro_flows.verdict.chains import ChainFigures
 from pyro_flows.verdict.psis import psis
 
 ESS_RATIO = 0.1
@@ -37,7 +38,8 @@ class Verdict:
 
     Attributes:
         status: ``"ok"``: the draws stand as they are; ``"corrected"``: the raw draws are off, importance resampling
-            mends them, and ``samples`` holds the resampled ones; ``"unreliable"``: neither.
+            mends them, and ``samples`` holds the resampled ones; ``"refined"``: ``samples`` are draws of chains that
+            began at the guide's; ``"unreliable"``: none of these.
         k_hat: Pareto shape of the importance weights.
         k_threshold: min(1 - 1 / log10(S), 0.7).
         ess_ratio: effective sample size of the weights over S.
@@ -46,6 +48,7 @@ class Verdict:
         where: the coordinate of the larger shift.
         reasons: what spoke against ``ok``, in words.
         notes: what was not or not fully checked, and what else to know before the draws are used.
+        chains: figures of the chains, if a sampler was tried.
     """
 
     status: str
@@ -57,6 +60,7 @@ class Verdict:
     where: str
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    chains: ChainFigures | None = None
 
     def __str__(self) -> str:
         return self._sentence() + (f" Note: {'; '.join(self.notes)}." if self.notes else "")
@@ -71,9 +75,11 @@ class Verdict:
         why = "; ".join(self.reasons)
         if self.status == "corrected":
             return f"corrected: samples were importance-resampled to correct the guide's draws ({why}); {figures}."
+        if self.status == "refined":
+            return f"refined: samples are draws of a sampler that began at the guide's draws ({why}); {self.chains}."
         return (
             f"unreliable: do not use these draws ({why}); {figures}. "
-            "Try more layers or more steps, another parametrisation of the model, or Pyro's NUTS."
+            "Try more layers or more steps, another parametrisation of the model, or refine() with more steps."
         )
 
     __repr__ = __str__  # what a REPL shows

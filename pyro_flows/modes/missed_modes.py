@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.fitting.symmetries import SignedPermutation, moves, signed_permutation
-from pyro_flows.fitting.tempering import log_mean, temper, wander
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.symmetries import SignedPermutation, moves, signed_permutation
+from pyro_flows.modes.tempering import log_mean, temper, wander
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
@@ -111,7 +111,10 @@ def missed_modes(
     searches: list[Callable[[], list[Lack]]] = [lambda: _climbed(guide, modes, z[finite], seed=seed)]
     if density.batched:
         searches.insert(0, lambda: _mirrored(guide, *few))
-        searches += [lambda: _across(guide, *few), lambda: _wandered(guide, z[finite], weights[finite], seed=seed)]
+        searches += [
+            lambda: _across(guide, *few),
+            lambda: _wandered(guide, z[finite], weights[finite], log_q[finite], seed=seed),
+        ]
     found: list[Lack] = []
     for search in searches:
         found = found or [lack for lack in search() if _is_resolved(density, lack.place)]
@@ -371,14 +374,15 @@ def _across(guide: _Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
 
 
 @torch.no_grad()
-def _wandered(guide: _Guide, z: Tensor, weights: Tensor, *, seed: int) -> list[Lack]:
+def _wandered(guide: _Guide, z: Tensor, weights: Tensor, log_q: Tensor, *, seed: int) -> list[Lack]:
     """Let weighted draws wander; return a place where the guide is too thin, if more of them come there than before.
 
     This finds what a guide lacks next to where it lies, such as the neck of a funnel. Weights know of places where the
     guide is thin as long as it has a draw there; only what exceeds that counts.
     """
     ratios = (weights - guide.covered).double()
-    known = float(torch.softmax(ratios, 0)[ratios > THIN].sum())
+    there = guide.is_thin(z, weights + log_q, by=THIN)
+    known = float(torch.softmax(ratios, 0)[there].sum())
     chosen = resample(torch.log_softmax(ratios, 0), WANDERERS, seed=derive(seed, "wanderers"))
     ends, log_p = wander(guide.density, z[chosen], _units(z), seed=derive(seed, "wandering"))
     thin = guide.is_thin(ends, log_p, by=THIN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import html
+import math
 import os
 import pickle
 import warnings
@@ -43,7 +44,8 @@ class Posterior(Record):
 
     Attributes:
         samples: the draws to use, constrained, deterministic sites too: ``{name: (draws, *shape)}``. Raw draws of the
-            guide if the verdict is ok or unreliable, importance-resampled ones if it is corrected.
+            guide if the verdict is ok or unreliable, importance-resampled ones if it is corrected, draws of chains,
+            one chain after the other, if it is refined.
         z: raw draws in unconstrained coordinates (S, D).
         log_p, log_q: unnormalised log posterior and log guide density of ``z`` (S,).
         log_weights: Pareto-smoothed, normalised log importance weights of ``z`` (S,).
@@ -66,6 +68,8 @@ class Posterior(Record):
         density: the model as a log density; None after :func:`load` without a model.
         missing: for each of ``guide``, ``flow`` and ``density`` that is None, why; and why ``groups`` of the ArviZ
             object are missing, if any are.
+        chains: what a sampler came to, if :meth:`refine` was called, by ``fit`` or since: draws of each chain, and all
+            that it takes to go on.
 
     It can be pickled (joblib, Dask): draws, verdict and flow go along, model, data and guide stay behind.
     """
@@ -107,7 +111,8 @@ class Posterior(Record):
 
         Columns: mean, sd, interval, :math:`\text{sd} / \sqrt{\text{ess}}`, and ``ess``, the number of independent
         posterior draws that these are worth (:attr:`effective`; NaN if the verdict is unreliable). Draws are
-        independent, so there is no R-hat.
+        independent, so there is no R-hat; with verdict refined, each row has ``ess_bulk``, ``ess_tail`` and ``r_hat``
+        of its own.
 
         Args:
             names: sites to show; all by default.
@@ -152,12 +157,13 @@ class Posterior(Record):
         prob = prob if ci_prob is None else ci_prob
         if prob is None or not 0 < prob < 1:
             raise ValueError(f"ci_prob: expected a number between 0 and 1, got {prob!r}.")
-        return _arviz.summary(draws, ess=self.effective, kind=kind, prob=prob, round_to=round_to)
+        ess = None if self.verdict.status == "refined" else self.effective
+        return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)
 
     def _draws(self) -> Any:
         if self.stored is not None:
             return self.stored[0]["posterior"]
-        return arviz_groups.draws_group(Labels(self._need_density().structure), self.samples)
+        return arviz_groups.draws_group(Labels(self._need_density().structure), self.samples, self.chain_count)
 
     def to_arviz(
         self,
@@ -168,16 +174,19 @@ class Posterior(Record):
     ) -> Any:
         """Return everything as one ArviZ object: a ``DataTree``, or an ``InferenceData`` where ArviZ 0.x is installed.
 
-        Draws are one chain: they are independent and are not cut into false chains. Dimensions are named after plates
-        (with the suffix ``_dim`` if a variable has that name), others ``{site}_dim_0`` and so on. Entries that a mask
-        takes out (``obs_mask``) are left out, with one dimension ``{site}_entry`` for what remains.
+        Draws are one chain: they are independent and are not cut into false chains; those of a sampler (verdict
+        refined) are as many chains as it had. Dimensions are named after plates (with the suffix ``_dim`` if a variable
+        has that name), others ``{site}_dim_0`` and so on. Entries that a mask takes out (``obs_mask``) are left out,
+        with one dimension ``{site}_entry`` for what remains.
 
         Groups: ``posterior``, the draws to use; ``sample_stats`` with their ``log_p``, ``log_q`` (unconstrained
         coordinates), ``log_weight`` (the normalised log weight that a draw still carries) and ``lp``;
         ``log_likelihood``, ``log_prior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
-        ``constant_data``, ``unconstrained_posterior``, ``fit``; and, if the draws were importance-resampled,
-        ``raw_posterior`` and ``raw_sample_stats``. Models with enumerated latents have neither deterministic sites nor
-        a pointwise log likelihood; improper priors cannot be drawn from.
+        ``constant_data``, ``unconstrained_posterior``, ``fit``; and, if the draws were importance-resampled or are a
+        sampler's, the guide's own as ``raw_posterior`` and ``raw_sample_stats``. The ``sample_stats`` of a sampler also
+        have ``acceptance_rate``, ``diverging``, ``energy``, ``energy_error``, ``n_steps`` and ``step_size``. Models
+        with enumerated latents have neither deterministic sites nor a pointwise log likelihood; improper priors cannot
+        be drawn from.
 
         Args:
             coords: labels of dimensions, ``{"school": ["Choate", ...]}``.
@@ -221,6 +230,8 @@ class Posterior(Record):
     def resample(self, draws: int | None = None, *, seed: int = 0, force: bool = False) -> dict[str, Tensor]:
         """Resample the raw draws by their importance weights: ``{name: (draws, *shape)}``, constrained.
 
+        With verdict refined, the chains' draws are resampled, all with the same weight.
+
         Args:
             draws: how many; as many as there are raw draws by default.
             seed: of the resampling.
@@ -237,10 +248,88 @@ class Posterior(Record):
             )
         count = len(self.z) if draws is None else _checks.integer("draws", draws, 1)
         self._hand_on("resample()")
-        index = resample(self.log_weights, count, seed=seed)
+        weights = self.used_log_weights if self.verdict.status == "refined" else self.log_weights
+        index = resample(weights, count, seed=seed)
         if not self.resampled:
             return {name: values[index] for name, values in self.samples.items()}
         return self._need_density().constrain(self.z[index])
+
+    def refine(
+        self,
+        method: str = "auto",
+        *,
+        chains: int = 64,
+        max_steps: int = 2000,
+        max_seconds: float = math.inf,
+        seed: int | None = None,
+        progress: bool = False,
+    ) -> Posterior:
+        r"""Let a sampler finish the work: many short chains in the flow's latent space, begun at its draws.
+
+        Where the flow T is close to the posterior, the target in latent space,
+        :math:`\log\tilde p(T(x)) + \log|\det J_T(x)|`, is close to the base distribution, and a few leaps of
+        Hamiltonian dynamics make a new draw. Step size and trajectory length are adapted across chains (ChEES). Chains
+        begin in superchains of eight at importance-resampled draws, and go on until nested R-hat is at most 1.01,
+        R-hat 1.05, and the effective sample size 1000 in the bulk and in the tails of each coordinate and of the log
+        density. Then the search for missed modes is made once more, from the chains' draws. The verdict is ``refined``
+        if nothing speaks against that; if chains need more time, it is what it was, with a reason or a note.
+
+        Called again, it goes on where it was, as if it had not been cut short. The guide's own draws stay: ``z``.
+
+        Args:
+            method: ``"hmc"``; ``"imh"``: with four independent proposals of the flow, or mixture, before each move;
+                ``"smc"``: chains begin where particles come to that are annealed from the flow to the posterior, which
+                also gives ``log_evidence`` (its standard error is in ``history``); ``"nuts"``: four chains of Pyro's
+                NUTS in the same space, slow, as a check; ``"auto"``: with one independent proposal before each move,
+                unless the flow's weights tell that it would be in vain. Chains of a mixture move in the latent space of
+                one part at a time, and change parts.
+            chains: how many, a multiple of 8.
+            max_steps: bound on the moves of each chain, warm-up included; a move takes a few gradients.
+            max_seconds: bound on the seconds.
+            seed: of all moves; the posterior's own by default. One seed, one answer.
+            progress: show what is being done on one line.
+
+        Returns:
+            A new posterior. Its draws to use are the chains', at least as many as before, if it is refined.
+
+        Raises:
+            ValueError: for a bad option, NUTS with a mixture, or if a loaded posterior needs its model for this.
+
+        References: Hoffman et al. 2019 (arXiv 1903.03704); Hoffman, Radul and Sountsov 2021 (ChEES); Margossian et al.
+        2024 (nested R-hat, arXiv 2110.13017); Li et al. 2024 (arXiv 2409.04332).
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model(y):
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+        >>> guide = lambda y: pyro.sample("x", dist.Normal(y / 2, 0.3))
+        >>> narrow = pf.diagnose(model, guide, torch.tensor(1.0), draws=1000)
+        >>> narrow.verdict.status, narrow.refine().verdict.status
+        ('unreliable', 'refined')
+        """
+        from pyro_flows.correction.refine import refine
+
+        options: dict[str, Any] = {"max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
+        return refine(self, method=method, chains=chains, progress=progress, **options)
+
+    def sample(self, draws: int, *, seed: int = 0) -> dict[str, Tensor]:
+        """Draw anew in the way of the verdict: ``{name: (draws, *shape)}``, constrained.
+
+        From the flow if it is ok (or unreliable, with a warning); resampled by importance weights from four times as
+        many new draws if it is corrected; by going on with the chains if it is refined.
+
+        Args:
+            draws: how many.
+            seed: of the draws: the same seed gives the same values.
+
+        Raises:
+            ValueError: if a loaded posterior has no model, if the guide is no flow, or for chains of NUTS.
+        """
+        from pyro_flows.correction.more import more_draws
+
+        z = more_draws(self, _checks.integer("draws", draws, 1), seed=_checks.integer("seed", seed, 0))
+        self._hand_on("sample()")
+        return self._need_density().constrain(z)
 
     def predictive(
         self,
@@ -274,17 +363,6 @@ class Posterior(Record):
         if not args and model_kwargs is None:
             return density.predictive(z, seed=seed)
         return arviz_groups.predict(density, z, args, dict(model_kwargs or {}), seed=seed)
-
-    def _need_density(self) -> LogDensity:
-        if self.density is None:
-            why = self.missing.get("density", "loaded without a model")
-            raise ValueError(
-                "this needs the model: load(path, model, *args) with the arguments of the fit."
-                if why == "loaded without a model"
-                else f"this needs the model, but the posterior was {why}. Save it where the model is, then "
-                "load(path, model, *args) with the arguments of the fit."
-            )
-        return self.density
 
     # copies ---------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,140 @@
+r"""The kernel of many chains, learnt from all of them: step size, trajectory length, a scale for each coordinate.
+
+The step size follows the mean acceptance by dual averaging. The trajectory length :math:`\tau` ascends the change of
+the squared distance from the centre that a trajectory brings about (ChEES),
+
+.. math:: \tfrac14\, E\big[(\|x' - \bar x\|^2 - \|x - \bar x\|^2)^2\big],
+
+which is small for trajectories that are too short, and for those that come back. Trajectories are 2 u times as long, u
+a quasi-random number in (0, 1), so that no period is hit. Where the flow is the posterior, the target is close to
+N(0, I), and a few leaps make a draw that knows little of the one before.
+
+References: Hoffman, Radul and Sountsov 2021, "An adaptive-MCMC scheme for setting trajectory lengths in Hamiltonian
+Monte Carlo" (ChEES); Hoffman and Gelman 2014 (dual averaging, arXiv 1111.4246).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows.correction.latent import Points
+
+WANTED = 0.8  # mean acceptance: far points of a flow's latent space bear smaller steps than the most
+RATE = 0.05  # of the ascent, in the log of the trajectory length
+SHORTEST, LONGEST = 0.2, 8.0  # trajectories, in units of the scale
+MOST_LEAPS = 64  # of a trajectory
+AVERAGED = 0.5  # power by which earlier lengths lose weight in their mean
+SHRINKAGE, DELAY, FORGETTING = 0.05, 10.0, 0.75  # of dual averaging
+
+
+class Moved(NamedTuple):
+    """What a Hamiltonian move of C chains did: the new points, and numbers of each chain."""
+
+    points: Points
+    end: Tensor  # of each trajectory (C, D), accepted or not
+    velocity: Tensor  # there
+    chance: Tensor  # of acceptance
+    accepted: Tensor
+    error: Tensor  # of the energy
+    energy: Tensor  # at the point taken
+    diverging: Tensor
+
+
+@dataclass
+class Kernel:
+    """What the moves of all chains have in common, and what adaptation keeps of the moves before.
+
+    Attributes:
+        step: step size, in latent units.
+        length: of a trajectory, in latent units; one trajectory takes 2 u times that.
+        moves: adapted on so far.
+    """
+
+    step: float = 0.5
+    length: float = 1.5
+    moves: int = 0
+    log_length: float = math.log(1.5)
+    second: float = 0.0  # moment of the ascent's gradients
+    anchor: float = math.log(0.5)
+    deficit: float = 0.0
+    mean_log_step: float = 0.0
+
+    @classmethod
+    def start(cls, dim: int) -> Kernel:
+        """Return the kernel that would be about right for N(0, I)."""
+        step = dim**-0.25
+        return cls(step=step, anchor=math.log(step))
+
+    def leaps(self, number: int) -> int:
+        """Return how many leaps the move with this number takes."""
+        return max(1, min(MOST_LEAPS, math.ceil(2.0 * halton(number) * self.length / self.step)))
+
+    def adapt(self, before: Points, moved: Moved, scale: Tensor, number: int) -> None:
+        """Learn from one move."""
+        self.moves += 1
+        self._adapt_step(float(moved.chance.mean()))
+        self._adapt_length(before, moved, scale, number)
+
+    def _adapt_step(self, acceptance: float) -> None:
+        count = float(self.moves)
+        self.deficit += (WANTED - acceptance - self.deficit) / (count + DELAY)
+        log_step = self.anchor - math.sqrt(count) / SHRINKAGE * self.deficit
+        weight = count**-FORGETTING
+        self.mean_log_step += weight * (log_step - self.mean_log_step)
+        self.step = math.exp(log_step)
+
+    def _adapt_length(self, before: Points, moved: Moved, scale: Tensor, number: int) -> None:
+        start, end = before.x / scale, moved.end / scale
+        usable = torch.isfinite(end).all(1) & (moved.chance > 0.0)
+        if not bool(usable.any()):
+            return
+        start, end, velocity, chance = start[usable], end[usable], moved.velocity[usable], moved.chance[usable]
+        here, there = start - start.mean(0), end - (chance[:, None] * end).sum(0) / chance.sum()
+        change = there.square().sum(1) - here.square().sum(1)
+        slopes = halton(number) * change * (there * velocity).sum(1)
+        slope = float((chance * slopes).sum() / chance.sum()) * self.length
+        if not math.isfinite(slope):
+            return
+        self.second = 0.95 * self.second + 0.05 * slope * slope
+        corrected = self.second / (1.0 - 0.95**self.moves)
+        self.log_length += RATE * slope / (math.sqrt(corrected) + 1e-12) if corrected > 0.0 else 0.0
+        self.log_length = min(max(self.log_length, math.log(SHORTEST)), math.log(LONGEST))
+        weight = (self.moves + 1.0) ** -AVERAGED
+        self.length = math.exp((1.0 - weight) * math.log(self.length) + weight * self.log_length)
+
+    def again(self) -> None:
+        """Let the step size be found anew from where it is, after the scale of the coordinates has changed."""
+        self.anchor, self.deficit, self.moves = self.mean_log_step, 0.0, 0
+        self.second = 0.0
+
+    def freeze(self) -> None:
+        """Take the means of what adaptation tried: from now on, the kernel is one and the same."""
+        if self.moves:
+            self.step = math.exp(self.mean_log_step)
+
+    def stored(self) -> dict[str, Any]:
+        """Return all numbers."""
+        return asdict(self)
+
+
+def halton(number: int) -> float:
+    """Return the number's place in the van der Corput sequence of base 2, in (0, 1).
+
+    >>> [halton(number) for number in range(3)]
+    [0.5, 0.25, 0.75]
+    """
+    number, place, size = number + 1, 0.0, 0.5
+    while number:
+        place, number, size = place + size * (number & 1), number >> 1, size / 2.0
+    return place
+
+
+def scale_of(x: Tensor) -> Tensor:
+    """Return a scale for each coordinate (D,) from points of all chains (N, D): robust, and within a factor of 100."""
+    low, high = (torch.quantile(x.double(), level, dim=0) for level in (0.159, 0.841))
+    return (0.5 * (high - low)).nan_to_num(nan=1.0).clamp(0.01, 100.0).to(x.dtype)

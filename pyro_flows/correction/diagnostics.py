@@ -1,0 +1,78 @@
+"""The figures of chains: convergence, effective draws, energy, and whether chains from different modes agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _arviz
+from pyro_flows.verdict.chains import ChainFigures, worst_of
+
+LOG_DENSITY = "the log density"
+
+
+def figures(
+    z: Tensor, stats: Mapping[str, Tensor], names: Sequence[str], *, superchain: Tensor, began: Tensor, sweeps: int
+) -> ChainFigures:
+    """Judge chains by all coordinates and the log density.
+
+    Args:
+        z: draws (C, N, D).
+        stats: numbers of each draw (C, N).
+        names: of the coordinates.
+        superchain: number of the starting point that each chain shares with others (C,).
+        began: part of a mixture in which each chain began (C,).
+        sweeps: of each chain since its kernel was fixed.
+    """
+    watched = torch.cat([z.double(), stats["lp"].double()[..., None]], -1)
+    if not bool(torch.isfinite(watched).all()):
+        return _nothing(z, sweeps)
+    labels = [*names, LOG_DENSITY]
+    found = _arviz.chain_diagnostics(watched, superchain)
+    lowest = torch.minimum(found["ess_bulk"], found["ess_tail"])
+    least, where = worst_of(lowest.tolist(), labels, largest=False)
+    tried = stats["proposed"].double()
+    return ChainFigures(
+        chains=len(z),
+        draws=z.shape[1],
+        sweeps=sweeps,
+        r_hat=worst_of(found["r_hat"].tolist(), labels, largest=True)[0],
+        nested_r_hat=worst_of(found["nested_r_hat"].tolist(), labels, largest=True)[0],
+        ess_bulk=worst_of(found["ess_bulk"].tolist(), labels, largest=False)[0],
+        ess_tail=worst_of(found["ess_tail"].tolist(), labels, largest=False)[0],
+        where=where if not math.isnan(least) else labels[0],
+        divergences=float(stats["diverging"].double().mean()),
+        energy_error=float(stats["energy_error"].abs().median()),
+        acceptance=float(stats["acceptance_rate"].double().mean()),
+        independence=float(stats["independent"].double().sum() / tried.sum()) if bool(tried.sum() > 0) else math.nan,
+        agreement=agreement(z, began),
+        changes=float(stats["changes"].double().sum(1).mean()),
+    )
+
+
+def agreement(z: Tensor, began: Tensor) -> float:
+    """Return the largest R-hat between groups of chains by the part in which they began; NaN if that is one."""
+    groups = [z[began == part].flatten(0, 1) for part in began.unique().tolist()]
+    if len(groups) < 2:
+        return math.nan
+    shortest = min(len(group) for group in groups)
+    spread = [group[torch.linspace(0, len(group) - 1, shortest).long()] for group in groups]
+    return float(_arviz.r_hat(torch.stack(spread)).max())
+
+
+def _nothing(z: Tensor, sweeps: int) -> ChainFigures:
+    rest = dict.fromkeys(("r_hat", "nested_r_hat", "ess_bulk", "ess_tail", "energy_error", "acceptance"), math.nan)
+    return ChainFigures(
+        chains=len(z),
+        draws=z.shape[1],
+        sweeps=sweeps,
+        where=LOG_DENSITY,
+        divergences=1.0,
+        independence=math.nan,
+        agreement=math.nan,
+        changes=0.0,
+        **rest,
+    )

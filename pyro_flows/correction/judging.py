@@ -1,0 +1,151 @@
+"""What a refinement came to, judged, and put into a new posterior."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from pyro_flows._clock import Clock
+from pyro_flows.correction.diagnostics import figures
+from pyro_flows.correction.sampler import Sampler
+from pyro_flows.correction.search import bridge, lacks_of_chains
+from pyro_flows.correction.smc import Annealed
+from pyro_flows.correction.starts import flow_of
+from pyro_flows.results.record import Record, Recorded
+from pyro_flows.results.stage import Stage
+from pyro_flows.verdict.chains import ChainFigures, Chains, as_numbers, objections
+from pyro_flows.verdict.verdict import CHECKED, Verdict
+
+STAGE = "refinement"
+TRIED = "a sampler has not finished: "
+OTHER_DRAWS = 2000  # of a flow that is not the guide's
+LEAST_DRAWS = 8  # of each chain, for its figures
+
+
+@dataclass
+class Work:
+    """What a refinement has come to so far: enough to be judged at any moment."""
+
+    method: str
+    why: str
+    most: float = math.inf  # gradients
+    sampler: Sampler | None = None
+    chains: Chains | None = None
+    annealed: Annealed | None = None
+    failures: list[str] = field(default_factory=list)
+    gradients: int = 0
+
+
+def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recorded:
+    """Judge the chains, and return the posterior with what they came to."""
+    chains, found = _come_to(posterior, work)
+    against = [*work.failures, *([] if found is None else objections(found))]
+    if found is None and not against:
+        against = [f"chains have fewer than {LEAST_DRAWS} draws"]
+    failures, notes = list[str](), list[str]()
+    if not against and chains is not None:
+        with clock.part("the search for modes that the chains lack"):
+            failures, notes = _checked(posterior, chains, seed)
+    against += clock.reasons()
+    verdict = _verdict(posterior.verdict, found, against, failures, notes, work.why)
+    history = (*posterior.history, _stage(work, found, verdict).as_dict())
+    evidence = posterior.log_evidence
+    if work.annealed is not None and math.isfinite(work.annealed.log_evidence):
+        evidence = work.annealed.log_evidence
+    result = replace(posterior, verdict=verdict, chains=chains, history=history, stored=None, log_evidence=evidence)
+    if verdict.status == "refined" and chains is not None:
+        return _with_draws(result, chains)
+    return _raw(result) if posterior.verdict.status != verdict.status else result
+
+
+def _come_to(posterior: Record, work: Work) -> tuple[Chains | None, ChainFigures | None]:
+    """Return the chains and their figures, if they have draws enough for these."""
+    if work.sampler is not None:
+        under_way = work.sampler.chains()
+        under_way = replace(under_way, numbers={**under_way.numbers, "method": work.method})
+        return under_way, work.sampler.figures() if under_way.z.shape[1] >= LEAST_DRAWS else None
+    chains = work.chains if work.chains is not None else posterior.chains
+    if work.chains is None or chains is None:
+        return chains, None
+    state = chains.state
+    return chains, figures(
+        chains.z,
+        chains.stats,
+        posterior.coordinates,
+        superchain=state["superchain"],
+        began=state["began"],
+        sweeps=int(chains.numbers["sweeps"]),
+    )
+
+
+def _checked(posterior: Record, chains: Chains, seed: int) -> tuple[list[str], list[str]]:
+    """Return what speaks against chains that have converged, in words, and what was not looked at."""
+    density, flow = posterior._need_density(), flow_of(posterior)
+    complaint = density.complaint(chains.z.flatten(0, 1)[:: max(1, chains.z[..., 0].numel() // CHECKED)])
+    invalid = [] if complaint is None else [f"the model is invalid at some draws: {complaint}"]
+    ratios = posterior.log_p - posterior.log_q
+    if flow is not posterior.flow:  # an affine one, that chains moved in
+        with torch.no_grad():
+            z, log_q = flow.rsample_and_log_prob((OTHER_DRAWS,))
+            ratios = density(z) - log_q
+    covered = float(ratios[torch.isfinite(ratios)].median())
+    evidence = bridge(ratios, chains.stats["log_weight"].flatten())
+    given = (flow.log_prob, covered, evidence, posterior.history)
+    lacks, notes = lacks_of_chains(density, chains, *given, seed=seed)
+    return [*invalid, *lacks], notes
+
+
+def _verdict(
+    old: Verdict, found: ChainFigures | None, against: list[str], failures: list[str], notes: list[str], why: str
+) -> Verdict:
+    """Say ``refined`` if nothing is against it; else what was said before, and why the chains change nothing."""
+    kept = [note for note in old.notes if not note.startswith(TRIED)]
+    notes = [*kept, *(note for note in notes if note not in kept)]
+    reasons = tuple(reason for reason in old.reasons if not reason.startswith(TRIED))
+    if failures:
+        return replace(old, status="unreliable", reasons=(*failures, *reasons), notes=tuple(notes), chains=found)
+    if not against:
+        return replace(old, status="refined", reasons=reasons or (why,), notes=tuple(notes), chains=found)
+    said = TRIED + "; ".join(against)
+    if old.status in ("ok", "corrected"):
+        return replace(old, notes=(*notes, said), chains=found)
+    return replace(old, status="unreliable", reasons=(*reasons, said), notes=tuple(notes), chains=found)
+
+
+def _stage(work: Work, found: ChainFigures | None, verdict: Verdict) -> Stage:
+    entry: dict[str, Any] = {"method": work.method, "status": verdict.status}
+    entry |= {"gradients": work.gradients, "figures": as_numbers(found)}
+    if work.sampler is not None:
+        entry |= {"sweeps": work.sampler.numbers["sweeps"], "kernel": work.sampler.kernel.stored()}
+    if work.annealed is not None:
+        entry["temperatures"] = list(work.annealed.temperatures)
+        entry["log_evidence"] = work.annealed.log_evidence
+        entry["standard_error"] = work.annealed.standard_error
+    return Stage(STAGE, details=entry)
+
+
+def _with_draws(posterior: Recorded, chains: Chains) -> Recorded:
+    """Put the chains' draws in the place of the draws to use, one chain after the other."""
+    used = chains.z.flatten(0, 1)
+    log_p = chains.stats["lp"].flatten()
+    return replace(
+        posterior,
+        samples=posterior._need_density().constrain(used),
+        used=used,
+        used_log_p=log_p,
+        used_log_q=log_p - chains.stats["log_weight"].flatten(),
+    )
+
+
+def _raw(posterior: Recorded) -> Recorded:
+    """Put the guide's draws in the place of the draws to use: nothing better can be relied on."""
+    return replace(
+        posterior,
+        samples=posterior._need_density().constrain(posterior.z),
+        used=posterior.z,
+        used_log_p=posterior.log_p,
+        used_log_q=posterior.log_q,
+    )

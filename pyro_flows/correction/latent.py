@@ -1,0 +1,188 @@
+r"""The posterior in the latent space of a flow, or of the flows of a mixture.
+
+A point is x in the base space of part k, and stands for :math:`z = T_k(x)`. Its target is
+
+.. math:: \log\pi(x, k) = \log\tilde p(z) + \log|\det J_{T_k}(x)| + \log r(k \mid z),
+    \qquad r(k \mid z) = \frac{w_k q_k(z)}{\sum_j w_j q_j(z)},
+
+so that z is a draw of the posterior, whatever the parts. With one flow r = 1. Drawing a point from the flow itself has
+the density :math:`\log w_k + \log q_0(x)`, and the difference of the two is the log importance weight
+:math:`\log\tilde p(z) - \log q(z)`. Where the flow is the posterior, the target in x is the base distribution.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows.flows import bases
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import Component, FlowMixture
+from pyro_flows.graphs.batches import Recorder
+from pyro_flows.model.log_density import LogDensity
+
+WIDTH = 64  # numbers that a coupling's network holds for each point, at least
+
+
+class Points(NamedTuple):
+    """Points of C chains and what is known there: x (C, D), parts k (C,), densities (C,) and gradients (C, D)."""
+
+    x: Tensor
+    k: Tensor
+    z: Tensor
+    log_p: Tensor  # of the model, at z
+    log_pi: Tensor  # the target
+    slope: Tensor  # its gradient
+    log_ref: Tensor  # of a draw from the flow or mixture
+    ref_slope: Tensor
+
+    @property
+    def log_weight(self) -> Tensor:
+        """log p(z) - log q(z)."""
+        return self.log_pi - self.log_ref
+
+    def where(self, taken: Tensor, other: Points) -> Points:
+        """Return ``self`` where ``taken`` (C,), else ``other``."""
+        pairs = zip(self, other, strict=True)
+        return Points(*(torch.where(taken if a.dim() == 1 else taken[:, None], a, b) for a, b in pairs))
+
+
+class Latent:
+    """The target in latent space, its gradient, and draws of the flow or mixture there.
+
+    Args:
+        flow: a flow of vectors, or a mixture; it is copied.
+        density: the model as a log density. Its clock is looked at, its evaluations are counted.
+    """
+
+    def __init__(self, flow: Flow | FlowMixture, density: LogDensity) -> None:
+        flow = copy.deepcopy(flow).requires_grad_(False)
+        self.density, self.dim = density, density.dim
+        self.mixture = flow if isinstance(flow, FlowMixture) else None
+        self.flows = flow.members if isinstance(flow, FlowMixture) else [flow]
+        self.parts = flow.components if isinstance(flow, FlowMixture) else (Component(0),)
+        self.log_w = torch.tensor([part.log_weight for part in self.parts], dtype=density.dtype, device=density.device)
+        self.log_w = torch.log_softmax(self.log_w, 0)
+        numbers = max(density.numbers, WIDTH * self.dim)
+        self._recorder = Recorder(self._single, numbers) if density.batched and self.mixture is None else None
+
+    # maps of one part -------------------------------------------------------------------------------------------------
+
+    def _forward(self, part: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z = T_k(x) and the log Jacobian."""
+        of = self.parts[part]
+        y, ladj = self.flows[of.flow].bijection.forward_and_ladj(x)
+        return (y if of.order is None or of.signs is None else of.signs * y[:, of.order]), ladj
+
+    def _inverse(self, part: int, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x = T_k^-1(z) and log q_k(z)."""
+        of = self.parts[part]
+        if of.order is not None and of.signs is not None:
+            z = (of.signs * z)[:, of.order.argsort()]
+        x, ladj = self.flows[of.flow].bijection.inverse_and_ladj(z)
+        return x, self._base(part, x)[0] + ladj
+
+    def _base(self, part: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log q_0 (C,) and its gradient (C, D)."""
+        flow = self.flows[self.parts[part].flow]
+        return bases.log_density(flow.base, x, flow.df).sum(-1), bases.score(flow.base, x, flow.df)
+
+    # what chains need -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Draw x and k of the flow or mixture itself, by torch's global generator."""
+        k = torch.multinomial(self.log_w.double().exp(), count, replacement=True)
+        x = torch.empty(count, self.dim, dtype=self.density.dtype, device=self.density.device)
+        for part in k.unique().tolist():
+            rows = (k == part).nonzero()[:, 0]
+            x[rows] = self.flows[self.parts[part].flow].base_distribution().sample((len(rows),)).to(x)
+        return x, k
+
+    @torch.no_grad()
+    def place(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and k of points z (C, D), k drawn from r(k | z)."""
+        pairs = [self._inverse(part, z) for part in range(len(self.parts))]
+        if len(pairs) == 1:
+            return pairs[0][0], torch.zeros(len(z), dtype=torch.long, device=z.device)
+        log_r = torch.stack([log_q for _, log_q in pairs], 1).nan_to_num(nan=-torch.inf) + self.log_w
+        k = torch.multinomial(torch.softmax(log_r.double(), 1).nan_to_num(nan=1.0), 1)[:, 0]
+        return torch.stack([x for x, _ in pairs], 1)[torch.arange(len(z)), k], k
+
+    @torch.no_grad()
+    def look(self, x: Tensor, k: Tensor) -> Points:
+        """Evaluate at points; cost: a gradient for each. Where something is not finite, the target is -inf."""
+        self.density.clock.look()
+        if self.mixture is None:
+            z, log_p, log_pi, slope, log_ref, ref_slope = self._one_flow(x)
+        else:
+            z, log_p, log_pi, slope, log_ref, ref_slope = self._mixed(x, k)
+        fine = torch.isfinite(log_pi) & torch.isfinite(slope).all(1) & torch.isfinite(z).all(1)
+        log_pi = torch.where(fine, log_pi, -torch.inf)
+        slope = torch.where(fine[:, None], slope, 0.0)
+        return Points(x, k, z, log_p, log_pi, slope, log_ref, ref_slope)
+
+    def _one_flow(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self._recorder is None:
+            return self._single(x)
+        self.density.evaluations += len(x)
+        try:
+            return tuple(part.to(x.dtype) for part in self._recorder(x))
+        except torch.linalg.LinAlgError:  # at some of these points: they are -inf, the others count
+            return self._by_flow(x, *self._moved(x))
+
+    def _single(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self._by_flow(x, *self._moved(x), graph=True)
+
+    def _moved(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return leaf, *self._forward(0, leaf)
+
+    def _by_flow(self, x: Tensor, leaf: Tensor, z: Tensor, ladj: Tensor, *, graph: bool = False) -> tuple[Tensor, ...]:
+        log_p, slope = self._model(z.detach(), graph=graph)
+        with torch.enable_grad():
+            pulled = torch.autograd.grad(ladj.sum() + (z * slope).sum(), leaf)[0]
+        log_ref, ref_slope = self._base(0, x)
+        return z.detach(), log_p, log_p + ladj.detach(), pulled, log_ref, ref_slope
+
+    def _model(self, z: Tensor, *, graph: bool) -> tuple[Tensor, Tensor]:
+        """Return log p and its gradient; as a graph of operations that a recorder sees, where there is one."""
+        found = self.density.graph(z) if graph and self._recorder is not None else None
+        if found is not None:
+            log_p, slope = found(z)
+        else:
+            log_p, slope = self.density.unrecorded(z) if graph else self.density.value_and_grad(z)
+        return log_p.to(z.dtype), torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _mixed(self, x: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        present = k.unique().tolist()
+        rows = [(k == part).nonzero()[:, 0] for part in present]
+        with torch.enable_grad():
+            leaves = [x[row].detach().requires_grad_() for row in rows]
+            moved = [self._forward(part, leaf) for part, leaf in zip(present, leaves, strict=True)]
+        order = torch.cat(rows).argsort()
+        log_p, slope = self._model(torch.cat([z.detach() for z, _ in moved]), graph=False)
+        sizes = [len(row) for row in rows]
+        found = []
+        for part, leaf, (z, ladj), value, grad in zip(
+            present, leaves, moved, log_p.split(sizes), slope.split(sizes), strict=True
+        ):
+            with torch.enable_grad():
+                log_q0, score = self._base(part, leaf)
+                extra = ladj + self._log_share(part, z, log_q0 - ladj)
+                pulled = torch.autograd.grad(extra.sum() + (z * grad).sum(), leaf)[0]
+            log_ref = log_q0.detach() + self.log_w[part]
+            found.append((z.detach(), value, value + extra.detach(), pulled, log_ref, score.detach()))
+        return tuple(torch.cat(column)[order] for column in zip(*found, strict=True))
+
+    def _log_share(self, part: int, z: Tensor, log_q: Tensor) -> Tensor:
+        """Return log r(k | z) (C,), with gradients; a part that overflows at a point adds nothing there."""
+        terms = []
+        for other in range(len(self.parts)):
+            found = log_q if other == part else self._inverse(other, z)[1]
+            terms.append(self.log_w[other] + torch.where(found.isnan(), -torch.inf, found))
+        return terms[part] - torch.logsumexp(torch.stack(terms), 0)

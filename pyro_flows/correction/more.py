@@ -1,0 +1,47 @@
+"""More draws in the way of the verdict: of the flow, resampled, or of chains that go on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows._turns import alone
+from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.refine import threads
+from pyro_flows.correction.sampler import KEPT, Sampler
+from pyro_flows.correction.starts import flow_of
+from pyro_flows.results.record import Record
+from pyro_flows.results.scoring import score_pool
+from pyro_flows.verdict.verdict import POOL, resample, weigh
+
+LEAST = 1000  # draws that a pool is weighed for
+
+
+def more_draws(posterior: Record, count: int, *, seed: int) -> Tensor:
+    """Return ``count`` further unconstrained draws (n, D) in the way of the verdict: see ``Posterior.sample``."""
+    density = posterior._need_density()
+    if posterior.verdict.status == "refined" and posterior.chains is not None:
+        chains = posterior.chains
+        if "kernel" not in chains.numbers:
+            raise ValueError("sample: chains of NUTS are not gone on with; refine(method='hmc') can be.")
+        with alone(), seeded(seed, density.device), threads(posterior, chains.count), torch.no_grad():
+            own = derive(seed, f"more draws {chains.numbers['seed']}")
+            sampler = Sampler(Latent(flow_of(posterior), density), posterior.coordinates, chains, kept=KEPT, seed=own)
+            return sampler.more(math.ceil(count / chains.count)).transpose(0, 1).flatten(0, 1)[:count]
+    flow = posterior.flow
+    if flow is None:
+        raise ValueError(f"sample: {posterior.missing.get('flow', 'there is no flow')}. Draw from the guide itself.")
+
+    def draw(many: int) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = flow.rsample_and_log_prob((many,))
+        return found
+
+    with alone(), seeded(derive(seed, "more draws"), density.device), torch.no_grad():
+        if posterior.verdict.status != "corrected":
+            return draw(count)[0]
+        pool = score_pool(density, draw, POOL * max(count, LEAST))
+        weighing = weigh(pool.z, pool.log_p, pool.log_q)
+        return pool.z[resample(weighing.log_weights, count, seed=seed)]

@@ -1,0 +1,153 @@
+"""``posterior.refine()``: chains that begin at a flow's draws finish the work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pyro_flows import _checks
+from pyro_flows._clock import Clock, unbounded
+from pyro_flows._progress import Bar
+from pyro_flows._seeding import derive, seeded
+from pyro_flows._turns import alone
+from pyro_flows.correction.judging import Work, concluded
+from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.nuts import nuts
+from pyro_flows.correction.sampler import SUBCHAINS, Sampler
+from pyro_flows.correction.smc import anneal
+from pyro_flows.correction.starts import NoStart, flow_of, starting_points
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.results.record import Recorded
+from pyro_flows.verdict.chains import Chains
+
+METHODS = ("auto", "hmc", "imh", "nuts", "smc")
+FEWEST, MOST_CHAINS = 16, 4096
+CHAINS = 64  # no more than the draws of each: ArviZ takes the longer axis for that of draws
+MAX_STEPS = 2000  # sweeps of each chain
+PARTICLES = 1024
+NUTS_CHAINS, NUTS_WARM_UP = 4, 500
+SELDOM = 1e-3  # effective share of the flow's draws, below which independent proposals are in vain
+ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
+ASKED = "it was asked for"
+
+
+def refine(
+    posterior: Recorded,
+    *,
+    method: str,
+    chains: int,
+    max_steps: int,
+    max_seconds: float,
+    seed: int | None,
+    progress: bool,
+) -> Recorded:
+    """Do what :meth:`~pyro_flows.posterior.posterior.Record.refine` says."""
+    _checks.choice("method", method, METHODS)
+    _checks.integer("chains", chains, FEWEST, MOST_CHAINS)
+    if chains % SUBCHAINS:
+        raise ValueError(f"chains: expected a multiple of {SUBCHAINS}, for superchains of as many, got {chains}.")
+    _checks.integer("max_steps", max_steps, 1)
+    seconds = _checks.seconds("max_seconds", max_seconds)
+    seed = int(posterior.settings["seed"]) if seed is None else _checks.integer("seed", seed, 0)
+    posterior._need_density()
+    if method == "nuts" and isinstance(posterior.flow, FlowMixture):
+        raise ValueError("method: NUTS walks in the latent space of one flow, and this is a mixture; take 'auto'.")
+    bar = Bar("refine", progress)
+    found = refined(posterior, method, chains, max_steps, seed, Clock(seconds, watch=bar.watch), bar)
+    bar.close(found.verdict.status)
+    return found
+
+
+def refined(
+    posterior: Recorded,
+    method: str,
+    chains: int,
+    max_steps: int,
+    seed: int,
+    clock: Clock,
+    bar: Bar,
+    why: str = ASKED,
+    gradients: float = math.inf,
+) -> Recorded:
+    """Run the sampler under a clock, and judge what it came to."""
+    density = posterior._need_density()
+    with alone(), seeded(seed, density.device), threads(posterior, chains), torch.no_grad():
+        work = Work(method, why, most=gradients)
+        before = density.evaluations
+        density.under(clock)
+        try:
+            with clock.part("the sampler"):
+                _run(posterior, work, chains, max_steps, seed, bar)
+            work.gradients = density.evaluations - before
+            return concluded(posterior, work, seed, clock)
+        finally:
+            density.under(unbounded())
+
+
+@contextmanager
+def threads(posterior: Recorded, chains: int) -> Iterator[None]:
+    """One thread for small problems, where threads cost more than they save, as in :func:`~pyro_flows.fit`."""
+    before = torch.get_num_threads()
+    density = posterior._need_density()
+    if chains * density.numbers < ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int, bar: Bar) -> None:
+    """Do the sampler's work; where no chain can begin, that is what speaks against the draws."""
+    try:
+        _sample(posterior, work, chains, max_steps, seed, bar)
+    except NoStart as error:
+        work.failures.append(str(error))
+
+
+def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int, bar: Bar) -> None:
+    latent, names = Latent(flow_of(posterior), posterior._need_density()), posterior.coordinates
+    earlier = posterior.chains
+    wanted = math.ceil(len(posterior.z) / chains)
+    if earlier is not None and work.method in ("auto", earlier.numbers["method"]) and "kernel" in earlier.numbers:
+        work.method = earlier.numbers["method"]
+        kept, seed = math.ceil(len(posterior.z) / earlier.count), int(earlier.numbers["seed"])
+        work.sampler = Sampler(latent, names, earlier, kept=kept, seed=seed)
+        work.sampler.run(work.sampler.numbers["sweeps"] + max_steps, bar.show, gradients=work.most)
+        return
+    weights = posterior.log_weights
+    if not bool(torch.isfinite(posterior.log_p).any()):
+        raise NoStart("no draw of the guide has a finite density")
+    if work.method == "nuts":
+        _run_nuts(posterior, work, latent, min(max_steps, len(posterior.z) // NUTS_CHAINS), seed)
+        return
+    z = posterior.z
+    if work.method == "smc":
+        work.annealed = anneal(latent, max(PARTICLES, chains), seed=seed, report=bar.show)
+        z, weights = work.annealed.points.z, torch.zeros_like(work.annealed.points.log_p)
+    z = starting_points(z, weights, chains // SUBCHAINS, seed=derive(seed, "starts of chains"))
+    work.sampler = Sampler.begin(
+        latent, names, z, chains=chains, kept=wanted, seed=seed, independence=_proposals(posterior, work.method)
+    )
+    work.sampler.run(max_steps, bar.show, gradients=work.most)
+
+
+def _proposals(posterior: Recorded, method: str) -> int:
+    """How many independent proposals go with each Hamiltonian move."""
+    mixed = isinstance(posterior.flow, FlowMixture)
+    if method == "imh":
+        return 4
+    if method == "hmc":
+        return int(mixed)
+    return int(mixed or posterior.verdict.ess_ratio >= SELDOM)
+
+
+def _run_nuts(posterior: Recorded, work: Work, latent: Latent, draws: int, seed: int) -> None:
+    starts = starting_points(posterior.z, posterior.log_weights, NUTS_CHAINS, seed=derive(seed, "starts of chains"))
+    x, k = latent.place(starts)
+    z, stats, _ = nuts(latent, x, draws=draws, warm_up=min(draws, NUTS_WARM_UP))
+    state = {"superchain": torch.arange(len(x)), "began": k}
+    work.chains = Chains(z, stats, state, {"method": "nuts", "seed": seed, "sweeps": draws})

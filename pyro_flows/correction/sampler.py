@@ -1,0 +1,210 @@
+"""Many short chains as one batch: warm-up, draws, and when to stop. All of it can be cut short and gone on with.
+
+A sweep is an independent proposal or none, a change of part where there are several, and one Hamiltonian move. Warm-up
+goes in rounds, each with the kernel adapted across chains, until superchains agree on the last round. Then the kernel
+is fixed, and draws are kept until they are enough by nested R-hat and effective sample size; where they come to twice
+as many as are wanted, every other one goes. Each sweep has a seed of its own, so that chains that were cut short and
+went on are those that went through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _arviz
+from pyro_flows._seeding import derive
+from pyro_flows.correction.adaptation import Kernel, scale_of
+from pyro_flows.correction.diagnostics import figures
+from pyro_flows.correction.hmc import hamiltonian, independent, relabel
+from pyro_flows.correction.latent import Latent
+from pyro_flows.verdict.chains import LEAST_ESS, ChainFigures, Chains, objections
+
+SUBCHAINS = 8  # chains of a superchain, with one starting point
+ROUND = 30  # sweeps of a round of warm-up
+ROUNDS = 2, 12  # at least, at most
+WARM = 1.05  # nested R-hat over a round, up to which warm-up is over
+KEPT = 64  # draws of a chain, at least: R-hat splits them into halves
+SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to hang on the moment of the stop
+FAR = 1.1  # nested R-hat above which the first half of the draws counts as warm-up
+STATS = (
+    *("lp", "log_weight", "acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size"),
+    *("proposed", "independent", "changes"),
+)
+
+
+class Sampler:
+    """Chains under way.
+
+    Args:
+        latent: the space that they move in.
+        names: of the coordinates.
+        chains: where they stand, and all they have come to.
+        kept: draws of each chain to be kept, at least; up to twice as many.
+        seed: of all sweeps.
+    """
+
+    def __init__(self, latent: Latent, names: Sequence[str], chains: Chains, *, kept: int, seed: int) -> None:
+        self.latent, self.names, self.kept, self.seed = latent, list(names), max(kept, KEPT), seed
+        state, numbers = chains.state, dict(chains.numbers)
+        self.points = latent.look(state["x"], state["k"])
+        self.scale, self.superchain, self.began = state["scale"], state["superchain"], state["began"]
+        self.kernel = Kernel(**numbers.pop("kernel"))
+        self.numbers: dict[str, Any] = numbers
+        self.z = list(chains.z.unbind(1))
+        self.stats = {name: list(chains.stats[name].unbind(1)) for name in STATS} if chains.stats else _no_stats()
+        self.round = [tuple(pair.unbind(0)) for pair in state["round"].unbind(0)]
+
+    @classmethod
+    def begin(
+        cls, latent: Latent, names: Sequence[str], z: Tensor, *, chains: int, kept: int, seed: int, independence: int
+    ) -> Sampler:
+        """Start superchains at points z (K, D), K = chains / 8."""
+        torch.manual_seed(derive(seed, "labels of chains"))
+        z = z.repeat_interleave(chains // len(z), 0)
+        x, k = latent.place(z)
+        state = {
+            "x": x,
+            "k": k,
+            "began": k,
+            "superchain": torch.arange(chains) // SUBCHAINS,
+            "scale": torch.ones_like(x[0]),
+            "round": x.new_zeros(0, 2, *x.shape),
+        }
+        numbers = {
+            **{"sweeps": 0, "fixed_at": None, "thin": 1, "waiting": 0, "checked": 0, "independence": independence},
+            **{"seed": seed, "kernel": Kernel.start(x.shape[1]).stored()},
+        }
+        return cls(latent, names, Chains(z[:, None][:, :0], {}, state, numbers), kept=kept, seed=seed)
+
+    def chains(self) -> Chains:
+        """Return where the chains stand."""
+        ring = [torch.stack(pair) for pair in self.round]
+        state = {
+            "x": self.points.x,
+            "k": self.points.k,
+            "began": self.began,
+            "superchain": self.superchain,
+            "scale": self.scale,
+            "round": torch.stack(ring) if ring else self.points.x.new_zeros(0, 2, *self.points.x.shape),
+        }
+        empty = self.points.z[:, None][:, :0]
+        z = torch.stack(self.z, 1) if self.z else empty
+        stats = {name: torch.stack(values, 1) if values else empty[..., 0] for name, values in self.stats.items()}
+        return Chains(z, stats, state, {**self.numbers, "kernel": self.kernel.stored()})
+
+    # running ----------------------------------------------------------------------------------------------------------
+
+    def run(
+        self, sweeps: int, report: Callable[[str], None] = lambda text: None, *, gradients: float = math.inf
+    ) -> ChainFigures | None:
+        """Go on until the draws are enough, or for ``sweeps`` in all or so many gradients; return the last figures."""
+        found, end = None, self.latent.density.evaluations + gradients
+        while self.numbers["sweeps"] < sweeps and self.latent.density.evaluations < end:
+            if self.numbers["fixed_at"] is None:
+                report(f"warm-up, sweep {self.numbers['sweeps']}")
+                self._warm_up()
+                continue
+            report(f"sweep {self.numbers['sweeps']}")
+            self._keep(self._sweep())
+            if len(self.z) >= max(self.kept, self.numbers["checked"] + self.kept // 2):
+                found = self.figures()
+                if not objections(found) and min(found.ess_bulk, found.ess_tail) >= SPARE * LEAST_ESS:
+                    return found
+                self._make_room(found)
+        return found
+
+    def more(self, draws: int) -> Tensor:
+        """Return further draws (C, n, D) of each chain, spaced as those that are kept."""
+        parts = []
+        for _ in range(draws):
+            for _ in range(self.numbers["thin"]):
+                self._sweep()
+            parts.append(self.points.z)
+        return torch.stack(parts, 1)
+
+    def figures(self) -> ChainFigures:
+        """Judge the draws so far."""
+        self.numbers["checked"] = len(self.z)
+        stats = {name: torch.stack(values, 1) for name, values in self.stats.items()}
+        sweeps = self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
+        chains = torch.stack(self.z, 1)
+        return figures(chains, stats, self.names, superchain=self.superchain, began=self.began, sweeps=sweeps)
+
+    def _sweep(self, *, adapt: bool = False) -> dict[str, Tensor]:
+        """Move all chains once; return the numbers of this sweep, each (C,). Nothing has changed if it is cut."""
+        number = self.numbers["sweeps"]
+        torch.manual_seed(derive(self.seed, f"sweep {number}"))
+        points, tried = self.points, self.numbers["independence"]
+        taken = torch.zeros_like(points.log_pi)
+        for _ in range(tried):
+            points, hit = independent(self.latent, points)
+            taken = taken + hit
+        points = relabel(self.latent, points)
+        changes = (points.k != self.points.k).to(taken)
+        leaps, step = self.kernel.leaps(number), self.kernel.step
+        moved = hamiltonian(self.latent, points, step=step, leaps=leaps, scale=self.scale)
+        if adapt:
+            self.kernel.adapt(points, moved, self.scale, number)
+        self.points = moved.points
+        self.numbers["sweeps"] = number + 1
+        return {
+            "lp": moved.points.log_p,
+            "log_weight": moved.points.log_weight,
+            "acceptance_rate": moved.chance,
+            "diverging": moved.diverging,
+            "energy": moved.energy,
+            "energy_error": moved.error,
+            "n_steps": torch.full_like(taken, float(leaps)),
+            "step_size": torch.full_like(taken, step),
+            "proposed": torch.full_like(taken, float(tried)),
+            "independent": taken,
+            "changes": changes,
+        }
+
+    def _warm_up(self) -> None:
+        """Adapt for one sweep; at the end of a round, set the scale, and fix the kernel if superchains agree."""
+        self._sweep(adapt=True)
+        self.round.append((self.points.x, self.points.z))
+        if len(self.round) < ROUND:
+            return
+        rounds = self.numbers["sweeps"] // ROUND
+        x, z = (torch.stack(parts, 1) for parts in zip(*self.round[ROUND // 3 :], strict=True))
+        nested = _arviz.chain_diagnostics(z, self.superchain)["nested_r_hat"].max()
+        if rounds >= ROUNDS[1] or (rounds >= ROUNDS[0] and float(nested) <= WARM):
+            self.kernel.freeze()
+            self.numbers["fixed_at"] = self.numbers["sweeps"]
+        else:
+            self.scale = scale_of(x.flatten(0, 1))
+            self.kernel.again()
+        self.round = []
+
+    def _keep(self, numbers: dict[str, Tensor]) -> None:
+        self.numbers["waiting"] += 1
+        if self.numbers["waiting"] < self.numbers["thin"]:
+            return
+        self.numbers["waiting"] = 0
+        self.z.append(self.points.z)
+        for name, value in numbers.items():
+            self.stats[name].append(value)
+
+    def _make_room(self, found: ChainFigures) -> None:
+        """Drop the first half of draws that superchains still disagree on; else every other one, where all are full."""
+        if len(self.z) < 2 * self.kept:
+            return
+        if not found.nested_r_hat <= FAR:
+            chosen = slice(len(self.z) // 2, None)
+        else:
+            chosen = slice(1, None, 2)
+            self.numbers["thin"] *= 2
+        self.z = self.z[chosen]
+        self.stats = {name: values[chosen] for name, values in self.stats.items()}
+        self.numbers["checked"] = len(self.z)
+
+
+def _no_stats() -> dict[str, list[Tensor]]:
+    return {name: [] for name in STATS}

@@ -1,0 +1,148 @@
+"""Modes that chains lack: the search that a guide's draws go through, made once more with those of the chains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _arviz
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.missed_modes import SHARE, WANDERED, Search, missed_modes
+from pyro_flows.results.stage import Stage
+from pyro_flows.starts.start import Start
+from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.psis import psis
+
+SEARCHED = 1000  # draws of the chains
+STAGE = "search for missed modes"
+SETTLED = 1.05  # nested R-hat of whether a chain is in a region
+WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
+WEIGHED, TRUSTED_K_HAT = 4000, 0.7  # draws that the mass of a region is found by
+PART = 0.7  # of a region's mass that chains have to have, where it is known
+BRIDGE_STEPS = 200
+INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribution that lie farther out do not count
+
+
+def noted(search: Search | None) -> list[Stage]:
+    """Return what a fit\'s history keeps of a search, for a sampler to look at later: places and spreads as lists."""
+    lacks = [] if search is None else [lack for lack in search.lacks if lack.start.name != WANDERED]
+    if not lacks:
+        return []
+    scales = [lack.start.scale for lack in lacks]
+    spreads = [s.norm(dim=1) if s.dim() == 2 and len(s) > WHOLE_UP_TO else s for s in scales]
+    sentence = search.sentence if search is not None else ""
+    places = {"places": [lack.start.loc.tolist() for lack in lacks], "spreads": [spread.tolist() for spread in spreads]}
+    return [Stage(STAGE, details={"sentence": sentence, **places})]
+
+
+def lacks_of_chains(
+    density: LogDensity,
+    chains: Chains,
+    score: Callable[[Tensor], Tensor],
+    covered: float,
+    evidence: float,
+    history: Sequence[Mapping[str, Any]],
+    *,
+    seed: int,
+) -> tuple[list[str], list[str]]:
+    """Return what chains lack, in words, and what was not looked at.
+
+    The search of :func:`~pyro_flows.modes.missed_modes` is made with draws of the chains. They count as draws of the
+    posterior, :math:`\\log q = \\log p - \\log Z`, but a place is thin where the flow is. What it finds, and what the
+    search of the fit had found, is a failure unless the chains go in and out there: superchains agree on how many of
+    their draws are inside, and these are as many as the mass of the region asks for, or 2 % where that is not known.
+
+    Args:
+        density: log p, unnormalised.
+        chains: that have converged, as far as their own figures tell.
+        score: log density of the flow or mixture.
+        covered: log of the mass that the flow covers.
+        evidence: log of all mass, as far as flow and chains tell.
+        history: of the fit.
+        seed: of the search.
+    """
+    z, log_p = chains.z.flatten(0, 1), chains.stats["lp"].flatten()
+    generator = torch.Generator().manual_seed(derive(seed, "draws to search from"))
+    chosen = torch.randperm(len(z), generator=generator)[:SEARCHED].to(z.device)
+    seed = derive(seed, "modes that chains lack")
+    search = missed_modes(density, [], z[chosen], log_p[chosen] - covered, score, seed=seed)
+    before = [stage["details"] for stage in history if stage["stage"] == STAGE]
+    found, regions = [], _Regions(density, chains, evidence, seed)
+    for stage in before[-1:]:  # of the last guide
+        pairs = zip(stage["places"], stage["spreads"], strict=True)
+        if not all(regions.visited(z.new_tensor(place), z.new_tensor(spread)) for place, spread in pairs):
+            found.append(str(stage["sentence"]))
+    if search.lacks and not all(regions.covers(lack.start) for lack in search.lacks):
+        place = (search.sentence or "").partition(" near ")[2].removesuffix("; try runs=4")
+        what = "have too little" if search.lacks[0].start.name == WANDERED else "lack a mode"
+        found.append(f"the chains {what} near {place}")
+    return found, list(search.notes)
+
+
+def bridge(from_q: Tensor, from_p: Tensor) -> float:
+    r"""Return the log evidence by bridge sampling, from log weights log p - log q at draws of q and at draws of p.
+
+    Reference: Meng and Wong 1996, "Simulating ratios of normalizing constants via a simple identity".
+    """
+    from_q = from_q[torch.isfinite(from_q)].double()
+    from_p = from_p[torch.isfinite(from_p)].double()
+    first = torch.tensor(len(from_p) / (len(from_p) + len(from_q)), dtype=torch.float64, device=from_p.device).log()
+    second = torch.log1p(-first.exp())
+    value = from_q.median()
+    for _ in range(BRIDGE_STEPS):
+        above = torch.logsumexp(from_q - torch.logaddexp(first + from_q - value, second), 0) - math.log(len(from_q))
+        below = torch.logsumexp(-torch.logaddexp(first + from_p - value, second), 0) - math.log(len(from_p))
+        value = above - below
+    return float(value)
+
+
+class _Regions:
+    """Whether chains have the mass of regions about a place."""
+
+    def __init__(self, density: LogDensity, chains: Chains, evidence: float, seed: int) -> None:
+        self.density, self.chains, self.evidence = density, chains, evidence
+        self.seed = derive(seed, "regions")
+
+    def covers(self, start: Start) -> bool:
+        """Whether chains go in and out of a place that a search found; what draws wandered to counts as it is."""
+        return start.name != WANDERED and self.visited(start.loc, start.scale)
+
+    @torch.no_grad()
+    def visited(self, loc: Tensor, scale: Tensor) -> bool:
+        """Whether chains go in and out of the region of a normal distribution, agree on its share, and have enough."""
+        z = self.chains.z
+        inside = _inside(z.flatten(0, 1) - loc, scale).reshape(z.shape[:2])
+        share = float(inside.double().mean())
+        if share < self._needed(loc, scale):
+            return False
+        if share == 1.0:
+            return True
+        found = _arviz.chain_diagnostics(inside.double()[..., None], self.chains.state["superchain"])
+        return float(found["nested_r_hat"][0]) <= SETTLED
+
+    def _needed(self, loc: Tensor, scale: Tensor) -> float:
+        """Return the share that chains have to have: by importance sampling from the normal, where that can be done."""
+        with seeded(self.seed, self.density.device):
+            noise = torch.randn(WEIGHED, len(loc), dtype=loc.dtype, device=loc.device)
+        away = noise * scale if scale.dim() == 1 else noise @ scale.mT
+        size = (scale if scale.dim() == 1 else scale.diagonal()).abs().log().sum()
+        log_g = -0.5 * noise.square().sum(1) - size - 0.5 * len(loc) * math.log(2.0 * math.pi)
+        ratios = (self.density(loc + away) - log_g).double()
+        ratios = torch.where(torch.isfinite(ratios) & _inside(away, scale), ratios, -torch.inf)
+        if not bool(torch.isfinite(ratios).any()):
+            return SHARE
+        k_hat = psis(ratios)[1]
+        mass = float((torch.logsumexp(ratios, 0) - math.log(WEIGHED) - self.evidence).exp())
+        return PART * mass if k_hat < TRUSTED_K_HAT else max(SHARE, PART * mass)
+
+
+def _inside(away: Tensor, scale: Tensor) -> Tensor:
+    """Whether points (S, D), relative to the centre of a normal distribution, are among those that it would draw."""
+    units = away / scale if scale.dim() == 1 else torch.linalg.solve_triangular(scale, away.mT, upper=False).mT
+    dim = away.shape[1]
+    return units.square().sum(1) < dim + INSIDE * math.sqrt(2.0 * dim)

@@ -1,0 +1,69 @@
+"""Where chains begin: importance-resampled draws of the guide, and a flow to move in where the guide is none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.results.record import Record
+from pyro_flows.transforms.linear import LowerTriangularAffine
+from pyro_flows.verdict.verdict import resample
+
+DF = 15.0
+JITTER = 1e-8  # of a variance
+
+
+class NoStart(ValueError):
+    """There is no point at which a chain could begin."""
+
+
+def starting_points(z: Tensor, log_weights: Tensor, count: int, *, seed: int) -> Tensor:
+    """Resample ``count`` points (K, D) from draws z (S, D) by their log weights.
+
+    Weights that count for fewer than 2 K draws are flattened by a power until they do: chains are to begin apart.
+
+    Raises:
+        NoStart: if no draw has a finite density.
+    """
+    usable = torch.isfinite(log_weights) & torch.isfinite(z).all(1)
+    if not bool(usable.any()):
+        raise NoStart("no draw of the guide has a finite density")
+    z, log_weights = z[usable], log_weights[usable].double()
+    power = 1.0
+    while power > 1e-3 and _effective(power * log_weights) < min(2.0 * count, 0.5 * len(z)):
+        power *= 0.8
+    flattened = torch.log_softmax(power * log_weights, 0)
+    return z[resample(flattened, count, seed=seed)]
+
+
+def _effective(log_weights: Tensor) -> float:
+    weights = torch.softmax(log_weights, 0)
+    return float(1.0 / weights.square().sum())
+
+
+def affine_flow(z: Tensor, log_weights: Tensor) -> Flow:
+    """Return the affine flow with the mean and the covariance of weighted draws (S, D), to move in without a flow.
+
+    Raises:
+        NoStart: if no draw has a finite density.
+    """
+    usable = torch.isfinite(log_weights) & torch.isfinite(z).all(1)
+    if not bool(usable.any()):
+        raise NoStart("no draw of the guide has a finite density")
+    points = z[usable].double()
+    spread = points.std(0).clamp_min(torch.finfo(points.dtype).tiny ** 0.5)
+    covariance = torch.cov((points / spread).mT).reshape(len(spread), len(spread))
+    ridge = JITTER * torch.eye(len(spread), dtype=points.dtype, device=points.device)
+    root, fault = torch.linalg.cholesky_ex(covariance + ridge)
+    root = torch.diag(torch.ones_like(spread)) if int(fault) else root
+    affine = LowerTriangularAffine(len(spread), loc=points.mean(0), scale_tril=spread[:, None] * root)
+    return Flow(affine.to(z), base="student_t", df=DF)
+
+
+def flow_of(posterior: Record) -> Flow | FlowMixture:
+    """Return the guide's flow or mixture; an affine one with the moments of the draws, if the guide is none."""
+    if posterior.flow is not None and getattr(posterior.flow, "base", "student_t") != "uniform":
+        return posterior.flow
+    return affine_flow(posterior.z, posterior.log_weights)

@@ -1,0 +1,1 @@
+"""Modes that a guide lacks: exact moves, paths, tempering, draws that wander."""

@@ -1,0 +1,1 @@
+"""The posterior that a fit hands over: its methods call all other rooms."""

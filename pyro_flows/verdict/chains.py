@@ -1,0 +1,133 @@
+"""What chains of a sampler came to: their draws, the figures that they are judged by, and whether to believe them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+NESTED_R_HAT = 1.01  # of superchains, which forget their common start: sqrt(1 + 1 / ESS of one) where they have
+R_HAT = 1.05  # of single chains, which are short: sqrt(1 + (autocorrelation time - 1) / draws)
+LEAST_ESS = 1000.0  # bulk and tail, of the worst coordinate: a mean to .03 sd, an sd to 2 %
+DIVERGENCES = 0.01  # of all trajectories
+AGREEMENT = 1.05  # R-hat of groups of chains that began in different modes
+
+
+@dataclass(frozen=True)
+class ChainFigures:
+    """The figures that a verdict on chains rests on, each of the worst coordinate (the log density is one more).
+
+    Attributes:
+        chains: how many.
+        draws: of each chain, kept.
+        sweeps: of each chain since its kernel was fixed.
+        r_hat: rank-normalised split R-hat of single chains.
+        nested_r_hat: of superchains, each of chains with one starting point.
+        ess_bulk: effective draws for means and medians.
+        ess_tail: effective draws for the 5 % and the 95 % quantile.
+        where: the coordinate with the lowest of both.
+        divergences: share of trajectories whose energy error is above 1000 or not finite.
+        energy_error: median absolute error of the energy at the end of a trajectory.
+        acceptance: share of trajectories accepted.
+        independence: share of independent proposals accepted; NaN if there were none.
+        agreement: R-hat of groups of chains that began in different parts of a mixture; NaN if all began in one.
+        changes: how often chains changed from one part to another, a chain.
+    """
+
+    chains: int
+    draws: int
+    sweeps: int
+    r_hat: float
+    nested_r_hat: float
+    ess_bulk: float
+    ess_tail: float
+    where: str
+    divergences: float
+    energy_error: float
+    acceptance: float
+    independence: float
+    agreement: float
+    changes: float
+
+    def __str__(self) -> str:
+        shares = f"{self.divergences:.2%} divergences, acceptance {self.acceptance:.2f}"
+        shares += "" if math.isnan(self.independence) else f" ({self.independence:.2f} of independent proposals)"
+        modes = "" if math.isnan(self.agreement) else f", R-hat between starts in different modes {self.agreement:.3f}"
+        return (
+            f"{self.chains} chains of {self.draws} draws, nested R-hat {self.nested_r_hat:.3f}, R-hat "
+            f"{self.r_hat:.3f}, ESS {self.ess_bulk:.0f} in the bulk and {self.ess_tail:.0f} in the tails "
+            f"(lowest at {self.where}), {shares}{modes}"
+        )
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> ChainFigures:
+        """Make figures again of those that a file holds."""
+        kinds = {"chains": int, "draws": int, "sweeps": int, "where": str}
+        return cls(**{entry.name: kinds.get(entry.name, float)(stored[entry.name]) for entry in fields(cls)})
+
+
+def objections(figures: ChainFigures) -> list[str]:
+    """Return what speaks against chains, in words; nothing if their draws can be used. NaN speaks against them."""
+    found = []
+    if not figures.nested_r_hat <= NESTED_R_HAT:
+        found.append(f"nested R-hat {figures.nested_r_hat:.3f} of the chains is above {NESTED_R_HAT}")
+    if not figures.r_hat <= R_HAT:
+        found.append(f"R-hat {figures.r_hat:.3f} of the chains is above {R_HAT}")
+    for name, value in (("bulk", figures.ess_bulk), ("tails", figures.ess_tail)):
+        if not value >= LEAST_ESS:
+            found.append(f"ESS {value:.0f} of the chains in the {name} is below {LEAST_ESS:.0f}, at {figures.where}")
+    if not figures.divergences <= DIVERGENCES:
+        found.append(f"{figures.divergences:.1%} of the trajectories diverged")
+    if not math.isnan(figures.agreement) and not figures.agreement <= AGREEMENT:
+        found.append(f"chains that began in different modes disagree (R-hat {figures.agreement:.2f})")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Chains:
+    """Draws of chains, and all that is needed to go on with them.
+
+    Attributes:
+        z: draws kept, in unconstrained coordinates (C, N, D), N of each chain.
+        stats: numbers of each kept draw, each (C, N), under ArviZ's names.
+        state: tensors of the kernel and the chains' present points.
+        numbers: of the kernel: step size, trajectory, sweeps done, and so on.
+    """
+
+    z: Tensor = field(repr=False)
+    stats: dict[str, Tensor] = field(repr=False)
+    state: dict[str, Tensor] = field(repr=False)
+    numbers: dict[str, Any]
+
+    @property
+    def count(self) -> int:
+        """How many chains there are."""
+        return len(self.z)
+
+    def stored(self) -> dict[str, Any]:
+        """Return what a file holds of them: tensors and numbers."""
+        tensors = {"z": self.z, "stats": self.stats, "state": self.state}
+        return {**{name: _cpu(part) for name, part in tensors.items()}, "numbers": self.numbers}
+
+
+def _cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    return {name: _cpu(part) for name, part in value.items()}
+
+
+def as_numbers(figures: ChainFigures | None) -> dict[str, Any] | None:
+    """Return figures as JSON has them."""
+    return None if figures is None else asdict(figures)
+
+
+def worst_of(values: Sequence[float], names: Sequence[str], *, largest: bool) -> tuple[float, str]:
+    """Return the largest or the smallest value and its name; NaN, the first one, if there is any."""
+    for value, name in zip(values, names, strict=True):
+        if math.isnan(value):
+            return value, name
+    place = (max if largest else min)(range(len(values)), key=values.__getitem__)
+    return values[place], names[place]
