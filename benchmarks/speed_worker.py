@@ -74,7 +74,7 @@ MODELS = {"student": student, "eight schools": schools, "regression": regression
 def ours(case: dict[str, Any], method: str) -> Step:
     """A training step of ours on couplings alone, or on the guide that ``fit`` makes."""
     import pyro_flows as pf
-    from pyro_flows.training import loop
+    from pyro_flows.training import trainer as training
 
     model = MODELS[case["case"]](case["rows"] or case["dim"])
     density = pf.LogDensity(model)
@@ -85,10 +85,10 @@ def ours(case: dict[str, Any], method: str) -> Step:
     if method == "products":
         return products(flow, case["batch"])
     if method == "eager":
-        loop.EAGER_STEPS = sys.maxsize
+        training.EAGER_STEPS = sys.maxsize
     compiled = method == "compiled"
     density._with_gradients.compile = compiled
-    trainer = loop.Trainer(flow, density, learning_rate=LEARNING_RATE, batch=case["batch"], compile=compiled)
+    trainer = training.Trainer(flow, density, learning_rate=LEARNING_RATE, batch=case["batch"], compile=compiled)
     return lambda: trainer.step(LEARNING_RATE)
 
 

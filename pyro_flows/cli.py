@@ -8,18 +8,11 @@ from __future__ import annotations
 
 import math
 import platform
-import signal
 import sys
 import tempfile
-import threading
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import pyro
@@ -32,6 +25,7 @@ from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from pyro_flows import plots
+from pyro_flows._exits import DONE, INTERRUPTED, UNRELIABLE, Interrupt, guarded, interruptible
 from pyro_flows._inputs import match, read_data, read_model
 from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.fitting.diagnose import diagnose
@@ -41,7 +35,6 @@ from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.files import check_target
 
 GAUSSIAN_STEPS = 1500
-DONE, ERROR, UNRELIABLE, INTERRUPTED = 0, 2, 3, 130  # exit codes; 130 is what shells give to Ctrl-C
 EXIT_CODES = (
     "Exit codes: 0 for a posterior that is ok, corrected or refined, 3 for one that is unreliable (its results are "
     "written all the same), 2 for an error, 130 after Ctrl-C."
@@ -82,7 +75,17 @@ Seconds = Annotated[
 ]
 Progress = Annotated[bool | None, typer.Option(help="Show a progress bar; in a terminal it is shown anyway.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-FLOWS = f"Kind of flow: {', '.join(sorted(VECTOR_BUILDERS))}."
+FlowName = Annotated[str, typer.Option(help=f"Kind of flow: {', '.join(sorted(VECTOR_BUILDERS))}.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="Number of layers; the flow's own default otherwise.")]
+StepsOrNot = Annotated[
+    int | None, typer.Option(min=1, help="Bound on optimisation steps; by default 6000, more in many dimensions.")
+]
+Refine = Annotated[
+    bool, typer.Option(help="Let a sampler finish the work where weights cannot correct the flow's draws.")
+]
+TrainModel = Annotated[
+    bool, typer.Option("--train-model", help="Train the model's own parameters too (pyro.param, modules).")
+]
 
 
 # the commands ---------------------------------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ def demo_command(
     debug: Debug = False,
 ) -> None:
     """Fit the eight schools (Rubin 1981); write posterior.nc and three figures."""
-    _guarded(lambda: demo(_target(out), seed=seed, max_steps=max_steps, progress=_shown(progress)), debug)
+    guarded(lambda: demo(_target(out), seed=seed, max_steps=max_steps, progress=_shown(progress)), debug)
 
 
 @app.command("fit", epilog=EXIT_CODES)
@@ -114,24 +117,16 @@ def fit_command(
     model: Annotated[str, typer.Argument(metavar="FILE.py:MODEL", help="A Python file and a Pyro model in it.")],
     data: Annotated[Path, typer.Option(help="JSON, CSV or npz file with a field for each parameter of the model.")],
     out: Out,
-    flow: Annotated[str, typer.Option(help=FLOWS)] = "realnvp",
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Number of layers; the flow's own default otherwise.")
-    ] = None,
+    flow: FlowName = "realnvp",
+    layers: Layers = None,
     draws: Annotated[int, typer.Option(min=100, help="Number of posterior draws.")] = 4000,
     runs: Annotated[int, typer.Option(min=1, help="Independent runs that are compared.")] = 1,
     seed: Seed = 0,
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Bound on optimisation steps; by default 6000, more in many dimensions.")
-    ] = None,
+    max_steps: StepsOrNot = None,
     max_seconds: Seconds = None,
     escalate: Annotated[bool, typer.Option(help="Go on with larger batches and more layers where needed.")] = True,
-    refine: Annotated[
-        bool, typer.Option(help="Let a sampler finish the work where weights cannot correct the flow's draws.")
-    ] = True,
-    train_model: Annotated[
-        bool, typer.Option("--train-model", help="Train the model's own parameters too (pyro.param, modules).")
-    ] = False,
+    refine: Refine = True,
+    train_model: TrainModel = False,
     progress: Progress = None,
     debug: Debug = False,
 ) -> None:
@@ -153,12 +148,12 @@ def fit_command(
             "refine": "auto" if refine else False,
             "train_model": train_model,
         }
-        with _interruptible() as interrupt:
+        with interruptible() as interrupt:
             posterior = fit(chosen, model_kwargs=arguments, progress=_shown(progress), **options)
         _write(posterior, target)
         return _code(posterior, interrupt)
 
-    _guarded(work, debug, Path(model.rpartition(":")[0]))
+    guarded(work, debug, Path(model.rpartition(":")[0]))
 
 
 def main() -> None:
@@ -166,77 +161,10 @@ def main() -> None:
     app(prog_name="pyro-flows")
 
 
-# errors and interrupts ------------------------------------------------------------------------------------------------
+# before and after a fit -----------------------------------------------------------------------------------------------
 
 
-def _guarded(work: Callable[[], int], debug: bool, file: Path | None = None) -> None:
-    """Run, and exit with the code that comes back; turn any error into one line, unless a traceback is asked for.
-
-    Args:
-        work: returns the exit code.
-        debug: whether a traceback is shown.
-        file: the user's Python file; an error that was raised below it is shown with its kind and line.
-    """
-    try:
-        code = work()
-    except KeyboardInterrupt:
-        if debug:
-            traceback.print_exc()
-        typer.echo("pyro-flows: interrupted; no complete results were written.", err=True)
-        code = INTERRUPTED
-    except Exception as error:
-        if debug:
-            raise
-        lines = str(error).strip().splitlines()
-        text = lines[0] if lines else "no message"
-        if text.endswith(":") and len(lines) > 1:  # torch writes the values that it means into the next line
-            text = f"{text} {lines[1].strip()}"
-        line = _line(error, file)
-        plain = isinstance(error, ValueError) and not line
-        kind = "" if plain else f"{type(error).__name__}: "
-        hint = "" if plain else f"{line} (--debug shows the traceback)"
-        typer.echo(f"pyro-flows: error: {kind}{text}{hint}", err=True)
-        code = ERROR
-    raise typer.Exit(code)
-
-
-def _line(error: Exception, file: Path | None) -> str:
-    """The last line of the user's file that the error passed through, if any."""
-    if file is None:
-        return ""
-    passed = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file.absolute()]
-    return f" ({file.name}, line {passed[-1].lineno})" if passed else ""
-
-
-@dataclass
-class _Interrupt:
-    """Whether Ctrl-C was pressed."""
-
-    seen: bool = False
-
-
-@contextmanager
-def _interruptible() -> Iterator[_Interrupt]:
-    """Note Ctrl-C, which raises ``KeyboardInterrupt`` as always: a fit may catch it and return what it has."""
-    found = _Interrupt()
-    before = signal.getsignal(signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
-
-    def note(number: int, frame: FrameType | None) -> None:
-        found.seen = True
-        signal.default_int_handler(number, frame)
-
-    if before is not signal.default_int_handler or not main:  # someone else handles it, or nobody is to
-        yield found
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield found
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _code(posterior: Posterior, interrupt: _Interrupt) -> int:
+def _code(posterior: Posterior, interrupt: Interrupt) -> int:
     """The exit code for results that were written."""
     if interrupt.seen:
         typer.echo("pyro-flows: interrupted; the results are the best so far.", err=True)
@@ -286,7 +214,7 @@ def demo(target: Path, *, seed: int, max_steps: int, progress: bool) -> int:
     """Fit the eight schools by a flow and by a full-rank Gaussian; write results and figures to ``target``."""
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-    with _interruptible() as interrupt:
+    with interruptible() as interrupt:
         posterior = fit(eight_schools, y, sigma, seed=seed, max_steps=max_steps, progress=progress)
     if interrupt.seen:
         _write(posterior, target)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._display import new_figure
+from pyro_flows._figures import BASE, FLOW, INK, SHOWN, panels
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.interpolation import interpolate, nearest, scale_spectrum
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FLOW, BASE, INK = "#1f5f8b", "#d98841", "#333333"
 PANEL = 1.9  # inches
-SHOWN = (0.002, 0.998)
 
 
 def plot_layers(flow: Flow, *, count: int = 3000, seed: int = 0, layers: Sequence[int] | None = None) -> Figure:
@@ -54,7 +52,7 @@ def plot_layers(flow: Flow, *, count: int = 3000, seed: int = 0, layers: Sequenc
         for layer in stack:
             clouds.append(layer.forward_and_ladj(clouds[-1])[0])
     colours = _wheel(x)
-    figure, grid = _panels(len(shown), columns=min(len(shown), 6))
+    figure, grid = _squares(len(shown), columns=min(len(shown), 6))
     for axes, layer in zip(grid, shown, strict=True):
         _cloud(axes, clouds[layer], colours)
         axes.set_title("base" if layer == 0 else f"layer {layer}", fontsize=9, color=INK)
@@ -70,7 +68,7 @@ def plot_points(points: Tensor, data: Tensor | None = None) -> Figure:
     clouds = [points] if data is None else [data, points]
     if any(cloud.dim() != 2 or cloud.shape[1] != 2 for cloud in clouds):
         raise ValueError(f"points: expected shape (N, 2), got {[tuple(cloud.shape) for cloud in clouds]}.")
-    figure, grid = _panels(len(clouds), columns=len(clouds), size=3.2)
+    figure, grid = _squares(len(clouds), columns=len(clouds), size=3.2)
     for axes, cloud, colour, name in zip(grid, clouds[::-1], (FLOW, BASE), ("flow", "data"), strict=False):
         _cloud(axes, cloud, colour)
         axes.set_title(name, fontsize=9, color=INK)
@@ -100,7 +98,7 @@ def plot_images(
         top, left = (number // columns) * (height + 1), (number % columns) * (width + 1)
         sheet[top : top + height, left : left + width] = picture
     scale = 0.5 + 0.01 * max(height, width)
-    figure, (axes,) = _panels(1, columns=1, size=(columns * scale * width / height, rows * scale))
+    figure, (axes,) = panels(1, size=(columns * scale * width / height, rows * scale))
     axes.imshow(sheet.repeat(3, -1) if sheet.shape[-1] == 1 else sheet, interpolation="nearest")
     axes.set_axis_off()
     return figure
@@ -134,17 +132,17 @@ def plot_spectrum(flow: Flow) -> Figure:
     Few large values: the data lie near a manifold of few dimensions.
     """
     values = scale_spectrum(flow).double().cpu().numpy()
-    figure, (axes,) = _panels(1, columns=1, size=(5.4, 3.2))
+    figure, (axes,) = panels(1, size=(5.4, 3.2))
     axes.plot(np.arange(1, len(values) + 1), values, color=FLOW, linewidth=1.5)
     axes.set_yscale("log")
-    axes.set_xlabel("latent, most important first", fontsize=9, color=INK)
-    axes.set_ylabel("scale of the latent in the data", fontsize=9, color=INK)
+    axes.set_xlabel("latent, most important first")
+    axes.set_ylabel("scale of the latent in the data")
     return figure
 
 
 def plot_losses(losses: Tensor, checks: Tensor) -> Figure:
     """Draw the mean log density of minibatches, and of held-out points by the averaged weights, in nats."""
-    figure, (axes,) = _panels(1, columns=1, size=(6.4, 3.4))
+    figure, (axes,) = panels(1, size=(6.4, 3.4))
     values = -losses.double().cpu().numpy()
     if not len(values):
         raise ValueError("losses: expected those of a training, got none.")
@@ -158,8 +156,8 @@ def plot_losses(losses: Tensor, checks: Tensor) -> Figure:
         finite = np.concatenate([finite, held_out])
     high = finite.max(initial=low)
     axes.set_ylim(low - 0.5 * (high - low) - 1e-6, high + 0.1 * (high - low) + 1e-6)
-    axes.set_xlabel("step", fontsize=9, color=INK)
-    axes.set_ylabel("mean log density (nats)", fontsize=9, color=INK)
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean log density (nats)")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
@@ -183,19 +181,8 @@ def _pictures(images: Tensor, image_shape: Sequence[int] | None) -> np.ndarray:
     return images.detach().reshape(-1, channels, *shape[-2:]).movedim(1, -1).double().cpu().numpy()
 
 
-def _panels(count: int, *, columns: int, size: float | tuple[float, float] = PANEL) -> tuple[Figure, list[Axes]]:
-    rows = math.ceil(count / columns)
-    shape = (size * columns, (size + 0.2) * rows) if isinstance(size, float) else size
-    figure = new_figure(*shape)
-    grid: Any = figure.subplots(rows, columns, squeeze=False)
-    for number, axes in enumerate(grid.flat):
-        axes.tick_params(colors=INK, labelsize=7, length=2, color="#999999")
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color("#999999")
-        if number >= count:
-            axes.set_visible(False)
-    return figure, list(grid.flat)[:count]
+def _squares(count: int, *, columns: int, size: float = PANEL) -> tuple[Figure, list[Axes]]:
+    return panels(count, columns=columns, size=(size * columns, (size + 0.2) * math.ceil(count / columns)))
 
 
 def _cloud(axes: Axes, points: Tensor, colours: Any) -> None:

@@ -9,13 +9,14 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._display import STATUS_COLOURS, new_figure
+from pyro_flows._display import STATUS_COLOURS
+from pyro_flows._figures import BASE, FLOW, INK, PAPER, SHOWN, panels
 from pyro_flows.flows.saved import to_json
 
 if TYPE_CHECKING:
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
 
     from pyro_flows.results.record import Record
 
-FLOW, BASE, INK, PAPER = "#1f5f8b", "#d98841", "#333333", "#dce8f0"
 WINDOW_SHARE = 0.04
 SCATTERED = 2000
-SHOWN = (0.002, 0.998)  # quantiles between which marginals are shown
 INTERVAL = (0.055, 0.945)
 COLUMNS = 4
 BINS, SMOOTH = 60, 2
@@ -52,7 +51,7 @@ def plot_elbo(posterior: Record) -> Figure:
     elbo = -posterior.losses.detach().double().cpu().numpy()
     if not len(elbo):
         raise ValueError("posterior: expected one with optimisation steps, got none (diagnose does not optimise).")
-    figure, axes = _figure(7.0, 3.6)
+    figure, (axes,) = panels(1, size=(7.0, 3.6))
     steps = np.arange(1, len(elbo) + 1)
     axes.plot(steps, elbo, color=FLOW, alpha=0.3, linewidth=0.6, label="each step")
     axes.plot(steps, _running_median(elbo), color=FLOW, linewidth=1.8, label="running median")
@@ -117,12 +116,10 @@ def plot_posterior(posterior: Record, names: str | Sequence[str] | None = None, 
     scalars = [pair for name in wanted for pair in _scalars(posterior.samples, name)]
     shown = scalars[:max_panels]
     columns = min(COLUMNS, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    figure, grid = _grid(rows, columns)
-    for axes, (label, values) in zip(grid, shown, strict=False):
+    size = max(2.1 * columns, 4.4), 1.55 * math.ceil(len(shown) / columns) + 0.5
+    figure, grid = panels(len(shown), columns=columns, size=size)
+    for axes, (label, values) in zip(grid, shown, strict=True):
         _marginal(axes, label, values.detach().double().cpu().numpy())
-    for axes in grid[len(shown) :]:
-        axes.set_axis_off()
     figure.supxlabel("bar: central 89 %; dot: mean", fontsize=8, color=INK)
     note = f" · {len(shown)} of {len(scalars)} scalars" if len(shown) < len(scalars) else ""
     _heading(figure, posterior, f"Posterior marginals{note}")
@@ -185,7 +182,7 @@ def plot_pairs(
     Raises:
         ValueError: for a name that is no scalar of the posterior, or of ``compare``.
     """
-    figure, axes = _figure(5.4, 5.0)
+    figure, (axes,) = panels(1, size=(5.4, 5.0))
     names = labels or tuple(_guide_label(each) for each in (posterior, compare) if each is not None)
     clouds = [_points(posterior.samples, (x, y), transform)]
     if compare is not None:
@@ -278,32 +275,6 @@ def _guide_label(posterior: Record) -> str:
 
 
 # shared ---------------------------------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = new_figure(width, height)
-    axes = figure.add_subplot()
-    _plain(axes)
-    return figure, axes
-
-
-def _grid(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    figure = new_figure(max(2.1 * columns, 4.4), 1.55 * rows + 0.5)
-    grid: Any = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        _plain(axes)
-    return figure, list(grid.flat)
-
-
-def _plain(axes: Axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("bottom", "left"):
-        axes.spines[side].set_color("#999999")
-    axes.tick_params(colors=INK, labelsize=8, length=3, color="#999999")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_color(INK)
-        axis.label.set_fontsize(9)
 
 
 def _title(axes: Axes, posterior: Record, text: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_flows as pf
-from pyro_flows.transforms.conditioners import Free, Network
+from pyro_flows.transforms.networks import Free, Network
 from tests.invariants import close
 
 

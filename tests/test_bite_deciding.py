@@ -13,7 +13,7 @@ import pytest
 from pyro_flows.fitting import agreement as runs
 from pyro_flows.fitting import conclude, escalation
 from pyro_flows.flows import recipe
-from pyro_flows.model import centring, charts
+from pyro_flows.model import charts, noncentered
 from pyro_flows.modes import missed_modes, symmetries, tempering
 from pyro_flows.results import arviz_groups
 from pyro_flows.verdict import verdict
@@ -215,7 +215,7 @@ def conversion(_):
 # bugs -----------------------------------------------------------------------------------------------------------------
 
 JUDGE, WEIGH, DECIDE = (verdict, "judge"), (verdict, "weigh"), (verdict, "decide")
-NOTHING, ROUNDS, NORMAL = (verdict, "_hangs_on_nothing"), (escalation, "rounds"), (centring, "_normal")
+NOTHING, ROUNDS, NORMAL = (verdict, "_hangs_on_nothing"), (escalation, "rounds"), (noncentered, "_normal")
 
 BUGS = [
     # the verdict: thresholds flipped, moved, forgotten

@@ -7,7 +7,8 @@ import torch
 from torch.nn.utils.parametrizations import weight_norm
 
 import pyro_flows as pf
-from pyro_flows.transforms.conditioners import (
+from pyro_flows.transforms.conditioners import bounded, bounded_back, forward_and_pull
+from pyro_flows.transforms.networks import (
     ACTIVATIONS,
     Block,
     Convolution,
@@ -18,9 +19,6 @@ from pyro_flows.transforms.conditioners import (
     ResidualConvolution,
     Robust,
     RobustConvolution,
-    bounded,
-    bounded_back,
-    forward_and_pull,
 )
 from tests.invariants import close
 from tests.registry import HIDDEN, IMAGE, built, normal, randomise

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.model.centring import Information, location_scale, spread, standardise
+from pyro_flows.model.noncentered import Information, location_scale, spread, standardise
 from pyro_flows.starts.coordinates import choose_coordinates
 from tests.models import real
 from tests.registry import normal

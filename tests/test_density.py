@@ -10,8 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
 from pyro_flows import datasets
-from pyro_flows.density_estimation import fit_density, schedule, training
+from pyro_flows.density_estimation import budget, fit_density, schedule
+from pyro_flows.density_estimation.ascent import RACED, Ascent, _about_best, rouse
 from pyro_flows.density_estimation.files import FILES
+from pyro_flows.density_estimation.fitted import points_for
 
 QUICK = {"progress": False, "max_epochs": 4}
 
@@ -122,7 +124,8 @@ def test_far_images_cost_about_their_distance(build):
 
 
 def test_seconds_take_the_place_of_a_number_of_steps(monkeypatch):
-    monkeypatch.setattr(fit_density, "MAX_STEPS", 30)
+    for module in (fit_density, budget):
+        monkeypatch.setattr(module, "MAX_STEPS", 30)
     flow, y = pf.realnvp(2, layers=2), datasets.toy("moons", 320)
     options = {"validation": None, "learning_rate": 1e-3, "progress": False}
     assert pf.fit_density(flow, y, **options).settings["steps"] == 30
@@ -180,7 +183,7 @@ def test_steps_that_were_skipped_are_told():
 @pytest.mark.parametrize(("raced", "expected"), [(1e-2, (1e-2, 1e-2 * 0.4**0.5, 1e-2 * 0.1**0.5)), (1e-3, (1e-3,) * 3)])
 def test_long_trainings_take_smaller_steps(raced, expected, monkeypatch):
     """Four times the steps, half the step size; but what raced as the smallest is small enough."""
-    monkeypatch.setattr(training.Ascent, "race", lambda self, *_: setattr(self.state, "learning_rate", raced))
+    monkeypatch.setattr(Ascent, "race", lambda self, *_: setattr(self.state, "learning_rate", raced))
     monkeypatch.setattr(fit_density, "climb", lambda *_, **__: None)
     found = []
     for epochs in (50, 250, 1000):  # of ten steps
@@ -204,16 +207,16 @@ def test_long_trainings_take_smaller_steps(raced, expected, monkeypatch):
     ],
 )
 def test_the_largest_step_size_that_comes_about_as_far_wins_a_race(scores, start, dim, expected):
-    runs = list(zip(scores, training.RACED, strict=True))
-    good = training._about_best(start, runs, dim)
+    runs = list(zip(scores, RACED, strict=True))
+    good = _about_best(start, runs, dim)
     assert max([rate for _, rate in good], default=None) == expected
 
 
 def test_a_race_that_gains_nothing_leaves_the_start():
     """Points of the flow itself, and step sizes that destroy it."""
     flow = pf.realnvp(2, layers=2)
-    train = fit_density.points_for(flow, "data", torch.randn(400, 2, generator=torch.Generator().manual_seed(0)), None)
-    ascent = training.Ascent(flow, train, list(train.ordered(400)), batch=32)
+    train = points_for(flow, "data", torch.randn(400, 2, generator=torch.Generator().manual_seed(0)), None)
+    ascent = Ascent(flow, train, list(train.ordered(400)), batch=32)
     before = ascent.keep()
     ascent.race((10.0, 100.0), 8)
     assert ascent.state.learning_rate == 10.0
@@ -229,7 +232,7 @@ def test_wide_networks_race_small_steps(width, expected, monkeypatch):
         asked.extend(candidates)
         self.state.learning_rate = candidates[0]
 
-    monkeypatch.setattr(training.Ascent, "race", race)
+    monkeypatch.setattr(Ascent, "race", race)
     monkeypatch.setattr(fit_density, "climb", lambda *_, **__: None)
     flow = pf.realnvp(2, layers=2, hidden=(width,))
     pf.fit_density(flow, datasets.toy("moons", 64), validation=None, max_epochs=1, progress=False)
@@ -244,7 +247,7 @@ def test_weights_decay_by_how_much_can_be_learnt_by_heart():
     assert [fit.settings["weight_decay"] for fit in found] == pytest.approx([expected, 2 * expected])
     given = pf.fit_density(flow, y, validation=None, max_epochs=1, weight_decay=0.25, progress=False)
     assert given.settings["weight_decay"] == 0.25
-    ascent = training.Ascent(flow, None, [], batch=32)
+    ascent = Ascent(flow, None, [], batch=32)
     ascent.state.weight_decay = 0.25
     ascent.fresh_moments()
     ascent.step(y, None, 1e-3)
@@ -262,7 +265,7 @@ def test_random_last_layers_spoil_no_start(network):
     y = torch.randn(50, 1, 16, 16)
     flow.bijection.start_from(y)
     before = flow.log_prob(y).mean().detach() / 256
-    training.rouse(flow)
+    rouse(flow)
     assert (flow.log_prob(y).mean().detach() / 256 - before).abs() < 0.1
 
 
@@ -359,7 +362,7 @@ def test_resumes_exactly(tmp_path, monkeypatch):
     y, flow = datasets.toy("moons", 400), pf.realnvp(2, layers=2)
     options = {"levels": None, "max_epochs": 12, "progress": False}
     whole = pf.fit_density(flow, y, **options)
-    step, steps = training.Ascent.step, []
+    step, steps = Ascent.step, []
 
     def stopping(self, *args):
         if self.state.steps == 31:  # in the middle of an epoch
@@ -368,7 +371,7 @@ def test_resumes_exactly(tmp_path, monkeypatch):
         return step(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Ascent, "step", stopping)
+        patch.setattr(Ascent, "step", stopping)
         with pytest.raises(_Stop):
             pf.fit_density(flow, y, checkpoint=tmp_path / "run.pt", **options)
     assert steps == [31]

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import pyro_flows as pf
-from pyro_flows.density_estimation import fit_density, training
+from pyro_flows.density_estimation import files, fit_density
+from pyro_flows.density_estimation.ascent import Ascent
 from pyro_flows.transforms.fixed import Preprocess
 
 QUICK = {"progress": False, "max_epochs": 6}
@@ -249,7 +250,7 @@ def test_a_script_that_is_run_anew_goes_on_exactly(tmp_path, monkeypatch, build)
     torch.manual_seed(1)
     plain = pf.fit_density(build(), cloud(), **QUICK)
     assert torch.equal(plain.losses, whole.losses)  # a checkpoint changes nothing
-    step = training.Ascent.step
+    step = Ascent.step
 
     def stopping(self, *args):
         if self.state.steps == 25:
@@ -258,7 +259,7 @@ def test_a_script_that_is_run_anew_goes_on_exactly(tmp_path, monkeypatch, build)
 
     torch.manual_seed(1)
     with monkeypatch.context() as patch:
-        patch.setattr(training.Ascent, "step", stopping)
+        patch.setattr(Ascent, "step", stopping)
         with pytest.raises(_Stop):
             pf.fit_density(build(), cloud(), checkpoint=tmp_path / "run.pt", **QUICK)
     torch.manual_seed(2)
@@ -294,7 +295,7 @@ def test_checkpoints_that_cannot_be_written(tmp_path, monkeypatch):
     def fail(path, data):
         raise OSError(28, "path: 'run.pt' could not be written (No space left on device)")
 
-    monkeypatch.setattr(fit_density.files, "replace_file", fail)
+    monkeypatch.setattr(files, "replace_file", fail)
     with pytest.warns(UserWarning, match=r"checkpoint: .*No space left on device.*; the training goes on") as caught:
         fit = pf.fit_density("nice", cloud(), checkpoint=tmp_path / "run.pt", **QUICK)
     assert len(caught) == 1

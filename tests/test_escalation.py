@@ -25,8 +25,9 @@ from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.run import Run
 from pyro_flows.flows.recipe import Recipe, grow, set_df
 from pyro_flows.results.stage import Stage
-from pyro_flows.starts.portfolio import Start
-from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Trainer, Training
+from pyro_flows.starts.start import Start
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Training
+from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms import DiagonalAffine
 from pyro_flows.verdict.verdict import Weighing
 from tests.models import real

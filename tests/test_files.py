@@ -10,21 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from pyro_flows import _files
-from pyro_flows._files import Bundle, digest, replace_file
+from pyro_flows import _bundles, _files
+from pyro_flows._bundles import Bundle, digest
+from pyro_flows._files import replace_file
 
-PROGRAM = Path(_files.__file__)  # it needs the standard library alone, so that processes of its own start quickly
+PACKAGE = Path(_files.__file__).parent
 BUNDLE = Bundle("thing", "a thing", "thing.json", ("one.bin", "two.bin"))
 OLD, NEW = ({"one.bin": bytes([byte]) * 3000, "two.bin": bytes([byte + 1]) * 50} for byte in (1, 7))
 
+# both files need the standard library alone: without the rest of the package, processes of their own start quickly
 PREAMBLE = f"""
-import importlib.util, os, sys
+import os, sys, types
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("_files", {str(PROGRAM)!r})
-files = importlib.util.module_from_spec(spec)
-sys.modules["_files"] = files
-spec.loader.exec_module(files)
-bundle = files.Bundle({BUNDLE.what!r}, {BUNDLE.format!r}, {BUNDLE.text!r}, {BUNDLE.others!r})
+sys.modules["pyro_flows"] = types.ModuleType("pyro_flows")
+sys.modules["pyro_flows"].__path__ = [{str(PACKAGE)!r}]
+from pyro_flows import _bundles, _files as files
+bundle = _bundles.Bundle({BUNDLE.what!r}, {BUNDLE.format!r}, {BUNDLE.text!r}, {BUNDLE.others!r})
 path = Path(sys.argv[1])
 old, new = {OLD!r}, {NEW!r}
 """
@@ -41,7 +42,7 @@ def save_until(count):
     left = count
     def trace(frame, event, argument):
         nonlocal left
-        if frame.f_code.co_filename not in (files.__file__, shutil.__file__):
+        if frame.f_code.co_filename not in (files.__file__, _bundles.__file__, shutil.__file__):
             return None
         if event == "line":
             left -= 1
@@ -136,7 +137,7 @@ def test_saves_at_once_are_one_after_the_other_and_readers_see_whole_ones(tmp_pa
     program = """
 for count in range(60):
     contents = {"one.bin": os.urandom(4) * 5000, "two.bin": os.urandom(4)}
-    bundle.write(path, {"sum": files.digest(contents["one.bin"] + contents["two.bin"])}, contents)
+    bundle.write(path, {"sum": _bundles.digest(contents["one.bin"] + contents["two.bin"])}, contents)
 """
     path = tmp_path / "saved"
     BUNDLE.write(path, {"sum": digest(OLD["one.bin"] + OLD["two.bin"])}, OLD)
@@ -162,7 +163,7 @@ for count in range(60):
 def test_a_read_that_a_save_came_between_is_done_again_while_no_save_can_go_on(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     BUNDLE.write(tmp_path / "saved", {}, OLD)
-    read, locked = _files.Bundle._read, []
+    read, locked = _bundles.Bundle._read, []
 
     def interrupted(*arguments):
         descriptor = os.open(tmp_path, os.O_RDONLY)
@@ -178,7 +179,7 @@ def test_a_read_that_a_save_came_between_is_done_again_while_no_save_can_go_on(t
             raise ValueError("files of two saves")
         return read(*arguments)
 
-    monkeypatch.setattr(_files.Bundle, "_read", interrupted)
+    monkeypatch.setattr(_bundles.Bundle, "_read", interrupted)
     assert BUNDLE.read(tmp_path / "saved")[1] == NEW
     assert locked == [False, True]
 

@@ -26,6 +26,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior import posterior
 from pyro_flows.starts import portfolio
 from pyro_flows.training import loop
+from pyro_flows.training.trainer import Trainer
 
 Y = torch.tensor([0.3, -1.2, 2.0])
 QUICK = {"max_steps": 120, "draws": 500, "layers": 2, "escalate": False, "progress": False}
@@ -87,7 +88,7 @@ def test_numbers_beyond_reason_are_refused_before_the_model_is_run(options, mess
 
 def test_more_draws_than_the_memory_holds_are_refused_before_training(monkeypatch):
     monkeypatch.setattr("pyro_flows.results.scoring._memory", lambda: 2.0**20)
-    monkeypatch.setattr(loop.Trainer, "step", None)
+    monkeypatch.setattr(Trainer, "step", None)
     with pytest.raises(ValueError, match=r"draws: expected at most \d+ of 1 coordinates.*got 50000\. Take fewer"):
         pf.fit(model, Y, draws=50_000, progress=False)
 
@@ -222,8 +223,8 @@ STAGES = {
     "the scores of starts": (portfolio, "_scored", 1, model),
     "the starts": ("pyro_flows.fitting.run", "portfolio", 1, model),
     "the choice of coordinates": ("pyro_flows.fitting.prepare", "choose_coordinates", 1, effects),
-    "the race of starts and step sizes": (loop.Trainer, "step", 5, model),
-    "training": (loop.Trainer, "step", 75, model),
+    "the race of starts and step sizes": (Trainer, "step", 5, model),
+    "training": (Trainer, "step", 75, model),
     "a look at the round": (escalation, "weigh", 1, model),
     "the search for modes that the guide lacks": ("pyro_flows.fitting.combine", "missed_modes", 1, model),
     "the scores of draws": (posterior, "decide", 1, model),
@@ -283,7 +284,7 @@ def test_ctrl_c_before_there_is_anything_to_keep_raises():
 
 
 def test_a_second_ctrl_c_while_judging_raises(monkeypatch):
-    interrupting(monkeypatch, loop.Trainer, "step", at=75)
+    interrupting(monkeypatch, Trainer, "step", at=75)
     interrupting(monkeypatch, posterior, "decide")
     with pytest.raises(KeyboardInterrupt):
         pf.fit(model, Y, **QUICK)
@@ -294,7 +295,7 @@ def test_an_interrupted_training_keeps_what_it_learnt(monkeypatch):
     """Late in the second run's training: the first run stands, and its draws are right but for the name."""
     options = {**QUICK, "max_steps": 1200}
     whole = pf.fit(model, Y, **options)
-    interrupting(monkeypatch, loop.Trainer, "step", at=900)
+    interrupting(monkeypatch, Trainer, "step", at=900)
     with pytest.warns(UserWarning, match="interrupted"):
         cut = pf.fit(model, Y, **options)
     assert cut.elbo == pytest.approx(whole.elbo, abs=0.05)
@@ -353,14 +354,14 @@ def test_settings_are_those_of_the_round_that_was_kept(monkeypatch, short_first_
 def test_a_real_ctrl_c():
     script = textwrap.dedent("""
         import sys, pyro, torch, pyro.distributions as dist, pyro_flows as pf
-        from pyro_flows.training import loop as training
-        step = training.Trainer.step
+        from pyro_flows.training.trainer import Trainer
+        step = Trainer.step
         def told(self, rate, count=[0]):
             count[0] += 1
             if count[0] == 20:
                 print("training", flush=True)
             step(self, rate)
-        training.Trainer.step = told
+        Trainer.step = told
         def model(y):
             mu = pyro.sample("mu", dist.Normal(torch.zeros(4), 5.0).to_event(1))
             pyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=y)

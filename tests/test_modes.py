@@ -13,7 +13,7 @@ from torch.distributions import constraints
 import pyro_flows as pf
 from pyro_flows.modes import missed_modes as module
 from pyro_flows.modes.missed_modes import missed_modes
-from pyro_flows.starts.portfolio import Start
+from pyro_flows.starts.start import Start
 from tests.registry import normal
 
 

@@ -12,7 +12,7 @@ from pyro.distributions import transforms
 from torch.distributions import constraints
 
 import pyro_flows as pf
-from pyro_flows.model.supports import biject_to
+from pyro_flows.model.bijections import biject_to
 
 torch_of = torch.tensor
 ones, zeros = torch.ones, torch.zeros

@@ -15,11 +15,12 @@ from pyro_flows.graphs.compiling import quicken
 from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.record import record
 from pyro_flows.training import loop
+from pyro_flows.training import trainer as training
 from pyro_flows.training.adam import CLIP, Moments, update
 from pyro_flows.training.flow_graphs import Passes
 from pyro_flows.training.layer_graphs import body_of
-from pyro_flows.training.loop import Trainer
 from pyro_flows.training.step_graph import Step
+from pyro_flows.training.trainer import Trainer
 from tests.invariants import close
 from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, needs_compiler, normal, randomise
 
@@ -350,7 +351,7 @@ def test_recorded_steps_are_eager_steps(monkeypatch):
     flow = make_flow("realnvp", 4, base="student_t")
     other = copy.deepcopy(flow)
     fast = trained(flow)
-    monkeypatch.setattr(loop, "EAGER_STEPS", 10**9)
+    monkeypatch.setattr(training, "EAGER_STEPS", 10**9)
     slow = trained(other)
     assert fast.evaluation == "recorded"
     assert slow.evaluation == "eager"

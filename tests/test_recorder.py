@@ -8,6 +8,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows.graphs.batches import PIECE, RECORDED_FROM, ROWS_AT_LEAST, ROWS_AT_MOST, Recorder, rows_for
+from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner, pays_at
 from pyro_flows.graphs.record import record
 from tests.invariants import close
@@ -174,3 +175,17 @@ def test_forgetting_gives_recording_another_try():
         recorder(z)
     assert recorder.reason is None
     assert len(recorder.runners) == 1
+
+
+def test_a_cache_keeps_what_was_used_last():
+    cache = Cache(2)
+    made = [cache.of(key, lambda key=key: key.upper()) for key in "abab"]
+    assert made == ["A", "B", "A", "B"]
+    assert cache["a"] == "A"  # used, so that the other one is the oldest
+    assert cache.put("c", "C") == ["b"]
+    assert ([*cache], cache.values()) == (["a", "c"], ["A", "C"])
+    assert cache.of("a", lambda: "anew") == "A"
+    assert cache.put("d", "D") == ["c"]
+    cache.clear()
+    assert not cache
+    assert "a" not in cache

@@ -17,7 +17,7 @@ from pyro_flows.correction.starts import NoStart, affine_flow, starting_points
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.modes.missed_modes import WANDERED
-from pyro_flows.starts.portfolio import Start
+from pyro_flows.starts.start import Start
 from pyro_flows.verdict import chains as judged
 from pyro_flows.verdict.chains import ChainFigures, objections
 from tests.posteriors import SPREAD, Y, schools, schools_posterior

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import pyro_flows as pf
-from pyro_flows import _files
+from pyro_flows import _bundles
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.results.files import FILES, NETCDF, TENSORS, TEXT
 from tests.posteriors import SCHOOLS, Y, schools, schools_flow, schools_posterior
@@ -273,7 +273,7 @@ def test_a_process_that_saves_and_is_killed_leaves_a_whole_posterior(pair, tmp_p
 
 def test_each_save_goes_through_the_one_writer(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(_files, "replace_directory", lambda path, files, gone: written.append((path, set(files))))
+    monkeypatch.setattr(_bundles, "replace_directory", lambda path, files, gone: written.append((path, set(files))))
     schools_posterior(draws=200).save(tmp_path / "posterior")
     fit = pf.fit_density("nice", torch.randn(50, 2), max_epochs=1, progress=False)
     fit.save(tmp_path / "density")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.transforms.conditioners import ACTIVATIONS
+from pyro_flows.transforms.networks import ACTIVATIONS
 from tests.invariants import (
     check_batching,
     check_gradients,

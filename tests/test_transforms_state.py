@@ -14,7 +14,7 @@ import pyro_flows as pf
 from pyro_flows import masks
 from pyro_flows._clock import unbounded
 from pyro_flows.flows.flow import BASES
-from pyro_flows.training import loop
+from pyro_flows.training import trainer as training
 from tests.invariants import close
 from tests.registry import BARE, FLOWS, IMAGE, SMALL, built, each, make_flow, normal
 from tests.state_invariants import check_follows_parameters, check_pure, copies, snapshot
@@ -99,13 +99,13 @@ class Sum:
 @pytest.mark.parametrize("blended", [False, True])
 def test_a_training_step_stays_on_its_device_and_waits_for_nothing(blended, monkeypatch):
     """A tensor on meta has no value: whoever asks for one, as a GPU would have to be waited for, fails."""
-    monkeypatch.setattr(loop, "EAGER_STEPS", 10**9)
+    monkeypatch.setattr(training, "EAGER_STEPS", 10**9)
     flow = make_flow("realnvp", 3, base="student_t").to("meta")
     with pyro.validation_enabled(False):
-        trainer = loop.Trainer(flow, Sum(), learning_rate=1e-2, batch=8)
+        trainer = training.Trainer(flow, Sum(), learning_rate=1e-2, batch=8)
         with OnlyOn("meta"):  # a second step: the first one in ten looks at what there is
-            trainer._blend = loop.BLEND if blended else 0.0
-            trainer._drawn = [trainer._points(8, loop.DEFENSIVE if blended else 0.0)]
+            trainer._blend = training.BLEND if blended else 0.0
+            trainer._drawn = [trainer._points(8, training.DEFENSIVE if blended else 0.0)]
             trainer.step(1e-2)
     assert len(trainer._pending) == 1
 

@@ -14,7 +14,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_modes import SHARE, WANDERED, Search, missed_modes
 from pyro_flows.results.stage import Stage
-from pyro_flows.starts.portfolio import Start
+from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import Chains
 from pyro_flows.verdict.psis import psis
 

@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset, TensorDataset
 
+from pyro_flows._bundles import Bundle, damaged, digest, plain
 from pyro_flows._fallbacks import first_line
-from pyro_flows._files import Bundle, damaged, digest, plain, replace_file
+from pyro_flows._files import replace_file
 from pyro_flows._seeding import seeded
+from pyro_flows.density_estimation.ascent import Ascent
 from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source
 from pyro_flows.density_estimation.schedule import Plan
-from pyro_flows.density_estimation.training import Ascent
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import ending, with_preprocess
 from pyro_flows.flows.saved import from_json, not_rebuilt, to_json

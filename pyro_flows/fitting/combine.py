@@ -20,7 +20,7 @@ from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.symmetries import SignedPermutation, group
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
-from pyro_flows.starts.portfolio import Start
+from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import BATCH
 
 RUNS_ADDED = 3  # at most, one for each mode that is missed

@@ -14,8 +14,9 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import grow, set_df, start_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
-from pyro_flows.starts.portfolio import Start
-from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Report, Trainer, Training, anneal, train
+from pyro_flows.starts.start import Start
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Report, Training, anneal, train
+from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.verdict import Weighing, judge, weigh
 
 ENOUGH_K = 0.5

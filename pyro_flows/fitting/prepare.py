@@ -9,7 +9,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.charting import choose_charts
 from pyro_flows.starts.coordinates import choose_coordinates
-from pyro_flows.starts.portfolio import Start
+from pyro_flows.starts.start import Start
 
 COORDINATES_SHARE = 0.4  # of the seconds that are left, if there is a bound
 

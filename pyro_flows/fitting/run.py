@@ -18,8 +18,10 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
-from pyro_flows.starts.portfolio import Start, portfolio, standard
-from pyro_flows.training.loop import Budget, Trainer, train
+from pyro_flows.starts.portfolio import portfolio
+from pyro_flows.starts.start import Start, standard
+from pyro_flows.training.loop import Budget, train
+from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import Chains
 
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound

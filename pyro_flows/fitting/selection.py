@@ -13,8 +13,9 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import start_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
-from pyro_flows.starts.portfolio import Start
-from pyro_flows.training.loop import BATCH, STEP_SIZE, Check, Trainer
+from pyro_flows.starts.start import Start
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Check
+from pyro_flows.training.trainer import Trainer
 
 RACE_STEPS = 100
 STEP_SIZES = (STEP_SIZE, 3e-3)

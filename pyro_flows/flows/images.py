@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,23 +74,16 @@ def multiscale_realnvp(
     options: dict[str, Any] = {"context_dim": context_dim, "hidden": hidden, "activation": activation}
     options |= {"network": network, "log_scale_bound": log_scale_bound}
 
-    def couplings(shape: Shape, count: int, mask: Callable[..., Any]) -> list[Bijection]:
-        return [
-            layer
-            for number in range(count)
-            for layer in (AffineCoupling(shape, mask=mask(shape, flip=number % 2 == 1), **options), ActNorm(shape))
-        ]
-
     def scale(shape: Shape, left: int) -> list[Bijection]:
         """In the order of sampling, the coarser scale first."""
         if left == 1 and (shape[1] % 2 or shape[2] % 2):
-            return couplings(shape, layers + 1, masks.checkerboard)
+            return _couplings(shape, layers + 1, masks.checkerboard, options)
         deep, half = _halved(shape)
         if left == 1:
-            inner = couplings(deep, layers + 1, _board)
+            inner = _couplings(deep, layers + 1, _board, options)
         else:
-            inner = [MultiScale(Chain(scale(half, left - 1))), *couplings(deep, layers, _rows)]
-            inner += couplings(deep, layers, _board)
+            inner = [MultiScale(Chain(scale(half, left - 1))), *_couplings(deep, layers, _rows, options)]
+            inner += _couplings(deep, layers, _board, options)
         return [Squeeze(shape), *inner, Squeeze(shape).inv]
 
     stack = [*scale(shape, levels), *_ending(shape, alpha)]
@@ -177,6 +170,14 @@ def _halved(shape: Shape) -> tuple[Shape, Shape]:
     """Return the shape after space to depth, and that of the half that goes on."""
     channels, height, width = shape
     return (4 * channels, height // 2, width // 2), (2 * channels, height // 2, width // 2)
+
+
+def _couplings(shape: Shape, count: int, mask: Callable[..., Any], options: Mapping[str, Any]) -> list[Bijection]:
+    return [
+        layer
+        for number in range(count)
+        for layer in (AffineCoupling(shape, mask=mask(shape, flip=number % 2 == 1), **options), ActNorm(shape))
+    ]
 
 
 def _board(shape: Shape, *, flip: bool) -> Tensor:

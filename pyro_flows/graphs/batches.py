@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 
 from pyro_flows._fallbacks import fallback
+from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
 from pyro_flows.graphs.graph import agree, is_pure, nearby
 from pyro_flows.graphs.record import record
@@ -45,7 +46,7 @@ class Recorder:
         self.rows = rows_for(numbers)
         self.reason: str | None = None
         self.compile: bool | None = None  # when it pays
-        self.runners: OrderedDict[Kind, Runner] = OrderedDict()
+        self.runners: Cache[Kind, Runner] = Cache(KINDS_KEPT)
         self._calls: Counter[Kind] = Counter()
 
     @torch.no_grad()
@@ -71,7 +72,6 @@ class Recorder:
         kind = len(z), z.dtype, z.device
         if kind not in self.runners and not self._record(z.contiguous()):
             return None
-        self.runners.move_to_end(kind)
         module = self.runners[kind].module
         return module if is_pure(module) else None
 
@@ -87,7 +87,6 @@ class Recorder:
             self._calls[kind] += 1
             if self._calls[kind] < RECORDED_FROM or not self._record(z):
                 return self.function(z)
-        self.runners.move_to_end(kind)
         return self.runners[kind](z)
 
     def _record(self, z: Tensor) -> bool:
@@ -104,7 +103,6 @@ class Recorder:
         if not agree(recorded, self.function(fresh)):
             self.reason = fallback("not recorded: the graph gave other values at new points")
             return False
-        self.runners[len(z), z.dtype, z.device] = runner
-        while len(self.runners) > KINDS_KEPT:
-            self._calls.pop(self.runners.popitem(last=False)[0], None)
+        for gone in self.runners.put((len(z), z.dtype, z.device), runner):
+            self._calls.pop(gone, None)
         return True

@@ -32,15 +32,9 @@ from pyro_flows.flows.recipe import (
     latent_recipe,
     start_at,
 )
-from pyro_flows.model.sites import (
-    Noncentred,
-    Structure,
-    flatten_all,
-    initial_value,
-    messages,
-    place_all,
-    read_structure,
-)
+from pyro_flows.model.handlers import flatten_all, place_all
+from pyro_flows.model.reading import initial_value, read_structure
+from pyro_flows.model.sites import Noncentred, Structure, messages
 from pyro_flows.transforms import Bound, DiagonalAffine, LowerTriangularAffine
 
 QUANTILE_DRAWS = 4000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -13,8 +13,9 @@ import torch
 from pyro import poutine
 from pyro.poutine import runtime
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from pyro_flows._seeding import BatchedDraws
 from pyro_flows._turns import turn
 
 Result = TypeVar("Result")
@@ -43,6 +44,50 @@ def batch(function: Callable[..., Any]) -> Callable[..., Any]:
     as one does that makes a module with priors.
     """
     return torch.func.vmap(function, randomness="same")
+
+
+def over_rows(
+    function: Callable[..., Any],
+    rows: Any,
+    *,
+    batched: bool = True,
+    randomness: str = "same",
+    size: int | None = None,
+    look: Callable[[], None] = lambda: None,
+    otherwise: Callable[[Exception], object] | None = None,
+) -> Any:
+    """Apply a function of one row to all rows of a tensor or a dict of tensors, and stack what it returns, of the same.
+
+    Args:
+        function: of one row.
+        rows: tensors with as many rows each.
+        batched: whether ``torch.func.vmap`` is tried; without, rows go one by one.
+        randomness: as in ``vmap``: random numbers are the ``"same"`` at all rows, or ``"different"``.
+        size: rows at once; None for all.
+        look: called before each piece.
+        otherwise: called with the error where ``vmap`` fails, before rows go one by one; without, the error is raised.
+    """
+    count = len(tree_leaves(rows)[0])
+    if batched:
+        try:
+            run = torch.func.vmap(function, randomness=randomness)
+            with BatchedDraws() if randomness == "different" else nullcontext():
+                return join((run(part) for part in pieces(rows, count if size is None else size, look)), count)
+        except (torch.linalg.LinAlgError, NotImplementedError):
+            raise  # of these points, and of a distribution without a sampler: no better one by one
+        except RuntimeError as error:
+            if otherwise is None:
+                raise
+            otherwise(error)
+    return join((tree_map(lambda part: part[None], function(row)) for row in pieces(rows, None, look)), count)
+
+
+def pieces(rows: Any, size: int | None, look: Callable[[], None]) -> Iterator[Any]:
+    """Yield rows in pieces of ``size``, or one by one, without their axis, for None; ``look`` is called before each."""
+    leaves, form = tree_flatten(rows)
+    for parts in zip(*(leaf.unbind() if size is None else leaf.split(size) for leaf in leaves), strict=True):
+        look()
+        yield tree_unflatten(list(parts), form)
 
 
 def advice(reason: str) -> str:

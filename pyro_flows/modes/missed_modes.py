@@ -17,7 +17,9 @@ from pyro_flows.modes.tempering import log_mean, temper, wander
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
-from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED, Start, prior_draws
+from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
+from pyro_flows.starts.prior import prior_draws
+from pyro_flows.starts.start import Start
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.verdict import resample
 

@@ -16,11 +16,12 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import _arviz
-from pyro_flows._files import plain
+from pyro_flows._bundles import plain
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart
+from pyro_flows.model.handlers import Place, Resample, place_all
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import Latent, Place, Resample, is_data, is_deterministic, messages, place_all
+from pyro_flows.model.sites import Latent, is_data, is_deterministic, messages
 from pyro_flows.results.dims import Labels, Layout
 from pyro_flows.results.record import Record
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arviz
+from pyro_flows._bundles import Bundle, damaged, plain
 from pyro_flows._fallbacks import first_line
-from pyro_flows._files import Bundle, damaged, plain
 from pyro_flows._seeding import seeded
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.saved import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
@@ -105,50 +107,62 @@ def _read(
     with _reading(source, NETCDF):
         stored: tuple[Any, Any] | None = _arviz.read(contents[NETCDF])
     with _reading(source, TEXT):
-        settings, history = _revived(description["settings"]), tuple(_revived(description["history"]))
-        verdict = _verdict(description["verdict"])
-        numbers = {name: float(description["numbers"][name]) for name in NUMBER_FIELDS}
-    recipe = description["guide"]
-    missing = {"guide": "loaded without a model", "density": "loaded without a model"}
-    flow = None
-    if recipe["flow"] is None:
-        missing["flow"] = recipe["reason"]
-    else:
-        with _reading(source, TENSORS, TEXT):
-            state = tensors["flow"]
-            dtype = next(value.dtype for value in state.values() if value.is_floating_point())
-            flow = from_json(recipe["flow"]).to(dtype)
-            flow.load_state_dict(state)
-    guide = density = None
+        fields = _fields(description)
+    flow, guide, density = _flow(source, description["guide"], tensors), None, None
     if model is not None:
-        noncentred = settings.get("noncentred", [])
+        noncentred = fields["settings"].get("noncentred", [])
         density = _density(LogDensity(model, args, kwargs, noncentred=noncentred), description["coordinates"], tensors)
         tensors = _move(tensors, density.device)
-        del missing["density"]
         stored = None if description.get("without") else stored  # with the model all can be made
-        if flow is None:
-            missing["guide"] = missing["flow"]
-        else:
+        if flow is not None:
             flow = flow.to(density.device)
             guide = AutoFlow.of(flow, density.structure, model, density.args, density.kwargs)
-            del missing["guide"]
-    elif description.get("without"):
-        missing["groups"] = description["without"]
     return {
         **{name: tensors[name] for name in (*TENSOR_FIELDS, "samples")},
-        **numbers,
-        "verdict": verdict,
-        "history": history,
-        "settings": settings,
+        **fields,
         "coordinates": tuple(description["coordinates"]),
         "guide": guide,
-        "guide_name": recipe["class"],
+        "guide_name": description["guide"]["class"],
         "flow": flow,
         "density": density,
-        "missing": missing,
+        "missing": _missing(description, model is not None),
         "stored": stored,
         "chains": Chains(**tensors["chains"]) if "chains" in tensors else None,
     }
+
+
+def _fields(description: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **{name: float(description["numbers"][name]) for name in NUMBER_FIELDS},
+        "settings": _revived(description["settings"]),
+        "history": tuple(_revived(description["history"])),
+        "verdict": _verdict(description["verdict"]),
+    }
+
+
+def _flow(source: Path, about: Mapping[str, Any], tensors: Mapping[str, Any]) -> Flow | FlowMixture | None:
+    """Build the flow that was saved, if one was."""
+    if about["flow"] is None:
+        return None
+    with _reading(source, TENSORS, TEXT):
+        state = tensors["flow"]
+        dtype = next(value.dtype for value in state.values() if value.is_floating_point())
+        flow = from_json(about["flow"]).to(dtype)
+        flow.load_state_dict(state)
+    return flow
+
+
+def _missing(description: Mapping[str, Any], with_model: bool) -> dict[str, str]:
+    """Say of each part that is not there why it is not."""
+    about = description["guide"]
+    found = {} if with_model else dict.fromkeys(("guide", "density"), "loaded without a model")
+    if about["flow"] is None:
+        found["flow"] = about["reason"]
+        if with_model:
+            found["guide"] = about["reason"]
+    if description.get("without") and not with_model:
+        found["groups"] = description["without"]
+    return found
 
 
 @contextmanager

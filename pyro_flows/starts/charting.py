@@ -13,7 +13,8 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
 from pyro_flows.starts.pathfinder import pathfinder
-from pyro_flows.starts.portfolio import Start, prior_draws, spread_of
+from pyro_flows.starts.prior import prior_draws, spread_of
+from pyro_flows.starts.start import Start
 
 TURN = 2.0 * math.pi
 LOOKED_FROM = 3  # draws from which every coordinate is turned once

@@ -1,6 +1,6 @@
 r"""The choice of coordinates: what the data say of each element of a hierarchical site, learnt on the ELBO.
 
-Non-centred sites can have coordinates that take out what the data say as well (``model/centring.py``): precisions
+Non-centred sites can have coordinates that take out what the data say as well (``model/noncentered.py``): precisions
 t and centres c, an element at a time. A normal distribution with a diagonal covariance is fitted to the posterior, and
 t and c with it, since the ELBO is a function of all of them. They are then frozen. The normal is a start for a flow.
 
@@ -20,11 +20,13 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.batching import batch, quiet, where_possible
-from pyro_flows.model.centring import Information
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.noncentered import Information
 from pyro_flows.model.sites import Latent
 from pyro_flows.starts.pathfinder import pathfinder
-from pyro_flows.starts.portfolio import PRIOR_DRAWS, Start, prior_draws, spread_of
+from pyro_flows.starts.portfolio import PRIOR_DRAWS
+from pyro_flows.starts.prior import prior_draws, spread_of
+from pyro_flows.starts.start import Start
 
 PATHS = 4
 STEPS = 400

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -13,14 +12,13 @@ from torch import Tensor, fx
 
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
+from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
 from pyro_flows.graphs.graph import Stitcher, agree
 from pyro_flows.graphs.record import record
 from pyro_flows.training.layer_graphs import Body, body_of
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.chain import Chain
-
-KINDS_KEPT = 16
 
 
 class Kind:
@@ -185,7 +183,7 @@ def gradient_of(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-_kinds: OrderedDict[Any, Kind] = OrderedDict()
+_kinds: Cache[Any, Kind] = Cache(16)
 
 
 def _kind(flow: Flow, bodies: Sequence[Body], state: Sequence[Tensor], ends: Sequence[int], like: Tensor) -> Kind:
@@ -193,12 +191,7 @@ def _kind(flow: Flow, bodies: Sequence[Body], state: Sequence[Tensor], ends: Seq
     orders = tuple(tuple(part.tolist()) for part in state if is_order(part))
     bodies_known = tuple(map(id, bodies))  # kept bodies keep their id
     key = (bodies_known, orders, flow.base, flow.df, like.shape, like.dtype, like.device)
-    if key not in _kinds:
-        _kinds[key] = Kind(flow, bodies, state, ends, like)
-        while len(_kinds) > KINDS_KEPT:
-            _kinds.popitem(last=False)
-    _kinds.move_to_end(key)
-    return _kinds[key]
+    return _kinds.of(key, lambda: Kind(flow, bodies, state, ends, like))
 
 
 def _flat(bijection: Bijection) -> Iterator[Bijection]:

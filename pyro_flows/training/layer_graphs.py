@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.graph import graph_module, nearby, sweep
 from pyro_flows.graphs.record import record
 from pyro_flows.transforms.base import Bijection
-
-BODIES_KEPT = 64
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.t.default, _aten.view.default, _aten.unsqueeze.default, _aten.expand.default, _aten.slice.Tensor)
@@ -48,16 +46,10 @@ def body_of(layer: Bijection, x: Tensor) -> Body:
     kind = _kind(layer)
     if kind is None:
         return _record(layer, x)
-    key = (kind, x.shape, x.dtype, x.device)
-    if key not in _bodies:
-        _bodies[key] = _record(layer, x)
-        while len(_bodies) > BODIES_KEPT:
-            _bodies.popitem(last=False)
-    _bodies.move_to_end(key)
-    return _bodies[key]
+    return _bodies.of((kind, x.shape, x.dtype, x.device), lambda: _record(layer, x))
 
 
-_bodies: OrderedDict[Any, Body] = OrderedDict()
+_bodies: Cache[Any, Body] = Cache(64)
 _MODULE_STATE = frozenset(vars(nn.Module()))
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pyro_flows._clock import Clock, unbounded
-from pyro_flows._fallbacks import fallback, first_line
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.objectives import BasePoints, elbo, pulled
-from pyro_flows.training.adam import Moments, advance
 from pyro_flows.training.convergence import WINDOW, Monitor
-from pyro_flows.training.flow_graphs import gradient_of
-from pyro_flows.training.step_graph import Step
+from pyro_flows.training.trainer import LOOK_EVERY, Trainer
 
 BATCH = 64
 STEP_SIZE = 1e-2
@@ -29,11 +25,6 @@ COOL_SHARE = 0.6
 COOL_AT_LEAST = 600
 COOL_AT_MOST = 1500
 AVERAGED_SHARE = 0.2
-BLEND = 0.5
-BLEND_FROM_ESS = 0.3
-DEFENSIVE = 0.3
-LOOK_EVERY = 10  # steps between two looks at what they have come to, since a look makes a GPU wait
-EAGER_STEPS = 10  # a shorter run would not pay for recording
 ANNEAL_FROM = 0.01
 FALL = 20.0  # nats below the best check: go back to it with half the step size
 
@@ -63,152 +54,6 @@ class Training:
     why: str
     skipped: int
     falls: int
-
-
-class Trainer:
-    """Adam on the flow's parameters (and the model's, with ``extra``), one state for all stages of a run.
-
-    The parameters live in one vector here, and each step is arithmetic on it; :meth:`write` hands them to the flow.
-    Nothing in a step waits for a result, so that a GPU is kept busy. Gradients are clipped at five times their running
-    norm; steps whose gradient is not finite are skipped and counted. Recorded steps after them leave out draws at which
-    the flow or the density is not finite, until there are none.
-    """
-
-    def __init__(
-        self,
-        flow: Flow,
-        density: LogDensity,
-        *,
-        learning_rate: float,
-        batch: int,
-        extra: Sequence[Tensor] = (),
-        compile: bool | None = None,
-    ) -> None:
-        self.flow, self.density, self.batch, self.learning_rate = flow, density, batch, learning_rate
-        self.extra, self.compile = list(extra), compile if density.clock.compiles else False
-        self.parameters = [*(part for part in flow.parameters() if part.requires_grad), *self.extra]
-        self.weights = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
-        ends = self.weights.split([parameter.numel() for parameter in self.parameters])
-        self._views = [part.view(parameter.shape) for part, parameter in zip(ends, self.parameters, strict=True)]
-        self._points = BasePoints(flow)
-        self._drawn: list[tuple[Tensor, Tensor]] = []
-        self._step: Step | None = None
-        self._recordable = not self.extra
-        self.evaluation = "eager"
-        self.moments = Moments.fresh(self.weights)
-        self.beta = 1.0
-        self._losses: list[float] = []
-        self._pending: list[Tensor] = []
-        self._blend, self._careful, self._skips_seen = 0.0, False, 0
-        self._left_out = torch.zeros((), dtype=torch.long, device=self.weights.device)
-
-    # state ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def losses(self) -> list[float]:
-        """The negative ELBO of each step so far."""
-        if self._pending:
-            self._losses += torch.stack(self._pending).tolist()
-            self._pending = []
-        return self._losses
-
-    @losses.setter
-    def losses(self, before: list[float]) -> None:
-        self._losses, self._pending = before, []
-
-    @property
-    def skipped(self) -> int:
-        """How many steps had a gradient that is not finite."""
-        return int(self.moments.skipped)
-
-    def write(self) -> None:
-        """Hand the parameters to the flow (and the model)."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self._views)
-
-    def keep(self) -> Tensor:
-        """Return a copy of all parameters."""
-        return self.weights.clone()
-
-    def assign(self, kept: Tensor) -> None:
-        """Take parameters from a copy."""
-        self.weights.copy_(kept)
-        self.write()
-
-    def restore(self, kept: Tensor) -> None:
-        """Go back to a copy, forget the optimiser's moments and halve the step size."""
-        self.assign(kept)
-        self.learning_rate *= 0.5
-        self.moments = self.moments.forget()
-
-    # steps ----------------------------------------------------------------------------------------------------------
-
-    def step(self, learning_rate: float) -> None:
-        """Take one step, or find out that the time is over."""
-        self.density.clock.look()
-        if self.extra:
-            self._advance(*self._elbo(), learning_rate)
-            return
-        if not self._drawn:
-            self._look()
-        x, log_thinning = self._drawn.pop()
-        if self._step is None:
-            self._advance(*self._path(x, log_thinning), learning_rate)
-            return
-        if self._careful:
-            possible = self._step.possible(x)
-            self._left_out += torch.logical_not(possible).sum()
-            x = torch.where(possible[:, None], x, 0.0)
-            log_thinning = torch.where(possible, log_thinning, -torch.inf)
-        options = (learning_rate, self._blend, self.beta)
-        loss, weights, self.moments = self._step(self.weights, self.moments, x, log_thinning, *options)
-        self.weights.copy_(weights)
-        self._pending.append(loss)
-
-    def _look(self) -> None:
-        """See what the steps have come to, and draw the base points of the next ones."""
-        done, skipped = len(self._losses) + len(self._pending), self.skipped
-        self._blend = BLEND if float(self.moments.ess) > BLEND_FROM_ESS else 0.0
-        self._careful = skipped > self._skips_seen or bool(self._left_out)
-        self._skips_seen = skipped
-        self._left_out.zero_()
-        if self._recordable and done >= EAGER_STEPS:
-            self._record()
-        x, log_thinning = self._points(LOOK_EVERY * self.batch, DEFENSIVE if self._blend else 0.0)
-        self._drawn = list(zip(x.split(self.batch), log_thinning.split(self.batch), strict=True))
-
-    @torch.no_grad()
-    def _advance(self, gradient: Tensor, terms: Tensor, log_weights: Tensor, learning_rate: float) -> None:
-        state = (self.weights, self.moments, gradient, terms, log_weights, learning_rate)
-        loss, weights, self.moments = advance(*state)
-        self.weights.copy_(weights)
-        self._pending.append(loss)
-
-    def _path(self, x: Tensor, log_thinning: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the path gradient by autograd, the ELBO's terms and the log weights."""
-        self.write()
-        z, log_q, score_q = self.flow.sample_with_score(at=x)
-        log_p, score_p = self.density.value_and_grad(z)
-        options = {"forward": self._blend, "beta": self.beta}
-        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, **options)
-        return gradient_of((pull * z).sum(), self.parameters), terms, log_weights
-
-    def _elbo(self) -> tuple[Tensor, Tensor, Tensor]:
-        self.write()
-        estimate = elbo(self.flow, self.density, self.batch)
-        return gradient_of(estimate.loss, self.parameters), estimate.terms, estimate.log_weights
-
-    def _record(self) -> None:
-        self._recordable = False
-        like = self.weights.new_zeros(self.batch, self.flow.dim)
-        self.write()
-        try:
-            with self.density.clock.watching():
-                self._step = Step(self.flow, self.density, like, self.weights, self._views, compile=self.compile)
-            self.evaluation = "recorded"
-        except Exception as error:  # a layer's own code may raise anything
-            self.evaluation = f"eager: {first_line(error)}"
-            fallback("trained by autograd", error)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from pyro_flows._fallbacks import fallback
 from pyro_flows.flows.flow import Flow
+from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
 from pyro_flows.graphs.graph import Stitcher, agree
 from pyro_flows.graphs.record import record
@@ -130,16 +131,18 @@ class Step:
 # ---- one graph -------------------------------------------------------------------------------------------------------
 
 WHOLES_KEPT = 8  # of one density
-_wholes: WeakKeyDictionary[LogDensity, dict[Any, tuple[Kind, fx.GraphModule, Runner]]] = WeakKeyDictionary()
+_wholes: WeakKeyDictionary[LogDensity, Cache[Any, tuple[Kind, fx.GraphModule, Runner]]] = WeakKeyDictionary()
 
 
 def _whole(density: LogDensity, graph: fx.GraphModule, kind: Kind, weights: Tensor, compile: bool | None) -> Runner:
     """Return the step as one graph, the one that is known for such flows on this density."""
-    like = kind.like
-    known, key = _wholes.setdefault(density, {}), (id(kind), id(graph), compile)  # both are kept: ids stay theirs
-    if key in known:
-        return known[key][-1]
-    whole = Stitcher()
+    known, key = _wholes.setdefault(density, Cache(WHOLES_KEPT)), (id(kind), id(graph), compile)
+    entry = known.of(key, lambda: (kind, graph, _stitched(graph, kind, weights, compile)))  # so that ids stay theirs
+    return entry[-1]
+
+
+def _stitched(graph: fx.GraphModule, kind: Kind, weights: Tensor, compile: bool | None) -> Runner:
+    like, whole = kind.like, Stitcher()
     state = kind.inputs(whole)
     z, log_q, score_q, tape = kind.add_forward(whole, state, whole.input(like))
     log_p, score_p = whole.add(graph, [z])
@@ -153,11 +156,7 @@ def _whole(density: LogDensity, graph: fx.GraphModule, kind: Kind, weights: Tens
     held = [weights, *moments]
     updating = record(_updating, weights.clone(), none.clone(), none + 1.0, dials, *(part.clone() for part in held))
     outputs = whole.add(updating, [gradient, terms, log_weights, dialled[1], *map(whole.input, held)])
-    runner = Runner(whole.finish(outputs), compile=compile)
-    known[key] = kind, graph, runner
-    while len(known) > WHOLES_KEPT:
-        del known[next(iter(known))]
-    return runner
+    return Runner(whole.finish(outputs), compile=compile)
 
 
 def _pulling(

@@ -1,9 +1,9 @@
 """Bijections as Pyro ``TransformModule``s: each returns value and log-determinant, and inverts at any point."""
 
 from pyro_flows.transforms import masks
+from pyro_flows.transforms.affine_coupling import AdditiveCoupling, AffineCoupling
 from pyro_flows.transforms.base import Bijection, Bound, Inverse
 from pyro_flows.transforms.chain import Chain
-from pyro_flows.transforms.coupling import AdditiveCoupling, AffineCoupling
 from pyro_flows.transforms.image import MultiScale, Squeeze
 from pyro_flows.transforms.linear import DiagonalAffine, LowerTriangularAffine, Permutation, Rescale
 from pyro_flows.transforms.lu import Conv1x1, LULinear

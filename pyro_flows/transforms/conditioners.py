@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, linear
 
 from pyro_flows import _checks
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "elu": nn.ELU,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-    "tanh": nn.Tanh,
-}
-
+from pyro_flows.transforms.networks import (
+    ACTIVATIONS,
+    IMAGE_NETWORKS,
+    VECTOR_NETWORKS,
+    Free,
+    Linear,
+    Network,
+    Robust,
+    beside,
+)
 
 Pull = Callable[[Tensor], Tensor]
 
@@ -37,228 +35,6 @@ def bounded(raw: Tensor, bound: float) -> Tensor:
 def bounded_back(out: Tensor, bound: float, cotangent: Tensor) -> Tensor:
     """Return the vector-Jacobian product of :func:`bounded`, from what it returned."""
     return torch.addcmul(cotangent, cotangent, out.square(), value=-1.0 / bound**2)
-
-
-class Paced(nn.Module):
-    """Numbers that come out times a fixed ``gain``, if there is one: with a small gain, a step of Adam moves them less.
-
-    The gain is a buffer and goes with the parameters, which mean something else without it: a state that holds none is
-    loaded as one of gain 1, and a module without a gain takes over that of the state.
-    """
-
-    gain: Tensor | None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_buffer("gain", None)
-
-    @torch.no_grad()
-    def slow(self, gain: float | Tensor) -> None:
-        """Set the gain, one number or one for each number that comes out, and leave what comes out as it is."""
-        like = next(self.parameters())
-        new = torch.as_tensor(gain, dtype=like.dtype, device=like.device)
-        share = (1.0 if self.gain is None else self.gain) / new
-        for parameter in self._last_parameters():
-            parameter.mul_(share.reshape(-1, *[1] * (parameter.dim() - 1)))
-        self.gain = new
-
-    def _last_parameters(self) -> list[Tensor]:
-        """Return the parameters that what comes out is linear in, a row for each number."""
-        raise NotImplementedError
-
-    def _paced(self, out: Tensor) -> Tensor:
-        return out if self.gain is None else out * self.gain
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        found = state_dict.get(f"{prefix}gain")
-        if found is not None:
-            self.gain = found.detach().clone().to(next(self.parameters()))
-        elif any(key.startswith(prefix) for key in state_dict):
-            self.gain = None
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class Linear(Paced, nn.Linear):
-    """A linear layer within a network; its preactivations are what is paced."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._paced(super().forward(x))
-
-    def _last_parameters(self) -> list[Tensor]:
-        return [self.weight, self.bias]
-
-
-class Free(Paced):
-    """Parameters that depend on nothing: a vector of ``out`` numbers, zero at the start unless told otherwise."""
-
-    def __init__(self, out: int, start: Tensor | None = None) -> None:
-        super().__init__()
-        self.values = nn.Parameter(torch.zeros(out) if start is None else start.clone())
-
-    def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
-        return self._paced(self.values)
-
-    def _last_parameters(self) -> list[Tensor]:
-        return [self.values]
-
-
-class Network(Paced):
-    """A multilayer perceptron of (kept, context); its last layer starts at ``start`` whatever the input."""
-
-    def __init__(
-        self, kept: int, context_dim: int, out: int, hidden: Sequence[int], activation: str, start: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        sizes = [kept + context_dim, *hidden]
-        body = self._body(sizes, ACTIVATIONS[activation])
-        last = self._last(sizes[-1], out)
-        nn.init.zeros_(last.weight)
-        with torch.no_grad():
-            last.bias.copy_(torch.zeros(out) if start is None else start)  # type: ignore[union-attr]
-        self.layers = nn.Sequential(*body, last)
-
-    def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
-        return [part for wide, narrow in pairwise(sizes) for part in (Linear(wide, narrow), activation())]
-
-    @torch.no_grad()
-    def slow(self, gain: float | Tensor) -> None:
-        """Set the gain, and one for each layer before the last: one over its width.
-
-        The smaller the gain, the larger grow the weights of the last layer, and each moves what comes out by that much
-        when the unit before it moves. A step of Adam moves all W units at once, in the direction that counts.
-        """
-        super().slow(gain)
-        for layer in self.layers.modules():
-            if isinstance(layer, (Linear, NormedLinear)):
-                layer.slow(1.0 / max(layer.in_features, layer.out_features))
-
-    def _last(self, width: int, out: int) -> nn.Linear | nn.Conv2d:
-        return nn.Linear(width, out)
-
-    def _last_parameters(self) -> list[Tensor]:
-        return [*self.layers[-1].parameters()]
-
-    @property
-    def width(self) -> int:
-        """How many numbers the last layer makes one number of."""
-        return self._last_parameters()[0][0].numel()
-
-    def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
-        return self._paced(self.layers(_beside(kept, context)))
-
-
-class Robust(Network):
-    """A multilayer perceptron of (asinh(kept), context): near zero the same, far out it sees the logarithm.
-
-    Rare values of data can lie some hundred standard deviations out, such as a lit pixel that is dark in nearly all
-    images. A network of lines goes on along its lines there, and an exponential follows.
-    """
-
-    def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
-        return super().forward(None if kept is None else kept.asinh(), context)
-
-
-class Residual(Network):
-    """A residual network, a block of two weight-normed layers for each entry of ``hidden``, which must be equal."""
-
-    def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
-        width = _one_width(sizes[1:])
-        blocks = [
-            Block(activation(), NormedLinear(width, width), activation(), NormedLinear(width, width)) for _ in sizes[1:]
-        ]
-        return [NormedLinear(sizes[0], width), *blocks, activation()]
-
-
-class Convolution(Network):
-    """Convolutions of kept channels: 3 x 3, then 1 x 1 up to the last, 3 x 3; a context enters as constant channels."""
-
-    def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
-        layers: list[nn.Module] = []
-        for number, (wide, narrow) in enumerate(pairwise(sizes)):
-            layers += [nn.Conv2d(wide, narrow, 1 if number else 3, padding="same"), activation()]
-        return layers
-
-    def _last(self, width: int, out: int) -> nn.Linear | nn.Conv2d:
-        return nn.Conv2d(width, out, 3, padding="same")
-
-    def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
-        assert kept is not None
-        if context is not None:
-            batch = torch.broadcast_shapes(kept.shape[:-3], context.shape[:-1])
-            constant = context[..., None, None].expand(*batch, -1, *kept.shape[-2:])
-            kept = torch.cat([kept.expand(*batch, -1, -1, -1), constant], dim=-3)
-        out = self._paced(self.layers(kept.reshape(math.prod(kept.shape[:-3]), *kept.shape[-3:])))
-        return out.reshape(*kept.shape[:-3], *out.shape[1:])
-
-
-class RobustConvolution(Robust, Convolution):
-    """Convolutions of asinh(kept)."""
-
-
-class ResidualConvolution(Convolution):
-    """A residual network of weight-normed 3 x 3 convolutions, a block of two for each entry of ``hidden``."""
-
-    def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
-        width = _one_width(sizes[1:])
-        blocks = [
-            Block(activation(), NormedConv2d(width, width), activation(), NormedConv2d(width, width)) for _ in sizes[1:]
-        ]
-        return [NormedConv2d(sizes[0], width), *blocks, activation()]
-
-
-class Block(nn.Sequential):
-    """Layers with a way around them."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
-class NormedLinear(Paced, nn.Linear):
-    """A linear layer whose rows have a direction and a length of their own (torch's own one cannot be pickled)."""
-
-    def __init__(self, wide: int, narrow: int) -> None:
-        super().__init__(wide, narrow)
-        self.length = nn.Parameter(self.weight.detach().norm(dim=1, keepdim=True))
-
-    @torch.no_grad()
-    def slow(self, gain: float | Tensor) -> None:
-        """As for other layers; and rows as long as makes a step turn them by as little. Their length means nothing."""
-        super().slow(gain)
-        self.weight.div_(self.weight.norm(dim=1, keepdim=True) * gain)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._paced(linear(x, self.length * self.weight / self.weight.norm(dim=1, keepdim=True), self.bias))
-
-    def _last_parameters(self) -> list[Tensor]:
-        return [self.length, self.bias]
-
-
-class NormedConv2d(nn.Conv2d):
-    """A 3 x 3 convolution whose filters have a direction and a length of their own."""
-
-    def __init__(self, wide: int, narrow: int) -> None:
-        super().__init__(wide, narrow, 3, padding="same")
-        self.length = nn.Parameter(self.weight.detach().flatten(1).norm(dim=1)[:, None, None, None])
-
-    def forward(self, x: Tensor) -> Tensor:
-        size = self.weight.flatten(1).norm(dim=1)[:, None, None, None]
-        return conv2d(x, self.length * self.weight / size, self.bias, padding="same")
-
-
-def _beside(kept: Tensor | None, context: Tensor | None) -> Tensor:
-    """Return both as one input."""
-    if context is None or kept is None:
-        return context if kept is None else kept  # type: ignore[return-value]
-    shape = torch.broadcast_shapes(kept.shape[:-1], context.shape[:-1])
-    return torch.cat([kept.expand(*shape, -1), context.expand(*shape, -1)], dim=-1)
-
-
-VECTOR_NETWORKS: dict[str, type[Network]] = {"mlp": Network, "robust": Robust, "residual": Residual}
-IMAGE_NETWORKS: dict[str, type[Network]] = {
-    "convolution": Convolution,
-    "robust": RobustConvolution,
-    "residual": ResidualConvolution,
-}
 
 
 def conditioner(
@@ -324,7 +100,7 @@ def forward_and_pull(network: nn.Module, kept: Tensor, context: Tensor | None) -
         return out, lambda cotangent: torch.autograd.grad(out, root, cotangent, retain_graph=True)[0]
     robust, tape = isinstance(network, Robust), []
     gain: Tensor | None = network.gain  # type: ignore[assignment]
-    out = _beside(kept.asinh() if robust else kept, context)
+    out = beside(kept.asinh() if robust else kept, context)
     for layer in network.layers:  # type: ignore[union-attr]
         x, out = out, layer(out)
         tape.append((layer, x, out))
@@ -353,9 +129,3 @@ def _is_hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
-
-
-def _one_width(widths: Sequence[int]) -> int:
-    if len(set(widths)) != 1:
-        raise ValueError(f"hidden: expected equal widths of residual blocks such as (32, 32), got {tuple(widths)}.")
-    return widths[0]

@@ -1,0 +1,181 @@
+"""Directories that hold one object each: files of tensors and arrays, sealed by the digests in a JSON file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyro_flows._files import existing, locked, replace_directory
+
+VERSION, FIRST_SEALED = 2, 2  # of the format; from the second on, the JSON holds digests of all files
+UNFINISHED = ".unfinished"  # what the writer of format 1 appended to the names of its files
+ZEROS = "0" * 64  # stands for the digest of the JSON file while that is computed
+READS = 5  # attempts, where locks cannot keep saves of other processes out
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A directory that holds one object: files of tensors and arrays, and a JSON file with their SHA-256 digests.
+
+    Attributes:
+        what: what it holds, in a word.
+        format: the entry ``format`` of the JSON.
+        text: the name of the JSON file.
+        others: the names of the other files.
+    """
+
+    what: str
+    format: str
+    text: str
+    others: tuple[str, ...]
+
+    def check_target(self, path: str | os.PathLike[str]) -> Path:
+        """Return the directory to write to, or say why it cannot be written.
+
+        Raises:
+            ValueError: if it is a file, a directory with content that is no such object, or one that cannot be replaced
+                as a whole: the working directory, a mount point, one in a folder without permission to write.
+        """
+        target = Path(path)
+        if target.exists() and not target.is_dir():
+            raise ValueError(f"path: expected a directory, {str(target)!r} is a file.")
+        if target.is_dir() and any(target.iterdir()) and not self._is_ours(target):
+            raise ValueError(
+                f"path: {str(target)!r} holds other files and no saved {self.what}. Name a new or empty directory."
+            )
+        real = Path(os.path.realpath(target))
+        inside = f"Name a directory inside of it, such as {str(target / self.what)!r}."
+        if real in _working():
+            raise ValueError(
+                f"path: a save replaces a directory as a whole, and {str(target)!r} is the working directory. {inside}"
+            )
+        if os.path.ismount(real):
+            raise ValueError(
+                f"path: a save replaces a directory as a whole, and {str(target)!r} is a mount point. {inside}"
+            )
+        folder = next(parent for parent in real.parents if parent.exists())
+        if not folder.is_dir():
+            raise ValueError(f"path: expected a directory, {str(folder)!r} in {str(target)!r} is a file.")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"path: no permission to write into {str(folder)!r}, where {str(target)!r} would be made.")
+        return target
+
+    def _is_ours(self, folder: Path) -> bool:
+        try:
+            if _parsed((folder / self.text).read_bytes()).get("format") == self.format:
+                return True
+        except (OSError, ValueError):
+            pass
+        # the writer of format 1, killed in its first save
+        names, known = {file.name for file in folder.iterdir()}, {self.text, *self.others}
+        return names <= known | {name + UNFINISHED for name in known} and any(n.endswith(UNFINISHED) for n in names)
+
+    def write(self, path: Path, description: Mapping[str, Any], contents: Mapping[str, bytes]) -> None:
+        """Write the object: all of it, or nothing if anything fails or the process is killed.
+
+        Args:
+            path: what :meth:`check_target` returned.
+            description: JSON values.
+            contents: the bytes of the other files.
+
+        Raises:
+            OSError: if the disk is full, or does not let itself be written; what was saved before is as it was.
+        """
+        digests = {**{name: digest(data) for name, data in contents.items()}, self.text: ZEROS}
+        whole = {"format": self.format, "version": VERSION, "digests": digests, **description}
+        text = (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode()
+        sealed = text.replace(ZEROS.encode(), digest(text).encode(), 1)
+        replace_directory(path, {**contents, self.text: sealed}, gone=self._unfinished())
+
+    def _unfinished(self) -> frozenset[str]:
+        return frozenset(name + UNFINISHED for name in (self.text, *self.others))
+
+    def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Return description and contents. Nothing is written, so a read-only directory will do.
+
+        Raises:
+            ValueError: if the directory holds no such object, one of another format version, or a damaged one.
+        """
+        for attempt in range(READS):
+            # a save may take the directory's place between two files: what failed once is read while no save can go on
+            with locked(Path(os.path.realpath(path)).parent) if attempt else nullcontext(False) as alone:
+                try:
+                    return self._read(existing(path), str(Path(path)))
+                except (OSError, ValueError):
+                    if alone or attempt == READS - 1:
+                        raise
+        raise AssertionError  # not reached
+
+    def _read(self, source: Path, shown: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+        lacking = [name for name in (*self.others, self.text) if not (source / name).is_file()]
+        text = b"" if self.text in lacking else (source / self.text).read_bytes()
+        try:
+            description = _parsed(text)
+        except ValueError:
+            description = {}
+        if lacking or description.get("format") != self.format:
+            why = f"{', '.join(lacking)} missing" if lacking else f"{self.text} was not written by pyro_flows"
+            raise ValueError(f"path: expected the directory of a saved {self.what}, got {shown!r}: {why}.")
+        version: Any = description.get("version")
+        digests = description.get("digests")
+        if version not in range(1, VERSION + 1):
+            raise ValueError(
+                f"path: {shown!r} has format version {version!r}, this release of pyro_flows reads versions 1 to "
+                f"{VERSION}. Read it with the release that wrote it, or fit and save anew."
+            )
+        contents = {name: (source / name).read_bytes() for name in self.others}
+        if digests is not None or version >= FIRST_SEALED:
+            digests = digests if isinstance(digests, dict) else {}
+            own = str(digests.get(self.text))
+            found = {name: digest(data) for name, data in contents.items()}
+            found[self.text] = digest(text.replace(own.encode(), ZEROS.encode(), 1))
+            wrong = [name for name, value in found.items() if digests.get(name) != value]
+            if wrong:
+                raise ValueError(damaged(shown, wrong, "is not what was saved: its SHA-256 digest differs"))
+        return description, contents
+
+
+def _working() -> tuple[Path, ...]:
+    """Return the working directory and those above it; none if it has been removed."""
+    try:
+        here = Path.cwd()
+    except OSError:
+        return ()
+    return here, *here.parents
+
+
+def digest(data: bytes) -> str:
+    """Return the SHA-256 digest in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def damaged(path: str | os.PathLike[str], names: list[str], why: str) -> str:
+    """Return the sentence for files that cannot be what was written."""
+    return f"path: {str(path)!r} is damaged ({', '.join(names)} {why}). Take a copy of it, or fit and save anew."
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    found = json.loads(text.decode("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("no object")
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` as JSON has it: lists, dicts, strings, finite numbers; other numbers as strings."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)

@@ -1,0 +1,219 @@
+"""Adam on the likelihood of a flow: its steps, an average of the weights beside them, a race for the step size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows.density_estimation.points import Batch, Source
+from pyro_flows.density_estimation.schedule import State, trapeze
+from pyro_flows.flows.flow import Flow
+from pyro_flows.transforms import DiagonalAffine
+from pyro_flows.transforms.networks import Network, Residual, ResidualConvolution
+
+RACED = (1e-3, 3e-3, 1e-2)
+RACE_STEPS = 80
+TIE, TIE_NATS = 0.05, 0.1  # of what the best gains on the start, and nats a dimension at most
+AVERAGE_POWER = 9.0  # the average holds about the last tenth of the steps
+CLIP = 5.0
+SCALES = 5.0
+
+
+class Ascent:
+    """Adam on the negative mean log density of a flow, with an average of the weights beside it.
+
+    Diagonal scales take `SCALES` times the step size, since they move by units where weights move by hundredths, and do
+    not decay. Gradients are clipped at five times their running norm; a step whose gradient is not finite is skipped
+    and counted.
+    """
+
+    def __init__(self, flow: Flow, source: Source, held_out: Sequence[Batch], *, batch: int) -> None:
+        self.flow, self.source, self.held_out, self.batch = flow, source, list(held_out), batch
+        self.parameters = [parameter for parameter in flow.parameters() if parameter.requires_grad]
+        self.state = State()
+        self.fresh_moments()
+        self.average = self.keep()
+        self.best_weights = self.average
+        self.dim = flow.dim
+
+    def fresh_moments(self) -> None:
+        """Forget the optimiser's moments."""
+        layers = [layer for layer in self.flow.modules() if isinstance(layer, DiagonalAffine) and not layer.context_dim]
+        scales = {parameter for layer in layers for parameter in layer.parameters()}
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in self.parameters if (parameter in scales) == chosen], "times": times}
+            for chosen, times in ((False, 1.0), (True, SCALES))
+        ]
+        self.optimiser = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=1e-3, betas=(0.9, 0.99), fused=True
+        )
+        self.set_weight_decay(self.state.weight_decay)
+
+    def log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
+        """Return ``log q(y)`` without the detour over a distribution of Pyro's."""
+        x, ladj = self.flow.bijection.inverse_and_ladj(y, context)
+        return self.flow.base_distribution().log_prob(x) + ladj
+
+    def step(self, y: Tensor, context: Tensor | None, learning_rate: float) -> float:
+        """Take one step; return the loss before it."""
+        loss = -self.log_prob(y, context).mean()
+        gradients = torch.autograd.grad(loss, self.parameters)
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        state, value = self.state, float(loss.detach())
+        if not math.isfinite(norm):
+            state.skipped += 1
+            return value
+        state.norm = norm if state.norm == 0.0 else 0.95 * state.norm + 0.05 * min(norm, CLIP * state.norm)
+        if norm > CLIP * state.norm > 0.0:
+            torch._foreach_mul_(gradients, CLIP * state.norm / norm)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate * group["times"]
+        self.optimiser.step()
+        return value
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Let the average follow the weights: weights of step t count as t to the ninth power."""
+        self.state.averaged += 1
+        share = (AVERAGE_POWER + 1.0) / (self.state.averaged + AVERAGE_POWER)
+        torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], min(share, 1.0))
+
+    def keep(self) -> list[Tensor]:
+        """Return a copy of the weights."""
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def assign(self, values: Sequence[Tensor]) -> None:
+        """Set the weights."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    @torch.no_grad()
+    def validate(self, weights: Sequence[Tensor] | None = None) -> float:
+        """Return the mean log density of the held-out points, with other weights if they are given."""
+        kept = self.keep() if weights is not None else None
+        if weights is not None:
+            self.assign(weights)
+        value = self._score(self.held_out)
+        if kept is not None:
+            self.assign(kept)
+        return value
+
+    @torch.no_grad()
+    def _score(self, batches: Sequence[Batch]) -> float:
+        total = sum(float(self.log_prob(y, context).double().sum()) for y, context in batches)
+        value = total / sum(len(y) for y, _ in batches)
+        return value if math.isfinite(value) else -math.inf
+
+    def seconds_a_step(self, clock: Callable[[], float]) -> float:
+        """Time a step, and forget it."""
+        start, batches = self.keep(), list(_first(self._forever(), 3))
+        times = [clock()]
+        for y, context in batches:
+            self.step(y, context, 0.0)
+            times.append(clock())
+        self.assign(start)
+        self.fresh_moments()
+        self.state.skipped, self.state.norm = 0, 0.0
+        return max(min(later - earlier for earlier, later in pairwise(times)), 1e-6)
+
+    def race(self, candidates: Sequence[float], steps: int) -> None:
+        """Take ``steps`` steps with each step size from the same start, on the same batches; go on with one of them.
+
+        Each run warms up and cools down, so that a large step size is not judged by its noise. Among those that come
+        about as far as the best, the largest is taken: noise tells them apart here, thousands of steps do later. If
+        none improves on the start, the start stays and the smallest step size is taken.
+        """
+        start = self.keep()
+        batches = list(_first(self._forever(), steps))
+        judge = self.held_out or batches[-8:]
+        first = (self._score(judge), min(candidates), start, self.optimiser)
+        runs = []
+        for learning_rate in candidates:
+            self.assign(start)
+            self.fresh_moments()
+            self.state.norm = 0.0
+            for step, (y, context) in enumerate(batches):
+                self.step(y, context, learning_rate * trapeze((step + 1) / steps))
+            runs.append((self._score(judge), learning_rate, self.keep(), self.optimiser))
+        good = _about_best(first[0], runs, self.dim)
+        value, self.state.learning_rate, weights, self.optimiser = max(good or [first], key=lambda run: run[1])
+        self.assign(weights)
+        self.average, self.best_weights, self.state.best = self.keep(), weights, value if self.held_out else -math.inf
+        self.state.skipped, self.state.norm = 0, 0.0
+
+    def set_weight_decay(self, decay: float) -> None:
+        """Let weights decay, but not diagonal scales."""
+        self.state.weight_decay = decay
+        for group in self.optimiser.param_groups:
+            group["weight_decay"] = decay if group["times"] == 1.0 else 0.0
+
+    def _forever(self) -> Iterator[Batch]:
+        while True:
+            yield from self.source.shuffled(self.batch)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Return all tensors that going on needs."""
+        moments = self.optimiser.state_dict()
+        return {
+            "weights": self.keep(),
+            "buffers": [buffer.clone() for buffer in self.flow.buffers()],
+            "average": self.average,
+            "best_weights": self.best_weights,
+            "moments": moments,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "state": vars(self.state),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from what :meth:`checkpoint` returned."""
+        self.assign(saved["weights"])
+        for buffer, value in zip(self.flow.buffers(), saved["buffers"], strict=True):
+            buffer.copy_(value)
+        self.average, self.best_weights = saved["average"], saved["best_weights"]
+        self.optimiser.load_state_dict(saved["moments"])
+        self.state = State(**saved["state"])
+        torch.set_rng_state(saved["random"].cpu())
+        if saved["random_cuda"]:
+            torch.cuda.set_rng_state_all([state.cpu() for state in saved["random_cuda"]])
+
+
+@torch.no_grad()
+def rouse(flow: Flow) -> None:
+    """Give last layers of networks that start at zero torch's usual small random weights.
+
+    At zero, the layers below get no gradient, and for some hundred steps only little: that is right for a guide, whose
+    start is a good one, and slow for data. Residual networks, whose blocks add up, get a tenth of that.
+    """
+    for network in flow.modules():
+        if isinstance(network, Network):
+            last = network.layers[-1].get_parameter("weight")
+            if not bool(last.any()):
+                size = 0.1 if isinstance(network, (Residual, ResidualConvolution)) else 1.0
+                last.uniform_(-1.0, 1.0).mul_(size * last[0].numel() ** -0.5)
+
+
+def widest(flow: Flow) -> int:
+    """Return the width of the widest layer of a conditioner of vectors, 1 if there is none."""
+    layers = [layer for network in flow.modules() if isinstance(network, Network) for layer in network.modules()]
+    return max([layer.in_features for layer in layers if isinstance(layer, nn.Linear)], default=1)
+
+
+def _about_best(start: float, runs: Sequence[Sequence[Any]], dim: int) -> list[Any]:
+    """Return the runs (score, step size, ...) that come about as far as the best one; none if that is no further."""
+    best = max(run[0] for run in runs)
+    enough = best - min(TIE * (best - start), TIE_NATS * dim) if math.isfinite(best) else best
+    return [run for run in runs if run[0] >= enough and best > start]
+
+
+def _first(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+    for _, batch in zip(range(count), batches, strict=False):
+        yield batch

@@ -1,0 +1,184 @@
+"""Bijections from real numbers onto the supports of distributions."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from pyro.distributions.mixture import MaskedConstraint
+from torch import Tensor
+from torch.distributions import biject_to as registered
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
+from torch.distributions.transforms import (
+    CatTransform,
+    ComposeTransform,
+    IndependentTransform,
+    StackTransform,
+    Transform,
+)
+
+from pyro_flows.model.supports import WRAPPERS, is_narrower
+
+GENERALIZED_PARETO: Any = getattr(torch.distributions, "GeneralizedPareto", ())  # from torch 2.8 on
+BOUNDS = {"lower_bound": torch.amin, "upper_bound": torch.amax}
+
+
+def bijection(fn: Any) -> Transform:
+    """Return a bijection from real numbers onto the support of a distribution.
+
+    A transformed distribution claims all of its last transform's codomain. Where its base has a narrower support than
+    the real numbers, the image of that one is taken instead.
+
+    Raises:
+        NotImplementedError: if there is none.
+    """
+    inner, lifted = fn, 0
+    while isinstance(inner, WRAPPERS):
+        lifted += getattr(inner, "reinterpreted_batch_ndims", 0)
+        inner = inner.base_dist
+    if isinstance(inner, GENERALIZED_PARETO):
+        return _lifted(_perhaps_bounded(inner.support), lifted)
+    if not is_narrower(inner) or not ComposeTransform(list(inner.transforms)).bijective:
+        return biject_to(fn.support)
+    return _lifted(ComposeTransform([bijection(inner.base_dist), *inner.transforms]), lifted)
+
+
+def _lifted(transform: Transform, axes: int) -> Transform:
+    return IndependentTransform(transform, axes) if axes else transform
+
+
+def _perhaps_bounded(support: Any) -> Transform:
+    """The bijection onto an interval whose upper bound may be infinite."""
+    upper = torch.as_tensor(support.upper_bound)
+    bounded = torch.isfinite(upper)
+    interval = constraints.interval(support.lower_bound, torch.where(bounded, upper, support.lower_bound + 1.0))
+    return _Choice(bounded, registered(constraints.greater_than(support.lower_bound)), registered(interval))
+
+
+def biject_to(support: Constraint) -> Transform:
+    """Return torch's bijection onto a support, also where constraints without one of their own wrap it.
+
+    Components of a mixture that have bounds of their own share the interval from the lowest to the highest of them.
+
+    Raises:
+        NotImplementedError: if there is none.
+    """
+    if isinstance(support, constraints.independent):
+        return IndependentTransform(biject_to(support.base_constraint), support.reinterpreted_batch_ndims)
+    if isinstance(support, constraints.cat):
+        return CatTransform([biject_to(part) for part in support.cseq], support.dim, support.lengths)
+    if isinstance(support, constraints.stack):
+        return StackTransform([biject_to(part) for part in support.cseq], support.dim)
+    if isinstance(support, MixtureSameFamilyConstraint):
+        return biject_to(_hull(support.base_constraint, -1))
+    if isinstance(support, MaskedConstraint):
+        return _Choice(support.mask, biject_to(support.constraint0), biject_to(support.constraint1))
+    if isinstance(support, type(constraints.lower_cholesky)):
+        return _Triangle()
+    if isinstance(support, (type(constraints.positive_definite), type(constraints.positive_semidefinite))):
+        return _Triangle(square=True)
+    found: Transform = registered(support)
+    return found
+
+
+class _Choice(Transform):
+    """One of two elementwise transforms for each element: ``first`` where ``mask`` is True, else ``other``."""
+
+    domain = constraints.real
+    codomain = constraints.real  # of both together; each has its own
+    bijective = True
+
+    def __init__(self, mask: Tensor, other: Transform, first: Transform) -> None:
+        super().__init__()
+        if other.domain.event_dim or first.domain.event_dim:
+            raise NotImplementedError("a masked mixture of distributions whose elements depend on each other")
+        self.mask, self.other, self.first = mask, other, first
+
+    def _call(self, x: Tensor) -> Tensor:
+        return torch.where(self.mask, self.first(x), self.other(x))
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return torch.where(self.mask, self.first.inv(y), self.other.inv(y))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        first, other = (part.log_abs_det_jacobian(x, part(x)) for part in (self.first, self.other))
+        return torch.where(self.mask, first, other)
+
+
+class _Triangle(Transform):
+    r"""Lower triangular matrices L with a positive diagonal from n (n + 1) / 2 numbers, or their products L L^T.
+
+    Row by row; the diagonal is exponentiated. Its logarithms add to the log determinant; the step from L to L L^T
+    adds :math:`n \log 2 + \sum_i (n - i + 1) \log L_{ii}`, i counted from 1.
+    """
+
+    domain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, *, square: bool = False) -> None:
+        super().__init__()
+        self.square = square
+
+    @property
+    def codomain(self) -> Any:  # type: ignore[override]
+        return constraints.positive_definite if self.square else constraints.lower_cholesky
+
+    def _call(self, x: Tensor) -> Tensor:
+        size = _side(x.shape[-1])
+        rows, columns = torch.tril_indices(size, size, device=x.device)
+        flat = x.new_zeros(*x.shape[:-1], size * size).index_copy(-1, rows * size + columns, x)
+        root = flat.unflatten(-1, (size, size))
+        root = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=-2, dim2=-1).exp())
+        return root @ root.mT if self.square else root
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        root = y
+        if self.square:  # NaN where a matrix is not positive definite
+            root, fault = torch.linalg.cholesky_ex(y)
+            root = torch.where((fault == 0)[..., None, None], root, torch.nan)
+        size = root.shape[-1]
+        rows, columns = torch.tril_indices(size, size, device=y.device)
+        root = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=-2, dim2=-1).log())
+        return root.flatten(-2).index_select(-1, rows * size + columns)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        size = _side(x.shape[-1])
+        steps = torch.arange(1, size + 1, device=x.device)
+        logs = x.index_select(-1, steps * (steps + 1) // 2 - 1)
+        if not self.square:
+            return logs.sum(-1)
+        return ((size + 2 - steps) * logs).sum(-1) + size * math.log(2.0)
+
+    def forward_shape(self, shape: Any) -> torch.Size:
+        side = _side(shape[-1])
+        return torch.Size((*shape[:-1], side, side))
+
+    def inverse_shape(self, shape: Any) -> torch.Size:
+        return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
+
+def _side(numbers: int) -> int:
+    """The side of the triangle that holds so many numbers."""
+    return int(math.isqrt(8 * numbers + 1) - 1) // 2
+
+
+def _hull(support: Any, axis: int) -> Any:
+    """Return the support that holds those of all components, which lie along ``axis`` of its bounds."""
+    if isinstance(support, MixtureSameFamilyConstraint):
+        return _hull(_hull(support.base_constraint, -1), axis)
+    if isinstance(support, constraints.independent):
+        base = _hull(support.base_constraint, axis - support.reinterpreted_batch_ndims)
+        return constraints.independent(base, support.reinterpreted_batch_ndims)
+    bounds = {name: value for name, value in vars(support).items() if isinstance(value, Tensor) and value.dim()}
+    if not bounds:
+        return support
+    if not bounds.keys() <= BOUNDS.keys():
+        raise NotImplementedError(f"a mixture of components with the support {type(support).__name__}")
+    wider = copy.copy(support)
+    for name, value in bounds.items():
+        if value.dim() >= -axis:
+            setattr(wider, name, BOUNDS[name](value, axis))
+    return wider

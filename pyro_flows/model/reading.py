@@ -1,0 +1,280 @@
+"""What a Pyro model consists of, read from one run, and from a second one that moves the latents."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Delta, ImproperUniform, NanMaskedMultivariateNormal, NanMaskedNormal, Unit
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+from torch.utils._pytree import tree_leaves
+
+from pyro_flows.model.batching import apart, nearer, quiet
+from pyro_flows.model.bijections import bijection
+from pyro_flows.model.handlers import Place, masks_over
+from pyro_flows.model.noncentered import moves
+from pyro_flows.model.sites import (
+    Latent,
+    Plate,
+    Structure,
+    innermost,
+    is_data,
+    is_deterministic,
+    is_enumerated,
+    messages,
+)
+from pyro_flows.model.supports import WRAPPERS
+
+MEDIAN_DRAWS = 15
+
+
+def initial_value(site: Any = None) -> Any:
+    """Pyro ``init_loc_fn``: the prior's median where it can be sampled, the middle of the support otherwise."""
+    if site is None:
+        return initial_value
+    fn = site["fn"]
+    transform = _transform(site)
+    draws = _prior_draws(fn)
+    if draws is None:
+        shape = transform.inverse_shape(fn.shape())
+        return transform(torch.zeros(shape, **_like(fn.support)))
+    middle = transform.inv(draws).median(0).values
+    return transform(torch.where(torch.isfinite(middle), middle, torch.zeros_like(middle)))
+
+
+def _prior_draws(fn: Any) -> Tensor | None:
+    """Draws to start from, or None where there are none; samplers that cannot draw several at once are called often."""
+    try:
+        # some of Pyro's samplers ignore the shape that is asked for, or stumble on it
+        with quiet(), suppress(RuntimeError, TypeError):
+            draws: Tensor = fn.sample((MEDIAN_DRAWS,))
+            if draws.shape == (MEDIAN_DRAWS, *fn.shape()):
+                return draws
+        with quiet():
+            return torch.stack([fn.sample() for _ in range(MEDIAN_DRAWS)])
+    except NotImplementedError:
+        return None
+
+
+def _like(support: Constraint) -> dict[str, Any]:
+    """Dtype and device of a support's bounds, where it has tensor bounds."""
+    for bound in vars(getattr(support, "base_constraint", support)).values():
+        if isinstance(bound, Tensor) and bound.is_floating_point():
+            return {"dtype": bound.dtype, "device": bound.device}
+    return {}
+
+
+def _transform(site: Any) -> Any:
+    """Return the bijection onto a latent site's support, or say which site has none."""
+    name, support = site["name"], site["fn"].support
+    if innermost(site["fn"]) is Delta:
+        raise ValueError(f"site {name!r}: a Delta is a fixed value, no latent. Use pyro.deterministic({name!r}, ...).")
+    if support.is_discrete:
+        raise ValueError(
+            f"site {name!r}: expected a continuous latent, got the discrete {type(site['fn']).__name__}. Enumerate it "
+            f"(pyro.infer.config_enumerate, or infer={{'enumerate': 'parallel'}}) or hide it from the guide "
+            f"(poutine.block(model, hide=[{name!r}]))."
+        )
+    try:
+        return bijection(site["fn"])
+    except NotImplementedError:
+        raise ValueError(
+            f"site {name!r}: no bijection from real numbers to its support {support}. Use a distribution with another "
+            "support, or reparametrise the site (poutine.reparam)."
+        ) from None
+
+
+class _Start(Messenger):
+    """Give latent sites their starting values; flat priors, which have no dtype of their own, take that of ``like``."""
+
+    def __init__(self, start: Callable[[Any], Tensor], like: Tensor) -> None:
+        super().__init__()
+        self.start = start
+        self.like = like
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and not site_is_subsample(msg) and not is_enumerated(msg):
+            with torch.no_grad():
+                value = self.start(msg)
+            msg["value"] = value.to(self.like) if innermost(msg["fn"]) is ImproperUniform else value
+
+
+def _first_run(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], start: Callable[[Any], Tensor]
+) -> poutine.Trace:
+    """Run the model once at starting values of the arguments' floating dtype (or, failing that, of another one)."""
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    dtypes = [leaf.dtype for leaf in given if leaf.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
+    device = given[0].device if given else None
+    other = torch.float32 if dtype == torch.float64 else torch.float64
+    with apart(), torch.no_grad():
+        try:
+            with _Start(start, torch.zeros((), dtype=dtype, device=device)):
+                return poutine.trace(model).get_trace(*args, **kwargs)
+        except RuntimeError as error:
+            if not _is_about_dtypes(error):
+                raise
+        with _Start(start, torch.zeros((), dtype=other, device=device)):
+            return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def _is_about_dtypes(error: RuntimeError) -> bool:
+    return "dtype" in str(error) or "scalar type" in str(error)
+
+
+def read_structure(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    start: Callable[[Any], Tensor] = initial_value,
+) -> Structure:
+    """Run ``model`` once at a starting value (``start`` of each latent site's message) and read its structure.
+
+    Raises:
+        ValueError: if there is no latent site; a latent is discrete and not enumerated, a Delta, has a support without
+            a bijection, or sits in a subsampled or sequential plate; or observed values are NaN or no tensor. The site
+            is named.
+    """
+    trace = _first_run(model, args, kwargs, start)
+    structure = _structure(trace)
+    try:
+        return _dependence(model, args, kwargs, structure)
+    except RuntimeError as error:
+        own = functools.reduce(
+            torch.promote_types, [messages(trace)[latent.name]["value"].dtype for latent in structure.latents]
+        )
+        if own == structure.dtype or not _is_about_dtypes(error):
+            raise
+    structure = replace(structure, dtype=own)  # wider data, and a model that does not mix
+    return _dependence(model, args, kwargs, structure)
+
+
+def _structure(trace: poutine.Trace) -> Structure:
+    """Return what one run tells; what a second one has to tell is left open."""
+    sites = [site for site in messages(trace).values() if site["type"] == "sample" and not site_is_subsample(site)]
+    stochastic = [site for site in sites if not site["is_observed"]]
+    latents: list[Latent] = []
+    for site in stochastic:
+        if not is_enumerated(site):
+            latents.append(_read_latent(site, sum(latent.size for latent in latents)))
+    if not sum(latent.size for latent in latents):
+        raise ValueError(
+            "model: expected at least one continuous latent site (pyro.sample without obs=), got none. "
+            f"Sites seen: {', '.join(repr(site['name']) for site in sites) or 'none'}."
+        )
+    data = {site["name"]: site for site in sites if site["is_observed"] and is_data(site)}
+    for site in data.values():
+        _check_data(site)
+    seen = [site["value"] for site in (*stochastic, *data.values())]
+    seen += [site["fn"].log_factor for site in sites if isinstance(site["fn"], Unit)]
+    floats = [value for value in seen if value.is_floating_point()]
+    return Structure(
+        latents=tuple(latents),
+        observed={name: site["value"] for name, site in data.items()},
+        observed_plates={name: _plates(site) for name, site in data.items()},
+        deterministic={site["name"]: _plates(site) for site in sites if is_deterministic(site)},
+        enumerated=tuple(site["name"] for site in stochastic if is_enumerated(site)),
+        subsampled=tuple(sorted({name for site in sites for name in _subsampled(site)})),
+        hierarchical=(),
+        dependent=False,
+        plate_nesting=max((-frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.dim), default=0),
+        dtype=functools.reduce(torch.promote_types, [value.dtype for value in floats]),
+        device=next((value.device for value in floats if value.device.type != "cpu"), floats[0].device),
+        trace=trace,
+    )
+
+
+def _read_latent(site: Any, offset: int) -> Latent:
+    name = site["name"]
+    transform = _transform(site)
+    for plate in _subsampled(site):
+        raise ValueError(
+            f"site {name!r}: a latent in the subsampled plate {plate!r}; a guide over one vector would learn only as "
+            f"many latents as one subsample holds. Give {plate!r} its full size, or write the local latents' guide "
+            "by hand (amortised)."
+        )
+    if site["value"].shape != site["fn"].shape():
+        raise ValueError(
+            f"site {name!r}: expected a starting value of shape {tuple(site['fn'].shape())}, got "
+            f"{tuple(site['value'].shape)}. Give init_loc_fn one number for each entry."
+        )
+    if any(frame.dim is None for frame in site["cond_indep_stack"]):
+        raise ValueError(f"site {name!r}: a latent in a sequential plate. Use a vectorised one (with pyro.plate(...)).")
+    unconstrained = transform.inv(site["value"])
+    event_dim = site["fn"].event_dim
+    shape, lifted = site["value"].shape, event_dim + unconstrained.dim() - site["value"].dim()
+    mask, free, size = site["mask"], None, unconstrained.numel()
+    mask = unconstrained.new_zeros((), dtype=torch.bool) if mask is False else mask
+    if isinstance(mask, Tensor) and not bool(mask.all()):
+        mask = mask.expand(shape[: len(shape) - event_dim])
+        inside = mask.reshape(mask.shape + (1,) * lifted).expand(unconstrained.shape)
+        free = inside.reshape(-1).nonzero().flatten()
+        size = len(free)
+    else:
+        mask = None
+    return Latent(name, shape, unconstrained.shape, event_dim, _plates(site), offset, size, mask, free)
+
+
+def _plates(site: Any) -> tuple[Plate, ...]:
+    frames = [frame for frame in site["cond_indep_stack"] if frame.dim is not None]
+    return tuple(Plate(frame.name, frame.dim, frame.size) for frame in frames)
+
+
+def _subsampled(site: Any) -> list[str]:
+    return [frame.name for frame in site["cond_indep_stack"] if frame.full_size not in (None, frame.size)]
+
+
+def _check_data(site: Any) -> None:
+    name, value = site["name"], site["value"]
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"site {name!r}: expected a tensor as obs=, got a {type(value).__name__}. Use torch.as_tensor."
+        )
+    if not value.is_floating_point() or site["mask"] is False:
+        return
+    fn = site["fn"]
+    while isinstance(fn, WRAPPERS):
+        fn = fn.base_dist
+    if isinstance(fn, (NanMaskedNormal, NanMaskedMultivariateNormal)):
+        return
+    bad = torch.isnan(value)
+    for mask, axes in masks_over(site):
+        bad = bad & mask.reshape(mask.shape + (1,) * (site["fn"].event_dim - axes))
+    bad = bad.reshape(*bad.shape[: bad.dim() - site["fn"].event_dim], -1).any(-1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"site {name!r}: {int(bad.sum())} of {bad.numel()} observed values are NaN. "
+            "Drop them, or mark them as missing with obs_mask=."
+        )
+
+
+def _dependence(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], structure: Structure
+) -> Structure:
+    """Find out, from a second run, whether supports move with the latents, and which locations and scales do."""
+
+    def run(size: float) -> tuple[Tensor, poutine.Trace]:
+        point = size * torch.linspace(-1.0, 1.0, structure.dim, dtype=structure.dtype, device=structure.device)
+        with apart(), torch.no_grad(), pyro.validation_enabled(False), Place(structure.latents, point):
+            return point, poutine.trace(model).get_trace(*args, **kwargs)
+
+    point, second = nearer(run)
+    hierarchical, dependent = [], False
+    for latent in structure.latents:
+        priors = [messages(trace)[latent.name]["fn"] for trace in (structure.trace, second)]
+        first, other = (latent.place(point, prior)[0] for prior in priors)
+        dependent = dependent or not torch.equal(first, other)
+        # where discrete latents are summed out, a location may have one value for each of theirs
+        if latent.mask is None and not structure.enumerated and moves(*priors):
+            hierarchical.append(latent.name)
+    return replace(structure, dependent=dependent, hierarchical=tuple(hierarchical))

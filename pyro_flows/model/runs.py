@@ -1,0 +1,192 @@
+"""Runs of a Pyro model at points in its unconstrained coordinates: one, and many at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_flows import _checks
+from pyro_flows._clock import unbounded
+from pyro_flows._fallbacks import fallback, first_line
+from pyro_flows._seeding import seeded
+from pyro_flows.graphs.batches import rows_for
+from pyro_flows.graphs.writes import Batchable, FindWrites, Places
+from pyro_flows.model.batching import advice, apart, batch, nearer, over_rows, pieces, quiet
+from pyro_flows.model.enumeration import Enumerate, Evaluator
+from pyro_flows.model.handlers import Place, Resample, hold
+from pyro_flows.model.observations import check_values
+from pyro_flows.model.reading import read_structure
+from pyro_flows.model.sites import Latent, Noncentred, Structure, messages
+
+MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
+
+logger = logging.getLogger("pyro_flows")
+
+
+class Runs:
+    """A model with its arguments and its structure, run at points; see :class:`~pyro_flows.LogDensity`."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        noncentred: Noncentred = (),
+    ) -> None:
+        if not callable(model):
+            raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
+        self.args, self.kwargs = tuple(args), dict(kwargs or {})
+        with seeded(0):
+            self.structure: Structure = read_structure(model, self.args, self.kwargs).noncentre(noncentred)
+        self.model, self._parameters = hold(model, self.structure.trace)
+        if self.structure.subsampled:
+            plate = self.structure.subsampled[0]
+            raise ValueError(
+                f"plate {plate!r}: subsampled, so the log density is random. Give it its full size, or train a guide "
+                "such as AutoRealNVP with Pyro's own SVI."
+            )
+        self.dim, self.dtype, self.device = self.structure.dim, self.structure.dtype, self.structure.device
+        self.names = tuple(latent.name for latent in self.structure.latents)
+        self.clock = unbounded()  # looked at as runs go on
+        self.batched = True
+        self._unbatched: str | None = None
+        self._writes: Places | None = None  # in tensors that the model makes
+        self._evaluator: Evaluator | None = None
+        self.numbers = max(self.dim, sum(value.numel() for value in self.structure.observed.values()))
+        self._rows = rows_for(self.numbers, MAPPED)
+        self._guards: frozenset[str] = frozenset()
+        self._guards = check_values(self.structure, self.trace_at, lambda: self.model(*self.args, **self.kwargs))
+        self._probe()
+
+    # one run ------------------------------------------------------------------------------------------------------
+
+    def _run(
+        self, z: Tensor, *, enumerate_sites: bool, resample: bool = False, latents: Sequence[Latent] | None = None
+    ) -> tuple[poutine.Trace, Tensor]:
+        """Run the model at one point; return the trace and the log Jacobian. ``latents`` may have other coordinates."""
+        model = self.model
+        if enumerate_sites and self.structure.enumerated:
+            model = Enumerate(first_available_dim=-1 - self.structure.plate_nesting)(model)
+        if resample:
+            model = Resample()(model)
+        place = Place(self.structure.latents if latents is None else latents, z, self._guards)
+        with apart(), place, self._writing(z):
+            trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+        self._check_sites(trace, place)
+        return trace, sum((ladj.sum() for _, ladj in place.placed.values()), z.new_zeros(()))
+
+    def trace_at(self, z: Tensor) -> poutine.Trace:
+        """Return the trace of the model at one point ``z`` (D,), with enumerated latents along axes of their own."""
+        return self._run(z, enumerate_sites=True)[0]
+
+    def _writing(self, z: Tensor) -> AbstractContextManager[Any]:
+        """Give tensors that the model writes into the batch axis of ``z``, if it has one."""
+        return nullcontext() if self._writes is None else Batchable(self._writes, z)
+
+    def _check_sites(self, trace: poutine.Trace, place: Place) -> None:
+        """Refuse models whose latents come and go: a new one would be drawn at random, a lost one have no density."""
+        known = {*place.placed, *self.structure.observed, *self.structure.enumerated}
+        new = [
+            name
+            for name, site in messages(trace).items()
+            if site["type"] == "sample" and not site["is_observed"] and name not in known
+            if not site_is_subsample(site)
+        ]
+        for name in (*new, *(name for name in self.names if name not in place.placed)):
+            raise ValueError(
+                f"site {name!r}: a latent that is there for some values of the others only. A flow needs one and the "
+                "same set of latents everywhere; write the choice as a mixture."
+            )
+
+    def single(self, z: Tensor, latents: Sequence[Latent] | None = None) -> Tensor:
+        """Return the log density of one point (D,), or that in the coordinates of other ``latents``."""
+        trace, ladj = self._run(z, enumerate_sites=True, latents=latents)
+        with self._writing(z):  # distributions write in place, too
+            if not self.structure.enumerated:
+                return trace.log_prob_sum() + ladj
+            if self._evaluator is None:
+                self._evaluator = Evaluator(trace, True, self.structure.plate_nesting)
+            return self._evaluator.log_prob(trace) + ladj
+
+    def _probe(self) -> None:
+        """Find out whether the model can be batched, by comparing with single runs at two points."""
+        spread = torch.linspace(-0.5, 0.5, 2 * self.dim, dtype=self.dtype, device=self.device).reshape(2, self.dim)
+
+        def run(size: float) -> tuple[Tensor, Tensor, Tensor]:
+            points = size * spread
+            single, again = (torch.stack([self.single(point) for point in points]) for _ in range(2))
+            return points, single, again
+
+        with torch.no_grad(), quiet():
+            points, single, again = nearer(run)
+            if not torch.allclose(single, again, rtol=1e-3, atol=1e-3, equal_nan=True):
+                worst = int((single - again).abs().nan_to_num(nan=torch.inf).argmax())
+                raise ValueError(
+                    f"model: its log density is random, {single[worst]:.6g} and {again[worst]:.6g} at one point. Take "
+                    "random numbers out of the model, or train a guide such as AutoRealNVP with Pyro's own SVI."
+                )
+            self._unbatched = self._why_unbatched(points, single)
+            if self._unbatched is not None:
+                with FindWrites() as found:
+                    self.single(points[0])
+                for places in found.places.ways():
+                    self._writes = places
+                    if self._why_unbatched(points, single) is None:
+                        self._unbatched = None
+                        break
+        if self._unbatched is not None:
+            self.batched, self._writes = False, None
+            self._unbatched = f"{self._unbatched}. {advice(self._unbatched)}"
+            fallback(self._unbatched)
+            logger.warning("%s", self._unbatched)
+
+    def _why_unbatched(self, points: Tensor, single: Tensor) -> str | None:
+        """Return why values and gradients cannot be had for many points at once; None if they can."""
+        try:
+            _, batched = batch(torch.func.grad_and_value(self.single))(points)
+        except torch.linalg.LinAlgError:
+            raise
+        except Exception as error:  # a model's own code may raise anything
+            return f"not batched: {first_line(error)}"
+        if not torch.allclose(single, batched, rtol=1e-3, atol=1e-3, equal_nan=True):
+            return "not batched: vmap gave other values than single runs"
+        return None
+
+    # batches ------------------------------------------------------------------------------------------------------
+
+    def map(self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "same") -> Any:
+        """Apply a function of one point to all rows of ``z``, in chunks; results (dicts of tensors) are stacked."""
+        otherwise = None if randomness == "same" else partial(fallback, "drawn one by one")
+        with quiet(), self.clock.watching():
+            return over_rows(
+                function,
+                z,
+                batched=self.batched,
+                randomness=randomness,
+                size=self._rows,
+                look=self.clock.look,
+                otherwise=otherwise,
+            )
+
+    def _pieces(self, z: Tensor, *, one_by_one: bool = False) -> Iterator[Tensor]:
+        """Yield the rows of ``z`` in pieces, or one by one, with a look at the clock before each."""
+        return pieces(z, None if one_by_one else self._rows, self.clock.look)
+
+    def _check(self, z: Tensor) -> Tensor:
+        """Return ``z`` (S, D), whole numbers as floating-point ones: results have its dtype."""
+        if z.dim() != 2 or z.shape[1] != self.dim:
+            raise ValueError(f"z: expected shape (S, {self.dim}), got {tuple(z.shape)}.")
+        return _checks.floating("z", z, self.dtype)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the unconstrained leaves of the model's own parameters (``pyro.param``, modules), by name."""
+        return dict(self._parameters)

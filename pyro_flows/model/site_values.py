@@ -1,0 +1,132 @@
+"""What single sites of a model say at points: values, densities and draws by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_flows import _checks
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.model.batching import apart, over_rows, quiet
+from pyro_flows.model.handlers import Resample, flatten_all, place_all
+from pyro_flows.model.observations import not_finite
+from pyro_flows.model.runs import Runs
+from pyro_flows.model.sites import messages
+
+
+class SiteValues(Runs):
+    """Values and densities of a model's sites at points, and draws; see :class:`~pyro_flows.LogDensity`."""
+
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """Return latent and deterministic sites as the model sees them: ``{name: (S, *shape)}``."""
+        z = self._check(z)
+        deterministic = () if self.structure.enumerated else tuple(self.structure.deterministic)
+
+        def values(row: Tensor) -> dict[str, Tensor]:
+            trace, _ = self._run(row, enumerate_sites=True)
+            return {name: messages(trace)[name]["value"] for name in (*self.names, *deterministic)}
+
+        with torch.no_grad():
+            return self.map(values, z)
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return ``z`` (S, D) for constrained latents ``{name: (S, *shape)}``: the inverse of :meth:`constrain`."""
+        missing = [name for name in self.names if name not in values]
+        if missing:
+            raise ValueError(f"values: expected one for each latent site, {', '.join(map(repr, missing))} missing.")
+        kept = {name: torch.as_tensor(values[name], device=self.device) for name in self.names}
+        for latent in self.structure.latents:
+            if kept[latent.name].shape[1:] != latent.shape:
+                got = tuple(kept[latent.name].shape)
+                raise ValueError(f"values[{latent.name!r}]: expected shape (S, *{tuple(latent.shape)}), got {got}.")
+
+        def flat(row: dict[str, Tensor]) -> Tensor:
+            with self._writing(row[self.names[0]]):
+                return flatten_all(self.structure, row, lambda: self.model(*self.args, **self.kwargs))
+
+        draws = seeded(0, self.device) if self.batched else nullcontext()  # of enumerated sites, if supports need them
+        with torch.no_grad(), quiet(), draws:
+            return over_rows(flat, kept, batched=self.batched, randomness="different").to(self.dtype)
+
+    def log_jacobian(self, z: Tensor) -> Tensor:
+        """Return the log determinant (S,) of the map from ``z`` to the model's own values; the density contains it."""
+        self._check(z)
+
+        def ladj(row: Tensor) -> Tensor:
+            placed = place_all(self.structure, row, lambda: self.model(*self.args, **self.kwargs))
+            return sum((found.sum() for _, found in placed.values()), row.new_zeros(()))
+
+        with torch.no_grad():
+            found: Tensor = self.map(ladj, z)
+        return found
+
+    def log_prior(self, z: Tensor) -> dict[str, Tensor]:
+        """Return the log prior density of each latent site, constrained: ``{name: (S, *batch)}``."""
+        return self._site_densities(z, self.names)
+
+    def log_likelihood(self, z: Tensor) -> dict[str, Tensor]:
+        """Return the pointwise log likelihood of each observed site: ``{name: (S, *batch)}``; masked entries are 0."""
+        return self._site_densities(z, () if self.structure.enumerated else tuple(self.structure.observed))
+
+    def _site_densities(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        z = self._check(z)
+
+        def densities(row: Tensor) -> dict[str, Tensor]:
+            trace, _ = self._run(row, enumerate_sites=True)
+            found = {}
+            for name in names:
+                site = messages(trace)[name]
+                with self._writing(row):
+                    density = site["fn"].log_prob(site["value"])
+                mask = site["mask"]
+                found[name] = density if mask is None else torch.where(torch.as_tensor(mask), density, 0.0)
+            return found
+
+        with torch.no_grad():
+            return self.map(densities, z)
+
+    def predictive(self, z: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
+        """Draw the observed sites anew at each row of ``z``: ``{name: (S, *shape)}``; one seed, one answer."""
+        z = self._check(z)
+
+        def draw(row: Tensor) -> dict[str, Tensor]:
+            trace, _ = self._run(row, enumerate_sites=False, resample=True)
+            return {name: messages(trace)[name]["value"] for name in self.structure.observed}
+
+        with torch.no_grad(), seeded(derive(seed, "posterior predictive"), self.device):
+            return self.map(draw, z, randomness="different")
+
+    def prior(self, draws: int, *, seed: int = 0) -> dict[str, Tensor] | None:
+        """Draw all sites from the prior, observed ones too: ``{name: (draws, *shape)}``; None if there are none.
+
+        There are none with improper priors, and where a factorization fails on the way.
+        """
+        _checks.integer("draws", draws, 1)
+        names = (*self.names, *self.structure.deterministic, *self.structure.observed)
+
+        def draw(row: Tensor) -> dict[str, Tensor]:
+            with apart(), self._writing(row):
+                trace = poutine.trace(Resample()(self.model)).get_trace(*self.args, **self.kwargs)
+            return {name: messages(trace)[name]["value"] for name in names}
+
+        with torch.no_grad(), seeded(derive(seed, "prior"), self.device):
+            try:
+                return self.map(draw, torch.zeros(draws, 1, device=self.device), randomness="different")
+            except (NotImplementedError, torch.linalg.LinAlgError):
+                return None
+
+    def explain(self, z: Tensor) -> str:
+        """Name the sites whose log density is not finite at one point ``z`` (D,)."""
+        bad = []
+        with torch.no_grad(), quiet():
+            trace, ladj = self._run(z, enumerate_sites=True)
+            for site in messages(trace).values():
+                if site["type"] == "sample" and site["mask"] is not False:
+                    density = torch.as_tensor(site["fn"].log_prob(site["value"]))
+                    if not torch.isfinite(density).all():
+                        bad.append(not_finite(site, density))
+        return "; ".join(bad) or f"log Jacobian {float(ladj)}"

@@ -1,0 +1,79 @@
+"""Modes by Newton's method, and the normal distributions around them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular
+from pyro_flows.starts.start import Start
+
+MODES = 4
+MODES_WITHIN = 20.0  # nats of Laplace evidence below the best
+NEWTON_STEPS = 60
+NEWTON_HALVINGS = 12
+NEWTON_TOLERANCE = 1e-6
+
+
+def laplace(density: LogDensity, points: Tensor) -> list[Start]:
+    """Climb from each point (K, D); return Laplace starts at the distinct modes, full and diagonal, the best first.
+
+    Modes are ranked by their Laplace evidence; those far below the best, or within one sd of a better one, are left
+    out.
+    """
+    if density.dim > FULL_HESSIAN_UP_TO:
+        return []
+    modes = _climb(density, points)
+    roots, units = inverse_roots(density, modes)
+    with torch.no_grad():
+        evidence = density(modes) + torch.linalg.slogdet(roots).logabsdet
+    evidence = torch.nan_to_num(evidence, nan=-torch.inf, posinf=-torch.inf)
+    kept: list[int] = []
+    for index in evidence.argsort(descending=True).tolist():
+        if len(kept) == MODES or not float(evidence[index]) > float(evidence.max()) - MODES_WITHIN:
+            break
+        apart = [torch.linalg.solve(roots[other], modes[index] - modes[other]).norm() for other in kept]
+        if all(float(distance) > 1.0 for distance in apart):
+            kept.append(index)
+    gauss = 0.5 * density.dim * math.log(2.0 * math.pi)
+    starts = []
+    for rank, index in enumerate(kept):
+        suffix = f" {rank + 1}" if rank else ""
+        starts += [
+            Start(
+                f"laplace{suffix}",
+                modes[index],
+                lower_triangular(roots[index]),
+                evidence=float(evidence[index]) + gauss,
+            ),
+            Start(f"laplace diagonal{suffix}", modes[index], units[index]),
+        ]
+    return starts
+
+
+def _climb(density: LogDensity, points: Tensor) -> Tensor:
+    """Newton's method with the absolute eigenvalues of the Hessian, halved until the density rises, from each point.
+
+    Affine-invariant near a mode, so that scales of 1e-6 and 1e6 side by side do no harm (L-BFGS does not converge there
+    in raw coordinates); an ascent direction everywhere.
+    """
+    halvings = 0.5 ** torch.arange(NEWTON_HALVINGS, dtype=density.dtype, device=density.device)
+    heights, gradients = density.value_and_grad(points)
+    for _ in range(NEWTON_STEPS):
+        roots, _ = inverse_roots(density, points)
+        steps = (roots @ (roots.mT @ gradients[..., None])).squeeze(-1)
+        tries = points[:, None] + halvings[:, None] * steps[:, None]
+        with torch.no_grad():
+            found = density(tries.flatten(0, 1)).unflatten(0, tries.shape[:2])
+        best, index = torch.nan_to_num(found, nan=-torch.inf, posinf=-torch.inf).max(1)
+        rises = best > heights
+        promise = (steps * gradients).sum(-1)
+        if not bool((rises & (promise > NEWTON_TOLERANCE)).any()):
+            break
+        chosen = tries[torch.arange(len(tries)), index]
+        points = torch.where(rises[:, None], chosen, points)
+        heights, gradients = density.value_and_grad(points)
+    return points

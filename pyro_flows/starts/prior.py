@@ -1,0 +1,99 @@
+"""Draws of the prior, their spread, and points at which the density is finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_flows._seeding import seeded
+from pyro_flows.model.batching import apart, where_possible
+from pyro_flows.model.bijections import bijection
+from pyro_flows.model.log_density import LogDensity
+
+SEARCHES = 8
+TRIED_VALUES, FARTHER, PASSES = 40, 4.0, 3
+
+
+@torch.no_grad()
+def possible_points(density: LogDensity, draws: Tensor) -> Tensor:
+    """Return points (N, D) where the density is finite: draws of the prior, or one put together from their coordinates.
+
+    Supports that depend on latents may rule out nearly all draws: eight unknown bounds of uniform data have to hold at
+    once. So from the draw at which the fewest terms are impossible, a coordinate at a time takes the value of
+    another draw, or one from farther out, that leaves fewer of them. Empty if none is found.
+    """
+    finite = torch.isfinite(density(draws))
+    if bool(finite.any()):
+        return draws[finite][:SEARCHES]
+    middle = draws.median(0).values
+    values = torch.cat([draws[:TRIED_VALUES], middle + FARTHER * (draws[:TRIED_VALUES] - middle)])
+    faults = _impossible_terms(density, draws)
+    best, fewest = draws[int(faults.argmin())].clone(), int(faults.min())
+    for _ in range(PASSES if density.batched else 1):
+        before = fewest
+        for coordinate in range(density.dim):
+            tried = best.repeat(len(values), 1)
+            tried[:, coordinate] = values[:, coordinate]
+            faults = _impossible_terms(density, tried)
+            if int(faults.min()) < fewest:
+                # of the values that are possible, one that is far from the edge: the median of them
+                as_good = tried[faults == faults.min()]
+                chosen = as_good[:, coordinate].argsort()[len(as_good) // 2]
+                best, fewest = as_good[chosen], int(faults.min())
+        if fewest == 0 or fewest == before:
+            break
+    return best[None] if bool(torch.isfinite(density(best[None])).all()) else draws[:0]
+
+
+def _impossible_terms(density: LogDensity, z: Tensor) -> Tensor:
+    """Count the terms (S,) of the density that are not finite, the density itself among them."""
+    terms = [density(z)[:, None], *density.log_likelihood(z).values(), *density.log_prior(z).values()]
+    return torch.stack([(~torch.isfinite(term)).reshape(len(z), -1).sum(1) for term in terms]).sum(0)
+
+
+def spread_of(draws: Tensor) -> Tensor:
+    """Return the scaled median absolute deviations (D,) of draws (S, D): sds, if normal; 1 where there is no spread."""
+    spread = 1.4826 * (draws - draws.median(0).values).abs().median(0).values
+    return torch.where((spread > 0) & torch.isfinite(spread), spread, 1.0)
+
+
+class _FromPrior(Messenger):
+    """Draw latents from their priors, improper ones from a standard normal in unconstrained coordinates."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is not None or site_is_subsample(msg) or msg["infer"].get("enumerate") == "parallel":
+            return
+        fn = msg["fn"]
+        try:
+            msg["value"] = fn.sample()
+        except NotImplementedError:
+            transform = bijection(fn)
+            shape = transform.inverse_shape(fn.shape())
+            msg["value"] = transform(torch.randn(shape, dtype=self.like.dtype, device=self.like.device))
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.like = like
+
+
+def prior_draws(density: LogDensity, draws: int, *, seed: int) -> Tensor:
+    """Draw (draws, D) unconstrained coordinates from the prior; rows that are not finite are set to zero."""
+    like = torch.zeros(1, dtype=density.dtype, device=density.device)
+
+    def draw(_: Tensor) -> dict[str, Tensor]:
+        with apart(), _FromPrior(like):
+            trace = poutine.trace(density.model).get_trace(*density.args, **density.kwargs)
+        sites: dict[str, Any] = trace.nodes
+        return {name: sites[name]["value"] for name in density.names}
+
+    def unconstrained(rows: Tensor) -> tuple[Tensor]:
+        return (density.unconstrain(density.map(draw, rows, randomness="different")),)
+
+    with torch.no_grad(), seeded(seed, density.device):
+        (z,) = where_possible(unconstrained, like.expand(draws, 1), (density.dim,))
+    return torch.where(torch.isfinite(z).all(-1, keepdim=True), z, 0.0)
