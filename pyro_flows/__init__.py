@@ -5,6 +5,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pyro_flows import datasets, interpolation, objectives, pictures, plots
 from pyro_flows.alarms import UnreliableWarning
 from pyro_flows.builders import nice, planar, realnvp, spline
+from pyro_flows.comparison.compare import Comparison, compare
+from pyro_flows.comparison.evidence import Estimate, Evidence
+from pyro_flows.comparison.loo import Loo
+from pyro_flows.comparison.prior import prior_predictive
+from pyro_flows.comparison.sensitivity import Sensitivity
 from pyro_flows.density import fit_density
 from pyro_flows.density_fit import DensityFit
 from pyro_flows.diagnostics import diagnose
@@ -58,15 +63,19 @@ __all__ = [
     "Bijection",
     "Bound",
     "Chain",
+    "Comparison",
     "Conv1x1",
     "DensityFit",
     "Dequantize",
     "DiagonalAffine",
+    "Estimate",
+    "Evidence",
     "Flow",
     "Inverse",
     "LULinear",
     "LogDensity",
     "Logit",
+    "Loo",
     "LowerTriangularAffine",
     "MultiScale",
     "NothingObservedWarning",
@@ -74,11 +83,13 @@ __all__ = [
     "Planar",
     "Posterior",
     "Rescale",
+    "Sensitivity",
     "SinhArcsinh",
     "SplineCoupling",
     "Squeeze",
     "UnreliableWarning",
     "Verdict",
+    "compare",
     "datasets",
     "diagnose",
     "fit",
@@ -93,6 +104,7 @@ __all__ = [
     "pictures",
     "planar",
     "plots",
+    "prior_predictive",
     "realnvp",
     "spline",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -233,3 +234,96 @@ def _round(table: pd.DataFrame, round_to: int | str) -> pd.DataFrame:
         if math.isfinite(scale) and scale > 0:
             table.loc[row] = table.loc[row].round(max(SD_DIGITS - 1 - math.floor(math.log10(scale)), 0))
     return table
+
+
+# comparison and chains ------------------------------------------------------------------------------------------------
+
+
+def effective_draws(series: Tensor) -> float:
+    """Return the effective sample size of the mean of a series (chains, draws); that of independent draws at most."""
+    from arviz_stats.base import array_stats
+
+    given = series.detach().double().cpu().numpy()
+    found = float(array_stats.ess(given, chain_axis=0, draw_axis=1, method="mean"))
+    return min(found, given.size) if math.isfinite(found) else float(given.size)
+
+
+def chain_figures(draws: Tensor) -> dict[str, Tensor]:
+    """Return ``r_hat``, ``ess_bulk`` and ``ess_tail`` (D,) of draws (chains, draws, D)."""
+    from arviz_stats.base import array_stats
+
+    given = draws.detach().double().cpu().numpy()
+    ess = {f"ess_{kind}": array_stats.ess(given, chain_axis=0, draw_axis=1, method=kind) for kind in ("bulk", "tail")}
+    return {"r_hat": r_hat(draws), **{name: torch.as_tensor(np.asarray(found)) for name, found in ess.items()}}
+
+
+def chain_summary(draws: xr.Dataset, *, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
+    """Table of chains: mean, sd, interval, standard error of the mean, effective draws and R-hat of each scalar."""
+    import xarray
+    from arviz_base import dataset_to_dataframe
+
+    table = summary(draws, ess=1.0, kind=kind, prob=prob, round_to="none").drop(columns="ess")
+    draws = draws.map(lambda values: values.astype(float))
+    dims = list(SAMPLE_DIMS)
+    parts = {
+        "mcse_mean": draws.azstats.mcse(sample_dims=dims, method="mean"),
+        "ess_bulk": draws.azstats.ess(sample_dims=dims, method="bulk"),
+        "ess_tail": draws.azstats.ess(sample_dims=dims, method="tail"),
+        "r_hat": draws.azstats.rhat(sample_dims=dims),
+    }
+    joined = xarray.concat([part.expand_dims(summary=[name]) for name, part in parts.items()], dim="summary")
+    figures = dataset_to_dataframe(joined, sample_dims=["summary"]).T
+    for name in parts:
+        table[name] = figures[name]
+    decimals = table["r_hat"].round(3)
+    table = _round(table, round_to)
+    table["r_hat"] = decimals
+    for name in ("ess_bulk", "ess_tail"):
+        table[name] = figures[name].round()
+    return table
+
+
+def stacking_weights(elpd: Tensor) -> list[float]:
+    """Return the weights of K models that maximise the log score of their mixture, from pointwise elpd (K, N)."""
+    import xarray
+    from arviz_stats import ELPDData, compare
+
+    if len(elpd) == 1:
+        return [1.0]
+    shifted = (elpd - elpd.amax(0)).double().cpu().numpy()  # weights stay the same, and no exponential underflows
+    numbers = {"p": 0.0, "n_samples": 1, "n_data_points": shifted.shape[1], "scale": "log", "warning": False}
+    entries = {
+        str(model): ELPDData(
+            "loo", float(row.sum()), 1.0, good_k=0.7, elpd_i=xarray.DataArray(row, dims="observation"), **numbers
+        )
+        for model, row in enumerate(shifted)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of many models and of large elpd, which are no matter of the weights
+        table = compare(entries, method="stacking")
+    weights = np.clip([float(table.loc[name, "weight"]) for name in entries], 0.0, None)
+    return [float(weight) for weight in weights / weights.sum()]
+
+
+def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) -> pd.DataFrame:
+    """Return the power-scaling sensitivity of each scalar to prior and likelihood, summed (chains, draws) each."""
+    import xarray
+    from arviz_base import dataset_to_dataframe
+    from arviz_stats import psense
+
+    groups = {"posterior": draws.map(lambda values: values.astype(float))}
+    for name, values in (("log_prior", log_prior), ("log_likelihood", log_likelihood)):
+        groups[name] = dataset({"total": values.double().cpu().numpy()}, {})
+    tree = xarray.DataTree.from_dict(groups)
+    parts = {group: psense(tree, group=group) for group in ("prior", "likelihood")}
+    found = {name: getattr(part, "dataset", part) for name, part in parts.items()}
+    joined = xarray.concat([part.expand_dims(component=[name]) for name, part in found.items()], dim="component")
+    return dataset_to_dataframe(joined, sample_dims=["component"]).T
+
+
+def entry_labels(values: xr.DataArray) -> list[str]:
+    """Return a label for each entry of an array of draws, in row-major order: ``y[Choate]``, ``y``."""
+    dims = [str(dim) for dim in values.dims if dim not in SAMPLE_DIMS]
+    axes = [[str(label) for label in values[dim].to_numpy().tolist()] for dim in dims]
+    name = str(values.name)
+    return [f"{name}[{', '.join(entry)}]" if entry else name for entry in itertools.product(*axes)]

@@ -34,10 +34,12 @@ PACKAGES = ("pyro-ppl", "torch", "arviz-base", "arviz-stats")
 logger = logging.getLogger("pyro_flows")
 
 
-def _stack(labels: Labels, values: Mapping[str, Tensor], layout: Callable[[str], Layout]) -> xr.Dataset:
-    """Make a group of draws ``{site: (S, *shape)}``; the draws are one chain."""
+def _stack(
+    labels: Labels, values: Mapping[str, Tensor], layout: Callable[[str], Layout], chains: int = 1
+) -> xr.Dataset:
+    """Make a group of draws ``{site: (S, *shape)}``, which are one chain, or several one after the other."""
     layouts = {name: layout(name) for name in values}
-    arrays = {labels.variable(name): layouts[name](value)[None] for name, value in values.items()}
+    arrays = {labels.variable(name): by_chain(layouts[name](value), chains) for name, value in values.items()}
     return _labelled(labels, arrays, layouts, _arviz.SAMPLE_DIMS)
 
 
@@ -49,14 +51,27 @@ def _labelled(
     return _arviz.dataset(arrays, dims, coords=coords, sample_dims=sample_dims)
 
 
-def draws_group(labels: Labels, samples: Mapping[str, Tensor]) -> xr.Dataset:
+def by_chain(values: np.ndarray, chains: int) -> np.ndarray:
+    """Cut draws (S, ...) into chains (chains, S / chains, ...)."""
+    return values.reshape(chains, len(values) // chains, *values.shape[1:])
+
+
+def draws_group(labels: Labels, samples: Mapping[str, Tensor], chains: int = 1) -> xr.Dataset:
     """Latent and deterministic sites as labelled arrays."""
     latents = {latent.name: latent for latent in labels.structure.latents}
 
     def layout(name: str) -> Layout:
         return labels.latent(latents[name]) if name in latents else labels.deterministic(name)
 
-    return _stack(labels, samples, layout)
+    return _stack(labels, samples, layout, chains)
+
+
+def observed_group(density: LogDensity) -> xr.Dataset:
+    """The data, those that masks leave out excepted."""
+    labels = Labels(density.structure)
+    layouts = {name: labels.observed(name) for name in density.structure.observed}
+    data = {labels.variable(name): layout(labels.data(name)[None])[0] for name, layout in layouts.items()}
+    return _labelled(labels, data, layouts, ())
 
 
 def all_groups(posterior: Posterior, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
@@ -72,9 +87,7 @@ def all_groups(posterior: Posterior, density: LogDensity, *, predictive: bool) -
     if predictive:
         seed = int(posterior.settings["seed"])
         groups |= _predictive(labels, density, posterior.used, seed)
-    layouts = {name: observed(name) for name in density.structure.observed}
-    data = {labels.variable(name): layout(labels.data(name)[None])[0] for name, layout in layouts.items()}
-    groups["observed_data"] = _labelled(labels, data, layouts, ())
+    groups["observed_data"] = observed_group(density)
     groups["constant_data"] = _constants(density)
     cut = {latent.name: _cut(latent, posterior.used) for latent in density.structure.latents}
     groups["unconstrained_posterior"] = _stack(labels, cut, lambda name: labels.unconstrained(latents[name]))
