@@ -253,8 +253,9 @@ def chain_figures(draws: Tensor) -> dict[str, Tensor]:
     from arviz_stats.base import array_stats
 
     given = draws.detach().double().cpu().numpy()
-    ess = {f"ess_{kind}": array_stats.ess(given, chain_axis=0, draw_axis=1, method=kind) for kind in ("bulk", "tail")}
-    return {"r_hat": r_hat(draws), **{name: torch.as_tensor(np.asarray(found)) for name, found in ess.items()}}
+    bulk = array_stats.ess(given, chain_axis=0, draw_axis=1, method="bulk")
+    tail = array_stats.ess(given, chain_axis=0, draw_axis=1, method="tail", prob=(0.05, 0.95))
+    return {"r_hat": r_hat(draws), "ess_bulk": torch.as_tensor(bulk), "ess_tail": torch.as_tensor(tail)}
 
 
 def chain_summary(draws: xr.Dataset, *, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
@@ -327,3 +328,19 @@ def entry_labels(values: xr.DataArray) -> list[str]:
     axes = [[str(label) for label in values[dim].to_numpy().tolist()] for dim in dims]
     name = str(values.name)
     return [f"{name}[{', '.join(entry)}]" if entry else name for entry in itertools.product(*axes)]
+
+
+def cut(group: xr.Dataset, chains: int) -> xr.Dataset:
+    """Cut the one chain of a group into ``chains`` of equal length, which stand in it one after the other."""
+    arrays, dims = {}, {}
+    for name, values in group.data_vars.items():
+        given = values.to_numpy()[0]
+        arrays[str(name)] = given.reshape(chains, len(given) // chains, *given.shape[1:])
+        dims[str(name)] = [str(dim) for dim in values.dims if dim not in SAMPLE_DIMS]
+    coords = {str(dim): labels.to_numpy() for dim, labels in group.coords.items() if dim not in SAMPLE_DIMS}
+    return dataset(arrays, dims, coords=coords)
+
+
+def scalars(values: Mapping[str, Any]) -> xr.Dataset:
+    """Return a group of single values."""
+    return dataset({name: np.array(value) for name, value in values.items()}, {}, sample_dims=())

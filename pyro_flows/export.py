@@ -34,12 +34,10 @@ PACKAGES = ("pyro-ppl", "torch", "arviz-base", "arviz-stats")
 logger = logging.getLogger("pyro_flows")
 
 
-def _stack(
-    labels: Labels, values: Mapping[str, Tensor], layout: Callable[[str], Layout], chains: int = 1
-) -> xr.Dataset:
-    """Make a group of draws ``{site: (S, *shape)}``, which are one chain, or several one after the other."""
+def _stack(labels: Labels, values: Mapping[str, Tensor], layout: Callable[[str], Layout]) -> xr.Dataset:
+    """Make a group of draws ``{site: (S, *shape)}``; the draws are one chain."""
     layouts = {name: layout(name) for name in values}
-    arrays = {labels.variable(name): by_chain(layouts[name](value), chains) for name, value in values.items()}
+    arrays = {labels.variable(name): layouts[name](value)[None] for name, value in values.items()}
     return _labelled(labels, arrays, layouts, _arviz.SAMPLE_DIMS)
 
 
@@ -51,19 +49,14 @@ def _labelled(
     return _arviz.dataset(arrays, dims, coords=coords, sample_dims=sample_dims)
 
 
-def by_chain(values: np.ndarray, chains: int) -> np.ndarray:
-    """Cut draws (S, ...) into chains (chains, S / chains, ...)."""
-    return values.reshape(chains, len(values) // chains, *values.shape[1:])
-
-
-def draws_group(labels: Labels, samples: Mapping[str, Tensor], chains: int = 1) -> xr.Dataset:
+def draws_group(labels: Labels, samples: Mapping[str, Tensor]) -> xr.Dataset:
     """Latent and deterministic sites as labelled arrays."""
     latents = {latent.name: latent for latent in labels.structure.latents}
 
     def layout(name: str) -> Layout:
         return labels.latent(latents[name]) if name in latents else labels.deterministic(name)
 
-    return _stack(labels, samples, layout, chains)
+    return _stack(labels, samples, layout)
 
 
 def observed_group(density: LogDensity) -> xr.Dataset:
@@ -74,15 +67,21 @@ def observed_group(density: LogDensity) -> xr.Dataset:
     return _labelled(labels, data, layouts, ())
 
 
+def likelihood_group(density: LogDensity, z: Tensor) -> xr.Dataset:
+    """The pointwise log likelihood at draws z (S, D), in double precision, without what masks leave out."""
+    labels = Labels(density.structure)
+    values = _double(density.log_likelihood(z))
+    return _stack(labels, values, lambda name: labels.observed(name).without_event())
+
+
 def all_groups(posterior: Posterior, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
     """All groups of the ArviZ object, in its usual order."""
     labels = Labels(density.structure)
     latents = {latent.name: latent for latent in density.structure.latents}
-    observed = labels.observed
     groups = {"posterior": draws_group(labels, posterior.samples)}
     groups["sample_stats"] = _stats(posterior.used_log_p, _drawn_from(posterior), posterior.used_log_weights)
-    likelihood, prior = density.log_likelihood(posterior.used), density.log_prior(posterior.used)
-    groups["log_likelihood"] = _stack(labels, _double(likelihood), lambda name: observed(name).without_event())
+    prior = density.log_prior(posterior.used)
+    groups["log_likelihood"] = likelihood_group(density, posterior.used)
     groups["log_prior"] = _stack(labels, _double(prior), lambda name: labels.latent(latents[name]).without_event())
     if predictive:
         seed = int(posterior.settings["seed"])

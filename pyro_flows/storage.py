@@ -56,6 +56,7 @@ def write(posterior: Posterior, groups: Mapping[str, Any], attrs: Mapping[str, s
     if flow is not None:
         reason = not_rebuilt(flow)
     description = {
+        "kind": type(posterior).__name__,
         "numbers": {name: getattr(posterior, name) for name in NUMBER_FIELDS},
         "verdict": dataclasses.asdict(posterior.verdict),
         "settings": posterior.settings,
@@ -71,6 +72,7 @@ def write(posterior: Posterior, groups: Mapping[str, Any], attrs: Mapping[str, s
     # copies, since views would be written with all that they are cut from
     tensors: dict[str, Any] = {name: getattr(posterior, name).detach().cpu().clone() for name in TENSOR_FIELDS}
     tensors["samples"] = {name: value.detach().cpu().clone() for name, value in posterior.samples.items()}
+    tensors["extra"] = posterior._extra()
     state = {} if flow is None or reason else flow.state_dict()
     tensors["flow"] = {name: value.detach().cpu() for name, value in state.items()}
     stored = io.BytesIO()
@@ -81,7 +83,7 @@ def write(posterior: Posterior, groups: Mapping[str, Any], attrs: Mapping[str, s
 def read(
     path: str | os.PathLike[str], model: Callable[..., Any] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Read a saved posterior: the fields of a :class:`Posterior`.
+    """Read a saved posterior: the fields of a :class:`Posterior`, its class (``kind``), what that adds (``extra``).
 
     Raises:
         ValueError: if the directory is not a saved posterior, is damaged, was written in another format version, or if
@@ -147,6 +149,8 @@ def _read(
         "density": density,
         "missing": missing,
         "stored": stored,
+        "kind": description.get("kind", "Posterior"),
+        "extra": tensors.get("extra", {}),
     }
 
 
@@ -210,4 +214,6 @@ def _guide(
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
+    if not isinstance(value, dict):
+        return value
     return {name: _move(item, device) for name, item in value.items()}

@@ -45,8 +45,7 @@ def bridge(posterior_ratio: Tensor, proposal_ratio: Tensor, chains: int = 1) -> 
 
     >>> import torch
     >>> from torch.distributions import Normal
-    >>> torch.manual_seed(0).seed()
-    0
+    >>> _ = torch.manual_seed(0)
     >>> p, q = Normal(0.0, 1.0), Normal(0.2, 1.2)
     >>> ratios = [p.log_prob(z) + 3.0 - q.log_prob(z) for z in (p.sample((4000,)), q.sample((4000,)))]
     >>> found = bridge(*ratios)

@@ -57,9 +57,9 @@ class Comparison:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a model: elpd, its error, difference to the best, stacking weight, evidence, Bayes factor to the best.
+        """One row a model: elpd, its error, difference to the best, stacking weight, evidence, Bayes factor, verdict.
 
-        ``log_bf`` is the log Bayes factor against the first row, of the best elpd.
+        ``log_bf`` is the log Bayes factor against the first row, the model of the best elpd.
         """
         import pandas as pd
 

@@ -83,7 +83,8 @@ class Evidence:
         known = math.isfinite(self.standard_error)
         error = f"standard error {self.standard_error:.4f}, 95 % interval {low:.4f} to {high:.4f}"
         first = f"log evidence {self.value:.4f} nats by {NAMES[self.method]}, {error if known else 'error not known'}."
-        return "\n".join([first, *(f"- {estimate}" for estimate in self.estimates), *(f"Note: {x}." for x in self.notes)])
+        lines = [f"- {estimate}" for estimate in self.estimates]
+        return "\n".join([first, *lines, *(f"Note: {note}." for note in self.notes)])
 
     __repr__ = __str__
 
@@ -182,7 +183,8 @@ def convergence_rate(k: float, size: int) -> float:
     if abs(k - 0.5) < 1e-6:
         return 1.0 - 1.0 / math.log(size)
     power = size ** (2.0 * k)
-    return max(0.0, (2.0 * (k - 1.0) * size * power + (1.0 - 2.0 * k) * power + size**2) / ((size - 1) * (size - power)))
+    above = 2.0 * (k - 1.0) * size * power + (1.0 - 2.0 * k) * power + size**2
+    return max(0.0, above / ((size - 1) * (size - power)))
 
 
 def _ratio(posterior: Posterior, count: int) -> Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_flows import _arviz, _checks, export
-from pyro_flows.comparison.evidence import chains_of
-from pyro_flows.labels import Labels
+from pyro_flows.comparison.evidence import chains_of, is_chains
 from pyro_flows.psis import psis
+from pyro_flows.randomness import derive, seeded
+from pyro_flows.verdict import POOL, resample
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +26,9 @@ METHODS = {
     "approximate": "approximate-posterior PSIS-LOO of the guide's draws",
 }
 SHOWN = 10
+ERROR = 0.005  # nats: more draws are taken until the Monte Carlo error is as small,
+MOST_DRAWS = 64_000  # or they are as many,
+NUMBERS = 20_000_000  # or their log likelihoods
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,29 +106,81 @@ class Loo:
         return table if count is None else table.head(_checks.integer("count", count, 1))
 
 
-def loo(posterior: Posterior, *, sites: Any = None) -> Loo:
+def loo(posterior: Posterior, *, sites: Any, draws: int | None, seed: int) -> Loo:
     """Estimate leave-one-out elpd; see :meth:`Posterior.loo`."""
+    if draws is not None:
+        _checks.integer("draws", draws, 100)
     if posterior.verdict.status == "unreliable":
         raise ValueError(
             f"loo: the verdict on the draws is unreliable ({'; '.join(posterior.verdict.reasons)}), and "
             "cross-validation with them is wrong without a sign of it."
         )
-    group = likelihood(posterior)
-    names = list(group) if sites is None else _names(sites, group)
+    found = _judged(posterior, _in_hand(posterior), sites) if draws is None else None
+    count = _more_draws(found) if found is not None else draws
+    if count is None or not _can_draw(posterior):
+        return found or _judged(posterior, _in_hand(posterior), sites)
+    with torch.no_grad(), seeded(derive(seed, "leave-one-out"), posterior.used.device):
+        return _judged(posterior, _drawn(posterior, count, seed), sites)
+
+
+class _Draws(NamedTuple):
+    """Draws z (S, D); log p / q where they are of q; and numbers that copies of one draw share, if there are any."""
+
+    z: Tensor
+    ratio: Tensor | None
+    copies: Tensor | None = None
+
+
+def _in_hand(posterior: Posterior) -> _Draws:
+    if _is_approximate(posterior):
+        return _Draws(posterior.used, posterior.used_log_p.double().cpu() - posterior.used_log_q.double().cpu())
+    copies = torch.unique(posterior.used.cpu(), dim=0, return_inverse=True)[1] if posterior.resampled else None
+    return _Draws(posterior.used, None, copies)
+
+
+def _is_approximate(posterior: Posterior) -> bool:
+    return posterior.verdict.status == "ok" and not is_chains(posterior)
+
+
+def _can_draw(posterior: Posterior) -> bool:
+    """Whether there can be more draws of the same kind: not of chains, and not without a flow and a model."""
+    return posterior.flow is not None and posterior.density is not None and not is_chains(posterior)
+
+
+def _more_draws(found: Loo) -> int | None:
+    """Return how many draws bring the Monte Carlo error down to its goal; None if those in hand do."""
+    wanted = found.draws * (found.mcse / ERROR) ** 2 if math.isfinite(found.mcse) else math.inf
+    count = int(min(wanted, MOST_DRAWS, NUMBERS / len(found.labels)))
+    return count if count > found.draws else None
+
+
+def _drawn(posterior: Posterior, count: int, seed: int) -> _Draws:
+    """Draw from the flow; draws that the verdict corrects are resampled from a pool."""
+    assert posterior.flow is not None
+    assert posterior.density is not None
+    pool = count if _is_approximate(posterior) else POOL * count
+    z, log_q = posterior.flow.rsample_and_log_prob((pool,))
+    ratio = posterior.density(z).double() - log_q.double()
+    if _is_approximate(posterior):
+        return _Draws(z, ratio.cpu())
+    index = resample(psis(ratio)[0], count, seed=seed)
+    return _Draws(z[index], None, index.cpu())
+
+
+def _judged(posterior: Posterior, draws: _Draws, sites: Any) -> Loo:
+    group = likelihood(posterior, draws.z)
+    names = list(map(str, group)) if sites is None else _names(sites, group)
     values, labels, places = _columns(group, names)
-    approximate = chains_of(posterior) == 1 and posterior.verdict.status == "ok" and _is_weighed(posterior)
-    base = posterior.used_log_p.double().cpu() - posterior.used_log_q.double().cpu() if approximate else None
-    pointwise, k_hat, influence = _pointwise(values, base)
+    pointwise, k_hat, influence = _pointwise(values, draws.ratio)
     limit = min(1.0 - 1.0 / math.log10(max(len(values), 11)), 0.7)
-    size = len(labels)
-    p = _log_score(values, base) - pointwise
+    p = _log_score(values, draws.ratio) - pointwise
     known = bool((k_hat < limit).all())
     return Loo(
         elpd=float(pointwise.sum()),
-        se=math.sqrt(size * float(pointwise.var())) if size > 1 else math.nan,
-        mcse=_error(influence, posterior) if known else math.inf,
+        se=math.sqrt(len(labels) * float(pointwise.var())) if len(labels) > 1 else math.nan,
+        mcse=_error(influence, draws.copies, chains_of(posterior)) if known else math.inf,
         p=float(p.sum()),
-        method="approximate" if approximate else "plain",
+        method="approximate" if draws.ratio is not None else "plain",
         status=posterior.verdict.status,
         draws=len(values),
         k_limit=limit,
@@ -136,32 +192,25 @@ def loo(posterior: Posterior, *, sites: Any = None) -> Loo:
     )
 
 
-def _is_weighed(posterior: Posterior) -> bool:
-    return bool(torch.isfinite(posterior.used_log_q).any())
-
-
-def likelihood(posterior: Posterior) -> xr.Dataset:
-    """Return the pointwise log likelihood of the draws to use, one variable for each observed site.
+def likelihood(posterior: Posterior, z: Tensor) -> xr.Dataset:
+    """Return the pointwise log likelihood at draws z, one variable for each observed site.
 
     Raises:
         ValueError: for models with enumerated latents or without data, and for posteriors without their model whose
             files lack the group.
     """
-    if posterior.stored is not None and "log_likelihood" in posterior.stored[0]:
+    if posterior.density is None and posterior.stored is not None and "log_likelihood" in posterior.stored[0]:
         found: xr.Dataset = posterior.stored[0]["log_likelihood"]
         return found
     density = posterior._need_density()
     if density.structure.enumerated:
         raise ValueError(
-            f"model: no pointwise log likelihood, since {', '.join(map(repr, density.structure.enumerated))} are summed "
-            "out over all data at once. Write them as a mixture (MixtureSameFamily)."
+            f"model: no pointwise log likelihood, since {', '.join(map(repr, density.structure.enumerated))} are "
+            "summed out over all data at once. Write them as a mixture (MixtureSameFamily)."
         )
     if not density.structure.observed:
         raise ValueError("model: expected an observed site (pyro.sample with obs=), got none.")
-    labels = Labels(density.structure)
-    values = {name: value.double() for name, value in density.log_likelihood(posterior.used).items()}
-    chains = chains_of(posterior)
-    return export._stack(labels, values, lambda name: labels.observed(name).without_event(), chains)
+    return export.likelihood_group(density, z)
 
 
 def _names(sites: Any, group: xr.Dataset) -> list[str]:
@@ -205,12 +254,11 @@ def _log_score(values: Tensor, base: Tensor | None) -> Tensor:
     return torch.logsumexp(weights[:, None] + values, 0)
 
 
-def _error(influence: Tensor, posterior: Posterior) -> float:
-    """Return the standard error of the sum over draws; copies of a draw count as one, chains by their effective size."""
-    if posterior.resampled:
-        _, copies = torch.unique(posterior.used.cpu(), dim=0, return_inverse=True)
-        influence = influence.new_zeros(len(influence)).index_add(0, copies, influence)
-    squares, chains = float(influence.square().sum()), chains_of(posterior)
+def _error(influence: Tensor, copies: Tensor | None, chains: int) -> float:
+    """Return the standard error of a sum over draws: copies of a draw are one, chains have their effective size."""
+    if copies is not None:
+        influence = influence.new_zeros(int(copies.max()) + 1).index_add(0, copies, influence)
+    squares = float(influence.square().sum())
     if chains > 1:
         squares *= len(influence) / _arviz.effective_draws(influence.reshape(chains, -1))
     return math.sqrt(squares)

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyro_flows import _arviz, _checks, export
+from pyro_flows import _arviz, _checks
 from pyro_flows.comparison.evidence import chains_of
-from pyro_flows.labels import Labels
 from pyro_flows.log_density import LogDensity
 from pyro_flows.sites import messages
 
@@ -67,7 +66,7 @@ def sensitivity(
     likelihood = total - sum(priors.values(), torch.zeros_like(total))
     prior = sum((priors[name] for name in top), torch.zeros_like(total))
     chains = chains_of(posterior)
-    draws = export.draws_group(Labels(density.structure), posterior.samples, chains)
+    draws = posterior._draws()
     if names is not None:
         chosen = [names] if isinstance(names, str) else names
         draws = draws[[_checks.choice("names", name, map(str, draws)) for name in chosen]]
@@ -97,7 +96,7 @@ def top_level(density: LogDensity, z: Tensor) -> tuple[list[str], dict[str, str]
     fewer entries) is shrunk by the same factor, the likelihood stays as it is.
     """
     points = z[[0, len(z) // 2]]
-    left_out = {name: "has a prior that depends on other latents" for name in _dependent(density, points)}
+    left_out = dict.fromkeys(_dependent(density, points), "has a prior that depends on other latents")
     if not density.structure.enumerated and density.structure.observed:
         for name in density.names:
             scale = _scale_of(density, points, name) if name not in left_out else None
