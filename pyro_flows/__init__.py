@@ -21,6 +21,8 @@ from pyro_flows.image_builders import glow, multiscale_realnvp
 from pyro_flows.log_density import LogDensity
 from pyro_flows.observations import NothingObservedWarning
 from pyro_flows.posterior import Posterior, load
+from pyro_flows.priors.fit import prior_from
+from pyro_flows.priors.fitted import FittedPrior
 from pyro_flows.transforms import (
     ActNorm,
     AdditiveCoupling,
@@ -73,6 +75,7 @@ __all__ = [
     "DiagonalAffine",
     "Estimate",
     "Evidence",
+    "FittedPrior",
     "Flow",
     "Inverse",
     "LULinear",
@@ -108,6 +111,7 @@ __all__ = [
     "pictures",
     "planar",
     "plots",
+    "prior_from",
     "prior_predictive",
     "realnvp",
     "spline",

@@ -249,13 +249,14 @@ def effective_draws(series: Tensor) -> float:
 
 
 def chain_figures(draws: Tensor) -> dict[str, Tensor]:
-    """Return ``r_hat``, ``ess_bulk`` and ``ess_tail`` (D,) of draws (chains, draws, D)."""
+    """Return ``r_hat``, ``ess_bulk`` and ``ess_tail`` (D,) of draws (chains, draws, D); R-hat of one chain's halves."""
     from arviz_stats.base import array_stats
 
     given = draws.detach().double().cpu().numpy()
+    halves = draws if len(draws) > 1 else torch.stack(draws[0][: len(draws[0]) // 2 * 2].chunk(2))
     bulk = array_stats.ess(given, chain_axis=0, draw_axis=1, method="bulk")
     tail = array_stats.ess(given, chain_axis=0, draw_axis=1, method="tail", prob=(0.05, 0.95))
-    return {"r_hat": r_hat(draws), "ess_bulk": torch.as_tensor(bulk), "ess_tail": torch.as_tensor(tail)}
+    return {"r_hat": r_hat(halves), "ess_bulk": torch.as_tensor(bulk), "ess_tail": torch.as_tensor(tail)}
 
 
 def chain_summary(draws: xr.Dataset, *, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
@@ -270,7 +271,7 @@ def chain_summary(draws: xr.Dataset, *, kind: str, prob: float, round_to: int | 
         "mcse_mean": draws.azstats.mcse(sample_dims=dims, method="mean"),
         "ess_bulk": draws.azstats.ess(sample_dims=dims, method="bulk"),
         "ess_tail": draws.azstats.ess(sample_dims=dims, method="tail"),
-        "r_hat": draws.azstats.rhat(sample_dims=dims),
+        "r_hat": _halves(draws).azstats.rhat(sample_dims=dims),
     }
     joined = xarray.concat([part.expand_dims(summary=[name]) for name, part in parts.items()], dim="summary")
     figures = dataset_to_dataframe(joined, sample_dims=["summary"]).T
@@ -282,6 +283,13 @@ def chain_summary(draws: xr.Dataset, *, kind: str, prob: float, round_to: int | 
     for name in ("ess_bulk", "ess_tail"):
         table[name] = figures[name].round()
     return table
+
+
+def _halves(draws: xr.Dataset) -> xr.Dataset:
+    """Return the two halves of one chain as chains, or several chains as they are."""
+    if draws.sizes["chain"] > 1:
+        return draws
+    return cut(draws.isel(draw=slice(0, draws.sizes["draw"] // 2 * 2)), 2)
 
 
 def stacking_weights(elpd: Tensor) -> list[float]:

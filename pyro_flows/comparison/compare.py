@@ -136,7 +136,7 @@ def compare(
     >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
     >>> found = pf.compare({str(scale): pf.diagnose(model, guide, y, scale) for scale in (1.0, 10.0)})
     >>> found.names, round(found.log_bayes_factor("1.0", "10.0")[0], 2)
-    (('1.0', '10.0'), 1.48)
+    (('1.0', '10.0'), 2.05)
     """
     if not isinstance(posteriors, Mapping) or len(posteriors) < 2:
         raise ValueError("posteriors: expected two or more by name, {'a': a, 'b': b}.")

@@ -174,7 +174,7 @@ def convergence_rate(k: float, size: int) -> float:
     Reference: Vehtari et al. 2024, *Pareto smoothed importance sampling*, section 3.2.4.
 
     >>> round(convergence_rate(0.0, 4000), 2), round(convergence_rate(0.6, 4000), 2)
-    (1.0, 0.79)
+    (1.0, 0.75)
     """
     if k <= 0.0:
         return 1.0
