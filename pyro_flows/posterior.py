@@ -96,6 +96,7 @@ class Posterior:
     density: LogDensity | None = field(repr=False)
     missing: dict[str, str] = field(repr=False)
     stored: tuple[dict[str, Any], dict[str, Any]] | None = field(repr=False, default=None)  # as read from a file
+    drawer: Draw | None = field(repr=False, default=None)  # more raw draws of a guide without a flow
 
     # what it says ---------------------------------------------------------------------------------------------------
 
@@ -274,6 +275,13 @@ class Posterior:
 
     # more draws -----------------------------------------------------------------------------------------------------
 
+    def _raw_draws(self) -> Draw | None:
+        """Return how to draw from the guide anew, n -> z (n, D), log q (n,); None without a guide or a model."""
+        flow = self.flow
+        if self.density is None or flow is None:
+            return self.drawer if self.density is not None else None
+        return lambda n: flow.rsample_and_log_prob((n,))
+
     def resample(self, draws: int | None = None, *, seed: int = 0, force: bool = False) -> dict[str, Tensor]:
         """Resample the raw draws by their importance weights: ``{name: (draws, *shape)}``, constrained.
 
@@ -355,7 +363,7 @@ class Posterior:
 
         Args:
             method: ``"auto"``, ``"importance"``, ``"bridge"`` or ``"smc"``.
-            draws: of the flow, 16 000 by default, each scored once. Without a model, the raw draws are taken.
+            draws: of the flow or guide, 16 000 by default, each scored once. Without a model, the raw ones are taken.
             seed: of these draws.
 
         Returns:
@@ -393,8 +401,9 @@ class Posterior:
 
         Args:
             sites: observed sites to leave observations out of; all by default.
-            draws: new draws of the flow, resampled if the verdict is corrected. By default those in hand, and as many
-                new ones as bring the Monte Carlo error down to .005 nats, 64 000 at most. Chains have no others.
+            draws: new draws of the flow or guide, resampled if the verdict is corrected. By default those in hand, or
+                as many new ones as bring the Monte Carlo error down to .005 nats, 64 000 at most. Chains have no
+                others.
             seed: of new draws.
 
         Returns:
@@ -479,7 +488,7 @@ class Posterior:
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: draws, verdict, flow and the groups that take no model; neither model nor data."""
         state = {name: _compact(value) for name, value in vars(self).items()}
-        state.update(guide=None, density=None)
+        state.update(guide=None, density=None, drawer=None)
         state["missing"] = {**self.missing, "guide": UNPICKLED, "density": UNPICKLED}
         if self.stored is None:
             density = self._need_density()
@@ -497,7 +506,7 @@ class Posterior:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
         """Copy everything but the model, its data and guides of other packages, which copies may share."""
-        kept = {"density", *(() if isinstance(self.guide, AutoFlow) else ("guide",))}
+        kept = {"density", "drawer", *(() if isinstance(self.guide, AutoFlow) else ("guide",))}
         found = {name: value if name in kept else copy.deepcopy(value, memo) for name, value in vars(self).items()}
         return type(self)(**found)
 
@@ -634,6 +643,7 @@ def from_draws(
         flow=flow,
         density=density,
         missing={} if flow is not None else {"flow": f"the guide ({guide_name}) is not a flow guide of pyro_flows"},
+        drawer=None if flow is not None else draw,
     )
 
 

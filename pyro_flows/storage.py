@@ -72,7 +72,8 @@ def write(posterior: Posterior, groups: Mapping[str, Any], attrs: Mapping[str, s
     # copies, since views would be written with all that they are cut from
     tensors: dict[str, Any] = {name: getattr(posterior, name).detach().cpu().clone() for name in TENSOR_FIELDS}
     tensors["samples"] = {name: value.detach().cpu().clone() for name, value in posterior.samples.items()}
-    tensors["extra"] = posterior._extra()
+    if extra := posterior._extra():
+        tensors["extra"] = extra
     state = {} if flow is None or reason else flow.state_dict()
     tensors["flow"] = {name: value.detach().cpu() for name, value in state.items()}
     stored = io.BytesIO()

@@ -188,10 +188,11 @@ def convergence_rate(k: float, size: int) -> float:
 
 
 def _ratio(posterior: Posterior, count: int) -> Tensor:
-    """Return log ratios at fresh draws of the flow; at the raw draws where there is no flow or no model."""
-    if posterior.flow is None or posterior.density is None:
+    """Return log ratios at fresh draws of the guide; at the raw draws where there can be no others."""
+    draw = posterior._raw_draws()
+    if draw is None or posterior.density is None:
         return posterior.log_p.double() - posterior.log_q.double()
-    z, log_q = posterior.flow.rsample_and_log_prob((count,))
+    z, log_q = draw(count)
     return posterior.density(z).double() - log_q.double()
 
 

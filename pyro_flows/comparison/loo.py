@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arviz, _checks, export
+from pyro_flows.comparison.controls import controls, explained
 from pyro_flows.comparison.evidence import chains_of, is_chains
 from pyro_flows.psis import psis
 from pyro_flows.randomness import derive, seeded
@@ -124,18 +125,20 @@ def loo(posterior: Posterior, *, sites: Any, draws: int | None, seed: int) -> Lo
 
 
 class _Draws(NamedTuple):
-    """Draws z (S, D); log p / q where they are of q; and numbers that copies of one draw share, if there are any."""
+    """Draws z (S, D); log p / q and control variates where they are of q; numbers that copies of one draw share."""
 
     z: Tensor
     ratio: Tensor | None
+    controls: Tensor | None = None
     copies: Tensor | None = None
 
 
 def _in_hand(posterior: Posterior) -> _Draws:
     if _is_approximate(posterior):
-        return _Draws(posterior.used, posterior.used_log_p.double().cpu() - posterior.used_log_q.double().cpu())
+        ratio = posterior.used_log_p.double().cpu() - posterior.used_log_q.double().cpu()
+        return _Draws(posterior.used, ratio, controls(posterior.flow, posterior.used))
     copies = torch.unique(posterior.used.cpu(), dim=0, return_inverse=True)[1] if posterior.resampled else None
-    return _Draws(posterior.used, None, copies)
+    return _Draws(posterior.used, None, copies=copies)
 
 
 def _is_approximate(posterior: Posterior) -> bool:
@@ -143,8 +146,8 @@ def _is_approximate(posterior: Posterior) -> bool:
 
 
 def _can_draw(posterior: Posterior) -> bool:
-    """Whether there can be more draws of the same kind: not of chains, and not without a flow and a model."""
-    return posterior.flow is not None and posterior.density is not None and not is_chains(posterior)
+    """Whether there can be more draws of the same kind: not of chains, and not without a guide and a model."""
+    return posterior._raw_draws() is not None and not is_chains(posterior)
 
 
 def _more_draws(found: Loo) -> int | None:
@@ -156,15 +159,15 @@ def _more_draws(found: Loo) -> int | None:
 
 def _drawn(posterior: Posterior, count: int, seed: int) -> _Draws:
     """Draw from the flow; draws that the verdict corrects are resampled from a pool."""
-    assert posterior.flow is not None
-    assert posterior.density is not None
+    draw, density = posterior._raw_draws(), posterior._need_density()
+    assert draw is not None  # see `_can_draw`
     pool = count if _is_approximate(posterior) else POOL * count
-    z, log_q = posterior.flow.rsample_and_log_prob((pool,))
-    ratio = posterior.density(z).double() - log_q.double()
+    z, log_q = draw(pool)
+    ratio = density(z).double() - log_q.double()
     if _is_approximate(posterior):
-        return _Draws(z, ratio.cpu())
+        return _Draws(z, ratio.cpu(), controls(posterior.flow, z))
     index = resample(psis(ratio)[0], count, seed=seed)
-    return _Draws(z[index], None, index.cpu())
+    return _Draws(z[index], None, copies=index.cpu())
 
 
 def _judged(posterior: Posterior, draws: _Draws, sites: Any) -> Loo:
@@ -172,13 +175,16 @@ def _judged(posterior: Posterior, draws: _Draws, sites: Any) -> Loo:
     names = list(map(str, group)) if sites is None else _names(sites, group)
     values, labels, places = _columns(group, names)
     pointwise, k_hat, influence = _pointwise(values, draws.ratio)
+    if draws.controls is not None:
+        error, influence = explained(influence, draws.controls)
+        pointwise = pointwise - error
     limit = min(1.0 - 1.0 / math.log10(max(len(values), 11)), 0.7)
     p = _log_score(values, draws.ratio) - pointwise
     known = bool((k_hat < limit).all())
     return Loo(
         elpd=float(pointwise.sum()),
         se=math.sqrt(len(labels) * float(pointwise.var())) if len(labels) > 1 else math.nan,
-        mcse=_error(influence, draws.copies, chains_of(posterior)) if known else math.inf,
+        mcse=_error(influence.sum(1), draws.copies, chains_of(posterior)) if known else math.inf,
         p=float(p.sum()),
         method="approximate" if draws.ratio is not None else "plain",
         status=posterior.verdict.status,
@@ -232,20 +238,19 @@ def _columns(group: xr.Dataset, names: list[str]) -> tuple[Tensor, list[str], di
 
 
 def _pointwise(values: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return elpd and k-hat of each observation (N,), and what each draw moves the sum of elpds by (S,).
+    r"""Return elpd and k-hat of each observation (N,), and what each draw moves each elpd by (S, N).
 
     Draw s has the weight :math:`w_{si} \propto p(z_s) / (q(z_s)\, p(y_i \mid z_s))`, without p / q for draws of the
     posterior; :math:`\text{elpd}_i = \log \sum_s w_{si}\, p(y_i \mid z_s)`.
     """
-    elpd, shapes = [], []
-    influence = values.new_zeros(len(values))
+    elpd, shapes, influence = [], [], []
     for column in values.T:
         weights, k_hat = psis(-column if base is None else base - column)
         found = torch.logsumexp(weights + column, 0)
         elpd.append(found)
         shapes.append(k_hat)
-        influence += torch.nan_to_num((weights + column - found).exp() - weights.exp())
-    return torch.stack(elpd), torch.tensor(shapes, dtype=values.dtype), influence
+        influence.append(torch.nan_to_num((weights + column - found).exp() - weights.exp()))
+    return torch.stack(elpd), torch.tensor(shapes, dtype=values.dtype), torch.stack(influence, 1)
 
 
 def _log_score(values: Tensor, base: Tensor | None) -> Tensor:
