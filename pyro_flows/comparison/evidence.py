@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows.comparison.bridge import bridge, fit_proposal
+from pyro_flows.comparison.draws import chains_of, is_chains
 from pyro_flows.psis import psis
 from pyro_flows.randomness import derive, seeded
 from pyro_flows.sites import messages
@@ -197,16 +198,6 @@ def _ratio(posterior: Posterior, count: int) -> Tensor:
 
 
 # bridge sampling ------------------------------------------------------------------------------------------------------
-
-
-def is_chains(posterior: Posterior) -> bool:
-    """Whether the draws to use come from Markov chains: they are of the posterior, and not of a flow."""
-    return posterior.verdict.status == "refined" or chains_of(posterior) > 1 or hasattr(posterior, "chains")
-
-
-def chains_of(posterior: Posterior) -> int:
-    """Return how many chains the draws to use are, one after the other."""
-    return int(getattr(posterior, "chains", 1))
 
 
 def _bridge(posterior: Posterior, count: int) -> Estimate:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyro_flows import _arviz, _checks, export
-from pyro_flows.comparison.controls import controls, explained
-from pyro_flows.comparison.evidence import chains_of, is_chains
+from pyro_flows.comparison.controls import explained
+from pyro_flows.comparison.draws import Draws, can_draw, chains_of, in_hand, more
 from pyro_flows.psis import psis
-from pyro_flows.randomness import derive, seeded
-from pyro_flows.verdict import POOL, resample
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,38 +114,11 @@ def loo(posterior: Posterior, *, sites: Any, draws: int | None, seed: int) -> Lo
             f"loo: the verdict on the draws is unreliable ({'; '.join(posterior.verdict.reasons)}), and "
             "cross-validation with them is wrong without a sign of it."
         )
-    found = _judged(posterior, _in_hand(posterior), sites) if draws is None else None
+    found = _judged(posterior, in_hand(posterior), sites) if draws is None else None
     count = _more_draws(found) if found is not None else draws
-    if count is None or not _can_draw(posterior):
-        return found or _judged(posterior, _in_hand(posterior), sites)
-    with torch.no_grad(), seeded(derive(seed, "leave-one-out"), posterior.used.device):
-        return _judged(posterior, _drawn(posterior, count, seed), sites)
-
-
-class _Draws(NamedTuple):
-    """Draws z (S, D); log p / q and control variates where they are of q; numbers that copies of one draw share."""
-
-    z: Tensor
-    ratio: Tensor | None
-    controls: Tensor | None = None
-    copies: Tensor | None = None
-
-
-def _in_hand(posterior: Posterior) -> _Draws:
-    if _is_approximate(posterior):
-        ratio = posterior.used_log_p.double().cpu() - posterior.used_log_q.double().cpu()
-        return _Draws(posterior.used, ratio, controls(posterior.flow, posterior.used))
-    copies = torch.unique(posterior.used.cpu(), dim=0, return_inverse=True)[1] if posterior.resampled else None
-    return _Draws(posterior.used, None, copies=copies)
-
-
-def _is_approximate(posterior: Posterior) -> bool:
-    return posterior.verdict.status == "ok" and not is_chains(posterior)
-
-
-def _can_draw(posterior: Posterior) -> bool:
-    """Whether there can be more draws of the same kind: not of chains, and not without a guide and a model."""
-    return posterior._raw_draws() is not None and not is_chains(posterior)
+    if count is None or not can_draw(posterior):
+        return found or _judged(posterior, in_hand(posterior), sites)
+    return _judged(posterior, more(posterior, count, seed=seed, purpose="leave-one-out"), sites)
 
 
 def _more_draws(found: Loo) -> int | None:
@@ -157,20 +128,7 @@ def _more_draws(found: Loo) -> int | None:
     return count if count > found.draws else None
 
 
-def _drawn(posterior: Posterior, count: int, seed: int) -> _Draws:
-    """Draw from the flow; draws that the verdict corrects are resampled from a pool."""
-    draw, density = posterior._raw_draws(), posterior._need_density()
-    assert draw is not None  # see `_can_draw`
-    pool = count if _is_approximate(posterior) else POOL * count
-    z, log_q = draw(pool)
-    ratio = density(z).double() - log_q.double()
-    if _is_approximate(posterior):
-        return _Draws(z, ratio.cpu(), controls(posterior.flow, z))
-    index = resample(psis(ratio)[0], count, seed=seed)
-    return _Draws(z[index], None, copies=index.cpu())
-
-
-def _judged(posterior: Posterior, draws: _Draws, sites: Any) -> Loo:
+def _judged(posterior: Posterior, draws: Draws, sites: Any) -> Loo:
     group = likelihood(posterior, draws.z)
     names = list(map(str, group)) if sites is None else _names(sites, group)
     values, labels, places = _columns(group, names)

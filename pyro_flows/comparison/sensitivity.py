@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arviz, _checks
-from pyro_flows.comparison.evidence import chains_of
+from pyro_flows.comparison.draws import chains_of
 from pyro_flows.log_density import LogDensity
 from pyro_flows.sites import messages
 

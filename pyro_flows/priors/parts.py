@@ -19,7 +19,6 @@ from pyro_flows.supports import biject_to
 
 PLAIN: dict[str, Any] = {
     "real": constraints.real,
-    "unit_interval": constraints.unit_interval,
     "simplex": constraints.simplex,
     "lower_cholesky": constraints.lower_cholesky,
     "corr_cholesky": constraints.corr_cholesky,
@@ -109,7 +108,7 @@ def describe(support: Any) -> dict[str, Any]:
             "axes": support.reinterpreted_batch_ndims,
         }
     for kind, plain in PLAIN.items():
-        if type(support) is type(plain) and not vars(support).get("lower_bound", 0):
+        if type(support) is type(plain):
             return {"kind": kind}
     for kind, (cls, names) in BOUNDED.items():
         if type(support) in (cls, *_kin(kind)):
