@@ -295,12 +295,8 @@ def test_supports_come_back_from_their_text(name):
     back, also = part.inverse(value)
     torch.testing.assert_close(back, z)
     torch.testing.assert_close(also, ladj)
-    edge = (part.forward(1e3 * torch.ones(1, part.size))[0], part.forward(-1e3 * torch.ones(1, part.size))[0])
-    plain = (
-        biject_to(SUPPORTS[name]) if name in ("interval", "from zero", "half open", "unit", "below", "above") else None
-    )
-    if plain is not None:
-        assert edge == (plain(torch.full((1,), 1e3)), plain(torch.full((1,), -1e3)))
+    if name != "bounds":  # of a tensor, the number type is part of the text
+        assert str(restore(text, torch.float64)) == str(SUPPORTS[name])
     assert Part.read(part.describe(), torch.float64).size == part.size
 
 
