@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pyro_flows import datasets, interpolation, objectives, pictures, plots
 from pyro_flows.alarms import UnreliableWarning
 from pyro_flows.builders import nice, planar, realnvp, spline
-from pyro_flows.chains import Chains, ChainVerdict, from_mcmc
+from pyro_flows.mcmc import Chains, ChainVerdict, from_mcmc
 from pyro_flows.comparison.compare import Comparison, compare
 from pyro_flows.comparison.evidence import Estimate, Evidence
 from pyro_flows.comparison.loo import Loo

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback
 from pyro_flows.batching import alone, quiet, usable
-from pyro_flows.chains import from_mcmc
+from pyro_flows.mcmc import from_mcmc
 from pyro_flows.guides import AutoFlow
 from pyro_flows.log_density import LogDensity
 from pyro_flows.observations import warn_if_nothing_observed

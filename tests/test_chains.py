@@ -12,7 +12,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 
 import pyro_flows as pf
-from pyro_flows.chains import judge_chains
+from pyro_flows.mcmc import judge_chains
 from tests.conjugate import (
     COUNTS,
     COUNTS_LOO,
