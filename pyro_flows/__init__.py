@@ -4,10 +4,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pyro_flows import datasets, interpolation, objectives, pictures, plots
 from pyro_flows._warnings import UnreliableWarning
+from pyro_flows.comparison.compare import Comparison, compare
+from pyro_flows.comparison.evidence import Estimate, Evidence
+from pyro_flows.comparison.loo import Loo
+from pyro_flows.comparison.prior import prior_predictive
+from pyro_flows.comparison.sensitivity import Sensitivity
 from pyro_flows.density_estimation.fit_density import fit_density
 from pyro_flows.density_estimation.fitted import DensityFit
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import fit
+from pyro_flows.fitting.mcmc import Chains, ChainVerdict, from_mcmc
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.images import glow, multiscale_realnvp
 from pyro_flows.flows.vectors import nice, planar, realnvp, spline
@@ -15,30 +21,20 @@ from pyro_flows.guides.autoflow import AutoFlow, AutoNICE, AutoPlanar, AutoRealN
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.posterior.posterior import Posterior, load
-from pyro_flows.transforms import (
-    ActNorm,
-    AdditiveCoupling,
-    AffineCoupling,
-    BatchNorm,
-    Bijection,
-    Bound,
-    Chain,
-    Conv1x1,
-    Dequantize,
-    DiagonalAffine,
-    Inverse,
-    Logit,
-    LowerTriangularAffine,
-    LULinear,
-    MultiScale,
-    Permutation,
-    Planar,
-    Rescale,
-    SinhArcsinh,
-    SplineCoupling,
-    Squeeze,
-    masks,
-)
+from pyro_flows.priors.fit import prior_from
+from pyro_flows.priors.fitted import FittedPrior
+from pyro_flows.transforms import masks
+from pyro_flows.transforms.affine_coupling import AdditiveCoupling, AffineCoupling
+from pyro_flows.transforms.base import Bijection, Bound, Inverse
+from pyro_flows.transforms.chain import Chain
+from pyro_flows.transforms.image import MultiScale, Squeeze
+from pyro_flows.transforms.linear import DiagonalAffine, LowerTriangularAffine, Permutation, Rescale
+from pyro_flows.transforms.lu import Conv1x1, LULinear
+from pyro_flows.transforms.norm import ActNorm, BatchNorm
+from pyro_flows.transforms.pixels import Dequantize, Logit
+from pyro_flows.transforms.planar import Planar
+from pyro_flows.transforms.spline_coupling import SplineCoupling
+from pyro_flows.transforms.tails import SinhArcsinh
 from pyro_flows.verdict.verdict import Verdict
 
 try:
@@ -58,15 +54,22 @@ __all__ = [
     "Bijection",
     "Bound",
     "Chain",
+    "ChainVerdict",
+    "Chains",
+    "Comparison",
     "Conv1x1",
     "DensityFit",
     "Dequantize",
     "DiagonalAffine",
+    "Estimate",
+    "Evidence",
+    "FittedPrior",
     "Flow",
     "Inverse",
     "LULinear",
     "LogDensity",
     "Logit",
+    "Loo",
     "LowerTriangularAffine",
     "MultiScale",
     "NothingObservedWarning",
@@ -74,15 +77,18 @@ __all__ = [
     "Planar",
     "Posterior",
     "Rescale",
+    "Sensitivity",
     "SinhArcsinh",
     "SplineCoupling",
     "Squeeze",
     "UnreliableWarning",
     "Verdict",
+    "compare",
     "datasets",
     "diagnose",
     "fit",
     "fit_density",
+    "from_mcmc",
     "glow",
     "interpolation",
     "load",
@@ -93,6 +99,8 @@ __all__ = [
     "pictures",
     "planar",
     "plots",
+    "prior_from",
+    "prior_predictive",
     "realnvp",
     "spline",
 ]

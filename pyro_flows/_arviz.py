@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -283,3 +284,121 @@ def _round(table: pd.DataFrame, round_to: int | str) -> pd.DataFrame:
         if math.isfinite(scale) and scale > 0:
             table.loc[row] = table.loc[row].round(max(SD_DIGITS - 1 - math.floor(math.log10(scale)), 0))
     return table
+
+
+# comparison and chains ------------------------------------------------------------------------------------------------
+
+
+def effective_draws(series: Tensor) -> float:
+    """Return the effective sample size of the mean of a series (chains, draws); that of independent draws at most."""
+    from arviz_stats.base import array_stats
+
+    given = series.detach().double().cpu().numpy()
+    found = float(array_stats.ess(given, chain_axis=0, draw_axis=1, method="mean"))
+    return min(found, given.size) if math.isfinite(found) else float(given.size)
+
+
+def chain_figures(draws: Tensor) -> dict[str, Tensor]:
+    """Return ``r_hat``, ``ess_bulk`` and ``ess_tail`` (D,) of draws (chains, draws, D); R-hat of one chain's halves."""
+    from arviz_stats.base import array_stats
+
+    given = draws.detach().double().cpu().numpy()
+    halves = draws if len(draws) > 1 else torch.stack(draws[0][: len(draws[0]) // 2 * 2].chunk(2))
+    bulk = array_stats.ess(given, chain_axis=0, draw_axis=1, method="bulk")
+    tail = array_stats.ess(given, chain_axis=0, draw_axis=1, method="tail", prob=(0.05, 0.95))
+    return {"r_hat": r_hat(halves), "ess_bulk": torch.as_tensor(bulk), "ess_tail": torch.as_tensor(tail)}
+
+
+def chain_summary(draws: xr.Dataset, *, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
+    """Table of chains: mean, sd, interval, standard error of the mean, effective draws and R-hat of each scalar."""
+    import xarray
+    from arviz_base import dataset_to_dataframe
+
+    table = summary(draws, ess=1.0, kind=kind, prob=prob, round_to="none").drop(columns="ess")
+    draws = draws.map(lambda values: values.astype(float))
+    dims = list(SAMPLE_DIMS)
+    parts = {
+        "mcse_mean": draws.azstats.mcse(sample_dims=dims, method="mean"),
+        "ess_bulk": draws.azstats.ess(sample_dims=dims, method="bulk"),
+        "ess_tail": draws.azstats.ess(sample_dims=dims, method="tail"),
+        "r_hat": _halves(draws).azstats.rhat(sample_dims=dims),
+    }
+    joined = xarray.concat([part.expand_dims(summary=[name]) for name, part in parts.items()], dim="summary")
+    figures = dataset_to_dataframe(joined, sample_dims=["summary"]).T
+    for name in parts:
+        table[name] = figures[name]
+    decimals = table["r_hat"].round(3)
+    table = _round(table, round_to)
+    table["r_hat"] = decimals
+    for name in ("ess_bulk", "ess_tail"):
+        table[name] = figures[name].round()
+    return table
+
+
+def _halves(draws: xr.Dataset) -> xr.Dataset:
+    """Return the two halves of one chain as chains, or several chains as they are."""
+    if draws.sizes["chain"] > 1:
+        return draws
+    return cut(draws.isel(draw=slice(0, draws.sizes["draw"] // 2 * 2)), 2)
+
+
+def stacking_weights(elpd: Tensor) -> list[float]:
+    """Return the weights of K models that maximise the log score of their mixture, from pointwise elpd (K, N)."""
+    import xarray
+    from arviz_stats import ELPDData, compare
+
+    if len(elpd) == 1:
+        return [1.0]
+    shifted = (elpd - elpd.amax(0)).double().cpu().numpy()  # weights stay the same, and no exponential underflows
+    numbers = {"p": 0.0, "n_samples": 1, "n_data_points": shifted.shape[1], "scale": "log", "warning": False}
+    entries = {
+        str(model): ELPDData(
+            "loo", float(row.sum()), 1.0, good_k=0.7, elpd_i=xarray.DataArray(row, dims="observation"), **numbers
+        )
+        for model, row in enumerate(shifted)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of many models and of large elpd, which are no matter of the weights
+        table = compare(entries, method="stacking")
+    weights = np.clip([float(table.loc[name, "weight"]) for name in entries], 0.0, None)
+    return [float(weight) for weight in weights / weights.sum()]
+
+
+def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) -> pd.DataFrame:
+    """Return the power-scaling sensitivity of each scalar to prior and likelihood, summed (chains, draws) each."""
+    import xarray
+    from arviz_base import dataset_to_dataframe
+    from arviz_stats import psense
+
+    groups = {"posterior": draws.map(lambda values: values.astype(float))}
+    for name, values in (("log_prior", log_prior), ("log_likelihood", log_likelihood)):
+        groups[name] = dataset({"total": values.double().cpu().numpy()}, {})
+    tree = xarray.DataTree.from_dict(groups)
+    parts = {group: psense(tree, group=group) for group in ("prior", "likelihood")}
+    found = {name: getattr(part, "dataset", part) for name, part in parts.items()}
+    joined = xarray.concat([part.expand_dims(component=[name]) for name, part in found.items()], dim="component")
+    return dataset_to_dataframe(joined, sample_dims=["component"]).T
+
+
+def entry_labels(values: xr.DataArray) -> list[str]:
+    """Return a label for each entry of an array of draws, in row-major order: ``y[Choate]``, ``y``."""
+    dims = [str(dim) for dim in values.dims if dim not in SAMPLE_DIMS]
+    axes = [[str(label) for label in values[dim].to_numpy().tolist()] for dim in dims]
+    name = str(values.name)
+    return [f"{name}[{', '.join(entry)}]" if entry else name for entry in itertools.product(*axes)]
+
+
+def cut(group: xr.Dataset, chains: int) -> xr.Dataset:
+    """Cut the one chain of a group into ``chains`` of equal length, which stand in it one after the other."""
+    arrays, dims = {}, {}
+    for name, values in group.data_vars.items():
+        given = values.to_numpy()[0]
+        arrays[str(name)] = given.reshape(chains, len(given) // chains, *given.shape[1:])
+        dims[str(name)] = [str(dim) for dim in values.dims if dim not in SAMPLE_DIMS]
+    coords = {str(dim): labels.to_numpy() for dim, labels in group.coords.items() if dim not in SAMPLE_DIMS}
+    return dataset(arrays, dims, coords=coords)
+
+
+def scalars(values: Mapping[str, Any]) -> xr.Dataset:
+    """Return a group of single values."""
+    return dataset({name: np.array(value) for name, value in values.items()}, {}, sample_dims=())

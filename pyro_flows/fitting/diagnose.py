@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, Unit
+from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -16,6 +17,7 @@ from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback
 from pyro_flows._seeding import BatchedDraws, seeded
 from pyro_flows._turns import alone
+from pyro_flows.fitting.mcmc import from_mcmc
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.batching import quiet, usable
 from pyro_flows.model.log_density import LogDensity
@@ -48,7 +50,8 @@ def diagnose(
     Args:
         model: a Pyro model.
         guide: a Pyro guide for it, function or module, over all its continuous latent sites. Auxiliary sites are
-            allowed where the latent sites are a one-to-one function of them, as in Pyro's autoguides.
+            allowed where the latent sites are a one-to-one function of them, as in Pyro's autoguides. A ``MCMC`` that
+            has run is judged by :func:`from_mcmc`.
         args: positional arguments of both (the data).
         model_kwargs: keyword arguments of both.
         draws: how many draws to judge and keep, 100 at least.
@@ -69,6 +72,9 @@ def diagnose(
     >>> posterior.verdict.status, posterior.samples["x"].shape
     ('ok', torch.Size([1000]))
     """
+    chains: Any = guide
+    if isinstance(chains, MCMC):
+        return from_mcmc(chains, model, *args, model_kwargs=model_kwargs, seed=seed)
     _checks.integer("draws", draws, 100, MAX_DRAWS)
     with alone():
         return _diagnose(model, guide, usable(args), usable(dict(model_kwargs or {})), draws, seed)

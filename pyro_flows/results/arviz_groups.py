@@ -68,24 +68,37 @@ def draws_group(labels: Labels, samples: Mapping[str, Tensor], chains: int = 1) 
     return _stack(labels, samples, layout, chains)
 
 
+def observed_group(density: LogDensity) -> xr.Dataset:
+    """The data, those that masks leave out excepted."""
+    labels = Labels(density.structure)
+    layouts = {name: labels.observed(name) for name in density.structure.observed}
+    data = {labels.variable(name): layout(labels.data(name)[None])[0] for name, layout in layouts.items()}
+    return _labelled(labels, data, layouts, ())
+
+
+def likelihood_group(density: LogDensity, z: Tensor, chains: int = 1) -> xr.Dataset:
+    """The pointwise log likelihood at draws z (S, D), in double precision, without what masks leave out."""
+    labels = Labels(density.structure)
+    values = _double(density.log_likelihood(z))
+    return _stack(labels, values, lambda name: labels.observed(name).without_event(), chains)
+
+
 def all_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
     """All groups of the ArviZ object, in its usual order."""
     labels = Labels(density.structure)
     latents = {latent.name: latent for latent in density.structure.latents}
-    observed, chains = labels.observed, posterior.chain_count
+    chains = posterior.chain_count
     groups = {"posterior": draws_group(labels, posterior.samples, chains)}
     groups["sample_stats"] = _used_stats(posterior)
-    likelihood, prior = density.log_likelihood(posterior.used), density.log_prior(posterior.used)
-    groups["log_likelihood"] = _stack(labels, _double(likelihood), lambda name: observed(name).without_event(), chains)
+    prior = density.log_prior(posterior.used)
+    groups["log_likelihood"] = likelihood_group(density, posterior.used, chains)
     groups["log_prior"] = _stack(
         labels, _double(prior), lambda name: labels.latent(latents[name]).without_event(), chains
     )
     if predictive:
         seed = int(posterior.settings["seed"])
         groups |= _predictive(labels, density, posterior.used, seed, chains)
-    layouts = {name: observed(name) for name in density.structure.observed}
-    data = {labels.variable(name): layout(labels.data(name)[None])[0] for name, layout in layouts.items()}
-    groups["observed_data"] = _labelled(labels, data, layouts, ())
+    groups["observed_data"] = observed_group(density)
     groups["constant_data"] = _constants(density)
     cut = {latent.name: _cut(latent, posterior.used) for latent in density.structure.latents}
     groups["unconstrained_posterior"] = _stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -77,6 +77,9 @@ class Labels:
         self._variables: dict[str, str] = {}
         self._taken = set(_arviz.SAMPLE_DIMS)
         self._sizes: dict[str, int] = {}
+        self._kept: dict[str, tuple[str | None, ...]] = {}  # names of axes, by the sites of a fitted prior of several
+        for latent in structure.latents:
+            self._kept.update(getattr(messages(structure.trace)[latent.name]["fn"], "site_dims", {}))
         latents = [latent.name for latent in structure.latents]
         for site in (*latents, *structure.deterministic, *structure.observed):
             name = site.replace("/", ".")
@@ -119,7 +122,17 @@ class Labels:
 
     def latent(self, latent: Latent) -> Layout:
         """The layout of a latent site's constrained value."""
-        return self.layout(latent.name, latent.shape, latent.event_dim, latent.plates, latent.mask)
+        found = self.layout(latent.name, latent.shape, latent.event_dim, latent.plates, latent.mask)
+        fn = messages(self.structure.trace)[latent.name]["fn"]
+        return self._named(found, latent.name, latent.shape, getattr(fn, "event_dims", ()))
+
+    def _named(self, layout: Layout, site: str, shape: torch.Size, names: Sequence[str | None]) -> Layout:
+        """Give the last axes the names that a fitted prior kept of them, None where it has none."""
+        dims = list(layout.dims)
+        for place, name in enumerate(names, start=-len(names)):
+            if name is not None:
+                dims[place] = self._plate(Plate(name, place, shape[place]), self.variable(site))
+        return replace(layout, dims=tuple(dims))
 
     def unconstrained(self, latent: Latent) -> Layout:
         """The layout of a latent site's unconstrained coordinates, each masked-out one left out."""
@@ -163,4 +176,4 @@ class Labels:
                 batch = len(shape) - event_dim
                 if all(batch + plate.dim >= 0 and shape[batch + plate.dim] == plate.size for plate in plates):
                     break
-        return self.layout(site, shape, event_dim, plates)
+        return self._named(self.layout(site, shape, event_dim, plates), site, shape, self._kept.get(site, ()))

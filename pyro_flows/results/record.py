@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pyro_flows._warnings import warn_unreliable
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.chains import Chains
-from pyro_flows.verdict.verdict import Verdict
+from pyro_flows.verdict.verdict import Draw, Verdict
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,23 @@ class Record:
     missing: dict[str, str] = field(repr=False)
     stored: tuple[dict[str, Any], dict[str, Any]] | None = field(repr=False, default=None)  # as read from a file
     chains: Chains | None = field(repr=False, default=None)
+    drawer: Draw | None = field(repr=False, default=None)  # more raw draws of a guide without a flow
+
+    def _raw_draws(self) -> Draw | None:
+        """Return how to draw from the guide anew, n -> z (n, D), log q (n,); None without a guide or a model."""
+        flow = self.flow
+        if self.density is None or flow is None:
+            return self.drawer if self.density is not None else None
+        return lambda n: flow.rsample_and_log_prob((n,))
+
+    def _hand_on(self, door: str) -> None:
+        """Warn where draws that the verdict calls unreliable go out by ``door``."""
+        if self.verdict.status == "unreliable":
+            warn_unreliable(self, door, self.verdict.reasons)
+
+    def _extra(self) -> dict[str, Any]:
+        """Return what a subclass adds: tensors, numbers and strings, which go to the files as they are."""
+        return {}
 
     @property
     def resampled(self) -> bool:

@@ -1,0 +1,1 @@
+"""What is done with judged posteriors: evidence, leave-one-out, comparison, sensitivity."""

@@ -1,0 +1,143 @@
+"""Bridge sampling: the evidence from draws of the posterior and draws of a proposal."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _arviz
+from pyro_flows.starts.gaussians import Gaussians
+
+ITERATIONS = 1000
+SETTLED = 1e-10  # nats, between two iterations
+DF = 7.0  # of the normal proposal's Student t: the tails of most posteriors lie between
+
+
+class Bridged(NamedTuple):
+    """Log evidence and its standard error, nats, and whether the iteration settled."""
+
+    value: float
+    standard_error: float
+    settled: bool
+
+
+def bridge(posterior_ratio: Tensor, proposal_ratio: Tensor, chains: int = 1) -> Bridged:
+    r"""Estimate :math:`\log Z` from log ratios :math:`\ell = \log \tilde p(z) - \log q(z)` at draws of both.
+
+    .. math::
+        Z = \frac{\frac 1{N_q} \sum_{z \sim q} e^\ell / (s_p e^\ell + s_q Z)}
+                 {\frac 1{N_p} \sum_{z \sim p} 1 / (s_p e^\ell + s_q Z)}
+
+    is the fixed point of Meng and Wong's optimal bridge; the shares :math:`s_p, s_q` count effective draws. The error
+    is that of Frühwirth-Schnatter (2004): the relative variances of numerator and denominator, the latter over the
+    effective sample size of its own series.
+
+    Args:
+        posterior_ratio: log ratios (N_p,) at draws of the posterior, which must not have been used to make q; chain
+            after chain.
+        proposal_ratio: log ratios (N_q,) at independent draws of q.
+        chains: how many chains the draws of the posterior come from.
+
+    References: Meng and Wong 1996; Frühwirth-Schnatter 2004; Gronau et al. 2017.
+
+    >>> import torch
+    >>> from torch.distributions import Normal
+    >>> _ = torch.manual_seed(0)
+    >>> p, q = Normal(0.0, 1.0), Normal(0.2, 1.2)
+    >>> ratios = [p.log_prob(z) + 3.0 - q.log_prob(z) for z in (p.sample((4000,)), q.sample((4000,)))]
+    >>> found = bridge(*ratios)
+    >>> abs(found.value - 3.0) < 4 * found.standard_error, found.standard_error < 0.01
+    (True, True)
+    """
+    at_p, at_q = (_finite(ratio) for ratio in (posterior_ratio, proposal_ratio))
+    shift = float(at_p.median())
+    at_p, at_q = at_p - shift, at_q - shift
+    effective = _effective((-torch.logaddexp(at_p, torch.zeros_like(at_p))).exp(), chains)
+    share = effective / (effective + len(at_q))
+    log_p_share, log_q_share = math.log(share), math.log1p(-share)
+    value, settled = 0.0, False
+    for _ in range(ITERATIONS):
+        above, below = _terms(at_p, at_q, value, log_p_share, log_q_share)
+        new = _log_mean(above) - _log_mean(below)
+        settled = abs(new - value) < SETTLED
+        value = new
+        if settled or not math.isfinite(value):
+            break
+    above, below = _terms(at_p, at_q, value, log_p_share, log_q_share)
+    denominator = (below - below.max()).exp()
+    variance = _relative_variance(above) / len(above)
+    variance += _relative_variance(below) / _effective(denominator, chains)
+    return Bridged(value + shift, math.sqrt(variance), settled)
+
+
+def _terms(at_p: Tensor, at_q: Tensor, value: float, log_p_share: float, log_q_share: float) -> tuple[Tensor, Tensor]:
+    """Return the logarithms of the terms of numerator and denominator."""
+    other_q, other_p = (torch.full_like(at, log_q_share + value) for at in (at_q, at_p))
+    return at_q - torch.logaddexp(log_p_share + at_q, other_q), -torch.logaddexp(log_p_share + at_p, other_p)
+
+
+def _finite(ratio: Tensor) -> Tensor:
+    """Return ratios in double precision; a draw that the model cannot score has density zero."""
+    ratio = ratio.detach().double().cpu()
+    return torch.where(torch.isfinite(ratio), ratio, -torch.inf)
+
+
+def _log_mean(logs: Tensor) -> float:
+    return float(torch.logsumexp(logs, 0)) - math.log(len(logs))
+
+
+def _relative_variance(logs: Tensor) -> float:
+    values = (logs - logs.max()).exp()
+    return float(values.var() / values.mean().square())
+
+
+def _effective(series: Tensor, chains: int) -> float:
+    """Return the effective sample size of the mean of a series that is one chain after the other."""
+    return _arviz.effective_draws(series.reshape(chains, -1))
+
+
+# a proposal from the draws themselves ---------------------------------------------------------------------------------
+
+
+class Proposal(NamedTuple):
+    """A multivariate Student t with the location and the scale of draws."""
+
+    normal: Gaussians
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return ``count`` draws (count, D) and their log densities (count,); uses torch's global generator."""
+        dim = self.normal.loc.shape[-1]
+        noise = torch.randn(count, dim, dtype=torch.float64)
+        mixing = torch.distributions.Chi2(torch.tensor(DF, dtype=torch.float64)).sample((count,)) / DF
+        z = self.normal.map(noise / mixing.sqrt()[:, None])[0][0]
+        return z, self.log_prob(z)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        r"""Return :math:`\log q(z)` (N,): the normal density of the same squares, with the t's tails."""
+        dim = self.normal.loc.shape[-1]
+        log_normal = self.normal.log_prob(z.double().cpu())[0]
+        at_mode = self.normal.log_prob(self.normal.loc)[0, 0]
+        squares = 2.0 * (at_mode - log_normal)
+        constant = math.lgamma(0.5 * (DF + dim)) - math.lgamma(0.5 * DF) + 0.5 * dim * math.log(2.0 / DF)
+        return at_mode + constant - 0.5 * (DF + dim) * torch.log1p(squares / DF)
+
+
+def fit_proposal(z: Tensor) -> Proposal:
+    """Return the Student t with the mean and the covariance of draws (N, D), N above D.
+
+    Raises:
+        ValueError: if there are too few draws for a covariance.
+    """
+    count, dim = z.shape
+    if count < 2 * dim + 10:
+        raise ValueError(f"draws: expected at least {2 * dim + 10} for a covariance of {dim} coordinates, got {count}.")
+    z = z.detach().double().cpu()
+    scale = z.std(0).clamp_min(torch.finfo(z.dtype).tiny)
+    correlation = ((z - z.mean(0)) / scale).mT.cov().reshape(dim, dim)
+    ridge = 1e-9 * torch.eye(dim, dtype=z.dtype)
+    root = scale[:, None] * torch.linalg.cholesky(correlation + ridge) * math.sqrt((DF - 2.0) / DF)
+    ones, eye = torch.ones(1, dim, dtype=z.dtype), torch.eye(dim, dtype=z.dtype)[None]
+    return Proposal(Gaussians(z.mean(0)[None], root[None], ones, eye[..., :1], torch.ones(1, 1, 1, dtype=z.dtype)))

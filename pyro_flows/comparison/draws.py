@@ -1,0 +1,68 @@
+"""Draws of a posterior in its verdict's own way: those in hand, or more of the same kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.comparison.controls import controls
+from pyro_flows.verdict.psis import psis
+from pyro_flows.verdict.verdict import POOL, resample
+
+if TYPE_CHECKING:
+    from pyro_flows.results.record import Record
+
+
+class Draws(NamedTuple):
+    """Draws z (S, D); log p / q and control variates where they are of q; numbers that copies of one draw share."""
+
+    z: Tensor
+    ratio: Tensor | None
+    controls: Tensor | None = None
+    copies: Tensor | None = None
+
+
+def is_chains(posterior: Record) -> bool:
+    """Whether the draws to use come from Markov chains: they are of the posterior, and not of a guide."""
+    return posterior.verdict.status == "refined" or hasattr(posterior, "count")
+
+
+def chains_of(posterior: Record) -> int:
+    """Return how many chains the draws to use are, one after the other."""
+    return int(getattr(posterior, "count", posterior.chain_count))
+
+
+def is_of_guide(posterior: Record) -> bool:
+    """Whether the draws to use are the guide's own."""
+    return posterior.verdict.status == "ok" and not is_chains(posterior)
+
+
+def in_hand(posterior: Record) -> Draws:
+    """Return the draws to use."""
+    if is_of_guide(posterior):
+        ratio = posterior.used_log_p.double().cpu() - posterior.used_log_q.double().cpu()
+        return Draws(posterior.used, ratio, controls(posterior.flow, posterior.used))
+    copies = torch.unique(posterior.used.cpu(), dim=0, return_inverse=True)[1] if posterior.resampled else None
+    return Draws(posterior.used, None, copies=copies)
+
+
+def can_draw(posterior: Record) -> bool:
+    """Whether there can be more draws of the same kind: not of chains, and not without a guide and a model."""
+    return posterior._raw_draws() is not None and not is_chains(posterior)
+
+
+@torch.no_grad()
+def more(posterior: Record, count: int, *, seed: int, purpose: str) -> Draws:
+    """Draw anew from the guide; draws that the verdict corrects are resampled from a pool four times as large."""
+    draw, density = posterior._raw_draws(), posterior._need_density()
+    assert draw is not None  # see `can_draw`
+    with seeded(derive(seed, purpose), posterior.used.device):
+        z, log_q = draw(count if is_of_guide(posterior) else POOL * count)
+        ratio = density(z).double() - log_q.double()
+    if is_of_guide(posterior):
+        return Draws(z, ratio.cpu(), controls(posterior.flow, z))
+    index = resample(psis(ratio)[0], count, seed=seed)
+    return Draws(z[index], None, copies=index.cpu())

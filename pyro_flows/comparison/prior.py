@@ -1,0 +1,102 @@
+"""Draws of a model before it has seen its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_flows import _checks
+from pyro_flows._fallbacks import fallback
+from pyro_flows._seeding import BatchedDraws, derive, seeded
+from pyro_flows._turns import alone
+from pyro_flows.model.batching import apart, quiet, usable
+from pyro_flows.model.handlers import Resample
+from pyro_flows.model.sites import is_data, is_deterministic, messages
+
+
+def prior_predictive(
+    model: Callable[..., Any],
+    *args: Any,
+    draws: int = 1000,
+    seed: int = 0,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    r"""Draw from the prior and from the data that it predicts, before any fit: ``{name: (draws, *shape)}``.
+
+    .. math:: \theta \sim p(\theta), \qquad y \sim p(y \mid \theta)
+
+    All sites are there: latent ones, deterministic ones, and observed ones, drawn anew whether data are given or None.
+    Discrete latents are drawn as they are. Factors are left out: they are no part of the prior.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        draws: how many.
+        seed: the same seed gives the same draws; torch's own random state is left as it was.
+        model_kwargs: its keyword arguments.
+
+    Raises:
+        ValueError: naming the site, for a distribution that cannot be drawn from, as that of an improper prior.
+
+    Cost: one run of the model a draw, many at once where ``torch.func.vmap`` can.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y):
+    ...     rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    ...     with pyro.plate("count", 3):
+    ...         pyro.sample("y", dist.Poisson(rate), obs=y)
+    >>> drawn = pf.prior_predictive(model, None, draws=500)
+    >>> drawn["rate"].shape, drawn["y"].shape
+    (torch.Size([500]), torch.Size([500, 3]))
+    """
+    if not callable(model):
+        raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
+    _checks.integer("draws", draws, 1)
+    args, kwargs = usable(args), usable(dict(model_kwargs or {}))
+
+    seen = _Last()
+
+    def one(_: Tensor) -> dict[str, Tensor]:
+        with apart(), seen:
+            trace = poutine.trace(Resample()(model)).get_trace(*args, **kwargs)
+        return {name: site["value"] for name, site in messages(trace).items() if _is_drawn(site)}
+
+    with alone(), quiet(), torch.no_grad(), seeded(derive(seed, "prior")):
+        try:
+            return _many(one, draws)
+        except NotImplementedError:
+            raise ValueError(f"site {seen.name!r}: its prior, {seen.kind}, cannot be drawn from.") from None
+
+
+def _many(one: Callable[[Tensor], dict[str, Tensor]], draws: int) -> dict[str, Tensor]:
+    try:
+        with BatchedDraws():
+            return torch.func.vmap(one, randomness="different")(torch.zeros(draws))
+    except NotImplementedError:
+        raise
+    except RuntimeError as error:  # what vmap cannot batch
+        fallback("drawn one by one", error)
+        rows = [one(torch.zeros(())) for _ in range(draws)]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _is_drawn(site: Any) -> bool:
+    return site["type"] == "sample" and not site_is_subsample(site) and (is_data(site) or is_deterministic(site))
+
+
+class _Last(Messenger):
+    """Remember which site was drawn last."""
+
+    name = kind = ""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
+            fn = fn.base_dist
+        self.name, self.kind = msg["name"], type(fn).__name__

@@ -1,0 +1,1 @@
+"""Yesterday's posterior as today's prior."""

@@ -1,0 +1,236 @@
+"""Leave-one-out: against exact refits and ArviZ, from draws of every status; observations by site and by k-hat."""
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray
+from arviz_stats import loo_approximate_posterior
+from pyro import poutine
+
+import pyro_flows as pf
+from pyro_flows.comparison.controls import controls, explained
+from pyro_flows.comparison.draws import in_hand
+from pyro_flows.comparison.loo import _judged, _pointwise
+from tests.conjugate import (
+    COUNTS,
+    COUNTS_LOO,
+    counts,
+    counts_guide,
+    regression,
+    regression_data,
+    regression_guide,
+    regression_loo,
+)
+from tests.posteriors import SCHOOLS, schools_posterior
+
+GUIDES = {"ok": (10.0, 7.0), "corrected": (14.0, 9.8), "unreliable": (60.0, 20.0)}
+
+
+def counted(status, **options):
+    posterior = pf.diagnose(counts, counts_guide(*GUIDES[status]), COUNTS, **options)
+    assert posterior.verdict.status == status
+    return posterior
+
+
+@pytest.mark.parametrize(("status", "method"), [("ok", "approximate"), ("corrected", "plain")])
+def test_counts_against_exact_refits(status, method):
+    """The Monte Carlo errors are .006 to .008: .02 is 2.5 of them at least, and the seed is fixed."""
+    found = counted(status).loo()
+    assert found.elpd == pytest.approx(COUNTS_LOO, abs=0.02)
+    assert found.method == method
+    assert found.status == status
+    assert found.mcse < 0.01
+    assert abs(found.elpd - COUNTS_LOO) < 4 * found.mcse
+    assert found.high == ()
+    assert ("of the guide's draws" in str(found)) == (method == "approximate")
+
+
+def test_an_unreliable_posterior_is_refused():
+    with pytest.raises(ValueError, match=r"loo: the verdict on the draws is unreliable \(.*\)"):
+        counted("unreliable").loo()
+
+
+def test_counts_by_a_fit():
+    posterior = pf.fit(counts, COUNTS, progress=False, max_steps=1000, escalate=False)
+    found = posterior.loo()
+    assert found.elpd == pytest.approx(COUNTS_LOO, abs=0.02)
+
+
+def test_a_regression_against_exact_refits():
+    x, y = regression_data(3, 30)
+    exact = regression_loo(x, y)
+    found = pf.diagnose(regression, regression_guide(), x, y, draws=4000).loo()
+    assert found.elpd == pytest.approx(float(exact.sum()), abs=0.03)
+    assert abs(found.elpd - float(exact.sum())) < 4 * found.mcse
+    torch.testing.assert_close(found.pointwise, exact, rtol=0.0, atol=0.02)
+    assert found.se == pytest.approx(float(exact.std()) * 30**0.5, rel=0.01)
+    assert 2.0 < found.p < 5.0  # three slopes and a scale
+
+
+@pytest.mark.slow
+def test_a_regression_by_a_fit_against_exact_refits():
+    x, y = regression_data(5, 60)
+    found = pf.fit(regression, x, y, progress=False).loo()
+    assert found.elpd == pytest.approx(float(regression_loo(x, y).sum()), abs=0.02)
+
+
+def test_the_monte_carlo_error_is_honest():
+    """40 seeds, for draws of both kinds: mean squares of errors over standard errors in [.5, 1.7], 1 set in 1000."""
+    for status in ("ok", "corrected"):
+        posterior = counted(status, draws=500)
+        found = [posterior.loo(draws=2000, seed=seed) for seed in range(40)]
+        squares = [((one.elpd - COUNTS_LOO) / one.mcse) ** 2 for one in found]
+        assert 0.5 < sum(squares) / len(squares) < 1.7, status
+
+
+def test_naive_cross_validation_of_draws_that_are_off_would_be_wrong():
+    """The draws of a guide that is too wide, taken for the posterior's own: the reason for the weights."""
+    shape, rate = 4.0, 2.8
+    draws = dist.Gamma(shape, rate).sample((64_000,)).double()
+    likelihood = dist.Poisson(draws[:, None]).log_prob(COUNTS.double())
+    base = dist.Gamma(10.0, 7.0).log_prob(draws) - dist.Gamma(shape, rate).log_prob(draws)
+    assert abs(float(_pointwise(likelihood, None)[0].sum()) - COUNTS_LOO) > 0.2
+    assert float(_pointwise(likelihood, base)[0].sum()) == pytest.approx(COUNTS_LOO, abs=0.02)
+
+
+def test_arviz_says_the_same():
+    posterior = schools_posterior("ok", draws=1000)
+    tree = posterior.to_arviz(predictive=False)
+    groups = {name: tree[name].to_dataset() if hasattr(tree[name], "to_dataset") else tree[name] for name in GROUPS}
+    stats = groups["sample_stats"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = loo_approximate_posterior(
+            xarray.DataTree.from_dict(groups), stats["log_p"], stats["log_q"], pointwise=True
+        )
+    ours = _judged(posterior, in_hand(posterior)._replace(controls=None), None)
+    assert ours.elpd == pytest.approx(float(theirs.elpd), abs=1e-6)
+    assert ours.se == pytest.approx(float(theirs.se), rel=0.08)  # theirs has N in the variance, ours N - 1
+    torch.testing.assert_close(ours.k_hat, torch.tensor(theirs.pareto_k.to_numpy()), rtol=0.0, atol=1e-6)
+
+
+GROUPS = ("posterior", "log_likelihood", "sample_stats")
+
+
+def test_controls_have_expectation_zero_and_take_the_error_off():
+    for base in ("normal", "student_t", "logistic", "uniform"):
+        flow = pf.realnvp(2, layers=2, base=base)
+        z = flow().sample((40_000,)).detach()
+        given = controls(flow, z)
+        assert given.shape == (40_000, 5)
+        assert float((given.mean(0) / given.std(0)).abs().max()) < 4.5 / 200, base
+    errors = []
+    for _ in range(30):
+        x = torch.randn(1000, 2, dtype=torch.float64)
+        given = controls(pf.Flow(pf.Permutation(torch.tensor([1, 0]))).double(), x)
+        values = (x.sum(1) + 0.5 * x[:, 0] * x[:, 1] + 0.1 * x[:, 0] ** 3)[:, None] / 1000
+        off, rest = explained(values, given)
+        errors.append([float(values.sum()), float(values.sum() - off[0]), float(rest.square().sum().sqrt())])
+    plain, better, said = torch.tensor(errors).T
+    assert better.square().mean() < 0.2 * plain.square().mean()
+    assert 0.5 < better.square().mean() / said.square().mean() < 1.8
+    assert controls(None, x) is None
+    assert controls(pf.realnvp(80), torch.randn(1000, 80)) is None
+
+
+# observations ---------------------------------------------------------------------------------------------------------
+
+
+def two_outcomes(y, n):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("row", len(y)):
+        with poutine.mask(mask=torch.tensor([True, True, False, True])):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        pyro.sample("n", dist.Poisson(mu.exp()), obs=n)
+
+
+@pytest.fixture(scope="module")
+def two():
+    y, n = torch.tensor([0.3, 0.8, 0.0, 6.0]), torch.tensor([1.0, 2.0, 1.0, 0.0])
+
+    def guide(y, n):
+        pyro.sample("mu", dist.Normal(0.45, 0.42))
+
+    posterior = pf.diagnose(two_outcomes, guide, y, n)
+    assert posterior.verdict.status != "unreliable"
+    return posterior
+
+
+def test_observations_by_site(two):
+    found = two.loo()
+    assert found.labels == ("y[0]", "y[1]", "y[3]", "n[0]", "n[1]", "n[2]", "n[3]")
+    sums = found.by_site()
+    assert set(sums) == {"y", "n"}
+    assert sum(sums.values()) == pytest.approx(found.elpd)
+    alone = two.loo("y")
+    assert alone.labels == ("y[0]", "y[1]", "y[3]")
+    assert alone.elpd == pytest.approx(sums["y"], abs=0.05)
+    with pytest.raises(ValueError, match="sites: expected one of 'n', 'y', got 'z'"):
+        two.loo("z")
+
+
+def test_the_outlier_has_the_largest_leverage(two):
+    table = two.loo().leverage(2)
+    assert table.index[0] == "y[3]"
+    assert list(table.columns) == ["k_hat", "elpd", "p"]
+    assert len(two.loo().leverage(None)) == 7
+    assert two.loo().leverage(None)["k_hat"].is_monotonic_decreasing
+
+
+def test_pointwise_likelihood_by_site(two):
+    found = two.log_likelihood()
+    assert {name: value.shape for name, value in found.items()} == {"y": (4000, 4), "n": (4000, 4)}
+    assert bool((found["y"][:, 2] == 0).all())
+    mu = two.samples["mu"]
+    torch.testing.assert_close(found["y"][:, 3], dist.Normal(mu, 1.0).log_prob(torch.tensor(6.0)))
+
+
+def test_without_a_model_the_saved_likelihood_is_taken(tmp_path):
+    posterior = schools_posterior("ok")
+    posterior.save(tmp_path / "saved")
+    found = pf.load(tmp_path / "saved").loo()
+    assert found.draws == 2000
+    assert found.labels == tuple(f"y[{i}]" for i in range(SCHOOLS))
+    hand = _judged(posterior, in_hand(posterior), None)
+    torch.testing.assert_close(found.pointwise, hand.pointwise, rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(found.k_hat, hand.k_hat, rtol=0.0, atol=1e-4)
+    with pytest.raises(ValueError, match="needs the model"):
+        pf.load(tmp_path / "saved").log_likelihood()
+
+
+def test_k_hats_above_the_limit_are_named():
+    """Each school's own prior alone is left without its datum, which is far from the posterior."""
+
+    def model(y):
+        with pyro.plate("row", len(y)):
+            theta = pyro.sample("theta", dist.Normal(0.0, 10.0))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("row", len(y)):
+            pyro.sample("theta", dist.Normal(y * 100 / 101, (100 / 101) ** 0.5))
+
+    found = pf.diagnose(model, guide, torch.tensor([1.0, 2.0]), draws=1000).loo(draws=1000)
+    assert found.high == ("y[0]", "y[1]")
+    assert found.mcse == math.inf
+    assert "leave them out in fits of their own" in str(found)
+
+
+def test_models_without_a_pointwise_likelihood_are_refused():
+    def mixture(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            side = pyro.sample("side", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(mu + 0.1 * side, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("mu", dist.Normal((y - 0.05).sum() / 4, 0.5))
+
+    posterior = pf.diagnose(mixture, guide, torch.tensor([0.1, 0.2, -0.3]))
+    assert posterior.verdict.status != "unreliable"
+    with pytest.raises(ValueError, match="'side' are summed out"):
+        posterior.loo()

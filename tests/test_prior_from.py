@@ -1,0 +1,329 @@
+"""A posterior as a prior: supports, shapes, dimensions, files, and chains of batches against all data at once."""
+
+import copy
+import json
+import math
+import pickle
+from contextlib import nullcontext
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import biject_to, constraints
+
+import pyro_flows as pf
+from pyro_flows.model.supports import _event_dim
+from pyro_flows.priors.parts import Joint, Part, describe, restore
+from tests.posteriors import Y, schools, schools_posterior
+
+QUICK = {"max_epochs": 15}
+
+
+def walk(y, prior=None):
+    """A slope, a scale and shares, with priors of their own or one for both slope and scale."""
+    if prior is None:
+        slope = pyro.sample("slope", dist.Normal(0.0, 2.0))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    else:
+        values = prior.sample()
+        slope, scale = values["slope"], values["scale"]
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(slope, scale), obs=y)
+
+
+def in_chains(draws):
+    """A judged posterior of exact draws, one chain after the other."""
+    return {name: value.reshape(4, -1, *value.shape[1:]) for name, value in draws.items()}
+
+
+def skewed(count=8000):
+    """Draws of two correlated sites, one of them positive: neither a normal distribution nor independent."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 2, generator=generator)
+    return {"slope": x[:, 0], "scale": (0.5 * x[:, 0] + 0.5 * x[:, 1]).exp()}
+
+
+@pytest.fixture(scope="module")
+def joint():
+    posterior = pf.from_mcmc(in_chains(skewed()), walk, torch.tensor([0.1, 0.4]))
+    assert posterior.verdict.status == "ok"
+    return pf.prior_from(posterior, max_epochs=60)
+
+
+def test_several_sites_are_one_event_with_their_correlation(joint):
+    assert joint.sites == ("slope", "scale")
+    distribution = joint()
+    assert distribution.event_shape == (2,)
+    torch.manual_seed(0)
+    found = joint.split(distribution.sample((20_000,)))
+    assert bool((found["scale"] > 0).all())
+    pair = torch.stack([found["slope"], found["scale"].log()])
+    torch.testing.assert_close(pair.mean(1), torch.zeros(2), rtol=0.0, atol=0.04)
+    torch.testing.assert_close(pair.cov(), torch.tensor([[1.0, 0.5], [0.5, 0.5]]), rtol=0.0, atol=0.05)
+    assert joint.mean_shift < 0.05
+    assert joint.sd_shift < 0.05
+    assert joint.status == "ok"
+    assert str(joint).startswith("Prior of slope, scale")
+
+
+def test_the_density_is_that_of_the_draws(joint):
+    draws = skewed(2000)
+    value = torch.stack([draws["slope"], draws["scale"]], 1)
+    x = draws["slope"]
+    noise = (draws["scale"].log() - 0.5 * x) / 0.5
+    exact = dist.Normal(0.0, 1.0).log_prob(x) + dist.Normal(0.0, 1.0).log_prob(noise)
+    exact = exact - math.log(0.5) - draws["scale"].log()
+    found = joint().log_prob(value)
+    assert float((exact - found).mean()) == pytest.approx(0.0, abs=0.02)
+    drawn = joint().sample((4000,))
+    assert bool(torch.isfinite(joint().log_prob(drawn)).all())
+    assert bool(joint().support.check(drawn).all())
+
+
+def test_nothing_trains_and_no_gradient_is_lost(joint):
+    assert not any(parameter.requires_grad for parameter in joint.parameters())
+    value = joint().rsample((3,))
+    leaf = value.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(joint().log_prob(leaf).sum(), leaf)
+    assert bool((gradient != 0).all())
+    pyro.clear_param_store()
+    walk(torch.zeros(2), joint)
+    assert not list(pyro.get_param_store())
+
+
+def test_a_model_with_it_is_fitted_and_chained(joint):
+    y = torch.tensor([0.5, 1.5, 0.2])
+    density = pf.LogDensity(walk, (y, joint))
+    assert density.dim == 2
+    assert density.reason is None
+    z = torch.randn(5, 2)
+    values = density.constrain(z)
+    assert set(values) == {"prior", "slope", "scale"}
+    prior = joint().log_prob(values["prior"]) + density.log_jacobian(z)
+    likelihood = dist.Normal(values["slope"][:, None], values["scale"][:, None]).log_prob(y).sum(1)
+    torch.testing.assert_close(density(z), prior + likelihood, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(density.unconstrain(values), z, rtol=1e-4, atol=1e-4)
+    guide = pf.AutoFlow(walk, "nice", layers=2).initialize(y, joint)
+    posterior = pf.diagnose(walk, guide, y, joint, draws=500)
+    with pytest.warns(pf.UnreliableWarning) if posterior.verdict.status == "unreliable" else _nothing():
+        again = pf.prior_from(posterior, "prior", **QUICK)
+    assert again.sites == ("slope", "scale")
+    assert set(again.sample()) == {"slope", "scale"}
+
+
+def _nothing():
+    return nullcontext()
+
+
+def test_draws_are_shared_by_name_with_pyros_own_inference(joint):
+    trace = pyro.poutine.trace(walk).get_trace(torch.zeros(2), joint)
+    assert {"prior", "slope", "scale", "y"} <= set(trace.nodes)
+    assert float(trace.nodes["scale"]["value"]) > 0
+    assert trace.log_prob_sum().dim() == 0
+
+
+def test_saved_and_loaded(joint, tmp_path):
+    joint.save(tmp_path / "prior")
+    found = pf.FittedPrior.load(tmp_path / "prior")
+    value = joint().sample((50,))
+    torch.testing.assert_close(found().log_prob(value), joint().log_prob(value))
+    assert found.sites == joint.sites
+    assert str(found) == str(joint)
+    for other in (pickle.loads(pickle.dumps(joint)), copy.deepcopy(joint)):
+        torch.testing.assert_close(other().log_prob(value), joint().log_prob(value))
+    (tmp_path / "prior" / "prior.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="digest differs"):
+        pf.FittedPrior.load(tmp_path / "prior")
+    with pytest.raises(ValueError, match="expected the directory of a saved prior"):
+        pf.FittedPrior.load(tmp_path)
+
+
+# one site, its plate, its own flow ------------------------------------------------------------------------------------
+
+
+def again(y, prior):
+    theta = pyro.sample("theta", prior())
+    double = pyro.deterministic("double", 2 * theta)
+    with pyro.plate("school", len(y)):
+        pyro.sample("y", dist.Normal(double / 2, 1.0), obs=y)
+
+
+def test_a_site_in_a_plate_keeps_its_dimension(tmp_path):
+    prior = pf.prior_from(schools_posterior("ok"), "theta", **QUICK)
+    assert prior().event_shape == (8,)
+    assert prior.parts[0].dims == ("school",)
+    prior.save(tmp_path / "prior")
+    for one in (prior, pf.FittedPrior.load(tmp_path / "prior")):
+        guide = pf.AutoFlow(again, "nice", layers=2).initialize(Y, one)
+        tree = pf.diagnose(again, guide, Y, one, draws=200)
+        with pytest.warns(pf.UnreliableWarning) if tree.verdict.status == "unreliable" else _nothing():
+            found = tree.to_arviz(predictive=False)
+        assert found["posterior"]["theta"].dims == ("chain", "draw", "school")
+        assert found["unconstrained_posterior"]["theta"].dims == ("chain", "draw", "school")
+        assert pf.prior_from(tree, **QUICK).parts[0].dims == ("school",) if tree.verdict.status == "ok" else True
+
+
+def test_a_flow_that_is_the_posterior_is_taken_as_it_is():
+    posterior = pf.fit(schools, Y, progress=False, max_steps=400, escalate=False)
+    prior = pf.prior_from(posterior)
+    assert prior.flow is not posterior.flow
+    value = prior().sample((10,))
+    whole = posterior.guide.log_prob({"theta": value})
+    if posterior.verdict.status == "ok":
+        torch.testing.assert_close(prior().log_prob(value), whole)
+    assert prior.mean_shift < 0.05
+
+
+def test_conjugate_batches_one_after_the_other():
+    """Three batches of normal data: the last posterior is that of all of them, in closed form."""
+    y = torch.tensor([0.3, 1.2, 0.7, -0.4, 0.9, 1.1])
+
+    def model(y, prior):
+        mu = pyro.sample("mu", prior())
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    prior, precision, mean = (lambda: dist.Normal(0.0, 2.0)), 0.25, 0.0
+    for batch in y.split(2):
+        precision, mean = precision + 2, (precision * mean + batch.sum()) / (precision + 2)
+        guide = dist.Normal(mean, precision**-0.5)
+        posterior = pf.diagnose(model, lambda y, prior, g=guide: pyro.sample("mu", g), batch, prior)
+        assert posterior.verdict.status in ("ok", "corrected"), posterior.verdict
+        prior = pf.prior_from(posterior, "mu")
+    drawn = prior().sample((20_000,))
+    assert float((drawn.mean() - mean) / precision**-0.5) == pytest.approx(0.0, abs=0.1)
+    assert float(drawn.std() * precision**0.5) == pytest.approx(1.0, abs=0.08)
+
+
+def logistic(x, y, prior):
+    beta = pyro.sample("beta", prior())
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ beta), obs=y)
+
+
+@pytest.mark.slow
+def test_ten_batches_of_a_logistic_regression():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1000, 4, generator=generator)
+    x[:, 0] = 1.0
+    x[:, 2] = 0.6 * x[:, 1] + 0.8 * x[:, 2]
+    chance = torch.sigmoid(x @ torch.tensor([-0.5, 1.0, -0.7, 0.3]))
+    y = (torch.rand(1000, generator=generator) < chance).float()
+    first = lambda: dist.Normal(torch.zeros(4), 2.5).to_event(1)  # noqa: E731
+    whole = pf.fit(logistic, x, y, first, progress=False).samples["beta"]
+    prior = first
+    for rows in torch.arange(1000).split(100):
+        posterior = pf.fit(logistic, x[rows], y[rows], prior, progress=False)
+        assert posterior.verdict.status == "ok"
+        prior = pf.prior_from(posterior)
+    last = posterior.samples["beta"]
+    assert float(((last.mean(0) - whole.mean(0)) / whole.std(0)).abs().max()) < 0.15
+    assert float((last.std(0) / whole.std(0)).log().abs().max()) < 0.15
+
+
+# what cannot be -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
+def test_what_has_no_prior_of_its_own_is_refused():
+    def bounded(y):
+        top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+        below = pyro.sample("below", dist.Uniform(0.0, top))
+        pyro.sample("y", dist.Normal(below, 1.0), obs=y)
+
+    def guide(y):
+        top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+        pyro.sample("below", dist.Uniform(0.0, top))
+
+    posterior = pf.diagnose(bounded, guide, torch.tensor(0.1))
+    with pytest.raises(ValueError, match="support of 'below' depends on other latents"):
+        pf.prior_from(posterior)
+    with pytest.raises(ValueError, match=r"sites: expected one of 'below', 'top', got 'tip'\. Did you mean 'top'"):
+        pf.prior_from(posterior, "tip")
+    with pytest.raises(ValueError, match="expected one or more latent sites"):
+        pf.prior_from(posterior, [])
+    assert pf.prior_from(posterior, "top", **QUICK)().support.lower_bound == 0.0
+
+
+def test_an_unreliable_posterior_warns():
+    with pytest.warns(pf.UnreliableWarning, match="prior_from"):
+        prior = pf.prior_from(schools_posterior("unreliable"), **QUICK)
+    assert prior.status == "unreliable"
+    assert "unreliable" in str(prior)
+
+
+SUPPORTS = {
+    "real": constraints.real,
+    "positive": constraints.positive,
+    "nonnegative": constraints.nonnegative,
+    "unit": constraints.unit_interval,
+    "interval": constraints.interval(-2.0, 3.0),
+    "bounds": constraints.interval(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 5.0])),
+    "from zero": constraints.interval(0.0, 2.0),
+    "above": constraints.greater_than(2.0),
+    "below": constraints.less_than(-1.0),
+    "half open": constraints.half_open_interval(0.0, 2.0),
+    "simplex": constraints.simplex,
+    "vector": constraints.independent(constraints.positive, 2),
+    "cholesky": constraints.lower_cholesky,
+    "correlations": constraints.corr_cholesky,
+    "covariance": constraints.positive_definite,
+    "ordered": dist.constraints.ordered_vector,
+    "positive ordered": dist.constraints.positive_ordered_vector,
+    "correlation matrix": dist.constraints.corr_matrix,
+}
+SHAPES = {
+    **dict.fromkeys(("simplex", "ordered", "positive ordered"), (3,)),
+    **dict.fromkeys(("cholesky", "correlations", "covariance", "correlation matrix", "vector"), (3, 3)),
+    "bounds": (2,),
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_supports_come_back_from_their_text(name):
+    text = json.loads(json.dumps(describe(SUPPORTS[name])))
+    support = restore(text, torch.float64)
+    lifted = len(SHAPES.get(name, ())) - _event_dim(support)
+    support = constraints.independent(support, lifted) if lifted > 0 else support
+    part = Part(name, torch.Size(SHAPES.get(name, ())), support, (None,) * len(SHAPES.get(name, ())))
+    z = torch.randn(4, part.size, dtype=torch.float64)
+    value, ladj = part.forward(z)
+    assert value.shape == (4, *part.shape)
+    assert bool(SUPPORTS[name].check(value).all())
+    assert ladj.shape == (4,)
+    back, also = part.inverse(value)
+    torch.testing.assert_close(back, z)
+    torch.testing.assert_close(also, ladj)
+    if name != "bounds":  # of a tensor, the number type is part of the text
+        assert str(restore(text, torch.float64)) == str(SUPPORTS[name])
+    assert Part.read(part.describe(), torch.float64).size == part.size
+
+
+def test_unknown_supports_are_refused():
+    with pytest.raises(NotImplementedError, match="the support"):
+        describe(dist.constraints.sphere)
+    with pytest.raises(ValueError, match="unknown kind 'ball'"):
+        restore({"kind": "ball"}, torch.float64)
+
+
+def test_the_joint_bijection_is_one():
+    parts = [
+        Part("a", torch.Size(()), constraints.positive, ()),
+        Part("b", torch.Size((3,)), constraints.simplex, (None,)),
+        Part("c", torch.Size((2, 2)), constraints.independent(constraints.real, 2), (None, None)),
+    ]
+    support = Joint(parts)
+    transform = biject_to(support)
+    z = torch.randn(5, 7, dtype=torch.float64)
+    value = transform(z)
+    assert value.shape == (5, 8)
+    assert transform.forward_shape((5, 7)) == (5, 8)
+    assert transform.inverse_shape((5, 8)) == (5, 7)
+    assert bool(support.check(value).all())
+    outside = value.clone()
+    outside[0, 0] = -1.0
+    assert support.check(outside).tolist() == [False, True, True, True, True]
+    torch.testing.assert_close(transform.inv(value), z)
+    free = torch.autograd.functional.jacobian(lambda row: torch.cat([transform(row)[:3], transform(row)[4:]]), z[0])
+    torch.testing.assert_close(transform.log_abs_det_jacobian(z, value)[0], torch.linalg.slogdet(free)[1])
