@@ -30,6 +30,7 @@ LEAST_DRAWS = 10  # of a chain
 CUT = ("posterior", "log_likelihood", "log_prior", "posterior_predictive", "unconstrained_posterior")
 NO_GUIDE = "the draws are Markov chains, no guide was fitted"
 NOT_KNOWN = -1
+OF_GUIDE = ("k_hat", "ess", "elbo", "log_evidence")
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,10 +120,6 @@ class Chains(Posterior):
     def _attributes(self) -> dict[str, str | float]:
         return {**export.attributes(self), "sampling": "mcmc"}
 
-    def resample(self, draws: int | None = None, *, seed: int = 0, force: bool = False) -> dict[str, Tensor]:
-        """Choose draws at random, all with the same weight: ``{name: (draws, *shape)}``, constrained."""
-        return super().resample(draws, seed=seed, force=force)
-
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         if self.stored is None:
@@ -198,6 +195,7 @@ def from_mcmc(
     names = coordinate_names(density.structure)
     stats = {} if diverging is None else {"diverging": diverging}
     nothing = torch.full_like(log_p, math.nan)
+    of_guide: dict[str, Any] = dict.fromkeys(OF_GUIDE, math.nan)
     return Chains(
         samples=samples,
         z=z,
@@ -207,10 +205,7 @@ def from_mcmc(
         used=z,
         used_log_p=log_p,
         used_log_q=nothing,
-        k_hat=math.nan,
-        ess=math.nan,
-        elbo=math.nan,
-        log_evidence=math.nan,
+        **of_guide,
         verdict=judge_chains(z.reshape(chains, -1, density.dim), log_p, names, diverging),
         losses=torch.zeros(0),
         history=(),
