@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_flows import _checks, bases
-from pyro_flows.transforms import Bijection, Bound, Chain, Planar, SinhArcsinh
+from pyro_flows.transforms import Bijection, Bound, Chain, LowerTriangularAffine, Planar, SinhArcsinh
 from pyro_flows.transforms.coupling import Coupling
 
 BASES = ("logistic", "normal", "student_t", "uniform")
@@ -79,15 +79,16 @@ class Flow(nn.Module):
         So what each network returns is multiplied by a fixed gain, in a buffer: :math:`2 / K W` for K couplings whose
         networks end in W units, :math:`1 / K` for K planar maps, 0.1 for tails; knots of splines are slower by the
         width of what they bend. What each layer before a network's last one returns is multiplied by one over its
-        width, since the weights after it grow as the gain is small. The map stays as it is, at whatever parameters, and
-        so does what it can become. Training by large batches is faster without.
+        width, since the weights after it grow as the gain is small. What triangular maps have below the diagonal is
+        trained in units of the row's diagonal. The map stays as it is, at whatever parameters, and so does what it can
+        become. Training by large batches is faster without.
 
         >>> import torch, pyro_flows as pf
         >>> flow = pf.realnvp(2, layers=4, hidden=(8,)).slow()
         >>> flow.bijection.layers[0].conditioner.gain
         tensor(0.0625)
         """
-        for kind in (Coupling, Planar, SinhArcsinh):
+        for kind in (Coupling, Planar, SinhArcsinh, LowerTriangularAffine):
             layers = [layer for layer in self.bijection.modules() if isinstance(layer, kind)]
             for layer in layers:
                 layer.slow(len(layers))
