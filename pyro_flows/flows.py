@@ -13,9 +13,20 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_flows import _checks, bases
-from pyro_flows.transforms import Bijection, Bound, Chain, LowerTriangularAffine, Planar, SinhArcsinh
+from pyro_flows.transforms import (
+    Bijection,
+    Bound,
+    Chain,
+    DiagonalAffine,
+    LowerTriangularAffine,
+    Planar,
+    Rescale,
+    SinhArcsinh,
+)
 from pyro_flows.transforms.coupling import Coupling
 
+AFFINE = (DiagonalAffine, LowerTriangularAffine)
+ALONE = 4.0  # times larger gains where no affine map is trained with the flow
 BASES = ("logistic", "normal", "student_t", "uniform")
 
 
@@ -81,17 +92,20 @@ class Flow(nn.Module):
         width of what they bend. What each layer before a network's last one returns is multiplied by one over its
         width, since the weights after it grow as the gain is small. What triangular maps have below the diagonal is
         trained in units of the row's diagonal. The map stays as it is, at whatever parameters, and so does what it can
-        become. Training by large batches is faster without.
+        become. A flow without an affine map, which has to come to its place and size by itself, gets four times the
+        gains, at most 1. Training by large batches is faster without.
 
         >>> import torch, pyro_flows as pf
         >>> flow = pf.realnvp(2, layers=4, hidden=(8,)).slow()
         >>> flow.bijection.layers[0].conditioner.gain
-        tensor(0.0625)
+        tensor(0.2500)
         """
+        modules = [*self.bijection.modules()]
+        alone = not any(isinstance(module, AFFINE) and not isinstance(module, Rescale) for module in modules)
         for kind in (Coupling, Planar, SinhArcsinh, LowerTriangularAffine):
-            layers = [layer for layer in self.bijection.modules() if isinstance(layer, kind)]
+            layers = [layer for layer in modules if isinstance(layer, kind)]
             for layer in layers:
-                layer.slow(len(layers))
+                layer.slow(len(layers) / (ALONE if alone else 1.0))
         return self
 
     def base_distribution(self) -> TorchDistribution:

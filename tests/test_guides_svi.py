@@ -159,17 +159,17 @@ def test_runs_in_lockstep_have_the_gradients_of_pyros_svi(kind, prior):
     close(local[1], raw.grad, 1e-3)
 
 
-# Known to miss by .02 to .1 nats with a log-normal scale: -94.42 and -94.43 on average, a Gaussian guide -94.25.
-MISSES = pytest.mark.xfail(reason="tails and affine map take longer than a Gaussian guide", strict=False)
+# Known to miss: planar maps alone have to pull a unit Gaussian together to a tenth; they end about half a nat below.
+MISSES = pytest.mark.xfail(reason="planar maps without an affine map are slow to shrink", strict=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "affine"),
     [
-        *((kind, affine) for kind in ("realnvp", "nice") for affine in ("auto", "none")),
-        *((kind, "none") for kind in ("planar", "spline")),
-        *(pytest.param(kind, "auto", marks=MISSES) for kind in ("planar", "spline")),
+        *((kind, affine) for kind in ("realnvp", "nice", "spline") for affine in ("auto", "none")),
+        ("planar", "auto"),
+        pytest.param("planar", "none", marks=MISSES),
     ],
 )
 def test_parts_by_single_draws_are_as_good_as_a_gaussian(kind, affine):
@@ -177,6 +177,7 @@ def test_parts_by_single_draws_are_as_good_as_a_gaussian(kind, affine):
     found, gaussian = run_all(flow_start(functools.partial(MAKERS[kind], affine=affine))), gaussians()
     assert found.isfinite().all()
     error = ((found.var(1) + gaussian.var(1)) / 10.0).sqrt()
+    print(kind, affine, (found - gaussian).mean(1), found.amin(1) - gaussian.amin(1))
     assert (found.mean(1) > gaussian.mean(1) - 2.0 * error).all()
     assert (found.amin(1) > gaussian.amin(1) - 0.5).all()
 

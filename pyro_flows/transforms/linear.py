@@ -222,7 +222,7 @@ class LowerTriangularAffine(Bijection):
         _follow(self, loc, scale_tril)
 
     @torch.no_grad()
-    def slow(self, count: int) -> None:
+    def slow(self, count: float) -> None:
         """Train what is below the diagonal in units of the row's diagonal, as Pyro's Gaussian guide; the map stays.
 
         In units of L, entries of a row that has become narrow jitter as far as those of a wide one, and are as slow to
