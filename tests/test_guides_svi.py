@@ -159,17 +159,17 @@ def test_runs_in_lockstep_have_the_gradients_of_pyros_svi(kind, prior):
     close(local[1], raw.grad, 1e-3)
 
 
-# Known to miss by .02 to .1 nats with a log-normal scale: -94.42 and -94.43 on average, a Gaussian guide -94.25.
-MISSES = pytest.mark.xfail(reason="tails and affine map take longer than a Gaussian guide", strict=False)
+# Known to miss: planar maps alone have to pull a unit Gaussian together to a tenth; they end about half a nat below.
+MISSES = pytest.mark.xfail(reason="planar maps without an affine map are slow to shrink", strict=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "affine"),
     [
-        *((kind, affine) for kind in ("realnvp", "nice") for affine in ("auto", "none")),
-        *((kind, "none") for kind in ("planar", "spline")),
-        *(pytest.param(kind, "auto", marks=MISSES) for kind in ("planar", "spline")),
+        *((kind, affine) for kind in ("realnvp", "nice", "spline") for affine in ("auto", "none")),
+        ("planar", "auto"),
+        pytest.param("planar", "none", marks=MISSES),
     ],
 )
 def test_parts_by_single_draws_are_as_good_as_a_gaussian(kind, affine):
@@ -199,6 +199,42 @@ def test_slowing_a_flow_leaves_its_distribution(name):
     scored = [part.bijection.forward_and_score(x, torch.ones_like(x))[2] for part in (slowed, flow)]
     close(scored[0], scored[1], 1e-12)
     close(slowed.slow().log_prob(x), flow.log_prob(x), 1e-10)  # twice is once
+
+
+def random_triangular():
+    torch.manual_seed(3)
+    tril = torch.tensor([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [-1.0, 3.0, 0.1]], dtype=torch.float64)
+    map_ = pf.LowerTriangularAffine(3, loc=torch.ones(3, dtype=torch.float64), scale_tril=tril)
+    torch.nn.init.normal_(map_.conditioner.values)
+    return pf.Flow(map_)
+
+
+def test_slowing_a_triangular_map_leaves_it_and_makes_its_rows_relative():
+    """A step of what is below the diagonal is one in units of the row's own scale, not of its start."""
+    flow = random_triangular()
+    slowed, x = copy.deepcopy(flow).slow(), torch.randn(20, 3, dtype=torch.float64)
+    close(slowed.bijection(x), flow.bijection(x), 1e-12)
+    close(copy.deepcopy(slowed).slow().bijection(x), flow.bijection(x), 1e-12)  # twice is once
+    close(slowed.bijection.inv(slowed.bijection(x)), x, 1e-10)
+    before = slowed.bijection(x).detach()
+    with torch.no_grad():
+        slowed.bijection.conditioner.values[6] += 0.01  # A_21
+    row = 0.01 * flow.bijection.conditioner.values.detach()[4].exp() * x[:, :1]
+    close(slowed.bijection(x).detach() - before, row * flow.bijection.scale_tril[:, 1], 1e-12)
+
+
+def test_a_triangular_state_brings_its_units():
+    flow = random_triangular()
+    slowed, x = copy.deepcopy(flow).slow(), torch.randn(5, 3, dtype=torch.float64)
+    for source in (flow, slowed):
+        for other in (
+            pf.Flow(pf.LowerTriangularAffine(3)).double(),
+            pf.Flow(pf.LowerTriangularAffine(3)).double().slow(),
+        ):
+            other.load_state_dict(copy.deepcopy(source.state_dict()))
+            close(other.bijection(x), flow.bijection(x), 1e-12)
+            assert other.state_dict().keys() == source.state_dict().keys()
+    assert not any("relative" in key for key in flow.state_dict())
 
 
 @pytest.mark.parametrize("name", ["realnvp", "nice", "planar", "spline"])
@@ -461,18 +497,24 @@ def test_medians_of_a_guide_that_never_ran_are_those_of_the_loaded_store():
 
 
 def test_a_store_without_gains_is_one_of_gain_one():
-    """Parameters that were saved before there were gains mean what they meant."""
-    index = torch.arange(CELLS)
-    old = pf.AutoRealNVP(pooled, layers=2, cautious=False)
-    SVI(pooled, old, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(cells(), index)
-    expected, state = old.median(cells(), index)["mu"], pyro.get_param_store().get_state()
+    """Parameters that were saved before there were small steps mean what they meant."""
+
+    def pair():
+        pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, 0.9], [0.9, 1.0]])))
+
+    old = pf.AutoRealNVP(pair, layers=2, cautious=False)
+    svi = SVI(pair, old, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(20):
+        svi.step()
+    expected, state = old.quantiles([0.1, 0.5])["x"], pyro.get_param_store().get_state()
+    assert old.affine.conditioner.values[-1].abs() > 0.1  # below the diagonal
     pyro.clear_param_store()
-    new = pf.AutoRealNVP(pooled, layers=2)
-    new(cells(), index)
+    new = pf.AutoRealNVP(pair, layers=2)
+    new()
     pyro.get_param_store().set_state(state)
-    for name in [name for name in pyro.get_param_store() if name.endswith(".gain")]:
+    for name in [name for name in pyro.get_param_store() if name.endswith((".gain", ".relative"))]:
         del pyro.get_param_store()[name]
-    close(new.median(cells(), index)["mu"], expected, 1e-6)
+    close(new.quantiles([0.1, 0.5])["x"], expected, 1e-5)
 
 
 def test_another_guide_of_the_same_name_does_not_pass_its_values_on():

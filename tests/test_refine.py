@@ -347,7 +347,7 @@ def bent(y):
 
 def test_what_a_fit_cannot_do_is_refined():
     """A flow that preserves volumes cannot be this: some trajectories diverge at first, and the step is halved."""
-    options = {"flow": "nice", "escalate": False, "progress": False, "max_steps": 400}
+    options = {"flow": "nice", "escalate": False, "progress": False, "max_steps": 400, "seed": 2}
     given = torch.zeros((), dtype=REAL)
     raw = pf.fit(bent, given, refine=False, **options)
     assert raw.verdict.status == "unreliable", raw.verdict

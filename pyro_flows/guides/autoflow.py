@@ -38,6 +38,7 @@ from pyro_flows.model.sites import Noncentred, Structure, messages
 from pyro_flows.transforms import Bound, DiagonalAffine, LowerTriangularAffine
 
 QUANTILE_DRAWS = 4000
+UNSLOWED = {"gain": 1.0, "relative": 0.0}  # buffers of small steps, as they leave a flow without small steps
 
 # Which tensor a guide of this process put into the store last under a name, and the store's table at that time, which
 # is another one once the store was cleared. What else is found there was loaded.
@@ -363,7 +364,7 @@ class AutoFlow(AutoContinuous):
     def _take_over(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the values that were loaded into the store under these names, and put the tensors there.
 
-        Parameters that come without a gain were saved before there were gains, and go with a gain of 1.
+        Parameters that come without the buffers of small steps were saved without small steps.
         """
         store = pyro.get_param_store()
         loaded = [full for full, tensor in tensors.items() if _was_loaded(full, tensor)]
@@ -371,8 +372,8 @@ class AutoFlow(AutoContinuous):
             if full in loaded:
                 _copy_stored(full, tensor, store._params[full])
                 _place(full, tensor)
-            elif loaded and full.endswith(".gain") and full not in store._params:
-                tensor.fill_(1.0)
+            elif loaded and full not in store._params and full.rpartition(".")[2] in UNSLOWED:
+                tensor.fill_(UNSLOWED[full.rpartition(".")[2]])
 
     def _catch_up(self) -> None:
         """See to it that draws are those of values that were loaded into the store since the guide last ran."""

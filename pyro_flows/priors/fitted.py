@@ -19,7 +19,7 @@ from pyro_flows._fallbacks import first_line
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.saved import from_json as rebuild
-from pyro_flows.flows.saved import not_rebuilt
+from pyro_flows.flows.saved import not_rebuilt, to_json
 from pyro_flows.priors.parts import Joint, Part
 
 TENSORS, TEXT = "prior.pt", "prior.json"
@@ -118,7 +118,7 @@ class FittedPrior(nn.Module):
         if reason is not None:
             raise ValueError(f"flow: {reason}.")
         text = {
-            "flow": self.flow.settings,
+            "flow": to_json(self.flow),
             "parts": [part.describe() for part in self.parts],
             **{name: getattr(self, name) for name in ("status", "verdict", "mean_shift", "sd_shift")},
         }

@@ -50,7 +50,7 @@ class Coupling(Bijection):
         options: dict[str, Any] = {"hidden": hidden, "activation": activation, "network": network}
         self.conditioner = conditioner(kept, context_dim, self.per * moved, image=len(shape) == 3, **options)
 
-    def slow(self, count: int) -> None:
+    def slow(self, count: float) -> None:
         """Let a step of Adam move the map as little as an affine one, as one of ``count`` couplings.
 
         A step changes each of W weights of the last layer by about as much as the bias, in the same direction in the

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.conditioners import conditioner
+from pyro_flows.transforms.networks import adopt_buffer
 
 
 class Permutation(Bijection):
@@ -167,6 +168,7 @@ class LowerTriangularAffine(Bijection):
 
     :math:`m` and :math:`L` (``loc`` and ``scale_tril``) are fixed; b, s and the part of A below the diagonal are
     trained from zero, so one step size serves kilometres and millimetres. :math:`\log|J| = \sum_d (s_d + \log L_{dd})`.
+    After :meth:`slow`, what is trained below the diagonal is in units of the row's diagonal.
     Forward: one product with a D x D matrix; inverse: one triangular solve, O(D^2) a point.
 
     Args:
@@ -188,7 +190,9 @@ class LowerTriangularAffine(Bijection):
 
     loc: Tensor
     scale_tril: Tensor
+    relative: Tensor | None
     _below: Tensor
+    _rows: Tensor
 
     def __init__(
         self,
@@ -212,16 +216,41 @@ class LowerTriangularAffine(Bijection):
         self.register_buffer("scale_tril", start)
         rows, columns = torch.tril_indices(dim, dim, -1).unbind()
         self.register_buffer("_below", rows * dim + columns, persistent=False)
+        self.register_buffer("_rows", rows, persistent=False)
+        self.register_buffer("relative", None)
         below = dim * (dim - 1) // 2
         self.conditioner = conditioner(0, context_dim, 2 * dim + below, hidden=hidden, activation=activation)
         _follow(self, loc, scale_tril)
+
+    @torch.no_grad()
+    def slow(self, count: float) -> None:
+        """Train what is below the diagonal in units of the row's diagonal, as Pyro's Gaussian guide; the map stays.
+
+        In units of L, entries of a row that has become narrow jitter as far as those of a wide one, and are as slow to
+        grow in a row that has become wide. A buffer, ``relative``, goes with the parameters: those that come without it
+        are in units of L. A map with a context, whose rows have no one diagonal, is left alone.
+        """
+        if self.relative is None and not self.context_dim:
+            self.relative = torch.ones_like(self.loc[0])
+            _, log_diagonal, below = self._split(self.conditioner.values)  # type: ignore[arg-type]
+            below.div_(log_diagonal[self._rows].exp())
+
+    def _split(self, free: Tensor) -> tuple[Tensor, ...]:
+        """Split into b, s and what is below the diagonal."""
+        return free.split([self.dim, self.dim, free.shape[-1] - 2 * self.dim], dim=-1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        adopt_buffer(self, "relative", state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _affine(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the shift m + L b, the matrix L A and its log determinant."""
         _checks.event("LowerTriangularAffine", x, self.dim)
         _checks.context("LowerTriangularAffine", context, self.context_dim)
         free = self.conditioner(None, context)
-        shift, log_diagonal, below = free.split([self.dim, self.dim, free.shape[-1] - 2 * self.dim], dim=-1)
+        shift, log_diagonal, below = self._split(free)
+        if self.relative is not None:
+            below = below * torch.exp(self.relative * log_diagonal.index_select(-1, self._rows))
         matrix = torch.diag_embed(log_diagonal.exp())
         if self.dim > 1:
             flat = below.new_zeros(*below.shape[:-1], self.dim * self.dim)

@@ -20,6 +20,15 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def adopt_buffer(module: nn.Module, name: str, state_dict: dict[str, Any], prefix: str) -> None:
+    """Let a module have a buffer if the state to be loaded has it, and none if the state lacks it."""
+    found = state_dict.get(f"{prefix}{name}")
+    if found is not None:
+        setattr(module, name, found.detach().clone().to(next(module.parameters())))
+    elif any(key.startswith(prefix) for key in state_dict):
+        setattr(module, name, None)
+
+
 class Paced(nn.Module):
     """Numbers that come out times a fixed ``gain``, if there is one: with a small gain, a step of Adam moves them less.
 
@@ -51,11 +60,7 @@ class Paced(nn.Module):
         return out if self.gain is None else out * self.gain
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        found = state_dict.get(f"{prefix}gain")
-        if found is not None:
-            self.gain = found.detach().clone().to(next(self.parameters()))
-        elif any(key.startswith(prefix) for key in state_dict):
-            self.gain = None
+        adopt_buffer(self, "gain", state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -87,9 +87,9 @@ class Planar(Bijection):
         start[2 * dim] = -(w @ torch.randn(dim))
         self.conditioner = conditioner(0, context_dim, 2 * dim + 1, hidden=hidden, activation=activation, start=start)
 
-    def slow(self, count: int) -> None:
+    def slow(self, count: float) -> None:
         """Let a step of Adam move u, w and b by a share of one in ``count`` maps, which all move a point."""
-        self.conditioner.slow(1.0 / count)
+        self.conditioner.slow(min(1.0, 1.0 / count))
 
     def _parameters_at(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the constrained u, then w, b and the slope 1 + w.u > 0."""

@@ -59,7 +59,7 @@ class SinhArcsinh(Bijection):
         self.log_bound = _checks.positive("log_bound", log_bound)
         self.conditioner = conditioner(0, context_dim, 4 * dim, hidden=hidden, activation=activation)
 
-    def slow(self, count: int) -> None:
+    def slow(self, count: float) -> None:
         """Let a step of Adam move far points about as little as an affine map does; the map stays as it is."""
         self.conditioner.slow(SLOW)
 
