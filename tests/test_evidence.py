@@ -11,6 +11,7 @@ import torch
 import pyro_flows as pf
 from pyro_flows.comparison.bridge import bridge, fit_proposal
 from pyro_flows.comparison.evidence import convergence_rate, importance
+from pyro_flows.results.stage import Stage
 from tests.conjugate import (
     COUNTS,
     PINE,
@@ -142,7 +143,7 @@ def test_all_methods_are_listed_and_one_is_chosen():
 def test_a_run_of_smc_that_the_history_tells_of_is_used():
     posterior = pf.diagnose(counts, counts_guide(12.0, 8.0), COUNTS, draws=1000)
     assert posterior.evidence().method == "importance"
-    stage = {"stage": "smc", "elbo": None, "log_evidence": -10.5, "log_evidence_error": 1e-6}
+    stage = Stage("refinement", details={"log_evidence": -10.5, "standard_error": 1e-6}).as_dict()
     found = replace(posterior, history=(*posterior.history, stage)).evidence()
     assert (found.value, found.standard_error, found.method) == (-10.5, 1e-6, "smc")
 
@@ -218,3 +219,11 @@ def test_the_proposal_has_the_moments_and_the_density_that_it_says():
     torch.testing.assert_close(log_q[:100], whole.log_prob(drawn[:100]), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="at least 14"):
         fit_proposal(z[:5])
+
+
+def test_annealing_leaves_an_evidence():
+    """What ``refine("smc")`` found is one of the estimates, and right."""
+    posterior = pf.diagnose(counts, counts_guide(12.0, 8.0), COUNTS, draws=1000)
+    found = posterior.refine("smc").evidence("smc")
+    assert found.method == "smc"
+    assert abs(found.value - posterior.evidence().value) < 4.0 * found.standard_error + 0.05

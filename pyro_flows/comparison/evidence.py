@@ -238,6 +238,7 @@ def _bridge_by_halves(posterior: Record, density: Any, count: int) -> Any:
 def _smc(posterior: Record, count: int) -> Estimate:
     """Take the estimate of a run that the posterior's history tells of: ``log_evidence`` and its standard error."""
     for stage in reversed(posterior.history):
-        if "log_evidence_error" in stage:
-            return Estimate("smc", float(stage["log_evidence"]), float(stage["log_evidence_error"]))
+        found = stage.get("details") or {}
+        if "standard_error" in found:
+            return Estimate("smc", float(found["log_evidence"]), float(found["standard_error"]))
     return Estimate("smc", math.nan, math.inf, "not used: no sequential Monte Carlo was run")
