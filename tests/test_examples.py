@@ -33,7 +33,7 @@ def test_all_examples_are_tested_and_short():
 
 def test_example_eight_schools(tmp_path):
     text = run("eight_schools", "--out", tmp_path / "out")
-    assert re.match("ok|corrected|unreliable", text)
+    assert re.match("ok|corrected|refined|unreliable", text)
     assert "theta[Choate]" in text
     assert "elpd_loo" in text
     assert "read back with status" in text

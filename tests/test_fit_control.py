@@ -311,7 +311,7 @@ def short_first_round(monkeypatch):
 
     monkeypatch.setattr("pyro_flows.fitting.run.train", train)
     monkeypatch.setattr(escalation.Round, "enough", False)
-    return {**QUICK, "max_steps": 300, "escalate": True}
+    return {**QUICK, "max_steps": 300, "escalate": True, "refine": False}
 
 
 def test_an_interrupted_escalation_keeps_the_best_round(monkeypatch, short_first_round):
