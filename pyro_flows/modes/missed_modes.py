@@ -20,8 +20,8 @@ from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.verdict import resample
 
 SHARE = 0.02  # of the mass that the guide covers
 RESOLUTION = 0.05  # of a coordinate

@@ -24,7 +24,8 @@ from pyro_flows.results.dims import Labels, coordinate_names
 from pyro_flows.results.record import Record
 from pyro_flows.results.scoring import check_memory, score_pool
 from pyro_flows.results.stage import Stage
-from pyro_flows.verdict.verdict import POOL, Draw, Weighing, decide, resample, weigh
+from pyro_flows.verdict.deciding import POOL, Draw, decide, resample
+from pyro_flows.verdict.weighing import Weighing, weigh
 
 if TYPE_CHECKING:
     import pandas as pd
