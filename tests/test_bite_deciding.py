@@ -14,7 +14,7 @@ from pyro_flows.fitting import agreement as runs
 from pyro_flows.fitting import conclude, escalation
 from pyro_flows.flows import recipe
 from pyro_flows.model import charts, noncentered
-from pyro_flows.modes import missed_modes, symmetries, tempering
+from pyro_flows.modes import climbs, lacks, missed_modes, symmetries, tempering
 from pyro_flows.results import arviz_groups
 from pyro_flows.verdict import deciding, judging, weighing
 from tests import test_charts, test_coordinates, test_escalation, test_symmetries, test_tempering, test_verdict
@@ -94,7 +94,7 @@ def systematic(_):
 
 
 def _exact_moves_alone(monkeypatch):
-    for name in ("_climbed", "_across", "_wandered"):
+    for name in ("climbed", "across", "_wandered"):
         monkeypatch.setattr(missed_modes, name, lambda *_, **__: [])
 
 
@@ -268,11 +268,11 @@ BUGS = [
     (missed_modes, "missed_modes", "density(z) - log_q", "density(z)", both_halves),
     (missed_modes, "missed_modes", "lambda: _mirrored(guide, *few)", "list", one_half),
     (missed_modes, "_mirrored", "move.apply(density, z)", "(z, torch.isfinite(z).all(1))", one_half),
-    (missed_modes, "_lack", "> SHARE", "> 1.0", one_half),
-    (missed_modes._Guide, "is_thin", "- self.score(z[usable])", "+ self.score(z[usable])", one_half),
-    (missed_modes._Guide, "is_thin", "> by", "< by", both_halves),
-    (missed_modes, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 10 * SHARE", a_large_mode),
-    (missed_modes, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 0.1 * SHARE", a_small_mode),
+    (lacks, "lacks_of", "> SHARE", "> 1.0", one_half),
+    (lacks.Guide, "is_thin", "- self.score(z[usable])", "+ self.score(z[usable])", one_half),
+    (lacks.Guide, "is_thin", "> by", "< by", both_halves),
+    (climbs, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 10 * SHARE", a_large_mode),
+    (climbs, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 0.1 * SHARE", a_small_mode),
     (symmetries.Unit, "apply", "return -value", "return value", one_half),
     (symmetries.Unit, "apply", "order[first], order[second] = second, first", "pass", labels),
     (symmetries, "_placed", "inside = inside & close", "close", supports),
