@@ -11,9 +11,10 @@ from pyro_flows.comparison.prior import prior_predictive
 from pyro_flows.comparison.sensitivity import Sensitivity
 from pyro_flows.density_estimation.fit_density import fit_density
 from pyro_flows.density_estimation.fitted import DensityFit
+from pyro_flows.fitting.chain_verdict import ChainVerdict
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import fit
-from pyro_flows.fitting.mcmc import Chains, ChainVerdict, from_mcmc
+from pyro_flows.fitting.mcmc import Chains, from_mcmc
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.images import glow, multiscale_realnvp
 from pyro_flows.flows.vectors import nice, planar, realnvp, spline
@@ -28,9 +29,10 @@ from pyro_flows.transforms.affine_coupling import AdditiveCoupling, AffineCoupli
 from pyro_flows.transforms.base import Bijection, Bound, Inverse
 from pyro_flows.transforms.chain import Chain
 from pyro_flows.transforms.image import MultiScale, Squeeze
-from pyro_flows.transforms.linear import DiagonalAffine, LowerTriangularAffine, Permutation, Rescale
+from pyro_flows.transforms.linear import DiagonalAffine, LowerTriangularAffine, Rescale
 from pyro_flows.transforms.lu import Conv1x1, LULinear
 from pyro_flows.transforms.norm import ActNorm, BatchNorm
+from pyro_flows.transforms.permutation import Permutation
 from pyro_flows.transforms.pixels import Dequantize, Logit
 from pyro_flows.transforms.planar import Planar
 from pyro_flows.transforms.spline_coupling import SplineCoupling

@@ -14,12 +14,12 @@ from pyro_flows.fitting import agreement as runs
 from pyro_flows.fitting import conclude, escalation
 from pyro_flows.flows import recipe
 from pyro_flows.model import charts, noncentered
-from pyro_flows.modes import missed_modes, symmetries, tempering
+from pyro_flows.modes import climbs, lacks, missed_modes, symmetries, tempering
 from pyro_flows.results import arviz_groups
-from pyro_flows.verdict import verdict
+from pyro_flows.verdict import deciding, judging, weighing
 from tests import test_charts, test_coordinates, test_escalation, test_symmetries, test_tempering, test_verdict
 from tests.posteriors import schools_posterior
-from tests.test_verdict import weighing
+from tests.test_verdict import weighing as weighed
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
 
@@ -82,7 +82,7 @@ def resampled(_):
 
 
 def second_pool(_):
-    test_verdict.test_a_second_pool_has_to_be_no_worse(weighing(k_hat=0.75), "unreliable")
+    test_verdict.test_a_second_pool_has_to_be_no_worse(weighed(k_hat=0.75), "unreliable")
 
 
 def invalid_model(_):
@@ -94,7 +94,7 @@ def systematic(_):
 
 
 def _exact_moves_alone(monkeypatch):
-    for name in ("_climbed", "_across", "_wandered"):
+    for name in ("climbed", "across", "_wandered"):
         monkeypatch.setattr(missed_modes, name, lambda *_, **__: [])
 
 
@@ -214,25 +214,26 @@ def conversion(_):
 
 # bugs -----------------------------------------------------------------------------------------------------------------
 
-JUDGE, WEIGH, DECIDE = (verdict, "judge"), (verdict, "weigh"), (verdict, "decide")
-NOTHING, ROUNDS, NORMAL = (verdict, "_hangs_on_nothing"), (escalation, "rounds"), (noncentered, "_normal")
+JUDGE, WEIGH, DECIDE = (judging, "judge"), (weighing, "weigh"), (deciding, "decide")
+MOVED, PAST, NOTHING = (judging, "_moved"), (judging, "_past_mending"), (judging, "_hangs_on_nothing")
+ROUNDS, NORMAL = (escalation, "rounds"), (noncentered, "_normal")
 
 BUGS = [
     # the verdict: thresholds flipped, moved, forgotten
-    (*JUDGE, "if mean > MEAN_SHIFT", "if mean > 2 * MEAN_SHIFT", the_table),
-    (*JUDGE, "if mean > MEAN_SHIFT", "if mean <= MEAN_SHIFT", the_table),
-    (*JUDGE, "if sd > SD_SHIFT", "if sd <= SD_SHIFT", the_table),
-    (*JUDGE, "math.isnan(mean) or math.isnan(sd)", "math.isnan(mean)", the_table),
+    (*MOVED, "if mean > MEAN_SHIFT", "if mean > 2 * MEAN_SHIFT", the_table),
+    (*MOVED, "if mean > MEAN_SHIFT", "if mean <= MEAN_SHIFT", the_table),
+    (*MOVED, "if sd > SD_SHIFT", "if sd <= SD_SHIFT", the_table),
+    (*PAST, "math.isnan(mean) or math.isnan(sd)", "math.isnan(mean)", the_table),
     (*JUDGE, "ratio < ESS_RATIO", "ratio > ESS_RATIO", the_table),
-    (*JUDGE, "weighing.widening > WIDENING", "sd > WIDENING", the_table),
-    (*JUDGE, "not weighing.distance <= MENDED_MEAN", "not mean <= MENDED_MEAN", the_table),
-    (*JUDGE, "if moved and MENDED_K", "if MENDED_K", the_table),
-    (*JUDGE, "MENDED_K <= weighing.k_hat", "MENDED_K < weighing.k_hat", the_table),
+    (*PAST, "weighing.widening > WIDENING", "sd > WIDENING", the_table),
+    (*PAST, "not weighing.distance <= MENDED_MEAN", "not mean <= MENDED_MEAN", the_table),
+    (*PAST, "if to_mend and MENDED_K", "if MENDED_K", the_table),
+    (*PAST, "MENDED_K <= weighing.k_hat", "MENDED_K < weighing.k_hat", the_table),
     (*JUDGE, "if weighing.broken:", "if False:", the_table),
     (*JUDGE, "elif not weighing.k_hat < weighing.threshold", "elif weighing.k_hat >= weighing.threshold", the_table),
-    (*JUDGE, "{names[int(sd_where)]} by", "{names[int(where)]} by", the_table),
-    (verdict.Weighing, "threshold", "0.7)", "0.8)", the_table),
-    (verdict.Weighing, "threshold", "min(1.0 - 1.0 / ", "max(1.0 - 1.0 / ", the_table),
+    (*MOVED, "{names[sd_where]} by", "{names[where]} by", the_table),
+    (weighing.Weighing, "threshold", "0.7)", "0.8)", the_table),
+    (weighing.Weighing, "threshold", "min(1.0 - 1.0 / ", "max(1.0 - 1.0 / ", the_table),
     (*JUDGE, "if moved or warnings", "if moved", what_a_fit_says),
     (*JUDGE, "reasons = list(failures)", "reasons = list[str]()", what_a_fit_says),
     (*JUDGE, "and contained and", "and", contained),
@@ -251,27 +252,27 @@ BUGS = [
     (*WEIGH, "1.0 / weights.square().sum()", "1.0 / weights.square().max()", weights),
     (*WEIGH, "math.log(len(ratio))", "math.log(len(ratio) - broken)", impossible_draws),
     (*WEIGH, "points[possible].mean(0)", "points.mean(0)", impossible_draws),
-    (verdict, "_quantile_shifts", "weights[places]", "weights[:, None].expand(places.shape)", quantiles),
-    (verdict, "_quantile_shifts", ".abs().argmax(0)", ".argmin(0)", quantiles),
-    (verdict, "heavy_tails", "index > HEAVY_INDEX", "index > 1.5", tails),
-    (verdict, "heavy_tails", "index > HEAVY_INDEX", "index > -0.5", normal_tails),
+    (weighing, "_quantile_shifts", "weights[places]", "weights[:, None].expand(places.shape)", quantiles),
+    (weighing, "_quantile_shifts", ".abs().argmax(0)", ".argmin(0)", quantiles),
+    (weighing, "heavy_tails", "index > HEAVY_INDEX", "index > 1.5", tails),
+    (weighing, "heavy_tails", "index > HEAVY_INDEX", "index > -0.5", normal_tails),
     # draws to use
     (*DECIDE, "used=pool[index]", "used=pool[raw]", resampled),
     (*DECIDE, "used_log_q=pool_q[index]", "used_log_q=pool_q[raw]", resampled),
     (*DECIDE, "used_log_p=pool_p[index]", "used_log_p=pool_p[raw]", resampled),
-    (*DECIDE, 'second.status == "unreliable"', "False", second_pool),
+    (deciding, "_worse", 'second.status == "unreliable"', "False", second_pool),
     (*DECIDE, "if objection is not None", "if False", invalid_model),
-    (verdict, "resample", ".exp().cumsum", ".div(2.0).exp().cumsum", systematic),
-    (verdict, "resample", "index[torch.randperm(draws, generator=generator)]", "index", systematic),
+    (deciding, "resample", ".exp().cumsum", ".div(2.0).exp().cumsum", systematic),
+    (deciding, "resample", "index[torch.randperm(draws, generator=generator)]", "index", systematic),
     # modes
     (missed_modes, "missed_modes", "density(z) - log_q", "density(z)", both_halves),
     (missed_modes, "missed_modes", "lambda: _mirrored(guide, *few)", "list", one_half),
     (missed_modes, "_mirrored", "move.apply(density, z)", "(z, torch.isfinite(z).all(1))", one_half),
-    (missed_modes, "_lack", "> SHARE", "> 1.0", one_half),
-    (missed_modes._Guide, "is_thin", "- self.score(z[usable])", "+ self.score(z[usable])", one_half),
-    (missed_modes._Guide, "is_thin", "> by", "< by", both_halves),
-    (missed_modes, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 10 * SHARE", a_large_mode),
-    (missed_modes, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 0.1 * SHARE", a_small_mode),
+    (lacks, "lacks_of", "> SHARE", "> 1.0", one_half),
+    (lacks.Guide, "is_thin", "- self.score(z[usable])", "+ self.score(z[usable])", one_half),
+    (lacks.Guide, "is_thin", "> by", "< by", both_halves),
+    (climbs, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 10 * SHARE", a_large_mode),
+    (climbs, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 0.1 * SHARE", a_small_mode),
     (symmetries.Unit, "apply", "return -value", "return value", one_half),
     (symmetries.Unit, "apply", "order[first], order[second] = second, first", "pass", labels),
     (symmetries, "_placed", "inside = inside & close", "close", supports),

@@ -12,7 +12,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 
 import pyro_flows as pf
-from pyro_flows.fitting.mcmc import judge_chains
+from pyro_flows.fitting.chain_verdict import judge_chains
 from tests.conjugate import (
     COUNTS,
     COUNTS_LOO,

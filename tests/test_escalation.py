@@ -29,7 +29,7 @@ from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms import DiagonalAffine
-from pyro_flows.verdict.verdict import Weighing
+from pyro_flows.verdict.weighing import Weighing
 from tests.models import real
 from tests.registry import normal, randomise
 

@@ -23,7 +23,7 @@ from pyro_flows._progress import Bar
 from pyro_flows._turns import turn
 from pyro_flows.fitting import escalation
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.posterior import posterior
+from pyro_flows.posterior import draws
 from pyro_flows.starts import portfolio
 from pyro_flows.training import loop
 from pyro_flows.training.trainer import Trainer
@@ -227,7 +227,7 @@ STAGES = {
     "training": (Trainer, "step", 75, model),
     "a look at the round": (escalation, "weigh", 1, model),
     "the search for modes that the guide lacks": ("pyro_flows.fitting.combine", "missed_modes", 1, model),
-    "the scores of draws": (posterior, "decide", 1, model),
+    "the scores of draws": (draws, "decide", 1, model),
 }
 
 
@@ -285,7 +285,7 @@ def test_ctrl_c_before_there_is_anything_to_keep_raises():
 
 def test_a_second_ctrl_c_while_judging_raises(monkeypatch):
     interrupting(monkeypatch, Trainer, "step", at=75)
-    interrupting(monkeypatch, posterior, "decide")
+    interrupting(monkeypatch, draws, "decide")
     with pytest.raises(KeyboardInterrupt):
         pf.fit(model, Y, **QUICK)
     assert pyro.settings.get("validate_distributions_pyro")

@@ -11,7 +11,7 @@ import torch
 from torch.distributions import constraints
 
 import pyro_flows as pf
-from pyro_flows.modes import missed_modes as module
+from pyro_flows.modes import climbs as module
 from pyro_flows.modes.missed_modes import missed_modes
 from pyro_flows.starts.start import Start
 from tests.registry import normal

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.posterior.posterior import ROWS_SHOWN, from_draws
-from pyro_flows.verdict import verdict
+from pyro_flows.posterior.draws import from_draws
+from pyro_flows.posterior.shown import ROWS_SHOWN
+from pyro_flows.verdict.judging import judge
 from pyro_flows.verdict.psis import psis
+from pyro_flows.verdict.weighing import weigh
 from tests.posteriors import (
     SCHOOLS,
     SPREAD,
@@ -376,7 +378,7 @@ def test_nothing_can_be_changed(by_status):
 
 def weighed(z, log_weights):
     """The verdict on draws (S,) with log densities under p that differ from those under q by ``log_weights``."""
-    return verdict.judge(verdict.weigh(z[:, None], log_weights, torch.zeros_like(log_weights)), ["x"])
+    return judge(weigh(z[:, None], log_weights, torch.zeros_like(log_weights)), ["x"])
 
 
 def test_a_guide_far_off_is_not_mended_whatever_k_hat_says():

@@ -179,8 +179,8 @@ def look(density, z, score):
 @pytest.fixture
 def exact_moves_alone(monkeypatch):
     """Other searches find nothing: what is found, exact moves have found."""
-    monkeypatch.setattr(modes, "_climbed", lambda *_, **__: [])
-    monkeypatch.setattr(modes, "_across", lambda *_, **__: [])
+    monkeypatch.setattr(modes, "climbed", lambda *_, **__: [])
+    monkeypatch.setattr(modes, "across", lambda *_, **__: [])
     monkeypatch.setattr(modes, "_wandered", lambda *_, **__: [])
 
 

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_flows.verdict import verdict
-from pyro_flows.verdict.verdict import Weighing, decide, heavy_tails, judge, resample, weigh
+from pyro_flows.verdict import deciding
+from pyro_flows.verdict import weighing as module
+from pyro_flows.verdict.deciding import decide, resample
+from pyro_flows.verdict.judging import judge
+from pyro_flows.verdict.weighing import Weighing, heavy_tails, weigh
 from tests.registry import normal
 
 S = 20_000
@@ -241,7 +244,7 @@ def check_quantile_shifts():
     """Against numpy's weighted quantiles."""
     points = columns("cauchy")[:4000, :3]
     weights = torch.softmax(torch.tanh(points[:, 0]) + 0.3 * normal(4000, seed=6), 0)
-    moved, narrowed = verdict._quantile_shifts(points, weights)
+    moved, narrowed = module._quantile_shifts(points, weights)
     levels = [0.05, 0.25, 0.5, 0.75, 0.95]
     for column in range(3):
         x = points[:, column].numpy()
@@ -338,7 +341,7 @@ def test_a_second_pool_is_allowed_what_the_first_was():
 def test_an_invalid_model_is_no_posterior():
     seen = []
     found = decision(0.0, complaint=lambda z: seen.append(len(z)) or "a scale of -1")
-    assert seen == [verdict.CHECKED]
+    assert seen == [deciding.CHECKED]
     assert found.verdict.status == "unreliable"
     assert found.verdict.reasons == ("the model is invalid at some draws: a scale of -1",)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.comparison.controls import controls
+from pyro_flows.verdict.deciding import POOL, resample
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.verdict import POOL, resample
 
 if TYPE_CHECKING:
     from pyro_flows.results.record import Record

@@ -21,7 +21,8 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Record, Recorded
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import ChainFigures, Chains, as_numbers, objections
-from pyro_flows.verdict.verdict import CHECKED, Verdict
+from pyro_flows.verdict.deciding import CHECKED
+from pyro_flows.verdict.verdict import Verdict
 
 STAGE = "refinement"
 TRIED = "a sampler has not finished: "

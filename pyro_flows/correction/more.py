@@ -15,7 +15,8 @@ from pyro_flows.correction.sampler import KEPT, Sampler
 from pyro_flows.correction.starts import flow_of
 from pyro_flows.results.record import Record
 from pyro_flows.results.scoring import score_pool
-from pyro_flows.verdict.verdict import POOL, resample, weigh
+from pyro_flows.verdict.deciding import POOL, resample
+from pyro_flows.verdict.weighing import weigh
 
 LEAST = 1000  # draws that a pool is weighed for
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from pyro_flows import _arviz
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.missed_modes import SHARE, WANDERED, Search, missed_modes
+from pyro_flows.modes.lacks import SHARE
+from pyro_flows.modes.missed_modes import WANDERED, Search, missed_modes
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import Chains

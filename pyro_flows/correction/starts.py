@@ -9,7 +9,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.results.record import Record
 from pyro_flows.transforms.linear import LowerTriangularAffine
-from pyro_flows.verdict.verdict import resample
+from pyro_flows.verdict.deciding import resample
 
 DF = 15.0
 JITTER = 1e-8  # of a variance

@@ -13,7 +13,8 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.saved import to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.posterior.posterior import Posterior, from_draws
+from pyro_flows.posterior.draws import from_draws
+from pyro_flows.posterior.posterior import Posterior
 
 
 def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:

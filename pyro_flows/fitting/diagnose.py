@@ -23,9 +23,10 @@ from pyro_flows.model.batching import quiet, usable
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.sites import Noncentred, messages
-from pyro_flows.posterior.posterior import Posterior, from_draws
+from pyro_flows.posterior.draws import from_draws
+from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS
-from pyro_flows.verdict.verdict import Draw
+from pyro_flows.verdict.deciding import Draw
 
 LOG_Q = " log q"  # beside the sites' values
 ROUND_TRIP = 1e-3

@@ -17,7 +17,8 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Report, Training, anneal, train
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.verdict import Weighing, judge, weigh
+from pyro_flows.verdict.judging import judge
+from pyro_flows.verdict.weighing import Weighing, weigh
 
 ENOUGH_K = 0.5
 ENOUGH_GAP, ENOUGH_GAP_A_DIM = 0.04, 0.0015  # nats between log evidence and ELBO: the larger one, by the dimension

@@ -115,22 +115,16 @@ def fit(
     """
     _check_numbers(draws, max_steps, seed, runs)
     max_seconds = _checks.seconds("max_seconds", max_seconds)
-    if layers is not None:
-        _checks.integer("layers", layers, 1, MAX_LAYERS)
-        if not isinstance(flow, str):
-            raise ValueError("layers: goes with a flow given by name; this flow is already built.")
-    options = {} if layers is None else {"layers": layers}
-    method = which(refine)
+    options, method = _options(flow, layers), which(refine)
     args, kwargs = usable(args), usable(dict(model_kwargs or {}))
     with alone(), seeded(seed):
         bar = Bar("fit", progress)
         clock = Clock(max_seconds, raises=raise_on_interrupt, watch=bar.watch)
-        made_of = latent_recipe(flow, options, affine="auto", base="student_t", df=15.0)
         plan = Plan(
             model,
             args,
             kwargs,
-            made_of,
+            latent_recipe(flow, options, affine="auto", base="student_t", df=15.0),
             draws=draws,
             seed=seed,
             runs=runs,
@@ -141,14 +135,30 @@ def fit(
             clock=clock,
             bar=bar,
         )
-        try:
-            posterior = _fit(plan, grow=max_steps is None)
-        except BaseException as error:
-            bar.close(f"ended by {type(error).__name__}")
-            raise
-        bar.close(f"{len(posterior.losses)} steps, ELBO {posterior.elbo:.2f}, {posterior.verdict.status}")
+        posterior = _closing(bar, lambda: _fit(plan, grow=max_steps is None))
     if clock.interrupted is not None:
         warnings.warn(f"fit: {clock.reasons()[0]}. The posterior is what it had come to by then.", stacklevel=2)
+    return posterior
+
+
+def _options(flow: FlowLike, layers: int | None) -> dict[str, Any]:
+    """Return the options of the builder."""
+    if layers is None:
+        return {}
+    _checks.integer("layers", layers, 1, MAX_LAYERS)
+    if not isinstance(flow, str):
+        raise ValueError("layers: goes with a flow given by name; this flow is already built.")
+    return {"layers": layers}
+
+
+def _closing(bar: Bar, work: Callable[[], Posterior]) -> Posterior:
+    """Return what the work comes to; the line says how it ended."""
+    try:
+        posterior = work()
+    except BaseException as error:
+        bar.close(f"ended by {type(error).__name__}")
+        raise
+    bar.close(f"{len(posterior.losses)} steps, ELBO {posterior.elbo:.2f}, {posterior.verdict.status}")
     return posterior
 
 

@@ -6,7 +6,7 @@ import torch
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.verdict.verdict import weigh
+from pyro_flows.verdict.weighing import weigh
 
 UNEVEN, FAR_UNEVEN = 2.0, 5.0  # Var[log p] over Var[log q]
 UNEVEN_DRAWS = 4000

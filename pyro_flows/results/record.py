@@ -14,7 +14,8 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.chains import Chains
-from pyro_flows.verdict.verdict import Draw, Verdict
+from pyro_flows.verdict.deciding import Draw
+from pyro_flows.verdict.verdict import Verdict
 
 
 @dataclass(frozen=True, eq=False)

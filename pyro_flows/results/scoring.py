@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.verdict.verdict import CHECKED, POOL, Draw
+from pyro_flows.verdict.deciding import CHECKED, POOL, Draw
 
 MAX_DRAWS = 10**7
 COPIES = 3  # of the pool that exist at once, and as many numbers beside it for each draw

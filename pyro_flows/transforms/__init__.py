@@ -5,9 +5,10 @@ from pyro_flows.transforms.affine_coupling import AdditiveCoupling, AffineCoupli
 from pyro_flows.transforms.base import Bijection, Bound, Inverse
 from pyro_flows.transforms.chain import Chain
 from pyro_flows.transforms.image import MultiScale, Squeeze
-from pyro_flows.transforms.linear import DiagonalAffine, LowerTriangularAffine, Permutation, Rescale
+from pyro_flows.transforms.linear import DiagonalAffine, LowerTriangularAffine, Rescale
 from pyro_flows.transforms.lu import Conv1x1, LULinear
 from pyro_flows.transforms.norm import ActNorm, BatchNorm
+from pyro_flows.transforms.permutation import Permutation
 from pyro_flows.transforms.pixels import Dequantize, Logit
 from pyro_flows.transforms.planar import Planar
 from pyro_flows.transforms.spline_coupling import SplineCoupling

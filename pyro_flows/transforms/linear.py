@@ -1,4 +1,4 @@
-"""Linear and affine maps: permutation, NICE's scaling, diagonal and triangular affine."""
+"""Affine maps: NICE's scaling, diagonal and triangular."""
 
 from __future__ import annotations
 
@@ -13,51 +13,6 @@ from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.conditioners import conditioner
 from pyro_flows.transforms.networks import adopt_buffer
-
-
-class Permutation(Bijection):
-    r"""Reorders the coordinates: :math:`y_i = x_{p(i)}`, :math:`\log|J| = 0`. Both ways cost one gather.
-
-    Args:
-        permutation: the indices p, or a number of coordinates to be shuffled by ``seed``.
-        seed: of the shuffle; the result is a registered buffer, saved and moved with the module.
-
-    Raises:
-        ValueError: if the indices are no permutation of 0 to D - 1.
-
-    >>> import torch, pyro_flows as pf
-    >>> pf.Permutation([2, 0, 1])(torch.tensor([10.0, 20.0, 30.0])).tolist()
-    [30.0, 10.0, 20.0]
-    """
-
-    permutation: Tensor
-
-    def __init__(self, permutation: Sequence[int] | Tensor | int, *, seed: int = 0) -> None:
-        super().__init__()
-        if isinstance(permutation, int) and not isinstance(permutation, bool):
-            size = _checks.integer("permutation", permutation, 1)
-            permutation = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-        indices = torch.as_tensor(permutation, dtype=torch.long)
-        if indices.dim() != 1 or sorted(indices.tolist()) != list(range(len(indices))) or not len(indices):
-            raise ValueError(f"permutation: expected each of 0 to D - 1 once, got {indices.tolist()}.")
-        self.dim = len(indices)
-        self.register_buffer("permutation", indices.clone())
-
-    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._gather(x, context, self.permutation)
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._gather(y, context, torch.argsort(self.permutation))
-
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return *self.forward_and_ladj(x, context), score.index_select(-1, self.permutation)
-
-    def _gather(self, x: Tensor, context: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor]:
-        _checks.event("Permutation", x, self.dim)
-        _checks.context("Permutation", context, 0)
-        return x.index_select(-1, indices), x.new_zeros(x.shape[:-1])
 
 
 class DiagonalAffine(Bijection):

@@ -1,0 +1,175 @@
+"""What a guide lacks at the ends of paths that climb from many points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack
+from pyro_flows.modes.tempering import log_mean, temper
+from pyro_flows.starts.curvature import lower_triangular
+from pyro_flows.starts.gaussians import Gaussians
+from pyro_flows.starts.pathfinder import Paths, pathfinder
+from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
+from pyro_flows.starts.prior import prior_draws
+from pyro_flows.starts.start import Start
+from pyro_flows.verdict.psis import psis
+
+INFLATED = (3.0, 10.0, 30.0)
+SCREENED, SCREENED_AT = 1000, (1.5, 2.5, 4.0, 8.0)  # draws, and factors by which they are moved outwards
+CLIMBERS = 6  # for each factor, and from the guide's own draws
+PRIOR_CLIMBERS = 12
+FULL_UNITS_UP_TO = 100  # dimensions
+WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path
+TRUSTED_K_HAT = 0.7
+LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
+
+
+def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> list[Lack]:
+    """Climb from many points; return the regions at the ends of the paths that the guide lacks."""
+    density = guide.density
+    own, far = z[: CLIMBERS if density.batched else 1], _dispersed(guide, modes, z, seed=seed)
+    if not len(far):
+        return []
+    units = units_of(z)
+    points = torch.cat([own, far])
+    paths = pathfinder(density, points, units.expand(len(points), *units.shape), seed=derive(seed, "modes"))
+    found, doubtful = _weighed(guide, paths, len(own), seed=seed)
+    if not found and density.batched:
+        found = _tempered(guide, paths, len(own), doubtful, units, seed=seed)
+    return [found[number] for number in _distinct([lack.place for lack in found], units)]
+
+
+@dataclass(frozen=True)
+class _Doubtful:
+    """A path at whose end the guide may lack something, and whose normal is too poor to weigh it."""
+
+    number: int
+    elbo: float
+    elsewhere: bool  # the guide is too thin at most draws of the normal, and not only at some of their tail
+    start: Start
+
+
+def _weighed(guide: Guide, paths: Paths, own: int, *, seed: int) -> tuple[list[Lack], list[_Doubtful]]:
+    """Weigh draws of the normals at the ends of paths, from number ``own`` on; return what the guide lacks, and doubts.
+
+    A doubt is a normal too poor for its weights to tell a mass.
+    """
+    density, ends = guide.density, paths.ends
+    with seeded(derive(seed, "weighing"), density.device), torch.no_grad():
+        count = WEIGHED if density.batched else WEIGHED_UNBATCHED
+        noise = torch.randn(count, density.dim, dtype=ends.dtype, device=ends.device)
+        draws, log_q = paths.best.map(noise)
+        log_p = density(draws.flatten(0, 1)).unflatten(0, draws.shape[:2])
+    scales = paths.best.scale()
+    scales = lower_triangular(scales) if scales.dim() == 3 else scales
+    found, doubtful = [], []
+    at_ends = guide.is_thin(ends, density(ends).detach())
+    for number in range(own, len(ends)):
+        lacking = guide.lacking(draws[number], log_p[number], log_q[number])
+        thin = lacking > 0.0
+        if not bool(thin.any()):
+            continue
+        log_weights, k_hat = psis(lacking.log())
+        start = Start("mode", paths.best.loc[number], scales[number])
+        if not k_hat < TRUSTED_K_HAT:
+            elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
+            doubtful.append(_Doubtful(number, float(paths.elbo[number]), elsewhere, start))
+        elif float(lacking.mean()) > SHARE:
+            place = ends[number] if bool(at_ends[number]) else draws[number][int(log_weights.argmax())]
+            found.append(Lack(place, start))
+    return found, doubtful
+
+
+def _tempered(
+    guide: Guide, paths: Paths, own: int, doubtful: Sequence[_Doubtful], units: Tensor, *, seed: int
+) -> list[Lack]:
+    """Measure masses by tempering from the normals at the ends of a few paths, and just so that of the guide's region.
+
+    Many paths end at one place, the guide's own one among them. So each place is measured once, and places where the
+    guide is thin altogether come first.
+    """
+    density, ends = guide.density, paths.ends
+    base = int(paths.elbo[:own].nan_to_num(nan=-torch.inf).argmax())
+    reach = guide.covered + math.log(SHARE) - max(0.0, guide.covered - float(paths.elbo[base]))
+    worth = [path for path in doubtful if path.elbo > reach - THINNER]
+    worth.sort(key=lambda path: (not path.elsewhere, -path.elbo))
+    worth = [worth[number] for number in _distinct([ends[path.number] for path in worth], units)][:LOOKED_AT]
+    if not worth:
+        return []
+    chosen = [base, *(path.number for path in worth)]
+    walk = temper(density, Gaussians(*(part[chosen] for part in paths.best)), seed=derive(seed, "tempering"))
+    covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
+    found = []
+    for path, reached, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=True):
+        log_weights = torch.where(guide.is_thin(reached, log_p), log_weights, -torch.inf)
+        if float(log_mean(log_weights)) - covered > math.log(SHARE):
+            thin_end = bool(guide.is_thin(ends[path.number][None], density(ends[path.number][None]).detach()))
+            place = ends[path.number] if thin_end else reached[int(log_weights.argmax())]
+            found.append(Lack(place, path.start))
+    return found
+
+
+def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> Tensor:
+    """Points to climb from: draws moved away from their centre, prior draws, known modes; of finite density."""
+    density = guide.density
+    centre = z.median(0).values
+    parts = zip(INFLATED, z.split(CLIMBERS), strict=False)
+    outwards = [centre + factor * (part - centre) for factor, part in parts]
+    if density.batched:
+        outwards += [_denser(guide, centre + factor * (z[:SCREENED] - centre)) for factor in SCREENED_AT]
+    flipped = []
+    for latent in density.structure.latents[:CLIMBERS]:
+        changed = z[-1:].clone()
+        changed[:, latent.offset : latent.offset + latent.size] *= -1.0
+        flipped.append(changed)
+    prior = prior_draws(density, PRIOR_CLIMBERS, seed=derive(seed, "modes from the prior"))
+    points = torch.cat([*(mode.loc[None] for mode in modes), *outwards, *flipped, prior])
+    with torch.no_grad():
+        points = points[torch.isfinite(density(points))]
+    return points if density.batched else points[:SEARCHES_UNBATCHED]
+
+
+@torch.no_grad()
+def _denser(guide: Guide, points: Tensor) -> Tensor:
+    """Return the few of many points (S, D) at which the density is farthest above what the guide says of it.
+
+    From far away, paths end at the widest mode. A narrower one rules in a cone of directions about it, which is small
+    in many dimensions, but shows in the ratio of the densities.
+    """
+    log_p = guide.density(points)
+    usable = torch.isfinite(log_p)
+    points, log_p = points[usable], log_p[usable]
+    if not len(points):
+        return points
+    ratios = (log_p - guide.score(points)).double().nan_to_num(nan=-torch.inf)
+    return points[ratios.topk(min(CLIMBERS, len(points))).indices]
+
+
+def units_of(z: Tensor) -> Tensor:
+    """The draws' scale: the Cholesky factor of their covariance where there are draws enough for it, or their sds."""
+    if z.shape[1] <= FULL_UNITS_UP_TO and len(z) > 4 * z.shape[1]:
+        root, fault = torch.linalg.cholesky_ex(torch.cov(z.mT.double()).reshape(z.shape[1], z.shape[1]))
+        if int(fault) == 0 and bool(torch.isfinite(root).all()):
+            return root.to(z.dtype)
+    spread = z.std(0)
+    return torch.where((spread > 0.0) & torch.isfinite(spread), spread, 1.0)
+
+
+def _distinct(places: Sequence[Tensor], units: Tensor) -> list[int]:
+    """Return the numbers of places (D,) that do not lie within a standard deviation of an earlier one of them."""
+    kept: list[int] = []
+    for number, place in enumerate(places):
+        away = [place - places[other] for other in kept]
+        if units.dim() == 2:
+            away = [torch.linalg.solve_triangular(units, x[:, None], upper=False)[:, 0] for x in away]
+        else:
+            away = [x / units for x in away]
+        if all(float(x.norm()) > math.sqrt(len(place)) for x in away):
+            kept.append(number)
+    return kept

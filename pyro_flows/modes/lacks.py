@@ -1,0 +1,67 @@
+"""Where a guide has less than its due, and by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.symmetries import SignedPermutation
+from pyro_flows.starts.start import Start
+
+SHARE = 0.02  # of the mass that the guide covers
+THINNER = 7.0  # nats by which the guide falls short at a mode that it lacks
+
+Score = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Lack:
+    """A place that the guide lacks, and a normal distribution there: where another run may start.
+
+    ``move`` takes coordinates of the guide's draws there and leaves the density as it is, if there is such a move.
+    """
+
+    place: Tensor
+    start: Start
+    move: SignedPermutation | None = None
+
+
+@dataclass(frozen=True)
+class Guide:
+    """The guide's log density, and the log of the mass that it covers."""
+
+    density: LogDensity
+    score: Score
+    covered: float
+
+    @torch.no_grad()
+    def lacking(self, z: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Return p / (covered mass) / q (S,) at draws of q where the guide is much too thin, and 0 elsewhere."""
+        ratios = (log_p - log_q).double() - self.covered
+        return torch.where(self.is_thin(z, log_p) & torch.isfinite(ratios), ratios, -torch.inf).exp()
+
+    @torch.no_grad()
+    def is_thin(self, z: Tensor, log_p: Tensor, *, by: float = THINNER) -> Tensor:
+        """Whether the guide has less than it ought to have, by some nats, at points (S, D) with these log densities."""
+        usable = torch.isfinite(log_p) & torch.isfinite(z).all(1)
+        thin = torch.zeros_like(usable)
+        if bool(usable.any()):
+            thin[usable] = (log_p[usable] - self.score(z[usable])).double() - self.covered > by
+        return thin
+
+
+def lacks_of(moved: Tensor, log_p: Tensor, lacking: Tensor, name: str) -> list[Lack]:
+    """Return the region of moved draws if it holds a good part of the mass; each draw counts as one at most."""
+    if not float(lacking.clamp(max=1.0).mean()) > SHARE:
+        return []
+    within = lacking > 0.0
+    return [Lack(moved[int(torch.where(within, log_p, -torch.inf).argmax())], moments(moved[within], name))]
+
+
+def moments(draws: Tensor, name: str) -> Start:
+    spread = draws.std(0) if len(draws) > 1 else torch.ones_like(draws[0])
+    return Start(name, draws.mean(0), torch.where(spread > 0.0, spread, 1.0))

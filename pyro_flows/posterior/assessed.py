@@ -1,0 +1,150 @@
+"""What a posterior says of its model: evidence, cross-validation, sensitivity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pyro_flows.posterior.drawn import Drawn
+
+if TYPE_CHECKING:
+    from pyro_flows.comparison.evidence import Evidence
+    from pyro_flows.comparison.loo import Loo
+    from pyro_flows.comparison.sensitivity import Sensitivity
+
+
+class Assessed(Drawn):
+    """A posterior that assesses its model; see :class:`~pyro_flows.Posterior`."""
+
+    def evidence(self, method: str = "auto", *, draws: int | None = None, seed: int = 0) -> Evidence:
+        r"""Estimate the log evidence :math:`\log Z = \log \int \tilde p(z)\,dz`, nats, with an honest standard error.
+
+        ``importance``: the mean of :math:`\tilde p / q` over fresh draws of the flow. ``bridge``: Meng and Wong's
+        bridge between q and the draws to use, where these are of the posterior, that is, Markov chains; q is the flow,
+        or, without one, a Student t fitted to the first half of each chain. ``smc``: what a run of sequential Monte
+        Carlo left in ``history``. ``auto``: all that can be used; the one with the smallest standard error is chosen,
+        and all are listed.
+
+        Args:
+            method: ``"auto"``, ``"importance"``, ``"bridge"`` or ``"smc"``.
+            draws: of the flow or guide, 16 000 by default, each scored once. Without a model, the raw ones are taken.
+            seed: of these draws.
+
+        Returns:
+            An :class:`Evidence`, which unpacks as ``value, standard_error, method``. The error is infinite where the
+            verdict is unreliable, or k-hat too high for one.
+
+        Raises:
+            ValueError: for an unknown method, or one that these draws do not allow.
+
+        References: Meng and Wong 1996; Frühwirth-Schnatter 2004; Vehtari et al. 2024.
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+        >>> guide = lambda: pyro.sample("x", dist.Normal(0.5, 0.75))
+        >>> value, error, method = pf.diagnose(model, guide).evidence()
+        >>> round(value, 1), error < 0.01, method
+        (-1.5, True, 'importance')
+        """
+        from pyro_flows.comparison.evidence import evidence
+
+        found = evidence(self, method=method, draws=draws, seed=seed)
+        self._hand_on("evidence()")
+        return found
+
+    def loo(self, sites: str | Sequence[str] | None = None, *, draws: int | None = None, seed: int = 0) -> Loo:
+        r"""Estimate the expected log predictive density by Pareto-smoothed leave-one-out cross-validation.
+
+        .. math:: \text{elpd} = \sum_i \log p(y_i \mid y_{-i})
+
+        Draws of q are weighted by :math:`\tilde p(z) / (q(z)\, p(y_i \mid z))` (approximate-posterior LOO), resampled
+        draws and chains by :math:`1 / p(y_i \mid z)`. Each entry of an observed site is one observation; those of event
+        dimensions go together.
+
+        Args:
+            sites: observed sites to leave observations out of; all by default.
+            draws: new draws of the flow or guide, resampled if the verdict is corrected. By default those in hand, or
+                as many new ones as bring the Monte Carlo error down to .005 nats, 64 000 at most. Chains have no
+                others.
+            seed: of new draws.
+
+        Returns:
+            A :class:`Loo`: elpd with its errors, k-hat and elpd of each observation, leverage.
+
+        Raises:
+            ValueError: if the verdict is unreliable, for models with enumerated latents or without data, and for a
+                name that is no observed site.
+
+        Cost: the likelihood of all draws, and a sort of them for each observation.
+
+        References: Vehtari, Gelman and Gabry 2017; Magnusson et al. 2019.
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("row", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.mean(), len(y) ** -0.5))
+        >>> found = pf.diagnose(model, guide, torch.tensor([0.1, 1.2, -0.4, 0.7])).loo()
+        >>> found.method, found.high
+        ('approximate', ())
+        """
+        from pyro_flows.comparison.loo import loo
+
+        return loo(self, sites=sites, draws=draws, seed=seed)
+
+    def log_likelihood(self) -> dict[str, Tensor]:
+        """Return the pointwise log likelihood of the draws to use, nats: ``{site: (draws, *batch)}``.
+
+        Entries that a mask leaves out are 0. Models with enumerated latents have none: the dict is empty.
+
+        Raises:
+            ValueError: if a loaded posterior has no model.
+        """
+        found = self._need_density().log_likelihood(self.used)
+        self._hand_on("log_likelihood()")
+        return found
+
+    def sensitivity(
+        self, names: str | Sequence[str] | None = None, *, prior_sites: str | Sequence[str] | None = None
+    ) -> Sensitivity:
+        r"""Tell how much the posterior hangs on the prior and on the likelihood, by power scaling, without a refit.
+
+        .. math:: p_\alpha(z) \propto p(z \mid y)\, p(\theta)^{\alpha - 1}, \qquad
+                  p_\alpha(z) \propto p(z \mid y)\, p(y \mid z)^{\alpha - 1}, \qquad \alpha = .99, 1.01
+
+        The figure is how fast the cumulative distribution of a scalar changes with :math:`\log_2 \alpha` (cumulative
+        Jensen-Shannon distance). Only priors at the top are scaled. A group effect's prior is a part of the model:
+        scaled too, it hides the sensitivity to the others.
+
+        Args:
+            names: sites to show; all by default.
+            prior_sites: sites whose priors are scaled, instead of those found to be at the top.
+
+        Returns:
+            A :class:`Sensitivity`, with a table, the sites that were scaled, and why the others were not.
+
+        Raises:
+            ValueError: for an unknown name, if no prior stands at the top, or if a loaded posterior has no model.
+
+        Reference: Kallioinen et al. 2024, "Detecting and diagnosing prior and likelihood sensitivity with
+        power-scaling".
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(5.0, 0.5))
+        ...     pyro.sample("y", dist.Normal(mu, 0.5), obs=y)
+        >>> guide = lambda y: pyro.sample("mu", dist.Normal((y + 5) / 2, 0.5 / 2**0.5))
+        >>> found = pf.diagnose(model, guide, torch.tensor(7.0)).sensitivity()
+        >>> found.prior_sites, found.table.loc["mu", "diagnosis"]
+        (('mu',), 'prior and likelihood conflict')
+        """
+        from pyro_flows.comparison.sensitivity import sensitivity
+
+        found = sensitivity(self, self._draws(), names, prior_sites=prior_sites)
+        self._hand_on("sensitivity()")
+        return found

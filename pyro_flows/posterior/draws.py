@@ -1,0 +1,103 @@
+"""From draws of a guide to a posterior: scored, weighed and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _checks
+from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.posterior.posterior import Posterior
+from pyro_flows.results.dims import coordinate_names
+from pyro_flows.results.scoring import Pool, check_memory, score_pool
+from pyro_flows.results.stage import Stage
+from pyro_flows.verdict.deciding import POOL, Decision, Draw, decide
+from pyro_flows.verdict.weighing import Weighing, weigh
+
+
+def from_draws(
+    density: LogDensity,
+    draw: Draw,
+    *,
+    draws: int,
+    seed: int,
+    guide: Any,
+    losses: Tensor,
+    history: Sequence[Stage] = (),
+    settings: Mapping[str, Any] | None = None,
+    warnings: Sequence[str] = (),
+    failures: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    contained: bool = False,
+    doubts: Sequence[str] = (),
+) -> Posterior:
+    """Draw, score, weigh and judge. ``draw(n)`` gives unconstrained draws and their log density under the guide.
+
+    Where the clock of ``density`` ends the scoring, the draws scored so far are all that there are.
+    """
+    _checks.integer("draws", draws, 100)
+    check_memory(density, draws)
+    names = coordinate_names(density.structure)
+    with torch.no_grad():
+        pool = score_pool(density, draw, POOL * draws)
+        if len(pool.log_p) < POOL * draws:
+            failures = [*failures, f"time for {len(pool.log_p)} of {POOL * draws} draws to judge by"]
+            draws = len(pool.log_p) // POOL
+        said: dict[str, Any] = {"failures": failures, "notes": notes, "contained": contained, "doubts": doubts}
+        said["warnings"] = [*warnings, *density.clock.reasons()]
+        found = _decided(density, draw, pool, names, draws=draws, seed=seed, **said)
+        samples = density.constrain(found.used)
+    return Posterior(
+        samples=samples,
+        **_figures(found, draws),
+        losses=losses,
+        history=tuple(stage.as_dict() for stage in history),
+        settings={"draws": draws, "seed": seed, "noncentred": density.structure.noncentred, **dict(settings or {})},
+        coordinates=tuple(names),
+        **_of_guide(guide, draw),
+        density=density,
+    )
+
+
+def _decided(
+    density: LogDensity, draw: Draw, pool: Pool, names: Sequence[str], *, draws: int, seed: int, **said: Any
+) -> Decision:
+    """Decide by the pool that is there; ``said`` goes to the judge."""
+    return decide(
+        lambda n: (pool.z[:n], pool.log_q[:n]),
+        lambda z: pool.log_p[: len(z)],
+        names,
+        draws=draws,
+        seed=seed,
+        again=lambda: _weighed_again(density, draw, POOL * draws),
+        complaint=lambda z: density.complaint(z[: pool.checked]),
+        **said,
+    )
+
+
+def _figures(found: Decision, draws: int) -> dict[str, Any]:
+    """Return the fields of a posterior that are draws, densities and what they come to."""
+    names = ("z", "log_p", "log_q", "log_weights", "used", "used_log_p", "used_log_q", "verdict")
+    fields: dict[str, Any] = {name: getattr(found, name) for name in names}
+    weighing = found.weighing
+    fields.update(k_hat=weighing.k_hat, elbo=weighing.elbo, log_evidence=weighing.log_evidence)
+    return {**fields, "ess": found.verdict.ess_ratio * draws}
+
+
+def _of_guide(guide: Any, draw: Draw) -> dict[str, Any]:
+    """Return the fields of a posterior about its guide."""
+    flow = guide._flow if isinstance(guide, AutoFlow) else None
+    name = type(guide).__name__ if isinstance(guide, torch.nn.Module) else getattr(guide, "__name__", "guide")
+    missing = {} if flow is not None else {"flow": f"the guide ({name}) is not a flow guide of pyro_flows"}
+    drawer = None if flow is not None else draw
+    return {"guide": guide, "guide_name": name, "flow": flow, "missing": missing, "drawer": drawer}
+
+
+def _weighed_again(density: LogDensity, draw: Draw, count: int) -> Weighing:
+    """Weigh a second pool of draws."""
+    pool = score_pool(density, draw, count)
+    return weigh(pool.z, pool.log_p, pool.log_q)

@@ -1,0 +1,169 @@
+"""What a posterior shows: text, table, ArviZ object."""
+
+from __future__ import annotations
+
+import html
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pyro_flows import _arviz, _checks
+from pyro_flows.results import arviz_groups
+from pyro_flows.results.dims import Labels
+from pyro_flows.results.record import Record
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROWS_SHOWN = 30
+
+
+class Shown(Record):
+    """A posterior as text, as a table and as an ArviZ object; see :class:`~pyro_flows.Posterior`."""
+
+    def __str__(self) -> str:
+        sites = ", ".join(self.samples)
+        return (
+            f"Posterior of {sites}: {len(self.used)} draws, {self.z.shape[1]} unconstrained coordinates, "
+            f"ELBO {self.elbo:.2f}, log evidence {self.log_evidence:.2f}, guide {self.guide_name}\n{self.verdict}"
+        )
+
+    __repr__ = __str__  # what a REPL shows
+
+    def _repr_html_(self) -> str:
+        table = self._table()
+        hidden = len(table) - ROWS_SHOWN
+        note = f"<p>and {hidden} more rows: <code>summary()</code> has them all</p>" if hidden > 0 else ""
+        about = html.escape(str(self).partition("\n")[0])
+        return f"<p>{about}<br>{self.verdict._repr_html_()}</p>{table.head(ROWS_SHOWN).to_html()}{note}"
+
+    def summary(
+        self,
+        names: str | Sequence[str] | None = None,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        ci_kind: str | None = None,
+        ci_prob: float | None = None,
+        round_to: int | str = "auto",
+    ) -> pd.DataFrame:
+        r"""Return a table of the draws to use, one row a scalar.
+
+        Columns: mean, sd, interval, :math:`\text{sd} / \sqrt{\text{ess}}`, and ``ess``, the number of independent
+        posterior draws that these are worth (:attr:`effective`; NaN if the verdict is unreliable). Draws are
+        independent, so there is no R-hat; with verdict refined, each row has ``ess_bulk``, ``ess_tail`` and ``r_hat``
+        of its own.
+
+        Args:
+            names: sites to show; all by default.
+            coords: labels of dimensions, see :meth:`to_arviz`.
+            dims: names of dimensions, see :meth:`to_arviz`.
+            ci_kind: ``"hdi"`` or ``"eti"``; the installed ArviZ's default otherwise.
+            ci_prob: the interval's probability; the installed ArviZ's default otherwise.
+            round_to: decimals, ``"auto"`` for three digits of each row's sd, or ``"none"``.
+
+        Raises:
+            ValueError: for a name that is no site, an unknown kind or a probability outside of (0, 1).
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(1.0, 2.0))
+        ...     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
+        >>> guide = lambda: pyro.sample("x", dist.Normal(0.6, 0.8**0.5))
+        >>> posterior = pf.diagnose(model, guide, draws=1000)
+        >>> list(posterior.summary("x", ci_kind="eti", ci_prob=0.9).columns)
+        ['mean', 'sd', 'eti90_lb', 'eti90_ub', 'mcse_mean', 'ess']
+        """
+        table = self._table(names, coords=coords, dims=dims, ci_kind=ci_kind, ci_prob=ci_prob, round_to=round_to)
+        self._hand_on("summary()")
+        return table
+
+    def _table(
+        self,
+        names: str | Sequence[str] | None = None,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        ci_kind: str | None = None,
+        ci_prob: float | None = None,
+        round_to: int | str = "auto",
+    ) -> pd.DataFrame:
+        draws = _arviz.relabel({"posterior": self._draws()}, coords, dims)["posterior"]
+        if names is not None:
+            wanted = [names] if isinstance(names, str) else names
+            draws = draws[[_checks.choice("names", name, map(str, draws)) for name in wanted]]
+        kind, prob = (ci_kind, ci_prob) if ci_kind and ci_prob else _arviz.default_interval()
+        kind = _checks.choice("ci_kind", ci_kind or kind, ("eti", "hdi"))
+        prob = prob if ci_prob is None else ci_prob
+        if prob is None or not 0 < prob < 1:
+            raise ValueError(f"ci_prob: expected a number between 0 and 1, got {prob!r}.")
+        return self._table_of(draws, kind=kind, prob=prob, round_to=round_to)
+
+    def _table_of(self, draws: Any, *, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
+        ess = None if self.verdict.status == "refined" else self.effective
+        return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)
+
+    def _draws(self) -> Any:
+        if self.stored is not None:
+            return self.stored[0]["posterior"]
+        return arviz_groups.draws_group(Labels(self._need_density().structure), self.samples, self.chain_count)
+
+    def to_arviz(
+        self,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        predictive: bool = True,
+    ) -> Any:
+        """Return everything as one ArviZ object: a ``DataTree``, or an ``InferenceData`` where ArviZ 0.x is installed.
+
+        Draws are one chain: they are independent and are not cut into false chains; those of a sampler (verdict
+        refined) are as many chains as it had. Dimensions are named after plates (with the suffix ``_dim`` if a variable
+        has that name), others ``{site}_dim_0`` and so on. Entries that a mask takes out (``obs_mask``) are left out,
+        with one dimension ``{site}_entry`` for what remains.
+
+        Groups: ``posterior``, the draws to use; ``sample_stats`` with their ``log_p``, ``log_q`` (unconstrained
+        coordinates), ``log_weight`` (the normalised log weight that a draw still carries) and ``lp``;
+        ``log_likelihood``, ``log_prior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
+        ``constant_data``, ``unconstrained_posterior``, ``fit``; and, if the draws were importance-resampled or are a
+        sampler's, the guide's own as ``raw_posterior`` and ``raw_sample_stats``. The ``sample_stats`` of a sampler also
+        have ``acceptance_rate``, ``diverging``, ``energy``, ``energy_error``, ``n_steps`` and ``step_size``. Models
+        with enumerated latents have neither deterministic sites nor a pointwise log likelihood; improper priors cannot
+        be drawn from.
+
+        Args:
+            coords: labels of dimensions, ``{"school": ["Choate", ...]}``.
+            dims: names of the dimensions of variables, ``{"theta": ["school"]}``.
+            predictive: whether to draw from the posterior and prior predictive distributions.
+
+        Raises:
+            ValueError: naming the variable, the dimension or the length that does not fit.
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model(y):
+        ...     with pyro.plate("school", 3):
+        ...         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+        >>> y = torch.tensor([1.0, 0.0, 2.0])
+        >>> def guide(y):
+        ...     with pyro.plate("school", 3):
+        ...         pyro.sample("theta", dist.Normal(y / 2, 0.5**0.5))
+        >>> posterior = pf.diagnose(model, guide, y, draws=1000)
+        >>> dict(posterior.to_arviz(predictive=False)["posterior"].sizes)
+        {'chain': 1, 'draw': 1000, 'school': 3}
+        """
+        groups, attrs = self._groups(predictive)
+        packed = _arviz.pack(_arviz.relabel(groups, coords, dims), attrs)
+        self._hand_on("to_arviz()")
+        return packed
+
+    def _groups(self, predictive: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self.stored is None:
+            return arviz_groups.all_groups(self, self._need_density(), predictive=predictive), arviz_groups.attributes(
+                self
+            )
+        groups, attrs = self.stored
+        if "groups" in self.missing:
+            warnings.warn(f"only the groups {', '.join(groups)} are there: {self.missing['groups']}.", stacklevel=3)
+        drawn = () if predictive else ("posterior_predictive", "prior", "prior_predictive")
+        return {name: group for name, group in groups.items() if name not in drawn}, attrs

@@ -1,0 +1,117 @@
+"""Draws weighed by both densities: PSIS, effective sample size, and what weighting would change."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_flows.verdict.psis import psis
+
+ESS_RATIO = 0.1
+LEVEL = math.log(1.5)  # largest weight over the mean one, below which weights have no tail for k-hat to look at
+HEAVY_INDEX = 0.42
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """Draws scored by both densities: smoothed weights and what they imply."""
+
+    log_weights: Tensor
+    k_hat: float
+    ess: float
+    elbo: float
+    log_evidence: float
+    mean_shift: Tensor
+    sd_shift: Tensor
+    widening: float
+    distance: float  # the largest shift of a mean, of the draws that are possible under p
+    broken: int
+    heavy: Tensor | None = None  # (D,): quantiles were compared in place of moments
+
+    @property
+    def threshold(self) -> float:
+        """Largest admissible k-hat for this many draws."""
+        return min(1.0 - 1.0 / math.log10(max(len(self.log_weights), 11)), 0.7)
+
+    @property
+    def admissible(self) -> bool:
+        """Whether weighted averages can be trusted."""
+        return self.k_hat < self.threshold and self.ess >= ESS_RATIO * len(self.log_weights)
+
+
+def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
+    """Compare draws ``z`` (S, D) from q with their log densities under p and q."""
+    ratio = (log_p - log_q).double()
+    broken = int((~torch.isfinite(ratio)).sum())
+    ratio = torch.where(torch.isfinite(ratio), ratio, -torch.inf)
+    if broken == len(ratio):
+        nothing = torch.full((z.shape[1],), torch.nan)
+        return Weighing(ratio, math.inf, 0.0, -math.inf, -math.inf, nothing, nothing, 0.0, math.inf, broken)
+    log_weights, k_hat = psis(ratio)
+    log_evidence = float(torch.logsumexp(ratio, 0) - math.log(len(ratio)))
+    if float(ratio.max()) - log_evidence < LEVEL:
+        k_hat = min(k_hat, 0.0)
+    weights, points = log_weights.exp().unsqueeze(-1), z.double()
+    mean, weighted, possible = points.mean(0), (weights * points).sum(0), torch.isfinite(ratio)
+    spread = points.std(0)
+    weighted_spread = (weights * (points - weighted).square()).sum(0).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    narrowing = (spread / weighted_spread).log()
+    mean_shift = (mean - weighted).abs() / weighted_spread
+    distance = (points[possible].mean(0) - weighted).abs() / weighted_spread
+    heavy = heavy_tails(points[possible])
+    if bool(heavy.any()):  # moments that do not exist are noise
+        moved, narrowed = _quantile_shifts(points[:, heavy], weights[:, 0])
+        mean_shift[heavy], distance[heavy], narrowing[heavy] = moved, moved, narrowed
+    return Weighing(
+        log_weights=log_weights,
+        k_hat=k_hat,
+        ess=float(1.0 / weights.square().sum()),
+        elbo=float(ratio[possible].mean()),
+        log_evidence=log_evidence,
+        mean_shift=mean_shift,
+        sd_shift=narrowing.abs(),
+        widening=float(-narrowing.min()),
+        distance=float(distance.max()),
+        broken=broken,
+        heavy=heavy,
+    )
+
+
+def heavy_tails(points: Tensor) -> Tensor:
+    """Return which columns (D,) of draws (S, D) have tails so heavy that their variance may not exist.
+
+    The tail index of each side is estimated from the 3 sqrt(S) draws that are farthest from the median. From an index
+    of 0.5 on there is no variance; what counts as heavy begins a little below.
+
+    Reference: Dekkers, Einmahl and de Haan 1989, "A moment estimator for the index of an extreme-value distribution".
+    """
+    count = len(points)
+    tail = int(3.0 * math.sqrt(count))
+    if tail < 30 or tail >= count // 2:
+        return torch.zeros(points.shape[1], dtype=torch.bool, device=points.device)
+    away = torch.nan_to_num(points - points.median(0).values)
+    heavy = torch.zeros(points.shape[1], dtype=torch.bool, device=points.device)
+    for side in (away, -away):
+        largest = side.topk(tail + 1, dim=0).values.clamp_min(torch.finfo(side.dtype).tiny).log()
+        excess = largest[:-1] - largest[-1]
+        first, second = excess.mean(0), excess.square().mean(0)
+        index = first + 1.0 - 0.5 / (1.0 - first.square() / second.clamp_min(torch.finfo(side.dtype).tiny))
+        heavy = heavy | (index > HEAVY_INDEX)
+    return heavy
+
+
+def _quantile_shifts(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return shifts of quartiles in weighted sds (by the quartiles), and log ratios of spreads, raw over weighted."""
+    ordered, places = points.sort(0)
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=points.dtype, device=points.device)
+    cumulative = weights[places].cumsum(0)
+    wanted = levels[None].expand(points.shape[1], -1).contiguous()
+    index = torch.searchsorted(cumulative.mT.contiguous(), wanted).clamp_max(len(points) - 1)
+    weighted, raw = ordered.gather(0, index.mT), torch.quantile(points, levels, dim=0)
+    scale = ((weighted[3] - weighted[1]) / 1.349).clamp_min(torch.finfo(points.dtype).tiny)
+    ratios = torch.stack([(raw[j] - raw[i]) / (weighted[j] - weighted[i]) for i, j in ((0, 4), (1, 3))])
+    widest = ratios.log().abs().argmax(0)
+    return ((raw - weighted)[1:4].abs() / scale).amax(0), ratios.log().gather(0, widest[None])[0]
