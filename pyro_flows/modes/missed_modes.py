@@ -152,12 +152,14 @@ def _wandered(guide: Guide, z: Tensor, weights: Tensor, log_q: Tensor, *, seed: 
     """
     ratios = (weights - guide.covered).double()
     there = guide.is_thin(z, weights + log_q, by=THIN)
-    known = float(torch.softmax(ratios, 0)[there].sum())
+    mass = torch.softmax(ratios, 0)
+    known, effective = float(mass[there].sum()), float(1.0 / mass.square().sum())
     chosen = resample(torch.log_softmax(ratios, 0), WANDERERS, seed=derive(seed, "wanderers"))
     ends, log_p = wander(guide.density, z[chosen], units_of(z), seed=derive(seed, "wandering"))
     thin = guide.is_thin(ends, log_p, by=THIN)
     share = float(thin.double().mean())
-    error = math.sqrt(max(share, 1.0 / WANDERERS) * (1.0 - share) / WANDERERS)
+    variance = max(share, 1.0 / WANDERERS) * (1.0 - share) / WANDERERS + known * (1.0 - known) / effective
+    error = math.sqrt(max(variance, 0.0))
     if share - 2.0 * error <= known + SHARE:
         return []
     return [Lack(ends[thin][0], moments(ends[thin], WANDERED))]
