@@ -7,8 +7,6 @@ only the last step of :func:`pack` and the default interval differ.
 from __future__ import annotations
 
 import functools
-import io
-import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,15 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows._arrays import SAMPLE_DIMS, as_tree, rounded, with_attrs
 from pyro_flows._display import verdict_html
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-SAMPLE_DIMS = ("chain", "draw")
-SD_DIGITS = 3
 MANY_CHAINS = "Found chain dimension to be longer than draw dimension"  # short ones, as they are meant to be
 JUDGED = "InferenceData"  # the name of our own class too: arviz_base knows such objects by it
 
@@ -85,51 +81,6 @@ def dataset(
     return found
 
 
-def relabel(
-    groups: Mapping[str, xr.Dataset], coords: Mapping[str, Any] | None, dims: Mapping[str, Sequence[str]] | None
-) -> dict[str, xr.Dataset]:
-    """Rename the dimensions of variables, and label dimensions with coordinates, in all groups that have them.
-
-    Raises:
-        ValueError: naming the variable, the dimension or the length that does not fit.
-    """
-    renamed = {name: _rename(group, _renamings(groups, dims or {})) for name, group in groups.items()}
-    known = {str(dim): size for group in renamed.values() for dim, size in group.sizes.items()}
-    for dim, labels in (coords or {}).items():
-        _checks.choice("coords", dim, known)
-        for name, group in renamed.items():
-            if dim in group.sizes:
-                if len(labels) != group.sizes[dim]:
-                    raise ValueError(f"coords[{dim!r}]: expected {group.sizes[dim]} labels, got {len(labels)}.")
-                renamed[name] = group.assign_coords({dim: list(labels)})
-    return renamed
-
-
-def _renamings(groups: Mapping[str, xr.Dataset], dims: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
-    widest: dict[str, tuple[str, ...]] = {}
-    for group in groups.values():
-        for name, values in group.data_vars.items():
-            own = tuple(str(dim) for dim in values.dims if dim not in SAMPLE_DIMS)
-            widest[str(name)] = max(widest.get(str(name), ()), own, key=len)
-    renamings = {}
-    for name, names in dims.items():
-        old = widest[_checks.choice("dims", name, widest)]
-        if len(names) != len(old) or isinstance(names, str):
-            raise ValueError(f"dims[{name!r}]: expected {len(old)} names for its dimensions {old}, got {names!r}.")
-        renamings[name] = dict(zip(old, names, strict=True))
-    return renamings
-
-
-def _rename(group: xr.Dataset, renamings: Mapping[str, Mapping[str, str]]) -> xr.Dataset:
-    if not any(name in group for name in renamings):
-        return group
-    variables = {}
-    for name, values in group.data_vars.items():
-        mapping = renamings.get(str(name), {})
-        variables[name] = values.rename({old: new for old, new in mapping.items() if old in values.dims and old != new})
-    return group.drop_vars(list(group)).drop_dims(list(group.dims)).assign(variables)
-
-
 # the whole object -----------------------------------------------------------------------------------------------------
 
 
@@ -140,44 +91,10 @@ def pack(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> 
     notebook hides them until they are asked for; its name always shows, so it is named by the status.
     """
     if not _is_old():
-        tree = _tree(groups, attrs)
+        tree = as_tree(groups, attrs)
         tree.name = f"verdict: {attrs.get('status', 'not known')}"
         return tree
-    return _judged()(attrs=dict(attrs), **_with_attrs(groups, attrs))
-
-
-def write(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> bytes:
-    """Return all groups as the bytes of one netCDF file. HDF5 writes to memory: a full disk would crash it."""
-    file = io.BytesIO()
-    _tree(groups, attrs).to_netcdf(file, engine="h5netcdf")
-    return file.getvalue()
-
-
-def read(data: bytes) -> tuple[dict[str, xr.Dataset], dict[str, str | float]]:
-    """Read what :func:`write` wrote: groups and attributes, all in memory."""
-    import xarray
-
-    with xarray.open_datatree(io.BytesIO(data), engine="h5netcdf") as tree:
-        tree.load()
-        groups = {name: node.to_dataset().copy() for name, node in tree.children.items()}
-        attrs = {str(name): value.item() if hasattr(value, "item") else value for name, value in tree.attrs.items()}
-    for group in groups.values():
-        group.attrs = {}
-    return groups, attrs
-
-
-def _tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> Any:
-    import xarray
-
-    tree = xarray.DataTree.from_dict(_with_attrs(groups, attrs))
-    tree.attrs = dict(attrs)
-    return tree
-
-
-def _with_attrs(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> dict[str, xr.Dataset]:
-    """Put the attributes, which belong to the whole, on the first group too, where tools look for them."""
-    first = next(iter(groups))
-    return {name: group.assign_attrs(attrs) if name == first else group.copy() for name, group in groups.items()}
+    return _judged()(attrs=dict(attrs), **with_attrs(groups, attrs))
 
 
 def _is_old() -> bool:
@@ -249,7 +166,7 @@ def summary(draws: xr.Dataset, *, ess: float | None, kind: str, prob: float, rou
         return _with_chains(draws, parts, round_to)
     parts.append((spread / math.sqrt(ess)).expand_dims(summary=["mcse_mean"]))
     table = dataset_to_dataframe(xarray.concat(parts, dim="summary"), sample_dims=["summary"]).T
-    table = _round(table, round_to)
+    table = rounded(table, round_to)
     table["ess"] = ess if math.isnan(ess) else int(ess)
     return table
 
@@ -264,26 +181,13 @@ def _with_chains(draws: xr.Dataset, parts: list[xr.Dataset], round_to: int | str
 
     access = draws.azstats
     error = access.mcse(method="mean").expand_dims(summary=["mcse_mean"])
-    found = _round(table([*parts, error]), round_to)
+    found = rounded(table([*parts, error]), round_to)
     columns = {"ess_bulk": access.ess(method="bulk"), "ess_tail": access.ess(method="tail"), "r_hat": access.rhat()}
     more = table([values.expand_dims(summary=[name]) for name, values in columns.items()])
     for name in ("ess_bulk", "ess_tail"):
         found[name] = more[name].fillna(0).astype(int)
     found["r_hat"] = more["r_hat"] if round_to == "none" else more["r_hat"].round(3)
     return found
-
-
-def _round(table: pd.DataFrame, round_to: int | str) -> pd.DataFrame:
-    """Round to decimals, or (``"auto"``) row by row to three digits of the sd (of the mean, where sd is 0)."""
-    if round_to == "none":
-        return table
-    if round_to != "auto":
-        return table.round(_checks.integer("round_to", round_to, 0))
-    scales = table["sd"].where(table["sd"] > 0, table["mean"].abs())
-    for row, scale in scales.items():
-        if math.isfinite(scale) and scale > 0:
-            table.loc[row] = table.loc[row].round(max(SD_DIGITS - 1 - math.floor(math.log10(scale)), 0))
-    return table
 
 
 # comparison and chains ------------------------------------------------------------------------------------------------
@@ -328,7 +232,7 @@ def chain_summary(draws: xr.Dataset, *, kind: str, prob: float, round_to: int | 
     for name in parts:
         table[name] = figures[name]
     decimals = table["r_hat"].round(3)
-    table = _round(table, round_to)
+    table = rounded(table, round_to)
     table["r_hat"] = decimals
     for name in ("ess_bulk", "ess_tail"):
         table[name] = figures[name].round()
@@ -378,14 +282,6 @@ def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) 
     found = {name: getattr(part, "dataset", part) for name, part in parts.items()}
     joined = xarray.concat([part.expand_dims(component=[name]) for name, part in found.items()], dim="component")
     return dataset_to_dataframe(joined, sample_dims=["component"]).T
-
-
-def entry_labels(values: xr.DataArray) -> list[str]:
-    """Return a label for each entry of an array of draws, in row-major order: ``y[Choate]``, ``y``."""
-    dims = [str(dim) for dim in values.dims if dim not in SAMPLE_DIMS]
-    axes = [[str(label) for label in values[dim].to_numpy().tolist()] for dim in dims]
-    name = str(values.name)
-    return [f"{name}[{', '.join(entry)}]" if entry else name for entry in itertools.product(*axes)]
 
 
 def cut(group: xr.Dataset, chains: int) -> xr.Dataset:

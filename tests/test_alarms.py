@@ -11,7 +11,8 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import cli, plots
-from pyro_flows._arviz import pack, relabel
+from pyro_flows._arrays import relabel
+from pyro_flows._arviz import pack
 from tests.posteriors import schools_posterior
 
 DOORS = {

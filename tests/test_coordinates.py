@@ -11,6 +11,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.model.noncentered import Information, location_scale, spread, standardise
+from pyro_flows.model.reading import read_structure
 from pyro_flows.starts.coordinates import choose_coordinates
 from tests.models import real
 from tests.registry import normal
@@ -121,3 +122,58 @@ def test_one_row_for_each_group():
 
 def test_groups_with_many_rows_and_with_one():
     check_choice([80, 1, 80, 1], [25.0, 0.0, 25.0, 0.0], [250.0, 6.0, 250.0, 6.0])
+
+
+def test_other_coordinates_are_those_of_a_density_made_anew():
+    """The structure is read once for all coordinates, and those of one density are not changed by those of another."""
+    density = pf.LogDensity(effects, (torch.tensor([1.0, 0.3, -2.0, 0.5]),))
+    z = torch.linspace(-1.0, 1.0, 3 * density.dim, dtype=density.dtype).reshape(3, -1)
+    before = density.value_and_grad(z)
+    for noncentred in (True, {"theta": {"precision": 2.0, "centre": 0.5}}, ()):
+        found = density.elsewhere(noncentred)
+        expected = pf.LogDensity(density.model, density.args, noncentred=noncentred)
+        assert found.structure.noncentred == expected.structure.noncentred
+        for ours, theirs in zip(found.value_and_grad(z), expected.value_and_grad(z), strict=True):
+            assert torch.equal(ours, theirs)
+        assert found.evaluations == len(z)
+    assert all(torch.equal(now, then) for now, then in zip(density.value_and_grad(z), before, strict=True))
+
+
+def test_other_coordinates_of_a_model_with_a_constrained_parameter_of_its_own():
+    """They hold the very leaf, not its constrained value taken for a leaf once more."""
+
+    def model():
+        spread = pyro.param("spread", torch.tensor(3.0), constraint=dist.constraints.positive)
+        theta = pyro.sample("theta", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), spread))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.tensor(0.5))
+
+    pyro.clear_param_store()
+    density = pf.LogDensity(model)
+    other = density.elsewhere(True)
+    assert other.parameters()["spread"] is density.parameters()["spread"]
+    z = torch.tensor([[0.2, -0.4], [1.0, 0.7]])
+    same = density.unconstrain(other.constrain(z))
+    torch.testing.assert_close(other(z) - other.log_jacobian(z), density(same) - density.log_jacobian(same))
+
+
+def test_a_fit_reads_the_structure_of_a_model_once(monkeypatch):
+    read = []
+
+    def counted(*given):
+        read.append(given)
+        return read_structure(*given)
+
+    monkeypatch.setattr("pyro_flows.model.runs.read_structure", counted)
+    monkeypatch.setattr("pyro_flows.guides.setup.read_structure", counted)
+    y = torch.tensor([1.0, 0.3, -2.0, 0.5])
+    found = pf.fit(effects, y, max_steps=30, draws=100, layers=2, escalate=False, refine=False, progress=False)
+    assert "coordinates" in {entry["stage"] for entry in found.history}
+    assert len(read) == 1
+
+
+def effects(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("group", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)

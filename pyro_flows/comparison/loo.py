@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_flows import _arviz, _checks
+from pyro_flows import _arrays, _arviz, _checks
 from pyro_flows.comparison.controls import explained
 from pyro_flows.comparison.draws import Draws, can_draw, chains_of, in_hand, more
 from pyro_flows.results import arviz_groups as export
@@ -188,10 +188,10 @@ def _columns(group: xr.Dataset, names: list[str]) -> tuple[Tensor, list[str], di
     columns, labels, places = [], list[str](), {}
     for name in names:
         values = group[name]
-        flat = values.stack(sample=_arviz.SAMPLE_DIMS).transpose("sample", ...)
+        flat = values.stack(sample=_arrays.SAMPLE_DIMS).transpose("sample", ...)
         rows = torch.as_tensor(flat.to_numpy()).double().reshape(flat.sizes["sample"], -1)
         places[name] = (len(labels), len(labels) + rows.shape[1])
-        labels += _arviz.entry_labels(values)
+        labels += _arrays.entry_labels(values)
         columns.append(rows)
     return torch.cat(columns, 1), labels, places
 

@@ -113,17 +113,15 @@ def fit(
     >>> posterior.verdict.status
     'ok'
     """
-    _check_numbers(draws, max_steps, seed, runs)
-    max_seconds = _checks.seconds("max_seconds", max_seconds)
+    seconds = _check_numbers(draws, max_steps, seed, runs, max_seconds)
     options, method = _options(flow, layers), which(refine)
-    args, kwargs = usable(args), usable(dict(model_kwargs or {}))
     with alone(), seeded(seed):
         bar = Bar("fit", progress)
-        clock = Clock(max_seconds, raises=raise_on_interrupt, watch=bar.watch)
+        clock = Clock(seconds, raises=raise_on_interrupt, watch=bar.watch)
         plan = Plan(
             model,
-            args,
-            kwargs,
+            usable(args),
+            usable(dict(model_kwargs or {})),
             latent_recipe(flow, options, affine="auto", base="student_t", df=15.0),
             draws=draws,
             seed=seed,
@@ -136,9 +134,14 @@ def fit(
             bar=bar,
         )
         posterior = _closing(bar, lambda: _fit(plan, grow=max_steps is None))
-    if clock.interrupted is not None:
-        warnings.warn(f"fit: {clock.reasons()[0]}. The posterior is what it had come to by then.", stacklevel=2)
+    _say_if_interrupted(clock)
     return posterior
+
+
+def _say_if_interrupted(clock: Clock) -> None:
+    """Warn at the line that called :func:`fit`."""
+    if clock.interrupted is not None:
+        warnings.warn(f"fit: {clock.reasons()[0]}. The posterior is what it had come to by then.", stacklevel=3)
 
 
 def _options(flow: FlowLike, layers: int | None) -> dict[str, Any]:
@@ -167,12 +170,14 @@ def default_steps(dim: int) -> int:
     return round(MAX_STEPS * min(max(dim / STEPS_GROW_FROM, 1.0), 4.0) ** 0.5)
 
 
-def _check_numbers(draws: int, max_steps: int | None, seed: int, runs: int) -> None:
+def _check_numbers(draws: int, max_steps: int | None, seed: int, runs: int, max_seconds: float) -> float:
+    """Return the seconds, if all numbers are what they have to be."""
     _checks.integer("draws", draws, 100, MAX_DRAWS)
     if max_steps is not None:
         _checks.integer("max_steps", max_steps, 1)
     _checks.integer("seed", seed, 0, MAX_SEED)
     _checks.integer("runs", runs, 1, MAX_RUNS)
+    return _checks.seconds("max_seconds", max_seconds)
 
 
 def _fit(plan: Plan, *, grow: bool) -> Posterior:

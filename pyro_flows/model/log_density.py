@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any
 
 import pyro
 import torch
@@ -16,7 +16,7 @@ from pyro_flows._turns import turn
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.batching import batch, quiet, where_possible
 from pyro_flows.model.site_values import SiteValues
-from pyro_flows.model.sites import Noncentred
+from pyro_flows.model.sites import Noncentred, Structure
 
 PORTION = 16  # pieces of a recorded graph between two looks at the clock
 
@@ -64,15 +64,8 @@ class LogDensity(SiteValues):
     (1, torch.Size([3]))
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        noncentred: Noncentred = (),
-    ) -> None:
-        super().__init__(model, args, kwargs, noncentred=noncentred)
+    def _settle(self, structure: Structure) -> None:
+        super()._settle(structure)
         self.evaluations = 0
         self._values = Recorder(self._plain_values, self.numbers)
         self._with_gradients = Recorder(self._gradients, self.numbers)
@@ -83,8 +76,9 @@ class LogDensity(SiteValues):
         self._values.compile = self._with_gradients.compile = None if clock.compiles else False
 
     def elsewhere(self, noncentred: Noncentred) -> LogDensity:
-        """Return the same log density in other coordinates, under the same clock."""
-        other = LogDensity(self.model, self.args, self.kwargs, noncentred=noncentred)
+        """Return the same log density in other coordinates, under the same clock; the structure is not read anew."""
+        other = copy.copy(self)
+        other._settle(self._as_read.noncentre(noncentred))
         other.under(self.clock)
         return other
 

@@ -46,14 +46,20 @@ class Runs:
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
         self.args, self.kwargs = tuple(args), dict(kwargs or {})
         with seeded(0):
-            self.structure: Structure = read_structure(model, self.args, self.kwargs).noncentre(noncentred)
-        self.model, self._parameters = hold(model, self.structure.trace)
-        if self.structure.subsampled:
-            plate = self.structure.subsampled[0]
+            self._as_read = read_structure(model, self.args, self.kwargs)
+        structure = self._as_read.noncentre(noncentred)
+        self.model, self._parameters = hold(model, structure.trace)
+        if structure.subsampled:
+            plate = structure.subsampled[0]
             raise ValueError(
                 f"plate {plate!r}: subsampled, so the log density is random. Give it its full size, or train a guide "
                 "such as AutoRealNVP with Pyro's own SVI."
             )
+        self._settle(structure)
+
+    def _settle(self, structure: Structure) -> None:
+        """Take these coordinates: find out whether the data fit there, and whether runs can be batched."""
+        self.structure = structure
         self.dim, self.dtype, self.device = self.structure.dim, self.structure.dtype, self.structure.device
         self.names = tuple(latent.name for latent in self.structure.latents)
         self.clock = unbounded()  # looked at as runs go on

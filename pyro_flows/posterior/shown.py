@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pyro_flows import _arviz, _checks
+from pyro_flows import _arrays, _arviz, _checks
 from pyro_flows.results import arviz_groups
 from pyro_flows.results.dims import Labels
 from pyro_flows.results.record import Record
@@ -88,7 +88,7 @@ class Shown(Record):
         ci_prob: float | None = None,
         round_to: int | str = "auto",
     ) -> pd.DataFrame:
-        draws = _arviz.relabel({"posterior": self._draws()}, coords, dims)["posterior"]
+        draws = _arrays.relabel({"posterior": self._draws()}, coords, dims)["posterior"]
         if names is not None:
             wanted = [names] if isinstance(names, str) else names
             draws = draws[[_checks.choice("names", name, map(str, draws)) for name in wanted]]
@@ -153,7 +153,7 @@ class Shown(Record):
         {'chain': 1, 'draw': 1000, 'school': 3}
         """
         groups, attrs = self._groups(predictive)
-        packed = _arviz.pack(_arviz.relabel(groups, coords, dims), attrs)
+        packed = _arviz.pack(_arrays.relabel(groups, coords, dims), attrs)
         self._hand_on("to_arviz()")
         return packed
 

@@ -15,7 +15,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_flows import _arviz
+from pyro_flows import _arrays, _arviz
 from pyro_flows._bundles import plain
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart
@@ -43,7 +43,7 @@ def _stack(
     """Make a group of draws ``{site: (S, *shape)}``, one chain after the other."""
     layouts = {name: layout(name) for name in values}
     arrays = {labels.variable(name): _in_chains(layouts[name](value), chains) for name, value in values.items()}
-    return _labelled(labels, arrays, layouts, _arviz.SAMPLE_DIMS)
+    return _labelled(labels, arrays, layouts, _arrays.SAMPLE_DIMS)
 
 
 def _in_chains(values: np.ndarray, chains: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows import _arviz
+from pyro_flows import _arrays
 from pyro_flows.model.sites import Latent, Plate, Structure, messages
 
 
@@ -75,7 +75,7 @@ class Labels:
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
         self._variables: dict[str, str] = {}
-        self._taken = set(_arviz.SAMPLE_DIMS)
+        self._taken = set(_arrays.SAMPLE_DIMS)
         self._sizes: dict[str, int] = {}
         self._kept: dict[str, tuple[str | None, ...]] = {}  # names of axes, by the sites of a fitted prior of several
         for latent in structure.latents:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows import _arviz
+from pyro_flows import _arrays
 from pyro_flows._bundles import Bundle, damaged, plain
 from pyro_flows._fallbacks import first_line
 from pyro_flows._seeding import seeded
@@ -79,7 +79,7 @@ def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str 
         tensors["chains"] = posterior.chains.stored()
     stored = io.BytesIO()
     torch.save(tensors, stored)
-    FILES.write(path, plain(description), {NETCDF: _arviz.write(groups, attrs), TENSORS: stored.getvalue()})
+    FILES.write(path, plain(description), {NETCDF: _arrays.write(groups, attrs), TENSORS: stored.getvalue()})
 
 
 def read(
@@ -108,7 +108,7 @@ def _read(
     with _reading(source, TENSORS):
         tensors = torch.load(io.BytesIO(contents[TENSORS]), map_location="cpu", weights_only=True)
     with _reading(source, NETCDF):
-        stored: tuple[Any, Any] | None = _arviz.read(contents[NETCDF])
+        stored: tuple[Any, Any] | None = _arrays.read(contents[NETCDF])
     with _reading(source, TEXT):
         fields = _fields(description)
     flow, guide, density = _flow(source, description["guide"], tensors), None, None

@@ -1,0 +1,68 @@
+"""Guides by the name of their flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pyro_flows.guides.autoflow import AutoFlow
+
+
+class AutoRealNVP(AutoFlow):
+    """:class:`AutoFlow` with :func:`~pyro_flows.realnvp`: affine couplings with alternating masks. The default choice.
+
+    Args:
+        model: a Pyro model.
+        layers: number of couplings.
+        hidden: widths of their hidden layers.
+        options: as for :class:`AutoFlow` and :func:`~pyro_flows.realnvp`.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> guide = pf.AutoRealNVP(lambda: pyro.sample("x", dist.Beta(2.0, 2.0)), layers=2)
+    >>> guide.initialize().median()["x"].shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], layers: int = 8, *, hidden: Sequence[int] = (32, 32), **options: Any
+    ) -> None:
+        super().__init__(model, "realnvp", layers=layers, hidden=hidden, **options)
+
+
+class AutoNICE(AutoFlow):
+    """:class:`AutoFlow` with :func:`~pyro_flows.nice`: additive couplings, volume-preserving up to a scale of the base.
+
+    Args:
+        model: a Pyro model.
+        layers: number of couplings.
+        hidden: widths of their hidden layers.
+        options: as for :class:`AutoFlow` and :func:`~pyro_flows.nice`.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> guide = pf.AutoNICE(lambda: pyro.sample("x", dist.Beta(2.0, 2.0)), layers=2)
+    >>> guide.initialize().median()["x"].shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], layers: int = 4, *, hidden: Sequence[int] = (32, 32), **options: Any
+    ) -> None:
+        super().__init__(model, "nice", layers=layers, hidden=hidden, **options)
+
+
+class AutoPlanar(AutoFlow):
+    """:class:`AutoFlow` with :func:`~pyro_flows.planar`: for few dimensions and mild departures from a Gaussian.
+
+    Args:
+        model: a Pyro model.
+        layers: number of planar maps.
+        options: as for :class:`AutoFlow` and :func:`~pyro_flows.planar`.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> guide = pf.AutoPlanar(lambda: pyro.sample("x", dist.Beta(2.0, 2.0)), layers=2)
+    >>> guide.initialize().median()["x"].shape
+    torch.Size([])
+    """
+
+    def __init__(self, model: Callable[..., Any], layers: int = 16, **options: Any) -> None:
+        super().__init__(model, "planar", layers=layers, **options)

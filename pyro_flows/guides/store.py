@@ -1,0 +1,121 @@
+"""A guide's parameters in Pyro's store."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn.module import _is_module_local_param_enabled
+from pyro.params.param_store import param_with_module_name
+from pyro.poutine.runtime import effectful
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_flows.guides.setup import LatentGuide
+
+UNSLOWED = {"gain": 1.0, "relative": 0.0}  # buffers of small steps, as they leave a flow without small steps
+
+# Which tensor a guide of this process put into the store last under a name, and the store's table at that time, which
+# is another one once the store was cleared. What else is found there was loaded.
+_placed: dict[str, tuple[weakref.ref[Tensor], dict[str, Any]]] = {}
+
+
+class StoredGuide(LatentGuide):
+    """A flow guide whose tensors Pyro's store holds; see :class:`~pyro_flows.AutoFlow`."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self._flow  # noqa: B018  (raises before the first run)
+        return super().named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._flow  # noqa: B018
+        self._catch_up()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._flow  # noqa: B018
+        return super().load_state_dict(*args, **kwargs)
+
+    def _register(self) -> None:
+        """Tell Pyro of the flow's parameters; make the store hold the very tensors of this guide.
+
+        What the store holds under our names is either another guide's (then ours replaces it) or was loaded into the
+        store (then we take its values over). The store holds the buffers too, m and L among them: without them the
+        parameters, which are relative to the start, would mean something else in another guide.
+        """
+        tensors = self._named_tensors()
+        if not _is_module_local_param_enabled():
+            self._take_over(tensors)
+            for full, tensor in tensors.items():
+                _place(full, tensor)
+            self._in_store = True
+        for full, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                # a param statement as pyro.param makes it, past the store's look-up and transform of real numbers
+                tensor.unconstrained = weakref.ref(tensor)  # type: ignore[attr-defined]
+                _param_statement(full, tensor, constraint=constraints.real, name=full)
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """Return the flow's parameters and buffers by their names in Pyro's store."""
+        prefix = self._pyro_get_fullname("flow")
+        state = self._flow.state_dict(keep_vars=True)
+        return {param_with_module_name(prefix, name): tensor for name, tensor in state.items()}
+
+    def _take_over(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the values that were loaded into the store under these names, and put the tensors there.
+
+        Parameters that come without the buffers of small steps were saved without small steps.
+        """
+        store = pyro.get_param_store()
+        loaded = [full for full, tensor in tensors.items() if _was_loaded(full, tensor)]
+        for full, tensor in tensors.items():
+            if full in loaded:
+                _copy_stored(full, tensor, store._params[full])
+                _place(full, tensor)
+            elif loaded and full not in store._params and full.rpartition(".")[2] in UNSLOWED:
+                tensor.fill_(UNSLOWED[full.rpartition(".")[2]])
+
+    def _catch_up(self) -> None:
+        """See to it that draws are those of values that were loaded into the store since the guide last ran."""
+        if self._in_store and not _is_module_local_param_enabled():
+            self._take_over(self._named_tensors())
+
+
+@effectful(type="param")
+def _param_statement(name: str, tensor: nn.Parameter, **_: Any) -> nn.Parameter:
+    return tensor
+
+
+def _was_loaded(name: str, tensor: Tensor) -> bool:
+    """Whether the store holds another tensor than this one under a name, and no guide put it there."""
+    store = pyro.get_param_store()
+    stored = store._params.get(name)
+    if stored is None or stored is tensor:
+        return False
+    placed = _placed.get(name)
+    return placed is None or placed[0]() is not stored or placed[1] is not store._constraints
+
+
+def _place(name: str, tensor: Tensor) -> None:
+    """Let the store hold this very tensor under a name."""
+    store = pyro.get_param_store()
+    if store._params.get(name) is not tensor:
+        if name in store._params:
+            del store[name]
+        store._constraints[name] = constraints.real
+        store._params[name] = tensor
+        store._param_to_name[tensor] = name
+        _placed[name] = weakref.ref(tensor), store._constraints
+
+
+def _copy_stored(name: str, parameter: Tensor, stored: Tensor) -> None:
+    if stored.shape != parameter.shape:
+        raise ValueError(
+            f"param store: {name!r} has shape {tuple(stored.shape)}, this guide's is {tuple(parameter.shape)}. "
+            "It was saved from another guide; call pyro.clear_param_store(), or build the guide with the same settings."
+        )
+    with torch.no_grad():
+        parameter.copy_(stored)
