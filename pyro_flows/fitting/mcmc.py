@@ -18,6 +18,7 @@ from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.posterior.posterior import KINDS, Posterior
 from pyro_flows.results import arviz_groups as export
 from pyro_flows.results.dims import coordinate_names
+from pyro_flows.verdict.next_step import next_step_of_mcmc
 from pyro_flows.verdict.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ class ChainVerdict(Verdict):
             f"{self.ess_tail:.0f} tail, {diverged}, {self.count} chain{'s' if self.count > 1 else ''}"
         )
         if self.status == "ok":
-            return f"ok: the chains agree and can be used; {figures}."
-        return f"unreliable: do not use these chains ({'; '.join(self.reasons)}); {figures}."
+            return f"ok: the chains agree and can be used. Figures: {figures}."
+        why, step = "; ".join(self.reasons), next_step_of_mcmc(self.reasons)
+        return f"unreliable: do not use these chains. Why: {why}. Next step: {step}. Figures: {figures}."
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_flows._display import verdict_html
 from pyro_flows._seeding import derive
 from pyro_flows.verdict.chains import ChainFigures
+from pyro_flows.verdict.next_step import next_step
 from pyro_flows.verdict.psis import psis
 
 ESS_RATIO = 0.1
@@ -37,9 +38,9 @@ class Verdict:
     """A judgement and the numbers it rests on; ``str()`` is one plain sentence.
 
     Attributes:
-        status: ``"ok"``: the draws stand as they are; ``"corrected"``: the raw draws are off, importance resampling
-            mends them, and ``samples`` holds the resampled ones; ``"refined"``: ``samples`` are draws of chains that
-            began at the guide's; ``"unreliable"``: none of these.
+        status: ``"ok"``: the guide's draws can be used as they are; ``"corrected"``: they cannot, but importance
+            resampling corrects them, and ``samples`` holds the resampled ones; ``"refined"``: ``samples`` are draws of
+            Markov chains that started at the guide's; ``"unreliable"``: none of these.
         k_hat: Pareto shape of the importance weights.
         k_threshold: min(1 - 1 / log10(S), 0.7).
         ess_ratio: effective sample size of the weights over S.
@@ -67,20 +68,20 @@ class Verdict:
 
     def _sentence(self) -> str:
         figures = (
-            f"k-hat {self.k_hat:.2f} (limit {self.k_threshold:.2f}), ESS/S {self.ess_ratio:.2f}, "
-            f"largest shift by weighting {self.mean_shift:.2f} sd at {self.where}"
+            f"k-hat {self.k_hat:.2f} (threshold {self.k_threshold:.2f}), ESS/S {self.ess_ratio:.2f}, "
+            f"largest change of a mean by weighting {self.mean_shift:.2f} sd, at {self.where}"
         )
         if self.status == "ok":
-            return f"ok: the draws can be used as they are; {figures}."
+            return f"ok: the samples can be used as they are. Figures: {figures}."
         why = "; ".join(self.reasons)
         if self.status == "corrected":
-            return f"corrected: samples were importance-resampled to correct the guide's draws ({why}); {figures}."
+            what = "the guide's own draws need a correction; the samples were importance-resampled and can be used"
+            return f"corrected: {what}. Why: {why}. Figures: {figures}."
         if self.status == "refined":
-            return f"refined: samples are draws of a sampler that began at the guide's draws ({why}); {self.chains}."
-        return (
-            f"unreliable: do not use these draws ({why}); {figures}. "
-            "Try more layers or more steps, another parametrisation of the model, or refine() with more steps."
-        )
+            what = "the samples are Markov chains that started at the guide's draws and converged; they can be used"
+            return f"refined: {what}. Why: {why}. Figures: {self.chains}."
+        step = next_step(self.reasons)
+        return f"unreliable: do not use these samples. Why: {why}. Next step: {step}. Figures: {figures}."
 
     __repr__ = __str__  # what a REPL shows
 
@@ -214,7 +215,7 @@ def judge(
     if weighing.heavy is not None and bool(weighing.heavy.any()):
         found = [names[index] for index in weighing.heavy.nonzero().flatten().tolist()]
         said = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-        notes = (*notes, f"{said}: tails so heavy that quantiles were compared; means and sds may not exist")
+        notes = (*notes, f"{said}: heavy tails, so quantiles were compared; means and sds may not exist")
     reasons = list(failures)
     ratio = weighing.ess / len(weighing.log_weights)
     good = weighing.k_hat < MENDED_K and ratio >= UNDOUBTED_ESS
@@ -222,28 +223,35 @@ def judge(
     if not weighing.k_hat < weighing.threshold and contained and _hangs_on_nothing(weighing):
         notes = (
             *notes,
-            f"k-hat {weighing.k_hat:.2f} is above its threshold, but weights change nothing, and draws that move under "
-            "the posterior stay where the guide has its due",
+            f"k-hat {weighing.k_hat:.2f} is above its threshold, but weighting changes no result, and Markov chains "
+            "that start at the guide's draws stay where the guide has enough mass",
         )
     elif not weighing.k_hat < weighing.threshold:
-        reasons.append(f"k-hat {weighing.k_hat:.2f} is not below {weighing.threshold:.2f}")
+        reasons.append(f"k-hat {weighing.k_hat:.2f} is not below its threshold {weighing.threshold:.2f}")
     if ratio < ESS_RATIO:
         reasons.append(f"ESS/S {ratio:.3f} is below {ESS_RATIO}")
     mean, where = (float(x) for x in weighing.mean_shift.max(0))
     sd, sd_where = (float(x) for x in weighing.sd_shift.max(0))
     moved = []
     if mean > MEAN_SHIFT:
-        moved.append(f"weighting moves the mean of {names[int(where)]} by {mean:.2f} sd")
+        moved.append(f"importance weighting changes the mean of {names[int(where)]} by {mean:.2f} sd")
     if sd > SD_SHIFT:
-        moved.append(f"weighting changes the sd of {names[int(sd_where)]} by a factor {math.exp(sd):.2f}")
+        moved.append(f"importance weighting changes the sd of {names[int(sd_where)]} by a factor {math.exp(sd):.2f}")
     if weighing.widening > WIDENING:
-        reasons.append(f"weighting widens an sd {math.exp(weighing.widening):.1f} times, more than weights can mend")
+        reasons.append(
+            f"importance weighting widens an sd {math.exp(weighing.widening):.1f} times, more than weights can correct"
+        )
     if math.isnan(mean) or math.isnan(sd):
         reasons.append(f"a mean or an sd of {names[int(where if math.isnan(mean) else sd_where)]} is not a number")
     if not weighing.distance <= MENDED_MEAN:
-        reasons.append(f"weighting moves a mean by {weighing.distance:.3g} sd, more than weights can mend")
+        reasons.append(
+            f"importance weighting changes a mean by {weighing.distance:.3g} sd, more than weights can correct"
+        )
     if moved and MENDED_K <= weighing.k_hat < weighing.threshold:
-        reasons.append(f"k-hat {weighing.k_hat:.2f} is not below {MENDED_K}, and weights have draws to mend")
+        reasons.append(
+            f"k-hat {weighing.k_hat:.2f} is not below {MENDED_K} and weighting changes the results, so the weights "
+            "have infinite variance"
+        )
     if weighing.broken:
         moved.append(f"{weighing.broken} draws have no finite log density")
     status = "unreliable" if reasons else "corrected" if moved or warnings or doubts else "ok"
@@ -336,7 +344,7 @@ def decide(
     if verdict.status == "corrected" and again is not None:  # one lucky pool does not correct a guide
         second = judge(again(), names, contained=contained)
         if second.status == "unreliable":
-            failures = (*failures, f"a second sample is worse ({second.reasons[0]})")
+            failures = (*failures, f"a second sample from the guide fails the check ({second.reasons[0]})")
             verdict = judge(weighing, names, failures=failures, **said)
     raw = torch.arange(draws, device=pool.device)
     index = resample(weighing.log_weights, draws, seed=seed) if verdict.status == "corrected" else raw
