@@ -11,7 +11,7 @@ OF_FITS = (
     (("a mode near", "too little mass near"), "fit with more runs, runs=4"),
     (("max_seconds",), "give a larger max_seconds"),
     (("interrupted",), "call fit again and let it finish"),
-    (("training did not converge", "did not converge ("), "fit with a larger max_steps"),
+    (("did not converge",), "fit with a larger max_steps"),
     (("the chains have not converged", "of the chains", "chains that began"), "call refine() with a larger max_steps"),
     (("the trajectories diverged",), "write the model with other parameters, such as non-centered ones"),
 )
