@@ -69,7 +69,9 @@ def test_verdicts_show_their_sentence(status, colour):
 
 
 def test_html_of_a_verdict_is_escaped():
-    verdict = pf.Verdict("corrected", 0.1, 0.7, 0.9, 0.2, 0.1, "a<b", ("importance weighting changes the mean of a<b by 0.20 sd",))
+    verdict = pf.Verdict(
+        "corrected", 0.1, 0.7, 0.9, 0.2, 0.1, "a<b", ("importance weighting changes the mean of a<b by 0.20 sd",)
+    )
     page = verdict._repr_html_()
     assert "a<b" not in page
     assert page.count("a&lt;b") == 2

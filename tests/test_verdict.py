@@ -64,7 +64,11 @@ TABLE = [
     ({"sd_shift": pair(0.70), "widening": 0.70}, "unreliable", "widens an sd 2.0 times"),
     ({"sd_shift": pair(0.90), "widening": -0.9}, "corrected", "factor 2.46"),  # narrowing is another thing
     ({"mean_shift": pair(1.0), "distance": 1.0}, "corrected", "changes the mean of a by 1.00 sd"),
-    ({"mean_shift": pair(1.0), "distance": 1.001}, "unreliable", "changes a mean by 1 sd, more than weights can correct"),
+    (
+        {"mean_shift": pair(1.0), "distance": 1.001},
+        "unreliable",
+        "changes a mean by 1 sd, more than weights can correct",
+    ),
     ({"distance": math.nan}, "unreliable", "more than weights can correct"),
     # draws that are impossible
     ({"broken": 1}, "corrected", "1 draws have no finite log density"),
@@ -325,7 +329,10 @@ def test_a_second_pool_has_to_be_no_worse(second, status):
     assert found.verdict.status == status
     assert torch.equal(found.used, found.z) == (status == "unreliable")
     if status == "unreliable":
-        assert found.verdict.reasons[0] == "a second sample from the guide fails the check (k-hat 0.75 is not below its threshold 0.70)"
+        assert (
+            found.verdict.reasons[0]
+            == "a second sample from the guide fails the check (k-hat 0.75 is not below its threshold 0.70)"
+        )
 
 
 def test_a_second_pool_is_allowed_what_the_first_was():

@@ -72,7 +72,9 @@ def verdict(status, **more):
 
 
 def mcmc(status):
-    reasons = () if status == "ok" else ("12 of 4000 transitions diverged", "effective sample size (bulk) 90 is below 400")
+    reasons = (
+        () if status == "ok" else ("12 of 4000 transitions diverged", "effective sample size (bulk) 90 is below 400")
+    )
     figures = {"count": 4, "r_hat": 1.02, "r_hat_where": "theta[0]", "ess_bulk": 500.0, "ess_tail": 450.0}
     return ChainVerdict(status, *[math.nan] * 5, "", reasons, NOTES, **figures, divergences=12)
 
@@ -113,7 +115,10 @@ def test_what_the_package_says_is_known_as_a_cause():
     """The words by which causes are known stand in the package's own messages."""
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "pyro_flows").rglob("*.py"))
     elsewhere = source.replace((ROOT / "pyro_flows" / "verdict" / "next_step.py").read_text(encoding="utf-8"), "")
-    built = {"a mode near": "misses a mode", "too little mass near": "has too little mass"}  # put together with " near "
+    built = {
+        "a mode near": "misses a mode",
+        "too little mass near": "has too little mass",
+    }  # put together with " near "
     for causes, _ in (*OF_FITS, *OF_MCMC):
         for cause in causes:
             assert built.get(cause, cause) in elsewhere, cause

@@ -31,5 +31,7 @@ def too_uneven(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]]:
     ratio = float(spread / base.log_prob(base.sample((UNEVEN_DRAWS,))).var())
     if not ratio > UNEVEN:
         return [], []
-    said = [f"Var[log p] is {ratio:.1f} times that of the base, and NICE preserves volume, so it cannot fit: use realnvp"]
+    said = [
+        f"Var[log p] is {ratio:.1f} times that of the base, and NICE preserves volume, so it cannot fit: use realnvp"
+    ]
     return (said, []) if ratio < FAR_UNEVEN else ([], said)
