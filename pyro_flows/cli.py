@@ -67,12 +67,10 @@ def _seconds(value: float | None) -> float | None:
     return value
 
 
-Out = Annotated[
-    Path, typer.Option(help="Directory for the results: new, empty, or with the results of an earlier run.")
-]
+Out = Annotated[Path, typer.Option(help="Directory for the results: new, empty, or with earlier results.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all randomness: the same seed gives the same result.")]
 Steps = Annotated[
-    int, typer.Option(min=1, help="Largest number of optimization steps; training usually converges earlier.")
+    int, typer.Option(min=1, help="Largest number of optimization steps; training often converges earlier.")
 ]
 Seconds = Annotated[
     float | None,
@@ -129,7 +127,7 @@ def fit_command(
     max_steps: StepsOrNot = None,
     max_seconds: Seconds = None,
     escalate: Annotated[
-        bool, typer.Option(help="If the first round is not good enough, try larger batches and more layers.")
+        bool, typer.Option(help="If the first round is not good enough, try a larger batch and more layers.")
     ] = True,
     refine: Refine = True,
     train_model: TrainModel = False,

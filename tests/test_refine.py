@@ -60,7 +60,8 @@ def test_chains_finish_the_work(narrow, refined):
     assert refined.effective == figures.ess_bulk >= judged.LEAST_ESS
     text = str(refined.verdict)
     assert text.startswith(
-        "refined: the samples are Markov chains that started at the guide's draws and converged; they can be used. Why: k-hat"
+        "refined: the samples are Markov chains that started at the guide's draws and converged; "
+        "they can be used. Why: k-hat"
     )
     assert "nested R-hat 1.00" in text
     assert refined.history[-1]["stage"] == "refinement"

@@ -32,6 +32,6 @@ def too_uneven(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]]:
     if not ratio > UNEVEN:
         return [], []
     said = [
-        f"Var[log p] is {ratio:.1f} times that of the base, and NICE preserves volume, so it cannot fit: use realnvp"
+        f"Var[log p] is {ratio:.1f} times that of the base, so NICE, which preserves volume, cannot fit: use realnvp"
     ]
     return (said, []) if ratio < FAR_UNEVEN else ([], said)
