@@ -50,7 +50,7 @@ class Training:
     losses: list[float]
     elbo: float
     converged: bool
-    moving: bool  # cut short while means and sds still moved a lot
+    moving: bool  # did not converge, and means or sds still changed a lot
     why: str
     skipped: int
     falls: int
