@@ -36,8 +36,8 @@ from pyro_flows.results.files import check_target
 
 GAUSSIAN_STEPS = 1500
 EXIT_CODES = (
-    "Exit codes: 0 for a posterior that is ok, corrected or refined, 3 for one that is unreliable (its results are "
-    "written all the same), 2 for an error, 130 after Ctrl-C."
+    "Exit codes: 0 if the posterior is ok, corrected or refined, 3 if it is unreliable (its results are written too), "
+    "2 for an error, 130 after Ctrl-C."
 )
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Normalizing flows for Pyro models: fit, judge, hand over to ArviZ.",
+    help="Normalizing flows for Pyro models: fit a posterior, check it, and go on in ArviZ.",
     epilog=EXIT_CODES,
 )
 
@@ -67,24 +67,26 @@ def _seconds(value: float | None) -> float | None:
     return value
 
 
-Out = Annotated[Path, typer.Option(help="Directory for the results: new, empty, or of an earlier run.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of all randomness: the same seed gives the same result.")]
-Steps = Annotated[int, typer.Option(min=1, help="Bound on optimisation steps; the fit stops by itself before.")]
-Seconds = Annotated[
-    float | None, typer.Option(callback=_seconds, help="Bound on the time of the fit; the verdict says if it was cut.")
+Out = Annotated[Path, typer.Option(help="Directory for the results: new, empty, or with earlier results.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all randomness: the same seed gives the same result.")]
+Steps = Annotated[
+    int, typer.Option(min=1, help="Largest number of optimization steps; training often converges earlier.")
 ]
-Progress = Annotated[bool | None, typer.Option(help="Show a progress bar; in a terminal it is shown anyway.")]
+Seconds = Annotated[
+    float | None,
+    typer.Option(callback=_seconds, help="Time limit of the fit in seconds; the verdict says if it was reached."),
+]
+Progress = Annotated[bool | None, typer.Option(help="Show a progress bar; by default it is shown in a terminal.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 FlowName = Annotated[str, typer.Option(help=f"Kind of flow: {', '.join(sorted(VECTOR_BUILDERS))}.")]
-Layers = Annotated[int | None, typer.Option(min=1, help="Number of layers; the flow's own default otherwise.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="Number of layers; the default depends on the flow.")]
 StepsOrNot = Annotated[
-    int | None, typer.Option(min=1, help="Bound on optimisation steps; by default 6000, more in many dimensions.")
+    int | None,
+    typer.Option(min=1, help="Largest number of optimization steps; by default 6000, more in many dimensions."),
 ]
-Refine = Annotated[
-    bool, typer.Option(help="Let a sampler finish the work where weights cannot correct the flow's draws.")
-]
+Refine = Annotated[bool, typer.Option(help="Run Markov chains from the flow's draws if weights cannot correct these.")]
 TrainModel = Annotated[
-    bool, typer.Option("--train-model", help="Train the model's own parameters too (pyro.param, modules).")
+    bool, typer.Option("--train-model", help="Also train the model's own parameters (pyro.param, modules).")
 ]
 
 
@@ -120,11 +122,13 @@ def fit_command(
     flow: FlowName = "realnvp",
     layers: Layers = None,
     draws: Annotated[int, typer.Option(min=100, help="Number of posterior draws.")] = 4000,
-    runs: Annotated[int, typer.Option(min=1, help="Independent runs that are compared.")] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="Number of independent runs, which are then compared.")] = 1,
     seed: Seed = 0,
     max_steps: StepsOrNot = None,
     max_seconds: Seconds = None,
-    escalate: Annotated[bool, typer.Option(help="Go on with larger batches and more layers where needed.")] = True,
+    escalate: Annotated[
+        bool, typer.Option(help="If the first round is not good enough, try a larger batch and more layers.")
+    ] = True,
     refine: Refine = True,
     train_model: TrainModel = False,
     progress: Progress = None,
@@ -167,7 +171,7 @@ def main() -> None:
 def _code(posterior: Posterior, interrupt: Interrupt) -> int:
     """The exit code for results that were written."""
     if interrupt.seen:
-        typer.echo("pyro-flows: interrupted; the results are the best so far.", err=True)
+        typer.echo("pyro-flows: interrupted; these are the best results so far.", err=True)
         return INTERRUPTED
     return UNRELIABLE if posterior.verdict.status == "unreliable" else DONE
 

@@ -414,7 +414,7 @@ def test_ctrl_c_in_a_fit_that_returns_its_best_so_far_writes_the_results(fitted,
     done = run(*(arguments if command == "fit" else ("demo",)), "--out", tmp_path / "out")
     assert done.exit_code == 130, done.output
     assert done.stdout.startswith(str(posterior.verdict))
-    assert done.stderr == "pyro-flows: interrupted; the results are the best so far.\n"
+    assert done.stderr == "pyro-flows: interrupted; these are the best results so far.\n"
     assert pf.load(tmp_path / "out").verdict.status == posterior.verdict.status
 
 

@@ -77,4 +77,4 @@ def test_nine_fits_of_ten_are_ok_and_right():
 def test_ten_fits_of_ten_that_lack_a_mode_are_unreliable():
     count, said = unreliable(range(10, 20))
     assert count == 10, said
-    assert all("lacks a mode" in sentence for sentence in said), said
+    assert all("misses a mode" in sentence for sentence in said), said

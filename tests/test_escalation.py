@@ -302,9 +302,9 @@ def test_runs_that_agree():
 OTHERS = [
     (at([0.0, 2.0]), "runs disagree on b"),
     (at([0.0, 1.0], sd=2.0), "runs disagree on a"),
-    (at([0.0, 1.0], 0.31), "their log evidences differ by 0.31 nats"),
-    (at([0.0, 1.0], -0.31), "their log evidences differ by 0.31 nats"),
-    (at([0.0, 1.0], math.nan), "their log evidences differ by nan nats"),
+    (at([0.0, 1.0], 0.31), "log evidences of the runs differ by 0.31 nats"),
+    (at([0.0, 1.0], -0.31), "log evidences of the runs differ by 0.31 nats"),
+    (at([0.0, 1.0], math.nan), "log evidences of the runs differ by nan nats"),
 ]
 
 
@@ -346,7 +346,7 @@ CUT_SHORT = [
 def test_a_fit_that_was_cut_short_after_poor_rounds(run, said):
     found = _never_good(run)
     assert bool(found) == said
-    assert not said or found[0].startswith("the fit was cut short, and had k-hat")
+    assert not said or found[0].startswith("training did not converge, and an earlier round had k-hat")
 
 
 IN_VAIN = [

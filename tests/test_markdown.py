@@ -1,4 +1,4 @@
-"""All code in README and docs runs, file by file and in order, and prints what the text says that it prints.
+"""All code in README, CONTRIBUTING and docs runs, file by file and in order, and prints what the text says.
 
 A fence of ``python`` is run. One of ``text`` right after it is what it prints; ``<!-- within 0.1 or 5 % -->`` before
 that says how far numbers may be off on another machine: the larger of the two. ``<!-- slow -->`` before a fence leaves
@@ -16,14 +16,18 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import typer
 
 from pyro_flows.cli import app
+from pyro_flows.flows.recipe import BUILDERS, VECTOR_BUILDERS
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+FILES = sorted(
+    [*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *(ROOT / "docs").glob("*.md")]
+)
 KINDS = {"python", "text", "sh", "{eval-rst}", "{toctree}"}
 FENCE = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -82,7 +86,8 @@ def differences(printed, expected, comment=""):
 
 def check(path, tmp_path, monkeypatch, *, slow):
     monkeypatch.chdir(tmp_path)
-    compared = run(path.read_text(encoding="utf-8"), str(path), slow=slow)
+    with mock.patch.dict(BUILDERS), mock.patch.dict(VECTOR_BUILDERS):  # a document may register a builder of its own
+        compared = run(path.read_text(encoding="utf-8"), str(path), slow=slow)
     for printed, fence in compared:
         wrong = differences(printed, fence.text, fence.comment)
         assert not wrong, f"{path.name}, line {fence.line}: {wrong}"

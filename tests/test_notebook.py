@@ -69,7 +69,9 @@ def test_verdicts_show_their_sentence(status, colour):
 
 
 def test_html_of_a_verdict_is_escaped():
-    verdict = pf.Verdict("corrected", 0.1, 0.7, 0.9, 0.2, 0.1, "a<b", ("weighting moves the mean of a<b by 0.20 sd",))
+    verdict = pf.Verdict(
+        "corrected", 0.1, 0.7, 0.9, 0.2, 0.1, "a<b", ("importance weighting changes the mean of a<b by 0.20 sd",)
+    )
     page = verdict._repr_html_()
     assert "a<b" not in page
     assert page.count("a&lt;b") == 2
@@ -123,10 +125,10 @@ def test_in_a_notebook():
     (figure,) = pictures(shown[1])
     assert figure.metadata["image/png"] == {"width": round(96 * 8.4), "height": round(96 * 3.6)}
     (verdict,) = shown[5]
-    assert verdict.data["text/plain"].startswith("unreliable: do not use these draws")
+    assert verdict.data["text/plain"].startswith("unreliable: do not use these samples")
     assert verdict.data["text/html"].startswith('<b style="color:#b3261e">unreliable</b>')
     (posterior,) = shown[6]  # no warning beside it: it says what it is
-    assert "do not use these draws" in posterior.data["text/html"]
+    assert "do not use these samples" in posterior.data["text/html"]
     assert "<table" in posterior.data["text/html"]
     (density,) = shown[7]
     assert density.data["text/plain"].startswith("DensityFit: planar on 90 points")

@@ -353,7 +353,7 @@ def test_text_names_sites_and_gives_the_verdict(by_status):
 
 def test_html_is_a_table_with_the_verdict_and_a_bound_on_rows(by_status):
     page = by_status["ok"]._repr_html_()
-    assert "ok</b>: the draws can be used as they are" in page
+    assert "ok</b>: the samples can be used as they are" in page
     assert page.count("<tr") == 1 + 2 * SCHOOLS
 
     def model():

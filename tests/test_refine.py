@@ -59,7 +59,10 @@ def test_chains_finish_the_work(narrow, refined):
     assert (figures.chains, figures.draws) == refined.chains.z.shape[:2]
     assert refined.effective == figures.ess_bulk >= judged.LEAST_ESS
     text = str(refined.verdict)
-    assert text.startswith("refined: samples are draws of a sampler that began at the guide's draws (k-hat")
+    assert text.startswith(
+        "refined: the samples are Markov chains that started at the guide's draws and converged; "
+        "they can be used. Why: k-hat"
+    )
     assert "nested R-hat 1.00" in text
     assert refined.history[-1]["stage"] == "refinement"
     assert refined.history[-1]["details"]["gradients"] > 10_000
@@ -149,7 +152,7 @@ def test_one_seed_one_answer(narrow, refined):
 def test_cut_short_and_gone_on_is_gone_through(narrow, refined):
     first = narrow.refine(max_steps=13)
     assert first.verdict.status == "unreliable"
-    assert "a sampler has not finished: chains have fewer than 8 draws" in first.verdict.reasons
+    assert "the chains have not converged: they have fewer than 8 draws each" in first.verdict.reasons
     second = first.refine(max_steps=60)
     assert second.verdict.status == "unreliable"
     assert sum("has not finished" in reason for reason in second.verdict.reasons) == 1
@@ -176,7 +179,7 @@ def test_good_draws_stay_where_chains_do_not_finish(status):
     assert any("has not finished" in note for note in after.verdict.notes)
     finished = after.refine()
     assert finished.verdict.status == "refined"
-    assert finished.verdict.reasons == (before.verdict.reasons or ("it was asked for",))
+    assert finished.verdict.reasons == (before.verdict.reasons or ("refine() was called",))
     assert not any("has not finished" in note for note in finished.verdict.notes)
 
 
@@ -263,7 +266,7 @@ def test_chains_change_modes_and_find_their_masses():
 def test_a_mode_that_no_chain_visits_is_never_refined(method, seed):
     posterior = two_by(9.0).refine(method, seed=seed)
     assert posterior.verdict.status == "unreliable", posterior.verdict
-    assert any("chains lack a mode" in reason for reason in posterior.verdict.reasons), posterior.verdict
+    assert any("chains miss a mode" in reason for reason in posterior.verdict.reasons), posterior.verdict
 
 
 def test_a_mode_that_chains_rarely_visit_is_not_refined():

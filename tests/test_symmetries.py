@@ -188,7 +188,7 @@ def check_half(dim):
     density, one, _ = mirrored(dim)
     found = look(density, one.sample((200,)), one.log_prob)
     assert len(found.failures) == 1
-    assert "lacks a mode near z[" in found.failures[0]
+    assert "misses a mode near z[" in found.failures[0]
     assert bool((found.lacks[0].place < 0).double().mean() > 0.9)
     assert not found.contained
 
@@ -336,7 +336,7 @@ def test_a_mirrored_mode_costs_no_second_run():
 
     posterior = pf.fit(model, torch.tensor([1.0, 0.7]).double(), draws=4000, progress=False)
     assert posterior.verdict.status == "corrected"
-    assert "the flow found one of 4 equal modes" in str(posterior.verdict)
+    assert "the flow found one of 4 symmetric modes" in str(posterior.verdict)
     assert {stage["run"] for stage in posterior.history if stage["steps"]} == {0}
     assert len(posterior.flow.members) == 1
     quadrants = (posterior.samples["a"] > 0).double() @ torch.tensor([2.0, 1.0]).double()

@@ -38,37 +38,41 @@ MOVED = {"mean_shift": pair(0.02, 0.3), "distance": 0.3}
 NARROW = {"sd_shift": pair(0.3)}
 TABLE = [
     ({}, "ok", ""),
-    # k-hat, whose limit depends on the number of draws
+    # k-hat, whose threshold depends on the number of draws
     ({"k_hat": 0.699}, "ok", ""),
-    ({"k_hat": 0.7}, "unreliable", "k-hat 0.70 is not below 0.70"),
+    ({"k_hat": 0.7}, "unreliable", "k-hat 0.70 is not below its threshold 0.70"),
     ({"k_hat": 0.66, "count": 1000}, "ok", ""),
-    ({"k_hat": 0.67, "count": 1000}, "unreliable", "k-hat 0.67 is not below 0.67"),
+    ({"k_hat": 0.67, "count": 1000}, "unreliable", "k-hat 0.67 is not below its threshold 0.67"),
     ({"k_hat": math.inf}, "unreliable", "k-hat inf"),
     ({"k_hat": math.nan}, "unreliable", "k-hat nan"),
     # the effective sample size
     ({"ess": 0.1}, "ok", ""),
     ({"ess": 0.0999}, "unreliable", "ESS/S 0.100 is below 0.1"),
-    # what weighting moves
+    # what weighting changes
     ({"mean_shift": pair(0.0, 0.1)}, "ok", ""),
-    ({"mean_shift": pair(0.0, 0.101)}, "corrected", "moves the mean of b by 0.10 sd"),
+    ({"mean_shift": pair(0.0, 0.101)}, "corrected", "changes the mean of b by 0.10 sd"),
     ({"mean_shift": pair(math.nan)}, "unreliable", "a mean or an sd of a is not a number"),
     ({"sd_shift": pair(0.1)}, "ok", ""),
     ({"sd_shift": pair(0.101)}, "corrected", "changes the sd of a by a factor 1.11"),
     ({"sd_shift": pair(0.0, 0.11)}, "corrected", "changes the sd of b by a factor 1.12"),
     ({"sd_shift": pair(0.0, math.nan)}, "unreliable", "a mean or an sd of b is not a number"),
-    # a k-hat at which weights mend nothing, if there is something to mend
-    ({**MOVED, "k_hat": 0.499}, "corrected", "moves the mean of b"),
-    ({**MOVED, "k_hat": 0.5}, "unreliable", "k-hat 0.50 is not below 0.5, and weights have draws to mend"),
+    # a k-hat at which weights correct nothing, if there is something to correct
+    ({**MOVED, "k_hat": 0.499}, "corrected", "changes the mean of b"),
+    ({**MOVED, "k_hat": 0.5}, "unreliable", "k-hat 0.50 is not below 0.5 and weighting changes the results"),
     ({**NARROW, "k_hat": 0.499}, "corrected", "changes the sd of a"),
-    ({**NARROW, "k_hat": 0.5}, "unreliable", "weights have draws to mend"),
+    ({**NARROW, "k_hat": 0.5}, "unreliable", "the weights have infinite variance"),
     ({"k_hat": 0.5}, "ok", ""),
-    # more than weights can mend
+    # more than weights can correct
     ({"sd_shift": pair(0.69), "widening": 0.69}, "corrected", "factor 1.99"),
     ({"sd_shift": pair(0.70), "widening": 0.70}, "unreliable", "widens an sd 2.0 times"),
     ({"sd_shift": pair(0.90), "widening": -0.9}, "corrected", "factor 2.46"),  # narrowing is another thing
-    ({"mean_shift": pair(1.0), "distance": 1.0}, "corrected", "moves the mean of a by 1.00 sd"),
-    ({"mean_shift": pair(1.0), "distance": 1.001}, "unreliable", "moves a mean by 1 sd, more than weights can mend"),
-    ({"distance": math.nan}, "unreliable", "more than weights can mend"),
+    ({"mean_shift": pair(1.0), "distance": 1.0}, "corrected", "changes the mean of a by 1.00 sd"),
+    (
+        {"mean_shift": pair(1.0), "distance": 1.001},
+        "unreliable",
+        "changes a mean by 1 sd, more than weights can correct",
+    ),
+    ({"distance": math.nan}, "unreliable", "more than weights can correct"),
     # draws that are impossible
     ({"broken": 1}, "corrected", "1 draws have no finite log density"),
     ({"broken": 1, "k_hat": 0.6}, "corrected", "1 draws have no finite log density"),
@@ -95,7 +99,7 @@ def test_what_the_fit_says():
     assert judge(replace(fine, k_hat=0.6), NAMES, warnings=["cut short"]).status == "corrected"
     failed = judge(fine, NAMES, failures=["a mode is missing"], warnings=["cut short"])
     assert (failed.status, failed.reasons) == ("unreliable", ("a mode is missing", "cut short"))
-    assert "do not use these draws (a mode is missing; cut short)" in str(failed)
+    assert "do not use these samples. Why: a mode is missing; cut short. Next step: " in str(failed)
     noted = judge(fine, NAMES, notes=["no search was made"])
     assert noted.status == "ok"
     assert str(noted).endswith("Note: no search was made.")
@@ -126,11 +130,11 @@ def check_contained(within, beyond):
     poor = {"k_hat": 0.9}
     good = judge(weighing(**poor | within), NAMES, contained=True)
     assert good.status == "ok"
-    assert "is above its threshold, but weights change nothing" in good.notes[-1]
+    assert "is above its threshold, but weighting changes no result" in good.notes[-1]
     assert judge(weighing(**poor | within), NAMES, contained=False).status == "unreliable"
     bad = judge(weighing(**poor | beyond), NAMES, contained=True)
     assert bad.status == "unreliable"
-    assert "is not below 0.70" in bad.reasons[0]
+    assert "is not below its threshold 0.70" in bad.reasons[0]
 
 
 @pytest.mark.parametrize(("within", "beyond"), LIMITS)
@@ -266,7 +270,7 @@ def test_columns_with_heavy_tails_are_judged_by_quantiles():
     noise = 0.2 * normal(len(z), seed=7)
     found = judge(weigh(z, noise, torch.zeros(len(z))), NAMES)
     assert found.status == "ok"
-    assert found.notes == ("a: tails so heavy that quantiles were compared; means and sds may not exist",)
+    assert found.notes == ("a: heavy tails, so quantiles were compared; means and sds may not exist",)
     moved = judge(weigh(z, 0.5 * torch.tanh(z[:, 0]), torch.zeros(len(z))), NAMES)
     assert moved.status == "corrected"
     assert "mean of a" in moved.reasons[0]
@@ -275,7 +279,7 @@ def test_columns_with_heavy_tails_are_judged_by_quantiles():
 def test_many_columns_with_heavy_tails_are_counted():
     z = columns("cauchy")[:, :5]
     found = judge(weigh(z, torch.zeros(len(z)), torch.zeros(len(z))), "abcde")
-    assert found.notes[0].startswith("a, b, c and 2 more: tails so heavy")
+    assert found.notes[0].startswith("a, b, c and 2 more: heavy tails")
 
 
 # decide ---------------------------------------------------------------------------------------------------------------
@@ -328,7 +332,10 @@ def test_a_second_pool_has_to_be_no_worse(second, status):
     assert found.verdict.status == status
     assert torch.equal(found.used, found.z) == (status == "unreliable")
     if status == "unreliable":
-        assert found.verdict.reasons[0] == "a second sample is worse (k-hat 0.75 is not below 0.70)"
+        assert (
+            found.verdict.reasons[0]
+            == "a second sample from the guide fails the check (k-hat 0.75 is not below its threshold 0.70)"
+        )
 
 
 def test_a_second_pool_is_allowed_what_the_first_was():

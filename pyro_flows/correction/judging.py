@@ -25,7 +25,8 @@ from pyro_flows.verdict.deciding import CHECKED
 from pyro_flows.verdict.verdict import Verdict
 
 STAGE = "refinement"
-TRIED = "a sampler has not finished: "
+TRIED = "the chains have not converged: "
+TRIED_BEFORE = (TRIED, "a sampler has not finished: ")  # the second is in older files
 BRIDGED = 2000  # draws from each end
 LEAST_DRAWS = 8  # of each chain, for its figures
 
@@ -49,7 +50,7 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     chains, found = _come_to(posterior, work)
     against = [*work.failures, *([] if found is None else objections(found))]
     if found is None and not against:
-        against = [f"chains have fewer than {LEAST_DRAWS} draws"]
+        against = [f"they have fewer than {LEAST_DRAWS} draws each"]
     failures, notes = list[str](), list[str]()
     if not against and chains is not None:
         with clock.part("the search for modes that the chains lack"):
@@ -124,14 +125,14 @@ def _verdict(
     old: Verdict, found: ChainFigures | None, against: list[str], failures: list[str], notes: list[str], why: str
 ) -> Verdict:
     """Say ``refined`` if nothing is against it; else what was said before, and why the chains change nothing."""
-    kept = [note for note in old.notes if not note.startswith(TRIED)]
+    kept = [note for note in old.notes if not note.startswith(TRIED_BEFORE)]
     notes = [*kept, *(note for note in notes if note not in kept)]
-    reasons = tuple(reason for reason in old.reasons if not reason.startswith(TRIED))
+    reasons = tuple(reason for reason in old.reasons if not reason.startswith(TRIED_BEFORE))
     if failures:
         return replace(old, status="unreliable", reasons=(*failures, *reasons), notes=tuple(notes), chains=found)
     if not against:
         return replace(old, status="refined", reasons=reasons or (why,), notes=tuple(notes), chains=found)
-    said = TRIED + "; ".join(against)
+    said = TRIED + ", ".join(against)
     if old.status in ("ok", "corrected"):
         return replace(old, notes=(*notes, said), chains=found)
     return replace(old, status="unreliable", reasons=(*reasons, said), notes=tuple(notes), chains=found)

@@ -31,7 +31,7 @@ PARTICLES = 1024
 NUTS_CHAINS, NUTS_WARM_UP = 4, 500
 SELDOM = 1e-3  # effective share of the flow's draws, below which independent proposals are in vain
 ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
-ASKED = "it was asked for"
+ASKED = "refine() was called"
 
 
 def refine(

@@ -26,7 +26,7 @@ from pyro_flows.verdict.chains import Chains, objections
 
 BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
 ATTEMPT, LAST = 300_000, 1_500_000  # gradients at most: in the place of a round, and where nothing else is left
-CHEAPER = "it took less than another round of training"
+CHEAPER = "sampling cost less than another round of training"
 
 
 def which(refine: Any) -> str | None:

@@ -79,8 +79,8 @@ def lacks_of_chains(
         if not all(regions.visited(z.new_tensor(place), z.new_tensor(spread)) for place, spread in pairs):
             found.append(str(stage["sentence"]))
     if search.lacks and not all(regions.covers(lack.start) for lack in search.lacks):
-        place = (search.sentence or "").partition(" near ")[2].removesuffix("; try runs=4")
-        what = "have too little" if search.lacks[0].start.name == WANDERED else "lack a mode"
+        place = (search.sentence or "").partition(" near ")[2]
+        what = "have too little mass" if search.lacks[0].start.name == WANDERED else "miss a mode"
         found.append(f"the chains {what} near {place}")
     return found, list(search.notes)
 

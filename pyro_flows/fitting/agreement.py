@@ -1,4 +1,4 @@
-"""Several independent runs of one fit: do they agree, and what to make of them if they do not."""
+"""Independent runs of one fit: whether they agree, and their mixture if they do not."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def compare(outcomes: Sequence[Round], names: Sequence[str]) -> Agreement:
     evidences = torch.tensor([outcome.weighing.log_evidence for outcome in outcomes], dtype=torch.float64)
     spread = float(evidences.max() - evidences.min())
     if not spread <= EVIDENCE:
-        found.append(f"their log evidences differ by {spread:.2f} nats")
+        found.append(f"log evidences of the runs differ by {spread:.2f} nats")
     weights = torch.softmax(torch.nan_to_num(evidences, nan=-math.inf), 0)
     return Agreement(tuple(found), tuple(weights.tolist()))
 
 
 def disagreements(r_hats: Mapping[str, float]) -> list[str]:
-    """Name the worst coordinates that are above the limit, and count the others."""
+    """Name the worst coordinates that are above the threshold, and count the others."""
     above = {name: value for name, value in r_hats.items() if not value <= R_HAT}
     worst = sorted(above, key=lambda name: -math.inf if math.isnan(above[name]) else -above[name])
     found = [f"runs disagree on {name} (R-hat {above[name]:.2f})" for name in worst[:NAMED]]
@@ -92,6 +92,6 @@ def balanced(flows: Sequence[Flow], density: LogDensity, weights: Sequence[float
 
 
 def stage(agreement: Agreement, weights: Sequence[float]) -> Stage:
-    """What the history says of the comparison, with the weights by which runs are mixed."""
+    """Return the history's entry on the comparison, with the weights of the runs in the mixture."""
     said = {"agree": agreement.holds, "disagreements": list(agreement.disagreements), "weights": list(weights)}
     return Stage("comparison of runs", details=said)

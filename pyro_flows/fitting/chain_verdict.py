@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arviz
+from pyro_flows.verdict.next_step import next_step_of_mcmc
 from pyro_flows.verdict.verdict import Verdict
 
 R_HAT = 1.01
@@ -44,8 +45,9 @@ class ChainVerdict(Verdict):
             f"{self.ess_tail:.0f} tail, {diverged}, {self.count} chain{'s' if self.count > 1 else ''}"
         )
         if self.status == "ok":
-            return f"ok: the chains agree and can be used; {figures}."
-        return f"unreliable: do not use these chains ({'; '.join(self.reasons)}); {figures}."
+            return f"ok: the chains agree and can be used. Figures: {figures}."
+        why, step = "; ".join(self.reasons), next_step_of_mcmc(self.reasons)
+        return f"unreliable: do not use these chains. Why: {why}. Next step: {step}. Figures: {figures}."
 
 
 def judge_chains(draws: Tensor, log_p: Tensor, names: Sequence[str], diverging: Tensor | None) -> ChainVerdict:

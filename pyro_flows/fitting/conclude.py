@@ -24,7 +24,7 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
     mixed = [run for run in found.kept if run is not best and isinstance(sampler, FlowMixture)]
     notes = [note for run in [best, *mixed] for note in _warnings(run)]
     moving = best.best is None or best.best.training.moving
-    cut_short = ["the fit was cut short while it still moved"] if moving else []
+    cut_short = ["training did not converge: means or sds still changed when it ended"] if moving else []
     return from_draws(
         density,
         sampler.draw,
@@ -69,7 +69,7 @@ def _warnings(run: Run) -> list[str]:
     result = run.best.training
     found = [] if result.converged else [result.why]
     if result.skipped > 0.01 * len(result.losses):
-        found.append(f"{result.skipped} of {len(result.losses)} steps had a gradient that is not finite")
+        found.append(f"{result.skipped} of {len(result.losses)} training steps had a gradient that is not finite")
     return found
 
 
@@ -78,9 +78,9 @@ def _differ(found: Combined, runs: int) -> list[str]:
     said = list(found.disagreements)
     if found.added and said:
         what = "a run was" if found.added == 1 else f"{found.added} runs were"
-        said = [f"{what} added where the first {'one' if runs == 1 else 'ones'} lacked a mode, and mixed with it"]
+        said = [f"the first run{'' if runs == 1 else 's'} missed a mode, so {what} added there to form a mixture"]
     if found.copies > 1:
-        said.append(f"the flow found one of {found.copies} equal modes, and copies of it stand at the others")
+        said.append(f"the flow found one of {found.copies} symmetric modes, and copies of it were placed at the others")
     return said
 
 
@@ -88,7 +88,7 @@ def _in_vain(found: Combined) -> list[str]:
     """Say so where runs that began at missed modes came to the same posterior as the first: they may have left them."""
     if not found.added or found.disagreements or found.copies > 1:
         return []
-    return ["runs that began where a search had found a missed mode came to the same posterior"]
+    return ["runs that started at a missed mode found the same posterior as the first run"]
 
 
 def _never_good(run: Run) -> list[str]:
@@ -100,4 +100,4 @@ def _never_good(run: Run) -> list[str]:
     worst = max(others, default=0.0)
     if worst <= ENOUGH_K:
         return []
-    return [f"the fit was cut short, and had k-hat {worst:.2f} before"]
+    return [f"training did not converge, and an earlier round had k-hat {worst:.2f}"]

@@ -31,5 +31,7 @@ def too_uneven(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]]:
     ratio = float(spread / base.log_prob(base.sample((UNEVEN_DRAWS,))).var())
     if not ratio > UNEVEN:
         return [], []
-    said = [f"Var[log p] is {ratio:.1f} times what a volume-preserving flow can have, so NICE cannot fit; try realnvp"]
+    said = [
+        f"Var[log p] is {ratio:.1f} times that of the base, so NICE, which preserves volume, cannot fit: use realnvp"
+    ]
     return (said, []) if ratio < FAR_UNEVEN else ([], said)

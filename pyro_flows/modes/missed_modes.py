@@ -89,14 +89,14 @@ def missed_modes(
     for search in searches:
         found = found or [lack for lack in search() if _is_resolved(density, lack.place)]
     notes = () if density.batched else (
-        f"modes were looked for from {SEARCHES_UNBATCHED} points only, since the model runs draw by draw",
+        f"the search for missed modes had only {SEARCHES_UNBATCHED} starting points: the model runs draw by draw",
     )  # fmt: skip
     if not found:
         return Search(notes=notes, contained=density.batched)
     names = sorted({_named(density, lack.place, few[0]) for lack in found})
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    what = "has too little" if found[0].start.name == WANDERED else "lacks a mode"
-    return Search(tuple(found), f"the guide {what} near {names[0]}{more}; try runs=4", notes)
+    what = "has too little mass" if found[0].start.name == WANDERED else "misses a mode"
+    return Search(tuple(found), f"the guide {what} near {names[0]}{more}", notes)
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class Training:
     losses: list[float]
     elbo: float
     converged: bool
-    moving: bool  # cut short while means and sds still moved a lot
+    moving: bool  # did not converge, and means or sds still changed a lot
     why: str
     skipped: int
     falls: int
@@ -114,15 +114,15 @@ def train(
                 still, why = monitor.stationary()
                 still = still and settle
                 ratchet.look(value)
-                report(first + done, value, "settling")
+                report(first + done, value, "converging")
         steps = min(budget.left(done), max(cool, min(int(COOL_SHARE * done), COOL_AT_MOST)))
         value = _cool(trainer, budget, done, steps, check, ratchet, lambda *state: report(first + state[0], *state[1:]))
-        why = f"stopped: {why}" if still else f"{done + steps} steps ended the fit before it settled ({why})"
+        why = f"converged: {why}" if still else f"training did not converge in {done + steps} steps ({why})"
         moving = not still and monitor.restless
         return Training(trainer.losses[first:], value, still, moving, why, trainer.skipped, ratchet.falls)
     ratchet.rescue()
     losses = trainer.losses[first:]
-    why = f"{len(losses)} steps were taken before the fit was stopped" + (f" ({why})" if losses else "")
+    why = f"training was stopped after {len(losses)} steps and did not converge" + (f" ({why})" if losses else "")
     moving = not still and (monitor.restless or len(monitor.elbos) < WINDOW)
     return Training(losses, value, False, moving, why, trainer.skipped, ratchet.falls)
 

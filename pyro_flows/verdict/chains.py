@@ -1,4 +1,4 @@
-"""What chains of a sampler came to: their draws, the figures that they are judged by, and whether to believe them."""
+"""Markov chains of a sampler: their draws, their convergence diagnostics, and the objections to using them."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class ChainFigures:
     def __str__(self) -> str:
         shares = f"{self.divergences:.2%} divergences, acceptance {self.acceptance:.2f}"
         shares += "" if math.isnan(self.independence) else f" ({self.independence:.2f} of independent proposals)"
-        modes = "" if math.isnan(self.agreement) else f", R-hat between starts in different modes {self.agreement:.3f}"
+        modes = "" if math.isnan(self.agreement) else f"; R-hat between starts in different modes {self.agreement:.3f}"
         return (
-            f"{self.chains} chains of {self.draws} draws, nested R-hat {self.nested_r_hat:.3f}, R-hat "
-            f"{self.r_hat:.3f}, ESS {self.ess_bulk:.0f} in the bulk and {self.ess_tail:.0f} in the tails "
-            f"(lowest at {self.where}), {shares}{modes}"
+            f"{self.chains} chains of {self.draws} draws; nested R-hat {self.nested_r_hat:.3f}, R-hat "
+            f"{self.r_hat:.3f}; ESS {self.ess_bulk:.0f} in the bulk and {self.ess_tail:.0f} in the tails "
+            f"(lowest at {self.where}); {shares}{modes}"
         )
 
     @classmethod

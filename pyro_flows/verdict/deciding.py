@@ -97,7 +97,11 @@ def decide(
 
 def _worse(second: Verdict) -> tuple[str, ...]:
     """Return what the verdict on a second pool says against the draws."""
-    return (f"a second sample is worse ({second.reasons[0]})",) if second.status == "unreliable" else ()
+    return (
+        (f"a second sample from the guide fails the check ({second.reasons[0]})",)
+        if second.status == "unreliable"
+        else ()
+    )
 
 
 def resample(log_weights: Tensor, draws: int, *, seed: int) -> Tensor:

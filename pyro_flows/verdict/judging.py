@@ -17,8 +17,8 @@ MENDED_K = 0.5  # of weights that have to mend something: above it they have no 
 CONTAINED_K, CONTAINED_ESS, CONTAINED_GAP, CONTAINED_SHIFT = 1.0, 0.9, 0.05, 0.05  # see _hangs_on_nothing
 NEXT_TO_NONE_K, NEXT_TO_NONE_ESS, NEXT_TO_NONE_GAP = 1.5, 0.99, 0.005  # and this
 NOTHING_HANGS_ON_IT = (
-    "is above its threshold, but weights change nothing, and draws that move under the posterior stay where the guide "
-    "has its due"
+    "is above its threshold, but weighting changes no result, and Markov chains that start at the guide's draws stay "
+    "where the guide has enough mass"
 )
 
 
@@ -51,7 +51,7 @@ def judge(
     if not weighing.k_hat < weighing.threshold and contained and _hangs_on_nothing(weighing):
         notes = (*notes, f"k-hat {weighing.k_hat:.2f} {NOTHING_HANGS_ON_IT}")
     elif not weighing.k_hat < weighing.threshold:
-        reasons.append(f"k-hat {weighing.k_hat:.2f} is not below {weighing.threshold:.2f}")
+        reasons.append(f"k-hat {weighing.k_hat:.2f} is not below its threshold {weighing.threshold:.2f}")
     if ratio < ESS_RATIO:
         reasons.append(f"ESS/S {ratio:.3f} is below {ESS_RATIO}")
     moved = _moved(weighing, names)
@@ -79,7 +79,7 @@ def _heavy_tailed(weighing: Weighing, names: Sequence[str]) -> tuple[str, ...]:
         return ()
     found = [names[index] for index in weighing.heavy.nonzero().flatten().tolist()]
     said = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-    return (f"{said}: tails so heavy that quantiles were compared; means and sds may not exist",)
+    return (f"{said}: heavy tails, so quantiles were compared; means and sds may not exist",)
 
 
 def _largest_shifts(weighing: Weighing) -> tuple[float, int, float, int]:
@@ -93,9 +93,9 @@ def _moved(weighing: Weighing, names: Sequence[str]) -> list[str]:
     mean, where, sd, sd_where = _largest_shifts(weighing)
     moved = []
     if mean > MEAN_SHIFT:
-        moved.append(f"weighting moves the mean of {names[where]} by {mean:.2f} sd")
+        moved.append(f"importance weighting changes the mean of {names[where]} by {mean:.2f} sd")
     if sd > SD_SHIFT:
-        moved.append(f"weighting changes the sd of {names[sd_where]} by a factor {math.exp(sd):.2f}")
+        moved.append(f"importance weighting changes the sd of {names[sd_where]} by a factor {math.exp(sd):.2f}")
     return moved
 
 
@@ -104,13 +104,20 @@ def _past_mending(weighing: Weighing, names: Sequence[str], *, to_mend: bool) ->
     mean, where, sd, sd_where = _largest_shifts(weighing)
     reasons = []
     if weighing.widening > WIDENING:
-        reasons.append(f"weighting widens an sd {math.exp(weighing.widening):.1f} times, more than weights can mend")
+        reasons.append(
+            f"importance weighting widens an sd {math.exp(weighing.widening):.1f} times, more than weights can correct"
+        )
     if math.isnan(mean) or math.isnan(sd):
         reasons.append(f"a mean or an sd of {names[where if math.isnan(mean) else sd_where]} is not a number")
     if not weighing.distance <= MENDED_MEAN:
-        reasons.append(f"weighting moves a mean by {weighing.distance:.3g} sd, more than weights can mend")
+        reasons.append(
+            f"importance weighting changes a mean by {weighing.distance:.3g} sd, more than weights can correct"
+        )
     if to_mend and MENDED_K <= weighing.k_hat < weighing.threshold:
-        reasons.append(f"k-hat {weighing.k_hat:.2f} is not below {MENDED_K}, and weights have draws to mend")
+        reasons.append(
+            f"k-hat {weighing.k_hat:.2f} is not below {MENDED_K} and weighting changes the results, so the weights "
+            "have infinite variance"
+        )
     return reasons
 
 

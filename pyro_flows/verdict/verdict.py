@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pyro_flows._display import verdict_html
 from pyro_flows.verdict.chains import ChainFigures
+from pyro_flows.verdict.next_step import next_step
 
 
 @dataclass(frozen=True)
@@ -13,9 +14,9 @@ class Verdict:
     """A judgement and the numbers it rests on; ``str()`` is one plain sentence.
 
     Attributes:
-        status: ``"ok"``: the draws stand as they are; ``"corrected"``: the raw draws are off, importance resampling
-            mends them, and ``samples`` holds the resampled ones; ``"refined"``: ``samples`` are draws of chains that
-            began at the guide's; ``"unreliable"``: none of these.
+        status: ``"ok"``: the guide's draws can be used as they are; ``"corrected"``: they cannot, but importance
+            resampling corrects them, and ``samples`` holds the resampled ones; ``"refined"``: ``samples`` are draws of
+            Markov chains that started at the guide's; ``"unreliable"``: none of these.
         k_hat: Pareto shape of the importance weights.
         k_threshold: min(1 - 1 / log10(S), 0.7).
         ess_ratio: effective sample size of the weights over S.
@@ -43,20 +44,20 @@ class Verdict:
 
     def _sentence(self) -> str:
         figures = (
-            f"k-hat {self.k_hat:.2f} (limit {self.k_threshold:.2f}), ESS/S {self.ess_ratio:.2f}, "
-            f"largest shift by weighting {self.mean_shift:.2f} sd at {self.where}"
+            f"k-hat {self.k_hat:.2f} (threshold {self.k_threshold:.2f}), ESS/S {self.ess_ratio:.2f}, "
+            f"largest change of a mean by weighting {self.mean_shift:.2f} sd, at {self.where}"
         )
         if self.status == "ok":
-            return f"ok: the draws can be used as they are; {figures}."
+            return f"ok: the samples can be used as they are. Figures: {figures}."
         why = "; ".join(self.reasons)
         if self.status == "corrected":
-            return f"corrected: samples were importance-resampled to correct the guide's draws ({why}); {figures}."
+            what = "the guide's own draws need a correction; the samples were importance-resampled and can be used"
+            return f"corrected: {what}. Why: {why}. Figures: {figures}."
         if self.status == "refined":
-            return f"refined: samples are draws of a sampler that began at the guide's draws ({why}); {self.chains}."
-        return (
-            f"unreliable: do not use these draws ({why}); {figures}. "
-            "Try more layers or more steps, another parametrisation of the model, or refine() with more steps."
-        )
+            what = "the samples are Markov chains that started at the guide's draws and converged; they can be used"
+            return f"refined: {what}. Why: {why}. Figures: {self.chains}."
+        step = next_step(self.reasons)
+        return f"unreliable: do not use these samples. Why: {why}. Next step: {step}. Figures: {figures}."
 
     __repr__ = __str__  # what a REPL shows
 

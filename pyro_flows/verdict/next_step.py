@@ -1,0 +1,41 @@
+"""The next step that an unreliable verdict proposes: one, for the cause that comes first in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# A cause is known by the words of its reason, since a saved verdict holds its reasons as text.
+OF_FITS = (
+    (("the model is invalid", "no finite log density"), "check the data and the priors"),
+    (("NICE",), 'fit with flow="realnvp"'),
+    (("a mode near", "too little mass near"), "fit with more runs, runs=4"),
+    (("max_seconds",), "give a larger max_seconds"),
+    (("interrupted",), "call fit again and let it finish"),
+    (("did not converge",), "fit with a larger max_steps"),
+    (("the chains have not converged", "of the chains", "chains that began"), "call refine() with a larger max_steps"),
+    (("the trajectories diverged",), "write the model with other parameters, such as non-centered ones"),
+)
+OF_WEIGHTS = "call refine(), or fit with more layers"
+
+OF_MCMC = (
+    (("no finite log density",), "check the data and the priors"),
+    (("transitions diverged",), "raise target_accept_prob, or write the model with other parameters"),
+)
+OF_MIXING = "run more warm-up steps and draw longer chains"
+
+
+def next_step(reasons: Sequence[str]) -> str:
+    """Return what helps against the reasons for which a fit, or any guide, is unreliable."""
+    return _first(OF_FITS, reasons, OF_WEIGHTS)
+
+
+def next_step_of_mcmc(reasons: Sequence[str]) -> str:
+    """Return what helps against the reasons for which Markov chains of the caller's are unreliable."""
+    return _first(OF_MCMC, reasons, OF_MIXING)
+
+
+def _first(table: Sequence[tuple[tuple[str, ...], str]], reasons: Sequence[str], otherwise: str) -> str:
+    for words, step in table:
+        if any(word in reason for word in words for reason in reasons):
+            return step
+    return otherwise
