@@ -28,6 +28,7 @@ HEAVY_INDEX = 0.42
 POOL = 4
 CONTAINED_K, CONTAINED_ESS, CONTAINED_GAP, CONTAINED_SHIFT = 1.0, 0.9, 0.05, 0.05  # see _hangs_on_nothing
 NEXT_TO_NONE_K, NEXT_TO_NONE_ESS, NEXT_TO_NONE_GAP = 1.5, 0.99, 0.005  # and this
+SHOWN = 0.005  # sds: a smaller shift is printed as 0.00, and its coordinate is an accident of rounding
 CHECKED = 50  # draws run with Pyro's argument checks on
 
 Draw = Callable[[int], tuple[Tensor, Tensor]]  # n -> z (n, D), log q (n,)
@@ -67,9 +68,10 @@ class Verdict:
         return self._sentence() + (f" Note: {'; '.join(self.notes)}." if self.notes else "")
 
     def _sentence(self) -> str:
+        at = f", at {self.where}" if self.mean_shift >= SHOWN else ""
         figures = (
             f"k-hat {self.k_hat:.2f} (threshold {self.k_threshold:.2f}), ESS/S {self.ess_ratio:.2f}, "
-            f"largest change of a mean by weighting {self.mean_shift:.2f} sd, at {self.where}"
+            f"largest change of a mean by weighting {self.mean_shift:.2f} sd{at}"
         )
         if self.status == "ok":
             return f"ok: the samples can be used as they are. Figures: {figures}."
