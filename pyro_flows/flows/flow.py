@@ -138,7 +138,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
-        """Return n draws (n, *event_shape) and their log density (n,), without gradients."""
+        r"""Return n draws, shaped (n, \*event_shape), and their log density (n,), without gradients."""
         return self.rsample_and_log_prob((n,))
 
     def sample_with_score(

@@ -8,6 +8,8 @@ from pyro_flows._display import verdict_html
 from pyro_flows.verdict.chains import ChainFigures
 from pyro_flows.verdict.next_step import next_step
 
+SHOWN = 0.005  # sds: a smaller shift is printed as 0.00, and its coordinate is an accident of rounding
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -43,9 +45,10 @@ class Verdict:
         return self._sentence() + (f" Note: {'; '.join(self.notes)}." if self.notes else "")
 
     def _sentence(self) -> str:
+        at = f", at {self.where}" if self.mean_shift >= SHOWN else ""
         figures = (
             f"k-hat {self.k_hat:.2f} (threshold {self.k_threshold:.2f}), ESS/S {self.ess_ratio:.2f}, "
-            f"largest change of a mean by weighting {self.mean_shift:.2f} sd, at {self.where}"
+            f"largest change of a mean by weighting {self.mean_shift:.2f} sd{at}"
         )
         if self.status == "ok":
             return f"ok: the samples can be used as they are. Figures: {figures}."
