@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack
 from pyro_flows.modes.tempering import log_mean, temper
 from pyro_flows.starts.curvature import lower_triangular
@@ -23,7 +24,9 @@ from pyro_flows.verdict.psis import psis
 INFLATED = (3.0, 10.0, 30.0)
 SCREENED, SCREENED_AT = 1000, (1.5, 2.5, 4.0, 8.0)  # draws, and factors by which they are moved outwards
 CLIMBERS = 6  # for each factor, and from the guide's own draws
-PRIOR_CLIMBERS = 12
+PRIOR_CLIMBERS, FEW_CLIMBERS = 24, 12  # paths from draws of the prior; fewer, where a density has many terms
+CAREFUL = 0.01  # of the units, for a second path from each of those: long first steps leap over modes
+MANY_TERMS = 2000
 FULL_UNITS_UP_TO = 100  # dimensions
 WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path
 TRUSTED_K_HAT = 0.7
@@ -37,12 +40,20 @@ def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> li
     if not len(far):
         return []
     units = units_of(z)
-    points = torch.cat([own, far])
-    paths = pathfinder(density, points, units.expand(len(points), *units.shape), seed=derive(seed, "modes"))
+    again = far[-PRIOR_CLIMBERS:] if _is_cheap(density) else far[:0]
+    points = torch.cat([own, far, again])
+    shares = torch.ones(len(points), *[1] * units.dim()).to(units)
+    shares[len(own) + len(far) :] = CAREFUL
+    paths = pathfinder(density, points, shares * units, seed=derive(seed, "modes"))
     found, doubtful = _weighed(guide, paths, len(own), seed=seed)
     if not found and density.batched:
         found = _tempered(guide, paths, len(own), doubtful, units, seed=seed)
     return [found[number] for number in _distinct([lack.place for lack in found], units)]
+
+
+def _is_cheap(density: LogDensity) -> bool:
+    """Whether more paths cost next to nothing."""
+    return density.batched and density.numbers <= MANY_TERMS
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,8 @@ def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) ->
         changed = z[-1:].clone()
         changed[:, latent.offset : latent.offset + latent.size] *= -1.0
         flipped.append(changed)
-    prior = prior_draws(density, PRIOR_CLIMBERS, seed=derive(seed, "modes from the prior"))
+    count = PRIOR_CLIMBERS if _is_cheap(density) else FEW_CLIMBERS
+    prior = prior_draws(density, count, seed=derive(seed, "modes from the prior"))
     points = torch.cat([*(mode.loc[None] for mode in modes), *outwards, *flipped, prior])
     with torch.no_grad():
         points = points[torch.isfinite(density(points))]
