@@ -374,7 +374,7 @@ def test_options_reach_the_fit(fitted, tmp_path, monkeypatch):
 def test_help_names_every_flow_for_vectors_and_the_exit_codes():
     shown = " ".join(run("fit", "--help").stdout.split())
     assert ", ".join(sorted(VECTOR_BUILDERS)) in shown
-    assert "3 for one that is unreliable" in shown
+    assert "3 if it is unreliable" in shown
     for option in ("--runs", "--max-seconds", "--layers", "--seed", "--draws", "--escalate", "--train-model"):
         assert option in shown
 

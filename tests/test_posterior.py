@@ -388,7 +388,7 @@ def test_a_guide_far_off_is_not_mended_whatever_k_hat_says():
     found = weighed(torch.where(near, z, z + 3.0), torch.where(near, 0.0, -30.0))
     assert found.k_hat < 0.5
     assert found.status == "unreliable"
-    assert "moves a mean by" in str(found)
+    assert "changes a mean by" in str(found)
 
 
 @pytest.mark.parametrize(("tail", "status"), [(0.3, "corrected"), (0.62, "unreliable")])

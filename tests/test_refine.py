@@ -155,12 +155,12 @@ def test_cut_short_and_gone_on_is_gone_through(narrow, refined):
     assert "the chains have not converged: they have fewer than 8 draws each" in first.verdict.reasons
     second = first.refine(max_steps=60)
     assert second.verdict.status == "unreliable"
-    assert sum("has not finished" in reason for reason in second.verdict.reasons) == 1
+    assert sum("chains have not converged" in reason for reason in second.verdict.reasons) == 1
     assert torch.equal(second.used, narrow.used)
     third = second.refine(max_steps=2000)
     torch.testing.assert_close(third.used, refined.used)
     assert third.verdict.status == "refined"
-    assert not any("has not finished" in reason for reason in third.verdict.reasons)
+    assert not any("chains have not converged" in reason for reason in third.verdict.reasons)
 
 
 def test_no_time_leaves_what_there_was(narrow):
@@ -176,11 +176,11 @@ def test_good_draws_stay_where_chains_do_not_finish(status):
     after = before.refine(max_steps=5)
     assert after.verdict.status == status
     assert torch.equal(after.used, before.used)
-    assert any("has not finished" in note for note in after.verdict.notes)
+    assert any("chains have not converged" in note for note in after.verdict.notes)
     finished = after.refine()
     assert finished.verdict.status == "refined"
     assert finished.verdict.reasons == (before.verdict.reasons or ("refine() was called",))
-    assert not any("has not finished" in note for note in finished.verdict.notes)
+    assert not any("chains have not converged" in note for note in finished.verdict.notes)
 
 
 # more draws ----------------------------------------------------------------------------------------------------------
