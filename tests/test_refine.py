@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pickle
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows.correction.judging import disagreements
 from pyro_flows.correction.rungs import which
 from pyro_flows.correction.sampler import STATS
 from pyro_flows.correction.search import _Regions, bridge
@@ -21,6 +23,7 @@ from pyro_flows.starts.start import Start
 from pyro_flows.verdict import chains as judged
 from pyro_flows.verdict.chains import ChainFigures, objections
 from tests.posteriors import SPREAD, Y, schools, schools_posterior
+from tests.registry import normal
 
 REAL = torch.float64
 
@@ -491,3 +494,35 @@ def test_regions_have_to_have_their_mass(share, enough):
     assert regions.visited(loc, scale) is enough
     assert regions.visited(loc, torch.ones(3, dtype=REAL)) is enough
     assert not regions.covers(Start(WANDERED, loc, scale))
+
+
+def check_disagreement(scale, shift, said):
+    """Chains of N(shift, scale) against 4000 equally weighted draws of N(0, 1) in two coordinates."""
+    draws = normal(4000, 2, seed=1)
+    chains = scale * normal(4096, 2, seed=2).reshape(64, 64, 2) + shift
+    posterior = SimpleNamespace(
+        z=draws, log_weights=torch.full((4000,), -math.log(4000.0)), k_hat=0.1, coordinates=("a", "b"),
+        verdict=SimpleNamespace(k_threshold=0.7),
+    )  # fmt: skip
+    found = disagreements(posterior, SimpleNamespace(z=chains))
+    assert bool(found) == said
+    posterior.k_hat = 0.8  # then nobody can tell
+    assert disagreements(posterior, SimpleNamespace(z=chains)) == []
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "said"), [(1.0, 0.0, False), (0.95, 0.05, False), (0.75, 0.0, True), (1.0, 0.3, True)]
+)
+def test_chains_are_held_to_the_weighted_draws_of_the_guide(scale, shift, said):
+    check_disagreement(scale, shift, said)
+
+
+def test_chains_that_stay_out_of_a_tail_are_found():
+    """The chains' own sd tells little of a tail of five in a hundred that they lack."""
+    draws = normal(4000, 2, seed=1)
+    chains = normal(4096, 2, seed=2).clamp(max=1.6).reshape(64, 64, 2)
+    posterior = SimpleNamespace(
+        z=draws, log_weights=torch.full((4000,), -math.log(4000.0)), k_hat=0.1, coordinates=("a", "b"),
+        verdict=SimpleNamespace(k_threshold=0.7),
+    )  # fmt: skip
+    assert "disagree about" in disagreements(posterior, SimpleNamespace(z=chains))[0]

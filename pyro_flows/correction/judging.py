@@ -18,6 +18,7 @@ from pyro_flows.correction.starts import affine_flow, flow_of
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.lacks import SHARE
 from pyro_flows.results.record import Record, Recorded
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import ChainFigures, Chains, as_numbers, objections
@@ -25,6 +26,9 @@ from pyro_flows.verdict.deciding import CHECKED
 from pyro_flows.verdict.verdict import Verdict
 
 STAGE = "refinement"
+COMPARED_ESS = 500.0  # of weighted draws, to hold chains to them
+APART = 0.1  # sds, or of the log of an sd, beyond three standard errors
+EDGE = 0.01  # share of the chains' draws beyond each of two quantiles, where the guide may have SHARE more
 TRIED = "the chains have not converged: "
 TRIED_BEFORE = (TRIED, "a sampler has not finished: ")  # the second is in older files
 BRIDGED = 2000  # draws from each end
@@ -101,7 +105,7 @@ def _checked(posterior: Record, chains: Chains, seed: int) -> tuple[list[str], l
     evidence = _evidence(flow, chains, density)
     given = (flow.log_prob, covered, evidence, posterior.history)
     lacks, notes = lacks_of_chains(density, chains, *given, seed=seed)
-    return [*invalid, *lacks], notes
+    return [*invalid, *lacks, *disagreements(posterior, chains)], notes
 
 
 @torch.no_grad()
@@ -119,6 +123,37 @@ def _evidence(flow: Flow | FlowMixture, chains: Chains, density: LogDensity) -> 
         return torch.logaddexp(*parts) - math.log(2.0)
 
     return bridge(density(drawn) - log_half(drawn), log_p - log_half(z))
+
+
+@torch.no_grad()
+def disagreements(posterior: Record, chains: Chains) -> list[str]:
+    """Say so where chains differ from the guide's weighted draws, if these are good enough to tell.
+
+    Chains whose steps are too long for a narrow part of the posterior stay out of it, all alike, so that no R-hat sees
+    it. Draws of the guide may lie there.
+    """
+    weights = posterior.log_weights.double().exp()
+    effective = float(1.0 / weights.square().sum())
+    if not posterior.k_hat < posterior.verdict.k_threshold or effective < COMPARED_ESS:
+        return []
+    draws, z = posterior.z.double(), chains.z.flatten(0, 1).double()
+    mean = (weights[:, None] * draws).sum(0)
+    away = (weights[:, None] * (draws - mean).square()).sum(0)
+    fourth = (weights[:, None] * (draws - mean).pow(4)).sum(0) / away.square()
+    error = ((fourth - 1.0).clamp_min(0.0) / (4.0 * effective)).sqrt()  # of the log of an sd
+    shift, ratio = (z.mean(0) - mean).abs() / away.sqrt(), (z.std(0) / away.sqrt()).log().abs()
+    excess = torch.maximum(shift - 3.0 / math.sqrt(effective) - APART, ratio - 3.0 * error - APART)
+    edges = torch.quantile(z, torch.tensor([EDGE, 1.0 - EDGE]).to(z), dim=0)
+    beyond = torch.stack(
+        [(weights[:, None] * (draws < edges[0])).sum(0), (weights[:, None] * (draws > edges[1])).sum(0)]
+    )
+    tail = beyond.amax(0) - EDGE - SHARE - 3.0 * math.sqrt(EDGE / effective)
+    excess = torch.maximum(excess, tail)
+    worst = int(excess.nan_to_num(nan=math.inf).argmax())
+    if float(excess[worst]) <= 0.0:
+        return []
+    where = posterior.coordinates[worst]
+    return [f"the chains and the weighted draws of the guide disagree about {where}, so that one of them misses a part"]
 
 
 def _verdict(

@@ -12,7 +12,7 @@ from torch import Tensor
 NESTED_R_HAT = 1.01  # of superchains, which forget their common start: sqrt(1 + 1 / ESS of one) where they have
 R_HAT = 1.05  # of single chains, which are short: sqrt(1 + (autocorrelation time - 1) / draws)
 LEAST_ESS = 1000.0  # bulk and tail, of the worst coordinate: a mean to .03 sd, an sd to 2 %
-DIVERGENCES = 0.001  # of all trajectories: where .7 % diverged, an sd came out 12 % low
+DIVERGENCES = 0.0001  # of all trajectories: where .7 % diverged, an sd came out 12 % low
 AGREEMENT = 1.05  # R-hat of groups of chains that began in different modes
 
 
