@@ -7,6 +7,7 @@ only the last step of :func:`pack` and the default interval differ.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -254,11 +255,17 @@ def stacking_weights(elpd: Tensor) -> list[float]:
     if len(elpd) == 1:
         return [1.0]
     shifted = (elpd - elpd.amax(0)).double().cpu().numpy()  # weights stay the same, and no exponential underflows
-    numbers = {"p": 0.0, "n_samples": 1, "n_data_points": shifted.shape[1], "scale": "log", "warning": False}
+    numbers: dict[str, Any] = {
+        "p": 0.0,
+        "n_samples": 1,
+        "n_data_points": shifted.shape[1],
+        "scale": "log",
+        "warning": False,
+    }
+    kind = {"kind": "loo"} if "kind" in inspect.signature(ELPDData).parameters else {}  # gone in later releases
+    numbers |= {"se": 1.0, "good_k": 0.7, **kind}
     entries = {
-        str(model): ELPDData(
-            "loo", float(row.sum()), 1.0, good_k=0.7, elpd_i=xarray.DataArray(row, dims="observation"), **numbers
-        )
+        str(model): ELPDData(elpd=float(row.sum()), elpd_i=xarray.DataArray(row, dims="observation"), **numbers)
         for model, row in enumerate(shifted)
     }
     with warnings.catch_warnings():

@@ -391,7 +391,7 @@ GOOD = ChainFigures(
     ess_bulk=1000.0,
     ess_tail=1000.0,
     where="x",
-    divergences=0.001,
+    divergences=0.0001,
     energy_error=0.1,
     acceptance=0.8,
     independence=math.nan,
@@ -413,7 +413,7 @@ GOOD = ChainFigures(
         ({"ess_bulk": 999.0}, "ESS 999 of the chains in the bulk is below 1000, at x"),
         ({"ess_tail": 999.0}, "ESS 999 of the chains in the tails is below 1000, at x"),
         ({"ess_tail": math.nan}, "ESS nan"),
-        ({"divergences": 0.0011}, "0.1% of the trajectories diverged"),
+        ({"divergences": 0.00011}, "0.011% of the trajectories diverged"),
         ({"agreement": 1.051}, "chains that began in different modes disagree"),
     ],
 )

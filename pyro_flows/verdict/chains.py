@@ -80,7 +80,7 @@ def objections(figures: ChainFigures) -> list[str]:
         if not value >= LEAST_ESS:
             found.append(f"ESS {value:.0f} of the chains in the {name} is below {LEAST_ESS:.0f}, at {figures.where}")
     if not figures.divergences <= DIVERGENCES:
-        found.append(f"{figures.divergences:.1%} of the trajectories diverged")
+        found.append(f"{100 * figures.divergences:.2g}% of the trajectories diverged")
     if not math.isnan(figures.agreement) and not figures.agreement <= AGREEMENT:
         found.append(f"chains that began in different modes disagree (R-hat {figures.agreement:.2f})")
     return found
