@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 MANY_CHAINS = "Found chain dimension to be longer than draw dimension"  # short ones, as they are meant to be
+POLISHED = 200  # steps
 JUDGED = "InferenceData"  # the name of our own class too: arviz_base knows such objects by it
 
 
@@ -272,6 +273,10 @@ def stacking_weights(elpd: Tensor) -> list[float]:
         warnings.simplefilter("ignore")  # of many models and of large elpd, which are no matter of the weights
         table = compare(entries, method="stacking")
     weights = np.clip([float(table.loc[name, "weight"]) for name in entries], 0.0, None)
+    densities = np.exp(shifted)
+    for _ in range(POLISHED):  # steps of EM, which only rise: later releases end their search a little early
+        weights = weights / weights.sum()
+        weights = weights * (densities / (weights @ densities)).mean(1)
     return [float(weight) for weight in weights / weights.sum()]
 
 
