@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -13,9 +14,12 @@ from pyro.infer import config_enumerate
 from pyro.ops.indexing import Vindex
 
 import pyro_flows as pf
+from pyro_flows.fitting import combine
 from pyro_flows.modes import missed_modes as modes
-from pyro_flows.modes.missed_modes import missed_modes
+from pyro_flows.modes.lacks import Lack
+from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.symmetries import Move, Unit, group, moves, signed_permutation
+from pyro_flows.starts.start import Start
 from tests.models import real
 from tests.registry import normal
 
@@ -342,3 +346,40 @@ def test_a_mirrored_mode_costs_no_second_run():
     quadrants = (posterior.samples["a"] > 0).double() @ torch.tensor([2.0, 1.0]).double()
     counts = torch.bincount(quadrants.long(), minlength=4) / 4000
     assert float((counts - 0.25).abs().max()) < 0.04  # standard error .007
+
+
+def test_a_move_that_leaves_the_support_at_some_draws_is_no_symmetry(monkeypatch):
+    density, one, _ = mirrored(2)
+    for kept, known in ((200, True), (150, False)):
+
+        def apply(density, z, kept=kept):
+            return -z, torch.arange(len(z)) < kept
+
+        half = type("Half", (), {"apply": staticmethod(apply)})()
+        monkeypatch.setattr(modes, "moves", lambda *_, half=half: [half])
+        found = look(density, one.sample((200,)), one.log_prob)
+        assert (found.lacks[0].move is not None) == known
+
+
+def test_symmetries_that_are_too_many_leave_the_copies_that_there_are(monkeypatch):
+    """All signs and orders of five numbers are 3840 images; then a run is added, and the first two stay."""
+    far = torch.full((5,), 3.0)
+    every = [flip(5, 1), *(swap(5, place, place + 1) for place in range(4))]
+    searches = [[flip(5, 0)], every, []]
+
+    def search(plan, density, found):
+        lacks = tuple(Lack(far, Start("mirrored", far, far), move) for move in searches.pop(0))
+        found.search = Search(lacks)
+
+    def add(plan, prepared, found, lack):
+        found.sampler, found.added = found.plain, found.added + 1
+
+    monkeypatch.setattr(combine, "_look", search)
+    monkeypatch.setattr(combine, "_add_run", add)
+    flow = pf.realnvp(5, layers=2)
+    found = combine.Combined(plain=flow, sampler=flow)
+    search(None, None, found)
+    plan = SimpleNamespace(clock=SimpleNamespace(over=False))
+    combine._complete(plan, SimpleNamespace(density=None), found)
+    assert found.added == 1
+    assert found.copies == len(found.sampler.components) == 2

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from pyro_flows import _arviz
 from pyro_flows.starts.gaussians import Gaussians
+from pyro_flows.verdict.bridge import bridge_terms, bridge_value
 
-ITERATIONS = 1000
-SETTLED = 1e-10  # nats, between two iterations
 DF = 7.0  # of the normal proposal's Student t: the tails of most posteriors lie between
 
 
@@ -57,36 +56,18 @@ def bridge(posterior_ratio: Tensor, proposal_ratio: Tensor, chains: int = 1) -> 
     at_p, at_q = at_p - shift, at_q - shift
     effective = _effective((-torch.logaddexp(at_p, torch.zeros_like(at_p))).exp(), chains)
     share = effective / (effective + len(at_q))
-    log_p_share, log_q_share = math.log(share), math.log1p(-share)
-    value, settled = 0.0, False
-    for _ in range(ITERATIONS):
-        above, below = _terms(at_p, at_q, value, log_p_share, log_q_share)
-        new = _log_mean(above) - _log_mean(below)
-        settled = abs(new - value) < SETTLED
-        value = new
-        if settled or not math.isfinite(value):
-            break
-    above, below = _terms(at_p, at_q, value, log_p_share, log_q_share)
+    value, settled = bridge_value(at_p, at_q, share)
+    above, below = bridge_terms(at_p, at_q, value, share)
     denominator = (below - below.max()).exp()
     variance = _relative_variance(above) / len(above)
     variance += _relative_variance(below) / _effective(denominator, chains)
     return Bridged(value + shift, math.sqrt(variance), settled)
 
 
-def _terms(at_p: Tensor, at_q: Tensor, value: float, log_p_share: float, log_q_share: float) -> tuple[Tensor, Tensor]:
-    """Return the logarithms of the terms of numerator and denominator."""
-    other_q, other_p = (torch.full_like(at, log_q_share + value) for at in (at_q, at_p))
-    return at_q - torch.logaddexp(log_p_share + at_q, other_q), -torch.logaddexp(log_p_share + at_p, other_p)
-
-
 def _finite(ratio: Tensor) -> Tensor:
     """Return ratios in double precision; a draw that the model cannot score has density zero."""
     ratio = ratio.detach().double().cpu()
     return torch.where(torch.isfinite(ratio), ratio, -torch.inf)
-
-
-def _log_mean(logs: Tensor) -> float:
-    return float(torch.logsumexp(logs, 0)) - math.log(len(logs))
 
 
 def _relative_variance(logs: Tensor) -> float:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._turns import alone
+from pyro_flows._turns import alone, few_threads
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.refine import threads
 from pyro_flows.correction.sampler import KEPT, Sampler
 from pyro_flows.correction.starts import flow_of
 from pyro_flows.results.record import Record
@@ -28,7 +27,7 @@ def more_draws(posterior: Record, count: int, *, seed: int) -> Tensor:
         chains = posterior.chains
         if "kernel" not in chains.numbers:
             raise ValueError("sample: chains of NUTS are not gone on with; refine(method='hmc') can be.")
-        with alone(), seeded(seed, density.device), threads(posterior, chains.count), torch.no_grad():
+        with alone(), seeded(seed, density.device), few_threads(chains.count * density.numbers), torch.no_grad():
             own = derive(seed, f"more draws {chains.numbers['seed']}")
             sampler = Sampler(Latent(flow_of(posterior), density), posterior.coordinates, chains, kept=KEPT, seed=own)
             return sampler.more(math.ceil(count / chains.count)).transpose(0, 1).flatten(0, 1)[:count]

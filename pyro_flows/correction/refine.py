@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -12,7 +10,7 @@ from pyro_flows import _checks
 from pyro_flows._clock import Clock, unbounded
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._turns import alone
+from pyro_flows._turns import alone, few_threads
 from pyro_flows.correction.judging import Work, concluded
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.nuts import nuts
@@ -30,7 +28,6 @@ MAX_STEPS = 2000  # sweeps of each chain
 PARTICLES = 1024
 NUTS_CHAINS, NUTS_WARM_UP = 4, 500
 SELDOM = 1e-3  # effective share of the flow's draws, below which independent proposals are in vain
-ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
 ASKED = "refine() was called"
 
 
@@ -74,7 +71,7 @@ def refined(
 ) -> Recorded:
     """Run the sampler under a clock, and judge what it came to."""
     density = posterior._need_density()
-    with alone(), seeded(seed, density.device), threads(posterior, chains), torch.no_grad():
+    with alone(), seeded(seed, density.device), few_threads(chains * density.numbers), torch.no_grad():
         work = Work(method, why, most=gradients)
         before = density.evaluations
         density.under(clock)
@@ -85,19 +82,6 @@ def refined(
             return concluded(posterior, work, seed, clock)
         finally:
             density.under(unbounded())
-
-
-@contextmanager
-def threads(posterior: Recorded, chains: int) -> Iterator[None]:
-    """One thread for small problems, where threads cost more than they save, as in :func:`~pyro_flows.fit`."""
-    before = torch.get_num_threads()
-    density = posterior._need_density()
-    if chains * density.numbers < ONE_THREAD_BELOW:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int, bar: Bar) -> None:

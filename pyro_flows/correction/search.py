@@ -16,6 +16,7 @@ from pyro_flows.modes.lacks import SHARE
 from pyro_flows.modes.missed_modes import WANDERED, Search, missed_modes
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.bridge import bridge_value
 from pyro_flows.verdict.chains import Chains
 from pyro_flows.verdict.psis import psis
 
@@ -25,7 +26,6 @@ SETTLED = 1.05  # nested R-hat of whether a chain is in a region
 WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
 WEIGHED, TRUSTED_K_HAT = 4000, 0.7  # draws that the mass of a region is found by
 PART = 0.5  # of a region's mass that chains have to have, where it is known
-BRIDGE_STEPS = 200
 INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribution that lie farther out do not count
 
 
@@ -86,20 +86,11 @@ def lacks_of_chains(
 
 
 def bridge(from_q: Tensor, from_p: Tensor) -> float:
-    r"""Return the log evidence by bridge sampling, from log weights log p - log q at draws of q and at draws of p.
-
-    Reference: Meng and Wong 1996, "Simulating ratios of normalizing constants via a simple identity".
-    """
-    from_q = from_q[torch.isfinite(from_q)].double()
-    from_p = from_p[torch.isfinite(from_p)].double()
-    first = torch.tensor(len(from_p) / (len(from_p) + len(from_q)), dtype=torch.float64, device=from_p.device).log()
-    second = torch.log1p(-first.exp())
-    value = from_q.median()
-    for _ in range(BRIDGE_STEPS):
-        above = torch.logsumexp(from_q - torch.logaddexp(first + from_q - value, second), 0) - math.log(len(from_q))
-        below = torch.logsumexp(-torch.logaddexp(first + from_p - value, second), 0) - math.log(len(from_p))
-        value = above - below
-    return float(value)
+    """Return the log evidence by bridge sampling, from log weights log p - log q at draws of q and at draws of p."""
+    from_q, from_p = from_q.double(), from_p.double()
+    from_q, from_p = from_q[torch.isfinite(from_q)], from_p[torch.isfinite(from_p)]
+    middle = float(from_q.median())  # where the iteration begins
+    return bridge_value(from_p - middle, from_q - middle, len(from_p) / (len(from_p) + len(from_q)))[0] + middle
 
 
 class _Regions:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from pyro_flows._turns import few_threads
 from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared
@@ -26,7 +26,6 @@ from pyro_flows.training.loop import BATCH
 RUNS_ADDED = 3  # at most, one for each mode that is missed
 MAX_COPIES = 128  # of each flow: draws are scored by all of them
 MODE_DRAWS = 1000
-ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
 
 Sampler = Flow | FlowMixture  # has ``draw`` and ``log_prob``
 
@@ -74,7 +73,7 @@ class Combined:
 def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
     """Train as many runs as were asked for; each but the first starts where those before it lack a mode, if they do."""
     clock = plan.clock
-    with threads(prepared.density):
+    with few_threads(BATCH * prepared.density.numbers):
         for number in range(plan.runs):
             name = f"run {number + 1} of {plan.runs}"
             if number and clock.over:
@@ -117,9 +116,10 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
     """Go on until the sampler lacks no mode: copies of its flows where a symmetry tells all, further runs elsewhere."""
     moves: list[SignedPermutation] = []
     while found.search is not None and found.search.lacks and not plan.clock.over:
-        known = len(moves)
-        moves += [lack.move for lack in found.search.lacks if lack.move is not None and lack.move not in moves]
-        if len(moves) == known or not _copied(found, moves):
+        more = [lack.move for lack in found.search.lacks if lack.move is not None and lack.move not in moves]
+        if more and _copied(found, [*moves, *more]):
+            moves += more
+        else:
             if found.added == RUNS_ADDED:
                 return
             _add_run(plan, prepared, found, found.search.lacks[0].start)
@@ -148,7 +148,7 @@ def _add_run(plan: Plan, prepared: Prepared, found: Combined, lack: Start) -> No
     number = len(found.runs)
     found.runs.append(Run(number))
     plan.bar.task = "fit, a run for a missed mode"
-    with clock.part("a run for a missed mode"), threads(density):
+    with clock.part("a run for a missed mode"), few_threads(BATCH * density.numbers):
         make_run(plan, density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
     plan.bar.task = "fit"
     found.plain = found.sampler = found.best.flow(plan, density)
@@ -189,19 +189,3 @@ def _compare(plan: Plan, density: LogDensity, found: Combined) -> None:
     weights = balanced(flows, density, agreement.weights)
     found.history[-1] = stage(agreement, weights)
     found.plain = found.sampler = FlowMixture.of(flows, weights)
-
-
-@contextmanager
-def threads(density: LogDensity) -> Iterator[None]:
-    """One thread for small problems, where threads cost more than they save; the caller's number comes back after.
-
-    The rule looks at sizes, not at clocks, so that one seed gives one answer.
-    """
-    rows = sum(value.numel() for value in density.structure.observed.values())
-    before = torch.get_num_threads()
-    if BATCH * max(rows, density.dim) < ONE_THREAD_BELOW:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

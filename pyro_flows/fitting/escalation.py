@@ -80,7 +80,7 @@ def assess(name: str, trainer: Trainer, training: Training) -> Round:
     flow, density = trainer.flow, trainer.density
     weighing = unweighed(density.dim, training.elbo)
     with density.clock.part("a look at the round", noted=False):
-        z, log_q = flow.rsample_and_log_prob((JUDGED_DRAWS,))
+        z, log_q = flow.draw(JUDGED_DRAWS)
         weighing = weigh(z, density(z), log_q)
     return Round(copy.deepcopy(flow), weighing, training, _stage(name, trainer, weighing, training))
 

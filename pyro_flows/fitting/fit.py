@@ -12,9 +12,9 @@ from pyro_flows import _checks
 from pyro_flows._clock import Clock, unbounded
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
-from pyro_flows._turns import alone
+from pyro_flows._turns import alone, few_threads
 from pyro_flows.correction.rungs import last_rung, which
-from pyro_flows.fitting.combine import Combined, combine, make_runs, threads
+from pyro_flows.fitting.combine import Combined, combine, make_runs
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared, prepare
@@ -25,6 +25,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS, check_memory, seconds_to_judge
+from pyro_flows.training.loop import BATCH
 
 MAX_STEPS = 6000
 STEPS_GROW_FROM = 50  # dimensions
@@ -195,7 +196,7 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
         with clock.part("the fit"):
             if clock.finite:
                 clock.reserve(seconds_to_judge(density, plan.draws))
-            with threads(density):
+            with few_threads(BATCH * density.numbers):
                 prepare(plan, prepared, plan.seed)
             make_runs(plan, prepared, found)
             combine(plan, prepared, found)

@@ -159,8 +159,7 @@ class FlowMixture(nn.Module):
         _checks.event("FlowMixture", z, self.dim)
         rows = z.reshape(-1, self.dim)
         size = max(1, ROWS // len(self.which))  # many parts at many points would fill the memory
-        found = [self._log_prob(part) for part in rows.split(size)]
-        return (torch.cat(found) if found else rows.sum(-1)).reshape(z.shape[:-1])
+        return torch.cat([self._log_prob(part) for part in rows.split(size)]).reshape(z.shape[:-1])
 
     def _log_prob(self, rows: Tensor) -> Tensor:
         backward = self.orders.argsort(1)

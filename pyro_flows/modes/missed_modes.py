@@ -123,7 +123,8 @@ def _mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
         image = log_q - density.log_jacobian(z) + density.log_jacobian(moved)
         log_p = torch.where(inside, density(moved), -torch.inf)
         lacks = lacks_of(moved, log_p, guide.lacking(moved, log_p, image), "mirrored")
-        exact = bool(lacks) and bool((log_p - density(z)).abs().le(EXACT * (1.0 + log_p.abs())).all())
+        same = (log_p - density(z)).abs() <= EXACT * (1.0 + log_p.abs())
+        exact = bool(lacks) and bool((same & inside).all())  # -inf is as far from any number as its tolerance
         found += [replace(lack, move=signed_permutation(z, moved)) if exact else lack for lack in lacks]
     return found
 

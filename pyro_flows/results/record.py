@@ -53,7 +53,7 @@ class Record:
         flow = self.flow
         if self.density is None or flow is None:
             return self.drawer if self.density is not None else None
-        return lambda n: flow.rsample_and_log_prob((n,))
+        return flow.draw
 
     def _hand_on(self, door: str) -> None:
         """Warn where draws that the verdict calls unreliable go out by ``door``."""
