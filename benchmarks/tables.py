@@ -12,22 +12,19 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import (
-    density,
-    density_tables,
-    named,
-    nuts,
-    planar,
-    posteriordb,
-    records,
-    rivals,
-    samplers,
-    speed,
-    speed_tables,
-    stopping,
-    toys,
-)
+from benchmarks import records
+from benchmarks.density import running as density
+from benchmarks.density import tables as density_tables
+from benchmarks.named import running as named
+from benchmarks.nuts import running as nuts
+from benchmarks.nuts import samplers
+from benchmarks.posteriors import rivals, stopping
+from benchmarks.posteriors import running as posteriordb
 from benchmarks.records import Row
+from benchmarks.speed import running as speed
+from benchmarks.speed import tables as speed_tables
+from benchmarks.toys import planar
+from benchmarks.toys import running as toys
 from benchmarks.zoo import reporting as zoo_reporting
 from benchmarks.zoo import running as zoo_running
 
