@@ -31,7 +31,7 @@ JUDGED = "InferenceData"  # the name of our own class too: arviz_base knows such
 
 
 def r_hat(draws: Tensor) -> Tensor:
-    """Return rank-normalised split R-hat (D,) of draws (runs, S, D); it sees differences of location and of scale."""
+    """Return rank-normalized split R-hat (D,) of draws (runs, S, D); it sees differences of location and of scale."""
     from arviz_stats.base import array_stats
 
     given = draws.detach().double().cpu().numpy()
@@ -61,7 +61,7 @@ def chain_diagnostics(draws: Tensor, superchain: Tensor) -> dict[str, Tensor]:
     return {name: torch.as_tensor(np.asarray(value, dtype=float)) for name, value in found.items()}
 
 
-# labelled arrays ------------------------------------------------------------------------------------------------------
+# labeled arrays ------------------------------------------------------------------------------------------------------
 
 
 def dataset(
@@ -249,7 +249,7 @@ def _halves(draws: xr.Dataset) -> xr.Dataset:
 
 
 def stacking_weights(elpd: Tensor) -> list[float]:
-    """Return the weights of K models that maximise the log score of their mixture, from pointwise elpd (K, N)."""
+    """Return the weights of K models that maximize the log score of their mixture, from pointwise elpd (K, N)."""
     import xarray
     from arviz_stats import ELPDData, compare
 

@@ -205,7 +205,7 @@ def _shown(progress: bool | None) -> bool:
 
 
 def eight_schools(y: Tensor, sigma: Tensor) -> None:
-    """Effects of coaching in eight schools, non-centred (Rubin 1981)."""
+    """Effects of coaching in eight schools, non-centered (Rubin 1981)."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("school", len(y)):

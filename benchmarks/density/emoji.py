@@ -1,4 +1,4 @@
-"""Render the colour emoji of a font as images of 32 x 32 pixels, one file for the benchmarks of image flows.
+"""Render the color emoji of a font as images of 32 x 32 pixels, one file for the benchmarks of image flows.
 
     python -m benchmarks.density.emoji NotoColorEmoji.ttf emoji.npy
 
@@ -20,13 +20,13 @@ def bitmaps(font: Path) -> Iterator[bytes]:
     """Yield the PNG image of each glyph, in the order of their names.
 
     Raises:
-        ValueError: if the font holds no colour bitmaps.
+        ValueError: if the font holds no color bitmaps.
     """
     from fontTools.ttLib import TTFont
 
     with TTFont(font, lazy=True) as opened:
         if "CBDT" not in opened:
-            raise ValueError(f"font: expected one with colour bitmaps (a CBDT table), {str(font)!r} has none.")
+            raise ValueError(f"font: expected one with color bitmaps (a CBDT table), {str(font)!r} has none.")
         for strike in opened["CBDT"].strikeData:
             for name in sorted(strike):
                 yield strike[name].imageData

@@ -48,7 +48,7 @@ def samples(fit: pf.DensityFit, problem: str, count: int = 64) -> Figure:
     return pictures.plot_images(fit.sample(count, seed=0), SHAPES.get(problem))
 
 
-def neighbours(fit: pf.DensityFit, problem: str) -> Figure:
+def neighbors(fit: pf.DensityFit, problem: str) -> Figure:
     """Draws of the flow beside the training images nearest to them."""
     return pictures.plot_nearest(
         fit.sample(8, seed=1), points(problem, "train"), count=5, image_shape=SHAPES.get(problem)
@@ -114,7 +114,7 @@ def drawings(fits: Path) -> Drawn:
     nice = "mnist-additive-0-600.0"
     found: Drawn = {f"planar-{base}": lambda base=base: planar_figure(base) for base in planar.BASES}  # type: ignore[misc]
     found["nice-samples"] = of(nice, "mnist", samples)
-    found["nice-nearest"] = of(nice, "mnist", neighbours)
+    found["nice-nearest"] = of(nice, "mnist", neighbors)
     found["nice-spectrum"] = lambda: pictures.plot_spectrum(pf.DensityFit.load(fits / nice).flow)
     found["nice-inpainting"] = of(nice, "mnist", inpainting)
     found["nice-walk"] = of(nice, "mnist", walk, (0, 1, 2, 4))
@@ -129,7 +129,7 @@ def drawings(fits: Path) -> Drawn:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a small PNG: a hundred pixels an inch, a palette of 128 colours."""
+    """Write a small PNG: a hundred pixels an inch, a palette of 128 colors."""
     content = io.BytesIO()
     figure.savefig(content, dpi=100)
     with Image.open(content) as opened:

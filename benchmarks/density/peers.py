@@ -1,6 +1,6 @@
 """Densities fitted by other libraries, each as its documentation has it, with one plain recipe of training.
 
-Standardised data (images by one scale for all pixels), Adam with a step size of 2e-3 that falls to zero along a cosine
+Standardized data (images by one scale for all pixels), Adam with a step size of 2e-3 that falls to zero along a cosine
 over the CPU seconds allowed, and the weights of the best of about twenty checks on held-out points. Ran in a process of
 its own by ``density.py``.
 """
@@ -154,18 +154,18 @@ def has(peer: str, kind: str) -> bool:
 def train(made: Made, rows: LogProb, held_out: Tensor, *, points: int, batch: int, seconds: float) -> int:
     """Train until ``seconds`` of CPU time are over, and leave the best weights; ``rows`` gives points by index."""
     parameters, log_prob = made
-    optimiser = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     began = time.process_time()
     best, kept, check_at, steps = -math.inf, [parameter.detach().clone() for parameter in parameters], 0.05, 0
     while (share := (time.process_time() - began) / seconds) < 1.0:
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1.0 + math.cos(math.pi * share))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = -log_prob(rows(torch.randint(points, (batch,)))).mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, 50.0)
         if bool(torch.isfinite(norm)):
-            optimiser.step()
+            optimizer.step()
         steps += 1
         if share >= check_at:
             check_at += 0.05

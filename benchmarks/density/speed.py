@@ -34,7 +34,7 @@ def ours(flow: pf.Flow, data: Tensor, batch: int, levels: int | None = None) -> 
     """Return a step as ``fit_density`` takes it: batch, noise, loss, gradient, clipping, update, average."""
     source = rows("data", data, None, torch.zeros(()))
     if levels is not None:
-        source = source.quantised(levels)
+        source = source.quantized(levels)
     layer = preprocess("standardize", source.first(5000).ordered(5000))
     flow = pf.Flow(pf.Chain([*flow.bijection.layers, layer]), base=flow.base)  # type: ignore[union-attr]
     rouse(flow)
@@ -58,13 +58,13 @@ def _forever(source: object, batch: int) -> Iterator[tuple[Tensor, Tensor | None
 def peer(name: str, data: Tensor, batch: int, layers: int, hidden: tuple[int, ...]) -> Step:
     """Return a step of a peer with the recipe that the density benchmark trains it by."""
     parameters, log_prob = density_peers.PEERS[name]("affine", data.shape[1], layers, hidden, 8)
-    optimiser = torch.optim.Adam(parameters, lr=1e-4)
+    optimizer = torch.optim.Adam(parameters, lr=1e-4)
 
     def step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (-log_prob(data[torch.randint(len(data), (batch,))]).mean()).backward()
         nn.utils.clip_grad_norm_(parameters, 50.0)
-        optimiser.step()
+        optimizer.step()
 
     return step
 
@@ -82,11 +82,11 @@ def bare_nice(data: Tensor, batch: int, hidden: Sequence[int]) -> Step:
     )
     scale = nn.Parameter(torch.zeros(data.shape[1]))
     parameters = [*nets.parameters(), scale]
-    optimiser = torch.optim.Adam(parameters, lr=1e-4, fused=True)
+    optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
     loc, spread = 0.13, 0.3
 
     def step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         y = (data[torch.randint(len(data), (batch,))] + torch.rand(batch, data.shape[1])) / 256.0
         first, second = ((y - loc) / spread).unflatten(-1, (-1, 2)).unbind(-1)
         for number, net in enumerate(nets):
@@ -97,7 +97,7 @@ def bare_nice(data: Tensor, batch: int, hidden: Sequence[int]) -> Step:
         x = torch.cat([first, second], -1) * torch.exp(-scale)
         loss = (scale.sum() + data.shape[1] * math.log(spread)) - (2.0 * logsigmoid(x) - x).sum(-1).mean()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
     return step
 

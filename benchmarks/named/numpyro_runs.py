@@ -1,4 +1,4 @@
-"""Long runs of NumPyro's NUTS on the regressions of :mod:`benchmarks.named`, in non-centred coordinates.
+"""Long runs of NumPyro's NUTS on the regressions of :mod:`benchmarks.named`, in non-centered coordinates.
 
     python -m benchmarks.named.numpyro_runs DATA.npz
 

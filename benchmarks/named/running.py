@@ -4,7 +4,7 @@
     python -m benchmarks.named --only radon_slopes seeds --seeds 3
     python -m benchmarks.named --table
 
-Posteriors of regressions are compared with long runs of NumPyro's NUTS on the model in non-centred coordinates, whose
+Posteriors of regressions are compared with long runs of NumPyro's NUTS on the model in non-centered coordinates, whose
 means and standard deviations lie in ``reference.json`` (made by ``benchmarks/named/numpyro_runs.py``). Factor and item
 models have mirrored modes of equal mass, which is all that is judged there: a fit with one run has to say that it lacks
 one, one with four runs has to have half of its draws on each side. Radon and epilepsy data come with the package
@@ -95,7 +95,7 @@ def epilepsy_data() -> Data:
 
 
 def radon_slopes(y: Tensor, basement: Tensor, county: Tensor) -> None:
-    """Radon in 919 homes of 85 counties: an intercept and a slope of each county, both centred."""
+    """Radon in 919 homes of 85 counties: an intercept and a slope of each county, both centered."""
     mu = pyro.sample("mu", dist.Normal(torch.zeros_like(y[:2]), 5.0).to_event(1))
     tau = pyro.sample("tau", dist.HalfNormal(torch.ones_like(y[:2])).to_event(1))
     sigma = pyro.sample("sigma", dist.HalfNormal(ONE))
@@ -113,7 +113,7 @@ def radon_data() -> Data:
 
 
 def lkj_effects(y: Tensor, x: Tensor, group: Tensor) -> None:
-    """Three correlated effects of each of 20 groups, with an LKJ prior, centred."""
+    """Three correlated effects of each of 20 groups, with an LKJ prior, centered."""
     mu = pyro.sample("mu", dist.Normal(torch.zeros_like(x[0]), 5.0).to_event(1))
     tau = pyro.sample("tau", dist.HalfNormal(torch.ones_like(x[0])).to_event(1))
     chol = pyro.sample("chol", dist.LKJCholesky(3, 2.0 * ONE))
@@ -187,15 +187,15 @@ def item_data(persons: int, items: int) -> Data:
     return (real(rng.random((persons, items)) < 1.0 / (1.0 + np.exp(difficulty - loading * ability))),)
 
 
-def mirrored_normal(centre: Tensor) -> None:
+def mirrored_normal(center: Tensor) -> None:
     """Two normals of sd 0.5, one the mirror image of the other."""
-    loading = pyro.sample("loading", dist.Normal(torch.zeros_like(centre), 3.0).to_event(1))
-    sides = torch.stack([-2.0 * (loading - side * centre).square().sum() for side in (1.0, -1.0)])
+    loading = pyro.sample("loading", dist.Normal(torch.zeros_like(center), 3.0).to_event(1))
+    sides = torch.stack([-2.0 * (loading - side * center).square().sum() for side in (1.0, -1.0)])
     pyro.factor("sides", torch.logsumexp(sides, 0))
 
 
 def mirrored_data(dim: int) -> Data:
-    """The centre, eight standard deviations from 0."""
+    """The center, eight standard deviations from 0."""
     return (4.0 / dim**0.5 * torch.ones(dim, dtype=torch.float64),)
 
 

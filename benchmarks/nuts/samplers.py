@@ -61,7 +61,7 @@ def fit(problem: Problem, seed: int) -> Sampled:
     seconds, cpu_seconds = watch.wall(), watch.cpu()
     draws: Tensor = found.used
     assert found.density is not None
-    if found.density.structure.noncentred:
+    if found.density.structure.noncentered:
         draws = LogDensity(problem.model, problem.args).unconstrain(found.density.constrain(draws))
     return Sampled(draws, seconds, cpu_seconds)
 

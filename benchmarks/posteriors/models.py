@@ -67,7 +67,7 @@ def eight_schools_centered(y: Tensor, sigma: Tensor) -> None:
 
 
 def eight_schools_noncentered(y: Tensor, sigma: Tensor) -> None:
-    """As the centred model, with ``theta_j = mu + tau theta_trans_j, theta_trans_j ~ normal(0, 1)``."""
+    """As the centered model, with ``theta_j = mu + tau theta_trans_j, theta_trans_j ~ normal(0, 1)``."""
     mu = pyro.sample("mu", dist.Normal(y.new_tensor(0.0), 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(y.new_tensor(5.0)))
     with pyro.plate("school", len(y)):
@@ -119,7 +119,7 @@ def kilpisjarvi(
 
 
 def diamonds(design: Tensor, y: Tensor) -> None:
-    """``y ~ normal(Intercept + design b, sigma)`` with centred columns.
+    """``y ~ normal(Intercept + design b, sigma)`` with centered columns.
 
     ``b_k ~ normal(0, 1), Intercept ~ student_t(3; 8, 10), sigma ~ student_t+(3; 0, 10)``.
     """
@@ -363,7 +363,7 @@ class _Port:
 _SCHOOLS = _pick("y", "sigma")
 _KILPISJARVI = _pick("x", "y", "pmualpha", "psalpha", "pmubeta", "psbeta")
 
-# Log evidence of the models as written here: proper densities normalised, flat priors of density 1, the density of the
+# Log evidence of the models as written here: proper densities normalized, flat priors of density 1, the density of the
 # data with respect to the data itself; by bridge sampling between the reference draws and a Gaussian, good to 0.02.
 _PORTS = {
     "eight_schools-eight_schools_noncentered": _Port(eight_schools_noncentered, _SCHOOLS, -31.31, _schools_noncentered),

@@ -2,7 +2,7 @@
 
 A guide gets the posterior as one site ``z``, the unconstrained vector, under the log density of
 :class:`pyro_flows.LogDensity`. On the models as they are written, Pyro's guides could not start where a prior is
-improper, would get a fixed support where it depends on a latent, and could not vectorise particles. The density's
+improper, would get a fixed support where it depends on a latent, and could not vectorize particles. The density's
 recorded graph serves them as it serves ours. Everything is float64.
 """
 

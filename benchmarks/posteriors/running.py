@@ -112,7 +112,7 @@ def _figures(found: Posterior, problem: Problem) -> dict[str, Any]:
     reference = density.unconstrain(problem.reference)
     assert found.density is not None
     draws = [found.z, found.used]
-    if found.density.structure.noncentred:
+    if found.density.structure.noncentered:
         draws = [density.unconstrain(found.density.constrain(z)) for z in draws]
     raw, used = (compare(z, reference) for z in draws)
     rounds = [stage for stage in found.history if stage["why"] is not None]

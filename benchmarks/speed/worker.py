@@ -31,7 +31,7 @@ def student(dim: int) -> Any:
 
 
 def schools(_: int) -> Any:
-    """Rubin's eight schools, non-centred, in Pyro."""
+    """Rubin's eight schools, non-centered, in Pyro."""
     import pyro
     import pyro.distributions as dist
     import torch

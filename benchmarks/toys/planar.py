@@ -41,15 +41,15 @@ def train(layers: int, base: str, seed: int, steps: int = 8000, batch: int = 256
     with torch.no_grad():
         for parameter in flow.parameters():  # planar maps that all start alike stay alike
             parameter.add_(0.3 * torch.randn_like(parameter))
-    optimiser = torch.optim.Adam(flow.parameters())
+    optimizer = torch.optim.Adam(flow.parameters())
     for step in range(steps):
         heat = min(1.0, 0.05 + 2.0 * step / steps)
         y, log_q = flow.rsample_and_log_prob((batch,))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (log_q - heat * log_density(y)).mean().backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
-        optimiser.param_groups[0]["lr"] = 0.05 * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-        optimiser.step()
+        optimizer.param_groups[0]["lr"] = 0.05 * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+        optimizer.step()
     return flow
 
 

@@ -1,4 +1,4 @@
-"""Fit toy targets whose log normalisers and moments are known, with ``fit`` as it comes.
+"""Fit toy targets whose log normalizers and moments are known, with ``fit`` as it comes.
 
     python -m benchmarks.toys --seeds 10 --only u1 --jobs 2
 

@@ -1,4 +1,4 @@
-"""Toy targets with known log normalisers and moments, as Pyro models without data.
+"""Toy targets with known log normalizers and moments, as Pyro models without data.
 
     target = TARGETS["u1"]
     pyro_flows.fit(target.model, flow="planar", layers=32)
@@ -135,19 +135,19 @@ def _wells(z: Tensor) -> Tensor:
 COMPONENTS = 40
 HALF_WIDTH = 40.0
 COMPONENT_SD = 1.3133  # softplus(1), as in the papers that use this target
-CENTRES = HALF_WIDTH * (2.0 * torch.rand(COMPONENTS, 2, generator=torch.Generator().manual_seed(0)) - 1.0)
+CENTERS = HALF_WIDTH * (2.0 * torch.rand(COMPONENTS, 2, generator=torch.Generator().manual_seed(0)) - 1.0)
 
 
 def log_mixture(x: Tensor) -> Tensor:
-    """Return the log density of 40 equal round Gaussians of sd 1.31, their centres uniform on a square of side 80."""
-    apart = (x[..., None, :] - CENTRES.to(x)) / COMPONENT_SD
+    """Return the log density of 40 equal round Gaussians of sd 1.31, their centers uniform on a square of side 80."""
+    apart = (x[..., None, :] - CENTERS.to(x)) / COMPONENT_SD
     constant = math.log(2.0 * math.pi * COMPONENT_SD**2 * COMPONENTS)
     return torch.logsumexp(_normal(apart).sum(-1), -1) - constant
 
 
 def _nearest(z: Tensor) -> Tensor:
-    """The component (S, 40) whose centre is nearest to each draw."""
-    return torch.nn.functional.one_hot(torch.cdist(z, CENTRES.to(z)).argmin(-1), COMPONENTS) > 0
+    """The component (S, 40) whose center is nearest to each draw."""
+    return torch.nn.functional.one_hot(torch.cdist(z, CENTERS.to(z)).argmin(-1), COMPONENTS) > 0
 
 
 def _sides(z: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def _sides(z: Tensor) -> Tensor:
     return torch.stack([z[:, 0] < 0.0, z[:, 0] >= 0.0], dim=-1)
 
 
-_CENTRE, _SPREAD = CENTRES.mean(0), (CENTRES.var(0, correction=0) + COMPONENT_SD**2).sqrt()
+_CENTER, _SPREAD = CENTERS.mean(0), (CENTERS.var(0, correction=0) + COMPONENT_SD**2).sqrt()
 _RIGHT = (1.0 - WELL_LEFT,) * PAIRS
 
 TARGETS = {
@@ -180,7 +180,7 @@ TARGETS = {
             "mixture",
             energy_model(log_mixture, 2),
             0.0,
-            tuple(_CENTRE.tolist()),
+            tuple(_CENTER.tolist()),
             tuple(_SPREAD.tolist()),
             _nearest,
             (1.0 / COMPONENTS,) * COMPONENTS,

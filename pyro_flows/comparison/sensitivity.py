@@ -94,7 +94,7 @@ def _diagnosis(prior: float, likelihood: float) -> str:
 def top_level(density: LogDensity, z: Tensor) -> tuple[list[str], dict[str, str]]:
     """Return the latent sites with priors of their own, and why the others are group effects.
 
-    A prior that depends on other latents is that of a group effect. So is that of a site, written non-centred, which
+    A prior that depends on other latents is that of a group effect. So is that of a site, written non-centered, which
     the likelihood knows only as a product with a scale, itself a latent: if it is stretched and the scale (a site with
     fewer entries) is shrunk by the same factor, the likelihood stays as it is.
     """

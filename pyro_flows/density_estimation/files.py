@@ -264,7 +264,7 @@ class Keeper:
         data = _packed({"about": self.about, **self.ascent.checkpoint()})
         try:
             replace_file(self.path, CHECKPOINT + digest(data).encode() + b"\n" + data)
-        except OSError as error:  # what has been learnt so far is worth more than its checkpoint
+        except OSError as error:  # what has been learned so far is worth more than its checkpoint
             if not self.failed:
                 warnings.warn(f"checkpoint: {error.strerror}; the training goes on.", stacklevel=2)
             self.failed = True

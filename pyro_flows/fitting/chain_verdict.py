@@ -25,7 +25,7 @@ class ChainVerdict(Verdict):
 
     Attributes:
         count: how many chains.
-        r_hat: largest rank-normalised split R-hat over unconstrained coordinates; below 1.01 for ``ok``.
+        r_hat: largest rank-normalized split R-hat over unconstrained coordinates; below 1.01 for ``ok``.
         r_hat_where: the coordinate that has it.
         ess_bulk, ess_tail: smallest effective sample sizes; 400 at least for ``ok``.
         divergences: how many transitions diverged; -1 where that is not known.

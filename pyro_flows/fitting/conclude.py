@@ -54,7 +54,7 @@ def _chosen(run: Run, sampler: Any, density: LogDensity) -> dict[str, Any]:
     kept = run.kept
     return {
         "flow": to_json(sampler),
-        "noncentred": density.structure.noncentred,
+        "noncentered": density.structure.noncentered,
         "round": None if kept is None else kept.stage,
         "step_size": None if kept is None else kept.step_size,
         "batch": None if kept is None else kept.batch,

@@ -22,7 +22,7 @@ from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.batching import quiet, usable
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
-from pyro_flows.model.sites import Noncentred, messages
+from pyro_flows.model.sites import Noncentered, messages
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS
@@ -89,11 +89,11 @@ def _diagnose(
     draws: int,
     seed: int,
 ) -> Posterior:
-    noncentred: Noncentred = ()
+    noncentered: Noncentered = ()
     if isinstance(guide, AutoFlow):
         with seeded(seed):
-            noncentred = guide.initialize(*args, **kwargs)._built_structure.noncentred
-    density = LogDensity(model, args, kwargs, noncentred=noncentred)
+            noncentered = guide.initialize(*args, **kwargs)._built_structure.noncentered
+    density = LogDensity(model, args, kwargs, noncentered=noncentered)
     warn_if_nothing_observed(density.structure, density.trace_at, model, args, kwargs)
     with torch.no_grad(), seeded(seed, density.device):
         trace = _run(guide, args, kwargs)  # makes the parameters of a guide that has never run

@@ -48,7 +48,7 @@ class Chains(Posterior):
 
     @property
     def used_log_weights(self) -> Tensor:
-        """Equal normalised log weights (S,)."""
+        """Equal normalized log weights (S,)."""
         return torch.full_like(self.used_log_p, -math.log(len(self.used)))
 
     @property
@@ -115,7 +115,7 @@ def from_mcmc(
 ) -> Chains:
     r"""Judge the output of Pyro's ``MCMC``, and hand it over to ArviZ as a fit's.
 
-    ``ok`` takes rank-normalised split R-hat below 1.01 in all unconstrained coordinates, at least 400 effective draws
+    ``ok`` takes rank-normalized split R-hat below 1.01 in all unconstrained coordinates, at least 400 effective draws
     (bulk and tail), finite log densities, and divergences in at most one draw of a thousand.
 
     Args:
@@ -176,7 +176,7 @@ def from_mcmc(
         verdict=judge_chains(z.reshape(chains, -1, density.dim), log_p, names, diverging),
         losses=torch.zeros(0),
         history=(),
-        settings={"draws": len(z), "chains": chains, "seed": seed, "noncentred": density.structure.noncentred},
+        settings={"draws": len(z), "chains": chains, "seed": seed, "noncentered": density.structure.noncentered},
         coordinates=tuple(names),
         guide=None,
         guide_name=sampler,

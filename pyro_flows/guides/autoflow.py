@@ -50,7 +50,7 @@ class AutoFlow(StoredGuide):
         init_loc_fn: Pyro init function for m; the default is the prior median, and works for improper priors.
             With ``affine="none"`` there is no m, and the flow starts at its base.
         init_scale: L at the start, times the identity.
-        noncentred: sites that get non-centred coordinates, see :class:`LogDensity`.
+        noncentered: sites that get non-centered coordinates, see :class:`LogDensity`.
         cautious: train the flow by small steps (:meth:`Flow.slow`), which one draw a step and minibatches need; False
             is for gradients averaged over many draws.
         create_plates: Pyro's: a function of the model's arguments that returns a plate or several, in which the guide

@@ -32,15 +32,15 @@ class Posterior(Assessed):
             guide if the verdict is ok or unreliable, importance-resampled ones if it is corrected, draws of chains,
             one chain after the other, if it is refined.
         z: raw draws in unconstrained coordinates (S, D).
-        log_p, log_q: unnormalised log posterior and log guide density of ``z`` (S,).
-        log_weights: Pareto-smoothed, normalised log importance weights of ``z`` (S,).
+        log_p, log_q: unnormalized log posterior and log guide density of ``z`` (S,).
+        log_weights: Pareto-smoothed, normalized log importance weights of ``z`` (S,).
         used: unconstrained coordinates of ``samples`` (S, D); ``used_log_p`` and ``used_log_q`` are their densities.
         k_hat: Pareto shape of the weights.
         ess: effective sample size of the weights (S is the best).
         elbo: evidence lower bound, nats, mean of ``log_p - log_q``.
-        log_evidence: importance-sampling estimate of the log normaliser, nats.
+        log_evidence: importance-sampling estimate of the log normalizer, nats.
         verdict: whether to believe the draws.
-        losses: negative ELBO of each optimisation step (empty for :func:`diagnose`); with several runs, of the best.
+        losses: negative ELBO of each optimization step (empty for :func:`diagnose`); with several runs, of the best.
         history: what happened during the fit, one dict a stage. Each has ``stage``, its name, and ``elbo``, what it
             reached in nats, None where a stage has none; the other entries go by the stage.
         settings: everything that :func:`fit` was told or chose, JSON values only.

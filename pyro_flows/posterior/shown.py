@@ -123,7 +123,7 @@ class Shown(Record):
         with one dimension ``{site}_entry`` for what remains.
 
         Groups: ``posterior``, the draws to use; ``sample_stats`` with their ``log_p``, ``log_q`` (unconstrained
-        coordinates), ``log_weight`` (the normalised log weight that a draw still carries) and ``lp``;
+        coordinates), ``log_weight`` (the normalized log weight that a draw still carries) and ``lp``;
         ``log_likelihood``, ``log_prior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
         ``constant_data``, ``unconstrained_posterior``, ``fit``; and, if the draws were importance-resampled or are a
         sampler's, the guide's own as ``raw_posterior`` and ``raw_sample_stats``. The ``sample_stats`` of a sampler also

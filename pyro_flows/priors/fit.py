@@ -175,7 +175,7 @@ def _samples(posterior: Record, seed: int) -> dict[str, Tensor]:
 
 
 def _coordinates(density: LogDensity, samples: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return the unconstrained coordinates (S, D) of the sites' draws, without non-centred ones or charts."""
+    """Return the unconstrained coordinates (S, D) of the sites' draws, without non-centered ones or charts."""
     columns = []
     for name in names:
         value = samples[name]
@@ -198,7 +198,7 @@ def _coordinates(density: LogDensity, samples: Mapping[str, Tensor], names: Sequ
 def _own_flow(posterior: Record, names: Sequence[str]) -> Flow | None:
     """Return the posterior's flow where it is the very distribution of the draws to use, on the sites' own supports."""
     density, flow = posterior._need_density(), posterior.flow
-    plain = not any(latent.noncentred or latent.chart is not None for latent in density.structure.latents)
+    plain = not any(latent.noncentered or latent.chart is not None for latent in density.structure.latents)
     whole = plain and list(names) == list(density.names)
     if not whole or not is_of_guide(posterior) or not isinstance(flow, Flow) or not_rebuilt(flow) is not None:
         return None

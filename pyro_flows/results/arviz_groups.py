@@ -1,4 +1,4 @@
-"""From a posterior to labelled arrays: what goes into which group of the ArviZ object."""
+"""From a posterior to labeled arrays: what goes into which group of the ArviZ object."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def _stack(
     """Make a group of draws ``{site: (S, *shape)}``, one chain after the other."""
     layouts = {name: layout(name) for name in values}
     arrays = {labels.variable(name): _in_chains(layouts[name](value), chains) for name, value in values.items()}
-    return _labelled(labels, arrays, layouts, _arrays.SAMPLE_DIMS)
+    return _labeled(labels, arrays, layouts, _arrays.SAMPLE_DIMS)
 
 
 def _in_chains(values: np.ndarray, chains: int) -> np.ndarray:
     return values.reshape(chains, len(values) // chains, *values.shape[1:])
 
 
-def _labelled(
+def _labeled(
     labels: Labels, arrays: Mapping[str, np.ndarray], layouts: Mapping[str, Layout], sample_dims: Sequence[str]
 ) -> xr.Dataset:
     dims = {labels.variable(name): layout.dims for name, layout in layouts.items()}
@@ -59,7 +59,7 @@ def _labelled(
 
 
 def draws_group(labels: Labels, samples: Mapping[str, Tensor], chains: int = 1) -> xr.Dataset:
-    """Latent and deterministic sites as labelled arrays."""
+    """Latent and deterministic sites as labeled arrays."""
     latents = {latent.name: latent for latent in labels.structure.latents}
 
     def layout(name: str) -> Layout:
@@ -73,7 +73,7 @@ def observed_group(density: LogDensity) -> xr.Dataset:
     labels = Labels(density.structure)
     layouts = {name: labels.observed(name) for name in density.structure.observed}
     data = {labels.variable(name): layout(labels.data(name)[None])[0] for name, layout in layouts.items()}
-    return _labelled(labels, data, layouts, ())
+    return _labeled(labels, data, layouts, ())
 
 
 def likelihood_group(density: LogDensity, z: Tensor, chains: int = 1) -> xr.Dataset:

@@ -23,6 +23,7 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.saved import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.results import older
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.chains import ChainFigures, Chains
@@ -93,6 +94,8 @@ def read(
     """
     source = Path(path)
     description, contents = FILES.read(source)
+    with _reading(source, TEXT):
+        description = older.present(description)
     with seeded(0):  # parameters are made before they are read
         return _read(source, description, contents, model, args, kwargs)
 
@@ -108,13 +111,16 @@ def _read(
     with _reading(source, TENSORS):
         tensors = torch.load(io.BytesIO(contents[TENSORS]), map_location="cpu", weights_only=True)
     with _reading(source, NETCDF):
-        stored: tuple[Any, Any] | None = _arrays.read(contents[NETCDF])
+        groups, attrs = _arrays.read(contents[NETCDF])
+        stored: tuple[Any, Any] | None = (groups, older.attributes(attrs, description))
     with _reading(source, TEXT):
         fields = _fields(description)
     flow, guide, density = _flow(source, description["guide"], tensors), None, None
     if model is not None:
-        noncentred = fields["settings"].get("noncentred", [])
-        density = _density(LogDensity(model, args, kwargs, noncentred=noncentred), description["coordinates"], tensors)
+        noncentered = fields["settings"].get("noncentered", [])
+        density = _density(
+            LogDensity(model, args, kwargs, noncentered=noncentered), description["coordinates"], tensors
+        )
         tensors = _move(tensors, density.device)
         stored = None if description.get("without") else stored  # with the model all can be made
         if flow is not None:

@@ -81,7 +81,7 @@ class Record:
 
     @property
     def used_log_weights(self) -> Tensor:
-        """Normalised log weights that ``samples`` still carry (S,): equal ones unless they are the guide's own."""
+        """Normalized log weights that ``samples`` still carry (S,): equal ones unless they are the guide's own."""
         return torch.full_like(self.used_log_p, -math.log(len(self.used))) if self.replaced else self.log_weights
 
     @property

@@ -24,7 +24,7 @@ class ChainFigures:
         chains: how many.
         draws: of each chain, kept.
         sweeps: of each chain since its kernel was fixed.
-        r_hat: rank-normalised split R-hat of single chains.
+        r_hat: rank-normalized split R-hat of single chains.
         nested_r_hat: of superchains, each of chains with one starting point.
         ess_bulk: effective draws for means and medians.
         ess_tail: effective draws for the 5 % and the 95 % quantile.

@@ -74,7 +74,7 @@ def test_a_run_on_images_and_its_fit(tmp_path):
     assert fit.nats(values[250:]) == pytest.approx(found["test"], abs=0.5)
 
 
-def test_quantised_data_are_scored_in_the_unit_cube(monkeypatch):
+def test_quantized_data_are_scored_in_the_unit_cube(monkeypatch):
     values = torch.randint(4, (400, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     split = density.Split(values[:200], values[200:300], values[300:])
     problem = density.Problem(lambda seed: split, 0.5, layers=2, hidden=(8,), levels=4)
@@ -191,9 +191,9 @@ def test_bits_of_images(tmp_path):
 def test_emoji_are_rendered_from_bitmaps(tmp_path, monkeypatch):
     image = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install pillow")
     contents = []
-    for colour in ((255, 0, 0, 255), (255, 0, 0, 255), (0, 0, 255, 0)):
+    for color in ((255, 0, 0, 255), (255, 0, 0, 255), (0, 0, 255, 0)):
         stream = io.BytesIO()
-        image.new("RGBA", (136, 128), colour).save(stream, "PNG")
+        image.new("RGBA", (136, 128), color).save(stream, "PNG")
         contents.append(stream.getvalue())
     monkeypatch.setattr(emoji, "bitmaps", lambda font: iter(contents))
     emoji.main(["any.ttf", str(tmp_path / "emoji.npy")])

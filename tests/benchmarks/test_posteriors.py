@@ -22,8 +22,8 @@ from pyro_flows import LogDensity
 STEIN_DRAWS = 2000
 STEIN_CHUNK = 250
 STEIN_ERRORS = 6.0  # largest admissible deviation, in standard errors, over all entries of the identity
-# Where the score is heavy-tailed under the posterior, so that its averages have no standard error: tau of the centred
-# model, whose funnel makes the score of theta as large as 1 / tau. Its density is compared with the non-centred one.
+# Where the score is heavy-tailed under the posterior, so that its averages have no standard error: tau of the centered
+# model, whose funnel makes the score of theta as large as 1 / tau. Its density is compared with the non-centered one.
 INFINITE_VARIANCE = "eight_schools-eight_schools_centered"
 
 
@@ -219,10 +219,10 @@ def stein_errors(density: LogDensity, z: torch.Tensor) -> torch.Tensor:
 
     w are the whitened draws, s the score in their coordinates.
     """
-    centre = z.mean(0)
-    factor = torch.linalg.cholesky((z - centre).T.cov())
+    center = z.mean(0)
+    factor = torch.linalg.cholesky((z - center).T.cov())
     z = z[:: max(len(z) // STEIN_DRAWS, 1)]
-    w = torch.linalg.solve_triangular(factor, (z - centre).T, upper=False).T
+    w = torch.linalg.solve_triangular(factor, (z - center).T, upper=False).T
     score = torch.cat([density.value_and_grad(part)[1] for part in z.split(STEIN_CHUNK)]) @ factor
     terms = torch.cat([w[:, :, None] * score[:, None, :] + torch.eye(density.dim), score[:, None, :]], 1).flatten(1)
     return terms.mean(0) / (terms.std(0) / math.sqrt(len(terms)))
@@ -247,7 +247,7 @@ def test_the_score_check_tells_a_wrong_density():
     assert float(stein_errors(wrong, z).abs().max()) > STEIN_ERRORS
 
 
-def test_the_centred_schools_have_the_density_of_the_non_centred_ones():
+def test_the_centered_schools_have_the_density_of_the_non_centered_ones():
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64)
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64)
     noncentered = LogDensity(eight_schools_noncentered, (y, sigma))
@@ -277,7 +277,7 @@ def toy_made(task: toys.Task) -> records.Row:
 
 
 def moments(points: torch.Tensor, log_density: torch.Tensor, cell: float) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Log normaliser, mean and sd by the midpoint rule over points (..., D)."""
+    """Log normalizer, mean and sd by the midpoint rule over points (..., D)."""
     density = log_density.exp()
     mass = density.sum() * cell
     weights = (density * cell / mass)[..., None]
@@ -287,7 +287,7 @@ def moments(points: torch.Tensor, log_density: torch.Tensor, cell: float) -> tup
 
 
 @pytest.mark.parametrize("name", ["u1", "u2", "u3", "u4"])
-def test_the_potentials_have_the_normaliser_and_moments_that_a_grid_finds(name):
+def test_the_potentials_have_the_normalizer_and_moments_that_a_grid_finds(name):
     """The energies are written down once more, as in the paper, and integrated over a square."""
     axis = torch.linspace(-8.0, 8.0, 1001, dtype=torch.float64)
     z1, z2 = torch.meshgrid(axis, axis, indexing="ij")
@@ -305,8 +305,8 @@ def test_the_potentials_have_the_normaliser_and_moments_that_a_grid_finds(name):
         - torch.log(torch.exp(-0.5 * ((z2 - w1) / 0.4) ** 2) + torch.exp(-0.5 * ((z2 - w1 + w3) / 0.35) ** 2)),
     }
     target, points = TARGETS[name], torch.stack([z1, z2], dim=-1)
-    log_normaliser, mean, sd = moments(points, -energies[name], float(axis[1] - axis[0]) ** 2)
-    assert target.log_evidence == pytest.approx(log_normaliser, abs=1e-5)
+    log_normalizer, mean, sd = moments(points, -energies[name], float(axis[1] - axis[0]) ** 2)
+    assert target.log_evidence == pytest.approx(log_normalizer, abs=1e-5)
     assert mean.tolist() == pytest.approx(target.mean, abs=1e-5)
     assert sd.tolist() == pytest.approx(target.sd, abs=1e-5)
 
@@ -316,12 +316,12 @@ def test_the_potentials_have_the_normaliser_and_moments_that_a_grid_finds(name):
     torch.testing.assert_close(density(inside.float()).double(), expected, atol=1e-3, rtol=1e-5)
 
 
-def test_the_many_well_has_the_normaliser_and_moments_of_its_double_well():
+def test_the_many_well_has_the_normalizer_and_moments_of_its_double_well():
     x = torch.linspace(-5.0, 5.0, 10001, dtype=torch.float64)
     log_well = 0.5 * x + 6.0 * x**2 - x**4
-    log_normaliser, mean, sd = moments(x[:, None], log_well, float(x[1] - x[0]))
+    log_normalizer, mean, sd = moments(x[:, None], log_well, float(x[1] - x[0]))
     target = TARGETS["many_well"]
-    expected = 16 * (log_normaliser + 0.5 * math.log(2 * math.pi))
+    expected = 16 * (log_normalizer + 0.5 * math.log(2 * math.pi))
     assert target.log_evidence == pytest.approx(expected, abs=1e-3)
     assert (float(mean), float(sd)) == pytest.approx((target.mean[0], target.sd[0]), abs=1e-5)
     left = float(log_well[x < 0].exp().sum() / log_well.exp().sum())
@@ -342,11 +342,11 @@ def test_the_funnel_and_the_mixture_have_mass_one_and_their_moments():
     torch.testing.assert_close(funnel.constrain(z)["x0"], z[:, 0])
 
     target = TARGETS["mixture"]
-    centres = targets.CENTRES
-    assert len(centres) == 40
-    assert bool((centres.abs() <= 40.0).all())
-    draws = centres[torch.arange(40).repeat(2000)] + targets.COMPONENT_SD * torch.randn(80_000, 2)
-    components = dist.Normal(centres, targets.COMPONENT_SD).to_event(1)
+    centers = targets.CENTERS
+    assert len(centers) == 40
+    assert bool((centers.abs() <= 40.0).all())
+    draws = centers[torch.arange(40).repeat(2000)] + targets.COMPONENT_SD * torch.randn(80_000, 2)
+    components = dist.Normal(centers, targets.COMPONENT_SD).to_event(1)
     reference = dist.MixtureSameFamily(dist.Categorical(torch.ones(40)), components).log_prob(draws[:100])
     torch.testing.assert_close(LogDensity(target.model, ())(draws[:100]), reference, atol=1e-4, rtol=1e-4)
     mean, sd = toys.errors(target, draws)
@@ -366,7 +366,7 @@ def test_modes_that_draws_lack_are_not_found():
     assert toys.modes_found(TARGETS["many_well"], wells) == 16
     wells[:100, :6] = -1.7
     assert toys.modes_found(TARGETS["many_well"], wells) == 19
-    some = targets.CENTRES[:7].repeat(100, 1)
+    some = targets.CENTERS[:7].repeat(100, 1)
     assert toys.modes_found(TARGETS["mixture"], some) == 7
 
 

@@ -90,7 +90,7 @@ def wells() -> Case:
     """Two narrow wells of one number, with three quarters of the mass to the right."""
 
     def log_prob(x):
-        left, right = (dist.Normal(torch.tensor(centre), 0.5).log_prob(x) for centre in (-4.0, 4.0))
+        left, right = (dist.Normal(torch.tensor(center), 0.5).log_prob(x) for center in (-4.0, 4.0))
         return torch.logaddexp(left + np.log(0.25), right + np.log(0.75))
 
     def model():

@@ -71,7 +71,7 @@ def test_radiata_pine_bayes_factor():
     assert found.weights["adjusted_density"] > 0.7
 
 
-def test_stacking_maximises_the_log_score_of_the_mixture():
+def test_stacking_maximizes_the_log_score_of_the_mixture():
     elpd = torch.tensor([[-1.0, -5.0, -1.0, -900.0], [-2.0, -1.0, -3.0, -901.0], [-9.0, -9.0, -9.0, -909.0]])
     weights = torch.tensor(stacking_weights(elpd), dtype=torch.float64)
     shifted = (elpd - elpd.amax(0)).exp().double()
@@ -152,7 +152,7 @@ def eight_schools(y, sigma):
         pyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
 
-def centred(y, sigma):
+def centered(y, sigma):
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("school", len(sigma)):
@@ -197,8 +197,8 @@ def test_only_priors_at_the_top_are_scaled(schools_by_importance):
     assert "Not scaled: eta is a group effect with the scale tau" in text
 
 
-def test_a_centred_group_effect_is_left_out_too(schools_by_importance):
-    chains = pf.from_mcmc(in_chains(schools_by_importance, ("mu", "tau", "theta")), centred, RESULTS, ERRORS)
+def test_a_centered_group_effect_is_left_out_too(schools_by_importance):
+    chains = pf.from_mcmc(in_chains(schools_by_importance, ("mu", "tau", "theta")), centered, RESULTS, ERRORS)
     found = chains.sensitivity()
     assert found.prior_sites == ("mu", "tau")
     assert "depends on other latents" in found.left_out["theta"]

@@ -488,7 +488,7 @@ def test_regions_have_to_have_their_mass(share, enough):
     z = torch.randn(64, 64, 3, dtype=REAL)
     z[..., 0] += torch.where(torch.rand(64, 64) < share, -4.0, 4.0)
     chains = judged.Chains(z, {}, {"superchain": torch.arange(64) // 8}, {})
-    evidence = 0.0  # both halves of the sum are normalised
+    evidence = 0.0  # both halves of the sum are normalized
     regions = _Regions(density, chains, evidence, 0)
     loc, scale = torch.tensor([-4.0, 0.0, 0.0], dtype=REAL), torch.eye(3, dtype=REAL)
     assert regions.visited(loc, scale) is enough

@@ -239,7 +239,7 @@ def test_wide_networks_race_small_steps(width, expected, monkeypatch):
     assert asked == pytest.approx(expected)
 
 
-def test_weights_decay_by_how_much_can_be_learnt_by_heart():
+def test_weights_decay_by_how_much_can_be_learned_by_heart():
     """By parameters and epochs over points, unless it is given; scales of NICE do not decay, and move faster."""
     y, flow = datasets.toy("moons", 320), pf.nice(2)
     found = [pf.fit_density(flow, y, validation=None, max_epochs=n, progress=False) for n in (1, 2)]
@@ -251,7 +251,7 @@ def test_weights_decay_by_how_much_can_be_learnt_by_heart():
     ascent.state.weight_decay = 0.25
     ascent.fresh_moments()
     ascent.step(y, None, 1e-3)
-    weights, scales = ascent.optimiser.param_groups
+    weights, scales = ascent.optimizer.param_groups
     assert (weights["weight_decay"], scales["weight_decay"]) == (0.25, 0.0)
     assert scales["lr"] == 5 * weights["lr"]
     assert [scale.shape for scale in scales["params"]] == [(2,)]

@@ -33,7 +33,7 @@ def test_invariants(full, context_dim, shape):
     check_batching(t, x, context)
 
 
-def test_standardised_data_have_mean_zero_and_unit_scale_whatever_their_units():
+def test_standardized_data_have_mean_zero_and_unit_scale_whatever_their_units():
     y = torch.randn(5000, 3) * torch.tensor([1e-6, 1.0, 1e6]) + torch.tensor([1.0, -5.0, 3e6])
     x, _ = preprocess("standardize", [(y[:2000], None), (y[2000:], None)]).inverse_and_ladj(y)
     # float32 knows data near 1 to 6e-8, which is 6 % of the first scale

@@ -277,9 +277,9 @@ def with_another(y):
 
 
 def hierarchical(y):
-    centre = pyro.sample("centre", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+    center = pyro.sample("center", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
     with pyro.plate("school", SCHOOLS):
-        pyro.sample("theta", dist.Normal(centre + 0.8 * y, SPREAD))
+        pyro.sample("theta", dist.Normal(center + 0.8 * y, SPREAD))
 
 
 def of_another_shape(y):

@@ -31,7 +31,7 @@ from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms import DiagonalAffine
 from pyro_flows.verdict.weighing import Weighing
 from tests.models import real
-from tests.registry import normal, randomise
+from tests.registry import normal, randomize
 
 DONE = Training([1.0], -1.0, converged=True, moving=False, why="stopped", skipped=0, falls=0)
 
@@ -266,7 +266,7 @@ def test_a_fit_that_is_not_enough_goes_on():
 def check_grown(kind, affine, dim=3):
     """The distribution after growing is the one before it, and the new layers can be trained."""
     before = Recipe(kind, {"layers": 4, "hidden": (8,)}, "student_t", around=(("affine", affine),)).build(dim).double()
-    randomise(before, sd=0.1, seed=1)
+    randomize(before, sd=0.1, seed=1)
     set_df(before, 7.0)
     z, flow = 2.0 * normal(50, dim, seed=2), grow(before, 4)
     assert flow.recipe.options["layers"] == 8

@@ -291,7 +291,7 @@ def test_a_second_ctrl_c_while_judging_raises(monkeypatch):
     assert pyro.settings.get("validate_distributions_pyro")
 
 
-def test_an_interrupted_training_keeps_what_it_learnt(monkeypatch):
+def test_an_interrupted_training_keeps_what_it_learned(monkeypatch):
     """Late in the second run's training: the first run stands, and its draws are right but for the name."""
     options = {**QUICK, "max_steps": 1200}
     whole = pf.fit(model, Y, **options)
@@ -445,8 +445,8 @@ def test_a_fit_inside_of_a_model_does_not_wait_for_itself():
 
     def outer(y):
         with turn():
-            centre = pf.diagnose(model, inner.guide, y, draws=100).z.mean()
-        pyro.sample("x", dist.Normal(centre, 1.0))
+            center = pf.diagnose(model, inner.guide, y, draws=100).z.mean()
+        pyro.sample("x", dist.Normal(center, 1.0))
         pyro.sample("y", dist.Normal(0.0, 1.0), obs=y[0])
 
     assert pf.LogDensity(outer, (Y,)).dim == 1

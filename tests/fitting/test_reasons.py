@@ -33,13 +33,13 @@ def test_runs_that_disagree_in_few(count, end):
 def test_each_stage_of_the_history_has_a_name_and_an_elbo():
     """Of a model whose coordinates are chosen, in two runs: some stages have no ELBO of their own."""
 
-    def centred(y):
+    def centered(y):
         tau = pyro.sample("tau", dist.HalfNormal(1.0))
         with pyro.plate("unit", 3):
             theta = pyro.sample("theta", dist.Normal(0.0, tau))
             pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
-    posterior = pf.fit(centred, torch.tensor([0.3, -1.0, 2.0]), runs=2, max_steps=12, escalate=False, progress=False)
+    posterior = pf.fit(centered, torch.tensor([0.3, -1.0, 2.0]), runs=2, max_steps=12, escalate=False, progress=False)
     stages = [stage["stage"] for stage in posterior.history]
     assert {"coordinates", "race", "first round", "comparison of runs"} <= set(stages)
     for stage in posterior.history:

@@ -238,12 +238,12 @@ def test_a_flow_of_images_learns(name):
     covariance = torch.cov(data.flatten(1).T)
     best = 0.5 * torch.logdet(2.0 * torch.pi * torch.e * covariance)
     start = -flow.log_prob(data).mean().detach()
-    optimiser = torch.optim.Adam(flow.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.01)
     for _ in range(100):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = -flow.log_prob(data).mean()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert loss - best < 0.1 * (start - best)
 
 

@@ -22,7 +22,7 @@ from pyro_flows.training.layer_graphs import body_of
 from pyro_flows.training.step_graph import Step
 from pyro_flows.training.trainer import Trainer
 from tests.invariants import close
-from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, needs_compiler, normal, randomise
+from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, needs_compiler, normal, randomize
 
 NUMERIC = ("Inverse-Planar", "Inverse-Chain")  # the root is searched until it is found, so there is no flat graph
 VECTORS = [case for case in SMALL + LARGE if not (case.context_dim or case.unit) and len(case.shape) == 1]
@@ -229,7 +229,7 @@ def test_flows_that_arrange_coordinates_otherwise_share_no_graph():
     kinds = set()
     for mask in masks:
         couplings = [pf.AffineCoupling(5, mask=part) for part in (mask, mask.flip(0))]
-        flow = pf.Flow(randomise(pf.Chain([*couplings, pf.Permutation(5, seed=int(mask[0]))]).double(), sd=0.3))
+        flow = pf.Flow(randomize(pf.Chain([*couplings, pf.Permutation(5, seed=int(mask[0]))]).double(), sd=0.3))
         for got, expected in zip(recorded(flow, x, pull), eager(flow, x, pull), strict=True):
             close(got, expected, 1e-12)
         kinds.add(id(Passes(flow, x, [parameter.detach() for parameter in flow.parameters()]).kind))
@@ -430,11 +430,11 @@ def test_updates_are_those_of_adam():
     weights = normal(20, seed=1)
     moments = Moments.fresh(weights)
     reference = weights.clone().requires_grad_()
-    optimiser = torch.optim.Adam([reference], lr=1e-2)
+    optimizer = torch.optim.Adam([reference], lr=1e-2)
     for seed in range(5):
         reference.grad = normal(len(reference), seed=seed)
         weights, moments = update(weights, moments, reference.grad, 1e-2)
-        optimiser.step()
+        optimizer.step()
     close(weights, reference.detach(), 1e-12)
 
 

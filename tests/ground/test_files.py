@@ -372,13 +372,13 @@ def test_foreign_texts_are_refused(pair):
 
 def test_format_1_has_no_digests_and_later_ones_need_them(pair):
     text = json.loads((pair[0] / "thing.json").read_text())
-    assert text["version"] == 2
+    assert text["version"] == 3
     assert text["digests"]["one.bin"] == digest(OLD["one.bin"])
     del text["digests"]
     (pair[0] / "thing.json").write_text(json.dumps(text))
     refused(pair[0], "is damaged")
     (pair[0] / "thing.json").write_text(json.dumps({**text, "version": 1}))
     assert BUNDLE.read(pair[0])[1] == OLD
-    for version in (0, 3, "2", None):
+    for version in (0, 4, "2", None):
         (pair[0] / "thing.json").write_text(json.dumps({**text, "version": version}))
-        refused(pair[0], f"has format version {version!r}, this release of pyro_flows reads versions 1 to 2.")
+        refused(pair[0], f"has format version {version!r}, this release of pyro_flows reads versions 1 to 3.")

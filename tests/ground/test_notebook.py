@@ -56,14 +56,14 @@ def test_every_figure_shows_and_leaves_pyplot_alone():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("status", "colour"), [("ok", "2e7d4f"), ("corrected", "b26a00"), ("unreliable", "b3261e")])
-def test_verdicts_show_their_sentence(status, colour):
+@pytest.mark.parametrize(("status", "color"), [("ok", "2e7d4f"), ("corrected", "b26a00"), ("unreliable", "b3261e")])
+def test_verdicts_show_their_sentence(status, color):
     posterior = schools_posterior(status, draws=500)
     verdict, sentence = posterior.verdict, str(posterior.verdict)
     assert repr(verdict) == sentence
     assert sentence.startswith(f"{status}: ")
     page = verdict._repr_html_()
-    assert page.startswith(f'<b style="color:#{colour}">{status}</b>: ')
+    assert page.startswith(f'<b style="color:#{color}">{status}</b>: ')
     assert page in posterior._repr_html_()
     assert repr(posterior) == str(posterior)
 

@@ -20,7 +20,7 @@ from pyro.poutine.messenger import Messenger
 import pyro_flows as pf
 from tests.invariants import close
 from tests.models import CASES, each_model, nested, real
-from tests.registry import randomise
+from tests.registry import randomize
 from tests.state_invariants import evaluations
 
 KINDS = {
@@ -39,7 +39,7 @@ def case_of(name):
 def guide_of(case, kind="realnvp", sd=0.1):
     """A guide with random parameters."""
     guide = KINDS[kind](case.model).initialize(*case.args)
-    randomise(guide.flow, sd=sd, seed=51)
+    randomize(guide.flow, sd=sd, seed=51)
     return guide
 
 
@@ -57,18 +57,18 @@ class Drawn(Messenger):
             )
 
 
-VECTORISED = {"vectorize_particles": True, "max_plate_nesting": 2}
+VECTORIZED = {"vectorize_particles": True, "max_plate_nesting": 2}
 ELBOS = {
     "Trace": Trace_ELBO(),
     "Trace, 3 particles": Trace_ELBO(num_particles=3),
-    "Trace, 3 vectorised": Trace_ELBO(num_particles=3, **VECTORISED),
+    "Trace, 3 vectorized": Trace_ELBO(num_particles=3, **VECTORIZED),
     "TraceGraph": TraceGraph_ELBO(),
     "Renyi, 3 particles": RenyiELBO(alpha=0.0, num_particles=3),
-    "Renyi, 3 vectorised": RenyiELBO(alpha=0.0, num_particles=3, **VECTORISED),
+    "Renyi, 3 vectorized": RenyiELBO(alpha=0.0, num_particles=3, **VECTORIZED),
 }
 ENUM_ELBOS = {
     "TraceEnum": TraceEnum_ELBO(max_plate_nesting=2),
-    "TraceEnum, 3 vectorised": TraceEnum_ELBO(num_particles=3, **VECTORISED),
+    "TraceEnum, 3 vectorized": TraceEnum_ELBO(num_particles=3, **VECTORIZED),
 }
 
 
@@ -86,7 +86,7 @@ def check_loss(case, elbo):
 
 
 @pytest.mark.parametrize("name", ELBOS)
-@each_model("nested", "masked", "filled", "dependent", "decentred", "improper")
+@each_model("nested", "masked", "filled", "dependent", "decentered", "improper")
 def test_loss_of_continuous_models(case, name):
     if case.name == "masked" and "Renyi" in name:
         pytest.skip("Pyro's RenyiELBO takes a plate that holds all sites for independent problems")

@@ -12,14 +12,14 @@ import pyro_flows as pf
 from tests.guides.test_guides import KINDS, each_kind
 from tests.invariants import close
 from tests.models import CASES, dependent, nested, normal, real
-from tests.registry import randomise
+from tests.registry import randomize
 
 Y = real(0.4)
 
 
 def random_guide(model, *args, kind="realnvp", sd=0.3, **options):
     guide = KINDS[kind](model, **options).initialize(*args)
-    randomise(guide.flow, sd=sd, seed=61)
+    randomize(guide.flow, sd=sd, seed=61)
     return guide
 
 
@@ -117,7 +117,7 @@ def test_summaries_use_no_global_randomness():
 def test_shapes():
     y = normal(3, 4, seed=1)
     guide = KINDS["realnvp"](nested)
-    median = guide.median(y)  # initialises the guide
+    median = guide.median(y)  # initializes the guide
     assert {name: tuple(value.shape) for name, value in median.items()} == {"mu": (), "tau": (3, 1), "x": (3, 4)}
     quantiles = guide.quantiles([0.1, 0.9], y)
     assert {name: tuple(value.shape) for name, value in quantiles.items()} == {

@@ -250,9 +250,9 @@ def test_a_step_moves_a_slowed_flow_no_further_than_an_affine_map(name):
     for slow in (False, True):
         flow = getattr(pf, name)(3)
         flow = flow.slow() if slow else flow
-        optimiser = torch.optim.Adam(flow.parameters(), lr=0.01)
+        optimizer = torch.optim.Adam(flow.parameters(), lr=0.01)
         flow.bijection.forward_and_ladj(x)[0].sum().backward()
-        optimiser.step()
+        optimizer.step()
         moved[slow] = (flow.bijection.forward_and_ladj(x)[0] - x).abs().mean().item()
     assert 0.001 < moved[True] < 0.03 < moved[False]
 
@@ -275,9 +275,9 @@ def test_a_trained_network_is_no_faster_than_an_untrained_one(name, network):
             for layer in coupling.conditioner.layers[:-1]
             for parameter in layer.parameters()
         ]
-        before, optimiser = part.bijection.forward_and_ladj(x)[0], torch.optim.Adam(inner, lr=0.01)
+        before, optimizer = part.bijection.forward_and_ladj(x)[0], torch.optim.Adam(inner, lr=0.01)
         before.sum().backward()
-        optimiser.step()
+        optimizer.step()
         moved[slow] = (part.bijection.forward_and_ladj(x)[0] - before).abs().mean().item()
     assert moved[True] < 0.03
     assert moved[True] < 0.2 * moved[False]
@@ -338,7 +338,7 @@ def test_cautious_is_for_guides_and_not_for_fit():
     ],
 )
 def test_every_start_of_pyros(start):
-    """The flow's centre is where Pyro's own guide with that function has its own."""
+    """The flow's center is where Pyro's own guide with that function has its own."""
     model = poutine.block(model_of("half-normal"), expose=["mu", "tau"])
     pyro.set_rng_seed(4)
     theirs = AutoMultivariateNormal(model, init_loc_fn=start)

@@ -26,7 +26,7 @@ from tests.models import each_model, nested, normal
 
 
 @pytest.mark.parametrize("parallel", [False, True])
-@each_model("nested", "dependent", "decentred")
+@each_model("nested", "dependent", "decentered")
 def test_predictive(case, parallel):
     """Draws have the shapes that Pyro's own guide gives them, and differ."""
     guide = guide_of(case)
@@ -37,7 +37,7 @@ def test_predictive(case, parallel):
         pyros = Predictive(case.model, guide=AutoNormal(case.model), num_samples=7, parallel=parallel)(*case.args)
         shapes, expected = ({name: value.shape for name, value in found.items()} for found in (draws, pyros))
         assert shapes.items() >= expected.items()
-    if case.name == "decentred":
+    if case.name == "decentered":
         close(draws["theta"], draws["tau"].reshape(7, 1) * draws["theta_decentered"], 1e-12)
     assert all(len(draws[name].reshape(7, -1).unique(dim=0)) == 7 for name in guide.prototype_trace.nodes)
 
@@ -120,14 +120,14 @@ def test_both_ways_of_pyro_to_hold_and_train_parameters(torch_loop, local):
     with pyro.settings.context(module_local_params=True) if local else contextlib.nullcontext():
         guide = KINDS["realnvp"](case.model).initialize(*case.args)
         loss = Trace_ELBO()(case.model, guide)
-        optimiser = torch.optim.Adam(loss.parameters(), lr=0.01)
+        optimizer = torch.optim.Adam(loss.parameters(), lr=0.01)
         svi = SVI(case.model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
         before = {name: parameter.detach().clone() for name, parameter in guide.named_parameters()}
         for _ in range(3):
             if torch_loop:
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss(*case.args).backward()
-                optimiser.step()
+                optimizer.step()
             else:
                 svi.step(*case.args)
         assert all((parameter != before[name]).any() for name, parameter in guide.named_parameters())

@@ -107,8 +107,8 @@ def test_scales_of_a_thousandth_and_a_thousand_are_learned():
 def subsampled(y, *, local):
     mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
     with pyro.plate("units", len(y), subsample_size=4) as index:
-        centre = pyro.sample("theta", dist.Normal(mu, 1.0)) if local else mu
-        pyro.sample("y", dist.Normal(centre, 0.5), obs=y[index])
+        center = pyro.sample("theta", dist.Normal(mu, 1.0)) if local else mu
+        pyro.sample("y", dist.Normal(center, 0.5), obs=y[index])
 
 
 TWELVE = normal(12, seed=73) + 1.0

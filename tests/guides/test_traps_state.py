@@ -24,8 +24,8 @@ def model(y):
     pyro.sample("y", dist.Normal(mu, sd).expand([3]).to_event(1), obs=y)
 
 
-def train(guide, steps=4, optimiser=None):
-    svi = SVI(model, guide, optimiser or pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+def train(guide, steps=4, optimizer=None):
+    svi = SVI(model, guide, optimizer or pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
     return [svi.step(Y) for _ in range(steps)]
 
 
@@ -109,10 +109,10 @@ def test_guides_that_take_turns_keep_their_own_parameters():
         torch.manual_seed(seed)
         pyro.clear_param_store()
         guide = KINDS["realnvp"](model).initialize(Y)
-        optimiser = pyro.optim.Adam({"lr": 0.02})
+        optimizer = pyro.optim.Adam({"lr": 0.02})
         for step in range(6):
             torch.manual_seed(100 * seed + step)
-            train(guide, 1, optimiser)
+            train(guide, 1, optimizer)
         alone.append(state(guide))
     guides = []
     pyro.clear_param_store()
@@ -120,9 +120,9 @@ def test_guides_that_take_turns_keep_their_own_parameters():
         torch.manual_seed(seed)
         guides.append((seed, KINDS["realnvp"](model).initialize(Y), pyro.optim.Adam({"lr": 0.02})))
     for step in range(6):
-        for seed, guide, optimiser in guides:
+        for seed, guide, optimizer in guides:
             torch.manual_seed(100 * seed + step)
-            train(guide, 1, optimiser)
+            train(guide, 1, optimizer)
     for (_, guide, _), expected in zip(guides, alone, strict=True):
         for name, value in state(guide).items():
             close(value, expected[name], 0.0, name)
@@ -142,14 +142,14 @@ def test_a_guide_made_after_another_was_collected_starts_afresh():
     assert trains(second)
 
 
-def test_one_optimiser_for_two_guides():
+def test_one_optimizer_for_two_guides():
     """Its state belongs to tensors, and the tensors to their guides."""
-    optimiser = pyro.optim.Adam({"lr": 0.02})
+    optimizer = pyro.optim.Adam({"lr": 0.02})
     first, second = KINDS["realnvp"](model), KINDS["realnvp"](model)
-    train(first, 4, optimiser)
+    train(first, 4, optimizer)
     second.initialize(Y)
     before = parameters(second)
-    train(second, 4, optimiser)
+    train(second, 4, optimizer)
     assert all(moved(second, before))
 
 
@@ -223,7 +223,7 @@ def test_a_store_loaded_under_a_living_guide_is_taken_over(tmp_path):
 
 
 def test_the_store_trains_only_parameters():
-    """It holds the masks and the start too, but no optimiser is told of them."""
+    """It holds the masks and the start too, but no optimizer is told of them."""
     seen = []
 
     class Recorder(pyro.optim.PyroOptim):

@@ -43,7 +43,7 @@ def test_angles_stay_in_one_turn():
     u = torch.cat([6.0 * normal(2000, 3, seed=2), torch.tensor([[-60.0], [0.0], [60.0]]).double().expand(3, 3)])
     y, _ = CIRCLE.forward(u)
     assert bool(((y >= -math.pi) & (y < math.pi)).all())
-    torch.testing.assert_close(CIRCLE.forward(torch.zeros(1, 3).double())[0][0], CIRCLE.centre)
+    torch.testing.assert_close(CIRCLE.forward(torch.zeros(1, 3).double())[0][0], CIRCLE.center)
     # a value is the same angle whatever turn it is in
     angle = torch.linspace(-3.0, 2.9, 20).double()[:, None].expand(20, 3)
     for turns in (-2, 1):
@@ -100,7 +100,7 @@ def check_choice():
     charts = chosen(mixed)
     kinds = {name: type(chart).__name__ for name, chart in charts.items() if chart is not None}
     assert kinds == {"angle": "Circle", "cauchy": "Heavy", "t3": "Heavy"}
-    assert abs(math.remainder(float(charts["angle"].centre) - 3.0, 2.0 * math.pi)) < 1.0
+    assert abs(math.remainder(float(charts["angle"].center) - 3.0, 2.0 * math.pi)) < 1.0
     assert abs(float(charts["cauchy"].loc) - 5.0) < 2.0
     assert 0.5 < float(charts["cauchy"].scale) < 6.0
 

@@ -186,9 +186,9 @@ def test_correlated_model_of_many_supports():
         p = pyro.sample("p", dist.Dirichlet(torch.full((3,), 2.0, dtype=torch.float64)))
         factor = pyro.sample("factor", dist.LKJCholesky(3, real(2.0)))
         scale = pyro.sample("scale", dist.LogNormal(real(0.0), 1.0).expand([3]).to_event(1))
-        centre = pyro.sample("centre", dist.ImproperUniform(dist.constraints.ordered_vector, (), (3,)))
+        center = pyro.sample("center", dist.ImproperUniform(dist.constraints.ordered_vector, (), (3,)))
         width = pyro.sample("width", dist.Uniform(real(-1.0), 3.0))
-        pyro.sample("y", dist.MultivariateNormal(centre + width * p, scale_tril=scale[:, None] * factor), obs=y)
+        pyro.sample("y", dist.MultivariateNormal(center + width * p, scale_tril=scale[:, None] * factor), obs=y)
 
     y = normal(3, seed=23)
     density = pf.LogDensity(model, (y,))
@@ -201,9 +201,9 @@ def test_correlated_model_of_many_supports():
             transform = biject_to(density.structure.trace.nodes[latent.name]["fn"].support)
             values[latent.name] = transform(latent.unconstrained(row))
             total = total + transform.log_abs_det_jacobian(latent.unconstrained(row), values[latent.name]).sum()
-        p, factor, scale, centre, width = values.values()
+        p, factor, scale, center, width = values.values()
         total = total + dist.Dirichlet(torch.full((3,), 2.0, dtype=torch.float64)).log_prob(p)
         total = total + dist.LKJCholesky(3, real(2.0)).log_prob(factor)
         total = total + gauss(scale.log(), 0.0, 1.0) - scale.log().sum() - real(4.0).log()
         covariance = (scale[:, None] * factor) @ (scale[:, None] * factor).T
-        close(value, total + dist.MultivariateNormal(centre + width * p, covariance).log_prob(y), 1e-9)
+        close(value, total + dist.MultivariateNormal(center + width * p, covariance).log_prob(y), 1e-9)

@@ -225,7 +225,7 @@ def test_argument_checks_of_distributions_made_elsewhere_are_not_taken_along():
 
 
 def test_a_plate_around_does_not_multiply_the_density():
-    """Within another program, such as a guide's ELBO with vectorised particles, the model is run as it is alone."""
+    """Within another program, such as a guide's ELBO with vectorized particles, the model is run as it is alone."""
 
     def model(y):
         mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))

@@ -22,9 +22,9 @@ def apart(places, dim=1):
 
     def model():
         z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (dim,)))
-        centres = torch.zeros(len(places), dim, dtype=torch.float64)
-        centres[:, 0] = torch.as_tensor(places, dtype=torch.float64)
-        pyro.factor("modes", torch.logsumexp(-0.5 * (z - centres).square().sum(-1), 0))
+        centers = torch.zeros(len(places), dim, dtype=torch.float64)
+        centers[:, 0] = torch.as_tensor(places, dtype=torch.float64)
+        pyro.factor("modes", torch.logsumexp(-0.5 * (z - centers).square().sum(-1), 0))
 
     return pf.LogDensity(model)
 
@@ -175,16 +175,16 @@ def test_paths_to_the_guides_own_mode_leave_room_for_others(monkeypatch):
     dim = 20
     log_density, draw = bent(dim, 6)
     turn = torch.linalg.qr(normal(dim, dim, seed=5))[0]
-    centre = torch.zeros(dim, dtype=torch.float64)
-    centre[0] = 5.0
+    center = torch.zeros(dim, dtype=torch.float64)
+    center[0] = 5.0
 
     def model():
         z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (dim,)))
-        near, image = log_density(z - centre), log_density((z + centre) @ turn)
+        near, image = log_density(z - center), log_density((z + center) @ turn)
         pyro.factor("both", torch.logaddexp(near, image))
 
     def score(points):
-        near = log_density(points - centre)
+        near = log_density(points - center)
         return near - (-near - 2.0 * dim).clamp_min(0.0).square()
 
     def measured(density, gaussians, **_):
@@ -192,9 +192,9 @@ def test_paths_to_the_guides_own_mode_leave_room_for_others(monkeypatch):
 
     monkeypatch.setattr(module, "temper", measured)
     monkeypatch.setattr(module, "LOOKED_AT", 1)
-    z = draw(1000) + centre
+    z = draw(1000) + center
     with pytest.raises(Measured) as caught:
         missed_modes(pf.LogDensity(model), [], z, score(z), score)
     base, place = caught.value.args[0]
-    assert log_density(base - centre) > -20.0
-    assert log_density((place + centre) @ turn) > -20.0
+    assert log_density(base - center) > -20.0
+    assert log_density((place + center) @ turn) > -20.0

@@ -164,15 +164,15 @@ def test_no_move_leaves_the_support(prior):
 
 def mirrored(dim):
     """Two equal modes, one the mirror image of the other in all coordinates, and a guide of the one where z > 0."""
-    centre = torch.full((dim,), 6.0 / math.sqrt(dim) + 2.0, dtype=torch.float64)
+    center = torch.full((dim,), 6.0 / math.sqrt(dim) + 2.0, dtype=torch.float64)
 
     def model():
         z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (dim,)))
-        ends = torch.stack([(z - centre).square().sum(-1), (z + centre).square().sum(-1)])
+        ends = torch.stack([(z - center).square().sum(-1), (z + center).square().sum(-1)])
         pyro.factor("both", torch.logsumexp(-0.5 * ends, 0))
 
-    one = dist.Normal(centre, 1.0).to_event(1)
-    other = dist.Normal(-centre, 1.0).to_event(1)
+    one = dist.Normal(center, 1.0).to_event(1)
+    other = dist.Normal(-center, 1.0).to_event(1)
     return pf.LogDensity(model), one, other
 
 
@@ -239,7 +239,7 @@ def test_unequal_modes(share, named):
 
 
 def test_a_spike_is_no_mode():
-    """Where a scale goes to 0, a centred density has no bound; there is next to no mass, and it is no mode."""
+    """Where a scale goes to 0, a centered density has no bound; there is next to no mass, and it is no mode."""
 
     def effects(y):
         tau = pyro.sample("tau", dist.HalfCauchy(real(1.0)))

@@ -124,8 +124,8 @@ def test_summary_intervals_differ_by_kind_and_default_to_the_installed_arviz():
 
 def test_summary_selects_names(by_status):
     assert list(by_status["ok"].summary("double").index) == [f"double[{i}]" for i in range(SCHOOLS)]
-    labelled = by_status["ok"].summary(["theta"], coords={"school": list("abcdefgh")})
-    assert labelled.index[0] == "theta[a]"
+    labeled = by_status["ok"].summary(["theta"], coords={"school": list("abcdefgh")})
+    assert labeled.index[0] == "theta[a]"
     with pytest.raises(
         ValueError, match=r"names: expected one of 'double', 'theta', got 'thet'\. Did you mean 'theta'"
     ):
@@ -323,8 +323,8 @@ def test_predictive_says_what_does_not_fit(by_status, fitted_line):
     with pytest.raises(ValueError, match=r"site 'theta': shape \(3,\) in the fit, \(5,\) with these arguments"):
         posterior.predictive(torch.zeros(5))
 
-    def changing(centred):
-        pyro.sample("mu" if centred else "nu", dist.Normal(0.0, 1.0))
+    def changing(centered):
+        pyro.sample("mu" if centered else "nu", dist.Normal(0.0, 1.0))
 
     with pytest.raises(ValueError, match=r"site 'mu': a latent of the fit, but not one of the model"):
         any_posterior(changing, True).predictive(False)

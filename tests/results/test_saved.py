@@ -21,6 +21,8 @@ from pyro_flows.flows.recipe import set_df
 from pyro_flows.results.files import FILES, NETCDF, TENSORS, TEXT
 from tests.posteriors import SCHOOLS, Y, schools, schools_flow, schools_posterior
 
+ROOT = Path(__file__).parent.parent.parent
+
 # Most guides here were not trained: what is tested is what comes back of them.
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
 
@@ -53,14 +55,14 @@ def nested(y):
         pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
 
-@pytest.mark.parametrize("noncentred", [False, True, ["theta"]])
-def test_a_diagnosed_guide_comes_back_in_its_own_coordinates(tmp_path, noncentred):
-    guide = pf.AutoRealNVP(nested, layers=2, noncentred=noncentred)
+@pytest.mark.parametrize("noncentered", [False, True, ["theta"]])
+def test_a_diagnosed_guide_comes_back_in_its_own_coordinates(tmp_path, noncentered):
+    guide = pf.AutoRealNVP(nested, layers=2, noncentered=noncentered)
     posterior = pf.diagnose(nested, guide, Y, draws=200)
     posterior.save(tmp_path / "saved")
     again = pf.load(tmp_path / "saved", nested, Y)
-    expected = {"theta": None} if noncentred else {}
-    assert again.density.structure.noncentred == posterior.density.structure.noncentred == expected
+    expected = {"theta": None} if noncentered else {}
+    assert again.density.structure.noncentered == posterior.density.structure.noncentered == expected
     assert torch.equal(again.density(again.z), posterior.log_p)
     assert torch.equal(again.density.constrain(again.used)["theta"], again.samples["theta"])
     values = {name: value[:5] for name, value in posterior.samples.items()}
@@ -189,10 +191,38 @@ def test_files_of_format_1_are_read(pair, tmp_path):
     assert torch.equal(again.z, now.z)
     assert again.verdict == now.verdict
     schools_posterior(draws=200).save(copy)  # and replaced
-    assert json.loads((copy / TEXT).read_text(encoding="utf-8"))["version"] == 2
+    assert json.loads((copy / TEXT).read_text(encoding="utf-8"))["version"] == 3
 
 
-@pytest.mark.parametrize("version", [1, 2])
+def old_model(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("school", SCHOOLS):
+        center = pyro.sample("centre", dist.Normal(mu, tau))  # a key of format 2 that is the name of a site, too
+        pyro.sample("y", dist.Normal(center, 1.0), obs=y)
+
+
+def test_a_fit_of_format_2_is_read_in_american_spelling():
+    """Settings, history, names of coordinates, attributes; sites keep their names. The log density is checked too."""
+    folder = ROOT / "tests" / "data" / "format_2" / "fit"
+    for again in (pf.load(folder), pf.load(folder, old_model, Y)):
+        chosen = again.settings["noncentered"]
+        assert set(chosen) == {"centre"}
+        assert set(chosen["centre"]) == {"noncentered", "precision", "center"}
+        details = again.history[0]["details"]
+        assert details["noncentered"] == chosen
+        assert details["elbo_noncentered"] > details["elbo_centered"]
+        assert again.coordinates[-1] == "centre[7] (partly non-centered)"
+        assert again.verdict.where == "centre[0] (partly non-centered)"
+        tree = again.to_arviz(predictive=False)
+        assert json.loads(tree.attrs["settings"])["noncentered"] == chosen
+        assert "centre[0] (partly non-centered)" in tree.attrs["verdict"]
+        assert "centred" not in f"{again} {again.settings} {tree.attrs['verdict']}"
+    assert again.density.structure.noncentered == chosen
+    assert again.guide is not None
+
+
+@pytest.mark.parametrize("version", [1, 3])
 @pytest.mark.parametrize("name", [NETCDF, TENSORS, TEXT])
 @pytest.mark.parametrize("kind", ["cut", "empty", "text"])
 def test_damaged_files_are_refused_in_one_line_that_names_the_path(pair, tmp_path, name, kind, version):
@@ -257,7 +287,7 @@ def test_a_process_that_saves_and_is_killed_leaves_a_whole_posterior(pair, tmp_p
     wait = iter([0.003, 0.02])
     for _ in range(2):
         words = [sys.executable, "-c", KILLED, *pair, tmp_path / "saved"]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
             lines = [process.stdout.readline() for _ in range(3)]
             with pytest.raises(subprocess.TimeoutExpired):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.model.noncentered import Information, location_scale, spread, standardise
+from pyro_flows.model.noncentered import Information, location_scale, spread, standardize
 from pyro_flows.model.reading import read_structure
 from pyro_flows.starts.coordinates import choose_coordinates
 from tests.models import real
@@ -33,7 +33,7 @@ def check_map(fn, data):
     """The inverse goes back; the log determinant is that of finite differences."""
     x = normal(4, 3, seed=1)
     y, ladj = spread(fn, x, data)
-    torch.testing.assert_close(standardise(fn, y, data), x)
+    torch.testing.assert_close(standardize(fn, y, data), x)
     assert ladj.shape == (4, *fn.batch_shape)
     step = 1e-6
     for row, given in zip(x, ladj, strict=True):
@@ -50,9 +50,9 @@ def test_map(name, data):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_no_precision_is_non_centred(name):
+def test_no_precision_is_non_centered(name):
     fn, x = FAMILIES[name], normal(4, 3, seed=2)
-    nothing = Information(torch.zeros(3).double(), DATA.centre)
+    nothing = Information(torch.zeros(3).double(), DATA.center)
     for ours, plain in zip(spread(fn, x, nothing), spread(fn, x, None), strict=True):
         torch.testing.assert_close(ours, plain)
     loc, scale = location_scale(fn)
@@ -63,9 +63,9 @@ def test_no_precision_is_non_centred(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_large_precision_is_a_fixed_affine_map(name):
     """Then location and scale of the prior are forgotten: y = c + u / sqrt(t)."""
-    fn, x, centre = FAMILIES[name], normal(4, 3, seed=3), DATA.centre
-    y, ladj = spread(fn, x, Information(torch.full((3,), 1e8).double(), centre))
-    distance = (y - centre).square().sum(-1).sqrt() * 1e4
+    fn, x, center = FAMILIES[name], normal(4, 3, seed=3), DATA.center
+    y, ladj = spread(fn, x, Information(torch.full((3,), 1e8).double(), center))
+    distance = (y - center).square().sum(-1).sqrt() * 1e4
     torch.testing.assert_close(distance, x.square().sum(-1).sqrt(), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(
         ladj.reshape(4, -1).sum(1), torch.full((4,), -3.0 * math.log(1e4)).double(), atol=1e-3, rtol=0.0
@@ -78,7 +78,7 @@ def test_coordinates_are_standard_normal_given_the_prior_and_the_data(name):
     fn, x = FAMILIES[name], normal(6, 3, seed=4)
     y, ladj = spread(fn, x, DATA)
     prior = fn.log_prob(y).reshape(6, -1).sum(1)
-    data = -0.5 * (DATA.precision * (y - DATA.centre).square()).sum(1)
+    data = -0.5 * (DATA.precision * (y - DATA.center).square()).sum(1)
     total = prior + data + ladj.reshape(6, -1).sum(1) + 0.5 * x.square().sum(1)
     torch.testing.assert_close(total, total[:1].expand(6))
 
@@ -96,17 +96,17 @@ def two_levels(y, group):
 
 
 def check_choice(rows, low, high):
-    """The precision that is learnt for a group is about the number of its rows, as each has unit variance."""
+    """The precision that is learned for a group is about the number of its rows, as each has unit variance."""
     counts = torch.tensor(rows)
     group = torch.arange(len(rows)).repeat_interleave(counts)
     y = normal(len(rows), seed=5)[group] + normal(int(counts.sum()), seed=6)
     density, start, entry = choose_coordinates(pf.LogDensity(two_levels, (y, group)), seed=0)
     assert start is not None
-    said = entry["noncentred"]["theta"]
+    said = entry["noncentered"]["theta"]
     precision = torch.zeros(len(rows)).double() if said is None else torch.as_tensor(said["precision"])
     assert bool((precision >= torch.tensor(low)).all()), precision
     assert bool((precision <= torch.tensor(high)).all()), precision
-    assert entry["elbo"] >= max(entry["elbo_centred"], entry["elbo_noncentred"]) - 0.5
+    assert entry["elbo"] >= max(entry["elbo_centered"], entry["elbo_noncentered"]) - 0.5
     z = normal(5, density.dim, seed=7)
     values = density.constrain(z)
     torch.testing.assert_close(density.unconstrain(values), z, rtol=1e-6, atol=1e-6)
@@ -129,10 +129,10 @@ def test_other_coordinates_are_those_of_a_density_made_anew():
     density = pf.LogDensity(effects, (torch.tensor([1.0, 0.3, -2.0, 0.5]),))
     z = torch.linspace(-1.0, 1.0, 3 * density.dim, dtype=density.dtype).reshape(3, -1)
     before = density.value_and_grad(z)
-    for noncentred in (True, {"theta": {"precision": 2.0, "centre": 0.5}}, ()):
-        found = density.elsewhere(noncentred)
-        expected = pf.LogDensity(density.model, density.args, noncentred=noncentred)
-        assert found.structure.noncentred == expected.structure.noncentred
+    for noncentered in (True, {"theta": {"precision": 2.0, "center": 0.5}}, ()):
+        found = density.elsewhere(noncentered)
+        expected = pf.LogDensity(density.model, density.args, noncentered=noncentered)
+        assert found.structure.noncentered == expected.structure.noncentered
         for ours, theirs in zip(found.value_and_grad(z), expected.value_and_grad(z), strict=True):
             assert torch.equal(ours, theirs)
         assert found.evaluations == len(z)

@@ -51,8 +51,8 @@ def test_a_large_regression():
     close(found.scale / conditional, torch.ones(250, dtype=torch.float64), 1e-6)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-def test_a_large_hierarchical_model(centred):
+@pytest.mark.parametrize("centered", [True, False])
+def test_a_large_hierarchical_model(centered):
     """250 groups: the mode is at zero spread, where Laplace's start is hundreds of nats off; Pathfinder's is within 60.
 
     The log evidence is by quadrature over the two parameters that are left when the group means are integrated out.
@@ -63,7 +63,7 @@ def test_a_large_hierarchical_model(centred):
         mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
         tau = pyro.sample("tau", dist.HalfCauchy(real(5.0)))
         with pyro.plate("group", 250):
-            if centred:
+            if centered:
                 theta = pyro.sample("theta", dist.Normal(mu, tau))
             else:
                 theta = mu + tau * pyro.sample("z", dist.Normal(real(0.0), 1.0))

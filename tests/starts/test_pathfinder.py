@@ -29,7 +29,7 @@ def density_of(log_prob, dim):
 
 
 def gaussian(scales_, *, seed=100, correlated=0.5):
-    """A correlated Gaussian with these scales, its mean 30 sds from zero; with its log normaliser left in."""
+    """A correlated Gaussian with these scales, its mean 30 sds from zero; with its log normalizer left in."""
     dim = len(scales_)
     mix = torch.eye(dim, dtype=torch.float64) + correlated * normal(dim, dim, seed=seed) / dim**0.5
     factor = scales_[:, None] * torch.linalg.cholesky(mix @ mix.mT)
@@ -52,7 +52,7 @@ def starts(density, count=4, *, seed=3):
 
 @pytest.mark.parametrize("frames", ["diagonal", "full"])
 def test_a_gaussian_is_recovered(frames):
-    """Scales of 1e-6 to 1e6: the ends are the mean to 1e-3 sd, the ELBO is 0 (the density is normalised).
+    """Scales of 1e-6 to 1e6: the ends are the mean to 1e-3 sd, the ELBO is 0 (the density is normalized).
 
     With frames of the full Hessian the covariance is exact to 1e-6; built up by L-BFGS, it costs less than a nat.
     """

@@ -14,7 +14,7 @@ from pyro_flows.training.adam import Moments, advance
 from pyro_flows.training.flow_graphs import gradient_of
 from pyro_flows.training.step_graph import Step
 from tests.invariants import close
-from tests.registry import needs_compiler, randomise
+from tests.registry import needs_compiler, randomize
 
 ROOT = find_posteriordb()
 needs_posteriordb = pytest.mark.skipif(ROOT is None, reason="posteriordb not found: set POSTERIORDB to a checkout")
@@ -32,7 +32,7 @@ def made(name: str) -> Made:
 
 
 def with_views(flow: pf.Flow, density: LogDensity) -> Made:
-    flow = randomise(flow, sd=0.05)
+    flow = randomize(flow, sd=0.05)
     weights = torch.cat([part.detach().reshape(-1) for part in flow.parameters()])
     parts = weights.split([part.numel() for part in flow.parameters()])
     views = [part.view(whole.shape) for part, whole in zip(parts, flow.parameters(), strict=True)]

@@ -21,7 +21,7 @@ from pyro_flows.transforms.networks import (
     RobustConvolution,
 )
 from tests.invariants import close
-from tests.registry import HIDDEN, IMAGE, built, normal, randomise
+from tests.registry import HIDDEN, IMAGE, built, normal, randomize
 
 
 @pytest.mark.parametrize("kind", [NormedLinear, NormedConv2d])
@@ -33,7 +33,7 @@ def test_weight_norm_is_that_of_torch(kind):
     x = normal(4, 3, seed=1) if kind is NormedLinear else normal(4, 3, 6, 6, seed=1)
     plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
     close(layer(x), plain(x), 1e-6)  # the lengths were worked out in float32
-    randomise(layer, sd=0.3)
+    randomize(layer, sd=0.3)
     with torch.no_grad():
         plain.bias.copy_(layer.bias)
     theirs = weight_norm(plain)
@@ -67,7 +67,7 @@ def test_a_block_adds_to_its_input():
     close(block(x), x + block[1](x.tanh()), 1e-6)
 
 
-def test_convolutions_see_the_neighbourhood_and_the_context():
+def test_convolutions_see_the_neighborhood_and_the_context():
     """3 x 3, 1 x 1, 3 x 3: five pixels across. The context reaches every pixel."""
     network = built(lambda: Convolution(1, 2, 1, (4, 4), "tanh"), dtype=torch.float64, sd=0.3, seed=0)
     kept, context = normal(1, 9, 9, seed=1).requires_grad_(), normal(2, seed=2).requires_grad_()

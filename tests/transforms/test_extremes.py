@@ -7,7 +7,7 @@ import torch
 
 import pyro_flows as pf
 from tests.invariants import check_gradients, check_round_trip, close
-from tests.registry import normal, randomise
+from tests.registry import normal, randomize
 
 SIZES = [0.0, 1e-12, 1e-6, 1e-3, 1.0, 1e2, 1e6, 1e12]
 
@@ -159,11 +159,11 @@ def test_one_affine_coupling_learns_a_thousandfold(target):
     data = normal(4000, 1, seed=1, dtype=torch.float32) * target
     layer = pf.AffineCoupling(1)
     flow = pf.Flow(layer)
-    optimiser = torch.optim.Rprop(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.Rprop(layer.parameters(), lr=0.1)
     for _ in range(300):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (-flow.log_prob(data).mean()).backward()
-        optimiser.step()
+        optimizer.step()
     with torch.no_grad():
         assert float(layer.forward_and_ladj(torch.zeros(1))[1].exp()) == pytest.approx(target, rel=0.05)
 
@@ -171,7 +171,7 @@ def test_one_affine_coupling_learns_a_thousandfold(target):
 @pytest.mark.parametrize("size", [1e6, 1e12, 1e30])
 def test_far_points_do_not_overflow(size):
     """A random Real-NVP in float32 keeps any finite point finite, both ways, with a finite log-determinant."""
-    flow = randomise(pf.realnvp(3, layers=4, hidden=(6,), activation="tanh"), sd=0.3)
+    flow = randomize(pf.realnvp(3, layers=4, hidden=(6,), activation="tanh"), sd=0.3)
     x = size * normal(50, 3, seed=1, dtype=torch.float32)
     for way in (flow.bijection.forward_and_ladj, flow.bijection.inverse_and_ladj):
         assert all(tensor.isfinite().all() for tensor in way(x))

@@ -39,7 +39,7 @@ def test_random_masks_follow_their_seed_alone(dim):
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 7, 16])
 def test_sequence(dim, layers):
-    """Each pair moves every coordinate; no two neighbours are equal."""
+    """Each pair moves every coordinate; no two neighbors are equal."""
     sequence = masks.sequence(dim, layers)
     assert len(sequence) == layers
     for first, second in zip(sequence[::2], sequence[1::2], strict=False):

@@ -147,9 +147,9 @@ def test_one_distribution_kept_over_steps(name, context_dim, move):
     context = normal(20, 3, seed=2) if context_dim else None
     data = normal(20, 2, seed=1)
     distribution = flow(context)
-    optimiser = torch.optim.SGD(flow.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(flow.parameters(), lr=1e-3)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = -distribution.log_prob(data).sum()
         loss.backward()
         got = [parameter.grad.clone() for parameter in flow.parameters()]
@@ -159,7 +159,7 @@ def test_one_distribution_kept_over_steps(name, context_dim, move):
         for gradient, other in zip(got, torch.autograd.grad(expected, list(flow.parameters())), strict=True):
             close(gradient, other, 1e-10)
         if move:
-            optimiser.step()
+            optimizer.step()
 
 
 def test_pyro_cache_is_stale_where_ours_is_not():

@@ -43,7 +43,7 @@ def test_start_from_data(shape):
 
 
 def test_a_chain_starts_layer_by_layer():
-    """Each ActNorm standardises what reaches it; layers of other kinds stay as they are."""
+    """Each ActNorm standardizes what reaches it; layers of other kinds stay as they are."""
     layers = [pf.ActNorm(4), pf.AffineCoupling(4, hidden=HIDDEN), pf.ActNorm(4), pf.LULinear(4, seed=1)]
     chain = built(lambda: pf.Chain(layers), dtype=torch.float64, sd=0.3, seed=0)
     others = [{key: value.clone() for key, value in layer.state_dict().items()} for layer in (layers[1], layers[3])]
@@ -61,7 +61,7 @@ def test_a_chain_starts_layer_by_layer():
 
 @pytest.mark.parametrize("name", IMAGE_FLOWS)
 def test_image_flows_start_from_data(name):
-    """With all nested scales: after it the ActNorm nearest to the data standardises, and the rest are set too."""
+    """With all nested scales: after it the ActNorm nearest to the data standardizes, and the rest are set too."""
     flow = make_flow(name, IMAGE)
     y = data(IMAGE)
     x = flow.bijection.start_from(y)
@@ -147,12 +147,12 @@ def test_batch_norm_trains_by_maximum_likelihood():
     flow = built(
         lambda: pf.Flow(pf.Chain([pf.AffineCoupling(2), pf.BatchNorm(2)])), dtype=torch.float32, sd=0.0, seed=0
     )
-    optimiser = torch.optim.Adam(flow.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.01)
     for _ in range(100):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = -flow.log_prob(points).mean()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     entropy = 0.5 * torch.logdet(2.0 * torch.pi * torch.e * torch.cov(points.T))
     assert loss < entropy + 0.1
     assert abs(-flow.eval().log_prob(points).mean() - loss) < 0.05

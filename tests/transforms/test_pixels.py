@@ -9,7 +9,7 @@ from torch.distributions import constraints
 
 import pyro_flows as pf
 from tests.invariants import close
-from tests.registry import IMAGE, normal, randomise
+from tests.registry import IMAGE, normal, randomize
 from tests.state_invariants import copies
 
 
@@ -63,7 +63,7 @@ def test_levels_come_back(shape, levels, dtype, variational):
     """Whatever the noise, in the unit interval and on its level; with as many log densities as events."""
     event = (shape,) if isinstance(shape, int) else shape
     dequantize = pf.Dequantize(shape, levels=levels, variational=variational, hidden=(4,)).to(dtype)
-    randomise(dequantize, sd=0.5)
+    randomize(dequantize, sd=0.5)
     data = torch.randint(levels, (500, *event), generator=torch.Generator().manual_seed(1))
     y, log_q = dequantize(data)
     assert (y.dtype, y.shape, log_q.shape) == (dtype, data.shape, (500,))
@@ -117,17 +117,17 @@ def test_the_bound_holds_and_learned_noise_makes_it_tighter():
         return (flow.log_prob(y) - log_q).mean()
 
     learned = pf.Dequantize(1, levels=2, variational=True, hidden=(4,))
-    optimiser = torch.optim.Adam(learned.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(learned.parameters(), lr=0.05)
     for _ in range(200):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (-bound(learned)).backward()
-        optimiser.step()
+        optimizer.step()
     assert bound(pf.Dequantize(1, levels=2)) < -10.0
     assert math.log(0.5) - 0.5 < bound(learned) < math.log(0.5) + 0.02
 
 
 def test_noise_follows_its_generator_and_copies():
-    dequantize = randomise(pf.Dequantize(IMAGE, variational=True, hidden=(4,)), sd=0.3)
+    dequantize = randomize(pf.Dequantize(IMAGE, variational=True, hidden=(4,)), sd=0.3)
     data = torch.randint(256, (2, *IMAGE))
     first = dequantize(data, torch.Generator().manual_seed(5))
     for name, twin in copies(dequantize, pf.Dequantize(IMAGE, variational=True, hidden=(4,))):
@@ -158,7 +158,7 @@ def test_bits_per_dimension_of_a_uniform_density_are_eight():
     close(bits.double(), torch.full((3,), 8.0, dtype=torch.float64), 1e-6)
 
 
-def test_a_flow_on_dequantised_data_is_scored_in_nats_of_the_levels():
+def test_a_flow_on_dequantized_data_is_scored_in_nats_of_the_levels():
     x = normal(4, 3, seed=1)
     layer = pf.Logit(3, alpha=0.05)
     flow = pf.Flow(layer, base="logistic").double()

@@ -106,12 +106,12 @@ def test_a_spline_bends_one_dimension():
     signs = torch.where(torch.rand(2000, 1, generator=generator) < 0.5, -2.0, 2.0)
     data = signs + 0.3 * torch.randn(2000, 1, generator=generator)
     flow = built(lambda: pf.spline(1, layers=2), dtype=torch.float32, sd=0.0, seed=0)
-    optimiser = torch.optim.Adam(flow.parameters(), lr=0.03)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.03)
     for _ in range(300):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = -flow.log_prob(data).mean()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     apart = torch.distributions.Normal(signs, 0.3).log_prob(data).mean() - torch.log(torch.tensor(2.0))
     assert -0.05 < loss + apart < 0.05
 

@@ -55,7 +55,7 @@ MODELS = {
     ),
     "sequential plate": (
         lambda: [pyro.sample(f"x{i}", dist.Normal(real(0.0), 1.0)) for i in pyro.plate("steps", 2)],
-        "site 'x0': a latent in a sequential plate. Use a vectorised one",
+        "site 'x0': a latent in a sequential plate. Use a vectorized one",
     ),
     "NaN in the data": (
         lambda: pyro.sample("more", dist.Normal(real(0.0, 0.0), 1.0).to_event(1), obs=real(1.0, NAN)),
@@ -111,14 +111,14 @@ def test_a_nan_is_counted_only_where_it_is_observed():
 
 
 @pytest.mark.falls_back
-def test_a_reparametrised_site_is_accepted():
+def test_a_reparametrized_site_is_accepted():
     """What the message recommends."""
 
     def model():
         pyro.sample("angle", dist.ProjectedNormal(torch.ones(2, dtype=torch.float64)))
 
-    reparametrised = poutine.reparam(model, {"angle": ProjectedNormalReparam()})
-    density = pf.LogDensity(reparametrised)
+    reparametrized = poutine.reparam(model, {"angle": ProjectedNormalReparam()})
+    density = pf.LogDensity(reparametrized)
     assert density.dim == 2
     assert density.constrain(normal(3, 2, seed=91))["angle"].shape == (3, 2)
 

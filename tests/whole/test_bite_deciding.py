@@ -313,10 +313,10 @@ BUGS = [
     # coordinates
     (*NORMAL, "+ 0.5 * share.log()", "- 0.5 * share.log()", elementwise),
     (*NORMAL, "log_diagonal - inner", "log_diagonal + inner", matrices),
-    (*NORMAL, "(data.centre - loc), scale", "(loc - data.centre), scale", conjugate),
-    (*NORMAL, "data.precision * (data.centre - loc)", "data.centre - loc", conjugate),
+    (*NORMAL, "(data.center - loc), scale", "(loc - data.center), scale", conjugate),
+    (*NORMAL, "data.precision * (data.center - loc)", "data.center - loc", conjugate),
     (charts.Circle, "forward", "logsigmoid(u) + logsigmoid(-u)", "logsigmoid(u) - logsigmoid(-u)", circle),
-    (charts.Circle, "inverse", "y - self.centre + math.pi, 2.0 * math.pi", "y - self.centre + math.pi, 1e9", circle),
+    (charts.Circle, "inverse", "y - self.center + math.pi, 2.0 * math.pi", "y - self.center + math.pi, 1e9", circle),
     (charts.Heavy, "forward", "scale.log() + log_cosh", "log_cosh", heavy),
     # the conversion for ArviZ
     (arviz_groups, "_in_chains", "(chains, len(values) // chains,", "(len(values) // chains, chains,", conversion),

@@ -1,4 +1,4 @@
-"""Non-centred coordinates: which sites can have them, that the density is the same one, and that fit takes them."""
+"""Non-centered coordinates: which sites can have them, that the density is the same one, and that fit takes them."""
 
 from __future__ import annotations
 
@@ -70,18 +70,18 @@ def test_sites_whose_location_or_scale_moves_are_found() -> None:
     assert LogDensity(steps, (4,)).structure.hierarchical == ("x1", "x2", "x3")
 
 
-def test_nothing_is_noncentred_unless_asked_for() -> None:
-    assert LogDensity(hierarchy, (Y,)).structure.noncentred == {}
+def test_nothing_is_noncentered_unless_asked_for() -> None:
+    assert LogDensity(hierarchy, (Y,)).structure.noncentered == {}
 
 
 @pytest.mark.parametrize("name", ["mu", "tau", "nobody"])
-def test_a_site_that_cannot_be_noncentred_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"noncentred: expected sites .*'theta'.*got '{name}'"):
-        LogDensity(hierarchy, (Y,), noncentred=["theta", name])
+def test_a_site_that_cannot_be_noncentered_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"noncentered: expected sites .*'theta'.*got '{name}'"):
+        LogDensity(hierarchy, (Y,), noncentered=["theta", name])
 
 
-def test_the_density_is_that_of_the_model_written_noncentred() -> None:
-    ours, theirs = LogDensity(hierarchy, (Y,), noncentred=True), LogDensity(by_hand, (Y,))
+def test_the_density_is_that_of_the_model_written_noncentered() -> None:
+    ours, theirs = LogDensity(hierarchy, (Y,), noncentered=True), LogDensity(by_hand, (Y,))
     z = normal(20, ours.dim, seed=1)
     assert torch.allclose(ours(z), theirs(z), rtol=0.0, atol=1e-10)
     for mine, other in zip(ours.value_and_grad(z), theirs.value_and_grad(z), strict=True):
@@ -89,61 +89,61 @@ def test_the_density_is_that_of_the_model_written_noncentred() -> None:
 
 
 @pytest.mark.parametrize(("model", "args"), [(hierarchy, (Y,)), (families, ()), (steps, (4,)), (funnel, ())])
-def test_centred_and_noncentred_differ_by_the_jacobian(model, args) -> None:
-    centred, other = LogDensity(model, args), LogDensity(model, args, noncentred=True)
+def test_centered_and_noncentered_differ_by_the_jacobian(model, args) -> None:
+    centered, other = LogDensity(model, args), LogDensity(model, args, noncentered=True)
 
-    def to_centred(row: Tensor) -> Tensor:
-        return centred.unconstrain(other.constrain(row[None]))[0]
+    def to_centered(row: Tensor) -> Tensor:
+        return centered.unconstrain(other.constrain(row[None]))[0]
 
     step = 1e-6
     for row in normal(3, other.dim, seed=2):
         shifts = step * torch.eye(other.dim, dtype=torch.float64)
-        jacobian = torch.stack([(to_centred(row + h) - to_centred(row - h)) / (2 * step) for h in shifts], dim=1)
-        expected = centred(to_centred(row)[None]) + torch.linalg.slogdet(jacobian).logabsdet
+        jacobian = torch.stack([(to_centered(row + h) - to_centered(row - h)) / (2 * step) for h in shifts], dim=1)
+        expected = centered(to_centered(row)[None]) + torch.linalg.slogdet(jacobian).logabsdet
         assert torch.allclose(other(row[None]), expected, rtol=0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("model", "args"), [(hierarchy, (Y,)), (families, ()), (steps, (4,))])
 def test_round_trip(model, args) -> None:
-    density = LogDensity(model, args, noncentred=True)
+    density = LogDensity(model, args, noncentered=True)
     z = normal(7, density.dim, seed=4)
     assert torch.allclose(density.unconstrain(density.constrain(z)), z, rtol=0.0, atol=1e-9)
 
 
 def test_some_sites_only() -> None:
-    density = LogDensity(families, noncentred=["c"])
-    assert density.structure.noncentred == {"c": None}
+    density = LogDensity(families, noncentered=["c"])
+    assert density.structure.noncentered == {"c": None}
     names = coordinate_names(density.structure)
-    assert {"c[0] (non-centred)", "b"} <= set(names)
+    assert {"c[0] (non-centered)", "b"} <= set(names)
 
 
-def test_a_noncentred_guide_trains_in_pyro_and_is_judged_in_its_coordinates() -> None:
+def test_a_noncentered_guide_trains_in_pyro_and_is_judged_in_its_coordinates() -> None:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    guide = pf.AutoRealNVP(hierarchy, layers=2, noncentred=True)
+    guide = pf.AutoRealNVP(hierarchy, layers=2, noncentered=True)
     svi = SVI(hierarchy, guide, Adam({"lr": 0.01}), Trace_ELBO(num_particles=8, vectorize_particles=False))
     losses = [svi.step(Y) for _ in range(60)]
     assert sum(losses[-10:]) < sum(losses[:10])
     judged = pf.diagnose(hierarchy, guide, Y, draws=500)
-    assert judged.coordinates[-1] == "theta[3] (non-centred)"
-    density = LogDensity(hierarchy, (Y,), noncentred=True)
+    assert judged.coordinates[-1] == "theta[3] (non-centered)"
+    density = LogDensity(hierarchy, (Y,), noncentered=True)
     assert torch.allclose(judged.log_p, density(judged.z), atol=1e-9)
     assert guide(Y)["theta"].shape == (4,)
 
 
 @pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
-def test_fit_chooses_noncentred_coordinates_for_a_funnel_and_fits_it_exactly() -> None:
+def test_fit_chooses_noncentered_coordinates_for_a_funnel_and_fits_it_exactly() -> None:
     posterior = pf.fit(funnel, progress=False, seed=0, max_steps=1500)
     choice = next(stage for stage in posterior.history if stage["stage"] == "coordinates")
     choice = choice["details"]
-    assert choice["noncentred"] == {"rest": None} == posterior.settings["noncentred"]
-    assert choice["elbo_noncentred"] > choice["elbo_centred"]
+    assert choice["noncentered"] == {"rest": None} == posterior.settings["noncentered"]
+    assert choice["elbo_noncentered"] > choice["elbo_centered"]
     assert posterior.verdict.status == "ok"
     assert -0.01 <= posterior.elbo <= 0.005  # log Z = 0
     assert 2.85 < float(posterior.samples["x"].std()) < 3.15
 
 
-def test_fit_takes_coordinates_that_are_as_good_as_centred_where_the_data_are_strong() -> None:
+def test_fit_takes_coordinates_that_are_as_good_as_centered_where_the_data_are_strong() -> None:
     def strong(y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
         tau = pyro.sample("tau", dist.HalfNormal(real(5.0)))
@@ -153,7 +153,7 @@ def test_fit_takes_coordinates_that_are_as_good_as_centred_where_the_data_are_st
 
     posterior = pf.fit(strong, 3.0 * normal(6, seed=8), progress=False, seed=0, max_steps=1500)
     # the data fix each value to 0.01, and the prior is next to nothing beside any precision like that
-    precision = torch.tensor(posterior.settings["noncentred"]["theta"]["precision"])
+    precision = torch.tensor(posterior.settings["noncentered"]["theta"]["precision"])
     assert bool((precision > 1e3).all() & (precision < 1e5).all())
     assert posterior.verdict.status == "ok"
 
@@ -162,7 +162,7 @@ def test_saved_and_loaded(tmp_path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         posterior = pf.fit(funnel, progress=False, seed=1, max_steps=400, escalate=False, draws=500)
-    assert posterior.settings["noncentred"] == {"rest": None}
+    assert posterior.settings["noncentered"] == {"rest": None}
     posterior.save(tmp_path / "fit")
     loaded = pf.load(tmp_path / "fit", funnel)
     assert torch.equal(loaded.z, posterior.z)
@@ -174,7 +174,7 @@ def test_saved_and_loaded(tmp_path) -> None:
     assert math.isfinite(loaded.elbo)
 
 
-def test_a_location_that_depends_on_a_discrete_latent_stays_centred():
+def test_a_location_that_depends_on_a_discrete_latent_stays_centered():
     """Summed out, the discrete latent gives the site one location for each of its values: no coordinate of its own."""
     middles = torch.linspace(-6.0, 6.0, 7, dtype=torch.float64)
 
@@ -184,12 +184,12 @@ def test_a_location_that_depends_on_a_discrete_latent_stays_centred():
         pyro.sample("y", dist.Normal(theta, 2.0), obs=y)
 
     assert LogDensity(mixture, (real(1.0),)).structure.hierarchical == ()
-    with pytest.raises(ValueError, match="noncentred"):
-        LogDensity(mixture, (real(1.0),), noncentred=["theta"])
+    with pytest.raises(ValueError, match="noncentered"):
+        LogDensity(mixture, (real(1.0),), noncentered=["theta"])
 
 
-@pytest.mark.parametrize("noncentred", [False, True])
-def test_values_are_carried_over_to_other_data_whatever_the_coordinates(noncentred):
+@pytest.mark.parametrize("noncentered", [False, True])
+def test_values_are_carried_over_to_other_data_whatever_the_coordinates(noncentered):
     def regression(x: Tensor, y: Tensor | None = None) -> None:
         slope = pyro.sample("slope", dist.Normal(real(0.0), 1.0))
         tau = pyro.sample("tau", dist.HalfNormal(real(1.0)))
@@ -198,7 +198,7 @@ def test_values_are_carried_over_to_other_data_whatever_the_coordinates(noncentr
             pyro.sample("y", dist.Normal(theta, 1e-6), obs=y)
 
     x = real(0.0, 1.0, 2.0)
-    density = LogDensity(regression, (x, x), noncentred=noncentred)
+    density = LogDensity(regression, (x, x), noncentered=noncentered)
     assert density.structure.hierarchical == ("theta",)
     values = {"slope": normal(5, seed=1), "tau": 1.0 + normal(5, seed=2).abs(), "theta": normal(5, 3, seed=3)}
     drawn = predict(density, density.unconstrain(values), (x + 100.0,), {}, seed=0)
