@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 PRIOR_DRAWS = 500
 UNDRAWABLE = (NotImplementedError, RuntimeError, ValueError)  # from distributions that have no sampler
 SAMPLER_STATS = ("acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size")
+FIGURES = ("chains", "draws", "r_hat", "ess_bulk", "ess_tail", "where", "divergences")  # of another sampler's chains
 PACKAGES = ("pyro-ppl", "torch", "arviz-base", "arviz-stats")
 
 logger = logging.getLogger("pyro_flows")
@@ -148,6 +149,10 @@ def _cut(latent: Latent, z: Tensor) -> Tensor:
 
 def _used_stats(posterior: Record) -> xr.Dataset:
     """The numbers of the draws to use; those of a sampler have more of them."""
+    if posterior.of_mcmc and posterior.chains is not None:
+        log_p = posterior.used_log_p.double().reshape(posterior.chain_count, -1)
+        of_mcmc = {"lp": log_p, **posterior.chains.stats}
+        return _arviz.dataset({name: value.cpu().numpy() for name, value in of_mcmc.items()}, {})
     weights = posterior.used_log_weights
     given, chains = (posterior.used_log_p, _drawn_from(posterior), weights), posterior.chain_count
     if posterior.verdict.status != "refined" or posterior.chains is None:
@@ -249,6 +254,9 @@ def _constants(density: LogDensity) -> xr.Dataset:
 
 def _fit(posterior: Record) -> xr.Dataset:
     values: dict[str, np.ndarray] = {"status": np.array(posterior.verdict.status)}
+    if posterior.of_mcmc:
+        figures = {name: np.array(getattr(posterior.verdict.chains, name)) for name in FIGURES}
+        return _arviz.dataset(values | figures, {}, sample_dims=())
     values |= {name: np.array(getattr(posterior, name)) for name in ("k_hat", "ess", "log_evidence")}
     seconds = posterior.seconds
     if not math.isnan(seconds):
@@ -262,6 +270,7 @@ def attributes(posterior: Record) -> dict[str, str | float]:
     """Return what the object says of itself, the verdict first: numbers and strings only."""
     kind = "flow" if posterior.flow is not None else "guide"
     kind = {"corrected": "psis-resampled", "refined": "chains"}.get(posterior.verdict.status, kind)
+    kind = "mcmc" if posterior.of_mcmc else kind
     found: dict[str, str | float] = {
         "status": posterior.verdict.status,  # both first, where a display that is cut short still shows them
         "verdict": str(posterior.verdict),

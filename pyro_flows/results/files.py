@@ -56,7 +56,6 @@ def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str 
     if flow is not None:
         reason = not_rebuilt(flow)
     description = {
-        "kind": type(posterior).__name__,
         "numbers": {name: getattr(posterior, name) for name in NUMBER_FIELDS},
         "verdict": dataclasses.asdict(posterior.verdict),
         "settings": posterior.settings,
@@ -72,8 +71,6 @@ def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str 
     # copies, since views would be written with all that they are cut from
     tensors: dict[str, Any] = {name: getattr(posterior, name).detach().cpu().clone() for name in TENSOR_FIELDS}
     tensors["samples"] = {name: value.detach().cpu().clone() for name, value in posterior.samples.items()}
-    if extra := posterior._extra():
-        tensors["extra"] = extra
     state = {} if flow is None or reason else flow.state_dict()
     tensors["flow"] = {name: value.detach().cpu() for name, value in state.items()}
     if posterior.chains is not None:
@@ -86,7 +83,7 @@ def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str 
 def read(
     path: str | os.PathLike[str], model: Callable[..., Any] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Read a saved posterior: the fields of a :class:`Posterior`, its class (``kind``), what that adds (``extra``).
+    """Read a saved posterior: the fields of a :class:`Posterior`.
 
     Raises:
         ValueError: if the directory is not a saved posterior, is damaged, was written in another format version, or if
@@ -94,8 +91,6 @@ def read(
     """
     source = Path(path)
     description, contents = FILES.read(source)
-    with _reading(source, TEXT):
-        description = older.present(description)
     with seeded(0):  # parameters are made before they are read
         return _read(source, description, contents, model, args, kwargs)
 
@@ -110,6 +105,8 @@ def _read(
 ) -> dict[str, Any]:
     with _reading(source, TENSORS):
         tensors = torch.load(io.BytesIO(contents[TENSORS]), map_location="cpu", weights_only=True)
+    with _reading(source, TEXT):
+        description, tensors = older.present(description, tensors)
     with _reading(source, NETCDF):
         groups, attrs = _arrays.read(contents[NETCDF])
         stored: tuple[Any, Any] | None = (groups, older.attributes(attrs, description))
@@ -137,8 +134,6 @@ def _read(
         "missing": _missing(description, model is not None),
         "stored": stored,
         "chains": Chains(**tensors["chains"]) if "chains" in tensors else None,
-        "kind": description.get("kind", "Posterior"),
-        "extra": tensors.get("extra", {}),
     }
 
 

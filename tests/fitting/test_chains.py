@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from contextlib import nullcontext
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -12,7 +13,8 @@ import torch
 from pyro.infer import MCMC, NUTS
 
 import pyro_flows as pf
-from pyro_flows.fitting.chain_verdict import judge_chains
+from pyro_flows.correction.judging import TRIED
+from pyro_flows.verdict.mcmc import judge_mcmc
 from tests.conjugate import (
     COUNTS,
     COUNTS_LOO,
@@ -48,9 +50,9 @@ def good():
 def test_good_chains_are_ok(good):
     assert isinstance(good, pf.Posterior)
     assert good.verdict.status == "ok"
-    assert good.verdict.r_hat < 1.01
-    assert CHAINS * DRAWS / 3 < good.verdict.ess_bulk < CHAINS * DRAWS
-    assert good.effective == good.verdict.ess_bulk
+    assert good.verdict.chains.r_hat < 1.01
+    assert CHAINS * DRAWS / 3 < good.verdict.chains.ess_bulk < CHAINS * DRAWS
+    assert good.effective == good.verdict.chains.ess_bulk
     assert good.samples["theta"].shape == (CHAINS * DRAWS, SCHOOLS)
     torch.testing.assert_close(good.used_log_p, good.density(good.used))
     assert "4 chains of 1000 draws" in str(good)
@@ -88,7 +90,7 @@ def test_one_chain_is_compared_with_itself():
     found = pf.from_mcmc(school_chains(chains=1, draws=3000), schools, Y)
     assert found.verdict.status == "ok"
     assert any("one chain" in note for note in found.verdict.notes)
-    assert 0.99 < found.verdict.r_hat < 1.01
+    assert 0.99 < found.verdict.chains.r_hat < 1.01
     assert 0.99 < found.summary()["r_hat"].max() < 1.01
     moved = school_chains(chains=1, draws=3000)
     moved["theta"][0, 1500:] += 0.5
@@ -98,13 +100,13 @@ def test_one_chain_is_compared_with_itself():
 def test_the_share_of_divergences_decides():
     z = torch.randn(4, 1000, 1)
     for many, status in ((0, "ok"), (4, "ok"), (5, "unreliable")):
-        diverging = torch.zeros(4000, dtype=torch.bool)
-        diverging[:many] = True
-        verdict = judge_chains(z, torch.zeros(4000), ["x"], diverging)
+        diverging = torch.zeros(4, 1000, dtype=torch.bool)
+        diverging[1, :many] = True
+        verdict = judge_mcmc(z, torch.zeros(4, 1000), ["x"], diverging)
         assert verdict.status == status
-        assert verdict.divergences == many
+        assert verdict.chains.divergences == many / 4000
         assert ("diverged" in str(verdict)) == (many > 0)
-    assert judge_chains(z, torch.full((4000,), torch.nan), ["x"], None).status == "unreliable"
+    assert judge_mcmc(z, torch.full((4, 1000), torch.nan), ["x"], None).status == "unreliable"
 
 
 @pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")  # a few hundred effective draws
@@ -118,11 +120,12 @@ def test_pyros_own_output():
         pf.from_mcmc(mcmc, model, torch.tensor(1.0))
     mcmc.run(torch.tensor(1.0))
     found = pf.diagnose(model, mcmc, torch.tensor(1.0))
-    assert found.verdict.count == 1
-    assert isinstance(found, pf.Chains)
+    assert found.verdict.chains.chains == found.chains.count == 1
+    assert type(found) is pf.Posterior
+    assert isinstance(found.chains, pf.Chains)
     assert found.guide_name == "NUTS"
-    assert found.verdict.divergences == 0
-    assert found.stats["diverging"].shape == (600,)
+    assert found.verdict.chains.divergences == 0
+    assert found.chains.stats["diverging"].shape == (1, 600)
     torch.testing.assert_close(found.samples["mu"], mcmc.get_samples()["mu"])
     assert "diverging" in found.to_arviz(predictive=False)["sample_stats"]
 
@@ -152,7 +155,7 @@ def test_summary_and_arviz_have_chains(good):
     second = tree["posterior"]["theta"].to_numpy()[1]
     assert (second == good.samples["theta"][DRAWS : 2 * DRAWS].numpy()).all()
     assert tree.attrs["sampling"] == "mcmc"
-    assert float(tree["fit"]["r_hat"]) == good.verdict.r_hat
+    assert float(tree["fit"]["r_hat"]) == good.verdict.chains.r_hat
 
 
 def test_files_pickles_and_copies(good, tmp_path):
@@ -164,8 +167,9 @@ def test_files_pickles_and_copies(good, tmp_path):
         copy.deepcopy(good),
         copy.copy(good),
     ):
-        assert isinstance(found, pf.Chains)
-        assert found.count == CHAINS
+        assert found.of_mcmc
+        assert found.chain_count == found.chains.count == CHAINS
+        torch.testing.assert_close(found.chains.z, good.chains.z)
         assert str(found.verdict) == str(good.verdict)
         torch.testing.assert_close(found.samples, good.samples)
         with nullcontext() if "groups" not in found.missing else pytest.warns(UserWarning, match="only the groups"):
@@ -173,6 +177,48 @@ def test_files_pickles_and_copies(good, tmp_path):
         assert dict(tree["posterior"].sizes)["chain"] == CHAINS
         assert found.summary().equals(good.summary())
     assert pf.load(tmp_path / "chains", schools, Y).evidence().method == "bridge"
+
+
+def test_chains_of_format_2_are_read():
+    """They were a class of their own. Figures, chains and the sentence come back; so does the evidence, by bridge."""
+    folder = Path(__file__).parent.parent / "data" / "format_2" / "chains"
+    with pytest.warns(pf.UnreliableWarning):
+        again = [pf.load(folder), pf.load(folder, nested, Y)]
+    for found in again:
+        assert found.verdict.chains.chains == found.chain_count == 2
+        assert found.verdict.chains.draws == 100
+        assert found.verdict.chains.r_hat == pytest.approx(1.0528, abs=1e-4)
+        assert math.isnan(found.verdict.chains.divergences)
+        assert str(found.verdict).startswith("unreliable: do not use these chains. Why: R-hat 1.053 of centre[4]")
+        assert "2 chains of 100 draws; R-hat 1.053; ESS 41 in the bulk" in str(found)
+        assert torch.equal(found.chains.z.flatten(0, 1), found.z)
+        assert found.settings["noncentered"] == {}
+    with pytest.warns(pf.UnreliableWarning):
+        tree = again[1].to_arviz(predictive=False)
+    assert tree["posterior"]["centre"].shape == (2, 100, SCHOOLS)
+
+
+def nested(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("school", SCHOOLS):
+        center = pyro.sample("centre", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(center, 1.0), obs=y)
+
+
+def test_refinement_begins_at_chains_and_leaves_them_if_it_fails(good):
+    cut_short = good.refine(max_steps=1)
+    assert cut_short.verdict.status == "ok"
+    assert any(note.startswith(TRIED) for note in cut_short.verdict.notes)
+    assert cut_short.chain_count == CHAINS
+    assert cut_short.verdict.chains == good.verdict.chains
+    torch.testing.assert_close(cut_short.chains.z, good.chains.z)
+    finished = good.refine()
+    assert finished.verdict.status == "refined"
+    assert not finished.of_mcmc
+    assert finished.chain_count == 64
+    assert str(finished.verdict).startswith("refined: ")
+    assert finished.summary()["r_hat"].max() < 1.05
 
 
 def test_evidence_of_chains_is_honest():

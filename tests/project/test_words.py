@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from pyro_flows.fitting.mcmc import ChainVerdict
 from pyro_flows.verdict.chains import ChainFigures, objections
 from pyro_flows.verdict.next_step import OF_FITS, OF_MCMC, OF_MIXING, OF_WEIGHTS, next_step, next_step_of_mcmc
 from pyro_flows.verdict.verdict import Verdict
@@ -75,8 +74,9 @@ def mcmc(status):
     reasons = (
         () if status == "ok" else ("12 of 4000 transitions diverged", "effective sample size (bulk) 90 is below 400")
     )
-    figures = {"count": 4, "r_hat": 1.02, "r_hat_where": "theta[0]", "ess_bulk": 500.0, "ess_tail": 450.0}
-    return ChainVerdict(status, *[math.nan] * 5, "", reasons, NOTES, **figures, divergences=12)
+    known = {"chains": 4, "draws": 1000, "r_hat": 1.02, "ess_bulk": 500.0, "ess_tail": 450.0, "where": "theta[0]"}
+    figures = ChainFigures.of_mcmc(**known, divergences=0.003)
+    return Verdict(status, *[math.nan] * 5, "", reasons, NOTES, figures)
 
 
 VERDICTS = [
@@ -89,7 +89,7 @@ VERDICTS = [
 ]
 
 
-@pytest.mark.parametrize("found", VERDICTS, ids=lambda found: f"{type(found).__name__} {found.status}")
+@pytest.mark.parametrize("found", VERDICTS, ids=lambda found: f"{found.status}, k-hat {found.k_hat}")
 def test_verdicts_begin_with_the_status_and_have_no_long_sentence(found):
     """Reasons, notes and the figures of chains are lists, with semicolons between the items."""
     text = str(found)
