@@ -25,9 +25,10 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.nuts.samplers import INTERPRETER, METHODS, NUMPYRO, PYRO, numpyro_version
+from benchmarks.posteriors.judging import MEAN, SD, by_posterior, newest
 from benchmarks.posteriors.models import NAMES, load
 from benchmarks.posteriors.reference import ENVIRONMENT_VARIABLE, find_posteriordb
-from benchmarks.posteriors.running import KEY, MEAN, OURS, SD, Task, by_posterior, compare, full_name, newest
+from benchmarks.posteriors.running import KEY, OURS, Task, compare, full_name
 from benchmarks.records import Row
 from pyro_flows import LogDensity
 

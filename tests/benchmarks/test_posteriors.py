@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import __main__ as everything
 from benchmarks import records, tables
+from benchmarks.posteriors import judging
 from benchmarks.posteriors import running as posteriordb
 from benchmarks.posteriors.models import NAMES, eight_schools_centered, eight_schools_noncentered, load
 from benchmarks.posteriors.reference import find_posteriordb
@@ -156,18 +157,18 @@ def test_count_goes_by_the_worst_seed():
             **dict.fromkeys(("used_mean", "k_hat", "ess_ratio"), ""),
         ),
     ]
-    found = posteriordb.count(rows)
+    found = judging.count(rows)
     assert (found.posteriors, found.fits, found.failed_fits) == (4, 5, 1)
     assert (found.right_used, found.right_raw) == (2, 1)
     assert (found.small_k, found.large_ess) == (2, 3)
     assert (found.evidence_known, found.small_gap) == (3, (1, 2))
     assert found.wrong_and_ok_fits == 1
     assert (found.right_fits, found.right_and_unreliable_fits) == (2, 1)
-    assert "right in the worst seed: 2 of 4 with the draws to use, 1 with raw draws" in posteriordb.summary(rows)
+    assert "right in the worst seed: 2 of 4 with the draws to use, 1 with raw draws" in judging.summary(rows)
 
 
 def test_newest_keeps_the_version_that_was_written_last_and_no_fit_twice():
-    found = posteriordb.newest([row(version="1"), row(version="2"), row(version="2", seed=1), row(version="2")])
+    found = judging.newest([row(version="1"), row(version="2"), row(version="2", seed=1), row(version="2")])
     assert [kept["version"] for kept in found[posteriordb.OURS]] == ["2", "2"]
 
 
@@ -209,6 +210,27 @@ def test_the_version_goes_by_definitions():
     other = 'import g\n\ndef g():\n    import f\n    return 1  # one\n\ndef f():\n    """One."""\n    return g()\n'
     assert records.definitions(other) == records.definitions(plain)
     assert records.definitions(plain.replace("1", "2")) != records.definitions(plain)
+
+
+def test_the_version_does_not_go_by_paths(tmp_path):
+    """Definitions that move to another file, or to another folder, leave the version as it is; others do not."""
+    first, second = "X = 1\n\n\ndef one():\n    return X\n", "class Two:\n    number = 2\n"
+    trees = {
+        "before": {"a.py": first, "b/c.py": second},
+        "moved": {"d/e.py": first, "f.py": second},
+        "in one file": {"g/h/i.py": f"{second}\n\n{first}"},
+        "changed": {"a.py": first, "b/c.py": second.replace("2", "3")},
+        "renamed": {"a.py": first, "b/c.py": second.replace("Two", "Three")},
+        "shown": {"a.py": first, "b/c.py": second, "plots.py": "def plot():\n    pass\n"},
+    }
+    for tree, files in trees.items():
+        for name, text in files.items():
+            path = tmp_path / tree / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    found = {tree: records.code_version(tmp_path / tree) for tree in trees}
+    assert found["before"] == found["moved"] == found["in one file"] == found["shown"]
+    assert len(set(found.values())) == 3
 
 
 # ---- the ports -------------------------------------------------------------------------------------------------------
