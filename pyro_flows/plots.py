@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows._display import STATUS_COLORS
 from pyro_flows._figures import BASE, FLOW, INK, PAPER, SHOWN, panels
-from pyro_flows.flows.saved import to_json
+from pyro_flows.flows.recipe_json import to_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

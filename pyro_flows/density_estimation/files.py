@@ -32,7 +32,7 @@ from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source
 from pyro_flows.density_estimation.schedule import Plan
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import ending, with_preprocess
-from pyro_flows.flows.saved import from_json, not_rebuilt, to_json
+from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.transforms.fixed import Preprocess
 
 CHECKPOINT = b"pyro_flows density checkpoint 2\n"  # then the digest of the rest, a line, and the tensors

@@ -20,7 +20,7 @@ from pyro_flows.density_estimation.fit_density import fit_density
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import BUILDERS
 from pyro_flows.flows.recipe import with_affine as _append_affine
-from pyro_flows.flows.saved import not_rebuilt
+from pyro_flows.flows.recipe_json import not_rebuilt
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
 from pyro_flows.model.supports import WRAPPERS, is_narrower, signature, support_of

@@ -20,7 +20,7 @@ from pyro_flows._fallbacks import first_line
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.flows.saved import from_json, not_rebuilt, to_json
+from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results import older

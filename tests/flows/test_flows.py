@@ -11,7 +11,7 @@ from pyro.distributions import TransformedDistribution
 import pyro_flows as pf
 from pyro_flows.flows.flow import BASES
 from pyro_flows.flows.recipe import BUILDERS, VECTOR_BUILDERS
-from pyro_flows.flows.saved import to_json
+from pyro_flows.flows.recipe_json import to_json
 from tests.invariants import check_every_coordinate_moves, check_mass, close
 from tests.registry import FLOWS, SMALL, make_flow, normal
 

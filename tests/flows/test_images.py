@@ -10,7 +10,7 @@ from pyro.distributions import TransformedDistribution
 import pyro_flows as pf
 from pyro_flows import masks
 from pyro_flows.flows.recipe import BUILDERS
-from pyro_flows.flows.saved import to_json
+from pyro_flows.flows.recipe_json import to_json
 from pyro_flows.transforms import base
 from tests.invariants import check_path_gradient, check_score, close, jacobian
 from tests.registry import HIDDEN, IMAGE, IMAGE_FLOWS, built, make_flow, normal

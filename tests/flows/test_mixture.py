@@ -14,7 +14,7 @@ from pyro.infer.reparam import NeuTraReparam
 
 import pyro_flows as pf
 from pyro_flows.flows.mixture import Component, FlowMixture
-from pyro_flows.flows.saved import from_json, to_json
+from pyro_flows.flows.recipe_json import from_json, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 
 

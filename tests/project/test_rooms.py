@@ -164,3 +164,14 @@ def late():
     assert ("arviz", ()) not in set(imports(source, top_only=True))
     with pytest.raises(CycleError):
         list(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md", "docs/performance.md", "docs/dependencies.md"])
+def test_files_that_prose_names_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:pyro_flows|tests|benchmarks|docs|examples)/[\w/.]*)`", text))
+    rooms = "|".join(FOLDERS)
+    named |= {f"pyro_flows/{path}" for path in re.findall(rf"`((?:{rooms})/[\w/]*(?:\.py)?)`", text)}
+    missing = sorted(path for path in named if "NAME" not in path and not (ROOT / path).exists())
+    assert named
+    assert not missing
