@@ -101,7 +101,7 @@ def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) 
 
 
 def _ends(paths: Paths, own: int, units: Tensor) -> list[int]:
-    """Return the numbers of paths, counted from ``own`` on, of which at most two end at one place, the best ELBOs first.
+    """Return the numbers of paths from ``own`` on, of which at most two end at one place, the best ELBOs first.
 
     Most paths of a posterior with few modes end where others do, with the same normal.
     """

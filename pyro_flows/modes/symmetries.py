@@ -85,7 +85,6 @@ class Move:
 class Image(NamedTuple):
     """What a move makes of draws: points (S, D), whether they are inside of the support (S,), and densities there."""
 
-    move: Move
     z: Tensor
     inside: Tensor
     log_p: Tensor  # -inf outside
@@ -103,7 +102,7 @@ def images(density: LogDensity, moves: Sequence[Move], z: Tensor) -> Iterator[Im
         placed, inside = _placed(density, {name: torch.cat([values[name] for values in moved]) for name in latents})
         log_p = torch.where(inside, density(placed), -torch.inf)
         parts = (part.split(len(z)) for part in (placed, inside, log_p, density.log_jacobian(placed)))
-        yield from (Image(*image) for image in zip(group, *parts, strict=True))
+        yield from (Image(*image) for image in zip(*parts, strict=True))
 
 
 @torch.no_grad()
@@ -116,7 +115,7 @@ def moves(density: LogDensity, z: Tensor) -> list[Move]:
     """
     growing: list[tuple[Values, _Growth]] = []
     for draw in z:
-        latents = _latents(density, draw[None])
+        latents: Values = _latents(density, draw[None])
         growing += [(latents, _grown(kind)) for kind in _kinds(latents)]
     asked = [next(growth) for _, growth in growing]
     found: dict[frozenset[Unit], Move] = {}
@@ -124,7 +123,8 @@ def moves(density: LogDensity, z: Tensor) -> list[Move]:
         pairs = zip(growing, asked, strict=True)
         heights = _heights(density, [(latents, members) for (latents, _), sets in pairs for members in sets])
         parts = heights.split([len(sets) for sets in asked])
-        still, asked = [], []
+        still: list[tuple[Values, _Growth]] = []
+        asked = []
         for (latents, growth), part in zip(growing, parts, strict=True):
             try:
                 asked.append(growth.send(part))

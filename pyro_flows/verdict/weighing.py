@@ -30,9 +30,7 @@ class Weighing:
     distance: float  # the largest shift of a mean, of the draws that are possible under p
     broken: int
     heavy: Tensor | None = None  # (D,): quantiles were compared in place of moments
-    quantile_shift: float | None = (
-        None  # largest, of a quartile in sds or of a log distance between two
-    )
+    quantile_shift: float | None = None  # largest, of a quartile in sds or of a log distance between two
 
     @property
     def threshold(self) -> float:

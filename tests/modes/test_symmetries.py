@@ -40,7 +40,7 @@ def exact(density, draws):
 
     Others that do not lower it by much at one draw are found too; what they are worth is weighed later.
     """
-    together = dict.fromkeys(move for z in draws for move in moves(density, z))
+    together = dict.fromkeys(move for z in draws for move in moves(density, z[None]))
     kept = set()
     for move in together:
         there, inside = move.apply(density, draws)
