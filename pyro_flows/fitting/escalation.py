@@ -23,6 +23,7 @@ from pyro_flows.verdict.weighing import Weighing, weigh
 
 ENOUGH_K = 0.5
 ENOUGH_ESS, ENOUGH_SMALL_GAP = 0.95, 0.01  # of S and nats: unequal weights with next to no mass may have a longer tail
+EVEN_ESS = 0.98  # of S
 SEEN = 0.04  # sds: what a reader of 4000 draws sees of a mean or an sd, two and a half standard errors
 NEARLY = 1.5  # times that, where training goes on or has just ended: the noise of the sample and of the steps is in it
 ENOUGH_GAP, ENOUGH_GAP_A_DIM = 0.04, 0.0015  # nats between log evidence and ELBO: the larger one, by the dimension
@@ -49,6 +50,16 @@ class Round:
     def enough(self) -> bool:
         """Whether there is nothing left to mend: stricter than the verdict, since more rounds are to be had."""
         return self.training.converged and nothing_to_mend(self.weighing)
+
+    @property
+    def even(self) -> bool:
+        """Whether the weights of its sample are nearly the same at all draws, so that it is nowhere thin next to them.
+
+        Draws that wander about come to a place where a flow is thin only by way of places where it is somewhat thin.
+        """
+        weighing = self.weighing
+        ratio = weighing.ess / len(weighing.log_weights)
+        return ratio > EVEN_ESS and weighing.k_hat < ENOUGH_K and not weighing.broken and self.weighed
 
     @property
     def weighed(self) -> bool:

@@ -28,7 +28,6 @@ WANDERED = "wandered"
 THIN = 3.0  # nats by which the guide falls short where wanderers count
 EXACT = 1e-4  # of a log density: rounding of single precision
 SEEDS = 2  # draws at which exact moves are looked for
-EVEN, EVEN_VARIANCE = 2.0, 0.02  # largest weight over the mean one, and the variance of these ratios: ESS/S of 0.98
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,9 @@ class Search:
 
 
 def missed_modes(
-    density: LogDensity, modes: Sequence[Start], z: Tensor, log_q: Tensor, score: Score, *, seed: int = 0
-) -> Search:
+    density: LogDensity, modes: Sequence[Start], z: Tensor, log_q: Tensor, score: Score, *, seed: int = 0,
+    wandering: bool = True,
+) -> Search:  # fmt: skip
     """Search for regions that hold a good part of the mass and that a guide lacks.
 
     At its own draws, log p - log q of a guide is about the log of the mass that it covers. A region is missed if it has
@@ -61,8 +61,7 @@ def missed_modes(
        Each carries a normal distribution (``starts/pathfinder.py``), whose weighted draws tell the mass. Where they
        are too few, tempering does, in comparison with the region that the guide covers, by the same method.
     3. All draws are moved along single coordinates to further maxima: see :func:`across`.
-    4. Draws wander about under the density itself: see :func:`_wandered`. Where the weights are even, this is left
-       out: draws come to a place where the guide is thin only by way of places where it is somewhat thin.
+    4. Draws wander about under the density itself: see :func:`_wandered`.
 
     Args:
         density: log p, unnormalized.
@@ -71,6 +70,7 @@ def missed_modes(
         log_q: their log densities (S,).
         score: the guide's log density.
         seed: of the search.
+        wandering: whether the fourth is made.
     """
     z = z.to(density.dtype)
     with torch.no_grad():
@@ -78,14 +78,13 @@ def missed_modes(
     finite = torch.isfinite(weights)
     if not bool(finite.any()):
         return Search()
-    wandering = density.batched and not _even(weights)
     guide = Guide(density, score, float(weights[finite].median()))
     few = z[finite][:MOVED_DRAWS], log_q[finite][:MOVED_DRAWS]
     searches: list[Callable[[], list[Lack]]] = [lambda: climbed(guide, modes, z[finite], seed=seed)]
     if density.batched:
         searches.insert(0, lambda: _mirrored(guide, *few))
         searches.append(lambda: across(guide, *few))
-    if wandering:
+    if density.batched and wandering:
         searches.append(lambda: _wandered(guide, z[finite], weights[finite], log_q[finite], seed=seed))
     found: list[Lack] = []
     for search in searches:
@@ -94,17 +93,11 @@ def missed_modes(
         f"the search for missed modes had only {SEARCHES_UNBATCHED} starting points: the model runs draw by draw",
     )  # fmt: skip
     if not found:
-        return Search(notes=notes, contained=wandering)
+        return Search(notes=notes, contained=density.batched)
     names = sorted({_named(density, lack.place, few[0]) for lack in found})
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     what = "has too little mass" if found[0].start.name == WANDERED else "misses a mode"
     return Search(tuple(found), f"the guide {what} near {names[0]}{more}", notes)
-
-
-def _even(weights: Tensor) -> bool:
-    """Whether log weights (S,) are nearly the same at all draws, so that the guide is nowhere thin next to them."""
-    ratios = torch.softmax(weights.double(), 0) * len(weights)
-    return bool(torch.isfinite(weights).all()) and float(ratios.max()) < EVEN and float(ratios.var()) < EVEN_VARIANCE
 
 
 @torch.no_grad()
