@@ -25,6 +25,7 @@ ENOUGH_K = 0.5
 ENOUGH_ESS, ENOUGH_SMALL_GAP = 0.95, 0.01  # of S and nats: unequal weights with next to no mass may have a longer tail
 EVEN_ESS = 0.98  # of S
 SEEN = 0.04  # sds: what a reader of 4000 draws sees of a mean or an sd, two and a half standard errors
+ERRORS = 4.0  # standard errors of a weighted mean: the largest of the shifts of many coordinates has so much of noise
 NEARLY = 1.5  # times that, where training goes on or has just ended: the noise of the sample and of the steps is in it
 ENOUGH_GAP, ENOUGH_GAP_A_DIM = 0.04, 0.0015  # nats between log evidence and ELBO: the larger one, by the dimension
 JUDGED_DRAWS, LOOKED_AT_DRAWS = 20_000, 4000
@@ -94,7 +95,8 @@ def nothing_to_mend(weighing: Weighing) -> bool:
 def invisible(weighing: Weighing, *, seen: float = SEEN) -> bool:
     """Say whether nothing is to mend and weighting moves no mean, sd or quantile by what a reader would see."""
     shift = max(float(weighing.mean_shift.max()), float(weighing.sd_shift.max()), weighing.quantile_shift or 0.0)
-    return nothing_to_mend(weighing) and shift < seen
+    error = math.sqrt(max(1.0 / weighing.ess - 1.0 / len(weighing.log_weights), 0.0)) if weighing.ess else 0.0
+    return nothing_to_mend(weighing) and shift < seen + ERRORS * error
 
 
 @torch.no_grad()

@@ -71,12 +71,14 @@ def test_a_training_that_ended_too_early_goes_on(monkeypatch):
 
 INVISIBLE = [
     ({}, True),
-    ({"mean_shift": real(0.0, 0.039)}, True),
-    ({"mean_shift": real(0.0, 0.041)}, False),
-    ({"sd_shift": real(0.039, 0.0)}, True),
-    ({"sd_shift": real(0.041, 0.0)}, False),
-    ({"quantile_shift": 0.039}, True),
-    ({"quantile_shift": 0.041}, False),
+    ({"ess": 1000.0, "mean_shift": real(0.0, 0.039)}, True),
+    ({"ess": 1000.0, "mean_shift": real(0.0, 0.041)}, False),
+    ({"ess": 1000.0, "sd_shift": real(0.039, 0.0)}, True),
+    ({"ess": 1000.0, "sd_shift": real(0.041, 0.0)}, False),
+    ({"ess": 1000.0, "quantile_shift": 0.039}, True),
+    ({"ess": 1000.0, "quantile_shift": 0.041}, False),
+    ({"ess": 500.0, "quantile_shift": 0.166}, True),  # 0.04 and four standard errors of 1 / sqrt(1000)
+    ({"ess": 500.0, "quantile_shift": 0.167}, False),
     ({"log_evidence": 0.041}, False),
     ({"k_hat": 0.6}, False),
 ]
