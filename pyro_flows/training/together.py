@@ -33,7 +33,7 @@ def train_together(flows: Lockstep, *, report: Report, steady: int = STEADY, coo
         flows.step(min(1.0, (done + 1) / WARM_UP))
         done += 1
         if done % CHECK_EVERY == 0:
-            still = run.check()
+            still |= run.check()  # what comes after is the cool-down, in ``loop.train`` too
             report(done, int(still.sum()), "converging")
     why = [monitor.stationary()[1] for monitor in run.monitors]
     average: Tensor | None = None
