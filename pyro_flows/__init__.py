@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pyro_flows import datasets, interpolation, objectives, pictures, plots
 from pyro_flows._warnings import UnreliableWarning
+from pyro_flows.calibration.fit_many import fit_many
 from pyro_flows.comparison.compare import Comparison, compare
 from pyro_flows.comparison.evidence import Estimate, Evidence
 from pyro_flows.comparison.loo import Loo
@@ -91,6 +92,7 @@ __all__ = [
     "diagnose",
     "fit",
     "fit_density",
+    "fit_many",
     "from_mcmc",
     "glow",
     "interpolation",
