@@ -5,6 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pyro_flows import datasets, interpolation, objectives, pictures, plots
 from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.calibration.fit_many import fit_many
+from pyro_flows.calibration.result import Calibration
+from pyro_flows.calibration.sbc import sbc
 from pyro_flows.comparison.compare import Comparison, compare
 from pyro_flows.comparison.evidence import Estimate, Evidence
 from pyro_flows.comparison.loo import Loo
@@ -57,6 +59,7 @@ __all__ = [
     "BatchNorm",
     "Bijection",
     "Bound",
+    "Calibration",
     "Chain",
     "ChainVerdict",
     "Chains",
@@ -107,6 +110,7 @@ __all__ = [
     "prior_from",
     "prior_predictive",
     "realnvp",
+    "sbc",
     "spline",
 ]
 
