@@ -77,7 +77,9 @@ def fit_stack(plans: Sequence[Plan], densities: Sequence[LogDensity], *, seed: i
         for flow, start in zip(flows, starts, strict=True):
             start_at(flow, start.loc, start.scale)
         steps = Lockstep(stack, flows, learning_rate=STEP_SIZE, batch=BATCH)
-        trainings = train_together(steps, report=lambda done, still, state: report(_told(done, still, len(plans), state)))
+        trainings = train_together(
+            steps, report=lambda done, still, state: report(_told(done, still, len(plans), state))
+        )
         report("searches for missed modes")
         searches = missed_together(stack, flows, seed=seed)
     found = []
@@ -86,7 +88,9 @@ def fit_stack(plans: Sequence[Plan], densities: Sequence[LogDensity], *, seed: i
         report(f"verdict {number + 1} of {len(plans)}")
         density.evaluations += shared
         flow = flows[number]
-        outcome = Round(flow, unweighed(density.dim, training.elbo), training, _stage(training, starts[number], len(plans)))
+        outcome = Round(
+            flow, unweighed(density.dim, training.elbo), training, _stage(training, starts[number], len(plans))
+        )
         run = Run(0, best=outcome, kept=outcome.stage, history=[outcome.stage])
         work = Combined(runs=[run], plain=flow, sampler=flow, search=searches[number])
         with seeded(derive(plan.seed, "side by side"), density.device):

@@ -53,7 +53,10 @@ def run_all(tasks: Sequence[Task], jobs: int | None) -> Iterator[Any]:
 def _is_configured(joblib: Any) -> bool:
     """Whether the caller has chosen a backend or a number of processes."""
     parallel = joblib.Parallel()
-    return parallel.n_jobs not in (None, 1) or type(parallel._backend).__name__ not in ("LokyBackend", "SequentialBackend")
+    return parallel.n_jobs not in (None, 1) or type(parallel._backend).__name__ not in (
+        "LokyBackend",
+        "SequentialBackend",
+    )
 
 
 class FitTask:

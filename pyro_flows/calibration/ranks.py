@@ -30,7 +30,9 @@ class Ranked:
     status: str
 
 
-def ranks_of(posterior: Posterior, truth: Truth, draws: int, *, seed: int, log_density: bool, raw: bool = False) -> Ranked:
+def ranks_of(
+    posterior: Posterior, truth: Truth, draws: int, *, seed: int, log_density: bool, raw: bool = False
+) -> Ranked:
     """Rank true values among draws of a posterior: those to use, or, with ``raw``, the guide's own.
 
     Draws of chains follow one another, so that as many as needed are picked at random from all.
@@ -107,7 +109,12 @@ class GuideTask:
             with seeded(derive(self.seed, "svi")), torch.enable_grad():
                 _train(about["model"], guide, case, steps=about["steps"], learning_rate=about["learning_rate"])
             posterior = diagnose(
-                about["model"], guide, *case.args, model_kwargs=case.kwargs, draws=max(about["draws"], 100), seed=self.seed
+                about["model"],
+                guide,
+                *case.args,
+                model_kwargs=case.kwargs,
+                draws=max(about["draws"], 100),
+                seed=self.seed,
             )
             options = {"seed": self.seed, "log_density": about["log_density"]}
             return ranks_of(posterior, self.truth, about["draws"], raw=True, **options)

@@ -63,9 +63,9 @@ class Calibration:
         found = {}
         for name in names:
             values = self.ranks[_checks.choice("var_names", name, self.ranks)]
-            for index in itertools.product(*map(range, values.shape[1:])):
+            for number, index in enumerate(itertools.product(*map(range, values.shape[1:]))):
                 label = f"{name}[{', '.join(map(str, index))}]" if index else name
-                found[label] = values[(slice(None), *index)]
+                found[label] = values.reshape(len(values), -1)[:, number]
         return found
 
     # figures --------------------------------------------------------------------------------------------------------
@@ -163,7 +163,8 @@ class Calibration:
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.statuses.items())
         where = "" if self.kind == "prior" else " at the data in hand"
-        said = f"{self._sentence()}. {self.simulations} simulations{where}, ranks among {self.draws} draws of {self.method}"
+        among = f"ranks among {self.draws} draws of {self.method}"
+        said = f"{self._sentence()}. {self.simulations} simulations{where}, {among}"
         bad = self.statuses.get("unreliable", 0)
         share = f" {bad} of the fits were unreliable ({bad / self.simulations:.0%}), and are ranked too." if bad else ""
         return f"{said}; verdicts: {counts}.{share}"

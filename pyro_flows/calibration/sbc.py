@@ -22,7 +22,7 @@ from pyro_flows.calibration.fit_many import Many
 from pyro_flows.calibration.processes import check_jobs, run_all
 from pyro_flows.calibration.ranks import LOG_DENSITY, GuideTask, Ranked, SamplerTask, ranks_of
 from pyro_flows.calibration.result import Calibration, stacked
-from pyro_flows.calibration.wiring import Wiring, check_wiring, filled, wire
+from pyro_flows.calibration.wiring import check_wiring, filled, wire
 from pyro_flows.fitting.fit import MAX_SEED, fit
 from pyro_flows.flows.recipe import FlowLike
 from pyro_flows.model.batching import usable
@@ -129,9 +129,15 @@ def sbc(
     options = {"flow": flow, "layers": layers, "max_steps": max_steps, "escalate": escalate, "refine": refine}
     options["draws"] = max(draws, FIT_DRAWS)
     asked = {"kind": _checks.choice("kind", kind, ("prior", "posterior")), "log_density": bool(log_density)}
-    asked |= {"simulations": _checks.integer("simulations", simulations, 10), "draws": _checks.integer("draws", draws, 9)}
+    asked |= {
+        "simulations": _checks.integer("simulations", simulations, 10),
+        "draws": _checks.integer("draws", draws, 9),
+    }
     asked |= {"seed": _checks.integer("seed", seed, 0, MAX_SEED), "method": _method(guide, sampler)}
-    asked |= {"steps": _checks.integer("steps", steps, 1), "learning_rate": _checks.positive("learning_rate", learning_rate)}
+    asked |= {
+        "steps": _checks.integer("steps", steps, 1),
+        "learning_rate": _checks.positive("learning_rate", learning_rate),
+    }
     bar = Bar("sbc", progress)
     case = Case(usable(args), usable(dict(model_kwargs or {})))
     with alone():
@@ -241,9 +247,7 @@ def _batches(
             if all(number in kept.done for number in numbers):
                 continue
             yield {
-                number: ranks_of(
-                    posterior, simulated.truth(number), draws, seed=seeds[number], log_density=log_density
-                )
+                number: ranks_of(posterior, simulated.truth(number), draws, seed=seeds[number], log_density=log_density)
                 for number, posterior in many.fits(numbers, bar)
             }
         return

@@ -25,7 +25,7 @@ HOW = "Say which argument holds it: data={'site': 'argument'}"
 
 @dataclass(frozen=True)
 class Place:
-    """Where an observed site stands: a leaf of the arguments, and the part of it, as torch's ``as_strided`` takes it."""
+    """Where an observed site stands: a leaf of the arguments, and the part of it, as ``as_strided`` takes it."""
 
     site: str
     leaf: int
@@ -128,7 +128,7 @@ def _shared(value: Tensor, leaf: Tensor) -> tuple[tuple[int, ...], tuple[int, ..
     overlaps = any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
     if overlaps or copy.stride() != leaf.stride() or not value.numel():
         return None
-    offset = value.storage_offset() - leaf.storage_offset()
+    offset = int(value.storage_offset()) - int(leaf.storage_offset())
     reach = offset + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     return (tuple(value.shape), value.stride(), offset) if offset >= 0 and reach < leaf.numel() else None
 
@@ -145,8 +145,9 @@ def _leaf_names(density: LogDensity, case: Case) -> list[str]:
     signature = signature or [f"argument {number}" for number in range(len(case.args))]
     found = []
     for path, _ in tree_flatten_with_path((case.args, case.kwargs))[0]:
-        which, first, *rest = path
-        name = signature[first.idx] if which.idx == 0 else first.key
+        keys: Any = path
+        which, first, *rest = keys
+        name = signature[first.idx] if which.idx == 0 else str(first.key)
         found.append(name + "".join(map(str, rest)))
     return found
 
@@ -170,7 +171,9 @@ def filled(model: Callable[..., Any], case: Case, data: Mapping[str, Any] | None
         return case
     with seeded(0), apart(), torch.no_grad():
         drawn = messages(poutine.trace(model).get_trace(*case.args, **case.kwargs))
-    sites = {name: site["value"] for name, site in drawn.items() if site["type"] == "sample" and not site["is_observed"]}
+    sites = {
+        name: site["value"] for name, site in drawn.items() if site["type"] == "sample" and not site["is_observed"]
+    }
     told = {argument: site for site, argument in (data or {}).items()}
     for name in empty:
         order = sorted(sites, key=lambda site: (site != told.get(name), site != name))

@@ -43,9 +43,7 @@ class Recorder:
         given: tensors that the function takes after the points: inputs of the graphs, not constants.
     """
 
-    def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], numbers: int, given: Sequence[Tensor] = ()
-    ) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], numbers: int, given: Sequence[Tensor] = ()) -> None:
         self._function, self.given = function, tuple(given)
         self.rows = rows_for(numbers)
         self.reason: str | None = None

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._C import _functorch
 
 from pyro_flows.graphs.graph import copy_graph
 from pyro_flows.graphs.record import record
 
 _aten = torch.ops.aten
+_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 
 
 def stacked(module: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:

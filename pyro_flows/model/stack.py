@@ -186,7 +186,9 @@ class Stack:
 def signature(density: LogDensity) -> tuple[Any, ...]:
     """Return what data sets have to agree in to be stacked: coordinates, shapes and everything but numbers."""
     structure = density.structure
-    latents = tuple((x.name, x.shape, x.unconstrained_shape, x.offset, x.size, x.mask is None) for x in structure.latents)
+    latents = tuple(
+        (x.name, x.shape, x.unconstrained_shape, x.offset, x.size, x.mask is None) for x in structure.latents
+    )
     leaves, form = tree_flatten((density.args, density.kwargs))
     shapes = tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     observed = tuple((name, tuple(value.shape)) for name, value in structure.observed.items())

@@ -126,7 +126,7 @@ def worth_tempering(
 
 
 def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempered) -> list[Lack]:
-    """Return the places with a good part of the mass, by tempering from the guide's own region (first) and from them."""
+    """Return the places with a good part of the mass, by tempering from the guide's own region, first, and there."""
     density = guide.density
     covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
     found = []

@@ -38,7 +38,7 @@ class Tempered(NamedTuple):
 
 
 @torch.no_grad()
-def temper(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Tempered:
+def temper(density: LogDensity | Stack, gaussians: Gaussians, *, seed: int) -> Tempered:
     """Carry points from each of K normals to the density. Cost: 48 x 200 gradients for each."""
     count, dim = gaussians.loc.shape
     with seeded(seed, density.device):
@@ -62,9 +62,7 @@ def wander(density: LogDensity, z: Tensor, units: Tensor, *, seed: int) -> tuple
 
 
 @torch.no_grad()
-def wander_together(
-    density: LogDensity | Stack, z: Tensor, units: Tensor, *, seed: int
-) -> tuple[Tensor, Tensor]:
+def wander_together(density: LogDensity | Stack, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
     """Do the same with points (K, S, D) of K data sets at once, in ``units`` (K, D) or (K, D, D) of their own."""
     identity = torch.ones(len(z), z.shape[2], dtype=z.dtype, device=z.device)
     none = torch.zeros(len(z), z.shape[2], 1, dtype=z.dtype, device=z.device)

@@ -13,7 +13,16 @@ from pyro_flows.model.stack import Stack
 from pyro_flows.modes.climbs import Doubtful, _weighed, heavier, units_of, worth_tempering
 from pyro_flows.modes.lacks import SHARE, Guide, Lack, moments
 from pyro_flows.modes.lines import across
-from pyro_flows.modes.missed_modes import MOVED_DRAWS, THIN, WANDERED, Search, _is_resolved, _mirrored, sentence_on, share_error
+from pyro_flows.modes.missed_modes import (
+    MOVED_DRAWS,
+    THIN,
+    WANDERED,
+    Search,
+    _is_resolved,
+    _mirrored,
+    sentence_on,
+    share_error,
+)
 from pyro_flows.modes.tempering import Tempered, temper, wander_together
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder

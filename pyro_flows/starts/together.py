@@ -1,4 +1,4 @@
-"""Starts for many data sets of one model at once: Pathfinder's Gaussians and Laplace approximations, the best of each."""
+"""Starts for many data sets of one model at once: the best of Pathfinder's Gaussians and Laplace approximations."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def _candidates(stack: Stack, points: Tensor, *, seed: int) -> Candidates:
     paths = pathfinder(stack, points, frames, seed=seed)
     loc, scale = paths.best.loc, lower_triangular(paths.best.scale())
     roots = lower_triangular(inverse_roots(stack, paths.ends)[0])
-    places, scales = ([part.unflatten(0, (len(stack), -1)) for part in two] for two in ((loc, paths.ends), (scale, roots)))
+    places, scales = (
+        [part.unflatten(0, (len(stack), -1)) for part in two] for two in ((loc, paths.ends), (scale, roots))
+    )
     names = ("pathfinder",) * places[0].shape[1] + ("laplace",) * places[0].shape[1]
     return Candidates(torch.cat(places, 1), torch.cat(scales, 1), names)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -183,7 +182,7 @@ class Lockstep:
     def write(self) -> None:
         """Hand the weights to the flows."""
         for flow, row in zip(self.flows, self.weights, strict=True):
-            trained = [part for part in flow.parameters() if part.requires_grad]
+            trained: list[Tensor] = [part for part in flow.parameters() if part.requires_grad]
             torch._foreach_copy_(trained, self._cut(row))
 
 

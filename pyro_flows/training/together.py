@@ -105,7 +105,9 @@ class _Together:
                 elbo=float(elbos[number]),
                 converged=settled,
                 moving=not settled and self.monitors[number].restless,
-                why=f"converged: {why[number]}" if settled else f"training did not converge in {steps} steps ({why[number]})",
+                why=f"converged: {why[number]}"
+                if settled
+                else f"training did not converge in {steps} steps ({why[number]})",
                 skipped=skipped[number],
                 falls=int(self.falls[number]),
             )
