@@ -36,7 +36,9 @@ FIELDS = (
 def run(name: str, method: str, simulations: int) -> tuple[pf.Calibration, float]:
     """Return what one method comes to on one model, and its seconds of processor time."""
     model, args = MODELS[name]
-    options: dict[str, Any] = {"guide": AutoNormal, "steps": 1500} if method == "AutoNormal" else {}
+    options: dict[str, Any] = (
+        {"guide": AutoNormal, "steps": 500, "learning_rate": 0.03} if method == "AutoNormal" else {}
+    )
     options |= {"together": method == "together", "simulations": simulations, "progress": False}
     torch.set_num_threads(1)
     began = time.process_time()
@@ -84,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=type(OUT), default=OUT)
     options = parser.parse_args(arguments)
     version = records.code_version()
-    done = {(row["model"], row["method"], row["simulations"], row["version"]) for row in records.start(options.out, FIELDS)}
+    done = {
+        (row["model"], row["method"], row["simulations"], row["version"]) for row in records.start(options.out, FIELDS)
+    }
     for name in options.only:
         for method in options.method:
             if (name, method, str(options.simulations), version) in done:

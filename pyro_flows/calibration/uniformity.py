@@ -101,12 +101,21 @@ def symmetry(ranks: np.ndarray, draws: int) -> float:
     1802.02538), who compare p and 1 - p.
     """
     away = ranks - 0.5 * draws
+    away = away[away != 0.0]
+    if not len(away):
+        return 1.0
     order = np.argsort(-np.abs(away), kind="stable")
-    signs = np.sign(away[order])
+    found = np.abs(np.sign(away[order]).cumsum()).max()
+    null = _walks(len(away))
+    return float((1 + len(null) - np.searchsorted(null, found)) / (1 + len(null)))
+
+
+@lru_cache(maxsize=32)
+def _walks(steps: int) -> np.ndarray:
+    """Return how far random walks of so many steps get from where they began, in order."""
     generator = np.random.default_rng(0)
-    found = np.abs(signs.cumsum()).max()
-    larger = 0
+    found = []
     for _ in range(FLIPPED // CHUNK):
-        flips = generator.choice([-1.0, 1.0], size=(CHUNK, len(signs)))
-        larger += int((np.abs((flips * signs).cumsum(1)).max(1) >= found).sum())
-    return (1 + larger) / (1 + FLIPPED)
+        flips = 2 * generator.integers(0, 2, size=(CHUNK, steps), dtype=np.int32) - 1
+        found.append(np.abs(flips.cumsum(1)).max(1))
+    return np.sort(np.concatenate(found))

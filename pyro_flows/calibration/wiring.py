@@ -59,7 +59,7 @@ def wire(density: LogDensity, case: Case, data: Mapping[str, Any] | None) -> Wir
     Raises:
         ValueError: naming the site, if no argument or several hold it, or the caller named what does not fit.
     """
-    names = _leaf_names(density, case)
+    names, positions = _leaf_names(density, case)
     leaves = tree_flatten((case.args, case.kwargs))[0]
     observed = density.structure.observed
     unknown = [site for site in data or {} if site not in observed]
@@ -69,17 +69,19 @@ def wire(density: LogDensity, case: Case, data: Mapping[str, Any] | None) -> Wir
     found = []
     for site, value in observed.items():
         if data is not None and site in data:
-            found.append(_told(site, value, data[site], names, leaves))
+            found.append(_told(site, value, data[site], names, positions, leaves))
         else:
             found.append(_found(site, value, names, leaves))
     return Wiring(case, tuple(found))
 
 
-def _told(site: str, value: Tensor, argument: Any, names: list[str], leaves: list[Any]) -> Place:
+def _told(
+    site: str, value: Tensor, argument: Any, names: list[str], positions: Mapping[int, str], leaves: list[Any]
+) -> Place:
     """Return the place that the caller named: an argument's name, or the number of a positional one."""
-    wanted = f"argument {argument}" if isinstance(argument, int) else str(argument)
-    leaf = names.index(wanted) if wanted in names else argument if isinstance(argument, int) else -1
-    if not 0 <= leaf < len(leaves) or not isinstance(leaves[leaf], Tensor):
+    wanted = positions.get(argument) if isinstance(argument, int) else str(argument)
+    leaf = names.index(wanted) if wanted in names else -1
+    if leaf < 0 or not isinstance(leaves[leaf], Tensor):
         known = ", ".join(repr(name) for name, part in zip(names, leaves, strict=True) if isinstance(part, Tensor))
         raise ValueError(f"data[{site!r}]: expected an argument that is a tensor ({known}), got {argument!r}.")
     if leaves[leaf].numel() == value.numel():
@@ -133,23 +135,25 @@ def _shared(value: Tensor, leaf: Tensor) -> tuple[tuple[int, ...], tuple[int, ..
     return (tuple(value.shape), value.stride(), offset) if offset >= 0 and reach < leaf.numel() else None
 
 
-def _leaf_names(density: LogDensity, case: Case) -> list[str]:
-    """Return the name of each leaf of the arguments: ``y``, ``batch['y']``, ``argument 0``."""
+def _leaf_names(density: LogDensity, case: Case) -> tuple[list[str], dict[int, str]]:
+    """Return the name of each leaf of the arguments, ``y``, ``batch['y']``, ``argument 0``, and those by position."""
     signature: list[str] = []
     with suppress(TypeError, ValueError):
-        bound = inspect.signature(density.model).bind(*case.args)
+        bound = inspect.signature(density.model).bind_partial(*case.args)
         kinds = inspect.signature(density.model).parameters
         for name, value in bound.arguments.items():
             many = kinds[name].kind is inspect.Parameter.VAR_POSITIONAL
             signature += [f"argument {len(signature) + number}" for number in range(len(value))] if many else [name]
     signature = signature or [f"argument {number}" for number in range(len(case.args))]
-    found = []
+    found, positions = [], {}
     for path, _ in tree_flatten_with_path((case.args, case.kwargs))[0]:
         keys: Any = path
         which, first, *rest = keys
         name = signature[first.idx] if which.idx == 0 else str(first.key)
         found.append(name + "".join(map(str, rest)))
-    return found
+        if which.idx == 0 and not rest:
+            positions[first.idx] = found[-1]
+    return found, positions
 
 
 # obs=None -------------------------------------------------------------------------------------------------------------

@@ -95,7 +95,9 @@ def test_looks_are_at_the_present_weights():
         expected = flow.bijection.forward_and_ladj(flows._noise)[0]
         torch.testing.assert_close(z[number], expected, rtol=1e-3, atol=1e-3)
         density = LogDensity(regression, data_sets(3)[number])
-        torch.testing.assert_close(log_weights[number], density(expected) - flow.log_prob(expected), rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(
+            log_weights[number], density(expected) - flow.log_prob(expected), rtol=1e-3, atol=1e-2
+        )
 
 
 def test_a_flow_that_falls_goes_back_and_the_others_go_on():
