@@ -90,7 +90,7 @@ class Lockstep:
                 whole = stacked(module, *inputs)
         except RuntimeError as error:
             raise NotStackable(f"a training step cannot be batched: {error}".splitlines()[0]) from error
-        return Runner(whole, compile=None if self.stack.clock.compiles else False)
+        return Runner(whole, compile=False)  # a batch takes too few steps to pay for a compiler
 
     def _states(self, passes: Passes) -> list[Tensor | int]:
         """Return the flows' states, stacked; trained parameters as their number, since they are parts of the weights.

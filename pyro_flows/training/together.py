@@ -61,12 +61,14 @@ class _Together:
 
     def elbos(self) -> Tensor:
         """Return the ELBO (K,) of each flow on the common base points, without the lowest terms."""
-        return torch.tensor([Monitor().add(z, terms) for z, terms in zip(*self.flows.look(), strict=True)])
+        found = [Monitor().add(z, terms) for z, terms in zip(*self.flows.look(), strict=True)]
+        return torch.tensor(found, dtype=torch.float64)
 
     def check(self) -> Tensor:
         """Look at all flows; return which stand still (K,)."""
         looks = zip(self.monitors, *self.flows.look(), strict=True)
-        self.rescue(torch.tensor([monitor.add(z, log_weights) for monitor, z, log_weights in looks]))
+        found = [monitor.add(z, log_weights) for monitor, z, log_weights in looks]
+        self.rescue(torch.tensor(found, dtype=torch.float64))
         return torch.tensor([monitor.stationary()[0] for monitor in self.monitors])
 
     def rescue(self, elbos: Tensor) -> None:
