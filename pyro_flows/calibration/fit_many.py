@@ -73,7 +73,7 @@ def fit_many(
         shorter one. ``settings["side_by_side"]`` tells with how many others a fit shared its steps.
 
     Raises:
-        ValueError: before any work, for a bad option; for data that the model cannot be fitted to, naming their number.
+        ValueError: before any work, for a bad option; for data that the model cannot be fitted to, with their number.
         ImportError: for several processes without joblib.
 
     Cost: for small models about a tenth of as many calls of :func:`fit`; memory for 128 data sets at a time.
@@ -160,10 +160,10 @@ class Many:
                     again.remove(number)
                     yield number, posterior
         bar.watch("fits one by one")
-        seeds = [derive(self.seed, f"data set {number}") for number in again]
-        cases = [self.cases[number] for number in again]
+        seeds = {number: derive(self.seed, f"data set {number}") for number in again}
+        cases = {number: self.cases[number] for number in again}
         options = {name: value for name, value in self.options.items() if value is not None}
-        yield from zip(again, fit_each(self.model, cases, options, seeds, self.jobs), strict=True)
+        yield from fit_each(self.model, cases, options, seeds, self.jobs)
 
     def _side_by_side(self, numbers: Sequence[int], bar: Bar) -> list[Posterior]:
         """Fit a batch side by side; nothing if that cannot be done."""

@@ -62,25 +62,30 @@ def _is_configured(joblib: Any) -> bool:
 class FitTask:
     """One fit, as a value that can be sent to another process."""
 
-    def __init__(self, model: Callable[..., Any], case: Case, options: Mapping[str, Any], seed: int) -> None:
-        self.model, self.case, self.options, self.seed = model, case, dict(options), seed
+    def __init__(
+        self, model: Callable[..., Any], number: int, case: Case, options: Mapping[str, Any], seed: int
+    ) -> None:
+        self.model, self.number, self.case, self.options, self.seed = model, number, case, dict(options), seed
 
     def __call__(self) -> Posterior:
         case, options = self.case, {"progress": False, "raise_on_interrupt": True, **self.options}
-        return fit(self.model, *case.args, model_kwargs=case.kwargs, seed=self.seed, **options)
+        try:
+            return fit(self.model, *case.args, model_kwargs=case.kwargs, seed=self.seed, **options)
+        except ValueError as error:
+            raise ValueError(f"data[{self.number}]: {error}") from error
 
 
 def fit_each(
     model: Callable[..., Any],
-    cases: Sequence[Case],
+    cases: Mapping[int, Case],
     options: Mapping[str, Any],
-    seeds: Sequence[int],
+    seeds: Mapping[int, int],
     jobs: int | None,
-) -> Iterator[Posterior]:
-    """Yield the posterior of each data set in turn, with its model."""
-    tasks = [FitTask(model, case, options, seed) for case, seed in zip(cases, seeds, strict=True)]
-    for case, posterior in zip(cases, run_all(tasks, jobs), strict=True):
-        yield posterior if posterior.density is not None else with_model(posterior, model, case)
+) -> Iterator[tuple[int, Posterior]]:
+    """Yield the number and the posterior of each data set in turn, with its model."""
+    tasks = [FitTask(model, number, case, options, seeds[number]) for number, case in cases.items()]
+    for (number, case), posterior in zip(cases.items(), run_all(tasks, jobs), strict=True):
+        yield number, posterior if posterior.density is not None else with_model(posterior, model, case)
 
 
 def with_model(posterior: Posterior, model: Callable[..., Any], case: Case) -> Posterior:

@@ -207,12 +207,13 @@ def _sorted_out(densities: Sequence[LogDensity]) -> tuple[Any, list[int], list[t
         raise NotStackable(densities[0].reason or "the model runs draw by draw")
     if any(density.parameters() for density in densities):
         raise NotStackable("the model has parameters of its own")
-    if any(latent.mask is not None for latent in first.structure.latents):
-        raise NotStackable("the model masks latents")
     key = signature(first)
     for density in densities:
         if signature(density) != key:
             raise NotStackable("data sets differ in shapes, or in values that are no tensors")
+        for one, other in zip(density.structure.latents, first.structure.latents, strict=True):
+            if one.mask is not None and other.mask is not None and not torch.equal(one.mask, other.mask):
+                raise NotStackable(f"masks leave other entries of {one.name!r} in different data sets")
     leaves = [tree_flatten((density.args, density.kwargs))[0] for density in densities]
     form = tree_flatten((first.args, first.kwargs))[1]
     where = [place for place, parts in enumerate(zip(*leaves, strict=True)) if _differ(parts)]

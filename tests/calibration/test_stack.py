@@ -130,13 +130,20 @@ def test_models_that_run_draw_by_draw_are_refused():
         Stack(densities)
 
 
-def test_missing_values_are_data_like_others():
+@pytest.mark.parametrize("alike", [True, False])
+def test_missing_values_have_to_be_in_the_same_places(alike):
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         with pyro.plate("row", 3):
             pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.nan_to_num(y), obs_mask=~y.isnan())
 
-    sets = [torch.tensor([1.0, torch.nan, 2.0]), torch.tensor([torch.nan, 0.0, -1.0])]
-    stack, own = Stack([LogDensity(model, (y,)) for y in sets]), [LogDensity(model, (y,)) for y in sets]
-    z = torch.tensor([[0.3], [0.4], [0.3], [0.4]])
+    sets = [torch.tensor([1.0, torch.nan, 2.0]), torch.tensor([-1.0, torch.nan, 0.0])]
+    sets = sets if alike else [sets[0], sets[1].flip(0)[[1, 0, 2]]]
+    own = [LogDensity(model, (y,)) for y in sets]
+    if not alike:
+        with pytest.raises(NotStackable, match="masks leave other entries"):
+            Stack(own)
+        return
+    stack = Stack([LogDensity(model, (y,)) for y in sets])
+    z = torch.linspace(-1.0, 1.0, 4 * stack.dim).reshape(4, -1)
     torch.testing.assert_close(stack(z), torch.cat([own[0](z[:2]), own[1](z[2:])]))
