@@ -80,9 +80,14 @@ Progress = Annotated[bool | None, typer.Option(help="Show a progress bar; by def
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 FlowName = Annotated[str, typer.Option(help=f"Kind of flow: {', '.join(sorted(VECTOR_BUILDERS))}.")]
 Layers = Annotated[int | None, typer.Option(min=1, help="Number of layers; the default depends on the flow.")]
+Draws = Annotated[int, typer.Option(min=100, help="Number of posterior draws.")]
+Runs = Annotated[int, typer.Option(min=1, help="Number of independent runs, which are then compared.")]
 StepsOrNot = Annotated[
     int | None,
     typer.Option(min=1, help="Largest number of optimization steps; by default 6000, more in many dimensions."),
+]
+Escalate = Annotated[
+    bool, typer.Option(help="If the first round is not good enough, try a larger batch and more layers.")
 ]
 Refine = Annotated[bool, typer.Option(help="Run Markov chains from the flow's draws if weights cannot correct these.")]
 TrainModel = Annotated[
@@ -121,14 +126,12 @@ def fit_command(
     out: Out,
     flow: FlowName = "realnvp",
     layers: Layers = None,
-    draws: Annotated[int, typer.Option(min=100, help="Number of posterior draws.")] = 4000,
-    runs: Annotated[int, typer.Option(min=1, help="Number of independent runs, which are then compared.")] = 1,
+    draws: Draws = 4000,
+    runs: Runs = 1,
     seed: Seed = 0,
     max_steps: StepsOrNot = None,
     max_seconds: Seconds = None,
-    escalate: Annotated[
-        bool, typer.Option(help="If the first round is not good enough, try a larger batch and more layers.")
-    ] = True,
+    escalate: Escalate = True,
     refine: Refine = True,
     train_model: TrainModel = False,
     progress: Progress = None,
@@ -205,7 +208,7 @@ def _shown(progress: bool | None) -> bool:
 
 
 def eight_schools(y: Tensor, sigma: Tensor) -> None:
-    """Effects of coaching in eight schools, non-centred (Rubin 1981)."""
+    """Effects of coaching in eight schools, non-centered (Rubin 1981)."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("school", len(y)):

@@ -28,7 +28,7 @@ PANEL = 1.9  # inches
 
 
 def plot_layers(flow: Flow, *, count: int = 3000, seed: int = 0, layers: Sequence[int] | None = None) -> Figure:
-    """Draw what each layer of a flow in two dimensions does to draws of the base, coloured by where they started.
+    """Draw what each layer of a flow in two dimensions does to draws of the base, colored by where they started.
 
     Args:
         flow: a flow of two dimensions without context.
@@ -51,10 +51,10 @@ def plot_layers(flow: Flow, *, count: int = 3000, seed: int = 0, layers: Sequenc
         clouds = [x]
         for layer in stack:
             clouds.append(layer.forward_and_ladj(clouds[-1])[0])
-    colours = _wheel(x)
+    colors = _wheel(x)
     figure, grid = _squares(len(shown), columns=min(len(shown), 6))
     for axes, layer in zip(grid, shown, strict=True):
-        _cloud(axes, clouds[layer], colours)
+        _cloud(axes, clouds[layer], colors)
         axes.set_title("base" if layer == 0 else f"layer {layer}", fontsize=9, color=INK)
     return figure
 
@@ -69,8 +69,8 @@ def plot_points(points: Tensor, data: Tensor | None = None) -> Figure:
     if any(cloud.dim() != 2 or cloud.shape[1] != 2 for cloud in clouds):
         raise ValueError(f"points: expected shape (N, 2), got {[tuple(cloud.shape) for cloud in clouds]}.")
     figure, grid = _squares(len(clouds), columns=len(clouds), size=3.2)
-    for axes, cloud, colour, name in zip(grid, clouds[::-1], (FLOW, BASE), ("flow", "data"), strict=False):
-        _cloud(axes, cloud, colour)
+    for axes, cloud, color, name in zip(grid, clouds[::-1], (FLOW, BASE), ("flow", "data"), strict=False):
+        _cloud(axes, cloud, color)
         axes.set_title(name, fontsize=9, color=INK)
     return figure
 
@@ -120,7 +120,7 @@ def plot_nearest(
     image_shape: Sequence[int] | None = None,
     levels: float = 1.0,
 ) -> Figure:
-    """Draw each sample (left) and the training images nearest to it: has the flow learnt its data by heart?"""
+    """Draw each sample (left) and the training images nearest to it: has the flow learned its data by heart?"""
     found = training[nearest(samples, training, count=count).to(training.device)].to(samples)
     rows = torch.cat([samples.unsqueeze(1), found], 1)
     return plot_images(rows.flatten(0, 1), image_shape, columns=count + 1, levels=levels)
@@ -185,10 +185,10 @@ def _squares(count: int, *, columns: int, size: float = PANEL) -> tuple[Figure, 
     return panels(count, columns=columns, size=(size * columns, (size + 0.2) * math.ceil(count / columns)))
 
 
-def _cloud(axes: Axes, points: Tensor, colours: Any) -> None:
+def _cloud(axes: Axes, points: Tensor, colors: Any) -> None:
     values = points.detach().double().cpu().numpy()
     finite = values[np.isfinite(values).all(-1)]
-    kept = colours if isinstance(colours, str) else colours[np.isfinite(values).all(-1)]
+    kept = colors if isinstance(colors, str) else colors[np.isfinite(values).all(-1)]
     axes.scatter(finite[:, 0], finite[:, 1], s=2.0, c=kept, linewidths=0, alpha=0.7, rasterized=True)
     if len(finite):
         low, high = np.quantile(finite, SHOWN, axis=0)
@@ -199,7 +199,7 @@ def _cloud(axes: Axes, points: Tensor, colours: Any) -> None:
 
 
 def _wheel(points: Tensor) -> np.ndarray:
-    """A colour for each point by its direction, paler towards the centre."""
+    """A color for each point by its direction, paler towards the center."""
     from matplotlib.colors import hsv_to_rgb
 
     values = points.detach().double().cpu().numpy()

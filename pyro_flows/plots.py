@@ -15,9 +15,9 @@ import numpy as np
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._display import STATUS_COLOURS
+from pyro_flows._display import STATUS_COLORS
 from pyro_flows._figures import BASE, FLOW, INK, PAPER, SHOWN, panels
-from pyro_flows.flows.saved import to_json
+from pyro_flows.flows.recipe_json import to_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ Transform = Mapping[str, Callable[[Tensor], Tensor]]
 
 
 def plot_elbo(posterior: Record) -> Figure:
-    """Draw the ELBO of each optimisation step, with a running median.
+    """Draw the ELBO of each optimization step, with a running median.
 
     The vertical axis is chosen by the second half of the run, so that wild first steps do not flatten the rest.
 
@@ -50,7 +50,7 @@ def plot_elbo(posterior: Record) -> Figure:
     """
     elbo = -posterior.losses.detach().double().cpu().numpy()
     if not len(elbo):
-        raise ValueError("posterior: expected one with optimisation steps, got none (diagnose does not optimise).")
+        raise ValueError("posterior: expected one with optimization steps, got none (diagnose does not optimize).")
     figure, (axes,) = panels(1, size=(7.0, 3.6))
     steps = np.arange(1, len(elbo) + 1)
     axes.plot(steps, elbo, color=FLOW, alpha=0.3, linewidth=0.6, label="each step")
@@ -69,7 +69,7 @@ def plot_elbo(posterior: Record) -> Figure:
         )
     axes.set_ylim(*_elbo_limits(elbo, posterior.elbo))
     axes.set_xlim(1, max(len(elbo), 2))
-    axes.set_xlabel("optimisation step")
+    axes.set_xlabel("optimization step")
     axes.set_ylabel("ELBO (nats)")
     axes.legend(loc="lower right", frameon=False, fontsize=8)
     _title(axes, posterior, "Evidence lower bound")
@@ -77,7 +77,7 @@ def plot_elbo(posterior: Record) -> Figure:
 
 
 def _running_median(values: np.ndarray) -> np.ndarray:
-    """Median over a centred window of a twenty-fifth of the run, shorter at both ends."""
+    """Median over a centered window of a twenty-fifth of the run, shorter at both ends."""
     half = max(1, round(WINDOW_SHARE * len(values) / 2))
     padded = np.pad(np.where(np.isfinite(values), values, np.nan), half, constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
@@ -243,9 +243,9 @@ def _regions(axes: Axes, points: np.ndarray, label: str) -> None:
     at_points = np.concatenate([density[cells[:, 0], cells[:, 1]], np.zeros(np.count_nonzero(~inside))])
     levels = sorted({float(level) for level in np.quantile(at_points, [0.1, 0.5])}) if len(finite) else []
     if len(levels) == 2 and levels[0] > 0:
-        centres = [(edges[1:] + edges[:-1]) / 2 for edges in (across, upwards)]
-        axes.contourf(*centres, density.T, levels=[*levels, np.inf], colors=[BASE, BASE], alpha=0.15, zorder=0)
-        axes.contour(*centres, density.T, levels=levels, colors=[BASE], linewidths=1.2, zorder=3)
+        centers = [(edges[1:] + edges[:-1]) / 2 for edges in (across, upwards)]
+        axes.contourf(*centers, density.T, levels=[*levels, np.inf], colors=[BASE, BASE], alpha=0.15, zorder=0)
+        axes.contour(*centers, density.T, levels=levels, colors=[BASE], linewidths=1.2, zorder=3)
     axes.plot([], [], color=BASE, linewidth=1.2, label=label)
 
 
@@ -280,9 +280,9 @@ def _guide_label(posterior: Record) -> str:
 def _title(axes: Axes, posterior: Record, text: str) -> None:
     status = posterior.verdict.status
     axes.set_title(text, loc="left", fontsize=10, color=INK, fontweight="bold")
-    axes.set_title(f"verdict: {status}", loc="right", fontsize=9, color=STATUS_COLOURS[status])
+    axes.set_title(f"verdict: {status}", loc="right", fontsize=9, color=STATUS_COLORS[status])
 
 
 def _heading(figure: Figure, posterior: Record, text: str) -> None:
     status = posterior.verdict.status
-    figure.suptitle(f"{text} · verdict: {status}", fontsize=10, color=STATUS_COLOURS[status], fontweight="bold")
+    figure.suptitle(f"{text} · verdict: {status}", fontsize=10, color=STATUS_COLORS[status], fontweight="bold")

@@ -45,7 +45,7 @@ def test_elbo_range_is_not_ruled_by_the_first_steps(ok):
     low, high = axes.get_ylim()
     assert -17 < low < -15.4
     assert -15.0 < high < -14
-    assert axes.get_xlabel() == "optimisation step"
+    assert axes.get_xlabel() == "optimization step"
     assert axes.get_ylabel() == "ELBO (nats)"
     steps, median, _ = axes.lines
     assert len(steps.get_xdata()) == len(median.get_xdata()) == 500
@@ -62,7 +62,7 @@ def test_elbo_of_short_and_broken_runs(ok, losses, tmp_path):
 
 def test_elbo_needs_steps(ok):
     with pytest.raises(
-        ValueError, match=r"expected one with optimisation steps, got none \(diagnose does not optimise\)"
+        ValueError, match=r"expected one with optimization steps, got none \(diagnose does not optimize\)"
     ):
         plots.plot_elbo(ok)
 

@@ -1,6 +1,6 @@
 """Write the section on calibration of ``docs/performance.md`` from the CSV file.
 
-    python -m benchmarks.calibration.tables
+python -m benchmarks.calibration.tables
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ def section(rows: Sequence[records.Row]) -> str:
 def _line(row: records.Row) -> list[str]:
     each = float(row["cpu_seconds"]) / int(row["simulations"])
     what = {"together": "fit, side by side", "one by one": "fit, one by one"}.get(row["method"], row["method"])
-    columns = [row["model"], what, row["simulations"], f"{float(row['cpu_seconds']):.0f}", f"{each:.2f}", row["p_value"]]
+    columns = [
+        row["model"],
+        what,
+        row["simulations"],
+        f"{float(row['cpu_seconds']):.0f}",
+        f"{each:.2f}",
+        row["p_value"],
+    ]
     return [*columns, f"{row['smallest_p']}, {row['at']}", row["coverage_50"], row["coverage_95"], row["verdicts"]]
 
 
@@ -50,8 +57,8 @@ def _text(rows: Sequence[records.Row]) -> str:
         slow, fast = (float(one["cpu_seconds"]) / int(one["simulations"]) for one in (row, other))
         said.append(
             f"On {row['model']}, fits side by side take {fast:.2f} s each and one by one {slow:.2f} s, "
-            f"{slow / fast:.0f} times as long. With the same {row['simulations']} simulations, ranks over the number of "
-            f"draws differ by {row['rank_distance']} on average; two sets of exact draws differ by "
+            f"{slow / fast:.0f} times as long. With the same {row['simulations']} simulations, ranks over the number "
+            f"of draws differ by {row['rank_distance']} on average; two sets of exact draws differ by "
             f"{row['expected_distance']}."
         )
     return " ".join(said)
@@ -60,7 +67,8 @@ def _text(rows: Sequence[records.Row]) -> str:
 def write(page: Path = tables.PAGE, file: Path = OUT) -> None:
     """Put the section into the page."""
     if rows := records.read(file):
-        page.write_text(tables.replace(page.read_text(encoding="utf-8"), "calibration", section(rows)), encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
+        page.write_text(tables.replace(text, "calibration", section(rows)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def coordinates_for(plan: Plan, densities: Sequence[LogDensity]) -> list[LogDens
     """
     prepared = Prepared(densities[0])
     prepare(plan, prepared, plan.seed)
-    chosen = prepared.density.structure.noncentred
+    chosen = prepared.density.structure.noncentered
     if any(isinstance(options, dict) and "turn_about" in options for options in chosen.values()):
         raise NotStackable("angles are cut where each data set says")
     return [density.elsewhere(chosen) for density in densities] if chosen else list(densities)

@@ -90,7 +90,7 @@ def fit_each(
 
 def with_model(posterior: Posterior, model: Callable[..., Any], case: Case) -> Posterior:
     """Give a posterior that was pickled its log density and its guide back."""
-    density = LogDensity(model, case.args, case.kwargs, noncentred=posterior.settings["noncentred"])
+    density = LogDensity(model, case.args, case.kwargs, noncentered=posterior.settings["noncentered"])
     flow = posterior.flow
     if not isinstance(flow, (Flow, FlowMixture)):
         missing = {name: why for name, why in posterior.missing.items() if name in ("guide", "flow")}

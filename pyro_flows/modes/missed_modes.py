@@ -63,7 +63,7 @@ def missed_modes(
     4. Draws wander about under the density itself: see :func:`_wandered`.
 
     Args:
-        density: log p, unnormalised.
+        density: log p, unnormalized.
         modes: starts whose places are looked at too.
         z: draws (S, D) of the guide.
         log_q: their log densities (S,).
@@ -173,7 +173,7 @@ def share_error(thin: Tensor, mass: Tensor, there: Tensor) -> tuple[float, float
 
     Args:
         thin: which wanderers (N,) ended where the guide is thin.
-        mass: normalised weights (S,) of the guide's draws.
+        mass: normalized weights (S,) of the guide's draws.
         there: which of these draws (S,) are at such places.
     """
     count = len(thin)

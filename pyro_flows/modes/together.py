@@ -137,10 +137,10 @@ def _full(units: Tensor) -> Tensor:
 
 def _own_points(look: _Look) -> Tensor:
     """Draws of the guide, and draws moved outwards."""
-    centre = look.z.median(0).values
+    center = look.z.median(0).values
     rows = torch.arange(OWN + EACH * len(OUTWARDS), device=look.z.device) % len(look.z)
     own, *far = look.z[rows].split([OWN, *[EACH] * len(OUTWARDS)])
-    return torch.cat([own, *(centre + factor * (part - centre) for factor, part in zip(OUTWARDS, far, strict=True))])
+    return torch.cat([own, *(center + factor * (part - center) for factor, part in zip(OUTWARDS, far, strict=True))])
 
 
 def _across(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: int) -> list[list[Lack]]:

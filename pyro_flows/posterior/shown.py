@@ -23,6 +23,10 @@ class Shown(Record):
 
     def __str__(self) -> str:
         sites = ", ".join(self.samples)
+        if self.of_mcmc:
+            each, dim = len(self.used) // self.chain_count, self.used.shape[1]
+            about = f"{self.chain_count} chains of {each} draws, {dim} unconstrained coordinates"
+            return f"Posterior of {sites}: {about}, by {self.guide_name}\n{self.verdict}"
         return (
             f"Posterior of {sites}: {len(self.used)} draws, {self.z.shape[1]} unconstrained coordinates, "
             f"ELBO {self.elbo:.2f}, log evidence {self.log_evidence:.2f}, guide {self.guide_name}\n{self.verdict}"
@@ -51,8 +55,8 @@ class Shown(Record):
 
         Columns: mean, sd, interval, :math:`\text{sd} / \sqrt{\text{ess}}`, and ``ess``, the number of independent
         posterior draws that these are worth (:attr:`effective`; NaN if the verdict is unreliable). Draws are
-        independent, so there is no R-hat; with verdict refined, each row has ``ess_bulk``, ``ess_tail`` and ``r_hat``
-        of its own.
+        independent, so there is no R-hat; of Markov chains (verdict refined, or :func:`from_mcmc`), each row has
+        ``ess_bulk``, ``ess_tail`` and ``r_hat`` of its own.
 
         Args:
             names: sites to show; all by default.
@@ -100,7 +104,7 @@ class Shown(Record):
         return self._table_of(draws, kind=kind, prob=prob, round_to=round_to)
 
     def _table_of(self, draws: Any, *, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
-        ess = None if self.verdict.status == "refined" else self.effective
+        ess = None if self.by_chains else self.effective
         return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)
 
     def _draws(self) -> Any:
@@ -123,7 +127,7 @@ class Shown(Record):
         with one dimension ``{site}_entry`` for what remains.
 
         Groups: ``posterior``, the draws to use; ``sample_stats`` with their ``log_p``, ``log_q`` (unconstrained
-        coordinates), ``log_weight`` (the normalised log weight that a draw still carries) and ``lp``;
+        coordinates), ``log_weight`` (the normalized log weight that a draw still carries) and ``lp``;
         ``log_likelihood``, ``log_prior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
         ``constant_data``, ``unconstrained_posterior``, ``fit``; and, if the draws were importance-resampled or are a
         sampler's, the guide's own as ``raw_posterior`` and ``raw_sample_stats``. The ``sample_stats`` of a sampler also

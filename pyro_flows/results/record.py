@@ -60,10 +60,6 @@ class Record:
         if self.verdict.status == "unreliable":
             warn_unreliable(self, door, self.verdict.reasons)
 
-    def _extra(self) -> dict[str, Any]:
-        """Return what a subclass adds: tensors, numbers and strings, which go to the files as they are."""
-        return {}
-
     @property
     def resampled(self) -> bool:
         """Whether ``samples`` are importance-resampled draws."""
@@ -75,13 +71,23 @@ class Record:
         return self.verdict.status in ("corrected", "refined")
 
     @property
+    def of_mcmc(self) -> bool:
+        """Whether the draws are chains of another sampler, see :func:`~pyro_flows.from_mcmc`."""
+        return self.verdict.chains is not None and self.verdict.chains.elsewhere
+
+    @property
+    def by_chains(self) -> bool:
+        """Whether ``samples`` are draws of Markov chains."""
+        return self.chains is not None and (self.verdict.status == "refined" or self.of_mcmc)
+
+    @property
     def chain_count(self) -> int:
-        """How many chains ``samples`` are, one after the other: 1 unless the verdict is refined."""
-        return self.chains.count if self.chains is not None and self.verdict.status == "refined" else 1
+        """How many chains ``samples`` are, one after the other; 1 if they are none."""
+        return self.chains.count if self.chains is not None and self.by_chains else 1
 
     @property
     def used_log_weights(self) -> Tensor:
-        """Normalised log weights that ``samples`` still carry (S,): equal ones unless they are the guide's own."""
+        """Normalized log weights that ``samples`` still carry (S,): equal ones unless they are the guide's own."""
         return torch.full_like(self.used_log_p, -math.log(len(self.used))) if self.replaced else self.log_weights
 
     @property
@@ -93,7 +99,7 @@ class Record:
         """
         if self.verdict.status == "unreliable":
             return math.nan
-        if self.verdict.status == "refined" and self.verdict.chains is not None:
+        if self.by_chains and self.verdict.chains is not None:
             return self.verdict.chains.ess_bulk
         if not self.resampled:
             return self.ess

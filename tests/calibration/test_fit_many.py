@@ -72,7 +72,7 @@ def test_data_sets_have_draws_of_their_own(posteriors):
     mean, covariance = exact(*data_sets(COUNT)[0])
     other, _ = exact(*data_sets(COUNT)[1])
     sds = covariance.diagonal().sqrt()
-    one, two = ((posteriors[k].z - centre) / sds for k, centre in ((0, mean), (1, other)))
+    one, two = ((posteriors[k].z - center) / sds for k, center in ((0, mean), (1, other)))
     assert torch.corrcoef(torch.stack([one[:, 0], two[:, 0]]))[0, 1].abs() < 0.1
 
 
