@@ -45,9 +45,9 @@ def _line(row: records.Row) -> list[str]:
 def _text(rows: Sequence[records.Row]) -> str:
     """Say how much faster fits are side by side, and how far ranks are apart."""
     said = [
-        "Ranks of true values among 999 draws. Seconds are processor time of one thread. p is that of uniformity of all "
-        "scalars together (Bonferroni); the log density counts as one. The last columns are the shares of true values "
-        "in central intervals."
+        "Ranks of true values among 999 draws. Seconds are processor time of one thread. p is that of uniformity of "
+        "all scalars together (Bonferroni); the log density counts as one. The columns 50 % and 95 % are the shares of "
+        "true values in central intervals."
     ]
     together = {row["model"]: row for row in rows if row["method"] == "together"}
     for row in rows:

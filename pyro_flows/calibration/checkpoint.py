@@ -21,13 +21,18 @@ FORMAT = "pyro_flows calibration 1"
 
 def key_of(options: Mapping[str, Any], *values: Mapping[str, Tensor]) -> str:
     """Return a digest of the options and of all simulated values: these tell the model, its data and the seed."""
-    found = hashlib.sha256(json.dumps(dict(options), sort_keys=True, default=repr).encode())
+    found = hashlib.sha256(json.dumps(dict(options), sort_keys=True, default=_named).encode())
     for part in values:
         for name in sorted(part):
             value = part[name].detach().cpu().contiguous()
             found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def _named(value: Any) -> str:
+    """Return a function's name, which is the same in another process, or what an object says of itself."""
+    return str(getattr(value, "__qualname__", repr(value)))
 
 
 class Checkpoint:

@@ -125,31 +125,49 @@ def sbc(
     >>> found.is_uniform(), found.ranks["mu"].shape
     (True, (100,))
     """
+    options: dict[str, Any] = {"flow": flow, "layers": layers, "max_steps": max_steps}
+    options |= {"escalate": escalate, "refine": refine, "draws": max(draws, FIT_DRAWS)}
+    asked = _asked(kind, simulations, draws, seed, steps, learning_rate, guide, sampler)
+    asked["log_density"] = bool(log_density)
     check_jobs(jobs)
-    options = {"flow": flow, "layers": layers, "max_steps": max_steps, "escalate": escalate, "refine": refine}
-    options["draws"] = max(draws, FIT_DRAWS)
-    asked = {"kind": _checks.choice("kind", kind, ("prior", "posterior")), "log_density": bool(log_density)}
-    asked |= {
-        "simulations": _checks.integer("simulations", simulations, 10),
-        "draws": _checks.integer("draws", draws, 9),
-    }
-    asked |= {"seed": _checks.integer("seed", seed, 0, MAX_SEED), "method": _method(guide, sampler)}
-    asked |= {
-        "steps": _checks.integer("steps", steps, 1),
-        "learning_rate": _checks.positive("learning_rate", learning_rate),
-    }
     bar = Bar("sbc", progress)
     case = Case(usable(args), usable(dict(model_kwargs or {})))
     with alone():
         simulated = _simulate(model, case, data, asked, options, bar)
-    about = {**asked, "model": simulated.model, "guide": guide, "sampler": sampler}
     many = Many(simulated.model, simulated.cases, options, derive(seed, "fits"), together, jobs)
-    plain = {**asked, "options": {**options, "together": together, "layers": layers}}
+    makers = {"guide": guide, "sampler": sampler}
+    return _run(simulated, many, asked, makers, checkpoint, bar)
+
+
+def _asked(
+    kind: str, simulations: int, draws: int, seed: int, steps: int, learning_rate: float,
+    guide: Callable[..., Any] | None, sampler: Callable[..., Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what the caller asked for, if it can be done: plain values."""
+    return {
+        "kind": _checks.choice("kind", kind, ("prior", "posterior")),
+        "simulations": _checks.integer("simulations", simulations, 10),
+        "draws": _checks.integer("draws", draws, 9),
+        "seed": _checks.integer("seed", seed, 0, MAX_SEED),
+        "steps": _checks.integer("steps", steps, 1),
+        "learning_rate": _checks.positive("learning_rate", learning_rate),
+        "method": _method(guide, sampler),
+    }
+
+
+def _run(
+    simulated: Simulated, many: Many, asked: Mapping[str, Any], makers: Mapping[str, Any],
+    checkpoint: str | os.PathLike[str] | None, bar: Bar,
+) -> Calibration:  # fmt: skip
+    """Rank the true values of all simulations that are not finished, and put everything together."""
+    about = {**asked, **makers, "model": simulated.model}
+    plain = {**asked, "options": {**many.options, "together": many.together}}
     kept = Checkpoint(checkpoint, key_of(plain, simulated.truths, simulated.data))
+    count = asked["simulations"]
     for found in _batches(simulated, many, about, kept, bar):
         kept.add(found)
-        bar.task = f"sbc, {len(kept.done)} of {simulations}"
-    calibration = _result(simulated, [kept.done[number] for number in range(simulations)], asked)
+        bar.task = f"sbc, {len(kept.done)} of {count}"
+    calibration = _result(simulated, [kept.done[number] for number in range(count)], asked)
     bar.close(str(calibration))
     return calibration
 
