@@ -127,8 +127,8 @@ class Calibration:
     def to_arviz(self) -> Any:
         """Return the ranks as an ArviZ object: group ``prior_sbc`` (or ``posterior_sbc``), dims (chain, draw, ...).
 
-        A draw is a simulation, and there is one chain, as in the package simuk: ``az.plot_ecdf_pit`` of ArviZ 1.x reads
-        the group as it is, ``az.plot_rank(..., group="prior_sbc")`` too.
+        A draw is a simulation, and there is one chain, as in the package simuk. ``az.plot_ecdf_pit`` of ArviZ 1.x reads
+        the group as it is; ``az.plot_dist(..., group="prior_sbc", kind="hist")`` draws histograms of the ranks.
         """
         values = {name: ranks[None] for name, ranks in self.ranks.items()}
         group = _arviz.dataset(values, self.dims)
