@@ -81,7 +81,7 @@ def sbc(
         data: which argument holds the data of which site, ``{"obs": "y"}``, by name or position, where that is not
             found.
         kind: ``"prior"`` or ``"posterior"``.
-        simulations: how many. For one parameter, at the level 1 %, 200 find an sd that is 25 % too small in nine runs of
+        simulations: how many. For one parameter, at 1 %, 200 find an sd that is 25 % too small in nine runs of
             ten, 1000 one that is 15 % too small.
         draws: L. 999 makes bounds of 50, 80, 90 and 95 % intervals exact.
         guide: a function of the model that returns a Pyro guide (``AutoNormal``): each is trained by Pyro's SVI, and

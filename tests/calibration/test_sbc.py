@@ -1,4 +1,7 @@
-"""Simulation-based calibration accepts what is right and rejects what is wrong."""
+"""Simulation-based calibration accepts what is right and rejects what is wrong.
+
+Of what is right, one seed in a hundred is rejected at 1 %; seeds are fixed.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def mean_field(x, y):
     return {"b": mean + sds * torch.randn(199, 2)}
 
 
-def check(sampler, *, simulations=150, x=X, **options):
+def check(sampler, *, simulations=100, x=X, **options):
     return pf.sbc(regression, x, Y, sampler=sampler, simulations=simulations, draws=199, progress=False, **options)
 
 
@@ -50,8 +53,8 @@ def test_exact_posteriors_are_uniform():
     found = check(from_exact())
     assert found.is_uniform(0.01)
     assert set(found.p_values()) == {"b[0]", "b[1]", "lp"}
-    assert found.coverage()["90%"].to_numpy() == pytest.approx(0.9, abs=0.08)
-    assert found.summary()["mean_rank"].to_numpy() == pytest.approx(0.5, abs=0.08)
+    assert found.coverage()["90%"].to_numpy() == pytest.approx(0.9, abs=0.09)
+    assert found.summary()["mean_rank"].to_numpy() == pytest.approx(0.5, abs=0.09)
     assert (found.summary()["p_symmetric"] > 0.01).all()
 
 
@@ -66,7 +69,11 @@ def test_posteriors_that_are_wrong_are_rejected(scale, shift):
 def test_a_mean_field_on_a_correlated_target_is_rejected():
     found = check(mean_field, x=ALIKE)
     assert not found.is_uniform(0.01)
-    assert found.coverage("b")["95%"].max() < 0.6
+    _, covariance = exact(ALIKE, Y)
+    narrower = (torch.linalg.inv(covariance).diagonal() * covariance.diagonal()).rsqrt()
+    expected = 2.0 * dist.Normal(0.0, 1.0).cdf(1.96 * narrower) - 1.0
+    assert found.coverage("b")["95%"].to_numpy() == pytest.approx(expected.numpy(), abs=0.13)
+    assert expected.max() < 0.7
 
 
 def test_the_log_density_sees_what_no_parameter_shows():
@@ -83,9 +90,9 @@ def test_the_log_density_sees_what_no_parameter_shows():
 
 
 def test_fits_are_uniform():
-    found = pf.sbc(regression, X, Y, simulations=48, draws=199, progress=False)
+    found = pf.sbc(regression, X, Y, simulations=32, draws=199, progress=False)
     assert found.is_uniform(0.01)
-    assert sum(found.statuses.values()) == found.simulations == 48
+    assert sum(found.statuses.values()) == found.simulations == 32
     assert found.method == "fit"
 
 
