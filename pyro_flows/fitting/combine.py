@@ -161,7 +161,8 @@ def _search(plan: Plan, density: LogDensity, found: Combined, sampler: Sampler) 
     """Look for modes that a sampler lacks."""
     z, log_q = sampler.draw(MODE_DRAWS)
     modes = [mode for run in found.runs for mode in run.modes]
-    return missed_modes(density, modes, z, log_q, sampler.log_prob, seed=plan.seed)
+    wandering = not (sampler is found.best.flow(plan, density) and found.best.best is not None and found.best.best.even)
+    return missed_modes(density, modes, z, log_q, sampler.log_prob, seed=plan.seed, wandering=wandering)
 
 
 def _first_lack(plan: Plan, prepared: Prepared, found: Combined) -> Start | None:

@@ -30,6 +30,7 @@ MANY_TERMS = 2000
 FULL_UNITS_UP_TO = 100  # dimensions
 WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path
 TRUSTED_K_HAT = 0.7
+SAME_END, TWINS = 0.1, 2  # sds between ends of paths that are one place; paths to each that are weighed
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
 
@@ -45,7 +46,7 @@ def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> li
     shares = torch.ones(len(points), *[1] * units.dim()).to(units)
     shares[len(own) + len(far) :] = CAREFUL
     paths = pathfinder(density, points, shares * units, seed=derive(seed, "modes"))
-    found, doubtful = _weighed(guide, paths, len(own), seed=seed)
+    found, doubtful = _weighed(guide, paths, len(own), units, seed=seed)
     if not found and density.batched:
         found = _tempered(guide, paths, len(own), doubtful, units, seed=seed)
     return [found[number] for number in _distinct([lack.place for lack in found], units)]
@@ -66,35 +67,50 @@ class Doubtful:
     start: Start
 
 
-def _weighed(guide: Guide, paths: Paths, own: int, *, seed: int) -> tuple[list[Lack], list[Doubtful]]:
+def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) -> tuple[list[Lack], list[Doubtful]]:
     """Weigh draws of the normals at the ends of paths, from number ``own`` on; return what the guide lacks, and doubts.
 
     A doubt is a normal too poor for its weights to tell a mass.
     """
     density, ends = guide.density, paths.ends
+    chosen = own + torch.tensor(_ends(paths, own, units), dtype=torch.long, device=ends.device)
+    best = Gaussians(*(part[chosen] for part in paths.best))
     with seeded(derive(seed, "weighing"), density.device), torch.no_grad():
         count = WEIGHED if density.batched else WEIGHED_UNBATCHED
         noise = torch.randn(count, density.dim, dtype=ends.dtype, device=ends.device)
-        draws, log_q = paths.best.map(noise)
+        draws, log_q = best.map(noise)
         log_p = density(draws.flatten(0, 1)).unflatten(0, draws.shape[:2])
-    scales = paths.best.scale()
+    scales = best.scale()
     scales = lower_triangular(scales) if scales.dim() == 3 else scales
     found, doubtful = [], []
     at_ends = guide.is_thin(ends, density(ends).detach())
-    for number in range(own, len(ends)):
-        lacking = guide.lacking(draws[number], log_p[number], log_q[number])
+    for place, number in enumerate(chosen.tolist()):
+        lacking = guide.lacking(draws[place], log_p[place], log_q[place])
         thin = lacking > 0.0
         if not bool(thin.any()):
             continue
         log_weights, k_hat = psis(lacking.log())
-        start = Start("mode", paths.best.loc[number], scales[number])
+        start = Start("mode", best.loc[place], scales[place])
         if not k_hat < TRUSTED_K_HAT:
             elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
             doubtful.append(Doubtful(number, float(paths.elbo[number]), elsewhere, start))
         elif float(lacking.mean()) > SHARE:
-            place = ends[number] if bool(at_ends[number]) else draws[number][int(log_weights.argmax())]
-            found.append(Lack(place, start))
+            at = ends[number] if bool(at_ends[number]) else draws[place][int(log_weights.argmax())]
+            found.append(Lack(at, start))
     return found, doubtful
+
+
+def _ends(paths: Paths, own: int, units: Tensor) -> list[int]:
+    """Return the numbers of paths from ``own`` on, of which at most two end at one place, the best ELBOs first.
+
+    Most paths of a posterior with few modes end where others do, with the same normal.
+    """
+    order = paths.elbo[own:].nan_to_num(nan=-torch.inf).argsort(descending=True)
+    away = paths.ends[own:][order]
+    away = away / units if units.dim() == 1 else torch.linalg.solve_triangular(units, away.mT, upper=False).mT
+    same = torch.cdist(away, away) < SAME_END
+    earlier = same.tril(-1).sum(1)
+    return order[earlier < TWINS].tolist()
 
 
 def _tempered(

@@ -15,7 +15,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.climbs import climbed, units_of
 from pyro_flows.modes.lacks import SHARE, Guide, Lack, Score, lacks_of, moments
 from pyro_flows.modes.lines import across
-from pyro_flows.modes.symmetries import moves, signed_permutation
+from pyro_flows.modes.symmetries import images, moves, signed_permutation
 from pyro_flows.modes.tempering import wander
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.start import Start
@@ -46,8 +46,9 @@ class Search:
 
 
 def missed_modes(
-    density: LogDensity, modes: Sequence[Start], z: Tensor, log_q: Tensor, score: Score, *, seed: int = 0
-) -> Search:
+    density: LogDensity, modes: Sequence[Start], z: Tensor, log_q: Tensor, score: Score, *, seed: int = 0,
+    wandering: bool = True,
+) -> Search:  # fmt: skip
     """Search for regions that hold a good part of the mass and that a guide lacks.
 
     At its own draws, log p - log q of a guide is about the log of the mass that it covers. A region is missed if it has
@@ -69,6 +70,7 @@ def missed_modes(
         log_q: their log densities (S,).
         score: the guide's log density.
         seed: of the search.
+        wandering: whether the fourth is made.
     """
     z = z.to(density.dtype)
     with torch.no_grad():
@@ -81,10 +83,9 @@ def missed_modes(
     searches: list[Callable[[], list[Lack]]] = [lambda: climbed(guide, modes, z[finite], seed=seed)]
     if density.batched:
         searches.insert(0, lambda: _mirrored(guide, *few))
-        searches += [
-            lambda: across(guide, *few),
-            lambda: _wandered(guide, z[finite], weights[finite], log_q[finite], seed=seed),
-        ]
+        searches.append(lambda: across(guide, *few))
+    if density.batched and wandering:
+        searches.append(lambda: _wandered(guide, z[finite], weights[finite], log_q[finite], seed=seed))
     found: list[Lack] = []
     for search in searches:
         found = found or [lack for lack in search() if _is_resolved(density, lack.place)]
@@ -121,14 +122,12 @@ def _mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
     """Apply exact moves to the draws; return the regions that hold a good part of the mass and no draws."""
     density = guide.density
     found = []
-    candidates = dict.fromkeys(move for draw in z[:SEEDS] for move in moves(density, draw))
-    for move in candidates:
-        moved, inside = move.apply(density, z)
+    height, jacobian = density(z), density.log_jacobian(z)
+    for moved, inside, log_p, log_jacobian in images(density, moves(density, z[:SEEDS]), z):
         # The move keeps the volume of the model's own values, so there q's image has the density that q has at z.
-        image = log_q - density.log_jacobian(z) + density.log_jacobian(moved)
-        log_p = torch.where(inside, density(moved), -torch.inf)
+        image = log_q - jacobian + log_jacobian
         lacks = lacks_of(moved, log_p, guide.lacking(moved, log_p, image), "mirrored")
-        same = (log_p - density(z)).abs() <= EXACT * (1.0 + log_p.abs())
+        same = (log_p - height).abs() <= EXACT * (1.0 + log_p.abs())
         exact = bool(lacks) and bool((same & inside).all())  # -inf is as far from any number as its tolerance
         found += [replace(lack, move=signed_permutation(z, moved)) if exact else lack for lack in lacks]
     return found

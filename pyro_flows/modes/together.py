@@ -89,7 +89,8 @@ def _climbed(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: 
     own = [_part(paths, slice(place * count, (place + 1) * count)) for place in range(len(usable))]
     found, doubts = [], []
     for number, part in zip(usable, own, strict=True):
-        lacks, doubtful = _weighed(_guide(looks[number]), part, OWN, seed=derive(seed, f"weighed {number}"))
+        look, own_seed = looks[number], derive(seed, f"weighed {number}")
+        lacks, doubtful = _weighed(_guide(look), part, OWN, look.units, seed=own_seed)
         found.append(lacks)
         doubts.append([] if lacks else doubtful)
     more = _tempered(stack, looks, usable, own, doubts, seed)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.graphs.batches import rows_for
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
 from pyro_flows.starts.gaussians import Gaussians, choose, compact, diagonal_update, identity_like, stretch
@@ -36,6 +37,7 @@ SHRINK = (0.1, 0.5)
 GROW = 2.0  # where the density does not curve down
 SMALLEST_STEP = 1e-10
 SETTLED = 1e-8  # nats still to gain
+STALLED_TICKS, STALLED = 25, 1e-3  # a path that rose by fewer nats in so many ticks is over, though it has not settled
 CURVED = 1e-10
 
 
@@ -77,6 +79,8 @@ def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, se
     for tick in range(1, TICKS + 1):
         moved = climb.tick()
         found.append((climb.gaussians(), moved))
+        if tick % STALLED_TICKS == 0:
+            climb.end_stalled()
         done = tick == TICKS or bool(climb.over.all())
         if done or len(found) == SCORED_TOGETHER:
             best, elbo = _best(density, noise, found, best, elbo)
@@ -159,6 +163,7 @@ class _Climb:
 
     def __init__(self, density: LogDensity | Stack, points: Tensor, units: Tensor) -> None:
         self.density, self.points, self.units = density, points, units
+        self.piece = rows_for(density.numbers)
         self.height, gradient = self._look(points)
         finite = torch.isfinite(self.height) & torch.isfinite(gradient).all(-1)
         self.gradient = choose(finite, gradient, 0.0)
@@ -170,6 +175,7 @@ class _Climb:
         self.length = torch.ones_like(self.height)
         self.settled = finite & self._at_rest()
         self.over = self.settled | ~finite
+        self.before = torch.full_like(self.height, -torch.inf)
 
     def gaussians(self) -> Gaussians:
         """Return the Gaussians at the present points."""
@@ -180,7 +186,7 @@ class _Climb:
         """Try one step on each path that is not over; return which were taken (K,)."""
         step = choose(~self.over, self.length[:, None] * self.direction, 0.0)
         points = self.points + self._stretch(step)
-        height, gradient = self._look(points)
+        height, gradient = self._look_at_open(points)
         promised, gain = (self.gradient * step).sum(-1), height - self.height
         finite = torch.isfinite(height) & torch.isfinite(gradient).all(-1)
         moved = finite & (gain >= RISE * promised - self._rounding()) & ~self.over
@@ -193,9 +199,27 @@ class _Climb:
         self._turn(moved, curved)
         return moved
 
-    def _look(self, points: Tensor) -> tuple[Tensor, Tensor]:
+    def end_stalled(self) -> None:
+        """End paths that have hardly risen since the last call."""
+        self.over = self.over | ~(self.height - self.before > STALLED)
+        self.before = self.height
+
+    def _look(self, points: Tensor, units: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        units = self.units if units is None else units
         height, gradient = self.density.value_and_grad(points)
-        return height, stretch(self.units.mT if self.units.dim() == 3 else self.units, gradient[:, None])[:, 0]
+        return height, stretch(units.mT if units.dim() == 3 else units, gradient[:, None])[:, 0]
+
+    def _look_at_open(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Look at paths that are not over, where leaving out the others saves whole pieces of a batch."""
+        open_ = (~self.over).nonzero()[:, 0]
+        count = -(-len(open_) // self.piece) * self.piece  # pieces are filled up, and a new batch size is recorded
+        if not 0 < count < len(points):
+            return self._look(points)
+        height, gradient = self.height.clone(), self.gradient.clone()
+        rows = torch.cat([open_, open_[-1:].expand(count - len(open_))])
+        found = self._look(points[rows], self.units[rows])
+        height[open_], gradient[open_] = (part[: len(open_)] for part in found)
+        return height, gradient
 
     def _stretch(self, x: Tensor) -> Tensor:
         return stretch(self.units, x[:, None])[:, 0]
