@@ -130,14 +130,15 @@ class BasePoints:
         self.wide = dist.StudentT(WIDE_DF * like, 0.0, WIDE_SCALE, validate_args=False)
 
     @torch.no_grad()
-    def __call__(self, draws: int, defensive: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Return points (S, D), and (S,)."""
+    def __call__(self, draws: int, defensive: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
+        """Return points (S, D), and (S,); ``defensive`` is one share for all, or one for each point (S,)."""
         x = self.base.sample(torch.Size((draws,)))
-        if defensive == 0.0:
+        if not isinstance(defensive, Tensor) and defensive == 0.0:
             return x, x.new_zeros(draws)
+        share = defensive[:, None] if isinstance(defensive, Tensor) else defensive
         dim = x.shape[-1]
         widened = torch.arange(dim, device=x.device) == torch.randint(dim, (draws, 1), device=x.device)
-        widened = widened & (torch.rand(draws, 1, dtype=x.dtype, device=x.device) < defensive)
+        widened = widened & (torch.rand(draws, 1, dtype=x.dtype, device=x.device) < share)
         x = torch.where(widened, self.wide.sample(torch.Size((draws, 1))), x)
         wide = bases.log_density("student_t", x / WIDE_SCALE, WIDE_DF) - math.log(WIDE_SCALE)
         ratios = (wide - bases.log_density(self.flow.base, x, self.flow.df)).exp()

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack
-from pyro_flows.modes.tempering import log_mean, temper
+from pyro_flows.modes.tempering import Tempered, log_mean, temper
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
@@ -58,7 +58,7 @@ def _is_cheap(density: LogDensity) -> bool:
 
 
 @dataclass(frozen=True)
-class _Doubtful:
+class Doubtful:
     """A path at whose end the guide may lack something, and whose normal is too poor to weigh it."""
 
     number: int
@@ -67,7 +67,7 @@ class _Doubtful:
     start: Start
 
 
-def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) -> tuple[list[Lack], list[_Doubtful]]:
+def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) -> tuple[list[Lack], list[Doubtful]]:
     """Weigh draws of the normals at the ends of paths, from number ``own`` on; return what the guide lacks, and doubts.
 
     A doubt is a normal too poor for its weights to tell a mass.
@@ -93,7 +93,7 @@ def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) 
         start = Start("mode", best.loc[place], scales[place])
         if not k_hat < TRUSTED_K_HAT:
             elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
-            doubtful.append(_Doubtful(number, float(paths.elbo[number]), elsewhere, start))
+            doubtful.append(Doubtful(number, float(paths.elbo[number]), elsewhere, start))
         elif float(lacking.mean()) > SHARE:
             at = ends[number] if bool(at_ends[number]) else draws[place][int(log_weights.argmax())]
             found.append(Lack(at, start))
@@ -114,23 +114,36 @@ def _ends(paths: Paths, own: int, units: Tensor) -> list[int]:
 
 
 def _tempered(
-    guide: Guide, paths: Paths, own: int, doubtful: Sequence[_Doubtful], units: Tensor, *, seed: int
+    guide: Guide, paths: Paths, own: int, doubtful: Sequence[Doubtful], units: Tensor, *, seed: int
 ) -> list[Lack]:
     """Measure masses by tempering from the normals at the ends of a few paths, and just so that of the guide's region.
 
     Many paths end at one place, the guide's own one among them. So each place is measured once, and places where the
     guide is thin altogether come first.
     """
-    density, ends = guide.density, paths.ends
+    chosen, worth = worth_tempering(guide, paths, own, doubtful, units)
+    if not worth:
+        return []
+    walk = temper(guide.density, Gaussians(*(part[chosen] for part in paths.best)), seed=derive(seed, "tempering"))
+    return heavier(guide, paths.ends, worth, walk)
+
+
+def worth_tempering(
+    guide: Guide, paths: Paths, own: int, doubtful: Sequence[Doubtful], units: Tensor
+) -> tuple[list[int], list[Doubtful]]:
+    """Return the numbers of paths to temper from, one of the guide's own region first, and the doubts on the others."""
+    ends = paths.ends
     base = int(paths.elbo[:own].nan_to_num(nan=-torch.inf).argmax())
     reach = guide.covered + math.log(SHARE) - max(0.0, guide.covered - float(paths.elbo[base]))
     worth = [path for path in doubtful if path.elbo > reach - THINNER]
     worth.sort(key=lambda path: (not path.elsewhere, -path.elbo))
     worth = [worth[number] for number in _distinct([ends[path.number] for path in worth], units)][:LOOKED_AT]
-    if not worth:
-        return []
-    chosen = [base, *(path.number for path in worth)]
-    walk = temper(density, Gaussians(*(part[chosen] for part in paths.best)), seed=derive(seed, "tempering"))
+    return [base, *(path.number for path in worth)], worth
+
+
+def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempered) -> list[Lack]:
+    """Return the places with a good part of the mass, by tempering from the guide's own region, first, and there."""
+    density = guide.density
     covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
     found = []
     for path, reached, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=True):

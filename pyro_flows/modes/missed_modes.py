@@ -94,10 +94,15 @@ def missed_modes(
     )  # fmt: skip
     if not found:
         return Search(notes=notes, contained=density.batched)
-    names = sorted({_named(density, lack.place, few[0]) for lack in found})
+    return Search(tuple(found), sentence_on(density, found, few[0]), notes)
+
+
+def sentence_on(density: LogDensity, found: Sequence[Lack], z: Tensor) -> str:
+    """Return the sentence on what a guide with draws ``z`` lacks."""
+    names = sorted({_named(density, lack.place, z) for lack in found})
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     what = "has too little mass" if found[0].start.name == WANDERED else "misses a mode"
-    return Search(tuple(found), f"the guide {what} near {names[0]}{more}", notes)
+    return f"the guide {what} near {names[0]}{more}"
 
 
 @torch.no_grad()
@@ -153,13 +158,25 @@ def _wandered(guide: Guide, z: Tensor, weights: Tensor, log_q: Tensor, *, seed: 
     ratios = (weights - guide.covered).double()
     there = guide.is_thin(z, weights + log_q, by=THIN)
     mass = torch.softmax(ratios, 0)
-    known, effective = float(mass[there].sum()), float(1.0 / mass.square().sum())
     chosen = resample(torch.log_softmax(ratios, 0), WANDERERS, seed=derive(seed, "wanderers"))
     ends, log_p = wander(guide.density, z[chosen], units_of(z), seed=derive(seed, "wandering"))
     thin = guide.is_thin(ends, log_p, by=THIN)
-    share = float(thin.double().mean())
-    variance = max(share, 1.0 / WANDERERS) * (1.0 - share) / WANDERERS + known * (1.0 - known) / effective
-    error = math.sqrt(max(variance, 0.0))
+    share, known, error = share_error(thin, mass, there)
     if share - 2.0 * error <= known + SHARE:
         return []
     return [Lack(ends[thin][0], moments(ends[thin], WANDERED))]
+
+
+def share_error(thin: Tensor, mass: Tensor, there: Tensor) -> tuple[float, float, float]:
+    """Return the share of wanderers at thin places, that of weighted draws, and the standard error of the difference.
+
+    Args:
+        thin: which wanderers (N,) ended where the guide is thin.
+        mass: normalized weights (S,) of the guide's draws.
+        there: which of these draws (S,) are at such places.
+    """
+    count = len(thin)
+    known, effective = float(mass[there].sum()), float(1.0 / mass.square().sum())
+    share = float(thin.double().mean())
+    variance = max(share, 1.0 / count) * (1.0 - share) / count + known * (1.0 - known) / effective
+    return share, known, math.sqrt(max(variance, 0.0))

@@ -22,6 +22,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.graphs.batches import rows_for
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.stack import Stack
 from pyro_flows.starts.gaussians import Gaussians, choose, compact, diagonal_update, identity_like, stretch
 from pyro_flows.verdict.psis import psis
 
@@ -50,7 +51,7 @@ class Paths:
     settled: Tensor
 
 
-def pathfinder(density: LogDensity, points: Tensor, units: Tensor, *, seed: int) -> Paths:
+def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, seed: int) -> Paths:
     r"""Climb from each point (K, D) by L-BFGS, all paths side by side; return the best Gaussian along each.
 
     Coordinates are measured in ``units``, for each path a lower triangular matrix (K, D, D) or a diagonal (K, D), so
@@ -60,7 +61,8 @@ def pathfinder(density: LogDensity, points: Tensor, units: Tensor, *, seed: int)
     than 1e-8 nats to be gained.
 
     ELBOs come from ten draws, with the same noise at each point; where the density vanishes for some of them, it is
-    that of the Gaussian cut to the rest, and where it vanishes for all of them, -inf. Cost: at most 101 K gradients,
+    that of the Gaussian cut to the rest, and where it vanishes for all of them, -inf. Paths of many data sets climb
+    together on a :class:`Stack`, as many for each, one data set after the other. Cost: at most 101 K gradients,
     and ten densities for each step.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
@@ -89,21 +91,30 @@ def pathfinder(density: LogDensity, points: Tensor, units: Tensor, *, seed: int)
 
 
 def _best(
-    density: LogDensity, noise: Tensor, found: list[tuple[Gaussians, Tensor]], best: Gaussians, elbo: Tensor
+    density: LogDensity | Stack, noise: Tensor, found: list[tuple[Gaussians, Tensor]], best: Gaussians, elbo: Tensor
 ) -> tuple[Gaussians, Tensor]:
     """Score a few ticks at once, and keep the best of them and of what there was, for each path."""
     moved = torch.stack([moved for _, moved in found])
     if not bool(moved.any()):
         return best, elbo
     z, log_q = (torch.stack(parts) for parts in zip(*(gaussians.map(noise) for gaussians, _ in found), strict=True))
-    log_p = torch.full_like(log_q, -torch.inf)
-    with torch.no_grad():
-        log_p[moved] = density(z[moved].flatten(0, 1)).unflatten(0, (-1, len(noise)))
+    log_p = _heights(density, z, moved)
     for (gaussians, _), terms in zip(found, log_p - log_q, strict=True):
         score = _cut_elbo(terms)
         best = gaussians.where(score > elbo, best)
         elbo = torch.maximum(score, elbo)
     return best, elbo
+
+
+@torch.no_grad()
+def _heights(density: LogDensity | Stack, z: Tensor, moved: Tensor) -> Tensor:
+    """Return the log density (T, K, S) at draws (T, K, S, D), -inf where no step was taken."""
+    if isinstance(density, Stack):  # whose points stand in groups, one for each data set
+        found = density(z.transpose(0, 1).flatten(0, 2)).reshape(z.shape[1], z.shape[0], -1).transpose(0, 1)
+        return torch.where(moved[..., None], found, -torch.inf)
+    log_p = z.new_full(z.shape[:3], -torch.inf)
+    log_p[moved] = density(z[moved].flatten(0, 1)).unflatten(0, (-1, z.shape[2]))
+    return log_p
 
 
 def _cut_elbo(terms: Tensor) -> Tensor:
@@ -150,7 +161,7 @@ def pool(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Pool:
 class _Climb:
     """The state of K paths; gradient, direction and history are measured in ``units``."""
 
-    def __init__(self, density: LogDensity, points: Tensor, units: Tensor) -> None:
+    def __init__(self, density: LogDensity | Stack, points: Tensor, units: Tensor) -> None:
         self.density, self.points, self.units = density, points, units
         self.piece = rows_for(density.numbers)
         self.height, gradient = self._look(points)
