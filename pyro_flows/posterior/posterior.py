@@ -68,7 +68,8 @@ class Posterior(Assessed):
         state["missing"] = {**self.missing, "guide": UNPICKLED, "density": UNPICKLED}
         if self.stored is None:
             density = self._need_density()
-            state["stored"] = arviz_groups.modelless_groups(self, density), arviz_groups.attributes(self)
+            groups = self.labelling.applied(arviz_groups.modelless_groups(self, density))
+            state["stored"] = groups, arviz_groups.attributes(self)
             state["missing"]["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"
         if isinstance(self.flow, Flow) and self.flow.recipe is None:  # the user's own, of a class that may be local
             try:

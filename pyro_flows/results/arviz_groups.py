@@ -68,6 +68,34 @@ def draws_group(labels: Labels, samples: Mapping[str, Tensor], chains: int = 1) 
     return _stack(labels, samples, layout, chains)
 
 
+def posterior_group(posterior: Record) -> xr.Dataset:
+    """The draws to use, labelled as the caller asked for; of Markov chains one after the other, or as stored."""
+    if posterior.stored is not None:
+        found: xr.Dataset = posterior.stored[0]["posterior"]
+        return found
+    return named_draws(posterior, posterior.samples, posterior.chain_count)
+
+
+def named_draws(posterior: Record, samples: Mapping[str, Tensor], chains: int = 1) -> xr.Dataset:
+    """Other draws of a posterior's latent and deterministic sites, labelled as its own are."""
+    group = draws_group(Labels(posterior._need_density().structure), samples, chains)
+    return posterior.labelling.applied({"posterior": group})["posterior"]
+
+
+def labelled_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
+    """All groups of the ArviZ object, labelled as the caller asked for."""
+    return posterior.labelling.applied(all_groups(posterior, density, predictive=predictive))
+
+
+def structural_groups(posterior: Record) -> dict[str, xr.Dataset]:
+    """Those groups that have all dimensions which a user may name, and take no evaluation of the model."""
+    if posterior.stored is not None:
+        return dict(posterior.stored[0])
+    density = posterior._need_density()
+    draws = draws_group(Labels(density.structure), posterior.samples, posterior.chain_count)
+    return {"posterior": draws, "observed_data": observed_group(density), "constant_data": _constants(density)}
+
+
 def observed_group(density: LogDensity) -> xr.Dataset:
     """The data, those that masks leave out excepted."""
     labels = Labels(density.structure)

@@ -24,6 +24,7 @@ from pyro_flows.flows.saved import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.dims import coordinate_names
+from pyro_flows.results.labelling import Labelling
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.chains import ChainFigures, Chains
 from pyro_flows.verdict.verdict import Verdict
@@ -67,6 +68,7 @@ def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str 
         },
         "coordinates": posterior.coordinates,
         "without": posterior.missing.get("groups"),
+        "labels": dataclasses.asdict(posterior.labelling),
     }
     # copies, since views would be written with all that they are cut from
     tensors: dict[str, Any] = {name: getattr(posterior, name).detach().cpu().clone() for name in TENSOR_FIELDS}
@@ -130,6 +132,7 @@ def _read(
         "density": density,
         "missing": _missing(description, model is not None),
         "stored": stored,
+        "labelling": Labelling(**description.get("labels", {})),
         "chains": Chains(**tensors["chains"]) if "chains" in tensors else None,
         "kind": description.get("kind", "Posterior"),
         "extra": tensors.get("extra", {}),
