@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows.results import arviz_groups
+from pyro_flows.results import arviz_groups, labelled
 from pyro_flows.results.labelling import Labelling
 from pyro_flows.results.record import Record
 
@@ -105,7 +105,7 @@ class Shown(Record):
         return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)
 
     def _draws(self) -> Any:
-        return arviz_groups.posterior_group(self)
+        return labelled.posterior_group(self)
 
     def assign_coords(
         self, coords: Mapping[str, Any] | None = None, *, dims: Mapping[str, Sequence[str]] | None = None
@@ -131,7 +131,7 @@ class Shown(Record):
         >>> list(posterior.assign_coords({"school": ["Choate", "Deerfield"]}).summary().index)
         ['theta[Choate]', 'theta[Deerfield]']
         """
-        structure = arviz_groups.structural_groups(self)
+        structure = labelled.structural_groups(self)
         if self.stored is None:
             structure = self.labelling.applied(structure)
         _arrays.relabel(structure, coords, dims)  # all that does not fit is found here
@@ -190,7 +190,7 @@ class Shown(Record):
 
     def _groups(self, predictive: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.stored is None:
-            groups = arviz_groups.labelled_groups(self, self._need_density(), predictive=predictive)
+            groups = labelled.labelled_groups(self, self._need_density(), predictive=predictive)
             return groups, arviz_groups.attributes(self)
         groups, attrs = self.stored
         if "groups" in self.missing:
