@@ -31,7 +31,8 @@ from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import MAX_STEPS, fit
 from pyro_flows.flows.recipe import VECTOR_BUILDERS
-from pyro_flows.posterior.posterior import Posterior
+from pyro_flows.posterior.posterior import Posterior, load
+from pyro_flows.report.page import check_target as check_report
 from pyro_flows.results.files import check_target
 
 GAUSSIAN_STEPS = 1500
@@ -131,6 +132,9 @@ def fit_command(
     ] = True,
     refine: Refine = True,
     train_model: TrainModel = False,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a report, one HTML file to read and to send.")
+    ] = None,
     progress: Progress = None,
     debug: Debug = False,
 ) -> None:
@@ -138,6 +142,8 @@ def fit_command(
 
     def work() -> int:
         target = _target(out)
+        if report is not None:
+            check_report(report)
         chosen = read_model(model)
         arguments = match(chosen, read_data(data))
         options: dict[str, Any] = {
@@ -155,9 +161,42 @@ def fit_command(
         with interruptible() as interrupt:
             posterior = fit(chosen, model_kwargs=arguments, progress=_shown(progress), **options)
         _write(posterior, target)
+        if report is not None:
+            typer.echo(f"Wrote the report to {posterior.report(report)}.")
         return _code(posterior, interrupt)
 
     guarded(work, debug, Path(model.rpartition(":")[0]))
+
+
+@app.command("report", epilog=EXIT_CODES)
+def report_command(
+    saved: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a saved posterior, as `fit` writes it.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; report.html in DIR by default.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the report.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="FILE.py:MODEL", help="The model that was fitted, for its graph and source.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="The data of the fit; needed with --model.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a report of a saved posterior: one HTML file to read and to send."""
+
+    def work() -> int:
+        if (model is None) != (data is None):
+            raise ValueError("model: expected --model and --data together, got one of them. Give both or neither.")
+        target = check_report(saved / "report.html" if out is None else out)
+        with warnings.catch_warnings():  # the report says it
+            warnings.simplefilter("ignore", UnreliableWarning)
+            if model is None or data is None:
+                posterior = load(saved)
+            else:
+                chosen = read_model(model)
+                posterior = load(saved, chosen, model_kwargs=match(chosen, read_data(data)))
+        typer.echo(str(posterior.verdict))
+        typer.echo(f"Wrote the report to {posterior.report(target, title=title)}.")
+        return UNRELIABLE if posterior.verdict.status == "unreliable" else DONE
+
+    guarded(work, debug, None if model is None else Path(model.rpartition(":")[0]))
 
 
 def main() -> None:

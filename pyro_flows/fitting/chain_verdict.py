@@ -38,6 +38,11 @@ class ChainVerdict(Verdict):
     ess_tail: float = math.nan
     divergences: int = NOT_KNOWN
 
+    @property
+    def next_step(self) -> str:
+        """What helps against the reasons, if the verdict is unreliable; empty otherwise."""
+        return next_step_of_mcmc(self.reasons) if self.status == "unreliable" else ""
+
     def _sentence(self) -> str:
         diverged = "divergences not known" if self.divergences == NOT_KNOWN else f"{self.divergences} divergences"
         figures = (
@@ -46,8 +51,8 @@ class ChainVerdict(Verdict):
         )
         if self.status == "ok":
             return f"ok: the chains agree and can be used. Figures: {figures}."
-        why, step = "; ".join(self.reasons), next_step_of_mcmc(self.reasons)
-        return f"unreliable: do not use these chains. Why: {why}. Next step: {step}. Figures: {figures}."
+        why = "; ".join(self.reasons)
+        return f"unreliable: do not use these chains. Why: {why}. Next step: {self.next_step}. Figures: {figures}."
 
 
 def judge_chains(draws: Tensor, log_p: Tensor, names: Sequence[str], diverging: Tensor | None) -> ChainVerdict:

@@ -40,7 +40,7 @@ def plot_elbo(posterior: Record, *, width: float = 7.0) -> Figure:
     elbo = -posterior.losses.detach().double().cpu().numpy()
     if not len(elbo):
         raise ValueError("posterior: expected one with optimisation steps, got none (diagnose does not optimise).")
-    figure, (axes,) = panels(1, size=(width, 3.6 if width > 5.0 else 2.9))
+    figure, (axes,) = panels(1, size=(width, 3.6 if width > parts.NARROW else 2.9))
     steps(axes, elbo, FLOW, "each step")
     axes.plot(
         np.arange(1, len(elbo) + 1),
@@ -56,7 +56,7 @@ def plot_elbo(posterior: Record, *, width: float = 7.0) -> Figure:
     _rounds(axes, posterior, len(elbo))
     axes.set(xlabel="optimisation step", ylabel="ELBO (nats)")
     axes.legend(loc="lower right")
-    parts.title(axes, posterior, "Evidence lower bound" if width > 5.0 else "ELBO")
+    parts.title(axes, posterior, "Evidence lower bound" if width > parts.NARROW else "ELBO")
     return figure
 
 

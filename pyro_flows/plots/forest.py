@@ -58,7 +58,7 @@ def plot_forest(
     lines = len(shown) * (len(layers) + 0.8)
     figure, (axes,) = panels(1, size=(width, ROW * lines + 1.0 + 0.2 * len(layers)))
     handles = _rows(axes, [[layer[label] for layer in layers.values()] for label in shown])
-    axes.set_yticks(range(len(shown)), shown)
+    axes.set_yticks(range(len(shown)), list(map(parts.plain, shown)))
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -129,7 +129,7 @@ def _grid(
 def _marginal(axes: Axes, label: str, layers: list[np.ndarray], prior: np.ndarray | None) -> list[Any]:
     """Draw one scalar of all layers; return what a legend needs."""
     layers = [values[np.isfinite(values)] for values in layers]
-    axes.set_title(label, loc="left", pad=3)
+    axes.set_title(parts.plain(label), loc="left", pad=3)
     parts.silence(axes)
     spread = [values for values in layers if len(values) and np.ptp(values) > 0]
     if not spread and parts.constant(axes, layers[0]):

@@ -116,14 +116,14 @@ def _single(
     figure, (axes,) = panels(1, size=(width, width / 5.4 * 5.0))
     handles = _panel(axes, list(layers.values()), *titles, size=3.5)
     for label, name in zip(titles.values(), ("x", "y"), strict=True):
-        axes.set(**{f"{name}label": label})
+        axes.set(**{f"{name}label": parts.plain(label)})
     if len(layers) > 1:
         first, *others = layers
-        names = [first, *(f"{name}: 50 % and 90 % of its draws" for name in others)]
-        narrow = width < 5.0 or len(names) > 2
+        names = [parts.plain(first), *(f"{parts.plain(name)}: 50 % and 90 % of its draws" for name in others)]
+        narrow = width < parts.NARROW or len(names) > 2
         opaque(figure.legend(handles, names, loc="outside lower center", markerscale=3, ncols=1 if narrow else 2))
     text = " and ".join(titles.values())
-    if width < 5.0:
+    if width < parts.NARROW:
         parts.heading(figure, dict([next(iter(posteriors.items()))]), text)
     else:
         parts.title(axes, next(iter(posteriors.values())), text)
@@ -151,7 +151,11 @@ def _triangle(
         if column == 0 < row:
             axes.set_ylabel(parts.short(titles[names[row]]), fontsize=7)
     if len(layers) > 1:
-        opaque(figure.legend(handles, list(layers), loc="outside lower center", ncols=len(layers), markerscale=3))
+        opaque(
+            figure.legend(
+                handles, list(map(parts.plain, layers)), loc="outside lower center", ncols=len(layers), markerscale=3
+            )
+        )
     figure.align_ylabels([axes for axes in grid if axes.get_ylabel()])
     parts.heading(figure, dict([next(iter(posteriors.items()))]) if len(layers) == 1 else posteriors, text)
     return figure

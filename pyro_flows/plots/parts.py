@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 INTERVAL = (0.055, 0.945)
 INNER = (0.25, 0.75)
-WIDTH = 7.0  # inches; 3.7 fit a phone of 390 pixels
+NARROW = 5.0  # inches; 3.7 fit a phone of 390 pixels
 BINS, SMOOTH = 60, 2
 
 
 def title(axes: Axes, posterior: Record, text: str) -> None:
     """Write what a figure of one panel shows, and the status of its verdict."""
     status = posterior.verdict.status
-    axes.set_title(text, loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(plain(text), loc="left", fontsize=10, fontweight="bold")
     axes.set_title(f"verdict: {status}", loc="right", fontsize=9, color=STATUS_COLOURS[status])
 
 
@@ -32,15 +32,16 @@ def heading(figure: Figure, posteriors: Mapping[str, Record], text: str) -> None
     """Write what a figure of several panels shows, and the verdict, or those of several posteriors."""
     statuses = [posterior.verdict.status for posterior in posteriors.values()]
     if len(statuses) == 1:
-        said, colour = f"{text} · verdict: {statuses[0]}", STATUS_COLOURS[statuses[0]]
+        apart = " · " if figure.get_figwidth() > NARROW else "\n"
+        said, colour = f"{plain(text)}{apart}verdict: {statuses[0]}", STATUS_COLOURS[statuses[0]]
     else:
-        said, colour = text, INK
+        said, colour = plain(text), INK
     figure.suptitle(said, color=colour, fontweight="bold")
 
 
 def with_status(posteriors: Mapping[str, Record]) -> list[str]:
     """Return the names of posteriors, each with the status of its verdict."""
-    return [f"{name} ({posterior.verdict.status})" for name, posterior in posteriors.items()]
+    return [plain(f"{name} ({posterior.verdict.status})") for name, posterior in posteriors.items()]
 
 
 def foot(figure: Figure, note: str, handles: list[Any], names: Sequence[str], columns: int = 2) -> None:
@@ -52,11 +53,16 @@ def foot(figure: Figure, note: str, handles: list[Any], names: Sequence[str], co
     opaque(figure.legend(handles, names, title=note or None, title_fontsize=8, **place))
 
 
+def plain(label: str) -> str:
+    """Return a label as matplotlib writes it as it is: a dollar begins no formula."""
+    return label.replace("$", r"\$")
+
+
 def short(label: str, most: int = 20) -> str:
     """Return a label on two lines, the entry below the variable, cut if it is long."""
     name, bracket, entry = label.partition("[")
     lines = [name, bracket + entry] if bracket and len(label) > 10 else [label]
-    return "\n".join(line if len(line) <= most else f"{line[: most - 1]}…" for line in lines)
+    return plain("\n".join(line if len(line) <= most else f"{line[: most - 1]}…" for line in lines))
 
 
 def silence(axes: Axes) -> None:

@@ -58,7 +58,7 @@ def plot_predictive(
     for axes, name in zip(grid, data, strict=True):
         handles = _compare(axes, name, data[name], replicates[name])
     names = ["data", "replicates, middle 50 %", "and 89 %"]
-    figure.legend(handles, names, loc="outside lower center", ncols=1 if width < 5.0 else 3)
+    figure.legend(handles, names, loc="outside lower center", ncols=1 if width < parts.NARROW else 3)
     parts.heading(figure, {"": posterior}, "Data and replicates")
     return figure
 
@@ -92,7 +92,7 @@ def _compare(axes: Axes, name: str, data: np.ndarray, replicates: np.ndarray) ->
         lower, upper = np.quantile(others, quantiles, axis=0)
         bands.append(axes.fill_between(values, lower, upper, step="post", color=FLOW, alpha=alpha, linewidth=0))
     (line,) = axes.step(values, own, where="post", color=INK, linestyle="-", linewidth=1.4)
-    axes.set(xlim=(low, high), ylim=(0, 1.02), xlabel=name, ylabel="share at most this large")
+    axes.set(xlim=(low, high), ylim=(0, 1.02), xlabel=parts.plain(name), ylabel="share at most this large")
     axes.locator_params(nbins=5)
     return [line, bands[1], bands[0]]
 

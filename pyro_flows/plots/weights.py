@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pyro_flows._display import STATUS_COLOURS
 from pyro_flows._figures import BASE, FILLED, FLOW, INK, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.results.record import Record
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 50
-NARROW = 5.0  # inches: panels stand below each other
 
 
 @styled
@@ -46,17 +44,13 @@ def plot_weights(posterior: Record, *, width: float = 7.0) -> Figure:
         raise ValueError("posterior: expected draws of a guide with finite weights, got none (chains have no weights).")
     level = float(torch.logsumexp(finite, 0)) - math.log(len(ratios))  # log of the mean weight
     tail = fit_tail(ratios)
-    narrow = width < NARROW
+    narrow = width < parts.NARROW
     columns = 1 if narrow else 2
     figure, (left, right) = panels(2, columns=columns, size=(width, 5.6 if narrow else 3.4))
     _histogram(left, (finite - level).numpy(), len(ratios) - len(finite))
     _tail(right, (finite - level).numpy(), len(ratios), tail, float(finite.max()) - level)
     right.set_title(_words(posterior, tail, len(ratios)), loc="left", fontsize=8)
-    figure.suptitle(
-        f"Importance weights · verdict: {posterior.verdict.status}",
-        color=STATUS_COLOURS[posterior.verdict.status],
-        fontweight="bold",
-    )
+    parts.heading(figure, {"": posterior}, "Importance weights")
     return figure
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
-from pyro_flows.posterior.assessed import Assessed
+from pyro_flows.posterior.reported import Reported
 from pyro_flows.results import arviz_groups, files
 
 UNPICKLED = "unpickled without a model"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Posterior(Assessed):
+class Posterior(Reported):
     """What a fit (or :func:`diagnose`) found. Nothing in it changes; methods give new values.
 
     If the verdict is unreliable, all methods that hand draws on (``summary``, ``to_arviz``, ``predictive``,

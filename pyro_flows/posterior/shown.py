@@ -100,6 +100,18 @@ class Shown(Record):
             raise ValueError(f"ci_prob: expected a number between 0 and 1, got {prob!r}.")
         return self._table_of(draws, kind=kind, prob=prob, round_to=round_to)
 
+    def _chosen_table(
+        self,
+        var_names: str | Sequence[str] | None = None,
+        *,
+        filter_vars: str | None = None,
+        coords: Mapping[str, Any] | None = None,
+    ) -> pd.DataFrame:
+        """Return the table of variables and labels that are chosen as in ArviZ."""
+        draws = _arviz.select(_arrays.entries(self._draws(), coords), var_names, filter_vars)
+        kind, prob = _arviz.default_interval()
+        return self._table_of(draws, kind=kind, prob=prob, round_to="auto")
+
     def _table_of(self, draws: Any, *, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
         ess = None if self.verdict.status == "refined" else self.effective
         return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)

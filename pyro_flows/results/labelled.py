@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 PRIOR_SHOWN = 2000
 
 
+class NotThere(ValueError):
+    """A posterior has no such draws, for a reason that its caller may know."""
+
+
 def posterior_group(posterior: Record) -> xr.Dataset:
     """The draws to use, labelled as the caller asked for; of Markov chains one after the other, or as stored."""
     if posterior.stored is not None:
@@ -41,15 +45,22 @@ def prior_group(posterior: Record, draws: int = PRIOR_SHOWN) -> xr.Dataset:
     if posterior.density is None and posterior.stored is not None and "prior" in posterior.stored[0]:
         found: xr.Dataset = posterior.stored[0]["prior"]
         return found
-    density = posterior._need_density()
+    density = _density(posterior)
     try:
         prior = density.prior(draws, seed=int(posterior.settings["seed"]))
     except UNDRAWABLE as error:
-        raise ValueError(f"posterior: its prior cannot be drawn from ({error}).") from error
+        raise NotThere(f"posterior: its prior cannot be drawn from ({error}).") from error
     if prior is None:
-        raise ValueError("posterior: its prior cannot be drawn from: it is improper, or has factors.")
+        raise NotThere("posterior: its prior cannot be drawn from: it is improper, or has factors.")
     names = [*density.names, *(() if density.structure.enumerated else density.structure.deterministic)]
     return named_draws(posterior, {name: prior[name] for name in names})
+
+
+def _density(posterior: Record) -> LogDensity:
+    try:
+        return posterior._need_density()
+    except ValueError as error:
+        raise NotThere(f"posterior: {error}") from None
 
 
 def predictive_groups(posterior: Record, draws: int) -> tuple[xr.Dataset, xr.Dataset]:
@@ -62,14 +73,14 @@ def predictive_groups(posterior: Record, draws: int) -> tuple[xr.Dataset, xr.Dat
     if "posterior_predictive" in stored and "observed_data" in stored:
         found = stored["posterior_predictive"]
         return stored["observed_data"], found.isel(draw=slice(None, None, max(1, found.sizes["draw"] // draws)))
-    density = posterior._need_density()
+    density = _density(posterior)
     if not density.structure.observed:
-        raise ValueError("posterior: the model observes nothing, so there are no data to compare with.")
+        raise NotThere("posterior: the model observes nothing, so there are no data to compare with.")
     chosen = posterior.used[:: max(1, len(posterior.used) // draws)]
     try:
         drawn = density.predictive(chosen, seed=int(posterior.settings["seed"]))
     except UNDRAWABLE as error:
-        raise ValueError(f"posterior: the model cannot draw its data ({error}).") from error
+        raise NotThere(f"posterior: the model cannot draw its data ({error}).") from error
     labels = Labels(density.structure)
     groups = {"data": observed_group(density), "replicates": stack(labels, drawn, labels.observed)}
     labelled = posterior.labelling.applied(groups)

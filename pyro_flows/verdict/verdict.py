@@ -41,6 +41,11 @@ class Verdict:
     notes: tuple[str, ...] = ()
     chains: ChainFigures | None = None
 
+    @property
+    def next_step(self) -> str:
+        """What helps against the reasons, if the verdict is unreliable; empty otherwise."""
+        return next_step(self.reasons) if self.status == "unreliable" else ""
+
     def __str__(self) -> str:
         return self._sentence() + (f" Note: {'; '.join(self.notes)}." if self.notes else "")
 
@@ -59,8 +64,7 @@ class Verdict:
         if self.status == "refined":
             what = "the samples are Markov chains that started at the guide's draws and converged; they can be used"
             return f"refined: {what}. Why: {why}. Figures: {self.chains}."
-        step = next_step(self.reasons)
-        return f"unreliable: do not use these samples. Why: {why}. Next step: {step}. Figures: {figures}."
+        return f"unreliable: do not use these samples. Why: {why}. Next step: {self.next_step}. Figures: {figures}."
 
     __repr__ = __str__  # what a REPL shows
 
