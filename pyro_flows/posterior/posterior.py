@@ -25,7 +25,7 @@ class Posterior(Reported):
 
     If the verdict is unreliable, all methods that hand draws on (``summary``, ``to_arviz``, ``predictive``,
     ``resample``, ``save``), and :func:`load`, warn with an :class:`UnreliableWarning`, once for each line that calls
-    them. Attributes and figures do not; figures show the status.
+    them. Attributes, figures and reports do not; figures and reports show the status.
 
     Attributes:
         samples: the draws to use, constrained, deterministic sites too: ``{name: (draws, *shape)}``. Raw draws of the

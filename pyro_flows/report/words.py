@@ -9,6 +9,7 @@ from typing import Any
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.chains import LEAST_ESS, NESTED_R_HAT, R_HAT
 from pyro_flows.verdict.judging import MEAN_SHIFT, SD_SHIFT
+from pyro_flows.verdict.verdict import SHOWN
 from pyro_flows.verdict.weighing import ESS_RATIO
 
 
@@ -33,7 +34,7 @@ def figures(posterior: Record) -> list[Figure]:
 
 def _of_guide(posterior: Record) -> list[Figure]:
     verdict = posterior.verdict
-    at = f" at {verdict.where}" if verdict.where else ""
+    at = f" at {verdict.where}" if verdict.mean_shift >= SHOWN else ""
     return [
         Figure(
             "k-hat",

@@ -200,7 +200,7 @@ def test_the_median_of_the_last_steps_is_the_final_elbo():
     assert final.get_ydata()[0] == posterior.elbo
     assert np.median(median.get_ydata()[-50:]) == pytest.approx(posterior.elbo, abs=0.02)
     scatter = posterior.losses[-50:].double().std()
-    assert scatter < 0.1  # it was 0.5, since weights of defensive draws were not normalised
+    assert scatter < 0.1  # nats: weights of defensive draws are normalised
 
 
 def test_data_within_their_replicates(ok):
