@@ -33,6 +33,8 @@ def graph(posterior: Record) -> Picture:
         svg = drawn.pipe(format="svg").decode()
     except graphviz.ExecutableNotFound:
         return _without(INSTALL)
+    except NotImplementedError as error:  # Pyro draws from all priors, and some are improper
+        return _without(f"Pyro could not draw it, for {str(error).splitlines()[0]}")
     except Exception as error:  # Pyro reads the model in its own way, which may not know all that it does
         return _without(fallback("Pyro could not draw it", error))
     if len(svg) > LARGEST:
