@@ -8,9 +8,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from benchmarks import nuts, posteriordb, speed, tables, toys
-from benchmarks.reference import ENVIRONMENT_VARIABLE, find_posteriordb
-from benchmarks.targets import TARGETS
+from benchmarks import tables
+from benchmarks.nuts import running as nuts
+from benchmarks.posteriors import running as posteriordb
+from benchmarks.posteriors.reference import ENVIRONMENT_VARIABLE, find_posteriordb
+from benchmarks.speed import running as speed
+from benchmarks.toys import running as toys
+from benchmarks.toys.targets import TARGETS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -44,14 +44,14 @@ def software() -> str:
     return f"Python {platform.python_version()}, torch {torch.__version__}, Pyro {version('pyro-ppl')}"
 
 
-def code_version() -> str:
+def code_version(package: Path = Path(pyro_flows.__file__).parent) -> str:
     """Return the package's version and a digest of the code that makes a fit.
 
-    It is one of the set of definitions. Where they stand, comments, docstrings, layout, imports, and modules that only
-    present results do not count.
+    It is one of the set of definitions, names and bodies. In which files they stand, comments, docstrings, layout,
+    imports, and modules that only present results do not count, so that a move makes no row stale.
     """
     found: set[str] = set()
-    for file in Path(pyro_flows.__file__).parent.rglob("*.py"):
+    for file in package.rglob("*.py"):
         if PRESENTATION.isdisjoint((file.stem, file.parent.name)):
             found |= definitions(file.read_text(encoding="utf-8"))
     digest = hashlib.sha256("\n".join(sorted(found)).encode())

@@ -1,4 +1,4 @@
-"""A flow guide in Pyro's own SVI: own loop, own optimiser, own ELBO; the verdict afterwards by ``diagnose``.
+"""A flow guide in Pyro's own SVI: own loop, own optimizer, own ELBO; the verdict afterwards by ``diagnose``.
 
 python examples/custom_svi.py [--smoke]
 """
@@ -25,8 +25,8 @@ def crossing(x, y):
 
 def train(guide, x, y, steps):
     """Pyro's usual loop; the learning rate decays to a hundredth."""
-    optimiser = ClippedAdam({"lr": 0.01, "lrd": 0.01 ** (1 / steps)})
-    svi = SVI(crossing, guide, optimiser, Trace_ELBO(16, max_plate_nesting=1, vectorize_particles=True))
+    optimizer = ClippedAdam({"lr": 0.01, "lrd": 0.01 ** (1 / steps)})
+    svi = SVI(crossing, guide, optimizer, Trace_ELBO(16, max_plate_nesting=1, vectorize_particles=True))
     for _ in range(steps):
         svi.step(x, y)
     return guide

@@ -20,7 +20,7 @@ SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 
 def eight_schools(y, sigma):
-    """Effects of coaching, drawn towards a common mean; sampled as standardised effects (non-centred)."""
+    """Effects of coaching, drawn towards a common mean; sampled as standardized effects (non-centered)."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("school", len(y)):
@@ -43,7 +43,7 @@ def main():
     coords = {"school": SCHOOLS}
     print(posterior.summary(["mu", "tau", "theta"], coords=coords))
 
-    # The object that every ArviZ function takes, labelled by school.
+    # The object that every ArviZ function takes, labeled by school.
     tree = posterior.to_arviz(coords=coords)
     print(arviz_stats.loo(tree, pointwise=True))
 

@@ -1,4 +1,4 @@
-"""A flow as a prior, learnt from noisy data (empirical Bayes), against a Gaussian prior learnt in the same way.
+"""A flow as a prior, learned from noisy data (empirical Bayes), against a Gaussian prior learned in the same way.
 
 Each unit has a hidden pair theta_i, seen through noise. The pairs lie along a banana. The prior is a Real-NVP with
 parameters of its own, trained with a mean-field guide by Pyro's SVI on all data at each step. How good a prior is shows
@@ -28,7 +28,7 @@ def banana(units, generator):
 
 
 def make_model(prior):
-    """Units with hidden pairs from ``prior()``, a flow whose parameters are learnt with the guide's."""
+    """Units with hidden pairs from ``prior()``, a flow whose parameters are learned with the guide's."""
 
     def model(x):
         pyro.module("prior", prior)

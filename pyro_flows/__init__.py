@@ -11,10 +11,9 @@ from pyro_flows.comparison.prior import prior_predictive
 from pyro_flows.comparison.sensitivity import Sensitivity
 from pyro_flows.density_estimation.fit_density import fit_density
 from pyro_flows.density_estimation.fitted import DensityFit
-from pyro_flows.fitting.chain_verdict import ChainVerdict
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import fit
-from pyro_flows.fitting.mcmc import Chains, from_mcmc
+from pyro_flows.fitting.mcmc import from_mcmc
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.images import glow, multiscale_realnvp
 from pyro_flows.flows.vectors import nice, planar, realnvp, spline
@@ -38,6 +37,7 @@ from pyro_flows.transforms.pixels import Dequantize, Logit
 from pyro_flows.transforms.planar import Planar
 from pyro_flows.transforms.spline_coupling import SplineCoupling
 from pyro_flows.transforms.tails import SinhArcsinh
+from pyro_flows.verdict.chains import ChainFigures, Chains
 from pyro_flows.verdict.verdict import Verdict
 
 try:
@@ -57,7 +57,7 @@ __all__ = [
     "Bijection",
     "Bound",
     "Chain",
-    "ChainVerdict",
+    "ChainFigures",
     "Chains",
     "Comparison",
     "Conv1x1",

@@ -1,4 +1,4 @@
-"""Labelled arrays: names of their dimensions, their entries, their bytes, tables of them. None of it takes ArviZ."""
+"""Labeled arrays: names of their dimensions, their entries, their bytes, tables of them. None of it takes ArviZ."""
 
 from __future__ import annotations
 

@@ -32,37 +32,41 @@ JUDGED = "InferenceData"  # the name of our own class too: arviz_base knows such
 
 
 def r_hat(draws: Tensor) -> Tensor:
-    """Return rank-normalised split R-hat (D,) of draws (runs, S, D); it sees differences of location and of scale."""
+    """Return rank-normalized split R-hat (D,) of draws (runs, S, D); it sees differences of location and of scale."""
     from arviz_stats.base import array_stats
 
     given = draws.detach().double().cpu().numpy()
     return torch.as_tensor(np.asarray(array_stats.rhat(given, chain_axis=0, draw_axis=1)))
 
 
-def chain_diagnostics(draws: Tensor, superchain: Tensor) -> dict[str, Tensor]:
+def chain_diagnostics(draws: Tensor, superchain: Tensor | None = None) -> dict[str, Tensor]:
     """Return R-hat, nested R-hat and effective draws in bulk and tails, each (D,), of draws (C, N, D).
 
     Args:
-        draws: of C chains.
-        superchain: number of the superchain of each chain (C,), each of equally many chains.
+        draws: of C chains; R-hat of a single one compares its halves.
+        superchain: number of the superchain of each chain (C,), each of equally many chains; without, there is no
+            nested R-hat.
 
     References: Vehtari et al. 2021 (arXiv 1903.08008); Margossian et al. 2024, "Nested R-hat" (arXiv 2110.13017).
     """
     from arviz_stats.base import array_stats
 
-    given, ids = draws.detach().double().cpu().numpy(), superchain.cpu().numpy()
+    given = draws.detach().double().cpu().numpy()
+    compared = given if len(given) > 1 else np.concatenate(np.split(given[:, : given.shape[1] // 2 * 2], 2, axis=1))
     axes: dict[str, Any] = {"chain_axis": 0, "draw_axis": 1}
     with np.errstate(divide="ignore", invalid="ignore"):  # of coordinates that never move: NaN
         found = {
-            "r_hat": array_stats.rhat(given, **axes),
-            "nested_r_hat": array_stats.rhat_nested(given, superchain_ids=ids, **axes),
+            "r_hat": array_stats.rhat(compared, **axes),
             "ess_bulk": array_stats.ess(given, method="bulk", **axes),
             "ess_tail": array_stats.ess(given, method="tail", prob=(0.05, 0.95), **axes),
         }
+        if superchain is not None:
+            ids = superchain.cpu().numpy()
+            found["nested_r_hat"] = array_stats.rhat_nested(given, superchain_ids=ids, **axes)
     return {name: torch.as_tensor(np.asarray(value, dtype=float)) for name, value in found.items()}
 
 
-# labelled arrays ------------------------------------------------------------------------------------------------------
+# labeled arrays ------------------------------------------------------------------------------------------------------
 
 
 def dataset(
@@ -185,7 +189,8 @@ def _with_chains(draws: xr.Dataset, parts: list[xr.Dataset], round_to: int | str
     access = draws.azstats
     error = access.mcse(method="mean").expand_dims(summary=["mcse_mean"])
     found = rounded(table([*parts, error]), round_to)
-    columns = {"ess_bulk": access.ess(method="bulk"), "ess_tail": access.ess(method="tail"), "r_hat": access.rhat()}
+    r_hat = _halves(draws).azstats.rhat()
+    columns = {"ess_bulk": access.ess(method="bulk"), "ess_tail": access.ess(method="tail"), "r_hat": r_hat}
     more = table([values.expand_dims(summary=[name]) for name, values in columns.items()])
     for name in ("ess_bulk", "ess_tail"):
         found[name] = more[name].fillna(0).astype(int)
@@ -205,52 +210,19 @@ def effective_draws(series: Tensor) -> float:
     return min(found, given.size) if math.isfinite(found) else float(given.size)
 
 
-def chain_figures(draws: Tensor) -> dict[str, Tensor]:
-    """Return ``r_hat``, ``ess_bulk`` and ``ess_tail`` (D,) of draws (chains, draws, D); R-hat of one chain's halves."""
-    from arviz_stats.base import array_stats
-
-    given = draws.detach().double().cpu().numpy()
-    halves = draws if len(draws) > 1 else torch.stack(draws[0][: len(draws[0]) // 2 * 2].chunk(2))
-    bulk = array_stats.ess(given, chain_axis=0, draw_axis=1, method="bulk")
-    tail = array_stats.ess(given, chain_axis=0, draw_axis=1, method="tail", prob=(0.05, 0.95))
-    return {"r_hat": r_hat(halves), "ess_bulk": torch.as_tensor(bulk), "ess_tail": torch.as_tensor(tail)}
-
-
-def chain_summary(draws: xr.Dataset, *, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
-    """Table of chains: mean, sd, interval, standard error of the mean, effective draws and R-hat of each scalar."""
-    import xarray
-    from arviz_base import dataset_to_dataframe
-
-    table = summary(draws, ess=1.0, kind=kind, prob=prob, round_to="none").drop(columns="ess")
-    draws = draws.map(lambda values: values.astype(float))
-    dims = list(SAMPLE_DIMS)
-    parts = {
-        "mcse_mean": draws.azstats.mcse(sample_dims=dims, method="mean"),
-        "ess_bulk": draws.azstats.ess(sample_dims=dims, method="bulk"),
-        "ess_tail": draws.azstats.ess(sample_dims=dims, method="tail"),
-        "r_hat": _halves(draws).azstats.rhat(sample_dims=dims),
-    }
-    joined = xarray.concat([part.expand_dims(summary=[name]) for name, part in parts.items()], dim="summary")
-    figures = dataset_to_dataframe(joined, sample_dims=["summary"]).T
-    for name in parts:
-        table[name] = figures[name]
-    decimals = table["r_hat"].round(3)
-    table = rounded(table, round_to)
-    table["r_hat"] = decimals
-    for name in ("ess_bulk", "ess_tail"):
-        table[name] = figures[name].round()
-    return table
-
-
 def _halves(draws: xr.Dataset) -> xr.Dataset:
     """Return the two halves of one chain as chains, or several chains as they are."""
+    import xarray
+
     if draws.sizes["chain"] > 1:
         return draws
-    return cut(draws.isel(draw=slice(0, draws.sizes["draw"] // 2 * 2)), 2)
+    half = draws.sizes["draw"] // 2
+    halves = [draws.isel(draw=slice(first, first + half)) for first in (0, half)]
+    return xarray.concat([part.drop_vars("draw", errors="ignore") for part in halves], dim="chain")
 
 
 def stacking_weights(elpd: Tensor) -> list[float]:
-    """Return the weights of K models that maximise the log score of their mixture, from pointwise elpd (K, N)."""
+    """Return the weights of K models that maximize the log score of their mixture, from pointwise elpd (K, N)."""
     import xarray
     from arviz_stats import ELPDData, compare
 
@@ -295,22 +267,6 @@ def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) 
     found = {name: getattr(part, "dataset", part) for name, part in parts.items()}
     joined = xarray.concat([part.expand_dims(component=[name]) for name, part in found.items()], dim="component")
     return dataset_to_dataframe(joined, sample_dims=["component"]).T
-
-
-def cut(group: xr.Dataset, chains: int) -> xr.Dataset:
-    """Cut the one chain of a group into ``chains`` of equal length, which stand in it one after the other."""
-    arrays, dims = {}, {}
-    for name, values in group.data_vars.items():
-        given = values.to_numpy()[0]
-        arrays[str(name)] = given.reshape(chains, len(given) // chains, *given.shape[1:])
-        dims[str(name)] = [str(dim) for dim in values.dims if dim not in SAMPLE_DIMS]
-    coords = {str(dim): labels.to_numpy() for dim, labels in group.coords.items() if dim not in SAMPLE_DIMS}
-    return dataset(arrays, dims, coords=coords)
-
-
-def scalars(values: Mapping[str, Any]) -> xr.Dataset:
-    """Return a group of single values."""
-    return dataset({name: np.array(value) for name, value in values.items()}, {}, sample_dims=())
 
 
 # selection ------------------------------------------------------------------------------------------------------------

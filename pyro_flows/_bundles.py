@@ -14,7 +14,7 @@ from typing import Any
 
 from pyro_flows._files import existing, locked, replace_directory
 
-VERSION, FIRST_SEALED = 2, 2  # of the format; from the second on, the JSON holds digests of all files
+VERSION, FIRST_SEALED = 3, 2  # of the format; from the second on, the JSON holds digests of all files
 UNFINISHED = ".unfinished"  # what the writer of format 1 appended to the names of its files
 ZEROS = "0" * 64  # stands for the digest of the JSON file while that is computed
 READS = 5  # attempts, where locks cannot keep saves of other processes out

@@ -1,4 +1,4 @@
-"""How results show in a notebook: figures as pictures, verdicts as coloured sentences."""
+"""How results show in a notebook: figures as pictures, verdicts as colored sentences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STATUS_COLOURS = {"ok": "#2e7d4f", "corrected": "#b26a00", "refined": "#1f5f99", "unreliable": "#b3261e"}
+STATUS_COLORS = {"ok": "#2e7d4f", "corrected": "#b26a00", "refined": "#1f5f99", "unreliable": "#b3261e"}
 DPI = 150  # of the picture, so that it is sharp on fine screens too
 SHOWN_DPI = 96  # pixels of a page to an inch
 
@@ -37,7 +37,7 @@ def png(figure: Figure) -> tuple[bytes, dict[str, int]]:
 
 
 def verdict_html(text: str) -> str:
-    """Return a verdict's sentence as HTML, with its first word, the status, in bold and in colour."""
+    """Return a verdict's sentence as HTML, with its first word, the status, in bold and in color."""
     status, colon, rest = text.partition(":")
-    colour = STATUS_COLOURS.get(status, "inherit")
-    return f'<b style="color:{colour}">{html.escape(status)}</b>{colon}{html.escape(rest)}'
+    color = STATUS_COLORS.get(status, "inherit")
+    return f'<b style="color:{color}">{html.escape(status)}</b>{colon}{html.escape(rest)}'

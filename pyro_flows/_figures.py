@@ -1,4 +1,4 @@
-"""What all figures share: the one style, colours, ranges that far values do not rule, and grids of axes."""
+"""What all figures share: the one style, colors, ranges that far values do not rule, and grids of axes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = Path(__file__).with_name("style.mplstyle")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of the style file
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of the style file
 LINES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)))
-FLOW, BASE, INK, LINE = COLOURS[0], COLOURS[1], "#333333", "#8A8A8A"
+FLOW, BASE, INK, LINE = COLORS[0], COLORS[1], "#333333", "#8A8A8A"
 SHOWN = (0.002, 0.998)  # quantiles between which marginals and clouds are shown
 FILLED = 0.2  # opacity
 
@@ -73,11 +73,9 @@ def limits(layers: Iterable[np.ndarray], *, margin: float = 0.06) -> tuple[float
     return low - margin * (high - low), high + margin * (high - low)
 
 
-def steps(axes: Axes, values: np.ndarray, colour: str, label: str) -> None:
-    """Draw one pale value for each optimisation step."""
-    axes.plot(
-        np.arange(1, len(values) + 1), values, color=colour, linestyle="-", alpha=0.35, linewidth=0.6, label=label
-    )
+def steps(axes: Axes, values: np.ndarray, color: str, label: str) -> None:
+    """Draw one pale value for each optimization step."""
+    axes.plot(np.arange(1, len(values) + 1), values, color=color, linestyle="-", alpha=0.35, linewidth=0.6, label=label)
     axes.set_xlim(1, max(len(values), 2))
 
 
@@ -88,9 +86,9 @@ def opaque(legend: Any) -> None:
             handle.set_alpha(1.0)
 
 
-def colour_of(number: int) -> tuple[str, Any]:
-    """Return colour and dashes of the layer with this number."""
-    return COLOURS[number % len(COLOURS)], LINES[number % len(LINES)]
+def color_of(number: int) -> tuple[str, Any]:
+    """Return color and dashes of the layer with this number."""
+    return COLORS[number % len(COLORS)], LINES[number % len(LINES)]
 
 
 def grid_of(count: int, *, width: float, narrowest: float, most: int) -> int:

@@ -27,10 +27,33 @@ from torch import Tensor
 from pyro_flows import plots
 from pyro_flows._exits import DONE, INTERRUPTED, UNRELIABLE, Interrupt, guarded, interruptible
 from pyro_flows._inputs import match, read_data, read_model
+from pyro_flows._options import (
+    Data,
+    Debug,
+    Draws,
+    Escalate,
+    FlowName,
+    Layers,
+    ModelName,
+    OfData,
+    OfModel,
+    Out,
+    Page,
+    Progress,
+    Refine,
+    ReportFile,
+    Runs,
+    Saved,
+    Seconds,
+    Seed,
+    Steps,
+    StepsOrNot,
+    Title,
+    TrainModel,
+)
 from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import MAX_STEPS, fit
-from pyro_flows.flows.recipe import VECTOR_BUILDERS
 from pyro_flows.posterior.posterior import Posterior, load
 from pyro_flows.report.page import check_target as check_report
 from pyro_flows.results.files import check_target
@@ -62,35 +85,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _seconds(value: float | None) -> float | None:
-    if value is not None and not value > 0:
-        raise typer.BadParameter(f"expected a number of seconds > 0, got {value}.")
-    return value
-
-
-Out = Annotated[Path, typer.Option(help="Directory for the results: new, empty, or with earlier results.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of all randomness: the same seed gives the same result.")]
-Steps = Annotated[
-    int, typer.Option(min=1, help="Largest number of optimization steps; training often converges earlier.")
-]
-Seconds = Annotated[
-    float | None,
-    typer.Option(callback=_seconds, help="Time limit of the fit in seconds; the verdict says if it was reached."),
-]
-Progress = Annotated[bool | None, typer.Option(help="Show a progress bar; by default it is shown in a terminal.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-FlowName = Annotated[str, typer.Option(help=f"Kind of flow: {', '.join(sorted(VECTOR_BUILDERS))}.")]
-Layers = Annotated[int | None, typer.Option(min=1, help="Number of layers; the default depends on the flow.")]
-StepsOrNot = Annotated[
-    int | None,
-    typer.Option(min=1, help="Largest number of optimization steps; by default 6000, more in many dimensions."),
-]
-Refine = Annotated[bool, typer.Option(help="Run Markov chains from the flow's draws if weights cannot correct these.")]
-TrainModel = Annotated[
-    bool, typer.Option("--train-model", help="Also train the model's own parameters (pyro.param, modules).")
-]
-
-
 # the commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -117,33 +111,27 @@ def demo_command(
 
 @app.command("fit", epilog=EXIT_CODES)
 def fit_command(
-    model: Annotated[str, typer.Argument(metavar="FILE.py:MODEL", help="A Python file and a Pyro model in it.")],
-    data: Annotated[Path, typer.Option(help="JSON, CSV or npz file with a field for each parameter of the model.")],
+    model: ModelName,
+    data: Data,
     out: Out,
     flow: FlowName = "realnvp",
     layers: Layers = None,
-    draws: Annotated[int, typer.Option(min=100, help="Number of posterior draws.")] = 4000,
-    runs: Annotated[int, typer.Option(min=1, help="Number of independent runs, which are then compared.")] = 1,
+    draws: Draws = 4000,
+    runs: Runs = 1,
     seed: Seed = 0,
     max_steps: StepsOrNot = None,
     max_seconds: Seconds = None,
-    escalate: Annotated[
-        bool, typer.Option(help="If the first round is not good enough, try a larger batch and more layers.")
-    ] = True,
+    escalate: Escalate = True,
     refine: Refine = True,
     train_model: TrainModel = False,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write a report, one HTML file to read and to send.")
-    ] = None,
+    report: ReportFile = None,
     progress: Progress = None,
     debug: Debug = False,
 ) -> None:
     """Fit a flow to the posterior of a Pyro model; write posterior.nc and two figures."""
 
     def work() -> int:
-        target = _target(out)
-        if report is not None:
-            check_report(report)
+        target = _target(out, report)
         chosen = read_model(model)
         arguments = match(chosen, read_data(data))
         options: dict[str, Any] = {
@@ -160,9 +148,7 @@ def fit_command(
         }
         with interruptible() as interrupt:
             posterior = fit(chosen, model_kwargs=arguments, progress=_shown(progress), **options)
-        _write(posterior, target)
-        if report is not None:
-            typer.echo(f"Wrote the report to {posterior.report(report)}.")
+        _write(posterior, target, report=report)
         return _code(posterior, interrupt)
 
     guarded(work, debug, Path(model.rpartition(":")[0]))
@@ -170,13 +156,11 @@ def fit_command(
 
 @app.command("report", epilog=EXIT_CODES)
 def report_command(
-    saved: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a saved posterior, as `fit` writes it.")],
-    out: Annotated[Path | None, typer.Option(help="The HTML file; report.html in DIR by default.")] = None,
-    title: Annotated[str | None, typer.Option(help="Heading of the report.")] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="FILE.py:MODEL", help="The model that was fitted, for its graph and source.")
-    ] = None,
-    data: Annotated[Path | None, typer.Option(help="The data of the fit; needed with --model.")] = None,
+    saved: Saved,
+    out: Page = None,
+    title: Title = None,
+    model: OfModel = None,
+    data: OfData = None,
     debug: Debug = False,
 ) -> None:
     """Write a report of a saved posterior: one HTML file to read and to send."""
@@ -215,8 +199,10 @@ def _code(posterior: Posterior, interrupt: Interrupt) -> int:
     return UNRELIABLE if posterior.verdict.status == "unreliable" else DONE
 
 
-def _target(out: Path) -> Path:
-    """Check before any work that results can be written to ``out``, and leave nothing there."""
+def _target(out: Path, report: Path | None = None) -> Path:
+    """Check before any work that results can be written to ``out``, and a report; leave nothing there."""
+    if report is not None:
+        check_report(report)
     try:
         target = check_target(out)
     except ValueError as error:
@@ -244,7 +230,7 @@ def _shown(progress: bool | None) -> bool:
 
 
 def eight_schools(y: Tensor, sigma: Tensor) -> None:
-    """Effects of coaching in eight schools, non-centred (Rubin 1981)."""
+    """Effects of coaching in eight schools, non-centered (Rubin 1981)."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("school", len(y)):
@@ -281,8 +267,10 @@ def _gaussian(y: Tensor, sigma: Tensor, *, seed: int, steps: int) -> AutoMultiva
     return guide
 
 
-def _write(posterior: Posterior, out: Path, figures: dict[str, Any] | None = None) -> None:
-    """Print verdict and table; save posterior and figures."""
+def _write(
+    posterior: Posterior, out: Path, figures: dict[str, Any] | None = None, *, report: Path | None = None
+) -> None:
+    """Print verdict and table; save posterior and figures, and a report if one is wanted."""
     typer.echo(str(posterior.verdict))
     with warnings.catch_warnings():  # the line above says it
         warnings.simplefilter("ignore", UnreliableWarning)
@@ -296,3 +284,5 @@ def _write(posterior: Posterior, out: Path, figures: dict[str, Any] | None = Non
     for name, figure in drawn.items():
         figure.savefig(out / name)
     typer.echo(f"Wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}.")
+    if report is not None:
+        typer.echo(f"Wrote the report to {posterior.report(report)}.")

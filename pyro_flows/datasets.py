@@ -38,7 +38,7 @@ def toy(name: str, count: int, *, seed: int = 0) -> Tensor:
     Args:
         name: ``"moons"``, two half circles of radius 1 with Gaussian noise of 0.1; ``"gaussians"``, eight of standard
             deviation :math:`8^{-1/2}` on a circle of radius :math:`8^{1/2}`; ``"checkerboard"``, uniform on eight
-            squares of side 2; ``"pinwheel"``, five Gaussian blades, (0.6, 0.2) wide, wound up around the centre.
+            squares of side 2; ``"pinwheel"``, five Gaussian blades, (0.6, 0.2) wide, wound up around the center.
         count: number of points.
         seed: of the draws.
 
@@ -69,8 +69,8 @@ def _moons(count: int, generator: torch.Generator) -> Tensor:
 
 def _gaussians(count: int, generator: torch.Generator) -> Tensor:
     angle = 2.0 * math.pi * torch.randint(8, (count,), generator=generator) / 8.0
-    centre = math.sqrt(8.0) * torch.stack([angle.cos(), angle.sin()], -1)
-    return centre + math.sqrt(0.125) * torch.randn(count, 2, generator=generator)
+    center = math.sqrt(8.0) * torch.stack([angle.cos(), angle.sin()], -1)
+    return center + math.sqrt(0.125) * torch.randn(count, 2, generator=generator)
 
 
 def _checkerboard(count: int, generator: torch.Generator) -> Tensor:
@@ -118,7 +118,7 @@ def mnist_small() -> tuple[Tensor, Tensor]:
 
 
 def photographs() -> Tensor:
-    """Return scikit-learn's two colour photographs, ``(2, 3, 427, 640)`` with values 0 to 255.
+    """Return scikit-learn's two color photographs, ``(2, 3, 427, 640)`` with values 0 to 255.
 
     Raises:
         ModuleNotFoundError: without scikit-learn or Pillow; the message says how to get them.
@@ -129,7 +129,7 @@ def photographs() -> Tensor:
 
 
 def photo_patches(size: int = 32, *, counts: tuple[int, int, int] = (20000, 2000, 2000), seed: int = 0) -> Split:
-    """Cut colour patches, ``(count, 3, size, size)`` with values 0 to 255, from the two photographs.
+    """Cut color patches, ``(count, 3, size, size)`` with values 0 to 255, from the two photographs.
 
     Each picture's left 70 % are for training, the next 12 % for validation, the rest for the test; no patch crosses.
 
@@ -154,7 +154,7 @@ def photo_patches(size: int = 32, *, counts: tuple[int, int, int] = (20000, 2000
     return Split(*parts)
 
 
-def grey_patches(*, counts: tuple[int, int, int] = (40000, 5000, 10000), seed: int = 0) -> Split:
+def gray_patches(*, counts: tuple[int, int, int] = (40000, 5000, 10000), seed: int = 0) -> Split:
     """Make 63-D patches of the photographs by the recipe of the BSDS300 data set, ``(count, 63)``, float32.
 
     8 x 8 pixels of luminance, + U(0, 1) and divided by 256, the mean of each patch subtracted and the last pixel
@@ -173,9 +173,9 @@ def grey_patches(*, counts: tuple[int, int, int] = (40000, 5000, 10000), seed: i
     luminance = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
 
     def finish(patches: Tensor) -> Tensor:
-        grey = (patches * luminance).sum(1).round().flatten(1)
-        grey = (grey + torch.rand(grey.shape, generator=generator)) / 256.0
-        return (grey - grey.mean(-1, keepdim=True))[:, :-1].contiguous()
+        gray = (patches * luminance).sum(1).round().flatten(1)
+        gray = (gray + torch.rand(gray.shape, generator=generator)) / 256.0
+        return (gray - gray.mean(-1, keepdim=True))[:, :-1].contiguous()
 
     return Split(*map(finish, photo_patches(8, counts=counts, seed=seed)))
 

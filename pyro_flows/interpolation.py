@@ -161,13 +161,13 @@ def inpaint(
     low, high = bounds or ((float(seen.min()), float(seen.max())) if len(seen) else (-1.0, 1.0))
     noise = torch.rand(points.shape, generator=generator, dtype=points.dtype, device=points.device)
     free = torch.where(known, points, low + (high - low) * noise).detach().requires_grad_()
-    optimiser = torch.optim.Adam([free])
+    optimizer = torch.optim.Adam([free])
     for step in range(_checks.integer("steps", steps, 1)):
         share = 0.5 * (1.0 + math.cos(math.pi * step / steps))
         (gradient,) = torch.autograd.grad(-flow.log_prob(free, context).sum(), free)
         free.grad = torch.where(known, torch.zeros_like(gradient), gradient)
-        optimiser.param_groups[0]["lr"] = step_size * share
-        optimiser.step()
+        optimizer.param_groups[0]["lr"] = step_size * share
+        optimizer.step()
         with torch.no_grad():
             jitter = torch.randn(points.shape, generator=generator, dtype=points.dtype, device=points.device)
             free += torch.where(known, 0.0, 0.1 * step_size * share * jitter)
@@ -180,7 +180,7 @@ def inpaint(
 def nearest(samples: Tensor, training: Tensor, *, count: int = 1) -> Tensor:
     """Return the indices ``(N, count)`` of the training points nearest to each sample, by Euclidean distance.
 
-    A model that has learnt its data by heart shows here. Cost: all distances, one block of samples at a time.
+    A model that has learned its data by heart shows here. Cost: all distances, one block of samples at a time.
     """
     _checks.integer("count", count, 1)
     rows = training.flatten(1).to(samples)

@@ -39,7 +39,7 @@ def path(
               c_i = \frac{1 - f}{S} \frac{q_0(\epsilon_i)}{m(\epsilon_i)} + f\, \tilde w_i (1 - \tilde w_i)
 
     With f = 0 this is the ELBO's gradient without its score term, which has mean zero but not variance zero. With f = 1
-    it is the doubly reparametrised gradient of KL(p || q), :math:`\tilde w` the self-normalised importance weights:
+    it is the doubly reparametrized gradient of KL(p || q), :math:`\tilde w` the self-normalized importance weights:
     it pulls mass to where q has too little, which the ELBO hardly feels. Both are exactly zero for every draw at q = p.
     The score of q comes along with the forward pass. Draws where p, q or a gradient is not finite count as zero, and a
     difference of gradients a thousand times as long as the median one is shortened to that.
@@ -47,7 +47,7 @@ def path(
 
     Args:
         flow: q.
-        density: the unnormalised log density of p.
+        density: the unnormalized log density of p.
         draws: S; the cost is as many gradients of the density.
         forward: f.
         defensive: share of draws that have one base coordinate, picked at random, from a distribution three times as
@@ -162,7 +162,7 @@ def importance_weighted(flow: Flow, density: LogDensity, draws: int, *, group: i
               \big(\nabla_z \log \tilde p(z_i) - \nabla_z \log q_\theta(z_i)\big)^\top
               \partial_\theta z_\theta(\epsilon_i)
 
-    :math:`\tilde w` are the weights, normalised within their group. This is the doubly reparametrised gradient: it has
+    :math:`\tilde w` are the weights, normalized within their group. This is the doubly reparametrized gradient: it has
     no score term, its signal does not drown in noise as K grows, and it is exactly zero for every draw at q = p. K = 1
     gives the ELBO and the gradient of :func:`path` but for what that shortens; the bound rises with K towards the log
     evidence. It asks for a q that is good once weighted, which may be wider than p, not for one that is good by

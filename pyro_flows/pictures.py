@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL = 1.9  # inches
-LIGHTEST = 0.85  # of the ramp of colours, so that it is seen on white
+LIGHTEST = 0.85  # of the ramp of colors, so that it is seen on white
 
 
 @styled
@@ -39,7 +39,7 @@ def plot_layers(
     names: tuple[str, str] | None = None,
     width: float = PANEL * 6,
 ) -> Figure:
-    """Draw what each layer of a flow does to draws of the base, coloured from left to right where they started.
+    """Draw what each layer of a flow does to draws of the base, colored from left to right where they started.
 
     Of more than two dimensions, two are shown. A flow inside of a guide ends in layers that bend tails and are affine.
 
@@ -72,9 +72,9 @@ def plot_layers(
             clouds.append(layer.forward_and_ladj(clouds[-1])[0])
     columns = grid_of(len(shown), width=width, narrowest=1.6, most=6)
     figure, grid = _squares(len(shown), columns=columns, size=min(PANEL, width / columns))
-    colours = _ramp(x[:, dims[0]])
+    colors = _ramp(x[:, dims[0]])
     for axes, layer in zip(grid, shown, strict=True):
-        _cloud(axes, clouds[layer][:, list(dims)], colours, equal=names is None)
+        _cloud(axes, clouds[layer][:, list(dims)], colors, equal=names is None)
         axes.set_title(_layer_name(stack, layer), loc="center")
     if names is not None:
         figure.supxlabel(names[0], fontsize=9)
@@ -111,8 +111,8 @@ def plot_points(points: Tensor, data: Tensor | None = None) -> Figure:
     if any(cloud.dim() != 2 or cloud.shape[1] != 2 for cloud in clouds):
         raise ValueError(f"points: expected shape (N, 2), got {[tuple(cloud.shape) for cloud in clouds]}.")
     figure, grid = _squares(len(clouds), columns=len(clouds), size=3.2)
-    for axes, cloud, colour, name in zip(grid, clouds[::-1], (FLOW, BASE), ("flow", "data"), strict=False):
-        _cloud(axes, cloud, colour)
+    for axes, cloud, color, name in zip(grid, clouds[::-1], (FLOW, BASE), ("flow", "data"), strict=False):
+        _cloud(axes, cloud, color)
         axes.set_title(name, loc="center")
     return figure
 
@@ -201,7 +201,7 @@ def plot_losses(losses: Tensor, checks: Tensor) -> Figure:
         finite = np.concatenate([finite, held_out])
     high = finite.max(initial=low)
     axes.set_ylim(low - 0.5 * (high - low) - 1e-6, high + 0.1 * (high - low) + 1e-6)
-    axes.set_xlabel("optimisation step")
+    axes.set_xlabel("optimization step")
     axes.set_ylabel("mean log density (nats)")
     axes.legend(loc="lower right")
     return figure
@@ -230,10 +230,10 @@ def _squares(count: int, *, columns: int, size: float = PANEL) -> tuple[Figure, 
     return panels(count, columns=columns, size=(size * columns, (size + 0.2) * math.ceil(count / columns)))
 
 
-def _cloud(axes: Axes, points: Tensor, colours: Any, *, equal: bool = True) -> None:
+def _cloud(axes: Axes, points: Tensor, colors: Any, *, equal: bool = True) -> None:
     values = points.detach().double().cpu().numpy()
     finite = values[np.isfinite(values).all(-1)]
-    kept = colours if isinstance(colours, str) else colours[np.isfinite(values).all(-1)]
+    kept = colors if isinstance(colors, str) else colors[np.isfinite(values).all(-1)]
     axes.scatter(finite[:, 0], finite[:, 1], s=2.0, c=kept, linewidths=0, alpha=0.7, rasterized=True)
     if not equal:
         axes.set(xlim=limits([finite[:, 0]]), ylim=limits([finite[:, 1]]))
@@ -247,7 +247,7 @@ def _cloud(axes: Axes, points: Tensor, colours: Any, *, equal: bool = True) -> N
 
 
 def _ramp(values: Tensor) -> np.ndarray:
-    """A colour for each draw by its rank, from dark to light, which colour-blind readers can tell apart."""
+    """A color for each draw by its rank, from dark to light, which color-blind readers can tell apart."""
     import matplotlib
 
     ranks = values.argsort().argsort().double().cpu().numpy() / max(len(values) - 1, 1)

@@ -94,7 +94,7 @@ def counts_guide(shape: float = 10.0, rate: float = 7.0) -> Any:
 
 
 def pine_data(column: str) -> tuple[Tensor, Tensor]:
-    """The centred covariate and the strength of 42 specimens of radiata pine."""
+    """The centered covariate and the strength of 42 specimens of radiata pine."""
     path = Path(__file__).parent / "data" / "radiata_pine.csv"
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
@@ -112,7 +112,7 @@ def pine(x: Tensor, y: Tensor) -> None:
 
 
 def pine_guide(x: Tensor, y: Tensor) -> None:
-    """The exact posterior of :func:`pine`: x is centred, so a and b are independent given tau."""
+    """The exact posterior of :func:`pine`: x is centered, so a and b are independent given tau."""
     n, sum_x2 = len(y), float(x.square().sum())
     a_mean = float((0.06 * 3000.0 + y.sum()) / (0.06 + n))
     b_mean = float((6.0 * 185.0 + (x * y).sum()) / (6.0 + sum_x2))

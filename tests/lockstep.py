@@ -78,12 +78,12 @@ def lockstep(cores, picked, df, *, y, batch, priors, steps):
 
     gradients = make_fx(vmap(grad(one, argnums=(0, 1))))(parameters, local, buffers, *draws())
     tensors = [*parameters.values(), *local]
-    optimiser = ClippedAdam(tensors, lr=0.01)
+    optimizer = ClippedAdam(tensors, lr=0.01)
     for _ in range(steps):
         found, others = gradients(parameters, local, buffers, *draws())
         for tensor, gradient in zip(tensors, [*found.values(), *others], strict=True):
             tensor.grad = gradient
-        optimiser.step()
+        optimizer.step()
     rows = [{name: tensor[row] for name, tensor in {**parameters, **buffers}.items()} for row in range(count)]
     return [(core, row, local[0][number], softplus(local[1][number])) for number, row in enumerate(rows)]
 

@@ -135,7 +135,7 @@ def dependent_joint(v, y):
     return -(1.0 - v["alpha"]).log() + gauss(y, v["alpha"], v["beta"])
 
 
-def decentred(y):
+def decentered(y):
     def model(y):
         tau = pyro.sample("tau", dist.HalfNormal(real(1.0)))
         with pyro.plate("n", 3):
@@ -145,8 +145,8 @@ def decentred(y):
     return poutine.reparam(model, {"theta": LocScaleReparam(0.0)})(y)
 
 
-def decentred_joint(v, y):
-    """With the deterministic site theta, which the reparametrisation leaves."""
+def decentered_joint(v, y):
+    """With the deterministic site theta, which the reparametrization leaves."""
     theta = v["tau"] * v["theta_decentered"]
     torch.testing.assert_close(v["theta"], theta)
     return half_gauss(v["tau"], 1.0) + gauss(v["theta_decentered"], 0.0, 1.0) + gauss(y, theta, 0.5)
@@ -215,9 +215,9 @@ def regression_joint(v, x, y):
 
 
 def with_params(y):
-    centre = pyro.param("centre", real(0.4))
+    center = pyro.param("center", real(0.4))
     spread = pyro.param("spread", real(1.5), constraint=constraints.positive)
-    x = pyro.sample("x", dist.Normal(centre, spread))
+    x = pyro.sample("x", dist.Normal(center, spread))
     pyro.sample("y", dist.Normal(x, 1.0), obs=y)
 
 
@@ -295,7 +295,7 @@ CASES = [
         dim=2,
         pyro=False,
     ),
-    Case("decentred", decentred, (normal(3, seed=4),), decentred_joint, lambda v: v["tau"].log(), dim=4),
+    Case("decentered", decentered, (normal(3, seed=4),), decentered_joint, lambda v: v["tau"].log(), dim=4),
     Case(
         "mixture", mixture, (normal(6, seed=5),), mixture_joint, lambda v: v["p"].log().sum(), dim=3, sites=False
     ),
@@ -316,6 +316,6 @@ CASES = [
 
 
 def each_model(*names: str, where: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
-    """Parametrise a test over the models that are named, or all, that satisfy ``where``."""
+    """Parametrize a test over the models that are named, or all, that satisfy ``where``."""
     chosen = [case for case in CASES if where(case) and (not names or case.name in names)]
     return pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in chosen])

@@ -30,7 +30,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def randomise(module: nn.Module, *, sd: float, seed: int = 0) -> nn.Module:
+def randomize(module: nn.Module, *, sd: float, seed: int = 0) -> nn.Module:
     """Add normal noise to every parameter, by a generator of its own: no map stays the identity."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -46,11 +46,11 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
 
 
 def built(build: Callable[[], nn.Module], *, dtype: torch.dtype, sd: float, seed: int) -> nn.Module:
-    """Build with a seeded start, without touching the global generator; randomised if ``sd`` is above 0."""
+    """Build with a seeded start, without touching the global generator; randomized if ``sd`` is above 0."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = build().to(dtype)
-    return randomise(module, sd=sd, seed=seed + 1) if sd else module
+    return randomize(module, sd=sd, seed=seed + 1) if sd else module
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ LARGE = _cases((100,))
 
 
 def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
-    """Parametrise a test over cases, by their names."""
+    """Parametrize a test over cases, by their names."""
     return pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases])
 
 

@@ -60,9 +60,9 @@ def check_pure(t: pf.Bijection, x: Tensor, context: Tensor | None) -> None:
 
 
 def check_follows_parameters(t: pf.Bijection, x: Tensor, context: Tensor | None) -> None:
-    """After an edit of every parameter, and after a step of an optimiser, the map is the new one; through Bound too."""
+    """After an edit of every parameter, and after a step of an optimizer, the map is the new one; through Bound too."""
     parameters = list(t.parameters())
-    optimiser = torch.optim.SGD(parameters, lr=0.05 if t.event_dim == 1 else 0.001)  # images have far larger gradients
+    optimizer = torch.optim.SGD(parameters, lr=0.05 if t.event_dim == 1 else 0.001)  # images have far larger gradients
     bound = t.condition(context)
 
     def edit() -> None:
@@ -71,10 +71,10 @@ def check_follows_parameters(t: pf.Bijection, x: Tensor, context: Tensor | None)
                 parameter.mul_(1.1).add_(0.01)
 
     def step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         y, ladj = t.forward_and_ladj(x, context)
         (y.square().sum() - ladj.sum()).backward()
-        optimiser.step()
+        optimizer.step()
 
     for change in (edit, step):
         y = bound(x)

@@ -201,7 +201,7 @@ def test_matching_fields_with_parameters():
 # models ---------------------------------------------------------------------------------------------------------------
 
 
-def test_models_may_import_their_neighbours(folder):
+def test_models_may_import_their_neighbors(folder):
     assert read_model(f"{folder}/models.py:schools").__name__ == "schools"
 
 

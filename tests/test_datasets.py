@@ -17,15 +17,15 @@ def moons(y):
     """Log density: an average of Gaussians along two half circles."""
     angle = (torch.arange(800) + 0.5) / 800 * math.pi
     upper = torch.stack([angle.cos(), angle.sin()], -1)
-    centres = torch.cat([upper, torch.stack([1 - angle.cos(), 0.5 - angle.sin()], -1)])
-    return torch.logsumexp(-torch.cdist(y, centres).square() / 0.02, -1) - math.log(1600 * 2 * math.pi * 0.01)
+    centers = torch.cat([upper, torch.stack([1 - angle.cos(), 0.5 - angle.sin()], -1)])
+    return torch.logsumexp(-torch.cdist(y, centers).square() / 0.02, -1) - math.log(1600 * 2 * math.pi * 0.01)
 
 
 def gaussians(y):
     """Log density of eight Gaussians."""
     angle = torch.arange(8) * math.pi / 4
-    centres = math.sqrt(8) * torch.stack([angle.cos(), angle.sin()], -1)
-    return torch.logsumexp(-torch.cdist(y, centres).square() / 0.25, -1) - math.log(8 * 2 * math.pi * 0.125)
+    centers = math.sqrt(8) * torch.stack([angle.cos(), angle.sin()], -1)
+    return torch.logsumexp(-torch.cdist(y, centers).square() / 0.25, -1) - math.log(8 * 2 * math.pi * 0.125)
 
 
 def checkerboard(y):
@@ -141,9 +141,9 @@ def test_patches_come_from_parts_that_do_not_overlap():
     strips = datasets.photographs()[..., 525:].unfold(2, 8, 1).unfold(3, 8, 1).movedim(1, 3).flatten(3)
     found = (strips == split.test[0].flatten()).all(-1)
     assert found.any()
-    grey = datasets.grey_patches(counts=(50, 40, 30))
-    assert grey.train.shape == (50, 63)
-    last = -grey.train.sum(-1)  # the pixel left out: all 64 have mean zero
+    gray = datasets.gray_patches(counts=(50, 40, 30))
+    assert gray.train.shape == (50, 63)
+    last = -gray.train.sum(-1)  # the pixel left out: all 64 have mean zero
     assert last.abs().max() < 1.0
     with pytest.raises(ValueError, match="at most 48"):
         datasets.photo_patches(64)

@@ -1,4 +1,4 @@
-"""Walks in latent space, inpainting, neighbours and the spectrum."""
+"""Walks in latent space, inpainting, neighbors and the spectrum."""
 
 import math
 

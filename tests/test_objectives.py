@@ -17,7 +17,7 @@ WEIGHT = 1.7  # the target is a density times e to this
 
 
 def target(loc=0.5, scale=1.5, log_evidence=WEIGHT):
-    """An unnormalised Gaussian in two dimensions."""
+    """An unnormalized Gaussian in two dimensions."""
 
     def model():
         z = pyro.sample("z", dist.Normal(loc * torch.ones(DIM, dtype=torch.float64), scale).to_event(1))
@@ -62,7 +62,7 @@ def test_value_is_the_bound(group):
 def test_gradient_is_that_of_the_naive_estimator_in_expectation(group):
     """Four standard errors of the difference for each of the four derivatives: fails once in 4000 runs by chance.
 
-    The plain and the squared weights differ: with normalised weights in place of their squares the test fails.
+    The plain and the squared weights differ: with normalized weights in place of their squares the test fails.
     """
     flow, density = affine_flow(), target()
     ours, plain = [], []

@@ -51,7 +51,7 @@ def test_images_with_a_shape_and_without_one():
         pictures.plot_images(torch.zeros(2, 2, 3, 3))
 
 
-def test_walks_neighbours_spectra_and_losses(tmp_path):
+def test_walks_neighbors_spectra_and_losses(tmp_path):
     flow, points = pf.nice(9), torch.rand(20, 9)
     walk = image(pictures.plot_interpolation(flow, points[:4], steps=5))
     assert walk.shape == (19, 19, 3)

@@ -58,6 +58,6 @@ def explained(influence: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
     Returns the parts of the estimates' errors (N,) that the controls' own means explain, to be taken off, and the
     residuals (S, N).
     """
-    centred = given - given.mean(0)
-    slopes = torch.linalg.lstsq(centred, influence - influence.mean(0)).solution
-    return given.sum(0) @ slopes, influence - centred @ slopes
+    centered = given - given.mean(0)
+    slopes = torch.linalg.lstsq(centered, influence - influence.mean(0)).solution
+    return given.sum(0) @ slopes, influence - centered @ slopes

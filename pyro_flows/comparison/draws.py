@@ -25,19 +25,9 @@ class Draws(NamedTuple):
     copies: Tensor | None = None
 
 
-def is_chains(posterior: Record) -> bool:
-    """Whether the draws to use come from Markov chains: they are of the posterior, and not of a guide."""
-    return posterior.verdict.status == "refined" or hasattr(posterior, "count")
-
-
-def chains_of(posterior: Record) -> int:
-    """Return how many chains the draws to use are, one after the other."""
-    return int(getattr(posterior, "count", posterior.chain_count))
-
-
 def is_of_guide(posterior: Record) -> bool:
     """Whether the draws to use are the guide's own."""
-    return posterior.verdict.status == "ok" and not is_chains(posterior)
+    return posterior.verdict.status == "ok" and not posterior.by_chains
 
 
 def in_hand(posterior: Record) -> Draws:
@@ -51,7 +41,7 @@ def in_hand(posterior: Record) -> Draws:
 
 def can_draw(posterior: Record) -> bool:
     """Whether there can be more draws of the same kind: not of chains, and not without a guide and a model."""
-    return posterior._raw_draws() is not None and not is_chains(posterior)
+    return posterior._raw_draws() is not None and not posterior.by_chains
 
 
 @torch.no_grad()

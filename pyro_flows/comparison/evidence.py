@@ -14,7 +14,6 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.comparison.bridge import bridge, fit_proposal
-from pyro_flows.comparison.draws import chains_of, is_chains
 from pyro_flows.model.sites import messages
 from pyro_flows.verdict.psis import psis
 
@@ -139,7 +138,7 @@ def _is_improper(fn: Any) -> bool:
 
 
 def _importance(posterior: Record, count: int) -> Estimate:
-    if is_chains(posterior) and posterior.flow is None:
+    if posterior.by_chains and posterior.flow is None:
         return Estimate("importance", math.nan, math.inf, "the draws are chains, there is no density to weigh them by")
     return importance(_ratio(posterior, count))
 
@@ -201,7 +200,7 @@ def _ratio(posterior: Record, count: int) -> Tensor:
 
 
 def _bridge(posterior: Record, count: int) -> Estimate:
-    if not is_chains(posterior):
+    if not posterior.by_chains:
         note = "not used: it takes draws of the posterior, and these are the flow's own or weighted ones"
         return Estimate("bridge", math.nan, math.inf, note)
     density = posterior.density
@@ -210,7 +209,7 @@ def _bridge(posterior: Record, count: int) -> Estimate:
     if posterior.flow is not None:
         z, log_q = posterior.flow.rsample_and_log_prob((count,))
         at_p = posterior.used_log_p.double() - posterior.flow.log_prob(posterior.used).double()
-        found = bridge(at_p, density(z).double() - log_q.double(), chains_of(posterior))
+        found = bridge(at_p, density(z).double() - log_q.double(), posterior.chain_count)
     else:
         found = _bridge_by_halves(posterior, density, count)
     if not found.settled or not math.isfinite(found.standard_error):
@@ -220,7 +219,7 @@ def _bridge(posterior: Record, count: int) -> Estimate:
 
 def _bridge_by_halves(posterior: Record, density: Any, count: int) -> Any:
     """Bridge to a Student t that is fitted to the first half of each chain, from the second halves."""
-    chains, dim = chains_of(posterior), posterior.used.shape[1]
+    chains, dim = posterior.chain_count, posterior.used.shape[1]
     draws = posterior.used.reshape(chains, -1, dim)
     half = draws.shape[1] // 2
     proposal = fit_proposal(draws[:, :half].reshape(-1, dim))

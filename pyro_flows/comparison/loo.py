@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_flows import _arrays, _arviz, _checks
 from pyro_flows.comparison.controls import explained
-from pyro_flows.comparison.draws import Draws, can_draw, chains_of, in_hand, more
+from pyro_flows.comparison.draws import Draws, can_draw, in_hand, more
 from pyro_flows.results import arviz_groups as export
 from pyro_flows.verdict.psis import psis
 
@@ -143,7 +143,7 @@ def _judged(posterior: Record, draws: Draws, sites: Any) -> Loo:
     return Loo(
         elpd=float(pointwise.sum()),
         se=math.sqrt(len(labels) * float(pointwise.var())) if len(labels) > 1 else math.nan,
-        mcse=_error(influence.sum(1), draws.copies, chains_of(posterior)) if known else math.inf,
+        mcse=_error(influence.sum(1), draws.copies, posterior.chain_count) if known else math.inf,
         p=float(p.sum()),
         method="approximate" if draws.ratio is not None else "plain",
         status=posterior.verdict.status,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback
-from pyro_flows._seeding import BatchedDraws, derive, seeded
+from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import alone
-from pyro_flows.model.batching import apart, quiet, usable
+from pyro_flows.model.batching import apart, over_rows, quiet, usable
 from pyro_flows.model.handlers import Resample
 from pyro_flows.model.sites import is_data, is_deterministic, messages
 
@@ -69,21 +70,11 @@ def prior_predictive(
 
     with alone(), quiet(), torch.no_grad(), seeded(derive(seed, "prior")):
         try:
-            return _many(one, draws)
+            rows, otherwise = torch.zeros(draws), partial(fallback, "drawn one by one")
+            drawn: dict[str, Tensor] = over_rows(one, rows, randomness="different", otherwise=otherwise)
+            return drawn
         except NotImplementedError:
             raise ValueError(f"site {seen.name!r}: its prior, {seen.kind}, cannot be drawn from.") from None
-
-
-def _many(one: Callable[[Tensor], dict[str, Tensor]], draws: int) -> dict[str, Tensor]:
-    try:
-        with BatchedDraws():
-            return torch.func.vmap(one, randomness="different")(torch.zeros(draws))
-    except NotImplementedError:
-        raise
-    except RuntimeError as error:  # what vmap cannot batch
-        fallback("drawn one by one", error)
-        rows = [one(torch.zeros(())) for _ in range(draws)]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _is_drawn(site: Any) -> bool:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arviz, _checks
-from pyro_flows.comparison.draws import chains_of
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import messages
 
@@ -69,7 +68,7 @@ def sensitivity(
     total = posterior.used_log_p.double() - density.log_jacobian(posterior.used).double()
     likelihood = total - sum(priors.values(), torch.zeros_like(total))
     prior = sum((priors[name] for name in top), torch.zeros_like(total))
-    chains = chains_of(posterior)
+    chains = posterior.chain_count
     if names is not None:
         chosen = [names] if isinstance(names, str) else names
         draws = draws[[_checks.choice("names", name, map(str, draws)) for name in chosen]]
@@ -94,7 +93,7 @@ def _diagnosis(prior: float, likelihood: float) -> str:
 def top_level(density: LogDensity, z: Tensor) -> tuple[list[str], dict[str, str]]:
     """Return the latent sites with priors of their own, and why the others are group effects.
 
-    A prior that depends on other latents is that of a group effect. So is that of a site, written non-centred, which
+    A prior that depends on other latents is that of a group effect. So is that of a site, written non-centered, which
     the likelihood knows only as a product with a scale, itself a latent: if it is stretched and the scale (a site with
     fewer entries) is shrunk by the same factor, the likelihood stays as it is.
     """

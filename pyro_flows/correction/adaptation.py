@@ -1,7 +1,7 @@
-r"""The kernel of many chains, learnt from all of them: step size, trajectory length, a scale for each coordinate.
+r"""The kernel of many chains, learned from all of them: step size, trajectory length, a scale for each coordinate.
 
 The step size follows the mean acceptance by dual averaging. The trajectory length :math:`\tau` ascends the change of
-the squared distance from the centre that a trajectory brings about (ChEES),
+the squared distance from the center that a trajectory brings about (ChEES),
 
 .. math:: \tfrac14\, E\big[(\|x' - \bar x\|^2 - \|x - \bar x\|^2)^2\big],
 

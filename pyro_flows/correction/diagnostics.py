@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,9 @@ def agreement(z: Tensor, began: Tensor) -> float:
 
 
 def _nothing(z: Tensor, sweeps: int) -> ChainFigures:
-    rest = dict.fromkeys(("r_hat", "nested_r_hat", "ess_bulk", "ess_tail", "energy_error", "acceptance"), math.nan)
+    rest: dict[str, Any] = dict.fromkeys(
+        ("r_hat", "nested_r_hat", "ess_bulk", "ess_tail", "energy_error", "acceptance"), math.nan
+    )
     return ChainFigures(
         chains=len(z),
         draws=z.shape[1],

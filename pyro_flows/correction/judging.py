@@ -62,6 +62,8 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     against += clock.reasons()
     verdict = _verdict(posterior.verdict, found, against, failures, notes, work.why)
     history = (*posterior.history, _stage(work, found, verdict).as_dict())
+    if posterior.of_mcmc and verdict.status != "refined":  # the draws to use stay the other sampler's
+        chains, verdict = posterior.chains, replace(verdict, chains=posterior.verdict.chains)
     evidence = posterior.log_evidence
     if work.annealed is not None and math.isfinite(work.annealed.log_evidence):
         evidence = work.annealed.log_evidence

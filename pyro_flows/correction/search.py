@@ -59,7 +59,7 @@ def lacks_of_chains(
     their draws are inside, and these are as many as the mass of the region asks for, or 2 % where that is not known.
 
     Args:
-        density: log p, unnormalised.
+        density: log p, unnormalized.
         chains: that have converged, as far as their own figures tell.
         score: log density of the flow or mixture.
         covered: log of the mass that the flow covers.
@@ -135,7 +135,7 @@ class _Regions:
 
 
 def _inside(away: Tensor, scale: Tensor) -> Tensor:
-    """Whether points (S, D), relative to the centre of a normal distribution, are among those that it would draw."""
+    """Whether points (S, D), relative to the center of a normal distribution, are among those that it would draw."""
     units = away / scale if scale.dim() == 1 else torch.linalg.solve_triangular(scale, away.mT, upper=False).mT
     dim = away.shape[1]
     return units.square().sum(1) < dim + INSIDE * math.sqrt(2.0 * dim)

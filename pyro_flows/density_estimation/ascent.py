@@ -42,14 +42,14 @@ class Ascent:
         self.dim = flow.dim
 
     def fresh_moments(self) -> None:
-        """Forget the optimiser's moments."""
+        """Forget the optimizer's moments."""
         layers = [layer for layer in self.flow.modules() if isinstance(layer, DiagonalAffine) and not layer.context_dim]
         scales = {parameter for layer in layers for parameter in layer.parameters()}
         groups: list[dict[str, Any]] = [
             {"params": [parameter for parameter in self.parameters if (parameter in scales) == chosen], "times": times}
             for chosen, times in ((False, 1.0), (True, SCALES))
         ]
-        self.optimiser = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=1e-3, betas=(0.9, 0.99), fused=True
         )
         self.set_weight_decay(self.state.weight_decay)
@@ -73,9 +73,9 @@ class Ascent:
             torch._foreach_mul_(gradients, CLIP * state.norm / norm)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["times"]
-        self.optimiser.step()
+        self.optimizer.step()
         return value
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class Ascent:
         start = self.keep()
         batches = list(_first(self._forever(), steps))
         judge = self.held_out or batches[-8:]
-        first = (self._score(judge), min(candidates), start, self.optimiser)
+        first = (self._score(judge), min(candidates), start, self.optimizer)
         runs = []
         for learning_rate in candidates:
             self.assign(start)
@@ -142,9 +142,9 @@ class Ascent:
             self.state.norm = 0.0
             for step, (y, context) in enumerate(batches):
                 self.step(y, context, learning_rate * trapeze((step + 1) / steps))
-            runs.append((self._score(judge), learning_rate, self.keep(), self.optimiser))
+            runs.append((self._score(judge), learning_rate, self.keep(), self.optimizer))
         good = _about_best(first[0], runs, self.dim)
-        value, self.state.learning_rate, weights, self.optimiser = max(good or [first], key=lambda run: run[1])
+        value, self.state.learning_rate, weights, self.optimizer = max(good or [first], key=lambda run: run[1])
         self.assign(weights)
         self.average, self.best_weights, self.state.best = self.keep(), weights, value if self.held_out else -math.inf
         self.state.skipped, self.state.norm = 0, 0.0
@@ -152,7 +152,7 @@ class Ascent:
     def set_weight_decay(self, decay: float) -> None:
         """Let weights decay, but not diagonal scales."""
         self.state.weight_decay = decay
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["weight_decay"] = decay if group["times"] == 1.0 else 0.0
 
     def _forever(self) -> Iterator[Batch]:
@@ -161,7 +161,7 @@ class Ascent:
 
     def checkpoint(self) -> dict[str, Any]:
         """Return all tensors that going on needs."""
-        moments = self.optimiser.state_dict()
+        moments = self.optimizer.state_dict()
         return {
             "weights": self.keep(),
             "buffers": [buffer.clone() for buffer in self.flow.buffers()],
@@ -179,7 +179,7 @@ class Ascent:
         for buffer, value in zip(self.flow.buffers(), saved["buffers"], strict=True):
             buffer.copy_(value)
         self.average, self.best_weights = saved["average"], saved["best_weights"]
-        self.optimiser.load_state_dict(saved["moments"])
+        self.optimizer.load_state_dict(saved["moments"])
         self.state = State(**saved["state"])
         torch.set_rng_state(saved["random"].cpu())
         if saved["random_cuda"]:

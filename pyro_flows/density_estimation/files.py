@@ -32,7 +32,7 @@ from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source
 from pyro_flows.density_estimation.schedule import Plan
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import ending, with_preprocess
-from pyro_flows.flows.saved import from_json, not_rebuilt, to_json
+from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.transforms.fixed import Preprocess
 
 CHECKPOINT = b"pyro_flows density checkpoint 2\n"  # then the digest of the rest, a line, and the tensors
@@ -264,7 +264,7 @@ class Keeper:
         data = _packed({"about": self.about, **self.ascent.checkpoint()})
         try:
             replace_file(self.path, CHECKPOINT + digest(data).encode() + b"\n" + data)
-        except OSError as error:  # what has been learnt so far is worth more than its checkpoint
+        except OSError as error:  # what has been learned so far is worth more than its checkpoint
             if not self.failed:
                 warnings.warn(f"checkpoint: {error.strerror}; the training goes on.", stacklevel=2)
             self.failed = True

@@ -77,17 +77,17 @@ def fit_density(
         validation: the share to hold out; or held-out data, or a pair of them and their context; or ``None``, with
             which nothing stops the training but the budget. With a ``DataLoader``, it cannot be a share.
         preprocess: ``"standardize"`` (each coordinate), ``"whiten"`` (correlations too; see
-            ``density_estimation/standardizing.py``), ``None``, or ``"auto"``: standardised for vectors, and for images
+            ``density_estimation/standardizing.py``), ``None``, or ``"auto"``: standardized for vectors, and for images
             with one scale for all pixels; nothing after a :class:`~pyro_flows.Logit`, which needs the unit cube.
             A map of this kind that the flow has, from an earlier fit, is replaced, never doubled; and ``"auto"`` leaves
             a trained flow as it is where that describes the data better, so that its training goes on.
-        levels: for quantised data, how many levels they have (256 for bytes): values 0 to ``levels - 1``, or the same
+        levels: for quantized data, how many levels they have (256 for bytes): values 0 to ``levels - 1``, or the same
             divided by ``levels - 1``. Level k becomes ``(k + U(0, 1)) / levels``, with fresh noise each time, and the
             density is one on the unit cube.
         batch: points a step; by default 256, or a tenth of the data if that is less, and 32 at least.
         learning_rate: the step size of Adam, without a race.
         weight_decay: of AdamW, relative to the step size; by default 1e-4 times epochs ahead (in 20 000 steps at most)
-            times parameters over points (of images: pixels), since what can be learnt by heart is the more, the longer
+            times parameters over points (of images: pixels), since what can be learned by heart is the more, the longer
             it takes and the more there are; but 1 at most, and so little that a tenth of the training is remembered.
         start: ``"random"``: last layers of networks that are zero get small random weights, with which training is far
             quicker; or ``"identity"``: the flow starts as it is, so that few data are first described by the base

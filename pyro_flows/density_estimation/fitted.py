@@ -30,7 +30,7 @@ class DensityFit:
         losses: negative mean log density of each minibatch, in nats.
         checks: ``(count, 2)``: steps done and mean log density of held-out points, of the averaged weights.
         validation: mean log density of all held-out points, in nats; NaN if there were none.
-        levels: how the data are quantised, if they are.
+        levels: how the data are quantized, if they are.
         settings: what :func:`fit_density` was asked for and what it chose.
         why: what ended the training, in a sentence.
     """
@@ -76,17 +76,17 @@ class DensityFit:
         return self.flow.bijection.forward_and_ladj(temperature * x, about)[0]
 
     def nats(self, data: Any, context: Any = None, *, seed: int = 0) -> float:
-        """Return the mean log density of data given as to :func:`fit_density`; quantised values get noise first."""
+        """Return the mean log density of data given as to :func:`fit_density`; quantized values get noise first."""
         given = points_for(self.flow, "data", data, context)
         if self.levels is not None:
-            given = given.quantised(self.levels.count)
+            given = given.quantized(self.levels.count)
         with seeded(seed, like(self.flow).device):
             return mean_log_prob(self.flow, given)
 
     def bits_per_dim(self, data: Any, context: Any = None, *, seed: int = 0) -> float:
         r"""Return bits a dimension, :math:`(\log L - \text{nats} / D) / \log 2` for L levels; smaller is better.
 
-        For quantised data it is an upper bound on the bits that a code by this model needs. Without levels, L is 1.
+        For quantized data it is an upper bound on the bits that a code by this model needs. Without levels, L is 1.
         """
         return self._bits(self.nats(data, context, seed=seed))
 

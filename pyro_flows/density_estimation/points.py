@@ -1,4 +1,4 @@
-"""Data for maximum likelihood, as batches: tensors, memory maps and loaders, quantised values and missing ones."""
+"""Data for maximum likelihood, as batches: tensors, memory maps and loaders, quantized values and missing ones."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Rows:
         places = torch.randperm(len(self))[:count].sort().values
         return replace(self, indices=places if self.indices is None else self.indices[places])
 
-    def quantised(self, levels: int) -> Rows:
+    def quantized(self, levels: int) -> Rows:
         """Say that the values are levels: ``0, 1, ..., levels - 1``, or the same divided by ``levels - 1``.
 
         Raises:
@@ -105,7 +105,7 @@ class Rows:
             if bool(wrong.any()):
                 raise ValueError(
                     f"data: expected {levels} levels, 0 to {levels - 1} or the same divided by {levels - 1}, got "
-                    f"{float(y[wrong][0]):g}. Pass quantised values as they are, or levels=None for continuous ones."
+                    f"{float(y[wrong][0]):g}. Pass quantized values as they are, or levels=None for continuous ones."
                 )
         return replace(self, levels=Levels(levels, step))
 
@@ -154,7 +154,7 @@ class Stream:
         """How many batches an epoch has."""
         return len(self.loader)
 
-    def quantised(self, levels: int) -> Stream:
+    def quantized(self, levels: int) -> Stream:
         """Say that the values are levels, as for tensors; judged by the first batch."""
         y = next(self.ordered(0))[0]
         return replace(self, levels=Levels(levels, 1.0 if float(y.max()) > 1.0 else 1.0 / (levels - 1)))

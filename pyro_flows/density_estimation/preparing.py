@@ -45,7 +45,7 @@ def sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int | 
     """Make what is trained on and what is held out."""
     train = points_for(flow, "data", data, context)
     if levels is not None:
-        train = train.quantised(levels)
+        train = train.quantized(levels)
     if validation is None:
         return train, None
     if isinstance(validation, float):
@@ -60,7 +60,7 @@ def sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int | 
     if len(pair) != 2:
         raise ValueError(f"validation: expected data, or a pair (data, context), got {len(pair)} items.")
     held_out = points_for(flow, "validation", *pair)
-    return train, held_out if levels is None else held_out.quantised(levels)
+    return train, held_out if levels is None else held_out.quantized(levels)
 
 
 def with_scale(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str | None]:

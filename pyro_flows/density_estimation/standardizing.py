@@ -1,4 +1,4 @@
-"""The affine map between data and flow: standardised or whitened, fixed, and counted in the density."""
+"""The affine map between data and flow: standardized or whitened, fixed, and counted in the density."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONSTANT = 1e-12  # a variance below this share of the squared mean is rounding 
 
 
 def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shrink: bool = True) -> Preprocess:
-    r"""Measure data, and return the layer that makes them standardised or white. One pass over the batches.
+    r"""Measure data, and return the layer that makes them standardized or white. One pass over the batches.
 
     With a context, its linear effect on the mean is taken out too: for one-hot classes, the mean of each class.
     White means :math:`A A^\top = \hat\Sigma`, the covariance with its correlations shrunk towards none by Ledoit and
@@ -74,12 +74,12 @@ def is_fresh(flow: Flow) -> bool:
 
 
 def _regress(context: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the slope of centred ``y`` on the context, with a hint of a ridge, and what is left."""
-    centred = context - context.mean(0)
-    gram = centred.mT @ centred
+    """Return the slope of centered ``y`` on the context, with a hint of a ridge, and what is left."""
+    centered = context - context.mean(0)
+    gram = centered.mT @ centered
     ridge = gram.diagonal().mean().clamp(min=1e-12) * 1e-4
-    slope = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), centred.mT @ y)
-    return slope, y - centred @ slope
+    slope = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), centered.mT @ y)
+    return slope, y - centered @ slope
 
 
 def _scales(y: Tensor, mean: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _scales(y: Tensor, mean: Tensor) -> Tensor:
         where = constant.nonzero().flatten().tolist()
         warnings.warn(
             f"data: coordinate {where[0]} is constant ({len(where)} of {len(constant)} are), so that its density has "
-            "no upper bound. Drop it, or pass levels= if the values are quantised.",
+            "no upper bound. Drop it, or pass levels= if the values are quantized.",
             UserWarning,
             stacklevel=4,
         )
@@ -99,7 +99,7 @@ def _scales(y: Tensor, mean: Tensor) -> Tensor:
 
 
 def _root(z: Tensor, shrink: bool) -> Tensor:
-    """Return the symmetric root of the shrunk correlations of standardised points."""
+    """Return the symmetric root of the shrunk correlations of standardized points."""
     count, dim = z.shape
     found = z.mT @ z / count
     found.diagonal().fill_(1.0)

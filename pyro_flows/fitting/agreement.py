@@ -37,7 +37,7 @@ class Agreement:
 
 @torch.no_grad()
 def compare(outcomes: Sequence[Round], names: Sequence[str]) -> Agreement:
-    """Compare runs by rank-normalised R-hat over their draws, coordinate by coordinate, and by their log evidence.
+    """Compare runs by rank-normalized R-hat over their draws, coordinate by coordinate, and by their log evidence.
 
     Weights are proportional to the estimated evidence of each run that has one.
     """
@@ -67,7 +67,7 @@ def balanced(flows: Sequence[Flow], density: LogDensity, weights: Sequence[float
     r"""Return mixture weights that bring the mixture of ``flows`` as close to the posterior as they can.
 
     Evidences tell how much each run covers, but not that several runs cover the same. So the weights :math:`a_k`
-    maximise :math:`E_p \log \sum_k a_k q_k`, over importance-weighted draws of all runs, by
+    maximize :math:`E_p \log \sum_k a_k q_k`, over importance-weighted draws of all runs, by
 
     .. math:: a_k \leftarrow \sum_i w_i\, \frac{a_k q_k(z_i)}{\sum_l a_l q_l(z_i)}.
 

@@ -10,7 +10,7 @@ from pyro_flows.fitting.escalation import ENOUGH_K
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.run import Run
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.flows.saved import to_json
+from pyro_flows.flows.recipe_json import to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.draws import from_draws
@@ -54,7 +54,7 @@ def _chosen(run: Run, sampler: Any, density: LogDensity) -> dict[str, Any]:
     kept = run.kept
     return {
         "flow": to_json(sampler),
-        "noncentred": density.structure.noncentred,
+        "noncentered": density.structure.noncentered,
         "round": None if kept is None else kept.stage,
         "step_size": None if kept is None else kept.step_size,
         "batch": None if kept is None else kept.batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback
-from pyro_flows._seeding import BatchedDraws, seeded
+from pyro_flows._seeding import seeded
 from pyro_flows._turns import alone
 from pyro_flows.fitting.mcmc import from_mcmc
 from pyro_flows.guides.autoflow import AutoFlow
-from pyro_flows.model.batching import quiet, usable
+from pyro_flows.model.batching import over_rows, quiet, usable
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
-from pyro_flows.model.sites import Noncentred, messages
+from pyro_flows.model.sites import Noncentered, messages
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS
@@ -89,11 +90,11 @@ def _diagnose(
     draws: int,
     seed: int,
 ) -> Posterior:
-    noncentred: Noncentred = ()
+    noncentered: Noncentered = ()
     if isinstance(guide, AutoFlow):
         with seeded(seed):
-            noncentred = guide.initialize(*args, **kwargs)._built_structure.noncentred
-    density = LogDensity(model, args, kwargs, noncentred=noncentred)
+            noncentered = guide.initialize(*args, **kwargs)._built_structure.noncentered
+    density = LogDensity(model, args, kwargs, noncentered=noncentered)
     warn_if_nothing_observed(density.structure, density.trace_at, model, args, kwargs)
     with torch.no_grad(), seeded(seed, density.device):
         trace = _run(guide, args, kwargs)  # makes the parameters of a guide that has never run
@@ -210,7 +211,9 @@ def _from_traces(
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
         with quiet():
-            values = _repeat(one, count)
+            values = over_rows(
+                one, torch.zeros(count), randomness="different", otherwise=partial(fallback, "drawn one by one")
+            )
         log_q = values.pop(LOG_Q)
         z = density.unconstrain(values)
         log_q = log_q + density.log_jacobian(z)
@@ -242,14 +245,3 @@ def _log_density(trace: poutine.Trace, masks: Mapping[str, Tensor]) -> Tensor:
                 density = density if mask is None else torch.where(torch.as_tensor(mask), density, 0.0)
             total = total + density.sum()
     return total
-
-
-def _repeat(function: Callable[[Tensor], dict[str, Tensor]], count: int) -> dict[str, Tensor]:
-    """Run a random function ``count`` times, at once where it can be."""
-    try:
-        with BatchedDraws():
-            return torch.func.vmap(function, randomness="different")(torch.zeros(count))
-    except RuntimeError as error:  # what vmap cannot batch
-        fallback("drawn one by one", error)
-        rows = [function(torch.zeros(())) for _ in range(count)]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -53,7 +53,7 @@ def fit(
 
     The guide is :math:`z = m + L(b + A\,t(f(\epsilon)))` over all latents in unconstrained coordinates: f a normalizing
     flow, t tails for each coordinate, :math:`\epsilon` Student-t with 15 degrees of freedom (2 D, if that is more). m
-    and L come from a portfolio of starts, the step size from a race; training minimises the ELBO by path gradients and
+    and L come from a portfolio of starts, the step size from a race; training minimizes the ELBO by path gradients and
     stops by itself.
 
     Args:
@@ -67,7 +67,7 @@ def fit(
         draws: how many draws to return, at least 100, and ten million at most, or what the memory holds; four times as
             many are judged by. A sampler (``refine``) returns all that it is judged by, 4096 at least.
         seed: of all randomness; one seed, one answer. Torch's global generator is left as it was.
-        max_steps: bound on the optimisation steps of a run, 64 gradient evaluations each (256 from the second round
+        max_steps: bound on the optimization steps of a run, 64 gradient evaluations each (256 from the second round
             on); by default 6000, and more above 50 dimensions, twice as many from 200 on; the short race of step sizes
             comes on top.
         max_seconds: bound on the seconds of the whole call, above zero: starts, races, training, the search for modes

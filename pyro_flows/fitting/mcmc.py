@@ -4,118 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_flows import _arviz, _checks
+from pyro_flows import _checks
 from pyro_flows._turns import alone
-from pyro_flows.fitting.chain_verdict import ChainVerdict, judge_chains
 from pyro_flows.model.batching import usable
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
-from pyro_flows.posterior.posterior import KINDS, Posterior
-from pyro_flows.results import arviz_groups as export
+from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
-from pyro_flows.verdict.verdict import Verdict
-
-if TYPE_CHECKING:
-    import pandas as pd
+from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.mcmc import judge_mcmc
 
 LEAST_DRAWS = 10  # of a chain
-CUT = ("posterior", "log_likelihood", "log_prior", "posterior_predictive", "unconstrained_posterior")
+METHOD = "mcmc"
 NO_GUIDE = "the draws are Markov chains, no guide was fitted"
 OF_GUIDE = ("k_hat", "ess", "elbo", "log_evidence")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Chains(Posterior):
-    """A posterior of Markov chains: what :func:`from_mcmc` returns.
-
-    ``samples``, ``used`` and ``used_log_p`` hold one chain after the other. What belongs to a guide (``log_q``,
-    ``k_hat``, ``ess``, ``elbo``, ``log_evidence``) is NaN, and ``guide`` and ``flow`` are None. ``to_arviz`` has the
-    dimensions (chain, draw), ``summary`` R-hat and effective sample sizes, ``verdict`` is a :class:`ChainVerdict`.
-
-    Attributes:
-        count: how many chains.
-        stats: of each draw (S,): ``diverging``, where the sampler tells.
-    """
-
-    count: int = 1
-    stats: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def used_log_weights(self) -> Tensor:
-        """Equal normalised log weights (S,)."""
-        return torch.full_like(self.used_log_p, -math.log(len(self.used)))
-
-    @property
-    def effective(self) -> float:
-        """The smallest bulk effective sample size; NaN if unreliable."""
-        assert isinstance(self.verdict, ChainVerdict)
-        return math.nan if self.verdict.status == "unreliable" else self.verdict.ess_bulk
-
-    def __str__(self) -> str:
-        sites, each = ", ".join(self.samples), len(self.used) // self.count
-        about = f"{self.count} chains of {each} draws, {self.used.shape[1]} unconstrained coordinates"
-        return f"Posterior of {sites}: {about}, by {self.guide_name}\n{self.verdict}"
-
-    __repr__ = __str__
-
-    def _table_of(self, draws: Any, *, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
-        return _arviz.chain_summary(draws, kind=kind, prob=prob, round_to=round_to)
-
-    def _draws(self) -> Any:
-        found = super()._draws()
-        return found if self.stored is not None else _arviz.cut(found, self.count)
-
-    def _groups(self, predictive: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        groups, attrs = super()._groups(predictive)
-        return (groups, attrs) if self.stored is not None else (self._cut(groups), self._attributes())
-
-    def _cut(self, groups: Mapping[str, Any]) -> dict[str, Any]:
-        """Give the groups their chains, and those about a guide what is known of chains instead."""
-        found = {name: _arviz.cut(group, self.count) if name in CUT else group for name, group in groups.items()}
-        stats = {"lp": self.used_log_p.double(), **self.stats}
-        arrays = {name: value.reshape(self.count, -1).cpu().numpy() for name, value in stats.items()}
-        found["sample_stats"] = _arviz.dataset(arrays, {})
-        found["fit"] = _arviz.scalars({"status": self.verdict.status, **_figures(self.verdict)})
-        return found
-
-    def _attributes(self) -> dict[str, str | float]:
-        return {**export.attributes(self), "sampling": "mcmc"}
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        if self.stored is None:
-            state["stored"] = self._cut(state["stored"][0]), self._attributes()
-        return state
-
-    def _extra(self) -> dict[str, Any]:
-        return {"count": self.count, "stats": self.stats, "figures": _figures(self.verdict)}
-
-    @classmethod
-    def _restored(cls, fields: dict[str, Any], extra: Mapping[str, Any]) -> Chains:
-        verdict = ChainVerdict(**vars(fields.pop("verdict")), **extra["figures"])
-        return cls(**fields, verdict=verdict, count=extra["count"], stats=extra["stats"])
-
-
-KINDS["Chains"] = Chains
-
-
-def _figures(verdict: Verdict) -> dict[str, Any]:
-    names = ("count", "r_hat", "r_hat_where", "ess_bulk", "ess_tail", "divergences")
-    return {name: getattr(verdict, name) for name in names}
-
-
 def from_mcmc(
     mcmc: Any, model: Callable[..., Any], *args: Any, model_kwargs: Mapping[str, Any] | None = None, seed: int = 0
-) -> Chains:
+) -> Posterior:
     r"""Judge the output of Pyro's ``MCMC``, and hand it over to ArviZ as a fit's.
 
-    ``ok`` takes rank-normalised split R-hat below 1.01 in all unconstrained coordinates, at least 400 effective draws
+    ``ok`` takes rank-normalized split R-hat below 1.01 in all unconstrained coordinates, at least 400 effective draws
     (bulk and tail), finite log densities, and divergences in at most one draw of a thousand.
 
     Args:
@@ -127,8 +42,11 @@ def from_mcmc(
         seed: of later predictive draws.
 
     Returns:
-        :class:`Chains`, a :class:`Posterior`: ``summary``, ``to_arviz``, ``predictive``, ``loo``, ``evidence`` (by
-        bridge sampling), ``sensitivity``, ``save``.
+        A :class:`Posterior` whose ``samples`` are the chains, one after the other: ``chains`` holds them apart, with
+        ``diverging`` in ``chains.stats`` where the sampler tells. ``summary`` has R-hat and effective sample sizes,
+        ``to_arviz`` the dimensions (chain, draw), ``verdict.chains`` the figures. ``evidence`` is by bridge sampling.
+        What belongs to a guide (``log_q``, ``k_hat``, ``ess``, ``elbo``, ``log_evidence``) is NaN; ``guide`` and
+        ``flow`` are None.
 
     Raises:
         ValueError: naming the site, for one that was not sampled or has another shape in the model; for fewer than ten
@@ -154,16 +72,17 @@ def from_mcmc(
         density = LogDensity(model, args, kwargs)
         warn_if_nothing_observed(density.structure, density.trace_at, model, args, kwargs)
         draws, diverging, sampler = _read(mcmc)
-        values, chains = _flat(draws, density)
+        values, count = _flat(draws, density)
         with torch.no_grad():
             z = density.unconstrain(values)
             log_p = density(z)
             samples = density.constrain(z)
     names = coordinate_names(density.structure)
-    stats = {} if diverging is None else {"diverging": diverging}
+    stats = {} if diverging is None else {"diverging": diverging.to(z.device)}
+    chains = Chains(z.reshape(count, -1, density.dim), stats, {}, {"method": METHOD})
     nothing = torch.full_like(log_p, math.nan)
     of_guide: dict[str, Any] = dict.fromkeys(OF_GUIDE, math.nan)
-    return Chains(
+    return Posterior(
         samples=samples,
         z=z,
         log_p=log_p,
@@ -173,23 +92,22 @@ def from_mcmc(
         used_log_p=log_p,
         used_log_q=nothing,
         **of_guide,
-        verdict=judge_chains(z.reshape(chains, -1, density.dim), log_p, names, diverging),
+        verdict=judge_mcmc(chains.z, log_p.reshape(count, -1), names, diverging),
         losses=torch.zeros(0),
         history=(),
-        settings={"draws": len(z), "chains": chains, "seed": seed, "noncentred": density.structure.noncentred},
+        settings={"draws": len(z), "chains": count, "seed": seed, "noncentered": density.structure.noncentered},
         coordinates=tuple(names),
         guide=None,
         guide_name=sampler,
         flow=None,
         density=density,
         missing={"guide": NO_GUIDE, "flow": NO_GUIDE},
-        count=chains,
-        stats=stats,
+        chains=chains,
     )
 
 
 def _read(mcmc: Any) -> tuple[dict[str, Tensor], Tensor | None, str]:
-    """Return draws by site (chains, draws, *shape), which of them diverged (chains * draws,), the sampler's name."""
+    """Return draws by site (chains, draws, *shape), which of them diverged (chains, draws), the sampler's name."""
     if isinstance(mcmc, Mapping):
         return {str(name): torch.as_tensor(value) for name, value in mcmc.items()}, None, "chains"
     if not hasattr(mcmc, "get_samples"):
@@ -205,7 +123,7 @@ def _read(mcmc: Any) -> tuple[dict[str, Tensor], Tensor | None, str]:
     diverging = torch.zeros(first.shape[:2], dtype=torch.bool)
     for chain, places in enumerate(marks):
         diverging[chain, torch.as_tensor(list(places), dtype=torch.long)] = True
-    return draws, diverging.reshape(-1), sampler
+    return draws, diverging, sampler
 
 
 def _flat(draws: Mapping[str, Tensor], density: LogDensity) -> tuple[dict[str, Tensor], int]:

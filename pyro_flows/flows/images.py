@@ -38,7 +38,7 @@ def multiscale_realnvp(
     checkerboard, are left to the base, the others go on to the next scale; the last scale has ``layers + 1`` with
     checkerboard masks. Where sides are even, the parts of a checkerboard go from space to depth before the networks and
     not after them: then none works on zeros, and all on a quarter of the pixels. An :class:`ActNorm` before each
-    coupling stands in for the paper's batch normalisation: call ``flow.bijection.start_from(batch)`` before training.
+    coupling stands in for the paper's batch normalization: call ``flow.bijection.start_from(batch)`` before training.
     Latents have the shape of the data. The inverse costs as much as the forward pass. For guides, which need vectors,
     take :func:`realnvp`.
 

@@ -76,7 +76,7 @@ def nice(
     r"""NICE: a diagonal :math:`e^{s}` of the base, then ``layers`` additive couplings.
 
     Volume-preserving up to that scale: fast and stable, but it cannot widen one region and narrow another.
-    The inverse costs as much as the forward pass. Couplings work on the scale of what is modelled; s tells how much
+    The inverse costs as much as the forward pass. Couplings work on the scale of what is modeled; s tells how much
     each latent matters (:func:`scale_spectrum`).
 
     For images as vectors in the unit cube, as published::

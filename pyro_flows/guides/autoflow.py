@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pyro
@@ -11,11 +12,12 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_flows import _checks
+from pyro_flows._fallbacks import fallback
 from pyro_flows._turns import turn
 from pyro_flows.guides.store import StoredGuide
+from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.handlers import flatten_all, place_all
 from pyro_flows.model.sites import messages
 from pyro_flows.transforms import Bound
@@ -50,7 +52,7 @@ class AutoFlow(StoredGuide):
         init_loc_fn: Pyro init function for m; the default is the prior median, and works for improper priors.
             With ``affine="none"`` there is no m, and the flow starts at its base.
         init_scale: L at the start, times the identity.
-        noncentred: sites that get non-centred coordinates, see :class:`LogDensity`.
+        noncentered: sites that get non-centered coordinates, see :class:`LogDensity`.
         cautious: train the flow by small steps (:meth:`Flow.slow`), which one draw a step and minibatches need; False
             is for gradients averaged over many draws.
         create_plates: Pyro's: a function of the model's arguments that returns a plate or several, in which the guide
@@ -131,7 +133,12 @@ class AutoFlow(StoredGuide):
             placed = place_all(structure, row, lambda: self.model(*args, **kwargs))
             return {name: value for name, (value, _) in placed.items()}
 
-        return _map_rows(values, z)
+        return self._over_rows(values, z)
+
+    def _over_rows(self, function: Callable[[Any], dict[str, Tensor]], rows: Any) -> dict[str, Tensor]:
+        """Apply a function of one row to all; it runs the model only if supports depend on latents."""
+        with quiet():
+            return over_rows(function, rows, otherwise=partial(fallback, "constrained one by one"))
 
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         r"""Return the guide's log density of constrained latents, :math:`\log q(z) - \log|d\theta/dz|`.
@@ -161,13 +168,13 @@ class AutoFlow(StoredGuide):
         batch = shapes.pop()
         rows = {site.name: torch.as_tensor(values[site.name]).reshape(-1, *site.shape) for site in structure.latents}
 
-        def flat(row: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        def flat(row: dict[str, Tensor]) -> dict[str, Tensor]:
             z = flatten_all(structure, row, lambda: self.model(*args, **kwargs))
             placed = place_all(structure, z, lambda: self.model(*args, **kwargs))
-            return z, sum((ladj.sum() for _, ladj in placed.values()), z.new_zeros(()))
+            return {"z": z, "ladj": sum((ladj.sum() for _, ladj in placed.values()), z.new_zeros(()))}
 
-        z, ladj = _map_rows(flat, rows)
-        return (self._flow().log_prob(z.to(self._like)) - ladj).reshape(batch)
+        found = self._over_rows(flat, rows)
+        return (self._flow().log_prob(found["z"].to(self._like)) - found["ladj"]).reshape(batch)
 
     @torch.no_grad()
     def _draws(self) -> Tensor:
@@ -201,14 +208,3 @@ class AutoFlow(StoredGuide):
             raise ValueError(f"quantiles: expected a list of numbers between 0 and 1, got {quantiles!r}.")
         draws = self._constrain(self._draws(), *args, **kwargs)
         return {name: torch.quantile(value, levels.to(value), dim=0) for name, value in draws.items()}
-
-
-def _map_rows(function: Callable[..., Any], rows: Any) -> Any:
-    """Apply a function of one row to all rows of a tensor or a dict of tensors; batched where the model allows."""
-    with turn(), pyro.validation_enabled(False):
-        try:
-            return torch.func.vmap(function)(rows)
-        except RuntimeError:  # the model is run only if supports depend on latents
-            count = len(tree_leaves(rows)[0])
-            found = [function(tree_map(lambda column, i=i: column[i], rows)) for i in range(count)]  # type: ignore[misc]
-            return tree_map(lambda *parts: torch.stack(parts), *found)

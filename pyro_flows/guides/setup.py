@@ -24,7 +24,7 @@ from pyro_flows.flows.recipe import (
     start_at,
 )
 from pyro_flows.model.reading import initial_value, read_structure
-from pyro_flows.model.sites import Noncentred, Structure, messages
+from pyro_flows.model.sites import Noncentered, Structure, messages
 from pyro_flows.transforms import DiagonalAffine, LowerTriangularAffine
 
 
@@ -41,7 +41,7 @@ class LatentGuide(AutoContinuous):
         df: float = 15.0,
         init_loc_fn: Callable[..., Any] = initial_value,
         init_scale: float = 1.0,
-        noncentred: Noncentred = (),
+        noncentered: Noncentered = (),
         cautious: bool = True,
         create_plates: Callable[..., Any] | None = None,
         **options: Any,
@@ -59,7 +59,7 @@ class LatentGuide(AutoContinuous):
         self._recipe = latent_recipe(flow, options, affine=affine, base=base, df=df)
         self._init_loc_fn = init_loc_fn
         self._init_scale = _checks.positive("init_scale", init_scale)
-        self._noncentred = noncentred
+        self._noncentered = noncentered
         self._cautious = cautious
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._moved_to: dict[str, Any] = {}
@@ -68,7 +68,7 @@ class LatentGuide(AutoContinuous):
         self._in_store = False
 
     def initialize(self, *args: Any, **kwargs: Any) -> Self:
-        """Run the model once on its arguments and make the parameters, so that an optimiser can be built."""
+        """Run the model once on its arguments and make the parameters, so that an optimizer can be built."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
             if self.master is None:
@@ -77,7 +77,7 @@ class LatentGuide(AutoContinuous):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        structure = read_structure(self.model, args, kwargs, self._init_loc_fn).noncentre(self._noncentred)
+        structure = read_structure(self.model, args, kwargs, self._init_loc_fn).noncenter(self._noncentered)
         self._arguments = (args, kwargs)
         self._set_structure(structure)
         if self.master is not None:
@@ -126,7 +126,7 @@ class LatentGuide(AutoContinuous):
         The model is not run. With a mixture, the guide's distribution is the mixture, and has no transform.
         """
         guide = cls(model, flow if isinstance(flow, Flow) else flow.members[0], affine="none", cautious=False)
-        guide._noncentred = structure.noncentred
+        guide._noncentered = structure.noncentered
         guide._arguments = (args, dict(kwargs or {}))
         guide._set_structure(structure)
         with poutine.block():

@@ -20,19 +20,19 @@ from torch.nn.functional import logsigmoid
 
 @dataclass(frozen=True)
 class Circle:
-    """One turn about ``centre``, of the site's shape."""
+    """One turn about ``center``, of the site's shape."""
 
-    centre: Tensor
+    center: Tensor
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return angles in [-pi, pi) and the log derivatives."""
-        angle = self.centre + 2.0 * math.pi * (torch.sigmoid(u) - 0.5)
+        angle = self.center + 2.0 * math.pi * (torch.sigmoid(u) - 0.5)
         ladj = math.log(2.0 * math.pi) + logsigmoid(u) + logsigmoid(-u)
         return torch.remainder(angle + math.pi, 2.0 * math.pi) - math.pi, ladj
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return the coordinates of angles, whatever turn they are in."""
-        away = torch.remainder(y - self.centre + math.pi, 2.0 * math.pi) - math.pi
+        away = torch.remainder(y - self.center + math.pi, 2.0 * math.pi) - math.pi
         return torch.logit(away / (2.0 * math.pi) + 0.5)
 
 
@@ -82,5 +82,5 @@ def read_chart(given: Mapping[str, Any], shape: torch.Size, like: Tensor) -> Cha
 def write_chart(chart: Chart | None) -> dict[str, Any]:
     """Return a chart as plain numbers, as :func:`read_chart` takes them."""
     if isinstance(chart, Circle):
-        return {"turn_about": chart.centre.tolist()}
+        return {"turn_about": chart.center.tolist()}
     return {} if chart is None else {"heavy_about": chart.loc.tolist(), "heavy_scale": chart.scale.tolist()}

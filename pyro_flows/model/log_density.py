@@ -16,7 +16,7 @@ from pyro_flows._turns import turn
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.batching import batch, quiet, where_possible
 from pyro_flows.model.site_values import SiteValues
-from pyro_flows.model.sites import Noncentred, Structure
+from pyro_flows.model.sites import Noncentered, Structure
 
 PORTION = 16  # pieces of a recorded graph between two looks at the clock
 
@@ -38,9 +38,9 @@ class LogDensity(SiteValues):
         model: a Pyro model, function or module. Parameters of its own are held at their present values.
         args: its positional arguments (the data).
         kwargs: its keyword arguments.
-        noncentred: sites that get non-centred coordinates, (value - location) / scale, or True for all whose location
+        noncentered: sites that get non-centered coordinates, (value - location) / scale, or True for all whose location
             or scale depends on other latents (``structure.hierarchical``); or ``{site: None}``, the same for some, or
-            ``{site: {"precision": t, "centre": c}}``, non-centred as far as the data leave a value open (see
+            ``{site: {"precision": t, "center": c}}``, non-centered as far as the data leave a value open (see
             :mod:`pyro_flows.model.noncentered`). The model stays as it is.
 
     Attributes:
@@ -75,10 +75,10 @@ class LogDensity(SiteValues):
         self.clock = clock
         self._values.compile = self._with_gradients.compile = None if clock.compiles else False
 
-    def elsewhere(self, noncentred: Noncentred) -> LogDensity:
+    def elsewhere(self, noncentered: Noncentered) -> LogDensity:
         """Return the same log density in other coordinates, under the same clock; the structure is not read anew."""
         other = copy.copy(self)
-        other._settle(self._as_read.noncentre(noncentred))
+        other._settle(self._as_read.noncenter(noncentered))
         other.under(self.clock)
         return other
 

@@ -1,15 +1,16 @@
-r"""Non-centred coordinates: a site's location and scale taken out, where they depend on other latents.
+r"""Non-centered coordinates: a site's location and scale taken out, where they depend on other latents.
 
 The coordinate u of an unconstrained value y with prior location m and scale s is (y - m) / s. What the data say about y
-is taken out as well. With a precision t and a centre c, as if c had been observed with variance 1 / t,
+is taken out as well. With a precision t and a center c, as if c had been observed with variance 1 / t,
 
 .. math:: y = m' + s' u, \qquad s'^{-2} = s^{-2} + t, \qquad m' = s'^2\,(m / s^2 + t\,c).
 
-Given location and scale, u is then about standard normal, whatever they are. It is non-centred in the neck of a
-funnel, where s is small, and centred where s is large. t = 0 is non-centred everywhere. For a multivariate normal with
-covariance :math:`\Sigma = L L^\top` and precisions T (a diagonal), likewise :math:`\Sigma'^{-1} = \Sigma^{-1} + T`.
+Given location and scale, u is then about standard normal, whatever they are. It is non-centered in the neck of a
+funnel, where s is small, and centered where s is large. t = 0 is non-centered everywhere. For a multivariate normal
+with covariance :math:`\Sigma = L L^\top` and precisions T (a diagonal), likewise
+:math:`\Sigma'^{-1} = \Sigma^{-1} + T`.
 
-This is the degree of centring of Gorinova, Moore and Hoffman 2020, "Automatic Reparameterisation of Probabilistic
+This is the degree of centering of Gorinova, Moore and Hoffman 2020, "Automatic Reparameterisation of Probabilistic
 Programs" (arXiv 1906.03028), made a function of the scale.
 """
 
@@ -40,15 +41,15 @@ def location_scale(fn: Any) -> tuple[Tensor, Tensor] | None:
 
 @dataclass(frozen=True)
 class Information:
-    """What the data say of a site's unconstrained value: precisions and centres, each of its shape."""
+    """What the data say of a site's unconstrained value: precisions and centers, each of its shape."""
 
     precision: Tensor
-    centre: Tensor
+    center: Tensor
 
     @property
     def options(self) -> dict[str, Tensor]:
         """The same as :class:`LogDensity` takes it."""
-        return {"precision": self.precision, "centre": self.centre}
+        return {"precision": self.precision, "center": self.center}
 
 
 def spread(fn: Any, x: Tensor, data: Information | None) -> tuple[Tensor, Tensor]:
@@ -58,7 +59,7 @@ def spread(fn: Any, x: Tensor, data: Information | None) -> tuple[Tensor, Tensor
     return moved, _summed(log_diagonal.expand(moved.shape), fn.event_dim)
 
 
-def standardise(fn: Any, y: Tensor, data: Information | None) -> Tensor:
+def standardize(fn: Any, y: Tensor, data: Information | None) -> Tensor:
     """Return the coordinates of an unconstrained value ``y``: the inverse of :func:`spread`."""
     middle, root, _ = _normal(fn, data)
     if root.dim() > middle.dim():
@@ -73,7 +74,7 @@ def _normal(fn: Any, data: Information | None) -> tuple[Tensor, Tensor, Tensor]:
         if data is None:
             return loc, scale, scale.log()
         share = 1.0 / (1.0 + data.precision * scale.square())  # of the prior, in the location
-        return loc + (1.0 - share) * (data.centre - loc), scale * share.sqrt(), scale.log() + 0.5 * share.log()
+        return loc + (1.0 - share) * (data.center - loc), scale * share.sqrt(), scale.log() + 0.5 * share.log()
     log_diagonal = scale.diagonal(dim1=-2, dim2=-1).log()
     if data is None:
         return loc, scale, log_diagonal
@@ -81,8 +82,8 @@ def _normal(fn: Any, data: Information | None) -> tuple[Tensor, Tensor, Tensor]:
     identity = torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)
     inner = torch.linalg.cholesky_ex(identity + scale.mT @ (data.precision.unsqueeze(-1) * scale)).L
     root = torch.linalg.solve_triangular(inner, scale.mT, upper=False).mT
-    # 2. The centre pulls the location by the covariance times T (c - m).
-    pull = (data.precision * (data.centre - loc)).unsqueeze(-1)
+    # 2. The center pulls the location by the covariance times T (c - m).
+    pull = (data.precision * (data.center - loc)).unsqueeze(-1)
     middle = loc + (root @ (root.mT @ pull)).squeeze(-1)
     return middle, root, log_diagonal - inner.diagonal(dim1=-2, dim2=-1).log()
 

@@ -89,7 +89,7 @@ def _transform(site: Any) -> Any:
     except NotImplementedError:
         raise ValueError(
             f"site {name!r}: no bijection from real numbers to its support {support}. Use a distribution with another "
-            "support, or reparametrise the site (poutine.reparam)."
+            "support, or reparametrize the site (poutine.reparam)."
         ) from None
 
 
@@ -201,7 +201,7 @@ def _read_latent(site: Any, offset: int) -> Latent:
         raise ValueError(
             f"site {name!r}: a latent in the subsampled plate {plate!r}; a guide over one vector would learn only as "
             f"many latents as one subsample holds. Give {plate!r} its full size, or write the local latents' guide "
-            "by hand (amortised)."
+            "by hand (amortized)."
         )
     if site["value"].shape != site["fn"].shape():
         raise ValueError(
@@ -209,7 +209,7 @@ def _read_latent(site: Any, offset: int) -> Latent:
             f"{tuple(site['value'].shape)}. Give init_loc_fn one number for each entry."
         )
     if any(frame.dim is None for frame in site["cond_indep_stack"]):
-        raise ValueError(f"site {name!r}: a latent in a sequential plate. Use a vectorised one (with pyro.plate(...)).")
+        raise ValueError(f"site {name!r}: a latent in a sequential plate. Use a vectorized one (with pyro.plate(...)).")
     unconstrained = transform.inv(site["value"])
     event_dim = site["fn"].event_dim
     shape, lifted = site["value"].shape, event_dim + unconstrained.dim() - site["value"].dim()

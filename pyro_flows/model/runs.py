@@ -24,7 +24,7 @@ from pyro_flows.model.enumeration import Enumerate, Evaluator
 from pyro_flows.model.handlers import Place, Resample, hold
 from pyro_flows.model.observations import check_values
 from pyro_flows.model.reading import read_structure
-from pyro_flows.model.sites import Latent, Noncentred, Structure, messages
+from pyro_flows.model.sites import Latent, Noncentered, Structure, messages
 
 MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
 
@@ -40,14 +40,14 @@ class Runs:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        noncentred: Noncentred = (),
+        noncentered: Noncentered = (),
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
         self.args, self.kwargs = tuple(args), dict(kwargs or {})
         with seeded(0):
             self._as_read = read_structure(model, self.args, self.kwargs)
-        structure = self._as_read.noncentre(noncentred)
+        structure = self._as_read.noncenter(noncentered)
         self.model, self._parameters = hold(model, structure.trace)
         if structure.subsampled:
             plate = structure.subsampled[0]

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.charts import Chart, read_chart, write_chart
-from pyro_flows.model.noncentered import Information, spread, standardise
+from pyro_flows.model.noncentered import Information, spread, standardize
 
 CHARTS = {"turn_about", "heavy_about", "heavy_scale"}
 
-Noncentred = bool | Sequence[str] | Mapping[str, Any]  # all or none, names, or numbers
+Noncentered = bool | Sequence[str] | Mapping[str, Any]  # all or none, names, or numbers
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Plate:
 class Latent:
     """One latent site and its place in the unconstrained vector.
 
-    The coordinates of a site that is ``noncentred`` have its location and scale taken out, and with ``data`` what the
+    The coordinates of a site that is ``noncentered`` have its location and scale taken out, and with ``data`` what the
     data say of it too: see :mod:`pyro_flows.model.noncentered`. For ``chart``, see :mod:`pyro_flows.model.charts`.
     """
 
@@ -48,7 +48,7 @@ class Latent:
     size: int
     mask: Tensor | None = field(default=None, repr=False)
     free: Tensor | None = field(default=None, repr=False)
-    noncentred: bool = False
+    noncentered: bool = False
     data: Information | None = field(default=None, repr=False)
     chart: Chart | None = field(default=None, repr=False)
 
@@ -67,7 +67,7 @@ class Latent:
         unconstrained, charted, spreading = self.unconstrained(z), None, None
         if self.chart is not None:
             unconstrained, charted = self.chart.forward(unconstrained)
-        if self.noncentred:
+        if self.noncentered:
             unconstrained, spreading = spread(fn, unconstrained, self.data)
         transform = bijection(fn)
         value = transform(unconstrained)
@@ -80,7 +80,7 @@ class Latent:
     def flatten(self, value: Tensor, fn: Any) -> Tensor:
         """Return the unconstrained coordinates of one constrained value (no batch axes), shape ``(size,)``."""
         unconstrained = bijection(fn).inv(value)
-        unconstrained = standardise(fn, unconstrained, self.data) if self.noncentred else unconstrained
+        unconstrained = standardize(fn, unconstrained, self.data) if self.noncentered else unconstrained
         flat = (unconstrained if self.chart is None else self.chart.inverse(unconstrained)).reshape(-1)
         return flat if self.free is None else flat[self.free.to(flat.device)]
 
@@ -113,11 +113,11 @@ class Structure:
         """Number of unconstrained coordinates."""
         return sum(latent.size for latent in self.latents)
 
-    def noncentre(self, chosen: Noncentred) -> Structure:
-        """Return this structure with other coordinates of sites, see :class:`LogDensity`; True: non-centred all over.
+    def noncenter(self, chosen: Noncentered) -> Structure:
+        """Return this structure with other coordinates of sites, see :class:`LogDensity`; True: non-centered all over.
 
         Raises:
-            ValueError: for non-centred coordinates of a site whose location and scale do not depend on other latents,
+            ValueError: for non-centered coordinates of a site whose location and scale do not depend on other latents,
                 or that has none; for numbers that do not fit the site.
         """
         if isinstance(chosen, bool):
@@ -128,55 +128,55 @@ class Structure:
             if name not in self.hierarchical and not charted:
                 known = ", ".join(map(repr, self.hierarchical)) or "none here"
                 raise ValueError(
-                    f"noncentred: expected sites whose location or scale depends on other latents ({known}), "
+                    f"noncentered: expected sites whose location or scale depends on other latents ({known}), "
                     f"got {name!r}."
                 )
         like = torch.zeros((), dtype=self.dtype, device=self.device)
-        bare = {"noncentred": False, "data": None, "chart": None}
+        bare = {"noncentered": False, "data": None, "chart": None}
         latents = tuple(
             replace(
                 latent, **{**bare, **(_coordinates(latent, wanted[latent.name], like) if latent.name in wanted else {})}
             )
             for latent in self.latents
         )
-        moved = any(latent.noncentred for latent in latents)
+        moved = any(latent.noncentered for latent in latents)
         return replace(self, latents=latents, dependent=self.dependent or moved)
 
     @property
-    def noncentred(self) -> dict[str, Any]:
-        """The sites with coordinates of their own, as :meth:`noncentre` takes them: plain numbers, or None."""
+    def noncentered(self) -> dict[str, Any]:
+        """The sites with coordinates of their own, as :meth:`noncenter` takes them: plain numbers, or None."""
         found: dict[str, Any] = {}
         for latent in self.latents:
             options = write_chart(latent.chart)
-            if latent.noncentred:
+            if latent.noncentered:
                 data = latent.data
-                options["noncentred"] = True
+                options["noncentered"] = True
                 if data is not None:
-                    options |= {"precision": data.precision.tolist(), "centre": data.centre.tolist()}
+                    options |= {"precision": data.precision.tolist(), "center": data.center.tolist()}
             if options:
-                found[latent.name] = None if options == {"noncentred": True} else options
+                found[latent.name] = None if options == {"noncentered": True} else options
         return found
 
 
 def _coordinates(latent: Latent, given: Any, like: Tensor) -> dict[str, Any]:
     """Return the fields of :class:`Latent` that plain numbers stand for."""
     if given is None:
-        return {"noncentred": True}
+        return {"noncentered": True}
     try:
         chart, data = read_chart(given, latent.unconstrained_shape, like), None
         if "precision" in given:
             parts = [
-                torch.as_tensor(given[name], dtype=like.dtype, device=like.device) for name in ("precision", "centre")
+                torch.as_tensor(given[name], dtype=like.dtype, device=like.device) for name in ("precision", "center")
             ]
             data = Information(*(part.expand(latent.unconstrained_shape).clone() for part in parts))
     except (KeyError, TypeError, RuntimeError, ValueError):
         raise ValueError(
-            f"noncentred: expected None or {{'precision': ..., 'centre': ...}} of shape "
+            f"noncentered: expected None or {{'precision': ..., 'center': ...}} of shape "
             f"{tuple(latent.unconstrained_shape)} for site {latent.name!r}, got {given!r}."
         ) from None
-    if data is not None and not bool(torch.isfinite(data.centre).all() & (data.precision >= 0.0).all()):
-        raise ValueError(f"noncentred: expected finite centres and precisions of 0 or more for site {latent.name!r}.")
-    return {"noncentred": bool(given.get("noncentred")) or data is not None, "data": data, "chart": chart}
+    if data is not None and not bool(torch.isfinite(data.center).all() & (data.precision >= 0.0).all()):
+        raise ValueError(f"noncentered: expected finite centers and precisions of 0 or more for site {latent.name!r}.")
+    return {"noncentered": bool(given.get("noncentered")) or data is not None, "data": data, "chart": chart}
 
 
 def messages(trace: Any) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def is_data(site: Any) -> bool:
 
 
 def is_deterministic(site: Any) -> bool:
-    """Whether a site holds a computed value: ``pyro.deterministic``, or a site that was reparametrised."""
+    """Whether a site holds a computed value: ``pyro.deterministic``, or a site that was reparametrized."""
     return site["is_observed"] and innermost(site["fn"]) is Delta
 
 

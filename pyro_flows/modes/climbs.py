@@ -127,13 +127,13 @@ def _tempered(
 
 
 def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> Tensor:
-    """Points to climb from: draws moved away from their centre, prior draws, known modes; of finite density."""
+    """Points to climb from: draws moved away from their center, prior draws, known modes; of finite density."""
     density = guide.density
-    centre = z.median(0).values
+    center = z.median(0).values
     parts = zip(INFLATED, z.split(CLIMBERS), strict=False)
-    outwards = [centre + factor * (part - centre) for factor, part in parts]
+    outwards = [center + factor * (part - center) for factor, part in parts]
     if density.batched:
-        outwards += [_denser(guide, centre + factor * (z[:SCREENED] - centre)) for factor in SCREENED_AT]
+        outwards += [_denser(guide, center + factor * (z[:SCREENED] - center)) for factor in SCREENED_AT]
     flipped = []
     for latent in density.structure.latents[:CLIMBERS]:
         changed = z[-1:].clone()

@@ -34,21 +34,21 @@ def across(guide: Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
     return found
 
 
-def _further_maxima(density: LogDensity, centre: Tensor, sd: Tensor) -> list[Tensor]:
-    """Return moves from ``centre`` along single coordinates to maxima two to forty ``sd`` away, the highest first."""
-    far = torch.logspace(0.0, math.log10(FAR), LINE_POINTS, dtype=centre.dtype, device=centre.device)
+def _further_maxima(density: LogDensity, center: Tensor, sd: Tensor) -> list[Tensor]:
+    """Return moves from ``center`` along single coordinates to maxima two to forty ``sd`` away, the highest first."""
+    far = torch.logspace(0.0, math.log10(FAR), LINE_POINTS, dtype=center.dtype, device=center.device)
     offsets = torch.cat([-far.flip(0), far])
-    lines = [axis * size for axis, size in zip(torch.eye(len(centre)).to(centre)[:LINES], sd[:LINES], strict=False)]
+    lines = [axis * size for axis, size in zip(torch.eye(len(center)).to(center)[:LINES], sd[:LINES], strict=False)]
     if not lines:
         return []
-    points = centre + offsets[:, None] * torch.stack(lines)[:, None]
+    points = center + offsets[:, None] * torch.stack(lines)[:, None]
     heights = density(points.flatten(0, 1)).nan_to_num(nan=-torch.inf).reshape(len(lines), -1)
     peaks = (heights[:, 1:-1] > heights[:, :-2]) & (heights[:, 1:-1] > heights[:, 2:])
     peaks &= offsets[1:-1].abs() >= NEAR
     moves = []
     for line, place in peaks.nonzero().tolist():
-        between = torch.linspace(0.0, 1.0, LINE_POINTS).to(centre)
+        between = torch.linspace(0.0, 1.0, LINE_POINTS).to(center)
         near = offsets[place] + (offsets[place + 2] - offsets[place]) * between
-        fine = density(centre + near[:, None] * lines[line]).nan_to_num(nan=-torch.inf)
+        fine = density(center + near[:, None] * lines[line]).nan_to_num(nan=-torch.inf)
         moves.append((float(fine.max()), near[int(fine.argmax())] * lines[line]))
     return [move for _, move in sorted(moves, key=lambda pair: -pair[0])[:MOVES]]

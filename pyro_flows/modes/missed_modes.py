@@ -63,7 +63,7 @@ def missed_modes(
     4. Draws wander about under the density itself: see :func:`_wandered`.
 
     Args:
-        density: log p, unnormalised.
+        density: log p, unnormalized.
         modes: starts whose places are looked at too.
         z: draws (S, D) of the guide.
         log_q: their log densities (S,).

@@ -25,7 +25,7 @@ from pyro_flows.model.log_density import LogDensity
 
 UNITS = 40  # seeds at most, whole sites first
 AXIS = 32  # longest axis whose indices are moved one at a time
-PAIRS_UP_TO = 6  # indices along an axis of which each pair is exchanged; neighbours only, beyond
+PAIRS_UP_TO = 6  # indices along an axis of which each pair is exchanged; neighbors only, beyond
 ADDITIONS = 12
 ROUND_TRIP = 1e-3
 COMPARED = 8  # draws by which signed permutations are told

@@ -23,7 +23,7 @@ EDGES = 0.01  # of the run: a round that begins there began with it
 
 @styled
 def plot_elbo(posterior: Record, *, width: float = 7.0) -> Figure:
-    """Draw the ELBO of each optimisation step, with a running median, and that of the final draws (dashed).
+    """Draw the ELBO of each optimization step, with a running median, and that of the final draws (dashed).
 
     Each step's is the mean over the batch by which the flow is trained, each draw weighted for how it was drawn. The
     final one is of a new sample from the guide. Where several rounds were tried, dotted lines part them, and what was
@@ -39,7 +39,7 @@ def plot_elbo(posterior: Record, *, width: float = 7.0) -> Figure:
     """
     elbo = -posterior.losses.detach().double().cpu().numpy()
     if not len(elbo):
-        raise ValueError("posterior: expected one with optimisation steps, got none (diagnose does not optimise).")
+        raise ValueError("posterior: expected one with optimization steps, got none (diagnose does not optimize).")
     figure, (axes,) = panels(1, size=(width, 3.6 if width > parts.NARROW else 2.9))
     steps(axes, elbo, FLOW, "each step")
     axes.plot(
@@ -54,7 +54,7 @@ def plot_elbo(posterior: Record, *, width: float = 7.0) -> Figure:
         axes.axhline(posterior.elbo, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=3, label=_final(posterior))
     axes.set_ylim(*elbo_limits(elbo, posterior.elbo))
     _rounds(axes, posterior, len(elbo))
-    axes.set(xlabel="optimisation step", ylabel="ELBO (nats)")
+    axes.set(xlabel="optimization step", ylabel="ELBO (nats)")
     axes.legend(loc="lower right")
     parts.title(axes, posterior, "Evidence lower bound" if width > parts.NARROW else "ELBO")
     return figure
@@ -85,7 +85,7 @@ def _rounds(axes: Axes, posterior: Record, total: int) -> None:
 
 
 def running_median(values: np.ndarray) -> np.ndarray:
-    """Median over a centred window of a twenty-fifth of the run, shorter at both ends."""
+    """Median over a centered window of a twenty-fifth of the run, shorter at both ends."""
     half = max(1, round(WINDOW_SHARE * len(values) / 2))
     padded = np.pad(np.where(np.isfinite(values), values, np.nan), half, constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)

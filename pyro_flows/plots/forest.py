@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_flows import _checks
-from pyro_flows._figures import INK, LINE, colour_of, panels, styled
+from pyro_flows._figures import INK, LINE, color_of, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, raw, used
-from pyro_flows.results.labelled import named_draws
+from pyro_flows.results.labeled import named_draws
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.deciding import resample
 
@@ -91,12 +91,12 @@ def _rows(axes: Axes, rows: list[list[np.ndarray]]) -> list[Any]:
             finite = values[np.isfinite(values)]
             if not len(finite):
                 continue
-            colour, _ = colour_of(number)
+            color, _ = color_of(number)
             height = place + (number - (len(layers) - 1) / 2) * 0.8 / max(len(layers), 1)
-            line: dict[str, Any] = {"color": colour, "linestyle": "-", "solid_capstyle": "butt"}
+            line: dict[str, Any] = {"color": color, "linestyle": "-", "solid_capstyle": "butt"}
             axes.plot(np.quantile(finite, parts.INTERVAL), [height] * 2, linewidth=1.0, **line)
             (handles[number],) = axes.plot(np.quantile(finite, parts.INNER), [height] * 2, linewidth=3.0, **line)
-            axes.plot([finite.mean()], [height], "o", color="white", markeredgecolor=colour, markersize=4, zorder=3)
+            axes.plot([finite.mean()], [height], "o", color="white", markeredgecolor=color, markersize=4, zorder=3)
         if place:
             axes.axhline(place - 0.5, color=LINE, linewidth=0.3, zorder=0)
     low, high = axes.get_xlim()

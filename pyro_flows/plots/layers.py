@@ -24,7 +24,7 @@ def plot_layers(
     seed: int = 0,
     width: float = 11.4,
 ) -> Figure:
-    """Draw how the posterior's flow carries draws of its base to two coordinates, layer by layer, coloured by angle.
+    """Draw how the posterior's flow carries draws of its base to two coordinates, layer by layer, colored by angle.
 
     The coordinates are the unconstrained ones in which the flow works; each layer moves all of them, and two are seen.
     The last layers of a guide bend the tails and are affine. Of a mixture, the part with the largest weight is drawn.

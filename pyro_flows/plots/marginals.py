@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_flows import _checks
-from pyro_flows._figures import INK, SHOWN, colour_of, grid_of, panels, styled
+from pyro_flows._figures import INK, SHOWN, color_of, grid_of, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, used
-from pyro_flows.results.labelled import prior_group
+from pyro_flows.results.labeled import prior_group
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _marginal(axes: Axes, label: str, layers: list[np.ndarray], prior: np.ndarra
     top = axes.get_ylim()[1]
     for number, values in enumerate(layers):
         if len(values):
-            parts.interval(axes, values, -STEP * number * top, colour_of(number)[0])
+            parts.interval(axes, values, -STEP * number * top, color_of(number)[0])
     axes.set_xlim(low, high)
     axes.set_ylim(-STEP * (len(layers) - 1) * top, None)
     axes.locator_params(axis="x", nbins=4)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_flows import _checks
-from pyro_flows._figures import FLOW, colour_of, limits, opaque, panels, styled
+from pyro_flows._figures import FLOW, color_of, limits, opaque, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import (
     Choice,
@@ -170,7 +170,7 @@ def _panel(axes: Axes, layers: list[Layer], x: str, y: str, *, size: float) -> l
     dots: dict[str, Any] = {"alpha": 0.5, "markersize": size, "markeredgewidth": 0, "rasterized": True}
     handles = [*axes.plot(across, upwards, ".", color=FLOW, **dots)]
     for number, cloud in enumerate(clouds[1:], 1):
-        handles.append(parts.regions(axes, cloud, number, colour_of(number)[0]))
+        handles.append(parts.regions(axes, cloud, number, color_of(number)[0]))
     return handles
 
 

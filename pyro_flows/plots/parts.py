@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_flows._display import STATUS_COLOURS
-from pyro_flows._figures import BASE, FILLED, FLOW, INK, colour_of, opaque
+from pyro_flows._display import STATUS_COLORS
+from pyro_flows._figures import BASE, FILLED, FLOW, INK, color_of, opaque
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def title(axes: Axes, posterior: Record, text: str) -> None:
     """Write what a figure of one panel shows, and the status of its verdict."""
     status = posterior.verdict.status
     axes.set_title(plain(text), loc="left", fontsize=10, fontweight="bold")
-    axes.set_title(f"verdict: {status}", loc="right", fontsize=9, color=STATUS_COLOURS[status])
+    axes.set_title(f"verdict: {status}", loc="right", fontsize=9, color=STATUS_COLORS[status])
 
 
 def heading(figure: Figure, posteriors: Mapping[str, Record], text: str) -> None:
@@ -33,10 +33,10 @@ def heading(figure: Figure, posteriors: Mapping[str, Record], text: str) -> None
     statuses = [posterior.verdict.status for posterior in posteriors.values()]
     if len(statuses) == 1:
         apart = " · " if figure.get_figwidth() > NARROW else "\n"
-        said, colour = f"{plain(text)}{apart}verdict: {statuses[0]}", STATUS_COLOURS[statuses[0]]
+        said, color = f"{plain(text)}{apart}verdict: {statuses[0]}", STATUS_COLORS[statuses[0]]
     else:
-        said, colour = plain(text), INK
-    figure.suptitle(said, color=colour, fontweight="bold")
+        said, color = plain(text), INK
+    figure.suptitle(said, color=color, fontweight="bold")
 
 
 def with_status(posteriors: Mapping[str, Record]) -> list[str]:
@@ -82,25 +82,25 @@ def constant(axes: Axes, values: np.ndarray) -> bool:
 
 
 def histogram(axes: Axes, values: np.ndarray, bins: np.ndarray, *, filled: bool = True, number: int = 0) -> Any:
-    """Draw the outline of a histogram, in the colour and dashes of its layer; return it."""
-    colour, dashes = colour_of(number)
+    """Draw the outline of a histogram, in the color and dashes of its layer; return it."""
+    color, dashes = color_of(number)
     heights, _ = np.histogram(values, bins=bins)
     density = heights / max(len(values), 1) / np.diff(bins)
     if filled:
-        axes.stairs(density, bins, color=colour, fill=True, alpha=FILLED, linewidth=0)
-    return axes.stairs(density, bins, color=colour, linewidth=1.0 if filled else 1.4, linestyle=dashes)
+        axes.stairs(density, bins, color=color, fill=True, alpha=FILLED, linewidth=0)
+    return axes.stairs(density, bins, color=color, linewidth=1.0 if filled else 1.4, linestyle=dashes)
 
 
-def interval(axes: Axes, values: np.ndarray, height: float = 0.0, colour: str = FLOW) -> None:
+def interval(axes: Axes, values: np.ndarray, height: float = 0.0, color: str = FLOW) -> None:
     """Draw the central 89 % as a bar and the mean as a dot."""
     left, right = np.quantile(values, INTERVAL)
     bar: dict[str, Any] = {"linewidth": 3.5, "solid_capstyle": "butt", "clip_on": False, "zorder": 3}
-    axes.plot([left, right], [height, height], color=colour, **bar)
-    dot: dict[str, Any] = {"markeredgecolor": colour, "markersize": 5, "clip_on": False, "zorder": 4}
+    axes.plot([left, right], [height, height], color=color, **bar)
+    dot: dict[str, Any] = {"markeredgecolor": color, "markersize": 5, "clip_on": False, "zorder": 4}
     axes.plot([values.mean()], [height], "o", color="white", **dot)
 
 
-def regions(axes: Axes, points: np.ndarray, number: int = 1, colour: str = BASE) -> Any:
+def regions(axes: Axes, points: np.ndarray, number: int = 1, color: str = BASE) -> Any:
     """Draw where 50 % and 90 % of points (S, 2) lie most densely, by a smoothed histogram over the axes' range."""
     finite = points[np.isfinite(points).all(-1)]
     frame = np.array([axes.get_xlim(), axes.get_ylim()])
@@ -113,13 +113,13 @@ def regions(axes: Axes, points: np.ndarray, number: int = 1, colour: str = BASE)
     at_points = np.concatenate([density[cells[:, 0], cells[:, 1]], np.zeros(np.count_nonzero(~inside))])
     levels = sorted({float(level) for level in np.quantile(at_points, [0.1, 0.5])}) if len(finite) else []
     if len(levels) == 2 and levels[0] > 0:
-        centres = [(edges[1:] + edges[:-1]) / 2 for edges in (across, upwards)]
-        axes.contourf(*centres, density.T, levels=[*levels, np.inf], colors=[colour, colour], alpha=0.12, zorder=0)
+        centers = [(edges[1:] + edges[:-1]) / 2 for edges in (across, upwards)]
+        axes.contourf(*centers, density.T, levels=[*levels, np.inf], colors=[color, color], alpha=0.12, zorder=0)
         lines: dict[str, Any] = {
-            "colors": [colour],
+            "colors": [color],
             "linewidths": 1.2,
-            "linestyles": [colour_of(number)[1]],
+            "linestyles": [color_of(number)[1]],
             "zorder": 3,
         }
-        axes.contour(*centres, density.T, levels=levels, **lines)
-    return axes.plot([], [], color=colour, linestyle=colour_of(number)[1], linewidth=1.2)[0]
+        axes.contour(*centers, density.T, levels=levels, **lines)
+    return axes.plot([], [], color=color, linestyle=color_of(number)[1], linewidth=1.2)[0]

@@ -12,7 +12,7 @@ from pyro_flows import _arrays, _arviz, _checks
 from pyro_flows._figures import FLOW, INK, SHOWN, grid_of, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import Names
-from pyro_flows.results.labelled import predictive_groups
+from pyro_flows.results.labeled import predictive_groups
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:

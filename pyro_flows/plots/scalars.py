@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows.flows.saved import to_json
-from pyro_flows.results.labelled import named_draws, posterior_group
+from pyro_flows.flows.recipe_json import to_json
+from pyro_flows.results.labeled import named_draws, posterior_group
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:

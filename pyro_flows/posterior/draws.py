@@ -56,7 +56,7 @@ def from_draws(
         **_figures(found, draws),
         losses=losses,
         history=tuple(stage.as_dict() for stage in history),
-        settings={"draws": draws, "seed": seed, "noncentred": density.structure.noncentred, **dict(settings or {})},
+        settings={"draws": draws, "seed": seed, "noncentered": density.structure.noncentered, **dict(settings or {})},
         coordinates=tuple(names),
         **_of_guide(guide, draw),
         density=density,

@@ -32,15 +32,15 @@ class Posterior(Reported):
             guide if the verdict is ok or unreliable, importance-resampled ones if it is corrected, draws of chains,
             one chain after the other, if it is refined.
         z: raw draws in unconstrained coordinates (S, D).
-        log_p, log_q: unnormalised log posterior and log guide density of ``z`` (S,).
-        log_weights: Pareto-smoothed, normalised log importance weights of ``z`` (S,).
+        log_p, log_q: unnormalized log posterior and log guide density of ``z`` (S,).
+        log_weights: Pareto-smoothed, normalized log importance weights of ``z`` (S,).
         used: unconstrained coordinates of ``samples`` (S, D); ``used_log_p`` and ``used_log_q`` are their densities.
         k_hat: Pareto shape of the weights.
         ess: effective sample size of the weights (S is the best).
         elbo: evidence lower bound, nats, mean of ``log_p - log_q``.
-        log_evidence: importance-sampling estimate of the log normaliser, nats.
+        log_evidence: importance-sampling estimate of the log normalizer, nats.
         verdict: whether to believe the draws.
-        losses: negative ELBO of each optimisation step (empty for :func:`diagnose`); with several runs, of the best.
+        losses: negative ELBO of each optimization step (empty for :func:`diagnose`); with several runs, of the best.
         history: what happened during the fit, one dict a stage. Each has ``stage``, its name, and ``elbo``, what it
             reached in nats, None where a stage has none; the other entries go by the stage.
         settings: everything that :func:`fit` was told or chose, JSON values only.
@@ -53,8 +53,8 @@ class Posterior(Reported):
         density: the model as a log density; None after :func:`load` without a model.
         missing: for each of ``guide``, ``flow`` and ``density`` that is None, why; and why ``groups`` of the ArviZ
             object are missing, if any are.
-        chains: what a sampler came to, if :meth:`refine` was called, by ``fit`` or since: draws of each chain, and all
-            that it takes to go on.
+        chains: :class:`Chains`, what a sampler came to, if :meth:`refine` was called, by ``fit`` or since: draws of
+            each chain, and all that it takes to go on. Or the chains that :func:`from_mcmc` was given.
 
     It can be pickled (joblib, Dask): draws, verdict and flow go along, model, data and guide stay behind.
     """
@@ -68,7 +68,7 @@ class Posterior(Reported):
         state["missing"] = {**self.missing, "guide": UNPICKLED, "density": UNPICKLED}
         if self.stored is None:
             density = self._need_density()
-            groups = self.labelling.applied(arviz_groups.modelless_groups(self, density))
+            groups = self.labeling.applied(arviz_groups.modelless_groups(self, density))
             state["stored"] = groups, arviz_groups.attributes(self)
             state["missing"]["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"
         if isinstance(self.flow, Flow) and self.flow.recipe is None:  # the user's own, of a class that may be local
@@ -105,13 +105,6 @@ class Posterior(Reported):
         files.write(self, groups, attrs, target)
         self._hand_on("save()")
 
-    @classmethod
-    def _restored(cls, fields: dict[str, Any], extra: Mapping[str, Any]) -> Posterior:
-        return cls(**fields)
-
-
-KINDS: dict[str, type[Posterior]] = {"Posterior": Posterior}  # which class a file holds; subclasses add themselves
-
 
 def _compact(value: Any) -> Any:
     """Copy tensors: a pickled view takes along all that it is cut from."""
@@ -141,8 +134,6 @@ def load(
         ValueError: if the directory is not a saved posterior, is damaged, was written in another format version, or if
             model and arguments give another log density than the saved one.
     """
-    fields = files.read(path, model, args, dict(model_kwargs or {}))
-    kind, extra = fields.pop("kind"), fields.pop("extra")
-    found = KINDS[kind]._restored(fields, extra)
+    found = Posterior(**files.read(path, model, args, dict(model_kwargs or {})))
     found._hand_on("load()")
     return found

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows.results import arviz_groups, labelled
-from pyro_flows.results.labelling import Labelling
+from pyro_flows.results import arviz_groups, labeled
+from pyro_flows.results.labeling import Labeling
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ class Shown(Record):
 
     def __str__(self) -> str:
         sites = ", ".join(self.samples)
+        if self.of_mcmc:
+            each, dim = len(self.used) // self.chain_count, self.used.shape[1]
+            about = f"{self.chain_count} chains of {each} draws, {dim} unconstrained coordinates"
+            return f"Posterior of {sites}: {about}, by {self.guide_name}\n{self.verdict}"
         return (
             f"Posterior of {sites}: {len(self.used)} draws, {self.z.shape[1]} unconstrained coordinates, "
             f"ELBO {self.elbo:.2f}, log evidence {self.log_evidence:.2f}, guide {self.guide_name}\n{self.verdict}"
@@ -52,8 +56,8 @@ class Shown(Record):
 
         Columns: mean, sd, interval, :math:`\text{sd} / \sqrt{\text{ess}}`, and ``ess``, the number of independent
         posterior draws that these are worth (:attr:`effective`; NaN if the verdict is unreliable). Draws are
-        independent, so there is no R-hat; with verdict refined, each row has ``ess_bulk``, ``ess_tail`` and ``r_hat``
-        of its own.
+        independent, so there is no R-hat; of Markov chains (verdict refined, or :func:`from_mcmc`), each row has
+        ``ess_bulk``, ``ess_tail`` and ``r_hat`` of its own.
 
         Args:
             names: sites to show; all by default.
@@ -113,11 +117,11 @@ class Shown(Record):
         return self._table_of(draws, kind=kind, prob=prob, round_to="auto")
 
     def _table_of(self, draws: Any, *, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
-        ess = None if self.verdict.status == "refined" else self.effective
+        ess = None if self.by_chains else self.effective
         return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)
 
     def _draws(self) -> Any:
-        return labelled.posterior_group(self)
+        return labeled.posterior_group(self)
 
     def assign_coords(
         self, coords: Mapping[str, Any] | None = None, *, dims: Mapping[str, Sequence[str]] | None = None
@@ -143,13 +147,13 @@ class Shown(Record):
         >>> list(posterior.assign_coords({"school": ["Choate", "Deerfield"]}).summary().index)
         ['theta[Choate]', 'theta[Deerfield]']
         """
-        structure = labelled.structural_groups(self)
+        structure = labeled.structural_groups(self)
         if self.stored is None:
-            structure = self.labelling.applied(structure)
+            structure = self.labeling.applied(structure)
         _arrays.relabel(structure, coords, dims)  # all that does not fit is found here
-        more = Labelling().joined(coords, dims)
+        more = Labeling().joined(coords, dims)
         stored = self.stored and (more.applied(self.stored[0]), self.stored[1])
-        return replace(self, labelling=self.labelling.joined(coords, dims), stored=stored)
+        return replace(self, labeling=self.labeling.joined(coords, dims), stored=stored)
 
     def to_arviz(
         self,
@@ -166,7 +170,7 @@ class Shown(Record):
         with one dimension ``{site}_entry`` for what remains.
 
         Groups: ``posterior``, the draws to use; ``sample_stats`` with their ``log_p``, ``log_q`` (unconstrained
-        coordinates), ``log_weight`` (the normalised log weight that a draw still carries) and ``lp``;
+        coordinates), ``log_weight`` (the normalized log weight that a draw still carries) and ``lp``;
         ``log_likelihood``, ``log_prior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
         ``constant_data``, ``unconstrained_posterior``, ``fit``; and, if the draws were importance-resampled or are a
         sampler's, the guide's own as ``raw_posterior`` and ``raw_sample_stats``. The ``sample_stats`` of a sampler also
@@ -202,7 +206,7 @@ class Shown(Record):
 
     def _groups(self, predictive: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.stored is None:
-            groups = labelled.labelled_groups(self, self._need_density(), predictive=predictive)
+            groups = labeled.labeled_groups(self, self._need_density(), predictive=predictive)
             return groups, arviz_groups.attributes(self)
         groups, attrs = self.stored
         if "groups" in self.missing:

@@ -20,7 +20,7 @@ from pyro_flows.density_estimation.fit_density import fit_density
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import BUILDERS
 from pyro_flows.flows.recipe import with_affine as _append_affine
-from pyro_flows.flows.saved import not_rebuilt
+from pyro_flows.flows.recipe_json import not_rebuilt
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
 from pyro_flows.model.supports import WRAPPERS, is_narrower, signature, support_of
@@ -175,7 +175,7 @@ def _samples(posterior: Record, seed: int) -> dict[str, Tensor]:
 
 
 def _coordinates(density: LogDensity, samples: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return the unconstrained coordinates (S, D) of the sites' draws, without non-centred ones or charts."""
+    """Return the unconstrained coordinates (S, D) of the sites' draws, without non-centered ones or charts."""
     columns = []
     for name in names:
         value = samples[name]
@@ -198,7 +198,7 @@ def _coordinates(density: LogDensity, samples: Mapping[str, Tensor], names: Sequ
 def _own_flow(posterior: Record, names: Sequence[str]) -> Flow | None:
     """Return the posterior's flow where it is the very distribution of the draws to use, on the sites' own supports."""
     density, flow = posterior._need_density(), posterior.flow
-    plain = not any(latent.noncentred or latent.chart is not None for latent in density.structure.latents)
+    plain = not any(latent.noncentered or latent.chart is not None for latent in density.structure.latents)
     whole = plain and list(names) == list(density.names)
     if not whole or not is_of_guide(posterior) or not isinstance(flow, Flow) or not_rebuilt(flow) is not None:
         return None

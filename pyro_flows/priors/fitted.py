@@ -18,8 +18,8 @@ from pyro_flows._bundles import Bundle, damaged, plain
 from pyro_flows._fallbacks import first_line
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.saved import from_json as rebuild
-from pyro_flows.flows.saved import not_rebuilt, to_json
+from pyro_flows.flows.recipe_json import from_json as rebuild
+from pyro_flows.flows.recipe_json import not_rebuilt, to_json
 from pyro_flows.priors.parts import Joint, Part
 
 TENSORS, TEXT = "prior.pt", "prior.json"

@@ -42,7 +42,7 @@ def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[st
     return {
         "title": options.title or f"Posterior of {sites if len(sites) <= 60 else f'{len(posterior.samples)} sites'}",
         "verdict": verdict,
-        "chains_of_others": hasattr(verdict, "divergences"),
+        "chains_of_others": posterior.of_mcmc,
         "figures": figures(posterior),
         "about": _about(posterior),
         "summary": tables.of_frame(table, "summary", "Summary of the draws to use", "variable"),
@@ -123,7 +123,7 @@ def recipe(posterior: Record) -> str:
     density = posterior.density
     model = "model" if density is None else getattr(density.model, "__name__", type(density.model).__name__)
     seed = settings["seed"]
-    if hasattr(posterior.verdict, "divergences"):
+    if posterior.of_mcmc:
         return f"import pyro_flows as pf\n\nposterior = pf.from_mcmc(mcmc, {model}, *data, seed={seed})\n"
     if settings.get("diagnosed"):
         call = f"pf.diagnose({model}, guide, *data, draws={settings['draws']}, seed={seed})"

@@ -1,4 +1,4 @@
-"""Figures as parts of a page: SVG whose text and lines take the page's colours, light or dark."""
+"""Figures as parts of a page: SVG whose text and lines take the page's colors, light or dark."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyro_flows import plots
-from pyro_flows._display import STATUS_COLOURS
+from pyro_flows._display import STATUS_COLORS
 from pyro_flows._figures import INK, LINE
-from pyro_flows.results.labelled import NotThere
+from pyro_flows.results.labeled import NotThere
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ VARIABLES = {
     INK: "--ink",
     LINE: "--line",
     "#ffffff": "--card",
-    **{colour: f"--{status}" for status, colour in STATUS_COLOURS.items()},
+    **{color: f"--{status}" for status, color in STATUS_COLORS.items()},
 }
 
 
@@ -99,7 +99,7 @@ def _drawn(name: str, title: str, caption: str, figure: Figure) -> Picture:
 
 
 def inline(figure: Figure, name: str, label: str) -> str:
-    """Return a figure as SVG for a page: text as text, colours as variables, identifiers with the figure's name."""
+    """Return a figure as SVG for a page: text as text, colors as variables, identifiers with the figure's name."""
     import matplotlib
 
     text = io.StringIO()
@@ -109,7 +109,7 @@ def inline(figure: Figure, name: str, label: str) -> str:
 
 
 def themed(svg: str, name: str, label: str) -> str:
-    """Strip what belongs to a file of its own, and take the page's colours."""
+    """Strip what belongs to a file of its own, and take the page's colors."""
     from markupsafe import escape
 
     svg = svg[svg.index("<svg") :]
@@ -117,8 +117,8 @@ def themed(svg: str, name: str, label: str) -> str:
     svg = re.sub(r"\bid=\"", f'id="{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
     svg = re.sub(r"href=\"#", f'href="#{name}-', svg)
-    for colour, variable in VARIABLES.items():
-        svg = re.sub(rf"(:\s*){colour}\b", rf"\1var({variable})", svg, flags=re.IGNORECASE)
+    for color, variable in VARIABLES.items():
+        svg = re.sub(rf"(:\s*){color}\b", rf"\1var({variable})", svg, flags=re.IGNORECASE)
     svg = re.sub(r"(<svg[^>]*?)\s+width=\"[^\"]*\"", r"\1", svg, count=1)
     svg = re.sub(r"(<svg[^>]*?)\s+height=\"[^\"]*\"", r"\1", svg, count=1)
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_flows.results.record import Record
+from pyro_flows.verdict import mcmc
 from pyro_flows.verdict.chains import LEAST_ESS, NESTED_R_HAT, R_HAT
 from pyro_flows.verdict.judging import MEAN_SHIFT, SD_SHIFT
 from pyro_flows.verdict.verdict import SHOWN
@@ -25,9 +26,9 @@ class Figure:
 
 def figures(posterior: Record) -> list[Figure]:
     """Return the figures of a verdict, of a guide's draws or of chains."""
-    verdict: Any = posterior.verdict
-    if hasattr(verdict, "divergences"):
-        return _of_mcmc(verdict)
+    verdict = posterior.verdict
+    if posterior.of_mcmc:
+        return _of_mcmc(verdict.chains)
     found = _of_guide(posterior) if not math.isnan(verdict.k_hat) else []
     return [*(_of_chains(verdict.chains) if verdict.chains is not None else []), *found]
 
@@ -85,20 +86,20 @@ def _of_chains(chains: Any) -> list[Figure]:
     ]
 
 
-def _of_mcmc(verdict: Any) -> list[Figure]:
-    known = verdict.divergences >= 0
+def _of_mcmc(chains: Any) -> list[Figure]:
+    known = not math.isnan(chains.divergences)
     return [
-        Figure("R-hat", f"{verdict.r_hat:.3f} at {verdict.r_hat_where}", "below 1.01", "1 if the chains agree."),
+        Figure("R-hat", f"{chains.r_hat:.3f}", f"below {mcmc.R_HAT}", "1 if the chains agree."),
         Figure(
             "Effective draws",
-            f"{verdict.ess_bulk:.0f} bulk, {verdict.ess_tail:.0f} tail",
-            "400 or more",
-            "Independent draws that the chains are worth.",
+            f"{chains.ess_bulk:.0f} bulk, {chains.ess_tail:.0f} tail",
+            f"{mcmc.ESS:.0f} or more",
+            f"Independent draws that the chains are worth, lowest at {chains.where}.",
         ),
         Figure(
             "Divergences",
-            str(verdict.divergences) if known else "not known",
-            "at most one draw of a thousand",
+            f"{chains.divergences:.2%}" if known else "not known",
+            f"at most {mcmc.DIVERGING:.1%}",
             "Transitions that went astray.",
         ),
     ]

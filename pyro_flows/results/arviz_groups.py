@@ -1,4 +1,4 @@
-"""From a posterior to labelled arrays: what goes into which group of the ArviZ object."""
+"""From a posterior to labeled arrays: what goes into which group of the ArviZ object."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 PRIOR_DRAWS = 500
 UNDRAWABLE = (NotImplementedError, RuntimeError, ValueError)  # from distributions that have no sampler
 SAMPLER_STATS = ("acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size")
+FIGURES = ("chains", "draws", "r_hat", "ess_bulk", "ess_tail", "where", "divergences")  # of another sampler's chains
 PACKAGES = ("pyro-ppl", "torch", "arviz-base", "arviz-stats")
 
 logger = logging.getLogger("pyro_flows")
@@ -41,14 +42,14 @@ def stack(labels: Labels, values: Mapping[str, Tensor], layout: Callable[[str], 
     """Make a group of draws ``{site: (S, *shape)}``, one chain after the other."""
     layouts = {name: layout(name) for name in values}
     arrays = {labels.variable(name): _in_chains(layouts[name](value), chains) for name, value in values.items()}
-    return _labelled(labels, arrays, layouts, _arrays.SAMPLE_DIMS)
+    return _labeled(labels, arrays, layouts, _arrays.SAMPLE_DIMS)
 
 
 def _in_chains(values: np.ndarray, chains: int) -> np.ndarray:
     return values.reshape(chains, len(values) // chains, *values.shape[1:])
 
 
-def _labelled(
+def _labeled(
     labels: Labels, arrays: Mapping[str, np.ndarray], layouts: Mapping[str, Layout], sample_dims: Sequence[str]
 ) -> xr.Dataset:
     dims = {labels.variable(name): layout.dims for name, layout in layouts.items()}
@@ -57,7 +58,7 @@ def _labelled(
 
 
 def draws_group(labels: Labels, samples: Mapping[str, Tensor], chains: int = 1) -> xr.Dataset:
-    """Latent and deterministic sites as labelled arrays."""
+    """Latent and deterministic sites as labeled arrays."""
     latents = {latent.name: latent for latent in labels.structure.latents}
 
     def layout(name: str) -> Layout:
@@ -71,7 +72,7 @@ def observed_group(density: LogDensity) -> xr.Dataset:
     labels = Labels(density.structure)
     layouts = {name: labels.observed(name) for name in density.structure.observed}
     data = {labels.variable(name): layout(labels.data(name)[None])[0] for name, layout in layouts.items()}
-    return _labelled(labels, data, layouts, ())
+    return _labeled(labels, data, layouts, ())
 
 
 def likelihood_group(density: LogDensity, z: Tensor, chains: int = 1) -> xr.Dataset:
@@ -146,6 +147,10 @@ def _cut(latent: Latent, z: Tensor) -> Tensor:
 
 def _used_stats(posterior: Record) -> xr.Dataset:
     """The numbers of the draws to use; those of a sampler have more of them."""
+    if posterior.of_mcmc and posterior.chains is not None:
+        log_p = posterior.used_log_p.double().reshape(posterior.chain_count, -1)
+        of_mcmc = {"lp": log_p, **posterior.chains.stats}
+        return _arviz.dataset({name: value.cpu().numpy() for name, value in of_mcmc.items()}, {})
     weights = posterior.used_log_weights
     given, chains = (posterior.used_log_p, _drawn_from(posterior), weights), posterior.chain_count
     if posterior.verdict.status != "refined" or posterior.chains is None:
@@ -247,6 +252,9 @@ def constants(density: LogDensity) -> xr.Dataset:
 
 def _fit(posterior: Record) -> xr.Dataset:
     values: dict[str, np.ndarray] = {"status": np.array(posterior.verdict.status)}
+    if posterior.of_mcmc:
+        figures = {name: np.array(getattr(posterior.verdict.chains, name)) for name in FIGURES}
+        return _arviz.dataset(values | figures, {}, sample_dims=())
     values |= {name: np.array(getattr(posterior, name)) for name in ("k_hat", "ess", "log_evidence")}
     seconds = posterior.seconds
     if not math.isnan(seconds):
@@ -260,6 +268,7 @@ def attributes(posterior: Record) -> dict[str, str | float]:
     """Return what the object says of itself, the verdict first: numbers and strings only."""
     kind = "flow" if posterior.flow is not None else "guide"
     kind = {"corrected": "psis-resampled", "refined": "chains"}.get(posterior.verdict.status, kind)
+    kind = "mcmc" if posterior.of_mcmc else kind
     found: dict[str, str | float] = {
         "status": posterior.verdict.status,  # both first, where a display that is cut short still shows them
         "verdict": str(posterior.verdict),

@@ -14,15 +14,15 @@ from pyro_flows.model.sites import Latent, Plate, Structure, messages
 
 
 def coordinate_names(structure: Structure) -> list[str]:
-    """Label the unconstrained coordinates by site and index: ``theta[3]``, ``theta[3] (non-centred)``.
+    """Label the unconstrained coordinates by site and index: ``theta[3]``, ``theta[3] (non-centered)``.
 
-    Those of which the data say something are ``theta[3] (partly non-centred)``.
+    Those of which the data say something are ``theta[3] (partly non-centered)``.
     """
     names = []
     for latent in structure.latents:
         single = latent.size == 1 and not latent.unconstrained_shape
         found = [latent.name] if single else [f"{latent.name}[{i}]" for i in range(latent.size)]
-        suffix = "" if not latent.noncentred else " (partly non-centred)" if latent.data else " (non-centred)"
+        suffix = "" if not latent.noncentered else " (partly non-centered)" if latent.data else " (non-centered)"
         names += [name + suffix for name in found]
     return names
 

@@ -20,11 +20,12 @@ from pyro_flows._fallbacks import first_line
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.flows.saved import from_json, not_rebuilt, to_json
+from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.results import older
 from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.labelling import Labelling
+from pyro_flows.results.labeling import Labeling
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.chains import ChainFigures, Chains
 from pyro_flows.verdict.verdict import Verdict
@@ -56,7 +57,6 @@ def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str 
     if flow is not None:
         reason = not_rebuilt(flow)
     description = {
-        "kind": type(posterior).__name__,
         "numbers": {name: getattr(posterior, name) for name in NUMBER_FIELDS},
         "verdict": dataclasses.asdict(posterior.verdict),
         "settings": posterior.settings,
@@ -68,13 +68,11 @@ def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str 
         },
         "coordinates": posterior.coordinates,
         "without": posterior.missing.get("groups"),
-        "labels": dataclasses.asdict(posterior.labelling),
+        "labels": dataclasses.asdict(posterior.labeling),
     }
     # copies, since views would be written with all that they are cut from
     tensors: dict[str, Any] = {name: getattr(posterior, name).detach().cpu().clone() for name in TENSOR_FIELDS}
     tensors["samples"] = {name: value.detach().cpu().clone() for name, value in posterior.samples.items()}
-    if extra := posterior._extra():
-        tensors["extra"] = extra
     state = {} if flow is None or reason else flow.state_dict()
     tensors["flow"] = {name: value.detach().cpu() for name, value in state.items()}
     if posterior.chains is not None:
@@ -87,7 +85,7 @@ def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str 
 def read(
     path: str | os.PathLike[str], model: Callable[..., Any] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Read a saved posterior: the fields of a :class:`Posterior`, its class (``kind``), what that adds (``extra``).
+    """Read a saved posterior: the fields of a :class:`Posterior`.
 
     Raises:
         ValueError: if the directory is not a saved posterior, is damaged, was written in another format version, or if
@@ -109,14 +107,19 @@ def _read(
 ) -> dict[str, Any]:
     with _reading(source, TENSORS):
         tensors = torch.load(io.BytesIO(contents[TENSORS]), map_location="cpu", weights_only=True)
+    with _reading(source, TEXT):
+        description, tensors = older.present(description, tensors)
     with _reading(source, NETCDF):
-        stored: tuple[Any, Any] | None = _arrays.read(contents[NETCDF])
+        groups, attrs = _arrays.read(contents[NETCDF])
+        stored: tuple[Any, Any] | None = (groups, older.attributes(attrs, description))
     with _reading(source, TEXT):
         fields = _fields(description)
     flow, guide, density = _flow(source, description["guide"], tensors), None, None
     if model is not None:
-        noncentred = fields["settings"].get("noncentred", [])
-        density = _density(LogDensity(model, args, kwargs, noncentred=noncentred), description["coordinates"], tensors)
+        noncentered = fields["settings"].get("noncentered", [])
+        density = _density(
+            LogDensity(model, args, kwargs, noncentered=noncentered), description["coordinates"], tensors
+        )
         tensors = _move(tensors, density.device)
         stored = None if description.get("without") else stored  # with the model all can be made
         if flow is not None:
@@ -132,10 +135,7 @@ def _read(
         "density": density,
         "missing": _missing(description, model is not None),
         "stored": stored,
-        "labelling": Labelling(**description.get("labels", {})),
         "chains": Chains(**tensors["chains"]) if "chains" in tensors else None,
-        "kind": description.get("kind", "Posterior"),
-        "extra": tensors.get("extra", {}),
     }
 
 
@@ -145,6 +145,7 @@ def _fields(description: Mapping[str, Any]) -> dict[str, Any]:
         "settings": _revived(description["settings"]),
         "history": tuple(_revived(description["history"])),
         "verdict": _verdict(description["verdict"]),
+        "labeling": Labeling(**description.get("labels", {})),
     }
 
 

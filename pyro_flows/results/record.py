@@ -13,7 +13,7 @@ from pyro_flows._warnings import warn_unreliable
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.results.labelling import Labelling
+from pyro_flows.results.labeling import Labeling
 from pyro_flows.verdict.chains import Chains
 from pyro_flows.verdict.deciding import Draw
 from pyro_flows.verdict.verdict import Verdict
@@ -48,7 +48,7 @@ class Record:
     stored: tuple[dict[str, Any], dict[str, Any]] | None = field(repr=False, default=None)  # as read from a file
     chains: Chains | None = field(repr=False, default=None)
     drawer: Draw | None = field(repr=False, default=None)  # more raw draws of a guide without a flow
-    labelling: Labelling = field(repr=False, default_factory=Labelling)  # what assign_coords was told
+    labeling: Labeling = field(repr=False, default_factory=Labeling)  # what assign_coords was told
 
     def _raw_draws(self) -> Draw | None:
         """Return how to draw from the guide anew, n -> z (n, D), log q (n,); None without a guide or a model."""
@@ -62,10 +62,6 @@ class Record:
         if self.verdict.status == "unreliable":
             warn_unreliable(self, door, self.verdict.reasons)
 
-    def _extra(self) -> dict[str, Any]:
-        """Return what a subclass adds: tensors, numbers and strings, which go to the files as they are."""
-        return {}
-
     @property
     def resampled(self) -> bool:
         """Whether ``samples`` are importance-resampled draws."""
@@ -77,13 +73,23 @@ class Record:
         return self.verdict.status in ("corrected", "refined")
 
     @property
+    def of_mcmc(self) -> bool:
+        """Whether the draws are chains of another sampler, see :func:`~pyro_flows.from_mcmc`."""
+        return self.verdict.chains is not None and self.verdict.chains.elsewhere
+
+    @property
+    def by_chains(self) -> bool:
+        """Whether ``samples`` are draws of Markov chains."""
+        return self.chains is not None and (self.verdict.status == "refined" or self.of_mcmc)
+
+    @property
     def chain_count(self) -> int:
-        """How many chains ``samples`` are, one after the other: 1 unless the verdict is refined."""
-        return self.chains.count if self.chains is not None and self.verdict.status == "refined" else 1
+        """How many chains ``samples`` are, one after the other; 1 if they are none."""
+        return self.chains.count if self.chains is not None and self.by_chains else 1
 
     @property
     def used_log_weights(self) -> Tensor:
-        """Normalised log weights that ``samples`` still carry (S,): equal ones unless they are the guide's own."""
+        """Normalized log weights that ``samples`` still carry (S,): equal ones unless they are the guide's own."""
         return torch.full_like(self.used_log_p, -math.log(len(self.used))) if self.replaced else self.log_weights
 
     @property
@@ -95,7 +101,7 @@ class Record:
         """
         if self.verdict.status == "unreliable":
             return math.nan
-        if self.verdict.status == "refined" and self.verdict.chains is not None:
+        if self.by_chains and self.verdict.chains is not None:
             return self.verdict.chains.ess_bulk
         if not self.resampled:
             return self.ess

@@ -45,13 +45,13 @@ def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tup
     paths = pathfinder(density, points, units.expand(PATHS, -1), seed=seed)
     best = int(paths.elbo.nan_to_num(nan=-torch.inf).argmax())
     loc, scale = _turned(density, paths.best.loc[best], angles), paths.best.scale()[best]
-    options = density.structure.noncentred
+    options = density.structure.noncentered
     for latent in density.structure.latents:
         part = slice(latent.offset, latent.offset + latent.size)
         chart = _options(latent, angles[part], heavy[part], loc[part], scale[part])
         if chart:
             kept = options.get(latent.name, {})
-            options[latent.name] = {**({"noncentred": True} if kept is None else kept), **chart}
+            options[latent.name] = {**({"noncentered": True} if kept is None else kept), **chart}
     found = density.elsewhere(options)
     found.evaluations += density.evaluations
     names = [latent.name for latent in found.structure.latents if latent.chart is not None]
@@ -120,7 +120,7 @@ def _is_free(density: LogDensity, latent: Latent) -> bool:
     support = messages(density.structure.trace)[latent.name]["fn"].support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return support is constraints.real and not latent.noncentred
+    return support is constraints.real and not latent.noncentered
 
 
 @torch.no_grad()

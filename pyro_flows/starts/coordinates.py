@@ -1,11 +1,11 @@
-r"""The choice of coordinates: what the data say of each element of a hierarchical site, learnt on the ELBO.
+r"""The choice of coordinates: what the data say of each element of a hierarchical site, learned on the ELBO.
 
-Non-centred sites can have coordinates that take out what the data say as well (``model/noncentered.py``): precisions
-t and centres c, an element at a time. A normal distribution with a diagonal covariance is fitted to the posterior, and
+Non-centered sites can have coordinates that take out what the data say as well (``model/noncentered.py``): precisions
+t and centers c, an element at a time. A normal distribution with a diagonal covariance is fitted to the posterior, and
 t and c with it, since the ELBO is a function of all of them. They are then frozen. The normal is a start for a flow.
 
 Reference: Gorinova, Moore and Hoffman 2020, "Automatic Reparameterisation of Probabilistic Programs" (arXiv
-1906.03028), who learn a degree of centring in this way.
+1906.03028), who learn a degree of centering in this way.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LOUDEST = 100.0  # a draw's contribution to the gradient, over the median one's
 
 
 @dataclass(frozen=True)
-class Learnt:
+class Learned:
     """What the data say of the hierarchical sites, and the normal that was fitted with it."""
 
     information: dict[str, Information | None]
@@ -49,9 +49,9 @@ class Learnt:
 def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, Start | None, dict[str, Any]]:
     """Return the log density in the chosen coordinates, a start there, and what the history says of the choice.
 
-    ``density`` is centred. Paths climb in centred and in non-centred coordinates. The best normal on each side is where
-    learning begins; the better ELBO decides. A model that runs draw by draw is too slow to learn from: there the better
-    path decides between all centred and all non-centred.
+    ``density`` is centered. Paths climb in centered and in non-centered coordinates. The best normal on each side is
+    where learning begins; the better ELBO decides. A model that runs draw by draw is too slow to learn from: there the
+    better path decides between all centered and all non-centered.
     """
     wholly = density.elsewhere(True)
     family = _Family(density)
@@ -68,7 +68,7 @@ def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, S
             with seeded(path_seed, density.device):
                 noise = torch.randn(STARTED_FROM, density.dim, dtype=density.dtype, device=density.device)
             found.append(family.learn(candidate, paths.best.map(noise)[0][best], seed=path_seed))
-    chosen = max(found, key=lambda learnt: learnt.start.elbo, default=None)
+    chosen = max(found, key=lambda learned: learned.start.elbo, default=None)
     kept: Any = not elbos[0] > elbos[1]
     if chosen is not None and math.isfinite(chosen.start.elbo):
         kept = {name: None if said is None else said.options for name, said in chosen.information.items()}
@@ -76,16 +76,16 @@ def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, S
     result.evaluations += density.evaluations + wholly.evaluations + family.evaluations
     entry = {
         "stage": "coordinates",
-        "noncentred": result.structure.noncentred,
+        "noncentered": result.structure.noncentered,
         "elbo": None if chosen is None else chosen.start.elbo,
-        "elbo_centred": elbos[0],
-        "elbo_noncentred": elbos[1],
+        "elbo_centered": elbos[0],
+        "elbo_noncentered": elbos[1],
     }
     return result, None if chosen is None else chosen.start, entry
 
 
 class _Family:
-    """The log density as a function of a point, log precisions and centres together: (S, D + 2 K) -> (S,)."""
+    """The log density as a function of a point, log precisions and centers together: (S, D + 2 K) -> (S,)."""
 
     def __init__(self, density: LogDensity) -> None:
         self.density = density
@@ -94,22 +94,22 @@ class _Family:
         self.evaluations = 0
         self._recorder = Recorder(self._gradients, density.numbers)
 
-    def information(self, log_precision: Tensor, centre: Tensor) -> dict[str, Information]:
-        """Cut precisions and centres (K,) into sites."""
+    def information(self, log_precision: Tensor, center: Tensor) -> dict[str, Information]:
+        """Cut precisions and centers (K,) into sites."""
         sizes, found = [latent.size for latent in self.sites], {}
-        for latent, *parts in zip(self.sites, log_precision.exp().split(sizes), centre.split(sizes), strict=True):
+        for latent, *parts in zip(self.sites, log_precision.exp().split(sizes), center.split(sizes), strict=True):
             found[latent.name] = Information(*(part.reshape(latent.unconstrained_shape) for part in parts))
         return found
 
     def unconstrained(self, z: Tensor) -> Tensor:
-        """Return the hierarchical sites' part (S, K) of centred coordinates ``z`` (S, D)."""
+        """Return the hierarchical sites' part (S, K) of centered coordinates ``z`` (S, D)."""
         return torch.cat([z[:, latent.offset : latent.offset + latent.size] for latent in self.sites], 1)
 
     def _single(self, point: Tensor) -> Tensor:
-        z, log_precision, centre = point.split([self.density.dim, self.size, self.size])
-        found = self.information(log_precision, centre)
+        z, log_precision, center = point.split([self.density.dim, self.size, self.size])
+        found = self.information(log_precision, center)
         latents: list[Latent] = [
-            replace(latent, noncentred=True, data=found[latent.name]) if latent.name in found else latent
+            replace(latent, noncentered=True, data=found[latent.name]) if latent.name in found else latent
             for latent in self.density.structure.latents
         ]
         return self.density.single(z, latents)
@@ -120,25 +120,25 @@ class _Family:
         return value, grad
 
     def look(self, z: Tensor, said: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return values (S,), and gradients with respect to z (S, D) and to log precisions and centres (S, 2 K)."""
+        """Return values (S,), and gradients with respect to z (S, D) and to log precisions and centers (S, 2 K)."""
         self.density.clock.look()
         self.evaluations += len(z)
         points = torch.cat([z, said.expand(len(z), -1)], 1)
         value, grad = where_possible(self._recorder, points, (), (points.shape[1],))
         return value, *grad.split([self.density.dim, 2 * self.size], 1)
 
-    def learn(self, candidate: LogDensity, draws: Tensor, *, seed: int) -> Learnt:
-        """Fit normal, precisions and centres together, from draws (S, D) in the coordinates of ``candidate``."""
+    def learn(self, candidate: LogDensity, draws: Tensor, *, seed: int) -> Learned:
+        """Fit normal, precisions and centers together, from draws (S, D) in the coordinates of ``candidate``."""
         density = self.density
         values = candidate.constrain(draws)
-        centre, spread = _middle_and_spread(self.unconstrained(density.unconstrain(values)))
+        center, spread = _middle_and_spread(self.unconstrained(density.unconstrain(values)))
         # 1. The posterior's precision is that of the prior and that of the data together: begin with half of it.
         log_precision = -2.0 * spread.log() - math.log(2.0)
-        began = self.information(log_precision, centre)
+        began = self.information(log_precision, center)
         middle = density.elsewhere({name: found.options for name, found in began.items()})
         loc, unit = _middle_and_spread(middle.unconstrain(values))
         # 2. Everything is trained relative to where it began, in units of its spread.
-        base, units = torch.cat([loc, log_precision, centre]), torch.cat([unit, torch.ones_like(spread), spread])
+        base, units = torch.cat([loc, log_precision, center]), torch.cat([unit, torch.ones_like(spread), spread])
         ascent = _Ascent(base, units, density.dim)
         with seeded(seed, density.device):
             for step in range(STEPS):
@@ -150,13 +150,13 @@ class _Family:
             terms = self.look(loc + scale * noise, said)[0]
         elbo = float(terms.mean() + scale.log().sum()) + 0.5 * density.dim * math.log(2.0 * math.pi * math.e)
         elbo = elbo if math.isfinite(elbo) else -math.inf
-        precision, centre = said[: self.size].exp(), said[self.size :]
+        precision, center = said[: self.size].exp(), said[self.size :]
         precision = torch.where(precision * spread.square() < NOTHING, 0.0, precision)
         found = {
             name: information if bool(information.precision.any()) else None
-            for name, information in self.information(precision.log(), centre).items()
+            for name, information in self.information(precision.log(), center).items()
         }
-        return Learnt(found, Start("coordinates", loc, scale, elbo))
+        return Learned(found, Start("coordinates", loc, scale, elbo))
 
 
 class _Ascent:
@@ -168,7 +168,7 @@ class _Ascent:
         self.first, self.second = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return location and scale (D,) of the normal, and log precisions and centres (2 K,)."""
+        """Return location and scale (D,) of the normal, and log precisions and centers (2 K,)."""
         shift, log_scale = self.weights.split([len(self.base), self.dim])
         moved = self.base + self.units * shift
         return moved[: self.dim], self.units[: self.dim] * log_scale.exp(), moved[self.dim :]

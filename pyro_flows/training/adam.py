@@ -14,7 +14,7 @@ KEPT = 0.95  # of a running mean, at each step
 
 
 class Moments(NamedTuple):
-    """What an optimiser knows besides the weights (W,): running means of the gradient and its square (W,), and scalars.
+    """What an optimizer knows besides the weights (W,): running means of the gradient and its square (W,), and scalars.
 
     ``counted`` is how many gradients were finite, ``norm`` the running norm of them, ``ess`` the running share of a
     batch that is effective, ``skipped`` how many gradients were not finite.

@@ -1,4 +1,4 @@
-"""The optimisation loop: warm-up, a steady stretch until nothing moves, a cool-down with averaging."""
+"""The optimization loop: warm-up, a steady stretch until nothing moves, a cool-down with averaging."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Report = Callable[[int, float, str], None]  # steps done, ELBO, state
 
 @dataclass(frozen=True)
 class Budget:
-    """What bounds a training run: optimisation steps, and the clock."""
+    """What bounds a training run: optimization steps, and the clock."""
 
     steps: int
     clock: Clock = field(default_factory=unbounded)
@@ -94,7 +94,7 @@ def train(
     """Run until the functionals stand still, then cool the step size down and average; or until the budget ends.
 
     The cool-down takes ``cool`` steps at least. With ``settle=False`` the budget alone ends it, to see what stopping
-    costs. Where the time ends or Ctrl-C comes on the way, the flow keeps what it has learnt so far, and the clock the
+    costs. Where the time ends or Ctrl-C comes on the way, the flow keeps what it has learned so far, and the clock the
     ``name`` of what was cut.
     """
     check = Check.make(trainer.flow, trainer.density, seed=seed)

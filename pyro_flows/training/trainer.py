@@ -93,7 +93,7 @@ class Trainer:
         self.write()
 
     def restore(self, kept: Tensor) -> None:
-        """Go back to a copy, forget the optimiser's moments and halve the step size."""
+        """Go back to a copy, forget the optimizer's moments and halve the step size."""
         self.assign(kept)
         self.learning_rate *= 0.5
         self.moments = self.moments.forget()

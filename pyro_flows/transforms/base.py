@@ -125,7 +125,7 @@ class Bound(Transform):
     Torch and Pyro ask for the map and then for its log-determinant. To cost one pass, a ``Bound`` remembers the last
     ``(x, y, ladj)`` of a pass: it answers one inversion of a ``y`` that it made, and one reading of the
     log-determinant, which ends it. It serves only the very same tensor objects, unedited, with unchanged parameters,
-    and with gradients recorded if they are recorded now. (Edits through ``.data`` and fused optimisers leave no trace
+    and with gradients recorded if they are recorded now. (Edits through ``.data`` and fused optimizers leave no trace
     in torch's version counters: make a new ``Bound`` after a step.)
 
     >>> import torch, pyro_flows as pf

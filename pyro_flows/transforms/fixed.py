@@ -15,7 +15,7 @@ class Preprocess(Bijection):
     r"""A fixed affine map to the scale of the data, :math:`y = m + B c + A x`; A is diagonal or a full matrix.
 
     c is the context, if there is one. :math:`\log|J| = \log|\det A|` is a constant. Nothing here is trained: a flow
-    with this as its last layer sees standardised or white data, and its density is that of the data as they are. Both
+    with this as its last layer sees standardized or white data, and its density is that of the data as they are. Both
     ways cost O(D), or one product with a D x D matrix.
 
     Args:

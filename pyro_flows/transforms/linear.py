@@ -122,7 +122,7 @@ class LowerTriangularAffine(Bijection):
     r"""Affine map relative to its start: :math:`y = m + L (b + A x)`, A lower triangular with diagonal :math:`e^{s}`.
 
     :math:`m` and :math:`L` (``loc`` and ``scale_tril``) are fixed; b, s and the part of A below the diagonal are
-    trained from zero, so one step size serves kilometres and millimetres. :math:`\log|J| = \sum_d (s_d + \log L_{dd})`.
+    trained from zero, so one step size serves kilometers and millimeters. :math:`\log|J| = \sum_d (s_d + \log L_{dd})`.
     After :meth:`slow`, what is trained below the diagonal is in units of the row's diagonal.
     Forward: one product with a D x D matrix; inverse: one triangular solve, O(D^2) a point.
 

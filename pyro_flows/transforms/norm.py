@@ -1,4 +1,4 @@
-"""Layers that standardise: by trained numbers that start from data, or by the statistics of each batch."""
+"""Layers that standardize: by trained numbers that start from data, or by the statistics of each batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.conditioners import conditioner
 
 
-class _Standardising(Bijection):
+class _Standardizing(Bijection):
     """Shapes of a shift and a log scale for each coordinate, or for each channel of an image."""
 
     def __init__(self, dim: int | Sequence[int]) -> None:
@@ -69,7 +69,7 @@ class _Standardising(Bijection):
         return mean, (flat - mean).square().mean(0)
 
 
-class ActNorm(_Standardising):
+class ActNorm(_Standardizing):
     r"""Scale and shift of each coordinate, or channel of an image: :math:`y = m + \ell \odot (b + e^{s} \odot x)`.
 
     It starts as the identity: m = 0, :math:`\ell` = 1. An explicit :meth:`start_from` sets m and :math:`\ell`, which
@@ -118,8 +118,8 @@ class ActNorm(_Standardising):
         return self.loc + self.scale * shift, log_scale + self.scale.log()
 
 
-class BatchNorm(_Standardising):
-    r"""Batch normalisation, in the direction of the density: :math:`x = b + e^{s} \odot (y - \mu) / \sqrt{v}`.
+class BatchNorm(_Standardizing):
+    r"""Batch normalization, in the direction of the density: :math:`x = b + e^{s} \odot (y - \mu) / \sqrt{v}`.
 
     :math:`\mu` and v are mean and variance (and a small number more) of each coordinate, or of each channel of an
     image. **In train mode** those of the batch at hand (as in Real-NVP, the log-determinant takes them as given), which

@@ -31,7 +31,7 @@ class Logit(Bijection):
 
     Args:
         dim: number of coordinates, or the shape (C, H, W) of an image.
-        alpha: between 0 and 0.5; 0.05 for colour images, 1e-6 for digits on black are usual.
+        alpha: between 0 and 0.5; 0.05 for color images, 1e-6 for digits on black are usual.
 
     Raises:
         ValueError: for an alpha outside of (0, 0.5), or an input of another shape.

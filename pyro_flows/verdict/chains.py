@@ -20,11 +20,14 @@ AGREEMENT = 1.05  # R-hat of groups of chains that began in different modes
 class ChainFigures:
     """The figures that a verdict on chains rests on, each of the worst coordinate (the log density is one more).
 
+    Of chains that another sampler made (:func:`from_mcmc`), some are not known, and are NaN: ``nested_r_hat``, what
+    energies and proposals tell, and ``divergences``, if that sampler does not count them.
+
     Attributes:
         chains: how many.
         draws: of each chain, kept.
         sweeps: of each chain since its kernel was fixed.
-        r_hat: rank-normalised split R-hat of single chains.
+        r_hat: rank-normalized split R-hat of single chains.
         nested_r_hat: of superchains, each of chains with one starting point.
         ess_bulk: effective draws for means and medians.
         ess_tail: effective draws for the 5 % and the 95 % quantile.
@@ -35,6 +38,7 @@ class ChainFigures:
         independence: share of independent proposals accepted; NaN if there were none.
         agreement: R-hat of groups of chains that began in different parts of a mixture; NaN if all began in one.
         changes: how often chains changed from one part to another, a chain.
+        elsewhere: whether another sampler made the chains.
     """
 
     chains: int
@@ -51,22 +55,32 @@ class ChainFigures:
     independence: float
     agreement: float
     changes: float
+    elsewhere: bool = False
 
     def __str__(self) -> str:
-        shares = f"{self.divergences:.2%} divergences, acceptance {self.acceptance:.2f}"
+        count = f"{self.chains} chain{'s' if self.chains > 1 else ''} of {self.draws} draws"
+        nested = "" if self.elsewhere else f"nested R-hat {self.nested_r_hat:.3f}, "
+        ess = f"ESS {self.ess_bulk:.0f} in the bulk and {self.ess_tail:.0f} in the tails (lowest at {self.where})"
+        known = not (self.elsewhere and math.isnan(self.divergences))
+        shares = f"{self.divergences:.2%} divergences" if known else "divergences not known"
+        shares += "" if self.elsewhere else f", acceptance {self.acceptance:.2f}"
         shares += "" if math.isnan(self.independence) else f" ({self.independence:.2f} of independent proposals)"
         modes = "" if math.isnan(self.agreement) else f"; R-hat between starts in different modes {self.agreement:.3f}"
-        return (
-            f"{self.chains} chains of {self.draws} draws; nested R-hat {self.nested_r_hat:.3f}, R-hat "
-            f"{self.r_hat:.3f}; ESS {self.ess_bulk:.0f} in the bulk and {self.ess_tail:.0f} in the tails "
-            f"(lowest at {self.where}); {shares}{modes}"
-        )
+        return f"{count}; {nested}R-hat {self.r_hat:.3f}; {ess}; {shares}{modes}"
+
+    @classmethod
+    def of_mcmc(cls, *, draws: int, **known: Any) -> ChainFigures:
+        """Return figures of another sampler's chains: NaN where nothing is known."""
+        missing = ("nested_r_hat", "energy_error", "acceptance", "independence", "agreement", "changes")
+        given: dict[str, Any] = {**dict.fromkeys(missing, math.nan), **known}
+        return cls(draws=draws, sweeps=draws, elsewhere=True, **given)
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> ChainFigures:
         """Make figures again of those that a file holds."""
-        kinds = {"chains": int, "draws": int, "sweeps": int, "where": str}
-        return cls(**{entry.name: kinds.get(entry.name, float)(stored[entry.name]) for entry in fields(cls)})
+        kinds: dict[str, Any] = {"chains": int, "draws": int, "sweeps": int, "where": str, "elsewhere": bool}
+        given = {"elsewhere": False, **stored}  # up to format 2 there was no such entry
+        return cls(**{entry.name: kinds.get(entry.name, float)(given[entry.name]) for entry in fields(cls)})
 
 
 def objections(figures: ChainFigures) -> list[str]:
@@ -88,13 +102,13 @@ def objections(figures: ChainFigures) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Chains:
-    """Draws of chains, and all that is needed to go on with them.
+    """Draws of chains, and all that is needed to go on with them, if they are ours (``Posterior.refine``).
 
     Attributes:
         z: draws kept, in unconstrained coordinates (C, N, D), N of each chain.
         stats: numbers of each kept draw, each (C, N), under ArviZ's names.
-        state: tensors of the kernel and the chains' present points.
-        numbers: of the kernel: step size, trajectory, sweeps done, and so on.
+        state: tensors of the kernel and the chains' present points; of another sampler's chains, nothing.
+        numbers: of the kernel: step size, trajectory, sweeps done, and so on; ``method`` says which one.
     """
 
     z: Tensor = field(repr=False)

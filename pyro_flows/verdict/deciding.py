@@ -105,7 +105,7 @@ def _worse(second: Verdict) -> tuple[str, ...]:
 
 
 def resample(log_weights: Tensor, draws: int, *, seed: int) -> Tensor:
-    """Return ``draws`` indices drawn by systematic resampling of normalised log weights (S,), in random order."""
+    """Return ``draws`` indices drawn by systematic resampling of normalized log weights (S,), in random order."""
     generator = torch.Generator().manual_seed(derive(seed, "resampling"))
     cumulative = log_weights.double().cpu().exp().cumsum(0)
     offset = torch.rand((), generator=generator, dtype=torch.float64)

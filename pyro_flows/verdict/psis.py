@@ -32,10 +32,10 @@ class Tail(NamedTuple):
 
 
 def psis(log_weights: Tensor) -> tuple[Tensor, float]:
-    r"""Return normalised, smoothed log weights (S,), in double precision, and the shape estimate :math:`\hat k`.
+    r"""Return normalized, smoothed log weights (S,), in double precision, and the shape estimate :math:`\hat k`.
 
     The :math:`M = 3\sqrt S` largest weights (a fifth of them up to S = 225) are replaced by the quantiles of a
-    generalised Pareto distribution fitted to what they exceed the next one by, none above the largest.
+    generalized Pareto distribution fitted to what they exceed the next one by, none above the largest.
 
     Draws with log weight -inf keep weight zero and count as draws. Weights whose largest ones are equal up to rounding
     are bounded and have no tail to fit: they stay as they are, with k-hat 0. Where other ties leave nothing to fit,
@@ -92,7 +92,7 @@ def _tail(ordered: Tensor) -> Tail:
 
 
 def fit_pareto(excesses: Tensor) -> tuple[float, float]:
-    r"""Return shape k and scale of a generalised Pareto distribution for sorted excesses (M,) over a threshold.
+    r"""Return shape k and scale of a generalized Pareto distribution for sorted excesses (M,) over a threshold.
 
     .. math:: p(x) = \frac 1\sigma \Big(1 + k \frac x\sigma\Big)^{-1/k - 1}
 
@@ -120,7 +120,7 @@ def fit_pareto(excesses: Tensor) -> tuple[float, float]:
 
 
 def _quantiles(levels: Tensor, shape: float, scale: float) -> Tensor:
-    """Return quantiles of the generalised Pareto distribution; NaN without a positive scale."""
+    """Return quantiles of the generalized Pareto distribution; NaN without a positive scale."""
     if not scale > 0.0:
         return torch.full_like(levels, torch.nan)
     exponents = -torch.log1p(-levels)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pyro_flows._display import verdict_html
 from pyro_flows.verdict.chains import ChainFigures
-from pyro_flows.verdict.next_step import next_step
+from pyro_flows.verdict.next_step import next_step, next_step_of_mcmc
 
 SHOWN = 0.005  # sds: a smaller shift is printed as 0.00, and its coordinate is an accident of rounding
 
@@ -27,7 +27,8 @@ class Verdict:
         where: the coordinate of the larger shift.
         reasons: what spoke against ``ok``, in words.
         notes: what was not or not fully checked, and what else to know before the draws are used.
-        chains: figures of the chains, if a sampler was tried.
+        chains: figures of the chains, if a sampler was tried, or if the draws are another sampler's chains
+            (:func:`from_mcmc`: then there are no weights, and the figures above are NaN).
     """
 
     status: str
@@ -44,12 +45,17 @@ class Verdict:
     @property
     def next_step(self) -> str:
         """What helps against the reasons, if the verdict is unreliable; empty otherwise."""
-        return next_step(self.reasons) if self.status == "unreliable" else ""
+        if self.status != "unreliable":
+            return ""
+        elsewhere = self.chains is not None and self.chains.elsewhere
+        return next_step_of_mcmc(self.reasons) if elsewhere else next_step(self.reasons)
 
     def __str__(self) -> str:
         return self._sentence() + (f" Note: {'; '.join(self.notes)}." if self.notes else "")
 
     def _sentence(self) -> str:
+        if self.chains is not None and self.chains.elsewhere and self.status != "refined":
+            return self._sentence_on_mcmc()
         at = f", at {self.where}" if self.mean_shift >= SHOWN else ""
         figures = (
             f"k-hat {self.k_hat:.2f} (threshold {self.k_threshold:.2f}), ESS/S {self.ess_ratio:.2f}, "
@@ -65,6 +71,12 @@ class Verdict:
             what = "the samples are Markov chains that started at the guide's draws and converged; they can be used"
             return f"refined: {what}. Why: {why}. Figures: {self.chains}."
         return f"unreliable: do not use these samples. Why: {why}. Next step: {self.next_step}. Figures: {figures}."
+
+    def _sentence_on_mcmc(self) -> str:
+        if self.status == "ok":
+            return f"ok: the chains agree and can be used. Figures: {self.chains}."
+        why = "; ".join(self.reasons)
+        return f"unreliable: do not use these chains. Why: {why}. Next step: {self.next_step}. Figures: {self.chains}."
 
     __repr__ = __str__  # what a REPL shows
 

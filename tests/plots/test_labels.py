@@ -19,35 +19,35 @@ def first(posterior):
 
 
 @pytest.fixture
-def labelled():
+def labeled():
     return schools_posterior("ok", draws=200).assign_coords({"school": NAMES})
 
 
-def test_labels_are_kept_and_the_posterior_is_not_changed(labelled, tmp_path):
+def test_labels_are_kept_and_the_posterior_is_not_changed(labeled, tmp_path):
     plain = schools_posterior("ok", draws=200)
     assert first(plain.assign_coords({"school": torch.arange(10, 18)})) == "theta[10]"
     assert first(plain) == "theta[0]"
-    assert first(labelled) == "theta[A]"
-    assert first(pickle.loads(pickle.dumps(labelled))) == "theta[A]"
-    groups = labelled.to_arviz()
+    assert first(labeled) == "theta[A]"
+    assert first(pickle.loads(pickle.dumps(labeled))) == "theta[A]"
+    groups = labeled.to_arviz()
     for group in ("posterior", "observed_data", "log_likelihood", "posterior_predictive", "prior"):
         assert groups[group]["school"].to_numpy().tolist() == NAMES, group
-    labelled.save(tmp_path / "saved")
+    labeled.save(tmp_path / "saved")
     assert first(pf.load(tmp_path / "saved")) == "theta[A]"
     loaded = pf.load(tmp_path / "saved", schools, Y)
     assert first(loaded.refine(max_steps=50)) == "theta[A]"
     assert first(pf.load(tmp_path / "saved").assign_coords({"school": NAMES[::-1]})) == "theta[H]"
 
 
-def test_names_of_dimensions(labelled):
-    renamed = labelled.assign_coords(dims={"theta": ["place"]})
+def test_names_of_dimensions(labeled):
+    renamed = labeled.assign_coords(dims={"theta": ["place"]})
     assert first(renamed) == "theta[0]"
     assert first(renamed.assign_coords({"place": np.arange(8) * 10})) == "theta[0]"
     assert list(renamed.assign_coords({"place": np.arange(8) * 10}).summary("theta").index)[-1] == "theta[70]"
     assert "double[A]" in renamed.summary().index
 
 
-def test_chains_are_labelled():
+def test_chains_are_labeled():
     draws = {"theta": torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0))}
     chains = pf.from_mcmc(draws, schools, Y).assign_coords({"school": NAMES})
     with pytest.warns(pf.UnreliableWarning):
@@ -65,6 +65,6 @@ def test_chains_are_labelled():
         ({"dims": {"theta": ["a", "b"]}}, r"dims\['theta'\]: expected 1 names"),
     ],
 )
-def test_what_does_not_fit_is_named(labelled, given, message):
+def test_what_does_not_fit_is_named(labeled, given, message):
     with pytest.raises(ValueError, match=message):
-        labelled.assign_coords(**given)
+        labeled.assign_coords(**given)

@@ -12,7 +12,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import plots
-from pyro_flows._figures import COLOURS, STYLE
+from pyro_flows._figures import COLORS, STYLE
 from pyro_flows.verdict.psis import psis
 from tests.posteriors import SPREAD, Y, schools, schools_flow, schools_posterior
 
@@ -101,7 +101,7 @@ def test_marginals_over_each_other(ok, chains):
     (axes,) = figure.axes
     outlines = [patch for patch in axes.patches if not patch.get_fill()]
     assert len(outlines) == 2
-    assert outlines[0].get_linestyle() != outlines[1].get_linestyle()  # not by colour alone
+    assert outlines[0].get_linestyle() != outlines[1].get_linestyle()  # not by color alone
     for patch, posterior in zip(outlines, (ok, chains), strict=True):
         values, edges, _ = patch.get_data()
         middle = (values * (edges[1:] + edges[:-1]) / 2).sum() / values.sum()
@@ -200,7 +200,7 @@ def test_the_median_of_the_last_steps_is_the_final_elbo():
     assert final.get_ydata()[0] == posterior.elbo
     assert np.median(median.get_ydata()[-50:]) == pytest.approx(posterior.elbo, abs=0.02)
     scatter = posterior.losses[-50:].double().std()
-    assert scatter < 0.1  # nats: weights of defensive draws are normalised
+    assert scatter < 0.1  # nats: weights of defensive draws are normalized
 
 
 def test_data_within_their_replicates(ok):
@@ -239,19 +239,19 @@ def test_one_style_that_leaves_others_alone(ok):
     assert dict(matplotlib.rcParams) == before
     assert not axes.spines["top"].get_visible()
     style = matplotlib.rc_params_from_file(STYLE, use_default_template=False)
-    assert style["axes.prop_cycle"].by_key()["color"] == list(COLOURS)
+    assert style["axes.prop_cycle"].by_key()["color"] == list(COLORS)
 
 
 @pytest.mark.parametrize("ground", ["#ffffff", "#1d2126"])
-def test_colours_are_seen_on_light_and_dark(ground):
-    def luminance(colour):
-        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+def test_colors_are_seen_on_light_and_dark(ground):
+    def luminance(color):
+        parts = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
         linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    for colour in COLOURS:
-        dark, light = sorted((luminance(colour), luminance(ground)))
-        assert (light + 0.05) / (dark + 0.05) >= 3.0, colour  # WCAG 2.1, 1.4.11
+    for color in COLORS:
+        dark, light = sorted((luminance(color), luminance(ground)))
+        assert (light + 0.05) / (dark + 0.05) >= 3.0, color  # WCAG 2.1, 1.4.11
 
 
 @pytest.mark.parametrize("draw", ["plot_posterior", "plot_forest", "plot_predictive", "plot_prior_posterior"])

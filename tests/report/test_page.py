@@ -127,7 +127,7 @@ def test_labels_are_text_and_no_markup(page):
     assert "$1 $2]" in svg
 
 
-def test_figures_take_the_colours_of_the_page(page):
+def test_figures_take_the_colors_of_the_page(page):
     _, text = page
     drawn = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
     assert "var(--ink)" in drawn
@@ -288,7 +288,7 @@ def test_how_it_is_made_again():
     compile(recipe(schools_posterior("ok", draws=200)), "recipe", "exec")
 
 
-def test_identifiers_and_colours_of_an_svg():
+def test_identifiers_and_colors_of_an_svg():
     svg = '<?xml?><svg width="3pt" height="4pt" viewBox="0 0 3 4"><style>*{}</style><g id="a" style="fill: #333333"/>'
     svg += '<use xlink:href="#a" clip-path="url(#a)"/></svg>'
     found = themed(svg, "one", 'says "so"')

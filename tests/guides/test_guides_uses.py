@@ -1,0 +1,134 @@
+"""Flow guides in Pyro's Predictive, AutoGuideList and NeuTraReparam, in torch's loop, without a parameter store."""
+
+import contextlib
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import (
+    SVI,
+    Predictive,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    config_enumerate,
+)
+from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, AutoNormal
+from pyro.infer.mcmc import MCMC, NUTS
+from pyro.infer.mcmc.util import initialize_model
+from pyro.infer.reparam import NeuTraReparam
+
+import pyro_flows as pf
+from tests.guides.test_guides import KINDS, case_of, each_kind, guide_of
+from tests.invariants import close
+from tests.models import each_model, nested, normal
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@each_model("nested", "dependent", "decentered")
+def test_predictive(case, parallel):
+    """Draws have the shapes that Pyro's own guide gives them, and differ."""
+    guide = guide_of(case)
+    draws = Predictive(case.model, guide=guide, num_samples=7, parallel=parallel)(*case.args)
+    if case.name == "dependent":  # for which Pyro has no guide
+        assert ((draws["beta"] > 0) & (draws["beta"] < 1 - draws["alpha"])).all()
+    else:
+        pyros = Predictive(case.model, guide=AutoNormal(case.model), num_samples=7, parallel=parallel)(*case.args)
+        shapes, expected = ({name: value.shape for name, value in found.items()} for found in (draws, pyros))
+        assert shapes.items() >= expected.items()
+    if case.name == "decentered":
+        close(draws["theta"], draws["tau"].reshape(7, 1) * draws["theta_decentered"], 1e-12)
+    assert all(len(draws[name].reshape(7, -1).unique(dim=0)) == 7 for name in guide.prototype_trace.nodes)
+
+
+def test_parts_of_a_guide_list():
+    """A flow over some sites, Pyro's own guide over others, in nested plates; named after their places in the list."""
+    case = case_of("nested")
+    guide = AutoGuideList(nested)
+    guide.append(KINDS["realnvp"](poutine.block(nested, expose=["mu", "tau"])))
+    guide.append(AutoNormal(poutine.block(nested, expose=["x"])))
+    svi = SVI(nested, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(*case.args)
+    before = {name: parameter.detach().clone() for name, parameter in guide.named_parameters()}
+    for _ in range(3):
+        svi.step(*case.args)
+    assert any(name.startswith("0.flow.") for name in before)
+    assert any(name.startswith("1.locs.") for name in before)
+    for name, parameter in guide.named_parameters():
+        assert (parameter != before[name]).any(), f"{name} did not move"
+    assert guide[0].latent_dim == 4
+    draws = guide(*case.args)
+    assert {name: tuple(value.shape) for name, value in draws.items()} == {"mu": (), "tau": (3, 1), "x": (3, 4)}
+    assert set(guide.median(*case.args)) == {"mu", "tau", "x"}
+    assert guide.quantiles([0.1, 0.9], *case.args)["tau"][1].shape == (3, 1)
+
+
+def test_discrete_sites_by_another_guide():
+    """With the enumeration in the guide: the flow's part does not mind the extra dimensions."""
+
+    @config_enumerate
+    def model(y):
+        p = pyro.sample("p", dist.Dirichlet(torch.ones(2, dtype=torch.float64)))
+        with pyro.plate("n", len(y)):
+            k = pyro.sample("k", dist.Categorical(p))
+            pyro.sample("y", dist.Normal(k.double(), 0.7), obs=y)
+
+    y = normal(4, seed=52)
+    guide = AutoGuideList(model)
+    guide.append(KINDS["realnvp"](poutine.block(model, hide=["k"])))
+    guide.append(AutoDiscreteParallel(poutine.block(model, expose=["k"])))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), TraceEnum_ELBO(max_plate_nesting=1))
+    losses = [svi.step(y) for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@each_kind
+def test_neutra(kind):
+    """Pyro's potential of the warped model is that of the log density pulled back, and NUTS runs on it."""
+    case = case_of("regression")
+    guide = guide_of(case, kind, sd=0.3)
+    neutra = NeuTraReparam(guide)
+    warped = neutra.reparam(case.model)
+    density = pf.LogDensity(case.model, case.args)
+    _, potential, _, trace = initialize_model(warped, case.args)
+    (name,) = [name for name in trace.nodes if name.endswith("_shared_latent")]
+    for noise in normal(4, density.dim, seed=53):
+        z, ladj = guide.flow.bijection.forward_and_ladj(noise)
+        close(potential({name: noise}), -(density(z[None])[0] + ladj), 1e-9)
+    mcmc = MCMC(NUTS(warped, max_tree_depth=3), num_samples=3, warmup_steps=2, disable_progbar=True)
+    mcmc.run(*case.args)
+    values = neutra.transform_sample(mcmc.get_samples()[name])
+    assert values["linear.weight"].shape == (3, 1, 2)
+
+
+def test_pyros_neutra_counts_the_determinant_once_for_each_entry_of_a_plate():
+    """The limit that the guide's documentation names; if this fails, Pyro has changed and the sentence can go."""
+    case = case_of("masked")
+    guide, density = guide_of(case, sd=0.3), pf.LogDensity(case.model, case.args)
+    _, potential, _, _ = initialize_model(NeuTraReparam(guide).reparam(case.model), case.args)
+    noise = normal(3, seed=54)
+    z, ladj = guide.flow.bijection.forward_and_ladj(noise)
+    close(potential({"x_shared_latent": noise}), -(density(z[None])[0] + 3 * ladj), 1e-9)  # 3 of 5 are not masked
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("torch_loop", [False, True])
+def test_both_ways_of_pyro_to_hold_and_train_parameters(torch_loop, local):
+    """With ``SVI`` and with the ELBO as a module in torch's own loop; with and without Pyro's parameter store."""
+    case = case_of("nested")
+    with pyro.settings.context(module_local_params=True) if local else contextlib.nullcontext():
+        guide = KINDS["realnvp"](case.model).initialize(*case.args)
+        loss = Trace_ELBO()(case.model, guide)
+        optimizer = torch.optim.Adam(loss.parameters(), lr=0.01)
+        svi = SVI(case.model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        before = {name: parameter.detach().clone() for name, parameter in guide.named_parameters()}
+        for _ in range(3):
+            if torch_loop:
+                optimizer.zero_grad()
+                loss(*case.args).backward()
+                optimizer.step()
+            else:
+                svi.step(*case.args)
+        assert all((parameter != before[name]).any() for name, parameter in guide.named_parameters())
+        assert any("AutoRealNVP" in name for name in pyro.get_param_store()) is not local

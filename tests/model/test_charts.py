@@ -1,0 +1,155 @@
+"""Charts: maps and their derivatives, and which sites get one."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+
+import pyro_flows as pf
+from pyro_flows.model.charts import Circle, Heavy, read_chart, write_chart
+from pyro_flows.starts.charting import choose_charts
+from tests.models import real
+from tests.registry import normal
+
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
+
+CIRCLE = Circle(real(0.0, 3.0, -3.1))
+HEAVY = Heavy(real(0.0, 2.0, -1.0), real(1.0, 0.0, 0.3))
+
+
+def check_chart(chart):
+    """The log derivative is autograd's, the inverse goes back, and the map goes up, but for a turn."""
+    u = 2.0 * normal(40, 3, seed=1)
+    y, ladj = chart.forward(u)
+    derivative = torch.func.vmap(torch.func.jacrev(lambda row: chart.forward(row)[0]))(u)
+    diagonal = derivative.diagonal(dim1=1, dim2=2)
+    assert bool((diagonal > 0).all())
+    torch.testing.assert_close(ladj, diagonal.log())
+    torch.testing.assert_close(derivative, torch.diag_embed(diagonal))
+    torch.testing.assert_close(chart.inverse(y), u, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("chart", [CIRCLE, HEAVY], ids=["circle", "heavy"])
+def test_chart(chart):
+    check_chart(chart)
+
+
+def test_angles_stay_in_one_turn():
+    u = torch.cat([6.0 * normal(2000, 3, seed=2), torch.tensor([[-60.0], [0.0], [60.0]]).double().expand(3, 3)])
+    y, _ = CIRCLE.forward(u)
+    assert bool(((y >= -math.pi) & (y < math.pi)).all())
+    torch.testing.assert_close(CIRCLE.forward(torch.zeros(1, 3).double())[0][0], CIRCLE.center)
+    # a value is the same angle whatever turn it is in
+    angle = torch.linspace(-3.0, 2.9, 20).double()[:, None].expand(20, 3)
+    for turns in (-2, 1):
+        torch.testing.assert_close(CIRCLE.inverse(angle + turns * 2.0 * math.pi), CIRCLE.inverse(angle))
+    torch.testing.assert_close(CIRCLE.forward(CIRCLE.inverse(angle))[0], angle)
+
+
+def test_heavy_is_for_its_entries_alone():
+    u = 3.0 * normal(10, 3, seed=3)
+    y, ladj = HEAVY.forward(u)
+    assert torch.equal(y[:, 1], u[:, 1])
+    assert not bool(ladj[:, 1].any())
+    torch.testing.assert_close(y[:, 2], -1.0 + 0.3 * torch.sinh(u[:, 2]))
+    far, far_ladj = HEAVY.forward(torch.full((1, 3), 300.0).double())
+    assert bool(torch.isfinite(far_ladj).all())
+    torch.testing.assert_close(HEAVY.inverse(far), torch.full((1, 3), 300.0).double())
+
+
+@pytest.mark.parametrize("chart", [CIRCLE, HEAVY, None], ids=["circle", "heavy", "none"])
+def test_as_plain_numbers(chart):
+    again = read_chart(write_chart(chart), torch.Size([3]), real(0.0))
+    assert type(again) is type(chart)
+    u = normal(5, 3, seed=4)
+    assert chart is None or torch.equal(again.forward(u)[0], chart.forward(u)[0])
+
+
+# the choice -----------------------------------------------------------------------------------------------------------
+
+
+def chosen(model, *args):
+    density = pf.LogDensity(model, args)
+    got, start, names = choose_charts(density, None, seed=0)
+    assert start is None
+    charts = {latent.name: latent.chart for latent in got.structure.latents}
+    assert sorted(names) == sorted(name for name, chart in charts.items() if chart is not None)
+    if names:  # the same density, in other coordinates
+        z = normal(6, got.dim, seed=5)
+        values = got.constrain(z)
+        other = density.unconstrain(values)
+        torch.testing.assert_close(got(z) - got.log_jacobian(z), density(other) - density.log_jacobian(other))
+    return charts
+
+
+def mixed():
+    pyro.sample("angle", dist.VonMises(real(3.0), real(2.0)))
+    pyro.sample("normal", dist.Normal(real(0.0), 1.0))
+    pyro.sample("cauchy", dist.Cauchy(real(5.0), real(2.0)))
+    pyro.sample("t3", dist.StudentT(real(3.0), real(0.0), real(1.0)))
+    pyro.sample("laplace", dist.Laplace(real(0.0), real(1.0)))
+    pyro.sample("t30", dist.StudentT(real(30.0), real(0.0), real(1.0)))
+
+
+def check_choice():
+    charts = chosen(mixed)
+    kinds = {name: type(chart).__name__ for name, chart in charts.items() if chart is not None}
+    assert kinds == {"angle": "Circle", "cauchy": "Heavy", "t3": "Heavy"}
+    assert abs(math.remainder(float(charts["angle"].center) - 3.0, 2.0 * math.pi)) < 1.0
+    assert abs(float(charts["cauchy"].loc) - 5.0) < 2.0
+    assert 0.5 < float(charts["cauchy"].scale) < 6.0
+
+
+@pytest.mark.falls_back  # torch draws from VonMises by rejection, point by point
+def test_sites_get_the_charts_that_they_need():
+    check_choice()
+
+
+def test_tails_that_the_data_cut_off_are_not_heavy():
+    def measured(y):
+        x = pyro.sample("x", dist.Cauchy(real(0.0), real(1.0)).expand([2]).to_event(1))
+        pyro.sample("y", dist.Normal(x[0], 1.0), obs=y)
+
+    chart = chosen(measured, real(0.3))["x"]
+    assert chart.scale[0] == 0.0
+    assert chart.scale[1] > 0.0
+
+
+def test_masked_entries_keep_their_places():
+    kept = torch.tensor([True, False, True])
+
+    def masked():
+        with pyro.plate("three", 3), poutine.mask(mask=kept):
+            x = pyro.sample("x", dist.Cauchy(real(0.0, 0.0, 4.0), real(1.0)))
+        pyro.factor("last", -0.5 * (x[2] - 4.0) ** 2)
+
+    chart = chosen(masked)["x"]
+    assert chart.scale.shape == (3,)
+    assert (chart.scale > 0.0).tolist() == [True, False, False]
+
+
+def test_a_hierarchy_of_cauchys():
+    """The scale is positive and the values heavy given it: their own coordinates are, whatever those of the scale."""
+
+    def hierarchy():
+        scale = pyro.sample("scale", dist.HalfNormal(real(1.0)))
+        with pyro.plate("four", 4):
+            pyro.sample("x", dist.Cauchy(real(0.0), scale))
+
+    charts = chosen(hierarchy)
+    assert isinstance(charts["x"], Heavy)
+    assert bool((charts["x"].scale > 0.0).all())
+    assert charts["scale"] is None
+
+
+def test_nothing_to_chart():
+    def plain():
+        pyro.sample("x", dist.Normal(real(0.0), 1.0))
+        pyro.sample("uniform", dist.Uniform(real(0.0), 1.0))
+
+    assert chosen(plain) == {"x": None, "uniform": None}

@@ -1,0 +1,209 @@
+"""The log density of a model: by hand, by Pyro, its Jacobians, its gradients, its sites.
+
+Tolerances in float64: 1e-9 relative to sums of some dozens of terms, each rounded at 1e-16.
+"""
+
+import functools
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide.initialization import init_to_sample
+from pyro.infer.mcmc.util import initialize_model
+from torch.distributions import biject_to, constraints
+
+import pyro_flows as pf
+from pyro_flows.graphs.batches import RECORDED_FROM
+from tests.invariants import close
+from tests.models import CASES, each_model, gauss, normal, real
+
+
+@functools.cache
+def built(case):
+    """The density of a case, made once for all tests, and four points."""
+    density = pf.LogDensity(case.model, case.args)
+    return density, 0.7 * normal(4, density.dim, seed=21)
+
+
+def rows_of(values):
+    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+
+
+@each_model()
+def test_value_is_the_density_by_hand(case):
+    density, z = built(case)
+    assert density.dim == case.dim
+    assert density.dtype == torch.float64
+    by_hand = torch.stack([case.joint(v, *case.args) + case.ladj(v) for v in rows_of(density.constrain(z))])
+    close(density(z), by_hand, 1e-9)
+    assert (density(z) - density(z[:1])).abs().max() > 0.1, "the density does not move"
+
+
+@each_model(where=lambda case: case.pyro)
+def test_value_is_pyros_potential(case):
+    """Discrete sites summed out by Pyro's own elimination among them."""
+    density, z = built(case)
+    nesting = density.structure.plate_nesting
+    _, potential, _, _ = initialize_model(
+        case.model, case.args, max_plate_nesting=nesting, init_strategy=init_to_sample
+    )
+    for row, value in zip(z, density(z).detach(), strict=True):
+        sites = {latent.name: latent.unconstrained(row) for latent in density.structure.latents}
+        close(value, -potential(sites).detach(), 1e-9)
+
+
+@each_model()
+def test_models_of_the_registry_are_batched_and_recorded(case):
+    """Otherwise the tests of fallbacks would not show that these are the exception."""
+    density, z = built(case)
+    for _ in range(RECORDED_FROM):
+        value, _ = density.value_and_grad(z)
+        with torch.no_grad():
+            close(density(z), value, 1e-9)
+    assert density.batched
+    assert density.reason is None
+    assert [kind[0] for kind in density._with_gradients.runners] == [len(z)]
+    assert [kind[0] for kind in density._values.runners] == ([] if density.parameters() else [len(z)])
+
+
+@each_model()
+def test_gradient_is_that_of_the_value(case):
+    """At the recorded batch size, at new points, and at other batch sizes; no graph is left."""
+    density, z = built(case)
+    for points in (z, -0.5 * z, z[:1], torch.cat([z, z + 0.1])):
+        leaf = points.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(density(leaf).sum(), leaf)
+        value, ours = density.value_and_grad(points)
+        assert not value.requires_grad
+        assert not ours.requires_grad
+        close(value, density(points).detach(), 1e-9)
+        close(ours, gradient, 1e-9)
+        assert torch.isfinite(ours).all()
+
+
+def test_gradient_is_a_difference_quotient():
+    """So that value and gradient cannot be wrong together."""
+    for case in CASES:
+        density, z = built(case)
+        step = 1e-5 * torch.eye(density.dim, dtype=torch.float64)
+        quotient = torch.stack([(density(row + step) - density(row - step)) / 2e-5 for row in z]).detach()
+        close(
+            density.value_and_grad(z)[1],
+            quotient,
+            1e-6,
+            f"{case.name}: central differences are good to h^2 and 1e-11/h",
+        )
+
+
+@each_model()
+def test_there_and_back_again(case):
+    density, z = built(case)
+    values = density.constrain(z)
+    assert set(density.names) <= set(values)
+    for latent in density.structure.latents:
+        assert values[latent.name].shape == (len(z), *latent.shape)
+    close(density.unconstrain({name: values[name] for name in density.names}), z, 1e-9)
+
+
+@each_model(where=lambda case: case.sites)
+def test_sites_add_up_to_the_joint(case):
+    density, z = built(case)
+    parts = {**density.log_prior(z), **density.log_likelihood(z)}
+    assert set(parts) == set(density.names) | set(density.structure.observed)
+    total = sum(part.reshape(len(z), -1).sum(1) for part in parts.values())
+    close(total, torch.stack([case.joint(v, *case.args) for v in rows_of(density.constrain(z))]), 1e-9)
+
+
+def test_pointwise_likelihood_has_the_shape_of_the_data_and_zeros_where_masked():
+    for case in CASES:
+        density, z = built(case)
+        for name, part in density.log_likelihood(z).items():
+            observed = density.structure.observed[name]
+            assert part.shape == (len(z), *observed.shape), case.name
+            if case.name == "missing":
+                assert ((part == 0.0) == observed.isnan()).all()
+
+
+def test_enumerated_models_have_no_pointwise_likelihood():
+    """Their terms are not independent given the continuous latents alone."""
+    density, z = built(next(case for case in CASES if case.name == "hidden_markov"))
+    assert density.log_likelihood(z) == {}
+    assert set(density.log_prior(z)) == {"rows", "loc"}
+
+
+# Jacobians -----------------------------------------------------------------------------------------------------------
+
+# Support, shape of an event, and which entries of an event are free coordinates.
+SUPPORTS = {
+    "real": (constraints.real, (), lambda x: x),
+    "positive": (constraints.positive, (), lambda x: x),
+    "greater_than": (constraints.greater_than(2.0), (), lambda x: x),
+    "less_than": (constraints.less_than(-1.0), (), lambda x: x),
+    "interval": (constraints.interval(-1.0, 3.0), (), lambda x: x),
+    "unit_interval": (constraints.unit_interval, (), lambda x: x),
+    "vector": (constraints.independent(constraints.positive, 1), (3,), lambda x: x),
+    "simplex": (constraints.simplex, (4,), lambda x: x[..., :-1]),
+    "ordered": (dist.constraints.ordered_vector, (3,), lambda x: x),
+    "positive_ordered": (dist.constraints.positive_ordered_vector, (3,), lambda x: x),
+    "corr_cholesky": (
+        constraints.corr_cholesky,
+        (3, 3),
+        lambda x: x[..., torch.tensor([1, 2, 2]), torch.tensor([0, 0, 1])],
+    ),
+}
+
+
+@pytest.mark.falls_back
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_log_jacobian_of_a_support(name, batch):
+    """A flat prior leaves the log Jacobian alone; it is the log determinant of the derivative of the free entries."""
+    support, event, free = SUPPORTS[name]
+
+    def model():
+        x = pyro.sample("x", dist.ImproperUniform(support, batch, event).to_event(len(batch)))
+        assert support.check(x).all()  # the model sees values inside of the support
+        pyro.factor("none", x.new_zeros(()))
+
+    with torch.no_grad(), pyro.validation_enabled(True):
+        density = pf.LogDensity(lambda like: model(), (real(0.0),))
+    transform = biject_to(support)
+    for z in 0.8 * normal(3, density.dim, seed=22):
+        site = density.structure.latents[0]
+
+        def entries(z, site=site):
+            return free(transform(site.unconstrained(z))).flatten()
+
+        jacobian = torch.autograd.functional.jacobian(entries, z)
+        close(density.single(z), torch.linalg.slogdet(jacobian).logabsdet, 1e-9)
+
+
+def test_correlated_model_of_many_supports():
+    """Simplex, correlation, ordered and interval sites side by side, in one vector."""
+
+    def model(y):
+        p = pyro.sample("p", dist.Dirichlet(torch.full((3,), 2.0, dtype=torch.float64)))
+        factor = pyro.sample("factor", dist.LKJCholesky(3, real(2.0)))
+        scale = pyro.sample("scale", dist.LogNormal(real(0.0), 1.0).expand([3]).to_event(1))
+        center = pyro.sample("center", dist.ImproperUniform(dist.constraints.ordered_vector, (), (3,)))
+        width = pyro.sample("width", dist.Uniform(real(-1.0), 3.0))
+        pyro.sample("y", dist.MultivariateNormal(center + width * p, scale_tril=scale[:, None] * factor), obs=y)
+
+    y = normal(3, seed=23)
+    density = pf.LogDensity(model, (y,))
+    z = 0.5 * normal(4, density.dim, seed=24)
+    assert density.dim == 2 + 3 + 3 + 3 + 1
+    for row, value in zip(z, density(z), strict=True):
+        total = real(0.0)
+        values = {}
+        for latent in density.structure.latents:
+            transform = biject_to(density.structure.trace.nodes[latent.name]["fn"].support)
+            values[latent.name] = transform(latent.unconstrained(row))
+            total = total + transform.log_abs_det_jacobian(latent.unconstrained(row), values[latent.name]).sum()
+        p, factor, scale, center, width = values.values()
+        total = total + dist.Dirichlet(torch.full((3,), 2.0, dtype=torch.float64)).log_prob(p)
+        total = total + dist.LKJCholesky(3, real(2.0)).log_prob(factor)
+        total = total + gauss(scale.log(), 0.0, 1.0) - scale.log().sum() - real(4.0).log()
+        covariance = (scale[:, None] * factor) @ (scale[:, None] * factor).T
+        close(value, total + dist.MultivariateNormal(center + width * p, covariance).log_prob(y), 1e-9)

@@ -1,0 +1,206 @@
+"""What a log density makes of its data: missing entries, dtypes, random draws."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from torch.distributions import constraints
+
+import pyro_flows as pf
+from tests.invariants import close
+from tests.model.test_log_density_runs import numbers, takes_item
+from tests.models import GAPS, NAN, gauss, missing, mixture, normal, real
+
+Y = real(1.0)
+
+
+# missing data ---------------------------------------------------------------------------------------------------------
+
+
+def test_only_missing_entries_are_coordinates():
+    density = pf.LogDensity(missing, (GAPS,))
+    (site,) = [latent for latent in density.structure.latents if latent.name == "y_unobserved"]
+    assert site.shape == (4,)
+    assert site.size == 2
+    assert site.free.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("placeholder", [NAN, -999.0, float("inf")])
+def test_gradients_do_not_see_what_stands_for_missing_data(placeholder):
+    """NaN, or a number outside of the support: masked out in the value, it would still make the gradient NaN."""
+    mask = ~GAPS.isnan()
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+        sd = pyro.sample("sd", dist.HalfNormal(real(1.0)))
+        with pyro.plate("n", 4), poutine.mask(mask=mask):
+            pyro.sample("y", dist.LogNormal(mu, sd), obs=y)
+
+    density, clean = (
+        pf.LogDensity(model, (torch.where(mask, GAPS, real(value)),)) for value in (placeholder, 1.0)
+    )  # fmt: skip
+    z = normal(3, 2, seed=33)
+    for ours, expected in zip(density.value_and_grad(z), clean.value_and_grad(z), strict=True):
+        assert torch.isfinite(ours).all()
+        close(ours, expected, 1e-12)
+
+
+def test_missing_vectors():
+    """The mask goes over the batch: a vector with one missing entry is missing as a whole."""
+    y = torch.stack([real(1.0, 2.0), real(NAN, 3.0), real(0.0, -1.0)])
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2, dtype=torch.float64), 5.0).to_event(1))
+        with pyro.plate("n", 3):
+            likelihood = dist.MultivariateNormal(mu, torch.eye(2, dtype=torch.float64))
+            pyro.sample("y", likelihood, obs=y, obs_mask=~y.isnan().any(-1))
+
+    density = pf.LogDensity(model, (y,))
+    assert density.dim == 4
+    z = normal(2, 4, seed=34)
+    every = y.repeat(2, 1, 1)
+    every[:, 1] = z[:, 2:]
+    close(
+        density(z),
+        torch.stack([gauss(r[:2], 0.0, 5.0) + gauss(e, r[:2], 1.0) for r, e in zip(z, every, strict=True)]),
+        1e-9,
+    )
+    assert torch.isfinite(density.value_and_grad(z)[1]).all()
+
+
+def test_sites_masked_out_as_a_whole_are_no_coordinates():
+    """By ``mask=False``, or by a mask of data that are all there: such a site would have a flat, improper density."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+        with poutine.mask(mask=False):
+            pyro.sample("unused", dist.HalfNormal(real(1.0)))
+        with pyro.plate("n", 2):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y, obs_mask=torch.tensor([True, True]))
+
+    y = real(0.3, 1.2)
+    density = pf.LogDensity(model, (y,))
+    assert density.dim == 1
+    z = normal(3, 1, seed=35)
+    close(density(z), torch.stack([gauss(mu, 0.0, 5.0) + gauss(y, mu, 1.0) for mu in z]), 1e-9)
+    assert density.constrain(z)["unused"].shape == (3,)
+    guide = pf.AutoRealNVP(model, layers=2).initialize(y)
+    assert guide.sample_posterior(4)["y_unobserved"].shape == (4, 2)
+
+
+# dtypes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_follows_the_data(dtype):
+    y = real(0.3, -0.2, 1.7).to(dtype)
+    density = pf.LogDensity(numbers, (y,))
+    z = normal(4, 1, seed=36, dtype=dtype)
+    by_hand = torch.stack([gauss(mu, 0.0, 5.0) + gauss(y, mu, 1.0) for mu in z])
+    value, gradient = density.value_and_grad(z)
+    assert {density.dtype, value.dtype, gradient.dtype, density(z).dtype, density.constrain(z)["mu"].dtype} == {dtype}
+    close(value, by_hand.to(dtype), 1e-5 if dtype == torch.float32 else 1e-6)  # 5.0 and 1.0 reach Pyro as float32
+    assert density.predictive(z)["y"].dtype == dtype
+    assert pf.AutoRealNVP(numbers, layers=2).initialize(y).sample_posterior(2)["mu"].dtype == dtype
+
+
+def test_wider_data_of_a_model_that_does_not_mix():
+    """Design matrix and weights in float32, data in float64: Pyro scores this, in float32."""
+    x, y = normal(6, 2, seed=37, dtype=torch.float32), normal(6, seed=38)
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("n", 6):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    density = pf.LogDensity(model, (x, y))
+    assert density.dtype == torch.float32
+    z = normal(3, 2, seed=39, dtype=torch.float32)
+    by_hand = torch.stack([gauss(w, 0.0, 1.0) + gauss(y, x @ w, 1.0) for w in z])
+    close(density(z), by_hand.float(), 1e-5)  # float32
+    assert pf.AutoRealNVP(model, layers=2).initialize(x, y).sample_posterior(2)["w"].dtype == torch.float32
+
+
+def test_flat_priors_take_the_dtype_of_the_data():
+    def model(y):
+        mu = pyro.sample("mu", dist.ImproperUniform(constraints.real, (), ()))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    for dtype in (torch.float32, torch.float64):
+        assert pf.LogDensity(model, (Y.to(dtype),)).dtype == dtype
+
+
+# random numbers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.falls_back
+@pytest.mark.parametrize("model", [numbers, missing, takes_item, mixture])
+def test_draws_are_seeded_and_leave_the_global_state_alone(model):
+    y = {"missing": GAPS, "takes_item": Y}.get(model.__name__, real(0.3, -0.2, 1.7))
+    density = pf.LogDensity(model, (y,))
+    z = normal(5, density.dim, seed=40, dtype=density.dtype)
+    state = torch.random.get_rng_state()
+    first, again, other = (density.predictive(z, seed=seed) for seed in (1, 1, 2))
+    prior, prior_again, prior_other = (density.prior(5, seed=seed) for seed in (1, 1, 2))
+    density.unconstrain({name: prior[name] for name in density.names})
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for draws, same, different in ((first, again, other), (prior, prior_again, prior_other)):
+        for name in draws:
+            torch.testing.assert_close(draws[name], same[name], rtol=0, atol=0, equal_nan=True)
+        moved = [name for name in draws if not torch.equal(draws[name], different[name])]
+        assert set(moved) == set(draws)
+    assert len(first) == len(density.structure.observed)
+    assert next(iter(first.values())).unique().numel() > 4, "one draw for all rows"
+
+
+def test_predictive_draws_have_the_likelihoods_moments():
+    """20,000 draws; five standard errors: failure rate below 1e-6 each."""
+    density = pf.LogDensity(numbers, (real(0.3, -0.2, 1.7),))
+    y = density.predictive(real([2.0]).expand(20_000, 1))["y"]
+    assert y.shape == (20_000, 3)
+    assert (y.mean(0) - 2.0).abs().max() < 5 / 20_000**0.5
+    assert (y.var(0) - 1.0).abs().max() < 5 * (2 / 20_000) ** 0.5
+    assert torch.corrcoef(y.T).triu(1).abs().max() < 5 / 20_000**0.5
+    mu = density.prior(20_000)["mu"]
+    assert abs(mu.std() - 5.0) < 5 * 5.0 / 40_000**0.5
+
+
+def test_predictive_draws_one_number_for_each_observed_value():
+    """Without a plate, one distribution scores all of the data."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    density = pf.LogDensity(model, (real(0.3, -0.2, 1.7),))
+    for draws in (density.predictive(real([[0.0], [1.0]]))["y"], density.prior(2)["y"]):
+        assert draws.shape == (2, 3)
+        assert draws.unique().numel() == 6
+
+
+def test_improper_priors_have_no_draws():
+    def model(y):
+        mu = pyro.sample("mu", dist.ImproperUniform(constraints.real, (), ()))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    density = pf.LogDensity(model, (Y,))
+    assert density.prior(3) is None
+    assert density.predictive(real([[0.0]]))["y"].shape == (1,)
+
+
+def test_dependent_supports_beside_enumerated_sites():
+    @config_enumerate
+    def model(y):
+        alpha = pyro.sample("alpha", dist.Uniform(real(0.0), 1.0))
+        beta = pyro.sample("beta", dist.Uniform(real(0.0), 1.0 - alpha))
+        k = pyro.sample("k", dist.Bernoulli(alpha))
+        pyro.sample("y", dist.Normal(k, beta), obs=y)
+
+    density = pf.LogDensity(model, (Y,))
+    z = normal(3, 2, seed=41)
+    values = density.constrain(z)
+    state = torch.random.get_rng_state()
+    close(density.unconstrain(values), z, 1e-9)
+    assert torch.equal(torch.random.get_rng_state(), state)

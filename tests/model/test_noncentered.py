@@ -1,0 +1,205 @@
+"""Non-centered coordinates: which sites can have them, that the density is the same one, and that fit takes them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import Adam
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows import LogDensity
+from pyro_flows.results.arviz_groups import predict
+from pyro_flows.results.dims import coordinate_names
+from tests.models import real
+from tests.registry import normal
+
+Y = normal(4, seed=3)
+
+
+def hierarchy(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 2.0))
+    tau = pyro.sample("tau", dist.HalfNormal(real(1.5)))
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
+def by_hand(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 2.0))
+    tau = pyro.sample("tau", dist.HalfNormal(real(1.5)))
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(real(0.0), 1.0))
+        pyro.sample("y", dist.Normal(mu + tau * theta, 1.0), obs=y)
+
+
+def families() -> None:
+    a = pyro.sample("a", dist.Normal(real(0.3), 1.0))
+    b = pyro.sample("b", dist.LogNormal(a, real(0.5)))
+    pyro.sample("c", dist.StudentT(5.0, a, b).expand([3]).to_event(1))
+    pyro.sample("d", dist.MultivariateNormal(a * torch.ones(2).double(), scale_tril=b * torch.eye(2).double()))
+    pyro.sample("e", dist.Laplace(real(0.0), 1.0))  # depends on nothing
+    pyro.sample("f", dist.HalfNormal(b))  # a scale, but no location
+    with pyro.poutine.mask(mask=torch.tensor([True, False])):
+        pyro.sample("g", dist.Normal(a, torch.ones(2).double()))
+
+
+def steps(count: int) -> None:
+    x = pyro.sample("x0", dist.Normal(real(0.0), 1.0))
+    sd = pyro.sample("sd", dist.HalfNormal(real(1.0)))
+    for i in range(1, count):
+        x = pyro.sample(f"x{i}", dist.Normal(x, sd))
+
+
+def funnel() -> None:
+    x = pyro.sample("x", dist.Normal(real(0.0), 3.0))
+    with pyro.plate("nine", 9):
+        pyro.sample("rest", dist.Normal(0.0, torch.exp(x / 2)))
+
+
+def test_sites_whose_location_or_scale_moves_are_found() -> None:
+    assert LogDensity(hierarchy, (Y,)).structure.hierarchical == ("theta",)
+    assert LogDensity(by_hand, (Y,)).structure.hierarchical == ()
+    assert LogDensity(families).structure.hierarchical == ("b", "c", "d")
+    assert LogDensity(steps, (4,)).structure.hierarchical == ("x1", "x2", "x3")
+
+
+def test_nothing_is_noncentered_unless_asked_for() -> None:
+    assert LogDensity(hierarchy, (Y,)).structure.noncentered == {}
+
+
+@pytest.mark.parametrize("name", ["mu", "tau", "nobody"])
+def test_a_site_that_cannot_be_noncentered_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"noncentered: expected sites .*'theta'.*got '{name}'"):
+        LogDensity(hierarchy, (Y,), noncentered=["theta", name])
+
+
+def test_the_density_is_that_of_the_model_written_noncentered() -> None:
+    ours, theirs = LogDensity(hierarchy, (Y,), noncentered=True), LogDensity(by_hand, (Y,))
+    z = normal(20, ours.dim, seed=1)
+    assert torch.allclose(ours(z), theirs(z), rtol=0.0, atol=1e-10)
+    for mine, other in zip(ours.value_and_grad(z), theirs.value_and_grad(z), strict=True):
+        assert torch.allclose(mine, other, rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("model", "args"), [(hierarchy, (Y,)), (families, ()), (steps, (4,)), (funnel, ())])
+def test_centered_and_noncentered_differ_by_the_jacobian(model, args) -> None:
+    centered, other = LogDensity(model, args), LogDensity(model, args, noncentered=True)
+
+    def to_centered(row: Tensor) -> Tensor:
+        return centered.unconstrain(other.constrain(row[None]))[0]
+
+    step = 1e-6
+    for row in normal(3, other.dim, seed=2):
+        shifts = step * torch.eye(other.dim, dtype=torch.float64)
+        jacobian = torch.stack([(to_centered(row + h) - to_centered(row - h)) / (2 * step) for h in shifts], dim=1)
+        expected = centered(to_centered(row)[None]) + torch.linalg.slogdet(jacobian).logabsdet
+        assert torch.allclose(other(row[None]), expected, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("model", "args"), [(hierarchy, (Y,)), (families, ()), (steps, (4,))])
+def test_round_trip(model, args) -> None:
+    density = LogDensity(model, args, noncentered=True)
+    z = normal(7, density.dim, seed=4)
+    assert torch.allclose(density.unconstrain(density.constrain(z)), z, rtol=0.0, atol=1e-9)
+
+
+def test_some_sites_only() -> None:
+    density = LogDensity(families, noncentered=["c"])
+    assert density.structure.noncentered == {"c": None}
+    names = coordinate_names(density.structure)
+    assert {"c[0] (non-centered)", "b"} <= set(names)
+
+
+def test_a_noncentered_guide_trains_in_pyro_and_is_judged_in_its_coordinates() -> None:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = pf.AutoRealNVP(hierarchy, layers=2, noncentered=True)
+    svi = SVI(hierarchy, guide, Adam({"lr": 0.01}), Trace_ELBO(num_particles=8, vectorize_particles=False))
+    losses = [svi.step(Y) for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+    judged = pf.diagnose(hierarchy, guide, Y, draws=500)
+    assert judged.coordinates[-1] == "theta[3] (non-centered)"
+    density = LogDensity(hierarchy, (Y,), noncentered=True)
+    assert torch.allclose(judged.log_p, density(judged.z), atol=1e-9)
+    assert guide(Y)["theta"].shape == (4,)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
+def test_fit_chooses_noncentered_coordinates_for_a_funnel_and_fits_it_exactly() -> None:
+    posterior = pf.fit(funnel, progress=False, seed=0, max_steps=1500)
+    choice = next(stage for stage in posterior.history if stage["stage"] == "coordinates")
+    choice = choice["details"]
+    assert choice["noncentered"] == {"rest": None} == posterior.settings["noncentered"]
+    assert choice["elbo_noncentered"] > choice["elbo_centered"]
+    assert posterior.verdict.status == "ok"
+    assert -0.01 <= posterior.elbo <= 0.005  # log Z = 0
+    assert 2.85 < float(posterior.samples["x"].std()) < 3.15
+
+
+def test_fit_takes_coordinates_that_are_as_good_as_centered_where_the_data_are_strong() -> None:
+    def strong(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+        tau = pyro.sample("tau", dist.HalfNormal(real(5.0)))
+        with pyro.plate("groups", len(y)):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, 0.01), obs=y)
+
+    posterior = pf.fit(strong, 3.0 * normal(6, seed=8), progress=False, seed=0, max_steps=1500)
+    # the data fix each value to 0.01, and the prior is next to nothing beside any precision like that
+    precision = torch.tensor(posterior.settings["noncentered"]["theta"]["precision"])
+    assert bool((precision > 1e3).all() & (precision < 1e5).all())
+    assert posterior.verdict.status == "ok"
+
+
+def test_saved_and_loaded(tmp_path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = pf.fit(funnel, progress=False, seed=1, max_steps=400, escalate=False, draws=500)
+    assert posterior.settings["noncentered"] == {"rest": None}
+    posterior.save(tmp_path / "fit")
+    loaded = pf.load(tmp_path / "fit", funnel)
+    assert torch.equal(loaded.z, posterior.z)
+    z, log_q = loaded.flow.rsample_and_log_prob((50,))
+    assert torch.allclose(loaded.guide.get_posterior().log_prob(z), log_q)
+    assert torch.allclose(loaded.density(posterior.z[:20]), posterior.log_p[:20])
+    values = loaded.density.constrain(posterior.z[:3])["rest"]
+    assert torch.allclose(values, posterior.density.constrain(posterior.z[:3])["rest"])
+    assert math.isfinite(loaded.elbo)
+
+
+def test_a_location_that_depends_on_a_discrete_latent_stays_centered():
+    """Summed out, the discrete latent gives the site one location for each of its values: no coordinate of its own."""
+    middles = torch.linspace(-6.0, 6.0, 7, dtype=torch.float64)
+
+    def mixture(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Categorical(torch.ones(7).double()), infer={"enumerate": "parallel"})
+        theta = pyro.sample("theta", dist.Normal(middles[z], 1.5))
+        pyro.sample("y", dist.Normal(theta, 2.0), obs=y)
+
+    assert LogDensity(mixture, (real(1.0),)).structure.hierarchical == ()
+    with pytest.raises(ValueError, match="noncentered"):
+        LogDensity(mixture, (real(1.0),), noncentered=["theta"])
+
+
+@pytest.mark.parametrize("noncentered", [False, True])
+def test_values_are_carried_over_to_other_data_whatever_the_coordinates(noncentered):
+    def regression(x: Tensor, y: Tensor | None = None) -> None:
+        slope = pyro.sample("slope", dist.Normal(real(0.0), 1.0))
+        tau = pyro.sample("tau", dist.HalfNormal(real(1.0)))
+        with pyro.plate("groups", 3):
+            theta = pyro.sample("theta", dist.Normal(slope * x, tau))
+            pyro.sample("y", dist.Normal(theta, 1e-6), obs=y)
+
+    x = real(0.0, 1.0, 2.0)
+    density = LogDensity(regression, (x, x), noncentered=noncentered)
+    assert density.structure.hierarchical == ("theta",)
+    values = {"slope": normal(5, seed=1), "tau": 1.0 + normal(5, seed=2).abs(), "theta": normal(5, 3, seed=3)}
+    drawn = predict(density, density.unconstrain(values), (x + 100.0,), {}, seed=0)
+    assert torch.allclose(drawn["y"], values["theta"], rtol=0.0, atol=1e-4)

@@ -1,0 +1,177 @@
+"""The rooms of the package, as docs/design.md lists them, against what they import."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGE = ROOT / "pyro_flows"
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+FOLDERS = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+HEAVY = {"arviz", "arviz_base", "arviz_plots", "arviz_stats", "h5netcdf", "h5py", "matplotlib", "pandas", "xarray"}
+GROUND = "the ground"
+
+
+@dataclass(frozen=True)
+class Room:
+    """A row of the table."""
+
+    storey: int
+    allowed: frozenset[str]
+
+
+def table(text: str) -> dict[str, Room]:
+    """The rooms by name; the files of the ground are rooms that may import each other."""
+    section = text.partition("\n## Rooms\n")[2].partition("\n## ")[0]
+    rooms: dict[str, Room] = {}
+    for storey, names, allowed in re.findall(r"^\| (\d+) \|([^|]*)\|([^|]*)\|", section, flags=re.MULTILINE):
+        for name in re.findall(r"`([^`]+)`", names):
+            assert name not in rooms, f"{name} stands twice in the table"
+            rooms[name] = Room(int(storey), frozenset(re.findall(r"`([^`]+)`", allowed)))
+    return rooms
+
+
+ROOMS = table((ROOT / "docs" / "design.md").read_text(encoding="utf-8"))
+
+
+def room_of(file: str) -> str:
+    """The room that a file stands in."""
+    head = file.partition("/")[0]
+    return head if head in FOLDERS else head.removesuffix(".py")
+
+
+def imports(source: str, *, top_only: bool = False) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Modules that are imported, with the names taken from them; with ``top_only`` those that an import loads."""
+    nodes: list[ast.AST] = [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        if top_only and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes.extend(node.orelse)
+            continue
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and top_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, ()) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            assert node.module is not None
+            yield node.module, tuple(alias.name for alias in node.names)
+        nodes.extend(ast.iter_child_nodes(node))
+
+
+def own_imports(source: str, files: list[str] = FILES) -> set[str]:
+    """Files of this package that are imported."""
+    found = set()
+    for module, names in imports(source):
+        head, *parts = module.split(".")
+        if head != "pyro_flows":
+            continue
+        folder = "/".join(parts)
+        for name in names or ("",):
+            inner = f"{folder}/{name}".strip("/")
+            places = (f"{inner}.py", f"{inner}/__init__.py", f"{folder}.py", f"{folder}/__init__.py".lstrip("/"))
+            found.add(next((place for place in places if place in files), folder))
+    return found
+
+
+IMPORTED = {name: own_imports((PACKAGE / name).read_text(encoding="utf-8")) for name in FILES}
+
+
+def faults(file: str, imported: set[str], rooms: dict[str, Room]) -> list[str]:
+    """Imports that the table does not allow."""
+    here = room_of(file)
+    found = []
+    for other in sorted(imported):
+        there = room_of(other)
+        on_the_ground = rooms[there].storey == 0
+        if there != here and not on_the_ground and there not in rooms[here].allowed:
+            found.append(f"{file} imports {other}, which the row of {here} does not name")
+    return found
+
+
+def test_every_room_is_in_the_table():
+    assert set(ROOMS) == {room_of(file) for file in FILES}
+
+
+def test_rooms_import_from_lower_storeys():
+    for name, room in ROOMS.items():
+        upward = {other for other in room.allowed if not ROOMS[other].storey < room.storey}
+        assert not upward, f"{name} may import {upward}, which do not lie below it"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_are_those_that_the_table_allows(name):
+    assert IMPORTED[name] <= set(FILES), "an import that this test does not understand"
+    assert not faults(name, IMPORTED[name], ROOMS)
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_permissions_are_used(name):
+    used = {room_of(other) for file in FILES if room_of(file) == name for other in IMPORTED[file]}
+    assert not ROOMS[name].allowed - used
+
+
+@pytest.mark.parametrize("name", [*sorted(FOLDERS), GROUND])
+def test_files_of_a_room_make_no_circle(name):
+    inside = [file for file in FILES if name in (room_of(file), GROUND if ROOMS[room_of(file)].storey == 0 else "")]
+    list(TopologicalSorter({file: IMPORTED[file] & set(inside) for file in inside}).static_order())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_heavy_packages_are_imported_inside_functions_and_arviz_in_one_file(name):
+    source = (PACKAGE / name).read_text(encoding="utf-8")
+    heads = {module.partition(".")[0] for module, _ in imports(source, top_only=True)}
+    assert not heads & HEAVY
+    anywhere = {module.partition(".")[0] for module, _ in imports(source)}
+    if name != "_arviz.py":
+        assert not any(head.startswith("arviz") for head in anywhere)
+
+
+def test_the_test_bites():
+    """On imports of every form, inside functions and for type checkers too; on circles."""
+    source = """
+from __future__ import annotations
+import pyro_flows.plots
+from pyro_flows import _checks, fitting
+from pyro_flows.transforms import masks, Chain
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from pyro_flows.cli import main
+def late():
+    import arviz
+    from pyro_flows.transforms.base import Bound
+"""
+    found = own_imports(source)
+    assert found == {
+        "plots/__init__.py",
+        "_checks.py",
+        "fitting/__init__.py",
+        "cli.py",
+        "transforms/masks.py",
+        "transforms/__init__.py",
+        "transforms/base.py",
+    }
+    wrong = [line.split()[2].rstrip(",") for line in faults("guides/autoflow.py", found, ROOMS)]
+    assert wrong == ["cli.py", "fitting/__init__.py", "plots/__init__.py"]
+    assert ("arviz", ()) in set(imports(source))
+    assert ("arviz", ()) not in set(imports(source, top_only=True))
+    with pytest.raises(CycleError):
+        list(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md", "docs/performance.md", "docs/dependencies.md"])
+def test_files_that_prose_names_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:pyro_flows|tests|benchmarks|docs|examples)/[\w/.]*)`", text))
+    rooms = "|".join(FOLDERS)
+    named |= {f"pyro_flows/{path}" for path in re.findall(rf"`((?:{rooms})/[\w/]*(?:\.py)?)`", text)}
+    missing = sorted(path for path in named if "NAME" not in path and not (ROOT / path).exists())
+    assert named
+    assert not missing

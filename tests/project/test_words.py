@@ -1,0 +1,135 @@
+"""No sentence of README, user guide, CONTRIBUTING and verdicts is longer than 35 words."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from pyro_flows.verdict.chains import ChainFigures, objections
+from pyro_flows.verdict.next_step import OF_FITS, OF_MCMC, OF_MIXING, OF_WEIGHTS, next_step, next_step_of_mcmc
+from pyro_flows.verdict.verdict import Verdict
+
+ROOT = Path(__file__).parent.parent.parent
+LONGEST = 35  # words
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "guide.md"]
+BLOCK = re.compile(r"^(?:[-*] |\d+\. |#+ |\|)")  # an item, a heading, a row of a table: a sentence does not go on there
+DISPLAYED = re.compile(r"^```.*?^```$|<!--.*?-->", flags=re.MULTILINE | re.DOTALL)
+ONE_WORD = re.compile(r"`[^`]*`|\$[^$]*\$|!?\[([^\]]*)\]\([^)]*\)")
+END = re.compile(r"(?<=[.?!])[*)\"]*\s+|\s*\|\s*")
+
+
+def prose(text):
+    """The paragraphs, items, headings and rows of a Markdown file, without its code."""
+    found = [""]
+    for line in DISPLAYED.sub("\n\n", text).splitlines():
+        if not line.strip():
+            found.append("")
+        elif BLOCK.match(line.lstrip()):
+            found.append(line.strip())
+        else:
+            found[-1] += " " + line.strip()
+    return [part for part in found if part]
+
+
+def sentences(text):
+    """The sentences of a text; code and formulas in a line count as one word each."""
+    plain = ONE_WORD.sub(lambda match: match[1] or "CODE", text)
+    return [part for part in END.split(plain) if part]
+
+
+def words(sentence):
+    return len([word for word in sentence.split() if re.search(r"\w", word)])
+
+
+def long_ones(parts):
+    return [sentence for part in parts for sentence in sentences(part) if words(sentence) > LONGEST]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_no_sentence_of_a_document_is_long(path):
+    assert not long_ones(prose(path.read_text(encoding="utf-8")))
+
+
+# verdicts -------------------------------------------------------------------------------------------------------------
+
+GOOD = ChainFigures(64, 64, 128, 1.01, 1.005, 4000.0, 3500.0, "the log density", 0.0, 0.1, 0.85, 0.6, 1.001, 3.0)
+BAD = ChainFigures(64, 64, 128, 1.2, 1.1, 90.0, 80.0, "theta[0] (non-centered)", 0.1, 0.1, 0.2, 0.1, 1.5, 3.0)
+REASONS = (
+    "the guide misses a mode near z[0] = 10, z[1] = 2.5, z[2] = -1.25 and 3 more",
+    "k-hat 0.91 is not below its threshold 0.70",
+    "ESS/S 0.031 is below 0.1",
+    "k-hat 0.55 is not below 0.5 and weighting changes the results, so the weights have infinite variance",
+    *objections(BAD),
+)
+NOTES = ("no search for missed modes was made", "tau: heavy tails, so quantiles were compared")
+
+
+def verdict(status, **more):
+    reasons = () if status == "ok" else REASONS
+    return Verdict(status, 0.26, 0.7, 0.95, 0.03, 0.02, "theta[0]", reasons, NOTES, **more)
+
+
+def mcmc(status):
+    reasons = (
+        () if status == "ok" else ("12 of 4000 transitions diverged", "effective sample size (bulk) 90 is below 400")
+    )
+    known = {"chains": 4, "draws": 1000, "r_hat": 1.02, "ess_bulk": 500.0, "ess_tail": 450.0, "where": "theta[0]"}
+    figures = ChainFigures.of_mcmc(**known, divergences=0.003)
+    return Verdict(status, *[math.nan] * 5, "", reasons, NOTES, figures)
+
+
+VERDICTS = [
+    verdict("ok"),
+    verdict("corrected"),
+    verdict("refined", chains=GOOD),
+    verdict("unreliable"),
+    mcmc("ok"),
+    mcmc("unreliable"),
+]
+
+
+@pytest.mark.parametrize("found", VERDICTS, ids=lambda found: f"{found.status}, k-hat {found.k_hat}")
+def test_verdicts_begin_with_the_status_and_have_no_long_sentence(found):
+    """Reasons, notes and the figures of chains are lists, with semicolons between the items."""
+    text = str(found)
+    assert text.startswith(f"{found.status}: ")
+    assert not long_ones(text.split("; "))
+    assert ("Next step: " in text) == (found.status == "unreliable")
+
+
+@pytest.mark.parametrize("step", [*OF_FITS, *OF_MCMC], ids=lambda step: step[0][0])
+def test_each_cause_has_its_next_step(step):
+    causes, said = step
+    of = next_step if step in OF_FITS else next_step_of_mcmc
+    for cause in causes:
+        assert of(["k-hat 0.91 is not below its threshold 0.70", f"one thing: {cause} and more"]) == said
+
+
+def test_where_no_cause_is_known_weights_or_chains_are_poor():
+    assert next_step(REASONS[1:4]) == OF_WEIGHTS
+    assert next_step_of_mcmc(["R-hat 1.100 of x is not below 1.01: the chains do not agree"]) == OF_MIXING
+
+
+def test_what_the_package_says_is_known_as_a_cause():
+    """The words by which causes are known stand in the package's own messages."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "pyro_flows").rglob("*.py"))
+    elsewhere = source.replace((ROOT / "pyro_flows" / "verdict" / "next_step.py").read_text(encoding="utf-8"), "")
+    built = {
+        "a mode near": "misses a mode",
+        "too little mass near": "has too little mass",
+    }  # put together with " near "
+    for causes, _ in (*OF_FITS, *OF_MCMC):
+        for cause in causes:
+            assert built.get(cause, cause) in elsewhere, cause
+
+
+# the test itself ------------------------------------------------------------------------------------------------------
+
+
+def test_the_test_bites():
+    long = " ".join(["word"] * 36)
+    for text in (f"One. {long}. Two.", f"- short\n- {long}\n", f"| a | {long} |", f"(see `a b`) {long}"):
+        assert len(long_ones(prose(text))) == 1, text
+    assert not long_ones(prose(f"{long[5:]}. {long[5:]}.\n\n{long[5:]}\n- {long[5:]}\n"))
+    assert not long_ones(prose(f"```text\n{long}\n```\n<!-- {long} -->\nOne `{long}`, ${long}$.\n"))

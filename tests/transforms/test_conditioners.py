@@ -1,0 +1,156 @@
+"""Networks that couplings condition by: weight norm, residual blocks, convolutions, contexts of images."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.utils.parametrizations import weight_norm
+
+import pyro_flows as pf
+from pyro_flows.transforms.conditioners import bounded, bounded_back, forward_and_pull
+from pyro_flows.transforms.networks import (
+    ACTIVATIONS,
+    Block,
+    Convolution,
+    Network,
+    NormedConv2d,
+    NormedLinear,
+    Residual,
+    ResidualConvolution,
+    Robust,
+    RobustConvolution,
+)
+from tests.invariants import close
+from tests.registry import HIDDEN, IMAGE, built, normal, randomize
+
+
+@pytest.mark.parametrize("kind", [NormedLinear, NormedConv2d])
+def test_weight_norm_is_that_of_torch(kind):
+    """The same start as a plain layer, and the same function of direction and length after training."""
+    layer = built(lambda: kind(3, 5), dtype=torch.float64, sd=0.0, seed=0)
+    plain = torch.nn.Linear(3, 5) if kind is NormedLinear else torch.nn.Conv2d(3, 5, 3, padding="same")
+    plain = plain.double()
+    x = normal(4, 3, seed=1) if kind is NormedLinear else normal(4, 3, 6, 6, seed=1)
+    plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    close(layer(x), plain(x), 1e-6)  # the lengths were worked out in float32
+    randomize(layer, sd=0.3)
+    with torch.no_grad():
+        plain.bias.copy_(layer.bias)
+    theirs = weight_norm(plain)
+    theirs.parametrizations.weight.load_state_dict({"original0": layer.length, "original1": layer.weight})
+    close(layer(x), theirs(x), 1e-12)
+
+
+@pytest.mark.parametrize("kind", [Network, Robust, Residual, Convolution, ResidualConvolution])
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_networks_start_at_what_they_are_told(kind, context_dim):
+    """Whatever the input: their last layer starts without weights."""
+    start = torch.tensor([1.0, -2.0, 0.5])
+    network = kind(4, context_dim, 3, (6, 6), "silu", start)
+    kept = torch.randn(5, 4, *((3, 3) if issubclass(kind, Convolution) else ()))
+    out = network(kept, torch.randn(5, context_dim) if context_dim else None)
+    expected = start.reshape(-1, *(1,) * (kept.dim() - 2)).expand_as(out)
+    close(out.detach(), expected, 0.0)
+    assert len(out) == 5
+
+
+def test_one_residual_block_for_each_width():
+    for kind in (Residual, ResidualConvolution):
+        for count in (1, 3):
+            network = kind(2, 0, 2, (8,) * count, "relu")
+            assert sum(isinstance(part, Block) for part in network.modules()) == count
+
+
+def test_a_block_adds_to_its_input():
+    block = Block(torch.nn.Tanh(), NormedLinear(3, 3))
+    x = torch.randn(4, 3)
+    close(block(x), x + block[1](x.tanh()), 1e-6)
+
+
+def test_convolutions_see_the_neighborhood_and_the_context():
+    """3 x 3, 1 x 1, 3 x 3: five pixels across. The context reaches every pixel."""
+    network = built(lambda: Convolution(1, 2, 1, (4, 4), "tanh"), dtype=torch.float64, sd=0.3, seed=0)
+    kept, context = normal(1, 9, 9, seed=1).requires_grad_(), normal(2, seed=2).requires_grad_()
+    out = network(kept, context)
+    (gradient,) = torch.autograd.grad(out[0, 4, 4], kept, retain_graph=True)
+    rows, columns = (gradient[0] != 0.0).nonzero().unbind(1)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (2, 6, 2, 6)
+    for pixel in out[0].flatten()[:20]:
+        assert torch.autograd.grad(pixel, context, retain_graph=True)[0].abs().min() > 0.0
+
+
+def test_a_robust_network_sees_far_values_by_their_logarithm():
+    network = built(lambda: Robust(2, 3, 4, (6,), "relu"), dtype=torch.float64, sd=0.3, seed=0)
+    kept, context = torch.tensor([[1e4, -0.5]], dtype=torch.float64), 1e4 * torch.ones(1, 3, dtype=torch.float64)
+    seen = torch.tensor([[math.log(2e4), -math.asinh(0.5)]], dtype=torch.float64)
+    close(network(kept, context), network.layers(torch.cat([seen, context], 1)), 1e-4)
+    near = 1e-3 * kept.clamp(-1.0, 1.0)
+    close(network(near, context), network.layers(torch.cat([near, context], 1)), 1e-6)
+
+
+def test_robust_convolutions_see_far_values_by_their_logarithm():
+    network = built(lambda: RobustConvolution(2, 3, 4, (6,), "relu"), dtype=torch.float64, sd=0.3, seed=0)
+    plain = built(lambda: Convolution(2, 3, 4, (6,), "relu"), dtype=torch.float64, sd=0.3, seed=0)
+    kept, context = 1e4 * normal(5, 2, 4, 4, seed=1), normal(5, 3, seed=2)
+    close(network(kept, context), plain(kept.asinh(), context), 1e-12)
+
+
+@pytest.mark.parametrize(("network", "kind"), [("mlp", Network), ("robust", Robust), ("residual", Residual)])
+def test_couplings_of_vectors_take_either_network(network, kind):
+    flow = pf.realnvp(4, layers=2, hidden=(8, 8), network=network)
+    assert {type(part) for part in flow.modules() if isinstance(part, Network)} == {kind}
+
+
+IMAGE_KINDS = {"convolution": Convolution, "robust": RobustConvolution, "residual": ResidualConvolution}
+
+
+@pytest.mark.parametrize("network", [None, *IMAGE_KINDS])
+def test_couplings_of_images_take_either_network(network):
+    layer = pf.AffineCoupling(IMAGE, hidden=HIDDEN, network=network)
+    assert type(layer.conditioner) is IMAGE_KINDS[network or "convolution"]
+
+
+@pytest.mark.parametrize("build", [pf.glow, pf.multiscale_realnvp])
+def test_flows_of_images_take_robust_networks(build):
+    flow = build(IMAGE, hidden=HIDDEN)
+    assert {type(part) for part in flow.modules() if isinstance(part, Network)} == {RobustConvolution}
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", [Network, Robust, Residual, Convolution])
+def test_the_way_back_to_what_is_kept_is_that_of_autograd(kind, activation, context_dim):
+    network = built(lambda: kind(3, context_dim, 4, (6, 6), activation), dtype=torch.float64, sd=0.5, seed=0)
+    kept = normal(5, 3, *((4, 4) if kind is Convolution else ()), seed=1).requires_grad_()
+    context = normal(5, context_dim, seed=2) if context_dim else None
+    out, pull = forward_and_pull(network, kept, context)
+    close(out, network(kept, context), 0.0)
+    cotangent = normal(*out.shape, seed=3)
+    with torch.no_grad():
+        found = pull(cotangent)
+    close(found, torch.autograd.grad(out, kept, cotangent)[0], 1e-12)
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("place", [None, "layers", "layers.0", "layers.1"])
+@pytest.mark.parametrize("kind", [Network, Robust])
+def test_hooks_on_a_network_are_part_of_the_way_back(kind, place):
+    """Such a network is left to autograd."""
+    network = built(lambda: kind(3, 0, 4, (6,), "tanh"), dtype=torch.float64, sd=0.5, seed=0)
+    kept, cotangent = normal(5, 3, seed=1), normal(5, 4, seed=2)
+    without = forward_and_pull(network, kept, None)[1](cotangent).detach()
+    network.get_submodule(place or "").register_forward_hook(lambda layer, given, out: 2.0 * out)
+    kept.requires_grad_()
+    out, pull = forward_and_pull(network, kept, None)
+    expected = torch.autograd.grad(network(kept, None), kept, cotangent)[0]
+    close(out, network(kept, None), 0.0)
+    close(pull(cotangent).detach(), expected, 1e-12)
+    assert not torch.allclose(expected, without)
+
+
+def test_the_way_back_through_a_bound_is_that_of_autograd():
+    raw = torch.linspace(-20.0, 20.0, 41, dtype=torch.float64, requires_grad=True)
+    out, cotangent = bounded(raw, 3.0), normal(41, seed=0)
+    assert float(out[20].detach()) == 0.0
+    close(out.detach(), 3.0 * torch.tanh(raw.detach() / 3.0), 1e-14)
+    close(bounded_back(out.detach(), 3.0, cotangent), torch.autograd.grad(out, raw, cotangent)[0], 1e-14)

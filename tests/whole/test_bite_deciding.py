@@ -1,0 +1,344 @@
+"""The deciding layer's tests bite: each deliberate bug, a change of one line of source, makes a named check fail."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyro_flows.fitting import agreement as runs
+from pyro_flows.fitting import conclude, escalation
+from pyro_flows.flows import recipe
+from pyro_flows.model import charts, noncentered
+from pyro_flows.modes import climbs, lacks, missed_modes, symmetries, tempering
+from pyro_flows.results import arviz_groups
+from pyro_flows.verdict import deciding, judging, weighing
+from tests.fitting import test_escalation
+from tests.model import test_charts
+from tests.modes import test_symmetries, test_tempering
+from tests.posteriors import schools_posterior
+from tests.starts import test_coordinates
+from tests.verdict import test_verdict
+from tests.verdict.test_verdict import weighing as weighed
+
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
+
+
+def change(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, old: str, new: str) -> None:
+    """Put a function with ``new`` in the place of ``old`` wherever the right one is known by its name."""
+    right = vars(owner)[name]
+    function = inspect.unwrap(right.fget if isinstance(right, property) else right)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert old in source, f"{name} has no {old!r} any more: change the bug along with the code"
+    space: dict[str, Any] = {}
+    exec("from __future__ import annotations\n" + source.replace(old, new), function.__globals__, space)
+    wrong = space[name]
+    monkeypatch.setattr(owner, name, wrong)
+    if inspect.isclass(owner):
+        return
+    for module in [m for key, m in sys.modules.items() if key.partition(".")[0] in ("pyro_flows", "tests")]:
+        if vars(module).get(name) is right:
+            monkeypatch.setattr(module, name, wrong)
+
+
+# checks ---------------------------------------------------------------------------------------------------------------
+
+
+def the_table(_):
+    test_verdict.check_table()
+
+
+def what_a_fit_says(_):
+    test_verdict.test_what_the_fit_says()
+
+
+def contained(_):
+    for limits in test_verdict.LIMITS:
+        test_verdict.check_contained(*limits)
+
+
+def weights(_):
+    test_verdict.check_weigh()
+
+
+def impossible_draws(_):
+    test_verdict.test_impossible_draws_count_as_draws()
+
+
+def quantiles(_):
+    test_verdict.check_quantile_shifts()
+
+
+def tails(_):
+    test_verdict.test_heavy_tails_by_their_share_in_a_hundred_samples("cauchy", 1.0, 1.0)
+
+
+def normal_tails(_):
+    test_verdict.test_heavy_tails_by_their_share_in_a_hundred_samples("normal", 0.0, 0.0)
+
+
+def resampled(_):
+    test_verdict.check_resampled()
+
+
+def second_pool(_):
+    test_verdict.test_a_second_pool_has_to_be_no_worse(weighed(k_hat=0.75), "unreliable")
+
+
+def invalid_model(_):
+    test_verdict.test_an_invalid_model_is_no_posterior()
+
+
+def systematic(_):
+    test_verdict.test_resampling_is_systematic()
+
+
+def _exact_moves_alone(monkeypatch):
+    for name in ("climbed", "across", "_wandered"):
+        monkeypatch.setattr(missed_modes, name, lambda *_, **__: [])
+
+
+def one_half(monkeypatch):
+    _exact_moves_alone(monkeypatch)
+    test_symmetries.check_half(20)
+
+
+def both_halves(monkeypatch):
+    _exact_moves_alone(monkeypatch)
+    test_symmetries.check_whole(20)
+
+
+def labels(_):
+    test_symmetries.test_components_of_a_mixture_change_places()
+
+
+def told_from_draws(_):
+    test_symmetries.check_signed_permutation()
+
+
+def groups(_):
+    for generators, count in test_symmetries.GROUPS:
+        test_symmetries.check_group(generators, count)
+
+
+def supports(_):
+    for prior in test_symmetries.SUPPORTS:
+        test_symmetries.test_no_move_leaves_the_support(prior)
+
+
+def a_large_mode(_):
+    test_symmetries.test_unequal_modes(0.1, True)
+
+
+def a_small_mode(_):
+    test_symmetries.test_unequal_modes(0.01, False)
+
+
+def mass(_):
+    test_tempering.check_mass()
+
+
+def wandering(_):
+    test_tempering.test_exact_draws_stay_exact_draws(False)
+
+
+def neck(_):
+    test_tempering.check_neck()
+
+
+def enough(_):
+    for changes, wanted in test_escalation.ENOUGH:
+        test_escalation.test_enough_from_both_sides(changes, wanted)
+
+
+def the_rounds(monkeypatch):
+    test_escalation.check_rounds(test_escalation.pf.LogDensity(test_escalation.banana), monkeypatch)
+
+
+def grown(_):
+    test_escalation.check_grown("realnvp", "tril")
+
+
+def agreement(_):
+    test_escalation.test_runs_that_agree()
+    for other, said in test_escalation.OTHERS:
+        test_escalation.test_runs_that_do_not_agree(other, said)
+
+
+def cut_short(_):
+    for run, said in test_escalation.CUT_SHORT:
+        test_escalation.test_a_fit_that_was_cut_short_after_poor_rounds(run, said)
+
+
+def in_vain(_):
+    for given, said in test_escalation.IN_VAIN:
+        test_escalation.test_runs_that_left_the_missed_mode_where_they_began(given, said)
+
+
+def elementwise(_):
+    test_coordinates.check_map(test_coordinates.FAMILIES["Normal"], test_coordinates.DATA)
+
+
+def matrices(_):
+    test_coordinates.check_map(test_coordinates.FAMILIES["MultivariateNormal"], test_coordinates.DATA)
+
+
+def conjugate(_):
+    for name in ("Normal", "MultivariateNormal"):
+        test_coordinates.test_coordinates_are_standard_normal_given_the_prior_and_the_data(name)
+
+
+def circle(_):
+    test_charts.check_chart(test_charts.CIRCLE)
+    test_charts.test_angles_stay_in_one_turn()
+
+
+def heavy(_):
+    test_charts.check_chart(test_charts.HEAVY)
+
+
+def conversion(_):
+    """Draws are one chain, with the values and densities that the posterior has; resampled ones weigh nothing more."""
+    posterior = schools_posterior("corrected", draws=200)
+    data = arviz_groups.all_groups(posterior, posterior.density, predictive=False)
+    for name, values in posterior.samples.items():
+        assert dict(data["posterior"][name].sizes)["chain"] == 1
+        np.testing.assert_array_equal(data["posterior"][name].values[0], values.numpy())
+    stats = data["sample_stats"]
+    np.testing.assert_allclose(stats["log_p"].values[0], posterior.used_log_p.numpy(), rtol=1e-5)
+    ratios = (stats["log_p"] - stats["log_q"]).values
+    np.testing.assert_allclose(ratios, ratios.mean(), atol=1e-4)
+    raw = data["raw_sample_stats"]
+    np.testing.assert_allclose(raw["log_q"].values[0], posterior.log_q.numpy(), rtol=1e-5)
+
+
+# bugs -----------------------------------------------------------------------------------------------------------------
+
+JUDGE, WEIGH, DECIDE = (judging, "judge"), (weighing, "weigh"), (deciding, "decide")
+MOVED, PAST, NOTHING = (judging, "_moved"), (judging, "_past_mending"), (judging, "_hangs_on_nothing")
+ROUNDS, NORMAL = (escalation, "rounds"), (noncentered, "_normal")
+
+BUGS = [
+    # the verdict: thresholds flipped, moved, forgotten
+    (*MOVED, "if mean > MEAN_SHIFT", "if mean > 2 * MEAN_SHIFT", the_table),
+    (*MOVED, "if mean > MEAN_SHIFT", "if mean <= MEAN_SHIFT", the_table),
+    (*MOVED, "if sd > SD_SHIFT", "if sd <= SD_SHIFT", the_table),
+    (*PAST, "math.isnan(mean) or math.isnan(sd)", "math.isnan(mean)", the_table),
+    (*JUDGE, "ratio < ESS_RATIO", "ratio > ESS_RATIO", the_table),
+    (*PAST, "weighing.widening > WIDENING", "sd > WIDENING", the_table),
+    (*PAST, "not weighing.distance <= MENDED_MEAN", "not mean <= MENDED_MEAN", the_table),
+    (*PAST, "if to_mend and MENDED_K", "if MENDED_K", the_table),
+    (*PAST, "MENDED_K <= weighing.k_hat", "MENDED_K < weighing.k_hat", the_table),
+    (*JUDGE, "if weighing.broken:", "if False:", the_table),
+    (*JUDGE, "elif not weighing.k_hat < weighing.threshold", "elif weighing.k_hat >= weighing.threshold", the_table),
+    (*MOVED, "{names[sd_where]} by", "{names[where]} by", the_table),
+    (weighing.Weighing, "threshold", "0.7)", "0.8)", the_table),
+    (weighing.Weighing, "threshold", "min(1.0 - 1.0 / ", "max(1.0 - 1.0 / ", the_table),
+    (*JUDGE, "if moved or warnings", "if moved", what_a_fit_says),
+    (*JUDGE, "reasons = list(failures)", "reasons = list[str]()", what_a_fit_says),
+    (*JUDGE, "and contained and", "and", contained),
+    (*NOTHING, "else CONTAINED_K", "else math.inf", contained),
+    (*NOTHING, "(NEXT_TO_NONE_K if", "(math.inf if", contained),
+    (*NOTHING, "share >= NEXT_TO_NONE_ESS", "True", contained),
+    (*NOTHING, "gap <= NEXT_TO_NONE_GAP", "True", contained),
+    (*NOTHING, "share >= CONTAINED_ESS", "True", contained),
+    (*NOTHING, "gap <= CONTAINED_GAP", "True", contained),
+    (*NOTHING, "shift <= CONTAINED_SHIFT", "True", contained),
+    (*NOTHING, "float(weighing.sd_shift.max())", "0.0", contained),
+    # weights that are not applied, or the other way round
+    (*WEIGH, "log_weights, k_hat = psis(ratio)", "log_weights, k_hat = torch.log_softmax(0 * ratio, 0), 0.1", weights),
+    (*WEIGH, "(log_p - log_q)", "(log_q - log_p)", weights),
+    (*WEIGH, "- math.log(len(ratio))", "- math.log(len(ratio) - broken - 5000)", weights),
+    (*WEIGH, "1.0 / weights.square().sum()", "1.0 / weights.square().max()", weights),
+    (*WEIGH, "math.log(len(ratio))", "math.log(len(ratio) - broken)", impossible_draws),
+    (*WEIGH, "points[possible].mean(0)", "points.mean(0)", impossible_draws),
+    (weighing, "_quantile_shifts", "weights[places]", "weights[:, None].expand(places.shape)", quantiles),
+    (weighing, "_quantile_shifts", ".abs().argmax(0)", ".argmin(0)", quantiles),
+    (weighing, "heavy_tails", "index > HEAVY_INDEX", "index > 1.5", tails),
+    (weighing, "heavy_tails", "index > HEAVY_INDEX", "index > -0.5", normal_tails),
+    # draws to use
+    (*DECIDE, "used=pool[index]", "used=pool[raw]", resampled),
+    (*DECIDE, "used_log_q=pool_q[index]", "used_log_q=pool_q[raw]", resampled),
+    (*DECIDE, "used_log_p=pool_p[index]", "used_log_p=pool_p[raw]", resampled),
+    (deciding, "_worse", 'second.status == "unreliable"', "False", second_pool),
+    (*DECIDE, "if objection is not None", "if False", invalid_model),
+    (deciding, "resample", ".exp().cumsum", ".div(2.0).exp().cumsum", systematic),
+    (deciding, "resample", "index[torch.randperm(draws, generator=generator)]", "index", systematic),
+    # modes
+    (missed_modes, "missed_modes", "density(z) - log_q", "density(z)", both_halves),
+    (missed_modes, "missed_modes", "lambda: _mirrored(guide, *few)", "list", one_half),
+    (missed_modes, "_mirrored", "move.apply(density, z)", "(z, torch.isfinite(z).all(1))", one_half),
+    (lacks, "lacks_of", "> SHARE", "> 1.0", one_half),
+    (lacks.Guide, "is_thin", "- self.score(z[usable])", "+ self.score(z[usable])", one_half),
+    (lacks.Guide, "is_thin", "> by", "< by", both_halves),
+    (climbs, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 10 * SHARE", a_large_mode),
+    (climbs, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 0.1 * SHARE", a_small_mode),
+    (symmetries.Unit, "apply", "return -value", "return value", one_half),
+    (symmetries.Unit, "apply", "order[first], order[second] = second, first", "pass", labels),
+    (symmetries, "_placed", "inside = inside & close", "close", supports),
+    (symmetries, "signed_permutation", "for sign in (1.0, -1.0)", "for sign in (1.0, 1.0)", told_from_draws),
+    (symmetries, "signed_permutation", "len({*order}) < len(order)", "False", told_from_draws),
+    (symmetries, "group", "order[place] for place in then", "order[place] for place in order", groups),
+    (symmetries, "group", "flip * signs[place]", "signs[place]", groups),
+    (tempering._Walk, "heat", "(beta - self.beta)", "beta", mass),
+    (tempering._Walk, "heat", "(self.log_p - self.log_g)", "self.log_p", mass),
+    (tempering._Walk, "move", "torch.rand_like(chance) < chance", "chance == chance", wandering),
+    (tempering._Walk, "_force", "self.beta * slope", "-self.beta * slope", neck),
+    # escalation
+    (escalation.Round, "enough", "gap < self.enough_gap", "True", enough),
+    (escalation.Round, "enough", "self.training.converged", "True", enough),
+    (escalation.Round, "enough", "self.weighing.k_hat < ENOUGH_K", "True", enough),
+    (escalation.Round, "enough_gap", "max(", "min(", enough),
+    (*ROUNDS, "WIDER * BATCH", "BATCH", the_rounds),
+    (*ROUNDS, 'STEP_SIZE if name == "larger batch" else', "", the_rounds),
+    (escalation, "_changed", "set_df(flow, HEAVY_DF)", "flow", the_rounds),
+    (escalation, "_changed", "start_at(flow, start.loc, start.scale)", "pass", the_rounds),
+    (*ROUNDS, "trainer.losses = losses", "pass", the_rounds),
+    (*ROUNDS, "budget.steps - len(trainer.losses)", "budget.steps", the_rounds),
+    (recipe, "set_df", "flow.df = df", "pass", the_rounds),
+    (escalation, "assess", "copy.deepcopy(flow)", "flow", the_rounds),
+    (recipe, "grow", "_copy_layers(flow.bijection, new.bijection)", "pass", grown),
+    (recipe.Recipe, "grown", 'self.options["layers"] + layers', 'self.options["layers"]', grown),
+    (runs, "compare", "not spread <= EVIDENCE", "spread <= EVIDENCE", agreement),
+    (runs, "compare", "evidences.max() - evidences.min()", "evidences[0] - evidences[1]", agreement),
+    (runs, "compare", "torch.nan_to_num(evidences, nan=-math.inf)", "-evidences", agreement),
+    (conclude, "_never_good", "if worst <= ENOUGH_K", "if worst > ENOUGH_K", cut_short),
+    (conclude, "_in_vain", "not found.added or found.disagreements", "found.disagreements", in_vain),
+    (conclude, "_in_vain", "or found.disagreements", "", in_vain),
+    (conclude, "_never_good", "!= kept", "== kept", cut_short),
+    # coordinates
+    (*NORMAL, "+ 0.5 * share.log()", "- 0.5 * share.log()", elementwise),
+    (*NORMAL, "log_diagonal - inner", "log_diagonal + inner", matrices),
+    (*NORMAL, "(data.center - loc), scale", "(loc - data.center), scale", conjugate),
+    (*NORMAL, "data.precision * (data.center - loc)", "data.center - loc", conjugate),
+    (charts.Circle, "forward", "logsigmoid(u) + logsigmoid(-u)", "logsigmoid(u) - logsigmoid(-u)", circle),
+    (charts.Circle, "inverse", "y - self.center + math.pi, 2.0 * math.pi", "y - self.center + math.pi, 1e9", circle),
+    (charts.Heavy, "forward", "scale.log() + log_cosh", "log_cosh", heavy),
+    # the conversion for ArviZ
+    (arviz_groups, "_in_chains", "(chains, len(values) // chains,", "(len(values) // chains, chains,", conversion),
+    (arviz_groups, "_stats", '"log_p": log_p', '"log_p": log_q', conversion),
+    (
+        arviz_groups,
+        "_drawn_from",
+        "posterior.used_log_p.double()",
+        "posterior.used_log_q",
+        conversion,
+    ),
+]
+
+
+@pytest.mark.parametrize("check", dict.fromkeys(row[-1] for row in BUGS), ids=lambda check: check.__name__)
+def test_a_check_passes_what_is_right(check, monkeypatch):
+    check(monkeypatch)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=[f"{n}-{row[1]}-{row[-1].__name__}" for n, row in enumerate(BUGS)])
+def test_a_deliberate_bug_is_caught(bug, monkeypatch):
+    *where, check = bug
+    change(monkeypatch, *where)
+    with pytest.raises((AssertionError, UserWarning)):  # ArviZ warns of chains that are longer than draws
+        check(monkeypatch)

@@ -1,0 +1,53 @@
+"""What ``import pyro_flows as pf`` offers: names, modules, and how little it loads."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import pyro_flows as pf
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+MODULES = ["datasets", "interpolation", "masks", "objectives", "pictures", "plots"]
+
+
+def test_the_public_modules():
+    assert sorted(name for name in pf.__all__ if isinstance(getattr(pf, name), ModuleType)) == MODULES
+
+
+def test_all_public_names_are_there_and_dir_lists_them_alone():
+    assert sorted(pf.__all__) == sorted(set(pf.__all__))
+    assert all(hasattr(pf, name) for name in pf.__all__)
+    assert {name for name in dir(pf) if not name.startswith("__")} == set(pf.__all__)
+    assert {"__version__", "__all__", "__doc__"} <= set(dir(pf))
+
+
+def test_modules_are_there_after_a_bare_import_which_loads_nothing_heavy():
+    code = f"""
+import sys
+import pyro_flows as pf
+for name in {MODULES}:
+    assert name in dir(pf), name
+    getattr(pf, name)
+heavy = ("arviz", "arviz_base", "arviz_stats", "matplotlib", "pandas", "xarray", "sklearn", "h5py")
+found = [name for name in heavy if name in sys.modules]
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_modules_are_in_the_reference(name):
+    module = getattr(pf, name)
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert f".. automodule:: {module.__name__}\n" in text
+    assert f"`pf.{name}`" in text
+    assert importlib.import_module(module.__name__) is module
+
+
+def test_functions_are_not_hidden_by_modules_of_their_name():
+    assert all(callable(getattr(pf, name)) for name in ("fit", "diagnose", "planar", "nice", "load"))
