@@ -11,6 +11,7 @@ import platform
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,8 +133,7 @@ def fit_command(
 
     def work() -> int:
         target = _target(out, report)
-        chosen = read_model(model)
-        arguments = match(chosen, read_data(data))
+        chosen, arguments = _read(model, data)
         options: dict[str, Any] = {
             "flow": flow,
             "layers": layers,
@@ -174,8 +174,8 @@ def report_command(
             if model is None or data is None:
                 posterior = load(saved)
             else:
-                chosen = read_model(model)
-                posterior = load(saved, chosen, model_kwargs=match(chosen, read_data(data)))
+                chosen, arguments = _read(model, data)
+                posterior = load(saved, chosen, model_kwargs=arguments)
         typer.echo(str(posterior.verdict))
         typer.echo(f"Wrote the report to {posterior.report(target, title=title)}.")
         return UNRELIABLE if posterior.verdict.status == "unreliable" else DONE
@@ -189,6 +189,12 @@ def main() -> None:
 
 
 # before and after a fit -----------------------------------------------------------------------------------------------
+
+
+def _read(model: str, data: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return a model and its arguments, from their files."""
+    chosen = read_model(model)
+    return chosen, match(chosen, read_data(data))
 
 
 def _code(posterior: Posterior, interrupt: Interrupt) -> int:
