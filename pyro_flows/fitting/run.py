@@ -14,17 +14,20 @@ from pyro_flows.correction.rungs import attempt
 from pyro_flows.fitting.escalation import Round, assess, rounds
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.selection import CLOSE, Entrant, race, share
+from pyro_flows.fitting.several import Several, several
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.portfolio import portfolio
+from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start, standard
 from pyro_flows.training.loop import Budget, train
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import Chains
 
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound
+SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Run:
         history: an entry for each stage.
         untrained: the flow that a race starts with.
         chains: of a sampler that sufficed in the place of further rounds.
+        several: a mixture at all modes that were found, tried in the place of training, or of further rounds.
     """
 
     number: int
@@ -49,6 +53,7 @@ class Run:
     history: list[Stage] = field(default_factory=list)
     untrained: Flow | None = None
     chains: Chains | None = None
+    several: Several | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -97,6 +102,8 @@ def make_run(
         with clock.part("the starts", share=STARTS_SHARE):
             starts = portfolio(density, seed=seed, extra=extra) if lack is None else [lack]
         run.modes = [start for start in starts if start.evidence is not None]
+        if len(run.modes) > 1 and lack is None and _is_several(plan, density, run, seed):
+            return
         close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
         starts = close[run.number % len(close) :] + close[: run.number % len(close)]
         winner = _race(plan, density, run, starts, seed)
@@ -109,6 +116,8 @@ def make_run(
         run.take(assess("first round", trainer, training), trainer)
         assert run.best is not None
         if plan.escalate and not plan.train_model and not run.best.enough:
+            if run.several is None and lack is None and _is_several(plan, density, run, seed):
+                return
             if plan.refine is not None:
                 names = coordinate_names(density.structure)
                 with clock.part("a sampler in the place of another round"):
@@ -120,6 +129,19 @@ def make_run(
                 run.take(outcome, trainer)
                 if outcome.enough:
                     break
+
+
+def _is_several(plan: Plan, density: LogDensity, run: Run, seed: int) -> bool:
+    """Whether a mixture at all modes does in the place of a flow; several runs are for the flow's sake."""
+    if not plan.escalate or plan.train_model or plan.runs > 1:
+        return False
+    z = prior_draws(density, SURVEYED_FROM, seed=seed) if run.best is None else run.best.flow.draw(SURVEYED_FROM)[0]
+    with plan.clock.part("a survey of modes"):
+        run.several = several(density, z, seed=seed, bar=plan.bar)
+    if run.several is None:
+        return False
+    run.note(run.several.stage)
+    return run.several.enough
 
 
 def _race(plan: Plan, density: LogDensity, run: Run, starts: Sequence[Start], seed: int) -> Entrant | None:

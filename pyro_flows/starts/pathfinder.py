@@ -84,6 +84,27 @@ def pathfinder(density: LogDensity, points: Tensor, units: Tensor, *, seed: int)
     return Paths(best, elbo, climb.points, climb.settled)
 
 
+class Ends(NamedTuple):
+    """Where K paths ended (K, D), the density there (K,), and roughly the scale of each coordinate there (K, D)."""
+
+    points: Tensor
+    heights: Tensor
+    scales: Tensor
+
+
+def climb(density: LogDensity, points: Tensor, units: Tensor, *, ticks: int = TICKS) -> Ends:
+    """Climb as :func:`pathfinder` does, for the ends only: nothing is drawn on the way.
+
+    ``units`` (K, D) are diagonal. Cost: a gradient of each path that is under way, for each of at most ``ticks``.
+    """
+    state = _Climb(density, points, units)
+    for _ in range(ticks):
+        if bool(state.over.all()):
+            break
+        state.tick()
+    return Ends(state.points, state.height, units * state.alpha.sqrt())
+
+
 def _best(
     density: LogDensity, noise: Tensor, found: list[tuple[Gaussians, Tensor]], best: Gaussians, elbo: Tensor
 ) -> tuple[Gaussians, Tensor]:
