@@ -57,7 +57,7 @@ def several(
         if not has_new(found, before):
             break
         more = _fitted(density, begun(*_start(found)), derive(seed, f"again {number}"), bar)
-        best = more if more is not None and more.share > best.share else best
+        best = more if more is not None and more.worth > best.worth else best
     return None if best is None else _as_sampler(best, len(found.weighty()), found.over)
 
 

@@ -29,13 +29,14 @@ from pyro_flows.verdict.psis import psis
 
 LEAST_DRAWS, MOST_DRAWS, DRAWS_A_PART = 4000, 16_000, 200
 GENERATIONS = 4  # between two additions of parts
-ADDITIONS = 5
+ADDITIONS, IN_VAIN = 6, 2  # at most; one after the other that bring nothing
 MOST_PARTS = 64
 ENOUGH = 0.85  # effective share of the draws at which nothing is added
 GAIN = 0.01  # of that share, that an addition has to bring
 EVEN = 0.1  # share of the draws that goes to all parts alike
 LEAST = 1e-5  # weight of a part
-NARROW = 0.5  # of the scale of the part that a new one comes out of
+NARROW = 0.25  # of the volume of the part that a new one comes out of
+TRUSTED_K_HAT = 0.5  # above it, weights hang on a few draws
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Generation:
     k_hat: float
     share: float
 
+    @property
+    def worth(self) -> float:
+        """The larger the better: the effective share, less what k-hat is too large."""
+        return self.share - max(0.0, self.k_hat - TRUSTED_K_HAT)
+
 
 def begun(modes: Tensor, roots: Tensor, evidence: Tensor) -> Parts:
     """Return a part for each mode, with Laplace's scale and weight."""
@@ -106,15 +112,17 @@ def fitted(
     Cost: 4000 to 16,000 densities for each of up to 30 generations.
     """
     with seeded(derive(seed, "a population"), density.device):
-        best = _evolved(density, parts)
+        best = last = _evolved(density, parts)
+        in_vain = 0
         for _ in range(ADDITIONS):
-            if best is None or best.share >= ENOUGH or len(best.parts) >= MOST_PARTS:
+            if best is None or last is None or best.worth >= ENOUGH or len(last.parts) >= MOST_PARTS:
                 break
-            report(f"{len(best.parts)} parts, {best.share:.2f} of the draws effective")
-            more = _evolved(density, _joined(best))
-            if more is None or more.share < best.share + GAIN:
+            report(f"{len(last.parts)} parts, {last.share:.2f} of the draws effective")
+            last = _evolved(density, _joined(last))
+            in_vain = 0 if last is not None and last.worth >= best.worth + GAIN else in_vain + 1
+            best = last if last is not None and last.worth > best.worth else best
+            if in_vain == IN_VAIN:
                 break
-            best = more
     return best
 
 
@@ -125,10 +133,10 @@ def _evolved(density: LogDensity, parts: Parts) -> Generation | None:
         now = generation(density, parts)
         if now is None:
             break
-        best = now if best is None or now.share > best.share else best
+        best = now if best is None or now.worth > best.worth else best
         parts = _moved(now)
     last = generation(density, parts)
-    return last if best is None or (last is not None and last.share > best.share) else best
+    return last if best is None or (last is not None and last.worth > best.worth) else best
 
 
 def generation(density: LogDensity, parts: Parts) -> Generation | None:
@@ -177,5 +185,5 @@ def _joined(now: Generation) -> Parts:
     of = now.log_parts[:, chosen].argmax(0)
     weights = torch.cat([now.parts.log_weights, now.parts.log_weights.new_full((many,), math.log(0.5 / many))])
     loc = torch.cat([now.parts.loc, now.z[chosen]])
-    roots = torch.cat([now.parts.roots, NARROW * now.parts.roots[of]])
+    roots = torch.cat([now.parts.roots, NARROW ** (1.0 / now.z.shape[1]) * now.parts.roots[of]])
     return Parts(loc, roots, torch.log_softmax(weights, 0), now.parts.df)
