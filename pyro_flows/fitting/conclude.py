@@ -77,7 +77,7 @@ def _differ(found: Combined, runs: int) -> list[str]:
     """Say that runs disagree, or what was added since the first ones lacked modes."""
     said = list(found.disagreements)
     if found.several is not None:
-        said = [f"there are several modes; a mixture of Student-t distributions, begun at {found.several.modes}, has them"]
+        said = [found.several.said]
     if found.added and said and found.several is None:
         what = "a run was" if found.added == 1 else f"{found.added} runs were"
         said = [f"the first run{'' if runs == 1 else 's'} missed a mode, so {what} added there to form a mixture"]

@@ -1,32 +1,41 @@
-"""A sampler for a posterior of several modes: a mixture of Student-t distributions, begun at all modes of a survey."""
+"""A sampler for a posterior of several modes, without training.
+
+Independent coordinates are tabulated one by one, whatever the number of modes. Other posteriors get a mixture of
+Student-t distributions that is begun at all modes of a survey.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pyro_flows._progress import Bar
-from pyro_flows._seeding import derive
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.flows.parts import student_mixture
+from pyro_flows.flows.parts import student_mixture, tabulated
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.population import Generation, Parts, begun, fitted
-from pyro_flows.modes.survey import Survey, can_be_surveyed, climbed_from, has_new, survey
+from pyro_flows.modes.separable import is_separable, marginals
+from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
 from pyro_flows.results.stage import Stage
+from pyro_flows.verdict.psis import psis
 
 ENOUGH_SHARE, ENOUGH_K = 0.3, 0.5  # of the mixture's draws: effective share, and k-hat
 AGAIN = 3  # times that modes are looked for where weights are large
 HEAVY, HEAVIEST = 10.0, 48  # times the mean weight, from which on a draw points to what is missing; draws
-STAGE = "mixture at modes"
+STAGE, TABLES = "mixture at modes", "tables of coordinates"
+FEW_ROUNDS, WEIGHED, TABLE_SHARE = 2, 4000, 0.9  # of a survey; draws, and their share, that show that a table is right
 
 
 @dataclass(frozen=True)
 class Several:
-    """The mixture, how many modes it was begun at, what its draws are worth, and its entry in the history."""
+    """The sampler, what it is in words, its entry in the history, and whether its draws are good enough."""
 
-    sampler: FlowMixture
-    modes: int
+    sampler: Flow | FlowMixture
+    said: str
     stage: Stage
     enough: bool
 
@@ -43,10 +52,14 @@ def several(
     if not can_be_surveyed(density):
         return None
     seed = derive(seed, "several modes")
-    found = survey(density, z, seed=seed)
+    separable = is_separable(density, z, seed=seed)
+    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS if separable else ROUNDS)
     found = found if places is None else climbed_from(density, found, places)
     if len(found.weighty()) < 2:
         return None
+    product = _tabulated(density, found.weighty(), seed) if separable else None
+    if product is not None:
+        return product
     best = _fitted(density, begun(*_start(found)), seed, bar)
     for number in range(AGAIN):
         if best is None or best.k_hat < ENOUGH_K:
@@ -61,6 +74,25 @@ def several(
     return None if best is None else _as_sampler(best, len(found.weighty()), found.over)
 
 
+@torch.no_grad()
+def _tabulated(density: LogDensity, found: Survey, seed: int) -> Several | None:
+    """Tabulate independent coordinates; None where a table is too coarse, or weights say that they are not."""
+    table = marginals(density, found.modes[0], found.modes, found.roots[0].norm(dim=1))
+    if table is None:
+        return None
+    try:
+        sampler = tabulated(table.values, table.log_density).to(density.dtype)
+    except ValueError:
+        return None
+    with seeded(seed, density.device):
+        z, log_q = sampler.draw(WEIGHED)
+    log_weights, k_hat = psis((density(z) - log_q).double().nan_to_num(nan=-torch.inf, posinf=-torch.inf))
+    share = float(1.0 / log_weights.exp().square().sum()) / len(z)
+    stage = Stage(TABLES, k_hat=k_hat, ess_ratio=share, details={"modes": len(found)})
+    said = "there are several modes; the coordinates are independent, so that each was tabulated by itself"
+    return Several(sampler, said, stage, True) if share >= TABLE_SHARE else None
+
+
 def _start(found: Survey) -> tuple[Tensor, Tensor, Tensor]:
     weighty = found.weighty()
     return weighty.modes, weighty.roots, weighty.evidence
@@ -73,6 +105,7 @@ def _fitted(density: LogDensity, parts: Parts, seed: int, bar: Bar) -> Generatio
 def _as_sampler(best: Generation, modes: int, over: bool) -> Several:
     parts = best.parts
     sampler = student_mixture(parts.loc, parts.roots, parts.log_weights.tolist(), df=parts.df)
-    said = {"modes": modes, "parts": len(parts), "survey is over": over}
-    stage = Stage(STAGE, k_hat=best.k_hat, ess_ratio=best.share, details=said)
-    return Several(sampler, modes, stage, best.share >= ENOUGH_SHARE and best.k_hat < ENOUGH_K)
+    details = {"modes": modes, "parts": len(parts), "survey is over": over}
+    stage = Stage(STAGE, k_hat=best.k_hat, ess_ratio=best.share, details=details)
+    said = f"there are several modes; a mixture of {len(parts)} Student-t distributions, begun at {modes}, has them"
+    return Several(sampler, said, stage, best.share >= ENOUGH_SHARE and best.k_hat < ENOUGH_K)
