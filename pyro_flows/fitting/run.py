@@ -27,6 +27,7 @@ from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import Chains
 
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound
+POOR = 0.3  # effective share of a flow's draws, below which it may lie between several modes
 SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
 
 
@@ -116,7 +117,8 @@ def make_run(
         run.take(assess("first round", trainer, training), trainer)
         assert run.best is not None
         if plan.escalate and not plan.train_model and not run.best.enough:
-            if run.several is None and lack is None and _is_several(plan, density, run, seed):
+            poor = run.best.weighing.ess < POOR * len(run.best.weighing.log_weights)
+            if poor and run.several is None and lack is None and _is_several(plan, density, run, seed):
                 return
             if plan.refine is not None:
                 names = coordinate_names(density.structure)

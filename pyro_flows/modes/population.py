@@ -31,7 +31,7 @@ LEAST_DRAWS, MOST_DRAWS, DRAWS_A_PART = 4000, 16_000, 200
 GENERATIONS = 4  # between two additions of parts
 ADDITIONS, IN_VAIN = 6, 2  # at most; one after the other that bring nothing
 MOST_PARTS = 64
-ENOUGH = 0.85  # effective share of the draws at which nothing is added
+HOPELESS, ENOUGH = 0.02, 0.85  # effective shares of the draws: below the one, and from the other on, nothing is added
 GAIN = 0.01  # of that share, that an addition has to bring
 EVEN = 0.1  # share of the draws that goes to all parts alike
 LEAST = 1e-5  # weight of a part
@@ -115,7 +115,9 @@ def fitted(
         best = last = _evolved(density, parts)
         in_vain = 0
         for _ in range(ADDITIONS):
-            if best is None or last is None or best.worth >= ENOUGH or len(last.parts) >= MOST_PARTS:
+            if best is None or last is None or best.share < HOPELESS or best.worth >= ENOUGH:
+                break
+            if len(last.parts) >= MOST_PARTS:
                 break
             report(f"{len(last.parts)} parts, {last.share:.2f} of the draws effective")
             last = _evolved(density, _joined(last))
