@@ -25,6 +25,7 @@ from pyro_flows.verdict.psis import psis
 
 ENOUGH_SHARE, ENOUGH_K = 0.3, 0.5  # of the mixture's draws: effective share, and k-hat
 AGAIN = 3  # times that modes are looked for where weights are large
+ROWS = 4096  # points that all parts are looked at together
 HEAVY, HEAVIEST = 10.0, 48  # times the mean weight, from which on a draw points to what is missing; draws
 STAGE, TABLES = "mixture at modes", "tables of coordinates"
 FEW_ROUNDS, WEIGHED, TABLE_SHARE = 2, 4000, 0.9  # of a survey; draws, and their share, that show that a table is right
@@ -62,16 +63,27 @@ def several(
         return product
     best = _fitted(density, begun(*_start(found)), seed, bar)
     for number in range(AGAIN):
-        if best is None or best.k_hat < ENOUGH_K:
+        if best is None:
             break
-        before, heavy = found, best.weights * len(best.weights) > HEAVY
-        chosen = best.weights.masked_fill(~heavy, 0.0).topk(min(HEAVIEST, int(heavy.sum()))).indices
-        found = climbed_from(density, found, best.z[chosen]) if len(chosen) else found
+        before, again = found, derive(seed, f"again {number}")
+        found = _beyond(density, found, best, again)
         if not has_new(found, before):
             break
-        more = _fitted(density, begun(*_start(found)), derive(seed, f"again {number}"), bar)
-        best = more if more is not None and more.worth > best.worth else best
+        more = _fitted(density, begun(*_start(found)), again, bar)
+        best = more if more is not None and more.worth > min(best.worth, ENOUGH_SHARE) else best
     return None if best is None else _as_sampler(best, len(found.weighty()), found.over)
+
+
+def _beyond(density: LogDensity, found: Survey, best: Generation, seed: int) -> Survey:
+    """Look for modes that a mixture lacks: from draws with large weights, and from where it is thin."""
+    heavy = best.weights * len(best.weights) > HEAVY
+    chosen = best.weights.masked_fill(~heavy, 0.0).topk(min(HEAVIEST, int(heavy.sum()))).indices
+    found = climbed_from(density, found, best.z[chosen]) if len(chosen) else found
+
+    def known(points: Tensor) -> Tensor:
+        return torch.cat([torch.logsumexp(best.parts.log_prob(part), 0) for part in points.split(ROWS)])
+
+    return survey(density, best.z, seed=seed, rounds=FEW_ROUNDS, known=known, before=found)
 
 
 @torch.no_grad()

@@ -62,7 +62,8 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     density = guide.density
     if not can_be_surveyed(density):
         return []
-    found = survey(density, z, seed=derive(seed, "a search"), rounds=ROUNDS).weighty()
+    seed = derive(seed, "a search")
+    found = survey(density, z, seed=seed, rounds=ROUNDS, known=guide.score).weighty()
     thin = guide.is_thin(found.modes, density(found.modes).detach()) if len(found) else found.met > 0
     if not bool(thin.any()):
         return []

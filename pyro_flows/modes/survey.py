@@ -9,6 +9,7 @@ rules in a cone of directions about it, so that only many points find it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +25,16 @@ from pyro_flows.starts.prior import prior_draws
 CLIMBS = 256  # of a round
 NUMBERS = 500_000  # that the climbs of a round handle at each step, at most
 LEAST_CLIMBS = 48
-SCREENED = 8  # times as many points, of which the most promising climb
-ROUNDS, IN_VAIN = 12, 2  # at most; rounds without a new mode, one after the other, after which it is over
-UP_TO = 60  # dimensions
+Known = Callable[[Tensor], Tensor]
+
+SCREENED, SCREENED_NUMBERS, DEARER = 400, 6_000_000, 4  # times as many points, of which the most promising climb; numbers of all
+LAYERS = 16  # of points, by their distance from the modes so far
+ROUNDS, IN_VAIN = 12, 3  # at most; rounds without a new mode, one after the other, after which it is over
+UP_TO = 200  # dimensions
 MOST = 200  # modes
 PRIOR = 100  # draws
-OUTWARDS = 1.0, 100.0
-ABOUT = 0.1, 3.0  # spreads of all modes
+OUTWARDS = 0.01, 100.0
+ABOUT = 0.1, 2.0  # spreads of all modes
 STEPS = 1.0, 0.1, 0.01  # units of a path, of the local scale: long first steps leap over modes
 WITHIN = 12.0  # nats of Laplace evidence below the best
 SAME = 0.5  # of a scale that an end tells, a coordinate: ends there are one mode
@@ -66,17 +70,28 @@ def can_be_surveyed(density: LogDensity) -> bool:
 
 
 @torch.no_grad()
-def survey(density: LogDensity, z: Tensor, *, seed: int, rounds: int = ROUNDS) -> Survey:
+def survey(
+    density: LogDensity,
+    z: Tensor,
+    *,
+    seed: int,
+    rounds: int = ROUNDS,
+    known: Known | None = None,
+    before: Survey | None = None,
+) -> Survey:
     """Climb from near and far of draws z (S, D) of a guide or start; return the modes that were met.
+
+    ``known`` is the log density of what stands for the modes so far, of normals there by default. ``before`` is a
+    survey that this one goes on from.
 
     Cost: a round is 256 paths of about 20 gradients, fewer where a density has many terms, and a Hessian for each mode.
     """
-    found, in_vain = _none(density), 0
+    found, in_vain = _none(density) if before is None else before, 0
     with seeded(derive(seed, "a survey of modes"), density.device):
         for number in range(rounds):
-            before = found
-            found = _merged(density, found, _ends(density, found, z, derive(seed, f"survey {number}")))
-            in_vain = 0 if has_new(found, before) else in_vain + 1
+            last = found
+            found = _merged(density, found, _ends(density, found, z, derive(seed, f"survey {number}"), known))
+            in_vain = 0 if has_new(found, last) else in_vain + 1
             if in_vain == IN_VAIN:
                 return Survey(found.modes, found.roots, found.evidence, found.met, over=True)
             if len(found) >= MOST:
@@ -101,17 +116,30 @@ def _none(density: LogDensity) -> Survey:
     return Survey(nothing, nothing[..., None].expand(-1, -1, density.dim), nothing[:, 0], nothing[:, 0].long())
 
 
-def _ends(density: LogDensity, found: Survey, z: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def _ends(density: LogDensity, found: Survey, z: Tensor, seed: int, known: Known | None) -> tuple[Tensor, Tensor]:
     """Return the ends (N, D) of the climbs of one round, the highest first, and the scales there (N, D)."""
     count = int(max(LEAST_CLIMBS, min(CLIMBS, NUMBERS / max(1, density.numbers))))
-    points = torch.cat([z[:8], _broad(density, found, z, count * (1 + SCREENED) // 2, seed)])
+    cost = max(density.dim * max(1, len(found)), density.numbers) * (1 if known is None else DEARER)
+    many = int(max(1, min(SCREENED, SCREENED_NUMBERS / (count * cost)))) if len(found) else 1
+    points = torch.cat([z[:8], _broad(density, found, z, count * (1 + many) // 2, seed)])
     heights = density(points)
     points, heights = points[torch.isfinite(heights)], heights[torch.isfinite(heights)]
     plain, screened = points[: count // 2], points[count // 2 :]
     if len(found) and len(screened):
-        promise = heights[count // 2 :] - _known(found, screened)
-        screened = screened[promise.argsort(descending=True)]
+        thought = _known(found, screened) if known is None else known(screened).to(screened)
+        promise = (heights[count // 2 :] - thought).nan_to_num(nan=-torch.inf)
+        screened = _promising(found, screened, promise, count - len(plain))
     return _climbed(density, found, torch.cat([plain, screened[: count - len(plain)]]), z)
+
+
+def _promising(found: Survey, points: Tensor, promise: Tensor, count: int) -> Tensor:
+    """Return points at which the density is farthest above what the modes so far say of it, from all distances alike.
+
+    Far away, the ratio of two tails is larger than all that a mode makes of it.
+    """
+    layers = _distances(found, points).amin(0).argsort().tensor_split(min(LAYERS, len(points)))
+    best = [layer[promise[layer].topk(min(len(layer), -(-count // len(layers)))).indices] for layer in layers]
+    return points[torch.cat(best)]
 
 
 def _climbed(density: LogDensity, found: Survey, points: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,20 +155,32 @@ def _climbed(density: LogDensity, found: Survey, points: Tensor, z: Tensor) -> t
 
 
 def _broad(density: LogDensity, found: Survey, z: Tensor, count: int, seed: int) -> Tensor:
-    """Points (N, D) all over the place: a third each from the prior, from the draws, and about the modes so far."""
+    """Points (N, D) all over the place: a quarter each from the prior and from the draws, a half about the modes so far."""
     prior = prior_draws(density, PRIOR, seed=seed)
     parts = []
     for draws in (prior, z):
         middle, spread = draws.median(0).values, units_of(draws, full=False)
-        noise = torch.randn(count // 3, density.dim, dtype=z.dtype, device=z.device)
+        noise = torch.randn(count // 4, density.dim, dtype=z.dtype, device=z.device)
         parts.append(middle + _factors(OUTWARDS, noise) * spread * noise)
     parts[0][: len(prior) // 2] = prior[: len(prior) // 2]
     modes = found.modes if len(found) > 1 else z
-    noise = torch.randn(count - 2 * (count // 3), density.dim, dtype=z.dtype, device=z.device)
+    noise = torch.randn(count - 2 * (count // 4), density.dim, dtype=z.dtype, device=z.device)
     chosen = modes[torch.randint(len(modes), (len(noise),), device=z.device)]
-    parts.append(chosen + _factors(ABOUT, noise) * units_of(modes, full=False) * noise)
+    parts.append(chosen + _factors(ABOUT, noise) * _spread(found, modes) * noise)
     mixed = torch.cat(parts)
     return mixed[torch.randperm(len(mixed)).to(mixed.device)]
+
+
+def _spread(found: Survey, modes: Tensor) -> Tensor:
+    """Return how far apart modes are (D,): in all coordinates alike, measured by the widths of the modes themselves.
+
+    Three modes span a plane; a fourth one lies out of it.
+    """
+    apart = units_of(modes, full=False)
+    if len(found) < 2:
+        return apart
+    local = found.roots.norm(dim=2).median(0).values
+    return local * (apart / local).square().mean().sqrt()
 
 
 def _factors(ends: tuple[float, float], noise: Tensor) -> Tensor:
