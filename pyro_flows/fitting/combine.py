@@ -132,8 +132,9 @@ def _look(plan: Plan, density: LogDensity, found: Combined) -> None:
 
 
 def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
-    """Go on until the sampler lacks no mode: copies of its flows where a symmetry tells all; a mixture at all modes of a
-    survey, or further runs, elsewhere.
+    """Go on until the sampler lacks no mode.
+
+    Where a symmetry tells all, its flows are copied; elsewhere a mixture at all modes of a survey, or runs, are added.
     """
     moves: list[SignedPermutation] = []
     while found.search is not None and found.search.lacks and not plan.clock.over:

@@ -41,14 +41,11 @@ class Several:
     enough: bool
 
 
-def several(
-    density: LogDensity, z: Tensor, places: Tensor | None = None, *, seed: int, bar: Bar
-) -> Several | None:
-    """Survey the modes near and far of draws z (S, D), and fit a mixture to them; None for one mode, or many dimensions.
+def several(density: LogDensity, z: Tensor, places: Tensor | None = None, *, seed: int, bar: Bar) -> Several | None:
+    """Survey the modes near and far of draws z (S, D), and fit a sampler to them; None for one mode, or a dear density.
 
-    ``places`` (N, D) are climbed from as well.
-
-    Where a few draws of the mixture have large weights, climbs go on from these, and what they find joins in.
+    ``places`` (N, D) are climbed from as well. Once there is a mixture, the survey goes on from its draws with large
+    weights, and from where it is thin; what is found there joins in.
     """
     if not can_be_surveyed(density):
         return None

@@ -42,7 +42,7 @@ def student_mixture(loc: Tensor, scale_tril: Tensor, log_weights: Sequence[float
     flows = []
     for place, scale in zip(loc, scale_tril, strict=True):
         flow = location_scale(loc.shape[1], df=df).to(loc)
-        affine = flow.bijection.layers[0]  # type: ignore[index, union-attr]
+        (affine,) = (part for part in flow.modules() if isinstance(part, LowerTriangularAffine))
         affine.loc.copy_(place)
         affine.scale_tril.copy_(scale)
         flows.append(flow)
@@ -80,7 +80,8 @@ def tabulated(values: Tensor, log_density: Tensor, *, bins: int = 96, bound: flo
     """
     latent = _latent(values, log_density)
     flow = marginals(values.shape[0], bins=bins, bound=bound).double()
-    spline, affine = flow.bijection.layers  # type: ignore[union-attr, misc]
+    (spline,) = (part for part in flow.modules() if isinstance(part, MarginalSpline))
+    (affine,) = (part for part in flow.modules() if isinstance(part, DiagonalAffine))
     for number in range(len(values)):
         x, y, log_p = _knots(latent[number], values[number], log_density[number], bins, bound)
         middle, half = 0.5 * (y[0] + y[-1]), 0.5 * (y[-1] - y[0]) / bound

@@ -178,7 +178,7 @@ def _moved(now: Generation) -> Parts:
 
 
 def _joined(now: Generation) -> Parts:
-    """Return the mixture with new parts at draws whose weights are large: each is a narrow image of the part it left."""
+    """Return the mixture with new parts at draws whose weights are large, narrow images of what these came from."""
     many = min(max(2, len(now.parts)), MOST_PARTS - len(now.parts))
     excess = (now.weights * len(now.weights) - 1.0).clamp_min(0.0) * now.weights
     if not bool(excess.sum() > 0.0):

@@ -27,7 +27,8 @@ NUMBERS = 500_000  # that the climbs of a round handle at each step, at most
 LEAST_CLIMBS = 48
 Known = Callable[[Tensor], Tensor]
 
-SCREENED, SCREENED_NUMBERS, DEARER = 400, 6_000_000, 4  # times as many points, of which the most promising climb; numbers of all
+SCREENED, SCREENED_NUMBERS = 400, 6_000_000  # times as many points, of which the best climb; numbers of all
+DEARER = 4  # what stands for the modes, than normals there
 LAYERS = 16  # of points, by their distance from the modes so far
 ROUNDS, IN_VAIN = 12, 3  # at most; rounds without a new mode, one after the other, after which it is over
 UP_TO = 200  # dimensions
@@ -61,7 +62,7 @@ class Survey:
         """Return the modes that hold a part of the mass worth a thought, the best first."""
         order = self.evidence.argsort(descending=True)
         order = order[self.evidence[order] > self.evidence.max() - WITHIN] if len(order) else order
-        return Survey(*(part[order] for part in (self.modes, self.roots, self.evidence, self.met)), self.over)
+        return Survey(self.modes[order], self.roots[order], self.evidence[order], self.met[order], self.over)
 
 
 def can_be_surveyed(density: LogDensity) -> bool:
@@ -155,7 +156,7 @@ def _climbed(density: LogDensity, found: Survey, points: Tensor, z: Tensor) -> t
 
 
 def _broad(density: LogDensity, found: Survey, z: Tensor, count: int, seed: int) -> Tensor:
-    """Points (N, D) all over the place: a quarter each from the prior and from the draws, a half about the modes so far."""
+    """Points (N, D) far and near: a quarter each from the prior and from the draws, a half about the modes so far."""
     prior = prior_draws(density, PRIOR, seed=seed)
     parts = []
     for draws in (prior, z):
@@ -237,7 +238,8 @@ def _distances(found: Survey, places: Tensor) -> Tensor:
 def _heads(places: Tensor, scales: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Return distinct ends (K, D), the highest of those that lie together, and how many these are (K,)."""
     open_ = torch.ones(len(places), dtype=torch.bool, device=places.device)
-    heads, counts = [], []
+    heads: list[int] = []
+    counts: list[int] = []
     while bool(open_.any()) and len(heads) < most:
         first = int(open_.to(torch.uint8).argmax())
         same = open_ & ((((places - places[first]) / scales[first]).square().mean(1)).sqrt() < SAME)
