@@ -27,6 +27,7 @@ from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import Chains
 
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound
+CHEAP = 500  # dimensions times numbers of an evaluation, up to which a glance at the modes costs next to nothing
 POOR = 0.3  # effective share of a flow's draws, below which it may lie between several modes
 SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
 
@@ -103,7 +104,8 @@ def make_run(
         with clock.part("the starts", share=STARTS_SHARE):
             starts = portfolio(density, seed=seed, extra=extra) if lack is None else [lack]
         run.modes = [start for start in starts if start.evidence is not None]
-        if len(run.modes) > 1 and lack is None and _is_several(plan, density, run, seed):
+        cheap = density.numbers * density.dim <= CHEAP
+        if (cheap or len(run.modes) > 1) and lack is None and _is_several(plan, density, run, seed):
             return
         close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
         starts = close[run.number % len(close) :] + close[: run.number % len(close)]

@@ -28,6 +28,7 @@ AGAIN = 3  # times that modes are looked for where weights are large
 ROWS = 4096  # points that all parts are looked at together
 HEAVY, HEAVIEST = 10.0, 48  # times the mean weight, from which on a draw points to what is missing; draws
 STAGE, TABLES = "mixture at modes", "tables of coordinates"
+GLANCED = 96  # climbs of a round, until there is more than one mode
 FEW_ROUNDS, WEIGHED, TABLE_SHARE = 2, 4000, 0.9  # of a survey; draws, and their share, that show that a table is right
 
 
@@ -50,11 +51,12 @@ def several(density: LogDensity, z: Tensor, places: Tensor | None = None, *, see
     if not can_be_surveyed(density):
         return None
     seed = derive(seed, "several modes")
-    separable = is_separable(density, z, seed=seed)
-    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS if separable else ROUNDS)
+    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=GLANCED)
     found = found if places is None else climbed_from(density, found, places)
     if len(found.weighty()) < 2:
         return None
+    separable = is_separable(density, z, seed=seed)
+    found = found if separable else survey(density, z, seed=seed, rounds=ROUNDS, before=found)
     product = _tabulated(density, found.weighty(), seed) if separable else None
     if product is not None:
         return product

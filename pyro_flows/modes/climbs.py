@@ -31,7 +31,7 @@ CAREFUL = 0.01  # of the units, for a second path from each of those: long first
 MANY_TERMS = 2000
 WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path
 TRUSTED_K_HAT = 0.7
-ROUNDS = 3  # of a survey
+ROUNDS, SURVEYED, FEW = 2, 96, 30  # of a survey; climbs, up to so many dimensions, and a third of them beyond
 DOUBTS = 12  # places that paths go on from
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
@@ -63,7 +63,8 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     if not can_be_surveyed(density):
         return []
     seed = derive(seed, "a search")
-    found = survey(density, z, seed=seed, rounds=ROUNDS, known=guide.score).weighty()
+    climbs = SURVEYED if density.dim <= FEW else SURVEYED // 3
+    found = survey(density, z, seed=seed, rounds=ROUNDS, climbs=climbs, known=guide.score).weighty()
     thin = guide.is_thin(found.modes, density(found.modes).detach()) if len(found) else found.met > 0
     if not bool(thin.any()):
         return []

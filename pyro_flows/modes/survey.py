@@ -24,20 +24,22 @@ from pyro_flows.starts.prior import prior_draws
 
 CLIMBS = 256  # of a round
 NUMBERS = 500_000  # that the climbs of a round handle at each step, at most
-LEAST_CLIMBS = 48
+LEAST_CLIMBS = 32
 Known = Callable[[Tensor], Tensor]
 
 SCREENED, SCREENED_NUMBERS = 400, 6_000_000  # times as many points, of which the best climb; numbers of all
 DEARER = 4  # what stands for the modes, than normals there
 LAYERS = 16  # of points, by their distance from the modes so far
 ROUNDS, IN_VAIN = 12, 3  # at most; rounds without a new mode, one after the other, after which it is over
-UP_TO = 200  # dimensions
+UP_TO, TERMS = 200, 50_000  # dimensions; these times the numbers that one evaluation handles
 MOST = 200  # modes
+LEAST_HEADS, CURVED = 8, 4000  # new modes of a round, the highest; rows of their Hessians
 PRIOR = 100  # draws
 OUTWARDS = 0.01, 100.0
 ABOUT = 0.1, 2.0  # spreads of all modes
 STEPS = 1.0, 0.1, 0.01  # units of a path, of the local scale: long first steps leap over modes
 WITHIN = 12.0  # nats of Laplace evidence below the best
+TICKS = 60  # of a path
 SAME = 0.5  # of a scale that an end tells, a coordinate: ends there are one mode
 APART = 1.0  # standard deviations between two modes
 
@@ -66,8 +68,8 @@ class Survey:
 
 
 def can_be_surveyed(density: LogDensity) -> bool:
-    """Whether a survey is cheap: the density is batched, and curvatures are small matrices."""
-    return density.batched and density.dim <= UP_TO
+    """Whether a survey is cheap: the density is batched and has few terms, and curvatures are small matrices."""
+    return density.batched and density.dim <= UP_TO and density.dim * density.numbers <= TERMS
 
 
 @torch.no_grad()
@@ -77,6 +79,7 @@ def survey(
     *,
     seed: int,
     rounds: int = ROUNDS,
+    climbs: int = CLIMBS,
     known: Known | None = None,
     before: Survey | None = None,
 ) -> Survey:
@@ -85,13 +88,14 @@ def survey(
     ``known`` is the log density of what stands for the modes so far, of normals there by default. ``before`` is a
     survey that this one goes on from.
 
-    Cost: a round is 256 paths of about 20 gradients, fewer where a density has many terms, and a Hessian for each mode.
+    Cost: a round is 256 paths (``climbs``) of about 20 gradients, fewer where a density has many terms, and a Hessian
+    for each mode.
     """
     found, in_vain = _none(density) if before is None else before, 0
     with seeded(derive(seed, "a survey of modes"), density.device):
         for number in range(rounds):
             last = found
-            found = _merged(density, found, _ends(density, found, z, derive(seed, f"survey {number}"), known))
+            found = _merged(density, found, _ends(density, found, z, derive(seed, f"survey {number}"), climbs, known))
             in_vain = 0 if has_new(found, last) else in_vain + 1
             if in_vain == IN_VAIN:
                 return Survey(found.modes, found.roots, found.evidence, found.met, over=True)
@@ -117,9 +121,11 @@ def _none(density: LogDensity) -> Survey:
     return Survey(nothing, nothing[..., None].expand(-1, -1, density.dim), nothing[:, 0], nothing[:, 0].long())
 
 
-def _ends(density: LogDensity, found: Survey, z: Tensor, seed: int, known: Known | None) -> tuple[Tensor, Tensor]:
+def _ends(
+    density: LogDensity, found: Survey, z: Tensor, seed: int, climbs: int, known: Known | None
+) -> tuple[Tensor, Tensor]:
     """Return the ends (N, D) of the climbs of one round, the highest first, and the scales there (N, D)."""
-    count = int(max(LEAST_CLIMBS, min(CLIMBS, NUMBERS / max(1, density.numbers))))
+    count = int(max(LEAST_CLIMBS, min(climbs, NUMBERS / max(1, density.numbers))))
     cost = max(density.dim * max(1, len(found)), density.numbers) * (1 if known is None else DEARER)
     many = int(max(1, min(SCREENED, SCREENED_NUMBERS / (count * cost)))) if len(found) else 1
     points = torch.cat([z[:8], _broad(density, found, z, count * (1 + many) // 2, seed)])
@@ -149,7 +155,7 @@ def _climbed(density: LogDensity, found: Survey, points: Tensor, z: Tensor) -> t
         return points, points
     local = units_of(z, full=False) if not len(found) else found.roots.norm(dim=2).median(0).values
     steps = torch.tensor(STEPS, dtype=z.dtype, device=z.device).repeat(len(points))[: len(points), None]
-    ends = climb(density, points, steps * local)
+    ends = climb(density, points, steps * local, ticks=TICKS)
     usable = torch.isfinite(ends.heights)
     order = usable.nonzero()[:, 0][ends.heights[usable].argsort(descending=True)]
     return ends.points[order], ends.scales[order]
@@ -163,7 +169,8 @@ def _broad(density: LogDensity, found: Survey, z: Tensor, count: int, seed: int)
         middle, spread = draws.median(0).values, units_of(draws, full=False)
         noise = torch.randn(count // 4, density.dim, dtype=z.dtype, device=z.device)
         parts.append(middle + _factors(OUTWARDS, noise) * spread * noise)
-    parts[0][: len(prior) // 2] = prior[: len(prior) // 2]
+    own = min(len(prior), len(parts[0]) // 2)
+    parts[0][:own] = prior[:own]
     modes = found.modes if len(found) > 1 else z
     noise = torch.randn(count - 2 * (count // 4), density.dim, dtype=z.dtype, device=z.device)
     chosen = modes[torch.randint(len(modes), (len(noise),), device=z.device)]
@@ -206,7 +213,7 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
         near, which = _distances(found, places).min(0)
         met += torch.bincount(which[near < APART], minlength=len(met)).to(met)
         places, scales = places[near >= APART], scales[near >= APART]
-    heads, counts = _heads(places, scales, MOST - len(found))
+    heads, counts = _heads(places, scales, min(MOST - len(found), max(LEAST_HEADS, CURVED // density.dim)))
     if not len(heads):
         return Survey(found.modes, found.roots, found.evidence, met)
     roots = lower_triangular(inverse_roots(density, heads)[0])
