@@ -27,6 +27,7 @@ from benchmarks import (
     stopping,
     toys,
 )
+from benchmarks.modes import __main__ as modes
 from benchmarks.records import Row
 from benchmarks.zoo import reporting as zoo_reporting
 from benchmarks.zoo import running as zoo_running
@@ -45,6 +46,11 @@ SKELETON = """# Performance
 
 <!-- named: begin -->
 <!-- named: end -->
+
+## Several modes
+
+<!-- modes: begin -->
+<!-- modes: end -->
 
 ## Speed
 
@@ -83,6 +89,7 @@ def write_tables(
     *,
     zoo_csv: Path = zoo_running.OUT,
     named_csv: Path = named.OUT,
+    modes_csv: Path = modes.OUT,
     speed_csv: Path = speed.OUT,
     posteriordb_csv: Path = posteriordb.OUT,
     nuts_csv: Path = nuts.OUT,
@@ -99,6 +106,7 @@ def write_tables(
     sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
         ("zoo", zoo_csv, lambda rows: zoo_reporting.section(rows, table, about)),
         ("named", named_csv, lambda rows: named.section(rows, table, about)),
+        ("modes", modes_csv, lambda rows: modes.section(rows, table, about)),
         ("speed", speed_csv, lambda rows: speed_tables.section(rows, table)),
         ("posteriordb", posteriordb_csv, posteriordb_section),
         ("nuts", nuts_csv, nuts_section),
