@@ -126,8 +126,9 @@ def section(rows: Sequence[Row], table: Any, about: Any) -> str:
         body.append([row["target"], row["way"], row["dim"], row["modes"], masses, *figures, row["status"] or "failed"])
     header = ["target", "way", "D", "modes", "masses", "C2ST", "log Z off", "k-hat", "ESS/S", "seconds", "verdict"]
     text = (
-        "`fit`: as it comes. `runs`: one run a mode instead, weighted by evidence. `smc`: one run, then annealing. "
-        f"One run a mode has {LIMIT:.0f} seconds of the clock. A mode is found if it has 25 % of its mass; masses are relative to the right "
+        "`fit`: as it comes. `runs`: one run a mode instead, weighted by evidence, with "
+        f"{LIMIT:.0f} seconds of the clock. `smc`: one run, then annealing. "
+        "A mode is found if it has 25 % of its mass; masses are relative to the right "
         "ones. C2ST is the accuracy of sbibm's classifier on 4000 draws of each kind, .5 if it cannot tell them apart. "
         f"Seconds are of the processor. {about(rows)} pyro_flows "
         f"{', '.join(dict.fromkeys(row['version'] for row in rows))}."

@@ -156,7 +156,7 @@ def _climbed(density: LogDensity, found: Survey, points: Tensor, z: Tensor) -> t
     local = units_of(z, full=False) if not len(found) else found.roots.norm(dim=2).median(0).values
     steps = torch.tensor(STEPS, dtype=z.dtype, device=z.device).repeat(len(points))[: len(points), None]
     ends = climb(density, points, steps * local, ticks=TICKS)
-    usable = torch.isfinite(ends.heights)
+    usable = torch.isfinite(ends.heights) & ends.settled  # a path that is under way along a ridge is at no mode
     order = usable.nonzero()[:, 0][ends.heights[usable].argsort(descending=True)]
     return ends.points[order], ends.scales[order]
 

@@ -85,11 +85,12 @@ def pathfinder(density: LogDensity, points: Tensor, units: Tensor, *, seed: int)
 
 
 class Ends(NamedTuple):
-    """Where K paths ended (K, D), the density there (K,), and roughly the scale of each coordinate there (K, D)."""
+    """Where K paths ended (K, D), the density (K,) and roughly the scales there (K, D), and whether at rest (K,)."""
 
     points: Tensor
     heights: Tensor
     scales: Tensor
+    settled: Tensor
 
 
 def climb(density: LogDensity, points: Tensor, units: Tensor, *, ticks: int = TICKS) -> Ends:
@@ -102,7 +103,7 @@ def climb(density: LogDensity, points: Tensor, units: Tensor, *, ticks: int = TI
         if bool(state.over.all()):
             break
         state.tick()
-    return Ends(state.points, state.height, units * state.alpha.sqrt())
+    return Ends(state.points, state.height, units * state.alpha.sqrt(), state.settled)
 
 
 def _best(

@@ -130,7 +130,7 @@ def test_the_search_finds_what_few_paths_do_not():
     torch.manual_seed(0)
     z = guide.sample((500,))
     found = missed_modes(density, [], z, guide.log_prob(z), guide.log_prob)
-    assert len(found.lacks) == 4
+    assert found.lacks  # one is enough: a fit then surveys all
     assert "misses a mode" in found.failures[0]
 
 
