@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_flows._figures import BASE, FLOW, INK, LINE, PAPER, panels
+from pyro_flows._figures import BASE, FILLED, FLOW, INK, LINE, panels, styled
 from pyro_flows.calibration.uniformity import Envelope
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ COLUMNS, WIDTH, HEIGHT = 3, 2.7, 2.1  # inches
 SHOWN = 30  # panels
 
 
+@styled
 def ecdf_figure(scalars: Mapping[str, np.ndarray], test: Envelope, prob: float) -> Figure:
     """Return a figure with a panel for each scalar, thirty at most: those with the smallest p-values."""
     p_values = {label: test.p_value(ranks) for label, ranks in scalars.items()}
@@ -32,7 +33,7 @@ def ecdf_figure(scalars: Mapping[str, np.ndarray], test: Envelope, prob: float) 
     for label, axis in zip(shown, axes, strict=True):
         ecdf = test.counts(scalars[label]) / test.simulations
         outside = bool(((ecdf < low) | (ecdf > high)).any())
-        axis.fill_between(test.at, low - test.at, high - test.at, step="mid", color=PAPER, lw=0)
+        axis.fill_between(test.at, low - test.at, high - test.at, step="mid", color=FLOW, alpha=FILLED, lw=0)
         axis.axhline(0.0, color=LINE, lw=0.8)
         axis.plot(at, np.concatenate([[0.0], ecdf - test.at, [0.0]]), color=BASE if outside else FLOW, lw=1.4)
         axis.set_title(f"{label}  (p = {p_values[label]:.2g})", fontsize=8, color=INK)

@@ -24,6 +24,7 @@ from pyro_flows.fitting.escalation import (
 )
 from pyro_flows.fitting.plan import Plan, tails
 from pyro_flows.fitting.selection import CLOSE, Entrant, begin, race, share
+from pyro_flows.fitting.several import Several, several
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.model.log_density import LogDensity
@@ -31,6 +32,7 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.matching import matched
 from pyro_flows.starts.portfolio import portfolio
+from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start, standard
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Look, Report, Training, train
 from pyro_flows.training.trainer import Trainer
@@ -39,6 +41,9 @@ from pyro_flows.verdict.chains import Chains
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 AT_ONCE = "converged: the importance weights leave nothing to mend at the start"
+CHEAP = 500  # dimensions times numbers of an evaluation, up to which a glance at the modes costs next to nothing
+POOR = 0.3  # effective share of a flow's draws, below which it may lie between several modes
+SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
 
 
 @dataclass
@@ -53,6 +58,7 @@ class Run:
         history: an entry for each stage.
         untrained: the flow that a race starts with.
         chains: of a sampler that sufficed in the place of further rounds.
+        several: a mixture at all modes that were found, tried in the place of training, or of further rounds.
     """
 
     number: int
@@ -63,6 +69,7 @@ class Run:
     history: list[Stage] = field(default_factory=list)
     untrained: Flow | None = None
     chains: Chains | None = None
+    several: Several | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -111,6 +118,9 @@ def make_run(
         with clock.part("the starts", share=STARTS_SHARE):
             starts = portfolio(density, seed=seed, extra=extra) if lack is None else [lack]
         run.modes = [start for start in starts if start.evidence is not None]
+        cheap = density.numbers * density.dim <= CHEAP
+        if (cheap or len(run.modes) > 1) and lack is None and _is_several(plan, density, run, seed):
+            return
         close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
         starts = close[run.number % len(close) :] + close[: run.number % len(close)]
         if not plan.train_model:
@@ -125,6 +135,9 @@ def make_run(
         _first_round(plan, run, trainer, budget, seed=seed, report=report)
         assert run.best is not None
         if plan.escalate and not plan.train_model and not run.best.enough:
+            poor = run.best.weighing.ess < POOR * len(run.best.weighing.log_weights)
+            if poor and run.several is None and lack is None and _is_several(plan, density, run, seed):
+                return
             if plan.refine is not None:
                 names = coordinate_names(density.structure)
                 with clock.part("a sampler in the place of another round"):
@@ -180,6 +193,19 @@ def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed
         if not training.early or invisible(outcome.weighing, seen=NEARLY * SEEN) or budget.clock.over:
             return
         look = None
+
+
+def _is_several(plan: Plan, density: LogDensity, run: Run, seed: int) -> bool:
+    """Whether a mixture at all modes does in the place of a flow; several runs are for the flow's sake."""
+    if not plan.escalate or plan.train_model or plan.runs > 1:
+        return False
+    z = prior_draws(density, SURVEYED_FROM, seed=seed) if run.best is None else run.best.flow.draw(SURVEYED_FROM)[0]
+    with plan.clock.part("a survey of modes"):
+        run.several = several(density, z, seed=seed, bar=plan.bar)
+    if run.several is None:
+        return False
+    run.note(run.several.stage)
+    return run.several.enough
 
 
 def _race(plan: Plan, density: LogDensity, run: Run, starts: Sequence[Start], seed: int) -> Entrant | None:

@@ -12,7 +12,9 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack
+from pyro_flows.modes.survey import can_be_surveyed, survey
 from pyro_flows.modes.tempering import Tempered, log_mean, temper
+from pyro_flows.modes.units import units_of
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
@@ -27,10 +29,11 @@ CLIMBERS = 6  # for each factor, and from the guide's own draws
 PRIOR_CLIMBERS, FEW_CLIMBERS = 24, 12  # paths from draws of the prior; fewer, where a density has many terms
 CAREFUL = 0.01  # of the units, for a second path from each of those: long first steps leap over modes
 MANY_TERMS = 2000
-FULL_UNITS_UP_TO = 100  # dimensions
 WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path
 TRUSTED_K_HAT = 0.7
 SAME_END, TWINS = 0.1, 2  # sds between ends of paths that are one place; paths to each that are weighed
+ROUNDS, SURVEYED, FEW = 2, 96, 30  # of a survey; climbs, up to so many dimensions, and a third of them beyond
+DOUBTS = 12  # places that paths go on from
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
 
@@ -50,6 +53,30 @@ def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> li
     if not found and density.batched:
         found = _tempered(guide, paths, len(own), doubtful, units, seed=seed)
     return [found[number] for number in _distinct([lack.place for lack in found], units)]
+
+
+def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list[Lack]:
+    """Survey the modes near and far of the guide's draws; return those that it lacks.
+
+    Starts at places whose normal is too poor to weigh them are added to ``doubts``.
+    """
+    density = guide.density
+    if not can_be_surveyed(density):
+        return []
+    seed = derive(seed, "a search")
+    climbs = SURVEYED if density.dim <= FEW else SURVEYED // 3
+    found = survey(density, z, seed=seed, rounds=ROUNDS, climbs=climbs, known=guide.score).weighty()
+    thin = guide.is_thin(found.modes, density(found.modes).detach()) if len(found) else found.met > 0
+    if not bool(thin.any()):
+        return []
+    modes, roots, evidence = found.modes[thin], found.roots[thin], found.evidence[thin]
+    one = torch.ones_like(modes)
+    none = torch.zeros_like(modes[..., None])
+    normals = Gaussians(modes, roots, one, none, torch.ones_like(none[:, :1]))
+    paths = Paths(normals, evidence, modes, torch.ones(len(modes), dtype=torch.bool, device=modes.device))
+    lacks, doubtful = _weighed(guide, paths, 0, units_of(z), seed=seed)
+    doubts += [path.start for path in doubtful if path.elsewhere][:DOUBTS]
+    return lacks
 
 
 def _is_cheap(density: LogDensity) -> bool:
@@ -190,16 +217,6 @@ def _denser(guide: Guide, points: Tensor) -> Tensor:
         return points
     ratios = (log_p - guide.score(points)).double().nan_to_num(nan=-torch.inf)
     return points[ratios.topk(min(CLIMBERS, len(points))).indices]
-
-
-def units_of(z: Tensor) -> Tensor:
-    """The draws' scale: the Cholesky factor of their covariance where there are draws enough for it, or their sds."""
-    if z.shape[1] <= FULL_UNITS_UP_TO and len(z) > 4 * z.shape[1]:
-        root, fault = torch.linalg.cholesky_ex(torch.cov(z.mT.double()).reshape(z.shape[1], z.shape[1]))
-        if int(fault) == 0 and bool(torch.isfinite(root).all()):
-            return root.to(z.dtype)
-    spread = z.std(0)
-    return torch.where((spread > 0.0) & torch.isfinite(spread), spread, 1.0)
 
 
 def _distinct(places: Sequence[Tensor], units: Tensor) -> list[int]:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.climbs import climbed, units_of
+from pyro_flows.modes.climbs import climbed, surveyed
 from pyro_flows.modes.lacks import SHARE, Guide, Lack, Score, lacks_of, moments
 from pyro_flows.modes.lines import across
 from pyro_flows.modes.symmetries import images, moves, signed_permutation
 from pyro_flows.modes.tempering import wander
+from pyro_flows.modes.units import units_of
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import resample
@@ -52,16 +53,17 @@ def missed_modes(
     """Search for regions that hold a good part of the mass and that a guide lacks.
 
     At its own draws, log p - log q of a guide is about the log of the mass that it covers. A region is missed if it has
-    a good part of that mass where the guide is much thinner than it ought to be. Four searches:
+    a good part of that mass where the guide is much thinner than it ought to be. Five searches:
 
     1. Exact moves (``symmetries.py``) are applied to the draws. The mass of the region is
        :math:`E_q\\, p(T z) / q(z)`.
-    2. Paths climb from draws moved outwards (from some, and from those of many where the density is farthest above what
+    2. Hundreds of climbs from near and far tell the modes (``survey.py``), and draws of the normals there their masses.
+    3. Paths climb from draws moved outwards (from some, and from those of many where the density is farthest above what
        the guide says), from prior draws, from draws with a site's signs changed, and from the modes of the portfolio.
        Each carries a normal distribution (``starts/pathfinder.py``), whose weighted draws tell the mass. Where they
        are too few, tempering does, in comparison with the region that the guide covers, by the same method.
-    3. All draws are moved along single coordinates to further maxima: see :func:`across`.
-    4. Draws wander about under the density itself: see :func:`_wandered`.
+    4. All draws are moved along single coordinates to further maxima: see :func:`across`.
+    5. Draws wander about under the density itself: see :func:`_wandered`.
 
     Args:
         density: log p, unnormalized.
@@ -80,9 +82,11 @@ def missed_modes(
         return Search()
     guide = Guide(density, score, float(weights[finite].median()))
     few = z[finite][:MOVED_DRAWS], log_q[finite][:MOVED_DRAWS]
-    searches: list[Callable[[], list[Lack]]] = [lambda: climbed(guide, modes, z[finite], seed=seed)]
+    doubts: list[Start] = []
+    searches: list[Callable[[], list[Lack]]] = [lambda: climbed(guide, [*modes, *doubts], z[finite], seed=seed)]
     if density.batched:
         searches.insert(0, lambda: _mirrored(guide, *few))
+        searches.insert(1, lambda: surveyed(guide, z[finite], doubts, seed=seed))
         searches.append(lambda: across(guide, *few))
     if density.batched and wandering:
         searches.append(lambda: _wandered(guide, z[finite], weights[finite], log_q[finite], seed=seed))

@@ -90,6 +90,28 @@ def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, se
     return Paths(best, elbo, climb.points, climb.settled)
 
 
+class Ends(NamedTuple):
+    """Where K paths ended (K, D), the density (K,) and roughly the scales there (K, D), and whether at rest (K,)."""
+
+    points: Tensor
+    heights: Tensor
+    scales: Tensor
+    settled: Tensor
+
+
+def climb(density: LogDensity, points: Tensor, units: Tensor, *, ticks: int = TICKS) -> Ends:
+    """Climb as :func:`pathfinder` does, for the ends only: nothing is drawn on the way.
+
+    ``units`` (K, D) are diagonal. Cost: a gradient of each path that is under way, for each of at most ``ticks``.
+    """
+    state = _Climb(density, points, units)
+    for _ in range(ticks):
+        if bool(state.over.all()):
+            break
+        state.tick()
+    return Ends(state.points, state.height, units * state.alpha.sqrt(), state.settled)
+
+
 def _best(
     density: LogDensity | Stack, noise: Tensor, found: list[tuple[Gaussians, Tensor]], best: Gaussians, elbo: Tensor
 ) -> tuple[Gaussians, Tensor]:
