@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
-from benchmarks import records, targets
+from benchmarks import records
 from benchmarks.modes import labels, sbi
 from benchmarks.records import Row
+from benchmarks.toys import targets
 from pyro_flows.fitting import combine
 from pyro_flows.fitting import run as running
 

@@ -11,8 +11,8 @@ import torch
 from torch.distributions import constraints
 
 import pyro_flows as pf
-from benchmarks import targets
 from benchmarks.modes import labels, sbi
+from benchmarks.toys import targets
 from pyro_flows.fitting import combine
 from pyro_flows.fitting import run as run_module
 
