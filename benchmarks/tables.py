@@ -14,6 +14,7 @@ from benchmarks import records
 from benchmarks.density import running as density
 from benchmarks.density import tables as density_tables
 from benchmarks.markdown import about, table
+from benchmarks.modes import __main__ as modes
 from benchmarks.named import running as named
 from benchmarks.nuts import running as nuts
 from benchmarks.nuts.tables import nuts_section
@@ -43,6 +44,11 @@ SKELETON = """# Performance
 
 <!-- named: begin -->
 <!-- named: end -->
+
+## Several modes
+
+<!-- modes: begin -->
+<!-- modes: end -->
 
 ## Speed
 
@@ -81,6 +87,7 @@ def write_tables(
     *,
     zoo_csv: Path = zoo_running.OUT,
     named_csv: Path = named.OUT,
+    modes_csv: Path = modes.OUT,
     speed_csv: Path = speed.OUT,
     posteriordb_csv: Path = posteriordb.OUT,
     nuts_csv: Path = nuts.OUT,
@@ -97,6 +104,7 @@ def write_tables(
     sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
         ("zoo", zoo_csv, lambda rows: zoo_reporting.section(rows, table, about)),
         ("named", named_csv, lambda rows: named.section(rows, table, about)),
+        ("modes", modes_csv, lambda rows: modes.section(rows, table, about)),
         ("speed", speed_csv, lambda rows: speed_tables.section(rows, table)),
         ("posteriordb", posteriordb_csv, posteriordb_section),
         ("nuts", nuts_csv, nuts_section),

@@ -4,6 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pyro_flows import datasets, interpolation, objectives, pictures, plots
 from pyro_flows._warnings import UnreliableWarning
+from pyro_flows.calibration.fit_many import fit_many
+from pyro_flows.calibration.result import Calibration
+from pyro_flows.calibration.sbc import sbc
 from pyro_flows.comparison.compare import Comparison, compare
 from pyro_flows.comparison.evidence import Estimate, Evidence
 from pyro_flows.comparison.loo import Loo
@@ -56,6 +59,7 @@ __all__ = [
     "BatchNorm",
     "Bijection",
     "Bound",
+    "Calibration",
     "Chain",
     "ChainFigures",
     "Chains",
@@ -91,6 +95,7 @@ __all__ = [
     "diagnose",
     "fit",
     "fit_density",
+    "fit_many",
     "from_mcmc",
     "glow",
     "interpolation",
@@ -105,6 +110,7 @@ __all__ = [
     "prior_from",
     "prior_predictive",
     "realnvp",
+    "sbc",
     "spline",
 ]
 

@@ -71,6 +71,24 @@ def entry_labels(values: xr.DataArray) -> list[str]:
     return [f"{name}[{', '.join(entry)}]" if entry else name for entry in itertools.product(*axes)]
 
 
+def entries(draws: xr.Dataset, coords: Mapping[str, Any] | None) -> xr.Dataset:
+    """Choose entries by the labels of dimensions, ``{"school": ["Choate"]}``; a variable without one stays whole.
+
+    Raises:
+        ValueError: naming the dimension or the label that is not there.
+    """
+    for dim, labels in (coords or {}).items():
+        _checks.choice("coords", dim, [str(name) for name in draws.dims if name not in SAMPLE_DIMS])
+        wanted = [labels] if isinstance(labels, (str, int, float)) else list(labels)
+        there = draws[dim].to_numpy().tolist()
+        for label in wanted:
+            if label not in there:
+                shown = ", ".join(map(repr, there[:8])) + (", ..." if len(there) > 8 else "")
+                raise ValueError(f"coords[{dim!r}]: expected labels among {shown}, got {label!r}.")
+        draws = draws.sel({dim: wanted})
+    return draws
+
+
 def write(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> bytes:
     """Return all groups as the bytes of one netCDF file. HDF5 writes to memory: a full disk would crash it."""
     file = io.BytesIO()

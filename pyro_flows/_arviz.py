@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_flows import _checks
 from pyro_flows._arrays import SAMPLE_DIMS, as_tree, rounded, with_attrs
 from pyro_flows._display import verdict_html
 
@@ -266,3 +267,32 @@ def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) 
     found = {name: getattr(part, "dataset", part) for name, part in parts.items()}
     joined = xarray.concat([part.expand_dims(component=[name]) for name, part in found.items()], dim="component")
     return dataset_to_dataframe(joined, sample_dims=["component"]).T
+
+
+# selection ------------------------------------------------------------------------------------------------------------
+
+
+def select(draws: xr.Dataset, var_names: str | Sequence[str] | None, filter_vars: str | None) -> xr.Dataset:
+    """Choose variables as ArviZ does: by name, ``"~name"``, a part of a name, or a regular expression.
+
+    Raises:
+        ValueError: naming what is not there.
+    """
+    import xarray
+    from arviz_base import extract
+
+    _checks.choice("filter_vars", str(filter_vars), ("None", "like", "regex"))
+    wanted = [var_names] if isinstance(var_names, str) else None if var_names is None else list(var_names)
+    known = [str(name) for name in draws.data_vars]
+    if filter_vars is None:
+        for name in wanted or ():
+            _checks.choice("var_names", name if name in known else name.removeprefix("~"), known)
+    tree = xarray.DataTree.from_dict({"posterior": draws})
+    options: dict[str, Any] = {"combined": False, "keep_dataset": True, "filter_vars": filter_vars}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Items starting with ~")  # that nothing is left is said below
+        found: Any = extract(tree, var_names=wanted, **options)
+    if not found.data_vars:
+        raise ValueError(f"var_names: expected some of {', '.join(map(repr, known))}, but {var_names!r} leaves none.")
+    chosen: xr.Dataset = found
+    return chosen

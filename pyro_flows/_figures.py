@@ -1,9 +1,14 @@
-"""One style for all figures: colors, quantiles that set ranges, and grids of plain axes."""
+"""What all figures share: the one style, colors, ranges that far values do not rule, and grids of axes."""
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
 
 from pyro_flows._display import new_figure
 
@@ -11,8 +16,35 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FLOW, BASE, INK, PAPER, LINE = "#1f5f8b", "#d98841", "#333333", "#dce8f0", "#999999"
+STYLE = Path(__file__).with_name("style.mplstyle")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of the style file
+LINES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)))
+FLOW, BASE, INK, LINE = COLORS[0], COLORS[1], "#333333", "#8A8A8A"
 SHOWN = (0.002, 0.998)  # quantiles between which marginals and clouds are shown
+FILLED = 0.2  # opacity
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Let a function draw in the package's style; what the caller has set for others is as before when it returns."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        import matplotlib
+
+        with matplotlib.rc_context(_style()):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@functools.cache
+def _style() -> Any:
+    import matplotlib
+
+    return matplotlib.rc_params_from_file(STYLE, use_default_template=False)
 
 
 def panels(count: int, *, columns: int = 1, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
@@ -20,17 +52,45 @@ def panels(count: int, *, columns: int = 1, size: tuple[float, float]) -> tuple[
     figure = new_figure(*size)
     grid: Any = figure.subplots(math.ceil(count / columns), columns, squeeze=False)
     for number, axes in enumerate(grid.flat):
-        _plain(axes)
+        plain(axes)
         axes.set_visible(number < count)
     return figure, list(grid.flat)[:count]
 
 
-def _plain(axes: Axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("bottom", "left"):
-        axes.spines[side].set_color(LINE)
-    axes.tick_params(colors=INK, labelsize=8, length=3, color=LINE)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_color(INK)
-        axis.label.set_fontsize(9)
+def plain(axes: Axes) -> None:
+    """Fix the ticks' style, which matplotlib would look up when they are first drawn."""
+    style = _style()
+    size, length = style["xtick.labelsize"], style["xtick.major.size"]
+    axes.tick_params(color=LINE, labelcolor=INK, labelsize=size, length=length)
+
+
+def limits(layers: Iterable[np.ndarray], *, margin: float = 0.06) -> tuple[float, float]:
+    """Extreme quantiles of all layers, with a margin."""
+    bounds = [np.quantile(values[np.isfinite(values)], SHOWN) for values in layers if np.isfinite(values).any()]
+    low, high = float(np.min(bounds, initial=np.inf)), float(np.max(bounds, initial=-np.inf))
+    if not low < high:
+        return (0.0, 1.0) if not bounds else (low - 1.0, high + 1.0)
+    return low - margin * (high - low), high + margin * (high - low)
+
+
+def steps(axes: Axes, values: np.ndarray, color: str, label: str) -> None:
+    """Draw one pale value for each optimization step."""
+    axes.plot(np.arange(1, len(values) + 1), values, color=color, linestyle="-", alpha=0.35, linewidth=0.6, label=label)
+    axes.set_xlim(1, max(len(values), 2))
+
+
+def opaque(legend: Any) -> None:
+    """Show what a legend is about at full strength."""
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1.0)
+
+
+def color_of(number: int) -> tuple[str, Any]:
+    """Return color and dashes of the layer with this number."""
+    return COLORS[number % len(COLORS)], LINES[number % len(LINES)]
+
+
+def grid_of(count: int, *, width: float, narrowest: float, most: int) -> int:
+    """Return how many columns of panels, none narrower than ``narrowest`` inches, fit into ``width`` inches."""
+    return max(1, min(count, most, int(width / narrowest)))

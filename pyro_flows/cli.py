@@ -11,6 +11,7 @@ import platform
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,11 +28,35 @@ from torch import Tensor
 from pyro_flows import plots
 from pyro_flows._exits import DONE, INTERRUPTED, UNRELIABLE, Interrupt, guarded, interruptible
 from pyro_flows._inputs import match, read_data, read_model
+from pyro_flows._options import (
+    Data,
+    Debug,
+    Draws,
+    Escalate,
+    FlowName,
+    Layers,
+    ModelName,
+    OfData,
+    OfModel,
+    Out,
+    Page,
+    Progress,
+    Refine,
+    ReportFile,
+    Runs,
+    Saved,
+    Seconds,
+    Seed,
+    Steps,
+    StepsOrNot,
+    Title,
+    TrainModel,
+)
 from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import MAX_STEPS, fit
-from pyro_flows.flows.recipe import VECTOR_BUILDERS
-from pyro_flows.posterior.posterior import Posterior
+from pyro_flows.posterior.posterior import Posterior, load
+from pyro_flows.report.page import check_target as check_report
 from pyro_flows.results.files import check_target
 
 GAUSSIAN_STEPS = 1500
@@ -61,40 +86,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _seconds(value: float | None) -> float | None:
-    if value is not None and not value > 0:
-        raise typer.BadParameter(f"expected a number of seconds > 0, got {value}.")
-    return value
-
-
-Out = Annotated[Path, typer.Option(help="Directory for the results: new, empty, or with earlier results.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of all randomness: the same seed gives the same result.")]
-Steps = Annotated[
-    int, typer.Option(min=1, help="Largest number of optimization steps; training often converges earlier.")
-]
-Seconds = Annotated[
-    float | None,
-    typer.Option(callback=_seconds, help="Time limit of the fit in seconds; the verdict says if it was reached."),
-]
-Progress = Annotated[bool | None, typer.Option(help="Show a progress bar; by default it is shown in a terminal.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-FlowName = Annotated[str, typer.Option(help=f"Kind of flow: {', '.join(sorted(VECTOR_BUILDERS))}.")]
-Layers = Annotated[int | None, typer.Option(min=1, help="Number of layers; the default depends on the flow.")]
-Draws = Annotated[int, typer.Option(min=100, help="Number of posterior draws.")]
-Runs = Annotated[int, typer.Option(min=1, help="Number of independent runs, which are then compared.")]
-StepsOrNot = Annotated[
-    int | None,
-    typer.Option(min=1, help="Largest number of optimization steps; by default 6000, more in many dimensions."),
-]
-Escalate = Annotated[
-    bool, typer.Option(help="If the first round is not good enough, try a larger batch and more layers.")
-]
-Refine = Annotated[bool, typer.Option(help="Run Markov chains from the flow's draws if weights cannot correct these.")]
-TrainModel = Annotated[
-    bool, typer.Option("--train-model", help="Also train the model's own parameters (pyro.param, modules).")
-]
-
-
 # the commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -121,8 +112,8 @@ def demo_command(
 
 @app.command("fit", epilog=EXIT_CODES)
 def fit_command(
-    model: Annotated[str, typer.Argument(metavar="FILE.py:MODEL", help="A Python file and a Pyro model in it.")],
-    data: Annotated[Path, typer.Option(help="JSON, CSV or npz file with a field for each parameter of the model.")],
+    model: ModelName,
+    data: Data,
     out: Out,
     flow: FlowName = "realnvp",
     layers: Layers = None,
@@ -134,15 +125,15 @@ def fit_command(
     escalate: Escalate = True,
     refine: Refine = True,
     train_model: TrainModel = False,
+    report: ReportFile = None,
     progress: Progress = None,
     debug: Debug = False,
 ) -> None:
     """Fit a flow to the posterior of a Pyro model; write posterior.nc and two figures."""
 
     def work() -> int:
-        target = _target(out)
-        chosen = read_model(model)
-        arguments = match(chosen, read_data(data))
+        target = _target(out, report)
+        chosen, arguments = _read(model, data)
         options: dict[str, Any] = {
             "flow": flow,
             "layers": layers,
@@ -157,10 +148,39 @@ def fit_command(
         }
         with interruptible() as interrupt:
             posterior = fit(chosen, model_kwargs=arguments, progress=_shown(progress), **options)
-        _write(posterior, target)
+        _write(posterior, target, report=report)
         return _code(posterior, interrupt)
 
     guarded(work, debug, Path(model.rpartition(":")[0]))
+
+
+@app.command("report", epilog=EXIT_CODES)
+def report_command(
+    saved: Saved,
+    out: Page = None,
+    title: Title = None,
+    model: OfModel = None,
+    data: OfData = None,
+    debug: Debug = False,
+) -> None:
+    """Write a report of a saved posterior: one HTML file to read and to send."""
+
+    def work() -> int:
+        if (model is None) != (data is None):
+            raise ValueError("model: expected --model and --data together, got one of them. Give both or neither.")
+        target = check_report(saved / "report.html" if out is None else out)
+        with warnings.catch_warnings():  # the report says it
+            warnings.simplefilter("ignore", UnreliableWarning)
+            if model is None or data is None:
+                posterior = load(saved)
+            else:
+                chosen, arguments = _read(model, data)
+                posterior = load(saved, chosen, model_kwargs=arguments)
+        typer.echo(str(posterior.verdict))
+        typer.echo(f"Wrote the report to {posterior.report(target, title=title)}.")
+        return UNRELIABLE if posterior.verdict.status == "unreliable" else DONE
+
+    guarded(work, debug, None if model is None else Path(model.rpartition(":")[0]))
 
 
 def main() -> None:
@@ -171,6 +191,12 @@ def main() -> None:
 # before and after a fit -----------------------------------------------------------------------------------------------
 
 
+def _read(model: str, data: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return a model and its arguments, from their files."""
+    chosen = read_model(model)
+    return chosen, match(chosen, read_data(data))
+
+
 def _code(posterior: Posterior, interrupt: Interrupt) -> int:
     """The exit code for results that were written."""
     if interrupt.seen:
@@ -179,8 +205,10 @@ def _code(posterior: Posterior, interrupt: Interrupt) -> int:
     return UNRELIABLE if posterior.verdict.status == "unreliable" else DONE
 
 
-def _target(out: Path) -> Path:
-    """Check before any work that results can be written to ``out``, and leave nothing there."""
+def _target(out: Path, report: Path | None = None) -> Path:
+    """Check before any work that results can be written to ``out``, and a report; leave nothing there."""
+    if report is not None:
+        check_report(report)
     try:
         target = check_target(out)
     except ValueError as error:
@@ -245,8 +273,10 @@ def _gaussian(y: Tensor, sigma: Tensor, *, seed: int, steps: int) -> AutoMultiva
     return guide
 
 
-def _write(posterior: Posterior, out: Path, figures: dict[str, Any] | None = None) -> None:
-    """Print verdict and table; save posterior and figures."""
+def _write(
+    posterior: Posterior, out: Path, figures: dict[str, Any] | None = None, *, report: Path | None = None
+) -> None:
+    """Print verdict and table; save posterior and figures, and a report if one is wanted."""
     typer.echo(str(posterior.verdict))
     with warnings.catch_warnings():  # the line above says it
         warnings.simplefilter("ignore", UnreliableWarning)
@@ -260,3 +290,5 @@ def _write(posterior: Posterior, out: Path, figures: dict[str, Any] | None = Non
     for name, figure in drawn.items():
         figure.savefig(out / name)
     typer.echo(f"Wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}.")
+    if report is not None:
+        typer.echo(f"Wrote the report to {posterior.report(report)}.")

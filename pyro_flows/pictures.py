@@ -14,34 +14,53 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._figures import BASE, FLOW, INK, SHOWN, panels
+from pyro_flows._figures import BASE, FLOW, SHOWN, grid_of, limits, panels, steps, styled
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.interpolation import interpolate, nearest, scale_spectrum
-from pyro_flows.transforms import Chain
+from pyro_flows.transforms import Chain, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PANEL = 1.9  # inches
+LIGHTEST = 0.85  # of the ramp of colors, so that it is seen on white
 
 
-def plot_layers(flow: Flow, *, count: int = 3000, seed: int = 0, layers: Sequence[int] | None = None) -> Figure:
-    """Draw what each layer of a flow in two dimensions does to draws of the base, colored by where they started.
+@styled
+def plot_layers(
+    flow: Flow,
+    *,
+    count: int = 3000,
+    seed: int = 0,
+    layers: Sequence[int] | None = None,
+    dims: tuple[int, int] = (0, 1),
+    names: tuple[str, str] | None = None,
+    width: float = PANEL * 6,
+) -> Figure:
+    """Draw what each layer of a flow does to draws of the base, colored from left to right where they started.
+
+    Of more than two dimensions, two are shown. A flow inside of a guide ends in layers that bend tails and are affine.
 
     Args:
-        flow: a flow of two dimensions without context.
+        flow: a flow of vectors without context.
         count: number of draws.
         seed: of the draws.
         layers: after how many layers to draw (0: the base); by default after each, at most eleven of them.
+        dims: which coordinates to show.
+        names: of these, for the axes; without, both axes have the same scale.
+        width: inches, of six panels beside each other or fewer.
 
     Raises:
-        ValueError: for a flow of other dimensions or with a context, or a layer that it does not have.
+        ValueError: for a flow of images, of one dimension or with a context, or a layer or coordinate that it does not
+            have.
     """
-    if flow.event_shape != (2,) or flow.context_dim:
-        raise ValueError(f"flow: expected two dimensions and no context, got {tuple(flow.event_shape)}.")
-    stack: list[Any] = list(flow.bijection.layers) if isinstance(flow.bijection, Chain) else [flow.bijection]
+    if len(flow.event_shape) != 1 or flow.dim < 2 or flow.context_dim:
+        raise ValueError(f"flow: expected two dimensions or more and no context, got {tuple(flow.event_shape)}.")
+    if not all(0 <= dim < flow.dim for dim in dims):
+        raise ValueError(f"dims: expected two numbers from 0 to {flow.dim - 1}, got {dims}.")
+    stack = _stack(flow.bijection)
     total = len(stack)
     shown = sorted({round(k * total / min(total, 11)) for k in range(min(total, 11) + 1)}) if layers is None else layers
     if not all(0 <= layer <= total for layer in shown):
@@ -51,14 +70,37 @@ def plot_layers(flow: Flow, *, count: int = 3000, seed: int = 0, layers: Sequenc
         clouds = [x]
         for layer in stack:
             clouds.append(layer.forward_and_ladj(clouds[-1])[0])
-    colors = _wheel(x)
-    figure, grid = _squares(len(shown), columns=min(len(shown), 6))
+    columns = grid_of(len(shown), width=width, narrowest=1.6, most=6)
+    figure, grid = _squares(len(shown), columns=columns, size=min(PANEL, width / columns))
+    colors = _ramp(x[:, dims[0]])
     for axes, layer in zip(grid, shown, strict=True):
-        _cloud(axes, clouds[layer], colors)
-        axes.set_title("base" if layer == 0 else f"layer {layer}", fontsize=9, color=INK)
+        _cloud(axes, clouds[layer][:, list(dims)], colors, equal=names is None)
+        axes.set_title(_layer_name(stack, layer), loc="center")
+    if names is not None:
+        figure.supxlabel(names[0], fontsize=9)
+        figure.supylabel(names[1], fontsize=9)
     return figure
 
 
+def _stack(bijection: Any) -> list[Any]:
+    """Return the layers of chains, and of chains in them, one by one."""
+    return (
+        [part for layer in bijection.layers for part in _stack(layer)] if isinstance(bijection, Chain) else [bijection]
+    )
+
+
+def _layer_name(stack: list[Any], layer: int) -> str:
+    """Name the state after a layer; the map around a flow is named by what it does."""
+    if layer == 0:
+        return "base"
+    last = stack[layer - 1]
+    if isinstance(last, SinhArcsinh) and layer > 1:
+        return f"layer {layer}: tails"
+    affine = isinstance(last, (DiagonalAffine, LowerTriangularAffine)) and layer > 1
+    return f"layer {layer}: affine" if affine else f"layer {layer}"
+
+
+@styled
 def plot_points(points: Tensor, data: Tensor | None = None) -> Figure:
     """Draw points in the plane, beside data if they are given.
 
@@ -71,10 +113,11 @@ def plot_points(points: Tensor, data: Tensor | None = None) -> Figure:
     figure, grid = _squares(len(clouds), columns=len(clouds), size=3.2)
     for axes, cloud, color, name in zip(grid, clouds[::-1], (FLOW, BASE), ("flow", "data"), strict=False):
         _cloud(axes, cloud, color)
-        axes.set_title(name, fontsize=9, color=INK)
+        axes.set_title(name, loc="center")
     return figure
 
 
+@styled
 def plot_images(
     images: Tensor, image_shape: Sequence[int] | None = None, *, columns: int | None = None, levels: float = 1.0
 ) -> Figure:
@@ -120,12 +163,13 @@ def plot_nearest(
     image_shape: Sequence[int] | None = None,
     levels: float = 1.0,
 ) -> Figure:
-    """Draw each sample (left) and the training images nearest to it: has the flow learned its data by heart?"""
+    """Draw each sample (left) and the training images nearest to it: has the flow learnt its data by heart?"""
     found = training[nearest(samples, training, count=count).to(training.device)].to(samples)
     rows = torch.cat([samples.unsqueeze(1), found], 1)
     return plot_images(rows.flatten(0, 1), image_shape, columns=count + 1, levels=levels)
 
 
+@styled
 def plot_spectrum(flow: Flow) -> Figure:
     r"""Draw the spectrum of NICE's scaling layer, :math:`e^{s_d}` from noise to data, largest first.
 
@@ -140,25 +184,26 @@ def plot_spectrum(flow: Flow) -> Figure:
     return figure
 
 
+@styled
 def plot_losses(losses: Tensor, checks: Tensor) -> Figure:
     """Draw the mean log density of minibatches, and of held-out points by the averaged weights, in nats."""
     figure, (axes,) = panels(1, size=(6.4, 3.4))
     values = -losses.double().cpu().numpy()
     if not len(values):
         raise ValueError("losses: expected those of a training, got none.")
-    axes.plot(np.arange(1, len(values) + 1), values, color=BASE, linewidth=0.6, alpha=0.7, label="minibatches")
+    steps(axes, values, BASE, "minibatches")
     finite = values[np.isfinite(values)]
     low = np.quantile(finite, 0.25) if len(finite) else 0.0
     if len(checks):
-        steps, held_out = checks.double().cpu().numpy().T
-        axes.plot(steps, held_out, color=FLOW, linewidth=1.8, label="held out, averaged weights")
+        at, held_out = checks.double().cpu().numpy().T
+        axes.plot(at, held_out, color=FLOW, linewidth=1.8, label="held out, averaged weights")
         low = min(low, np.quantile(held_out, 0.25))
         finite = np.concatenate([finite, held_out])
     high = finite.max(initial=low)
     axes.set_ylim(low - 0.5 * (high - low) - 1e-6, high + 0.1 * (high - low) + 1e-6)
-    axes.set_xlabel("step")
+    axes.set_xlabel("optimization step")
     axes.set_ylabel("mean log density (nats)")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(loc="lower right")
     return figure
 
 
@@ -185,11 +230,14 @@ def _squares(count: int, *, columns: int, size: float = PANEL) -> tuple[Figure, 
     return panels(count, columns=columns, size=(size * columns, (size + 0.2) * math.ceil(count / columns)))
 
 
-def _cloud(axes: Axes, points: Tensor, colors: Any) -> None:
+def _cloud(axes: Axes, points: Tensor, colors: Any, *, equal: bool = True) -> None:
     values = points.detach().double().cpu().numpy()
     finite = values[np.isfinite(values).all(-1)]
     kept = colors if isinstance(colors, str) else colors[np.isfinite(values).all(-1)]
     axes.scatter(finite[:, 0], finite[:, 1], s=2.0, c=kept, linewidths=0, alpha=0.7, rasterized=True)
+    if not equal:
+        axes.set(xlim=limits([finite[:, 0]]), ylim=limits([finite[:, 1]]))
+        return
     if len(finite):
         low, high = np.quantile(finite, SHOWN, axis=0)
         middle, half = (low + high) / 2.0, 0.55 * float((high - low).max()) + 1e-6
@@ -198,12 +246,9 @@ def _cloud(axes: Axes, points: Tensor, colors: Any) -> None:
     axes.set_aspect("equal")
 
 
-def _wheel(points: Tensor) -> np.ndarray:
-    """A color for each point by its direction, paler towards the center."""
-    from matplotlib.colors import hsv_to_rgb
+def _ramp(values: Tensor) -> np.ndarray:
+    """A color for each draw by its rank, from dark to light, which color-blind readers can tell apart."""
+    import matplotlib
 
-    values = points.detach().double().cpu().numpy()
-    angle = np.arctan2(values[:, 1], values[:, 0]) / (2.0 * np.pi) % 1.0
-    radius = np.hypot(values[:, 0], values[:, 1])
-    strength = 0.35 + 0.65 * radius / max(float(np.quantile(radius, 0.95)), 1e-9)
-    return np.asarray(hsv_to_rgb(np.stack([angle, strength.clip(0.0, 1.0), np.full_like(angle, 0.8)], -1)))
+    ranks = values.argsort().argsort().double().cpu().numpy() / max(len(values) - 1, 1)
+    return np.asarray(matplotlib.colormaps["viridis"](LIGHTEST * ranks))

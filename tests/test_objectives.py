@@ -107,15 +107,29 @@ def test_zero_at_the_target(name, group):
     assert gradients(loss, flow).norm() <= 1e-9 * gradients(elsewhere, flow).norm()
 
 
+@pytest.mark.parametrize("level", [0.0, -1000.0])
+def test_wider_draws_leave_the_level_of_the_bound_alone(level):
+    """Defensive draws carry weights whose mean is near 1: left as it is, it would move a bound of -1000 by tens."""
+    flow = make_flow("realnvp", DIM)
+    torch.manual_seed(0)
+    same = _Same(flow, level)
+    values = torch.stack([path(flow, same, 64, forward=0.5, defensive=0.3).terms.nanmean() for _ in range(20)])
+    close(values, torch.full_like(values, level), 1e-8)
+    torch.manual_seed(0)
+    many = path(affine_flow(), target(), 200_000, forward=0.5, defensive=0.3).terms.nanmean()
+    torch.manual_seed(1)
+    close(many, elbo(affine_flow(), target(), 200_000).terms.mean(), 0.02)
+
+
 class _Same:
     """The density of a flow, with a constant."""
 
-    def __init__(self, flow):
-        self.flow = flow
+    def __init__(self, flow, level=WEIGHT):
+        self.flow, self.level = flow, level
 
     def value_and_grad(self, z):
         leaf = z.detach().requires_grad_()
-        value = self.flow.log_prob(leaf) + WEIGHT
+        value = self.flow.log_prob(leaf) + self.level
         return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
 

@@ -27,8 +27,10 @@ def test_layers_are_drawn_one_by_one_from_the_base_to_the_density():
     assert len(pictures.plot_layers(pf.Flow(pf.Planar(2), base="uniform"), layers=[1]).axes) == 1
     with pytest.raises(ValueError, match="from 0 to 4"):
         pictures.plot_layers(flow, layers=[5])
-    with pytest.raises(ValueError, match="two dimensions and no context"):
-        pictures.plot_layers(pf.planar(3))
+    with pytest.raises(ValueError, match="two dimensions or more and no context"):
+        pictures.plot_layers(pf.planar(1))
+    with pytest.raises(ValueError, match="dims: expected two numbers from 0 to 2"):
+        pictures.plot_layers(pf.planar(3), dims=(0, 3))
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (4, 3, 3), (4, 1, 3, 3), (4, 3, 3, 3)])

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import few_threads
 from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared
 from pyro_flows.fitting.run import Run, make_run
+from pyro_flows.fitting.several import Several, several
 from pyro_flows.fitting.volume import too_uneven
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
@@ -23,7 +25,8 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import BATCH
 
-RUNS_ADDED = 3  # at most, one for each mode that is missed
+RUNS_ADDED = 7  # at most, one for each mode that is missed
+SURVEYS = 2  # at most, of all modes at once
 MAX_COPIES = 128  # of each flow: draws are scored by all of them
 MODE_DRAWS = 1000
 
@@ -45,6 +48,8 @@ class Combined:
         search: for modes that the sampler lacks, None if there was no time for one.
         copies: how many copies of each flow the sampler holds, moved by exact symmetries, the flow itself included.
         added: how many runs were added since a mode was missed.
+        several: the mixture at all modes that were found, where it is the sampler.
+        surveys: how often it was tried.
     """
 
     runs: list[Run] = field(default_factory=lambda: [Run(0)])
@@ -57,6 +62,8 @@ class Combined:
     search: Search | None = None
     copies: int = 1
     added: int = 0
+    several: Several | None = None
+    surveys: int = 0
 
     @property
     def kept(self) -> list[Run]:
@@ -92,7 +99,11 @@ def combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
     """Compare the runs, look for what their sampler lacks, and add runs there."""
     clock, density = plan.clock, prepared.density
     found.plain = found.sampler = found.best.flow(plan, density)
-    if not clock.over:
+    tried = found.runs[0].several
+    if tried is not None:
+        found.surveys = 1
+        _take(found, tried)
+    if not clock.over and isinstance(found.plain, Flow):
         with clock.part("a look at how uneven the density is"):
             found.warnings, found.failures = too_uneven(found.plain, density)
     if len(found.kept) > 1:
@@ -105,6 +116,14 @@ def combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
         _complete(plan, prepared, found)
 
 
+def _take(found: Combined, tried: Several) -> bool:
+    """Make a mixture at all modes the sampler, if it is good enough; say whether it is."""
+    if tried.enough:
+        found.several, found.plain, found.sampler = tried, tried.sampler, tried.sampler
+        found.warnings, found.failures, found.disagreements = [], [], []  # which are about a flow
+    return tried.enough
+
+
 def _look(plan: Plan, density: LogDensity, found: Combined) -> None:
     """Search for modes that the sampler lacks."""
     assert found.sampler is not None
@@ -113,18 +132,40 @@ def _look(plan: Plan, density: LogDensity, found: Combined) -> None:
 
 
 def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
-    """Go on until the sampler lacks no mode: copies of its flows where a symmetry tells all, further runs elsewhere."""
+    """Go on until the sampler lacks no mode.
+
+    Where a symmetry tells all, its flows are copied; elsewhere a mixture at all modes of a survey, or runs, are added.
+    """
     moves: list[SignedPermutation] = []
     while found.search is not None and found.search.lacks and not plan.clock.over:
         more = [lack.move for lack in found.search.lacks if lack.move is not None and lack.move not in moves]
         if more and _copied(found, [*moves, *more]):
             moves += more
+        elif found.surveys < SURVEYS and _surveyed(plan, prepared.density, found):
+            moves = []
         else:
-            if found.added == RUNS_ADDED:
+            if found.added == RUNS_ADDED or found.several is not None:
                 return
             _add_run(plan, prepared, found, found.search.lacks[0].start)
             _copied(found, moves)
         _look(plan, prepared.density, found)
+
+
+def _surveyed(plan: Plan, density: LogDensity, found: Combined) -> bool:
+    """Try a mixture at all modes of a survey; say whether it became the sampler."""
+    assert found.sampler is not None
+    assert found.search is not None
+    found.surveys += 1
+    places = torch.stack([lack.place for lack in found.search.lacks])
+    seed = derive(plan.seed, f"survey {found.surveys}")
+    with plan.clock.part("a survey of modes"), few_threads(BATCH * density.numbers):
+        with seeded(seed, density.device):
+            z = torch.cat([found.sampler.draw(MODE_DRAWS)[0].to(places), places])
+        tried = several(density, z, places, seed=seed, bar=plan.bar)
+        if tried is not None:
+            found.history.append(tried.stage)
+            return _take(found, tried)
+    return False
 
 
 def _copied(found: Combined, moves: Sequence[SignedPermutation]) -> bool:
@@ -149,7 +190,8 @@ def _add_run(plan: Plan, prepared: Prepared, found: Combined, lack: Start) -> No
     found.runs.append(Run(number))
     plan.bar.task = "fit, a run for a missed mode"
     with clock.part("a run for a missed mode"), few_threads(BATCH * density.numbers):
-        make_run(plan, density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
+        once = replace(plan, escalate=False)  # a mixture may drop it, and chains can mend what is left
+        make_run(once, density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
     plan.bar.task = "fit"
     found.plain = found.sampler = found.best.flow(plan, density)
     with clock.part("the comparison of runs"):
@@ -161,7 +203,8 @@ def _search(plan: Plan, density: LogDensity, found: Combined, sampler: Sampler) 
     """Look for modes that a sampler lacks."""
     z, log_q = sampler.draw(MODE_DRAWS)
     modes = [mode for run in found.runs for mode in run.modes]
-    return missed_modes(density, modes, z, log_q, sampler.log_prob, seed=plan.seed)
+    wandering = not (sampler is found.best.flow(plan, density) and found.best.best is not None and found.best.best.even)
+    return missed_modes(density, modes, z, log_q, sampler.log_prob, seed=plan.seed, wandering=wandering)
 
 
 def _first_lack(plan: Plan, prepared: Prepared, found: Combined) -> Start | None:

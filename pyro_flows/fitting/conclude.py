@@ -22,8 +22,8 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
     best, search = found.best, found.search
     sampler = best.flow(plan, density) if found.sampler is None else found.sampler
     mixed = [run for run in found.kept if run is not best and isinstance(sampler, FlowMixture)]
-    notes = [note for run in [best, *mixed] for note in _warnings(run)]
-    moving = best.best is None or best.best.training.moving
+    notes = [note for run in [best, *mixed] for note in _warnings(run)] if found.several is None else []
+    moving = found.several is None and (best.best is None or best.best.training.moving)
     cut_short = ["training did not converge: means or sds still changed when it ended"] if moving else []
     return from_draws(
         density,
@@ -38,7 +38,7 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
         failures=[*([] if search is None else search.failures), *found.failures, *cut_short],
         notes=["no search for missed modes was made"] if search is None else search.notes,
         contained=search is not None and search.contained,
-        doubts=[] if moving else [*_never_good(best), *_in_vain(found)],
+        doubts=[] if moving or found.several is not None else [*_never_good(best), *_in_vain(found)],
     )
 
 
@@ -76,7 +76,9 @@ def _warnings(run: Run) -> list[str]:
 def _differ(found: Combined, runs: int) -> list[str]:
     """Say that runs disagree, or what was added since the first ones lacked modes."""
     said = list(found.disagreements)
-    if found.added and said:
+    if found.several is not None:
+        said = [found.several.said]
+    if found.added and said and found.several is None:
         what = "a run was" if found.added == 1 else f"{found.added} runs were"
         said = [f"the first run{'' if runs == 1 else 's'} missed a mode, so {what} added there to form a mixture"]
     if found.copies > 1:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.selection import begin
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import grow, set_df, start_at
+from pyro_flows.flows.recipe import grow, set_df
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
@@ -21,8 +22,13 @@ from pyro_flows.verdict.judging import judge
 from pyro_flows.verdict.weighing import Weighing, weigh
 
 ENOUGH_K = 0.5
+ENOUGH_ESS, ENOUGH_SMALL_GAP = 0.95, 0.01  # of S and nats: unequal weights with next to no mass may have a longer tail
+EVEN_ESS = 0.98  # of S
+SEEN = 0.04  # sds: what a reader of 4000 draws sees of a mean or an sd, two and a half standard errors
+ERRORS = 4.0  # standard errors of a weighted mean: the largest of the shifts of many coordinates has so much of noise
+NEARLY = 1.5  # times that, where training goes on or has just ended: the noise of the sample and of the steps is in it
 ENOUGH_GAP, ENOUGH_GAP_A_DIM = 0.04, 0.0015  # nats between log evidence and ELBO: the larger one, by the dimension
-JUDGED_DRAWS = 20_000
+JUDGED_DRAWS, LOOKED_AT_DRAWS = 20_000, 4000
 ALL = ("larger batch", "more layers", "heavier tails", "tempering")
 TAILS_FIRST = ("heavier tails", "larger batch", "more layers")
 WIDER = 4
@@ -44,14 +50,17 @@ class Round:
     @property
     def enough(self) -> bool:
         """Whether there is nothing left to mend: stricter than the verdict, since more rounds are to be had."""
-        gap = self.weighing.log_evidence - self.weighing.elbo
-        fine = judge(self.weighing, _numbers(self.weighing)).status == "ok"
-        return fine and self.training.converged and self.weighing.k_hat < ENOUGH_K and gap < self.enough_gap
+        return self.training.converged and nothing_to_mend(self.weighing)
 
     @property
-    def enough_gap(self) -> float:
-        """The gap in nats that leaves nothing to see in means and sds: the same for each dimension."""
-        return max(ENOUGH_GAP, ENOUGH_GAP_A_DIM * len(self.weighing.mean_shift))
+    def even(self) -> bool:
+        """Whether the weights of its sample are nearly the same at all draws, so that it is nowhere thin next to them.
+
+        Draws that wander about come to a place where a flow is thin only by way of places where it is somewhat thin.
+        """
+        weighing = self.weighing
+        ratio = weighing.ess / len(weighing.log_weights)
+        return ratio > EVEN_ESS and weighing.k_hat < ENOUGH_K and not weighing.broken and self.weighed
 
     @property
     def weighed(self) -> bool:
@@ -70,6 +79,33 @@ class Round:
         return float(("unreliable", "corrected", "ok").index(status)), self.weighing.elbo
 
 
+def enough_gap(dim: int) -> float:
+    """Return the gap in nats that leaves nothing to see in means and sds: the same for each dimension."""
+    return max(ENOUGH_GAP, ENOUGH_GAP_A_DIM * dim)
+
+
+def nothing_to_mend(weighing: Weighing) -> bool:
+    """Say whether weights are so good that more rounds would gain nothing: stricter than the verdict."""
+    gap, ratio = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
+    slight = ratio > ENOUGH_ESS and gap < ENOUGH_SMALL_GAP and weighing.k_hat < weighing.threshold
+    fine = judge(weighing, _numbers(weighing)).status == "ok"
+    return fine and (weighing.k_hat < ENOUGH_K or slight) and gap < enough_gap(len(weighing.mean_shift))
+
+
+def invisible(weighing: Weighing, *, seen: float = SEEN) -> bool:
+    """Say whether nothing is to mend and weighting moves no mean, sd or quantile by what a reader would see."""
+    shift = max(float(weighing.mean_shift.max()), float(weighing.sd_shift.max()), weighing.quantile_shift or 0.0)
+    error = math.sqrt(max(1.0 / weighing.ess - 1.0 / len(weighing.log_weights), 0.0)) if weighing.ess else 0.0
+    return nothing_to_mend(weighing) and shift < seen + ERRORS * error
+
+
+@torch.no_grad()
+def weighed(flow: Flow, density: LogDensity, draws: int) -> Weighing:
+    """Weigh a fresh sample of a flow."""
+    z, log_q = flow.draw(draws)
+    return weigh(z, density(z), log_q, quantiles=True)
+
+
 def _numbers(weighing: Weighing) -> list[str]:
     return [str(i) for i in range(len(weighing.mean_shift))]
 
@@ -80,8 +116,7 @@ def assess(name: str, trainer: Trainer, training: Training) -> Round:
     flow, density = trainer.flow, trainer.density
     weighing = unweighed(density.dim, training.elbo)
     with density.clock.part("a look at the round", noted=False):
-        z, log_q = flow.draw(JUDGED_DRAWS)
-        weighing = weigh(z, density(z), log_q)
+        weighing = weighed(flow, density, JUDGED_DRAWS)
     return Round(copy.deepcopy(flow), weighing, training, _stage(name, trainer, weighing, training))
 
 
@@ -128,7 +163,7 @@ def _changed(name: str, flow: Flow, plan: Plan, density: LogDensity, start: Star
     if name == "tempering":
         like = next(flow.parameters(), flow._like)
         flow = flow.recipe.build(flow.dim).to(like) if plan.recipe.named else plan.fresh(density)
-        start_at(flow, start.loc, start.scale)
+        begin(flow, start)
     return flow
 
 

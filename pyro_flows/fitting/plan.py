@@ -55,7 +55,7 @@ class Plan:
 
         In one dimension couplings are affine, so that planar maps stand in for them.
         """
-        recipe = replace(self.recipe, df=_tails(density.dim))
+        recipe = replace(self.recipe, df=tails(density.dim))
         if density.dim == 1 and recipe.builder in ("realnvp", "nice"):
             recipe = replace(recipe, builder="planar")
         if not recipe.named:
@@ -63,6 +63,6 @@ class Plan:
         return recipe.build_for_latents(density.dim).to(torch.zeros((), dtype=density.dtype, device=density.device))
 
 
-def _tails(dim: int) -> float:
+def tails(dim: int) -> float:
     """Return the base's degrees of freedom: a Student-t costs about 0.94 D / df^2 nats where the target is Gaussian."""
     return max(15.0, 2.0 * dim)

@@ -11,20 +11,39 @@ import torch
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
 from pyro_flows.correction.rungs import attempt
-from pyro_flows.fitting.escalation import Round, assess, rounds
-from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.selection import CLOSE, Entrant, race, share
+from pyro_flows.fitting.escalation import (
+    LOOKED_AT_DRAWS,
+    NEARLY,
+    SEEN,
+    Round,
+    assess,
+    enough_gap,
+    invisible,
+    rounds,
+    weighed,
+)
+from pyro_flows.fitting.plan import Plan, tails
+from pyro_flows.fitting.selection import CLOSE, Entrant, begin, race, share
+from pyro_flows.fitting.several import Several, several
 from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.recipe import set_df
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
+from pyro_flows.starts.matching import matched
 from pyro_flows.starts.portfolio import portfolio
+from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start, standard
-from pyro_flows.training.loop import Budget, train
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Look, Report, Training, train
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import Chains
 
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound
+LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
+AT_ONCE = "converged: the importance weights leave nothing to mend at the start"
+CHEAP = 500  # dimensions times numbers of an evaluation, up to which a glance at the modes costs next to nothing
+POOR = 0.3  # effective share of a flow's draws, below which it may lie between several modes
+SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
 
 
 @dataclass
@@ -39,6 +58,7 @@ class Run:
         history: an entry for each stage.
         untrained: the flow that a race starts with.
         chains: of a sampler that sufficed in the place of further rounds.
+        several: a mixture at all modes that were found, tried in the place of training, or of further rounds.
     """
 
     number: int
@@ -49,6 +69,7 @@ class Run:
     history: list[Stage] = field(default_factory=list)
     untrained: Flow | None = None
     chains: Chains | None = None
+    several: Several | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -97,18 +118,26 @@ def make_run(
         with clock.part("the starts", share=STARTS_SHARE):
             starts = portfolio(density, seed=seed, extra=extra) if lack is None else [lack]
         run.modes = [start for start in starts if start.evidence is not None]
+        cheap = density.numbers * density.dim <= CHEAP
+        if (cheap or len(run.modes) > 1) and lack is None and _is_several(plan, density, run, seed):
+            return
         close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
         starts = close[run.number % len(close) :] + close[: run.number % len(close)]
+        if not plan.train_model:
+            starts = _matched(plan, density, starts, seed)
+            if _fits_already(plan, density, run, starts[0]):
+                return
         winner = _race(plan, density, run, starts, seed)
         if winner is None:
             return
         report = _reporter(plan.bar)
         trainer, budget = winner.trainer, Budget(plan.max_steps, clock)
-        left = Budget(plan.max_steps - len(trainer.losses), clock)
-        training = train(trainer, left, seed=seed, report=report)
-        run.take(assess("first round", trainer, training), trainer)
+        _first_round(plan, run, trainer, budget, seed=seed, report=report)
         assert run.best is not None
         if plan.escalate and not plan.train_model and not run.best.enough:
+            poor = run.best.weighing.ess < POOR * len(run.best.weighing.log_weights)
+            if poor and run.several is None and lack is None and _is_several(plan, density, run, seed):
+                return
             if plan.refine is not None:
                 names = coordinate_names(density.structure)
                 with clock.part("a sampler in the place of another round"):
@@ -120,6 +149,63 @@ def make_run(
                 run.take(outcome, trainer)
                 if outcome.enough:
                     break
+
+
+def _matched(plan: Plan, density: LogDensity, starts: Sequence[Start], seed: int) -> list[Start]:
+    """Put the best start at the moments that its weights tell, if they can."""
+    found = list(starts)
+    with plan.clock.part("the match of moments", share=STARTS_SHARE):
+        found[0] = matched(density, starts[0], tails(density.dim), seed=seed)
+    return found
+
+
+def _fits_already(plan: Plan, density: LogDensity, run: Run, start: Start) -> bool:
+    """Look at the flow as it is at the best start, an affine map; say whether there is nothing to train."""
+    flow = plan.fresh(density)
+    df = flow.df
+    with plan.clock.part("a look at the best start", noted=False):
+        for lighter in LIGHTER if flow.base == "student_t" else (1.0,):
+            begin(set_df(flow, lighter * df), start)
+            if not invisible(weighed(flow, density, LOOKED_AT_DRAWS)):
+                continue
+            trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
+            outcome = assess("first round", trainer, Training([], start.elbo, True, False, AT_ONCE, 0, 0, early=True))
+            if invisible(outcome.weighing):
+                run.take(outcome, trainer)
+                return True
+    return False
+
+
+def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed: int, report: Report) -> None:
+    """Train until there is nothing left to see in the weights, or until the guide stands still."""
+    density = trainer.density
+
+    def enough() -> bool:
+        trainer.write()
+        return invisible(weighed(trainer.flow, density, LOOKED_AT_DRAWS), seen=NEARLY * SEEN)
+
+    look = None if plan.train_model else Look(enough_gap(density.dim), enough)
+    while True:
+        left = Budget(budget.steps - len(trainer.losses), budget.clock)
+        training = train(trainer, left, seed=seed, report=report, look=look)
+        outcome = assess("first round", trainer, training)
+        run.take(outcome, trainer)
+        if not training.early or invisible(outcome.weighing, seen=NEARLY * SEEN) or budget.clock.over:
+            return
+        look = None
+
+
+def _is_several(plan: Plan, density: LogDensity, run: Run, seed: int) -> bool:
+    """Whether a mixture at all modes does in the place of a flow; several runs are for the flow's sake."""
+    if not plan.escalate or plan.train_model or plan.runs > 1:
+        return False
+    z = prior_draws(density, SURVEYED_FROM, seed=seed) if run.best is None else run.best.flow.draw(SURVEYED_FROM)[0]
+    with plan.clock.part("a survey of modes"):
+        run.several = several(density, z, seed=seed, bar=plan.bar)
+    if run.several is None:
+        return False
+    run.note(run.several.stage)
+    return run.several.enough
 
 
 def _race(plan: Plan, density: LogDensity, run: Run, starts: Sequence[Start], seed: int) -> Entrant | None:

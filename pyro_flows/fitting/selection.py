@@ -14,12 +14,14 @@ from pyro_flows.flows.recipe import start_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
+from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Check
 from pyro_flows.training.trainer import Trainer
 
 RACE_STEPS = 100
 STEP_SIZES = (STEP_SIZE, 3e-3)
 CLOSE = 10.0  # nats between two starts that are worth racing
+NEAR = 1.0  # nats between evidence and ELBO after a race, by the draws of a check: another step size would gain little
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Entrant:
     start: Start
     trainer: Trainer
     elbo: float
+    gap: float  # between log evidence and ELBO, by the same draws
 
     @classmethod
     def run(
@@ -37,21 +40,28 @@ class Entrant:
     ) -> Entrant:  # fmt: skip
         """Train a copy of an untrained flow from ``start``."""
         flow = copy.deepcopy(fresh)
-        start_at(flow, start.loc, start.scale)
+        begin(flow, start)
         trainer = Trainer(flow, density, learning_rate=size, batch=BATCH, extra=extra)
-        elbo = -math.inf  # unless it is finished
+        monitor = Monitor()
         with density.clock.part("the race of starts and step sizes"):
             for step in range(steps):
                 trainer.step(size * min(1.0, (step + 1) / (0.5 * RACE_STEPS)))
             trainer.write()
-            elbo = Check.make(flow, density, seed=seed).elbo()
-        return cls(start, trainer, elbo)
+            monitor.add(*Check.make(flow, density, seed=seed)())
+        finished = bool(monitor.elbos)
+        return cls(start, trainer, *((monitor.elbos[0], monitor.gaps[0]) if finished else (-math.inf, math.inf)))
 
     @property
     def stage(self) -> Stage:
         """What the history says of it."""
         size, before = self.trainer.learning_rate, self.start.elbo
         return Stage("race", start=self.start.name, step_size=size, start_elbo=before, elbo=self.elbo)
+
+
+def begin(flow: Flow, start: Start) -> None:
+    """Put the affine map of a flow at a start, whose scale is in sds: those of the base's draws are another number."""
+    unit = math.sqrt((flow.df - 2.0) / flow.df) if flow.base == "student_t" and flow.df > 2.0 else 1.0
+    start_at(flow, start.loc, unit * start.scale)
 
 
 def share(max_steps: int) -> int:
@@ -62,15 +72,20 @@ def share(max_steps: int) -> int:
 def race(
     fresh: Flow, density: LogDensity, starts: Sequence[Start], steps: int, *, seed: int, extra: Sequence[Tensor]
 ) -> tuple[Entrant, list[Entrant]]:
-    """Run the best start with each step size, and the widest of the others that are close; return winner and field.
+    """Run the best start, with a second step size if need be, and the widest of the others that are close.
 
-    A wide start can still come to see what a narrow one has left out. Each trains a copy of the flow. With ``extra``,
-    the model's own parameters, one entrant trains them for good.
+    Returns the winner, and all. A wide start can still come to see what a narrow one has left out. Each trains a copy
+    of the flow. With ``extra``, the model's own parameters, one entrant trains them for good.
     """
-    entrants = [(starts[0], size) for size in STEP_SIZES[: 1 if extra else None]]
+
+    def enter(start: Start, size: float) -> Entrant:
+        return Entrant.run(fresh, density, start, size, steps, seed=seed, extra=extra)
+
+    done = [enter(starts[0], STEP_SIZES[0])]
+    if not extra and not done[0].gap < NEAR:
+        done += [enter(starts[0], size) for size in STEP_SIZES[1:]]
     close = [start for start in starts[1:] if starts[0].elbo - start.elbo < CLOSE]
     if close and not extra:
-        entrants.append((max(close, key=lambda start: start.volume), STEP_SIZES[0]))
-    done = [Entrant.run(fresh, density, start, size, steps, seed=seed, extra=extra) for start, size in entrants]
+        done.append(enter(max(close, key=lambda start: start.volume), STEP_SIZES[0]))
     best = max(done, key=lambda entrant: entrant.elbo if math.isfinite(entrant.elbo) else -math.inf)
     return best, done

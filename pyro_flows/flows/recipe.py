@@ -22,6 +22,7 @@ FlowLike = str | Flow | Bijection | Callable[[int], "Flow | Bijection"]
 
 BUILDERS: dict[str, Callable[..., Flow]] = {}
 VECTOR_BUILDERS: dict[str, Callable[..., Flow]] = {}
+PARTS: dict[str, Callable[..., Flow]] = {}  # of mixtures: in files, and not to be asked for by name
 
 
 def of_vectors(builder: Callable[..., Flow]) -> Callable[..., Flow]:
@@ -33,6 +34,12 @@ def of_vectors(builder: Callable[..., Flow]) -> Callable[..., Flow]:
 def of_images(builder: Callable[..., Flow]) -> Callable[..., Flow]:
     """Register a builder of flows of images under its name."""
     BUILDERS[builder.__name__] = builder
+    return builder
+
+
+def of_mixtures(builder: Callable[..., Flow]) -> Callable[..., Flow]:
+    """Register a builder of parts of mixtures under its name."""
+    PARTS[builder.__name__] = builder
     return builder
 
 
@@ -74,7 +81,7 @@ class Recipe:
         """
         made: Any = self.builder
         if isinstance(made, str):
-            made = BUILDERS[_checks.choice("builder", made, BUILDERS)]
+            made = {**BUILDERS, **PARTS}[made if made in PARTS else _checks.choice("builder", made, BUILDERS)]
             made = made(dim, base=self.base, df=self.df, **self.options)
         elif not isinstance(made, (Flow, Bijection)):
             made = made(dim)

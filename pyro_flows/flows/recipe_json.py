@@ -15,7 +15,7 @@ from pyro_flows._fallbacks import first_line
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import Component, FlowMixture
-from pyro_flows.flows.recipe import BUILDERS, Recipe
+from pyro_flows.flows.recipe import BUILDERS, PARTS, Recipe
 
 MIXTURE = "mixture"  # in the place of a builder's name
 
@@ -69,7 +69,8 @@ def from_json(text: Mapping[str, Any]) -> Any:
     if text.get("builder") == MIXTURE:
         parts = [Component(int(flow)) for flow, _ in text["components"]]
         return FlowMixture([from_json(flow) for flow in text["flows"]], parts)
-    _checks.choice("builder", text["builder"], BUILDERS)
+    if text.get("builder") not in PARTS:
+        _checks.choice("builder", text["builder"], BUILDERS)
     recipe, dim = recipe_of(text)
     return recipe.build(dim)
 

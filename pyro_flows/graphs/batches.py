@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -39,15 +40,26 @@ class Recorder:
     Args:
         function: what to record.
         numbers: how many numbers it handles at one point.
+        given: tensors that the function takes after the points: inputs of the graphs, not constants.
     """
 
-    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], numbers: int) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], numbers: int, given: Sequence[Tensor] = ()) -> None:
+        self._function, self.given = function, tuple(given)
         self.rows = rows_for(numbers)
         self.reason: str | None = None
         self.compile: bool | None = None  # when it pays
         self.runners: Cache[Kind, Runner] = Cache(KINDS_KEPT)
         self._calls: Counter[Kind] = Counter()
+
+    def function(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Call the function itself."""
+        return self._function(z, *self.given)
+
+    def sharing(self, given: Sequence[Tensor]) -> Recorder:
+        """Return a recorder with other given tensors of the same shapes, which takes and adds to the same graphs."""
+        other = copy.copy(self)
+        other.given = tuple(given)
+        return other
 
     @torch.no_grad()
     def __call__(self, z: Tensor) -> tuple[Tensor, ...]:
@@ -87,14 +99,14 @@ class Recorder:
             self._calls[kind] += 1
             if self._calls[kind] < RECORDED_FROM or not self._record(z):
                 return self.function(z)
-        return self.runners[kind](z)
+        return self.runners[kind](z, *self.given)
 
     def _record(self, z: Tensor) -> bool:
         """Record for such batches; return whether the graph repeats what the function gives at new points."""
         fresh = nearby(z)
         try:
-            runner = Runner(record(self.function, z), compile=self.compile)
-            recorded = runner(fresh)
+            runner = Runner(record(self._function, z, *self.given), compile=self.compile)
+            recorded = runner(fresh, *self.given)
         except torch.linalg.LinAlgError:
             raise  # of these points, not of the function
         except Exception as error:  # a model's own code may raise anything

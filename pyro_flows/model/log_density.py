@@ -70,6 +70,10 @@ class LogDensity(SiteValues):
         self._values = Recorder(self._plain_values, self.numbers)
         self._with_gradients = Recorder(self._gradients, self.numbers)
 
+    def take(self, values: Recorder, gradients: Recorder) -> None:
+        """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""
+        self._values, self._with_gradients = values, gradients
+
     def under(self, clock: Clock) -> None:
         """Look at ``clock`` as evaluations go on, and compile nothing if it leaves no time for that."""
         self.clock = clock

@@ -12,7 +12,9 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack
-from pyro_flows.modes.tempering import log_mean, temper
+from pyro_flows.modes.survey import can_be_surveyed, survey
+from pyro_flows.modes.tempering import Tempered, log_mean, temper
+from pyro_flows.modes.units import units_of
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
@@ -27,9 +29,11 @@ CLIMBERS = 6  # for each factor, and from the guide's own draws
 PRIOR_CLIMBERS, FEW_CLIMBERS = 24, 12  # paths from draws of the prior; fewer, where a density has many terms
 CAREFUL = 0.01  # of the units, for a second path from each of those: long first steps leap over modes
 MANY_TERMS = 2000
-FULL_UNITS_UP_TO = 100  # dimensions
 WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path
 TRUSTED_K_HAT = 0.7
+SAME_END, TWINS = 0.1, 2  # sds between ends of paths that are one place; paths to each that are weighed
+ROUNDS, SURVEYED, FEW = 2, 96, 30  # of a survey; climbs, up to so many dimensions, and a third of them beyond
+DOUBTS = 12  # places that paths go on from
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
 
@@ -45,10 +49,34 @@ def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> li
     shares = torch.ones(len(points), *[1] * units.dim()).to(units)
     shares[len(own) + len(far) :] = CAREFUL
     paths = pathfinder(density, points, shares * units, seed=derive(seed, "modes"))
-    found, doubtful = _weighed(guide, paths, len(own), seed=seed)
+    found, doubtful = _weighed(guide, paths, len(own), units, seed=seed)
     if not found and density.batched:
         found = _tempered(guide, paths, len(own), doubtful, units, seed=seed)
     return [found[number] for number in _distinct([lack.place for lack in found], units)]
+
+
+def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list[Lack]:
+    """Survey the modes near and far of the guide's draws; return those that it lacks.
+
+    Starts at places whose normal is too poor to weigh them are added to ``doubts``.
+    """
+    density = guide.density
+    if not can_be_surveyed(density):
+        return []
+    seed = derive(seed, "a search")
+    climbs = SURVEYED if density.dim <= FEW else SURVEYED // 3
+    found = survey(density, z, seed=seed, rounds=ROUNDS, climbs=climbs, known=guide.score).weighty()
+    thin = guide.is_thin(found.modes, density(found.modes).detach()) if len(found) else found.met > 0
+    if not bool(thin.any()):
+        return []
+    modes, roots, evidence = found.modes[thin], found.roots[thin], found.evidence[thin]
+    one = torch.ones_like(modes)
+    none = torch.zeros_like(modes[..., None])
+    normals = Gaussians(modes, roots, one, none, torch.ones_like(none[:, :1]))
+    paths = Paths(normals, evidence, modes, torch.ones(len(modes), dtype=torch.bool, device=modes.device))
+    lacks, doubtful = _weighed(guide, paths, 0, units_of(z), seed=seed)
+    doubts += [path.start for path in doubtful if path.elsewhere][:DOUBTS]
+    return lacks
 
 
 def _is_cheap(density: LogDensity) -> bool:
@@ -57,7 +85,7 @@ def _is_cheap(density: LogDensity) -> bool:
 
 
 @dataclass(frozen=True)
-class _Doubtful:
+class Doubtful:
     """A path at whose end the guide may lack something, and whose normal is too poor to weigh it."""
 
     number: int
@@ -66,55 +94,83 @@ class _Doubtful:
     start: Start
 
 
-def _weighed(guide: Guide, paths: Paths, own: int, *, seed: int) -> tuple[list[Lack], list[_Doubtful]]:
+def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) -> tuple[list[Lack], list[Doubtful]]:
     """Weigh draws of the normals at the ends of paths, from number ``own`` on; return what the guide lacks, and doubts.
 
     A doubt is a normal too poor for its weights to tell a mass.
     """
     density, ends = guide.density, paths.ends
+    chosen = own + torch.tensor(_ends(paths, own, units), dtype=torch.long, device=ends.device)
+    best = Gaussians(*(part[chosen] for part in paths.best))
     with seeded(derive(seed, "weighing"), density.device), torch.no_grad():
         count = WEIGHED if density.batched else WEIGHED_UNBATCHED
         noise = torch.randn(count, density.dim, dtype=ends.dtype, device=ends.device)
-        draws, log_q = paths.best.map(noise)
+        draws, log_q = best.map(noise)
         log_p = density(draws.flatten(0, 1)).unflatten(0, draws.shape[:2])
-    scales = paths.best.scale()
+    scales = best.scale()
     scales = lower_triangular(scales) if scales.dim() == 3 else scales
     found, doubtful = [], []
     at_ends = guide.is_thin(ends, density(ends).detach())
-    for number in range(own, len(ends)):
-        lacking = guide.lacking(draws[number], log_p[number], log_q[number])
+    for place, number in enumerate(chosen.tolist()):
+        lacking = guide.lacking(draws[place], log_p[place], log_q[place])
         thin = lacking > 0.0
         if not bool(thin.any()):
             continue
         log_weights, k_hat = psis(lacking.log())
-        start = Start("mode", paths.best.loc[number], scales[number])
+        start = Start("mode", best.loc[place], scales[place])
         if not k_hat < TRUSTED_K_HAT:
             elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
-            doubtful.append(_Doubtful(number, float(paths.elbo[number]), elsewhere, start))
+            doubtful.append(Doubtful(number, float(paths.elbo[number]), elsewhere, start))
         elif float(lacking.mean()) > SHARE:
-            place = ends[number] if bool(at_ends[number]) else draws[number][int(log_weights.argmax())]
-            found.append(Lack(place, start))
+            at = ends[number] if bool(at_ends[number]) else draws[place][int(log_weights.argmax())]
+            found.append(Lack(at, start))
     return found, doubtful
 
 
+def _ends(paths: Paths, own: int, units: Tensor) -> list[int]:
+    """Return the numbers of paths from ``own`` on, of which at most two end at one place, the best ELBOs first.
+
+    Most paths of a posterior with few modes end where others do, with the same normal.
+    """
+    order = paths.elbo[own:].nan_to_num(nan=-torch.inf).argsort(descending=True)
+    away = paths.ends[own:][order]
+    away = away / units if units.dim() == 1 else torch.linalg.solve_triangular(units, away.mT, upper=False).mT
+    same = torch.cdist(away, away) < SAME_END
+    earlier = same.tril(-1).sum(1)
+    return order[earlier < TWINS].tolist()
+
+
 def _tempered(
-    guide: Guide, paths: Paths, own: int, doubtful: Sequence[_Doubtful], units: Tensor, *, seed: int
+    guide: Guide, paths: Paths, own: int, doubtful: Sequence[Doubtful], units: Tensor, *, seed: int
 ) -> list[Lack]:
     """Measure masses by tempering from the normals at the ends of a few paths, and just so that of the guide's region.
 
     Many paths end at one place, the guide's own one among them. So each place is measured once, and places where the
     guide is thin altogether come first.
     """
-    density, ends = guide.density, paths.ends
+    chosen, worth = worth_tempering(guide, paths, own, doubtful, units)
+    if not worth:
+        return []
+    walk = temper(guide.density, Gaussians(*(part[chosen] for part in paths.best)), seed=derive(seed, "tempering"))
+    return heavier(guide, paths.ends, worth, walk)
+
+
+def worth_tempering(
+    guide: Guide, paths: Paths, own: int, doubtful: Sequence[Doubtful], units: Tensor
+) -> tuple[list[int], list[Doubtful]]:
+    """Return the numbers of paths to temper from, one of the guide's own region first, and the doubts on the others."""
+    ends = paths.ends
     base = int(paths.elbo[:own].nan_to_num(nan=-torch.inf).argmax())
     reach = guide.covered + math.log(SHARE) - max(0.0, guide.covered - float(paths.elbo[base]))
     worth = [path for path in doubtful if path.elbo > reach - THINNER]
     worth.sort(key=lambda path: (not path.elsewhere, -path.elbo))
     worth = [worth[number] for number in _distinct([ends[path.number] for path in worth], units)][:LOOKED_AT]
-    if not worth:
-        return []
-    chosen = [base, *(path.number for path in worth)]
-    walk = temper(density, Gaussians(*(part[chosen] for part in paths.best)), seed=derive(seed, "tempering"))
+    return [base, *(path.number for path in worth)], worth
+
+
+def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempered) -> list[Lack]:
+    """Return the places with a good part of the mass, by tempering from the guide's own region, first, and there."""
+    density = guide.density
     covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
     found = []
     for path, reached, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=True):
@@ -161,16 +217,6 @@ def _denser(guide: Guide, points: Tensor) -> Tensor:
         return points
     ratios = (log_p - guide.score(points)).double().nan_to_num(nan=-torch.inf)
     return points[ratios.topk(min(CLIMBERS, len(points))).indices]
-
-
-def units_of(z: Tensor) -> Tensor:
-    """The draws' scale: the Cholesky factor of their covariance where there are draws enough for it, or their sds."""
-    if z.shape[1] <= FULL_UNITS_UP_TO and len(z) > 4 * z.shape[1]:
-        root, fault = torch.linalg.cholesky_ex(torch.cov(z.mT.double()).reshape(z.shape[1], z.shape[1]))
-        if int(fault) == 0 and bool(torch.isfinite(root).all()):
-            return root.to(z.dtype)
-    spread = z.std(0)
-    return torch.where((spread > 0.0) & torch.isfinite(spread), spread, 1.0)
 
 
 def _distinct(places: Sequence[Tensor], units: Tensor) -> list[int]:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.climbs import climbed, units_of
+from pyro_flows.modes.climbs import climbed, surveyed
 from pyro_flows.modes.lacks import SHARE, Guide, Lack, Score, lacks_of, moments
 from pyro_flows.modes.lines import across
-from pyro_flows.modes.symmetries import moves, signed_permutation
+from pyro_flows.modes.symmetries import images, moves, signed_permutation
 from pyro_flows.modes.tempering import wander
+from pyro_flows.modes.units import units_of
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import resample
@@ -46,21 +47,23 @@ class Search:
 
 
 def missed_modes(
-    density: LogDensity, modes: Sequence[Start], z: Tensor, log_q: Tensor, score: Score, *, seed: int = 0
-) -> Search:
+    density: LogDensity, modes: Sequence[Start], z: Tensor, log_q: Tensor, score: Score, *, seed: int = 0,
+    wandering: bool = True,
+) -> Search:  # fmt: skip
     """Search for regions that hold a good part of the mass and that a guide lacks.
 
     At its own draws, log p - log q of a guide is about the log of the mass that it covers. A region is missed if it has
-    a good part of that mass where the guide is much thinner than it ought to be. Four searches:
+    a good part of that mass where the guide is much thinner than it ought to be. Five searches:
 
     1. Exact moves (``symmetries.py``) are applied to the draws. The mass of the region is
        :math:`E_q\\, p(T z) / q(z)`.
-    2. Paths climb from draws moved outwards (from some, and from those of many where the density is farthest above what
+    2. Hundreds of climbs from near and far tell the modes (``survey.py``), and draws of the normals there their masses.
+    3. Paths climb from draws moved outwards (from some, and from those of many where the density is farthest above what
        the guide says), from prior draws, from draws with a site's signs changed, and from the modes of the portfolio.
        Each carries a normal distribution (``starts/pathfinder.py``), whose weighted draws tell the mass. Where they
        are too few, tempering does, in comparison with the region that the guide covers, by the same method.
-    3. All draws are moved along single coordinates to further maxima: see :func:`across`.
-    4. Draws wander about under the density itself: see :func:`_wandered`.
+    4. All draws are moved along single coordinates to further maxima: see :func:`across`.
+    5. Draws wander about under the density itself: see :func:`_wandered`.
 
     Args:
         density: log p, unnormalized.
@@ -69,6 +72,7 @@ def missed_modes(
         log_q: their log densities (S,).
         score: the guide's log density.
         seed: of the search.
+        wandering: whether the fourth is made.
     """
     z = z.to(density.dtype)
     with torch.no_grad():
@@ -78,13 +82,14 @@ def missed_modes(
         return Search()
     guide = Guide(density, score, float(weights[finite].median()))
     few = z[finite][:MOVED_DRAWS], log_q[finite][:MOVED_DRAWS]
-    searches: list[Callable[[], list[Lack]]] = [lambda: climbed(guide, modes, z[finite], seed=seed)]
+    doubts: list[Start] = []
+    searches: list[Callable[[], list[Lack]]] = [lambda: climbed(guide, [*modes, *doubts], z[finite], seed=seed)]
     if density.batched:
         searches.insert(0, lambda: _mirrored(guide, *few))
-        searches += [
-            lambda: across(guide, *few),
-            lambda: _wandered(guide, z[finite], weights[finite], log_q[finite], seed=seed),
-        ]
+        searches.insert(1, lambda: surveyed(guide, z[finite], doubts, seed=seed))
+        searches.append(lambda: across(guide, *few))
+    if density.batched and wandering:
+        searches.append(lambda: _wandered(guide, z[finite], weights[finite], log_q[finite], seed=seed))
     found: list[Lack] = []
     for search in searches:
         found = found or [lack for lack in search() if _is_resolved(density, lack.place)]
@@ -93,10 +98,15 @@ def missed_modes(
     )  # fmt: skip
     if not found:
         return Search(notes=notes, contained=density.batched)
-    names = sorted({_named(density, lack.place, few[0]) for lack in found})
+    return Search(tuple(found), sentence_on(density, found, few[0]), notes)
+
+
+def sentence_on(density: LogDensity, found: Sequence[Lack], z: Tensor) -> str:
+    """Return the sentence on what a guide with draws ``z`` lacks."""
+    names = sorted({_named(density, lack.place, z) for lack in found})
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     what = "has too little mass" if found[0].start.name == WANDERED else "misses a mode"
-    return Search(tuple(found), f"the guide {what} near {names[0]}{more}", notes)
+    return f"the guide {what} near {names[0]}{more}"
 
 
 @torch.no_grad()
@@ -116,14 +126,12 @@ def _mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
     """Apply exact moves to the draws; return the regions that hold a good part of the mass and no draws."""
     density = guide.density
     found = []
-    candidates = dict.fromkeys(move for draw in z[:SEEDS] for move in moves(density, draw))
-    for move in candidates:
-        moved, inside = move.apply(density, z)
+    height, jacobian = density(z), density.log_jacobian(z)
+    for moved, inside, log_p, log_jacobian in images(density, moves(density, z[:SEEDS]), z):
         # The move keeps the volume of the model's own values, so there q's image has the density that q has at z.
-        image = log_q - density.log_jacobian(z) + density.log_jacobian(moved)
-        log_p = torch.where(inside, density(moved), -torch.inf)
+        image = log_q - jacobian + log_jacobian
         lacks = lacks_of(moved, log_p, guide.lacking(moved, log_p, image), "mirrored")
-        same = (log_p - density(z)).abs() <= EXACT * (1.0 + log_p.abs())
+        same = (log_p - height).abs() <= EXACT * (1.0 + log_p.abs())
         exact = bool(lacks) and bool((same & inside).all())  # -inf is as far from any number as its tolerance
         found += [replace(lack, move=signed_permutation(z, moved)) if exact else lack for lack in lacks]
     return found
@@ -154,13 +162,25 @@ def _wandered(guide: Guide, z: Tensor, weights: Tensor, log_q: Tensor, *, seed: 
     ratios = (weights - guide.covered).double()
     there = guide.is_thin(z, weights + log_q, by=THIN)
     mass = torch.softmax(ratios, 0)
-    known, effective = float(mass[there].sum()), float(1.0 / mass.square().sum())
     chosen = resample(torch.log_softmax(ratios, 0), WANDERERS, seed=derive(seed, "wanderers"))
     ends, log_p = wander(guide.density, z[chosen], units_of(z), seed=derive(seed, "wandering"))
     thin = guide.is_thin(ends, log_p, by=THIN)
-    share = float(thin.double().mean())
-    variance = max(share, 1.0 / WANDERERS) * (1.0 - share) / WANDERERS + known * (1.0 - known) / effective
-    error = math.sqrt(max(variance, 0.0))
+    share, known, error = share_error(thin, mass, there)
     if share - 2.0 * error <= known + SHARE:
         return []
     return [Lack(ends[thin][0], moments(ends[thin], WANDERED))]
+
+
+def share_error(thin: Tensor, mass: Tensor, there: Tensor) -> tuple[float, float, float]:
+    """Return the share of wanderers at thin places, that of weighted draws, and the standard error of the difference.
+
+    Args:
+        thin: which wanderers (N,) ended where the guide is thin.
+        mass: normalized weights (S,) of the guide's draws.
+        there: which of these draws (S,) are at such places.
+    """
+    count = len(thin)
+    known, effective = float(mass[there].sum()), float(1.0 / mass.square().sum())
+    share = float(thin.double().mean())
+    variance = max(share, 1.0 / count) * (1.0 - share) / count + known * (1.0 - known) / effective
+    return share, known, math.sqrt(max(variance, 0.0))

@@ -15,8 +15,9 @@ What comes back to about the height where it began is a move.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ ADDITIONS = 12
 ROUND_TRIP = 1e-3
 COMPARED = 8  # draws by which signed permutations are told
 RETURNED = 3.0  # nats below the height where a move began
+TOGETHER = 2048  # images that one run of the model looks at
 
 Values = Mapping[str, Tensor]
 
@@ -63,11 +65,15 @@ class Unit:
         return value * signs.reshape(shape)
 
 
+Members = tuple[Unit, ...]
+_Growth = Generator[list[Members], Tensor, list[Members]]
+
+
 @dataclass(frozen=True)
 class Move:
     """Several units at once: a map of the model's values onto themselves that keeps volumes."""
 
-    units: tuple[Unit, ...]
+    units: Members
 
     def __call__(self, values: Values) -> dict[str, Tensor]:
         moved = dict(values)
@@ -75,23 +81,58 @@ class Move:
             moved[unit.site] = unit.apply(moved[unit.site])
         return moved
 
-    def apply(self, density: LogDensity, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images (S, D) of unconstrained draws, and where they are inside of the support (S,)."""
-        return _placed(density, self(_latents(density, z)))
+
+class Image(NamedTuple):
+    """What a move makes of draws: points (S, D), whether they are inside of the support (S,), and densities there."""
+
+    z: Tensor
+    inside: Tensor
+    log_p: Tensor  # -inf outside
+    log_jacobian: Tensor
+
+
+@torch.no_grad()
+def images(density: LogDensity, moves: Sequence[Move], z: Tensor) -> Iterator[Image]:
+    """Yield the image of unconstrained draws (S, D) under each move; several moves share a run of the model."""
+    latents = _latents(density, z)
+    at_once = max(1, TOGETHER // len(z))
+    for first in range(0, len(moves), at_once):
+        group = moves[first : first + at_once]
+        moved = [move(latents) for move in group]
+        placed, inside = _placed(density, {name: torch.cat([values[name] for values in moved]) for name in latents})
+        log_p = torch.where(inside, density(placed), -torch.inf)
+        parts = (part.split(len(z)) for part in (placed, inside, log_p, density.log_jacobian(placed)))
+        yield from (Image(*image) for image in zip(*parts, strict=True))
 
 
 @torch.no_grad()
 def moves(density: LogDensity, z: Tensor) -> list[Move]:
-    """Return the moves found at one draw ``z`` (D,) that lead back to about its height; see the module.
+    """Return the moves found at draws ``z`` (S, D) that lead back to about their heights; see the module.
 
-    Cost: at most 40 (40 + 1) densities for each of twelve additions; most models have a few units, and two additions.
+    All kinds of units at all draws grow side by side, so that the model runs once for each addition. Cost: at most
+    40 (40 + 1) densities for each kind, draw and addition, of which there are at most twelve; most models have a few
+    units, and two additions.
     """
-    latents = _latents(density, z[None])
+    growing: list[tuple[Values, _Growth]] = []
+    for draw in z:
+        latents: Values = _latents(density, draw[None])
+        growing += [(latents, _grown(kind)) for kind in _kinds(latents)]
+    asked = [next(growth) for _, growth in growing]
     found: dict[frozenset[Unit], Move] = {}
-    for kind in _kinds(latents):
-        height = float(_heights(density, latents, [()])[0])
-        for members in _grown(density, latents, kind, height):
-            found.setdefault(frozenset(members), Move(members))
+    while growing:
+        pairs = zip(growing, asked, strict=True)
+        heights = _heights(density, [(latents, members) for (latents, _), sets in pairs for members in sets])
+        parts = heights.split([len(sets) for sets in asked])
+        still: list[tuple[Values, _Growth]] = []
+        asked = []
+        for (latents, growth), part in zip(growing, parts, strict=True):
+            try:
+                asked.append(growth.send(part))
+                still.append((latents, growth))
+            except StopIteration as end:
+                for members in end.value:
+                    found.setdefault(frozenset(members), Move(members))
+        growing = still
     return list(found.values())
 
 
@@ -153,20 +194,25 @@ def _kinds(latents: Values) -> list[list[Unit]]:
     return [signs[:UNITS], *list(swaps.values())[:UNITS]]
 
 
-def _grown(density: LogDensity, latents: Values, kind: list[Unit], height: float) -> list[tuple[Unit, ...]]:
-    """Grow a set from each unit of a kind, all of them side by side; return those that come back to ``height``."""
-    sets: list[tuple[Unit, ...]] = [(unit,) for unit in kind]
-    heights = _heights(density, latents, sets)
+def _grown(kind: list[Unit]) -> _Growth:
+    """Grow a set from each unit of a kind, all of them side by side; return those that come back to the first height.
+
+    Yields sets, and is sent their heights.
+    """
+    sets: list[Members] = [(unit,) for unit in kind]
+    height, *rest = (yield [(), *sets]).split([1, len(sets)])
+    heights = rest[0]
     sets = [members for members, at in zip(sets, heights.tolist(), strict=True) if at > -torch.inf]
     heights = heights[heights > -torch.inf]
-    done: list[tuple[Unit, ...]] = []
+    done: list[Members] = []
     for _ in range(ADDITIONS):
-        done += [members for members, at in zip(sets, heights.tolist(), strict=True) if at > height - RETURNED]
-        open_ = [number for number, at in enumerate(heights.tolist()) if not at > height - RETURNED]
+        returned = (heights > height - RETURNED).tolist()
+        done += [members for members, back in zip(sets, returned, strict=True) if back]
+        open_ = [number for number, back in enumerate(returned) if not back]
         tried = [[(*sets[number], unit) for unit in kind if _goes_with(unit, sets[number])] for number in open_]
         if not any(tried):
             break
-        results = _heights(density, latents, list(itertools.chain(*tried))).split([len(group) for group in tried])
+        results = (yield list(itertools.chain(*tried))).split([len(group) for group in tried])
         grown = []
         for number, group, gains in zip(open_, tried, results, strict=True):
             rising = gains > heights[number]
@@ -177,28 +223,31 @@ def _grown(density: LogDensity, latents: Values, kind: list[Unit], height: float
         if not grown:
             break
         sets = list(dict.fromkeys(grown))
-        heights = _heights(density, latents, sets)
+        heights = yield sets
     return done
 
 
-def _goes_with(unit: Unit, members: tuple[Unit, ...]) -> bool:
+def _goes_with(unit: Unit, members: Members) -> bool:
     """Whether a unit adds something: it is not there yet, and is no part of a whole site's change of signs."""
     return all(unit != other and not (unit.site == other.site and None in (unit.axis, other.axis)) for other in members)
 
 
-def _together(members: tuple[Unit, ...], additions: list[Unit]) -> tuple[Unit, ...]:
+def _together(members: Members, additions: list[Unit]) -> Members:
     for unit in additions:  # whole sites come first
         if _goes_with(unit, members):
             members = (*members, unit)
     return members
 
 
-def _heights(density: LogDensity, latents: Values, sets: list[tuple[Unit, ...]]) -> Tensor:
-    """Return the log density (N,) of the model's own values after each move; -inf outside of the support."""
-    moved = [Move(members)(latents) for members in sets]
-    z, inside = _placed(density, {name: torch.cat([values[name] for values in moved]) for name in latents})
-    heights = density(z) - density.log_jacobian(z)
-    return torch.where(inside, heights.double(), -torch.inf).nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+def _heights(density: LogDensity, asked: Sequence[tuple[Values, Members]]) -> Tensor:
+    """Return the log density (N,) of a model's own values after each move; -inf outside of the support."""
+    found = []
+    for first in range(0, len(asked), TOGETHER):
+        moved = [Move(members)(latents) for latents, members in asked[first : first + TOGETHER]]
+        z, inside = _placed(density, {name: torch.cat([values[name] for values in moved]) for name in moved[0]})
+        heights = density(z) - density.log_jacobian(z)
+        found.append(torch.where(inside, heights.double(), -torch.inf).nan_to_num(nan=-torch.inf, posinf=-torch.inf))
+    return torch.cat(found)
 
 
 def _latents(density: LogDensity, z: Tensor) -> dict[str, Tensor]:

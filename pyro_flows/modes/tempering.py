@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import seeded
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.stack import Stack
 from pyro_flows.starts.gaussians import Gaussians
 
 POINTS = 48  # for each normal
@@ -37,7 +38,7 @@ class Tempered(NamedTuple):
 
 
 @torch.no_grad()
-def temper(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Tempered:
+def temper(density: LogDensity | Stack, gaussians: Gaussians, *, seed: int) -> Tempered:
     """Carry points from each of K normals to the density. Cost: 48 x 200 gradients for each."""
     count, dim = gaussians.loc.shape
     with seeded(seed, density.device):
@@ -56,17 +57,24 @@ def wander(density: LogDensity, z: Tensor, units: Tensor, *, seed: int) -> tuple
     neck of a funnel, a tail. Leaps are from a hundredth of ``units`` (sds (D,), or a lower triangular matrix) to all of
     them, since necks are narrow. Cost: 120 S gradients.
     """
-    identity = torch.ones(1, z.shape[1], dtype=z.dtype, device=z.device)
-    none = torch.zeros(1, z.shape[1], 1, dtype=z.dtype, device=z.device)
-    frame = Gaussians(torch.zeros_like(identity), units[None], identity, none, torch.ones_like(none[:, :1]))
-    x = z / units if units.dim() == 1 else torch.linalg.solve_triangular(units, z.mT, upper=False).mT
+    ends, log_p = wander_together(density, z[None], units[None], seed=seed)
+    return ends[0], log_p[0]
+
+
+@torch.no_grad()
+def wander_together(density: LogDensity | Stack, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Do the same with points (K, S, D) of K data sets at once, in ``units`` (K, D) or (K, D, D) of their own."""
+    identity = torch.ones(len(z), z.shape[2], dtype=z.dtype, device=z.device)
+    none = torch.zeros(len(z), z.shape[2], 1, dtype=z.dtype, device=z.device)
+    frame = Gaussians(torch.zeros_like(identity), units, identity, none, torch.ones_like(none[:, :1]))
+    x = z / units[:, None] if units.dim() == 2 else torch.linalg.solve_triangular(units, z.mT, upper=False).mT
     with seeded(seed, density.device):
-        walk = _Walk(density, frame, x[None])
+        walk = _Walk(density, frame, x)
         walk.beta = 1.0
         for _ in range(WANDERINGS):
             walk.step = 10.0 ** (-2.0 * torch.rand_like(walk.log_p))[..., None]
             walk.move()
-    return frame.map(walk.x)[0][0], walk.log_p[0]
+    return frame.map(walk.x)[0], walk.log_p
 
 
 def log_mean(log_weights: Tensor) -> Tensor:
@@ -78,7 +86,7 @@ def log_mean(log_weights: Tensor) -> Tensor:
 class _Walk:
     """Points x (K, S, D) in the coordinates of their normals, with the gradients of log p and log g there."""
 
-    def __init__(self, density: LogDensity, gaussians: Gaussians, x: Tensor) -> None:
+    def __init__(self, density: LogDensity | Stack, gaussians: Gaussians, x: Tensor) -> None:
         self.density, self.gaussians, self.x = density, gaussians, x
         self.log_weights = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
         self.beta = 0.0

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
-from pyro_flows.posterior.assessed import Assessed
+from pyro_flows.posterior.reported import Reported
 from pyro_flows.results import arviz_groups, files
 
 UNPICKLED = "unpickled without a model"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Posterior(Assessed):
+class Posterior(Reported):
     """What a fit (or :func:`diagnose`) found. Nothing in it changes; methods give new values.
 
     If the verdict is unreliable, all methods that hand draws on (``summary``, ``to_arviz``, ``predictive``,
     ``resample``, ``save``), and :func:`load`, warn with an :class:`UnreliableWarning`, once for each line that calls
-    them. Attributes and figures do not; figures show the status.
+    them. Attributes, figures and reports do not; figures and reports show the status.
 
     Attributes:
         samples: the draws to use, constrained, deterministic sites too: ``{name: (draws, *shape)}``. Raw draws of the
@@ -68,7 +68,8 @@ class Posterior(Assessed):
         state["missing"] = {**self.missing, "guide": UNPICKLED, "density": UNPICKLED}
         if self.stored is None:
             density = self._need_density()
-            state["stored"] = arviz_groups.modelless_groups(self, density), arviz_groups.attributes(self)
+            groups = self.labeling.applied(arviz_groups.modelless_groups(self, density))
+            state["stored"] = groups, arviz_groups.attributes(self)
             state["missing"]["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"
         if isinstance(self.flow, Flow) and self.flow.recipe is None:  # the user's own, of a class that may be local
             try:

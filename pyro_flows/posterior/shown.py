@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
 
 from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows.results import arviz_groups
-from pyro_flows.results.dims import Labels
+from pyro_flows.results import arviz_groups, labeled
+from pyro_flows.results.labeling import Labeling
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
@@ -103,14 +104,56 @@ class Shown(Record):
             raise ValueError(f"ci_prob: expected a number between 0 and 1, got {prob!r}.")
         return self._table_of(draws, kind=kind, prob=prob, round_to=round_to)
 
+    def _chosen_table(
+        self,
+        var_names: str | Sequence[str] | None = None,
+        *,
+        filter_vars: str | None = None,
+        coords: Mapping[str, Any] | None = None,
+    ) -> pd.DataFrame:
+        """Return the table of variables and labels that are chosen as in ArviZ."""
+        draws = _arviz.select(_arrays.entries(self._draws(), coords), var_names, filter_vars)
+        kind, prob = _arviz.default_interval()
+        return self._table_of(draws, kind=kind, prob=prob, round_to="auto")
+
     def _table_of(self, draws: Any, *, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
         ess = None if self.by_chains else self.effective
         return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)
 
     def _draws(self) -> Any:
-        if self.stored is not None:
-            return self.stored[0]["posterior"]
-        return arviz_groups.draws_group(Labels(self._need_density().structure), self.samples, self.chain_count)
+        return labeled.posterior_group(self)
+
+    def assign_coords(
+        self, coords: Mapping[str, Any] | None = None, *, dims: Mapping[str, Sequence[str]] | None = None
+    ) -> Self:
+        """Return the same posterior with labels, which tables, figures, ArviZ objects, reports and files then have.
+
+        Args:
+            coords: labels of dimensions, ``{"school": ["Choate", ...]}``; see :meth:`to_arviz` for their names.
+            dims: names of the dimensions of variables, ``{"theta": ["school"]}``.
+
+        Raises:
+            ValueError: naming the variable, the dimension or the length that does not fit.
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model(y):
+        ...     with pyro.plate("school", 2):
+        ...         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+        >>> def guide(y):
+        ...     with pyro.plate("school", 2):
+        ...         pyro.sample("theta", dist.Normal(y / 2, 0.5**0.5))
+        >>> posterior = pf.diagnose(model, guide, torch.tensor([1.0, 0.0]), draws=1000)
+        >>> list(posterior.assign_coords({"school": ["Choate", "Deerfield"]}).summary().index)
+        ['theta[Choate]', 'theta[Deerfield]']
+        """
+        structure = labeled.structural_groups(self)
+        if self.stored is None:
+            structure = self.labeling.applied(structure)
+        _arrays.relabel(structure, coords, dims)  # all that does not fit is found here
+        more = Labeling().joined(coords, dims)
+        stored = self.stored and (more.applied(self.stored[0]), self.stored[1])
+        return replace(self, labeling=self.labeling.joined(coords, dims), stored=stored)
 
     def to_arviz(
         self,
@@ -163,9 +206,8 @@ class Shown(Record):
 
     def _groups(self, predictive: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.stored is None:
-            return arviz_groups.all_groups(self, self._need_density(), predictive=predictive), arviz_groups.attributes(
-                self
-            )
+            groups = labeled.labeled_groups(self, self._need_density(), predictive=predictive)
+            return groups, arviz_groups.attributes(self)
         groups, attrs = self.stored
         if "groups" in self.missing:
             warnings.warn(f"only the groups {', '.join(groups)} are there: {self.missing['groups']}.", stacklevel=3)

@@ -38,9 +38,7 @@ PACKAGES = ("pyro-ppl", "torch", "arviz-base", "arviz-stats")
 logger = logging.getLogger("pyro_flows")
 
 
-def _stack(
-    labels: Labels, values: Mapping[str, Tensor], layout: Callable[[str], Layout], chains: int = 1
-) -> xr.Dataset:
+def stack(labels: Labels, values: Mapping[str, Tensor], layout: Callable[[str], Layout], chains: int = 1) -> xr.Dataset:
     """Make a group of draws ``{site: (S, *shape)}``, one chain after the other."""
     layouts = {name: layout(name) for name in values}
     arrays = {labels.variable(name): _in_chains(layouts[name](value), chains) for name, value in values.items()}
@@ -66,7 +64,7 @@ def draws_group(labels: Labels, samples: Mapping[str, Tensor], chains: int = 1) 
     def layout(name: str) -> Layout:
         return labels.latent(latents[name]) if name in latents else labels.deterministic(name)
 
-    return _stack(labels, samples, layout, chains)
+    return stack(labels, samples, layout, chains)
 
 
 def observed_group(density: LogDensity) -> xr.Dataset:
@@ -81,7 +79,7 @@ def likelihood_group(density: LogDensity, z: Tensor, chains: int = 1) -> xr.Data
     """The pointwise log likelihood at draws z (S, D), in double precision, without what masks leave out."""
     labels = Labels(density.structure)
     values = _double(density.log_likelihood(z))
-    return _stack(labels, values, lambda name: labels.observed(name).without_event(), chains)
+    return stack(labels, values, lambda name: labels.observed(name).without_event(), chains)
 
 
 def all_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
@@ -93,16 +91,16 @@ def all_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> d
     groups["sample_stats"] = _used_stats(posterior)
     prior = density.log_prior(posterior.used)
     groups["log_likelihood"] = likelihood_group(density, posterior.used, chains)
-    groups["log_prior"] = _stack(
+    groups["log_prior"] = stack(
         labels, _double(prior), lambda name: labels.latent(latents[name]).without_event(), chains
     )
     if predictive:
         seed = int(posterior.settings["seed"])
         groups |= _predictive(labels, density, posterior.used, seed, chains)
     groups["observed_data"] = observed_group(density)
-    groups["constant_data"] = _constants(density)
+    groups["constant_data"] = constants(density)
     cut = {latent.name: _cut(latent, posterior.used) for latent in density.structure.latents}
-    groups["unconstrained_posterior"] = _stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains)
+    groups["unconstrained_posterior"] = stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains)
     if posterior.replaced:
         groups["raw_posterior"] = draws_group(labels, density.constrain(posterior.z))
         groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
@@ -118,7 +116,7 @@ def modelless_groups(posterior: Record, density: LogDensity) -> dict[str, xr.Dat
     groups = {
         "posterior": draws_group(labels, posterior.samples, chains),
         "sample_stats": _used_stats(posterior),
-        "unconstrained_posterior": _stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains),
+        "unconstrained_posterior": stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains),
         "fit": _fit(posterior),
     }
     if posterior.replaced:
@@ -171,7 +169,7 @@ def _predictive(labels: Labels, density: LogDensity, z: Tensor, seed: int, chain
     """Draws of the data and the prior; what a model cannot draw is left out, with a note in the log."""
     structure, groups = density.structure, {}
     try:
-        groups["posterior_predictive"] = _stack(labels, density.predictive(z, seed=seed), labels.observed, chains)
+        groups["posterior_predictive"] = stack(labels, density.predictive(z, seed=seed), labels.observed, chains)
     except UNDRAWABLE as error:
         logger.warning("no posterior_predictive: %s: %s", type(error).__name__, error)
     try:
@@ -183,7 +181,7 @@ def _predictive(labels: Labels, density: LogDensity, z: Tensor, seed: int, chain
         names = [*density.names, *(() if structure.enumerated else structure.deterministic)]
         groups["prior"] = draws_group(labels, {name: prior[name] for name in names})
         data = {name: prior[name] for name in structure.observed}
-        groups["prior_predictive"] = _stack(labels, data, labels.observed)
+        groups["prior_predictive"] = stack(labels, data, labels.observed)
     return groups
 
 
@@ -237,7 +235,7 @@ def predict(
         return drawn
 
 
-def _constants(density: LogDensity) -> xr.Dataset:
+def constants(density: LogDensity) -> xr.Dataset:
     """The model's tensor arguments that are not observed themselves."""
     try:
         arguments = inspect.signature(density.model).bind(*density.args, **density.kwargs).arguments

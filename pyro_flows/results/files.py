@@ -25,6 +25,7 @@ from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results import older
 from pyro_flows.results.dims import coordinate_names
+from pyro_flows.results.labeling import Labeling
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.chains import ChainFigures, Chains
 from pyro_flows.verdict.verdict import Verdict
@@ -67,6 +68,7 @@ def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str 
         },
         "coordinates": posterior.coordinates,
         "without": posterior.missing.get("groups"),
+        "labels": dataclasses.asdict(posterior.labeling),
     }
     # copies, since views would be written with all that they are cut from
     tensors: dict[str, Any] = {name: getattr(posterior, name).detach().cpu().clone() for name in TENSOR_FIELDS}
@@ -143,6 +145,7 @@ def _fields(description: Mapping[str, Any]) -> dict[str, Any]:
         "settings": _revived(description["settings"]),
         "history": tuple(_revived(description["history"])),
         "verdict": _verdict(description["verdict"]),
+        "labeling": Labeling(**description.get("labels", {})),
     }
 
 

@@ -13,6 +13,7 @@ from pyro_flows._warnings import warn_unreliable
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.results.labeling import Labeling
 from pyro_flows.verdict.chains import Chains
 from pyro_flows.verdict.deciding import Draw
 from pyro_flows.verdict.verdict import Verdict
@@ -47,6 +48,7 @@ class Record:
     stored: tuple[dict[str, Any], dict[str, Any]] | None = field(repr=False, default=None)  # as read from a file
     chains: Chains | None = field(repr=False, default=None)
     drawer: Draw | None = field(repr=False, default=None)  # more raw draws of a guide without a flow
+    labeling: Labeling = field(repr=False, default_factory=Labeling)  # what assign_coords was told
 
     def _raw_draws(self) -> Draw | None:
         """Return how to draw from the guide anew, n -> z (n, D), log q (n,); None without a guide or a model."""

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from pyro_flows.model.batching import batch, quiet
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.stack import Stack
 
 FULL_HESSIAN_UP_TO = 200
 ROWS_AT_ONCE = 256
 
 
-def inverse_roots(density: LogDensity, points: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_roots(density: LogDensity | Stack, points: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return W (K, D, D) with :math:`W W^\top = |H|^{-1}`, H the Hessian, and :math:`|H_{ii}|^{-1/2}` (K, D).
 
     Scaled by the diagonal first: the eigenvalues of a matrix with entries of 1e-12 and 1e12 would be noise.
@@ -50,8 +51,10 @@ def _units(diagonal: Tensor) -> Tensor:
     return torch.where((sizes > torch.finfo(sizes.dtype).tiny ** 0.5) & torch.isfinite(sizes), sizes.rsqrt(), 1.0)
 
 
-def _hessians(density: LogDensity, points: Tensor) -> Tensor:
+def _hessians(density: LogDensity | Stack, points: Tensor) -> Tensor:
     """Hessians (K, D, D): automatic differentiation where the model allows, differences of gradients otherwise."""
+    if isinstance(density, Stack):
+        return density.hessians(points)
     if density.batched:
         try:
             with torch.no_grad(), quiet(), density.clock.watching():

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.graphs.batches import rows_for
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.stack import Stack
 from pyro_flows.starts.gaussians import Gaussians, choose, compact, diagonal_update, identity_like, stretch
 from pyro_flows.verdict.psis import psis
 
@@ -35,6 +37,7 @@ SHRINK = (0.1, 0.5)
 GROW = 2.0  # where the density does not curve down
 SMALLEST_STEP = 1e-10
 SETTLED = 1e-8  # nats still to gain
+STALLED_TICKS, STALLED = 25, 1e-3  # a path that rose by fewer nats in so many ticks is over, though it has not settled
 CURVED = 1e-10
 
 
@@ -48,7 +51,7 @@ class Paths:
     settled: Tensor
 
 
-def pathfinder(density: LogDensity, points: Tensor, units: Tensor, *, seed: int) -> Paths:
+def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, seed: int) -> Paths:
     r"""Climb from each point (K, D) by L-BFGS, all paths side by side; return the best Gaussian along each.
 
     Coordinates are measured in ``units``, for each path a lower triangular matrix (K, D, D) or a diagonal (K, D), so
@@ -58,7 +61,8 @@ def pathfinder(density: LogDensity, points: Tensor, units: Tensor, *, seed: int)
     than 1e-8 nats to be gained.
 
     ELBOs come from ten draws, with the same noise at each point; where the density vanishes for some of them, it is
-    that of the Gaussian cut to the rest, and where it vanishes for all of them, -inf. Cost: at most 101 K gradients,
+    that of the Gaussian cut to the rest, and where it vanishes for all of them, -inf. Paths of many data sets climb
+    together on a :class:`Stack`, as many for each, one data set after the other. Cost: at most 101 K gradients,
     and ten densities for each step.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
@@ -75,6 +79,8 @@ def pathfinder(density: LogDensity, points: Tensor, units: Tensor, *, seed: int)
     for tick in range(1, TICKS + 1):
         moved = climb.tick()
         found.append((climb.gaussians(), moved))
+        if tick % STALLED_TICKS == 0:
+            climb.end_stalled()
         done = tick == TICKS or bool(climb.over.all())
         if done or len(found) == SCORED_TOGETHER:
             best, elbo = _best(density, noise, found, best, elbo)
@@ -84,22 +90,53 @@ def pathfinder(density: LogDensity, points: Tensor, units: Tensor, *, seed: int)
     return Paths(best, elbo, climb.points, climb.settled)
 
 
+class Ends(NamedTuple):
+    """Where K paths ended (K, D), the density (K,) and roughly the scales there (K, D), and whether at rest (K,)."""
+
+    points: Tensor
+    heights: Tensor
+    scales: Tensor
+    settled: Tensor
+
+
+def climb(density: LogDensity, points: Tensor, units: Tensor, *, ticks: int = TICKS) -> Ends:
+    """Climb as :func:`pathfinder` does, for the ends only: nothing is drawn on the way.
+
+    ``units`` (K, D) are diagonal. Cost: a gradient of each path that is under way, for each of at most ``ticks``.
+    """
+    state = _Climb(density, points, units)
+    for _ in range(ticks):
+        if bool(state.over.all()):
+            break
+        state.tick()
+    return Ends(state.points, state.height, units * state.alpha.sqrt(), state.settled)
+
+
 def _best(
-    density: LogDensity, noise: Tensor, found: list[tuple[Gaussians, Tensor]], best: Gaussians, elbo: Tensor
+    density: LogDensity | Stack, noise: Tensor, found: list[tuple[Gaussians, Tensor]], best: Gaussians, elbo: Tensor
 ) -> tuple[Gaussians, Tensor]:
     """Score a few ticks at once, and keep the best of them and of what there was, for each path."""
     moved = torch.stack([moved for _, moved in found])
     if not bool(moved.any()):
         return best, elbo
     z, log_q = (torch.stack(parts) for parts in zip(*(gaussians.map(noise) for gaussians, _ in found), strict=True))
-    log_p = torch.full_like(log_q, -torch.inf)
-    with torch.no_grad():
-        log_p[moved] = density(z[moved].flatten(0, 1)).unflatten(0, (-1, len(noise)))
+    log_p = _heights(density, z, moved)
     for (gaussians, _), terms in zip(found, log_p - log_q, strict=True):
         score = _cut_elbo(terms)
         best = gaussians.where(score > elbo, best)
         elbo = torch.maximum(score, elbo)
     return best, elbo
+
+
+@torch.no_grad()
+def _heights(density: LogDensity | Stack, z: Tensor, moved: Tensor) -> Tensor:
+    """Return the log density (T, K, S) at draws (T, K, S, D), -inf where no step was taken."""
+    if isinstance(density, Stack):  # whose points stand in groups, one for each data set
+        found = density(z.transpose(0, 1).flatten(0, 2)).reshape(z.shape[1], z.shape[0], -1).transpose(0, 1)
+        return torch.where(moved[..., None], found, -torch.inf)
+    log_p = z.new_full(z.shape[:3], -torch.inf)
+    log_p[moved] = density(z[moved].flatten(0, 1)).unflatten(0, (-1, z.shape[2]))
+    return log_p
 
 
 def _cut_elbo(terms: Tensor) -> Tensor:
@@ -146,8 +183,9 @@ def pool(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Pool:
 class _Climb:
     """The state of K paths; gradient, direction and history are measured in ``units``."""
 
-    def __init__(self, density: LogDensity, points: Tensor, units: Tensor) -> None:
+    def __init__(self, density: LogDensity | Stack, points: Tensor, units: Tensor) -> None:
         self.density, self.points, self.units = density, points, units
+        self.piece = rows_for(density.numbers)
         self.height, gradient = self._look(points)
         finite = torch.isfinite(self.height) & torch.isfinite(gradient).all(-1)
         self.gradient = choose(finite, gradient, 0.0)
@@ -159,6 +197,7 @@ class _Climb:
         self.length = torch.ones_like(self.height)
         self.settled = finite & self._at_rest()
         self.over = self.settled | ~finite
+        self.before = torch.full_like(self.height, -torch.inf)
 
     def gaussians(self) -> Gaussians:
         """Return the Gaussians at the present points."""
@@ -169,7 +208,7 @@ class _Climb:
         """Try one step on each path that is not over; return which were taken (K,)."""
         step = choose(~self.over, self.length[:, None] * self.direction, 0.0)
         points = self.points + self._stretch(step)
-        height, gradient = self._look(points)
+        height, gradient = self._look_at_open(points)
         promised, gain = (self.gradient * step).sum(-1), height - self.height
         finite = torch.isfinite(height) & torch.isfinite(gradient).all(-1)
         moved = finite & (gain >= RISE * promised - self._rounding()) & ~self.over
@@ -182,9 +221,27 @@ class _Climb:
         self._turn(moved, curved)
         return moved
 
-    def _look(self, points: Tensor) -> tuple[Tensor, Tensor]:
+    def end_stalled(self) -> None:
+        """End paths that have hardly risen since the last call."""
+        self.over = self.over | ~(self.height - self.before > STALLED)
+        self.before = self.height
+
+    def _look(self, points: Tensor, units: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        units = self.units if units is None else units
         height, gradient = self.density.value_and_grad(points)
-        return height, stretch(self.units.mT if self.units.dim() == 3 else self.units, gradient[:, None])[:, 0]
+        return height, stretch(units.mT if units.dim() == 3 else units, gradient[:, None])[:, 0]
+
+    def _look_at_open(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Look at paths that are not over, where leaving out the others saves whole pieces of a batch."""
+        open_ = (~self.over).nonzero()[:, 0]
+        count = -(-len(open_) // self.piece) * self.piece  # pieces are filled up, and a new batch size is recorded
+        if not 0 < count < len(points):
+            return self._look(points)
+        height, gradient = self.height.clone(), self.gradient.clone()
+        rows = torch.cat([open_, open_[-1:].expand(count - len(open_))])
+        found = self._look(points[rows], self.units[rows])
+        height[open_], gradient[open_] = (part[: len(open_)] for part in found)
+        return height, gradient
 
     def _stretch(self, x: Tensor) -> Tensor:
         return stretch(self.units, x[:, None])[:, 0]

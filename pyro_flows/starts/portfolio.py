@@ -34,8 +34,8 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
     Starts: standard (zero, one); the prior's median and scale; the modes found by Newton's method from prior draws,
     with the full and the diagonal Laplace curvature; the best Gaussian along Pathfinder's paths from the same draws,
     and the moments of draws of all paths; and those in ``extra``. A start by Pathfinder that is next to the same as
-    another is left out. ELBOs use the same Student-t noise for all and leave out the lowest 5 % of the draws, where a
-    wide start can fall arbitrarily low.
+    another is left out. ELBOs use the same Student-t noise of variance 1 for all and leave out the lowest 5 % of the
+    draws, where a wide start can fall arbitrarily low.
 
     Newton's method stays beside L-BFGS up to 200 dimensions: its modes are exact and come with the evidence by which
     missed modes are found. Above that it would be too dear, and the paths have to do.
@@ -66,7 +66,8 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
             if not any(divergence(start, other) < SAME for other in starts):
                 starts.append(start)
     with seeded(seed, density.device):
-        base = dist.StudentT(df * torch.ones_like(zero), 0.0, 1.0).to_event(1)
+        unit = math.sqrt((df - 2.0) / df)
+        base = dist.StudentT(df * torch.ones_like(zero), 0.0, unit).to_event(1)
         noise = base.sample((SCORE_DRAWS,))
     log_noise = base.log_prob(noise)
     scored: list[Start] = []

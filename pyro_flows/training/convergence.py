@@ -16,6 +16,7 @@ SD_TOLERANCE = 0.05
 NOISY = 20.0
 RESTLESS = 0.5
 TRIM = 0.02
+EARLY = 4  # checks after which a look at the weights may end the training
 
 
 def split_r_hat(series: Tensor) -> Tensor:
@@ -47,12 +48,14 @@ class Monitor:
     """
 
     elbos: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)  # log evidence by the weights of the same draws, less their ELBO
     moments: list[Tensor] = field(default_factory=list)
 
     def add(self, z: Tensor, log_weights: Tensor) -> float:
         """Add one check: images (S, D) of the common noise and their log weights; return the ELBO."""
         terms = torch.nan_to_num(log_weights.double(), nan=-torch.inf).sort().values
         self.elbos.append(float(terms[int(TRIM * len(terms)) :].mean()))
+        self.gaps.append(float(torch.logsumexp(terms, 0) - math.log(len(terms)) - terms.mean()))
         z = z.double()
         self.moments.append(torch.cat([z.mean(0), z.std(0).clamp_min(1e-300).log()]))
         return self.elbos[-1]
@@ -63,6 +66,16 @@ class Monitor:
         if len(self.moments) < WINDOW:
             return False
         return not float(_drift(self._series())[1:].max()) <= RESTLESS
+
+    def promises(self, gap: float) -> bool:
+        """Whether a larger sample is worth its cost: the weights leave a ``gap`` at most, and the ELBO hardly rises.
+
+        The last two checks are compared with the two before them.
+        """
+        if len(self.elbos) < EARLY or not self.gaps[-1] <= gap:
+            return False
+        before, after = self.elbos[-4:-2], self.elbos[-2:]
+        return 0.5 * (sum(after) - sum(before)) <= max(ELBO_TOLERANCE, 0.25 * gap)
 
     def _series(self) -> Tensor:
         """The last window (T, 1 + 2 D): ELBO, means in present sds, log sds; relative to the last check."""

@@ -107,7 +107,7 @@ class Passes:
     """
 
     def __init__(self, flow: Flow, like: Tensor, weights: Sequence[Tensor], *, compile: bool | None = None) -> None:
-        layers = list(_flat(flow.bijection))
+        layers = list(flat(flow.bijection))
         owned = [parameter for layer in layers for parameter in layer.parameters()]
         if [id(parameter) for parameter in owned] != [id(parameter) for parameter in flow.parameters()]:
             raise ValueError("layers: expected parameters that belong to one layer each.")
@@ -194,9 +194,9 @@ def _kind(flow: Flow, bodies: Sequence[Body], state: Sequence[Tensor], ends: Seq
     return _kinds.of(key, lambda: Kind(flow, bodies, state, ends, like))
 
 
-def _flat(bijection: Bijection) -> Iterator[Bijection]:
+def flat(bijection: Bijection) -> Iterator[Bijection]:
     if isinstance(bijection, Chain):
         for layer in bijection.layers:
-            yield from _flat(layer)  # type: ignore[arg-type]
+            yield from flat(layer)  # type: ignore[arg-type]
     else:
         yield bijection

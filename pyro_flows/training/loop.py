@@ -24,6 +24,7 @@ CHECK_DRAWS = 256
 COOL_SHARE = 0.6
 COOL_AT_LEAST = 600
 COOL_AT_MOST = 1500
+COOL_EARLY = 200  # steps, where a look at the weights ended the training
 AVERAGED_SHARE = 0.2
 ANNEAL_FROM = 0.01
 FALL = 20.0  # nats below the best check: go back to it with half the step size
@@ -54,6 +55,20 @@ class Training:
     why: str
     skipped: int
     falls: int
+    early: bool = False  # a look at the weights ended it
+
+
+@dataclass(frozen=True)
+class Look:
+    """What may end a training early: a larger sample of the flow whose weights leave nothing to see.
+
+    Attributes:
+        gap: nats between log evidence and ELBO by the draws of a check, up to which the sample is drawn.
+        enough: draws it, and says whether it is good enough.
+    """
+
+    gap: float
+    enough: Callable[[], bool]
 
 
 @dataclass
@@ -90,22 +105,24 @@ def train(
     cool: int = COOL_AT_LEAST,
     settle: bool = True,
     name: str = "training",
+    look: Look | None = None,
 ) -> Training:
     """Run until the functionals stand still, then cool the step size down and average; or until the budget ends.
 
-    The cool-down takes ``cool`` steps at least. With ``settle=False`` the budget alone ends it, to see what stopping
-    costs. Where the time ends or Ctrl-C comes on the way, the flow keeps what it has learned so far, and the clock the
+    The cool-down takes ``cool`` steps at least; it begins earlier, and is shorter, where ``look`` finds nothing to
+    mend. With ``settle=False`` the budget alone ends it, to see what stopping costs. Where the time ends or Ctrl-C
+    comes on the way, the flow keeps what it has learned so far, and the clock the
     ``name`` of what was cut.
     """
     check = Check.make(trainer.flow, trainer.density, seed=seed)
     monitor, ratchet = Monitor(), _Ratchet(trainer, -math.inf)
     first = len(trainer.losses)  # a race may have gone before
-    still, why, value = False, "no steps", -math.inf
+    still, early, why, value = False, False, "no steps", -math.inf
     steady = _steady_share(budget.steps)
     done = 0
     with budget.clock.part(name):
         ratchet.best = value = check.elbo()
-        while done < steady and budget.left(done) and not still:
+        while done < steady and budget.left(done) and not still and not early:
             trainer.step(trainer.learning_rate * min(1.0, (done + 1) / WARM_UP))
             done += 1
             if done % CHECK_EVERY == 0:
@@ -115,11 +132,17 @@ def train(
                 still = still and settle
                 ratchet.look(value)
                 report(first + done, value, "converging")
-        steps = min(budget.left(done), max(cool, min(int(COOL_SHARE * done), COOL_AT_MOST)))
+                early = look is not None and not still and monitor.promises(look.gap) and look.enough()
+        steps = COOL_EARLY if early else max(cool, min(int(COOL_SHARE * done), COOL_AT_MOST))
+        steps = min(budget.left(done), steps)
         value = _cool(trainer, budget, done, steps, check, ratchet, lambda *state: report(first + state[0], *state[1:]))
-        why = f"converged: {why}" if still else f"training did not converge in {done + steps} steps ({why})"
-        moving = not still and monitor.restless
-        return Training(trainer.losses[first:], value, still, moving, why, trainer.skipped, ratchet.falls)
+        if early:
+            why = f"converged: the importance weights leave nothing to mend after {done} steps"
+        else:
+            why = f"converged: {why}" if still else f"training did not converge in {done + steps} steps ({why})"
+        moving = not still and not early and monitor.restless
+        losses = trainer.losses[first:]
+        return Training(losses, value, still or early, moving, why, trainer.skipped, ratchet.falls, early)
     ratchet.rescue()
     losses = trainer.losses[first:]
     why = f"training was stopped after {len(losses)} steps and did not converge" + (f" ({why})" if losses else "")

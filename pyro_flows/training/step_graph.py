@@ -137,15 +137,25 @@ _wholes: WeakKeyDictionary[LogDensity, Cache[Any, tuple[Kind, fx.GraphModule, Ru
 def _whole(density: LogDensity, graph: fx.GraphModule, kind: Kind, weights: Tensor, compile: bool | None) -> Runner:
     """Return the step as one graph, the one that is known for such flows on this density."""
     known, key = _wholes.setdefault(density, Cache(WHOLES_KEPT)), (id(kind), id(graph), compile)
-    entry = known.of(key, lambda: (kind, graph, _stitched(graph, kind, weights, compile)))  # so that ids stay theirs
-    return entry[-1]
+    make = lambda: (kind, graph, Runner(stitched(graph, kind, weights), compile=compile))  # noqa: E731
+    return known.of(key, make)[-1]  # with kind and graph kept, so that ids stay theirs
 
 
-def _stitched(graph: fx.GraphModule, kind: Kind, weights: Tensor, compile: bool | None) -> Runner:
+def stitched(graph: fx.GraphModule, kind: Kind, weights: Tensor, given: Sequence[Tensor] = ()) -> fx.GraphModule:
+    """Return a step as one graph.
+
+    It takes ``(*state, x, *given, log_thinning, dials, weights, *moments)`` to ``(loss, weights, *moments)``.
+
+    Args:
+        graph: of the density: ``(z, *given)`` to values and gradients.
+        kind: of the flow.
+        weights: examples of the trained parameters (W,).
+        given: examples of what the density takes besides.
+    """
     like, whole = kind.like, Stitcher()
     state = kind.inputs(whole)
     z, log_q, score_q, tape = kind.add_forward(whole, state, whole.input(like))
-    log_p, score_p = whole.add(graph, [z])
+    log_p, score_p = whole.add(graph, [z, *map(whole.input, given)])
     none, dials, moments = torch.zeros_like(like[:, 0]), weights.new_ones(3), Moments.fresh(weights)
     values = log_p.meta["val"].dtype
     given = [none.to(values), like, none.clone(), like.clone(), none.clone(), dials]
@@ -156,7 +166,7 @@ def _stitched(graph: fx.GraphModule, kind: Kind, weights: Tensor, compile: bool 
     held = [weights, *moments]
     updating = record(_updating, weights.clone(), none.clone(), none + 1.0, dials, *(part.clone() for part in held))
     outputs = whole.add(updating, [gradient, terms, log_weights, dialled[1], *map(whole.input, held)])
-    return Runner(whole.finish(outputs), compile=compile)
+    return whole.finish(outputs)
 
 
 def _pulling(

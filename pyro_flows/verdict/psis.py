@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,24 @@ from torch import Tensor
 SAME_WEIGHT = 1e-3  # nats between the largest and the smallest weight of a tail without a shape
 TAIL_AT_LEAST = 6  # for the first quartile of a tail to be another point than its smallest
 PRIOR_DRAWS, PRIOR_K = 10, 0.5  # of the shape: as if so many draws had told this value
+
+
+class Tail(NamedTuple):
+    r"""The generalised Pareto distribution that was fitted to the largest weights.
+
+    .. math:: P(w > x) = \frac MS \Big(1 + k \frac{x - u}\sigma\Big)^{-1/k}
+
+    Attributes:
+        k_hat: its shape k.
+        scale: its scale sigma; NaN where no tail was fitted.
+        cutoff: the weight u that the tail begins above, of weights of which the largest is 1.
+        size: how many weights M it was fitted to.
+    """
+
+    k_hat: float
+    scale: float
+    cutoff: float
+    size: int
 
 
 def psis(log_weights: Tensor) -> tuple[Tensor, float]:
@@ -31,26 +50,45 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
     >>> round(float(weights.exp().sum()), 6), k_hat < 0.5
     (1.0, True)
     """
-    given = log_weights.detach().double().cpu()
-    given = torch.where(torch.isfinite(given), given, -torch.inf)
-    given = given - given.max()
-    count = len(given)
-    tail = math.floor(3.0 * math.sqrt(count)) if count > 225 else count // 5
+    given = _relative(log_weights)
     ordered, places = given.sort()
-    smoothed, k_hat = given, math.inf
-    if tail >= TAIL_AT_LEAST and float(ordered[-1] - ordered[-tail - 1]) < SAME_WEIGHT:
-        k_hat = 0.0
-    elif tail >= TAIL_AT_LEAST:
-        cutoff = ordered[-tail - 1].exp()
-        k_hat, scale = fit_pareto(ordered[-tail:].exp() - cutoff)
-        levels = (torch.arange(tail, dtype=given.dtype) + 0.5) / tail
-        largest = (cutoff + _quantiles(levels, k_hat, scale)).log().clamp(max=0.0)
+    tail = _tail(ordered)
+    smoothed, k_hat = given, tail.k_hat
+    if not math.isnan(tail.scale):
+        levels = (torch.arange(tail.size, dtype=given.dtype) + 0.5) / tail.size
+        largest = (tail.cutoff + _quantiles(levels, k_hat, tail.scale)).log().clamp(max=0.0)
         if math.isfinite(k_hat) and bool(torch.isfinite(largest).all()):
-            smoothed = given.index_copy(0, places[-tail:], largest)
+            smoothed = given.index_copy(0, places[-tail.size :], largest)
         else:
             k_hat = math.inf
     smoothed = torch.where(torch.isfinite(given), smoothed, -torch.inf)
     return (smoothed - torch.logsumexp(smoothed, 0)).to(log_weights.device), k_hat
+
+
+def fit_tail(log_weights: Tensor) -> Tail:
+    """Return the fit that :func:`psis` makes to the largest of the weights (S,)."""
+    return _tail(_relative(log_weights).sort().values)
+
+
+def _relative(log_weights: Tensor) -> Tensor:
+    """Return log weights less the largest one, -inf for all that are not finite."""
+    given = log_weights.detach().double().cpu()
+    given = torch.where(torch.isfinite(given), given, -torch.inf)
+    return given - given.max()
+
+
+def _tail(ordered: Tensor) -> Tail:
+    """Fit the tail of sorted log weights (S,) of which the largest is 0."""
+    count = len(ordered)
+    tail = math.floor(3.0 * math.sqrt(count)) if count > 225 else count // 5
+    if tail < TAIL_AT_LEAST:
+        return Tail(math.inf, math.nan, math.nan, tail)
+    cutoff = ordered[-tail - 1].exp()
+    if float(ordered[-1] - ordered[-tail - 1]) < SAME_WEIGHT:
+        return Tail(0.0, math.nan, float(cutoff), tail)
+    k_hat, scale = fit_pareto(ordered[-tail:].exp() - cutoff)
+    found = (k_hat, scale) if math.isfinite(k_hat) and math.isfinite(scale) else (math.inf, math.nan)
+    return Tail(*found, float(cutoff), tail)
 
 
 def fit_pareto(excesses: Tensor) -> tuple[float, float]:

@@ -42,6 +42,14 @@ class Verdict:
     notes: tuple[str, ...] = ()
     chains: ChainFigures | None = None
 
+    @property
+    def next_step(self) -> str:
+        """What helps against the reasons, if the verdict is unreliable; empty otherwise."""
+        if self.status != "unreliable":
+            return ""
+        elsewhere = self.chains is not None and self.chains.elsewhere
+        return next_step_of_mcmc(self.reasons) if elsewhere else next_step(self.reasons)
+
     def __str__(self) -> str:
         return self._sentence() + (f" Note: {'; '.join(self.notes)}." if self.notes else "")
 
@@ -62,14 +70,13 @@ class Verdict:
         if self.status == "refined":
             what = "the samples are Markov chains that started at the guide's draws and converged; they can be used"
             return f"refined: {what}. Why: {why}. Figures: {self.chains}."
-        step = next_step(self.reasons)
-        return f"unreliable: do not use these samples. Why: {why}. Next step: {step}. Figures: {figures}."
+        return f"unreliable: do not use these samples. Why: {why}. Next step: {self.next_step}. Figures: {figures}."
 
     def _sentence_on_mcmc(self) -> str:
         if self.status == "ok":
             return f"ok: the chains agree and can be used. Figures: {self.chains}."
-        why, step = "; ".join(self.reasons), next_step_of_mcmc(self.reasons)
-        return f"unreliable: do not use these chains. Why: {why}. Next step: {step}. Figures: {self.chains}."
+        why = "; ".join(self.reasons)
+        return f"unreliable: do not use these chains. Why: {why}. Next step: {self.next_step}. Figures: {self.chains}."
 
     __repr__ = __str__  # what a REPL shows
 

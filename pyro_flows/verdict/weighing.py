@@ -30,6 +30,7 @@ class Weighing:
     distance: float  # the largest shift of a mean, of the draws that are possible under p
     broken: int
     heavy: Tensor | None = None  # (D,): quantiles were compared in place of moments
+    quantile_shift: float | None = None  # largest, of a quartile in sds or of a log distance between two
 
     @property
     def threshold(self) -> float:
@@ -42,8 +43,8 @@ class Weighing:
         return self.k_hat < self.threshold and self.ess >= ESS_RATIO * len(self.log_weights)
 
 
-def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
-    """Compare draws ``z`` (S, D) from q with their log densities under p and q."""
+def weigh(z: Tensor, log_p: Tensor, log_q: Tensor, *, quantiles: bool = False) -> Weighing:
+    """Compare draws ``z`` (S, D) from q with their log densities under p and q; ``quantiles`` too, if asked for."""
     ratio = (log_p - log_q).double()
     broken = int((~torch.isfinite(ratio)).sum())
     ratio = torch.where(torch.isfinite(ratio), ratio, -torch.inf)
@@ -65,6 +66,7 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
     if bool(heavy.any()):  # moments that do not exist are noise
         moved, narrowed = _quantile_shifts(points[:, heavy], weights[:, 0])
         mean_shift[heavy], distance[heavy], narrowing[heavy] = moved, moved, narrowed
+    shifts = [part.abs().max() for part in _quantile_shifts(points, weights[:, 0])] if quantiles else []
     return Weighing(
         log_weights=log_weights,
         k_hat=k_hat,
@@ -77,6 +79,7 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor) -> Weighing:
         distance=float(distance.max()),
         broken=broken,
         heavy=heavy,
+        quantile_shift=float(max(shifts)) if shifts else None,
     )
 
 

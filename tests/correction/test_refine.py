@@ -373,6 +373,7 @@ def test_a_fit_tries_chains_before_it_trains_further(monkeypatch):
     from pyro_flows.fitting.escalation import Round
 
     monkeypatch.setattr(Round, "enough", property(lambda self: False))
+    monkeypatch.setattr("pyro_flows.fitting.run.invisible", lambda *_, **__: False)
     found = pf.fit(schools, Y, progress=False, max_steps=800)
     assert found.verdict.status == "refined", found.verdict
     assert found.history[-1]["details"]["sweeps"] < 400

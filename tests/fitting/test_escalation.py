@@ -51,6 +51,10 @@ ENOUGH = [
     ({}, True),
     ({"k_hat": 0.499}, True),
     ({"k_hat": 0.5}, False),
+    ({"k_hat": 0.6, "ess": 951.0, "log_evidence": 0.0099}, True),
+    ({"k_hat": 0.6, "ess": 949.0, "log_evidence": 0.0099}, False),
+    ({"k_hat": 0.6, "ess": 951.0, "log_evidence": 0.0101}, False),
+    ({"k_hat": 0.67, "ess": 951.0, "log_evidence": 0.0099}, False),
     ({"log_evidence": 0.0399}, True),
     ({"log_evidence": 0.04}, False),
     ({"dim": 26, "log_evidence": 0.0399}, True),
@@ -184,10 +188,11 @@ def check_rounds(density, monkeypatch):
     assert fresh.df == 5.0
     affine = fresh.bijection.layers[-1]
     torch.testing.assert_close(affine.loc, real(0.5, -0.5))
-    torch.testing.assert_close(affine.scale_tril.diagonal(), real(0.7, 0.2))
+    sds = affine.scale_tril.diagonal() * math.sqrt(5.0 / 3.0)  # of draws of its base
+    torch.testing.assert_close(sds, real(0.7, 0.2))
     z = normal(20, 2, seed=1)
     base = fresh.base_distribution()
-    moved = base.log_prob((z - affine.loc) / affine.scale_tril.diagonal()) - math.log(0.7 * 0.2)
+    moved = base.log_prob((z - affine.loc) / affine.scale_tril.diagonal()) - math.log(0.7 * 0.2 * 3.0 / 5.0)
     torch.testing.assert_close(fresh().log_prob(z), moved)
 
 

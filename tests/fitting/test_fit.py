@@ -99,7 +99,11 @@ def test_follows_the_dtype_of_the_data():
 
 
 def test_a_fit_that_is_cut_short_says_so():
-    posterior = quick(conjugate, torch.tensor([0.4, 1.3]), max_steps=20)
+    def skewed(y):
+        rate = pyro.sample("rate", dist.Gamma(0.5, 1.0))
+        pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    posterior = quick(skewed, torch.tensor(0.0), max_steps=20)
     assert posterior.verdict.status != "ok"
     assert "training did not converge" in str(posterior.verdict)
     assert len(posterior.losses) <= 20

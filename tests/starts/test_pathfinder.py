@@ -169,6 +169,7 @@ class _Watched:
 
     def __init__(self, density):
         self.density, self.dim, self.dtype, self.device = density, density.dim, density.dtype, density.device
+        self.numbers = density.numbers
         self.heights = []
 
     def __call__(self, z):

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 
 from pyro_flows.fitting import agreement as runs
-from pyro_flows.fitting import conclude, escalation
+from pyro_flows.fitting import conclude, escalation, selection
 from pyro_flows.flows import recipe
 from pyro_flows.model import charts, noncentered
 from pyro_flows.modes import climbs, lacks, missed_modes, symmetries, tempering
 from pyro_flows.results import arviz_groups
+from pyro_flows.starts import matching
+from pyro_flows.training import convergence
 from pyro_flows.verdict import deciding, judging, weighing
-from tests.fitting import test_escalation
+from tests.fitting import test_early_stop, test_escalation
 from tests.model import test_charts
 from tests.modes import test_symmetries, test_tempering
 from tests.posteriors import schools_posterior
-from tests.starts import test_coordinates
+from tests.starts import test_coordinates, test_matching
 from tests.verdict import test_verdict
 from tests.verdict.test_verdict import weighing as weighed
 
@@ -155,6 +157,24 @@ def enough(_):
         test_escalation.test_enough_from_both_sides(changes, wanted)
 
 
+def unseen(_):
+    for changes, wanted in test_early_stop.INVISIBLE:
+        test_early_stop.test_invisible_from_both_sides(changes, wanted)
+
+
+def evenness(_):
+    for changes, wanted in test_early_stop.EVEN:
+        test_early_stop.test_even_weights_from_both_sides(changes, wanted)
+
+
+def promising(_):
+    test_early_stop.test_what_promises_enough_from_both_sides()
+
+
+def moments(_):
+    test_matching.test_the_moments_of_a_normal_distribution()
+
+
 def the_rounds(monkeypatch):
     test_escalation.check_rounds(test_escalation.pf.LogDensity(test_escalation.banana), monkeypatch)
 
@@ -271,7 +291,7 @@ BUGS = [
     # modes
     (missed_modes, "missed_modes", "density(z) - log_q", "density(z)", both_halves),
     (missed_modes, "missed_modes", "lambda: _mirrored(guide, *few)", "list", one_half),
-    (missed_modes, "_mirrored", "move.apply(density, z)", "(z, torch.isfinite(z).all(1))", one_half),
+    (symmetries, "images", "move(latents) for move", "latents for move", one_half),
     (lacks, "lacks_of", "> SHARE", "> 1.0", one_half),
     (lacks.Guide, "is_thin", "- self.score(z[usable])", "+ self.score(z[usable])", one_half),
     (lacks.Guide, "is_thin", "> by", "< by", both_halves),
@@ -289,14 +309,25 @@ BUGS = [
     (tempering._Walk, "move", "torch.rand_like(chance) < chance", "chance == chance", wandering),
     (tempering._Walk, "_force", "self.beta * slope", "-self.beta * slope", neck),
     # escalation
-    (escalation.Round, "enough", "gap < self.enough_gap", "True", enough),
+    (escalation, "nothing_to_mend", "gap < enough_gap(len(weighing.mean_shift))", "True", enough),
     (escalation.Round, "enough", "self.training.converged", "True", enough),
-    (escalation.Round, "enough", "self.weighing.k_hat < ENOUGH_K", "True", enough),
-    (escalation.Round, "enough_gap", "max(", "min(", enough),
+    (escalation, "nothing_to_mend", "weighing.k_hat < ENOUGH_K", "True", enough),
+    (escalation, "nothing_to_mend", "ratio > ENOUGH_ESS", "True", enough),
+    (escalation, "nothing_to_mend", "gap < ENOUGH_SMALL_GAP", "True", enough),
+    (escalation, "enough_gap", "max(", "min(", enough),
+    (escalation, "invisible", "shift < seen", "True", unseen),
+    (escalation, "invisible", "float(weighing.sd_shift.max())", "0.0", unseen),
+    (escalation, "invisible", "weighing.quantile_shift or 0.0", "0.0", unseen),
+    (escalation.Round, "even", "ratio > EVEN_ESS", "True", evenness),
+    (convergence.Monitor, "promises", "self.gaps[-1] <= gap", "True", promising),
+    (convergence.Monitor, "promises", "sum(after) - sum(before)", "0.0", promising),
+    (matching, "_moved", "weights @ z", "start.loc", moments),
+    (matching, "_moved", "away.mT @ away", "start.scale @ start.scale.mT", moments),
+    (selection, "begin", "unit * start.scale", "start.scale", the_rounds),
     (*ROUNDS, "WIDER * BATCH", "BATCH", the_rounds),
     (*ROUNDS, 'STEP_SIZE if name == "larger batch" else', "", the_rounds),
     (escalation, "_changed", "set_df(flow, HEAVY_DF)", "flow", the_rounds),
-    (escalation, "_changed", "start_at(flow, start.loc, start.scale)", "pass", the_rounds),
+    (escalation, "_changed", "begin(flow, start)", "pass", the_rounds),
     (*ROUNDS, "trainer.losses = losses", "pass", the_rounds),
     (*ROUNDS, "budget.steps - len(trainer.losses)", "budget.steps", the_rounds),
     (recipe, "set_df", "flow.df = df", "pass", the_rounds),

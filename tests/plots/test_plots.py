@@ -10,6 +10,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import plots
+from pyro_flows.plots.parts import regions
 from tests.posteriors import SCHOOLS, Y, any_posterior, schools, schools_flow, schools_posterior
 
 
@@ -85,7 +86,8 @@ def test_histogram_interval_and_mean(ok):
     assert dot.get_xdata()[0] == pytest.approx(values.mean(), rel=1e-5)
     heights = axes.patches[-1].get_data().values
     edges = axes.patches[-1].get_data().edges
-    assert (heights * np.diff(edges)).sum() == pytest.approx(1.0)
+    inside = np.mean((values >= edges[0]) & (values <= edges[-1]))
+    assert (heights * np.diff(edges)).sum() == pytest.approx(inside)
 
 
 def test_many_scalars_are_capped_with_a_note(ok):
@@ -108,7 +110,7 @@ def test_constant_broken_and_matrix_valued_sites(tmp_path):
 
 def test_marginals_of_unknown_sites(ok):
     with pytest.raises(
-        ValueError, match=r"names: expected one of 'double', 'theta', got 'tehta'\. Did you mean 'theta'"
+        ValueError, match=r"var_names: expected one of 'double', 'theta', got 'tehta'\. Did you mean 'theta'"
     ):
         plots.plot_posterior(ok, ["tehta"])
 
@@ -150,7 +152,7 @@ def test_regions_hold_their_share():
     axes = Figure().add_subplot()
     axes.set_xlim(-5, 5)
     axes.set_ylim(-5, 5)
-    plots._regions(axes, points, "regions")
+    regions(axes, points)
     lines = axes.collections[-1].get_paths()
     shares = [Path(line.vertices).contains_points(points).mean() for line in lines]
     assert shares == pytest.approx([0.9, 0.5], abs=0.04)
@@ -163,7 +165,7 @@ def test_scalars_that_are_none(ok):
         plots.plot_pairs(ok, "theta", "double[0]")
     with pytest.raises(ValueError, match=r"'theta\[9\]': expected one scalar"):
         plots.plot_pairs(ok, "theta[9]", "double[0]")
-    with pytest.raises(ValueError, match=r"names: expected one of 'double', 'theta', got 'eta'"):
+    with pytest.raises(ValueError, match=r"var_names: expected one of 'double', 'theta', got 'eta'"):
         plots.plot_pairs(ok, "eta", "double[0]")
 
 

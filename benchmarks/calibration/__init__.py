@@ -1,0 +1,1 @@
+"""Simulation-based calibration: are posteriors calibrated, and what do many fits side by side save?"""

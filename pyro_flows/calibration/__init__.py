@@ -1,0 +1,1 @@
+"""Many fits of one model, and whether its posteriors are calibrated."""

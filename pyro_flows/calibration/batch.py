@@ -1,0 +1,132 @@
+"""Fits of one model to many data sets, side by side: one recorded graph, stacked flows, a verdict for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows._turns import few_threads
+from pyro_flows.fitting.combine import Combined
+from pyro_flows.fitting.conclude import conclude
+from pyro_flows.fitting.escalation import Round, unweighed
+from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.prepare import Prepared, prepare
+from pyro_flows.fitting.run import Run
+from pyro_flows.flows.recipe import Recipe, start_at
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.stack import NotStackable, Stack
+from pyro_flows.modes.together import missed_together
+from pyro_flows.posterior.posterior import Posterior
+from pyro_flows.results.stage import Stage
+from pyro_flows.starts.start import Start
+from pyro_flows.starts.together import starts_together
+from pyro_flows.training.lockstep import Lockstep
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
+from pyro_flows.training.together import train_together
+
+TOGETHER, NUMBERS = 128, 2**20  # data sets side by side at most, and numbers that a step of all handles
+FEWEST = 4  # data sets that are worth a graph of their own
+LAYERS = 2  # of a flow that was given by name: those for which this is too little are fitted again by themselves
+
+Report = Callable[[str], None]
+
+
+def size_of_batch(density: LogDensity) -> int:
+    """Return how many data sets go side by side: as many as fill a cache, 128 at most."""
+    return max(FEWEST, min(TOGETHER, NUMBERS // (BATCH * max(density.numbers, 1))))
+
+
+def coordinates_for(plan: Plan, densities: Sequence[LogDensity]) -> list[LogDensity]:
+    """Return all densities in the coordinates that the first of them chooses.
+
+    Raises:
+        NotStackable: if these are of angles, whose cut depends on the data.
+    """
+    prepared = Prepared(densities[0])
+    prepare(plan, prepared, plan.seed)
+    chosen = prepared.density.structure.noncentered
+    if any(isinstance(options, dict) and "turn_about" in options for options in chosen.values()):
+        raise NotStackable("angles are cut where each data set says")
+    return [density.elsewhere(chosen) for density in densities] if chosen else list(densities)
+
+
+def fit_stack(plans: Sequence[Plan], densities: Sequence[LogDensity], *, seed: int, report: Report) -> list[Posterior]:
+    """Fit K data sets side by side, and judge each by itself as ``fit`` judges its own.
+
+    Args:
+        plans: one for each data set.
+        densities: likewise, all in one kind of coordinates.
+        seed: of starts and training; what is drawn to judge by has the plans' own seeds.
+        report: told what is being done.
+
+    Raises:
+        NotStackable: if the data sets do not go through the model side by side.
+    """
+    first = plans[0]
+    with few_threads(BATCH * densities[0].numbers), seeded(seed, densities[0].device):
+        report("reading the model")
+        stack = Stack(densities)
+        stack.clock = first.clock
+        recipe = _shorter(first)
+        report("starts")
+        flows = [replace(plan, recipe=recipe).fresh(densities[0]) for plan in plans]
+        starts = starts_together(stack, seed=seed, df=flows[0].df)
+        for flow, start in zip(flows, starts, strict=True):
+            start_at(flow, start.loc, start.scale)
+        steps = Lockstep(stack, flows, learning_rate=STEP_SIZE, batch=BATCH)
+        trainings = train_together(
+            steps, report=lambda done, still, state: report(_told(done, still, len(plans), state))
+        )
+        report("searches for missed modes")
+        searches = missed_together(stack, flows, seed=seed)
+    found = []
+    shared = stack.evaluations // len(plans)
+    for number, (plan, density, training) in enumerate(zip(plans, densities, trainings, strict=True)):
+        report(f"verdict {number + 1} of {len(plans)}")
+        density.evaluations += shared
+        flow = flows[number]
+        outcome = Round(
+            flow, unweighed(density.dim, training.elbo), training, _stage(training, starts[number], len(plans))
+        )
+        run = Run(0, best=outcome, kept=outcome.stage, history=[outcome.stage])
+        work = Combined(runs=[run], plain=flow, sampler=flow, search=searches[number])
+        with seeded(derive(plan.seed, "side by side"), density.device):
+            found.append(_noted(conclude(plan, density, work), training, len(plans)))
+    return found
+
+
+def _shorter(plan: Plan) -> Recipe:
+    """Return the recipe with few layers, if their number was left open."""
+    open_ = plan.recipe.named and "layers" not in plan.recipe.options
+    return replace(plan.recipe, options={**plan.recipe.options, "layers": LAYERS}) if open_ else plan.recipe
+
+
+def _told(done: int, still: int, count: int, state: str) -> str:
+    return f"{state}, {done} steps, {still} of {count} converged"
+
+
+def _stage(training: Training, start: Start, count: int) -> Stage:
+    return Stage(
+        "side by side",
+        elbo=training.elbo,
+        start=start.name,
+        start_elbo=start.elbo,
+        step_size=STEP_SIZE,
+        batch=BATCH,
+        steps=len(training.losses),
+        converged=training.converged,
+        why=training.why,
+        skipped=training.skipped,
+        falls=training.falls,
+        details={"data_sets": count},
+    )
+
+
+def _noted(posterior: Posterior, training: Training, count: int) -> Posterior:
+    """Add the losses, and with how many others the fit shared its steps and its seconds."""
+    seconds = float(posterior.settings["seconds"]) / count
+    settings = {**posterior.settings, "side_by_side": count, "seconds": seconds}
+    return replace(posterior, losses=torch.tensor(training.losses), settings=settings)

@@ -1,0 +1,67 @@
+"""Data sets of one model: how callers give them, and which can go side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from pyro_flows.model.batching import usable
+from pyro_flows.model.log_density import LogDensity
+
+
+@dataclass(frozen=True)
+class Case:
+    """The arguments of a model for one data set."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def density(self, model: Callable[..., Any], number: int) -> LogDensity:
+        """Return the model's log density.
+
+        Raises:
+            ValueError: naming the data set too.
+        """
+        try:
+            return LogDensity(model, self.args, self.kwargs)
+        except ValueError as error:
+            raise ValueError(f"data[{number}]: {error}") from error
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """What data sets that go side by side have in common: the form of the arguments, and their shapes."""
+        leaves, form = tree_flatten((self.args, self.kwargs))
+        parts = [(tuple(leaf.shape), str(leaf.dtype)) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
+        return (str(form), *parts)
+
+
+def cases_of(data: Any, model_kwargs: Mapping[str, Any] | None) -> list[Case]:
+    """Return the arguments of each data set: a tuple, a dict of keyword arguments, or a single argument.
+
+    Raises:
+        ValueError: for anything but a sequence of data sets.
+    """
+    if isinstance(data, (str, bytes, Mapping, Tensor)) or not isinstance(data, Sequence):
+        raise ValueError(
+            "data: expected a list with the arguments of each data set (a tuple, a dict of keyword arguments, or one "
+            f"argument), got a {type(data).__name__}. To fit a single data set, call fit."
+        )
+    shared = dict(model_kwargs or {})
+    found = []
+    for own in data:
+        args: tuple[Any, ...] = tuple(own) if isinstance(own, tuple) else () if isinstance(own, Mapping) else (own,)
+        kwargs = {**shared, **own} if isinstance(own, Mapping) else shared
+        found.append(Case(usable(args), usable(kwargs)))
+    return found
+
+
+def grouped(cases: Sequence[Case]) -> list[list[int]]:
+    """Return the numbers of the data sets, those with equal shapes together, in the order in which they come."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, case in enumerate(cases):
+        groups.setdefault(case.shapes, []).append(number)
+    return list(groups.values())

@@ -1,0 +1,88 @@
+"""What simulations have come to so far, in a file: a run that is stopped goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows._bundles import digest
+from pyro_flows._files import replace_file
+from pyro_flows.calibration.ranks import Ranked
+
+FORMAT = "pyro_flows calibration 1"
+
+
+def key_of(options: Mapping[str, Any], *values: Mapping[str, Tensor]) -> str:
+    """Return a digest of the options and of all simulated values: these tell the model, its data and the seed."""
+    found = hashlib.sha256(json.dumps(dict(options), sort_keys=True, default=_named).encode())
+    for part in values:
+        for name in sorted(part):
+            value = part[name].detach().cpu().contiguous()
+            found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _named(value: Any) -> str:
+    """Return a function's name, which is the same in another process, or what an object says of itself."""
+    return str(getattr(value, "__qualname__", repr(value)))
+
+
+class Checkpoint:
+    """The finished simulations of one run, written after each batch: whole, or as it was before.
+
+    Args:
+        path: of the file; None keeps nothing.
+        key: of the run, see :func:`key_of`.
+
+    Raises:
+        ValueError: if the file is damaged, or of another run.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, key: str) -> None:
+        self.path, self.key = None if path is None else Path(path), key
+        self.done: dict[int, Ranked] = {}
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            stored = json.loads(path.read_bytes())
+            body = stored["body"]
+            whole = stored["format"] == FORMAT and stored["digest"] == digest(_text(body))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"checkpoint: {str(path)!r} is no checkpoint of sbc, or is damaged ({error}).") from error
+        if not whole:
+            raise ValueError(f"checkpoint: {str(path)!r} is damaged, or of another version. Remove it to begin anew.")
+        if body["key"] != self.key:
+            raise ValueError(
+                f"checkpoint: {str(path)!r} is of a run with another model, other data or other options. Take another "
+                "file, or remove it."
+            )
+        for number, entry in body["done"].items():
+            ranks = {name: torch.tensor(value, dtype=torch.long) for name, value in entry["ranks"].items()}
+            self.done[int(number)] = Ranked(ranks, entry["status"])
+
+    def add(self, found: Mapping[int, Ranked]) -> None:
+        """Add finished simulations, and write the file."""
+        self.done.update(found)
+        if self.path is None:
+            return
+        done = {
+            str(number): {"ranks": {name: value.tolist() for name, value in one.ranks.items()}, "status": one.status}
+            for number, one in sorted(self.done.items())
+        }
+        body = {"key": self.key, "done": done}
+        text = json.dumps({"format": FORMAT, "digest": digest(_text(body)), "body": body})
+        replace_file(self.path, text.encode())
+
+
+def _text(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True).encode()

@@ -1,0 +1,99 @@
+"""Fits one by one: in this process, or in those of joblib, and the model given back to what comes from there."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pyro_flows.calibration.cases import Case
+from pyro_flows.fitting.fit import fit
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.posterior.posterior import Posterior
+
+Task = Callable[[], Any]
+
+
+def check_jobs(jobs: int | None) -> None:
+    """Check the number of processes.
+
+    Raises:
+        ValueError: for zero or what is no whole number.
+        ImportError: for several, if joblib is not installed.
+    """
+    if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0):
+        raise ValueError(f"jobs: expected a number of processes, -1 for one a processor, or None, got {jobs!r}.")
+    if jobs not in (None, 1) and importlib.util.find_spec("joblib") is None:
+        raise ImportError("jobs: several processes need joblib. Install it: pip install 'pyro-flows[parallel]'.")
+
+
+def run_all(tasks: Sequence[Task], jobs: int | None) -> Iterator[Any]:
+    """Yield the result of each task in turn, from this process or from joblib's.
+
+    With ``jobs`` None, a backend that ``joblib.parallel_config`` has set is taken (Dask and Ray have some), and else
+    this process.
+    """
+    joblib: Any = sys.modules.get("joblib")
+    if jobs is None and (joblib is None or not _is_configured(joblib)):
+        jobs = 1
+    if jobs == 1 or len(tasks) < 2:
+        yield from (task() for task in tasks)
+        return
+    import joblib  # type: ignore[import-untyped,no-redef]
+
+    with joblib.Parallel(n_jobs=jobs, return_as="generator") as parallel:
+        yield from parallel(joblib.delayed(task)() for task in tasks)
+
+
+def _is_configured(joblib: Any) -> bool:
+    """Whether the caller has chosen a backend or a number of processes."""
+    parallel = joblib.Parallel()
+    return parallel.n_jobs not in (None, 1) or type(parallel._backend).__name__ not in (
+        "LokyBackend",
+        "SequentialBackend",
+    )
+
+
+class FitTask:
+    """One fit, as a value that can be sent to another process."""
+
+    def __init__(
+        self, model: Callable[..., Any], number: int, case: Case, options: Mapping[str, Any], seed: int
+    ) -> None:
+        self.model, self.number, self.case, self.options, self.seed = model, number, case, dict(options), seed
+
+    def __call__(self) -> Posterior:
+        case, options = self.case, {"progress": False, "raise_on_interrupt": True, **self.options}
+        try:
+            return fit(self.model, *case.args, model_kwargs=case.kwargs, seed=self.seed, **options)
+        except ValueError as error:
+            raise ValueError(f"data[{self.number}]: {error}") from error
+
+
+def fit_each(
+    model: Callable[..., Any],
+    cases: Mapping[int, Case],
+    options: Mapping[str, Any],
+    seeds: Mapping[int, int],
+    jobs: int | None,
+) -> Iterator[tuple[int, Posterior]]:
+    """Yield the number and the posterior of each data set in turn, with its model."""
+    tasks = [FitTask(model, number, case, options, seeds[number]) for number, case in cases.items()]
+    for (number, case), posterior in zip(cases.items(), run_all(tasks, jobs), strict=True):
+        yield number, posterior if posterior.density is not None else with_model(posterior, model, case)
+
+
+def with_model(posterior: Posterior, model: Callable[..., Any], case: Case) -> Posterior:
+    """Give a posterior that was pickled its log density and its guide back."""
+    density = LogDensity(model, case.args, case.kwargs, noncentered=posterior.settings["noncentered"])
+    flow = posterior.flow
+    if not isinstance(flow, (Flow, FlowMixture)):
+        missing = {name: why for name, why in posterior.missing.items() if name in ("guide", "flow")}
+        return replace(posterior, density=density, stored=None, missing=missing)
+    guide = AutoFlow.of(flow, density.structure, model, density.args, density.kwargs)
+    return replace(posterior, density=density, guide=guide, stored=None, missing={})

@@ -1,0 +1,145 @@
+"""Ranks of true values among posterior draws, from whatever makes the draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.calibration.cases import Case
+from pyro_flows.fitting.diagnose import diagnose
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.posterior.posterior import Posterior
+
+LOG_DENSITY = "lp"  # ArviZ's name
+
+Truth = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One simulation: the rank of each scalar among the draws, and the verdict on these, if there is one."""
+
+    ranks: dict[str, Tensor]
+    status: str
+
+
+def ranks_of(
+    posterior: Posterior, truth: Truth, draws: int, *, seed: int, log_density: bool, raw: bool = False
+) -> Ranked:
+    """Rank true values among draws of a posterior: those to use, or, with ``raw``, the guide's own.
+
+    Draws of chains follow one another, so that as many as needed are picked at random from all.
+    """
+    density = posterior.density
+    assert density is not None
+    samples = density.constrain(posterior.z) if raw else posterior.samples
+    log_p = posterior.log_p if raw else posterior.used_log_p
+    picked = _picked(len(log_p), draws, seed=seed)
+    found = {name: _rank(samples[name][picked], truth[name], seed=derive(seed, name)) for name in density.names}
+    if log_density:
+        found[LOG_DENSITY] = _rank(log_p[picked], _height(density, truth), seed=derive(seed, LOG_DENSITY))
+    return Ranked(found, posterior.verdict.status)
+
+
+def ranks_among(
+    samples: Mapping[str, Any], density: LogDensity, truth: Truth, draws: int, *, seed: int, log_density: bool
+) -> Ranked:
+    """Rank true values among draws ``{site: (S, *shape)}`` of another program.
+
+    Raises:
+        ValueError: for a latent site without draws, too few draws, or draws of another shape.
+    """
+    kept = {}
+    for name in density.names:
+        if name not in samples:
+            raise ValueError(f"sampler: expected draws of all latent sites, none of {name!r}.")
+        kept[name] = torch.as_tensor(samples[name], device=density.device)
+        if len(kept[name]) < draws or kept[name].shape[1:] != truth[name].shape:
+            expected = (f"{draws} or more", *truth[name].shape)
+            raise ValueError(f"sampler: expected draws of {name!r} in shape {expected}, got {tuple(kept[name].shape)}.")
+    picked = _picked(min(map(len, kept.values())), draws, seed=seed)
+    kept = {name: value[picked] for name, value in kept.items()}
+    found = {name: _rank(value, truth[name], seed=derive(seed, name)) for name, value in kept.items()}
+    if log_density:
+        with torch.no_grad():
+            log_p = density(density.unconstrain(kept))
+        found[LOG_DENSITY] = _rank(log_p, _height(density, truth), seed=derive(seed, LOG_DENSITY))
+    return Ranked(found, "not judged")
+
+
+@torch.no_grad()
+def _height(density: LogDensity, truth: Truth) -> Tensor:
+    """Return the log density at the true values."""
+    return density(density.unconstrain({name: truth[name][None] for name in density.names}))[0]
+
+
+def _picked(count: int, draws: int, *, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derive(seed, "draws that are ranked among"))
+    return torch.randperm(count, generator=generator)[:draws]
+
+
+def _rank(draws: Tensor, truth: Tensor, *, seed: int) -> Tensor:
+    """Return how many draws (L, *shape) are below the truth; ties count at random."""
+    below, ties = (draws < truth).sum(0), (draws == truth).sum(0)
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.rand(ties.shape, generator=generator, dtype=torch.float64)
+    return below.cpu() + (share * (ties.cpu() + 1)).long()
+
+
+# other makers of draws ------------------------------------------------------------------------------------------------
+
+
+class GuideTask:
+    """Train a guide by Pyro's SVI on one data set, and rank true values among its own draws."""
+
+    def __init__(self, about: Mapping[str, Any], case: Case, truth: Truth, seed: int) -> None:
+        self.about, self.case, self.truth, self.seed = about, case, truth, seed
+
+    def __call__(self) -> Ranked:
+        about, case = self.about, self.case
+        with pyro.get_param_store().scope():
+            guide = about["guide"](about["model"])
+            with seeded(derive(self.seed, "svi")), torch.enable_grad():
+                _train(about["model"], guide, case, steps=about["steps"], learning_rate=about["learning_rate"])
+            posterior = diagnose(
+                about["model"],
+                guide,
+                *case.args,
+                model_kwargs=case.kwargs,
+                draws=max(about["draws"], 100),
+                seed=self.seed,
+            )
+            options = {"seed": self.seed, "log_density": about["log_density"]}
+            return ranks_of(posterior, self.truth, about["draws"], raw=True, **options)
+
+
+def _train(model: Callable[..., Any], guide: Any, case: Case, *, steps: int, learning_rate: float) -> None:
+    """Train by Adam; the step size falls to a tenth on the way."""
+    decay = 0.1 ** (1.0 / steps)
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": learning_rate, "lrd": decay}), Trace_ELBO())
+    for _ in range(steps):
+        svi.step(*case.args, **case.kwargs)
+
+
+class SamplerTask:
+    """Call a user's function on one data set, and rank true values among the draws that it returns."""
+
+    def __init__(self, about: Mapping[str, Any], case: Case, truth: Truth, seed: int) -> None:
+        self.about, self.case, self.truth, self.seed = about, case, truth, seed
+
+    def __call__(self) -> Ranked:
+        about, case = self.about, self.case
+        with seeded(derive(self.seed, "sampler")):
+            found = about["sampler"](*case.args, **case.kwargs)
+        options = {"seed": self.seed, "log_density": about["log_density"]}
+        if isinstance(found, Posterior):
+            return ranks_of(found, self.truth, about["draws"], **options)
+        density = LogDensity(about["model"], case.args, case.kwargs)
+        return ranks_among(found, density, self.truth, about["draws"], **options)

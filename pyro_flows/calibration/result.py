@@ -1,0 +1,186 @@
+"""What simulation-based calibration found, as a value."""
+
+from __future__ import annotations
+
+import html
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyro_flows import _arviz, _checks
+from pyro_flows.calibration.picture import ecdf_figure
+from pyro_flows.calibration.uniformity import NOMINAL, covered, envelope, symmetry
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+LEVEL = 0.01
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Calibration:
+    r"""Ranks of true values among posterior draws, over many simulations.
+
+    If posteriors are right, the rank of each scalar is uniform on 0, ..., L. Too many ranks near both ends say that
+    posteriors are too narrow; too many in the middle, too wide; too many at one end, that they are off to the other
+    side: many high ranks mean that estimates are too low.
+
+    Attributes:
+        ranks: for each variable the ranks (simulations, \*shape), axes as ``dims`` names them; ``lp`` is the log
+            density.
+        dims: names of the axes of each variable, without the first.
+        draws: L, how many draws each value was ranked among.
+        kind: ``"prior"``, or ``"posterior"`` for calibration at the data in hand.
+        method: what made the draws: ``"fit"``, a guide's name or a function's.
+        statuses: how many fits had each verdict. Unreliable ones are ranked too: what is left out would bias the rest.
+        settings: what :func:`sbc` was told or chose.
+    """
+
+    ranks: dict[str, np.ndarray] = field(repr=False)
+    dims: dict[str, tuple[str, ...]]
+    draws: int
+    kind: str
+    method: str
+    statuses: dict[str, int]
+    settings: dict[str, Any]
+
+    @property
+    def simulations(self) -> int:
+        """How many simulations there are."""
+        return len(next(iter(self.ranks.values())))
+
+    def scalars(self, var_names: str | Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Return the ranks (simulations,) of each scalar, by a label such as ``theta[3]``.
+
+        Raises:
+            ValueError: for a name that is no variable.
+        """
+        names = [var_names] if isinstance(var_names, str) else list(self.ranks if var_names is None else var_names)
+        found = {}
+        for name in names:
+            values = self.ranks[_checks.choice("var_names", name, self.ranks)]
+            for number, index in enumerate(itertools.product(*map(range, values.shape[1:]))):
+                label = f"{name}[{', '.join(map(str, index))}]" if index else name
+                found[label] = values.reshape(len(values), -1)[:, number]
+        return found
+
+    # figures --------------------------------------------------------------------------------------------------------
+
+    def p_values(self, var_names: str | Sequence[str] | None = None) -> dict[str, float]:
+        """Return the p-value of uniformity of each scalar, by the simultaneous envelope of its ECDF.
+
+        Reference: Säilynoja, Bürkner and Vehtari 2022 (arXiv 2103.10522). None is below 1 / 20001.
+        """
+        test = envelope(self.simulations, self.draws)
+        return {label: test.p_value(ranks) for label, ranks in self.scalars(var_names).items()}
+
+    @property
+    def p_value(self) -> float:
+        """The p-value of uniformity of all scalars together: the smallest one times their number (Bonferroni)."""
+        found = self.p_values()
+        return min(1.0, min(found.values()) * len(found))
+
+    def is_uniform(self, level: float = LEVEL) -> bool:
+        """Whether uniformity of all scalars together is not rejected at this level."""
+        return self.p_value >= level
+
+    def coverage(self, var_names: str | Sequence[str] | None = None) -> pd.DataFrame:
+        """Return a table: how often central intervals of 50, 80, 90 and 95 % held the true value.
+
+        Columns ``50%`` and so on are shares of the simulations; ``50%_se`` and so on are the binomial standard errors
+        that these shares have if intervals are right.
+        """
+        import pandas
+
+        rows = {}
+        for label, ranks in self.scalars(var_names).items():
+            row: dict[str, float] = {}
+            for prob in NOMINAL:
+                share, _, error = covered(ranks, self.draws, prob)
+                row |= {f"{prob:.0%}": share, f"{prob:.0%}_se": error}
+            rows[label] = row
+        return pandas.DataFrame.from_dict(rows, orient="index")
+
+    def summary(self, var_names: str | Sequence[str] | None = None) -> pd.DataFrame:
+        """Return a table, one row a scalar.
+
+        Columns: ``p_uniform``, the p-value of uniformity; ``p_symmetric``, that of symmetry (VSBC: whether point
+        estimates are unbiased, even if spreads are wrong); ``mean_rank`` over L, 0.5 if right; and the shares that
+        central intervals cover.
+
+        Reference: Yao, Vehtari, Simpson and Gelman 2018 (arXiv 1802.02538).
+        """
+        table, ranks = self.coverage(var_names), self.scalars(var_names)
+        columns = [f"{prob:.0%}" for prob in NOMINAL]
+        table = table[columns].copy()
+        table.insert(0, "p_uniform", list(self.p_values(var_names).values()))
+        table.insert(1, "p_symmetric", [symmetry(values, self.draws) for values in ranks.values()])
+        table.insert(2, "mean_rank", [float(values.mean()) / self.draws for values in ranks.values()])
+        return table
+
+    # doors ----------------------------------------------------------------------------------------------------------
+
+    def to_arviz(self) -> Any:
+        """Return the ranks as an ArviZ object: group ``prior_sbc`` (or ``posterior_sbc``), dims (chain, draw, ...).
+
+        A draw is a simulation, and there is one chain, as in the package simuk. ``az.plot_ecdf_pit`` of ArviZ 1.x reads
+        the group as it is; ``az.plot_dist(..., group="prior_sbc", kind="hist")`` draws histograms of the ranks.
+        """
+        values = {name: ranks[None] for name, ranks in self.ranks.items()}
+        group = _arviz.dataset(values, self.dims)
+        attrs: dict[str, str | float] = {
+            "status": "uniform" if self.is_uniform() else "not uniform",
+            "verdict": self._sentence(),
+            "inference_library": "pyro_flows",
+            "ranks_among": self.draws,
+            "method": self.method,
+        }
+        return _arviz.pack({f"{self.kind}_sbc": group}, attrs)
+
+    def plot(self, var_names: str | Sequence[str] | None = None, *, prob: float = 0.95) -> Figure:
+        """Draw, for each scalar, the difference between the ECDF of its ranks and a uniform one, with the envelope.
+
+        A line that leaves the envelope of probability ``prob`` anywhere is not uniform at the level 1 - ``prob``.
+        """
+        if not 0.0 < prob < 1.0:
+            raise ValueError(f"prob: expected a number between 0 and 1, got {prob!r}.")
+        return ecdf_figure(self.scalars(var_names), envelope(self.simulations, self.draws), prob)
+
+    # text -----------------------------------------------------------------------------------------------------------
+
+    def _sentence(self) -> str:
+        found = self.p_values()
+        worst = min(found, key=found.__getitem__)
+        figures = f"smallest of {len(found)} p-values {found[worst]:.2g}, at {worst}; together {self.p_value:.2g}"
+        if self.is_uniform():
+            return f"uniform: no sign that posteriors are wrong ({figures})"
+        return f"not uniform: posteriors are wrong ({figures})"
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {status}" for status, count in self.statuses.items())
+        where = "" if self.kind == "prior" else " at the data in hand"
+        among = f"ranks among {self.draws} draws of {self.method}"
+        said = f"{self._sentence()}. {self.simulations} simulations{where}, {among}"
+        bad = self.statuses.get("unreliable", 0)
+        share = f" {bad} of the fits were unreliable ({bad / self.simulations:.0%}), and are ranked too." if bad else ""
+        return f"{said}; verdicts: {counts}.{share}"
+
+    __repr__ = __str__  # what a REPL shows
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(str(self))}</p>{self.summary().round(3).to_html()}"
+
+
+def stacked(found: Sequence[Mapping[str, Any]], layouts: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the ranks of all simulations by variable, with axes as their layouts say."""
+    import torch
+
+    arrays = {}
+    for site, name in names.items():
+        values = torch.stack([ranks[site] for ranks in found])
+        arrays[name] = layouts[site](values) if site in layouts else values.numpy()
+    return arrays

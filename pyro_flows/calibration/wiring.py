@@ -1,0 +1,243 @@
+"""Which argument of a model holds which of its observed sites, and arguments with other data in their place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
+
+from pyro_flows._seeding import seeded
+from pyro_flows.calibration.cases import Case
+from pyro_flows.model.batching import apart, quiet
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import messages
+
+HOW = "Say which argument holds it: data={'site': 'argument'}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an observed site stands: a leaf of the arguments, and the part of it, as ``as_strided`` takes it."""
+
+    site: str
+    leaf: int
+    part: tuple[tuple[int, ...], tuple[int, ...], int] | None
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """The places of all observed sites of a model, given its arguments."""
+
+    case: Case
+    places: tuple[Place, ...]
+
+    def __call__(self, values: Mapping[str, Tensor]) -> Case:
+        """Return the arguments with other data; entries that are missing (NaN) stay so."""
+        leaves, form = tree_flatten((self.case.args, self.case.kwargs))
+        for leaf in {place.leaf for place in self.places}:
+            leaves[leaf] = leaves[leaf].clone()
+        for place in self.places:
+            whole = leaves[place.leaf]
+            part = whole if place.part is None else torch.as_strided(whole, *place.part)
+            value = values[place.site].reshape(part.shape).to(part)
+            part.copy_(torch.where(part.isnan(), part, value) if part.is_floating_point() else value)
+        args, kwargs = tree_unflatten(leaves, form)
+        return Case(tuple(args), dict(kwargs))
+
+
+def wire(density: LogDensity, case: Case, data: Mapping[str, Any] | None) -> Wiring:
+    """Find out which argument holds which observed site: by the caller's word, by memory, or by equal values.
+
+    Raises:
+        ValueError: naming the site, if no argument or several hold it, or the caller named what does not fit.
+    """
+    names, positions = _leaf_names(density, case)
+    leaves = tree_flatten((case.args, case.kwargs))[0]
+    observed = density.structure.observed
+    unknown = [site for site in data or {} if site not in observed]
+    if unknown:
+        known = ", ".join(map(repr, observed))
+        raise ValueError(f"data: expected observed sites of the model ({known}), got {unknown[0]!r}.")
+    found = []
+    for site, value in observed.items():
+        if data is not None and site in data:
+            found.append(_told(site, value, data[site], names, positions, leaves))
+        else:
+            found.append(_found(site, value, names, leaves))
+    return Wiring(case, tuple(found))
+
+
+def _told(
+    site: str, value: Tensor, argument: Any, names: list[str], positions: Mapping[int, str], leaves: list[Any]
+) -> Place:
+    """Return the place that the caller named: an argument's name, or the number of a positional one."""
+    wanted = positions.get(argument) if isinstance(argument, int) else str(argument)
+    leaf = names.index(wanted) if wanted in names else -1
+    if leaf < 0 or not isinstance(leaves[leaf], Tensor):
+        known = ", ".join(repr(name) for name, part in zip(names, leaves, strict=True) if isinstance(part, Tensor))
+        raise ValueError(f"data[{site!r}]: expected an argument that is a tensor ({known}), got {argument!r}.")
+    if leaves[leaf].numel() == value.numel():
+        return Place(site, leaf, None)
+    part = _shared(value, leaves[leaf])
+    if part is None:
+        raise ValueError(
+            f"data[{site!r}]: the site has shape {tuple(value.shape)}, argument {names[leaf]!r} has "
+            f"{tuple(leaves[leaf].shape)}, and the site is not a part of it."
+        )
+    return Place(site, leaf, part)
+
+
+def _found(site: str, value: Tensor, names: list[str], leaves: list[Any]) -> Place:
+    """Return the place of a site by memory that it shares with an argument, or by equal values."""
+    for number, leaf in enumerate(leaves):
+        if leaf is value:
+            return Place(site, number, None)
+    for number, leaf in enumerate(leaves):
+        part = _shared(value, leaf) if isinstance(leaf, Tensor) else None
+        if part is not None:
+            return Place(site, number, part)
+    equal = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _equal(leaf, value)]
+    if len(equal) == 1:
+        return Place(site, equal[0], None)
+    if equal:
+        several = " and ".join(repr(names[number]) for number in equal)
+        raise ValueError(f"site {site!r}: arguments {several} both have its values. {HOW}.")
+    raise ValueError(
+        f"site {site!r}: none of the arguments holds its values as they are, so simulated data cannot be put in their "
+        f"place. Let the model take them as an argument and pass that to obs= unchanged. {HOW}, if they are equal in "
+        "number."
+    )
+
+
+def _equal(leaf: Tensor, value: Tensor) -> bool:
+    same = leaf.shape == value.shape and leaf.numel() > 0
+    return same and torch.allclose(leaf.double(), value.double(), rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _shared(value: Tensor, leaf: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
+    """Return which part of the memory of ``leaf`` a value is, as a copy of the leaf has it; None if it is none."""
+    if value.dtype != leaf.dtype or value.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():
+        return None
+    copy = leaf.clone()
+    overlaps = any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+    if overlaps or copy.stride() != leaf.stride() or not value.numel():
+        return None
+    offset = int(value.storage_offset()) - int(leaf.storage_offset())
+    reach = offset + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return (tuple(value.shape), value.stride(), offset) if offset >= 0 and reach < leaf.numel() else None
+
+
+def _leaf_names(density: LogDensity, case: Case) -> tuple[list[str], dict[int, str]]:
+    """Return the name of each leaf of the arguments, ``y``, ``batch['y']``, ``argument 0``, and those by position."""
+    signature: list[str] = []
+    with suppress(TypeError, ValueError):
+        bound = inspect.signature(density.model).bind_partial(*case.args)
+        kinds = inspect.signature(density.model).parameters
+        for name, value in bound.arguments.items():
+            many = kinds[name].kind is inspect.Parameter.VAR_POSITIONAL
+            signature += [f"argument {len(signature) + number}" for number in range(len(value))] if many else [name]
+    signature = signature or [f"argument {number}" for number in range(len(case.args))]
+    found, positions = [], {}
+    for path, _ in tree_flatten_with_path((case.args, case.kwargs))[0]:
+        keys: Any = path
+        which, first, *rest = keys
+        name = signature[first.idx] if which.idx == 0 else str(first.key)
+        found.append(name + "".join(map(str, rest)))
+        if which.idx == 0 and not rest:
+            positions[first.idx] = found[-1]
+    return found, positions
+
+
+# obs=None -------------------------------------------------------------------------------------------------------------
+
+
+def filled(model: Callable[..., Any], case: Case, data: Mapping[str, Any] | None) -> Case:
+    """Return the arguments, with drawn data for those arguments that are None and would hold data.
+
+    Models are often written ``def model(x, y=None): ... obs=y``. Each argument that is None is tried with a draw of
+    each site: where the site is then observed, it is the one.
+    """
+    try:
+        bound = inspect.signature(model).bind(*case.args, **case.kwargs)
+    except (TypeError, ValueError):
+        return case
+    bound.apply_defaults()
+    empty = [name for name, value in bound.arguments.items() if value is None]
+    if not empty:
+        return case
+    with seeded(0), apart(), torch.no_grad():
+        drawn = messages(poutine.trace(model).get_trace(*case.args, **case.kwargs))
+    sites = {
+        name: site["value"] for name, site in drawn.items() if site["type"] == "sample" and not site["is_observed"]
+    }
+    told = {argument: site for site, argument in (data or {}).items()}
+    for name in empty:
+        order = sorted(sites, key=lambda site: (site != told.get(name), site != name))
+        for site in order:
+            if isinstance(sites[site], Tensor) and _observes(model, bound, name, site, sites[site]):
+                bound.arguments[name] = sites.pop(site)
+                break
+    return Case(bound.args, bound.kwargs)
+
+
+def _observes(model: Callable[..., Any], bound: inspect.BoundArguments, name: str, site: str, value: Tensor) -> bool:
+    """Whether a site is observed, with this value, once an argument holds it."""
+    tried = inspect.BoundArguments(bound.signature, type(bound.arguments)(bound.arguments))
+    tried.arguments[name] = value
+    try:
+        with seeded(0), apart(), quiet(), torch.no_grad():
+            found = messages(poutine.trace(model).get_trace(*tried.args, **tried.kwargs))
+    except Exception:  # a model's own code may raise anything at data that do not fit
+        return False
+    return site in found and found[site]["is_observed"] and found[site]["value"] is value
+
+
+# check ----------------------------------------------------------------------------------------------------------------
+
+
+class _Given(Messenger):
+    """Give sites values."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"], msg["is_observed"] = self.values[msg["name"]], True
+
+
+def check_wiring(density: LogDensity, wiring: Wiring, values: Mapping[str, Tensor]) -> None:
+    """Check, with one simulation, that the model sees the new data, and that they are what it draws given its latents.
+
+    Raises:
+        ValueError: naming the site, if it keeps other data, or if its distribution depends on the argument that holds
+            the data: a draw of the model would then not be one of its joint distribution.
+    """
+    case = wiring(values)
+    latents = {name: values[name] for name in density.names}
+    observed = {name: values[name] for name in density.structure.observed}
+    with apart(), quiet(), torch.no_grad():
+        with seeded(0), _Given({**latents, **observed}):
+            before = messages(poutine.trace(density.model).get_trace(*density.args, **density.kwargs))
+        with seeded(0), _Given(latents):
+            after = messages(poutine.trace(density.model).get_trace(*case.args, **case.kwargs))
+        for name, value in observed.items():
+            seen = after[name]["value"]
+            kept = seen.isnan() if seen.is_floating_point() else torch.zeros_like(seen, dtype=torch.bool)
+            if not torch.equal(seen[~kept], value.expand(seen.shape).to(seen)[~kept]):
+                raise ValueError(f"site {name!r}: the model still sees other data than those simulated. {HOW}.")
+            one, other = (found[name]["fn"].log_prob(value.to(seen)) for found in (before, after))
+            if not torch.allclose(one, other, rtol=1e-4, atol=1e-4, equal_nan=True):
+                raise ValueError(
+                    f"site {name!r}: its distribution depends on the argument that holds its own data. Write the model "
+                    "with what pyro.sample returns in place of that argument, so that data can be simulated."
+                )

@@ -1,0 +1,122 @@
+"""A sampler for a posterior of several modes, without training.
+
+Independent coordinates are tabulated one by one, whatever the number of modes. Other posteriors get a mixture of
+Student-t distributions that is begun at all modes of a survey.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_flows._progress import Bar
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.flows.parts import student_mixture, tabulated
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.population import Generation, Parts, begun, fitted
+from pyro_flows.modes.separable import is_separable, marginals
+from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
+from pyro_flows.results.stage import Stage
+from pyro_flows.verdict.psis import psis
+
+ENOUGH_SHARE, ENOUGH_K = 0.3, 0.5  # of the mixture's draws: effective share, and k-hat
+AGAIN = 3  # times that modes are looked for where weights are large
+ROWS = 4096  # points that all parts are looked at together
+HEAVY, HEAVIEST = 10.0, 48  # times the mean weight, from which on a draw points to what is missing; draws
+STAGE, TABLES = "mixture at modes", "tables of coordinates"
+GLANCED = 96  # climbs of a round, until there is more than one mode
+FEW_ROUNDS, WEIGHED, TABLE_SHARE = 2, 4000, 0.9  # of a survey; draws, and their share, that show that a table is right
+
+
+@dataclass(frozen=True)
+class Several:
+    """The sampler, what it is in words, its entry in the history, and whether its draws are good enough."""
+
+    sampler: Flow | FlowMixture
+    said: str
+    stage: Stage
+    enough: bool
+
+
+def several(density: LogDensity, z: Tensor, places: Tensor | None = None, *, seed: int, bar: Bar) -> Several | None:
+    """Survey the modes near and far of draws z (S, D), and fit a sampler to them; None for one mode, or a dear density.
+
+    ``places`` (N, D) are climbed from as well. Once there is a mixture, the survey goes on from its draws with large
+    weights, and from where it is thin; what is found there joins in.
+    """
+    if not can_be_surveyed(density):
+        return None
+    seed = derive(seed, "several modes")
+    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=GLANCED)
+    found = found if places is None else climbed_from(density, found, places)
+    if len(found.weighty()) < 2:
+        return None
+    separable = is_separable(density, z, seed=seed)
+    found = found if separable else survey(density, z, seed=seed, rounds=ROUNDS, before=found)
+    product = _tabulated(density, found.weighty(), seed) if separable else None
+    if product is not None:
+        return product
+    best = _fitted(density, begun(*_start(found)), seed, bar)
+    for number in range(AGAIN):
+        if best is None:
+            break
+        before, again = found, derive(seed, f"again {number}")
+        found = _beyond(density, found, best, again)
+        if not has_new(found, before):
+            break
+        more = _fitted(density, begun(*_start(found)), again, bar)
+        best = more if more is not None and more.worth > min(best.worth, ENOUGH_SHARE) else best
+    return None if best is None else _as_sampler(best, len(found.weighty()), found.over)
+
+
+def _beyond(density: LogDensity, found: Survey, best: Generation, seed: int) -> Survey:
+    """Look for modes that a mixture lacks: from draws with large weights, and from where it is thin."""
+    heavy = best.weights * len(best.weights) > HEAVY
+    chosen = best.weights.masked_fill(~heavy, 0.0).topk(min(HEAVIEST, int(heavy.sum()))).indices
+    found = climbed_from(density, found, best.z[chosen]) if len(chosen) else found
+
+    def known(points: Tensor) -> Tensor:
+        return torch.cat([torch.logsumexp(best.parts.log_prob(part), 0) for part in points.split(ROWS)])
+
+    return survey(density, best.z, seed=seed, rounds=FEW_ROUNDS, known=known, before=found)
+
+
+@torch.no_grad()
+def _tabulated(density: LogDensity, found: Survey, seed: int) -> Several | None:
+    """Tabulate independent coordinates; None where a table is too coarse, or weights say that they are not."""
+    table = marginals(density, found.modes[0], found.modes, found.roots[0].norm(dim=1))
+    if table is None:
+        return None
+    try:
+        sampler = tabulated(table.values, table.log_density).to(density.dtype)
+    except ValueError:
+        return None
+    with seeded(seed, density.device):
+        z, log_q = sampler.draw(WEIGHED)
+    log_weights, k_hat = psis((density(z) - log_q).double().nan_to_num(nan=-torch.inf, posinf=-torch.inf))
+    share = float(1.0 / log_weights.exp().square().sum()) / len(z)
+    stage = Stage(TABLES, k_hat=k_hat, ess_ratio=share, details={"modes": len(found)})
+    said = "there are several modes; the coordinates are independent, so that each was tabulated by itself"
+    return Several(sampler, said, stage, True) if share >= TABLE_SHARE else None
+
+
+def _start(found: Survey) -> tuple[Tensor, Tensor, Tensor]:
+    weighty = found.weighty()
+    return weighty.modes, weighty.roots, weighty.evidence
+
+
+def _fitted(density: LogDensity, parts: Parts, seed: int, bar: Bar) -> Generation | None:
+    return fitted(density, parts, seed=seed, report=bar.show)
+
+
+def _as_sampler(best: Generation, modes: int, over: bool) -> Several:
+    parts = best.parts
+    sampler = student_mixture(parts.loc, parts.roots, parts.log_weights.tolist(), df=parts.df)
+    details = {"modes": modes, "parts": len(parts), "survey is over": over}
+    stage = Stage(STAGE, k_hat=best.k_hat, ess_ratio=best.share, details=details)
+    said = f"there are several modes; a mixture of {len(parts)} Student-t distributions, begun at {modes}, has them"
+    return Several(sampler, said, stage, best.share >= ENOUGH_SHARE and best.k_hat < ENOUGH_K)

@@ -1,0 +1,126 @@
+"""Flows that cost next to nothing: affine images of a Student-t, for mixtures of many, and independent coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import Component, FlowMixture
+from pyro_flows.flows.recipe import build, of_mixtures
+from pyro_flows.transforms import Bijection, DiagonalAffine, LowerTriangularAffine
+from pyro_flows.transforms.marginal import MarginalSpline
+
+CLOSE = 1e-3  # in the base: values of a table that are closer make no knot
+
+
+@of_mixtures
+def location_scale(dim: int, *, base: str = "student_t", df: float = 15.0) -> Flow:
+    """Return an affine image of the base, :math:`z = m + L x`, at the identity; both ways cost O(D^2) a point."""
+    return build([LowerTriangularAffine(dim)], base, df, builder="location_scale", dim=dim)
+
+
+@torch.no_grad()
+def student_mixture(loc: Tensor, scale_tril: Tensor, log_weights: Sequence[float], *, df: float) -> FlowMixture:
+    r"""Return the mixture of K products of Student-t distributions, each moved by :math:`m_k + L_k x`.
+
+    Args:
+        loc: m (K, D).
+        scale_tril: L (K, D, D), lower triangular with positive diagonals.
+        log_weights: K of them, up to a constant.
+        df: degrees of freedom of all.
+
+    >>> import torch
+    >>> from pyro_flows.flows.parts import student_mixture
+    >>> pair = student_mixture(torch.tensor([[-3.0], [3.0]]), torch.ones(2, 1, 1), [0.0, 0.0], df=15.0)
+    >>> z, log_q = pair.draw(5)
+    >>> bool(torch.allclose(pair.log_prob(z), log_q))
+    True
+    """
+    flows = []
+    for place, scale in zip(loc, scale_tril, strict=True):
+        flow = location_scale(loc.shape[1], df=df).to(loc)
+        (affine,) = (part for part in flow.modules() if isinstance(part, LowerTriangularAffine))
+        affine.loc.copy_(place)
+        affine.scale_tril.copy_(scale)
+        flows.append(flow)
+    return FlowMixture(flows, [Component(number, float(weight)) for number, weight in enumerate(log_weights)])
+
+
+@of_mixtures
+def marginals(
+    dim: int, *, layers: int = 1, bins: int = 8, bound: float = 14.0, base: str = "logistic", df: float = 15.0
+) -> Flow:
+    """Return independent coordinates: a fixed spline of each, and a scale; at the identity.
+
+    ``layers`` is there for what reads a recipe; there is one.
+    """
+    stack: list[Bijection] = [MarginalSpline(dim, bins=bins, bound=bound), DiagonalAffine(dim)]
+    return build(stack, base, df, builder="marginals", dim=dim, layers=layers, bins=bins, bound=bound)
+
+
+@torch.no_grad()
+def tabulated(values: Tensor, log_density: Tensor, *, bins: int = 96, bound: float = 14.0) -> Flow:
+    r"""Return the flow of independent coordinates whose densities are given by tables.
+
+    Knots lie where the tabulated distribution function has quantiles of the base, evenly spread over probability and
+    over values, with slopes :math:`q_0(x) / p(y)`, so that densities are exact there. The base is logistic: beyond the
+    last knots, at a probability of a millionth, tails are exponential.
+
+    Args:
+        values: (D, G), rising.
+        log_density: normalised logs of the densities there (D, G).
+        bins: of each spline.
+        bound: of the base.
+
+    Raises:
+        ValueError: for a table that is too coarse for so many bins.
+    """
+    latent = _latent(values, log_density)
+    flow = marginals(values.shape[0], bins=bins, bound=bound).double()
+    (spline,) = (part for part in flow.modules() if isinstance(part, MarginalSpline))
+    (affine,) = (part for part in flow.modules() if isinstance(part, DiagonalAffine))
+    for number in range(len(values)):
+        x, y, log_p = _knots(latent[number], values[number], log_density[number], bins, bound)
+        middle, half = 0.5 * (y[0] + y[-1]), 0.5 * (y[-1] - y[0]) / bound
+        log_base = -x.abs() - 2.0 * torch.log1p((-x.abs()).exp())
+        slopes = (log_base - log_p).exp() / half
+        spline.at[number] = torch.stack([x, (y - middle) / half, slopes])
+        affine.loc[number], affine.scale[number] = middle, half
+    return flow
+
+
+def _latent(values: Tensor, log_density: Tensor) -> Tensor:
+    """Return the base's value (D, G) with the same distribution function: the log odds of being below."""
+    weight = (log_density - log_density.amax(1, keepdim=True)).exp()
+    mass = 0.5 * values.diff(dim=1) * (weight[:, 1:] + weight[:, :-1])
+    none = torch.zeros_like(mass[:, :1])
+    below, above = torch.cat([none, mass.cumsum(1)], 1), torch.cat([mass.flip(1).cumsum(1).flip(1), none], 1)
+    return below.log() - above.log()
+
+
+def _knots(x: Tensor, y: Tensor, log_p: Tensor, bins: int, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the knots of one coordinate (K + 1,): places, values and log densities."""
+    usable = torch.isfinite(x) & torch.isfinite(log_p) & (x.abs() < bound - CLOSE)
+    x, y, log_p = x[usable], y[usable], log_p[usable]
+    if len(x):
+        apart = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        cells = ((x - x[0]) / CLOSE).floor()
+        apart[1:] = cells[1:] > cells[:-1]
+        x, y, log_p = x[apart], y[apart], log_p[apart]
+    if len(x) < bins + 1:
+        raise ValueError(f"values: expected at least {bins + 1} values apart from each other in a table, got {len(x)}.")
+    along = (x - x[0]) / (x[-1] - x[0]) + (y - y[0]) / (y[-1] - y[0])
+    wanted = torch.linspace(0.0, 2.0, bins + 1, dtype=x.dtype, device=x.device)
+    places = torch.arange(bins + 1, device=x.device)
+    index = torch.searchsorted(along, wanted).clamp_max(len(x) - 1)
+    index = torch.cummax(index - places, 0).values + places
+    index = torch.minimum(index, len(x) - 1 - bins + places)
+    x, y, log_p = x[index], y[index], log_p[index]
+    # the ends of the spline are the base's bounds: the density goes on as it falls between the last two knots
+    slopes = (-x[[0, -1]].abs() - 2.0 * torch.log1p((-x[[0, -1]].abs()).exp()) - log_p[[0, -1]]).exp()
+    y[0], y[-1] = y[0] - (x[0] + bound) * slopes[0], y[-1] + (bound - x[-1]) * slopes[1]
+    x[0], x[-1] = -bound, bound
+    return x, y, log_p

@@ -1,0 +1,67 @@
+"""A recorded graph for many sets of inputs at once, as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyro_flows.graphs.graph import copy_graph
+from pyro_flows.graphs.record import record
+
+_aten = torch.ops.aten
+_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+
+
+def stacked(module: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:
+    """Record a graph batched over a new first axis of all its inputs and outputs: products of matrices become batched.
+
+    Args:
+        module: a graph without changes in place.
+        inputs: examples, each with the new axis in front.
+
+    Raises:
+        RuntimeError: for an operation that can only be done for one set of inputs after the other.
+
+    >>> product = record(lambda x, w: (x @ w,), torch.ones(3, 2), torch.ones(2, 4))
+    >>> whole = stacked(product, torch.ones(5, 3, 2), torch.ones(5, 2, 4))
+    >>> whole(torch.ones(5, 3, 2), torch.ones(5, 2, 4))[0].shape
+    torch.Size([5, 3, 4])
+    """
+    graph = copy_graph(module.graph)
+    for node in graph.nodes:
+        node.target = _OTHERWISE.get(node.target, node.target) if node.op == "call_function" else node.target
+    whole = torch.func.vmap(fx.GraphModule(module, graph))
+    with torch.no_grad(), _at_once():
+        return record(whole, *(part.clone() for part in inputs))
+
+
+def _full(x: Tensor, value: Any) -> Tensor:
+    return torch.full_like(x, value)
+
+
+def _median(x: Tensor) -> Tensor:
+    return x.reshape(-1).nanmedian(0).values
+
+
+# what vmap has no rule for, by operations that it has rules for
+_OTHERWISE: dict[Any, Callable[..., Any]] = {
+    _aten.view.default: torch.reshape,
+    _aten._unsafe_view.default: torch.reshape,
+    _aten.fill.Scalar: _full,
+    _aten.nanmedian.default: _median,
+}
+
+
+@contextmanager
+def _at_once() -> Iterator[None]:
+    """Make it an error that ``vmap`` takes one set of inputs after the other: the graph would have as many copies."""
+    before = _functorch._is_vmap_fallback_enabled()
+    _functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        _functorch._set_vmap_fallback_enabled(before)

@@ -1,0 +1,233 @@
+"""The log densities of one model with many data sets, as one function of many groups of points."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyro_flows._clock import unbounded
+from pyro_flows.graphs.batches import Recorder
+from pyro_flows.graphs.cache import Cache
+from pyro_flows.graphs.compiling import Runner
+from pyro_flows.graphs.graph import agree, is_pure
+from pyro_flows.graphs.record import record
+from pyro_flows.model.batching import batch, quiet
+from pyro_flows.model.log_density import LogDensity
+
+KINDS_KEPT = 16
+RECORDED_FROM = 2  # the call with one number of points from which on it is recorded
+COMPARED = 4  # points of each data set at which the stack is compared with the model itself
+CHUNK = 2**21  # numbers that a call handles at once, about: more fill the memory and save nothing
+
+Values = Callable[..., tuple[Tensor, ...]]
+
+
+class NotStackable(RuntimeError):
+    """Data sets that cannot go through a model side by side, with the reason."""
+
+
+class Stack:
+    r"""K log densities of one model, each with data of its own, evaluated side by side.
+
+    Points (K m, D) stand in K groups of m, one for each data set, and each is scored with the data of its group. Data
+    sets have to agree in everything but the numbers in some tensors. These tensors are inputs of the recorded graphs,
+    so that a model is recorded once for all data sets. The densities themselves share graphs from then on too.
+
+    Args:
+        densities: of one model; all have the same coordinates.
+
+    Attributes:
+        densities: as given.
+        dim, dtype, device: as those of each density.
+        evaluations: how many gradients have been taken so far, of all data sets together.
+
+    Raises:
+        NotStackable: if data sets or coordinates differ in more than numbers, the model takes numbers out of its data,
+            or the stack gives other values than the model.
+    """
+
+    batched = True
+
+    def __init__(self, densities: Sequence[LogDensity]) -> None:
+        self.densities = list(densities)
+        first = self.densities[0]
+        self.dim, self.dtype, self.device, self.numbers = first.dim, first.dtype, first.device, first.numbers
+        self.structure = first.structure
+        self.clock, self.evaluations = unbounded(), 0
+        self._form, self._where, self._given = _sorted_out(self.densities)
+        self.given = [torch.stack(parts) for parts in zip(*self._given, strict=True)]
+        self._bare = copy.copy(first)
+        self._leaves = tree_flatten((first.args, first.kwargs))[0]
+        self._runners: Cache[Any, Runner] = Cache(KINDS_KEPT)
+        self._calls: Counter[Any] = Counter()
+        self._check()
+        self._share()
+
+    def __len__(self) -> int:
+        return len(self.densities)
+
+    # one data set ---------------------------------------------------------------------------------------------------
+
+    def _with(self, given: Sequence[Tensor]) -> LogDensity:
+        """Return the density with these tensors in the place of the data."""
+        leaves = list(self._leaves)
+        for place, value in zip(self._where, given, strict=True):
+            leaves[place] = value
+        self._bare.args, self._bare.kwargs = tree_unflatten(leaves, self._form)
+        return self._bare
+
+    def _values(self, z: Tensor, *given: Tensor) -> tuple[Tensor]:
+        return (batch(self._with(given).single)(z),)
+
+    def _gradients(self, z: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        grad, value = batch(torch.func.grad_and_value(self._with(given).single))(z)
+        return value, grad
+
+    def _hessians(self, z: Tensor, *given: Tensor) -> tuple[Tensor]:
+        return (batch(torch.func.jacrev(torch.func.grad(self._with(given).single)))(z),)
+
+    def graph(self, points: int, *, gradients: bool) -> fx.GraphModule:
+        """Return the graph of one data set, ``(z, *given)`` to values, or values and gradients, at so many points."""
+        function = self._gradients if gradients else self._values
+        z = torch.zeros(points, self.dim, dtype=self.dtype, device=self.device)
+        with torch.no_grad(), quiet():
+            module = record(function, z, *self._given[0])
+        if not is_pure(module):
+            raise NotStackable("the model changes tensors in place")
+        return module
+
+    # all data sets --------------------------------------------------------------------------------------------------
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return the log densities (K m,) at ``z`` (K m, D), without a graph of autograd's."""
+        return self._run("values", self._values, z)[0]
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log densities (K m,) and their gradients (K m, D)."""
+        self.evaluations += len(z)
+        value, grad = self._run("gradients", self._gradients, z)
+        return value, grad
+
+    def hessians(self, z: Tensor) -> Tensor:
+        """Return the Hessians (K m, D, D)."""
+        self.evaluations += z.numel()
+        return self._run("hessians", self._hessians, z)[0]
+
+    def select(self, chosen: Sequence[int]) -> Stack:
+        """Return the stack of some of the data sets, which shares the graphs of one data set."""
+        other = copy.copy(self)
+        other.densities = [self.densities[number] for number in chosen]
+        other._given = [self._given[number] for number in chosen]
+        other.given = [torch.stack(parts) for parts in zip(*other._given, strict=True)]
+        other._runners, other._calls, other.evaluations = Cache(KINDS_KEPT), Counter(), 0
+        return other
+
+    @torch.no_grad()
+    def _run(self, name: str, function: Values, z: Tensor) -> list[Tensor]:
+        """Apply a function of one data set's points to all groups, in pieces of the groups' points."""
+        self.clock.look()
+        groups = z.reshape(len(self), -1, self.dim)
+        rows = max(1, CHUNK // (len(self) * self.numbers))
+        found = [self._piece(name, function, part.contiguous()) for part in groups.split(rows, 1)]
+        return [torch.cat(parts, 1).flatten(0, 1).to(z.dtype) for parts in zip(*found, strict=True)]
+
+    def _piece(self, name: str, function: Values, groups: Tensor) -> tuple[Tensor, ...]:
+        kind = (name, groups.shape[1])
+        whole = torch.func.vmap(function, randomness="same")
+        if kind not in self._runners:
+            self._calls[kind] += 1
+            if self._calls[kind] < RECORDED_FROM:
+                with quiet():
+                    return whole(groups, *self.given)
+            with quiet():
+                self._runners.put(kind, Runner(record(whole, groups, *self.given), compile=False))
+        return tuple(part.clone() for part in self._runners[kind](groups, *self.given))
+
+    # checks ---------------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Compare with the model itself at a few points of each data set."""
+        spread = torch.linspace(-0.5, 0.5, COMPARED * self.dim, dtype=self.dtype, device=self.device)
+        points = spread.reshape(COMPARED, self.dim)
+        try:
+            for _ in range(RECORDED_FROM):
+                value, grad = self.value_and_grad(points.repeat(len(self), 1))
+        except NotStackable:
+            raise
+        except Exception as error:  # a model's own code may raise anything
+            raise NotStackable(f"the model cannot take its data as inputs: {error}".splitlines()[0]) from error
+        self.evaluations = 0
+        for number, density in enumerate(self.densities):
+            part = slice(number * COMPARED, (number + 1) * COMPARED)
+            if not agree((value[part], grad[part]), density.unrecorded(points)):
+                raise NotStackable("side by side, the model gave other values than by itself")
+
+    def _share(self) -> None:
+        """Let the densities of all data sets take the same graphs."""
+        values, gradients = (Recorder(function, self.numbers) for function in (self._quietly, self._quiet_gradients))
+        for density, given in zip(self.densities, self._given, strict=True):
+            density.take(values.sharing(given), gradients.sharing(given))
+
+    def _quietly(self, z: Tensor, *given: Tensor) -> tuple[Tensor]:
+        with quiet():
+            return self._values(z, *given)
+
+    def _quiet_gradients(self, z: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), quiet():
+            return self._gradients(z, *given)
+
+
+def signature(density: LogDensity) -> tuple[Any, ...]:
+    """Return what data sets have to agree in to be stacked: coordinates, shapes and everything but numbers."""
+    structure = density.structure
+    latents = tuple(
+        (x.name, x.shape, x.unconstrained_shape, x.offset, x.size, x.mask is None) for x in structure.latents
+    )
+    leaves, form = tree_flatten((density.args, density.kwargs))
+    shapes = tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    observed = tuple((name, tuple(value.shape)) for name, value in structure.observed.items())
+    more = (str(structure.dtype), str(structure.device), density._guards, structure.enumerated, structure.dependent)
+    return (latents, str(form), shapes, observed, structure.hierarchical, density.batched, *more)
+
+
+def _sorted_out(densities: Sequence[LogDensity]) -> tuple[Any, list[int], list[tuple[Tensor, ...]]]:
+    """Return how arguments are put together, which tensors among them differ, and these of each data set.
+
+    Raises:
+        NotStackable: if the data sets differ in anything else.
+    """
+    first = densities[0]
+    if any(not density.batched for density in densities):
+        raise NotStackable(densities[0].reason or "the model runs draw by draw")
+    if any(density.parameters() for density in densities):
+        raise NotStackable("the model has parameters of its own")
+    key = signature(first)
+    for density in densities:
+        if signature(density) != key:
+            raise NotStackable("data sets differ in shapes, or in values that are no tensors")
+        for one, other in zip(density.structure.latents, first.structure.latents, strict=True):
+            if one.mask is not None and other.mask is not None and not torch.equal(one.mask, other.mask):
+                raise NotStackable(f"masks leave other entries of {one.name!r} in different data sets")
+    leaves = [tree_flatten((density.args, density.kwargs))[0] for density in densities]
+    form = tree_flatten((first.args, first.kwargs))[1]
+    where = [place for place, parts in enumerate(zip(*leaves, strict=True)) if _differ(parts)]
+    return form, where, [tuple(parts[place] for place in where) for parts in leaves]
+
+
+def _differ(parts: Sequence[Any]) -> bool:
+    first = parts[0]
+    if not isinstance(first, Tensor):
+        return False
+    return any(part is not first and not _same(part, first) for part in parts)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)) and torch.equal(one.isnan(), other.isnan())

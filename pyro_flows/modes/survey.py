@@ -1,0 +1,257 @@
+r"""A survey of modes: hundreds of climbs from near and far, in rounds, until a round finds no mode that is new.
+
+Paths that only climb cost some twenty gradients each, next to nothing where the density is cheap. They begin at draws
+of the prior, at draws moved outwards by factors over two orders of magnitude, about the modes found so far, and, of
+many points, at those where the density is farthest above what is known. A far point climbs to a wide mode; a narrow one
+rules in a cone of directions about it, so that only many points find it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.units import units_of
+from pyro_flows.starts.curvature import inverse_roots, lower_triangular
+from pyro_flows.starts.pathfinder import climb
+from pyro_flows.starts.prior import prior_draws
+
+CLIMBS = 256  # of a round
+NUMBERS = 500_000  # that the climbs of a round handle at each step, at most
+LEAST_CLIMBS = 32
+Known = Callable[[Tensor], Tensor]
+
+SCREENED, SCREENED_NUMBERS = 400, 6_000_000  # times as many points, of which the best climb; numbers of all
+DEARER = 4  # what stands for the modes, than normals there
+LAYERS = 16  # of points, by their distance from the modes so far
+ROUNDS, IN_VAIN = 12, 3  # at most; rounds without a new mode, one after the other, after which it is over
+UP_TO, TERMS = 200, 50_000  # dimensions; these times the numbers that one evaluation handles
+MOST = 200  # modes
+LEAST_HEADS, CURVED = 8, 4000  # new modes of a round, the highest; rows of their Hessians
+PRIOR = 100  # draws
+OUTWARDS = 0.01, 100.0
+ABOUT = 0.1, 2.0  # spreads of all modes
+STEPS = 1.0, 0.1, 0.01  # units of a path, of the local scale: long first steps leap over modes
+WITHIN = 12.0  # nats of Laplace evidence below the best
+TICKS = 60  # of a path
+SAME = 0.5  # of a scale that an end tells, a coordinate: ends there are one mode
+APART = 1.0  # standard deviations between two modes
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Modes (K, D), roots L (K, D, D) of their Laplace covariances, log masses (K,), how often each was met (K,).
+
+    ``over`` says that the last round found nothing new, so that there may be no more.
+    """
+
+    modes: Tensor
+    roots: Tensor
+    evidence: Tensor
+    met: Tensor
+    over: bool = False
+
+    def __len__(self) -> int:
+        return len(self.modes)
+
+    def weighty(self) -> Survey:
+        """Return the modes that hold a part of the mass worth a thought, the best first."""
+        order = self.evidence.argsort(descending=True)
+        order = order[self.evidence[order] > self.evidence.max() - WITHIN] if len(order) else order
+        return Survey(self.modes[order], self.roots[order], self.evidence[order], self.met[order], self.over)
+
+
+def can_be_surveyed(density: LogDensity) -> bool:
+    """Whether a survey is cheap: the density is batched and has few terms, and curvatures are small matrices."""
+    return density.batched and density.dim <= UP_TO and density.dim * density.numbers <= TERMS
+
+
+@torch.no_grad()
+def survey(
+    density: LogDensity,
+    z: Tensor,
+    *,
+    seed: int,
+    rounds: int = ROUNDS,
+    climbs: int = CLIMBS,
+    known: Known | None = None,
+    before: Survey | None = None,
+) -> Survey:
+    """Climb from near and far of draws z (S, D) of a guide or start; return the modes that were met.
+
+    ``known`` is the log density of what stands for the modes so far, of normals there by default. ``before`` is a
+    survey that this one goes on from.
+
+    Cost: a round is 256 paths (``climbs``) of about 20 gradients, fewer where a density has many terms, and a Hessian
+    for each mode.
+    """
+    found, in_vain = _none(density) if before is None else before, 0
+    with seeded(derive(seed, "a survey of modes"), density.device):
+        for number in range(rounds):
+            last = found
+            found = _merged(density, found, _ends(density, found, z, derive(seed, f"survey {number}"), climbs, known))
+            in_vain = 0 if has_new(found, last) else in_vain + 1
+            if in_vain == IN_VAIN:
+                return Survey(found.modes, found.roots, found.evidence, found.met, over=True)
+            if len(found) >= MOST:
+                break
+    return found
+
+
+def has_new(found: Survey, before: Survey) -> bool:
+    """Whether there is a mode that was not there before, with a part of the mass worth a thought."""
+    fresh = found.evidence[len(before) :]
+    return len(fresh) > 0 and bool((fresh > found.evidence.max() - WITHIN).any())
+
+
+@torch.no_grad()
+def climbed_from(density: LogDensity, found: Survey, points: Tensor) -> Survey:
+    """Add the modes to which climbs from points (N, D) lead."""
+    return _merged(density, found, _climbed(density, found, points, points))
+
+
+def _none(density: LogDensity) -> Survey:
+    nothing = torch.zeros(0, density.dim, dtype=density.dtype, device=density.device)
+    return Survey(nothing, nothing[..., None].expand(-1, -1, density.dim), nothing[:, 0], nothing[:, 0].long())
+
+
+def _ends(
+    density: LogDensity, found: Survey, z: Tensor, seed: int, climbs: int, known: Known | None
+) -> tuple[Tensor, Tensor]:
+    """Return the ends (N, D) of the climbs of one round, the highest first, and the scales there (N, D)."""
+    count = int(max(LEAST_CLIMBS, min(climbs, NUMBERS / max(1, density.numbers))))
+    cost = max(density.dim * max(1, len(found)), density.numbers) * (1 if known is None else DEARER)
+    many = int(max(1, min(SCREENED, SCREENED_NUMBERS / (count * cost)))) if len(found) else 1
+    points = torch.cat([z[:8], _broad(density, found, z, count * (1 + many) // 2, seed)])
+    heights = density(points)
+    points, heights = points[torch.isfinite(heights)], heights[torch.isfinite(heights)]
+    plain, screened = points[: count // 2], points[count // 2 :]
+    if len(found) and len(screened):
+        thought = _known(found, screened) if known is None else known(screened).to(screened)
+        promise = (heights[count // 2 :] - thought).nan_to_num(nan=-torch.inf)
+        screened = _promising(found, screened, promise, count - len(plain))
+    return _climbed(density, found, torch.cat([plain, screened[: count - len(plain)]]), z)
+
+
+def _promising(found: Survey, points: Tensor, promise: Tensor, count: int) -> Tensor:
+    """Return points at which the density is farthest above what the modes so far say of it, from all distances alike.
+
+    Far away, the ratio of two tails is larger than all that a mode makes of it.
+    """
+    layers = _distances(found, points).amin(0).argsort().tensor_split(min(LAYERS, len(points)))
+    best = [layer[promise[layer].topk(min(len(layer), -(-count // len(layers)))).indices] for layer in layers]
+    return points[torch.cat(best)]
+
+
+def _climbed(density: LogDensity, found: Survey, points: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Climb from points (N, D); return the ends, the highest first, and the scales there."""
+    if not len(points):
+        return points, points
+    local = units_of(z, full=False) if not len(found) else found.roots.norm(dim=2).median(0).values
+    steps = torch.tensor(STEPS, dtype=z.dtype, device=z.device).repeat(len(points))[: len(points), None]
+    ends = climb(density, points, steps * local, ticks=TICKS)
+    usable = torch.isfinite(ends.heights) & ends.settled  # a path that is under way along a ridge is at no mode
+    order = usable.nonzero()[:, 0][ends.heights[usable].argsort(descending=True)]
+    return ends.points[order], ends.scales[order]
+
+
+def _broad(density: LogDensity, found: Survey, z: Tensor, count: int, seed: int) -> Tensor:
+    """Points (N, D) far and near: a quarter each from the prior and from the draws, a half about the modes so far."""
+    prior = prior_draws(density, PRIOR, seed=seed)
+    parts = []
+    for draws in (prior, z):
+        middle, spread = draws.median(0).values, units_of(draws, full=False)
+        noise = torch.randn(count // 4, density.dim, dtype=z.dtype, device=z.device)
+        parts.append(middle + _factors(OUTWARDS, noise) * spread * noise)
+    own = min(len(prior), len(parts[0]) // 2)
+    parts[0][:own] = prior[:own]
+    modes = found.modes if len(found) > 1 else z
+    noise = torch.randn(count - 2 * (count // 4), density.dim, dtype=z.dtype, device=z.device)
+    chosen = modes[torch.randint(len(modes), (len(noise),), device=z.device)]
+    parts.append(chosen + _factors(ABOUT, noise) * _spread(found, modes) * noise)
+    mixed = torch.cat(parts)
+    return mixed[torch.randperm(len(mixed)).to(mixed.device)]
+
+
+def _spread(found: Survey, modes: Tensor) -> Tensor:
+    """Return how far apart modes are (D,): in all coordinates alike, measured by the widths of the modes themselves.
+
+    Three modes span a plane; a fourth one lies out of it.
+    """
+    apart = units_of(modes, full=False)
+    if len(found) < 2:
+        return apart
+    local = found.roots.norm(dim=2).median(0).values
+    return local * (apart / local).square().mean().sqrt()
+
+
+def _factors(ends: tuple[float, float], noise: Tensor) -> Tensor:
+    """Factors (N, 1) whose logarithms are uniform between two ends."""
+    low, high = (math.log(end) for end in ends)
+    return (low + (high - low) * torch.rand_like(noise[:, :1])).exp()
+
+
+def _known(found: Survey, points: Tensor) -> Tensor:
+    """Return the log density (N,) that the normals at the modes so far have, up to a constant."""
+    away = points - found.modes[:, None]
+    x = torch.linalg.solve_triangular(found.roots, away.mT, upper=False)
+    size = found.roots.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return torch.logsumexp(-0.5 * x.square().sum(1) + (found.evidence - size)[:, None], 0)
+
+
+def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> Survey:
+    """Add the ends that are new modes, and count those that are not."""
+    places, scales = ends
+    met = found.met.clone()
+    if len(found) and len(places):
+        near, which = _distances(found, places).min(0)
+        met += torch.bincount(which[near < APART], minlength=len(met)).to(met)
+        places, scales = places[near >= APART], scales[near >= APART]
+    heads, counts = _heads(places, scales, min(MOST - len(found), max(LEAST_HEADS, CURVED // density.dim)))
+    if not len(heads):
+        return Survey(found.modes, found.roots, found.evidence, met)
+    roots = lower_triangular(inverse_roots(density, heads)[0])
+    size = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * density.dim * math.log(2.0 * math.pi)
+    evidence = (density(heads) + size).nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+    found = Survey(found.modes, found.roots, found.evidence, met)
+    for number in evidence.argsort(descending=True).tolist():
+        if not math.isfinite(float(evidence[number])):
+            continue
+        if len(found) and bool((_distances(found, heads[number : number + 1]) < APART).any()):
+            continue
+        row = slice(number, number + 1)
+        found = Survey(
+            torch.cat([found.modes, heads[row]]),
+            torch.cat([found.roots, roots[row]]),
+            torch.cat([found.evidence, evidence[row]]),
+            torch.cat([found.met, counts[row]]),
+        )
+    return found
+
+
+def _distances(found: Survey, places: Tensor) -> Tensor:
+    """Return the distances (K, N) of places from the modes, in standard deviations a root of the dimension."""
+    away = places - found.modes[:, None]
+    x = torch.linalg.solve_triangular(found.roots, away.mT, upper=False)
+    return x.norm(dim=1) / math.sqrt(places.shape[1])
+
+
+def _heads(places: Tensor, scales: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Return distinct ends (K, D), the highest of those that lie together, and how many these are (K,)."""
+    open_ = torch.ones(len(places), dtype=torch.bool, device=places.device)
+    heads: list[int] = []
+    counts: list[int] = []
+    while bool(open_.any()) and len(heads) < most:
+        first = int(open_.to(torch.uint8).argmax())
+        same = open_ & ((((places - places[first]) / scales[first]).square().mean(1)).sqrt() < SAME)
+        same[first] = True
+        heads.append(first)
+        counts.append(int(same.sum()))
+        open_ &= ~same
+    return places[heads], torch.tensor(counts, dtype=torch.long, device=places.device)

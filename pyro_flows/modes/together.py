@@ -1,0 +1,183 @@
+"""The search for missed modes of many data sets at once: fewer paths and wanderers for each, all side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import derive
+from pyro_flows.flows.flow import Flow
+from pyro_flows.model.stack import Stack
+from pyro_flows.modes.climbs import Doubtful, _weighed, heavier, units_of, worth_tempering
+from pyro_flows.modes.lacks import SHARE, Guide, Lack, moments
+from pyro_flows.modes.lines import across
+from pyro_flows.modes.missed_modes import (
+    MOVED_DRAWS,
+    THIN,
+    WANDERED,
+    Search,
+    _is_resolved,
+    _mirrored,
+    sentence_on,
+    share_error,
+)
+from pyro_flows.modes.tempering import Tempered, temper, wander_together
+from pyro_flows.starts.gaussians import Gaussians
+from pyro_flows.starts.pathfinder import Paths, pathfinder
+from pyro_flows.starts.prior import prior_draws
+from pyro_flows.verdict.deciding import resample
+
+DRAWS = 600
+OWN, PRIOR = 2, 8  # paths from the guide's own draws, and from the prior's
+OUTWARDS = (3.0, 10.0)  # factors by which draws are moved away from their median, two of them each
+EACH = 2
+MEASURED = 2  # doubtful places of each data set, by tempering
+WANDERERS = 128
+MIRRORED = 2  # data sets on which exact symmetries are tried: they are a matter of the model
+
+
+def missed_together(stack: Stack, flows: Sequence[Flow], *, seed: int) -> list[Search]:
+    """Search for what each flow lacks, as :func:`missed_modes` does for one; notes say what was searched less.
+
+    Symmetries are tried on the first data sets only: where one of them shows a missed mode, all data sets count as
+    lacking, so that each is fitted by itself.
+    """
+    looks = [_Look(stack, number, flow) for number, flow in enumerate(flows)]
+    found: list[list[Lack]] = [[] for _ in looks]
+    usable = [number for number, look in enumerate(looks) if look.guide is not None]
+    if not usable:
+        return [Search() for _ in looks]
+    symmetric = any(_mirrored(*looks[number].few) for number in usable[:MIRRORED])
+    for search in (_climbed, _across, _wandered):
+        for number, lacks in zip(usable, search(stack, looks, usable, seed), strict=True):
+            found[number] = found[number] or [lack for lack in lacks if _is_resolved(looks[number].density, lack.place)]
+    return [_search(look, lacks, symmetric) for look, lacks in zip(looks, found, strict=True)]
+
+
+class _Look:
+    """Draws of one flow, and the guide that it is."""
+
+    def __init__(self, stack: Stack, number: int, flow: Flow) -> None:
+        density = stack.densities[number]
+        z, log_q = flow.draw(DRAWS)
+        with torch.no_grad():
+            weights = density(z) - log_q
+        finite = torch.isfinite(weights)
+        self.density = density
+        self.guide = Guide(density, flow.log_prob, float(weights[finite].median())) if bool(finite.any()) else None
+        self.z, self.log_q, self.weights = z[finite], log_q[finite], weights[finite]
+        self.units = units_of(self.z) if self.guide is not None else torch.eye(stack.dim)
+
+    @property
+    def few(self) -> tuple[Guide, Tensor, Tensor]:
+        return _guide(self), self.z[:MOVED_DRAWS], self.log_q[:MOVED_DRAWS]
+
+
+Searcher = Callable[[Stack, Sequence[_Look], Sequence[int], int], list[list[Lack]]]
+
+
+def _climbed(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: int) -> list[list[Lack]]:
+    """Climb from a few points for each data set; return what is missed at the ends."""
+    chosen = stack.select(usable)
+    prior = prior_draws(stack.densities[0], PRIOR, seed=derive(seed, "modes from the prior"))
+    points = torch.cat([torch.cat([_own_points(looks[number]), prior]) for number in usable])
+    count = len(points) // len(usable)
+    units = torch.stack([_full(looks[number].units) for number in usable]).repeat_interleave(count, 0)
+    paths = pathfinder(chosen, points, units, seed=derive(seed, "modes"))
+    own = [_part(paths, slice(place * count, (place + 1) * count)) for place in range(len(usable))]
+    found, doubts = [], []
+    for number, part in zip(usable, own, strict=True):
+        look, own_seed = looks[number], derive(seed, f"weighed {number}")
+        lacks, doubtful = _weighed(_guide(look), part, OWN, look.units, seed=own_seed)
+        found.append(lacks)
+        doubts.append([] if lacks else doubtful)
+    more = _tempered(stack, looks, usable, own, doubts, seed)
+    return [lacks or heavy for lacks, heavy in zip(found, more, strict=True)]
+
+
+def _tempered(
+    stack: Stack, looks: Sequence[_Look], usable: Sequence[int], own: Sequence[Paths],
+    doubts: Sequence[Sequence[Doubtful]], seed: int,
+) -> list[list[Lack]]:  # fmt: skip
+    """Measure masses at the ends of doubtful paths, two of each data set at most, by tempering them all together."""
+    asked, chosen, normals = [], [], []
+    for place, (number, paths, doubtful) in enumerate(zip(usable, own, doubts, strict=True)):
+        numbers, worth = worth_tempering(_guide(looks[number]), paths, OWN, doubtful, looks[number].units)
+        if worth:
+            asked.append((place, worth[:MEASURED]))
+            chosen.append(number)
+            normals.append((numbers[: 1 + MEASURED] * (1 + MEASURED))[: 1 + MEASURED])  # as many for each
+    found: list[list[Lack]] = [[] for _ in usable]
+    if not asked:
+        return found
+    parts = [[part[numbers] for part in own[place].best] for (place, _), numbers in zip(asked, normals, strict=True)]
+    best = Gaussians(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    walk = temper(stack.select(chosen), best, seed=derive(seed, "tempering"))
+    for row, (place, worth) in enumerate(asked):
+        rows = slice(row * (1 + MEASURED), row * (1 + MEASURED) + 1 + len(worth))
+        guide, mine = _guide(looks[usable[place]]), Tempered(*(part[rows] for part in walk))
+        found[place] = heavier(guide, own[place].ends, worth, mine)
+    return found
+
+
+def _part(paths: Paths, part: slice) -> Paths:
+    best = Gaussians(*(x[part] for x in paths.best))
+    return Paths(best, paths.elbo[part], paths.ends[part], paths.settled[part])
+
+
+def _guide(look: _Look) -> Guide:
+    assert look.guide is not None
+    return look.guide
+
+
+def _full(units: Tensor) -> Tensor:
+    return units if units.dim() == 2 else units.diag()
+
+
+def _own_points(look: _Look) -> Tensor:
+    """Draws of the guide, and draws moved outwards."""
+    center = look.z.median(0).values
+    rows = torch.arange(OWN + EACH * len(OUTWARDS), device=look.z.device) % len(look.z)
+    own, *far = look.z[rows].split([OWN, *[EACH] * len(OUTWARDS)])
+    return torch.cat([own, *(center + factor * (part - center) for factor, part in zip(OUTWARDS, far, strict=True))])
+
+
+def _across(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: int) -> list[list[Lack]]:
+    return [across(*looks[number].few) for number in usable]
+
+
+def _wandered(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: int) -> list[list[Lack]]:
+    """Let weighted draws of all data sets wander; return places where guides are too thin."""
+    chosen = stack.select(usable)
+    begun = []
+    for number in usable:
+        ratios = torch.log_softmax(looks[number].weights.double(), 0)
+        begun.append(looks[number].z[resample(ratios, WANDERERS, seed=derive(seed, f"wanderers {number}"))])
+    units = torch.stack([_full(looks[number].units) for number in usable])
+    ends, log_p = wander_together(chosen, torch.stack(begun), units, seed=derive(seed, "wandering"))
+    return [_thin(looks[number], *parts) for number, *parts in zip(usable, ends, log_p, strict=True)]
+
+
+def _thin(look: _Look, ends: Tensor, log_p: Tensor) -> list[Lack]:
+    """Return a place where the guide is too thin, if more draws came there than weights know of."""
+    guide = _guide(look)
+    ratios = (look.weights - guide.covered).double()
+    there = guide.is_thin(look.z, look.weights + look.log_q, by=THIN)
+    thin = guide.is_thin(ends, log_p, by=THIN)
+    share, known, error = share_error(thin, torch.softmax(ratios, 0), there)
+    return [] if share - 2.0 * error <= known + SHARE else [Lack(ends[thin][0], moments(ends[thin], WANDERED))]
+
+
+def _search(look: _Look, lacks: Sequence[Lack], symmetric: bool) -> Search:
+    """Put what was found into words."""
+    paths = EACH * len(OUTWARDS) + PRIOR
+    notes = (f"many data sets were fitted side by side, and the search for missed modes had {paths} paths for each",)
+    if look.guide is None:
+        return Search(notes=notes)
+    if lacks:
+        return Search(tuple(lacks), sentence_on(look.density, lacks, look.z[:MOVED_DRAWS]), notes)
+    if symmetric:
+        return Search((), "the model has a symmetry by which modes are missed at another data set", notes)
+    return Search(notes=notes, contained=True)

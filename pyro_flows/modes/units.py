@@ -1,0 +1,21 @@
+"""The scales of draws: units in which paths are measured."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FULL_UNITS_UP_TO = 100  # dimensions
+
+
+def units_of(z: Tensor, *, full: bool = True) -> Tensor:
+    """Return the scale of draws (S, D): the Cholesky factor of their covariance where there are enough, or their sds.
+
+    Sds (D,) only, unless ``full``.
+    """
+    if full and z.shape[1] <= FULL_UNITS_UP_TO and len(z) > 4 * z.shape[1]:
+        root, fault = torch.linalg.cholesky_ex(torch.cov(z.mT.double()).reshape(z.shape[1], z.shape[1]))
+        if int(fault) == 0 and bool(torch.isfinite(root).all()):
+            return root.to(z.dtype)
+    spread = z.std(0) if len(z) > 1 else torch.ones_like(z[0])
+    return torch.where((spread > 0.0) & torch.isfinite(spread), spread, 1.0)

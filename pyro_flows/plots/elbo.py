@@ -1,0 +1,106 @@
+"""The ELBO of each step of a fit."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pyro_flows._figures import FLOW, INK, LINE, panels, steps, styled
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.plots import parts
+from pyro_flows.results.record import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WINDOW_SHARE = 0.04
+EDGES = 0.01  # of the run: a round that begins there began with it
+
+
+@styled
+def plot_elbo(posterior: Record, *, width: float = 7.0) -> Figure:
+    """Draw the ELBO of each optimization step, with a running median, and that of the final draws (dashed).
+
+    Each step's is the mean over the batch by which the flow is trained, each draw weighted for how it was drawn. The
+    final one is of a new sample from the guide. Where several rounds were tried, dotted lines part them, and what was
+    kept may be an earlier one; where several flows form a mixture, the final ELBO is the mixture's. Both are written.
+    The vertical axis is chosen by the second half of the run, so that wild first steps do not flatten the rest.
+
+    Args:
+        posterior: of :func:`~pyro_flows.fit`.
+        width: inches.
+
+    Raises:
+        ValueError: if there are no steps to show, as after :func:`~pyro_flows.diagnose`.
+    """
+    elbo = -posterior.losses.detach().double().cpu().numpy()
+    if not len(elbo):
+        raise ValueError("posterior: expected one with optimization steps, got none (diagnose does not optimize).")
+    figure, (axes,) = panels(1, size=(width, 3.6 if width > parts.NARROW else 2.9))
+    steps(axes, elbo, FLOW, "each step")
+    axes.plot(
+        np.arange(1, len(elbo) + 1),
+        running_median(elbo),
+        color=FLOW,
+        linestyle="-",
+        linewidth=1.8,
+        label="running median",
+    )
+    if math.isfinite(posterior.elbo):
+        axes.axhline(posterior.elbo, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=3, label=_final(posterior))
+    axes.set_ylim(*elbo_limits(elbo, posterior.elbo))
+    _rounds(axes, posterior, len(elbo))
+    axes.set(xlabel="optimization step", ylabel="ELBO (nats)")
+    axes.legend(loc="lower right")
+    parts.title(axes, posterior, "Evidence lower bound" if width > parts.NARROW else "ELBO")
+    return figure
+
+
+def _final(posterior: Record) -> str:
+    """Say what the final line is of."""
+    said = f"final {posterior.elbo:.2f}"
+    if isinstance(posterior.flow, FlowMixture):
+        return f"{said}, of a mixture of {len(posterior.flow.components)}"
+    kept, rounds = posterior.settings.get("round"), [stage["stage"] for stage in _trained(posterior)]
+    return f"{said}, of the {kept}" if kept in rounds and kept != rounds[-1] else said
+
+
+def _trained(posterior: Record) -> list[dict[str, object]]:
+    """Return the rounds of training of the run whose steps are shown."""
+    found = [stage for stage in posterior.history if stage.get("steps") and stage.get("k_hat") is not None]
+    runs = [stage.get("run") for stage in found if stage["stage"] == posterior.settings.get("round")]
+    return [stage for stage in found if stage.get("run") in (runs[:1] or [None])]
+
+
+def _rounds(axes: Axes, posterior: Record, total: int) -> None:
+    """Draw where a further round began. Rounds follow each other; a race, of which few steps are left, came before."""
+    lengths = [int(str(stage["steps"])) for stage in _trained(posterior)]
+    for begun in total - np.cumsum(lengths[::-1]):
+        if EDGES * total < begun < total and begun != total - sum(lengths):
+            axes.axvline(float(begun), color=LINE, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
+
+
+def running_median(values: np.ndarray) -> np.ndarray:
+    """Median over a centered window of a twenty-fifth of the run, shorter at both ends."""
+    half = max(1, round(WINDOW_SHARE * len(values) / 2))
+    padded = np.pad(np.where(np.isfinite(values), values, np.nan), half, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All-NaN slice", category=RuntimeWarning)
+        return np.asarray(np.nanmedian(windows, axis=-1))
+
+
+def elbo_limits(elbo: np.ndarray, final: float) -> tuple[float, float]:
+    """Return the range of the second half of a run and of the final value, and what else fits in."""
+    late = elbo[len(elbo) // 2 :]
+    late = late[np.isfinite(late)] if np.isfinite(late).any() else np.array([0.0])
+    low, middle, high = np.quantile(late, [0.01, 0.5, 0.99])
+    if math.isfinite(final):
+        low, high = min(low, final), max(high, final)
+    spread = max(high - low, 1e-3 * abs(middle), 1e-6)
+    start = float(np.quantile(elbo[np.isfinite(elbo)], 0.05)) if np.isfinite(elbo).any() else low
+    return max(min(start, low) - 0.3 * spread, low - 4.0 * spread), high + 0.5 * spread

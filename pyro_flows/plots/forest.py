@@ -1,0 +1,105 @@
+"""A forest of intervals: raw, corrected and refined draws of one posterior, or several posteriors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyro_flows import _checks
+from pyro_flows._figures import INK, LINE, color_of, panels, styled
+from pyro_flows.plots import parts
+from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, raw, used
+from pyro_flows.results.labeled import named_draws
+from pyro_flows.results.record import Record
+from pyro_flows.verdict.deciding import resample
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROW = 0.17  # inches a line
+RAW, CORRECTED, REFINED = "raw: the guide's own", "corrected: importance-resampled", "refined: Markov chains"
+
+
+@styled
+def plot_forest(
+    posterior: Posteriors,
+    var_names: Names = None,
+    *,
+    filter_vars: str | None = None,
+    coords: Mapping[str, Any] | None = None,
+    max_rows: int = 40,
+    width: float = 6.0,
+) -> Figure:
+    """Draw the mean (dot), central half (thick line) and central 89 % (thin line) of each scalar.
+
+    For one posterior, its raw draws, those corrected by importance weights, and those refined by Markov chains, as far
+    as there are any, stand below each other: what the correction changed. For several, the draws to use of each.
+
+    Args:
+        posterior: what to draw; several by name, ``{"flow": posterior, "NUTS": chains}``.
+        var_names: variables to show, as in ArviZ; all by default.
+        filter_vars: ``"like"`` or ``"regex"``: how names are matched, as in ArviZ.
+        coords: labels to show, as in ArviZ.
+        max_rows: how many scalars at most; the title says how many there are.
+        width: inches.
+
+    Raises:
+        ValueError: for a name or a label that is not there, or if raw draws take a model that the posterior has not.
+    """
+    posteriors, choice = named(posterior), Choice(var_names, filter_vars, coords)
+    single = next(iter(posteriors.values())) if len(posteriors) == 1 else None
+    datasets = {name: used(each) for name, each in posteriors.items()} if single is None else _stages(single)
+    layers = {name: choice.of(draws) for name, draws in datasets.items()}
+    labels = common(layers)
+    shown = labels[: _checks.integer("max_rows", max_rows, 1)]
+    lines = len(shown) * (len(layers) + 0.8)
+    figure, (axes,) = panels(1, size=(width, ROW * lines + 1.0 + 0.2 * len(layers)))
+    handles = _rows(axes, [[layer[label] for layer in layers.values()] for label in shown])
+    axes.set_yticks(range(len(shown)), list(map(parts.plain, shown)))
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    names = list(layers) if single is not None else parts.with_status(posteriors)
+    parts.foot(figure, "dot: mean; lines: central 50 % and 89 %", handles, names, columns=1)
+    note = f" · {len(shown)} of {len(labels)} scalars" if len(shown) < len(labels) else ""
+    parts.heading(figure, posteriors, f"Forest{note}")
+    return figure
+
+
+def _stages(posterior: Record) -> dict[str, Any]:
+    """Return the draws of one posterior before and after what corrected them."""
+    status = posterior.verdict.status
+    if posterior.density is None and posterior.replaced and "raw_posterior" not in (posterior.stored or ({},))[0]:
+        return {status: used(posterior)}
+    found = {RAW: raw(posterior)} if posterior.guide_name and posterior.log_q.isfinite().any() else {}
+    if status == "refined" and posterior.density is not None and bool(posterior.log_weights.isfinite().any()):
+        index = resample(posterior.log_weights, len(posterior.z), seed=int(posterior.settings["seed"]))
+        found[CORRECTED] = named_draws(posterior, posterior.density.constrain(posterior.z[index]))
+    if posterior.replaced:
+        found[CORRECTED if posterior.resampled else REFINED] = used(posterior)
+    return found or {"draws": used(posterior)}
+
+
+def _rows(axes: Axes, rows: list[list[np.ndarray]]) -> list[Any]:
+    """Draw the intervals of each scalar, one line a layer; return what a legend needs."""
+    handles: dict[int, Any] = {}
+    for place, layers in enumerate(rows):
+        for number, values in enumerate(layers):
+            finite = values[np.isfinite(values)]
+            if not len(finite):
+                continue
+            color, _ = color_of(number)
+            height = place + (number - (len(layers) - 1) / 2) * 0.8 / max(len(layers), 1)
+            line: dict[str, Any] = {"color": color, "linestyle": "-", "solid_capstyle": "butt"}
+            axes.plot(np.quantile(finite, parts.INTERVAL), [height] * 2, linewidth=1.0, **line)
+            (handles[number],) = axes.plot(np.quantile(finite, parts.INNER), [height] * 2, linewidth=3.0, **line)
+            axes.plot([finite.mean()], [height], "o", color="white", markeredgecolor=color, markersize=4, zorder=3)
+        if place:
+            axes.axhline(place - 0.5, color=LINE, linewidth=0.3, zorder=0)
+    low, high = axes.get_xlim()
+    if low < 0 < high:
+        axes.axvline(0.0, color=INK, linewidth=0.6, linestyle=(0, (1, 2)), zorder=0)
+    return [handles[number] for number in sorted(handles)]

@@ -1,0 +1,193 @@
+"""Pairs of scalars against each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyro_flows import _checks
+from pyro_flows._figures import FLOW, color_of, limits, opaque, panels, styled
+from pyro_flows.plots import parts
+from pyro_flows.plots.scalars import (
+    Choice,
+    Names,
+    Posteriors,
+    Transform,
+    axis_label,
+    common,
+    guide_label,
+    named,
+    raw,
+    scalar,
+    transformed,
+    used,
+    variable,
+)
+from pyro_flows.results.record import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SCATTERED = 2000
+BINS = 40
+Layer = dict[str, np.ndarray]
+
+
+@styled
+def plot_pairs(
+    posterior: Posteriors,
+    *scalars: str,
+    var_names: Names = None,
+    filter_vars: str | None = None,
+    coords: Mapping[str, Any] | None = None,
+    compare: Record | None = None,
+    transform: Transform | None = None,
+    labels: Sequence[str] | None = None,
+    max_scalars: int = 6,
+    width: float = 5.4,
+) -> Figure:
+    """Scatter scalars against each other: two in one panel, more in a triangle of panels with their marginals.
+
+    Of several posteriors, the first one is scattered. Of each other one, lines enclose the regions in which 50 % and
+    90 % of its draws lie most densely.
+
+    Args:
+        posterior: what to draw; several by name, ``{"flow": posterior, "NUTS": chains}``.
+        scalars: ``"mu"``, ``"theta[Choate]"``, ``"theta[3]"``; by default all that the next three choose.
+        var_names: variables, as in ArviZ.
+        filter_vars: ``"like"`` or ``"regex"``: how names are matched, as in ArviZ.
+        coords: labels to show, as in ArviZ.
+        compare: another posterior of the same model, such as :func:`~pyro_flows.diagnose` of a Gaussian guide. What is
+            drawn are its raw draws, before any resampling: what that guide would have given by itself.
+        transform: functions to apply to variables first, ``{"tau": torch.log}``; axis labels name them.
+        labels: names of ``posterior`` and ``compare`` in the legend; their guides' names by default.
+        max_scalars: how many at most; the title says how many there are.
+        width: inches.
+
+    Raises:
+        ValueError: for a name that is no scalar of the posterior, or of another one, and for fewer than two scalars.
+    """
+    posteriors = named(posterior)
+    datasets = {name: used(each) for name, each in posteriors.items()}
+    if compare is not None:
+        names = list(labels or (next(iter(posteriors)), guide_label(compare)))
+        names = names if names[0] != names[-1] else [names[0], f"{names[-1]}, raw"]
+        datasets = {names[0]: next(iter(datasets.values())), names[1]: raw(compare)}
+        posteriors = {names[0]: next(iter(posteriors.values())), names[1]: compare}
+    if scalars:
+        layers = {name: {each: scalar(draws, each, transform) for each in scalars} for name, draws in datasets.items()}
+    else:
+        choice = Choice(var_names, filter_vars, coords)
+        layers = {name: _chosen(choice.of(draws), transform) for name, draws in datasets.items()}
+    return _drawn(posteriors, layers, transform, _checks.integer("max_scalars", max_scalars, 2), width)
+
+
+def _chosen(layer: Layer, transform: Transform | None) -> Layer:
+    return {label: transformed(values, variable(label), transform) for label, values in layer.items()}
+
+
+def _drawn(
+    posteriors: Mapping[str, Record],
+    layers: Mapping[str, Layer],
+    transform: Transform | None,
+    most: int,
+    width: float,
+) -> Figure:
+    labels = common(layers)
+    if len(labels) < 2:
+        raise ValueError(f"posterior: expected two scalars or more, got {labels[0]!r}. Name others.")
+    shown = labels[:most]
+    titles = {label: axis_label(label, transform) for label in shown}
+    if len(shown) == 2:
+        figure = _single(posteriors, layers, titles, width)
+    else:
+        note = f" · {len(shown)} of {len(labels)} scalars" if len(shown) < len(labels) else ""
+        figure = _triangle(posteriors, layers, titles, max(width, 1.2 * len(shown)), f"Pairs{note}")
+    return figure
+
+
+def _single(
+    posteriors: Mapping[str, Record], layers: Mapping[str, Layer], titles: dict[str, str], width: float
+) -> Figure:
+    figure, (axes,) = panels(1, size=(width, width / 5.4 * 5.0))
+    handles = _panel(axes, list(layers.values()), *titles, size=3.5)
+    for label, name in zip(titles.values(), ("x", "y"), strict=True):
+        axes.set(**{f"{name}label": parts.plain(label)})
+    if len(layers) > 1:
+        first, *others = layers
+        names = [parts.plain(first), *(f"{parts.plain(name)}: 50 % and 90 % of its draws" for name in others)]
+        narrow = width < parts.NARROW or len(names) > 2
+        opaque(figure.legend(handles, names, loc="outside lower center", markerscale=3, ncols=1 if narrow else 2))
+    text = " and ".join(titles.values())
+    if width < parts.NARROW:
+        parts.heading(figure, dict([next(iter(posteriors.items()))]), text)
+    else:
+        parts.title(axes, next(iter(posteriors.values())), text)
+    return figure
+
+
+def _triangle(
+    posteriors: Mapping[str, Record], layers: Mapping[str, Layer], titles: dict[str, str], width: float, text: str
+) -> Figure:
+    """Draw marginals along the diagonal, and pairs below it."""
+    count, names = len(titles), list(titles)
+    figure, grid = panels(count**2, columns=count, size=(width, width * 0.95 + 0.4 * (len(layers) > 1)))
+    handles: list[Any] = []
+    for number, axes in enumerate(grid):
+        row, column = divmod(number, count)
+        axes.set_visible(row >= column)
+        if row == column:
+            _diagonal(axes, [layer[names[row]] for layer in layers.values()])
+        elif row > column:
+            handles = _panel(axes, list(layers.values()), names[column], names[row], size=2.5)
+        axes.locator_params(nbins=3)
+        axes.tick_params(labelbottom=row == count - 1, labelleft=column == 0 < row, labelsize=7)
+        if row == count - 1:
+            axes.set_xlabel(parts.short(titles[names[column]]), fontsize=7)
+        if column == 0 < row:
+            axes.set_ylabel(parts.short(titles[names[row]]), fontsize=7)
+    if len(layers) > 1:
+        opaque(
+            figure.legend(
+                handles, list(map(parts.plain, layers)), loc="outside lower center", ncols=len(layers), markerscale=3
+            )
+        )
+    figure.align_ylabels([axes for axes in grid if axes.get_ylabel()])
+    parts.heading(figure, dict([next(iter(posteriors.items()))]) if len(layers) == 1 else posteriors, text)
+    return figure
+
+
+def _panel(axes: Axes, layers: list[Layer], x: str, y: str, *, size: float) -> list[Any]:
+    """Scatter the first layer, and enclose the others; return what a legend needs."""
+    clouds = [np.stack([layer[x], layer[y]], -1) for layer in layers]
+    axes.set_xlim(*limits([cloud[:, 0] for cloud in clouds]))
+    axes.set_ylim(*limits([cloud[:, 1] for cloud in clouds]))
+    across, upwards = clouds[0][_spread_out(len(clouds[0]))].T
+    dots: dict[str, Any] = {"alpha": 0.5, "markersize": size, "markeredgewidth": 0, "rasterized": True}
+    handles = [*axes.plot(across, upwards, ".", color=FLOW, **dots)]
+    for number, cloud in enumerate(clouds[1:], 1):
+        handles.append(parts.regions(axes, cloud, number, color_of(number)[0]))
+    return handles
+
+
+def _spread_out(count: int) -> slice:
+    """Return which draws are scattered: chains stand one after the other, so these are taken from all of them."""
+    return slice(None, None, max(1, math.ceil(count / SCATTERED)))
+
+
+def _diagonal(axes: Axes, layers: list[np.ndarray]) -> None:
+    parts.silence(axes)
+    layers = [values[np.isfinite(values)] for values in layers]
+    spread = [values for values in layers if len(values) and np.ptp(values) > 0]
+    if not spread and parts.constant(axes, layers[0]):
+        return
+    low, high = limits(spread)
+    bins = np.linspace(low, high, BINS)
+    for number, values in enumerate(layers):
+        parts.histogram(axes, values, bins, filled=len(layers) == 1, number=number)
+    axes.set_xlim(low, high)
+    axes.set_ylim(0, None)

@@ -1,0 +1,125 @@
+"""Titles, legends and small marks that figures of posteriors share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyro_flows._display import STATUS_COLORS
+from pyro_flows._figures import BASE, FILLED, FLOW, INK, color_of, opaque
+from pyro_flows.results.record import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INTERVAL = (0.055, 0.945)
+INNER = (0.25, 0.75)
+NARROW = 5.0  # inches; 3.7 fit a phone of 390 pixels
+BINS, SMOOTH = 60, 2
+
+
+def title(axes: Axes, posterior: Record, text: str) -> None:
+    """Write what a figure of one panel shows, and the status of its verdict."""
+    status = posterior.verdict.status
+    axes.set_title(plain(text), loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(f"verdict: {status}", loc="right", fontsize=9, color=STATUS_COLORS[status])
+
+
+def heading(figure: Figure, posteriors: Mapping[str, Record], text: str) -> None:
+    """Write what a figure of several panels shows, and the verdict, or those of several posteriors."""
+    statuses = [posterior.verdict.status for posterior in posteriors.values()]
+    if len(statuses) == 1:
+        apart = " · " if figure.get_figwidth() > NARROW else "\n"
+        said, color = f"{plain(text)}{apart}verdict: {statuses[0]}", STATUS_COLORS[statuses[0]]
+    else:
+        said, color = plain(text), INK
+    figure.suptitle(said, color=color, fontweight="bold")
+
+
+def with_status(posteriors: Mapping[str, Record]) -> list[str]:
+    """Return the names of posteriors, each with the status of its verdict."""
+    return [plain(f"{name} ({posterior.verdict.status})") for name, posterior in posteriors.items()]
+
+
+def foot(figure: Figure, note: str, handles: list[Any], names: Sequence[str], columns: int = 2) -> None:
+    """Write what marks mean below all panels, and name the layers if there are several."""
+    if len(handles) < 2:
+        figure.supxlabel(note, fontsize=8)
+        return
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": max(1, min(columns, len(names)))}
+    opaque(figure.legend(handles, names, title=note or None, title_fontsize=8, **place))
+
+
+def plain(label: str) -> str:
+    """Return a label as matplotlib writes it as it is: a dollar begins no formula."""
+    return label.replace("$", r"\$")
+
+
+def short(label: str, most: int = 20) -> str:
+    """Return a label on two lines, the entry below the variable, cut if it is long."""
+    name, bracket, entry = label.partition("[")
+    lines = [name, bracket + entry] if bracket and len(label) > 10 else [label]
+    return plain("\n".join(line if len(line) <= most else f"{line[: most - 1]}…" for line in lines))
+
+
+def silence(axes: Axes) -> None:
+    """Take the vertical axis away, where heights mean nothing by themselves."""
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+
+
+def constant(axes: Axes, values: np.ndarray) -> bool:
+    """Write the value of a scalar that has only one, or that it has none; return whether that was so."""
+    if len(values) and np.ptp(values) > 0:
+        return False
+    text = f"= {values[0]:.4g}" if len(values) else "no finite draws"
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
+    axes.set_xticks([])
+    return True
+
+
+def histogram(axes: Axes, values: np.ndarray, bins: np.ndarray, *, filled: bool = True, number: int = 0) -> Any:
+    """Draw the outline of a histogram, in the color and dashes of its layer; return it."""
+    color, dashes = color_of(number)
+    heights, _ = np.histogram(values, bins=bins)
+    density = heights / max(len(values), 1) / np.diff(bins)
+    if filled:
+        axes.stairs(density, bins, color=color, fill=True, alpha=FILLED, linewidth=0)
+    return axes.stairs(density, bins, color=color, linewidth=1.0 if filled else 1.4, linestyle=dashes)
+
+
+def interval(axes: Axes, values: np.ndarray, height: float = 0.0, color: str = FLOW) -> None:
+    """Draw the central 89 % as a bar and the mean as a dot."""
+    left, right = np.quantile(values, INTERVAL)
+    bar: dict[str, Any] = {"linewidth": 3.5, "solid_capstyle": "butt", "clip_on": False, "zorder": 3}
+    axes.plot([left, right], [height, height], color=color, **bar)
+    dot: dict[str, Any] = {"markeredgecolor": color, "markersize": 5, "clip_on": False, "zorder": 4}
+    axes.plot([values.mean()], [height], "o", color="white", **dot)
+
+
+def regions(axes: Axes, points: np.ndarray, number: int = 1, color: str = BASE) -> Any:
+    """Draw where 50 % and 90 % of points (S, 2) lie most densely, by a smoothed histogram over the axes' range."""
+    finite = points[np.isfinite(points).all(-1)]
+    frame = np.array([axes.get_xlim(), axes.get_ylim()])
+    density, across, upwards = np.histogram2d(finite[:, 0], finite[:, 1], bins=BINS, range=frame)
+    kernel = np.exp(-0.5 * (np.arange(-3 * SMOOTH, 3 * SMOOTH + 1) / SMOOTH) ** 2)
+    for axis in (0, 1):
+        density = np.apply_along_axis(np.convolve, axis, density, kernel / kernel.sum(), mode="same")
+    inside = ((finite >= frame[:, 0]) & (finite < frame[:, 1])).all(-1)
+    cells = (BINS * (finite[inside] - frame[:, 0]) / (frame[:, 1] - frame[:, 0])).astype(int).clip(0, BINS - 1)
+    at_points = np.concatenate([density[cells[:, 0], cells[:, 1]], np.zeros(np.count_nonzero(~inside))])
+    levels = sorted({float(level) for level in np.quantile(at_points, [0.1, 0.5])}) if len(finite) else []
+    if len(levels) == 2 and levels[0] > 0:
+        centers = [(edges[1:] + edges[:-1]) / 2 for edges in (across, upwards)]
+        axes.contourf(*centers, density.T, levels=[*levels, np.inf], colors=[color, color], alpha=0.12, zorder=0)
+        lines: dict[str, Any] = {
+            "colors": [color],
+            "linewidths": 1.2,
+            "linestyles": [color_of(number)[1]],
+            "zorder": 3,
+        }
+        axes.contour(*centers, density.T, levels=levels, **lines)
+    return axes.plot([], [], color=color, linestyle=color_of(number)[1], linewidth=1.2)[0]

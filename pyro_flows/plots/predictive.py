@@ -1,0 +1,106 @@
+"""Replicates of the data against the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyro_flows import _arrays, _arviz, _checks
+from pyro_flows._figures import FLOW, INK, SHOWN, grid_of, panels, styled
+from pyro_flows.plots import parts
+from pyro_flows.plots.scalars import Names
+from pyro_flows.results.labeled import predictive_groups
+from pyro_flows.results.record import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+REPLICATES = 500
+GRID = 120  # values at which distribution functions are compared
+BANDS = (((0.055, 0.945), 0.2), ((0.25, 0.75), 0.45))  # quantiles and opacity
+
+
+@styled
+def plot_predictive(
+    posterior: Record,
+    var_names: Names = None,
+    *,
+    filter_vars: str | None = None,
+    coords: Mapping[str, Any] | None = None,
+    width: float = 7.0,
+) -> Figure:
+    """Draw the distribution function of the data (line) over those of replicates drawn from the posterior (bands).
+
+    The bands hold the middle 50 % and 89 % of the replicates' functions at each value. It takes no smoothing, so counts
+    and continuous data are drawn alike. Data that the model could have made stay within the bands nearly everywhere.
+
+    Args:
+        posterior: what to draw.
+        var_names: observed sites, as in ArviZ; all by default.
+        filter_vars: ``"like"`` or ``"regex"``: how names are matched, as in ArviZ.
+        coords: labels to show, as in ArviZ.
+        width: inches.
+
+    Raises:
+        ValueError: for a name or label that is not there; if the model observes nothing or cannot draw its data; if a
+            loaded posterior has neither a model nor replicates.
+
+    Reference: Gabry et al. 2019, *Visualization in Bayesian workflow*.
+    """
+    data, replicates = predictive_data(posterior, var_names, filter_vars=filter_vars, coords=coords)
+    count = len(data)
+    columns = grid_of(count, width=_checks.positive("width", width), narrowest=3.0, most=3)
+    figure, grid = panels(count, columns=columns, size=(width, 2.7 * math.ceil(count / columns) + 0.6))
+    for axes, name in zip(grid, data, strict=True):
+        handles = _compare(axes, name, data[name], replicates[name])
+    names = ["data", "replicates, middle 50 %", "and 89 %"]
+    figure.legend(handles, names, loc="outside lower center", ncols=1 if width < parts.NARROW else 3)
+    parts.heading(figure, {"": posterior}, "Data and replicates")
+    return figure
+
+
+def predictive_data(
+    posterior: Record,
+    var_names: Names = None,
+    *,
+    filter_vars: str | None = None,
+    coords: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return the data (N,) and replicates (R, N) of each observed site, the same entries of both."""
+    observed, replicates = predictive_groups(posterior, REPLICATES)
+    chosen = _arviz.select(_arrays.entries(replicates, coords), var_names, filter_vars)
+    names = [str(name) for name in chosen.data_vars if name in observed]
+    wanted = {dim: chosen[dim] for dim in (coords or {}) if dim in observed.dims}
+    observed = observed.sel(wanted)
+    data = {name: observed[name].to_numpy().astype(float).ravel() for name in names}
+    drawn = {name: chosen[name].to_numpy().astype(float).reshape(-1, len(data[name])) for name in names}
+    return data, drawn
+
+
+def _compare(axes: Axes, name: str, data: np.ndarray, replicates: np.ndarray) -> list[Any]:
+    low, high = _range(data, replicates)
+    values = np.linspace(low, high, GRID)
+    own = np.searchsorted(np.sort(data), values, side="right") / len(data)
+    ordered = np.sort(replicates, axis=1)
+    others = np.stack([np.searchsorted(row, values, side="right") for row in ordered]) / len(data)
+    bands = []
+    for quantiles, alpha in BANDS:
+        lower, upper = np.quantile(others, quantiles, axis=0)
+        bands.append(axes.fill_between(values, lower, upper, step="post", color=FLOW, alpha=alpha, linewidth=0))
+    (line,) = axes.step(values, own, where="post", color=INK, linestyle="-", linewidth=1.4)
+    axes.set(xlim=(low, high), ylim=(0, 1.02), xlabel=parts.plain(name), ylabel="share at most this large")
+    axes.locator_params(nbins=5)
+    return [line, bands[1], bands[0]]
+
+
+def _range(data: np.ndarray, replicates: np.ndarray) -> tuple[float, float]:
+    """Return where the data lie, and where most replicates do."""
+    finite = replicates[np.isfinite(replicates)]
+    bounds = np.quantile(finite, SHOWN) if len(finite) else [np.nan, np.nan]
+    low, high = float(np.nanmin([data.min(), bounds[0]])), float(np.nanmax([data.max(), bounds[1]]))
+    margin = 0.03 * (high - low) or 1.0
+    return low - margin, high + margin

@@ -1,0 +1,146 @@
+"""What is drawn: scalars of one or several posteriors, by the names that ArviZ has for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_flows import _arrays, _arviz, _checks
+from pyro_flows.flows.recipe_json import to_json
+from pyro_flows.results.labeled import named_draws, posterior_group
+from pyro_flows.results.record import Record
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Posteriors = Record | Mapping[str, Record]
+Names = str | Sequence[str] | None
+Transform = Mapping[str, Callable[[Tensor], Tensor]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which scalars are wanted, in ArviZ's words."""
+
+    var_names: Names = None
+    filter_vars: str | None = None
+    coords: Mapping[str, Any] | None = None
+
+    def of(self, draws: xr.Dataset) -> dict[str, np.ndarray]:
+        """Return the draws (S,) of each scalar by its label, ``theta[Choate]``."""
+        found = _arviz.select(_arrays.entries(draws, self.coords), self.var_names, self.filter_vars)
+        return {label: column for values in found.data_vars.values() for label, column in _columns(values)}
+
+
+def named(posteriors: Posteriors) -> dict[str, Record]:
+    """Return posteriors by name; one that comes without is called by its flow or guide.
+
+    Raises:
+        ValueError: for anything but a posterior, or a mapping with at least one.
+    """
+    found = posteriors if isinstance(posteriors, Mapping) else {guide_label(posteriors): posteriors}
+    if not found or not all(isinstance(posterior, Record) for posterior in found.values()):
+        kinds = ", ".join(sorted({type(posterior).__name__ for posterior in found.values()})) or "none"
+        raise ValueError(f"posterior: expected a Posterior, or several by name, {{'flow': a, 'NUTS': b}}, got {kinds}.")
+    return {str(name): posterior for name, posterior in found.items()}
+
+
+def guide_label(posterior: Record) -> str:
+    """Return what the draws are from: the kind of flow, the guide's class, or the sampler."""
+    flow = getattr(posterior, "flow", None)
+    if flow is not None:
+        about = to_json(flow)
+        return f"flow ({about['builder']})" if about and "builder" in about else "flow"
+    return str(getattr(posterior, "guide_name", type(posterior).__name__))
+
+
+def used(posterior: Record) -> xr.Dataset:
+    """The draws to use."""
+    return posterior_group(posterior)
+
+
+def raw(posterior: Record) -> xr.Dataset:
+    """The guide's own draws, before any resampling or sampler.
+
+    Raises:
+        ValueError: if these take the model, and the posterior has none.
+    """
+    if not posterior.replaced:
+        return posterior_group(posterior)
+    if posterior.stored is not None and "raw_posterior" in posterior.stored[0]:
+        found: xr.Dataset = posterior.stored[0]["raw_posterior"]
+        return found
+    if posterior.density is None:
+        raise ValueError("posterior: its raw draws need its model; load(path, model, *args) with the fit's arguments.")
+    return named_draws(posterior, posterior.density.constrain(posterior.z))
+
+
+def common(layers: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """Return the labels that all layers have, in the first one's order.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    first, *others = layers.values()
+    found = [label for label in first if all(label in other for other in others)]
+    if not found:
+        raise ValueError(f"posterior: {', '.join(layers)} have no scalar in common; compare posteriors of one model.")
+    return found
+
+
+# scalars by label -----------------------------------------------------------------------------------------------------
+
+
+def scalar(draws: xr.Dataset, label: str, transform: Transform | None = None) -> np.ndarray:
+    """Return the draws (S,) of one scalar, such as ``mu``, ``theta[3]`` or ``theta[Choate]``, transformed.
+
+    Raises:
+        ValueError: for a label that is none, with one that is.
+    """
+    name = label if label in draws else variable(label)
+    values = draws[_checks.choice("var_names", name, map(str, draws.data_vars))]
+    found = dict(_columns(values))
+    key = re.sub(r",\s*", ", ", label)
+    if key not in found:  # by position, whatever the labels
+        key = dict(zip(_positions(values), found, strict=True)).get(key, key)
+    if key not in found:
+        shape = tuple(size for dim, size in values.sizes.items() if dim not in _arrays.SAMPLE_DIMS)
+        example = next(iter(found))
+        raise ValueError(f"{label!r}: expected one scalar; site {name!r} has shape {shape}, so {example!r}, say.")
+    return transformed(found[key], name, transform)
+
+
+def transformed(values: np.ndarray, name: str, transform: Transform | None) -> np.ndarray:
+    """Return draws (S,) of a variable after its function, if it has one."""
+    function = (transform or {}).get(name)
+    return values if function is None else function(torch.as_tensor(values)).double().cpu().numpy()
+
+
+def variable(label: str) -> str:
+    """Return the variable's name of a label, ``theta`` of ``theta[3]``."""
+    return re.sub(r"\[[^\]]*\]$", "", label)
+
+
+def axis_label(label: str, transform: Transform | None) -> str:
+    """Return what an axis is called: the label, after the name of the function that was applied."""
+    function = (transform or {}).get(variable(label))
+    return label if function is None else f"{getattr(function, '__name__', 'transformed')} {label}"
+
+
+def _columns(values: xr.DataArray) -> list[tuple[str, np.ndarray]]:
+    array = values.to_numpy()
+    flat = array.reshape(array.shape[0] * array.shape[1], -1).astype(float)
+    return list(zip(_arrays.entry_labels(values), flat.T, strict=True))
+
+
+def _positions(values: xr.DataArray) -> list[str]:
+    sizes = [size for dim, size in values.sizes.items() if dim not in _arrays.SAMPLE_DIMS]
+    return [
+        f"{values.name}[{', '.join(map(str, index))}]" if index else str(values.name) for index in np.ndindex(*sizes)
+    ]

@@ -1,0 +1,124 @@
+"""Figures as parts of a page: SVG whose text and lines take the page's colors, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pyro_flows import plots
+from pyro_flows._display import STATUS_COLORS
+from pyro_flows._figures import INK, LINE
+from pyro_flows.results.labeled import NotThere
+from pyro_flows.results.record import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH = 3.7  # inches: a phone's 390 pixels, less margins, at 96 to an inch
+DPI = 150  # of clouds of points, which are pictures inside of the SVG
+PANELS, ROWS, PRIORS, SCALARS = 12, 24, 8, 3
+VARIABLES = {
+    INK: "--ink",
+    LINE: "--line",
+    "#ffffff": "--card",
+    **{color: f"--{status}" for status, color in STATUS_COLORS.items()},
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure on the page.
+
+    Attributes:
+        name: for links and identifiers.
+        title: its heading.
+        caption: what is to be seen.
+        svg: the figure; empty if there is none.
+        missing: why there is none.
+    """
+
+    name: str
+    title: str
+    caption: str
+    svg: str = ""
+    missing: str = ""
+
+
+def pictures(posterior: Record, chosen: dict[str, Any], *, scalars: int) -> list[Picture]:
+    """Draw those figures that this posterior has; ``chosen`` says of which variables, which have so many scalars."""
+    given: dict[str, Any] = {**chosen, "width": WIDTH}
+    marginals = plots.plot_posterior(posterior, **given, max_panels=PANELS)
+    forest = plots.plot_forest(posterior, **given, max_rows=ROWS)
+    found = [
+        _drawn(
+            "marginals", "Marginals", "The bar holds the central 89 % of the draws, the dot is their mean.", marginals
+        ),
+        _drawn(
+            "forest",
+            "Intervals",
+            "Raw, corrected and refined draws stand below each other, where there are any.",
+            forest,
+        ),
+        prior(posterior, given),
+    ]
+    if scalars > 1:
+        about = "Bends, funnels and separate clouds show what a Gaussian would miss."
+        found.append(_drawn("pairs", "Pairs", about, plots.plot_pairs(posterior, **given, max_scalars=SCALARS)))
+    if bool((posterior.log_p - posterior.log_q).isfinite().any()):
+        about = "Points along the line confirm k-hat. The flatter the line, the heavier the tail."
+        found.append(_drawn("weights", "Importance weights", about, plots.plot_weights(posterior, width=WIDTH)))
+    if len(posterior.losses):
+        about = "The median of the last steps and the dashed line, of new draws, should meet."
+        found.append(_drawn("elbo", "Training", about, plots.plot_elbo(posterior, width=WIDTH)))
+    return found
+
+
+def prior(posterior: Record, given: dict[str, Any]) -> Picture:
+    """Draw the prior behind the posterior, or say why it cannot be."""
+    name, title, about = "prior", "Prior and posterior", "Where both are alike, the data have taught little."
+    try:
+        return _drawn(name, title, about, plots.plot_prior_posterior(posterior, **given, max_panels=PRIORS))
+    except NotThere as error:
+        return Picture(name, title, about, missing=f"Left out. {error}")
+
+
+def replicates(posterior: Record) -> Picture:
+    """Draw the data over replicates of them, or say why they cannot be."""
+    name, title = "replicates", "Data and replicates"
+    about = "The line is the distribution of the data. It stays in the bands where the model could have made them."
+    try:
+        return _drawn(name, title, about, plots.plot_predictive(posterior, width=WIDTH))
+    except NotThere as error:
+        return Picture(name, title, about, missing=f"Left out. {error}")
+
+
+def _drawn(name: str, title: str, caption: str, figure: Figure) -> Picture:
+    return Picture(name, title, caption, svg=inline(figure, name, f"{title}. {caption}"))
+
+
+def inline(figure: Figure, name: str, label: str) -> str:
+    """Return a figure as SVG for a page: text as text, colors as variables, identifiers with the figure's name."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", transparent=True, dpi=DPI, metadata={"Date": None})
+    return themed(text.getvalue(), name, label)
+
+
+def themed(svg: str, name: str, label: str) -> str:
+    """Strip what belongs to a file of its own, and take the page's colors."""
+    from markupsafe import escape
+
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\bid=\"", f'id="{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    svg = re.sub(r"href=\"#", f'href="#{name}-', svg)
+    for color, variable in VARIABLES.items():
+        svg = re.sub(rf"(:\s*){color}\b", rf"\1var({variable})", svg, flags=re.IGNORECASE)
+    svg = re.sub(r"(<svg[^>]*?)\s+width=\"[^\"]*\"", r"\1", svg, count=1)
+    svg = re.sub(r"(<svg[^>]*?)\s+height=\"[^\"]*\"", r"\1", svg, count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)

@@ -1,0 +1,148 @@
+"""Tables of a page: cells as text, with the number that they sort by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyro_flows._bundles import plain
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROWS = 1000
+MEANINGS = {
+    "mean": "mean of the draws to use",
+    "sd": "standard deviation",
+    "mcse_mean": "Monte Carlo standard error of the mean",
+    "ess": "effective sample size",
+    "ess_bulk": "effective sample size in the bulk",
+    "ess_tail": "effective sample size in the tails",
+    "r_hat": "R-hat: 1 where chains agree",
+    "elpd": "expected log predictive density, nats",
+    "se": "standard error of elpd",
+    "p": "effective number of parameters",
+    "elpd_diff": "elpd less that of the first row, nats",
+    "diff_se": "standard error of the difference",
+    "weight": "stacking weight",
+    "log_evidence": "log evidence, nats",
+    "evidence_se": "standard error of the log evidence",
+    "log_bf": "log Bayes factor against the first row, nats",
+    "bf_se": "standard error of the log Bayes factor",
+    "high_k": "observations whose k-hat is too high",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The text of a cell, and what it sorts by: a number, or nothing for text and NaN."""
+
+    text: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that can be sorted.
+
+    Attributes:
+        name: for identifiers.
+        caption: what it holds.
+        first: the heading of the names of the rows.
+        columns: headings, with what each means.
+        rows: name and cells of each.
+        left_out: how many rows are not shown.
+    """
+
+    name: str
+    caption: str
+    first: str
+    columns: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    left_out: int = 0
+
+
+def of_frame(frame: pd.DataFrame, name: str, caption: str, first: str) -> Table:
+    """Return a data frame as a table, of a thousand rows at most."""
+    columns = tuple((str(column), _meaning(str(column))) for column in frame.columns)
+    shown = frame.head(ROWS)
+    rows = tuple((str(label), tuple(map(_cell, row))) for label, row in zip(shown.index, shown.to_numpy(), strict=True))
+    return Table(name, caption, first, columns, rows, len(frame) - len(shown))
+
+
+def _meaning(column: str) -> str:
+    kind, _, bound = column.rpartition("_")
+    if bound in ("lb", "ub") and kind[:3] in ("hdi", "eti"):
+        words = "highest density interval" if kind[:3] == "hdi" else "equal-tailed interval"
+        return f"{'lower' if bound == 'lb' else 'upper'} bound of the {kind[3:]} % {words}"
+    return MEANINGS.get(column, column)
+
+
+def _cell(value: Any) -> Cell:
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+        number = float(value)
+        text = f"{int(number)}" if number.is_integer() and abs(number) < 1e15 else f"{number:.6g}"
+        return Cell(text, number) if math.isfinite(number) else Cell("–")
+    return Cell(str(value))
+
+
+def statistics(data: Mapping[str, np.ndarray], replicates: Mapping[str, np.ndarray]) -> Table:
+    r"""Compare statistics of the data with those of replicates; p is the share of replicates with a larger one.
+
+    .. math:: p = P(T(y^{rep}) > T(y)) + \tfrac 12 P(T(y^{rep}) = T(y))
+    """
+    functions: dict[str, Any] = {"mean": np.nanmean, "sd": np.nanstd, "smallest": np.nanmin, "largest": np.nanmax}
+    rows = []
+    for name, values in data.items():
+        for what, function in functions.items():
+            own, others = float(function(values)), function(replicates[name], axis=1)
+            if what == "sd" and len(values) == 1:
+                continue
+            share = float(np.mean(others > own) + 0.5 * np.mean(others == own))
+            cells = (own, float(np.median(others)), *np.quantile(others, (0.055, 0.945)), share)
+            rows.append((f"{what} of {name}", tuple(Cell(f"{cell:.3g}", float(cell)) for cell in cells)))
+    columns = (
+        ("data", "of the data"),
+        ("median", "median over replicates"),
+        ("5.5 %", "5.5 % quantile over replicates"),
+        ("94.5 %", "94.5 % quantile over replicates"),
+        ("p", "share of replicates with a larger value: near 0 or 1, the model does not reproduce the data"),
+    )
+    return Table("statistics", "Statistics of data and replicates", "statistic", columns, tuple(rows))
+
+
+def flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return settings as names and texts, nested ones with points between the names."""
+    found: list[tuple[str, str]] = []
+    for name, value in plain(dict(values)).items():
+        if isinstance(value, Mapping) and value:
+            found += [(f"{name}.{inner}", text) for inner, text in flat(value)]
+        else:
+            found.append((str(name), _text(value)))
+    return found
+
+
+def _text(value: Any, most: int = 200) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = "none" if value is None or value == {} or value == [] else str(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def stages(history: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what happened during the fit, a row a stage."""
+    names = ("run", "start", "elbo", "k_hat", "ess_ratio", "steps", "why")
+    titles = ("run", "start", "ELBO (nats)", "k-hat", "ESS/S", "steps", "how it ended")
+    rows = []
+    for number, stage in enumerate(history, 1):
+        cells = [Cell("–") if stage.get(name) is None else _cell(_rounded(stage[name])) for name in names]
+        rows.append((f"{number}. {stage['stage']}", tuple(cells)))
+    return Table("history", "What happened during the fit", "stage", tuple((t, t) for t in titles), tuple(rows))
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 3) if isinstance(value, float) and math.isfinite(value) else value

@@ -1,0 +1,101 @@
+"""The groups of a posterior as its caller labeled them, stored ones or new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.results.arviz_groups import UNDRAWABLE, all_groups, constants, draws_group, observed_group, stack
+from pyro_flows.results.dims import Labels
+from pyro_flows.results.record import Record
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+PRIOR_SHOWN = 2000
+
+
+class NotThere(ValueError):
+    """A posterior has no such draws, for a reason that its caller may know."""
+
+
+def posterior_group(posterior: Record) -> xr.Dataset:
+    """The draws to use, labeled as the caller asked for; of Markov chains one after the other, or as stored."""
+    if posterior.stored is not None:
+        found: xr.Dataset = posterior.stored[0]["posterior"]
+        return found
+    return named_draws(posterior, posterior.samples, posterior.chain_count)
+
+
+def named_draws(posterior: Record, samples: Mapping[str, Tensor], chains: int = 1) -> xr.Dataset:
+    """Other draws of a posterior's latent and deterministic sites, labeled as its own are."""
+    group = draws_group(Labels(posterior._need_density().structure), samples, chains)
+    return posterior.labeling.applied({"posterior": group})["posterior"]
+
+
+def prior_group(posterior: Record, draws: int = PRIOR_SHOWN) -> xr.Dataset:
+    """Draws of the prior of all latent and deterministic sites, labeled as the posterior's.
+
+    Raises:
+        ValueError: if a prior cannot be drawn from, or if there is neither a model nor a stored prior.
+    """
+    if posterior.density is None and posterior.stored is not None and "prior" in posterior.stored[0]:
+        found: xr.Dataset = posterior.stored[0]["prior"]
+        return found
+    density = _density(posterior)
+    try:
+        prior = density.prior(draws, seed=int(posterior.settings["seed"]))
+    except UNDRAWABLE as error:
+        raise NotThere(f"posterior: its prior cannot be drawn from ({error}).") from error
+    if prior is None:
+        raise NotThere("posterior: its prior cannot be drawn from: it is improper, or has factors.")
+    names = [*density.names, *(() if density.structure.enumerated else density.structure.deterministic)]
+    return named_draws(posterior, {name: prior[name] for name in names})
+
+
+def _density(posterior: Record) -> LogDensity:
+    try:
+        return posterior._need_density()
+    except ValueError as error:
+        raise NotThere(f"posterior: {error}") from None
+
+
+def predictive_groups(posterior: Record, draws: int) -> tuple[xr.Dataset, xr.Dataset]:
+    """The data, and replicates of them at draws to use, which are taken from all chains alike.
+
+    Raises:
+        ValueError: if there is neither a model nor a stored group, or if the model cannot draw its data.
+    """
+    stored = {} if posterior.stored is None else posterior.stored[0]
+    if "posterior_predictive" in stored and "observed_data" in stored:
+        found = stored["posterior_predictive"]
+        return stored["observed_data"], found.isel(draw=slice(None, None, max(1, found.sizes["draw"] // draws)))
+    density = _density(posterior)
+    if not density.structure.observed:
+        raise NotThere("posterior: the model observes nothing, so there are no data to compare with.")
+    chosen = posterior.used[:: max(1, len(posterior.used) // draws)]
+    try:
+        drawn = density.predictive(chosen, seed=int(posterior.settings["seed"]))
+    except UNDRAWABLE as error:
+        raise NotThere(f"posterior: the model cannot draw its data ({error}).") from error
+    labels = Labels(density.structure)
+    groups = {"data": observed_group(density), "replicates": stack(labels, drawn, labels.observed)}
+    labeled = posterior.labeling.applied(groups)
+    return labeled["data"], labeled["replicates"]
+
+
+def labeled_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
+    """All groups of the ArviZ object, labeled as the caller asked for."""
+    return posterior.labeling.applied(all_groups(posterior, density, predictive=predictive))
+
+
+def structural_groups(posterior: Record) -> dict[str, xr.Dataset]:
+    """Those groups that have all dimensions which a user may name, and take no evaluation of the model."""
+    if posterior.stored is not None:
+        return dict(posterior.stored[0])
+    density = posterior._need_density()
+    draws = draws_group(Labels(density.structure), posterior.samples, posterior.chain_count)
+    return {"posterior": draws, "observed_data": observed_group(density), "constant_data": constants(density)}

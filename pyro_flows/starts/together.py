@@ -1,0 +1,80 @@
+"""Starts for many data sets of one model at once: the best of Pathfinder's Gaussians and Laplace approximations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.model.stack import NotStackable, Stack
+from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular
+from pyro_flows.starts.pathfinder import pathfinder
+from pyro_flows.starts.portfolio import PRIOR_DRAWS, TRIM
+from pyro_flows.starts.prior import prior_draws
+from pyro_flows.starts.start import Start
+
+PATHS = 4  # for each data set
+SCORE_DRAWS = 128
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """C affine maps for each of K data sets: places (K, C, D), lower triangular scales (K, C, D, D), names."""
+
+    loc: Tensor
+    scale: Tensor
+    names: tuple[str, ...]
+
+
+def starts_together(stack: Stack, *, seed: int, df: float) -> list[Start]:
+    """Return the best start of each data set, by the ELBO on common Student-t noise.
+
+    Paths begin at the prior's median and at draws of the prior, in units of the curvature there. Candidates are the
+    best Gaussian along each path and the Laplace approximation at its end.
+
+    Raises:
+        NotStackable: above 200 dimensions, where Hessians are too dear.
+    """
+    if stack.dim > FULL_HESSIAN_UP_TO:
+        raise NotStackable(f"more than {FULL_HESSIAN_UP_TO} dimensions")
+    draws = prior_draws(stack.densities[0], PRIOR_DRAWS, seed=derive(seed, "starts"))
+    points = torch.cat([draws.median(0).values[None], draws[: PATHS - 1]]).repeat(len(stack), 1)
+    found = _candidates(stack, points, seed=seed)
+    with seeded(derive(seed, "scores of starts"), stack.device):
+        one = torch.ones(stack.dim, dtype=stack.dtype, device=stack.device)
+        base = dist.StudentT(df * one, 0.0, 1.0).to_event(1)
+        noise = base.sample((SCORE_DRAWS,))
+    elbos = _scores(stack, found, noise, base.log_prob(noise))
+    best = elbos.nan_to_num(nan=-torch.inf).argmax(1)
+    return [
+        Start(found.names[index], found.loc[number, index], found.scale[number, index], float(elbos[number, index]))
+        for number, index in enumerate(best.tolist())
+    ]
+
+
+def _candidates(stack: Stack, points: Tensor, *, seed: int) -> Candidates:
+    """Climb from points (K P, D); return the candidates at the paths and at their ends."""
+    frames = lower_triangular(inverse_roots(stack, points)[0])
+    paths = pathfinder(stack, points, frames, seed=seed)
+    loc, scale = paths.best.loc, lower_triangular(paths.best.scale())
+    roots = lower_triangular(inverse_roots(stack, paths.ends)[0])
+    places, scales = (
+        [part.unflatten(0, (len(stack), -1)) for part in two] for two in ((loc, paths.ends), (scale, roots))
+    )
+    names = ("pathfinder",) * places[0].shape[1] + ("laplace",) * places[0].shape[1]
+    return Candidates(torch.cat(places, 1), torch.cat(scales, 1), names)
+
+
+def _scores(stack: Stack, found: Candidates, noise: Tensor, log_noise: Tensor) -> Tensor:
+    """Return the ELBOs (K, C), without the lowest 5 % of the draws; -inf where a map is not finite."""
+    volume = found.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    z = found.loc[:, :, None] + noise @ found.scale.mT
+    usable = torch.isfinite(z).all(-1).all(-1)
+    z = torch.where(usable[..., None, None], z, 0.0)
+    log_p = stack(z.flatten(0, 2)).reshape(z.shape[:3])
+    terms = (log_p - log_noise + volume[..., None]).nan_to_num(nan=-torch.inf).sort(-1).values
+    elbos = terms[..., int(TRIM * len(noise)) :].mean(-1)
+    return torch.where(usable & torch.isfinite(elbos), elbos, -torch.inf)

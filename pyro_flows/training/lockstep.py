@@ -1,0 +1,190 @@
+"""Many flows of one kind, each trained on a density of its own, step by step together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from pyro_flows.flows.flow import Flow
+from pyro_flows.graphs.compiling import Runner
+from pyro_flows.graphs.graph import Stitcher, agree
+from pyro_flows.graphs.stacking import stacked
+from pyro_flows.model.batching import quiet
+from pyro_flows.model.stack import NotStackable, Stack
+from pyro_flows.objectives import BasePoints
+from pyro_flows.training.adam import Moments
+from pyro_flows.training.flow_graphs import Kind, Passes, flat, is_order, points
+from pyro_flows.training.layer_graphs import state_of
+from pyro_flows.training.loop import CHECK_DRAWS
+from pyro_flows.training.step_graph import stitched
+from pyro_flows.training.trainer import BLEND, BLEND_FROM_ESS, DEFENSIVE, LOOK_EVERY
+
+SAME_LOSS = 1e-3  # relative, of a first step of a flow by itself
+
+
+class Lockstep:
+    r"""K flows and their optimizers as stacked tensors; a step of all of them is one recorded graph.
+
+    The graph is that of one flow's step (``step_graph.py``), batched over flows and data sets by ``torch.func.vmap``
+    and recorded once more: products of matrices become batched products. Each flow has base points, moments, step size
+    and blend of its own, so that it is trained as it would be by itself.
+
+    Args:
+        stack: the K densities.
+        flows: K untrained flows of one kind, each at its start.
+        learning_rate: of Adam, at first.
+        batch: draws of each flow in a step.
+
+    Raises:
+        NotStackable: if the graphs cannot be batched, or give other values than a flow by itself.
+    """
+
+    def __init__(self, stack: Stack, flows: Sequence[Flow], *, learning_rate: float, batch: int) -> None:
+        self.stack, self.flows, self.batch = stack, list(flows), batch
+        first = self.flows[0]
+        trained = [[part for part in flow.parameters() if part.requires_grad] for flow in self.flows]
+        self._sizes = [part.numel() for part in trained[0]]
+        self._shapes = [part.shape for part in trained[0]]
+        self.weights = torch.stack([torch.cat([part.detach().reshape(-1) for part in own]) for own in trained])
+        self.moments = Moments(*map(torch.stack, zip(*(Moments.fresh(row) for row in self.weights), strict=True)))
+        self.rates = self.weights.new_full((len(flows),), learning_rate)
+        self._points = BasePoints(first)
+        self._drawn: list[tuple[Tensor, Tensor]] = []
+        self._blends = torch.zeros_like(self.rates)
+        self.losses: list[Tensor] = []
+        like = self.weights.new_zeros(batch, first.dim)
+        views = self._cut(self.weights[0])
+        passes = Passes(first, like, views, compile=False)
+        self._state = self._states(passes)
+        self._step = self._recorded(self._one_step(passes.kind), [*self._inputs(like), *self._held(self.weights, 0.0)])
+        self._noise = self._points(CHECK_DRAWS)[0]
+        self._look = self._recorded(self._one_look(views), self._inputs(self._noise))
+        self._check(like)
+
+    def __len__(self) -> int:
+        return len(self.flows)
+
+    # graphs ---------------------------------------------------------------------------------------------------------
+
+    def _one_step(self, kind: Kind) -> fx.GraphModule:
+        """Return the graph of one flow's step."""
+        graph = self.stack.graph(self.batch, gradients=True)
+        return stitched(graph, kind, self.weights[0].clone(), [part[0] for part in self.stack.given])
+
+    def _one_look(self, views: Sequence[Tensor]) -> fx.GraphModule:
+        """Return the graph of one flow's check: images of base points (S, D) and their log weights (S,)."""
+        kind = Passes(self.flows[0], self._noise, views, compile=False).kind
+        whole = Stitcher()
+        state = kind.inputs(whole)
+        z, log_q, _, _ = kind.add_forward(whole, state, whole.input(self._noise))
+        given = [whole.input(part[0]) for part in self.stack.given]
+        (log_p,) = whole.add(self.stack.graph(len(self._noise), gradients=False), [z, *given])
+        return whole.finish([z, whole.call(torch.ops.aten.sub.Tensor, (log_p, log_q), log_q.meta["val"])])
+
+    def _recorded(self, module: fx.GraphModule, inputs: Sequence[Tensor]) -> Runner:
+        """Batch a graph over flows, and record that."""
+        try:
+            with quiet():
+                whole = stacked(module, *inputs)
+        except RuntimeError as error:
+            raise NotStackable(f"a training step cannot be batched: {error}".splitlines()[0]) from error
+        return Runner(whole, compile=False)  # a batch takes too few steps to pay for a compiler
+
+    def _states(self, passes: Passes) -> list[Tensor | int]:
+        """Return the flows' states, stacked; trained parameters as their number, since they are parts of the weights.
+
+        Raises:
+            NotStackable: if coordinates are arranged differently in the flows.
+        """
+        found: list[Tensor | int] = []
+        count = 0
+        own = [[part for layer in flat(flow.bijection) for part in state_of(layer)] for flow in self.flows]
+        for parts in zip(*own, strict=True):
+            if parts[0].requires_grad:
+                found.append(count)
+                count += 1
+            elif not is_order(parts[0]):
+                found.append(torch.stack([part.detach() for part in parts]))
+            elif not all(torch.equal(part, parts[0]) for part in parts):
+                raise NotStackable("the flows arrange coordinates differently")
+        return found
+
+    def _cut(self, weights: Tensor) -> list[Tensor]:
+        """Cut weights (..., W) into parameters."""
+        parts = weights.split(self._sizes, -1)
+        return [part.reshape(*weights.shape[:-1], *shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def _inputs(self, x: Tensor) -> list[Tensor]:
+        """Return state, base points and data of all flows; points (S, D) are the same for all."""
+        own = self._cut(self.weights)
+        state = [own[part] if isinstance(part, int) else part for part in self._state]
+        return [*state, x if x.dim() == 3 else x.expand(len(self), *x.shape), *self.stack.given]
+
+    def _held(self, weights: Tensor, thinning: Tensor | float) -> list[Tensor]:
+        """Return what a step takes after the data."""
+        zero = weights.new_zeros(len(self), self.batch) + thinning
+        dials = torch.stack([self.rates, self._blends, torch.ones_like(self.rates)], 1)
+        return [zero, dials, weights, *self.moments]
+
+    @torch.no_grad()
+    def _check(self, like: Tensor) -> None:
+        """Compare the values that a step takes at fixed points with those of two flows by themselves."""
+        x = points(like)
+        losses = self._step(*self._inputs(x), *self._held(self.weights, 0.0))[0]
+        for number in {0, len(self) - 1}:
+            z, log_q, _ = self.flows[number].sample_with_score(at=x)
+            terms = self.stack.densities[number](z) - log_q
+            expected = -terms[torch.isfinite(terms)].mean()
+            if not agree((losses[number : number + 1],), (expected.detach()[None],)) and bool(torch.isfinite(expected)):
+                raise NotStackable("a step gave other values than a flow by itself")
+
+    # steps ----------------------------------------------------------------------------------------------------------
+
+    def step(self, share: float = 1.0) -> None:
+        """Take one step of all flows, of ``share`` of their step sizes."""
+        self.stack.clock.look()
+        if not self._drawn:
+            self._draw()
+        x, thinning = self._drawn.pop()
+        held = self._held(self.weights, thinning)
+        held[1][:, 0] *= share
+        loss, weights, *moments = self._step(*self._inputs(x), *held)
+        self.weights, self.moments = weights.clone(), Moments(*(part.clone() for part in moments))
+        self.losses.append(loss)
+        self.stack.evaluations += len(self) * self.batch
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Draw base points of the next steps; flows whose batches are effective get defensive ones."""
+        good = self.moments.ess > BLEND_FROM_ESS
+        self._blends = torch.where(good, BLEND, 0.0).to(self.rates)
+        shape = (LOOK_EVERY, len(self), self.batch)
+        shares = torch.where(good, DEFENSIVE, 0.0).to(self.rates)[:, None].expand(shape)
+        x, thinning = self._points(shares.numel(), shares.reshape(-1))
+        x, thinning = x.reshape(*shape, -1), thinning.reshape(shape)
+        self._drawn = list(zip(x.unbind(), thinning.unbind(), strict=True))
+
+    def look(self) -> tuple[Tensor, Tensor]:
+        """Return the images (K, S, D) of common base points, and their log weights (K, S)."""
+        z, log_weights = self._look(*self._inputs(self._noise))
+        return z.clone(), log_weights.clone()
+
+    def forget(self, chosen: Tensor) -> None:
+        """Halve the step sizes of some flows (K,), and forget their optimizers' moments of the gradient."""
+        fresh = Moments(*map(torch.stack, zip(*(Moments.fresh(row) for row in self.weights), strict=True)))
+        parts = fresh._replace(ess=self.moments.ess, skipped=self.moments.skipped)
+        self.moments = Moments(*(_choose(chosen, new, old) for new, old in zip(parts, self.moments, strict=True)))
+        self.rates = torch.where(chosen, 0.5 * self.rates, self.rates)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Hand the weights to the flows."""
+        for flow, row in zip(self.flows, self.weights, strict=True):
+            trained: list[Tensor] = [part for part in flow.parameters() if part.requires_grad]
+            torch._foreach_copy_(trained, self._cut(row))
+
+
+def _choose(mask: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+    return torch.where(mask.reshape(-1, *[1] * (ours.dim() - 1)), ours, theirs)

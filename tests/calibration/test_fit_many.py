@@ -1,0 +1,258 @@
+"""Many data sets of one model: posteriors are right, in order, judged, and whole."""
+
+from __future__ import annotations
+
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows._seeding import seeded
+from pyro_flows.calibration import batch
+from pyro_flows.calibration.cases import Case
+from pyro_flows.calibration.processes import with_model
+from pyro_flows.flows.recipe import latent_recipe, start_at
+from pyro_flows.model.stack import Stack
+from pyro_flows.modes import together as modes_together
+from pyro_flows.modes.missed_modes import Search
+from pyro_flows.starts.together import starts_together
+from tests.calibration.models import branching, counts, data_sets, exact, regression, two_modes
+
+COUNT = 6
+
+
+@pytest.fixture(scope="module")
+def posteriors():
+    return pf.fit_many(regression, data_sets(COUNT), draws=1000, progress=False)
+
+
+def test_posteriors_are_right_and_in_order(posteriors):
+    for args, posterior in zip(data_sets(COUNT), posteriors, strict=True):
+        mean, covariance = exact(*args)
+        found = posterior.samples["b"]
+        sds = covariance.diagonal().sqrt()
+        assert ((found.mean(0) - mean).abs() / sds).max() < 0.15
+        assert (found.std(0) / sds - 1.0).abs().max() < 0.1
+        assert posterior.verdict.status in ("ok", "corrected")
+        assert posterior.settings["side_by_side"] == COUNT
+
+
+def test_log_evidence_is_that_of_each_data_set(posteriors):
+    for (x, y), posterior in zip(data_sets(COUNT), posteriors, strict=True):
+        marginal = dist.MultivariateNormal(torch.zeros(len(y)), x @ x.T + 0.7**2 * torch.eye(len(y)))
+        assert posterior.log_evidence == pytest.approx(float(marginal.log_prob(y)), abs=0.05)
+
+
+def test_verdicts_say_that_the_search_was_a_shorter_one(posteriors):
+    assert all("12 paths" in str(posterior.verdict) for posterior in posteriors)
+
+
+def test_each_is_a_whole_posterior(posteriors, tmp_path):
+    posterior, args = posteriors[2], data_sets(COUNT)[2]
+    posterior.save(tmp_path / "saved")
+    again = pf.load(tmp_path / "saved", regression, *args)
+    assert torch.equal(again.samples["b"], posterior.samples["b"])
+    observed = posterior.to_arviz()["observed_data"]["y"].to_numpy()
+    assert observed.tolist() == pytest.approx(args[1].tolist())
+    drawn = posterior.predictive()["y"]
+    assert drawn.mean(0).numpy() == pytest.approx((args[0] @ exact(*args)[0]).numpy(), abs=0.2)
+    assert posterior.history[-1]["stage"] == "side by side"
+    assert len(posterior.losses) == posterior.history[-1]["steps"]
+
+
+def test_one_seed_gives_one_answer(posteriors):
+    again = pf.fit_many(regression, data_sets(COUNT), draws=1000, progress=False)
+    assert all(torch.equal(one.z, other.z) for one, other in zip(posteriors, again, strict=True))
+
+
+def test_data_sets_have_draws_of_their_own(posteriors):
+    mean, covariance = exact(*data_sets(COUNT)[0])
+    other, _ = exact(*data_sets(COUNT)[1])
+    sds = covariance.diagonal().sqrt()
+    one, two = ((posteriors[k].z - center) / sds for k, center in ((0, mean), (1, other)))
+    assert torch.corrcoef(torch.stack([one[:, 0], two[:, 0]]))[0, 1].abs() < 0.1
+
+
+def test_data_sets_of_other_shapes_are_fitted_by_themselves():
+    sets = [torch.tensor(y) for y in ([1, 2, 0], [3, 3], [0, 0, 1], [4, 5, 7], [2, 2, 2])]
+    found = pf.fit_many(counts, sets, draws=500, progress=False)
+    for y, posterior in zip(sets, found, strict=True):
+        shape, rate = 2.0 + float(y.sum()), 1.0 + len(y)
+        assert float(posterior.samples["rate"].mean()) == pytest.approx(shape / rate, abs=0.2 * shape**0.5 / rate)
+    assert ["side_by_side" in posterior.settings for posterior in found] == [True, False, True, True, True]
+
+
+def test_keyword_arguments_and_what_data_sets_share():
+    sets = [{"y": y} for _, y in data_sets(4)]
+    found = pf.fit_many(regression, sets, model_kwargs={"x": data_sets(1)[0][0]}, draws=300, progress=False)
+    mean, covariance = exact(*data_sets(4)[3])
+    assert ((found[3].samples["b"].mean(0) - mean).abs() / covariance.diagonal().sqrt()).max() < 0.3
+
+
+@pytest.mark.falls_back
+def test_a_model_that_takes_numbers_out_of_its_data_is_fitted_one_by_one():
+    sets = [torch.tensor([0.5, 1.0, y]) for y in (0.0, 1.0, 2.0, 3.0)]
+    found = pf.fit_many(branching, sets, draws=300, progress=False, max_steps=300, escalate=False)
+    for y, posterior in zip(sets, found, strict=True):
+        assert "side_by_side" not in posterior.settings
+        assert float(posterior.samples["mu"].mean()) == pytest.approx(float(y.sum()) / 3.25, abs=0.15)
+
+
+def test_what_would_be_unreliable_is_fitted_again(monkeypatch):
+    def search(stack, flows, *, seed):
+        return [
+            Search((), "the guide misses a mode near here" if number == 1 else None) for number in range(len(flows))
+        ]
+
+    monkeypatch.setattr(batch, "missed_together", search)
+    found = pf.fit_many(regression, data_sets(4), draws=300, progress=False)
+    assert ["side_by_side" in posterior.settings for posterior in found] == [True, False, True, True]
+    assert all(posterior.verdict.status != "unreliable" for posterior in found)
+
+
+# the parts ------------------------------------------------------------------------------------------------------------
+
+
+def narrow_flows(stack, places, scale):
+    recipe = latent_recipe("realnvp", {"layers": 2}, affine="auto", base="student_t", df=15.0)
+    with seeded(0):
+        flows = [recipe.build_for_latents(stack.dim) for _ in places]
+    for flow, place in zip(flows, places, strict=True):
+        start_at(flow, torch.tensor(place), torch.full((stack.dim,), scale))
+    return flows
+
+
+def test_a_symmetric_mode_is_missed():
+    stack = Stack([pf.LogDensity(two_modes, (torch.tensor(y),)) for y in (4.0, 5.0, 6.0, 7.0)])
+    flows = narrow_flows(stack, [[2.0], [2.2], [2.4], [-2.6]], 0.12)
+    with seeded(0):
+        found = modes_together.missed_together(stack, flows, seed=0)
+    assert all(search.failures for search in found)
+
+
+def peaks(y):
+    """A peak at y, and one with twice its mass at a place that no symmetry leads to."""
+    x = pyro.sample("x", dist.Normal(0.0, 10.0))
+    near, far = dist.Normal(y, 0.3).log_prob(x), dist.Normal(8.0 - 0.5 * y, 0.8).log_prob(x) + 0.7
+    pyro.factor("peaks", torch.logaddexp(near, far))
+
+
+def test_a_mode_that_no_symmetry_leads_to_is_missed_too():
+    places = [-1.0, 0.0, 1.0, 2.0]
+    stack = Stack([pf.LogDensity(peaks, (torch.tensor(y),)) for y in places])
+    with seeded(0):
+        at_one = modes_together.missed_together(stack, narrow_flows(stack, [[y] for y in places], 0.3), seed=0)
+    assert all(search.lacks and search.failures for search in at_one)
+
+
+def test_nothing_is_missed_where_there_is_one_mode():
+    sets = data_sets(4)
+    stack = Stack([pf.LogDensity(regression, args) for args in sets])
+    recipe = latent_recipe("realnvp", {"layers": 2}, affine="auto", base="student_t", df=15.0)
+    with seeded(0):
+        flows = [recipe.build_for_latents(2) for _ in sets]
+        for flow, args in zip(flows, sets, strict=True):
+            mean, covariance = exact(*args)
+            start_at(flow, mean, torch.linalg.cholesky(covariance))
+        found = modes_together.missed_together(stack, flows, seed=0)
+    assert all(not search.lacks and not search.failures and search.contained for search in found)
+    assert all("12 paths" in search.notes[0] for search in found)
+
+
+def test_a_guide_that_is_too_narrow_is_found_by_wanderers():
+    sets = data_sets(4)
+    stack = Stack([pf.LogDensity(regression, args) for args in sets])
+    flows = narrow_flows(stack, [exact(*args)[0].tolist() for args in sets], 0.03)
+    with seeded(0):
+        found = modes_together.missed_together(stack, flows, seed=0)
+    assert all(search.lacks for search in found)
+
+
+def test_starts_are_at_each_posterior():
+    sets = data_sets(5)
+    stack = Stack([pf.LogDensity(regression, args) for args in sets])
+    for args, start in zip(sets, starts_together(stack, seed=0, df=15.0), strict=True):
+        mean, covariance = exact(*args)
+        assert ((start.loc - mean).abs() / covariance.diagonal().sqrt()).max() < 0.2
+        torch.testing.assert_close(start.scale @ start.scale.T, covariance, rtol=0.15, atol=0.01)
+
+
+# processes ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_comes_from_another_process_gets_its_model_back(posteriors):
+    args = data_sets(COUNT)[1]
+    sent = pickle.loads(pickle.dumps(posteriors[1]))
+    assert sent.density is None
+    back = with_model(sent, regression, Case(args, {}))
+    assert torch.equal(back.density(back.z[:5]), posteriors[1].density(back.z[:5]))
+    assert set(back.to_arviz().groups()) == set(posteriors[1].to_arviz().groups())
+    assert back.guide is not None
+    assert not back.missing
+
+
+@pytest.mark.slow
+def test_processes_give_what_one_process_gives():
+    pytest.importorskip("joblib")
+    sets = data_sets(3)
+    options = {"draws": 300, "progress": False, "together": False}
+    here, there = (pf.fit_many(regression, sets, jobs=jobs, **options) for jobs in (1, 2))
+    for one, other in zip(here, there, strict=True):
+        torch.testing.assert_close(one.samples["b"], other.samples["b"])
+        assert one.verdict.status == other.verdict.status
+        assert other.density is not None
+
+
+def test_the_backend_that_joblib_was_told_is_taken():
+    joblib = pytest.importorskip("joblib")
+    with joblib.parallel_config(backend="threading", n_jobs=2):
+        found = pf.fit_many(regression, data_sets(2), draws=200, progress=False, max_steps=300, escalate=False)
+    assert all(posterior.verdict.status in ("ok", "corrected") for posterior in found)
+
+
+@pytest.mark.slow
+def test_dask_on_one_machine():
+    joblib = pytest.importorskip("joblib")
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster),
+        joblib.parallel_config(backend="dask"),
+    ):
+        found = pf.fit_many(regression, data_sets(3), draws=200, progress=False, together=False)
+    assert [posterior.verdict.status for posterior in found] == ["ok"] * 3
+
+
+# errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_single_data_set_is_refused():
+    with pytest.raises(ValueError, match="call fit"):
+        pf.fit_many(regression, data_sets(1)[0][1])
+
+
+def test_a_data_set_outside_of_the_support_is_named():
+    with pytest.raises(ValueError, match=r"data\[1\].*'y'"):
+        pf.fit_many(counts, [torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 2.0])], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [("draws", 10, "draws"), ("jobs", 0, "jobs"), ("seed", -1, "seed"), ("layers", 0, "layers"), ("refine", "x", "x")],
+)
+def test_bad_options_are_named_before_any_work(option, value, text):
+    with pytest.raises(ValueError, match=text):
+        pf.fit_many(regression, data_sets(1), progress=False, **{option: value})
+
+
+def test_processes_without_joblib_say_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pyro-flows\[parallel\]"):
+        pf.fit_many(regression, data_sets(1), jobs=2, progress=False)
+
+
+def test_no_data_sets_make_no_posteriors():
+    assert pf.fit_many(regression, [], progress=False) == []

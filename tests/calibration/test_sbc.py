@@ -1,0 +1,285 @@
+"""Simulation-based calibration accepts what is right and rejects what is wrong.
+
+Of what is right, one seed in a hundred is rejected at 1 %; seeds are fixed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+
+import pyro_flows as pf
+from pyro_flows._seeding import seeded
+from pyro_flows.calibration import sbc as running
+from pyro_flows.calibration.augmented import Augmented
+from pyro_flows.calibration.cases import Case
+from tests.calibration.models import NOISE, X, exact, regression
+
+Y = torch.tensor([0.5, -1.0, 0.3, 1.1, 0.0])
+ALIKE = torch.stack([X[:, 1], X[:, 1] + 0.05], 1)
+
+
+def from_exact(scale=1.0, shift=0.0, draws=199, at_hand=None):
+    """Draws of the closed form; of posteriors that are ``scale`` too wide and ``shift`` sds off."""
+
+    def sampler(x, y):
+        both = (x, y) if at_hand is None else (torch.cat([x, at_hand[0]]), torch.cat([y, at_hand[1]]))
+        mean, covariance = exact(*both)
+        root = torch.linalg.cholesky(covariance)
+        sds = covariance.diagonal().sqrt()
+        return {"b": mean + shift * sds + scale * torch.randn(draws, 2) @ root.T}
+
+    return sampler
+
+
+def mean_field(x, y):
+    """The normal with independent coordinates that is closest in reverse KL."""
+    mean, covariance = exact(x, y)
+    sds = torch.linalg.inv(covariance).diagonal().rsqrt()
+    return {"b": mean + sds * torch.randn(199, 2)}
+
+
+def check(sampler, *, simulations=100, x=X, **options):
+    return pf.sbc(regression, x, Y, sampler=sampler, simulations=simulations, draws=199, progress=False, **options)
+
+
+def test_exact_posteriors_are_uniform():
+    found = check(from_exact())
+    assert found.is_uniform(0.01)
+    assert set(found.p_values()) == {"b[0]", "b[1]", "lp"}
+    assert found.coverage()["90%"].to_numpy() == pytest.approx(0.9, abs=0.09)
+    assert found.summary()["mean_rank"].to_numpy() == pytest.approx(0.5, abs=0.09)
+    assert (found.summary()["p_symmetric"] > 0.01).all()
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.6, 0.0), (1.7, 0.0), (1.0, 0.6)])
+def test_posteriors_that_are_wrong_are_rejected(scale, shift):
+    found = check(from_exact(scale, shift))
+    assert not found.is_uniform(0.01)
+    assert (found.summary("b")["p_symmetric"].min() < 0.001) == (shift > 0.0)
+    assert "not uniform" in str(found)
+
+
+def test_a_mean_field_on_a_correlated_target_is_rejected():
+    found = check(mean_field, x=ALIKE)
+    assert not found.is_uniform(0.01)
+    _, covariance = exact(ALIKE, Y)
+    narrower = (torch.linalg.inv(covariance).diagonal() * covariance.diagonal()).rsqrt()
+    expected = 2.0 * dist.Normal(0.0, 1.0).cdf(1.96 * narrower) - 1.0
+    assert found.coverage("b")["95%"].to_numpy() == pytest.approx(expected.numpy(), abs=0.13)
+    assert expected.max() < 0.7
+
+
+def test_the_log_density_sees_what_no_parameter_shows():
+    """Draws with the right margins, and without their correlation."""
+
+    def independent(x, y):
+        mean, covariance = exact(x, y)
+        return {"b": mean + covariance.diagonal().sqrt() * torch.randn(199, 2)}
+
+    p_values = check(independent, x=ALIKE).p_values()
+    assert p_values["lp"] < 1e-3
+    assert min(p_values["b[0]"], p_values["b[1]"]) > 1e-3
+    assert list(check(independent, simulations=20, log_density=False).ranks) == ["b"]
+
+
+def test_fits_are_uniform():
+    found = pf.sbc(regression, X, Y, simulations=32, draws=199, progress=False)
+    assert found.is_uniform(0.01)
+    assert sum(found.statuses.values()) == found.simulations == 32
+    assert found.method == "fit"
+
+
+def test_a_guide_is_trained_and_ranked_by_its_own_draws():
+    def guide(model):
+        return AutoNormal(model, init_scale=0.3)
+
+    options = {"draws": 99, "steps": 60, "learning_rate": 0.05, "progress": False}
+    found = pf.sbc(regression, ALIKE, Y, guide=guide, simulations=12, **options)
+    assert found.method == "guide"
+    assert found.coverage("b")["95%"].max() < 0.9
+    assert not list(pyro.get_param_store())
+
+
+def test_a_sampler_may_return_a_posterior():
+    def sampler(x, y):
+        mean, covariance = exact(x, y)
+
+        def guide(x, y):
+            pyro.sample("b", dist.MultivariateNormal(mean, covariance))
+
+        return pf.diagnose(regression, guide, x, y, draws=200)
+
+    found = check(sampler, simulations=20)
+    assert found.statuses == {"ok": 20}
+
+
+# at the data in hand --------------------------------------------------------------------------------------------------
+
+
+def test_at_the_data_in_hand_both_data_sets_count():
+    right = check(from_exact(at_hand=(X, Y)), kind="posterior")
+    assert right.is_uniform(0.01)
+    assert "at the data in hand" in str(right)
+    assert not check(from_exact(), kind="posterior").is_uniform(0.01)
+
+
+def test_the_augmented_model_has_the_likelihood_of_both():
+    other = torch.tensor([1.0, 0.0, 0.2, 0.3, -0.4])
+    density = pf.LogDensity(Augmented(regression, Case((X, Y), {})), (X, other))
+    both = pf.LogDensity(regression, (torch.cat([X, X]), torch.cat([Y, other])))
+    z = torch.tensor([[0.3, -0.2], [1.0, 0.5]])
+    torch.testing.assert_close(density(z), both(z))
+    assert set(density.structure.observed) == {"y", "y (at hand)"}
+
+
+def test_fits_at_the_data_in_hand_are_uniform():
+    found = pf.sbc(regression, X, Y, kind="posterior", simulations=16, draws=99, progress=False)
+    assert found.is_uniform(0.01)
+    assert list(found.to_arviz().groups())[-1].endswith("posterior_sbc")
+
+
+def test_an_unreliable_posterior_at_hand_is_refused(monkeypatch):
+    def unreliable(*args, **kwargs):
+        def guide(x, y):
+            pyro.sample("b", dist.Normal(torch.full((2,), 9.0), 0.01).to_event(1))
+
+        return pf.diagnose(regression, guide, X, Y, draws=200)
+
+    monkeypatch.setattr(running, "fit", unreliable)
+    with pytest.raises(ValueError, match="posterior at the data in hand: unreliable"):
+        check(from_exact(), kind="posterior", simulations=10)
+
+
+# files, groups, figures -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    calls = []
+
+    def sampler(x, y):
+        calls.append(None)
+        if len(calls) == 21:
+            raise KeyboardInterrupt
+        return from_exact()(x, y)
+
+    file = tmp_path / "ranks.json"
+    with pytest.raises(KeyboardInterrupt):
+        check(sampler, simulations=40, checkpoint=file)
+    assert len(json.loads(file.read_text())["body"]["done"]) == 16
+    found = check(sampler, simulations=40, checkpoint=file)
+    assert len(calls) == 21 + 24
+    with seeded(5):
+        whole = check(sampler, simulations=40)
+    assert (found.ranks["b"] == whole.ranks["b"]).all()
+    assert [path.name for path in Path(tmp_path).iterdir() if path.suffix == ".json"] == ["ranks.json"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    file = tmp_path / "ranks.json"
+    sampler = from_exact()
+    check(sampler, simulations=10, checkpoint=file)
+    for options in ({"simulations": 11}, {"simulations": 10, "seed": 1}, {"simulations": 10, "x": ALIKE}):
+        with pytest.raises(ValueError, match="another model, other data or other options"):
+            check(sampler, checkpoint=file, **options)
+    file.write_bytes(file.read_bytes().replace(b'"status": "not judged"', b'"status": "ok"', 1))
+    with pytest.raises(ValueError, match="damaged"):
+        check(sampler, simulations=10, checkpoint=file)
+
+
+def test_ranks_go_to_arviz_as_simuk_has_them():
+    def model(x, y):
+        with pyro.plate("column", 2):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(x @ b, NOISE), obs=y)
+
+    found = pf.sbc(model, X, Y, sampler=from_exact(), simulations=20, draws=199, progress=False)
+    group = found.to_arviz()["prior_sbc"]
+    assert group["b"].dims == ("chain", "draw", "column")
+    assert dict(group.sizes) == {"chain": 1, "draw": 20, "column": 2}
+    assert (group["b"].to_numpy()[0] == found.ranks["b"]).all()
+    assert group["b"].dtype.kind == "i"
+    assert 0 <= int(group["b"].min()) <= int(group["b"].max()) <= 199
+
+
+def test_the_figure_has_a_panel_for_each_scalar():
+    found = check(from_exact(shift=1.0), simulations=50)
+    figure = found.plot()
+    titles = [axes.get_title() for axes in figure.axes if axes.get_visible()]
+    assert [title.split()[0] for title in titles] == ["b[0]", "b[1]", "lp"]
+    assert len([axes for axes in found.plot("lp").axes if axes.get_visible()]) == 1
+    line = figure.axes[0].lines[-1].get_ydata()
+    assert max(line) > 0.2  # draws are too high, so that ranks of true values are low
+    assert min(line) > -0.05
+
+
+def test_the_table_and_the_sentence_show_in_a_notebook():
+    found = check(from_exact(), simulations=20)
+    assert "<table" in found._repr_html_()
+    assert "20 not judged" in str(found)
+
+
+def test_unreliable_fits_are_counted_and_said():
+    def bad(x, y):
+        def guide(x, y):
+            pyro.sample("b", dist.Normal(torch.full((2,), 9.0), 0.01).to_event(1))
+
+        return pf.diagnose(regression, guide, x, y, draws=200)
+
+    found = check(bad, simulations=10)
+    assert found.statuses == {"unreliable": 10}
+    assert "10 of the fits were unreliable (100%)" in str(found)
+
+
+# errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_draws_have_to_fit():
+    with pytest.raises(ValueError, match="none of 'b'"):
+        check(lambda x, y: {"q": y}, simulations=10)
+    with pytest.raises(ValueError, match=r"199 or more.*got \(50, 2\)"):
+        check(from_exact(draws=50), simulations=10)
+
+
+def test_models_that_cannot_be_simulated_are_refused():
+    def factor(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        pyro.factor("more", -mu.square())
+
+    def improper(y):
+        mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def nothing(y):
+        pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0))
+
+    for model, text in (
+        (factor, "'more': a factor"),
+        (improper, "proper priors"),
+        (nothing, "expected observed sites"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            pf.sbc(model, torch.tensor(0.4), simulations=10, progress=False)
+
+
+def test_bad_options_are_named():
+    for options, text in (
+        ({"kind": "postrior"}, "posterior"),
+        ({"simulations": 2}, "simulations"),
+        ({"draws": 1}, "draws"),
+        ({"steps": 0}, "steps"),
+        ({"guide": AutoNormal, "sampler": mean_field}, "guide"),
+        ({"guide": 3}, "function"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            pf.sbc(regression, X, Y, progress=False, **options)
+    with pytest.raises(ValueError, match="var_names"):
+        check(from_exact(), simulations=10).p_values("c")

@@ -1,0 +1,149 @@
+"""Many data sets side by side give what each gives by itself."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_flows import LogDensity
+from pyro_flows._fallbacks import strict
+from pyro_flows.model.stack import NotStackable, Stack
+from tests.calibration.models import branching, counts, data_sets, regression
+
+INTEGERS = [torch.tensor([1, 0, 4]), torch.tensor([2, 2, 0]), torch.tensor([9, 7, 8])]
+CASES = {
+    "regression": [LogDensity(regression, args) for args in data_sets(3)],
+    "whole numbers": [LogDensity(counts, (y,)) for y in INTEGERS],
+}
+
+
+def by_themselves(name: str) -> list[LogDensity]:
+    """Densities that share nothing."""
+    return [LogDensity(density.model, density.args) for density in CASES[name]]
+
+
+def points(stack: Stack, each: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(len(stack) * each, stack.dim, generator=generator, dtype=stack.dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("calls", [1, 3])
+def test_values_and_gradients_are_those_of_each_density(name, calls):
+    own, stack = by_themselves(name), Stack(by_themselves(name))
+    z = points(stack, 7)
+    for _ in range(calls):
+        value, grad = stack.value_and_grad(z)
+    assert torch.equal(stack(z), stack(z))
+    for number, density in enumerate(own):
+        rows = slice(7 * number, 7 * number + 7)
+        expected = density.unrecorded(z[rows])
+        torch.testing.assert_close(value[rows], expected[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grad[rows], expected[1], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(stack(z)[rows], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_hessians_are_those_of_each_density():
+    own, stack = by_themselves("regression"), Stack(by_themselves("regression"))
+    z = points(stack, 2)
+    found = stack.hessians(z)
+    for number, density in enumerate(own):
+        for row in (2 * number, 2 * number + 1):
+            expected = torch.autograd.functional.hessian(lambda x, density=density: density(x[None])[0], z[row])
+            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_densities_that_share_graphs_keep_their_own_data():
+    own, stack = by_themselves("regression"), Stack(by_themselves("regression"))
+    z = points(stack, 30)[:30]
+    for _ in range(6):  # so that they are recorded
+        for alone, shared in zip(own, stack.densities, strict=True):
+            with torch.no_grad():
+                torch.testing.assert_close(shared(z), alone(z), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(shared.value_and_grad(z)[1], alone.value_and_grad(z)[1], rtol=1e-4, atol=1e-3)
+
+
+def test_large_batches_go_through_in_pieces(monkeypatch):
+    stack = Stack(by_themselves("regression"))
+    z = points(stack, 50)
+    whole = stack(z)
+    monkeypatch.setattr("pyro_flows.model.stack.CHUNK", 3 * 5 * 8)
+    torch.testing.assert_close(stack(z), whole)
+
+
+def test_some_of_the_data_sets_make_a_stack_too():
+    stack = Stack(by_themselves("regression"))
+    z = points(stack, 4)
+    some = stack.select([2, 0])
+    rows = torch.cat([z[8:12], z[:4]])
+    torch.testing.assert_close(some(rows), stack(z)[[8, 9, 10, 11, 0, 1, 2, 3]])
+
+
+def test_gradients_are_counted():
+    stack = Stack(by_themselves("regression"))
+    assert stack.evaluations == 0
+    stack.value_and_grad(points(stack, 4))
+    assert stack.evaluations == 12
+
+
+def test_a_model_that_takes_numbers_out_of_its_data_is_refused():
+    densities = [LogDensity(branching, (torch.randn(3),)) for _ in range(3)]
+    with pytest.raises(NotStackable, match="cannot take its data as inputs"):
+        Stack(densities)
+
+
+def test_shapes_have_to_agree():
+    densities = [LogDensity(counts, (torch.tensor(y),)) for y in ([1.0, 2.0], [1.0, 2.0, 3.0])]
+    with pytest.raises(NotStackable, match="differ in shapes"):
+        Stack(densities)
+
+
+def test_values_that_are_no_tensors_have_to_agree():
+    def model(y, sd):
+        pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), sd), obs=y)
+
+    densities = [LogDensity(model, (torch.tensor(0.3), sd)) for sd in (1.0, 2.0)]
+    with pytest.raises(NotStackable, match="no tensors"):
+        Stack(densities)
+
+
+def test_models_with_parameters_are_refused():
+    def model(y):
+        shift = pyro.param("shift", torch.tensor(0.0))
+        pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(shift, 1.0)), 1.0), obs=y)
+
+    densities = [LogDensity(model, (torch.tensor(y),)) for y in (0.3, 0.4)]
+    with pytest.raises(NotStackable, match="parameters"):
+        Stack(densities)
+
+
+def test_models_that_run_draw_by_draw_are_refused():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0 if mu.item() > 0 else 2.0), obs=y)
+
+    with strict(False):
+        densities = [LogDensity(model, (torch.tensor(y),)) for y in (0.3, 0.4)]
+    with pytest.raises(NotStackable, match="draw by draw"):
+        Stack(densities)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_missing_values_have_to_be_in_the_same_places(alike):
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 3):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.nan_to_num(y), obs_mask=~y.isnan())
+
+    sets = [torch.tensor([1.0, torch.nan, 2.0]), torch.tensor([-1.0, torch.nan, 0.0])]
+    sets = sets if alike else [sets[0], sets[1].flip(0)[[1, 0, 2]]]
+    own = [LogDensity(model, (y,)) for y in sets]
+    if not alike:
+        with pytest.raises(NotStackable, match="masks leave other entries"):
+            Stack(own)
+        return
+    stack = Stack([LogDensity(model, (y,)) for y in sets])
+    z = torch.linspace(-1.0, 1.0, 4 * stack.dim).reshape(4, -1)
+    torch.testing.assert_close(stack(z), torch.cat([own[0](z[:2]), own[1](z[2:])]))

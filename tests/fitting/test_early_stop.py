@@ -1,0 +1,139 @@
+"""A fit ends as soon as its weights leave nothing to see, and not before."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows.fitting import escalation, run
+from pyro_flows.training.convergence import Monitor
+from pyro_flows.training.loop import COOL_EARLY
+from tests.fitting.test_escalation import real, round_of
+
+Y = torch.tensor([0.3, -1.2, 2.0, 0.4], dtype=torch.float64)
+
+
+def normal(y):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2).double(), 5.0).to_event(1))
+    pyro.sample("y", dist.Normal(mu.sum(), 1.0).expand(y.shape).to_event(1), obs=y)
+
+
+def skewed(y):
+    """A rate of a Poisson count: log rate has skewness -0.8 at four events."""
+    rate = pyro.sample("rate", dist.Gamma(torch.tensor(1.0).double(), 0.1))
+    level = pyro.sample("level", dist.Normal(torch.tensor(0.0).double(), 1.0))
+    pyro.sample("count", dist.Poisson(rate), obs=torch.tensor(3.0).double())
+    pyro.sample("y", dist.Normal(level, 1.0).expand(y.shape).to_event(1), obs=y)
+
+
+def fitted(model, **options):
+    found = pf.fit(model, Y, progress=False, **options)
+    return found, [stage for stage in found.history if stage["stage"] == "first round"]
+
+
+def test_a_normal_posterior_needs_no_training():
+    found, (only,) = fitted(normal)
+    assert found.verdict.status == "ok"
+    assert only["steps"] == 0
+    assert "at the start" in only["why"]
+    assert not any(stage["stage"] == "race" for stage in found.history)
+    z = found.z.double()
+    exact = torch.linalg.inv(torch.full((2, 2), 4.0) + torch.eye(2) / 25.0).double()
+    torch.testing.assert_close(torch.cov(z.mT) / exact, torch.ones(2, 2).double(), atol=0.06, rtol=0.0)
+    assert len(found.losses) == 0
+
+
+def test_a_skewed_posterior_needs_some_and_is_right():
+    """Gamma(4, 1.1): mean 3.64, sd 1.82; standard errors with 10,000 draws .018 and about .016."""
+    found, rounds = fitted(skewed, draws=10_000)
+    assert found.verdict.status == "ok"
+    assert 0 < rounds[0]["steps"] < 1000, "less than the least of a training that stops by itself"
+    rate = found.samples["rate"]
+    assert float(rate.mean()) == pytest.approx(4.0 / 1.1, abs=0.1)
+    assert float(rate.std()) == pytest.approx(2.0 / 1.1, rel=0.06)
+
+
+def test_a_training_that_ended_too_early_goes_on(monkeypatch):
+    looks = []
+
+    def unsure(weighing, *, seen=escalation.SEEN):
+        looks.append(seen)
+        return len(looks) == 3  # two looks at the start, and the first one while training
+
+    monkeypatch.setattr(run, "invisible", unsure)
+    found, rounds = fitted(skewed)
+    assert [stage["steps"] for stage in rounds[:1]] == [160 + COOL_EARLY]
+    assert rounds[1]["steps"] >= 1000
+    assert len(looks) == 4, "the second time no look ends it"
+    assert found.verdict.status == "ok"
+
+
+INVISIBLE = [
+    ({}, True),
+    ({"ess": 1000.0, "mean_shift": real(0.0, 0.039)}, True),
+    ({"ess": 1000.0, "mean_shift": real(0.0, 0.041)}, False),
+    ({"ess": 1000.0, "sd_shift": real(0.039, 0.0)}, True),
+    ({"ess": 1000.0, "sd_shift": real(0.041, 0.0)}, False),
+    ({"ess": 1000.0, "quantile_shift": 0.039}, True),
+    ({"ess": 1000.0, "quantile_shift": 0.041}, False),
+    ({"ess": 500.0, "quantile_shift": 0.166}, True),  # 0.04 and four standard errors of 1 / sqrt(1000)
+    ({"ess": 500.0, "quantile_shift": 0.167}, False),
+    ({"log_evidence": 0.041}, False),
+    ({"k_hat": 0.6}, False),
+]
+
+
+@pytest.mark.parametrize(("changes", "wanted"), INVISIBLE)
+def test_invisible_from_both_sides(changes, wanted):
+    assert escalation.invisible(round_of(**changes).weighing) is wanted
+
+
+EVEN = [({"ess": 985.0}, True), ({"ess": 975.0}, False), ({"ess": 985.0, "k_hat": 0.5}, False),
+        ({"ess": 985.0, "broken": 1}, False)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "wanted"), EVEN)
+def test_even_weights_from_both_sides(changes, wanted):
+    assert round_of(**changes).even is wanted
+
+
+def test_wanderers_are_left_out_only_where_weights_are_even(monkeypatch):
+    asked = []
+    original = pf.fitting.combine.missed_modes
+
+    def missed_modes(*args, **options):
+        asked.append(options["wandering"])
+        return original(*args, **options)
+
+    monkeypatch.setattr("pyro_flows.fitting.combine.missed_modes", missed_modes)
+    fitted(normal)
+    monkeypatch.setattr(escalation, "EVEN_ESS", 1.0)
+    fitted(normal)
+    assert asked == [False, True]
+
+
+def monitor(*elbos, gap=0.01):
+    return Monitor(elbos=list(elbos), gaps=[gap] * len(elbos))
+
+
+def test_what_promises_enough_from_both_sides():
+    assert monitor(-1.0, -0.5, -0.5, -0.5, -0.5).promises(0.04)
+    assert not monitor(-0.5, -0.5, -0.5).promises(0.04), "too few checks"
+    assert not monitor(-0.5, -0.5, -0.5, -0.5, gap=0.041).promises(0.04)
+    assert monitor(-0.5, -0.5, -0.481, -0.481).promises(0.04)
+    assert not monitor(-0.5, -0.5, -0.479, -0.479).promises(0.04), "the ELBO rises by more than .02 nats"
+    assert monitor(-0.5, -0.5, -0.441, -0.441).promises(0.24), "in many dimensions, a quarter of the gap"
+
+
+def test_the_gap_of_a_check_is_that_of_its_weights():
+    watched = Monitor()
+    log_weights = torch.tensor([0.0, 1.0, 2.0])
+    watched.add(torch.zeros(3, 1), log_weights)
+    assert watched.gaps == [pytest.approx(float(log_weights.exp().mean().log() - 1.0))]
+    watched.add(torch.zeros(3, 1), replace_first(log_weights, -torch.inf))
+    assert watched.gaps[-1] > 1e300
+
+
+def replace_first(values, value):
+    return torch.cat([torch.tensor([value]), values[1:]])

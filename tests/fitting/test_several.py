@@ -1,0 +1,96 @@
+"""Posteriors of several modes in one call."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import constraints
+
+import pyro_flows as pf
+from benchmarks.modes import labels, sbi
+from benchmarks.toys import targets
+from pyro_flows.fitting import combine
+from pyro_flows.fitting import run as run_module
+
+
+def line_of(count, distance):
+    """Equal normals side by side on a line."""
+
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real, (), ()))
+        centres = distance * torch.arange(count, dtype=torch.float64)
+        pyro.factor("modes", torch.logsumexp(dist.Normal(centres, 1.0).log_prob(z), 0) - math.log(count))
+
+    return model
+
+
+def test_eight_modes_on_a_line():
+    posterior = pf.fit(line_of(8, 12.0), progress=False)
+    assert posterior.verdict.status == "corrected"
+    shares = torch.bincount((posterior.samples["z"] / 12.0).round().long(), minlength=8) / len(posterior.samples["z"])
+    assert float((8.0 * shares - 1.0).abs().max()) < 0.25
+    assert abs(posterior.log_evidence) < 0.02
+    assert "mixture at modes" in [stage["stage"] for stage in posterior.history]
+
+
+def test_forty_modes_on_a_square(tmp_path):
+    target = targets.TARGETS["mixture"]
+    posterior = pf.fit(target.model, progress=False)
+    assert posterior.verdict.status == "corrected"
+    ratios = target.modes(posterior.samples["x"].double()).double().mean(0) * 40.0
+    assert float(ratios.min()) > 1.0 / 1.5
+    assert float(ratios.max()) < 1.5
+    posterior.save(tmp_path / "forty")
+    again = pf.load(tmp_path / "forty")
+    z = posterior.z[:50]
+    torch.testing.assert_close(again.flow.log_prob(z), posterior.flow.log_prob(z), rtol=1e-5, atol=1e-5)
+
+
+def test_without_escalation_a_flow_is_trained():
+    posterior = pf.fit(line_of(2, 12.0), progress=False, escalate=False, max_steps=300, draws=500)
+    assert "mixture at modes" not in [stage["stage"] for stage in posterior.history]
+    assert posterior.verdict.status == "unreliable"
+
+
+def test_a_mixture_that_lacks_a_mode_is_not_called_good(monkeypatch):
+    """The survey is made to see two of three modes: the search that follows says what is missing."""
+    whole = run_module.several
+
+    def blind(density, z, places=None, *, seed, bar):
+        far = pf.LogDensity(line_of(2, 12.0))
+        return whole(far, z, None, seed=seed, bar=bar)
+
+    monkeypatch.setattr(run_module, "several", blind)
+    monkeypatch.setattr(combine, "several", blind)
+    posterior = pf.fit(line_of(3, 12.0), progress=False, draws=1000, refine=False)
+    assert posterior.verdict.status == "unreliable"
+    assert "misses a mode near z = 24" in str(posterior.verdict)
+
+
+@pytest.mark.slow
+def test_free_labels_have_all_orders():
+    posterior = pf.fit(labels.labels, labels.data(), progress=False)
+    assert posterior.verdict.status != "unreliable"
+    shares = labels.orders(posterior.samples["places"]).double().mean(0)
+    assert float((6.0 * shares - 1.0).abs().max()) < 0.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["slcp", "two_moons"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_sbibm(name, number):
+    try:
+        data, reference = sbi.observation(name, number), sbi.reference(name, number)
+    except LookupError as error:
+        pytest.skip(str(error))
+    posterior = pf.fit(sbi.TASKS[name].model, data, progress=False)
+    assert posterior.verdict.status != "unreliable"
+    draws = posterior.samples["parameters"]
+    shares = sbi.TASKS[name].modes(draws).double().mean(0)
+    assert float((shares - 1.0 / len(shares)).abs().max()) <= 0.03
+    pytest.importorskip("sklearn")
+    assert sbi.c2st(reference[: len(draws)], draws.double()) <= 0.55

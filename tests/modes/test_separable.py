@@ -1,0 +1,107 @@
+"""Independent coordinates: seen by gradients, tabulated one by one, and made a flow."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro_flows.flows.saved import from_json, not_rebuilt, to_json
+from torch.distributions import constraints
+
+import pyro_flows as pf
+from benchmarks.toys import targets
+from pyro_flows.flows.parts import student_mixture, tabulated
+from pyro_flows.modes.separable import is_separable, marginals
+from pyro_flows.starts.prior import prior_draws
+
+
+def flat(log_density, dim):
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (dim,)))
+        pyro.factor("density", log_density(z.double()))
+
+    return pf.LogDensity(model)
+
+
+def points(density):
+    return prior_draws(density, 50, seed=0)
+
+
+def wells(z):
+    return (0.5 * z + 6.0 * z.square() - z.square().square()).sum(-1)
+
+
+@pytest.mark.parametrize("coupling", [0.0, 1e-2, 1.0])
+def test_a_product_is_told_from_what_is_none(coupling):
+    density = flat(lambda z: wells(z) + coupling * z[..., 0] * z[..., 1], 4)
+    assert is_separable(density, points(density), seed=0) == (coupling == 0.0)
+
+
+def test_one_coordinate_is_no_product():
+    density = flat(wells, 1)
+    assert not is_separable(density, points(density), seed=0)
+
+
+def test_tables_have_the_evidence_and_the_quantiles():
+    """Two wells, a narrow normal far away and a heavy tail, each in a coordinate of its own."""
+
+    def log_density(z):
+        narrow = dist.Normal(30.0, 0.01).log_prob(z[..., 1])
+        return wells(z[..., :1]) + narrow + dist.StudentT(5.0).log_prob(z[..., 2])
+
+    density = flat(log_density, 3)
+    line = torch.linspace(-6.0, 6.0, 200_001, dtype=torch.float64)
+    evidence = float(torch.trapezoid(wells(line[:, None]).exp(), line).log())
+    centre = torch.tensor([1.75, 30.0, 0.0]).to(density.dtype)
+    units = torch.tensor([0.2, 0.01, 1.0]).to(density.dtype)
+    table = marginals(density, centre, torch.stack([centre, -centre]), units)
+    assert abs(table.log_evidence - evidence) < 1e-3
+    flow = tabulated(table.values, table.log_density)
+    torch.manual_seed(0)
+    z, log_q = flow.draw(20_000)
+    ratios = log_density(z) - log_q - evidence
+    assert float(1.0 / torch.softmax(ratios, 0).square().sum()) / len(z) > 0.99
+    left = float(torch.trapezoid(torch.where(line < 0.0, wells(line[:, None]).exp(), 0.0), line).log()) - evidence
+    assert abs(float((z[:, 0] < 0.0).double().mean()) - math.exp(left)) < 0.01
+    torch.testing.assert_close(flow.log_prob(z), log_q, rtol=1e-6, atol=1e-6)
+
+
+def test_a_density_without_a_top_has_no_table():
+    density = flat(lambda z: (z * 0.0).sum(-1), 2)
+    zero = torch.zeros(2).to(density.dtype)
+    table = marginals(density, zero, zero[None], torch.ones_like(zero))
+    assert table is None or not math.isfinite(table.log_evidence) or table.log_evidence > 10.0  # as wide as was looked
+
+
+def test_a_table_may_be_too_coarse():
+    values = torch.linspace(-3.0, 3.0, 20, dtype=torch.float64)[None]
+    with pytest.raises(ValueError, match="at least 97 values"):
+        tabulated(values, -0.5 * values.square())
+
+
+LINE = torch.linspace(-8.0, 8.0, 2000).double()[None]
+PLACES, SCALES = torch.tensor([[0.0, 1.0], [5.0, 5.0]]), torch.tensor([[[1.0, 0.0], [0.5, 2.0]]] * 2)
+MAKE = [lambda: tabulated(LINE, -LINE.abs()), lambda: student_mixture(PLACES, SCALES, [0.0, 1.0], df=20.0)]
+
+
+@pytest.mark.parametrize("make", MAKE)
+def test_both_are_rebuilt_from_what_files_say(make):
+    flow = make()
+    assert not_rebuilt(flow) is None
+    again = from_json(to_json(flow)).to(flow.draw(1)[0])
+    again.load_state_dict(flow.state_dict())
+    z, log_q = flow.draw(7)
+    torch.testing.assert_close(again.log_prob(z), log_q, rtol=1e-5, atol=1e-5)
+
+
+def test_many_well_has_65536_modes():
+    target = targets.TARGETS["many_well"]
+    posterior = pf.fit(target.model, progress=False)
+    assert posterior.verdict.status == "corrected"
+    assert abs(posterior.log_evidence - target.log_evidence) < 0.1
+    shares = target.modes(posterior.samples["x"].double()).double().mean(0)
+    assert float((shares / torch.tensor(target.shares).double() - 1.0).abs().max()) < 0.2
+    assert not [stage for stage in posterior.history if stage["steps"]]
