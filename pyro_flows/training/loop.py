@@ -118,8 +118,7 @@ def train(
     monitor, ratchet = Monitor(), _Ratchet(trainer, -math.inf)
     first = len(trainer.losses)  # a race may have gone before
     still, early, why, value = False, False, "no steps", -math.inf
-    steady = _steady_share(budget.steps)
-    done = 0
+    done, steady = 0, _steady_share(budget.steps)
     with budget.clock.part(name):
         ratchet.best = value = check.elbo()
         while done < steady and budget.left(done) and not still and not early:
@@ -136,18 +135,21 @@ def train(
         steps = COOL_EARLY if early else max(cool, min(int(COOL_SHARE * done), COOL_AT_MOST))
         steps = min(budget.left(done), steps)
         value = _cool(trainer, budget, done, steps, check, ratchet, lambda *state: report(first + state[0], *state[1:]))
-        if early:
-            why = f"converged: the importance weights leave nothing to mend after {done} steps"
-        else:
-            why = f"converged: {why}" if still else f"training did not converge in {done + steps} steps ({why})"
-        moving = not still and not early and monitor.restless
-        losses = trainer.losses[first:]
+        why = _said(why, done, done + steps, still=still, early=early)
+        moving, losses = not still and not early and monitor.restless, trainer.losses[first:]
         return Training(losses, value, still or early, moving, why, trainer.skipped, ratchet.falls, early)
     ratchet.rescue()
     losses = trainer.losses[first:]
     why = f"training was stopped after {len(losses)} steps and did not converge" + (f" ({why})" if losses else "")
     moving = not still and (monitor.restless or len(monitor.elbos) < WINDOW)
     return Training(losses, value, False, moving, why, trainer.skipped, ratchet.falls)
+
+
+def _said(why: str, steady: int, steps: int, *, still: bool, early: bool) -> str:
+    """Say in words how a training of so many steps ended."""
+    if early:
+        return f"converged: the importance weights leave nothing to mend after {steady} steps"
+    return f"converged: {why}" if still else f"training did not converge in {steps} steps ({why})"
 
 
 class _Ratchet:
