@@ -111,8 +111,7 @@ def train(
 
     The cool-down takes ``cool`` steps at least; it begins earlier, and is shorter, where ``look`` finds nothing to
     mend. With ``settle=False`` the budget alone ends it, to see what stopping costs. Where the time ends or Ctrl-C
-    comes on the way, the flow keeps what it has learned so far, and the clock the
-    ``name`` of what was cut.
+    comes on the way, the flow keeps what it has learned so far, and the clock the ``name`` of what was cut.
     """
     check = Check.make(trainer.flow, trainer.density, seed=seed)
     monitor, ratchet = Monitor(), _Ratchet(trainer, -math.inf)
@@ -133,16 +132,13 @@ def train(
                 ratchet.look(value)
                 report(first + done, value, "converging")
                 early = look is not None and not still and monitor.promises(look.gap) and look.enough()
-        steps = COOL_EARLY if early else max(cool, min(int(COOL_SHARE * done), COOL_AT_MOST))
-        steps = min(budget.left(done), steps)
+        steps = min(budget.left(done), COOL_EARLY if early else max(cool, min(int(COOL_SHARE * done), COOL_AT_MOST)))
         value = _cool(trainer, budget, done, steps, check, ratchet, lambda *state: report(first + state[0], *state[1:]))
-        if early:
-            why = f"converged: the importance weights leave nothing to mend after {done} steps"
-        else:
-            why = f"converged: {why}" if still else f"training did not converge in {done + steps} steps ({why})"
-        moving = not still and not early and monitor.restless
-        losses = trainer.losses[first:]
-        return Training(losses, value, still or early, moving, why, trainer.skipped, ratchet.falls, early)
+        why = f"the importance weights leave nothing to mend after {done} steps" if early else why
+        still = still or early
+        why = f"converged: {why}" if still else f"training did not converge in {done + steps} steps ({why})"
+        state = still, not still and monitor.restless, why, trainer.skipped, ratchet.falls, early
+        return Training(trainer.losses[first:], value, *state)
     ratchet.rescue()
     losses = trainer.losses[first:]
     why = f"training was stopped after {len(losses)} steps and did not converge" + (f" ({why})" if losses else "")

@@ -254,7 +254,7 @@ def test_a_fit_that_is_not_enough_goes_on():
         pyro.factor("bend", -0.5 * ((pyro.sample("y", dist.Normal(real(0.0), 30.0)) - 3.0 * x.square()) / 0.1) ** 2)
 
     posterior = pf.fit(bent, layers=2, max_steps=2600, draws=500, progress=False)
-    stages = [stage for stage in posterior.history if stage["k_hat"] is not None]
+    stages = [stage for stage in posterior.history if stage["k_hat"] is not None and stage["steps"] is not None]
     assert [stage["stage"] for stage in stages][:2] == ["first round", "larger batch"]
     assert [stage["batch"] for stage in stages][:2] == [BATCH, 4 * BATCH]
     assert posterior.settings["round"] in [stage["stage"] for stage in stages]

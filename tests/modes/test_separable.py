@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro_flows.flows.saved import from_json, not_rebuilt, to_json
+from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from torch.distributions import constraints
 
 import pyro_flows as pf
