@@ -117,8 +117,7 @@ def train(
     monitor, ratchet = Monitor(), _Ratchet(trainer, -math.inf)
     first = len(trainer.losses)  # a race may have gone before
     still, early, why, value = False, False, "no steps", -math.inf
-    steady = _steady_share(budget.steps)
-    done = 0
+    steady, done = _steady_share(budget.steps), 0
     with budget.clock.part(name):
         ratchet.best = value = check.elbo()
         while done < steady and budget.left(done) and not still and not early:
@@ -127,8 +126,7 @@ def train(
             if done % CHECK_EVERY == 0:
                 trainer.write()
                 value = monitor.add(*check())
-                still, why = monitor.stationary()
-                still = still and settle
+                still, why = monitor.stationary() if settle else (False, "a budget alone ends it")
                 ratchet.look(value)
                 report(first + done, value, "converging")
                 early = look is not None and not still and monitor.promises(look.gap) and look.enough()
