@@ -163,6 +163,10 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.clock = clock
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import torch's compiler, and wrap each operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.clock.look()
         return func(*args, **(kwargs or {}))

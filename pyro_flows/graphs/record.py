@@ -149,6 +149,10 @@ class _Tape(TorchDispatchMode):
         self._made_by: dict[int, int] = {}  # memory, and the operation that it came from
         self._wrong: set[int] = set()  # operations whose results would have needed nodes
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import torch's compiler, and wrap each operation
+
     def input(self, value: Tensor) -> Tensor:
         """Add an input; return the tensor that stands for it."""
         given = value.detach().requires_grad_(value.requires_grad)  # one tensor given twice is two inputs

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from pyro_flows._clock import Clock
 from pyro_flows._turns import turn
 from pyro_flows.graphs.batches import Recorder
-from pyro_flows.model.batching import batch, quiet, where_possible
+from pyro_flows.model.batching import quiet, where_possible
+from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.site_values import SiteValues
 from pyro_flows.model.sites import Noncentered, Structure
 
@@ -158,9 +159,8 @@ class LogDensity(SiteValues):
     def _gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Both for the rows of ``z``, in pieces like those of :meth:`map`."""
         with torch.no_grad(), quiet(), self.clock.watching():
-            run = batch(torch.func.grad_and_value(self.single))
-            parts = [run(part) for part in self._pieces(z)]
-        grad, value = (torch.cat(part) for part in zip(*parts, strict=True))
+            parts = [values_and_grads(self.single, part) for part in self._pieces(z)]
+        value, grad = (torch.cat(part) for part in zip(*parts, strict=True))
         return value, grad
 
     def _gradients_one_by_one(self, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ from pyro_flows._fallbacks import fallback, first_line
 from pyro_flows._seeding import seeded
 from pyro_flows.graphs.batches import rows_for
 from pyro_flows.graphs.writes import Batchable, FindWrites, Places
-from pyro_flows.model.batching import advice, apart, batch, nearer, over_rows, pieces, quiet
+from pyro_flows.model.batching import advice, apart, nearer, over_rows, pieces, quiet
 from pyro_flows.model.enumeration import Enumerate, Evaluator
+from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.handlers import Place, Resample, hold
 from pyro_flows.model.observations import check_values
 from pyro_flows.model.reading import read_structure
@@ -158,7 +159,7 @@ class Runs:
     def _why_unbatched(self, points: Tensor, single: Tensor) -> str | None:
         """Return why values and gradients cannot be had for many points at once; None if they can."""
         try:
-            _, batched = batch(torch.func.grad_and_value(self.single))(points)
+            batched, _ = values_and_grads(self.single, points)
         except torch.linalg.LinAlgError:
             raise
         except Exception as error:  # a model's own code may raise anything
