@@ -68,8 +68,9 @@ class LogDensity(SiteValues):
     def _settle(self, structure: Structure) -> None:
         super()._settle(structure)
         self.evaluations = 0
-        self._values = Recorder(self._plain_values, self.numbers)
-        self._with_gradients = Recorder(self._gradients, self.numbers)
+        unit = self.work.rows(2)
+        self._with_gradients = Recorder(self._gradients, self.numbers, unit=unit)
+        self._values = Recorder(self._plain_values, self.numbers, unit=unit, whole=self._with_gradients)
 
     def take(self, values: Recorder, gradients: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""
@@ -78,7 +79,7 @@ class LogDensity(SiteValues):
     def under(self, clock: Clock) -> None:
         """Look at ``clock`` as evaluations go on, and compile nothing if it leaves no time for that."""
         self.clock = clock
-        self._values.compile = self._with_gradients.compile = None if clock.compiles else False
+        self._values.left = self._with_gradients.left = clock.remaining
 
     def elsewhere(self, noncentered: Noncentered) -> LogDensity:
         """Return the same log density in other coordinates, under the same clock; the structure is not read anew."""
