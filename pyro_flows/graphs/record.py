@@ -109,13 +109,17 @@ class _Kind(NamedTuple):
         return any(self.written) or bool(self.named)
 
 
+def _has_kernel(operation: Any, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), key))
+
+
 @cache
 def _kind(operation: Any) -> _Kind:
     schema = operation._schema
     arguments = schema.arguments
     written = [part.alias_info is not None and part.alias_info.is_write for part in arguments]
     return _Kind(
-        composite=torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CompositeImplicitAutograd"),
+        composite=_has_kernel(operation, "CompositeImplicitAutograd") and not _has_kernel(operation, "CPU"),
         same=operation in (_aten.detach.default, _aten.alias.default),
         random=torch.Tag.nondeterministic_seeded in operation.tags,
         by_shape=schema.name in _BY_SHAPE,
