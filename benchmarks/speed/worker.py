@@ -124,7 +124,7 @@ def products(flow: Any, batch: int) -> Step:
     """
     import torch
 
-    from pyro_flows.graphs.compiling import NARROW
+    from pyro_flows.graphs.bindings import NARROW
 
     weights = [part.detach() for part in flow.parameters() if part.dim() == 2]
     inputs = [torch.randn(batch, weight.shape[1]) for weight in weights]

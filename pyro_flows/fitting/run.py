@@ -42,6 +42,7 @@ STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 AT_ONCE = "converged: the importance weights leave nothing to mend at the start"
 CHEAP = 500  # dimensions times numbers of an evaluation, up to which a glance at the modes costs next to nothing
+BARRIER = 3.0  # nats: over less, draws of a flow that is trained come to the other mode
 POOR = 0.3  # effective share of a flow's draws, below which it may lie between several modes
 SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
 
@@ -119,7 +120,7 @@ def make_run(
             starts = portfolio(density, seed=seed, extra=extra) if lack is None else [lack]
         run.modes = [start for start in starts if start.evidence is not None]
         cheap = density.numbers * density.dim <= CHEAP
-        if (cheap or len(run.modes) > 1) and lack is None and _is_several(plan, density, run, seed):
+        if (cheap or len(run.modes) > 1) and lack is None and _is_several(plan, density, run, seed, barrier=BARRIER):
             return
         close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
         starts = close[run.number % len(close) :] + close[: run.number % len(close)]
@@ -195,13 +196,13 @@ def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed
         look = None
 
 
-def _is_several(plan: Plan, density: LogDensity, run: Run, seed: int) -> bool:
+def _is_several(plan: Plan, density: LogDensity, run: Run, seed: int, *, barrier: float = 0.0) -> bool:
     """Whether a mixture at all modes does in the place of a flow; several runs are for the flow's sake."""
     if not plan.escalate or plan.train_model or plan.runs > 1:
         return False
     z = prior_draws(density, SURVEYED_FROM, seed=seed) if run.best is None else run.best.flow.draw(SURVEYED_FROM)[0]
     with plan.clock.part("a survey of modes"):
-        run.several = several(density, z, seed=seed, bar=plan.bar)
+        run.several = several(density, z, seed=seed, bar=plan.bar, barrier=barrier)
     if run.several is None:
         return False
     run.note(run.several.stage)

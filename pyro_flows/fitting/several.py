@@ -28,6 +28,7 @@ AGAIN = 3  # times that modes are looked for where weights are large
 ROWS = 4096  # points that all parts are looked at together
 HEAVY, HEAVIEST = 10.0, 48  # times the mean weight, from which on a draw points to what is missing; draws
 STAGE, TABLES = "mixture at modes", "tables of coordinates"
+LINE_POINTS = 17  # on a line between two modes
 GLANCED = 96  # climbs of a round, until there is more than one mode
 FEW_ROUNDS, WEIGHED, TABLE_SHARE = 2, 4000, 0.9  # of a survey; draws, and their share, that show that a table is right
 
@@ -42,18 +43,21 @@ class Several:
     enough: bool
 
 
-def several(density: LogDensity, z: Tensor, places: Tensor | None = None, *, seed: int, bar: Bar) -> Several | None:
+def several(
+    density: LogDensity, z: Tensor, places: Tensor | None = None, *, seed: int, bar: Bar, barrier: float = 0.0
+) -> Several | None:
     """Survey the modes near and far of draws z (S, D), and fit a sampler to them; None for one mode, or a dear density.
 
     ``places`` (N, D) are climbed from as well. Once there is a mixture, the survey goes on from its draws with large
-    weights, and from where it is thin; what is found there joins in.
+    weights, and from where it is thin; what is found there joins in. With a ``barrier``, modes count as several only if
+    the density falls by so many nats somewhere on the straight line between the best one and another.
     """
     if not can_be_surveyed(density):
         return None
     seed = derive(seed, "several modes")
     found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=GLANCED)
     found = found if places is None else climbed_from(density, found, places)
-    if len(found.weighty()) < 2:
+    if len(found.weighty()) < 2 or not _falls(density, found.weighty().modes, barrier):
         return None
     separable = is_separable(density, z, seed=seed)
     found = found if separable else survey(density, z, seed=seed, rounds=ROUNDS, before=found)
@@ -71,6 +75,16 @@ def several(density: LogDensity, z: Tensor, places: Tensor | None = None, *, see
         more = _fitted(density, begun(*_start(found)), again, bar)
         best = more if more is not None and more.worth > min(best.worth, ENOUGH_SHARE) else best
     return None if best is None else _as_sampler(best, len(found.weighty()), found.over)
+
+
+@torch.no_grad()
+def _falls(density: LogDensity, modes: Tensor, barrier: float) -> bool:
+    """Whether the density falls by ``barrier`` nats below both ends on a line from the first mode to another."""
+    share = torch.linspace(0.0, 1.0, LINE_POINTS, dtype=modes.dtype, device=modes.device)[:, None, None]
+    lines = modes[0] + share * (modes[1:] - modes[0])
+    heights = density(lines.flatten(0, 1)).unflatten(0, lines.shape[:2]).nan_to_num(nan=-torch.inf)
+    depths = torch.minimum(heights[0], heights[-1]) - heights.amin(0)
+    return bool((depths >= barrier).any())
 
 
 def _beyond(density: LogDensity, found: Survey, best: Generation, seed: int) -> Survey:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
-from pyro_flows.graphs.graph import agree, is_pure, nearby
+from pyro_flows.graphs.graph import agree, first_results, is_pure, nearby
 from pyro_flows.graphs.record import record
+from pyro_flows.graphs.writes import tensors_in
 
 KINDS_KEPT = 4
 RECORDED_FROM = 4  # the call with one batch size at which it is recorded: recording takes as long as ten calls
 PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
 ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
 LARGEST = 2**20  # numbers for which the least rows are still taken: memory above is mapped anew by each operation
+LONG = 2000  # operations from which one graph serves all batch sizes: recording takes seconds
+AT_ONCE = 2**12  # numbers that one operation of a long graph handles in little more time than one number,
+LONG_ROWS = 64  # and rows at most: the results of a long loop that its gradient needs should stay in a cache
 
 Kind = tuple[int, torch.dtype, torch.device]
 
@@ -28,6 +35,31 @@ def rows_for(numbers: int, budget: int = PIECE) -> int:
     """Return how many points to take at once where each takes ``numbers``: a power of two."""
     rows, most = (max(1, count // max(numbers, 1)) for count in (budget, LARGEST))
     return min(max(1 << (rows.bit_length() - 1), min(1 << (most.bit_length() - 1), ROWS_AT_LEAST)), ROWS_AT_MOST)
+
+
+class Work(TorchDispatchMode):
+    """Counts operations inside, and the numbers that they write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.numbers = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import torch's compiler, and wrap each operation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        self.numbers += sum(part.numel() for part in tensors_in((result,)))
+        return result
+
+    def rows(self, batch: int) -> int | None:
+        """Return how many rows all pieces have, where they are of one size, after a run with so many; else None."""
+        if self.operations < LONG:
+            return None
+        apiece = max(1, self.numbers // (self.operations * batch))
+        return max(ROWS_AT_LEAST, min(LONG_ROWS, 1 << ((AT_ONCE // apiece) | 1).bit_length() - 1))
 
 
 class Recorder:
@@ -41,12 +73,23 @@ class Recorder:
         function: what to record.
         numbers: how many numbers it handles at one point.
         given: tensors that the function takes after the points: inputs of the graphs, not constants.
+        unit: how many rows all pieces have, so that there is one graph; None if small batches have graphs of their own.
+        whole: a recorder of a function whose first results are those of this one; with a unit, its graph is used.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], numbers: int, given: Sequence[Tensor] = ()) -> None:
-        self._function, self.given = function, tuple(given)
-        self.rows = rows_for(numbers)
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        numbers: int,
+        given: Sequence[Tensor] = (),
+        *,
+        unit: int | None = None,
+        whole: Recorder | None = None,
+    ) -> None:
+        self._function, self.given, self.unit, self.whole = function, tuple(given), unit, whole
+        self.rows = rows_for(numbers) if unit is None else min(unit, rows_for(numbers))
         self.reason: str | None = None
+        self.left: Callable[[], float] = lambda: math.inf  # seconds
         self.compile: bool | None = None  # when it pays
         self.runners: Cache[Kind, Runner] = Cache(KINDS_KEPT)
         self._calls: Counter[Kind] = Counter()
@@ -67,7 +110,7 @@ class Recorder:
         if self.reason is not None:
             return self.function(z)
         z = z.contiguous()
-        if len(z) <= self.rows:
+        if len(z) == self.rows or (self.unit is None and len(z) < self.rows):
             return tuple(part.clone() for part in self._piece(z))  # not the graph's own constants
         short = -len(z) % self.rows
         filled = torch.cat([z, z[-1:].expand(short, -1)]) if short else z
@@ -77,9 +120,9 @@ class Recorder:
     def graph(self, z: Tensor) -> fx.GraphModule | None:
         """Return the graph for batches like ``z``, to be made part of a larger one.
 
-        None if there is none, if it changes tensors in place, or if such batches go through in several pieces.
+        None if there is none, if it changes tensors in place, or if such batches do not go through as they are.
         """
-        if self.reason is not None or len(z) > self.rows:
+        if self.reason is not None or len(z) > self.rows or self.unit is not None:
             return None
         kind = len(z), z.dtype, z.device
         if kind not in self.runners and not self._record(z.contiguous()):
@@ -105,7 +148,7 @@ class Recorder:
         """Record for such batches; return whether the graph repeats what the function gives at new points."""
         fresh = nearby(z)
         try:
-            runner = Runner(record(self._function, z, *self.given), compile=self.compile)
+            runner = Runner(self._graph(z), compile=self.compile, left=self.left)
             recorded = runner(fresh, *self.given)
         except torch.linalg.LinAlgError:
             raise  # of these points, not of the function
@@ -118,3 +161,10 @@ class Recorder:
         for gone in self.runners.put((len(z), z.dtype, z.device), runner):
             self._calls.pop(gone, None)
         return True
+
+    def _graph(self, z: Tensor) -> fx.GraphModule:
+        """Return the graph for such batches: a part of the whole's, if it has one, or a new one."""
+        kind = len(z), z.dtype, z.device
+        if self.unit is None or self.whole is None or not (kind in self.whole.runners or self.whole._record(z)):
+            return record(self._function, z, *self.given)
+        return first_results(self.whole.runners[kind].module, 1)

@@ -3,24 +3,69 @@
 from __future__ import annotations
 
 import logging
-import operator
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pyro_flows._fallbacks import fallback
-from pyro_flows.graphs.graph import LIKE, agree, copy_graph, graph_module, is_aten, is_pure, name_of, sweep
+from pyro_flows.graphs.bindings import quicken, turn
+from pyro_flows.graphs.graph import agree, copy_graph, is_pure, sweep
+from pyro_flows.graphs.outline import Outline
 
 # what a processor of 2026 took, in seconds (docs/performance.md); rules by clocks would make results depend on the load
-COMPILE_START = 3.0  # to compile anything, in a process that has not done so yet
+COMPILE_START = 3.0  # to compile anything, in a process that has not done so yet, and for each graph more
 COMPILE_NODE = 0.02  # more for each operation
 SAVED_NODE = 7.0e-7  # a run saves for each operation,
 SAVED_NUMBER = 3.0e-10  # and for each number that it writes
+SAVED_CALL = -7.0e-6  # and for each call of a loop's round
 COMPILE_NODES = 5000  # operations at most: Inductor's time grows faster than their number
+LOOPS_FROM = 500  # operations in a graph in which loops are looked for
+IN_LOOPS = 0.5  # share of the operations that must be in loops, to compile these alone
+WORTH = 4.0  # times these seconds must be left, if there is a bound: compiling cannot be cut, and must pay in the rest
+
+
+class Plan:
+    """What is to be compiled of a graph: rounds of its loops alone, or all of it.
+
+    The time that this takes goes with the number of different operations, so a loop costs as much as one of its rounds.
+
+    Attributes:
+        outline: the loops, if they are most of the graph.
+        seconds: what compiling takes, about.
+        saved: what it saves a run, about.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        called = [node for node in module.graph.nodes if node.op == "call_function"]
+        self.outline = _loops(module, called)
+        graphs, compiled = 1, len(called)
+        if self.outline is None:
+            values = (node.meta.get("val") for node in called)
+            written = sum(value.numel() for value in values if isinstance(value, Tensor))
+            self.saved = SAVED_NODE * len(called) + SAVED_NUMBER * written
+        else:
+            rounds = sum(len(kind.rounds) for kind in self.outline.kinds)
+            graphs, compiled = len(self.outline.kinds), sum(len(kind.rounds[0].nodes) for kind in self.outline.kinds)
+            self.saved = SAVED_NODE * self.outline.inside + SAVED_CALL * rounds
+        self.seconds = COMPILE_START * graphs + COMPILE_NODE * compiled if compiled <= COMPILE_NODES else math.inf
+
+
+def _loops(module: fx.GraphModule, called: Sequence[fx.Node]) -> Outline | None:
+    if len(called) < LOOPS_FROM or not is_pure(module):
+        return None
+    outline = Outline(module)
+    return outline if outline.inside >= IN_LOOPS * len(called) else None
+
+
+def pays_at(plans: Sequence[Plan]) -> int:
+    """Return after how many runs of all graphs compiling them would have saved half of what it costs; 0 for never."""
+    cost, saved = sum(plan.seconds for plan in plans), sum(plan.saved for plan in plans)
+    return 1 + int(0.5 * cost / saved) if math.isfinite(cost) and saved > 0.0 else 0
 
 
 class Runner:
@@ -28,7 +73,8 @@ class Runner:
 
     A graph is compiled when what compiling would have saved so far reaches half of what it costs. Both are estimated
     from the graph, not timed, so that one seed gives one answer on a busy machine too. Where there is no compiler, or
-    where the compiled code gives other values, it stays as it is.
+    where the compiled code gives other values, or where too few seconds are left, it stays as it is. Of a graph that
+    is a loop, one round is compiled, and called once a round.
 
     Inputs must be of one shape, dtype and device; compiled code serves those with the strides that it was made with.
 
@@ -36,16 +82,25 @@ class Runner:
         module: the graph.
         compile: whether to compile at the first run (True), never (False), or once it pays (None).
         along: other graphs that run as often, and are to be compiled at the same time.
+        left: how many seconds are left.
     """
 
     def __init__(
-        self, module: fx.GraphModule, *, compile: bool | None = None, along: Sequence[fx.GraphModule] = ()
+        self,
+        module: fx.GraphModule,
+        *,
+        compile: bool | None = None,
+        along: Sequence[fx.GraphModule] = (),
+        left: Callable[[], float] = lambda: math.inf,
     ) -> None:
-        self.module = module
+        self.module, self.left = module, left
         self._recorded: Callable[..., Any] = quicken(module)
         self._compiled: Callable[..., Any] | None = None
         self.runs = 0
-        self.compile_at = pays_at([module, *along]) if compile is None else int(compile)
+        self._plan = Plan(module) if compile is not False else None
+        self.compile_at = int(bool(compile))
+        if compile is None and self._plan is not None:
+            self.compile_at = pays_at([self._plan, *map(Plan, along)])
 
     @property
     def compiled(self) -> bool:
@@ -66,6 +121,9 @@ class Runner:
             return self._recorded(*inputs)  # which says what is wrong with these inputs, if anything is
 
     def _compile(self, inputs: tuple[Tensor, ...]) -> None:
+        plan = self._plan
+        if plan is None or self.left() < WORTH * plan.seconds:
+            return
         try:
             expected = self._recorded(*inputs)
         except torch.linalg.LinAlgError:
@@ -73,7 +131,7 @@ class Runner:
             return
         try:
             with _silent(), torch.no_grad():
-                compiled = _compiled(self.module, inputs)
+                compiled = _compiled(self.module, inputs) if plan.outline is None else _looped(plan.outline)
                 agrees = agree(compiled(*inputs), expected)
         except Exception as error:  # no compiler, or one that fails: there is nothing to lose but time
             fallback("not compiled", error)
@@ -99,158 +157,62 @@ def _silent() -> Iterator[None]:
 
 
 def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """Compile by Inductor, with a wrapper in C++ where it can be had: a call of it costs less than one in Python."""
+    """Compile by Inductor, with a wrapper in C++ where it can be had: a call of it costs less than one in Python.
+
+    Inductor keeps what it compiled in files, by the content of the graph. Constants are inputs here, so that a model
+    with other data finds its code there.
+    """
     import torch._inductor as inductor
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     graph = copy_graph(module.graph)
     for node in list(graph.nodes):
-        _turn(node)  # a seventh of the time of a step of 256 particles
+        turn(node)  # a seventh of the time of a step of 256 particles
     sweep(graph)
+    constants = _lift(graph, module)
     for node in graph.nodes:
         node.meta.clear()  # of several recordings, whose examples do not go together
-    bare = fx.GraphModule(module, graph)
+    bare = fx.GraphModule(nn.Module(), graph)
+    mode = FakeTensorMode(shape_env=ShapeEnv())  # without one, the compiled code is not found again
+    given = [mode.from_tensor(part, static_shapes=True) for part in (*inputs, *constants)]
     options: dict[str, Any] = {"compile_threads": 1}
-    try:
-        return inductor.compile(bare, list(inputs), options={**options, "cpp_wrapper": True})  # type: ignore[arg-type, return-value]
-    except Exception as error:  # whatever the compiler, or the code that it made, may raise
-        fallback("compiled with a wrapper in Python", error)
-    return inductor.compile(bare, list(inputs), options=options)  # type: ignore[arg-type, return-value]
+    with tracing(TracingContext(mode)):
+        try:
+            code = inductor.compile(bare, given, options={**options, "cpp_wrapper": True})  # type: ignore[arg-type]
+        except Exception as error:  # whatever the compiler, or the code that it made, may raise
+            fallback("compiled with a wrapper in Python", error)
+            code = inductor.compile(bare, given, options=options)  # type: ignore[arg-type]
+    return lambda *inputs: code(*inputs, *constants)  # type: ignore[operator]
 
 
-def pays_at(modules: Sequence[fx.GraphModule]) -> int:
-    """Return after how many runs of all graphs compiling them would have saved half of what it costs; 0 for never."""
-    called = [node for module in modules for node in module.graph.nodes if node.op == "call_function"]
-    if len(called) > COMPILE_NODES:
-        return 0
-    values = (node.meta.get("val") for node in called)
-    written = sum(value.numel() for value in values if isinstance(value, Tensor))
-    cost = COMPILE_START + COMPILE_NODE * len(called)
-    return 1 + int(0.5 * cost / (SAVED_NODE * len(called) + SAVED_NUMBER * written + 1e-12))
+def _lift(graph: fx.Graph, module: fx.GraphModule) -> list[Tensor]:
+    """Make the constants of a graph its last inputs; return their values."""
+    first = next(node for node in graph.nodes if node.op in ("call_function", "output"))
+    constants: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            name = str(node.target)
+            if name not in constants:
+                with graph.inserting_before(first):
+                    constants[name] = graph.placeholder(f"constant_{len(constants)}")
+            node.replace_all_uses_with(constants[name])
+            graph.erase_node(node)
+    return [getattr(module, name).detach() for name in constants]
 
 
-# ---- by torch's bindings ---------------------------------------------------------------------------------------------
+def _looped(outline: Outline) -> Callable[..., Any]:
+    """Compile a round of each loop, and call it in the place of all rounds of its kind."""
+    bodies = [_compiled(kind.body, [_example(part) for part in kind.examples]) for kind in outline.kinds]
+    run = quicken(outline.called(bodies))
 
-_aten = torch.ops.aten
-_ELSEWHERE: dict[str, Callable[..., Any]] = {
-    "linear": torch._C._nn.linear,  # type: ignore[attr-defined]
-    "silu": torch._C._nn.silu,  # type: ignore[attr-defined]
-    "split": torch.unsafe_split,
-    "view": torch.reshape,  # a product may be stored otherwise than it was when the graph was recorded
-    "_unsafe_view": torch.reshape,
-    "expand": torch.Tensor.expand,  # a method only
-}
-_OTHERWISE = ("index", "index_put", "scalar_tensor")  # whose bindings take other arguments
-_BY_NUMBER = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.rsub.Scalar)
-NARROW, LARGE = 12, 2**13  # columns of a product, and numbers in its first factor, that make it better turned around
+    def looped(*inputs: Tensor) -> Any:
+        with torch.inference_mode():
+            return run(*inputs)
+
+    return looped
 
 
-def quicken(module: fx.GraphModule) -> Callable[..., Any]:
-    """Return the graph as a function that calls torch's own bindings, which take half of an operator object's time.
-
-    Call it without autograd. What it computes is the same but for rounding; whoever records checks that.
-    """
-    graph = copy_graph(module.graph)
-    quick = graph_module(module, graph)
-    if is_pure(module) and not any(node.target is _aten.as_strided.default for node in graph.nodes):
-        for node in list(graph.nodes):
-            value = _value(node)
-            if isinstance(value, Tensor) and value.device.type == "cpu":
-                _hasten(quick, node, value)
-            _turn(node)
-        sweep(graph)
-    for node in graph.nodes:
-        if is_aten(node):
-            _bind(node)
-    quick = fx.GraphModule(quick, graph)
-    constants = dict(quick.named_buffers())
-    quick._buffers.clear()
-    quick.__dict__.update(constants)  # plain attributes, which Python finds at once
-    return quick.forward  # type: ignore[return-value]
-
-
-def _hasten(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
-    """Put something that takes less time in place of an operation, where something is known."""
-    if node.target in _BY_NUMBER:
-        _hold_number(module, node, value)
-    elif node.target is _aten.view.default:
-        _sum_at_once(node, value)
-    elif node.target is _aten.addmm.default:
-        _as_linear(node)
-
-
-def _hold_number(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
-    """Make a number a tensor once and for all, as torch does in each call."""
-    first, number, *factor = cast("tuple[Any, ...]", node.args)
-    like = _value(first)
-    if type(number) not in (int, float) or node.kwargs or value.dim() == 0 or like is None or like.dtype != value.dtype:
-        return
-    if value.dtype not in (torch.float32, torch.float64):  # narrower numbers are worked on in a wider type
-        return
-    if node.target is _aten.mul.Tensor and first.target is _aten.neg.default:
-        first, number = first.args[0], -number
-    name = f"number_{len(module._buffers)}"
-    module.register_buffer(name, torch.tensor(number, dtype=value.dtype, device=value.device))
-    with node.graph.inserting_before(node):
-        held = node.graph.get_attr(name)
-    if node.target is _aten.rsub.Scalar:
-        node.target, node.args = _aten.sub.Tensor, (held, first)
-        node.kwargs = {"alpha": factor[0]} if factor else {}
-    else:
-        node.args = (first, held)
-
-
-def _value(node: Any) -> Tensor | None:
-    """Return the example of a node's value, if there is one."""
-    return node.meta.get("val") if isinstance(node, fx.Node) else None
-
-
-def _sum_at_once(node: fx.Node, value: Tensor) -> None:
-    """Sum over rows without keeping their axis, where it is dropped afterwards."""
-    total: Any = node.args[0]
-    like = _value(total)
-    kept = total.target is _aten.sum.dim_IntList and total.args[1:] == ([0], True) and not total.kwargs
-    if kept and value.dim() == 1 and like is not None and like.dim() == 2:
-        node.target, node.args = _aten.sum.dim_IntList, (total.args[0], [0])
-
-
-def _as_linear(node: fx.Node) -> None:
-    """Leave it to torch to transpose the weights of a linear layer."""
-    bias, x, weight = cast("tuple[fx.Node, ...]", node.args)
-    like = _value(bias)
-    if weight.target is _aten.t.default and like is not None and like.dim() == 1 and not node.kwargs:
-        node.target, node.args = _aten.linear.default, (x, weight.args[0], bias)
-
-
-def _turn(node: fx.Node) -> None:
-    """Compute a product of few columns as one of few rows, which takes half of the time on a processor."""
-    value = _value(node)
-    if node.target is not _aten.mm.default or not isinstance(value, Tensor) or value.device.type != "cpu":
-        return
-    first, second = cast("tuple[fx.Node, ...]", node.args)
-    like = _value(first)
-    if 1 < value.shape[1] <= NARROW and like is not None and like.numel() >= LARGE:
-        with node.graph.inserting_before(node):
-            factors = (_transposed(second), _transposed(first))
-            product = node.graph.call_function(_aten.mm.default, factors)
-        node.target, node.args = _aten.t.default, (product,)
-
-
-def _transposed(node: fx.Node) -> Any:
-    return node.args[0] if node.target is _aten.t.default else node.graph.call_function(_aten.t.default, (node,))
-
-
-def _bind(node: fx.Node) -> None:
-    """Put torch's binding of the same operation in place of the operator object, where there is one."""
-    name = name_of(node)
-    if node.target is _aten.slice.Tensor and len(node.args) == 4 and node.args[1] in (0, 1, 2):
-        tensor, axis, start, stop = node.args
-        node.target, node.args = operator.getitem, (tensor, (slice(None),) * axis + (slice(start, stop),))  # type: ignore[operator, arg-type]
-    elif node.target is _aten.view.dtype:
-        node.target = torch.Tensor.view
-    elif name in _ELSEWHERE:
-        node.target = _ELSEWHERE[name]
-    elif name in LIKE:
-        node.target = getattr(torch, name)
-        node.kwargs = {key: value for key, value in node.kwargs.items() if (key, value) != ("pin_memory", False)}
-    elif name not in _OTHERWISE and hasattr(torch._C._VariableFunctions, name) and hasattr(torch, name):
-        node.target = getattr(torch, name)
+def _example(like: Tensor) -> Tensor:
+    return torch.ones(like.shape, dtype=like.dtype, device=like.device)

@@ -22,8 +22,8 @@ def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
 
 
 def new_node(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-    """Add an operation; its arguments are given afterwards, since torch.fx takes half of its time to look into them."""
-    node = graph.create_node("call_function", target)
+    """Add an operation; torch.fx takes most of its time for a name, and for arguments that are given at once."""
+    node = graph.create_node("call_function", target, name="value")
     node.args = args
     if kwargs:
         node.kwargs = kwargs
@@ -161,6 +161,15 @@ class Stitcher:
 
 def _count(size: int, like: Tensor) -> Tensor:
     return torch.arange(size, dtype=like.dtype, device=like.device)
+
+
+def first_results(module: fx.GraphModule, count: int) -> fx.GraphModule:
+    """Return the part of a graph that leads to its first results."""
+    graph = copy_graph(module.graph)
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    output.args = (tuple(output.args[0][:count]),)  # type: ignore[index]
+    sweep(graph)
+    return graph_module(module, graph)
 
 
 def nearby(x: Tensor) -> Tensor:

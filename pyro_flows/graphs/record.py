@@ -6,22 +6,19 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_flows.graphs.graph import LIKE, graph_module, new_node, out_of_place, sweep, tidy
+from pyro_flows.graphs.graph import graph_module, new_node, out_of_place, sweep, tidy
+from pyro_flows.graphs.operations import Kind, kind_of
 from pyro_flows.graphs.writes import storage_of, tensors_in
 
 FOLDED = 2**16  # numbers in a constant that may be computed from smaller ones
 ALIKE = 2**12  # numbers in a constant that is compared with others
 
-_aten = torch.ops.aten
-_NEW = frozenset(f"aten::new_{name}" for name in ("zeros", "ones", "full", "empty", "empty_strided"))
-_BY_SHAPE = _NEW.union(f"aten::{name}" for name in LIKE)
 _TAG = "_pyro_flows_recorded"
 
 
@@ -92,40 +89,6 @@ class _Recorded(nn.Module):
     graph: fx.Graph
 
 
-class _Kind(NamedTuple):
-    """What is to be known of an operation."""
-
-    composite: bool  # made of others
-    same: bool  # returns its input
-    random: bool
-    by_shape: bool  # the values of its inputs do not count
-    new: bool  # a new tensor of the dtype and device of its input
-    view: bool  # shares memory with its input
-    written: tuple[bool, ...]  # which arguments it changes
-    named: tuple[str, ...]  # and which of those with names
-
-    @property
-    def mutable(self) -> bool:
-        return any(self.written) or bool(self.named)
-
-
-@cache
-def _kind(operation: Any) -> _Kind:
-    schema = operation._schema
-    arguments = schema.arguments
-    written = [part.alias_info is not None and part.alias_info.is_write for part in arguments]
-    return _Kind(
-        composite=torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CompositeImplicitAutograd"),
-        same=operation in (_aten.detach.default, _aten.alias.default),
-        random=torch.Tag.nondeterministic_seeded in operation.tags,
-        by_shape=schema.name in _BY_SHAPE,
-        new=schema.name in _NEW,
-        view=any(part.alias_info is not None for part in schema.returns),
-        written=tuple(one for one, part in zip(written, arguments, strict=True) if not part.kwarg_only),
-        named=tuple(part.name for one, part in zip(written, arguments, strict=True) if one and part.kwarg_only),
-    )
-
-
 class _Tape(TorchDispatchMode):
     """Sees each operation as it runs and writes those down that the inputs, or random numbers, have a part in.
 
@@ -149,6 +112,10 @@ class _Tape(TorchDispatchMode):
         self._made_by: dict[int, int] = {}  # memory, and the operation that it came from
         self._wrong: set[int] = set()  # operations whose results would have needed nodes
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import torch's compiler, and wrap each operation
+
     def input(self, value: Tensor) -> Tensor:
         """Add an input; return the tensor that stands for it."""
         given = value.detach().requires_grad_(value.requires_grad)  # one tensor given twice is two inputs
@@ -164,7 +131,7 @@ class _Tape(TorchDispatchMode):
         return self._root
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, kind = kwargs or {}, _kind(func)
+        kwargs, kind = kwargs or {}, kind_of(func)
         if kind.composite:
             with self:
                 return func.decompose(*args, **kwargs)
@@ -192,14 +159,14 @@ class _Tape(TorchDispatchMode):
             self._made_by[storage_of(result)] = self._done
         return result
 
-    def _needs_node(self, kind: _Kind, result: Any, tensors: list[Tensor], numbers: list[int | None]) -> bool:
+    def _needs_node(self, kind: Kind, result: Any, tensors: list[Tensor], numbers: list[int | None]) -> bool:
         """Whether a result that does not depend on the inputs has a node all the same."""
         most = FOLDED if kind.by_shape else max([FOLDED, *(part.numel() for part in tensors)])
         if kind.new or self._done in self._changed or any(part.numel() > most for part in tensors_in((result,))):
             return True
         return kind.view and any(number is not None for number in numbers)
 
-    def _change(self, func: Any, args: Any, kwargs: Any, kind: _Kind, depends: bool) -> Any:
+    def _change(self, func: Any, args: Any, kwargs: Any, kind: Kind, depends: bool) -> Any:
         """Run an operation that changes tensors in place."""
         parts = [part for part, one in zip(args, kind.written, strict=False) if one]
         changed = [*tensors_in((*parts, *(kwargs.get(name) for name in kind.named)))]

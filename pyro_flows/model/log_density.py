@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from pyro_flows._clock import Clock
 from pyro_flows._turns import turn
 from pyro_flows.graphs.batches import Recorder
-from pyro_flows.model.batching import batch, quiet, where_possible
+from pyro_flows.model.batching import quiet, where_possible
+from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.site_values import SiteValues
 from pyro_flows.model.sites import Noncentered, Structure
 
@@ -67,8 +68,9 @@ class LogDensity(SiteValues):
     def _settle(self, structure: Structure) -> None:
         super()._settle(structure)
         self.evaluations = 0
-        self._values = Recorder(self._plain_values, self.numbers)
-        self._with_gradients = Recorder(self._gradients, self.numbers)
+        unit = self.work.rows(2)
+        self._with_gradients = Recorder(self._gradients, self.numbers, unit=unit)
+        self._values = Recorder(self._plain_values, self.numbers, unit=unit, whole=self._with_gradients)
 
     def take(self, values: Recorder, gradients: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""
@@ -77,7 +79,7 @@ class LogDensity(SiteValues):
     def under(self, clock: Clock) -> None:
         """Look at ``clock`` as evaluations go on, and compile nothing if it leaves no time for that."""
         self.clock = clock
-        self._values.compile = self._with_gradients.compile = None if clock.compiles else False
+        self._values.left = self._with_gradients.left = clock.remaining
 
     def elsewhere(self, noncentered: Noncentered) -> LogDensity:
         """Return the same log density in other coordinates, under the same clock; the structure is not read anew."""
@@ -158,9 +160,8 @@ class LogDensity(SiteValues):
     def _gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Both for the rows of ``z``, in pieces like those of :meth:`map`."""
         with torch.no_grad(), quiet(), self.clock.watching():
-            run = batch(torch.func.grad_and_value(self.single))
-            parts = [run(part) for part in self._pieces(z)]
-        grad, value = (torch.cat(part) for part in zip(*parts, strict=True))
+            parts = [values_and_grads(self.single, part) for part in self._pieces(z)]
+        value, grad = (torch.cat(part) for part in zip(*parts, strict=True))
         return value, grad
 
     def _gradients_one_by_one(self, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,11 @@ from pyro_flows import _checks
 from pyro_flows._clock import unbounded
 from pyro_flows._fallbacks import fallback, first_line
 from pyro_flows._seeding import seeded
-from pyro_flows.graphs.batches import rows_for
+from pyro_flows.graphs.batches import Work, rows_for
 from pyro_flows.graphs.writes import Batchable, FindWrites, Places
-from pyro_flows.model.batching import advice, apart, batch, nearer, over_rows, pieces, quiet
+from pyro_flows.model.batching import advice, apart, nearer, over_rows, pieces, quiet
 from pyro_flows.model.enumeration import Enumerate, Evaluator
+from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.handlers import Place, Resample, hold
 from pyro_flows.model.observations import check_values
 from pyro_flows.model.reading import read_structure
@@ -66,6 +67,7 @@ class Runs:
         self.batched = True
         self._unbatched: str | None = None
         self._writes: Places | None = None  # in tensors that the model makes
+        self.work = Work()  # of gradients at two points
         self._evaluator: Evaluator | None = None
         self.numbers = max(self.dim, sum(value.numel() for value in self.structure.observed.values()))
         self._rows = rows_for(self.numbers, MAPPED)
@@ -158,7 +160,8 @@ class Runs:
     def _why_unbatched(self, points: Tensor, single: Tensor) -> str | None:
         """Return why values and gradients cannot be had for many points at once; None if they can."""
         try:
-            _, batched = batch(torch.func.grad_and_value(self.single))(points)
+            with Work() as self.work:
+                batched, _ = values_and_grads(self.single, points)
         except torch.linalg.LinAlgError:
             raise
         except Exception as error:  # a model's own code may raise anything

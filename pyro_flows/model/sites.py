@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, Unit
+from pyro.distributions.util import broadcast_shape
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -59,7 +60,7 @@ class Latent:
             full = flat.new_zeros(*flat.shape[:-1], math.prod(self.unconstrained_shape))
             flat = full.index_copy(-1, self.free.to(flat.device), flat)
         lifted = self.event_dim + len(self.unconstrained_shape) - len(self.shape)
-        shape = torch.broadcast_shapes(self.unconstrained_shape, z.shape[:-1] + (1,) * lifted)
+        shape = broadcast_shape(self.unconstrained_shape, z.shape[:-1] + (1,) * lifted)
         return flat.reshape(shape)
 
     def place(self, z: Tensor, fn: Any) -> tuple[Tensor, Tensor]:

@@ -170,7 +170,8 @@ class Stack:
 
     def _share(self) -> None:
         """Let the densities of all data sets take the same graphs."""
-        values, gradients = (Recorder(function, self.numbers) for function in (self._quietly, self._quiet_gradients))
+        functions, unit = (self._quietly, self._quiet_gradients), self.densities[0].work.rows(2)
+        values, gradients = (Recorder(function, self.numbers, unit=unit) for function in functions)
         for density, given in zip(self.densities, self._given, strict=True):
             density.take(values.sharing(given), gradients.sharing(given))
 

@@ -41,6 +41,7 @@ STEPS = 1.0, 0.1, 0.01  # units of a path, of the local scale: long first steps 
 WITHIN = 12.0  # nats of Laplace evidence below the best
 TICKS = 60  # of a path
 SAME = 0.5  # of a scale that an end tells, a coordinate: ends there are one mode
+STILL = 0.1  # a point of a ridge, from which there is more to gain, is no mode
 APART = 1.0  # standard deviations between two modes
 
 
@@ -218,7 +219,9 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
         return Survey(found.modes, found.roots, found.evidence, met)
     roots = lower_triangular(inverse_roots(density, heads)[0])
     size = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * density.dim * math.log(2.0 * math.pi)
-    evidence = (density(heads) + size).nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+    heights, slopes = density.value_and_grad(heads)
+    still = (slopes[:, None] @ roots).square().sum((1, 2)) < STILL  # nats that Newton's step promises, twice
+    evidence = torch.where(still & torch.isfinite(heights + size), heights + size, -torch.inf)
     found = Survey(found.modes, found.roots, found.evidence, met)
     for number in evidence.argsort(descending=True).tolist():
         if not math.isfinite(float(evidence[number])):

@@ -29,6 +29,7 @@ def plot_elbo(posterior: Record, *, width: float = 7.0) -> Figure:
     final one is of a new sample from the guide. Where several rounds were tried, dotted lines part them, and what was
     kept may be an earlier one; where several flows form a mixture, the final ELBO is the mixture's. Both are written.
     The vertical axis is chosen by the second half of the run, so that wild first steps do not flatten the rest.
+    A fit whose start left nothing to train has no steps: then the final ELBO stands alone, and the title says so.
 
     Args:
         posterior: of :func:`~pyro_flows.fit`.
@@ -38,25 +39,23 @@ def plot_elbo(posterior: Record, *, width: float = 7.0) -> Figure:
         ValueError: if there are no steps to show, as after :func:`~pyro_flows.diagnose`.
     """
     elbo = -posterior.losses.detach().double().cpu().numpy()
-    if not len(elbo):
+    trained = "max_steps" in posterior.settings  # by fit, and not diagnosed
+    if not len(elbo) and not trained:
         raise ValueError("posterior: expected one with optimization steps, got none (diagnose does not optimize).")
     figure, (axes,) = panels(1, size=(width, 3.6 if width > parts.NARROW else 2.9))
-    steps(axes, elbo, FLOW, "each step")
-    axes.plot(
-        np.arange(1, len(elbo) + 1),
-        running_median(elbo),
-        color=FLOW,
-        linestyle="-",
-        linewidth=1.8,
-        label="running median",
-    )
+    if len(elbo):
+        steps(axes, elbo, FLOW, "each step")
+        at = np.arange(1, len(elbo) + 1)
+        axes.plot(at, running_median(elbo), color=FLOW, linestyle="-", linewidth=1.8, label="running median")
     if math.isfinite(posterior.elbo):
         axes.axhline(posterior.elbo, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=3, label=_final(posterior))
-    axes.set_ylim(*elbo_limits(elbo, posterior.elbo))
-    _rounds(axes, posterior, len(elbo))
+    if len(elbo):
+        axes.set_ylim(*elbo_limits(elbo, posterior.elbo))
+        _rounds(axes, posterior, len(elbo))
     axes.set(xlabel="optimization step", ylabel="ELBO (nats)")
     axes.legend(loc="lower right")
-    parts.title(axes, posterior, "Evidence lower bound" if width > parts.NARROW else "ELBO")
+    what = "Evidence lower bound" if width > parts.NARROW else "ELBO"
+    parts.title(axes, posterior, what if len(elbo) else f"{what}: nothing had to be trained")
     return figure
 
 

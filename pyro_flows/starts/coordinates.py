@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.graphs.batches import Recorder
-from pyro_flows.model.batching import batch, quiet, where_possible
+from pyro_flows.model.batching import quiet, where_possible
+from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.noncentered import Information
 from pyro_flows.model.sites import Latent
@@ -116,8 +117,7 @@ class _Family:
 
     def _gradients(self, points: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), quiet(), self.density.clock.watching():
-            grad, value = batch(torch.func.grad_and_value(self._single))(points)
-        return value, grad
+            return values_and_grads(self._single, points)
 
     def look(self, z: Tensor, said: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return values (S,), and gradients with respect to z (S, D) and to log precisions and centers (S, 2 K)."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_flows.model.batching import batch, quiet
+from pyro_flows.model.batching import quiet
+from pyro_flows.model.gradients import hessians
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
 
@@ -58,7 +59,7 @@ def _hessians(density: LogDensity | Stack, points: Tensor) -> Tensor:
     if density.batched:
         try:
             with torch.no_grad(), quiet(), density.clock.watching():
-                found = batch(torch.func.jacrev(torch.func.grad(density.single)))(points)
+                found = hessians(density.single, points)
             density.evaluations += points.numel()
             return found
         except RuntimeError:

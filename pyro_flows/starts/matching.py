@@ -17,6 +17,8 @@ from pyro_flows.verdict.weighing import Weighing, weigh
 NAME = "matched moments"
 FIRST_DRAWS, DRAWS = 4000, 20_000
 WORTH_ESS, WORTH_K = 0.2, 0.7  # of S: below and above, the weights of a few draws would make the moments
+EVEN_ESS = 0.99  # of S
+ERRORS = 3.0  # standard errors
 ROUNDS = 2
 COVARIANCE_ERROR = 0.02  # nats that the noise of a full covariance may cost
 
@@ -31,7 +33,8 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int) -> Start
     .. math:: m = \sum_i w_i z_i, \qquad C = \sum_i w_i (z_i - m)(z_i - m)^\top.
 
     The noise of C costs about :math:`D (D + 3) / (4\, \mathrm{ESS})` nats. Where that is too much, only its diagonal
-    is matched, and the correlations of the start stay.
+    is matched, and the correlations of the start stay. Then means and sds that differ by less than three standard
+    errors stay too, and a start whose weights are even stays as it is: matching would only add noise.
 
     Cost: up to 44,000 draws of the density, no gradients. Only if the weights of the first 4000 are good, and the new
     start has the better ELBO, does a second round follow.
@@ -45,6 +48,8 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int) -> Start
         z = start.map(noise)
         weighing = weigh(z, density(z), log_noise - start.volume)
         if not (weighing.k_hat < WORTH_K and weighing.ess > WORTH_ESS * draws):
+            return start
+        if weighing.ess > EVEN_ESS * draws:
             return start
         start = replace(_moved(start, z, weighing), elbo=max(start.elbo, weighing.elbo))
         draws = DRAWS
@@ -71,6 +76,8 @@ def _moved(start: Start, z: Tensor, weighing: Weighing) -> Start:
         if not int(fault):
             return replace(start, name=NAME, loc=mean, scale=root, evidence=None)
     spread = start.scale.norm(dim=1) if start.scale.dim() == 2 else start.scale
-    ratio = away.square().sum(0).sqrt() / spread
+    ratio, error = away.square().sum(0).sqrt() / spread, ERRORS / math.sqrt(weighing.ess)
+    ratio = torch.where((ratio - 1.0).abs() > error / math.sqrt(2.0), ratio, 1.0)
+    mean = torch.where((mean - start.loc).abs() > error * spread, mean, start.loc)
     scale = ratio[:, None] * start.scale if start.scale.dim() == 2 else ratio * start.scale
     return replace(start, name=NAME, loc=mean, scale=scale, evidence=None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -101,29 +102,33 @@ class Passes:
         like: base points (S, D) of the batches to come.
         weights: the flow's parameters that are trained, in their order; the passes read these tensors, not the flow's.
         compile: whether to compile at once (True), never (False), or when it pays (None).
+        left: how many seconds are left.
 
     Raises:
         Exception: of any kind, if some layer cannot be recorded.
     """
 
-    def __init__(self, flow: Flow, like: Tensor, weights: Sequence[Tensor], *, compile: bool | None = None) -> None:
+    def __init__(
+        self, flow: Flow, like: Tensor, weights: Sequence[Tensor],
+        *, compile: bool | None = None, left: Callable[[], float] = lambda: math.inf,
+    ) -> None:  # fmt: skip
         layers = list(flat(flow.bijection))
         owned = [parameter for layer in layers for parameter in layer.parameters()]
         if [id(parameter) for parameter in owned] != [id(parameter) for parameter in flow.parameters()]:
             raise ValueError("layers: expected parameters that belong to one layer each.")
-        left = iter(weights)
+        own = iter(weights)
         bodies: list[Body] = []
         self.flow = flow
         self.state: list[Tensor] = []  # of all layers, one after the other
         ends = [0]
         for layer in layers:
             bodies.append(body_of(layer, like))
-            self.state += [next(left) if part.requires_grad else part.detach() for part in layer.parameters()]
+            self.state += [next(own) if part.requires_grad else part.detach() for part in layer.parameters()]
             self.state += layer.buffers()
             ends.append(len(self.state))
         self.kind = _kind(flow, bodies, self.state, ends, like)
         self.state = [part for part in self.state if not is_order(part)]
-        self._compile = compile
+        self._compile, self._left = compile, left
 
     @torch.no_grad()
     def sample(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -145,8 +150,8 @@ class Passes:
     def _runners(self) -> tuple[Runner, Runner]:
         forward, backward = self.kind.graphs
         return (
-            Runner(forward, compile=self._compile, along=[backward]),
-            Runner(backward, compile=self._compile, along=[forward]),
+            Runner(forward, compile=self._compile, along=[backward], left=self._left),
+            Runner(backward, compile=self._compile, along=[forward], left=self._left),
         )
 
     def check(self, like: Tensor) -> None:

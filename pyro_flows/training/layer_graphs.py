@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from pyro_flows._autograd import pull
 from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.graph import graph_module, nearby, sweep
 from pyro_flows.graphs.record import record
@@ -101,7 +102,7 @@ def _joint(layer: Bijection) -> Callable[..., tuple[Tensor, ...]]:
     names = [*dict(scored.named_parameters()), *dict(scored.named_buffers())]
 
     def passes(*inputs: Tensor) -> tuple[Tensor, ...]:
-        *state, x, score, pull = inputs
+        *state, x, score, cotangent = inputs
         leaves = [part.detach().requires_grad_() for part, free in zip(state, trained, strict=False) if free]
         left = iter(leaves)
         given = [next(left) if free else part for part, free in zip(state, trained, strict=False)]
@@ -109,7 +110,7 @@ def _joint(layer: Bijection) -> Callable[..., tuple[Tensor, ...]]:
         with torch.enable_grad():
             tensors = dict(zip(names, [*given, *state[len(trained) :]], strict=True))
             y, ladj, score = torch.func.functional_call(scored, tensors, (root, score))
-        gradients = torch.autograd.grad(y, [root, *leaves], pull, materialize_grads=True)
+        gradients = pull(y, cotangent, [root, *leaves])
         return (y.detach(), ladj.detach(), score.detach(), *gradients)
 
     return passes

@@ -111,14 +111,13 @@ def train(
 
     The cool-down takes ``cool`` steps at least; it begins earlier, and is shorter, where ``look`` finds nothing to
     mend. With ``settle=False`` the budget alone ends it, to see what stopping costs. Where the time ends or Ctrl-C
-    comes on the way, the flow keeps what it has learned so far, and the clock the
-    ``name`` of what was cut.
+    comes on the way, the flow keeps what it has learned so far, and the clock the ``name`` of what was cut.
     """
     check = Check.make(trainer.flow, trainer.density, seed=seed)
     monitor, ratchet = Monitor(), _Ratchet(trainer, -math.inf)
     first = len(trainer.losses)  # a race may have gone before
     still, early, why, value = False, False, "no steps", -math.inf
-    done, steady = 0, _steady_share(budget.steps)
+    steady, done = _steady_share(budget.steps), 0
     with budget.clock.part(name):
         ratchet.best = value = check.elbo()
         while done < steady and budget.left(done) and not still and not early:
@@ -127,29 +126,22 @@ def train(
             if done % CHECK_EVERY == 0:
                 trainer.write()
                 value = monitor.add(*check())
-                still, why = monitor.stationary()
-                still = still and settle
+                still, why = monitor.stationary() if settle else (False, "a budget alone ends it")
                 ratchet.look(value)
                 report(first + done, value, "converging")
                 early = look is not None and not still and monitor.promises(look.gap) and look.enough()
-        steps = COOL_EARLY if early else max(cool, min(int(COOL_SHARE * done), COOL_AT_MOST))
-        steps = min(budget.left(done), steps)
+        steps = min(budget.left(done), COOL_EARLY if early else max(cool, min(int(COOL_SHARE * done), COOL_AT_MOST)))
         value = _cool(trainer, budget, done, steps, check, ratchet, lambda *state: report(first + state[0], *state[1:]))
-        why = _said(why, done, done + steps, still=still, early=early)
-        moving, losses = not still and not early and monitor.restless, trainer.losses[first:]
-        return Training(losses, value, still or early, moving, why, trainer.skipped, ratchet.falls, early)
+        why = f"the importance weights leave nothing to mend after {done} steps" if early else why
+        still = still or early
+        why = f"converged: {why}" if still else f"training did not converge in {done + steps} steps ({why})"
+        state = still, not still and monitor.restless, why, trainer.skipped, ratchet.falls, early
+        return Training(trainer.losses[first:], value, *state)
     ratchet.rescue()
     losses = trainer.losses[first:]
     why = f"training was stopped after {len(losses)} steps and did not converge" + (f" ({why})" if losses else "")
     moving = not still and (monitor.restless or len(monitor.elbos) < WINDOW)
     return Training(losses, value, False, moving, why, trainer.skipped, ratchet.falls)
-
-
-def _said(why: str, steady: int, steps: int, *, still: bool, early: bool) -> str:
-    """Say in words how a training of so many steps ended."""
-    if early:
-        return f"converged: the importance weights leave nothing to mend after {steady} steps"
-    return f"converged: {why}" if still else f"training did not converge in {steps} steps ({why})"
 
 
 class _Ratchet:

@@ -45,7 +45,7 @@ class Step:
         *, compile: bool | None = None,
     ) -> None:  # fmt: skip
         self.flow, self.density = flow, density
-        self.passes = Passes(flow, like, views, compile=compile)
+        self.passes = Passes(flow, like, views, compile=compile, left=density.clock.remaining)
         self._dials = weights.new_zeros(3)
         self._whole: Runner | None = None
         try:
@@ -110,6 +110,7 @@ class Step:
             graph = self.density.graph(self.flow.sample_with_score(at=x)[0])
         if graph is not None:
             self._whole = _whole(self.density, graph, self.passes.kind, weights, compile)
+            self._whole.left = self.density.clock.remaining
             self._check(x, weights)
 
     def _check(self, x: Tensor, weights: Tensor) -> None:

@@ -42,7 +42,7 @@ class Trainer:
         compile: bool | None = None,
     ) -> None:
         self.flow, self.density, self.batch, self.learning_rate = flow, density, batch, learning_rate
-        self.extra, self.compile = list(extra), compile if density.clock.compiles else False
+        self.extra, self.compile = list(extra), compile
         self.parameters = [*(part for part in flow.parameters() if part.requires_grad), *self.extra]
         self.weights = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
         ends = self.weights.split([parameter.numel() for parameter in self.parameters])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import LogDensity
-from pyro_flows.graphs.compiling import quicken
+from pyro_flows.graphs.bindings import quicken
 from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.record import record
 from pyro_flows.training import loop

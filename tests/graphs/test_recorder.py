@@ -9,7 +9,7 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows.graphs.batches import PIECE, RECORDED_FROM, ROWS_AT_LEAST, ROWS_AT_MOST, Recorder, rows_for
 from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.compiling import Runner, pays_at
+from pyro_flows.graphs.compiling import Plan, Runner, pays_at
 from pyro_flows.graphs.record import record
 from tests.invariants import close
 from tests.registry import needs_compiler, normal
@@ -125,7 +125,7 @@ def test_large_graphs_are_compiled_sooner():
                 z = z.sin()
             return z
 
-        return pays_at([record(function, torch.zeros(size, 3))])
+        return pays_at([Plan(record(function, torch.zeros(size, 3)))])
 
     assert chain(5, 1000) < chain(5, 10)
     assert chain(50, 10) < chain(5, 10)

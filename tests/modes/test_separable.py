@@ -8,12 +8,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro_flows.flows.saved import from_json, not_rebuilt, to_json
 from torch.distributions import constraints
 
 import pyro_flows as pf
 from benchmarks.toys import targets
 from pyro_flows.flows.parts import student_mixture, tabulated
+from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.modes.separable import is_separable, marginals
 from pyro_flows.starts.prior import prior_draws
 

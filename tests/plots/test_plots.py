@@ -182,3 +182,16 @@ def test_figures_are_files_without_pyplot(ok, tmp_path):
         figure.savefig(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "matplotlib.pyplot" not in set(sys.modules) - before
+
+
+def test_the_elbo_of_a_fit_that_needed_no_steps():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        pyro.sample("y", dist.Normal(mu, 1.0).expand(y.shape).to_event(1), obs=y)
+
+    posterior = pf.fit(model, torch.tensor([1.0, 2.0, 3.0]), progress=False, draws=500)
+    assert len(posterior.losses) == 0
+    (axes,) = plots.plot_elbo(posterior).axes
+    (final,) = axes.lines
+    assert final.get_ydata()[0] == pytest.approx(posterior.elbo)
+    assert "nothing had to be trained" in axes.get_title(loc="left") + axes.get_title()

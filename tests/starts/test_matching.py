@@ -42,11 +42,24 @@ def test_where_the_noise_of_a_covariance_would_cost_too_much_its_diagonal_is_mat
     dim = 60
     sds = torch.linspace(0.5, 2.0, dim, dtype=torch.float64)
     density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(torch.zeros(dim).double(), sds).to_event(1)))
-    start = Start("off", 0.02 * sds, torch.diag(1.03 * sds))
+    start = Start("off", 0.05 * sds, torch.diag(1.06 * sds))
     found = matched(density, start, 120.0, seed=0)
     assert found.name == NAME
     assert torch.equal(found.scale, torch.diag(found.scale.diagonal())), "correlations stay those of the start"
     assert float((found.scale.diagonal() / sds).log().abs().max()) < 0.025  # standard error .005, 60 of them
+    assert float((found.loc / sds).abs().max()) < 0.04  # standard error .01
+
+
+def test_what_is_right_already_gets_no_noise():
+    dim = 60
+    density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(torch.zeros(dim).double(), 1.0).to_event(1)))
+    even = Start("even", torch.zeros(dim).double(), torch.ones(dim).double())
+    assert matched(density, even, 1000.0, seed=0) is even, "weights are even"
+    off = Start("off", torch.zeros(dim).double(), torch.where(torch.arange(dim) < 5, 1.2, 1.0).double())
+    found = matched(density, off, 120.0, seed=0)
+    assert float((found.loc == 0.0).double().mean()) > 0.9
+    assert float((found.scale[5:] == 1.0).double().mean()) > 0.9
+    assert float((found.scale[:5] - 1.0).abs().max()) < 0.03
 
 
 @pytest.mark.parametrize("away", [8.0, math.inf])

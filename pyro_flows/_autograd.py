@@ -1,0 +1,36 @@
+"""Vector-Jacobian products by autograd's engine, for tensors whose shapes are known to be right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+
+
+def pull(
+    output: Tensor, cotangent: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool = False, further: bool = False
+) -> list[Tensor]:
+    """Return what ``torch.autograd.grad(output, inputs, cotangent, materialize_grads=True)`` does, 0.3 s earlier.
+
+    That function imports sympy at its first call with a cotangent, to compare two shapes.
+
+    Args:
+        output: a tensor.
+        cotangent: of the same shape, or a batch of such inside of ``vmap``.
+        inputs: tensors that it depends on, or does not.
+        retain_graph: whether there will be another call for this output.
+        further: whether the results are to be differentiated in turn.
+
+    >>> import torch
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> pull(x.square(), torch.tensor([1.0, 10.0]), [x])
+    [tensor([ 2., 40.])]
+    """
+    if not output.requires_grad:
+        return [torch.zeros_like(part, requires_grad=False) for part in inputs]
+    found = _engine_run_backward(
+        (output,), (cotangent,), retain_graph or further, further, tuple(inputs), True, accumulate_grad=False
+    )
+    return [torch.zeros_like(part) if one is None else one for part, one in zip(inputs, found, strict=True)]

@@ -1,0 +1,57 @@
+"""Gradients and Hessians of a function of one point, for many points at once, by autograd around ``vmap``.
+
+``torch.func.grad`` gives the same numbers, but imports torch's compiler at its first call (0.6 s), and writes down
+what second derivatives would need, which takes as long as the gradient itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from pyro_flows._autograd import pull
+from pyro_flows.model.batching import batch
+
+
+def values_and_grads(function: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values (S,) of a function of one point, and its gradients (S, D), at ``points`` (S, D).
+
+    Raises:
+        RuntimeError: if it does not return one number for each point.
+    """
+    if _functorch.peek_interpreter_stack() is not None:  # a transform around this one would not let autograd through
+        grads, values = batch(torch.func.grad_and_value(function))(points)
+        return values, grads
+    values, leaf = _values(function, points)
+    (grads,) = pull(values, torch.ones_like(values), [leaf])
+    return values.detach(), grads
+
+
+def hessians(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+    """Return the second derivatives (K, D, D) of a function of one point at ``points`` (K, D).
+
+    Raises:
+        RuntimeError: if an operation cannot be differentiated twice, or not for many directions at once.
+    """
+    values, leaf = _values(function, points)
+    with torch.enable_grad():
+        (grads,) = pull(values, torch.ones_like(values), [leaf], further=True)
+    units = torch.eye(leaf.shape[1], dtype=grads.dtype, device=grads.device)[:, None]
+
+    def row(unit: Tensor) -> Tensor:
+        return pull(grads, unit.expand(leaf.shape), [leaf], retain_graph=True)[0]
+
+    return torch.func.vmap(row)(units).transpose(0, 1)
+
+
+def _values(function: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values (S,) with a graph that leads to the points, and the points as its leaf."""
+    with torch.enable_grad():
+        leaf = points.detach().requires_grad_()
+        values = batch(function)(leaf)
+    if values.shape != points.shape[:1]:
+        raise RuntimeError(f"expected one number for each point, got shape {tuple(values.shape[1:])}")
+    return values, leaf
