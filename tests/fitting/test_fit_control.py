@@ -1,5 +1,6 @@
 """How a fit is bounded, broken off, and kept apart from other threads; what its line says while it runs."""
 
+import functools
 import itertools
 import math
 import os
@@ -444,7 +445,7 @@ def test_judging_densities_and_evaluations_take_turns_too():
 
 
 def test_a_fit_inside_of_a_model_does_not_wait_for_itself():
-    inner = pf.fit(model, Y, **QUICK)
+    inner = as_ever(model)
 
     def outer(y):
         with turn():
@@ -458,12 +459,17 @@ def test_a_fit_inside_of_a_model_does_not_wait_for_itself():
 # gradients switched off ---------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def as_ever(chosen):
+    return pf.fit(chosen, Y, **QUICK)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
     "chosen", [model, effects, pytest.param(unbatched, marks=[pytest.mark.falls_back, pytest.mark.slow])]
 )
 def test_fit_gives_the_same_where_gradients_are_off(mode, chosen):
-    expected = pf.fit(chosen, Y, **QUICK)
+    expected = as_ever(chosen)
     with mode():
         y = Y.clone()  # an inference tensor, in inference mode
         found = pf.fit(chosen, y, **QUICK)
