@@ -28,6 +28,7 @@ from pyro_flows.verdict.chains import Chains
 
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound
 CHEAP = 500  # dimensions times numbers of an evaluation, up to which a glance at the modes costs next to nothing
+HOPELESS = 0.001  # and below which the density may have no smooth top
 POOR = 0.3  # effective share of a flow's draws, below which it may lie between several modes
 SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
 
@@ -141,7 +142,8 @@ def _is_several(plan: Plan, density: LogDensity, run: Run, seed: int) -> bool:
         return False
     z = prior_draws(density, SURVEYED_FROM, seed=seed) if run.best is None else run.best.flow.draw(SURVEYED_FROM)[0]
     with plan.clock.part("a survey of modes"):
-        run.several = several(density, z, seed=seed, bar=plan.bar)
+        hopeless = run.best is not None and run.best.weighing.ess < HOPELESS * len(run.best.weighing.log_weights)
+        run.several = several(density, z, seed=seed, bar=plan.bar, ridges=hopeless)
     if run.several is None:
         return False
     run.note(run.several.stage)

@@ -42,16 +42,18 @@ class Several:
     enough: bool
 
 
-def several(density: LogDensity, z: Tensor, places: Tensor | None = None, *, seed: int, bar: Bar) -> Several | None:
+def several(
+    density: LogDensity, z: Tensor, places: Tensor | None = None, *, seed: int, bar: Bar, ridges: bool = False
+) -> Several | None:
     """Survey the modes near and far of draws z (S, D), and fit a sampler to them; None for one mode, or a dear density.
 
-    ``places`` (N, D) are climbed from as well. Once there is a mixture, the survey goes on from its draws with large
-    weights, and from where it is thin; what is found there joins in.
+    With ``ridges``, points of ridges and edges count as modes. ``places`` (N, D) are climbed from as well. Once there is
+    a mixture, the survey goes on from its draws with large weights, and from where it is thin.
     """
     if not can_be_surveyed(density):
         return None
     seed = derive(seed, "several modes")
-    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=GLANCED)
+    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=GLANCED, ridges=ridges)
     found = found if places is None else climbed_from(density, found, places)
     if len(found.weighty()) < 2:
         return None

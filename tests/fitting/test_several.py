@@ -60,7 +60,7 @@ def test_a_mixture_that_lacks_a_mode_is_not_called_good(monkeypatch):
     """The survey is made to see two of three modes: the search that follows says what is missing."""
     whole = run_module.several
 
-    def blind(density, z, places=None, *, seed, bar):
+    def blind(density, z, places=None, *, seed, bar, ridges=False):
         far = pf.LogDensity(line_of(2, 12.0))
         return whole(far, z, None, seed=seed, bar=bar)
 
