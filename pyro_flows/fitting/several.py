@@ -44,18 +44,19 @@ class Several:
 
 
 def several(
-    density: LogDensity, z: Tensor, places: Tensor | None = None, *, seed: int, bar: Bar, barrier: float = 0.0
-) -> Several | None:
+    density: LogDensity, z: Tensor, places: Tensor | None = None,
+    *, seed: int, bar: Bar, barrier: float = 0.0, ridges: bool = False,
+) -> Several | None:  # fmt: skip
     """Survey the modes near and far of draws z (S, D), and fit a sampler to them; None for one mode, or a dear density.
 
-    ``places`` (N, D) are climbed from as well. Once there is a mixture, the survey goes on from its draws with large
-    weights, and from where it is thin; what is found there joins in. With a ``barrier``, modes count as several only if
-    the density falls by so many nats somewhere on the straight line between the best one and another.
+    With ``ridges``, points of ridges and edges count as modes. ``places`` (N, D) are climbed from as well. Once there is
+    a mixture, the survey goes on from its draws with large weights, and from where it is thin. With a ``barrier``, modes
+    count as several only if the density falls by so many nats on the straight line between the best one and another.
     """
     if not can_be_surveyed(density):
         return None
     seed = derive(seed, "several modes")
-    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=GLANCED)
+    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=GLANCED, ridges=ridges)
     found = found if places is None else climbed_from(density, found, places)
     if len(found.weighty()) < 2 or not _falls(density, found.weighty().modes, barrier):
         return None
