@@ -49,9 +49,10 @@ def several(
 ) -> Several | None:  # fmt: skip
     """Survey the modes near and far of draws z (S, D), and fit a sampler to them; None for one mode, or a dear density.
 
-    With ``ridges``, points of ridges and edges count as modes. ``places`` (N, D) are climbed from as well. Once there is
-    a mixture, the survey goes on from its draws with large weights, and from where it is thin. With a ``barrier``, modes
-    count as several only if the density falls by so many nats on the straight line between the best one and another.
+    With ``ridges``, points of ridges and edges count as modes. ``places`` (N, D) are climbed from as well. Once there
+    is a mixture, the survey goes on from its draws with large weights, and from where it is thin. With a ``barrier``,
+    modes count as several only if the density falls by so many nats on the straight line between the best one and
+    another.
     """
     if not can_be_surveyed(density):
         return None
