@@ -47,7 +47,7 @@ def several(
 ) -> Several | None:
     """Survey the modes near and far of draws z (S, D), and fit a sampler to them; None for one mode, or a dear density.
 
-    With ``ridges``, points of ridges and edges count as modes. ``places`` (N, D) are climbed from as well. Once there is
+    With ``ridges``, points of ridges and edges count as modes. ``places`` (N, D) are climbed from too. Once there is
     a mixture, the survey goes on from its draws with large weights, and from where it is thin.
     """
     if not can_be_surveyed(density):
