@@ -30,7 +30,8 @@ HEAVY, HEAVIEST = 10.0, 48  # times the mean weight, from which on a draw points
 STAGE, TABLES = "mixture at modes", "tables of coordinates"
 LINE_POINTS = 17  # on a line between two modes
 GLANCED = 96  # climbs of a round, until there is more than one mode
-FEW_ROUNDS, WEIGHED, TABLE_SHARE = 2, 4000, 0.9  # of a survey; draws, and their share, that show that a table is right
+FEW_ROUNDS = 2  # of a survey
+WEIGHED, TABLE_SHARE, TABLE_K = 4000, 0.9, 0.7  # draws, their effective share, and k-hat: whether a table is right
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _tabulated(density: LogDensity, found: Survey, seed: int) -> Several | None:
     share = float(1.0 / log_weights.exp().square().sum()) / len(z)
     stage = Stage(TABLES, k_hat=k_hat, ess_ratio=share, details={"modes": len(found)})
     said = "there are several modes; the coordinates are independent, so that each was tabulated by itself"
-    return Several(sampler, said, stage, True) if share >= TABLE_SHARE else None
+    return Several(sampler, said, stage, True) if share >= TABLE_SHARE and k_hat < TABLE_K else None
 
 
 def _start(found: Survey) -> tuple[Tensor, Tensor, Tensor]:
