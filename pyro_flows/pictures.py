@@ -163,7 +163,7 @@ def plot_nearest(
     image_shape: Sequence[int] | None = None,
     levels: float = 1.0,
 ) -> Figure:
-    """Draw each sample (left) and the training images nearest to it: has the flow learnt its data by heart?"""
+    """Draw each sample (left) and the training images nearest to it: has the flow learned its data by heart?"""
     found = training[nearest(samples, training, count=count).to(training.device)].to(samples)
     rows = torch.cat([samples.unsqueeze(1), found], 1)
     return plot_images(rows.flatten(0, 1), image_shape, columns=count + 1, levels=levels)

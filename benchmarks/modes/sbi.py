@@ -101,7 +101,7 @@ def _file(name: str, number: int, file: str) -> Path:
 def c2st(x: Tensor, y: Tensor, *, seed: int = 1) -> float:
     """Return the accuracy of a classifier that tells two samples apart, .5 if it cannot: the metric of ``sbibm``.
 
-    Two hidden layers of 10 D units, five folds, values standardised by x.
+    Two hidden layers of 10 D units, five folds, values standardized by x.
     """
     from sklearn.model_selection import KFold, cross_val_score
     from sklearn.neural_network import MLPClassifier

@@ -43,6 +43,7 @@ LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly norma
 AT_ONCE = "converged: the importance weights leave nothing to mend at the start"
 CHEAP = 500  # dimensions times numbers of an evaluation, up to which a glance at the modes costs next to nothing
 BARRIER = 3.0  # nats: over less, draws of a flow that is trained come to the other mode
+HOPELESS = 0.001  # and below which the density may have no smooth top
 POOR = 0.3  # effective share of a flow's draws, below which it may lie between several modes
 SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
 
@@ -202,7 +203,8 @@ def _is_several(plan: Plan, density: LogDensity, run: Run, seed: int, *, barrier
         return False
     z = prior_draws(density, SURVEYED_FROM, seed=seed) if run.best is None else run.best.flow.draw(SURVEYED_FROM)[0]
     with plan.clock.part("a survey of modes"):
-        run.several = several(density, z, seed=seed, bar=plan.bar, barrier=barrier)
+        hopeless = run.best is not None and run.best.weighing.ess < HOPELESS * len(run.best.weighing.log_weights)
+        run.several = several(density, z, seed=seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
     if run.several is None:
         return False
     run.note(run.several.stage)

@@ -30,7 +30,8 @@ HEAVY, HEAVIEST = 10.0, 48  # times the mean weight, from which on a draw points
 STAGE, TABLES = "mixture at modes", "tables of coordinates"
 LINE_POINTS = 17  # on a line between two modes
 GLANCED = 96  # climbs of a round, until there is more than one mode
-FEW_ROUNDS, WEIGHED, TABLE_SHARE = 2, 4000, 0.9  # of a survey; draws, and their share, that show that a table is right
+FEW_ROUNDS = 2  # of a survey
+WEIGHED, TABLE_SHARE, TABLE_K = 4000, 0.9, 0.7  # draws, their effective share, and k-hat: whether a table is right
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,20 @@ class Several:
 
 
 def several(
-    density: LogDensity, z: Tensor, places: Tensor | None = None, *, seed: int, bar: Bar, barrier: float = 0.0
-) -> Several | None:
+    density: LogDensity, z: Tensor, places: Tensor | None = None,
+    *, seed: int, bar: Bar, barrier: float = 0.0, ridges: bool = False,
+) -> Several | None:  # fmt: skip
     """Survey the modes near and far of draws z (S, D), and fit a sampler to them; None for one mode, or a dear density.
 
-    ``places`` (N, D) are climbed from as well. Once there is a mixture, the survey goes on from its draws with large
-    weights, and from where it is thin; what is found there joins in. With a ``barrier``, modes count as several only if
-    the density falls by so many nats somewhere on the straight line between the best one and another.
+    With ``ridges``, points of ridges and edges count as modes. ``places`` (N, D) are climbed from as well. Once there
+    is a mixture, the survey goes on from its draws with large weights, and from where it is thin. With a ``barrier``,
+    modes count as several only if the density falls by so many nats on the straight line between the best one and
+    another.
     """
     if not can_be_surveyed(density):
         return None
     seed = derive(seed, "several modes")
-    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=GLANCED)
+    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=GLANCED, ridges=ridges)
     found = found if places is None else climbed_from(density, found, places)
     if len(found.weighty()) < 2 or not _falls(density, found.weighty().modes, barrier):
         return None
@@ -115,7 +118,7 @@ def _tabulated(density: LogDensity, found: Survey, seed: int) -> Several | None:
     share = float(1.0 / log_weights.exp().square().sum()) / len(z)
     stage = Stage(TABLES, k_hat=k_hat, ess_ratio=share, details={"modes": len(found)})
     said = "there are several modes; the coordinates are independent, so that each was tabulated by itself"
-    return Several(sampler, said, stage, True) if share >= TABLE_SHARE else None
+    return Several(sampler, said, stage, True) if share >= TABLE_SHARE and k_hat < TABLE_K else None
 
 
 def _start(found: Survey) -> tuple[Tensor, Tensor, Tensor]:

@@ -71,7 +71,7 @@ def tabulated(values: Tensor, log_density: Tensor, *, bins: int = 96, bound: flo
 
     Args:
         values: (D, G), rising.
-        log_density: normalised logs of the densities there (D, G).
+        log_density: normalized logs of the densities there (D, G).
         bins: of each spline.
         bound: of the base.
 

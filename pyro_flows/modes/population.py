@@ -79,7 +79,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Generation:
-    """Draws of a mixture (S, D), its parts' densities there (K, S), normalised weights (S,), and what these are worth.
+    """Draws of a mixture (S, D), its parts' densities there (K, S), normalized weights (S,), and what these are worth.
 
     ``share`` is the effective share of the draws.
     """

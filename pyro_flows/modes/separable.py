@@ -61,27 +61,27 @@ def is_separable(density: LogDensity, points: Tensor, *, seed: int) -> bool:
 
 
 @torch.no_grad()
-def marginals(density: LogDensity, centre: Tensor, modes: Tensor, units: Tensor) -> Marginals | None:
+def marginals(density: LogDensity, center: Tensor, modes: Tensor, units: Tensor) -> Marginals | None:
     """Tabulate the coordinates of a separable density; None where no table settles.
 
     Args:
         density: log p, a product over coordinates.
-        centre: a point (D,) of high density.
+        center: a point (D,) of high density.
         modes: (K, D), whose values are looked about.
         units: a scale for each coordinate (D,).
     """
-    height = density(centre[None])[0]
-    offsets = torch.logspace(-3.0, math.log10(FAR), LINE, dtype=torch.float64, device=centre.device)
+    height = density(center[None])[0]
+    offsets = torch.logspace(-3.0, math.log10(FAR), LINE, dtype=torch.float64, device=center.device)
     line = torch.cat([-offsets.flip(0), offsets.new_zeros(1), offsets])
-    values = centre.double()[:, None] + units.double()[:, None] * line
-    near = torch.linspace(-REACH, REACH, ABOUT, dtype=torch.float64, device=centre.device)
+    values = center.double()[:, None] + units.double()[:, None] * line
+    near = torch.linspace(-REACH, REACH, ABOUT, dtype=torch.float64, device=center.device)
     for mode in modes[:VALUES]:
         values = torch.cat([values, mode.double()[:, None] + units.double()[:, None] * near], 1)
-    values, found = _looked(density, centre, values.sort(1).values)
+    values, found = _looked(density, center, values.sort(1).values)
     last = torch.full_like(values[:, 0], torch.nan)
     for _ in range(ROUNDS):
         extra = _between(values, found)
-        new, heights = _looked(density, centre, extra)
+        new, heights = _looked(density, center, extra)
         values, order = torch.cat([values, new], 1).sort(1)
         found = torch.cat([found, heights], 1).gather(1, order)
         before, last = last, _log_integral(values, found)
@@ -90,11 +90,11 @@ def marginals(density: LogDensity, centre: Tensor, modes: Tensor, units: Tensor)
     return Marginals(values, found - last[:, None], float(height.double() + (last - height.double()).sum()))
 
 
-def _looked(density: LogDensity, centre: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _looked(density: LogDensity, center: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return values (D, G) as the density sees them, and its logs there, one coordinate at a time."""
     dim, count = values.shape
-    values = values.to(centre.dtype)
-    points = centre.expand(dim, count, dim).clone()
+    values = values.to(center.dtype)
+    points = center.expand(dim, count, dim).clone()
     points.diagonal(dim1=0, dim2=2).copy_(values.mT)
     found = torch.cat([density(part.reshape(-1, dim)).reshape(len(part), count) for part in points.split(16)])
     return values.double(), found.double().nan_to_num(nan=-torch.inf)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class Survey:
     evidence: Tensor
     met: Tensor
     over: bool = False
+    ridges: bool = False
 
     def __len__(self) -> int:
         return len(self.modes)
@@ -65,7 +66,9 @@ class Survey:
         """Return the modes that hold a part of the mass worth a thought, the best first."""
         order = self.evidence.argsort(descending=True)
         order = order[self.evidence[order] > self.evidence.max() - WITHIN] if len(order) else order
-        return Survey(self.modes[order], self.roots[order], self.evidence[order], self.met[order], self.over)
+        return Survey(
+            self.modes[order], self.roots[order], self.evidence[order], self.met[order], self.over, self.ridges
+        )
 
 
 def can_be_surveyed(density: LogDensity) -> bool:
@@ -83,23 +86,25 @@ def survey(
     climbs: int = CLIMBS,
     known: Known | None = None,
     before: Survey | None = None,
+    ridges: bool = False,
 ) -> Survey:
     """Climb from near and far of draws z (S, D) of a guide or start; return the modes that were met.
 
     ``known`` is the log density of what stands for the modes so far, of normals there by default. ``before`` is a
-    survey that this one goes on from.
+    survey that this one goes on from. With ``ridges``, points count from which there is still more to gain, along a
+    ridge or to an edge: where a density has no smooth top, normals about such points may cover it.
 
     Cost: a round is 256 paths (``climbs``) of about 20 gradients, fewer where a density has many terms, and a Hessian
     for each mode.
     """
-    found, in_vain = _none(density) if before is None else before, 0
+    found, in_vain = _none(density, ridges) if before is None else before, 0
     with seeded(derive(seed, "a survey of modes"), density.device):
         for number in range(rounds):
             last = found
             found = _merged(density, found, _ends(density, found, z, derive(seed, f"survey {number}"), climbs, known))
             in_vain = 0 if has_new(found, last) else in_vain + 1
             if in_vain == IN_VAIN:
-                return Survey(found.modes, found.roots, found.evidence, found.met, over=True)
+                return replace(found, over=True)
             if len(found) >= MOST:
                 break
     return found
@@ -117,9 +122,11 @@ def climbed_from(density: LogDensity, found: Survey, points: Tensor) -> Survey:
     return _merged(density, found, _climbed(density, found, points, points))
 
 
-def _none(density: LogDensity) -> Survey:
+def _none(density: LogDensity, ridges: bool) -> Survey:
     nothing = torch.zeros(0, density.dim, dtype=density.dtype, device=density.device)
-    return Survey(nothing, nothing[..., None].expand(-1, -1, density.dim), nothing[:, 0], nothing[:, 0].long())
+    return Survey(
+        nothing, nothing[..., None].expand(-1, -1, density.dim), nothing[:, 0], nothing[:, 0].long(), ridges=ridges
+    )
 
 
 def _ends(
@@ -157,7 +164,7 @@ def _climbed(density: LogDensity, found: Survey, points: Tensor, z: Tensor) -> t
     local = units_of(z, full=False) if not len(found) else found.roots.norm(dim=2).median(0).values
     steps = torch.tensor(STEPS, dtype=z.dtype, device=z.device).repeat(len(points))[: len(points), None]
     ends = climb(density, points, steps * local, ticks=TICKS)
-    usable = torch.isfinite(ends.heights) & ends.settled  # a path that is under way along a ridge is at no mode
+    usable = torch.isfinite(ends.heights) & (ends.settled | found.ridges)
     order = usable.nonzero()[:, 0][ends.heights[usable].argsort(descending=True)]
     return ends.points[order], ends.scales[order]
 
@@ -216,13 +223,14 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
         places, scales = places[near >= APART], scales[near >= APART]
     heads, counts = _heads(places, scales, min(MOST - len(found), max(LEAST_HEADS, CURVED // density.dim)))
     if not len(heads):
-        return Survey(found.modes, found.roots, found.evidence, met)
+        return replace(found, met=met)
     roots = lower_triangular(inverse_roots(density, heads)[0])
     size = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * density.dim * math.log(2.0 * math.pi)
     heights, slopes = density.value_and_grad(heads)
     still = (slopes[:, None] @ roots).square().sum((1, 2)) < STILL  # nats that Newton's step promises, twice
+    still = still | found.ridges
     evidence = torch.where(still & torch.isfinite(heights + size), heights + size, -torch.inf)
-    found = Survey(found.modes, found.roots, found.evidence, met)
+    found = replace(found, met=met)
     for number in evidence.argsort(descending=True).tolist():
         if not math.isfinite(float(evidence[number])):
             continue
@@ -234,6 +242,7 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
             torch.cat([found.roots, roots[row]]),
             torch.cat([found.evidence, evidence[row]]),
             torch.cat([found.met, counts[row]]),
+            ridges=found.ridges,
         )
     return found
 

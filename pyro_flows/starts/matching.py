@@ -18,7 +18,6 @@ NAME = "matched moments"
 FIRST_DRAWS, DRAWS = 4000, 20_000
 WORTH_ESS, WORTH_K = 0.2, 0.7  # of S: below and above, the weights of a few draws would make the moments
 EVEN_ESS = 0.99  # of S
-ERRORS = 3.0  # standard errors
 ROUNDS = 2
 COVARIANCE_ERROR = 0.02  # nats that the noise of a full covariance may cost
 
@@ -33,8 +32,8 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int) -> Start
     .. math:: m = \sum_i w_i z_i, \qquad C = \sum_i w_i (z_i - m)(z_i - m)^\top.
 
     The noise of C costs about :math:`D (D + 3) / (4\, \mathrm{ESS})` nats. Where that is too much, only its diagonal
-    is matched, and the correlations of the start stay. Then means and sds that differ by less than three standard
-    errors stay too, and a start whose weights are even stays as it is: matching would only add noise.
+    is matched, and the correlations of the start stay. Then changes of means and sds are shrunk by what is likely to be
+    noise in them, and a start whose weights are even stays as it is.
 
     Cost: up to 44,000 draws of the density, no gradients. Only if the weights of the first 4000 are good, and the new
     start has the better ELBO, does a second round follow.
@@ -76,8 +75,12 @@ def _moved(start: Start, z: Tensor, weighing: Weighing) -> Start:
         if not int(fault):
             return replace(start, name=NAME, loc=mean, scale=root, evidence=None)
     spread = start.scale.norm(dim=1) if start.scale.dim() == 2 else start.scale
-    ratio, error = away.square().sum(0).sqrt() / spread, ERRORS / math.sqrt(weighing.ess)
-    ratio = torch.where((ratio - 1.0).abs() > error / math.sqrt(2.0), ratio, 1.0)
-    mean = torch.where((mean - start.loc).abs() > error * spread, mean, start.loc)
+    mean = start.loc + spread * _shrunk((mean - start.loc) / spread, 1.0 / weighing.ess)
+    ratio = _shrunk((away.square().sum(0).sqrt() / spread).log(), 0.5 / weighing.ess).exp()
     scale = ratio[:, None] * start.scale if start.scale.dim() == 2 else ratio * start.scale
     return replace(start, name=NAME, loc=mean, scale=scale, evidence=None)
+
+
+def _shrunk(change: Tensor, variance: float) -> Tensor:
+    """Shrink estimated changes (D,) of a given variance towards 0, those most that are within their standard error."""
+    return change * (1.0 - variance / change.square()).clamp_min(0.0)

@@ -14,7 +14,7 @@ PRIOR_DRAWS, PRIOR_K = 10, 0.5  # of the shape: as if so many draws had told thi
 
 
 class Tail(NamedTuple):
-    r"""The generalised Pareto distribution that was fitted to the largest weights.
+    r"""The generalized Pareto distribution that was fitted to the largest weights.
 
     .. math:: P(w > x) = \frac MS \Big(1 + k \frac{x - u}\sigma\Big)^{-1/k}
 

@@ -413,7 +413,7 @@ def test_one_toy_is_fitted_for_real(monkeypatch):
 
     def short(model, **options):
         given.update(options)
-        return fit(model, **options, max_steps=30, escalate=False)
+        return fit(model, **options, max_steps=30, escalate=False, refine=False)
 
     fit = toys.pyro_flows.fit
     monkeypatch.setattr(toys.pyro_flows, "fit", short)

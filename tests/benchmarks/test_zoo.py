@@ -259,13 +259,13 @@ def _dying(task, pipe):
 
 
 def test_a_process_that_ends_is_a_crash_and_one_that_is_late_is_cut_off(monkeypatch):
-    task = running.Task(SEED, 2, "1", "z", 0.0)
+    task = running.Task(SEED, 3, "1", "z", 0.0)
     row = running.work(task)
     assert (row["outcome"], row["error"]) == ("late", "cut off after 0 seconds")
     monkeypatch.setattr(running, "_child", _dying)
     row = running.work(replace(task, limit=60.0))
     assert (row["outcome"], row["error"]) == ("crash", "the process ended with 3")
-    assert row["name"] == zoo(SEED, 2).name
+    assert row["name"] == zoo(SEED, 3).name
 
 
 @pytest.mark.slow

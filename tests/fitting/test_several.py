@@ -22,8 +22,8 @@ def line_of(count, distance):
 
     def model():
         z = pyro.sample("z", dist.ImproperUniform(constraints.real, (), ()))
-        centres = distance * torch.arange(count, dtype=torch.float64)
-        pyro.factor("modes", torch.logsumexp(dist.Normal(centres, 1.0).log_prob(z), 0) - math.log(count))
+        centers = distance * torch.arange(count, dtype=torch.float64)
+        pyro.factor("modes", torch.logsumexp(dist.Normal(centers, 1.0).log_prob(z), 0) - math.log(count))
 
     return model
 

@@ -55,9 +55,9 @@ def test_tables_have_the_evidence_and_the_quantiles():
     density = flat(log_density, 3)
     line = torch.linspace(-6.0, 6.0, 200_001, dtype=torch.float64)
     evidence = float(torch.trapezoid(wells(line[:, None]).exp(), line).log())
-    centre = torch.tensor([1.75, 30.0, 0.0]).to(density.dtype)
+    center = torch.tensor([1.75, 30.0, 0.0]).to(density.dtype)
     units = torch.tensor([0.2, 0.01, 1.0]).to(density.dtype)
-    table = marginals(density, centre, torch.stack([centre, -centre]), units)
+    table = marginals(density, center, torch.stack([center, -center]), units)
     assert abs(table.log_evidence - evidence) < 1e-3
     flow = tabulated(table.values, table.log_density)
     torch.manual_seed(0)

@@ -17,16 +17,16 @@ from pyro_flows.modes.survey import Survey, can_be_surveyed, climbed_from, has_n
 from pyro_flows.starts.prior import prior_draws
 
 
-def normals(centres, sds, weights=None):
-    """A mixture of round normals as a density on a flat latent, normalised."""
-    centres, sds = (torch.as_tensor(part, dtype=torch.float64) for part in (centres, sds))
-    count, dim = centres.shape
+def normals(centers, sds, weights=None):
+    """A mixture of round normals as a density on a flat latent, normalized."""
+    centers, sds = (torch.as_tensor(part, dtype=torch.float64) for part in (centers, sds))
+    count, dim = centers.shape
     weights = torch.full((count,), 1.0 / count).double() if weights is None else torch.as_tensor(weights).double()
     size = weights.log() - dim * (sds.log() + 0.5 * math.log(2.0 * math.pi))
 
     def model():
         z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (dim,)))
-        away = (z - centres).square().sum(-1) / sds.square()
+        away = (z - centers).square().sum(-1) / sds.square()
         pyro.factor("modes", torch.logsumexp(size - 0.5 * away, 0))
 
     return pf.LogDensity(model)
@@ -49,9 +49,9 @@ def met(density, seed=0, **options):
 
 @pytest.mark.parametrize(("count", "dim", "distance"), [(8, 1, 20.0), (7, 2, 10.0), (7, 10, 15.0), (4, 20, 12.0)])
 def test_all_modes_are_met(count, dim, distance):
-    centres = scattered(count, dim, distance, seed=dim)
-    found = met(normals(centres, [1.0] * count))
-    apart = torch.cdist(centres, found.modes)
+    centers = scattered(count, dim, distance, seed=dim)
+    found = met(normals(centers, [1.0] * count))
+    apart = torch.cdist(centers, found.modes)
     assert found.over
     assert len(found) == count
     assert float(apart.amin(1).max()) < 0.01
@@ -85,11 +85,11 @@ def test_what_a_climb_adds_is_new():
 
 def test_a_survey_goes_on_from_where_its_sampler_is_thin():
     """Two touching normals hid a narrow one: what is known of the pair must not be a normal at its mode alone."""
-    centres = torch.zeros(5, 11).double()
+    centers = torch.zeros(5, 11).double()
     for number, row in enumerate(scattered(5, 11, 6.0, seed=3)):
-        centres[number] = row
-    centres[1] = centres[0] + 1.3 * torch.nn.functional.normalize(centres[0] - centres[2], dim=0)
-    density = normals(centres, [0.5, 0.9, 0.45, 0.9, 0.9])
+        centers[number] = row
+    centers[1] = centers[0] + 1.3 * torch.nn.functional.normalize(centers[0] - centers[2], dim=0)
+    density = normals(centers, [0.5, 0.9, 0.45, 0.9, 0.9])
     found = met(density, seed=2)
     grown = fitted(density, begun(found.modes, found.roots, found.evidence), seed=0)
 
@@ -97,7 +97,7 @@ def test_a_survey_goes_on_from_where_its_sampler_is_thin():
         return torch.logsumexp(grown.parts.log_prob(points), 0)
 
     found = survey(density, grown.z, seed=0, known=known, before=found)
-    assert float(torch.cdist(centres[2:], found.modes).amin(1).max()) < 0.1
+    assert float(torch.cdist(centers[2:], found.modes).amin(1).max()) < 0.1
 
 
 def test_it_is_the_same_with_the_same_seed():
@@ -120,12 +120,12 @@ def test_a_model_that_runs_draw_by_draw_is_not_surveyed():
 
 def test_the_search_finds_what_few_paths_do_not():
     """Seven normals, of which the guide has the three that paths had led to: the verdict was ``corrected``."""
-    centres = scattered(7, 10, 15.0, seed=7)
-    density = normals(centres, [1.4, 0.8, 0.7, 0.9, 0.75, 1.0, 0.85])
+    centers = scattered(7, 10, 15.0, seed=7)
+    density = normals(centers, [1.4, 0.8, 0.7, 0.9, 0.75, 1.0, 0.85])
     known = [0, 2, 4]
     guide = dist.MixtureSameFamily(
         dist.Categorical(torch.ones(3).double()),
-        dist.Normal(centres[known], torch.tensor([1.4, 0.7, 0.75]).double()[:, None]).to_event(1),
+        dist.Normal(centers[known], torch.tensor([1.4, 0.7, 0.75]).double()[:, None]).to_event(1),
     )
     torch.manual_seed(0)
     z = guide.sample((500,))

@@ -15,7 +15,7 @@ from torch.distributions import biject_to, constraints
 import pyro_flows as pf
 from pyro_flows.model.supports import _event_dim
 from pyro_flows.priors.parts import Joint, Part, describe, restore
-from tests.posteriors import Y, schools, schools_posterior
+from tests.posteriors import Y, schools_posterior
 
 QUICK = {"max_epochs": 15}
 
@@ -165,7 +165,12 @@ def test_a_site_in_a_plate_keeps_its_dimension(tmp_path):
 
 
 def test_a_flow_that_is_the_posterior_is_taken_as_it_is():
-    posterior = pf.fit(schools, Y, progress=False, max_steps=400, escalate=False)
+    def effects(y):
+        with pyro.plate("school", len(y)):
+            theta = pyro.sample("theta", dist.Normal(torch.zeros(()).double(), 2.0))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    posterior = pf.fit(effects, Y.double(), progress=False, max_steps=400, escalate=False)
     prior = pf.prior_from(posterior)
     assert prior.flow is not posterior.flow
     value = prior().sample((10,))

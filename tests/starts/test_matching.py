@@ -57,8 +57,10 @@ def test_what_is_right_already_gets_no_noise():
     assert matched(density, even, 1000.0, seed=0) is even, "weights are even"
     off = Start("off", torch.zeros(dim).double(), torch.where(torch.arange(dim) < 5, 1.2, 1.0).double())
     found = matched(density, off, 120.0, seed=0)
-    assert float((found.loc == 0.0).double().mean()) > 0.9
-    assert float((found.scale[5:] == 1.0).double().mean()) > 0.9
+    # of normal errors, 68 % are within one standard error (.007, .005); shrinking leaves a third of the variance
+    assert float((found.loc == 0.0).double().mean()) > 0.3
+    assert float(found.loc.square().mean().sqrt()) < 0.9 / math.sqrt(19_000.0)
+    assert float((found.scale[5:] == 1.0).double().mean()) > 0.3
     assert float((found.scale[:5] - 1.0).abs().max()) < 0.03
 
 
