@@ -49,17 +49,17 @@ def _text(rows: Sequence[records.Row]) -> str:
         "all scalars together (Bonferroni); the log density counts as one. The columns 50 % and 95 % are the shares of "
         "true values in central intervals."
     ]
-    together = {row["model"]: row for row in rows if row["method"] == "together"}
-    for row in rows:
-        other = together.get(row["model"]) if row["method"] == "one by one" else None
-        if other is None:
-            continue
-        slow, fast = (float(one["cpu_seconds"]) / int(one["simulations"]) for one in (row, other))
+    for row in (row for row in rows if row["method"] == "one by one"):
+        model, count = row["model"], int(row["simulations"])
+        if row["together_seconds"]:
+            slow, fast = float(row["cpu_seconds"]) / count, float(row["together_seconds"]) / count
+            said.append(
+                f"On {model}, {count} fits side by side take {fast:.2f} s each and one by one {slow:.2f} s, "
+                f"{slow / fast:.0f} times as long, in one run."
+            )
         said.append(
-            f"On {row['model']}, fits side by side take {fast:.2f} s each and one by one {slow:.2f} s, "
-            f"{slow / fast:.0f} times as long. With the same {row['simulations']} simulations, ranks over the number "
-            f"of draws differ by {row['rank_distance']} on average; two sets of exact draws differ by "
-            f"{row['expected_distance']}."
+            f"On {model}, ranks of {count} simulations side by side and one by one, over the number of draws, differ "
+            f"by {row['rank_distance']} on average; two sets of exact draws differ by {row['expected_distance']}."
         )
     return " ".join(said)
 
