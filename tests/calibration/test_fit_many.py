@@ -20,6 +20,7 @@ from pyro_flows.modes import together as modes_together
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.starts.together import starts_together
 from tests.calibration.models import branching, counts, data_sets, exact, regression, two_modes
+from tests.results.test_arviz import groups
 
 COUNT = 6
 
@@ -189,7 +190,7 @@ def test_what_comes_from_another_process_gets_its_model_back(posteriors):
     assert sent.density is None
     back = with_model(sent, regression, Case(args, {}))
     assert torch.equal(back.density(back.z[:5]), posteriors[1].density(back.z[:5]))
-    assert set(back.to_arviz().groups()) == set(posteriors[1].to_arviz().groups())
+    assert set(groups(back.to_arviz())) == set(groups(posteriors[1].to_arviz()))
     assert back.guide is not None
     assert not back.missing
 
