@@ -34,13 +34,14 @@ VENV_STATE := $(shell if [ -e "$(VENV)/pyvenv.cfg" ]; then echo environment; \
 RUNTIME := $(VENV)/.stamp-$(PYTHON_VERSION)-runtime
 DEV := $(VENV)/.stamp-$(PYTHON_VERSION)-dev
 DOCS := $(VENV)/.stamp-$(PYTHON_VERSION)-docs
+NOTEBOOKS := $(VENV)/.stamp-$(PYTHON_VERSION)-notebooks
 
 # One thread a test process: pytest-xdist already keeps every core busy.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help check-python check-venv again install venv demo test test-all lint format docs bench clean
+.PHONY: help check-python check-venv again install venv demo test test-all lint format docs notebooks bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -98,6 +99,10 @@ $(DOCS): $(DEV)
 	$(PIP) -e ".[docs]"
 	@touch "$@"
 
+$(NOTEBOOKS): $(DEV)
+	$(PIP) -e ".[notebooks]"
+	@touch "$@"
+
 install: $(RUNTIME)  ## make the virtual environment and install the package
 
 venv: $(DEV)  ## make the virtual environment and install what development needs
@@ -108,7 +113,7 @@ demo: $(RUNTIME)  ## fit eight schools and write plots and results to demo-outpu
 test: $(DEV)  ## the tests and doctests, without the slow ones
 	$(PYTEST) $(ARGS)
 
-test-all: $(DEV)  ## all tests and doctests
+test-all: $(NOTEBOOKS)  ## all tests and doctests; the notebooks run too
 	$(PYTEST) -m "" $(ARGS)
 
 lint: $(DEV)  ## style, format and types, changing nothing
@@ -122,6 +127,9 @@ format: $(DEV)  ## rewrite the files in the project's format
 
 docs: $(DOCS)  ## the documentation, to docs/_build/html/index.html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+notebooks: $(NOTEBOOKS)  ## run the notebooks from clean kernels and store their outputs (ARGS="01 02" runs two)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/notebooks/execute.py $(ARGS)
 
 bench: $(DEV)  ## the benchmarks (ARGS are handed on)
 	$(BIN)/python -m benchmarks $(ARGS)

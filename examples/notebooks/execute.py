@@ -1,0 +1,102 @@
+"""Run notebooks from clean kernels, and store their outputs: each ``NN_name.py`` gives ``NN_name.ipynb`` beside it.
+
+python examples/notebooks/execute.py [NUMBER ...] [--out DIR]
+
+Edit the ``.py`` files, which are jupytext's "percent" form; the ``.ipynb`` files are made from them. A warning or an
+error in an output is a fault, and its notebook is not stored. ``make notebooks`` runs all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+LONGEST = 180  # seconds of processor time
+PATIENCE = 1800  # seconds of a cell on a busy machine
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+
+
+def sources() -> list[Path]:
+    """The notebooks as text, in their order."""
+    return sorted(HERE.glob("[0-9][0-9]_*.py"))
+
+
+def read(path: Path) -> Any:
+    """Return a notebook without outputs; the same text gives the same notebook."""
+    import jupytext
+
+    notebook = jupytext.read(path)
+    notebook.metadata = type(notebook.metadata)(kernelspec=KERNEL)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    for number, cell in enumerate(notebook.cells):
+        cell.id, cell.metadata = f"cell-{number:02d}", {}
+    return notebook
+
+
+def faults(notebook: Any) -> list[str]:
+    """What a reader must not see: errors, and anything on stderr, which is where warnings go."""
+    found = []
+    for number, cell in enumerate(notebook["cells"]):
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "error":
+                found.append(f"cell {number}: {output['ename']}: {output['evalue']}")
+            elif output.get("name") == "stderr":
+                found.append(f"cell {number}: on stderr: {''.join(output['text'])}")
+    return found
+
+
+def execute(notebook: Any, folder: Path = HERE) -> float:
+    """Run a notebook in a new kernel, whose directory is ``folder``; return seconds of processor time."""
+    from nbclient import NotebookClient
+
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    client = NotebookClient(
+        notebook,
+        timeout=PATIENCE,
+        allow_errors=True,
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute(env={**os.environ, "PYTHONPATH": path})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def store(notebook: Any, path: Path) -> None:
+    """Write a notebook as Jupyter does."""
+    import nbformat
+
+    path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", nargs="*", metavar="NUMBER", help="notebooks to run, such as 01; all by default")
+    parser.add_argument("--out", type=Path, default=HERE, help="where to store them; beside their text by default")
+    options = parser.parse_args()
+    wrong = 0
+    for path in sources():
+        if options.numbers and path.name[:2] not in options.numbers:
+            continue
+        notebook, began = read(path), time.monotonic()
+        seconds = execute(notebook)
+        found = faults(notebook) + ([f"took more than {LONGEST} s"] if seconds > LONGEST else [])
+        print(f"{path.stem}: {seconds:.0f} s of processor, {time.monotonic() - began:.0f} s in all", flush=True)
+        for fault in found:
+            print(f"  {fault}", file=sys.stderr)
+        wrong += bool(found)
+        if not found:
+            store(notebook, options.out / f"{path.stem}.ipynb")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
