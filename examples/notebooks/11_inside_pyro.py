@@ -1,0 +1,265 @@
+# %% [markdown]
+# # A flow inside of Pyro: your own loop, mini-batches, a VAE
+#
+# `fit` is one way to use a flow. Its guides are also ordinary Pyro autoguides, and its flows are ordinary Pyro
+# distributions. This notebook trains them in Pyro's own SVI, in three ways.
+
+# %%
+import matplotlib.pyplot as plt
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuideList, AutoNormal
+from pyro.optim import ClippedAdam
+from torch import nn
+
+import pyro_flows as pf
+from pyro_flows import datasets, pictures
+
+plt.style.use("pyro_flows.style")
+
+# %% [markdown]
+# ## Your own loop
+#
+# Two factors `a` and `b` of which the data see only the product. The posterior lies along a hyperbola.
+
+
+# %%
+def product(x, y):
+    a = pyro.sample("a", dist.LogNormal(0.0, 1.0))
+    b = pyro.sample("b", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("observation", len(x)):
+        pyro.sample("y", dist.Normal(a * b * x, 0.5), obs=y)
+
+
+pyro.set_rng_seed(0)
+x = torch.linspace(0.5, 2.0, 30)
+y = 2.0 * x + 0.5 * torch.randn(30)
+
+
+def train(guide, steps=1000):
+    optimizer = ClippedAdam({"lr": 0.01, "lrd": 0.01 ** (1 / steps)})
+    svi = SVI(product, guide, optimizer, Trace_ELBO(16, max_plate_nesting=1, vectorize_particles=True))
+    for _ in range(steps):
+        svi.step(x, y)
+    return guide
+
+
+# %% [markdown]
+# `AutoRealNVP` takes the place of Pyro's guide; nothing else changes. Guides move by small steps, which gradients of
+# single draws need. Here each gradient is averaged over 16 draws, so `cautious=False` trains faster.
+#
+# `diagnose` gives the verdict on any guide.
+
+# %%
+guides = {"flow": pf.AutoRealNVP(product, layers=6, cautious=False), "Gaussian": AutoDiagonalNormal(product)}
+judged = {}
+for name, guide in guides.items():
+    judged[name] = pf.diagnose(product, train(guide), x, y, refine=False)
+    print(f"{name}: ELBO {judged[name].elbo:.2f} nats\n  {judged[name].verdict}")
+
+# %%
+pf.plots.plot_pairs({f"{name}: {one.verdict.status}": one for name, one in judged.items()}, "a", "b")
+
+# %% [markdown]
+# Pyro's tools take the guide, as `Predictive` for new data:
+
+# %%
+new = Predictive(product, guide=guides["flow"], num_samples=500)(torch.tensor([2.0, 3.0]), None)["y"]
+print("y at x = 2 and 3:", new.mean(0), "±", new.std(0))
+
+# %% [markdown]
+# ## Mini-batches: `AutoGuideList`
+#
+# The data are seizures of 59 patients in four periods each. Each count has an effect of its own, a latent for each row.
+# With many rows, one step takes only some of them. Then a flow over all latents is not possible, because the
+# latents change from step to step.
+#
+# The way out is a list of guides: a flow for the few global latents, and a Gaussian for each row.
+
+# %%
+epil = pd.read_csv("../data/epil.csv")
+log_base = torch.tensor((epil["base"] / 4.0).to_numpy(), dtype=torch.float32).log()
+covariates = torch.stack(
+    [
+        log_base - log_base.mean(),
+        torch.tensor((epil["treatment"] == "progabide").to_numpy(), dtype=torch.float32),
+        torch.tensor((epil["period"] == 4).to_numpy(), dtype=torch.float32),
+    ],
+    -1,
+)
+seizures = torch.tensor(epil["seizures"].to_numpy(), dtype=torch.float32)
+rows = len(seizures)
+names = ["log of base", "treatment", "period 4"]
+
+
+def row_plate(covariates, seizures, index):
+    return pyro.plate("row", rows, dim=-1, subsample=index)
+
+
+def counts(covariates, seizures, index):
+    intercept = pyro.sample("intercept", dist.Normal(0.0, 3.0))
+    slope = pyro.sample("slope", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    spread = pyro.sample("spread", dist.HalfNormal(1.0))
+    with row_plate(covariates, seizures, index):
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+        log_rate = intercept + covariates[index] @ slope + spread * effect
+        pyro.sample("seizures", dist.Poisson(log_rate.exp()), obs=seizures[index])
+
+
+# %% [markdown]
+# `row_plate` is shared, so that the guide sees the same rows as the model. The list takes it as `create_plates`.
+
+# %%
+pyro.clear_param_store()
+pyro.set_rng_seed(0)
+guide = AutoGuideList(counts, create_plates=row_plate)
+guide.append(pf.AutoRealNVP(poutine.block(counts, expose=["intercept", "slope", "spread"])))
+guide.append(AutoNormal(poutine.block(counts, expose=["effect"])))
+STEPS = 2500
+svi = SVI(counts, guide, ClippedAdam({"lr": 0.02, "lrd": 0.01 ** (1 / STEPS)}), Trace_ELBO())
+losses = [svi.step(covariates, seizures, torch.randperm(rows)[:59]) for _ in range(STEPS)]
+
+# %%
+with torch.no_grad():
+    everything = torch.arange(rows)
+    drawn = [guide(covariates, seizures, everything) for _ in range(1000)]
+slopes = torch.stack([draw["slope"] for draw in drawn])
+spread = torch.stack([draw["spread"] for draw in drawn])
+
+# %% [markdown]
+# Is it right? A guide that saw mini-batches has no verdict. With 236 rows, `fit` can still take all of them at once, and
+# is the check. With a million rows, check on a part of the data.
+
+# %%
+whole = pf.fit(counts, covariates, seizures, torch.arange(rows), progress=False)
+print(whole.verdict)
+table = pd.DataFrame(
+    {
+        "mini-batches: mean": slopes.mean(0),
+        "sd": slopes.std(0),
+        "fit: mean": whole.samples["slope"].mean(0),
+        "sd ": whole.samples["slope"].std(0),
+    },
+    index=names,
+)
+table.loc["spread"] = [spread.mean(), spread.std(), whole.samples["spread"].mean(), whole.samples["spread"].std()]
+table.round(3)
+
+# %% [markdown]
+# A Gaussian for each row does not know how the row's effect depends on the global latents. So standard deviations come
+# out too small. This is the price of mini-batches.
+#
+# ## A variational autoencoder with two flows
+#
+# An image is made from 6 latent numbers by a network, the decoder. A second network, the encoder, describes the
+# posterior of the latents of each image. Usually, the prior and this posterior are Gaussian. Here both may be flows:
+#
+# - the **posterior** is a Gaussian followed by planar layers whose parameters come from the encoder;
+# - the **prior** is a Real-NVP, trained with the rest.
+#
+# A flow with a context is a conditional distribution, one for each image. `flow(context)` is a Pyro distribution.
+
+# %%
+LATENTS, WIDTH = 6, 64
+images, labels = datasets.digits()
+order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+pixels = images[order].float()
+train_set, test_set = pixels[:1500], pixels[1500:]
+
+
+class Autoencoder(nn.Module):
+    """Digits with 17 levels a pixel, which are binomial counts given the latents."""
+
+    def __init__(self, planar_layers, flow_prior):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, WIDTH), nn.SiLU())
+        self.decoder = nn.Sequential(nn.Linear(LATENTS, 128), nn.SiLU(), nn.Linear(128, 64))
+        layers = [pf.DiagonalAffine(LATENTS, context_dim=WIDTH)]
+        layers += [pf.Planar(LATENTS, context_dim=WIDTH) for _ in range(planar_layers)]
+        self.posterior = pf.Flow(pf.Chain(layers))
+        self.prior_flow = pf.realnvp(LATENTS, layers=6) if flow_prior else None
+
+    def prior(self):
+        return self.prior_flow() if self.prior_flow else dist.Normal(torch.zeros(LATENTS), 1.0).to_event(1)
+
+    def model(self, batch):
+        pyro.module("autoencoder", self)
+        with pyro.plate("image", len(batch)):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("pixels", dist.Binomial(16, logits=self.decoder(z)).to_event(1), obs=batch)
+
+    def guide(self, batch):
+        pyro.module("autoencoder", self)
+        with pyro.plate("image", len(batch)):
+            pyro.sample("z", self.posterior(self.encoder(batch / 16.0)))
+
+
+# %% [markdown]
+# Four variants, with the same training. The figure of merit is the ELBO of new images, in nats an image: more is better.
+
+
+# %%
+def learn(vae, epochs=40, batch=100):
+    svi = SVI(vae.model, vae.guide, ClippedAdam({"lr": 2e-3, "lrd": 0.1 ** (1 / (15 * epochs))}), Trace_ELBO())
+    for _ in range(epochs):
+        for part in train_set[torch.randperm(len(train_set))].split(batch):
+            svi.step(part)
+    return svi.evaluate_loss(test_set.repeat(10, 1)) / -len(test_set) / 10
+
+
+variants = {
+    "Gaussian posterior, Gaussian prior": (0, False),
+    "planar posterior, Gaussian prior": (6, False),
+    "Gaussian posterior, Real-NVP prior": (0, True),
+    "planar posterior, Real-NVP prior": (6, True),
+}
+autoencoders = {}
+for name, options in variants.items():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    autoencoders[name] = Autoencoder(*options)
+    print(f"{name}: {learn(autoencoders[name]):.2f} nats an image")
+
+# %% [markdown]
+# Draws of the last one: latents from the Real-NVP, then the decoder's mean. Below, test images and what encoder and
+# decoder make of them.
+
+# %%
+pyro.set_rng_seed(1)
+vae = autoencoders["planar posterior, Real-NVP prior"]
+with torch.no_grad():
+    made = vae.decoder(vae.prior().sample((20,))).sigmoid()
+    copied = vae.decoder(vae.posterior(vae.encoder(test_set[:10] / 16.0)).sample()).sigmoid()
+pictures.plot_images(torch.cat([made, test_set[:10] / 16.0, copied]), columns=10)
+
+# %% [markdown]
+# Where do images lie? The flow prior is shaped like the latents of real images.
+
+# %%
+with torch.no_grad():
+    codes = vae.posterior(vae.encoder(train_set / 16.0)).sample()
+    prior = vae.prior().sample((1500,))
+figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.0), sharex=True, sharey=True, layout="constrained")
+colors = axes[0].scatter(codes[:, 0], codes[:, 1], c=labels[order][:1500], s=4, cmap="tab10", linewidths=0)
+axes[0].set(title="latents of images", xlabel="latent 1", ylabel="latent 2")
+axes[1].scatter(prior[:, 0], prior[:, 1], s=4, color="0.4", linewidths=0)
+axes[1].set(title="draws of the Real-NVP prior", xlabel="latent 1")
+figure.colorbar(colors, ax=axes, label="digit");
+
+# %% [markdown]
+# ## When it goes wrong
+#
+# - **The loss jumps.** Lower the learning rate, or draw more particles. With gradients of single draws, leave
+#   `cautious=True`.
+# - **`Parameters are made when the model first runs`.** Call `guide.initialize(*args)` before you create a torch
+#   optimizer.
+# - **A second guide starts from old values.** Call `pyro.clear_param_store()` first.
+# - **A subsampled plate is refused.** A flow cannot hold the latents of a mini-batch. Use `AutoGuideList`, as above.
+# - **All latents of a VAE are unused.** The decoder ignores them, if it is too strong. Take a weaker decoder, or weight
+#   the divergence less at first.
+# - **You want a verdict.** Call `pf.diagnose(model, guide, *args)` with all data. It needs a guide with a density for a
+#   fixed set of latents.
