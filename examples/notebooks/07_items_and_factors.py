@@ -77,7 +77,8 @@ for mode, color, shift in (("want", "C0", 0.12), ("do", "C1", -0.12)):
     axes.plot(middle[chosen], at, "o", color=color, label=f"{mode} to" if mode == "want" else mode)
 axes.set_yticks(list(rows.values()), list(rows))
 axes.set_xlabel("easiness (log odds), median and central 89 %")
-axes.legend();
+axes.legend()
+plt.show()
 
 # %% [markdown]
 # Any function of the draws has a posterior too. Here is the difference between doing and wanting, averaged over
@@ -93,11 +94,12 @@ for kind in ("curse", "scold", "shout"):
 # %% [markdown]
 # ## Signs: a factor model
 #
-# 2,800 people answered items on neuroticism (N1 to N5) and extraversion (E1 to E5). We take the first 500 people without
-# gaps, and standardize.
+# 2,800 people answered items on neuroticism (N1 to N5) and extraversion (E1 to E5). We take the first 500 people
+# without gaps, and standardize.
 #
 # Two factors explain the correlations. The factors themselves are integrated out: given loadings $\Lambda$ and standard
-# deviations $\psi$ of what is left, a row of data is normal with covariance $\Lambda \Lambda^\top + \mathrm{diag}(\psi^2)$.
+# deviations $\psi$ of what is left, a row of data is normal with covariance $\Lambda \Lambda^\top +
+# \mathrm{diag}(\psi^2)$.
 
 # %%
 torch.set_default_dtype(torch.float64)  # covariances that are nearly singular need more digits than float32 has
@@ -182,7 +184,8 @@ for axes, (title, posterior) in zip(panels, titles.items(), strict=True):
     at = posterior.samples["loading"][:2000, columns.index("E2")]
     axes.scatter(at[:, 0], at[:, 1], s=3, alpha=0.4, linewidths=0)
     axes.set(title=f"{title}: {posterior.verdict.status}", xlabel="loading of E2 on factor 1", aspect="equal")
-panels[0].set_ylabel("loading of E2 on factor 2");
+panels[0].set_ylabel("loading of E2 on factor 2")
+plt.show()
 
 # %%
 labels = {"loading": ["item_", "factor"]}
@@ -208,7 +211,7 @@ print(f"largest difference of a mean: {difference.abs().max():.2f} posterior sds
 #   many loadings to zero.
 # - **A mode at tiny `psi`.** Look at the numbers: is a covariance nearly singular? `LowRankMultivariateNormal` loses
 #   digits there and returns densities that are far too high. Take `MultivariateNormal` and float64, as above.
-# - **An anchor that loads weakly.** Its sign is then uncertain, and both signs of the factor return. Choose an item that
-#   loads strongly.
+# - **An anchor that loads weakly.** Its sign is then uncertain, and both signs of the factor return. Choose an item
+#   that loads strongly.
 # - **A thousand latents or more.** `fit` gets slow, and k-hat rises with the dimension. Integrate out what you can, as
 #   the factors here, or use mini-batches in Pyro's own SVI (notebook 11).

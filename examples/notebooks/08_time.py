@@ -62,7 +62,7 @@ level, sigma = drop.samples["level"], drop.samples["sigma"]
 scores = dist.Normal(level[:, :, None], sigma[:, None, None]).log_prob(flow).double()  # (draws, periods, years)
 before, after = scores.cumsum(-1)[:, 0, :-1], scores.flip(-1).cumsum(-1).flip(-1)[:, 1, 1:]
 last_year = torch.softmax(before + after, -1).mean(0)
-for year, share in sorted(zip(years, last_year.tolist()), key=lambda pair: -pair[1])[:4]:
+for year, share in sorted(zip(years, last_year.tolist(), strict=False), key=lambda pair: -pair[1])[:4]:
     print(f"P({year} is the last year before the drop) = {share:.2f}")
 
 # %% [markdown]
@@ -111,7 +111,8 @@ axes.plot(years, flow, "o", color="0.55", markersize=3, label="data")
 band(axes, years, levels, "C0", "drop")
 band(axes, years, walks.samples["level"], "C1", "random walk")
 axes.set(xlabel="year", ylabel="flow at Aswan (10$^{10}$ m³ a year)")
-axes.legend(ncols=3);
+axes.legend(ncols=3)
+plt.show()
 
 # %% [markdown]
 # ## Changing volatility: the pound in dollars
@@ -154,7 +155,8 @@ figure, axes = plt.subplots(figsize=(7.0, 3.2))
 axes.vlines(change.index, 0, change.abs(), color="0.7", linewidth=1, label="size of the change")
 band(axes, change.index, volatile.samples["sd"], "C0", "standard deviation")
 axes.set(xlabel="week", ylabel="dollars per pound, weekly change (%)")
-axes.legend();
+axes.legend()
+plt.show()
 
 # %% [markdown]
 # ## A Gaussian process with counts: coal mines
@@ -196,7 +198,8 @@ figure, axes = plt.subplots(figsize=(7.0, 3.2))
 axes.bar(calendar, counts, color="0.8", label="explosions")
 band(axes, calendar, mines.samples["rate"], "C0", "rate")
 axes.set(xlabel="year", ylabel="explosions a year")
-axes.legend();
+axes.legend()
+plt.show()
 
 # %% [markdown]
 # Could the model have made these counts? The line is the distribution of the data. It stays within the bands of
@@ -211,12 +214,12 @@ mines.loo()
 # %% [markdown]
 # ## When it goes wrong
 #
-# - **A discrete latent is refused.** Mark it for enumeration, if it has few values, as `last` above. Otherwise replace it
-#   by a continuous one.
+# - **A discrete latent is refused.** Mark it for enumeration, if it has few values, as `last` above. Otherwise replace
+#   it by a continuous one.
 # - **The fit takes long.** Time series with a loop over times are slow. Write the process as a matrix product, a
 #   cumulative sum or a sum of few functions.
-# - **`unreliable`, with a high k-hat.** The process is probably written so that neighbors depend strongly on each other.
-#   Sample independent innovations, and compute the process from them, as above.
+# - **`unreliable`, with a high k-hat.** The process is probably written so that neighbors depend strongly on each
+#   other. Sample independent innovations, and compute the process from them, as above.
 # - **Spread near zero.** If the data hardly say how much the process moves, the prior of the spread decides. Look at
 #   `posterior.sensitivity()`.
 # - **More than a few hundred times.** Aggregate, as weeks instead of days here, or use fewer functions. For a linear

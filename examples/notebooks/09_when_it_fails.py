@@ -84,7 +84,8 @@ axes.hist(both.samples["h0"].numpy(), 80, (62.0, 79.0), density=True, alpha=0.5,
 shape = {"histtype": "step", "linewidth": 1.5, "color": "C1"}
 axes.hist(half.samples["h0"].numpy(), 80, (62.0, 79.0), density=True, label=f"Gaussian: {half.verdict.status}", **shape)
 axes.set(xlim=(62.0, 79.0), xlabel="Hubble constant (km/s per megaparsec)", ylabel="density")
-axes.legend();
+axes.legend()
+plt.show()
 
 # %% [markdown]
 # The Gaussian's draws agree with each other, and its k-hat alone would not tell. The verdict found the other mode by
@@ -116,9 +117,9 @@ print(switching.verdict)
 print("mean of each center:", switching.samples["center"].mean(0))
 
 # %% [markdown]
-# All three centers have the same mean, since each is any of the groups. The draws are right; the summary asks a question
-# that has no answer. Ask for the density of velocities instead, or fix the order: a center, and positive distances to
-# the next ones.
+# All three centers have the same mean, since each is any of the groups. The draws are right; the summary asks a
+# question that has no answer. Ask for the density of velocities instead, or fix the order: a center, and positive
+# distances to the next ones.
 
 
 # %%
@@ -147,14 +148,15 @@ for panel, (title, posterior) in zip(axes, panels.items(), strict=True):
     for k in range(3):
         panel.hist(posterior.samples["center"][:, k].numpy(), 90, (5, 40), alpha=0.5, label=f"group {k + 1}")
     panel.set(title=f"{title}: {posterior.verdict.status}", xlabel="center (1000 km/s)", yticks=[])
-axes[0].legend();
+axes[0].legend()
+plt.show()
 
 # %% [markdown]
 # ## A funnel: eight schools, centered
 #
 # The effects of coaching in eight schools are drawn towards a common mean. If their spread `tau` is small, all effects
-# must be close to the mean. So the posterior is narrow at small `tau` and wide at large `tau`: a funnel. A Gaussian guide
-# fits its wide part only.
+# must be close to the mean. So the posterior is narrow at small `tau` and wide at large `tau`: a funnel. A Gaussian
+# guide fits its wide part only.
 
 # %%
 effects = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])

@@ -26,8 +26,9 @@ plt.style.use("pyro_flows.style")
 #
 # $$\log q(y) = \log q_0(x) - \log |T'(x)|, \qquad x = T^{-1}(y).$$
 #
-# In several dimensions, $|T'|$ is the determinant of the Jacobian. So a flow needs maps with an easy inverse and an easy
-# determinant. Here is one in one dimension: heavier tails than a Gaussian's, by $y = \sinh(k\,\mathrm{arcsinh}\,x) / k$.
+# In several dimensions, $|T'|$ is the determinant of the Jacobian. So a flow needs maps with an easy inverse and an
+# easy determinant. Here is one in one dimension: heavier tails than a Gaussian's, by $y = \sinh(k\,\mathrm{arcsinh}\,x)
+# / k$.
 
 # %%
 stretch = pf.SinhArcsinh(1)
@@ -51,7 +52,8 @@ bins = torch.linspace(-6.0, 6.0, 61).numpy()
 axes[1].hist(y.detach().flatten().numpy(), bins, density=True, color="0.8", label="draws of y")
 axes[1].plot(line, flow.log_prob(line[:, None]).detach().exp(), label="q(y) by the formula")
 axes[1].set(xlim=(-6, 6), xlabel="y", ylabel="density")
-axes[1].legend();
+axes[1].legend()
+plt.show()
 
 # %% [markdown]
 # ## Planar flows, layer by layer
@@ -104,8 +106,8 @@ print(f"from a Gaussian: {distance(gaussian):.3f} nats")
 pictures.plot_layers(gaussian, count=1500)
 
 # %% [markdown]
-# Points keep the color of their start. Each layer makes one fold. From a square it is harder: a planar layer cannot round
-# an edge without bending the rest.
+# Points keep the color of their start. Each layer makes one fold. From a square it is harder: a planar layer cannot
+# round an edge without bending the rest.
 
 # %%
 square = bend(pf.planar(2, layers=10, base="uniform"))
@@ -238,13 +240,14 @@ pd.DataFrame(accuracy).T.round(3)
 pictures.plot_images(torch.cat([to_levels(draws)[::100], to_levels(blends)[::100]]), columns=10, levels=16)
 
 # %% [markdown]
-# The upper row has draws, and the lower one blends. The flow has seen ten images of a digit, so its draws are poor. This
-# is one split of the data; `examples/augmentation.py` averages over several. Do not expect that synthetic data help.
+# The upper row has draws, and the lower one blends. The flow has seen ten images of a digit, so its draws are poor.
+# This is one split of the data; `examples/augmentation.py` averages over several. Do not expect that synthetic data
+# help.
 #
 # ## When it goes wrong
 #
-# - **Held-out nats rise and then fall.** The flow learns its data by heart. `fit_density` keeps the best step. More data
-#   help, and so does a smaller flow.
+# - **Held-out nats rise and then fall.** The flow learns its data by heart. `fit_density` keeps the best step. More
+#   data help, and so does a smaller flow.
 # - **Two clouds are joined by a thread.** A continuous map cannot tear. Take more layers, or splines.
 # - **Samples look worse than the nats suggest.** A high density is not a good picture. Try `temperature=0.7` in
 #   `sample`, and say so.

@@ -131,8 +131,8 @@ slopes = torch.stack([draw["slope"] for draw in drawn])
 spread = torch.stack([draw["spread"] for draw in drawn])
 
 # %% [markdown]
-# Is it right? A guide that saw mini-batches has no verdict. With 236 rows, `fit` can still take all of them at once, and
-# is the check. With a million rows, check on a part of the data.
+# Is it right? A guide that saw mini-batches has no verdict. With 236 rows, `fit` can still take all of them at once,
+# and is the check. With a million rows, check on a part of the data.
 
 # %%
 whole = pf.fit(counts, covariates, seizures, torch.arange(rows), progress=False)
@@ -199,7 +199,8 @@ class Autoencoder(nn.Module):
 
 
 # %% [markdown]
-# Four variants, with the same training. The figure of merit is the ELBO of new images, in nats an image: more is better.
+# Four variants, with the same training. The figure of merit is the ELBO of new images, in nats an image: more is
+# better.
 
 
 # %%
@@ -248,7 +249,8 @@ colors = axes[0].scatter(codes[:, 0], codes[:, 1], c=labels[order][:1500], s=4, 
 axes[0].set(title="latents of images", xlabel="latent 1", ylabel="latent 2")
 axes[1].scatter(prior[:, 0], prior[:, 1], s=4, color="0.4", linewidths=0)
 axes[1].set(title="draws of the Real-NVP prior", xlabel="latent 1")
-figure.colorbar(colors, ax=axes, label="digit");
+figure.colorbar(colors, ax=axes, label="digit")
+plt.show()
 
 # %% [markdown]
 # ## When it goes wrong
