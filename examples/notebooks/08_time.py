@@ -62,7 +62,7 @@ level, sigma = drop.samples["level"], drop.samples["sigma"]
 scores = dist.Normal(level[:, :, None], sigma[:, None, None]).log_prob(flow).double()  # (draws, periods, years)
 before, after = scores.cumsum(-1)[:, 0, :-1], scores.flip(-1).cumsum(-1).flip(-1)[:, 1, 1:]
 last_year = torch.softmax(before + after, -1).mean(0)
-for year, share in sorted(zip(years, last_year.tolist(), strict=False), key=lambda pair: -pair[1])[:4]:
+for year, share in sorted(zip(years[:-1], last_year.tolist(), strict=True), key=lambda pair: -pair[1])[:4]:
     print(f"P({year} is the last year before the drop) = {share:.2f}")
 
 # %% [markdown]

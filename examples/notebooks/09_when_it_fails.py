@@ -54,7 +54,8 @@ grid = torch.linspace(60.0, 80.0, 2001)
 exact = dist.Normal(70.0, 10.0).log_prob(grid) + dist.StudentT(2.0, grid[:, None], error).log_prob(measured).sum(-1)
 exact = exact.exp() / torch.trapezoid(exact.exp(), grid)
 share = torch.trapezoid(exact[grid > 70.5], grid[grid > 70.5])
-print(f"P(h0 > 70.5): exact {share:.3f}, fit {(both.samples['h0'] > 70.5).float().mean():.3f}")
+found = (both.samples["h0"] > 70.5).float()
+print(f"P(h0 > 70.5): exact {share:.3f}, fit {found.mean():.3f} ± {found.std() / len(found) ** 0.5:.3f}")
 
 # %% [markdown]
 # Now a guide that sees one mode only: a Gaussian that starts at 73 and is trained by Pyro's SVI.
@@ -73,16 +74,17 @@ def train(model, guide, *data, steps=800, particles=16):
 
 start = init_to_value(values={"h0": torch.tensor(73.0)})
 one = train(hubble, AutoNormal(hubble, init_loc_fn=start, init_scale=0.5), measured, error)
-half = pf.diagnose(hubble, one, measured, error, refine=False)
+half = pf.diagnose(hubble, one, measured, error)
 seen["two modes: Gaussian"] = half
 print(half.verdict)
 
 # %%
 figure, axes = plt.subplots(figsize=(6.0, 3.0))
 axes.plot(grid, exact, color="0.4", label="exact")
-axes.hist(both.samples["h0"].numpy(), 80, (62.0, 79.0), density=True, alpha=0.5, label=f"fit: {both.verdict.status}")
-shape = {"histtype": "step", "linewidth": 1.5, "color": "C1"}
-axes.hist(half.samples["h0"].numpy(), 80, (62.0, 79.0), density=True, label=f"Gaussian: {half.verdict.status}", **shape)
+bins = {"bins": 80, "range": (62.0, 79.0), "density": True}
+axes.hist(both.samples["h0"].numpy(), alpha=0.5, label=f"fit: {both.verdict.status}", **bins)
+line = {"histtype": "step", "linewidth": 1.5, "color": "C1"}
+axes.hist(half.samples["h0"].numpy(), label=f"Gaussian: {half.verdict.status}", **line, **bins)
 axes.set(xlim=(62.0, 79.0), xlabel="Hubble constant (km/s per megaparsec)", ylabel="density")
 axes.legend()
 plt.show()
@@ -146,7 +148,7 @@ figure, axes = plt.subplots(1, 2, figsize=(8.0, 3.0), sharex=True, layout="const
 panels = {"labels free": switching, "order fixed": sorted_groups}
 for panel, (title, posterior) in zip(axes, panels.items(), strict=True):
     for k in range(3):
-        panel.hist(posterior.samples["center"][:, k].numpy(), 90, (5, 40), alpha=0.5, label=f"group {k + 1}")
+        panel.hist(posterior.samples["center"][:, k].numpy(), bins=90, range=(5, 40), alpha=0.5, label=f"group {k + 1}")
     panel.set(title=f"{title}: {posterior.verdict.status}", xlabel="center (1000 km/s)", yticks=[])
 axes[0].legend()
 plt.show()
@@ -171,7 +173,7 @@ def schools(effects, errors):
         pyro.sample("effect", dist.Normal(theta, errors), obs=effects)
 
 
-gaussian = pf.diagnose(schools, train(schools, AutoNormal(schools), effects, errors), effects, errors, refine=False)
+gaussian = pf.diagnose(schools, train(schools, AutoNormal(schools), effects, errors), effects, errors)
 seen["funnel: Gaussian"] = gaussian
 print(gaussian.verdict)
 

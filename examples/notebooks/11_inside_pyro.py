@@ -58,7 +58,7 @@ def train(guide, steps=1000):
 guides = {"flow": pf.AutoRealNVP(product, layers=6, cautious=False), "Gaussian": AutoDiagonalNormal(product)}
 judged = {}
 for name, guide in guides.items():
-    judged[name] = pf.diagnose(product, train(guide), x, y, refine=False)
+    judged[name] = pf.diagnose(product, train(guide), x, y)
     print(f"{name}: ELBO {judged[name].elbo:.2f} nats\n  {judged[name].verdict}")
 
 # %%
@@ -137,17 +137,16 @@ spread = torch.stack([draw["spread"] for draw in drawn])
 # %%
 whole = pf.fit(counts, covariates, seizures, torch.arange(rows), progress=False)
 print(whole.verdict)
-table = pd.DataFrame(
-    {
-        "mini-batches: mean": slopes.mean(0),
-        "sd": slopes.std(0),
-        "fit: mean": whole.samples["slope"].mean(0),
-        "sd ": whole.samples["slope"].std(0),
-    },
-    index=names,
-)
-table.loc["spread"] = [spread.mean(), spread.std(), whole.samples["spread"].mean(), whole.samples["spread"].std()]
-table.round(3)
+
+
+def moments(slopes, spread):
+    draws = torch.cat([slopes, spread[:, None]], -1)
+    return {"mean": draws.mean(0).tolist(), "sd": draws.std(0).tolist()}
+
+
+both = {"mini-batches": (slopes, spread), "fit": (whole.samples["slope"], whole.samples["spread"])}
+columns = {(name, what): values for name, draws in both.items() for what, values in moments(*draws).items()}
+pd.DataFrame(columns, index=[*names, "spread"]).round(3)
 
 # %% [markdown]
 # A Gaussian for each row does not know how the row's effect depends on the global latents. So standard deviations come
