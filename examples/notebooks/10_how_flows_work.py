@@ -51,8 +51,8 @@ axes[0].set(xlabel="x (standard normal)", ylabel="y = T(x)")
 bins = torch.linspace(-6.0, 6.0, 61).numpy()
 axes[1].hist(y.detach().flatten().numpy(), bins, density=True, color="0.8", label="draws of y")
 axes[1].plot(line, flow.log_prob(line[:, None]).detach().exp(), label="q(y) by the formula")
-axes[1].set(xlim=(-6, 6), xlabel="y", ylabel="density")
-axes[1].legend()
+axes[1].set(xlim=(-6, 6), ylim=(0.0, 0.5), xlabel="y", ylabel="density")
+axes[1].legend(loc="upper right")
 plt.show()
 
 # %% [markdown]
@@ -175,7 +175,7 @@ print(digits.summary())
 print(f"new images: {digits.bits_per_dim(images[1500:]):.3f} bits a pixel; 17 equal levels take {math.log2(17):.2f}")
 
 # %%
-digits.plot_samples(40)
+pictures.plot_images(digits.sample(40, seed=0), columns=10)
 
 # %% [markdown]
 # The inverse of the flow turns an image into noise, its latent. A straight line between two latents passes too near to

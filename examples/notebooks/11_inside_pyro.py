@@ -244,11 +244,14 @@ with torch.no_grad():
     codes = vae.posterior(vae.encoder(train_set / 16.0)).sample()
     prior = vae.prior().sample((1500,))
 figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.0), sharex=True, sharey=True, layout="constrained")
-colors = axes[0].scatter(codes[:, 0], codes[:, 1], c=labels[order][:1500], s=4, cmap="tab10", linewidths=0)
+digit_of = labels[order][:1500]
+axes[0].scatter(*codes[:, :2].T, s=4, color="0.8", linewidths=0)
+for digit in (0, 1, 4, 6):
+    axes[0].scatter(*codes[digit_of == digit, :2].T, s=6, linewidths=0, label=f"{digit}")
+axes[0].legend(title="digit", markerscale=3)
 axes[0].set(title="latents of images", xlabel="latent 1", ylabel="latent 2")
 axes[1].scatter(prior[:, 0], prior[:, 1], s=4, color="0.4", linewidths=0)
 axes[1].set(title="draws of the Real-NVP prior", xlabel="latent 1")
-figure.colorbar(colors, ax=axes, label="digit")
 plt.show()
 
 # %% [markdown]
