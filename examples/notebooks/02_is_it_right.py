@@ -193,10 +193,10 @@ table
 #
 # | verdict | it comes if | here |
 # |---|---|---|
-# | `ok` | weights leave nothing to see | both flows |
-# | `corrected` | weights change the results, and can be trusted | not seen here; notebook 9 shows one |
+# | `ok` | weights leave nothing to see | both flows; full rank on the regression |
+# | `corrected` | weights change the results, and can be trusted | not seen here |
 # | `refined` | Markov chains from the guide converged | mean field after `refine` |
-# | `unreliable` | none of these | the Gaussian guides |
+# | `unreliable` | none of these | mean field on both; full rank on the schools |
 #
 # ## Which leave-one-out?
 #
@@ -212,6 +212,8 @@ for name, fit in schools.items():
         print(f"{name}: {str(refused)[:70]} ...\n")
 
 # %% [markdown]
+# A k-hat just above the threshold, as one of NUTS here, often falls with more draws: there are only 1500.
+#
 # ## When it goes wrong
 #
 # - **`unreliable` for a guide of your own.** Call `refine()` on what `diagnose` returned, or fit a flow.

@@ -9,9 +9,11 @@ error in an output is a fault, and its notebook is not stored. ``make notebooks`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -56,17 +58,18 @@ def faults(notebook: Any) -> list[str]:
 def execute(notebook: Any, folder: Path = HERE) -> float:
     """Run a notebook in a new kernel, whose directory is ``folder``; return seconds of processor time."""
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
 
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     client = NotebookClient(
         notebook,
         timeout=PATIENCE,
-        allow_errors=True,
         record_timing=False,
         resources={"metadata": {"path": str(folder)}},
     )
-    client.execute(env={**os.environ, "PYTHONPATH": path, "TORCH_LOGS": QUIET})
+    with contextlib.suppress(CellExecutionError):  # the cell holds it, and nothing after it runs
+        client.execute(env={**os.environ, "PYTHONPATH": path, "TORCH_LOGS": QUIET})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -96,13 +99,13 @@ def rewrite(notebook: Any, path: Path) -> bool:
 
 
 def run(path: Path, out: Path) -> list[str]:
-    """Run a notebook, store it if there is nothing wrong, and return what is."""
+    """Run a notebook, and return what is wrong with it; it is then stored among temporary files, to be looked at."""
     notebook, began = read(path), time.monotonic()
     seconds = execute(notebook)
     found = faults(notebook) + ([f"took more than {LONGEST} s"] if seconds > LONGEST else [])
     print(f"{path.stem}: {seconds:.0f} s of processor, {time.monotonic() - began:.0f} s in all", flush=True)
-    if not found:
-        store(notebook, out / f"{path.stem}.ipynb")
+    out = Path(tempfile.gettempdir()) if found else out
+    store(notebook, out / f"{path.stem}.ipynb")
     return found
 
 
