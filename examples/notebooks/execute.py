@@ -90,9 +90,10 @@ def rewrite(notebook: Any, path: Path) -> bool:
     if code[0] != code[1]:
         return False
     ran = iter([cell for cell in old.cells if cell.cell_type == "code"])
-    for number, cell in enumerate(notebook.cells):
+    for cell in notebook.cells:
         if cell.cell_type == "code":
-            notebook.cells[number] = {**next(ran), "id": cell.id}
+            before = next(ran)
+            cell.execution_count, cell.outputs = before.execution_count, before.outputs
     notebook.metadata = old.metadata
     store(notebook, path)
     return True
