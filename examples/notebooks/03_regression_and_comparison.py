@@ -111,9 +111,9 @@ comparison = pf.compare(models)
 comparison.table[["elpd", "se", "elpd_diff", "diff_se", "weight", "verdict", "high_k"]].round(2)
 
 # %% [markdown]
-# Log arsenic predicts better than arsenic: the difference is several standard errors. Education and membership add
-# less, about two standard errors. `high_k` counts the observations whose k-hat is too high. It is zero here, so
-# leave-one-out can be trusted for all 3020 households.
+# Log arsenic predicts better than arsenic, by 16 nats. `comparison.difference("and log arsenic", "and arsenic")` gives
+# this difference with its standard error. Education and membership add less, about two standard errors. `high_k` counts
+# the observations whose k-hat is too high. It is zero here, so leave-one-out can be trusted for all 3020 households.
 #
 # ## Why log arsenic?
 #

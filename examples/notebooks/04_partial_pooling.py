@@ -80,7 +80,7 @@ posterior.summary(["intercept", "slope of uranium", "effect of floor", "between"
 # %%
 samples = posterior.samples
 adjusted = log_radon - samples["effect of floor"].mean() * floor
-raw = np.array([adjusted[county == number].mean() for number in range(len(counties))])
+raw = np.array([float(adjusted[county == number].mean()) for number in range(len(counties))])
 level = samples["level"]
 low, high = level.quantile(torch.tensor([0.055, 0.945]), 0)
 grid = torch.linspace(float(uranium.min()), float(uranium.max()), 2)

@@ -78,7 +78,7 @@ def counts(x, seizures, patients, dispersed, keep=everything):
             pyro.sample("seizures", observed, obs=seizures)
 
 
-labels = {"predictor": predictors, "patient": range(1, 60), "period": range(1, 5)}
+labels = {"predictor": predictors, "patient": list(range(1, 60)), "period": [1, 2, 3, 4]}
 switches = {
     "Poisson": (False, False),
     "negative binomial": (False, True),
