@@ -1,4 +1,4 @@
-"""The notebooks: what is stored is what the text says, ran from a clean kernel, and shows no warning; and their data."""
+"""The notebooks: what is stored is what the text says, from a clean kernel and without a warning; and their data."""
 
 import importlib.util
 import json
