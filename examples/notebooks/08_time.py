@@ -30,8 +30,8 @@ def band(axes, x, draws, color, label):
 # The data are the yearly flow of the Nile at Aswan, from 1871 to 1970. Did the flow drop at once, and when?
 #
 # The last year before the drop is a discrete latent. A flow needs continuous latents, so Pyro sums it out:
-# `infer={"enumerate": "parallel"}` says so. Three continuous latents are left. We look at 50 years from 1880 on; the cost
-# grows with their number.
+# `infer={"enumerate": "parallel"}` says so. Three continuous latents are left. We look at 50 years from 1880 on; the
+# cost grows with their number.
 
 # %%
 nile = pd.read_csv("../data/nile.csv")

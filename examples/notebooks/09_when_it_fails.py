@@ -128,8 +128,8 @@ seen["labels free: one round"] = single
 print(single.verdict)
 
 # %% [markdown]
-# With `escalate=False`, the fit trains one flow and does no more. It has found one order of the groups. K-hat is below its
-# threshold and ESS/S is high, since no draw of the flow is near another order. Weights say nothing about a region
+# With `escalate=False`, the fit trains one flow and does no more. It has found one order of the groups. K-hat is below
+# its threshold and ESS/S is high, since no draw of the flow is near another order. Weights say nothing about a region
 # without draws. The search for missed modes began elsewhere, and found some.
 #
 # By default, `fit` adds what it missed:
@@ -203,8 +203,8 @@ print(gaussian.verdict)
 # `refine` would not help. In the neck of a funnel, chains have the same trouble as the guide: they stay `unreliable`
 # after half a minute. The cure is to change the coordinates.
 #
-# `fit` does so by itself. It finds out that `theta` has a location and a scale that are latent, and works in coordinates
-# in which the funnel is gone.
+# `fit` does so by itself. It finds out that `theta` has a location and a scale that are latent, and works in
+# coordinates in which the funnel is gone.
 
 # %%
 direct = pf.fit(schools, effects, errors, progress=False)
