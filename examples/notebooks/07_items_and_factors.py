@@ -63,12 +63,14 @@ print(people.verdict)
 people.summary(["sigma", "easiness"]).head(8)
 
 # %% [markdown]
-# Which items are easy? The figure has one row for each behavior and situation. People *want* to do what they do not do.
+# Which items are easy? The figure has one row for each situation and behavior: a bus does not stop, a clerk's error
+# makes one miss a train, the grocer closes, the operator cuts the call. People *want* to do what they do not do.
 
 # %%
 easiness = people.samples["easiness"]
 low, middle, high = torch.quantile(easiness, torch.tensor([0.055, 0.5, 0.945]), dim=0)
-names = items["item"].str.replace(r"[wW]ant|Do", " ", regex=True).tolist()
+place = {"S1": "bus", "S2": "train", "S3": "grocer", "S4": "operator"}
+names = [f"{place[item[:2]]}: {behavior}" for item, behavior in zip(items["item"], items["behavior"], strict=True)]
 rows = {name: row for row, name in enumerate(dict.fromkeys(names))}
 figure, axes = plt.subplots(figsize=(5.4, 3.8))
 for mode, color, shift in (("want", "C0", 0.12), ("do", "C1", -0.12)):
@@ -129,7 +131,7 @@ def free(x):
 
 
 ring = pf.fit(free, x, max_steps=400, escalate=False, refine=False, progress=False)
-print(ring.verdict.status, "-", *ring.verdict.reasons, sep="\n  ")
+print(f"{ring.verdict.status}:", *ring.verdict.reasons, sep="\n- ")
 
 # %% [markdown]
 # **Second try: N1 does not load on factor 2.** This fixes the rotation. Signs are still free: both factors can be

@@ -120,9 +120,9 @@ plt.show()
 # ## Changing volatility: the pound in dollars
 #
 # Weekly changes of the exchange rate, from October 1981 to June 1985. Large changes follow large changes. In a
-# stochastic volatility model, the log of the standard deviation is an autoregressive process.
+# stochastic volatility model, the log of the standard deviation walks at random from week to week.
 #
-# The process is written as a matrix times independent innovations. A loop over weeks would be a hundred times slower.
+# The walk is a cumulative sum of independent steps. A loop over 195 weeks would be slow.
 
 # %%
 rates = pd.read_csv("../data/pounds.csv")
@@ -130,27 +130,22 @@ rates["date"] = pd.to_datetime("19" + rates["date"].astype(str))
 weekly = rates.set_index("date")["dollars_per_pound"]["1981-10":"1985-06"].resample("W-FRI").last()
 change = 100.0 * np.log(weekly).diff().dropna()
 returns = torch.tensor(change.to_numpy(), dtype=torch.float32)
-lags = torch.arange(len(returns))[:, None] - torch.arange(len(returns))
 print(len(returns), "weeks; sd", round(float(returns.std()), 2), "%")
 
 
 def volatility(returns):
-    center = pyro.sample("center", dist.Normal(0.0, 1.0))
-    persistence = pyro.sample("persistence", dist.Beta(20.0, 1.5))
-    spread = pyro.sample("spread", dist.HalfNormal(0.5))
-    with pyro.plate("innovation", len(returns)):
-        innovation = pyro.sample("shock", dist.Normal(0.0, 1.0))
-    kernel = torch.where(lags >= 0, persistence ** lags.clamp(min=0), 0.0)
-    first = torch.cat([(1.0 - persistence**2).rsqrt()[None], torch.ones(len(returns) - 1)])
-    log_sd = center + spread * (kernel @ (first * innovation))
-    sd = pyro.deterministic("sd", log_sd.exp())
+    start = pyro.sample("start", dist.Normal(0.5, 1.0))
+    spread = pyro.sample("spread", dist.HalfNormal(0.3))
+    with pyro.plate("step", len(returns)):
+        step = pyro.sample("step_size", dist.Normal(0.0, 1.0))
+    sd = pyro.deterministic("sd", (start + spread * step.cumsum(-1)).exp())
     with pyro.plate("week", len(returns)):
         pyro.sample("change", dist.Normal(0.0, sd), obs=returns)
 
 
 volatile = pf.fit(volatility, returns, progress=False)
 print(volatile.verdict)
-volatile.summary(["center", "persistence", "spread"])
+volatile.summary(["start", "spread"])
 
 # %%
 figure, axes = plt.subplots(figsize=(7.0, 3.2))
