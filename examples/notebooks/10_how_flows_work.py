@@ -240,9 +240,9 @@ pd.DataFrame(accuracy).T.round(3)
 pictures.plot_images(torch.cat([to_levels(draws)[::100], to_levels(blends)[::100]]), columns=10, levels=16)
 
 # %% [markdown]
-# The upper row has draws, and the lower one blends. The flow has seen ten images of a digit, so its draws are poor.
-# This is one split of the data; `examples/augmentation.py` averages over several. Do not expect that synthetic data
-# help.
+# The upper row has draws, and the lower one blends. The flow has seen ten images of a digit, so its draws are poor, and
+# lower the accuracy. Blends keep or raise it. This is one split of the data. Over several splits, with 10 or 30 images
+# of a digit, blends changed accuracies by -0.1 to +2 percentage points (`examples/augmentation.py`).
 #
 # ## When it goes wrong
 #
