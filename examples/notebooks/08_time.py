@@ -70,7 +70,11 @@ for year, share in sorted(shares, key=lambda pair: -pair[1])[:4]:
 
 # %% [markdown]
 # The dam at Aswan was begun in 1899. Is a drop the right model? Two others: no change at all, and a level that walks at
-# random from year to year. The walk has 100 latents more.
+# random from year to year.
+#
+# The walk has a level for each year. All is normal there, so we integrate the levels out. What is left is a normal
+# distribution of 100 years, whose covariance of years $i$ and $j$ is $\tau^2 \min(i, j)$, and $\sigma^2$ more if they
+# are the same.
 
 
 # %%
@@ -81,15 +85,15 @@ def constant(flow):
         pyro.sample("flow", dist.Normal(level, sigma), obs=flow)
 
 
+shared = torch.minimum(index[:, None], index).float()  # steps that two years have in common
+
+
 def walk(flow):
     start = pyro.sample("start", dist.Normal(9.0, 3.0))
     sigma = pyro.sample("sigma", dist.HalfNormal(2.0))
-    spread = pyro.sample("spread", dist.HalfNormal(1.0))
-    with pyro.plate("step", len(flow) - 1):
-        step = pyro.sample("step_size", dist.Normal(0.0, 1.0))
-    level = pyro.deterministic("level", start + torch.cat([torch.zeros(1), spread * step.cumsum(-1)]))
-    with pyro.plate("year", len(flow)):
-        pyro.sample("flow", dist.Normal(level, sigma), obs=flow)
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    covariance = tau**2 * shared + sigma**2 * torch.eye(len(flow))
+    pyro.sample("flow", dist.MultivariateNormal(start.expand(len(flow)), covariance), obs=flow)
 
 
 walks = pf.fit(walk, flow, progress=False)
@@ -97,7 +101,7 @@ print(walks.verdict)
 
 # %% [markdown]
 # The log evidence $\log p(y)$ compares them. A difference of 3 nats is a factor of 20. `loo` cannot compare them: with
-# a sum over years, an observation has no likelihood of its own.
+# a sum over years, or with levels integrated out, an observation has no likelihood of its own.
 
 # %%
 models = {"constant": pf.fit(constant, flow, progress=False), "drop": drop, "random walk": walks}
@@ -108,10 +112,18 @@ for name, posterior in models.items():
 # %%
 chosen = torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(0))
 levels = torch.where(index <= candidates[chosen], level[:, :1], level[:, 1:])
+
+torch.manual_seed(0)  # levels of the walk, given the data and 500 draws of the rest
+start, noise, tau = (walks.samples[name][:500, None, None] for name in ("start", "sigma", "tau"))
+prior, eye = tau**2 * shared, torch.eye(len(flow))
+gain = torch.linalg.solve(prior + noise**2 * eye, prior).mT
+center = start[:, 0] + (gain @ (flow - start[:, 0]).unsqueeze(-1)).squeeze(-1)
+walked = dist.MultivariateNormal(center, prior - gain @ prior + 1e-4 * eye).sample()
+
 figure, axes = plt.subplots(figsize=(7.0, 3.2))
 axes.plot(years, flow, "o", color="0.55", markersize=3, label="data")
 band(axes, years, levels, "C0", "drop")
-band(axes, years, walks.samples["level"], "C1", "random walk")
+band(axes, years, walked, "C1", "random walk")
 axes.set(xlabel="year", ylabel="flow at Aswan (10$^{10}$ m³ a year)")
 axes.legend(ncols=3)
 plt.show()
@@ -136,9 +148,10 @@ print(len(returns), "weeks; sd", round(float(returns.std()), 2), "%")
 def volatility(returns):
     start = pyro.sample("start", dist.Normal(0.5, 1.0))
     spread = pyro.sample("spread", dist.HalfNormal(0.3))
-    with pyro.plate("step", len(returns)):
+    with pyro.plate("step", len(returns) - 1):
         step = pyro.sample("step_size", dist.Normal(0.0, 1.0))
-    sd = pyro.deterministic("sd", (start + spread * step.cumsum(-1)).exp())
+    walked = torch.cat([torch.zeros(1), step.cumsum(-1)])
+    sd = pyro.deterministic("sd", (start + spread * walked).exp())
     with pyro.plate("week", len(returns)):
         pyro.sample("change", dist.Normal(0.0, sd), obs=returns)
 
