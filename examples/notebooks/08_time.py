@@ -114,11 +114,11 @@ chosen = torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(0
 levels = torch.where(index <= candidates[chosen], level[:, :1], level[:, 1:])
 
 torch.manual_seed(0)  # levels of the walk, given the data and 500 draws of the rest
-start, noise, tau = (walks.samples[name][:500, None, None] for name in ("start", "sigma", "tau"))
+start, noise, tau = (walks.samples[name][:500, None, None].double() for name in ("start", "sigma", "tau"))
 prior, eye = tau**2 * shared, torch.eye(len(flow))
 gain = torch.linalg.solve(prior + noise**2 * eye, prior).mT
 center = start[:, 0] + (gain @ (flow - start[:, 0]).unsqueeze(-1)).squeeze(-1)
-walked = dist.MultivariateNormal(center, prior - gain @ prior + 1e-4 * eye).sample()
+walked = dist.MultivariateNormal(center, prior - gain @ prior + 1e-6 * eye).sample().float()
 
 figure, axes = plt.subplots(figsize=(7.0, 3.2))
 axes.plot(years, flow, "o", color="0.55", markersize=3, label="data")
