@@ -67,8 +67,8 @@ def tabulated(values: Tensor, log_density: Tensor, *, bins: int = 128, bound: fl
     r"""Return the flow of independent coordinates whose densities are given by tables.
 
     Knots lie where the tabulated distribution function has quantiles of the base, evenly spread over probability, over
-    values and over rises and falls of the log density, with slopes :math:`q_0(x) / p(y)`, so that densities are exact there. The base is logistic: beyond the
-    last knots, at a probability of a millionth, tails are exponential.
+    values, and over rises and falls of the log density. Slopes there are :math:`q_0(x) / p(y)`, so that densities are
+    exact. The base is logistic: beyond the last knots, at a probability of a millionth, tails are exponential.
 
     Args:
         values: (D, G), rising.
