@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import records
+from benchmarks.calibration import running as calibration
+from benchmarks.calibration.tables import section as calibration_section
 from benchmarks.density import running as density
 from benchmarks.density import tables as density_tables
 from benchmarks.markdown import about, table
@@ -65,6 +67,11 @@ SKELETON = """# Performance
 <!-- nuts: begin -->
 <!-- nuts: end -->
 
+## Calibration
+
+<!-- calibration: begin -->
+<!-- calibration: end -->
+
 ## What the automatic stop costs
 
 <!-- stopping: begin -->
@@ -91,6 +98,7 @@ def write_tables(
     speed_csv: Path = speed.OUT,
     posteriordb_csv: Path = posteriordb.OUT,
     nuts_csv: Path = nuts.OUT,
+    calibration_csv: Path = calibration.OUT,
     stopping_csv: Path = stopping.OUT,
     toys_csv: Path = toys.OUT,
     density_csv: Path = density.OUT,
@@ -108,6 +116,7 @@ def write_tables(
         ("speed", speed_csv, lambda rows: speed_tables.section(rows, table)),
         ("posteriordb", posteriordb_csv, posteriordb_section),
         ("nuts", nuts_csv, nuts_section),
+        ("calibration", calibration_csv, calibration_section),
         ("stopping", stopping_csv, stopping_section),
         ("toys", toys_csv, toys_section),
         ("density", density_csv, density_section),
@@ -132,13 +141,10 @@ def replace(text: str, name: str, content: str) -> str:
     return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
 
 
-# ---- sections --------------------------------------------------------------------------------------------------------
+def density_section(rows: Sequence[Row], planar_csv: Path = planar.OUT) -> str:
+    """Return the section about densities of data."""
+    return density_tables.section(rows, records.read(planar_csv), table, about)
 
 
 if __name__ == "__main__":
     write_tables()
-
-
-def density_section(rows: Sequence[Row], planar_csv: Path = planar.OUT) -> str:
-    """Return the section about densities of data."""
-    return density_tables.section(rows, records.read(planar_csv), table, about)
