@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pyro_flows import _checks
-from pyro_flows._clock import Clock, unbounded
+from pyro_flows._clock import Clock, counted, unbounded
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
 from pyro_flows._turns import alone, few_threads
@@ -186,7 +186,8 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
     """Fit under the plan's clock: the work, which can be cut anywhere, and the judging of what it came to."""
     clock = plan.clock
     plan.bar.watch("reading the model")
-    density = LogDensity(plan.model, plan.args, plan.kwargs)
+    with counted("reading the model"):
+        density = LogDensity(plan.model, plan.args, plan.kwargs)
     warn_if_nothing_observed(density.structure, density.trace_at, plan.model, plan.args, plan.kwargs)
     check_memory(density, plan.draws)
     plan = replace(plan, max_steps=default_steps(density.dim)) if grow else plan
@@ -206,12 +207,13 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
         if clock.interrupted is not None:
             clock.reserve(seconds_to_judge(prepared.density, plan.draws))
         found.history[:0] = prepared.history
-        try:
-            posterior = conclude(plan, prepared.density, found)
-        except KeyboardInterrupt:
-            if not clock.interrupt("judging"):
-                raise
-            posterior = conclude(plan, prepared.density, found)
+        with counted("judging"):
+            try:
+                posterior = conclude(plan, prepared.density, found)
+            except KeyboardInterrupt:
+                if not clock.interrupt("judging"):
+                    raise
+                posterior = conclude(plan, prepared.density, found)
     finally:
         prepared.density.under(unbounded())
     if plan.refine is None or plan.train_model:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pyro_flows._clock import counted
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.bindings import quicken, turn
 from pyro_flows.graphs.graph import agree, copy_graph, is_pure, sweep
@@ -120,6 +121,7 @@ class Runner:
         with torch.inference_mode():  # an operation takes a tenth less time
             return self._recorded(*inputs)  # which says what is wrong with these inputs, if anything is
 
+    @counted("compiling")
     def _compile(self, inputs: tuple[Tensor, ...]) -> None:
         plan = self._plan
         if plan is None or self.left() < WORTH * plan.seconds:
