@@ -15,6 +15,8 @@ from benchmarks.calibration import running as calibration
 from benchmarks.calibration.tables import section as calibration_section
 from benchmarks.density import running as density
 from benchmarks.density import tables as density_tables
+from benchmarks.larger import running as larger
+from benchmarks.larger.tables import larger_section
 from benchmarks.markdown import about, table
 from benchmarks.modes import __main__ as modes
 from benchmarks.named import running as named
@@ -67,6 +69,11 @@ SKELETON = """# Performance
 <!-- nuts: begin -->
 <!-- nuts: end -->
 
+## Larger models against NUTS
+
+<!-- larger: begin -->
+<!-- larger: end -->
+
 ## Calibration
 
 <!-- calibration: begin -->
@@ -98,6 +105,7 @@ def write_tables(
     speed_csv: Path = speed.OUT,
     posteriordb_csv: Path = posteriordb.OUT,
     nuts_csv: Path = nuts.OUT,
+    larger_csv: Path = larger.OUT,
     calibration_csv: Path = calibration.OUT,
     stopping_csv: Path = stopping.OUT,
     toys_csv: Path = toys.OUT,
@@ -116,6 +124,7 @@ def write_tables(
         ("speed", speed_csv, lambda rows: speed_tables.section(rows, table)),
         ("posteriordb", posteriordb_csv, posteriordb_section),
         ("nuts", nuts_csv, nuts_section),
+        ("larger", larger_csv, larger_section),
         ("calibration", calibration_csv, calibration_section),
         ("stopping", stopping_csv, stopping_section),
         ("toys", toys_csv, toys_section),
