@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import inspect
 import json
-import math
 import resource
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool

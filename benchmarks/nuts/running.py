@@ -228,7 +228,9 @@ def _against(found: dict[str, dict[str, Cell]], rival: str, tried: set[str]) -> 
 def add_numpyro(parser: argparse.ArgumentParser) -> None:
     """Add the option that names an interpreter."""
     parser.add_argument(
-        "--numpyro", metavar="PYTHON", help=f"an interpreter that has NumPyro, and nutpie (else the variable {INTERPRETER})"
+        "--numpyro",
+        metavar="PYTHON",
+        help=f"an interpreter with NumPyro and nutpie (else the variable {INTERPRETER})",
     )
 
 

@@ -159,7 +159,12 @@ def _in_jax(problem: Problem, seed: int, by: str) -> Sampled:
 
 
 def in_numpyro(
-    problem: Problem, points: dict[str, Tensor] | None = None, *, seed: int = 0, by: str = "numpyro", length: int = LENGTH
+    problem: Problem,
+    points: dict[str, Tensor] | None = None,
+    *,
+    seed: int = 0,
+    by: str = "numpyro",
+    length: int = LENGTH,
 ) -> dict[str, np.ndarray]:
     """Return what :mod:`benchmarks.nuts.jax_runs` finds: draws, or the log density at points by site."""
     with tempfile.TemporaryDirectory() as folder:

@@ -67,7 +67,7 @@ def test_the_lynxes_follow_the_hares():
     """With known rates, the states are those of a solver with a controlled error."""
     from scipy.integrate import solve_ivp
 
-    y, times = models.lotka_volterra_data()
+    _, times = models.lotka_volterra_data()
     rates, initial = [0.55, 0.028, 0.8, 0.024], [34.0, 6.0]
     solved = solve_ivp(
         lambda _, state: [(rates[0] - rates[1] * state[1]) * state[0], (rates[3] * state[0] - rates[2]) * state[1]],
@@ -266,9 +266,7 @@ def test_the_table_has_ratios_bounds_failures_and_stages(tmp_path):
     records.write(file, nuts.FIELDS, rows)
     nothing = tmp_path / "none.csv"
     others = ("zoo_csv", "named_csv", "modes_csv", "speed_csv", "posteriordb_csv", "nuts_csv", "stopping_csv")
-    tables.write_tables(
-        page, larger_csv=file, **dict.fromkeys(others, nothing), toys_csv=nothing, density_csv=nothing
-    )
+    tables.write_tables(page, larger_csv=file, **dict.fromkeys(others, nothing), toys_csv=nothing, density_csv=nothing)
     lines = page.read_text().splitlines()
     assert "| seeds | 26 | 4.0 | yes | ok | 6.0 | yes | 1.50 | 2.0 | no | 0.50 | ≥ 4800.0 | no | 1200.00 |" in lines
     assert "| surgical | 14 | 5.0 | no | unreliable | failed |  |  |  |  |  |  |  |  |" in lines
