@@ -172,7 +172,7 @@ MODELS: dict[str, Model] = {
 }
 LONG_RUNS: dict[str, Model] = {
     **MODELS,
-    "radon_slopes": _noncentered(radon_slopes, "alpha", "beta"),
+    "radon_slopes": _noncentered(radon_slopes, "beta"),
     "seeds": _noncentered(seeds, "b"),
     "surgical": _noncentered(surgical, "b"),
     "lkj_effects": lkj_effects_noncentered,
