@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
 from benchmarks import records
@@ -134,10 +135,16 @@ def make_reference(name: str, length: int) -> dict[str, Any]:
     problem = load(name)
     density = LogDensity(problem.model, problem.args)
     drawn = samplers.in_numpyro(problem, seed=1, by="long", length=length)
-    said = {what: float(f"{float(drawn.pop(what)):.4g}") for what in ("r_hat", "ess", "cpu_seconds")}
     z = density.unconstrain({site: torch.from_numpy(drawn[site]) for site in density.names})
     z, share = folded(name, density, z)
     how = f"{samplers.numpyro_version()}, NUTS, {samplers.CHAINS} chains of {length} after as many, target 0.95"
+    chains = z.reshape(samplers.CHAINS, length, density.dim)
+    said = {
+        "r_hat": float(split_gelman_rubin(chains, chain_dim=0, sample_dim=1).max()),
+        "ess": float(effective_sample_size(chains, chain_dim=0, sample_dim=1).min()),
+        "cpu_seconds": float(drawn["cpu_seconds"]),
+    }
+    said = {what: float(f"{value:.4g}") for what, value in said.items()}
     entry = {"how": how, **said, **({"share": share} if MODELS[name].mirrored else {}), **moments(z)}
     known = json.loads(REFERENCE.read_text(encoding="utf-8")) if REFERENCE.is_file() else {}
     kept = {other: known[other] for other in MODELS if other in known} | {name: entry}
