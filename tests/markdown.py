@@ -5,6 +5,7 @@ prints. A comment on the line before a fence says more:
 
 - ``<!-- within 0.1 or 5 % -->`` before output: how far numbers may be off on another machine, the larger of the two;
 - ``<!-- slow -->`` before code: it is left to the slow suite;
+- ``<!-- needs NAME -->`` before code: it is left to the slow suite, and left out where that package is not installed;
 - ``<!-- setup -->`` before code: many pages begin with the same lines, which are run once in a process.
 
 Nothing here needs more than Python, so that the wheel is tested with it in an environment that holds nothing else:
@@ -15,6 +16,7 @@ Nothing here needs more than Python, so that the wheel is tested with it in an e
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import re
 import sys
@@ -66,12 +68,20 @@ def _execute(fence: Fence, name: str, scope: dict[str, Any]) -> str:
     return out.getvalue()
 
 
+def _wanted(fence: Fence, slow: bool) -> bool:
+    """Whether code is run in this suite, and can be."""
+    needed = fence.comment.removeprefix("needs ") if fence.comment.startswith("needs ") else None
+    if needed is not None:
+        return slow and importlib.util.find_spec(needed) is not None
+    return slow or fence.comment != "slow"
+
+
 def run(text: str, name: str, *, slow: bool) -> list[tuple[str, Fence]]:
     """Run the code of a file; return, of each fence of output, what was printed and the fence."""
     compared, printed = [], None
     scope: dict[str, Any] = {"__name__": "__main__"}
     for fence in fences(text):
-        if fence.kind == "python" and (slow or fence.comment != "slow"):
+        if fence.kind == "python" and _wanted(fence, slow):
             printed = _execute(fence, name, scope)
         elif fence.kind == "text" and printed is not None and not fence.gap.strip():
             compared.append((printed, fence))

@@ -1,4 +1,4 @@
-"""Write the section on calibration of ``docs/performance.md`` from the CSV file.
+"""Write the section on calibration of ``docs/evidence/accuracy.md`` from the CSV file.
 
 python -m benchmarks.calibration.tables
 """
@@ -64,7 +64,7 @@ def _text(rows: Sequence[records.Row]) -> str:
     return " ".join(said)
 
 
-def write(page: Path = tables.PAGE, file: Path = OUT) -> None:
+def write(page: Path = tables.EVIDENCE / "accuracy.md", file: Path = OUT) -> None:
     """Put the section into the page."""
     if rows := records.read(file):
         text = page.read_text(encoding="utf-8")

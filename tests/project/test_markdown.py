@@ -26,7 +26,7 @@ WRITTEN = {"_build", "_notebooks"}  # folders of docs that the build makes
 PAGES = [path for path in (ROOT / "docs").rglob("*.md") if not WRITTEN & set(path.parts)]
 FILES = sorted([*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *PAGES])
 KINDS = {"python", "text", "sh", "{eval-rst}", "{toctree}", "{include} ../CHANGELOG.md", "{include} ../../CONTRIBUTING.md"}
-COMMENTS = {"", "slow", "setup"}
+COMMENTS = {"", "slow", "setup", "needs chirho"}
 
 
 def name_of(path):
@@ -50,7 +50,7 @@ def with_code(*, slow):
         path
         for path in FILES
         for found in [[fence for fence in fences(path.read_text(encoding="utf-8")) if fence.kind == "python"]]
-        if found and (not slow or any(fence.comment == "slow" for fence in found))
+        if found and (not slow or any(fence.comment == "slow" or fence.comment.startswith("needs ") for fence in found))
     ]
 
 
