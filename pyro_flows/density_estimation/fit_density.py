@@ -110,7 +110,8 @@ def fit_density(
         UserWarning: if a coordinate is constant, or if more than a twentieth of the steps had a gradient that is not
             finite and were skipped.
 
-    Reference: Dinh, Krueger and Bengio 2015; Polyak and Juditsky 1992 (averaging).
+    Reference: Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and Juditsky 1992 (averaging,
+    doi:10.1137/0330046).
 
     >>> import torch, pyro_flows as pf
     >>> points = torch.randn(500, 1) * torch.tensor([1.0, 10.0]) + 5.0

@@ -105,7 +105,8 @@ def fit(
     torch's random numbers belong to the whole process; a call from inside of a model does not wait. For several fits at
     once, take processes. Inside of ``torch.no_grad()`` and ``torch.inference_mode()`` it gives the same as outside.
 
-    References: Agrawal, Sheldon and Domke 2020; Vaitl et al. 2024; Vehtari et al. 2024 (k-hat).
+    References: Agrawal, Sheldon and Domke 2020 (arXiv 2006.10343); Vaitl et al. 2024 (arXiv 2403.15881); Vehtari et al.
+    2024 (k-hat, arXiv 1507.02646).
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):

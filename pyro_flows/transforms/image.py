@@ -23,7 +23,8 @@ class Squeeze(Bijection):
     Raises:
         ValueError: for an odd height or width, or an input of another shape.
 
-    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017, section 3.6.
+    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017
+    (arXiv 1605.08803), section 3.6.
 
     >>> import torch, pyro_flows as pf
     >>> pf.Squeeze((1, 2, 2))(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])).flatten().tolist()
@@ -80,7 +81,8 @@ class MultiScale(Bijection):
     Raises:
         ValueError: for a ``coarse`` that does not name its shape or changes it, or an input of another shape.
 
-    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017, section 3.6.
+    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017
+    (arXiv 1605.08803), section 3.6.
 
     >>> import torch, pyro_flows as pf
     >>> layer = pf.MultiScale(pf.ActNorm((1, 2, 2)))

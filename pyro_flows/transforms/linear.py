@@ -103,7 +103,7 @@ class Rescale(DiagonalAffine):
     Raises:
         ValueError: for a ``dim`` below 1 or a wrong width.
 
-    Reference: Dinh, Krueger and Bengio, *NICE*, ICLR workshop 2015, section 3.3.
+    Reference: Dinh, Krueger and Bengio, *NICE*, ICLR workshop 2015 (arXiv 1410.8516), section 3.3.
 
     >>> import torch, pyro_flows as pf
     >>> pf.Rescale(2)(torch.ones(2)).tolist()

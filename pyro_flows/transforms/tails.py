@@ -37,7 +37,8 @@ class SinhArcsinh(Bijection):
     Raises:
         ValueError: for a ``dim`` below 1, a bound that is not positive, or a wrong width.
 
-    Reference: Jones and Pewsey, *Sinh-arcsinh distributions*, Biometrika 2009 (one k, no c; here two a side).
+    Reference: Jones and Pewsey, *Sinh-arcsinh distributions*, Biometrika 2009, doi:10.1093/biomet/asp053 (one
+    k, no c; here two a side).
 
     >>> import torch, pyro_flows as pf
     >>> pf.SinhArcsinh(2)(torch.tensor([-1.0, 2.0])).tolist()
