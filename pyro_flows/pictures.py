@@ -239,6 +239,9 @@ def plot_losses(losses: Tensor, checks: Tensor) -> Figure:
         losses: ``(steps,)``, as :attr:`DensityFit.losses` has them.
         checks: ``(count, 2)``, as :attr:`DensityFit.checks` has them. Cost: O(steps).
 
+    Raises:
+        ValueError: for no losses.
+
     >>> import torch
     >>> len(plot_losses(torch.ones(20), torch.tensor([[10.0, -1.0], [20.0, -0.9]])).axes)
     1

@@ -49,7 +49,9 @@ def fences(text: str) -> list[Fence]:
     return found
 
 
-_DONE: dict[str, tuple[dict[str, Any], str]] = {}  # of setups that were run: the names that they made, what they printed
+_DONE: dict[
+    str, tuple[dict[str, Any], str]
+] = {}  # of setups that were run: the names that they made, what they printed
 
 
 def _execute(fence: Fence, name: str, scope: dict[str, Any]) -> str:

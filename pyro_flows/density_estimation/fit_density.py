@@ -102,6 +102,8 @@ def fit_density(
         seed: of all randomness. The global generators are left as they were.
         progress: whether to show a bar, with held-out nats and bits a dimension.
 
+    Cost: up to ``max_seconds`` or ``max_epochs``; a step is a pass and a gradient of the flow for a batch of points.
+
     Raises:
         ValueError: for data of another shape than the flow's, missing or infinite values (with row and column), values
             that are no levels, a damaged checkpoint or one of another run, or an option out of range.

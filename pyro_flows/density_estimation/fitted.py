@@ -34,8 +34,8 @@ class DensityFit:
         settings: what :func:`fit_density` was asked for and what it chose.
         why: what ended the training, in a sentence.
 
-    Its density is that of the data as given, :math:`\log q(x) = \log q_0(f^{-1}(x)) - \log|J|`, in nats. Cost: a pass of
-    the flow for each point that is drawn or scored.
+    Its density is that of the data as given, :math:`\log q(x) = \log q_0(f^{-1}(x)) - \log|J|`, in nats. Cost: a
+    pass of the flow for each point that is drawn or scored.
 
     >>> import torch, pyro_flows as pf
     >>> data = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))

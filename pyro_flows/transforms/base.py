@@ -25,8 +25,8 @@ class Bijection(TransformModule, ConditionalTransform):
     Shapes: ``x`` and ``y`` are ``(..., *event_shape)``, ``ladj`` is ``(...)``, ``context`` is ``(..., context_dim)``
     and broadcasts against the leading axes of ``x``.
 
-    With :math:`y = f(x)`, both passes give :math:`\log|\det \partial y / \partial x|` or its negative. Cost: that of the
-    subclass. Errors: a subclass raises ``ValueError`` for events of another shape and for a missing context.
+    With :math:`y = f(x)`, both passes give :math:`\log|\det \partial y / \partial x|` or its negative. Cost: that of
+    the subclass. Errors: a subclass raises ``ValueError`` for events of another shape and for a missing context.
 
     >>> import torch, pyro_flows as pf
     >>> class Twice(pf.Bijection):

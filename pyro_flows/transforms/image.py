@@ -17,6 +17,8 @@ class Squeeze(Bijection):
     (C, H, W) becomes (4 C, H/2, W/2). The channels of a block's pixels follow one another in the order top left, bottom
     right, top right, bottom left, so each half of them is a checkerboard. ``Squeeze(shape).inv`` is depth to space.
 
+    Cost: a copy of the image.
+
     Args:
         dim: the shape (C, H, W) of x, with H and W even.
 

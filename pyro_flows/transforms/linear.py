@@ -94,6 +94,8 @@ class Rescale(DiagonalAffine):
 
     In NICE's own notation, which maps data to noise, it comes last and is :math:`e^{-s_d}`. Both ways cost O(D).
 
+    Shapes: ``x`` and ``y`` are ``(..., dim)``, ``ladj`` is ``(...)``.
+
     Args:
         dim: number of coordinates.
         context_dim: width of the context; above 0, a network of it gives s.

@@ -20,6 +20,8 @@ class LULinear(Bijection):
     identity without a ``seed``. Both ways cost O(D^2) a point: two products forward, two triangular solves back. A
     matrix that exchanges coordinates is out of reach without a permutation.
 
+    Shapes: ``x`` and ``y`` are ``(..., dim)``, ``ladj`` is ``(...)``.
+
     Args:
         dim: number of coordinates.
         seed: of the permutation P, a registered buffer; None: no permutation.

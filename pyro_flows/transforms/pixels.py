@@ -109,6 +109,8 @@ class Dequantize(nn.Module):
         network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
             (``None``: the first).
 
+    Cost: O(D) a point, and one evaluation of the network if the noise is learned.
+
     Raises:
         ValueError: for fewer than 2 levels, or data that are not whole numbers from 0 to n - 1.
 

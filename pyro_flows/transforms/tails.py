@@ -27,6 +27,8 @@ class SinhArcsinh(Bijection):
 
     Both ways cost O(D), in closed form: :math:`x = c\,\sinh(\mathrm{arcsinh}(k y / c) / k)`.
 
+    Shapes: ``x`` and ``y`` are ``(..., dim)``, ``ladj`` is ``(...)``.
+
     Args:
         dim: number of coordinates.
         context_dim: width of the context; above 0, a network of it gives k and c.

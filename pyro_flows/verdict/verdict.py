@@ -34,7 +34,8 @@ class Verdict:
     of the draws; nothing is computed here.
 
     >>> import pyro_flows as pf
-    >>> found = pf.Verdict("unreliable", 0.91, 0.7, 0.04, 0.3, 0.2, "tau", ("k-hat 0.91 is not below its threshold 0.70",))
+    >>> why = ("k-hat 0.91 is not below its threshold 0.70",)
+    >>> found = pf.Verdict("unreliable", 0.91, 0.7, 0.04, 0.3, 0.2, "tau", why)
     >>> print(found.next_step)
     call refine(), or fit with more layers
     """

@@ -24,7 +24,15 @@ ROOT = Path(__file__).parent.parent.parent
 WRITTEN = {"_build", "_notebooks"}  # folders of docs that the build makes
 PAGES = [path for path in (ROOT / "docs").rglob("*.md") if not WRITTEN & set(path.parts)]
 FILES = sorted([*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *PAGES])
-KINDS = {"python", "text", "sh", "{eval-rst}", "{toctree}", "{include} ../CHANGELOG.md", "{include} ../../CONTRIBUTING.md"}
+KINDS = {
+    "python",
+    "text",
+    "sh",
+    "{eval-rst}",
+    "{toctree}",
+    "{include} ../CHANGELOG.md",
+    "{include} ../../CONTRIBUTING.md",
+}
 COMMENTS = {"", "slow", "setup", "needs chirho"}
 
 

@@ -73,9 +73,7 @@ def broken(site: Path) -> list[str]:
             if urlsplit(address).scheme or address.startswith("//"):
                 continue
             target = (path.parent / unquote(urlsplit(address).path)).resolve() if address else path
-            if not target.exists():
-                faults.append(f"{path.relative_to(site)}: {link}")
-            elif anchor and target in found and unquote(anchor) not in found[target].anchors:
+            if not target.exists() or (anchor and target in found and unquote(anchor) not in found[target].anchors):
                 faults.append(f"{path.relative_to(site)}: {link}")
     return faults
 
@@ -88,7 +86,9 @@ def test_no_link_is_broken(site):
 def test_nothing_is_loaded_from_elsewhere(site):
     for path in pages(site):
         text = path.read_text(encoding="utf-8")
-        loaded = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="([^"]*)"|<link[^>]*rel="stylesheet"[^>]*href="([^"]*)"', text)
+        loaded = re.findall(
+            r'<(?:script|img|iframe)[^>]*\ssrc="([^"]*)"|<link[^>]*rel="stylesheet"[^>]*href="([^"]*)"', text
+        )
         assert not [one for pair in loaded for one in pair if re.match(r"(?:https?:)?//", one)], path.name
 
 
@@ -155,7 +155,9 @@ def test_the_search_finds_pages_without_network(page, site):
     page.run("location.search = '?q=funnel'")
     found = 0
     for _ in range(50):
-        found = page.run("new Promise(done => setTimeout(() => done(document.querySelectorAll('#search-results li').length), 100))")
+        found = page.run(
+            "new Promise(done => setTimeout(() => done(document.querySelectorAll('#search-results li').length), 100))"
+        )
         if found:
             break
     assert found >= 2
@@ -170,8 +172,10 @@ def test_axe_finds_nothing_serious(page, site, axe, width, scheme):
     for path in pages(site):
         ready(page, path, width, scheme=scheme)
         page.run(f"{axe}; 1")
-        found = page.run("axe.run(document, {resultTypes: ['violations']}).then(found => found.violations.map(one => "
-                         "[one.id, one.impact, one.nodes.length, one.nodes[0].html.slice(0, 150)]))")
+        found = page.run(
+            "axe.run(document, {resultTypes: ['violations']}).then(found => found.violations.map(one => "
+            "[one.id, one.impact, one.nodes.length, one.nodes[0].html.slice(0, 150)]))"
+        )
         for rule, impact, count, html in found:
             if impact in SERIOUS:
                 faults.setdefault(f"{rule} ({impact})", []).append(f"{path.relative_to(site)}: {count} x {html}")
