@@ -56,8 +56,13 @@ def compare(entry: Entry) -> tuple[Figure, dict[str, pf.Posterior]]:
     if entry.reference is not None:
         draws = _chains(entry.reference, set(posterior.samples))
         found["reference draws"] = pf.from_mcmc(draws, entry.model, *entry.args)
-    transform = dict(entry.transform) or None
-    return pf.plots.plot_pairs(found, *entry.pair, transform=transform, width=4.6), found
+    shown = {_label(name, each): each for name, each in found.items()}
+    return pf.plots.plot_pairs(shown, *entry.pair, transform=dict(entry.transform) or None, width=4.6), found
+
+
+def _label(name: str, posterior: pf.Posterior) -> str:
+    """The name, with the verdict on a guide: the figure's title has that on the flow."""
+    return f"{name} ({posterior.verdict.status})" if "guide" in name else name
 
 
 def moons(epochs: int = 150) -> Figure:
