@@ -2,7 +2,7 @@
 
 // Content that scrolls sideways is reached by the keyboard too.
 function reachScrollers() {
-  for (const one of document.querySelectorAll("pre, .table-wrapper, div.math, mjx-container")) {
+  for (const one of document.querySelectorAll("pre, .table-wrapper, .text_html, div.math, mjx-container")) {
     if (one.scrollWidth > one.clientWidth + 1) one.setAttribute("tabindex", "0");
     else one.removeAttribute("tabindex");
   }

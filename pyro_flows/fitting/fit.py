@@ -53,8 +53,8 @@ def fit(
 
     The guide is :math:`z = m + L(b + A\,t(f(\epsilon)))` over all latents in unconstrained coordinates: f a normalizing
     flow, t tails for each coordinate, :math:`\epsilon` Student-t with 15 degrees of freedom (2 D, if that is more). m
-    and L come from a portfolio of starts, the step size from a race; training minimizes the ELBO by path gradients and
-    stops by itself.
+    and L come from the best of several initial Gaussians, the learning rate from short trial runs. Training maximizes
+    the ELBO by path gradients and stops by itself.
 
     Args:
         model: a Pyro model (function or module).
