@@ -32,7 +32,8 @@ class Posterior(Reported):
             guide if the verdict is ok or unreliable, importance-resampled ones if it is corrected, draws of chains,
             one chain after the other, if it is refined.
         z: raw draws in unconstrained coordinates (S, D).
-        log_p, log_q: unnormalized log posterior and log guide density of ``z`` (S,).
+        log_p: unnormalized log posterior density of ``z`` (S,).
+        log_q: log guide density of ``z`` (S,).
         log_weights: Pareto-smoothed, normalized log importance weights of ``z`` (S,).
         used: unconstrained coordinates of ``samples`` (S, D); ``used_log_p`` and ``used_log_q`` are their densities.
         k_hat: Pareto shape of the weights.

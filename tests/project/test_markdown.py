@@ -87,6 +87,17 @@ def test_fences_say_what_they_hold(path):
     assert {fence.comment for fence in found if fence.kind == "python"} <= COMMENTS
 
 
+def test_pages_begin_with_the_same_lines():
+    """Setups are few, so that a process runs them once; a page that differs by a letter would pay for its own."""
+    found = {}
+    for path in PAGES:
+        for number, fence in enumerate(fences(path.read_text(encoding="utf-8"))):
+            if fence.comment == "setup":
+                found.setdefault(fence.text, []).append((name_of(path), number))
+    assert len(found) <= 4, [pages[0] for pages in found.values()]
+    assert sum(map(len, found.values())) > 15
+
+
 # commands -------------------------------------------------------------------------------------------------------------
 
 
