@@ -21,6 +21,7 @@ from tests.browser import chromium, find
 ROOT = Path(__file__).parent.parent.parent
 WIDTHS = (390, 1280)
 AXE = "axe-core@4.14.1"
+RESULTS = "document.querySelectorAll('#search-results li')"
 SERIOUS = {"serious", "critical"}
 LACKING = [name for name in ("sphinx", "myst_nb", "furo", "mathjax") if importlib.util.find_spec(name) is None]
 
@@ -155,9 +156,7 @@ def test_the_search_finds_pages_without_network(page, site):
     page.run("location.search = '?q=funnel'")
     found = 0
     for _ in range(50):
-        found = page.run(
-            "new Promise(done => setTimeout(() => done(document.querySelectorAll('#search-results li').length), 100))"
-        )
+        found = page.run(f"new Promise(done => setTimeout(() => done({RESULTS}.length), 100))")
         if found:
             break
     assert found >= 2
@@ -173,8 +172,8 @@ def test_axe_finds_nothing_serious(page, site, axe, width, scheme):
         ready(page, path, width, scheme=scheme)
         page.run(f"{axe}; 1")
         found = page.run(
-            "axe.run(document, {preload: false, resultTypes: ['violations']}).then(found => found.violations.map(one => "
-            "[one.id, one.impact, one.nodes.length, one.nodes[0].html.slice(0, 150)]))"
+            "axe.run(document, {preload: false, resultTypes: ['violations']})"
+            ".then(found => found.violations.map(one => [one.id, one.impact, one.nodes.length, one.nodes[0].html.slice(0, 150)]))"
         )
         for rule, impact, count, html in found:
             if impact in SERIOUS:
