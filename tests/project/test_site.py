@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent.parent
 WIDTHS = (390, 1280)
 AXE = "axe-core@4.14.1"
 RESULTS = "document.querySelectorAll('#search-results li')"
+VIOLATIONS = """axe.run(document, {preload: false, resultTypes: ['violations']}).then(found =>
+    found.violations.map(one => [one.id, one.impact, one.nodes.length, one.nodes[0].html.slice(0, 150)]))"""
 SERIOUS = {"serious", "critical"}
 LACKING = [name for name in ("sphinx", "myst_nb", "furo", "mathjax") if importlib.util.find_spec(name) is None]
 
@@ -171,10 +173,7 @@ def test_axe_finds_nothing_serious(page, site, axe, width, scheme):
     for path in pages(site):
         ready(page, path, width, scheme=scheme)
         page.run(f"{axe}; 1")
-        found = page.run(
-            "axe.run(document, {preload: false, resultTypes: ['violations']})"
-            ".then(found => found.violations.map(one => [one.id, one.impact, one.nodes.length, one.nodes[0].html.slice(0, 150)]))"
-        )
+        found = page.run(VIOLATIONS)
         for rule, impact, count, html in found:
             if impact in SERIOUS:
                 faults.setdefault(f"{rule} ({impact})", []).append(f"{path.relative_to(site)}: {count} x {html}")
