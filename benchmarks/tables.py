@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import records
+from benchmarks.calibration import running as calibration
+from benchmarks.calibration.tables import section as calibration_section
 from benchmarks.density import running as density
 from benchmarks.density import tables as density_tables
 from benchmarks.markdown import about, table
@@ -43,6 +45,7 @@ TITLES = {
     "modes": "Several modes",
     "toys": "Toy targets",
     "nuts": "Against NUTS",
+    "calibration": "Calibration",
     "speed": "Speed",
     "stopping": "What the automatic stop costs",
     "density": "Densities of data",
@@ -58,6 +61,7 @@ def write_tables(
     speed_csv: Path = speed.OUT,
     posteriordb_csv: Path = posteriordb.OUT,
     nuts_csv: Path = nuts.OUT,
+    calibration_csv: Path = calibration.OUT,
     stopping_csv: Path = stopping.OUT,
     toys_csv: Path = toys.OUT,
     density_csv: Path = density.OUT,
@@ -79,6 +83,7 @@ def write_tables(
         ("speed", speed_csv, lambda rows: speed_tables.section(rows, table)),
         ("posteriordb", posteriordb_csv, posteriordb_section),
         ("nuts", nuts_csv, nuts_section),
+        ("calibration", calibration_csv, calibration_section),
         ("stopping", stopping_csv, stopping_section),
         ("toys", toys_csv, toys_section),
         ("density", density_csv, density_section),
@@ -113,9 +118,6 @@ def replace(text: str, name: str, content: str) -> str:
     if not found_begin or not found_end:
         raise ValueError(f"page: expected the markers {begin} and {end}, in this order; put them in.")
     return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
-
-
-# ---- sections --------------------------------------------------------------------------------------------------------
 
 
 def density_section(rows: Sequence[Row], planar_csv: Path = planar.OUT) -> str:

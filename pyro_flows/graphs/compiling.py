@@ -188,7 +188,12 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
 
 
 def _lift(graph: fx.Graph, module: fx.GraphModule) -> list[Tensor]:
-    """Make the constants of a graph its last inputs; return their values."""
+    """Make the constants of a graph its last inputs; return their values.
+
+    Inputs may stand anywhere in a graph that was put together. All of them are moved to its beginning.
+    """
+    for node in reversed([node for node in graph.nodes if node.op == "placeholder"]):
+        graph._root.append(node)
     first = next(node for node in graph.nodes if node.op in ("call_function", "output"))
     constants: dict[str, fx.Node] = {}
     for node in list(graph.nodes):

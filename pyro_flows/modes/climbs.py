@@ -14,6 +14,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack
 from pyro_flows.modes.survey import can_be_surveyed, survey
 from pyro_flows.modes.tempering import Tempered, log_mean, temper
+from pyro_flows.modes.terms import tops_of_terms
 from pyro_flows.modes.units import units_of
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
@@ -66,7 +67,7 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     seed = derive(seed, "a search")
     climbs = SURVEYED if density.dim <= FEW else SURVEYED // 3
     found = survey(density, z, seed=seed, rounds=ROUNDS, climbs=climbs, known=guide.score).weighty()
-    thin = guide.is_thin(found.modes, density(found.modes).detach()) if len(found) else found.met > 0
+    thin = found.of_terms | guide.is_thin(found.modes, density(found.modes).detach()) if len(found) else found.of_terms
     if not bool(thin.any()):
         return []
     modes, roots, evidence = found.modes[thin], found.roots[thin], found.evidence[thin]
@@ -197,7 +198,8 @@ def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) ->
         flipped.append(changed)
     count = PRIOR_CLIMBERS if _is_cheap(density) else FEW_CLIMBERS
     prior = prior_draws(density, count, seed=derive(seed, "modes from the prior"))
-    points = torch.cat([*(mode.loc[None] for mode in modes), *outwards, *flipped, prior])
+    terms = prior[:0] if can_be_surveyed(density) else tops_of_terms(density, prior, 0).places
+    points = torch.cat([*(mode.loc[None] for mode in modes), terms, *outwards, *flipped, prior])
     with torch.no_grad():
         points = points[torch.isfinite(density(points))]
     return points if density.batched else points[:SEARCHES_UNBATCHED]

@@ -51,12 +51,14 @@ def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, S
     """Return the log density in the chosen coordinates, a start there, and what the history says of the choice.
 
     ``density`` is centered. Paths climb in centered and in non-centered coordinates. The best normal on each side is
-    where learning begins; the better ELBO decides. A model that runs draw by draw is too slow to learn from: there the
-    better path decides between all centered and all non-centered.
+    where learning begins; the better ELBO decides. Where a normal with a diagonal covariance has a still better one
+    in coordinates that are all centered, or all non-centered, these are taken: without data, non-centered coordinates
+    are exact, and learning stops short of them. A model that runs draw by draw is too slow to learn from: there the
+    better path decides between the two.
     """
     wholly = density.elsewhere(True)
     family = _Family(density)
-    found, elbos = [], []
+    found, elbos, plain = [], [], []
     for number, candidate in enumerate((density, wholly)):
         path_seed = derive(seed, f"coordinates {number}")
         draws = prior_draws(candidate, PRIOR_DRAWS, seed=path_seed)
@@ -68,21 +70,41 @@ def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, S
         if math.isfinite(elbos[-1]) and density.batched:
             with seeded(path_seed, density.device):
                 noise = torch.randn(STARTED_FROM, density.dim, dtype=density.dtype, device=density.device)
-            found.append(family.learn(candidate, paths.best.map(noise)[0][best], seed=path_seed))
+            draws = paths.best.map(noise)[0][best]
+            found.append(family.learn(candidate, draws, seed=path_seed))
+            plain.append(_diagonal(candidate, paths.best.loc[best], draws.std(0), seed=path_seed))
     chosen = max(found, key=lambda learned: learned.start.elbo, default=None)
+    start = None if chosen is None else chosen.start
     kept: Any = not elbos[0] > elbos[1]
     if chosen is not None and math.isfinite(chosen.start.elbo):
         kept = {name: None if said is None else said.options for name, said in chosen.information.items()}
+        for noncentered, normal in enumerate(plain):
+            if start is None or normal.elbo > start.elbo:
+                kept, start = bool(noncentered), normal
     result = density.elsewhere(kept)
     result.evaluations += density.evaluations + wholly.evaluations + family.evaluations
     entry = {
         "stage": "coordinates",
         "noncentered": result.structure.noncentered,
-        "elbo": None if chosen is None else chosen.start.elbo,
+        "elbo": None if start is None else start.elbo,
         "elbo_centered": elbos[0],
         "elbo_noncentered": elbos[1],
     }
-    return result, None if chosen is None else chosen.start, entry
+    return result, start, entry
+
+
+@torch.no_grad()
+def _diagonal(density: LogDensity, loc: Tensor, scale: Tensor, *, seed: int) -> Start:
+    """Return the normal with this location and these scales (D,), and its ELBO."""
+    with seeded(derive(seed, "a diagonal normal"), density.device):
+        noise = torch.randn(JUDGED, density.dim, dtype=density.dtype, device=density.device)
+    return Start("coordinates", loc, scale, _elbo(density(loc + scale * noise), scale))
+
+
+def _elbo(log_p: Tensor, scale: Tensor) -> float:
+    """Return the ELBO of a normal with these scales (D,) by log densities (S,) at its draws; -inf if none is finite."""
+    elbo = float(log_p.mean() + scale.log().sum()) + 0.5 * len(scale) * math.log(2.0 * math.pi * math.e)
+    return elbo if math.isfinite(elbo) else -math.inf
 
 
 class _Family:
@@ -148,15 +170,13 @@ class _Family:
         loc, scale, said = ascent.result()
         with torch.no_grad():
             terms = self.look(loc + scale * noise, said)[0]
-        elbo = float(terms.mean() + scale.log().sum()) + 0.5 * density.dim * math.log(2.0 * math.pi * math.e)
-        elbo = elbo if math.isfinite(elbo) else -math.inf
         precision, center = said[: self.size].exp(), said[self.size :]
         precision = torch.where(precision * spread.square() < NOTHING, 0.0, precision)
         found = {
             name: information if bool(information.precision.any()) else None
             for name, information in self.information(precision.log(), center).items()
         }
-        return Learned(found, Start("coordinates", loc, scale, elbo))
+        return Learned(found, Start("coordinates", loc, scale, _elbo(terms, scale)))
 
 
 class _Ascent:
