@@ -75,13 +75,12 @@ def plot_pairs(
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
-    ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-    ...     with pyro.plate("row", len(y)):
-    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    ...     mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+    ...     pyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=y)
     >>> def guide(y):
-    ...     pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
-    >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3, -0.2]), draws=400)
-    >>> len(pf.plots.plot_pairs(posterior, "mu", "mu").axes)
+    ...     pyro.sample("mu", dist.Normal(y / 1.01, 1.01**-0.5).to_event(1))
+    >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3]), draws=400)
+    >>> len(pf.plots.plot_pairs(posterior, "mu[0]", "mu[1]").axes)
     1
     """
     posteriors = named(posterior)
