@@ -35,6 +35,7 @@ TRUSTED_K_HAT = 0.7
 SAME_END, TWINS = 0.1, 2  # sds between ends of paths that are one place; paths to each that are weighed
 ROUNDS, SURVEYED, FEW = 2, 96, 30  # of a survey; climbs, up to so many dimensions, and a third of them beyond
 DOUBTS = 12  # places that paths go on from
+SHORT = 10.0  # nats that tempering may fall short of; in 226 dimensions it was 33, and places were 10 and 13 ahead
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
 
@@ -170,13 +171,18 @@ def worth_tempering(
 
 
 def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempered) -> list[Lack]:
-    """Return the places with a good part of the mass, by tempering from the guide's own region, first, and there."""
+    """Return the places with a good part of the mass, by tempering from the guide's own region, first, and there.
+
+    What tempering falls short of in the guide's region, it may fall short of elsewhere, more or less. So the more that
+    is, the more a place must be ahead.
+    """
     density = guide.density
     covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
+    ahead = math.log(SHARE) + max(0.0, guide.covered - covered - SHORT)
     found = []
     for path, reached, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=True):
         log_weights = torch.where(guide.is_thin(reached, log_p), log_weights, -torch.inf)
-        if float(log_mean(log_weights)) - covered > math.log(SHARE):
+        if float(log_mean(log_weights)) - covered > ahead:
             thin_end = bool(guide.is_thin(ends[path.number][None], density(ends[path.number][None]).detach()))
             place = ends[path.number] if thin_end else reached[int(log_weights.argmax())]
             found.append(Lack(place, path.start))

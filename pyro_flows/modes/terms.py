@@ -9,7 +9,6 @@ afar comes to a narrow one. Its own term leads there from anywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -26,6 +25,8 @@ from pyro_flows.starts.pathfinder import climb
 
 CHOICES = 64  # of terms, at one sum: of each of its results, if it has several
 BRANCHES = 128  # densities in all
+SUMS, FEW = 16, 2  # at most, and with several results: with more, a model sums over paths, as those of Markov chains do
+SAME, AS_WIDE = 0.5, 0.3  # sds between normals that are one, and log ratio of their widths, both a coordinate
 FROM = 3  # draws that each is climbed from
 TICKS = 100
 ABOVE = 1e-4  # of a log density, rounding of single precision
@@ -47,7 +48,11 @@ class Terms:
         with quiet(), _Counting() as found:
             if density.batched:
                 density.single(z[0])
-        rows = [[number, *chosen] for number, size in enumerate(found.sizes) for chosen in _choices(*size)]
+        sums = [(number, size) for number, size in enumerate(found.sizes) if 1 < size[1] ** size[0] <= CHOICES]
+        sums = [(number, size) for number, size in sums if len(sums) <= SUMS and (size[0] == 1 or len(sums) <= FEW)]
+        rows = [
+            [number, *chosen] for number, (results, terms) in sums for chosen in product(range(terms), repeat=results)
+        ]
         width = max((len(row) for row in rows), default=1)
         filled = [row + [0] * (width - len(row)) for row in rows[:BRANCHES]]
         self.branches = torch.tensor(filled, dtype=torch.long, device=z.device).reshape(-1, width)
@@ -106,12 +111,20 @@ def tops_of_terms(density: LogDensity, z: Tensor, rows: int) -> Tops:
         return Tops(z[:0], z[:0, :, None].expand(-1, -1, density.dim), z[:0, 0])
     roots = lower_triangular(roots_of(terms.hessians(points))[0])
     size = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * density.dim * math.log(2.0 * math.pi)
-    return Tops(points[:, :-1], roots, terms.value_and_grad(points)[0] + size)
+    return _distinct(Tops(points[:, :-1], roots, terms.value_and_grad(points)[0] + size))
 
 
-def _choices(results: int, terms: int) -> Iterator[tuple[int, ...]]:
-    """Yield the terms to take for all results, in each way; nothing where there are too many."""
-    return product(range(terms), repeat=results) if 1 < terms**results <= CHOICES else iter(())
+def _distinct(tops: Tops) -> Tops:
+    """Return the normals that differ in place or width from those with more mass."""
+    kept: list[int] = []
+    widths = tops.roots.diagonal(dim1=-2, dim2=-1).log().mean(-1)
+    for number in tops.evidence.argsort(descending=True).tolist():
+        away = tops.places[number] - tops.places[kept]
+        x = torch.linalg.solve_triangular(tops.roots[kept], away[..., None], upper=False)[..., 0]
+        near = x.square().mean(-1).sqrt() < SAME
+        if not bool((near & ((widths[kept] - widths[number]).abs() < AS_WIDE)).any()):
+            kept.append(number)
+    return Tops(*(part[kept] for part in tops))
 
 
 class _Sums(TorchFunctionMode):
@@ -163,5 +176,8 @@ class _Taking(_Sums):
         results = total.numel()
         if not terms.dim() or not 1 < terms.shape[-1] ** results <= CHOICES:
             return total
-        taken = torch.gather(terms.reshape(results, -1), 1, self.branch[1 : 1 + results, None]).reshape(total.shape)
+        chosen = self.branch[1 : 1 + results, None].clamp_max(terms.shape[-1] - 1)  # of another sum, it may be more
+        if len(chosen) < results:
+            return total
+        taken = torch.gather(terms.reshape(results, -1), 1, chosen).reshape(total.shape)
         return torch.where(self.branch[0] == self.number, taken, total)

@@ -121,6 +121,51 @@ def test_data_with_a_mixture_each_have_too_many_terms():
     assert len(tops_of_terms(density, draws(density), ROWS).places) == 0
 
 
+def chain(y):
+    """Two hidden states along a series: sums of sums, whose terms are no modes."""
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+    stay = pyro.sample("stay", dist.Beta(real(2.0), 2.0))
+    move = torch.stack([torch.stack([stay, 1.0 - stay]), torch.stack([1.0 - stay, stay])]).log()
+    state = torch.zeros(2, dtype=torch.float64)
+    for seen in y:
+        state = torch.logsumexp(state[:, None] + move, 0) + dist.Normal(loc, 1.0).log_prob(seen)
+    pyro.factor("series", torch.logsumexp(state, 0))
+
+
+@pytest.mark.parametrize(("length", "branches"), [(4, 2), (40, 0)])
+def test_sums_over_paths_are_left_alone(length, branches):
+    y = torch.linspace(-2.0, 2.0, length).double()
+    density = pf.LogDensity(chain, (y,))
+    assert len(Terms(density, draws(density)).branches) == branches
+    assert len(tops_of_terms(density, draws(density), ROWS).places) <= branches
+
+
+def test_sums_of_different_sizes_stand_side_by_side():
+    """A row of one sum has numbers of terms that another does not have."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(3, dtype=torch.float64), 9.0).to_event(1))
+        pyro.factor("two", torch.logaddexp(-((x[0] - 4.0) ** 2), -((x[0] + 4.0) ** 2)))
+        pyro.factor("five", torch.logsumexp(-((x[1] - 8.0 * torch.arange(5)) ** 2), 0))
+        pyro.factor("pairs", torch.logsumexp(-((x[1:, None] - real(-6.0, 6.0)) ** 2), 1).sum())
+
+    density = pf.LogDensity(model)
+    assert len(Terms(density, draws(density)).branches) == 7  # two and five; with three sums, not those of several
+    tops = tops_of_terms(density, draws(density), ROWS)
+    assert 2 <= len(tops.places) <= 7
+
+
+def test_terms_that_are_alike_are_one():
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2, dtype=torch.float64), 9.0).to_event(1))
+        sizes = real(1.0, 1.0, 1.05, 3.0)
+        pyro.factor("four", torch.logsumexp(-0.5 * (x.square().sum() / sizes.square()) - 2.0 * sizes.log(), 0))
+
+    density = pf.LogDensity(model)
+    assert len(Terms(density, draws(density)).branches) == 4
+    assert len(tops_of_terms(density, draws(density), ROWS).places) == 2  # one narrow, one wide
+
+
 def test_normalized_weights_are_no_sum_of_densities():
     def model(y):
         logits = pyro.sample("logits", dist.Normal(torch.zeros(3), 1.0).to_event(1))
