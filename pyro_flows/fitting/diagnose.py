@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._seeding import seeded
+from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import alone
 from pyro_flows.correction.search import noted
 from pyro_flows.fitting.mcmc import from_mcmc
@@ -27,7 +27,9 @@ from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS
 from pyro_flows.verdict.deciding import Draw
+from pyro_flows.verdict.weighing import weigh
 
+POOR = 0.1  # effective share of the draws
 SEARCHED_DRAWS = 1000  # from which missed modes are searched for
 NOT_SEARCHED = ("no search for missed modes was made, since auxiliary sites hide the guide's density at given points",)
 
@@ -111,12 +113,22 @@ def _diagnose(
         else:
             check_sites(guide, trace, density)
             draw, score = from_traces(guide, density, args, kwargs, random_sites(trace))
-        search = Search(notes=NOT_SEARCHED)
-        if score is not None:
-            search = missed_modes(density, [], *draw(SEARCHED_DRAWS), score, seed=seed)
+        search = _searched(density, draw, score, seed)
         said: dict[str, Any] = {"failures": search.failures, "notes": search.notes, "contained": search.contained}
         said |= {"history": noted(search), "settings": {"diagnosed": True}, "losses": torch.zeros(0)}
         return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)
+
+
+def _searched(density: LogDensity, draw: Draw, score: Score | None, seed: int) -> Search:
+    """Search for modes that a guide lacks, if its weights say nothing against it: else it is thin in many places."""
+    if score is None:
+        return Search(notes=NOT_SEARCHED)
+    with seeded(derive(seed, "a search"), density.device):
+        z, log_q = draw(SEARCHED_DRAWS)
+        weighing = weigh(z, density(z), log_q)
+        if not weighing.k_hat < weighing.threshold or weighing.ess < POOR * len(z):
+            return Search()
+        return missed_modes(density, [], z, log_q, score, seed=seed)
 
 
 # continuous autoguides ------------------------------------------------------------------------------------------------

@@ -130,13 +130,13 @@ def _single(
     for label, name in zip(titles.values(), ("x", "y"), strict=True):
         axes.set(**{f"{name}label": parts.plain(label)})
     if len(layers) > 1:
-        first, *others = layers
-        names = [parts.plain(first), *(f"{parts.plain(name)}: 50 % and 90 % of its draws" for name in others)]
+        first, *others = parts.with_status(posteriors)
+        names = [first, *(f"{name}: 50 % and 90 % of its draws" for name in others)]
         narrow = width < parts.NARROW or len(names) > 2
         opaque(figure.legend(handles, names, loc="outside lower center", markerscale=3, ncols=1 if narrow else 2))
     text = " and ".join(titles.values())
-    if width < parts.NARROW:
-        parts.heading(figure, dict([next(iter(posteriors.items()))]), text)
+    if len(posteriors) > 1 or width < parts.NARROW:
+        parts.heading(figure, posteriors, text)
     else:
         parts.title(axes, next(iter(posteriors.values())), text)
     return figure
