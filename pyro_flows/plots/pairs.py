@@ -70,6 +70,18 @@ def plot_pairs(
 
     Raises:
         ValueError: for a name that is no scalar of the posterior, or of another one, and for fewer than two scalars.
+
+    Cost: a second at most; the figure is drawn when it is shown or saved.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y):
+    ...     mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+    ...     pyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=y)
+    >>> def guide(y):
+    ...     pyro.sample("mu", dist.Normal(y / 1.01, 1.01**-0.5).to_event(1))
+    >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3]), draws=400)
+    >>> len(pf.plots.plot_pairs(posterior, "mu[0]", "mu[1]").axes)
+    1
     """
     posteriors = named(posterior)
     datasets = {name: used(each) for name, each in posteriors.items()}
