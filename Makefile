@@ -155,5 +155,5 @@ bench: $(DEV)  ## the benchmarks (ARGS are handed on)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove what the other targets wrote, but for the virtual environment
-	rm -rf build dist demo-output docs/_build docs/_notebooks *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist demo-output examples/notebooks/results docs/_build docs/_notebooks *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find pyro_flows tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
