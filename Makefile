@@ -34,13 +34,18 @@ VENV_STATE := $(shell if [ -e "$(VENV)/pyvenv.cfg" ]; then echo environment; \
 RUNTIME := $(VENV)/.stamp-$(PYTHON_VERSION)-runtime
 DEV := $(VENV)/.stamp-$(PYTHON_VERSION)-dev
 DOCS := $(VENV)/.stamp-$(PYTHON_VERSION)-docs
+NOTEBOOKS := $(VENV)/.stamp-$(PYTHON_VERSION)-notebooks
+DIST := $(VENV)/.stamp-$(PYTHON_VERSION)-dist
+
+# Where `make dist` installs the wheel. It is made anew each time, so it stands in build/, which is all written by tools.
+CLEAN := build/wheel-$(PYTHON_VERSION)
 
 # One thread a test process: pytest-xdist already keeps every core busy.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help check-python check-venv again install venv demo test test-all lint format docs bench clean
+.PHONY: help check-python check-venv again install venv demo test test-all lint format docs notebooks dist bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -98,6 +103,14 @@ $(DOCS): $(DEV)
 	$(PIP) -e ".[docs]"
 	@touch "$@"
 
+$(NOTEBOOKS): $(DEV)
+	$(PIP) -e ".[notebooks]"
+	@touch "$@"
+
+$(DIST): $(DEV)
+	$(PIP) -e ".[dist]"
+	@touch "$@"
+
 install: $(RUNTIME)  ## make the virtual environment and install the package
 
 venv: $(DEV)  ## make the virtual environment and install what development needs
@@ -108,7 +121,7 @@ demo: $(RUNTIME)  ## fit eight schools and write plots and results to demo-outpu
 test: $(DEV)  ## the tests and doctests, without the slow ones
 	$(PYTEST) $(ARGS)
 
-test-all: $(DEV)  ## all tests and doctests
+test-all: $(NOTEBOOKS)  ## all tests and doctests; the notebooks run too
 	$(PYTEST) -m "" $(ARGS)
 
 lint: $(DEV)  ## style, format and types, changing nothing
@@ -123,9 +136,24 @@ format: $(DEV)  ## rewrite the files in the project's format
 docs: $(DOCS)  ## the documentation, to docs/_build/html/index.html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
+notebooks: $(NOTEBOOKS)  ## run the notebooks from clean kernels and store their outputs (ARGS="01 02" runs two)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/notebooks/execute.py $(ARGS)
+
+dist: $(DIST)  ## wheel and source package, to dist/; the wheel runs README's code in an environment of its own
+	rm -rf dist "$(CLEAN)"
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	@echo "Installing the wheel and the libraries that it runs on into $(CLEAN), with Python $(PYTHON_VERSION);" \
+	  "$(SIZE). What pip has in its cache is not downloaded again."
+	$(PYTHON) -m venv "$(CLEAN)"
+	$(if $(strip $(TORCH)),"$(CLEAN)/bin/python" -m pip install $(PIP_ARGS) $(TORCH))
+	"$(CLEAN)/bin/python" -m pip install $(PIP_ARGS) dist/*.whl
+	cd build && "../$(CLEAN)/bin/python" ../tests/markdown.py ../README.md
+	cd build && "../$(CLEAN)/bin/pyro-flows" demo --out "../$(CLEAN)/demo-output"
+
 bench: $(DEV)  ## the benchmarks (ARGS are handed on)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove what the other targets wrote, but for the virtual environment
-	rm -rf build dist demo-output docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist demo-output examples/notebooks/results docs/_build docs/_notebooks *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find pyro_flows tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,4 +1,4 @@
-"""The section on calibration of ``docs/performance.md``."""
+"""The section on calibration of ``docs/evidence/accuracy.md``."""
 
 from __future__ import annotations
 

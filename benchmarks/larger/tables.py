@@ -36,7 +36,7 @@ def newest(rows: Iterable[Row]) -> dict[str, Groups]:
 
 
 def larger_section(rows: Sequence[Row]) -> str:
-    """Return the section of ``docs/performance.md``."""
+    """Return the section of ``docs/evidence/nuts.md``."""
     groups = newest(rows)
     kept = [row for models in groups.values() for group in models.values() for row in group]
     versions = dict.fromkeys(row["version"].rpartition(" ")[0] for row in kept)

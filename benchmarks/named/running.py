@@ -97,7 +97,7 @@ def right(row: Row) -> bool:
 
 
 def section(rows: Sequence[Row], table: Any, about: Any) -> str:
-    """Return the section of ``docs/performance.md``."""
+    """Return the section of ``docs/evidence/accuracy.md``."""
     groups: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["runs"]), {})[row["seed"]] = row

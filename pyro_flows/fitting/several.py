@@ -64,7 +64,7 @@ def several(
     weighty = found.weighty()
     if len(weighty) < 2 or not (_falls(density, weighty.modes, barrier) or _are_apart(weighty, seed)):
         return None
-    separable = is_separable(density, z, seed=seed)
+    separable = is_separable(density, z, seed=seed, modes=weighty.modes)
     found = found if separable else survey(density, z, seed=seed, rounds=ROUNDS, before=found)
     product = _tabulated(density, found.weighty(), seed) if separable else None
     if product is not None:

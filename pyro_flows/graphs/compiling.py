@@ -18,7 +18,7 @@ from pyro_flows.graphs.bindings import quicken, turn
 from pyro_flows.graphs.graph import agree, copy_graph, is_pure, sweep
 from pyro_flows.graphs.outline import Outline
 
-# what a processor of 2026 took, in seconds (docs/performance.md); rules by clocks would make results depend on the load
+# what a processor of 2026 took, in seconds (docs/evidence/speed.md); by clocks, results would depend on the load
 COMPILE_START = 3.0  # to compile anything, in a process that has not done so yet, and for each graph more
 COMPILE_NODE = 0.02  # more for each operation
 SAVED_NODE = 7.0e-7  # a run saves for each operation,

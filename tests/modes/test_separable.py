@@ -40,6 +40,22 @@ def test_a_product_is_told_from_what_is_none(coupling):
     assert is_separable(density, points(density), seed=0) == (coupling == 0.0)
 
 
+def test_two_far_modes_are_no_product_though_each_is():
+    """Points about one of them, and single coordinates of the other, all look like a product."""
+    sides = torch.tensor([[1.0], [-1.0]], dtype=torch.float64) * 20.0
+
+    def two(z):
+        return torch.logsumexp(-0.5 * (z - sides).square().sum(-1), 0)
+
+    density = flat(two, 6)
+    z = sides[0] + torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    modes = sides.expand(2, 6)
+    assert is_separable(density, z, seed=0)
+    assert not is_separable(density, z, seed=0, modes=modes)
+    every = torch.tensor([[1.75, 1.75], [1.75, -1.75], [-1.75, 1.75]], dtype=torch.float64)
+    assert is_separable(flat(wells, 2), every, seed=0, modes=every)
+
+
 def test_one_coordinate_is_no_product():
     density = flat(wells, 1)
     assert not is_separable(density, points(density), seed=0)
