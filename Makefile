@@ -35,13 +35,17 @@ RUNTIME := $(VENV)/.stamp-$(PYTHON_VERSION)-runtime
 DEV := $(VENV)/.stamp-$(PYTHON_VERSION)-dev
 DOCS := $(VENV)/.stamp-$(PYTHON_VERSION)-docs
 NOTEBOOKS := $(VENV)/.stamp-$(PYTHON_VERSION)-notebooks
+DIST := $(VENV)/.stamp-$(PYTHON_VERSION)-dist
+
+# Where `make dist` installs the wheel. It is made anew each time, so it stands in build/, which is all written by tools.
+CLEAN := build/wheel-$(PYTHON_VERSION)
 
 # One thread a test process: pytest-xdist already keeps every core busy.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help check-python check-venv again install venv demo test test-all lint format docs notebooks bench clean
+.PHONY: help check-python check-venv again install venv demo test test-all lint format docs notebooks dist bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -103,6 +107,10 @@ $(NOTEBOOKS): $(DEV)
 	$(PIP) -e ".[notebooks]"
 	@touch "$@"
 
+$(DIST): $(DEV)
+	$(PIP) -e ".[dist]"
+	@touch "$@"
+
 install: $(RUNTIME)  ## make the virtual environment and install the package
 
 venv: $(DEV)  ## make the virtual environment and install what development needs
@@ -131,9 +139,21 @@ docs: $(DOCS)  ## the documentation, to docs/_build/html/index.html
 notebooks: $(NOTEBOOKS)  ## run the notebooks from clean kernels and store their outputs (ARGS="01 02" runs two)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/notebooks/execute.py $(ARGS)
 
+dist: $(DIST)  ## wheel and source package, to dist/; the wheel runs README's code in an environment of its own
+	rm -rf dist "$(CLEAN)"
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	@echo "Installing the wheel and the libraries that it runs on into $(CLEAN), with Python $(PYTHON_VERSION);" \
+	  "$(SIZE). What pip has in its cache is not downloaded again."
+	$(PYTHON) -m venv "$(CLEAN)"
+	$(if $(strip $(TORCH)),"$(CLEAN)/bin/python" -m pip install $(PIP_ARGS) $(TORCH))
+	"$(CLEAN)/bin/python" -m pip install $(PIP_ARGS) dist/*.whl
+	cd build && "../$(CLEAN)/bin/python" ../tests/markdown.py ../README.md
+	cd build && "../$(CLEAN)/bin/pyro-flows" demo --out "../$(CLEAN)/demo-output"
+
 bench: $(DEV)  ## the benchmarks (ARGS are handed on)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove what the other targets wrote, but for the virtual environment
-	rm -rf build dist demo-output docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist demo-output examples/notebooks/results docs/_build docs/_notebooks *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find pyro_flows tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

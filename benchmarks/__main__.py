@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if only or not options.only:
         _posteriors(options, only)
     tables.write_tables(posteriordb_csv=options.out)
-    print(f"Tables: docs/{tables.PAGE.name}")
+    print(f"Tables: docs/{tables.EVIDENCE.name}")
 
 
 def _posteriors(options: argparse.Namespace, only: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Tables and phrases of ``docs/performance.md``."""
+"""Tables and phrases of the pages in ``docs/evidence``."""
 
 from __future__ import annotations
 

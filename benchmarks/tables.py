@@ -1,4 +1,4 @@
-"""Write the tables of ``docs/performance.md`` from the CSV files of the benchmarks.
+"""Write the tables of the pages in ``docs/evidence`` from the CSV files of the benchmarks.
 
     python -m benchmarks.tables
 
@@ -11,8 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import records
+from benchmarks.calibration import running as calibration
+from benchmarks.calibration.tables import section as calibration_section
 from benchmarks.density import running as density
 from benchmarks.density import tables as density_tables
+from benchmarks.larger import running as larger
+from benchmarks.larger.tables import larger_section
 from benchmarks.markdown import about, table
 from benchmarks.modes import __main__ as modes
 from benchmarks.named import running as named
@@ -30,60 +34,29 @@ from benchmarks.toys.tables import toys_section
 from benchmarks.zoo import reporting as zoo_reporting
 from benchmarks.zoo import running as zoo_running
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+EVIDENCE = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 SKELETON = """# Performance
 
 `make bench` runs the benchmarks and writes the tables of this page.
 
-## Is the verdict right?
-
-<!-- zoo: begin -->
-<!-- zoo: end -->
-
-## Models that statisticians bring
-
-<!-- named: begin -->
-<!-- named: end -->
-
-## Several modes
-
-<!-- modes: begin -->
-<!-- modes: end -->
-
-## Speed
-
-<!-- speed: begin -->
-<!-- speed: end -->
-
-## Posteriors with reference draws
-
-<!-- posteriordb: begin -->
-<!-- posteriordb: end -->
-
-## Against NUTS
-
-<!-- nuts: begin -->
-<!-- nuts: end -->
-
-## What the automatic stop costs
-
-<!-- stopping: begin -->
-<!-- stopping: end -->
-
-## Toy targets
-
-<!-- toys: begin -->
-<!-- toys: end -->
-
-## Densities of data
-
-<!-- density: begin -->
-<!-- density: end -->
 """
+TITLES = {
+    "posteriordb": "Posteriors with reference draws",
+    "zoo": "Is the verdict right?",
+    "named": "Models that statisticians bring",
+    "modes": "Several modes",
+    "toys": "Toy targets",
+    "nuts": "Against NUTS",
+    "larger": "Larger models against NUTS",
+    "calibration": "Calibration",
+    "speed": "Speed",
+    "stopping": "What the automatic stop costs",
+    "density": "Densities of data",
+}
 
 
 def write_tables(
-    page: Path = PAGE,
+    page: Path | None = None,
     *,
     zoo_csv: Path = zoo_running.OUT,
     named_csv: Path = named.OUT,
@@ -91,16 +64,22 @@ def write_tables(
     speed_csv: Path = speed.OUT,
     posteriordb_csv: Path = posteriordb.OUT,
     nuts_csv: Path = nuts.OUT,
+    larger_csv: Path = larger.OUT,
+    calibration_csv: Path = calibration.OUT,
     stopping_csv: Path = stopping.OUT,
     toys_csv: Path = toys.OUT,
     density_csv: Path = density.OUT,
 ) -> None:
-    """Fill the sections of ``page`` whose CSV file is there; make the page if there is none.
+    """Fill the sections whose CSV file is there, each in the page that has its markers.
+
+    The pages are those of ``docs/evidence``, or one ``page``, which is made if there is none.
 
     Raises:
-        ValueError: if the page lacks the markers of a section.
+        ValueError: if no page has the markers of a section.
     """
-    text = page.read_text(encoding="utf-8") if page.is_file() else SKELETON
+    pages = sorted(EVIDENCE.glob("*.md")) if page is None else [page]
+    if page is not None and not page.is_file():
+        page.write_text(_skeleton(), encoding="utf-8")
     sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
         ("zoo", zoo_csv, lambda rows: zoo_reporting.section(rows, table, about)),
         ("named", named_csv, lambda rows: named.section(rows, table, about)),
@@ -108,14 +87,28 @@ def write_tables(
         ("speed", speed_csv, lambda rows: speed_tables.section(rows, table)),
         ("posteriordb", posteriordb_csv, posteriordb_section),
         ("nuts", nuts_csv, nuts_section),
+        ("larger", larger_csv, larger_section),
+        ("calibration", calibration_csv, calibration_section),
         ("stopping", stopping_csv, stopping_section),
         ("toys", toys_csv, toys_section),
         ("density", density_csv, density_section),
     ]
     for name, file, section in sections:
         if rows := records.read(file):
-            text = replace(text, name, section(rows))
-    page.write_text(text, encoding="utf-8")
+            _fill(pages, name, section(rows))
+
+
+def _skeleton() -> str:
+    """Return a page that has nothing but headings and markers."""
+    parts = [f"## {title}\n\n<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name, title in TITLES.items()]
+    return SKELETON + "\n".join(parts)
+
+
+def _fill(pages: Sequence[Path], name: str, content: str) -> None:
+    """Put a section into the page that has its markers."""
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    page = next((page for page, text in texts.items() if f"<!-- {name}: begin -->" in text), pages[0])
+    page.write_text(replace(texts[page], name, content), encoding="utf-8")
 
 
 def replace(text: str, name: str, content: str) -> str:
@@ -132,13 +125,10 @@ def replace(text: str, name: str, content: str) -> str:
     return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
 
 
-# ---- sections --------------------------------------------------------------------------------------------------------
+def density_section(rows: Sequence[Row], planar_csv: Path = planar.OUT) -> str:
+    """Return the section about densities of data."""
+    return density_tables.section(rows, records.read(planar_csv), table, about)
 
 
 if __name__ == "__main__":
     write_tables()
-
-
-def density_section(rows: Sequence[Row], planar_csv: Path = planar.OUT) -> str:
-    """Return the section about densities of data."""
-    return density_tables.section(rows, records.read(planar_csv), table, about)

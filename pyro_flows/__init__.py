@@ -1,19 +1,11 @@
 """Normalizing flows as guides and priors for Pyro models: fitted in one call, judged honestly, handed over to ArviZ."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from pyro_flows import datasets, interpolation, objectives, pictures, plots
+from pyro_flows import objectives
 from pyro_flows._warnings import UnreliableWarning
-from pyro_flows.calibration.fit_many import fit_many
-from pyro_flows.calibration.result import Calibration
-from pyro_flows.calibration.sbc import sbc
-from pyro_flows.comparison.compare import Comparison, compare
-from pyro_flows.comparison.evidence import Estimate, Evidence
-from pyro_flows.comparison.loo import Loo
-from pyro_flows.comparison.prior import prior_predictive
-from pyro_flows.comparison.sensitivity import Sensitivity
-from pyro_flows.density_estimation.fit_density import fit_density
-from pyro_flows.density_estimation.fitted import DensityFit
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import fit
 from pyro_flows.fitting.mcmc import from_mcmc
@@ -25,8 +17,6 @@ from pyro_flows.guides.named import AutoNICE, AutoPlanar, AutoRealNVP
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.posterior.posterior import Posterior, load
-from pyro_flows.priors.fit import prior_from
-from pyro_flows.priors.fitted import FittedPrior
 from pyro_flows.transforms import masks
 from pyro_flows.transforms.affine_coupling import AdditiveCoupling, AffineCoupling
 from pyro_flows.transforms.base import Bijection, Bound, Inverse
@@ -42,6 +32,43 @@ from pyro_flows.transforms.spline_coupling import SplineCoupling
 from pyro_flows.transforms.tails import SinhArcsinh
 from pyro_flows.verdict.chains import ChainFigures, Chains
 from pyro_flows.verdict.verdict import Verdict
+
+if TYPE_CHECKING:
+    from pyro_flows import datasets, interpolation, pictures, plots
+    from pyro_flows.calibration.fit_many import fit_many
+    from pyro_flows.calibration.result import Calibration
+    from pyro_flows.calibration.sbc import sbc
+    from pyro_flows.comparison.compare import Comparison, compare
+    from pyro_flows.comparison.evidence import Estimate, Evidence
+    from pyro_flows.comparison.loo import Loo
+    from pyro_flows.comparison.prior import prior_predictive
+    from pyro_flows.comparison.sensitivity import Sensitivity
+    from pyro_flows.density_estimation.fit_density import fit_density
+    from pyro_flows.density_estimation.fitted import DensityFit
+    from pyro_flows.priors.fit import prior_from
+    from pyro_flows.priors.fitted import FittedPrior
+
+# What a fit does not need is imported when it is asked for: a third of the time that the package takes.
+_LATER = {
+    "datasets": "datasets",
+    "interpolation": "interpolation",
+    "pictures": "pictures",
+    "plots": "plots",
+    "fit_many": "calibration.fit_many",
+    "Calibration": "calibration.result",
+    "sbc": "calibration.sbc",
+    "Comparison": "comparison.compare",
+    "compare": "comparison.compare",
+    "Estimate": "comparison.evidence",
+    "Evidence": "comparison.evidence",
+    "Loo": "comparison.loo",
+    "prior_predictive": "comparison.prior",
+    "Sensitivity": "comparison.sensitivity",
+    "fit_density": "density_estimation.fit_density",
+    "DensityFit": "density_estimation.fitted",
+    "prior_from": "priors.fit",
+    "FittedPrior": "priors.fitted",
+}
 
 try:
     __version__ = version("pyro-flows")
@@ -113,6 +140,16 @@ __all__ = [
     "sbc",
     "spline",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name that is asked for the first time."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_LATER[name]}")
+    value = module if _LATER[name] == name else getattr(module, name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

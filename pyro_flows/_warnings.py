@@ -23,6 +23,13 @@ class UnreliableWarning(UserWarning):
     Each line of code that takes such draws from a :class:`Posterior` warns once for each posterior, however often it
     runs. To silence it, once the verdict has been read:
     ``warnings.filterwarnings("ignore", category=pf.UnreliableWarning)``.
+
+    >>> import warnings, pyro_flows as pf
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore", pf.UnreliableWarning)
+    ...     warnings.warn("read, and gone on", pf.UnreliableWarning)
+    >>> issubclass(pf.UnreliableWarning, UserWarning)
+    True
     """
 
 

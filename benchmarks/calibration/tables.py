@@ -1,15 +1,11 @@
-"""Write the section on calibration of ``docs/performance.md`` from the CSV file.
-
-python -m benchmarks.calibration.tables
-"""
+"""The section on calibration of ``docs/evidence/accuracy.md``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks import records, tables
-from benchmarks.calibration.running import OUT
+from benchmarks import records
+from benchmarks.markdown import table
 
 HEADER = ("model", "draws of", "simulations", "CPU s", "CPU s each", "p, all", "smallest p", "50 %", "95 %", "verdicts")
 
@@ -25,7 +21,7 @@ def section(rows: Sequence[records.Row]) -> str:
     rows = newest(rows)
     body = [_line(row) for row in rows]
     about = f"Measured on {rows[-1]['machine']}; {rows[-1]['software']}. pyro_flows {rows[-1]['version']}."
-    return "\n\n".join([f"{_text(rows)} {about}", tables.table(HEADER, body)])
+    return "\n\n".join([f"{_text(rows)} {about}", table(HEADER, body)])
 
 
 def _line(row: records.Row) -> list[str]:
@@ -62,14 +58,3 @@ def _text(rows: Sequence[records.Row]) -> str:
             f"by {row['rank_distance']} on average; two sets of exact draws differ by {row['expected_distance']}."
         )
     return " ".join(said)
-
-
-def write(page: Path = tables.PAGE, file: Path = OUT) -> None:
-    """Put the section into the page."""
-    if rows := records.read(file):
-        text = page.read_text(encoding="utf-8")
-        page.write_text(tables.replace(text, "calibration", section(rows)), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write()

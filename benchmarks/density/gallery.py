@@ -1,4 +1,4 @@
-"""The pictures of docs/densities.md, from fits that the density benchmark has kept, and planar flows trained here.
+"""The pictures of docs/understand/densities.md: fits that the density benchmark has kept, planar flows trained here.
 
     python -m benchmarks.density --only mnist photos --methods pyro_flows --seeds 0 --fits fits
     python -m benchmarks.density --only emoji --methods pyro_flows --seeds 0 --seconds 600 --fits fits

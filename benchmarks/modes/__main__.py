@@ -116,7 +116,7 @@ def run(task: tuple[str, str, int]) -> Row:
 
 
 def section(rows: Sequence[Row], table: Any, about: Any) -> str:
-    """Return the section of ``docs/performance.md``."""
+    """Return the section of ``docs/evidence/accuracy.md``."""
     body = []
     for row in rows:
         masses = f"{float(row['least']):.2f} to {float(row['most']):.2f}" if row["least"] else ""

@@ -13,6 +13,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from benchmarks.named import gym
+
 Data = tuple[Tensor, ...]
 
 
@@ -170,13 +172,32 @@ def mirrored_data(dim: int) -> Data:
     return (4.0 / dim**0.5 * torch.ones(dim, dtype=torch.float64),)
 
 
+# a funnel ------------------------------------------------------------------------------------------------------------
+
+
+def funnel() -> None:
+    """A hundred numbers whose common log variance is unknown, without data."""
+    log_variance = pyro.sample("v", dist.Normal(ZERO, 3.0))
+    with pyro.plate("leaf", 100):
+        pyro.sample("x", dist.Normal(ZERO, (0.5 * log_variance).exp()))
+
+
+def funnel_moments() -> gym.Moments:
+    """Of the log variance; those of the numbers have no use, since their tails are so heavy."""
+    return {"v": {"mean": 0.0, "sd": 3.0}}
+
+
 @dataclass(frozen=True)
 class Named:
-    """A model and its data; ``mirrored`` if all that is judged is whether both signs of ``loading`` are there."""
+    """A model and its data; ``mirrored`` if all that is judged is whether both signs of ``loading`` are there.
+
+    ``moments`` are true means and standard deviations by site, of models that have none in ``reference.json``.
+    """
 
     model: Callable[..., None]
     data: Callable[[], Data]
     mirrored: bool = False
+    moments: Callable[[], gym.Moments] | None = None
 
 
 MODELS = {
@@ -190,4 +211,8 @@ MODELS = {
     "factor_226": Named(factor, functools.partial(factor_data, 200, 13), True),
     "items_76": Named(item_response, functools.partial(item_data, 60, 8), True),
     "items_216": Named(item_response, functools.partial(item_data, 200, 8), True),
+    "brownian_32": Named(gym.brownian, gym.brownian_data, moments=gym.brownian_moments),
+    "volatility_103": Named(gym.volatility, gym.volatility_data, moments=gym.volatility_moments),
+    "items_501": Named(gym.items, gym.items_data, moments=gym.items_moments),
+    "funnel_101": Named(funnel, tuple, moments=funnel_moments),
 }

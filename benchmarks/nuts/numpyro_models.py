@@ -1,35 +1,22 @@
-"""NumPyro ports of the models of :mod:`benchmarks.posteriors.models`, and NumPyro's NUTS on one of them.
+"""NumPyro ports of the models of :mod:`benchmarks.posteriors.models`.
 
-    python -m benchmarks.nuts.numpyro_models MODEL IN.npz OUT.npz --seed 0
-
-Run by :mod:`benchmarks.nuts` in an environment that has NumPyro and need not have torch. ``IN`` holds the arguments of
-the model under ``0``, ``1``, ... . ``OUT`` gets the draws of each site, chain after chain, and the seconds that they
-took, compilation included. Where ``IN`` holds unconstrained points of each site as well, ``OUT`` gets the log density
-at these instead. Names, arguments and coordinates are those of the Pyro models, whose docstrings say what they are.
+Names, arguments and coordinates are those of the Pyro models, whose docstrings say what they are.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
 from jax.nn import logsumexp
 from numpyro.distributions import constraints
-from numpyro.infer import MCMC, NUTS
-from numpyro.infer.util import potential_energy
 
-from benchmarks.clock import Stopwatch
-
-CHAINS, LENGTH = 4, 1000
 JITTER = 1e-9
 STEPS_TO_FIRST = 6
 ORDER = 5
@@ -226,56 +213,3 @@ MODELS: dict[str, Callable[..., None]] = {
         one_comp_mm_elim_abs,
     )
 }
-
-
-# ---- what is done with them ------------------------------------------------------------------------------------------
-
-
-def draw(model: Callable[..., None], args: Sequence[Array], seed: int) -> dict[str, Any]:
-    """Return draws of NUTS as it comes, by site, and the seconds that they took.
-
-    The chains run side by side, which takes little more than half of what one after the other takes on one thread.
-    """
-    watch = Stopwatch()
-    mcmc = MCMC(
-        NUTS(model),
-        num_warmup=LENGTH,
-        num_samples=LENGTH,
-        num_chains=CHAINS,
-        chain_method="vectorized",
-        progress_bar=False,
-    )
-    mcmc.run(jax.random.PRNGKey(seed), *args)
-    draws = {name: np.asarray(value) for name, value in mcmc.get_samples().items()}
-    return {**draws, "seconds": watch.wall(), "cpu_seconds": watch.cpu()}
-
-
-def log_density(model: Callable[..., None], args: Sequence[Array], points: dict[str, Array]) -> np.ndarray:
-    """Return the log density (S,) at unconstrained points, by site (S, ...)."""
-    count = len(next(iter(points.values())))
-    rows = [{name: value[i] for name, value in points.items()} for i in range(count)]
-    return np.array([-float(potential_energy(model, tuple(args), {}, row)) for row in rows])
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.nuts.numpyro_models",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", choices=MODELS)
-    parser.add_argument("given", type=Path, metavar="IN.npz")
-    parser.add_argument("out", type=Path, metavar="OUT.npz")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    numpyro.enable_x64()
-    given = {name: jnp.asarray(value) for name, value in np.load(options.given).items()}
-    args = [given.pop(str(index)) for index in range(sum(name.isdigit() for name in given))]
-    model = MODELS[options.model]
-    found = {"log_density": log_density(model, args, given)} if given else draw(model, args, options.seed)
-    np.savez(options.out, **found)
-
-
-if __name__ == "__main__":
-    main()

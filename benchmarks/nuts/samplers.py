@@ -1,9 +1,9 @@
-"""Draws of a posterior and the seconds that they take: our fit, NUTS of Pyro and NUTS of NumPyro.
+"""Draws of a posterior and the seconds that they take: our fit, and NUTS of Pyro, of NumPyro and of nutpie.
 
 Pyro's NUTS runs the model under Pyro's handlers at each point, as it does by itself, but in the unconstrained
 coordinates of :class:`pyro_flows.LogDensity`: its own set-up cannot start from improper priors, and fixes a support
 that depends on a latent. (On the *recorded* density a gradient of eight schools takes 0.2 ms in place of 1.0.)
-NumPyro's NUTS gets models of its own, see :mod:`benchmarks.nuts.numpyro_models`.
+NUTS of NumPyro and of nutpie get NumPyro's ports of the models, see :mod:`benchmarks.nuts.numpyro_models`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -24,11 +25,13 @@ from torch import Tensor
 
 import pyro_flows
 from benchmarks.clock import Stopwatch
+from benchmarks.nuts import stages
 from benchmarks.posteriors.models import Problem
 from benchmarks.posteriors.running import DRAWS, OURS
 from pyro_flows import LogDensity
+from pyro_flows._clock import ledger
 
-PYRO, NUMPYRO = "Pyro NUTS", "NumPyro NUTS"
+PYRO, NUMPYRO, NUTPIE = "Pyro NUTS", "NumPyro NUTS", "nutpie"
 INTERPRETER = "NUMPYRO_PYTHON"  # the variable that names it
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,18 +55,21 @@ class Sampled:
     seconds: float
     cpu_seconds: float
     scaled: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
-def fit(problem: Problem, seed: int) -> Sampled:
+def fit(problem: Problem, seed: int, draws: int = DRAWS) -> Sampled:
     """Fit as it comes; its draws are those to use."""
     watch = Stopwatch()
-    found = pyro_flows.fit(problem.model, *problem.args, seed=seed, draws=DRAWS, progress=False)
+    with ledger() as kept:
+        found = pyro_flows.fit(problem.model, *problem.args, seed=seed, draws=draws, progress=False)
     seconds, cpu_seconds = watch.wall(), watch.cpu()
-    draws: Tensor = found.used
+    used: Tensor = found.used
     assert found.density is not None
     if found.density.structure.noncentered:
-        draws = LogDensity(problem.model, problem.args).unconstrain(found.density.constrain(draws))
-    return Sampled(draws, seconds, cpu_seconds)
+        used = LogDensity(problem.model, problem.args).unconstrain(found.density.constrain(used))
+    notes = {"status": found.verdict.status, "gradients": found.settings["gradient_evaluations"]}
+    return Sampled(used, seconds, cpu_seconds, notes={**notes, "parts": stages.written(kept.seconds)})
 
 
 def pyro_nuts(problem: Problem, seed: int) -> Sampled:
@@ -137,30 +143,48 @@ def run_chains(
 
 def numpyro_nuts(problem: Problem, seed: int) -> Sampled:
     """Run NumPyro's NUTS by the interpreter that has it."""
-    found = in_numpyro(problem, seed=seed)
+    return _in_jax(problem, seed, by="numpyro")
+
+
+def nutpie_nuts(problem: Problem, seed: int) -> Sampled:
+    """Run nutpie's NUTS by the interpreter that has NumPyro and nutpie."""
+    return _in_jax(problem, seed, by="nutpie")
+
+
+def _in_jax(problem: Problem, seed: int, by: str) -> Sampled:
+    found = in_numpyro(problem, seed=seed, by=by)
     seconds, cpu_seconds = (float(found.pop(name)) for name in ("seconds", "cpu_seconds"))
     draws = {name: torch.from_numpy(value) for name, value in found.items()}
     return Sampled(LogDensity(problem.model, problem.args).unconstrain(draws), seconds, cpu_seconds)
 
 
-def in_numpyro(problem: Problem, points: dict[str, Tensor] | None = None, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """Return what :mod:`benchmarks.nuts.numpyro_models` finds: draws, or the log density at points by site."""
+def in_numpyro(
+    problem: Problem,
+    points: dict[str, Tensor] | None = None,
+    *,
+    seed: int = 0,
+    by: str = "numpyro",
+    length: int = LENGTH,
+) -> dict[str, np.ndarray]:
+    """Return what :mod:`benchmarks.nuts.jax_runs` finds: draws, or the log density at points by site."""
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder) / "given.npz", Path(folder) / "out.npz"
         arrays = {str(index): value for index, value in enumerate(problem.args)} | (points or {})
         np.savez(given, **{name: value.numpy() for name, value in arrays.items()})  # type: ignore[arg-type]
-        command = [os.environ[INTERPRETER], "-m", "benchmarks.nuts.numpyro_models", problem.model.__name__]
-        command += [str(given), str(out), "--seed", str(seed)]
+        command = [os.environ[INTERPRETER], "-m", "benchmarks.nuts.jax_runs", problem.model.__name__]
+        command += [str(given), str(out), "--seed", str(seed), "--by", by, "--length", str(length)]
         environment = {**os.environ, **SINGLE_THREAD}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+            said = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}, maybe by its limit"]
+            raise RuntimeError(said[-1])
         return dict(np.load(out))
 
 
-def numpyro_version() -> str | None:
-    """Return the versions of NumPyro and JAX, None where no interpreter has them."""
-    code = "from importlib.metadata import version; print(*(f'{name}-{version(name)}' for name in ('numpyro', 'jax')))"
+def numpyro_version(*also: str) -> str | None:
+    """Return the versions of NumPyro and JAX, and of packages named, None where no interpreter has all of them."""
+    names = (*also, "numpyro", "jax")
+    code = f"from importlib.metadata import version; print(*(f'{{name}}-{{version(name)}}' for name in {names}))"
     try:
         done = subprocess.run([os.environ[INTERPRETER], "-c", code], capture_output=True, text=True)
     except (KeyError, OSError):
@@ -169,3 +193,4 @@ def numpyro_version() -> str | None:
 
 
 METHODS: dict[str, Callable[[Problem, int], Sampled]] = {OURS: fit, PYRO: pyro_nuts, NUMPYRO: numpyro_nuts}
+METHODS[NUTPIE] = nutpie_nuts

@@ -55,7 +55,8 @@ posterior = pf.fit(eight_schools, effect, error, seed=1)
 # %% [markdown]
 # ## The verdict
 #
-# Read the verdict before anything else. It says whether the samples can be used.
+# Read the verdict before anything else. It says whether the samples can be used. A notebook shows the last value of a
+# cell. In a script, write `print(posterior.verdict)`.
 
 # %%
 posterior.verdict
@@ -84,7 +85,8 @@ posterior.summary()
 #
 # ## Figures
 #
-# Each function returns a matplotlib figure. The first one shows the marginal distributions.
+# The first figure shows the marginal distributions. Each function returns a matplotlib figure. In a script, save it:
+# `pf.plots.plot_posterior(posterior).savefig("posterior.png")`.
 
 # %%
 pf.plots.plot_posterior(posterior, ["mu", "tau"])
@@ -124,7 +126,8 @@ print(f"P(effect > 0) in a ninth school: {(ninth > 0).float().mean():.2f}")
 # ## ArviZ
 #
 # `to_arviz` returns the object that ArviZ reads: a `DataTree` with ArviZ 1.x, and an `InferenceData` with ArviZ 0.23.
-# It holds the draws, the log likelihood, predictive draws and the data.
+# It holds the draws, the log likelihood, predictive draws and the data. ArviZ estimates the effective sample size from
+# the order of the draws, so it differs a little from `ess` above.
 
 # %%
 import arviz as az

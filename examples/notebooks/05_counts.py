@@ -128,9 +128,10 @@ panels[0].invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# Dashed lines are the data, and bars hold 89 % of the replicates. The Poisson model has too few zeros, too small a
-# maximum and too little variance within patients. Patient effects alone mend the zeros, but not the variance within a
-# patient. Overdispersion is needed too.
+# Dashed lines are the data, and bars hold 89 % of the replicates. Both Poisson models have too few zeros, too small a
+# maximum, and far too little variance within patients. Patient effects do not mend this, because it lies within
+# patients. Overdispersion does. Without patient effects, it must also stand for the differences between patients, so it
+# is rather too large.
 
 # %%
 pf.plots.plot_predictive(models["negative binomial, patients"])
@@ -153,14 +154,15 @@ loo = comparison.loo["Poisson, patients"]
 loo.leverage(6)
 
 # %% [markdown]
-# Such observations are worth a look: they are counts that the model finds surprising. There are three ways on.
+# The index counts from 0: `seizures[24, 2]` is patient 25 in period 3, with 76 seizures. Such observations are worth a
+# look: they are counts that the model finds surprising. There are three ways on.
 #
 # 1. **Take a model that is not surprised.** The negative binomial with patient effects has fewer high k-hats.
 # 2. **Fit without each of these observations.** This is exact. `fit_many` does all of these fits side by side.
 # 3. **Leave out groups**, such as whole patients, if the question is about new patients.
 #
-# Here is the second way. Each of the observations with the highest k-hats is masked in a fit of its own. The log score
-# of the observation is then computed from the draws.
+# Here is the second way, in the best model. Each of the four observations with the highest k-hats is masked in a fit of
+# its own. Its log score is then computed from the draws.
 
 # %%
 loo = comparison.loo["negative binomial, patients"]
@@ -189,6 +191,9 @@ for number, refit in zip(worst, refits, strict=True):
 pd.DataFrame(rows).T
 
 # %% [markdown]
+# The weights came close, in spite of the first k-hat. One observation moves the sum by little, so the order of the
+# models stays as it is.
+#
 # ## The answer
 #
 # The drug multiplies the rate of seizures by the exponential of its slope. For a patient of average base count:

@@ -90,8 +90,10 @@ first.sensitivity()
 pf.plots.plot_prior_posterior(few)
 
 # %% [markdown]
-# With ten penguins, the prior of the slope still counts. With all of one year it counts less. If prior and likelihood
-# both are large, they pull in different directions: the diagnosis says so.
+# Intercept and noise do not depend on their priors. The slope does, even with all penguins of 2007. Its prior expects
+# 30 g/mm, and the data of 2007 alone say more than 60. If both numbers are large, prior and likelihood pull in
+# different directions: the diagnosis calls it a conflict. This is no error. It asks you to look: is the prior wrong, or
+# are these data unusual?
 #
 # ## Yesterday's posterior as today's prior
 #
@@ -131,8 +133,9 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Three years one after the other give the same posterior as all years at once. Each fit has a verdict of its own. A
-# prior can be saved and loaded: `prior.save("prior")`, `pf.FittedPrior.load("prior")`.
+# Three years one after the other give the same posterior as all years at once. The later years lie closer to what the
+# prior expected than 2007 did. Each fit has a verdict of its own. A prior can be saved and loaded:
+# `prior.save("prior")`, `pf.FittedPrior.load("prior")`.
 #
 # ## A flow as a prior
 #
@@ -175,8 +178,8 @@ hidden.verdict
 pf.plots.plot_posterior(hidden, "bill")
 
 # %% [markdown]
-# The length has two modes: an Adelie penguin with 39 mm, or a Chinstrap penguin with 49 mm. A mean would describe
-# neither.
+# The length has two modes: an Adelie penguin with about 39 mm, or a Chinstrap penguin with about 50 mm. A mean would
+# describe neither. The verdict is `refined`, because Markov chains were cheaper here than more training.
 #
 # ## When it goes wrong
 #

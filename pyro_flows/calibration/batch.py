@@ -33,6 +33,11 @@ LAYERS = 2  # of a flow that was given by name: those for which this is too litt
 
 Report = Callable[[str], None]
 
+OF_DATA = {  # charts that are those of one data set
+    "turn_about": "angles are cut where each data set says",
+    "wall_below": "coordinates end where each data set says",
+}
+
 
 def size_of_batch(density: LogDensity) -> int:
     """Return how many data sets go side by side: as many as fill a cache, 128 at most."""
@@ -43,13 +48,14 @@ def coordinates_for(plan: Plan, densities: Sequence[LogDensity]) -> list[LogDens
     """Return all densities in the coordinates that the first of them chooses.
 
     Raises:
-        NotStackable: if these are of angles, whose cut depends on the data.
+        NotStackable: if these are of angles, whose cut depends on the data, or end at walls that do.
     """
     prepared = Prepared(densities[0])
     prepare(plan, prepared, plan.seed)
     chosen = prepared.density.structure.noncentered
-    if any(isinstance(options, dict) and "turn_about" in options for options in chosen.values()):
-        raise NotStackable("angles are cut where each data set says")
+    for chart, reason in OF_DATA.items():
+        if any(isinstance(options, dict) and chart in options for options in chosen.values()):
+            raise NotStackable(reason)
     return [density.elsewhere(chosen) for density in densities] if chosen else list(densities)
 
 

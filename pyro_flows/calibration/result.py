@@ -38,6 +38,16 @@ class Calibration:
         method: what made the draws: ``"fit"``, a guide's name or a function's.
         statuses: how many fits had each verdict. Unreliable ones are ranked too: what is left out would bias the rest.
         settings: what :func:`sbc` was told or chose.
+
+    Under a right posterior, :math:`\sum_l 1[\theta_l < \theta^*]` is uniform. Sources: Talts et al. 2018
+    (arXiv 1804.06788); Säilynoja, Bürkner and Vehtari 2022 (arXiv 2103.10522). Cost: nothing is computed here but
+    p-values, which take 20 000 uniform samples once.
+
+    >>> import numpy as np, pyro_flows as pf
+    >>> ranks = {"mu": np.arange(100)}
+    >>> found = pf.Calibration(ranks, {"mu": ()}, 99, "prior", "fit", {"ok": 100}, {})
+    >>> found.simulations, found.is_uniform()
+    (100, True)
     """
 
     ranks: dict[str, np.ndarray] = field(repr=False)

@@ -35,6 +35,12 @@ class Estimate:
         value: the estimate; NaN where the method cannot be used.
         standard_error: its standard error; infinite where no error can be stated.
         note: why a method was not used, or has no error; empty otherwise.
+
+    Cost: nothing is computed here; :meth:`Posterior.evidence` makes it.
+
+    >>> from pyro_flows import Estimate
+    >>> print(Estimate("importance", -31.3113, 0.0006))
+    importance sampling: -31.3113, standard error 0.0006
     """
 
     method: str
@@ -53,7 +59,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The log evidence :math:`\\log p(y)` of a model, nats; it unpacks as ``value, standard_error, method``.
+    r"""The log evidence :math:`\\log p(y)` of a model, nats; it unpacks as ``value, standard_error, method``.
 
     Attributes:
         value: the estimate with the smallest standard error.
@@ -61,6 +67,26 @@ class Evidence:
         method: which method it comes from.
         estimates: of all methods, those that could not be used too.
         notes: what to know before it is used.
+
+    Importance sampling estimates :math:`p(y) = \mathrm{E}_q[\tilde p(z) / q(z)]`; bridge sampling is Meng and Wong's
+    (1996), as in Gronau et al. 2017 (arXiv 1703.05984). Cost: 16 000 evaluations of the density, and as many of the
+    guide; bridge sampling takes as many again.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y):
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("row", len(y)):
+    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> def guide(y):
+    ...     precision = len(y) + 0.01
+    ...     pyro.sample("mu", dist.Normal(y.sum() / precision, precision**-0.5))
+    >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
+    >>> posterior = pf.diagnose(model, guide, y, draws=400)
+
+    >>> value, error, method = posterior.evidence()
+    >>> exact = dist.MultivariateNormal(torch.zeros(4), torch.eye(4) + 100.0).log_prob(y)
+    >>> abs(value - float(exact)) < 0.001, method
+    (True, 'importance')
     """
 
     value: float

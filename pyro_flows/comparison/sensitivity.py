@@ -26,13 +26,32 @@ CONFLICT, STRONG, NOTHING = "prior and likelihood conflict", "strong prior or we
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """How much each scalar of the posterior changes as prior and likelihood are raised to powers near 1.
+    r"""How much each scalar of the posterior changes as prior and likelihood are raised to powers near 1.
 
     Attributes:
         table: ``prior``, ``likelihood`` and ``diagnosis`` of each scalar. From .05 on a change is large: of both, prior
             and likelihood are in conflict; of the prior alone, it is strong, or the likelihood weak.
         prior_sites: the sites whose priors were scaled together.
         left_out: for each other latent site, why its prior was not.
+
+    The change is the cumulative Jensen-Shannon distance of the weighted draws, over the change of the power
+    :math:`\log_2 \alpha`. Source: Kallioinen et al. 2024 (arXiv 2107.14054). Cost: the log prior and the log likelihood
+    at each draw.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y):
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("row", len(y)):
+    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> def guide(y):
+    ...     precision = len(y) + 0.01
+    ...     pyro.sample("mu", dist.Normal(y.sum() / precision, precision**-0.5))
+    >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
+    >>> posterior = pf.diagnose(model, guide, y, draws=400)
+
+    >>> found = posterior.sensitivity("mu")
+    >>> found.prior_sites, bool(found.table.loc["mu", "prior"] < 0.05)
+    (('mu',), True)
     """
 
     table: pd.DataFrame = field(repr=False)

@@ -102,6 +102,8 @@ def fit_density(
         seed: of all randomness. The global generators are left as they were.
         progress: whether to show a bar, with held-out nats and bits a dimension.
 
+    Cost: up to ``max_seconds`` or ``max_epochs``; a step is a pass and a gradient of the flow for a batch of points.
+
     Raises:
         ValueError: for data of another shape than the flow's, missing or infinite values (with row and column), values
             that are no levels, a damaged checkpoint or one of another run, or an option out of range.
@@ -110,7 +112,8 @@ def fit_density(
         UserWarning: if a coordinate is constant, or if more than a twentieth of the steps had a gradient that is not
             finite and were skipped.
 
-    Reference: Dinh, Krueger and Bengio 2015; Polyak and Juditsky 1992 (averaging).
+    Reference: Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and Juditsky 1992 (averaging,
+    doi:10.1137/0330046).
 
     >>> import torch, pyro_flows as pf
     >>> points = torch.randn(500, 1) * torch.tensor([1.0, 10.0]) + 5.0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DensityFit:
-    """A density fitted to data: the flow, how it was trained, and how good it is on points that it did not see.
+    r"""A density fitted to data: the flow, how it was trained, and how good it is on points that it did not see.
 
     Attributes:
         flow: the trained flow, with the affine map to the scale of the data as its last layer.
@@ -33,6 +33,15 @@ class DensityFit:
         levels: how the data are quantized, if they are.
         settings: what :func:`fit_density` was asked for and what it chose.
         why: what ended the training, in a sentence.
+
+    Its density is that of the data as given, :math:`\log q(x) = \log q_0(f^{-1}(x)) - \log|J|`, in nats. Cost: a
+    pass of the flow for each point that is drawn or scored.
+
+    >>> import torch, pyro_flows as pf
+    >>> data = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    >>> found = pf.fit_density(pf.realnvp(2, layers=2), data, max_epochs=1, learning_rate=0.01, progress=False)
+    >>> found.sample(3).shape, found.log_prob(data).shape
+    (torch.Size([3, 2]), torch.Size([200]))
     """
 
     flow: Flow

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pyro_flows import _checks
-from pyro_flows._clock import Clock, unbounded
+from pyro_flows._clock import Clock, counted, unbounded
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
 from pyro_flows._turns import alone, few_threads
@@ -53,8 +53,8 @@ def fit(
 
     The guide is :math:`z = m + L(b + A\,t(f(\epsilon)))` over all latents in unconstrained coordinates: f a normalizing
     flow, t tails for each coordinate, :math:`\epsilon` Student-t with 15 degrees of freedom (2 D, if that is more). m
-    and L come from a portfolio of starts, the step size from a race; training minimizes the ELBO by path gradients and
-    stops by itself.
+    and L come from the best of several initial Gaussians, the learning rate from short trial runs. Training maximizes
+    the ELBO by path gradients and stops by itself.
 
     Args:
         model: a Pyro model (function or module).
@@ -93,6 +93,8 @@ def fit(
     Returns:
         A :class:`Posterior`; read its ``verdict`` first.
 
+    Cost: five seconds of one thread for ten latents and few data, and a minute or two for a hundred latents.
+
     Raises:
         ValueError: before any work, for a bad option, a model that cannot be fitted, or data outside of the support of
             their likelihood; the argument or site is named.
@@ -105,7 +107,8 @@ def fit(
     torch's random numbers belong to the whole process; a call from inside of a model does not wait. For several fits at
     once, take processes. Inside of ``torch.no_grad()`` and ``torch.inference_mode()`` it gives the same as outside.
 
-    References: Agrawal, Sheldon and Domke 2020; Vaitl et al. 2024; Vehtari et al. 2024 (k-hat).
+    References: Agrawal, Sheldon and Domke 2020 (arXiv 2006.10343); Vaitl et al. 2024 (arXiv 2403.15881); Vehtari et al.
+    2024 (k-hat, arXiv 1507.02646).
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
@@ -186,7 +189,8 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
     """Fit under the plan's clock: the work, which can be cut anywhere, and the judging of what it came to."""
     clock = plan.clock
     plan.bar.watch("reading the model")
-    density = LogDensity(plan.model, plan.args, plan.kwargs)
+    with counted("reading the model"):
+        density = LogDensity(plan.model, plan.args, plan.kwargs)
     warn_if_nothing_observed(density.structure, density.trace_at, plan.model, plan.args, plan.kwargs)
     check_memory(density, plan.draws)
     plan = replace(plan, max_steps=default_steps(density.dim)) if grow else plan
@@ -206,12 +210,13 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
         if clock.interrupted is not None:
             clock.reserve(seconds_to_judge(prepared.density, plan.draws))
         found.history[:0] = prepared.history
-        try:
-            posterior = conclude(plan, prepared.density, found)
-        except KeyboardInterrupt:
-            if not clock.interrupt("judging"):
-                raise
-            posterior = conclude(plan, prepared.density, found)
+        with counted("judging"):
+            try:
+                posterior = conclude(plan, prepared.density, found)
+            except KeyboardInterrupt:
+                if not clock.interrupt("judging"):
+                    raise
+                posterior = conclude(plan, prepared.density, found)
     finally:
         prepared.density.under(unbounded())
     if plan.refine is None or plan.train_model:

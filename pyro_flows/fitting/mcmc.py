@@ -54,7 +54,8 @@ def from_mcmc(
 
     Cost: one evaluation of the model a draw.
 
-    Reference: Vehtari et al. 2021, *Rank-normalization, folding, and localization: an improved R-hat*.
+    Reference: Vehtari et al. 2021, *Rank-normalization, folding, and localization: an improved R-hat*
+    (arXiv 1903.08008).
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> from pyro.infer import MCMC, NUTS

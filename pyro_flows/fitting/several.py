@@ -29,6 +29,7 @@ ROWS = 4096  # points that all parts are looked at together
 HEAVY, HEAVIEST = 10.0, 48  # times the mean weight, from which on a draw points to what is missing; draws
 STAGE, TABLES = "mixture at modes", "tables of coordinates"
 LINE_POINTS = 17  # on a line between two modes
+OF_TERM, ITS_OWN = 100, 0.9  # draws of a term, and their mean share of the density where it holds them alone
 GLANCED = 96  # climbs of a round, until there is more than one mode
 FEW_ROUNDS = 2  # of a survey
 WEIGHED, TABLE_SHARE, TABLE_K = 4000, 0.9, 0.7  # draws, their effective share, and k-hat: whether a table is right
@@ -60,9 +61,10 @@ def several(
     seed = derive(seed, "several modes")
     found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=GLANCED, ridges=ridges)
     found = found if places is None else climbed_from(density, found, places)
-    if len(found.weighty()) < 2 or not _falls(density, found.weighty().modes, barrier):
+    weighty = found.weighty()
+    if len(weighty) < 2 or not (_falls(density, weighty.modes, barrier) or _are_apart(weighty, seed)):
         return None
-    separable = is_separable(density, z, seed=seed)
+    separable = is_separable(density, z, seed=seed, modes=weighty.modes)
     found = found if separable else survey(density, z, seed=seed, rounds=ROUNDS, before=found)
     product = _tabulated(density, found.weighty(), seed) if separable else None
     if product is not None:
@@ -88,6 +90,19 @@ def _falls(density: LogDensity, modes: Tensor, barrier: float) -> bool:
     heights = density(lines.flatten(0, 1)).unflatten(0, lines.shape[:2]).nan_to_num(nan=-torch.inf)
     depths = torch.minimum(heights[0], heights[-1]) - heights.amin(0)
     return bool((depths >= barrier).any())
+
+
+@torch.no_grad()
+def _are_apart(found: Survey, seed: int) -> bool:
+    """Whether two terms of the density hold draws of their own: a wide one may have no maximum beside a narrow one."""
+    own = found.of_terms.nonzero()[:, 0]
+    if len(own) < 2:
+        return False
+    parts = begun(found.modes[own], found.roots[own], found.evidence[own])
+    with seeded(seed, own.device):
+        z = [parts[own[:0].new_tensor([number])].draw(OF_TERM) for number in range(len(own))]
+    shares = torch.stack([torch.softmax(parts.log_prob(part), 0)[number].mean() for number, part in enumerate(z)])
+    return int((shares > ITS_OWN).sum()) > 1
 
 
 def _beyond(density: LogDensity, found: Survey, best: Generation, seed: int) -> Survey:

@@ -60,7 +60,8 @@ def multiscale_realnvp(
         ValueError: for a shape that cannot be halved that often or is down to one pixel then, ``levels`` or ``layers``
             below 1, an unknown base.
 
-    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017.
+    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017
+    (arXiv 1605.08803).
 
     >>> import torch, pyro_flows as pf
     >>> flow = pf.multiscale_realnvp((1, 8, 8), layers=1, hidden=(4,), alpha=0.05)
@@ -131,7 +132,7 @@ def glow(
     Raises:
         ValueError: for a shape that cannot be halved that often, ``levels`` or ``layers`` below 1, an unknown base.
 
-    Reference: Kingma and Dhariwal, *Glow*, NeurIPS 2018.
+    Reference: Kingma and Dhariwal, *Glow*, NeurIPS 2018 (arXiv 1807.03039).
 
     >>> import torch, pyro_flows as pf
     >>> flow = pf.glow((3, 8, 8), layers=2, hidden=(8,))

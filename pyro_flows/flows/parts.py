@@ -13,7 +13,8 @@ from pyro_flows.flows.recipe import build, of_mixtures
 from pyro_flows.transforms import Bijection, DiagonalAffine, LowerTriangularAffine
 from pyro_flows.transforms.marginal import MarginalSpline
 
-CLOSE = 1e-3  # in the base: values of a table that are closer make no knot
+CLOSE = 2e-5  # in the base: values of a table that are closer make no knot
+DEEP = 16.0  # nats below the top, up to which knots follow the log density
 
 
 @of_mixtures
@@ -62,12 +63,12 @@ def marginals(
 
 
 @torch.no_grad()
-def tabulated(values: Tensor, log_density: Tensor, *, bins: int = 96, bound: float = 14.0) -> Flow:
+def tabulated(values: Tensor, log_density: Tensor, *, bins: int = 128, bound: float = 14.0) -> Flow:
     r"""Return the flow of independent coordinates whose densities are given by tables.
 
-    Knots lie where the tabulated distribution function has quantiles of the base, evenly spread over probability and
-    over values, with slopes :math:`q_0(x) / p(y)`, so that densities are exact there. The base is logistic: beyond the
-    last knots, at a probability of a millionth, tails are exponential.
+    Knots lie where the tabulated distribution function has quantiles of the base, evenly spread over probability, over
+    values, and over rises and falls of the log density. Slopes there are :math:`q_0(x) / p(y)`, so that densities are
+    exact. The base is logistic: beyond the last knots, at a probability of a millionth, tails are exponential.
 
     Args:
         values: (D, G), rising.
@@ -103,8 +104,9 @@ def _latent(values: Tensor, log_density: Tensor) -> Tensor:
 
 def _knots(x: Tensor, y: Tensor, log_p: Tensor, bins: int, bound: float) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the knots of one coordinate (K + 1,): places, values and log densities."""
-    usable = torch.isfinite(x) & torch.isfinite(log_p) & (x.abs() < bound - CLOSE)
-    x, y, log_p = x[usable], y[usable], log_p[usable]
+    usable = torch.isfinite(x) & torch.isfinite(log_p)
+    table = x[usable], y[usable], log_p[usable]
+    x, y, log_p = (part[table[0].abs() < bound - CLOSE] for part in table)
     if len(x):
         apart = torch.ones(len(x), dtype=torch.bool, device=x.device)
         cells = ((x - x[0]) / CLOSE).floor()
@@ -112,15 +114,32 @@ def _knots(x: Tensor, y: Tensor, log_p: Tensor, bins: int, bound: float) -> tupl
         x, y, log_p = x[apart], y[apart], log_p[apart]
     if len(x) < bins + 1:
         raise ValueError(f"values: expected at least {bins + 1} values apart from each other in a table, got {len(x)}.")
-    along = (x - x[0]) / (x[-1] - x[0]) + (y - y[0]) / (y[-1] - y[0])
-    wanted = torch.linspace(0.0, 2.0, bins + 1, dtype=x.dtype, device=x.device)
+    turns = log_p.clamp_min(log_p.max() - DEEP).diff(prepend=log_p[:1]).abs().cumsum(0)
+    ways = [(part - part[0]) / (part[-1] - part[0]).clamp_min(1e-300) for part in (x, y, turns)]
+    along = torch.stack(ways).sum(0)
+    wanted = torch.linspace(0.0, 3.0, bins + 1, dtype=x.dtype, device=x.device)
     places = torch.arange(bins + 1, device=x.device)
     index = torch.searchsorted(along, wanted).clamp_max(len(x) - 1)
     index = torch.cummax(index - places, 0).values + places
     index = torch.minimum(index, len(x) - 1 - bins + places)
     x, y, log_p = x[index], y[index], log_p[index]
-    # the ends of the spline are the base's bounds: the density goes on as it falls between the last two knots
-    slopes = (-x[[0, -1]].abs() - 2.0 * torch.log1p((-x[[0, -1]].abs()).exp()) - log_p[[0, -1]]).exp()
-    y[0], y[-1] = y[0] - (x[0] + bound) * slopes[0], y[-1] + (bound - x[-1]) * slopes[1]
-    x[0], x[-1] = -bound, bound
+    for end, place in ((0, -bound), (-1, bound)):
+        x[end], y[end], log_p[end] = _end(table, place, x[end], y[end], log_p[end])
     return x, y, log_p
+
+
+def _end(
+    table: tuple[Tensor, Tensor, Tensor], place: float, x: Tensor, y: Tensor, log_p: Tensor
+) -> tuple[float, Tensor, Tensor]:
+    """Return the knot at an end of the spline, between two of the table.
+
+    Where the table ends before it, the distribution function goes on as it runs at the last knot.
+    """
+    at = int(torch.searchsorted(table[0].contiguous(), place))
+    if 0 < at < len(table[0]):
+        before, after = table[0][at - 1 : at + 1]
+        share = (place - before) / (after - before).clamp_min(1e-300)
+        value, height = (torch.lerp(part[at - 1], part[at], share) for part in table[1:])
+        return place, value, height
+    slope = (-x.abs() - 2.0 * torch.log1p((-x.abs()).exp()) - log_p).exp()
+    return place, y + (place - x) * slope, log_p

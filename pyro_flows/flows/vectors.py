@@ -47,7 +47,7 @@ def planar(
     Raises:
         ValueError: for ``layers`` or ``dim`` below 1, an unknown base.
 
-    Reference: Rezende and Mohamed 2015.
+    Reference: Rezende and Mohamed 2015 (arXiv 1505.05770).
 
     >>> import pyro_flows as pf
     >>> sum(p.numel() for p in pf.planar(2, layers=8).parameters())
@@ -102,7 +102,7 @@ def nice(
     Raises:
         ValueError: for ``layers`` or ``dim`` below 1, an unknown base.
 
-    Reference: Dinh, Krueger and Bengio 2015.
+    Reference: Dinh, Krueger and Bengio 2015 (arXiv 1410.8516).
 
     >>> import torch, pyro_flows as pf
     >>> pf.nice(3, layers=4).rsample_and_log_prob((5,))[1].shape
@@ -153,7 +153,7 @@ def realnvp(
     Raises:
         ValueError: for ``layers`` or ``dim`` below 1, an unknown base.
 
-    Reference: Dinh, Sohl-Dickstein and Bengio 2017.
+    Reference: Dinh, Sohl-Dickstein and Bengio 2017 (arXiv 1605.08803).
 
     >>> import torch, pyro_flows as pf
     >>> pf.realnvp(3, context_dim=2)(torch.zeros(7, 2)).batch_shape
@@ -209,7 +209,8 @@ def spline(
     Raises:
         ValueError: for ``layers`` or ``dim`` below 1, a number of bins below 2 or above 500, an unknown base.
 
-    Reference: Durkan, Bekasov, Murray and Papamakarios, *Neural Spline Flows*, NeurIPS 2019.
+    Reference: Durkan, Bekasov, Murray and Papamakarios, *Neural Spline Flows*, NeurIPS 2019 (arXiv
+    1906.04032).
 
     >>> import torch, pyro_flows as pf
     >>> pf.spline(1, layers=1).log_prob(torch.zeros(3, 1)).shape

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pyro_flows._clock import counted
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.bindings import quicken, turn
 from pyro_flows.graphs.graph import agree, copy_graph, is_pure, sweep
 from pyro_flows.graphs.outline import Outline
 
-# what a processor of 2026 took, in seconds (docs/performance.md); rules by clocks would make results depend on the load
+# what a processor of 2026 took, in seconds (docs/evidence/speed.md); by clocks, results would depend on the load
 COMPILE_START = 3.0  # to compile anything, in a process that has not done so yet, and for each graph more
 COMPILE_NODE = 0.02  # more for each operation
 SAVED_NODE = 7.0e-7  # a run saves for each operation,
@@ -120,6 +121,7 @@ class Runner:
         with torch.inference_mode():  # an operation takes a tenth less time
             return self._recorded(*inputs)  # which says what is wrong with these inputs, if anything is
 
+    @counted("compiling")
     def _compile(self, inputs: tuple[Tensor, ...]) -> None:
         plan = self._plan
         if plan is None or self.left() < WORTH * plan.seconds:
@@ -188,7 +190,12 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
 
 
 def _lift(graph: fx.Graph, module: fx.GraphModule) -> list[Tensor]:
-    """Make the constants of a graph its last inputs; return their values."""
+    """Make the constants of a graph its last inputs; return their values.
+
+    Inputs may stand anywhere in a graph that was put together. All of them are moved to its beginning.
+    """
+    for node in reversed([node for node in graph.nodes if node.op == "placeholder"]):
+        graph._root.append(node)
     first = next(node for node in graph.nodes if node.op in ("call_function", "output"))
     constants: dict[str, fx.Node] = {}
     for node in list(graph.nodes):

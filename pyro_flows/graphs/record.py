@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_flows._clock import counted
 from pyro_flows.graphs.graph import graph_module, new_node, out_of_place, sweep, tidy
 from pyro_flows.graphs.operations import Kind, kind_of
 from pyro_flows.graphs.writes import storage_of, tensors_in
@@ -34,6 +35,7 @@ class _ChangesConstants(RuntimeError):
         self.made_by = made_by
 
 
+@counted("tracing")
 def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """Record the tensor operations of ``function`` at ``inputs``, without those that repeat others or only constants.
 

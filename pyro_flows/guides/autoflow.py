@@ -41,6 +41,8 @@ class AutoFlow(StoredGuide):
     log-determinant once for each entry), ``RenyiELBO`` for models with all sites in one plate (it takes the entries for
     independent problems).
 
+    Cost of a step: one pass of the flow and one gradient of the model a draw.
+
     Args:
         model: a Pyro model.
         flow: a builder's name (``"realnvp"``, ``"spline"``, ``"nice"``, ``"planar"``), a :class:`Flow` or

@@ -1,15 +1,18 @@
-r"""Charts: coordinates for values on a circle, and for values with heavy tails.
+r"""Charts: coordinates for values on a circle, for values with heavy tails, and for values that data bound.
 
 - ``Circle``: :math:`y = c + 2\pi\,(\text{sigmoid}(u) - \tfrac 12)`, brought to :math:`[-\pi, \pi)`. A density of period
   :math:`2\pi` has its mass once in every turn; this chart holds one turn, cut opposite to c.
 - ``Heavy``: :math:`y = m + s\,\sinh(u)`. A tail that falls off like a power of y falls off exponentially in u, so that
   means and standard deviations exist there whatever the power.
+- ``Walls``: :math:`y = a + e^u` above a wall a, :math:`y = b - e^{-u}` below a wall b, and
+  :math:`y = a + (b - a)\,\text{sigmoid}(u)` between two. The likelihood of uniform data is zero for an upper bound
+  below the largest of them, which the prior's support does not tell.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +64,47 @@ class Heavy:
         return torch.where(chosen, torch.asinh((y - self.loc) / scale), y)
 
 
-Chart = Circle | Heavy
+@dataclass(frozen=True)
+class Walls:
+    """What lies above ``low`` and below ``high``, of the site's shape; infinite ones are none."""
+
+    low: Tensor
+    high: Tensor
+
+    def _sides(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return which entries have a wall below and above, and the walls, 0 and 1 where there is none."""
+        below, above = torch.isfinite(self.low), torch.isfinite(self.high)
+        return below, above, torch.where(below, self.low, 0.0), torch.where(above, self.high, 1.0)
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return values and the log derivatives."""
+        below, above, low, high = self._sides()
+        both, one = below & above, below ^ above
+        sign = torch.where(above, -1.0, 1.0).to(u)
+        inner = torch.where(one, sign * u, 0.0)
+        beside = torch.where(above, high, low) + sign * inner.exp()
+        width = torch.where(both, high - low, 1.0)
+        between = low + width * torch.sigmoid(u)
+        ladj = torch.where(both, width.log() + logsigmoid(u) + logsigmoid(-u), torch.where(one, inner, 0.0))
+        return torch.where(both, between, torch.where(one, beside, u)), ladj
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Return the coordinates of values; of those beyond a wall, the coordinates of their images inside."""
+        below, above, low, high = self._sides()
+        both, one = below & above, below ^ above
+        sign = torch.where(above, -1.0, 1.0).to(y)
+        away = torch.where(one, (y - torch.where(above, high, low)).abs(), 1.0)
+        share = torch.where(both, (y - low) / torch.where(both, high - low, 1.0), 0.5)
+        inside = torch.where((share > 0.0) & (share < 1.0), share, 0.5)
+        return torch.where(both, torch.logit(inside), torch.where(one, sign * away.log(), y))
+
+
+Chart = Circle | Heavy | Walls
+
+
+def _replaced(values: Any, by: Callable[[Any], Any]) -> Any:
+    """Return nested lists with each number replaced."""
+    return [_replaced(part, by) for part in values] if isinstance(values, list) else by(values)
 
 
 def read_chart(given: Mapping[str, Any], shape: torch.Size, like: Tensor) -> Chart | None:
@@ -71,11 +114,14 @@ def read_chart(given: Mapping[str, Any], shape: torch.Size, like: Tensor) -> Cha
         KeyError, RuntimeError, TypeError: for numbers that are missing or do not fit.
     """
 
-    def numbers(name: str) -> Tensor:
-        return torch.as_tensor(given[name], dtype=like.dtype, device=like.device).expand(shape).clone()
+    def numbers(name: str, missing: float = math.nan) -> Tensor:
+        values = _replaced(given[name], lambda value: missing if value is None else value)
+        return torch.as_tensor(values, dtype=like.dtype, device=like.device).expand(shape).clone()
 
     if "turn_about" in given:
         return Circle(numbers("turn_about"))
+    if "wall_below" in given:
+        return Walls(numbers("wall_below", -math.inf), numbers("wall_above", math.inf))
     return Heavy(numbers("heavy_about"), numbers("heavy_scale")) if "heavy_scale" in given else None
 
 
@@ -83,4 +129,9 @@ def write_chart(chart: Chart | None) -> dict[str, Any]:
     """Return a chart as plain numbers, as :func:`read_chart` takes them."""
     if isinstance(chart, Circle):
         return {"turn_about": chart.center.tolist()}
+    if isinstance(chart, Walls):
+        sides = {"wall_below": chart.low.tolist(), "wall_above": chart.high.tolist()}
+        return {
+            name: _replaced(side, lambda value: value if math.isfinite(value) else None) for name, side in sides.items()
+        }
     return {} if chart is None else {"heavy_about": chart.loc.tolist(), "heavy_scale": chart.scale.tolist()}

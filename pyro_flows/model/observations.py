@@ -27,7 +27,12 @@ Run = Callable[[Tensor], poutine.Trace]
 
 
 class NothingObservedWarning(UserWarning):
-    """A model without any observation was fitted or diagnosed, so that its posterior is its prior."""
+    """A model without any observation was fitted or diagnosed, so that its posterior is its prior.
+
+    >>> import warnings, pyro_flows as pf
+    >>> issubclass(pf.NothingObservedWarning, UserWarning)
+    True
+    """
 
 
 # values ---------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from pyro_flows.graphs.batches import Work, rows_for
 from pyro_flows.graphs.writes import Batchable, FindWrites, Places
 from pyro_flows.model.batching import advice, apart, nearer, over_rows, pieces, quiet
 from pyro_flows.model.enumeration import Enumerate, Evaluator
+from pyro_flows.model.factorizations import Factorizations
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.handlers import Place, Resample, hold
 from pyro_flows.model.observations import check_values
@@ -68,6 +69,7 @@ class Runs:
         self._unbatched: str | None = None
         self._writes: Places | None = None  # in tensors that the model makes
         self.work = Work()  # of gradients at two points
+        self._factorizes = False
         self._evaluator: Evaluator | None = None
         self.numbers = max(self.dim, sum(value.numel() for value in self.structure.observed.values()))
         self._rows = rows_for(self.numbers, MAPPED)
@@ -96,9 +98,12 @@ class Runs:
         """Return the trace of the model at one point ``z`` (D,), with enumerated latents along axes of their own."""
         return self._run(z, enumerate_sites=True)[0]
 
-    def _writing(self, z: Tensor) -> AbstractContextManager[Any]:
-        """Give tensors that the model writes into the batch axis of ``z``, if it has one."""
-        return nullcontext() if self._writes is None else Batchable(self._writes, z)
+    @contextmanager
+    def _writing(self, z: Tensor) -> Iterator[None]:
+        """Give tensors that the model writes into the batch axis of ``z``, if it has one; no factorization raises."""
+        writes = nullcontext() if self._writes is None else Batchable(self._writes, z)
+        with Factorizations() if self._factorizes else nullcontext(), writes:
+            yield
 
     def _check_sites(self, trace: poutine.Trace, place: Place) -> None:
         """Refuse models whose latents come and go: a new one would be drawn at random, a lost one have no density."""
@@ -135,7 +140,8 @@ class Runs:
             return points, single, again
 
         with torch.no_grad(), quiet():
-            points, single, again = nearer(run)
+            with Factorizations(strict=True) as factorizations:
+                points, single, again = nearer(run)
             if not torch.allclose(single, again, rtol=1e-3, atol=1e-3, equal_nan=True):
                 worst = int((single - again).abs().nan_to_num(nan=torch.inf).argmax())
                 raise ValueError(
@@ -151,6 +157,7 @@ class Runs:
                     if self._why_unbatched(points, single) is None:
                         self._unbatched = None
                         break
+        self._factorizes = factorizations.met  # from now on: above, places of writes are told by who calls torch
         if self._unbatched is not None:
             self.batched, self._writes = False, None
             self._unbatched = f"{self._unbatched}. {advice(self._unbatched)}"

@@ -18,7 +18,7 @@ from pyro_flows.model.bijections import bijection
 from pyro_flows.model.charts import Chart, read_chart, write_chart
 from pyro_flows.model.noncentered import Information, spread, standardize
 
-CHARTS = {"turn_about", "heavy_about", "heavy_scale"}
+CHARTS = {"turn_about", "heavy_about", "heavy_scale", "wall_below", "wall_above"}
 
 Noncentered = bool | Sequence[str] | Mapping[str, Any]  # all or none, names, or numbers
 

@@ -13,7 +13,8 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack
 from pyro_flows.modes.survey import can_be_surveyed, survey
-from pyro_flows.modes.tempering import Tempered, log_mean, temper
+from pyro_flows.modes.tempering import Tempered, log_mean, temper, wander
+from pyro_flows.modes.terms import tops_of_terms
 from pyro_flows.modes.units import units_of
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
@@ -34,6 +35,7 @@ TRUSTED_K_HAT = 0.7
 SAME_END, TWINS = 0.1, 2  # sds between ends of paths that are one place; paths to each that are weighed
 ROUNDS, SURVEYED, FEW = 2, 96, 30  # of a survey; climbs, up to so many dimensions, and a third of them beyond
 DOUBTS = 12  # places that paths go on from
+SHORT = 10.0  # nats that tempering may fall short of; in 226 dimensions it was 33, and two places were no modes
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
 
@@ -66,16 +68,25 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     seed = derive(seed, "a search")
     climbs = SURVEYED if density.dim <= FEW else SURVEYED // 3
     found = survey(density, z, seed=seed, rounds=ROUNDS, climbs=climbs, known=guide.score).weighty()
-    thin = guide.is_thin(found.modes, density(found.modes).detach()) if len(found) else found.met > 0
-    if not bool(thin.any()):
+    if not len(found):
         return []
-    modes, roots, evidence = found.modes[thin], found.roots[thin], found.evidence[thin]
+    thin = guide.is_thin(found.modes, density(found.modes).detach())
+    looked_at = found.of_terms | thin
+    if not bool(looked_at.any()):
+        return []
+    own, rows = int((~thin).sum()), torch.cat([(~thin).nonzero()[:, 0], looked_at.nonzero()[:, 0]])
+    modes, roots, evidence = found.modes[rows], found.roots[rows], found.evidence[rows]
     one = torch.ones_like(modes)
     none = torch.zeros_like(modes[..., None])
     normals = Gaussians(modes, roots, one, none, torch.ones_like(none[:, :1]))
     paths = Paths(normals, evidence, modes, torch.ones(len(modes), dtype=torch.bool, device=modes.device))
-    lacks, doubtful = _weighed(guide, paths, 0, units_of(z), seed=seed)
-    doubts += [path.start for path in doubtful if path.elsewhere][:DOUBTS]
+    units = units_of(z)
+    lacks, doubtful = _weighed(guide, paths, own, units, seed=seed)
+    elsewhere = [path for path in doubtful if path.elsewhere]
+    if not lacks and elsewhere and own:
+        tops = [path for path in elsewhere if bool(thin[rows[path.number]])]  # a wide term may be covered at its top
+        lacks = _tempered(guide, paths, own, tops or elsewhere, units, seed=seed)
+    doubts += [path.start for path in elsewhere][:DOUBTS]
     return lacks
 
 
@@ -169,17 +180,32 @@ def worth_tempering(
 
 
 def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempered) -> list[Lack]:
-    """Return the places with a good part of the mass, by tempering from the guide's own region, first, and there."""
+    """Return the places with a good part of the mass, by tempering from the guide's own region, first, and there.
+
+    Where tempering falls far short of what the guide's own weights say, it has not come to rest. There, what counts as
+    thin may be no more than the guide's tails, and points have to stay thin as they wander on.
+    """
     density = guide.density
     covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
     found = []
     for path, reached, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=True):
-        log_weights = torch.where(guide.is_thin(reached, log_p), log_weights, -torch.inf)
+        thin = guide.is_thin(reached, log_p)
+        log_weights = torch.where(thin, log_weights, -torch.inf)
         if float(log_mean(log_weights)) - covered > math.log(SHARE):
+            if guide.covered - covered > SHORT and not _stay_thin(guide, reached[thin], path):
+                continue
             thin_end = bool(guide.is_thin(ends[path.number][None], density(ends[path.number][None]).detach()))
             place = ends[path.number] if thin_end else reached[int(log_weights.argmax())]
             found.append(Lack(place, path.start))
     return found
+
+
+def _stay_thin(guide: Guide, points: Tensor, path: Doubtful) -> bool:
+    """Whether most of some points (S, D) are still where the guide is thin after they have wandered about."""
+    scale = path.start.scale
+    units = scale.norm(dim=1) if scale.dim() == 2 else scale
+    ends, log_p = wander(guide.density, points, units, seed=derive(path.number, "places"))
+    return float(guide.is_thin(ends, log_p).double().mean()) > 0.5
 
 
 def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> Tensor:
@@ -197,7 +223,8 @@ def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) ->
         flipped.append(changed)
     count = PRIOR_CLIMBERS if _is_cheap(density) else FEW_CLIMBERS
     prior = prior_draws(density, count, seed=derive(seed, "modes from the prior"))
-    points = torch.cat([*(mode.loc[None] for mode in modes), *outwards, *flipped, prior])
+    terms = prior[:0] if can_be_surveyed(density) else tops_of_terms(density, prior, 0).places
+    points = torch.cat([*(mode.loc[None] for mode in modes), terms, *outwards, *flipped, prior])
     with torch.no_grad():
         points = points[torch.isfinite(density(points))]
     return points if density.batched else points[:SEARCHES_UNBATCHED]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.terms import tops_of_terms
 from pyro_flows.modes.units import units_of
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
 from pyro_flows.starts.pathfinder import climb
@@ -49,13 +50,15 @@ APART = 1.0  # standard deviations between two modes
 class Survey:
     """Modes (K, D), roots L (K, D, D) of their Laplace covariances, log masses (K,), how often each was met (K,).
 
-    ``over`` says that the last round found nothing new, so that there may be no more.
+    Those of terms (``terms.py``) are no maxima of the whole where a narrower mode is above them. ``over`` says that the
+    last round found nothing new, so that there may be no more.
     """
 
     modes: Tensor
     roots: Tensor
     evidence: Tensor
     met: Tensor
+    of_terms: Tensor
     over: bool = False
     ridges: bool = False
 
@@ -66,9 +69,8 @@ class Survey:
         """Return the modes that hold a part of the mass worth a thought, the best first."""
         order = self.evidence.argsort(descending=True)
         order = order[self.evidence[order] > self.evidence.max() - WITHIN] if len(order) else order
-        return Survey(
-            self.modes[order], self.roots[order], self.evidence[order], self.met[order], self.over, self.ridges
-        )
+        names = ("modes", "roots", "evidence", "met", "of_terms")
+        return replace(self, **{name: getattr(self, name)[order] for name in names})
 
 
 def can_be_surveyed(density: LogDensity) -> bool:
@@ -94,10 +96,12 @@ def survey(
     survey that this one goes on from. With ``ridges``, points count from which there is still more to gain, along a
     ridge or to an edge: where a density has no smooth top, normals about such points may cover it.
 
+    Where the density has a sum of terms in it, the first survey begins with the terms.
+
     Cost: a round is 256 paths (``climbs``) of about 20 gradients, fewer where a density has many terms, and a Hessian
     for each mode.
     """
-    found, in_vain = _none(density, ridges) if before is None else before, 0
+    found, in_vain = _begun(density, z, ridges) if before is None else before, 0
     with seeded(derive(seed, "a survey of modes"), density.device):
         for number in range(rounds):
             last = found
@@ -122,11 +126,11 @@ def climbed_from(density: LogDensity, found: Survey, points: Tensor) -> Survey:
     return _merged(density, found, _climbed(density, found, points, points))
 
 
-def _none(density: LogDensity, ridges: bool) -> Survey:
-    nothing = torch.zeros(0, density.dim, dtype=density.dtype, device=density.device)
-    return Survey(
-        nothing, nothing[..., None].expand(-1, -1, density.dim), nothing[:, 0], nothing[:, 0].long(), ridges=ridges
-    )
+def _begun(density: LogDensity, z: Tensor, ridges: bool) -> Survey:
+    """Return the modes of terms of the density, none if it is no sum."""
+    tops = tops_of_terms(density, z, CURVED)
+    met = torch.ones(len(tops.places), dtype=torch.long, device=z.device)
+    return Survey(tops.places, tops.roots, tops.evidence, met, met > 0, ridges=ridges)
 
 
 def _ends(
@@ -242,6 +246,7 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
             torch.cat([found.roots, roots[row]]),
             torch.cat([found.evidence, evidence[row]]),
             torch.cat([found.met, counts[row]]),
+            torch.cat([found.of_terms, counts[row] < 0]),
             ridges=found.ridges,
         )
     return found

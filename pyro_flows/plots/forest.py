@@ -48,6 +48,19 @@ def plot_forest(
 
     Raises:
         ValueError: for a name or a label that is not there, or if raw draws take a model that the posterior has not.
+
+    Cost: a second at most; the figure is drawn when it is shown or saved.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y):
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("row", len(y)):
+    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> def guide(y):
+    ...     pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
+    >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3, -0.2]), draws=400)
+    >>> len(pf.plots.plot_forest(posterior).axes)
+    1
     """
     posteriors, choice = named(posterior), Choice(var_names, filter_vars, coords)
     single = next(iter(posteriors.values())) if len(posteriors) == 1 else None

@@ -70,6 +70,18 @@ def plot_pairs(
 
     Raises:
         ValueError: for a name that is no scalar of the posterior, or of another one, and for fewer than two scalars.
+
+    Cost: a second at most; the figure is drawn when it is shown or saved.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y):
+    ...     mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+    ...     pyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=y)
+    >>> def guide(y):
+    ...     pyro.sample("mu", dist.Normal(y / 1.01, 1.01**-0.5).to_event(1))
+    >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3]), draws=400)
+    >>> len(pf.plots.plot_pairs(posterior, "mu[0]", "mu[1]").axes)
+    1
     """
     posteriors = named(posterior)
     datasets = {name: used(each) for name, each in posteriors.items()}
@@ -118,13 +130,13 @@ def _single(
     for label, name in zip(titles.values(), ("x", "y"), strict=True):
         axes.set(**{f"{name}label": parts.plain(label)})
     if len(layers) > 1:
-        first, *others = layers
-        names = [parts.plain(first), *(f"{parts.plain(name)}: 50 % and 90 % of its draws" for name in others)]
+        first, *others = parts.with_status(posteriors)
+        names = [first, *(f"{name}: 50 % and 90 % of its draws" for name in others)]
         narrow = width < parts.NARROW or len(names) > 2
         opaque(figure.legend(handles, names, loc="outside lower center", markerscale=3, ncols=1 if narrow else 2))
     text = " and ".join(titles.values())
-    if width < parts.NARROW:
-        parts.heading(figure, dict([next(iter(posteriors.items()))]), text)
+    if len(posteriors) > 1 or width < parts.NARROW:
+        parts.heading(figure, posteriors, text)
     else:
         parts.title(axes, next(iter(posteriors.values())), text)
     return figure

@@ -42,6 +42,23 @@ class FittedPrior(nn.Module):
         status: of that verdict.
         mean_shift: largest difference of the means of draws and flow, in sds of the draws, unconstrained coordinates.
         sd_shift: largest absolute log ratio of their sds.
+
+    Cost: a pass of the flow for each draw or density.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y):
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("row", len(y)):
+    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> def guide(y):
+    ...     precision = len(y) + 0.01
+    ...     pyro.sample("mu", dist.Normal(y.sum() / precision, precision**-0.5))
+    >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
+    >>> posterior = pf.diagnose(model, guide, y, draws=400)
+
+    >>> prior = pf.prior_from(posterior, "mu", max_epochs=1)
+    >>> prior.sites, prior().sample((5,)).shape
+    (('mu',), torch.Size([5]))
     """
 
     def __init__(

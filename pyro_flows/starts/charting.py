@@ -1,4 +1,4 @@
-"""The choice of charts: which coordinates are angles, which have heavy tails, as the density itself shows."""
+"""The choice of charts: which coordinates are angles, have heavy tails, or end at a wall, as the density shows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.model.charts import Walls, write_chart
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
 from pyro_flows.starts.pathfinder import pathfinder
-from pyro_flows.starts.prior import prior_draws, spread_of
+from pyro_flows.starts.prior import possible_points, prior_draws, spread_of
 from pyro_flows.starts.start import Start
 
 TURN = 2.0 * math.pi
@@ -24,22 +25,32 @@ HEAVY = 9.0  # powers of the density up to which a tail counts as heavy: eight d
 PATHS = 4
 TURN_POINTS = 64  # of a turn, where its lowest density is looked for
 STARTED_FROM = 512  # draws by which a start is carried over
+WALLED_FROM = 3  # points from which walls are looked for
+OUT = 24  # steps outwards, each of twice the length, from a hundredth of a spread on
+HALVINGS = 60
+DEEP = 50.0  # nats below the best point, at which a wall no longer matters
+UP_TO = 200  # coordinates that are looked along
 
 
 def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tuple[LogDensity, Start | None, list[str]]:
-    """Return the log density with charts for angles and heavy tails, the start there, and the coordinates concerned.
+    """Return the log density with charts for angles, heavy tails and walls, the start there, and the sites concerned.
 
     A coordinate is an angle if the density has a period of one turn along it, and is not constant. It has heavy tails
-    if, from the middle of the prior, the density falls off like a power of the distance. A start is carried over by its
-    draws.
+    if, from the middle of the prior, the density falls off like a power of the distance. It ends at a wall if the
+    density is zero beyond one value, whatever the other coordinates are. A start is carried over by its draws.
     """
     if not density.batched:
         return density, start, []
     draws = prior_draws(density, PRIOR_DRAWS, seed=derive(seed, "charts"))
-    angles, heavy = _angles(density, draws[:LOOKED_FROM]), _heavy(density, draws)
+    low, high = _walls(density, draws)
+    walled = torch.isfinite(low) | torch.isfinite(high)
+    if bool(walled.any()):
+        density, start = _walled(density, start, low, high, seed=seed)
+        draws = prior_draws(density, PRIOR_DRAWS, seed=derive(seed, "charts"))
+    angles, heavy = _angles(density, draws[:LOOKED_FROM]) & ~walled, _heavy(density, draws) & ~walled
     heavy &= ~angles
     if not bool((angles | heavy).any()):
-        return density, start, []
+        return density, start, _names(density)
     units = spread_of(draws)
     points = torch.cat([draws.median(0).values[None], draws[: PATHS - 1]])
     paths = pathfinder(density, points, units.expand(PATHS, -1), seed=seed)
@@ -54,8 +65,28 @@ def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tup
             options[latent.name] = {**({"noncentered": True} if kept is None else kept), **chart}
     found = density.elsewhere(options)
     found.evaluations += density.evaluations
-    names = [latent.name for latent in found.structure.latents if latent.chart is not None]
-    return found, _carried(density, found, start, seed=seed), names
+    return found, _carried(density, found, start, seed=seed), _names(found)
+
+
+def _names(density: LogDensity) -> list[str]:
+    """Return the sites that have a chart."""
+    return [latent.name for latent in density.structure.latents if latent.chart is not None]
+
+
+def _walled(
+    density: LogDensity, start: Start | None, low: Tensor, high: Tensor, *, seed: int
+) -> tuple[LogDensity, Start | None]:
+    """Return density and start in charts with walls below and above coordinates (D,), infinite where there is none."""
+    options = density.structure.noncentered
+    for latent in density.structure.latents:
+        part = slice(latent.offset, latent.offset + latent.size)
+        if bool((torch.isfinite(low[part]) | torch.isfinite(high[part])).any()):
+            kept = options.get(latent.name, {})
+            walls = Walls(*(torch.as_tensor(_full(latent, side[part], math.inf)) for side in (low, high)))
+            options[latent.name] = {**({"noncentered": True} if kept is None else kept), **write_chart(walls)}
+    found = density.elsewhere(options)
+    found.evaluations += density.evaluations
+    return found, _carried(density, found, start, seed=seed)
 
 
 def _options(latent: Latent, angles: Tensor, heavy: Tensor, loc: Tensor, scale: Tensor) -> dict[str, Any]:
@@ -96,6 +127,54 @@ def _angles(density: LogDensity, draws: Tensor) -> Tensor:
     varies = (changes(0.3 * TURN) > 10.0 * tolerance).any(0)
     found[free] = period & varies
     return found
+
+
+@torch.no_grad()
+def _walls(density: LogDensity, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values of coordinates (D,) below and above which the density is zero; infinite ones where there is none.
+
+    Only models that rule out some draws of their prior are looked at. A wall is where the density is zero a rounding
+    error beyond it, and not far below that of the best point just before it. It is the same from all points.
+    """
+    none = torch.full_like(draws[0], torch.inf)
+    if density.dim > UP_TO or not bool((density(draws) == -torch.inf).any()):
+        return -none, none
+    points = possible_points(density, draws)[:WALLED_FROM]
+    if not len(points):
+        return -none, none
+    top = float(density(points).max())
+    return _wall(density, points, -1.0, top - DEEP), _wall(density, points, 1.0, top - DEEP)
+
+
+def _wall(density: LogDensity, points: Tensor, sign: float, least: float) -> Tensor:
+    """Return the wall (D,) along each coordinate in one direction from points (N, D)."""
+    count, dim = points.shape
+    lines = torch.diag(spread_of(points) if count > 1 else torch.ones_like(points[0]))
+
+    def heights(steps: Tensor) -> Tensor:
+        """Return the density (N, D) at one step (N, D) along each coordinate from each point."""
+        return density((points[:, None] + sign * steps[..., None] * lines).flatten(0, 1)).unflatten(0, (count, dim))
+
+    inside, outside = torch.zeros_like(points), torch.full_like(points, torch.inf)
+    for number in range(OUT):
+        step = torch.full_like(points, 0.01 * 2.0**number)
+        impossible = heights(step) == -torch.inf
+        open_ = torch.isinf(outside)
+        inside = torch.where(open_ & ~impossible, step, inside)
+        outside = torch.where(open_ & impossible, step, outside)
+    found = torch.isfinite(outside)
+    outside = torch.where(found, outside, 1.0)
+    for _ in range(HALVINGS):
+        middle = 0.5 * (inside + outside)
+        impossible = heights(middle) == -torch.inf
+        inside, outside = torch.where(impossible, inside, middle), torch.where(impossible, middle, outside)
+    unit = lines.diagonal()
+    places = (points + sign * inside * unit).double()
+    rounding = 1e3 * torch.finfo(points.dtype).eps * (places.abs().amax(0) + unit)
+    same = (places.amax(0) - places.amin(0)) <= rounding
+    matters = (heights(inside) > least).any(0)
+    wall = outside * unit * sign + points
+    return torch.where(found.all(0) & same & matters, wall[0], sign * torch.inf)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.noncentered import Information
 from pyro_flows.model.sites import Latent
+from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, scales
 from pyro_flows.starts.pathfinder import pathfinder
 from pyro_flows.starts.portfolio import PRIOR_DRAWS
 from pyro_flows.starts.prior import prior_draws, spread_of
@@ -51,38 +52,82 @@ def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, S
     """Return the log density in the chosen coordinates, a start there, and what the history says of the choice.
 
     ``density`` is centered. Paths climb in centered and in non-centered coordinates. The best normal on each side is
-    where learning begins; the better ELBO decides. A model that runs draw by draw is too slow to learn from: there the
-    better path decides between all centered and all non-centered.
+    where learning begins; the better ELBO decides. Where a normal with a diagonal covariance has a still better one
+    in coordinates that are all centered, or all non-centered, these are taken: without data, non-centered coordinates
+    are exact, and learning stops short of them. A model that runs draw by draw is too slow to learn from: there the
+    better path decides between the two.
     """
     wholly = density.elsewhere(True)
     family = _Family(density)
-    found, elbos = [], []
-    for number, candidate in enumerate((density, wholly)):
-        path_seed = derive(seed, f"coordinates {number}")
-        draws = prior_draws(candidate, PRIOR_DRAWS, seed=path_seed)
-        units = spread_of(draws).expand(PATHS, -1)
-        points = torch.cat([draws.median(0).values[None], draws[: PATHS - 1]])
-        paths = pathfinder(candidate, points, units, seed=path_seed)
-        best = int(paths.elbo.nan_to_num(nan=-torch.inf).argmax())
-        elbos.append(float(paths.elbo[best]))
-        if math.isfinite(elbos[-1]) and density.batched:
-            with seeded(path_seed, density.device):
-                noise = torch.randn(STARTED_FROM, density.dim, dtype=density.dtype, device=density.device)
-            found.append(family.learn(candidate, paths.best.map(noise)[0][best], seed=path_seed))
-    chosen = max(found, key=lambda learned: learned.start.elbo, default=None)
-    kept: Any = not elbos[0] > elbos[1]
-    if chosen is not None and math.isfinite(chosen.start.elbo):
-        kept = {name: None if said is None else said.options for name, said in chosen.information.items()}
+    sides = [
+        _side(family, candidate, derive(seed, f"coordinates {n}")) for n, candidate in enumerate((density, wholly))
+    ]
+    learned = max((side.learned for side in sides if side.learned), key=lambda found: found.start.elbo, default=None)
+    start = None if learned is None else learned.start
+    kept: Any = not sides[0].elbo > sides[1].elbo
+    if learned is not None and math.isfinite(learned.start.elbo):
+        kept = {name: None if said is None else said.options for name, said in learned.information.items()}
+        for noncentered, side in enumerate(sides):
+            if start is None or (side.plain is not None and side.plain.elbo > start.elbo):
+                kept, start = bool(noncentered), side.plain
     result = density.elsewhere(kept)
     result.evaluations += density.evaluations + wholly.evaluations + family.evaluations
     entry = {
         "stage": "coordinates",
         "noncentered": result.structure.noncentered,
-        "elbo": None if chosen is None else chosen.start.elbo,
-        "elbo_centered": elbos[0],
-        "elbo_noncentered": elbos[1],
+        "elbo": None if start is None else start.elbo,
+        "elbo_centered": sides[0].elbo,
+        "elbo_noncentered": sides[1].elbo,
     }
-    return result, None if chosen is None else chosen.start, entry
+    return result, start, entry
+
+
+@dataclass(frozen=True)
+class _Side:
+    """All centered, or all non-centered: the ELBO of the best path, what is learned from its end, and a normal there.
+
+    ``plain`` has a diagonal covariance in these very coordinates. Both are None where there was nothing to learn from.
+    """
+
+    elbo: float
+    learned: Learned | None = None
+    plain: Start | None = None
+
+
+def _side(family: _Family, candidate: LogDensity, seed: int) -> _Side:
+    draws = prior_draws(candidate, PRIOR_DRAWS, seed=seed)
+    units = spread_of(draws).expand(PATHS, -1)
+    paths = pathfinder(candidate, torch.cat([draws.median(0).values[None], draws[: PATHS - 1]]), units, seed=seed)
+    best = int(paths.elbo.nan_to_num(nan=-torch.inf).argmax())
+    elbo = float(paths.elbo[best])
+    if not math.isfinite(elbo) or not candidate.batched:
+        return _Side(elbo)
+    with seeded(seed, candidate.device):
+        noise = torch.randn(STARTED_FROM, candidate.dim, dtype=candidate.dtype, device=candidate.device)
+    found = paths.best.map(noise)[0][best]
+    plain = [_diagonal(candidate, paths.best.loc[best], found.std(0), seed=seed)]
+    if candidate.dim <= FULL_HESSIAN_UP_TO:
+        end = paths.ends[best]
+        plain.append(_diagonal(candidate, end, scales(candidate, end[None])[0], seed=seed))
+    return _Side(elbo, family.learn(candidate, found, seed=seed), max(plain, key=lambda start: start.elbo))
+
+
+@torch.no_grad()
+def _diagonal(density: LogDensity, loc: Tensor, scale: Tensor, *, seed: int) -> Start:
+    """Return the normal with this location and these scales (D,), and its ELBO."""
+    with seeded(derive(seed, "a diagonal normal"), density.device):
+        noise = torch.randn(JUDGED, density.dim, dtype=density.dtype, device=density.device)
+    return Start("coordinates", loc, scale, _elbo(density(loc + scale * noise), noise, scale))
+
+
+def _elbo(log_p: Tensor, noise: Tensor, scale: Tensor) -> float:
+    """Return the ELBO of a normal with these scales (D,) by log densities (S,) at its draws; -inf if one is not finite.
+
+    Log p and log q are of the same draws, so that a normal that is exact has its ELBO without noise.
+    """
+    terms = log_p + 0.5 * noise.square().sum(1)
+    elbo = float(terms.mean() + scale.log().sum()) + 0.5 * len(scale) * math.log(2.0 * math.pi)
+    return elbo if math.isfinite(elbo) else -math.inf
 
 
 class _Family:
@@ -148,15 +193,13 @@ class _Family:
         loc, scale, said = ascent.result()
         with torch.no_grad():
             terms = self.look(loc + scale * noise, said)[0]
-        elbo = float(terms.mean() + scale.log().sum()) + 0.5 * density.dim * math.log(2.0 * math.pi * math.e)
-        elbo = elbo if math.isfinite(elbo) else -math.inf
         precision, center = said[: self.size].exp(), said[self.size :]
         precision = torch.where(precision * spread.square() < NOTHING, 0.0, precision)
         found = {
             name: information if bool(information.precision.any()) else None
             for name, information in self.information(precision.log(), center).items()
         }
-        return Learned(found, Start("coordinates", loc, scale, elbo))
+        return Learned(found, Start("coordinates", loc, scale, _elbo(terms, noise, scale)))
 
 
 class _Ascent:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -14,22 +16,38 @@ FULL_HESSIAN_UP_TO = 200
 ROWS_AT_ONCE = 256
 
 
+class Differentiable(Protocol):
+    """What paths and differences need of a density: coordinates, numbers that it handles, and gradients."""
+
+    dim: int
+    numbers: int
+
+    def value_and_grad(self, z: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Return log densities (S,) and gradients (S, D) at points (S, D)."""
+
+
 def inverse_roots(density: LogDensity | Stack, points: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return W (K, D, D) with :math:`W W^\top = |H|^{-1}`, H the Hessian, and :math:`|H_{ii}|^{-1/2}` (K, D).
 
-    Scaled by the diagonal first: the eigenvalues of a matrix with entries of 1e-12 and 1e12 would be noise.
     Where the Hessian is not finite, W is the identity.
     """
-    hessians = _hessians(density, points)
+    return roots_of(_hessians(density, points))
+
+
+def roots_of(hessians: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what :func:`inverse_roots` does, for Hessians (K, D, D).
+
+    They are scaled by the diagonal first: the eigenvalues of a matrix with entries of 1e-12 and 1e12 would be noise.
+    """
     hessians = 0.5 * (hessians + hessians.mT)
     units = _units(hessians.diagonal(dim1=-2, dim2=-1))
     scaled = units[..., None] * hessians * units[..., None, :]
     usable = torch.isfinite(scaled).all(-1).all(-1)
-    identity = torch.eye(density.dim, dtype=density.dtype, device=density.device)
+    identity = torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
     scaled = torch.where(usable[:, None, None], scaled, identity)
     units = torch.where(usable[:, None], units, 1.0)
     values, vectors = torch.linalg.eigh(scaled)
-    floor = 1e-10 if density.dtype == torch.float64 else 1e-5
+    floor = 1e-10 if scaled.dtype == torch.float64 else 1e-5
     values = torch.maximum(values.abs(), floor * values.abs().amax(-1, keepdim=True))
     return units[..., None] * vectors * values.rsqrt()[..., None, :], units
 
@@ -65,7 +83,7 @@ def _hessians(density: LogDensity | Stack, points: Tensor) -> Tensor:
         except RuntimeError:
             pass
     coordinates = torch.arange(density.dim, device=points.device)
-    return torch.stack([_differences(density, point, coordinates) for point in points])
+    return torch.stack([differences(density, point, coordinates) for point in points])
 
 
 def _diagonal(density: LogDensity, point: Tensor) -> Tensor:
@@ -86,11 +104,11 @@ def _diagonal(density: LogDensity, point: Tensor) -> Tensor:
         except RuntimeError:
             pass
     parts = coordinates.split(ROWS_AT_ONCE)
-    return torch.cat([_differences(density, point, part).gather(1, part[:, None])[:, 0] for part in parts])
+    return torch.cat([differences(density, point, part).gather(1, part[:, None])[:, 0] for part in parts])
 
 
-def _differences(density: LogDensity, point: Tensor, coordinates: Tensor) -> Tensor:
-    """Rows (N, D) of the Hessian at one point, by central differences of 2 N gradients."""
+def differences(density: Differentiable, point: Tensor, coordinates: Tensor) -> Tensor:
+    """Return rows (N, D) of the Hessian at one point, by central differences of 2 N gradients."""
     step = torch.finfo(point.dtype).eps ** (1 / 3) * (1.0 + point[coordinates].abs())
     shifts = torch.zeros(len(coordinates), density.dim, dtype=point.dtype, device=point.device)
     shifts.scatter_(1, coordinates[:, None], step[:, None])

@@ -23,6 +23,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.graphs.batches import rows_for
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
+from pyro_flows.starts.curvature import Differentiable
 from pyro_flows.starts.gaussians import Gaussians, choose, compact, diagonal_update, identity_like, stretch
 from pyro_flows.verdict.psis import psis
 
@@ -99,7 +100,7 @@ class Ends(NamedTuple):
     settled: Tensor
 
 
-def climb(density: LogDensity, points: Tensor, units: Tensor, *, ticks: int = TICKS) -> Ends:
+def climb(density: Differentiable, points: Tensor, units: Tensor, *, ticks: int = TICKS) -> Ends:
     """Climb as :func:`pathfinder` does, for the ends only: nothing is drawn on the way.
 
     ``units`` (K, D) are diagonal. Cost: a gradient of each path that is under way, for each of at most ``ticks``.
@@ -183,7 +184,7 @@ def pool(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Pool:
 class _Climb:
     """The state of K paths; gradient, direction and history are measured in ``units``."""
 
-    def __init__(self, density: LogDensity | Stack, points: Tensor, units: Tensor) -> None:
+    def __init__(self, density: Differentiable, points: Tensor, units: Tensor) -> None:
         self.density, self.points, self.units = density, points, units
         self.piece = rows_for(density.numbers)
         self.height, gradient = self._look(points)

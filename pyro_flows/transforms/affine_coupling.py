@@ -30,7 +30,7 @@ class AdditiveCoupling(Coupling):
     Raises:
         ValueError: for a mask that moves nothing or has the wrong shape, or a wrong width.
 
-    Reference: Dinh, Krueger and Bengio, *NICE*, ICLR workshop 2015.
+    Reference: Dinh, Krueger and Bengio, *NICE*, ICLR workshop 2015 (arXiv 1410.8516).
 
     >>> import torch, pyro_flows as pf
     >>> layer = pf.AdditiveCoupling(2)
@@ -75,7 +75,8 @@ class AffineCoupling(Coupling):
         ValueError: for a mask that moves nothing or has the wrong shape, a bound that is not positive, or a wrong
             width.
 
-    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017.
+    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017
+    (arXiv 1605.08803).
 
     >>> import torch, pyro_flows as pf
     >>> layer = pf.AffineCoupling(4, mask=pf.masks.alternating(4))

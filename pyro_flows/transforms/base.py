@@ -24,6 +24,19 @@ class Bijection(TransformModule, ConditionalTransform):
 
     Shapes: ``x`` and ``y`` are ``(..., *event_shape)``, ``ladj`` is ``(...)``, ``context`` is ``(..., context_dim)``
     and broadcasts against the leading axes of ``x``.
+
+    With :math:`y = f(x)`, both passes give :math:`\log|\det \partial y / \partial x|` or its negative. Cost: that of
+    the subclass. Errors: a subclass raises ``ValueError`` for events of another shape and for a missing context.
+
+    >>> import torch, pyro_flows as pf
+    >>> class Twice(pf.Bijection):
+    ...     def forward_and_ladj(self, x, context=None):
+    ...         return 2.0 * x, torch.log(torch.tensor(2.0)).expand(x.shape[:-1]) * x.shape[-1]
+    ...     def inverse_and_ladj(self, y, context=None):
+    ...         return y / 2.0, -torch.log(torch.tensor(2.0)).expand(y.shape[:-1]) * y.shape[-1]
+    >>> y, ladj = Twice().forward_and_ladj(torch.ones(5, 2))
+    >>> y.shape, round(float(ladj[0]), 4)
+    (torch.Size([5, 2]), 1.3863)
     """
 
     bijective = True
@@ -133,6 +146,8 @@ class Bound(Transform):
     >>> x = torch.ones(2)
     >>> torch.equal(bound.inv(bound(x)), x)
     True
+
+    Shapes: those of the bijection, ``(..., *event_shape)`` and ``(...)``.
     """
 
     bijective = True
@@ -220,12 +235,15 @@ class Bound(Transform):
 
 
 class Inverse(Bijection):
-    """A bijection run backwards, sharing its parameters: ``Inverse(t).forward_and_ladj`` is ``t.inverse_and_ladj``.
+    r"""A bijection run backwards, sharing its parameters: ``Inverse(t).forward_and_ladj`` is ``t.inverse_and_ladj``.
 
     >>> import torch, pyro_flows as pf
     >>> t = pf.Rescale(3)
     >>> t.inv.inv is t
     True
+
+    :math:`y = f^{-1}(x)`, and :math:`\log|J|` is the negative of that of f. Shapes and cost are those of the other
+    direction of f.
     """
 
     def __init__(self, bijection: Bijection) -> None:

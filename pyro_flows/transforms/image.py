@@ -17,13 +17,16 @@ class Squeeze(Bijection):
     (C, H, W) becomes (4 C, H/2, W/2). The channels of a block's pixels follow one another in the order top left, bottom
     right, top right, bottom left, so each half of them is a checkerboard. ``Squeeze(shape).inv`` is depth to space.
 
+    Cost: a copy of the image.
+
     Args:
         dim: the shape (C, H, W) of x, with H and W even.
 
     Raises:
         ValueError: for an odd height or width, or an input of another shape.
 
-    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017, section 3.6.
+    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017
+    (arXiv 1605.08803), section 3.6.
 
     >>> import torch, pyro_flows as pf
     >>> pf.Squeeze((1, 2, 2))(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])).flatten().tolist()
@@ -80,7 +83,8 @@ class MultiScale(Bijection):
     Raises:
         ValueError: for a ``coarse`` that does not name its shape or changes it, or an input of another shape.
 
-    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017, section 3.6.
+    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017
+    (arXiv 1605.08803), section 3.6.
 
     >>> import torch, pyro_flows as pf
     >>> layer = pf.MultiScale(pf.ActNorm((1, 2, 2)))

@@ -94,6 +94,8 @@ class Rescale(DiagonalAffine):
 
     In NICE's own notation, which maps data to noise, it comes last and is :math:`e^{-s_d}`. Both ways cost O(D).
 
+    Shapes: ``x`` and ``y`` are ``(..., dim)``, ``ladj`` is ``(...)``.
+
     Args:
         dim: number of coordinates.
         context_dim: width of the context; above 0, a network of it gives s.
@@ -103,7 +105,7 @@ class Rescale(DiagonalAffine):
     Raises:
         ValueError: for a ``dim`` below 1 or a wrong width.
 
-    Reference: Dinh, Krueger and Bengio, *NICE*, ICLR workshop 2015, section 3.3.
+    Reference: Dinh, Krueger and Bengio, *NICE*, ICLR workshop 2015 (arXiv 1410.8516), section 3.3.
 
     >>> import torch, pyro_flows as pf
     >>> pf.Rescale(2)(torch.ones(2)).tolist()

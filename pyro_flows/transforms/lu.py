@@ -20,6 +20,8 @@ class LULinear(Bijection):
     identity without a ``seed``. Both ways cost O(D^2) a point: two products forward, two triangular solves back. A
     matrix that exchanges coordinates is out of reach without a permutation.
 
+    Shapes: ``x`` and ``y`` are ``(..., dim)``, ``ladj`` is ``(...)``.
+
     Args:
         dim: number of coordinates.
         seed: of the permutation P, a registered buffer; None: no permutation.
@@ -27,7 +29,7 @@ class LULinear(Bijection):
     Raises:
         ValueError: for a ``dim`` below 1, or an input of the wrong width.
 
-    Reference: Oliva et al., *Transformation Autoregressive Networks*, ICML 2018.
+    Reference: Oliva et al., *Transformation Autoregressive Networks*, ICML 2018 (arXiv 1801.09819).
 
     >>> import torch, pyro_flows as pf
     >>> pf.LULinear(3)(torch.tensor([1.0, 2.0, 3.0])).tolist()
@@ -98,7 +100,7 @@ class Conv1x1(LULinear):
     Raises:
         ValueError: for a ``dim`` that is not the shape of an image, or an input of another shape.
 
-    Reference: Kingma and Dhariwal, *Glow*, NeurIPS 2018, section 3.2.
+    Reference: Kingma and Dhariwal, *Glow*, NeurIPS 2018 (arXiv 1807.03039), section 3.2.
 
     >>> import torch, pyro_flows as pf
     >>> pf.Conv1x1((4, 2, 2), seed=1)(torch.zeros(5, 4, 2, 2)).shape

@@ -17,6 +17,11 @@ def half(dim: int, *, flip: bool = False) -> Tensor:
 
     With ``dim = 1`` nothing is kept and the one coordinate moves, flipped or not.
 
+    Booleans of shape ``(dim,)``. Cost: O(their number).
+
+    Raises:
+        ValueError: for a ``dim`` below 1.
+
     >>> half(5).tolist()
     [True, True, False, False, False]
     """
@@ -28,6 +33,11 @@ def half(dim: int, *, flip: bool = False) -> Tensor:
 def alternating(dim: int, *, flip: bool = False) -> Tensor:
     """Keep every other coordinate, from the second one on (``flip=True``: from the first).
 
+    Booleans of shape ``(dim,)``. Cost: O(their number).
+
+    Raises:
+        ValueError: for a ``dim`` below 1.
+
     >>> alternating(5).tolist()
     [False, True, False, True, False]
     """
@@ -38,6 +48,11 @@ def alternating(dim: int, *, flip: bool = False) -> Tensor:
 
 def random(dim: int, *, seed: int, flip: bool = False) -> Tensor:
     """Keep ``dim // 2`` coordinates drawn by a generator of its own: one seed, one mask, on any machine.
+
+    Booleans of shape ``(dim,)``. Cost: O(their number).
+
+    Raises:
+        ValueError: for a ``dim`` below 1.
 
     >>> random(4, seed=1).sum().item()
     2
@@ -53,6 +68,11 @@ def sequence(dim: int, layers: int, *, kind: str = "mixed", seed: int = 0) -> li
     ``kind="mixed"``: the pairs are halves, then alternating, then seeded random ones, so that any two coordinates soon
     stand on opposite sides of a mask and can depend on each other directly. ``kind="alternating"``: all pairs are
     alternating, as in NICE.
+
+    Booleans of shape ``(dim,)`` each. Cost: O(their number).
+
+    Raises:
+        ValueError: for an unknown ``kind``, or ``layers`` below 1.
 
     >>> [mask.tolist() for mask in sequence(2, 2)]
     [[True, False], [False, True]]
@@ -73,6 +93,11 @@ def sequence(dim: int, layers: int, *, kind: str = "mixed", seed: int = 0) -> li
 def checkerboard(shape: Sequence[int], *, flip: bool = False) -> Tensor:
     """Keep every other pixel of an image (C, H, W), in all of its channels; the top left one moves (or stays).
 
+    Booleans of shape ``(C, H, W)``. Cost: O(their number).
+
+    Raises:
+        ValueError: for another shape.
+
     >>> checkerboard((1, 2, 3)).tolist()
     [[[False, True, False], [True, False, True]]]
     """
@@ -83,6 +108,11 @@ def checkerboard(shape: Sequence[int], *, flip: bool = False) -> Tensor:
 
 def channels(shape: Sequence[int], *, flip: bool = False) -> Tensor:
     """Keep the first half of the channels of an image (C, H, W) with at least two (``flip=True``: the second half).
+
+    Booleans of shape ``(C, H, W)``. Cost: O(their number).
+
+    Raises:
+        ValueError: for another shape, or one channel.
 
     >>> channels((2, 1, 1)).flatten().tolist()
     [True, False]

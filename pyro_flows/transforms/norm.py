@@ -84,7 +84,7 @@ class ActNorm(_Standardizing):
         ValueError: for a ``dim`` below 1, a wrong shape, or data with fewer than two points or with values that are not
             finite.
 
-    Reference: Kingma and Dhariwal, *Glow*, NeurIPS 2018.
+    Reference: Kingma and Dhariwal, *Glow*, NeurIPS 2018 (arXiv 1807.03039).
 
     >>> import torch, pyro_flows as pf
     >>> layer = pf.ActNorm(2)
@@ -140,7 +140,8 @@ class BatchNorm(_Standardizing):
             or fewer than two points in train mode.
         RuntimeError: for the direction of sampling in train mode.
 
-    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017, appendix E.
+    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017
+    (arXiv 1605.08803), appendix E.
 
     >>> import torch, pyro_flows as pf
     >>> layer = pf.BatchNorm(2)

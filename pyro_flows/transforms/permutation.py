@@ -14,6 +14,8 @@ from pyro_flows.transforms.base import Bijection
 class Permutation(Bijection):
     r"""Reorders the coordinates: :math:`y_i = x_{p(i)}`, :math:`\log|J| = 0`. Both ways cost one gather.
 
+    Shapes: ``x`` and ``y`` are ``(..., dim)``, ``ladj`` is ``(...)``.
+
     Args:
         permutation: the indices p, or a number of coordinates to be shuffled by ``seed``.
         seed: of the shuffle; the result is a registered buffer, saved and moved with the module.

@@ -36,7 +36,8 @@ class Logit(Bijection):
     Raises:
         ValueError: for an alpha outside of (0, 0.5), or an input of another shape.
 
-    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017, section 4.1.
+    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017
+    (arXiv 1605.08803), section 4.1.
 
     >>> import torch, pyro_flows as pf
     >>> layer = pf.Logit(2, alpha=0.05)
@@ -108,10 +109,13 @@ class Dequantize(nn.Module):
         network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
             (``None``: the first).
 
+    Cost: O(D) a point, and one evaluation of the network if the noise is learned.
+
     Raises:
         ValueError: for fewer than 2 levels, or data that are not whole numbers from 0 to n - 1.
 
-    Reference: Ho et al., *Flow++*, ICML 2019 (variational); Theis, van den Oord and Bethge, ICLR 2016 (the bound).
+    Reference: Ho et al., *Flow++*, ICML 2019 (variational, arXiv 1902.00275); Theis, van den Oord and Bethge, ICLR
+    2016 (the bound, arXiv 1511.01844).
 
     >>> import torch, pyro_flows as pf
     >>> dequantize = pf.Dequantize(3, levels=4)

@@ -67,7 +67,8 @@ class Planar(Bijection):
     Raises:
         ValueError: for a ``dim`` below 1, or an input or context of the wrong width.
 
-    Reference: Rezende and Mohamed, *Variational Inference with Normalizing Flows*, ICML 2015.
+    Reference: Rezende and Mohamed, *Variational Inference with Normalizing Flows*, ICML 2015 (arXiv
+    1505.05770).
 
     >>> import torch, pyro_flows as pf
     >>> layer = pf.Planar(3)

@@ -42,7 +42,8 @@ class SplineCoupling(Coupling):
         ValueError: for a mask that moves nothing or has the wrong shape, fewer than 2 or more than 500 bins, a bound
             that is not positive, or a wrong width.
 
-    Reference: Durkan, Bekasov, Murray and Papamakarios, *Neural Spline Flows*, NeurIPS 2019.
+    Reference: Durkan, Bekasov, Murray and Papamakarios, *Neural Spline Flows*, NeurIPS 2019 (arXiv
+    1906.04032).
 
     >>> import torch, pyro_flows as pf
     >>> y, ladj = pf.SplineCoupling(4, bins=5).forward_and_ladj(torch.randn(10, 4))

@@ -27,6 +27,8 @@ class SinhArcsinh(Bijection):
 
     Both ways cost O(D), in closed form: :math:`x = c\,\sinh(\mathrm{arcsinh}(k y / c) / k)`.
 
+    Shapes: ``x`` and ``y`` are ``(..., dim)``, ``ladj`` is ``(...)``.
+
     Args:
         dim: number of coordinates.
         context_dim: width of the context; above 0, a network of it gives k and c.
@@ -37,7 +39,8 @@ class SinhArcsinh(Bijection):
     Raises:
         ValueError: for a ``dim`` below 1, a bound that is not positive, or a wrong width.
 
-    Reference: Jones and Pewsey, *Sinh-arcsinh distributions*, Biometrika 2009 (one k, no c; here two a side).
+    Reference: Jones and Pewsey, *Sinh-arcsinh distributions*, Biometrika 2009, doi:10.1093/biomet/asp053 (one
+    k, no c; here two a side).
 
     >>> import torch, pyro_flows as pf
     >>> pf.SinhArcsinh(2)(torch.tensor([-1.0, 2.0])).tolist()

@@ -1,48 +1,94 @@
-"""The gallery: each picture is drawn from a kept fit, and what is absent is left out with a sentence."""
+"""Pictures and the table of flows: one small row, its section, and what the commands write."""
 
+import math
+from types import SimpleNamespace
+
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-import pyro_flows as pf
-from benchmarks.density import gallery
-from benchmarks.density import problems as density_problems
-from benchmarks.toys import planar
-from pyro_flows.datasets import Split
+from benchmarks import records
+from benchmarks.gallery import __main__ as command
+from benchmarks.gallery import flows, pictures
+from benchmarks.gallery.entries import ENTRIES, Entry, faithful
 
-QUICK = {"levels": 4, "max_epochs": 1, "validation": None, "learning_rate": 1e-3, "progress": False}
-
-
-@pytest.fixture
-def fits(tmp_path, monkeypatch):
-    """NICE on small flat images under the name of MNIST; no other fits."""
-    values = torch.randint(4, (240, 16), generator=torch.Generator().manual_seed(0))
-    problem = density_problems.Problem(lambda seed: Split(values, values, values), 1.0, levels=4)
-    monkeypatch.setitem(density_problems.PROBLEMS, "mnist", problem)
-    monkeypatch.setitem(gallery.SHAPES, "mnist", (4, 4))
-    trained = planar.train
-    monkeypatch.setattr(planar, "train", lambda layers, base, seed: trained(layers, base, seed, steps=2))
-    flow = pf.nice(16, layers=2, hidden=(8,), base="logistic")
-    pf.fit_density(flow, values, **QUICK).save(tmp_path / "fits" / "mnist-additive-0-600.0")
-    return tmp_path / "fits"
+Y = torch.tensor([0.3, 1.2, -0.4, 0.9], dtype=torch.float64)
 
 
-def test_pictures_of_what_is_there(fits, tmp_path, capsys):
-    gallery.main(["--fits", str(fits), "--out", str(tmp_path / "images")])
-    drawn = {path.stem for path in (tmp_path / "images").iterdir()}
-    nice = {"nice-samples", "nice-nearest", "nice-spectrum", "nice-inpainting", "nice-walk"}
-    assert drawn == {"planar-normal", "planar-uniform"} | nice
-    told = capsys.readouterr().out
-    assert "emoji-glow-walk: left out." in told
-    assert "corners off by" in told
+def pair(y):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros_like(y[0]), 5.0))
+    sigma = pyro.sample("sigma", dist.LogNormal(torch.zeros_like(y[0]), 0.5))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(mu, sigma), obs=y)
 
 
-def test_one_picture_alone(fits, tmp_path):
-    gallery.main(["--fits", str(fits), "--out", str(tmp_path / "images"), "--only", "nice-samples"])
-    assert [path.stem for path in (tmp_path / "images").iterdir()] == ["nice-samples"]
+def entry(reference=None):
+    return Entry(pair, (Y,), ("mu", "sigma"), {"sigma": torch.log}, reference)
 
 
-def test_figures_of_walks(fits):
-    text = gallery.walk_figures(pf.DensityFit.load(fits / "mnist-additive-0-600.0"), "mnist", walks=3)
-    single, double = (float(word) for word in text.split() if "e-" in word)
-    assert single < 1e-4
-    assert double < 1e-9
+def test_a_row_and_its_table(tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    draws = {"mu": 0.5 + 0.4 * torch.randn(500, generator=generator), "sigma": torch.rand(500, generator=generator)}
+    monkeypatch.setitem(ENTRIES, "small", lambda root: entry(draws))
+    page, file = tmp_path / "page.md", tmp_path / "flows.csv"
+    page.write_text("Before.\n<!-- flows: begin -->\n<!-- flows: end -->\nAfter.\n")
+    options = ["--only", "small", "--flows", "planar", "--out", str(file), "--page", str(page)]
+    flows.main(options)
+    (row,) = records.read(file)
+    assert not row["error"]
+    assert row["status"] in ("ok", "corrected", "unreliable")
+    assert math.isfinite(float(row["mean_error"]))
+    text = page.read_text()
+    assert text.startswith("Before.\n<!-- flows: begin -->\n\nOne round of each flow")
+    assert f"| small | 2 | planar | {row['status']} |" in text
+    flows.main(options)
+    assert len(records.read(file)) == 1  # a row of the same version is not done again
+
+
+def test_errors_are_those_of_the_worst_coordinate():
+    found = SimpleNamespace(samples={"mu": torch.tensor([[0.0, 3.0], [2.0, 5.0]]), "tau": torch.tensor([1.0, 3.0])})
+    reference = {"mu": torch.tensor([[0.0, 1.0], [2.0, 3.0]]), "tau": torch.tensor([0.0, 4.0])}
+    mean, sd = flows.errors(entry(reference), found)
+    assert mean == pytest.approx(2.0 / 2.0**0.5)
+    assert sd == pytest.approx(math.log(2.0))
+    assert all(math.isnan(value) for value in flows.errors(entry(), found))
+
+
+def test_a_comparison_names_the_verdict_on_the_guide(monkeypatch):
+    monkeypatch.setattr(pictures, "STEPS", 50)
+    figure, found = pictures.compare(entry())
+    assert list(found) == ["flow", "full-rank Gaussian guide"]
+    (legend,) = figure.legends
+    status = found["full-rank Gaussian guide"].verdict.status
+    assert f"full-rank Gaussian guide ({status})" in legend.get_texts()[1].get_text()
+
+
+def test_pictures_of_tails_and_of_moons():
+    assert len(pictures.tails().axes) == 2
+    found = {name: (torch.zeros(3, 2), -1.0) for name in pictures.MOONS}
+    assert [axes.get_title() for axes in pictures._moons(found).axes] == [f"{name}: -1.000 nats" for name in found]
+
+
+def test_the_command_draws_what_is_named_and_leaves_out_what_is_absent(tmp_path, capsys):
+    def draw(name, root):
+        if name == "garch":
+            raise FileNotFoundError("no posteriordb was found")
+        return Figure()
+
+    command.main(["garch", "schools", "tails", "--out", str(tmp_path)], draw)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery-schools.png", "tails.png"]
+    assert "garch: left out, since no posteriordb was found" in capsys.readouterr().out
+
+
+def test_the_mixture_of_waiting_times_does_not_name_its_parts():
+    minutes = torch.tensor([50.0, 80.0, 55.0, 82.0], dtype=torch.float64)
+    values = {"share": 0.3, "loc": [55.0, 80.0], "scale": [6.0, 7.0]}
+    swapped = {"share": 0.7, "loc": [80.0, 55.0], "scale": [7.0, 6.0]}
+    scores = []
+    for one in (values, swapped):
+        fixed = {name: torch.tensor(value, dtype=torch.float64) for name, value in one.items()}
+        trace = pyro.poutine.trace(pyro.poutine.condition(faithful, data=fixed)).get_trace(minutes)
+        scores.append(float(trace.log_prob_sum()))
+    assert scores[0] == pytest.approx(scores[1])

@@ -8,7 +8,7 @@ from benchmarks import records, tables
 from benchmarks.clock import Stopwatch
 from benchmarks.nuts import running as nuts
 from benchmarks.nuts import samplers
-from benchmarks.nuts.samplers import CHAINS, LENGTH, LIMIT, MOST, NUMPYRO, PYRO, SCALE, SHORT
+from benchmarks.nuts.samplers import CHAINS, LENGTH, LIMIT, MOST, NUMPYRO, NUTPIE, PYRO, SCALE, SHORT
 from benchmarks.posteriors.models import NAMES, eight_schools_noncentered, load
 from benchmarks.posteriors.reference import find_posteriordb
 from benchmarks.posteriors.running import OURS, Task
@@ -41,7 +41,9 @@ def pair(name: str, ours: float, theirs: float, rival: str = PYRO, **given: obje
 @pytest.fixture
 def numpyro(monkeypatch):
     """The versions that an interpreter with NumPyro would name."""
-    monkeypatch.setattr(nuts, "numpyro_version", lambda: "numpyro-1 jax-1")
+    monkeypatch.setattr(
+        nuts, "numpyro_version", lambda *also: " ".join(f"{name}-1" for name in (*also, "numpyro", "jax"))
+    )
 
 
 def test_each_task_is_done_once(tmp_path, numpyro):
@@ -52,10 +54,10 @@ def test_each_task_is_done_once(tmp_path, numpyro):
         return made(task)
 
     rows = nuts.bench(None, only=["kilpisjarvi"], out=out, do=do)
-    assert done == [("kilpisjarvi_mod-kilpisjarvi", method) for method in (OURS, PYRO, NUMPYRO)]
+    assert done == [("kilpisjarvi_mod-kilpisjarvi", method) for method in (OURS, PYRO, NUMPYRO, NUTPIE)]
     assert records.read(out) == rows
     assert nuts.bench(None, only=["kilpisjarvi"], out=out, do=do) == rows
-    assert len(done) == 3
+    assert len(done) == 4
 
 
 def test_a_change_of_our_code_repeats_our_fits_only(tmp_path, numpyro, monkeypatch):
@@ -64,7 +66,7 @@ def test_a_change_of_our_code_repeats_our_fits_only(tmp_path, numpyro, monkeypat
     monkeypatch.setattr(records, "code_version", lambda: "another")
     rows = nuts.bench(None, **options)
     assert [found["version"] for found in rows if found["method"] == OURS] == ["another"]
-    assert len(records.read(options["out"])) == 4
+    assert len(records.read(options["out"])) == 5
 
 
 def test_methods_can_be_chosen(tmp_path, numpyro, capsys):
@@ -73,11 +75,13 @@ def test_methods_can_be_chosen(tmp_path, numpyro, capsys):
     assert "left out" not in capsys.readouterr().out
 
 
-def test_numpyro_is_left_out_with_a_word_where_it_is_not(tmp_path, monkeypatch, capsys):
+def test_numpyro_and_nutpie_are_left_out_with_a_word_where_they_are_not(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(samplers.INTERPRETER, raising=False)
     rows = nuts.bench(None, only=["kilpisjarvi"], out=tmp_path / "rows.csv", do=made)
     assert [found["method"] for found in rows] == [OURS, PYRO]
-    assert "NumPyro's NUTS: left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "NumPyro NUTS: left out, since no interpreter with NumPyro was found" in said
+    assert "nutpie: left out, since no interpreter with NumPyro and nutpie was found" in said
 
 
 def test_an_interpreter_without_numpyro_has_no_version(monkeypatch, tmp_path):

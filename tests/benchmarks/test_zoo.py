@@ -200,6 +200,18 @@ def test_heavy_tails_are_judged_by_quantiles():
     assert judging.compare(case, narrow, 4000).ratio > 1.0
 
 
+def test_exact_draws_of_many_heavy_numbers_are_right():
+    """With three standard errors for each of 1050 quantiles, 3 of 40 samples were called wrong."""
+    case = zoo(8, 23)
+    assert len(case.heavy) == 2
+    ratios = [
+        judging.compare(case, case.draw(4000, np.random.default_rng(seed)), 4000.0).ratio for seed in range(113, 117)
+    ]
+    assert max(ratios) < 1.0
+    assert judging.standard_errors(1) == pytest.approx(3.0)
+    assert 4.0 < judging.standard_errors(1050) < 5.0
+
+
 def test_the_outcome_compares_the_verdict_with_the_errors():
     possible, impossible = zoo(SEED, 0), zoo(SEED, 6)
     for status in ("ok", "corrected"):

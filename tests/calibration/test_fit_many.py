@@ -257,3 +257,19 @@ def test_processes_without_joblib_say_what_to_install(monkeypatch):
 
 def test_no_data_sets_make_no_posteriors():
     assert pf.fit_many(regression, [], progress=False) == []
+
+
+def bounded(y):
+    top = pyro.sample("top", dist.LogNormal(torch.zeros((), dtype=torch.float64), 1.0))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Uniform(torch.zeros_like(top), top), obs=y)
+
+
+@pytest.mark.falls_back
+def test_walls_are_those_of_each_data_set():
+    data = [torch.tensor([0.2, 0.5, size], dtype=torch.float64) for size in (0.6, 1.0, 2.0, 3.0)]
+    found = pf.fit_many(bounded, [(y,) for y in data], progress=False)
+    for posterior, y in zip(found, data, strict=True):
+        assert posterior.verdict.status == "ok"
+        assert posterior.settings["noncentered"]["top"]["wall_below"] == pytest.approx(float(y.max().log()), abs=1e-7)
+        assert bool((posterior.samples["top"] > y.max()).all())

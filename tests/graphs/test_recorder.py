@@ -10,6 +10,7 @@ import pyro_flows as pf
 from pyro_flows.graphs.batches import PIECE, RECORDED_FROM, ROWS_AT_LEAST, ROWS_AT_MOST, Recorder, rows_for
 from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Plan, Runner, pays_at
+from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.record import record
 from tests.invariants import close
 from tests.registry import needs_compiler, normal
@@ -72,6 +73,19 @@ def test_compiled_graphs_give_the_same_numbers():
     with torch.no_grad():
         for got, expected in zip(runner(other), function(other), strict=True):
             close(got, expected, 1e-12)
+    assert runner.compiled
+
+
+@needs_compiler
+def test_compiled_graphs_have_constants_before_an_input_that_comes_late():
+    """A training step has: its data are constants of the density, and the learning rate comes in after that."""
+    data, z, rate = normal(5, seed=1), normal(4, 5, seed=2), normal(4, seed=3)
+    whole = Stitcher()
+    first = whole.add(record(lambda z: ((z + data).sin().sum(-1),), z), [whole.input(z)])
+    module = whole.finish(whole.add(record(lambda a, b: (a * b,), rate, rate.clone()), [*first, whole.input(rate)]))
+    runner = Runner(module, compile=True)
+    for _ in range(2):
+        close(runner(z, rate)[0], (z + data).sin().sum(-1) * rate, 1e-12)
     assert runner.compiled
 
 

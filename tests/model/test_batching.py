@@ -63,10 +63,28 @@ def test_recording_survives_a_first_batch_with_bad_rows():
     assert density.reason is None
 
 
-def test_a_fit_goes_through(monkeypatch):
-    for name in ("JUDGED_DRAWS", "LOOKED_AT_DRAWS"):  # rows that fail are found one by one
-        monkeypatch.setattr(f"pyro_flows.fitting.escalation.{name}", 500)
-    posterior = pf.fit(correlated, real(0.3, -0.4), progress=False, max_steps=40, escalate=False, draws=200)
+def test_values_are_told_where_there_is_no_factorization():
+    density = pf.LogDensity(with_deterministic, (real(0.3, -0.4),))
+    z = points()
+    found = density.constrain(z)
+    assert torch.equal(found["rho"], z[:, 0])
+    bad = torch.isnan(found["factor"]).flatten(1).any(1)
+    assert bad.nonzero()[:, 0].tolist() == list(BAD)
+    assert torch.isfinite(density.log_prior(z)["rho"]).all()
+    assert torch.isnan(density.log_likelihood(z)["y"]).nonzero()[:, 0].tolist() == list(BAD)
+    assert density.predictive(z, seed=1)["y"].shape == (16, 2)
+
+
+def with_deterministic(y: Tensor) -> None:
+    rho = pyro.sample("rho", dist.Normal(real(0.0), 0.5))
+    covariance = torch.eye(2, dtype=y.dtype) + rho * (1.0 - torch.eye(2, dtype=y.dtype))
+    factor = pyro.deterministic("factor", torch.linalg.cholesky(covariance), event_dim=2)
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(2, dtype=y.dtype), scale_tril=factor), obs=y)
+
+
+@pytest.mark.parametrize("model", [correlated, with_deterministic])
+def test_a_fit_goes_through(model):
+    posterior = pf.fit(model, real(0.3, -0.4), progress=False, max_steps=40, escalate=False, draws=200)
     assert torch.isfinite(posterior.z).all()
     assert float(posterior.samples["rho"].abs().median()) < 1.0
 

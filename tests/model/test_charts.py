@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pyro
@@ -11,7 +12,7 @@ import torch
 from pyro import poutine
 
 import pyro_flows as pf
-from pyro_flows.model.charts import Circle, Heavy, read_chart, write_chart
+from pyro_flows.model.charts import Circle, Heavy, Walls, read_chart, write_chart
 from pyro_flows.starts.charting import choose_charts
 from tests.models import real
 from tests.registry import normal
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarni
 
 CIRCLE = Circle(real(0.0, 3.0, -3.1))
 HEAVY = Heavy(real(0.0, 2.0, -1.0), real(1.0, 0.0, 0.3))
+WALLS = Walls(real(-1.0, 2.0, -math.inf), real(math.inf, 5.0, 3.0))
 
 
 def check_chart(chart):
@@ -34,7 +36,7 @@ def check_chart(chart):
     torch.testing.assert_close(chart.inverse(y), u, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("chart", [CIRCLE, HEAVY], ids=["circle", "heavy"])
+@pytest.mark.parametrize("chart", [CIRCLE, HEAVY, WALLS], ids=["circle", "heavy", "walls"])
 def test_chart(chart):
     check_chart(chart)
 
@@ -62,12 +64,27 @@ def test_heavy_is_for_its_entries_alone():
     torch.testing.assert_close(HEAVY.inverse(far), torch.full((1, 3), 300.0).double())
 
 
-@pytest.mark.parametrize("chart", [CIRCLE, HEAVY, None], ids=["circle", "heavy", "none"])
+@pytest.mark.parametrize("chart", [CIRCLE, HEAVY, WALLS, None], ids=["circle", "heavy", "walls", "none"])
 def test_as_plain_numbers(chart):
     again = read_chart(write_chart(chart), torch.Size([3]), real(0.0))
     assert type(again) is type(chart)
     u = normal(5, 3, seed=4)
     assert chart is None or torch.equal(again.forward(u)[0], chart.forward(u)[0])
+
+
+def test_walls_bound_values_and_take_those_from_beyond_inside():
+    y, ladj = WALLS.forward(torch.cat([8.0 * normal(500, 3, seed=6), torch.full((1, 3), -600.0).double()]))
+    assert bool(((y >= WALLS.low) & (y <= WALLS.high)).all())
+    assert bool(torch.isfinite(ladj).all())
+    free = Walls(real(-math.inf), real(math.inf))
+    u = normal(4, 1, seed=7)
+    assert torch.equal(free.forward(u)[0], u)
+    assert not bool(free.forward(u)[1].any())
+    beyond = WALLS.inverse(real(-3.0, 9.0, 4.0))
+    assert bool(torch.isfinite(beyond).all())
+    inside = WALLS.forward(beyond)[0]
+    torch.testing.assert_close(inside, real(1.0, 3.5, 2.0))
+    json.dumps(write_chart(WALLS), allow_nan=False)
 
 
 # the choice -----------------------------------------------------------------------------------------------------------
@@ -145,6 +162,54 @@ def test_a_hierarchy_of_cauchys():
     assert isinstance(charts["x"], Heavy)
     assert bool((charts["x"].scale > 0.0).all())
     assert charts["scale"] is None
+
+
+def uniform_data(y, z):
+    """Upper bounds in a plate, a lower one, and a number between data, which no prior knows of."""
+    with pyro.plate("bound", y.shape[-1], dim=-1):
+        top = pyro.sample("top", dist.LogNormal(real(0.0), 1.0))
+        with pyro.plate("row", len(y), dim=-2):
+            pyro.sample("y", dist.Uniform(real(0.0), top), obs=y)
+    low = pyro.sample("low", dist.Normal(real(0.0), 3.0))
+    pyro.sample("z", dist.Uniform(low, low + 10.0), obs=z)
+    pyro.sample("free", dist.Normal(real(0.0), 1.0))
+
+
+def test_what_data_bound_gets_walls():
+    y, z = real([0.3, 2.0], [0.9, 1.1]), real(1.5)
+    charts = chosen(uniform_data, y, z)
+    assert charts["free"] is None
+    torch.testing.assert_close(charts["top"].low, y.amax(0).log(), atol=1e-7, rtol=0.0)
+    assert bool(torch.isinf(charts["top"].high).all())
+    torch.testing.assert_close(charts["low"].low, real(-8.5), atol=1e-7, rtol=0.0)
+    torch.testing.assert_close(charts["low"].high, real(1.5), atol=1e-7, rtol=0.0)
+
+
+def test_a_bound_by_data_is_fitted_saved_and_loaded(tmp_path):
+    """Draws had no finite density, and the fit was `unreliable` after a minute."""
+    y, z = real([0.3, 2.0], [0.9, 1.1]), real(1.5)
+    posterior = pf.fit(uniform_data, y, z, progress=False)
+    assert posterior.verdict.status == "ok"
+    top = posterior.samples["top"]
+    assert bool((top > y.amax(0)).all())
+    u = torch.linspace(0.0, 12.0, 200_001).double()[:, None] + y.amax(0).log()  # in log(top): normal, less two rows
+    weights = torch.softmax(-0.5 * u.square() - 2.0 * u, 0)
+    mean = (weights * u.exp()).sum(0)
+    sd = ((weights * u.exp().square()).sum(0) - mean.square()).sqrt()
+    assert float(((top.mean(0) - mean) / sd).abs().max()) < 0.08
+    posterior.save(tmp_path / "kept")
+    again = pf.load(tmp_path / "kept", uniform_data, y, z)
+    torch.testing.assert_close(again.samples["top"], top)
+    assert torch.equal(again.guide.sample_posterior(3)["top"] > y.amax(0), torch.ones(3, 2).bool())
+
+
+def test_supports_that_move_with_latents_are_no_walls():
+    def moving(y):
+        scale = pyro.sample("scale", dist.HalfNormal(real(2.0)))
+        shift = pyro.sample("shift", dist.Normal(real(0.0), 1.0))
+        pyro.sample("y", dist.Uniform(shift - scale, shift + scale), obs=y)
+
+    assert chosen(moving, real(0.4, 0.9)) == {"scale": None, "shift": None}
 
 
 def test_nothing_to_chart():

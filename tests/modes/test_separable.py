@@ -40,6 +40,22 @@ def test_a_product_is_told_from_what_is_none(coupling):
     assert is_separable(density, points(density), seed=0) == (coupling == 0.0)
 
 
+def test_two_far_modes_are_no_product_though_each_is():
+    """Points about one of them, and single coordinates of the other, all look like a product."""
+    sides = torch.tensor([[1.0], [-1.0]], dtype=torch.float64) * 20.0
+
+    def two(z):
+        return torch.logsumexp(-0.5 * (z - sides).square().sum(-1), 0)
+
+    density = flat(two, 6)
+    z = sides[0] + torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    modes = sides.expand(2, 6)
+    assert is_separable(density, z, seed=0)
+    assert not is_separable(density, z, seed=0, modes=modes)
+    every = torch.tensor([[1.75, 1.75], [1.75, -1.75], [-1.75, 1.75]], dtype=torch.float64)
+    assert is_separable(flat(wells, 2), every, seed=0, modes=every)
+
+
 def test_one_coordinate_is_no_product():
     density = flat(wells, 1)
     assert not is_separable(density, points(density), seed=0)
@@ -78,8 +94,24 @@ def test_a_density_without_a_top_has_no_table():
 
 def test_a_table_may_be_too_coarse():
     values = torch.linspace(-3.0, 3.0, 20, dtype=torch.float64)[None]
-    with pytest.raises(ValueError, match="at least 97 values"):
+    with pytest.raises(ValueError, match="at least 129 values"):
         tabulated(values, -0.5 * values.square())
+
+
+def test_a_table_is_followed_into_its_tails_and_valleys():
+    """Weights of a product of wells were above 5 in the valleys, and above 6 beyond the last knots: k-hat was 1.3."""
+    values = torch.linspace(-5.0, 5.0, 20_001, dtype=torch.float64)[None]
+    log_p = torch.logaddexp(-0.5 * ((values - 2.8) / 0.18).square(), -0.5 * ((values + 2.8) / 0.18).square())
+    log_p = log_p - torch.log(torch.trapezoid(log_p.exp(), values))
+    flow = tabulated(values, log_p)
+    near = log_p[0] > log_p.max() - 14.0
+    found = flow.log_prob(values[0][near][:, None]).detach()
+    heavier = (log_p[0][near] - found).exp()  # weight of a draw there
+    mass = heavier * found.exp()
+    assert float(heavier[log_p[0][near] > log_p.max() - 9.0].max()) < 1.1
+    assert float((mass * (heavier - 1.0).square()).sum() / mass.sum()) < 1e-3
+    beyond = torch.tensor([[-4.5], [4.5]], dtype=torch.float64)
+    assert bool((flow.log_prob(beyond) > log_p[0, [1000, -1001]]).all())  # the tails are heavier
 
 
 LINE = torch.linspace(-8.0, 8.0, 2000).double()[None]

@@ -18,7 +18,7 @@ from pyro_flows.starts.prior import prior_draws
 
 
 def normals(centers, sds, weights=None):
-    """A mixture of round normals as a density on a flat latent, normalized."""
+    """A mixture of round normals as a density on a flat latent, normalized; its sum is written so that none is seen."""
     centers, sds = (torch.as_tensor(part, dtype=torch.float64) for part in (centers, sds))
     count, dim = centers.shape
     weights = torch.full((count,), 1.0 / count).double() if weights is None else torch.as_tensor(weights).double()
@@ -27,7 +27,8 @@ def normals(centers, sds, weights=None):
     def model():
         z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (dim,)))
         away = (z - centers).square().sum(-1) / sds.square()
-        pyro.factor("modes", torch.logsumexp(size - 0.5 * away, 0))
+        terms = size - 0.5 * away
+        pyro.factor("modes", (terms - terms.amax()).exp().sum().log() + terms.amax())
 
     return pf.LogDensity(model)
 
@@ -185,4 +186,5 @@ def test_no_draw_with_any_density_is_no_population():
 
 def test_an_empty_survey_has_nothing_weighty():
     nothing = torch.zeros(0, 2)
-    assert len(Survey(nothing, torch.zeros(0, 2, 2), nothing[:, 0], nothing[:, 0].long()).weighty()) == 0
+    none = nothing[:, 0]
+    assert len(Survey(nothing, torch.zeros(0, 2, 2), none, none.long(), none.bool()).weighty()) == 0

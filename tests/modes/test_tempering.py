@@ -14,9 +14,12 @@ import torch
 from torch.distributions import constraints
 
 import pyro_flows as pf
+from pyro_flows.modes.climbs import Doubtful, heavier
+from pyro_flows.modes.lacks import Guide
 from pyro_flows.modes.missed_modes import missed_modes
-from pyro_flows.modes.tempering import log_mean, temper, wander
+from pyro_flows.modes.tempering import Tempered, log_mean, temper, wander
 from pyro_flows.starts.gaussians import Gaussians
+from pyro_flows.starts.start import Start
 from tests.models import real
 from tests.registry import normal
 
@@ -74,6 +77,38 @@ def test_only_the_mass_of_its_own_region_counts():
     assert float(errors.max()) < 0.1
     assert float(masses[0]) == pytest.approx(0.0, abs=4.0 * float(errors[0]) + 0.02)
     assert float(masses[1]) == pytest.approx(-math.log(3.0), abs=4.0 * float(errors[1]) + 0.02)
+
+
+@pytest.mark.parametrize(
+    ("covered", "base", "there", "counts"),
+    [
+        (0.0, 0.0, -3.0, True),  # .05 of the mass; a fiftieth counts
+        (0.0, 0.0, -5.0, False),
+        (0.0, -9.0, -12.0, True),  # tempering falls short by the same in both regions
+        (0.0, -30.0, -20.0, True),  # it falls short of so much that points have to stay, as they do here
+        (-3.0, 0.0, -6.0, True),  # the guide's own figure is the lower one
+    ],
+)
+def test_a_place_is_compared_with_what_tempering_makes_of_the_guides_own_region(covered, base, there, counts):
+    density = flat(lambda z: torch.logaddexp(-0.5 * z[..., 0].square(), -0.5 * (z[..., 0] - 50.0).square()), 1)
+    score = lambda z: -0.5 * z[:, 0].square() - 0.5 * math.log(2.0 * math.pi)  # noqa: E731
+    guide = Guide(density, score, covered)
+    ends = real([0.0], [50.0])
+    start = Start("mode", ends[1], torch.ones_like(ends[1]))
+    walk = Tempered(ends[:, None], density(ends)[:, None], real([base], [there]))
+    found = heavier(guide, ends, [Doubtful(1, 0.0, True, start)], walk)
+    assert bool(found) is counts
+
+
+@pytest.mark.parametrize(("short", "counts"), [(9.0, True), (30.0, False)])
+def test_points_that_have_not_come_to_rest_are_no_place(short, counts):
+    """They lie in a tail where the guide is too thin, and wander back into its middle."""
+    density = flat(lambda z: -0.5 * z.square().sum(-1), 2)
+    guide = Guide(density, lambda z: -0.5 * (z / 0.7).square().sum(1) - math.log(2.0 * math.pi * 0.49), 0.0)
+    ends = real([0.0, 0.0], [6.0, -3.0])
+    start = Start("mode", ends[1], torch.ones_like(ends[1]))
+    walk = Tempered(ends[:, None], density(ends)[:, None], real([-short], [5.0 - short]))
+    assert bool(heavier(guide, ends, [Doubtful(1, 0.0, True, start)], walk)) is counts
 
 
 def test_weights_that_are_not_finite_weigh_nothing():

@@ -195,3 +195,17 @@ def test_targets_that_install_nothing_need_no_environment(project):
     assert "make demo " in make(project).stdout
     assert done(project, "clean") == []
     assert not (project / ".venv").exists()
+
+
+def test_the_wheel_is_installed_in_an_environment_of_its_own(project):
+    (project / "tests").mkdir()
+    (project / "build").mkdir()
+    done(project, "dist")  # the environment for development
+    clean = project / "build" / "wheel-3.11"
+    (clean / "left-over").touch()
+    (project / "build" / "log").unlink()
+    wanted = ["3.11 -m build", "3.11 -m twine check --strict dist/*", "venv build/wheel-3.11"]
+    assert done(project, "dist", PIP_ARGS="") == [*wanted, "3.11 -m pip install dist/*.whl"]
+    assert not (clean / "left-over").exists()
+    inside = (project / "build" / "log").read_text().splitlines()
+    assert inside == ["3.11 ../tests/markdown.py ../README.md", "pyro-flows demo --out ../build/wheel-3.11/demo-output"]

@@ -1,96 +1,53 @@
 """All code in README, CONTRIBUTING and docs runs, file by file and in order, and prints what the text says.
 
-A fence of ``python`` is run. One of ``text`` right after it is what it prints; ``<!-- within 0.1 or 5 % -->`` before
-that says how far numbers may be off on another machine: the larger of the two. ``<!-- slow -->`` before a fence leaves
-it to the slow suite. Commands in fences of ``sh`` are run there too.
+``tests/markdown.py`` says what the comments before fences mean. Commands in fences of ``sh`` are checked here too.
 """
 
-import contextlib
-import io
 import itertools
-import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import pyro
 import pytest
 import typer
 
 from pyro_flows.cli import app
 from pyro_flows.flows.recipe import BUILDERS, VECTOR_BUILDERS
+from tests.markdown import differences, fences, run
 
 ROOT = Path(__file__).parent.parent.parent
-FILES = sorted(
-    [*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *(ROOT / "docs").glob("*.md")]
-)
-KINDS = {"python", "text", "sh", "{eval-rst}", "{toctree}"}
-FENCE = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+WRITTEN = {"_build", "_notebooks"}  # folders of docs that the build makes
+PAGES = [path for path in (ROOT / "docs").rglob("*.md") if not WRITTEN & set(path.parts)]
+FILES = sorted([*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *PAGES])
+KINDS = {
+    "python",
+    "text",
+    "sh",
+    "{eval-rst}",
+    "{toctree}",
+    "{include} ../CHANGELOG.md",
+    "{include} ../../CONTRIBUTING.md",
+}
+COMMENTS = {"", "slow", "setup", "needs chirho"}
 
 
-@dataclass(frozen=True)
-class Fence:
-    """A block of code or of output: its comment, its language, its text, its first line, and what stands before it."""
-
-    comment: str
-    kind: str
-    text: str
-    line: int
-    gap: str
-
-
-def fences(text):
-    """All fences of a file, in order."""
-    found, end = [], 0
-    for match in FENCE.finditer(text):
-        line = text.count("\n", 0, match.start(3)) + 1
-        found.append(Fence(match[1] or "", match[2], match[3], line, text[end : match.start()]))
-        end = match.end()
-    return found
-
-
-def run(text, name, *, slow):
-    """Run the code of a file; return, of each fence of output, what was printed and the fence."""
-    compared, printed, scope = [], None, {"__name__": "__main__"}
-    for fence in fences(text):
-        if fence.kind == "python" and (slow or fence.comment != "slow"):
-            out = io.StringIO()
-            code = compile("\n" * (fence.line - 1) + fence.text, name, "exec")
-            with contextlib.redirect_stdout(out):
-                exec(code, scope)
-            printed = out.getvalue()
-        elif fence.kind == "text" and printed is not None and not fence.gap.strip():
-            compared.append((printed, fence))
-        else:
-            printed = None
-    return compared
-
-
-def differences(printed, expected, comment=""):
-    """Where ``printed`` is not as expected: other words, or numbers that are farther off than the comment allows."""
-    allowed = re.fullmatch(r"within (\S+) or (\S+) %", comment)
-    assert allowed or not comment, f"a comment that this test does not know: {comment!r}"
-    absolute, relative = (float(allowed[1]), float(allowed[2]) / 100) if allowed else (0.0, 0.0)
-    words = [" ".join(NUMBER.sub("#", text).split()) for text in (printed, expected)]
-    if words[0] != words[1]:
-        return [f"expected {expected!r}, got {printed!r}"]
-    pairs = zip(*([float(number) for number in NUMBER.findall(text)] for text in (printed, expected)), strict=True)
-    far = [(got, wanted) for got, wanted in pairs if abs(got - wanted) > max(absolute, relative * abs(wanted))]
-    return [f"expected {wanted}, got {got}" for got, wanted in far]
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
 
 
 def check(path, tmp_path, monkeypatch, *, slow):
     monkeypatch.chdir(tmp_path)
+    pyro.clear_param_store()
     with mock.patch.dict(BUILDERS), mock.patch.dict(VECTOR_BUILDERS):  # a document may register a builder of its own
         compared = run(path.read_text(encoding="utf-8"), str(path), slow=slow)
     for printed, fence in compared:
         wrong = differences(printed, fence.text, fence.comment)
-        assert not wrong, f"{path.name}, line {fence.line}: {wrong}"
+        assert not wrong, f"{name_of(path)}, line {fence.line}: {wrong}"
     return compared
 
 
@@ -100,17 +57,17 @@ def with_code(*, slow):
         path
         for path in FILES
         for found in [[fence for fence in fences(path.read_text(encoding="utf-8")) if fence.kind == "python"]]
-        if found and (not slow or any(fence.comment == "slow" for fence in found))
+        if found and (not slow or any(fence.comment == "slow" or fence.comment.startswith("needs ") for fence in found))
     ]
 
 
-@pytest.mark.parametrize("path", with_code(slow=False), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", with_code(slow=False), ids=name_of)
 def test_code_runs_and_prints_what_the_text_says(path, tmp_path, monkeypatch):
     check(path, tmp_path, monkeypatch, slow=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", with_code(slow=True), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", with_code(slow=True), ids=name_of)
 def test_slow_code_runs_too(path, tmp_path, monkeypatch):
     check(path, tmp_path, monkeypatch, slow=True)
 
@@ -121,13 +78,24 @@ def test_readme_prints_something_that_is_compared():
     assert ("python", "text") in pairs
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_fences_say_what_they_hold(path):
     text = path.read_text(encoding="utf-8")
     found = fences(text)
     assert {fence.kind for fence in found} <= KINDS
     assert 2 * len(found) == len(re.findall(r"^\s*```", text, flags=re.MULTILINE)), "a fence that this test overlooks"
-    assert all(fence.comment == "slow" for fence in found if fence.kind == "python" and fence.comment)
+    assert {fence.comment for fence in found if fence.kind == "python"} <= COMMENTS
+
+
+def test_pages_begin_with_the_same_lines():
+    """Setups are few, so that a process runs them once; a page that differs by a letter would pay for its own."""
+    found = {}
+    for path in PAGES:
+        for number, fence in enumerate(fences(path.read_text(encoding="utf-8"))):
+            if fence.comment == "setup":
+                found.setdefault(fence.text, []).append((name_of(path), number))
+    assert len(found) <= 4, [pages[0] for pages in found.values()]
+    assert sum(map(len, found.values())) > 15
 
 
 # commands -------------------------------------------------------------------------------------------------------------
@@ -158,22 +126,21 @@ def test_commands_exist():
 
 
 @pytest.mark.slow
-def test_commands_of_the_package_run(tmp_path):
-    """In a directory with the files that the guide names: its own first model and data."""
-    first, *_ = fences((ROOT / "docs" / "guide.md").read_text(encoding="utf-8"))
-    (tmp_path / "models.py").write_text(first.text, encoding="utf-8")
-    scope = {}
-    exec(first.text, scope)
-    data = {name: scope[name].tolist() for name in ("y", "sigma")}
-    (tmp_path / "schools.json").write_text(json.dumps(data), encoding="utf-8")
+def test_commands_of_the_package_run(tmp_path, monkeypatch):
+    """In a directory with the two files that the page names: its model and its data."""
+    found = fences((ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8"))
+    model, data = (fence.text for fence in found if fence.kind == "python")
+    (tmp_path / "models.py").write_text(model, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(data, {})
     wanted = {tuple(words[1:]) for _, words in commands() if words[0] == "pyro-flows"}
     assert wanted
-    for words in sorted(wanted):
+    for words in sorted(wanted, key=lambda words: (words[0] == "report", words)):  # of what a fit has saved
         command = [sys.executable, "-m", "pyro_flows", *words]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
-        assert re.match("ok|corrected", done.stdout)
+        assert re.match("ok|corrected|Wrote", done.stdout)
 
 
 # the test itself ------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def late():
         list(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md", "docs/performance.md", "docs/dependencies.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md", "docs/evidence/nuts.md", "docs/dependencies.md"])
 def test_files_that_prose_names_are_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:pyro_flows|tests|benchmarks|docs|examples)/[\w/.]*)`", text))

@@ -1,4 +1,4 @@
-"""No sentence of README, user guide, CONTRIBUTING and verdicts is longer than 35 words."""
+"""No sentence of README and Start here is longer than 30 words; of other pages, CONTRIBUTING and verdicts, than 35."""
 
 import math
 import re
@@ -11,10 +11,12 @@ from pyro_flows.verdict.next_step import OF_FITS, OF_MCMC, OF_MIXING, OF_WEIGHTS
 from pyro_flows.verdict.verdict import Verdict
 
 ROOT = Path(__file__).parent.parent.parent
-LONGEST = 35  # words
-FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "guide.md"]
+LONGEST, LONGEST_AT_FIRST = 35, 30  # words
+FIRST = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "start").glob("*.md"))]
+MORE = [path for room in ("howto", "understand", "reference") for path in sorted((ROOT / "docs" / room).glob("*.md"))]
+FILES = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "gallery.md", ROOT / "docs" / "notebooks.md", *MORE]
 BLOCK = re.compile(r"^(?:[-*] |\d+\. |#+ |\|)")  # an item, a heading, a row of a table: a sentence does not go on there
-DISPLAYED = re.compile(r"^```.*?^```$|<!--.*?-->", flags=re.MULTILINE | re.DOTALL)
+DISPLAYED = re.compile(r"^\s*```.*?^\s*```$|<!--.*?-->|^\$\$.*?^\$\$$", flags=re.MULTILINE | re.DOTALL)
 ONE_WORD = re.compile(r"`[^`]*`|\$[^$]*\$|!?\[([^\]]*)\]\([^)]*\)")
 END = re.compile(r"(?<=[.?!])[*)\"]*\s+|\s*\|\s*")
 
@@ -42,11 +44,20 @@ def words(sentence):
     return len([word for word in sentence.split() if re.search(r"\w", word)])
 
 
-def long_ones(parts):
-    return [sentence for part in parts for sentence in sentences(part) if words(sentence) > LONGEST]
+def long_ones(parts, longest=LONGEST):
+    return [sentence for part in parts for sentence in sentences(part) if words(sentence) > longest]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", FIRST, ids=name_of)
+def test_no_sentence_of_the_first_pages_is_long(path):
+    assert not long_ones(prose(path.read_text(encoding="utf-8")), LONGEST_AT_FIRST)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_sentence_of_a_document_is_long(path):
     assert not long_ones(prose(path.read_text(encoding="utf-8")))
 
@@ -129,6 +140,8 @@ def test_what_the_package_says_is_known_as_a_cause():
 
 def test_the_test_bites():
     long = " ".join(["word"] * 36)
+    assert long_ones([f"{long[5 * 5 :]}."], LONGEST_AT_FIRST)
+    assert not long_ones([f"{long[6 * 5 :]}."], LONGEST_AT_FIRST)
     for text in (f"One. {long}. Two.", f"- short\n- {long}\n", f"| a | {long} |", f"(see `a b`) {long}"):
         assert len(long_ones(prose(text))) == 1, text
     assert not long_ones(prose(f"{long[5:]}. {long[5:]}.\n\n{long[5:]}\n- {long[5:]}\n"))

@@ -1,0 +1,45 @@
+"""By what stage the seconds of a fit went: the parts of its clock, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+OTHER = "other"
+STAGES = {  # of parts inside of each other the outermost decides; tracing and compiling count for themselves
+    "reading": ("reading the model",),
+    "tracing": ("tracing",),
+    "compiling": ("compiling",),
+    "sampler": ("a sampler in the place of another round", "the sampler", "the search for modes that the chains lack"),
+    "coordinates": ("the choice of coordinates", "the search for angles and heavy tails"),
+    "modes": (
+        *("a survey of modes", "the search for modes that the guide lacks", "a run for a missed mode"),
+        *("a look at how uneven the density is", "the comparison of runs"),
+    ),
+    "starts": ("the starts", "the match of moments", "a look at the best start"),
+    "races": ("the races",),
+    "training": ("training", "larger batch", "more layers", "heavier tails", "tempering"),
+    "judging": ("judging", "a look at the round"),
+}
+SEARCHING = ("coordinates", "modes", "starts", "races")
+_STAGE_OF = {part: stage for stage, parts in STAGES.items() for part in parts}
+
+
+def stage_of(parts: tuple[str, ...]) -> str:
+    """Return the stage that the parts of a fit belong to, the outermost first."""
+    crossing = [part for part in parts[-1:] if part in ("tracing", "compiling")]
+    outer = [part for part in parts if part in _STAGE_OF and part not in ("tracing", "compiling")]
+    return _STAGE_OF[crossing[0]] if crossing else _STAGE_OF[outer[0]] if outer else OTHER
+
+
+def written(seconds: Mapping[tuple[str, ...], float]) -> str:
+    """Return seconds by stage as the text of one cell, stages in the order of `STAGES`."""
+    found = dict.fromkeys([*STAGES, OTHER], 0.0)
+    for parts, spent in seconds.items():
+        found[stage_of(parts)] += spent
+    return "; ".join(f"{stage} {spent:.2f}" for stage, spent in found.items() if spent >= 0.005)
+
+
+def read(text: str) -> dict[str, float]:
+    """Return what :func:`written` wrote."""
+    pairs = (part.rsplit(" ", 1) for part in text.split("; ") if part)
+    return {stage: float(spent) for stage, spent in pairs}

@@ -1,0 +1,173 @@
+"""Guides as programs: what they draw, and their density at their own draws and at given points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import Delta, Unit
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_flows._fallbacks import fallback
+from pyro_flows.model.batching import over_rows, quiet
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import messages
+from pyro_flows.modes.lacks import Score
+from pyro_flows.verdict.deciding import Draw
+
+LOG_Q = " log q"  # beside the sites' values
+UNCONSTRAINED = "_unconstrained"  # after the names of AutoNormal's auxiliary sites
+ROUND_TRIP = 1e-3
+NO_DENSITY = "a point-mass guide such as AutoDelta has no density, so it cannot be weighed against the posterior"
+
+
+def run_guide(guide: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> poutine.Trace:
+    """Run a guide unseen by handlers around it, and return its trace."""
+    with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"):
+        return poutine.trace(guide).get_trace(*args, **kwargs)
+
+
+def random_sites(trace: poutine.Trace) -> dict[str, Any]:
+    """Return the sites that a guide draws."""
+    return {
+        name: site
+        for name, site in messages(trace).items()
+        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+    }
+
+
+def check_sites(guide: Any, trace: poutine.Trace, density: LogDensity) -> None:
+    """Check that the guide's density is one of the model's latents alone, and of all of them."""
+    sites = random_sites(trace)
+    auxiliary = {name for name, site in sites.items() if site["infer"].get("is_auxiliary")}
+    lacking = [name for name in density.names if name not in sites]
+    extra = [name for name in sites if name not in density.names and name not in auxiliary]
+    if lacking or extra:
+        found = [f"none for {', '.join(map(repr, lacking))}"] if lacking else []
+        found += [f"others: {', '.join(map(repr, extra))}"] if extra else []
+        raise ValueError(
+            f"guide: expected the model's latent sites {', '.join(map(repr, density.names))} "
+            f"(and others only with infer={{'is_auxiliary': True}}), got {'; '.join(found)}."
+        )
+    for latent in density.structure.latents:
+        if sites[latent.name]["value"].shape != latent.shape:
+            got = tuple(sites[latent.name]["value"].shape)
+            raise ValueError(f"guide: site {latent.name!r} has shape {got}, in the model {tuple(latent.shape)}.")
+    points = [latent for latent in density.structure.latents if isinstance(_innermost(sites[latent.name]["fn"]), Delta)]
+    own = sum(
+        sites[name]["value"].numel() for name in auxiliary if not isinstance(_innermost(sites[name]["fn"]), Delta)
+    )
+    needed = sum(latent.size for latent in points)
+    if own < needed:
+        names = ", ".join(repr(latent.name) for latent in points)
+        raise ValueError(f"guide: {NO_DENSITY}. Point masses are at {names}.")
+    if own > needed:
+        masked = ", ".join(repr(latent.name) for latent in density.structure.latents if latent.free is not None)
+        hint = (
+            f" The model masks entries of {masked}; a flow guide such as AutoRealNVP leaves these out."
+            if masked
+            else ""
+        )
+        raise ValueError(
+            f"guide: its auxiliary sites have {own} coordinates, the latent sites made from them {needed}, so the "
+            f"density of the latent sites alone is not known. Use a guide without extra randomness.{hint}"
+        )
+
+
+def _innermost(fn: Any) -> Any:
+    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
+        fn = fn.base_dist
+    return fn
+
+
+def from_traces(
+    guide: Callable[..., Any],
+    density: LogDensity,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    sites: Mapping[str, Any],
+) -> tuple[Draw, Score | None]:
+    """Return what draws, and the density at given points; None for that where auxiliary sites hide it."""
+    masks = {latent.name: latent.mask for latent in density.structure.latents if latent.mask is not None}
+
+    def one(_: Tensor) -> dict[str, Tensor]:
+        trace = run_guide(guide, args, kwargs)
+        values = {name: messages(trace)[name]["value"] for name in density.names}
+        return {**values, LOG_Q: _log_density(trace, masks)}
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        with quiet():
+            values = over_rows(
+                one, torch.zeros(count), randomness="different", otherwise=partial(fallback, "drawn one by one")
+            )
+        log_q = values.pop(LOG_Q)
+        z = density.unconstrain(values)
+        log_q = log_q + density.log_jacobian(z)
+        return z, torch.where(_placed_back(density, z, values), log_q, torch.inf).to(density.dtype)
+
+    def at(values: dict[str, Tensor]) -> Tensor:
+        return _log_density(run_guide(At(values, supports)(guide), args, kwargs), masks)
+
+    def score(z: Tensor) -> Tensor:
+        values = {name: value for name, value in density.constrain(z).items() if name in density.names}
+        with torch.no_grad(), quiet():
+            log_q = over_rows(at, values, otherwise=partial(fallback, "scored one by one"))
+        return torch.as_tensor(log_q + density.log_jacobian(z))
+
+    supports = {name: messages(density.structure.trace)[name]["fn"].support for name in density.names}
+    return draw, score if _can_be_placed(sites, density) else None
+
+
+def _can_be_placed(sites: Mapping[str, Any], density: LogDensity) -> bool:
+    """Whether each latent is drawn as such, or made from an auxiliary site of its own without constraint."""
+    free = (name for name in density.names if isinstance(_innermost(sites[name]["fn"]), Delta))
+    return all(f"{name}{UNCONSTRAINED}" in sites for name in free)
+
+
+class At(Messenger):
+    """Runs a guide at given values of its latents, ``{name: (*shape)}``, or at what makes them.
+
+    ``AutoNormal`` draws each latent without constraint, as a site of the name and ``_unconstrained``.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], supports: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.values, self.supports = values, supports
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = str(msg["name"]).removesuffix(UNCONSTRAINED)
+        if name in self.values and not isinstance(_innermost(msg["fn"]), Delta):
+            value = self.values[name]
+            msg["value"] = value if name == msg["name"] else biject_to(self.supports[name]).inv(value)
+            msg["done"] = True
+
+
+def _placed_back(density: LogDensity, z: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Whether each of the values (S, ...) is what its coordinates stand for: no, if it lies outside of the support."""
+    back, inside = density.constrain(z), torch.ones(len(z), dtype=torch.bool, device=z.device)
+    for latent in density.structure.latents:
+        value = values[latent.name].to(back[latent.name])
+        close = torch.isclose(back[latent.name], value, rtol=ROUND_TRIP, atol=ROUND_TRIP**2)
+        if latent.mask is not None:
+            close = close[:, latent.mask]
+        inside &= close.reshape(len(z), -1).all(1)
+    return inside
+
+
+def _log_density(trace: poutine.Trace, masks: Mapping[str, Tensor]) -> Tensor:
+    """Sum the log densities of all random sites and factors; entries that the model masks out count for nothing."""
+    total = torch.zeros(())
+    for name, site in messages(trace).items():
+        counts = site["type"] == "sample" and (not site["is_observed"] or isinstance(site["fn"], Unit))
+        if counts and not site_is_subsample(site):
+            density = site["fn"].log_prob(site["value"])
+            for mask in (site["mask"], masks.get(name)):
+                density = density if mask is None else torch.where(torch.as_tensor(mask), density, 0.0)
+            total = total + density.sum()
+    return total

@@ -1,0 +1,183 @@
+r"""Sums of terms inside of a log density, as mixtures have them: each term is a density that can be climbed by itself.
+
+Where a model computes :math:`\log \sum_k e^{a_k(z)}` (``torch.logsumexp`` and ``torch.logaddexp``; a
+``MixtureSameFamily``; a discrete latent that is summed out), the modes of the whole are near those of the density with
+one term in the place of the sum. In 100 dimensions the wide terms of a mixture rule nearly everywhere: no climb from
+afar comes to a narrow one. Its own term leads there from anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pyro_flows.model.batching import quiet, where_possible
+from pyro_flows.model.gradients import hessians, values_and_grads
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.units import units_of
+from pyro_flows.starts.curvature import differences, lower_triangular, roots_of
+from pyro_flows.starts.pathfinder import climb
+
+CHOICES = 64  # of terms, at one sum: of each of its results, if it has several
+BRANCHES = 128  # densities in all
+SUMS, FEW = 16, 2  # at most, and with several results: with more, a model sums over paths, as those of Markov chains do
+SAME, AS_WIDE = 0.5, 0.3  # sds between normals that are one, and log ratio of their widths, both a coordinate
+FROM = 3  # draws that each is climbed from
+TICKS = 100
+ABOVE = 1e-4  # of a log density, rounding of single precision
+
+_SUMS = (torch.logsumexp, torch.Tensor.logsumexp, torch.special.logsumexp)
+_PAIRS = (torch.logaddexp, torch.Tensor.logaddexp)
+
+
+class Terms:
+    """A log density whose points (S, D + 1) say in their last number which branch they are in.
+
+    Attributes:
+        branches: rows (B, 1 + M): the number of a sum, and for each of its M results the term that is taken. There are
+            none where the density has no sum of few terms, or is not batched.
+    """
+
+    def __init__(self, density: LogDensity, z: Tensor) -> None:
+        self.density, self.dim, self.numbers = density, density.dim + 1, density.numbers
+        with quiet(), _Counting() as found:
+            if density.batched:
+                density.single(z[0])
+        sums = [(number, size) for number, size in enumerate(found.sizes) if 1 < size[1] ** size[0] <= CHOICES]
+        sums = [(number, size) for number, size in sums if len(sums) <= SUMS and (size[0] == 1 or len(sums) <= FEW)]
+        rows = [
+            [number, *chosen] for number, (results, terms) in sums for chosen in product(range(terms), repeat=results)
+        ]
+        width = max((len(row) for row in rows), default=1)
+        filled = [row + [0] * (width - len(row)) for row in rows[:BRANCHES]]
+        self.branches = torch.tensor(filled, dtype=torch.long, device=z.device).reshape(-1, width)
+
+    def value_and_grad(self, z: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Return the log densities (S,) of the branches, and their gradients (S, D + 1)."""
+        with quiet():
+            found = where_possible(lambda part: values_and_grads(self._value, part), z, (), (self.dim,))
+        return found[0], found[1]
+
+    def hessians(self, points: Tensor) -> Tensor:
+        """Return the second derivatives (S, D, D) by the model's own coordinates."""
+        try:
+            with quiet():
+                return hessians(self._value, points)[:, :-1, :-1]
+        except RuntimeError:
+            own = torch.arange(self.dim - 1, device=points.device)
+            return torch.stack([differences(self, point, own)[:, :-1] for point in points])
+
+    def _value(self, point: Tensor) -> Tensor:
+        branch = self.branches.index_select(0, point[-1:].detach().round().long())[0]
+        with _Taking(branch):
+            return self.density.single(point[:-1])
+
+
+class Tops(NamedTuple):
+    """Points (N, D) where terms are highest, roots L (N, D, D) of their Laplace covariances, log masses (N,)."""
+
+    places: Tensor
+    roots: Tensor
+    evidence: Tensor
+
+
+@torch.no_grad()
+def tops_of_terms(density: LogDensity, z: Tensor, rows: int) -> Tops:
+    """Climb from draws z (S, D) the densities that have one term in the place of a sum; return normals where it ends.
+
+    A term that is above the whole somewhere is none of a sum of densities, as where weights are normalized. Cost: one
+    evaluation to find the sums; then up to 100 gradients, without a recorded graph, for each of three paths a term, and
+    a Hessian for each of the highest ends, at most so many ``rows`` of these in all.
+    """
+    terms = Terms(density, z)
+    count, starts = len(terms.branches), z[:FROM]
+    which = torch.arange(count, device=z.device).repeat_interleave(len(starts)).to(z)
+    points = torch.cat([starts.repeat(count, 1), which[:, None]], 1)
+    if count:
+        units = torch.cat([units_of(z, full=False), z.new_ones(1)]).expand(points.shape)
+        ends = climb(terms, points, units, ticks=TICKS)
+        heights = torch.where(ends.settled, ends.heights, -torch.inf).reshape(count, -1)
+        best = heights.argmax(1) + len(starts) * torch.arange(count, device=z.device)
+        points, heights = ends.points[best], heights.amax(1)
+        below = heights <= density(points[:, :-1]) + ABOVE * (1.0 + heights.abs())
+        order = heights.argsort(descending=True)[: max(1, rows // density.dim)]
+        points = points[order[(below & torch.isfinite(heights))[order]]]
+    if not len(points):
+        return Tops(z[:0], z[:0, :, None].expand(-1, -1, density.dim), z[:0, 0])
+    roots = lower_triangular(roots_of(terms.hessians(points))[0])
+    size = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * density.dim * math.log(2.0 * math.pi)
+    return _distinct(Tops(points[:, :-1], roots, terms.value_and_grad(points)[0] + size))
+
+
+def _distinct(tops: Tops) -> Tops:
+    """Return the normals that differ in place or width from those with more mass."""
+    kept: list[int] = []
+    widths = tops.roots.diagonal(dim1=-2, dim2=-1).log().mean(-1)
+    for number in tops.evidence.argsort(descending=True).tolist():
+        away = tops.places[number] - tops.places[kept]
+        x = torch.linalg.solve_triangular(tops.roots[kept], away[..., None], upper=False)[..., 0]
+        near = x.square().mean(-1).sqrt() < SAME
+        if not bool((near & ((widths[kept] - widths[number]).abs() < AS_WIDE)).any()):
+            kept.append(number)
+    return Tops(*(part[kept] for part in tops))
+
+
+class _Sums(TorchFunctionMode):
+    """Looks at the sums that are computed, in order."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _PAIRS:
+            terms = torch.stack(torch.broadcast_tensors(*args), -1)
+            return self.take(terms, func(*args, **kwargs))
+        if func in _SUMS:
+            found = func(*args, **kwargs)
+            axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            axes = [axis] if isinstance(axis, int) else list(axis or range(args[0].dim()))
+            return self.take(_last(args[0], axes), found)
+        return func(*args, **kwargs)
+
+    def take(self, terms: Tensor, total: Tensor) -> Tensor:
+        """Return what is to stand for a sum, given its terms along their last axis."""
+        raise NotImplementedError
+
+
+def _last(x: Tensor, axes: list[int]) -> Tensor:
+    """Return x with some axes moved to the end, and made one."""
+    return x if not axes else x.movedim(axes, list(range(-len(axes), 0))).flatten(-len(axes))
+
+
+class _Counting(_Sums):
+    """Notes how many results each sum has, and of how many terms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, int]] = []
+
+    def take(self, terms: Tensor, total: Tensor) -> Tensor:
+        self.sizes.append((total.numel(), terms.shape[-1]) if terms.dim() else (1, 1))
+        return total
+
+
+class _Taking(_Sums):
+    """Takes the terms of one branch in the place of one sum."""
+
+    def __init__(self, branch: Tensor) -> None:
+        super().__init__()
+        self.branch, self.number = branch, -1
+
+    def take(self, terms: Tensor, total: Tensor) -> Tensor:
+        self.number += 1
+        results = total.numel()
+        if not terms.dim() or not 1 < terms.shape[-1] ** results <= CHOICES:
+            return total
+        chosen = self.branch[1 : 1 + results, None].clamp_max(terms.shape[-1] - 1)  # of another sum, it may be more
+        if len(chosen) < results:
+            return total
+        taken = torch.gather(terms.reshape(results, -1), 1, chosen).reshape(total.shape)
+        return torch.where(self.branch[0] == self.number, taken, total)

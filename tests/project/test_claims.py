@@ -1,0 +1,74 @@
+"""The figures that README and the landing page state are those of the benchmarks' tables."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+EVIDENCE = ROOT / "docs" / "evidence"
+
+
+def section(page, name):
+    """The text between the markers of a section."""
+    text = (EVIDENCE / page).read_text(encoding="utf-8")
+    return text.split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0]
+
+
+def row(text, label):
+    """The cells of the row with this label."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def measured():
+    """What the tables say: posteriors, those that are right, fits, those wrong and called usable, and so on."""
+    posteriors, zoo, nuts = (
+        section("accuracy.md", "posteriordb"),
+        section("accuracy.md", "zoo"),
+        section("nuts.md", "nuts"),
+    )
+    ours = row(posteriors, "pyro_flows.fit")
+    right, count = (int(number) for number in ours[1].split(" of "))
+    wrong, fits = (int(number) for number in ours[7].split(" of "))
+    tenfold, faster = re.search(r"Pyro NUTS: (\d+) of \d+ 10 x faster, (\d+) faster", nuts).groups()
+    return {
+        "right": right,
+        "count": count,
+        "fits": fits,
+        "lies": int(row(zoo, "all")[1]) + wrong,
+        "models": int(row(zoo, "all")[7]),
+        "tenfold": int(tenfold),
+        "faster": int(faster),
+    }
+
+
+def words(path):
+    return " ".join(path.read_text(encoding="utf-8").split())
+
+
+def test_readme_says_what_was_measured():
+    found, text = measured(), words(ROOT / "README.md")
+    assert found["right"] == found["count"] == found["faster"]
+    assert f"On {found['count']} posteriors with reference draws, every mean is within 0.1 sd" in text
+    usable = (
+        f"In {found['fits']} fits of these posteriors and {found['models']} of random models, {found['lies']} wrong"
+    )
+    assert f"{usable} results were called usable" in text
+    assert f"than Pyro's NUTS on all {found['faster']}, and at least ten times less on {found['tenfold']}" in text
+
+
+def test_the_landing_page_says_what_was_measured():
+    found, text = measured(), words(ROOT / "docs" / "index.md")
+    assert f"{found['right']} of {found['count']} posteriors: every mean within 0.1 sd, every sd within 10 %" in text
+    usable = f"in {found['fits']} fits of these and {found['models']} of random models, {found['lies']} wrong"
+    assert f"{usable} results were called usable" in text
+    assert f"NUTS on {found['faster']} of {found['count']}, ten times less on {found['tenfold']}" in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_to_files_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert links
+    assert not [link for link in links if link and not (ROOT / link).exists()]

@@ -1,0 +1,125 @@
+"""Each public name has all parts of a docstring: a sentence, errors, cost, a doctest; equation and source where due."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import pyro_flows as pf
+
+# What cannot fail by itself, or only holds what others made.
+NO_ERRORS = {
+    *("Calibration", "ChainFigures", "Chains", "Comparison", "DensityFit", "Estimate", "Evidence", "FittedPrior"),
+    *("Loo", "Posterior", "Sensitivity", "Verdict", "Bound", "Inverse", "NothingObservedWarning", "UnreliableWarning"),
+    *("interpolation.nearest", "objectives.path", "objectives.pulled", "objectives.BasePoints", "objectives.elbo"),
+    *("objectives.Estimate", "datasets.Split"),
+}
+# Data of packages that the tests do without.
+NO_DOCTEST = {
+    *("datasets.digits", "datasets.mnist_small", "datasets.photographs", "datasets.photo_patches"),
+    *("datasets.gray_patches", "datasets.idx", "datasets.Split", "objectives.Estimate"),
+}
+NO_COST = {"NothingObservedWarning", "UnreliableWarning", "datasets.Split", "objectives.Estimate"}
+FROM_A_PAPER = {
+    *("ActNorm", "AdditiveCoupling", "AffineCoupling", "BatchNorm", "Conv1x1", "Dequantize", "LULinear", "Logit"),
+    *("Planar", "SinhArcsinh", "SplineCoupling", "Squeeze", "MultiScale", "Rescale"),
+    *("AutoNICE", "AutoPlanar", "AutoRealNVP", "glow", "multiscale_realnvp", "nice", "planar", "realnvp", "spline"),
+    *("fit", "diagnose", "from_mcmc", "sbc", "compare", "fit_density"),
+    *("Calibration", "ChainFigures", "Comparison", "Evidence", "Loo", "Posterior", "Sensitivity", "Verdict"),
+    *("interpolation.blend", "interpolation.inpaint", "interpolation.scale_spectrum", "pictures.plot_spectrum"),
+    *("objectives.path", "objectives.importance_weighted", "objectives.BasePoints"),
+    *("datasets.toy", "datasets.gray_patches", "plots.plot_weights", "plots.plot_predictive"),
+}
+WITH_AN_EQUATION = {
+    *("ActNorm", "AdditiveCoupling", "AffineCoupling", "AutoFlow", "BatchNorm", "Bijection", "Chain", "Conv1x1"),
+    *("Dequantize", "DiagonalAffine", "Flow", "Inverse", "LULinear", "LogDensity", "Logit", "LowerTriangularAffine"),
+    *("Permutation", "Planar", "Rescale", "SinhArcsinh", "SplineCoupling", "Squeeze"),
+    *("Calibration", "DensityFit", "Evidence", "FittedPrior", "Loo", "Posterior", "Sensitivity"),
+    *("diagnose", "fit", "fit_many", "nice", "planar", "prior_from", "prior_predictive", "sbc"),
+    *("interpolation.blend", "interpolation.interpolate", "interpolation.to_normal", "interpolation.from_normal"),
+    *("interpolation.inpaint", "interpolation.scale_spectrum", "pictures.plot_spectrum", "plots.plot_weights"),
+    *("objectives.path", "objectives.importance_weighted", "objectives.elbo", "objectives.BasePoints"),
+}
+WITH_SHAPES = {
+    name for name in pf.__all__ if inspect.isclass(getattr(pf, name)) and issubclass(getattr(pf, name), pf.Bijection)
+} | {"Flow", "LogDensity", "Posterior", "Chains", "Loo", "Calibration", "DensityFit", "Dequantize", "fit_density"}
+
+SOURCE = re.compile(r"arXiv\s+(?:[a-z-]+/\d{7}|\d{4}\.\d{4,5})|doi:10\.\d+/\S+")
+COST = re.compile(r"\b[Cc]osts?\b|O\([A-Z]")
+SHAPES = re.compile(r"[Ss]hapes?\b|``?\((?:\.\.\.|[A-Zk]|draws|count|steps|simulations|N)\b|\([SNC](?:, \w+)*,?\)")
+SENTENCE = re.compile(r"[A-Z:`].*[.?]", flags=re.DOTALL)
+
+
+def public() -> Iterator[tuple[str, Any]]:
+    """The public names, those of public modules with the module's name, without constants."""
+    for name in pf.__all__:
+        thing = getattr(pf, name)
+        if not isinstance(thing, ModuleType):
+            yield name, thing
+            continue
+        for inner, part in vars(thing).items():
+            own = getattr(part, "__module__", "").startswith(thing.__name__)
+            if own and callable(part) and not inner.startswith("_"):
+                yield f"{name}.{inner}", part
+
+
+def lacking(name: str, thing: Any) -> list[str]:
+    """The parts that the docstring of a public name lacks."""
+    text = inspect.cleandoc(thing.__doc__ or "")
+    first = text.split("\n\n")[0]
+    examples = doctest.DocTestParser().get_examples(text)
+    parts = {
+        "a first sentence": bool(SENTENCE.fullmatch(first)) and len(first) < 250,
+        "errors": name in NO_ERRORS or bool(re.search(r"^Raises:|\bErrors:", text, flags=re.MULTILINE)),
+        "cost": name in NO_COST or bool(COST.search(text)),
+        "a doctest with a result": name in NO_DOCTEST or any(example.want for example in examples),
+        "a source with arXiv or DOI": name not in FROM_A_PAPER or bool(SOURCE.search(text)),
+        "an equation": name not in WITH_AN_EQUATION or ":math:" in text or ".. math::" in text,
+        "shapes": name not in WITH_SHAPES or bool(SHAPES.search(text)),
+    }
+    return [part for part, there in parts.items() if not there]
+
+
+@pytest.mark.parametrize(("name", "thing"), [pytest.param(*pair, id=pair[0]) for pair in public()])
+def test_the_docstring_has_all_parts(name, thing):
+    assert not lacking(name, thing)
+
+
+def test_the_lists_name_what_is_there():
+    names = {name for name, _ in public()}
+    for listed in (NO_ERRORS, NO_DOCTEST, NO_COST, FROM_A_PAPER, WITH_AN_EQUATION, WITH_SHAPES):
+        assert listed <= names, sorted(listed - names)
+
+
+def test_no_exception_is_granted_in_vain():
+    """A name that has the part needs no exception."""
+    for name, thing in public():
+        text = inspect.cleandoc(thing.__doc__ or "")
+        assert not (name in NO_ERRORS and re.search(r"^Raises:", text, flags=re.MULTILINE)), name
+        assert not (name in NO_DOCTEST and ">>>" in text), name
+
+
+def test_all_references_have_an_identifier():
+    """Where a docstring of a public name names its source, it can be looked up."""
+    for name, thing in public():
+        text = inspect.cleandoc(thing.__doc__ or "")
+        if re.search(r"^References?:|^Sources?:", text, flags=re.MULTILINE):
+            assert SOURCE.search(text), name
+
+
+def test_the_test_bites():
+    def bare() -> None:
+        """Does a thing"""
+
+    bare_parts = lacking("fit", bare)
+    assert bare_parts == [
+        *("a first sentence", "errors", "cost", "a doctest with a result", "a source with arXiv or DOI", "an equation")
+    ]
+    assert lacking("Planar", bare)[-1] == "shapes"
+    assert "cost" not in lacking("UnreliableWarning", bare)
