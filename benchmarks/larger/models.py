@@ -144,19 +144,24 @@ def lotka_volterra_data() -> Data:
 
 @dataclass(frozen=True)
 class Larger:
-    """A model and its data; ``mirrored`` names sites whose signs can all change together, the first one decides."""
+    """A model and its data.
+
+    ``mirrored`` names sites whose signs can all change together, the first one decides; ``centered`` models have a
+    non-centered form in NumPyro, with the same sites.
+    """
 
     model: Callable[..., None]
     data: Callable[[], Data]
     mirrored: tuple[str, ...] = ()
+    centered: bool = False
 
 
 MODELS = {
-    "radon_slopes": Larger(named.radon_slopes, named.radon_data),
-    "seeds": Larger(named.seeds, named.seeds_data),
-    "surgical": Larger(surgical, surgical_data),
-    "lkj_effects": Larger(named.lkj_effects, named.lkj_data),
-    "horseshoe": Larger(horseshoe, horseshoe_data),
+    "radon_slopes": Larger(named.radon_slopes, named.radon_data, centered=True),
+    "seeds": Larger(named.seeds, named.seeds_data, centered=True),
+    "surgical": Larger(surgical, surgical_data, centered=True),
+    "lkj_effects": Larger(named.lkj_effects, named.lkj_data, centered=True),
+    "horseshoe": Larger(horseshoe, horseshoe_data, centered=True),
     "many_locals": Larger(many_locals, functools.partial(many_locals_data, 1000)),
     "item_response": Larger(
         named.item_response, functools.partial(named.item_data, 200, 8), mirrored=("loading", "ability")

@@ -34,7 +34,7 @@ from benchmarks import records
 from benchmarks.larger.models import HALF, MODELS, REFERENCE, compare, folded, load, moments
 from benchmarks.nuts import running as nuts
 from benchmarks.nuts import samplers
-from benchmarks.nuts.samplers import METHODS, NUMPYRO, NUTPIE, PYRO
+from benchmarks.nuts.samplers import NUMPYRO, NUTPIE, PYRO
 from benchmarks.posteriors.running import OURS, Task
 from benchmarks.records import Row
 from pyro_flows import LogDensity
@@ -42,7 +42,13 @@ from pyro_flows import LogDensity
 OUT = records.RESULTS / "larger.csv"
 DRAWS = 4000  # of a fit, by default
 LIMIT = 1200  # seconds of the processor, for one fit or chain
-BY_DEFAULT = (OURS, NUMPYRO, NUTPIE)
+NONCENTERED = "NumPyro NUTS, non-centered"  # where the model is centered, what a user who knows NUTS would write
+BY_DEFAULT = (OURS, NUMPYRO, NONCENTERED, NUTPIE)
+METHODS = {
+    **samplers.METHODS,
+    OURS: partial(samplers.fit, draws=DRAWS),
+    NONCENTERED: partial(samplers.in_jax, by="noncentered"),
+}
 
 # one model by one method ---------------------------------------------------------------------------------------------
 
@@ -52,8 +58,7 @@ def work(task: Task) -> Row:
 
     def fill(row: dict[str, Any]) -> None:
         problem = load(task.posterior)
-        method = partial(samplers.fit, draws=DRAWS) if task.method == OURS else METHODS[task.method]
-        found = method(problem, task.seed)
+        found = METHODS[task.method](problem, task.seed)
         dim = LogDensity(problem.model, problem.args).dim
         nuts.enter(row, found, dim, lambda draws: judged(task.posterior, draws))
 
@@ -103,13 +108,16 @@ def bench(
     limit: int = LIMIT,
 ) -> list[Row]:
     """Do all tasks that ``out`` does not have yet, model by model; return its rows of the present versions."""
-    made = {method: version for method, version in nuts.versions().items() if method in methods}
+    known = nuts.versions()
+    known |= {NONCENTERED: known[NUMPYRO]} if NUMPYRO in known else {}
+    made = {method: known[method] for method in METHODS if method in methods and method in known}
     nuts.say_left_out(methods, made)
     tasks = [
         Task(name, method, seed, f"{version} {model_version(name)}", None)
         for name in found(only or list(MODELS))
         for seed in range(seeds)
         for method, version in made.items()
+        if method != NONCENTERED or MODELS[name].centered
     ]
     return nuts.do_all(tasks, out, partial(limited, limit=limit))
 

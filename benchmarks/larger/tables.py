@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.larger.models import MODELS
+from benchmarks.larger.running import NONCENTERED
 from benchmarks.markdown import about, number, plural, table, yes
 from benchmarks.nuts import stages
 from benchmarks.nuts.running import cells_of, ratio
@@ -14,7 +15,7 @@ from benchmarks.posteriors import judging
 from benchmarks.posteriors.running import OURS
 from benchmarks.records import Row
 
-RIVALS = (NUMPYRO, NUTPIE, PYRO)
+RIVALS = (NUMPYRO, NONCENTERED, NUTPIE, PYRO)
 HONEST = ("unreliable",)  # verdicts that say that draws may be wrong
 GOALS = {NUMPYRO: "goal: >= 1 x on 7 of 9, never below 0.5 x, right or honest"}
 

@@ -112,7 +112,7 @@ def log_density(model: Model, args: Sequence[Array], points: dict[str, Array]) -
     return np.array([-float(potential_energy(model, tuple(args), {}, row)) for row in rows])
 
 
-BY = {"numpyro": by_numpyro, "nutpie": by_nutpie, "long": long_run}
+BY = {"numpyro": by_numpyro, "noncentered": by_numpyro, "nutpie": by_nutpie, "long": long_run}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     numpyro.enable_x64()
     given = {name: jnp.asarray(value) for name, value in np.load(options.given).items()}
     args = [given.pop(str(index)) for index in range(sum(name.isdigit() for name in given))]
-    models = larger.LONG_RUNS if options.by == "long" else MODELS
+    models = larger.LONG_RUNS if options.by in ("long", "noncentered") else MODELS
     model = models[options.model]
     if given:
         found: dict[str, Any] = {"log_density": log_density(model, args, given)}

@@ -143,19 +143,21 @@ def run_chains(
 
 def numpyro_nuts(problem: Problem, seed: int) -> Sampled:
     """Run NumPyro's NUTS by the interpreter that has it."""
-    return _in_jax(problem, seed, by="numpyro")
+    return in_jax(problem, seed, by="numpyro")
 
 
 def nutpie_nuts(problem: Problem, seed: int) -> Sampled:
     """Run nutpie's NUTS by the interpreter that has NumPyro and nutpie."""
-    return _in_jax(problem, seed, by="nutpie")
+    return in_jax(problem, seed, by="nutpie")
 
 
-def _in_jax(problem: Problem, seed: int, by: str) -> Sampled:
+def in_jax(problem: Problem, seed: int, by: str) -> Sampled:
+    """Run what :mod:`benchmarks.nuts.jax_runs` calls ``by``."""
     found = in_numpyro(problem, seed=seed, by=by)
     seconds, cpu_seconds = (float(found.pop(name)) for name in ("seconds", "cpu_seconds"))
-    draws = {name: torch.from_numpy(value) for name, value in found.items()}
-    return Sampled(LogDensity(problem.model, problem.args).unconstrain(draws), seconds, cpu_seconds)
+    density = LogDensity(problem.model, problem.args)
+    draws = density.unconstrain({name: torch.from_numpy(found[name]) for name in density.names})
+    return Sampled(draws, seconds, cpu_seconds)
 
 
 def in_numpyro(

@@ -13,6 +13,7 @@ import torch
 import pyro_flows as pf
 from benchmarks import records, tables
 from benchmarks.larger import models, running
+from benchmarks.larger.running import NONCENTERED
 from benchmarks.larger.tables import larger_section, newest
 from benchmarks.nuts import running as nuts
 from benchmarks.nuts import samplers, stages
@@ -174,6 +175,15 @@ def test_each_task_is_done_once_and_again_for_another_model(tmp_path, monkeypatc
     monkeypatch.setattr(running, "model_version", lambda name: "new" if name == "seeds" else version(name))
     running.bench(**options)
     assert done[4:] == [("seeds", OURS), ("seeds", NUMPYRO)]
+
+
+def test_a_non_centered_form_is_run_where_the_model_is_centered(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "limited", lambda task, limit: row(**task.named))
+    monkeypatch.setattr(nuts, "numpyro_version", lambda *also: "numpyro-1")
+    monkeypatch.setattr(records, "code_version", lambda: "1")
+    options = {"only": ["seeds", "many_locals"], "methods": [NUMPYRO, NONCENTERED], "out": tmp_path / "rows.csv"}
+    rows = [(found["posterior"], found["method"]) for found in running.bench(**options)]
+    assert rows == [("seeds", NUMPYRO), ("seeds", NONCENTERED), ("many_locals", NUMPYRO)]
 
 
 def test_the_version_of_a_model_follows_its_data(monkeypatch):
