@@ -40,7 +40,7 @@ x = torch.linspace(0.5, 2.0, 30)
 y = 2.0 * x + 0.5 * torch.randn(30)
 
 
-def train(guide, steps=2000):
+def train(guide, steps=3000):
     optimizer = ClippedAdam({"lr": 0.01, "lrd": 0.01 ** (1 / steps)})
     svi = SVI(product, guide, optimizer, Trace_ELBO(16, max_plate_nesting=1, vectorize_particles=True))
     for _ in range(steps):
@@ -179,7 +179,8 @@ class Autoencoder(nn.Module):
         layers = [pf.DiagonalAffine(LATENTS, context_dim=WIDTH)]
         layers += [pf.Planar(LATENTS, context_dim=WIDTH) for _ in range(planar_layers)]
         self.posterior = pf.Flow(pf.Chain(layers))
-        self.prior_flow = pf.realnvp(LATENTS, layers=6) if flow_prior else None
+        calm = {"network": "robust", "log_scale_bound": 2.0}  # test images lie where nothing was trained
+        self.prior_flow = pf.realnvp(LATENTS, layers=6, **calm) if flow_prior else None
 
     def prior(self):
         return self.prior_flow() if self.prior_flow else dist.Normal(torch.zeros(LATENTS), 1.0).to_event(1)
