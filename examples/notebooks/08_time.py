@@ -209,7 +209,7 @@ mines.summary(["mean", "amplitude", "length_scale"])
 
 # %%
 figure, axes = plt.subplots(figsize=(7.0, 3.2))
-axes.bar(calendar, counts, color="0.8", label="explosions")
+axes.bar(calendar, counts.numpy(), color="0.8", label="explosions")
 band(axes, calendar, mines.samples["rate"], "C0", "rate")
 axes.set(xlabel="year", ylabel="explosions a year")
 axes.legend()
