@@ -168,8 +168,8 @@ volatile.summary(["start", "spread"])
 figure, axes = plt.subplots(figsize=(7.0, 3.2))
 axes.vlines(change.index, 0, change.abs(), color="0.7", linewidth=1, label="size of the change")
 band(axes, change.index, volatile.samples["sd"], "C0", "standard deviation")
-axes.set(xlabel="week", ylabel="dollars per pound, weekly change (%)")
-axes.legend()
+axes.set(xlabel="week", ylabel="dollars per pound, weekly change (%)", xticks=change.index[::13])
+axes.legend(loc="upper left")
 plt.show()
 
 # %% [markdown]
