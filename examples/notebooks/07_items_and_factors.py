@@ -63,9 +63,9 @@ print(people.verdict)
 people.summary(["sigma", "easiness"]).head(8)
 
 # %% [markdown]
-# Which items are easy? The figure has one row for each situation and behavior: a bus does not stop, a clerk's error
-# makes one miss a train, the grocer closes, the operator cuts the call. People *want* to curse and shout more than they
-# do.
+# Which items are easy? The figure has one row for each situation and behavior. The situations: a bus does not stop, a
+# clerk's error makes one miss a train, the grocer closes, the operator cuts the call. People *want* to curse and shout
+# more than they do.
 
 # %%
 easiness = people.samples["easiness"]
