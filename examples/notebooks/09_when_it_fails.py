@@ -217,7 +217,7 @@ seen["funnel: fit"] = direct
 print(direct.verdict)
 
 # %%
-compared = {f"fit: {direct.verdict.status}": direct, f"Gaussian: {gaussian.verdict.status}": gaussian}
+compared = {"fit": direct, "Gaussian": gaussian}
 pf.plots.plot_pairs(compared, "theta[Choate]", "tau", transform={"tau": torch.log})
 
 # %% [markdown]

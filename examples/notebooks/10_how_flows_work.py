@@ -103,7 +103,7 @@ def distance(flow):
 
 gaussian = bend(pf.planar(2, layers=10))
 print(f"from a Gaussian: {distance(gaussian):.3f} nats")
-pictures.plot_layers(gaussian, count=1500)
+pictures.plot_layers(gaussian, count=700)
 
 # %% [markdown]
 # Points keep the color of their start. Each layer makes one fold. From a square it is harder: a planar layer cannot
@@ -112,7 +112,7 @@ pictures.plot_layers(gaussian, count=1500)
 # %%
 square = bend(pf.planar(2, layers=10, base="uniform"))
 print(f"from a square: {distance(square):.3f} nats")
-pictures.plot_layers(square, count=1500)
+pictures.plot_layers(square, count=700)
 
 # %% [markdown]
 # ## Couplings: NICE, Real-NVP, splines
@@ -152,7 +152,7 @@ for panel, (name, fit) in zip(axes[1:], fits.items(), strict=True):
 # Couplings take turns, so that each half is moved. Layer by layer, the Real-NVP:
 
 # %%
-pictures.plot_layers(fits["Real-NVP"].flow, count=1500)
+pictures.plot_layers(fits["Real-NVP"].flow, count=700)
 
 # %% [markdown]
 # ## A walk between four images
