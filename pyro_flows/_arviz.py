@@ -39,6 +39,16 @@ def r_hat(draws: Tensor) -> Tensor:
     return torch.as_tensor(np.asarray(array_stats.rhat(given, chain_axis=0, draw_axis=1)))
 
 
+def nested_r_hat(draws: Tensor, superchain: Tensor) -> Tensor:
+    """Return nested R-hat (D,) of draws (C, N, D), with the number of the superchain of each chain (C,)."""
+    from arviz_stats.base import array_stats
+
+    given, ids = draws.detach().double().cpu().numpy(), superchain.cpu().numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):  # of coordinates that never move: NaN
+        found = array_stats.rhat_nested(given, superchain_ids=ids, chain_axis=0, draw_axis=1)
+    return torch.as_tensor(np.asarray(found, dtype=float))
+
+
 def chain_diagnostics(draws: Tensor, superchain: Tensor | None = None) -> dict[str, Tensor]:
     """Return R-hat, nested R-hat and effective draws in bulk and tails, each (D,), of draws (C, N, D).
 
@@ -60,10 +70,8 @@ def chain_diagnostics(draws: Tensor, superchain: Tensor | None = None) -> dict[s
             "ess_bulk": array_stats.ess(given, method="bulk", **axes),
             "ess_tail": array_stats.ess(given, method="tail", prob=(0.05, 0.95), **axes),
         }
-        if superchain is not None:
-            ids = superchain.cpu().numpy()
-            found["nested_r_hat"] = array_stats.rhat_nested(given, superchain_ids=ids, **axes)
-    return {name: torch.as_tensor(np.asarray(value, dtype=float)) for name, value in found.items()}
+    known = {name: torch.as_tensor(np.asarray(value, dtype=float)) for name, value in found.items()}
+    return known if superchain is None else {**known, "nested_r_hat": nested_r_hat(draws, superchain)}
 
 
 # labeled arrays ------------------------------------------------------------------------------------------------------

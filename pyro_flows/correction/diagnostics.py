@@ -18,7 +18,21 @@ LOG_DENSITY = "the log density"
 def figures(
     z: Tensor, stats: Mapping[str, Tensor], names: Sequence[str], *, superchain: Tensor, began: Tensor, sweeps: int
 ) -> ChainFigures:
-    """Judge chains by all coordinates and the log density.
+    """Judge chains by all coordinates and the log density; see :func:`examined`."""
+    return examined(z, stats, names, superchain=superchain, began=began, sweeps=sweeps)[0]
+
+
+def examined(
+    z: Tensor,
+    stats: Mapping[str, Tensor],
+    names: Sequence[str],
+    *,
+    superchain: Tensor,
+    began: Tensor,
+    sweeps: int,
+    watched: Sequence[int] | None = None,
+) -> tuple[ChainFigures, list[int]]:
+    """Judge chains by some coordinates, all by default, and the log density; return them too, the worst ones first.
 
     Args:
         z: draws (C, N, D).
@@ -27,16 +41,19 @@ def figures(
         superchain: number of the starting point that each chain shares with others (C,).
         began: part of a mixture in which each chain began (C,).
         sweeps: of each chain since its kernel was fixed.
+        watched: numbers of the coordinates.
     """
-    watched = torch.cat([z.double(), stats["lp"].double()[..., None]], -1)
-    if not bool(torch.isfinite(watched).all()):
-        return _nothing(z, sweeps)
-    labels = [*names, LOG_DENSITY]
-    found = _arviz.chain_diagnostics(watched, superchain)
+    looked_at = range(z.shape[2]) if watched is None else watched
+    values = torch.cat([z[..., list(looked_at)].double(), stats["lp"].double()[..., None]], -1)
+    if not bool(torch.isfinite(values).all()):
+        return _nothing(z, sweeps), list(looked_at)
+    labels = [*(names[number] for number in looked_at), LOG_DENSITY]
+    found = _arviz.chain_diagnostics(values, superchain)
     lowest = torch.minimum(found["ess_bulk"], found["ess_tail"])
     least, where = worst_of(lowest.tolist(), labels, largest=False)
     tried = stats["proposed"].double()
-    return ChainFigures(
+    worst = lowest[:-1].nan_to_num(nan=0.0).argsort().tolist()
+    judged = ChainFigures(
         chains=len(z),
         draws=z.shape[1],
         sweeps=sweeps,
@@ -52,6 +69,7 @@ def figures(
         agreement=agreement(z, began),
         changes=float(stats["changes"].double().sum(1).mean()),
     )
+    return judged, [looked_at[place] for place in worst]
 
 
 def agreement(z: Tensor, began: Tensor) -> float:

@@ -42,6 +42,7 @@ class Work:
     method: str
     why: str
     most: float = math.inf  # gradients
+    searched: bool = False  # for modes that the guide lacks, in vain
     sampler: Sampler | None = None
     chains: Chains | None = None
     annealed: Annealed | None = None
@@ -58,7 +59,7 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     failures, notes = list[str](), list[str]()
     if not against and chains is not None:
         with clock.part("the search for modes that the chains lack"):
-            failures, notes = _checked(posterior, chains, seed)
+            failures, notes = _checked(posterior, chains, seed, searched=work.searched)
     against += clock.reasons()
     verdict = _verdict(posterior.verdict, found, against, failures, notes, work.why)
     history = (*posterior.history, _stage(work, found, verdict).as_dict())
@@ -93,7 +94,7 @@ def _come_to(posterior: Record, work: Work) -> tuple[Chains | None, ChainFigures
     )
 
 
-def _checked(posterior: Record, chains: Chains, seed: int) -> tuple[list[str], list[str]]:
+def _checked(posterior: Record, chains: Chains, seed: int, *, searched: bool) -> tuple[list[str], list[str]]:
     """Return what speaks against chains that have converged, in words, and what was not looked at."""
     density, flow = posterior._need_density(), flow_of(posterior)
     complaint = density.complaint(chains.z.flatten(0, 1)[:: max(1, chains.z[..., 0].numel() // CHECKED)])
@@ -106,7 +107,7 @@ def _checked(posterior: Record, chains: Chains, seed: int) -> tuple[list[str], l
     covered = float(ratios[torch.isfinite(ratios)].median())
     evidence = _evidence(flow, chains, density)
     given = (flow.log_prob, covered, evidence, posterior.history)
-    lacks, notes = lacks_of_chains(density, chains, *given, seed=seed)
+    lacks, notes = lacks_of_chains(density, chains, *given, seed=seed, searched=searched)
     return [*invalid, *lacks, *disagreements(posterior, chains)], notes
 
 

@@ -16,7 +16,7 @@ import copy
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
@@ -24,7 +24,10 @@ from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.log_density import LogDensity
 
-WIDTH = 64  # numbers that a coupling's network holds for each point, at least
+
+def _widest(flow: Flow) -> int:
+    """Return how many numbers the largest intermediate result of a flow has for each point."""
+    return max(flow.dim, *(layer.out_features for layer in flow.modules() if isinstance(layer, nn.Linear)), 1)
 
 
 class Points(NamedTuple):
@@ -66,7 +69,7 @@ class Latent:
         self.parts = flow.components if isinstance(flow, FlowMixture) else (Component(0),)
         self.log_w = torch.tensor([part.log_weight for part in self.parts], dtype=density.dtype, device=density.device)
         self.log_w = torch.log_softmax(self.log_w, 0)
-        numbers = max(density.numbers, WIDTH * self.dim)
+        numbers = max(density.numbers, *(_widest(flow) for flow in self.flows))
         self._recorder = Recorder(self._single, numbers) if density.batched and self.mixture is None else None
 
     # maps of one part -------------------------------------------------------------------------------------------------

@@ -53,26 +53,18 @@ def refine(
     if method == "nuts" and isinstance(posterior.flow, FlowMixture):
         raise ValueError("method: NUTS walks in the latent space of one flow, and this is a mixture; take 'auto'.")
     bar = Bar("refine", progress)
-    found = refined(posterior, method, chains, max_steps, seed, Clock(seconds, watch=bar.watch), bar)
+    work = Work(method, ASKED)
+    found = refined(posterior, work, chains, max_steps, seed, Clock(seconds, watch=bar.watch), bar)
     bar.close(found.verdict.status)
     return found
 
 
 def refined(
-    posterior: Recorded,
-    method: str,
-    chains: int,
-    max_steps: int,
-    seed: int,
-    clock: Clock,
-    bar: Bar,
-    why: str = ASKED,
-    gradients: float = math.inf,
+    posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int, clock: Clock, bar: Bar
 ) -> Recorded:
     """Run the sampler under a clock, and judge what it came to."""
     density = posterior._need_density()
     with alone(), seeded(seed, density.device), few_threads(chains * density.numbers), torch.no_grad():
-        work = Work(method, why, most=gradients)
         before = density.evaluations
         density.under(clock)
         try:

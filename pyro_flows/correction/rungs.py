@@ -14,6 +14,7 @@ from pyro_flows import _checks
 from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
+from pyro_flows.correction.judging import Work
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
@@ -40,10 +41,13 @@ def which(refine: Any) -> str | None:
     return _checks.choice("refine", "auto" if refine is True else refine, METHODS)
 
 
-def last_rung(posterior: Recorded, method: str, clock: Clock, bar: Bar, chains: Chains | None = None) -> Recorded:
+def last_rung(
+    posterior: Recorded, method: str, clock: Clock, bar: Bar, chains: Chains | None = None, *, searched: bool = False
+) -> Recorded:
     """Refine what a fit came to, if its verdict is unreliable and its clock leaves time for that.
 
     With ``chains`` that began at its draws and are enough, from :func:`attempt`, they are judged, whatever the verdict.
+    ``searched`` says that a search for modes that the guide lacks has found none.
     """
     left = clock.end - time.monotonic()
     asked = chains is not None or posterior.verdict.status == "unreliable"
@@ -55,7 +59,8 @@ def last_rung(posterior: Recorded, method: str, clock: Clock, bar: Bar, chains: 
     own = Clock(left, raises=clock.raises, watch=bar.watch)
     seed = int(posterior.settings["seed"])
     begun = posterior if chains is None else replace(posterior, chains=chains)
-    found = refined(begun, method, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar, CHEAPER, LAST)
+    work = Work(method, CHEAPER, most=LAST, searched=searched)
+    found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
     clock.interrupted = own.interrupted
     spent = {"seconds": clock.elapsed}
     if "gradient_evaluations" in posterior.settings:

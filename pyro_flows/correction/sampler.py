@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_flows import _arviz
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import Kernel, scale_of
-from pyro_flows.correction.diagnostics import figures
+from pyro_flows.correction.diagnostics import examined
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.latent import Latent
 from pyro_flows.verdict.chains import DIVERGENCES, LEAST_ESS, ChainFigures, Chains, objections
@@ -32,6 +32,7 @@ KEPT = 64  # draws of a chain, at least: R-hat splits them into halves
 SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to hang on the moment of the stop
 HALVINGS = 4  # of the step size, where trajectories diverge
 SHORT_EVERY, SHORT = 4, 0.25  # each fourth move takes leaps of a quarter: into necks that the others overshoot
+WATCHED = 16  # coordinates, the worst of the last look at all
 FAR = 1.1  # nested R-hat above which the first half of the draws counts as warm-up
 STATS = (
     *("lp", "log_weight", "acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size"),
@@ -85,6 +86,7 @@ class Sampler:
                 "waiting": 0,
                 "checked": 0,
                 "halved": 0,
+                "worst": None,
                 "independence": independence,
             },
             **{"seed": seed, "kernel": Kernel.start(x.shape[1]).stored()},
@@ -122,8 +124,8 @@ class Sampler:
             report(f"sweep {self.numbers['sweeps']}")
             self._keep(self._sweep())
             if len(self.z) >= max(self.kept, self.numbers["checked"] + self.kept // 2):
-                found = self.figures()
-                if not objections(found) and min(found.ess_bulk, found.ess_tail) >= SPARE * LEAST_ESS:
+                found = self._looked_at()
+                if _suffices(found):
                     return found
                 if not self._halve(found):
                     self._make_room(found)
@@ -139,12 +141,25 @@ class Sampler:
         return torch.stack(parts, 1)
 
     def figures(self) -> ChainFigures:
-        """Judge the draws so far."""
+        """Judge the draws so far by all coordinates."""
+        return self._figures(None)
+
+    def _looked_at(self) -> ChainFigures:
+        """Judge the draws so far: by the coordinates that were the worst the last time, and by all if these suffice."""
         self.numbers["checked"] = len(self.z)
+        if self.numbers.get("worst") is not None:
+            found = self._figures(self.numbers["worst"])
+            if not _suffices(found):
+                return found
+        return self._figures(None)
+
+    def _figures(self, watched: Sequence[int] | None) -> ChainFigures:
         stats = {name: torch.stack(values, 1) for name, values in self.stats.items()}
         sweeps = self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
-        chains = torch.stack(self.z, 1)
-        return figures(chains, stats, self.names, superchain=self.superchain, began=self.began, sweeps=sweeps)
+        chains, known = torch.stack(self.z, 1), {"superchain": self.superchain, "began": self.began}
+        found, order = examined(chains, stats, self.names, **known, sweeps=sweeps, watched=watched)
+        self.numbers["worst"] = order[:WATCHED]
+        return found
 
     def _sweep(self, *, adapt: bool = False) -> dict[str, Tensor]:
         """Move all chains once; return the numbers of this sweep, each (C,). Nothing has changed if it is cut."""
@@ -187,7 +202,7 @@ class Sampler:
             return
         rounds = self.numbers["sweeps"] // ROUND
         x, z = (torch.stack(parts, 1) for parts in zip(*self.round[ROUND // 3 :], strict=True))
-        nested = _arviz.chain_diagnostics(z, self.superchain)["nested_r_hat"].max()
+        nested = _arviz.nested_r_hat(z, self.superchain).max()
         if rounds >= ROUNDS[1] or (rounds >= ROUNDS[0] and float(nested) <= WARM):
             self.kernel.freeze()
             self.numbers["fixed_at"] = self.numbers["sweeps"]
@@ -227,6 +242,11 @@ class Sampler:
         self.z = self.z[chosen]
         self.stats = {name: values[chosen] for name, values in self.stats.items()}
         self.numbers["checked"] = len(self.z)
+
+
+def _suffices(found: ChainFigures) -> bool:
+    """Whether draws are enough, with some to spare."""
+    return not objections(found) and min(found.ess_bulk, found.ess_tail) >= SPARE * LEAST_ESS
 
 
 def _no_stats() -> dict[str, list[Tensor]]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from pyro_flows import _arviz
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import SHARE
-from pyro_flows.modes.missed_modes import WANDERED, Search, missed_modes
+from pyro_flows.modes.lacks import SHARE, Guide
+from pyro_flows.modes.missed_modes import THIN, WANDERED, Search, missed_modes
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.bridge import bridge_value
@@ -50,6 +50,7 @@ def lacks_of_chains(
     history: Sequence[Mapping[str, Any]],
     *,
     seed: int,
+    searched: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Return what chains lack, in words, and what was not looked at.
 
@@ -57,6 +58,8 @@ def lacks_of_chains(
     posterior, :math:`\\log q = \\log p - \\log Z`, but a place is thin where the flow is. What it finds, and what the
     search of the fit had found, is a failure unless the chains go in and out there: superchains agree on how many of
     their draws are inside, and these are as many as the mass of the region asks for, or 2 % where that is not known.
+    Where a search from the flow's own draws has found nothing, and chains stay where the flow has its due, another one
+    would begin at the same points, and is not made.
 
     Args:
         density: log p, unnormalized.
@@ -66,12 +69,16 @@ def lacks_of_chains(
         evidence: log of all mass, as far as flow and chains tell.
         history: of the fit.
         seed: of the search.
+        searched: whether a search from the flow's draws has found nothing.
     """
     z, log_p = chains.z.flatten(0, 1), chains.stats["lp"].flatten()
     generator = torch.Generator().manual_seed(derive(seed, "draws to search from"))
     chosen = torch.randperm(len(z), generator=generator)[:SEARCHED].to(z.device)
     seed = derive(seed, "modes that chains lack")
-    search = missed_modes(density, [], z[chosen], log_p[chosen] - covered, score, seed=seed)
+    search = Search()
+    thin = Guide(density, score, covered).is_thin(z[chosen], log_p[chosen], by=THIN)
+    if not searched or float(thin.double().mean()) > SHARE:
+        search = missed_modes(density, [], z[chosen], log_p[chosen] - covered, score, seed=seed)
     before = [stage["details"] for stage in history if stage["stage"] == STAGE]
     found, regions = [], _Regions(density, chains, evidence, seed)
     for stage in before[-1:]:  # of the last guide
@@ -114,8 +121,8 @@ class _Regions:
             return False
         if share == 1.0:
             return True
-        found = _arviz.chain_diagnostics(inside.double()[..., None], self.chains.state["superchain"])
-        return float(found["nested_r_hat"][0]) <= SETTLED
+        nested = _arviz.nested_r_hat(inside.double()[..., None], self.chains.state["superchain"])
+        return float(nested[0]) <= SETTLED
 
     def _needed(self, loc: Tensor, scale: Tensor) -> float:
         """Return the share that chains have to have: by importance sampling from the normal, where that can be done."""

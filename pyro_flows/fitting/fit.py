@@ -222,7 +222,8 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
     if plan.refine is None or plan.train_model:
         return posterior
     chains = found.best.chains if isinstance(posterior.flow, Flow) else None
-    return last_rung(posterior, plan.refine, clock, plan.bar, chains)
+    searched = found.search is not None and not found.search.lacks and not found.search.notes
+    return last_rung(posterior, plan.refine, clock, plan.bar, chains, searched=searched)
 
 
 def _check_training_of_model(plan: Plan, density: LogDensity) -> None:

@@ -27,6 +27,7 @@ from pyro_flows.transforms.coupling import Coupling
 
 AFFINE = (DiagonalAffine, LowerTriangularAffine)
 ALONE = 4.0  # times larger gains where no affine map is trained with the flow
+PIECE = 2**17  # numbers that are drawn together, so that what comes between fits a cache
 BASES = ("logistic", "normal", "student_t", "uniform")
 
 
@@ -139,7 +140,12 @@ class Flow(nn.Module):
     @torch.no_grad()
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
         r"""Return n draws, shaped (n, \*event_shape), and their log density (n,), without gradients."""
-        return self.rsample_and_log_prob((n,))
+        base = self.base_distribution()
+        found = []
+        for x in base.sample(torch.Size((n,))).split(max(1, PIECE // self.dim)):
+            y, ladj = self.bijection.forward_and_ladj(x)
+            found.append((y, base.log_prob(x) - ladj))
+        return found[0] if len(found) == 1 else (torch.cat([y for y, _ in found]), torch.cat([q for _, q in found]))
 
     def sample_with_score(
         self, shape: Sequence[int] = (), *, at: Tensor | None = None

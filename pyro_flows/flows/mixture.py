@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flows import _checks
-from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.flow import PIECE, Flow
 
 LEAST_WEIGHT = 1e-3
 ROWS = 2**17  # that one flow is evaluated at together
+LEAST_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ class FlowMixture(nn.Module):
         parts = []
         for part, many in enumerate(counts.tolist()):
             if many:
-                x = self.members[int(self.which[part])]().rsample(torch.Size((many,)))
+                flow = self.members[int(self.which[part])]
+                x = flow().rsample(torch.Size((many,))) if torch.is_grad_enabled() else flow.draw(many)[0]
                 parts.append(self.signs[part] * x[:, self.orders[part]])
         mixed = torch.cat(parts) if parts else self.log_weights.new_zeros(0, self.dim)
         return mixed[torch.randperm(count).to(mixed.device)].reshape(*shape, self.dim)
@@ -158,7 +160,7 @@ class FlowMixture(nn.Module):
         """
         _checks.event("FlowMixture", z, self.dim)
         rows = z.reshape(-1, self.dim)
-        size = max(1, ROWS // len(self.which))  # many parts at many points would fill the memory
+        size = max(LEAST_ROWS, min(ROWS, PIECE // self.dim) // len(self.which))  # of which all parts fit a cache
         return torch.cat([self._log_prob(part) for part in rows.split(size)]).reshape(z.shape[:-1])
 
     def _log_prob(self, rows: Tensor) -> Tensor:

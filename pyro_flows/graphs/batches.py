@@ -38,11 +38,11 @@ def rows_for(numbers: int, budget: int = PIECE) -> int:
 
 
 class Work(TorchDispatchMode):
-    """Counts operations inside, and the numbers that they write."""
+    """Counts operations inside, the numbers that they write, and those of the largest result."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = self.numbers = 0
+        self.operations = self.numbers = self.largest = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -50,8 +50,10 @@ class Work(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        sizes = [part.numel() for part in tensors_in((result,))]
         self.operations += 1
-        self.numbers += sum(part.numel() for part in tensors_in((result,)))
+        self.numbers += sum(sizes)
+        self.largest = max(self.largest, *sizes, 0)
         return result
 
     def rows(self, batch: int) -> int | None:

@@ -19,6 +19,7 @@ from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.site_values import SiteValues
 from pyro_flows.model.sites import Noncentered, Structure
 
+LARGER = 4  # times the numbers of data and coordinates, that a few results may have
 PORTION = 16  # pieces of a recorded graph between two looks at the clock
 
 
@@ -68,9 +69,9 @@ class LogDensity(SiteValues):
     def _settle(self, structure: Structure) -> None:
         super()._settle(structure)
         self.evaluations = 0
-        unit = self.work.rows(2)
-        self._with_gradients = Recorder(self._gradients, self.numbers, unit=unit)
-        self._values = Recorder(self._plain_values, self.numbers, unit=unit, whole=self._with_gradients)
+        unit, numbers = self.work.rows(2), max(self.numbers, self.work.largest // (2 * LARGER))
+        self._with_gradients = Recorder(self._gradients, numbers, unit=unit)
+        self._values = Recorder(self._plain_values, numbers, unit=unit, whole=self._with_gradients)
 
     def take(self, values: Recorder, gradients: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""

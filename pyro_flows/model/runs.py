@@ -177,6 +177,11 @@ class Runs:
             return "not batched: vmap gave other values than single runs"
         return None
 
+    @property
+    def written(self) -> int:
+        """Numbers that the operations of one evaluation with its gradient write, altogether."""
+        return self.work.numbers // 2
+
     # batches ------------------------------------------------------------------------------------------------------
 
     def map(self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "same") -> Any:

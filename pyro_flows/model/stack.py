@@ -58,7 +58,7 @@ class Stack:
         self.densities = list(densities)
         first = self.densities[0]
         self.dim, self.dtype, self.device, self.numbers = first.dim, first.dtype, first.device, first.numbers
-        self.structure = first.structure
+        self.structure, self.written = first.structure, first.written
         self.clock, self.evaluations = unbounded(), 0
         self._form, self._where, self._given = _sorted_out(self.densities)
         self.given = [torch.stack(parts) for parts in zip(*self._given, strict=True)]

@@ -29,6 +29,7 @@ LEAST_CLIMBS = 32
 Known = Callable[[Tensor], Tensor]
 
 SCREENED, SCREENED_NUMBERS = 400, 6_000_000  # times as many points, of which the best climb; numbers of all
+SCREENED_WRITTEN = 300_000_000  # numbers that all operations on all of these points write: a fraction of a second
 DEARER = 4  # what stands for the modes, than normals there
 LAYERS = 16  # of points, by their distance from the modes so far
 ROUNDS, IN_VAIN = 12, 3  # at most; rounds without a new mode, one after the other, after which it is over
@@ -139,7 +140,8 @@ def _ends(
     """Return the ends (N, D) of the climbs of one round, the highest first, and the scales there (N, D)."""
     count = int(max(LEAST_CLIMBS, min(climbs, NUMBERS / max(1, density.numbers))))
     cost = max(density.dim * max(1, len(found)), density.numbers) * (1 if known is None else DEARER)
-    many = int(max(1, min(SCREENED, SCREENED_NUMBERS / (count * cost)))) if len(found) else 1
+    affordable = min(SCREENED_NUMBERS / cost, SCREENED_WRITTEN / max(1, density.written)) / count
+    many = int(max(1, min(SCREENED, affordable))) if len(found) else 1
     points = torch.cat([z[:8], _broad(density, found, z, count * (1 + many) // 2, seed)])
     heights = density(points)
     points, heights = points[torch.isfinite(heights)], heights[torch.isfinite(heights)]

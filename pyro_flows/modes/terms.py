@@ -44,7 +44,8 @@ class Terms:
     """
 
     def __init__(self, density: LogDensity, z: Tensor) -> None:
-        self.density, self.dim, self.numbers = density, density.dim + 1, density.numbers
+        self.density, self.dim = density, density.dim + 1
+        self.numbers, self.written = density.numbers, density.written
         with quiet(), _Counting() as found:
             if density.batched:
                 density.single(z[0])

@@ -17,10 +17,17 @@ ROWS_AT_ONCE = 256
 
 
 class Differentiable(Protocol):
-    """What paths and differences need of a density: coordinates, numbers that it handles, and gradients."""
+    """What paths and differences need of a density: coordinates, numbers that it handles, and gradients.
+
+    ``numbers`` are in the largest intermediate result at one point; ``written`` are in all results together.
+    """
 
     dim: int
     numbers: int
+
+    @property
+    def written(self) -> int:
+        """Numbers that the operations of one evaluation with its gradient write, altogether."""
 
     def value_and_grad(self, z: Tensor, /) -> tuple[Tensor, Tensor]:
         """Return log densities (S,) and gradients (S, D) at points (S, D)."""

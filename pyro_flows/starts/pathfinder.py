@@ -40,6 +40,7 @@ SMALLEST_STEP = 1e-10
 SETTLED = 1e-8  # nats still to gain
 STALLED_TICKS, STALLED = 25, 1e-3  # a path that rose by fewer nats in so many ticks is over, though it has not settled
 CURVED = 1e-10
+WRITTEN, LEAST_TOGETHER = 2**22, 16  # numbers that are written for paths that are looked at together; paths, at least
 
 
 @dataclass(frozen=True)
@@ -181,12 +182,18 @@ def pool(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Pool:
     return Pool(elbo, mean, (weights[:, None] * away).mT @ away, k_hat, float(1.0 / weights.square().sum()))
 
 
+def _together(density: Differentiable) -> int:
+    """Return how many paths are looked at together: fewer where each costs much, so that none is that is over."""
+    rows = WRITTEN // max(density.written, 1)
+    return min(rows_for(density.numbers), max(1 << (max(rows, 1).bit_length() - 1), LEAST_TOGETHER))
+
+
 class _Climb:
     """The state of K paths; gradient, direction and history are measured in ``units``."""
 
     def __init__(self, density: Differentiable, points: Tensor, units: Tensor) -> None:
         self.density, self.points, self.units = density, points, units
-        self.piece = rows_for(density.numbers)
+        self.piece = len(points) if isinstance(density, Stack) else _together(density)
         self.height, gradient = self._look(points)
         finite = torch.isfinite(self.height) & torch.isfinite(gradient).all(-1)
         self.gradient = choose(finite, gradient, 0.0)
@@ -229,7 +236,8 @@ class _Climb:
 
     def _look(self, points: Tensor, units: Tensor | None = None) -> tuple[Tensor, Tensor]:
         units = self.units if units is None else units
-        height, gradient = self.density.value_and_grad(points)
+        looks = [self.density.value_and_grad(part) for part in points.split(max(self.piece, 1))]
+        height, gradient = looks[0] if len(looks) == 1 else (torch.cat(parts) for parts in zip(*looks, strict=True))
         return height, stretch(units.mT if units.dim() == 3 else units, gradient[:, None])[:, 0]
 
     def _look_at_open(self, points: Tensor) -> tuple[Tensor, Tensor]:

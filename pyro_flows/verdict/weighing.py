@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,8 +62,9 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor, *, quantiles: bool = False) -
     weighted_spread = (weights * (points - weighted).square()).sum(0).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     narrowing = (spread / weighted_spread).log()
     mean_shift = (mean - weighted).abs() / weighted_spread
-    distance = (points[possible].mean(0) - weighted).abs() / weighted_spread
-    heavy = heavy_tails(points[possible])
+    usable = points[possible] if broken else points
+    distance = (usable.mean(0) - weighted).abs() / weighted_spread
+    heavy = heavy_tails(usable)
     if bool(heavy.any()):  # moments that do not exist are noise
         moved, narrowed = _quantile_shifts(points[:, heavy], weights[:, 0])
         mean_shift[heavy], distance[heavy], narrowing[heavy] = moved, moved, narrowed
@@ -95,26 +97,44 @@ def heavy_tails(points: Tensor) -> Tensor:
     tail = int(3.0 * math.sqrt(count))
     if tail < 30 or tail >= count // 2:
         return torch.zeros(points.shape[1], dtype=torch.bool, device=points.device)
-    away = torch.nan_to_num(points - points.median(0).values)
+    rows = torch.nan_to_num(points.mT)
+    ordered = torch.from_numpy(np.sort(rows.numpy(), axis=1)) if rows.device.type == "cpu" else rows.sort(1).values
+    middle = ordered[:, (count - 1) // 2, None]
     heavy = torch.zeros(points.shape[1], dtype=torch.bool, device=points.device)
-    for side in (away, -away):
-        largest = side.topk(tail + 1, dim=0).values.clamp_min(torch.finfo(side.dtype).tiny).log()
-        excess = largest[:-1] - largest[-1]
-        first, second = excess.mean(0), excess.square().mean(0)
-        index = first + 1.0 - 0.5 / (1.0 - first.square() / second.clamp_min(torch.finfo(side.dtype).tiny))
+    for largest in ((ordered[:, -tail - 1 :] - middle).flip(1), middle - ordered[:, : tail + 1]):
+        largest = largest.clamp_min(torch.finfo(points.dtype).tiny).log()
+        excess = largest[:, :-1] - largest[:, -1:]
+        first, second = excess.mean(1), excess.square().mean(1)
+        index = first + 1.0 - 0.5 / (1.0 - first.square() / second.clamp_min(torch.finfo(points.dtype).tiny))
         heavy = heavy | (index > HEAVY_INDEX)
     return heavy
 
 
 def _quantile_shifts(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return shifts of quartiles in weighted sds (by the quartiles), and log ratios of spreads, raw over weighted."""
-    ordered, places = points.sort(0)
+    columns = points.mT.contiguous()
+    places = _order(columns)
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=points.dtype, device=points.device)
-    cumulative = weights[places].cumsum(0)
-    wanted = levels[None].expand(points.shape[1], -1).contiguous()
-    index = torch.searchsorted(cumulative.mT.contiguous(), wanted).clamp_max(len(points) - 1)
-    weighted, raw = ordered.gather(0, index.mT), torch.quantile(points, levels, dim=0)
+    wanted = levels.expand(len(columns), -1).contiguous()
+    index = torch.searchsorted(weights[places].cumsum(1), wanted).clamp_max(len(points) - 1)
+    weighted = columns.gather(1, places.gather(1, index)).mT
+    raw = _quantiles(columns, places, levels)
     scale = ((weighted[3] - weighted[1]) / 1.349).clamp_min(torch.finfo(points.dtype).tiny)
     ratios = torch.stack([(raw[j] - raw[i]) / (weighted[j] - weighted[i]) for i, j in ((0, 4), (1, 3))])
     widest = ratios.log().abs().argmax(0)
     return ((raw - weighted)[1:4].abs() / scale).amax(0), ratios.log().gather(0, widest[None])[0]
+
+
+def _order(rows: Tensor) -> Tensor:
+    """Return the order of each row (D, S); on the processor NumPy's, which is several times as fast as torch's."""
+    if rows.device.type != "cpu":
+        return rows.argsort(1)
+    return torch.from_numpy(np.argsort(rows.numpy(), axis=1))
+
+
+def _quantiles(rows: Tensor, places: Tensor, levels: Tensor) -> Tensor:
+    """Return quantiles (L, D) of rows (D, S) by their order, linear between two neighbors."""
+    at = levels * (rows.shape[1] - 1)
+    below = at.floor()
+    low, high = (rows.gather(1, places[:, part.long()]) for part in (below, at.ceil()))
+    return torch.lerp(low, high, at - below).mT

@@ -169,7 +169,7 @@ class _Watched:
 
     def __init__(self, density):
         self.density, self.dim, self.dtype, self.device = density, density.dim, density.dtype, density.device
-        self.numbers = density.numbers
+        self.numbers, self.written = density.numbers, density.written
         self.heights = []
 
     def __call__(self, z):
