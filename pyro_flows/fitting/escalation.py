@@ -22,13 +22,15 @@ from pyro_flows.verdict.judging import judge
 from pyro_flows.verdict.weighing import Weighing, weigh
 
 ENOUGH_K = 0.5
-ENOUGH_ESS, ENOUGH_SMALL_GAP = 0.95, 0.01  # of S and nats: unequal weights with next to no mass may have a longer tail
+ENOUGH_ESS = 0.95  # of S: unequal weights with next to no mass may have a longer tail,
+ENOUGH_SMALL_GAP, ENOUGH_SMALL_GAP_A_DIM = 0.01, 0.0005  # where the gap in nats is that small, by the dimension
 EVEN_ESS = 0.98  # of S
 SEEN = 0.04  # sds: what a reader of 4000 draws sees of a mean or an sd, two and a half standard errors
 ERRORS = 4.0  # standard errors of a weighted mean: the largest of the shifts of many coordinates has so much of noise
 NEARLY = 1.5  # times that, where training goes on or has just ended: the noise of the sample and of the steps is in it
-ENOUGH_GAP, ENOUGH_GAP_A_DIM = 0.04, 0.0015  # nats between log evidence and ELBO: the larger one, by the dimension
+ENOUGH_GAP, ENOUGH_GAP_A_DIM = 0.04, 0.002  # nats between log evidence and ELBO: the larger one, by the dimension
 JUDGED_DRAWS, LOOKED_AT_DRAWS = 20_000, 4000
+FEWER_DRAWS, JUDGED_NUMBERS = 8000, 4_000_000  # where draws have many coordinates
 ALL = ("larger batch", "more layers", "heavier tails", "tempering")
 TAILS_FIRST = ("heavier tails", "larger batch", "more layers")
 WIDER = 4
@@ -87,7 +89,8 @@ def enough_gap(dim: int) -> float:
 def nothing_to_mend(weighing: Weighing) -> bool:
     """Say whether weights are so good that more rounds would gain nothing: stricter than the verdict."""
     gap, ratio = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
-    slight = ratio > ENOUGH_ESS and gap < ENOUGH_SMALL_GAP and weighing.k_hat < weighing.threshold
+    small = max(ENOUGH_SMALL_GAP, ENOUGH_SMALL_GAP_A_DIM * len(weighing.mean_shift))
+    slight = ratio > ENOUGH_ESS and gap < small and weighing.k_hat < weighing.threshold
     fine = judge(weighing, _numbers(weighing)).status == "ok"
     return fine and (weighing.k_hat < ENOUGH_K or slight) and gap < enough_gap(len(weighing.mean_shift))
 
@@ -116,7 +119,7 @@ def assess(name: str, trainer: Trainer, training: Training) -> Round:
     flow, density = trainer.flow, trainer.density
     weighing = unweighed(density.dim, training.elbo)
     with density.clock.part("a look at the round", noted=False):
-        weighing = weighed(flow, density, JUDGED_DRAWS)
+        weighing = weighed(flow, density, min(JUDGED_DRAWS, max(FEWER_DRAWS, JUDGED_NUMBERS // density.dim)))
     return Round(copy.deepcopy(flow), weighing, training, _stage(name, trainer, weighing, training))
 
 

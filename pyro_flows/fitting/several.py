@@ -20,6 +20,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.population import Generation, Parts, begun, fitted
 from pyro_flows.modes.separable import is_separable, marginals
 from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
+from pyro_flows.modes.units import units_of
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.psis import psis
 
@@ -54,7 +55,8 @@ def several(
     With ``ridges``, points of ridges and edges count as modes. ``places`` (N, D) are climbed from as well. Once there
     is a mixture, the survey goes on from its draws with large weights, and from where it is thin. With a ``barrier``,
     modes count as several only if the density falls by so many nats on the straight line between the best one and
-    another.
+    another. Without one, independent coordinates are tabulated even if no mode was found: tops may be sharp edges,
+    where no climb comes to rest.
     """
     if not can_be_surveyed(density):
         return None
@@ -62,13 +64,14 @@ def several(
     found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=GLANCED, ridges=ridges)
     found = found if places is None else climbed_from(density, found, places)
     weighty = found.weighty()
-    if len(weighty) < 2 or not (_falls(density, weighty.modes, barrier) or _are_apart(weighty, seed)):
+    apart = len(weighty) > 1 and (_falls(density, weighty.modes, barrier) or _are_apart(weighty, seed))
+    if not apart and barrier:
         return None
     separable = is_separable(density, z, seed=seed, modes=weighty.modes)
-    found = found if separable else survey(density, z, seed=seed, rounds=ROUNDS, before=found)
-    product = _tabulated(density, found.weighty(), seed) if separable else None
-    if product is not None:
+    product = _tabulated(density, weighty, z, seed) if separable else None
+    if product is not None or not apart:
         return product
+    found = found if separable else survey(density, z, seed=seed, rounds=ROUNDS, before=found)
     best = _fitted(density, begun(*_start(found)), seed, bar)
     for number in range(AGAIN):
         if best is None:
@@ -118,9 +121,13 @@ def _beyond(density: LogDensity, found: Survey, best: Generation, seed: int) -> 
 
 
 @torch.no_grad()
-def _tabulated(density: LogDensity, found: Survey, seed: int) -> Several | None:
+def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> Several | None:
     """Tabulate independent coordinates; None where a table is too coarse, or weights say that they are not."""
-    table = marginals(density, found.modes[0], found.modes, found.roots[0].norm(dim=1))
+    modes, units = found.modes, found.roots[:1].norm(dim=2)[:1].flatten()
+    if not len(found):
+        modes = z[density(z).nan_to_num(nan=-torch.inf).argmax()][None]
+        units = units_of(z, full=False)
+    table = marginals(density, modes[0], modes, units)
     if table is None:
         return None
     try:
@@ -132,7 +139,8 @@ def _tabulated(density: LogDensity, found: Survey, seed: int) -> Several | None:
     log_weights, k_hat = psis((density(z) - log_q).double().nan_to_num(nan=-torch.inf, posinf=-torch.inf))
     share = float(1.0 / log_weights.exp().square().sum()) / len(z)
     stage = Stage(TABLES, k_hat=k_hat, ess_ratio=share, details={"modes": len(found)})
-    said = "there are several modes; the coordinates are independent, so that each was tabulated by itself"
+    said = "the coordinates are independent, so that each was tabulated by itself"
+    said = f"there are several modes; {said}" if len(found) > 1 else said
     return Several(sampler, said, stage, True) if share >= TABLE_SHARE and k_hat < TABLE_K else None
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack
+from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack, is_resolved
 from pyro_flows.modes.survey import can_be_surveyed, survey
 from pyro_flows.modes.tempering import Tempered, log_mean, temper, wander
 from pyro_flows.modes.terms import tops_of_terms
@@ -175,8 +176,15 @@ def worth_tempering(
     reach = guide.covered + math.log(SHARE) - max(0.0, guide.covered - float(paths.elbo[base]))
     worth = [path for path in doubtful if path.elbo > reach - THINNER]
     worth.sort(key=lambda path: (not path.elsewhere, -path.elbo))
-    worth = [worth[number] for number in _distinct([ends[path.number] for path in worth], units)][:LOOKED_AT]
+    distinct = (worth[number] for number in _distinct([ends[path.number] for path in worth], units))
+    worth = [*islice((path for path in distinct if not _is_spike(guide, ends[path.number])), LOOKED_AT)]
     return [base, *(path.number for path in worth)], worth
+
+
+def _is_spike(guide: Guide, end: Tensor) -> bool:
+    """Whether a path ended where the density grows into what numbers cannot resolve, and the guide has no share."""
+    thin = bool(guide.is_thin(end[None], guide.density(end[None]).detach()))
+    return thin and not is_resolved(guide.density, end)
 
 
 def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempered) -> list[Lack]:

@@ -13,6 +13,7 @@ from pyro_flows.modes.symmetries import SignedPermutation
 from pyro_flows.starts.start import Start
 
 SHARE = 0.02  # of the mass that the guide covers
+RESOLUTION = 0.05  # of a coordinate
 THINNER = 7.0  # nats by which the guide falls short at a mode that it lacks
 
 Score = Callable[[Tensor], Tensor]
@@ -65,3 +66,15 @@ def lacks_of(moved: Tensor, log_p: Tensor, lacking: Tensor, name: str) -> list[L
 def moments(draws: Tensor, name: str) -> Start:
     spread = draws.std(0) if len(draws) > 1 else torch.ones_like(draws[0])
     return Start(name, draws.mean(0), torch.where(spread > 0.0, spread, 1.0))
+
+
+@torch.no_grad()
+def is_resolved(density: LogDensity, place: Tensor) -> bool:
+    """Whether numbers are fine enough at a place: its coordinates come back from the model's own values.
+
+    Where a scale is below the rounding of what it scales, values are equal to their location, and the density of the
+    model as it is written grows without bound.
+    """
+    latents = {name: value for name, value in density.constrain(place[None]).items() if name in density.names}
+    back = density.unconstrain(latents)[0]
+    return bool(((back - place).abs() <= RESOLUTION * (1.0 + place.abs())).all())

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.climbs import climbed, surveyed
-from pyro_flows.modes.lacks import SHARE, Guide, Lack, Score, lacks_of, moments
+from pyro_flows.modes.lacks import SHARE, Guide, Lack, Score, is_resolved, lacks_of, moments
 from pyro_flows.modes.lines import across
 from pyro_flows.modes.symmetries import images, moves, signed_permutation
 from pyro_flows.modes.tempering import wander
@@ -22,7 +22,6 @@ from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import resample
 
-RESOLUTION = 0.05  # of a coordinate
 MOVED_DRAWS = 200
 WANDERERS = 256
 WANDERED = "wandered"
@@ -92,7 +91,7 @@ def missed_modes(
         searches.append(lambda: _wandered(guide, z[finite], weights[finite], log_q[finite], seed=seed))
     found: list[Lack] = []
     for search in searches:
-        found = found or [lack for lack in search() if _is_resolved(density, lack.place)]
+        found = found or [lack for lack in search() if is_resolved(density, lack.place)]
     notes = () if density.batched else (
         f"the search for missed modes had only {SEARCHES_UNBATCHED} starting points: the model runs draw by draw",
     )  # fmt: skip
@@ -107,18 +106,6 @@ def sentence_on(density: LogDensity, found: Sequence[Lack], z: Tensor) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     what = "has too little mass" if found[0].start.name == WANDERED else "misses a mode"
     return f"the guide {what} near {names[0]}{more}"
-
-
-@torch.no_grad()
-def _is_resolved(density: LogDensity, place: Tensor) -> bool:
-    """Whether numbers are fine enough at a place: its coordinates come back from the model's own values.
-
-    Where a scale is below the rounding of what it scales, values are equal to their location, and the density of the
-    model as it is written grows without bound.
-    """
-    latents = {name: value for name, value in density.constrain(place[None]).items() if name in density.names}
-    back = density.unconstrain(latents)[0]
-    return bool(((back - place).abs() <= RESOLUTION * (1.0 + place.abs())).all())
 
 
 @torch.no_grad()

@@ -11,14 +11,13 @@ from pyro_flows._seeding import derive
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.stack import Stack
 from pyro_flows.modes.climbs import Doubtful, _weighed, heavier, units_of, worth_tempering
-from pyro_flows.modes.lacks import SHARE, Guide, Lack, moments
+from pyro_flows.modes.lacks import SHARE, Guide, Lack, is_resolved, moments
 from pyro_flows.modes.lines import across
 from pyro_flows.modes.missed_modes import (
     MOVED_DRAWS,
     THIN,
     WANDERED,
     Search,
-    _is_resolved,
     _mirrored,
     sentence_on,
     share_error,
@@ -52,7 +51,7 @@ def missed_together(stack: Stack, flows: Sequence[Flow], *, seed: int) -> list[S
     symmetric = any(_mirrored(*looks[number].few) for number in usable[:MIRRORED])
     for search in (_climbed, _across, _wandered):
         for number, lacks in zip(usable, search(stack, looks, usable, seed), strict=True):
-            found[number] = found[number] or [lack for lack in lacks if _is_resolved(looks[number].density, lack.place)]
+            found[number] = found[number] or [lack for lack in lacks if is_resolved(looks[number].density, lack.place)]
     return [_search(look, lacks, symmetric) for look, lacks in zip(looks, found, strict=True)]
 
 

@@ -25,7 +25,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.noncentered import Information
 from pyro_flows.model.sites import Latent
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, scales
-from pyro_flows.starts.pathfinder import pathfinder
+from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import PRIOR_DRAWS
 from pyro_flows.starts.prior import prior_draws, spread_of
 from pyro_flows.starts.start import Start
@@ -36,6 +36,7 @@ BATCH = 32  # pairs of opposite noise
 LEARNING_RATE = 0.05
 STARTED_FROM = 512  # draws of a path's normal
 JUDGED = 2000  # draws by which ELBOs are compared
+BEHIND = 20.0  # nats between the best paths of both sides, beyond which the worse one is not learned from
 NOTHING = 0.05  # a precision of the data over that of the posterior: below, the data say nothing
 LOUDEST = 100.0  # a draw's contribution to the gradient, over the median one's
 
@@ -52,16 +53,16 @@ def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, S
     """Return the log density in the chosen coordinates, a start there, and what the history says of the choice.
 
     ``density`` is centered. Paths climb in centered and in non-centered coordinates. The best normal on each side is
-    where learning begins; the better ELBO decides. Where a normal with a diagonal covariance has a still better one
-    in coordinates that are all centered, or all non-centered, these are taken: without data, non-centered coordinates
-    are exact, and learning stops short of them. A model that runs draw by draw is too slow to learn from: there the
-    better path decides between the two.
+    where learning begins, unless it is far behind that of the other side; the better ELBO decides. Where a normal with
+    a diagonal covariance has a still better one in coordinates that are all centered, or all non-centered, these are
+    taken: without data, non-centered coordinates are exact, and learning stops short of them. A model that runs draw by
+    draw is too slow to learn from: there the better path decides between the two.
     """
     wholly = density.elsewhere(True)
     family = _Family(density)
-    sides = [
-        _side(family, candidate, derive(seed, f"coordinates {n}")) for n, candidate in enumerate((density, wholly))
-    ]
+    climbed = [_climbed(candidate, derive(seed, f"coordinates {n}")) for n, candidate in enumerate((density, wholly))]
+    best = max(path.elbo for path in climbed)
+    sides = [_side(family, path, learned_from=path.elbo > best - BEHIND) for path in climbed]
     learned = max((side.learned for side in sides if side.learned), key=lambda found: found.start.elbo, default=None)
     start = None if learned is None else learned.start
     kept: Any = not sides[0].elbo > sides[1].elbo
@@ -94,14 +95,29 @@ class _Side:
     plain: Start | None = None
 
 
-def _side(family: _Family, candidate: LogDensity, seed: int) -> _Side:
+@dataclass(frozen=True)
+class _Climbed:
+    """Paths in one sort of coordinates, the best of them and its ELBO."""
+
+    density: LogDensity
+    paths: Paths
+    best: int
+    elbo: float
+    seed: int
+
+
+def _climbed(candidate: LogDensity, seed: int) -> _Climbed:
     draws = prior_draws(candidate, PRIOR_DRAWS, seed=seed)
     units = spread_of(draws).expand(PATHS, -1)
     paths = pathfinder(candidate, torch.cat([draws.median(0).values[None], draws[: PATHS - 1]]), units, seed=seed)
     best = int(paths.elbo.nan_to_num(nan=-torch.inf).argmax())
-    elbo = float(paths.elbo[best])
-    if not math.isfinite(elbo) or not candidate.batched:
-        return _Side(elbo)
+    return _Climbed(candidate, paths, best, float(paths.elbo[best]), seed)
+
+
+def _side(family: _Family, climbed: _Climbed, *, learned_from: bool) -> _Side:
+    candidate, paths, best, seed = climbed.density, climbed.paths, climbed.best, climbed.seed
+    if not math.isfinite(climbed.elbo) or not candidate.batched:
+        return _Side(climbed.elbo)
     with seeded(seed, candidate.device):
         noise = torch.randn(STARTED_FROM, candidate.dim, dtype=candidate.dtype, device=candidate.device)
     found = paths.best.map(noise)[0][best]
@@ -109,7 +125,8 @@ def _side(family: _Family, candidate: LogDensity, seed: int) -> _Side:
     if candidate.dim <= FULL_HESSIAN_UP_TO:
         end = paths.ends[best]
         plain.append(_diagonal(candidate, end, scales(candidate, end[None])[0], seed=seed))
-    return _Side(elbo, family.learn(candidate, found, seed=seed), max(plain, key=lambda start: start.elbo))
+    learned = family.learn(candidate, found, seed=seed) if learned_from else None
+    return _Side(climbed.elbo, learned, max(plain, key=lambda start: start.elbo))
 
 
 @torch.no_grad()

@@ -74,9 +74,11 @@ class Gaussians(NamedTuple):
         within = (self.basis @ inverse.mT).square().sum(-1) - self.basis.square().sum(-1)
         return self.units * self.root * (1.0 + within).rsqrt()
 
-    def where(self, chosen: Tensor, others: Gaussians) -> Gaussians:
-        """Return these where ``chosen`` (K,), and the others elsewhere."""
-        return Gaussians(*(choose(chosen, mine, other) for mine, other in zip(self, others, strict=True)))
+    def with_rows(self, rows: Tensor, others: Gaussians) -> Gaussians:
+        """Return these with ``others`` in the place of some rows (N,)."""
+        if not len(rows):
+            return self
+        return Gaussians(*(mine.index_copy(0, rows, other) for mine, other in zip(self, others, strict=True)))
 
 
 def compact(alpha: Tensor, steps: Tensor, changes: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ Reference: Zhang, Carpenter, Gelman and Vehtari 2022, "Pathfinder: Parallel quas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,11 +77,10 @@ def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, se
     with seeded(derive(seed, "pathfinder"), density.device):
         noise = torch.randn(DRAWS, density.dim, dtype=density.dtype, device=density.device)
     climb = _Climb(density, points, units)
-    found = [(climb.gaussians(), torch.ones_like(climb.over))]
-    best, elbo = found[0][0], torch.full_like(climb.height, -torch.inf)
+    found = [climb.gaussians(torch.ones_like(climb.over))]
+    best, elbo = found[0].gaussians, torch.full_like(climb.height, -torch.inf)
     for tick in range(1, TICKS + 1):
-        moved = climb.tick()
-        found.append((climb.gaussians(), moved))
+        found.append(climb.gaussians(climb.tick()))
         if tick % STALLED_TICKS == 0:
             climb.end_stalled()
         done = tick == TICKS or bool(climb.over.all())
@@ -114,31 +114,40 @@ def climb(density: Differentiable, points: Tensor, units: Tensor, *, ticks: int 
     return Ends(state.points, state.height, units * state.alpha.sqrt(), state.settled)
 
 
+class _Met(NamedTuple):
+    """The Gaussians at the present points of some paths, their numbers, and which of them have moved."""
+
+    gaussians: Gaussians
+    paths: Tensor
+    moved: Tensor
+
+
 def _best(
-    density: LogDensity | Stack, noise: Tensor, found: list[tuple[Gaussians, Tensor]], best: Gaussians, elbo: Tensor
+    density: LogDensity | Stack, noise: Tensor, found: Sequence[_Met], best: Gaussians, elbo: Tensor
 ) -> tuple[Gaussians, Tensor]:
     """Score a few ticks at once, and keep the best of them and of what there was, for each path."""
-    moved = torch.stack([moved for _, moved in found])
-    if not bool(moved.any()):
+    found = [met for met in found if bool(met.moved.any())]
+    if not found:
         return best, elbo
-    z, log_q = (torch.stack(parts) for parts in zip(*(gaussians.map(noise) for gaussians, _ in found), strict=True))
-    log_p = _heights(density, z, moved)
-    for (gaussians, _), terms in zip(found, log_p - log_q, strict=True):
-        score = _cut_elbo(terms)
-        best = gaussians.where(score > elbo, best)
-        elbo = torch.maximum(score, elbo)
+    z, log_q = zip(*(met.gaussians.map(noise) for met in found), strict=True)
+    for met, log_p, log_g in zip(found, _heights(density, z), log_q, strict=True):
+        score = torch.where(met.moved, _cut_elbo(log_p - log_g), -torch.inf)
+        better = score > elbo[met.paths]
+        chosen = met.paths[better]
+        elbo = elbo.index_copy(0, chosen, score[better])
+        best = best.with_rows(chosen, Gaussians(*(part[better] for part in met.gaussians)))
     return best, elbo
 
 
 @torch.no_grad()
-def _heights(density: LogDensity | Stack, z: Tensor, moved: Tensor) -> Tensor:
-    """Return the log density (T, K, S) at draws (T, K, S, D), -inf where no step was taken."""
+def _heights(density: LogDensity | Stack, z: Sequence[Tensor]) -> list[Tensor]:
+    """Return the log density (K, S) at the draws (K, S, D) of each tick."""
     if isinstance(density, Stack):  # whose points stand in groups, one for each data set
-        found = density(z.transpose(0, 1).flatten(0, 2)).reshape(z.shape[1], z.shape[0], -1).transpose(0, 1)
-        return torch.where(moved[..., None], found, -torch.inf)
-    log_p = z.new_full(z.shape[:3], -torch.inf)
-    log_p[moved] = density(z[moved].flatten(0, 1)).unflatten(0, (-1, z.shape[2]))
-    return log_p
+        all_ = torch.stack(list(z))
+        found = density(all_.transpose(0, 1).flatten(0, 2)).reshape(all_.shape[1], len(z), -1)
+        return list(found.unbind(1))
+    sizes = [len(part) for part in z]
+    return list(density(torch.cat(list(z)).flatten(0, 1)).unflatten(0, (-1, z[0].shape[1])).split(sizes))
 
 
 def _cut_elbo(terms: Tensor) -> Tensor:
@@ -207,10 +216,14 @@ class _Climb:
         self.over = self.settled | ~finite
         self.before = torch.full_like(self.height, -torch.inf)
 
-    def gaussians(self) -> Gaussians:
-        """Return the Gaussians at the present points."""
-        loc = self.points + self._stretch(self._newton())
-        return Gaussians(loc, self.units, self.alpha.sqrt(), self.basis, self.factor)
+    def gaussians(self, moved: Tensor) -> _Met:
+        """Return the Gaussians at the present points of paths that have just moved (K,); of many data sets, of all."""
+        everywhere = isinstance(self.density, Stack) or bool(moved.all())
+        paths = (torch.ones_like(moved) if everywhere else moved).nonzero()[:, 0]
+        state = (self.points, self.direction, self.units, self.alpha, self.basis, self.factor)
+        points, direction, units, alpha, basis, factor = state if everywhere else (part[paths] for part in state)
+        loc = points + stretch(units, direction[:, None])[:, 0]
+        return _Met(Gaussians(loc, units, alpha.sqrt(), basis, factor), paths, moved[paths])
 
     def tick(self) -> Tensor:
         """Try one step on each path that is not over; return which were taken (K,)."""
@@ -286,7 +299,9 @@ class _Climb:
         self.over = self.over | (lost & (self.steps == 0.0).all(-1).all(-1))
         self.alpha = choose(~lost, self.alpha, 1.0)
         self.steps, self.changes = choose(~lost, self.steps, 0.0), choose(~lost, self.changes, 0.0)
-        self.basis, self.factor = compact(self.alpha, self.steps, self.changes)
+        new = (curved | lost).nonzero()[:, 0]
+        basis, factor = compact(self.alpha[new], self.steps[new], self.changes[new])
+        self.basis, self.factor = self.basis.index_copy(0, new, basis), self.factor.index_copy(0, new, factor)
         self.direction = choose(moved | lost, self._newton(), self.direction)
         self.length = torch.where(curved | lost, 1.0, self.length)
         self.settled = self.settled | (moved & self._at_rest())

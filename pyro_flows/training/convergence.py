@@ -16,6 +16,7 @@ SD_TOLERANCE = 0.05
 NOISY = 20.0
 RESTLESS = 0.5
 TRIM = 0.02
+LEVEL = 6
 EARLY = 4  # checks after which a look at the weights may end the training
 
 
@@ -76,6 +77,14 @@ class Monitor:
             return False
         before, after = self.elbos[-4:-2], self.elbos[-2:]
         return 0.5 * (sum(after) - sum(before)) <= max(ELBO_TOLERANCE, 0.25 * gap)
+
+    def level(self) -> bool:
+        """Whether the ELBO hardly rises any more: what is left may be the noise of steps of this size."""
+        if len(self.elbos) < LEVEL:
+            return False
+        recent = self.elbos[-LEVEL:]
+        rise = sum(recent[LEVEL // 2 :]) - sum(recent[: LEVEL // 2])
+        return rise / (LEVEL // 2) <= 2.0 * ELBO_TOLERANCE
 
     def _series(self) -> Tensor:
         """The last window (T, 1 + 2 D): ELBO, means in present sds, log sds; relative to the last check."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,10 +24,14 @@ CHECK_DRAWS = 256
 COOL_SHARE = 0.6
 COOL_AT_LEAST = 600
 COOL_AT_MOST = 1500
+COOL_TRIED = 300
 COOL_EARLY = 200  # steps, where a look at the weights ended the training
 AVERAGED_SHARE = 0.2
 ANNEAL_FROM = 0.01
 FALL = 20.0  # nats below the best check: go back to it with half the step size
+
+LIGHT = "the importance weights leave nothing to mend"
+OTHERWISE = "the ELBO was level, and a sampler cost less than more training"
 
 Report = Callable[[int, float, str], None]  # steps done, ELBO, state
 
@@ -65,10 +69,12 @@ class Look:
     Attributes:
         gap: nats between log evidence and ELBO by the draws of a check, up to which the sample is drawn.
         enough: draws it, and says whether it is good enough.
+        instead: tries what may cost less than going on where it is not, and says whether that is good enough.
     """
 
     gap: float
     enough: Callable[[], bool]
+    instead: Callable[[], bool]
 
 
 @dataclass
@@ -110,38 +116,80 @@ def train(
     """Run until the functionals stand still, then cool the step size down and average; or until the budget ends.
 
     The cool-down takes ``cool`` steps at least; it begins earlier, and is shorter, where ``look`` finds nothing to
-    mend. With ``settle=False`` the budget alone ends it, to see what stopping costs. Where the time ends or Ctrl-C
-    comes on the way, the flow keeps what it has learned so far, and the clock the ``name`` of what was cut.
+    mend. What keeps the weights of a wide flow from that is often no more than the noise of its steps: so where the
+    ELBO is level, a short cool-down is tried once, before the functionals stand still, and a look follows. With
+    ``settle=False`` the budget alone ends it, to see what stopping costs. Where the time ends or Ctrl-C comes on the
+    way, the flow keeps what it has learned so far, and the clock the ``name`` of what was cut.
     """
-    check = Check.make(trainer.flow, trainer.density, seed=seed)
-    monitor, ratchet = Monitor(), _Ratchet(trainer, -math.inf)
-    first = len(trainer.losses)  # a race may have gone before
-    still, early, why, value = False, False, "no steps", -math.inf
-    steady, done = _steady_share(budget.steps), 0
-    with budget.clock.part(name):
-        ratchet.best = value = check.elbo()
-        while done < steady and budget.left(done) and not still and not early:
-            trainer.step(trainer.learning_rate * min(1.0, (done + 1) / WARM_UP))
-            done += 1
-            if done % CHECK_EVERY == 0:
-                trainer.write()
-                value = monitor.add(*check())
-                still, why = monitor.stationary() if settle else (False, "a budget alone ends it")
-                ratchet.look(value)
-                report(first + done, value, "converging")
-                early = look is not None and not still and monitor.promises(look.gap) and look.enough()
-        steps = min(budget.left(done), COOL_EARLY if early else max(cool, min(int(COOL_SHARE * done), COOL_AT_MOST)))
-        value = _cool(trainer, budget, done, steps, check, ratchet, lambda *state: report(first + state[0], *state[1:]))
-        why = f"the importance weights leave nothing to mend after {done} steps" if early else why
-        still = still or early
-        why = f"converged: {why}" if still else f"training did not converge in {done + steps} steps ({why})"
-        state = still, not still and monitor.restless, why, trainer.skipped, ratchet.falls, early
-        return Training(trainer.losses[first:], value, *state)
-    ratchet.rescue()
-    losses = trainer.losses[first:]
-    why = f"training was stopped after {len(losses)} steps and did not converge" + (f" ({why})" if losses else "")
-    moving = not still and (monitor.restless or len(monitor.elbos) < WINDOW)
-    return Training(losses, value, False, moving, why, trainer.skipped, ratchet.falls)
+    return _Run(trainer, budget, Check.make(trainer.flow, trainer.density, seed=seed), report, look).train(
+        cool=cool, settle=settle, name=name
+    )
+
+
+class _Run:
+    """One run of the loop."""
+
+    def __init__(self, trainer: Trainer, budget: Budget, check: Check, report: Report, look: Look | None) -> None:
+        self.trainer, self.budget, self.check, self.report, self.look = trainer, budget, check, report, look
+        self.monitor, self.ratchet = Monitor(), _Ratchet(trainer, -math.inf)
+        self.first = len(trainer.losses)  # a race may have gone before
+        self.still, self.tried, self.why, self.elbo = False, False, "no steps", -math.inf
+
+    @property
+    def done(self) -> int:
+        return len(self.trainer.losses) - self.first
+
+    def train(self, *, cool: int, settle: bool, name: str) -> Training:
+        """Do what :func:`train` says."""
+        budget, trainer = self.budget, self.trainer
+        with budget.clock.part(name):
+            self.ratchet.best = self.elbo = self.check.elbo()
+            early, steady = "", _steady_share(budget.steps)
+            while self.done < steady and budget.left(self.done) and not self.still and not early:
+                trainer.step(trainer.learning_rate * min(1.0, (self.done + 1) / WARM_UP))
+                if self.done % CHECK_EVERY == 0:
+                    early = self._checked(settle)
+            if early:
+                return self._ended(True, f"converged: {early} after {self.done} steps", early=True)
+            self._cool(max(cool, min(int(COOL_SHARE * self.done), COOL_AT_MOST)))
+            steps = f"training did not converge in {self.done} steps"
+            return self._ended(self.still, f"converged: {self.why}" if self.still else f"{steps} ({self.why})")
+        self.ratchet.rescue()
+        done, few = self.done, len(self.monitor.elbos) < WINDOW
+        why = f"training was stopped after {done} steps and did not converge" + (f" ({self.why})" if done else "")
+        return replace(self._ended(False, why), moving=not self.still and (self.monitor.restless or few))
+
+    def _checked(self, settle: bool) -> str:
+        """Look at the functionals, and at the weights; return why the training is over, if the weights say so."""
+        self.trainer.write()
+        self.elbo = self.monitor.add(*self.check())
+        self.still, self.why = self.monitor.stationary() if settle else (False, "a budget alone ends it")
+        self.ratchet.look(self.elbo)
+        self.report(self.first + self.done, self.elbo, "converging")
+        if self.look is None or self.still:
+            return ""
+        if self.monitor.promises(self.look.gap) and self.look.enough():
+            self._cool(COOL_EARLY)
+            return LIGHT
+        if not self.tried and self.monitor.level():
+            self.tried = True
+            self._cool(COOL_TRIED)
+            return LIGHT if self.look.enough() else OTHERWISE if self.look.instead() else ""
+        return ""
+
+    def _cool(self, steps: int) -> None:
+        done = self.done
+
+        def told(past: int, elbo: float) -> None:
+            self.report(self.first + done + past, elbo, "cooling")
+
+        steps = min(self.budget.left(done), steps)
+        self.elbo = _cool(self.trainer, self.budget, done, steps, self.check, self.ratchet, told)
+
+    def _ended(self, still: bool, why: str, *, early: bool = False) -> Training:
+        moving = not still and self.monitor.restless
+        losses, trainer = self.trainer.losses[self.first :], self.trainer
+        return Training(losses, self.elbo, still, moving, why, trainer.skipped, self.ratchet.falls, early=early)
 
 
 class _Ratchet:
@@ -184,7 +232,13 @@ def _steady_share(steps: int) -> int:
 
 
 def _cool(
-    trainer: Trainer, budget: Budget, done: int, steps: int, check: Check, ratchet: _Ratchet, report: Report
+    trainer: Trainer,
+    budget: Budget,
+    done: int,
+    steps: int,
+    check: Check,
+    ratchet: _Ratchet,
+    report: Callable[[int, float], None],
 ) -> float:
     """Lower the step size to zero along a cosine; average the last fifth, kept if the ELBO does not fall."""
     average: Tensor | None = None
@@ -200,7 +254,7 @@ def _cool(
             trainer.write()
             value = check.elbo()
             ratchet.look(value)
-            report(done + step + 1, value, "cooling")
+            report(step + 1, value)
     trainer.write()
     last = ratchet.look(check.elbo())
     if average is None:
