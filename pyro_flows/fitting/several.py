@@ -139,7 +139,8 @@ def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> Seve
     log_weights, k_hat = psis((density(z) - log_q).double().nan_to_num(nan=-torch.inf, posinf=-torch.inf))
     share = float(1.0 / log_weights.exp().square().sum()) / len(z)
     stage = Stage(TABLES, k_hat=k_hat, ess_ratio=share, details={"modes": len(found)})
-    said = "the coordinates are independent, so that each was tabulated by itself"
+    alone = "the density was tabulated"
+    said = alone if density.dim == 1 else "the coordinates are independent, so that each was tabulated by itself"
     said = f"there are several modes; {said}" if len(found) > 1 else said
     return Several(sampler, said, stage, True) if share >= TABLE_SHARE and k_hat < TABLE_K else None
 

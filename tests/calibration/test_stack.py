@@ -10,6 +10,7 @@ import torch
 from pyro_flows import LogDensity
 from pyro_flows._fallbacks import strict
 from pyro_flows.model.stack import NotStackable, Stack
+from pyro_flows.starts import pathfinder as pathfinder_module
 from tests.calibration.models import branching, counts, data_sets, regression
 
 INTEGERS = [torch.tensor([1, 0, 4]), torch.tensor([2, 2, 0]), torch.tensor([9, 7, 8])]
@@ -147,3 +148,14 @@ def test_missing_values_have_to_be_in_the_same_places(alike):
     stack = Stack([LogDensity(model, (y,)) for y in sets])
     z = torch.linspace(-1.0, 1.0, 4 * stack.dim).reshape(4, -1)
     torch.testing.assert_close(stack(z), torch.cat([own[0](z[:2]), own[1](z[2:])]))
+
+
+def test_paths_of_many_data_sets_keep_to_their_own(monkeypatch):
+    """A piece of the paths would not stand in groups of one data set each."""
+    monkeypatch.setattr(pathfinder_module, "rows_for", lambda numbers: 4)
+    own, stack = by_themselves("regression"), Stack(by_themselves("regression"))
+    points = torch.cat([torch.zeros(1, stack.dim), 3.0 * torch.randn(2, stack.dim)]).to(stack.dtype).repeat(len(own), 1)
+    ends = pathfinder_module.pathfinder(stack, points, torch.ones_like(points), seed=0).ends.reshape(len(own), 3, -1)
+    for density, found in zip(own, ends, strict=True):
+        alone = pathfinder_module.pathfinder(density, points[:3], torch.ones_like(points[:3]), seed=0).ends
+        torch.testing.assert_close(density(found), density(alone), atol=1e-3, rtol=0.0)

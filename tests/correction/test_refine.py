@@ -527,3 +527,39 @@ def test_chains_that_stay_out_of_a_tail_are_found():
         verdict=SimpleNamespace(k_threshold=0.7),
     )  # fmt: skip
     assert "disagree about" in disagreements(posterior, SimpleNamespace(z=chains))[0]
+
+
+def test_looks_between_are_at_the_worst_coordinates(narrow, monkeypatch):
+    """All coordinates decide; between, those that were the worst."""
+    from pyro_flows.correction import sampler as module
+
+    seen = []
+
+    def examined(z, *args, watched=None, **known):
+        seen.append(None if watched is None else len(watched))
+        return original(z, *args, watched=watched, **known)
+
+    original = module.examined
+    monkeypatch.setattr(module, "examined", examined)
+    monkeypatch.setattr(module, "WATCHED", 3)
+    monkeypatch.setattr(module, "SPARE", 4.0)
+    found = narrow.refine()
+    assert seen[0] is None
+    assert 3 in seen
+    assert seen[-1] is None
+    check_schools(found)
+
+
+@pytest.mark.parametrize(("searched", "thinner", "count"), [(True, 0.0, 0), (False, 0.0, 1), (True, 4.0, 1)])
+def test_a_search_is_not_made_twice(refined, monkeypatch, searched, thinner, count):
+    """Unless chains go where the flow has too little: here it has its due everywhere, or e^-4 of it."""
+    from pyro_flows.correction import search as module
+
+    made = []
+    monkeypatch.setattr(module, "missed_modes", lambda *args, **known: made.append(1) or module.Search())
+
+    def score(z):
+        return refined.density(z) - thinner
+
+    module.lacks_of_chains(refined.density, refined.chains, score, 0.0, 0.0, [], seed=0, searched=searched)
+    assert len(made) == count

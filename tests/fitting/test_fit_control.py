@@ -314,6 +314,7 @@ def short_first_round(monkeypatch):
         return loop.train(trainer, loop.Budget(40, budget.clock), **options)
 
     monkeypatch.setattr("pyro_flows.fitting.run.train", train)
+    monkeypatch.setattr("pyro_flows.fitting.run._is_several", lambda *_, **__: False)
     monkeypatch.setattr(escalation.Round, "enough", False)
     return {**QUICK, "max_steps": 300, "escalate": True, "refine": False}
 

@@ -34,7 +34,7 @@ def test_eight_modes_on_a_line():
     shares = torch.bincount((posterior.samples["z"] / 12.0).round().long(), minlength=8) / len(posterior.samples["z"])
     assert float((8.0 * shares - 1.0).abs().max()) < 0.25
     assert abs(posterior.log_evidence) < 0.02
-    assert "mixture at modes" in [stage["stage"] for stage in posterior.history]
+    assert "tables of coordinates" in [stage["stage"] for stage in posterior.history]
 
 
 def test_forty_modes_on_a_square(tmp_path):
@@ -94,3 +94,29 @@ def test_sbibm(name, number):
     assert float((shares - 1.0 / len(shares)).abs().max()) <= 0.03
     pytest.importorskip("sklearn")
     assert sbi.c2st(reference[: len(draws)], draws.double()) <= 0.55
+
+
+def test_tops_that_are_edges_are_tabulated():
+    """Sixteen numbers of which noise has told the size, some of them negative: no climb comes to rest at a cusp."""
+    y = torch.linspace(-0.3, 1.2, 16, dtype=torch.float64)
+
+    def model():
+        with pyro.plate("element", 16):
+            x = pyro.sample("x", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            pyro.sample("y", dist.Normal(x.abs(), 0.1), obs=y)
+
+    posterior = pf.fit(model, progress=False)
+    assert posterior.verdict.status in ("ok", "corrected"), posterior.verdict
+    x = posterior.samples["x"]
+    grid = torch.linspace(0.0, 5.0, 20_001, dtype=torch.float64)[:, None]
+    weight = (-0.5 * grid.square() - 0.5 * ((y - grid) / 0.1).square()).softmax(0)
+    assert float(((x > 0.0).double().mean(0) - 0.5).abs().max()) < 0.05
+    size = (grid * weight).sum(0)
+    spread = ((grid - size).square() * weight).sum(0).sqrt()
+    assert float(((x.abs().mean(0) - size) / spread).abs().max()) < 0.1
+
+
+def test_one_coordinate_is_not_called_independent():
+    posterior = pf.fit(line_of(2, 12.0), progress=False)
+    assert "the density was tabulated" in str(posterior.verdict)
+    assert "independent" not in str(posterior.verdict)
