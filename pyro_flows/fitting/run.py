@@ -37,7 +37,6 @@ from pyro_flows.starts.start import Start, standard
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Look, Report, Training, train
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import Chains
-from pyro_flows.verdict.weighing import Weighing
 
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
@@ -46,8 +45,6 @@ CHEAP = 500  # dimensions times numbers of an evaluation, up to which a glance a
 BARRIER = 3.0  # nats: over less, draws of a flow that is trained come to the other mode
 HOPELESS = 0.001  # and below which the density may have no smooth top
 POOR = 0.3  # effective share of a flow's draws, below which it may lie between several modes
-SAMPLED_FROM = 0.4  # and from which on chains need few sweeps
-WIDE = 50  # dimensions from which on a step of training costs more than a few leaps of chains
 SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
 
 
@@ -139,7 +136,7 @@ def make_run(
         trainer, budget = winner.trainer, Budget(plan.max_steps, clock)
         _first_round(plan, run, trainer, budget, seed=seed, report=report)
         assert run.best is not None
-        if plan.escalate and not plan.train_model and not run.best.enough and run.chains is None:
+        if plan.escalate and not plan.train_model and not run.best.enough:
             poor = run.best.weighing.ess < POOR * len(run.best.weighing.log_weights)
             if poor and run.several is None and lack is None and _is_several(plan, density, run, seed):
                 return
@@ -180,27 +177,19 @@ def _fits_already(plan: Plan, density: LogDensity, run: Run, start: Start) -> bo
 
 def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed: int, report: Report) -> None:
     """Train until there is nothing left to see in the weights, or until the guide stands still."""
-    density, found = trainer.density, list[Weighing]()
+    density = trainer.density
 
     def enough() -> bool:
         trainer.write()
-        found.append(weighed(trainer.flow, density, LOOKED_AT_DRAWS))
-        return invisible(found[-1], seen=NEARLY * SEEN)
+        return invisible(weighed(trainer.flow, density, LOOKED_AT_DRAWS), seen=NEARLY * SEEN)
 
-    def instead() -> bool:
-        share = found[-1].ess / len(found[-1].log_weights)
-        if plan.escalate and share >= SAMPLED_FROM and density.dim >= WIDE:
-            run.chains = _sampled(plan, density, trainer.flow, seed)
-        return run.chains is not None
-
-    look = None if plan.train_model else Look(enough_gap(density.dim), enough, instead)
+    look = None if plan.train_model else Look(enough_gap(density.dim), enough)
     while True:
         left = Budget(budget.steps - len(trainer.losses), budget.clock)
         training = train(trainer, left, seed=seed, report=report, look=look)
         outcome = assess("first round", trainer, training)
         run.take(outcome, trainer)
-        light = training.early and invisible(outcome.weighing, seen=NEARLY * SEEN)
-        if not training.early or light or run.chains is not None or budget.clock.over:
+        if not training.early or invisible(outcome.weighing, seen=NEARLY * SEEN) or budget.clock.over:
             return
         look = None
 

@@ -31,7 +31,6 @@ ANNEAL_FROM = 0.01
 FALL = 20.0  # nats below the best check: go back to it with half the step size
 
 LIGHT = "the importance weights leave nothing to mend"
-OTHERWISE = "the ELBO was level, and a sampler cost less than more training"
 
 Report = Callable[[int, float, str], None]  # steps done, ELBO, state
 
@@ -69,12 +68,10 @@ class Look:
     Attributes:
         gap: nats between log evidence and ELBO by the draws of a check, up to which the sample is drawn.
         enough: draws it, and says whether it is good enough.
-        instead: tries what may cost less than going on where it is not, and says whether that is good enough.
     """
 
     gap: float
     enough: Callable[[], bool]
-    instead: Callable[[], bool]
 
 
 @dataclass
@@ -174,7 +171,7 @@ class _Run:
         if not self.tried and self.monitor.level():
             self.tried = True
             self._cool(COOL_TRIED)
-            return LIGHT if self.look.enough() else OTHERWISE if self.look.instead() else ""
+            return LIGHT if self.look.enough() else ""
         return ""
 
     def _cool(self, steps: int) -> None:

@@ -139,32 +139,17 @@ def replace_first(values, value):
     return torch.cat([torch.tensor([value]), values[1:]])
 
 
-def test_a_cool_down_is_tried_where_the_elbo_is_level(monkeypatch):
+def test_a_cool_down_is_tried_where_the_elbo_is_level():
     """Steps of full size keep the weights of fifty-six coordinates uneven; a short cool-down shows what is learned."""
 
     def correlated():
         z = pyro.sample("z", dist.Normal(torch.zeros(56).double(), 1.0).to_event(1))
         pyro.factor("bend", -0.5 * (z[1:] - 0.3 * z[:-1].square()).square().sum())
 
-    monkeypatch.setattr(run, "WIDE", 1000)  # no sampler in the place of more training
     posterior = pf.fit(correlated, progress=False, refine=False, escalate=False, draws=1000)
     (first, *_) = (stage for stage in posterior.history if stage["stage"] == "first round")
     assert COOL_TRIED < first["steps"] < COOL_AT_LEAST + 400, first
     assert "leave nothing to mend" in first["why"]
-
-
-def test_a_sampler_takes_over_where_a_cool_down_does_not_suffice(monkeypatch):
-    monkeypatch.setattr(run, "WIDE", 1)
-    monkeypatch.setattr(run, "SAMPLED_FROM", 0.0)
-    monkeypatch.setattr(run, "invisible", lambda *_, **__: False)
-    monkeypatch.setattr(Monitor, "promises", lambda self, gap: False)
-    posterior, (only,) = fitted(skewed)
-    assert posterior.verdict.status == "refined", posterior.verdict
-    assert "a sampler cost less" in only["why"]
-    assert float(posterior.samples["rate"].double().mean()) == pytest.approx(4.0 / 1.1, abs=0.2)
-    without, (only, *_) = fitted(skewed, refine=False)
-    assert "a sampler" not in only["why"]
-    assert without.verdict.status != "refined"
 
 
 @pytest.mark.parametrize(("rise", "level"), [(0.0, True), (0.039, True), (0.041, False)])
