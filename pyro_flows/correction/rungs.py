@@ -76,7 +76,8 @@ def attempt(flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *
 
     Cost: 40,000 to 300,000 gradients. A round of training takes 256 for each of thousands of steps.
     """
-    z, log_q = flow.draw(BEGUN_FROM)
+    with density.clock.watching():
+        z, log_q = flow.draw(BEGUN_FROM)
     ratios = (density(z) - log_q).double()
     weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0).nan_to_num(nan=0.0)
     if not float(weights.square().sum()) * len(z) * WORTH < 1.0 or not bool(weights.sum() > 0.0):

@@ -201,7 +201,8 @@ def _add_run(plan: Plan, prepared: Prepared, found: Combined, lack: Start) -> No
 
 def _search(plan: Plan, density: LogDensity, found: Combined, sampler: Sampler) -> Search:
     """Look for modes that a sampler lacks."""
-    z, log_q = sampler.draw(MODE_DRAWS)
+    with density.clock.watching():
+        z, log_q = sampler.draw(MODE_DRAWS)
     modes = [mode for run in found.runs for mode in run.modes]
     wandering = not (sampler is found.best.flow(plan, density) and found.best.best is not None and found.best.best.even)
     return missed_modes(density, modes, z, log_q, sampler.log_prob, seed=plan.seed, wandering=wandering)

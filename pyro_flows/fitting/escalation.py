@@ -105,7 +105,8 @@ def invisible(weighing: Weighing, *, seen: float = SEEN) -> bool:
 @torch.no_grad()
 def weighed(flow: Flow, density: LogDensity, draws: int) -> Weighing:
     """Weigh a fresh sample of a flow."""
-    z, log_q = flow.draw(draws)
+    with density.clock.watching():
+        z, log_q = flow.draw(draws)
     return weigh(z, density(z), log_q, quantiles=True)
 
 

@@ -21,7 +21,8 @@ def too_uneven(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]]:
     """
     if flow.recipe is None or flow.recipe.builder != "nice":
         return [], []
-    z, log_q = flow.draw(UNEVEN_DRAWS)
+    with density.clock.watching():
+        z, log_q = flow.draw(UNEVEN_DRAWS)
     log_p = density(z)
     weighing = weigh(z, log_p, log_q)
     weights = weighing.log_weights.exp().nan_to_num()

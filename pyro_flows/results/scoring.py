@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_flows._seeding import seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.deciding import CHECKED, POOL, Draw
 
@@ -19,6 +20,7 @@ LEAST = 8  # draws, whatever the clock says
 SCORING = 0.7  # of the time left: the rest is for checks and for the constrained values
 SHORT = 0.05  # of the time left, for which a piece may be taken twice as large
 ROWS = 1024
+TRIED, SLOW = 64, 0.3  # draws that tell how long drawing takes; share of the time left, from which on that is long
 
 
 class Pool(NamedTuple):
@@ -64,20 +66,25 @@ def seconds_to_judge(density: LogDensity, draws: int) -> float:
 def score_pool(density: LogDensity, draw: Draw, count: int) -> Pool:
     """Draw ``count`` times, and score the draws until the clock of ``density`` ends that or Ctrl-C comes; 8 at least.
 
-    Ctrl-C that comes after another one, or where it is to be raised, is raised.
+    Where there may be too little time, draws are made as they are scored. Ctrl-C that comes after another one, or where
+    it is to be raised, is raised.
     """
     clock = density.clock
-    z, log_q = draw(count)
-    hurried, began = clock.hurried, time.monotonic()
+    hurried = clock.hurried or _is_slow(density, draw, count)
+    began = time.monotonic()
     until = began + SCORING * clock.left
     rows = LEAST if hurried or not density.batched else ROWS
+    drawn = [] if hurried else [draw(count)]
     scored: list[Tensor] = []
     done = 0
     while done < count and (done < LEAST or time.monotonic() < until):
         many = count - done if count - done < 2 * rows else rows  # no new size of a piece at the end
         before = time.monotonic()
         try:
-            scored.append(density(z[done : done + many]))
+            if hurried:
+                drawn = [*drawn[: len(scored)], draw(many)]
+            z = drawn[-1][0] if hurried else drawn[0][0][done : done + many]
+            scored.append(density(z))
         except KeyboardInterrupt:
             if not clock.interrupt(JUDGING):
                 raise
@@ -90,5 +97,15 @@ def score_pool(density: LogDensity, draw: Draw, count: int) -> Pool:
     afford = (clock.left - each * done / POOL) / max(4.0 * each, 1e-9)
     checked = CHECKED if not hurried else int(min(max(afford, 1.0), CHECKED))
     done -= done % POOL if done < count else 0
-    log_p = torch.cat(scored)
-    return Pool(z[:done], log_q[:done], log_p[:done], checked)
+    z, log_q = (torch.cat(list(parts))[:done] for parts in zip(*drawn, strict=True))
+    return Pool(z, log_q, torch.cat(scored)[:done], checked)
+
+
+def _is_slow(density: LogDensity, draw: Draw, count: int) -> bool:
+    """Whether drawing alone may take the time that is left; the random numbers that are tried do not count."""
+    if not density.clock.finite:
+        return False
+    began = time.monotonic()
+    with seeded(0, density.device):
+        draw(TRIED)
+    return (time.monotonic() - began) / TRIED * count > SLOW * density.clock.left

@@ -43,8 +43,9 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int) -> Start
     """
     draws = FIRST_DRAWS
     for number in range(ROUNDS):
-        noise, log_noise = _noise(density, df, draws, seed=derive(seed, f"matching {number}"))
-        z = start.map(noise)
+        with density.clock.watching():
+            noise, log_noise = _noise(density, df, draws, seed=derive(seed, f"matching {number}"))
+            z = start.map(noise)
         weighing = weigh(z, density(z), log_noise - start.volume)
         if not (weighing.k_hat < WORTH_K and weighing.ess > WORTH_ESS * draws):
             return start

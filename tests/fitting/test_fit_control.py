@@ -581,3 +581,23 @@ def test_a_fit_that_fails_ends_its_line(capsys):
     with pytest.raises(ValueError, match="model"):
         pf.fit(lambda: None, progress=True)
     assert "fit: ended by ValueError" in capsys.readouterr().err
+
+
+def test_draws_of_a_slow_flow_are_bounded_too(monkeypatch):
+    """A flow of which a draw takes a millisecond: 10,000 of them would take ten seconds."""
+    from pyro_flows.flows.flow import Flow
+
+    original = Flow.draw
+
+    def draw(self, n):
+        for _ in range(n):
+            time.sleep(0.001)
+            torch.zeros(1)
+        return original(self, n)
+
+    monkeypatch.setattr(Flow, "draw", draw)
+    began = time.monotonic()
+    posterior = pf.fit(model, Y, **{**QUICK, "draws": 4000}, max_seconds=2.0)
+    assert time.monotonic() - began < 4.0
+    assert 8 <= len(posterior.z) < 4000
+    assert "draws to judge by" in str(posterior.verdict)
