@@ -139,10 +139,11 @@ pf.plots.plot_predictive(models["negative binomial, patients"])
 # %% [markdown]
 # ## Leave-one-out, and high k
 #
-# `compare` puts the models in order by expected log predictive density.
+# `compare` puts the models in order by expected log predictive density. The first model is out already, so the other
+# three are compared. This takes a minute, because leave-one-out draws 64,000 times where a k-hat is high.
 
 # %%
-comparison = pf.compare(models)
+comparison = pf.compare({name: models[name] for name in list(models)[1:]})
 comparison.table[["elpd", "elpd_diff", "diff_se", "p", "log_evidence", "verdict", "high_k"]].round(2)
 
 # %% [markdown]
@@ -161,12 +162,12 @@ loo.leverage(6)
 # 2. **Fit without each of these observations.** This is exact. `fit_many` does all of these fits side by side.
 # 3. **Leave out groups**, such as whole patients, if the question is about new patients.
 #
-# Here is the second way, in the best model. Each of the four observations with the highest k-hats is masked in a fit of
+# Here is the second way, in the best model. Each of the two observations with the highest k-hats is masked in a fit of
 # its own. Its log score is then computed from the draws.
 
 # %%
 loo = comparison.loo["negative binomial, patients"]
-worst = loo.k_hat.argsort(descending=True)[:4].tolist()
+worst = loo.k_hat.argsort(descending=True)[:2].tolist()
 without = []
 for number in worst:
     keep = everything.clone()

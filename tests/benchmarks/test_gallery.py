@@ -1,6 +1,8 @@
 """Pictures and the table of flows: one small row, its section, and what the commands write."""
 
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyro
@@ -8,12 +10,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image, ImageChops
 
+import pyro_flows as pf
 from benchmarks import records
 from benchmarks.gallery import __main__ as command
-from benchmarks.gallery import flows, pictures
+from benchmarks.gallery import flows, pictures, reference
 from benchmarks.gallery.entries import ENTRIES, Entry, faithful
 
+REFERENCE = Path(__file__).parent.parent.parent / "docs" / "reference"
 Y = torch.tensor([0.3, 1.2, -0.4, 0.9], dtype=torch.float64)
 
 
@@ -69,6 +74,44 @@ def test_pictures_of_tails_and_of_moons():
     assert len(pictures.tails().axes) == 2
     found = {name: (torch.zeros(3, 2), -1.0) for name in pictures.MOONS}
     assert [axes.get_title() for axes in pictures._moons(found).axes] == [f"{name}: -1.000 nats" for name in found]
+
+
+def test_a_grid_after_each_transform():
+    figure = reference.transforms()
+    assert [axes.get_title() for axes in figure.axes] == list(reference.LAYERS)
+    points = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    for name, make in reference.LAYERS.items():
+        layer = make()
+        assert type(layer).__name__ == name
+        moved = layer(points)
+        assert not torch.allclose(moved, points, atol=0.1)
+        assert torch.allclose(layer.inv(moved), points, atol=1e-4)
+
+
+def test_pages_of_reference_show_each_figure_and_small_pictures_with_words():
+    text = (REFERENCE / "figures.md").read_text(encoding="utf-8")
+    for module in (pf.plots, pf.pictures):
+        _, _, part = text.partition(f".. automodule:: {module.__name__}\n")
+        names = {name for name in vars(module) if name.startswith("plot_")}
+        assert names == set(re.findall(r"autofunction:: (\w+)", part.partition("```")[0]))
+    shown = []
+    for path in REFERENCE.glob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        found = re.findall(r"!\[[^\]]{20,}\]\((\S+)\)|\.\. image:: (\S+)\n +:alt: .{20,}", text)
+        assert len(found) == text.count("../images/"), path
+        shown += [path.parent / (one or two) for one, two in found]
+    assert {f"{name}.png" for name in reference.PICTURES} <= {path.name for path in shown}
+    assert all(path.stat().st_size < 60_000 for path in shown)
+
+
+def test_a_compact_picture_looks_the_same(tmp_path):
+    file = tmp_path / "tails.png"
+    pictures.tails().savefig(file, dpi=50)
+    before, size = Image.open(file).convert("RGB"), file.stat().st_size
+    command.compact(file)
+    after = Image.open(file).convert("RGB")
+    assert max(high for _, high in ImageChops.difference(before, after).getextrema()) < 30
+    assert file.stat().st_size < size
 
 
 def test_the_command_draws_what_is_named_and_leaves_out_what_is_absent(tmp_path, capsys):
