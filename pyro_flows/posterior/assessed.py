@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from pyro_flows import _arrays, _arviz
 from pyro_flows.posterior.drawn import Drawn
 
 if TYPE_CHECKING:
@@ -110,7 +111,12 @@ class Assessed(Drawn):
         return found
 
     def sensitivity(
-        self, names: str | Sequence[str] | None = None, *, prior_sites: str | Sequence[str] | None = None
+        self,
+        var_names: str | Sequence[str] | None = None,
+        *,
+        filter_vars: str | None = None,
+        coords: Mapping[str, Any] | None = None,
+        prior_sites: str | Sequence[str] | None = None,
     ) -> Sensitivity:
         r"""Tell how much the posterior hangs on the prior and on the likelihood, by power scaling, without a refit.
 
@@ -122,7 +128,9 @@ class Assessed(Drawn):
         scaled too, it hides the sensitivity to the others.
 
         Args:
-            names: sites to show; all by default.
+            var_names: variables to show, as in ArviZ; all by default.
+            filter_vars: ``"like"`` or ``"regex"``, as in ArviZ.
+            coords: labels of the entries to show, ``{"school": ["Choate"]}``.
             prior_sites: sites whose priors are scaled, instead of those found to be at the top.
 
         Returns:
@@ -145,6 +153,7 @@ class Assessed(Drawn):
         """
         from pyro_flows.comparison.sensitivity import sensitivity
 
-        found = sensitivity(self, self._draws(), names, prior_sites=prior_sites)
+        draws = _arviz.select(_arrays.entries(self._draws(), coords), var_names, filter_vars)
+        found = sensitivity(self, draws, prior_sites=prior_sites)
         self._hand_on("sensitivity()")
         return found
