@@ -61,7 +61,8 @@ class Loo:
         sites: for each observed site, its first observation and the one after its last.
 
     Sources: Vehtari, Gelman and Gabry 2017 (arXiv 1507.04544); approximate-posterior LOO, Magnusson et al. 2019
-    (arXiv 1904.10679). Cost: the log likelihood of all observations at each draw, and up to 64 000 further draws.
+    (arXiv 1904.10679); moved draws, after Paananen et al. 2021 (arXiv 1906.08850). Cost: the log likelihood of all
+    observations at each draw, up to 64 000 further draws, and up to two million moved ones.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):

@@ -64,13 +64,14 @@ class Assessed(Drawn):
 
         Draws of q are weighted by :math:`\tilde p(z) / (q(z)\, p(y_i \mid z))` (approximate-posterior LOO), resampled
         draws and chains by :math:`1 / p(y_i \mid z)`. Each entry of an observed site is one observation; those of event
-        dimensions go together.
+        dimensions go together. Where k-hat is not below its limit, or the Monte Carlo error above .005 nats, draws are
+        moved to where the posterior without the observation lies, and weighted there.
 
         Args:
             sites: observed sites to leave observations out of; all by default.
             draws: new draws of the flow or guide, resampled if the verdict is corrected. By default those in hand, or
-                as many new ones as bring the Monte Carlo error down to .005 nats, 64 000 at most. Chains have no
-                others.
+                as many new ones as bring the Monte Carlo error down to .005 nats, 64 000 at most, and fewer where they
+                are moved: two million for all observations together. Chains have no others.
             seed: of new draws.
 
         Returns:
@@ -80,9 +81,10 @@ class Assessed(Drawn):
             ValueError: if the verdict is unreliable, for models with enumerated latents or without data, and for a
                 name that is no observed site.
 
-        Cost: the likelihood of all draws, and a sort of them for each observation.
+        Cost: the likelihood of all draws, and a sort of them for each observation; where draws are moved, the same for
+        each observation: .03 to .2 seconds of one thread.
 
-        References: Vehtari, Gelman and Gabry 2017; Magnusson et al. 2019.
+        References: Vehtari, Gelman and Gabry 2017; Magnusson et al. 2019; Paananen et al. 2021 (arXiv 1906.08850).
 
         >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
         >>> def model(y):
