@@ -29,7 +29,9 @@ def more_draws(posterior: Record, count: int, *, seed: int) -> Tensor:
             raise ValueError("sample: chains of NUTS are not gone on with; refine(method='hmc') can be.")
         with alone(), seeded(seed, density.device), few_threads(chains.count * density.numbers), torch.no_grad():
             own = derive(seed, f"more draws {chains.numbers['seed']}")
-            sampler = Sampler(Latent(flow_of(posterior), density), posterior.coordinates, chains, kept=KEPT, seed=own)
+            sampler = Sampler(
+                Latent(flow_of(posterior, chains), density), posterior.coordinates, chains, kept=KEPT, seed=own
+            )
             return sampler.more(math.ceil(count / chains.count)).transpose(0, 1).flatten(0, 1)[:count]
     flow = posterior.flow
     if flow is None:
