@@ -9,11 +9,14 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.comparison.controls import controls, of_gradients
+from pyro_flows.correction.more import can_go_on, go_on
 from pyro_flows.verdict.deciding import POOL, resample
 from pyro_flows.verdict.psis import psis
 
 if TYPE_CHECKING:
     from pyro_flows.results.record import Record
+
+MOST_GRADIENTS = 2_000_000  # for going on with chains
 
 
 class Draws(NamedTuple):
@@ -53,6 +56,20 @@ def _with_controls(posterior: Record, draws: Draws) -> Draws:
 def can_draw(posterior: Record) -> bool:
     """Whether there can be more draws of the same kind: not of chains, and not without a guide and a model."""
     return posterior._raw_draws() is not None and not posterior.by_chains
+
+
+def longer(posterior: Record, count: int, *, seed: int) -> Draws | None:
+    """Go on with chains until they are ``count`` draws, within a bound on gradients; None if that cannot be done."""
+    chains = posterior.chains
+    if chains is None or not can_go_on(posterior):
+        return None
+    each = float(chains.stats["n_steps"].mean()) * int(chains.numbers["thin"]) * chains.count
+    wanted = int(min((count - len(posterior.used)) / chains.count, MOST_GRADIENTS / each))
+    if wanted < 1:
+        return None
+    new = go_on(posterior, chains, wanted, seed=derive(seed, "leave-one-out"))
+    z = torch.cat([posterior.used.unflatten(0, (chains.count, -1)), new], 1)
+    return _with_controls(posterior, Draws(z.flatten(0, 1), None))
 
 
 @torch.no_grad()

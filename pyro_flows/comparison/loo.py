@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.comparison.draws import Draws, can_draw, in_hand, more
+from pyro_flows.comparison.draws import Draws, can_draw, in_hand, longer, more
 from pyro_flows.comparison.moving import Space
 from pyro_flows.comparison.pointwise import (
     Estimates,
@@ -161,9 +161,12 @@ def loo(posterior: Record, *, sites: Any, draws: int | None, seed: int) -> Loo:
     found = work.moved(given)
     most = min(MOST_DRAWS, NUMBERS / len(found.labels), MOVED_DRAWS / max(len(found.moved), 1))
     count = int(min(_wanted(found), most))
-    if can_draw(posterior) and count > found.draws:
+    if count <= found.draws:
+        return found
+    if can_draw(posterior):
         return work.moved(work.drawn(count))
-    return found
+    more_of_chains = longer(posterior, count, seed=seed)
+    return found if more_of_chains is None else work.moved(work.given(more_of_chains))
 
 
 def _wanted(found: Loo) -> float:

@@ -21,9 +21,9 @@ def joins(sampler: Sampler, places: Tensor) -> bool:
     r"""Whether chains from the best of some places (N, D) agree with those of a sampler, in the same space and kernel.
 
     A place that chains leave within a hundred sweeps exchanges draws with the rest as often as its mass asks for, since
-    the kernel is reversible. So chains that are much longer, and have converged, have visited it if it has a mass. Where
-    a posterior has thousands of modes, no share of a single one could tell that. R-hat compares superchains from the
-    places with each other and with the earlier draws, by each coordinate and the log density.
+    the kernel is reversible. So chains that are much longer, and have converged, have visited it if it has a mass.
+    Where a posterior has thousands of modes, no share of a single one could tell that. R-hat compares superchains from
+    the places with each other and with the earlier draws, by each coordinate and the log density.
     """
     density = sampler.latent.density
     best = places[density(places).topk(min(PLACES, len(places))).indices]

@@ -71,7 +71,8 @@ class Assessed(Drawn):
             sites: observed sites to leave observations out of; all by default.
             draws: new draws of the flow or guide, resampled if the verdict is corrected. By default those in hand, or
                 as many new ones as bring the Monte Carlo error down to .005 nats, 64 000 at most, and fewer where they
-                are moved: two million for all observations together. Chains have no others.
+                are moved: two million for all observations together. Our own chains are gone on with, for two million
+                gradients at most; those of another sampler have no more draws.
             seed: of new draws.
 
         Returns:
