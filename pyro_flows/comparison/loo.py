@@ -76,8 +76,8 @@ class Loo:
     >>> posterior = pf.diagnose(model, guide, y, draws=400)
 
     >>> found = posterior.loo()
-    >>> found.method, found.labels[0], bool(found.k_hat.max() < found.k_limit)
-    ('approximate', 'y[0]', True)
+    >>> found.method, found.labels[0], found.high
+    ('approximate', 'y[0]', ())
     """
 
     elpd: float
