@@ -27,7 +27,7 @@ from pyro_flows.verdict.chains import Chains, objections
 
 BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
 ATTEMPT, LAST = 300_000, 1_500_000  # gradients at most: in the place of a round, and where nothing else is left
-MOST_PLAIN, PLAIN_NUMBERS = 20_000_000, 4e10  # gradients in plain coordinates, and the numbers that they write
+MOST_PLAIN, PLAIN_NUMBERS = 20_000_000, 2e11  # gradients in plain coordinates, and numbers that they write: 2 minutes
 CHEAPER = "sampling cost less than another round of training"
 
 
@@ -81,13 +81,13 @@ def _flow_is_in_vain(found: Record, posterior: Record, method: str) -> bool:
 
     A flow that was trained on one of very many modes bends the space between them.
     """
-    hopeless = posterior.verdict.ess_ratio < SELDOM and posterior.flow is not None
+    hopeless = posterior.verdict.ess_ratio < SELDOM and posterior.flow is not None and posterior._need_density().batched
     return method == "auto" and found.verdict.status == "unreliable" and hopeless
 
 
 def _plain_gradients(posterior: Record) -> float:
     """Return how many gradients chains without the help of a flow may take: the more, the cheaper they are."""
-    return max(LAST, min(MOST_PLAIN, PLAIN_NUMBERS / posterior._need_density().numbers))
+    return min(MOST_PLAIN, PLAIN_NUMBERS / posterior._need_density().written)
 
 
 @torch.no_grad()
