@@ -40,11 +40,11 @@ def main():
     if posterior.verdict.status == "unreliable":
         print("A fit with more steps would be next; what follows is not to be relied on.")
 
-    coords = {"school": SCHOOLS}
-    print(posterior.summary(["mu", "tau", "theta"], coords=coords))
+    posterior = posterior.assign_coords({"school": SCHOOLS})
+    print(posterior.summary(["mu", "tau", "theta"]))
 
     # The object that every ArviZ function takes, labeled by school.
-    tree = posterior.to_arviz(coords=coords)
+    tree = posterior.to_arviz()
     print(arviz_stats.loo(tree, pointwise=True))
 
     # A ninth school, not in the data: its effect is new, mu and tau are the posterior's.

@@ -192,8 +192,8 @@ panels[0].set_ylabel("loading of E2 on factor 2")
 plt.show()
 
 # %%
-labels = {"loading": ["item_", "factor"]}
-shown = factors.summary("loading", dims=labels, coords={"item_": columns, "factor": ["neuroticism", "introversion"]})
+labels = {"item_": columns, "factor": ["neuroticism", "introversion"]}
+shown = factors.assign_coords(labels, dims={"loading": ["item_", "factor"]}).summary("loading")
 shown[["mean", "sd"]]
 
 # %% [markdown]

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.comparison.controls import controls
+from pyro_flows.comparison.controls import controls, of_gradients
+from pyro_flows.correction.more import can_go_on, go_on
 from pyro_flows.verdict.deciding import POOL, resample
 from pyro_flows.verdict.psis import psis
 
 if TYPE_CHECKING:
     from pyro_flows.results.record import Record
 
+MOST_GRADIENTS = 2_000_000  # for going on with chains
+
 
 class Draws(NamedTuple):
-    """Draws z (S, D); log p / q and control variates where they are of q; numbers that copies of one draw share."""
+    """Draws z (S, D); log p / q where they are of q; control variates; numbers that copies of one draw share."""
 
     z: Tensor
     ratio: Tensor | None
@@ -34,14 +37,39 @@ def in_hand(posterior: Record) -> Draws:
     """Return the draws to use."""
     if is_of_guide(posterior):
         ratio = posterior.used_log_p.double().cpu() - posterior.used_log_q.double().cpu()
-        return Draws(posterior.used, ratio, controls(posterior.flow, posterior.used))
+        return _with_controls(posterior, Draws(posterior.used, ratio))
     copies = torch.unique(posterior.used.cpu(), dim=0, return_inverse=True)[1] if posterior.resampled else None
-    return Draws(posterior.used, None, copies=copies)
+    return _with_controls(posterior, Draws(posterior.used, None, copies=copies))
+
+
+def _with_controls(posterior: Record, draws: Draws) -> Draws:
+    """Add functions of known expectation: those of the flow's base for its own draws, of gradients for others.
+
+    Resampled draws have none: their errors are those of the weights too, which a regression on the draws does not see.
+    """
+    found = controls(posterior.flow, draws.z) if draws.ratio is not None else None
+    if found is None and draws.copies is None and posterior.density is not None:
+        found = of_gradients(posterior.density, draws.z, posterior.chain_count, draws.ratio)
+    return draws._replace(controls=found)
 
 
 def can_draw(posterior: Record) -> bool:
     """Whether there can be more draws of the same kind: not of chains, and not without a guide and a model."""
     return posterior._raw_draws() is not None and not posterior.by_chains
+
+
+def longer(posterior: Record, count: int, *, seed: int) -> Draws | None:
+    """Go on with chains until they are ``count`` draws, within a bound on gradients; None if that cannot be done."""
+    chains = posterior.chains
+    if chains is None or not can_go_on(posterior):
+        return None
+    each = float(chains.stats["n_steps"].mean()) * int(chains.numbers["thin"]) * chains.count
+    wanted = int(min((count - len(posterior.used)) / chains.count, MOST_GRADIENTS / each))
+    if wanted < 1:
+        return None
+    new = go_on(posterior, chains, wanted, seed=derive(seed, "leave-one-out"))
+    z = torch.cat([posterior.used.unflatten(0, (chains.count, -1)), new], 1)
+    return _with_controls(posterior, Draws(z.flatten(0, 1), None))
 
 
 @torch.no_grad()
@@ -53,6 +81,6 @@ def more(posterior: Record, count: int, *, seed: int, purpose: str) -> Draws:
         z, log_q = draw(count if is_of_guide(posterior) else POOL * count)
         ratio = density(z).double() - log_q.double()
     if is_of_guide(posterior):
-        return Draws(z, ratio.cpu(), controls(posterior.flow, z))
+        return _with_controls(posterior, Draws(z, ratio.cpu()))
     index = resample(psis(ratio)[0], count, seed=seed)
-    return Draws(z[index], None, copies=index.cpu())
+    return _with_controls(posterior, Draws(z[index], None, copies=index.cpu()))

@@ -6,18 +6,24 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows.comparison.controls import explained
-from pyro_flows.comparison.draws import Draws, can_draw, in_hand, more
-from pyro_flows.results import arviz_groups as export
-from pyro_flows.verdict.psis import psis
+from pyro_flows import _checks
+from pyro_flows.comparison.draws import Draws, can_draw, in_hand, longer, more
+from pyro_flows.comparison.moving import Space
+from pyro_flows.comparison.pointwise import (
+    Estimates,
+    Observations,
+    controlled,
+    log_score,
+    moved,
+    observations,
+    plain,
+    standard_error,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
-    import xarray as xr
 
     from pyro_flows.results.record import Record
 
@@ -26,9 +32,10 @@ METHODS = {
     "approximate": "approximate-posterior PSIS-LOO of the guide's draws",
 }
 SHOWN = 10
-ERROR = 0.005  # nats: more draws are taken until the Monte Carlo error is as small,
+ERROR = 0.005  # nats: more draws are taken, or draws moved, until the Monte Carlo error is as small,
 MOST_DRAWS = 64_000  # or they are as many,
-NUMBERS = 20_000_000  # or their log likelihoods
+NUMBERS = 20_000_000  # or their log likelihoods,
+MOVED_DRAWS, MOVED_NUMBERS = 2_000_000, 1_000_000_000  # or moved draws, or log likelihoods at these
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +54,15 @@ class Loo:
         k_limit: what k-hat must be below.
         labels: of the observations, ``y[Choate]``.
         pointwise: elpd of each observation (N,).
-        k_hat: Pareto shape of its weights (N,): how much the posterior hangs on it.
+        k_hat: Pareto shape of the weights that leave it out (N,): how much the posterior hangs on it.
+        k_moved: the same for the draws that its estimate is from (N,): moved to where the posterior without it lies,
+            or as they are.
         p_pointwise: what it adds to ``p`` (N,).
         sites: for each observed site, its first observation and the one after its last.
 
     Sources: Vehtari, Gelman and Gabry 2017 (arXiv 1507.04544); approximate-posterior LOO, Magnusson et al. 2019
-    (arXiv 1904.10679). Cost: the log likelihood of all observations at each draw, and up to 64 000 further draws.
+    (arXiv 1904.10679); moved draws, after Paananen et al. 2021 (arXiv 1906.08850). Cost: the log likelihood of all
+    observations at each draw, up to 64 000 further draws, and up to two million moved ones.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
@@ -66,8 +76,8 @@ class Loo:
     >>> posterior = pf.diagnose(model, guide, y, draws=400)
 
     >>> found = posterior.loo()
-    >>> found.method, found.labels[0], bool(found.k_hat.max() < found.k_limit)
-    ('approximate', 'y[0]', True)
+    >>> found.method, found.labels[0], found.high
+    ('approximate', 'y[0]', ())
     """
 
     elpd: float
@@ -81,13 +91,19 @@ class Loo:
     labels: tuple[str, ...] = field(repr=False)
     pointwise: Tensor = field(repr=False)
     k_hat: Tensor = field(repr=False)
+    k_moved: Tensor = field(repr=False)
     p_pointwise: Tensor = field(repr=False)
     sites: dict[str, tuple[int, int]] = field(repr=False)
 
     @property
     def high(self) -> tuple[str, ...]:
-        """The observations whose k-hat is not below the limit: their elpd is not known."""
-        return tuple(self.labels[i] for i in (~(self.k_hat < self.k_limit)).nonzero().flatten().tolist())
+        """The observations whose k-hat is not below the limit, for moved draws either: their elpd is not known."""
+        return tuple(self.labels[i] for i in (~(self.k_moved < self.k_limit)).nonzero().flatten().tolist())
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """The observations whose estimate is from moved draws."""
+        return tuple(self.labels[i] for i in (self.k_moved != self.k_hat).nonzero().flatten().tolist())
 
     def __str__(self) -> str:
         first = (
@@ -99,7 +115,8 @@ class Loo:
 
     def _about_k(self) -> str:
         if not self.high:
-            return f"All {len(self.labels)} k-hats are below {self.k_limit:.2f}."
+            moved = f", with draws moved for {len(self.moved)} of them" if self.moved else ""
+            return f"All {len(self.labels)} k-hats are below {self.k_limit:.2f}{moved}."
         said = ", ".join(self.high[:3]) + (f" and {len(self.high) - 3} more" if len(self.high) > 3 else "")
         return f"k-hat is not below {self.k_limit:.2f} for {said}: leave them out in fits of their own."
 
@@ -133,114 +150,82 @@ def loo(posterior: Record, *, sites: Any, draws: int | None, seed: int) -> Loo:
             f"loo: the verdict on the draws is unreliable ({'; '.join(posterior.verdict.reasons)}), and "
             "cross-validation with them is wrong without a sign of it."
         )
-    found = _judged(posterior, in_hand(posterior), sites) if draws is None else None
-    count = _more_draws(found) if found is not None else draws
-    if count is None or not can_draw(posterior):
-        return found or _judged(posterior, in_hand(posterior), sites)
-    return _judged(posterior, more(posterior, count, seed=seed, purpose="leave-one-out"), sites)
-
-
-def _more_draws(found: Loo) -> int | None:
-    """Return how many draws bring the Monte Carlo error down to its goal; None if those in hand do."""
-    wanted = found.draws * (found.mcse / ERROR) ** 2 if math.isfinite(found.mcse) else math.inf
-    count = int(min(wanted, MOST_DRAWS, NUMBERS / len(found.labels)))
-    return count if count > found.draws else None
-
-
-def _judged(posterior: Record, draws: Draws, sites: Any) -> Loo:
-    group = likelihood(posterior, draws.z)
-    names = list(map(str, group)) if sites is None else _names(sites, group)
-    values, labels, places = _columns(group, names)
-    pointwise, k_hat, influence = _pointwise(values, draws.ratio)
-    if draws.controls is not None:
-        error, influence = explained(influence, draws.controls)
-        pointwise = pointwise - error
-    limit = min(1.0 - 1.0 / math.log10(max(len(values), 11)), 0.7)
-    p = _log_score(values, draws.ratio) - pointwise
-    known = bool((k_hat < limit).all())
-    return Loo(
-        elpd=float(pointwise.sum()),
-        se=math.sqrt(len(labels) * float(pointwise.var())) if len(labels) > 1 else math.nan,
-        mcse=_error(influence.sum(1), draws.copies, posterior.chain_count) if known else math.inf,
-        p=float(p.sum()),
-        method="approximate" if draws.ratio is not None else "plain",
-        status=posterior.verdict.status,
-        draws=len(values),
-        k_limit=limit,
-        labels=tuple(labels),
-        pointwise=pointwise,
-        k_hat=k_hat,
-        p_pointwise=p,
-        sites=places,
-    )
-
-
-def likelihood(posterior: Record, z: Tensor) -> xr.Dataset:
-    """Return the pointwise log likelihood at draws z, one variable for each observed site.
-
-    Raises:
-        ValueError: for models with enumerated latents or without data, and for posteriors without their model whose
-            files lack the group.
-    """
-    if posterior.density is None and posterior.stored is not None and "log_likelihood" in posterior.stored[0]:
-        found: xr.Dataset = posterior.stored[0]["log_likelihood"]
+    work = _Work(posterior, sites, seed)
+    if draws is not None and can_draw(posterior):
+        return work.moved(work.drawn(draws))
+    given = work.given(in_hand(posterior))
+    found = work.judged(given)
+    wanted = _wanted(found)
+    if can_draw(posterior) and found.draws < wanted <= min(MOST_DRAWS, NUMBERS / len(found.labels)):
+        return work.judged(work.drawn(int(wanted)))
+    found = work.moved(given)
+    most = min(MOST_DRAWS, NUMBERS / len(found.labels), MOVED_DRAWS / max(len(found.moved), 1))
+    count = int(min(_wanted(found), most))
+    if count <= found.draws:
         return found
-    density = posterior._need_density()
-    if density.structure.enumerated:
-        raise ValueError(
-            f"model: no pointwise log likelihood, since {', '.join(map(repr, density.structure.enumerated))} are "
-            "summed out over all data at once. Write them as a mixture (MixtureSameFamily)."
+    if can_draw(posterior):
+        return work.moved(work.drawn(count))
+    more_of_chains = longer(posterior, count, seed=seed)
+    return found if more_of_chains is None else work.moved(work.given(more_of_chains))
+
+
+def _wanted(found: Loo) -> float:
+    """Return how many draws bring the Monte Carlo error down to its goal."""
+    return found.draws * (found.mcse / ERROR) ** 2
+
+
+class _Work:
+    """Estimates of one posterior, from one set of draws or another."""
+
+    def __init__(self, posterior: Record, sites: Any, seed: int) -> None:
+        self.posterior, self.sites, self.seed = posterior, sites, seed
+
+    def given(self, draws: Draws) -> Observations:
+        return observations(self.posterior, draws, self.sites)
+
+    def drawn(self, count: int) -> Observations:
+        return self.given(more(self.posterior, count, seed=self.seed, purpose="leave-one-out"))
+
+    def judged(self, given: Observations) -> Loo:
+        """Judge the draws as they are."""
+        return self._as_loo(given, plain(given.values, given.draws.ratio))
+
+    def moved(self, given: Observations) -> Loo:
+        """Move draws for observations whose k-hat is too high; for all, if the Monte Carlo error is still too large.
+
+        Those with the highest k-hat come first, as far as the limits on the work go.
+        """
+        found = plain(given.values, given.draws.ratio)
+        result = self._as_loo(given, found)
+        if self.posterior.density is None or not Space.can_be(given.draws.z):
+            return result
+        order = found.k_hat.nan_to_num(nan=math.inf).argsort(descending=True, stable=True).tolist()
+        most = int(min(MOVED_DRAWS, MOVED_NUMBERS / len(order)) / len(given.values))
+        high = len(result.high)
+        for part in (order[:high][:most], order[high:most]):
+            if part and not result.mcse <= ERROR:
+                found = moved(self.posterior, given, found, part)
+                result = self._as_loo(given, found)
+        return result
+
+    def _as_loo(self, given: Observations, found: Estimates) -> Loo:
+        posterior, known = self.posterior, bool((found.k_moved < given.limit).all())
+        found = controlled(posterior, given, found)
+        p = log_score(given.values, given.draws.ratio) - found.elpd
+        error = standard_error(found.influence.sum(1), given.draws.copies, posterior.chain_count) if known else math.inf
+        return Loo(
+            elpd=float(found.elpd.sum()),
+            se=math.sqrt(len(p) * float(found.elpd.var())) if len(p) > 1 else math.nan,
+            mcse=error,
+            p=float(p.sum()),
+            method="approximate" if given.draws.ratio is not None else "plain",
+            status=posterior.verdict.status,
+            draws=len(given.values),
+            k_limit=given.limit,
+            labels=tuple(given.labels),
+            pointwise=found.elpd,
+            k_hat=found.k_hat,
+            k_moved=found.k_moved,
+            p_pointwise=p,
+            sites=given.places,
         )
-    if not density.structure.observed:
-        raise ValueError("model: expected an observed site (pyro.sample with obs=), got none.")
-    return export.likelihood_group(density, z)
-
-
-def _names(sites: Any, group: xr.Dataset) -> list[str]:
-    wanted = [sites] if isinstance(sites, str) else list(sites)
-    return [_checks.choice("sites", name.replace("/", "."), map(str, group)) for name in wanted]
-
-
-def _columns(group: xr.Dataset, names: list[str]) -> tuple[Tensor, list[str], dict[str, tuple[int, int]]]:
-    """Return the log likelihoods (S, N), a label for each of N observations, and where each site's stand."""
-    columns, labels, places = [], list[str](), {}
-    for name in names:
-        values = group[name]
-        flat = values.stack(sample=_arrays.SAMPLE_DIMS).transpose("sample", ...)
-        rows = torch.as_tensor(flat.to_numpy()).double().reshape(flat.sizes["sample"], -1)
-        places[name] = (len(labels), len(labels) + rows.shape[1])
-        labels += _arrays.entry_labels(values)
-        columns.append(rows)
-    return torch.cat(columns, 1), labels, places
-
-
-def _pointwise(values: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return elpd and k-hat of each observation (N,), and what each draw moves each elpd by (S, N).
-
-    Draw s has the weight :math:`w_{si} \propto p(z_s) / (q(z_s)\, p(y_i \mid z_s))`, without p / q for draws of the
-    posterior; :math:`\text{elpd}_i = \log \sum_s w_{si}\, p(y_i \mid z_s)`.
-    """
-    elpd, shapes, influence = [], [], []
-    for column in values.T:
-        weights, k_hat = psis(-column if base is None else base - column)
-        found = torch.logsumexp(weights + column, 0)
-        elpd.append(found)
-        shapes.append(k_hat)
-        influence.append(torch.nan_to_num((weights + column - found).exp() - weights.exp()))
-    return torch.stack(elpd), torch.tensor(shapes, dtype=values.dtype), torch.stack(influence, 1)
-
-
-def _log_score(values: Tensor, base: Tensor | None) -> Tensor:
-    """Return the log predictive density of the data in hand (N,)."""
-    weights = values.new_full((len(values),), -math.log(len(values))) if base is None else psis(base)[0]
-    return torch.logsumexp(weights[:, None] + values, 0)
-
-
-def _error(influence: Tensor, copies: Tensor | None, chains: int) -> float:
-    """Return the standard error of a sum over draws: copies of a draw are one, chains have their effective size."""
-    if copies is not None:
-        influence = influence.new_zeros(int(copies.max()) + 1).index_add(0, copies, influence)
-    squares = float(influence.square().sum())
-    if chains > 1:
-        squares *= len(influence) / _arviz.effective_draws(influence.reshape(chains, -1))
-    return math.sqrt(squares)

@@ -67,14 +67,8 @@ class Sensitivity:
     __repr__ = __str__
 
 
-def sensitivity(
-    posterior: Record,
-    draws: Any,
-    names: str | Sequence[str] | None = None,
-    *,
-    prior_sites: str | Sequence[str] | None = None,
-) -> Sensitivity:
-    """Scale prior and likelihood; see :meth:`Posterior.sensitivity`."""
+def sensitivity(posterior: Record, draws: Any, *, prior_sites: str | Sequence[str] | None = None) -> Sensitivity:
+    """Scale prior and likelihood, and see what labeled draws do; see :meth:`Posterior.sensitivity`."""
     density = posterior._need_density()
     top, left_out = top_level(density, posterior.used)
     if prior_sites is not None:
@@ -88,9 +82,6 @@ def sensitivity(
     likelihood = total - sum(priors.values(), torch.zeros_like(total))
     prior = sum((priors[name] for name in top), torch.zeros_like(total))
     chains = posterior.chain_count
-    if names is not None:
-        chosen = [names] if isinstance(names, str) else names
-        draws = draws[[_checks.choice("names", name, map(str, draws)) for name in chosen]]
     table = _arviz.power_scaling(draws, prior.reshape(chains, -1), likelihood.reshape(chains, -1)).round(3)
     table["diagnosis"] = [_diagnosis(row.prior, row.likelihood) for row in table.itertuples()]
     return Sensitivity(table, tuple(top), left_out)

@@ -27,7 +27,7 @@ from pyro_flows.correction.latent import Points
 WANTED = 0.8  # mean acceptance: far points of a flow's latent space bear smaller steps than the most
 RATE = 0.05  # of the ascent, in the log of the trajectory length
 SHORTEST, LONGEST = 0.2, 8.0  # trajectories, in units of the scale
-MOST_LEAPS = 64  # of a trajectory
+MOST_LEAPS, MOST_PLAIN_LEAPS = 64, 1024  # of a trajectory: in the space of a flow, and in plain coordinates
 AVERAGED = 0.5  # power by which earlier lengths lose weight in their mean
 SHRINKAGE, DELAY, FORGETTING = 0.05, 10.0, 0.75  # of dual averaging
 
@@ -53,6 +53,7 @@ class Kernel:
         step: step size, in latent units.
         length: of a trajectory, in latent units; one trajectory takes 2 u times that.
         moves: adapted on so far.
+        most_leaps: of a trajectory.
     """
 
     step: float = 0.5
@@ -63,16 +64,17 @@ class Kernel:
     anchor: float = math.log(0.5)
     deficit: float = 0.0
     mean_log_step: float = 0.0
+    most_leaps: int = MOST_LEAPS
 
     @classmethod
-    def start(cls, dim: int) -> Kernel:
+    def start(cls, dim: int, *, most_leaps: int = MOST_LEAPS) -> Kernel:
         """Return the kernel that would be about right for N(0, I)."""
         step = dim**-0.25
-        return cls(step=step, anchor=math.log(step))
+        return cls(step=step, anchor=math.log(step), most_leaps=most_leaps)
 
     def leaps(self, number: int) -> int:
         """Return how many leaps the move with this number takes."""
-        return max(1, min(MOST_LEAPS, math.ceil(2.0 * halton(number) * self.length / self.step)))
+        return max(1, min(self.most_leaps, math.ceil(2.0 * halton(number) * self.length / self.step)))
 
     def adapt(self, before: Points, moved: Moved, scale: Tensor, number: int) -> None:
         """Learn from one move."""

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from pyro_flows._clock import Clock
 from pyro_flows.correction.diagnostics import figures
+from pyro_flows.correction.joining import joins
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.correction.search import bridge, lacks_of_chains
 from pyro_flows.correction.smc import Annealed
-from pyro_flows.correction.starts import affine_flow, flow_of
+from pyro_flows.correction.starts import PLAIN, affine_flow, flow_of
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
@@ -59,7 +60,7 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     failures, notes = list[str](), list[str]()
     if not against and chains is not None:
         with clock.part("the search for modes that the chains lack"):
-            failures, notes = _checked(posterior, chains, seed, searched=work.searched)
+            failures, notes = _checked(posterior, chains, seed, work)
     against += clock.reasons()
     verdict = _verdict(posterior.verdict, found, against, failures, notes, work.why)
     history = (*posterior.history, _stage(work, found, verdict).as_dict())
@@ -94,12 +95,14 @@ def _come_to(posterior: Record, work: Work) -> tuple[Chains | None, ChainFigures
     )
 
 
-def _checked(posterior: Record, chains: Chains, seed: int, *, searched: bool) -> tuple[list[str], list[str]]:
+def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> tuple[list[str], list[str]]:
     """Return what speaks against chains that have converged, in words, and what was not looked at."""
     density, flow = posterior._need_density(), flow_of(posterior)
     complaint = density.complaint(chains.z.flatten(0, 1)[:: max(1, chains.z[..., 0].numel() // CHECKED)])
     invalid = [] if complaint is None else [f"the model is invalid at some draws: {complaint}"]
     ratios = posterior.log_p - posterior.log_q
+    if chains.numbers.get("space") == PLAIN:
+        flow = affine_flow(chains.z.flatten(0, 1), torch.zeros_like(chains.stats["lp"]).flatten())
     if flow is not posterior.flow:  # an affine one, that chains moved in
         z, log_q = flow.draw(BRIDGED)
         with torch.no_grad():
@@ -107,7 +110,11 @@ def _checked(posterior: Record, chains: Chains, seed: int, *, searched: bool) ->
     covered = float(ratios[torch.isfinite(ratios)].median())
     evidence = _evidence(flow, chains, density)
     given = (flow.log_prob, covered, evidence, posterior.history)
-    lacks, notes = lacks_of_chains(density, chains, *given, seed=seed, searched=searched)
+    told: dict[str, Any] = {"seed": seed, "searched": work.searched}
+    sampler = work.sampler
+    if sampler is not None and chains.numbers.get("space") == PLAIN:
+        told["joined"] = lambda places: joins(sampler, places)
+    lacks, notes = lacks_of_chains(density, chains, *given, **told)
     return [*invalid, *lacks, *disagreements(posterior, chains)], notes
 
 

@@ -14,23 +14,37 @@ from pyro_flows.correction.sampler import KEPT, Sampler
 from pyro_flows.correction.starts import flow_of
 from pyro_flows.results.record import Record
 from pyro_flows.results.scoring import score_pool
+from pyro_flows.verdict.chains import Chains
 from pyro_flows.verdict.deciding import POOL, resample
 from pyro_flows.verdict.weighing import weigh
 
 LEAST = 1000  # draws that a pool is weighed for
 
 
+def can_go_on(posterior: Record) -> bool:
+    """Whether the draws to use are of chains that can be gone on with."""
+    chains = posterior.chains
+    known = chains is not None and "kernel" in chains.numbers
+    return known and posterior.verdict.status == "refined" and posterior.density is not None
+
+
+def go_on(posterior: Record, chains: Chains, each: int, *, seed: int) -> Tensor:
+    """Return ``each`` further draws (C, n, D) of each chain, spaced as those that there are."""
+    density = posterior._need_density()
+    with alone(), seeded(seed, density.device), few_threads(chains.count * density.numbers), torch.no_grad():
+        own = derive(seed, f"more draws {chains.numbers['seed']}")
+        latent = Latent(flow_of(posterior, chains), density)
+        return Sampler(latent, posterior.coordinates, chains, kept=KEPT, seed=own).more(each)
+
+
 def more_draws(posterior: Record, count: int, *, seed: int) -> Tensor:
     """Return ``count`` further unconstrained draws (n, D) in the way of the verdict: see ``Posterior.sample``."""
     density = posterior._need_density()
     if posterior.verdict.status == "refined" and posterior.chains is not None:
-        chains = posterior.chains
-        if "kernel" not in chains.numbers:
+        if not can_go_on(posterior):
             raise ValueError("sample: chains of NUTS are not gone on with; refine(method='hmc') can be.")
-        with alone(), seeded(seed, density.device), few_threads(chains.count * density.numbers), torch.no_grad():
-            own = derive(seed, f"more draws {chains.numbers['seed']}")
-            sampler = Sampler(Latent(flow_of(posterior), density), posterior.coordinates, chains, kept=KEPT, seed=own)
-            return sampler.more(math.ceil(count / chains.count)).transpose(0, 1).flatten(0, 1)[:count]
+        each = math.ceil(count / posterior.chains.count)
+        return go_on(posterior, posterior.chains, each, seed=seed).transpose(0, 1).flatten(0, 1)[:count]
     flow = posterior.flow
     if flow is None:
         raise ValueError(f"sample: {posterior.missing.get('flow', 'there is no flow')}. Draw from the guide itself.")

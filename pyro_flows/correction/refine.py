@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -11,17 +12,18 @@ from pyro_flows._clock import Clock, unbounded
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import alone, few_threads
+from pyro_flows.correction.adaptation import MOST_LEAPS, MOST_PLAIN_LEAPS
 from pyro_flows.correction.judging import Work, concluded
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.nuts import nuts
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
 from pyro_flows.correction.smc import anneal
-from pyro_flows.correction.starts import NoStart, flow_of, starting_points
+from pyro_flows.correction.starts import PLAIN, NoStart, flow_of, plain_flow, starting_points
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.results.record import Recorded
 from pyro_flows.verdict.chains import Chains
 
-METHODS = ("auto", "hmc", "imh", "nuts", "smc")
+METHODS = ("auto", "hmc", "imh", "nuts", "plain", "smc")
 FEWEST, MOST_CHAINS = 16, 4096
 CHAINS = 64  # no more than the draws of each: ArviZ takes the longer axis for that of draws
 MAX_STEPS = 2000  # sweeps of each chain
@@ -85,8 +87,8 @@ def _run(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int
 
 
 def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int, bar: Bar) -> None:
-    latent, names = Latent(flow_of(posterior), posterior._need_density()), posterior.coordinates
-    earlier = posterior.chains
+    density, names, earlier = posterior._need_density(), posterior.coordinates, posterior.chains
+    latent = Latent(flow_of(posterior, earlier), density)
     wanted = math.ceil(len(posterior.z) / chains)
     if earlier is not None and work.method in ("auto", earlier.numbers["method"]) and "kernel" in earlier.numbers:
         work.method = earlier.numbers["method"]
@@ -101,13 +103,17 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
         _run_nuts(posterior, work, latent, min(max_steps, len(posterior.z) // NUTS_CHAINS), seed)
         return
     z = posterior.z
+    numbers = dict[str, Any]()
+    if work.method == PLAIN:
+        latent, numbers = Latent(plain_flow(z), density), {"space": PLAIN}
     if work.method == "smc":
         work.annealed = anneal(latent, max(PARTICLES, chains), seed=seed, report=bar.show)
         z, weights = work.annealed.points.z, torch.zeros_like(work.annealed.points.log_p)
     z = starting_points(z, weights, chains // SUBCHAINS, seed=derive(seed, "starts of chains"))
-    work.sampler = Sampler.begin(
-        latent, names, z, chains=chains, kept=wanted, seed=seed, independence=_proposals(posterior, work.method)
-    )
+    most_leaps = MOST_PLAIN_LEAPS if work.method == PLAIN else MOST_LEAPS
+    given: dict[str, Any] = {"independence": _proposals(posterior, work.method), "most_leaps": most_leaps}
+    work.sampler = Sampler.begin(latent, names, z, chains=chains, kept=wanted, seed=seed, **given)
+    work.sampler.numbers |= numbers
     work.sampler.run(max_steps, bar.show, gradients=work.most)
 
 
@@ -116,6 +122,8 @@ def _proposals(posterior: Recorded, method: str) -> int:
     mixed = isinstance(posterior.flow, FlowMixture)
     if method == "imh":
         return 4
+    if method == PLAIN:
+        return 0
     if method == "hmc":
         return int(mixed)
     return int(mixed or posterior.verdict.ess_ratio >= SELDOM)

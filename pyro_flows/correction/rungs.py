@@ -16,17 +16,18 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
 from pyro_flows.correction.judging import Work
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, refined
+from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, SELDOM, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
-from pyro_flows.correction.starts import starting_points
+from pyro_flows.correction.starts import PLAIN, starting_points
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.results.record import Recorded
+from pyro_flows.results.record import Record, Recorded
 from pyro_flows.verdict.chains import Chains, objections
 
 BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
 ATTEMPT, LAST = 300_000, 1_500_000  # gradients at most: in the place of a round, and where nothing else is left
+MOST_PLAIN, PLAIN_NUMBERS = 20_000_000, 2e11  # gradients in plain coordinates, and numbers that they write: 2 minutes
 CHEAPER = "sampling cost less than another round of training"
 
 
@@ -61,13 +62,32 @@ def last_rung(
     begun = posterior if chains is None else replace(posterior, chains=chains)
     work = Work(method, CHEAPER, most=LAST, searched=searched)
     found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
+    gradients = found.history[-1]["details"]["gradients"]
+    if _flow_is_in_vain(found, posterior, method) and own.interrupted is None and not own.over:
+        work = Work(PLAIN, CHEAPER, most=_plain_gradients(posterior))
+        again = refined(posterior, work, CHAINS, MAX_STEPS, seed, own, bar)
+        gradients += again.history[-1]["details"]["gradients"]
+        again = replace(again, history=(*found.history, again.history[-1]))
+        found = again if again.verdict.status == "refined" else replace(found, history=again.history)
     clock.interrupted = own.interrupted
     spent = {"seconds": clock.elapsed}
     if "gradient_evaluations" in posterior.settings:
-        spent["gradient_evaluations"] = (
-            posterior.settings["gradient_evaluations"] + found.history[-1]["details"]["gradients"]
-        )
+        spent["gradient_evaluations"] = posterior.settings["gradient_evaluations"] + gradients
     return replace(found, settings={**found.settings, **spent})
+
+
+def _flow_is_in_vain(found: Record, posterior: Record, method: str) -> bool:
+    """Whether chains in the space of the flow did not do, and hardly any of its draws have weight: it may hinder them.
+
+    A flow that was trained on one of very many modes bends the space between them.
+    """
+    hopeless = posterior.verdict.ess_ratio < SELDOM and posterior.flow is not None and posterior._need_density().batched
+    return method == "auto" and found.verdict.status == "unreliable" and hopeless
+
+
+def _plain_gradients(posterior: Record) -> float:
+    """Return how many gradients chains without the help of a flow may take: the more, the cheaper they are."""
+    return min(MOST_PLAIN, PLAIN_NUMBERS / posterior._need_density().written)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_flows import _arviz
 from pyro_flows._seeding import derive
-from pyro_flows.correction.adaptation import Kernel, scale_of
+from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel, scale_of
 from pyro_flows.correction.diagnostics import examined
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.latent import Latent
@@ -64,8 +64,9 @@ class Sampler:
 
     @classmethod
     def begin(
-        cls, latent: Latent, names: Sequence[str], z: Tensor, *, chains: int, kept: int, seed: int, independence: int
-    ) -> Sampler:
+        cls, latent: Latent, names: Sequence[str], z: Tensor, *, chains: int, kept: int, seed: int, independence: int,
+        most_leaps: int = MOST_LEAPS,
+    ) -> Sampler:  # fmt: skip
         """Start superchains at points z (K, D), K = chains / 8."""
         torch.manual_seed(derive(seed, "labels of chains"))
         z = z.repeat_interleave(chains // len(z), 0)
@@ -89,7 +90,7 @@ class Sampler:
                 "worst": None,
                 "independence": independence,
             },
-            **{"seed": seed, "kernel": Kernel.start(x.shape[1]).stored()},
+            **{"seed": seed, "kernel": Kernel.start(x.shape[1], most_leaps=most_leaps).stored()},
         }
         return cls(latent, names, Chains(z[:, None][:, :0], {}, state, numbers), kept=kept, seed=seed)
 

@@ -51,6 +51,7 @@ def lacks_of_chains(
     *,
     seed: int,
     searched: bool = False,
+    joined: Callable[[Tensor], bool] = lambda places: False,
 ) -> tuple[list[str], list[str]]:
     """Return what chains lack, in words, and what was not looked at.
 
@@ -70,6 +71,7 @@ def lacks_of_chains(
         history: of the fit.
         seed: of the search.
         searched: whether a search from the flow's draws has found nothing.
+        joined: whether chains that begin at some places come to where the others are, which tells it too.
     """
     z, log_p = chains.z.flatten(0, 1), chains.stats["lp"].flatten()
     generator = torch.Generator().manual_seed(derive(seed, "draws to search from"))
@@ -83,9 +85,12 @@ def lacks_of_chains(
     found, regions = [], _Regions(density, chains, evidence, seed)
     for stage in before[-1:]:  # of the last guide
         pairs = zip(stage["places"], stage["spreads"], strict=True)
-        if not all(regions.visited(z.new_tensor(place), z.new_tensor(spread)) for place, spread in pairs):
+        left = [place for place, spread in pairs if not regions.visited(z.new_tensor(place), z.new_tensor(spread))]
+        if left and not joined(z.new_tensor(left)):
             found.append(str(stage["sentence"]))
-    if search.lacks and not all(regions.covers(lack.start) for lack in search.lacks):
+    lacks = [lack for lack in search.lacks if not regions.covers(lack.start)]
+    known = not any(lack.start.name == WANDERED for lack in lacks)
+    if lacks and not (known and joined(torch.stack([lack.place for lack in lacks]))):
         place = (search.sentence or "").partition(" near ")[2]
         what = "have too little mass" if search.lacks[0].start.name == WANDERED else "miss a mode"
         found.append(f"the chains {what} near {place}")

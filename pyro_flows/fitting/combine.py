@@ -144,11 +144,16 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
         elif found.surveys < SURVEYS and _surveyed(plan, prepared.density, found):
             moves = []
         else:
-            if found.added == RUNS_ADDED or found.several is not None:
+            if found.added == RUNS_ADDED or found.several is not None or _too_many([*moves, *more]):
                 return
             _add_run(plan, prepared, found, found.search.lacks[0].start)
             _copied(found, moves)
         _look(plan, prepared.density, found)
+
+
+def _too_many(moves: Sequence[SignedPermutation]) -> bool:
+    """Whether exact symmetries tell of more equal modes than copies, let alone runs, could ever have."""
+    return bool(moves) and group(moves, MAX_COPIES) is None
 
 
 def _surveyed(plan: Plan, density: LogDensity, found: Combined) -> bool:

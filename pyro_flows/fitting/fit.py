@@ -81,7 +81,8 @@ def fit(
             this is good enough; else up to seven more runs start at modes that the guide lacks, as a mixture.
         refine: let a sampler that begins at the flow's draws finish the work (see :meth:`Posterior.refine`), where
             the first round does not suffice and a sampler does for less than another round, and where the verdict
-            would be ``unreliable``: ``"auto"``, or one of its methods for the latter; False does without. A sampler is
+            would be ``unreliable``: ``"auto"``, or one of its methods for the latter; False does without. Where hardly
+            a draw of the flow has weight, and chains in its space do not do, chains without it are tried. A sampler is
             not tried with ``train_model``.
         runs: independent runs with seeds and starts of their own, 100 at most. Where they disagree, the verdict names
             the sites, and the guide becomes a mixture of the runs, weighted so that it is as close to the posterior as

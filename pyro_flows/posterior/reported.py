@@ -71,4 +71,4 @@ class Reported(Assessed):
 
         chosen: dict[str, Any] = {"var_names": var_names, "filter_vars": filter_vars, "coords": coords}
         options = Options(title, comparison, predictive, source, chosen)
-        return write(self, path, self._chosen_table(**chosen), options)
+        return write(self, path, self._table(**chosen), options)

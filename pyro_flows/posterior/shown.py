@@ -44,10 +44,10 @@ class Shown(Record):
 
     def summary(
         self,
-        names: str | Sequence[str] | None = None,
+        var_names: str | Sequence[str] | None = None,
         *,
+        filter_vars: str | None = None,
         coords: Mapping[str, Any] | None = None,
-        dims: Mapping[str, Sequence[str]] | None = None,
         ci_kind: str | None = None,
         ci_prob: float | None = None,
         round_to: int | str = "auto",
@@ -60,15 +60,15 @@ class Shown(Record):
         ``ess_bulk``, ``ess_tail`` and ``r_hat`` of its own.
 
         Args:
-            names: sites to show; all by default.
-            coords: labels of dimensions, see :meth:`to_arviz`.
-            dims: names of dimensions, see :meth:`to_arviz`.
+            var_names: variables to show, as in ArviZ (``"~eta"``: all but that one); all by default.
+            filter_vars: ``"like"`` or ``"regex"``: ``var_names`` are parts of names, or regular expressions.
+            coords: labels of the entries to show, ``{"school": ["Choate"]}``; :meth:`assign_coords` sets labels.
             ci_kind: ``"hdi"`` or ``"eti"``; the installed ArviZ's default otherwise.
             ci_prob: the interval's probability; the installed ArviZ's default otherwise.
             round_to: decimals, ``"auto"`` for three digits of each row's sd, or ``"none"``.
 
         Raises:
-            ValueError: for a name that is no site, an unknown kind or a probability outside of (0, 1).
+            ValueError: for an unknown name, dimension, label or kind, or a probability outside of (0, 1).
 
         >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
         >>> def model():
@@ -79,44 +79,28 @@ class Shown(Record):
         >>> list(posterior.summary("x", ci_kind="eti", ci_prob=0.9).columns)
         ['mean', 'sd', 'eti90_lb', 'eti90_ub', 'mcse_mean', 'ess']
         """
-        table = self._table(names, coords=coords, dims=dims, ci_kind=ci_kind, ci_prob=ci_prob, round_to=round_to)
+        chosen: dict[str, Any] = {"filter_vars": filter_vars, "coords": coords}
+        table = self._table(var_names, **chosen, ci_kind=ci_kind, ci_prob=ci_prob, round_to=round_to)
         self._hand_on("summary()")
         return table
 
     def _table(
         self,
-        names: str | Sequence[str] | None = None,
+        var_names: str | Sequence[str] | None = None,
         *,
+        filter_vars: str | None = None,
         coords: Mapping[str, Any] | None = None,
-        dims: Mapping[str, Sequence[str]] | None = None,
         ci_kind: str | None = None,
         ci_prob: float | None = None,
         round_to: int | str = "auto",
     ) -> pd.DataFrame:
-        draws = _arrays.relabel({"posterior": self._draws()}, coords, dims)["posterior"]
-        if names is not None:
-            wanted = [names] if isinstance(names, str) else names
-            draws = draws[[_checks.choice("names", name, map(str, draws)) for name in wanted]]
+        """Return the table of variables and labels that are chosen as in ArviZ."""
+        draws = _arviz.select(_arrays.entries(self._draws(), coords), var_names, filter_vars)
         kind, prob = (ci_kind, ci_prob) if ci_kind and ci_prob else _arviz.default_interval()
         kind = _checks.choice("ci_kind", ci_kind or kind, ("eti", "hdi"))
         prob = prob if ci_prob is None else ci_prob
         if prob is None or not 0 < prob < 1:
             raise ValueError(f"ci_prob: expected a number between 0 and 1, got {prob!r}.")
-        return self._table_of(draws, kind=kind, prob=prob, round_to=round_to)
-
-    def _chosen_table(
-        self,
-        var_names: str | Sequence[str] | None = None,
-        *,
-        filter_vars: str | None = None,
-        coords: Mapping[str, Any] | None = None,
-    ) -> pd.DataFrame:
-        """Return the table of variables and labels that are chosen as in ArviZ."""
-        draws = _arviz.select(_arrays.entries(self._draws(), coords), var_names, filter_vars)
-        kind, prob = _arviz.default_interval()
-        return self._table_of(draws, kind=kind, prob=prob, round_to="auto")
-
-    def _table_of(self, draws: Any, *, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
         ess = None if self.by_chains else self.effective
         return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)
 

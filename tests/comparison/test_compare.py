@@ -256,7 +256,7 @@ def test_sensitivity_in_closed_form():
 def test_sensitivity_refuses_what_it_cannot_scale(three):
     with pytest.raises(ValueError, match="prior_sites: expected one of 'mu', got 'm'"):
         three["1.0"].sensitivity(prior_sites="m")
-    with pytest.raises(ValueError, match="names: expected one of 'mu', got 'tau'"):
+    with pytest.raises(ValueError, match="var_names: expected one of 'mu', got 'tau'"):
         three["1.0"].sensitivity("tau")
 
 

@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_summary_and_arviz_have_chains(good):
-    table = good.summary(["theta"], coords={"school": list("abcdefgh")})
+    table = good.assign_coords({"school": list("abcdefgh")}).summary(["theta"])
     assert list(table.columns)[-3:] == ["ess_bulk", "ess_tail", "r_hat"]
     assert table.index[0] == "theta[a]"
     assert table["r_hat"].max() < 1.01

@@ -65,7 +65,7 @@ def test_a_posterior_is_pickled_without_its_model_and_data():
     z = posterior.z[:5]
     torch.testing.assert_close(again.flow.log_prob(z), posterior.flow.log_prob(z), rtol=0, atol=0)
     assert again.summary().equals(posterior.summary())
-    assert again.summary("theta", coords={"school": list("abcdefgh")}).index[0] == "theta[a]"
+    assert again.assign_coords({"school": list("abcdefgh")}).summary("theta").index[0] == "theta[a]"
     assert torch.equal(again.resample(9, force=True)["theta"], posterior.resample(9, force=True)["theta"])
     assert posterior.density is not None  # and the original keeps what it has
     assert torch.equal(posterior.density(z), posterior.log_p[:5])

@@ -124,10 +124,13 @@ def test_summary_intervals_differ_by_kind_and_default_to_the_installed_arviz():
 
 def test_summary_selects_names(by_status):
     assert list(by_status["ok"].summary("double").index) == [f"double[{i}]" for i in range(SCHOOLS)]
-    labeled = by_status["ok"].summary(["theta"], coords={"school": list("abcdefgh")})
-    assert labeled.index[0] == "theta[a]"
+    labeled = by_status["ok"].assign_coords({"school": list("abcdefgh")})
+    assert labeled.summary(["theta"]).index[0] == "theta[a]"
+    assert list(labeled.summary(coords={"school": ["b"]}).index) == ["theta[b]", "double[b]"]
+    assert list(labeled.summary("~theta", coords={"school": "c"}).index) == ["double[c]"]
+    assert list(labeled.summary("doub", filter_vars="like", coords={"school": "c"}).index) == ["double[c]"]
     with pytest.raises(
-        ValueError, match=r"names: expected one of 'double', 'theta', got 'thet'\. Did you mean 'theta'"
+        ValueError, match=r"var_names: expected one of 'double', 'theta', got 'thet'\. Did you mean 'theta'"
     ):
         by_status["ok"].summary("thet")
 

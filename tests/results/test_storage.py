@@ -70,7 +70,7 @@ def test_without_a_model(fitted, saved):
     assert again.missing == {"guide": "loaded without a model", "density": "loaded without a model"}
     assert str(again) == str(fitted)
     assert again.summary().equals(fitted.summary())
-    assert again.summary("theta", coords={"school": list("abcdefgh")}).index[0] == "theta[a]"
+    assert again.assign_coords({"school": list("abcdefgh")}).summary("theta").index[0] == "theta[a]"
 
 
 def test_arviz_object_without_a_model(fitted, saved):
