@@ -27,7 +27,7 @@ from pyro_flows.verdict.chains import Chains, objections
 
 BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
 ATTEMPT, LAST = 300_000, 1_500_000  # gradients at most: in the place of a round, and where nothing else is left
-MOST_PLAIN, PLAIN_NUMBERS = 20_000_000, 2e11  # gradients in plain coordinates, and numbers that they write: 2 minutes
+MOST_PLAIN, PLAIN_NUMBERS = 40_000_000, 5e11  # gradients in plain coordinates, and numbers that they write: 5 minutes
 CHEAPER = "sampling cost less than another round of training"
 
 
