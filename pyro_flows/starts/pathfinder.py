@@ -26,14 +26,11 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
 from pyro_flows.starts.curvature import Differentiable
 from pyro_flows.starts.gaussians import Gaussians, choose, compact, diagonal_update, identity_like, stretch
-from pyro_flows.verdict.psis import psis
 
 HISTORY = 12
 TICKS = 100
 SCORED_TOGETHER = 10
 DRAWS = 10
-POOLED = 100
-POOLED_WITHIN = 10.0  # nats
 RISE = 1e-4  # of what the slope promises
 SHRINK = (0.1, 0.5)
 GROW = 2.0  # where the density does not curve down
@@ -131,7 +128,7 @@ def _best(
         return best, elbo
     z, log_q = zip(*(met.gaussians.map(noise) for met in found), strict=True)
     for met, log_p, log_g in zip(found, _heights(density, z), log_q, strict=True):
-        score = torch.where(met.moved, _cut_elbo(log_p - log_g), -torch.inf)
+        score = torch.where(met.moved, cut_elbo(log_p - log_g), -torch.inf)
         better = score > elbo[met.paths]
         chosen = met.paths[better]
         elbo = elbo.index_copy(0, chosen, score[better])
@@ -150,45 +147,12 @@ def _heights(density: LogDensity | Stack, z: Sequence[Tensor]) -> list[Tensor]:
     return list(density(torch.cat(list(z)).flatten(0, 1)).unflatten(0, (-1, z[0].shape[1])).split(sizes))
 
 
-def _cut_elbo(terms: Tensor) -> Tensor:
+def cut_elbo(terms: Tensor) -> Tensor:
     """ELBO (K,) of Gaussians cut to where the density is positive, from log p - log q (K, S)."""
     finite = torch.isfinite(terms)
     count = finite.sum(-1)
     mean = torch.where(finite, terms, 0.0).sum(-1) / count
     return torch.where(count > 0, mean + (count / terms.shape[-1]).log(), -torch.inf)
-
-
-class Pool(NamedTuple):
-    """A fresh look at K Gaussians: their ELBOs (K,), and mean (D,) and covariance (D, D) of weighted draws of all."""
-
-    elbo: Tensor
-    mean: Tensor
-    covariance: Tensor
-    k_hat: float
-    ess: float
-
-
-def pool(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Pool:
-    """Draw from all Gaussians, 100 each, and weight the draws by importance, with Pareto-smoothed weights.
-
-    The proposal is the mixture of those within 10 nats of the best ELBO (all draws are scored under all of them), so
-    that paths which found the same mode share it, and paths at different modes each get their due.
-    """
-    with seeded(derive(seed, "pool"), density.device):
-        shape = (*gaussians.loc.shape[:1], POOLED, density.dim)
-        noise = torch.randn(shape, dtype=density.dtype, device=density.device)
-    z, log_q = gaussians.map(noise)
-    with torch.no_grad():
-        log_p = density(z.flatten(0, 1)).unflatten(0, shape[:2])
-    elbo = _cut_elbo(log_p - log_q)
-    kept = elbo >= elbo.max() - POOLED_WITHIN
-    z, log_p = z[kept].flatten(0, 1), log_p[kept].flatten()
-    mixture = torch.logsumexp(Gaussians(*(part[kept] for part in gaussians)).log_prob(z), 0)
-    log_weights, k_hat = psis(torch.nan_to_num(log_p - mixture, nan=-torch.inf, posinf=-torch.inf))
-    weights = log_weights.exp().to(z.dtype)
-    mean = weights @ z
-    away = z - mean
-    return Pool(elbo, mean, (weights[:, None] * away).mT @ away, k_hat, float(1.0 / weights.square().sum()))
 
 
 def _together(density: Differentiable) -> int:

@@ -14,7 +14,8 @@ from pyro_flows._seeding import seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular, scales
 from pyro_flows.starts.laplace import laplace
-from pyro_flows.starts.pathfinder import pathfinder, pool
+from pyro_flows.starts.pathfinder import pathfinder
+from pyro_flows.starts.pooling import pool
 from pyro_flows.starts.prior import SEARCHES, possible_points, prior_draws, spread_of
 from pyro_flows.starts.start import Start, divergence, standard
 

@@ -11,7 +11,8 @@ from torch.distributions import MultivariateNormal, constraints, kl_divergence
 import pyro_flows as pf
 from pyro_flows.starts import curvature
 from pyro_flows.starts.laplace import _climb
-from pyro_flows.starts.pathfinder import pathfinder, pool
+from pyro_flows.starts.pathfinder import pathfinder
+from pyro_flows.starts.pooling import pool
 from pyro_flows.starts.portfolio import along_paths, portfolio
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start, divergence
