@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack, is_resolved
-from pyro_flows.modes.survey import can_be_surveyed, survey
+from pyro_flows.modes.survey import can_be_surveyed, distances, survey
 from pyro_flows.modes.tempering import Tempered, log_mean, temper, wander
 from pyro_flows.modes.terms import tops_of_terms
 from pyro_flows.modes.units import units_of
@@ -35,6 +35,7 @@ WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a pa
 TRUSTED_K_HAT = 0.7
 SAME_END, TWINS = 0.1, 2  # sds between ends of paths that are one place; paths to each that are weighed
 ROUNDS, SURVEYED, FEW = 2, 96, 30  # of a survey; climbs, up to so many dimensions, and a third of them beyond
+OWN_DRAWS = 200  # of the guide, that tell which mode it covers
 DOUBTS = 12  # places that paths go on from
 SHORT = 10.0  # nats that tempering may fall short of; in 226 dimensions it was 33, and two places were no modes
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
@@ -75,7 +76,10 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     looked_at = found.of_terms | thin
     if not bool(looked_at.any()):
         return []
-    own, rows = int((~thin).sum()), torch.cat([(~thin).nonzero()[:, 0], looked_at.nonzero()[:, 0]])
+    covered = (~thin).nonzero()[:, 0]
+    if not len(covered):  # a flow may be thin at the very top of what it covers, far from all of its draws
+        covered = distances(found, z[:OWN_DRAWS]).median(1).values.argmin()[None]
+    own, rows = len(covered), torch.cat([covered, looked_at.nonzero()[:, 0]])
     modes, roots, evidence = found.modes[rows], found.roots[rows], found.evidence[rows]
     one = torch.ones_like(modes)
     none = torch.zeros_like(modes[..., None])
@@ -84,7 +88,7 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     units = units_of(z)
     lacks, doubtful = _weighed(guide, paths, own, units, seed=seed)
     elsewhere = [path for path in doubtful if path.elsewhere]
-    if not lacks and elsewhere and own:
+    if not lacks and elsewhere:
         tops = [path for path in elsewhere if bool(thin[rows[path.number]])]  # a wide term may be covered at its top
         lacks = _tempered(guide, paths, own, tops or elsewhere, units, seed=seed)
     doubts += [path.start for path in elsewhere][:DOUBTS]

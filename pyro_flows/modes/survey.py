@@ -158,7 +158,7 @@ def _promising(found: Survey, points: Tensor, promise: Tensor, count: int) -> Te
 
     Far away, the ratio of two tails is larger than all that a mode makes of it.
     """
-    layers = _distances(found, points).amin(0).argsort().tensor_split(min(LAYERS, len(points)))
+    layers = distances(found, points).amin(0).argsort().tensor_split(min(LAYERS, len(points)))
     best = [layer[promise[layer].topk(min(len(layer), -(-count // len(layers)))).indices] for layer in layers]
     return points[torch.cat(best)]
 
@@ -224,7 +224,7 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
     places, scales = ends
     met = found.met.clone()
     if len(found) and len(places):
-        near, which = _distances(found, places).min(0)
+        near, which = distances(found, places).min(0)
         met += torch.bincount(which[near < APART], minlength=len(met)).to(met)
         places, scales = places[near >= APART], scales[near >= APART]
     heads, counts = _heads(places, scales, min(MOST - len(found), max(LEAST_HEADS, CURVED // density.dim)))
@@ -240,7 +240,7 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
     for number in evidence.argsort(descending=True).tolist():
         if not math.isfinite(float(evidence[number])):
             continue
-        if len(found) and bool((_distances(found, heads[number : number + 1]) < APART).any()):
+        if len(found) and bool((distances(found, heads[number : number + 1]) < APART).any()):
             continue
         row = slice(number, number + 1)
         found = Survey(
@@ -254,7 +254,7 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
     return found
 
 
-def _distances(found: Survey, places: Tensor) -> Tensor:
+def distances(found: Survey, places: Tensor) -> Tensor:
     """Return the distances (K, N) of places from the modes, in standard deviations a root of the dimension."""
     away = places - found.modes[:, None]
     x = torch.linalg.solve_triangular(found.roots, away.mT, upper=False)

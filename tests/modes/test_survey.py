@@ -11,6 +11,8 @@ import torch
 from torch.distributions import constraints
 
 import pyro_flows as pf
+from pyro_flows.modes import climbs
+from pyro_flows.modes.lacks import Guide
 from pyro_flows.modes.missed_modes import missed_modes
 from pyro_flows.modes.population import Parts, begun, fitted, generation
 from pyro_flows.modes.survey import Survey, can_be_surveyed, climbed_from, has_new, survey
@@ -188,3 +190,20 @@ def test_an_empty_survey_has_nothing_weighty():
     nothing = torch.zeros(0, 2)
     none = nothing[:, 0]
     assert len(Survey(nothing, torch.zeros(0, 2, 2), none, none.long(), none.bool()).weighty()) == 0
+
+
+def test_a_guide_that_is_thin_at_the_top_of_its_own_mode_is_compared_all_the_same(monkeypatch):
+    """In many dimensions no draw comes near a top. Where no normal can be weighed, tempering compares with that mode."""
+    centers = torch.zeros(2, 40, dtype=torch.float64)
+    centers[1, 0] = 30.0
+    density = normals(centers, [1.0, 1.0])
+    z = torch.randn(400, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = dist.Normal(0.0, 1.0)
+
+    def score(points):
+        return own.log_prob(points).sum(-1) - 9.0 * (points.square().sum(-1) < 4.0)
+
+    monkeypatch.setattr(climbs, "TRUSTED_K_HAT", -math.inf)
+    guide = Guide(density, score, math.log(0.5))
+    (lack, *_) = climbs.surveyed(guide, z, [], seed=0)
+    assert float((lack.place - centers[1]).abs().max()) < 4.0
