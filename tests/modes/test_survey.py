@@ -193,7 +193,7 @@ def test_an_empty_survey_has_nothing_weighty():
 
 
 def test_a_guide_that_is_thin_at_the_top_of_its_own_mode_is_compared_all_the_same(monkeypatch):
-    """In many dimensions no draw comes near a top. Where no normal can be weighed, tempering compares with that mode."""
+    """In many dimensions no draw comes near a top. Where no normal can be weighed, tempering compares with it."""
     centers = torch.zeros(2, 40, dtype=torch.float64)
     centers[1, 0] = 30.0
     density = normals(centers, [1.0, 1.0])
