@@ -43,6 +43,11 @@ def measured():
     }
 
 
+def usable(lies):
+    """The words for results that were wrong and called usable."""
+    return f"{lies} wrong result was called usable" if lies == 1 else f"{lies} wrong results were called usable"
+
+
 def words(path):
     return " ".join(path.read_text(encoding="utf-8").split())
 
@@ -51,18 +56,16 @@ def test_readme_says_what_was_measured():
     found, text = measured(), words(ROOT / "README.md")
     assert found["right"] == found["count"] == found["faster"]
     assert f"On {found['count']} posteriors with reference draws, every mean is within 0.1 sd" in text
-    usable = (
-        f"In {found['fits']} fits of these posteriors and {found['models']} of random models, {found['lies']} wrong"
-    )
-    assert f"{usable} results were called usable" in text
+    fits = f"In {found['fits']} fits of these posteriors and {found['models']} of random models"
+    assert f"{fits}, {usable(found['lies'])}" in text
     assert f"than Pyro's NUTS on all {found['faster']}, and at least ten times less on {found['tenfold']}" in text
 
 
 def test_the_landing_page_says_what_was_measured():
     found, text = measured(), words(ROOT / "docs" / "index.md")
     assert f"{found['right']} of {found['count']} posteriors: every mean within 0.1 sd, every sd within 10 %" in text
-    usable = f"in {found['fits']} fits of these and {found['models']} of random models, {found['lies']} wrong"
-    assert f"{usable} results were called usable" in text
+    fits = f"in {found['fits']} fits of these and {found['models']} of random models"
+    assert f"{fits}, {usable(found['lies'])}" in text
     assert f"NUTS on {found['faster']} of {found['count']}, ten times less on {found['tenfold']}" in text
 
 
