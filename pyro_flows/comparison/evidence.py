@@ -15,7 +15,7 @@ from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.comparison.bridge import bridge, fit_proposal
 from pyro_flows.model.sites import messages
-from pyro_flows.verdict.psis import psis
+from pyro_flows.verdict.psis import largest_k, psis
 
 if TYPE_CHECKING:
     from pyro_flows.results.record import Record
@@ -187,7 +187,7 @@ def importance(ratio: Tensor) -> Estimate:
     weights = (ratio - largest).exp()
     value = largest + math.log(float(weights.mean()))
     k_hat = psis(ratio)[1] if size >= 30 else math.inf
-    limit = min(1.0 - 1.0 / math.log10(max(size, 11)), 0.7)
+    limit = largest_k(size)
     if not k_hat < limit:
         return Estimate("importance", value, math.inf, f"k-hat of the weights {k_hat:.2f} is not below {limit:.2f}")
     spread = float(weights.std() / weights.mean())
@@ -233,7 +233,7 @@ def _bridge(posterior: Record, count: int) -> Estimate:
     if density is None:
         return Estimate("bridge", math.nan, math.inf, "not used: it scores new draws, which takes the model")
     if posterior.flow is not None:
-        z, log_q = posterior.flow.rsample_and_log_prob((count,))
+        z, log_q = posterior.flow.draw(count)
         at_p = posterior.used_log_p.double() - posterior.flow.log_prob(posterior.used).double()
         found = bridge(at_p, density(z).double() - log_q.double(), posterior.chain_count)
     else:

@@ -15,7 +15,7 @@ from pyro_flows.comparison.controls import explained
 from pyro_flows.comparison.draws import Draws
 from pyro_flows.comparison.moving import Space
 from pyro_flows.results import arviz_groups as export
-from pyro_flows.verdict.psis import psis
+from pyro_flows.verdict.psis import largest_k, psis
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -38,7 +38,7 @@ class Observations:
     @property
     def limit(self) -> float:
         """What k-hat must be below."""
-        return min(1.0 - 1.0 / math.log10(max(len(self.values), 11)), 0.7)
+        return largest_k(len(self.values))
 
 
 @dataclass(frozen=True)

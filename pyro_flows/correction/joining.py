@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_flows import _arviz
 from pyro_flows._seeding import derive
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
+from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.chains import AGREEMENT
 
 PLACES = 8  # each with a superchain
@@ -43,6 +44,5 @@ def joins(sampler: Sampler, places: Tensor) -> bool:
     return float(_arviz.r_hat(torch.stack([*groups, old[chosen]])).max()) <= AGREEMENT
 
 
-def _with_height(density: object, z: Tensor) -> Tensor:
-    assert callable(density)
+def _with_height(density: LogDensity, z: Tensor) -> Tensor:
     return torch.cat([z, density(z)[:, None]], 1)

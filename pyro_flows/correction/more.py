@@ -48,14 +48,10 @@ def more_draws(posterior: Record, count: int, *, seed: int) -> Tensor:
     flow = posterior.flow
     if flow is None:
         raise ValueError(f"sample: {posterior.missing.get('flow', 'there is no flow')}. Draw from the guide itself.")
-
-    def draw(many: int) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = flow.rsample_and_log_prob((many,))
-        return found
-
     with alone(), seeded(derive(seed, "more draws"), density.device), torch.no_grad():
         if posterior.verdict.status != "corrected":
-            return draw(count)[0]
-        pool = score_pool(density, draw, POOL * max(count, LEAST))
+            drawn: Tensor = flow.draw(count)[0]
+            return drawn
+        pool = score_pool(density, flow.draw, POOL * max(count, LEAST))
         weighing = weigh(pool.z, pool.log_p, pool.log_q)
         return pool.z[resample(weighing.log_weights, count, seed=seed)]

@@ -232,7 +232,7 @@ def _fitted(z: Tensor, seed: int, max_epochs: int | None, progress: bool) -> Flo
 def _shifts(flow: Flow, z: Tensor, seed: int) -> tuple[float, float]:
     """Return the largest differences of means, in sds, and of log sds between draws of the flow and those given."""
     with alone(), seeded(derive(seed, "check of the prior"), z.device), torch.no_grad():
-        drawn = flow.rsample_and_log_prob((CHECKED,))[0].double()
+        drawn = flow.draw(CHECKED)[0].double()
     given = z.double()
     spread = given.std(0)
     mean = float(((drawn.mean(0) - given.mean(0)) / spread).abs().max())

@@ -31,6 +31,11 @@ class Tail(NamedTuple):
     size: int
 
 
+def largest_k(draws: int) -> float:
+    """Return what k-hat must be below, for weighted averages of so many draws to be trusted."""
+    return min(1.0 - 1.0 / math.log10(max(draws, 11)), 0.7)
+
+
 def psis(log_weights: Tensor) -> tuple[Tensor, float]:
     r"""Return normalized, smoothed log weights (S,), in double precision, and the shape estimate :math:`\hat k`.
 

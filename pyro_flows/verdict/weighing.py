@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows.verdict.psis import psis
+from pyro_flows.verdict.psis import largest_k, psis
 
 ESS_RATIO = 0.1
 LEVEL = math.log(1.5)  # largest weight over the mean one, below which weights have no tail for k-hat to look at
@@ -36,7 +36,7 @@ class Weighing:
     @property
     def threshold(self) -> float:
         """Largest admissible k-hat for this many draws."""
-        return min(1.0 - 1.0 / math.log10(max(len(self.log_weights), 11)), 0.7)
+        return largest_k(len(self.log_weights))
 
     @property
     def admissible(self) -> bool:
