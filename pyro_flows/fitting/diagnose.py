@@ -31,7 +31,8 @@ from pyro_flows.verdict.weighing import weigh
 
 POOR = 0.1  # effective share of the draws
 SEARCHED_DRAWS = 1000  # from which missed modes are searched for
-NOT_SEARCHED = ("no search for missed modes was made, since auxiliary sites hide the guide's density at given points",)
+HIDDEN = "no search for missed modes was made, since auxiliary sites hide the guide's density at given points"
+THIN = "no search for missed modes was made, since a first sample had poor weights"
 
 
 def diagnose(
@@ -122,12 +123,12 @@ def _diagnose(
 def _searched(density: LogDensity, draw: Draw, score: Score | None, seed: int) -> Search:
     """Search for modes that a guide lacks, if its weights say nothing against it: else it is thin in many places."""
     if score is None:
-        return Search(notes=NOT_SEARCHED)
+        return Search(notes=(HIDDEN,))
     with seeded(derive(seed, "a search"), density.device):
         z, log_q = draw(SEARCHED_DRAWS)
         weighing = weigh(z, density(z), log_q)
         if not weighing.k_hat < weighing.threshold or weighing.ess < POOR * len(z):
-            return Search()
+            return Search(notes=(THIN,))
         return missed_modes(density, [], z, log_q, score, seed=seed)
 
 

@@ -411,3 +411,10 @@ def test_where_a_guide_hides_its_density_the_verdict_says_that_nothing_was_searc
     with pytest.warns(pf.NothingObservedWarning):
         verdict = pf.diagnose(normal, hidden, draws=1000).verdict
     assert any("no search for missed modes was made" in note for note in verdict.notes)
+
+
+def test_where_a_first_sample_has_poor_weights_the_verdict_says_that_nothing_was_searched(monkeypatch):
+    """The verdict rests on a larger sample: if that one passes, it must not hide that there was no search."""
+    monkeypatch.setattr("pyro_flows.fitting.diagnose.POOR", 1.1)  # so that no sample is good enough
+    verdict = pf.diagnose(two_sided, lambda: one_side(1.0), draws=1000).verdict
+    assert any("no search for missed modes was made" in note for note in verdict.notes)
