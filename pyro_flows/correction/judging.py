@@ -44,6 +44,7 @@ class Work:
     why: str
     most: float = math.inf  # gradients
     searched: bool = False  # for modes that the guide lacks, in vain
+    passed: bool = False  # the chains went through the search for what they lack already
     sampler: Sampler | None = None
     chains: Chains | None = None
     annealed: Annealed | None = None
@@ -100,6 +101,8 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> tuple[
     density, flow = posterior._need_density(), flow_of(posterior)
     complaint = density.complaint(chains.z.flatten(0, 1)[:: max(1, chains.z[..., 0].numel() // CHECKED)])
     invalid = [] if complaint is None else [f"the model is invalid at some draws: {complaint}"]
+    if work.passed:
+        return invalid, []
     ratios = posterior.log_p - posterior.log_q
     if chains.numbers.get("space") == PLAIN:
         flow = affine_flow(chains.z.flatten(0, 1), torch.zeros_like(chains.stats["lp"]).flatten())
@@ -108,7 +111,7 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> tuple[
         with torch.no_grad():
             ratios = density(z) - log_q
     covered = float(ratios[torch.isfinite(ratios)].median())
-    evidence = _evidence(flow, chains, density)
+    evidence = evidence_of(flow, chains, density)
     given = (flow.log_prob, covered, evidence, posterior.history)
     told: dict[str, Any] = {"seed": seed, "searched": work.searched}
     sampler = work.sampler
@@ -119,7 +122,7 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> tuple[
 
 
 @torch.no_grad()
-def _evidence(flow: Flow | FlowMixture, chains: Chains, density: LogDensity) -> float:
+def evidence_of(flow: Flow | FlowMixture, chains: Chains, density: LogDensity) -> float:
     """Return the log evidence by a bridge from the chains to a half of flow and a half of their own moments.
 
     The flow overlaps with chains that change modes, the moments with chains that went far out of the flow.

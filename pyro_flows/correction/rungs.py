@@ -9,24 +9,31 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
-from pyro_flows.correction.judging import Work
+from pyro_flows.correction.judging import Work, evidence_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, SELDOM, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
-from pyro_flows.correction.starts import PLAIN, starting_points
+from pyro_flows.correction.search import lacks_of_chains
+from pyro_flows.correction.starts import DF, PLAIN, starting_points
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.flows.parts import location_scale
+from pyro_flows.flows.recipe import start_at
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.lacks import Guide
+from pyro_flows.modes.missed_modes import MOVED_DRAWS, mirrored
 from pyro_flows.results.record import Record, Recorded
+from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import Chains, objections
 
 BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
-ATTEMPT, LAST = 300_000, 1_500_000  # gradients at most: in the place of a round, and where nothing else is left
+UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, of a further round, last
 MOST_PLAIN, PLAIN_NUMBERS = 40_000_000, 5e11  # gradients in plain coordinates, and numbers that they write: 5 minutes
 CHEAPER = "sampling cost less than another round of training"
 
@@ -43,12 +50,14 @@ def which(refine: Any) -> str | None:
 
 
 def last_rung(
-    posterior: Recorded, method: str, clock: Clock, bar: Bar, chains: Chains | None = None, *, searched: bool = False
-) -> Recorded:
+    posterior: Recorded, method: str, clock: Clock, bar: Bar, chains: Chains | None = None, *, searched: bool = False,
+    passed: bool = False,
+) -> Recorded:  # fmt: skip
     """Refine what a fit came to, if its verdict is unreliable and its clock leaves time for that.
 
     With ``chains`` that began at its draws and are enough, from :func:`attempt`, they are judged, whatever the verdict.
-    ``searched`` says that a search for modes that the guide lacks has found none.
+    ``searched`` says that a search for modes that the guide lacks has found none, ``passed`` that one for modes that
+    these chains lack has been made.
     """
     left = clock.end - time.monotonic()
     asked = chains is not None or posterior.verdict.status == "unreliable"
@@ -60,7 +69,7 @@ def last_rung(
     own = Clock(left, raises=clock.raises, watch=bar.watch)
     seed = int(posterior.settings["seed"])
     begun = posterior if chains is None else replace(posterior, chains=chains)
-    work = Work(method, CHEAPER, most=LAST, searched=searched)
+    work = Work(method, CHEAPER, most=LAST, searched=searched, passed=passed)
     found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
     gradients = found.history[-1]["details"]["gradients"]
     if _flow_is_in_vain(found, posterior, method) and own.interrupted is None and not own.over:
@@ -94,7 +103,7 @@ def _plain_gradients(posterior: Record) -> float:
 def attempt(flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar) -> Chains | None:
     """Try a sampler where a round of training did not suffice, for less than another round; None if it does not either.
 
-    Cost: 40,000 to 300,000 gradients. A round of training takes 256 for each of thousands of steps.
+    Cost: 40,000 to 600,000 gradients. A round of training takes 256 for each of thousands of steps.
     """
     with density.clock.watching():
         z, log_q = flow.draw(BEGUN_FROM)
@@ -102,11 +111,50 @@ def attempt(flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *
     weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0).nan_to_num(nan=0.0)
     if not float(weights.square().sum()) * len(z) * WORTH < 1.0 or not bool(weights.sum() > 0.0):
         return None
-    starts = starting_points(z, weights.log(), CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
-    kept = math.ceil(draws / CHAINS)
-    given: dict[str, Any] = {"chains": CHAINS, "kept": kept, "seed": seed, "independence": 1}
-    sampler = Sampler.begin(Latent(flow, density), names, starts, **given)
-    found = sampler.run(MAX_STEPS, bar.show, gradients=ATTEMPT)
+    return _chains(
+        Latent(flow, density), names, z, weights.log(), draws, seed=seed, bar=bar, most=ATTEMPT, independence=1
+    )
+
+
+@torch.no_grad()
+def attempt_untrained(
+    start: Start, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar
+) -> tuple[Flow, Chains] | None:
+    """Try a sampler in the space of a normal distribution, before a flow is trained; None if it does not do.
+
+    Chains that have converged go through the search for modes that they lack at once: where it finds any, a flow has to
+    be trained. Where the posterior has exact symmetries, several of its modes do, and nothing is tried.
+    """
+    flow = location_scale(density.dim, df=max(DF, 2.0 * density.dim), diagonal=start.scale.dim() == 1).to(start.loc)
+    start_at(flow, start.loc, start.scale)
+    z, log_q = flow.draw(BEGUN_FROM)
+    log_p = density(z)
+    ratios = (log_p - log_q).double()
+    usable = torch.isfinite(ratios)
+    if not bool(usable.any()):
+        return None
+    guide = Guide(density, flow.log_prob, float(ratios[usable].median()))
+    if mirrored(guide, z[usable][:MOVED_DRAWS], log_q[usable][:MOVED_DRAWS]):
+        return None
+    latent = Latent(flow, density)
+    about: dict[str, Any] = {"seed": seed, "bar": bar, "most": UNTRAINED, "independence": 0}
+    chains = _chains(latent, names, z, ratios, draws, **about)
+    if chains is None:
+        return None
+    given = (flow.log_prob, guide.covered, evidence_of(flow, chains, density), ())
+    failures, notes = lacks_of_chains(density, chains, *given, seed=seed)
+    return None if failures or notes else (flow, chains)
+
+
+def _chains(
+    latent: Latent, names: Sequence[str], z: Tensor, log_weights: Tensor, draws: int, *, seed: int, bar: Bar,
+    most: float, independence: int,
+) -> Chains | None:  # fmt: skip
+    """Return chains that begin at weighted draws and suffice, for less than another round of training takes."""
+    starts = starting_points(z, log_weights, CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
+    given: dict[str, Any] = {"chains": CHAINS, "kept": math.ceil(draws / CHAINS), "seed": seed}
+    sampler = Sampler.begin(latent, names, starts, independence=independence, **given)
+    found = sampler.run(MAX_STEPS, bar.show, gradients=most)
     if found is None or objections(found):
         return None
     chains = sampler.chains()

@@ -121,6 +121,8 @@ class Sampler:
             if self.numbers["fixed_at"] is None:
                 report(f"warm-up, sweep {self.numbers['sweeps']}")
                 self._warm_up()
+                if not self.round and self.latent.density.evaluations + self._needed() > end:
+                    return found
                 continue
             report(f"sweep {self.numbers['sweeps']}")
             self._keep(self._sweep())
@@ -131,6 +133,12 @@ class Sampler:
                 if not self._halve(found):
                     self._make_room(found)
         return found
+
+    def _needed(self) -> float:
+        """Return how many gradients the draws to be kept take at least, by the kernel as it is."""
+        left = max(ROUNDS[0] * ROUND - self.numbers["sweeps"], 0)
+        leaps = min(self.kernel.length / self.kernel.step, 0.5 * self.kernel.most_leaps)  # in the mean
+        return (left + KEPT) * max(leaps, 1.0) * len(self.points.x)
 
     def more(self, draws: int) -> Tensor:
         """Return further draws (C, n, D) of each chain, spaced as those that are kept."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_flows import _arviz
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import SHARE, Guide
+from pyro_flows.modes.lacks import SHARE, Guide, Lack
 from pyro_flows.modes.missed_modes import THIN, WANDERED, Search, missed_modes
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
@@ -95,6 +95,12 @@ def lacks_of_chains(
         what = "have too little mass" if search.lacks[0].start.name == WANDERED else "miss a mode"
         found.append(f"the chains {what} near {place}")
     return found, list(search.notes)
+
+
+def held_by(density: LogDensity, chains: Chains, lacks: Sequence[Lack], evidence: float, *, seed: int) -> bool:
+    """Whether chains go in and out of all places that a guide lacks; to where draws only wandered they may go too."""
+    regions = _Regions(density, chains, evidence, seed)
+    return all(lack.start.name == WANDERED or regions.covers(lack.start) for lack in lacks)
 
 
 def bridge(from_q: Tensor, from_p: Tensor) -> float:

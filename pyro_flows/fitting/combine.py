@@ -9,6 +9,8 @@ import torch
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import few_threads
+from pyro_flows.correction.judging import evidence_of
+from pyro_flows.correction.search import held_by
 from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared
@@ -99,6 +101,9 @@ def combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
     """Compare the runs, look for what their sampler lacks, and add runs there."""
     clock, density = plan.clock, prepared.density
     found.plain = found.sampler = found.best.flow(plan, density)
+    if found.best.sampled:
+        found.search = Search()
+        return
     tried = found.runs[0].several
     if tried is not None:
         found.surveys = 1
@@ -136,6 +141,8 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
 
     Where a symmetry tells all, its flows are copied; elsewhere a mixture at all modes of a survey, or runs, are added.
     """
+    if _is_held_by_chains(plan, prepared.density, found):
+        return
     moves: list[SignedPermutation] = []
     while found.search is not None and found.search.lacks and not plan.clock.over:
         more = [lack.move for lack in found.search.lacks if lack.move is not None and lack.move not in moves]
@@ -149,6 +156,16 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
             _add_run(plan, prepared, found, found.search.lacks[0].start)
             _copied(found, moves)
         _look(plan, prepared.density, found)
+
+
+def _is_held_by_chains(plan: Plan, density: LogDensity, found: Combined) -> bool:
+    """Whether a sampler that sufficed has what the flow lacks: its chains are judged for themselves, later."""
+    chains, flow = found.best.chains, found.plain
+    if chains is None or found.search is None or not isinstance(flow, Flow):
+        return False
+    with seeded(derive(plan.seed, "places of chains"), density.device):
+        evidence = evidence_of(flow, chains, density)
+    return held_by(density, chains, found.search.lacks, evidence, seed=plan.seed)
 
 
 def _too_many(moves: Sequence[SignedPermutation]) -> bool:

@@ -224,7 +224,8 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
         return posterior
     chains = found.best.chains if isinstance(posterior.flow, Flow) else None
     searched = found.search is not None and not found.search.lacks and not found.search.notes
-    return last_rung(posterior, plan.refine, clock, plan.bar, chains, searched=searched)
+    passed = chains is not None and found.best.sampled
+    return last_rung(posterior, plan.refine, clock, plan.bar, chains, searched=searched, passed=passed)
 
 
 def _check_training_of_model(plan: Plan, density: LogDensity) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
-from pyro_flows.correction.rungs import attempt
+from pyro_flows.correction.rungs import attempt, attempt_untrained
 from pyro_flows.fitting.escalation import (
     LOOKED_AT_DRAWS,
     NEARLY,
@@ -41,6 +41,9 @@ from pyro_flows.verdict.chains import Chains
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 AT_ONCE = "converged: the importance weights leave nothing to mend at the start"
+AT_ONCE_SAMPLED = "no flow was trained: a sampler that began at a normal distribution was enough"
+SAMPLED_FROM, SAMPLED_UP_TO = 50, 400  # dimensions in which a sampler is tried before a flow is trained
+MOST_SAMPLED = 20_000  # draws asked for, up to which it is
 CHEAP = 500  # dimensions times numbers of an evaluation, up to which a glance at the modes costs next to nothing
 BARRIER = 3.0  # nats: over less, draws of a flow that is trained come to the other mode
 HOPELESS = 0.001  # and below which the density may have no smooth top
@@ -60,6 +63,7 @@ class Run:
         history: an entry for each stage.
         untrained: the flow that a race starts with.
         chains: of a sampler that sufficed in the place of further rounds.
+        sampled: whether that was before any training: these chains have gone through the search for modes they lack.
         several: a mixture at all modes that were found, tried in the place of training, or of further rounds.
     """
 
@@ -71,6 +75,7 @@ class Run:
     history: list[Stage] = field(default_factory=list)
     untrained: Flow | None = None
     chains: Chains | None = None
+    sampled: bool = False
     several: Several | None = None
 
     @property
@@ -129,6 +134,8 @@ def make_run(
             starts = _matched(plan, density, starts, seed)
             if _fits_already(plan, density, run, starts[0]):
                 return
+            if lack is None and _sampled_at_once(plan, density, run, starts[0], seed):
+                return
         winner = _race(plan, density, run, starts, seed)
         if winner is None:
             return
@@ -179,11 +186,13 @@ def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed
     """Train until there is nothing left to see in the weights, or until the guide stands still."""
     density = trainer.density
 
-    def enough() -> bool:
+    def weigh() -> tuple[bool, float]:
         trainer.write()
-        return invisible(weighed(trainer.flow, density, LOOKED_AT_DRAWS), seen=NEARLY * SEEN)
+        weighing = weighed(trainer.flow, density, LOOKED_AT_DRAWS)
+        return invisible(weighing, seen=NEARLY * SEEN), weighing.ess / LOOKED_AT_DRAWS
 
-    look = None if plan.train_model else Look(enough_gap(density.dim), enough)
+    stalls = plan.escalate and plan.refine is not None
+    look = None if plan.train_model else Look(enough_gap(density.dim), weigh, stalls)
     while True:
         left = Budget(budget.steps - len(trainer.losses), budget.clock)
         training = train(trainer, left, seed=seed, report=report, look=look)
@@ -201,6 +210,22 @@ def _sampled(plan: Plan, density: LogDensity, flow: Flow, seed: int) -> Chains |
     with plan.clock.part("a sampler in the place of another round"):
         return attempt(flow, density, coordinate_names(density.structure), plan.draws, seed=seed, bar=plan.bar)
     return None
+
+
+def _sampled_at_once(plan: Plan, density: LogDensity, run: Run, start: Start, seed: int) -> bool:
+    """Try a sampler in the place of a flow, where a flow would need thousands of steps; say whether it suffices."""
+    asked = plan.escalate and plan.refine is not None and plan.runs == 1 and plan.draws <= MOST_SAMPLED
+    if not (asked and density.batched and SAMPLED_FROM <= density.dim <= SAMPLED_UP_TO):
+        return False
+    with plan.clock.part("a sampler in the place of training", share=STARTS_SHARE):
+        names = coordinate_names(density.structure)
+        found = attempt_untrained(start, density, names, plan.draws, seed=seed, bar=plan.bar)
+        if found is not None:
+            flow, run.chains = found
+            trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
+            run.take(assess("start", trainer, Training([], start.elbo, False, False, AT_ONCE_SAMPLED, 0, 0)), trainer)
+            run.sampled = True
+    return run.sampled
 
 
 def _is_several(plan: Plan, density: LogDensity, run: Run, seed: int, *, barrier: float = 0.0) -> bool:

@@ -18,9 +18,13 @@ DEEP = 16.0  # nats below the top, up to which knots follow the log density
 
 
 @of_mixtures
-def location_scale(dim: int, *, base: str = "student_t", df: float = 15.0) -> Flow:
-    """Return an affine image of the base, :math:`z = m + L x`, at the identity; both ways cost O(D^2) a point."""
-    return build([LowerTriangularAffine(dim)], base, df, builder="location_scale", dim=dim)
+def location_scale(dim: int, *, base: str = "student_t", df: float = 15.0, diagonal: bool = False) -> Flow:
+    """Return an affine image of the base, :math:`z = m + L x`, at the identity; both ways cost O(D^2) a point.
+
+    With ``diagonal``, L is a diagonal matrix, at O(D) a point.
+    """
+    map_ = DiagonalAffine(dim) if diagonal else LowerTriangularAffine(dim)
+    return build([map_], base, df, builder="location_scale", dim=dim, diagonal=diagonal)
 
 
 @torch.no_grad()

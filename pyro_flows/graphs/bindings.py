@@ -37,6 +37,7 @@ def quicken(module: fx.GraphModule) -> Callable[..., Any]:
             value = _value(node)
             if isinstance(value, Tensor) and value.device.type == "cpu":
                 _hasten(quick, node, value)
+                _multiply_and_add(node, value)
             turn(node)
         sweep(graph)
     for node in graph.nodes:
@@ -73,11 +74,27 @@ def _hold_number(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
     module.register_buffer(name, torch.tensor(number, dtype=value.dtype, device=value.device))
     with node.graph.inserting_before(node):
         held = node.graph.get_attr(name)
+    held.meta["val"] = module._buffers[name]
     if node.target is _aten.rsub.Scalar:
         node.target, node.args = _aten.sub.Tensor, (held, first)
         node.kwargs = {"alpha": factor[0]} if factor else {}
     else:
         node.args = (first, held)
+
+
+def _multiply_and_add(node: fx.Node, value: Tensor) -> None:
+    """Add a product, or take it away, in one operation, if it is not used elsewhere."""
+    if node.target not in (_aten.add.Tensor, _aten.sub.Tensor) or node.kwargs or not value.is_floating_point():
+        return
+    for place in (1, 0) if node.target is _aten.add.Tensor else (1,):
+        product: Any = node.args[place]
+        parts = [node.args[1 - place], *product.args] if isinstance(product, fx.Node) else []
+        if parts and product.target is _aten.mul.Tensor and len(product.users) == 1:
+            values = [_value(part) for part in parts]
+            if all(like is not None and like.dtype == value.dtype for like in values):
+                node.kwargs = {"value": -1} if node.target is _aten.sub.Tensor else {}
+                node.target, node.args = _aten.addcmul.default, tuple(parts)
+                return
 
 
 def _value(node: Any) -> Tensor | None:

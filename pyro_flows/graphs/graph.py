@@ -272,6 +272,8 @@ def _simpler(node: fx.Node) -> fx.Node | None:
         return first
     if node.target is _aten.t.default and first.target is _aten.t.default:
         return first.args[0]  # type: ignore[return-value]
+    if node.target is _aten.permute.default and [*node.args[1]] == [*range(len(node.args[1]))]:  # type: ignore[arg-type, misc]
+        return first
     shaped = node.target in (_aten.view.default, _aten.expand.default)
     return first if shaped and node.meta["val"].shape == first.meta["val"].shape else None
 

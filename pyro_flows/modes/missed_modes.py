@@ -84,7 +84,7 @@ def missed_modes(
     doubts: list[Start] = []
     searches: list[Callable[[], list[Lack]]] = [lambda: climbed(guide, [*modes, *doubts], z[finite], seed=seed)]
     if density.batched:
-        searches.insert(0, lambda: _mirrored(guide, *few))
+        searches.insert(0, lambda: mirrored(guide, *few))
         searches.insert(1, lambda: surveyed(guide, z[finite], doubts, seed=seed))
         searches.append(lambda: across(guide, *few))
     if density.batched and wandering:
@@ -109,7 +109,7 @@ def sentence_on(density: LogDensity, found: Sequence[Lack], z: Tensor) -> str:
 
 
 @torch.no_grad()
-def _mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
+def mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
     """Apply exact moves to the draws; return the regions that hold a good part of the mass and no draws."""
     density = guide.density
     found = []

@@ -18,7 +18,7 @@ from pyro_flows.modes.missed_modes import (
     THIN,
     WANDERED,
     Search,
-    _mirrored,
+    mirrored,
     sentence_on,
     share_error,
 )
@@ -48,7 +48,7 @@ def missed_together(stack: Stack, flows: Sequence[Flow], *, seed: int) -> list[S
     usable = [number for number, look in enumerate(looks) if look.guide is not None]
     if not usable:
         return [Search() for _ in looks]
-    symmetric = any(_mirrored(*looks[number].few) for number in usable[:MIRRORED])
+    symmetric = any(mirrored(*looks[number].few) for number in usable[:MIRRORED])
     for search in (_climbed, _across, _wandered):
         for number, lacks in zip(usable, search(stack, looks, usable, seed), strict=True):
             found[number] = found[number] or [lack for lack in lacks if is_resolved(looks[number].density, lack.place)]

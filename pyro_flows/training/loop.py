@@ -30,7 +30,11 @@ AVERAGED_SHARE = 0.2
 ANNEAL_FROM = 0.01
 FALL = 20.0  # nats below the best check: go back to it with half the step size
 
+AGAIN = 2.0  # times the steps that were done at a try, until the next one
+RISES = 1.2  # times the effective share of the try before: less does not pay
+
 LIGHT = "the importance weights leave nothing to mend"
+STALLED = "training was ended: the importance weights got hardly better"
 
 Report = Callable[[int, float, str], None]  # steps done, ELBO, state
 
@@ -67,11 +71,13 @@ class Look:
 
     Attributes:
         gap: nats between log evidence and ELBO by the draws of a check, up to which the sample is drawn.
-        enough: draws it, and says whether it is good enough.
+        weigh: draws it; returns whether it is good enough, and its effective share.
+        stalls: whether training that raises this share by next to nothing is to end, since a sampler stands ready.
     """
 
     gap: float
-    enough: Callable[[], bool]
+    weigh: Callable[[], tuple[bool, float]]
+    stalls: bool = False
 
 
 @dataclass
@@ -114,9 +120,11 @@ def train(
 
     The cool-down takes ``cool`` steps at least; it begins earlier, and is shorter, where ``look`` finds nothing to
     mend. What keeps the weights of a wide flow from that is often no more than the noise of its steps: so where the
-    ELBO is level, a short cool-down is tried once, before the functionals stand still, and a look follows. With
-    ``settle=False`` the budget alone ends it, to see what stopping costs. Where the time ends or Ctrl-C comes on the
-    way, the flow keeps what it has learned so far, and the clock the ``name`` of what was cut.
+    ELBO is level, a short cool-down is tried once, before the functionals stand still, and a look follows. Where
+    training is to end as it stalls, this is done again after twice as many steps, and so on: it ends where the look is
+    not better than the one before. With ``settle=False`` the budget alone ends it, to see what stopping costs. Where
+    the time ends or Ctrl-C comes on the way, the flow keeps what it has learned so far, and the clock the ``name`` of
+    what was cut.
     """
     return _Run(trainer, budget, Check.make(trainer.flow, trainer.density, seed=seed), report, look).train(
         cool=cool, settle=settle, name=name
@@ -130,7 +138,8 @@ class _Run:
         self.trainer, self.budget, self.check, self.report, self.look = trainer, budget, check, report, look
         self.monitor, self.ratchet = Monitor(), _Ratchet(trainer, -math.inf)
         self.first = len(trainer.losses)  # a race may have gone before
-        self.still, self.tried, self.why, self.elbo = False, False, "no steps", -math.inf
+        self.still, self.why, self.elbo = False, "no steps", -math.inf
+        self.try_from, self.share = 0.0, 0.0
 
     @property
     def done(self) -> int:
@@ -146,6 +155,8 @@ class _Run:
                 trainer.step(trainer.learning_rate * min(1.0, (self.done + 1) / WARM_UP))
                 if self.done % CHECK_EVERY == 0:
                     early = self._checked(settle)
+            if early == STALLED:
+                return self._ended(False, f"{STALLED} after {self.done} steps")
             if early:
                 return self._ended(True, f"converged: {early} after {self.done} steps", early=True)
             self._cool(max(cool, min(int(COOL_SHARE * self.done), COOL_AT_MOST)))
@@ -165,14 +176,18 @@ class _Run:
         self.report(self.first + self.done, self.elbo, "converging")
         if self.look is None or self.still:
             return ""
-        if self.monitor.promises(self.look.gap) and self.look.enough():
+        if self.monitor.promises(self.look.gap) and self.look.weigh()[0]:
             self._cool(COOL_EARLY)
             return LIGHT
-        if not self.tried and self.monitor.level():
-            self.tried = True
-            self._cool(COOL_TRIED)
-            return LIGHT if self.look.enough() else ""
-        return ""
+        return self._tried(self.look) if self.done >= self.try_from and self.monitor.level() else ""
+
+    def _tried(self, look: Look) -> str:
+        """Cool down for a while, and look at the weights; return why the training is over, if they say so."""
+        self._cool(COOL_TRIED)
+        enough, share = look.weigh()
+        stalled = look.stalls and share < RISES * self.share
+        self.try_from, self.share = AGAIN * self.done if look.stalls else math.inf, share
+        return LIGHT if enough else STALLED if stalled else ""
 
     def _cool(self, steps: int) -> None:
         done = self.done

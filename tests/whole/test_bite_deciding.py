@@ -290,7 +290,7 @@ BUGS = [
     (deciding, "resample", "index[torch.randperm(draws, generator=generator)]", "index", systematic),
     # modes
     (missed_modes, "missed_modes", "density(z) - log_q", "density(z)", both_halves),
-    (missed_modes, "missed_modes", "lambda: _mirrored(guide, *few)", "list", one_half),
+    (missed_modes, "missed_modes", "lambda: mirrored(guide, *few)", "list", one_half),
     (symmetries, "images", "move(latents) for move", "latents for move", one_half),
     (lacks, "lacks_of", "> SHARE", "> 1.0", one_half),
     (lacks.Guide, "is_thin", "- self.score(z[usable])", "+ self.score(z[usable])", one_half),

@@ -1,0 +1,112 @@
+"""Operations that are alike are done at once: fewer of them, and the same results."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+
+import pytest
+import torch
+from torch import fx
+
+from pyro_flows.graphs.record import record
+from pyro_flows.model.gradients import values_and_grads
+from tests.invariants import close
+
+ROUNDS = 60
+
+
+def autoregression(x):
+    """A loop of which only the state waits for the round before."""
+    phi, sigma, h, heights = x[..., 0].tanh(), x[..., 1].exp(), x[..., 2], []
+    for t in range(3, ROUNDS):
+        h = phi * h + sigma * x[..., t]
+        heights.append(h)
+    return torch.stack(heights, -1).exp().sum(-1)
+
+
+def scored(x):
+    """Each round adds a log density, of data that are numbers of the model."""
+    data, total = torch.linspace(-1.0, 1.0, ROUNDS, dtype=x.dtype), 0.0
+    for t in range(1, ROUNDS):
+        total = total - 0.5 * ((x[..., t] - x[..., 0] * x[..., t - 1] - data[t]) / 0.7) ** 2
+    return total
+
+
+def backwards(x):
+    """Rows are read from the last one to the first, and each second one only."""
+    return sum((x[..., t].sin() * x[..., 0] for t in range(ROUNDS - 1, 0, -2)), x[..., 1])
+
+
+def apart(x):
+    """Two rows of each of many tensors, put together again."""
+    state = x[..., :2]
+    for _ in range(20):
+        state = state + 0.1 * torch.stack([state[..., 1] * x[..., 3], -state[..., 0]], -1)
+    return state.square().sum(-1)
+
+
+def with_whole_numbers(x):
+    """Comparisons and whole numbers among the operations."""
+    parts = [torch.where(part > 0.2 * t, part, part * t) for t, part in enumerate(x.unbind(-1))]
+    return sum(parts)
+
+
+FUNCTIONS = (autoregression, scored, backwards, apart, with_whole_numbers)
+
+
+def points(rows: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 0.5 * torch.randn(rows, ROUNDS, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def counts(module: fx.GraphModule) -> Counter:
+    return Counter(node.target for node in module.graph.nodes if node.op == "call_function")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_values_and_gradients_are_the_same(function, dtype):
+    def both(x):
+        return values_and_grads(function, x)
+
+    module = record(both, points(4, dtype))
+    for seed in range(3):
+        x = points(4, dtype, seed)
+        for got, expected in zip(module(x), both(x), strict=True):
+            close(got, expected, 1e-10 if dtype == torch.float64 else 2e-4)
+
+
+def test_what_does_not_wait_is_done_at_once_and_the_state_stays_a_loop():
+    found = counts(record(lambda x: values_and_grads(autoregression, x), points(4, torch.float64)))
+    aten = torch.ops.aten
+    assert found[aten.exp.default] <= 2
+    assert found[aten.select.int] <= 3  # of phi, sigma and the first state
+    assert found[aten.select_backward.default] <= 3
+    assert found[aten.mul.Tensor] < 2.5 * ROUNDS  # there and back, and once for all sums over rounds
+    assert found[aten.add.Tensor] < 2.5 * ROUNDS
+
+
+def test_the_terms_of_a_sum_are_done_at_once():
+    module = record(lambda x: values_and_grads(scored, x), points(4, torch.float64))
+    assert sum(number for target, number in counts(module).items() if target is not operator.getitem) < 60
+
+
+def test_large_results_are_left_alone():
+    def large(x):
+        return (sum(part.exp() for part in x.unbind()),)
+
+    module = record(large, torch.ones(20, 5000, dtype=torch.float64))
+    assert counts(module)[torch.ops.aten.exp.default] == 20
+
+
+def test_random_numbers_keep_their_order():
+    def noisy(x):
+        return (torch.stack([part + torch.randn_like(part) for part in x.unbind()]),)
+
+    x = torch.zeros(20, 3, dtype=torch.float64)
+    module = record(noisy, x)
+    torch.manual_seed(1)
+    expected = noisy(x)[0]
+    torch.manual_seed(1)
+    assert torch.equal(module(x)[0], expected)
