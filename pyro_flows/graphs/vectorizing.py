@@ -14,22 +14,16 @@ from __future__ import annotations
 import heapq
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from pyro_flows.graphs.graph import copy_node, graph_module, is_aten, new_node, sweep
+from pyro_flows.graphs.sums import FEWEST, PERMUTED, SMALL, STACKED, Kind, add, like_of, read_rows, sum_at_once
 
-FEWEST = 8  # operations that are done at once, at least
-SMALL = 2**12  # numbers in a result, at most: the time of larger ones goes with their numbers
 _aten = torch.ops.aten
-_SELECTED, _GRADIENT = _aten.select.int, _aten.select_backward.default
-_PERMUTED, _STACKED = _aten.permute.default, _aten.stack.default
-_ADDED, _TAKEN = _aten.add.Tensor, _aten.sub.Tensor
-
-Kind = tuple[Any, ...]
 
 
 def vectorize(module: fx.GraphModule) -> fx.GraphModule:
@@ -39,14 +33,14 @@ def vectorize(module: fx.GraphModule) -> fx.GraphModule:
 
     >>> from pyro_flows.graphs.record import record
     >>> loop = record(lambda x: (sum(2.0 * part.exp() for part in x.unbind()),), torch.ones(50, 3))
-    >>> sum(node.op == "call_function" for node in loop.graph.nodes)
-    5
+    >>> sum(node.target is torch.ops.aten.exp.default for node in loop.graph.nodes)
+    1
     """
     graph = module.graph
     if sum(map(is_aten, graph.nodes)) < 2 * FEWEST or any(map(_is_random, graph.nodes)):
         return module
-    _read_rows(graph)
-    _sum_at_once(graph)
+    read_rows(graph)
+    sum_at_once(graph)
     sweep(graph)
     for levels in (_from_inputs, _from_results):
         groups = _groups(graph, levels(graph))
@@ -57,125 +51,6 @@ def vectorize(module: fx.GraphModule) -> fx.GraphModule:
 
 def _is_random(node: fx.Node) -> bool:
     return is_aten(node) and torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
-
-
-def _like(value: Tensor, *shape: int) -> Tensor:
-    """Return an example of this shape that takes no memory."""
-    return torch.empty((), dtype=value.dtype, device=value.device).expand(shape)
-
-
-def _add(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], like: Tensor | None) -> fx.Node:
-    node = new_node(graph, target, args, {})
-    if like is not None:
-        node.meta["val"] = like
-    return node
-
-
-# rows of one tensor, and sums of many terms ---------------------------------------------------------------------------
-
-
-def _read_rows(graph: fx.Graph) -> None:
-    """Take a tensor apart once, where many of its rows (or columns) are selected one by one."""
-    selected: defaultdict[tuple[fx.Node, int], list[fx.Node]] = defaultdict(list)
-    for node in graph.nodes:
-        if node.target is _SELECTED and not node.kwargs:
-            selected[node.args[0], node.args[1] % node.args[0].meta["val"].dim()].append(node)
-    for (source, axis), nodes in selected.items():
-        value = source.meta["val"]
-        if len(nodes) == 1 or FEWEST * len(nodes) < value.shape[axis]:
-            continue
-        with graph.inserting_before(nodes[0]):
-            given = _rows(graph, source, axis) if len(nodes) >= FEWEST else (source, axis)
-            parts = _add(graph, _aten.unbind.int, given, None)
-        for node in nodes:
-            node.target, node.args = operator.getitem, (parts, node.args[2] % value.shape[axis])
-
-
-def _rows(graph: fx.Graph, source: fx.Node, axis: int) -> tuple[fx.Node, int]:
-    """Return a tensor with an axis in front, where each row is together in memory."""
-    value = source.meta["val"]
-    order = [axis, *(place for place in range(value.dim()) if place != axis)]
-    like = _like(value, *(value.shape[place] for place in order))
-    turned = _add(graph, _PERMUTED, (source, order), like) if axis else source
-    rows = _add(graph, _aten.clone.default, (turned,), like)
-    rows.kwargs = {"memory_format": torch.contiguous_format}
-    return rows, 0
-
-
-def _sum_at_once(graph: fx.Graph) -> None:
-    """Stack the terms of a long sum, and sum over the stack; gradients of rows become the rows of one tensor."""
-    for node in list(graph.nodes):
-        if not _is_sum(node) or (len(node.users) == 1 and _is_sum(next(iter(node.users)))):
-            continue
-        terms = _terms(node)
-        kinds: defaultdict[Kind, list[fx.Node]] = defaultdict(list)
-        for term, sign in terms:
-            kinds[sign, *_kind_of_term(term)].append(term)
-        with graph.inserting_before(node):
-            parts = [(part, kind[0]) for kind, alike in kinds.items() for part in _summed(graph, alike)]
-            if len(parts) == len(terms):
-                continue
-            parts.sort(key=operator.itemgetter(1), reverse=True)  # what is taken away comes last
-            whole, sign = parts[0]
-            for part, other in parts[1:]:
-                whole = _add(graph, _ADDED if sign == other else _TAKEN, (whole, part), node.meta["val"])
-            whole = whole if sign == 1 else _add(graph, _aten.neg.default, (whole,), node.meta["val"])
-        node.replace_all_uses_with(whole)
-
-
-def _is_sum(node: fx.Node) -> bool:
-    """Whether it is a sum or a difference of two tensors of one shape and dtype."""
-    if node.target not in (_ADDED, _TAKEN) or node.kwargs or not all(isinstance(part, fx.Node) for part in node.args):
-        return False
-    values: list[Any] = [part.meta.get("val") for part in (node, *node.args)]  # type: ignore[union-attr]
-    return all(value.shape == values[0].shape and value.dtype == values[0].dtype for value in values)
-
-
-def _terms(node: fx.Node) -> list[tuple[fx.Node, int]]:
-    """Return the terms of a sum and their signs; sums that are used elsewhere too are terms."""
-    found: list[tuple[fx.Node, int]] = []
-    left: list[tuple[Any, int]] = [(node, 1)]
-    while left:
-        part, sign = left.pop()
-        if part is node or (_is_sum(part) and len(part.users) == 1 and part.args[0] is not part.args[1]):
-            left += [(part.args[0], sign), (part.args[1], sign if part.target is _ADDED else -sign)]
-        else:
-            found.append((part, sign))
-    return found[::-1]
-
-
-def _kind_of_term(node: fx.Node) -> Kind:
-    if node.target is _GRADIENT:
-        return node.target, tuple(node.args[1]), node.args[2]  # type: ignore[arg-type]
-    return (node.target,)
-
-
-def _summed(graph: fx.Graph, terms: list[fx.Node]) -> list[fx.Node]:
-    """Return terms of one kind as few ones."""
-    value: Tensor = terms[0].meta["val"]
-    if terms[0].target is _GRADIENT:
-        sparse = value.shape[cast("int", terms[0].args[2])] > FEWEST * len(terms)
-        return terms if len(terms) == 1 or sparse else [_put_together(graph, terms)]
-    if len(terms) < FEWEST or value.numel() > SMALL:
-        return terms
-    stack = _add(graph, _STACKED, (terms,), _like(value, len(terms), *value.shape))
-    return [_add(graph, _aten.sum.dim_IntList, (stack, [0]), value)]
-
-
-def _put_together(graph: fx.Graph, gradients: list[fx.Node]) -> fx.Node:
-    """Return the sum of gradients that are zero but for one row each."""
-    value: Tensor = gradients[0].meta["val"]
-    axis: Any = gradients[0].args[2]
-    axis %= value.dim()
-    rows: dict[int, Any] = {}
-    for node in gradients:
-        row, _, _, index = cast("tuple[Any, ...]", node.args)
-        place = index % value.shape[axis]
-        rows[place] = row if place not in rows else _add(graph, _ADDED, (rows[place], row), row.meta["val"])
-    first = next(iter(rows.values()))
-    zero = _add(graph, _aten.zeros_like.default, (first,), first.meta["val"])
-    ordered = [rows.get(place, zero) for place in range(value.shape[axis])]
-    return _add(graph, _STACKED, (ordered, axis), value)
 
 
 # groups ---------------------------------------------------------------------------------------------------------------
@@ -245,7 +120,7 @@ class _Writer:
                 self._copies[unit[0]] = self._copy(unit[0])
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        if node.target is _STACKED and not node.kwargs:
+        if node.target is STACKED and not node.kwargs:
             parts: Any = node.args[0]
             rows = [self._copies[part] for part in parts]
             if all(row in self._rows for row in rows):
@@ -260,7 +135,7 @@ class _Writer:
         """Return a stack along another axis than the first."""
         order = [*range(1, like.dim())]
         order.insert(axis % like.dim(), 0)
-        return stack if axis % like.dim() == 0 else _add(self.written, _PERMUTED, (stack, order), like)
+        return stack if axis % like.dim() == 0 else add(self.written, PERMUTED, (stack, order), like)
 
     def _at_once(self, nodes: list[fx.Node]) -> None:
         first, count = nodes[0], len(nodes)
@@ -268,10 +143,10 @@ class _Writer:
         places = range(len(first.args))
         args = tuple(self._operand([node.args[place] for node in nodes], value.dim()) for place in places)
         whole = new_node(self.written, first.target, args, dict(first.kwargs))
-        whole.meta["val"] = _like(value, count, *value.shape)
-        parts = _add(self.written, _aten.unbind.int, (whole, 0), None)
+        whole.meta["val"] = like_of(value, count, *value.shape)
+        parts = add(self.written, _aten.unbind.int, (whole, 0), None)
         for place, node in enumerate(nodes):
-            row = self._copies[node] = _add(self.written, operator.getitem, (parts, place), value)
+            row = self._copies[node] = add(self.written, operator.getitem, (parts, place), value)
             self._rows[row] = whole, place
 
     def _operand(self, parts: list[Any], axes: int) -> Any:
@@ -285,16 +160,16 @@ class _Writer:
         if value.dim() == axes + 1:
             return stack
         shape = [len(parts), *[1] * (axes + 1 - value.dim()), *value.shape[1:]]
-        return _add(self.written, _aten.view.default, (stack, shape), _like(value, *shape))
+        return add(self.written, _aten.view.default, (stack, shape), like_of(value, *shape))
 
     def _stack(self, parts: list[fx.Node]) -> fx.Node:
         """Return tensors of one shape as rows of one tensor."""
         key = tuple(parts)
         if key not in self._stacks:
             value: Tensor = parts[0].meta["val"]
-            like = _like(value, len(parts), *value.shape)
+            like = like_of(value, len(parts), *value.shape)
             found = self._constant(parts) if all(part.op == "get_attr" for part in parts) else self._range(parts, like)
-            self._stacks[key] = _add(self.written, _STACKED, (parts,), like) if found is None else found
+            self._stacks[key] = add(self.written, STACKED, (parts,), like) if found is None else found
         return self._stacks[key]
 
     def _constant(self, parts: list[fx.Node]) -> fx.Node | None:
@@ -318,8 +193,8 @@ class _Writer:
             return None
         low, high = min(first, last), max(first, last) + 1
         if (low, high) != (0, source.meta["val"].shape[0]):
-            source = _add(self.written, _aten.slice.Tensor, (source, 0, low, high), like)
-        return source if step == 1 else _add(self.written, _aten.flip.default, (source, [0]), like)
+            source = add(self.written, _aten.slice.Tensor, (source, 0, low, high), like)
+        return source if step == 1 else add(self.written, _aten.flip.default, (source, [0]), like)
 
 
 def _ordered(graph: fx.Graph, groups: Sequence[list[fx.Node]]) -> list[list[fx.Node]]:

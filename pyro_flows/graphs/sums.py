@@ -1,0 +1,147 @@
+"""Long sums in a flat graph, and rows of one tensor that are taken one by one: each done at once."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from pyro_flows.graphs.graph import new_node
+
+FEWEST = 8  # operations that are done at once, at least
+SMALL = 2**12  # numbers in a result, at most: the time of larger ones goes with their numbers
+STACKED, PERMUTED = torch.ops.aten.stack.default, torch.ops.aten.permute.default
+_aten = torch.ops.aten
+_SELECTED, _GRADIENT = _aten.select.int, _aten.select_backward.default
+_ADDED, _TAKEN = _aten.add.Tensor, _aten.sub.Tensor
+
+Kind = tuple[Any, ...]
+
+
+def like_of(value: Tensor, *shape: int) -> Tensor:
+    """Return an example of this shape that takes no memory."""
+    return torch.empty((), dtype=value.dtype, device=value.device).expand(shape)
+
+
+def add(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], like: Tensor | None) -> fx.Node:
+    node = new_node(graph, target, args, {})
+    if like is not None:
+        node.meta["val"] = like
+    return node
+
+
+def read_rows(graph: fx.Graph) -> None:
+    """Take a tensor apart once, where many of its rows (or columns) are selected one by one."""
+    selected: defaultdict[tuple[fx.Node, int], list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.target is _SELECTED and not node.kwargs:
+            selected[node.args[0], node.args[1] % node.args[0].meta["val"].dim()].append(node)
+    for (source, axis), nodes in selected.items():
+        value = source.meta["val"]
+        if len(nodes) == 1 or FEWEST * len(nodes) < value.shape[axis]:
+            continue
+        with graph.inserting_before(nodes[0]):
+            given = _rows(graph, source, axis) if len(nodes) >= FEWEST else (source, axis)
+            parts = add(graph, _aten.unbind.int, given, None)
+        for node in nodes:
+            node.target, node.args = operator.getitem, (parts, node.args[2] % value.shape[axis])
+
+
+def _rows(graph: fx.Graph, source: fx.Node, axis: int) -> tuple[fx.Node, int]:
+    """Return a tensor with an axis in front, where each row is together in memory."""
+    value = source.meta["val"]
+    order = [axis, *(place for place in range(value.dim()) if place != axis)]
+    like = like_of(value, *(value.shape[place] for place in order))
+    turned = add(graph, PERMUTED, (source, order), like) if axis else source
+    rows = add(graph, _aten.clone.default, (turned,), like)
+    rows.kwargs = {"memory_format": torch.contiguous_format}
+    return rows, 0
+
+
+def sum_at_once(graph: fx.Graph) -> None:
+    """Stack the terms of a long sum, and sum over the stack; gradients of rows become the rows of one tensor."""
+    for node in list(graph.nodes):
+        if not _is_sum(node) or (len(node.users) == 1 and _is_sum(next(iter(node.users)))):
+            continue
+        terms = _terms(node)
+        kinds: defaultdict[Kind, list[fx.Node]] = defaultdict(list)
+        for term, sign in terms:
+            kinds[sign, *_kind_of_term(term)].append(term)
+        with graph.inserting_before(node):
+            parts = [(part, kind[0]) for kind, alike in kinds.items() for part in _summed(graph, alike)]
+            if len(parts) == len(terms):
+                continue
+            parts.sort(key=operator.itemgetter(1), reverse=True)  # what is taken away comes last
+            whole, sign = parts[0]
+            for part, other in parts[1:]:
+                whole = add(graph, _ADDED if sign == other else _TAKEN, (whole, part), node.meta["val"])
+            whole = whole if sign == 1 else add(graph, _aten.neg.default, (whole,), node.meta["val"])
+        node.replace_all_uses_with(whole)
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Whether it is a sum or a difference of two tensors of one shape and dtype."""
+    if node.target not in (_ADDED, _TAKEN) or node.kwargs or not all(isinstance(part, fx.Node) for part in node.args):
+        return False
+    values: list[Any] = [part.meta.get("val") for part in (node, *node.args)]  # type: ignore[union-attr]
+    return all(value.shape == values[0].shape and value.dtype == values[0].dtype for value in values)
+
+
+def _terms(node: fx.Node) -> list[tuple[fx.Node, int]]:
+    """Return the terms of a sum and their signs; sums that are used elsewhere too are terms."""
+    found: list[tuple[fx.Node, int]] = []
+    left: list[tuple[Any, int]] = [(node, 1)]
+    while left:
+        part, sign = left.pop()
+        if part is node or (_is_sum(part) and len(part.users) == 1 and part.args[0] is not part.args[1]):
+            left += [(part.args[0], sign), (part.args[1], sign if part.target is _ADDED else -sign)]
+        else:
+            found.append((part, sign))
+    return found[::-1]
+
+
+def _kind_of_term(node: fx.Node) -> Kind:
+    if node.target is _GRADIENT:
+        return node.target, tuple(node.args[1]), node.args[2]  # type: ignore[arg-type]
+    return (node.target,)
+
+
+def _summed(graph: fx.Graph, terms: list[fx.Node]) -> list[fx.Node]:
+    """Return terms of one kind as few ones."""
+    value: Tensor = terms[0].meta["val"]
+    if terms[0].target is _GRADIENT:
+        sparse = value.shape[cast("int", terms[0].args[2])] > FEWEST * len(terms)
+        return terms if len(terms) == 1 or sparse else [_put_together(graph, terms)]
+    return terms if len(terms) < FEWEST or value.numel() > SMALL else [_total(graph, terms)]
+
+
+def _put_together(graph: fx.Graph, gradients: list[fx.Node]) -> fx.Node:
+    """Return the sum of gradients that are zero but for one row each."""
+    value: Tensor = gradients[0].meta["val"]
+    axis: Any = gradients[0].args[2]
+    axis %= value.dim()
+    rows: defaultdict[int, list[fx.Node]] = defaultdict(list)
+    for node in gradients:
+        row, _, _, index = cast("tuple[Any, ...]", node.args)
+        rows[index % value.shape[axis]].append(row)
+    whole = {place: _total(graph, parts) for place, parts in rows.items()}
+    first = next(iter(whole.values()))
+    zero = add(graph, _aten.zeros_like.default, (first,), first.meta["val"])
+    ordered = [whole.get(place, zero) for place in range(value.shape[axis])]
+    return add(graph, STACKED, (ordered, axis), value)
+
+
+def _total(graph: fx.Graph, terms: list[fx.Node]) -> fx.Node:
+    """Return the sum of terms that are no gradients of rows."""
+    value: Tensor = terms[0].meta["val"]
+    if len(terms) >= FEWEST and value.numel() <= SMALL:
+        stack = add(graph, STACKED, (terms,), like_of(value, len(terms), *value.shape))
+        return add(graph, _aten.sum.dim_IntList, (stack, [0]), value)
+    whole = terms[0]
+    for term in terms[1:]:
+        whole = add(graph, _ADDED, (whole, term), value)
+    return whole
