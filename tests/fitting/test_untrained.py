@@ -1,0 +1,149 @@
+"""A sampler before any training, training that ends where it gains nothing, and chains that have what a flow lacks."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows._progress import Bar
+from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.rungs import attempt_untrained
+from pyro_flows.correction.sampler import ROUND, Sampler
+from pyro_flows.correction.search import held_by
+from pyro_flows.flows.parts import location_scale
+from pyro_flows.modes.lacks import Lack
+from pyro_flows.modes.missed_modes import WANDERED
+from pyro_flows.starts.start import Start
+from pyro_flows.training.loop import COOL_TRIED, STALLED, Budget, Look, train
+from pyro_flows.training.trainer import Trainer
+from pyro_flows.verdict.chains import Chains
+
+DIM = 60
+ONES = torch.ones(DIM, dtype=torch.float64)
+
+
+def bent():
+    """The mean of each second coordinate is half of the square of the one before."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(DIM).double(), 1.0).to_event(1))
+    pyro.factor("bend", 0.5 * z[1::2].square().sum() - 0.5 * (z[1::2] - 0.5 * z[::2].square()).square().sum())
+
+
+def two_sided(masses):
+    """Independent normals, the first coordinate of which has two modes, at -3 and 3 with sds of 0.5."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(DIM).double(), 1.0).to_event(1))
+        parts = torch.stack([-0.5 * ((z[0] - 3.0 * side) / 0.5) ** 2 for side in (-1.0, 1.0)])
+        pyro.factor("sides", 0.5 * z[0] ** 2 + torch.logsumexp(parts + torch.tensor(masses).double().log(), 0))
+
+    return model
+
+
+def attempted(model, loc, scale, **options):
+    density = pf.LogDensity(model)
+    names = [f"z[{i}]" for i in range(DIM)]
+    return attempt_untrained(Start("given", loc, scale), density, names, 4000, seed=0, bar=Bar("", False), **options)
+
+
+def test_a_bent_posterior_in_many_dimensions_is_sampled_and_not_trained():
+    posterior = pf.fit(bent, progress=False)
+    assert posterior.verdict.status == "refined", posterior.verdict
+    assert len(posterior.losses) == 0
+    assert any("no flow was trained" in (stage.get("why") or "") for stage in posterior.history)
+    assert not any("no search" in note for note in posterior.verdict.notes)
+    z = posterior.samples["z"]
+    assert float(z[:, 0].mean()) == pytest.approx(0.0, abs=0.12)
+    assert float(z[:, 1].mean()) == pytest.approx(0.5, abs=0.12)
+    assert float(z[:, 0].std()) == pytest.approx(1.0, rel=0.1)
+    assert float(z[:, 1].std()) == pytest.approx(math.sqrt(1.5), rel=0.1)
+
+
+def test_without_a_sampler_a_flow_is_trained():
+    posterior = pf.fit(bent, progress=False, refine=False, escalate=False, max_steps=300, draws=500)
+    assert len(posterior.losses) > 0
+
+
+def test_chains_in_one_of_two_modes_do_not_pass():
+    """Exact symmetry, or not: chains that began in the one mode agree with each other, and lack the other."""
+    loc, scale = torch.zeros(DIM).double(), ONES.clone()
+    loc[0], scale[0] = 3.0, 0.5
+    for masses in ((0.5, 0.5), (0.35, 0.65)):
+        assert attempted(two_sided(masses), loc, scale) is None
+    assert attempted(lambda: pyro.sample("z", dist.Normal(loc, scale).to_event(1)), loc, scale) is not None
+
+
+def test_a_sampler_that_cannot_end_in_time_is_given_up_after_a_round():
+    density = pf.LogDensity(bent)
+    flow = location_scale(DIM, df=60.0, diagonal=True).double()
+    z = flow.draw(8)[0].detach()
+    sampler = Sampler.begin(
+        Latent(flow, density), [str(i) for i in range(DIM)], z, chains=64, kept=64, seed=0, independence=0
+    )
+    before = density.evaluations
+    assert sampler.run(2000, gradients=25_000) is None
+    assert sampler.numbers["sweeps"] == ROUND, "a round takes 10,000, and those after it take 24,000 at least"
+    assert density.evaluations - before < 20_000
+
+
+def trained(look):
+    """Train until the functionals stand still, or the look ends it; they never stand still here."""
+    density = pf.LogDensity(bent)
+    flow = pf.realnvp(DIM, layers=2).double()
+    return train(
+        Trainer(flow, density, learning_rate=1e-3, batch=16), Budget(5000), seed=0, report=lambda *said: None, look=look
+    )
+
+
+@pytest.mark.parametrize(("shares", "stalls", "tries"), [((0.3, 0.31), True, 2), ((0.1, 0.3, 0.31), True, 3)])
+def test_training_ends_where_the_weights_get_hardly_better(shares, stalls, tries, monkeypatch):
+    monkeypatch.setattr("pyro_flows.training.loop.Monitor.level", lambda self: True)
+    monkeypatch.setattr("pyro_flows.training.loop.Monitor.stationary", lambda self: (False, "never"))
+    monkeypatch.setattr("pyro_flows.training.loop.Monitor.promises", lambda self, gap: False)
+    left = iter(shares)
+    asked = []
+
+    def weigh():
+        asked.append(next(left))
+        return False, asked[-1]
+
+    result = trained(Look(0.04, weigh, stalls))
+    assert len(asked) == tries
+    assert STALLED in result.why
+    assert not result.converged
+    assert len(result.losses) > tries * COOL_TRIED
+
+
+def test_without_a_sampler_it_is_tried_once_and_training_goes_on(monkeypatch):
+    monkeypatch.setattr("pyro_flows.training.loop.Monitor.level", lambda self: True)
+    monkeypatch.setattr("pyro_flows.training.loop.Monitor.stationary", lambda self: (False, "never"))
+    monkeypatch.setattr("pyro_flows.training.loop.Monitor.promises", lambda self, gap: False)
+    asked = []
+
+    def weigh():
+        asked.append(1)
+        return False, 0.3
+
+    result = trained(Look(0.04, weigh))
+    assert asked == [1]
+    assert STALLED not in result.why
+
+
+def test_chains_hold_what_they_go_in_and_out_of():
+    density = pf.LogDensity(two_sided((0.5, 0.5)))
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(64, 100, DIM, generator=generator, dtype=torch.float64)
+    side = torch.where(torch.rand(64, 100, generator=generator) < 0.5, -1.0, 1.0)
+    z[..., 0] = 3.0 * side + 0.5 * z[..., 0]
+    both = Chains(z, {"lp": density(z.flatten(0, 1)).reshape(64, 100)}, {"superchain": torch.arange(64) // 8}, {})
+    right = Chains(z.clone(), both.stats, both.state, {})
+    right.z[..., 0] = 3.0 + (z[..., 0] - 3.0 * side)
+    loc, scale = torch.zeros(DIM).double(), ONES.clone()
+    loc[0], scale[0] = -3.0, 0.5
+    lack = Lack(loc, Start("climbed", loc, scale))
+    evidence = math.log(0.5)  # two normals of sd a half, by half of the mass each
+    assert held_by(density, both, [lack], evidence, seed=0)
+    assert not held_by(density, right, [lack], evidence, seed=0)
+    assert held_by(density, right, [Lack(loc, Start(WANDERED, loc, scale))], evidence, seed=0)
