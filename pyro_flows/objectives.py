@@ -232,9 +232,9 @@ def importance_weighted(flow: Flow, density: LogDensity, draws: int, *, group: i
 
 
 def elbo(flow: Flow, density: LogDensity, draws: int) -> Estimate:
-    r"""Negative ELBO in nats, :math:`-\frac 1S\sum_i \big(\log \tilde p(z_i) - \log q(z_i)\big)`, with all its gradients.
+    r"""Negative ELBO in nats, :math:`-\frac 1S\sum_i \big(\log \tilde p(z_i) - \log q(z_i)\big)`.
 
-    The total gradient, for models with trainable parameters of their own (``train_model=True``): those enter
+    It has the total gradient, for models with trainable parameters of their own (``train_model=True``): those enter
     :math:`\log \tilde p` directly, which the path gradient does not see.
 
     Args:

@@ -113,9 +113,9 @@ def glow(
 
     A step is :math:`h \mapsto c(W (h - b) / e^{s})`: W mixes the channels of a pixel, and c is the inverse of an
     :class:`AffineCoupling`. This is in the direction of the density; after each scale but the last, half of the
-    channels are left to the base. The 1 x 1 convolutions start as seeded permutations of the channels, so all of them are soon moved. Call
-    ``flow.bijection.start_from(batch)`` before training, which sets the ActNorms. Latents have the shape of the data.
-    The inverse costs as much as the forward pass. Not for guides, which need vectors.
+    channels are left to the base. The 1 x 1 convolutions start as seeded permutations of the channels, so all of them
+    are soon moved. Call ``flow.bijection.start_from(batch)`` before training, which sets the ActNorms. Latents have the
+    shape of the data. The inverse costs as much as the forward pass. Not for guides, which need vectors.
 
     Args:
         dim: the shape (C, H, W) of an image; H and W divisible by 2 for each level.
