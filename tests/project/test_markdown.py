@@ -33,7 +33,7 @@ KINDS = {
     "{include} ../CHANGELOG.md",
     "{include} ../../CONTRIBUTING.md",
 }
-COMMENTS = {"", "slow", "setup", "needs chirho"}
+COMMENTS = {"", "slow", "setup", "needs chirho", "needs sbi"}
 
 
 def name_of(path):
