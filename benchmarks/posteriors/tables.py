@@ -67,8 +67,8 @@ def _methods_text(methods: dict[str, list[Row]]) -> str:
         f"{text}\n\nPyro's guides are trained by Pyro's `SVI` with Adam: 2000 steps of 0.01 with one particle, or, "
         f"with equal gradients, {rivals.PARTICLES} particles and a step size of 0.005 for as many gradient evaluations "
         f"as our fit of the same posterior and seed took ({rivals.GRADIENTS_AT_MOST} at most). They get each posterior "
-        "in unconstrained coordinates, since on the models as written they cannot start from improper priors. Their flow "
-        f"has {rivals.COUPLINGS} affine couplings of hidden layers {rivals.HIDDEN} with flips. Verdicts, and the draws "
+        "in unconstrained coordinates, since on the models as written they cannot start from improper priors. Their "
+        f"flow has {rivals.COUPLINGS} affine couplings of hidden layers {rivals.HIDDEN} with flips. Verdicts, and the draws "
         "to use, are those of `diagnose`."
     )
 
