@@ -68,8 +68,8 @@ def _methods_text(methods: dict[str, list[Row]]) -> str:
         f"with equal gradients, {rivals.PARTICLES} particles and a step size of 0.005 for as many gradient evaluations "
         f"as our fit of the same posterior and seed took ({rivals.GRADIENTS_AT_MOST} at most). They get each posterior "
         "in unconstrained coordinates, since on the models as written they cannot start from improper priors. Their "
-        f"flow has {rivals.COUPLINGS} affine couplings of hidden layers {rivals.HIDDEN} with flips. Verdicts, and the draws "
-        "to use, are those of `diagnose`."
+        f"flow has {rivals.COUPLINGS} affine couplings of hidden layers {rivals.HIDDEN} with flips. Verdicts, and the "
+        "draws to use, are those of `diagnose`."
     )
 
 
