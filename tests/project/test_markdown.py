@@ -87,6 +87,22 @@ def test_fences_say_what_they_hold(path):
     assert {fence.comment for fence in found if fence.kind == "python"} <= COMMENTS
 
 
+ITEM = re.compile(r"(?:\d+[.)]|[-+*]) ")
+
+
+def chance_items(text):
+    """Lines of a paragraph that Markdown takes for an item of a list, since they begin with a number or a sign."""
+    lines = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()
+    in_list = [bool(ITEM.match(line.lstrip())) or line.startswith("  ") for line in lines]
+    pairs = zip(itertools.pairwise(lines), itertools.pairwise(in_list), strict=True)
+    return [line for (before, line), (inside, _) in pairs if before.strip() and not inside and ITEM.match(line)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_line_of_a_paragraph_is_an_item_by_chance(path):
+    assert not chance_items(path.read_text(encoding="utf-8"))
+
+
 def test_pages_begin_with_the_same_lines():
     """Setups are few, so that a process runs them once; a page that differs by a letter would pay for its own."""
     found = {}
@@ -147,6 +163,8 @@ def test_commands_of_the_package_run(tmp_path, monkeypatch):
 
 
 def test_the_test_bites():
+    assert chance_items("Powers near\n1. A change\n") == ["1. A change"]
+    assert not chance_items("Steps:\n\n1. one\n   more\n2. two\n")
     text = (
         "Text.\n\n```python\nx = 2.0\nprint('x is', x)\n```\n\n<!-- within 0.1 or 10 % -->\n```text\nx is 2.15\n```\n"
     )
