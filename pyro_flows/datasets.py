@@ -20,7 +20,11 @@ ENTROPY = {"moons": 1.007584, "gaussians": 2.831880, "checkerboard": math.log(32
 
 
 class Split(NamedTuple):
-    """Data to train on, to stop by and to report on."""
+    """Data to train on, to stop by and to report on.
+
+    >>> Split(torch.zeros(8, 2), torch.zeros(1, 2), torch.zeros(1, 2)).train.shape
+    torch.Size([8, 2])
+    """
 
     train: Tensor
     validation: Tensor
@@ -216,6 +220,13 @@ def idx(path: str | os.PathLike[str]) -> Tensor:
         ValueError: if it is no idx file of bytes, or is cut short.
 
     Cost: the whole file is read into memory.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "images"
+    ...     _ = path.write_bytes(bytes([0, 0, 8, 2, 0, 0, 0, 1, 0, 0, 0, 3, 7, 8, 9]))  # one row of three
+    ...     idx(path)
+    tensor([[7, 8, 9]], dtype=torch.uint8)
     """
     source = Path(path)
     if not source.is_file():

@@ -20,8 +20,15 @@ STEEP = 1e3  # times the median length of a direction: no draw pulls harder
 
 
 class Estimate(NamedTuple):
-    """A loss to call ``backward`` on, and what goes without a graph: the bound's terms, one for each draw or group of
-    draws, whose mean over the finite ones estimates it, and the log importance weights (S,) of the draws.
+    """A loss to call ``backward`` on, and without a graph the terms of a bound and the draws' log weights.
+
+    The mean of the terms (nats), one for each draw or group of draws, estimates the bound; those that are not finite
+    are left out. The log importance weights have the shape (S,).
+
+    >>> import torch
+    >>> found = Estimate(torch.tensor(2.0), torch.tensor([-1.0, -3.0]), torch.zeros(2))
+    >>> found.terms.mean() == -found.loss
+    tensor(True)
     """
 
     loss: Tensor
@@ -43,7 +50,7 @@ def path(
     it pulls mass to where q has too little, which the ELBO hardly feels. Both are exactly zero for every draw at q = p.
     The score of q comes along with the forward pass. Draws where p, q or a gradient is not finite count as zero, and a
     difference of gradients a thousand times as long as the median one is shortened to that.
-    The loss's *value* is meaningless: read ``terms``.
+    The loss's *value* is meaningless: read ``terms``, in nats.
 
     Args:
         flow: q.
@@ -189,7 +196,7 @@ def importance_weighted(flow: Flow, density: LogDensity, draws: int, *, group: i
     gives the ELBO and the gradient of :func:`path` but for what that shortens; the bound rises with K towards the log
     evidence. It asks for a q that is good once weighted, which may be wider than p, not for one that is good by
     itself. Draws where p or a gradient is not finite have weight zero. The loss's *value* is meaningless: read
-    ``terms``, one for each group.
+    ``terms``, one for each group, in nats.
     Cost: that of :func:`path`, one pass and ``draws`` gradients of p.
 
     Args:
@@ -225,9 +232,9 @@ def importance_weighted(flow: Flow, density: LogDensity, draws: int, *, group: i
 
 
 def elbo(flow: Flow, density: LogDensity, draws: int) -> Estimate:
-    r"""Negative ELBO :math:`-\frac 1S\sum_i \log \tilde p(z_i) - \log q(z_i)`, differentiable in all parameters.
+    r"""Negative ELBO in nats, :math:`-\frac 1S\sum_i \big(\log \tilde p(z_i) - \log q(z_i)\big)`.
 
-    The total gradient, for models with trainable parameters of their own (``train_model=True``): those enter
+    It has the total gradient, for models with trainable parameters of their own (``train_model=True``): those enter
     :math:`\log \tilde p` directly, which the path gradient does not see.
 
     Args:

@@ -21,7 +21,7 @@ def section(rows: Sequence[records.Row]) -> str:
     rows = newest(rows)
     body = [_line(row) for row in rows]
     about = f"Measured on {rows[-1]['machine']}; {rows[-1]['software']}. pyro_flows {rows[-1]['version']}."
-    return "\n\n".join([f"{_text(rows)} {about}", table(HEADER, body)])
+    return "\n\n".join([_text(rows), about, table(HEADER, body)])
 
 
 def _line(row: records.Row) -> list[str]:

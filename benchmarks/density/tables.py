@@ -43,10 +43,10 @@ def _head(rows: Sequence[Row], about: About) -> str:
     versions = ", ".join(dict.fromkeys(row["version"] for row in rows if row["version"]))
     return (
         "Mean log density of test points in nats, more is better: the mean over seeds, three where the worst is "
-        "given in brackets, else one or two. All methods get the same data, split, number of layers, widths, batch and "
-        "CPU seconds of one thread, which the head names. Peers are trained by one plain recipe: standardized data, "
-        f"Adam with {density_peers.LEARNING_RATE:g} along a cosine, the best of twenty checks. The mixture of "
-        f"Gaussians has the number of components that held-out points prefer. {about(rows)} pyro_flows {versions}."
+        "given in brackets, else one or two.\n\nAll methods get the same data, split, number of layers, widths, batch "
+        "and CPU seconds of one thread, which the head names. Peers are trained by one plain recipe: standardized "
+        f"data, Adam with {density_peers.LEARNING_RATE:g} along a cosine, the best of twenty checks. The mixture of "
+        f"Gaussians has the number of components that held-out points prefer.\n\n{about(rows)} pyro_flows {versions}."
     )
 
 

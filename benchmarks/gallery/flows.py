@@ -71,7 +71,7 @@ def section(rows: Sequence[records.Row]) -> str:
     text = (
         "One round of each flow, with seed 0, and neither adaptive refinement nor chains, which `fit` adds. Means are "
         "in reference standard deviations, sds are absolute log ratios, both of the worst coordinate; there are no "
-        f"reference draws of seeds. {about(list(latest.values()))} pyro_flows {versions}."
+        f"reference draws of seeds.\n\n{about(list(latest.values()))} pyro_flows {versions}."
     )
     return f"{text}\n\n{table(header, body)}"
 

@@ -56,13 +56,7 @@ def compare(entry: Entry) -> tuple[Figure, dict[str, pf.Posterior]]:
     if entry.reference is not None:
         draws = _chains(entry.reference, set(posterior.samples))
         found["reference draws"] = pf.from_mcmc(draws, entry.model, *entry.args)
-    shown = {_label(name, each): each for name, each in found.items()}
-    return pf.plots.plot_pairs(shown, *entry.pair, transform=dict(entry.transform) or None, width=4.6), found
-
-
-def _label(name: str, posterior: pf.Posterior) -> str:
-    """The name, with the verdict on a guide: the figure's title has that on the flow."""
-    return f"{name} ({posterior.verdict.status})" if "guide" in name else name
+    return pf.plots.plot_pairs(found, *entry.pair, transform=dict(entry.transform) or None, width=4.6), found
 
 
 def moons(epochs: int = 150) -> Figure:

@@ -46,8 +46,8 @@ def larger_section(rows: Sequence[Row]) -> str:
         f"Medians over {plural(len({row['seed'] for row in kept}), 'seed')}, at most. Draws are right if no mean is "
         f"off by more than {judging.MEAN} standard deviations of a long run of NUTS and no standard deviation by more "
         "than 10 %, in unconstrained coordinates; for item response, on one side of its mirrored modes, each of which "
-        f"has to have 40 to 60 % of the draws. Ratios are seconds of others over ours, whether or not draws are right. "
-        f"{about(kept)} {', '.join(versions)}."
+        f"has to have 40 to 60 % of the draws. Ratios are seconds of others over ours, whether or not draws are right."
+        f"\n\n{about(kept)} {', '.join(versions)}."
     )
     parts = [text, "\n".join(f"- {line}." for line in summary(groups)), _times(groups)]
     if any(row["parts"] for row in kept):

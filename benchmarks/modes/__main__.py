@@ -131,7 +131,7 @@ def section(rows: Sequence[Row], table: Any, about: Any) -> str:
         f"{LIMIT:.0f} seconds of the clock. `smc`: one run, then annealing. "
         "A mode is found if it has 25 % of its mass; masses are relative to the right "
         "ones. C2ST is the accuracy of sbibm's classifier on 4000 draws of each kind, .5 if it cannot tell them apart. "
-        f"Seconds are of the processor. {about(rows)} pyro_flows "
+        f"Seconds are of the processor.\n\n{about(rows)} pyro_flows "
         f"{', '.join(dict.fromkeys(row['version'] for row in rows))}."
     )
     return f"{text}\n\n{table(header, body)}"

@@ -121,7 +121,7 @@ def section(rows: Sequence[Row], table: Any, about: Any) -> str:
     header = ["model", "runs", "D", "mean", "sd", "k-hat", "on one side", "verdicts", "wrong, not called so", "seconds"]
     text = (
         "Errors are the worst over seeds and latents: of means in standard deviations, and the absolute log ratio of "
-        f"standard deviations, against long NUTS. Seconds are medians, of the processor. {about(rows)} pyro_flows "
+        f"standard deviations, against long NUTS. Seconds are medians, of the processor.\n\n{about(rows)} pyro_flows "
         f"{', '.join(dict.fromkeys(row['version'] for row in rows))}."
     )
     return f"{text}\n\n{table(header, body)}"

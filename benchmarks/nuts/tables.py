@@ -18,12 +18,12 @@ def nuts_section(rows: Sequence[Row]) -> str:
     versions = [kept[-1]["version"] for kept in judging.newest(rows).values()]
     text = (
         f"Seconds of the processor, in a process of one thread, from just before the model is built to the last draw. "
-        f"Medians over {plural(len({row['seed'] for row in rows}), 'seed')}. Draws are right if no mean is off by "
+        f"Medians over {plural(len({row['seed'] for row in rows}), 'seed')}.\n\nDraws are right if no mean is off by "
         f"more than {judging.MEAN} standard deviations and no standard deviation by more than 10 %; ratios compare "
-        "seconds whether or not they are, a failed run has neither. Where "
+        "seconds whether or not they are, a failed run has neither.\n\nWhere "
         f"{samplers.CHAINS} chains of Pyro's NUTS would take more than {samplers.LIMIT / 60:g} minutes, one of "
         f"{samplers.SHORT} draws after as many of warm-up is timed and scaled by {samplers.SCALE}; after "
-        f"{samplers.MOST / 60:g} minutes it is broken off, which gives a lower bound (≥). {about(rows)} "
+        f"{samplers.MOST / 60:g} minutes it is broken off, which gives a lower bound (≥).\n\n{about(rows)} "
         f"{', '.join(versions)}."
     )
     verdicts = "\n".join(f"- {line[0].upper()}{line[1:]}." for line in nuts.summary(rows).splitlines())

@@ -25,10 +25,10 @@ def _ours_text(rows: Sequence[Row]) -> str:
     found = judging.count(rows)
     return (
         f"`fit` as it comes, on {found.posteriors} posteriors of posteriordb with {plural(found.seeds, 'seed')} each; "
-        f"every figure is that of the worst seed. Errors are those of the worst unconstrained coordinate against the "
-        "reference draws: of the mean, in reference standard deviations, and the absolute log ratio of standard "
+        "every figure is that of the worst seed.\n\nErrors are those of the worst unconstrained coordinate against "
+        "the reference draws: of the mean, in reference standard deviations, and the absolute log ratio of standard "
         "deviations. They are given for the draws to use and for raw draws of the guide. The ELBO gap is to a log "
-        f"evidence known to 0.02 nats. Seconds are of one thread. {about(rows)} pyro_flows {rows[-1]['version']}."
+        f"evidence known to 0.02 nats. Seconds are of one thread.\n\n{about(rows)} pyro_flows {rows[-1]['version']}."
     )
 
 
@@ -64,12 +64,12 @@ def _methods_text(methods: dict[str, list[Row]]) -> str:
     if not others:
         return text
     return (
-        f"{text} Pyro's guides are trained by Pyro's `SVI` with Adam: 2000 steps of 0.01 with one particle, or, with "
-        f"equal gradients, {rivals.PARTICLES} particles and a step size of 0.005 for as many gradient evaluations as "
-        f"our fit of the same posterior and seed took ({rivals.GRADIENTS_AT_MOST} at most). They get each posterior in "
-        "unconstrained coordinates, since on the models as written they cannot start from improper priors. Their flow "
-        f"has {rivals.COUPLINGS} affine couplings of hidden layers {rivals.HIDDEN} with flips. Verdicts, and the draws "
-        "to use, are those of `diagnose`."
+        f"{text}\n\nPyro's guides are trained by Pyro's `SVI` with Adam: 2000 steps of 0.01 with one particle, or, "
+        f"with equal gradients, {rivals.PARTICLES} particles and a step size of 0.005 for as many gradient evaluations "
+        f"as our fit of the same posterior and seed took ({rivals.GRADIENTS_AT_MOST} at most). They get each posterior "
+        "in unconstrained coordinates, since on the models as written they cannot start from improper priors. Their "
+        f"flow has {rivals.COUPLINGS} affine couplings of hidden layers {rivals.HIDDEN} with flips. Verdicts, and the "
+        "draws to use, are those of `diagnose`."
     )
 
 
@@ -103,7 +103,7 @@ def stopping_section(rows: Sequence[Row]) -> str:
     text = (
         f"The first round of a fit against one with the same seed that goes on {longer:.1f} times as long (a budget of "
         f"{stopping.LONGER} times the steps, less what its shorter cool-down leaves); ELBOs on {stopping.DRAWS} common "
-        f"draws. {stopping.summary(rows)} {about(rows)} pyro_flows {rows[-1]['version']}."
+        f"draws. {stopping.summary(rows)}\n\n{about(rows)} pyro_flows {rows[-1]['version']}."
     )
     body = [
         [

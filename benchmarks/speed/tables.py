@@ -23,7 +23,7 @@ def section(rows: Sequence[Row], table: Callable[[Sequence[str], Sequence[Sequen
     machine, software = (" and ".join(dict.fromkeys(row[name] for row in rows)) for name in ("machine", "software"))
     about = (
         "Medians of turns that processes of one thread each take, so that a busy machine is busy for all; ratios are "
-        f"medians within a round. Measured on {machine}; {software}. pyro_flows {versions}."
+        f"medians within a round.\n\nMeasured on {machine}; {software}. pyro_flows {versions}."
     )
     return "\n\n".join([about, *found])
 

@@ -22,10 +22,10 @@ def toys_section(rows: Sequence[Row]) -> str:
         "u1 to u4 are Rezende and Mohamed's potentials; the funnel is Neal's in 10 dimensions (best Gaussian: a gap of "
         "1.863), as a hierarchical model and as a mere density; many_well has 32 dimensions and 2 wells in each of 16 "
         "pairs; mixture is 40 Gaussians scattered over a square of side 80. Gaps are those of the ELBO to the log "
-        "normalizer, in nats. A mode is found if draws of the "
+        "normalizer, in nats.\n\nA mode is found if draws of the "
         f"guide hold {toys.FOUND_SHARE:.0%} of its mass at least. A fit is wrong if it lacks a mode, or draws to use "
         "miss a mean by more than 0.25 standard deviations or a standard deviation by more than 25 %. Where a first "
-        f"round did not suffice, the fit added layers. Each target was run last at its own version. {about(kept)}"
+        f"round did not suffice, the fit added layers. Each target was run last at its own version.\n\n{about(kept)}"
     )
     return f"{text}\n\n{_toys_table(cases)}"
 

@@ -65,7 +65,7 @@ def section(rows: Sequence[Row], table: Table, about: Callable[[Sequence[Row]], 
     """Return the section of the performance page: the newest run of the zoo."""
     rows = newest(rows)
     text = (
-        f"`fit` as it comes on {len(rows)} random models of seed {rows[0]['seed']}. {about(rows)} "
+        f"`fit` as it comes on {len(rows)} random models of seed {rows[0]['seed']}.\n\n{about(rows)} "
         f"pyro_flows {rows[0]['version']}."
     )
     return f"{text}\n\n{table(HEADER, table_rows(rows))}"

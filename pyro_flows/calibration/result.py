@@ -155,6 +155,9 @@ class Calibration:
         """Draw, for each scalar, the difference between the ECDF of its ranks and a uniform one, with the envelope.
 
         A line that leaves the envelope of probability ``prob`` anywhere is not uniform at the level 1 - ``prob``.
+
+        Raises:
+            ValueError: for a ``prob`` that is not between 0 and 1.
         """
         if not 0.0 < prob < 1.0:
             raise ValueError(f"prob: expected a number between 0 and 1, got {prob!r}.")

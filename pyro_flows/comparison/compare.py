@@ -25,13 +25,13 @@ SAME = 1e-5  # relative: data in single precision and in double
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Models of the same data, the best elpd first; :attr:`table` has a row for each.
+    r"""Models of the same data, the best elpd first; :attr:`table` has a row for each.
 
     Attributes:
         names: of the models.
-        loo: leave-one-out cross-validation of each.
-        weights: stacking weights: the mixture of predictive distributions with the best log score.
-        evidence: of each; None where it has no honest error, or an improper prior.
+        loo: leave-one-out cross-validation of each, nats.
+        weights: stacking weights, the largest :math:`\sum_i \log \sum_k w_k\, p(y_i \mid y_{-i}, M_k)`.
+        evidence: of each, nats; None where it has no honest error, or an improper prior.
         notes: what was left out, and what to know before the figures are used.
 
     Sources: stacking, Yao et al. 2018 (arXiv 1704.02030). Cost: that of :meth:`Posterior.loo` and of
@@ -122,10 +122,11 @@ class Comparison:
 
 
 def compare(posteriors: Mapping[str, Record], *, sites: str | Sequence[str] | None = None, seed: int = 0) -> Comparison:
-    """Compare models of the same data: leave-one-out elpd, stacking weights, evidence, Bayes factors, verdicts.
+    r"""Compare models of the same data: leave-one-out elpd, stacking weights, evidence, Bayes factors, verdicts.
 
-    Elpd asks which model predicts new data better; the evidence which model the data speak for, priors included. They
-    can disagree, and the evidence changes with priors that no prediction feels.
+    Elpd, :math:`\sum_i \log p(y_i \mid y_{-i})`, asks which model predicts new data better. The evidence,
+    :math:`\log p(y)`, asks which model the data speak for, priors included. Both are in nats. They can disagree, and
+    the evidence changes with priors that no prediction feels.
 
     Args:
         posteriors: two or more posteriors by name.

@@ -28,7 +28,7 @@ NAMES = {"importance": "importance sampling", "bridge": "bridge sampling", "smc"
 
 @dataclass(frozen=True)
 class Estimate:
-    """One method's estimate of the log evidence, nats.
+    r"""One method's estimate of the log evidence :math:`\log p(y)`, nats.
 
     Attributes:
         method: ``"importance"``, ``"bridge"`` or ``"smc"``.
@@ -59,7 +59,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evidence:
-    r"""The log evidence :math:`\\log p(y)` of a model, nats; it unpacks as ``value, standard_error, method``.
+    r"""The log evidence :math:`\log p(y)` of a model, nats; it unpacks as ``value, standard_error, method``.
 
     Attributes:
         value: the estimate with the smallest standard error.

@@ -36,7 +36,7 @@ class Flow(nn.Module):
 
     ``flow()`` (or ``flow(context)``) is a Pyro ``TransformedDistribution`` with event shape ``(dim,)``, or (C, H, W)
     for a flow of images: a prior, a likelihood or a guide site. It is made anew by each call and costs nothing to make;
-    sampling and then scoring the same draw costs one pass.
+    sampling and then scoring the same draw costs one pass. Log densities are in nats.
 
     Args:
         bijection: the map T.
@@ -153,8 +153,11 @@ class Flow(nn.Module):
         r"""Draw with a graph; return ``y``, ``log q(y)`` and the score :math:`\nabla_y \log q(y)` without one.
 
         This is what the path gradient needs, in one pass through the bijection. ``at`` gives base points
-        ``(*shape, dim)`` to be used instead of draws of the base. The uniform base is refused: its density has edges
-        that move with the parameters, which a score cannot see.
+        ``(*shape, dim)`` to be used instead of draws of the base.
+
+        Raises:
+            ValueError: for the uniform base: its density has edges that move with the parameters, which a score cannot
+                see.
         """
         if self.base == "uniform":
             raise ValueError(
@@ -170,7 +173,8 @@ class Flow(nn.Module):
     def log_prob(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Return ``log q(y)``, one inverse pass: what ``flow(context).log_prob(y)`` returns, without its detours.
 
-        Like it, it refuses values outside of the support, NaN among them, unless Pyro's validation is switched off.
+        Raises:
+            ValueError: for values outside of the support, NaN among them, unless Pyro's validation is switched off.
         """
         y, context = self._real("y", y), None if context is None else self._real("context", context)
         # a finite sum has no NaN in it, and any other number is real: one pass, where the check itself takes three

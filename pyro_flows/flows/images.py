@@ -33,6 +33,7 @@ def multiscale_realnvp(
 ) -> Flow:
     r"""Real-NVP of images: at each scale checkerboard couplings, couplings of channels, and half is factored out.
 
+    A coupling keeps :math:`x_K` and moves the others, :math:`y_M = x_M \odot e^{s(x_K)} + t(x_K)`.
     In the direction of the density: ``layers`` affine couplings with checkerboard masks, space to depth, ``layers``
     with masks of channels, which part the rows that each block of 2 x 2 pixels had; half of the channels, a
     checkerboard, are left to the base, the others go on to the next scale; the last scale has ``layers + 1`` with
@@ -110,10 +111,11 @@ def glow(
 ) -> Flow:
     r"""Glow: at each scale space to depth, then ``layers`` steps of ActNorm, 1 x 1 convolution and affine coupling.
 
-    This is in the direction of the density; after each scale but the last, half of the channels are left to the base.
-    The 1 x 1 convolutions start as seeded permutations of the channels, so all of them are soon moved. Call
-    ``flow.bijection.start_from(batch)`` before training, which sets the ActNorms. Latents have the shape of the data.
-    The inverse costs as much as the forward pass. Not for guides, which need vectors.
+    A step is :math:`h \mapsto c(W (h - b) / e^{s})`: W mixes the channels of a pixel, and c is the inverse of an
+    :class:`AffineCoupling`. This is in the direction of the density; after each scale but the last, half of the
+    channels are left to the base. The 1 x 1 convolutions start as seeded permutations of the channels, so all of them
+    are soon moved. Call ``flow.bijection.start_from(batch)`` before training, which sets the ActNorms. Latents have the
+    shape of the data. The inverse costs as much as the forward pass. Not for guides, which need vectors.
 
     Args:
         dim: the shape (C, H, W) of an image; H and W divisible by 2 for each level.

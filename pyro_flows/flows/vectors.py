@@ -73,7 +73,7 @@ def nice(
     df: float = 15.0,
     seed: int = 0,
 ) -> Flow:
-    r"""NICE: a diagonal :math:`e^{s}` of the base, then ``layers`` additive couplings.
+    r"""NICE: a diagonal :math:`e^{s}` of the base, then ``layers`` additive couplings :math:`x_M + t(x_K)`.
 
     Volume-preserving up to that scale: fast and stable, but it cannot widen one region and narrow another.
     The inverse costs as much as the forward pass. Couplings work on the scale of what is modeled; s tells how much
@@ -133,6 +133,8 @@ def realnvp(
 ) -> Flow:
     r"""Real-NVP: ``layers`` affine couplings with alternating masks. The default choice.
 
+    A coupling keeps :math:`x_K` and moves the others, :math:`y_M = x_M \odot e^{s(x_K)} + t(x_K)`; see
+    :class:`AffineCoupling`.
     The inverse costs as much as the forward pass. In one dimension a coupling has nothing to condition on and the flow
     is affine: take :func:`planar` there.
 
@@ -184,6 +186,9 @@ def spline(
     seed: int = 0,
 ) -> Flow:
     r"""Neural spline flow: ``layers`` couplings by rational quadratic splines, each followed by an affine map.
+
+    A coupling keeps :math:`x_K` and moves the others, :math:`y_M = e^{s} \odot g(x_M) + t`, where g, s and t depend on
+    :math:`x_K`; see :class:`SplineCoupling`.
 
     For densities with sharp edges, gaps or several modes in few dimensions; bends one dimension too. A layer costs
     about three times one of :func:`realnvp`, and does the work of several. The inverse costs as much as the forward

@@ -203,7 +203,11 @@ class AutoFlow(StoredGuide):
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return marginal quantiles over 4000 draws, constrained: ``{name: (len(quantiles), *shape)}``."""
+        """Return marginal quantiles over 4000 draws, constrained: ``{name: (len(quantiles), *shape)}``.
+
+        Raises:
+            ValueError: for quantiles that are no list of numbers between 0 and 1.
+        """
         self._initialize_from_store(*args, **kwargs)
         levels = torch.as_tensor(quantiles)
         if levels.dim() != 1 or not bool(((levels >= 0) & (levels <= 1)).all()):

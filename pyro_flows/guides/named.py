@@ -9,7 +9,9 @@ from pyro_flows.guides.autoflow import AutoFlow
 
 
 class AutoRealNVP(AutoFlow):
-    """:class:`AutoFlow` with :func:`~pyro_flows.realnvp`: affine couplings with alternating masks. The default choice.
+    r""":class:`AutoFlow` with :func:`~pyro_flows.realnvp`: affine couplings :math:`x_M \odot e^{s(x_K)} + t(x_K)`.
+
+    The default choice.
 
     Args:
         model: a Pyro model.
@@ -33,7 +35,9 @@ class AutoRealNVP(AutoFlow):
 
 
 class AutoNICE(AutoFlow):
-    """:class:`AutoFlow` with :func:`~pyro_flows.nice`: additive couplings, volume-preserving up to a scale of the base.
+    """:class:`AutoFlow` with :func:`~pyro_flows.nice`: additive couplings :math:`x_M + t(x_K)`.
+
+    It preserves volume up to a scale of the base.
 
     Args:
         model: a Pyro model.
@@ -57,7 +61,9 @@ class AutoNICE(AutoFlow):
 
 
 class AutoPlanar(AutoFlow):
-    """:class:`AutoFlow` with :func:`~pyro_flows.planar`: for few dimensions and mild departures from a Gaussian.
+    r""":class:`AutoFlow` with :func:`~pyro_flows.planar`: maps :math:`x + \hat u \tanh(w^\top x + b)`.
+
+    For few dimensions and mild departures from a Gaussian.
 
     Args:
         model: a Pyro model.

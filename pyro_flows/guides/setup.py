@@ -192,6 +192,11 @@ class LatentGuide(AutoContinuous):
 
     @property
     def model(self) -> Callable[..., Any]:
+        """The model.
+
+        Raises:
+            RuntimeError: for a guide that was loaded without it.
+        """
         if self._model is None:
             raise RuntimeError("this guide was loaded without its model; give it one with guide.attach(model, *args).")
         return self._model[0]

@@ -24,7 +24,7 @@ PORTION = 16  # pieces of a recorded graph between two looks at the clock
 
 
 class LogDensity(SiteValues):
-    r"""The log joint density of a Pyro model over unconstrained coordinates z, batched: (S, D) -> (S,).
+    r"""The log joint density of a Pyro model over unconstrained coordinates z, batched: (S, D) -> (S,), nats.
 
     .. math:: \log \tilde p(z) = \log p(\theta(z), \text{data}) + \sum_{\text{sites}} \log |d\theta / dz|
 

@@ -34,7 +34,11 @@ class SiteValues(Runs):
             return self.map(values, z)
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return ``z`` (S, D) for constrained latents ``{name: (S, *shape)}``: the inverse of :meth:`constrain`."""
+        """Return ``z`` (S, D) for constrained latents ``{name: (S, *shape)}``: the inverse of :meth:`constrain`.
+
+        Raises:
+            ValueError: naming the site, for one that is missing or has another shape.
+        """
         missing = [name for name in self.names if name not in values]
         if missing:
             raise ValueError(f"values: expected one for each latent site, {', '.join(map(repr, missing))} missing.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 SCATTERED = 2000
 BINS = 40
+LETTERS = 11  # of a legend, an inch
 Layer = dict[str, np.ndarray]
 
 
@@ -132,7 +134,9 @@ def _single(
     if len(layers) > 1:
         first, *others = parts.with_status(posteriors)
         names = [first, *(f"{name}: 50 % and 90 % of its draws" for name in others)]
-        narrow = width < parts.NARROW or len(names) > 2
+        most = int(LETTERS * width)
+        narrow = width < parts.NARROW or len(names) > 2 or sum(map(len, names)) > most
+        names = [textwrap.fill(name, most) for name in names]
         opaque(figure.legend(handles, names, loc="outside lower center", markerscale=3, ncols=1 if narrow else 2))
     text = " and ".join(titles.values())
     if len(posteriors) > 1 or width < parts.NARROW:

@@ -87,10 +87,12 @@ class Bijection(TransformModule, ConditionalTransform):
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The support of x: real numbers, but for maps that say otherwise."""
         return constraints.independent(constraints.real, self.event_dim)
 
     @property
     def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The support of y: real numbers, but for maps that say otherwise."""
         return constraints.independent(constraints.real, self.event_dim)
 
     @property
@@ -164,10 +166,12 @@ class Bound(Transform):
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The support of x."""
         return self.bijection.domain
 
     @property
     def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The support of y."""
         return self.bijection.codomain
 
     def with_cache(self, cache_size: int = 1) -> Bound:

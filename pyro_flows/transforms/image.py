@@ -72,6 +72,8 @@ class Squeeze(Bijection):
 class MultiScale(Bijection):
     r"""Factor out half: the first half of the channels stays as it is, ``coarse`` moves the second half.
 
+    With :math:`x = (x_1, x_2)`, :math:`y = (x_1, c(x_2))` and :math:`\log|J| = \log|J_c(x_2)|`.
+
     In the direction of the density, half of what has been worked out up to here is left to the base distribution, and
     the rest goes on to a coarser scale. Nested, with :class:`Squeeze` in between, this is Real-NVP's and Glow's
     architecture; since nothing changes its shape, latents have the shape of the data. It costs what ``coarse`` costs on

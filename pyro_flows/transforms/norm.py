@@ -102,7 +102,11 @@ class ActNorm(_Standardizing):
 
     @torch.no_grad()
     def start_from(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """Set the start to mean and standard deviation of a batch; what does not vary keeps the scale 1."""
+        """Set the start to mean and standard deviation of a batch; what does not vary keeps the scale 1.
+
+        Raises:
+            ValueError: for data with values that are not finite.
+        """
         self._check(y, context)
         mean, variance = self._moments(y)
         if not bool(torch.isfinite(variance).all()):

@@ -18,10 +18,13 @@ AGREEMENT = 1.05  # R-hat of groups of chains that began in different modes
 
 @dataclass(frozen=True)
 class ChainFigures:
-    """The figures that a verdict on chains rests on, each of the worst coordinate (the log density is one more).
+    r"""The figures that a verdict on chains rests on, each of the worst coordinate (the log density is one more).
 
     Of chains that another sampler made (:func:`from_mcmc`), some are not known, and are NaN: ``nested_r_hat``, what
     energies and proposals tell, and ``divergences``, if that sampler does not count them.
+
+    R-hat is :math:`\sqrt{(N - 1) / N + B / W}`, with the variance W within chains of N draws, and B of their means.
+    Draws are replaced by their normal scores first, and each chain is cut into halves.
 
     Attributes:
         chains: how many.

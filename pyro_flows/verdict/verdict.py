@@ -13,15 +13,15 @@ SHOWN = 0.005  # sds: a smaller shift is printed as 0.00, and its coordinate is 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judgement and the numbers it rests on; ``str()`` is one plain sentence.
+    r"""A judgement and the numbers it rests on; ``str()`` is one plain sentence.
 
     Attributes:
         status: ``"ok"``: the guide's draws can be used as they are; ``"corrected"``: they cannot, but importance
             resampling corrects them, and ``samples`` holds the resampled ones; ``"refined"``: ``samples`` are draws of
             Markov chains that started at the guide's; ``"unreliable"``: none of these.
         k_hat: Pareto shape of the importance weights.
-        k_threshold: min(1 - 1 / log10(S), 0.7).
-        ess_ratio: effective sample size of the weights over S.
+        k_threshold: :math:`\min(1 - 1 / \log_{10} S,\ 0.7)`, for S draws.
+        ess_ratio: effective sample size of the weights over S, :math:`(\sum_s w_s)^2 / (S \sum_s w_s^2)`.
         mean_shift: largest difference between raw and weighted means, in posterior sds, over unconstrained coordinates.
         sd_shift: largest absolute log ratio of raw and weighted sds.
         where: the coordinate of the larger shift.

@@ -144,6 +144,18 @@ def test_what_is_compared_are_raw_draws(ok, corrected):
     assert inner[:, 0].mean() == pytest.approx(np.median(raw), abs=0.25 * raw.std())
 
 
+@pytest.mark.parametrize("width", [3.7, 4.6, 5.4])
+def test_legends_of_pairs_stay_inside(ok, corrected, width):
+    """Long names are wrapped."""
+    names = {"flow": ok, "full-rank Gaussian guide of Pyro's": corrected}
+    figure = plots.plot_pairs(names, "theta[0]", "theta[1]", width=width)
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= legend.x0
+    assert legend.x1 <= figure.bbox.x1
+    assert "full-rank Gaussian" in figure.legends[0].get_texts()[1].get_text()
+
+
 def test_regions_hold_their_share():
     from matplotlib.figure import Figure
     from matplotlib.path import Path

@@ -37,6 +37,7 @@ def measured():
         "count": count,
         "fits": fits,
         "lies": int(row(zoo, "all")[1]) + wrong,
+        "alarms": int(row(zoo, "all")[3]),
         "models": int(row(zoo, "all")[7]),
         "tenfold": int(tenfold),
         "faster": int(faster),
@@ -67,6 +68,13 @@ def test_the_landing_page_says_what_was_measured():
     fits = f"in {found['fits']} fits of these and {found['models']} of random models"
     assert f"{fits}, {usable(found['lies'])}" in text
     assert f"NUTS on {found['faster']} of {found['count']}, ten times less on {found['tenfold']}" in text
+
+
+def test_the_page_of_the_verdict_says_what_was_measured():
+    found, text = measured(), words(ROOT / "docs" / "understand" / "verdict.md")
+    alarms = f"{found['alarms']} right result{' was' if found['alarms'] == 1 else 's were'} called `unreliable`"
+    lies = int(row(section("accuracy.md", "zoo"), "all")[1])
+    assert f"In {found['models']} random models whose posteriors are known, {usable(lies)}, and {alarms}." in text
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

@@ -33,7 +33,7 @@ KINDS = {
     "{include} ../CHANGELOG.md",
     "{include} ../../CONTRIBUTING.md",
 }
-COMMENTS = {"", "slow", "setup", "needs chirho"}
+COMMENTS = {"", "slow", "setup", "needs chirho", "needs sbi"}
 
 
 def name_of(path):
@@ -85,6 +85,22 @@ def test_fences_say_what_they_hold(path):
     assert {fence.kind for fence in found} <= KINDS
     assert 2 * len(found) == len(re.findall(r"^\s*```", text, flags=re.MULTILINE)), "a fence that this test overlooks"
     assert {fence.comment for fence in found if fence.kind == "python"} <= COMMENTS
+
+
+ITEM = re.compile(r"(?:\d+[.)]|[-+*]) ")
+
+
+def chance_items(text):
+    """Lines of a paragraph that Markdown takes for an item of a list, since they begin with a number or a sign."""
+    lines = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()
+    in_list = [bool(ITEM.match(line.lstrip())) or line.startswith("  ") for line in lines]
+    pairs = zip(itertools.pairwise(lines), itertools.pairwise(in_list), strict=True)
+    return [line for (before, line), (inside, _) in pairs if before.strip() and not inside and ITEM.match(line)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_line_of_a_paragraph_is_an_item_by_chance(path):
+    assert not chance_items(path.read_text(encoding="utf-8"))
 
 
 def test_pages_begin_with_the_same_lines():
@@ -147,6 +163,8 @@ def test_commands_of_the_package_run(tmp_path, monkeypatch):
 
 
 def test_the_test_bites():
+    assert chance_items("Powers near\n1. A change\n") == ["1. A change"]
+    assert not chance_items("Steps:\n\n1. one\n   more\n2. two\n")
     text = (
         "Text.\n\n```python\nx = 2.0\nprint('x is', x)\n```\n\n<!-- within 0.1 or 10 % -->\n```text\nx is 2.15\n```\n"
     )

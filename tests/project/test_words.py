@@ -62,6 +62,23 @@ def test_no_sentence_of_a_document_is_long(path):
     assert not long_ones(prose(path.read_text(encoding="utf-8")))
 
 
+PAGES = [*FIRST[1:], *FILES[1:], *sorted((ROOT / "docs" / "evidence").glob("*.md"))]
+
+
+SENTENCE = re.compile(r"(?!```)[A-Z`\[*]")
+
+
+def opening(text):
+    """The first line of a page below its heading."""
+    return next(line for line in text.partition("\n# ")[2].splitlines()[1:] if line.strip())
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_a_page_begins_with_a_sentence(path):
+    """Not with code, a table, a picture or another heading: it says what the page is for."""
+    assert SENTENCE.match(opening("\n" + path.read_text(encoding="utf-8")))
+
+
 # verdicts -------------------------------------------------------------------------------------------------------------
 
 GOOD = ChainFigures(64, 64, 128, 1.01, 1.005, 4000.0, 3500.0, "the log density", 0.0, 0.1, 0.85, 0.6, 1.001, 3.0)
@@ -142,6 +159,9 @@ def test_the_test_bites():
     long = " ".join(["word"] * 36)
     assert long_ones([f"{long[5 * 5 :]}."], LONGEST_AT_FIRST)
     assert not long_ones([f"{long[6 * 5 :]}."], LONGEST_AT_FIRST)
+    for start in ("```python", "<!-- setup -->", "| a | b |", "## More", "![picture](a.png)"):
+        assert not SENTENCE.match(opening(f"\n# Page\n\n{start}\nThis is late.\n"))
+    assert SENTENCE.match(opening("\n# Page\n\n`fit` does it.\n"))
     for text in (f"One. {long}. Two.", f"- short\n- {long}\n", f"| a | {long} |", f"(see `a b`) {long}"):
         assert len(long_ones(prose(text))) == 1, text
     assert not long_ones(prose(f"{long[5:]}. {long[5:]}.\n\n{long[5:]}\n- {long[5:]}\n"))
