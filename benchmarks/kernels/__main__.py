@@ -57,8 +57,9 @@ def run(latent: Latent, names: Sequence[str], starts: Tensor, kernel: str, *, se
     values = torch.cat([found.z.double(), found.stats["lp"].double()[..., None]], -1)
     figures = _arviz.chain_diagnostics(values, chains.superchain)
     return {
-        "bulk": 1000.0 * float(figures["ess_bulk"].min()) / gradients,
-        "tail": 1000.0 * float(figures["ess_tail"].min()) / gradients,
+        "bulk": 1000.0 * float(figures["ess_bulk"][:-1].min()) / gradients,
+        "tail": 1000.0 * float(figures["ess_tail"][:-1].min()) / gradients,
+        "lp": 1000.0 * float(torch.minimum(figures["ess_bulk"], figures["ess_tail"])[-1]) / gradients,
         "r_hat": float(figures["r_hat"].max()),
         "acceptance": float(found.stats["acceptance_rate"].mean()),
         "leaps": float(found.stats["n_steps"].mean()),
@@ -80,10 +81,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kernel in KERNELS:
             found = [run(*made, kernel, seed=seed, plain=TARGETS[name].plain) for seed in range(options.seeds)]
             middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
-            figures = [f"{middle[key]:.3g}" for key in ("bulk", "tail", "r_hat", "acceptance", "leaps", "warm-up")]
+            figures = [
+                f"{middle[key]:.3g}" for key in ("bulk", "tail", "lp", "r_hat", "acceptance", "leaps", "warm-up")
+            ]
             rows.append([name, str(made[0].dim), kernel, *figures])
             print("  ".join(rows[-1]), flush=True)
-    header = ["target", "D", "kernel", "bulk", "tail", "R-hat", "acceptance", "leaps", "gradients of warm-up"]
+    header = [
+        "target",
+        "D",
+        "kernel",
+        "bulk",
+        "tail",
+        "log density",
+        "R-hat",
+        "acceptance",
+        "leaps",
+        "gradients of warm-up",
+    ]
     print(table(header, rows))
 
 
