@@ -12,6 +12,7 @@ from arviz_stats import loo_approximate_posterior
 from pyro import poutine
 
 import pyro_flows as pf
+from pyro_flows.comparison import pointwise, working
 from pyro_flows.comparison.controls import Regression, controls
 from pyro_flows.comparison.draws import in_hand
 from pyro_flows.comparison.loo import _as_loo
@@ -107,6 +108,33 @@ def test_draws_are_moved_where_leverage_is_high():
     assert not found.high
     assert abs(found.elpd - float(exact.sum())) < 3 * found.mcse < 0.06
     assert (found.pointwise - exact).abs().max() < 0.5 * (before.pointwise - exact).abs().max()
+
+
+def test_observations_get_more_draws_or_moved_ones_by_cost(monkeypatch):
+    """If a new draw were as dear as a hundred thousand evaluations, all observations would get moved ones."""
+    x, y = regression_data(3, 30)
+    posterior = pf.diagnose(regression, regression_guide(), x, y, draws=1000)
+    exact = float(regression_loo(x, y).sum())
+    moved = []
+    for price in (2.0, 1e5):
+        monkeypatch.setattr(working, "price", lambda posterior, price=price: price)
+        found = posterior.loo()
+        assert abs(found.elpd - exact) < 4 * found.mcse < 0.06
+        moved.append((len(found.moved), found.draws))
+    (few, more), (many, as_before) = moved
+    assert few < 15 < many
+    assert more > 4 * as_before == 4000
+
+
+def test_the_rest_of_an_order_has_its_own_error():
+    """Of five observations, without the two of highest k-hat: as those three alone have it."""
+    x, y = regression_data(2, 5)
+    posterior = pf.diagnose(regression, regression_guide(), x, y, draws=1000)
+    given = Work(posterior, None, 0).given(in_hand(posterior))
+    order = [3, 0, 4, 1, 2]
+    alone = given.error(pointwise.plain(given, [4, 1, 2]).influence)
+    assert pointwise.errors_without(given, order, [0, 2, 5])[1] == pytest.approx(alone, rel=1e-9)
+    assert pointwise.errors_without(given, order, [5]) == [0.0]
 
 
 def test_the_monte_carlo_error_is_honest():
