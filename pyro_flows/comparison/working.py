@@ -119,11 +119,9 @@ class Work:
         if not which:
             return rest
         found = self._with_moved(rest.without(failing), given, which)
-        again = found.error > goal and can_draw(self.posterior)
-        wanted = self._enough_moved(found, given, which, goal) if again else 0
-        if wanted <= WORTH * len(given.values):
-            return found
-        return self._with_moved(rest.without(failing), self.drawn(wanted, "leave-one-out by moved draws"), which)
+        wanted = self._enough_moved(found, given, which, goal) if found.error > goal else 0
+        larger = self._larger(given, wanted, "leave-one-out by moved draws")
+        return found if larger is None else self._with_moved(rest.without(failing), larger, which)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -145,18 +143,22 @@ class Work:
 
     def _by_draws(self, found: Whole, goal: float, without: list[int]) -> Whole:
         """Take so many draws that the error of the observations not in ``without`` comes to its goal."""
-        given, posterior = found.given, self.posterior
+        given = found.given
         wanted = int(min(len(given.values) * (found.error / goal) ** 2, self._limit(given)))
         left = [index for index in range(len(given.labels)) if index not in set(without)]
-        if wanted > WORTH * len(given.values) and left:
-            if can_draw(posterior):
-                given = self.drawn(wanted)
-            else:
-                longer_chains = longer(posterior, wanted, seed=self.seed)
-                given = given if longer_chains is None else self.given(longer_chains)
+        given = (self._larger(given, wanted) if left else None) or given
         part = plain(given, left)
         found = replace(found, given=given, influence=part.influence)
         return found.with_part(left, part, given.error(part.influence))
+
+    def _larger(self, given: Observations, wanted: int, purpose: str = "leave-one-out") -> Observations | None:
+        """Return so many draws, new ones or longer chains; None if they are not worth it, or cannot be had."""
+        if wanted <= WORTH * len(given.values):
+            return None
+        if can_draw(self.posterior):
+            return self.drawn(wanted, purpose)
+        chains = longer(self.posterior, wanted, seed=self.seed)
+        return None if chains is None else self.given(chains)
 
     def _with_moved(self, rest: Whole, given: Observations, which: list[int]) -> Whole:
         """Add the estimates of observations for which draws are moved."""
