@@ -172,6 +172,28 @@ def mirrored_data(dim: int) -> Data:
     return (4.0 / dim**0.5 * torch.ones(dim, dtype=torch.float64),)
 
 
+# a network -----------------------------------------------------------------------------------------------------------
+
+
+def network(x: Tensor, y: Tensor, grid: Tensor) -> None:
+    """A regression by a layer of 15 units, which may change places and signs: only the function has a meaning."""
+    weight = pyro.sample("weight", dist.Normal(x.new_zeros(15), 2.0).to_event(1))
+    bias = pyro.sample("bias", dist.Normal(x.new_zeros(15), 2.0).to_event(1))
+    out = pyro.sample("out", dist.Normal(x.new_zeros(15), 0.5).to_event(1))
+    level = pyro.sample("level", dist.Normal(ZERO, 1.0))
+    sigma = pyro.sample("sigma", dist.HalfNormal(0.5 * ONE))
+    pyro.deterministic("function", torch.tanh(grid[:, None] * weight + bias) @ out + level)
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(torch.tanh(x[:, None] * weight + bias) @ out + level, sigma), obs=y)
+
+
+def network_data() -> Data:
+    """Forty simulated points with a gap, and twenty places at which the function is judged."""
+    rng = np.random.default_rng(3)
+    x = np.concatenate([rng.uniform(-2.0, -0.5, 20), rng.uniform(0.5, 2.0, 20)])
+    return real(x), real(np.sin(2.0 * x) + 0.2 * rng.normal(size=40)), real(np.linspace(-2.5, 2.5, 20))
+
+
 # a funnel ------------------------------------------------------------------------------------------------------------
 
 
@@ -214,5 +236,6 @@ MODELS = {
     "brownian_32": Named(gym.brownian, gym.brownian_data, moments=gym.brownian_moments),
     "volatility_103": Named(gym.volatility, gym.volatility_data, moments=gym.volatility_moments),
     "items_501": Named(gym.items, gym.items_data, moments=gym.items_moments),
+    "network_47": Named(network, network_data),
     "funnel_101": Named(funnel, tuple, moments=funnel_moments),
 }

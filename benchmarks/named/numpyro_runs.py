@@ -33,7 +33,7 @@ def write_data(file: str) -> None:
 
 def models(data: dict[str, list[np.ndarray]]) -> dict[str, Any]:
     """Return the models in NumPyro, each on its data."""
-    # Over 40 lines: four models inside, since NumPyro is imported only when one of them runs.
+    # Over 40 lines: five models inside, since NumPyro is imported only when one of them runs.
 
     import jax.numpy as jnp
     import numpyro
@@ -76,7 +76,22 @@ def models(data: dict[str, list[np.ndarray]]) -> dict[str, Any]:
         beta = numpyro.deterministic("beta", mu[1] + tau[1] * standard("raw_beta", 85))
         numpyro.sample("y", dist.Normal(alpha[county] + beta[county] * basement, sigma), obs=y)
 
-    return {"seeds": seeds, "epilepsy": epilepsy, "lkj_effects": lkj_effects, "radon_slopes": radon_slopes}
+    def network() -> None:
+        x, y, grid = data["network_47"]
+        wide = dist.Normal(jnp.zeros(15), 2.0).to_event(1)
+        weight, bias = numpyro.sample("raw_weight", wide), numpyro.sample("raw_bias", wide)
+        out = numpyro.sample("raw_out", dist.Normal(jnp.zeros(15), 0.5).to_event(1))
+        level, sigma = numpyro.sample("raw_level", dist.Normal(0.0, 1.0)), numpyro.sample("sigma", dist.HalfNormal(0.5))
+        numpyro.deterministic("function", jnp.tanh(grid[:, None] * weight + bias) @ out + level)
+        numpyro.sample("y", dist.Normal(jnp.tanh(x[:, None] * weight + bias) @ out + level, sigma), obs=y)
+
+    return {
+        "network_47": network,
+        "seeds": seeds,
+        "epilepsy": epilepsy,
+        "lkj_effects": lkj_effects,
+        "radon_slopes": radon_slopes,
+    }
 
 
 def main(file: str) -> None:

@@ -140,7 +140,7 @@ pf.plots.plot_predictive(models["negative binomial, patients"])
 # ## Leave-one-out, and high k
 #
 # `compare` puts the models in order by expected log predictive density. The first model is out already, so the other
-# three are compared. Leave-one-out takes up to 64,000 draws where a k-hat is high.
+# three are compared. Leave-one-out takes more draws here, because some k-hats are high.
 
 # %%
 comparison = pf.compare({name: models[name] for name in list(models)[1:]})

@@ -14,6 +14,8 @@ from pyro_flows.model.log_density import LogDensity
 JUMP = 4.0  # standard errors
 SMALLEST = 1e-3  # of one less a leverage
 DRAWS_EACH = 20  # for each control, so that the regression on them costs less than it saves
+MOST_NUMBERS = 20_000_000  # of products of coordinates: 160 MB
+DEPENDENT = 1e-10  # eigenvalue of the controls' correlations, below which one of them tells what the others do
 
 
 @torch.no_grad()
@@ -21,8 +23,8 @@ def controls(flow: Any, z: Tensor) -> Tensor | None:
     r"""Return functions (S, K) of draws z (S, D) of a flow with expectation zero; None for what is no single flow.
 
     They are :math:`s_i`, :math:`s_i^2 - \text{E} s^2` and :math:`s_i s_j` of a bounded, odd function s of each base
-    coordinate; the products only as far as there are draws for them. With them, the error of a mean loses the part that
-    a quadratic function of the base explains.
+    coordinate; the products only as far as there are draws for them, and within a bound on memory. With them, the error
+    of a mean loses the part that a quadratic function of the base explains.
 
     Reference: Owen 2013, *Monte Carlo theory, methods and examples*, section 8.9.
 
@@ -41,7 +43,7 @@ def controls(flow: Any, z: Tensor) -> Tensor | None:
     columns = [scores]
     if most >= 2 * dim:
         columns.append(scores.square() - square)
-    if most >= dim * (dim + 3) // 2:
+    if min(most, MOST_NUMBERS // count) >= dim * (dim + 3) // 2:
         first, second = torch.triu_indices(dim, dim, 1, device=scores.device)
         columns.append(scores[:, first] * scores[:, second])
     return torch.cat(columns, 1).cpu()
@@ -89,14 +91,48 @@ def of_gradients(density: LogDensity, z: Tensor, chains: int, log_weights: Tenso
     return columns if bool((columns.mean(0).abs() <= JUMP * errors).all()) else None
 
 
-def explained(influence: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-    """Regress what each draw adds to estimates (S, N) on controls (S, K).
+class Regression:
+    """What controls (S, K) explain of what draws add to estimates, each half of the draws by itself.
 
-    Returns the parts of the estimates' errors (N,) that the controls' own means explain, to be taken off, and the
-    residuals (S, N), each as if its draw had been left out of the regression: others would be too small.
+    Args:
+        columns: the controls; None for none.
+        half: which draws (S,) make the first half.
     """
-    centered = given - given.mean(0)
-    orthogonal = torch.linalg.qr(centered)[0]
-    leverage = orthogonal.square().sum(1, keepdim=True)
-    slopes = torch.linalg.lstsq(centered, influence - influence.mean(0)).solution
-    return given.sum(0) @ slopes, (influence - centered @ slopes) / (1.0 - leverage).clamp_min(SMALLEST)
+
+    def __init__(self, columns: Tensor | None, half: Tensor) -> None:
+        self.shifts: Tensor | None = None
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, an orthogonal basis, one less leverages
+        if columns is None:
+            return
+        self.shifts = columns.new_zeros(len(columns))
+        for rows in (half, ~half):
+            basis, means = _basis(columns[rows])
+            self.shifts[rows] = basis @ means
+            self.parts.append((rows, basis, (1.0 - basis.square().sum(1)).clamp_min(SMALLEST)))
+
+    def shift(self, influence: Tensor) -> Tensor:
+        """Return the part of the errors of estimates (N,), of influence (S, N), that the controls' means explain."""
+        return influence.new_zeros(influence.shape[1:]) if self.shifts is None else self.shifts @ influence
+
+    def rest(self, influence: Tensor) -> Tensor:
+        """Return what controls leave of the influence of draws (S,) on an estimate.
+
+        Residuals are as if each draw had been left out of the regression: others would be too small.
+        """
+        left = influence.clone()
+        for rows, basis, free in self.parts:
+            part = influence[rows]
+            left[rows] = (part - basis @ (basis.mT @ (part - part.mean(0)))) / free
+        return left
+
+
+def _basis(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an orthogonal basis (S, R) of centered columns (S, K), which are overwritten, and S means in it (R,)."""
+    means = columns.mean(0)
+    columns -= means
+    scale = columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+    columns /= scale
+    values, vectors = torch.linalg.eigh(columns.mT @ columns)
+    kept = values > DEPENDENT * values[-1]
+    root = vectors[:, kept] / values[kept].sqrt()
+    return columns @ root, root.mT @ (len(columns) * means / scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,8 +16,10 @@ from pyro_flows.verdict.psis import psis
 
 if TYPE_CHECKING:
     from pyro_flows.results.record import Record
+    from pyro_flows.verdict.chains import Chains
 
 MOST_GRADIENTS = 2_000_000  # for going on with chains
+GRADIENT = 3.0  # evaluations
 
 
 class Draws(NamedTuple):
@@ -58,12 +61,33 @@ def can_draw(posterior: Record) -> bool:
     return posterior._raw_draws() is not None and not posterior.by_chains
 
 
+def price(posterior: Record) -> float:
+    """Return how many evaluations of the model a further draw costs, its log likelihoods and controls included."""
+    if posterior.chains is not None and can_go_on(posterior):
+        return 2.0 + GRADIENT * _leaps(posterior.chains)
+    return 2.0 if is_of_guide(posterior) else 2.0 + POOL
+
+
+def _leaps(chains: Chains) -> float:
+    """Return how many gradients a kept draw takes."""
+    return float(chains.stats["n_steps"].mean()) * int(chains.numbers["thin"])
+
+
+def most_draws(posterior: Record) -> float:
+    """Return how many draws there can be, those in hand included."""
+    if can_draw(posterior):
+        return math.inf
+    if posterior.chains is None or not can_go_on(posterior):
+        return len(posterior.used)
+    return len(posterior.used) + MOST_GRADIENTS / _leaps(posterior.chains)
+
+
 def longer(posterior: Record, count: int, *, seed: int) -> Draws | None:
     """Go on with chains until they are ``count`` draws, within a bound on gradients; None if that cannot be done."""
     chains = posterior.chains
     if chains is None or not can_go_on(posterior):
         return None
-    each = float(chains.stats["n_steps"].mean()) * int(chains.numbers["thin"]) * chains.count
+    each = _leaps(chains) * chains.count
     wanted = int(min((count - len(posterior.used)) / chains.count, MOST_GRADIENTS / each))
     if wanted < 1:
         return None

@@ -9,18 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.comparison.draws import Draws, can_draw, in_hand, longer, more
-from pyro_flows.comparison.moving import Space
-from pyro_flows.comparison.pointwise import (
-    Estimates,
-    Observations,
-    controlled,
-    log_score,
-    moved,
-    observations,
-    plain,
-    standard_error,
-)
+from pyro_flows.comparison.draws import can_draw, in_hand
+from pyro_flows.comparison.pointwise import log_score
+from pyro_flows.comparison.working import Whole, Work
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,10 +23,6 @@ METHODS = {
     "approximate": "approximate-posterior PSIS-LOO of the guide's draws",
 }
 SHOWN = 10
-ERROR = 0.005  # nats: more draws are taken, or draws moved, until the Monte Carlo error is as small,
-MOST_DRAWS = 64_000  # or they are as many,
-NUMBERS = 20_000_000  # or their log likelihoods,
-MOVED_DRAWS, MOVED_NUMBERS = 2_000_000, 1_000_000_000  # or moved draws, or log likelihoods at these
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +37,7 @@ class Loo:
         method: ``"approximate"``: draws of q, weighted by p / q as well (Magnusson et al. 2019); ``"plain"``: draws of
             the posterior, resampled or by Markov chains (Vehtari et al. 2017).
         status: of the verdict on the draws.
-        draws: how many there are.
+        draws: how many there are, of those that most of the estimates are from.
         k_limit: what k-hat must be below.
         labels: of the observations, ``y[Choate]``.
         pointwise: elpd of each observation (N,).
@@ -150,82 +137,29 @@ def loo(posterior: Record, *, sites: Any, draws: int | None, seed: int) -> Loo:
             f"loo: the verdict on the draws is unreliable ({'; '.join(posterior.verdict.reasons)}), and "
             "cross-validation with them is wrong without a sign of it."
         )
-    work = _Work(posterior, sites, seed)
+    work = Work(posterior, sites, seed)
     if draws is not None and can_draw(posterior):
-        return work.moved(work.drawn(draws))
-    given = work.given(in_hand(posterior))
-    found = work.judged(given)
-    wanted = _wanted(found)
-    if can_draw(posterior) and found.draws < wanted <= min(MOST_DRAWS, NUMBERS / len(found.labels)):
-        return work.judged(work.drawn(int(wanted)))
-    found = work.moved(given)
-    most = min(MOST_DRAWS, NUMBERS / len(found.labels), MOVED_DRAWS / max(len(found.moved), 1))
-    count = int(min(_wanted(found), most))
-    if count <= found.draws:
-        return found
-    if can_draw(posterior):
-        return work.moved(work.drawn(count))
-    more_of_chains = longer(posterior, count, seed=seed)
-    return found if more_of_chains is None else work.moved(work.given(more_of_chains))
+        return _as_loo(work, work.moved(work.drawn(draws)))
+    return _as_loo(work, work.precise(work.given(in_hand(posterior))))
 
 
-def _wanted(found: Loo) -> float:
-    """Return how many draws bring the Monte Carlo error down to its goal."""
-    return found.draws * (found.mcse / ERROR) ** 2
-
-
-class _Work:
-    """Estimates of one posterior, from one set of draws or another."""
-
-    def __init__(self, posterior: Record, sites: Any, seed: int) -> None:
-        self.posterior, self.sites, self.seed = posterior, sites, seed
-
-    def given(self, draws: Draws) -> Observations:
-        return observations(self.posterior, draws, self.sites)
-
-    def drawn(self, count: int) -> Observations:
-        return self.given(more(self.posterior, count, seed=self.seed, purpose="leave-one-out"))
-
-    def judged(self, given: Observations) -> Loo:
-        """Judge the draws as they are."""
-        return self._as_loo(given, plain(given.values, given.draws.ratio))
-
-    def moved(self, given: Observations) -> Loo:
-        """Move draws for observations whose k-hat is too high; for all, if the Monte Carlo error is still too large.
-
-        Those with the highest k-hat come first, as far as the limits on the work go.
-        """
-        found = plain(given.values, given.draws.ratio)
-        result = self._as_loo(given, found)
-        if self.posterior.density is None or not Space.can_be(given.draws.z):
-            return result
-        order = found.k_hat.nan_to_num(nan=math.inf).argsort(descending=True, stable=True).tolist()
-        most = int(min(MOVED_DRAWS, MOVED_NUMBERS / len(order)) / len(given.values))
-        high = len(result.high)
-        for part in (order[:high][:most], order[high:most]):
-            if part and not result.mcse <= ERROR:
-                found = moved(self.posterior, given, found, part)
-                result = self._as_loo(given, found)
-        return result
-
-    def _as_loo(self, given: Observations, found: Estimates) -> Loo:
-        posterior, known = self.posterior, bool((found.k_moved < given.limit).all())
-        found = controlled(posterior, given, found)
-        p = log_score(given.values, given.draws.ratio) - found.elpd
-        error = standard_error(found.influence.sum(1), given.draws.copies, posterior.chain_count) if known else math.inf
-        return Loo(
-            elpd=float(found.elpd.sum()),
-            se=math.sqrt(len(p) * float(found.elpd.var())) if len(p) > 1 else math.nan,
-            mcse=error,
-            p=float(p.sum()),
-            method="approximate" if given.draws.ratio is not None else "plain",
-            status=posterior.verdict.status,
-            draws=len(given.values),
-            k_limit=given.limit,
-            labels=tuple(given.labels),
-            pointwise=found.elpd,
-            k_hat=found.k_hat,
-            k_moved=found.k_moved,
-            p_pointwise=p,
-            sites=given.places,
-        )
+def _as_loo(work: Work, found: Whole) -> Loo:
+    """Put estimates into the result."""
+    posterior, given, elpd = work.posterior, found.given, found.elpd
+    p = log_score(given.values, given.draws.ratio) - elpd
+    return Loo(
+        elpd=float(elpd.sum()),
+        se=math.sqrt(len(p) * float(elpd.var())) if len(p) > 1 else math.nan,
+        mcse=found.error,
+        p=float(p.sum()),
+        method="approximate" if given.draws.ratio is not None else "plain",
+        status=posterior.verdict.status,
+        draws=len(given.values),
+        k_limit=given.limit,
+        labels=tuple(given.labels),
+        pointwise=elpd,
+        k_hat=found.k_hat,
+        k_moved=found.k_moved,
+        p_pointwise=p,
+        sites=given.places,
+    )

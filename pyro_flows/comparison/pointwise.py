@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows.comparison.controls import explained
+from pyro_flows.comparison.controls import Regression
 from pyro_flows.comparison.draws import Draws
 from pyro_flows.comparison.moving import Space
 from pyro_flows.results import arviz_groups as export
@@ -24,26 +24,37 @@ if TYPE_CHECKING:
 
 
 GOOD = 0.5  # k-hat of weights that have a variance
+PIECE = 4_000_000  # log likelihoods that are worked out at a time
 
 
 @dataclass(frozen=True)
 class Observations:
-    """The observations' log likelihoods (S, N) at draws, a label of each, and where each site's stand."""
+    """The observations' log likelihoods (S, N) at draws, a label of each, where each site's stand, control variates."""
 
     draws: Draws
     values: Tensor
     labels: list[str]
     places: dict[str, tuple[int, int]]
+    half: Tensor
+    regression: Regression
+    chains: int
 
     @property
     def limit(self) -> float:
         """What k-hat must be below."""
         return largest_k(len(self.values))
 
+    def error(self, influence: Tensor) -> float:
+        """Return the standard error of a sum to which each draw adds so much (S,), less what controls explain."""
+        return standard_error(self.regression.rest(influence), self.draws.copies, self.chains)
+
 
 @dataclass(frozen=True)
 class Estimates:
-    """Elpd (N,), k-hat of the draws as they are and of those that the estimate is from, influence of draws (S, N)."""
+    """Elpd of some of the observations (N,), k-hat of the draws as they are, and of those that the estimate is from.
+
+    ``influence`` (S,) is what each draw adds to the error of the sum.
+    """
 
     elpd: Tensor
     k_hat: Tensor
@@ -92,42 +103,78 @@ def _columns(group: xr.Dataset, names: list[str]) -> tuple[Tensor, list[str], di
 
 def observations(posterior: Record, draws: Draws, sites: Any) -> Observations:
     """Return the log likelihoods of the observations of ``sites`` (all of them with None) at draws."""
-    group = likelihood(posterior, draws.z)
-    return Observations(draws, *_columns(group, list(map(str, group)) if sites is None else _names(sites, group)))
+    parts, labels, places = list[Tensor](), list[str](), dict[str, tuple[int, int]]()
+    for z in draws.z.split(_piece(posterior, len(draws.z))):
+        group = likelihood(posterior, z)
+        rows, labels, places = _columns(group, list(map(str, group)) if sites is None else _names(sites, group))
+        parts.append(rows.to(posterior.used.dtype))
+    half = halves(draws, len(draws.z), posterior.chain_count)
+    values = torch.cat(parts)
+    given = Regression(draws.controls, half)
+    return Observations(draws, values, labels, places, half, given, posterior.chain_count)
 
 
-def plain(values: Tensor, base: Tensor | None) -> Estimates:
-    r"""Estimate the elpd of each observation from its log likelihoods (S, N) at the draws as they are.
+def _piece(posterior: Record, count: int) -> int:
+    """Return at how many of the draws the log likelihood is worked out at a time."""
+    if posterior.density is None:
+        return max(count, 1)  # it is stored
+    each = sum(site.numel() for site in posterior.density.structure.observed.values())
+    return max(PIECE // max(each, 1), 1)
 
-    Draw s has the weight :math:`w_{si} \propto p(z_s) / (q(z_s)\, p(y_i \mid z_s))`, without p / q for draws of the
+
+def plain(given: Observations, which: Sequence[int] | None = None) -> Estimates:
+    r"""Estimate the elpd of observations, all by default, from their log likelihoods at the draws as they are.
+
+    :math:`w_{si} \propto p(z_s) / (q(z_s)\, p(y_i \mid z_s))`, without p / q for draws of the
     posterior; :math:`\text{elpd}_i = \log \sum_s w_{si}\, p(y_i \mid z_s)`.
     """
-    elpd, shapes, influence = list[Tensor](), list[float](), list[Tensor]()
-    for column in values.T:
-        weights, k_hat = psis(-column if base is None else base - column)
-        found = torch.logsumexp(weights + column, 0)
-        elpd.append(found)
+    elpd, shapes, total = list[Tensor](), list[float](), torch.zeros(len(given.values), dtype=torch.float64)
+    for index in range(given.values.shape[1]) if which is None else which:
+        found, k_hat, influence = one(given.values[:, index].double(), given.draws.ratio)
+        elpd.append(found - given.regression.shift(influence))
         shapes.append(k_hat)
-        influence.append(torch.nan_to_num((weights + column - found).exp() - weights.exp()))
-    k_hats = torch.tensor(shapes, dtype=values.dtype)
-    return Estimates(torch.stack(elpd), k_hats, k_hats.clone(), torch.stack(influence, 1))
+        total += influence
+    k_hats = torch.tensor(shapes, dtype=torch.float64)
+    return Estimates(torch.stack(elpd) if elpd else torch.zeros(0).double(), k_hats, k_hats.clone(), total)
 
 
-def moved(posterior: Record, given: Observations, found: Estimates, which: Iterable[int]) -> Estimates:
-    """Replace the estimates of some observations by those of moved draws, where their k-hat is lower or below 1/2."""
-    half = halves(given.draws, len(given.values), posterior.chain_count)
-    space = Space(posterior._need_density(), posterior.flow, given.draws.z, given.draws.ratio, half)
+def one(values: Tensor, base: Tensor | None) -> tuple[Tensor, float, Tensor]:
+    """Return elpd, k-hat and influence (S,) of one observation with these log likelihoods (S,)."""
+    weights, k_hat = psis(-values if base is None else base - values)
+    elpd = torch.logsumexp(weights + values, 0)
+    return elpd, k_hat, torch.nan_to_num((weights + values - elpd).exp() - weights.exp())
+
+
+def errors_without(given: Observations, order: Sequence[int], counts: Sequence[int]) -> list[float]:
+    """Return the standard error of the sum without the first n observations of an order, for each n of ``counts``."""
+    total, found, last = torch.zeros(len(given.values), dtype=torch.float64), dict[int, float](), len(order)
+    for count in sorted(counts, reverse=True):
+        for index in order[count:last]:
+            total += one(given.values[:, index].double(), given.draws.ratio)[2]
+        found[count], last = given.error(total), count
+    return [found[count] for count in counts]
+
+
+def moved(posterior: Record, given: Observations, which: Sequence[int]) -> Estimates:
+    """Estimate the elpd of some observations from moved draws, where their k-hat is lower or below 1/2."""
+    space = Space(posterior._need_density(), posterior.flow, given.draws.z, given.draws.ratio, given.half)
     sites = [name for name, _ in sorted(given.places.items(), key=lambda place: place[1])]
-    elpd, k_moved, influence = found.elpd.clone(), found.k_moved.clone(), found.influence.clone()
-    for index in which:
+    elpd, k_hat, k_moved = (torch.zeros(len(which), dtype=torch.float64) for _ in range(3))
+    total = torch.zeros(len(given.values), dtype=torch.float64)
+    for place, index in enumerate(which):
 
         def alone(z: Tensor, index: int = index) -> Tensor:
             return _columns(likelihood(posterior, z), sites)[0][:, index]
 
-        one = space.leave_out(alone, given.values[:, index], GOOD)
-        if one.k_hat < max(float(k_moved[index]), GOOD):
-            elpd[index], k_moved[index], influence[:, index] = one.elpd, one.k_hat, one.influence
-    return Estimates(elpd, found.k_hat, k_moved, influence)
+        values = given.values[:, index].double()
+        found, k_hat[place], influence = one(values, given.draws.ratio)
+        k_moved[place] = k_hat[place]
+        other = space.leave_out(alone, values, GOOD)
+        if other.k_hat < max(float(k_hat[place]), GOOD):
+            found, k_moved[place], influence = torch.as_tensor(other.elpd), other.k_hat, other.influence
+        elpd[place] = found - given.regression.shift(influence)
+        total += influence
+    return Estimates(elpd, k_hat, k_moved, total)
 
 
 def halves(draws: Draws, count: int, chains: int) -> Tensor:
@@ -138,23 +185,11 @@ def halves(draws: Draws, count: int, chains: int) -> Tensor:
     return torch.arange(count) % each < each // 2
 
 
-def controlled(posterior: Record, given: Observations, found: Estimates) -> Estimates:
-    """Take off the part of the errors that control variates explain, in each half of the draws by itself."""
-    columns = given.draws.controls
-    if columns is None:
-        return found
-    half = halves(given.draws, len(given.values), posterior.chain_count)
-    elpd, influence = found.elpd.clone(), found.influence.clone()
-    for rows in (half, ~half):
-        error, influence[rows] = explained(influence[rows], columns[rows])
-        elpd -= error
-    return Estimates(elpd, found.k_hat, found.k_moved, influence)
-
-
 def log_score(values: Tensor, base: Tensor | None) -> Tensor:
     """Return the log predictive density of the data in hand (N,)."""
-    weights = values.new_full((len(values),), -math.log(len(values))) if base is None else psis(base)[0]
-    return torch.logsumexp(weights[:, None] + values, 0)
+    equal = torch.full((len(values),), -math.log(len(values)), dtype=torch.float64)
+    weights = equal if base is None else psis(base)[0]
+    return torch.stack([torch.logsumexp(weights + column.double(), 0) for column in values.T])
 
 
 def standard_error(influence: Tensor, copies: Tensor | None, chains: int) -> float:

@@ -61,6 +61,7 @@ class Sampler:
         self.z = list(chains.z.unbind(1))
         self.stats = {name: list(chains.stats[name].unbind(1)) for name in STATS} if chains.stats else _no_stats()
         self.round = [tuple(pair.unbind(0)) for pair in state["round"].unbind(0)]
+        self.judged = None if chains.figures is None else (self._at(), chains.figures)
 
     @classmethod
     def begin(
@@ -108,7 +109,12 @@ class Sampler:
         empty = self.points.z[:, None][:, :0]
         z = torch.stack(self.z, 1) if self.z else empty
         stats = {name: torch.stack(values, 1) if values else empty[..., 0] for name, values in self.stats.items()}
-        return Chains(z, stats, state, {**self.numbers, "kernel": self.kernel.stored()})
+        known = self.judged[1] if self.judged is not None and self.judged[0] == self._at() else None
+        return Chains(z, stats, state, {**self.numbers, "kernel": self.kernel.stored()}, known)
+
+    def _at(self) -> tuple[int, int]:
+        """Return what the draws' figures depend on: sweeps done, and draws kept."""
+        return self.numbers["sweeps"], len(self.z)
 
     # running ----------------------------------------------------------------------------------------------------------
 
@@ -150,8 +156,10 @@ class Sampler:
         return torch.stack(parts, 1)
 
     def figures(self) -> ChainFigures:
-        """Judge the draws so far by all coordinates."""
-        return self._figures(None)
+        """Judge the draws so far by all coordinates, once."""
+        if self.judged is None or self.judged[0] != self._at():
+            self.judged = self._at(), self._figures(None)
+        return self.judged[1]
 
     def _looked_at(self) -> ChainFigures:
         """Judge the draws so far: by the coordinates that were the worst the last time, and by all if these suffice."""
@@ -160,7 +168,7 @@ class Sampler:
             found = self._figures(self.numbers["worst"])
             if not _suffices(found):
                 return found
-        return self._figures(None)
+        return self.figures()
 
     def _figures(self, watched: Sequence[int] | None) -> ChainFigures:
         stats = {name: torch.stack(values, 1) for name, values in self.stats.items()}

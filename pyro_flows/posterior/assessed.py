@@ -64,15 +64,16 @@ class Assessed(Drawn):
 
         Draws of q are weighted by :math:`\tilde p(z) / (q(z)\, p(y_i \mid z))` (approximate-posterior LOO), resampled
         draws and chains by :math:`1 / p(y_i \mid z)`. Each entry of an observed site is one observation; those of event
-        dimensions go together. Where k-hat is not below its limit, or the Monte Carlo error above .005 nats, draws are
+        dimensions go together. The Monte Carlo error is to come to .005 nats, or to a thousandth of the standard error
+        over observations. Where k-hat is not below its limit, and where it is the cheaper way to that error, draws are
         moved to where the posterior without the observation lies, and weighted there.
 
         Args:
             sites: observed sites to leave observations out of; all by default.
             draws: new draws of the flow or guide, resampled if the verdict is corrected. By default those in hand, or
-                as many new ones as bring the Monte Carlo error down to .005 nats, 64 000 at most, and fewer where they
-                are moved: two million for all observations together. Our own chains are gone on with, for two million
-                gradients at most; those of another sampler have no more draws.
+                as many new ones as bring the Monte Carlo error down, 64 000 at most, and fewer where they are moved:
+                two million for all observations together. Our own chains are gone on with, for two million gradients
+                at most; those of another sampler have no more draws.
             seed: of new draws.
 
         Returns:

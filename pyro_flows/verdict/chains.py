@@ -120,6 +120,7 @@ class Chains:
         stats: numbers of each kept draw, each (C, N), under ArviZ's names.
         state: tensors of the kernel and the chains' present points; of another sampler's chains, nothing.
         numbers: of the kernel: step size, trajectory, sweeps done, and so on; ``method`` says which one.
+        figures: of all of these draws, if they are known; no file holds them.
 
     Cost: the draws are held once, and are not copied.
 
@@ -136,6 +137,7 @@ class Chains:
     stats: dict[str, Tensor] = field(repr=False)
     state: dict[str, Tensor] = field(repr=False)
     numbers: dict[str, Any]
+    figures: ChainFigures | None = field(default=None, repr=False)
 
     @property
     def count(self) -> int:

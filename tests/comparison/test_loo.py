@@ -12,10 +12,12 @@ from arviz_stats import loo_approximate_posterior
 from pyro import poutine
 
 import pyro_flows as pf
-from pyro_flows.comparison.controls import controls, explained
+from pyro_flows.comparison import pointwise, working
+from pyro_flows.comparison.controls import Regression, controls
 from pyro_flows.comparison.draws import in_hand
-from pyro_flows.comparison.loo import _Work
-from pyro_flows.comparison.pointwise import plain
+from pyro_flows.comparison.loo import _as_loo
+from pyro_flows.comparison.pointwise import one
+from pyro_flows.comparison.working import Work
 from tests.conjugate import (
     COUNTS,
     COUNTS_LOO,
@@ -99,21 +101,48 @@ def test_draws_are_moved_where_leverage_is_high():
     x, y = regression_data(4, 7)
     exact = regression_loo(x, y)
     posterior = pf.diagnose(regression, regression_guide(), x, y)
-    work = _Work(posterior, None, 0)
+    work = Work(posterior, None, 0)
     given = work.given(in_hand(posterior))
-    found, before = work.moved(given), work.judged(given)
+    found, before = (_as_loo(work, way(given)) for way in (work.moved, work.judged))
     assert before.high
     assert not found.high
     assert abs(found.elpd - float(exact.sum())) < 3 * found.mcse < 0.06
     assert (found.pointwise - exact).abs().max() < 0.5 * (before.pointwise - exact).abs().max()
 
 
+def test_observations_get_more_draws_or_moved_ones_by_cost(monkeypatch):
+    """If a new draw were as dear as a hundred thousand evaluations, all observations would get moved ones."""
+    x, y = regression_data(3, 30)
+    posterior = pf.diagnose(regression, regression_guide(), x, y, draws=1000)
+    exact = float(regression_loo(x, y).sum())
+    moved = []
+    for price in (2.0, 1e5):
+        monkeypatch.setattr(working, "price", lambda posterior, price=price: price)
+        found = posterior.loo()
+        assert abs(found.elpd - exact) < 4 * found.mcse < 0.06
+        moved.append((len(found.moved), found.draws))
+    (few, more), (many, as_before) = moved
+    assert few < 15 < many
+    assert more > 4 * as_before == 4000
+
+
+def test_the_rest_of_an_order_has_its_own_error():
+    """Of five observations, without the two of highest k-hat: as those three alone have it."""
+    x, y = regression_data(2, 5)
+    posterior = pf.diagnose(regression, regression_guide(), x, y, draws=1000)
+    given = Work(posterior, None, 0).given(in_hand(posterior))
+    order = [3, 0, 4, 1, 2]
+    alone = given.error(pointwise.plain(given, [4, 1, 2]).influence)
+    assert pointwise.errors_without(given, order, [0, 2, 5])[1] == pytest.approx(alone, rel=1e-9)
+    assert pointwise.errors_without(given, order, [5]) == [0.0]
+
+
 def test_the_monte_carlo_error_is_honest():
     """40 seeds, for draws of both kinds: mean squares of errors over standard errors in [.5, 1.7], 1 set in 1000."""
     for status in ("ok", "corrected"):
         posterior = counted(status, draws=500)
-        works = [_Work(posterior, None, seed) for seed in range(40)]
-        found = [work.judged(work.drawn(2000)) for work in works]
+        works = [Work(posterior, None, seed) for seed in range(40)]
+        found = [_as_loo(work, work.judged(work.drawn(2000))) for work in works]
         squares = [((one.elpd - COUNTS_LOO) / one.mcse) ** 2 for one in found]
         assert 0.5 < sum(squares) / len(squares) < 1.7, status
 
@@ -124,8 +153,12 @@ def test_naive_cross_validation_of_draws_that_are_off_would_be_wrong():
     draws = dist.Gamma(shape, rate).sample((64_000,)).double()
     likelihood = dist.Poisson(draws[:, None]).log_prob(COUNTS.double())
     base = dist.Gamma(10.0, 7.0).log_prob(draws) - dist.Gamma(shape, rate).log_prob(draws)
-    assert abs(float(plain(likelihood, None).elpd.sum()) - COUNTS_LOO) > 0.2
-    assert float(plain(likelihood, base).elpd.sum()) == pytest.approx(COUNTS_LOO, abs=0.02)
+
+    def elpd(weights):
+        return sum(float(one(column, weights)[0]) for column in likelihood.T)
+
+    assert abs(elpd(None) - COUNTS_LOO) > 0.2
+    assert elpd(base) == pytest.approx(COUNTS_LOO, abs=0.02)
 
 
 def test_arviz_says_the_same():
@@ -138,8 +171,8 @@ def test_arviz_says_the_same():
         theirs = loo_approximate_posterior(
             xarray.DataTree.from_dict(groups), stats["log_p"], stats["log_q"], pointwise=True
         )
-    work = _Work(posterior, None, 0)
-    ours = work.judged(work.given(in_hand(posterior)._replace(controls=None)))
+    work = Work(posterior, None, 0)
+    ours = _as_loo(work, work.judged(work.given(in_hand(posterior)._replace(controls=None))))
     assert ours.elpd == pytest.approx(float(theirs.elpd), abs=1e-6)
     assert ours.se == pytest.approx(float(theirs.se), rel=0.08)  # theirs has N in the variance, ours N - 1
     torch.testing.assert_close(ours.k_hat, torch.tensor(theirs.pareto_k.to_numpy()), rtol=0.0, atol=1e-6)
@@ -159,9 +192,10 @@ def test_controls_have_expectation_zero_and_take_the_error_off():
     for _ in range(30):
         x = torch.randn(1000, 2, dtype=torch.float64)
         given = controls(pf.Flow(pf.Permutation(torch.tensor([1, 0]))).double(), x)
-        values = (x.sum(1) + 0.5 * x[:, 0] * x[:, 1] + 0.1 * x[:, 0] ** 3)[:, None] / 1000
-        off, rest = explained(values, given)
-        errors.append([float(values.sum()), float(values.sum() - off[0]), float(rest.square().sum().sqrt())])
+        values = (x.sum(1) + 0.5 * x[:, 0] * x[:, 1] + 0.1 * x[:, 0] ** 3) / 1000
+        regression = Regression(given, torch.arange(1000) % 2 == 0)
+        off, rest = regression.shift(values), regression.rest(values)
+        errors.append([float(values.sum()), float(values.sum() - off), float(rest.square().sum().sqrt())])
     plain, better, said = torch.tensor(errors).T
     assert better.square().mean() < 0.2 * plain.square().mean()
     assert 0.5 < better.square().mean() / said.square().mean() < 1.8
@@ -227,8 +261,8 @@ def test_without_a_model_the_saved_likelihood_is_taken(tmp_path):
     found = pf.load(tmp_path / "saved").loo()
     assert found.draws == 2000
     assert found.labels == tuple(f"y[{i}]" for i in range(SCHOOLS))
-    work = _Work(posterior, None, 0)
-    hand = work.judged(work.given(in_hand(posterior)._replace(controls=None)))
+    work = Work(posterior, None, 0)
+    hand = _as_loo(work, work.judged(work.given(in_hand(posterior)._replace(controls=None))))
     torch.testing.assert_close(found.pointwise, hand.pointwise, rtol=0.0, atol=1e-4)
     torch.testing.assert_close(found.k_hat, hand.k_hat, rtol=0.0, atol=1e-4)
     with pytest.raises(ValueError, match="needs the model"):

@@ -12,10 +12,11 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.correction.judging import disagreements
+from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.rungs import which
 from pyro_flows.correction.sampler import STATS
 from pyro_flows.correction.search import _Regions, bridge
-from pyro_flows.correction.starts import NoStart, affine_flow, starting_points
+from pyro_flows.correction.starts import NoStart, affine_flow, flow_of, starting_points
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.modes.missed_modes import WANDERED
@@ -545,9 +546,24 @@ def test_looks_between_are_at_the_worst_coordinates(narrow, monkeypatch):
     monkeypatch.setattr(module, "SPARE", 4.0)
     found = narrow.refine()
     assert seen[0] is None
-    assert 3 in seen
-    assert seen[-1] is None
+    assert seen[-2:] == [3, None]  # the figures that the sampler stopped by are those of the verdict
     check_schools(found)
+
+
+def test_known_figures_are_not_computed_anew(refined, monkeypatch):
+    from pyro_flows.correction import sampler as module
+
+    known = refined.verdict.chains
+    chains = dataclasses.replace(refined.chains, figures=known)
+    latent = Latent(flow_of(refined, refined.chains), refined.density)
+    sampler = module.Sampler(latent, refined.coordinates, chains, kept=64, seed=0)
+    monkeypatch.setattr(module, "examined", lambda *args, **given: ("anew", []))
+    assert sampler.figures() is known
+    assert sampler.chains().figures is known
+    with torch.no_grad():
+        sampler._sweep()
+    assert sampler.chains().figures is None
+    assert sampler.figures() == "anew"
 
 
 @pytest.mark.parametrize(("searched", "thinner", "count"), [(True, 0.0, 0), (False, 0.0, 1), (True, 4.0, 1)])

@@ -1,0 +1,220 @@
+r"""Which observations are left out by more draws, and which by moved ones.
+
+Draws as they are serve all N observations at once, and need many where a weight is uneven. Moved draws are few, but
+serve one observation. So those with the highest k-hats get moved draws, m of them, and the others new draws, as many as
+bring the error of their sum down. The number m is the one of lowest cost: with S draws in hand, of error r(m) without
+these m, and a goal g,
+
+.. math:: 2 m S + c\, S\, r(m)^2 / g^2
+
+evaluations of the model, c of them for a new draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows.comparison.draws import Draws, can_draw, longer, more, most_draws, price
+from pyro_flows.comparison.moving import Space
+from pyro_flows.comparison.pointwise import Estimates, Observations, errors_without, moved, observations, one, plain
+
+if TYPE_CHECKING:
+    from pyro_flows.results.record import Record
+
+ERROR = 0.005  # nats: more draws are taken, or draws moved, until the Monte Carlo error is as small,
+RELATIVE = 0.001  # or as small in units of the standard error over observations,
+MOST_DRAWS = 64_000  # or they are as many,
+NUMBERS = 20_000_000  # or their log likelihoods,
+MOVED_DRAWS, MOVED_NUMBERS = 2_000_000, 1_000_000_000  # or moved draws, or log likelihoods at these
+SHARE = 0.5  # of the squared error, for draws as they are and for moved ones
+WORTH = 1.2  # times as many draws, to be drawn anew
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Estimates of all observations, their Monte Carlo error, and the part of it that moved draws have.
+
+    ``influence`` (S,) is that of the draws ``given`` on those observations whose estimates are from these as they are.
+    """
+
+    given: Observations
+    elpd: Tensor
+    k_hat: Tensor
+    k_moved: Tensor
+    influence: Tensor
+    error: float
+    moved: float = 0.0
+
+    def without(self, which: Sequence[int]) -> Whole:
+        """Return these without the influence of draws on some observations."""
+        left = self.influence.clone()
+        for index in which:
+            left -= one(self.given.values[:, index].double(), self.given.draws.ratio)[2]
+        return replace(self, influence=left)
+
+    def with_part(self, which: Sequence[int], part: Estimates, error: float) -> Whole:
+        """Return these with other estimates of some observations."""
+        index = torch.tensor(list(which), dtype=torch.long)
+        elpd, k_hat, k_moved = self.elpd.clone(), self.k_hat.clone(), self.k_moved.clone()
+        elpd[index], k_hat[index], k_moved[index] = part.elpd, part.k_hat, part.k_moved
+        known = bool((k_moved < self.given.limit).all())
+        return replace(self, elpd=elpd, k_hat=k_hat, k_moved=k_moved, error=error if known else math.inf)
+
+
+class Work:
+    """Estimates of one posterior, from one set of draws or another."""
+
+    def __init__(self, posterior: Record, sites: Any, seed: int) -> None:
+        self.posterior, self.sites, self.seed = posterior, sites, seed
+
+    def given(self, draws: Draws) -> Observations:
+        """Work out log likelihoods at draws."""
+        return observations(self.posterior, draws, self.sites)
+
+    def drawn(self, count: int, purpose: str = "leave-one-out") -> Observations:
+        """Draw anew."""
+        return self.given(more(self.posterior, count, seed=self.seed, purpose=purpose))
+
+    def judged(self, given: Observations) -> Whole:
+        """Judge the draws as they are."""
+        return _whole(given, plain(given))
+
+    def moved(self, given: Observations) -> Whole:
+        """Move draws for observations whose k-hat is too high; for more, if the Monte Carlo error is still too large.
+
+        Those with the highest k-hat come first, as far as the limits on the work go. No new draws are taken.
+        """
+        found = self.judged(given)
+        goal = _goal(found)
+        if not found.error > goal or not self._can_move(given):
+            return found
+        order = _order(found)
+        counts = _counts(_high(found), self._most(given))
+        errors = errors_without(given, order, counts)
+        of_rest = goal * math.sqrt(SHARE)
+        enough = (count for count, error in zip(counts, errors, strict=True) if error <= of_rest)
+        which = order[: next(enough, counts[-1])]
+        return self._with_moved(found.without(which), given, which)
+
+    def precise(self, given: Observations) -> Whole:
+        """Bring the Monte Carlo error down to its goal by what costs the least, within the limits on the work."""
+        found = self.judged(given)
+        goal = _goal(found)
+        if not found.error > goal:
+            return found
+        if not self._can_move(given):
+            return self._by_draws(found, goal, [])
+        order, high = _order(found), _high(found)
+        count, error = self._cheapest(given, order, high, goal)
+        of_rest = goal * (math.sqrt(SHARE) if count else 1.0)
+        rest = self._by_draws(replace(found, error=error), of_rest, order[:count])
+        failing = _failing(rest, order[count:])
+        which = [*order[:count], *failing]
+        if not which:
+            return rest
+        found = self._with_moved(rest.without(failing), given, which)
+        wanted = self._enough_moved(found, given, which, goal) if found.error > goal else 0
+        larger = self._larger(given, wanted, "leave-one-out by moved draws")
+        return found if larger is None else self._with_moved(rest.without(failing), larger, which)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _cheapest(self, given: Observations, order: list[int], high: int, goal: float) -> tuple[int, float]:
+        """Return for how many observations draws are moved, and the error of the others at the draws in hand."""
+        size, counts = len(given.values), _counts(high, self._most(given))
+        errors = errors_without(given, order, counts)
+        best, least = counts[-1], math.inf
+        for count, error in zip(counts, errors, strict=True):
+            wanted = size * (error / (goal * (math.sqrt(SHARE) if count else 1.0))) ** 2
+            cost = 2.0 * count * size + (price(self.posterior) * wanted if wanted > size else 0.0)
+            if cost < least:
+                best, least = count, cost
+        return best, errors[counts.index(best)]
+
+    def _limit(self, given: Observations) -> float:
+        """Return how many draws there can be."""
+        return max(min(MOST_DRAWS, NUMBERS / len(given.labels), most_draws(self.posterior)), len(given.values))
+
+    def _by_draws(self, found: Whole, goal: float, without: list[int]) -> Whole:
+        """Take so many draws that the error of the observations not in ``without`` comes to its goal."""
+        given = found.given
+        wanted = int(min(len(given.values) * (found.error / goal) ** 2, self._limit(given)))
+        left = [index for index in range(len(given.labels)) if index not in set(without)]
+        given = (self._larger(given, wanted) if left else None) or given
+        part = plain(given, left)
+        found = replace(found, given=given, influence=part.influence)
+        return found.with_part(left, part, given.error(part.influence))
+
+    def _larger(self, given: Observations, wanted: int, purpose: str = "leave-one-out") -> Observations | None:
+        """Return so many draws, new ones or longer chains; None if they are not worth it, or cannot be had."""
+        if wanted <= WORTH * len(given.values):
+            return None
+        if can_draw(self.posterior):
+            return self.drawn(wanted, purpose)
+        chains = longer(self.posterior, wanted, seed=self.seed)
+        return None if chains is None else self.given(chains)
+
+    def _with_moved(self, rest: Whole, given: Observations, which: list[int]) -> Whole:
+        """Add the estimates of observations for which draws are moved."""
+        part = moved(self.posterior, given, which)
+        errors = given.error(part.influence), rest.given.error(rest.influence)
+        if given is rest.given:
+            error = given.error(rest.influence + part.influence)
+        else:  # chains that went on are those in hand too
+            error = math.hypot(*errors) if can_draw(self.posterior) else sum(errors)
+        return replace(rest.with_part(which, part, error), moved=errors[0])
+
+    def _enough_moved(self, found: Whole, given: Observations, which: list[int], goal: float) -> int:
+        """Return how many moved draws bring their part of the error to its goal."""
+        wanted = len(given.values) * (found.moved / (goal * math.sqrt(SHARE))) ** 2
+        return int(min(wanted, self._limit(given), MOVED_DRAWS / len(which)))
+
+    def _can_move(self, given: Observations) -> bool:
+        return self.posterior.density is not None and Space.can_be(given.draws.z)
+
+    def _most(self, given: Observations) -> int:
+        """Return for how many observations draws can be moved."""
+        count = len(given.labels)
+        return max(min(int(min(MOVED_DRAWS, MOVED_NUMBERS / count) / len(given.values)), count), 0)
+
+
+def _whole(given: Observations, found: Estimates) -> Whole:
+    empty = torch.zeros_like(found.elpd)
+    whole = Whole(given, empty, empty, empty, found.influence, math.inf)
+    return whole.with_part(range(len(empty)), found, given.error(found.influence))
+
+
+def _goal(found: Whole) -> float:
+    """Return what the Monte Carlo error is to come to."""
+    over_observations = math.sqrt(len(found.elpd)) * float(found.elpd.std()) if len(found.elpd) > 1 else 0.0
+    return max(ERROR, RELATIVE * over_observations)
+
+
+def _order(found: Whole) -> list[int]:
+    """Return the observations, those with the highest k-hats first."""
+    order: list[int] = found.k_hat.nan_to_num(nan=math.inf).argsort(descending=True, stable=True).tolist()
+    return order
+
+
+def _high(found: Whole) -> int:
+    return int((~(found.k_moved < found.given.limit)).sum())
+
+
+def _failing(rest: Whole, among: Sequence[int]) -> list[int]:
+    """Return the observations whose k-hat is too high at new draws."""
+    return [index for index in among if not float(rest.k_moved[index]) < rest.given.limit]
+
+
+def _counts(high: int, most: int) -> list[int]:
+    """Return for how many observations draws may be moved: those of high k-hat, and more by factors of two."""
+    found, step = [min(high, most)], 2
+    while found[-1] < most:
+        found.append(min(high + step, most))
+        step *= 2
+    return found
