@@ -26,10 +26,7 @@ ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
 LARGEST = 2**20  # numbers for which the least rows are still taken: memory above is mapped anew by each operation
 LONG = 2000  # operations from which one graph serves all batch sizes: recording takes seconds
 AT_ONCE = 2**12  # numbers that one operation of a long graph handles in little more time than one number,
-LONG_ROWS, KEPT = (
-    256,
-    2**22,
-)  # and rows at most, with one number for each operation: of a long loop, a cache should keep them
+LONG_ROWS = 64  # and rows at most: the results of a long loop that its gradient needs should stay in a cache
 
 Kind = tuple[int, torch.dtype, torch.device]
 
@@ -64,8 +61,7 @@ class Work(TorchDispatchMode):
         if self.operations < LONG:
             return None
         apiece = max(1, self.numbers // (self.operations * batch))
-        most = min(LONG_ROWS, AT_ONCE // apiece, KEPT // self.operations)
-        return max(ROWS_AT_LEAST, 1 << (most | 1).bit_length() - 1)
+        return max(ROWS_AT_LEAST, min(LONG_ROWS, 1 << ((AT_ONCE // apiece) | 1).bit_length() - 1))
 
 
 class Recorder:

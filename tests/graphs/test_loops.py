@@ -241,13 +241,10 @@ def test_a_long_graph_takes_batches_of_any_size(monkeypatch):
     assert density.graph(normal(4, 2, seed=0)) is None
 
 
-@pytest.mark.parametrize(
-    ("operations", "apiece", "rows"),
-    [(5000, 1, 256), (5000, 64, 64), (5000, 128, 32), (5000, 10_000, 16), (60_000, 1, 64)],
-)
-def test_rows_of_a_long_graph_follow_its_operations_and_their_size(operations, apiece, rows):
+@pytest.mark.parametrize(("apiece", "rows"), [(1, 64), (64, 64), (128, 32), (10_000, 16)])
+def test_rows_of_a_long_graph_follow_the_size_of_its_operations(apiece, rows):
     work = batches.Work()
-    work.operations, work.numbers = operations, operations * 2 * apiece
+    work.operations, work.numbers = 5000, 5000 * 2 * apiece
     assert work.rows(2) == rows
     work.operations = batches.LONG - 1
     assert work.rows(2) is None
