@@ -9,7 +9,12 @@ STAGES = {  # of parts inside of each other the outermost decides; tracing and c
     "reading": ("reading the model",),
     "tracing": ("tracing",),
     "compiling": ("compiling",),
-    "sampler": ("a sampler in the place of another round", "the sampler", "the search for modes that the chains lack"),
+    "sampler": (
+        "a sampler in the place of training",
+        "a sampler in the place of another round",
+        "the sampler",
+        "the search for modes that the chains lack",
+    ),
     "coordinates": ("the choice of coordinates", "the search for angles and heavy tails"),
     "modes": (
         *("a survey of modes", "the search for modes that the guide lacks", "a run for a missed mode"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx
 
+from pyro_flows.graphs.graph import agree
 from pyro_flows.graphs.record import record
 from pyro_flows.model.gradients import values_and_grads
 from tests.invariants import close
@@ -110,3 +111,11 @@ def test_random_numbers_keep_their_order():
     expected = noisy(x)[0]
     torch.manual_seed(1)
     assert torch.equal(module(x)[0], expected)
+
+
+def test_rounding_of_huge_results_is_no_other_value():
+    """Seen at a scale of 1e-8: gradients of 1.2e8 that differed in the eighth digit were taken for a wrong graph."""
+    some = torch.tensor([1.0, 1.24e8], dtype=torch.float64)
+    assert agree([some], [some * torch.tensor([1.0, 1.0 + 1e-7], dtype=torch.float64)])
+    assert not agree([some], [some * torch.tensor([1.0, 1.0 + 1e-4], dtype=torch.float64)])
+    assert not agree([some], [some * torch.tensor([1.0 + 1e-7, 1.0], dtype=torch.float64)])
