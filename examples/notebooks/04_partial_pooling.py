@@ -168,9 +168,8 @@ sleepers.verdict
 sleepers.summary(["mean", "spread", "noise"])
 
 # %% [markdown]
-# The verdict is `refined`: the samples are Markov chains in the flow's coordinates, and they converged. So the table
-# has R-hat. The verdict says why there are chains: more training would have cost more, or the training did not
-# converge.
+# The verdict is `refined`: the samples are Markov chains that started at the guide's draws, and they converged. So the
+# table has R-hat. The verdict says why there are chains: they cost less than training a flow for so many effects.
 #
 # Each day without enough sleep costs about ten milliseconds, but drivers differ. The correlation of intercept and slope
 # is computed from the draws. The data say little about it:
