@@ -22,8 +22,7 @@ plt.style.use("pyro_flows.style")
 #
 # 316 students read about four frustrating situations, such as a bus that does not stop. They said whether they would
 # curse, scold or shout. Each behavior comes twice: *want to do* and *do*. This gives 24 items.
-# "Yes" and "perhaps" count as 1 here, and "no" counts as 0. We take the first 150 students; all of them take twice as
-# long, and have the same verdict.
+# "Yes" and "perhaps" count as 1 here, and "no" counts as 0. We take the first 150 students; all of them take longer.
 
 # %%
 answers = pd.read_csv("../data/verbagg.csv")
@@ -54,7 +53,8 @@ people = pf.fit(rasch, y, progress=False).assign_coords({"item": items["item"], 
 print(people.verdict)
 
 # %% [markdown]
-# The verdict covers all 175 latents. Its largest change of a mean is that of the worst of them.
+# The verdict covers all 175 latents. It is `refined`: with so many, chains cost less than training a flow. Its effective
+# sample sizes are those of the worst latents.
 #
 # Above 200 latents, the guide's affine map is diagonal, because a triangular one would have too many parameters. The
 # flow can still make latents depend on each other.
