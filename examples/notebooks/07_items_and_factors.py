@@ -53,8 +53,8 @@ people = pf.fit(rasch, y, progress=False).assign_coords({"item": items["item"], 
 print(people.verdict)
 
 # %% [markdown]
-# The verdict covers all 175 latents. It is `refined`: with so many, chains cost less than training a flow. Its effective
-# sample sizes are those of the worst latents.
+# The verdict covers all 175 latents. It is `refined`: with so many, chains cost less than training a flow. Its
+# effective sample sizes are those of the worst latents.
 #
 # Above 200 latents, the guide's affine map is diagonal, because a triangular one would have too many parameters. The
 # flow can still make latents depend on each other.
