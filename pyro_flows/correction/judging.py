@@ -102,7 +102,7 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> tuple[
     complaint = density.complaint(chains.z.flatten(0, 1)[:: max(1, chains.z[..., 0].numel() // CHECKED)])
     invalid = [] if complaint is None else [f"the model is invalid at some draws: {complaint}"]
     if work.passed:
-        return invalid, []
+        return [*invalid, *disagreements(posterior, chains)], []
     ratios = posterior.log_p - posterior.log_q
     if chains.numbers.get("space") == PLAIN:
         flow = affine_flow(chains.z.flatten(0, 1), torch.zeros_like(chains.stats["lp"]).flatten())

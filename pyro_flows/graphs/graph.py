@@ -240,7 +240,7 @@ def tidy(graph: fx.Graph) -> None:
         if node.op == "call_function":
             replacement = _simpler(node)
             if replacement is None and _is_pure(node):
-                replacement = seen.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
+                replacement = seen.setdefault((node.target, key_of(node.args), key_of(node.kwargs)), node)
             if replacement not in (None, node):
                 node.replace_all_uses_with(replacement)  # type: ignore[arg-type]
                 graph.erase_node(node)
@@ -285,9 +285,10 @@ def _simpler(node: fx.Node) -> fx.Node | None:
     return first if shaped and node.meta["val"].shape == first.meta["val"].shape else None
 
 
-def _key(value: Any) -> Any:
+def key_of(value: Any) -> Any:
+    """Return what arguments of operations are compared by."""
     if isinstance(value, (list, tuple)):
-        return tuple(_key(part) for part in value)
+        return tuple(key_of(part) for part in value)
     if isinstance(value, dict):
-        return tuple((key, _key(part)) for key, part in value.items())
+        return tuple((key, key_of(part)) for key, part in value.items())
     return type(value), value  # 1, 1.0 and True are equal, but not to a graph

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.graphs.graph import copy_node, graph_module, is_aten, new_node, sweep
+from pyro_flows.graphs.graph import copy_node, graph_module, is_aten, key_of, new_node, sweep
 from pyro_flows.graphs.sums import FEWEST, PERMUTED, SMALL, STACKED, Kind, add, like_of, read_rows, sum_at_once
 
 _aten = torch.ops.aten
@@ -37,7 +37,7 @@ def vectorize(module: fx.GraphModule) -> fx.GraphModule:
     1
     """
     graph = module.graph
-    if sum(map(is_aten, graph.nodes)) < 2 * FEWEST or any(map(_is_random, graph.nodes)):
+    if sum(map(is_aten, graph.nodes)) < 2 * FEWEST or any(map(_is_bound_to_its_place, graph.nodes)):
         return module
     read_rows(graph)
     sum_at_once(graph)
@@ -49,8 +49,10 @@ def vectorize(module: fx.GraphModule) -> fx.GraphModule:
     return graph_module(module, graph)
 
 
-def _is_random(node: fx.Node) -> bool:
-    return is_aten(node) and torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
+def _is_bound_to_its_place(node: fx.Node) -> bool:
+    """Whether it depends on what ran before it, or on how tensors lie in memory."""
+    random = is_aten(node) and torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
+    return random or node.target is _aten.as_strided.default
 
 
 # groups ---------------------------------------------------------------------------------------------------------------
@@ -96,13 +98,8 @@ def _is_small_pointwise(node: fx.Node) -> bool:
 def _kind(node: fx.Node) -> Kind:
     """Return what operations have in common that can be done at once: all but which tensors they take."""
     values = [part.meta["val"] if isinstance(part, fx.Node) else part for part in node.args]
-    like = [(*part.shape, part.dtype) if isinstance(part, Tensor) else _number(part) for part in values]
-    named = tuple((key, _number(part)) for key, part in node.kwargs.items())
-    return node.target, tuple(like), named, node.meta["val"].shape
-
-
-def _number(value: Any) -> Any:
-    return type(value), value  # 1, 1.0 and True are equal, but not to a graph
+    like = [(*part.shape, part.dtype) if isinstance(part, Tensor) else key_of(part) for part in values]
+    return node.target, tuple(like), key_of(node.kwargs), node.meta["val"].shape
 
 
 class _Writer:
