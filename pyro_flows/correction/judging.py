@@ -20,6 +20,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE
+from pyro_flows.modes.thin import is_usable
 from pyro_flows.results.record import Record, Recorded
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import ChainFigures, Chains, as_numbers, objections
@@ -117,6 +118,8 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> tuple[
     sampler = work.sampler
     if sampler is not None and chains.numbers.get("space") == PLAIN:
         told["joined"] = lambda places: joins(sampler, places)
+    elif sampler is not None and is_usable(posterior.log_weights.double()):
+        told["space"] = sampler.latent
     lacks, notes = lacks_of_chains(density, chains, *given, **told)
     return [*invalid, *lacks, *disagreements(posterior, chains)], notes
 

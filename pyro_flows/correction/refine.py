@@ -18,7 +18,7 @@ from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.nuts import nuts
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
 from pyro_flows.correction.smc import anneal
-from pyro_flows.correction.starts import PLAIN, NoStart, flow_of, plain_flow, starting_points
+from pyro_flows.correction.starts import PLAIN, NoStart, dispersed_points, flow_of, plain_flow, starting_points
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.results.record import Recorded
 from pyro_flows.verdict.chains import Chains
@@ -109,7 +109,7 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
     if work.method == "smc":
         work.annealed = anneal(latent, max(PARTICLES, chains), seed=seed, report=bar.show)
         z, weights = work.annealed.points.z, torch.zeros_like(work.annealed.points.log_p)
-    z = starting_points(z, weights, chains // SUBCHAINS, seed=derive(seed, "starts of chains"))
+    z = dispersed_points(latent, z, weights, chains // SUBCHAINS, seed=derive(seed, "starts of chains"))
     most_leaps = MOST_PLAIN_LEAPS if work.method == PLAIN else MOST_LEAPS
     given: dict[str, Any] = {"independence": _proposals(posterior, work.method), "most_leaps": most_leaps}
     work.sampler = Sampler.begin(latent, names, z, chains=chains, kept=wanted, seed=seed, **given)

@@ -20,7 +20,7 @@ from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, SELDOM, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
 from pyro_flows.correction.search import lacks_of_chains
-from pyro_flows.correction.starts import DF, PLAIN, starting_points
+from pyro_flows.correction.starts import DF, PLAIN, dispersed_points
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
@@ -151,7 +151,7 @@ def _chains(
     most: float, independence: int,
 ) -> Chains | None:  # fmt: skip
     """Return chains that begin at weighted draws and suffice, for less than another round of training takes."""
-    starts = starting_points(z, log_weights, CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
+    starts = dispersed_points(latent, z, log_weights, CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
     given: dict[str, Any] = {"chains": CHAINS, "kept": math.ceil(draws / CHAINS), "seed": seed}
     sampler = Sampler.begin(latent, names, starts, independence=independence, **given)
     found = sampler.run(MAX_STEPS, bar.show, gradients=most)

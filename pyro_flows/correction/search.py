@@ -13,7 +13,9 @@ from pyro_flows import _arviz
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE, Guide, Lack
-from pyro_flows.modes.missed_modes import THIN, WANDERED, Search, missed_modes
+from pyro_flows.modes.missed_modes import Search, missed_modes
+from pyro_flows.modes.thin import THIN, WANDERED
+from pyro_flows.modes.umbrella import Space
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.bridge import bridge_value
@@ -52,6 +54,7 @@ def lacks_of_chains(
     seed: int,
     searched: bool = False,
     joined: Callable[[Tensor], bool] = lambda places: False,
+    space: Space | None = None,
 ) -> tuple[list[str], list[str]]:
     """Return what chains lack, in words, and what was not looked at.
 
@@ -72,6 +75,7 @@ def lacks_of_chains(
         seed: of the search.
         searched: whether a search from the flow's draws has found nothing.
         joined: whether chains that begin at some places come to where the others are, which tells it too.
+        space: the latent space of the flow, if its own weights are good enough to tell where it is thin.
     """
     z, log_p = chains.z.flatten(0, 1), chains.stats["lp"].flatten()
     generator = torch.Generator().manual_seed(derive(seed, "draws to search from"))
@@ -80,7 +84,7 @@ def lacks_of_chains(
     search = Search()
     thin = Guide(density, score, covered).is_thin(z[chosen], log_p[chosen], by=THIN)
     if not searched or float(thin.double().mean()) > SHARE:
-        search = missed_modes(density, [], z[chosen], log_p[chosen] - covered, score, seed=seed)
+        search = missed_modes(density, [], z[chosen], log_p[chosen] - covered, score, seed=seed, space=space)
     before = [stage["details"] for stage in history if stage["stage"] == STAGE]
     found, regions = [], _Regions(density, chains, evidence, seed)
     for stage in before[-1:]:  # of the last guide

@@ -1,12 +1,16 @@
-"""Where chains begin: importance-resampled draws of the guide, and a flow to move in where the guide is none."""
+"""Where chains begin: draws of the guide and places that it may lack; a flow to move in where the guide is none."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.correction.latent import Latent
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.modes.thin import level_of
+from pyro_flows.modes.umbrella import Point, walked
 from pyro_flows.results.record import Record
 from pyro_flows.transforms.linear import LowerTriangularAffine
 from pyro_flows.verdict.chains import Chains
@@ -15,6 +19,8 @@ from pyro_flows.verdict.deciding import resample
 DF = 15.0
 PLAIN = "plain"  # the space of chains that do not move in that of the flow
 JITTER = 1e-8  # of a variance
+WALKERS, SETTLING, MOVES = 64, 4, 12  # moves under the posterior at first, then for each of
+HEIGHTS = 5.0, 3.0  # nats
 
 
 class NoStart(ValueError):
@@ -38,6 +44,28 @@ def starting_points(z: Tensor, log_weights: Tensor, count: int, *, seed: int) ->
         power *= 0.8
     flattened = torch.log_softmax(power * log_weights, 0)
     return z[resample(flattened, count, seed=seed)]
+
+
+def dispersed_points(latent: Latent, z: Tensor, log_weights: Tensor, count: int, *, seed: int) -> Tensor:
+    """Return ``count`` points (K, D) for chains to begin at: draws, and as many that were drawn out of where they lie.
+
+    R-hat tells of a region that a flow lacks only if some chains begin there. See ``modes/umbrella.py``; the second
+    walk, with a lower height, lets points go back from regions of little mass. Cost: 10,000 gradients.
+
+    Raises:
+        NoStart: if no draw has a finite density.
+    """
+    inside = starting_points(z, log_weights, count - count // 2, seed=seed)
+    begun = starting_points(z, log_weights, WALKERS, seed=derive(seed, "walkers"))
+    with seeded(derive(seed, "dispersed"), latent.density.device):
+        points: Point = latent.look(*latent.place(begun))
+        points = walked(latent, points, SETTLING, level=0.0)
+        level = level_of(points)
+        for height in HEIGHTS:
+            points = walked(latent, points, MOVES, level=level, height=height)
+        usable = torch.isfinite(points.log_pi).nonzero()[:, 0]
+        chosen = usable[torch.randperm(len(usable), device=usable.device)[: count // 2]]
+    return torch.cat([inside, points.z[chosen], begun[: count // 2 - len(chosen)]])
 
 
 def _effective(log_weights: Tensor) -> float:

@@ -10,6 +10,7 @@ import torch
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import few_threads
 from pyro_flows.correction.judging import evidence_of
+from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.search import held_by
 from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.plan import Plan
@@ -22,6 +23,7 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.symmetries import SignedPermutation, group
+from pyro_flows.modes.thin import WANDERED
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
@@ -141,7 +143,7 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
 
     Where a symmetry tells all, its flows are copied; elsewhere a mixture at all modes of a survey, or runs, are added.
     """
-    if _is_held_by_chains(plan, prepared.density, found):
+    if _is_held_by_chains(plan, prepared.density, found) or _is_thin_alone(found):
         return
     moves: list[SignedPermutation] = []
     while found.search is not None and found.search.lacks and not plan.clock.over:
@@ -166,6 +168,12 @@ def _is_held_by_chains(plan: Plan, density: LogDensity, found: Combined) -> bool
     with seeded(derive(plan.seed, "places of chains"), density.device):
         evidence = evidence_of(flow, chains, density)
     return held_by(density, chains, found.search.lacks, evidence, seed=plan.seed)
+
+
+def _is_thin_alone(found: Combined) -> bool:
+    """Whether the flow is only too thin next to where it lies: a run of its own has nowhere else to begin."""
+    lacks = () if found.search is None else found.search.lacks
+    return all(lack.start.name == WANDERED for lack in lacks)
 
 
 def _too_many(moves: Sequence[SignedPermutation]) -> bool:
@@ -227,7 +235,8 @@ def _search(plan: Plan, density: LogDensity, found: Combined, sampler: Sampler) 
         z, log_q = sampler.draw(MODE_DRAWS)
     modes = [mode for run in found.runs for mode in run.modes]
     wandering = not (sampler is found.best.flow(plan, density) and found.best.best is not None and found.best.best.even)
-    return missed_modes(density, modes, z, log_q, sampler.log_prob, seed=plan.seed, wandering=wandering)
+    space = Latent(sampler, density) if wandering else None
+    return missed_modes(density, modes, z, log_q, sampler.log_prob, seed=plan.seed, wandering=wandering, space=space)
 
 
 def _first_lack(plan: Plan, prepared: Prepared, found: Combined) -> Start | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,3 +79,18 @@ def is_resolved(density: LogDensity, place: Tensor) -> bool:
     latents = {name: value for name, value in density.constrain(place[None]).items() if name in density.names}
     back = density.unconstrain(latents)[0]
     return bool(((back - place).abs() <= RESOLUTION * (1.0 + place.abs())).all())
+
+
+def share_error(thin: Tensor, mass: Tensor, there: Tensor) -> tuple[float, float, float]:
+    """Return the share of wanderers at thin places, that of weighted draws, and the standard error of the difference.
+
+    Args:
+        thin: which wanderers (N,) ended where the guide is thin.
+        mass: normalized weights (S,) of the guide's draws.
+        there: which of these draws (S,) are at such places.
+    """
+    count = len(thin)
+    known, effective = float(mass[there].sum()), float(1.0 / mass.square().sum())
+    share = float(thin.double().mean())
+    variance = max(share, 1.0 / count) * (1.0 - share) / count + known * (1.0 - known) / effective
+    return share, known, math.sqrt(max(variance, 0.0))

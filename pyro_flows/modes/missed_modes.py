@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from pyro_flows._seeding import derive
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.climbs import climbed, surveyed
-from pyro_flows.modes.lacks import SHARE, Guide, Lack, Score, is_resolved, lacks_of, moments
+from pyro_flows.modes.lacks import Guide, Lack, Score, is_resolved, lacks_of
 from pyro_flows.modes.lines import across
 from pyro_flows.modes.symmetries import images, moves, signed_permutation
-from pyro_flows.modes.tempering import wander
-from pyro_flows.modes.units import units_of
+from pyro_flows.modes.thin import WANDERED, too_thin
+from pyro_flows.modes.umbrella import Space
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.deciding import resample
 
 MOVED_DRAWS = 200
-WANDERERS = 256
-WANDERED = "wandered"
-THIN = 3.0  # nats by which the guide falls short where wanderers count
 EXACT = 1e-4  # of a log density: rounding of single precision
 SEEDS = 2  # draws at which exact moves are looked for
 
@@ -47,7 +41,7 @@ class Search:
 
 def missed_modes(
     density: LogDensity, modes: Sequence[Start], z: Tensor, log_q: Tensor, score: Score, *, seed: int = 0,
-    wandering: bool = True,
+    wandering: bool = True, space: Space | None = None,
 ) -> Search:  # fmt: skip
     """Search for regions that hold a good part of the mass and that a guide lacks.
 
@@ -62,7 +56,7 @@ def missed_modes(
        Each carries a normal distribution (``starts/pathfinder.py``), whose weighted draws tell the mass. Where they
        are too few, tempering does, in comparison with the region that the guide covers, by the same method.
     4. All draws are moved along single coordinates to further maxima: see :func:`across`.
-    5. Draws wander about under the density itself: see :func:`_wandered`.
+    5. Draws wander to where the guide is thin next to them: see :func:`too_thin`.
 
     Args:
         density: log p, unnormalized.
@@ -71,7 +65,8 @@ def missed_modes(
         log_q: their log densities (S,).
         score: the guide's log density.
         seed: of the search.
-        wandering: whether the fourth is made.
+        wandering: whether the fifth is made.
+        space: the guide's latent space, where it has one that the fifth can use.
     """
     z = z.to(density.dtype)
     with torch.no_grad():
@@ -88,7 +83,7 @@ def missed_modes(
         searches.insert(1, lambda: surveyed(guide, z[finite], doubts, seed=seed))
         searches.append(lambda: across(guide, *few))
     if density.batched and wandering:
-        searches.append(lambda: _wandered(guide, z[finite], weights[finite], log_q[finite], seed=seed))
+        searches.append(lambda: too_thin(guide, space, z[finite], weights[finite], log_q[finite], seed=seed))
     found: list[Lack] = []
     for search in searches:
         found = found or [lack for lack in search() if is_resolved(density, lack.place)]
@@ -137,37 +132,3 @@ def _named(density: LogDensity, place: Tensor, z: Tensor) -> str:
             entries.append((float(distance[number]), label, float(value[number])))
     entries.sort(key=lambda entry: -entry[0])
     return ", ".join(f"{label} = {value:.3g}" for far, label, value in entries[:3] if far >= 0.5 * entries[0][0])
-
-
-@torch.no_grad()
-def _wandered(guide: Guide, z: Tensor, weights: Tensor, log_q: Tensor, *, seed: int) -> list[Lack]:
-    """Let weighted draws wander; return a place where the guide is too thin, if more of them come there than before.
-
-    This finds what a guide lacks next to where it lies, such as the neck of a funnel. Weights know of places where the
-    guide is thin as long as it has a draw there; only what exceeds that counts.
-    """
-    ratios = (weights - guide.covered).double()
-    there = guide.is_thin(z, weights + log_q, by=THIN)
-    mass = torch.softmax(ratios, 0)
-    chosen = resample(torch.log_softmax(ratios, 0), WANDERERS, seed=derive(seed, "wanderers"))
-    ends, log_p = wander(guide.density, z[chosen], units_of(z), seed=derive(seed, "wandering"))
-    thin = guide.is_thin(ends, log_p, by=THIN)
-    share, known, error = share_error(thin, mass, there)
-    if share - 2.0 * error <= known + SHARE:
-        return []
-    return [Lack(ends[thin][0], moments(ends[thin], WANDERED))]
-
-
-def share_error(thin: Tensor, mass: Tensor, there: Tensor) -> tuple[float, float, float]:
-    """Return the share of wanderers at thin places, that of weighted draws, and the standard error of the difference.
-
-    Args:
-        thin: which wanderers (N,) ended where the guide is thin.
-        mass: normalized weights (S,) of the guide's draws.
-        there: which of these draws (S,) are at such places.
-    """
-    count = len(thin)
-    known, effective = float(mass[there].sum()), float(1.0 / mass.square().sum())
-    share = float(thin.double().mean())
-    variance = max(share, 1.0 / count) * (1.0 - share) / count + known * (1.0 - known) / effective
-    return share, known, math.sqrt(max(variance, 0.0))

@@ -185,7 +185,7 @@ def exact_moves_alone(monkeypatch):
     """Other searches find nothing: what is found, exact moves have found."""
     monkeypatch.setattr(modes, "climbed", lambda *_, **__: [])
     monkeypatch.setattr(modes, "across", lambda *_, **__: [])
-    monkeypatch.setattr(modes, "_wandered", lambda *_, **__: [])
+    monkeypatch.setattr(modes, "too_thin", lambda *_, **__: [])
 
 
 def check_half(dim):

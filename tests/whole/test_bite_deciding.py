@@ -100,7 +100,7 @@ def systematic(_):
 
 
 def _exact_moves_alone(monkeypatch):
-    for name in ("climbed", "surveyed", "across", "_wandered"):
+    for name in ("climbed", "surveyed", "across", "too_thin"):
         monkeypatch.setattr(missed_modes, name, lambda *_, **__: [])
 
 

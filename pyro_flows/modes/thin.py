@@ -1,0 +1,92 @@
+"""What a guide lacks next to where it lies: a tail, the neck of a funnel, the far end of a scale of few groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.modes.lacks import SHARE, Guide, Lack, moments, share_error
+from pyro_flows.modes.tempering import wander
+from pyro_flows.modes.umbrella import HIGH, Point, Space, excess, walked
+from pyro_flows.modes.units import units_of
+from pyro_flows.verdict.deciding import resample
+
+WANDERERS = 256
+WANDERED = "wandered"
+THIN = 3.0  # nats by which the guide falls short where wanderers count
+FIRST, OUT, BACK = 16, 48, 64  # moves: to see whether there is any way out, farther out, and under the density itself
+DRAWN_OUT = 0.05  # of the wanderers that are drawn out, from which it is worth the rest
+KNOWN = 0.005  # of the mass of weighted draws
+USABLE = 0.1  # effective share of draws, below which no verdict rests on them
+
+
+def too_thin(guide: Guide, space: Space | None, z: Tensor, weights: Tensor, log_q: Tensor, *, seed: int) -> list[Lack]:
+    """Let weighted draws wander; return a place where the guide is too thin, if more of them come there than before.
+
+    Weights know of places where the guide is thin as long as it has a draw there; only what exceeds that counts. Where
+    the latent space of the guide is known, and the weights are good enough for a verdict, wanderers are first drawn out
+    to where it is thin; see ``umbrella.py``. Elsewhere they move under the density itself; see :func:`wander`.
+
+    Args:
+        guide: its density, and what it covers.
+        space: its latent space, if it has one.
+        z: draws (S, D) of the guide, or of another distribution.
+        weights: their log weights (S,).
+        log_q: their log densities (S,).
+        seed: of the walk.
+    """
+    log_mass = torch.log_softmax((weights - guide.covered).double(), 0)
+    chosen = z[resample(log_mass, WANDERERS, seed=derive(seed, "wanderers"))]
+    if space is None or not is_usable(log_mass):
+        ends, log_p = wander(guide.density, chosen, units_of(z), seed=derive(seed, "wandering"))
+        thin, there = guide.is_thin(ends, log_p, by=THIN), guide.is_thin(z, weights + log_q, by=THIN)
+    else:
+        over = (weights + log_q - guide.score(z)).double()
+        found = _drawn_out(space, chosen, over, log_mass, seed=seed)
+        if found is None:
+            return []
+        ends, thin, there = found
+    share, known, error = share_error(thin, log_mass.exp(), there)
+    if share - 2.0 * error <= known + SHARE:
+        return []
+    return [Lack(ends[thin][0], moments(ends[thin], WANDERED))]
+
+
+def is_usable(log_mass: Tensor) -> bool:
+    """Whether a verdict may rest on draws with these normalized log weights, or on a larger sample of their kind."""
+    return bool(1.0 / log_mass.exp().square().sum() > USABLE * len(log_mass))
+
+
+@torch.no_grad()
+def _drawn_out(
+    space: Space, chosen: Tensor, over: Tensor, log_mass: Tensor, *, seed: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Draw points outwards in latent space, and let those that are out there go back, or stay.
+
+    Return where they are, which of them (N,) are where the guide is thin, and which of the weighted draws (S,) are. A
+    place is thin if its excess is one that the draws hardly reach. None if there is no way out.
+    """
+    with seeded(derive(seed, "umbrella"), chosen.device):
+        points: Point = space.look(*space.place(chosen))
+        level = level_of(points)
+        points = walked(space, points, FIRST, level=level, height=HIGH)
+        if float((excess(points, level) > THIN).double().mean()) <= DRAWN_OUT:
+            return None
+        points = walked(space, points, OUT, level=level, height=HIGH)
+        points = walked(space, space.look(points.x.repeat(2, 1), points.k.repeat(2)), BACK, level=level)
+    by = max(THIN, _hardly_reached(over - level, log_mass))
+    return points.z, excess(points, level) > by, over - level > by
+
+
+def level_of(points: Point) -> float:
+    """Return the median of the log weights."""
+    known = points.log_weight[torch.isfinite(points.log_weight)]
+    return float(known.median()) if len(known) else 0.0
+
+
+def _hardly_reached(over: Tensor, log_mass: Tensor) -> float:
+    """Return the excess beyond which weighted draws have next to no mass."""
+    ordered, places = over.sort()
+    below = log_mass[places].exp().cumsum(0)
+    return float(ordered[int((below < 1.0 - KNOWN).sum().clamp_max(len(ordered) - 1))])
