@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.terms import tops_of_terms
-from pyro_flows.modes.units import units_of
+from pyro_flows.modes.units import unit_of_modes, units_of
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
 from pyro_flows.starts.pathfinder import climb
 from pyro_flows.starts.prior import prior_draws
@@ -42,9 +42,9 @@ ABOUT = 0.1, 2.0  # spreads of all modes
 STEPS = 1.0, 0.1, 0.01  # units of a path, of the local scale: long first steps leap over modes
 WITHIN = 12.0  # nats of Laplace evidence below the best
 TICKS = 60  # of a path
-SAME = 0.5  # of a scale that an end tells, a coordinate: ends there are one mode
+SAME = 0.5  # of a scale that an end tells, a coordinate of up to four: ends there are one mode
 STILL = 0.1  # a point of a ridge, from which there is more to gain, is no mode
-APART = 1.0  # standard deviations between two modes
+APART = 1.0  # standard deviations between two modes, a coordinate of up to four: normals nearer than two sds have one
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,8 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
         near, which = distances(found, places).min(0)
         met += torch.bincount(which[near < APART], minlength=len(met)).to(met)
         places, scales = places[near >= APART], scales[near >= APART]
-    heads, counts = _heads(places, scales, min(MOST - len(found), max(LEAST_HEADS, CURVED // density.dim)))
+    most = min(MOST - len(found), max(LEAST_HEADS, CURVED // density.dim))
+    heads, counts = _heads(places, scales * unit_of_modes(density.dim, ridges=found.ridges), most)
     if not len(heads):
         return replace(found, met=met)
     roots = lower_triangular(inverse_roots(density, heads)[0])
@@ -255,20 +256,20 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
 
 
 def distances(found: Survey, places: Tensor) -> Tensor:
-    """Return the distances (K, N) of places from the modes, in standard deviations a root of the dimension."""
+    """Return the distances (K, N) of places from the modes, in units of :func:`unit_of_modes`."""
     away = places - found.modes[:, None]
     x = torch.linalg.solve_triangular(found.roots, away.mT, upper=False)
-    return x.norm(dim=1) / math.sqrt(places.shape[1])
+    return x.norm(dim=1) / unit_of_modes(places.shape[1], ridges=found.ridges)
 
 
 def _heads(places: Tensor, scales: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Return distinct ends (K, D), the highest of those that lie together, and how many these are (K,)."""
+    """Return distinct ends (K, D), the highest of those that lie together in units (N, D), and how many these are (K,)."""
     open_ = torch.ones(len(places), dtype=torch.bool, device=places.device)
     heads: list[int] = []
     counts: list[int] = []
     while bool(open_.any()) and len(heads) < most:
         first = int(open_.to(torch.uint8).argmax())
-        same = open_ & ((((places - places[first]) / scales[first]).square().mean(1)).sqrt() < SAME)
+        same = open_ & (((places - places[first]) / scales[first]).norm(dim=1) < SAME)
         same[first] = True
         heads.append(first)
         counts.append(int(same.sum()))

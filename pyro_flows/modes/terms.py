@@ -19,14 +19,14 @@ from torch.overrides import TorchFunctionMode
 from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.gradients import hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.units import units_of
+from pyro_flows.modes.units import unit_of_modes, units_of
 from pyro_flows.starts.curvature import differences, lower_triangular, roots_of
 from pyro_flows.starts.pathfinder import climb
 
 CHOICES = 64  # of terms, at one sum: of each of its results, if it has several
 BRANCHES = 128  # densities in all
 SUMS, FEW = 16, 2  # at most, and with several results: with more, a model sums over paths, as those of Markov chains do
-SAME, AS_WIDE = 0.5, 0.3  # sds between normals that are one, and log ratio of their widths, both a coordinate
+SAME, AS_WIDE = 0.5, 0.3  # units between normals that are one, and log ratio of their widths, a coordinate
 FROM = 3  # draws that each is climbed from
 TICKS = 100
 ABOVE = 1e-4  # of a log density, rounding of single precision
@@ -122,7 +122,7 @@ def _distinct(tops: Tops) -> Tops:
     for number in tops.evidence.argsort(descending=True).tolist():
         away = tops.places[number] - tops.places[kept]
         x = torch.linalg.solve_triangular(tops.roots[kept], away[..., None], upper=False)[..., 0]
-        near = x.square().mean(-1).sqrt() < SAME
+        near = x.norm(dim=-1) < SAME * unit_of_modes(x.shape[-1])
         if not bool((near & ((widths[kept] - widths[number]).abs() < AS_WIDE)).any()):
             kept.append(number)
     return Tops(*(part[kept] for part in tops))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,3 +21,11 @@ def units_of(z: Tensor, *, full: bool = True) -> Tensor:
             return root.to(z.dtype)
     spread = z.std(0) if len(z) > 1 else torch.ones_like(z[0])
     return torch.where((spread > 0.0) & torch.isfinite(spread), spread, 1.0)
+
+
+def unit_of_modes(dim: int, *, ridges: bool = False) -> float:
+    """Return the standard deviations that distances of modes are counted in: the root of the dimension, and at most 2.
+
+    Two modes of a hundred dimensions may differ in one of them. Points of a ridge do so in all.
+    """
+    return math.sqrt(dim if ridges else min(dim, 4))
