@@ -263,7 +263,7 @@ def distances(found: Survey, places: Tensor) -> Tensor:
 
 
 def _heads(places: Tensor, scales: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Return distinct ends (K, D), the highest of those that lie together in units (N, D), and how many these are (K,)."""
+    """Return distinct ends (K, D), the highest of those within some units (N, D), and how many these are (K,)."""
     open_ = torch.ones(len(places), dtype=torch.bool, device=places.device)
     heads: list[int] = []
     counts: list[int] = []

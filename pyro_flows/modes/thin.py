@@ -21,6 +21,7 @@ KNOWN = 0.005  # of the mass of weighted draws
 USABLE = 0.1  # effective share of draws, below which no verdict rests on them
 
 
+@torch.no_grad()
 def too_thin(guide: Guide, space: Space | None, z: Tensor, weights: Tensor, log_q: Tensor, *, seed: int) -> list[Lack]:
     """Let weighted draws wander; return a place where the guide is too thin, if more of them come there than before.
 
@@ -58,7 +59,6 @@ def is_usable(log_mass: Tensor) -> bool:
     return bool(1.0 / log_mass.exp().square().sum() > USABLE * len(log_mass))
 
 
-@torch.no_grad()
 def _drawn_out(
     space: Space, chosen: Tensor, over: Tensor, log_mass: Tensor, *, seed: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:

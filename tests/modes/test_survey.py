@@ -50,6 +50,16 @@ def met(density, seed=0, **options):
     return survey(density, prior_draws(density, 200, seed=seed), seed=seed, **options)
 
 
+@pytest.mark.parametrize("dim", [1, 2, 4, 20, 100])
+def test_modes_that_differ_in_one_of_many_coordinates_are_two(dim):
+    """Four sds apart: two in each of four coordinates, and as much in one of a hundred."""
+    centers = torch.zeros(2, dim, dtype=torch.float64)
+    centers[1, 0] = 4.0
+    found = met(normals(centers, [1.0, 1.0]))
+    assert len(found) == 2
+    assert float((torch.cdist(centers, found.modes)).amin(1).max()) < 0.1
+
+
 @pytest.mark.parametrize(("count", "dim", "distance"), [(8, 1, 20.0), (7, 2, 10.0), (7, 10, 15.0), (4, 20, 12.0)])
 def test_all_modes_are_met(count, dim, distance):
     centers = scattered(count, dim, distance, seed=dim)

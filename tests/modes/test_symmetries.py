@@ -19,6 +19,7 @@ from pyro_flows.modes import missed_modes as modes
 from pyro_flows.modes.lacks import Lack
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.symmetries import Image, Move, Unit, group, images, moves, signed_permutation
+from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
 from tests.models import real
 from tests.registry import normal
@@ -386,3 +387,19 @@ def test_symmetries_that_are_too_many_leave_the_copies_that_there_are(monkeypatc
     combine._complete(plan, SimpleNamespace(density=None), found)
     assert found.added == 0
     assert found.copies == len(found.sampler.components) == 2
+
+
+def test_no_run_is_added_where_a_flow_is_only_thin(monkeypatch):
+    """It would begin where the flow is already; a missed mode next to it is another matter."""
+    far = torch.full((2,), 3.0)
+    thin, mode = (Lack(far, Start(name, far, far)) for name in (WANDERED, "mode"))
+    added = []
+    monkeypatch.setattr(combine, "_look", lambda plan, density, found: setattr(found, "search", Search()))
+    monkeypatch.setattr(combine, "_add_run", lambda plan, prepared, found, start: added.append(start.name))
+    monkeypatch.setattr(combine, "_surveyed", lambda *_: False)
+    for lacks in ([thin], [thin, mode]):
+        flow = pf.realnvp(2, layers=2)
+        found = combine.Combined(plain=flow, sampler=flow, search=Search(tuple(lacks)))
+        plan = SimpleNamespace(clock=SimpleNamespace(over=False))
+        combine._complete(plan, SimpleNamespace(density=None), found)
+    assert len(added) == 1
