@@ -118,7 +118,7 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> tuple[
     sampler = work.sampler
     if sampler is not None and chains.numbers.get("space") == PLAIN:
         told["joined"] = lambda places: joins(sampler, places)
-    elif sampler is not None and is_usable(posterior.log_weights.double()):
+    elif sampler is not None and sampler.latent.walkable and is_usable(posterior.log_weights.double()):
         told["space"] = sampler.latent
     lacks, notes = lacks_of_chains(density, chains, *given, **told)
     return [*invalid, *lacks, *disagreements(posterior, chains)], notes

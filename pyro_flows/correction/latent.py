@@ -24,6 +24,8 @@ from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.log_density import LogDensity
 
+WALKED_PARTS = 4
+
 
 def _widest(flow: Flow) -> int:
     """Return how many numbers the largest intermediate result of a flow has for each point."""
@@ -71,6 +73,11 @@ class Latent:
         self.log_w = torch.log_softmax(self.log_w, 0)
         numbers = max(density.numbers, *(_widest(flow) for flow in self.flows))
         self._recorder = Recorder(self._single, numbers) if density.batched and self.mixture is None else None
+
+    @property
+    def walkable(self) -> bool:
+        """Whether a look costs little more than one of a flow: each part is scored by all of them."""
+        return len(self.parts) <= WALKED_PARTS
 
     # maps of one part -------------------------------------------------------------------------------------------------
 

@@ -52,9 +52,13 @@ def dispersed_points(latent: Latent, z: Tensor, log_weights: Tensor, count: int,
     R-hat tells of a region that a flow lacks only if some chains begin there. See ``modes/umbrella.py``; the second
     walk, with a lower height, lets points go back from regions of little mass. Cost: 10,000 gradients.
 
+    In a mixture of many parts, all are draws.
+
     Raises:
         NoStart: if no draw has a finite density.
     """
+    if not latent.walkable:
+        return starting_points(z, log_weights, count, seed=seed)
     inside = starting_points(z, log_weights, count - count // 2, seed=seed)
     begun = starting_points(z, log_weights, WALKERS, seed=derive(seed, "walkers"))
     with seeded(derive(seed, "dispersed"), latent.density.device):

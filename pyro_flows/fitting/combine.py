@@ -10,9 +10,9 @@ import torch
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import few_threads
 from pyro_flows.correction.judging import evidence_of
-from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.search import held_by
 from pyro_flows.fitting.agreement import balanced, compare, stage
+from pyro_flows.fitting.guide_space import latent_of
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared
 from pyro_flows.fitting.run import Run, make_run
@@ -235,7 +235,7 @@ def _search(plan: Plan, density: LogDensity, found: Combined, sampler: Sampler) 
         z, log_q = sampler.draw(MODE_DRAWS)
     modes = [mode for run in found.runs for mode in run.modes]
     wandering = not (sampler is found.best.flow(plan, density) and found.best.best is not None and found.best.best.even)
-    space = Latent(sampler, density) if wandering else None
+    space = latent_of(sampler, density) if wandering else None
     return missed_modes(density, modes, z, log_q, sampler.log_prob, seed=plan.seed, wandering=wandering, space=space)
 
 

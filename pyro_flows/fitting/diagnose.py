@@ -14,6 +14,7 @@ from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import alone
 from pyro_flows.correction.search import noted
+from pyro_flows.fitting.guide_space import space_of
 from pyro_flows.fitting.mcmc import from_mcmc
 from pyro_flows.fitting.programs import check_sites, from_traces, random_sites, run_guide
 from pyro_flows.guides.autoflow import AutoFlow
@@ -23,6 +24,7 @@ from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.sites import Noncentered
 from pyro_flows.modes.lacks import Score
 from pyro_flows.modes.missed_modes import Search, missed_modes
+from pyro_flows.modes.umbrella import Space
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS
@@ -109,18 +111,20 @@ def _diagnose(
         trace = run_guide(guide, args, kwargs)  # makes the parameters of a guide that has never run
     with torch.no_grad(), seeded(seed, density.device):
         score: Score | None
+        space: Space | None = None
         if _same_coordinates(guide, density):
             draw, score = _from_distribution(guide, density, args, kwargs)
+            space = space_of(guide, density, args, kwargs)
         else:
             check_sites(guide, trace, density)
             draw, score = from_traces(guide, density, args, kwargs, random_sites(trace))
-        search = _searched(density, draw, score, seed)
+        search = _searched(density, draw, score, space, seed)
         said: dict[str, Any] = {"failures": search.failures, "notes": search.notes, "contained": search.contained}
         said |= {"history": noted(search), "settings": {"diagnosed": True}, "losses": torch.zeros(0)}
         return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)
 
 
-def _searched(density: LogDensity, draw: Draw, score: Score | None, seed: int) -> Search:
+def _searched(density: LogDensity, draw: Draw, score: Score | None, space: Space | None, seed: int) -> Search:
     """Search for modes that a guide lacks, if its weights say nothing against it: else it is thin in many places."""
     if score is None:
         return Search(notes=(HIDDEN,))
@@ -129,7 +133,7 @@ def _searched(density: LogDensity, draw: Draw, score: Score | None, seed: int) -
         weighing = weigh(z, density(z), log_q)
         if not weighing.k_hat < weighing.threshold or weighing.ess < POOR * len(z):
             return Search(notes=(THIN,))
-        return missed_modes(density, [], z, log_q, score, seed=seed)
+        return missed_modes(density, [], z, log_q, score, seed=seed, space=space)
 
 
 # continuous autoguides ------------------------------------------------------------------------------------------------

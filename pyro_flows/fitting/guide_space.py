@@ -1,0 +1,80 @@
+"""The latent space of a guide that is a distribution of one unconstrained vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows.correction.latent import Latent, Points
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.model.batching import quiet
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.umbrella import Space
+
+
+def space_of(guide: Any, density: LogDensity, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Space | None:
+    """Return the latent space of an ``AutoContinuous`` guide, None if it names no base distribution or no transform."""
+    if isinstance(guide, AutoFlow):
+        return latent_of(guide._flow, density)
+    try:
+        return GuideSpace(guide.get_base_dist(), guide.get_transform(*args, **kwargs), density)
+    except NotImplementedError:  # as an AutoLowRankMultivariateNormal
+        return None
+
+
+def latent_of(flow: Flow | FlowMixture, density: LogDensity) -> Latent | None:
+    """Return the latent space of a flow or mixture, None if it has so many parts that walks there would take long."""
+    latent = Latent(flow, density)
+    return latent if latent.walkable else None
+
+
+class GuideSpace:
+    """The posterior in the space of a base distribution, of which the guide is the image under a transform.
+
+    Args:
+        base: a distribution of vectors.
+        transform: from its draws to unconstrained vectors of the model.
+        density: the model's log density.
+    """
+
+    def __init__(self, base: Any, transform: Any, density: LogDensity) -> None:
+        self.base, self.transform, self.density = base, transform, density
+
+    def place(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x (C, D) of points z (C, D), and k = 0 (C,)."""
+        with torch.no_grad(), quiet():
+            x: Tensor = self.transform.inv(z.to(self.base.sample().dtype))
+        return x.to(z), torch.zeros(len(z), dtype=torch.long, device=z.device)
+
+    def look(self, x: Tensor, k: Tensor) -> Points:
+        """Evaluate at points; cost: a gradient for each. Where something is not finite, the target is -inf."""
+        self.density.clock.look()
+        with torch.enable_grad(), quiet():
+            leaf = x.detach().requires_grad_()
+            z = self.transform(leaf)
+            ladj = self.transform.log_abs_det_jacobian(leaf, z)
+            ladj = ladj.sum(-1) if ladj.dim() == 2 else ladj
+            log_ref = self.base.log_prob(leaf)
+            log_ref = log_ref.sum(-1) if log_ref.dim() == 2 else log_ref
+        log_p, grad = self.density.value_and_grad(z.detach().to(self.density.dtype))
+        grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0).to(z)
+        with torch.enable_grad():
+            pulled = torch.autograd.grad(ladj.sum() + (z * grad).sum(), leaf, retain_graph=True)[0]
+            score = torch.autograd.grad(log_ref.sum(), leaf)[0]
+        log_pi = log_p.to(x) + ladj.detach()
+        fine = torch.isfinite(log_pi) & torch.isfinite(pulled).all(1) & torch.isfinite(z).all(1)
+        return Points(
+            x=x,
+            k=k,
+            z=z.detach().to(self.density.dtype),
+            log_p=log_p,
+            log_pi=torch.where(fine, log_pi, -torch.inf),
+            slope=torch.where(fine[:, None], pulled, 0.0),
+            log_ref=log_ref.detach(),
+            ref_slope=score,
+        )
