@@ -24,7 +24,7 @@ from benchmarks import records
 from benchmarks.kernels.microcanonical import microcanonical
 from benchmarks.kernels.targets import TARGETS, prepared
 from benchmarks.markdown import table
-from pyro_flows import _arviz
+from pyro_flows import _mixing
 from pyro_flows.correction import adaptation, sampler
 from pyro_flows.correction.hmc import hamiltonian
 from pyro_flows.correction.latent import Latent
@@ -55,7 +55,7 @@ def run(latent: Latent, names: Sequence[str], starts: Tensor, kernel: str, *, se
     gradients = latent.density.evaluations - warmed
     found = chains.chains()
     values = torch.cat([found.z.double(), found.stats["lp"].double()[..., None]], -1)
-    figures = _arviz.chain_diagnostics(values, chains.superchain)
+    figures = _mixing.chain_diagnostics(values, chains.superchain)
     return {
         "bulk": 1000.0 * float(figures["ess_bulk"][:-1].min()) / gradients,
         "tail": 1000.0 * float(figures["ess_tail"][:-1].min()) / gradients,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows import _arviz
+from pyro_flows import _mixing
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel, scale_of
 from pyro_flows.correction.diagnostics import examined
@@ -219,7 +219,7 @@ class Sampler:
             return
         rounds = self.numbers["sweeps"] // ROUND
         x, z = (torch.stack(parts, 1) for parts in zip(*self.round[ROUND // 3 :], strict=True))
-        nested = _arviz.nested_r_hat(z, self.superchain).max()
+        nested = _mixing.nested_r_hat(z, self.superchain).max()
         if rounds >= ROUNDS[1] or (rounds >= ROUNDS[0] and float(nested) <= WARM):
             self.kernel.freeze()
             self.numbers["fixed_at"] = self.numbers["sweeps"]
