@@ -25,11 +25,15 @@ FLAT = 1e-15  # a range below which all draws are taken for the same
 
 def r_hat(draws: Tensor) -> Tensor:
     """Return rank-normalized split R-hat (D,) of draws (C, N, D); it sees differences of location and of scale."""
+    if draws.shape[1] < LEAST_DRAWS:
+        return torch.full((draws.shape[2],), torch.nan, dtype=torch.float64)
     return torch.cat([_r_hat(*_scores(part)) for part in _parts(draws)])
 
 
 def nested_r_hat(draws: Tensor, superchain: Tensor) -> Tensor:
     """Return nested R-hat (D,) of draws (C, N, D), with the number of the superchain of each chain (C,)."""
+    if draws.shape[1] < LEAST_DRAWS:
+        return torch.full((draws.shape[2],), torch.nan, dtype=torch.float64)
     return torch.cat([_nested(*_scores(part), superchain) for part in _parts(draws)])
 
 
@@ -45,6 +49,9 @@ def chain_diagnostics(draws: Tensor, superchain: Tensor | None = None) -> dict[s
     a Fourier transform of three functions of them.
     """
     found: list[dict[str, Tensor]] = []
+    if draws.shape[1] < LEAST_DRAWS:
+        names = ("r_hat", "ess_bulk", "ess_tail", *(() if superchain is None else ("nested_r_hat",)))
+        return {name: torch.full((draws.shape[2],), torch.nan, dtype=torch.float64) for name in names}
     for part in _parts(draws):
         bulk, folded = _scores(part)
         compared = (bulk, folded) if part.shape[1] > 1 else _scores(_halved(part))
@@ -72,9 +79,6 @@ def _halved(draws: Tensor) -> Tensor:
 def _scores(draws: Tensor) -> tuple[Tensor, Tensor]:
     """Return normal scores (D, 2 C, N / 2) of the ranks of half chains, and of their distances from the median."""
     halves = _halved(draws)
-    if draws.shape[2] < LEAST_DRAWS or not halves.numel():
-        nothing = torch.full_like(halves, torch.nan)
-        return nothing, nothing
     flat = halves.flatten(1)
     bulk, middle = _by_rank(flat)
     folded = _by_rank((flat - middle[:, None]).abs())[0]
@@ -145,8 +149,6 @@ def _nested(bulk: Tensor, folded: Tensor, superchain: Tensor) -> Tensor:
 def _effective(draws: Tensor) -> Tensor:
     """Return the effective number (D,) of draws (D, C, N) for their mean, by Geyer's initial monotone sequence."""
     chains, count = draws.shape[1:]
-    if count < 2:
-        return torch.full_like(draws[:, 0, 0], torch.nan) if count else draws.new_full((len(draws),), torch.nan)
     centers = draws.mean(2, keepdim=True)
     covariance = _autocovariance(draws - centers)
     mean_var = covariance[:, :1] * count / (count - 1.0)
@@ -169,7 +171,7 @@ def _autocovariance(away: Tensor) -> Tensor:
 
     Of short chains, all products of two draws are summed by lag: this takes a tenth of the time of Fourier transforms.
     """
-    dim, chains, count = away.shape
+    chains, count = away.shape[1:]
     if count > SHORT:
         length = 1 << (2 * count - 1).bit_length()
         power = torch.fft.rfft(away, n=length).abs().square().mean(1)
