@@ -34,7 +34,7 @@ SHRINKAGE, DELAY, FORGETTING = 0.05, 10.0, 0.75  # of dual averaging
 
 
 class Moved(NamedTuple):
-    """What a Hamiltonian move of C chains did: the new points, and numbers of each chain."""
+    """What a Hamiltonian or microcanonical move of C chains did: the new points, and numbers of each chain."""
 
     points: Points
     end: Tensor  # of each trajectory (C, D), accepted or not

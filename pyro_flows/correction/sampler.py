@@ -36,6 +36,7 @@ HALVINGS = 4  # of the step size, where trajectories diverge
 SHORT_EVERY, SHORT = 4, 0.25  # each fourth move takes leaps of a quarter: into necks that the others overshoot
 WATCHED = 16  # coordinates, the worst of the last look at all
 HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latter take two dimensions
+HOPELESS = 10.0  # times the divergences that the verdict bears, of the draws that are asked for
 FAR = 1.1  # nested R-hat above which the first half of the draws counts as warm-up
 STATS = (
     *("lp", "log_weight", "acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size"),
@@ -71,7 +72,7 @@ class Sampler:
     @classmethod
     def begin(
         cls, latent: Latent, names: Sequence[str], z: Tensor, *, chains: int, kept: int, seed: int, independence: int,
-        most_leaps: int = MOST_LEAPS,
+        most_leaps: int = MOST_LEAPS, moves: str = MICROCANONICAL,
     ) -> Sampler:  # fmt: skip
         """Start superchains at points z (K, D), K = chains / 8."""
         torch.manual_seed(derive(seed, "labels of chains"))
@@ -95,7 +96,7 @@ class Sampler:
                 "halved": 0,
                 "worst": None,
                 "independence": independence,
-                "moves": MICROCANONICAL if x.shape[1] > 1 else HAMILTONIAN,
+                "moves": moves if x.shape[1] > 1 else HAMILTONIAN,
             },
             **{"seed": seed, "kernel": Kernel.start(x.shape[1], most_leaps=most_leaps).stored()},
         }
@@ -125,9 +126,14 @@ class Sampler:
     # running ----------------------------------------------------------------------------------------------------------
 
     def run(
-        self, sweeps: int, report: Callable[[str], None] = lambda text: None, *, gradients: float = math.inf
-    ) -> ChainFigures | None:
-        """Go on until the draws are enough, or for ``sweeps`` in all or so many gradients; return the last figures."""
+        self, sweeps: int, report: Callable[[str], None] = lambda text: None, *, gradients: float = math.inf,
+        patient: bool = True,
+    ) -> ChainFigures | None:  # fmt: skip
+        """Go on until the draws are enough, or for ``sweeps`` in all or so many gradients; return the last figures.
+
+        Unless ``patient``, chains are given up where ten times as many trajectories diverge as may: each half of the
+        step size, which begins the draws anew, costs twice as much as the one before.
+        """
         found, end = None, self.latent.density.evaluations + gradients
         while self.numbers["sweeps"] < sweeps and self.latent.density.evaluations < end:
             if self.numbers["fixed_at"] is None:
@@ -138,6 +144,8 @@ class Sampler:
                 continue
             report(f"sweep {self.numbers['sweeps']}")
             self._keep(self._sweep())
+            if not patient and self._diverges():
+                return found
             if len(self.z) >= max(self.kept, self.numbers["checked"] + self.kept // 2):
                 found = self._looked_at()
                 if _suffices(found):
@@ -145,6 +153,11 @@ class Sampler:
                 if not self._halve(found):
                     self._make_room(found)
         return found
+
+    def _diverges(self) -> bool:
+        """Whether more trajectories have diverged than chains of the fewest draws could make up for."""
+        diverged = sum(int(one.sum()) for one in self.stats["diverging"])
+        return diverged > HOPELESS * DIVERGENCES * len(self.points.x) * self.kept
 
     def _needed(self) -> float:
         """Return how many gradients the draws to be kept take at least, by the kernel as it is."""
