@@ -58,7 +58,7 @@ class Drawn(Shown):
 
         Where the flow T is close to the posterior, the target in latent space,
         :math:`\log\tilde p(T(x)) + \log|\det J_T(x)|`, is close to the base distribution, and a few leaps of
-        microcanonical dynamics (MAMS) make a new draw. Step size, trajectory length and units are adapted across chains.
+        microcanonical dynamics (MAMS) make a new draw. Step size, trajectory length and units are adapted.
         Chains begin in superchains of eight at importance-resampled draws, and go on until nested R-hat is at most
         1.01, R-hat 1.05, and the effective sample size 1000 in the bulk and in the tails of each coordinate and of the
         log density. Then the search for missed modes is made once more, from the chains' draws. The verdict is
