@@ -17,12 +17,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._arrays import SAMPLE_DIMS, as_tree, rounded, with_attrs
 from pyro_flows._display import verdict_html
+from pyro_flows._mixing import chain_diagnostics as chain_diagnostics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,49 +31,6 @@ if TYPE_CHECKING:
 MANY_CHAINS = "Found chain dimension to be longer than draw dimension"  # short ones, as they are meant to be
 POLISHED = 200  # steps
 JUDGED = "InferenceData"  # the name of our own class too: arviz_base knows such objects by it
-
-
-def r_hat(draws: Tensor) -> Tensor:
-    """Return rank-normalized split R-hat (D,) of draws (runs, S, D); it sees differences of location and of scale."""
-    from arviz_stats.base import array_stats
-
-    given = draws.detach().double().cpu().numpy()
-    return torch.as_tensor(np.asarray(array_stats.rhat(given, chain_axis=0, draw_axis=1)))
-
-
-def nested_r_hat(draws: Tensor, superchain: Tensor) -> Tensor:
-    """Return nested R-hat (D,) of draws (C, N, D), with the number of the superchain of each chain (C,)."""
-    from arviz_stats.base import array_stats
-
-    given, ids = draws.detach().double().cpu().numpy(), superchain.cpu().numpy()
-    with np.errstate(divide="ignore", invalid="ignore"):  # of coordinates that never move: NaN
-        found = array_stats.rhat_nested(given, superchain_ids=ids, chain_axis=0, draw_axis=1)
-    return torch.as_tensor(np.asarray(found, dtype=float))
-
-
-def chain_diagnostics(draws: Tensor, superchain: Tensor | None = None) -> dict[str, Tensor]:
-    """Return R-hat, nested R-hat and effective draws in bulk and tails, each (D,), of draws (C, N, D).
-
-    Args:
-        draws: of C chains; R-hat of a single one compares its halves.
-        superchain: number of the superchain of each chain (C,), each of equally many chains; without, there is no
-            nested R-hat.
-
-    References: Vehtari et al. 2021 (arXiv 1903.08008); Margossian et al. 2024, "Nested R-hat" (arXiv 2110.13017).
-    """
-    from arviz_stats.base import array_stats
-
-    given = draws.detach().double().cpu().numpy()
-    compared = given if len(given) > 1 else np.concatenate(np.split(given[:, : given.shape[1] // 2 * 2], 2, axis=1))
-    axes: dict[str, Any] = {"chain_axis": 0, "draw_axis": 1}
-    with np.errstate(divide="ignore", invalid="ignore"):  # of coordinates that never move: NaN
-        found = {
-            "r_hat": array_stats.rhat(compared, **axes),
-            "ess_bulk": array_stats.ess(given, method="bulk", **axes),
-            "ess_tail": array_stats.ess(given, method="tail", prob=(0.05, 0.95), **axes),
-        }
-    known = {name: torch.as_tensor(np.asarray(value, dtype=float)) for name, value in found.items()}
-    return known if superchain is None else {**known, "nested_r_hat": nested_r_hat(draws, superchain)}
 
 
 # labeled arrays ------------------------------------------------------------------------------------------------------

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import records
-from benchmarks.kernels.microcanonical import microcanonical
 from benchmarks.kernels.targets import TARGETS, prepared
 from benchmarks.markdown import table
-from pyro_flows import _arviz
+from pyro_flows import _mixing
 from pyro_flows.correction import adaptation, sampler
 from pyro_flows.correction.hmc import hamiltonian
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.microcanonical import microcanonical
 from pyro_flows.correction.sampler import Sampler
 
 KERNELS = {
@@ -44,7 +44,7 @@ def run(latent: Latent, names: Sequence[str], starts: Tensor, kernel: str, *, se
     move, wanted = KERNELS[kernel]
     most = adaptation.MOST_PLAIN_LEAPS if plain else adaptation.MOST_LEAPS
     given: dict[str, Any] = {"chains": CHAINS, "kept": 10 * MOVES, "seed": seed, "independence": 0, "most_leaps": most}
-    with mock.patch.object(sampler, "hamiltonian", move), mock.patch.object(adaptation, "WANTED", wanted):
+    with mock.patch.object(sampler, "microcanonical", move), mock.patch.object(adaptation, "WANTED", wanted):
         chains = Sampler.begin(latent, names, starts, **given)
         before = latent.density.evaluations
         while chains.numbers["fixed_at"] is None:
@@ -55,7 +55,7 @@ def run(latent: Latent, names: Sequence[str], starts: Tensor, kernel: str, *, se
     gradients = latent.density.evaluations - warmed
     found = chains.chains()
     values = torch.cat([found.z.double(), found.stats["lp"].double()[..., None]], -1)
-    figures = _arviz.chain_diagnostics(values, chains.superchain)
+    figures = _mixing.chain_diagnostics(values, chains.superchain)
     return {
         "bulk": 1000.0 * float(figures["ess_bulk"][:-1].min()) / gradients,
         "tail": 1000.0 * float(figures["ess_tail"][:-1].min()) / gradients,

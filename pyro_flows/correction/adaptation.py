@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.correction.latent import Points
+from pyro_flows.correction.metric import Metric
 
 WANTED = 0.8  # mean acceptance: far points of a flow's latent space bear smaller steps than the most
 RATE = 0.05  # of the ascent, in the log of the trajectory length
@@ -33,7 +34,7 @@ SHRINKAGE, DELAY, FORGETTING = 0.05, 10.0, 0.75  # of dual averaging
 
 
 class Moved(NamedTuple):
-    """What a Hamiltonian move of C chains did: the new points, and numbers of each chain."""
+    """What a Hamiltonian or microcanonical move of C chains did: the new points, and numbers of each chain."""
 
     points: Points
     end: Tensor  # of each trajectory (C, D), accepted or not
@@ -76,11 +77,11 @@ class Kernel:
         """Return how many leaps the move with this number takes."""
         return max(1, min(self.most_leaps, math.ceil(2.0 * halton(number) * self.length / self.step)))
 
-    def adapt(self, before: Points, moved: Moved, scale: Tensor, number: int) -> None:
+    def adapt(self, before: Points, moved: Moved, metric: Metric, number: int) -> None:
         """Learn from one move."""
         self.moves += 1
         self._adapt_step(float(moved.chance.mean()))
-        self._adapt_length(before, moved, scale, number)
+        self._adapt_length(before, moved, metric, number)
 
     def _adapt_step(self, acceptance: float) -> None:
         count = float(self.moves)
@@ -90,8 +91,8 @@ class Kernel:
         self.mean_log_step += weight * (log_step - self.mean_log_step)
         self.step = math.exp(log_step)
 
-    def _adapt_length(self, before: Points, moved: Moved, scale: Tensor, number: int) -> None:
-        start, end = before.x / scale, moved.end / scale
+    def _adapt_length(self, before: Points, moved: Moved, metric: Metric, number: int) -> None:
+        start, end = metric.units(before.x), metric.units(moved.end)
         usable = torch.isfinite(end).all(1) & (moved.chance > 0.0)
         if not bool(usable.any()):
             return
@@ -134,9 +135,3 @@ def halton(number: int) -> float:
     while number:
         place, number, size = place + size * (number & 1), number >> 1, size / 2.0
     return place
-
-
-def scale_of(x: Tensor) -> Tensor:
-    """Return a scale for each coordinate (D,) from points of all chains (N, D): robust, and within a factor of 100."""
-    low, high = (torch.quantile(x.double(), level, dim=0) for level in (0.159, 0.841))
-    return (0.5 * (high - low)).nan_to_num(nan=1.0).clamp(0.01, 100.0).to(x.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows import _arviz
+from pyro_flows import _mixing
 from pyro_flows.verdict.chains import ChainFigures, worst_of
 
 LOG_DENSITY = "the log density"
@@ -48,7 +48,7 @@ def examined(
     if not bool(torch.isfinite(values).all()):
         return _nothing(z, sweeps), list(looked_at)
     labels = [*(names[number] for number in looked_at), LOG_DENSITY]
-    found = _arviz.chain_diagnostics(values, superchain)
+    found = _mixing.chain_diagnostics(values, superchain)
     lowest = torch.minimum(found["ess_bulk"], found["ess_tail"])
     least, where = worst_of(lowest.tolist(), labels, largest=False)
     tried = stats["proposed"].double()
@@ -79,7 +79,7 @@ def agreement(z: Tensor, began: Tensor) -> float:
         return math.nan
     shortest = min(len(group) for group in groups)
     spread = [group[torch.linspace(0, len(group) - 1, shortest).long()] for group in groups]
-    return float(_arviz.r_hat(torch.stack(spread)).max())
+    return float(_mixing.r_hat(torch.stack(spread)).max())
 
 
 def _nothing(z: Tensor, sweeps: int) -> ChainFigures:

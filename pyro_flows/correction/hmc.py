@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_flows.correction.adaptation import Moved
 from pyro_flows.correction.latent import Latent, Points
+from pyro_flows.correction.metric import Metric
 
 DIVERGED = 1000.0  # nats of energy error
 
@@ -27,17 +28,17 @@ def tempered(points: Points, beta: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def hamiltonian(latent: Latent, points: Points, *, step: float, leaps: int, scale: Tensor, beta: float = 1.0) -> Moved:
-    """Move all chains once, by ``leaps`` leapfrog steps of ``step`` times ``scale`` (D,); cost: a gradient a leap."""
+def hamiltonian(latent: Latent, points: Points, *, step: float, leaps: int, metric: Metric, beta: float = 1.0) -> Moved:
+    """Move all chains once, by ``leaps`` leapfrog steps of ``step`` in units of ``metric``; cost: a gradient a leap."""
     velocity = torch.randn_like(points.x)
     value, slope = tempered(points, beta)
     start = 0.5 * velocity.square().sum(1) - value
     new = points
-    for _ in range(leaps):
-        velocity = velocity + 0.5 * step * scale * slope
-        new = latent.look(new.x + step * scale * velocity, points.k)
+    velocity = velocity + 0.5 * step * metric.back(slope)
+    for leap in range(leaps):
+        new = latent.look(new.x + step * metric.out(velocity), points.k)
         value, slope = tempered(new, beta)
-        velocity = velocity + 0.5 * step * scale * slope
+        velocity = velocity + (0.5 if leap == leaps - 1 else 1.0) * step * metric.back(slope)
     end = 0.5 * velocity.square().sum(1) - value
     error = torch.where(torch.isfinite(end), end - start, torch.inf)
     chance = torch.exp(-error).clamp(max=1.0).nan_to_num(nan=0.0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_flows import _arviz
+from pyro_flows import _mixing
 from pyro_flows._seeding import derive
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
 from pyro_flows.model.log_density import LogDensity
@@ -41,7 +41,7 @@ def joins(sampler: Sampler, places: Tensor) -> bool:
     old = _with_height(density, before.z.flatten(0, 1))
     generator = torch.Generator().manual_seed(derive(sampler.seed, "compared draws"))
     chosen = torch.randperm(len(old), generator=generator)[: len(groups[0])].to(old.device)
-    return float(_arviz.r_hat(torch.stack([*groups, old[chosen]])).max()) <= AGREEMENT
+    return float(_mixing.r_hat(torch.stack([*groups, old[chosen]])).max()) <= AGREEMENT
 
 
 def _with_height(density: LogDensity, z: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pyro_flows.correction.adaptation import MOST_LEAPS, MOST_PLAIN_LEAPS
 from pyro_flows.correction.judging import Work, concluded
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.nuts import nuts
-from pyro_flows.correction.sampler import SUBCHAINS, Sampler
+from pyro_flows.correction.sampler import HAMILTONIAN, MICROCANONICAL, SUBCHAINS, Sampler
 from pyro_flows.correction.smc import anneal
 from pyro_flows.correction.starts import PLAIN, NoStart, dispersed_points, flow_of, plain_flow, starting_points
 from pyro_flows.flows.mixture import FlowMixture
@@ -112,13 +112,14 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
     z = dispersed_points(latent, z, weights, chains // SUBCHAINS, seed=derive(seed, "starts of chains"))
     most_leaps = MOST_PLAIN_LEAPS if work.method == PLAIN else MOST_LEAPS
     given: dict[str, Any] = {"independence": _proposals(posterior, work.method), "most_leaps": most_leaps}
+    given["moves"] = HAMILTONIAN if work.method == "hmc" else MICROCANONICAL
     work.sampler = Sampler.begin(latent, names, z, chains=chains, kept=wanted, seed=seed, **given)
     work.sampler.numbers |= numbers
     work.sampler.run(max_steps, bar.show, gradients=work.most)
 
 
 def _proposals(posterior: Recorded, method: str) -> int:
-    """How many independent proposals go with each Hamiltonian move."""
+    """How many independent proposals go with each move by the gradient."""
     mixed = isinstance(posterior.flow, FlowMixture)
     if method == "imh":
         return 4

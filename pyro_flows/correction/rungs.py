@@ -137,7 +137,7 @@ def attempt_untrained(
     if mirrored(guide, z[usable][:MOVED_DRAWS], log_q[usable][:MOVED_DRAWS]):
         return None
     latent = Latent(flow, density)
-    about: dict[str, Any] = {"seed": seed, "bar": bar, "most": UNTRAINED, "independence": 0}
+    about: dict[str, Any] = {"seed": seed, "bar": bar, "most": UNTRAINED, "independence": 0, "patient": False}
     chains = _chains(latent, names, z, ratios, draws, **about)
     if chains is None:
         return None
@@ -148,13 +148,13 @@ def attempt_untrained(
 
 def _chains(
     latent: Latent, names: Sequence[str], z: Tensor, log_weights: Tensor, draws: int, *, seed: int, bar: Bar,
-    most: float, independence: int,
+    most: float, independence: int, patient: bool = True,
 ) -> Chains | None:  # fmt: skip
     """Return chains that begin at weighted draws and suffice, for less than another round of training takes."""
     starts = dispersed_points(latent, z, log_weights, CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
     given: dict[str, Any] = {"chains": CHAINS, "kept": math.ceil(draws / CHAINS), "seed": seed}
     sampler = Sampler.begin(latent, names, starts, independence=independence, **given)
-    found = sampler.run(MAX_STEPS, bar.show, gradients=most)
+    found = sampler.run(MAX_STEPS, bar.show, gradients=most, patient=patient)
     if found is None or objections(found):
         return None
     chains = sampler.chains()

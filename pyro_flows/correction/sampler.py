@@ -1,10 +1,10 @@
 """Many short chains as one batch: warm-up, draws, and when to stop. All of it can be cut short and gone on with.
 
-A sweep is an independent proposal or none, a change of part where there are several, and one Hamiltonian move. Warm-up
-goes in rounds, each with the kernel adapted across chains, until superchains agree on the last round. Then the kernel
-is fixed, and draws are kept until they are enough by nested R-hat and effective sample size; where they come to twice
-as many as are wanted, every other one goes. Each sweep has a seed of its own, so that chains that were cut short and
-went on are those that went through.
+A sweep is an independent proposal or none, a change of part where there are several, and one microcanonical move (a
+Hamiltonian one in one dimension). Warm-up goes in rounds, each with the kernel adapted across chains, until superchains
+agree on the last round. Then the kernel is fixed, and draws are kept until they are enough by nested R-hat and
+effective sample size; where they come to twice as many as are wanted, every other one goes. Each sweep has a seed of
+its own, so that chains that were cut short and went on are those that went through.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows import _arviz
+from pyro_flows import _mixing
 from pyro_flows._seeding import derive
-from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel, scale_of
+from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel
 from pyro_flows.correction.diagnostics import examined
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.metric import Metric, learned
+from pyro_flows.correction.microcanonical import microcanonical
 from pyro_flows.verdict.chains import DIVERGENCES, LEAST_ESS, ChainFigures, Chains, objections
 
 SUBCHAINS = 8  # chains of a superchain, with one starting point
@@ -33,6 +35,8 @@ SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to ha
 HALVINGS = 4  # of the step size, where trajectories diverge
 SHORT_EVERY, SHORT = 4, 0.25  # each fourth move takes leaps of a quarter: into necks that the others overshoot
 WATCHED = 16  # coordinates, the worst of the last look at all
+HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latter take two dimensions
+HOPELESS = 10.0  # times the divergences that the verdict bears, of the draws that are asked for
 FAR = 1.1  # nested R-hat above which the first half of the draws counts as warm-up
 STATS = (
     *("lp", "log_weight", "acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size"),
@@ -55,18 +59,20 @@ class Sampler:
         self.latent, self.names, self.kept, self.seed = latent, list(names), max(kept, KEPT), seed
         state, numbers = chains.state, dict(chains.numbers)
         self.points = latent.look(state["x"], state["k"])
-        self.scale, self.superchain, self.began = state["scale"], state["superchain"], state["began"]
+        self.superchain, self.began = state["superchain"], state["began"]
+        plain = Metric.of(state["scale"])  # of files that know no directions
+        self.metric = Metric(plain.scale, state.get("axes", plain.axes), state.get("roots", plain.roots))
         self.kernel = Kernel(**numbers.pop("kernel"))
         self.numbers: dict[str, Any] = numbers
         self.z = list(chains.z.unbind(1))
         self.stats = {name: list(chains.stats[name].unbind(1)) for name in STATS} if chains.stats else _no_stats()
-        self.round = [tuple(pair.unbind(0)) for pair in state["round"].unbind(0)]
+        self.round = [tuple(of.unbind(0)) for of in state["round"].unbind(0)] if state["round"].shape[1] == 3 else []
         self.judged = None if chains.figures is None else (self._at(), chains.figures)
 
     @classmethod
     def begin(
         cls, latent: Latent, names: Sequence[str], z: Tensor, *, chains: int, kept: int, seed: int, independence: int,
-        most_leaps: int = MOST_LEAPS,
+        most_leaps: int = MOST_LEAPS, moves: str = MICROCANONICAL,
     ) -> Sampler:  # fmt: skip
         """Start superchains at points z (K, D), K = chains / 8."""
         torch.manual_seed(derive(seed, "labels of chains"))
@@ -78,7 +84,7 @@ class Sampler:
             "began": k,
             "superchain": torch.arange(chains) // SUBCHAINS,
             "scale": torch.ones_like(x[0]),
-            "round": x.new_zeros(0, 2, *x.shape),
+            "round": x.new_zeros(0, 3, *x.shape),
         }
         numbers = {
             **{
@@ -90,6 +96,7 @@ class Sampler:
                 "halved": 0,
                 "worst": None,
                 "independence": independence,
+                "moves": moves if x.shape[1] > 1 else HAMILTONIAN,
             },
             **{"seed": seed, "kernel": Kernel.start(x.shape[1], most_leaps=most_leaps).stored()},
         }
@@ -97,14 +104,14 @@ class Sampler:
 
     def chains(self) -> Chains:
         """Return where the chains stand."""
-        ring = [torch.stack(pair) for pair in self.round]
+        ring = [torch.stack(of) for of in self.round]
         state = {
             "x": self.points.x,
             "k": self.points.k,
             "began": self.began,
             "superchain": self.superchain,
-            "scale": self.scale,
-            "round": torch.stack(ring) if ring else self.points.x.new_zeros(0, 2, *self.points.x.shape),
+            **self.metric._asdict(),
+            "round": torch.stack(ring) if ring else self.points.x.new_zeros(0, 3, *self.points.x.shape),
         }
         empty = self.points.z[:, None][:, :0]
         z = torch.stack(self.z, 1) if self.z else empty
@@ -119,9 +126,14 @@ class Sampler:
     # running ----------------------------------------------------------------------------------------------------------
 
     def run(
-        self, sweeps: int, report: Callable[[str], None] = lambda text: None, *, gradients: float = math.inf
-    ) -> ChainFigures | None:
-        """Go on until the draws are enough, or for ``sweeps`` in all or so many gradients; return the last figures."""
+        self, sweeps: int, report: Callable[[str], None] = lambda text: None, *, gradients: float = math.inf,
+        patient: bool = True,
+    ) -> ChainFigures | None:  # fmt: skip
+        """Go on until the draws are enough, or for ``sweeps`` in all or so many gradients; return the last figures.
+
+        Unless ``patient``, chains are given up where ten times as many trajectories diverge as may: each half of the
+        step size, which begins the draws anew, costs twice as much as the one before.
+        """
         found, end = None, self.latent.density.evaluations + gradients
         while self.numbers["sweeps"] < sweeps and self.latent.density.evaluations < end:
             if self.numbers["fixed_at"] is None:
@@ -132,6 +144,8 @@ class Sampler:
                 continue
             report(f"sweep {self.numbers['sweeps']}")
             self._keep(self._sweep())
+            if not patient and self._diverges():
+                return found
             if len(self.z) >= max(self.kept, self.numbers["checked"] + self.kept // 2):
                 found = self._looked_at()
                 if _suffices(found):
@@ -139,6 +153,11 @@ class Sampler:
                 if not self._halve(found):
                     self._make_room(found)
         return found
+
+    def _diverges(self) -> bool:
+        """Whether more trajectories have diverged than chains of the fewest draws could make up for."""
+        diverged = sum(int(one.sum()) for one in self.stats["diverging"])
+        return diverged > HOPELESS * DIVERGENCES * len(self.points.x) * self.kept
 
     def _needed(self) -> float:
         """Return how many gradients the draws to be kept take at least, by the kernel as it is."""
@@ -192,9 +211,10 @@ class Sampler:
         leaps, step = self.kernel.leaps(number), self.kernel.step
         short = not adapt and number % SHORT_EVERY == 0
         step = SHORT * step if short else step
-        moved = hamiltonian(self.latent, points, step=step, leaps=leaps, scale=self.scale)
+        move = microcanonical if self.numbers.get("moves") == MICROCANONICAL else hamiltonian
+        moved = move(self.latent, points, step=step, leaps=leaps, metric=self.metric)
         if adapt:
-            self.kernel.adapt(points, moved, self.scale, number)
+            self.kernel.adapt(points, moved, self.metric, number)
         self.points = moved.points
         self.numbers["sweeps"] = number + 1
         return {
@@ -212,19 +232,19 @@ class Sampler:
         }
 
     def _warm_up(self) -> None:
-        """Adapt for one sweep; at the end of a round, set the scale, and fix the kernel if superchains agree."""
+        """Adapt for one sweep; at the end of a round, set the units, and fix the kernel if superchains agree."""
         self._sweep(adapt=True)
-        self.round.append((self.points.x, self.points.z))
+        self.round.append((self.points.x, self.points.z, self.points.slope))
         if len(self.round) < ROUND:
             return
         rounds = self.numbers["sweeps"] // ROUND
-        x, z = (torch.stack(parts, 1) for parts in zip(*self.round[ROUND // 3 :], strict=True))
-        nested = _arviz.nested_r_hat(z, self.superchain).max()
+        x, z, slope = (torch.stack(parts, 1) for parts in zip(*self.round[ROUND // 3 :], strict=True))
+        nested = _mixing.nested_r_hat(z, self.superchain).max()
         if rounds >= ROUNDS[1] or (rounds >= ROUNDS[0] and float(nested) <= WARM):
             self.kernel.freeze()
             self.numbers["fixed_at"] = self.numbers["sweeps"]
         else:
-            self.scale = scale_of(x.flatten(0, 1))
+            self.metric = learned(x.flatten(0, 1), slope.flatten(0, 1))
             self.kernel.again()
         self.round = []
 

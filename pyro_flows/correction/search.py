@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows import _arviz
+from pyro_flows import _mixing
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE, Guide, Lack
@@ -136,7 +136,7 @@ class _Regions:
             return False
         if share == 1.0:
             return True
-        nested = _arviz.nested_r_hat(inside.double()[..., None], self.chains.state["superchain"])
+        nested = _mixing.nested_r_hat(inside.double()[..., None], self.chains.state["superchain"])
         return float(nested[0]) <= SETTLED
 
     def _needed(self, loc: Tensor, scale: Tensor) -> float:

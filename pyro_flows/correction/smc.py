@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive
-from pyro_flows.correction.adaptation import Kernel, scale_of
+from pyro_flows.correction.adaptation import Kernel
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.latent import Latent, Points
+from pyro_flows.correction.metric import Metric, scale_of
 
 POPULATIONS = 8
 KEEP = 0.7  # of the effective particles, at each step
@@ -58,7 +59,7 @@ def anneal(latent: Latent, particles: int, *, seed: int, report: Callable[[str],
     found = Annealed(latent.look(*latent.draw(particles)))
     log_sums = torch.zeros(POPULATIONS, dtype=torch.float64, device=found.points.x.device)
     kernel, beta, number = Kernel.start(latent.dim), 0.0, 0
-    scale = torch.ones_like(found.points.x[0])
+    metric = Metric.of(torch.ones_like(found.points.x[0]))
     while beta < 1.0 and len(found.temperatures) < STEPS:
         ahead = _next(found.points.log_weight.double(), beta)
         increments = ((ahead - beta) * found.points.log_weight.double()).nan_to_num(nan=-math.inf)
@@ -69,9 +70,9 @@ def anneal(latent: Latent, particles: int, *, seed: int, report: Callable[[str],
         report(f"temperature {beta:.3g}")
         found.points = _resampled(found.points, parts)
         for _ in range(LAST_MOVES if beta == 1.0 else MOVES):
-            found.points = _moved(latent, found.points, kernel, scale, beta, number)
+            found.points = _moved(latent, found.points, kernel, metric, beta, number)
             number += 1
-        scale = scale_of(found.points.x)
+        metric = Metric.of(scale_of(found.points.x))
     if beta == 1.0:
         found.log_evidence = float(torch.logsumexp(log_sums, 0)) - math.log(POPULATIONS)
         ratios = (log_sums - found.log_evidence).exp()
@@ -111,10 +112,10 @@ def _resampled(points: Points, increments: Tensor) -> Points:
     return Points(*(part[index] for part in points))
 
 
-def _moved(latent: Latent, points: Points, kernel: Kernel, scale: Tensor, beta: float, number: int) -> Points:
+def _moved(latent: Latent, points: Points, kernel: Kernel, metric: Metric, beta: float, number: int) -> Points:
     """Move all particles once, by each kind of move; the step size follows."""
     points, _ = independent(latent, points, beta=beta)
     points = relabel(latent, points)
-    moved = hamiltonian(latent, points, step=kernel.step, leaps=kernel.leaps(number), scale=scale, beta=beta)
-    kernel.adapt(points, moved, scale, number)
+    moved = hamiltonian(latent, points, step=kernel.step, leaps=kernel.leaps(number), metric=metric, beta=beta)
+    kernel.adapt(points, moved, metric, number)
     return moved.points

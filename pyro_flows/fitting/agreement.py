@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyro_flows._arviz import r_hat
+from pyro_flows._mixing import r_hat
 from pyro_flows.fitting.escalation import Round
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -62,12 +62,16 @@ def _rows(graph: fx.Graph, source: fx.Node, axis: int) -> tuple[fx.Node, int]:
     return rows, 0
 
 
+def terms_of(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[tuple[fx.Node, int]]]]:
+    """Yield each sum that is no term of another one, and its terms with their signs."""
+    for node in list(graph.nodes):
+        if _is_sum(node) and not (len(node.users) == 1 and _is_sum(next(iter(node.users)))):
+            yield node, _terms(node)
+
+
 def sum_at_once(graph: fx.Graph) -> None:
     """Stack the terms of a long sum, and sum over the stack; gradients of rows become the rows of one tensor."""
-    for node in list(graph.nodes):
-        if not _is_sum(node) or (len(node.users) == 1 and _is_sum(next(iter(node.users)))):
-            continue
-        terms = _terms(node)
+    for node, terms in terms_of(graph):
         kinds: defaultdict[Kind, list[fx.Node]] = defaultdict(list)
         for term, sign in terms:
             kinds[sign, *_kind_of_term(term)].append(term)

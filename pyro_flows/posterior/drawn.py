@@ -58,16 +58,18 @@ class Drawn(Shown):
 
         Where the flow T is close to the posterior, the target in latent space,
         :math:`\log\tilde p(T(x)) + \log|\det J_T(x)|`, is close to the base distribution, and a few leaps of
-        Hamiltonian dynamics make a new draw. Step size and trajectory length are adapted across chains (ChEES). Chains
-        begin in superchains of eight at importance-resampled draws, and go on until nested R-hat is at most 1.01,
-        R-hat 1.05, and the effective sample size 1000 in the bulk and in the tails of each coordinate and of the log
-        density. Then the search for missed modes is made once more, from the chains' draws. The verdict is ``refined``
-        if nothing speaks against that; if chains need more time, it is what it was, with a reason or a note.
+        microcanonical dynamics (MAMS) make a new draw. Step size, trajectory length and units are adapted.
+        Chains begin in superchains of eight at importance-resampled draws, and go on until nested R-hat is at most
+        1.01, R-hat 1.05, and the effective sample size 1000 in the bulk and in the tails of each coordinate and of the
+        log density. Then the search for missed modes is made once more, from the chains' draws. The verdict is
+        ``refined`` if nothing speaks against that; if chains need more time, it is what it was, with a reason or a
+        note.
 
         Called again, it goes on where it was, as if it had not been cut short. The guide's own draws stay: ``z``.
 
         Args:
-            method: ``"hmc"``; ``"imh"``: with four independent proposals of the flow, or mixture, before each move;
+            method: ``"hmc"``: Hamiltonian moves alone; ``"imh"``: with four independent proposals of the flow, or
+                mixture, before each move;
                 ``"smc"``: chains begin where particles come to that are annealed from the flow to the posterior, which
                 also gives ``log_evidence`` (its standard error is in ``history``); ``"nuts"``: four chains of Pyro's
                 NUTS in the same space, slow, as a check; ``"plain"``: longer trajectories in the model's own

@@ -9,9 +9,11 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.correction import hmc
-from pyro_flows.correction.adaptation import Kernel, halton, scale_of
+from pyro_flows.correction.adaptation import Kernel, halton
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.metric import Metric, learned, scale_of
+from pyro_flows.correction.microcanonical import microcanonical
 from pyro_flows.flows.mixture import Component, FlowMixture
 
 CHAINS = 4000
@@ -117,12 +119,17 @@ def z_scores(before, after):
     return torch.cat(found).abs()
 
 
-def sweep(space, points, number, *, step=0.7, leaps=3, independence=True):
+AXIS = real([0.6], [0.0], [0.8])
+METRIC = Metric(real(1.0, 0.5, 2.0), AXIS, real(0.5))
+MOVES = {"Hamiltonian": hamiltonian, "microcanonical": microcanonical}
+
+
+def sweep(space, points, number, *, step=0.7, leaps=3, independence=True, move=hamiltonian):
     step = step if space.mixture is None else 0.4 * step  # parts lie on both sides of what they are moved to
     if independence:
         points, _ = independent(space, points)
     points = relabel(space, points)
-    return hamiltonian(space, points, step=step, leaps=leaps, scale=real(1.0, 0.5, 2.0)).points
+    return move(space, points, step=step, leaps=leaps, metric=METRIC).points
 
 
 def moved(name, *, mixed=False, seed=0, sweeps=4, **options):
@@ -138,11 +145,12 @@ def moved(name, *, mixed=False, seed=0, sweeps=4, **options):
     return z, points.z
 
 
+@pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("mixed", [False, True], ids=["flow", "mixture"])
 @pytest.mark.parametrize("name", TARGETS)
-def test_exact_draws_stay_exact(name, mixed):
-    """15 functions and 8 cases: |z| > 4.5 comes by chance once in 1200 runs of the whole set."""
-    assert float(z_scores(*moved(name, mixed=mixed)).max()) < 4.5
+def test_exact_draws_stay_exact(name, mixed, move):
+    """15 functions and 16 cases: |z| > 4.5 comes by chance once in 600 runs of the whole set."""
+    assert float(z_scores(*moved(name, mixed=mixed, move=MOVES[move])).max()) < 4.5
 
 
 def without_jacobian(monkeypatch):
@@ -180,6 +188,17 @@ def unweighted_labels(monkeypatch):
     monkeypatch.setattr(Latent, "place", wrong)
 
 
+def no_energy_of_turns(monkeypatch):
+    turned = microcanonical.__wrapped__.__globals__["turned"]
+    monkeypatch.setitem(
+        microcanonical.__wrapped__.__globals__, "turned", lambda u, slope, step: (turned(u, slope, step)[0], 0.0)
+    )
+
+
+def skewed_metric(monkeypatch):
+    monkeypatch.setattr(Metric, "back", lambda self, slope: self.scale * slope)
+
+
 BUGS = [
     (without_jacobian, "banana", False),
     (always_accepted, "funnel", False),
@@ -187,6 +206,7 @@ BUGS = [
     (unshared, "gauss", True),
     (unweighted_labels, "gauss", True),
 ]
+BUGS_OF_TURNS = [(no_energy_of_turns, "funnel"), (always_accepted, "funnel"), (without_jacobian, "banana")]
 
 
 @pytest.mark.parametrize(("bug", "name", "mixed"), BUGS, ids=[bug.__name__ for bug, *_ in BUGS])
@@ -194,6 +214,13 @@ def test_bugs_in_the_moves_are_caught(bug, name, mixed, monkeypatch):
     bug(monkeypatch)
     independence = bug not in (lazy_momentum, unweighted_labels)  # which would put right what these do wrong
     before, after = moved(name, mixed=mixed, sweeps=12, independence=independence)
+    assert float(z_scores(before, after).max()) > 5.0
+
+
+@pytest.mark.parametrize(("bug", "name"), BUGS_OF_TURNS, ids=[bug.__name__ for bug, _ in BUGS_OF_TURNS])
+def test_bugs_in_microcanonical_moves_are_caught(bug, name, monkeypatch):
+    bug(monkeypatch)
+    before, after = moved(name, sweeps=12, move=microcanonical, independence=bug is without_jacobian)
     assert float(z_scores(before, after).max()) > 5.0
 
 
@@ -236,7 +263,8 @@ def test_tempering_leads_from_the_flow_to_the_posterior():
     for _ in range(4):
         points, taken = independent(space, points, beta=0.0)
         assert bool(taken.all())
-        points = hamiltonian(space, points, step=0.5, leaps=4, scale=torch.ones(3, dtype=REAL), beta=0.0).points
+        metric = Metric.of(torch.ones(3, dtype=REAL))
+        points = hamiltonian(space, points, step=0.5, leaps=4, metric=metric, beta=0.0).points
     torch.testing.assert_close(points.x.std(0), before.std(0), rtol=0.06, atol=0.0)
 
 
@@ -271,21 +299,62 @@ class Gauss:
         return Points(x, k, x, value, value, -x / self.sd**2, value, -x)
 
 
-@pytest.mark.parametrize("dim", [1, 5, 50])
-def test_the_kernel_finds_acceptance_and_length(dim):
+@pytest.mark.parametrize(
+    ("dim", "move"),
+    [(1, "Hamiltonian"), (5, "Hamiltonian"), (50, "Hamiltonian"), (5, "microcanonical"), (50, "microcanonical")],
+)
+def test_the_kernel_finds_acceptance_and_length(dim, move):
     """On N(0, I) the best 2 u tau has tau = 1.12: sin(4 tau) = 4 tau cos(4 tau) at its second zero."""
     torch.manual_seed(0)
-    space, scale = Gauss(torch.ones(dim, dtype=REAL)), torch.ones(dim, dtype=REAL)
+    space, metric = Gauss(torch.ones(dim, dtype=REAL)), Metric.of(torch.ones(dim, dtype=REAL))
     points = space.look(torch.randn(128, dim, dtype=REAL), torch.zeros(128, dtype=torch.long))
     kernel, chances = Kernel.start(dim), []
     for number in range(300):
-        done = hamiltonian(space, points, step=kernel.step, leaps=kernel.leaps(number), scale=scale)
-        kernel.adapt(points, done, scale, number)
+        done = MOVES[move](space, points, step=kernel.step, leaps=kernel.leaps(number), metric=metric)
+        kernel.adapt(points, done, metric, number)
         points = done.points
         chances.append(float(done.chance.mean()))
     kernel.freeze()
     assert 0.7 < sum(chances[-100:]) / 100 < 0.9
-    assert 0.6 < kernel.length < 1.8
+    assert 0.6 < kernel.length < 2.2
+
+
+def correlated(dim):
+    """A covariance with two long directions and two short ones, and draws with their gradients."""
+    turn = torch.linalg.qr(torch.randn(dim, dim, dtype=REAL)).Q
+    lengths = torch.cat([real(30.0, 10.0, 0.05, 0.1), torch.ones(dim - 4, dtype=REAL)])
+    draws = (torch.randn(2000, dim, dtype=REAL) * lengths) @ turn.mT
+    return turn, lengths, draws, -(draws @ turn / lengths**2) @ turn.mT
+
+
+@pytest.mark.parametrize("dim", [6, 40])
+def test_the_metric_finds_long_and_short_directions(dim):
+    """In its units all directions are about as wide, where scales alone leave a factor of hundreds."""
+    torch.manual_seed(1)
+    turn, lengths, draws, slopes = correlated(dim)
+    metric = learned(draws, slopes)
+    covariance = turn * lengths**2 @ turn.mT
+
+    def condition(found):
+        widths = torch.linalg.eigvalsh(
+            torch.cov(found.units(torch.randn(20_000, dim, dtype=REAL) * lengths @ turn.mT).mT)
+        )
+        return float(widths.max() / widths.min())
+
+    assert condition(metric) < 8.0
+    assert condition(Metric.of(scale_of(draws))) > 500.0
+    back = torch.eye(dim, dtype=REAL)
+    torch.testing.assert_close(metric.units(metric.out(back)), back)
+    torch.testing.assert_close(metric.back(back), metric.out(back).mT)
+    assert covariance.shape == (dim, dim)
+
+
+def test_a_metric_of_noise_has_no_directions():
+    """Chains that hardly differ from N(0, I), and what is not finite, give scales only."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 100, dtype=REAL)
+    assert not len(learned(x, -x).roots)
+    assert not len(learned(x.index_fill(0, torch.arange(400), math.nan), -x).roots)
 
 
 def test_numbers_of_the_kernel():

@@ -1,4 +1,4 @@
-r"""Metropolis-adjusted microcanonical moves of many chains, in the place of Hamiltonian ones.
+r"""Metropolis-adjusted microcanonical moves of many chains, where there is more than one coordinate.
 
 A velocity has length one and turns with the gradient of L = -log p,
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from pyro_flows.correction.adaptation import Moved
 from pyro_flows.correction.hmc import DIVERGED
 from pyro_flows.correction.latent import Latent, Points
+from pyro_flows.correction.metric import Metric
 
 
 def turned(u: Tensor, slope: Tensor, step: float) -> tuple[Tensor, Tensor]:
@@ -44,17 +45,19 @@ def turned(u: Tensor, slope: Tensor, step: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def microcanonical(latent: Latent, points: Points, *, step: float, leaps: int, scale: Tensor) -> Moved:
-    """Move all chains once, by ``leaps`` steps of ``step`` times ``scale`` (D,); cost: a gradient a leap."""
+def microcanonical(latent: Latent, points: Points, *, step: float, leaps: int, metric: Metric) -> Moved:
+    """Move all chains once, by ``leaps`` steps of ``step`` in units of ``metric``; cost: a gradient a leap.
+
+    At least two coordinates are needed. Half turns at the same point are made as one.
+    """
     root = math.sqrt(points.x.shape[1])
     u = torch.randn_like(points.x)
     u = u / u.norm(dim=1, keepdim=True)
-    new, error = points, torch.zeros_like(points.log_pi)
-    for _ in range(leaps):
-        u, gained = turned(u, scale * new.slope, 0.5 * step * root)
-        error = error + gained
-        new = latent.look(new.x + step * root * scale * u, points.k)
-        u, gained = turned(u, scale * new.slope, 0.5 * step * root)
+    new = points
+    u, error = turned(u, metric.back(new.slope), 0.5 * step * root)
+    for leap in range(leaps):
+        new = latent.look(new.x + step * root * metric.out(u), points.k)
+        u, gained = turned(u, metric.back(new.slope), (0.5 if leap == leaps - 1 else 1.0) * step * root)
         error = error + gained
     error = error + points.log_pi - new.log_pi
     error = torch.where(torch.isfinite(error), error, torch.inf)

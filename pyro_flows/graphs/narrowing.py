@@ -1,0 +1,249 @@
+"""Operations of a flat graph on numbers that are the same along an axis, done on one of them.
+
+A plate expands its parameters to all of its rows: a scale that is common to a thousand rows is squared, inverted and
+logged a thousand times, forwards and backwards. Here such results are computed for one row, and are broadcast where
+they meet others; a sum of equal numbers is a product. Gradients of parts of one tensor, each filled up with zeros, are
+put side by side instead of being added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyro_flows.graphs.graph import copy_graph, graph_module, is_aten, new_node, sweep
+from pyro_flows.graphs.sums import like_of, terms_of
+
+_aten = torch.ops.aten
+_SUM, _SLICE = _aten.sum.dim_IntList, _aten.slice_backward.default
+LONG = 4000  # operations, above which loops take the time
+LOOKED_AT = 2**20  # numbers of a constant
+WIDE = 2**9  # numbers: narrower results cost as much as one number
+
+
+def narrow(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """Return a graph that does less and returns the same but for rounding; the same graph where nothing is to be had.
+
+    It must not change tensors in place. ``inputs`` are those that it was recorded at: a graph that does not run there,
+    since some operation asks for another layout of memory, is not taken. Cost: a run, and as long as a recording.
+
+    >>> from pyro_flows.graphs.record import record
+    >>> wide = record(lambda x: ((x.exp()[:, None].expand(4, 1000) + 1.0).sum(1),), torch.ones(4))
+    >>> max(node.meta["val"].numel() for node in wide.graph.nodes if node.op == "call_function")
+    4000
+    """
+    nodes = [node for node in module.graph.nodes if node.op == "call_function"]
+    if len(nodes) > LONG or not any(_numbers(node) >= WIDE for node in nodes):
+        return module
+    graph = copy_graph(module.graph)
+    found = _Narrower(module, graph).changes + _side_by_side(graph)
+    if not found:
+        return module
+    sweep(graph)
+    written = graph_module(module, graph)
+    try:
+        with torch.no_grad():
+            fx.Interpreter(written).run(*inputs)
+    except Exception:  # memory is laid out in another way than a view needs
+        return module
+    return written
+
+
+def _numbers(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() if isinstance(value, Tensor) else 0
+
+
+class _Narrower:
+    """Finds nodes that are expansions of narrower ones, and lets operations take these."""
+
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+        self.module, self.graph, self.changes = module, graph, 0
+        self.core: dict[fx.Node, fx.Node] = {}
+        for node in list(graph.nodes):
+            if node.op == "get_attr":
+                self._constant(node)
+            elif node.target is _aten.expand.default:
+                self._expansion(node)
+            elif node.target is _SUM and not node.kwargs:
+                self._sum(node)
+            elif _is_pointwise(node):
+                self._pointwise(node)
+        sweep(graph)
+        self._expand()
+
+    def _expand(self) -> None:
+        """Expand what other operations need at full width: in memory as it was, since views ask for that."""
+        left = set(self.graph.nodes)
+        for node, core in self.core.items():
+            if node not in left or node.op == "get_attr" or node.target is _aten.expand.default:
+                continue
+            with self.graph.inserting_before(node):
+                wide = self._add(_aten.expand.default, (core, [*node.meta["val"].shape]), node, node.meta["val"].shape)
+                whole = self._add(_aten.clone.default, (wide,), node, node.meta["val"].shape)
+                whole.kwargs = {"memory_format": torch.contiguous_format}
+            node.replace_all_uses_with(whole)
+
+    def _constant(self, node: fx.Node) -> None:
+        """Look for axes along which a constant is the same; parameters are no constants."""
+        value: Tensor = getattr(self.module, str(node.target))
+        if isinstance(value, torch.nn.Parameter) or not 1 < value.numel() <= LOOKED_AT:
+            return
+        part = value.detach()
+        for axis in range(value.dim()):
+            first = part.narrow(axis, 0, 1)
+            part = first if bool((part == first).all()) else part
+        if part.numel() == value.numel():
+            return
+        name = f"narrow_{len(self.module._buffers)}"
+        self.module.register_buffer(name, part.clone())
+        with self.graph.inserting_after(node):
+            self.core[node] = self.graph.get_attr(name)
+        self.core[node].meta["val"] = getattr(self.module, name)
+
+    def _expansion(self, node: fx.Node) -> None:
+        source: Any = node.args[0]
+        if source.meta["val"].dim() == node.meta["val"].dim():
+            self.core[node] = self.core.get(source, source)
+
+    def _sum(self, node: fx.Node) -> None:
+        """A sum of equal numbers is one of them times how many there are."""
+        source: Any = node.args[0]
+        core, axes = self.core.get(source), node.args[1]
+        if (
+            core is None
+            or not isinstance(axes, (list, tuple))
+            or not axes
+            or not source.meta["val"].is_floating_point()
+        ):
+            return
+        wide, thin = source.meta["val"].shape, core.meta["val"].shape
+        count = math.prod(wide[axis] // thin[axis] for axis in axes)  # type: ignore[index]
+        if count == 1:
+            return
+        like = torch.empty(thin, device="meta").sum(node.args[1:][0], *node.args[2:3])  # type: ignore[call-overload]
+        with self.graph.inserting_before(node):
+            whole = self._add(_SUM, (core, *node.args[1:]), node, like.shape)
+            whole = self._add(_aten.mul.Tensor, (whole, float(count)), node, like.shape)
+        self._becomes(node, whole)
+
+    def _pointwise(self, node: fx.Node) -> None:
+        same = self._repeated(node)
+        if same is not None and same.meta["val"].shape == node.meta["val"].shape:
+            self._becomes(node, same)
+            return
+        args = tuple(self.core.get(part, part) if isinstance(part, fx.Node) else part for part in node.args)
+        if args == node.args or node.meta["val"].dim() == 0:
+            return
+        shapes = [part.meta["val"].shape for part in args if isinstance(part, fx.Node)]
+        shape = torch.broadcast_shapes(*shapes)
+        if len(shape) != node.meta["val"].dim():
+            return
+        with self.graph.inserting_before(node):
+            self._becomes(node, self._add(node.target, args, node, shape))
+
+    def _repeated(self, node: fx.Node) -> fx.Node | None:
+        """Return the operand that this node only repeats: times one, plus zero."""
+        if node.target not in (_aten.mul.Tensor, _aten.add.Tensor, _aten.div.Tensor) or node.kwargs:
+            return None
+        nothing = 0.0 if node.target is _aten.add.Tensor else 1.0
+        places = (1,) if node.target is _aten.div.Tensor else (0, 1)
+        for place in places:
+            other: Any = node.args[1 - place]
+            repeats = isinstance(other, fx.Node) and other.meta["val"].dtype == node.meta["val"].dtype
+            if repeats and self._is(node.args[place], nothing):
+                return other  # type: ignore[no-any-return]
+        return None
+
+    def _is(self, part: Any, number: float) -> bool:
+        """Whether an operand is this number everywhere."""
+        if isinstance(part, (int, float)) and not isinstance(part, bool):
+            return part == number
+        if not isinstance(part, fx.Node):
+            return False
+        core = self.core.get(part, part)
+        value = getattr(self.module, str(core.target)) if core.op == "get_attr" else None
+        return (
+            value is not None and not isinstance(value, torch.nn.Parameter) and value.numel() == 1 and value == number
+        )
+
+    def _becomes(self, node: fx.Node, other: fx.Node) -> None:
+        """Let a node be another one, or an expansion of it where that is narrower."""
+        self.changes += 1
+        if other.meta["val"].shape == node.meta["val"].shape:
+            node.replace_all_uses_with(other)
+            if other in self.core:
+                self.core[node] = self.core[other]
+            return
+        self.core[node] = other
+
+    def _add(self, target: Any, args: tuple[Any, ...], node: fx.Node, shape: Sequence[int]) -> fx.Node:
+        found = new_node(self.graph, target, args, dict(node.kwargs) if target is node.target else {})
+        found.meta["val"] = like_of(node.meta["val"], *shape)
+        return found
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    if not is_aten(node) or torch.Tag.pointwise not in node.target.tags:  # type: ignore[union-attr]
+        return False
+    if torch.Tag.nondeterministic_seeded in node.target.tags or not isinstance(node.meta.get("val"), Tensor):  # type: ignore[union-attr]
+        return False
+    plain = not any(isinstance(part, (list, tuple)) for part in node.args)
+    return plain and not any(isinstance(part, fx.Node) for part in node.kwargs.values())
+
+
+def _side_by_side(graph: fx.Graph) -> int:
+    """Put gradients of parts of a tensor that do not overlap side by side; return how many sums that was."""
+    changes = 0
+    for node, terms in terms_of(graph):
+        parts = [part for part, sign in terms if sign == 1 and _is_part(part)]
+        axis = {(part.args[2], tuple(part.args[1])) for part in parts}  # type: ignore[arg-type]
+        if len(parts) < 2 or len(axis) > 1 or any(sign == -1 for _, sign in terms):
+            continue
+        parts.sort(key=lambda part: part.args[3])  # type: ignore[arg-type, return-value]
+        with graph.inserting_before(node):
+            whole = _joined(graph, parts, node.meta["val"])
+            if whole is None:
+                continue
+            for other in (part for part, _ in terms if part not in parts):
+                total = new_node(graph, _aten.add.Tensor, (whole, other), {})
+                total.meta["val"] = node.meta["val"]
+                whole = total
+        node.replace_all_uses_with(whole)
+        changes += 1
+    return changes
+
+
+def _is_part(node: fx.Node) -> bool:
+    return node.target is _SLICE and not node.kwargs and node.args[5] == 1 and len(node.users) == 1
+
+
+def _joined(graph: fx.Graph, parts: Sequence[fx.Node], value: Tensor) -> fx.Node | None:
+    """Return the sum of gradients of parts, in the order of the parts; None if they overlap."""
+    axis, place = int(parts[0].args[2]) % value.dim(), 0  # type: ignore[arg-type]
+    pieces: list[Any] = []
+    ends = [int(part.args[3]) for part in parts[1:]] + [value.shape[axis]]  # type: ignore[arg-type]
+    spans = []
+    for part, end in zip(parts, ends, strict=True):
+        begin, length = int(part.args[3]), part.args[0].meta["val"].shape[axis]  # type: ignore[arg-type, union-attr]
+        if begin < place or begin + length > end:
+            return None
+        spans.append((place, begin))
+        place = begin + length
+    for (before, begin), part in zip(spans, parts, strict=True):
+        pieces += [_zeros(graph, value, axis, begin - before)] * (begin > before) + [part.args[0]]
+    pieces += [_zeros(graph, value, axis, value.shape[axis] - place)] * (value.shape[axis] > place)
+    whole = new_node(graph, _aten.cat.default, (pieces, axis), {})
+    whole.meta["val"] = value
+    return whole
+
+
+def _zeros(graph: fx.Graph, value: Tensor, axis: int, length: int) -> fx.Node:
+    shape = [*value.shape[:axis], length, *value.shape[axis + 1 :]]
+    node = new_node(graph, _aten.zeros.default, (shape,), {"dtype": value.dtype, "device": value.device})
+    node.meta["val"] = like_of(value, *shape)
+    return node
