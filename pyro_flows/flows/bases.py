@@ -1,9 +1,11 @@
-"""Log densities of base distributions at location 0 and scale 1, coordinate by coordinate, and their derivatives."""
+"""Base distributions at location 0 and scale 1: log densities by coordinate, their derivatives, and finite draws."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -29,3 +31,13 @@ def score(base: str, x: Tensor, df: float) -> Tensor:
     if base == "logistic":
         return -torch.tanh(0.5 * x)
     return x * (-(df + 1.0)) / (x.square() + df)
+
+
+class Logistic(dist.Logistic):
+    """Pyro's logistic distribution, whose draws are finite: one of 16 million single-precision uniform draws is 0."""
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        u = self.loc.new_empty(shape).uniform_().clamp(min=0.25 * torch.finfo(self.loc.dtype).eps)
+        found: Tensor = self.icdf(u)
+        return found

@@ -118,7 +118,7 @@ class Flow(nn.Module):
         elif self.base == "student_t":
             base = dist.StudentT(self.df * one, zero, one, validate_args=False)
         elif self.base == "logistic":
-            base = dist.Logistic(zero, one, validate_args=False)
+            base = bases.Logistic(zero, one, validate_args=False)
         else:
             base = dist.Uniform(-one, one, validate_args=False)
         return base.to_event(len(self.base_shape))
