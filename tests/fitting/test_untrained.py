@@ -88,6 +88,52 @@ def test_a_sampler_that_cannot_end_in_time_is_given_up_after_a_round():
     assert density.evaluations - before < 20_000
 
 
+def test_chains_that_diverge_are_given_up():
+    """A funnel in the space of a normal distribution: half of the step size would not do, and costs twice as much."""
+
+    def funnel():
+        v = pyro.sample("v", dist.Normal(torch.zeros(()).double(), 3.0))
+        pyro.sample("x", dist.Normal(torch.zeros(DIM - 1).double(), (0.5 * v).exp()).to_event(1))
+
+    density = pf.LogDensity(funnel)
+    flow = location_scale(DIM, df=120.0, diagonal=True).double()
+    found = {}
+    for patient in (True, False):
+        given = {"chains": 64, "kept": 64, "seed": 0, "independence": 0}
+        sampler = Sampler.begin(Latent(flow, density), [str(i) for i in range(DIM)], flow.draw(8)[0].detach(), **given)
+        sampler.run(400, gradients=200_000, patient=patient)
+        found[patient] = sampler
+    assert found[True].numbers["halved"] >= 1
+    assert found[False].numbers["halved"] == 0
+    assert found[False].numbers["sweeps"] < found[True].numbers["sweeps"]
+
+
+@pytest.mark.parametrize(("method", "moves"), [("hmc", "Hamiltonian"), ("auto", "microcanonical")])
+def test_moves_are_those_that_were_asked_for(method, moves):
+    posterior = pf.fit(bent, progress=False, refine=False, escalate=False, max_steps=200, draws=500)
+    refined = posterior.refine(method, max_steps=70)
+    assert refined.chains.numbers["moves"] == moves
+    assert refined.refine(method, max_steps=10).chains.numbers["moves"] == moves
+
+
+def test_states_of_older_files_have_scales_only():
+    density = pf.LogDensity(bent)
+    flow = location_scale(DIM, df=120.0, diagonal=True).double()
+    names = [str(i) for i in range(DIM)]
+    sampler = Sampler.begin(
+        Latent(flow, density), names, flow.draw(8)[0].detach(), chains=64, kept=64, seed=0, independence=0
+    )
+    sampler.run(40)
+    chains = sampler.chains()
+    state = {name: value for name, value in chains.state.items() if name not in ("axes", "roots")}
+    state["round"] = state["round"][:, :2]
+    older = Chains(chains.z, chains.stats, state, {k: v for k, v in chains.numbers.items() if k != "moves"})
+    again = Sampler(Latent(flow, density), names, older, kept=64, seed=0)
+    assert not len(again.metric.roots)
+    again.run(80)
+    assert again.numbers["sweeps"] == 80
+
+
 def trained(look):
     """Train until the functionals stand still, or the look ends it; they never stand still here."""
     density = pf.LogDensity(bent)
