@@ -13,7 +13,9 @@ from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.rungs import attempt_untrained
 from pyro_flows.correction.sampler import ROUND, Sampler
 from pyro_flows.correction.search import held_by
-from pyro_flows.flows.parts import location_scale
+from pyro_flows.fitting.selection import begin
+from pyro_flows.flows.parts import location_scale, untrained_twin
+from pyro_flows.flows.recipe import latent_recipe, set_df
 from pyro_flows.modes.lacks import Lack
 from pyro_flows.modes.missed_modes import WANDERED
 from pyro_flows.starts.start import Start
@@ -193,3 +195,20 @@ def test_chains_hold_what_they_go_in_and_out_of():
     assert held_by(density, both, [lack], evidence, seed=0)
     assert not held_by(density, right, [lack], evidence, seed=0)
     assert held_by(density, right, [Lack(loc, Start(WANDERED, loc, scale))], evidence, seed=0)
+
+
+@pytest.mark.parametrize("dim", [3, 250])
+@pytest.mark.parametrize("name", ["realnvp", "nice", "planar"])
+def test_a_look_at_an_untrained_flow_is_one_at_its_affine_map(name, dim):
+    """All layers but the affine map start at the identity, so draws and their densities are the same."""
+    recipe = latent_recipe(name, {}, affine="auto", base="student_t", df=15.0)
+    flow = recipe.build_for_latents(dim).double()
+    start = Start("given", torch.linspace(-1.0, 1.0, dim).double(), torch.linspace(0.5, 2.0, dim).double())
+    twin = untrained_twin(flow)
+    found = []
+    for one in (flow, twin):
+        begin(set_df(one, 30.0), start)
+        torch.manual_seed(0)
+        found.append(one.draw(200))
+    assert len(list(twin.modules())) < len(list(flow.modules()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
