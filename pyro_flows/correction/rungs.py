@@ -15,6 +15,7 @@ from pyro_flows import _checks
 from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
+from pyro_flows.correction.joining import joins
 from pyro_flows.correction.judging import Work, evidence_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, SELDOM, refined
@@ -111,9 +112,9 @@ def attempt(flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *
     weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0).nan_to_num(nan=0.0)
     if not float(weights.square().sum()) * len(z) * WORTH < 1.0 or not bool(weights.sum() > 0.0):
         return None
-    return _chains(
-        Latent(flow, density), names, z, weights.log(), draws, seed=seed, bar=bar, most=ATTEMPT, independence=1
-    )
+    about: dict[str, Any] = {"seed": seed, "bar": bar, "most": ATTEMPT, "independence": 1}
+    found = _chains(Latent(flow, density), names, z, weights.log(), draws, **about)
+    return None if found is None else found[1]
 
 
 @torch.no_grad()
@@ -123,7 +124,8 @@ def attempt_untrained(
     """Try a sampler in the space of a normal distribution, before a flow is trained; None if it does not do.
 
     Chains that have converged go through the search for modes that they lack at once: where it finds any, a flow has to
-    be trained. Where the posterior has exact symmetries, several of its modes do, and nothing is tried.
+    be trained, unless chains that begin there come to the same distribution within a hundred sweeps. Where the
+    posterior has exact symmetries, several of its modes do, and nothing is tried.
     """
     flow = location_scale(density.dim, df=max(DF, 2.0 * density.dim), diagonal=start.scale.dim() == 1).to(start.loc)
     start_at(flow, start.loc, start.scale)
@@ -138,18 +140,19 @@ def attempt_untrained(
         return None
     latent = Latent(flow, density)
     about: dict[str, Any] = {"seed": seed, "bar": bar, "most": UNTRAINED, "independence": 0, "patient": False}
-    chains = _chains(latent, names, z, ratios, draws, **about)
-    if chains is None:
+    found = _chains(latent, names, z, ratios, draws, **about)
+    if found is None:
         return None
+    sampler, chains = found
     given = (flow.log_prob, guide.covered, evidence_of(flow, chains, density), ())
-    failures, notes = lacks_of_chains(density, chains, *given, seed=seed)
+    failures, notes = lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
     return None if failures or notes else (flow, chains)
 
 
 def _chains(
     latent: Latent, names: Sequence[str], z: Tensor, log_weights: Tensor, draws: int, *, seed: int, bar: Bar,
     most: float, independence: int, patient: bool = True,
-) -> Chains | None:  # fmt: skip
+) -> tuple[Sampler, Chains] | None:  # fmt: skip
     """Return chains that begin at weighted draws and suffice, for less than another round of training takes."""
     starts = dispersed_points(latent, z, log_weights, CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
     given: dict[str, Any] = {"chains": CHAINS, "kept": math.ceil(draws / CHAINS), "seed": seed}
@@ -158,4 +161,4 @@ def _chains(
     if found is None or objections(found):
         return None
     chains = sampler.chains()
-    return replace(chains, numbers={**chains.numbers, "method": "auto"})
+    return sampler, replace(chains, numbers={**chains.numbers, "method": "auto"})

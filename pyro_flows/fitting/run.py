@@ -26,6 +26,7 @@ from pyro_flows.fitting.plan import Plan, tails
 from pyro_flows.fitting.selection import CLOSE, Entrant, begin, race, share
 from pyro_flows.fitting.several import Several, several
 from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.parts import untrained_twin
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.dims import coordinate_names
@@ -168,12 +169,13 @@ def _matched(plan: Plan, density: LogDensity, starts: Sequence[Start], seed: int
 def _fits_already(plan: Plan, density: LogDensity, run: Run, start: Start) -> bool:
     """Look at the flow as it is at the best start, an affine map; say whether there is nothing to train."""
     flow = plan.fresh(density)
-    df = flow.df
+    plain, df = untrained_twin(flow) if plan.recipe.named else flow, flow.df
     with plan.clock.part("a look at the best start", noted=False):
         for lighter in LIGHTER if flow.base == "student_t" else (1.0,):
-            begin(set_df(flow, lighter * df), start)
-            if not invisible(weighed(flow, density, LOOKED_AT_DRAWS)):
+            begin(set_df(plain, lighter * df), start)
+            if not invisible(weighed(plain, density, LOOKED_AT_DRAWS)):
                 continue
+            begin(set_df(flow, lighter * df), start)
             trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
             outcome = assess("first round", trainer, Training([], start.elbo, True, False, AT_ONCE, 0, 0, early=True))
             if invisible(outcome.weighing):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import Component, FlowMixture
-from pyro_flows.flows.recipe import build, of_mixtures
+from pyro_flows.flows.recipe import affine_of, build, of_mixtures
 from pyro_flows.transforms import Bijection, DiagonalAffine, LowerTriangularAffine
 from pyro_flows.transforms.marginal import MarginalSpline
 
@@ -25,6 +25,15 @@ def location_scale(dim: int, *, base: str = "student_t", df: float = 15.0, diago
     """
     map_ = DiagonalAffine(dim) if diagonal else LowerTriangularAffine(dim)
     return build([map_], base, df, builder="location_scale", dim=dim, diagonal=diagonal)
+
+
+def untrained_twin(flow: Flow) -> Flow:
+    """Return the affine map that an untrained flow is: all of its other layers start at the identity, and take time."""
+    affine = affine_of(flow)
+    if affine is None:
+        return flow
+    diagonal = not isinstance(affine, LowerTriangularAffine)
+    return location_scale(flow.dim, base=flow.base, df=flow.df, diagonal=diagonal).to(affine.loc)
 
 
 @torch.no_grad()

@@ -112,22 +112,17 @@ class _Narrower:
 
     def _sum(self, node: fx.Node) -> None:
         """A sum of equal numbers is one of them times how many there are."""
-        source: Any = node.args[0]
-        core, axes = self.core.get(source), node.args[1]
-        if (
-            core is None
-            or not isinstance(axes, (list, tuple))
-            or not axes
-            or not source.meta["val"].is_floating_point()
-        ):
+        given: Any = node.args
+        core, axes = self.core.get(given[0]), given[1]
+        if core is None or not axes or 0 in core.meta["val"].shape or not given[0].meta["val"].is_floating_point():
             return
-        wide, thin = source.meta["val"].shape, core.meta["val"].shape
-        count = math.prod(wide[axis] // thin[axis] for axis in axes)  # type: ignore[index]
+        wide, thin = given[0].meta["val"].shape, core.meta["val"].shape
+        count = math.prod(wide[axis] // thin[axis] for axis in axes)
         if count == 1:
             return
-        like = torch.empty(thin, device="meta").sum(node.args[1:][0], *node.args[2:3])  # type: ignore[call-overload]
+        like = torch.empty(thin, device="meta").sum(*given[1:])
         with self.graph.inserting_before(node):
-            whole = self._add(_SUM, (core, *node.args[1:]), node, like.shape)
+            whole = self._add(_SUM, (core, *given[1:]), node, like.shape)
             whole = self._add(_aten.mul.Tensor, (whole, float(count)), node, like.shape)
         self._becomes(node, whole)
 
@@ -219,7 +214,7 @@ def _side_by_side(graph: fx.Graph) -> int:
 
 
 def _is_part(node: fx.Node) -> bool:
-    return node.target is _SLICE and not node.kwargs and node.args[5] == 1 and len(node.users) == 1
+    return node.target is _SLICE and not node.kwargs and node.args[5] == 1 and len(node.users) == 1  # type: ignore[return-value]
 
 
 def _joined(graph: fx.Graph, parts: Sequence[fx.Node], value: Tensor) -> fx.Node | None:

@@ -10,10 +10,13 @@ import torch
 import pyro_flows as pf
 from pyro_flows._progress import Bar
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.microcanonical import microcanonical
 from pyro_flows.correction.rungs import attempt_untrained
 from pyro_flows.correction.sampler import ROUND, Sampler
 from pyro_flows.correction.search import held_by
-from pyro_flows.flows.parts import location_scale
+from pyro_flows.fitting.selection import begin
+from pyro_flows.flows.parts import location_scale, untrained_twin
+from pyro_flows.flows.recipe import latent_recipe, set_df
 from pyro_flows.modes.lacks import Lack
 from pyro_flows.modes.missed_modes import WANDERED
 from pyro_flows.starts.start import Start
@@ -88,6 +91,53 @@ def test_a_sampler_that_cannot_end_in_time_is_given_up_after_a_round():
     assert density.evaluations - before < 20_000
 
 
+def test_chains_that_diverge_are_given_up(monkeypatch):
+    """Half of the step size would not do, and begins the draws anew: before training, it is not tried."""
+
+    def diverging(*args, **options):
+        moved = microcanonical(*args, **options)
+        return moved._replace(diverging=torch.arange(64) < 2)  # of 64 chains
+
+    monkeypatch.setattr("pyro_flows.correction.sampler.microcanonical", diverging)
+    density = pf.LogDensity(bent)
+    flow = location_scale(DIM, df=120.0, diagonal=True).double()
+    start, found = flow.draw(8)[0].detach(), {}
+    for patient in (True, False):
+        given = {"chains": 64, "kept": 64, "seed": 0, "independence": 0}
+        sampler = Sampler.begin(Latent(flow, density), [str(i) for i in range(DIM)], start, **given)
+        sampler.run(500, gradients=150_000, patient=patient)
+        found[patient] = sampler
+    assert found[True].numbers["halved"] >= 1
+    assert found[False].numbers["halved"] == 0
+    assert len(found[False].z) == 3, "4 trajectories may diverge"
+
+
+@pytest.mark.parametrize(("method", "moves"), [("hmc", "Hamiltonian"), ("auto", "microcanonical")])
+def test_moves_are_those_that_were_asked_for(method, moves):
+    posterior = pf.fit(bent, progress=False, refine=False, escalate=False, max_steps=200, draws=500)
+    refined = posterior.refine(method, max_steps=70)
+    assert refined.chains.numbers["moves"] == moves
+    assert refined.refine(method, max_steps=10).chains.numbers["moves"] == moves
+
+
+def test_states_of_older_files_have_scales_only():
+    density = pf.LogDensity(bent)
+    flow = location_scale(DIM, df=120.0, diagonal=True).double()
+    names = [str(i) for i in range(DIM)]
+    sampler = Sampler.begin(
+        Latent(flow, density), names, flow.draw(8)[0].detach(), chains=64, kept=64, seed=0, independence=0
+    )
+    sampler.run(40)
+    chains = sampler.chains()
+    state = {name: value for name, value in chains.state.items() if name not in ("axes", "roots")}
+    state["round"] = state["round"][:, :2]
+    older = Chains(chains.z, chains.stats, state, {k: v for k, v in chains.numbers.items() if k != "moves"})
+    again = Sampler(Latent(flow, density), names, older, kept=64, seed=0)
+    assert not len(again.metric.roots)
+    again.run(80)
+    assert again.numbers["sweeps"] == 80
+
+
 def trained(look):
     """Train until the functionals stand still, or the look ends it; they never stand still here."""
     density = pf.LogDensity(bent)
@@ -147,3 +197,20 @@ def test_chains_hold_what_they_go_in_and_out_of():
     assert held_by(density, both, [lack], evidence, seed=0)
     assert not held_by(density, right, [lack], evidence, seed=0)
     assert held_by(density, right, [Lack(loc, Start(WANDERED, loc, scale))], evidence, seed=0)
+
+
+@pytest.mark.parametrize("dim", [3, 250])
+@pytest.mark.parametrize("name", ["realnvp", "nice", "planar"])
+def test_a_look_at_an_untrained_flow_is_one_at_its_affine_map(name, dim):
+    """All layers but the affine map start at the identity, so draws and their densities are the same."""
+    recipe = latent_recipe(name, {}, affine="auto", base="student_t", df=15.0)
+    flow = recipe.build_for_latents(dim).double()
+    start = Start("given", torch.linspace(-1.0, 1.0, dim).double(), torch.linspace(0.5, 2.0, dim).double())
+    twin = untrained_twin(flow)
+    found = []
+    for one in (flow, twin):
+        begin(set_df(one, 30.0), start)
+        torch.manual_seed(0)
+        found.append(one.draw(200))
+    assert len(list(twin.modules())) < len(list(flow.modules()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
