@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_flows import _arviz
 from pyro_flows.verdict.bridge import bridge_terms, bridge_value
 
+
 class Bridged(NamedTuple):
     """Log evidence and its standard error, nats, and whether the iteration settled."""
 

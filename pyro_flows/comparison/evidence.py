@@ -179,7 +179,7 @@ def _importance(posterior: Record, count: int) -> Estimate:
 
 
 def _from_moments(posterior: Record, count: int) -> Estimate | None:
-    """Weigh draws of a Student t that has the moments of chains, and then those of the weighted draws, which are more."""
+    """Weigh draws of a Student t that has the moments of chains; then of one with those of the weighted draws."""
     density, dim = posterior.density, posterior.used.shape[1]
     if density is None or not enough(len(posterior.used), dim):
         return None

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows.flows.flow import Flow
-from pyro_flows.starts.gaussians import Gaussians
-from pyro_flows.transforms.bijection import Bijection
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.starts.gaussians import Gaussians
 
 DF = 7.0  # of a Student t: the tails of most posteriors lie between it and a normal distribution
 PIECE = 4096  # draws at a time
@@ -61,7 +60,7 @@ def fit_proposal(z: Tensor, df: float = DF, log_weights: Tensor | None = None) -
     z = z.detach().double().cpu()
     weights = torch.softmax(z.new_zeros(count) if log_weights is None else log_weights, 0)
     loc = weights @ z
-    away = (z - loc) * weights.sqrt()[:, None]
+    away = (z - loc) * (weights / (1.0 - weights.square().sum())).sqrt()[:, None]
     scale = away.norm(dim=0).clamp_min(torch.finfo(z.dtype).tiny)
     away = away / scale
     ridge = 1e-9 * torch.eye(dim, dtype=z.dtype)
@@ -82,7 +81,7 @@ class Latent:
 
     def __init__(self, density: LogDensity, flow: object, like: Tensor) -> None:
         self.density, self.like = density, like
-        self.bijection: Bijection | None = flow.bijection if isinstance(flow, Flow) and flow.base != "uniform" else None
+        self.bijection = flow.bijection if isinstance(flow, Flow) and flow.base != "uniform" else None
 
     def points(self, z: Tensor) -> Tensor:
         """Return base points x (S, D) of draws."""

@@ -5,9 +5,10 @@ serve one observation. So those with the highest k-hats get moved draws, m of th
 bring the error of their sum down. The number m is the one of lowest cost: with S draws in hand, of error r(m) without
 these m, and a goal g,
 
-.. math:: 2 m S + c\, S\, r(m)^2 / g^2
+.. math:: 2 m F + c\, S\, r(m)^2 / g^2
 
-evaluations of the model, c of them for a new draw.
+evaluations of the model, c of them for a new draw, and F moved draws for an observation at first. More are moved until
+their error is small enough.
 """
 
 from __future__ import annotations
@@ -178,23 +179,22 @@ class Work:
         """
         of_moved = goal * math.sqrt(SHARE) if len(which) < len(given.labels) else goal
         left, wanted, parts = which, float(self._few(given)), list[Part]()
-        for number, power in enumerate(POWERS, 1):
-            source, some = self._as_many(given, int(wanted))
+        for power in POWERS:
+            most = min(self._limit(given), MOVED_DRAWS / max(len(left), 1))
+            source, some = self._as_many(given, int(min(wanted, most)))
             used = some or source
             size, found = len(used.values), moved(self.posterior, used, left)
             fine = [place for place, k_hat in enumerate(found.k_moved.tolist()) if k_hat < used.limit]
-            times = (used.error(found.influence[fine].sum(0)) / of_moved) ** power
-            if times > WORTH:
-                wanted = size * times
-            else:  # these are done
+            more = (used.error(found.influence[fine].sum(0)) / of_moved) ** power
+            if more <= WORTH:
                 parts.append(([left[place] for place in fine], source, some, found.only(fine)))
                 hard = sorted(set(range(len(left))).difference(fine))
-                left, found, wanted = [left[place] for place in hard], found.only(hard), max(2.0 * size, len(given.values))
-            most = min(self._limit(given), MOVED_DRAWS / max(len(left), 1))
-            if not left or number == len(POWERS) or min(wanted, most) <= WORTH * size:
-                parts.append((left, source, some, found))
+                left, found = [left[place] for place in hard], found.only(hard)
+                more = max(2.0, len(given.values) / size)
+            wanted = size * more
+            if not left or min(wanted, most) <= WORTH * size:
                 break
-            wanted = min(wanted, most)
+        parts.append((left, source, some, found))
         return self._with_parts(rest, parts)
 
     def _as_many(self, given: Observations, wanted: int) -> tuple[Observations, Observations | None]:
