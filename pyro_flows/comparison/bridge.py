@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arviz
-from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.verdict.bridge import bridge_terms, bridge_value
-
-DF = 7.0  # of the normal proposal's Student t: the tails of most posteriors lie between
 
 
 class Bridged(NamedTuple):
@@ -78,47 +75,3 @@ def _relative_variance(logs: Tensor) -> float:
 def _effective(series: Tensor, chains: int) -> float:
     """Return the effective sample size of the mean of a series that is one chain after the other."""
     return _arviz.effective_draws(series.reshape(chains, -1))
-
-
-# a proposal from the draws themselves ---------------------------------------------------------------------------------
-
-
-class Proposal(NamedTuple):
-    """A multivariate Student t with the location and the scale of draws."""
-
-    normal: Gaussians
-
-    def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return ``count`` draws (count, D) and their log densities (count,); uses torch's global generator."""
-        dim = self.normal.loc.shape[-1]
-        noise = torch.randn(count, dim, dtype=torch.float64)
-        mixing = torch.distributions.Chi2(torch.tensor(DF, dtype=torch.float64)).sample((count,)) / DF
-        z = self.normal.map(noise / mixing.sqrt()[:, None])[0][0]
-        return z, self.log_prob(z)
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        r"""Return :math:`\log q(z)` (N,): the normal density of the same squares, with the t's tails."""
-        dim = self.normal.loc.shape[-1]
-        log_normal = self.normal.log_prob(z.double().cpu())[0]
-        at_mode = self.normal.log_prob(self.normal.loc)[0, 0]
-        squares = 2.0 * (at_mode - log_normal)
-        constant = math.lgamma(0.5 * (DF + dim)) - math.lgamma(0.5 * DF) + 0.5 * dim * math.log(2.0 / DF)
-        return at_mode + constant - 0.5 * (DF + dim) * torch.log1p(squares / DF)
-
-
-def fit_proposal(z: Tensor) -> Proposal:
-    """Return the Student t with the mean and the covariance of draws (N, D), N above D.
-
-    Raises:
-        ValueError: if there are too few draws for a covariance.
-    """
-    count, dim = z.shape
-    if count < 2 * dim + 10:
-        raise ValueError(f"draws: expected at least {2 * dim + 10} for a covariance of {dim} coordinates, got {count}.")
-    z = z.detach().double().cpu()
-    scale = z.std(0).clamp_min(torch.finfo(z.dtype).tiny)
-    correlation = ((z - z.mean(0)) / scale).mT.cov().reshape(dim, dim)
-    ridge = 1e-9 * torch.eye(dim, dtype=z.dtype)
-    root = scale[:, None] * torch.linalg.cholesky(correlation + ridge) * math.sqrt((DF - 2.0) / DF)
-    ones, eye = torch.ones(1, dim, dtype=z.dtype), torch.eye(dim, dtype=z.dtype)[None]
-    return Proposal(Gaussians(z.mean(0)[None], root[None], ones, eye[..., :1], torch.ones(1, 1, 1, dtype=z.dtype)))

@@ -56,6 +56,15 @@ def _with_controls(posterior: Record, draws: Draws) -> Draws:
     return draws._replace(controls=found)
 
 
+def every(posterior: Record, draws: Draws, step: int) -> tuple[Draws, Tensor]:
+    """Return one in ``step`` of these draws, of each chain, with controls of their own; and which these are (S,)."""
+    each = len(draws.z) // posterior.chain_count
+    chosen = torch.arange(len(draws.z)) % each % step == 0
+    ratio, copies = (None if part is None else part[chosen] for part in (draws.ratio, draws.copies))
+    z = draws.z[chosen.to(draws.z.device)]
+    return _with_controls(posterior, Draws(z, ratio, copies=copies)), chosen
+
+
 def can_draw(posterior: Record) -> bool:
     """Whether there can be more draws of the same kind: not of chains, and not without a guide and a model."""
     return posterior._raw_draws() is not None and not posterior.by_chains

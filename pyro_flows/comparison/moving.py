@@ -39,6 +39,14 @@ class Moved(NamedTuple):
     influence: Tensor
 
 
+class Frame(NamedTuple):
+    """Standardized points (S, D), and by what: x = loc + root e."""
+
+    loc: Tensor
+    root: Tensor
+    points: Tensor
+
+
 class Space:
     r"""Draws of a posterior where they are moved: base points of the flow, standardized; or plain coordinates.
 
@@ -61,19 +69,28 @@ class Space:
         self.log_weights = equal if log_weights is None else torch.log_softmax(log_weights, 0)
         self.weights = self.log_weights.exp()
         x = x.double().cpu()
-        self.loc, self.root = _moments(x, self.weights, whole=self.bijection is None)
-        self.points = torch.linalg.solve_triangular(self.root, (x - self.loc).mT, upper=False).mT
-        self.fits = {side: Fit(self.points[rows], self.weights[rows]) for side, rows in self._sides()}
+        self.frames = {side: self._frame(x, rows) for side, rows in self._sides()}
+        self.fits = {side: Fit(self.frames[side].points[rows], self.weights[rows]) for side, rows in self._sides()}
 
     @staticmethod
     def can_be(z: Tensor) -> bool:
         """Whether there are enough draws (S, D) to fit a map to each half of them."""
-        return len(z) >= 2 * EACH * (z.shape[1] + 1)
+        return len(z) >= Space.fewest(z.shape[1])
+
+    @staticmethod
+    def fewest(dim: int) -> int:
+        """How many draws it takes at least."""
+        return 2 * EACH * (dim + 1)
 
     def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         assert self.bijection is not None
         x, log_jacobian = self.bijection.inverse_and_ladj(z)
         return x, -log_jacobian
+
+    def _frame(self, x: Tensor, rows: Tensor) -> Frame:
+        """Standardize all points (S, D) by the moments of one half: by those of all, a map would know what it moves."""
+        loc, root = _moments(x[rows], self.weights[rows] / self.weights[rows].sum(), whole=self.bijection is None)
+        return Frame(loc, root, torch.linalg.solve_triangular(root, (x - loc).mT, upper=False).mT)
 
     def _sides(self) -> list[tuple[bool, Tensor]]:
         return [(True, self.half), (False, ~self.half)]
@@ -98,7 +115,7 @@ class Space:
         """Fit maps before the maps that there are, to the weights that these leave."""
         more = {}
         for side, rows in self._sides():
-            ratio = self._ratio(likelihood, found[side], rows)
+            ratio = self._ratio(likelihood, found[side], self.frames[side], rows)
             middle = ratio[torch.isfinite(ratio)].median() if bool(torch.isfinite(ratio).any()) else ratio.new_zeros(())
             usual = ratio.nan_to_num(nan=-torch.inf).clamp(middle - WITHIN, middle + WITHIN)
             more[side] = found[side].after(self.fits[side](usual))
@@ -108,13 +125,13 @@ class Space:
         """Return the log weights (S,) of draws, each moved by the map of the other half."""
         log_ratio = torch.empty_like(self.height)
         for side, rows in self._sides():
-            log_ratio[rows] = self._ratio(likelihood, found[not side], rows)
+            log_ratio[rows] = self._ratio(likelihood, found[not side], self.frames[not side], rows)
         return log_ratio
 
     @torch.no_grad()
-    def _ratio(self, likelihood: Likelihood, affine: Affine, rows: Tensor) -> Tensor:
+    def _ratio(self, likelihood: Likelihood, affine: Affine, frame: Frame, rows: Tensor) -> Tensor:
         """Return log p without the observation at moved draws, less log p at the draws, with the map's Jacobian."""
-        x = (self.loc + affine(self.points[rows]) @ self.root.mT).to(self.like)
+        x = (frame.loc + affine(frame.points[rows]) @ frame.root.mT).to(self.like)
         z, log_jacobian = (x, x.new_zeros(len(x))) if self.bijection is None else self.bijection.forward_and_ladj(x)
         usable = torch.isfinite(z).all(1)
         z = torch.where(usable[:, None], z, self.like[:1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_flows import _arrays, _arviz, _checks
 from pyro_flows.comparison.controls import Regression
-from pyro_flows.comparison.draws import Draws
+from pyro_flows.comparison.draws import Draws, every
 from pyro_flows.comparison.moving import Space
 from pyro_flows.results import arviz_groups as export
 from pyro_flows.verdict.psis import largest_k, psis
@@ -29,7 +29,10 @@ PIECE = 4_000_000  # log likelihoods that are worked out at a time
 
 @dataclass(frozen=True)
 class Observations:
-    """The observations' log likelihoods (S, N) at draws, a label of each, where each site's stand, control variates."""
+    """The observations' log likelihoods (S, N) at draws, a label of each, where each site's stand, control variates.
+
+    ``chosen`` says which of a larger set of draws these are.
+    """
 
     draws: Draws
     values: Tensor
@@ -38,6 +41,7 @@ class Observations:
     half: Tensor
     regression: Regression
     chains: int
+    chosen: Tensor | None = None
 
     @property
     def limit(self) -> float:
@@ -53,13 +57,50 @@ class Observations:
 class Estimates:
     """Elpd of some of the observations (N,), k-hat of the draws as they are, and of those that the estimate is from.
 
-    ``influence`` (S,) is what each draw adds to the error of the sum.
+    ``influence`` (S,) is what each draw adds to the error of the sum, or, of moved draws, (N, S) to that of each one.
     """
 
     elpd: Tensor
     k_hat: Tensor
     k_moved: Tensor
     influence: Tensor
+
+    def only(self, which: Sequence[int]) -> Estimates:
+        """Return some of the estimates from moved draws."""
+        index = torch.tensor(list(which), dtype=torch.long)
+        return Estimates(self.elpd[index], self.k_hat[index], self.k_moved[index], self.influence[index])
+
+
+class Tally:
+    """The Monte Carlo error of a sum whose terms are from several sets of draws, or from some of the draws of one.
+
+    Draws of different sets are independent, but for chains, which go on: their errors are added.
+    """
+
+    def __init__(self, independent: bool) -> None:
+        self.independent = independent
+        self._sums: list[tuple[Observations, Tensor]] = []
+        self._errors: list[float] = []
+
+    def add(self, given: Observations, influence: Tensor, some: Observations | None = None) -> None:
+        """Add what the draws ``given`` (S,) do to the sum, or ``some`` of these."""
+        if some is not None and not self.independent:
+            self._errors.append(some.error(influence))
+            return
+        total = next((total for known, total in self._sums if known is given), None)
+        if total is None:
+            total = torch.zeros(len(given.values), dtype=torch.float64)
+            self._sums.append((given, total))
+        if some is None:
+            total += given.regression.rest(influence)
+        else:
+            total[some.chosen] += some.regression.rest(influence)
+
+    def error(self) -> float:
+        """Return the standard error."""
+        errors = [standard_error(total, given.draws.copies, given.chains) for given, total in self._sums]
+        errors += self._errors
+        return math.hypot(*errors) if self.independent else sum(errors)
 
 
 def likelihood(posterior: Record, z: Tensor) -> xr.Dataset:
@@ -114,6 +155,14 @@ def observations(posterior: Record, draws: Draws, sites: Any) -> Observations:
     return Observations(draws, values, labels, places, half, given, posterior.chain_count)
 
 
+def thinned(posterior: Record, given: Observations, step: int) -> Observations:
+    """Return the observations at one in ``step`` of the draws."""
+    draws, chosen = every(posterior, given.draws, step)
+    half = given.half[chosen]
+    some = replace(given, draws=draws, values=given.values[chosen], half=half, chosen=chosen)
+    return replace(some, regression=Regression(draws.controls, half))
+
+
 def _piece(posterior: Record, count: int) -> int:
     """Return at how many of the draws the log likelihood is worked out at a time."""
     if posterior.density is None:
@@ -157,24 +206,21 @@ def errors_without(given: Observations, order: Sequence[int], counts: Sequence[i
 
 def moved(posterior: Record, given: Observations, which: Sequence[int]) -> Estimates:
     """Estimate the elpd of some observations from moved draws, where their k-hat is lower or below 1/2."""
-    space = Space(posterior._need_density(), posterior.flow, given.draws.z, given.draws.ratio, given.half)
-    sites = [name for name, _ in sorted(given.places.items(), key=lambda place: place[1])]
+    density = posterior._need_density()
+    space = Space(density, posterior.flow, given.draws.z, given.draws.ratio, given.half)
+    entries = [(name, entry) for name, (first, last) in given.places.items() for entry in range(last - first)]
     elpd, k_hat, k_moved = (torch.zeros(len(which), dtype=torch.float64) for _ in range(3))
-    total = torch.zeros(len(given.values), dtype=torch.float64)
+    influences = torch.zeros(len(which), len(given.values), dtype=torch.float64)
     for place, index in enumerate(which):
-
-        def alone(z: Tensor, index: int = index) -> Tensor:
-            return _columns(likelihood(posterior, z), sites)[0][:, index]
-
         values = given.values[:, index].double()
         found, k_hat[place], influence = one(values, given.draws.ratio)
         k_moved[place] = k_hat[place]
-        other = space.leave_out(alone, values, GOOD)
+        other = space.leave_out(export.likelihood_entry(density, *entries[index]), values, GOOD)
         if other.k_hat < max(float(k_hat[place]), GOOD):
             found, k_moved[place], influence = torch.as_tensor(other.elpd), other.k_hat, other.influence
         elpd[place] = found - given.regression.shift(influence)
-        total += influence
-    return Estimates(elpd, k_hat, k_moved, total)
+        influences[place] = influence
+    return Estimates(elpd, k_hat, k_moved, influences)
 
 
 def halves(draws: Draws, count: int, chains: int) -> Tensor:

@@ -5,9 +5,10 @@ serve one observation. So those with the highest k-hats get moved draws, m of th
 bring the error of their sum down. The number m is the one of lowest cost: with S draws in hand, of error r(m) without
 these m, and a goal g,
 
-.. math:: 2 m S + c\, S\, r(m)^2 / g^2
+.. math:: 2 m F + c\, S\, r(m)^2 / g^2
 
-evaluations of the model, c of them for a new draw.
+evaluations of the model, c of them for a new draw, and F moved draws for an observation at first. More are moved until
+their error is small enough.
 """
 
 from __future__ import annotations
@@ -22,23 +23,37 @@ from torch import Tensor
 
 from pyro_flows.comparison.draws import Draws, can_draw, longer, more, most_draws, price
 from pyro_flows.comparison.moving import Space
-from pyro_flows.comparison.pointwise import Estimates, Observations, errors_without, moved, observations, one, plain
+from pyro_flows.comparison.pointwise import (
+    Estimates,
+    Observations,
+    Tally,
+    errors_without,
+    moved,
+    observations,
+    one,
+    plain,
+    thinned,
+)
 
 if TYPE_CHECKING:
     from pyro_flows.results.record import Record
 
-ERROR = 0.005  # nats: more draws are taken, or draws moved, until the Monte Carlo error is as small,
-RELATIVE = 0.001  # or as small in units of the standard error over observations,
+ERROR = 0.003  # nats: more draws are taken, or draws moved, until the Monte Carlo error is as small,
+RELATIVE = 0.0005  # or as small in units of the standard error over observations,
 MOST_DRAWS = 64_000  # or they are as many,
 NUMBERS = 20_000_000  # or their log likelihoods,
 MOVED_DRAWS, MOVED_NUMBERS = 2_000_000, 1_000_000_000  # or moved draws, or log likelihoods at these
 SHARE = 0.5  # of the squared error, for draws as they are and for moved ones
+FEW = 1000  # draws that are moved at first
+POWERS = (1.0, 2.0, 2.0, 2.0, 2.0, 2.0)  # of the error, with which the number of moved draws grows
 WORTH = 1.2  # times as many draws, to be drawn anew
+
+Part = tuple[list[int], Observations, Observations | None, Estimates]  # of which, from draws, or from some of them
 
 
 @dataclass(frozen=True)
 class Whole:
-    """Estimates of all observations, their Monte Carlo error, and the part of it that moved draws have.
+    """Estimates of all observations, and their Monte Carlo error.
 
     ``influence`` (S,) is that of the draws ``given`` on those observations whose estimates are from these as they are.
     """
@@ -49,7 +64,6 @@ class Whole:
     k_moved: Tensor
     influence: Tensor
     error: float
-    moved: float = 0.0
 
     def without(self, which: Sequence[int]) -> Whole:
         """Return these without the influence of draws on some observations."""
@@ -100,7 +114,7 @@ class Work:
         of_rest = goal * math.sqrt(SHARE)
         enough = (count for count, error in zip(counts, errors, strict=True) if error <= of_rest)
         which = order[: next(enough, counts[-1])]
-        return self._with_moved(found.without(which), given, which)
+        return self._with_parts(found.without(which), [(which, given, None, moved(self.posterior, given, which))])
 
     def precise(self, given: Observations) -> Whole:
         """Bring the Monte Carlo error down to its goal by what costs the least, within the limits on the work."""
@@ -118,10 +132,7 @@ class Work:
         which = [*order[:count], *failing]
         if not which:
             return rest
-        found = self._with_moved(rest.without(failing), given, which)
-        wanted = self._enough_moved(found, given, which, goal) if found.error > goal else 0
-        larger = self._larger(given, wanted, "leave-one-out by moved draws")
-        return found if larger is None else self._with_moved(rest.without(failing), larger, which)
+        return self._enough_moved(rest.without(failing), given, which, goal)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -132,7 +143,7 @@ class Work:
         best, least = counts[-1], math.inf
         for count, error in zip(counts, errors, strict=True):
             wanted = size * (error / (goal * (math.sqrt(SHARE) if count else 1.0))) ** 2
-            cost = 2.0 * count * size + (price(self.posterior) * wanted if wanted > size else 0.0)
+            cost = 2.0 * count * self._few(given) + (price(self.posterior) * wanted if wanted > size else 0.0)
             if cost < least:
                 best, least = count, cost
         return best, errors[counts.index(best)]
@@ -160,20 +171,52 @@ class Work:
         chains = longer(self.posterior, wanted, seed=self.seed)
         return None if chains is None else self.given(chains)
 
-    def _with_moved(self, rest: Whole, given: Observations, which: list[int]) -> Whole:
-        """Add the estimates of observations for which draws are moved."""
-        part = moved(self.posterior, given, which)
-        errors = given.error(part.influence), rest.given.error(rest.influence)
-        if given is rest.given:
-            error = given.error(rest.influence + part.influence)
-        else:  # chains that went on are those in hand too
-            error = math.hypot(*errors) if can_draw(self.posterior) else sum(errors)
-        return replace(rest.with_part(which, part, error), moved=errors[0])
+    def _enough_moved(self, rest: Whole, given: Observations, which: list[int], goal: float) -> Whole:
+        """Move as many draws as bring the error to its goal: few at first, whose error says how many it takes.
 
-    def _enough_moved(self, found: Whole, given: Observations, which: list[int], goal: float) -> int:
-        """Return how many moved draws bring their part of the error to its goal."""
-        wanted = len(given.values) * (found.moved / (goal * math.sqrt(SHARE))) ** 2
-        return int(min(wanted, self._limit(given), MOVED_DRAWS / len(which)))
+        Maps and control variates get better with more draws too. So the error is taken to fall as one over their number
+        at first, and as its root only later. Observations whose k-hat is too high with few draws get more of them.
+        """
+        of_moved = goal * math.sqrt(SHARE) if len(which) < len(given.labels) else goal
+        left, wanted, parts = which, float(self._few(given)), list[Part]()
+        for power in POWERS:
+            most = min(self._limit(given), MOVED_DRAWS / max(len(left), 1))
+            source, some = self._as_many(given, int(min(wanted, most)))
+            used = some or source
+            size, found = len(used.values), moved(self.posterior, used, left)
+            fine = [place for place, k_hat in enumerate(found.k_moved.tolist()) if k_hat < used.limit]
+            more = (used.error(found.influence[fine].sum(0)) / of_moved) ** power
+            if more <= WORTH:
+                parts.append(([left[place] for place in fine], source, some, found.only(fine)))
+                hard = sorted(set(range(len(left))).difference(fine))
+                left, found = [left[place] for place in hard], found.only(hard)
+                more = max(2.0, len(given.values) / size)
+            wanted = size * more
+            if not left or min(wanted, most) <= WORTH * size:
+                break
+        parts.append((left, source, some, found))
+        return self._with_parts(rest, parts)
+
+    def _as_many(self, given: Observations, wanted: int) -> tuple[Observations, Observations | None]:
+        """Return draws, more than in hand if more are wanted, and some of them if fewer are."""
+        step = len(given.values) // max(wanted, 1)
+        if step > 1:
+            return given, thinned(self.posterior, given, step)
+        return self._larger(given, wanted, "leave-one-out by moved draws") or given, None
+
+    def _with_parts(self, rest: Whole, parts: Sequence[Part]) -> Whole:
+        """Add estimates from moved draws to those of the other observations."""
+        tally = Tally(independent=can_draw(self.posterior))
+        tally.add(rest.given, rest.influence)
+        for which, given, some, part in parts:
+            tally.add(given, part.influence.sum(0), some)
+            rest = rest.with_part(which, part, 0.0)
+        known = bool((rest.k_moved < rest.given.limit).all())
+        return replace(rest, error=tally.error() if known else math.inf)
+
+    def _few(self, given: Observations) -> int:
+        """Return how many draws are moved at first."""
+        return min(max(FEW, Space.fewest(given.draws.z.shape[1])), len(given.values))
 
     def _can_move(self, given: Observations) -> bool:
         return self.posterior.density is not None and Space.can_be(given.draws.z)

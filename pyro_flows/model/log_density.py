@@ -113,8 +113,8 @@ class LogDensity(SiteValues):
 
         A training run that has begun keeps the graph that it began with.
         """
-        self._values.forget()
-        self._with_gradients.forget()
+        for recorder in (self._values, self._with_gradients, *self._densities.values()):
+            recorder.forget()
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density (S,) and its gradient (S, D), both without a graph; cost: S gradient evaluations."""

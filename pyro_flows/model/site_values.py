@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import partial
 
 import torch
 from pyro import poutine
@@ -11,15 +12,21 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
+from pyro_flows._turns import turn
+from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.batching import apart, over_rows, quiet
 from pyro_flows.model.handlers import Resample, flatten_all, place_all
 from pyro_flows.model.observations import not_finite
 from pyro_flows.model.runs import Runs
-from pyro_flows.model.sites import messages
+from pyro_flows.model.sites import Structure, messages
 
 
 class SiteValues(Runs):
     """Values and densities of a model's sites at points, and draws; see :class:`~pyro_flows.LogDensity`."""
+
+    def _settle(self, structure: Structure) -> None:
+        super()._settle(structure)
+        self._densities: dict[tuple[str, ...], Recorder] = {}  # by the sites that they are of
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Return latent and deterministic sites as the model sees them: ``{name: (S, *shape)}``."""
@@ -77,8 +84,17 @@ class SiteValues(Runs):
         return self._site_densities(z, () if self.structure.enumerated else tuple(self.structure.observed))
 
     def _site_densities(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        z = self._check(z)
+        """Return the log densities of sites, by a recorded graph where the model is short enough to have one soon."""
+        z, names = self._check(z), tuple(names)
+        if self.batched and not self._parameters and self.work.rows(2) is None and names:
+            if names not in self._densities:
+                numbers = max(self.numbers, self.work.largest // 2)
+                self._densities[names] = Recorder(partial(self._densities_of, names), numbers)
+            with turn(), suppress(torch.linalg.LinAlgError):
+                return dict(zip(names, self._densities[names](z), strict=True))
+        return dict(zip(names, self._densities_of(names, z), strict=True))
 
+    def _densities_of(self, names: Sequence[str], z: Tensor) -> tuple[Tensor, ...]:
         def densities(row: Tensor) -> dict[str, Tensor]:
             trace, _ = self._run(row, enumerate_sites=True)
             found = {}
@@ -91,7 +107,8 @@ class SiteValues(Runs):
             return found
 
         with torch.no_grad():
-            return self.map(densities, z)
+            found: dict[str, Tensor] = self.map(densities, z)
+        return tuple(found[name] for name in names)
 
     def predictive(self, z: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
         """Draw the observed sites anew at each row of ``z``: ``{name: (S, *shape)}``; one seed, one answer."""

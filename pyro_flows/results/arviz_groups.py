@@ -82,6 +82,18 @@ def likelihood_group(density: LogDensity, z: Tensor, chains: int = 1) -> xr.Data
     return stack(labels, values, lambda name: labels.observed(name).without_event(), chains)
 
 
+def likelihood_entry(density: LogDensity, variable: str, entry: int) -> Callable[[Tensor], Tensor]:
+    """The log likelihood (S,) of one entry of :func:`likelihood_group` as a function of z (S, D)."""
+    labels = Labels(density.structure)
+    site = next(name for name in density.structure.observed if labels.variable(name) == variable)
+    layout = labels.observed(site).without_event()
+
+    def found(z: Tensor) -> Tensor:
+        return torch.as_tensor(layout(density.log_likelihood(z)[site])).double().reshape(len(z), -1)[:, entry]
+
+    return found
+
+
 def all_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
     """All groups of the ArviZ object, in its usual order."""
     labels = Labels(density.structure)

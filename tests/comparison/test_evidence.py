@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.comparison.bridge import bridge, fit_proposal
+from pyro_flows.comparison.bridge import bridge
 from pyro_flows.comparison.evidence import convergence_rate, importance
+from pyro_flows.comparison.proposal import fit_proposal
 from pyro_flows.results.stage import Stage
 from tests.conjugate import (
     COUNTS,
@@ -112,6 +113,18 @@ def test_heavy_tails_of_weights_widen_the_error_and_end_it():
     assert heavy.standard_error == math.inf
     assert "k-hat" in heavy.note
     assert math.isnan(importance(torch.full((100,), -torch.inf)).value)
+
+
+def test_chains_are_weighed_by_their_moments():
+    """A normal start that is off: its own weights have no error, bridge sampling one of .01 and more."""
+    x, y = regression_data(20, 120)
+    chains = pf.diagnose(regression, regression_guide(0.8), x, y, draws=1000).refine(progress=False)
+    assert chains.verdict.status == "refined"
+    found = chains.evidence()
+    weighed = found.estimates[0]
+    assert "moments of the chains" in str(weighed)
+    assert weighed.standard_error < 0.004
+    assert abs(weighed.value - regression_evidence(x, y)) < 4 * weighed.standard_error
 
 
 def test_an_unreliable_posterior_states_no_error():

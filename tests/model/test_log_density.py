@@ -125,6 +125,22 @@ def test_pointwise_likelihood_has_the_shape_of_the_data_and_zeros_where_masked()
                 assert ((part == 0.0) == observed.isnan()).all()
 
 
+@each_model(where=lambda case: case.sites)
+def test_recorded_site_densities_are_those_of_the_model(case):
+    """From the fourth call of a size on; `forget` makes the next calls run the model again."""
+    density, z = built(case)
+    first = density.log_likelihood(z)
+    for call in range(5):
+        moved = z + 0.01 * call
+        recorded, plain = density.log_likelihood(moved), density._densities_of(tuple(first), moved)
+        for name, expected in zip(first, plain, strict=True):
+            torch.testing.assert_close(recorded[name], expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+    recorder = density._densities.get(tuple(first))
+    assert recorder is None or len(recorder.runners) == 1 or not density.batched
+    density.forget()
+    assert recorder is None or len(recorder.runners) == 0
+
+
 def test_enumerated_models_have_no_pointwise_likelihood():
     """Their terms are not independent given the continuous latents alone."""
     density, z = built(next(case for case in CASES if case.name == "hidden_markov"))
