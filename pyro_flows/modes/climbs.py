@@ -79,6 +79,9 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     covered = (~thin).nonzero()[:, 0]
     if not len(covered):  # a flow may be thin at the very top of what it covers, far from all of its draws
         covered = distances(found, z[:OWN_DRAWS]).median(1).values.argmin()[None]
+        looked_at[covered] = False
+        if not bool(looked_at.any()):
+            return []
     own, rows = len(covered), torch.cat([covered, looked_at.nonzero()[:, 0]])
     modes, roots, evidence = found.modes[rows], found.roots[rows], found.evidence[rows]
     one = torch.ones_like(modes)

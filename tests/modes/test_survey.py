@@ -217,3 +217,16 @@ def test_a_guide_that_is_thin_at_the_top_of_its_own_mode_is_compared_all_the_sam
     guide = Guide(density, score, math.log(0.5))
     (lack, *_) = climbs.surveyed(guide, z, [], seed=0)
     assert float((lack.place - centers[1]).abs().max()) < 4.0
+
+
+def test_the_only_mode_is_not_held_against_a_guide_that_is_thin_at_its_top(monkeypatch):
+    """The joint maximum of a model with scales is next to none of its mass. It had been compared with itself."""
+    density = normals(torch.zeros(1, 40, dtype=torch.float64), [1.0])
+    z = torch.randn(400, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = dist.Normal(0.0, 1.0)
+
+    def score(points):
+        return own.log_prob(points).sum(-1) - 9.0 * (points.square().sum(-1) < 4.0)
+
+    monkeypatch.setattr(climbs, "TRUSTED_K_HAT", -math.inf)
+    assert climbs.surveyed(Guide(density, score, 0.0), z, [], seed=0) == []
