@@ -100,7 +100,7 @@ class Space:
     def leave_out(self, likelihood: Likelihood, values: Tensor, limit: float) -> Moved:
         """Estimate the elpd of one observation, whose log likelihood at the draws is ``values`` (S,).
 
-        A second round of moves is made if the weights are uneven after the first, or k-hat is not below ``limit``.
+        Further rounds of moves are made while the weights are uneven, or k-hat is not below ``limit``.
         """
         found = {side: self.fits[side](-values[rows]) for side, rows in self._sides()}
         log_ratio = self._moved(likelihood, found)
@@ -111,7 +111,7 @@ class Space:
             found = self._again(likelihood, found)
             again = self._judged(self._moved(likelihood, found))
             best = min(result, again, key=lambda one: (max(one.k_hat, limit), one.spread))
-            if best is result:
+            if best is result and result.k_hat < limit:
                 break
             result = best
         return result
