@@ -23,7 +23,8 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.psis import psis
 
 DIRECTIONS = 2  # of curvature
-ROUNDS = 2  # of moves, where the first leaves k-hat too high
+ROUNDS = 3  # of moves, where those before leave k-hat too high,
+UNEVEN = 0.2  # or weights of such a relative variance
 NARROWEST, WIDEST = 0.05, 20.0  # precision along a direction, in units of the posterior's
 WITHIN = 10.0  # nats about the median: weights farther off are left out of the second fit
 EACH = 10  # draws for each coordinate that a map needs to be fitted
@@ -32,11 +33,12 @@ Likelihood = Callable[[Tensor], Tensor]  # z (S, D) -> log likelihood of one obs
 
 
 class Moved(NamedTuple):
-    """An estimate of elpd, k-hat of its weights, and what each draw adds to its error (S,)."""
+    """An estimate of elpd, k-hat and relative variance of its weights, and what each draw adds to its error (S,)."""
 
     elpd: float
     k_hat: float
     influence: Tensor
+    spread: float = math.inf
 
 
 class Frame(NamedTuple):
@@ -98,17 +100,20 @@ class Space:
     def leave_out(self, likelihood: Likelihood, values: Tensor, limit: float) -> Moved:
         """Estimate the elpd of one observation, whose log likelihood at the draws is ``values`` (S,).
 
-        A second round of moves is made if k-hat is not below ``limit`` after the first.
+        Further rounds of moves are made while the weights are uneven, or k-hat is not below ``limit``.
         """
         found = {side: self.fits[side](-values[rows]) for side, rows in self._sides()}
         log_ratio = self._moved(likelihood, found)
         result = self._judged(log_ratio)
         for _ in range(ROUNDS - 1):
-            if result.k_hat < limit:
+            if result.k_hat < limit and result.spread < UNEVEN:
                 break
             found = self._again(likelihood, found)
             again = self._judged(self._moved(likelihood, found))
-            result = again if again.k_hat < result.k_hat else result
+            best = min(result, again, key=lambda one: (max(one.k_hat, limit), one.spread))
+            if best is result and result.k_hat < limit:
+                break
+            result = best
         return result
 
     def _again(self, likelihood: Likelihood, found: dict[bool, Affine]) -> dict[bool, Affine]:
@@ -145,7 +150,9 @@ class Space:
         if not bool(torch.isfinite(log_weights).any()):
             return Moved(math.nan, math.inf, torch.full_like(log_weights, torch.nan))
         total = torch.logsumexp(log_weights, 0)
-        return Moved(-float(total), psis(log_weights)[1], self.weights - (log_weights - total).exp())
+        weights = (log_weights - total).exp()
+        spread = float((weights.square() / self.weights.clamp_min(torch.finfo(weights.dtype).tiny)).sum()) - 1.0
+        return Moved(-float(total), psis(log_weights)[1], self.weights - weights, spread)
 
 
 def _moments(x: Tensor, weights: Tensor, *, whole: bool) -> tuple[Tensor, Tensor]:

@@ -125,20 +125,25 @@ def test_a_map_knows_nothing_of_the_draws_that_it_moves():
 
 
 def test_few_draws_are_moved_where_they_are_enough(monkeypatch):
-    """Counts of moved draws: 1000 for each observation at first; the error of these says how many it takes."""
-    counts = []
+    """A thousand for each observation at first; the error of these says how many it takes."""
+    x, y = regression_data(3, 12)
+    exact = float(regression_loo(x, y).sum())
+    posterior = pf.diagnose(regression, regression_guide(), x, y)
+    work, counts = Work(posterior, None, 0), []
+    given = work.given(in_hand(posterior))
+    rest = work.judged(given).without(range(12))
 
     def spy(posterior, given, which):
-        counts.append((len(given.values), len(which)))
+        counts.append(len(given.values))
         return pointwise.moved(posterior, given, which)
 
     monkeypatch.setattr(working, "moved", spy)
-    x, y = regression_data(3, 12)
-    posterior = pf.diagnose(regression, regression_guide(), x, y, draws=8000)
-    found = posterior.loo()
-    assert counts[0][0] == working.FEW
-    assert sum(one * other for one, other in counts) < 8000 * 12
-    assert abs(found.elpd - float(regression_loo(x, y).sum())) < 4 * found.mcse < 0.03
+    first, second = (work._enough_moved(rest, given, list(range(12)), goal) for goal in (0.1, 0.006))
+    assert counts[:2] == [working.FEW, working.FEW]
+    assert max(counts) > 2 * working.FEW
+    for found in (first, second):
+        assert abs(float(found.elpd.sum()) - exact) < 4 * found.error
+    assert second.error < 0.008 < first.error < 0.1
 
 
 def test_errors_of_several_sets_of_draws_are_put_together():
@@ -164,6 +169,7 @@ def test_errors_of_several_sets_of_draws_are_put_together():
 
 def test_observations_get_more_draws_or_moved_ones_by_cost(monkeypatch):
     """If a new draw were as dear as a hundred thousand evaluations, all observations would get moved ones."""
+    monkeypatch.setattr(working, "ERROR", 0.006)
     x, y = regression_data(3, 30)
     posterior = pf.diagnose(regression, regression_guide(), x, y, draws=1000)
     exact = float(regression_loo(x, y).sum())
