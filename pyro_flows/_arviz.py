@@ -4,8 +4,6 @@ Everything goes through ``arviz_base`` and ``arviz_stats``, which are the same f
 only the last step of :func:`pack` and the default interval differ.
 """
 
-# Over 300 lines: it is the only door.
-
 from __future__ import annotations
 
 import functools
