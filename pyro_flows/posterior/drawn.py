@@ -59,11 +59,11 @@ class Drawn(Shown):
         Where the flow T is close to the posterior, the target in latent space,
         :math:`\log\tilde p(T(x)) + \log|\det J_T(x)|`, is close to the base distribution, and a few leaps of
         microcanonical dynamics (MAMS) make a new draw. Step size, trajectory length and units are adapted.
-        Chains begin in superchains of eight at importance-resampled draws, and go on until nested R-hat is at most
-        1.01, R-hat 1.05, and the effective sample size 1000 in the bulk and in the tails of each coordinate and of the
-        log density. Then the search for missed modes is made once more, from the chains' draws. The verdict is
-        ``refined`` if nothing speaks against that; if chains need more time, it is what it was, with a reason or a
-        note.
+        Chains begin in superchains of eight, half of them at importance-resampled draws and half at places where the
+        flow is thin, and go on until nested R-hat is at most 1.01, R-hat 1.05, and the effective sample size 1000 in
+        the bulk and in the tails of each coordinate and of the log density. Then the search for missed modes is made
+        once more, from the chains' draws. The verdict is ``refined`` if nothing speaks against that; if chains need
+        more time, it is what it was, with a reason or a note.
 
         Called again, it goes on where it was, as if it had not been cut short. The guide's own draws stay: ``z``.
 

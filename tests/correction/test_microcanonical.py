@@ -1,12 +1,13 @@
-"""The microcanonical kernel that the refinement's own is measured against."""
+"""Microcanonical moves: a turn in closed form, and the target that many moves keep."""
 
 import pyro
 import pyro.distributions as dist
 import torch
 
 import pyro_flows as pf
-from benchmarks.kernels.microcanonical import microcanonical, turned
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.metric import Metric
+from pyro_flows.correction.microcanonical import microcanonical, turned
 from pyro_flows.correction.starts import plain_flow
 from tests.registry import normal
 
@@ -40,7 +41,7 @@ def test_moves_keep_the_target():
     points, seen = latent.look(*latent.place(z.to(density.dtype))), []
     chances = []
     for number in range(600):
-        moved = microcanonical(latent, points, step=0.9, leaps=1 + number % 3, scale=torch.ones(4))
+        moved = microcanonical(latent, points, step=0.9, leaps=1 + number % 3, metric=Metric.of(torch.ones(4)))
         points = moved.points
         chances.append(moved.chance.mean())
         seen.append(points.z)
