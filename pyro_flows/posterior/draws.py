@@ -16,7 +16,10 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.scoring import Pool, check_memory, score_pool
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.deciding import POOL, Decision, Draw, decide
+from pyro_flows.verdict.own_values import changed_values
 from pyro_flows.verdict.weighing import Weighing, weigh
+
+VALUES_COMPARED = 4_000_000  # numbers: all draws of most models
 
 
 def from_draws(
@@ -75,8 +78,15 @@ def _decided(
         seed=seed,
         again=lambda: _weighed_again(density, draw, POOL * draws),
         complaint=lambda z: density.complaint(z[: pool.checked]),
+        changed=lambda z, log_weights: _changed(density, z, log_weights),
         **said,
     )
+
+
+def _changed(density: LogDensity, z: Tensor, log_weights: Tensor) -> list[str]:
+    """Say what weighting changes in the model's own values."""
+    count = max(1, min(len(z), VALUES_COMPARED // density.dim))
+    return changed_values(density.constrain(z[:count]), torch.log_softmax(log_weights[:count], 0))
 
 
 def _figures(found: Decision, draws: int) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def decide(
     doubts: Sequence[str] = (),
     again: Callable[[], Weighing] | None = None,
     complaint: Callable[[Tensor], str | None] = lambda z: None,
+    changed: Callable[[Tensor, Tensor], list[str]] = lambda z, log_weights: [],
 ) -> Decision:
     """Draw a pool of four times as many draws as asked for, weigh and judge it, and choose the draws to use.
 
@@ -67,6 +68,7 @@ def decide(
         contained: see :func:`judge`.
         doubts: see :func:`judge`.
         again: weighs a second pool, if draws are to be corrected.
+        changed: draws and their log weights -> what weighting changes in the model's own values, in words.
         complaint: z -> what is invalid about the model at some of the first draws, though its density is finite there.
     """
     pool, pool_q = draw(POOL * draws)
@@ -76,6 +78,7 @@ def decide(
     if objection is not None:
         failures = (*failures, f"the model is invalid at some draws: {objection}")
     said: dict[str, Any] = {"warnings": warnings, "notes": notes, "contained": contained, "doubts": doubts}
+    said["changed"] = changed(pool, weighing.log_weights) if weighing.broken < len(pool) else []
     verdict = judge(weighing, names, failures=failures, **said)
     if verdict.status == "corrected" and again is not None:  # one lucky pool does not correct a guide
         worse = _worse(judge(again(), names, contained=contained))

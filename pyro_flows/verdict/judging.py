@@ -31,6 +31,7 @@ def judge(
     notes: Sequence[str] = (),
     contained: bool = False,
     doubts: Sequence[str] = (),
+    changed: Sequence[str] = (),
 ) -> Verdict:
     """Turn a weighing into a verdict.
 
@@ -42,6 +43,7 @@ def judge(
         notes: what was not checked, or is to be known.
         contained: whether a search found no place next to the guide where it has too little.
         doubts: what speaks against draws whose weights are not good (a fit that was cut short after poor rounds).
+        changed: what weighting changes besides means and sds of the coordinates.
     """
     notes = (*notes, *_heavy_tailed(weighing, names))
     reasons = list(failures)
@@ -54,7 +56,7 @@ def judge(
         reasons.append(f"k-hat {weighing.k_hat:.2f} is not below its threshold {weighing.threshold:.2f}")
     if ratio < ESS_RATIO:
         reasons.append(f"ESS/S {ratio:.3f} is below {ESS_RATIO}")
-    moved = _moved(weighing, names)
+    moved = [*_moved(weighing, names), *changed]
     reasons += _past_mending(weighing, names, to_mend=bool(moved))
     mean, where, sd, _ = _largest_shifts(weighing)
     if weighing.broken:

@@ -85,11 +85,11 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor, *, quantiles: bool = False) -
     )
 
 
-def heavy_tails(points: Tensor) -> Tensor:
+def heavy_tails(points: Tensor, *, index: float = HEAVY_INDEX) -> Tensor:
     """Return which columns (D,) of draws (S, D) have tails so heavy that their variance may not exist.
 
     The tail index of each side is estimated from the 3 sqrt(S) draws that are farthest from the median. From an index
-    of 0.5 on there is no variance; what counts as heavy begins a little below.
+    of 0.5 on there is no variance; what counts as heavy begins a little below, or at ``index``.
 
     Reference: Dekkers, Einmahl and de Haan 1989, "A moment estimator for the index of an extreme-value distribution".
     """
@@ -105,8 +105,8 @@ def heavy_tails(points: Tensor) -> Tensor:
         largest = largest.clamp_min(torch.finfo(points.dtype).tiny).log()
         excess = largest[:, :-1] - largest[:, -1:]
         first, second = excess.mean(1), excess.square().mean(1)
-        index = first + 1.0 - 0.5 / (1.0 - first.square() / second.clamp_min(torch.finfo(points.dtype).tiny))
-        heavy = heavy | (index > HEAVY_INDEX)
+        found = first + 1.0 - 0.5 / (1.0 - first.square() / second.clamp_min(torch.finfo(points.dtype).tiny))
+        heavy = heavy | (found > index)
     return heavy
 
 

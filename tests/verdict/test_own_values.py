@@ -1,0 +1,56 @@
+"""What weighting changes in the model's own values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pyro_flows.verdict.own_values import changed_values
+from tests.registry import normal
+
+S = 16_000
+
+
+def exponential(rate, seed):
+    return -torch.rand(S, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).log() / rate
+
+
+def even():
+    return torch.full((S,), -math.log(S), dtype=torch.float64)
+
+
+def test_a_tail_that_the_coordinate_hardly_shows_shows_in_its_exponential():
+    """u ~ Exponential(12) under p. One draw in 500 of q has the rate 1: an sd of u 5 % larger, one of exp(u) 20 times."""
+    u, far = exponential(12.0, seed=1), exponential(1.0, seed=2)
+    u = torch.where(torch.arange(S) % 500 == 0, far + 1.0, u)
+    log_p, log_q = 12.0 * -u, torch.logaddexp(12.0 * -u + math.log(0.998), -(u - 1.0) - 8.7)
+    weights = torch.log_softmax(log_p - log_q, 0)
+    (said,) = changed_values({"theta": u.exp()}, weights)
+    assert said.startswith("importance weighting changes the sd of the values of theta by a factor 0.")
+    assert changed_values({"theta": exponential(12.0, seed=3).exp()}, even()) == []
+
+
+@pytest.mark.parametrize(("power", "found"), [(0.05, False), (0.3, True)])
+def test_a_mean_that_weighting_moves(power, found):
+    x = normal(S, 2, 3, seed=4)
+    weights = torch.log_softmax(power * x[:, 1, 2], 0)
+    said = changed_values({"x": x}, weights)
+    assert bool(said) is found
+    if found:
+        assert said[0].startswith("importance weighting changes the mean of the values of x[1,2] by 0.")
+
+
+def test_values_without_fourth_moments_and_whole_numbers_are_left_out():
+    heavy = exponential(2.0, seed=5).exp()  # a Pareto distribution of index 2
+    weights = torch.log_softmax(-(heavy > 50.0).double(), 0)
+    assert changed_values({"heavy": heavy, "k": torch.arange(S)}, weights) == []
+    assert changed_values({"none": torch.zeros(S, 0).double()}, even()) == []
+
+
+def test_the_worst_of_several_is_named():
+    a, b = normal(S, seed=6), normal(S, seed=7)
+    weights = torch.log_softmax(0.2 * a + 0.5 * b, 0)
+    (said,) = changed_values({"a": a, "b": b}, weights)
+    assert " b " in said
