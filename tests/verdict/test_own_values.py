@@ -22,7 +22,7 @@ def even():
 
 
 def test_a_tail_that_the_coordinate_hardly_shows_shows_in_its_exponential():
-    """u ~ Exponential(12) under p. One draw in 500 of q has the rate 1: an sd of u 5 % larger, one of exp(u) 20 times."""
+    """One draw in 500 of q has the rate 1 in place of 12: the sd of u is 5 % larger, and that of exp(u) 20 times."""
     u, far = exponential(12.0, seed=1), exponential(1.0, seed=2)
     u = torch.where(torch.arange(S) % 500 == 0, far + 1.0, u)
     log_p, log_q = 12.0 * -u, torch.logaddexp(12.0 * -u + math.log(0.998), -(u - 1.0) - 8.7)
