@@ -352,21 +352,22 @@ def bent(y):
     pyro.factor("bent", -0.5 * away.square() + 0.5 * z[1].square() + 0.0 * y)
 
 
-@pytest.mark.parametrize(("method", "halved"), [("auto", False), ("hmc", True)])
-def test_what_a_fit_cannot_do_is_refined(method, halved):
-    """A flow that preserves volumes cannot be this. Of Hamiltonian trajectories some diverge, and the step is halved."""
+def test_what_a_fit_cannot_do_is_refined():
+    """A flow that preserves volumes cannot be this. Some Hamiltonian trajectories diverge, and the step is halved."""
     options = {"flow": "nice", "escalate": False, "progress": False, "max_steps": 400, "seed": 2}
     given = torch.zeros((), dtype=REAL)
     raw = pf.fit(bent, given, refine=False, **options)
     assert raw.verdict.status == "unreliable", raw.verdict
     assert raw.chains is None
-    found = pf.fit(bent, given, refine=method, **options)
-    assert found.verdict.status == "refined", found.verdict
-    assert (found.chains.numbers["halved"] > 0) is halved
-    z = found.samples["z"]
-    assert abs(float(z[:, 0].mean())) < 0.1
-    assert float(z[:, 0].std()) == pytest.approx(1.0, abs=0.05)
-    assert abs(math.log(float(z[:, 1].std()) / math.sqrt(8.16))) < 0.12
+    found = pf.fit(bent, given, **options)
+    hamiltonian = raw.refine(method="hmc", progress=False)
+    assert hamiltonian.chains.numbers["halved"] > 0
+    for refined in (found, hamiltonian):
+        assert refined.verdict.status == "refined", refined.verdict
+        z = refined.samples["z"]
+        assert abs(float(z[:, 0].mean())) < 0.1
+        assert float(z[:, 0].std()) == pytest.approx(1.0, abs=0.05)
+        assert abs(math.log(float(z[:, 1].std()) / math.sqrt(8.16))) < 0.12
     assert found.settings["gradient_evaluations"] > raw.settings["gradient_evaluations"]
 
 
