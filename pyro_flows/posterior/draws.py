@@ -84,7 +84,9 @@ def _decided(
 
 
 def _changed(density: LogDensity, z: Tensor, log_weights: Tensor) -> list[str]:
-    """Say what weighting changes in the model's own values."""
+    """Say what weighting changes in the model's own values; not where each draw is a run of the model."""
+    if not density.batched:
+        return []
     count = max(1, min(len(z), VALUES_COMPARED // density.dim))
     return changed_values(density.constrain(z[:count]), torch.log_softmax(log_weights[:count], 0))
 

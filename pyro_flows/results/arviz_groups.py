@@ -87,11 +87,7 @@ def likelihood_entry(density: LogDensity, variable: str, entry: int) -> Callable
     labels = Labels(density.structure)
     site = next(name for name in density.structure.observed if labels.variable(name) == variable)
     layout = labels.observed(site).without_event()
-
-    def found(z: Tensor) -> Tensor:
-        return torch.as_tensor(layout(density.log_likelihood(z)[site])).double().reshape(len(z), -1)[:, entry]
-
-    return found
+    return lambda z: torch.as_tensor(layout(density.log_likelihood(z)[site])).double().reshape(len(z), -1)[:, entry]
 
 
 def all_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:

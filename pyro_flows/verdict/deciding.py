@@ -74,8 +74,7 @@ def decide(
     pool, pool_q = draw(POOL * draws)
     pool_p = score(pool)
     weighing = weigh(pool, pool_p, pool_q)
-    objection = complaint(pool[:CHECKED])
-    if objection is not None:
+    if (objection := complaint(pool[:CHECKED])) is not None:
         failures = (*failures, f"the model is invalid at some draws: {objection}")
     said: dict[str, Any] = {"warnings": warnings, "notes": notes, "contained": contained, "doubts": doubts}
     said["changed"] = changed(pool, weighing.log_weights) if weighing.broken < len(pool) else []

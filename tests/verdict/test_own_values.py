@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from pyro_flows.verdict.deciding import decide
 from pyro_flows.verdict.own_values import changed_values
 from tests.registry import normal
 
@@ -54,3 +55,18 @@ def test_the_worst_of_several_is_named():
     weights = torch.log_softmax(0.2 * a + 0.5 * b, 0)
     (said,) = changed_values({"a": a, "b": b}, weights)
     assert " b " in said
+
+
+def test_what_weighting_changes_besides_is_corrected():
+    z, said = normal(S, 1, seed=8), []
+
+    def changed(pool, log_weights):
+        said.append((pool.shape, log_weights.shape))
+        return ["importance weighting changes the sd of the values of theta by a factor 0.23"]
+
+    given = (lambda n: (z[:n], z[:n, 0] * 0.0), lambda points: points[:, 0] * 0.0, ["theta"])
+    found = decide(*given, draws=S // 4, seed=0, changed=changed)
+    assert said == [((S, 1), (S,))]
+    assert found.verdict.status == "corrected"
+    assert found.verdict.reasons == ("importance weighting changes the sd of the values of theta by a factor 0.23",)
+    assert decide(*given, draws=S // 4, seed=0).verdict.status == "ok"

@@ -24,7 +24,7 @@ from tests.model import test_charts
 from tests.modes import test_symmetries, test_tempering
 from tests.posteriors import schools_posterior
 from tests.starts import test_coordinates, test_matching
-from tests.verdict import test_verdict
+from tests.verdict import test_own_values, test_verdict
 from tests.verdict.test_verdict import weighing as weighed
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
@@ -89,6 +89,10 @@ def resampled(_):
 
 def second_pool(_):
     test_verdict.test_a_second_pool_has_to_be_no_worse(weighed(k_hat=0.75), "unreliable")
+
+
+def own_values(_):
+    test_own_values.test_what_weighting_changes_besides_is_corrected()
 
 
 def invalid_model(_):
@@ -278,14 +282,15 @@ BUGS = [
     (*WEIGH, "points[possible] if broken else points", "points", impossible_draws),
     (weighing, "_quantile_shifts", "weights[places]", "weights.expand(places.shape)", quantiles),
     (weighing, "_quantile_shifts", ".abs().argmax(0)", ".argmin(0)", quantiles),
-    (weighing, "heavy_tails", "index > HEAVY_INDEX", "index > 1.5", tails),
-    (weighing, "heavy_tails", "index > HEAVY_INDEX", "index > -0.5", normal_tails),
+    (weighing, "heavy_tails", "found > index", "found > 1.5", tails),
+    (weighing, "heavy_tails", "found > index", "found > -0.5", normal_tails),
     # draws to use
     (*DECIDE, "used=pool[index]", "used=pool[raw]", resampled),
     (*DECIDE, "used_log_q=pool_q[index]", "used_log_q=pool_q[raw]", resampled),
     (*DECIDE, "used_log_p=pool_p[index]", "used_log_p=pool_p[raw]", resampled),
     (deciding, "_worse", 'second.status == "unreliable"', "False", second_pool),
-    (*DECIDE, "if objection is not None", "if False", invalid_model),
+    (*DECIDE, "if (objection := complaint(pool[:CHECKED])) is not None", "if False", invalid_model),
+    (*DECIDE, "changed(pool, weighing.log_weights)", "[]", own_values),
     (deciding, "resample", ".exp().cumsum", ".div(2.0).exp().cumsum", systematic),
     (deciding, "resample", "index[torch.randperm(draws, generator=generator)]", "index", systematic),
     # modes
