@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -135,7 +136,7 @@ class _Narrower:
         if args == node.args or node.meta["val"].dim() == 0:
             return
         shapes = [part.meta["val"].shape for part in args if isinstance(part, fx.Node)]
-        shape = torch.broadcast_shapes(*shapes)
+        shape = torch.Size(np.broadcast_shapes(*shapes))  # that of torch imports sympy: a second
         if len(shape) != node.meta["val"].dim():
             return
         with self.graph.inserting_before(node):
