@@ -1,6 +1,7 @@
 """The zoo: its references against the models' own densities, its judgement, its run that resumes, its tables."""
 
 import os
+import warnings
 from collections import Counter
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+import pyro_flows as pf
 from benchmarks import records, tables
 from benchmarks.zoo import FAMILIES, checking, family_of, judging, reporting, running, zoo
 from benchmarks.zoo.case import Case
@@ -309,3 +311,14 @@ def test_the_table_counts_by_family_with_lies_first(tmp_path):
     text = page.read_text()
     assert text.index("| all | 1 | 1 | 1 | 3 |") < text.index("## Speed")
     assert "8 random models of seed 1" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "number"), [(14, 38), (14, 49), (14, 290), (16, 127), (16, 257)])
+def test_what_was_once_a_lie_is_none(seed, number):
+    """Thin tails of scales with two groups, modes that touch in 141 dimensions, an image, a bound's own sd."""
+    case = zoo(seed, number)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = pf.fit(case.model, *case.args, model_kwargs=case.kwargs, seed=number, progress=False)
+    assert judging.figures(case, posterior)["outcome"] != "lie"
