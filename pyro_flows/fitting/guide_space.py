@@ -48,7 +48,7 @@ class GuideSpace:
     def place(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return x (C, D) of points z (C, D), and k = 0 (C,)."""
         with torch.no_grad(), quiet():
-            x: Tensor = self.transform.inv(z.to(self.base.sample().dtype))
+            x: Tensor = self.transform.inv(z.to(self.base.mean.dtype))
         return x.to(z), torch.zeros(len(z), dtype=torch.long, device=z.device)
 
     def look(self, x: Tensor, k: Tensor) -> Points:
