@@ -94,3 +94,12 @@ def share_error(thin: Tensor, mass: Tensor, there: Tensor) -> tuple[float, float
     share = float(thin.double().mean())
     variance = max(share, 1.0 / count) * (1.0 - share) / count + known * (1.0 - known) / effective
     return share, known, math.sqrt(max(variance, 0.0))
+
+
+def lack_of(ends: Tensor, thin: Tensor, mass: Tensor, there: Tensor, name: str) -> list[Lack]:
+    """Return a place where wanderers came to and the guide is too thin, if weighted draws know of less.
+
+    ``ends`` (N, D) are where they came to; the others are those of :func:`share_error`.
+    """
+    share, known, error = share_error(thin, mass, there)
+    return [] if share - 2.0 * error <= known + SHARE else [Lack(ends[thin][0], moments(ends[thin], name))]

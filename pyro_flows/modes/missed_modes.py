@@ -18,6 +18,7 @@ from pyro_flows.modes.thin import WANDERED, too_thin
 from pyro_flows.modes.umbrella import Space
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.own_values import element
 
 MOVED_DRAWS = 200
 EXACT = 1e-4  # of a log density: rounding of single precision
@@ -128,7 +129,6 @@ def _named(density: LogDensity, place: Tensor, z: Tensor) -> str:
         values, value = drawn[name].reshape(len(z), -1).double(), here[name].flatten().double()
         distance = (value - values.mean(0)).abs() / values.std(0).clamp_min(torch.finfo(torch.float64).tiny)
         for number, index in enumerate(itertools.product(*map(range, here[name].shape[1:]))):
-            label = f"{name}[{','.join(map(str, index))}]" if index else name
-            entries.append((float(distance[number]), label, float(value[number])))
+            entries.append((float(distance[number]), element(name, index), float(value[number])))
     entries.sort(key=lambda entry: -entry[0])
     return ", ".join(f"{label} = {value:.3g}" for far, label, value in entries[:3] if far >= 0.5 * entries[0][0])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.modes.lacks import SHARE, Guide, Lack, moments, share_error
+from pyro_flows.modes.lacks import Guide, Lack, lack_of
 from pyro_flows.modes.tempering import wander
 from pyro_flows.modes.umbrella import HIGH, Point, Space, excess, walked
 from pyro_flows.modes.units import units_of
@@ -48,10 +48,7 @@ def too_thin(guide: Guide, space: Space | None, z: Tensor, weights: Tensor, log_
         if found is None:
             return []
         ends, thin, there = found
-    share, known, error = share_error(thin, log_mass.exp(), there)
-    if share - 2.0 * error <= known + SHARE:
-        return []
-    return [Lack(ends[thin][0], moments(ends[thin], WANDERED))]
+    return lack_of(ends, thin, log_mass.exp(), there, WANDERED)
 
 
 def is_usable(log_mass: Tensor) -> bool:

@@ -11,7 +11,7 @@ from pyro_flows._seeding import derive
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.stack import Stack
 from pyro_flows.modes.climbs import Doubtful, _weighed, heavier, units_of, worth_tempering
-from pyro_flows.modes.lacks import SHARE, Guide, Lack, is_resolved, moments, share_error
+from pyro_flows.modes.lacks import Guide, Lack, is_resolved, lack_of
 from pyro_flows.modes.lines import across
 from pyro_flows.modes.missed_modes import MOVED_DRAWS, Search, mirrored, sentence_on
 from pyro_flows.modes.tempering import Tempered, temper, wander_together
@@ -158,8 +158,7 @@ def _thin(look: _Look, ends: Tensor, log_p: Tensor) -> list[Lack]:
     ratios = (look.weights - guide.covered).double()
     there = guide.is_thin(look.z, look.weights + look.log_q, by=THIN)
     thin = guide.is_thin(ends, log_p, by=THIN)
-    share, known, error = share_error(thin, torch.softmax(ratios, 0), there)
-    return [] if share - 2.0 * error <= known + SHARE else [Lack(ends[thin][0], moments(ends[thin], WANDERED))]
+    return lack_of(ends, thin, torch.softmax(ratios, 0), there, WANDERED)
 
 
 def _search(look: _Look, lacks: Sequence[Lack], symmetric: bool) -> Search:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.weighing import heavy_tails
 
 ERRORS = 3.0  # standard errors that a change exceeds
@@ -37,7 +38,8 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor) -> list[st
         place = int(excess.argmax()) if excess.numel() else 0
         if excess.numel() and float(excess[place]) > worst:
             worst = float(excess[place])
-            label = _label(name, value.shape[1:], place)
+            index = next(itertools.islice(itertools.product(*map(range, value.shape[1:])), place, None))
+            label = element(name, index)
             if float(shift[place]) > abs(float(ratio[place])):
                 said = [
                     f"importance weighting changes the mean of the values of {label} by {float(shift[place]):.2f} sd"
@@ -59,20 +61,11 @@ def _excess(values: Tensor, weights: Tensor, effective: float) -> tuple[Tensor, 
     error = (0.25 * (kurtosis - 1.0).clamp_min(0.0) * chance).sqrt()
     ratio, shift = 0.5 * (raw / variance).log(), (middle - mean).abs() / variance.sqrt()
     excess = torch.maximum(shift - ERRORS * math.sqrt(chance), ratio.abs() - ERRORS * error) - CHANGED
-    drawn = values[_resampled(weights)]
+    drawn = values[resample(weights.log(), len(weights), seed=0)]
     usable = torch.isfinite(excess) & ~heavy_tails(drawn, index=FOURTH_INDEX)
     return torch.where(usable, excess, -torch.inf), shift, ratio
 
 
-def _resampled(weights: Tensor) -> Tensor:
-    """Return as many places as there are weights, each as often as its weight says, as evenly as can be."""
-    count = len(weights)
-    points = (torch.arange(count, dtype=weights.dtype, device=weights.device) + 0.5) / count
-    return torch.searchsorted(weights.cumsum(0), points).clamp_max(count - 1)
-
-
-def _label(name: str, shape: torch.Size, place: int) -> str:
-    if not shape:
-        return name
-    index = next(itertools.islice(itertools.product(*map(range, shape)), place, None))
-    return f"{name}[{','.join(map(str, index))}]"
+def element(name: str, index: Sequence[int]) -> str:
+    """Return what an element of a site is called."""
+    return f"{name}[{','.join(map(str, index))}]" if index else name
