@@ -29,12 +29,13 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor) -> list[st
     """
     weights = log_weights.double().exp()
     effective = float(1.0 / weights.square().sum())
+    chosen = resample(log_weights.double(), len(weights), seed=0)
     worst, said = 0.0, list[str]()
     for name, value in values.items():
         if not value.is_floating_point():
             continue
         flat = value.reshape(len(value), -1).double()
-        excess, shift, ratio = _excess(flat, weights, effective)
+        excess, shift, ratio = _excess(flat, weights, effective, chosen)
         place = int(excess.argmax()) if excess.numel() else 0
         if excess.numel() and float(excess[place]) > worst:
             worst = float(excess[place])
@@ -50,7 +51,7 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor) -> list[st
     return said
 
 
-def _excess(values: Tensor, weights: Tensor, effective: float) -> tuple[Tensor, Tensor, Tensor]:
+def _excess(values: Tensor, weights: Tensor, effective: float, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return by how much changes (V,) exceed errors and limit, shifts of means in sds, and log ratios of sds."""
     weight = weights[:, None]
     mean, middle = (weight * values).sum(0), values.mean(0)
@@ -61,8 +62,7 @@ def _excess(values: Tensor, weights: Tensor, effective: float) -> tuple[Tensor, 
     error = (0.25 * (kurtosis - 1.0).clamp_min(0.0) * chance).sqrt()
     ratio, shift = 0.5 * (raw / variance).log(), (middle - mean).abs() / variance.sqrt()
     excess = torch.maximum(shift - ERRORS * math.sqrt(chance), ratio.abs() - ERRORS * error) - CHANGED
-    drawn = values[resample(weights.log(), len(weights), seed=0)]
-    usable = torch.isfinite(excess) & ~heavy_tails(drawn, index=FOURTH_INDEX)
+    usable = torch.isfinite(excess) & ~heavy_tails(values[chosen], index=FOURTH_INDEX)
     return torch.where(usable, excess, -torch.inf), shift, ratio
 
 
