@@ -104,14 +104,10 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> tuple[
     invalid = [] if complaint is None else [f"the model is invalid at some draws: {complaint}"]
     if work.passed:
         return [*invalid, *disagreements(posterior, chains)], []
-    ratios = posterior.log_p - posterior.log_q
     if chains.numbers.get("space") == PLAIN:
-        flow = affine_flow(chains.z.flatten(0, 1), torch.zeros_like(chains.stats["lp"]).flatten())
-    if flow is not posterior.flow:  # an affine one, that chains moved in
-        z, log_q = flow.draw(BRIDGED)
-        with torch.no_grad():
-            ratios = density(z) - log_q
-    covered = float(ratios[torch.isfinite(ratios)].median())
+        flow = around(chains)
+    own = flow is posterior.flow  # else an affine one, that chains moved in
+    covered = _covered(posterior.log_p - posterior.log_q) if own else covered_by(flow, density)
     evidence = evidence_of(flow, chains, density)
     given = (flow.log_prob, covered, evidence, posterior.history)
     told: dict[str, Any] = {"seed": seed, "searched": work.searched}
@@ -124,6 +120,22 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> tuple[
     return [*invalid, *lacks, *disagreements(posterior, chains)], notes
 
 
+def around(chains: Chains) -> Flow:
+    """Return the affine flow with the moments of the chains' draws."""
+    return affine_flow(chains.z.flatten(0, 1), torch.zeros_like(chains.stats["lp"]).flatten())
+
+
+@torch.no_grad()
+def covered_by(flow: Flow | FlowMixture, density: LogDensity) -> float:
+    """Return the log of the mass that a flow covers, as far as its draws tell."""
+    z, log_q = flow.draw(BRIDGED)
+    return _covered(density(z) - log_q)
+
+
+def _covered(ratios: Tensor) -> float:
+    return float(ratios[torch.isfinite(ratios)].median())
+
+
 @torch.no_grad()
 def evidence_of(flow: Flow | FlowMixture, chains: Chains, density: LogDensity) -> float:
     """Return the log evidence by a bridge from the chains to a half of flow and a half of their own moments.
@@ -131,11 +143,11 @@ def evidence_of(flow: Flow | FlowMixture, chains: Chains, density: LogDensity) -
     The flow overlaps with chains that change modes, the moments with chains that went far out of the flow.
     """
     z, log_p = chains.z.flatten(0, 1), chains.stats["lp"].flatten()
-    around = affine_flow(z, torch.zeros_like(log_p))
-    drawn = torch.cat([part.draw(BRIDGED)[0] for part in (flow, around)])
+    halves = flow, around(chains)
+    drawn = torch.cat([part.draw(BRIDGED)[0] for part in halves])
 
     def log_half(points: Tensor) -> Tensor:
-        parts = [part.log_prob(points).nan_to_num(nan=-math.inf) for part in (flow, around)]
+        parts = [part.log_prob(points).nan_to_num(nan=-math.inf) for part in halves]
         return torch.logaddexp(*parts) - math.log(2.0)
 
     return bridge(density(drawn) - log_half(drawn), log_p - log_half(z))

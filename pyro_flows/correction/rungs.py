@@ -16,7 +16,7 @@ from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
 from pyro_flows.correction.joining import joins
-from pyro_flows.correction.judging import Work, evidence_of
+from pyro_flows.correction.judging import Work, around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, SELDOM, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
@@ -144,7 +144,8 @@ def attempt_untrained(
     if found is None:
         return None
     sampler, chains = found
-    given = (flow.log_prob, guide.covered, evidence_of(flow, chains, density), ())
+    settled = around(chains)  # the normal distribution that chains began at may cover next to nothing
+    given = (settled.log_prob, covered_by(settled, density), evidence_of(flow, chains, density), ())
     failures, notes = lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
     return None if failures or notes else (flow, chains)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_flows import _mixing
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel
-from pyro_flows.correction.diagnostics import examined
+from pyro_flows.correction.diagnostics import diverged, examined
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric, learned
@@ -33,7 +33,8 @@ WARM = 1.05  # nested R-hat over a round, up to which warm-up is over
 KEPT = 64  # draws of a chain, at least: R-hat splits them into halves
 SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to hang on the moment of the stop
 HALVINGS = 4  # of the step size, where trajectories diverge
-SHORT_EVERY, SHORT = 4, 0.25  # each fourth move takes leaps of a quarter: into necks that the others overshoot
+SHORT_SHARE, SHORT = 0.25, 0.1  # of all moves, and their steps: into necks that the others overshoot
+GOLDEN = 0.5 * (math.sqrt(5.0) - 1.0)
 WATCHED = 16  # coordinates, the worst of the last look at all
 HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latter take two dimensions
 HOPELESS = 10.0  # times the divergences that the verdict bears, of the draws that are asked for
@@ -156,8 +157,8 @@ class Sampler:
 
     def _diverges(self) -> bool:
         """Whether more trajectories have diverged than chains of the fewest draws could make up for."""
-        diverged = sum(int(one.sum()) for one in self.stats["diverging"])
-        return diverged > HOPELESS * DIVERGENCES * len(self.points.x) * self.kept
+        stats = {name: torch.stack(self.stats[name], 1) for name in ("diverging", "step_size")}
+        return diverged(stats)[0] > HOPELESS * DIVERGENCES * len(self.points.x) * self.kept
 
     def _needed(self) -> float:
         """Return how many gradients the draws to be kept take at least, by the kernel as it is."""
@@ -209,8 +210,7 @@ class Sampler:
         points = relabel(self.latent, points)
         changes = (points.k != self.points.k).to(taken)
         leaps, step = self.kernel.leaps(number), self.kernel.step
-        short = not adapt and number % SHORT_EVERY == 0
-        step = SHORT * step if short else step
+        step = SHORT * step if not adapt and is_short(number) else step
         move = microcanonical if self.numbers.get("moves") == MICROCANONICAL else hamiltonian
         moved = move(self.latent, points, step=step, leaps=leaps, metric=self.metric)
         if adapt:
@@ -284,6 +284,15 @@ class Sampler:
 def _suffices(found: ChainFigures) -> bool:
     """Whether draws are enough, with some to spare."""
     return not objections(found) and min(found.ess_bulk, found.ess_tail) >= SPARE * LEAST_ESS
+
+
+def is_short(number: int) -> bool:
+    """Whether a move is one of those with short steps: each fourth on average, and in no step with any thinning.
+
+    >>> [number for number in range(16) if is_short(number)]
+    [0, 2, 5, 10, 13]
+    """
+    return number * GOLDEN % 1.0 < SHORT_SHARE
 
 
 def _no_stats() -> dict[str, list[Tensor]]:

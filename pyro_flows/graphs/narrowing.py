@@ -32,10 +32,14 @@ def narrow(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     It must not change tensors in place. ``inputs`` are those that it was recorded at: a graph that does not run there,
     since some operation asks for another layout of memory, is not taken. Cost: a run, and as long as a recording.
 
-    >>> from pyro_flows.graphs.record import record
-    >>> wide = record(lambda x: ((x.exp()[:, None].expand(4, 1000) + 1.0).sum(1),), torch.ones(4))
-    >>> max(node.meta["val"].numel() for node in wide.graph.nodes if node.op == "call_function")
-    4000
+    ``record`` does this by itself; here it is seen on a graph as PyTorch records it:
+
+    >>> from torch.fx.experimental.proxy_tensor import make_fx
+    >>> inputs = (torch.ones(4),)
+    >>> wide = make_fx(lambda x: ((x.exp()[:, None].expand(4, 1000) + 1.0).sum(1),))(*inputs)
+    >>> widest = lambda module: max(_numbers(node) for node in module.graph.nodes if node.op == "call_function")
+    >>> widest(wide), widest(narrow(wide, inputs))
+    (4000, 4)
     """
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
     if len(nodes) > LONG or not any(_numbers(node) >= WIDE for node in nodes):
