@@ -13,7 +13,6 @@ from pyro_flows import _mixing
 from pyro_flows.verdict.chains import ChainFigures, worst_of
 
 LOG_DENSITY = "the log density"
-TOO_MANY = 0.02  # of all trajectories that diverge: then short ones do not make up for it
 
 
 def figures(
@@ -63,7 +62,7 @@ def examined(
         ess_bulk=worst_of(found["ess_bulk"].tolist(), labels, largest=False)[0],
         ess_tail=worst_of(found["ess_tail"].tolist(), labels, largest=False)[0],
         where=where if not math.isnan(least) else labels[0],
-        divergences=_share(*diverged(stats)),
+        divergences=float(stats["diverging"].double().mean()),
         energy_error=float(stats["energy_error"].abs().median()),
         acceptance=float(stats["acceptance_rate"].double().mean()),
         independence=float(stats["independent"].double().sum() / tried.sum()) if bool(tried.sum() > 0) else math.nan,
@@ -71,22 +70,6 @@ def examined(
         changes=float(stats["changes"].double().sum(1).mean()),
     )
     return judged, [looked_at[place] for place in worst]
-
-
-def diverged(stats: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Return how many trajectories diverged, and of how many: of those with short steps, where there are any.
-
-    A long trajectory that diverges is rejected. That leaves the draws right, if short ones go where it did not come to:
-    so these are held to it. Where more than 2 % of all trajectories diverge, all count.
-    """
-    diverging, step = stats["diverging"].double(), stats["step_size"]
-    short = step < 0.5 * step.amax() if step.numel() else torch.zeros_like(step, dtype=torch.bool)
-    counted = diverging[short] if bool(short.any()) and float(diverging.mean()) <= TOO_MANY else diverging
-    return int(counted.sum()), counted.numel()
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else math.nan
 
 
 def agreement(z: Tensor, began: Tensor) -> float:

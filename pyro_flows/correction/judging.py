@@ -13,7 +13,7 @@ from pyro_flows._clock import Clock
 from pyro_flows.correction.diagnostics import figures
 from pyro_flows.correction.joining import joins
 from pyro_flows.correction.sampler import Sampler
-from pyro_flows.correction.search import bridge, lacks_of_chains
+from pyro_flows.correction.search import TOO_LITTLE, bridge, held_out, lacks_of_chains
 from pyro_flows.correction.smc import Annealed
 from pyro_flows.correction.starts import PLAIN, affine_flow, flow_of
 from pyro_flows.flows.flow import Flow
@@ -32,6 +32,7 @@ COMPARED_ESS = 500.0  # of weighted draws, to hold chains to them
 APART = 0.1  # sds, or of the log of an sd, beyond three standard errors
 EDGE = 0.01  # share of the chains' draws beyond each of two quantiles, where the guide may have SHARE more
 TRIED = "the chains have not converged: "
+DISAGREE = "the chains and the weighted draws of the guide disagree"
 TRIED_BEFORE = (TRIED, "a sampler has not finished: ")  # the second is in older files
 BRIDGED = 2000  # draws from each end
 LEAST_DRAWS = 8  # of each chain, for its figures
@@ -46,6 +47,8 @@ class Work:
     most: float = math.inf  # gradients
     searched: bool = False  # for modes that the guide lacks, in vain
     passed: bool = False  # the chains went through the search for what they lack already
+    spacing: int = 1  # sweeps from draw to draw, in units of what earlier chains had; beyond 1, their draws go
+    short_of_tails: bool = False  # chains that have converged lack nothing that longer ones could not have
     sampler: Sampler | None = None
     chains: Chains | None = None
     annealed: Annealed | None = None
@@ -63,6 +66,7 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     if not against and chains is not None:
         with clock.part("the search for modes that the chains lack"):
             failures, notes = _checked(posterior, chains, seed, work)
+        work.short_of_tails = bool(failures) and all(said.startswith((TOO_LITTLE, DISAGREE)) for said in failures)
     against += clock.reasons()
     verdict = _verdict(posterior.verdict, found, against, failures, notes, work.why)
     history = (*posterior.history, _stage(work, found, verdict).as_dict())
@@ -121,8 +125,9 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> tuple[
 
 
 def around(chains: Chains) -> Flow:
-    """Return the affine flow with the moments of the chains' draws."""
-    return affine_flow(chains.z.flatten(0, 1), torch.zeros_like(chains.stats["lp"]).flatten())
+    """Return the affine flow with the moments of the chains' draws, those left out that a search begins at."""
+    draws = chains.z[~held_out(chains)].flatten(0, 1)
+    return affine_flow(draws, torch.zeros_like(draws[:, 0]))
 
 
 @torch.no_grad()
@@ -182,7 +187,7 @@ def disagreements(posterior: Record, chains: Chains) -> list[str]:
     if float(excess[worst]) <= 0.0:
         return []
     where = posterior.coordinates[worst]
-    return [f"the chains and the weighted draws of the guide disagree about {where}, so that one of them misses a part"]
+    return [f"{DISAGREE} about {where}, so that one of them misses a part"]
 
 
 def _verdict(

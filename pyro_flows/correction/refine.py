@@ -94,6 +94,8 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
         work.method = earlier.numbers["method"]
         kept, seed = math.ceil(len(posterior.z) / earlier.count), int(earlier.numbers["seed"])
         work.sampler = Sampler(latent, names, earlier, kept=kept, seed=seed)
+        if work.spacing > 1:
+            work.sampler.begin_draws(thin=work.spacing * work.sampler.numbers["thin"])
         work.sampler.run(work.sampler.numbers["sweeps"] + max_steps, bar.show, gradients=work.most)
         return
     weights = posterior.log_weights

@@ -21,7 +21,7 @@ from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, SELDOM, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
 from pyro_flows.correction.search import lacks_of_chains
-from pyro_flows.correction.starts import DF, PLAIN, dispersed_points
+from pyro_flows.correction.starts import PLAIN, dispersed_points
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
@@ -31,10 +31,12 @@ from pyro_flows.modes.lacks import Guide
 from pyro_flows.modes.missed_modes import MOVED_DRAWS, mirrored
 from pyro_flows.results.record import Record, Recorded
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.chains import Chains, objections
+from pyro_flows.verdict.chains import DIVERGENCES, LEAST_ESS, NESTED_R_HAT, ChainFigures, Chains, objections
 
 BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, of a further round, last
+NEARLY = 0.25  # of the effective draws that the verdict asks for
+LONGER = 4  # times the sweeps, where converged chains came short of a tail
 MOST_PLAIN, PLAIN_NUMBERS = 40_000_000, 5e11  # gradients in plain coordinates, and numbers that they write: 5 minutes
 CHEAPER = "sampling cost less than another round of training"
 
@@ -72,18 +74,28 @@ def last_rung(
     begun = posterior if chains is None else replace(posterior, chains=chains)
     work = Work(method, CHEAPER, most=LAST, searched=searched, passed=passed)
     found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
-    gradients = found.history[-1]["details"]["gradients"]
-    if _flow_is_in_vain(found, posterior, method) and own.interrupted is None and not own.over:
-        work = Work(PLAIN, CHEAPER, most=_plain_gradients(posterior))
-        again = refined(posterior, work, CHAINS, MAX_STEPS, seed, own, bar)
-        gradients += again.history[-1]["details"]["gradients"]
-        again = replace(again, history=(*found.history, again.history[-1]))
-        found = again if again.verdict.status == "refined" else replace(found, history=again.history)
+    given: tuple[Any, ...] = (CHAINS, MAX_STEPS, seed, own, bar)
+    if work.short_of_tails and _goes_on(own):
+        longer = replace(work, failures=[], spacing=LONGER)
+        found = _better(found, refined(replace(begun, chains=found.chains), longer, *given))
+    if _flow_is_in_vain(found, posterior, method) and _goes_on(own):
+        found = _better(found, refined(posterior, Work(PLAIN, CHEAPER, most=_plain_gradients(posterior)), *given))
     clock.interrupted = own.interrupted
     spent = {"seconds": clock.elapsed}
     if "gradient_evaluations" in posterior.settings:
+        gradients = sum(stage["details"]["gradients"] for stage in found.history[len(posterior.history) :])
         spent["gradient_evaluations"] = posterior.settings["gradient_evaluations"] + gradients
     return replace(found, settings={**found.settings, **spent})
+
+
+def _goes_on(clock: Clock) -> bool:
+    return clock.interrupted is None and not clock.over
+
+
+def _better(found: Recorded, again: Recorded) -> Recorded:
+    """Return what a further try came to, if that can be used, else what was there; both with the history of both."""
+    history = (*found.history, again.history[-1])
+    return replace(again if again.verdict.status == "refined" else found, history=history)
 
 
 def _flow_is_in_vain(found: Record, posterior: Record, method: str) -> bool:
@@ -127,7 +139,7 @@ def attempt_untrained(
     be trained, unless chains that begin there come to the same distribution within a hundred sweeps. Where the
     posterior has exact symmetries, several of its modes do, and nothing is tried.
     """
-    flow = location_scale(density.dim, df=max(DF, 2.0 * density.dim), diagonal=start.scale.dim() == 1).to(start.loc)
+    flow = location_scale(density.dim, base="normal", diagonal=start.scale.dim() == 1).to(start.loc)
     start_at(flow, start.loc, start.scale)
     z, log_q = flow.draw(BEGUN_FROM)
     log_p = density(z)
@@ -144,10 +156,21 @@ def attempt_untrained(
     if found is None:
         return None
     sampler, chains = found
-    settled = around(chains)  # the normal distribution that chains began at may cover next to nothing
-    given = (settled.log_prob, covered_by(settled, density), evidence_of(flow, chains, density), ())
+    settled = around(chains)  # the distribution that chains began at may cover next to nothing
+    covered, score = max((guide.covered, flow.log_prob), (covered_by(settled, density), settled.log_prob), key=_first)
+    given = (score, covered, evidence_of(flow, chains, density), ())
     failures, notes = lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
     return None if failures or notes else (flow, chains)
+
+
+def _only_lacks_draws(found: ChainFigures) -> bool:
+    """Whether superchains agree, and draws are enough or will be: more of them cost less than to train a flow."""
+    some = min(found.ess_bulk, found.ess_tail) >= NEARLY * LEAST_ESS
+    return some and found.nested_r_hat <= NESTED_R_HAT and found.divergences <= DIVERGENCES
+
+
+def _first(pair: tuple[float, Any]) -> float:
+    return pair[0]
 
 
 def _chains(
@@ -159,6 +182,8 @@ def _chains(
     given: dict[str, Any] = {"chains": CHAINS, "kept": math.ceil(draws / CHAINS), "seed": seed}
     sampler = Sampler.begin(latent, names, starts, independence=independence, **given)
     found = sampler.run(MAX_STEPS, bar.show, gradients=most, patient=patient)
+    if found is not None and most < ATTEMPT and objections(found) and _only_lacks_draws(found):
+        found = sampler.run(MAX_STEPS, bar.show, gradients=ATTEMPT - most, patient=patient) or found
     if found is None or objections(found):
         return None
     chains = sampler.chains()

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_flows import _mixing
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel
-from pyro_flows.correction.diagnostics import diverged, examined
+from pyro_flows.correction.diagnostics import examined
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric, learned
@@ -33,8 +33,7 @@ WARM = 1.05  # nested R-hat over a round, up to which warm-up is over
 KEPT = 64  # draws of a chain, at least: R-hat splits them into halves
 SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to hang on the moment of the stop
 HALVINGS = 4  # of the step size, where trajectories diverge
-SHORT_SHARE, SHORT = 0.25, 0.1  # of all moves, and their steps: into necks that the others overshoot
-GOLDEN = 0.5 * (math.sqrt(5.0) - 1.0)
+SHORT_EVERY, SHORT = 4, 0.25  # each fourth move takes leaps of a quarter: into necks that the others overshoot
 WATCHED = 16  # coordinates, the worst of the last look at all
 HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latter take two dimensions
 HOPELESS = 10.0  # times the divergences that the verdict bears, of the draws that are asked for
@@ -157,14 +156,19 @@ class Sampler:
 
     def _diverges(self) -> bool:
         """Whether more trajectories have diverged than chains of the fewest draws could make up for."""
-        stats = {name: torch.stack(self.stats[name], 1) for name in ("diverging", "step_size")}
-        return diverged(stats)[0] > HOPELESS * DIVERGENCES * len(self.points.x) * self.kept
+        diverged = sum(int(one.sum()) for one in self.stats["diverging"])
+        return diverged > HOPELESS * DIVERGENCES * len(self.points.x) * self.kept
 
     def _needed(self) -> float:
         """Return how many gradients the draws to be kept take at least, by the kernel as it is."""
         left = max(ROUNDS[0] * ROUND - self.numbers["sweeps"], 0)
         leaps = min(self.kernel.length / self.kernel.step, 0.5 * self.kernel.most_leaps)  # in the mean
         return (left + KEPT) * max(leaps, 1.0) * len(self.points.x)
+
+    def begin_draws(self, *, thin: int) -> None:
+        """Drop all draws; keep one of ``thin`` sweeps from now on."""
+        self.z, self.stats = [], _no_stats()
+        self.numbers |= {"fixed_at": self.numbers["sweeps"], "checked": 0, "thin": thin, "waiting": 0}
 
     def more(self, draws: int) -> Tensor:
         """Return further draws (C, n, D) of each chain, spaced as those that are kept."""
@@ -210,7 +214,8 @@ class Sampler:
         points = relabel(self.latent, points)
         changes = (points.k != self.points.k).to(taken)
         leaps, step = self.kernel.leaps(number), self.kernel.step
-        step = SHORT * step if not adapt and is_short(number) else step
+        short = not adapt and number % SHORT_EVERY == 0
+        step = SHORT * step if short else step
         move = microcanonical if self.numbers.get("moves") == MICROCANONICAL else hamiltonian
         moved = move(self.latent, points, step=step, leaps=leaps, metric=self.metric)
         if adapt:
@@ -262,9 +267,8 @@ class Sampler:
         if found.divergences <= DIVERGENCES or self.numbers["halved"] >= HALVINGS:
             return False
         self.kernel.step *= 0.5
-        self.z, self.stats = [], _no_stats()
-        self.numbers |= {"halved": self.numbers["halved"] + 1, "fixed_at": self.numbers["sweeps"], "checked": 0}
-        self.numbers |= {"thin": 1, "waiting": 0}
+        self.numbers["halved"] += 1
+        self.begin_draws(thin=1)
         return True
 
     def _make_room(self, found: ChainFigures) -> None:
@@ -284,15 +288,6 @@ class Sampler:
 def _suffices(found: ChainFigures) -> bool:
     """Whether draws are enough, with some to spare."""
     return not objections(found) and min(found.ess_bulk, found.ess_tail) >= SPARE * LEAST_ESS
-
-
-def is_short(number: int) -> bool:
-    """Whether a move is one of those with short steps: each fourth on average, and in no step with any thinning.
-
-    >>> [number for number in range(16) if is_short(number)]
-    [0, 2, 5, 10, 13]
-    """
-    return number * GOLDEN % 1.0 < SHORT_SHARE
 
 
 def _no_stats() -> dict[str, list[Tensor]]:

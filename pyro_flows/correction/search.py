@@ -23,6 +23,8 @@ from pyro_flows.verdict.chains import Chains
 from pyro_flows.verdict.psis import psis
 
 SEARCHED = 1000  # draws of the chains
+TOO_LITTLE = "the chains have too little mass"  # which longer chains may have
+HELD_OUT = 4  # one superchain of so many
 STAGE = "search for missed modes"
 SETTLED = 1.05  # nested R-hat of whether a chain is in a region
 WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
@@ -77,7 +79,8 @@ def lacks_of_chains(
         joined: whether chains that begin at some places come to where the others are, which tells it too.
         space: the latent space of the flow, if its own weights are good enough to tell where it is thin.
     """
-    z, log_p = chains.z.flatten(0, 1), chains.stats["lp"].flatten()
+    other = held_out(chains)
+    z, log_p = chains.z[other].flatten(0, 1), chains.stats["lp"][other].flatten()
     generator = torch.Generator().manual_seed(derive(seed, "draws to search from"))
     chosen = torch.randperm(len(z), generator=generator)[:SEARCHED].to(z.device)
     seed = derive(seed, "modes that chains lack")
@@ -96,9 +99,20 @@ def lacks_of_chains(
     known = not any(lack.start.name == WANDERED for lack in lacks)
     if lacks and not (known and joined(torch.stack([lack.place for lack in lacks]))):
         place = (search.sentence or "").partition(" near ")[2]
-        what = "have too little mass" if search.lacks[0].start.name == WANDERED else "miss a mode"
-        found.append(f"the chains {what} near {place}")
+        what = TOO_LITTLE if search.lacks[0].start.name == WANDERED else "the chains miss a mode"
+        found.append(f"{what} near {place}")
     return found, list(search.notes)
+
+
+def held_out(chains: Chains) -> Tensor:
+    """Return which chains (C,) a search begins at: those of every fourth superchain; every fourth of a few.
+
+    A normal distribution with the moments of draws is denser at these than at others: in 70 dimensions by two nats, so
+    that others seem to lie where it is thin.
+    """
+    superchain = chains.state["superchain"]
+    number = superchain if len(superchain.unique()) >= HELD_OUT else torch.arange(len(superchain))
+    return (number % HELD_OUT == HELD_OUT - 1).to(chains.z.device)
 
 
 def held_by(density: LogDensity, chains: Chains, lacks: Sequence[Lack], evidence: float, *, seed: int) -> bool:
