@@ -1,0 +1,102 @@
+"""Chains that converged and came short of a tail go on; a search for what they lack begins at draws of its own."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from pyro_flows._clock import Clock
+from pyro_flows._progress import Bar
+from pyro_flows.correction import judging, rungs
+from pyro_flows.correction.judging import DISAGREE, around
+from pyro_flows.correction.search import TOO_LITTLE, held_out
+from pyro_flows.verdict.chains import Chains
+from tests.correction.test_refine import GOOD, check_schools
+from tests.posteriors import schools_posterior
+
+TAIL = f"{TOO_LITTLE} near mu = 3"
+APART = f"{DISAGREE} about mu, so that one of them misses a part"
+MODE = "the chains miss a mode near mu = 30"
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    return schools_posterior("unreliable", draws=1000)
+
+
+def judged(narrow, monkeypatch, said):
+    """What becomes of an unreliable fit if the chains are checked again and again with these results."""
+    left = list(said)
+    monkeypatch.setattr(judging, "_checked", lambda *_: (left.pop(0), []))
+    monkeypatch.setattr(rungs, "_flow_is_in_vain", lambda *_: False)
+    found = rungs.last_rung(narrow, "auto", Clock(math.inf), Bar("", False))
+    stages = [stage["details"] for stage in found.history[len(narrow.history) :]]
+    assert not left, "all checks were made"
+    return found, stages
+
+
+@pytest.mark.parametrize("first", [[TAIL], [APART], [TAIL, APART]])
+def test_chains_short_of_a_tail_go_on_with_draws_farther_apart(narrow, monkeypatch, first):
+    found, stages = judged(narrow, monkeypatch, [first, []])
+    assert found.verdict.status == "refined", found.verdict
+    assert [stage["status"] for stage in stages] == ["unreliable", "refined"]
+    assert not any("the chains" in reason for reason in found.verdict.reasons)
+    assert found.chains.numbers["thin"] == rungs.LONGER
+    draws, before = found.chains.z.shape[1], stages[0]["sweeps"]
+    assert stages[1]["sweeps"] == before + rungs.LONGER * draws, "earlier draws are not among these"
+    spent = found.settings.get("gradient_evaluations")
+    if "gradient_evaluations" in narrow.settings:
+        assert spent - narrow.settings["gradient_evaluations"] == sum(stage["gradients"] for stage in stages)
+    check_schools(found)
+
+
+def test_where_longer_chains_come_short_too_it_is_said(narrow, monkeypatch):
+    found, stages = judged(narrow, monkeypatch, [[TAIL], [TAIL]])
+    assert found.verdict.status == "unreliable"
+    assert TAIL in found.verdict.reasons
+    assert len(stages) == 2
+
+
+@pytest.mark.parametrize("first", [[MODE], [TAIL, MODE]])
+def test_chains_that_miss_a_mode_do_not_go_on(narrow, monkeypatch, first):
+    found, stages = judged(narrow, monkeypatch, [first])
+    assert found.verdict.status == "unreliable"
+    assert len(stages) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "enough"),
+    [
+        ({"ess_tail": 250.0}, True),
+        ({"ess_tail": 249.0}, False),
+        ({"ess_bulk": math.nan}, False),
+        ({"r_hat": 1.2}, True),
+        ({"nested_r_hat": 1.011}, False),
+        ({"divergences": 0.0002}, False),
+    ],
+)
+def test_chains_that_only_lack_draws_get_them(changed, enough):
+    assert rungs._only_lacks_draws(dataclasses.replace(GOOD, **changed)) == enough
+
+
+def test_a_search_begins_at_chains_that_the_moments_are_not_of():
+    """A normal distribution with the moments of draws is denser at these: by about D^2 / 2N nats in the mean."""
+    dim, draws = 60, 10
+    z = torch.randn(64, draws, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chains = Chains(z, {"lp": z[..., 0]}, {"superchain": torch.arange(64) // 8}, {})
+    out = held_out(chains)
+    assert [int(part) for part in chains.state["superchain"][out].unique()] == [3, 7]
+    flow = around(chains)
+    fresh = torch.randn(2000, dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        at_own, at_others, at_fresh = (
+            float(flow.log_prob(points).mean()) for points in (z[~out].flatten(0, 1), z[out].flatten(0, 1), fresh)
+        )
+    assert at_own - at_fresh > 3.0
+    assert at_others == pytest.approx(at_fresh, abs=1.5)
+
+
+def test_of_few_superchains_every_fourth_chain_is_held_out():
+    z = torch.zeros(8, 10, 2)
+    assert held_out(Chains(z, {}, {"superchain": torch.zeros(8).long()}, {})).nonzero()[:, 0].tolist() == [3, 7]
