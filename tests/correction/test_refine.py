@@ -1,6 +1,7 @@
 """``refine``: chains finish the work where they can, say so where they cannot, and call no wrong answer refined."""
 
 import dataclasses
+import functools
 import math
 import pickle
 from types import SimpleNamespace
@@ -237,6 +238,7 @@ def two(away):
     pyro.factor("modes", far - 0.5 * away * away)
 
 
+@functools.cache
 def two_by(*places, weights=(0.9, 0.1)):
     """Diagnose a guide with a flow at each place, somewhat too wide."""
     args = (torch.tensor(abs(places[0]), dtype=REAL),)

@@ -176,6 +176,7 @@ def funnel_energy(z):
     return x.square() / 18.0 + 0.5 * (rest.square().sum(-1) * torch.exp(-x) + 9.0 * x)
 
 
+@pytest.mark.slow
 def test_zoo_funnel_with_a_two_layer_planar_guide():
     posterior = quick(factor_model(funnel_energy, 10), flow="planar", layers=2)
     right = abs(float(posterior.samples["z"][:, 0].std()) / 3.0 - 1.0) < 0.1
@@ -194,6 +195,7 @@ def test_zoo_two_modes_in_one_run():
     assert posterior.verdict.status == "unreliable" or 0.4 < left < 0.6
 
 
+@pytest.mark.slow
 def test_zoo_two_modes_in_four_runs():
     """Runs that found different modes disagree, and their mixture has both."""
     posterior = quick(factor_model(two_modes, 2), runs=4, max_steps=600, refine=False)
@@ -202,6 +204,7 @@ def test_zoo_two_modes_in_four_runs():
     assert 0.4 < left < 0.6
 
 
+@pytest.mark.slow
 def test_zoo_ring():
     posterior = quick(factor_model(lambda z: 0.5 * ((z.norm() - 8.0) / 0.3) ** 2, 2), max_steps=600)
     sd = float(posterior.samples["z"].std(0).min())

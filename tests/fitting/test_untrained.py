@@ -64,9 +64,8 @@ def test_a_bent_posterior_in_many_dimensions_is_sampled_and_not_trained():
     assert float(z[:, 1].std()) == pytest.approx(math.sqrt(1.5), rel=0.1)
 
 
-def test_without_a_sampler_a_flow_is_trained():
-    posterior = pf.fit(bent, progress=False, refine=False, escalate=False, max_steps=300, draws=500)
-    assert len(posterior.losses) > 0
+def test_without_a_sampler_a_flow_is_trained(trained_in_short):
+    assert len(trained_in_short.losses) > 0
 
 
 def test_chains_in_one_of_two_modes_do_not_pass():
@@ -112,10 +111,14 @@ def test_chains_that_diverge_are_given_up(monkeypatch):
     assert len(found[False].z) == 3, "4 trajectories may diverge"
 
 
+@pytest.fixture(scope="module")
+def trained_in_short():
+    return pf.fit(bent, progress=False, refine=False, escalate=False, max_steps=200, draws=500)
+
+
 @pytest.mark.parametrize(("method", "moves"), [("hmc", "Hamiltonian"), ("auto", "microcanonical")])
-def test_moves_are_those_that_were_asked_for(method, moves):
-    posterior = pf.fit(bent, progress=False, refine=False, escalate=False, max_steps=200, draws=500)
-    refined = posterior.refine(method, max_steps=70)
+def test_moves_are_those_that_were_asked_for(method, moves, trained_in_short):
+    refined = trained_in_short.refine(method, max_steps=70)
     assert refined.chains.numbers["moves"] == moves
     assert refined.refine(method, max_steps=10).chains.numbers["moves"] == moves
 
