@@ -141,8 +141,9 @@ def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) 
             elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
             doubtful.append(Doubtful(number, float(paths.elbo[number]), elsewhere, start))
         elif float(lacking.mean()) > SHARE:
-            at = ends[number] if bool(at_ends[number]) else draws[place][int(log_weights.argmax())]
-            found.append(Lack(at, start))
+            covered = not bool(at_ends[number])
+            at = draws[place][int(log_weights.argmax())] if covered else ends[number]
+            found.append(Lack(at, start, beside=covered))
     return found, doubtful
 
 
@@ -211,7 +212,7 @@ def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempere
                 continue
             thin_end = bool(guide.is_thin(ends[path.number][None], density(ends[path.number][None]).detach()))
             place = ends[path.number] if thin_end else reached[int(log_weights.argmax())]
-            found.append(Lack(place, path.start))
+            found.append(Lack(place, path.start, beside=not thin_end))
     return found
 
 
