@@ -75,6 +75,15 @@ def test_tails_that_are_too_thin_are_no_mode():
     assert re.search(r"has too little mass near z\[0\] = -?[23]", found)
 
 
+def test_the_top_of_what_a_guide_covers_is_no_missed_mode():
+    """Half of the guide's own draws climb to it, though it lies far from them: then words speak of mass."""
+    units, end = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])
+    own = torch.tensor([[3.0, 0.1], [3.05, 0.0], [-3.0, 0.0], [0.0, 0.0]])
+    assert module._is_top(end, own, units)
+    assert not module._is_top(end, own[1:], units)
+    assert not module._is_top(end, own[:0], units)
+
+
 def test_a_missed_mode_is_named_before_a_thin_tail():
     place = torch.zeros(2)
     tail, mode = (Lack(place, Start("mode", place, place), beside=beside) for beside in (True, False))
