@@ -1,12 +1,14 @@
 # %% [markdown]
 # # Quickstart: eight schools
 #
-# This notebook goes from a Pyro model to a report that you can send. It takes five minutes to read and a few seconds to
-# run.
+# This notebook goes from a Pyro model to a report that you can send. It takes five minutes to read, and less to run.
+# Install Jupyter in a copy of the repository. You need Python 3.11 or newer.
 #
 # ```sh
-# pip install ".[notebooks]"     # in a copy of the repository; Python 3.11 or newer
+# pip install ".[notebooks]" jupyterlab
 # ```
+#
+# Then run `jupyter lab examples/notebooks`, and open this notebook.
 
 # %%
 import pyro
@@ -127,7 +129,7 @@ print(f"P(effect > 0) in a ninth school: {(ninth > 0).float().mean():.2f}")
 #
 # `to_arviz` returns the object that ArviZ reads: a `DataTree` with ArviZ 1.x, and an `InferenceData` with ArviZ 0.23.
 # It holds the draws, the log likelihood, predictive draws and the data. ArviZ estimates the effective sample size from
-# the order of the draws, so it differs a little from `ess` above.
+# the order of the draws. These draws have no order, so its figures differ from `ess` above by chance.
 
 # %%
 import arviz as az

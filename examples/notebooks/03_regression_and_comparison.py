@@ -113,7 +113,8 @@ comparison.table[["elpd", "se", "elpd_diff", "diff_se", "weight", "verdict", "hi
 # %% [markdown]
 # Log arsenic predicts better than arsenic, by 16 nats. `comparison.difference("and log arsenic", "and arsenic")` gives
 # this difference with its standard error. Education and membership add less, about two standard errors. `high_k` counts
-# the observations whose k-hat is too high. It is zero here, so leave-one-out can be trusted for all 3020 households.
+# the observations whose k-hat stays too high, even with draws that are moved for them. It is zero here, so
+# leave-one-out can be trusted for all 3020 households.
 #
 # ## Why log arsenic?
 #
@@ -194,8 +195,8 @@ wide.table[["elpd", "elpd_diff", "diff_se", "log_evidence", "log_bf"]].round(2)
 #
 # ## When it goes wrong
 #
-# - **`high_k` is not zero.** Leave-one-out is not known for these observations. `posterior.loo().leverage()` lists
-#   them. Fit the model without each of them, or use groups of observations; see notebook 5.
+# - **`high_k` is not zero.** Leave-one-out is not known for these observations. `posterior.loo().high` names them. Fit
+#   the model without each of them, or use groups of observations; see notebook 5.
 # - **`compare` refuses.** The models must have the same data, and usable verdicts. A transformed outcome is other data.
 # - **The difference is smaller than two of its standard errors.** The data cannot tell. Use stacking weights, or keep
 #   the larger model with careful priors.

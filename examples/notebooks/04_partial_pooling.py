@@ -70,6 +70,9 @@ posterior.verdict
 posterior.summary(["intercept", "slope of uranium", "effect of floor", "between", "within"])
 
 # %% [markdown]
+# With so many effects, Markov chains often cost less than training a flow. The verdict is then `refined`, and says so.
+# The samples are chains that started at the guide's draws and converged. The table of chains has R-hat.
+#
 # On the log scale, 0.1 is about 10 %. Above the basement there is half as much radon, since exp(-0.66) is 0.52.
 # Counties with more uranium have more radon. Homes of one county differ much more (`within`) than counties do
 # (`between`).
@@ -168,9 +171,6 @@ sleepers.verdict
 sleepers.summary(["mean", "spread", "noise"])
 
 # %% [markdown]
-# The verdict is `refined`: the samples are Markov chains that started at the guide's draws, and they converged. So the
-# table has R-hat. The verdict says why there are chains: they cost less than training a flow for so many effects.
-#
 # Each day without enough sleep costs about ten milliseconds, but drivers differ. The correlation of intercept and slope
 # is computed from the draws. The data say little about it:
 

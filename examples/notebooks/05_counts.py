@@ -140,15 +140,16 @@ pf.plots.plot_predictive(models["negative binomial, patients"])
 # ## Leave-one-out, and high k
 #
 # `compare` puts the models in order by expected log predictive density. The first model is out already, so the other
-# three are compared. Leave-one-out takes more draws here, because some k-hats are high.
+# three are compared.
 
 # %%
 comparison = pf.compare({name: models[name] for name in list(models)[1:]})
 comparison.table[["elpd", "elpd_diff", "diff_se", "p", "log_evidence", "verdict", "high_k"]].round(2)
 
 # %% [markdown]
-# `high_k` counts observations whose k-hat is too high. Leave-one-out weights draws as if one observation had not been
-# seen. That fails where the posterior without it is very different. `leverage` lists them:
+# Leave-one-out weights draws as if one observation had not been seen. A high k-hat says that the posterior without it
+# is very different. Then `loo` moves draws to where that posterior lies, and weights them again. `high_k` counts the
+# observations for which this does not help either. `leverage` lists the k-hats before draws were moved:
 
 # %%
 loo = comparison.loo["Poisson, patients"]
@@ -156,14 +157,14 @@ loo.leverage(6)
 
 # %% [markdown]
 # The index counts from 0: `seizures[24, 2]` is patient 25 in period 3, with 76 seizures. Such observations are worth a
-# look: they are counts that the model finds surprising. There are three ways on.
+# look: they are counts that the model finds surprising. If `high_k` is not zero, there are three ways on.
 #
-# 1. **Take a model that is not surprised.** The negative binomial with patient effects has fewer high k-hats.
+# 1. **Take a model that is not surprised.** The negative binomial with patient effects has lower k-hats.
 # 2. **Fit without each of these observations.** This is exact. `fit_many` does all of these fits side by side.
 # 3. **Leave out groups**, such as whole patients, if the question is about new patients.
 #
-# Here is the second way, in the best model. Each of the two observations with the highest k-hats is masked in a fit of
-# its own. Its log score is then computed from the draws.
+# Here is the second way, in the best model. It also checks the estimates above. Each of the two observations with the
+# highest k-hats is masked in a fit of its own. Its log score is then computed from the draws.
 
 # %%
 loo = comparison.loo["negative binomial, patients"]
@@ -184,16 +185,15 @@ for number, refit in zip(worst, refits, strict=True):
     score = dist.GammaPoisson(1 / delta, 1 / (delta * log_rate.exp())).log_prob(seizures[patient, period])
     rows[loo.labels[number]] = {
         "seizures": int(seizures[patient, period]),
-        "k_hat": float(loo.k_hat[number]),
-        "elpd by weights": float(loo.pointwise[number]),
-        "elpd by a fit without it": float(score.double().logsumexp(0) - np.log(len(score))),
+        "k_hat": f"{loo.k_hat[number]:.2f}",
+        "elpd by loo": f"{loo.pointwise[number]:.3f}",
+        "elpd by a fit without it": f"{score.double().logsumexp(0) - np.log(len(score)):.3f}",
         "verdict": refit.verdict.status,
     }
 pd.DataFrame(rows).T
 
 # %% [markdown]
-# The weights came close, in spite of the first k-hat. One observation moves the sum by little, so the order of the
-# models stays as it is.
+# `loo` and the fits without the observation agree. The order of the models stays as it is.
 #
 # ## The answer
 #

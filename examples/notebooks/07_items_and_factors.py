@@ -135,6 +135,8 @@ ring = pf.fit(free, x, max_steps=400, escalate=False, refine=False, progress=Fal
 print(f"{ring.verdict.status}:", *ring.verdict.reasons, sep="\n- ")
 
 # %% [markdown]
+# The first reason names places on the ring that the guide did not reach. Each of them is as good as the others.
+#
 # **Second try: N1 does not load on factor 2.** This fixes the rotation. Signs are still free: both factors can be
 # reversed, so there are four modes.
 

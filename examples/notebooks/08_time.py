@@ -216,8 +216,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Could the model have made these counts? The line is the distribution of the data. It stays within the bands of
-# replicates.
+# Could the model have made these counts? The line is the distribution of the data. It lies within the bands of
+# replicates, or at their edges.
 
 # %%
 pf.plots.plot_predictive(mines)

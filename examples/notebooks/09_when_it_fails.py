@@ -141,7 +141,7 @@ print(switching.verdict)
 print("mean of each center:", switching.samples["center"].mean(0))
 
 # %% [markdown]
-# All three centers have the same mean, since each is any of the groups. The draws are right; the summary asks a
+# All three centers have nearly the same mean, since each is any of the groups. The draws are right; the summary asks a
 # question that has no answer. Ask for the density of velocities instead, or fix the order: a center, and positive
 # distances to the next ones.
 

@@ -65,7 +65,7 @@ for name, guide in guides.items():
 pf.plots.plot_pairs(judged, "b", "a")
 
 # %% [markdown]
-# Pyro's tools take the guide, as `Predictive` for new data. Their mean and spread are those of the data:
+# Pyro's tools take the guide, as `Predictive` for new data. Their mean and spread are close to those of the data:
 
 # %%
 new = Predictive(parabola, guide=guides["flow"], num_samples=500)(None)["y"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_flows import _mixing
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import SHARE, Guide, Lack
+from pyro_flows.modes.lacks import SHARE, Guide, Lack, to_name
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.thin import THIN, WANDERED
 from pyro_flows.modes.umbrella import Space
@@ -99,7 +99,7 @@ def lacks_of_chains(
     known = not any(lack.start.name == WANDERED for lack in lacks)
     if lacks and not (known and joined(torch.stack([lack.place for lack in lacks]))):
         place = (search.sentence or "").partition(" near ")[2]
-        what = TOO_LITTLE if search.lacks[0].start.name == WANDERED else "the chains miss a mode"
+        what = TOO_LITTLE if to_name(search.lacks)[0].beside else "the chains miss a mode"
         found.append(f"{what} near {place}")
     return found, list(search.notes)
 

@@ -111,6 +111,7 @@ class Doubtful:
     elbo: float
     elsewhere: bool  # the guide is too thin at most draws of the normal, and not only at some of their tail
     start: Start
+    beside: bool = False  # the end is the top of what the guide covers, or covered itself
 
 
 def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) -> tuple[list[Lack], list[Doubtful]]:
@@ -137,12 +138,13 @@ def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) 
             continue
         log_weights, k_hat = psis(lacking.log())
         start = Start("mode", best.loc[place], scales[place])
+        beside = not bool(at_ends[number]) or _is_top(ends[number], ends[:own], units)
         if not k_hat < TRUSTED_K_HAT:
             elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
-            doubtful.append(Doubtful(number, float(paths.elbo[number]), elsewhere, start))
+            doubtful.append(Doubtful(number, float(paths.elbo[number]), elsewhere, start, beside))
         elif float(lacking.mean()) > SHARE:
             at = ends[number] if bool(at_ends[number]) else draws[place][int(log_weights.argmax())]
-            found.append(Lack(at, start))
+            found.append(Lack(at, start, beside=beside))
     return found, doubtful
 
 
@@ -152,11 +154,23 @@ def _ends(paths: Paths, own: int, units: Tensor) -> list[int]:
     Most paths of a posterior with few modes end where others do, with the same normal.
     """
     order = paths.elbo[own:].nan_to_num(nan=-torch.inf).argsort(descending=True)
-    away = paths.ends[own:][order]
-    away = away / units if units.dim() == 1 else torch.linalg.solve_triangular(units, away.mT, upper=False).mT
+    away = _in_units(paths.ends[own:][order], units)
     same = torch.cdist(away, away) < SAME_END
     earlier = same.tril(-1).sum(1)
     return order[earlier < TWINS].tolist()
+
+
+def _in_units(points: Tensor, units: Tensor) -> Tensor:
+    return points / units if units.dim() == 1 else torch.linalg.solve_triangular(units, points.mT, upper=False).mT
+
+
+def _is_top(end: Tensor, own: Tensor, units: Tensor) -> bool:
+    """Whether half of the guide's own draws climb to an end (D,) too: their ends are (K, D).
+
+    In many dimensions, the top of a region lies far from all of its draws.
+    """
+    same = _in_units(own - end, units).norm(dim=1) < SAME_END
+    return len(own) > 0 and float(same.double().mean()) >= 0.5
 
 
 def _tempered(
@@ -211,7 +225,7 @@ def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempere
                 continue
             thin_end = bool(guide.is_thin(ends[path.number][None], density(ends[path.number][None]).detach()))
             place = ends[path.number] if thin_end else reached[int(log_weights.argmax())]
-            found.append(Lack(place, path.start))
+            found.append(Lack(place, path.start, beside=path.beside or not thin_end))
     return found
 
 

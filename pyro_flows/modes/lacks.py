@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +25,13 @@ class Lack:
     """A place that the guide lacks, and a normal distribution there: where another run may start.
 
     ``move`` takes coordinates of the guide's draws there and leaves the density as it is, if there is such a move.
+    ``beside`` says that the guide covers the mode, and has too little mass next to it, such as in a tail.
     """
 
     place: Tensor
     start: Start
     move: SignedPermutation | None = None
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ def lacks_of(moved: Tensor, log_p: Tensor, lacking: Tensor, name: str) -> list[L
         return []
     within = lacking > 0.0
     return [Lack(moved[int(torch.where(within, log_p, -torch.inf).argmax())], moments(moved[within], name))]
+
+
+def to_name(lacks: Sequence[Lack]) -> list[Lack]:
+    """Return the modes that are missed, of which words tell first; the other places if none is."""
+    return [lack for lack in lacks if not lack.beside] or list(lacks)
 
 
 def moments(draws: Tensor, name: str) -> Start:
@@ -102,4 +109,6 @@ def lack_of(ends: Tensor, thin: Tensor, mass: Tensor, there: Tensor, name: str) 
     ``ends`` (N, D) are where they came to; the others are those of :func:`share_error`.
     """
     share, known, error = share_error(thin, mass, there)
-    return [] if share - 2.0 * error <= known + SHARE else [Lack(ends[thin][0], moments(ends[thin], name))]
+    if share - 2.0 * error <= known + SHARE:
+        return []
+    return [Lack(ends[thin][0], moments(ends[thin], name), beside=True)]

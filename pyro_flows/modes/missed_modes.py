@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.climbs import climbed, surveyed
-from pyro_flows.modes.lacks import Guide, Lack, Score, is_resolved, lacks_of
+from pyro_flows.modes.lacks import Guide, Lack, Score, is_resolved, lacks_of, to_name
 from pyro_flows.modes.lines import across
 from pyro_flows.modes.symmetries import images, moves, signed_permutation
-from pyro_flows.modes.thin import WANDERED, too_thin
+from pyro_flows.modes.thin import too_thin
 from pyro_flows.modes.umbrella import Space
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.start import Start
@@ -97,10 +97,11 @@ def missed_modes(
 
 
 def sentence_on(density: LogDensity, found: Sequence[Lack], z: Tensor) -> str:
-    """Return the sentence on what a guide with draws ``z`` lacks."""
-    names = sorted({_named(density, lack.place, z) for lack in found})
+    """Return the sentence on what a guide with draws ``z`` lacks: modes, or mass next to those that it covers."""
+    named = to_name(found)
+    names = sorted({_named(density, lack.place, z) for lack in named})
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    what = "has too little mass" if found[0].start.name == WANDERED else "misses a mode"
+    what = "has too little mass" if named[0].beside else "misses a mode"
     return f"the guide {what} near {names[0]}{more}"
 
 

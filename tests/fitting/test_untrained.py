@@ -18,7 +18,7 @@ from pyro_flows.fitting.selection import begin
 from pyro_flows.flows.parts import location_scale, untrained_twin
 from pyro_flows.flows.recipe import latent_recipe, set_df
 from pyro_flows.modes.lacks import Lack
-from pyro_flows.modes.missed_modes import WANDERED
+from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import COOL_TRIED, STALLED, Budget, Look, train
 from pyro_flows.training.trainer import Trainer

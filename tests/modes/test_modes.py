@@ -12,6 +12,7 @@ from torch.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows.modes import climbs as module
+from pyro_flows.modes.lacks import Lack, to_name
 from pyro_flows.modes.missed_modes import missed_modes
 from pyro_flows.starts.start import Start
 from tests.registry import normal
@@ -65,6 +66,29 @@ def test_a_mode_that_nobody_knew_of_is_found_from_outside(dim):
 def test_a_guide_that_is_right_lacks_nothing():
     torch.manual_seed(0)
     assert lacking(apart([0.0], 4), gauss(0.0, 1.0, 4)) == []
+
+
+def test_tails_that_are_too_thin_are_no_mode():
+    """The guide is half as wide as the density, and has its due at the only maximum."""
+    torch.manual_seed(0)
+    (found,) = lacking(apart([0.0]), gauss(0.0, 0.5))
+    assert re.search(r"has too little mass near z\[0\] = -?[23]", found)
+
+
+def test_the_top_of_what_a_guide_covers_is_no_missed_mode():
+    """Half of the guide's own draws climb to it, though it lies far from them: then words speak of mass."""
+    units, end = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])
+    own = torch.tensor([[3.0, 0.1], [3.05, 0.0], [-3.0, 0.0], [0.0, 0.0]])
+    assert module._is_top(end, own, units)
+    assert not module._is_top(end, own[1:], units)
+    assert not module._is_top(end, own[:0], units)
+
+
+def test_a_missed_mode_is_named_before_a_thin_tail():
+    place = torch.zeros(2)
+    tail, mode = (Lack(place, Start("mode", place, place), beside=beside) for beside in (True, False))
+    assert to_name([tail, mode]) == [mode]
+    assert to_name([tail]) == [tail]
 
 
 def test_a_small_mode_does_not_count():

@@ -77,6 +77,21 @@ def test_the_page_of_the_verdict_says_what_was_measured():
     assert f"In {found['models']} random models whose posteriors are known, {usable(lies)}, and {alarms}." in text
 
 
+def test_the_page_of_many_latents_says_what_was_measured():
+    named, larger = section("accuracy.md", "named"), section("nuts.md", "larger")
+    text = words(ROOT / "docs" / "howto" / "many-latents.md")
+    radon, rates = row(named, "radon_slopes"), row(larger, "many_locals")
+    four = next(line.strip("|").split("|") for line in named.splitlines() if line.startswith("| items_76 | 4 |"))
+    items = row(named, "items_501")
+    assert f"`{four[7].split()[-1]}`, both mirrored modes, {four[9].strip()} seconds" in text
+    assert radon[7] == "3 refined"
+    assert f"`refined` with all three seeds, means within {radon[3]} sd, {radon[9]} seconds" in text
+    assert f"`{items[7].split()[-1]}`, means within {items[3]} sd, {items[9]} seconds" in text
+    assert (rates[3], rates[4]) == ("yes", "ok")
+    assert f"| {rates[1]} (counts with a rate each) | `ok`, right, {float(rates[2]):.0f} seconds" in text
+    assert f"with {items[2]} and {rates[1]} latents, and both were right" in words(ROOT / "README.md")
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_links_to_files_lead_somewhere(page):
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
