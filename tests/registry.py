@@ -298,8 +298,9 @@ LARGE = _cases((100,))
 
 
 def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
-    """Parametrize a test over cases, by their names."""
-    return pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases])
+    """Parametrize a test over cases, by their names; those in two dimensions, of which three say as much, are slow."""
+    marks = {case.name: pytest.mark.slow if case.shape == (2,) else () for case in cases}
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks[case.name]) for case in cases])
 
 
 def unregistered() -> set[str]:

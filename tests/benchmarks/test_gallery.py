@@ -33,6 +33,7 @@ def entry(reference=None):
     return Entry(pair, (Y,), ("mu", "sigma"), {"sigma": torch.log}, reference)
 
 
+@pytest.mark.slow
 def test_a_row_and_its_table(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     draws = {"mu": 0.5 + 0.4 * torch.randn(500, generator=generator), "sigma": torch.rand(500, generator=generator)}

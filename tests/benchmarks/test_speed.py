@@ -23,6 +23,7 @@ def rows() -> list[dict[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_methods_take_turns_in_processes_of_their_own(rows):
     assert [row["method"] for row in rows] == ["eager", "recorded", "Pyro", "recorded", "Pyro", "eager"]
     assert all(float(row["milliseconds"]) > 0.0 and float(row["megabytes"]) > 50.0 for row in rows)

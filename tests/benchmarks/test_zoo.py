@@ -202,6 +202,7 @@ def test_heavy_tails_are_judged_by_quantiles():
     assert judging.compare(case, narrow, 4000).ratio > 1.0
 
 
+@pytest.mark.slow
 def test_exact_draws_of_many_heavy_numbers_are_right():
     """With three standard errors for each of 1050 quantiles, 3 of 40 samples were called wrong."""
     case = zoo(8, 23)

@@ -266,6 +266,7 @@ def bounded(y):
         pyro.sample("y", dist.Uniform(torch.zeros_like(top), top), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.falls_back
 def test_walls_are_those_of_each_data_set():
     data = [torch.tensor([0.2, 0.5, size], dtype=torch.float64) for size in (0.6, 1.0, 2.0, 3.0)]

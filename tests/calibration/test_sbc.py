@@ -140,6 +140,7 @@ def test_the_augmented_model_has_the_likelihood_of_both():
     assert set(density.structure.observed) == {"y", "y (at hand)"}
 
 
+@pytest.mark.slow
 def test_fits_at_the_data_in_hand_are_uniform():
     found = pf.sbc(regression, X, Y, kind="posterior", simulations=16, draws=99, progress=False)
     assert found.is_uniform(0.01)

@@ -96,6 +96,7 @@ def test_sbibm(name, number):
     assert sbi.c2st(reference[: len(draws)], draws.double()) <= 0.55
 
 
+@pytest.mark.slow
 def test_tops_that_are_edges_are_tabulated():
     """Sixteen numbers of which noise has told the size, some of them negative: no climb comes to rest at a cusp."""
     y = torch.linspace(-0.3, 1.2, 16, dtype=torch.float64)

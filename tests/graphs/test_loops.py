@@ -174,6 +174,7 @@ def calls_of(work) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_time_is_linear_in_the_operations():
     """To record, look for loops, write them as calls, and make a function of the graph: twice the calls for twice."""
     z = normal(6, 4, seed=4)

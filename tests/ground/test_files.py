@@ -108,7 +108,13 @@ def run(program, *words):
 
 @pytest.mark.parametrize(
     ("first", "exchanging", "extra"),
-    [(True, True, False), (False, True, False), (False, False, False), (False, True, True), (False, False, True)],
+    [
+        (True, True, False),
+        (False, True, False),
+        (False, False, False),
+        (False, True, True),
+        pytest.param(False, False, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new(tmp_path, first, exchanging, extra):
     count, old, new, none = map(int, run(KILLS, tmp_path / "folder" / "saved", first, exchanging, extra))

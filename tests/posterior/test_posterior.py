@@ -78,6 +78,7 @@ def test_effective_draws(by_status):
     assert 700 < far.effective < 1000  # from a pool of four times as many, with repeats
 
 
+@pytest.mark.slow
 def test_effective_draws_predict_the_error_of_the_mean():
     """40 seeds times 8 means: the ratio of variances has a relative sd of .08, so this fails once in 10 000 or less."""
     errors, predicted = [], []

@@ -180,6 +180,7 @@ def test_a_flow_that_is_the_posterior_is_taken_as_it_is():
     assert prior.mean_shift < 0.05
 
 
+@pytest.mark.slow
 def test_conjugate_batches_one_after_the_other():
     """Three batches of normal data: the last posterior is that of all of them, in closed form."""
     y = torch.tensor([0.3, 1.2, 0.7, -0.4, 0.9, 1.1])
