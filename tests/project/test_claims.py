@@ -46,7 +46,8 @@ def measured():
 
 def usable(lies):
     """The words for results that were wrong and called usable."""
-    return f"{lies} wrong result was called usable" if lies == 1 else f"{lies} wrong results were called usable"
+    number = {0: "no", 1: "1"}.get(lies)
+    return f"{lies} wrong results were called usable" if number is None else f"{number} wrong result was called usable"
 
 
 def words(path):
