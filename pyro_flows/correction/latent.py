@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_flows.correction.stacked import stacked
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import Component, FlowMixture
@@ -71,6 +72,7 @@ class Latent:
         self.parts = flow.components if isinstance(flow, FlowMixture) else (Component(0),)
         self.log_w = torch.tensor([part.log_weight for part in self.parts], dtype=density.dtype, device=density.device)
         self.log_w = torch.log_softmax(self.log_w, 0)
+        self.stacked = stacked(self.flows, self.parts)
         numbers = max(density.numbers, *(_widest(flow) for flow in self.flows))
         self._recorder = Recorder(self._single, numbers) if density.batched and self.mixture is None else None
 
@@ -115,12 +117,12 @@ class Latent:
     @torch.no_grad()
     def place(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return x and k of points z (C, D), k drawn from r(k | z)."""
-        pairs = [self._inverse(part, z) for part in range(len(self.parts))]
-        if len(pairs) == 1:
-            return pairs[0][0], torch.zeros(len(z), dtype=torch.long, device=z.device)
-        log_r = torch.stack([log_q for _, log_q in pairs], 1).nan_to_num(nan=-torch.inf) + self.log_w
+        x, log_q = self._inverses(z)
+        if len(self.parts) == 1:
+            return x[:, 0], torch.zeros(len(z), dtype=torch.long, device=z.device)
+        log_r = log_q.nan_to_num(nan=-torch.inf) + self.log_w
         k = torch.multinomial(torch.softmax(log_r.double(), 1).nan_to_num(nan=1.0), 1)[:, 0]
-        return torch.stack([x for x, _ in pairs], 1)[torch.arange(len(z)), k], k
+        return x[torch.arange(len(z)), k], k
 
     @torch.no_grad()
     def look(self, x: Tensor, k: Tensor) -> Points:
@@ -169,30 +171,50 @@ class Latent:
         return log_p.to(z.dtype), torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
 
     def _mixed(self, x: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-        present = k.unique().tolist()
-        rows = [(k == part).nonzero()[:, 0] for part in present]
+        leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            leaves = [x[row].detach().requires_grad_() for row in rows]
-            moved = [self._forward(part, leaf) for part, leaf in zip(present, leaves, strict=True)]
-        order = torch.cat(rows).argsort()
-        log_p, slope = self._model(torch.cat([z.detach() for z, _ in moved]), graph=False)
-        sizes = [len(row) for row in rows]
-        found = []
-        for part, leaf, (z, ladj), value, grad in zip(
-            present, leaves, moved, log_p.split(sizes), slope.split(sizes), strict=True
-        ):
-            with torch.enable_grad():
-                log_q0, score = self._base(part, leaf)
-                extra = ladj + self._log_share(part, z, log_q0 - ladj)
-                pulled = torch.autograd.grad(extra.sum() + (z * grad).sum(), leaf)[0]
-            log_ref = log_q0.detach() + self.log_w[part]
-            found.append((z.detach(), value, value + extra.detach(), pulled, log_ref, score.detach()))
-        return tuple(torch.cat(column)[order] for column in zip(*found, strict=True))
+            z, ladj = self._moved_by(leaf, k)
+        log_p, slope = self._model(z.detach(), graph=False)
+        log_q0, score = self._bases(x, k)
+        with torch.enable_grad():
+            extra = ladj + self._log_share(k, z, self._bases(leaf, k)[0] - ladj)
+            pulled = torch.autograd.grad(extra.sum() + (z * slope).sum(), leaf)[0]
+        return z.detach(), log_p, log_p + extra.detach(), pulled, log_q0 + self.log_w[k], score
 
-    def _log_share(self, part: int, z: Tensor, log_q: Tensor) -> Tensor:
-        """Return log r(k | z) (C,), with gradients; a part that overflows at a point adds nothing there."""
-        terms = []
-        for other in range(len(self.parts)):
-            found = log_q if other == part else self._inverse(other, z)[1]
-            terms.append(self.log_w[other] + torch.where(found.isnan(), -torch.inf, found))
-        return terms[part] - torch.logsumexp(torch.stack(terms), 0)
+    def _moved_by(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z = T_k(x) and the log Jacobians, each point in its own part."""
+        if self.stacked is not None:
+            return self.stacked.forward(x, k)
+        rows, back = self._rows(k)
+        found = [self._forward(part, x[row]) for part, row in rows]
+        return torch.cat([z for z, _ in found])[back], torch.cat([ladj for _, ladj in found])[back]
+
+    def _bases(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log q_0 and its gradient, each point by the base of its own part."""
+        if self.stacked is not None:
+            return self._base(0, x)
+        rows, back = self._rows(k)
+        found = [self._base(part, x[row]) for part, row in rows]
+        return torch.cat([log_q for log_q, _ in found])[back], torch.cat([score for _, score in found])[back]
+
+    def _rows(self, k: Tensor) -> tuple[list[tuple[int, Tensor]], Tensor]:
+        """Return which points each part has, and the order that brings all back to where they were."""
+        rows = [(part, (k == part).nonzero()[:, 0]) for part in k.unique().tolist()]
+        return rows, torch.cat([row for _, row in rows]).argsort()
+
+    def _inverses(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x (C, K, D) of z in all parts, and log q_k(z) (C, K)."""
+        if self.stacked is not None:
+            return self.stacked.inverse(z)
+        pairs = [self._inverse(part, z) for part in range(len(self.parts))]
+        return torch.stack([x for x, _ in pairs], 1), torch.stack([log_q for _, log_q in pairs], 1)
+
+    def _log_share(self, k: Tensor, z: Tensor, log_q: Tensor) -> Tensor:
+        """Return log r(k | z) (C,), with gradients; a part that overflows at a point adds nothing there.
+
+        ``log_q`` (C,) are the log densities of the points' own parts.
+        """
+        found = self._inverses(z)[1]
+        own = torch.nn.functional.one_hot(k, len(self.parts)).bool()
+        terms = torch.where(own, log_q[:, None], torch.where(found.isnan(), -torch.inf, found)) + self.log_w
+        return log_q + self.log_w[k] - torch.logsumexp(terms, 1)
