@@ -41,18 +41,28 @@ class Stacked(NamedTuple):
 
 
 def stacked(flows: Sequence[Flow], parts: Sequence[Component]) -> Stacked | None:
-    """Return the parts' maps, if each is a triangular affine map of the same base; else None."""
+    """Return the parts' maps, if each is a triangular affine map of the same base, signs apart; else None."""
     maps = [_whole(flows[part.flow]) for part in parts]
     first = flows[parts[0].flow]
     same = all((flows[part.flow].base, flows[part.flow].df) == (first.base, first.df) for part in parts)
-    if len(parts) < 2 or not same or any(part.order is not None for part in parts):
+    if len(parts) < 2 or not same or not all(_in_order(part) for part in parts):
         return None
     found = [map_ for map_ in maps if map_ is not None]
     if len(found) < len(maps):
         return None
     with torch.no_grad():
         shifts, matrices, ladjs = zip(*(map_._affine(map_.loc, None) for map_ in found), strict=True)
-    return Stacked(torch.stack(shifts), torch.stack(matrices), torch.stack(ladjs), first.base, first.df)
+        signs = torch.stack([_signs(part, map_.loc) for part, map_ in zip(parts, found, strict=True)])
+    tril = signs[:, :, None] * torch.stack(matrices)
+    return Stacked(signs * torch.stack(shifts), tril, torch.stack(ladjs), first.base, first.df)
+
+
+def _in_order(part: Component) -> bool:
+    return part.order is None or bool((part.order == torch.arange(len(part.order)).to(part.order)).all())
+
+
+def _signs(part: Component, like: Tensor) -> Tensor:
+    return torch.ones_like(like) if part.signs is None else part.signs.to(like)
 
 
 def _whole(flow: Flow) -> LowerTriangularAffine | None:

@@ -57,7 +57,9 @@ def words(path):
 def test_readme_says_what_was_measured():
     found, text = measured(), words(ROOT / "README.md")
     assert found["count"] == found["faster"]
-    assert f"On {found['right']} of {found['count']} posteriors with reference draws, every mean is within 0.1 sd" in text
+    assert (
+        f"On {found['right']} of {found['count']} posteriors with reference draws, every mean is within 0.1 sd" in text
+    )
     fits = f"In {found['fits']} fits of these posteriors and {found['models']} of random models"
     assert f"{fits}, {usable(found['lies'])}" in text
     assert f"than Pyro's NUTS on all {found['faster']}, and at least ten times less on {found['tenfold']}" in text
