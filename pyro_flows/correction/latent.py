@@ -175,11 +175,11 @@ class Latent:
         with torch.enable_grad():
             z, ladj = self._moved_by(leaf, k)
         log_p, slope = self._model(z.detach(), graph=False)
-        log_q0, score = self._bases(x, k)
         with torch.enable_grad():
-            extra = ladj + self._log_share(k, z, self._bases(leaf, k)[0] - ladj)
+            log_q0, score = self._bases(leaf, k)
+            extra = ladj + self._log_share(k, z, log_q0 - ladj)
             pulled = torch.autograd.grad(extra.sum() + (z * slope).sum(), leaf)[0]
-        return z.detach(), log_p, log_p + extra.detach(), pulled, log_q0 + self.log_w[k], score
+        return z.detach(), log_p, log_p + extra.detach(), pulled, log_q0.detach() + self.log_w[k], score.detach()
 
     def _moved_by(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return z = T_k(x) and the log Jacobians, each point in its own part."""

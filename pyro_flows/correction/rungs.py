@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -157,7 +158,8 @@ def attempt_untrained(
         return None
     sampler, chains = found
     settled = around(chains)  # the distribution that chains began at may cover next to nothing
-    covered, score = max((guide.covered, flow.log_prob), (covered_by(settled, density), settled.log_prob), key=_first)
+    guides = (guide.covered, flow.log_prob), (covered_by(settled, density), settled.log_prob)
+    covered, score = max(guides, key=itemgetter(0))
     given = (score, covered, evidence_of(flow, chains, density), ())
     failures, notes = lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
     return None if failures or notes else (flow, chains)
@@ -167,10 +169,6 @@ def _only_lacks_draws(found: ChainFigures) -> bool:
     """Whether superchains agree, and draws are enough or will be: more of them cost less than to train a flow."""
     some = min(found.ess_bulk, found.ess_tail) >= NEARLY * LEAST_ESS
     return some and found.nested_r_hat <= NESTED_R_HAT and found.divergences <= DIVERGENCES
-
-
-def _first(pair: tuple[float, Any]) -> float:
-    return pair[0]
 
 
 def _chains(

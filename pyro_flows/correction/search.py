@@ -16,6 +16,7 @@ from pyro_flows.modes.lacks import SHARE, Guide, Lack, to_name
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.thin import THIN, WANDERED
 from pyro_flows.modes.umbrella import Space
+from pyro_flows.modes.units import in_units
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.bridge import bridge_value
@@ -172,6 +173,5 @@ class _Regions:
 
 def _inside(away: Tensor, scale: Tensor) -> Tensor:
     """Whether points (S, D), relative to the center of a normal distribution, are among those that it would draw."""
-    units = away / scale if scale.dim() == 1 else torch.linalg.solve_triangular(scale, away.mT, upper=False).mT
     dim = away.shape[1]
-    return units.square().sum(1) < dim + INSIDE * math.sqrt(2.0 * dim)
+    return in_units(away, scale).square().sum(1) < dim + INSIDE * math.sqrt(2.0 * dim)

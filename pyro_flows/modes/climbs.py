@@ -16,7 +16,7 @@ from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack, is_resolved
 from pyro_flows.modes.survey import can_be_surveyed, distances, survey
 from pyro_flows.modes.tempering import Tempered, log_mean, temper, wander
 from pyro_flows.modes.terms import tops_of_terms
-from pyro_flows.modes.units import units_of
+from pyro_flows.modes.units import in_units, units_of
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
@@ -154,14 +154,10 @@ def _ends(paths: Paths, own: int, units: Tensor) -> list[int]:
     Most paths of a posterior with few modes end where others do, with the same normal.
     """
     order = paths.elbo[own:].nan_to_num(nan=-torch.inf).argsort(descending=True)
-    away = _in_units(paths.ends[own:][order], units)
+    away = in_units(paths.ends[own:][order], units)
     same = torch.cdist(away, away) < SAME_END
     earlier = same.tril(-1).sum(1)
     return order[earlier < TWINS].tolist()
-
-
-def _in_units(points: Tensor, units: Tensor) -> Tensor:
-    return points / units if units.dim() == 1 else torch.linalg.solve_triangular(units, points.mT, upper=False).mT
 
 
 def _is_top(end: Tensor, own: Tensor, units: Tensor) -> bool:
@@ -169,7 +165,7 @@ def _is_top(end: Tensor, own: Tensor, units: Tensor) -> bool:
 
     In many dimensions, the top of a region lies far from all of its draws.
     """
-    same = _in_units(own - end, units).norm(dim=1) < SAME_END
+    same = in_units(own - end, units).norm(dim=1) < SAME_END
     return len(own) > 0 and float(same.double().mean()) >= 0.5
 
 
@@ -279,11 +275,7 @@ def _distinct(places: Sequence[Tensor], units: Tensor) -> list[int]:
     """Return the numbers of places (D,) that do not lie within a standard deviation of an earlier one of them."""
     kept: list[int] = []
     for number, place in enumerate(places):
-        away = [place - places[other] for other in kept]
-        if units.dim() == 2:
-            away = [torch.linalg.solve_triangular(units, x[:, None], upper=False)[:, 0] for x in away]
-        else:
-            away = [x / units for x in away]
+        away = [in_units((place - places[other])[None], units) for other in kept]
         if all(float(x.norm()) > math.sqrt(len(place)) for x in away):
             kept.append(number)
     return kept

@@ -23,6 +23,11 @@ def units_of(z: Tensor, *, full: bool = True) -> Tensor:
     return torch.where((spread > 0.0) & torch.isfinite(spread), spread, 1.0)
 
 
+def in_units(points: Tensor, units: Tensor) -> Tensor:
+    """Return points (S, D) in units that are sds (D,) or a lower triangular matrix (D, D)."""
+    return points / units if units.dim() == 1 else torch.linalg.solve_triangular(units, points.mT, upper=False).mT
+
+
 def unit_of_modes(dim: int, *, ridges: bool = False) -> float:
     """Return the standard deviations that distances of modes are counted in: the root of the dimension, and at most 2.
 
