@@ -29,7 +29,7 @@ def check_jobs(jobs: int | None) -> None:
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0):
         raise ValueError(f"jobs: expected a number of processes, -1 for one a processor, or None, got {jobs!r}.")
     if jobs not in (None, 1) and importlib.util.find_spec("joblib") is None:
-        raise ImportError("jobs: several processes need joblib. Install it: pip install joblib.")
+        raise ImportError('jobs: several processes need joblib. Install it: pip install "pyro-flows[parallel]".')
 
 
 def run_all(tasks: Sequence[Task], jobs: int | None) -> Iterator[Any]:
