@@ -36,15 +36,27 @@ def hessians(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     Raises:
         RuntimeError: if an operation cannot be differentiated twice, or not for many directions at once.
     """
+    row, units = _rows(function, points)
+    return torch.func.vmap(row)(units).transpose(0, 1)
+
+
+def hessian_diagonals(function: Callable[[Tensor], Tensor], points: Tensor, *, chunk: int) -> Tensor:
+    """Return the diagonals (K, D) of the same, with ``chunk`` rows in memory at a time.
+
+    Raises:
+        RuntimeError: where :func:`hessians` does.
+    """
+    row, units = _rows(function, points)
+    return torch.func.vmap(lambda unit: (row(unit) * unit).nan_to_num(nan=0.0).sum(1), chunk_size=chunk)(units).mT
+
+
+def _rows(function: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Return what gives a row of each Hessian (K, D) for a unit vector (1, D), and these vectors (D, 1, D)."""
     values, leaf = _values(function, points)
     with torch.enable_grad():
         (grads,) = pull(values, torch.ones_like(values), [leaf], further=True)
     units = torch.eye(leaf.shape[1], dtype=grads.dtype, device=grads.device)[:, None]
-
-    def row(unit: Tensor) -> Tensor:
-        return pull(grads, unit.expand(leaf.shape), [leaf], retain_graph=True)[0]
-
-    return torch.func.vmap(row)(units).transpose(0, 1)
+    return lambda unit: pull(grads, unit.expand(leaf.shape), [leaf], retain_graph=True)[0], units
 
 
 def _values(function: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.batching import quiet
-from pyro_flows.model.gradients import hessians
+from pyro_flows.model.gradients import hessian_diagonals, hessians
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
 
 FULL_HESSIAN_UP_TO = 200
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 64
 
 
 class Differentiable(Protocol):
@@ -69,7 +69,7 @@ def scales(density: LogDensity, points: Tensor) -> Tensor:
     r"""Return :math:`|H_{ii}|^{-1/2}` (K, D), or 1 where that is not finite; cost: D Hessian rows a point."""
     if density.dim <= FULL_HESSIAN_UP_TO:
         return _units(_hessians(density, points).diagonal(dim1=-2, dim2=-1))
-    return _units(torch.stack([_diagonal(density, point) for point in points]))
+    return _units(_diagonals(density, points))
 
 
 def _units(diagonal: Tensor) -> Tensor:
@@ -93,25 +93,19 @@ def _hessians(density: LogDensity | Stack, points: Tensor) -> Tensor:
     return torch.stack([differences(density, point, coordinates) for point in points])
 
 
-def _diagonal(density: LogDensity, point: Tensor) -> Tensor:
-    """Diagonal (D,) of the Hessian at one point (D,), a chunk of rows at a time."""
-    coordinates = torch.arange(density.dim, device=point.device)
+def _diagonals(density: LogDensity, points: Tensor) -> Tensor:
+    """Diagonals (K, D) of the Hessians at points (K, D), a chunk of rows at a time."""
     if density.batched:
         try:
             with torch.no_grad(), quiet(), density.clock.watching():
-                pull = torch.func.vjp(torch.func.grad(density.single), point)[1]
-
-                def entry(index: Tensor) -> Tensor:
-                    unit = coordinates == index
-                    return torch.where(unit, pull(unit.to(point.dtype))[0], 0.0).sum()
-
-                found = torch.func.vmap(entry, chunk_size=ROWS_AT_ONCE)(coordinates)
-            density.evaluations += density.dim
+                found = hessian_diagonals(density.single, points, chunk=ROWS_AT_ONCE)
+            density.evaluations += points.numel()
             return found
         except RuntimeError:
             pass
-    parts = coordinates.split(ROWS_AT_ONCE)
-    return torch.cat([differences(density, point, part).gather(1, part[:, None])[:, 0] for part in parts])
+    parts = torch.arange(density.dim, device=points.device).split(ROWS_AT_ONCE)
+    rows = [[differences(density, point, part).gather(1, part[:, None])[:, 0] for part in parts] for point in points]
+    return torch.stack([torch.cat(row) for row in rows])
 
 
 def differences(density: Differentiable, point: Tensor, coordinates: Tensor) -> Tensor:
