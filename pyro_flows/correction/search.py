@@ -66,7 +66,8 @@ def lacks_of_chains(
     search of the fit had found, is a failure unless the chains go in and out there: superchains agree on how many of
     their draws are inside, and these are as many as the mass of the region asks for, or 2 % where that is not known.
     Where a search from the flow's own draws has found nothing, and chains stay where the flow has its due, another one
-    would begin at the same points, and is not made.
+    would begin at the same points, and is not made. What chains hold does not end the search: its next part may find
+    what they lack.
 
     Args:
         density: log p, unnormalized.
@@ -85,24 +86,36 @@ def lacks_of_chains(
     generator = torch.Generator().manual_seed(derive(seed, "draws to search from"))
     chosen = torch.randperm(len(z), generator=generator)[:SEARCHED].to(z.device)
     seed = derive(seed, "modes that chains lack")
-    search = Search()
+    search, regions = Search(), _Regions(density, chains, evidence, seed)
+
+    def left(lacks: list[Lack]) -> list[Lack]:
+        lacks = [lack for lack in lacks if not regions.covers(lack.start)]
+        known = bool(lacks) and not any(lack.start.name == WANDERED for lack in lacks)
+        return [] if known and joined(torch.stack([lack.place for lack in lacks])) else lacks
+
     thin = Guide(density, score, covered).is_thin(z[chosen], log_p[chosen], by=THIN)
     if not searched or float(thin.double().mean()) > SHARE:
-        search = missed_modes(density, [], z[chosen], log_p[chosen] - covered, score, seed=seed, space=space)
-    before = [stage["details"] for stage in history if stage["stage"] == STAGE]
-    found, regions = [], _Regions(density, chains, evidence, seed)
-    for stage in before[-1:]:  # of the last guide
-        pairs = zip(stage["places"], stage["spreads"], strict=True)
-        left = [place for place, spread in pairs if not regions.visited(z.new_tensor(place), z.new_tensor(spread))]
-        if left and not joined(z.new_tensor(left)):
-            found.append(str(stage["sentence"]))
-    lacks = [lack for lack in search.lacks if not regions.covers(lack.start)]
-    known = not any(lack.start.name == WANDERED for lack in lacks)
-    if lacks and not (known and joined(torch.stack([lack.place for lack in lacks]))):
+        given: dict[str, Any] = {"seed": seed, "space": space, "sift": left}
+        search = missed_modes(density, [], z[chosen], log_p[chosen] - covered, score, **given)
+    found = _not_visited(history, regions, joined)
+    if search.lacks:
         place = (search.sentence or "").partition(" near ")[2]
         what = TOO_LITTLE if to_name(search.lacks)[0].beside else "the chains miss a mode"
         found.append(f"{what} near {place}")
     return found, list(search.notes)
+
+
+def _not_visited(
+    history: Sequence[Mapping[str, Any]], regions: _Regions, joined: Callable[[Tensor], bool]
+) -> list[str]:  # fmt: skip
+    """Return what the search of the fit said of the last guide, if chains do not go to all places that it had found."""
+    z = regions.chains.z
+    for stage in [stage["details"] for stage in history if stage["stage"] == STAGE][-1:]:
+        pairs = zip(stage["places"], stage["spreads"], strict=True)
+        places = [place for place, spread in pairs if not regions.visited(z.new_tensor(place), z.new_tensor(spread))]
+        if places and not joined(z.new_tensor(places)):
+            return [str(stage["sentence"])]
+    return []
 
 
 def held_out(chains: Chains) -> Tensor:

@@ -42,7 +42,7 @@ class Search:
 
 def missed_modes(
     density: LogDensity, modes: Sequence[Start], z: Tensor, log_q: Tensor, score: Score, *, seed: int = 0,
-    wandering: bool = True, space: Space | None = None,
+    wandering: bool = True, space: Space | None = None, sift: Callable[[list[Lack]], list[Lack]] = list,
 ) -> Search:  # fmt: skip
     """Search for regions that hold a good part of the mass and that a guide lacks.
 
@@ -68,6 +68,7 @@ def missed_modes(
         seed: of the search.
         wandering: whether the fifth is made.
         space: the guide's latent space, where it has one that the fifth can use.
+        sift: takes out of what a search found what is covered after all; where nothing is left, the next one is made.
     """
     z = z.to(density.dtype)
     with torch.no_grad():
@@ -87,7 +88,7 @@ def missed_modes(
         searches.append(lambda: too_thin(guide, space, z[finite], weights[finite], log_q[finite], seed=seed))
     found: list[Lack] = []
     for search in searches:
-        found = found or [lack for lack in search() if is_resolved(density, lack.place)]
+        found = found or sift([lack for lack in search() if is_resolved(density, lack.place)])
     notes = () if density.batched else (
         f"the search for missed modes had only {SEARCHES_UNBATCHED} starting points: the model runs draw by draw",
     )  # fmt: skip

@@ -314,17 +314,8 @@ def test_the_table_counts_by_family_with_lies_first(tmp_path):
     assert "8 random models of seed 1" in text
 
 
-BENT_RIDGE = "chains pass to the far end of a bent ridge in thousands of sweeps: docs/understand/verdict.md, Limits"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("seed", "number"),
-    [
-        *[(14, 38), (14, 49), (16, 127), (16, 257)],
-        pytest.param(14, 290, marks=pytest.mark.xfail(reason=BENT_RIDGE, strict=False)),
-    ],
-)
+@pytest.mark.parametrize(("seed", "number"), [(14, 38), (14, 49), (14, 290), (16, 127), (16, 257)])
 def test_what_was_once_a_lie_is_none(seed, number):
     """Thin tails of scales with two groups, modes that touch in 141 dimensions, an image, a bound's own sd."""
     case = zoo(seed, number)

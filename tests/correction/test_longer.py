@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -10,7 +12,12 @@ from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows.correction import judging, rungs
 from pyro_flows.correction.judging import DISAGREE, around
-from pyro_flows.correction.search import TOO_LITTLE, held_out
+from pyro_flows.correction.search import TOO_LITTLE, held_out, lacks_of_chains
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes import missed_modes
+from pyro_flows.modes.lacks import Lack
+from pyro_flows.modes.thin import WANDERED
+from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import Chains
 from tests.correction.test_refine import GOOD, check_schools
 from tests.posteriors import schools_posterior
@@ -100,3 +107,23 @@ def test_a_search_begins_at_chains_that_the_moments_are_not_of():
 def test_of_few_superchains_every_fourth_chain_is_held_out():
     z = torch.zeros(8, 10, 2)
     assert held_out(Chains(z, {}, {"superchain": torch.zeros(8).long()}, {})).nonzero()[:, 0].tolist() == [3, 7]
+
+
+def test_what_chains_hold_does_not_hide_what_a_later_search_finds(monkeypatch):
+    """A refined lie: a moved region that chains went through ended the search, which then missed a scale's tail."""
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1))
+
+    density = LogDensity(model)
+    z = torch.randn(64, 50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_p = density(z.flatten(0, 1)).detach()
+    chains = Chains(z, {"lp": log_p.reshape(64, 50)}, {"superchain": torch.arange(64) // 8}, {})
+    near, far = torch.zeros(3, dtype=torch.float64), torch.full((3,), 5.0, dtype=torch.float64)
+    one = torch.ones(3, dtype=torch.float64)
+    monkeypatch.setattr(missed_modes, "mirrored", lambda *_: [Lack(near, Start("mirrored", near, one))])
+    tail = Lack(far, Start(WANDERED, far, one), beside=True)
+    monkeypatch.setattr(missed_modes, "too_thin", lambda *_, **__: [tail])
+    found, _ = lacks_of_chains(density, chains, lambda points: density(points), 0.0, 0.0, [], seed=0)
+    assert len(found) == 1
+    assert found[0].startswith(TOO_LITTLE)
