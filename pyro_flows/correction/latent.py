@@ -13,6 +13,7 @@ the density :math:`\log w_k + \log q_0(x)`, and the difference of the two is the
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -183,24 +184,20 @@ class Latent:
 
     def _moved_by(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return z = T_k(x) and the log Jacobians, each point in its own part."""
-        if self.stacked is not None:
-            return self.stacked.forward(x, k)
-        rows, back = self._rows(k)
-        found = [self._forward(part, x[row]) for part, row in rows]
-        return torch.cat([z for z, _ in found])[back], torch.cat([ladj for _, ladj in found])[back]
+        return self._by_part(self._forward, x, k) if self.stacked is None else self.stacked.forward(x, k)
 
     def _bases(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return log q_0 and its gradient, each point by the base of its own part."""
-        if self.stacked is not None:
-            return self._base(0, x)
-        rows, back = self._rows(k)
-        found = [self._base(part, x[row]) for part, row in rows]
-        return torch.cat([log_q for log_q, _ in found])[back], torch.cat([score for _, score in found])[back]
+        return self._by_part(self._base, x, k) if self.stacked is None else self._base(0, x)
 
-    def _rows(self, k: Tensor) -> tuple[list[tuple[int, Tensor]], Tensor]:
-        """Return which points each part has, and the order that brings all back to where they were."""
-        rows = [(part, (k == part).nonzero()[:, 0]) for part in k.unique().tolist()]
-        return rows, torch.cat([row for _, row in rows]).argsort()
+    def _by_part(
+        self, function: Callable[[int, Tensor], tuple[Tensor, Tensor]], x: Tensor, k: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the two results of a function of part and points, one part after the other."""
+        rows = {part: (k == part).nonzero()[:, 0] for part in k.unique().tolist()}
+        back = torch.cat(list(rows.values())).argsort()
+        first, second = zip(*(function(part, x[row]) for part, row in rows.items()), strict=True)
+        return torch.cat(first)[back], torch.cat(second)[back]
 
     def _inverses(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return x (C, K, D) of z in all parts, and log q_k(z) (C, K)."""

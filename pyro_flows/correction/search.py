@@ -109,13 +109,13 @@ def _not_visited(
     history: Sequence[Mapping[str, Any]], regions: _Regions, joined: Callable[[Tensor], bool]
 ) -> list[str]:  # fmt: skip
     """Return what the search of the fit said of the last guide, if chains do not go to all places that it had found."""
-    z = regions.chains.z
-    for stage in [stage["details"] for stage in history if stage["stage"] == STAGE][-1:]:
-        pairs = zip(stage["places"], stage["spreads"], strict=True)
-        places = [place for place, spread in pairs if not regions.visited(z.new_tensor(place), z.new_tensor(spread))]
-        if places and not joined(z.new_tensor(places)):
-            return [str(stage["sentence"])]
-    return []
+    searches = [stage["details"] for stage in history if stage["stage"] == STAGE]
+    if not searches:
+        return []
+    last, z = searches[-1], regions.chains.z
+    pairs = zip(last["places"], last["spreads"], strict=True)
+    places = [place for place, spread in pairs if not regions.visited(z.new_tensor(place), z.new_tensor(spread))]
+    return [str(last["sentence"])] if places and not joined(z.new_tensor(places)) else []
 
 
 def held_out(chains: Chains) -> Tensor:

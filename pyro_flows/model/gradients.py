@@ -47,7 +47,7 @@ def hessian_diagonals(function: Callable[[Tensor], Tensor], points: Tensor, *, c
         RuntimeError: where :func:`hessians` does.
     """
     row, units = _rows(function, points)
-    return torch.func.vmap(lambda unit: (row(unit) * unit).nan_to_num(nan=0.0).sum(1), chunk_size=chunk)(units).mT
+    return torch.func.vmap(lambda unit: torch.where(unit != 0.0, row(unit), 0.0).sum(1), chunk_size=chunk)(units).mT
 
 
 def _rows(function: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_flows._seeding import seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
+from pyro_flows.modes.units import in_units
 from pyro_flows.starts.gaussians import Gaussians
 
 POINTS = 48  # for each normal
@@ -67,9 +68,8 @@ def wander_together(density: LogDensity | Stack, z: Tensor, units: Tensor, *, se
     identity = torch.ones(len(z), z.shape[2], dtype=z.dtype, device=z.device)
     none = torch.zeros(len(z), z.shape[2], 1, dtype=z.dtype, device=z.device)
     frame = Gaussians(torch.zeros_like(identity), units, identity, none, torch.ones_like(none[:, :1]))
-    x = z / units[:, None] if units.dim() == 2 else torch.linalg.solve_triangular(units, z.mT, upper=False).mT
     with seeded(seed, density.device):
-        walk = _Walk(density, frame, x)
+        walk = _Walk(density, frame, in_units(z, units))
         walk.beta = 1.0
         for _ in range(WANDERINGS):
             walk.step = 10.0 ** (-2.0 * torch.rand_like(walk.log_p))[..., None]

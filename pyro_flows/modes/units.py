@@ -24,8 +24,10 @@ def units_of(z: Tensor, *, full: bool = True) -> Tensor:
 
 
 def in_units(points: Tensor, units: Tensor) -> Tensor:
-    """Return points (S, D) in units that are sds (D,) or a lower triangular matrix (D, D)."""
-    return points / units if units.dim() == 1 else torch.linalg.solve_triangular(units, points.mT, upper=False).mT
+    """Return points (..., S, D) in units that are sds (..., D) or lower triangular matrices (..., D, D)."""
+    if units.dim() < points.dim():
+        return points / units.unsqueeze(-2)
+    return torch.linalg.solve_triangular(units, points.mT, upper=False).mT
 
 
 def unit_of_modes(dim: int, *, ridges: bool = False) -> float:

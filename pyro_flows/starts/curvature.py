@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -81,31 +83,34 @@ def _hessians(density: LogDensity | Stack, points: Tensor) -> Tensor:
     """Hessians (K, D, D): automatic differentiation where the model allows, differences of gradients otherwise."""
     if isinstance(density, Stack):
         return density.hessians(points)
-    if density.batched:
-        try:
-            with torch.no_grad(), quiet(), density.clock.watching():
-                found = hessians(density.single, points)
-            density.evaluations += points.numel()
-            return found
-        except RuntimeError:
-            pass
+    found = _automatic(density, points, hessians)
+    if found is not None:
+        return found
     coordinates = torch.arange(density.dim, device=points.device)
     return torch.stack([differences(density, point, coordinates) for point in points])
 
 
 def _diagonals(density: LogDensity, points: Tensor) -> Tensor:
-    """Diagonals (K, D) of the Hessians at points (K, D), a chunk of rows at a time."""
-    if density.batched:
-        try:
-            with torch.no_grad(), quiet(), density.clock.watching():
-                found = hessian_diagonals(density.single, points, chunk=ROWS_AT_ONCE)
-            density.evaluations += points.numel()
-            return found
-        except RuntimeError:
-            pass
+    """Diagonals (K, D) of the Hessians, a chunk of rows at a time: in the same way."""
+    found = _automatic(density, points, partial(hessian_diagonals, chunk=ROWS_AT_ONCE))
+    if found is not None:
+        return found
     parts = torch.arange(density.dim, device=points.device).split(ROWS_AT_ONCE)
     rows = [[differences(density, point, part).gather(1, part[:, None])[:, 0] for part in parts] for point in points]
     return torch.stack([torch.cat(row) for row in rows])
+
+
+def _automatic(density: LogDensity, points: Tensor, second: Callable[..., Tensor]) -> Tensor | None:
+    """Return second derivatives at points (K, D), None where the model does not let them be taken."""
+    if not density.batched:
+        return None
+    try:
+        with torch.no_grad(), quiet(), density.clock.watching():
+            found = second(density.single, points)
+    except RuntimeError:
+        return None
+    density.evaluations += points.numel()
+    return found
 
 
 def differences(density: Differentiable, point: Tensor, coordinates: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def judged(narrow, monkeypatch, said):
     return found, stages
 
 
-@pytest.mark.parametrize("first", [[TAIL], [MODE], [MODE, APART]])
+@pytest.mark.parametrize("first", [[TAIL], [APART], [TAIL, APART], [MODE]])
 def test_chains_that_come_short_go_on_with_draws_farther_apart(narrow, monkeypatch, first):
     found, stages = judged(narrow, monkeypatch, [first, []])
     assert found.verdict.status == "refined", found.verdict

@@ -9,6 +9,7 @@ import torch
 from torch.distributions import MultivariateNormal, constraints, kl_divergence
 
 import pyro_flows as pf
+from pyro_flows.model.gradients import hessian_diagonals
 from pyro_flows.starts import curvature
 from pyro_flows.starts.laplace import _climb
 from pyro_flows.starts.pathfinder import pathfinder
@@ -252,3 +253,16 @@ def test_lower_triangular():
     close(found @ found.mT, roots @ roots.mT, 1e-12)
     close(found, found.tril(), 0.0)
     assert (found.diagonal(dim1=-2, dim2=-1) > 0.0).all()
+
+
+def test_an_infinite_second_derivative_is_no_scale():
+    """|x|^1.5 at 0: the other coordinate of that point, and the other point, keep theirs."""
+
+    def function(x):
+        return -x.abs().pow(1.5).sum()
+
+    points = torch.tensor([[0.0, 1.0], [4.0, 1.0]], dtype=torch.float64)
+    found = hessian_diagonals(function, points, chunk=1)
+    close(curvature._units(found)[:, 1], torch.full((2,), 0.75**-0.5, dtype=torch.float64), 1e-12)
+    assert not torch.isfinite(found[0, 0])
+    assert float(curvature._units(found)[0, 0]) == 1.0
