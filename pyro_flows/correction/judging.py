@@ -13,7 +13,7 @@ from pyro_flows._clock import Clock
 from pyro_flows.correction.diagnostics import figures
 from pyro_flows.correction.joining import joins
 from pyro_flows.correction.sampler import Sampler
-from pyro_flows.correction.search import MISS, TOO_LITTLE, bridge, held_out, lacks_of_chains
+from pyro_flows.correction.search import TOO_LITTLE, bridge, held_out, lacks_of_chains
 from pyro_flows.correction.smc import Annealed
 from pyro_flows.correction.starts import PLAIN, affine_flow, flow_of
 from pyro_flows.flows.flow import Flow
@@ -48,7 +48,7 @@ class Work:
     searched: bool = False  # for modes that the guide lacks, in vain
     passed: bool = False  # the chains went through the search for what they lack already
     spacing: int = 1  # sweeps from draw to draw, in units of what earlier chains had; beyond 1, their draws go
-    come_short: bool = False  # chains that have converged lack nothing that longer ones could not have
+    short_of_tails: bool = False  # chains that have converged lack nothing that longer ones could not have
     sampler: Sampler | None = None
     chains: Chains | None = None
     annealed: Annealed | None = None
@@ -66,7 +66,7 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     if not against and chains is not None:
         with clock.part("the search for modes that the chains lack"):
             failures, notes = _checked(posterior, chains, seed, work)
-        work.come_short = bool(failures) and all(said.startswith((TOO_LITTLE, MISS, DISAGREE)) for said in failures)
+        work.short_of_tails = bool(failures) and all(said.startswith((TOO_LITTLE, DISAGREE)) for said in failures)
     against += clock.reasons()
     verdict = _verdict(posterior.verdict, found, against, failures, notes, work.why)
     history = (*posterior.history, _stage(work, found, verdict).as_dict())

@@ -37,7 +37,7 @@ from pyro_flows.verdict.chains import DIVERGENCES, LEAST_ESS, NESTED_R_HAT, Chai
 BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, of a further round, last
 NEARLY = 0.25  # of the effective draws that the verdict asks for
-LONGER = 4  # times the sweeps, where converged chains came short of a tail or a mode
+LONGER = 4  # times the sweeps, where converged chains came short of a tail
 MOST_PLAIN, PLAIN_NUMBERS = 40_000_000, 5e11  # gradients in plain coordinates, and numbers that they write: 5 minutes
 CHEAPER = "sampling cost less than another round of training"
 
@@ -76,7 +76,7 @@ def last_rung(
     work = Work(method, CHEAPER, most=LAST, searched=searched, passed=passed)
     found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
     given: tuple[Any, ...] = (CHAINS, MAX_STEPS, seed, own, bar)
-    if work.come_short and _goes_on(own):
+    if work.short_of_tails and _goes_on(own):
         longer = replace(work, failures=[], spacing=LONGER)
         found = _better(found, refined(replace(begun, chains=found.chains), longer, *given))
     if _flow_is_in_vain(found, posterior, method) and _goes_on(own):

@@ -24,7 +24,7 @@ from pyro_flows.verdict.chains import Chains
 from pyro_flows.verdict.psis import psis
 
 SEARCHED = 1000  # draws of the chains
-TOO_LITTLE, MISS = "the chains have too little mass", "the chains miss a mode"  # which longer chains may have
+TOO_LITTLE = "the chains have too little mass"  # which longer chains may have
 HELD_OUT = 4  # one superchain of so many
 STAGE = "search for missed modes"
 SETTLED = 1.05  # nested R-hat of whether a chain is in a region
@@ -100,7 +100,7 @@ def lacks_of_chains(
     found = _not_visited(history, regions, joined)
     if search.lacks:
         place = (search.sentence or "").partition(" near ")[2]
-        what = TOO_LITTLE if to_name(search.lacks)[0].beside else MISS
+        what = TOO_LITTLE if to_name(search.lacks)[0].beside else "the chains miss a mode"
         found.append(f"{what} near {place}")
     return found, list(search.notes)
 
