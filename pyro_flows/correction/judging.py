@@ -13,7 +13,7 @@ from pyro_flows._clock import Clock
 from pyro_flows.correction.diagnostics import figures
 from pyro_flows.correction.joining import joins
 from pyro_flows.correction.sampler import Sampler
-from pyro_flows.correction.search import TOO_LITTLE, bridge, held_out, lacks_of_chains
+from pyro_flows.correction.search import MISS, TOO_LITTLE, Lacking, bridge, held_out, lacks_of_chains
 from pyro_flows.correction.smc import Annealed
 from pyro_flows.correction.starts import PLAIN, affine_flow, flow_of
 from pyro_flows.flows.flow import Flow
@@ -48,7 +48,7 @@ class Work:
     searched: bool = False  # for modes that the guide lacks, in vain
     passed: bool = False  # the chains went through the search for what they lack already
     spacing: int = 1  # sweeps from draw to draw, in units of what earlier chains had; beyond 1, their draws go
-    short_of_tails: bool = False  # chains that have converged lack nothing that longer ones could not have
+    come_short: bool = False  # chains that have converged lack nothing that longer ones could not have
     sampler: Sampler | None = None
     chains: Chains | None = None
     annealed: Annealed | None = None
@@ -62,14 +62,16 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     against = [*work.failures, *([] if found is None else objections(found))]
     if found is None and not against:
         against = [f"they have fewer than {LEAST_DRAWS} draws each"]
-    failures, notes = list[str](), list[str]()
+    lacking = Lacking([])
     if not against and chains is not None:
         with clock.part("the search for modes that the chains lack"):
-            failures, notes = _checked(posterior, chains, seed, work)
-        work.short_of_tails = bool(failures) and all(said.startswith((TOO_LITTLE, DISAGREE)) for said in failures)
+            lacking = _checked(posterior, chains, seed, work)
+        mendable = all(said.startswith((TOO_LITTLE, MISS, DISAGREE)) for said in lacking.failures)
+        work.come_short = bool(lacking.failures) and mendable and lacking.reached
     against += clock.reasons()
-    verdict = _verdict(posterior.verdict, found, against, failures, notes, work.why)
-    history = (*posterior.history, _stage(work, found, verdict).as_dict())
+    verdict = _verdict(posterior.verdict, found, against, lacking.failures, lacking.notes, work.why)
+    stages = [stage.as_dict() for stage in lacking.stages]
+    history = (*posterior.history, *stages, _stage(work, found, verdict).as_dict())
     if posterior.of_mcmc and verdict.status != "refined":  # the draws to use stay the other sampler's
         chains, verdict = posterior.chains, replace(verdict, chains=posterior.verdict.chains)
     evidence = posterior.log_evidence
@@ -101,13 +103,13 @@ def _come_to(posterior: Record, work: Work) -> tuple[Chains | None, ChainFigures
     )
 
 
-def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> tuple[list[str], list[str]]:
+def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> Lacking:
     """Return what speaks against chains that have converged, in words, and what was not looked at."""
     density, flow = posterior._need_density(), flow_of(posterior)
     complaint = density.complaint(chains.z.flatten(0, 1)[:: max(1, chains.z[..., 0].numel() // CHECKED)])
     invalid = [] if complaint is None else [f"the model is invalid at some draws: {complaint}"]
     if work.passed:
-        return [*invalid, *disagreements(posterior, chains)], []
+        return Lacking([*invalid, *disagreements(posterior, chains)])
     if chains.numbers.get("space") == PLAIN:
         flow = around(chains)
     own = flow is posterior.flow  # else an affine one, that chains moved in
@@ -120,8 +122,8 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> tuple[
         told["joined"] = lambda places: joins(sampler, places)
     elif sampler is not None and sampler.latent.walkable and is_usable(posterior.log_weights.double()):
         told["space"] = sampler.latent
-    lacks, notes = lacks_of_chains(density, chains, *given, **told)
-    return [*invalid, *lacks, *disagreements(posterior, chains)], notes
+    lacking = lacks_of_chains(density, chains, *given, **told)
+    return replace(lacking, failures=[*invalid, *lacking.failures, *disagreements(posterior, chains)])
 
 
 def around(chains: Chains) -> Flow:

@@ -37,7 +37,7 @@ from pyro_flows.verdict.chains import DIVERGENCES, LEAST_ESS, NESTED_R_HAT, Chai
 BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, of a further round, last
 NEARLY = 0.25  # of the effective draws that the verdict asks for
-LONGER = 4  # times the sweeps, where converged chains came short of a tail
+LONGER = 4  # times the sweeps, where converged chains came short of a tail or a mode
 MOST_PLAIN, PLAIN_NUMBERS = 40_000_000, 5e11  # gradients in plain coordinates, and numbers that they write: 5 minutes
 CHEAPER = "sampling cost less than another round of training"
 
@@ -76,15 +76,16 @@ def last_rung(
     work = Work(method, CHEAPER, most=LAST, searched=searched, passed=passed)
     found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
     given: tuple[Any, ...] = (CHAINS, MAX_STEPS, seed, own, bar)
-    if work.short_of_tails and _goes_on(own):
+    if work.come_short and _goes_on(own):
         longer = replace(work, failures=[], spacing=LONGER)
-        found = _better(found, refined(replace(begun, chains=found.chains), longer, *given))
+        found = _better(found, refined(replace(begun, chains=found.chains, history=found.history), longer, *given))
     if _flow_is_in_vain(found, posterior, method) and _goes_on(own):
-        found = _better(found, refined(posterior, Work(PLAIN, CHEAPER, most=_plain_gradients(posterior)), *given))
+        plain = Work(PLAIN, CHEAPER, most=_plain_gradients(posterior))
+        found = _better(found, refined(replace(posterior, history=found.history), plain, *given))
     clock.interrupted = own.interrupted
     spent = {"seconds": clock.elapsed}
     if "gradient_evaluations" in posterior.settings:
-        gradients = sum(stage["details"]["gradients"] for stage in found.history[len(posterior.history) :])
+        gradients = sum(stage["details"].get("gradients", 0) for stage in found.history[len(posterior.history) :])
         spent["gradient_evaluations"] = posterior.settings["gradient_evaluations"] + gradients
     return replace(found, settings={**found.settings, **spent})
 
@@ -95,8 +96,7 @@ def _goes_on(clock: Clock) -> bool:
 
 def _better(found: Recorded, again: Recorded) -> Recorded:
     """Return what a further try came to, if that can be used, else what was there; both with the history of both."""
-    history = (*found.history, again.history[-1])
-    return replace(again if again.verdict.status == "refined" else found, history=history)
+    return again if again.verdict.status == "refined" else replace(found, history=again.history)
 
 
 def _flow_is_in_vain(found: Record, posterior: Record, method: str) -> bool:
@@ -161,8 +161,8 @@ def attempt_untrained(
     guides = (guide.covered, flow.log_prob), (covered_by(settled, density), settled.log_prob)
     covered, score = max(guides, key=itemgetter(0))
     given = (score, covered, evidence_of(flow, chains, density), ())
-    failures, notes = lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
-    return None if failures or notes else (flow, chains)
+    lacking = lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
+    return None if lacking.failures or lacking.notes else (flow, chains)
 
 
 def _only_lacks_draws(found: ChainFigures) -> bool:

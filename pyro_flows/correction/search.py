@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from pyro_flows.verdict.chains import Chains
 from pyro_flows.verdict.psis import psis
 
 SEARCHED = 1000  # draws of the chains
-TOO_LITTLE = "the chains have too little mass"  # which longer chains may have
+TOO_LITTLE, MISS = "the chains have too little mass", "the chains miss a mode"  # which longer chains may have
 HELD_OUT = 4  # one superchain of so many
-STAGE = "search for missed modes"
+STAGE, OF_CHAINS = "search for missed modes", "search for modes that chains lack"
 SETTLED = 1.05  # nested R-hat of whether a chain is in a region
 WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
 WEIGHED, TRUSTED_K_HAT = 4000, 0.7  # draws that the mass of a region is found by
@@ -34,7 +35,20 @@ PART = 0.5  # of a region's mass that chains have to have, where it is known
 INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribution that lie farther out do not count
 
 
-def noted(search: Search | None) -> list[Stage]:
+@dataclass(frozen=True)
+class Lacking:
+    """What chains lack, in words, what was not looked at, and the places, for chains that come later.
+
+    ``reached`` says whether draws were at each of these, so that there may be enough if the chains go on.
+    """
+
+    failures: list[str]
+    notes: list[str] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+    reached: bool = True
+
+
+def noted(search: Search | None, stage: str = STAGE) -> list[Stage]:
     """Return what a fit\'s history keeps of a search, for a sampler to look at later: places and spreads as lists."""
     lacks = [] if search is None else [lack for lack in search.lacks if lack.start.name != WANDERED]
     if not lacks:
@@ -43,7 +57,7 @@ def noted(search: Search | None) -> list[Stage]:
     spreads = [s.norm(dim=1) if s.dim() == 2 and len(s) > WHOLE_UP_TO else s for s in scales]
     sentence = search.sentence if search is not None else ""
     places = {"places": [lack.start.loc.tolist() for lack in lacks], "spreads": [spread.tolist() for spread in spreads]}
-    return [Stage(STAGE, details={"sentence": sentence, **places})]
+    return [Stage(stage, details={"sentence": sentence, **places})]
 
 
 def lacks_of_chains(
@@ -58,7 +72,7 @@ def lacks_of_chains(
     searched: bool = False,
     joined: Callable[[Tensor], bool] = lambda places: False,
     space: Space | None = None,
-) -> tuple[list[str], list[str]]:
+) -> Lacking:
     """Return what chains lack, in words, and what was not looked at.
 
     The search of :func:`~pyro_flows.modes.missed_modes` is made with draws of the chains. They count as draws of the
@@ -100,22 +114,31 @@ def lacks_of_chains(
     found = _not_visited(history, regions, joined)
     if search.lacks:
         place = (search.sentence or "").partition(" near ")[2]
-        what = TOO_LITTLE if to_name(search.lacks)[0].beside else "the chains miss a mode"
-        found.append(f"{what} near {place}")
-    return found, list(search.notes)
+        said = f"{TOO_LITTLE if to_name(search.lacks)[0].beside else MISS} near {place}"
+        found.append(said)
+        search = replace(search, sentence=said)
+    known = [lack.start for lack in search.lacks if lack.start.name != WANDERED]
+    reached = all(bool(regions.inside(start.loc, start.scale).any()) for start in known)
+    return Lacking(found, list(search.notes), noted(search, OF_CHAINS), reached)
 
 
 def _not_visited(
     history: Sequence[Mapping[str, Any]], regions: _Regions, joined: Callable[[Tensor], bool]
 ) -> list[str]:  # fmt: skip
-    """Return what the search of the fit said of the last guide, if chains do not go to all places that it had found."""
-    searches = [stage["details"] for stage in history if stage["stage"] == STAGE]
-    if not searches:
-        return []
-    last, z = searches[-1], regions.chains.z
-    pairs = zip(last["places"], last["spreads"], strict=True)
+    """Return what the search of the last guide said, and those of earlier chains, where chains do not go to all places.
+
+    Another search may fail to find these again.
+    """
+    guides, earlier = ([stage["details"] for stage in history if stage["stage"] == name] for name in (STAGE, OF_CHAINS))
+    return [search["sentence"] for search in (*guides[-1:], *earlier) if not _went_to(search, regions, joined)]
+
+
+def _went_to(search: Mapping[str, Any], regions: _Regions, joined: Callable[[Tensor], bool]) -> bool:
+    """Whether chains go in and out of all places of a search, or come to the same distribution from the others."""
+    z = regions.chains.z
+    pairs = zip(search["places"], search["spreads"], strict=True)
     places = [place for place, spread in pairs if not regions.visited(z.new_tensor(place), z.new_tensor(spread))]
-    return [str(last["sentence"])] if places and not joined(z.new_tensor(places)) else []
+    return not places or joined(z.new_tensor(places))
 
 
 def held_out(chains: Chains) -> Tensor:
@@ -157,8 +180,7 @@ class _Regions:
     @torch.no_grad()
     def visited(self, loc: Tensor, scale: Tensor) -> bool:
         """Whether chains go in and out of the region of a normal distribution, agree on its share, and have enough."""
-        z = self.chains.z
-        inside = _inside(z.flatten(0, 1) - loc, scale).reshape(z.shape[:2])
+        inside = self.inside(loc, scale)
         share = float(inside.double().mean())
         if share < self._needed(loc, scale):
             return False
@@ -166,6 +188,11 @@ class _Regions:
             return True
         nested = _mixing.nested_r_hat(inside.double()[..., None], self.chains.state["superchain"])
         return float(nested[0]) <= SETTLED
+
+    def inside(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Return which of the chains' draws (C, N) are among those that a normal distribution would draw."""
+        z = self.chains.z
+        return _inside(z.flatten(0, 1) - loc, scale).reshape(z.shape[:2])
 
     def _needed(self, loc: Tensor, scale: Tensor) -> float:
         """Return the share that chains have to have: by importance sampling from the normal, where that can be done."""

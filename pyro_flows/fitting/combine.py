@@ -28,6 +28,7 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import BATCH
+from pyro_flows.verdict.chains import Chains
 
 RUNS_ADDED = 7  # at most, one for each mode that is missed
 SURVEYS = 2  # at most, of all modes at once
@@ -79,6 +80,11 @@ class Combined:
     def best(self) -> Run:
         """The run with the best verdict, then the best ELBO."""
         return max(self.kept, key=lambda run: run.rank)
+
+    @property
+    def chains(self) -> Chains | None:
+        """Chains that sufficed, unless a mixture or tables of coordinates took the place of the flow they began at."""
+        return self.best.chains if isinstance(self.sampler, Flow) and self.several is None else None
 
 
 def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:

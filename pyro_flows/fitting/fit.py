@@ -18,7 +18,6 @@ from pyro_flows.fitting.combine import Combined, combine, make_runs
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared, prepare
-from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import FlowLike, latent_recipe
 from pyro_flows.model.batching import usable
 from pyro_flows.model.log_density import LogDensity
@@ -222,7 +221,7 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
         prepared.density.under(unbounded())
     if plan.refine is None or plan.train_model:
         return posterior
-    chains = found.best.chains if isinstance(posterior.flow, Flow) else None
+    chains = found.chains
     searched = found.search is not None and not found.search.lacks and not found.search.notes
     passed = chains is not None and found.best.sampled
     return last_rung(posterior, plan.refine, clock, plan.bar, chains, searched=searched, passed=passed)

@@ -12,7 +12,7 @@ from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows.correction import judging, rungs
 from pyro_flows.correction.judging import DISAGREE, around
-from pyro_flows.correction.search import TOO_LITTLE, held_out, lacks_of_chains
+from pyro_flows.correction.search import MISS, OF_CHAINS, TOO_LITTLE, Lacking, held_out, lacks_of_chains
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes import missed_modes
 from pyro_flows.modes.lacks import Lack
@@ -24,7 +24,7 @@ from tests.posteriors import schools_posterior
 
 TAIL = f"{TOO_LITTLE} near mu = 3"
 APART = f"{DISAGREE} about mu, so that one of them misses a part"
-MODE = "the chains miss a mode near mu = 30"
+MODE = f"{MISS} near mu = 30"
 INVALID = "the model is invalid at some draws: a scale is negative"
 
 
@@ -33,10 +33,10 @@ def narrow():
     return schools_posterior("unreliable", draws=1000)
 
 
-def judged(narrow, monkeypatch, said):
+def judged(narrow, monkeypatch, said, reached=True):
     """What becomes of an unreliable fit if the chains are checked again and again with these results."""
     left = list(said)
-    monkeypatch.setattr(judging, "_checked", lambda *_: (left.pop(0), []))
+    monkeypatch.setattr(judging, "_checked", lambda *_: Lacking(left.pop(0), reached=reached))
     monkeypatch.setattr(rungs, "_flow_is_in_vain", lambda *_: False)
     found = rungs.last_rung(narrow, "auto", Clock(math.inf), Bar("", False))
     stages = [stage["details"] for stage in found.history[len(narrow.history) :]]
@@ -44,7 +44,7 @@ def judged(narrow, monkeypatch, said):
     return found, stages
 
 
-@pytest.mark.parametrize("first", [[TAIL], [APART], [TAIL, APART]])
+@pytest.mark.parametrize("first", [[TAIL], [APART], [TAIL, APART], [MODE], [TAIL, MODE]])
 def test_chains_that_come_short_go_on_with_draws_farther_apart(narrow, monkeypatch, first):
     found, stages = judged(narrow, monkeypatch, [first, []])
     assert found.verdict.status == "refined", found.verdict
@@ -66,9 +66,9 @@ def test_where_longer_chains_come_short_too_it_is_said(narrow, monkeypatch):
     assert len(stages) == 2
 
 
-@pytest.mark.parametrize("first", [[MODE], [TAIL, MODE], [INVALID]])
-def test_chains_that_miss_a_mode_or_are_invalid_do_not_go_on(narrow, monkeypatch, first):
-    found, stages = judged(narrow, monkeypatch, [first])
+@pytest.mark.parametrize(("first", "reached"), [([INVALID], True), ([INVALID, MODE], True), ([MODE], False)])
+def test_chains_that_are_invalid_or_nowhere_near_a_mode_do_not_go_on(narrow, monkeypatch, first, reached):
+    found, stages = judged(narrow, monkeypatch, [first], reached)
     assert found.verdict.status == "unreliable"
     assert len(stages) == 1
 
@@ -110,8 +110,8 @@ def test_of_few_superchains_every_fourth_chain_is_held_out():
     assert held_out(Chains(z, {}, {"superchain": torch.zeros(8).long()}, {})).nonzero()[:, 0].tolist() == [3, 7]
 
 
-def test_what_chains_hold_does_not_hide_what_a_later_search_finds(monkeypatch):
-    """A refined lie: a moved region that chains went through ended the search, which then missed a scale's tail."""
+def normal_chains():
+    """The density of N(0, I) in three dimensions, and chains that have converged there."""
 
     def model():
         pyro.sample("x", dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1))
@@ -119,12 +119,39 @@ def test_what_chains_hold_does_not_hide_what_a_later_search_finds(monkeypatch):
     density = LogDensity(model)
     z = torch.randn(64, 50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     log_p = density(z.flatten(0, 1)).detach()
-    chains = Chains(z, {"lp": log_p.reshape(64, 50)}, {"superchain": torch.arange(64) // 8}, {})
+    return density, Chains(z, {"lp": log_p.reshape(64, 50)}, {"superchain": torch.arange(64) // 8}, {})
+
+
+def test_what_chains_hold_does_not_hide_what_a_later_search_finds(monkeypatch):
+    """A refined lie: a moved region that chains went through ended the search, which then missed a scale's tail."""
+    density, chains = normal_chains()
     near, far = torch.zeros(3, dtype=torch.float64), torch.full((3,), 5.0, dtype=torch.float64)
     one = torch.ones(3, dtype=torch.float64)
     monkeypatch.setattr(missed_modes, "mirrored", lambda *_: [Lack(near, Start("mirrored", near, one))])
     tail = Lack(far, Start(WANDERED, far, one), beside=True)
     monkeypatch.setattr(missed_modes, "too_thin", lambda *_, **__: [tail])
-    found, _ = lacks_of_chains(density, chains, lambda points: density(points), 0.0, 0.0, [], seed=0)
-    assert len(found) == 1
-    assert found[0].startswith(TOO_LITTLE)
+    found = lacks_of_chains(density, chains, lambda points: density(points), 0.0, 0.0, [], seed=0)
+    assert len(found.failures) == 1
+    assert found.failures[0].startswith(TOO_LITTLE)
+    assert not found.stages, "draws that wandered have no place that longer chains could be held to"
+
+
+@pytest.mark.parametrize(("place", "held"), [(0.0, True), (30.0, False)])
+def test_later_chains_are_held_to_what_earlier_ones_lacked(monkeypatch, place, held):
+    """Without this a second search that fails to find the mode again would make the verdict a lie."""
+    density, chains = normal_chains()
+    at, one = torch.full((3,), place, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    far = torch.full((3,), 30.0, dtype=torch.float64)
+    monkeypatch.setattr(missed_modes, "mirrored", lambda *_: [Lack(far, Start("mirrored", far, one))])
+    given = (density, chains, lambda points: density(points), 0.0, 0.0)
+    first = lacks_of_chains(*given, [], seed=0)
+    assert [said.startswith(MISS) for said in first.failures] == [True]
+    assert not first.reached
+    (stage,) = first.stages
+    assert stage.stage == OF_CHAINS
+    assert stage.details["places"] == [far.tolist()]
+    monkeypatch.setattr(missed_modes, "mirrored", lambda *_: [])
+    entry = stage.as_dict()
+    entry["details"] = {**entry["details"], "places": [at.tolist()]}  # as if the chains went there
+    again = lacks_of_chains(*given, [entry], seed=0)
+    assert again.failures == ([] if held else first.failures)

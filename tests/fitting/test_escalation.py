@@ -17,18 +17,22 @@ from pyro_flows._clock import unbounded
 from pyro_flows._progress import Bar
 from pyro_flows.fitting import escalation
 from pyro_flows.fitting.agreement import compare
-from pyro_flows.fitting.combine import Combined
+from pyro_flows.fitting.combine import Combined, _take
 from pyro_flows.fitting.conclude import _in_vain, _never_good
 from pyro_flows.fitting.escalation import Round, rounds, unweighed
 from pyro_flows.fitting.fit import default_steps
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.run import Run
+from pyro_flows.fitting.several import Several
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import Recipe, grow, set_df
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms import DiagonalAffine
+from pyro_flows.verdict.chains import Chains
 from pyro_flows.verdict.weighing import Weighing
 from tests.models import real
 from tests.registry import normal, randomize
@@ -354,6 +358,19 @@ def test_a_fit_that_was_cut_short_after_poor_rounds(run, said):
     found = _never_good(run)
     assert bool(found) == said
     assert not said or found[0].startswith("training did not converge, and an earlier round had k-hat")
+
+
+@pytest.mark.parametrize("taken", ["nothing", "a table of coordinates", "a mixture"])
+def test_chains_go_with_the_flow_that_they_began_at(taken):
+    """An alarm: chains began at a poor flow, then exact tables took its place, and were judged by these chains."""
+    flow, chains = location_scale(2, base="normal"), Chains(torch.zeros(8, 4, 2), {}, {}, {})
+    run = Run(0, chains=chains)
+    found = Combined(runs=[run], plain=flow, sampler=flow)
+    if taken == "a mixture":
+        found.sampler = FlowMixture([flow, flow])
+    if taken == "a table of coordinates":
+        assert _take(found, Several(location_scale(2, base="normal"), "tables", Stage("tables"), True))
+    assert found.chains is (chains if taken == "nothing" else None)
 
 
 IN_VAIN = [
