@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
 
 
 def pull(
@@ -34,3 +40,24 @@ def pull(
         (output,), (cotangent,), retain_graph or further, further, tuple(inputs), True, accumulate_grad=False
     )
     return [torch.zeros_like(part) if one is None else one for part, one in zip(inputs, found, strict=True)]
+
+
+class _Filled(TorchDispatchMode):
+    """Gives tensors of zeros where a derivative says that it is zero; a model with ``abs`` has such ones."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import torch's compiler
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten._efficientzerotensor.default:
+            func = _aten.zeros.default
+        return func(*args, **(kwargs or {}))
+
+
+def filled() -> AbstractContextManager[object]:
+    """Return a context for second derivatives: zeros in them are plain tensors, as long as that saves time.
+
+    To add to one that is not, torch imports its compiler: two seconds, once.
+    """
+    return nullcontext() if "torch._dynamo" in sys.modules else _Filled()

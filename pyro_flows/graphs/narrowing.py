@@ -52,7 +52,7 @@ def narrow(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     written = graph_module(module, graph)
     try:
         with torch.no_grad():
-            fx.Interpreter(written).run(*inputs)
+            written.forward(*inputs)  # an interpreter of torch imports its compiler where this fails: two seconds
     except Exception:  # memory is laid out in another way than a view needs
         return module
     return written
@@ -125,7 +125,7 @@ class _Narrower:
         count = math.prod(wide[axis] // thin[axis] for axis in axes)
         if count == 1:
             return
-        like = torch.empty(thin, device="meta").sum(*given[1:])
+        like = like_of(node.meta["val"], *thin).sum(*given[1:])  # on the device "meta", this imports sympy: a second
         with self.graph.inserting_before(node):
             whole = self._add(_SUM, (core, *given[1:]), node, like.shape)
             whole = self._add(_aten.mul.Tensor, (whole, float(count)), node, like.shape)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from pyro_flows._autograd import pull
+from pyro_flows._autograd import filled, pull
 from pyro_flows.model.batching import batch
 
 
@@ -37,7 +37,8 @@ def hessians(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
         RuntimeError: if an operation cannot be differentiated twice, or not for many directions at once.
     """
     row, units = _rows(function, points)
-    return torch.func.vmap(row)(units).transpose(0, 1)
+    with filled():
+        return torch.func.vmap(row)(units).transpose(0, 1)
 
 
 def hessian_diagonals(function: Callable[[Tensor], Tensor], points: Tensor, *, chunk: int) -> Tensor:
@@ -47,7 +48,8 @@ def hessian_diagonals(function: Callable[[Tensor], Tensor], points: Tensor, *, c
         RuntimeError: where :func:`hessians` does.
     """
     row, units = _rows(function, points)
-    return torch.func.vmap(lambda unit: torch.where(unit != 0.0, row(unit), 0.0).sum(1), chunk_size=chunk)(units).mT
+    with filled():
+        return torch.func.vmap(lambda unit: torch.where(unit != 0.0, row(unit), 0.0).sum(1), chunk_size=chunk)(units).mT
 
 
 def _rows(function: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
