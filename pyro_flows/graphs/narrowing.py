@@ -52,7 +52,9 @@ def narrow(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     written = graph_module(module, graph)
     try:
         with torch.no_grad():
-            written.forward(*inputs)  # an interpreter of torch imports its compiler where this fails: two seconds
+            trial = fx.Interpreter(written)
+            trial.extra_traceback = False  # its words for an error import torch's compiler: two seconds
+            trial.run(*inputs)
     except Exception:  # memory is laid out in another way than a view needs
         return module
     return written
@@ -78,14 +80,15 @@ class _Narrower:
                 self._sum(node)
             elif _is_pointwise(node):
                 self._pointwise(node)
-        sweep(graph)
         self._expand()
 
     def _expand(self) -> None:
-        """Expand what other operations need at full width: in memory as it was, since views ask for that."""
-        left = set(self.graph.nodes)
+        """Expand what other operations need at full width: in memory as it was, since views ask for that.
+
+        What they do not need goes afterwards: until then, narrow results may have no users yet.
+        """
         for node, core in self.core.items():
-            if node not in left or node.op == "get_attr" or node.target is _aten.expand.default:
+            if not node.users or node.op == "get_attr" or node.target is _aten.expand.default:
                 continue
             with self.graph.inserting_before(node):
                 wide = self._add(_aten.expand.default, (core, [*node.meta["val"].shape]), node, node.meta["val"].shape)
