@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack, is_resolved
+from pyro_flows.modes.doubts import Doubtful, by_curvature, distinct, heavier, normals_at, worth_tempering
+from pyro_flows.modes.lacks import SHARE, Guide, Lack
 from pyro_flows.modes.survey import can_be_surveyed, distances, survey
-from pyro_flows.modes.tempering import Tempered, log_mean, temper, wander
-from pyro_flows.modes.terms import tops_of_terms
+from pyro_flows.modes.tempering import temper
+from pyro_flows.modes.terms import places_of_terms
 from pyro_flows.modes.units import in_units, units_of
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
@@ -37,8 +35,6 @@ SAME_END, TWINS = 0.1, 2  # sds between ends of paths that are one place; paths 
 ROUNDS, SURVEYED, FEW = 2, 96, 30  # of a survey; climbs, up to so many dimensions, and a third of them beyond
 OWN_DRAWS = 200  # of the guide, that tell which mode it covers
 DOUBTS = 12  # places that paths go on from
-SHORT = 10.0  # nats that tempering may fall short of; in 226 dimensions it was 33, and two places were no modes
-LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
 
 def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> list[Lack]:
@@ -56,7 +52,11 @@ def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> li
     found, doubtful = _weighed(guide, paths, len(own), units, seed=seed)
     if not found and density.batched:
         found = _tempered(guide, paths, len(own), doubtful, units, seed=seed)
-    return [found[number] for number in _distinct([lack.place for lack in found], units)]
+        curved = None if found else by_curvature(guide, paths, len(own), doubtful, units)
+        if curved is not None:
+            found, doubtful = _weighed(guide, curved, 1, units, seed=seed)
+            found = found or _tempered(guide, curved, 1, doubtful, units, seed=seed)
+    return [found[number] for number in distinct([lack.place for lack in found], units)]
 
 
 def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list[Lack]:
@@ -84,10 +84,7 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
             return []
     own, rows = len(covered), torch.cat([covered, looked_at.nonzero()[:, 0]])
     modes, roots, evidence = found.modes[rows], found.roots[rows], found.evidence[rows]
-    one = torch.ones_like(modes)
-    none = torch.zeros_like(modes[..., None])
-    normals = Gaussians(modes, roots, one, none, torch.ones_like(none[:, :1]))
-    paths = Paths(normals, evidence, modes, torch.ones(len(modes), dtype=torch.bool, device=modes.device))
+    paths = normals_at(modes, roots, evidence)
     units = units_of(z)
     lacks, doubtful = _weighed(guide, paths, own, units, seed=seed)
     elsewhere = [path for path in doubtful if path.elsewhere]
@@ -101,17 +98,6 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
 def _is_cheap(density: LogDensity) -> bool:
     """Whether more paths cost next to nothing."""
     return density.batched and density.numbers <= MANY_TERMS
-
-
-@dataclass(frozen=True)
-class Doubtful:
-    """A path at whose end the guide may lack something, and whose normal is too poor to weigh it."""
-
-    number: int
-    elbo: float
-    elsewhere: bool  # the guide is too thin at most draws of the normal, and not only at some of their tail
-    start: Start
-    beside: bool = False  # the end is the top of what the guide covers, or covered itself
 
 
 def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) -> tuple[list[Lack], list[Doubtful]]:
@@ -184,55 +170,6 @@ def _tempered(
     return heavier(guide, paths.ends, worth, walk)
 
 
-def worth_tempering(
-    guide: Guide, paths: Paths, own: int, doubtful: Sequence[Doubtful], units: Tensor
-) -> tuple[list[int], list[Doubtful]]:
-    """Return the numbers of paths to temper from, one of the guide's own region first, and the doubts on the others."""
-    ends = paths.ends
-    base = int(paths.elbo[:own].nan_to_num(nan=-torch.inf).argmax())
-    reach = guide.covered + math.log(SHARE) - max(0.0, guide.covered - float(paths.elbo[base]))
-    worth = [path for path in doubtful if path.elbo > reach - THINNER]
-    worth.sort(key=lambda path: (not path.elsewhere, -path.elbo))
-    distinct = (worth[number] for number in _distinct([ends[path.number] for path in worth], units))
-    worth = [*islice((path for path in distinct if not _is_spike(guide, ends[path.number])), LOOKED_AT)]
-    return [base, *(path.number for path in worth)], worth
-
-
-def _is_spike(guide: Guide, end: Tensor) -> bool:
-    """Whether a path ended where the density grows into what numbers cannot resolve, and the guide has no share."""
-    thin = bool(guide.is_thin(end[None], guide.density(end[None]).detach()))
-    return thin and not is_resolved(guide.density, end)
-
-
-def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempered) -> list[Lack]:
-    """Return the places with a good part of the mass, by tempering from the guide's own region, first, and there.
-
-    Where tempering falls far short of what the guide's own weights say, it has not come to rest. There, what counts as
-    thin may be no more than the guide's tails, and points have to stay thin as they wander on.
-    """
-    density = guide.density
-    covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
-    found = []
-    for path, reached, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=True):
-        thin = guide.is_thin(reached, log_p)
-        log_weights = torch.where(thin, log_weights, -torch.inf)
-        if float(log_mean(log_weights)) - covered > math.log(SHARE):
-            if guide.covered - covered > SHORT and not _stay_thin(guide, reached[thin], path):
-                continue
-            thin_end = bool(guide.is_thin(ends[path.number][None], density(ends[path.number][None]).detach()))
-            place = ends[path.number] if thin_end else reached[int(log_weights.argmax())]
-            found.append(Lack(place, path.start, beside=path.beside or not thin_end))
-    return found
-
-
-def _stay_thin(guide: Guide, points: Tensor, path: Doubtful) -> bool:
-    """Whether most of some points (S, D) are still where the guide is thin after they have wandered about."""
-    scale = path.start.scale
-    units = scale.norm(dim=1) if scale.dim() == 2 else scale
-    ends, log_p = wander(guide.density, points, units, seed=derive(path.number, "places"))
-    return float(guide.is_thin(ends, log_p).double().mean()) > 0.5
-
-
 def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> Tensor:
     """Points to climb from: draws moved away from their center, prior draws, known modes; of finite density."""
     density = guide.density
@@ -248,7 +185,8 @@ def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) ->
         flipped.append(changed)
     count = PRIOR_CLIMBERS if _is_cheap(density) else FEW_CLIMBERS
     prior = prior_draws(density, count, seed=derive(seed, "modes from the prior"))
-    terms = prior[:0] if can_be_surveyed(density) else tops_of_terms(density, prior, 0).places
+    terms = prior[:0] if can_be_surveyed(density) else places_of_terms(density, prior)
+    terms = terms[distinct([*terms], units_of(z), by=1.0)[:count]]
     points = torch.cat([*(mode.loc[None] for mode in modes), terms, *outwards, *flipped, prior])
     with torch.no_grad():
         points = points[torch.isfinite(density(points))]
@@ -269,13 +207,3 @@ def _denser(guide: Guide, points: Tensor) -> Tensor:
         return points
     ratios = (log_p - guide.score(points)).double().nan_to_num(nan=-torch.inf)
     return points[ratios.topk(min(CLIMBERS, len(points))).indices]
-
-
-def _distinct(places: Sequence[Tensor], units: Tensor) -> list[int]:
-    """Return the numbers of places (D,) that do not lie within a standard deviation of an earlier one of them."""
-    kept: list[int] = []
-    for number, place in enumerate(places):
-        away = [in_units((place - places[other])[None], units) for other in kept]
-        if all(float(x.norm()) > math.sqrt(len(place)) for x in away):
-            kept.append(number)
-    return kept

@@ -55,7 +55,8 @@ def missed_modes(
     3. Paths climb from draws moved outwards (from some, and from those of many where the density is farthest above what
        the guide says), from prior draws, from draws with a site's signs changed, and from the modes of the portfolio.
        Each carries a normal distribution (``starts/pathfinder.py``), whose weighted draws tell the mass. Where they
-       are too few, tempering does, in comparison with the region that the guide covers, by the same method.
+       are too few, tempering does, in comparison with the region that the guide covers, by the same method. Where the
+       normal seems to be too poor even for that, Newton's steps and a Hessian give a better one (``doubts.py``).
     4. All draws are moved along single coordinates to further maxima: see :func:`across`.
     5. Draws wander to where the guide is thin next to them: see :func:`too_thin`.
 

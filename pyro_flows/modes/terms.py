@@ -91,28 +91,44 @@ class Tops(NamedTuple):
 def tops_of_terms(density: LogDensity, z: Tensor, rows: int) -> Tops:
     """Climb from draws z (S, D) the densities that have one term in the place of a sum; return normals where it ends.
 
-    A term that is above the whole somewhere is none of a sum of densities, as where weights are normalized. Cost: one
-    evaluation to find the sums; then up to 100 gradients, without a recorded graph, for each of three paths a term, and
-    a Hessian for each of the highest ends, at most so many ``rows`` of these in all.
+    Cost: that of :func:`places_of_terms`, and a Hessian for each of the highest ends, at most so many ``rows`` of these
+    in all.
     """
-    terms = Terms(density, z)
-    count, starts = len(terms.branches), z[:FROM]
-    which = torch.arange(count, device=z.device).repeat_interleave(len(starts)).to(z)
-    points = torch.cat([starts.repeat(count, 1), which[:, None]], 1)
-    if count:
-        units = torch.cat([units_of(z, full=False), z.new_ones(1)]).expand(points.shape)
-        ends = climb(terms, points, units, ticks=TICKS)
-        heights = torch.where(ends.settled, ends.heights, -torch.inf).reshape(count, -1)
-        best = heights.argmax(1) + len(starts) * torch.arange(count, device=z.device)
-        points, heights = ends.points[best], heights.amax(1)
-        below = heights <= density(points[:, :-1]) + ABOVE * (1.0 + heights.abs())
-        order = heights.argsort(descending=True)[: max(1, rows // density.dim)]
-        points = points[order[(below & torch.isfinite(heights))[order]]]
+    terms, points = _climbed(density, z)
+    points = points[: max(1, rows // density.dim)]
     if not len(points):
         return Tops(z[:0], z[:0, :, None].expand(-1, -1, density.dim), z[:0, 0])
     roots = lower_triangular(roots_of(terms.hessians(points))[0])
     size = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * density.dim * math.log(2.0 * math.pi)
     return _distinct(Tops(points[:, :-1], roots, terms.value_and_grad(points)[0] + size))
+
+
+@torch.no_grad()
+def places_of_terms(density: LogDensity, z: Tensor) -> Tensor:
+    """Return where the paths of :func:`tops_of_terms` end (N, D), the highest first, one for each term.
+
+    A term that is above the whole somewhere is none of a sum of densities, as where weights are normalized. Cost: one
+    evaluation to find the sums; then up to 100 gradients, without a recorded graph, for each of three paths a term.
+    """
+    return _climbed(density, z)[1][:, :-1]
+
+
+def _climbed(density: LogDensity, z: Tensor) -> tuple[Terms, Tensor]:
+    """Return the terms, and points (N, D + 1) at their tops, the highest first."""
+    terms = Terms(density, z)
+    count, starts = len(terms.branches), z[:FROM]
+    which = torch.arange(count, device=z.device).repeat_interleave(len(starts)).to(z)
+    points = torch.cat([starts.repeat(count, 1), which[:, None]], 1)
+    if not count:
+        return terms, points
+    units = torch.cat([units_of(z, full=False), z.new_ones(1)]).expand(points.shape)
+    ends = climb(terms, points, units, ticks=TICKS)
+    heights = torch.where(ends.settled, ends.heights, -torch.inf).reshape(count, -1)
+    best = heights.argmax(1) + len(starts) * torch.arange(count, device=z.device)
+    points, heights = ends.points[best], heights.amax(1)
+    below = heights <= density(points[:, :-1]) + ABOVE * (1.0 + heights.abs())
+    order = heights.argsort(descending=True)
+    return terms, points[order[(below & torch.isfinite(heights))[order]]]
 
 
 def _distinct(tops: Tops) -> Tops:

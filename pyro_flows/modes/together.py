@@ -10,12 +10,14 @@ from torch import Tensor
 from pyro_flows._seeding import derive
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.climbs import Doubtful, _weighed, heavier, units_of, worth_tempering
+from pyro_flows.modes.climbs import _weighed
+from pyro_flows.modes.doubts import Doubtful, heavier, worth_tempering
 from pyro_flows.modes.lacks import Guide, Lack, is_resolved, lack_of
 from pyro_flows.modes.lines import across
 from pyro_flows.modes.missed_modes import MOVED_DRAWS, Search, mirrored, sentence_on
 from pyro_flows.modes.tempering import Tempered, temper, wander_together
 from pyro_flows.modes.thin import THIN, WANDERED
+from pyro_flows.modes.units import units_of
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.prior import prior_draws

@@ -26,7 +26,7 @@ def laplace(density: LogDensity, points: Tensor) -> list[Start]:
     """
     if density.dim > FULL_HESSIAN_UP_TO:
         return []
-    modes = _climb(density, points)
+    modes = newton(density, points)
     roots, units = inverse_roots(density, modes)
     with torch.no_grad():
         evidence = density(modes) + torch.linalg.slogdet(roots).logabsdet
@@ -54,15 +54,15 @@ def laplace(density: LogDensity, points: Tensor) -> list[Start]:
     return starts
 
 
-def _climb(density: LogDensity, points: Tensor) -> Tensor:
+def newton(density: LogDensity, points: Tensor, most: int = NEWTON_STEPS) -> Tensor:
     """Newton's method with the absolute eigenvalues of the Hessian, halved until the density rises, from each point.
 
     Affine-invariant near a mode, so that scales of 1e-6 and 1e6 side by side do no harm (L-BFGS does not converge there
-    in raw coordinates); an ascent direction everywhere.
+    in raw coordinates); an ascent direction everywhere. Cost: for at most so many steps, a Hessian at each point.
     """
     halvings = 0.5 ** torch.arange(NEWTON_HALVINGS, dtype=density.dtype, device=density.device)
     heights, gradients = density.value_and_grad(points)
-    for _ in range(NEWTON_STEPS):
+    for _ in range(most):
         roots, _ = inverse_roots(density, points)
         steps = (roots @ (roots.mT @ gradients[..., None])).squeeze(-1)
         tries = points[:, None] + halvings[:, None] * steps[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pyro
@@ -12,6 +13,7 @@ from torch.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows.modes import climbs as module
+from pyro_flows.modes import doubts
 from pyro_flows.modes.lacks import Lack, to_name
 from pyro_flows.modes.missed_modes import missed_modes
 from pyro_flows.starts.start import Start
@@ -215,10 +217,43 @@ def test_paths_to_the_guides_own_mode_leave_room_for_others(monkeypatch):
         raise Measured(gaussians.loc)
 
     monkeypatch.setattr(module, "temper", measured)
-    monkeypatch.setattr(module, "LOOKED_AT", 1)
+    monkeypatch.setattr(doubts, "LOOKED_AT", 1)
     z = draw(1000) + center
     with pytest.raises(Measured) as caught:
         missed_modes(pf.LogDensity(model), [], z, score(z), score)
     base, place = caught.value.args[0]
     assert log_density(base - center) > -20.0
     assert log_density((place + center) @ turn) > -20.0
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_an_image_in_hundreds_of_dimensions_that_only_poor_normals_come_to(both):
+    """A lie: paths from afar came to the other half of the mass with normals that were 36 nats too poor, or more.
+
+    Blocks of coordinates with other scales are exchanged, and no sum of terms can be seen: no other search finds it.
+    """
+    dim, kind = 220, {"dtype": torch.float64}
+    order = torch.cat([torch.arange(dim // 2, dim), torch.arange(dim // 2)])
+    root = torch.diag(10.0 ** (0.4 * normal(dim, seed=3))) @ torch.linalg.qr(normal(dim, dim, seed=4))[0]
+    center = normal(dim, seed=5)
+    center *= 12.0 / float(torch.linalg.solve(root, center - center[order]).norm())
+    half = dist.MultivariateNormal(center, root @ root.mT)
+
+    def score(points):
+        near, image = half.log_prob(points), half.log_prob(points[..., order])
+        together = torch.maximum(near, image) + torch.nn.functional.softplus(-(near - image).abs()) - math.log(2.0)
+        return together if both else near
+
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (dim,)))
+        near, image = half.log_prob(z), half.log_prob(z[..., order])
+        pyro.factor("sum", torch.maximum(near, image) + torch.nn.functional.softplus(-(near - image).abs()))
+
+    torch.manual_seed(0)
+    z = center + torch.randn(1000, dim, **kind) @ root.mT
+    if both:
+        z[::2] = z[::2][:, order]
+    search = missed_modes(pf.LogDensity(model), [], z, score(z), score)
+    assert bool(search.lacks) != both
+    for lack in search.lacks:
+        assert half.log_prob(lack.place[order]) > half.log_prob(center) - 0.1

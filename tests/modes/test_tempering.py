@@ -14,7 +14,7 @@ import torch
 from torch.distributions import constraints
 
 import pyro_flows as pf
-from pyro_flows.modes.climbs import Doubtful, heavier
+from pyro_flows.modes.doubts import Doubtful, heavier
 from pyro_flows.modes.lacks import Guide
 from pyro_flows.modes.missed_modes import missed_modes
 from pyro_flows.modes.tempering import Tempered, log_mean, temper, wander

@@ -11,7 +11,7 @@ from torch.distributions import MultivariateNormal, constraints, kl_divergence
 import pyro_flows as pf
 from pyro_flows.model.gradients import hessian_diagonals
 from pyro_flows.starts import curvature
-from pyro_flows.starts.laplace import _climb
+from pyro_flows.starts.laplace import newton
 from pyro_flows.starts.pathfinder import pathfinder
 from pyro_flows.starts.pooling import pool
 from pyro_flows.starts.portfolio import along_paths, portfolio
@@ -51,7 +51,7 @@ def test_pathfinder_against_newton():
     density, loc, factor = gaussian(WIDE)
     points = starts(density)
     single = along_paths(density, points, seed=0)[0]
-    for end in (_climb(density, points), single.loc[None]):
+    for end in (newton(density, points), single.loc[None]):
         assert torch.linalg.solve_triangular(factor, (end - loc).mT, upper=False).abs().max() < 1e-3
 
 

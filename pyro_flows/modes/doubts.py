@@ -1,0 +1,129 @@
+"""Places at which a guide may lack something, where a path's normal is too poor to tell their mass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import derive
+from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack, is_resolved
+from pyro_flows.modes.tempering import Tempered, log_mean, wander
+from pyro_flows.modes.units import in_units
+from pyro_flows.starts.curvature import inverse_roots, lower_triangular
+from pyro_flows.starts.gaussians import Gaussians
+from pyro_flows.starts.laplace import newton
+from pyro_flows.starts.pathfinder import Paths
+from pyro_flows.starts.start import Start
+
+SHORT = 10.0  # nats that tempering may fall short of; in 226 dimensions it was 33, and two places were no modes
+CURVED_UP_TO = 2**20  # numbers in a row of Hessians
+NEWTON_STEPS = 8
+LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
+
+
+@dataclass(frozen=True)
+class Doubtful:
+    """A path at whose end the guide may lack something, and whose normal is too poor to weigh it."""
+
+    number: int
+    elbo: float
+    elsewhere: bool  # the guide is too thin at most draws of the normal, and not only at some of their tail
+    start: Start
+    beside: bool = False  # the end is the top of what the guide covers, or covered itself
+
+
+def worth_tempering(
+    guide: Guide, paths: Paths, own: int, doubtful: Sequence[Doubtful], units: Tensor
+) -> tuple[list[int], list[Doubtful]]:
+    """Return the numbers of paths to temper from, one of the guide's own region first, and the doubts on the others."""
+    ends = paths.ends
+    base = int(paths.elbo[:own].nan_to_num(nan=-torch.inf).argmax())
+    reach = guide.covered + math.log(SHARE) - max(0.0, guide.covered - float(paths.elbo[base]))
+    worth = [path for path in doubtful if path.elbo > reach - THINNER]
+    worth.sort(key=lambda path: (not path.elsewhere, -path.elbo))
+    apart = (worth[number] for number in distinct([ends[path.number] for path in worth], units))
+    worth = [*islice((path for path in apart if not _is_spike(guide, ends[path.number])), LOOKED_AT)]
+    return [base, *(path.number for path in worth)], worth
+
+
+def by_curvature(guide: Guide, paths: Paths, own: int, doubtful: Sequence[Doubtful], units: Tensor) -> Paths | None:
+    """Return Laplace's normals at the guide's own mode, first, and at places that only poor normals came to.
+
+    In hundreds of dimensions a path from afar comes to a mode with a normal that is tens of nats too poor, and the
+    place seems to be worth nothing. A few of Newton's steps lead to its top. A Hessian takes D gradients, as much as
+    two steps of all paths. None if there is no such place.
+    """
+    density, ends = guide.density, paths.ends
+    base, *worth = worth_tempering(guide, paths, own, doubtful, units)[0] or [0]
+    heights = density(ends).detach()
+    elsewhere = [path.number for path in doubtful if path.elsewhere]
+    elsewhere.sort(key=lambda number: -float(heights[number]))
+    poor = [elsewhere[number] for number in distinct([ends[number] for number in elsewhere], units)]
+    poor = [number for number in poor if number not in worth and not _is_spike(guide, ends[number])][:LOOKED_AT]
+    if not poor or density.dim * density.numbers > CURVED_UP_TO:
+        return None
+    modes = newton(density, ends[[base, *poor]], NEWTON_STEPS)
+    roots = inverse_roots(density, modes)[0]
+    size = torch.linalg.slogdet(roots)[1] + 0.5 * density.dim * math.log(2.0 * math.pi)
+    return normals_at(modes, lower_triangular(roots), density(modes).detach() + size)
+
+
+def normals_at(modes: Tensor, roots: Tensor, evidence: Tensor) -> Paths:
+    """Return normals about modes (K, D), by lower triangular roots of covariances, as if paths had ended there."""
+    one, none = torch.ones_like(modes), torch.zeros_like(modes[..., None])
+    normals = Gaussians(modes, roots, one, none, torch.ones_like(none[:, :1]))
+    return Paths(normals, evidence, modes, torch.ones(len(modes), dtype=torch.bool, device=modes.device))
+
+
+def _is_spike(guide: Guide, end: Tensor) -> bool:
+    """Whether a path ended where the density grows into what numbers cannot resolve, and the guide has no share."""
+    thin = bool(guide.is_thin(end[None], guide.density(end[None]).detach()))
+    return thin and not is_resolved(guide.density, end)
+
+
+def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempered) -> list[Lack]:
+    """Return the places with a good part of the mass, by tempering from the guide's own region, first, and there.
+
+    Where tempering falls far short of what the guide's own weights say, it has not come to rest. There, what counts as
+    thin may be no more than the guide's tails, and points have to stay thin as they wander on.
+    """
+    density = guide.density
+    covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
+    found = []
+    for path, reached, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=True):
+        thin = guide.is_thin(reached, log_p)
+        log_weights = torch.where(thin, log_weights, -torch.inf)
+        if float(log_mean(log_weights)) - covered > math.log(SHARE):
+            if guide.covered - covered > SHORT and not _stay_thin(guide, reached[thin], path):
+                continue
+            thin_end = bool(guide.is_thin(ends[path.number][None], density(ends[path.number][None]).detach()))
+            place = ends[path.number] if thin_end else reached[int(log_weights.argmax())]
+            found.append(Lack(place, path.start, beside=path.beside or not thin_end))
+    return found
+
+
+def _stay_thin(guide: Guide, points: Tensor, path: Doubtful) -> bool:
+    """Whether most of some points (S, D) are still where the guide is thin after they have wandered about."""
+    scale = path.start.scale
+    units = scale.norm(dim=1) if scale.dim() == 2 else scale
+    ends, log_p = wander(guide.density, points, units, seed=derive(path.number, "places"))
+    return float(guide.is_thin(ends, log_p).double().mean()) > 0.5
+
+
+def distinct(places: Sequence[Tensor], units: Tensor, *, by: float | None = None) -> list[int]:
+    """Return the numbers of places (D,) that do not lie within a standard deviation of an earlier one of them.
+
+    In many dimensions, modes may lie closer than that: where no other search follows, ``by`` says how many units (the
+    norm of all coordinates together) count as apart.
+    """
+    kept: list[int] = []
+    for number, place in enumerate(places):
+        away = [in_units((place - places[other])[None], units) for other in kept]
+        if all(float(x.norm()) > (math.sqrt(len(place)) if by is None else by) for x in away):
+            kept.append(number)
+    return kept
