@@ -86,8 +86,15 @@ def list_notebooks(app, docname: str, source: list[str]) -> None:
         source[0] += f"\n```{{toctree}}\n:maxdepth: 1\n\n{lines}\n```\n"
 
 
+def drop_aliases(app, what: str, name: str, thing, options, lines: list[str]) -> None:
+    """Drop what Python says of the fields of a named tuple: "Alias for field number 0"."""
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()
+
+
 def setup(app) -> None:
     """Prepare what the build needs from elsewhere."""
+    app.connect("autodoc-process-docstring", drop_aliases)
     copy_mathjax()
     app.add_config_value("notebooks_found", copy_notebooks(), "env")
     app.connect("source-read", list_notebooks)

@@ -16,9 +16,10 @@ from pyro_flows.transforms import Rescale
 def blend(latents: Tensor, across: Tensor, up: Tensor) -> Tensor:
     r"""Blend four latents on a manifold whose coefficients have norm 1.
 
-    :math:`z = \cos\phi\,(\cos\phi' z_1 + \sin\phi' z_2) + \sin\phi\,(\cos\phi' z_3 + \sin\phi' z_4)`. Independent
-    standard normal latents stay standard normal everywhere on it, where a straight blend shrinks them to half in the
-    middle.
+    .. math:: z = \cos\phi\,(\cos\phi' z_1 + \sin\phi' z_2) + \sin\phi\,(\cos\phi' z_3 + \sin\phi' z_4)
+
+    Independent standard normal latents stay standard normal everywhere on it, where a straight blend shrinks them to
+    half in the middle.
 
     Args:
         latents: the four, ``(4, ...)``.
@@ -26,10 +27,12 @@ def blend(latents: Tensor, across: Tensor, up: Tensor) -> Tensor:
         up: :math:`\phi`, from 0 (z1, z2) to :math:`\pi/2` (z3, z4); broadcasts with ``across``.
 
     Returns:
-        One latent for each pair of angles. Cost: O(D) each.
+        One latent for each pair of angles.
 
     Raises:
         ValueError: if there are not four latents.
+
+    Cost: O(D) for each pair.
 
     Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017
     (arXiv 1605.08803), section 4.5.
@@ -74,10 +77,12 @@ def interpolate(flow: Flow, points: Tensor, *, steps: int = 8, context: Tensor |
         context: the context of all points, ``(context_dim,)``.
 
     Returns:
-        ``(steps, steps, *event_shape)``. Cost: the flow's inverse at four points, and a pass at each of the grid.
+        The points of the grid, ``(steps, steps, *event_shape)``.
 
     Raises:
         ValueError: for points of another shape, fewer than two steps, or another base.
+
+    Cost: the flow's inverse at four points, and a pass at each point of the grid.
 
     >>> import torch, pyro_flows as pf
     >>> interpolate(pf.realnvp(2), torch.randn(4, 2), steps=5).shape

@@ -53,10 +53,10 @@ def path(
     The loss's *value* is meaningless: read ``terms``, in nats.
 
     Args:
-        flow: q.
+        flow: the flow q.
         density: the unnormalized log density of p.
         draws: S; the cost is as many gradients of the density.
-        forward: f.
+        forward: the share f of the forward divergence.
         defensive: share of draws that have one base coordinate, picked at random, from a distribution three times as
             wide (Student-t with 3 degrees of freedom); m is the mixture's density. Draws of q alone say nothing about
             a tail that q lacks. With 0, m is :math:`q_0`, the base.
@@ -186,10 +186,11 @@ def importance_weighted(flow: Flow, density: LogDensity, draws: int, *, group: i
     r"""Negative importance-weighted bound on the log evidence, over groups of K = ``group`` draws.
 
     .. math:: \mathcal L_K = \mathbb E \log \frac 1K \sum_{i=1}^K w_i, \qquad
-              w_i = \tilde p(z_i) / q_\theta(z_i), \qquad
-              \nabla_\theta \mathcal L_K = \mathbb E \sum_{i=1}^K \tilde w_i^2
+              w_i = \tilde p(z_i) / q_\theta(z_i),
+
+    .. math:: \nabla_\theta \mathcal L_K = \mathbb E \sum_{i=1}^K \tilde w_i^2
               \big(\nabla_z \log \tilde p(z_i) - \nabla_z \log q_\theta(z_i)\big)^\top
-              \partial_\theta z_\theta(\epsilon_i)
+              \partial_\theta z_\theta(\epsilon_i).
 
     :math:`\tilde w` are the weights, normalized within their group. This is the doubly reparametrized gradient: it has
     no score term, its signal does not drown in noise as K grows, and it is exactly zero for every draw at q = p. K = 1
@@ -238,9 +239,9 @@ def elbo(flow: Flow, density: LogDensity, draws: int) -> Estimate:
     :math:`\log \tilde p` directly, which the path gradient does not see.
 
     Args:
-        flow: q.
+        flow: the flow q.
         density: the unnormalized log density of p.
-        draws: S. Cost: as many gradients of the density, and one pass of the flow.
+        draws: their number S. Cost: as many gradients of the density, and one pass of the flow.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(torch.tensor(1.0), 2.0)))

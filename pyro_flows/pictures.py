@@ -39,7 +39,7 @@ def plot_layers(
     layers: Sequence[int] | None = None,
     dims: tuple[int, int] = (0, 1),
     names: tuple[str, str] | None = None,
-    width: float = PANEL * 6,
+    width: float = 11.4,
 ) -> Figure:
     """Draw what each layer of a flow does to draws of the base, colored from left to right where they started.
 

@@ -73,13 +73,13 @@ def _fit_moons(name: str, epochs: int) -> tuple[Tensor, float]:
 
 @styled
 def _moons(found: dict[str, tuple[Tensor, float]]) -> Figure:
-    figure, axes = panels(len(found), columns=2, size=(WIDTH, WIDTH))
+    figure, axes = panels(len(found), columns=2, size=(WIDTH, 0.78 * WIDTH))
     for axis, (name, (points, score)) in zip(axes, found.items(), strict=True):
         axis.scatter(*points.T.numpy(), s=2.0, color=FLOW, alpha=0.5, linewidths=0.0)
         axis.set_title(f"{name}: {score:.3f} nats")
         axis.set_aspect("equal")
-        axis.set_xlim(-2.0, 3.0)
-        axis.set_ylim(-1.6, 2.1)
+        axis.set_xlim(-1.6, 2.6)
+        axis.set_ylim(-1.1, 1.6)
         axis.axis("off")
     return figure
 

@@ -33,7 +33,7 @@ def nuts_section(rows: Sequence[Row]) -> str:
 def _nuts_table(found: dict[str, dict[str, nuts.Cell]], posteriors: Sequence[str]) -> str:
     rivals_here = [rival for rival in nuts.GOALS if rival in found]
     header = ["posterior", posteriordb.OURS, "right"]
-    header += [column for rival in rivals_here for column in (rival, "right", "scaled", "ratio")]
+    header += [column for rival in rivals_here for column in (rival, "right", "ratio")]
     body = []
     for name in posteriors:
         ours = found.get(posteriordb.OURS, {}).get(name)
@@ -41,10 +41,14 @@ def _nuts_table(found: dict[str, dict[str, nuts.Cell]], posteriors: Sequence[str
         for rival in rivals_here:
             theirs = found[rival].get(name)
             if theirs is None:
-                cells += ["", "", "", ""]
+                cells += ["", "", ""]
             else:
                 times = "" if ours is None else number(nuts.ratio(ours, theirs), 2)
-                scaled = f"{'≥ ' * theirs.broken}× {samplers.SCALE}" if theirs.scaled else ""
-                cells += [number(theirs.seconds, 1), yes(theirs.right), scaled, times]
+                cells += [_seconds(theirs), yes(theirs.right), times]
         body.append([name, *cells])
     return table(header, body)
+
+
+def _seconds(cell: nuts.Cell) -> str:
+    """Return seconds, and say if they are those of a shorter run or only a lower bound."""
+    return f"{'≥ ' * cell.broken}{number(cell.seconds, 1)}{' (scaled)' * cell.scaled}"

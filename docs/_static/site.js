@@ -7,7 +7,27 @@ function reachScrollers() {
     else one.removeAttribute("tabindex");
   }
 }
+// Where lines of what a program prints scroll, those that are sentences are broken instead: no table is as wide.
+const LONGEST = 100;
+function breakSentences() {
+  for (const pre of document.querySelectorAll(".highlight-text pre, div.cell_output pre")) {
+    if (pre.querySelector("span:not(:empty)")) continue;
+    const lines = pre.textContent.split("\n");
+    if (!lines.some((line) => line.length > LONGEST)) continue;
+    pre.replaceChildren();
+    lines.forEach((line, number) => {
+      if (number) pre.append("\n");
+      if (line.length <= LONGEST) return pre.append(line);
+      const sentence = document.createElement("span");
+      sentence.className = "sentence";
+      sentence.textContent = line;
+      pre.append(sentence);
+    });
+  }
+}
+
 window.addEventListener("load", () => {
+  breakSentences();
   reachScrollers();
   window.addEventListener("resize", reachScrollers);
   if (window.MathJax && MathJax.startup) MathJax.startup.promise.then(reachScrollers);

@@ -90,7 +90,7 @@ class Calibration:
 
     @property
     def p_value(self) -> float:
-        """The p-value of uniformity of all scalars together: the smallest one times their number (Bonferroni)."""
+        """The p-value of uniformity of all scalars together, the smallest one times their number (Bonferroni)."""
         found = self.p_values()
         return min(1.0, min(found.values()) * len(found))
 

@@ -83,7 +83,7 @@ def sbc(
         kind: ``"prior"`` or ``"posterior"``.
         simulations: how many. For one parameter, at 1 %, 200 find an sd that is 25 % too small in nine runs of
             ten, 1000 one that is 15 % too small.
-        draws: L. 999 makes bounds of 50, 80, 90 and 95 % intervals exact.
+        draws: how many of each posterior, L; 999 makes bounds of 50, 80, 90 and 95 % intervals exact.
         guide: a function of the model that returns a Pyro guide (``AutoNormal``): each is trained by Pyro's SVI, and
             its own draws are ranked among, not corrected by weights.
         steps: of SVI.

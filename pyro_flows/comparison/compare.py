@@ -75,7 +75,7 @@ class Comparison:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a model: elpd, its error, difference to the best, stacking weight, evidence, Bayes factor, verdict.
+        """One row a model, with elpd, its error and difference to the best, weight, evidence, Bayes factor and verdict.
 
         ``log_bf`` is the log Bayes factor against the first row, the model of the best elpd.
         """

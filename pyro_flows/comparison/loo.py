@@ -84,7 +84,7 @@ class Loo:
 
     @property
     def high(self) -> tuple[str, ...]:
-        """The observations whose k-hat is not below the limit, for moved draws either: their elpd is not known."""
+        """The observations whose elpd is not known, since k-hat is not below the limit, for moved draws either."""
         return tuple(self.labels[i] for i in (~(self.k_moved < self.k_limit)).nonzero().flatten().tolist())
 
     @property

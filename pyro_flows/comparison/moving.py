@@ -5,8 +5,12 @@ few effective draws long before. So the draws are moved by an affine map first, 
 is one. The map is the one that is right if the log likelihood of the observation is quadratic there: along all
 coordinates in its gradient, along two directions in its curvature, which are fitted to the draws by least squares.
 
+In plain coordinates, a part of the posterior can be narrow, such as the neck of a funnel. A map then carries draws out
+of it and none into it. So moved draws are weighted there as a part of a mixture with those that stay where they are,
+unless this makes the weights less even.
+
 References: Paananen et al. 2021, "Implicitly adaptive importance sampling" (arXiv 1906.08850), who match weighted
-moments of the draws; Meng and Wong 1996 (ratios of normalizing constants).
+moments of the draws, and weight by such a mixture; Meng and Wong 1996 (ratios of normalizing constants).
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ ROUNDS = 3  # of moves, where those before leave k-hat too high,
 UNEVEN = 0.2  # or weights of such a relative variance
 NARROWEST, WIDEST = 0.05, 20.0  # precision along a direction, in units of the posterior's
 WITHIN = 10.0  # nats about the median: weights farther off are left out of the second fit
+STAY = 0.5  # share of the mixture that is not moved
 EACH = 10  # draws for each coordinate that a map needs to be fitted
 
 Likelihood = Callable[[Tensor], Tensor]  # z (S, D) -> log likelihood of one observation (S,)
@@ -103,8 +108,7 @@ class Space:
         Further rounds of moves are made while the weights are uneven, or k-hat is not below ``limit``.
         """
         found = {side: self.fits[side](-values[rows]) for side, rows in self._sides()}
-        log_ratio = self._moved(likelihood, found)
-        result = self._judged(log_ratio)
+        result, kept = self._judged(self._moved(likelihood, found)), found
         for _ in range(ROUNDS - 1):
             if result.k_hat < limit and result.spread < UNEVEN:
                 break
@@ -113,8 +117,11 @@ class Space:
             best = min(result, again, key=lambda one: (max(one.k_hat, limit), one.spread))
             if best is result and result.k_hat < limit:
                 break
-            result = best
-        return result
+            result, kept = best, found if best is again else kept
+        if self.bijection is not None:
+            return result
+        covering = self._judged(self._covering(likelihood, values, kept))
+        return min(result, covering, key=lambda one: one.spread)  # not by k-hat, which knows nothing of the neck
 
     def _again(self, likelihood: Likelihood, found: dict[bool, Affine]) -> dict[bool, Affine]:
         """Fit maps before the maps that there are, to the weights that these leave."""
@@ -132,6 +139,33 @@ class Space:
         for side, rows in self._sides():
             log_ratio[rows] = self._ratio(likelihood, found[not side], self.frames[not side], rows)
         return log_ratio
+
+    @torch.no_grad()
+    def _covering(self, likelihood: Likelihood, values: Tensor, found: dict[bool, Affine]) -> Tensor:
+        r"""Return the log of what each draw z adds, where it is and moved to T(z), both weighted by their mixture.
+
+        The mixture has density :math:`m = a p + (1 - a) p_T`, where :math:`p_T` is that of moved draws. A draw adds
+        :math:`a\, p_{-i}(z) / m(z) + (1 - a)\, p_{-i}(T(z)) / m(T(z))`, whose mean is the ratio of the evidences.
+        """
+        stay, move = math.log(STAY), math.log1p(-STAY)
+        total = torch.empty_like(self.height)
+        for side, rows in self._sides():
+            affine, frame, height = found[not side], self.frames[not side], self.height[rows]
+            there, left = self._heights(frame, affine(frame.points[rows]), likelihood)
+            origin, _ = self._heights(frame, affine.back(frame.points[rows]), None)
+            at_moved = left - torch.logaddexp(stay + there, move + height - affine.log_volume)
+            at_draw = height - values[rows] - torch.logaddexp(stay + height, move + origin - affine.log_volume)
+            total[rows] = torch.logaddexp(stay + at_draw, move + at_moved.nan_to_num(nan=-torch.inf))
+        return torch.where(torch.isfinite(total), total, -torch.inf)
+
+    def _heights(self, frame: Frame, points: Tensor, likelihood: Likelihood | None) -> tuple[Tensor, Tensor]:
+        """Return log p at standardized points (S, D) of plain coordinates, and that without an observation."""
+        z = (frame.loc + points @ frame.root.mT).to(self.like)
+        usable = torch.isfinite(z).all(1)
+        z = torch.where(usable[:, None], z, self.like[:1])
+        there = self.density(z).double().cpu()
+        there = torch.where(usable.cpu() & torch.isfinite(there), there, -torch.inf)
+        return there, there if likelihood is None else there - likelihood(z)
 
     @torch.no_grad()
     def _ratio(self, likelihood: Likelihood, affine: Affine, frame: Frame, rows: Tensor) -> Tensor:
@@ -176,6 +210,10 @@ class Affine(NamedTuple):
 
     def __call__(self, points: Tensor) -> Tensor:
         return points @ self.matrix.mT + self.shift
+
+    def back(self, points: Tensor) -> Tensor:
+        """Return the points (S, D) that the map carries to these."""
+        return torch.linalg.solve(self.matrix, (points - self.shift).mT).mT
 
     def after(self, first: Affine) -> Affine:
         """Return this map after another one."""

@@ -165,7 +165,7 @@ def disagreements(posterior: Record, chains: Chains) -> list[str]:
     """Say so where chains differ from the guide's weighted draws, if these are good enough to tell.
 
     Chains whose steps are too long for a narrow part of the posterior stay out of it, all alike, so that no R-hat sees
-    it. Draws of the guide may lie there.
+    it. Draws of the guide may lie there. Wider chains are no fault: a guide that lacks a tail has good weights.
     """
     weights = posterior.log_weights.double().exp()
     effective = float(1.0 / weights.square().sum())
@@ -176,7 +176,7 @@ def disagreements(posterior: Record, chains: Chains) -> list[str]:
     away = (weights[:, None] * (draws - mean).square()).sum(0)
     fourth = (weights[:, None] * (draws - mean).pow(4)).sum(0) / away.square()
     error = ((fourth - 1.0).clamp_min(0.0) / (4.0 * effective)).sqrt()  # of the log of an sd
-    shift, ratio = (z.mean(0) - mean).abs() / away.sqrt(), (z.std(0) / away.sqrt()).log().abs()
+    shift, ratio = (z.mean(0) - mean).abs() / away.sqrt(), (away.sqrt() / z.std(0)).log()
     excess = torch.maximum(shift - 3.0 / math.sqrt(effective) - APART, ratio - 3.0 * error - APART)
     ordered, outside = z.sort(0).values, int(EDGE * len(z))
     edges = ordered[outside], ordered[-1 - outside]  # torch.quantile took 16 million numbers at most for long

@@ -42,7 +42,7 @@ def from_mcmc(
         seed: of later predictive draws.
 
     Returns:
-        A :class:`Posterior` whose ``samples`` are the chains, one after the other: ``chains`` holds them apart, with
+        A :class:`Posterior` whose ``samples`` are the chains, one after the other. ``chains`` holds them apart, with
         ``diverging`` in ``chains.stats`` where the sampler tells. ``summary`` has R-hat and effective sample sizes,
         ``to_arviz`` the dimensions (chain, draw), ``verdict.chains`` the figures. ``evidence`` is by bridge sampling.
         What belongs to a guide (``log_q``, ``k_hat``, ``ess``, ``elbo``, ``log_evidence``) is NaN; ``guide`` and

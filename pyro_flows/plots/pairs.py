@@ -136,7 +136,7 @@ def _single(
         names = [first, *(f"{name}: 50 % and 90 % of its draws" for name in others)]
         most = int(LETTERS * width)
         narrow = width < parts.NARROW or len(names) > 2 or sum(map(len, names)) > most
-        names = [textwrap.fill(name, most) for name in names]
+        names = [textwrap.fill(name.replace(" %", "\xa0%"), most).replace("\xa0", " ") for name in names]
         opaque(figure.legend(handles, names, loc="outside lower center", markerscale=3, ncols=1 if narrow else 2))
     text = " and ".join(titles.values())
     if len(posteriors) > 1 or width < parts.NARROW:

@@ -64,8 +64,8 @@ class Assessed(Drawn):
 
         Draws of q are weighted by :math:`\tilde p(z) / (q(z)\, p(y_i \mid z))` (approximate-posterior LOO), resampled
         draws and chains by :math:`1 / p(y_i \mid z)`. Each entry of an observed site is one observation; those of event
-        dimensions go together. The Monte Carlo error is to come to .005 nats, or to a thousandth of the standard error
-        over observations. Where k-hat is not below its limit, and where it is the cheaper way to that error, draws are
+        dimensions go together. The Monte Carlo error is to come to .003 nats, or to .0005 of the standard error over
+        observations. Where k-hat is not below its limit, and where it is the cheaper way to that error, draws are
         moved to where the posterior without the observation lies, and weighted there.
 
         Args:
@@ -77,7 +77,7 @@ class Assessed(Drawn):
             seed: of new draws.
 
         Returns:
-            A :class:`Loo`: elpd with its errors, k-hat and elpd of each observation, leverage.
+            A :class:`Loo` with elpd, its errors, k-hat and elpd of each observation, and leverage.
 
         Raises:
             ValueError: if the verdict is unreliable, for models with enumerated latents or without data, and for a

@@ -67,7 +67,7 @@ def prior_from(
         progress: show a bar.
 
     Returns:
-        A :class:`FittedPrior`: ``pyro.sample("theta", prior())``.
+        A :class:`FittedPrior`. In a model, write ``pyro.sample("theta", prior())``.
 
     Raises:
         ValueError: for a name that is no latent site, for a site with a support that depends on other latents or that

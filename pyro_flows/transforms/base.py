@@ -87,12 +87,12 @@ class Bijection(TransformModule, ConditionalTransform):
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        """The support of x: real numbers, but for maps that say otherwise."""
+        """The support of x, all real numbers unless a map says otherwise."""
         return constraints.independent(constraints.real, self.event_dim)
 
     @property
     def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        """The support of y: real numbers, but for maps that say otherwise."""
+        """The support of y, all real numbers unless a map says otherwise."""
         return constraints.independent(constraints.real, self.event_dim)
 
     @property

@@ -19,8 +19,8 @@ class MarginalSpline(Bijection):
 
     Args:
         dim: number of coordinates D.
-        bins: K.
-        bound: B.
+        bins: their number K.
+        bound: the bound B.
 
     Reference: Durkan, Bekasov, Murray and Papamakarios 2019, "Neural spline flows".
 

@@ -102,7 +102,7 @@ class Dequantize(nn.Module):
 
     Args:
         dim: number of coordinates D, or the shape (C, H, W) of an image.
-        levels: n.
+        levels: their number n.
         variational: whether the noise is learned.
         hidden: widths of its network's hidden layers.
         activation: their activation.

@@ -29,7 +29,7 @@ class SplineCoupling(Coupling):
     Args:
         dim: number of coordinates, or the shape (C, H, W) of an image.
         mask: booleans, ``True`` for the kept ones (default: the first half, of an image's channels).
-        bins: K.
+        bins: their number K.
         bound: B, in units of x.
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.

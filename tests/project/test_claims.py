@@ -95,6 +95,27 @@ def test_the_page_of_many_latents_says_what_was_measured():
     assert f"with {items[2]} and {rates[1]} latents, and both were right" in words(ROOT / "README.md")
 
 
+def test_how_to_pages_say_what_was_measured():
+    found, pages = measured(), ROOT / "docs" / "howto"
+    right = f"right on {found['right']} of {found['count']} reference posteriors"
+    assert right in words(pages / "choose-a-flow.md")
+    faster, slower = re.search(r"NumPyro NUTS: .*?(\d+) faster, (\d+) slower", section("nuts.md", "nuts")).groups()
+    numpyro = f"less processor time on {faster} of {found['count']} posteriors, and more on {slower}"
+    assert numpyro in words(pages / "from-numpyro.md")
+    step = next(line for line in section("speed.md", "speed").splitlines() if line.startswith("| 100000 |"))
+    assert f"a step takes {round(float(step.split('|')[2]), -1):.0f} milliseconds on one" in words(pages / "gpu.md")
+
+
+def test_pages_of_understand_say_what_was_measured():
+    pages, named = ROOT / "docs" / "understand", section("accuracy.md", "named")
+    radon = row(named, "radon_slopes")
+    assert radon[7].endswith(" refined")
+    within = f"`refined`, with means and sds within {100 * max(map(float, radon[3:5])):.0f} %"
+    assert within in words(pages / "centering.md")
+    path = row(section("speed.md", "speed"), "realnvp")
+    assert f"{float(path[3]):.1f} times as long" in words(pages / "gradients.md")
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_links_to_files_lead_somewhere(page):
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)

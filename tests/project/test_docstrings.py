@@ -116,6 +116,50 @@ def test_the_docstring_has_all_parts(name, thing):
     assert not lacking(name, thing)
 
 
+def misread(thing: Any) -> list[str]:
+    """What Sphinx reads as something else: "S. Cost" as item S of a list, "a: b" of a property or result as a type."""
+    text = inspect.cleandoc(thing.__doc__ or "")
+    found = re.findall(r"^ +\w+: [A-Za-z]\.(?:$| .*)", text, flags=re.MULTILINE)
+    found += re.findall(r"^Returns:\n +(?:[^:`\n]|\n(?!\n)|`[^`]*`|:\w+:)*:(?= ).*", text, flags=re.MULTILINE)
+    properties = vars(thing) if inspect.isclass(thing) else {}
+    for inner in properties.values():
+        if isinstance(inner, property) and re.match(r"(?:[^:`\n]|`[^`]*`|:\w+:)*:(?= )", inner.__doc__ or ""):
+            found.append(str(inner.__doc__))
+        elif inspect.isfunction(inner) and inner.__doc__:
+            found += misread(inner)
+    return found
+
+
+@pytest.mark.parametrize(("name", "thing"), [pytest.param(*pair, id=pair[0]) for pair in public()])
+def test_no_part_is_read_as_something_else(name, thing):
+    assert not misread(thing)
+
+
+def test_the_check_of_what_is_misread_bites():
+    class Bad:
+        """A class.
+
+        Args:
+            count: S. Cost: much.
+            flow: the flow q.
+        """
+
+        @property
+        def one(self) -> int:
+            """The number: it is one."""
+            return 1
+
+        def two(self) -> int:
+            """Return two.
+
+            Returns:
+                A number: it is two.
+            """
+            return 2
+
+    assert len(misread(Bad)) == 3
+
+
 def test_the_lists_name_what_is_there():
     names = {name for name, _ in public()}
     for listed in (NO_ERRORS, NO_DOCTEST, NO_COST, FROM_A_PAPER, WITH_AN_EQUATION, WITH_SHAPES, WITH_UNITS):
