@@ -21,8 +21,8 @@ from pyro_flows.starts.pathfinder import Paths
 from pyro_flows.starts.start import Start
 
 SHORT = 10.0  # nats that tempering may fall short of; in 226 dimensions it was 33, and two places were no modes
-CURVED_UP_TO = 2**20  # numbers in a row of Hessians
-NEWTON_STEPS = 8
+CURVED_UP_TO = 2**19  # dimensions times the numbers that one evaluation handles: some seconds for all places
+NEWTON_STEPS = 4
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
 
@@ -67,7 +67,8 @@ def by_curvature(guide: Guide, paths: Paths, own: int, doubtful: Sequence[Doubtf
     poor = [number for number in poor if number not in worth and not _is_spike(guide, ends[number])][:LOOKED_AT]
     if not poor or density.dim * density.numbers > CURVED_UP_TO:
         return None
-    modes = newton(density, ends[[base, *poor]], NEWTON_STEPS)
+    chosen = [base, *poor]
+    modes = ends[chosen] if bool(paths.settled[chosen].all()) else newton(density, ends[chosen], NEWTON_STEPS)
     roots = inverse_roots(density, modes)[0]
     size = torch.linalg.slogdet(roots)[1] + 0.5 * density.dim * math.log(2.0 * math.pi)
     return normals_at(modes, lower_triangular(roots), density(modes).detach() + size)
