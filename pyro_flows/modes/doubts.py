@@ -23,6 +23,7 @@ from pyro_flows.starts.start import Start
 SHORT = 10.0  # nats that tempering may fall short of; in 226 dimensions it was 33, and two places were no modes
 CURVED_UP_TO = 2**19  # dimensions times the numbers that one evaluation handles: some seconds for all places
 NEWTON_STEPS = 4
+TO_GAIN = 0.1  # nats by another step, at a top
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
 
@@ -70,8 +71,12 @@ def by_curvature(guide: Guide, paths: Paths, own: int, doubtful: Sequence[Doubtf
     chosen = [base, *poor]
     modes = ends[chosen] if bool(paths.settled[chosen].all()) else newton(density, ends[chosen], NEWTON_STEPS)
     roots = inverse_roots(density, modes)[0]
+    top, slopes = density.value_and_grad(modes)
+    to_gain = (roots.mT @ slopes[..., None])[..., 0].square().sum(1)
+    kept = to_gain < TO_GAIN  # a density that grows without bound has no top
+    kept[0] = True
     size = torch.linalg.slogdet(roots)[1] + 0.5 * density.dim * math.log(2.0 * math.pi)
-    return normals_at(modes, lower_triangular(roots), density(modes).detach() + size)
+    return normals_at(modes[kept], lower_triangular(roots[kept]), (top + size)[kept]) if int(kept.sum()) > 1 else None
 
 
 def normals_at(modes: Tensor, roots: Tensor, evidence: Tensor) -> Paths:
