@@ -60,7 +60,7 @@ def by_curvature(guide: Guide, paths: Paths, own: int, doubtful: Sequence[Doubtf
     two steps of all paths. None if there is no such place.
     """
     density, ends = guide.density, paths.ends
-    base, *worth = worth_tempering(guide, paths, own, doubtful, units)[0] or [0]
+    base, *worth = worth_tempering(guide, paths, own, doubtful, units)[0]
     heights = density(ends).detach()
     elsewhere = [path.number for path in doubtful if path.elsewhere]
     elsewhere.sort(key=lambda number: -float(heights[number]))
