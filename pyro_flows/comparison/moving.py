@@ -5,9 +5,9 @@ few effective draws long before. So the draws are moved by an affine map first, 
 is one. The map is the one that is right if the log likelihood of the observation is quadratic there: along all
 coordinates in its gradient, along two directions in its curvature, which are fitted to the draws by least squares.
 
-In plain coordinates, a part of the posterior can be narrow, such as the neck of a funnel. A map then carries draws out
-of it and none into it. So moved draws are weighted there as a part of a mixture with those that stay where they are,
-unless this makes the weights less even.
+In plain coordinates, or those of a poor flow, a part of the posterior can be narrow, such as the neck of a funnel. A
+map then carries draws out of it and none into it. So moved draws are weighted there as a part of a mixture with those
+that stay where they are, unless this makes the weights less even.
 
 References: Paananen et al. 2021, "Implicitly adaptive importance sampling" (arXiv 1906.08850), who match weighted
 moments of the draws, and weight by such a mixture; Meng and Wong 1996 (ratios of normalizing constants).
@@ -68,6 +68,7 @@ class Space:
     def __init__(self, density: LogDensity, flow: object, z: Tensor, log_weights: Tensor | None, half: Tensor) -> None:
         self.density, self.half = density, half
         self.bijection = flow.bijection if isinstance(flow, Flow) and flow.base != "uniform" else None
+        self.covers = self.bijection is None or log_weights is None  # a flow whose own draws do has no narrow part
         self.like = z
         with torch.no_grad():
             x, log_jacobian = (z, z.new_zeros(len(z))) if self.bijection is None else self._inverse(z)
@@ -118,7 +119,7 @@ class Space:
             if best is result and result.k_hat < limit:
                 break
             result, kept = best, found if best is again else kept
-        if self.bijection is not None:
+        if not self.covers:
             return result
         covering = self._judged(self._covering(likelihood, values, kept))
         return min(result, covering, key=lambda one: one.spread)  # not by k-hat, which knows nothing of the neck
@@ -151,32 +152,28 @@ class Space:
         total = torch.empty_like(self.height)
         for side, rows in self._sides():
             affine, frame, height = found[not side], self.frames[not side], self.height[rows]
-            there, left = self._heights(frame, affine(frame.points[rows]), likelihood)
-            origin, _ = self._heights(frame, affine.back(frame.points[rows]), None)
+            z, there = self._at(frame, affine(frame.points[rows]))
+            left, origin = there - likelihood(z), self._at(frame, affine.back(frame.points[rows]))[1]
             at_moved = left - torch.logaddexp(stay + there, move + height - affine.log_volume)
             at_draw = height - values[rows] - torch.logaddexp(stay + height, move + origin - affine.log_volume)
             total[rows] = torch.logaddexp(stay + at_draw, move + at_moved.nan_to_num(nan=-torch.inf))
         return torch.where(torch.isfinite(total), total, -torch.inf)
 
-    def _heights(self, frame: Frame, points: Tensor, likelihood: Likelihood | None) -> tuple[Tensor, Tensor]:
-        """Return log p at standardized points (S, D) of plain coordinates, and that without an observation."""
-        z = (frame.loc + points @ frame.root.mT).to(self.like)
+    def _at(self, frame: Frame, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z at standardized points (S, D), and log p there with the flow's Jacobian, -inf where not finite."""
+        x = (frame.loc + points @ frame.root.mT).to(self.like)
+        z, log_jacobian = (x, x.new_zeros(len(x))) if self.bijection is None else self.bijection.forward_and_ladj(x)
         usable = torch.isfinite(z).all(1)
         z = torch.where(usable[:, None], z, self.like[:1])
-        there = self.density(z).double().cpu()
-        there = torch.where(usable.cpu() & torch.isfinite(there), there, -torch.inf)
-        return there, there if likelihood is None else there - likelihood(z)
+        there = (self.density(z) + log_jacobian).double().cpu()
+        return z, torch.where(usable.cpu() & torch.isfinite(there), there, -torch.inf)
 
     @torch.no_grad()
     def _ratio(self, likelihood: Likelihood, affine: Affine, frame: Frame, rows: Tensor) -> Tensor:
         """Return log p without the observation at moved draws, less log p at the draws, with the map's Jacobian."""
-        x = (frame.loc + affine(frame.points[rows]) @ frame.root.mT).to(self.like)
-        z, log_jacobian = (x, x.new_zeros(len(x))) if self.bijection is None else self.bijection.forward_and_ladj(x)
-        usable = torch.isfinite(z).all(1)
-        z = torch.where(usable[:, None], z, self.like[:1])
-        there = (self.density(z) + log_jacobian).double().cpu() - likelihood(z)
-        ratio = there + affine.log_volume - self.height[rows]
-        return torch.where(usable.cpu() & torch.isfinite(ratio), ratio, -torch.inf)
+        z, there = self._at(frame, affine(frame.points[rows]))
+        ratio = there - likelihood(z) + affine.log_volume - self.height[rows]
+        return torch.where(torch.isfinite(ratio), ratio, -torch.inf)
 
     def _judged(self, log_ratio: Tensor) -> Moved:
         r"""Return :math:`\log Z - \log Z_{-i}`: with draws s of weights v, minus the log of the mean ratio."""
