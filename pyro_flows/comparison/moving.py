@@ -7,7 +7,7 @@ coordinates in its gradient, along two directions in its curvature, which are fi
 
 In plain coordinates, or those of a poor flow, a part of the posterior can be narrow, such as the neck of a funnel. A
 map then carries draws out of it and none into it. So moved draws are weighted there as a part of a mixture with those
-that stay where they are, unless this makes the weights less even.
+that stay where they are, unless this makes the weights less even. A few draws tell whether there is such a part.
 
 References: Paananen et al. 2021, "Implicitly adaptive importance sampling" (arXiv 1906.08850), who match weighted
 moments of the draws, and weight by such a mixture; Meng and Wong 1996 (ratios of normalizing constants).
@@ -32,6 +32,7 @@ UNEVEN = 0.2  # or weights of such a relative variance
 NARROWEST, WIDEST = 0.05, 20.0  # precision along a direction, in units of the posterior's
 WITHIN = 10.0  # nats about the median: weights farther off are left out of the second fit
 STAY = 0.5  # share of the mixture that is not moved
+LOOKED_AT, THIN, UNCOVERED = 250, 3.0, 0.01  # draws of each half; nats by which moved ones are too rare; share of mass
 EACH = 10  # draws for each coordinate that a map needs to be fitted
 
 Likelihood = Callable[[Tensor], Tensor]  # z (S, D) -> log likelihood of one observation (S,)
@@ -119,10 +120,23 @@ class Space:
             if best is result and result.k_hat < limit:
                 break
             result, kept = best, found if best is again else kept
-        if not self.covers:
+        if not self.covers or self._are_covered(values, kept, result.elpd):
             return result
         covering = self._judged(self._covering(likelihood, values, kept))
         return min(result, covering, key=lambda one: one.spread)  # not by k-hat, which knows nothing of the neck
+
+    @torch.no_grad()
+    def _are_covered(self, values: Tensor, found: dict[bool, Affine], elpd: float) -> bool:
+        """Whether moved draws come to nearly all of the posterior without an observation, by a few draws of it."""
+        excess, weights = [], []
+        for side, rows in self._sides():
+            own, affine, frame = rows.nonzero()[:, 0], found[not side], self.frames[not side]
+            few = own[:: max(1, len(own) // LOOKED_AT)]  # of all chains
+            origin = self._at(frame, affine.back(frame.points[few]))[1]
+            excess.append(self.height[few] - values[few] + elpd - origin + affine.log_volume)
+            weights.append(self.log_weights[few] - values[few])
+        share = torch.softmax(torch.cat(weights), 0)[~(torch.cat(excess) < THIN)].sum()
+        return float(share) < UNCOVERED
 
     def _again(self, likelihood: Likelihood, found: dict[bool, Affine]) -> dict[bool, Affine]:
         """Fit maps before the maps that there are, to the weights that these leave."""
