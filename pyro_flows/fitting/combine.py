@@ -84,7 +84,8 @@ class Combined:
     @property
     def chains(self) -> Chains | None:
         """Chains that sufficed, unless a mixture or tables of coordinates took the place of the flow they began at."""
-        return self.best.chains if isinstance(self.sampler, Flow) and self.several is None else None
+        replaced = self.several is not None or isinstance(self.sampler, FlowMixture)
+        return None if replaced else self.best.chains
 
 
 def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:

@@ -81,6 +81,7 @@ class _Narrower:
             elif _is_pointwise(node):
                 self._pointwise(node)
         self._expand()
+        sweep(graph)  # what nobody takes any more has no part in what follows
 
     def _expand(self) -> None:
         """Expand what other operations need at full width: in memory as it was, since views ask for that.

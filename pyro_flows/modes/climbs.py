@@ -51,11 +51,12 @@ def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> li
     paths = pathfinder(density, points, shares * units, seed=derive(seed, "modes"))
     found, doubtful = _weighed(guide, paths, len(own), units, seed=seed)
     if not found and density.batched:
-        found = _tempered(guide, paths, len(own), doubtful, units, seed=seed)
-        curved = None if found else by_curvature(guide, paths, len(own), doubtful, units)
+        worth = worth_tempering(guide, paths, len(own), doubtful, units)
+        found = _tempered(guide, paths, *worth, seed=seed)
+        curved = None if found else by_curvature(guide, paths, worth[0], doubtful, units)
         if curved is not None:
             found, doubtful = _weighed(guide, curved, 1, units, seed=seed)
-            found = found or _tempered(guide, curved, 1, doubtful, units, seed=seed)
+            found = found or _tempered(guide, curved, *worth_tempering(guide, curved, 1, doubtful, units), seed=seed)
     return [found[number] for number in distinct([lack.place for lack in found], units)]
 
 
@@ -90,7 +91,7 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     elsewhere = [path for path in doubtful if path.elsewhere]
     if not lacks and elsewhere:
         tops = [path for path in elsewhere if bool(thin[rows[path.number]])]  # a wide term may be covered at its top
-        lacks = _tempered(guide, paths, own, tops or elsewhere, units, seed=seed)
+        lacks = _tempered(guide, paths, *worth_tempering(guide, paths, own, tops or elsewhere, units), seed=seed)
     doubts += [path.start for path in elsewhere][:DOUBTS]
     return lacks
 
@@ -155,15 +156,12 @@ def _is_top(end: Tensor, own: Tensor, units: Tensor) -> bool:
     return len(own) > 0 and float(same.double().mean()) >= 0.5
 
 
-def _tempered(
-    guide: Guide, paths: Paths, own: int, doubtful: Sequence[Doubtful], units: Tensor, *, seed: int
-) -> list[Lack]:
+def _tempered(guide: Guide, paths: Paths, chosen: list[int], worth: Sequence[Doubtful], *, seed: int) -> list[Lack]:
     """Measure masses by tempering from the normals at the ends of a few paths, and just so that of the guide's region.
 
     Many paths end at one place, the guide's own one among them. So each place is measured once, and places where the
-    guide is thin altogether come first.
+    guide is thin altogether come first: see :func:`worth_tempering`.
     """
-    chosen, worth = worth_tempering(guide, paths, own, doubtful, units)
     if not worth:
         return []
     walk = temper(guide.density, Gaussians(*(part[chosen] for part in paths.best)), seed=derive(seed, "tempering"))

@@ -52,21 +52,28 @@ def worth_tempering(
     return [base, *(path.number for path in worth)], worth
 
 
-def by_curvature(guide: Guide, paths: Paths, own: int, doubtful: Sequence[Doubtful], units: Tensor) -> Paths | None:
+def by_curvature(
+    guide: Guide, paths: Paths, tempered: Sequence[int], doubtful: Sequence[Doubtful], units: Tensor
+) -> Paths | None:
     """Return Laplace's normals at the guide's own mode, first, and at places that only poor normals came to.
 
     In hundreds of dimensions a path from afar comes to a mode with a normal that is tens of nats too poor, and the
     place seems to be worth nothing. A few of Newton's steps lead to its top. A Hessian takes D gradients, as much as
-    two steps of all paths. None if there is no such place.
+    two steps of all paths. None if there is no such place, or if Hessians are too dear.
+
+    ``tempered`` are the numbers of paths that were tempered from, one to the guide's own mode first.
     """
     density, ends = guide.density, paths.ends
-    base, *worth = worth_tempering(guide, paths, own, doubtful, units)[0]
+    if density.dim * density.numbers > CURVED_UP_TO:
+        return None
+    base, *worth = tempered
     heights = density(ends).detach()
     elsewhere = [path.number for path in doubtful if path.elsewhere]
     elsewhere.sort(key=lambda number: -float(heights[number]))
     poor = [elsewhere[number] for number in distinct([ends[number] for number in elsewhere], units)]
-    poor = [number for number in poor if number not in worth and not _is_spike(guide, ends[number])][:LOOKED_AT]
-    if not poor or density.dim * density.numbers > CURVED_UP_TO:
+    left = (number for number in poor if number not in worth and not _is_spike(guide, ends[number]))
+    poor = [*islice(left, LOOKED_AT)]
+    if not poor:
         return None
     chosen = [base, *poor]
     modes = ends[chosen] if bool(paths.settled[chosen].all()) else newton(density, ends[chosen], NEWTON_STEPS)
