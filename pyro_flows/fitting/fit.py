@@ -222,7 +222,7 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
     if plan.refine is None or plan.train_model:
         return posterior
     chains = found.chains
-    searched = found.search is not None and not found.search.lacks and not found.search.notes
+    searched = found.search is not None and found.search.contained
     passed = chains is not None and found.best.sampled
     return last_rung(posterior, plan.refine, clock, plan.bar, chains, searched=searched, passed=passed)
 

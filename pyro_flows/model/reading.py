@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_flows.model.batching import apart, nearer, quiet
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.handlers import Place, masks_over
+from pyro_flows.model.masks import inside, used
 from pyro_flows.model.noncentered import moves
 from pyro_flows.model.sites import (
     Latent,
@@ -146,7 +147,7 @@ def read_structure(
             is named.
     """
     trace = _first_run(model, args, kwargs, start)
-    structure = _structure(trace)
+    structure = _structure(trace, used(model, args, kwargs, trace))
     try:
         return _dependence(model, args, kwargs, structure)
     except RuntimeError as error:
@@ -159,14 +160,17 @@ def read_structure(
     return _dependence(model, args, kwargs, structure)
 
 
-def _structure(trace: poutine.Trace) -> Structure:
-    """Return what one run tells; what a second one has to tell is left open."""
+def _structure(trace: poutine.Trace, unmasked: Mapping[str, Tensor]) -> Structure:
+    """Return what one run tells; what a second one has to tell is left open.
+
+    ``unmasked`` are elements of sites that are coordinates although a mask leaves them without a prior.
+    """
     sites = [site for site in messages(trace).values() if site["type"] == "sample" and not site_is_subsample(site)]
     stochastic = [site for site in sites if not site["is_observed"]]
     latents: list[Latent] = []
     for site in stochastic:
         if not is_enumerated(site):
-            latents.append(_read_latent(site, sum(latent.size for latent in latents)))
+            latents.append(_read_latent(site, sum(latent.size for latent in latents), unmasked.get(site["name"])))
     if not sum(latent.size for latent in latents):
         raise ValueError(
             "model: expected at least one continuous latent site (pyro.sample without obs=), got none. "
@@ -194,7 +198,7 @@ def _structure(trace: poutine.Trace) -> Structure:
     )
 
 
-def _read_latent(site: Any, offset: int) -> Latent:
+def _read_latent(site: Any, offset: int, unmasked: Tensor | None) -> Latent:
     name = site["name"]
     transform = _transform(site)
     for plate in _subsampled(site):
@@ -213,15 +217,12 @@ def _read_latent(site: Any, offset: int) -> Latent:
     unconstrained = transform.inv(site["value"])
     event_dim = site["fn"].event_dim
     shape, lifted = site["value"].shape, event_dim + unconstrained.dim() - site["value"].dim()
-    mask, free, size = site["mask"], None, unconstrained.numel()
-    mask = unconstrained.new_zeros((), dtype=torch.bool) if mask is False else mask
-    if isinstance(mask, Tensor) and not bool(mask.all()):
-        mask = mask.expand(shape[: len(shape) - event_dim])
-        inside = mask.reshape(mask.shape + (1,) * lifted).expand(unconstrained.shape)
-        free = inside.reshape(-1).nonzero().flatten()
+    mask, free, size = inside(site), None, unconstrained.numel()
+    mask = mask if mask is None or unmasked is None else mask | unmasked
+    mask = None if mask is None or bool(mask.all()) else mask
+    if mask is not None:
+        free = mask.reshape(mask.shape + (1,) * lifted).expand(unconstrained.shape).reshape(-1).nonzero().flatten()
         size = len(free)
-    else:
-        mask = None
     return Latent(name, shape, unconstrained.shape, event_dim, _plates(site), offset, size, mask, free)
 
 

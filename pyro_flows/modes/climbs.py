@@ -37,8 +37,11 @@ OWN_DRAWS = 200  # of the guide, that tell which mode it covers
 DOUBTS = 12  # places that paths go on from
 
 
-def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> list[Lack]:
-    """Climb from many points; return the regions at the ends of the paths that the guide lacks."""
+def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, notes: list[str], *, seed: int) -> list[Lack]:
+    """Climb from many points; return the regions at the ends of the paths that the guide lacks.
+
+    What could not be looked at is added to ``notes``.
+    """
     density = guide.density
     own, far = z[: CLIMBERS if density.batched else 1], _dispersed(guide, modes, z, seed=seed)
     if not len(far):
@@ -53,7 +56,7 @@ def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> li
     if not found and density.batched:
         worth = worth_tempering(guide, paths, len(own), doubtful, units)
         found = _tempered(guide, paths, *worth, seed=seed)
-        curved = None if found else by_curvature(guide, paths, worth[0], doubtful, units)
+        curved = None if found else by_curvature(guide, paths, worth[0], doubtful, units, notes)
         if curved is not None:
             found, doubtful = _weighed(guide, curved, 1, units, seed=seed)
             found = found or _tempered(guide, curved, *worth_tempering(guide, curved, 1, doubtful, units), seed=seed)

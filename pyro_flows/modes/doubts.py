@@ -22,6 +22,9 @@ from pyro_flows.starts.start import Start
 
 SHORT = 10.0  # nats that tempering may fall short of; in 226 dimensions it was 33, and two places were no modes
 CURVED_UP_TO = 2**19  # dimensions times the numbers that one evaluation handles: some seconds for all places
+UNWEIGHED = (
+    "the search for missed modes came to places whose mass it could not tell: Hessians are too dear for this model"
+)
 NEWTON_STEPS = 4
 TO_GAIN = 0.1  # nats by another step, at a top
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
@@ -53,19 +56,17 @@ def worth_tempering(
 
 
 def by_curvature(
-    guide: Guide, paths: Paths, tempered: Sequence[int], doubtful: Sequence[Doubtful], units: Tensor
+    guide: Guide, paths: Paths, tempered: Sequence[int], doubtful: Sequence[Doubtful], units: Tensor, notes: list[str]
 ) -> Paths | None:
     """Return Laplace's normals at the guide's own mode, first, and at places that only poor normals came to.
 
     In hundreds of dimensions a path from afar comes to a mode with a normal that is tens of nats too poor, and the
     place seems to be worth nothing. A few of Newton's steps lead to its top. A Hessian takes D gradients, as much as
-    two steps of all paths. None if there is no such place, or if Hessians are too dear.
+    two steps of all paths. None if there is no such place, or if Hessians are too dear, which is added to ``notes``.
 
     ``tempered`` are the numbers of paths that were tempered from, one to the guide's own mode first.
     """
     density, ends = guide.density, paths.ends
-    if density.dim * density.numbers > CURVED_UP_TO:
-        return None
     base, *worth = tempered
     heights = density(ends).detach()
     elsewhere = [path.number for path in doubtful if path.elsewhere]
@@ -73,7 +74,9 @@ def by_curvature(
     poor = [elsewhere[number] for number in distinct([ends[number] for number in elsewhere], units)]
     left = (number for number in poor if number not in worth and not _is_spike(guide, ends[number]))
     poor = [*islice(left, LOOKED_AT)]
-    if not poor:
+    if poor and density.dim * density.numbers > CURVED_UP_TO:
+        notes.append(UNWEIGHED)
+    if not poor or density.dim * density.numbers > CURVED_UP_TO:
         return None
     chosen = [base, *poor]
     modes = ends[chosen] if bool(paths.settled[chosen].all()) else newton(density, ends[chosen], NEWTON_STEPS)

@@ -80,7 +80,8 @@ def missed_modes(
     guide = Guide(density, score, float(weights[finite].median()))
     few = z[finite][:MOVED_DRAWS], log_q[finite][:MOVED_DRAWS]
     doubts: list[Start] = []
-    searches: list[Callable[[], list[Lack]]] = [lambda: climbed(guide, [*modes, *doubts], z[finite], seed=seed)]
+    notes: list[str] = []
+    searches: list[Callable[[], list[Lack]]] = [lambda: climbed(guide, [*modes, *doubts], z[finite], notes, seed=seed)]
     if density.batched:
         searches.insert(0, lambda: mirrored(guide, *few))
         searches.insert(1, lambda: surveyed(guide, z[finite], doubts, seed=seed))
@@ -90,12 +91,12 @@ def missed_modes(
     found: list[Lack] = []
     for search in searches:
         found = found or sift([lack for lack in search() if is_resolved(density, lack.place)])
-    notes = () if density.batched else (
-        f"the search for missed modes had only {SEARCHES_UNBATCHED} starting points: the model runs draw by draw",
-    )  # fmt: skip
+    if not density.batched:
+        few_starts = f"the search for missed modes had only {SEARCHES_UNBATCHED} starting points"
+        notes.append(f"{few_starts}: the model runs draw by draw")
     if not found:
-        return Search(notes=notes, contained=density.batched)
-    return Search(tuple(found), sentence_on(density, found, few[0]), notes)
+        return Search(notes=tuple(notes), contained=density.batched)
+    return Search(tuple(found), sentence_on(density, found, few[0]), tuple(notes))
 
 
 def sentence_on(density: LogDensity, found: Sequence[Lack], z: Tensor) -> str:

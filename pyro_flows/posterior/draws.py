@@ -78,17 +78,17 @@ def _decided(
         seed=seed,
         again=lambda: _weighed_again(density, draw, POOL * draws),
         complaint=lambda z: density.complaint(z[: pool.checked]),
-        changed=lambda z, log_weights: _changed(density, z, log_weights),
+        changed=lambda z, log_weights: _changed(density, z, log_weights, draws),
         **said,
     )
 
 
-def _changed(density: LogDensity, z: Tensor, log_weights: Tensor) -> list[str]:
+def _changed(density: LogDensity, z: Tensor, log_weights: Tensor, draws: int) -> list[str]:
     """Say what weighting changes in the model's own values; not where each draw is a run of the model."""
     if not density.batched:
         return []
     count = max(1, min(len(z), VALUES_COMPARED // density.dim))
-    return changed_values(density.constrain(z[:count]), torch.log_softmax(log_weights[:count], 0))
+    return changed_values(density.constrain(z[:count]), torch.log_softmax(log_weights[:count], 0), min(draws, count))
 
 
 def _figures(found: Decision, draws: int) -> dict[str, Any]:

@@ -90,6 +90,47 @@ def test_sites_masked_out_as_a_whole_are_no_coordinates():
     assert guide.sample_posterior(4)["y_unobserved"].shape == (4, 2)
 
 
+def padded(y, present):
+    """Two of three rows have an effect with a prior, the third one a flat one; where a row ends, y is padded."""
+    with poutine.mask(mask=False):
+        share = pyro.sample("share", dist.Dirichlet(real(1.0, 1.0)))
+        pyro.sample("unused", dist.HalfNormal(real(1.0)))
+    row = pyro.plate("row", 3, dim=-1)
+    with row, poutine.mask(mask=torch.tensor([True, False, True])):
+        effect = pyro.sample("effect", dist.Normal(real(0.0), 2.0))
+    with pyro.plate("column", 2, dim=-2), row, poutine.mask(mask=present):
+        pyro.sample("y", dist.Normal(effect + share[0], 1.0), obs=y)
+
+
+@pytest.mark.parametrize("rows", [3, 1])
+def test_what_a_mask_leaves_without_a_prior_is_flat_where_the_rest_uses_it(rows):
+    """Pyro's joint density has no prior there. Where the likelihood does not use it either, it is no coordinate."""
+    y, present = normal(2, 3, seed=36), torch.arange(3) < rows
+    density = pf.LogDensity(padded, (y, present.expand(2, 3)))
+    assert density.names == ("share", "unused", "effect")
+    assert [latent.size for latent in density.structure.latents] == [1, 0, 3 if rows == 3 else 2]
+    z = normal(4, density.dim, seed=37)
+    share = torch.sigmoid(z[:, :1])
+    effect = z[:, 1:] if rows == 3 else torch.stack([z[:, 1], torch.zeros(4), z[:, 2]], 1)
+    flat = torch.log(share * (1.0 - share))[:, 0]
+    prior = torch.stack([gauss(row[[0, 2]], 0.0, 2.0) for row in effect])
+    likelihood = torch.stack([gauss(y[:, :rows], e[:rows], 1.0) for e in (effect + share)])
+    close(density(z), flat + prior + likelihood, 1e-9)
+
+
+def test_a_flat_prior_by_a_mask_is_fitted():
+    def model(y):
+        with poutine.mask(mask=False):
+            mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+        with pyro.plate("n", 4):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    posterior = pf.fit(model, real(5.0, 6.0, 7.0, 8.0), seed=0, progress=False)
+    assert posterior.verdict.status == "ok"
+    assert abs(float(posterior.samples["mu"].mean()) - 6.5) < 0.05
+    assert abs(float(posterior.samples["mu"].std()) - 0.5) < 0.03
+
+
 # dtypes ---------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,86 @@
+"""Entries of latent sites that a mask leaves without a prior: coordinates, if the rest of the model uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_flows._seeding import seeded
+from pyro_flows.model.batching import apart
+from pyro_flows.model.bijections import bijection
+from pyro_flows.model.sites import is_enumerated, messages
+
+SHIFTS = 1.0, -0.5  # of the unconstrained values of all such entries, to see whether the density changes
+
+
+def inside(site: Any) -> Tensor | None:
+    """Return which batch elements of a latent site have a prior, None for all of them."""
+    value, mask = site["value"], site["mask"]
+    if mask is False:
+        mask = value.new_zeros((), dtype=torch.bool)
+    if not isinstance(mask, Tensor) or bool(mask.all()):
+        return None
+    return mask.expand(value.shape[: value.dim() - site["fn"].event_dim])
+
+
+def used(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], trace: poutine.Trace
+) -> dict[str, Tensor]:
+    """Return, for sites under a mask, which of the elements without a prior the rest of the density depends on.
+
+    These have a flat prior. The others, such as those that pad a ragged array, would be flat altogether.
+
+    Cost: three runs of the model and a gradient, if there is any such site.
+    """
+    left_out = {}
+    for name, site in messages(trace).items():
+        latent = site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+        mask = inside(site) if latent and not is_enumerated(site) else None
+        if mask is not None:
+            left_out[name] = mask
+    if not left_out:
+        return {}
+    sites = {name: messages(trace)[name] for name in left_out}
+    bases = {name: bijection(site["fn"]).inv(site["value"]).detach() for name, site in sites.items()}
+
+    def density(free: Mapping[str, Tensor]) -> Tensor:
+        values = {name: site["value"] for name, site in messages(trace).items() if site["type"] == "sample"}
+        for name, site in sites.items():
+            has_prior = left_out[name].reshape(left_out[name].shape + (1,) * site["fn"].event_dim)
+            values[name] = torch.where(has_prior, site["value"], bijection(site["fn"])(free[name]))
+        with apart(), seeded(0, next(iter(bases.values())).device), pyro.validation_enabled(False), _At(values):
+            total: Tensor = poutine.trace(model).get_trace(*args, **kwargs).log_prob_sum()
+        return total
+
+    with torch.no_grad():
+        here, *others = (density({name: base + shift for name, base in bases.items()}) for shift in (0.0, *SHIFTS))
+    if all(torch.equal(here.nan_to_num(), other.nan_to_num()) for other in others):
+        return {}
+    found = {name: torch.zeros_like(mask) for name, mask in left_out.items()}
+    with torch.enable_grad(), suppress(RuntimeError):  # a model may do what has no gradient
+        leaves = {name: base.requires_grad_() for name, base in bases.items()}
+        slopes = torch.autograd.grad(density(leaves), [*leaves.values()], allow_unused=True)
+        for (name, mask), slope in zip(left_out.items(), slopes, strict=True):
+            if slope is not None:
+                found[name] = ~mask & (slope != 0.0).reshape(*mask.shape, -1).any(-1)
+    return found if any(bool(mask.any()) for mask in found.values()) else {n: ~mask for n, mask in left_out.items()}
+
+
+class _At(Messenger):
+    """Give sites that are not observed the values of a run."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
