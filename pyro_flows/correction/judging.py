@@ -118,10 +118,10 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> Lackin
     given = (flow.log_prob, covered, evidence, posterior.history)
     told: dict[str, Any] = {"seed": seed, "searched": work.searched}
     sampler = work.sampler
-    if sampler is not None and chains.numbers.get("space") == PLAIN:
+    if sampler is not None:
         told["joined"] = lambda places: joins(sampler, places)
-    elif sampler is not None and sampler.latent.walkable and is_usable(posterior.log_weights.double()):
-        told["space"] = sampler.latent
+        if chains.numbers.get("space") != PLAIN and sampler.latent.walkable:
+            told["space"] = sampler.latent if is_usable(posterior.log_weights.double()) else None
     lacking = lacks_of_chains(density, chains, *given, **told)
     return replace(lacking, failures=[*invalid, *lacking.failures, *disagreements(posterior, chains)])
 

@@ -131,8 +131,8 @@ class Sampler:
     ) -> ChainFigures | None:  # fmt: skip
         """Go on until the draws are enough, or for ``sweeps`` in all or so many gradients; return the last figures.
 
-        Unless ``patient``, chains are given up where ten times as many trajectories diverge as may: each half of the
-        step size, which begins the draws anew, costs twice as much as the one before.
+        Unless ``patient``, the step size is halved as soon as ten times as many trajectories diverge as may, and chains
+        are given up where the gradients would not do for that: each half begins the draws anew, at twice the cost.
         """
         found, end = None, self.latent.density.evaluations + gradients
         while self.numbers["sweeps"] < sweeps and self.latent.density.evaluations < end:
@@ -145,7 +145,9 @@ class Sampler:
             report(f"sweep {self.numbers['sweeps']}")
             self._keep(self._sweep())
             if not patient and self._diverges():
-                return found
+                if self.numbers["halved"] >= HALVINGS or self.latent.density.evaluations + self._needed(0.5) > end:
+                    return found
+                self._begin_halved()
             if len(self.z) >= max(self.kept, self.numbers["checked"] + self.kept // 2):
                 found = self._looked_at()
                 if _suffices(found):
@@ -159,11 +161,18 @@ class Sampler:
         diverged = sum(int(one.sum()) for one in self.stats["diverging"])
         return diverged > HOPELESS * DIVERGENCES * len(self.points.x) * self.kept
 
-    def _needed(self) -> float:
-        """Return how many gradients the draws to be kept take at least, by the kernel as it is."""
+    def _needed(self, step: float = 1.0) -> float:
+        """Return how many gradients the draws to be kept take at least, by the kernel, or with a part of its step."""
         left = max(ROUNDS[0] * ROUND - self.numbers["sweeps"], 0)
-        leaps = min(self.kernel.length / self.kernel.step, 0.5 * self.kernel.most_leaps)  # in the mean
+        leaps = min(self.kernel.length / (step * self.kernel.step), 0.5 * self.kernel.most_leaps)  # in the mean
         return (left + KEPT) * max(leaps, 1.0) * len(self.points.x)
+
+    def to_come(self, found: ChainFigures) -> float:
+        """Return how many gradients it takes until draws are enough, at the pace of these figures; or from anew."""
+        enough = SPARE * LEAST_ESS / max(min(found.ess_bulk, found.ess_tail), 1.0) * found.sweeps
+        leaps = min(self.kernel.length / self.kernel.step, 0.5 * self.kernel.most_leaps)
+        left = enough - (self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0))
+        return max(left, 0.0) * max(leaps, 1.0) * len(self.points.x)
 
     def begin_draws(self, *, thin: int) -> None:
         """Drop all draws; keep one of ``thin`` sweeps from now on."""
@@ -266,10 +275,13 @@ class Sampler:
         """Begin the draws anew with half of the step size where trajectories diverge; return whether that was done."""
         if found.divergences <= DIVERGENCES or self.numbers["halved"] >= HALVINGS:
             return False
+        self._begin_halved()
+        return True
+
+    def _begin_halved(self) -> None:
         self.kernel.step *= 0.5
         self.numbers["halved"] += 1
         self.begin_draws(thin=1)
-        return True
 
     def _make_room(self, found: ChainFigures) -> None:
         """Drop the first half of draws that superchains still disagree on; else every other one, where all are full."""

@@ -27,6 +27,7 @@ UNWEIGHED = (
 )
 NEWTON_STEPS = 4
 TO_GAIN = 0.1  # nats by another step, at a top
+APART = 0.5  # nats a dimension between the mass that a guide covers and that of Laplace's normal at its mode
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
 
@@ -63,6 +64,7 @@ def by_curvature(
     In hundreds of dimensions a path from afar comes to a mode with a normal that is tens of nats too poor, and the
     place seems to be worth nothing. A few of Newton's steps lead to its top. A Hessian takes D gradients, as much as
     two steps of all paths. None if there is no such place, or if Hessians are too dear, which is added to ``notes``.
+    Where the normal at the guide's own mode has next to none of its mass, as in funnels, tops tell nothing: None too.
 
     ``tempered`` are the numbers of paths that were tempered from, one to the guide's own mode first.
     """
@@ -86,7 +88,10 @@ def by_curvature(
     kept = to_gain < TO_GAIN  # a density that grows without bound has no top
     kept[0] = True
     size = torch.linalg.slogdet(roots)[1] + 0.5 * density.dim * math.log(2.0 * math.pi)
-    return normals_at(modes[kept], lower_triangular(roots[kept]), (top + size)[kept]) if int(kept.sum()) > 1 else None
+    tells = guide.covered - float((top + size)[0]) < APART * density.dim
+    if not tells or int(kept.sum()) < 2:
+        return None
+    return normals_at(modes[kept], lower_triangular(roots[kept]), (top + size)[kept])
 
 
 def normals_at(modes: Tensor, roots: Tensor, evidence: Tensor) -> Paths:
