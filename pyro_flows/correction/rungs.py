@@ -172,6 +172,18 @@ def _only_lacks_draws(found: ChainFigures) -> bool:
     return min(found.ess_bulk, found.ess_tail) >= NEARLY * LEAST_ESS and found.nested_r_hat <= NESTED_R_HAT
 
 
+def _gone_on(sampler: Sampler, found: ChainFigures, spent: float, bar: Bar) -> ChainFigures:
+    """Go on with chains that will have draws enough before a flow could be trained; return their figures."""
+    while objections(found) and _only_lacks_draws(found):
+        needed = sampler.to_come(found)
+        more = min(max(ATTEMPT - spent, LONGER_THAN_THOUGHT * needed), TRAINED - spent)
+        if more <= 0.0 or needed > more:
+            break
+        spent += more
+        found = sampler.run(MAX_STEPS, bar.show, gradients=more, patient=False) or found
+    return found
+
+
 def _chains(
     latent: Latent, names: Sequence[str], z: Tensor, log_weights: Tensor, draws: int, *, seed: int, bar: Bar,
     most: float, independence: int, patient: bool = True,
@@ -181,12 +193,8 @@ def _chains(
     given: dict[str, Any] = {"chains": CHAINS, "kept": math.ceil(draws / CHAINS), "seed": seed}
     sampler = Sampler.begin(latent, names, starts, independence=independence, **given)
     found = sampler.run(MAX_STEPS, bar.show, gradients=most, patient=patient)
-    while found is not None and most < TRAINED and not patient and objections(found) and _only_lacks_draws(found):
-        more = min(max(ATTEMPT, most + LONGER_THAN_THOUGHT * sampler.to_come(found)), TRAINED) - most
-        if sampler.to_come(found) > more:
-            break
-        most += more
-        found = sampler.run(MAX_STEPS, bar.show, gradients=more, patient=False) or found
+    if found is not None and not patient:
+        found = _gone_on(sampler, found, most, bar)
     if found is None or objections(found):
         return None
     chains = sampler.chains()

@@ -11,7 +11,7 @@ import pyro_flows as pf
 from pyro_flows._progress import Bar
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.microcanonical import microcanonical
-from pyro_flows.correction.rungs import attempt_untrained
+from pyro_flows.correction.rungs import _gone_on, attempt_untrained
 from pyro_flows.correction.sampler import ROUND, Sampler
 from pyro_flows.correction.search import held_by
 from pyro_flows.fitting.selection import begin
@@ -22,7 +22,7 @@ from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import COOL_TRIED, STALLED, Budget, Look, train
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.chains import ChainFigures, Chains
 
 DIM = 60
 ONES = torch.ones(DIM, dtype=torch.float64)
@@ -90,8 +90,8 @@ def test_a_sampler_that_cannot_end_in_time_is_given_up_after_a_round():
     assert density.evaluations - before < 20_000
 
 
-def test_chains_that_diverge_are_given_up(monkeypatch):
-    """Half of the step size would not do, and begins the draws anew: before training, it is not tried."""
+def test_chains_that_diverge_are_given_up_where_gradients_do_not_suffice_for_half_of_the_step(monkeypatch):
+    """It begins the draws anew, at twice the cost: before training, it is tried at once, if it can end in time."""
 
     def diverging(*args, **options):
         moved = microcanonical(*args, **options)
@@ -101,14 +101,53 @@ def test_chains_that_diverge_are_given_up(monkeypatch):
     density = pf.LogDensity(bent)
     flow = location_scale(DIM, df=120.0, diagonal=True).double()
     start, found = flow.draw(8)[0].detach(), {}
-    for patient in (True, False):
+    for patient, gradients in ((True, 150_000), (False, 80_000), (False, 150_000)):
         given = {"chains": 64, "kept": 64, "seed": 0, "independence": 0}
         sampler = Sampler.begin(Latent(flow, density), [str(i) for i in range(DIM)], start, **given)
-        sampler.run(500, gradients=150_000, patient=patient)
-        found[patient] = sampler
-    assert found[True].numbers["halved"] >= 1
-    assert found[False].numbers["halved"] == 0
-    assert len(found[False].z) == 3, "4 trajectories may diverge"
+        sampler.run(500, gradients=gradients, patient=patient)
+        found[patient, gradients] = sampler
+    assert found[True, 150_000].numbers["halved"] >= 1
+    assert found[False, 80_000].numbers["halved"] == 0
+    assert len(found[False, 80_000].z) == 3, "4 trajectories may diverge"
+    assert found[False, 150_000].numbers["halved"] > found[True, 150_000].numbers["halved"]
+
+
+class Paced:
+    """Chains that have what they are told at the end of each run, at 2,000 gradients a sweep."""
+
+    def __init__(self, least):
+        self.least, self.asked = iter(least), []
+
+    def run(self, sweeps, report, *, gradients, patient):
+        self.asked.append(gradients)
+        ess, nested, diverged = next(self.least)
+        return ChainFigures(
+            chains=64, draws=64, sweeps=100, r_hat=1.0, nested_r_hat=nested, ess_bulk=2.0 * ess, ess_tail=ess, where="z",
+            divergences=diverged, energy_error=0.0, acceptance=0.8, independence=math.nan, agreement=math.nan,
+            changes=math.nan,
+        )  # fmt: skip
+
+    def to_come(self, found):
+        return 200_000.0 * (1500.0 / found.ess_tail - 1.0)
+
+
+@pytest.mark.parametrize(
+    ("least", "asked"),
+    [
+        ([(1600, 1.0, 0.0)], []),
+        ([(800, 1.0, 0.0), (1600, 1.0, 0.0)], [300_000]),  # 175,000 are needed, and up to 600,000 in all granted
+        ([(800, 1.0, 0.001), (1600, 1.0, 0.0)], [300_000]),  # the step has been halved
+        ([(400, 1.0, 0.0), (1600, 1.0, 0.0)], [825_000]),
+        ([(800, 1.0, 0.0), (300, 1.0, 0.0)], [300_000]),  # 800,000 more would be too many
+        ([(249, 1.0, 0.0)], []),
+        ([(800, 1.02, 0.0)], []),
+    ],
+)
+def test_chains_go_on_while_that_costs_less_than_a_flow(least, asked):
+    sampler = Paced(least)
+    first = sampler.run(0, None, gradients=300_000, patient=False)
+    _gone_on(sampler, first, 300_000, Bar("", False))
+    assert sampler.asked == [300_000, *asked]
 
 
 @pytest.fixture(scope="module")
