@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_flows.correction.stacked import stacked
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import Component, FlowMixture
+from pyro_flows.flows.stacked import stacked
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.log_density import LogDensity
 

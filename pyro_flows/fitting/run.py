@@ -29,6 +29,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.parts import untrained_twin
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.population import can_be_scattered
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.matching import matched
@@ -146,7 +147,8 @@ def make_run(
         assert run.best is not None
         if plan.escalate and not plan.train_model and not run.best.enough:
             poor = run.best.weighing.ess < POOR * len(run.best.weighing.log_weights)
-            if poor and run.several is None and lack is None and _is_several(plan, density, run, seed):
+            tried = (poor or can_be_scattered(density)) and run.several is None and lack is None
+            if tried and _is_several(plan, density, run, seed):
                 return
             run.chains = _sampled(plan, density, trainer.flow, seed)
             if run.chains is not None:

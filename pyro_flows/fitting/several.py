@@ -1,12 +1,14 @@
-"""A sampler for a posterior of several modes, without training.
+"""A sampler for a posterior of several modes, or of edges, without training.
 
 Independent coordinates are tabulated one by one, whatever the number of modes. Other posteriors get a mixture of
-Student-t distributions that is begun at all modes of a survey.
+Student-t distributions that is begun at all modes of a survey; in few dimensions, where that does not do, one that is
+brought there from the prior.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import student_mixture, tabulated
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.population import Generation, Parts, begun, fitted
+from pyro_flows.modes.population import Generation, Parts, begun, can_be_scattered, fitted, scattered
 from pyro_flows.modes.separable import is_separable, marginals
 from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
 from pyro_flows.modes.units import units_of
@@ -25,6 +27,7 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.psis import psis
 
 ENOUGH_SHARE, ENOUGH_K = 0.3, 0.5  # of the mixture's draws: effective share, and k-hat
+GOOD_SHARE, NEAR_K = 0.7, 0.6  # where most draws are effective, a k-hat that may be that of few large weights by chance
 AGAIN = 3  # times that modes are looked for where weights are large
 ROWS = 4096  # points that all parts are looked at together
 HEAVY, HEAVIEST = 10.0, 48  # times the mean weight, from which on a draw points to what is missing; draws
@@ -50,7 +53,7 @@ def several(
     density: LogDensity, z: Tensor, places: Tensor | None = None,
     *, seed: int, bar: Bar, barrier: float = 0.0, ridges: bool = False,
 ) -> Several | None:  # fmt: skip
-    """Survey the modes near and far of draws z (S, D), and fit a sampler to them; None for one mode, or a dear density.
+    """Survey the modes near and far of draws z (S, D), and fit a sampler to them; None if there is none.
 
     With ``ridges``, points of ridges and edges count as modes. ``places`` (N, D) are climbed from as well. Once there
     is a mixture, the survey goes on from its draws with large weights, and from where it is thin. With a ``barrier``,
@@ -69,8 +72,10 @@ def several(
         return None
     separable = is_separable(density, z, seed=seed, modes=weighty.modes)
     product = _tabulated(density, weighty, z, seed) if separable else None
-    if product is not None or not apart:
+    if product is not None:
         return product
+    if not apart:
+        return _brought(density, None, seed, bar)
     found = found if separable else survey(density, z, seed=seed, rounds=ROUNDS, before=found)
     best = _fitted(density, begun(*_start(found)), seed, bar)
     for number in range(AGAIN):
@@ -82,7 +87,18 @@ def several(
             break
         more = _fitted(density, begun(*_start(found)), again, bar)
         best = more if more is not None and more.worth > min(best.worth, ENOUGH_SHARE) else best
-    return None if best is None else _as_sampler(best, len(found.weighty()), found.over)
+    tried = None if best is None else _as_sampler(best, len(found.weighty()), found.over)
+    return tried if tried is not None and (tried.enough or barrier) else _brought(density, tried, seed, bar)
+
+
+def _brought(density: LogDensity, other: Several | None, seed: int, bar: Bar) -> Several | None:
+    """Return a mixture that comes from the prior, in few dimensions, if it is better than another one."""
+    parts = scattered(density, seed=seed) if can_be_scattered(density) else None
+    best = None if parts is None else _fitted(density, parts, seed, bar)
+    if best is None or (other is not None and best.share <= (other.stage.ess_ratio or 0.0)):
+        return other
+    said = f"a mixture of {len(best.parts)} Student-t distributions, brought from the prior by tempering, was enough"
+    return _mixture(best, said, {"parts": len(best.parts)})
 
 
 @torch.no_grad()
@@ -155,9 +171,14 @@ def _fitted(density: LogDensity, parts: Parts, seed: int, bar: Bar) -> Generatio
 
 
 def _as_sampler(best: Generation, modes: int, over: bool) -> Several:
+    count = len(best.parts)
+    said = f"there are several modes; a mixture of {count} Student-t distributions, begun at {modes}, has them"
+    return _mixture(best, said, {"modes": modes, "parts": count, "survey is over": over})
+
+
+def _mixture(best: Generation, said: str, details: dict[str, Any]) -> Several:
     parts = best.parts
     sampler = student_mixture(parts.loc, parts.roots, parts.log_weights.tolist(), df=parts.df)
-    details = {"modes": modes, "parts": len(parts), "survey is over": over}
     stage = Stage(STAGE, k_hat=best.k_hat, ess_ratio=best.share, details=details)
-    said = f"there are several modes; a mixture of {len(parts)} Student-t distributions, begun at {modes}, has them"
-    return Several(sampler, said, stage, best.share >= ENOUGH_SHARE and best.k_hat < ENOUGH_K)
+    enough = best.share >= ENOUGH_SHARE and best.k_hat < (NEAR_K if best.share >= GOOD_SHARE else ENOUGH_K)
+    return Several(sampler, said, stage, enough)

@@ -85,7 +85,8 @@ def by_curvature(
     roots = inverse_roots(density, modes)[0]
     top, slopes = density.value_and_grad(modes)
     to_gain = (roots.mT @ slopes[..., None])[..., 0].square().sum(1)
-    kept = to_gain < TO_GAIN  # a density that grows without bound has no top
+    away = torch.linalg.solve(roots, (modes - modes[0])[..., None])[..., 0].norm(dim=1)
+    kept = (to_gain < TO_GAIN) & (away > math.sqrt(density.dim))  # no top without bound, nor the guide's own once more
     kept[0] = True
     size = torch.linalg.slogdet(roots)[1] + 0.5 * density.dim * math.log(2.0 * math.pi)
     tells = guide.covered - float((top + size)[0]) < APART * density.dim

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.climbs import climbed, surveyed
-from pyro_flows.modes.lacks import Guide, Lack, Score, is_resolved, lacks_of, to_name
+from pyro_flows.modes.lacks import SHARE, Guide, Lack, Score, is_resolved, lacks_of, to_name
 from pyro_flows.modes.lines import across
+from pyro_flows.modes.population import can_be_scattered, fitted, generation, scattered
 from pyro_flows.modes.symmetries import images, moves, signed_permutation
 from pyro_flows.modes.thin import too_thin
 from pyro_flows.modes.umbrella import Space
@@ -23,6 +25,7 @@ from pyro_flows.verdict.own_values import element
 MOVED_DRAWS = 200
 EXACT = 1e-4  # of a log density: rounding of single precision
 SEEDS = 2  # draws at which exact moves are looked for
+SPREAD, TRUSTED = 0.1, 0.7  # effective share of a mixture's draws, and k-hat, that tell masses
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def missed_modes(
     """Search for regions that hold a good part of the mass and that a guide lacks.
 
     At its own draws, log p - log q of a guide is about the log of the mass that it covers. A region is missed if it has
-    a good part of that mass where the guide is much thinner than it ought to be. Five searches:
+    a good part of that mass where the guide is much thinner than it ought to be. Six searches:
 
     1. Exact moves (``symmetries.py``) are applied to the draws. The mass of the region is
        :math:`E_q\\, p(T z) / q(z)`.
@@ -58,7 +61,9 @@ def missed_modes(
        are too few, tempering does, in comparison with the region that the guide covers, by the same method. Where the
        normal seems to be too poor even for that, Newton's steps and a Hessian give a better one (``doubts.py``).
     4. All draws are moved along single coordinates to further maxima: see :func:`across`.
-    5. Draws wander to where the guide is thin next to them: see :func:`too_thin`.
+    5. In few dimensions, a mixture is brought from the prior to the density. Its weighted draws tell what mass the
+       guide lacks altogether, in modes that are too small to count by themselves too: see :func:`spread_out`.
+    6. Draws wander to where the guide is thin next to them: see :func:`too_thin`.
 
     Args:
         density: log p, unnormalized.
@@ -67,8 +72,8 @@ def missed_modes(
         log_q: their log densities (S,).
         score: the guide's log density.
         seed: of the search.
-        wandering: whether the fifth is made.
-        space: the guide's latent space, where it has one that the fifth can use.
+        wandering: whether the sixth is made.
+        space: the guide's latent space, where it has one that the sixth can use.
         sift: takes out of what a search found what is covered after all; where nothing is left, the next one is made.
     """
     z = z.to(density.dtype)
@@ -86,6 +91,7 @@ def missed_modes(
         searches.insert(0, lambda: mirrored(guide, *few))
         searches.insert(1, lambda: surveyed(guide, z[finite], doubts, seed=seed))
         searches.append(lambda: across(guide, *few))
+        searches.append(lambda: spread_out(guide, seed=seed))
     if density.batched and wandering:
         searches.append(lambda: too_thin(guide, space, z[finite], weights[finite], log_q[finite], seed=seed))
     found: list[Lack] = []
@@ -97,6 +103,32 @@ def missed_modes(
     if not found:
         return Search(notes=tuple(notes), contained=density.batched)
     return Search(tuple(found), sentence_on(density, found, few[0]), tuple(notes))
+
+
+@torch.no_grad()
+def spread_out(guide: Guide, *, seed: int) -> list[Lack]:
+    """Return the heaviest of the places that the guide lacks, if together they hold a good part of the mass.
+
+    Places that are modes by themselves may be many. A mixture that came from the prior by tempering has draws in all of
+    them; where its weights hang on a few draws, parts are added first.
+    """
+    density = guide.density
+    parts = scattered(density, seed=seed) if can_be_scattered(density) else None
+    if parts is None:
+        return []
+    with seeded(derive(seed, "draws of a mixture"), density.device):
+        found = generation(density, parts)
+    if found is not None and found.share < SPREAD:
+        found = fitted(density, parts, seed=seed)
+    if found is None or found.share < SPREAD or not found.k_hat < TRUSTED:
+        return []
+    thin = guide.is_thin(found.z, density(found.z))
+    mass = torch.where(thin, found.weights, 0.0)
+    if not float(mass.sum()) > SHARE:
+        return []
+    part = found.log_parts[:, thin].argmax(0).mode().values
+    start = Start("spread out", found.parts.loc[part], found.parts.roots[part])
+    return [Lack(found.z[int(mass.argmax())], start)]
 
 
 def sentence_on(density: LogDensity, found: Sequence[Lack], z: Tensor) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.psis import psis
 
@@ -37,6 +38,12 @@ EVEN = 0.1  # share of the draws that goes to all parts alike
 LEAST = 1e-5  # weight of a part
 NARROW = 0.25  # of the volume of the part that a new one comes out of
 TRUSTED_K_HAT = 0.5  # above it, weights hang on a few draws
+FEW = 6  # dimensions in which draws of the prior find all of a posterior
+WRITTEN = 6000  # numbers that an evaluation may write there, for half a million of them
+PRIOR, FROM_PRIOR, WIDER = 1000, 8000, 1.5  # draws of the prior, and of each temperature; times the prior's variances
+TEMPERATURES, EACH = 12, 0.1  # at most, and the effective share that each leaves
+KERNELS, KERNEL_DF = 32, 5.0  # parts at tempered draws
+HALVINGS = 30  # of the interval in which a power is looked for
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,70 @@ def begun(modes: Tensor, roots: Tensor, evidence: Tensor) -> Parts:
     """Return a part for each mode, with Laplace's scale and weight."""
     weights = torch.log_softmax(evidence.double(), 0).to(modes)
     return Parts(modes, roots, weights, max(15.0, 2.0 * modes.shape[1]))
+
+
+def can_be_scattered(density: LogDensity) -> bool:
+    """Whether a mixture that comes from the prior is cheap, and may find all modes, edges and ridges."""
+    return density.batched and density.dim <= FEW and density.written <= WRITTEN
+
+
+@torch.no_grad()
+def scattered(density: LogDensity, *, seed: int) -> Parts | None:
+    """Return a mixture about draws that went from the prior to the posterior; None where there is no way.
+
+    At each temperature, draws of the last mixture are weighted, so that a tenth of them is effective, and drawn anew;
+    the next mixture has a part at some of them, with their covariance less what so many parts share. No top has to be
+    smooth, nor has there to be one.
+
+    Cost: 8000 densities for each of up to 12 temperatures.
+    """
+    with seeded(derive(seed, "from the prior"), density.device):
+        draws = prior_draws(density, PRIOR, seed=seed)
+        parts = _about(draws[torch.isfinite(draws).all(1)], 1)
+        for _ in range(TEMPERATURES):
+            if parts is None:
+                return None
+            z = parts.draw(FROM_PRIOR)
+            ratios = density(z).double() - torch.logsumexp(parts.log_prob(z), 0)
+            usable = torch.isfinite(ratios)
+            z, ratios = z[usable], ratios[usable]
+            if len(z) < KERNELS:
+                return None
+            power = _power(ratios)
+            chosen = resample(torch.log_softmax(power * ratios, 0), FROM_PRIOR, seed=0)
+            parts = _about(z[chosen], KERNELS)
+            if power == 1.0:
+                break
+    return parts
+
+
+def _about(draws: Tensor, count: int) -> Parts | None:
+    """Return a mixture of so many parts at draws (S, D), or of one at their mean; None where they have no spread."""
+    dim = draws.shape[1]
+    if len(draws) <= dim:
+        return None
+    covariance = torch.cov(draws.double().mT).reshape(dim, dim) * (count ** (-2.0 / dim) if count > 1 else WIDER)
+    root, fault = torch.linalg.cholesky_ex(covariance)
+    if int(fault) or not bool(torch.isfinite(root).all()):
+        return None
+    loc = draws[torch.randperm(len(draws))[:count].to(draws.device)] if count > 1 else draws.mean(0, keepdim=True)
+    weights = loc.new_full((len(loc),), -math.log(len(loc)))
+    return Parts(loc, root.to(loc).expand(len(loc), -1, -1).clone(), weights, KERNEL_DF)
+
+
+def _power(ratios: Tensor) -> float:
+    """Return the power of weights, up to one, that leaves a tenth of the draws effective."""
+
+    def share(power: float) -> float:
+        return float(1.0 / torch.softmax(power * ratios, 0).square().sum()) / len(ratios)
+
+    low, high = 0.0, 1.0
+    if share(high) >= EACH:
+        return high
+    for _ in range(HALVINGS):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if share(middle) > EACH else (low, middle)
+    return low
 
 
 @torch.no_grad()

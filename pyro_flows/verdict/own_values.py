@@ -78,7 +78,9 @@ class _Quantiles:
 
     def sentence(self, place: int, label: str) -> str:
         level, shift = LEVELS[int(self.level[place])], float(self.shift[place])
-        return f"importance weighting changes the {100 * level:.0f} % quantile of the values of {label} by {shift:.2f} sd"
+        return (
+            f"importance weighting changes the {100 * level:.0f} % quantile of the values of {label} by {shift:.2f} sd"
+        )
 
 
 def _moments(values: Tensor, weights: Tensor, effective: float, draws: int) -> _Moments:

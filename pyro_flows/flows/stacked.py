@@ -7,17 +7,19 @@ the other, that took a second for 64 chains.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.mixture import Component
 from pyro_flows.flows.recipe import affine_of
 from pyro_flows.transforms.chain import Chain
 from pyro_flows.transforms.linear import LowerTriangularAffine
+
+if TYPE_CHECKING:
+    from pyro_flows.flows.mixture import Component
 
 
 class Stacked(NamedTuple):
