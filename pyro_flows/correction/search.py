@@ -104,8 +104,7 @@ def lacks_of_chains(
 
     def left(lacks: list[Lack]) -> list[Lack]:
         lacks = [lack for lack in lacks if not regions.covers(lack.start)]
-        known = bool(lacks) and not any(lack.start.name == WANDERED for lack in lacks)
-        return [] if known and joined(torch.stack([lack.place for lack in lacks])) else lacks
+        return [] if lacks and joined(torch.stack([lack.place for lack in lacks])) else lacks
 
     thin = Guide(density, score, covered).is_thin(z[chosen], log_p[chosen], by=THIN)
     if not searched or float(thin.double().mean()) > SHARE:

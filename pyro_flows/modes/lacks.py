@@ -16,6 +16,7 @@ from pyro_flows.starts.start import Start
 SHARE = 0.02  # of the mass that the guide covers
 RESOLUTION = 0.05  # of a coordinate
 THINNER = 7.0  # nats by which the guide falls short at a mode that it lacks
+PLACES = 8  # that wanderers came to, at most
 
 Score = Callable[[Tensor], Tensor]
 
@@ -104,11 +105,12 @@ def share_error(thin: Tensor, mass: Tensor, there: Tensor) -> tuple[float, float
 
 
 def lack_of(ends: Tensor, thin: Tensor, mass: Tensor, there: Tensor, name: str) -> list[Lack]:
-    """Return a place where wanderers came to and the guide is too thin, if weighted draws know of less.
+    """Return places where wanderers came to and the guide is too thin, if weighted draws know of less.
 
     ``ends`` (N, D) are where they came to; the others are those of :func:`share_error`.
     """
     share, known, error = share_error(thin, mass, there)
     if share - 2.0 * error <= known + SHARE:
         return []
-    return [Lack(ends[thin][0], moments(ends[thin], name), beside=True)]
+    about = moments(ends[thin], name)
+    return [Lack(end, about, beside=True) for end in ends[thin][:PLACES]]

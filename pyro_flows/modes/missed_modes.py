@@ -133,7 +133,7 @@ def spread_out(guide: Guide, *, seed: int) -> list[Lack]:
 
 def sentence_on(density: LogDensity, found: Sequence[Lack], z: Tensor) -> str:
     """Return the sentence on what a guide with draws ``z`` lacks: modes, or mass next to those that it covers."""
-    named = to_name(found)
+    named = [*{id(lack.start): lack for lack in reversed(to_name(found))}.values()][::-1]  # a place of each region
     names = sorted({_named(density, lack.place, z) for lack in named})
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     what = "has too little mass" if named[0].beside else "misses a mode"

@@ -146,7 +146,10 @@ def scattered(density: LogDensity, *, seed: int) -> Parts | None:
 
 
 def _about(draws: Tensor, count: int) -> Parts | None:
-    """Return a mixture of so many parts at draws (S, D), or of one at their mean; None where they have no spread."""
+    """Return a mixture of so many parts at draws (S, D), or of one at their mean; None where they have no spread.
+
+    Half of the parts are at any draws, half where these are far apart; each has the weight of the draws next to it.
+    """
     dim = draws.shape[1]
     if len(draws) <= dim:
         return None
@@ -154,9 +157,18 @@ def _about(draws: Tensor, count: int) -> Parts | None:
     root, fault = torch.linalg.cholesky_ex(covariance)
     if int(fault) or not bool(torch.isfinite(root).all()):
         return None
-    loc = draws[torch.randperm(len(draws))[:count].to(draws.device)] if count > 1 else draws.mean(0, keepdim=True)
-    weights = loc.new_full((len(loc),), -math.log(len(loc)))
-    return Parts(loc, root.to(loc).expand(len(loc), -1, -1).clone(), weights, KERNEL_DF)
+    if count == 1:
+        return Parts(draws.mean(0, keepdim=True), root.to(draws)[None], draws.new_zeros(1), KERNEL_DF)
+    x = torch.linalg.solve_triangular(root, draws.double().mT, upper=False).mT
+    chosen = torch.randperm(len(draws))[: count // 2].to(draws.device)
+    away, nearest = torch.cdist(x, x[chosen]).min(1)
+    for number in range(len(chosen), count):  # the farthest draw of all that are left: small modes are far from others
+        chosen = torch.cat([chosen, away.argmax()[None]])
+        to_new = (x - x[chosen[-1]]).norm(dim=1)
+        nearest = torch.where(to_new < away, number, nearest)
+        away = torch.minimum(away, to_new)
+    mass = torch.bincount(nearest, minlength=count).to(draws) + 1.0
+    return Parts(draws[chosen], root.to(draws).expand(count, -1, -1).clone(), (mass / mass.sum()).log(), KERNEL_DF)
 
 
 def _power(ratios: Tensor) -> float:
