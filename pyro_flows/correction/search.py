@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_flows import _mixing
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import SHARE, Guide, Lack, to_name
+from pyro_flows.modes.lacks import SHARE, SPREAD_OUT, Guide, Lack, to_name
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.thin import THIN, WANDERED
 from pyro_flows.modes.umbrella import Space
@@ -32,6 +32,7 @@ SETTLED = 1.05  # nested R-hat of whether a chain is in a region
 WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
 WEIGHED, TRUSTED_K_HAT = 4000, 0.7  # draws that the mass of a region is found by
 PART = 0.5  # of a region's mass that chains have to have, where it is known
+NO_PLACE = WANDERED, SPREAD_OUT  # starts that stand for more than the region of a normal distribution
 INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribution that lie farther out do not count
 
 
@@ -50,7 +51,7 @@ class Lacking:
 
 def noted(search: Search | None, stage: str = STAGE) -> list[Stage]:
     """Return what a fit\'s history keeps of a search, for a sampler to look at later: places and spreads as lists."""
-    lacks = [] if search is None else [lack for lack in search.lacks if lack.start.name != WANDERED]
+    lacks = [] if search is None else [lack for lack in search.lacks if lack.start.name not in NO_PLACE]
     if not lacks:
         return []
     scales = [lack.start.scale for lack in lacks]
@@ -116,7 +117,7 @@ def lacks_of_chains(
         said = f"{TOO_LITTLE if to_name(search.lacks)[0].beside else MISS} near {place}"
         found.append(said)
         search = replace(search, sentence=said)
-    known = [lack.start for lack in search.lacks if lack.start.name != WANDERED]
+    known = [lack.start for lack in search.lacks if lack.start.name not in NO_PLACE]
     reached = all(bool(regions.inside(start.loc, start.scale).any()) for start in known)
     return Lacking(found, list(search.notes), noted(search, OF_CHAINS), reached)
 
@@ -173,15 +174,22 @@ class _Regions:
         self.seed = derive(seed, "regions")
 
     def covers(self, start: Start) -> bool:
-        """Whether chains go in and out of a place that a search found; what draws wandered to counts as it is."""
-        return start.name != WANDERED and self.visited(start.loc, start.scale)
+        """Whether chains go in and out of a place that a search found; what is no single place counts as it is."""
+        return start.name not in NO_PLACE and self.visited(start.loc, start.scale)
 
     @torch.no_grad()
     def visited(self, loc: Tensor, scale: Tensor) -> bool:
-        """Whether chains go in and out of the region of a normal distribution, agree on its share, and have enough."""
+        """Whether chains go in and out of the region of a normal distribution, agree on its share, and have enough.
+
+        A region that weights know to hold next to nothing of all mass need not be visited. Where a guide covers little
+        of the posterior, such as a normal distribution in a funnel, tops of the density look like modes that it lacks.
+        """
         inside = self.inside(loc, scale)
         share = float(inside.double().mean())
-        if share < self._needed(loc, scale):
+        needed, most = self._needed(loc, scale)
+        if most < SHARE:
+            return True
+        if share < needed:
             return False
         if share == 1.0:
             return True
@@ -193,8 +201,11 @@ class _Regions:
         z = self.chains.z
         return _inside(z.flatten(0, 1) - loc, scale).reshape(z.shape[:2])
 
-    def _needed(self, loc: Tensor, scale: Tensor) -> float:
-        """Return the share that chains have to have: by importance sampling from the normal, where that can be done."""
+    def _needed(self, loc: Tensor, scale: Tensor) -> tuple[float, float]:
+        """Return the share that chains have to have, and the most that a region may hold, infinite if it is not known.
+
+        Both are found by importance sampling from the normal, where that can be done.
+        """
         with seeded(self.seed, self.density.device):
             noise = torch.randn(WEIGHED, len(loc), dtype=loc.dtype, device=loc.device)
         away = noise * scale if scale.dim() == 1 else noise @ scale.mT
@@ -203,11 +214,12 @@ class _Regions:
         ratios = (self.density(loc + away) - log_g).double()
         ratios = torch.where(torch.isfinite(ratios) & _inside(away, scale), ratios, -torch.inf)
         if not bool(torch.isfinite(ratios).any()):
-            return SHARE
+            return SHARE, math.inf
         k_hat = psis(ratios)[1]
         weights = (ratios - self.evidence).exp()
-        mass = min(float(weights.mean() - 2.0 * weights.std() / math.sqrt(WEIGHED)), 1.0)
-        return PART * mass if k_hat < TRUSTED_K_HAT else max(SHARE, PART * mass)
+        mean, error = float(weights.mean()), 2.0 * float(weights.std()) / math.sqrt(WEIGHED)
+        needed = PART * min(mean - error, 1.0)
+        return (needed, mean + error) if k_hat < TRUSTED_K_HAT else (max(SHARE, needed), math.inf)
 
 
 def _inside(away: Tensor, scale: Tensor) -> Tensor:

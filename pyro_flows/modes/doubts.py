@@ -27,6 +27,7 @@ UNWEIGHED = (
 )
 NEWTON_STEPS = 4
 TO_GAIN = 0.1  # nats by another step, at a top
+SAME = 3.0  # standard deviations by Laplace's normal, within which tops are one
 APART = 0.5  # nats a dimension between the mass that a guide covers and that of Laplace's normal at its mode
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
@@ -86,7 +87,7 @@ def by_curvature(
     top, slopes = density.value_and_grad(modes)
     to_gain = (roots.mT @ slopes[..., None])[..., 0].square().sum(1)
     away = torch.linalg.solve(roots, (modes - modes[0])[..., None])[..., 0].norm(dim=1)
-    kept = (to_gain < TO_GAIN) & (away > math.sqrt(density.dim))  # no top without bound, nor the guide's own once more
+    kept = (to_gain < TO_GAIN) & (away > SAME)  # no top without bound, nor the guide's own once more
     kept[0] = True
     size = torch.linalg.slogdet(roots)[1] + 0.5 * density.dim * math.log(2.0 * math.pi)
     tells = guide.covered - float((top + size)[0]) < APART * density.dim

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.climbs import climbed, surveyed
-from pyro_flows.modes.lacks import SHARE, Guide, Lack, Score, is_resolved, lacks_of, to_name
+from pyro_flows.modes.lacks import SHARE, SPREAD_OUT, Guide, Lack, Score, is_resolved, lacks_of, to_name
 from pyro_flows.modes.lines import across
 from pyro_flows.modes.population import can_be_scattered, fitted, generation, scattered
 from pyro_flows.modes.symmetries import images, moves, signed_permutation
@@ -127,7 +127,7 @@ def spread_out(guide: Guide, *, seed: int) -> list[Lack]:
     if not float(mass.sum()) > SHARE:
         return []
     part = found.log_parts[:, thin].argmax(0).mode().values
-    start = Start("spread out", found.parts.loc[part], found.parts.roots[part])
+    start = Start(SPREAD_OUT, found.parts.loc[part], found.parts.roots[part])
     return [Lack(found.z[int(mass.argmax())], start)]
 
 
