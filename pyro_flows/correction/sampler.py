@@ -38,6 +38,7 @@ WATCHED = 16  # coordinates, the worst of the last look at all
 HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latter take two dimensions
 HOPELESS = 10.0  # times the divergences that the verdict bears, of the draws that are asked for
 FAR = 1.1  # nested R-hat above which the first half of the draws counts as warm-up
+COUNTS = "sweeps", "waiting", "checked", "halved"
 STATS = (
     *("lp", "log_weight", "acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size"),
     *("proposed", "independent", "changes"),
@@ -86,20 +87,9 @@ class Sampler:
             "scale": torch.ones_like(x[0]),
             "round": x.new_zeros(0, 3, *x.shape),
         }
-        numbers = {
-            **{
-                "sweeps": 0,
-                "fixed_at": None,
-                "thin": 1,
-                "waiting": 0,
-                "checked": 0,
-                "halved": 0,
-                "worst": None,
-                "independence": independence,
-                "moves": moves if x.shape[1] > 1 else HAMILTONIAN,
-            },
-            **{"seed": seed, "kernel": Kernel.start(x.shape[1], most_leaps=most_leaps).stored()},
-        }
+        numbers: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"fixed_at": None, "thin": 1, "worst": None}
+        numbers |= {"independence": independence, "moves": moves if x.shape[1] > 1 else HAMILTONIAN, "seed": seed}
+        numbers["kernel"] = Kernel.start(x.shape[1], most_leaps=most_leaps).stored()
         return cls(latent, names, Chains(z[:, None][:, :0], {}, state, numbers), kept=kept, seed=seed)
 
     def chains(self) -> Chains:
@@ -163,16 +153,16 @@ class Sampler:
 
     def _needed(self, step: float = 1.0) -> float:
         """Return how many gradients the draws to be kept take at least, by the kernel, or with a part of its step."""
-        left = max(ROUNDS[0] * ROUND - self.numbers["sweeps"], 0)
-        leaps = min(self.kernel.length / (step * self.kernel.step), 0.5 * self.kernel.most_leaps)  # in the mean
-        return (left + KEPT) * max(leaps, 1.0) * len(self.points.x)
+        return self._gradients(max(ROUNDS[0] * ROUND - self.numbers["sweeps"], 0) + KEPT, step)
 
     def to_come(self, found: ChainFigures) -> float:
         """Return how many gradients it takes until draws are enough, at the pace of these figures; or from anew."""
         enough = SPARE * LEAST_ESS / max(min(found.ess_bulk, found.ess_tail), 1.0) * found.sweeps
-        leaps = min(self.kernel.length / self.kernel.step, 0.5 * self.kernel.most_leaps)
-        left = enough - (self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0))
-        return max(left, 0.0) * max(leaps, 1.0) * len(self.points.x)
+        return self._gradients(max(enough - (self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)), 0.0))
+
+    def _gradients(self, sweeps: float, step: float = 1.0) -> float:
+        leaps = min(self.kernel.length / (step * self.kernel.step), 0.5 * self.kernel.most_leaps)  # in the mean
+        return sweeps * max(leaps, 1.0) * len(self.points.x)
 
     def begin_draws(self, *, thin: int) -> None:
         """Drop all draws; keep one of ``thin`` sweeps from now on."""

@@ -7,7 +7,7 @@ the other, that took a second for 64 chains.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,21 @@ from pyro_flows.flows.recipe import affine_of
 from pyro_flows.transforms.chain import Chain
 from pyro_flows.transforms.linear import LowerTriangularAffine
 
-if TYPE_CHECKING:
-    from pyro_flows.flows.mixture import Component
+
+class Part(Protocol):
+    """A part of a mixture: the number of its flow, and a signed permutation of that flow's draws, or none."""
+
+    @property
+    def flow(self) -> int:
+        """Number of the flow."""
+
+    @property
+    def order(self) -> Tensor | None:
+        """Which coordinates come first."""
+
+    @property
+    def signs(self) -> Tensor | None:
+        """What they are multiplied by."""
 
 
 class Stacked(NamedTuple):
@@ -42,7 +55,7 @@ class Stacked(NamedTuple):
         return x, bases.log_density(self.base, x, self.df).sum(-1) - self.ladj
 
 
-def stacked(flows: Sequence[Flow], parts: Sequence[Component]) -> Stacked | None:
+def stacked(flows: Sequence[Flow], parts: Sequence[Part]) -> Stacked | None:
     """Return the parts' maps, if each is a triangular affine map of the same base, signs apart; else None."""
     maps = [_whole(flows[part.flow]) for part in parts]
     first = flows[parts[0].flow]
@@ -59,11 +72,11 @@ def stacked(flows: Sequence[Flow], parts: Sequence[Component]) -> Stacked | None
     return Stacked(signs * torch.stack(shifts), tril, torch.stack(ladjs), first.base, first.df)
 
 
-def _in_order(part: Component) -> bool:
+def _in_order(part: Part) -> bool:
     return part.order is None or bool((part.order == torch.arange(len(part.order)).to(part.order)).all())
 
 
-def _signs(part: Component, like: Tensor) -> Tensor:
+def _signs(part: Part, like: Tensor) -> Tensor:
     return torch.ones_like(like) if part.signs is None else part.signs.to(like)
 
 

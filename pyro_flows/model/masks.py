@@ -57,8 +57,7 @@ def used(
             has_prior = left_out[name].reshape(left_out[name].shape + (1,) * site["fn"].event_dim)
             values[name] = torch.where(has_prior, site["value"], bijection(site["fn"])(free[name]))
         with apart(), seeded(0, next(iter(bases.values())).device), pyro.validation_enabled(False), _At(values):
-            total: Tensor = poutine.trace(model).get_trace(*args, **kwargs).log_prob_sum()
-        return total
+            return torch.as_tensor(poutine.trace(model).get_trace(*args, **kwargs).log_prob_sum())
 
     with torch.no_grad():
         here, *others = (density({name: base + shift for name, base in bases.items()}) for shift in (0.0, *SHIFTS))

@@ -139,7 +139,7 @@ def test_what_chains_hold_does_not_hide_what_a_later_search_finds(monkeypatch):
 def test_a_region_that_is_known_to_hold_next_to_nothing_need_not_be_visited(monkeypatch):
     """An alarm: the covered mass is far below the evidence where a guide hardly overlaps with a funnel.
 
-    So the top of the funnel, where no draw ever is, looked like a mode with all of the mass. Here a place has 2e-9 of it.
+    So the top of the funnel, where no draw is, looked like a mode with all of the mass. Here a place has 2e-9 of it.
     """
     far, size = torch.full((3,), 5.0, dtype=torch.float64), torch.full((3,), 0.2, dtype=torch.float64)
 
