@@ -105,7 +105,8 @@ def lacks_of_chains(
 
     def left(lacks: list[Lack]) -> list[Lack]:
         lacks = [lack for lack in lacks if not regions.covers(lack.start)]
-        return [] if lacks and joined(torch.stack([lack.place for lack in lacks])) else lacks
+        places = [lack.place if lack.drawn is None else lack.drawn for lack in lacks]
+        return [] if lacks and joined(torch.stack(places)) else lacks
 
     thin = Guide(density, score, covered).is_thin(z[chosen], log_p[chosen], by=THIN)
     if not searched or float(thin.double().mean()) > SHARE:

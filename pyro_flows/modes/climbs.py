@@ -133,8 +133,8 @@ def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) 
             elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
             doubtful.append(Doubtful(number, float(paths.elbo[number]), elsewhere, start, beside))
         elif float(lacking.mean()) > SHARE:
-            at = ends[number] if bool(at_ends[number]) else draws[place][int(log_weights.argmax())]
-            found.append(Lack(at, start, beside=beside))
+            drawn = draws[place][int(log_weights.argmax())]
+            found.append(Lack(ends[number] if bool(at_ends[number]) else drawn, start, beside=beside, drawn=drawn))
     return found, doubtful
 
 

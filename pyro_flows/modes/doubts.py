@@ -125,8 +125,9 @@ def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempere
             if guide.covered - covered > SHORT and not _stay_thin(guide, reached[thin], path):
                 continue
             thin_end = bool(guide.is_thin(ends[path.number][None], density(ends[path.number][None]).detach()))
-            place = ends[path.number] if thin_end else reached[int(log_weights.argmax())]
-            found.append(Lack(place, path.start, beside=path.beside or not thin_end))
+            drawn = reached[int(log_weights.argmax())]
+            place = ends[path.number] if thin_end else drawn
+            found.append(Lack(place, path.start, beside=path.beside or not thin_end, drawn=drawn))
     return found
 
 
