@@ -76,9 +76,15 @@ def _like(support: Constraint) -> dict[str, Any]:
 
 def _transform(site: Any) -> Any:
     """Return the bijection onto a latent site's support, or say which site has none."""
-    name, support = site["name"], site["fn"].support
+    name = site["name"]
     if innermost(site["fn"]) is Delta:
         raise ValueError(f"site {name!r}: a Delta is a fixed value, no latent. Use pyro.deterministic({name!r}, ...).")
+    support = site["fn"].support
+    if support.is_discrete and site["infer"].get("enumerate") == "parallel":
+        raise ValueError(
+            f"site {name!r}: expected finitely many values to be summed over, got the {type(site['fn']).__name__}, "
+            "whose values cannot be enumerated. Use a Categorical over those that have a probability worth a thought."
+        )
     if support.is_discrete:
         raise ValueError(
             f"site {name!r}: expected a continuous latent, got the discrete {type(site['fn']).__name__}. Enumerate it "
@@ -214,6 +220,14 @@ def _read_latent(site: Any, offset: int, unmasked: Tensor | None) -> Latent:
         )
     if any(frame.dim is None for frame in site["cond_indep_stack"]):
         raise ValueError(f"site {name!r}: a latent in a sequential plate. Use a vectorized one (with pyro.plate(...)).")
+    try:
+        with torch.no_grad(), quiet(), suppress(ValueError):  # the value may lie at an edge
+            site["fn"].log_prob(site["value"])
+    except NotImplementedError:
+        raise ValueError(
+            f"site {name!r}: expected a prior with a density, got a {type(site['fn']).__name__} without one. Is one of "
+            "its transforms not one-to-one? In the place of a SoftmaxTransform, use a StickBreakingTransform."
+        ) from None
     unconstrained = transform.inv(site["value"])
     event_dim = site["fn"].event_dim
     shape, lifted = site["value"].shape, event_dim + unconstrained.dim() - site["value"].dim()

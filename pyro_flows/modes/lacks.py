@@ -27,8 +27,8 @@ class Lack:
     """A place that the guide lacks, and a normal distribution there: where another run may start.
 
     ``move`` takes coordinates of the guide's draws there and leaves the density as it is, if there is such a move.
-    ``beside`` says that the guide covers the mode, and has too little mass next to it, such as in a tail. ``drawn`` is a
-    point with a good part of the mass that is lacked, if the place is a top, which in many dimensions lies far from it.
+    ``beside`` says that the guide covers the mode, and has too little mass next to it, such as in a tail. ``drawn`` is
+    a point with a good part of the mass that is lacked, if the place is a top, which may lie far from all of it.
     """
 
     place: Tensor

@@ -41,6 +41,19 @@ MODELS = {
         lambda: pyro.sample("counts", dist.Poisson(real(2.0)).expand([3]).to_event(1)),
         "site 'counts': expected a continuous latent, got the discrete",
     ),
+    "enumerated, without end": (
+        lambda: pyro.sample("k", dist.Poisson(real(2.0)), infer={"enumerate": "parallel"}),
+        "site 'k': expected finitely many values to be summed over, got the Poisson",
+    ),
+    "no density": (
+        lambda: pyro.sample(
+            "share",
+            dist.TransformedDistribution(
+                dist.Normal(torch.zeros(3), 1.0).to_event(1), [dist.transforms.SoftmaxTransform()]
+            ),
+        ),
+        "site 'share': expected a prior with a density, got a TransformedDistribution without one.*StickBreaking",
+    ),
     "sphere": (
         lambda: pyro.sample("direction", dist.ProjectedNormal(torch.ones(3))),
         r"site 'direction': no bijection .* support Sphere.*poutine.reparam",
