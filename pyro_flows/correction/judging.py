@@ -120,8 +120,8 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> Lackin
     sampler = work.sampler
     if sampler is not None:
         told["joined"] = lambda places: joins(sampler, places)
-        if chains.numbers.get("space") != PLAIN and sampler.latent.walkable:
-            told["space"] = sampler.latent if is_usable(posterior.log_weights.double()) else None
+        in_flow = chains.numbers.get("space") != PLAIN and sampler.latent.walkable
+        told["space"] = sampler.latent if in_flow and is_usable(posterior.log_weights.double()) else None
     lacking = lacks_of_chains(density, chains, *given, **told)
     return replace(lacking, failures=[*invalid, *lacking.failures, *disagreements(posterior, chains)])
 

@@ -14,6 +14,7 @@ from pyro_flows.verdict.psis import largest_k, psis
 ESS_RATIO = 0.1
 LEVEL = math.log(1.5)  # largest weight over the mean one, below which weights have no tail for k-hat to look at
 HEAVY_INDEX = 0.42
+LEVELS = 0.05, 0.25, 0.5, 0.75, 0.95  # of quantiles that stand for moments
 
 
 @dataclass(frozen=True)
@@ -113,26 +114,36 @@ def heavy_tails(points: Tensor, *, index: float = HEAVY_INDEX) -> Tensor:
 def _quantile_shifts(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return shifts of quartiles in weighted sds (by the quartiles), and log ratios of spreads, raw over weighted."""
     columns = points.mT.contiguous()
-    places = _order(columns)
-    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=points.dtype, device=points.device)
-    wanted = levels.expand(len(columns), -1).contiguous()
-    index = torch.searchsorted(weights[places].cumsum(1), wanted).clamp_max(len(points) - 1)
-    weighted = columns.gather(1, places.gather(1, index)).mT
-    raw = _quantiles(columns, places, levels)
-    scale = ((weighted[3] - weighted[1]) / 1.349).clamp_min(torch.finfo(points.dtype).tiny)
+    places = in_order(columns)
+    levels = torch.tensor(LEVELS, dtype=points.dtype, device=points.device)
+    weighted = weighted_quantiles(columns, places, weights, levels)
+    raw = quantiles(columns, places, levels)
     ratios = torch.stack([(raw[j] - raw[i]) / (weighted[j] - weighted[i]) for i, j in ((0, 4), (1, 3))])
     widest = ratios.log().abs().argmax(0)
-    return ((raw - weighted)[1:4].abs() / scale).amax(0), ratios.log().gather(0, widest[None])[0]
+    shifts = (raw - weighted)[1:4].abs() / sd_of(weighted)
+    return shifts.amax(0), ratios.log().gather(0, widest[None])[0]
 
 
-def _order(rows: Tensor) -> Tensor:
+def sd_of(quantiles: Tensor) -> Tensor:
+    """Return the sds (D,) of normal distributions with these quartiles, given quantiles at ``LEVELS`` (5, D)."""
+    return ((quantiles[3] - quantiles[1]) / 1.349).clamp_min(torch.finfo(quantiles.dtype).tiny)
+
+
+def weighted_quantiles(rows: Tensor, places: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
+    """Return quantiles (L, D) of rows (D, S) with normalized weights (S,), by their order."""
+    wanted = levels.expand(len(rows), -1).contiguous()
+    index = torch.searchsorted(weights[places].cumsum(1), wanted).clamp_max(rows.shape[1] - 1)
+    return rows.gather(1, places.gather(1, index)).mT
+
+
+def in_order(rows: Tensor) -> Tensor:
     """Return the order of each row (D, S); on the processor NumPy's, which is several times as fast as torch's."""
     if rows.device.type != "cpu":
         return rows.argsort(1)
     return torch.from_numpy(np.argsort(rows.numpy(), axis=1))
 
 
-def _quantiles(rows: Tensor, places: Tensor, levels: Tensor) -> Tensor:
+def quantiles(rows: Tensor, places: Tensor, levels: Tensor) -> Tensor:
     """Return quantiles (L, D) of rows (D, S) by their order, linear between two neighbors."""
     at = levels * (rows.shape[1] - 1)
     below = at.floor()
