@@ -33,7 +33,7 @@ from pyro_flows.model.sites import (
     is_enumerated,
     messages,
 )
-from pyro_flows.model.supports import WRAPPERS
+from pyro_flows.model.supports import WRAPPERS, check_density
 
 MEDIAN_DRAWS = 15
 
@@ -220,14 +220,8 @@ def _read_latent(site: Any, offset: int, unmasked: Tensor | None) -> Latent:
         )
     if any(frame.dim is None for frame in site["cond_indep_stack"]):
         raise ValueError(f"site {name!r}: a latent in a sequential plate. Use a vectorized one (with pyro.plate(...)).")
-    try:
-        with torch.no_grad(), quiet(), suppress(ValueError):  # the value may lie at an edge
-            site["fn"].log_prob(site["value"])
-    except NotImplementedError:
-        raise ValueError(
-            f"site {name!r}: expected a prior with a density, got a {type(site['fn']).__name__} without one. Is one of "
-            "its transforms not one-to-one? In the place of a SoftmaxTransform, use a StickBreakingTransform."
-        ) from None
+    with torch.no_grad(), quiet():
+        check_density(name, site["fn"], site["value"])
     unconstrained = transform.inv(site["value"])
     event_dim = site["fn"].event_dim
     shape, lifted = site["value"].shape, event_dim + unconstrained.dim() - site["value"].dim()

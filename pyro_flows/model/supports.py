@@ -230,3 +230,20 @@ def _guard_components(fn: Any) -> Any:
         new.base_dist = _guard_components(fn.base_dist)
         return new
     return fn
+
+
+def check_density(name: str, fn: Any, value: Tensor) -> None:
+    """Refuse the prior of a site that has no density, such as one by a transform that is not one-to-one.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    try:
+        fn.log_prob(value)
+    except NotImplementedError:
+        raise ValueError(
+            f"site {name!r}: expected a prior with a density, got a {type(fn).__name__} without one. Is one of its "
+            "transforms not one-to-one? In the place of a SoftmaxTransform, use a StickBreakingTransform."
+        ) from None
+    except (ValueError, RuntimeError):  # at an edge, or in other dtypes, which later runs find out about
+        return
