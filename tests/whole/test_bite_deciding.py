@@ -280,7 +280,7 @@ BUGS = [
     (*WEIGH, "1.0 / weights.square().sum()", "1.0 / weights.square().max()", weights),
     (*WEIGH, "math.log(len(ratio))", "math.log(len(ratio) - broken)", impossible_draws),
     (*WEIGH, "points[possible] if broken else points", "points", impossible_draws),
-    (weighing, "_quantile_shifts", "weights[places]", "weights.expand(places.shape)", quantiles),
+    (weighing, "weighted_quantiles", "weights[places]", "weights.expand(places.shape)", quantiles),
     (weighing, "_quantile_shifts", ".abs().argmax(0)", ".argmin(0)", quantiles),
     (weighing, "heavy_tails", "found > index", "found > 1.5", tails),
     (weighing, "heavy_tails", "found > index", "found > -0.5", normal_tails),
