@@ -22,6 +22,7 @@ def rows(tmp_path_factory):
     return file, records.read(file)
 
 
+@pytest.mark.slow
 def test_a_row_says_what_was_measured(rows):
     _, (row,) = rows
     assert (row["model"], row["method"], row["simulations"]) == ("poisson", "together", "10")
@@ -58,6 +59,7 @@ def test_all_models_can_be_read():
         assert LogDensity(model, args).dim > 1
 
 
+@pytest.mark.slow
 def test_distances_of_equal_draws_are_zero(rows):
     one, _ = running.run("poisson", "together", 10)
     distance, expected = running.distances(one, one)

@@ -62,6 +62,7 @@ def test_errors_are_those_of_the_worst_coordinate():
     assert all(math.isnan(value) for value in flows.errors(entry(), found))
 
 
+@pytest.mark.slow
 def test_a_comparison_names_the_verdict_on_the_guide(monkeypatch):
     monkeypatch.setattr(pictures, "STEPS", 50)
     figure, found = pictures.compare(entry())

@@ -31,6 +31,7 @@ def test_training_closes_the_gap(base):
     assert 0.0 < end < 0.7 * start
 
 
+@pytest.mark.slow
 def test_bench_does_each_fit_once_and_draws_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(planar, "LAYERS", (1, 2))
     options = {"out": tmp_path / "planar.csv", "figures": tmp_path / "figures", "steps": 2}

@@ -78,6 +78,7 @@ def test_data_sets_have_draws_of_their_own(posteriors):
     assert torch.corrcoef(torch.stack([one[:, 0], two[:, 0]]))[0, 1].abs() < 0.1
 
 
+@pytest.mark.slow
 def test_data_sets_of_other_shapes_are_fitted_by_themselves():
     sets = [torch.tensor(y) for y in ([1, 2, 0], [3, 3], [0, 0, 1], [4, 5, 7], [2, 2, 2])]
     found = pf.fit_many(counts, sets, draws=500, progress=False)

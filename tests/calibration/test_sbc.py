@@ -108,6 +108,7 @@ def test_a_guide_is_trained_and_ranked_by_its_own_draws():
     assert not list(pyro.get_param_store())
 
 
+@pytest.mark.slow
 def test_a_sampler_may_return_a_posterior():
     def sampler(x, y):
         mean, covariance = exact(x, y)
@@ -124,6 +125,7 @@ def test_a_sampler_may_return_a_posterior():
 # at the data in hand --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_at_the_data_in_hand_both_data_sets_count():
     right = check(from_exact(at_hand=(X, Y)), kind="posterior")
     assert right.is_uniform(0.01)

@@ -280,6 +280,7 @@ def test_a_mode_that_chains_rarely_visit_is_not_refined():
     assert posterior.verdict.status == "unreliable", posterior.verdict
 
 
+@pytest.mark.slow
 def test_modes_that_chains_do_not_change_between_are_not_refined(monkeypatch):
     """Without moves between them, chains keep the masses that they began with."""
     from pyro_flows.correction import sampler
@@ -354,6 +355,7 @@ def bent(y):
     pyro.factor("bent", -0.5 * away.square() + 0.5 * z[1].square() + 0.0 * y)
 
 
+@pytest.mark.slow
 def test_what_a_fit_cannot_do_is_refined():
     """A flow that preserves volumes cannot be this. Some Hamiltonian trajectories diverge, and the step is halved."""
     options = {"flow": "nice", "escalate": False, "progress": False, "max_steps": 400, "seed": 2}

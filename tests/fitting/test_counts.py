@@ -62,6 +62,7 @@ def test_three_fits_of_three_are_ok_and_right():
     assert count == 3, said
 
 
+@pytest.mark.slow
 def test_three_fits_of_three_that_lack_a_mode_are_unreliable():
     count, said = unreliable(range(3))
     assert count == 3, said

@@ -385,7 +385,9 @@ HALVES = {
 }
 
 
-@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize(
+    "name", ["written", "AutoMultivariateNormal", pytest.param("AutoNormal", marks=pytest.mark.slow)]
+)
 def test_a_guide_with_half_of_the_posterior_misses_a_mode(name):
     """Its weights are even, and say nothing of the other half: it was `ok` or `corrected`."""
     verdict = pf.diagnose(two_sided, HALVES[name](), draws=1000).verdict

@@ -139,6 +139,7 @@ def replace_first(values, value):
     return torch.cat([torch.tensor([value]), values[1:]])
 
 
+@pytest.mark.slow
 def test_a_cool_down_is_tried_where_the_elbo_is_level():
     """Steps of full size keep the weights of fifty-six coordinates uneven; a short cool-down shows what is learned."""
 

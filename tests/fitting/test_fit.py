@@ -109,6 +109,7 @@ def test_a_fit_that_is_cut_short_says_so():
     assert len(posterior.losses) <= 20
 
 
+@pytest.mark.slow
 def test_trains_the_models_own_parameters_on_request():
     """Empirical Bayes: y_i ~ N(theta_i, 1), theta_i ~ N(m, 1); the marginal likelihood peaks at m = mean(y)."""
 
@@ -221,6 +222,7 @@ def test_zoo_cauchy():
     assert posterior.verdict.status == "unreliable" or right
 
 
+@pytest.mark.slow
 def test_zoo_nice_on_a_funnel():
     """A volume-preserving map cannot make density where Var[log p] is far above D / 2, and the verdict says so."""
     verdict = quick(factor_model(funnel_energy, 10), flow="nice", refine=False).verdict
@@ -228,6 +230,7 @@ def test_zoo_nice_on_a_funnel():
     assert "preserves volume" in str(verdict)
 
 
+@pytest.mark.slow
 def test_zoo_a_silently_invalid_parameter():
     """A Beta with a negative concentration has a finite density, and fits run without Pyro's checks."""
 

@@ -161,6 +161,7 @@ def test_real_seconds_on_a_slow_model():
     assert any("stopped after max_seconds=2" in reason for reason in found.verdict.reasons)
 
 
+@pytest.mark.slow
 def test_a_bound_that_does_not_bind_changes_nothing():
     free, bound = as_ever(effects), pf.fit(effects, Y, max_seconds=1e4, **QUICK)
     assert torch.equal(free.z, bound.z)

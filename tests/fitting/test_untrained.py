@@ -208,6 +208,7 @@ def test_training_ends_where_the_weights_get_hardly_better(shares, stalls, tries
     assert len(result.losses) > tries * COOL_TRIED
 
 
+@pytest.mark.slow
 def test_without_a_sampler_it_is_tried_once_and_training_goes_on(monkeypatch):
     monkeypatch.setattr("pyro_flows.training.loop.Monitor.level", lambda self: True)
     monkeypatch.setattr("pyro_flows.training.loop.Monitor.stationary", lambda self: (False, "never"))

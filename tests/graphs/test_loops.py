@@ -328,6 +328,7 @@ print([name for name in ("sympy", "torch._dynamo", "torch._inductor") if name in
 """
 
 
+@pytest.mark.slow
 def test_a_fit_imports_no_compiler():
     """They take a second of a fit's three."""
     process = subprocess.run([sys.executable, "-c", COLD], check=True, capture_output=True, text=True)

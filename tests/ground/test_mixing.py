@@ -76,6 +76,7 @@ def test_what_never_moves_and_what_is_not_finite():
     assert all(bool(value[2].isnan()) for value in found.values())
 
 
+@pytest.mark.slow
 def test_many_coordinates_take_less_time_than_one_after_the_other():
     x = torch.randn(64, 64, 500, dtype=REAL)
     began = time.process_time()

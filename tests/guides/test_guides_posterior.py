@@ -172,8 +172,12 @@ def exact():
     [
         pytest.param(partial(pf.AutoRealNVP, layers=2, hidden=(8,), base="normal"), id="realnvp"),
         pytest.param(partial(pf.AutoNICE, layers=2, hidden=(8,), base="normal"), id="nice"),
-        pytest.param(partial(pf.AutoPlanar, layers=2, base="normal"), id="planar"),
-        pytest.param(partial(pf.AutoRealNVP, layers=4, hidden=(8,), affine="none", base="normal"), id="without affine"),
+        pytest.param(partial(pf.AutoPlanar, layers=2, base="normal"), id="planar", marks=pytest.mark.slow),
+        pytest.param(
+            partial(pf.AutoRealNVP, layers=4, hidden=(8,), affine="none", base="normal"),
+            id="without affine",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_training_finds_a_normal_posterior(make):

@@ -185,6 +185,7 @@ def test_what_data_bound_gets_walls():
     torch.testing.assert_close(charts["low"].high, real(1.5), atol=1e-7, rtol=0.0)
 
 
+@pytest.mark.slow
 def test_a_bound_by_data_is_fitted_saved_and_loaded(tmp_path):
     """Draws had no finite density, and the fit was `unreliable` after a minute."""
     y, z = real([0.3, 2.0], [0.9, 1.1]), real(1.5)

@@ -117,6 +117,7 @@ def test_some_sites_only() -> None:
     assert {"c[0] (non-centered)", "b"} <= set(names)
 
 
+@pytest.mark.slow
 def test_a_noncentered_guide_trains_in_pyro_and_is_judged_in_its_coordinates() -> None:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -143,6 +144,7 @@ def test_fit_chooses_noncentered_coordinates_for_a_funnel_and_fits_it_exactly() 
     assert 2.85 < float(posterior.samples["x"].std()) < 3.15
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
 def test_a_funnel_of_a_hundred_leaves_needs_no_training() -> None:
     """Learning stopped short of coordinates that are exact: sds of 2.78 for 3, after refinement."""
@@ -159,6 +161,7 @@ def test_a_funnel_of_a_hundred_leaves_needs_no_training() -> None:
     assert 2.85 < float(posterior.samples["v"].std()) < 3.15
 
 
+@pytest.mark.slow
 def test_fit_takes_coordinates_that_are_as_good_as_centered_where_the_data_are_strong() -> None:
     def strong(y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))

@@ -226,7 +226,10 @@ def test_paths_to_the_guides_own_mode_leave_room_for_others(monkeypatch):
     assert log_density((place + center) @ turn) > -20.0
 
 
-@pytest.mark.parametrize(("both", "dear"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("both", "dear"),
+    [(False, False), *(pytest.param(*given, marks=pytest.mark.slow) for given in [(False, True), (True, False)])],
+)
 def test_an_image_in_hundreds_of_dimensions_that_only_poor_normals_come_to(both, dear, monkeypatch):
     """A lie: paths from afar came to the other half of the mass with normals that were 36 nats too poor, or more.
 

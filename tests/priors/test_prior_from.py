@@ -149,6 +149,7 @@ def again(y, prior):
         pyro.sample("y", dist.Normal(double / 2, 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_a_site_in_a_plate_keeps_its_dimension(tmp_path):
     prior = pf.prior_from(schools_posterior("ok"), "theta", **QUICK)
     assert prior().event_shape == (8,)

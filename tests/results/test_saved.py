@@ -282,6 +282,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_saves_and_is_killed_leaves_a_whole_posterior(pair, tmp_path):
     whole = [(pair[k] / TENSORS).read_bytes() for k in (0, 1)]
     wait = iter([0.003, 0.02])
