@@ -127,7 +127,7 @@ def make_run(
         with clock.part("the starts", share=STARTS_SHARE):
             starts = portfolio(density, seed=seed, extra=extra) if lack is None else [lack]
         run.modes = [start for start in starts if start.evidence is not None]
-        cheap = density.numbers * density.dim <= CHEAP
+        cheap = density.numbers * density.dim <= CHEAP and not density.long
         if (cheap or len(run.modes) > 1) and lack is None and _is_several(plan, density, run, seed, barrier=BARRIER):
             return
         close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]

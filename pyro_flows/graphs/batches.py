@@ -26,7 +26,9 @@ ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
 LARGEST = 2**20  # numbers for which the least rows are still taken: memory above is mapped anew by each operation
 LONG = 2000  # operations from which one graph serves all batch sizes: recording takes seconds
 AT_ONCE = 2**12  # numbers that one operation of a long graph handles in little more time than one number,
-LONG_ROWS = 64  # and rows at most: the results of a long loop that its gradient needs should stay in a cache
+LONG_ROWS = 128  # and rows at most: the results of a long loop that its gradient needs should stay in a cache
+LONG_VALUES, ROWS_OF_VALUES = 2**14, 1024  # the same for values alone, of which no results are kept
+SMALL = 0.25  # of such a piece, up to which a batch goes through in small ones
 
 Kind = tuple[int, torch.dtype, torch.device]
 
@@ -56,12 +58,17 @@ class Work(TorchDispatchMode):
         self.largest = max(self.largest, *sizes, 0)
         return result
 
-    def rows(self, batch: int) -> int | None:
-        """Return how many rows all pieces have, where they are of one size, after a run with so many; else None."""
+    def rows(self, batch: int) -> tuple[int, int] | tuple[None, None]:
+        """Return how many rows pieces have, and larger ones of values alone, after a run with so many.
+
+        Both are None where small batches may have graphs of their own.
+        """
         if self.operations < LONG:
-            return None
+            return None, None
         apiece = max(1, self.numbers // (self.operations * batch))
-        return max(ROWS_AT_LEAST, min(LONG_ROWS, 1 << ((AT_ONCE // apiece) | 1).bit_length() - 1))
+        both = (AT_ONCE, LONG_ROWS), (LONG_VALUES, ROWS_OF_VALUES)
+        unit, large = (min(most, 1 << ((at_once // apiece) | 1).bit_length() - 1) for at_once, most in both)
+        return max(ROWS_AT_LEAST, unit), max(ROWS_AT_LEAST, large)
 
 
 class Recorder:
@@ -76,6 +83,7 @@ class Recorder:
         numbers: how many numbers it handles at one point.
         given: tensors that the function takes after the points: inputs of the graphs, not constants.
         unit: how many rows all pieces have, so that there is one graph; None if small batches have graphs of their own.
+        large: how many rows pieces of larger batches have, if not as many.
         whole: a recorder of a function whose first results are those of this one; with a unit, its graph is used.
     """
 
@@ -86,10 +94,13 @@ class Recorder:
         given: Sequence[Tensor] = (),
         *,
         unit: int | None = None,
+        large: int | None = None,
         whole: Recorder | None = None,
     ) -> None:
         self._function, self.given, self.unit, self.whole = function, tuple(given), unit, whole
-        self.rows = rows_for(numbers) if unit is None else min(unit, rows_for(numbers))
+        most = rows_for(numbers)
+        self.rows = most if unit is None else min(unit, most)
+        self.large = self.rows if large is None else max(self.rows, min(large, most))
         self.reason: str | None = None
         self.left: Callable[[], float] = lambda: math.inf  # seconds
         self.compile: bool | None = None  # when it pays
@@ -112,11 +123,12 @@ class Recorder:
         if self.reason is not None:
             return self.function(z)
         z = z.contiguous()
-        if len(z) == self.rows or (self.unit is None and len(z) < self.rows):
+        rows = self.rows if len(z) <= max(self.rows, SMALL * self.large) else self.large
+        if len(z) == rows or (self.unit is None and len(z) < rows):
             return tuple(part.clone() for part in self._piece(z))  # not the graph's own constants
-        short = -len(z) % self.rows
+        short = -len(z) % rows
         filled = torch.cat([z, z[-1:].expand(short, -1)]) if short else z
-        parts = zip(*(self._piece(part) for part in filled.split(self.rows)), strict=True)
+        parts = zip(*(self._piece(part) for part in filled.split(rows)), strict=True)
         return tuple(torch.cat(part)[: len(z)] for part in parts)
 
     def graph(self, z: Tensor) -> fx.GraphModule | None:
@@ -167,6 +179,8 @@ class Recorder:
     def _graph(self, z: Tensor) -> fx.GraphModule:
         """Return the graph for such batches: a part of the whole's, if it has one, or a new one."""
         kind = len(z), z.dtype, z.device
-        if self.unit is None or self.whole is None or not (kind in self.whole.runners or self.whole._record(z)):
+        if self.unit is None or self.whole is None or len(z) != self.whole.rows:
+            return record(self._function, z, *self.given)
+        if not (kind in self.whole.runners or self.whole._record(z)):
             return record(self._function, z, *self.given)
         return first_results(self.whole.runners[kind].module, 1)

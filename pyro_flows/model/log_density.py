@@ -69,9 +69,9 @@ class LogDensity(SiteValues):
     def _settle(self, structure: Structure) -> None:
         super()._settle(structure)
         self.evaluations = 0
-        unit, numbers = self.work.rows(2), max(self.numbers, self.work.largest // (2 * LARGER))
+        (unit, large), numbers = self.work.rows(2), max(self.numbers, self.work.largest // (2 * LARGER))
         self._with_gradients = Recorder(self._gradients, numbers, unit=unit)
-        self._values = Recorder(self._plain_values, numbers, unit=unit, whole=self._with_gradients)
+        self._values = Recorder(self._plain_values, numbers, unit=unit, large=large, whole=self._with_gradients)
 
     def take(self, values: Recorder, gradients: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""
@@ -130,7 +130,7 @@ class LogDensity(SiteValues):
 
     def _portions(self, z: Tensor, recorder: Recorder) -> Iterator[Tensor]:
         """Yield ``z`` in whole numbers of the recorder's pieces, with a look at the clock before each."""
-        rows = PORTION * recorder.rows
+        rows = PORTION * recorder.large
         cuts = [*range(0, max(len(z) - rows, 0), rows), len(z)]  # the last one is the longest: no new size of a piece
         for first, last in pairwise(cuts) if len(cuts) > 1 else [(0, len(z))]:
             self.clock.look()

@@ -23,7 +23,7 @@ from pyro_flows.model.batching import advice, apart, nearer, over_rows, pieces, 
 from pyro_flows.model.enumeration import Enumerate, Evaluator
 from pyro_flows.model.factorizations import Factorizations
 from pyro_flows.model.gradients import values_and_grads
-from pyro_flows.model.handlers import Place, Resample, hold
+from pyro_flows.model.handlers import Place, Resample, hold, place_all
 from pyro_flows.model.observations import check_values
 from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Latent, Noncentered, Structure, messages
@@ -89,17 +89,22 @@ class Runs:
         if resample:
             model = Resample()(model)
         place = Place(self.structure.latents if latents is None else latents, z, self._guards)
-        with apart(), place, self._writing(z):
+        with apart(), place, self.writing(z):
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         self._check_sites(trace, place)
         return trace, sum((ladj.sum() for _, ladj in place.placed.values()), z.new_zeros(()))
+
+    def placed(self, z: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return value and log Jacobian of each latent at one point ``z`` (D,)."""
+        with self.writing(z):
+            return place_all(self.structure, z, lambda: self.model(*self.args, **self.kwargs))
 
     def trace_at(self, z: Tensor) -> poutine.Trace:
         """Return the trace of the model at one point ``z`` (D,), with enumerated latents along axes of their own."""
         return self._run(z, enumerate_sites=True)[0]
 
     @contextmanager
-    def _writing(self, z: Tensor) -> Iterator[None]:
+    def writing(self, z: Tensor) -> Iterator[None]:
         """Give tensors that the model writes into the batch axis of ``z``, if it has one; no factorization raises."""
         writes = nullcontext() if self._writes is None else Batchable(self._writes, z)
         with Factorizations() if self._factorizes else nullcontext(), writes:
@@ -123,7 +128,7 @@ class Runs:
     def single(self, z: Tensor, latents: Sequence[Latent] | None = None) -> Tensor:
         """Return the log density of one point (D,), or that in the coordinates of other ``latents``."""
         trace, ladj = self._run(z, enumerate_sites=True, latents=latents)
-        with self._writing(z):  # distributions write in place, too
+        with self.writing(z):  # distributions write in place, too
             if not self.structure.enumerated:
                 return trace.log_prob_sum() + ladj
             if self._evaluator is None:
@@ -181,6 +186,11 @@ class Runs:
     def written(self) -> int:
         """Numbers that the operations of one evaluation with its gradient write, altogether."""
         return self.work.numbers // 2
+
+    @property
+    def long(self) -> bool:
+        """Whether its operations are so many that batches of all sizes go through one recorded graph."""
+        return self.work.rows(2)[0] is not None
 
     # batches ------------------------------------------------------------------------------------------------------
 

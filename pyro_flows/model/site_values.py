@@ -15,7 +15,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import turn
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.batching import apart, over_rows, quiet
-from pyro_flows.model.handlers import Resample, flatten_all, place_all
+from pyro_flows.model.handlers import Resample, flatten_all
 from pyro_flows.model.observations import not_finite
 from pyro_flows.model.runs import Runs
 from pyro_flows.model.sites import Structure, messages
@@ -56,7 +56,7 @@ class SiteValues(Runs):
                 raise ValueError(f"values[{latent.name!r}]: expected shape (S, *{tuple(latent.shape)}), got {got}.")
 
         def flat(row: dict[str, Tensor]) -> Tensor:
-            with self._writing(row[self.names[0]]):
+            with self.writing(row[self.names[0]]):
                 return flatten_all(self.structure, row, lambda: self.model(*self.args, **self.kwargs))
 
         draws = seeded(0, self.device) if self.batched else nullcontext()  # of enumerated sites, if supports need them
@@ -68,8 +68,7 @@ class SiteValues(Runs):
         self._check(z)
 
         def ladj(row: Tensor) -> Tensor:
-            placed = place_all(self.structure, row, lambda: self.model(*self.args, **self.kwargs))
-            return sum((found.sum() for _, found in placed.values()), row.new_zeros(()))
+            return sum((found.sum() for _, found in self.placed(row).values()), row.new_zeros(()))
 
         with torch.no_grad():
             found: Tensor = self.map(ladj, z)
@@ -86,7 +85,7 @@ class SiteValues(Runs):
     def _site_densities(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the log densities of sites, by a recorded graph where the model is short enough to have one soon."""
         z, names = self._check(z), tuple(names)
-        if self.batched and not self._parameters and self.work.rows(2) is None and names:
+        if self.batched and not self._parameters and not self.long and names:
             if names not in self._densities:
                 numbers = max(self.numbers, self.work.largest // 2)
                 self._densities[names] = Recorder(partial(self._densities_of, names), numbers)
@@ -100,7 +99,7 @@ class SiteValues(Runs):
             found = {}
             for name in names:
                 site = messages(trace)[name]
-                with self._writing(row):
+                with self.writing(row):
                     density = site["fn"].log_prob(site["value"])
                 mask = site["mask"]
                 found[name] = density if mask is None else torch.where(torch.as_tensor(mask), density, 0.0)
@@ -130,7 +129,7 @@ class SiteValues(Runs):
         names = (*self.names, *self.structure.deterministic, *self.structure.observed)
 
         def draw(row: Tensor) -> dict[str, Tensor]:
-            with apart(), self._writing(row):
+            with apart(), self.writing(row):
                 trace = poutine.trace(Resample()(self.model)).get_trace(*self.args, **self.kwargs)
             return {name: messages(trace)[name]["value"] for name in names}
 

@@ -170,8 +170,9 @@ class Stack:
 
     def _share(self) -> None:
         """Let the densities of all data sets take the same graphs."""
-        functions, unit = (self._quietly, self._quiet_gradients), self.densities[0].work.rows(2)
-        values, gradients = (Recorder(function, self.numbers, unit=unit) for function in functions)
+        unit, large = self.densities[0].work.rows(2)
+        values = Recorder(self._quietly, self.numbers, unit=unit, large=large)
+        gradients = Recorder(self._quiet_gradients, self.numbers, unit=unit)
         for density, given in zip(self.densities, self._given, strict=True):
             density.take(values.sharing(given), gradients.sharing(given))
 

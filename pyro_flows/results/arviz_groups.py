@@ -19,7 +19,7 @@ from pyro_flows import _arrays, _arviz
 from pyro_flows._bundles import plain
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart
-from pyro_flows.model.handlers import Place, Resample, place_all
+from pyro_flows.model.handlers import Place, Resample
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, is_data, is_deterministic, messages
 from pyro_flows.results.dims import Labels, Layout
@@ -219,8 +219,8 @@ def predict(
     structure = density.structure
 
     def run(row: Tensor) -> poutine.Trace:
-        values = place_all(structure, row, lambda: density.model(*density.args, **density.kwargs))
-        with apart(), _CarryOver(structure.latents, row, values):
+        values = density.placed(row)
+        with apart(), density.writing(row), _CarryOver(structure.latents, row, values):
             return poutine.trace(Resample()(density.model)).get_trace(*args, **kwargs)
 
     with torch.no_grad(), seeded(derive(seed, "posterior predictive"), density.device):

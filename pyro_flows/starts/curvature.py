@@ -16,6 +16,8 @@ from pyro_flows.model.stack import Stack
 
 FULL_HESSIAN_UP_TO = 200
 ROWS_AT_ONCE = 64
+POINTS_AT_ONCE = 64
+FINE = 0.1  # of the scale of a coordinate, that a step of differences may be
 
 
 class Differentiable(Protocol):
@@ -83,6 +85,10 @@ def _hessians(density: LogDensity | Stack, points: Tensor) -> Tensor:
     """Hessians (K, D, D): automatic differentiation where the model allows, differences of gradients otherwise."""
     if isinstance(density, Stack):
         return density.hessians(points)
+    if density.long and density.dtype == torch.float64:
+        found = _by_differences(density, points)
+        if found is not None:
+            return found
     found = _automatic(density, points, hessians)
     if found is not None:
         return found
@@ -100,6 +106,17 @@ def _diagonals(density: LogDensity, points: Tensor) -> Tensor:
     return torch.stack([torch.cat(row) for row in rows])
 
 
+def _by_differences(density: LogDensity, points: Tensor) -> Tensor | None:
+    """Hessians (K, D, D) by differences of recorded gradients, None where a coordinate is too narrow for their steps.
+
+    The operations of a long model are not recorded for its second derivatives: these would take 40 times as long.
+    """
+    coordinates = torch.arange(density.dim, device=points.device)
+    found = torch.cat([_rows(density, part, coordinates) for part in points.split(POINTS_AT_ONCE)])
+    steps = _steps(points)
+    return found if bool((steps <= FINE * _units(found.diagonal(dim1=-2, dim2=-1))).all()) else None
+
+
 def _automatic(density: LogDensity, points: Tensor, second: Callable[..., Tensor]) -> Tensor | None:
     """Return second derivatives at points (K, D), None where the model does not let them be taken."""
     if not density.batched:
@@ -115,8 +132,19 @@ def _automatic(density: LogDensity, points: Tensor, second: Callable[..., Tensor
 
 def differences(density: Differentiable, point: Tensor, coordinates: Tensor) -> Tensor:
     """Return rows (N, D) of the Hessian at one point, by central differences of 2 N gradients."""
-    step = torch.finfo(point.dtype).eps ** (1 / 3) * (1.0 + point[coordinates].abs())
-    shifts = torch.zeros(len(coordinates), density.dim, dtype=point.dtype, device=point.device)
-    shifts.scatter_(1, coordinates[:, None], step[:, None])
-    up, down = density.value_and_grad(torch.cat([point + shifts, point - shifts]))[1].chunk(2)
-    return (up - down) / (2.0 * step[:, None])
+    return _rows(density, point[None], coordinates)[0]
+
+
+def _rows(density: Differentiable, points: Tensor, coordinates: Tensor) -> Tensor:
+    """Return such rows (K, N, D) at points (K, D)."""
+    steps = _steps(points)[:, coordinates]
+    shifts = torch.zeros(*steps.shape, points.shape[1], dtype=points.dtype, device=points.device)
+    shifts.scatter_(2, coordinates[None, :, None].expand(len(points), -1, 1), steps[..., None])
+    moved = torch.stack([points[:, None] + shifts, points[:, None] - shifts])
+    up, down = density.value_and_grad(moved.flatten(0, 2))[1].unflatten(0, moved.shape[:3])
+    return (up - down) / (2.0 * steps[..., None])
+
+
+def _steps(points: Tensor) -> Tensor:
+    """Return the steps of central differences at points (K, D)."""
+    return torch.finfo(points.dtype).eps ** (1 / 3) * (1.0 + points.abs())

@@ -210,7 +210,10 @@ DATA = torch.linspace(0.0, 1.0, 20, dtype=torch.float64)
 
 
 def test_a_long_model_is_recorded_once(monkeypatch):
-    """Starts, races, training, checks and the verdict ask for batches of many sizes: one graph serves them all."""
+    """Starts, races, training, checks and the verdict ask for batches of many sizes: one graph serves them all.
+
+    Values of hundreds of draws have one of their own: they took ten times as long in as small pieces as gradients.
+    """
     monkeypatch.setattr(batches, "LONG", 300)
     recorded = []
 
@@ -220,7 +223,7 @@ def test_a_long_model_is_recorded_once(monkeypatch):
 
     monkeypatch.setattr(batches, "record", noted)
     pf.fit(growth, DATA, max_steps=60, escalate=False, refine=False, progress=False)
-    assert recorded == [("_gradients", batches.LONG_ROWS)]
+    assert recorded == [("_gradients", batches.LONG_ROWS), ("_plain_values", batches.ROWS_OF_VALUES)]
 
 
 def test_a_long_graph_takes_batches_of_any_size(monkeypatch):
@@ -230,7 +233,8 @@ def test_a_long_graph_takes_batches_of_any_size(monkeypatch):
     monkeypatch.setattr(batches, "RECORDED_FROM", 1)
     density = pf.LogDensity(growth, (DATA,))
     assert density._values.unit == density._with_gradients.unit == batches.LONG_ROWS
-    for size in (1, 7, 64, 150):
+    assert (density._values.large, density._with_gradients.large) == (batches.ROWS_OF_VALUES, batches.LONG_ROWS)
+    for size in (1, 7, 128, 250, 1100):
         z = normal(size, 2, seed=size)
         value, grad = density.value_and_grad(z)
         expected = plain.unrecorded(z)
@@ -238,17 +242,19 @@ def test_a_long_graph_takes_batches_of_any_size(monkeypatch):
         close(grad, expected[1], 1e-10)
         with torch.no_grad():
             close(density(z), expected[0], 1e-10)
-    assert [len(recorder.runners) for recorder in (density._values, density._with_gradients)] == [1, 1]
+    assert [[kind[0] for kind in density._values.runners], len(density._with_gradients.runners)] == [[128, 1024], 1]
     assert density.graph(normal(4, 2, seed=0)) is None
 
 
-@pytest.mark.parametrize(("apiece", "rows"), [(1, 64), (64, 64), (128, 32), (10_000, 16)])
+@pytest.mark.parametrize(
+    ("apiece", "rows"), [(1, (128, 1024)), (32, (128, 512)), (64, (64, 256)), (128, (32, 128)), (10_000, (16, 16))]
+)
 def test_rows_of_a_long_graph_follow_the_size_of_its_operations(apiece, rows):
     work = batches.Work()
     work.operations, work.numbers = 5000, 5000 * 2 * apiece
     assert work.rows(2) == rows
     work.operations = batches.LONG - 1
-    assert work.rows(2) is None
+    assert work.rows(2) == (None, None)
 
 
 def test_a_loop_costs_as_much_as_one_round():

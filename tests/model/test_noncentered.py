@@ -117,6 +117,27 @@ def test_some_sites_only() -> None:
     assert {"c[0] (non-centered)", "b"} <= set(names)
 
 
+def graded(y: Tensor, group: Tensor) -> None:
+    """Pyro writes the probabilities of ordered categories in place."""
+    spread = pyro.sample("spread", dist.HalfNormal(real(1.0)))
+    with pyro.plate("groups", 3):
+        effect = pyro.sample("effect", dist.Normal(real(0.0), spread))
+    with pyro.plate("rows", len(group)):
+        pyro.sample("y", dist.OrderedLogistic(effect[group], real([-1.0, 1.0])), obs=y)
+
+
+def test_a_model_that_writes_in_place_is_run_for_the_values_of_its_latents() -> None:
+    """The search for modes asks for the Jacobian, and the whole fit failed in it."""
+    group = torch.arange(9) % 3
+    density = LogDensity(graded, (group.flip(0), group), noncentered=True)
+    assert density.batched
+    z = normal(5, density.dim, seed=1)
+    expected = z[:, 0] + 3.0 * z[:, 0]  # of exp, and of three effects that are multiplied by it
+    torch.testing.assert_close(density.log_jacobian(z), expected)
+    drawn = predict(density, z, (None, group[:4]), {}, seed=0)
+    assert drawn["y"].shape == (5, 4)
+
+
 @pytest.mark.slow
 def test_a_noncentered_guide_trains_in_pyro_and_is_judged_in_its_coordinates() -> None:
     pyro.clear_param_store()
