@@ -203,3 +203,21 @@ def test_a_cache_keeps_what_was_used_last():
     cache.clear()
     assert not cache
     assert "a" not in cache
+
+
+def with_an_edge(z: torch.Tensor) -> tuple[torch.Tensor]:
+    return (torch.where(z[:, 0] < 1.0, -z[:, 0], -torch.inf),)
+
+
+@pytest.mark.parametrize(
+    ("changed", "repeats"),
+    [([], True), ([7], True), ([20], False), ([7, 20], False), ([7, 8, 9], False)],
+    ids=["none", "at the edge", "elsewhere", "both", "too many"],
+)
+def test_a_graph_may_differ_where_the_last_digit_decides(changed, repeats):
+    """One of 1024 points at the edge of a support was the end of recording, and the fit of it was slow."""
+    points = torch.linspace(0.0, 0.9, 100)[:, None]
+    points[7:10] = 1.0
+    other = with_an_edge(points)[0]
+    other[changed] = -1.0
+    assert Recorder(with_an_edge, 1)._repeats((other,), points) == repeats
