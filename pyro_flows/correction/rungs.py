@@ -38,6 +38,7 @@ BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of t
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, of a further round, last
 TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
 NEARLY = 0.25  # of the effective draws that the verdict asks for
+SHORT_OF = 4.0  # times the gradients that are left; chains that sufficed never needed half of them
 LONGER_THAN_THOUGHT = 1.5  # times the gradients that draws would take at their pace so far
 LONGER = 4  # times the sweeps, where converged chains came short of a tail or a mode
 MOST_PLAIN, PLAIN_NUMBERS = 40_000_000, 5e11  # gradients in plain coordinates, and numbers that they write: 5 minutes
@@ -192,7 +193,8 @@ def _chains(
     starts = dispersed_points(latent, z, log_weights, CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
     given: dict[str, Any] = {"chains": CHAINS, "kept": math.ceil(draws / CHAINS), "seed": seed}
     sampler = Sampler.begin(latent, names, starts, independence=independence, **given)
-    found = sampler.run(MAX_STEPS, bar.show, gradients=most, patient=patient)
+    short_of = SHORT_OF if patient else math.inf
+    found = sampler.run(MAX_STEPS, bar.show, gradients=most, patient=patient, short_of=short_of)
     if found is not None and not patient:
         found = _gone_on(sampler, found, most, bar)
     if found is None or objections(found):

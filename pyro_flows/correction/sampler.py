@@ -117,9 +117,11 @@ class Sampler:
 
     def run(
         self, sweeps: int, report: Callable[[str], None] = lambda text: None, *, gradients: float = math.inf,
-        patient: bool = True,
+        patient: bool = True, short_of: float = math.inf,
     ) -> ChainFigures | None:  # fmt: skip
         """Go on until the draws are enough, or for ``sweeps`` in all or so many gradients; return the last figures.
+
+        Chains are given up once they would need ``short_of`` times the gradients that are left.
 
         Unless ``patient``, the step size is halved as soon as ten times as many trajectories diverge as may, and chains
         are given up where the gradients would not do for that: each half begins the draws anew, at twice the cost.
@@ -140,7 +142,8 @@ class Sampler:
                 self._begin_halved()
             if len(self.z) >= max(self.kept, self.numbers["checked"] + self.kept // 2):
                 found = self._looked_at()
-                if _suffices(found):
+                left = max(end - self.latent.density.evaluations, 0.0)
+                if _suffices(found) or self.to_come(found) > short_of * left:
                     return found
                 if not self._halve(found):
                     self._make_room(found)
