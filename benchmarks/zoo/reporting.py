@@ -16,11 +16,11 @@ Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of the seed and version that were written last, by number; of each number the last one."""
+    """Return the rows of the seed that was written last, by number; of each number the last one, of any version."""
     if not rows:
         return []
     last = rows[-1]
-    kept = {row["number"]: row for row in rows if all(row[name] == last[name] for name in ("seed", "version"))}
+    kept = {row["number"]: row for row in rows if row["seed"] == last["seed"]}
     return sorted(kept.values(), key=lambda row: int(row["number"]))
 
 
@@ -66,7 +66,7 @@ def section(rows: Sequence[Row], table: Table, about: Callable[[Sequence[Row]], 
     rows = newest(rows)
     text = (
         f"`fit` as it comes on {len(rows)} random models of seed {rows[0]['seed']}.\n\n{about(rows)} "
-        f"pyro_flows {rows[0]['version']}."
+        f"pyro_flows {', '.join(dict.fromkeys(row['version'] for row in rows))}."
     )
     return f"{text}\n\n{table(HEADER, table_rows(rows))}"
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.distributions import ImproperUniform
 from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.comparison.bridge import bridge
 from pyro_flows.comparison.proposal import DF, Latent, enough, fit_proposal
-from pyro_flows.model.sites import messages
+from pyro_flows.model.sites import improper_sites
 from pyro_flows.verdict.psis import largest_k, psis
 
 if TYPE_CHECKING:
@@ -144,24 +143,10 @@ def _doubted(estimate: Estimate) -> Estimate:
 
 
 def _notes(posterior: Record) -> tuple[str, ...]:
-    improper = improper_sites(posterior)
+    improper = improper_sites(posterior.density.structure) if posterior.density is not None else []
     if not improper:
         return ()
     return (f"the prior of {', '.join(improper)} is improper, so the evidence has an arbitrary factor",)
-
-
-def improper_sites(posterior: Record) -> list[str]:
-    """Return the latent sites with an improper prior; none are known without the model."""
-    if posterior.density is None:
-        return []
-    nodes = messages(posterior.density.structure.trace)
-    return [name for name in posterior.density.names if _is_improper(nodes[name]["fn"])]
-
-
-def _is_improper(fn: Any) -> bool:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, ImproperUniform)
 
 
 # importance sampling --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE
+from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.thin import is_usable
 from pyro_flows.results.record import Record, Recorded
 from pyro_flows.results.stage import Stage
@@ -108,6 +109,7 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> Lackin
     density, flow = posterior._need_density(), flow_of(posterior)
     complaint = density.complaint(chains.z.flatten(0, 1)[:: max(1, chains.z[..., 0].numel() // CHECKED)])
     invalid = [] if complaint is None else [f"the model is invalid at some draws: {complaint}"]
+    invalid += improper_tails(density, lambda: chains.z.flatten(0, 1), seed=seed)
     if work.passed:
         return Lacking([*invalid, *disagreements(posterior, chains)])
     if chains.numbers.get("space") == PLAIN:

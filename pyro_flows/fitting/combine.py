@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import few_threads
@@ -22,6 +23,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_modes import Search, missed_modes
+from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.symmetries import SignedPermutation, group
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.results.dims import coordinate_names
@@ -55,6 +57,7 @@ class Combined:
         added: how many runs were added since a mode was missed.
         several: the mixture at all modes that were found, where it is the sampler.
         surveys: how often it was tried.
+        improper: what tells that the posterior has no finite integral.
     """
 
     runs: list[Run] = field(default_factory=lambda: [Run(0)])
@@ -69,6 +72,7 @@ class Combined:
     added: int = 0
     several: Several | None = None
     surveys: int = 0
+    improper: list[str] = field(default_factory=list)
 
     @property
     def kept(self) -> list[Run]:
@@ -110,9 +114,25 @@ def combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
     """Compare the runs, look for what their sampler lacks, and add runs there."""
     clock, density = plan.clock, prepared.density
     found.plain = found.sampler = found.best.flow(plan, density)
+    with clock.part("a look at the tails of improper priors"):
+        found.improper = improper_tails(density, lambda: _drawn(found), seed=plan.seed)
     if found.best.sampled:
         found.search = Search()
-        return
+    elif not found.improper:
+        _combine(plan, prepared, found)
+
+
+def _drawn(found: Combined) -> Tensor:
+    """Return draws that tell where the posterior is: of chains that sufficed, of a mixture, or of the best flow."""
+    several, chains, sampler = found.runs[0].several, found.best.chains, found.sampler
+    assert sampler is not None
+    if chains is not None:
+        return chains.z.flatten(0, 1)
+    return (several.sampler if several is not None and several.enough else sampler).draw(MODE_DRAWS)[0]
+
+
+def _combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
+    clock, density = plan.clock, prepared.density
     tried = found.runs[0].several
     if tried is not None:
         found.surveys = 1

@@ -35,7 +35,7 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
         history=[*found.history, *(stage for run in found.runs for stage in run.history), *noted(search)],
         settings={**_asked(plan), **_chosen(best, sampler, density), "seconds": plan.clock.elapsed},
         warnings=[*notes, *found.warnings, *_differ(found, plan.runs)],
-        failures=[*([] if search is None else search.failures), *found.failures, *cut_short],
+        failures=[*found.improper, *([] if search is None else search.failures), *found.failures, *cut_short],
         notes=["no search for missed modes was made"] if search is None else search.notes,
         contained=search is not None and search.contained,
         doubts=[] if moving or found.several is not None else [*_never_good(best), *_in_vain(found)],

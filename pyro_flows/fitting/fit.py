@@ -219,7 +219,7 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
                 posterior = conclude(plan, prepared.density, found)
     finally:
         prepared.density.under(unbounded())
-    if plan.refine is None or plan.train_model:
+    if plan.refine is None or plan.train_model or found.improper:
         return posterior
     chains = found.chains
     searched = found.search is not None and found.search.contained

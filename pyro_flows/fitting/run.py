@@ -30,6 +30,7 @@ from pyro_flows.flows.parts import untrained_twin
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.population import can_be_scattered
+from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.matching import matched
@@ -148,7 +149,7 @@ def make_run(
         if plan.escalate and not plan.train_model and not run.best.enough:
             poor = run.best.weighing.ess < POOR * len(run.best.weighing.log_weights)
             tried = (poor or can_be_scattered(density)) and run.several is None and lack is None
-            if tried and _is_several(plan, density, run, seed):
+            if _has_no_integral(density, run.best, seed) or (tried and _is_several(plan, density, run, seed)):
                 return
             run.chains = _sampled(plan, density, trainer.flow, seed)
             if run.chains is not None:
@@ -158,6 +159,11 @@ def make_run(
                 run.take(outcome, trainer)
                 if outcome.enough:
                     break
+
+
+def _has_no_integral(density: LogDensity, best: Round, seed: int) -> bool:
+    """Whether the posterior seems to be improper: then no further round, and no sampler, comes to an end of it."""
+    return bool(improper_tails(density, lambda: best.flow.draw(LOOKED_AT_DRAWS)[0], seed=seed))
 
 
 def _matched(plan: Plan, density: LogDensity, starts: Sequence[Start], seed: int) -> list[Start]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Delta, ImproperUniform, Unit
 from pyro.distributions.util import broadcast_shape
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -209,3 +209,9 @@ def innermost(fn: Any) -> type:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return type(fn)
+
+
+def improper_sites(structure: Structure) -> list[str]:
+    """Return the latent sites with an improper prior: all real numbers alike, or all of another support."""
+    nodes = messages(structure.trace)
+    return [latent.name for latent in structure.latents if innermost(nodes[latent.name]["fn"]) is ImproperUniform]

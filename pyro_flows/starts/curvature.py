@@ -42,7 +42,7 @@ def inverse_roots(density: LogDensity | Stack, points: Tensor) -> tuple[Tensor, 
 
     Where the Hessian is not finite, W is the identity.
     """
-    return roots_of(_hessians(density, points))
+    return roots_of(second_derivatives(density, points))
 
 
 def roots_of(hessians: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ def lower_triangular(roots: Tensor) -> Tensor:
 def scales(density: LogDensity, points: Tensor) -> Tensor:
     r"""Return :math:`|H_{ii}|^{-1/2}` (K, D), or 1 where that is not finite; cost: D Hessian rows a point."""
     if density.dim <= FULL_HESSIAN_UP_TO:
-        return _units(_hessians(density, points).diagonal(dim1=-2, dim2=-1))
+        return _units(second_derivatives(density, points).diagonal(dim1=-2, dim2=-1))
     return _units(_diagonals(density, points))
 
 
@@ -81,7 +81,7 @@ def _units(diagonal: Tensor) -> Tensor:
     return torch.where((sizes > torch.finfo(sizes.dtype).tiny ** 0.5) & torch.isfinite(sizes), sizes.rsqrt(), 1.0)
 
 
-def _hessians(density: LogDensity | Stack, points: Tensor) -> Tensor:
+def second_derivatives(density: LogDensity | Stack, points: Tensor) -> Tensor:
     """Hessians (K, D, D): automatic differentiation where the model allows, differences of gradients otherwise."""
     if isinstance(density, Stack):
         return density.hessians(points)

@@ -1,0 +1,81 @@
+"""Posteriors with improper priors: whether they have a finite integral."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import constraints
+
+import pyro_flows as pf
+from pyro_flows.modes.propriety import improper_tails
+from tests.models import real
+from tests.registry import normal
+
+
+def flat(name, support=constraints.real, shape=()):
+    return pyro.sample(name, dist.ImproperUniform(support, (), shape).to_event(len(shape)))
+
+
+def location_and_scale(y):
+    mean, scale = flat("mean"), flat("scale", constraints.positive)
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(mean, scale), obs=y)
+
+
+def separated(x, y):
+    slope = flat("slope")
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=slope * x), obs=y)
+
+
+def log_scale_of_effects(y):
+    log_scale = flat("log_scale")
+    with pyro.plate("group", len(y)):
+        effect = pyro.sample("effect", dist.Normal(real(0.0), log_scale.exp()))
+        pyro.sample("y", dist.Normal(effect, 1.0), obs=y)
+
+
+def proper(y):
+    mean, scale = flat("mean"), pyro.sample("scale", dist.HalfNormal(real(1.0)))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(mean, scale), obs=y)
+
+
+X = real([-2.0, -1.0, -0.5, 0.5, 1.0, 2.0])
+CASES = {
+    "two data, mean and scale": (location_and_scale, (real([0.3, 1.1]),), "scale"),
+    "five data, mean and scale": (location_and_scale, (real([0.3, 1.1, -0.4, 0.2, 1.6]),), None),
+    "separated": (separated, (X, (X > 0.0).double()), "slope"),
+    "not separated": (separated, (X, (X > 0.7).double() + (X == -0.5).double()), None),
+    "log scale of effects": (log_scale_of_effects, (real([2.0, -1.0, 3.0]),), "log_scale"),
+    "a proper scale": (proper, (real([0.3]),), None),
+    "no improper prior": (lambda: pyro.sample("x", dist.Cauchy(real(0.0), 1.0)), (), None),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_tails_tell_whether_there_is_an_integral(name):
+    """An improper posterior was `refined`: chains that go about as far as numbers reach may look as if all was well."""
+    model, args, where = CASES[name]
+    density = pf.LogDensity(model, args, noncentered=name.startswith("log scale"))
+    found = improper_tails(density, lambda: 0.5 + normal(1000, density.dim, seed=1), seed=0)
+    assert bool(found) == (where is not None), found
+    if where is not None:
+        assert f"along {where}, whose prior is improper" in found[0]
+
+
+def test_draws_are_asked_for_only_where_a_prior_is_improper():
+    density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(real(0.0), 1.0)))
+    assert improper_tails(density, lambda: pytest.fail("drawn"), seed=0) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fit_says_so(dtype):
+    model, (x, y), _ = CASES["separated"]
+    found = pf.fit(model, x.to(dtype), y.to(dtype), progress=False)
+    assert found.verdict.status == "unreliable"
+    assert "no finite integral: along slope" in str(found.verdict)
+    assert "Give 'slope' a proper prior" in str(found.verdict)
+    again = found.refine(max_steps=200, progress=False)
+    assert again.verdict.status == "unreliable"
