@@ -23,7 +23,7 @@ STAGES = {  # of parts inside of each other the outermost decides; tracing and c
     "starts": ("the starts", "the match of moments", "a look at the best start"),
     "races": ("the races",),
     "training": ("training", "larger batch", "more layers", "heavier tails", "tempering"),
-    "judging": ("judging", "a look at the round"),
+    "judging": ("judging", "a look at the round", "a look at the tails of improper priors"),
 }
 SEARCHING = ("coordinates", "modes", "starts", "races")
 _STAGE_OF = {part: stage for stage, parts in STAGES.items() for part in parts}
