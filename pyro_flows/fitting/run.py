@@ -149,7 +149,7 @@ def make_run(
         if plan.escalate and not plan.train_model and not run.best.enough:
             poor = run.best.weighing.ess < POOR * len(run.best.weighing.log_weights)
             tried = (poor or can_be_scattered(density)) and run.several is None and lack is None
-            if _has_no_integral(density, run.best, seed) or (tried and _is_several(plan, density, run, seed)):
+            if _has_no_integral(plan, density, run.best, seed) or (tried and _is_several(plan, density, run, seed)):
                 return
             run.chains = _sampled(plan, density, trainer.flow, seed)
             if run.chains is not None:
@@ -161,9 +161,11 @@ def make_run(
                     break
 
 
-def _has_no_integral(density: LogDensity, best: Round, seed: int) -> bool:
+def _has_no_integral(plan: Plan, density: LogDensity, best: Round, seed: int) -> bool:
     """Whether the posterior seems to be improper: then no further round, and no sampler, comes to an end of it."""
-    return bool(improper_tails(density, lambda: best.flow.draw(LOOKED_AT_DRAWS)[0], seed=seed))
+    with plan.clock.part("a look at the tails of improper priors"):
+        return bool(improper_tails(density, lambda: best.flow.draw(LOOKED_AT_DRAWS)[0], seed=seed))
+    return False
 
 
 def _matched(plan: Plan, density: LogDensity, starts: Sequence[Start], seed: int) -> list[Start]:
