@@ -4,8 +4,9 @@ With coordinate k held at c, the density over all others is about a normal one a
 
 .. math:: \log f(c) = \max_{z : z_k = c} \log p(z) - \tfrac12 \log |H_{-k}| + \text{const},
 
-H the Hessian of -log p over the others. A finite integral asks for a marginal that falls faster than 1/c. The posterior
-of a regression whose data are separated does not, nor that of a scale with too few data.
+H the Hessian of -log p over the others. A finite integral asks for a marginal that falls faster than 1/c: by
+more than log 2 where the distance doubles. The posterior of a regression with a flat prior and separated data does not,
+nor that of a scale with too few data.
 
 Reference: Hobert and Casella 1996, "The effect of improper priors on Gibbs sampling in hierarchical linear mixed
 models" (JASA 91, doi:10.1080/01621459.1996.10476714): chains of an improper posterior may look as if all was well.
@@ -14,7 +15,7 @@ models" (JASA 91, doi:10.1080/01621459.1996.10476714): chains of an improper pos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,24 +26,25 @@ from pyro_flows.model.sites import improper_sites
 from pyro_flows.starts.curvature import second_derivatives
 from pyro_flows.starts.pathfinder import climb
 from pyro_flows.starts.prior import spread_of
-from pyro_flows.verdict.own_values import element
 
-NEAR, FAR = 6.0, 12.0  # spreads from the middle between which the marginal has to fall
-NUMBERS_END, HUGE = 3.0, 1e15  # spreads; values above it, or below one over it, are where numbers end
+STEPS = tuple(6.0 * 2.0**power for power in range(8))  # spreads from the middle, at which marginals are looked at
+LOWEST = 12.0  # nats below the middle, under which rounding of a likelihood may look like a tail
+NUMBERS_END, HUGE = 3.0, math.log(1e15)  # spreads; change of a log value, beyond which numbers may end
 MOST, UP_TO = 32, 100  # coordinates that are looked at; dimensions, for Hessians
+HESSIANS = 2e7  # numbers that are worked on at once
 TICKS = 60
 
 
 class _Held:
     """A log density of points with the number of a coordinate behind them, along which no path is to move."""
 
-    def __init__(self, density: LogDensity) -> None:
-        self.density = density
+    def __init__(self, density: LogDensity, *, recorded: bool) -> None:
+        self._evaluate = density.value_and_grad if recorded else density.unrecorded
         self.dim, self.numbers, self.written = density.dim + 1, density.numbers, density.written
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log densities (S,) and gradients (S, D + 1), zero at the coordinate that is held and at its number."""
-        value, grad = self.density.value_and_grad(z[:, :-1])
+        value, grad = self._evaluate(z[:, :-1])
         grad = torch.cat([grad, torch.zeros_like(grad[:, :1])], 1)
         return value, grad.scatter(1, z[:, -1:].long(), 0.0)
 
@@ -59,10 +61,14 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
     if not sites or not density.batched or density.dim > UP_TO:
         return []
     with seeded(derive(seed, "the tails of improper priors"), density.device):
-        z = draw().to(density.dtype)
+        z = draw().to(density.device, density.dtype)
+    z = z[torch.isfinite(z).all(1)]
+    if len(z) <= 1:
+        return []
     middle, spread = z.median(0).values, spread_of(z)
     found = _coordinates(density, sites)[:MOST]
-    slow = _fall_too_slowly(density, [coordinate for coordinate, *_ in found], middle, spread)
+    tails = _Tails(density, middle, spread)
+    slow = tails.fall_too_slowly([coordinate for coordinate, *_ in found])
     for (coordinate, name, label), too_slow in zip(found, slow, strict=True):
         if too_slow or _ends_numbers(density, coordinate, name, middle, spread):
             return [
@@ -74,35 +80,75 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
 
 def _coordinates(density: LogDensity, sites: list[str]) -> list[tuple[int, str, str]]:
     """Return number, site and label of each coordinate of these sites."""
-    found = []
-    for latent in density.structure.latents:
-        for number in range(latent.size if latent.name in sites else 0):
-            index = () if latent.size == 1 else (number,)
-            found.append((latent.offset + number, latent.name, element(latent.name, index)))
-    return found
+    return [
+        (latent.offset + number, latent.name, latent.name if latent.size == 1 else f"a coordinate of {latent.name}")
+        for latent in density.structure.latents
+        if latent.name in sites
+        for number in range(latent.size)
+    ]
 
 
-def _fall_too_slowly(density: LogDensity, coordinates: list[int], middle: Tensor, spread: Tensor) -> list[bool]:
-    """Whether marginals (K) fall no faster than one over the distance, on one side, between two places far out."""
-    held = torch.tensor(coordinates, device=middle.device).repeat_interleave(4)
-    distances = middle.new_tensor([NEAR, FAR, -NEAR, -FAR]).repeat(len(coordinates))
-    points = middle.repeat(len(held), 1)
-    points = points.scatter_add(1, held[:, None], (distances * spread[held])[:, None])
-    masses = torch.full((len(held),), torch.nan, dtype=torch.float64, device=middle.device)
-    usable = torch.isfinite(density(points))
-    if bool(usable.any()):
-        points = torch.cat([points, held[:, None].to(points)], 1)[usable]
-        units = torch.cat([spread, spread.new_ones(1)]).expand_as(points)
-        ends = climb(_Held(density), points, units, ticks=TICKS)
-        found = ends.heights.double() - _log_roots(density, ends.points[:, :-1], held[usable])
-        masses[usable] = torch.where(ends.settled, found, torch.nan)
-    near, far = masses.view(-1, 2, 2).unbind(-1)
-    return (near - far < math.log(FAR / NEAR)).any(1).tolist()  # no comparison holds of what is not known
+class _Tails:
+    """Log marginal densities far out, each at a place where one coordinate is held."""
+
+    def __init__(self, density: LogDensity, middle: Tensor, spread: Tensor) -> None:
+        self.density, self.middle, self.spread = density, middle, spread
+
+    def fall_too_slowly(self, coordinates: list[int]) -> list[bool]:
+        """Whether marginals fall no faster than one over the distance, wherever that is known on one side.
+
+        Places beyond the first two are looked at only where these tell of a slow fall: between two modes, a density is
+        level as well, and draws may be too narrow.
+        """
+        slow = [_has_slow_side(masses) for masses in self.masses(coordinates, STEPS[:2])]
+        doubtful = [number for number, found in enumerate(slow) if found]
+        if doubtful:
+            masses = self.masses([coordinates[number] for number in doubtful], STEPS, recorded=False)
+            for number, found in zip(doubtful, masses, strict=True):
+                slow[number] = _has_slow_side(found)
+        return slow
+
+    def masses(self, coordinates: list[int], steps: Sequence[float], *, recorded: bool = True) -> list[Tensor]:
+        """Return log marginals (N) of each coordinate: in the middle, so many spreads above it, and below it.
+
+        NaN stands for what is not known. Without ``recorded``, no graph is checked at places so far out.
+        """
+        held = torch.tensor(coordinates, device=self.middle.device).repeat_interleave(1 + 2 * len(steps))
+        distances = self.middle.new_tensor([0.0, *steps, *(-step for step in steps)]).repeat(len(coordinates))
+        away = distances * self.spread[held]
+        points = self.middle.repeat(len(held), 1).scatter_add(1, held[:, None], away[:, None])
+        points = torch.cat([points, held[:, None].to(points)], 1)
+        masses = torch.full((len(held),), torch.nan, dtype=torch.float64, device=self.middle.device)
+        density = _Held(self.density, recorded=recorded)
+        usable = torch.isfinite(density.value_and_grad(points)[0]).nonzero()[:, 0]
+        if len(usable):
+            units = torch.cat([self.spread, self.spread.new_ones(1)]).expand_as(points[usable])
+            ends = climb(density, points[usable], units, ticks=TICKS)
+            known = usable[ends.settled]
+            roots = _log_roots(self.density, ends.points[ends.settled][:, :-1], held[known])
+            masses[known] = ends.heights[ends.settled].double() - roots
+        return list(masses.view(len(coordinates), -1))
+
+
+def _has_slow_side(masses: Tensor) -> bool:
+    """Whether masses fall too slowly on one side: of the middle, then of places on one side and on the other."""
+    return any(_is_slow(masses[0], side) for side in masses[1:].chunk(2))
+
+
+def _is_slow(middle: Tensor, masses: Tensor) -> bool:
+    """Whether all falls that are known between two neighbors are too slow, and the first place is not too far down."""
+    falls = masses[:-1] - masses[1:]
+    falls = falls[~falls.isnan()]
+    too_low = bool(middle - masses[0] > LOWEST)  # no comparison holds of what is not known
+    return len(falls) > 0 and bool((falls < math.log(2.0)).all()) and not too_low
 
 
 def _log_roots(density: LogDensity, points: Tensor, held: Tensor) -> Tensor:
     """Return halves of the log determinants (K,) of Hessians over all coordinates but one; NaN where there is none."""
-    hessians = -second_derivatives(density, points).double()
+    if density.dim == 1 or not len(points):
+        return torch.zeros(len(points), dtype=torch.float64, device=points.device)
+    many = int(max(1, HESSIANS // (density.dim * max(1, density.numbers))))
+    hessians = torch.cat([-second_derivatives(density, part).double() for part in points.split(many)])
     rows = torch.arange(len(held), device=held.device)
     hessians[rows, held] = 0.0
     hessians[rows, :, held] = 0.0
@@ -113,8 +159,9 @@ def _log_roots(density: LogDensity, points: Tensor, held: Tensor) -> Tensor:
 
 def _ends_numbers(density: LogDensity, coordinate: int, name: str, middle: Tensor, spread: Tensor) -> bool:
     """Whether draws go about until the numbers of the model end, where no density can be told any more."""
-    points = middle.repeat(2, 1)
-    points[:, coordinate] += torch.tensor([1.0, -1.0]).to(middle) * NUMBERS_END * spread[coordinate]
-    values = density.constrain(points)[name].abs().reshape(len(points), -1)
-    beyond = ~torch.isfinite(values) | (values > HUGE) | (values < 1.0 / HUGE)
-    return bool((beyond.any(1) & ~torch.isfinite(density(points))).any())
+    points = middle.repeat(3, 1)
+    points[:, coordinate] += middle.new_tensor([0.0, NUMBERS_END, -NUMBERS_END]) * spread[coordinate]
+    values = density.constrain(points)[name].double().abs().reshape(len(points), -1).log()
+    change = (values[1:] - values[0]).abs()
+    beyond = torch.isfinite(values[0]) & ~(change <= HUGE)
+    return bool((beyond.any(1) & ~torch.isfinite(density(points[1:]))).any())

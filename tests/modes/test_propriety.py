@@ -1,5 +1,7 @@
 """Posteriors with improper priors: whether they have a finite integral."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -41,6 +43,38 @@ def proper(y):
         pyro.sample("y", dist.Normal(mean, scale), obs=y)
 
 
+def in_a_sum(y):
+    """A narrow normal and one that is a hundred times as wide."""
+    mean = flat("mean")
+    terms = [math.log(share) + dist.Normal(mean, scale).log_prob(y) for share, scale in ((0.9, 1.0), (0.1, 100.0))]
+    pyro.factor("y", torch.logsumexp(torch.stack(terms), 0).sum())
+
+
+def two_modes(y):
+    mean = flat("mean")
+    terms = [math.log(0.7) - 0.5 * mean.square(), math.log(0.3) - 0.5 * (mean - y).square()]
+    pyro.factor("y", torch.logsumexp(torch.stack(terms), 0))
+
+
+def probit(x, y):
+    slope = flat("slope")
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Bernoulli(torch.special.ndtr(slope * x)), obs=y)
+
+
+def triangular(y):
+    """A hard edge, and a zero above the diagonal that is no end of numbers."""
+    root = pyro.sample("root", dist.ImproperUniform(constraints.lower_cholesky, (), (2, 2)))
+    pyro.factor("y", torch.where(root[0, 0] < 1.5, -0.5 * root.square().sum(), -torch.inf) + 0.0 * y)
+
+
+def small(y):
+    """Data in a unit of 1e16."""
+    width = flat("width", constraints.positive)
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Uniform(torch.zeros_like(width), width), obs=y)
+
+
 X = real([-2.0, -1.0, -0.5, 0.5, 1.0, 2.0])
 CASES = {
     "two data, mean and scale": (location_and_scale, (real([0.3, 1.1]),), "scale"),
@@ -49,6 +83,11 @@ CASES = {
     "not separated": (separated, (X, (X > 0.7).double() + (X == -0.5).double()), None),
     "log scale of effects": (log_scale_of_effects, (real([2.0, -1.0, 3.0]),), "log_scale"),
     "a proper scale": (proper, (real([0.3]),), None),
+    "a sum of a narrow and a wide": (in_a_sum, (real([0.0, 0.5]),), None),
+    "two modes": (two_modes, (real(20.0),), None),
+    "rounding of a likelihood": (probit, (torch.tensor([2.0, -1.0, 1.0]), torch.tensor([1.0, 1.0, 0.0])), None),
+    "triangular": (triangular, (real(0.0),), None),
+    "small numbers": (small, (1e-16 * real([0.3, 0.7, 0.9, 0.2, 0.5]),), None),
     "no improper prior": (lambda: pyro.sample("x", dist.Cauchy(real(0.0), 1.0)), (), None),
 }
 
@@ -59,10 +98,21 @@ def test_tails_tell_whether_there_is_an_integral(name):
     """An improper posterior was `refined`: chains that go about as far as numbers reach may look as if all was well."""
     model, args, where = CASES[name]
     density = pf.LogDensity(model, args, noncentered=name.startswith("log scale"))
-    found = improper_tails(density, lambda: 0.5 + normal(1000, density.dim, seed=1), seed=0)
+    middle = -36.5 if name == "small numbers" else 0.5
+    draws = middle + normal(1000, density.dim, seed=1)
+    found = improper_tails(density, lambda: draws, seed=0)
     assert bool(found) == (where is not None), found
     if where is not None:
         assert f"along {where}, whose prior is improper" in found[0]
+
+
+def test_draws_that_are_too_narrow_or_not_finite_are_no_sign():
+    """The first places are in the bulk then."""
+    density = pf.LogDensity(proper, (real([0.3]),))
+    draws = 0.3 * real([1.0, -1.0]) + 0.1 * normal(1000, 2, seed=2)
+    draws[3] = torch.nan
+    assert improper_tails(density, lambda: draws, seed=0) == []
+    assert improper_tails(density, lambda: draws * torch.nan, seed=0) == []
 
 
 def test_draws_are_asked_for_only_where_a_prior_is_improper():
