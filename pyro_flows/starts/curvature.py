@@ -114,7 +114,8 @@ def _by_differences(density: LogDensity, points: Tensor) -> Tensor | None:
     coordinates = torch.arange(density.dim, device=points.device)
     found = torch.cat([_rows(density, part, coordinates) for part in points.split(POINTS_AT_ONCE)])
     steps = _steps(points)
-    return found if bool((steps <= FINE * _units(found.diagonal(dim1=-2, dim2=-1))).all()) else None
+    fine = (steps <= FINE * _units(found.diagonal(dim1=-2, dim2=-1))).all() & torch.isfinite(found).all()
+    return found if bool(fine) else None
 
 
 def _automatic(density: LogDensity, points: Tensor, second: Callable[..., Tensor]) -> Tensor | None:
