@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from pyro_flows import _arviz
-from pyro_flows.comparison.evidence import Evidence, evidence
+from pyro_flows.comparison.evidence import Evidence, evidence, improper_priors
 from pyro_flows.comparison.loo import Loo, loo
-from pyro_flows.model.sites import improper_sites
 from pyro_flows.results.arviz_groups import observed_group
 from pyro_flows.results.record import Record
 
@@ -190,7 +189,7 @@ def _evidences(posteriors: Mapping[str, Record], seed: int) -> tuple[dict[str, E
     """Return the evidence of each model, None where there is no honest one, and why."""
     found, notes = dict[str, Evidence | None](), []
     for name, posterior in posteriors.items():
-        improper = improper_sites(posterior.density.structure) if posterior.density is not None else []
+        improper = improper_priors(posterior)
         try:
             estimate = None if improper else evidence(posterior, method="auto", seed=seed)
         except ValueError as error:

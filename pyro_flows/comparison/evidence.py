@@ -143,10 +143,15 @@ def _doubted(estimate: Estimate) -> Estimate:
 
 
 def _notes(posterior: Record) -> tuple[str, ...]:
-    improper = improper_sites(posterior.density.structure) if posterior.density is not None else []
+    improper = improper_priors(posterior)
     if not improper:
         return ()
     return (f"the prior of {', '.join(improper)} is improper, so the evidence has an arbitrary factor",)
+
+
+def improper_priors(posterior: Record) -> list[str]:
+    """Return the latent sites with an improper prior; none are known without the model."""
+    return [] if posterior.density is None else improper_sites(posterior.density.structure)
 
 
 # importance sampling --------------------------------------------------------------------------------------------------
