@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pyro_flows.modes.propriety import PART
+
 OTHER = "other"
 STAGES = {  # of parts inside of each other the outermost decides; tracing and compiling count for themselves
     "reading": ("reading the model",),
@@ -23,7 +25,7 @@ STAGES = {  # of parts inside of each other the outermost decides; tracing and c
     "starts": ("the starts", "the match of moments", "a look at the best start"),
     "races": ("the races",),
     "training": ("training", "larger batch", "more layers", "heavier tails", "tempering"),
-    "judging": ("judging", "a look at the round", "a look at the tails of improper priors"),
+    "judging": ("judging", "a look at the round", PART),
 }
 SEARCHING = ("coordinates", "modes", "starts", "races")
 _STAGE_OF = {part: stage for stage, parts in STAGES.items() for part in parts}

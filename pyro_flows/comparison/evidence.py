@@ -14,7 +14,6 @@ from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.comparison.bridge import bridge
 from pyro_flows.comparison.proposal import DF, Latent, enough, fit_proposal
-from pyro_flows.model.sites import improper_sites
 from pyro_flows.verdict.psis import largest_k, psis
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ def _notes(posterior: Record) -> tuple[str, ...]:
 
 def improper_priors(posterior: Record) -> list[str]:
     """Return the latent sites with an improper prior; none are known without the model."""
-    return [] if posterior.density is None else improper_sites(posterior.density.structure)
+    return [] if posterior.density is None else posterior.density.structure.improper
 
 
 # importance sampling --------------------------------------------------------------------------------------------------

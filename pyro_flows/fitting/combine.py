@@ -23,7 +23,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_modes import Search, missed_modes
-from pyro_flows.modes.propriety import improper_tails
+from pyro_flows.modes.propriety import PART, improper_tails
 from pyro_flows.modes.symmetries import SignedPermutation, group
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.results.dims import coordinate_names
@@ -114,8 +114,10 @@ def combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
     """Compare the runs, look for what their sampler lacks, and add runs there."""
     clock, density = plan.clock, prepared.density
     found.plain = found.sampler = found.best.flow(plan, density)
-    with clock.part("a look at the tails of improper priors"):
-        found.improper = improper_tails(density, lambda: _drawn(found), seed=plan.seed)
+    found.improper = found.best.improper
+    if not found.improper:
+        with clock.part(PART):
+            found.improper = improper_tails(density, lambda: _drawn(found), seed=plan.seed)
     if found.best.sampled:
         found.search = Search()
     elif not found.improper:

@@ -30,7 +30,7 @@ from pyro_flows.flows.parts import untrained_twin
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.population import can_be_scattered
-from pyro_flows.modes.propriety import improper_tails
+from pyro_flows.modes.propriety import PART, improper_tails
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.matching import matched
@@ -68,6 +68,7 @@ class Run:
         chains: of a sampler that sufficed in the place of further rounds.
         sampled: whether that was before any training: these chains have gone through the search for modes they lack.
         several: a mixture at all modes that were found, tried in the place of training, or of further rounds.
+        improper: what tells that the posterior has no finite integral, so that nothing more was done.
     """
 
     number: int
@@ -80,6 +81,7 @@ class Run:
     chains: Chains | None = None
     sampled: bool = False
     several: Several | None = None
+    improper: list[str] = field(default_factory=list)
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -146,10 +148,14 @@ def make_run(
         trainer, budget = winner.trainer, Budget(plan.max_steps, clock)
         _first_round(plan, run, trainer, budget, seed=seed, report=report)
         assert run.best is not None
+        if run.improper:
+            return
         if plan.escalate and not plan.train_model and not run.best.enough:
             poor = run.best.weighing.ess < POOR * len(run.best.weighing.log_weights)
             tried = (poor or can_be_scattered(density)) and run.several is None and lack is None
-            if _has_no_integral(plan, density, run.best, seed) or (tried and _is_several(plan, density, run, seed)):
+            if _has_no_integral(plan, density, run, run.best.flow, seed) or (
+                tried and _is_several(plan, density, run, seed)
+            ):
                 return
             run.chains = _sampled(plan, density, trainer.flow, seed)
             if run.chains is not None:
@@ -161,11 +167,11 @@ def make_run(
                     break
 
 
-def _has_no_integral(plan: Plan, density: LogDensity, best: Round, seed: int) -> bool:
-    """Whether the posterior seems to be improper: then no further round, and no sampler, comes to an end of it."""
-    with plan.clock.part("a look at the tails of improper priors"):
-        return bool(improper_tails(density, lambda: best.flow.draw(LOOKED_AT_DRAWS)[0], seed=seed))
-    return False
+def _has_no_integral(plan: Plan, density: LogDensity, run: Run, flow: Flow, seed: int) -> bool:
+    """Whether the posterior seems to be improper: then no training, and no sampler, comes to an end of it."""
+    with plan.clock.part(PART):
+        run.improper = improper_tails(density, lambda: flow.draw(LOOKED_AT_DRAWS)[0], seed=seed)
+    return bool(run.improper)
 
 
 def _matched(plan: Plan, density: LogDensity, starts: Sequence[Start], seed: int) -> list[Start]:
@@ -203,8 +209,12 @@ def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed
         weighing = weighed(trainer.flow, density, LOOKED_AT_DRAWS)
         return invisible(weighing, seen=NEARLY * SEEN), weighing.ess / LOOKED_AT_DRAWS
 
+    def endless() -> bool:
+        return _has_no_integral(plan, density, run, trainer.flow, seed)
+
     stalls = plan.escalate and plan.refine is not None
-    look = None if plan.train_model else Look(enough_gap(density.dim), weigh, stalls)
+    asked = endless if plan.escalate and density.structure.improper else None
+    look = None if plan.train_model else Look(enough_gap(density.dim), weigh, stalls, asked)
     while True:
         left = Budget(budget.steps - len(trainer.losses), budget.clock)
         training = train(trainer, left, seed=seed, report=report, look=look)

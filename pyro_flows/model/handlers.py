@@ -52,7 +52,7 @@ class Place(Messenger):
 
 
 def masks_over(site: Any) -> list[tuple[Tensor, int]]:
-    """The masks over an observed site's entries (False: left out), each with the number of axes of one event it has."""
+    """The masks over a site's entries (False: left out), each with the number of axes of one event it has."""
     own = missing(site["fn"])
     return ([(site["mask"], 0)] if isinstance(site["mask"], Tensor) else []) + ([] if own is None else [own])
 

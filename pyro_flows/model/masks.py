@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import ImproperUniform
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -16,19 +17,54 @@ from torch import Tensor
 from pyro_flows._seeding import seeded
 from pyro_flows.model.batching import apart
 from pyro_flows.model.bijections import bijection
-from pyro_flows.model.sites import is_enumerated, messages
+from pyro_flows.model.handlers import masks_over
+from pyro_flows.model.sites import innermost, is_enumerated, messages
 
 SHIFTS = 1.0, -0.5  # of the unconstrained values of all such entries, to see whether the density changes
 
 
+def _masks(site: Any) -> list[tuple[Tensor, int]]:
+    """The masks over a latent site and inside of its prior, each with the number of axes of one event that it has."""
+    none = [(site["value"].new_zeros((), dtype=torch.bool), 0)] if site["mask"] is False else []
+    return none + masks_over(site)
+
+
 def inside(site: Any) -> Tensor | None:
-    """Return which batch elements of a latent site have a prior, None for all of them."""
-    value, mask = site["value"], site["mask"]
-    if mask is False:
-        mask = value.new_zeros((), dtype=torch.bool)
-    if not isinstance(mask, Tensor) or bool(mask.all()):
-        return None
-    return mask.expand(value.shape[: value.dim() - site["fn"].event_dim])
+    """Return which batch elements of a latent site have a prior, in a part at least; None for all of them."""
+    value, event_dim = site["value"], site["fn"].event_dim
+    found = torch.ones(value.shape[: value.dim() - event_dim], dtype=torch.bool, device=value.device)
+    for mask, axes in _masks(site):
+        entries = mask.expand(value.shape[: value.dim() - event_dim + axes])
+        found = found & (entries.flatten(-axes).any(-1) if axes else entries)
+    return None if bool(found.all()) else found
+
+
+def coordinates(
+    site: Any, unconstrained: Tensor, unmasked: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
+    """Return which batch elements of a latent site are coordinates, the places of these numbers, those without a prior.
+
+    ``unconstrained`` is its value there; ``unmasked`` says which elements are coordinates although a mask leaves them
+    without a prior. None stands for all.
+    """
+    mask, free = inside(site), None
+    mask = mask if mask is None or unmasked is None else mask | unmasked
+    mask = None if mask is None or bool(mask.all()) else mask
+    flat = torch.full(unconstrained.shape, innermost(site["fn"]) is ImproperUniform, device=unconstrained.device)
+    for part, axes in _masks(site):
+        flat = flat | ~_numbers(part, axes, site, unconstrained)
+    flat = flat.reshape(-1)
+    if mask is not None:
+        free = _numbers(mask, 0, site, unconstrained).reshape(-1).nonzero()[:, 0]
+        flat = flat[free]
+    return mask, free, tuple(flat.nonzero()[:, 0].tolist())
+
+
+def _numbers(mask: Tensor, axes: int, site: Any, unconstrained: Tensor) -> Tensor:
+    """Spread a mask over batch elements, and ``axes`` axes of an event, to all unconstrained numbers of a site."""
+    batch = site["value"].dim() - site["fn"].event_dim + axes
+    shape = unconstrained.shape[:batch]
+    return mask.expand(shape).reshape(shape + (1,) * (unconstrained.dim() - batch)).expand(unconstrained.shape)
 
 
 def used(

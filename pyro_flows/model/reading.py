@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_flows.model.batching import apart, nearer, quiet
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.handlers import Place, masks_over
-from pyro_flows.model.masks import inside, used
+from pyro_flows.model.masks import coordinates, used
 from pyro_flows.model.noncentered import moves
 from pyro_flows.model.sites import (
     Latent,
@@ -223,15 +223,10 @@ def _read_latent(site: Any, offset: int, unmasked: Tensor | None) -> Latent:
     with torch.no_grad(), quiet():
         check_density(name, site["fn"], site["value"])
     unconstrained = transform.inv(site["value"])
-    event_dim = site["fn"].event_dim
-    shape, lifted = site["value"].shape, event_dim + unconstrained.dim() - site["value"].dim()
-    mask, free, size = inside(site), None, unconstrained.numel()
-    mask = mask if mask is None or unmasked is None else mask | unmasked
-    mask = None if mask is None or bool(mask.all()) else mask
-    if mask is not None:
-        free = mask.reshape(mask.shape + (1,) * lifted).expand(unconstrained.shape).reshape(-1).nonzero().flatten()
-        size = len(free)
-    return Latent(name, shape, unconstrained.shape, event_dim, _plates(site), offset, size, mask, free)
+    mask, free, improper = coordinates(site, unconstrained, unmasked)
+    size = unconstrained.numel() if free is None else len(free)
+    shapes = site["value"].shape, unconstrained.shape, site["fn"].event_dim
+    return Latent(name, *shapes, _plates(site), offset, size, mask, free, improper=improper)
 
 
 def _plates(site: Any) -> tuple[Plate, ...]:

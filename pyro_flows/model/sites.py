@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ImproperUniform, Unit
+from pyro.distributions import Delta, Unit
 from pyro.distributions.util import broadcast_shape
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -38,6 +38,7 @@ class Latent:
 
     The coordinates of a site that is ``noncentered`` have its location and scale taken out, and with ``data`` what the
     data say of it too: see :mod:`pyro_flows.model.noncentered`. For ``chart``, see :mod:`pyro_flows.model.charts`.
+    ``improper`` are those of its coordinates that have no proper prior: of an ``ImproperUniform``, or left by a mask.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Latent:
     noncentered: bool = False
     data: Information | None = field(default=None, repr=False)
     chart: Chart | None = field(default=None, repr=False)
+    improper: tuple[int, ...] = field(default=(), repr=False)
 
     def unconstrained(self, z: Tensor) -> Tensor:
         """Cut this site out of ``z`` (..., D) and give it its unconstrained shape; masked-out entries are 0."""
@@ -144,6 +146,11 @@ class Structure:
         return replace(self, latents=latents, dependent=self.dependent or moved)
 
     @property
+    def improper(self) -> list[str]:
+        """The latent sites with an improper prior: all real numbers alike, or all of another support."""
+        return [latent.name for latent in self.latents if latent.improper]
+
+    @property
     def noncentered(self) -> dict[str, Any]:
         """The sites with coordinates of their own, as :meth:`noncenter` takes them: plain numbers, or None."""
         found: dict[str, Any] = {}
@@ -209,9 +216,3 @@ def innermost(fn: Any) -> type:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return type(fn)
-
-
-def improper_sites(structure: Structure) -> list[str]:
-    """Return the latent sites with an improper prior: all real numbers alike, or all of another support."""
-    nodes = messages(structure.trace)
-    return [latent.name for latent in structure.latents if innermost(nodes[latent.name]["fn"]) is ImproperUniform]

@@ -190,7 +190,7 @@ def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) ->
     terms = terms[distinct([*terms], units_of(z), by=1.0)[:count]]
     points = torch.cat([*(mode.loc[None] for mode in modes), terms, *outwards, *flipped, prior])
     with torch.no_grad():
-        points = points[torch.isfinite(density(points))]
+        points = points[torch.isfinite(density(points)) & torch.isfinite(points).all(1)]
     return points if density.batched else points[:SEARCHES_UNBATCHED]
 
 
@@ -202,7 +202,7 @@ def _denser(guide: Guide, points: Tensor) -> Tensor:
     in many dimensions, but shows in the ratio of the densities.
     """
     log_p = guide.density(points)
-    usable = torch.isfinite(log_p)
+    usable = torch.isfinite(log_p) & torch.isfinite(points).all(1)
     points, log_p = points[usable], log_p[usable]
     if not len(points):
         return points

@@ -30,11 +30,13 @@ AVERAGED_SHARE = 0.2
 ANNEAL_FROM = 0.01
 FALL = 20.0  # nats below the best check: go back to it with half the step size
 
-AGAIN = 2.0  # times the steps that were done at a try, until the next one
+AGAIN = 2  # times the steps that were done at a try, until the next one
+ASKED_AFTER = 400  # steps, and again after twice as many: whether training can come to an end at all
 RISES = 1.2  # times the effective share of the try before: less does not pay
 
 LIGHT = "the importance weights leave nothing to mend"
 STALLED = "training was ended: the importance weights got hardly better"
+ENDLESS = "training was ended: the density seems to have no finite integral"
 
 Report = Callable[[int, float, str], None]  # steps done, ELBO, state
 
@@ -73,11 +75,13 @@ class Look:
         gap: nats between log evidence and ELBO by the draws of a check, up to which the sample is drawn.
         weigh: draws it; returns whether it is good enough, and its effective share.
         stalls: whether training that raises this share by next to nothing is to end, since a sampler stands ready.
+        endless: asks after 400 steps, 800 and so on whether the density has no finite integral, if there is reason to.
     """
 
     gap: float
     weigh: Callable[[], tuple[bool, float]]
     stalls: bool = False
+    endless: Callable[[], bool] | None = None
 
 
 @dataclass
@@ -139,7 +143,7 @@ class _Run:
         self.monitor, self.ratchet = Monitor(), _Ratchet(trainer, -math.inf)
         self.first = len(trainer.losses)  # a race may have gone before
         self.still, self.why, self.elbo = False, "no steps", -math.inf
-        self.try_from, self.share = 0.0, 0.0
+        self.try_from, self.share, self.ask_from = 0.0, 0.0, ASKED_AFTER
 
     @property
     def done(self) -> int:
@@ -155,8 +159,8 @@ class _Run:
                 trainer.step(trainer.learning_rate * min(1.0, (self.done + 1) / WARM_UP))
                 if self.done % CHECK_EVERY == 0:
                     early = self._checked(settle)
-            if early == STALLED:
-                return self._ended(False, f"{STALLED} after {self.done} steps")
+            if early in (STALLED, ENDLESS):
+                return self._ended(False, f"{early} after {self.done} steps")
             if early:
                 return self._ended(True, f"converged: {early} after {self.done} steps", early=True)
             self._cool(max(cool, min(int(COOL_SHARE * self.done), COOL_AT_MOST)))
@@ -176,6 +180,10 @@ class _Run:
         self.report(self.first + self.done, self.elbo, "converging")
         if self.look is None or self.still:
             return ""
+        if self.look.endless is not None and self.done >= self.ask_from:
+            self.ask_from = AGAIN * self.done
+            if self.look.endless():
+                return ENDLESS
         if self.monitor.promises(self.look.gap) and self.look.weigh()[0]:
             self._cool(COOL_EARLY)
             return LIGHT

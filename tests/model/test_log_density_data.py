@@ -118,6 +118,43 @@ def test_what_a_mask_leaves_without_a_prior_is_flat_where_the_rest_uses_it(rows)
     close(density(z), flat + prior + likelihood, 1e-9)
 
 
+@pytest.mark.parametrize("way", ["plate", "distribution", "event"])
+def test_masks_inside_of_a_prior_are_masks(way):
+    """An entry that nothing uses was a flat coordinate, and the search for modes failed."""
+    keep, y = torch.tensor([True, True, False]), real(0.3, -0.2, 1.0)
+
+    def model():
+        with pyro.plate("n", 3):
+            if way == "plate":
+                with poutine.mask(mask=keep):
+                    x = pyro.sample("x", dist.Normal(real(0.0), 1.0))
+            else:
+                prior = dist.Normal(real(0.0), 1.0).expand([3])
+                prior = (
+                    dist.Normal(real(0.0), 1.0).expand([3, 2]).mask(keep[:, None]).to_event(1)
+                    if way == "event"
+                    else prior.mask(keep)
+                )
+                x = pyro.sample("x", prior)
+                x = x.sum(-1) if way == "event" else x
+            pyro.sample("y", dist.Normal(x, 1.0).mask(keep), obs=y)
+
+    density = pf.LogDensity(model)
+    width = 2 if way == "event" else 1
+    assert [latent.size for latent in density.structure.latents] == [2 * width]
+    assert density.structure.improper == []
+    z = normal(4, 2 * width, seed=38)
+    x = z.view(4, 2, width)
+    expected = [gauss(row, 0.0, 1.0) + gauss(y[:2], row.sum(-1), 1.0) for row in x]
+    close(density(z), torch.stack(expected), 1e-9)
+
+
+def test_entries_of_an_event_without_a_prior_are_improper():
+    keep = torch.tensor([True, False, True])
+    density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(real(0.0), 1.0).expand([3]).mask(keep).to_event(1)))
+    assert [latent.improper for latent in density.structure.latents] == [(1,)]
+
+
 def test_a_flat_prior_by_a_mask_is_fitted():
     def model(y):
         with poutine.mask(mask=False):
@@ -128,6 +165,7 @@ def test_a_flat_prior_by_a_mask_is_fitted():
     posterior = pf.fit(model, real(5.0, 6.0, 7.0, 8.0), seed=0, progress=False)
     assert posterior.verdict.status == "ok"
     assert abs(float(posterior.samples["mu"].mean()) - 6.5) < 0.05
+    assert posterior.density.structure.improper == ["mu"]
     assert abs(float(posterior.samples["mu"].std()) - 0.5) < 0.03
 
 

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch.distributions import constraints
 
 import pyro_flows as pf
@@ -14,8 +15,8 @@ from tests.models import real
 from tests.registry import normal
 
 
-def flat(name, support=constraints.real, shape=()):
-    return pyro.sample(name, dist.ImproperUniform(support, (), shape).to_event(len(shape)))
+def flat(name, support=constraints.real):
+    return pyro.sample(name, dist.ImproperUniform(support, (), ()))
 
 
 def location_and_scale(y):
@@ -75,6 +76,35 @@ def small(y):
         pyro.sample("y", dist.Uniform(torch.zeros_like(width), width), obs=y)
 
 
+def nothing_depends_on(y):
+    """Two such coordinates: neither has a top, given the other."""
+    pyro.sample("unused", dist.ImproperUniform(constraints.positive, (), (2,)))
+    mean = pyro.sample("mean", dist.Normal(real(0.0), 1.0))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+def known_by_their_sum(y):
+    one, other = flat("one"), flat("other")
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(one + other, 1.0), obs=y)
+
+
+def separated_under_a_mask(x, y):
+    with poutine.mask(mask=False):
+        slope = pyro.sample("slope", dist.Normal(real(0.0), 1.0))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=slope * x), obs=y)
+
+
+def separated_in_an_event(x, y):
+    """The intercept has a prior, and the slope none."""
+    prior = dist.Normal(real([0.0, 0.0]), 1.0).mask(torch.tensor([True, False]))
+    slope = pyro.sample("slope", prior.to_event(1))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=slope[0] + slope[1] * x), obs=y)
+
+
 X = real([-2.0, -1.0, -0.5, 0.5, 1.0, 2.0])
 CASES = {
     "two data, mean and scale": (location_and_scale, (real([0.3, 1.1]),), "scale"),
@@ -82,6 +112,15 @@ CASES = {
     "separated": (separated, (X, (X > 0.0).double()), "slope"),
     "not separated": (separated, (X, (X > 0.7).double() + (X == -0.5).double()), None),
     "log scale of effects": (log_scale_of_effects, (real([2.0, -1.0, 3.0]),), "log_scale"),
+    "nothing depends on it": (nothing_depends_on, (X,), "a coordinate of unused"),
+    "known by their sum": (known_by_their_sum, (X,), "one"),
+    "separated, prior masked": (separated_under_a_mask, (X, (X > 0.0).double()), "slope"),
+    "not separated, prior masked": (
+        separated_under_a_mask,
+        (X, (X > 0.7).double() + (X == -0.5).double()),
+        None,
+    ),
+    "separated, prior masked in an event": (separated_in_an_event, (X, (X > 0.0).double()), "a coordinate of slope"),
     "a proper scale": (proper, (real([0.3]),), None),
     "a sum of a narrow and a wide": (in_a_sum, (real([0.0, 0.5]),), None),
     "two modes": (two_modes, (real(20.0),), None),
@@ -118,6 +157,30 @@ def test_draws_that_are_too_narrow_or_not_finite_are_no_sign():
 def test_draws_are_asked_for_only_where_a_prior_is_improper():
     density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(real(0.0), 1.0)))
     assert improper_tails(density, lambda: pytest.fail("drawn"), seed=0) == []
+
+
+@pytest.mark.parametrize("along", [10.0, 1e3, 1e4])
+def test_a_guide_that_follows_a_level_ridge_is_looked_at(along):
+    """Numbers of single precision tell nothing of places far out: those near the guide count."""
+    density = pf.LogDensity(known_by_their_sum, (X.float(),))
+    noise = normal(1000, 2, seed=3).float()
+    draws = along * noise[:, :1] * torch.tensor([1.0, -1.0]) + noise
+    assert improper_tails(density, lambda: draws, seed=0) != []
+
+
+def test_draws_beyond_the_end_of_numbers_are_a_sign():
+    """The guide climbs along the level density for ever; its k-hat is 0, since rounding makes all weights equal."""
+    density = pf.LogDensity(nothing_depends_on, (X,))
+    draws = 1e28 * (1.0 + 1e-6 * normal(1000, 3, seed=4))
+    assert "along a coordinate of unused" in improper_tails(density, lambda: draws, seed=0)[0]
+
+
+@pytest.mark.parametrize("model", [nothing_depends_on, known_by_their_sum])
+def test_training_without_an_end_is_ended(model):
+    """These took minutes."""
+    found = pf.fit(model, X.float(), seed=0, progress=False)
+    assert "no finite integral" in str(found.verdict)
+    assert sum(stage["steps"] or 0 for stage in found.history) < 2000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
