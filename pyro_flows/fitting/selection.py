@@ -13,7 +13,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import start_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.start import Start, divergence
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Check
 from pyro_flows.training.trainer import Trainer
@@ -21,6 +21,7 @@ from pyro_flows.training.trainer import Trainer
 RACE_STEPS = 100
 STEP_SIZES = (STEP_SIZE, 3e-3)
 CLOSE = 10.0  # nats between two starts that are worth racing
+ELSEWHERE = 1.0  # nats of divergence between two starts, from which they are not next to the same
 NEAR = 1.0  # nats between evidence and ELBO after a race, by the draws of a check: another step size would gain little
 
 
@@ -74,8 +75,9 @@ def race(
 ) -> tuple[Entrant, list[Entrant]]:
     """Run the best start, with a second step size if need be, and the widest of the others that are close.
 
-    Returns the winner, and all. A wide start can still come to see what a narrow one has left out. Each trains a copy
-    of the flow. With ``extra``, the model's own parameters, one entrant trains them for good.
+    Returns the winner, and all. A wide start can still come to see what a narrow one has left out; one that is no
+    wider, or next to the same, cannot. Each trains a copy of the flow. With ``extra``, the model's own parameters, one
+    entrant trains them for good.
     """
 
     def enter(start: Start, size: float) -> Entrant:
@@ -84,8 +86,14 @@ def race(
     done = [enter(starts[0], STEP_SIZES[0])]
     if not extra and not done[0].gap < NEAR:
         done += [enter(starts[0], size) for size in STEP_SIZES[1:]]
-    close = [start for start in starts[1:] if starts[0].elbo - start.elbo < CLOSE]
-    if close and not extra:
-        done.append(enter(max(close, key=lambda start: start.volume), STEP_SIZES[0]))
+    if not extra:
+        done += [enter(start, STEP_SIZES[0]) for start in _wider(starts[0], starts[1:])]
     best = max(done, key=lambda entrant: entrant.elbo if math.isfinite(entrant.elbo) else -math.inf)
     return best, done
+
+
+def _wider(best: Start, others: Sequence[Start]) -> list[Start]:
+    """Return the widest of other starts that are close, if it reaches where the best one does not."""
+    close = [start for start in others if best.elbo - start.elbo < CLOSE and start.volume > best.volume]
+    widest = max(close, key=lambda start: start.volume, default=None)
+    return [] if widest is None or divergence(widest, best) < ELSEWHERE else [widest]
