@@ -97,6 +97,8 @@ class LogDensity(SiteValues):
         :meth:`forget`.
         """
         z = self._check(z)
+        if not len(z):
+            return z.sum(1)
         self.evaluations += len(z) if z.requires_grad else 0
         recorded = self.batched and not torch.is_grad_enabled() and not self._parameters
         if recorded:
@@ -120,6 +122,8 @@ class LogDensity(SiteValues):
         """Return the log density (S,) and its gradient (S, D), both without a graph; cost: S gradient evaluations."""
         z = self._check(z)
         z = z.detach()
+        if not len(z):
+            return z.sum(1), z
         self.evaluations += len(z)
         if self.batched:
             with turn(), suppress(torch.linalg.LinAlgError):

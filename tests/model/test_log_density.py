@@ -82,6 +82,14 @@ def test_gradient_is_that_of_the_value(case):
         assert torch.isfinite(ours).all()
 
 
+@each_model()
+def test_no_rows_give_no_values(case):
+    density, z = built(case)
+    value, grad = density.value_and_grad(z[:0])
+    assert value.shape == density(z[:0]).shape == (0,)
+    assert grad.shape == (0, density.dim)
+
+
 def test_gradient_is_a_difference_quotient():
     """So that value and gradient cannot be wrong together."""
     for case in CASES:
