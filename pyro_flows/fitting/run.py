@@ -37,7 +37,7 @@ from pyro_flows.starts.matching import matched
 from pyro_flows.starts.portfolio import portfolio
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start, standard
-from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Look, Report, Training, train
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Look, Training, train
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import Chains
 
@@ -144,27 +144,34 @@ def make_run(
         winner = _race(plan, density, run, starts, seed)
         if winner is None:
             return
-        report = _reporter(plan.bar)
-        trainer, budget = winner.trainer, Budget(plan.max_steps, clock)
-        _first_round(plan, run, trainer, budget, seed=seed, report=report)
+        budget = Budget(plan.max_steps, clock)
+        _first_round(plan, run, winner.trainer, budget, seed=seed)
         assert run.best is not None
-        if run.improper:
-            return
-        if plan.escalate and not plan.train_model and not run.best.enough:
-            poor = run.best.weighing.ess < POOR * len(run.best.weighing.log_weights)
-            tried = (poor or can_be_scattered(density)) and run.several is None and lack is None
-            if _has_no_integral(plan, density, run, run.best.flow, seed) or (
-                tried and _is_several(plan, density, run, seed)
-            ):
-                return
-            run.chains = _sampled(plan, density, trainer.flow, seed)
-            if run.chains is not None:
-                return
-            more = rounds(plan, trainer, run.best, winner.start, budget, seed=seed, report=report)
-            for trainer, outcome in more:
-                run.take(outcome, trainer)
-                if outcome.enough:
-                    break
+        if plan.escalate and not (plan.train_model or run.improper or run.best.enough):
+            _go_on(plan, density, run, winner, budget, seed=seed, alone=lack is None)
+
+
+def _go_on(
+    plan: Plan, density: LogDensity, run: Run, winner: Entrant, budget: Budget, *, seed: int, alone: bool
+) -> None:
+    """Do what follows a first round that is not enough: a mixture, chains, further rounds, the first that suffices.
+
+    With ``alone``, no run was before this one.
+    """
+    best = run.best
+    assert best is not None
+    poor = best.weighing.ess < POOR * len(best.weighing.log_weights)
+    tried = (poor or can_be_scattered(density)) and run.several is None and alone
+    if _has_no_integral(plan, density, run, best.flow, seed) or (tried and _is_several(plan, density, run, seed)):
+        return
+    run.chains = _sampled(plan, density, winner.trainer.flow, seed)
+    if run.chains is not None:
+        return
+    report = _reporter(plan.bar)
+    for trainer, outcome in rounds(plan, winner.trainer, best, winner.start, budget, seed=seed, report=report):
+        run.take(outcome, trainer)
+        if outcome.enough:
+            break
 
 
 def _has_no_integral(plan: Plan, density: LogDensity, run: Run, flow: Flow, seed: int) -> bool:
@@ -200,7 +207,7 @@ def _fits_already(plan: Plan, density: LogDensity, run: Run, start: Start) -> bo
     return False
 
 
-def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed: int, report: Report) -> None:
+def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed: int) -> None:
     """Train until there is nothing left to see in the weights, or until the guide stands still."""
     density = trainer.density
 
@@ -217,7 +224,7 @@ def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed
     look = None if plan.train_model else Look(enough_gap(density.dim), weigh, stalls, asked)
     while True:
         left = Budget(budget.steps - len(trainer.losses), budget.clock)
-        training = train(trainer, left, seed=seed, report=report, look=look)
+        training = train(trainer, left, seed=seed, report=_reporter(plan.bar), look=look)
         outcome = assess("first round", trainer, training)
         run.take(outcome, trainer)
         if not training.early or invisible(outcome.weighing, seen=NEARLY * SEEN) or budget.clock.over:
