@@ -24,9 +24,21 @@ SHIFTS = 1.0, -0.5  # of the unconstrained values of all such entries, to see wh
 
 
 def _masks(site: Any) -> list[tuple[Tensor, int]]:
-    """The masks over a latent site and inside of its prior, each with the number of axes of one event that it has."""
-    none = [(site["value"].new_zeros((), dtype=torch.bool), 0)] if site["mask"] is False else []
-    return none + masks_over(site)
+    """The masks over a latent site and inside of its prior, each with the number of axes of one event that it has.
+
+    A mask may be wider than the site: an element has a prior if any of its copies has one.
+    """
+    value, found = site["value"], []
+    none = [(torch.zeros((), dtype=torch.bool), 0)] if site["mask"] is False else []
+    for mask, axes in none + masks_over(site):
+        if not bool(mask.all()):
+            shape = value.shape[: value.dim() - site["fn"].event_dim + axes]
+            wider = mask.to(value.device).flatten(0, mask.dim() - len(shape)) if mask.dim() > len(shape) else mask
+            wider = wider.any(0) if mask.dim() > len(shape) else wider.to(value.device)
+            for axis in range(-1, -wider.dim() - 1, -1):
+                wider = wider.any(axis, keepdim=True) if shape[axis] == 1 else wider
+            found.append((wider.expand(shape), axes))
+    return found
 
 
 def inside(site: Any) -> Tensor | None:
@@ -34,8 +46,7 @@ def inside(site: Any) -> Tensor | None:
     value, event_dim = site["value"], site["fn"].event_dim
     found = torch.ones(value.shape[: value.dim() - event_dim], dtype=torch.bool, device=value.device)
     for mask, axes in _masks(site):
-        entries = mask.expand(value.shape[: value.dim() - event_dim + axes])
-        found = found & (entries.flatten(-axes).any(-1) if axes else entries)
+        found = found & (mask.flatten(-axes).any(-1) if axes else mask)
     return None if bool(found.all()) else found
 
 

@@ -15,7 +15,7 @@ models" (JASA 91, doi:10.1080/01621459.1996.10476714): chains of an improper pos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,13 +27,15 @@ from pyro_flows.starts.pathfinder import climb
 from pyro_flows.starts.prior import spread_of
 
 PART = "a look at the tails of improper priors"  # of a fit
-STEPS = tuple(6.0 * 2.0**power for power in range(8))  # spreads from the middle, at which marginals are looked at
+STEPS = tuple(6.0 * 2.0**power for power in range(20))  # spreads from the middle, at which marginals are looked at
 LOWEST = 12.0  # nats below the middle, under which rounding of a likelihood may look like a tail
 NUMBERS_END, HUGE = 3.0, math.log(1e15)  # spreads; change of a log value, beyond which numbers may end
-SAME, ALIKE, SMALL = 16, 1e-3, 0.1  # changes agree up to: last digits of a log density, a share of them; nats at most
+ALIKE, SMALL = 1e-3, 0.1  # changes of a density are the same, up to a share of them; nats that do not matter
+LEVEL, FLATTER = 1e-3, 1e-6  # curvature over a spread, and as a share of the largest: there may be none
 MOST, UP_TO = 32, 100  # coordinates that are looked at; dimensions, for Hessians
 HESSIANS = 2e7  # numbers that are worked on at once
 TICKS, NEWTON = 60, 4
+FALLS = 2  # that have to be known in the end: one may be due to rounding
 FARTHEST, RIDGE = 6.0, 1e-12  # spreads of draws, to which others are cut; added to the diagonal of a correlation matrix
 
 
@@ -48,7 +50,7 @@ class _Held:
         """Return log densities (S,) and gradients (S, D + 1), zero at the coordinate that is held and at its number."""
         value, grad = self._evaluate(z[:, :-1])
         grad = torch.cat([grad, torch.zeros_like(grad[:, :1])], 1)
-        return value, grad.scatter(1, z[:, -1:].long(), 0.0)
+        return value, grad.scatter(1, z[:, -1:].nan_to_num(nan=0.0).long(), 0.0)
 
 
 @torch.no_grad()
@@ -57,7 +59,8 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
 
     ``draw`` gives draws (S, D) that tell where the posterior is, and how wide; it is called if a prior is improper.
 
-    Cost: four climbs of up to 60 gradients for each such coordinate, and four Hessians.
+    Cost: five climbs of up to 60 gradients for each such coordinate, and 5 to 20 Hessians; eight times as many if in
+    doubt.
     """
     found = _coordinates(density)[:MOST]
     if not found or not density.batched or density.dim > UP_TO:
@@ -71,15 +74,14 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
     slow = tails.fall_too_slowly([coordinate for coordinate, *_ in found])
     for (coordinate, name, label), too_slow in zip(found, slow, strict=True):
         if too_slow or _ends_numbers(density, coordinate, name, tails):
-            return [_said(name, label)]
-    return []
+            return _said(name, label)
+    names = tails.level_direction({coordinate: name for coordinate, name, _ in found})
+    return _said(names[0], f"a direction of {', '.join(names)}") if names else []
 
 
-def _said(name: str, label: str) -> str:
-    return (
-        f"the posterior seems to have no finite integral: along {label}, whose prior is improper, its density "
-        f"falls no faster than one over the distance. Give {name!r} a proper prior"
-    )
+def _said(name: str, label: str) -> list[str]:
+    said = f"the posterior seems to have no finite integral: along {label}, whose prior is improper, its density falls"
+    return [f"{said} no faster than one over the distance. Give {name!r} a proper prior"]
 
 
 def _coordinates(density: LogDensity) -> list[tuple[int, str, str]]:
@@ -94,15 +96,18 @@ def _coordinates(density: LogDensity) -> list[tuple[int, str, str]]:
 class _Tails:
     """Log marginal densities far out, each at a place where one coordinate is held.
 
-    Places are counted from the median of draws (S, D), in units of their spread.
+    Places are counted from the draw (of S, D) that is next to their medians, in units of their spread: the point of all
+    medians may lie off a ridge.
     """
 
     def __init__(self, density: LogDensity, z: Tensor) -> None:
         self.density, self.other = density, z[-1]
-        self.middle, self.spread = z.median(0).values, spread_of(z)
-        scaled = ((z - self.middle) / self.spread).double().clamp(-FARTHEST, FARTHEST)
+        self.spread = spread_of(z)
+        scaled = ((z - z.median(0).values) / self.spread).double().clamp(-FARTHEST, FARTHEST)
+        self.middle = z[scaled.square().sum(1).argmin()]
         products = scaled.mT @ scaled / len(z)
-        inverse = torch.linalg.inv(products + RIDGE * torch.eye(density.dim, dtype=products.dtype, device=z.device))
+        ridge = RIDGE * torch.eye(density.dim, dtype=products.dtype, device=z.device)
+        inverse = torch.linalg.inv_ex(products + ridge).inverse
         self.slopes = (products / products.diagonal()).nan_to_num(nan=0.0).to(z.dtype)
         self.units = self.spread * inverse.diagonal().rsqrt().nan_to_num(nan=1.0).clamp(max=1.0).to(z.dtype)
 
@@ -117,15 +122,34 @@ class _Tails:
         if doubtful:
             masses = self.masses([coordinates[number] for number in doubtful], STEPS, recorded=False)
             for number, found in zip(doubtful, masses, strict=True):
-                slow[number] = _has_slow_side(found)
+                slow[number] = _has_slow_side(found, falls=FALLS)
         return slow
+
+    def level_direction(self, improper: Mapping[int, str]) -> list[str]:
+        """Return the sites of a direction along which the density is level, those of ``improper`` coordinates.
+
+        Given one coordinate, others may have no top: of three whose sum alone is known, or of effects beside a level.
+        """
+        hessian = -second_derivatives(self.density, self.middle[None])[0].double()
+        scaled = self.spread.double()[:, None] * hessian * self.spread.double()
+        if not bool(scaled.isfinite().all()):
+            return []
+        curvatures, directions = torch.linalg.eigh(0.5 * (scaled + scaled.mT))
+        level = curvatures.abs() < max(LEVEL, FLATTER * float(curvatures.abs().max()))
+        for direction in directions.mT[level][:MOST].to(self.middle):
+            sites = [name for number, name in improper.items() if abs(float(direction[number])) > SMALL]
+            masses = self._alone(direction[None], STEPS, recorded=False)[0] if sites else None
+            if masses is not None and _has_slow_side(masses, falls=FALLS):
+                return list(dict.fromkeys(sites))
+        return []
 
     def masses(self, coordinates: list[int], steps: Sequence[float], *, recorded: bool = True) -> list[Tensor]:
         """Return log marginals (N) of each coordinate: in the middle, so many spreads above it, and below it.
 
         NaN stands for what is not known. Without ``recorded``, no graph is checked at places so far out.
         """
-        found = self.alone(coordinates, steps)
+        unit = torch.eye(self.density.dim, dtype=self.middle.dtype, device=self.middle.device)
+        found = self._alone(unit[coordinates], steps, recorded=recorded)
         others = [number for number, masses in enumerate(found) if masses is None]
         if others:
             climbed = self._climbed([coordinates[number] for number in others], steps, recorded=recorded)
@@ -133,22 +157,24 @@ class _Tails:
                 found[number] = masses
         return [masses for masses in found if masses is not None]
 
-    def alone(self, coordinates: list[int], steps: Sequence[float]) -> list[Tensor | None]:
-        """Return log marginals as :meth:`masses` does, of coordinates that nothing depends on; None for the others."""
-        pairs = zip(*(self._heights(base, coordinates, steps) for base in (self.middle, self.other)), strict=True)
-        return [own if _agree(own, other, self.middle.dtype) else None for own, other in pairs]
+    def _alone(self, directions: Tensor, steps: Sequence[float], *, recorded: bool) -> list[Tensor | None]:
+        """Return log marginals along directions (K, D), which are unit vectors in spreads, of those that stand alone.
 
-    def _heights(self, base: Tensor, coordinates: list[int], steps: Sequence[float]) -> Tensor:
-        """Return log densities (K, N) where one coordinate is moved away from the middle, all others are as in base."""
-        points, _ = self._places(base, coordinates, steps)
-        return self.density(points).double().view(len(coordinates), -1)
+        There, the density changes in the same way whatever the values across are.
+        """
+        away = (self.other - self.middle) / self.spread
+        across = self.middle + self.spread * (away - (directions @ away)[:, None] * directions)
+        bases = torch.cat([self.middle.expand_as(across), across])
+        own, other = self._heights(bases, directions.repeat(2, 1), steps, recorded=recorded).chunk(2)
+        return [one if _agree(one, two) else None for one, two in zip(own, other, strict=True)]
 
-    def _places(self, base: Tensor, coordinates: list[int], steps: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Return points (K N, D), and which coordinate of each is held away from the middle."""
-        held = torch.tensor(coordinates, device=base.device).repeat_interleave(1 + 2 * len(steps))
-        distances = base.new_tensor([0.0, *steps, *(-step for step in steps)]).repeat(len(coordinates))
-        values = self.middle[held] + distances * self.spread[held]
-        return base.repeat(len(held), 1).scatter(1, held[:, None], values[:, None]), held
+    def _heights(self, bases: Tensor, directions: Tensor, steps: Sequence[float], *, recorded: bool) -> Tensor:
+        """Return log densities (K, N) along directions from bases; NaN where numbers end, or are too coarse."""
+        points = bases[:, None] + _distances(steps, self.middle)[:, None] * (self.spread * directions)[:, None]
+        points = points.flatten(0, 1)
+        heights = self._values(points, recorded=recorded).double()
+        ended = _have_ended(self.density, points, self.middle) | (self._noise(points, recorded=recorded) >= SMALL)
+        return heights.masked_fill(ended, torch.nan).view(len(bases), -1)
 
     def _climbed(self, coordinates: list[int], steps: Sequence[float], *, recorded: bool) -> list[Tensor]:
         """Return log marginals by the top over all other coordinates, and a normal distribution there.
@@ -156,26 +182,36 @@ class _Tails:
         Paths begin with the others in the middle, or where they are on average, given the one that is held.
         """
         density = _Held(self.density, recorded=recorded)
-        points, held = self._places(self.middle, coordinates, steps)
-        away = (points.gather(1, held[:, None]) - self.middle[held, None]) / self.spread[held, None]
-        led = self.middle + self.spread * self.slopes[:, held].mT * away
-        led = led.scatter(1, held[:, None], points.gather(1, held[:, None]))
-        heights = torch.stack([self.density(each).nan_to_num(nan=-torch.inf) for each in (points, led)])
-        points = torch.where((heights[1] > heights[0])[:, None], led, points)
-        usable = (heights.amax(0) > -torch.inf).nonzero()[:, 0]
-        masses = torch.full((len(held),), torch.nan, dtype=torch.float64, device=points.device)
+        held = torch.tensor(coordinates, device=self.middle.device).repeat_interleave(1 + 2 * len(steps))
+        distances = _distances(steps, self.middle).repeat(len(coordinates))[:, None]
+        there = self.middle[held, None] + distances * self.spread[held, None]
+        others = self.middle.expand(len(held), -1), self.middle + self.spread * self.slopes[:, held].mT * distances
+        points, led = (each.scatter(1, held[:, None], there) for each in others)
+        heights = torch.stack([self._values(each, recorded=recorded) for each in (points, led)])
+        points = torch.where((heights[1] > heights[0].nan_to_num(nan=-torch.inf))[:, None], led, points)
+        usable = heights.isfinite().any(0).nonzero()[:, 0]
+        nothing = heights.isneginf().all(0)  # a hard edge, as far as can be seen
+        masses = torch.where(nothing, -torch.inf, torch.nan).double()
         if len(usable):
             points = torch.cat([points, held[:, None].to(points)], 1)[usable]
             units = torch.cat([self.units, self.units.new_ones(1)]).expand_as(points)
             ends = climb(density, points, units, ticks=TICKS)
-            noisy = self._noise(ends.points) >= SMALL
-            masses[usable] = _normal_masses(density, ends.points, ends.settled).masked_fill(noisy, torch.nan)
+            known = ends.points.isfinite().all(1)
+            tops = ends.points[known]
+            noisy = self._noise(tops[:, :-1], recorded=recorded) >= SMALL
+            found = _normal_masses(density, tops, ends.settled[known])
+            masses[usable[known]] = found.masked_fill(noisy, torch.nan)
         return list(masses.view(len(coordinates), -1))
 
-    def _noise(self, points: Tensor) -> Tensor:
-        """Return by how much log densities change where each coordinate changes by its last digit."""
-        heights = [self.density(each[:, :-1]) for each in (points, torch.nextafter(points, points + 1.0))]
-        return (heights[1] - heights[0]).abs()
+    def _noise(self, points: Tensor, *, recorded: bool) -> Tensor:
+        """Return by how much log densities change where coordinates change by their last digits, alike or not."""
+        odd = (1.0 - 2.0 * (torch.arange(points.shape[1]) % 2)).to(points).expand_as(points)
+        moved = [torch.nextafter(points, signs * torch.inf) for signs in (torch.ones_like(points), odd)]
+        here, *heights = (self._values(each, recorded=recorded) for each in (points, *moved))
+        return torch.stack([(height - here).abs() for height in heights]).amax(0)
+
+    def _values(self, points: Tensor, *, recorded: bool) -> Tensor:
+        return self.density(points) if recorded else self.density.unrecorded(points)[0]
 
 
 def _normal_masses(density: _Held, points: Tensor, settled: Tensor) -> Tensor:
@@ -201,25 +237,42 @@ def _normal_masses(density: _Held, points: Tensor, settled: Tensor) -> Tensor:
     return masses
 
 
-def _agree(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    """Whether log densities (N) change alike from the first on, as far as numbers of their type tell."""
-    error = SAME * torch.finfo(dtype).eps * float(torch.stack([one[0], other[0]]).abs().amax())
-    change, known = one - one[0], one.isfinite() & other.isfinite()
-    same = (change - (other - other[0])).abs() <= error + ALIKE * change.abs()
-    return error < SMALL and bool(torch.where(known, same, one.isfinite() == other.isfinite()).all())
+def _distances(steps: Sequence[float], like: Tensor) -> Tensor:
+    return like.new_tensor([0.0, *steps, *(-step for step in steps)])
 
 
-def _has_slow_side(masses: Tensor) -> bool:
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether log densities (N) change alike from the first on, wherever both are known."""
+    change = one - one[0]
+    apart = (change - (other - other[0])).abs() > SMALL + ALIKE * change.abs()
+    known = one.isfinite() & other.isfinite()
+    ended = one.isneginf() != other.isneginf()
+    return bool(known[0]) and not bool((known & apart | ended).any())
+
+
+def _have_ended(density: LogDensity, points: Tensor, middle: Tensor) -> Tensor:
+    """Whether values of the model's own at points (S, D) are no numbers, or zero where they are not in the middle."""
+    ended = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+    for values in density.constrain(torch.cat([middle[None], points])).values():
+        flat = values.reshape(len(values), -1)
+        ended = ended | (~flat[1:].isfinite() | (flat[1:] == 0.0) & (flat[:1] != 0.0)).any(1)
+    return ended
+
+
+def _has_slow_side(masses: Tensor, *, falls: int = 1) -> bool:
     """Whether masses fall too slowly on one side: of the middle, then of places on one side and on the other."""
-    return any(_is_slow(masses[0], side) for side in masses[1:].chunk(2))
+    return any(_is_slow(masses[0], side, falls) for side in masses[1:].chunk(2))
 
 
-def _is_slow(middle: Tensor, masses: Tensor) -> bool:
-    """Whether all falls that are known between two neighbors are too slow, and the first place is not too far down."""
-    falls = masses[:-1] - masses[1:]
-    falls = falls[~falls.isnan()]
+def _is_slow(middle: Tensor, masses: Tensor, falls: int) -> bool:
+    """Whether all falls that are known between two neighbors are too slow, and the first place is not too far down.
+
+    At least so many falls have to be known.
+    """
+    found = masses[:-1] - masses[1:]
+    found = found[~found.isnan()]
     too_low = bool(middle - masses[0] > LOWEST)  # no comparison holds of what is not known
-    return len(falls) > 0 and bool((falls < math.log(2.0)).all()) and not too_low
+    return len(found) >= falls and bool((found < math.log(2.0)).all()) and not too_low
 
 
 def _roots(density: LogDensity, points: Tensor, held: Tensor) -> Tensor:

@@ -149,6 +149,21 @@ def test_masks_inside_of_a_prior_are_masks(way):
     close(density(z), torch.stack(expected), 1e-9)
 
 
+@pytest.mark.parametrize("rows", [[True, True], [True, False]])
+def test_a_mask_may_be_wider_than_a_site(rows):
+    """Pyro counts the prior of an element as often as its mask is true."""
+    mask = torch.tensor(rows)[:, None].expand(2, 3)
+
+    def model():
+        with poutine.mask(mask=mask), pyro.plate("outer", 2, dim=-2):
+            pyro.sample("x", dist.Normal(real(0.0), 1.0))
+
+    density = pf.LogDensity(model)
+    assert density.dim == sum(rows)
+    z = normal(4, density.dim, seed=39)
+    close(density(z), 3.0 * dist.Normal(real(0.0), 1.0).log_prob(z).sum(1), 1e-9)
+
+
 def test_entries_of_an_event_without_a_prior_are_improper():
     keep = torch.tensor([True, False, True])
     density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(real(0.0), 1.0).expand([3]).mask(keep).to_event(1)))
