@@ -297,10 +297,10 @@ def test_a_second_ctrl_c_while_judging_raises(monkeypatch):
 
 
 def test_an_interrupted_training_keeps_what_it_learned(monkeypatch):
-    """Late in the second run's training: the first run stands, and its draws are right but for the name."""
+    """Late in the training, of 360 steps after a race of 100: the draws are right but for the name."""
     options = {**QUICK, "max_steps": 1200}
     whole = pf.fit(model, Y, **options)
-    interrupting(monkeypatch, Trainer, "step", at=500)
+    interrupting(monkeypatch, Trainer, "step", at=400)
     with pytest.warns(UserWarning, match="interrupted"):
         cut = pf.fit(model, Y, **options)
     assert cut.elbo == pytest.approx(whole.elbo, abs=0.05)
