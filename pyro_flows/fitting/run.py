@@ -156,7 +156,7 @@ def _go_on(
 ) -> None:
     """Do what follows a first round that is not enough: a mixture, chains, further rounds, the first that suffices.
 
-    With ``alone``, no run was before this one.
+    Without ``alone``, it started where the runs before lack a mode.
     """
     best = run.best
     assert best is not None
