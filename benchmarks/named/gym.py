@@ -73,7 +73,7 @@ def volatility_data() -> tuple[Tensor]:
     return (torch.as_tensor(prices - prices.mean()),)
 
 
-# Of 60,000 draws of NumPyro's NUTS, non-centered, with 19,857 effective ones; the four chains have sds from 1.06 to 1.18.
+# Of 60,000 draws of NumPyro's NUTS, non-centered, with 19,857 effective ones; its chains have sds from 1.06 to 1.18.
 # The package's own sd is 1.048. The mean has heavy tails (kurtosis 13), since the persistence may be next to one.
 MEAN_LOG_VARIANCE = {"mean": 7.8816, "sd": 1.1198}
 

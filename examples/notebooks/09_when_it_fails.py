@@ -176,8 +176,9 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# The labels are fixed now. There are small modes, in which the third group is wide and lies between the others. A mixture
-# of Student-t distributions covers them. Its weights correct the draws; where they cannot, Markov chains finish the work.
+# The labels are fixed now. There are small modes, in which the third group is wide and lies between the others. A
+# mixture of Student-t distributions covers them. Its weights correct the draws; where they cannot, Markov chains finish
+# the work.
 #
 # ## A funnel: eight schools, centered
 #
