@@ -33,8 +33,9 @@ def _masks(site: Any) -> list[tuple[Tensor, int]]:
     for mask, axes in none + masks_over(site):
         if not bool(mask.all()):
             shape = value.shape[: value.dim() - site["fn"].event_dim + axes]
-            wider = mask.to(value.device).flatten(0, mask.dim() - len(shape)) if mask.dim() > len(shape) else mask
-            wider = wider.any(0) if mask.dim() > len(shape) else wider.to(value.device)
+            wider = mask.to(value.device)
+            while wider.dim() > len(shape):
+                wider = wider.any(0)
             for axis in range(-1, -wider.dim() - 1, -1):
                 wider = wider.any(axis, keepdim=True) if shape[axis] == 1 else wider
             found.append((wider.expand(shape), axes))

@@ -106,8 +106,7 @@ class _Tails:
         scaled = ((z - z.median(0).values) / self.spread).double().clamp(-FARTHEST, FARTHEST)
         self.middle = z[scaled.square().sum(1).argmin()]
         products = scaled.mT @ scaled / len(z)
-        ridge = RIDGE * torch.eye(density.dim, dtype=products.dtype, device=z.device)
-        inverse = torch.linalg.inv_ex(products + ridge).inverse
+        inverse = torch.linalg.inv_ex(products + RIDGE * torch.eye(density.dim).to(products)).inverse
         self.slopes = (products / products.diagonal()).nan_to_num(nan=0.0).to(z.dtype)
         self.units = self.spread * inverse.diagonal().rsqrt().nan_to_num(nan=1.0).clamp(max=1.0).to(z.dtype)
 
@@ -222,18 +221,19 @@ def _normal_masses(density: _Held, points: Tensor, settled: Tensor) -> Tensor:
     """
     masses = torch.full((len(points),), torch.nan, dtype=torch.float64, device=points.device)
     left = torch.arange(len(points), device=points.device)
+    height, grad = density.value_and_grad(points)
     for _ in range(NEWTON):
-        height, grad = density.value_and_grad(points)
         roots = _roots(density.density, points[:, :-1], points[:, -1].long())
-        slope = grad[:, :-1, None].double()
+        usable, slope = ~roots.isnan().any(2).any(1), grad[:, :-1, None].double()
         step = torch.cholesky_solve(slope, roots.nan_to_num(nan=1.0))
-        known = (settled | ((slope * step).sum((1, 2)) / 2.0 < SMALL)) & ~roots.isnan().any(2).any(1)
+        known = usable & (settled | ((slope * step).sum((1, 2)) / 2.0 < SMALL))
         masses[left[known]] = (height.double() - roots.diagonal(dim1=1, dim2=2).log().sum(1))[known]
         moved = points + torch.cat([step[:, :, 0].to(points), torch.zeros_like(points[:, -1:])], 1)
-        going = ~known & (density.value_and_grad(moved)[0] > height)
+        above, slopes = density.value_and_grad(moved)
+        going = usable & ~known & (above > height)
         if not bool(going.any()):
             break
-        points, left, settled = moved[going], left[going], settled[going]
+        points, left, settled, height, grad = (each[going] for each in (moved, left, settled, above, slopes))
     return masses
 
 
@@ -291,10 +291,9 @@ def _ends_numbers(density: LogDensity, coordinate: int, name: str, tails: _Tails
     """Whether draws go about until the numbers of the model end, where no density can be told any more."""
     points = tails.middle.repeat(3, 1)
     points[:, coordinate] += points.new_tensor([0.0, NUMBERS_END, -NUMBERS_END]) * tails.spread[coordinate]
-    numbers = density.constrain(points)[name].double().abs().reshape(len(points), -1)
-    if not bool(numbers[0].isfinite().all()):
+    values = density.constrain(points)[name].double().abs().reshape(len(points), -1).log()
+    if not bool((values[0] < torch.inf).all()):
         return True
-    values = numbers.log()
     change = (values[1:] - values[0]).abs()
     beyond = torch.isfinite(values[0]) & ~(change <= HUGE)
     return bool((beyond.any(1) & ~torch.isfinite(density(points[1:]))).any())

@@ -164,6 +164,17 @@ def test_a_mask_may_be_wider_than_a_site(rows):
     close(density(z), 3.0 * dist.Normal(real(0.0), 1.0).log_prob(z).sum(1), 1e-9)
 
 
+def test_a_mask_may_be_wider_than_a_scalar():
+    def model():
+        with poutine.mask(mask=torch.tensor([True, False, True])):
+            pyro.sample("x", dist.Normal(real(0.0), 1.0))
+
+    density = pf.LogDensity(model)
+    assert density.dim == 1
+    z = normal(4, 1, seed=40)
+    close(density(z), 2.0 * dist.Normal(real(0.0), 1.0).log_prob(z).sum(1), 1e-9)
+
+
 def test_entries_of_an_event_without_a_prior_are_improper():
     keep = torch.tensor([True, False, True])
     density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(real(0.0), 1.0).expand([3]).mask(keep).to_event(1)))
