@@ -64,6 +64,21 @@ def chain_diagnostics(draws: Tensor, superchain: Tensor | None = None) -> dict[s
     return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 
+def sd_errors(draws: Tensor) -> Tensor:
+    """Return the standard errors of the sds of draws (C, N, D), each (D,) as a part of the sd; NaN for too few draws.
+
+    By the delta method: half of the standard error of the variance, as a part of it.
+    """
+    if draws.shape[1] < LEAST_DRAWS:
+        return torch.full((draws.shape[2],), torch.nan, dtype=torch.float64)
+    found = []
+    for part in _parts(draws):
+        square = (part - part.mean((1, 2), keepdim=True)).square()
+        effective, flat = _effective(_halved(square)), square.flatten(1)
+        found.append(0.5 * flat.std(1) / (flat.mean(1) * effective.sqrt()))
+    return torch.cat(found)
+
+
 def _parts(draws: Tensor) -> list[Tensor]:
     """Return draws (C, N, D) as (D, C, N), some coordinates at a time."""
     by_coordinate = draws.detach().double().cpu().permute(2, 0, 1)

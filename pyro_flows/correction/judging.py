@@ -112,11 +112,12 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> Lackin
     invalid += improper_tails(density, lambda: chains.z.flatten(0, 1), seed=seed)
     if work.passed:
         return Lacking([*invalid, *disagreements(posterior, chains)])
+    moments = around(chains)
     if chains.numbers.get("space") == PLAIN:
-        flow = around(chains)
+        flow = moments
     own = flow is posterior.flow  # else an affine one, that chains moved in
     covered = _covered(posterior.log_p - posterior.log_q) if own else covered_by(flow, density)
-    evidence = evidence_of(flow, chains, density)
+    evidence = evidence_of(flow, moments, chains, density)
     given = (flow.log_prob, covered, evidence, posterior.history)
     told: dict[str, Any] = {"seed": seed, "searched": work.searched}
     sampler = work.sampler
@@ -146,13 +147,13 @@ def _covered(ratios: Tensor) -> float:
 
 
 @torch.no_grad()
-def evidence_of(flow: Flow | FlowMixture, chains: Chains, density: LogDensity) -> float:
-    """Return the log evidence by a bridge from the chains to a half of flow and a half of their own moments.
+def evidence_of(flow: Flow | FlowMixture, moments: Flow, chains: Chains, density: LogDensity) -> float:
+    """Return the log evidence by a bridge from the chains to a half of flow and a half of their own ``moments``.
 
     The flow overlaps with chains that change modes, the moments with chains that went far out of the flow.
     """
     z, log_p = chains.z.flatten(0, 1), chains.stats["lp"].flatten()
-    halves = flow, around(chains)
+    halves = flow, moments
     drawn = torch.cat([part.draw(BRIDGED)[0] for part in halves])
 
     def log_half(points: Tensor) -> Tensor:

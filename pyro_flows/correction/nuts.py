@@ -12,8 +12,8 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
+from pyro_flows.correction.kept import STATS
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.sampler import STATS
 
 DIVERGENT = "divergences"
 

@@ -163,7 +163,7 @@ def attempt_untrained(
     settled = around(chains)  # the distribution that chains began at may cover next to nothing
     guides = (guide.covered, flow.log_prob), (covered_by(settled, density), settled.log_prob)
     covered, score = max(guides, key=itemgetter(0))
-    given = (score, covered, evidence_of(flow, chains, density), ())
+    given = (score, covered, evidence_of(flow, settled, chains, density), ())
     lacking = lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
     return None if lacking.failures or lacking.notes else (flow, chains)
 

@@ -20,18 +20,19 @@ from pyro_flows import _mixing
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel
 from pyro_flows.correction.diagnostics import examined
+from pyro_flows.correction.enough import is_known, next_look, sd_error, suffices, sweeps_needed
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
+from pyro_flows.correction.kept import Kept
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric, learned
 from pyro_flows.correction.microcanonical import microcanonical
-from pyro_flows.verdict.chains import DIVERGENCES, LEAST_ESS, ChainFigures, Chains, objections
+from pyro_flows.verdict.chains import DIVERGENCES, ChainFigures, Chains
 
 SUBCHAINS = 8  # chains of a superchain, with one starting point
 ROUND = 30  # sweeps of a round of warm-up
 ROUNDS = 2, 12  # at least, at most
 WARM = 1.05  # nested R-hat over a round, up to which warm-up is over
 KEPT = 64  # draws of a chain, at least: R-hat splits them into halves
-SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to hang on the moment of the stop
 HALVINGS = 4  # of the step size, where trajectories diverge
 SHORT_EVERY, SHORT = 4, 0.25  # each fourth move takes leaps of a quarter: into necks that the others overshoot
 WATCHED = 16  # coordinates, the worst of the last look at all
@@ -39,10 +40,6 @@ HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latt
 HOPELESS = 10.0  # times the divergences that the verdict bears, of the draws that are asked for
 FAR = 1.1  # nested R-hat above which the first half of the draws counts as warm-up
 COUNTS = "sweeps", "waiting", "checked", "halved"
-STATS = (
-    *("lp", "log_weight", "acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size"),
-    *("proposed", "independent", "changes"),
-)
 
 
 class Sampler:
@@ -65,8 +62,7 @@ class Sampler:
         self.metric = Metric(plain.scale, state.get("axes", plain.axes), state.get("roots", plain.roots))
         self.kernel = Kernel(**numbers.pop("kernel"))
         self.numbers: dict[str, Any] = numbers
-        self.z = list(chains.z.unbind(1))
-        self.stats = {name: list(chains.stats[name].unbind(1)) for name in STATS} if chains.stats else _no_stats()
+        self.draws = Kept(chains.z, chains.stats)
         self.round = [tuple(of.unbind(0)) for of in state["round"].unbind(0)] if state["round"].shape[1] == 3 else []
         self.judged = None if chains.figures is None else (self._at(), chains.figures)
 
@@ -103,15 +99,13 @@ class Sampler:
             **self.metric._asdict(),
             "round": torch.stack(ring) if ring else self.points.x.new_zeros(0, 3, *self.points.x.shape),
         }
-        empty = self.points.z[:, None][:, :0]
-        z = torch.stack(self.z, 1) if self.z else empty
-        stats = {name: torch.stack(values, 1) if values else empty[..., 0] for name, values in self.stats.items()}
+        z, stats = self.draws.stacked()
         known = self.judged[1] if self.judged is not None and self.judged[0] == self._at() else None
         return Chains(z, stats, state, {**self.numbers, "kernel": self.kernel.stored()}, known)
 
     def _at(self) -> tuple[int, int]:
         """Return what the draws' figures depend on: sweeps done, and draws kept."""
-        return self.numbers["sweeps"], len(self.z)
+        return self.numbers["sweeps"], len(self.draws)
 
     # running ----------------------------------------------------------------------------------------------------------
 
@@ -140,10 +134,10 @@ class Sampler:
                 if self.numbers["halved"] >= HALVINGS or self.latent.density.evaluations + self._needed(0.5) > end:
                     return found
                 self._begin_halved()
-            if len(self.z) >= max(self.kept, self.numbers["checked"] + self.kept // 2):
+            if len(self.draws) >= max(self.kept, self.numbers["checked"] + self.numbers.get("pause", self.kept // 2)):
                 found = self._looked_at()
                 left = max(end - self.latent.density.evaluations, 0.0)
-                if _suffices(found) or self.to_come(found) > short_of * left:
+                if self._is_enough(found) or self.to_come(found) > short_of * left:
                     return found
                 if not self._halve(found):
                     self._make_room(found)
@@ -151,8 +145,7 @@ class Sampler:
 
     def _diverges(self) -> bool:
         """Whether more trajectories have diverged than chains of the fewest draws could make up for."""
-        diverged = sum(int(one.sum()) for one in self.stats["diverging"])
-        return diverged > HOPELESS * DIVERGENCES * len(self.points.x) * self.kept
+        return self.draws.total("diverging") > HOPELESS * DIVERGENCES * len(self.points.x) * self.kept
 
     def _needed(self, step: float = 1.0) -> float:
         """Return how many gradients the draws to be kept take at least, by the kernel, or with a part of its step."""
@@ -160,8 +153,8 @@ class Sampler:
 
     def to_come(self, found: ChainFigures) -> float:
         """Return how many gradients it takes until draws are enough, at the pace of these figures; or from anew."""
-        enough = SPARE * LEAST_ESS / max(min(found.ess_bulk, found.ess_tail), 1.0) * found.sweeps
-        return self._gradients(max(enough - (self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)), 0.0))
+        done = self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
+        return self._gradients(max(sweeps_needed(found) - done, 0.0))
 
     def _gradients(self, sweeps: float, step: float = 1.0) -> float:
         leaps = min(self.kernel.length / (step * self.kernel.step), 0.5 * self.kernel.most_leaps)  # in the mean
@@ -169,7 +162,7 @@ class Sampler:
 
     def begin_draws(self, *, thin: int) -> None:
         """Drop all draws; keep one of ``thin`` sweeps from now on."""
-        self.z, self.stats = [], _no_stats()
+        self.draws.choose(slice(0))
         self.numbers |= {"fixed_at": self.numbers["sweeps"], "checked": 0, "thin": thin, "waiting": 0}
 
     def more(self, draws: int) -> Tensor:
@@ -189,17 +182,31 @@ class Sampler:
 
     def _looked_at(self) -> ChainFigures:
         """Judge the draws so far: by the coordinates that were the worst the last time, and by all if these suffice."""
-        self.numbers["checked"] = len(self.z)
-        if self.numbers.get("worst") is not None:
-            found = self._figures(self.numbers["worst"])
-            if not _suffices(found):
-                return found
-        return self.figures()
+        self.numbers["checked"] = len(self.draws)
+        worst = self.numbers.get("worst")
+        found = None if worst is None else self._figures(worst)
+        found = self.figures() if found is None or suffices(found) else found
+        self.numbers["pause"] = next_look(found, thin=self.numbers["thin"], kept=self.kept)
+        return found
+
+    def _is_enough(self, found: ChainFigures) -> bool:
+        """Whether draws suffice and tell the sds; a first half that keeps them from it was warm-up, and goes."""
+        if not suffices(found):
+            return False
+        draws, half = self.draws.stacked()[0], slice(len(self.draws) // 2, None)
+        error = sd_error(draws)
+        if is_known(found, error):
+            return True
+        if sd_error(draws[:, half]) < error:
+            self._choose(half)
+        else:
+            self.numbers["pause"] = next_look(found, error, thin=self.numbers["thin"], kept=self.kept)
+        return False
 
     def _figures(self, watched: Sequence[int] | None) -> ChainFigures:
-        stats = {name: torch.stack(values, 1) for name, values in self.stats.items()}
+        chains, stats = self.draws.stacked()
         sweeps = self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
-        chains, known = torch.stack(self.z, 1), {"superchain": self.superchain, "began": self.began}
+        known = {"superchain": self.superchain, "began": self.began}
         found, order = examined(chains, stats, self.names, **known, sweeps=sweeps, watched=watched)
         self.numbers["worst"] = order[:WATCHED]
         return found
@@ -260,9 +267,7 @@ class Sampler:
         if self.numbers["waiting"] < self.numbers["thin"]:
             return
         self.numbers["waiting"] = 0
-        self.z.append(self.points.z)
-        for name, value in numbers.items():
-            self.stats[name].append(value)
+        self.draws.add(self.points.z, numbers)
 
     def _halve(self, found: ChainFigures) -> bool:
         """Begin the draws anew with half of the step size where trajectories diverge; return whether that was done."""
@@ -278,22 +283,16 @@ class Sampler:
 
     def _make_room(self, found: ChainFigures) -> None:
         """Drop the first half of draws that superchains still disagree on; else every other one, where all are full."""
-        if len(self.z) < 2 * self.kept:
+        if len(self.draws) < 2 * self.kept:
             return
         if not found.nested_r_hat <= FAR:
-            chosen = slice(len(self.z) // 2, None)
+            chosen = slice(len(self.draws) // 2, None)
         else:
             chosen = slice(1, None, 2)
             self.numbers["thin"] *= 2
-        self.z = self.z[chosen]
-        self.stats = {name: values[chosen] for name, values in self.stats.items()}
-        self.numbers["checked"] = len(self.z)
+        self._choose(chosen)
 
-
-def _suffices(found: ChainFigures) -> bool:
-    """Whether draws are enough, with some to spare."""
-    return not objections(found) and min(found.ess_bulk, found.ess_tail) >= SPARE * LEAST_ESS
-
-
-def _no_stats() -> dict[str, list[Tensor]]:
-    return {name: [] for name in STATS}
+    def _choose(self, chosen: slice) -> None:
+        """Keep the chosen draws only."""
+        self.draws.choose(chosen)
+        self.numbers["checked"] = len(self.draws)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import few_threads
-from pyro_flows.correction.judging import evidence_of
+from pyro_flows.correction.judging import around, evidence_of
 from pyro_flows.correction.search import held_by
 from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.guide_space import latent_of
@@ -195,7 +195,7 @@ def _is_held_by_chains(plan: Plan, density: LogDensity, found: Combined) -> bool
     if chains is None or found.search is None or not isinstance(flow, Flow):
         return False
     with seeded(derive(plan.seed, "places of chains"), density.device):
-        evidence = evidence_of(flow, chains, density)
+        evidence = evidence_of(flow, around(chains), chains, density)
     return held_by(density, chains, found.search.lacks, evidence, seed=plan.seed)
 
 

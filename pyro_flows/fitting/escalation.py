@@ -75,6 +75,15 @@ class Round:
         return self.weighing.log_evidence - self.weighing.elbo < ENOUGH_GAP and self.training.converged
 
     @property
+    def lacks_a_tail(self) -> bool:
+        """Whether only the tail of the weights is in doubt: k-hat is large, though nearly all draws weigh the same.
+
+        More steps move no tail that has next to no mass, and a mixture would have the same modes.
+        """
+        even = self.weighing.ess > ENOUGH_ESS * len(self.weighing.log_weights)
+        return even and self.weighing.k_hat >= ENOUGH_K and self.weighed
+
+    @property
     def rank(self) -> tuple[float, float]:
         """The larger the better: the verdict first, then the ELBO."""
         status = judge(self.weighing, _numbers(self.weighing)).status

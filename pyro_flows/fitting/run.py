@@ -45,9 +45,10 @@ STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 AT_ONCE = "converged: the importance weights leave nothing to mend at the start"
 AT_ONCE_SAMPLED = "no flow was trained: a sampler that began at a normal distribution was enough"
-SAMPLED_FROM, SAMPLED_UP_TO = 50, 500  # dimensions in which a sampler is tried before a flow is trained
+SAMPLED_FROM, SAMPLED_UP_TO = 50, 1500  # dimensions in which a sampler is tried before a flow is trained
 MOST_SAMPLED = 20_000  # draws asked for, up to which it is
-CHEAP = 500  # dimensions times numbers of an evaluation, up to which a glance at the modes costs next to nothing
+CHEAP, FEW_OPERATIONS = 500, 500  # dimensions times numbers of an evaluation, and its operations, with its gradient,
+# up to which a glance at the modes costs next to nothing
 BARRIER = 3.0  # nats: over less, draws of a flow that is trained come to the other mode
 HOPELESS = 0.001  # and below which the density may have no smooth top
 POOR = 0.3  # effective share of a flow's draws, below which it may lie between several modes
@@ -130,7 +131,7 @@ def make_run(
         with clock.part("the starts", share=STARTS_SHARE):
             starts = portfolio(density, seed=seed, extra=extra) if lack is None else [lack]
         run.modes = [start for start in starts if start.evidence is not None]
-        cheap = density.numbers * density.dim <= CHEAP and not density.long
+        cheap = density.numbers * density.dim <= CHEAP and density.work.operations <= FEW_OPERATIONS
         if (cheap or len(run.modes) > 1) and lack is None and _is_several(plan, density, run, seed, barrier=BARRIER):
             return
         close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
@@ -161,7 +162,7 @@ def _go_on(
     best = run.best
     assert best is not None
     poor = best.weighing.ess < POOR * len(best.weighing.log_weights)
-    tried = (poor or can_be_scattered(density)) and run.several is None and alone
+    tried = (poor or (can_be_scattered(density) and not best.lacks_a_tail)) and run.several is None and alone
     if _has_no_integral(plan, density, run, best.flow, seed) or (tried and _is_several(plan, density, run, seed)):
         return
     run.chains = _sampled(plan, density, winner.trainer.flow, seed)
@@ -227,7 +228,8 @@ def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed
         training = train(trainer, left, seed=seed, report=_reporter(plan.bar), look=look)
         outcome = assess("first round", trainer, training)
         run.take(outcome, trainer)
-        if not training.early or invisible(outcome.weighing, seen=NEARLY * SEEN) or budget.clock.over:
+        done = not training.early or budget.clock.over or (stalls and outcome.lacks_a_tail)
+        if done or invisible(outcome.weighing, seen=NEARLY * SEEN):
             return
         look = None
 

@@ -16,6 +16,7 @@ from pyro_flows._clock import counted
 from pyro_flows.graphs.graph import graph_module, new_node, out_of_place, sweep, tidy
 from pyro_flows.graphs.narrowing import narrow
 from pyro_flows.graphs.operations import Kind, kind_of
+from pyro_flows.graphs.orders import ordered
 from pyro_flows.graphs.vectorizing import vectorize
 from pyro_flows.graphs.writes import storage_of, tensors_in
 
@@ -62,7 +63,7 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
         tidy(recorded.graph)
     sweep(recorded.graph)
     module = graph_module(recorded, recorded.graph)  # with those constants only that are used
-    return vectorize(narrow(module, inputs)) if pure else module
+    return ordered(vectorize(narrow(module, inputs))) if pure else module
 
 
 class _Unsupported(RuntimeError):

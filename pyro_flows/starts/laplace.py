@@ -18,15 +18,17 @@ NEWTON_HALVINGS = 12
 NEWTON_TOLERANCE = 1e-6
 
 
-def laplace(density: LogDensity, points: Tensor) -> list[Start]:
-    """Climb from each point (K, D); return Laplace starts at the distinct modes, full and diagonal, the best first.
+def laplace(density: LogDensity, points: Tensor, *, most: int = NEWTON_STEPS) -> list[Start]:
+    """Climb from each point (K, D) by Newton's method, for at most so many steps.
+
+    Return Laplace starts at the distinct modes, full and diagonal, the best first.
 
     Modes are ranked by their Laplace evidence; those far below the best, or within one sd of a better one, are left
     out.
     """
     if density.dim > FULL_HESSIAN_UP_TO:
         return []
-    modes = newton(density, points)
+    modes = newton(density, points, most)
     roots, units = inverse_roots(density, modes)
     with torch.no_grad():
         evidence = density(modes) + torch.linalg.slogdet(roots).logabsdet

@@ -24,6 +24,8 @@ SEARCHES_UNBATCHED = 3
 PATHS_IF_LARGE = 4
 LEGS = 2
 SAME = 0.1  # nats
+SAME_END = 0.1  # sds
+CHEAP_HESSIAN_UP_TO, STEPS_AFTER_PATHS = 50, 10
 TRUSTED_K_HAT = 0.7  # beyond, moments of weighted draws hang on a few of them
 SCORE_DRAWS = 256
 TRIM = 0.05
@@ -39,7 +41,8 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
     draws, where a wide start can fall arbitrarily low.
 
     Newton's method stays beside L-BFGS up to 200 dimensions: its modes are exact and come with the evidence by which
-    missed modes are found. Above that it would be too dear, and the paths have to do.
+    missed modes are found. Above 50, and for long models, it begins where the paths ended, since a Hessian is dear
+    there, and goes on for ten steps at most. Above 200 the paths have to do.
 
     Raises:
         ValueError: if the log density is infinite or NaN at every starting point; the sites at fault are named.
@@ -60,12 +63,19 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
         )
     starts = [*extra, standard(density), Start("prior", middle, spread)]
     points = points[finite] if density.batched else points[finite][:SEARCHES_UNBATCHED]
-    with density.clock.part("the climbs to modes", share=0.5):
-        starts += laplace(density, points)
+    dear = density.dim > CHEAP_HESSIAN_UP_TO or density.long
+    if not dear:
+        with density.clock.part("the climbs to modes", share=0.5):
+            starts += laplace(density, points)
+    paths, ends = list[Start](), points
     with density.clock.part("the paths to modes", share=0.7):
-        for start in along_paths(density, points, seed=seed):
-            if not any(divergence(start, other) < SAME for other in starts):
-                starts.append(start)
+        paths, ends = along_paths(density, points, seed=seed)
+    if dear:
+        with density.clock.part("the climbs to modes"):
+            starts += laplace(density, ends, most=STEPS_AFTER_PATHS)
+    for start in paths:
+        if not any(divergence(start, other) < SAME for other in starts):
+            starts.append(start)
     with seeded(seed, density.device):
         unit = math.sqrt((df - 2.0) / df)
         base = dist.StudentT(df * torch.ones_like(zero), 0.0, unit).to_event(1)
@@ -90,8 +100,10 @@ def _scored(density: LogDensity, start: Start, noise: Tensor, log_noise: Tensor)
 # paths ----------------------------------------------------------------------------------------------------------------
 
 
-def along_paths(density: LogDensity, points: Tensor, *, seed: int) -> list[Start]:
+def along_paths(density: LogDensity, points: Tensor, *, seed: int) -> tuple[list[Start], Tensor]:
     """Starts by Pathfinder from points (K, D): the best Gaussian of all paths, and the moments of draws from all.
+
+    The places (N, D) where paths ended come with them, each once, the highest first.
 
     Paths are measured by the full and by the diagonal curvature where they begin, in turn: the one makes them fast
     where coordinates depend on each other, the other finds more where a mode is far from the mass. Above 200 dimensions
@@ -106,18 +118,27 @@ def along_paths(density: LogDensity, points: Tensor, *, seed: int) -> list[Start
     pooled = pool(density, found.best, seed=seed)
     best = int(pooled.elbo.argmax())
     if not math.isfinite(float(pooled.elbo[best])):
-        return []
+        return [], found.ends
     single = Start("pathfinder", found.best.loc[best], lower_triangular(found.best.scale()[best]))
+    ends = _apart(density, found.ends, single.scale.norm(dim=1))
     if not pooled.k_hat < TRUSTED_K_HAT:
-        return [single]
+        return [single], ends
     # as if D more draws had the covariance of the best path
     share = pooled.ess / (pooled.ess + density.dim)
     covariance = share * pooled.covariance + (1.0 - share) * single.scale @ single.scale.mT
     root, fault = torch.linalg.cholesky_ex(covariance)
-    return [single] if int(fault) else [single, Start("multi-path pathfinder", pooled.mean, root)]
+    return [single] if int(fault) else [single, Start("multi-path pathfinder", pooled.mean, root)], ends
 
 
-def _along_diagonal_paths(density: LogDensity, points: Tensor, *, seed: int) -> list[Start]:
+@torch.no_grad()
+def _apart(density: LogDensity, ends: Tensor, sds: Tensor) -> Tensor:
+    """Return places (N, D), the highest first, without those within a tenth of ``sds`` (D,) of a higher one."""
+    ends = ends[density(ends).argsort(descending=True)]
+    same = ((ends[:, None] - ends) / sds).abs().amax(-1) < SAME_END
+    return ends[~same.tril(-1).any(1)]
+
+
+def _along_diagonal_paths(density: LogDensity, points: Tensor, *, seed: int) -> tuple[list[Start], Tensor]:
     legs = []
     for _ in range(LEGS):
         legs.append(pathfinder(density, points, scales(density, points), seed=seed))
@@ -126,7 +147,8 @@ def _along_diagonal_paths(density: LogDensity, points: Tensor, *, seed: int) -> 
     best = int(found.elbo.argmax())
     with torch.no_grad():
         end = points[density(points).argmax()]
-    return [
+    starts = [
         Start("pathfinder", found.best.loc[best], found.best.scale()[best]),
         Start("laplace diagonal", end, scales(density, end[None])[0]),
     ]
+    return starts, points

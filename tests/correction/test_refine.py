@@ -13,9 +13,9 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.correction.judging import disagreements
+from pyro_flows.correction.kept import STATS
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.rungs import which
-from pyro_flows.correction.sampler import STATS
 from pyro_flows.correction.search import _Regions, bridge
 from pyro_flows.correction.starts import NoStart, affine_flow, flow_of, starting_points
 from pyro_flows.flows.mixture import FlowMixture
@@ -539,6 +539,7 @@ def test_chains_that_stay_out_of_a_tail_are_found():
 
 def test_looks_between_are_at_the_worst_coordinates(narrow, monkeypatch):
     """All coordinates decide; between, those that were the worst."""
+    from pyro_flows.correction import enough
     from pyro_flows.correction import sampler as module
 
     seen = []
@@ -550,7 +551,7 @@ def test_looks_between_are_at_the_worst_coordinates(narrow, monkeypatch):
     original = module.examined
     monkeypatch.setattr(module, "examined", examined)
     monkeypatch.setattr(module, "WATCHED", 3)
-    monkeypatch.setattr(module, "SPARE", 4.0)
+    monkeypatch.setattr(enough, "SPARE", 4.0)
     found = narrow.refine()
     assert seen[0] is None
     assert seen[-2:] == [3, None]  # the figures that the sampler stopped by are those of the verdict

@@ -1,5 +1,7 @@
 """A fit ends as soon as its weights leave nothing to see, and not before."""
 
+from dataclasses import replace
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -67,6 +69,50 @@ def test_a_training_that_ended_too_early_goes_on(monkeypatch):
     assert rounds[1]["steps"] >= 1000
     assert len(looks) == 4, "the second time no look ends it"
     assert found.verdict.status == "ok"
+
+
+@pytest.mark.parametrize(("refine", "count"), [("auto", 1), (False, 2)])
+def test_training_does_not_go_on_for_the_tail_of_even_weights(monkeypatch, refine, count):
+    """A look that ends it, and a sample whose k-hat says no, though its weights are all alike: chains are cheaper."""
+    looks = []
+
+    def sure_once(weighing, *, seen=escalation.SEEN):
+        looks.append(seen)
+        return len(looks) == 3
+
+    def tail_in_doubt(name, trainer, training):
+        found = assess(name, trainer, training)
+        return replace(found, weighing=replace(found.weighing, k_hat=0.9, ess=0.97 * len(found.weighing.log_weights)))
+
+    assess = run.assess
+    monkeypatch.setattr(run, "invisible", sure_once)
+    monkeypatch.setattr(run, "assess", tail_in_doubt)
+    found, rounds = fitted(skewed, refine=refine)
+    assert len(rounds) == count
+    if refine:
+        assert found.verdict.status == "refined"
+        assert not any(stage["stage"] in ("larger batch", "mixture at modes") for stage in found.history)
+
+
+@pytest.mark.parametrize(("steps", "glances"), [(2, 1), (200, 0)])
+def test_no_glance_at_the_modes_of_a_long_model(monkeypatch, steps, glances):
+    """A survey takes hundreds of evaluations, and 200 steps of a recursion are as dear as many numbers."""
+    seen = []
+
+    def several(density, *given, barrier, **told):
+        seen.extend([density.dim] if barrier else [])  # without one, it is asked for after training
+
+    monkeypatch.setattr(run, "several", several)
+
+    def recursion(y):
+        rate = pyro.sample("rate", dist.Normal(torch.tensor(0.0).double(), 1.0))
+        level = y.new_zeros(())
+        for _ in range(steps):
+            level = torch.tanh(0.9 * level + rate)
+        pyro.sample("y", dist.Normal(level, 1.0).expand(y.shape).to_event(1), obs=y)
+
+    pf.fit(recursion, Y, max_steps=100, draws=400, progress=False)
+    assert len(seen) == glances
 
 
 INVISIBLE = [

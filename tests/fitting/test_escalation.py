@@ -86,6 +86,13 @@ def test_a_round_that_lacks_tails_only():
     assert not round_of(k_hat=0.9, training=replace(DONE, converged=False)).tails_only
 
 
+def test_a_round_whose_weights_are_even_but_for_their_tail():
+    assert round_of(k_hat=0.5, ess=951.0).lacks_a_tail
+    assert not round_of(k_hat=0.49, ess=951.0).lacks_a_tail
+    assert not round_of(k_hat=0.5, ess=949.0).lacks_a_tail
+    assert not Round(None, unweighed(2, 7.0), DONE, Stage("first round")).lacks_a_tail
+
+
 def test_the_better_round_has_the_better_verdict_then_the_better_elbo():
     moved = real(0.0, 0.3)
     order = [

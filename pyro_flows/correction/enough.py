@@ -1,0 +1,45 @@
+"""When chains have draws enough, and when to look at them again."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from pyro_flows import _mixing
+from pyro_flows.verdict.chains import LEAST_ESS, ChainFigures, objections
+
+SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to hang on the moment of the stop
+SD_ERROR = 0.04  # standard error of an sd, as a part of it: heavy tails take more draws than quantiles tell
+MOST = 3.0  # times as many effective draws, beyond which no sd is waited for: it may not exist
+SOONEST = 8  # looks while the fewest draws are made
+
+
+def suffices(found: ChainFigures) -> bool:
+    """Whether draws are enough for the verdict, with some to spare."""
+    return not objections(found) and _least(found) >= SPARE * LEAST_ESS
+
+
+def sd_error(draws: Tensor) -> float:
+    """Return the largest standard error of the sds of draws (C, N, D), as a part of the sd."""
+    return float(_mixing.sd_errors(draws).nan_to_num(nan=0.0).max())
+
+
+def is_known(found: ChainFigures, error: float) -> bool:
+    """Whether draws tell all standard deviations to four percent, or will not."""
+    return error <= SD_ERROR or _least(found) >= MOST * SPARE * LEAST_ESS
+
+
+def sweeps_needed(found: ChainFigures, error: float = 0.0) -> float:
+    """Return how many sweeps make draws enough, at the pace of these figures, and of the error of the sds by now."""
+    return found.sweeps * max(SPARE * LEAST_ESS / max(_least(found), 1.0), (error / SD_ERROR) ** 2)
+
+
+def next_look(found: ChainFigures, error: float = 0.0, *, thin: int, kept: int) -> int:
+    """Return after how many more draws to look again, one of ``thin`` sweeps, where ``kept`` are the fewest of all."""
+    needed = math.ceil((sweeps_needed(found, error) - found.sweeps) / thin)
+    return kept // 2 if needed <= 0 else min(max(needed, kept // SOONEST, 1), kept // 2)
+
+
+def _least(found: ChainFigures) -> float:
+    return min(found.ess_bulk, found.ess_tail)

@@ -1,0 +1,100 @@
+"""When chains have draws enough: for the figures of the verdict, and for the sds of heavy tails."""
+
+import math
+from dataclasses import replace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows import _mixing
+from pyro_flows.correction import enough
+from pyro_flows.correction.kept import STATS, Kept
+from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.sampler import Sampler
+from pyro_flows.flows.parts import location_scale
+from pyro_flows.verdict.chains import LEAST_ESS, ChainFigures
+
+CHAINS, DRAWS = 64, 128
+GOOD = ChainFigures(
+    chains=CHAINS, draws=DRAWS, sweeps=DRAWS, r_hat=1.01, nested_r_hat=1.002, ess_bulk=2.0 * LEAST_ESS,
+    ess_tail=2.0 * LEAST_ESS, where="x", divergences=0.0, energy_error=0.1, acceptance=0.9, independence=math.nan,
+    agreement=math.nan, changes=0.0,
+)  # fmt: skip
+
+
+def normals(dim=2, chains=CHAINS, draws=DRAWS):
+    return torch.randn(chains, draws, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def sampler_with(draws):
+    """A sampler of a standard normal that has kept these draws."""
+    density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1)))
+    latent = Latent(location_scale(2, base="normal", diagonal=True).double(), density)
+    found = Sampler.begin(
+        latent, ["x[0]", "x[1]"], draws[:8, 0], chains=CHAINS, kept=DRAWS // 2, seed=0, independence=0
+    )
+    found.draws = Kept(draws, dict.fromkeys(STATS, draws[..., 0]))
+    return found
+
+
+@pytest.mark.parametrize(("df", "kurtosis"), [(None, 3.0), (10, 4.0)])
+def test_errors_of_sds(df, kurtosis):
+    r"""Of S draws: :math:`\sqrt{(\kappa - 1) / (4 S)}`."""
+    torch.manual_seed(0)
+    draws = normals() if df is None else dist.StudentT(torch.tensor(float(df)).double()).sample((CHAINS, DRAWS, 2))
+    exact = math.sqrt((kurtosis - 1.0) / (4.0 * CHAINS * DRAWS))
+    torch.testing.assert_close(_mixing.sd_errors(draws), torch.full((2,), exact).double(), rtol=0.2, atol=0.0)
+
+
+def test_errors_of_sds_count_effective_draws():
+    """Each draw eight times in a row: as few as an eighth."""
+    draws = normals(draws=64)
+    repeated = draws.repeat_interleave(8, 1)
+    ratio = _mixing.sd_errors(repeated) / _mixing.sd_errors(draws)
+    torch.testing.assert_close(ratio, torch.ones(2).double(), rtol=0.15, atol=0.0)
+    assert _mixing.sd_errors(draws[:, :3]).isnan().all()
+
+
+def test_draws_that_tell_all_sds_are_enough():
+    assert sampler_with(normals())._is_enough(GOOD)
+
+
+def test_a_chain_that_began_far_away_is_warm_up():
+    """One chain of 64 comes back from 30 sds in the first third: no R-hat tells, the sd is half too large."""
+    draws = normals()
+    draws[0, :40, 0] -= torch.linspace(30.0, 0.0, 40).double()
+    assert float(draws[..., 0].std()) > 1.4
+    sampler = sampler_with(draws)
+    assert not sampler._is_enough(GOOD)
+    assert len(sampler.draws) == sampler.numbers["checked"] == DRAWS // 2
+    left = sampler.draws.stacked()[0]
+    assert torch.equal(left, draws[:, DRAWS // 2 :])
+    assert sampler._is_enough(GOOD)
+
+
+def test_heavy_tails_take_more_draws():
+    """Some of the later draws are far out: more are asked for, soon, until there are three times as many."""
+    draws = normals()
+    draws[::8, DRAWS // 2 :: 8, 1] *= 12.0
+    sampler = sampler_with(draws)
+    assert not sampler._is_enough(GOOD)
+    assert 0 < sampler.numbers["pause"] <= sampler.kept // 2
+    plenty = 3.0 * enough.SPARE * LEAST_ESS
+    assert sampler_with(draws)._is_enough(replace(GOOD, ess_bulk=plenty, ess_tail=plenty))
+
+
+@pytest.mark.parametrize(
+    ("changes", "thin", "draws"),
+    [
+        ({"ess_tail": 1250.0}, 1, 26),  # 1500 at this pace, after 154 sweeps
+        ({"ess_tail": 1250.0}, 2, 13),
+        ({"ess_tail": 1450.0}, 1, 8),  # not at once
+        ({"ess_tail": 100.0}, 1, 32),  # not too late
+        ({"nested_r_hat": 1.02}, 2, 32),  # of which nothing tells the pace
+    ],
+)
+def test_when_to_look_again(changes, thin, draws):
+    assert enough.next_look(replace(GOOD, **changes), thin=thin, kept=DRAWS // 2) == draws
