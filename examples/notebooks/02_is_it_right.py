@@ -57,7 +57,7 @@ def regression(x, mpg):
 labels = {"predictor": predictors}
 
 
-def gaussian(kind, model, *args, steps=3000):
+def gaussian(kind, model, *args, steps=1500):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     guide = kind(model, init_loc_fn=init_to_median)

@@ -108,7 +108,7 @@ def test_chains_that_diverge_are_given_up_where_gradients_do_not_suffice_for_hal
         found[patient, gradients] = sampler
     assert found[True, 150_000].numbers["halved"] >= 1
     assert found[False, 80_000].numbers["halved"] == 0
-    assert len(found[False, 80_000].z) == 3, "4 trajectories may diverge"
+    assert len(found[False, 80_000].draws) == 3, "4 trajectories may diverge"
     assert found[False, 150_000].numbers["halved"] >= 1
 
 
