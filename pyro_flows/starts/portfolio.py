@@ -63,19 +63,7 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
         )
     starts = [*extra, standard(density), Start("prior", middle, spread)]
     points = points[finite] if density.batched else points[finite][:SEARCHES_UNBATCHED]
-    dear = density.dim > CHEAP_HESSIAN_UP_TO or density.long
-    if not dear:
-        with density.clock.part("the climbs to modes", share=0.5):
-            starts += laplace(density, points)
-    paths, ends = list[Start](), points
-    with density.clock.part("the paths to modes", share=0.7):
-        paths, ends = along_paths(density, points, seed=seed)
-    if dear:
-        with density.clock.part("the climbs to modes"):
-            starts += laplace(density, ends, most=STEPS_AFTER_PATHS)
-    for start in paths:
-        if not any(divergence(start, other) < SAME for other in starts):
-            starts.append(start)
+    starts = _climbed(density, starts, points, seed)
     with seeded(seed, density.device):
         unit = math.sqrt((df - 2.0) / df)
         base = dist.StudentT(df * torch.ones_like(zero), 0.0, unit).to_event(1)
@@ -88,6 +76,24 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
     usable = [start for start in scored if math.isfinite(start.elbo)]
     # where the support cuts through every start, none has a finite ELBO: all are left to the race
     return sorted(usable or scored, key=lambda start: -start.elbo)
+
+
+def _climbed(density: LogDensity, starts: list[Start], points: Tensor, seed: int) -> list[Start]:
+    """Return starts with those at modes, by Newton's method from points (K, D) or where paths from there ended."""
+    dear = density.dim > CHEAP_HESSIAN_UP_TO or density.long
+    if not dear:
+        with density.clock.part("the climbs to modes", share=0.5):
+            starts = starts + laplace(density, points)
+    paths, ends = list[Start](), points
+    with density.clock.part("the paths to modes", share=0.7):
+        paths, ends = along_paths(density, points, seed=seed)
+    if dear:
+        with density.clock.part("the climbs to modes"):
+            starts = starts + laplace(density, ends, most=STEPS_AFTER_PATHS)
+    for start in paths:
+        if not any(divergence(start, other) < SAME for other in starts):
+            starts = [*starts, start]
+    return starts
 
 
 def _scored(density: LogDensity, start: Start, noise: Tensor, log_noise: Tensor) -> Start:
