@@ -20,8 +20,18 @@ def section(rows: Sequence[records.Row]) -> str:
     """Return the text and the table."""
     rows = newest(rows)
     body = [_line(row) for row in rows]
-    about = f"Measured on {rows[-1]['machine']}; {rows[-1]['software']}. pyro_flows {rows[-1]['version']}."
-    return "\n\n".join([_text(rows), about, table(HEADER, body)])
+    return "\n\n".join([_text(rows), _about(rows), table(HEADER, body)])
+
+
+def _about(rows: Sequence[records.Row]) -> str:
+    """Say what was measured where, by which versions."""
+    models: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        models.setdefault((row["machine"], row["software"], row["version"]), []).append(row["model"])
+    return " ".join(
+        f"Measured on {machine}; {software}; pyro_flows {version}: {', '.join(dict.fromkeys(names))}."
+        for (machine, software, version), names in models.items()
+    )
 
 
 def _line(row: records.Row) -> list[str]:
