@@ -12,6 +12,7 @@ from pyro_flows.verdict.chains import LEAST_ESS, ChainFigures, objections
 SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to hang on the moment of the stop
 SD_ERROR = 0.04  # standard error of an sd, as a part of it: heavy tails take more draws than quantiles tell
 MOST = 3.0  # times as many effective draws, beyond which no sd is waited for: it may not exist
+FINE, CHEAP = 0.02, 100_000  # the same error where draws take fewer gradients: few draws of a heavy tail understate it
 SOONEST = 8  # looks while the fewest draws are made
 
 
@@ -25,19 +26,21 @@ def sd_error(draws: Tensor) -> float:
     return float(_mixing.sd_errors(draws).nan_to_num(nan=0.0).max())
 
 
-def is_known(found: ChainFigures, error: float) -> bool:
-    """Whether draws tell all standard deviations to four percent, or will not."""
+def is_known(found: ChainFigures, error: float, gradients: float) -> bool:
+    """Whether draws of so many gradients tell all standard deviations, or will not."""
+    if gradients < CHEAP:
+        return error <= FINE
     return error <= SD_ERROR or _least(found) >= MOST * SPARE * LEAST_ESS
 
 
-def sweeps_needed(found: ChainFigures, error: float = 0.0) -> float:
-    """Return how many sweeps make draws enough, at the pace of these figures, and of the error of the sds by now."""
-    return found.sweeps * max(SPARE * LEAST_ESS / max(_least(found), 1.0), (error / SD_ERROR) ** 2)
+def sweeps_needed(found: ChainFigures) -> float:
+    """Return how many sweeps make draws enough, at the pace of these figures."""
+    return found.sweeps * SPARE * LEAST_ESS / max(_least(found), 1.0)
 
 
-def next_look(found: ChainFigures, error: float = 0.0, *, thin: int, kept: int) -> int:
+def next_look(found: ChainFigures, *, thin: int, kept: int) -> int:
     """Return after how many more draws to look again, one of ``thin`` sweeps, where ``kept`` are the fewest of all."""
-    needed = math.ceil((sweeps_needed(found, error) - found.sweeps) / thin)
+    needed = math.ceil((sweeps_needed(found) - found.sweeps) / thin)
     return kept // 2 if needed <= 0 else min(max(needed, kept // SOONEST, 1), kept // 2)
 
 

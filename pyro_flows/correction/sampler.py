@@ -38,6 +38,7 @@ SHORT_EVERY, SHORT = 4, 0.25  # each fourth move takes leaps of a quarter: into 
 WATCHED = 16  # coordinates, the worst of the last look at all
 HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latter take two dimensions
 HOPELESS = 10.0  # times the divergences that the verdict bears, of the draws that are asked for
+ROOM, ROOM_NUMBERS = 256, 2**20  # draws of a chain that are held, and numbers in those of all, if that is more
 FAR = 1.1  # nested R-hat above which the first half of the draws counts as warm-up
 COUNTS = "sweeps", "waiting", "checked", "halved"
 
@@ -195,12 +196,10 @@ class Sampler:
             return False
         draws, half = self.draws.stacked()[0], slice(len(self.draws) // 2, None)
         error = sd_error(draws)
-        if is_known(found, error):
+        if is_known(found, error, self._gradients(found.sweeps)):
             return True
         if sd_error(draws[:, half]) < error:
             self._choose(half)
-        else:
-            self.numbers["pause"] = next_look(found, error, thin=self.numbers["thin"], kept=self.kept)
         return False
 
     def _figures(self, watched: Sequence[int] | None) -> ChainFigures:
@@ -283,7 +282,8 @@ class Sampler:
 
     def _make_room(self, found: ChainFigures) -> None:
         """Drop the first half of draws that superchains still disagree on; else every other one, where all are full."""
-        if len(self.draws) < 2 * self.kept:
+        room = min(ROOM, ROOM_NUMBERS // self.points.x.numel())
+        if len(self.draws) < max(2 * self.kept, room):
             return
         if not found.nested_r_hat <= FAR:
             chosen = slice(len(self.draws) // 2, None)

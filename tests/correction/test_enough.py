@@ -75,15 +75,36 @@ def test_a_chain_that_began_far_away_is_warm_up():
     assert sampler._is_enough(GOOD)
 
 
-def test_heavy_tails_take_more_draws():
-    """Some of the later draws are far out: more are asked for, soon, until there are three times as many."""
+def test_heavy_tails_take_more_draws(monkeypatch):
+    """Some of the later draws are far out: more are asked for, until there are three times as many, and not cheap."""
     draws = normals()
     draws[::8, DRAWS // 2 :: 8, 1] *= 12.0
     sampler = sampler_with(draws)
     assert not sampler._is_enough(GOOD)
-    assert 0 < sampler.numbers["pause"] <= sampler.kept // 2
+    assert len(sampler.draws) == DRAWS
     plenty = 3.0 * enough.SPARE * LEAST_ESS
-    assert sampler_with(draws)._is_enough(replace(GOOD, ess_bulk=plenty, ess_tail=plenty))
+    plenty_of_them = replace(GOOD, ess_bulk=plenty, ess_tail=plenty)
+    assert not sampler_with(draws)._is_enough(plenty_of_them)
+    monkeypatch.setattr(enough, "CHEAP", 0)
+    assert sampler_with(draws)._is_enough(plenty_of_them)
+
+
+@pytest.mark.parametrize(
+    ("error", "gradients", "known"),
+    [(0.019, 99_999, True), (0.021, 99_999, False), (0.039, 100_000, True), (0.041, 100_000, False)],
+)
+def test_cheap_draws_have_to_tell_sds_better(error, gradients, known):
+    assert enough.is_known(GOOD, error, gradients) is known
+
+
+def test_as_many_draws_are_held_as_tell_sds():
+    """256 of each chain in two dimensions, before every other one goes."""
+    sampler = sampler_with(normals(draws=255))
+    sampler._make_room(GOOD)
+    assert len(sampler.draws) == 255
+    sampler = sampler_with(normals(draws=256))
+    sampler._make_room(GOOD)
+    assert len(sampler.draws) == 128
 
 
 @pytest.mark.parametrize(
