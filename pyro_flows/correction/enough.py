@@ -12,7 +12,8 @@ from pyro_flows.verdict.chains import LEAST_ESS, ChainFigures, objections
 SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to hang on the moment of the stop
 SD_ERROR = 0.04  # standard error of an sd, as a part of it: heavy tails take more draws than quantiles tell
 MOST = 3.0  # times as many effective draws, beyond which no sd is waited for: it may not exist
-FINE, CHEAP = 0.02, 100_000  # the same error where draws take fewer gradients: few draws of a heavy tail understate it
+FINE, CHEAP, EARLY = 0.02, 100_000, 256  # the same error up to so many gradients and sweeps: few draws of a heavy tail
+# understate it
 SOONEST = 8  # looks while the fewest draws are made
 
 
@@ -28,7 +29,7 @@ def sd_error(draws: Tensor) -> float:
 
 def is_known(found: ChainFigures, error: float, gradients: float) -> bool:
     """Whether draws of so many gradients tell all standard deviations, or will not."""
-    if gradients < CHEAP:
+    if gradients < CHEAP and found.sweeps < EARLY:
         return error <= FINE
     return error <= SD_ERROR or _least(found) >= MOST * SPARE * LEAST_ESS
 

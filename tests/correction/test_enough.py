@@ -90,11 +90,17 @@ def test_heavy_tails_take_more_draws(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "gradients", "known"),
-    [(0.019, 99_999, True), (0.021, 99_999, False), (0.039, 100_000, True), (0.041, 100_000, False)],
+    ("error", "gradients", "sweeps", "known"),
+    [
+        (0.019, 99_999, 255, True),
+        (0.021, 99_999, 255, False),
+        (0.039, 100_000, 255, True),
+        (0.039, 99_999, 256, True),
+        (0.041, 100_000, 256, False),
+    ],
 )
-def test_cheap_draws_have_to_tell_sds_better(error, gradients, known):
-    assert enough.is_known(GOOD, error, gradients) is known
+def test_cheap_draws_have_to_tell_sds_better(error, gradients, sweeps, known):
+    assert enough.is_known(replace(GOOD, sweeps=sweeps), error, gradients) is known
 
 
 def test_as_many_draws_are_held_as_tell_sds():
