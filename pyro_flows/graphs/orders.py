@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.graphs.graph import graph_module, new_node
-from pyro_flows.graphs.sums import like_of
+from pyro_flows.graphs.graph import graph_module, tidy
+from pyro_flows.graphs.sums import add, like_of
 
 _aten = torch.ops.aten
 
@@ -43,7 +43,10 @@ def ordered(module: fx.GraphModule) -> fx.GraphModule:
             graph.read(node)
         elif node.target is _aten.index_put.default:
             graph.add(node)
-    return graph_module(module, module.graph) if graph.constants else module
+    if not graph.constants:
+        return module
+    tidy(module.graph)  # the rows of one order are spread once
+    return graph_module(module, module.graph)
 
 
 class _Graph:
@@ -130,9 +133,7 @@ class _Graph:
         return self.constants[order.key]
 
     def _new(self, target: Any, args: tuple[Any, ...], like: Tensor, shape: Sequence[int]) -> fx.Node:
-        node = new_node(self.graph, target, args, {})
-        node.meta["val"] = like_of(like, *shape)
-        return node
+        return add(self.graph, target, args, like_of(like, *shape))
 
     def _replace(self, node: fx.Node, found: fx.Node) -> None:
         node.replace_all_uses_with(found)

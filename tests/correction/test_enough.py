@@ -16,6 +16,7 @@ from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.verdict.chains import LEAST_ESS, ChainFigures
+from tests.registry import normal
 
 CHAINS, DRAWS = 64, 128
 GOOD = ChainFigures(
@@ -26,7 +27,7 @@ GOOD = ChainFigures(
 
 
 def normals(dim=2, chains=CHAINS, draws=DRAWS):
-    return torch.randn(chains, draws, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return normal(chains, draws, dim, seed=0)
 
 
 def sampler_with(draws):
