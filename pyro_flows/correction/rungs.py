@@ -37,6 +37,7 @@ from pyro_flows.verdict.chains import LEAST_ESS, NESTED_R_HAT, ChainFigures, Cha
 BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, of a further round, last
 TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
+FEW = 50  # dimensions; with more, training takes several times as long
 NEARLY = 0.25  # of the effective draws that the verdict asks for
 SHORT_OF = 4.0  # times the gradients that are left; chains that sufficed never needed half of them
 LONGER_THAN_THOUGHT = 1.5  # times the gradients that draws would take at their pace so far
@@ -155,7 +156,8 @@ def attempt_untrained(
     if mirrored(guide, z[usable][:MOVED_DRAWS], log_q[usable][:MOVED_DRAWS]):
         return None
     latent = Latent(flow, density)
-    about: dict[str, Any] = {"seed": seed, "bar": bar, "most": UNTRAINED, "independence": 0, "patient": False}
+    about: dict[str, Any] = {"seed": seed, "bar": bar, "independence": 0, "patient": False}
+    about["most"] = UNTRAINED if density.dim <= FEW else ATTEMPT
     found = _chains(latent, names, z, ratios, draws, **about)
     if found is None:
         return None

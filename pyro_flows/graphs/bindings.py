@@ -137,6 +137,16 @@ def _transposed(node: fx.Node) -> Any:
     return node.args[0] if node.target is _aten.t.default else node.graph.call_function(_aten.t.default, (node,))
 
 
+def binding_of(node: fx.Node) -> Callable[..., Any]:
+    """Return torch's binding of an operation that takes the same arguments, or the operator object."""
+    name = name_of(node)
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
+    if name in LIKE or name in _OTHERWISE or not hasattr(torch._C._VariableFunctions, name) or not hasattr(torch, name):
+        return cast("Callable[..., Any]", node.target)
+    return cast("Callable[..., Any]", getattr(torch, name))
+
+
 def _bind(node: fx.Node) -> None:
     """Put torch's binding of the same operation in place of the operator object, where there is one."""
     name = name_of(node)

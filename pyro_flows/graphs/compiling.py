@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from pyro_flows._clock import counted
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.bindings import quicken, turn
+from pyro_flows.graphs.fused import fused
 from pyro_flows.graphs.graph import agree, copy_graph, is_pure, sweep
 from pyro_flows.graphs.outline import Outline
 
@@ -24,6 +25,7 @@ COMPILE_NODE = 0.02  # more for each operation
 SAVED_NODE = 7.0e-7  # a run saves for each operation,
 SAVED_NUMBER = 3.0e-10  # and for each number that it writes
 SAVED_CALL = -7.0e-6  # and for each call of a loop's round
+FUSED_AT = 2  # the run from which a graph goes block by block: the first one is for those who check what was recorded
 COMPILE_NODES = 5000  # operations at most: Inductor's time grows faster than their number
 LOOPS_FROM = 500  # operations in a graph in which loops are looked for
 IN_LOOPS = 0.5  # share of the operations that must be in loops, to compile these alone
@@ -113,6 +115,8 @@ class Runner:
         self.runs += 1
         if self.runs == self.compile_at:
             self._compile(inputs)
+        if self.runs == FUSED_AT and self.compile_at != 1:
+            self._fuse(inputs)
         if self._compiled is not None:
             try:
                 return self._compiled(*inputs)
@@ -120,6 +124,16 @@ class Runner:
                 fallback("recorded code in place of compiled code", error)
         with torch.inference_mode():  # an operation takes a tenth less time
             return self._recorded(*inputs)  # which says what is wrong with these inputs, if anything is
+
+    @counted("tracing")
+    def _fuse(self, inputs: tuple[Tensor, ...]) -> None:
+        """Run block by block from now on, where that can be done; there is little left for a compiler to gain."""
+        try:
+            self._compiled = fused(self.module, inputs)
+        except (RuntimeError, torch.linalg.LinAlgError):
+            return  # of these inputs: what runs them says so
+        if self._compiled is not None:
+            self.compile_at = 0
 
     @counted("compiling")
     def _compile(self, inputs: tuple[Tensor, ...]) -> None:

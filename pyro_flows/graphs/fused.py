@@ -1,0 +1,269 @@
+"""Recorded graphs run block by block: many elementwise operations at once, on numbers that stay in the cache.
+
+Torch does one operation after the other: each is called, takes memory, and goes over all numbers. Here, an operation on a
+block of numbers is a few nanoseconds of a loop in C, so that hundreds of them on few numbers, and a dozen on many, take
+a third to a tenth of the time. Nothing is compiled for a graph. What is not elementwise is left to torch.
+
+Source of the way to run: F. Alted, "Why modern CPUs are starving and what can be done about it", Computing in Science &
+Engineering 2010, doi:10.1109/MCSE.2010.51 (numexpr).
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyro_flows._fallbacks import fallback
+from pyro_flows.graphs.bindings import binding_of, turn
+from pyro_flows.graphs.graph import agree, copy_graph, graph_module, is_aten, is_pure, name_of, sweep
+from pyro_flows.graphs.native import library
+from pyro_flows.graphs.nests import Buffer, Foreign, Nests, Unsuited, View
+from pyro_flows.graphs.programs import BLOCK, program
+
+DIGITS = (1.0, -1.0, 3.0, -3.0, 8.0)  # by which inputs are moved, in units of the last place,
+ALIKE, CLOSE = 10.0, 1e-12  # and times the change of results by that, and part of them, that rounding may make
+TASKS_FOR_A_CALL = 2  # that a call of the interpreter has to do in the mean, to gain time
+
+
+def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
+    """Return a graph as a function that runs block by block; None if it would gain nothing, or where it cannot be done.
+
+    Args:
+        module: the graph.
+        inputs: of the shapes, dtypes and strides of all later ones; the graph is run with them, and results compared.
+    """
+    if not is_pure(module) or any(value.device.type != "cpu" for value in inputs):
+        return None
+    if not any(value.dtype == torch.float64 for value in inputs) or any(map(_is_bound, module.graph.nodes)):
+        return None
+    run = library()
+    if run is None:
+        return None
+    if any(node.target is torch.ops.aten.mm.default for node in module.graph.nodes):
+        graph = copy_graph(module.graph)
+        for node in list(graph.nodes):
+            turn(node)
+        sweep(graph)
+        module = graph_module(module, graph)
+    try:
+        with torch.inference_mode():
+            made = Fused(module, inputs, run)
+            if made.tasks < TASKS_FOR_A_CALL * made.calls:
+                return None
+            found, expected = made(*inputs), [value for _, value in made.nests.outputs]
+            agrees = agree(found, expected) or _rounds_alike(module, inputs, found, expected)
+    except Unsuited:
+        return None
+    del made.nests
+    if not agrees:
+        fallback("not run block by block: other values")
+    return made if agrees else None
+
+
+def _rounds_alike(
+    module: fx.GraphModule, inputs: Sequence[Tensor], found: Sequence[Tensor], expected: Sequence[Tensor]
+) -> bool:
+    """Whether results differ no more than they do if inputs change by some last digits, as of a matrix near singular."""
+    largest = [torch.zeros_like(value, dtype=torch.float64) for value in expected]
+    for digits in DIGITS:
+        moved = [_moved(value, digits) for value in inputs]
+        for size, value, other in zip(largest, expected, module(*moved), strict=True):
+            torch.maximum(size, _apart(other, value), out=size)
+    pairs = zip(found, expected, largest, strict=True)
+    return all(bool((_apart(one, value) <= ALIKE * size + CLOSE * value.abs()).all()) for one, value, size in pairs)
+
+
+def _moved(value: Tensor, digits: float) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    return value + digits * torch.finfo(value.dtype).eps * (1.0 + value.abs())
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """Return how far numbers are apart: not at all if both are not numbers, or the same infinity."""
+    same = (one == other) | (one.isnan() & other.isnan())
+    return torch.where(same, 0.0, (one.double() - other.double()).abs().nan_to_num(nan=math.inf))
+
+
+def _is_bound(node: fx.Node) -> bool:
+    """Whether it depends on what ran before it, or on how all of a tensor's memory is laid out."""
+    if not is_aten(node):
+        return False
+    return torch.Tag.nondeterministic_seeded in node.target.tags or name_of(node).startswith("as_strided")  # type: ignore[union-attr]
+
+
+class Fused:
+    """A graph that runs block by block; call it with inputs like the first ones.
+
+    Attributes:
+        tasks: how many operations are done in blocks.
+        calls: how many times the interpreter is called in a run.
+    """
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor], run: Callable[..., Any]) -> None:
+        self.nests = nests = Nests(module, inputs)
+        self._lock, self._run_program = threading.Lock(), run
+        self._layouts = [(value.shape, value.stride()) for value in inputs]
+        arrays: dict[Buffer, int] = {}
+        for view in _inputs_of(nests, module):
+            arrays.setdefault(view.buffer, len(arrays) + 1)
+        for one in nests.foreign:
+            for view in one.results:
+                arrays.setdefault(view.buffer, len(arrays) + 1)
+        done = program(nests, arrays)
+        self.tasks, self.calls = len(nests.tasks), sum(isinstance(one, list) for one in done.steps)
+        self._arena = torch.zeros(done.arena + 1, dtype=torch.float64)
+        self._scratch = torch.zeros((done.registers + 1) * BLOCK, dtype=torch.float64)
+        self._registers, self._arrays = done.registers, (ctypes.c_void_p * (len(arrays) + 1))()
+        self._arrays[0] = self._arena.data_ptr()
+        self._held = [*self._constants(arrays)]
+        self._taken = [(arrays[view.buffer], place) for place, view in enumerate(_inputs_of(nests, module))]
+        self._places = done.places
+        self._steps = [self._step(one, arrays) for one in done.steps]
+        self._results = [self._result(view, value) for view, value in nests.outputs]
+
+    def _constants(self, arrays: dict[Buffer, int]) -> list[Tensor]:
+        """Point to the constants that tasks read; return them, so that they stay."""
+        held = []
+        for buffer, number in arrays.items():
+            if isinstance(buffer.source, Tensor):
+                value = buffer.source.detach()
+                if not buffer.positions and value.dtype != torch.float64:
+                    value = torch.as_strided(value, (buffer.span,), (1,)).double()
+                held.append(value)
+                self._arrays[number] = value.data_ptr()
+        return held
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run, without autograd."""
+        with self._lock, torch.inference_mode():
+            given = []
+            for value, (shape, stride) in zip(inputs, self._layouts, strict=True):
+                if value.shape != shape:
+                    raise RuntimeError(f"expected inputs of shape {tuple(shape)}, got {tuple(value.shape)}.")
+                if value.stride() != stride:
+                    value = torch.empty_strided(shape, stride, dtype=value.dtype).copy_(value)
+                given.append(value)
+            for number, place in self._taken:
+                self._arrays[number] = given[place].data_ptr()
+            foreign: dict[Any, Tensor] = {}
+            for step in self._steps:
+                step(given, foreign)
+            return tuple(result(given, foreign) for result in self._results)
+
+    # what is done ---------------------------------------------------------------------------------------------------
+
+    def _step(self, one: list[int] | Foreign, arrays: dict[Buffer, int]) -> Callable[..., None]:
+        if isinstance(one, Foreign):
+            return self._called(one, arrays)
+        words = array.array("q", one)
+        begin, count = words.buffer_info()
+        numbers, scratch, registers = ctypes.addressof(self._arrays), self._scratch.data_ptr(), self._registers
+        run = self._run_program
+
+        def interpreted(given: Any, foreign: Any, words: Any = words) -> None:
+            run(begin, count, numbers, scratch, registers)
+
+        return interpreted
+
+    def _called(self, one: Foreign, arrays: dict[Buffer, int]) -> Callable[..., None]:
+        function = binding_of(one.node)
+        given_args, given_kwargs = self._template(one.args), self._template(one.kwargs)
+        fill_args, fill_kwargs = _filler(given_args), _filler(given_kwargs)
+        results = [((view.buffer.source), arrays[view.buffer]) for view in one.results]
+        layouts = [(view.sizes, view.strides) for view in one.results]
+        table = self._arrays
+
+        def called(given: Any, foreign: Any) -> None:
+            found = function(*fill_args(given, foreign), **fill_kwargs(given, foreign))
+            parts = (found,) if isinstance(found, Tensor) else found
+            for part, (key, number), (sizes, strides) in zip(parts, results, layouts, strict=True):
+                if part.stride() != strides:
+                    part = torch.empty_strided(sizes, strides, dtype=part.dtype).copy_(part)
+                foreign[key] = part
+                table[number] = part.data_ptr()
+
+        return called
+
+    def _template(self, value: Any) -> Any:
+        """Return arguments with tensors in the place of views, or with what finds them in a run."""
+        if isinstance(value, View):
+            return self._tensor(value)
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._template, value))
+        return {key: self._template(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+    def _tensor(self, view: View) -> Any:
+        source = view.buffer.source
+        if isinstance(source, Tensor):
+            return torch.as_strided(source, view.sizes, view.strides, source.storage_offset() + view.offset)
+        if source is None:
+            fixed = torch.as_strided(self._arena, view.sizes, view.strides, self._places[view.buffer] + view.offset)
+            return _Found(lambda given, foreign: fixed.ne(0.0)) if view.boolean else fixed
+        return _Found(_reader(source, view))
+
+    def _result(self, view: View, value: Tensor) -> Callable[..., Tensor]:
+        found = self._tensor(view)
+        if isinstance(found, _Found):
+            return found.read
+        own = view.buffer.source is None
+        return lambda given, foreign: found.clone() if own else found
+
+
+class _Found:
+    """A tensor that is known in a run only."""
+
+    def __init__(self, read: Callable[..., Tensor]) -> None:
+        self.read = read
+
+
+def _reader(source: Any, view: View) -> Callable[..., Tensor]:
+    by_number = isinstance(source, int)
+
+    def read(given: Any, foreign: Any) -> Tensor:
+        value = given[source] if by_number else foreign[source]
+        if view.offset == 0 and value.shape == view.sizes and value.stride() == view.strides:
+            return value
+        return torch.as_strided(value, view.sizes, view.strides, value.storage_offset() + view.offset)
+
+    return read
+
+
+def _filler(value: Any) -> Callable[..., Any]:
+    """Return what gives arguments in a run."""
+    if isinstance(value, _Found):
+        return value.read
+    parts = [*value.values()] if isinstance(value, dict) else value
+    if not isinstance(parts, (list, tuple)):
+        return lambda given, foreign: value
+    fillers = [_filler(part) for part in parts]
+    changing = [(place, fill) for place, fill in enumerate(fillers) if _changes(parts[place])]
+    if not changing:
+        return lambda given, foreign: value
+    if isinstance(value, dict):
+        return lambda given, foreign: {key: fill(given, foreign) for key, fill in zip(value, fillers, strict=True)}
+
+    def filled(given: Any, foreign: Any) -> Any:
+        found = [*parts]
+        for place, fill in changing:
+            found[place] = fill(given, foreign)
+        return found
+
+    return filled
+
+
+def _changes(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_changes, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, _Found)
+
+
+def _inputs_of(nests: Nests, module: fx.GraphModule) -> list[View]:
+    return [nests.views[node] for node in module.graph.nodes if node.op == "placeholder"]

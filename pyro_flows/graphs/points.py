@@ -1,0 +1,214 @@
+"""Operations that act on each number by itself: torch's, as instructions of :mod:`pyro_flows.graphs.native`.
+
+An operation of torch's is written with instructions. Each takes registers, or a register and a number. ``native.c`` holds
+what a code does; the numbers of both must agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+_aten = torch.ops.aten
+IDENTITY, NEG, ABS, EXP, LOG, LOG1P, EXPM1, SQRT, INVERSE, RSQRT, SQUARE, SIGMOID, TANH = range(13)
+SIN, COS, ATAN, ERF, ERFC, SIGN, ISNAN, ISINF, IS_ZERO, IS_NOT_ZERO = range(13, 23)
+TIMES, PLUS, FROM, OVER, UNDER, POWER, AT_LEAST, AT_MOST = range(23, 31)  # with a number
+LT, LE, GT, GE, EQ, NE, NAN_TO, INF_TO, MINUS_INF_TO, CUBE, FLOOR, TAN, SINH, COSH = range(31, 45)
+ADD, SUB, MUL, DIV, POW, MAXIMUM, MINIMUM, LT2, LE2, GT2, GE2, EQ2, NE2, AND, OR, FILL, XLOGY = range(64, 81)
+WHERE = 96
+COMPARED = (*range(LT, NE + 1), *range(LT2, OR + 1), ISNAN, ISINF, IS_ZERO, IS_NOT_ZERO)
+
+
+class Writer(Protocol):
+    """Adds an instruction: its code, its operands (values of a graph), and a number."""
+
+    def __call__(self, code: int, *operands: Any, number: float = 0.0) -> Any: ...
+
+
+Written = Callable[..., Any]
+_POWERS = {1.0: IDENTITY, 2.0: SQUARE, 3.0: CUBE, 0.5: SQRT, -1.0: INVERSE, -0.5: RSQRT}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _with_number(pair: int, single: int, swapped: int | None = None, change: Callable[[float], float] = float) -> Written:
+    """Write an operation of two operands, one of which may be a number."""
+
+    def write(emit: Writer, x: Any, y: Any) -> Any:
+        if _is_number(y):
+            return emit(single, x, number=change(y))
+        if _is_number(x):
+            return NotImplemented if swapped is None else emit(swapped, y, number=float(x))
+        return emit(pair, x, y)
+
+    return write
+
+
+def _one(code: int) -> Written:
+    return lambda emit, x: emit(code, x)
+
+
+_times = _with_number(MUL, TIMES, TIMES)
+_plus = _with_number(ADD, PLUS, PLUS)
+_minus = _with_number(SUB, PLUS, FROM, lambda number: -float(number))
+_over = _with_number(DIV, OVER, UNDER)
+
+
+def _added(emit: Writer, x: Any, y: Any, alpha: float = 1) -> Any:
+    return _plus(emit, x, y if alpha == 1 else _times(emit, y, alpha))
+
+
+def _taken(emit: Writer, x: Any, y: Any, alpha: float = 1) -> Any:
+    return _minus(emit, x, y if alpha == 1 else _times(emit, y, alpha))
+
+
+def _taken_from(emit: Writer, x: Any, y: Any, alpha: float = 1) -> Any:
+    return _taken(emit, y, x, alpha)
+
+
+def _power(emit: Writer, x: Any, y: Any) -> Any:
+    if not _is_number(y):
+        return NotImplemented if _is_number(x) else emit(POW, x, y)
+    code = _POWERS.get(float(y))
+    return emit(POWER, x, number=float(y)) if code is None else emit(code, x)
+
+
+def _clamped(emit: Writer, x: Any, low: Any = None, high: Any = None) -> Any:
+    for limit, code, pair in ((low, AT_LEAST, MAXIMUM), (high, AT_MOST, MINIMUM)):
+        if limit is not None:
+            x = emit(code, x, number=float(limit)) if _is_number(limit) else emit(pair, x, limit)
+    return x
+
+
+def _chosen(emit: Writer, condition: Any, x: Any, y: Any) -> Any:
+    return NotImplemented if _is_number(x) or _is_number(y) else emit(WHERE, x, y, condition)
+
+
+def _filled(emit: Writer, x: Any, mask: Any, number: Any) -> Any:
+    return emit(FILL, x, mask, number=float(number)) if _is_number(number) else emit(WHERE, number, x, mask)
+
+
+def _finite(emit: Writer, x: Any, nan: float | None = None, above: float | None = None, below: float | None = None) -> Any:
+    most = torch.finfo(torch.float64).max
+    for code, number, otherwise in ((NAN_TO, nan, 0.0), (INF_TO, above, most), (MINUS_INF_TO, below, -most)):
+        x = emit(code, x, number=otherwise if number is None else float(number))
+    return x
+
+
+def _product_added(emit: Writer, x: Any, y: Any, z: Any, value: float = 1) -> Any:
+    product = _times(emit, y, z)
+    return _plus(emit, x, product if value == 1 else _times(emit, product, value))
+
+
+def _quotient_added(emit: Writer, x: Any, y: Any, z: Any, value: float = 1) -> Any:
+    quotient = _over(emit, y, z)
+    return _plus(emit, x, quotient if value == 1 else _times(emit, quotient, value))
+
+
+def _sigmoid_backward(emit: Writer, gradient: Any, y: Any) -> Any:
+    return _times(emit, gradient, _times(emit, _minus(emit, 1.0, y), y))
+
+
+def _tanh_backward(emit: Writer, gradient: Any, y: Any) -> Any:
+    return _times(emit, gradient, _minus(emit, 1.0, emit(SQUARE, y)))
+
+
+def _softplus(emit: Writer, x: Any, beta: float = 1, threshold: float = 20) -> Any:
+    scaled = _times(emit, x, beta)
+    soft = _over(emit, emit(LOG1P, emit(EXP, scaled)), beta)
+    return emit(WHERE, x, soft, emit(GT, scaled, number=float(threshold)))
+
+
+def _softplus_backward(emit: Writer, gradient: Any, x: Any, beta: float, threshold: float) -> Any:
+    scaled = _times(emit, x, beta)
+    soft = _times(emit, gradient, emit(SIGMOID, scaled))
+    return emit(WHERE, gradient, soft, emit(GT, scaled, number=float(threshold)))
+
+
+def _log_sigmoid(emit: Writer, x: Any) -> Any:
+    return _minus(emit, emit(AT_MOST, x, number=0.0), emit(LOG1P, emit(EXP, emit(NEG, emit(ABS, x)))))
+
+
+def _silu(emit: Writer, x: Any) -> Any:
+    return _over(emit, x, _plus(emit, emit(EXP, emit(NEG, x)), 1.0))
+
+
+POINTS: dict[Any, Written] = {
+    _aten.neg.default: _one(NEG),
+    _aten.abs.default: _one(ABS),
+    _aten.exp.default: _one(EXP),
+    _aten.log.default: _one(LOG),
+    _aten.log1p.default: _one(LOG1P),
+    _aten.expm1.default: _one(EXPM1),
+    _aten.sqrt.default: _one(SQRT),
+    _aten.rsqrt.default: _one(RSQRT),
+    _aten.reciprocal.default: _one(INVERSE),
+    _aten.square.default: _one(SQUARE),
+    _aten.sigmoid.default: _one(SIGMOID),
+    _aten.tanh.default: _one(TANH),
+    _aten.sin.default: _one(SIN),
+    _aten.cos.default: _one(COS),
+    _aten.tan.default: _one(TAN),
+    _aten.atan.default: _one(ATAN),
+    _aten.sinh.default: _one(SINH),
+    _aten.cosh.default: _one(COSH),
+    _aten.erf.default: _one(ERF),
+    _aten.erfc.default: _one(ERFC),
+    _aten.sign.default: _one(SIGN),
+    _aten.sgn.default: _one(SIGN),
+    _aten.floor.default: _one(FLOOR),
+    _aten.isnan.default: _one(ISNAN),
+    _aten.isinf.default: _one(ISINF),
+    _aten.logical_not.default: _one(IS_ZERO),
+    _aten.bitwise_not.default: _one(IS_ZERO),
+    _aten.add.Tensor: _added,
+    _aten.add.Scalar: _added,
+    _aten.sub.Tensor: _taken,
+    _aten.sub.Scalar: _taken,
+    _aten.rsub.Tensor: _taken_from,
+    _aten.rsub.Scalar: _taken_from,
+    _aten.mul.Tensor: _times,
+    _aten.mul.Scalar: _times,
+    _aten.div.Tensor: _over,
+    _aten.div.Scalar: _over,
+    _aten.pow.Tensor_Scalar: _power,
+    _aten.pow.Tensor_Tensor: _power,
+    _aten.addcmul.default: _product_added,
+    _aten.addcdiv.default: _quotient_added,
+    _aten.maximum.default: lambda emit, x, y: emit(MAXIMUM, x, y),
+    _aten.minimum.default: lambda emit, x, y: emit(MINIMUM, x, y),
+    _aten.clamp.default: _clamped,
+    _aten.clamp.Tensor: _clamped,
+    _aten.clamp_min.default: _clamped,
+    _aten.clamp_min.Tensor: _clamped,
+    _aten.clamp_max.default: lambda emit, x, high: _clamped(emit, x, None, high),
+    _aten.clamp_max.Tensor: lambda emit, x, high: _clamped(emit, x, None, high),
+    _aten.where.self: _chosen,
+    _aten.masked_fill.Scalar: _filled,
+    _aten.masked_fill.Tensor: _filled,
+    _aten.nan_to_num.default: _finite,
+    _aten.logical_and.default: lambda emit, x, y: emit(AND, x, y),
+    _aten.logical_or.default: lambda emit, x, y: emit(OR, x, y),
+    _aten.bitwise_and.Tensor: lambda emit, x, y: emit(AND, x, y),
+    _aten.bitwise_or.Tensor: lambda emit, x, y: emit(OR, x, y),
+    _aten.sigmoid_backward.default: _sigmoid_backward,
+    _aten.tanh_backward.default: _tanh_backward,
+    _aten.softplus.default: _softplus,
+    _aten.softplus_backward.default: _softplus_backward,
+    _aten.silu.default: _silu,
+    _aten.relu.default: lambda emit, x: emit(AT_LEAST, x, number=0.0),
+    _aten.xlogy.Tensor: lambda emit, x, y: emit(XLOGY, x, y),
+    _aten.log_sigmoid_forward.default: _log_sigmoid,
+    _aten.log_sigmoid_backward.default: lambda emit, gradient, x, _: _times(emit, gradient, emit(SIGMOID, emit(NEG, x))),
+}
+for _name, _single, _pair in (("lt", LT, LT2), ("le", LE, LE2), ("gt", GT, GT2), ("ge", GE, GE2), ("eq", EQ, EQ2), ("ne", NE, NE2)):  # fmt: skip
+    for _kind in ("Scalar", "Tensor"):
+        POINTS[getattr(getattr(_aten, _name), _kind)] = _with_number(_pair, _single)
+
+SUMS = {_aten.sum.dim_IntList: 1.0, _aten.sum.default: 1.0, _aten.mean.dim: 0.0, _aten.mean.default: 0.0}
+LARGEST = {_aten.amax.default: -math.inf, _aten.amin.default: math.inf}
