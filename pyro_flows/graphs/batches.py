@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
+from pyro_flows.graphs.fused import DIGITS
 from pyro_flows.graphs.graph import agree, first_results, is_pure, nearby
 from pyro_flows.graphs.record import record
 from pyro_flows.graphs.writes import tensors_in
@@ -28,8 +29,7 @@ LONG = 2000  # operations from which one graph serves all batch sizes: recording
 AT_ONCE = 2**12  # numbers that one operation of a long graph handles in little more time than one number,
 LONG_ROWS = 128  # and rows at most: the results of a long loop that its gradient needs should stay in a cache
 LONG_VALUES, ROWS_OF_VALUES = 2**14, 1024  # the same for values alone, of which no results are kept
-ROUNDED = 0.02  # of the points that a graph is checked at, that may be where the function hangs on rounding:
-DIGITS = tuple(sign * 2.0**power for power in range(6) for sign in (1.0, -1.0))  # on so many units of the last place
+ROUNDED = 0.02  # of the points that a graph is checked at, that may be where the function hangs on rounding
 SMALL = 0.25  # of such a piece, up to which a batch goes through in small ones
 
 Kind = tuple[int, torch.dtype, torch.device]

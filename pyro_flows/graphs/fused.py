@@ -24,11 +24,13 @@ from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.bindings import binding_of, turn
 from pyro_flows.graphs.graph import agree, copy_graph, graph_module, is_aten, is_pure, name_of, sweep
 from pyro_flows.graphs.native import library
-from pyro_flows.graphs.nests import Buffer, Foreign, Nests, Unsuited, View
+from pyro_flows.graphs.nests import Nests
+from pyro_flows.graphs.views import Buffer, Foreign, Unsuited, View, span
 from pyro_flows.graphs.programs import BLOCK, program
 
-DIGITS = (1.0, -1.0, 3.0, -3.0, 8.0)  # by which inputs are moved, in units of the last place,
-ALIKE, CLOSE = 10.0, 1e-12  # and times the change of results by that, and part of them, that rounding may make
+DIGITS = tuple(sign * 2.0**power for power in range(6) for sign in (1.0, -1.0))  # of the last place, by which points
+# are moved to see how much hangs on rounding
+ALIKE, CLOSE = 10.0, 1e-12  # times the change of results by that, and part of them, that rounding may make
 TASKS_FOR_A_CALL = 2  # that a call of the interpreter has to do in the mean, to gain time
 
 
@@ -77,7 +79,7 @@ def _rounds_alike(
         for size, value, other in zip(largest, expected, module(*moved), strict=True):
             torch.maximum(size, _apart(other, value), out=size)
     pairs = zip(found, expected, largest, strict=True)
-    return all(bool((_apart(one, value) <= ALIKE * size + CLOSE * value.abs()).all()) for one, value, size in pairs)
+    return all(bool((_apart(one, value) <= ALIKE * size + CLOSE * value.abs().nan_to_num(nan=0.0)).all()) for one, value, size in pairs)
 
 
 def _moved(value: Tensor, digits: float) -> Tensor:
@@ -135,10 +137,8 @@ class Fused:
         for buffer, number in arrays.items():
             if isinstance(buffer.source, Tensor):
                 value = buffer.source.detach()
-                if not buffer.positions and value.dtype != torch.float64:
-                    value = torch.as_strided(value, (buffer.span,), (1,)).double()
-                held.append(value)
-                self._arrays[number] = value.data_ptr()
+                held.append(value if buffer.positions else _precise(value))
+                self._arrays[number] = held[-1].data_ptr()
         return held
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -151,8 +151,9 @@ class Fused:
                 if value.stride() != stride:
                     value = torch.empty_strided(shape, stride, dtype=value.dtype).copy_(value)
                 given.append(value)
-            for number, place in self._taken:
-                self._arrays[number] = given[place].data_ptr()
+            held = [_precise(given[place]) for _, place in self._taken]
+            for (number, _), value in zip(self._taken, held, strict=True):
+                self._arrays[number] = value.data_ptr()
             foreign: dict[Any, Tensor] = {}
             for step in self._steps:
                 step(given, foreign)
@@ -188,6 +189,7 @@ class Fused:
                 if part.stride() != strides:
                     part = torch.empty_strided(sizes, strides, dtype=part.dtype).copy_(part)
                 foreign[key] = part
+                foreign[number] = part = _precise(part)  # which stays for the run
                 table[number] = part.data_ptr()
 
         return called
@@ -215,6 +217,13 @@ class Fused:
             return found.read
         own = view.buffer.source is None
         return lambda given, foreign: found.clone() if own else found
+
+
+def _precise(value: Tensor) -> Tensor:
+    """Return numbers in double precision that lie as those of a tensor, of whatever type."""
+    if value.dtype == torch.float64:
+        return value
+    return torch.as_strided(value, (span(value),), (1,)).double()
 
 
 class _Found:

@@ -210,5 +210,3 @@ for _name, _single, _pair in (("lt", LT, LT2), ("le", LE, LE2), ("gt", GT, GT2),
     for _kind in ("Scalar", "Tensor"):
         POINTS[getattr(getattr(_aten, _name), _kind)] = _with_number(_pair, _single)
 
-SUMS = {_aten.sum.dim_IntList: 1.0, _aten.sum.default: 1.0, _aten.mean.dim: 0.0, _aten.mean.default: 0.0}
-LARGEST = {_aten.amax.default: -math.inf, _aten.amin.default: math.inf}

@@ -7,10 +7,10 @@ import struct
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from math import prod
 
-from pyro_flows.graphs.nests import STORE, Buffer, Foreign, Nests, Task, Unsuited, View, is_aligned, views_in
+from pyro_flows.graphs.nests import Nests
+from pyro_flows.graphs.views import STORE, Buffer, Foreign, Task, Unsuited, View, is_aligned, views_in
 from pyro_flows.graphs.points import IDENTITY, WHERE
 
 BLOCK, DIMS = 128, 6  # of native.c

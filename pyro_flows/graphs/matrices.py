@@ -1,0 +1,102 @@
+"""Products, triangular systems and Cholesky factors of small matrices, as tasks: number by number for all of a batch.
+
+Torch calls a library for each matrix of a batch, which takes a microsecond for a matrix of 3 by 3.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from pyro_flows.graphs.points import ADD, DIV, IDENTITY, MUL, SQRT, SUB
+from pyro_flows.graphs.structured import stacked
+from pyro_flows.graphs.views import STORE, Buffer, Unsuited, View, span
+
+if TYPE_CHECKING:
+    from pyro_flows.graphs.nests import Nests
+    from pyro_flows.graphs.structured import Written
+
+_aten = torch.ops.aten
+SMALL = 6  # rows or columns of a matrix that is taken apart
+BATCH = 16  # matrices at least
+PRODUCTS = 2**16  # of numbers at most, for matrices that torch multiplies well
+
+
+def _product(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+    """Multiply matrices whose rows and columns meet in few places, or that are small altogether."""
+    for part in node.all_input_nodes:
+        nests.need_numbers(part)
+    first, second = args
+    rows, inner, columns = first.sizes[-2], first.sizes[-1], second.sizes[-1]
+    if first.sizes[0] < BATCH or inner > SMALL or min(rows, columns) > SMALL or first.index or second.index:
+        raise Unsuited
+    total: View | None = None
+    for place in range(inner):
+        part = nests.point(result, MUL, first.at(2, place).widened(2), second.at(1, place).widened(1))
+        total = part if total is None else nests.point(result, ADD, total, part)
+    if total is None:
+        raise Unsuited
+    return total
+
+
+def _solved(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+    """Solve triangular systems, one row after the other."""
+    for part in node.all_input_nodes:
+        nests.need_numbers(part)
+    factor, right = args
+    size, rank = factor.sizes[-1], result.dim()
+    if not kwargs.get("left", True) or size > SMALL or prod(factor.sizes[:-2]) < BATCH or factor.index or right.index:
+        raise Unsuited
+    upper, unit = kwargs["upper"], kwargs.get("unitriangular", False)
+    order = [*range(size)][:: -1 if upper else 1]
+    batch = tuple(result.shape[:-2])
+    factor, right = _over(factor, batch), _over(right, batch)
+    found: dict[int, View] = {}
+    for row in order:
+        left = right.at(rank - 2, row)
+        for known in found:
+            entry = factor.at(rank - 2, row).at(rank - 2, known).widened(rank - 2)
+            left = nests.numbers(SUB, left, nests.numbers(MUL, entry, found[known]))
+        diagonal = factor.at(rank - 2, row).at(rank - 2, row).widened(rank - 2)
+        found[row] = left if unit else nests.numbers(DIV, left, diagonal)
+    return stacked(nests, [found[row] for row in range(size)], rank - 2, result)
+
+
+def _over(view: View, batch: tuple[int, ...]) -> View:
+    """Return a view of matrices with as many axes before them as a batch has."""
+    for _ in range(len(batch) + 2 - len(view.sizes)):
+        view = view.widened(0)
+    return view
+
+
+def _factored(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+    """Return Cholesky factors, whose entries are not numbers where a matrix is not positive definite."""
+    nests.need_numbers(node.args[0])
+    matrix, rank = args[0], result.dim()
+    size = matrix.sizes[-1]
+    if kwargs.get("upper", False) or size > SMALL or prod(matrix.sizes[:-2]) < BATCH or matrix.index:
+        raise Unsuited
+    found: dict[tuple[int, int], View] = {}
+    for column in range(size):
+        for row in range(column, size):
+            entry = matrix.at(rank - 2, row).at(rank - 2, column)
+            for known in range(column):
+                entry = nests.numbers(SUB, entry, nests.numbers(MUL, found[row, known], found[column, known]))
+            found[row, column] = (
+                nests.numbers(SQRT, entry) if row == column else nests.numbers(DIV, entry, found[column, column])
+            )
+    buffer, strides = Buffer(span(result), fill=0.0), result.stride()
+    for (row, column), view in found.items():
+        begin = row * strides[-2] + column * strides[-1]
+        nests.add(IDENTITY, [view], View(buffer, begin, view.sizes, strides[:-2]), STORE)
+    return nests.whole(result, buffer)
+
+
+MATRICES: dict[Any, Written] = {
+    _aten.bmm.default: _product,
+    _aten.linalg_solve_triangular.default: _solved,
+    _aten.linalg_cholesky_ex.default: _factored,
+}

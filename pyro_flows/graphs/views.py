@@ -1,0 +1,160 @@
+"""Numbers in memory, and what is done with them: the parts of a recorded graph that runs block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from torch import Tensor, fx
+
+STORE, ADD_UP, MAXIMUM, MINIMUM = 1, 3, 4, 5  # what is done with results; see native.c
+Sizes = tuple[int, ...]
+
+
+class Unsuited(Exception):
+    """An operation is none that runs block by block."""
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Numbers that lie one after the other: an input, a constant, what tasks made, or a foreign result.
+
+    Attributes:
+        span: how many numbers.
+        source: an input's number, a constant tensor, or the node and the place of a foreign result; None for tasks.
+        level: of the last task that writes it; the next one may read it.
+        maker: the task that makes all of it, number by number.
+        kept: whether it has to be in memory.
+        fill: what is in it before tasks add to it.
+        positions: whether it holds indices.
+    """
+
+    span: int
+    source: Any = None
+    level: int = -1
+    maker: Task | None = None
+    kept: bool = False
+    fill: float | None = None
+    positions: bool = False
+
+    @property
+    def constant(self) -> bool:
+        return isinstance(self.source, Tensor)
+
+
+@dataclass(frozen=True)
+class View:
+    """Numbers of a buffer; ``index`` gives the positions along one dimension."""
+
+    buffer: Buffer
+    offset: int
+    sizes: Sizes
+    strides: Sizes
+    boolean: bool = False
+    index: Buffer | None = None
+    along: int = -1
+
+    def at(self, axis: int, place: int) -> View:
+        """Return one place along an axis, which goes."""
+        sizes, strides = ((*part[:axis], *part[axis + 1 :]) for part in (self.sizes, self.strides))
+        return View(self.buffer, self.offset + place * self.strides[axis], sizes, strides, self.boolean)
+
+    def widened(self, axis: int) -> View:
+        """Return the view with a new axis of one place."""
+        sizes, strides = ((*part[:axis], new, *part[axis:]) for part, new in ((self.sizes, 1), (self.strides, 0)))
+        return View(self.buffer, self.offset, sizes, strides, self.boolean)
+
+
+@dataclass(eq=False)
+class Task:
+    """One instruction for all numbers of a nest: operands, and the view of the buffer that the results go to."""
+
+    code: int
+    operands: tuple[View, ...]
+    number: float
+    to: View
+    action: int
+    nest: Sizes
+    level: int = 0
+
+
+@dataclass(eq=False)
+class Foreign:
+    """An operation that torch does, after the tasks of its level."""
+
+    node: fx.Node
+    args: Any
+    kwargs: Any
+    level: int
+    results: list[View] = field(default_factory=list)
+
+
+def dense(sizes: Sequence[int]) -> Sizes:
+    """Return the strides of numbers that lie in the order of their sizes."""
+    return tuple(prod(sizes[place + 1 :]) for place in range(len(sizes)))
+
+
+def span(value: Tensor) -> int:
+    """Return how many numbers lie between the first and the last one of a tensor, with both."""
+    return reach(value.shape, value.stride()) if value.numel() else 0
+
+
+def reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+
+
+def spread_over(view: View, sizes: Sequence[int]) -> View:
+    """Return a view of the sizes of a nest, with strides of zero where one number is for all."""
+    if view.sizes == sizes:
+        return view
+    more = len(sizes) - len(view.sizes)
+    old = zip(view.sizes, view.strides, sizes[more:], strict=True)
+    strides = (0,) * more + tuple(0 if size == 1 != wanted else stride for size, stride, wanted in old)
+    along = view.along + more if view.index is not None else -1
+    return View(view.buffer, view.offset, tuple(sizes), strides, view.boolean, view.index, along)
+
+
+def broadcast(shapes: Sequence[Sizes]) -> Sizes:
+    """Return the sizes that go with all shapes; torch's function takes a hundred times as long."""
+    whole = shapes[0]
+    for shape in shapes[1:]:
+        if shape != whole:
+            rank = max(len(shape), len(whole))
+            one, other = ((1,) * (rank - len(part)) + part for part in (shape, whole))
+            whole = tuple(b if a == 1 else a for a, b in zip(one, other, strict=True))
+    return whole
+
+
+def to_nest(sizes: Iterable[int]) -> Sizes:
+    """Return the sizes of a nest: those above one."""
+    return tuple(size for size in sizes if size > 1)
+
+
+def strides_in_nest(view: View) -> Sizes:
+    return tuple(stride for size, stride in zip(view.sizes, view.strides, strict=True) if size > 1)
+
+
+def is_aligned(view: View, nest: Sizes) -> bool:
+    """Whether a view takes number by number what one task made in a nest of the same sizes."""
+    maker = view.buffer.maker
+    if maker is None or view.offset or view.index is not None or maker.nest != nest:
+        return False
+    return strides_in_nest(maker.to) == strides_in_nest(view)
+
+
+def level_for(view: View, nest: Sizes) -> int:
+    """Return the first level at which a view can be read in a nest."""
+    return view.buffer.level + (not is_aligned(view, nest))
+
+
+def views_in(value: Any) -> Iterator[View]:
+    """Yield the views in arguments of an operation."""
+    if isinstance(value, View):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from views_in(part)
+    elif isinstance(value, dict):
+        yield from views_in([*value.values()])
