@@ -1,8 +1,8 @@
 """Recorded graphs run block by block: many elementwise operations at once, on numbers that stay in the cache.
 
-Torch does one operation after the other: each is called, takes memory, and goes over all numbers. Here, an operation on a
-block of numbers is a few nanoseconds of a loop in C, so that hundreds of them on few numbers, and a dozen on many, take
-a third to a tenth of the time. Nothing is compiled for a graph. What is not elementwise is left to torch.
+Torch does one operation after the other: each is called, takes memory, and goes over all numbers. Here, an operation
+on a block of numbers is a few nanoseconds of a loop in C, so that hundreds of them on few numbers, and a dozen on many,
+take a third to a tenth of the time. Nothing is compiled for a graph. What is not elementwise is left to torch.
 
 Source of the way to run: F. Alted, "Why modern CPUs are starving and what can be done about it", Computing in Science &
 Engineering 2010, doi:10.1109/MCSE.2010.51 (numexpr).
@@ -25,8 +25,9 @@ from pyro_flows.graphs.bindings import binding_of, turn
 from pyro_flows.graphs.graph import agree, copy_graph, graph_module, is_aten, is_pure, name_of, sweep
 from pyro_flows.graphs.native import library
 from pyro_flows.graphs.nests import Nests
+from pyro_flows.graphs.programs import program
 from pyro_flows.graphs.views import Buffer, Foreign, Unsuited, View, span
-from pyro_flows.graphs.programs import BLOCK, program
+from pyro_flows.graphs.writing import BLOCK
 
 DIGITS = tuple(sign * 2.0**power for power in range(6) for sign in (1.0, -1.0))  # of the last place, by which points
 # are moved to see how much hangs on rounding
@@ -72,14 +73,16 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
 def _rounds_alike(
     module: fx.GraphModule, inputs: Sequence[Tensor], found: Sequence[Tensor], expected: Sequence[Tensor]
 ) -> bool:
-    """Whether results differ no more than they do if inputs change by some last digits, as of a matrix near singular."""
+    """Whether results differ no more than they do if inputs change by last digits, as with a matrix near singular."""
     largest = [torch.zeros_like(value, dtype=torch.float64) for value in expected]
     for digits in DIGITS:
         moved = [_moved(value, digits) for value in inputs]
         for size, value, other in zip(largest, expected, module(*moved), strict=True):
             torch.maximum(size, _apart(other, value), out=size)
-    pairs = zip(found, expected, largest, strict=True)
-    return all(bool((_apart(one, value) <= ALIKE * size + CLOSE * value.abs().nan_to_num(nan=0.0)).all()) for one, value, size in pairs)
+    return all(
+        bool((_apart(one, value) <= ALIKE * size + CLOSE * value.abs().nan_to_num(nan=0.0)).all())
+        for one, value, size in zip(found, expected, largest, strict=True)
+    )
 
 
 def _moved(value: Tensor, digits: float) -> Tensor:

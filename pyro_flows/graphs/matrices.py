@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _aten = torch.ops.aten
 SMALL = 6  # rows or columns of a matrix that is taken apart
 BATCH = 16  # matrices at least
-PRODUCTS = 2**16  # of numbers at most, for matrices that torch multiplies well
 
 
 def _product(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
@@ -35,8 +34,8 @@ def _product(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor
         raise Unsuited
     total: View | None = None
     for place in range(inner):
-        part = nests.point(result, MUL, first.at(2, place).widened(2), second.at(1, place).widened(1))
-        total = part if total is None else nests.point(result, ADD, total, part)
+        one = nests.point(result, MUL, first.at(2, place).widened(2), second.at(1, place).widened(1))
+        total = one if total is None else nests.point(result, ADD, total, one)
     if total is None:
         raise Unsuited
     return total

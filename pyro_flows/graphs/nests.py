@@ -75,7 +75,7 @@ class Nests:
                 number, value = next(left)
                 self.real[node] = value
                 self.views[node] = self.whole(value, Buffer(span(value), source=number))
-                self.owner.setdefault(_storage(value), (self.views[node].buffer, value.storage_offset()))
+                self.owner.setdefault(_storage(value), (self.views[node].buffer, int(value.storage_offset())))
             elif node.op == "get_attr":
                 self._constant(node, getattr(module, str(node.target)).detach())
             elif node.op == "output":
@@ -150,7 +150,7 @@ class Nests:
             except Unsuited:
                 (self.views[node],) = self._leave(node, [result])
             view = self.views[node]
-            self.owner[_storage(result)] = view.buffer, result.storage_offset() - view.offset
+            self.owner[_storage(result)] = view.buffer, int(result.storage_offset()) - view.offset
 
     def _several(self, node: fx.Node, results: Sequence[Tensor]) -> list[View]:
         """Return the views of an operation with several results, of which the first may be all that is used."""
@@ -182,7 +182,7 @@ class Nests:
         for place, part in enumerate(results):
             buffer = Buffer(span(part), source=(node, place), level=one.level, kept=True)
             one.results.append(self.whole(part, buffer))
-            self.owner[_storage(part)] = buffer, part.storage_offset()
+            self.owner[_storage(part)] = buffer, int(part.storage_offset())
         return one.results
 
     # tasks --------------------------------------------------------------------------------------------------------
@@ -211,8 +211,10 @@ class Nests:
             self.need_numbers(part)
 
         def emit(code: int, *operands: Any, number: float = 0.0) -> View:
-            if not all(isinstance(part, View) for part in operands) or (result.dtype == torch.bool and code not in CHAINED):
+            if not all(isinstance(part, View) for part in operands):
                 raise Unsuited
+            if result.dtype == torch.bool and code not in CHAINED:
+                raise Unsuited  # such as the sum of truths
             return self.point(result, code, *operands, number=number)
 
         found = write(emit, *args, **kwargs)
@@ -229,18 +231,21 @@ class Nests:
             raise Unsuited
 
     def point(self, like: Tensor, code: int, *operands: View, number: float = 0.0) -> View:
-        """Add a task whose results lie as those of ``like``, one for each number of its operands."""
-        sizes = broadcast([view.sizes for view in operands] + ([tuple(like.shape)] if code == IDENTITY else []))
+        """Add a task with one result for each number of its operands; all lie as those of ``like``."""
+        shapes = [view.sizes for view in operands] + ([tuple(like.shape)] if code == IDENTITY else [])
+        sizes = broadcast(shapes)
         strides = like.stride() if sizes == like.shape else dense(sizes)
-        to = View(Buffer(reach(sizes, strides)), 0, sizes, strides, like.dtype == torch.bool)
-        self.add(code, operands, to, STORE, number=number)
-        to.buffer.maker = self.tasks[-1]
-        return to
+        return self._point_to(code, operands, sizes, strides, like.dtype == torch.bool, number)
 
     def numbers(self, code: int, *operands: View, number: float = 0.0) -> View:
         """Add a task whose results lie in the order of their sizes."""
         sizes = broadcast([view.sizes for view in operands])
-        to = View(Buffer(reach(sizes, dense(sizes))), 0, sizes, dense(sizes))
+        return self._point_to(code, operands, sizes, dense(sizes), False, number)
+
+    def _point_to(
+        self, code: int, operands: Sequence[View], sizes: Sizes, strides: Sizes, boolean: bool, number: float
+    ) -> View:  # fmt: skip
+        to = View(Buffer(reach(sizes, strides)), 0, sizes, strides, boolean)
         self.add(code, operands, to, STORE, number=number)
         to.buffer.maker = self.tasks[-1]
         return to

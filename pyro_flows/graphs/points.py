@@ -1,12 +1,10 @@
-"""Operations that act on each number by itself: torch's, as instructions of :mod:`pyro_flows.graphs.native`.
+"""Operations that act on each number by itself: torch's, written with instructions of ``native.c``.
 
-An operation of torch's is written with instructions. Each takes registers, or a register and a number. ``native.c`` holds
-what a code does; the numbers of both must agree.
+An instruction takes registers, or a register and a number. What a code does stands in ``native.c``; both must agree.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -36,7 +34,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _with_number(pair: int, single: int, swapped: int | None = None, change: Callable[[float], float] = float) -> Written:
+def _with_number(
+    pair: int, single: int, swapped: int | None = None, change: Callable[[float], float] = float
+) -> Written:
     """Write an operation of two operands, one of which may be a number."""
 
     def write(emit: Writer, x: Any, y: Any) -> Any:
@@ -93,9 +93,10 @@ def _filled(emit: Writer, x: Any, mask: Any, number: Any) -> Any:
     return emit(FILL, x, mask, number=float(number)) if _is_number(number) else emit(WHERE, number, x, mask)
 
 
-def _finite(emit: Writer, x: Any, nan: float | None = None, above: float | None = None, below: float | None = None) -> Any:
+def _finite(emit: Writer, x: Any, *numbers: float | None) -> Any:
     most = torch.finfo(torch.float64).max
-    for code, number, otherwise in ((NAN_TO, nan, 0.0), (INF_TO, above, most), (MINUS_INF_TO, below, -most)):
+    given = [*numbers, None, None, None]
+    for code, number, otherwise in zip((NAN_TO, INF_TO, MINUS_INF_TO), given, (0.0, most, -most), strict=False):
         x = emit(code, x, number=otherwise if number is None else float(number))
     return x
 
@@ -132,6 +133,10 @@ def _softplus_backward(emit: Writer, gradient: Any, x: Any, beta: float, thresho
 
 def _log_sigmoid(emit: Writer, x: Any) -> Any:
     return _minus(emit, emit(AT_MOST, x, number=0.0), emit(LOG1P, emit(EXP, emit(NEG, emit(ABS, x)))))
+
+
+def _log_sigmoid_backward(emit: Writer, gradient: Any, x: Any, _: Any) -> Any:
+    return _times(emit, gradient, emit(SIGMOID, emit(NEG, x)))
 
 
 def _silu(emit: Writer, x: Any) -> Any:
@@ -204,9 +209,16 @@ POINTS: dict[Any, Written] = {
     _aten.relu.default: lambda emit, x: emit(AT_LEAST, x, number=0.0),
     _aten.xlogy.Tensor: lambda emit, x, y: emit(XLOGY, x, y),
     _aten.log_sigmoid_forward.default: _log_sigmoid,
-    _aten.log_sigmoid_backward.default: lambda emit, gradient, x, _: _times(emit, gradient, emit(SIGMOID, emit(NEG, x))),
+    _aten.log_sigmoid_backward.default: _log_sigmoid_backward,
 }
-for _name, _single, _pair in (("lt", LT, LT2), ("le", LE, LE2), ("gt", GT, GT2), ("ge", GE, GE2), ("eq", EQ, EQ2), ("ne", NE, NE2)):  # fmt: skip
+_COMPARISONS = {
+    "lt": (LT, LT2),
+    "le": (LE, LE2),
+    "gt": (GT, GT2),
+    "ge": (GE, GE2),
+    "eq": (EQ, EQ2),
+    "ne": (NE, NE2),
+}
+for _name, (_single, _pair) in _COMPARISONS.items():
     for _kind in ("Scalar", "Tensor"):
         POINTS[getattr(getattr(_aten, _name), _kind)] = _with_number(_pair, _single)
-
