@@ -26,12 +26,13 @@ from pyro_flows.graphs.graph import agree, copy_graph, graph_module, is_aten, is
 from pyro_flows.graphs.native import library
 from pyro_flows.graphs.nests import Nests
 from pyro_flows.graphs.programs import program
-from pyro_flows.graphs.views import Buffer, Foreign, Unsuited, View, span
+from pyro_flows.graphs.views import Buffer, Foreign, Product, Unsuited, View, span
 from pyro_flows.graphs.writing import BLOCK
 
 DIGITS = tuple(sign * 2.0**power for power in range(6) for sign in (1.0, -1.0))  # of the last place, by which points
 # are moved to see how much hangs on rounding
 ALIKE, CLOSE = 10.0, 1e-12  # times the change of results by that, and part of them, that rounding may make
+BOUND = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape}
 TASKS_FOR_A_CALL = 2  # that a call of the interpreter has to do in the mean, to gain time
 
 
@@ -58,7 +59,7 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     try:
         with torch.inference_mode():
             made = Fused(module, inputs, run)
-            if made.tasks < TASKS_FOR_A_CALL * made.calls:
+            if not made.tasks or made.tasks < TASKS_FOR_A_CALL * made.calls:
                 return None
             found, expected = made(*inputs), [value for _, value in made.nests.outputs]
             agrees = agree(found, expected) or _rounds_alike(module, inputs, found, expected)
@@ -98,10 +99,11 @@ def _apart(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _is_bound(node: fx.Node) -> bool:
-    """Whether it depends on what ran before it, or on how all of a tensor's memory is laid out."""
+    """Whether it depends on what ran before it, or on how memory is laid out, or gives as many numbers as it finds."""
     if not is_aten(node):
         return False
-    return torch.Tag.nondeterministic_seeded in node.target.tags or name_of(node).startswith("as_strided")  # type: ignore[union-attr]
+    tags, name = node.target.tags, name_of(node)  # type: ignore[union-attr]
+    return bool(BOUND.intersection(tags)) or name.startswith("as_strided")
 
 
 class Fused:
@@ -113,6 +115,7 @@ class Fused:
     """
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor], run: Callable[..., Any]) -> None:
+        inputs = [value.clone() for value in inputs]  # later ones may share no memory, and have no numbers in one place
         self.nests = nests = Nests(module, inputs)
         self._lock, self._run_program = threading.Lock(), run
         self._layouts = [(value.shape, value.stride()) for value in inputs]
@@ -120,12 +123,13 @@ class Fused:
         for view in _inputs_of(nests, module):
             arrays.setdefault(view.buffer, len(arrays) + 1)
         for one in nests.foreign:
-            for view in one.results:
+            for view in one.results if isinstance(one, Foreign) else []:
                 arrays.setdefault(view.buffer, len(arrays) + 1)
         done = program(nests, arrays)
-        self.tasks, self.calls = len(nests.tasks), sum(isinstance(one, list) for one in done.steps)
+        products = sum(isinstance(one, Product) for one in nests.foreign)
+        self.tasks, self.calls = len(nests.tasks) + products, sum(isinstance(one, list) for one in done.steps)
         self._arena = torch.zeros(done.arena + 1, dtype=torch.float64)
-        self._scratch = torch.zeros((done.registers + 1) * BLOCK, dtype=torch.float64)
+        self._scratch = torch.zeros(done.scratch + BLOCK, dtype=torch.float64)
         self._registers, self._arrays = done.registers, (ctypes.c_void_p * (len(arrays) + 1))()
         self._arrays[0] = self._arena.data_ptr()
         self._held = [*self._constants(arrays)]
@@ -189,6 +193,8 @@ class Fused:
             found = function(*fill_args(given, foreign), **fill_kwargs(given, foreign))
             parts = (found,) if isinstance(found, Tensor) else found
             for part, (key, number), (sizes, strides) in zip(parts, results, layouts, strict=True):
+                if part.shape != sizes:
+                    raise RuntimeError(f"expected {one.node} of shape {tuple(sizes)}, got {tuple(part.shape)}.")
                 if part.stride() != strides:
                     part = torch.empty_strided(sizes, strides, dtype=part.dtype).copy_(part)
                 foreign[key] = part
@@ -218,13 +224,12 @@ class Fused:
         found = self._tensor(view)
         if isinstance(found, _Found):
             return found.read
-        own = view.buffer.source is None
-        return lambda given, foreign: found.clone() if own else found
+        return lambda given, foreign: found.clone()
 
 
 def _precise(value: Tensor) -> Tensor:
     """Return numbers in double precision that lie as those of a tensor, of whatever type."""
-    if value.dtype == torch.float64:
+    if value.dtype == torch.float64 or value.is_complex():  # which no task reads
         return value
     return torch.as_strided(value, (span(value),), (1,)).double()
 

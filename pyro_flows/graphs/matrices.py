@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from pyro_flows.graphs.points import ADD, DIV, IDENTITY, MUL, SQRT, SUB
 from pyro_flows.graphs.structured import stacked
-from pyro_flows.graphs.views import STORE, Buffer, Unsuited, View, span
+from pyro_flows.graphs.views import STORE, Buffer, Product, Unsuited, View, dense, span
 
 if TYPE_CHECKING:
     from pyro_flows.graphs.nests import Nests
@@ -22,16 +22,45 @@ if TYPE_CHECKING:
 _aten = torch.ops.aten
 SMALL = 6  # rows or columns of a matrix that is taken apart
 BATCH = 16  # matrices at least
+PRODUCTS, PACKED = 2**18, 2**14  # numbers multiplied for one product, and numbers of its second factor, at most
 
 
 def _product(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
-    """Multiply matrices whose rows and columns meet in few places, or that are small altogether."""
+    """Multiply one pair of matrices, or add their product to something."""
+    for part in node.all_input_nodes:
+        nests.need_numbers(part)
+    if kwargs:
+        raise Unsuited
+    first, second = (view.widened(0) for view in args[-2:])
+    whole = _multiplied(nests, first, second)
+    view = whole.at(0, 0)
+    return nests.point(result, ADD, args[0], view) if len(args) == 3 else view
+
+
+def _multiplied(nests: Nests, first: View, second: View) -> View:
+    """Multiply matrices (B, M, K) and (B, K, N), if these are not so large that torch does it faster."""
+    batch, rows, inner = first.sizes
+    columns = second.sizes[2]
+    if rows * inner * columns > PRODUCTS or inner * columns > PACKED or first.index or second.index:
+        raise Unsuited
+    sizes = (batch, rows, columns)
+    to = View(Buffer(prod(sizes), kept=True), 0, sizes, dense(sizes))
+    one = Product(first, second, to, max(first.buffer.level, second.buffer.level))
+    for view in one.taken:
+        view.buffer.kept = True
+    to.buffer.level = one.level
+    nests.foreign.append(one)
+    return to
+
+
+def _products(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+    """Multiply matrices of a batch: number by number where rows and columns meet in few places."""
     for part in node.all_input_nodes:
         nests.need_numbers(part)
     first, second = args
     rows, inner, columns = first.sizes[-2], first.sizes[-1], second.sizes[-1]
     if first.sizes[0] < BATCH or inner > SMALL or min(rows, columns) > SMALL or first.index or second.index:
-        raise Unsuited
+        return _multiplied(nests, first, second)
     total: View | None = None
     for place in range(inner):
         one = nests.point(result, MUL, first.at(2, place).widened(2), second.at(1, place).widened(1))
@@ -76,7 +105,7 @@ def _factored(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tenso
     nests.need_numbers(node.args[0])
     matrix, rank = args[0], result.dim()
     size = matrix.sizes[-1]
-    if kwargs.get("upper", False) or size > SMALL or prod(matrix.sizes[:-2]) < BATCH or matrix.index:
+    if any(kwargs.values()) or size > SMALL or prod(matrix.sizes[:-2]) < BATCH or matrix.index:
         raise Unsuited
     found: dict[tuple[int, int], View] = {}
     for column in range(size):
@@ -95,7 +124,9 @@ def _factored(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tenso
 
 
 MATRICES: dict[Any, Written] = {
-    _aten.bmm.default: _product,
+    _aten.mm.default: _product,
+    _aten.addmm.default: _product,
+    _aten.bmm.default: _products,
     _aten.linalg_solve_triangular.default: _solved,
     _aten.linalg_cholesky_ex.default: _factored,
 }

@@ -9,7 +9,7 @@
 
 typedef int64_t word;
 
-enum { BLOCK = 128, DIMS = 6 };
+enum { BLOCK = 128, DIMS = 6, WIDE = 8, PRODUCT = -1 };
 enum { LOAD, STORE, STORE_AT_ONCE, ADD_UP, LARGEST, SMALLEST }; /* what is done with memory */
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
@@ -17,7 +17,7 @@ enum { LOAD, STORE, STORE_AT_ONCE, ADD_UP, LARGEST, SMALLEST }; /* what is done 
 VECTOR(exp) VECTOR(log) VECTOR(sin) VECTOR(cos)
 extern double pow(double, double) __attribute__((simd("notinbranch"), const));
 #if __GLIBC_PREREQ(2, 35)
-VECTOR(tanh) VECTOR(expm1) VECTOR(log1p) VECTOR(erf) VECTOR(erfc) VECTOR(atan) VECTOR(sinh) VECTOR(cosh) VECTOR(tan)
+VECTOR(tanh) VECTOR(expm1) VECTOR(log1p) VECTOR(erf) VECTOR(erfc) VECTOR(atan) VECTOR(sinh) VECTOR(cosh) VECTOR(tan) VECTOR(asinh)
 #endif
 #endif
 
@@ -40,6 +40,17 @@ typedef struct {
     word array, offset, count;
     double number;
 } Fill;
+
+/* A product of matrices, as many as the batch has: numbers of the arrays, first elements, strides of rows, of columns
+   and from one of the batch to the next. It stands in the place of a nest, and is known by memories = PRODUCT. */
+typedef struct {
+    word array, offset, row, column, next;
+} Matrix;
+
+typedef struct {
+    word words, memories, rows, inner, columns, batch;
+    Matrix a, b, c;
+} Product;
 
 #define UNARY(code, value)                                                                                             \
     case code:                                                                                                         \
@@ -122,6 +133,7 @@ static void compute(const Instruction *at, double **reg, word block) {
         UNARY(42, tan(x))
         UNARY(43, sinh(x))
         UNARY(44, cosh(x))
+        UNARY(45, asinh(x))
         BINARY(64, x + y)
         BINARY(65, x - y)
         BINARY(66, x * y)
@@ -254,11 +266,53 @@ static void run_nest(const Nest *nest, double **arrays, double *scratch, double 
     }
 }
 
-/* Run nests one after the other. Registers are blocks of the scratch space. */
+/* Numbers of one row that are multiplied at once; a compiler makes of them what the processor has. */
+typedef double wide __attribute__((vector_size(8 * WIDE), aligned(8), may_alias));
+
+/* Multiply four rows of a by the columns of b, of which `packed` has WIDE next to each other, row after row. */
+static void multiply(const Product *p, const double *a, const double *packed, double *c, word rows) {
+    const word down = p->a.row, step = p->a.column;
+    const double *a0 = a, *a1 = rows > 1 ? a + down : a, *a2 = rows > 2 ? a + 2 * down : a,
+                 *a3 = rows > 3 ? a + 3 * down : a;
+    for (word first = 0; first < p->columns; first += WIDE) {
+        wide sum[4] = {{0.0}};
+        for (word k = 0; k < p->inner; k++, packed += WIDE) {
+            const wide b = *(const wide *)packed;
+            sum[0] += a0[k * step] * b;
+            sum[1] += a1[k * step] * b;
+            sum[2] += a2[k * step] * b;
+            sum[3] += a3[k * step] * b;
+        }
+        const word columns = p->columns - first < WIDE ? p->columns - first : WIDE;
+        for (word i = 0; i < rows; i++)
+            for (word j = 0; j < columns; j++) c[i * p->c.row + (first + j) * p->c.column] = sum[i][j];
+    }
+}
+
+static void run_product(const Product *p, double **arrays, double *pack) {
+    for (word q = 0; q < p->batch; q++) {
+        const double *a = arrays[p->a.array] + p->a.offset + q * p->a.next;
+        const double *b = arrays[p->b.array] + p->b.offset + q * p->b.next;
+        double *c = arrays[p->c.array] + p->c.offset + q * p->c.next;
+        double *to = pack;
+        for (word first = 0; first < p->columns; first += WIDE)
+            for (word k = 0; k < p->inner; k++)
+                for (word j = 0; j < WIDE; j++, to++)
+                    *to = first + j < p->columns ? b[k * p->b.row + (first + j) * p->b.column] : 0.0;
+        for (word row = 0; row < p->rows; row += 4)
+            multiply(p, a + row * p->a.row, pack, c + row * p->c.row, p->rows - row < 4 ? p->rows - row : 4);
+    }
+}
+
+/* Run nests and products one after the other. Registers are blocks of the scratch space; behind them, one of the
+   matrices of a product is packed. */
 void run_program(const word *program, word words, double **arrays, double *scratch, word registers) {
     double *reg[registers + 1];
     for (const word *end = program + words; program < end; program += ((const Nest *)program)->words) {
         for (word r = 0; r < registers; r++) reg[r] = scratch + r * BLOCK;
-        run_nest((const Nest *)program, arrays, scratch, reg);
+        if (((const Nest *)program)->memories == PRODUCT)
+            run_product((const Product *)program, arrays, scratch + registers * BLOCK);
+        else
+            run_nest((const Nest *)program, arrays, scratch, reg);
     }
 }

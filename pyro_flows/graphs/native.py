@@ -18,7 +18,7 @@ from typing import Any
 
 from pyro_flows._fallbacks import fallback
 
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-std=gnu11")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11")
 SECONDS = 120  # for the compiler at most
 CACHE = "PYRO_FLOWS_CACHE"  # a variable of the environment: the folder where compiled code is kept
 
@@ -59,9 +59,9 @@ def _compiled(compiler: str, source: str) -> Path:
 
 
 def _folder() -> Path:
-    given = os.environ.get(CACHE)
-    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pyro_flows"
+    given, shared = os.environ.get(CACHE), os.environ.get("XDG_CACHE_HOME")
     try:
+        base = Path(given) if given else (Path(shared) if shared else Path.home() / ".cache") / "pyro_flows"
         base.mkdir(parents=True, exist_ok=True)
         if os.access(base, os.W_OK):
             return base

@@ -26,6 +26,7 @@ from pyro_flows.graphs.views import (
     STORE,
     Buffer,
     Foreign,
+    Product,
     Sizes,
     Task,
     Unsuited,
@@ -37,12 +38,12 @@ from pyro_flows.graphs.views import (
     reach,
     span,
     spread_over,
+    strides_in_nest,
     to_nest,
     views_in,
 )
 
 _aten = torch.ops.aten
-CHAINED = (IDENTITY, FILL, WHERE, *COMPARED)  # whose results may be boolean
 _MADE = ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "full_like",
          "empty_like")  # fmt: skip
 
@@ -56,7 +57,7 @@ class Nests:
 
     Attributes:
         tasks: in order.
-        foreign: in order.
+        foreign: operations of torch's and products of matrices, in order.
         outputs: a view for each result, and the result itself.
         views: of the result of each operation.
         real: these results, of this run.
@@ -64,10 +65,10 @@ class Nests:
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
         self.tasks: list[Task] = []
-        self.foreign: list[Foreign] = []
+        self.foreign: list[Foreign | Product] = []
         self.views: dict[Any, Any] = {}
         self.real: dict[Any, Any] = {}
-        self.owner: dict[int, tuple[Buffer, int]] = {}  # of a storage: buffer, and where it begins
+        self.owner: dict[int, tuple[Buffer, int, torch.dtype]] = {}  # of a storage: buffer, where it begins, and of what
         self.outputs: list[tuple[View, Tensor]] = []
         left = iter(enumerate(inputs))
         for node in module.graph.nodes:
@@ -75,11 +76,14 @@ class Nests:
                 number, value = next(left)
                 self.real[node] = value
                 self.views[node] = self.whole(value, Buffer(span(value), source=number))
-                self.owner.setdefault(_storage(value), (self.views[node].buffer, int(value.storage_offset())))
+                self._own(value, self.views[node])
             elif node.op == "get_attr":
-                self._constant(node, getattr(module, str(node.target)).detach())
+                value = getattr(module, str(node.target))
+                self._constant(node, value.detach(), changes=value.requires_grad)
             elif node.op == "output":
                 for part in node.args[0]:
+                    if not isinstance(self.views.get(part), View):
+                        raise Unsuited
                     self.views[part].buffer.kept = True
                     self.outputs.append((self.views[part], self.real[part]))
             else:
@@ -98,7 +102,7 @@ class Nests:
             groups[task.nest][task.level].append(task)
             for view in task.operands:
                 readers[view.buffer].append((task, is_aligned(view, task.nest)))
-        needed = {view.buffer: one.level for one in reversed(self.foreign) for view in views_in((one.args, one.kwargs))}
+        needed = {view.buffer: one.level for one in reversed(self.foreign) for view in one.taken}
 
         def can_wait(task: Task, level: int) -> bool:
             if needed.get(task.to.buffer, level) < level:
@@ -125,16 +129,25 @@ class Nests:
         """Return the view that lies in a buffer as a result lies in its memory."""
         return View(buffer, 0, tuple(value.shape), value.stride(), value.dtype == torch.bool)
 
-    def _constant(self, node: fx.Node, value: Tensor) -> None:
+    def _constant(self, node: fx.Node, value: Tensor, *, changes: bool = False) -> None:
         self.real[node] = value
-        self.views[node] = self.whole(value, Buffer(span(value), source=value))
+        self.views[node] = self.whole(value, Buffer(span(value), source=value, changes=changes))
+        if changes:
+            self._own(value, self.views[node])
+
+    def _own(self, value: Tensor, view: View) -> None:
+        """Know the buffer of a result, for those that share memory with it."""
+        self.owner[_storage(value)] = view.buffer, int(value.storage_offset()) - view.offset, value.dtype
 
     def _operation(self, node: fx.Node) -> None:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.real.__getitem__)  # type: ignore[misc]
-        function: Any = torch.reshape if node.target is _aten.view.default else node.target
+        views = (_aten.view.default, _aten._unsafe_view.default)
+        function: Any = torch.reshape if node.target in views else node.target
         result = self.real[node] = function(*args, **kwargs)
         if node.target is operator.getitem:
             self.views[node] = self.views[node.args[0]][node.args[1]]
+        elif not isinstance(result, (Tensor, list, tuple)):
+            raise Unsuited
         elif not isinstance(result, Tensor):
             parts = [self._shared(part) for part in result]
             self.views[node] = parts if all(part is not None for part in parts) else self._several(node, result)
@@ -167,12 +180,16 @@ class Nests:
         known = self.owner.get(_storage(value)) if isinstance(value, Tensor) else None
         if known is None:
             return None
-        buffer, begin = known
+        buffer, begin, dtype = known
+        if value.dtype != dtype or value.is_conj() or value.is_neg():
+            raise Unsuited  # such as parts of complex numbers
         offset = value.storage_offset() - begin
         return View(buffer, offset, tuple(value.shape), value.stride(), value.dtype == torch.bool)
 
     def _leave(self, node: fx.Node, results: Sequence[Tensor]) -> list[View]:
         """Leave an operation to torch."""
+        if not all(isinstance(part, Tensor) for part in results):
+            raise Unsuited
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.views.__getitem__)  # type: ignore[misc]
         taken = [*views_in((args, kwargs))]
         for view in taken:
@@ -182,25 +199,32 @@ class Nests:
         for place, part in enumerate(results):
             buffer = Buffer(span(part), source=(node, place), level=one.level, kept=True)
             one.results.append(self.whole(part, buffer))
-            self.owner[_storage(part)] = buffer, int(part.storage_offset())
+            self._own(part, one.results[-1])
         return one.results
 
     # tasks --------------------------------------------------------------------------------------------------------
 
     def _made(self, node: fx.Node, result: Tensor) -> View:
         """Make an operation one task or some; raise :class:`Unsuited` if it is none."""
-        if not is_aten(node) or not result.numel() or result.dtype not in (torch.float64, torch.bool):
-            raise Unsuited
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.views.__getitem__)  # type: ignore[misc]
         count = len(self.tasks)
         try:
-            for write in (STRUCTURED.get(node.target), MATRICES.get(node.target)):
-                if write is not None:
-                    return write(self, node, args, kwargs, result)
-            return self._point(node, POINTS.get(node.target), args, kwargs, result)
+            view = self._tasks_for(node, result)
+            if view.sizes != tuple(result.shape) or strides_in_nest(view) != strides_in_nest(self.whole(result, view.buffer)):
+                raise Unsuited
         except (Unsuited, TypeError):
             del self.tasks[count:]
             raise Unsuited from None
+        self._own(result, view)
+        return view
+
+    def _tasks_for(self, node: fx.Node, result: Tensor) -> View:
+        if not is_aten(node) or not result.numel() or result.dtype not in (torch.float64, torch.bool):
+            raise Unsuited
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.views.__getitem__)  # type: ignore[misc]
+        for write in (STRUCTURED.get(node.target), MATRICES.get(node.target)):
+            if write is not None:
+                return write(self, node, args, kwargs, result)
+        return self._point(node, POINTS.get(node.target), args, kwargs, result)
 
     def _point(
         self, node: fx.Node, write: Callable[..., Any] | None, args: Any, kwargs: Any, result: Tensor
@@ -209,16 +233,18 @@ class Nests:
             raise Unsuited
         for part in node.all_input_nodes:
             self.need_numbers(part)
+            if result.dtype == torch.bool and self.real[part].dtype in (torch.float32, torch.float16, torch.bfloat16):
+                raise Unsuited  # torch may compare in that precision
 
         def emit(code: int, *operands: Any, number: float = 0.0) -> View:
             if not all(isinstance(part, View) for part in operands):
                 raise Unsuited
-            if result.dtype == torch.bool and code not in CHAINED:
+            if result.dtype == torch.bool and not _is_truth(code, operands, number):
                 raise Unsuited  # such as the sum of truths
             return self.point(result, code, *operands, number=number)
 
         found = write(emit, *args, **kwargs)
-        if not isinstance(found, View) or found.sizes != tuple(result.shape):
+        if not isinstance(found, View):
             raise Unsuited
         return found
 
@@ -257,6 +283,13 @@ class Nests:
         task.level = max(level_for(view, task.nest) for view in taken)
         to.buffer.level = max(to.buffer.level, task.level)
         self.tasks.append(task)
+
+
+def _is_truth(code: int, operands: Sequence[View], number: float) -> bool:
+    """Whether an instruction gives zeros and ones."""
+    if code not in (IDENTITY, FILL, WHERE):
+        return code in COMPARED
+    return number in (0.0, 1.0) and all(view.boolean for view in operands)
 
 
 def _storage(value: Tensor) -> int:

@@ -14,7 +14,7 @@ _aten = torch.ops.aten
 IDENTITY, NEG, ABS, EXP, LOG, LOG1P, EXPM1, SQRT, INVERSE, RSQRT, SQUARE, SIGMOID, TANH = range(13)
 SIN, COS, ATAN, ERF, ERFC, SIGN, ISNAN, ISINF, IS_ZERO, IS_NOT_ZERO = range(13, 23)
 TIMES, PLUS, FROM, OVER, UNDER, POWER, AT_LEAST, AT_MOST = range(23, 31)  # with a number
-LT, LE, GT, GE, EQ, NE, NAN_TO, INF_TO, MINUS_INF_TO, CUBE, FLOOR, TAN, SINH, COSH = range(31, 45)
+LT, LE, GT, GE, EQ, NE, NAN_TO, INF_TO, MINUS_INF_TO, CUBE, FLOOR, TAN, SINH, COSH, ASINH = range(31, 46)
 ADD, SUB, MUL, DIV, POW, MAXIMUM, MINIMUM, LT2, LE2, GT2, GE2, EQ2, NE2, AND, OR, FILL, XLOGY = range(64, 81)
 WHERE = 96
 COMPARED = (*range(LT, NE + 1), *range(LT2, OR + 1), ISNAN, ISINF, IS_ZERO, IS_NOT_ZERO)
@@ -143,6 +143,15 @@ def _silu(emit: Writer, x: Any) -> Any:
     return _over(emit, x, _plus(emit, emit(EXP, emit(NEG, x)), 1.0))
 
 
+def _silu_backward(emit: Writer, gradient: Any, x: Any) -> Any:
+    soft = emit(SIGMOID, x)
+    return _times(emit, _times(emit, gradient, soft), _plus(emit, _times(emit, x, _minus(emit, 1.0, soft)), 1.0))
+
+
+def _between(emit: Writer, x: Any, y: Any, weight: Any) -> Any:
+    return _plus(emit, x, _times(emit, _minus(emit, y, x), weight))
+
+
 POINTS: dict[Any, Written] = {
     _aten.neg.default: _one(NEG),
     _aten.abs.default: _one(ABS),
@@ -162,6 +171,7 @@ POINTS: dict[Any, Written] = {
     _aten.atan.default: _one(ATAN),
     _aten.sinh.default: _one(SINH),
     _aten.cosh.default: _one(COSH),
+    _aten.asinh.default: _one(ASINH),
     _aten.erf.default: _one(ERF),
     _aten.erfc.default: _one(ERFC),
     _aten.sign.default: _one(SIGN),
@@ -206,6 +216,9 @@ POINTS: dict[Any, Written] = {
     _aten.softplus.default: _softplus,
     _aten.softplus_backward.default: _softplus_backward,
     _aten.silu.default: _silu,
+    _aten.silu_backward.default: _silu_backward,
+    _aten.lerp.Tensor: _between,
+    _aten.lerp.Scalar: _between,
     _aten.relu.default: lambda emit, x: emit(AT_LEAST, x, number=0.0),
     _aten.xlogy.Tensor: lambda emit, x, y: emit(XLOGY, x, y),
     _aten.log_sigmoid_forward.default: _log_sigmoid,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyro_flows.graphs.nests import Nests
-from pyro_flows.graphs.views import Buffer, Foreign, Sizes, Task, views_in
-from pyro_flows.graphs.writing import Written
+from pyro_flows.graphs.views import Buffer, Foreign, Product, Sizes, Task
+from pyro_flows.graphs.writing import BLOCK, Written, product_in_words
 
 
 @dataclass
@@ -19,12 +19,14 @@ class Program:
         steps: each the words of nests, or a foreign operation.
         arena: how many numbers tasks share.
         registers: how many blocks of numbers are needed.
+        scratch: how many numbers these are, with those of a matrix behind them.
         places: where in the arena a buffer begins.
     """
 
     steps: list[list[int] | Foreign]
     arena: int
     registers: int
+    scratch: int
     places: dict[Buffer, int]
 
 
@@ -40,51 +42,54 @@ def program(nests: Nests, arrays: dict[Buffer, int]) -> Program:
     places, size = _places(nests, ordered)
     filled: set[Buffer] = set()
     steps: list[list[int] | Foreign] = []
-    registers = 0
+    registers = most = 0
     for one in ordered:
         if isinstance(one, Foreign):
             steps.append(one)
             continue
-        written = Written(one, places, arrays, filled)
-        registers = max(registers, written.registers)
-        if steps and isinstance(steps[-1], list):
-            steps[-1] += written.words
+        if isinstance(one, Product):
+            words, packed = product_in_words(one, places, arrays)
+            most = max(most, packed)
         else:
-            steps.append(written.words)
-    return Program(steps, size, registers, places)
+            written = Written(one, places, arrays, filled)
+            words, registers = written.words, max(registers, written.registers)
+        if steps and isinstance(steps[-1], list):
+            steps[-1] += words
+        else:
+            steps.append(words)
+    return Program(steps, size, registers, registers * BLOCK + most, places)
 
 
-def _ordered(nests: Nests) -> list[list[Task] | Foreign]:
+def _ordered(nests: Nests) -> list[list[Task] | Foreign | Product]:
     """Return nests and foreign operations in the order of their levels, nests first."""
     groups: defaultdict[tuple[int, Sizes], list[Task]] = defaultdict(list)
     for task in nests.tasks:
         groups[task.level, task.nest].append(task)
-    foreign: defaultdict[int, list[Foreign]] = defaultdict(list)
+    foreign: defaultdict[int, list[Foreign | Product]] = defaultdict(list)
     for one in nests.foreign:
         foreign[one.level].append(one)
     by_level: defaultdict[int, list[list[Task]]] = defaultdict(list)
     for (level, _), tasks in groups.items():
         by_level[level].append(tasks)
-    found: list[list[Task] | Foreign] = []
+    found: list[list[Task] | Foreign | Product] = []
     for level in sorted({*by_level, *foreign}):
         found += by_level[level]
         found += foreign[level]
     return found
 
 
-def _places(nests: Nests, ordered: Sequence[list[Task] | Foreign]) -> tuple[dict[Buffer, int], int]:
+def _places(nests: Nests, ordered: Sequence[list[Task] | Foreign | Product]) -> tuple[dict[Buffer, int], int]:
     """Return where each kept buffer of tasks begins, and how much is used at most: memory is used again."""
     first: dict[Buffer, int] = {}
     last: dict[Buffer, int] = {}
     for step, one in enumerate(ordered):
-        for task in [] if isinstance(one, Foreign) else one:
-            if task.to.buffer.kept:
-                first.setdefault(task.to.buffer, step)
-            for view in (*task.operands, task.to):
-                last[view.buffer] = step
-        if isinstance(one, Foreign):
-            for view in views_in((one.args, one.kwargs)):
-                last[view.buffer] = step
+        written = [task.to for task in one] if isinstance(one, list) else [one.to] if isinstance(one, Product) else []
+        for view in written:
+            if view.buffer.kept:
+                first.setdefault(view.buffer, step)
+        taken = [view for task in one for view in task.operands] if isinstance(one, list) else one.taken
+        for view in (*taken, *written):
+            last[view.buffer] = step
     for view, _ in nests.outputs:
         last[view.buffer] = len(ordered)
     born: defaultdict[int, list[Buffer]] = defaultdict(list)

@@ -52,7 +52,7 @@ def reduced(
 ) -> View:  # fmt: skip
     """Add a task that adds up numbers along some axes, or takes the largest or the smallest of them."""
     rank = len(view.sizes)
-    gone = {axis % rank for axis in axes} if axes else set(range(rank))
+    gone = {axis % rank for axis in axes} if axes and rank else set(range(rank))
     kept = [axis for axis in range(rank) if axis not in gone]
     strides = iter(result.stride() if result.dim() == len(kept) else [result.stride()[axis] for axis in kept])
     onto = tuple(0 if axis in gone else next(strides) for axis in range(rank))
@@ -66,7 +66,7 @@ def _log_of_sum(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Ten
     nests.need_numbers(node.args[0])
     view, rank = args[0], len(args[0].sizes)
     axes = [args[1]] if isinstance(args[1], int) else args[1]
-    gone = {axis % rank for axis in axes} or set(range(rank))
+    gone = {axis % rank for axis in axes if rank} or set(range(rank))
     like = result.new_empty([1 if axis in gone else size for axis, size in enumerate(view.sizes)])
     largest = reduced(nests, view, [*gone], like, MAXIMUM, -inf)
     largest = nests.point(like, FILL, largest, nests.point(like, ISINF, largest))
@@ -94,8 +94,9 @@ def _running(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor
 def stacked(nests: Nests, parts: Sequence[View], axis: int, result: Tensor) -> View:
     """Put views next to each other along a new axis."""
     buffer, strides = Buffer(span(result)), result.stride()
+    sizes, left = ((*part[:axis], *part[axis + 1 :]) for part in (result.shape, strides))
     for place, view in enumerate(parts):
-        to = View(buffer, place * strides[axis], view.sizes, (*strides[:axis], *strides[axis + 1 :]), view.boolean)
+        to = View(buffer, place * strides[axis], sizes, left, view.boolean)
         nests.add(IDENTITY, [view], to, STORE)
     return nests.whole(result, buffer)
 
@@ -145,7 +146,8 @@ def _padded(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor)
     """Put a tensor into a larger one that is filled with a number, or leave out its edges."""
     nests.need_numbers(node.args[0])
     view, pads = args[0], args[1]
-    buffer = Buffer(span(result), fill=float(args[2]) if len(args) > 2 else 0.0)
+    fill = float(args[2]) if len(args) > 2 else 0.0
+    buffer = Buffer(span(result), fill=float(fill != 0.0) if result.dtype == torch.bool else fill)
     sizes, begin, offset = [*view.sizes], 0, view.offset
     for number in range(len(pads) // 2):
         axis, before, after = result.dim() - 1 - number, pads[2 * number], pads[2 * number + 1]
@@ -166,7 +168,7 @@ def _flipped(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor
     if view.index is not None:
         raise Unsuited
     strides, offset = [*view.strides], view.offset
-    for axis in {axis % rank for axis in args[1]}:
+    for axis in {axis % rank for axis in args[1] if rank}:
         offset += (view.sizes[axis] - 1) * strides[axis]
         strides[axis] = -strides[axis]
     return nests.point(result, IDENTITY, View(view.buffer, offset, view.sizes, tuple(strides), view.boolean))
@@ -187,16 +189,19 @@ def _triangle(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tenso
 def _same(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Take a copy for what it is a copy of, if it lies in memory as that does."""
     nests.need_numbers(node.args[0])
-    view = args[0]
-    if result.dtype == torch.bool and not view.boolean:
+    view, boolean = args[0], result.dtype == torch.bool
+    if boolean and not view.boolean:
         raise Unsuited
-    if view.strides == result.stride() and view.offset == 0 and view.index is None and view.buffer.span == span(result):
-        return View(view.buffer, 0, view.sizes, view.strides, result.dtype == torch.bool)
+    alike = view.strides == result.stride() and view.offset == 0 and view.buffer.span == span(result)
+    if alike and (view.buffer.source is None or view.boolean == boolean):  # torch knows others by their own types
+        return View(view.buffer, 0, view.sizes, view.strides, boolean)
     return nests.point(result, IDENTITY, view)
 
 
 def _copied(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     nests.need_numbers(node.args[1])
+    if result.dtype == torch.bool and not args[1].boolean:
+        raise Unsuited
     return nests.point(result, IDENTITY, args[1])
 
 

@@ -29,6 +29,7 @@ class Buffer:
         kept: whether it has to be in memory.
         fill: what is in it before tasks add to it.
         positions: whether it holds indices.
+        changes: whether its tensor is a parameter, which may be changed between runs.
     """
 
     span: int
@@ -38,10 +39,11 @@ class Buffer:
     kept: bool = False
     fill: float | None = None
     positions: bool = False
+    changes: bool = False
 
     @property
     def constant(self) -> bool:
-        return isinstance(self.source, Tensor)
+        return isinstance(self.source, Tensor) and not self.changes
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,24 @@ class Foreign:
     kwargs: Any
     level: int
     results: list[View] = field(default_factory=list)
+
+    @property
+    def taken(self) -> list[View]:
+        return [*views_in((self.args, self.kwargs))]
+
+
+@dataclass(eq=False)
+class Product:
+    """A product of matrices (B, M, K) and (B, K, N), done after the tasks of its level."""
+
+    first: View
+    second: View
+    to: View
+    level: int
+
+    @property
+    def taken(self) -> list[View]:
+        return [self.first, self.second]
 
 
 def dense(sizes: Sequence[int]) -> Sizes:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from math import prod
 
 from pyro_flows.graphs.points import IDENTITY, WHERE
-from pyro_flows.graphs.views import STORE, Buffer, Task, Unsuited, View, is_aligned
+from pyro_flows.graphs.views import STORE, Buffer, Product, Task, Unsuited, View, is_aligned
 
 BLOCK, DIMS = 128, 6  # of native.c
 LOAD, STORE_AT_ONCE = 0, 2
 ARENA = 0  # the number of the array that tasks share
 WORDS = 9  # of an instruction
+WIDE, PRODUCT = 8, -1  # of native.c
 PER_BLOCK, PER_MEMORY, PER_INSTRUCTION = 10.0, 6.0, 4.0  # nanoseconds
 APART, INDEXED, ADDED = 1.2, 2.0, 4.0  # for a number out of line, by an index, or added by an index
 
@@ -215,3 +216,18 @@ def _instruction(task: Task, register: int, single: bool, given: list[tuple[int,
 
 def _bits(number: float) -> int:
     return int(struct.unpack("q", struct.pack("d", number))[0])
+
+
+def product_in_words(
+    one: Product, places: dict[Buffer, int], arrays: dict[Buffer, int]
+) -> tuple[list[int], int]:  # fmt: skip
+    """Return the words of a product of matrices, and how many numbers are packed for it."""
+    batch, rows, inner = one.first.sizes
+    columns = one.second.sizes[2]
+    words = [rows, inner, columns, batch]
+    for view in (one.first, one.second, one.to):
+        known = view.buffer.source is None
+        array = ARENA if known else arrays.setdefault(view.buffer, len(arrays) + 1)
+        following, row, column = view.strides
+        words += [array, view.offset + (places[view.buffer] if known else 0), row, column, following]
+    return [2 + len(words), PRODUCT, *words], inner * math.ceil(columns / WIDE) * WIDE
