@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.stacked import stacked
 from pyro_flows.graphs.batches import Recorder
+from pyro_flows.graphs.cache import Cache
+from pyro_flows.graphs.compiling import Runner
 from pyro_flows.model.log_density import LogDensity
 
 WALKED_PARTS = 4
+LEAPS_KEPT = 4
 
 
 def _widest(flow: Flow) -> int:
@@ -57,6 +60,14 @@ class Points(NamedTuple):
         return Points(*(torch.where(taken if a.dim() == 1 else taken[:, None], a, b) for a, b in pairs))
 
 
+def only_finite(
+    z: Tensor, log_p: Tensor, log_pi: Tensor, slope: Tensor, log_ref: Tensor, ref_slope: Tensor
+) -> tuple[Tensor, ...]:
+    """Return what is known of points, the target -inf and its gradient zero where something is not finite."""
+    fine = torch.isfinite(log_pi) & torch.isfinite(slope).all(1) & torch.isfinite(z).all(1)
+    return z, log_p, torch.where(fine, log_pi, -torch.inf), torch.where(fine[:, None], slope, 0.0), log_ref, ref_slope
+
+
 class Latent:
     """The target in latent space, its gradient, and draws of the flow or mixture there.
 
@@ -76,6 +87,7 @@ class Latent:
         self.stacked = stacked(self.flows, self.parts)
         numbers = max(density.numbers, *(_widest(flow) for flow in self.flows))
         self._recorder = Recorder(self._single, numbers) if density.batched and self.mixture is None else None
+        self.leaps: Cache[Any, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
 
     @property
     def walkable(self) -> bool:
@@ -133,10 +145,11 @@ class Latent:
             z, log_p, log_pi, slope, log_ref, ref_slope = self._one_flow(x)
         else:
             z, log_p, log_pi, slope, log_ref, ref_slope = self._mixed(x, k)
-        fine = torch.isfinite(log_pi) & torch.isfinite(slope).all(1) & torch.isfinite(z).all(1)
-        log_pi = torch.where(fine, log_pi, -torch.inf)
-        slope = torch.where(fine[:, None], slope, 0.0)
-        return Points(x, k, z, log_p, log_pi, slope, log_ref, ref_slope)
+        return Points(x, k, *only_finite(z, log_p, log_pi, slope, log_ref, ref_slope))
+
+    def graph(self, x: Tensor) -> fx.GraphModule | None:
+        """Return what :meth:`look` evaluates at points like these, before it looks what is finite; None if unknown."""
+        return None if self._recorder is None else self._recorder.graph(x)
 
     def _one_flow(self, x: Tensor) -> tuple[Tensor, ...]:
         if self._recorder is None:

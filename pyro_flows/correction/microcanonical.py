@@ -17,31 +17,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from pyro_flows.correction.adaptation import Moved
 from pyro_flows.correction.hmc import DIVERGED
 from pyro_flows.correction.latent import Latent, Points
+from pyro_flows.correction.leaps import leap, turned
 from pyro_flows.correction.metric import Metric
-
-
-def turned(u: Tensor, slope: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """Turn directions u (C, D) for a time by the slope of log p (C, D); return them and the kinetic energy gained (C,).
-
-    With delta = step |slope| / (D - 1) and the cosine c of u and the slope, all is written in exp(-delta), which does
-    not overflow.
-    """
-    size = slope.norm(dim=1, keepdim=True)
-    towards = slope / size.clamp_min(torch.finfo(slope.dtype).tiny)
-    dim = u.shape[1]
-    delta = step * size / (dim - 1)
-    cosine = (towards * u).sum(1, keepdim=True)
-    shrink = torch.exp(-delta)
-    both = 0.5 * (1.0 + cosine + (1.0 - cosine) * shrink.square())  # exp(-delta) (cosh delta + cosine sinh delta)
-    along = 0.5 * (1.0 - shrink.square()) + cosine * (0.5 * (1.0 + shrink.square()) - shrink)
-    new = shrink * u + along * towards
-    gained = (dim - 1) * (delta + both.clamp_min(torch.finfo(u.dtype).tiny).log())[:, 0]
-    return new / new.norm(dim=1, keepdim=True), gained
 
 
 @torch.no_grad()
@@ -55,9 +36,9 @@ def microcanonical(latent: Latent, points: Points, *, step: float, leaps: int, m
     u = u / u.norm(dim=1, keepdim=True)
     new = points
     u, error = turned(u, metric.back(new.slope), 0.5 * step * root)
-    for leap in range(leaps):
-        new = latent.look(new.x + step * root * metric.out(u), points.k)
-        u, gained = turned(u, metric.back(new.slope), (0.5 if leap == leaps - 1 else 1.0) * step * root)
+    for number in range(leaps):
+        part = 0.5 if number == leaps - 1 else 1.0
+        new, u, gained = leap(latent, new, u, metric, step * root, part * step * root)
         error = error + gained
     error = error + points.log_pi - new.log_pi
     error = torch.where(torch.isfinite(error), error, torch.inf)

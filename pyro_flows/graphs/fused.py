@@ -33,6 +33,7 @@ DIGITS = tuple(sign * 2.0**power for power in range(6) for sign in (1.0, -1.0)) 
 # are moved to see how much hangs on rounding
 ALIKE, CLOSE = 10.0, 1e-12  # times the change of results by that, and part of them, that rounding may make
 BOUND = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape}
+MASKS = (torch.bool, torch.uint8)  # by which numbers are chosen
 TASKS_FOR_A_CALL = 2  # that a call of the interpreter has to do in the mean, to gain time
 
 
@@ -103,6 +104,9 @@ def _is_bound(node: fx.Node) -> bool:
     if not is_aten(node):
         return False
     tags, name = node.target.tags, name_of(node)  # type: ignore[union-attr]
+    if name == "index":
+        found = [part.meta.get("val") for part in node.args[1] if isinstance(part, fx.Node)]  # type: ignore[union-attr]
+        return any(value is None or value.dtype in MASKS for value in found)
     return bool(BOUND.intersection(tags)) or name.startswith("as_strided")
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _aten = torch.ops.aten
 SMALL = 6  # rows or columns of a matrix that is taken apart
 BATCH = 16  # matrices at least
-PRODUCTS, PACKED = 2**18, 2**14  # numbers multiplied for one product, and numbers of its second factor, at most
+PRODUCTS, PACKED = 2**20, 2**15  # numbers multiplied for one product, and numbers of its second factor, at most
 
 
 def _product(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:

@@ -68,7 +68,7 @@ class Nests:
         self.foreign: list[Foreign | Product] = []
         self.views: dict[Any, Any] = {}
         self.real: dict[Any, Any] = {}
-        self.owner: dict[int, tuple[Buffer, int, torch.dtype]] = {}  # of a storage: buffer, where it begins, and of what
+        self.owner: dict[int, tuple[Buffer, int, torch.dtype]] = {}  # of a storage: buffer, where it begins, and dtype
         self.outputs: list[tuple[View, Tensor]] = []
         left = iter(enumerate(inputs))
         for node in module.graph.nodes:
@@ -102,7 +102,9 @@ class Nests:
             groups[task.nest][task.level].append(task)
             for view in task.operands:
                 readers[view.buffer].append((task, is_aligned(view, task.nest)))
-        needed = {view.buffer: one.level for one in reversed(self.foreign) for view in one.taken}
+        needed: dict[Buffer, int] = {}
+        for one in self.foreign:
+            needed |= {view.buffer: min(one.level, needed.get(view.buffer, one.level)) for view in one.taken}
 
         def can_wait(task: Task, level: int) -> bool:
             if needed.get(task.to.buffer, level) < level:
@@ -162,8 +164,6 @@ class Nests:
                 self.views[node] = self._made(node, result)
             except Unsuited:
                 (self.views[node],) = self._leave(node, [result])
-            view = self.views[node]
-            self.owner[_storage(result)] = view.buffer, int(result.storage_offset()) - view.offset
 
     def _several(self, node: fx.Node, results: Sequence[Tensor]) -> list[View]:
         """Return the views of an operation with several results, of which the first may be all that is used."""
@@ -206,13 +206,14 @@ class Nests:
 
     def _made(self, node: fx.Node, result: Tensor) -> View:
         """Make an operation one task or some; raise :class:`Unsuited` if it is none."""
-        count = len(self.tasks)
+        tasks, foreign = len(self.tasks), len(self.foreign)
         try:
             view = self._tasks_for(node, result)
-            if view.sizes != tuple(result.shape) or strides_in_nest(view) != strides_in_nest(self.whole(result, view.buffer)):
+            like = self.whole(result, view.buffer)
+            if view.sizes != like.sizes or strides_in_nest(view) != strides_in_nest(like):
                 raise Unsuited
         except (Unsuited, TypeError):
-            del self.tasks[count:]
+            del self.tasks[tasks:], self.foreign[foreign:]
             raise Unsuited from None
         self._own(result, view)
         return view

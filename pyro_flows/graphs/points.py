@@ -80,8 +80,10 @@ def _power(emit: Writer, x: Any, y: Any) -> Any:
 
 def _clamped(emit: Writer, x: Any, low: Any = None, high: Any = None) -> Any:
     for limit, code, pair in ((low, AT_LEAST, MAXIMUM), (high, AT_MOST, MINIMUM)):
-        if limit is not None:
-            x = emit(code, x, number=float(limit)) if _is_number(limit) else emit(pair, x, limit)
+        if limit is not None and _is_number(limit):
+            x = emit(code if limit == limit else PLUS, x, number=float(limit))  # a limit that is no number makes none
+        elif limit is not None:
+            x = emit(pair, x, limit)
     return x
 
 
@@ -102,13 +104,11 @@ def _finite(emit: Writer, x: Any, *numbers: float | None) -> Any:
 
 
 def _product_added(emit: Writer, x: Any, y: Any, z: Any, value: float = 1) -> Any:
-    product = _times(emit, y, z)
-    return _plus(emit, x, product if value == 1 else _times(emit, product, value))
+    return _plus(emit, x, _times(emit, y if value == 1 else _times(emit, y, value), z))
 
 
 def _quotient_added(emit: Writer, x: Any, y: Any, z: Any, value: float = 1) -> Any:
-    quotient = _over(emit, y, z)
-    return _plus(emit, x, quotient if value == 1 else _times(emit, quotient, value))
+    return _plus(emit, x, _over(emit, y if value == 1 else _times(emit, y, value), z))
 
 
 def _sigmoid_backward(emit: Writer, gradient: Any, y: Any) -> Any:
@@ -149,7 +149,14 @@ def _silu_backward(emit: Writer, gradient: Any, x: Any) -> Any:
 
 
 def _between(emit: Writer, x: Any, y: Any, weight: Any) -> Any:
-    return _plus(emit, x, _times(emit, _minus(emit, y, x), weight))
+    """Go from the nearer end, as torch does: what is there is then met without rounding."""
+    far = _minus(emit, y, x)
+    from_x = _plus(emit, x, _times(emit, far, weight))
+    rest = 1.0 - weight if _is_number(weight) else _minus(emit, 1.0, weight)
+    from_y = _minus(emit, y, _times(emit, far, rest))
+    if _is_number(weight):
+        return from_x if abs(weight) < 0.5 else from_y
+    return emit(WHERE, from_x, from_y, emit(LT, emit(ABS, weight), number=0.5))
 
 
 POINTS: dict[Any, Written] = {

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyro_flows.graphs.nests import Nests
-from pyro_flows.graphs.views import Buffer, Foreign, Product, Sizes, Task
+from pyro_flows.graphs.views import Buffer, Foreign, Product, Sizes, Task, Unsuited
 from pyro_flows.graphs.writing import BLOCK, Written, product_in_words
+
+REGISTERS = 2**16  # at most: pointers to them lie on the stack
 
 
 @dataclass
@@ -53,6 +55,8 @@ def program(nests: Nests, arrays: dict[Buffer, int]) -> Program:
         else:
             written = Written(one, places, arrays, filled)
             words, registers = written.words, max(registers, written.registers)
+        if registers > REGISTERS:
+            raise Unsuited
         if steps and isinstance(steps[-1], list):
             steps[-1] += words
         else:

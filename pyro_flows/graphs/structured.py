@@ -40,6 +40,16 @@ def _largest(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor
     return reduced(nests, args[0], _axes(args, kwargs), result, action, fill)
 
 
+def _every(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+    """Say whether all truths along an axis hold, or any of them."""
+    nests.need_numbers(node.args[0])
+    if nests.real[node.args[0]].dtype != torch.bool:
+        raise Unsuited
+    every = node.target in (_aten.all.dim, _aten.all.default)
+    action, fill = (MINIMUM, 1.0) if every else (MAXIMUM, 0.0)
+    return reduced(nests, args[0], _axes(args, kwargs), result, action, fill)
+
+
 def _axes(args: Any, kwargs: Any) -> Sequence[int] | None:
     if kwargs.get("dtype") is not None:
         raise Unsuited
@@ -254,6 +264,10 @@ STRUCTURED: dict[Any, Written] = {
     _aten.mean.default: _summed,
     _aten.amax.default: _largest,
     _aten.amin.default: _largest,
+    _aten.all.dim: _every,
+    _aten.all.default: _every,
+    _aten.any.dim: _every,
+    _aten.any.default: _every,
     _aten.logsumexp.default: _log_of_sum,
     _aten.cumsum.default: _running,
     _aten.cumprod.default: _running,

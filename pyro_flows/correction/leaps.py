@@ -1,0 +1,74 @@
+"""Steps of microcanonical trajectories: from one point to the next, as one recorded graph where there is one.
+
+A step is some sixty operations on few numbers beside the gradient. One by one, they took as long as the gradient did.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows.correction.latent import Latent, Points, only_finite
+from pyro_flows.correction.metric import Metric
+from pyro_flows.graphs.compiling import Runner
+from pyro_flows.graphs.record import record
+
+
+def turned(u: Tensor, slope: Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Turn directions u (C, D) for a time by the slope of log p (C, D); return them and the kinetic energy gained (C,).
+
+    With delta = step |slope| / (D - 1) and the cosine c of u and the slope, all is written in exp(-delta), which does
+    not overflow.
+    """
+    size = slope.square().sum(1, keepdim=True).sqrt()
+    towards = slope / size.clamp_min(torch.finfo(slope.dtype).tiny)
+    dim = u.shape[1]
+    delta = step * size / (dim - 1)
+    cosine = (towards * u).sum(1, keepdim=True)
+    shrink = torch.exp(-delta)
+    both = 0.5 * (1.0 + cosine + (1.0 - cosine) * shrink.square())  # exp(-delta) (cosh delta + cosine sinh delta)
+    along = 0.5 * (1.0 - shrink.square()) + cosine * (0.5 * (1.0 + shrink.square()) - shrink)
+    new = shrink * u + along * towards
+    gained = (dim - 1) * (delta + both.clamp_min(torch.finfo(u.dtype).tiny).log())[:, 0]
+    return new / new.square().sum(1, keepdim=True).sqrt(), gained
+
+
+def leap(
+    latent: Latent, points: Points, u: Tensor, metric: Metric, step: float, turn: float
+) -> tuple[Points, Tensor, Tensor]:  # fmt: skip
+    """Go one ``step`` along u, and turn u for the time ``turn``; return points, u and kinetic energy gained (C,)."""
+    runner = _runner(latent, points.x, metric)
+    if runner is not None:
+        latent.density.clock.look()
+        latent.density.evaluations += len(u)
+        dials = torch.tensor([step, turn], dtype=u.dtype, device=u.device)
+        try:
+            u, gained, x, *seen = runner(points.x, u, *metric, dials)
+            return Points(x, points.k, *seen), u, gained
+        except torch.linalg.LinAlgError:
+            latent.density.evaluations -= len(u)  # at some of these points: they are -inf, the others count
+    new = latent.look(points.x + step * metric.out(u), points.k)
+    return new, *turned(u, metric.back(new.slope), turn)
+
+
+def _runner(latent: Latent, x: Tensor, metric: Metric) -> Runner | None:
+    """Return the recorded step for such points and units; None if the density has no graph for these."""
+    key = x.shape, x.dtype, x.device, metric.axes.shape
+    if key not in latent.leaps:
+        graph = latent.graph(x)
+        latent.leaps.put(key, None if graph is None else Runner(_recorded(graph, x, metric), compile=False))
+    return latent.leaps[key]
+
+
+def _recorded(graph: Any, x: Tensor, metric: Metric) -> Any:
+    def step(x: Tensor, u: Tensor, scale: Tensor, axes: Tensor, roots: Tensor, dials: Tensor) -> tuple[Tensor, ...]:
+        units = Metric(scale, axes, roots)
+        x = x + dials[0] * units.out(u)
+        seen = only_finite(*(part.to(x.dtype) for part in graph(x)))
+        u, gained = turned(u, units.back(seen[3]), dials[1])
+        return u, gained, x, *seen
+
+    unit = torch.full_like(x, x.shape[1] ** -0.5)
+    return record(step, x.clone(), unit, *(part.clone() for part in metric), unit.new_ones(2))
