@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ DIMS = (1, 2, 3, 7)
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler: install g++ or clang++"
 )
+needs_c_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="no C compiler: install gcc")
 
 
 def randomize(module: nn.Module, *, sd: float, seed: int = 0) -> nn.Module:

@@ -24,9 +24,9 @@ from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.bindings import binding_of, turn
 from pyro_flows.graphs.graph import agree, copy_graph, graph_module, is_aten, is_pure, name_of, sweep
 from pyro_flows.graphs.native import library
-from pyro_flows.graphs.nests import Nests
+from pyro_flows.graphs.nests import NUMBERS, Nests
 from pyro_flows.graphs.programs import program
-from pyro_flows.graphs.views import Buffer, Foreign, Product, Unsuited, View, span
+from pyro_flows.graphs.views import Buffer, Foreign, Given, Product, Unsuited, View, span
 from pyro_flows.graphs.writing import BLOCK
 
 DIGITS = tuple(sign * 2.0**power for power in range(6) for sign in (1.0, -1.0))  # of the last place, by which points
@@ -46,7 +46,7 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     """
     if not is_pure(module) or any(value.device.type != "cpu" for value in inputs):
         return None
-    if not any(value.dtype == torch.float64 for value in inputs) or any(map(_is_bound, module.graph.nodes)):
+    if not any(value.dtype in NUMBERS for value in inputs) or any(map(_is_bound, module.graph.nodes)):
         return None
     run = library()
     if run is None:
@@ -63,6 +63,7 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
             if not made.tasks or made.tasks < TASKS_FOR_A_CALL * made.calls:
                 return None
             found, expected = made(*inputs), [value for _, value in made.nests.outputs]
+            found = tuple(map(_comparable, found, expected))
             agrees = agree(found, expected) or _rounds_alike(module, inputs, found, expected)
     except Unsuited:
         return None
@@ -70,6 +71,11 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     if not agrees:
         fallback("not run block by block: other values")
     return made if agrees else None
+
+
+def _comparable(found: Tensor, expected: Tensor) -> Tensor:
+    """Return results but where single precision overflowed in the expected ones: theirs may be finite there."""
+    return found if expected.dtype != torch.float32 else torch.where(torch.isfinite(expected), found, expected)
 
 
 def _rounds_alike(
@@ -209,23 +215,23 @@ class Fused:
 
     def _template(self, value: Any) -> Any:
         """Return arguments with tensors in the place of views, or with what finds them in a run."""
-        if isinstance(value, View):
-            return self._tensor(value)
+        if isinstance(value, Given):
+            return self._tensor(*value)
         if isinstance(value, (list, tuple)):
             return type(value)(map(self._template, value))
         return {key: self._template(part) for key, part in value.items()} if isinstance(value, dict) else value
 
-    def _tensor(self, view: View) -> Any:
+    def _tensor(self, view: View, dtype: torch.dtype) -> Any:
         source = view.buffer.source
         if isinstance(source, Tensor):
-            return torch.as_strided(source, view.sizes, view.strides, source.storage_offset() + view.offset)
+            return torch.as_strided(source, view.sizes, view.strides, source.storage_offset() + view.offset).to(dtype)
         if source is None:
             fixed = torch.as_strided(self._arena, view.sizes, view.strides, self._places[view.buffer] + view.offset)
-            return _Found(lambda given, foreign: fixed.ne(0.0)) if view.boolean else fixed
-        return _Found(_reader(source, view))
+            return fixed if dtype == torch.float64 else _Found(lambda given, foreign: fixed.to(dtype))
+        return _Found(_reader(source, view, dtype))
 
     def _result(self, view: View, value: Tensor) -> Callable[..., Tensor]:
-        found = self._tensor(view)
+        found = self._tensor(view, value.dtype)
         if isinstance(found, _Found):
             return found.read
         return lambda given, foreign: found.clone()
@@ -245,14 +251,14 @@ class _Found:
         self.read = read
 
 
-def _reader(source: Any, view: View) -> Callable[..., Tensor]:
+def _reader(source: Any, view: View, dtype: torch.dtype) -> Callable[..., Tensor]:
     by_number = isinstance(source, int)
 
     def read(given: Any, foreign: Any) -> Tensor:
         value = given[source] if by_number else foreign[source]
-        if view.offset == 0 and value.shape == view.sizes and value.stride() == view.strides:
-            return value
-        return torch.as_strided(value, view.sizes, view.strides, value.storage_offset() + view.offset)
+        if view.offset != 0 or value.shape != view.sizes or value.stride() != view.strides:
+            value = torch.as_strided(value, view.sizes, view.strides, value.storage_offset() + view.offset)
+        return value if value.dtype == dtype else value.to(dtype)
 
     return read
 

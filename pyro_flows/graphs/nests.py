@@ -26,6 +26,7 @@ from pyro_flows.graphs.views import (
     STORE,
     Buffer,
     Foreign,
+    Given,
     Product,
     Sizes,
     Task,
@@ -44,6 +45,7 @@ from pyro_flows.graphs.views import (
 )
 
 _aten = torch.ops.aten
+NUMBERS = torch.float64, torch.float32, torch.bool  # all of them double precision here
 _MADE = ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "full_like",
          "empty_like")  # fmt: skip
 
@@ -190,7 +192,7 @@ class Nests:
         """Leave an operation to torch."""
         if not all(isinstance(part, Tensor) for part in results):
             raise Unsuited
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.views.__getitem__)  # type: ignore[misc]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._given)  # type: ignore[misc]
         taken = [*views_in((args, kwargs))]
         for view in taken:
             view.buffer.kept = True
@@ -201,6 +203,12 @@ class Nests:
             one.results.append(self.whole(part, buffer))
             self._own(part, one.results[-1])
         return one.results
+
+    def _given(self, node: fx.Node) -> Any:
+        value, view = self.real[node], self.views[node]
+        if isinstance(value, Tensor):
+            return Given(view, value.dtype)
+        return [Given(part, of.dtype) for part, of in zip(view, value, strict=True)]
 
     # tasks --------------------------------------------------------------------------------------------------------
 
@@ -219,7 +227,7 @@ class Nests:
         return view
 
     def _tasks_for(self, node: fx.Node, result: Tensor) -> View:
-        if not is_aten(node) or not result.numel() or result.dtype not in (torch.float64, torch.bool):
+        if not is_aten(node) or not result.numel() or result.dtype not in NUMBERS:
             raise Unsuited
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.views.__getitem__)  # type: ignore[misc]
         for write in (STRUCTURED.get(node.target), MATRICES.get(node.target)):
@@ -234,7 +242,7 @@ class Nests:
             raise Unsuited
         for part in node.all_input_nodes:
             self.need_numbers(part)
-            if result.dtype == torch.bool and self.real[part].dtype in (torch.float32, torch.float16, torch.bfloat16):
+            if result.dtype == torch.bool and self.real[part].dtype in (torch.float16, torch.bfloat16):
                 raise Unsuited  # torch may compare in that precision
 
         def emit(code: int, *operands: Any, number: float = 0.0) -> View:
@@ -254,7 +262,7 @@ class Nests:
         value = self.real[node]
         if not isinstance(value, Tensor) or not value.numel() or value.dtype.is_complex:
             raise Unsuited
-        if value.dtype != torch.float64 and value.dtype != torch.bool and not self.views[node].buffer.constant:
+        if value.dtype not in NUMBERS and not self.views[node].buffer.constant:
             raise Unsuited
 
     def point(self, like: Tensor, code: int, *operands: View, number: float = 0.0) -> View:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx
 
 STORE, ADD_UP, MAXIMUM, MINIMUM = 1, 3, 4, 5  # what is done with results; see native.c
@@ -109,6 +110,13 @@ class Product:
     @property
     def taken(self) -> list[View]:
         return [self.first, self.second]
+
+
+class Given(NamedTuple):
+    """A view as torch's operations take it: numbers of another type where they are in the graph."""
+
+    view: View
+    dtype: torch.dtype
 
 
 def dense(sizes: Sequence[int]) -> Sizes:
