@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ SD_ERROR = 0.04  # standard error of an sd, as a part of it: heavy tails take mo
 MOST = 3.0  # times as many effective draws, beyond which no sd is waited for: it may not exist
 FINE, CHEAP, EARLY = 0.02, 100_000, 256  # the same error up to so many gradients and sweeps: few draws of a heavy tail
 # understate it
+KNOWN_TO = 0.1  # an sd whose standard error is a larger part of it speaks against chains that a budget ended
 SOONEST = 8  # looks while the fewest draws are made
 
 
@@ -32,6 +34,19 @@ def is_known(found: ChainFigures, error: float, gradients: float) -> bool:
     if gradients < CHEAP and found.sweeps < EARLY:
         return error <= FINE
     return error <= SD_ERROR or _least(found) >= MOST * SPARE * LEAST_ESS
+
+
+def untold(z: Tensor, found: ChainFigures, names: Sequence[str]) -> list[str]:
+    """Say so where draws z (C, N, D) do not tell a standard deviation: a chain is on its way back from far out.
+
+    R-hat and effective draws are made of ranks, and do not see how far away a few draws are. Of very many effective
+    draws nothing is said, since the sd may not exist.
+    """
+    errors = _mixing.sd_errors(z).nan_to_num(nan=0.0)
+    worst = int(errors.argmax())
+    if float(errors[worst]) <= KNOWN_TO or _least(found) >= MOST * SPARE * LEAST_ESS:
+        return []
+    return [f"the sd of the chains is known to {100 * float(errors[worst]):.0f}% only, at {names[worst]}"]
 
 
 def sweeps_needed(found: ChainFigures) -> float:

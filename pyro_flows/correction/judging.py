@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_flows._clock import Clock
 from pyro_flows.correction.diagnostics import figures
+from pyro_flows.correction.enough import untold
 from pyro_flows.correction.joining import joins
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.correction.search import MISS, TOO_LITTLE, Lacking, bridge, held_out, lacks_of_chains
@@ -63,6 +64,8 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     against = [*work.failures, *([] if found is None else objections(found))]
     if found is None and not against:
         against = [f"they have fewer than {LEAST_DRAWS} draws each"]
+    if not against and found is not None and chains is not None:
+        against = untold(chains.z, found, posterior.coordinates)
     lacking = Lacking([])
     if not against and chains is not None:
         with clock.part("the search for modes that the chains lack"):

@@ -58,14 +58,15 @@ def _runner(latent: Latent, x: Tensor, metric: Metric) -> Runner | None:
     key = x.shape, x.dtype, x.device, metric.axes.shape
     if key not in latent.leaps:
         graph = latent.graph(x)
-        latent.leaps.put(key, None if graph is None else Runner(_recorded(graph, x, metric), compile=False))
+        made = None if graph is None else Runner(_recorded(graph, x, metric), compile=False, blocks_at=1)
+        latent.leaps.put(key, made)
     return latent.leaps[key]
 
 
 def _recorded(graph: Any, x: Tensor, metric: Metric) -> Any:
     def step(x: Tensor, u: Tensor, scale: Tensor, axes: Tensor, roots: Tensor, dials: Tensor) -> tuple[Tensor, ...]:
         units = Metric(scale, axes, roots)
-        x = x + dials[0] * units.out(u)
+        x = (x + dials[0] * units.out(u)).double().to(x.dtype)  # what is evaluated is what is returned, if rounded
         seen = only_finite(*(part.to(x.dtype) for part in graph(x)))
         u, gained = turned(u, units.back(seen[3]), dials[1])
         return u, gained, x, *seen

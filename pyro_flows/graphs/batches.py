@@ -87,6 +87,7 @@ class Recorder:
         unit: how many rows all pieces have, so that there is one graph; None if small batches have graphs of their own.
         large: how many rows pieces of larger batches have, if not as many.
         whole: a recorder of a function whose first results are those of this one; with a unit, its graph is used.
+        at: the call with one batch size at which it is recorded.
     """
 
     def __init__(
@@ -98,9 +99,11 @@ class Recorder:
         unit: int | None = None,
         large: int | None = None,
         whole: Recorder | None = None,
+        at: int = RECORDED_FROM,
     ) -> None:
         self._function, self.given, self.unit, self.whole = function, tuple(given), unit, whole
         most = rows_for(numbers)
+        self._at = at
         self.rows = most if unit is None else min(unit, most)
         self.large = self.rows if large is None else max(self.rows, min(large, most))
         self.reason: str | None = None
@@ -156,7 +159,7 @@ class Recorder:
         kind = len(z), z.dtype, z.device
         if kind not in self.runners:
             self._calls[kind] += 1
-            if self._calls[kind] < RECORDED_FROM or not self._record(z):
+            if self._calls[kind] < self._at or not self._record(z):
                 return self.function(z)
         return self.runners[kind](z, *self.given)
 

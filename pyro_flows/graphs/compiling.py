@@ -86,6 +86,7 @@ class Runner:
         compile: whether to compile at the first run (True), never (False), or once it pays (None).
         along: other graphs that run as often, and are to be compiled at the same time.
         left: how many seconds are left.
+        blocks_at: the run from which it goes block by block, where that can be done.
     """
 
     def __init__(
@@ -95,8 +96,9 @@ class Runner:
         compile: bool | None = None,
         along: Sequence[fx.GraphModule] = (),
         left: Callable[[], float] = lambda: math.inf,
+        blocks_at: int = FUSED_AT,
     ) -> None:
-        self.module, self.left = module, left
+        self.module, self.left, self.blocks_at = module, left, blocks_at
         self._recorded: Callable[..., Any] = quicken(module)
         self._compiled: Callable[..., Any] | None = None
         self.runs = 0
@@ -115,7 +117,7 @@ class Runner:
         self.runs += 1
         if self.runs == self.compile_at:
             self._compile(inputs)
-        if self.runs == FUSED_AT and self.compile_at != 1:
+        if self.runs == self.blocks_at and self.compile_at != 1:
             self._fuse(inputs)
         if self._compiled is not None:
             try:

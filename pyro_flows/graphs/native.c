@@ -134,6 +134,7 @@ static void compute(const Instruction *at, double **reg, word block) {
         UNARY(43, sinh(x))
         UNARY(44, cosh(x))
         UNARY(45, asinh(x))
+        UNARY(46, (double)(float)x)
         BINARY(64, x + y)
         BINARY(65, x - y)
         BINARY(66, x * y)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from pyro_flows.graphs.graph import is_aten, name_of
 from pyro_flows.graphs.matrices import MATRICES
-from pyro_flows.graphs.points import COMPARED, FILL, IDENTITY, POINTS, WHERE
+from pyro_flows.graphs.points import COMPARED, FLOATS, IDENTITY, POINTS, Written, is_truth
 from pyro_flows.graphs.structured import STRUCTURED
 from pyro_flows.graphs.views import (
     STORE,
@@ -235,21 +235,22 @@ class Nests:
                 return write(self, node, args, kwargs, result)
         return self._point(node, POINTS.get(node.target), args, kwargs, result)
 
-    def _point(
-        self, node: fx.Node, write: Callable[..., Any] | None, args: Any, kwargs: Any, result: Tensor
-    ) -> View:  # fmt: skip
+    def _point(self, node: fx.Node, write: Written | None, args: Any, kwargs: Any, result: Tensor) -> View:
         if write is None:
             raise Unsuited
         for part in node.all_input_nodes:
             self.need_numbers(part)
-            if result.dtype == torch.bool and self.real[part].dtype in (torch.float16, torch.bfloat16):
-                raise Unsuited  # torch may compare in that precision
+        dtypes = {self.real[part].dtype for part in node.all_input_nodes}
+        if result.dtype == torch.bool and len(dtypes & FLOATS) > 1:
+            raise Unsuited  # torch may compare in either precision
 
         def emit(code: int, *operands: Any, number: float = 0.0) -> View:
             if not all(isinstance(part, View) for part in operands):
                 raise Unsuited
-            if result.dtype == torch.bool and not _is_truth(code, operands, number):
+            if result.dtype == torch.bool and not is_truth(code, operands, number):
                 raise Unsuited  # such as the sum of truths
+            if code in COMPARED and torch.float32 in dtypes:
+                number = float(torch.tensor(number, dtype=torch.float32))  # as it is compared there
             return self.point(result, code, *operands, number=number)
 
         found = write(emit, *args, **kwargs)
@@ -292,13 +293,6 @@ class Nests:
         task.level = max(level_for(view, task.nest) for view in taken)
         to.buffer.level = max(to.buffer.level, task.level)
         self.tasks.append(task)
-
-
-def _is_truth(code: int, operands: Sequence[View], number: float) -> bool:
-    """Whether an instruction gives zeros and ones."""
-    if code not in (IDENTITY, FILL, WHERE):
-        return code in COMPARED
-    return number in (0.0, 1.0) and all(view.boolean for view in operands)
 
 
 def _storage(value: Tensor) -> int:

@@ -5,7 +5,7 @@ An instruction takes registers, or a register and a number. What a code does sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,10 +14,18 @@ _aten = torch.ops.aten
 IDENTITY, NEG, ABS, EXP, LOG, LOG1P, EXPM1, SQRT, INVERSE, RSQRT, SQUARE, SIGMOID, TANH = range(13)
 SIN, COS, ATAN, ERF, ERFC, SIGN, ISNAN, ISINF, IS_ZERO, IS_NOT_ZERO = range(13, 23)
 TIMES, PLUS, FROM, OVER, UNDER, POWER, AT_LEAST, AT_MOST = range(23, 31)  # with a number
-LT, LE, GT, GE, EQ, NE, NAN_TO, INF_TO, MINUS_INF_TO, CUBE, FLOOR, TAN, SINH, COSH, ASINH = range(31, 46)
+LT, LE, GT, GE, EQ, NE, NAN_TO, INF_TO, MINUS_INF_TO, CUBE, FLOOR, TAN, SINH, COSH, ASINH, ROUNDED = range(31, 47)
 ADD, SUB, MUL, DIV, POW, MAXIMUM, MINIMUM, LT2, LE2, GT2, GE2, EQ2, NE2, AND, OR, FILL, XLOGY = range(64, 81)
 WHERE = 96
 COMPARED = (*range(LT, NE + 1), *range(LT2, OR + 1), ISNAN, ISINF, IS_ZERO, IS_NOT_ZERO)
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
+def is_truth(code: int, operands: Sequence[Any], number: float) -> bool:
+    """Whether an instruction, with views for operands, gives zeros and ones."""
+    if code not in (IDENTITY, FILL, WHERE):
+        return code in COMPARED
+    return number in (0.0, 1.0) and all(view.boolean for view in operands)
 
 
 class Writer(Protocol):

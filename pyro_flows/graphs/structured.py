@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.graphs.points import ADD, EXP, FILL, IDENTITY, ISINF, LOG, MUL, SUB, TIMES, WHERE
+from pyro_flows.graphs.points import ADD, EXP, FILL, IDENTITY, ISINF, LOG, MUL, ROUNDED, SUB, TIMES, WHERE
 from pyro_flows.graphs.views import ADD_UP, MAXIMUM, MINIMUM, STORE, Buffer, Unsuited, View, span
 
 if TYPE_CHECKING:
@@ -202,6 +202,8 @@ def _same(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -
     view, boolean = args[0], result.dtype == torch.bool
     if boolean and not view.boolean:
         raise Unsuited
+    if result.dtype == torch.float32 and nests.real[node.args[0]].dtype == torch.float64:
+        return nests.point(result, ROUNDED, view)
     alike = view.strides == result.stride() and view.offset == 0 and view.buffer.span == span(result)
     if alike and (view.buffer.source is None or view.boolean == boolean):  # torch knows others by their own types
         return View(view.buffer, 0, view.sizes, view.strides, boolean)

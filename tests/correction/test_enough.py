@@ -126,3 +126,20 @@ def test_as_many_draws_are_held_as_tell_sds():
 )
 def test_when_to_look_again(changes, thin, draws):
     assert enough.next_look(replace(GOOD, **changes), thin=thin, kept=DRAWS // 2) == draws
+
+
+def far_out(draws):
+    """One chain of 64 that begins sixty sds out, and takes most of its draws to come back."""
+    gone = draws.clone()
+    gone[0, :, 0] += torch.linspace(60.0, 0.0, draws.shape[1]).to(gone)
+    return gone
+
+
+def test_an_sd_that_draws_do_not_tell_speaks_against_chains():
+    draws = normals(draws=64)
+    assert enough.untold(draws, GOOD, ["a", "b"]) == []
+    (said,) = enough.untold(far_out(draws), GOOD, ["a", "b"])
+    assert "the sd of the chains is known to" in said
+    assert said.endswith("only, at a")
+    many = replace(GOOD, ess_bulk=10.0 * LEAST_ESS, ess_tail=10.0 * LEAST_ESS)  # an sd that may not exist
+    assert enough.untold(far_out(draws), many, ["a", "b"]) == []

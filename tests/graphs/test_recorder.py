@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
+from pyro_flows.graphs import compiling
 from pyro_flows.graphs.batches import PIECE, RECORDED_FROM, ROWS_AT_LEAST, ROWS_AT_MOST, Recorder, rows_for
 from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.compiling import Plan, Runner, pays_at
+from pyro_flows.graphs.compiling import FUSED_AT, Plan, Runner, pays_at
 from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.record import record
 from tests.invariants import close
-from tests.registry import needs_compiler, normal
+from tests.registry import needs_c_compiler, needs_compiler, normal
 
 
 def function(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +91,7 @@ def test_compiled_graphs_have_constants_before_an_input_that_comes_late():
 
 
 def test_compiling_waits_until_it_pays(monkeypatch):
+    """Where a graph does not go block by block."""
     z = normal(64, 3, seed=3)
     runner = Runner(record(function, z))
     assert runner.compile_at > 1000  # a few operations on few numbers
@@ -97,10 +99,28 @@ def test_compiling_waits_until_it_pays(monkeypatch):
     assert large.compile_at < 500
     asked = []
     monkeypatch.setattr(Runner, "_compile", lambda self, inputs: asked.append(self.runs))
+    monkeypatch.setattr(compiling, "fused", lambda *_: None)
     large.compile_at = 3
     for _ in range(5):
         large(z)
     assert asked == [3]
+
+
+@needs_c_compiler
+def test_a_graph_that_goes_block_by_block_is_compiled_only_if_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Runner, "_compile", lambda self, inputs: asked.append(self.runs))
+    z = normal(64, 3, seed=3)
+    runner = Runner(record(function, z))
+    runner.compile_at = FUSED_AT + 1
+    for run in range(1, 6):
+        for got, expected in zip(runner(z), function(z), strict=True):
+            close(got, expected, 1e-12)
+        assert runner.compiled == (run >= FUSED_AT)
+    assert asked == []
+    for _ in range(3):
+        Runner(record(function, z), compile=True)(z)
+    assert asked == [1, 1, 1]
 
 
 @pytest.mark.falls_back
