@@ -58,7 +58,7 @@ def _runner(latent: Latent, x: Tensor, metric: Metric) -> Runner | None:
     key = x.shape, x.dtype, x.device, metric.axes.shape
     if key not in latent.leaps:
         graph = latent.graph(x)
-        made = None if graph is None else Runner(_recorded(graph, x, metric), compile=False, blocks_at=1)
+        made = None if graph is None else Runner(_recorded(graph, x, metric), compile=False, alike=True)
         latent.leaps.put(key, made)
     return latent.leaps[key]
 

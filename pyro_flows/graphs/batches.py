@@ -87,7 +87,7 @@ class Recorder:
         unit: how many rows all pieces have, so that there is one graph; None if small batches have graphs of their own.
         large: how many rows pieces of larger batches have, if not as many.
         whole: a recorder of a function whose first results are those of this one; with a unit, its graph is used.
-        at: the call with one batch size at which it is recorded.
+        at: the call with one batch size at which it is recorded, if not the usual one.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class Recorder:
         unit: int | None = None,
         large: int | None = None,
         whole: Recorder | None = None,
-        at: int = RECORDED_FROM,
+        at: int | None = None,
     ) -> None:
         self._function, self.given, self.unit, self.whole = function, tuple(given), unit, whole
         most = rows_for(numbers)
-        self._at = at
+        self._at = RECORDED_FROM if at is None else at
         self.rows = most if unit is None else min(unit, most)
         self.large = self.rows if large is None else max(self.rows, min(large, most))
         self.reason: str | None = None

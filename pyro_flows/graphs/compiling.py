@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import warnings
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from pyro_flows._clock import counted
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.bindings import quicken, turn
-from pyro_flows.graphs.fused import fused
+from pyro_flows.graphs.fused import Fused, fused
 from pyro_flows.graphs.graph import agree, copy_graph, is_pure, sweep
 from pyro_flows.graphs.outline import Outline
 
@@ -25,7 +26,6 @@ COMPILE_NODE = 0.02  # more for each operation
 SAVED_NODE = 7.0e-7  # a run saves for each operation,
 SAVED_NUMBER = 3.0e-10  # and for each number that it writes
 SAVED_CALL = -7.0e-6  # and for each call of a loop's round
-FUSED_AT = 2  # the run from which a graph goes block by block: the first one is for those who check what was recorded
 COMPILE_NODES = 5000  # operations at most: Inductor's time grows faster than their number
 LOOPS_FROM = 500  # operations in a graph in which loops are looked for
 IN_LOOPS = 0.5  # share of the operations that must be in loops, to compile these alone
@@ -72,7 +72,7 @@ def pays_at(plans: Sequence[Plan]) -> int:
 
 
 class Runner:
-    """A recorded graph as a function: run by torch's bindings at first, compiled by Inductor when it has run often.
+    """A recorded graph as a function: run block by block, or by torch's bindings, and compiled once it has run often.
 
     A graph is compiled when what compiling would have saved so far reaches half of what it costs. Both are estimated
     from the graph, not timed, so that one seed gives one answer on a busy machine too. Where there is no compiler, or
@@ -86,7 +86,8 @@ class Runner:
         compile: whether to compile at the first run (True), never (False), or once it pays (None).
         along: other graphs that run as often, and are to be compiled at the same time.
         left: how many seconds are left.
-        blocks_at: the run from which it goes block by block, where that can be done.
+        alike: whether the first run gives the numbers of later ones to the last digit; else it gives torch's, for those
+            who check what was recorded.
     """
 
     def __init__(
@@ -96,10 +97,9 @@ class Runner:
         compile: bool | None = None,
         along: Sequence[fx.GraphModule] = (),
         left: Callable[[], float] = lambda: math.inf,
-        blocks_at: int = FUSED_AT,
+        alike: bool = False,
     ) -> None:
-        self.module, self.left, self.blocks_at = module, left, blocks_at
-        self._recorded: Callable[..., Any] = quicken(module)
+        self.module, self.left, self.alike = module, left, alike
         self._compiled: Callable[..., Any] | None = None
         self.runs = 0
         self._plan = Plan(module) if compile is not False else None
@@ -109,16 +109,23 @@ class Runner:
 
     @property
     def compiled(self) -> bool:
-        """Whether it runs as compiled code."""
-        return self._compiled is not None
+        """Whether it runs as code that Inductor made."""
+        return self._compiled is not None and not self.in_blocks
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether it runs block by block."""
+        return isinstance(self._compiled, Fused)
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run, without autograd. What comes out are inference tensors: clone what is to meet autograd later."""
         self.runs += 1
         if self.runs == self.compile_at:
             self._compile(inputs)
-        if self.runs == self.blocks_at and self.compile_at != 1:
-            self._fuse(inputs)
+        if self.runs == 1 and self.compile_at != 1:
+            found = self._fuse(inputs)
+            if found is not None and not self.alike:
+                return found
         if self._compiled is not None:
             try:
                 return self._compiled(*inputs)
@@ -127,15 +134,25 @@ class Runner:
         with torch.inference_mode():  # an operation takes a tenth less time
             return self._recorded(*inputs)  # which says what is wrong with these inputs, if anything is
 
+    @functools.cached_property
+    def _recorded(self) -> Callable[..., Any]:
+        return quicken(self.module)
+
     @counted("tracing")
-    def _fuse(self, inputs: tuple[Tensor, ...]) -> None:
-        """Run block by block from now on, where that can be done; there is little left for a compiler to gain."""
+    def _fuse(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Run block by block from now on, where that can be done, and return torch's results.
+
+        There is little left for a compiler to gain.
+        """
         try:
-            self._compiled = fused(self.module, inputs)
+            found = fused(self.module, inputs)
         except (RuntimeError, torch.linalg.LinAlgError):
-            return  # of these inputs: what runs them says so
-        if self._compiled is not None:
-            self.compile_at = 0
+            return None  # of these inputs: what runs them says so
+        if found is None:
+            return None
+        self._compiled, self.compile_at = found, 0
+        expected, found.first = found.first, ()
+        return expected
 
     @counted("compiling")
     def _compile(self, inputs: tuple[Tensor, ...]) -> None:

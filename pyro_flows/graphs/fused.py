@@ -62,7 +62,7 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
             made = Fused(module, inputs, run)
             if not made.tasks or made.tasks < TASKS_FOR_A_CALL * made.calls:
                 return None
-            found, expected = made(*inputs), [value for _, value in made.nests.outputs]
+            found, expected = made(*inputs), tuple(value for _, value in made.nests.outputs)
             found = tuple(map(_comparable, found, expected))
             agrees = agree(found, expected) or _rounds_alike(module, inputs, found, expected)
     except Unsuited:
@@ -70,6 +70,7 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     del made.nests
     if not agrees:
         fallback("not run block by block: other values")
+    made.first = expected
     return made if agrees else None
 
 
@@ -122,7 +123,10 @@ class Fused:
     Attributes:
         tasks: how many operations are done in blocks.
         calls: how many times the interpreter is called in a run.
+        first: the results for the first inputs, as torch gave them.
     """
+
+    first: tuple[Tensor, ...] = ()
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor], run: Callable[..., Any]) -> None:
         inputs = [value.clone() for value in inputs]  # later ones may share no memory, and have no numbers in one place

@@ -1,6 +1,6 @@
 /* Runs elementwise operations of a recorded graph over blocks of numbers that fit the innermost cache.
 
-   A program is a row of nests. A nest is a loop over up to DIMS dimensions; the last one goes in blocks of BLOCK numbers.
+   A program is a row of nests. A nest is a loop over up to DIMS dimensions; the last goes in blocks of BLOCK numbers.
    In each block, operands are found or gathered, instructions go from register to register (a block of numbers each),
    and results are stored or added up. See pyro_flows/graphs/nests.py, which writes the programs. */
 
@@ -17,7 +17,8 @@ enum { LOAD, STORE, STORE_AT_ONCE, ADD_UP, LARGEST, SMALLEST }; /* what is done 
 VECTOR(exp) VECTOR(log) VECTOR(sin) VECTOR(cos)
 extern double pow(double, double) __attribute__((simd("notinbranch"), const));
 #if __GLIBC_PREREQ(2, 35)
-VECTOR(tanh) VECTOR(expm1) VECTOR(log1p) VECTOR(erf) VECTOR(erfc) VECTOR(atan) VECTOR(sinh) VECTOR(cosh) VECTOR(tan) VECTOR(asinh)
+VECTOR(tanh) VECTOR(expm1) VECTOR(log1p) VECTOR(erf) VECTOR(erfc)
+VECTOR(atan) VECTOR(tan) VECTOR(sinh) VECTOR(cosh) VECTOR(asinh)
 #endif
 #endif
 

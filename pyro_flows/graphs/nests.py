@@ -263,7 +263,8 @@ class Nests:
         value = self.real[node]
         if not isinstance(value, Tensor) or not value.numel() or value.dtype.is_complex:
             raise Unsuited
-        if value.dtype not in NUMBERS and not self.views[node].buffer.constant:
+        buffer = self.views[node].buffer  # of a parameter of another type, there would be a copy that stays what it is
+        if not buffer.constant and value.dtype not in ((torch.float64,) if buffer.changes else NUMBERS):
             raise Unsuited
 
     def point(self, like: Tensor, code: int, *operands: View, number: float = 0.0) -> View:

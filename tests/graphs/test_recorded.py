@@ -422,7 +422,7 @@ def test_a_fall_while_cooling_leads_back(monkeypatch):
     value = loop._cool(trainer, loop.Budget(100), 0, 100, check, ratchet, lambda *_: None)
     assert ratchet.falls >= 1
     assert value == ratchet.best
-    assert check.elbo() == value
+    assert check.elbo() == pytest.approx(value, abs=1e-12)  # block by block from its second run on
 
 
 def test_updates_are_those_of_adam():

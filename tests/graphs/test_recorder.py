@@ -10,7 +10,7 @@ import pyro_flows as pf
 from pyro_flows.graphs import compiling
 from pyro_flows.graphs.batches import PIECE, RECORDED_FROM, ROWS_AT_LEAST, ROWS_AT_MOST, Recorder, rows_for
 from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.compiling import FUSED_AT, Plan, Runner, pays_at
+from pyro_flows.graphs.compiling import Plan, Runner, pays_at
 from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.record import record
 from tests.invariants import close
@@ -112,15 +112,27 @@ def test_a_graph_that_goes_block_by_block_is_compiled_only_if_asked(monkeypatch)
     monkeypatch.setattr(Runner, "_compile", lambda self, inputs: asked.append(self.runs))
     z = normal(64, 3, seed=3)
     runner = Runner(record(function, z))
-    runner.compile_at = FUSED_AT + 1
-    for run in range(1, 6):
+    runner.compile_at = 3
+    for _ in range(5):
         for got, expected in zip(runner(z), function(z), strict=True):
             close(got, expected, 1e-12)
-        assert runner.compiled == (run >= FUSED_AT)
+        assert runner.in_blocks
+        assert not runner.compiled
     assert asked == []
     for _ in range(3):
         Runner(record(function, z), compile=True)(z)
     assert asked == [1, 1, 1]
+
+
+@needs_c_compiler
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_first_run_gives_the_numbers_of_torch_unless_later_ones_are_to_be_the_same(alike):
+    z = 3.0 * normal(64, 3, seed=3)
+    runner = Runner(record(function, z), alike=alike)
+    first, second = runner(z), runner(z)
+    recorded = runner._recorded(z)
+    for one, other, plain in zip(first, second, recorded, strict=True):
+        assert torch.equal(one, other if alike else plain)
 
 
 @pytest.mark.falls_back
