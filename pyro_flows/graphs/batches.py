@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
-from pyro_flows.graphs.fused import DIGITS
 from pyro_flows.graphs.graph import agree, first_results, is_pure, nearby
 from pyro_flows.graphs.record import record
+from pyro_flows.graphs.rounding import DIGITS
 from pyro_flows.graphs.writes import tensors_in
 
 KINDS_KEPT = 4

@@ -22,18 +22,17 @@ from torch import Tensor, fx
 
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.bindings import binding_of, turn
-from pyro_flows.graphs.graph import agree, copy_graph, graph_module, is_aten, is_pure, name_of, sweep
+from pyro_flows.graphs.graph import copy_graph, graph_module, is_aten, is_pure, name_of, sweep
 from pyro_flows.graphs.native import library
 from pyro_flows.graphs.nests import NUMBERS, Nests
 from pyro_flows.graphs.programs import program
+from pyro_flows.graphs.rounding import rounds_alike
 from pyro_flows.graphs.views import Buffer, Foreign, Given, Product, Unsuited, View, span
 from pyro_flows.graphs.writing import BLOCK
 
-DIGITS = tuple(sign * 2.0**power for power in range(6) for sign in (1.0, -1.0))  # of the last place, by which points
-# are moved to see how much hangs on rounding
-ALIKE, CLOSE = 10.0, 1e-12  # times the change of results by that, and part of them, that rounding may make
 BOUND = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape}
 MASKS = (torch.bool, torch.uint8)  # by which numbers are chosen
+THREADS, LARGE = 4, 2**16  # of torch's, and numbers of an operation in the mean, both at most
 TASKS_FOR_A_CALL = 2  # that a call of the interpreter has to do in the mean, to gain time
 
 
@@ -60,11 +59,10 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     try:
         with torch.inference_mode():
             made = Fused(module, inputs, run)
-            if not made.tasks or made.tasks < TASKS_FOR_A_CALL * made.calls:
+            if not made.tasks or made.tasks < TASKS_FOR_A_CALL * made.calls or _is_for_threads(made.nests):
                 return None
             found, expected = made(*inputs), tuple(value for _, value in made.nests.outputs)
-            found = tuple(map(_comparable, found, expected))
-            agrees = agree(found, expected) or _rounds_alike(module, inputs, found, expected)
+            agrees = rounds_alike(module, inputs, found, expected)
     except Unsuited:
         return None
     del made.nests
@@ -74,36 +72,10 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     return made if agrees else None
 
 
-def _comparable(found: Tensor, expected: Tensor) -> Tensor:
-    """Return results but where single precision overflowed in the expected ones: theirs may be finite there."""
-    return found if expected.dtype != torch.float32 else torch.where(torch.isfinite(expected), found, expected)
-
-
-def _rounds_alike(
-    module: fx.GraphModule, inputs: Sequence[Tensor], found: Sequence[Tensor], expected: Sequence[Tensor]
-) -> bool:
-    """Whether results differ no more than they do if inputs change by last digits, as with a matrix near singular."""
-    largest = [torch.zeros_like(value, dtype=torch.float64) for value in expected]
-    for digits in DIGITS:
-        moved = [_moved(value, digits) for value in inputs]
-        for size, value, other in zip(largest, expected, module(*moved), strict=True):
-            torch.maximum(size, _apart(other, value), out=size)
-    return all(
-        bool((_apart(one, value) <= ALIKE * size + CLOSE * value.abs().nan_to_num(nan=0.0)).all())
-        for one, value, size in zip(found, expected, largest, strict=True)
-    )
-
-
-def _moved(value: Tensor, digits: float) -> Tensor:
-    if not value.is_floating_point():
-        return value
-    return value + digits * torch.finfo(value.dtype).eps * (1.0 + value.abs())
-
-
-def _apart(one: Tensor, other: Tensor) -> Tensor:
-    """Return how far numbers are apart: not at all if both are not numbers, or the same infinity."""
-    same = (one == other) | (one.isnan() & other.isnan())
-    return torch.where(same, 0.0, (one.double() - other.double()).abs().nan_to_num(nan=math.inf))
+def _is_for_threads(nests: Nests) -> bool:
+    """Whether torch divides operations on so many numbers among so many threads that this one would be slower."""
+    numbers = sum(math.prod(task.nest) for task in nests.tasks)
+    return torch.get_num_threads() > THREADS and numbers > LARGE * len(nests.tasks)
 
 
 def _is_bound(node: fx.Node) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor
 from pyro_flows.graphs import fused as blocks
 from pyro_flows.graphs import native
 from pyro_flows.graphs.compiling import Runner
-from pyro_flows.graphs.fused import _rounds_alike, fused
+from pyro_flows.graphs.fused import fused
 from pyro_flows.graphs.record import record
+from pyro_flows.graphs.rounding import hangs_on_digits, rounds_alike
 from tests.graphs.test_blocks import in_blocks
 from tests.invariants import close
 from tests.registry import needs_c_compiler, normal
@@ -82,6 +83,15 @@ def test_chosen_rows_are_taken():
     )
 
 
+@needs_c_compiler
+@pytest.mark.parametrize(("rows", "threads", "taken"), [(100, 8, True), (2**17, 8, False), (2**17, 2, True)])
+def test_large_operations_are_left_to_many_threads(monkeypatch, rows, threads, taken):
+    x = normal(rows, seed=0)
+    module = record(lambda x: ((x.exp() + 1.0).log() * x.sin(),), x)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert (fused(module, (x,)) is not None) == taken
+
+
 # compilers ------------------------------------------------------------------------------------------------------------
 
 
@@ -147,8 +157,9 @@ def test_what_rounding_makes_of_a_near_singular_matrix_is_no_other_value():
     module = record(near_singular, gram)
     (expected,), (rounded,) = module(gram), module(gram.mul(1.0 + 1e-15))
     assert not torch.allclose(rounded, expected, rtol=1e-7)
-    assert _rounds_alike(module, (gram,), [rounded], [expected])
-    assert not _rounds_alike(module, (gram,), [1.5 * expected], [expected])
+    assert rounds_alike(module, (gram,), [rounded], [expected])
+    assert hangs_on_digits(module, (gram,), [rounded], [expected])
+    assert not hangs_on_digits(module, (gram,), [1.5 * expected], [expected])
     equal(fused(module, (gram,)), near_singular, gram + torch.eye(2))
 
 
@@ -156,8 +167,8 @@ def test_another_value_is_told_from_rounding():
     x = normal(20, 3, seed=0)
     module = record(some, x)
     expected = module(x)
-    assert _rounds_alike(module, (x,), [part * (1.0 + 1e-15) for part in expected], expected)
-    assert not _rounds_alike(module, (x,), [part * (1.0 + 1e-10) for part in expected], expected)
+    assert hangs_on_digits(module, (x,), [part * (1.0 + 1e-15) for part in expected], expected)
+    assert not hangs_on_digits(module, (x,), [part * (1.0 + 1e-10) for part in expected], expected)
 
 
 def test_infinities_are_no_other_values_if_torch_has_them_too():
@@ -165,9 +176,9 @@ def test_infinities_are_no_other_values_if_torch_has_them_too():
     x[0, 0], x[1, 1] = 1e300, float("nan")
     module = record(lambda x: (x.square() * 2.0, x.exp()), x)
     expected = module(x)
-    assert _rounds_alike(module, (x,), expected, expected)
+    assert hangs_on_digits(module, (x,), expected, expected)
     wrong = [part.nan_to_num(posinf=0.0) for part in expected]
-    assert not _rounds_alike(module, (x,), wrong, expected)
+    assert not hangs_on_digits(module, (x,), wrong, expected)
 
 
 # one run and the next -------------------------------------------------------------------------------------------------

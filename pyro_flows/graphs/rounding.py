@@ -1,0 +1,55 @@
+"""Whether two ways to run a graph give the same results but for rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from pyro_flows.graphs.graph import agree
+
+DIGITS = tuple(sign * 2.0**power for power in range(6) for sign in (1.0, -1.0))  # of the last place, by which points
+# are moved to see how much hangs on rounding
+ALIKE, CLOSE = 10.0, 1e-12  # times the change of results by that, and part of them, that rounding may make
+
+
+def _comparable(found: Tensor, expected: Tensor) -> Tensor:
+    """Return results but where single precision overflowed in the expected ones: theirs may be finite there."""
+    return found if expected.dtype != torch.float32 else torch.where(torch.isfinite(expected), found, expected)
+
+
+def rounds_alike(
+    module: fx.GraphModule, inputs: Sequence[Tensor], found: Sequence[Tensor], expected: Sequence[Tensor]
+) -> bool:
+    """Whether what was found for some inputs is what a graph gives there, but for rounding."""
+    found = tuple(map(_comparable, found, expected))
+    return agree(found, expected) or hangs_on_digits(module, inputs, found, expected)
+
+
+def hangs_on_digits(
+    module: fx.GraphModule, inputs: Sequence[Tensor], found: Sequence[Tensor], expected: Sequence[Tensor]
+) -> bool:
+    """Whether results differ no more than they do if inputs change by last digits, as with a matrix near singular."""
+    largest = [torch.zeros_like(value, dtype=torch.float64) for value in expected]
+    for digits in DIGITS:
+        moved = [_moved(value, digits) for value in inputs]
+        for size, value, other in zip(largest, expected, module(*moved), strict=True):
+            torch.maximum(size, _apart(other, value), out=size)
+    return all(
+        bool((_apart(one, value) <= ALIKE * size + CLOSE * value.abs().nan_to_num(nan=0.0)).all())
+        for one, value, size in zip(found, expected, largest, strict=True)
+    )
+
+
+def _moved(value: Tensor, digits: float) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    return value + digits * torch.finfo(value.dtype).eps * (1.0 + value.abs())
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """Return how far numbers are apart: not at all if both are not numbers, or the same infinity."""
+    same = (one == other) | (one.isnan() & other.isnan())
+    return torch.where(same, 0.0, (one.double() - other.double()).abs().nan_to_num(nan=math.inf))
