@@ -100,12 +100,20 @@ class Runner:
         alike: bool = False,
     ) -> None:
         self.module, self.left, self.alike = module, left, alike
+        self._asked, self._along = compile, along
         self._compiled: Callable[..., Any] | None = None
         self.runs = 0
-        self._plan = Plan(module) if compile is not False else None
-        self.compile_at = int(bool(compile))
-        if compile is None and self._plan is not None:
-            self.compile_at = pays_at([self._plan, *map(Plan, along)])
+
+    @functools.cached_property
+    def _plan(self) -> Plan | None:
+        return None if self._asked is False else Plan(self.module)
+
+    @functools.cached_property
+    def compile_at(self) -> int:
+        """The run at which it is compiled; 0 for never. Cost: a look at all operations, if it is to pay."""
+        if self._asked is None and self._plan is not None:
+            return pays_at([self._plan, *map(Plan, self._along)])
+        return int(bool(self._asked))
 
     @property
     def compiled(self) -> bool:
@@ -120,12 +128,12 @@ class Runner:
     def __call__(self, *inputs: Tensor) -> Any:
         """Run, without autograd. What comes out are inference tensors: clone what is to meet autograd later."""
         self.runs += 1
-        if self.runs == self.compile_at:
-            self._compile(inputs)
-        if self.runs == 1 and self.compile_at != 1:
+        if self.runs == 1 and not self._asked:
             found = self._fuse(inputs)
             if found is not None and not self.alike:
                 return found
+        if self.runs == self.compile_at:
+            self._compile(inputs)
         if self._compiled is not None:
             try:
                 return self._compiled(*inputs)
