@@ -19,6 +19,7 @@ from typing import Any
 from pyro_flows._fallbacks import fallback
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11")
+UNKNOWN_TO_SOME = ("-march=native", "-fno-trapping-math")  # compilers
 SECONDS = 120  # for the compiler at most
 CACHE = "PYRO_FLOWS_CACHE"  # a variable of the environment: the folder where compiled code is kept
 
@@ -53,9 +54,16 @@ def _compiled(compiler: str, source: str) -> Path:
             text, made = Path(folder) / "native.c", Path(folder) / known.name
             text.write_text(source, "utf-8")
             order = [compiler, *FLAGS, "-fPIC", "-shared", "-o", str(made), str(text), "-lm"]
-            subprocess.run(order, check=True, capture_output=True, timeout=SECONDS)
+            try:
+                _call(order)
+            except subprocess.CalledProcessError:
+                _call([part for part in order if part not in UNKNOWN_TO_SOME])
             made.replace(known)  # at once, so that another process finds all of it or nothing
     return known
+
+
+def _call(order: list[str]) -> None:
+    subprocess.run(order, check=True, capture_output=True, timeout=SECONDS)
 
 
 def _folder() -> Path:

@@ -105,6 +105,22 @@ def test_without_a_compiler_of_c_nothing_is_taken(monkeypatch):
     assert not runner.in_blocks
 
 
+@needs_c_compiler
+def test_a_compiler_that_does_not_know_the_processor_is_asked_for_any(monkeypatch, tmp_path):
+    orders, call = [], native._call
+
+    def knows_no_native(order):
+        orders.append(order)
+        if "-march=native" in order:
+            raise native.subprocess.CalledProcessError(1, order)
+        call(order)
+
+    monkeypatch.setattr(native, "_call", knows_no_native)
+    monkeypatch.setenv(native.CACHE, str(tmp_path))
+    assert native.library.__wrapped__() is not None
+    assert ["-march=native" in order for order in orders] == [True, False]
+
+
 @pytest.mark.falls_back
 def test_a_compiler_that_fails_is_no_error(monkeypatch, tmp_path):
     monkeypatch.setenv(native.CACHE, str(tmp_path))
