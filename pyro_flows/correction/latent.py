@@ -87,8 +87,8 @@ class Latent:
         self.stacked = stacked(self.flows, self.parts)
         numbers = max(density.numbers, *(_widest(flow) for flow in self.flows))
         one = density.batched and self.mixture is None
-        self._recorder = Recorder(self._single, numbers, at=1) if one else None  # chains that go on repeat themselves
-        self._prepared: set[int] = set()
+        given: dict[str, Any] = {"at": 1, "before": self._prepare}  # so that chains that go on repeat themselves
+        self._recorder = Recorder(self._single, numbers, **given) if one else None
         self.leaps: Cache[Any, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
 
     @property
@@ -151,21 +151,15 @@ class Latent:
 
     def graph(self, x: Tensor) -> fx.GraphModule | None:
         """Return what :meth:`look` evaluates at points like these, before it looks what is finite; None if unknown."""
-        if self._recorder is None:
-            return None
-        self._prepare(x)
-        return self._recorder.graph(x)
+        return None if self._recorder is None else self._recorder.graph(x)
 
     def _prepare(self, x: Tensor) -> None:
-        """Record the density for as many points, once: that cannot be done while something else is recorded."""
-        if len(x) not in self._prepared:
-            self._prepared.add(len(x))
-            self.density.graph(self._forward(0, x)[0])
+        """Record the density for as many points, which cannot be done while something else is recorded."""
+        self.density.graph(self._forward(0, x)[0])
 
     def _one_flow(self, x: Tensor) -> tuple[Tensor, ...]:
         if self._recorder is None:
             return self._single(x)
-        self._prepare(x)
         self.density.evaluations += len(x)
         try:
             return tuple(part.to(x.dtype) for part in self._recorder(x))

@@ -88,6 +88,7 @@ class Recorder:
         large: how many rows pieces of larger batches have, if not as many.
         whole: a recorder of a function whose first results are those of this one; with a unit, its graph is used.
         at: the call with one batch size at which it is recorded, if not the usual one.
+        before: what to do with points of a batch before that, such as to record what the function calls.
     """
 
     def __init__(
@@ -100,10 +101,11 @@ class Recorder:
         large: int | None = None,
         whole: Recorder | None = None,
         at: int | None = None,
+        before: Callable[[Tensor], object] = lambda z: None,
     ) -> None:
         self._function, self.given, self.unit, self.whole = function, tuple(given), unit, whole
         most = rows_for(numbers)
-        self._at = RECORDED_FROM if at is None else at
+        self._at, self._before = RECORDED_FROM if at is None else at, before
         self.rows = most if unit is None else min(unit, most)
         self.large = self.rows if large is None else max(self.rows, min(large, most))
         self.reason: str | None = None
@@ -166,6 +168,7 @@ class Recorder:
     def _record(self, z: Tensor) -> bool:
         """Record for such batches; return whether the graph repeats what the function gives at new points."""
         fresh = nearby(z)
+        self._before(z)
         try:
             runner = Runner(self._graph(z), compile=self.compile, left=self.left)
             recorded = runner(fresh, *self.given)
