@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+import xarray
 from torch import Tensor
 
 import pyro_flows as pf
@@ -96,3 +97,9 @@ def any_posterior(model: Any, *args: Any, draws: int = 200) -> pf.Posterior:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pf.NothingObservedWarning)
         return pf.diagnose(model, pf.AutoFlow(model, "nice", layers=2).initialize(*args), *args, draws=draws)
+
+
+def same_group(one, other):
+    """Two groups are alike but for last digits: what is evaluated anew may go block by block, or not yet."""
+    xarray.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+    assert one.attrs == other.attrs

@@ -6,18 +6,14 @@ Torch calls a library for each matrix of a batch, which takes a microsecond for 
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from pyro_flows.graphs.points import ADD, DIV, IDENTITY, MUL, SQRT, SUB
 from pyro_flows.graphs.structured import stacked
-from pyro_flows.graphs.views import STORE, Buffer, Product, Unsuited, View, dense, span
-
-if TYPE_CHECKING:
-    from pyro_flows.graphs.nests import Nests
-    from pyro_flows.graphs.structured import Written
+from pyro_flows.graphs.views import STORE, Adding, Buffer, Product, Unsuited, View, Written, dense, span
 
 _aten = torch.ops.aten
 SMALL = 6  # rows or columns of a matrix that is taken apart
@@ -25,7 +21,7 @@ BATCH = 16  # matrices at least
 PRODUCTS, PACKED = 2**20, 2**15  # numbers multiplied for one product, and numbers of its second factor, at most
 
 
-def _product(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _product(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Multiply one pair of matrices, or add their product to something."""
     for part in node.all_input_nodes:
         nests.need_numbers(part)
@@ -37,7 +33,7 @@ def _product(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor
     return nests.point(result, ADD, args[0], view) if len(args) == 3 else view
 
 
-def _multiplied(nests: Nests, first: View, second: View) -> View:
+def _multiplied(nests: Adding, first: View, second: View) -> View:
     """Multiply matrices (B, M, K) and (B, K, N), if these are not so large that torch does it faster."""
     batch, rows, inner = first.sizes
     columns = second.sizes[2]
@@ -53,7 +49,7 @@ def _multiplied(nests: Nests, first: View, second: View) -> View:
     return to
 
 
-def _products(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _products(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Multiply matrices of a batch: number by number where rows and columns meet in few places."""
     for part in node.all_input_nodes:
         nests.need_numbers(part)
@@ -70,7 +66,7 @@ def _products(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tenso
     return total
 
 
-def _solved(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _solved(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Solve triangular systems, one row after the other."""
     for part in node.all_input_nodes:
         nests.need_numbers(part)
@@ -100,7 +96,7 @@ def _over(view: View, batch: tuple[int, ...]) -> View:
     return view
 
 
-def _factored(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _factored(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Return Cholesky factors, whose entries are not numbers where a matrix is not positive definite."""
     nests.need_numbers(node.args[0])
     matrix, rank = args[0], result.dim()

@@ -5,28 +5,24 @@ Each function takes the nests to add to, the node, its arguments with views in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf, prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from pyro_flows.graphs.points import ADD, EXP, FILL, IDENTITY, ISINF, LOG, MUL, ROUNDED, SUB, TIMES, WHERE
-from pyro_flows.graphs.views import ADD_UP, MAXIMUM, MINIMUM, STORE, Buffer, Unsuited, View, span
-
-if TYPE_CHECKING:
-    from pyro_flows.graphs.nests import Nests
+from pyro_flows.graphs.views import ADD_UP, MAXIMUM, MINIMUM, STORE, Adding, Buffer, Unsuited, View, Written, span
 
 _aten = torch.ops.aten
 AT_MOST = 16  # places along an axis, for running sums to be written one by one
-Written = Callable[["Nests", fx.Node, Any, Any, Tensor], View]
 
 
 # sums -----------------------------------------------------------------------------------------------------------------
 
 
-def _summed(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _summed(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     nests.need_numbers(node.args[0])
     total = reduced(nests, args[0], _axes(args, kwargs), result, ADD_UP, 0.0)
     if node.target in (_aten.sum.dim_IntList, _aten.sum.default):
@@ -34,13 +30,13 @@ def _summed(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor)
     return nests.point(result, TIMES, total, number=result.numel() / prod(args[0].sizes))
 
 
-def _largest(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _largest(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     nests.need_numbers(node.args[0])
     action, fill = (MAXIMUM, -inf) if node.target is _aten.amax.default else (MINIMUM, inf)
     return reduced(nests, args[0], _axes(args, kwargs), result, action, fill)
 
 
-def _every(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _every(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Say whether all truths along an axis hold, or any of them."""
     nests.need_numbers(node.args[0])
     if nests.real[node.args[0]].dtype != torch.bool:
@@ -58,7 +54,7 @@ def _axes(args: Any, kwargs: Any) -> Sequence[int] | None:
 
 
 def reduced(
-    nests: Nests, view: View, axes: Sequence[int] | None, result: Tensor, action: int, fill: float
+    nests: Adding, view: View, axes: Sequence[int] | None, result: Tensor, action: int, fill: float
 ) -> View:  # fmt: skip
     """Add a task that adds up numbers along some axes, or takes the largest or the smallest of them."""
     rank = len(view.sizes)
@@ -71,7 +67,7 @@ def reduced(
     return nests.whole(result, buffer)
 
 
-def _log_of_sum(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _log_of_sum(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Add exponentials of numbers without the largest of each sum, if that is finite."""
     nests.need_numbers(node.args[0])
     view, rank = args[0], len(args[0].sizes)
@@ -88,7 +84,7 @@ def _log_of_sum(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Ten
     return nests.point(result, IDENTITY, View(found.buffer, 0, tuple(result.shape), strides))
 
 
-def _running(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _running(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Add or multiply up along a short axis."""
     nests.need_numbers(node.args[0])
     view, axis = args[0], args[1] % max(result.dim(), 1)
@@ -101,7 +97,7 @@ def _running(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor
     return stacked(nests, parts, axis, result)
 
 
-def stacked(nests: Nests, parts: Sequence[View], axis: int, result: Tensor) -> View:
+def stacked(nests: Adding, parts: Sequence[View], axis: int, result: Tensor) -> View:
     """Put views next to each other along a new axis."""
     buffer, strides = Buffer(span(result)), result.stride()
     sizes, left = ((*part[:axis], *part[axis + 1 :]) for part in (result.shape, strides))
@@ -114,7 +110,7 @@ def stacked(nests: Nests, parts: Sequence[View], axis: int, result: Tensor) -> V
 # parts of tensors -----------------------------------------------------------------------------------------------------
 
 
-def _joined(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _joined(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     for part in node.all_input_nodes:
         nests.need_numbers(part)
     axis = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % result.dim()
@@ -128,7 +124,7 @@ def _joined(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor)
     return nests.whole(result, buffer)
 
 
-def _placed(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _placed(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Put the gradient of a part of a tensor where the part is, and zeros elsewhere."""
     nests.need_numbers(node.args[0])
     view, strides = args[0], [*result.stride()]
@@ -152,7 +148,7 @@ def _placed(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor)
     return nests.whole(result, buffer)
 
 
-def _padded(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _padded(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Put a tensor into a larger one that is filled with a number, or leave out its edges."""
     nests.need_numbers(node.args[0])
     view, pads = args[0], args[1]
@@ -171,7 +167,7 @@ def _padded(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor)
     return nests.whole(result, buffer)
 
 
-def _flipped(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _flipped(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Read a tensor backwards along some axes."""
     nests.need_numbers(node.args[0])
     view, rank = args[0], result.dim()
@@ -184,7 +180,7 @@ def _flipped(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor
     return nests.point(result, IDENTITY, View(view.buffer, offset, view.sizes, tuple(strides), view.boolean))
 
 
-def _triangle(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _triangle(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Keep what is on one side of a diagonal."""
     nests.need_numbers(node.args[0])
     diagonal = args[1] if len(args) > 1 else 0
@@ -196,7 +192,7 @@ def _triangle(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tenso
     return nests.point(result, WHERE, args[0], zero, kept)
 
 
-def _same(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _same(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Take a copy for what it is a copy of, if it lies in memory as that does."""
     nests.need_numbers(node.args[0])
     view, boolean = args[0], result.dtype == torch.bool
@@ -210,7 +206,7 @@ def _same(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -
     return nests.point(result, IDENTITY, view)
 
 
-def _copied(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _copied(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     nests.need_numbers(node.args[1])
     if result.dtype == torch.bool and not args[1].boolean:
         raise Unsuited
@@ -220,7 +216,7 @@ def _copied(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor)
 # constant indices -----------------------------------------------------------------------------------------------------
 
 
-def _picked(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _picked(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Read entries along one dimension, in the order of constant indices."""
     nests.need_numbers(node.args[0])
     source, axis = args[0], args[1] % max(result.dim(), 1)
@@ -231,7 +227,7 @@ def _picked(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor)
     return nests.point(result, IDENTITY, taken)
 
 
-def _spread(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _spread(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
     """Add rows to zeros, at constant indices."""
     nests.need_numbers(node.args[3])
     axis, view = args[1] % max(result.dim(), 1), args[3]
@@ -243,7 +239,7 @@ def _spread(nests: Nests, node: fx.Node, args: Any, kwargs: Any, result: Tensor)
     return nests.whole(result, buffer)
 
 
-def _positions(nests: Nests, node: Any, axis: int, spread: bool) -> Buffer:
+def _positions(nests: Adding, node: Any, axis: int, spread: bool) -> Buffer:
     """Return constant indices along an axis, of which there may be copies along the others."""
     value = nests.real[node]
     if not nests.views[node].buffer.constant:

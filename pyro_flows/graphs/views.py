@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -186,3 +186,25 @@ def views_in(value: Any) -> Iterator[View]:
             yield from views_in(part)
     elif isinstance(value, dict):
         yield from views_in([*value.values()])
+
+
+class Adding(Protocol):
+    """What operations add their tasks to: see :class:`~pyro_flows.graphs.nests.Nests`."""
+
+    views: dict[Any, Any]
+    real: dict[Any, Any]
+    foreign: list[Foreign | Product]
+
+    @staticmethod
+    def whole(value: Tensor, buffer: Buffer) -> View: ...
+
+    def need_numbers(self, node: Any) -> None: ...
+
+    def point(self, like: Tensor, code: int, *operands: View, number: float = 0.0) -> View: ...
+
+    def numbers(self, code: int, *operands: View, number: float = 0.0) -> View: ...
+
+    def add(self, code: int, operands: Sequence[View], to: View, action: int, *, number: float = 0.0) -> None: ...
+
+
+Written = Callable[[Adding, fx.Node, Any, Any, Tensor], View]

@@ -119,8 +119,7 @@ def test_supports_with_an_edge(df):
 
 
 def test_one_seed_one_answer():
-    density = density_of(funnel, 10)
-    first, again, other = (portfolio(density, seed=seed) for seed in (3, 3, 4))
+    first, again, other = (portfolio(density_of(funnel, 10), seed=seed) for seed in (3, 3, 4))
     assert names(first) == names(again)
     for one, two in zip(first, again, strict=True):
         assert torch.equal(one.loc, two.loc)
