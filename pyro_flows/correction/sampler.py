@@ -26,7 +26,7 @@ from pyro_flows.correction.kept import Kept
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric, learned
 from pyro_flows.correction.microcanonical import microcanonical
-from pyro_flows.verdict.chains import DIVERGENCES, ChainFigures, Chains
+from pyro_flows.verdict.chains import DIVERGENCES, ChainFigures, Chains, diverge
 
 SUBCHAINS = 8  # chains of a superchain, with one starting point
 ROUND = 30  # sweeps of a round of warm-up
@@ -270,7 +270,7 @@ class Sampler:
 
     def _halve(self, found: ChainFigures) -> bool:
         """Begin the draws anew with half of the step size where trajectories diverge; return whether that was done."""
-        if found.divergences <= DIVERGENCES or self.numbers["halved"] >= HALVINGS:
+        if not diverge(found) or self.numbers["halved"] >= HALVINGS:
             return False
         self._begin_halved()
         return True

@@ -13,6 +13,7 @@ NESTED_R_HAT = 1.01  # of superchains, which forget their common start: sqrt(1 +
 R_HAT = 1.05  # of single chains, which are short: sqrt(1 + (autocorrelation time - 1) / draws)
 LEAST_ESS = 1000.0  # bulk and tail, of the worst coordinate: a mean to .03 sd, an sd to 2 %
 DIVERGENCES = 0.0001  # of all trajectories: where .7 % diverged, an sd came out 12 % low
+FEW = 1  # that may diverge of any number: one of 4096 says next to nothing of how often they do
 AGREEMENT = 1.05  # R-hat of groups of chains that began in different modes
 
 
@@ -104,11 +105,17 @@ def objections(figures: ChainFigures) -> list[str]:
     for name, value in (("bulk", figures.ess_bulk), ("tails", figures.ess_tail)):
         if not value >= LEAST_ESS:
             found.append(f"ESS {value:.0f} of the chains in the {name} is below {LEAST_ESS:.0f}, at {figures.where}")
-    if not figures.divergences <= DIVERGENCES:
+    if diverge(figures):
         found.append(f"{100 * figures.divergences:.2g}% of the trajectories diverged")
     if not math.isnan(figures.agreement) and not figures.agreement <= AGREEMENT:
         found.append(f"chains that began in different modes disagree (R-hat {figures.agreement:.2f})")
     return found
+
+
+def diverge(figures: ChainFigures) -> bool:
+    """Whether too many trajectories diverged; NaN says so."""
+    few = not figures.elsewhere and figures.divergences * figures.chains * figures.draws < FEW + 0.5
+    return not (few or figures.divergences <= DIVERGENCES)
 
 
 @dataclass(frozen=True, eq=False)

@@ -421,7 +421,11 @@ GOOD = ChainFigures(
         ({"ess_bulk": 999.0}, "ESS 999 of the chains in the bulk is below 1000, at x"),
         ({"ess_tail": 999.0}, "ESS 999 of the chains in the tails is below 1000, at x"),
         ({"ess_tail": math.nan}, "ESS nan"),
-        ({"divergences": 0.00011}, "0.011% of the trajectories diverged"),
+        ({"divergences": 1 / 4096}, None),  # a single one
+        ({"divergences": 2 / 4096}, "0.049% of the trajectories diverged"),
+        ({"divergences": 0.00011, "draws": 3200}, "0.011% of the trajectories diverged"),
+        ({"divergences": math.nan}, "nan% of the trajectories diverged"),
+        ({"divergences": 1 / 4096, "elsewhere": True}, "0.024% of the trajectories diverged"),  # of another sampler
         ({"agreement": 1.051}, "chains that began in different modes disagree"),
     ],
 )
