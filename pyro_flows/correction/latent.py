@@ -143,11 +143,8 @@ class Latent:
     def look(self, x: Tensor, k: Tensor) -> Points:
         """Evaluate at points; cost: a gradient for each. Where something is not finite, the target is -inf."""
         self.density.clock.look()
-        if self.mixture is None:
-            z, log_p, log_pi, slope, log_ref, ref_slope = self._one_flow(x)
-        else:
-            z, log_p, log_pi, slope, log_ref, ref_slope = self._mixed(x, k)
-        return Points(x, k, *only_finite(z, log_p, log_pi, slope, log_ref, ref_slope))
+        found = self._one_flow(x) if self.mixture is None else self._mixed(x, k)
+        return Points(x, k, *only_finite(*found))
 
     def graph(self, x: Tensor) -> fx.GraphModule | None:
         """Return what :meth:`look` evaluates at points like these, before it looks what is finite; None if unknown."""

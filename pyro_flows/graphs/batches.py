@@ -17,7 +17,7 @@ from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
 from pyro_flows.graphs.graph import agree, first_results, is_pure, nearby
 from pyro_flows.graphs.record import record
-from pyro_flows.graphs.rounding import DIGITS
+from pyro_flows.graphs.rounding import DIGITS, moved_by
 from pyro_flows.graphs.writes import tensors_in
 
 KINDS_KEPT = 4
@@ -199,9 +199,7 @@ class Recorder:
         differ = [number for number in range(len(z)) if not agree(rows(recorded, number), rows(expected, number))]
         if not 0 < len(differ) <= ROUNDED * len(z):
             return False
-        places = z[differ]
-        digits = torch.tensor(DIGITS, dtype=z.dtype, device=z.device)[:, None, None] * torch.finfo(z.dtype).eps
-        moved = [self.function(part) for part in places + digits * (1.0 + places.abs())]
+        moved = [self.function(moved_by(z[differ], digits)) for digits in DIGITS]
         return all(
             any(not agree(rows(other, place), rows(expected, number)) for other in moved)
             for place, number in enumerate(differ)

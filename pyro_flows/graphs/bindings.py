@@ -140,6 +140,8 @@ def _transposed(node: fx.Node) -> Any:
 def binding_of(node: fx.Node) -> Callable[..., Any]:
     """Return torch's binding of an operation that takes the same arguments, or the operator object."""
     name = name_of(node)
+    if node.target is _aten.view.dtype:
+        return torch.Tensor.view
     if name in _ELSEWHERE:
         return _ELSEWHERE[name]
     if name in LIKE or name in _OTHERWISE or not hasattr(torch._C._VariableFunctions, name) or not hasattr(torch, name):
@@ -153,12 +155,8 @@ def _bind(node: fx.Node) -> None:
     if node.target is _aten.slice.Tensor and len(node.args) == 4 and node.args[1] in (0, 1, 2):
         tensor, axis, start, stop = node.args
         node.target, node.args = operator.getitem, (tensor, (slice(None),) * axis + (slice(start, stop),))  # type: ignore[operator, arg-type]
-    elif node.target is _aten.view.dtype:
-        node.target = torch.Tensor.view
-    elif name in _ELSEWHERE:
-        node.target = _ELSEWHERE[name]
     elif name in LIKE:
         node.target = getattr(torch, name)
         node.kwargs = {key: value for key, value in node.kwargs.items() if (key, value) != ("pin_memory", False)}
-    elif name not in _OTHERWISE and hasattr(torch._C._VariableFunctions, name) and hasattr(torch, name):
-        node.target = getattr(torch, name)
+    else:
+        node.target = binding_of(node)

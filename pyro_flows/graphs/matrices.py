@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from pyro_flows.graphs.points import ADD, DIV, IDENTITY, MUL, SQRT, SUB
 from pyro_flows.graphs.structured import stacked
-from pyro_flows.graphs.views import STORE, Adding, Buffer, Product, Unsuited, View, Written, dense, span
+from pyro_flows.graphs.views import STORE, Adding, Buffer, Product, Rule, Unsuited, View, dense, span
 
 _aten = torch.ops.aten
 SMALL = 6  # rows or columns of a matrix that is taken apart
@@ -119,7 +119,7 @@ def _factored(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tens
     return nests.whole(result, buffer)
 
 
-MATRICES: dict[Any, Written] = {
+MATRICES: dict[Any, Rule] = {
     _aten.mm.default: _product,
     _aten.addmm.default: _product,
     _aten.bmm.default: _products,

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.graphs.graph import is_aten, name_of
+from pyro_flows.graphs.graph import is_aten
 from pyro_flows.graphs.matrices import MATRICES
+from pyro_flows.graphs.operations import kind_of
 from pyro_flows.graphs.points import COMPARED, FLOATS, IDENTITY, POINTS, Written, is_truth
 from pyro_flows.graphs.structured import STRUCTURED
 from pyro_flows.graphs.views import (
@@ -46,8 +47,6 @@ from pyro_flows.graphs.views import (
 
 _aten = torch.ops.aten
 NUMBERS = torch.float64, torch.float32, torch.bool  # all of them double precision here
-_MADE = ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "full_like",
-         "empty_like")  # fmt: skip
 
 
 class Nests:
@@ -156,7 +155,7 @@ class Nests:
             parts = [self._shared(part) for part in result]
             self.views[node] = parts if all(part is not None for part in parts) else self._several(node, result)
         elif all(view.buffer.constant for part in node.all_input_nodes for view in views_in(self.views[part])) or (
-            is_aten(node) and name_of(node) in _MADE
+            is_aten(node) and kind_of(node.target).by_shape
         ):
             self._constant(node, result)
         elif (shared := self._shared(result)) is not None:

@@ -43,7 +43,7 @@ def hangs_on_digits(
     """Whether results differ no more than they do if inputs change by last digits, as with a matrix near singular."""
     largest = [torch.zeros_like(value, dtype=torch.float64) for value in expected]
     for digits in DIGITS:
-        moved = [_moved(value, digits) for value in inputs]
+        moved = [moved_by(value, digits) for value in inputs]
         for size, value, other in zip(largest, expected, module(*moved), strict=True):
             torch.maximum(size, _apart(other, value), out=size)
     return all(
@@ -52,7 +52,8 @@ def hangs_on_digits(
     )
 
 
-def _moved(value: Tensor, digits: float) -> Tensor:
+def moved_by(value: Tensor, digits: float) -> Tensor:
+    """Return numbers that differ by so many units of the last place, of one at least."""
     if not value.is_floating_point():
         return value
     return value + digits * torch.finfo(value.dtype).eps * (1.0 + value.abs())

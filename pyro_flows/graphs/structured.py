@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_flows.graphs.points import ADD, EXP, FILL, IDENTITY, ISINF, LOG, MUL, ROUNDED, SUB, TIMES, WHERE
-from pyro_flows.graphs.views import ADD_UP, MAXIMUM, MINIMUM, STORE, Adding, Buffer, Unsuited, View, Written, span
+from pyro_flows.graphs.views import ADD_UP, MAXIMUM, MINIMUM, STORE, Adding, Buffer, Rule, Unsuited, View, span
 
 _aten = torch.ops.aten
 AT_MOST = 16  # places along an axis, for running sums to be written one by one
@@ -255,7 +255,7 @@ def _positions(nests: Adding, node: Any, axis: int, spread: bool) -> Buffer:
     return Buffer(len(value), source=value, positions=True)
 
 
-STRUCTURED: dict[Any, Written] = {
+STRUCTURED: dict[Any, Rule] = {
     _aten.sum.dim_IntList: _summed,
     _aten.sum.default: _summed,
     _aten.mean.dim: _summed,

@@ -207,4 +207,4 @@ class Adding(Protocol):
     def add(self, code: int, operands: Sequence[View], to: View, action: int, *, number: float = 0.0) -> None: ...
 
 
-Written = Callable[[Adding, fx.Node, Any, Any, Tensor], View]
+Rule = Callable[[Adding, fx.Node, Any, Any, Tensor], View]
