@@ -85,10 +85,10 @@ class Latent:
         self.log_w = torch.tensor([part.log_weight for part in self.parts], dtype=density.dtype, device=density.device)
         self.log_w = torch.log_softmax(self.log_w, 0)
         self.stacked = stacked(self.flows, self.parts)
-        numbers = max(density.numbers, *(_widest(flow) for flow in self.flows))
-        one = density.batched and self.mixture is None
+        numbers = max(density.numbers, len(self.parts) * max(map(_widest, self.flows)))
+        whole = density.batched and (self.mixture is None or self.stacked is not None)
         given: dict[str, Any] = {"at": 1, "before": self._prepare}  # so that chains that go on repeat themselves
-        self._recorder = Recorder(self._single, numbers, **given) if one else None
+        self._recorder = Recorder(self._single, numbers, **given) if whole else None
         self.leaps: Cache[Any, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
 
     @property
@@ -143,40 +143,52 @@ class Latent:
     def look(self, x: Tensor, k: Tensor) -> Points:
         """Evaluate at points; cost: a gradient for each. Where something is not finite, the target is -inf."""
         self.density.clock.look()
-        found = self._one_flow(x) if self.mixture is None else self._mixed(x, k)
-        return Points(x, k, *only_finite(*found))
+        return Points(x, k, *only_finite(*self._looked(self.joined(x, k))))
 
-    def graph(self, x: Tensor) -> fx.GraphModule | None:
-        """Return what :meth:`look` evaluates at points like these, before it looks what is finite; None if unknown."""
-        return None if self._recorder is None else self._recorder.graph(x)
+    def joined(self, x: Tensor, k: Tensor) -> Tensor:
+        """Return points for a graph: those of a mixture have the number of their part as a last coordinate."""
+        return x if self.mixture is None else torch.cat([x, k[:, None].to(x)], 1)
 
-    def _prepare(self, x: Tensor) -> None:
+    def _parted(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mixture is None:
+            return points, torch.zeros(len(points), dtype=torch.long, device=points.device)
+        return points[:, : self.dim], points[:, self.dim].round().long()
+
+    def graph(self, points: Tensor) -> fx.GraphModule | None:
+        """Return what :meth:`look` evaluates at :meth:`joined` points like these, before it looks what is finite.
+
+        None if there is no graph.
+        """
+        return None if self._recorder is None else self._recorder.graph(points)
+
+    def _prepare(self, points: Tensor) -> None:
         """Record the density for as many points, which cannot be done while something else is recorded."""
-        self.density.graph(self._forward(0, x)[0])
+        self.density.graph(self._moved_by(*self._parted(points))[0])
 
-    def _one_flow(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _looked(self, points: Tensor) -> tuple[Tensor, ...]:
         if self._recorder is None:
-            return self._single(x)
-        self.density.evaluations += len(x)
+            return self._evaluated(points, graph=False)
+        self.density.evaluations += len(points)
         try:
-            return tuple(part.to(x.dtype) for part in self._recorder(x))
+            return tuple(part.to(points.dtype) for part in self._recorder(points))
         except torch.linalg.LinAlgError:  # at some of these points: they are -inf, the others count
-            return self._by_flow(x, *self._moved(x))
+            return self._evaluated(points, graph=False)
 
-    def _single(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self._by_flow(x, *self._moved(x), graph=True)
+    def _single(self, points: Tensor) -> tuple[Tensor, ...]:
+        return self._evaluated(points, graph=True)
 
-    def _moved(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _evaluated(self, points: Tensor, *, graph: bool) -> tuple[Tensor, ...]:
+        x, k = self._parted(points)
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            return leaf, *self._forward(0, leaf)
-
-    def _by_flow(self, x: Tensor, leaf: Tensor, z: Tensor, ladj: Tensor, *, graph: bool = False) -> tuple[Tensor, ...]:
+            z, ladj = self._moved_by(leaf, k)
         log_p, slope = self._model(z.detach(), graph=graph)
         with torch.enable_grad():
-            pulled = torch.autograd.grad(ladj.sum() + (z * slope).sum(), leaf)[0]
-        log_ref, ref_slope = self._base(0, x)
-        return z.detach(), log_p, log_p + ladj.detach(), pulled, log_ref, ref_slope
+            log_q0, score = self._bases(leaf, k)
+            extra = ladj if self.mixture is None else ladj + self._log_share(k, z, log_q0 - ladj)
+            pulled = torch.autograd.grad(extra.sum() + (z * slope).sum(), leaf)[0]
+        log_ref = log_q0.detach() if self.mixture is None else log_q0.detach() + self.log_w[k]
+        return z.detach(), log_p, log_p + extra.detach(), pulled, log_ref, score.detach()
 
     def _model(self, z: Tensor, *, graph: bool) -> tuple[Tensor, Tensor]:
         """Return log p and its gradient; as a graph of operations that a recorder sees, where there is one."""
@@ -187,24 +199,16 @@ class Latent:
             log_p, slope = self.density.unrecorded(z) if graph else self.density.value_and_grad(z)
         return log_p.to(z.dtype), torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
 
-    def _mixed(self, x: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-        leaf = x.detach().requires_grad_()
-        with torch.enable_grad():
-            z, ladj = self._moved_by(leaf, k)
-        log_p, slope = self._model(z.detach(), graph=False)
-        with torch.enable_grad():
-            log_q0, score = self._bases(leaf, k)
-            extra = ladj + self._log_share(k, z, log_q0 - ladj)
-            pulled = torch.autograd.grad(extra.sum() + (z * slope).sum(), leaf)[0]
-        return z.detach(), log_p, log_p + extra.detach(), pulled, log_q0.detach() + self.log_w[k], score.detach()
-
     def _moved_by(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return z = T_k(x) and the log Jacobians, each point in its own part."""
+        if self.mixture is None:
+            return self._forward(0, x)
         return self._by_part(self._forward, x, k) if self.stacked is None else self.stacked.forward(x, k)
 
     def _bases(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return log q_0 and its gradient, each point by the base of its own part."""
-        return self._by_part(self._base, x, k) if self.stacked is None else self._base(0, x)
+        several = self.mixture is not None and self.stacked is None
+        return self._by_part(self._base, x, k) if several else self._base(0, x)
 
     def _by_part(
         self, function: Callable[[int, Tensor], tuple[Tensor, Tensor]], x: Tensor, k: Tensor
@@ -227,7 +231,15 @@ class Latent:
 
         ``log_q`` (C,) are the log densities of the points' own parts.
         """
+        found, parts = self._elsewhere(z, k)
+        found = torch.where(found.isnan(), -torch.inf, found) + self.log_w[parts]
+        own = log_q + self.log_w[k]
+        return own - torch.logsumexp(torch.cat([own[:, None], found], 1), 1)
+
+    def _elsewhere(self, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log densities (C, J) of other parts than the points' own, which count as -inf, and these parts."""
+        if self.stacked is not None:
+            return self.stacked.elsewhere(z, k)
         found = self._inverses(z)[1]
-        own = torch.nn.functional.one_hot(k, len(self.parts)).bool()
-        terms = torch.where(own, log_q[:, None], torch.where(found.isnan(), -torch.inf, found)) + self.log_w
-        return log_q + self.log_w[k] - torch.logsumexp(terms, 1)
+        parts = torch.arange(len(self.parts), device=z.device).expand_as(found)
+        return torch.where(parts == k[:, None], -torch.inf, found), parts

@@ -39,13 +39,14 @@ def leap(
     latent: Latent, points: Points, u: Tensor, metric: Metric, step: float, turn: float
 ) -> tuple[Points, Tensor, Tensor]:  # fmt: skip
     """Go one ``step`` along u, and turn u for the time ``turn``; return points, u and kinetic energy gained (C,)."""
-    runner = _runner(latent, points.x, metric)
+    given = latent.joined(points.x, points.k)
+    runner = _runner(latent, given, metric)
     if runner is not None:
         latent.density.clock.look()
         latent.density.evaluations += len(u)
         dials = torch.tensor([step, turn], dtype=u.dtype, device=u.device)
         try:
-            u, gained, x, *seen = runner(points.x, u, *metric, dials)
+            u, gained, x, *seen = runner(given, u, *metric, dials)
             return Points(x, points.k, *seen), u, gained
         except torch.linalg.LinAlgError:
             latent.density.evaluations -= len(u)  # at some of these points: they are -inf, the others count
@@ -53,23 +54,28 @@ def leap(
     return new, *turned(u, metric.back(new.slope), turn)
 
 
-def _runner(latent: Latent, x: Tensor, metric: Metric) -> Runner | None:
+def _runner(latent: Latent, points: Tensor, metric: Metric) -> Runner | None:
     """Return the recorded step for such points and units; None if the density has no graph for these."""
-    key = x.shape, x.dtype, x.device, metric.axes.shape
+    key = points.shape, points.dtype, points.device, metric.axes.shape
     if key not in latent.leaps:
-        graph = latent.graph(x)
-        made = None if graph is None else Runner(_recorded(graph, x, metric), compile=False, alike=True)
+        graph = latent.graph(points)
+        made = None if graph is None else Runner(_recorded(graph, points, metric), compile=False, alike=True)
         latent.leaps.put(key, made)
     return latent.leaps[key]
 
 
-def _recorded(graph: Any, x: Tensor, metric: Metric) -> Any:
-    def step(x: Tensor, u: Tensor, scale: Tensor, axes: Tensor, roots: Tensor, dials: Tensor) -> tuple[Tensor, ...]:
+def _recorded(graph: Any, points: Tensor, metric: Metric) -> Any:
+    dim = len(metric.scale)
+
+    def step(
+        points: Tensor, u: Tensor, scale: Tensor, axes: Tensor, roots: Tensor, dials: Tensor
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         units = Metric(scale, axes, roots)
+        x, parts = points[:, :dim], points[:, dim:]
         x = (x + dials[0] * units.out(u)).double().to(x.dtype)  # what is evaluated is what is returned, if rounded
-        seen = only_finite(*(part.to(x.dtype) for part in graph(x)))
+        seen = only_finite(*(part.to(x.dtype) for part in graph(torch.cat([x, parts], 1) if parts.shape[1] else x)))
         u, gained = turned(u, units.back(seen[3]), dials[1])
         return u, gained, x, *seen
 
-    unit = torch.full_like(x, x.shape[1] ** -0.5)
-    return record(step, x.clone(), unit, *(part.clone() for part in metric), unit.new_ones(2))
+    unit = points.new_full((len(points), dim), dim**-0.5)
+    return record(step, points.clone(), unit, *(part.clone() for part in metric), unit.new_ones(2))

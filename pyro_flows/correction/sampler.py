@@ -20,7 +20,7 @@ from pyro_flows import _mixing
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel
 from pyro_flows.correction.diagnostics import examined
-from pyro_flows.correction.enough import is_known, next_look, sd_error, suffices, sweeps_needed
+from pyro_flows.correction.enough import is_known, is_waited_for, next_look, sd_error, suffices, sweeps_needed, was_warm_up
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.kept import Kept
 from pyro_flows.correction.latent import Latent
@@ -195,12 +195,14 @@ class Sampler:
         if not suffices(found):
             return False
         draws, half = self.draws.stacked()[0], slice(len(self.draws) // 2, None)
-        error = sd_error(draws)
-        if is_known(found, error, self._gradients(found.sweeps)):
+        error, gradients = sd_error(draws), self._gradients(found.sweeps)
+        if is_known(found, error, gradients):
             return True
-        if sd_error(draws[:, half]) < error:
+        waited_for = is_waited_for(found, gradients)
+        if was_warm_up(error, sd_error(draws[:, half]), waited_for=waited_for):
             self._choose(half)
-        return False
+            return False
+        return not waited_for
 
     def _figures(self, watched: Sequence[int] | None) -> ChainFigures:
         chains, stats = self.draws.stacked()

@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.flows.flow import PIECE, Flow
-from pyro_flows.flows.stacked import Stacked, stacked
+from pyro_flows.flows.stacked import Copies, Stacked, stacked
 
 LEAST_WEIGHT = 1e-3
 ROWS = 2**17  # that one flow is evaluated at together
@@ -125,17 +125,27 @@ class FlowMixture(nn.Module):
 
     def rsample(self, shape: Sequence[int] = ()) -> Tensor:
         """Draw ``(*shape, D)`` in random order, with gradients in the flows' parameters."""
-        count = math.prod(shape)
+        return self._drawn(math.prod(shape))[0].reshape(*shape, self.dim)
+
+    def _drawn(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return draws (S, D) in random order, their parts (S,), and the parts' log densities (S,).
+
+        Where gradients are asked for, these densities are not computed, and NaN.
+        """
         weights = self.log_weights.double().softmax(0).cpu()
         counts = torch.bincount(torch.multinomial(weights, count, replacement=True), minlength=len(weights))
-        parts = []
+        z, own = self.log_weights.new_zeros(0, self.dim), self.log_weights.new_zeros(0)
         for part, many in enumerate(counts.tolist()):
             if many:
                 flow = self.members[int(self.which[part])]
-                x = flow().rsample(torch.Size((many,))) if torch.is_grad_enabled() else flow.draw(many)[0]
-                parts.append(self.signs[part] * x[:, self.orders[part]])
-        mixed = torch.cat(parts) if parts else self.log_weights.new_zeros(0, self.dim)
-        return mixed[torch.randperm(count).to(mixed.device)].reshape(*shape, self.dim)
+                if torch.is_grad_enabled():
+                    x, log_q = flow().rsample(torch.Size((many,))), own.new_full((many,), torch.nan)
+                else:
+                    x, log_q = flow.draw(many)
+                z, own = torch.cat([z, self.signs[part] * x[:, self.orders[part]]]), torch.cat([own, log_q])
+        mixed = torch.randperm(count).to(z.device)
+        parts = torch.arange(len(counts)).repeat_interleave(counts).to(z.device)
+        return z[mixed], parts[mixed], own[mixed]
 
     def rsample_and_log_prob(self, shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Draw and score: ``(*shape, D)`` and ``(*shape,)``, with gradients."""
@@ -150,8 +160,22 @@ class FlowMixture(nn.Module):
     @torch.no_grad()
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
         """Return n draws (n, D) in random order and their log density (n,) under the mixture, without gradients."""
-        z = self.sample(n)
-        return z, self.log_prob(z)
+        z, parts, own = self._drawn(_checks.integer("n", n, 1))
+        copies = stacked(self.members, self.components)
+        if not isinstance(copies, Copies):
+            return z, self.log_prob(z)
+        found = []
+        for rows, part, log_q in zip(*(of.split(self._rows) for of in (z, parts, own)), strict=True):
+            elsewhere, others = copies.elsewhere(rows, part)
+            elsewhere = torch.where(elsewhere.isnan(), -torch.inf, elsewhere) + self.log_weights[others]
+            terms = torch.cat([(log_q + self.log_weights[part])[:, None], elsewhere], 1)
+            found.append(torch.logsumexp(terms, 1))
+        return z, torch.cat(found)
+
+    @property
+    def _rows(self) -> int:
+        """Of which all parts fit a cache."""
+        return max(LEAST_ROWS, min(ROWS, PIECE // self.dim) // len(self.which))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Return the log density ``(...,)`` of the mixture at ``z`` (..., D).
@@ -161,13 +185,12 @@ class FlowMixture(nn.Module):
         """
         _checks.event("FlowMixture", z, self.dim)
         rows = z.reshape(-1, self.dim)
-        size = max(LEAST_ROWS, min(ROWS, PIECE // self.dim) // len(self.which))  # of which all parts fit a cache
-        affine = None if torch.is_grad_enabled() else stacked(self.members, self.components)
-        return torch.cat([self._log_prob(part, affine) for part in rows.split(size)]).reshape(z.shape[:-1])
+        together = None if torch.is_grad_enabled() else stacked(self.members, self.components)
+        return torch.cat([self._log_prob(part, together) for part in rows.split(self._rows)]).reshape(z.shape[:-1])
 
-    def _log_prob(self, rows: Tensor, affine: Stacked | None) -> Tensor:
-        if affine is not None:
-            found = affine.inverse(rows)[1]
+    def _log_prob(self, rows: Tensor, together: Stacked | Copies | None) -> Tensor:
+        if together is not None:
+            found = together.inverse(rows)[1]
             found = torch.where(found.isnan() & rows.isfinite().all(-1, keepdim=True), -torch.inf, found)
             return torch.logsumexp(found + self.log_weights, 1)
         backward = self.orders.argsort(1)

@@ -1,4 +1,4 @@
-"""The parts of a mixture of affine images of one base distribution, all at once.
+"""The parts of a mixture all at once: affine images of one base distribution, or moved copies of one flow.
 
 A mixture at 64 modes is looked at by chains in each of its parts, and each point is scored by all parts: done one after
 the other, that took a second for 64 chains.
@@ -54,9 +54,64 @@ class Stacked(NamedTuple):
         x = torch.linalg.solve_triangular(self.tril, away, upper=False).permute(2, 0, 1)
         return x, bases.log_density(self.base, x, self.df).sum(-1) - self.ladj
 
+    def elsewhere(self, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log q_j(z) (C, K) of all parts but the points' own ones k (C,), -inf there, and the parts (C, K)."""
+        found = self.inverse(z)[1]
+        parts = torch.arange(len(self.loc), device=z.device).expand_as(found)
+        return torch.where(parts == k[:, None], -torch.inf, found), parts
 
-def stacked(flows: Sequence[Flow], parts: Sequence[Part]) -> Stacked | None:
-    """Return the parts' maps, if each is a triangular affine map of the same base, signs apart; else None."""
+
+class Copies(NamedTuple):
+    """K copies of one flow, each moved by a signed permutation: draws y of the flow, as ``signs * y[order]``."""
+
+    flow: Flow
+    orders: Tensor  # (K, D)
+    back: Tensor  # (K, D), which undo them
+    signs: Tensor  # (K, D)
+    others: Tensor  # (K, K - 1): all parts but one
+
+    def forward(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z (C, D) of x in parts k (C,), and the log Jacobians (C,)."""
+        y, ladj = self.flow.bijection.forward_and_ladj(x)
+        return self.signs[k] * y.gather(1, self.orders[k]), ladj
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x (C, K, D) of z (C, D) in all parts, and log q_k(z) (C, K)."""
+        return self._inverse(z, torch.arange(len(self.orders), device=z.device).expand(len(z), -1))
+
+    def elsewhere(self, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log q_j(z) (C, K - 1) of all parts but the points' own ones k (C,), and the parts (C, K - 1)."""
+        parts = self.others[k]
+        return self._inverse(z, parts)[1], parts
+
+    def _inverse(self, z: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x (C, J, D) of z (C, D) in parts (C, J), and the log densities (C, J)."""
+        y = (self.signs[parts] * z[:, None]).gather(2, self.back[parts])
+        x, ladj = self.flow.bijection.inverse_and_ladj(y.flatten(0, 1))
+        log_q = bases.log_density(self.flow.base, x, self.flow.df).sum(-1) + ladj
+        return x.unflatten(0, parts.shape), log_q.unflatten(0, parts.shape)
+
+
+def stacked(flows: Sequence[Flow], parts: Sequence[Part]) -> Stacked | Copies | None:
+    """Return the parts' maps: triangular affine ones of the same base, signs apart, or those of copies of one flow."""
+    return _affine(flows, parts) or _copies(flows, parts)
+
+
+def _copies(flows: Sequence[Flow], parts: Sequence[Part]) -> Copies | None:
+    """Return the parts' maps, if they are those of one flow, moved."""
+    if len(parts) < 2 or len({part.flow for part in parts}) > 1:
+        return None
+    flow = flows[parts[0].flow]
+    like = next(flow.parameters(), flow._like)
+    whole, one = torch.arange(flow.dim, device=like.device), like.new_ones(flow.dim)
+    orders = torch.stack([whole if part.order is None else part.order.to(like.device) for part in parts])
+    signs = torch.stack([_signs(part, one) for part in parts])
+    numbers = torch.arange(len(parts), device=like.device)
+    others = torch.stack([numbers[numbers != number] for number in numbers])
+    return Copies(flow, orders, orders.argsort(1), signs, others)
+
+
+def _affine(flows: Sequence[Flow], parts: Sequence[Part]) -> Stacked | None:
     maps = [_whole(flows[part.flow]) for part in parts]
     first = flows[parts[0].flow]
     same = all((flows[part.flow].base, flows[part.flow].df) == (first.base, first.df) for part in parts)

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
-from pyro_flows.graphs.graph import agree, first_results, is_pure, nearby
+from pyro_flows.graphs.graph import first_results, is_pure
 from pyro_flows.graphs.record import record
-from pyro_flows.graphs.rounding import DIGITS, moved_by
+from pyro_flows.graphs.rounding import DIGITS, agree, moved_by, nearby
 from pyro_flows.graphs.writes import tensors_in
 
 KINDS_KEPT = 4
@@ -25,6 +25,7 @@ RECORDED_FROM = 4  # the call with one batch size at which it is recorded: recor
 PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
 ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
 LARGEST = 2**20  # numbers for which the least rows are still taken: memory above is mapped anew by each operation
+BORROWED = 100  # calls that a graph with further results serves: one of its own takes seconds, where it is long
 LONG = 2000  # operations from which one graph serves all batch sizes: recording takes seconds
 AT_ONCE = 2**12  # numbers that one operation of a long graph handles in little more time than one number,
 LONG_ROWS = 128  # and rows at most: the results of a long loop that its gradient needs should stay in a cache
@@ -161,9 +162,15 @@ class Recorder:
         kind = len(z), z.dtype, z.device
         if kind not in self.runners:
             self._calls[kind] += 1
+            if self._calls[kind] < BORROWED and self._is_part(kind) and self.whole is not None:
+                return tuple(self.whole.runners[kind](z, *self.given)[:1])
             if self._calls[kind] < self._at or not self._record(z):
                 return self.function(z)
         return self.runners[kind](z, *self.given)
+
+    def _is_part(self, kind: Kind) -> bool:
+        """Whether there is a graph of the whole for such batches."""
+        return self.unit is not None and self.whole is not None and kind in self.whole.runners
 
     def _record(self, z: Tensor) -> bool:
         """Record for such batches; return whether the graph repeats what the function gives at new points."""

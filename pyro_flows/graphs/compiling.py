@@ -17,8 +17,9 @@ from pyro_flows._clock import counted
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.bindings import quicken, turn
 from pyro_flows.graphs.fused import Fused, fused
-from pyro_flows.graphs.graph import agree, copy_graph, is_pure, sweep
+from pyro_flows.graphs.graph import copy_graph, is_pure, sweep
 from pyro_flows.graphs.outline import Outline
+from pyro_flows.graphs.rounding import agree
 
 # what a processor of 2026 took, in seconds (docs/evidence/speed.md); by clocks, results would depend on the load
 COMPILE_START = 3.0  # to compile anything, in a process that has not done so yet, and for each graph more

@@ -13,8 +13,6 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 _aten = torch.ops.aten
 _SAME = (_aten.detach.default, _aten.alias.default)
 _BY_ONE = (_aten.mul.Scalar, _aten.pow.Tensor_Scalar)
-IN_A_ROW = 1e-2  # part of a relative tolerance that counts against the largest number in a row
-HUGE = 1e6  # in units of a log density, or of a gradient in coordinates of about one
 LIKE = ("ones_like", "zeros_like", "empty_like", "full_like")
 
 
@@ -174,35 +172,9 @@ def first_results(module: fx.GraphModule, count: int) -> fx.GraphModule:
     return graph_module(module, graph)
 
 
-def nearby(x: Tensor) -> Tensor:
-    """Return other points close to ``x``, for a graph to be checked at; no random numbers are used."""
-    return x + 0.1 * torch.sin(torch.arange(x.numel(), dtype=x.dtype, device=x.device)).reshape(x.shape)
-
-
 def is_pure(module: fx.GraphModule) -> bool:
     """Whether no operation of a graph changes a tensor in place."""
     return not any(map(_changes, module.graph.nodes))
-
-
-def agree(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
-    """Whether results are equal but for rounding.
-
-    Rounding takes more digits of results that are as large as `HUGE`, and of the small numbers in one row with large
-    ones: such gradients stand at points where scales are next to nothing, and are differences of still larger numbers.
-    """
-
-    def close(one: Tensor, other: Tensor) -> bool:
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return False
-        tolerance = 1e-8 if other.dtype == torch.float64 else 1e-3
-        same = torch.isclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
-        same |= (other.abs() > HUGE) & torch.isclose(one, other, rtol=max(tolerance, 1e-5), equal_nan=True)
-        if other.dim() > 1 and other.numel() and not same.all():
-            largest = other.abs().where(torch.isfinite(other), 0).amax(-1, keepdim=True)
-            same |= (one - other).abs() <= IN_A_ROW * tolerance * largest
-        return bool(same.all())
-
-    return all(close(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def out_of_place(graph: fx.Graph) -> bool:

@@ -15,8 +15,9 @@ from pyro_flows._clock import unbounded
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
-from pyro_flows.graphs.graph import agree, is_pure
+from pyro_flows.graphs.graph import is_pure
 from pyro_flows.graphs.record import record
+from pyro_flows.graphs.rounding import agree
 from pyro_flows.model.batching import batch, quiet
 from pyro_flows.model.log_density import LogDensity
 

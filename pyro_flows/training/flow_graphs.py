@@ -15,8 +15,9 @@ from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
 from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
-from pyro_flows.graphs.graph import Stitcher, agree
+from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.record import record
+from pyro_flows.graphs.rounding import agree
 from pyro_flows.training.layer_graphs import Body, body_of
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.chain import Chain

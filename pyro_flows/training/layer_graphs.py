@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 from pyro_flows._autograd import pull
 from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.graph import graph_module, nearby, sweep
+from pyro_flows.graphs.graph import graph_module, sweep
 from pyro_flows.graphs.record import record
+from pyro_flows.graphs.rounding import nearby
 from pyro_flows.transforms.base import Bijection
 
 _aten = torch.ops.aten

@@ -13,8 +13,9 @@ from pyro_flows._fallbacks import fallback
 from pyro_flows.flows.flow import Flow
 from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
-from pyro_flows.graphs.graph import Stitcher, agree
+from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.record import record
+from pyro_flows.graphs.rounding import agree
 from pyro_flows.model.batching import nearer
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.objectives import pulled

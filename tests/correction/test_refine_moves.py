@@ -299,7 +299,10 @@ class Gauss:
         value = -0.5 * (x / self.sd).square().sum(1)
         return Points(x, k, x, value, value, -x / self.sd**2, value, -x)
 
-    def graph(self, x):
+    def joined(self, x, k):
+        return x
+
+    def graph(self, points):
         return None
 
 

@@ -1,4 +1,4 @@
-"""Affine parts of a mixture, all at once: as one after the other."""
+"""Affine parts of a mixture, and copies of one flow, all at once: as one after the other."""
 
 from dataclasses import replace
 
@@ -9,9 +9,11 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.metric import Metric
+from pyro_flows.correction.microcanonical import microcanonical
 from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.parts import location_scale, student_mixture
-from pyro_flows.flows.stacked import stacked
+from pyro_flows.flows.stacked import Stacked, stacked
 from tests.registry import normal, randomize
 
 DIM, PARTS, CHAINS = 4, 6, 40
@@ -29,41 +31,74 @@ def mixture():
     return FlowMixture(found.members, mirrored)
 
 
+def copies():
+    torch.manual_seed(0)
+    flow = randomize(pf.realnvp(DIM, layers=2, base="student_t", df=5.0).double(), sd=0.1)
+    orders = [normal(DIM, seed=part).argsort() for part in range(PARTS)]
+    signs = [normal(DIM, seed=10 + part).sign() for part in range(PARTS)]
+    return FlowMixture([flow], [Component(0, 0.5 * part, orders[part], signs[part]) for part in range(PARTS)])
+
+
+MIXTURES = {"affine parts": mixture, "copies": copies}
+everywhere = pytest.mark.parametrize("make", MIXTURES.values(), ids=MIXTURES)
+
+
 def points():
     k = torch.arange(CHAINS) % PARTS
     return normal(CHAINS, DIM, seed=3), torch.where(k == 1, 2, k)  # a part without points
 
 
-def both(monkeypatch):
+def both(make, monkeypatch):
     """The same mixture with its parts at once, and one after the other."""
-    together = Latent(mixture(), pf.LogDensity(quartic))
+    together = Latent(make(), pf.LogDensity(quartic))
     with monkeypatch.context() as patched:
         patched.setattr("pyro_flows.correction.latent.stacked", lambda *_: None)
-        apart = Latent(mixture(), pf.LogDensity(quartic))
+        apart = Latent(make(), pf.LogDensity(quartic))
     assert together.stacked is not None
     assert apart.stacked is None
     return together, apart
 
 
-def test_points_and_gradients_are_the_same(monkeypatch):
-    found = [latent.look(*points()) for latent in both(monkeypatch)]
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+@everywhere
+def test_points_and_gradients_are_the_same(make, monkeypatch):
+    together, apart = both(make, monkeypatch)
+    expected = apart.look(*points())
+    for _ in range(3):  # as torch does it, and as it was recorded
+        for one, other in zip(together.look(*points()), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    assert together.graph(together.joined(*points())) is not None
 
 
-def test_places_are_the_same(monkeypatch):
+@everywhere
+def test_trajectories_are_the_same(make, monkeypatch):
+    """The step is one recorded graph in the one, and none in the other."""
+    axis = normal(DIM, 1, seed=6)
+    metric = Metric(0.5 + normal(DIM, seed=7).abs(), axis / axis.norm(), 2.0 * torch.ones(1).double())
+    ends = []
+    for latent in both(make, monkeypatch):
+        begun = latent.look(*points())
+        torch.manual_seed(0)
+        ends.append(microcanonical(latent, begun, step=0.1, leaps=3, metric=metric).points)
+        assert [step is not None for step in latent.leaps.values()] == [latent.stacked is not None]
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@everywhere
+def test_places_are_the_same(make, monkeypatch):
     z, found = normal(CHAINS, DIM, seed=4), []
-    for latent in both(monkeypatch):
+    for latent in both(make, monkeypatch):
         torch.manual_seed(0)
         found.append(latent.place(z))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-12, atol=1e-12)
     assert torch.equal(found[0][1], found[1][1])
 
 
-def test_gradients_are_those_of_the_target(monkeypatch):
+@everywhere
+def test_gradients_are_those_of_the_target(make, monkeypatch):
     """By differences of log pi, one coordinate after the other."""
     x, k = points()
-    for latent in both(monkeypatch):
+    for latent in both(make, monkeypatch):
         slope, step = latent.look(x, k).slope, 1e-6
         for axis in range(DIM):
             away = step * torch.eye(DIM, dtype=torch.float64)[axis]
@@ -86,7 +121,7 @@ def test_other_mixtures_are_done_one_part_after_the_other(what):
     else:
         parts[1] = Component(1, order=torch.arange(DIM).flip(0), signs=-torch.ones(DIM).double())
     assert stacked(flows, parts) is None
-    assert stacked(flows[:1], [Component(0), Component(0)]) is not None
+    assert isinstance(stacked(flows[:1], [Component(0), Component(0)]), Stacked)
     latent = Latent(FlowMixture(flows, parts), pf.LogDensity(quartic))
     x, k = normal(6, DIM, seed=5), torch.tensor([0, 1, 1, 0, 1, 0])
     step = 1e-6 * torch.eye(DIM, dtype=torch.float64)[0]
@@ -94,10 +129,11 @@ def test_other_mixtures_are_done_one_part_after_the_other(what):
     torch.testing.assert_close(latent.look(x, k).slope[:, 0], change, rtol=1e-5, atol=1e-6)
 
 
-def test_a_mixture_is_scored_the_same_with_and_without_gradients():
+@everywhere
+def test_a_mixture_is_scored_the_same_with_and_without_gradients(make):
     far = torch.tensor([1e200, torch.inf], dtype=torch.float64)
     z = torch.cat([normal(CHAINS, DIM, seed=5), far[:, None].expand(2, DIM)])
-    found = mixture()
+    found = make()
     with torch.no_grad():
         together = found.log_prob(z)
     apart = found.log_prob(z)
