@@ -13,7 +13,7 @@ from pyro_flows.verdict.chains import LEAST_ESS, ChainFigures, objections
 SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to hang on the moment of the stop
 SD_ERROR = 0.04  # standard error of an sd, as a part of it: heavy tails take more draws than quantiles tell
 MOST = 3.0  # times as many effective draws, beyond which no sd is waited for: it may not exist
-BETTER, CLEARLY = 1.0, 0.7  # times the error of all draws: that of a half which is to stay, and so where no sd is waited for
+CLEARLY = 0.7  # times the error of all draws: that of a half which is to stay where no sd is waited for
 FINE, CHEAP, EARLY = 0.02, 100_000, 256  # the same error up to so many gradients and sweeps: few draws of a heavy tail
 # understate it
 KNOWN_TO = 0.1  # an sd whose standard error is a larger part of it speaks against chains that a budget ended
@@ -35,18 +35,18 @@ def is_known(found: ChainFigures, error: float, gradients: float) -> bool:
     return error <= (FINE if gradients < CHEAP and found.sweeps < EARLY else SD_ERROR)
 
 
-def is_waited_for(found: ChainFigures, gradients: float) -> bool:
-    """Whether more draws may tell standard deviations that these do not tell."""
-    return (gradients < CHEAP and found.sweeps < EARLY) or _least(found) < MOST * SPARE * LEAST_ESS
+def sds_told(found: ChainFigures, draws: Tensor, gradients: float) -> tuple[bool, bool]:
+    """Return whether draws (C, N, D) tell all sds or nothing more is waited for, and whether a first half is warm-up.
 
-
-def was_warm_up(error: float, later: float, *, waited_for: bool) -> bool:
-    """Whether the first half of draws is to go, by the errors of sds of all draws and of the second half.
-
-    Where nothing more is waited for, as the sd may not exist, only a half that is clearly better stays alone: chance
-    makes one of two halves of heavy tails the better one.
+    It is, if the second half alone tells sds better. Where nothing is waited for, since the sd may not exist, it has to
+    do so clearly: chance makes one of two halves of heavy tails the better one.
     """
-    return later < (BETTER if waited_for else CLEARLY) * error
+    error = sd_error(draws)
+    if is_known(found, error, gradients):
+        return True, False
+    waited_for = (gradients < CHEAP and found.sweeps < EARLY) or _least(found) < MOST * SPARE * LEAST_ESS
+    warm_up = sd_error(draws[:, draws.shape[1] // 2 :]) < (1.0 if waited_for else CLEARLY) * error
+    return not (waited_for or warm_up), warm_up
 
 
 def untold(z: Tensor, found: ChainFigures, names: Sequence[str]) -> list[str]:

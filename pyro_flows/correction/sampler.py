@@ -20,7 +20,7 @@ from pyro_flows import _mixing
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel
 from pyro_flows.correction.diagnostics import examined
-from pyro_flows.correction.enough import is_known, is_waited_for, next_look, sd_error, suffices, sweeps_needed, was_warm_up
+from pyro_flows.correction.enough import next_look, sds_told, suffices, sweeps_needed
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.kept import Kept
 from pyro_flows.correction.latent import Latent
@@ -136,9 +136,9 @@ class Sampler:
                     return found
                 self._begin_halved()
             if len(self.draws) >= max(self.kept, self.numbers["checked"] + self.numbers.get("pause", self.kept // 2)):
-                found = self._looked_at()
+                found, enough = self._looked_at()
                 left = max(end - self.latent.density.evaluations, 0.0)
-                if self._is_enough(found) or self.to_come(found) > short_of * left:
+                if enough or self.to_come(found) > short_of * left:
                     return found
                 if not self._halve(found):
                     self._make_room(found)
@@ -181,28 +181,29 @@ class Sampler:
             self.judged = self._at(), self._figures(None)
         return self.judged[1]
 
-    def _looked_at(self) -> ChainFigures:
-        """Judge the draws so far: by the coordinates that were the worst the last time, and by all if these suffice."""
+    def _looked_at(self) -> tuple[ChainFigures, bool]:
+        """Judge the draws so far; return figures, and whether they are enough.
+
+        They are judged by the coordinates that were the worst the last time, and by all once these suffice.
+        """
         self.numbers["checked"] = len(self.draws)
         worst = self.numbers.get("worst")
         found = None if worst is None else self._figures(worst)
-        found = self.figures() if found is None or suffices(found) else found
+        enough = found is not None and self._is_enough(found)
+        if found is None or enough:
+            found = self.figures()
+            enough = suffices(found) if enough else self._is_enough(found)
         self.numbers["pause"] = next_look(found, thin=self.numbers["thin"], kept=self.kept)
-        return found
+        return found, enough
 
     def _is_enough(self, found: ChainFigures) -> bool:
         """Whether draws suffice and tell the sds; a first half that keeps them from it was warm-up, and goes."""
         if not suffices(found):
             return False
-        draws, half = self.draws.stacked()[0], slice(len(self.draws) // 2, None)
-        error, gradients = sd_error(draws), self._gradients(found.sweeps)
-        if is_known(found, error, gradients):
-            return True
-        waited_for = is_waited_for(found, gradients)
-        if was_warm_up(error, sd_error(draws[:, half]), waited_for=waited_for):
-            self._choose(half)
-            return False
-        return not waited_for
+        told, warm_up = sds_told(found, self.draws.stacked()[0], self._gradients(found.sweeps))
+        if warm_up:
+            self._choose(slice(len(self.draws) // 2, None))
+        return told
 
     def _figures(self, watched: Sequence[int] | None) -> ChainFigures:
         chains, stats = self.draws.stacked()
@@ -223,9 +224,8 @@ class Sampler:
             taken = taken + hit
         points = relabel(self.latent, points)
         changes = (points.k != self.points.k).to(taken)
-        leaps, step = self.kernel.leaps(number), self.kernel.step
-        short = not adapt and number % SHORT_EVERY == 0
-        step = SHORT * step if short else step
+        leaps, short = self.kernel.leaps(number), not adapt and number % SHORT_EVERY == 0
+        step = SHORT * self.kernel.step if short else self.kernel.step
         move = microcanonical if self.numbers.get("moves") == MICROCANONICAL else hamiltonian
         moved = move(self.latent, points, step=step, leaps=leaps, metric=self.metric)
         if adapt:

@@ -187,11 +187,12 @@ class _Regions:
         """
         inside = self.inside(loc, scale)
         share = float(inside.double().mean())
-        needed, most = self._needed(loc, scale)
-        if most < SHARE:
-            return True
-        if share < needed:
-            return False
+        if share < PART:  # more is never needed
+            needed, most = self._needed(loc, scale)
+            if most < SHARE:
+                return True
+            if share < needed:
+                return False
         if share == 1.0:
             return True
         nested = _mixing.nested_r_hat(inside.double()[..., None], self.chains.state["superchain"])

@@ -22,6 +22,7 @@ from pyro_flows.graphs.writes import tensors_in
 
 KINDS_KEPT = 4
 RECORDED_FROM = 4  # the call with one batch size at which it is recorded: recording takes as long as ten calls
+LONG_FROM = 2  # the same for a long function, of which one graph serves batches of all sizes
 PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
 ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
 LARGEST = 2**20  # numbers for which the least rows are still taken: memory above is mapped anew by each operation
@@ -106,7 +107,8 @@ class Recorder:
     ) -> None:
         self._function, self.given, self.unit, self.whole = function, tuple(given), unit, whole
         most = rows_for(numbers)
-        self._at, self._before = RECORDED_FROM if at is None else at, before
+        usual = RECORDED_FROM if unit is None else LONG_FROM
+        self._at, self._before = usual if at is None else at, before
         self.rows = most if unit is None else min(unit, most)
         self.large = self.rows if large is None else max(self.rows, min(large, most))
         self.reason: str | None = None
@@ -162,15 +164,18 @@ class Recorder:
         kind = len(z), z.dtype, z.device
         if kind not in self.runners:
             self._calls[kind] += 1
-            if self._calls[kind] < BORROWED and self._is_part(kind) and self.whole is not None:
-                return tuple(self.whole.runners[kind](z, *self.given)[:1])
+            if self._calls[kind] < BORROWED and (lent := self._lent(z, kind)) is not None:
+                return tuple(lent(z, *self.given)[:1])
             if self._calls[kind] < self._at or not self._record(z):
                 return self.function(z)
         return self.runners[kind](z, *self.given)
 
-    def _is_part(self, kind: Kind) -> bool:
-        """Whether there is a graph of the whole for such batches."""
-        return self.unit is not None and self.whole is not None and kind in self.whole.runners
+    def _lent(self, z: Tensor, kind: Kind) -> Runner | None:
+        """Return the graph of the whole for such batches, if it has one, or one of this function's own would be due."""
+        if self.unit is None or self.whole is None or len(z) != self.whole.rows or self.whole.reason is not None:
+            return None
+        due = self._calls[kind] >= self._at
+        return self.whole.runners[kind] if kind in self.whole.runners or (due and self.whole._record(z)) else None
 
     def _record(self, z: Tensor) -> bool:
         """Record for such batches; return whether the graph repeats what the function gives at new points."""

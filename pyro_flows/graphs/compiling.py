@@ -17,6 +17,7 @@ from pyro_flows._clock import counted
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.bindings import quicken, turn
 from pyro_flows.graphs.fused import Fused, fused
+from pyro_flows.graphs.garbage import uncollected
 from pyro_flows.graphs.graph import copy_graph, is_pure, sweep
 from pyro_flows.graphs.outline import Outline
 from pyro_flows.graphs.rounding import agree
@@ -148,6 +149,7 @@ class Runner:
         return quicken(self.module)
 
     @counted("tracing")
+    @uncollected()
     def _fuse(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Run block by block from now on, where that can be done, and return torch's results.
 

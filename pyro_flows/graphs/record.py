@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flows._clock import counted
+from pyro_flows.graphs.garbage import uncollected
 from pyro_flows.graphs.graph import graph_module, new_node, out_of_place, sweep, tidy
 from pyro_flows.graphs.narrowing import narrow
 from pyro_flows.graphs.operations import Kind, kind_of
@@ -39,6 +40,7 @@ class _ChangesConstants(RuntimeError):
 
 
 @counted("tracing")
+@uncollected()
 def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """Record the tensor operations of ``function`` at ``inputs``, without those that repeat others or only constants.
 

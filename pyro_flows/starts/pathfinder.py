@@ -27,7 +27,7 @@ from pyro_flows.model.stack import Stack
 from pyro_flows.starts.curvature import Differentiable
 from pyro_flows.starts.gaussians import Gaussians, choose, compact, diagonal_update, identity_like, stretch
 
-HISTORY = 12
+HISTORY, LARGE, LARGE_HISTORY = 12, 200, 6  # steps that L-BFGS knows of, up to so many dimensions, and beyond
 TICKS = 100
 SCORED_TOGETHER = 10
 DRAWS = 10
@@ -171,7 +171,8 @@ class _Climb:
         finite = torch.isfinite(self.height) & torch.isfinite(gradient).all(-1)
         self.gradient = choose(finite, gradient, 0.0)
         self.alpha = torch.ones_like(points)
-        self.steps = points.new_zeros(len(points), HISTORY, density.dim)
+        history = HISTORY if density.dim <= LARGE else LARGE_HISTORY
+        self.steps = points.new_zeros(len(points), history, density.dim)
         self.changes = torch.zeros_like(self.steps)
         self.basis, self.factor = compact(self.alpha, self.steps, self.changes)
         self.direction = self._newton()

@@ -90,6 +90,26 @@ def test_heavy_tails_take_more_draws(monkeypatch):
     assert sampler_with(draws)._is_enough(plenty_of_them)
 
 
+def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(monkeypatch):
+    """A chain far out in the first half, and very many effective draws; chance alone drops nothing."""
+    monkeypatch.setattr(enough, "CHEAP", 0)
+    plenty = 3.0 * enough.SPARE * LEAST_ESS
+    plenty_of_them = replace(GOOD, ess_bulk=plenty, ess_tail=plenty)
+    draws = normals()
+    draws[0, :40, 0] -= torch.linspace(30.0, 0.0, 40).double()
+    sampler = sampler_with(draws)
+    assert not sampler._is_enough(plenty_of_them)
+    assert torch.equal(sampler.draws.stacked()[0], draws[:, DRAWS // 2 :])
+    draws = normals()
+    draws[::8, ::8, 1] *= 12.0
+    draws[::8, DRAWS // 2 :: 8, 1] *= 0.9  # a little better by chance
+    error, later = enough.sd_error(draws), enough.sd_error(draws[:, DRAWS // 2 :])
+    assert max(enough.SD_ERROR, enough.CLEARLY * error) < later
+    sampler = sampler_with(draws)
+    assert sampler._is_enough(plenty_of_them)
+    assert len(sampler.draws) == DRAWS
+
+
 @pytest.mark.parametrize(
     ("error", "gradients", "sweeps", "known"),
     [

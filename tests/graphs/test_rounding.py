@@ -1,0 +1,51 @@
+"""Whether results are equal but for rounding: numbers, masks and counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_flows.graphs.compiling import Runner
+from pyro_flows.graphs.record import record
+from pyro_flows.graphs.rounding import agree, hangs_on_digits
+from tests.registry import needs_c_compiler, normal
+
+
+def masked(x: Tensor) -> tuple[Tensor, ...]:
+    """Numbers, which of them are positive, and how many there are."""
+    return x.exp().sin(), x.cos() > 0.0, (x > 0.0).sum(1)
+
+
+@needs_c_compiler
+def test_graphs_with_masks_and_counts_among_their_results_run_in_blocks():
+    """Those of splines have: which interval a number lies in is kept for the gradient."""
+    x = normal(20, 3, seed=0)
+    runner = Runner(record(masked, x))
+    for seed in range(3):
+        x = normal(20, 3, seed=seed)
+        found, expected = runner(x), masked(x)
+        assert [part.dtype for part in found] == [part.dtype for part in expected]
+        assert agree(found, expected)
+    assert runner.in_blocks
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_other_results_do_not_agree(place):
+    expected = masked(normal(20, 3, seed=0))
+    found = [part.clone() for part in expected]
+    assert agree(found, expected)
+    flat = found[place].view(-1)
+    flat[4] = ~flat[4] if flat.dtype == torch.bool else flat[4] + 1
+    assert not agree(found, expected)
+
+
+def test_a_mask_may_hang_on_the_last_digit():
+    x = normal(5, 3, seed=0)
+    module = record(lambda x: (x >= x.clone(), x > 0.0), x)
+    there = torch.where(torch.arange(15).reshape(5, 3) == 4, 0.0, x)
+    expected = module(there)
+    on_an_edge = (expected[0], expected[1] ^ (there == 0.0))
+    assert hangs_on_digits(module, (there,), on_an_edge, expected)
+    away_from_it = (expected[0], expected[1] ^ (there == there.max()))
+    assert not hangs_on_digits(module, (there,), away_from_it, expected)
