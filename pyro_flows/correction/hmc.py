@@ -66,14 +66,15 @@ def independent(latent: Latent, points: Points, *, beta: float = 1.0) -> tuple[P
 
 @torch.no_grad()
 def relabel(latent: Latent, points: Points) -> Points:
-    """Draw the part of each chain anew, given z: a Gibbs step. Cost: an inverse pass, a gradient where parts change."""
+    """Draw the part of each chain anew, given z: a Gibbs step. Cost: an inverse pass, a gradient if any part changes.
+
+    All points are looked at then: a graph is recorded for each number of points.
+    """
     if latent.mixture is None:
         return points
     x, k = latent.place(points.z)
-    changed = (k != points.k).nonzero()[:, 0]
-    if not len(changed):
+    changed = k != points.k
+    if not bool(changed.any()):
         return points
-    new = latent.look(x[changed], k[changed])
-    usable = torch.isfinite(new.log_pi)  # an inverse that overflows
-    found = [old.index_copy(0, changed[usable], part[usable]) for old, part in zip(points, new, strict=True)]
-    return Points(*found)
+    new = latent.look(torch.where(changed[:, None], x, points.x), k)
+    return new.where(changed & torch.isfinite(new.log_pi), points)  # an inverse may overflow

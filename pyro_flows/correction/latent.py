@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import Component, FlowMixture
-from pyro_flows.flows.stacked import stacked
+from pyro_flows.flows.stacked import but_own, log_sum, stacked
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
@@ -86,15 +86,20 @@ class Latent:
         self.log_w = torch.log_softmax(self.log_w, 0)
         self.stacked = stacked(self.flows, self.parts)
         numbers = max(density.numbers, len(self.parts) * max(map(_widest, self.flows)))
-        whole = density.batched and (self.mixture is None or self.stacked is not None)
+        recordable = density.batched and not self._by_parts
         given: dict[str, Any] = {"at": 1, "before": self._prepare}  # so that chains that go on repeat themselves
-        self._recorder = Recorder(self._single, numbers, **given) if whole else None
+        self._recorder = Recorder(self._single, numbers, **given) if recordable else None
         self.leaps: Cache[Any, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
 
     @property
     def walkable(self) -> bool:
         """Whether a look costs little more than one of a flow: each part is scored by all of them."""
         return len(self.parts) <= WALKED_PARTS
+
+    @property
+    def _by_parts(self) -> bool:
+        """Whether points are moved one part after the other."""
+        return self.mixture is not None and self.stacked is None
 
     # maps of one part -------------------------------------------------------------------------------------------------
 
@@ -201,14 +206,13 @@ class Latent:
 
     def _moved_by(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return z = T_k(x) and the log Jacobians, each point in its own part."""
-        if self.mixture is None:
-            return self._forward(0, x)
-        return self._by_part(self._forward, x, k) if self.stacked is None else self.stacked.forward(x, k)
+        if self._by_parts:
+            return self._by_part(self._forward, x, k)
+        return self._forward(0, x) if self.stacked is None else self.stacked.forward(x, k)
 
     def _bases(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return log q_0 and its gradient, each point by the base of its own part."""
-        several = self.mixture is not None and self.stacked is None
-        return self._by_part(self._base, x, k) if several else self._base(0, x)
+        return self._by_part(self._base, x, k) if self._by_parts else self._base(0, x)
 
     def _by_part(
         self, function: Callable[[int, Tensor], tuple[Tensor, Tensor]], x: Tensor, k: Tensor
@@ -231,15 +235,9 @@ class Latent:
 
         ``log_q`` (C,) are the log densities of the points' own parts.
         """
-        found, parts = self._elsewhere(z, k)
-        found = torch.where(found.isnan(), -torch.inf, found) + self.log_w[parts]
+        if self.stacked is None:
+            found, parts = but_own(self._inverses(z)[1], k)
+        else:
+            found, parts = self.stacked.elsewhere(z, k)
         own = log_q + self.log_w[k]
-        return own - torch.logsumexp(torch.cat([own[:, None], found], 1), 1)
-
-    def _elsewhere(self, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log densities (C, J) of other parts than the points' own, which count as -inf, and these parts."""
-        if self.stacked is not None:
-            return self.stacked.elsewhere(z, k)
-        found = self._inverses(z)[1]
-        parts = torch.arange(len(self.parts), device=z.device).expand_as(found)
-        return torch.where(parts == k[:, None], -torch.inf, found), parts
+        return own - log_sum(own, found, self.log_w[parts])

@@ -199,7 +199,7 @@ def _chains(
     found = sampler.run(MAX_STEPS, bar.show, gradients=most, patient=patient, short_of=short_of)
     if found is not None and not patient:
         found = _gone_on(sampler, found, most, bar)
-    if found is None or objections(found):
+    if found is None or objections(found) or objections(sampler.figures()):  # by some coordinates, and by all
         return None
     chains = sampler.chains()
     return sampler, replace(chains, numbers={**chains.numbers, "method": "auto"})

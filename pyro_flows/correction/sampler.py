@@ -136,9 +136,9 @@ class Sampler:
                     return found
                 self._begin_halved()
             if len(self.draws) >= max(self.kept, self.numbers["checked"] + self.numbers.get("pause", self.kept // 2)):
-                found, enough = self._looked_at()
+                found = self._looked_at()
                 left = max(end - self.latent.density.evaluations, 0.0)
-                if enough or self.to_come(found) > short_of * left:
+                if self._is_enough(found) or self.to_come(found) > short_of * left:
                     return found
                 if not self._halve(found):
                     self._make_room(found)
@@ -181,20 +181,14 @@ class Sampler:
             self.judged = self._at(), self._figures(None)
         return self.judged[1]
 
-    def _looked_at(self) -> tuple[ChainFigures, bool]:
-        """Judge the draws so far; return figures, and whether they are enough.
-
-        They are judged by the coordinates that were the worst the last time, and by all once these suffice.
-        """
+    def _looked_at(self) -> ChainFigures:
+        """Judge the draws so far: by the coordinates that were the worst the last time, and by all if these suffice."""
         self.numbers["checked"] = len(self.draws)
         worst = self.numbers.get("worst")
         found = None if worst is None else self._figures(worst)
-        enough = found is not None and self._is_enough(found)
-        if found is None or enough:
-            found = self.figures()
-            enough = suffices(found) if enough else self._is_enough(found)
+        found = self.figures() if found is None or suffices(found) else found
         self.numbers["pause"] = next_look(found, thin=self.numbers["thin"], kept=self.kept)
-        return found, enough
+        return found
 
     def _is_enough(self, found: ChainFigures) -> bool:
         """Whether draws suffice and tell the sds; a first half that keeps them from it was warm-up, and goes."""

@@ -182,7 +182,8 @@ class _Regions:
     def visited(self, loc: Tensor, scale: Tensor) -> bool:
         """Whether chains go in and out of the region of a normal distribution, agree on its share, and have enough.
 
-        A region that weights know to hold next to nothing of all mass need not be visited. Where a guide covers little
+        A region that weights know to hold next to nothing of all mass need not be visited; where half of the draws are
+        inside, no weights are asked. Where a guide covers little
         of the posterior, such as a normal distribution in a funnel, tops of the density look like modes that it lacks.
         """
         inside = self.inside(loc, scale)

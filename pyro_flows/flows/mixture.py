@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.flows.flow import PIECE, Flow
-from pyro_flows.flows.stacked import Copies, Stacked, stacked
+from pyro_flows.flows.stacked import Copies, Stacked, log_sum, stacked
 
 LEAST_WEIGHT = 1e-3
 ROWS = 2**17  # that one flow is evaluated at together
@@ -130,19 +130,20 @@ class FlowMixture(nn.Module):
     def _drawn(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return draws (S, D) in random order, their parts (S,), and the parts' log densities (S,).
 
-        Where gradients are asked for, these densities are not computed, and NaN.
+        These densities are NaN where gradients are asked for.
         """
         weights = self.log_weights.double().softmax(0).cpu()
         counts = torch.bincount(torch.multinomial(weights, count, replacement=True), minlength=len(weights))
-        z, own = self.log_weights.new_zeros(0, self.dim), self.log_weights.new_zeros(0)
+        drawn = [(self.log_weights.new_zeros(0, self.dim), self.log_weights.new_zeros(0))]
         for part, many in enumerate(counts.tolist()):
             if many:
                 flow = self.members[int(self.which[part])]
                 if torch.is_grad_enabled():
-                    x, log_q = flow().rsample(torch.Size((many,))), own.new_full((many,), torch.nan)
+                    x, log_q = flow().rsample(torch.Size((many,))), self.log_weights.new_full((many,), torch.nan)
                 else:
                     x, log_q = flow.draw(many)
-                z, own = torch.cat([z, self.signs[part] * x[:, self.orders[part]]]), torch.cat([own, log_q])
+                drawn.append((self.signs[part] * x[:, self.orders[part]], log_q))
+        z, own = (torch.cat(list(of)) for of in zip(*drawn, strict=True))
         mixed = torch.randperm(count).to(z.device)
         parts = torch.arange(len(counts)).repeat_interleave(counts).to(z.device)
         return z[mixed], parts[mixed], own[mixed]
@@ -167,21 +168,19 @@ class FlowMixture(nn.Module):
         found = []
         for rows, part, log_q in zip(*(of.split(self._rows) for of in (z, parts, own)), strict=True):
             elsewhere, others = copies.elsewhere(rows, part)
-            elsewhere = torch.where(elsewhere.isnan(), -torch.inf, elsewhere) + self.log_weights[others]
-            terms = torch.cat([(log_q + self.log_weights[part])[:, None], elsewhere], 1)
-            found.append(torch.logsumexp(terms, 1))
+            found.append(log_sum(log_q + self.log_weights[part], elsewhere, self.log_weights[others]))
         return z, torch.cat(found)
 
     @property
     def _rows(self) -> int:
-        """Of which all parts fit a cache."""
+        """How many points are scored at once, so that those of all parts fit a cache."""
         return max(LEAST_ROWS, min(ROWS, PIECE // self.dim) // len(self.which))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Return the log density ``(...,)`` of the mixture at ``z`` (..., D).
 
         A part whose inverse overflows at a point, far away from all of its mass, adds nothing there. Cost: a pass of
-        ``z`` for each part; without gradients, affine parts are passed all at once.
+        ``z`` for each part; without gradients, affine parts, and copies of one flow, are passed all at once.
         """
         _checks.event("FlowMixture", z, self.dim)
         rows = z.reshape(-1, self.dim)

@@ -56,9 +56,7 @@ class Stacked(NamedTuple):
 
     def elsewhere(self, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return log q_j(z) (C, K) of all parts but the points' own ones k (C,), -inf there, and the parts (C, K)."""
-        found = self.inverse(z)[1]
-        parts = torch.arange(len(self.loc), device=z.device).expand_as(found)
-        return torch.where(parts == k[:, None], -torch.inf, found), parts
+        return but_own(self.inverse(z)[1], k)
 
 
 class Copies(NamedTuple):
@@ -92,8 +90,28 @@ class Copies(NamedTuple):
         return x.unflatten(0, parts.shape), log_q.unflatten(0, parts.shape)
 
 
+def but_own(log_q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log densities (C, K) of points in all parts, -inf in their own ones k (C,), and the parts (C, K)."""
+    parts = torch.arange(log_q.shape[1], device=log_q.device).expand_as(log_q)
+    return torch.where(parts == k[:, None], -torch.inf, log_q), parts
+
+
+def log_sum(own: Tensor, elsewhere: Tensor, log_w: Tensor) -> Tensor:
+    """Return the log density (C,) of a mixture from terms of the points' own parts (C,), and of others (C, J).
+
+    ``own`` has its log weight in it, and ``log_w`` (C, J) are those of the others. A part that overflows adds nothing.
+    """
+    others = torch.where(elsewhere.isnan(), -torch.inf, elsewhere) + log_w
+    return torch.logsumexp(torch.cat([own[:, None], others], 1), 1)
+
+
 def stacked(flows: Sequence[Flow], parts: Sequence[Part]) -> Stacked | Copies | None:
-    """Return the parts' maps: triangular affine ones of the same base, signs apart, or those of copies of one flow."""
+    """Return the parts' maps: triangular affine ones of the same base, signs apart, or those of copies of one flow.
+
+    None for others, and for the uniform base.
+    """
+    if any(flow.base == "uniform" for flow in flows):
+        return None
     return _affine(flows, parts) or _copies(flows, parts)
 
 
@@ -106,8 +124,8 @@ def _copies(flows: Sequence[Flow], parts: Sequence[Part]) -> Copies | None:
     whole, one = torch.arange(flow.dim, device=like.device), like.new_ones(flow.dim)
     orders = torch.stack([whole if part.order is None else part.order.to(like.device) for part in parts])
     signs = torch.stack([_signs(part, one) for part in parts])
-    numbers = torch.arange(len(parts), device=like.device)
-    others = torch.stack([numbers[numbers != number] for number in numbers])
+    fewer = torch.arange(len(parts) - 1, device=like.device)
+    others = fewer + (fewer >= torch.arange(len(parts), device=like.device)[:, None])
     return Copies(flow, orders, orders.argsort(1), signs, others)
 
 

@@ -26,7 +26,7 @@ LONG_FROM = 2  # the same for a long function, of which one graph serves batches
 PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
 ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
 LARGEST = 2**20  # numbers for which the least rows are still taken: memory above is mapped anew by each operation
-BORROWED = 100  # calls that a graph with further results serves: one of its own takes seconds, where it is long
+BORROWED = 100  # pieces that a graph with further results serves: one of its own takes seconds, where it is long
 LONG = 2000  # operations from which one graph serves all batch sizes: recording takes seconds
 AT_ONCE = 2**12  # numbers that one operation of a long graph handles in little more time than one number,
 LONG_ROWS = 128  # and rows at most: the results of a long loop that its gradient needs should stay in a cache
@@ -88,7 +88,8 @@ class Recorder:
         given: tensors that the function takes after the points: inputs of the graphs, not constants.
         unit: how many rows all pieces have, so that there is one graph; None if small batches have graphs of their own.
         large: how many rows pieces of larger batches have, if not as many.
-        whole: a recorder of a function whose first results are those of this one; with a unit, its graph is used.
+        whole: a recorder of a function whose first results are those of this one. With a unit, its graph serves the
+            first hundred pieces, and a part of it the others.
         at: the call with one batch size at which it is recorded, if not the usual one.
         before: what to do with points of a batch before that, such as to record what the function calls.
     """
@@ -171,7 +172,7 @@ class Recorder:
         return self.runners[kind](z, *self.given)
 
     def _lent(self, z: Tensor, kind: Kind) -> Runner | None:
-        """Return the graph of the whole for such batches, if it has one, or one of this function's own would be due."""
+        """Return the graph of the whole for such batches; it is recorded if this function would be recorded now."""
         if self.unit is None or self.whole is None or len(z) != self.whole.rows or self.whole.reason is not None:
             return None
         due = self._calls[kind] >= self._at
@@ -222,6 +223,6 @@ class Recorder:
         kind = len(z), z.dtype, z.device
         if self.unit is None or self.whole is None or len(z) != self.whole.rows:
             return record(self._function, z, *self.given)
-        if not (kind in self.whole.runners or self.whole._record(z)):
+        if kind not in self.whole.runners and (self.whole.reason is not None or not self.whole._record(z)):
             return record(self._function, z, *self.given)
         return first_results(self.whole.runners[kind].module, 1)

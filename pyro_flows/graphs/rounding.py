@@ -22,7 +22,7 @@ def nearby(x: Tensor) -> Tensor:
 
 
 def agree(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
-    """Whether results are equal but for rounding.
+    """Whether numbers are equal but for rounding, and masks and counts are equal.
 
     Rounding takes more digits of results that are as large as `HUGE`, and of the small numbers in one row with large
     ones: such gradients stand at points where scales are next to nothing, and are differences of still larger numbers.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows.correction.hmc import relabel
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric
 from pyro_flows.correction.microcanonical import microcanonical
@@ -139,3 +140,27 @@ def test_a_mixture_is_scored_the_same_with_and_without_gradients(make):
     apart = found.log_prob(z)
     assert apart.requires_grad
     torch.testing.assert_close(together, apart.detach(), rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_points_that_change_their_part_need_no_graph_of_their_own():
+    """Their number is another one in each sweep."""
+    latent = Latent(copies(), pf.LogDensity(quartic))
+    torch.manual_seed(0)
+    before, changes = latent.look(*points()), set()
+    for _ in range(5):
+        after = relabel(latent, before)
+        torch.testing.assert_close(after.z, before.z, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(after.log_p, before.log_p, rtol=1e-9, atol=1e-9)
+        changes.add(int((after.k != before.k).sum()))
+        before = after
+    assert len(changes) > 2
+    assert len(latent._recorder.runners) == 1
+
+
+def test_copies_of_a_flow_with_edges():
+    flow = pf.realnvp(2, layers=2, base="uniform")
+    found = FlowMixture([flow], [Component(0), Component(0, signs=-torch.ones(2))])
+    torch.manual_seed(0)
+    z, log_q = found.draw(20)
+    torch.testing.assert_close(log_q, found.log_prob(z).detach())
+    assert bool(torch.isfinite(log_q).all())
