@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flows import _checks
+from pyro_flows._shapes import broadcast
 from pyro_flows.flows.flow import PIECE, Flow
 from pyro_flows.flows.stacked import Copies, Stacked, log_sum, stacked
 
@@ -232,7 +233,7 @@ class MixtureOfFlows(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density, of shape ``(*sample_shape, *batch_shape)``."""
         found = self.mixture.log_prob(value)
-        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+        return found.expand(broadcast(found.shape, self.batch_shape))
 
 
 def _order(order: Tensor | None, dim: int) -> Tensor:

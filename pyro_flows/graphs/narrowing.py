@@ -12,10 +12,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
+from pyro_flows._shapes import broadcast
 from pyro_flows.graphs.graph import copy_graph, graph_module, is_aten, new_node, sweep
 from pyro_flows.graphs.sums import like_of, terms_of
 
@@ -144,7 +144,7 @@ class _Narrower:
         if args == node.args or node.meta["val"].dim() == 0:
             return
         shapes = [part.meta["val"].shape for part in args if isinstance(part, fx.Node)]
-        shape = torch.Size(np.broadcast_shapes(*shapes))  # that of torch imports sympy: a second
+        shape = broadcast(*shapes)
         if len(shape) != node.meta["val"].dim():
             return
         with self.graph.inserting_before(node):

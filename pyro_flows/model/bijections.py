@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributions import biject_to as registered
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
 from torch.distributions.transforms import (
+    AffineTransform,
     CatTransform,
     ComposeTransform,
     IndependentTransform,
@@ -20,6 +22,7 @@ from torch.distributions.transforms import (
     Transform,
 )
 
+from pyro_flows._shapes import broadcast
 from pyro_flows.model.supports import WRAPPERS, is_narrower
 
 GENERALIZED_PARETO: Any = getattr(torch.distributions, "GeneralizedPareto", ())  # from torch 2.8 on
@@ -158,6 +161,19 @@ class _Triangle(Transform):
 
     def inverse_shape(self, shape: Any) -> torch.Size:
         return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
+
+def real_shape(transform: Transform, shape: Sequence[int]) -> torch.Size:
+    """Return the shape of the real numbers that a bijection takes to values of some shape."""
+    if isinstance(transform, ComposeTransform):
+        for part in reversed(transform.parts):
+            shape = real_shape(part, shape)
+        return torch.Size(shape)
+    if isinstance(transform, IndependentTransform):
+        return real_shape(transform.base_transform, shape)
+    if isinstance(transform, AffineTransform):
+        return broadcast(shape, *(getattr(part, "shape", ()) for part in (transform.loc, transform.scale)))
+    return torch.Size(transform.inverse_shape(shape))
 
 
 def _side(numbers: int) -> int:

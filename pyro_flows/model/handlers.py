@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution, transform_to
 from torch.distributions.constraints import Constraint
 
+from pyro_flows._shapes import broadcast
 from pyro_flows.model.batching import apart
 from pyro_flows.model.sites import Latent, Structure, is_data, messages
 from pyro_flows.model.supports import guarded, missing
@@ -59,7 +60,7 @@ def masks_over(site: Any) -> list[tuple[Tensor, int]]:
 
 def _fill(value: Tensor, mask: Tensor, event_dim: int) -> Tensor:
     """Put the first observed event where ``mask`` is False: NaN there would make the gradient NaN, masked or not."""
-    batch = torch.broadcast_shapes(mask.shape, value.shape[: value.dim() - event_dim])
+    batch = broadcast(mask.shape, value.shape[: value.dim() - event_dim])
     event = value.shape[value.dim() - event_dim :]
     first = mask.expand(batch).reshape(-1).int().argmax().reshape(1)
     filler = value.expand(batch + event).reshape(-1, *event).index_select(0, first)[0]
@@ -89,7 +90,7 @@ class Resample(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and is_data(msg):
             fn, value = msg["fn"], msg["value"]
-            batch = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+            batch = broadcast(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
             msg["fn"] = fn if batch == fn.batch_shape else fn.expand(batch)
             msg["is_observed"], msg["value"] = False, None
 

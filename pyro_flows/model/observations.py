@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten_with_path
 
+from pyro_flows._shapes import broadcast
 from pyro_flows._warnings import outside
 from pyro_flows.model.batching import apart, nearer
 from pyro_flows.model.sites import Latent, Structure, messages
@@ -155,7 +156,7 @@ def _family(fn: Any) -> Any:
 
 def _entries(name: str, value: Tensor, bad: Tensor, depth: int, distance: Tensor | None) -> str:
     """The first few bad entries, the farthest ones first, as ``name[index] = value``; ``depth`` axes make one entry."""
-    whole = value.expand(torch.broadcast_shapes(bad.shape + (1,) * depth, value.shape))
+    whole = value.expand(broadcast(bad.shape + (1,) * depth, value.shape))
     bad = bad.expand(whole.shape[: whole.dim() - depth])
     where = bad.nonzero()
     if distance is not None and depth == 0:

@@ -19,7 +19,7 @@ from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
 
 from pyro_flows.model.batching import apart, nearer, quiet
-from pyro_flows.model.bijections import bijection
+from pyro_flows.model.bijections import bijection, real_shape
 from pyro_flows.model.handlers import Place, masks_over
 from pyro_flows.model.masks import coordinates, used
 from pyro_flows.model.noncentered import moves
@@ -46,7 +46,7 @@ def initial_value(site: Any = None) -> Any:
     transform = _transform(site)
     draws = _prior_draws(fn)
     if draws is None:
-        shape = transform.inverse_shape(fn.shape())
+        shape = real_shape(transform, fn.shape())
         return transform(torch.zeros(shape, **_like(fn.support)))
     middle = transform.inv(draws).median(0).values
     return transform(torch.where(torch.isfinite(middle), middle, torch.zeros_like(middle)))

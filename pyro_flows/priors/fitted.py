@@ -17,6 +17,7 @@ from torch.distributions import constraints
 from pyro_flows._bundles import Bundle, damaged, plain
 from pyro_flows._fallbacks import first_line
 from pyro_flows._seeding import seeded
+from pyro_flows._shapes import broadcast
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe_json import from_json as rebuild
 from pyro_flows.flows.recipe_json import not_rebuilt, to_json
@@ -210,4 +211,4 @@ class PriorDistribution(TorchDistribution):
         pairs = [part.inverse(values[part.name]) for part in self.prior.parts]
         found = self.prior.flow.log_prob(torch.cat([z for z, _ in pairs], -1))
         found = found - sum(ladj for _, ladj in pairs)
-        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+        return found.expand(broadcast(found.shape, self.batch_shape))

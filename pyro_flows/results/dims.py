@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arrays
+from pyro_flows._shapes import broadcast
 from pyro_flows.model.sites import Latent, Plate, Structure, messages
 
 
@@ -160,7 +161,7 @@ class Labels:
         """The observed values of a site, one for each density that the model evaluates."""
         node = messages(self.structure.trace)[site]
         values: Tensor = node["value"]
-        return values.expand(torch.broadcast_shapes(values.shape, node["fn"].shape()))
+        return values.expand(broadcast(values.shape, node["fn"].shape()))
 
     def deterministic(self, site: str) -> Layout:
         """The layout of a deterministic site.

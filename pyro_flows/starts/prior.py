@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import seeded
 from pyro_flows.model.batching import apart, where_possible
-from pyro_flows.model.bijections import bijection
+from pyro_flows.model.bijections import bijection, real_shape
 from pyro_flows.model.log_density import LogDensity
 
 SEARCHES = 8
@@ -73,7 +73,7 @@ class _FromPrior(Messenger):
             msg["value"] = fn.sample()
         except NotImplementedError:
             transform = bijection(fn)
-            shape = transform.inverse_shape(fn.shape())
+            shape = real_shape(transform, fn.shape())
             msg["value"] = transform(torch.randn(shape, dtype=self.like.dtype, device=self.like.device))
 
     def __init__(self, like: Tensor) -> None:

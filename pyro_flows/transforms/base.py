@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_flows import _checks
+from pyro_flows._shapes import broadcast
 
 
 class Bijection(TransformModule, ConditionalTransform):
@@ -231,7 +232,7 @@ class Bound(Transform):
         if self.context is None:
             return shape
         cut = len(shape) - self.bijection.event_dim
-        return torch.broadcast_shapes(shape[:cut], self.context.shape[:-1]) + shape[cut:]
+        return broadcast(shape[:cut], self.context.shape[:-1]) + shape[cut:]
 
     def __repr__(self) -> str:
         shape = "" if self.context is None else f", context {tuple(self.context.shape)}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._shapes import broadcast
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.conditioners import conditioner, forward_and_pull
 from pyro_flows.transforms.masks import channels, half
@@ -131,7 +132,7 @@ class Coupling(Bijection):
     ) -> tuple[Tensor, Tensor, Tensor]:
         self._check(x, context)
         if context is not None:
-            batch = torch.broadcast_shapes(x.shape[: -self.event_dim], context.shape[:-1])
+            batch = broadcast(x.shape[: -self.event_dim], context.shape[:-1])
             event = x.shape[-self.event_dim :]
             x, score = x.expand(*batch, *event), score.expand(*batch, *event)
         (kept, moved), (score_kept, score_moved) = self._split(x), self._split(score)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
+from pyro_flows._shapes import broadcast
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "relu": nn.ReLU,
@@ -170,7 +172,7 @@ class Convolution(Network):
     def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
         assert kept is not None
         if context is not None:
-            batch = torch.broadcast_shapes(kept.shape[:-3], context.shape[:-1])
+            batch = broadcast(kept.shape[:-3], context.shape[:-1])
             constant = context[..., None, None].expand(*batch, -1, *kept.shape[-2:])
             kept = torch.cat([kept.expand(*batch, -1, -1, -1), constant], dim=-3)
         out = self._paced(self.layers(kept.reshape(math.prod(kept.shape[:-3]), *kept.shape[-3:])))
@@ -235,7 +237,7 @@ def beside(kept: Tensor | None, context: Tensor | None) -> Tensor:
     """Return both as one input."""
     if context is None or kept is None:
         return context if kept is None else kept  # type: ignore[return-value]
-    shape = torch.broadcast_shapes(kept.shape[:-1], context.shape[:-1])
+    shape = broadcast(kept.shape[:-1], context.shape[:-1])
     return torch.cat([kept.expand(*shape, -1), context.expand(*shape, -1)], dim=-1)
 
 

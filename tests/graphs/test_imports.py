@@ -11,10 +11,12 @@ import pyro, torch
 import pyro.distributions as dist
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.curvature import inverse_roots
+from pyro_flows.starts.prior import prior_draws
 
-def model(group, y):  # absolute values in a binomial's logits, a scale that is common to many rows, centered groups
+def model(group, y):  # absolute values in a binomial's logits, a flat prior between two bounds, one scale of many rows
     mu, tau = pyro.sample("mu", dist.Normal(0.0, 1.0)), pyro.sample("tau", dist.HalfNormal(1.0))
     noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    pyro.sample("flat", dist.ImproperUniform(dist.constraints.interval(0.0, 2.0), (), (2,)))
     with pyro.plate("groups", 4):
         effect = pyro.sample("effect", dist.Normal(mu, tau))
     with pyro.plate("rows", len(y)):
@@ -24,6 +26,7 @@ def model(group, y):  # absolute values in a binomial's logits, a scale that is 
 y = torch.arange(12.0).repeat(5) + 3.0
 density = LogDensity(model, (torch.arange(60) % 4, y), noncentered=True)
 z = torch.randn(64, density.dim)
+prior_draws(density, 3, seed=0)
 for _ in range(5):
     value, slope = density.value_and_grad(z)
 roots, units = inverse_roots(density, z[:2])
