@@ -13,8 +13,8 @@ from pyro_flows.verdict.chains import LEAST_ESS, ChainFigures, objections
 SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to hang on the moment of the stop
 SD_ERROR = 0.04  # standard error of an sd, as a part of it: heavy tails take more draws than quantiles tell
 MOST = 3.0  # times as many effective draws, beyond which no sd is waited for: it may not exist
-CLEARLY = 0.7  # times the error of all draws, below which the second half stays alone once no sd is waited for
-FINE, CHEAP, EARLY = 0.02, 100_000, 256  # the same error up to so many gradients and sweeps: few draws of a heavy tail
+CLEARLY = 0.7  # times the error of all draws, below which the second half stays alone
+FINE, CHEAP, EARLY = 0.02, 100_000, 512  # the same error up to so many gradients and sweeps: few draws of a heavy tail
 # understate it
 KNOWN_TO = 0.1  # an sd whose standard error is a larger part of it speaks against chains that a budget ended
 SOONEST = 8  # looks while the fewest draws are made
@@ -43,14 +43,14 @@ def _are_few(found: ChainFigures, gradients: float) -> bool:
 def sds_told(found: ChainFigures, draws: Tensor, gradients: float) -> tuple[bool, bool]:
     """Return whether draws (C, N, D) tell all sds or nothing more is waited for, and whether a first half is warm-up.
 
-    The first half is warm-up if the second half alone tells sds better. Where nothing is waited for, since the sd may
-    not exist, it has to tell them clearly better: chance makes one of two halves of heavy tails the better one.
+    The first half is warm-up if the second half alone tells sds clearly better. Chance makes one of two halves of heavy
+    tails the better one: that with fewer draws far out, whose sds are too small.
     """
     error = sd_error(draws)
     if is_known(found, error, gradients):
         return True, False
+    warm_up = sd_error(draws[:, draws.shape[1] // 2 :]) < CLEARLY * error
     waited_for = _are_few(found, gradients) or _least(found) < MOST * SPARE * LEAST_ESS
-    warm_up = sd_error(draws[:, draws.shape[1] // 2 :]) < (1.0 if waited_for else CLEARLY) * error
     return not (waited_for or warm_up), warm_up
 
 
