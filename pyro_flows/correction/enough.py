@@ -14,7 +14,7 @@ SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to ha
 SD_ERROR = 0.04  # standard error of an sd, as a part of it: heavy tails take more draws than quantiles tell
 MOST = 3.0  # times as many effective draws, beyond which no sd is waited for: it may not exist
 CLEARLY = 0.7  # times the error of all draws, below which the second half stays alone
-FINE, CHEAP, EARLY = 0.02, 100_000, 512  # the same error up to so many gradients and sweeps: few draws of a heavy tail
+FINE, CHEAP, EARLY = 0.02, 100_000, 256  # the same error up to so many gradients and sweeps: few draws of a heavy tail
 # understate it
 KNOWN_TO = 0.1  # an sd whose standard error is a larger part of it speaks against chains that a budget ended
 SOONEST = 8  # looks while the fewest draws are made

@@ -113,11 +113,11 @@ def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(m
 @pytest.mark.parametrize(
     ("error", "gradients", "sweeps", "known"),
     [
-        (0.019, 99_999, 511, True),
-        (0.021, 99_999, 511, False),
-        (0.039, 100_000, 511, True),
-        (0.039, 99_999, 512, True),
-        (0.041, 100_000, 512, False),
+        (0.019, 99_999, 255, True),
+        (0.021, 99_999, 255, False),
+        (0.039, 100_000, 255, True),
+        (0.039, 99_999, 256, True),
+        (0.041, 100_000, 256, False),
     ],
 )
 def test_cheap_draws_have_to_tell_sds_better(error, gradients, sweeps, known):
