@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class LowerTriangularAffine(Bijection):
     :math:`m` and :math:`L` (``loc`` and ``scale_tril``) are fixed; b, s and the part of A below the diagonal are
     trained from zero, so one step size serves kilometers and millimeters. :math:`\log|J| = \sum_d (s_d + \log L_{dd})`.
     After :meth:`slow`, what is trained below the diagonal is in units of the row's diagonal.
-    Forward: one product with a D x D matrix; inverse: one triangular solve, O(D^2) a point.
+    Forward: one or two products with D x D matrices; inverse: as many triangular solves, O(D^2) a point.
 
     Args:
         dim: number of coordinates.
@@ -202,6 +203,17 @@ class LowerTriangularAffine(Bijection):
 
     def _affine(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the shift m + L b, the matrix L A and its log determinant."""
+        shift, matrix, ladj = self._factored(x, context)
+        return shift, self.scale_tril @ matrix, ladj
+
+    def _maps(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Return the shift, the matrix L A or both of them, and the log determinant: L A is dear for few points."""
+        shift, matrix, ladj = self._factored(x, context)
+        few = matrix.dim() == 2 and math.prod(x.shape[:-1]) < self.dim
+        return shift, [self.scale_tril, matrix] if few else [self.scale_tril @ matrix], ladj
+
+    def _factored(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the shift m + L b, the matrix A and the log determinant of L A."""
         _checks.event("LowerTriangularAffine", x, self.dim)
         _checks.context("LowerTriangularAffine", context, self.context_dim)
         free = self.conditioner(None, context)
@@ -215,25 +227,25 @@ class LowerTriangularAffine(Bijection):
             matrix = matrix + flat.unflatten(-1, (self.dim, self.dim))
         start = self.scale_tril
         ladj = (log_diagonal + start.diagonal().log()).sum(-1)
-        return self.loc + (start @ shift.unsqueeze(-1)).squeeze(-1), start @ matrix, ladj
+        return self.loc + (start @ shift.unsqueeze(-1)).squeeze(-1), matrix, ladj
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, matrix, ladj = self._affine(x, context)
-        y = shift + _product(matrix, x)
+        shift, maps, ladj = self._maps(x, context)
+        y = shift + reduce(_product, reversed(maps), x)
         return y, ladj.expand(y.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, matrix, ladj = self._affine(y, context)
-        x = _solve(matrix, y - shift)
+        shift, maps, ladj = self._maps(y, context)
+        x = reduce(_solve, maps, y - shift)
         return x, -ladj.expand(x.shape[:-1])
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        shift, matrix, ladj = self._affine(x, context)
-        y = shift + _product(matrix, x)
+        shift, maps, ladj = self._maps(x, context)
+        y = shift + reduce(_product, reversed(maps), x)
         with torch.no_grad():
-            carried = _solve(matrix, score, transpose=True)
+            carried = reduce(partial(_solve, transpose=True), reversed(maps), score)
         return y, ladj.expand(y.shape[:-1]), carried
 
 
@@ -252,13 +264,13 @@ def _follow(module: Bijection, *starts: Any) -> None:
             return
 
 
-def _product(matrix: Tensor, x: Tensor) -> Tensor:
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
     if matrix.dim() == 2:
         return x @ matrix.mT
     return (matrix @ x.unsqueeze(-1)).squeeze(-1)
 
 
-def _solve(matrix: Tensor, y: Tensor, transpose: bool = False) -> Tensor:
+def _solve(y: Tensor, matrix: Tensor, transpose: bool = False) -> Tensor:
     """Solve ``matrix x = y`` (or with its transpose) for a lower triangular matrix, or a batch of them."""
     if matrix.dim() == 2:
         rows = y.reshape(math.prod(y.shape[:-1]), y.shape[-1])

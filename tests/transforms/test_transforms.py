@@ -14,7 +14,7 @@ from tests.invariants import (
     close,
     jacobian,
 )
-from tests.registry import HIDDEN, LARGE, SMALL, TYPICAL, built, each, make_flow, normal, unregistered
+from tests.registry import HIDDEN, LARGE, SMALL, TYPICAL, built, each, make_flow, normal, randomize, unregistered
 
 
 def test_every_public_transform_and_builder_has_a_case():
@@ -159,3 +159,15 @@ def test_strided_input_is_welcome(case):
         whole = way(x.contiguous(), None if context is None else context.contiguous())
         for got, expected in zip(way(x, context), whole, strict=True):
             close(got, expected, 1e-12)
+
+
+def test_a_triangular_map_is_the_same_for_few_points_and_for_many():
+    """Few go through its two matrices one after the other, many through their product."""
+    start = 0.3 * normal(8, 8, seed=0).tril(-1) + torch.eye(8).double()
+    layer = randomize(pf.LowerTriangularAffine(8, scale_tril=start), sd=0.2)
+    x, score = normal(40, 8, seed=1), normal(40, 8, seed=2)
+    whole = (*layer.forward_and_score(x, score), *layer.inverse_and_ladj(x))
+    pieces = zip(x.split(4), score.split(4), strict=True)
+    parts = [(*layer.forward_and_score(a, b), *layer.inverse_and_ladj(a)) for a, b in pieces]
+    for one, several in zip(whole, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(several), one, rtol=1e-12, atol=1e-12)
