@@ -165,18 +165,21 @@ class Recorder:
         kind = len(z), z.dtype, z.device
         if kind not in self.runners:
             self._calls[kind] += 1
-            if self._calls[kind] < BORROWED and (lent := self._lent(z, kind)) is not None:
+            lent = self._of_whole(z, due=self._calls[kind] >= self._at) if self._calls[kind] < BORROWED else None
+            if lent is not None:
                 return tuple(lent(z, *self.given)[:1])
             if self._calls[kind] < self._at or not self._record(z):
                 return self.function(z)
         return self.runners[kind](z, *self.given)
 
-    def _lent(self, z: Tensor, kind: Kind) -> Runner | None:
-        """Return the graph of the whole for such batches; it is recorded if this function would be recorded now."""
-        if self.unit is None or self.whole is None or len(z) != self.whole.rows or self.whole.reason is not None:
+    def _of_whole(self, z: Tensor, *, due: bool) -> Runner | None:
+        """Return the graph of the whole for such batches, recorded if it is due; None if there is none."""
+        if self.unit is None or self.whole is None or len(z) != self.whole.rows:
             return None
-        due = self._calls[kind] >= self._at
-        return self.whole.runners[kind] if kind in self.whole.runners or (due and self.whole._record(z)) else None
+        kind = len(z), z.dtype, z.device
+        if kind not in self.whole.runners and not (due and self.whole.reason is None and self.whole._record(z)):
+            return None
+        return self.whole.runners[kind]
 
     def _record(self, z: Tensor) -> bool:
         """Record for such batches; return whether the graph repeats what the function gives at new points."""
@@ -220,9 +223,5 @@ class Recorder:
 
     def _graph(self, z: Tensor) -> fx.GraphModule:
         """Return the graph for such batches: a part of the whole's, if it has one, or a new one."""
-        kind = len(z), z.dtype, z.device
-        if self.unit is None or self.whole is None or len(z) != self.whole.rows:
-            return record(self._function, z, *self.given)
-        if kind not in self.whole.runners and (self.whole.reason is not None or not self.whole._record(z)):
-            return record(self._function, z, *self.given)
-        return first_results(self.whole.runners[kind].module, 1)
+        whole = self._of_whole(z, due=True)
+        return record(self._function, z, *self.given) if whole is None else first_results(whole.module, 1)
