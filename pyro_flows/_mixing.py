@@ -79,6 +79,12 @@ def sd_errors(draws: Tensor) -> Tensor:
     return torch.cat(found)
 
 
+def kurtoses(draws: Tensor) -> Tensor:
+    """Return the kurtoses (D,) of draws (C, N, D): fourth moments about the mean, of unit sd; 3 for a normal."""
+    squares = [(part - part.mean((1, 2), keepdim=True)).square().flatten(1) for part in _parts(draws)]
+    return torch.cat([square.square().mean(1) / square.mean(1).square() for square in squares])
+
+
 def _parts(draws: Tensor) -> list[Tensor]:
     """Return draws (C, N, D) as (D, C, N), some coordinates at a time."""
     by_coordinate = draws.detach().double().cpu().permute(2, 0, 1)

@@ -14,8 +14,9 @@ SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to ha
 SD_ERROR = 0.04  # standard error of an sd, as a part of it: heavy tails take more draws than quantiles tell
 MOST = 3.0  # times as many effective draws, beyond which no sd is waited for: it may not exist
 CLEARLY = 0.7  # times the error of all draws, below which the second half stays alone
-FINE, CHEAP, EARLY = 0.02, 100_000, 256  # the same error up to so many gradients and sweeps: few draws of a heavy tail
+FINE, CHEAP, EARLY = 0.02, 100_000, 256  # the same error of heavy tails up to so many gradients and sweeps: few draws
 # understate it
+LIGHT = 4.0  # kurtosis of draws, above which tails are heavy; a normal distribution has 3
 KNOWN_TO = 0.1  # an sd whose standard error is a larger part of it speaks against chains that a budget ended
 SOONEST = 8  # looks while the fewest draws are made
 
@@ -25,17 +26,21 @@ def suffices(found: ChainFigures) -> bool:
     return not objections(found) and _least(found) >= SPARE * LEAST_ESS
 
 
-def sd_error(draws: Tensor) -> float:
-    """Return the largest standard error of the sds of draws (C, N, D), as a part of the sd."""
-    return float(_mixing.sd_errors(draws).nan_to_num(nan=0.0).max())
+def lacking(draws: Tensor, *, few: bool) -> float:
+    """Return by what factor the standard errors of the sds of draws (C, N, D) are too large, the worst coordinate's.
+
+    Args:
+        draws: of chains.
+        few: whether draws are cheap, and so few that they understate the errors of heavy tails.
+    """
+    errors = _mixing.sd_errors(draws).nan_to_num(nan=0.0)
+    if few:
+        heavy = _mixing.kurtoses(draws) > LIGHT
+        errors[heavy] *= SD_ERROR / FINE
+    return float(errors.max()) / SD_ERROR
 
 
-def is_known(found: ChainFigures, error: float, gradients: float) -> bool:
-    """Whether draws of so many gradients tell all standard deviations."""
-    return error <= (FINE if _are_few(found, gradients) else SD_ERROR)
-
-
-def _are_few(found: ChainFigures, gradients: float) -> bool:
+def are_few(found: ChainFigures, gradients: float) -> bool:
     """Whether draws are cheap, and so few that they understate the errors of heavy tails."""
     return gradients < CHEAP and found.sweeps < EARLY
 
@@ -46,11 +51,12 @@ def sds_told(found: ChainFigures, draws: Tensor, gradients: float) -> tuple[bool
     The first half is warm-up if the second half alone tells sds clearly better. Chance makes one of two halves of heavy
     tails the better one: that with fewer draws far out, whose sds are too small.
     """
-    error = sd_error(draws)
-    if is_known(found, error, gradients):
+    few = are_few(found, gradients)
+    lack = lacking(draws, few=few)
+    if lack <= 1.0:
         return True, False
-    warm_up = sd_error(draws[:, draws.shape[1] // 2 :]) < CLEARLY * error
-    waited_for = _are_few(found, gradients) or _least(found) < MOST * SPARE * LEAST_ESS
+    warm_up = lacking(draws[:, draws.shape[1] // 2 :], few=few) < CLEARLY * lack
+    waited_for = few or _least(found) < MOST * SPARE * LEAST_ESS
     return not (waited_for or warm_up), warm_up
 
 

@@ -175,15 +175,23 @@ def _only_lacks_draws(found: ChainFigures) -> bool:
     return min(found.ess_bulk, found.ess_tail) >= NEARLY * LEAST_ESS and found.nested_r_hat <= NESTED_R_HAT
 
 
-def _gone_on(sampler: Sampler, found: ChainFigures, spent: float, bar: Bar) -> ChainFigures:
-    """Go on with chains that will have draws enough before a flow could be trained; return their figures."""
-    while objections(found) and _only_lacks_draws(found):
-        needed = sampler.to_come(found)
-        more = min(max(ATTEMPT - spent, LONGER_THAN_THOUGHT * needed), TRAINED - spent)
-        if more <= 0.0 or needed > more:
+def _gone_on(sampler: Sampler, found: ChainFigures, spent: float, bar: Bar, patient: bool) -> ChainFigures:
+    """Go on with chains that will have draws enough before a flow could be trained; return their figures.
+
+    Those that have enough, but do not tell all standard deviations yet, go on as far as that.
+    """
+    most = TRAINED if sampler.latent.dim > FEW else ATTEMPT
+    while not sampler.told:
+        more = most - spent
+        if objections(found):
+            needed = sampler.to_come(found)
+            more = min(max(ATTEMPT - spent, LONGER_THAN_THOUGHT * needed), TRAINED - spent)
+            if patient or not _only_lacks_draws(found) or needed > more:
+                break
+        if more <= 0.0:
             break
         spent += more
-        found = sampler.run(MAX_STEPS, bar.show, gradients=more, patient=False) or found
+        found = sampler.run(MAX_STEPS, bar.show, gradients=more, patient=patient) or found
     return found
 
 
@@ -197,8 +205,8 @@ def _chains(
     sampler = Sampler.begin(latent, names, starts, independence=independence, **given)
     short_of = SHORT_OF if patient else math.inf
     found = sampler.run(MAX_STEPS, bar.show, gradients=most, patient=patient, short_of=short_of)
-    if found is not None and not patient:
-        found = _gone_on(sampler, found, most, bar)
+    if found is not None:
+        found = _gone_on(sampler, found, most, bar, patient)
     if found is None or objections(found) or objections(sampler.figures()):  # by some coordinates, and by all
         return None
     chains = sampler.chains()

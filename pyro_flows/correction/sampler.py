@@ -65,6 +65,7 @@ class Sampler:
         self.numbers: dict[str, Any] = numbers
         self.draws = Kept(chains.z, chains.stats)
         self.round = [tuple(of.unbind(0)) for of in state["round"].unbind(0)] if state["round"].shape[1] == 3 else []
+        self.told = False  # whether the last look found enough draws, for all standard deviations too
         self.judged = None if chains.figures is None else (self._at(), chains.figures)
 
     @classmethod
@@ -194,10 +195,10 @@ class Sampler:
         """Whether draws suffice and tell the sds; a first half that keeps them from it was warm-up, and goes."""
         if not suffices(found):
             return False
-        told, warm_up = sds_told(found, self.draws.stacked()[0], self._gradients(found.sweeps))
+        self.told, warm_up = sds_told(found, self.draws.stacked()[0], self._gradients(found.sweeps))
         if warm_up:
             self._choose(slice(len(self.draws) // 2, None))
-        return told
+        return self.told
 
     def _figures(self, watched: Sequence[int] | None) -> ChainFigures:
         chains, stats = self.draws.stacked()
@@ -272,7 +273,9 @@ class Sampler:
         return True
 
     def _begin_halved(self) -> None:
+        """Begin anew with half of the step size, and trajectories as long as before."""
         self.kernel.step *= 0.5
+        self.kernel.most_leaps *= 2
         self.numbers["halved"] += 1
         self.begin_draws(thin=1)
 

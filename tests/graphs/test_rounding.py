@@ -49,3 +49,15 @@ def test_a_mask_may_hang_on_the_last_digit():
     assert hangs_on_digits(module, (there,), on_an_edge, expected)
     away_from_it = (expected[0], expected[1] ^ (there == there.max()))
     assert not hangs_on_digits(module, (there,), away_from_it, expected)
+
+
+@pytest.mark.parametrize("far", [0.0, 1e8])
+def test_single_precision_may_lose_all_digits_of_a_sum(far):
+    """Small numbers of a result have the errors of its large ones then, and only then."""
+    x = torch.cat([normal(20, 1, seed=0).float() + far, normal(20, 1, seed=1).float() - far], 1)
+    module = record(lambda x: (x.sum(1, keepdim=True) * torch.tensor([1.0, 1e-6]),), x)
+    (expected,) = module(x)
+    found = expected + torch.tensor([0.0, 1.0])
+    assert hangs_on_digits(module, (x,), (expected,), (expected,))
+    assert hangs_on_digits(module, (x,), (found,), (expected,)) is (far > 0.0)
+    assert not hangs_on_digits(module, (x,), (expected + torch.tensor([0.0, 1e12]),), (expected,))

@@ -210,10 +210,10 @@ def test_draws_beyond_the_end_of_numbers_are_a_sign():
     assert "along a coordinate of unused" in improper_tails(density, lambda: draws, seed=0)[0]
 
 
-@pytest.mark.parametrize("model", [nothing_depends_on, known_by_their_sum])
-def test_training_without_an_end_is_ended(model):
-    """These took minutes."""
-    found = pf.fit(model, X.float(), seed=0, progress=False)
+@pytest.mark.parametrize(("model", "x"), [(nothing_depends_on, X.float()), (known_by_their_sum, X)])
+def test_training_without_an_end_is_ended(model, x):
+    """These took minutes. In single precision a sum may be known to no digit before the tails are looked at."""
+    found = pf.fit(model, x, seed=0, progress=False)
     assert "no finite integral" in str(found.verdict)
     assert sum(stage["steps"] or 0 for stage in found.history) < 2000
 
