@@ -103,25 +103,38 @@ def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(m
     draws = normals()
     draws[::8, ::8, 1] *= 12.0
     draws[::8, DRAWS // 2 :: 8, 1] *= 0.9  # a little better by chance
-    error, later = enough.sd_error(draws), enough.sd_error(draws[:, DRAWS // 2 :])
-    assert max(enough.SD_ERROR, enough.CLEARLY * error) < later
+    error, later = (enough.lacking(part, few=False) for part in (draws, draws[:, DRAWS // 2 :]))
+    assert max(1.0, enough.CLEARLY * error) < later
     sampler = sampler_with(draws)
     assert sampler._is_enough(plenty_of_them)
     assert len(sampler.draws) == DRAWS
 
 
 @pytest.mark.parametrize(
-    ("error", "gradients", "sweeps", "known"),
+    ("error", "kurtosis", "gradients", "sweeps", "told"),
     [
-        (0.019, 99_999, 255, True),
-        (0.021, 99_999, 255, False),
-        (0.039, 100_000, 255, True),
-        (0.039, 99_999, 256, True),
-        (0.041, 100_000, 256, False),
+        (0.019, 4.1, 99_999, 255, True),
+        (0.021, 4.1, 99_999, 255, False),
+        (0.039, 4.1, 100_000, 255, True),
+        (0.039, 4.1, 99_999, 256, True),
+        (0.041, 4.1, 100_000, 256, False),
+        (0.039, 3.9, 99_999, 255, True),
+        (0.041, 3.9, 99_999, 255, False),
     ],
 )
-def test_cheap_draws_have_to_tell_sds_better(error, gradients, sweeps, known):
-    assert enough.is_known(replace(GOOD, sweeps=sweeps), error, gradients) is known
+def test_cheap_draws_have_to_tell_sds_of_heavy_tails_better(monkeypatch, error, kurtosis, gradients, sweeps, told):
+    monkeypatch.setattr(_mixing, "sd_errors", lambda draws: torch.tensor([0.001, error]).double())
+    monkeypatch.setattr(_mixing, "kurtoses", lambda draws: torch.tensor([3.0, kurtosis]).double())
+    assert enough.sds_told(replace(GOOD, sweeps=sweeps), normals(), gradients) == (told, False)
+
+
+def test_kurtoses():
+    """Of a normal, a uniform and a Laplace distribution."""
+    u = (torch.arange(20_000).double() + 0.5) / 20_000
+    laplace = -torch.sign(u - 0.5) * torch.log1p(-2.0 * (u - 0.5).abs())
+    draws = torch.stack([torch.special.ndtri(u), u, laplace], -1).reshape(10, 2000, 3)
+    expected = torch.tensor([3.0, 1.8, 6.0]).double()
+    torch.testing.assert_close(_mixing.kurtoses(draws), expected, rtol=0.02, atol=0.0)
 
 
 def test_as_many_draws_are_held_as_tell_sds():

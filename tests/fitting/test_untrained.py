@@ -1,6 +1,7 @@
 """A sampler before any training, training that ends where it gains nothing, and chains that have what a flow lacks."""
 
 import math
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -110,17 +111,20 @@ def test_chains_that_diverge_are_given_up_where_gradients_do_not_suffice_for_hal
     assert found[False, 80_000].numbers["halved"] == 0
     assert len(found[False, 80_000].draws) == 3, "4 trajectories may diverge"
     assert found[False, 150_000].numbers["halved"] >= 1
+    assert found[False, 150_000].kernel.most_leaps >= 2 * found[False, 80_000].kernel.most_leaps, "as long as before"
 
 
 class Paced:
     """Chains that have what they are told at the end of each run, at 2,000 gradients a sweep."""
+
+    told, latent = False, SimpleNamespace(dim=100)
 
     def __init__(self, least):
         self.least, self.asked = iter(least), []
 
     def run(self, sweeps, report, *, gradients, patient):
         self.asked.append(gradients)
-        ess, nested, diverged = next(self.least)
+        ess, nested, diverged, self.told = next(self.least)
         return ChainFigures(
             chains=64, draws=64, sweeps=100, r_hat=1.0, nested_r_hat=nested, ess_bulk=2.0 * ess, ess_tail=ess,
             where="z", divergences=diverged, energy_error=0.0, acceptance=0.8, independence=math.nan,
@@ -134,19 +138,21 @@ class Paced:
 @pytest.mark.parametrize(
     ("least", "asked"),
     [
-        ([(1600, 1.0, 0.0)], []),
-        ([(800, 1.0, 0.0), (1600, 1.0, 0.0)], [300_000]),  # 175,000 are needed, and up to 600,000 in all granted
-        ([(800, 1.0, 0.001), (1600, 1.0, 0.0)], [300_000]),  # the step has been halved
-        ([(400, 1.0, 0.0), (1600, 1.0, 0.0)], [825_000]),
-        ([(800, 1.0, 0.0), (300, 1.0, 0.0)], [300_000]),  # 800,000 more would be too many
-        ([(249, 1.0, 0.0)], []),
-        ([(800, 1.02, 0.0)], []),
+        ([(1600, 1.0, 0.0, True)], []),
+        ([(800, 1.0, 0.0, False), (1600, 1.0, 0.0, True)], [300_000]),  # 175,000 needed, 600,000 in all granted
+        ([(800, 1.0, 0.001, False), (1600, 1.0, 0.0, True)], [300_000]),  # the step has been halved
+        ([(400, 1.0, 0.0, False), (1600, 1.0, 0.0, True)], [825_000]),
+        ([(800, 1.0, 0.0, False), (300, 1.0, 0.0, False)], [300_000]),  # 800,000 more would be too many
+        ([(249, 1.0, 0.0, False)], []),
+        ([(800, 1.02, 0.0, False)], []),
+        ([(1600, 1.0, 0.0, False), (1900, 1.0, 0.0, True)], [900_000]),  # enough draws, but not for all sds
+        ([(1600, 1.0, 0.0, False), (1900, 1.0, 0.0, False)], [900_000]),
     ],
 )
 def test_chains_go_on_while_that_costs_less_than_a_flow(least, asked):
     sampler = Paced(least)
     first = sampler.run(0, None, gradients=300_000, patient=False)
-    _gone_on(sampler, first, 300_000, Bar("", False))
+    _gone_on(sampler, first, 300_000, Bar("", False), False)
     assert sampler.asked == [300_000, *asked]
 
 
