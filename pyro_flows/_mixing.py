@@ -64,6 +64,13 @@ def chain_diagnostics(draws: Tensor, superchain: Tensor | None = None) -> dict[s
     return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 
+def effective(draws: Tensor) -> Tensor:
+    """Return the effective numbers (D,) of draws (C, N, D) for their means; NaN for too few draws."""
+    if draws.shape[1] < LEAST_DRAWS:
+        return torch.full((draws.shape[2],), torch.nan, dtype=torch.float64)
+    return torch.cat([_effective(_halved(part)) for part in _parts(draws)])
+
+
 def sd_errors(draws: Tensor) -> Tensor:
     """Return the standard errors of the sds of draws (C, N, D), each (D,) as a part of the sd; NaN for too few draws.
 

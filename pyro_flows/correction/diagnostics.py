@@ -72,6 +72,11 @@ def examined(
     return judged, [looked_at[place] for place in worst]
 
 
+def slowest(z: Tensor, count: int) -> list[int]:
+    """Return the numbers of the coordinates whose draws (C, N, D) tell their means worst, which is known soonest."""
+    return _mixing.effective(z).nan_to_num(nan=0.0).argsort()[:count].tolist()
+
+
 def agreement(z: Tensor, began: Tensor) -> float:
     """Return the largest R-hat between groups of chains by the part in which they began; NaN if that is one."""
     groups = [z[began == part].flatten(0, 1) for part in began.unique().tolist()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -45,8 +46,16 @@ def are_few(found: ChainFigures, gradients: float) -> bool:
     return gradients < CHEAP and found.sweeps < EARLY
 
 
-def sds_told(found: ChainFigures, draws: Tensor, gradients: float) -> tuple[bool, bool]:
-    """Return whether draws (C, N, D) tell all sds or nothing more is waited for, and whether a first half is warm-up.
+class Sds(NamedTuple):
+    """Whether all sds are told or nothing more is waited for, whether a first half is warm-up; see :func:`lacking`."""
+
+    told: bool
+    warm_up: bool
+    lack: float
+
+
+def sds_told(found: ChainFigures, draws: Tensor, gradients: float) -> Sds:
+    """Return whether draws (C, N, D) tell all standard deviations.
 
     The first half is warm-up if the second half alone tells sds clearly better. Chance makes one of two halves of heavy
     tails the better one: that with fewer draws far out, whose sds are too small.
@@ -54,10 +63,10 @@ def sds_told(found: ChainFigures, draws: Tensor, gradients: float) -> tuple[bool
     few = are_few(found, gradients)
     lack = lacking(draws, few=few)
     if lack <= 1.0:
-        return True, False
+        return Sds(True, False, lack)
     warm_up = lacking(draws[:, draws.shape[1] // 2 :], few=few) < CLEARLY * lack
     waited_for = few or _least(found) < MOST * SPARE * LEAST_ESS
-    return not (waited_for or warm_up), warm_up
+    return Sds(not (waited_for or warm_up), warm_up, lack)
 
 
 def untold(z: Tensor, found: ChainFigures, names: Sequence[str]) -> list[str]:
@@ -78,9 +87,13 @@ def sweeps_needed(found: ChainFigures) -> float:
     return found.sweeps * SPARE * LEAST_ESS / max(_least(found), 1.0)
 
 
-def next_look(found: ChainFigures, *, thin: int, kept: int) -> int:
-    """Return after how many more draws to look again, one of ``thin`` sweeps, where ``kept`` are the fewest of all."""
-    needed = math.ceil((sweeps_needed(found) - found.sweeps) / thin)
+def next_look(found: ChainFigures, *, thin: int, kept: int, lack: float = 0.0) -> int:
+    """Return after how many more draws to look again, one of ``thin`` sweeps, where ``kept`` are the fewest of all.
+
+    ``lack`` says by what factor the errors of sds are too large: their squares fall as one over the sweeps.
+    """
+    whole = max(sweeps_needed(found), lack**2 * found.sweeps)
+    needed = math.ceil((whole - found.sweeps) / thin)
     return kept // 2 if needed <= 0 else min(max(needed, kept // SOONEST, 1), kept // 2)
 
 

@@ -27,6 +27,7 @@ from pyro_flows.graphs.batches import Recorder
 from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.transforms import LowerTriangularAffine
 
 WALKED_PARTS = 4
 LEAPS_KEPT = 4
@@ -78,6 +79,9 @@ class Latent:
 
     def __init__(self, flow: Flow | FlowMixture, density: LogDensity) -> None:
         flow = copy.deepcopy(flow).requires_grad_(False)
+        for layer in flow.modules():
+            if isinstance(layer, LowerTriangularAffine):
+                layer.settle()
         self.density, self.dim = density, density.dim
         self.mixture = flow if isinstance(flow, FlowMixture) else None
         self.flows = flow.members if isinstance(flow, FlowMixture) else [flow]

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_flows import _mixing
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel
-from pyro_flows.correction.diagnostics import examined
+from pyro_flows.correction.diagnostics import examined, slowest
 from pyro_flows.correction.enough import next_look, sds_told, suffices, sweeps_needed
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.kept import Kept
@@ -139,7 +139,7 @@ class Sampler:
             if len(self.draws) >= max(self.kept, self.numbers["checked"] + self.numbers.get("pause", self.kept // 2)):
                 found = self._looked_at()
                 left = max(end - self.latent.density.evaluations, 0.0)
-                if self._is_enough(found) or self.to_come(found) > short_of * left:
+                if self.told or self.to_come(found) > short_of * left:
                     return found
                 if not self._halve(found):
                     self._make_room(found)
@@ -183,22 +183,23 @@ class Sampler:
         return self.judged[1]
 
     def _looked_at(self) -> ChainFigures:
-        """Judge the draws so far: by the coordinates that were the worst the last time, and by all if these suffice."""
-        self.numbers["checked"] = len(self.draws)
-        worst = self.numbers.get("worst")
-        found = None if worst is None else self._figures(worst)
-        found = self.figures() if found is None or suffices(found) else found
-        self.numbers["pause"] = next_look(found, thin=self.numbers["thin"], kept=self.kept)
-        return found
+        """Judge the draws so far: by the worst coordinates of the last time, and by all if these and all sds suffice.
 
-    def _is_enough(self, found: ChainFigures) -> bool:
-        """Whether draws suffice and tell the sds; a first half that keeps them from it was warm-up, and goes."""
-        if not suffices(found):
-            return False
-        self.told, warm_up = sds_told(found, self.draws.stacked()[0], self._gradients(found.sweeps))
-        if warm_up:
-            self._choose(slice(len(self.draws) // 2, None))
-        return self.told
+        A first half that keeps the sds from being told was warm-up, and goes.
+        """
+        self.numbers["checked"] = len(self.draws)
+        draws = self.draws.stacked()[0]
+        worst = self.numbers.get("worst")
+        found = self._figures(slowest(draws, WATCHED) if worst is None else worst)
+        self.told, lack = False, 0.0
+        if suffices(found):
+            told, warm_up, lack = sds_told(found, draws, self._gradients(found.sweeps))
+            found = self.figures() if told else found
+            self.told = told and suffices(found)
+            if warm_up:
+                self._choose(slice(len(self.draws) // 2, None))
+        self.numbers["pause"] = next_look(found, thin=self.numbers["thin"], kept=self.kept, lack=lack)
+        return found
 
     def _figures(self, watched: Sequence[int] | None) -> ChainFigures:
         chains, stats = self.draws.stacked()

@@ -29,9 +29,15 @@ class SiteValues(Runs):
         self._densities: dict[tuple[str, ...], Recorder] = {}  # by the sites that they are of
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
-        """Return latent and deterministic sites as the model sees them: ``{name: (S, *shape)}``."""
+        """Return latent and deterministic sites as the model sees them: ``{name: (S, *shape)}``.
+
+        The model runs only if it has deterministic sites, or if supports depend on other sites.
+        """
         z = self._check(z)
         deterministic = () if self.structure.enumerated else tuple(self.structure.deterministic)
+        if not (deterministic or self.structure.dependent):
+            with torch.no_grad():
+                return self.map(lambda row: {name: value for name, (value, _) in self.placed(row).items()}, z)
 
         def values(row: Tensor) -> dict[str, Tensor]:
             trace, _ = self._run(row, enumerate_sites=True)

@@ -149,6 +149,7 @@ class LowerTriangularAffine(Bijection):
     loc: Tensor
     scale_tril: Tensor
     relative: Tensor | None
+    settled = False  # b is zero and A the identity for good
     _below: Tensor
     _rows: Tensor
 
@@ -193,6 +194,16 @@ class LowerTriangularAffine(Bijection):
             _, log_diagonal, below = self._split(self.conditioner.values)  # type: ignore[arg-type]
             below.div_(log_diagonal[self._rows].exp())
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put b and A into m and L, for a map without a context that is trained no more: one product is enough then."""
+        if not self.context_dim:
+            loc, scale_tril, _ = self._affine(self.loc, None)
+            self.loc.copy_(loc)
+            self.scale_tril.copy_(scale_tril)
+            self.conditioner.values.zero_()  # type: ignore[operator, union-attr]
+            self.settled = True
+
     def _split(self, free: Tensor) -> tuple[Tensor, ...]:
         """Split into b, s and what is below the diagonal."""
         return free.split([self.dim, self.dim, free.shape[-1] - 2 * self.dim], dim=-1)
@@ -208,6 +219,9 @@ class LowerTriangularAffine(Bijection):
 
     def _maps(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
         """Return the shift, the matrix L A or both of them, and the log determinant: L A is dear for few points."""
+        if self.settled:
+            _checks.event("LowerTriangularAffine", x, self.dim)
+            return self.loc, [self.scale_tril], self.scale_tril.diagonal().log().sum()
         shift, matrix, ladj = self._factored(x, context)
         few = matrix.dim() == 2 and math.prod(x.shape[:-1]) < self.dim
         return shift, [self.scale_tril, matrix] if few else [self.scale_tril @ matrix], ladj

@@ -41,6 +41,13 @@ def sampler_with(draws):
     return found
 
 
+def has_enough(sampler, figures):
+    """Whether a sampler takes its draws for enough, with figures of all coordinates like these."""
+    sampler._figures, sampler.judged = lambda watched: figures, None
+    sampler._looked_at()
+    return sampler.told
+
+
 @pytest.mark.parametrize(("df", "kurtosis"), [(None, 3.0), (10, 4.0)])
 def test_errors_of_sds(df, kurtosis):
     r"""Of S draws: :math:`\sqrt{(\kappa - 1) / (4 S)}`."""
@@ -60,7 +67,7 @@ def test_errors_of_sds_count_effective_draws():
 
 
 def test_draws_that_tell_all_sds_are_enough():
-    assert sampler_with(normals())._is_enough(GOOD)
+    assert has_enough(sampler_with(normals()), GOOD)
 
 
 def test_a_chain_that_began_far_away_is_warm_up():
@@ -69,11 +76,11 @@ def test_a_chain_that_began_far_away_is_warm_up():
     draws[0, :40, 0] -= torch.linspace(30.0, 0.0, 40).double()
     assert float(draws[..., 0].std()) > 1.4
     sampler = sampler_with(draws)
-    assert not sampler._is_enough(GOOD)
+    assert not has_enough(sampler, GOOD)
     assert len(sampler.draws) == sampler.numbers["checked"] == DRAWS // 2
     left = sampler.draws.stacked()[0]
     assert torch.equal(left, draws[:, DRAWS // 2 :])
-    assert sampler._is_enough(GOOD)
+    assert has_enough(sampler, GOOD)
 
 
 def test_heavy_tails_take_more_draws(monkeypatch):
@@ -81,13 +88,13 @@ def test_heavy_tails_take_more_draws(monkeypatch):
     draws = normals()
     draws[::8, DRAWS // 2 :: 8, 1] *= 12.0
     sampler = sampler_with(draws)
-    assert not sampler._is_enough(GOOD)
+    assert not has_enough(sampler, GOOD)
     assert len(sampler.draws) == DRAWS
     plenty = 3.0 * enough.SPARE * LEAST_ESS
     plenty_of_them = replace(GOOD, ess_bulk=plenty, ess_tail=plenty)
-    assert not sampler_with(draws)._is_enough(plenty_of_them)
+    assert not has_enough(sampler_with(draws), plenty_of_them)
     monkeypatch.setattr(enough, "CHEAP", 0)
-    assert sampler_with(draws)._is_enough(plenty_of_them)
+    assert has_enough(sampler_with(draws), plenty_of_them)
 
 
 def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(monkeypatch):
@@ -98,7 +105,7 @@ def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(m
     draws = normals()
     draws[0, :40, 0] -= torch.linspace(30.0, 0.0, 40).double()
     sampler = sampler_with(draws)
-    assert not sampler._is_enough(plenty_of_them)
+    assert not has_enough(sampler, plenty_of_them)
     assert torch.equal(sampler.draws.stacked()[0], draws[:, DRAWS // 2 :])
     draws = normals()
     draws[::8, ::8, 1] *= 12.0
@@ -106,7 +113,7 @@ def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(m
     error, later = (enough.lacking(part, few=False) for part in (draws, draws[:, DRAWS // 2 :]))
     assert max(1.0, enough.CLEARLY * error) < later
     sampler = sampler_with(draws)
-    assert sampler._is_enough(plenty_of_them)
+    assert has_enough(sampler, plenty_of_them)
     assert len(sampler.draws) == DRAWS
 
 
@@ -125,7 +132,7 @@ def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(m
 def test_cheap_draws_have_to_tell_sds_of_heavy_tails_better(monkeypatch, error, kurtosis, gradients, sweeps, told):
     monkeypatch.setattr(_mixing, "sd_errors", lambda draws: torch.tensor([0.001, error]).double())
     monkeypatch.setattr(_mixing, "kurtoses", lambda draws: torch.tensor([3.0, kurtosis]).double())
-    assert enough.sds_told(replace(GOOD, sweeps=sweeps), normals(), gradients) == (told, False)
+    assert enough.sds_told(replace(GOOD, sweeps=sweeps), normals(), gradients)[:2] == (told, False)
 
 
 def test_kurtoses():
@@ -159,6 +166,12 @@ def test_as_many_draws_are_held_as_tell_sds():
 )
 def test_when_to_look_again(changes, thin, draws):
     assert enough.next_look(replace(GOOD, **changes), thin=thin, kept=DRAWS // 2) == draws
+
+
+@pytest.mark.parametrize(("lack", "thin", "draws"), [(0.9, 1, 32), (1.03, 1, 8), (1.1, 1, 27), (1.1, 2, 14), (2.0, 1, 32)])
+def test_when_to_look_again_for_sds(lack, thin, draws):
+    """Their errors fall as one over the root of the sweeps, here 128."""
+    assert enough.next_look(GOOD, thin=thin, kept=DRAWS // 2, lack=lack) == draws
 
 
 def far_out(draws):
