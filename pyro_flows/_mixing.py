@@ -81,8 +81,8 @@ def sd_errors(draws: Tensor) -> Tensor:
     found = []
     for part in _parts(draws):
         square = (part - part.mean((1, 2), keepdim=True)).square()
-        effective, flat = _effective(_halved(square)), square.flatten(1)
-        found.append(0.5 * flat.std(1) / (flat.mean(1) * effective.sqrt()))
+        number, flat = _effective(_halved(square)), square.flatten(1)
+        found.append(0.5 * flat.std(1) / (flat.mean(1) * number.sqrt()))
     return torch.cat(found)
 
 

@@ -29,6 +29,7 @@ WANTED = 0.8  # mean acceptance: far points of a flow's latent space bear smalle
 RATE = 0.05  # of the ascent, in the log of the trajectory length
 SHORTEST, LONGEST = 0.2, 8.0  # trajectories, in units of the scale
 MOST_LEAPS, MOST_PLAIN_LEAPS = 64, 1024  # of a trajectory: in the space of a flow, and in plain coordinates
+MOST_HALVED = 256  # in the space of a flow, where the step has been halved
 AVERAGED = 0.5  # power by which earlier lengths lose weight in their mean
 SHRINKAGE, DELAY, FORGETTING = 0.05, 10.0, 0.75  # of dual averaging
 
@@ -114,6 +115,11 @@ class Kernel:
         """Let the step size be found anew from where it is, after the scale of the coordinates has changed."""
         self.anchor, self.deficit, self.moves = self.mean_log_step, 0.0, 0
         self.second = 0.0
+
+    def halve(self) -> None:
+        """Take half of the step size, and as many more leaps as keep the length of trajectories."""
+        self.step *= 0.5
+        self.most_leaps = max(self.most_leaps, min(2 * self.most_leaps, MOST_HALVED))
 
     def freeze(self) -> None:
         """Take the means of what adaptation tried: from now on, the kernel is one and the same."""

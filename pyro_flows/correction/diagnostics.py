@@ -73,7 +73,7 @@ def examined(
 
 
 def slowest(z: Tensor, count: int) -> list[int]:
-    """Return the numbers of the coordinates whose draws (C, N, D) tell their means worst, which is known soonest."""
+    """Return the coordinates of draws (C, N, D) with the fewest effective ones for their means: cheaper than ranks."""
     return _mixing.effective(z).nan_to_num(nan=0.0).argsort()[:count].tolist()
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyro_flows import _mixing
@@ -15,8 +16,8 @@ SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to ha
 SD_ERROR = 0.04  # standard error of an sd, as a part of it: heavy tails take more draws than quantiles tell
 MOST = 3.0  # times as many effective draws, beyond which no sd is waited for: it may not exist
 CLEARLY = 0.7  # times the error of all draws, below which the second half stays alone
-FINE, CHEAP, EARLY = 0.02, 100_000, 256  # the same error of heavy tails up to so many gradients and sweeps: few draws
-# understate it
+# The same error of heavy tails up to so many gradients and sweeps: few draws understate it.
+FINE, CHEAP, EARLY = 0.02, 100_000, 256
 LIGHT = 4.0  # kurtosis of draws, above which tails are heavy; a normal distribution has 3
 KNOWN_TO = 0.1  # an sd whose standard error is a larger part of it speaks against chains that a budget ended
 SOONEST = 8  # looks while the fewest draws are made
@@ -27,18 +28,20 @@ def suffices(found: ChainFigures) -> bool:
     return not objections(found) and _least(found) >= SPARE * LEAST_ESS
 
 
-def lacking(draws: Tensor, *, few: bool) -> float:
-    """Return by what factor the standard errors of the sds of draws (C, N, D) are too large, the worst coordinate's.
+def allowed(draws: Tensor, *, few: bool) -> Tensor:
+    """Return the standard errors (D,) that sds of draws (C, N, D) may have, as a part of them.
 
     Args:
         draws: of chains.
         few: whether draws are cheap, and so few that they understate the errors of heavy tails.
     """
-    errors = _mixing.sd_errors(draws).nan_to_num(nan=0.0)
-    if few:
-        heavy = _mixing.kurtoses(draws) > LIGHT
-        errors[heavy] *= SD_ERROR / FINE
-    return float(errors.max()) / SD_ERROR
+    heavy = _mixing.kurtoses(draws) > LIGHT
+    return torch.where(heavy & few, FINE, SD_ERROR)
+
+
+def lacking(draws: Tensor, may_be: Tensor) -> float:
+    """Return the worst ratio of the standard errors of the sds of draws (C, N, D) to those that may be (D,)."""
+    return float((_mixing.sd_errors(draws).nan_to_num(nan=0.0) / may_be).max())
 
 
 def are_few(found: ChainFigures, gradients: float) -> bool:
@@ -61,10 +64,11 @@ def sds_told(found: ChainFigures, draws: Tensor, gradients: float) -> Sds:
     tails the better one: that with fewer draws far out, whose sds are too small.
     """
     few = are_few(found, gradients)
-    lack = lacking(draws, few=few)
+    may_be = allowed(draws, few=few)
+    lack = lacking(draws, may_be)
     if lack <= 1.0:
         return Sds(True, False, lack)
-    warm_up = lacking(draws[:, draws.shape[1] // 2 :], few=few) < CLEARLY * lack
+    warm_up = lacking(draws[:, draws.shape[1] // 2 :], may_be) < CLEARLY * lack
     waited_for = few or _least(found) < MOST * SPARE * LEAST_ESS
     return Sds(not (waited_for or warm_up), warm_up, lack)
 

@@ -121,7 +121,8 @@ def _plain_gradients(posterior: Record) -> float:
 def attempt(flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar) -> Chains | None:
     """Try a sampler where a round of training did not suffice, for less than another round; None if it does not either.
 
-    Cost: 40,000 to 600,000 gradients. A round of training takes 256 for each of thousands of steps.
+    Cost: 40,000 to 600,000 gradients, 1,200,000 where sds are not told before (above 50 dimensions). A round of
+    training takes 256 for each of thousands of steps.
     """
     with density.clock.watching():
         z, log_q = flow.draw(BEGUN_FROM)
@@ -178,7 +179,8 @@ def _only_lacks_draws(found: ChainFigures) -> bool:
 def _gone_on(sampler: Sampler, found: ChainFigures, spent: float, bar: Bar, patient: bool) -> ChainFigures:
     """Go on with chains that will have draws enough before a flow could be trained; return their figures.
 
-    Those that have enough, but do not tell all standard deviations yet, go on as far as that.
+    In all they take `TRAINED` gradients at most. Those that nothing speaks against, but that do not tell all standard
+    deviations, go on to that (`ATTEMPT` up to `FEW` dimensions). ``patient`` chains go on for this alone.
     """
     most = TRAINED if sampler.latent.dim > FEW else ATTEMPT
     while not sampler.told:
@@ -188,6 +190,8 @@ def _gone_on(sampler: Sampler, found: ChainFigures, spent: float, bar: Bar, pati
             more = min(max(ATTEMPT - spent, LONGER_THAN_THOUGHT * needed), TRAINED - spent)
             if patient or not _only_lacks_draws(found) or needed > more:
                 break
+        elif objections(sampler.figures()):  # found may be of some coordinates only
+            break
         if more <= 0.0:
             break
         spent += more

@@ -159,7 +159,7 @@ class Sampler:
         return self._gradients(max(sweeps_needed(found) - done, 0.0))
 
     def _gradients(self, sweeps: float, step: float = 1.0) -> float:
-        leaps = min(self.kernel.length / (step * self.kernel.step), 0.5 * self.kernel.most_leaps)  # in the mean
+        leaps = min(self.kernel.length / (step * self.kernel.step), 0.5 * self.kernel.most_leaps / step)  # in the mean
         return sweeps * max(leaps, 1.0) * len(self.points.x)
 
     def begin_draws(self, *, thin: int) -> None:
@@ -193,9 +193,11 @@ class Sampler:
         found = self._figures(slowest(draws, WATCHED) if worst is None else worst)
         self.told, lack = False, 0.0
         if suffices(found):
-            told, warm_up, lack = sds_told(found, draws, self._gradients(found.sweeps))
-            found = self.figures() if told else found
-            self.told = told and suffices(found)
+            gradients = self._gradients(found.sweeps)
+            told, warm_up, lack = sds_told(found, draws, gradients)
+            if told:
+                found = self.figures()
+                self.told = suffices(found) and sds_told(found, draws, gradients).told
             if warm_up:
                 self._choose(slice(len(self.draws) // 2, None))
         self.numbers["pause"] = next_look(found, thin=self.numbers["thin"], kept=self.kept, lack=lack)
@@ -275,8 +277,7 @@ class Sampler:
 
     def _begin_halved(self) -> None:
         """Begin anew with half of the step size, and trajectories as long as before."""
-        self.kernel.step *= 0.5
-        self.kernel.most_leaps *= 2
+        self.kernel.halve()
         self.numbers["halved"] += 1
         self.begin_draws(thin=1)
 

@@ -128,9 +128,14 @@ def hold(model: Callable[..., Any], trace: poutine.Trace) -> tuple[Callable[...,
     return run, {name: leaf for name, (leaf, _) in held.items()}
 
 
-def place_all(structure: Structure, z: Tensor, run: Callable[[], Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return value and log Jacobian of each latent at ``z``; ``run`` calls the model, only if supports depend on it."""
-    if not structure.dependent:
+def place_all(
+    structure: Structure, z: Tensor, run: Callable[[], Any], *, moving: bool = False
+) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
+    """Return value and log Jacobian of each latent at ``z``.
+
+    ``run`` calls the model, only if supports depend on it, or on parameters that may move.
+    """
+    if not (structure.dependent or moving):
         nodes = messages(structure.trace)
         return {latent.name: latent.place(z, nodes[latent.name]["fn"]) for latent in structure.latents}
     place = Place(structure.latents, z)
@@ -139,10 +144,12 @@ def place_all(structure: Structure, z: Tensor, run: Callable[[], Any]) -> dict[s
     return place.placed
 
 
-def flatten_all(structure: Structure, values: Mapping[str, Tensor], run: Callable[[], Any]) -> Tensor:
+def flatten_all(
+    structure: Structure, values: Mapping[str, Tensor], run: Callable[[], Any], *, moving: bool = False
+) -> Tensor:  # fmt: skip
     """Return the unconstrained vector (D,) of one constrained value of each latent; ``run`` as in :func:`place_all`."""
     trace = structure.trace
-    if structure.dependent:
+    if structure.dependent or moving:
         with apart(), poutine.condition(data=dict(values)):
             trace = poutine.trace(run).get_trace()
     priors = {latent.name: messages(trace)[latent.name]["fn"] for latent in structure.latents}

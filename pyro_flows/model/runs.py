@@ -74,7 +74,7 @@ class Runs:
         self.numbers = max(self.dim, sum(value.numel() for value in self.structure.observed.values()))
         self._rows = rows_for(self.numbers, MAPPED)
         self._guards: frozenset[str] = frozenset()
-        self._guards = check_values(self.structure, self.trace_at, lambda: self.model(*self.args, **self.kwargs))
+        self._guards = check_values(self.structure, self.trace_at, self._called)
         self._probe()
 
     # one run ------------------------------------------------------------------------------------------------------
@@ -97,7 +97,10 @@ class Runs:
     def placed(self, z: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Return value and log Jacobian of each latent at one point ``z`` (D,)."""
         with self.writing(z):
-            return place_all(self.structure, z, lambda: self.model(*self.args, **self.kwargs))
+            return place_all(self.structure, z, self._called, moving=bool(self._parameters))
+
+    def _called(self) -> Any:
+        return self.model(*self.args, **self.kwargs)
 
     def trace_at(self, z: Tensor) -> poutine.Trace:
         """Return the trace of the model at one point ``z`` (D,), with enumerated latents along axes of their own."""

@@ -31,11 +31,11 @@ class SiteValues(Runs):
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Return latent and deterministic sites as the model sees them: ``{name: (S, *shape)}``.
 
-        The model runs only if it has deterministic sites, or if supports depend on other sites.
+        A long model runs only if it has deterministic sites, or if supports depend on other sites or on parameters.
         """
         z = self._check(z)
         deterministic = () if self.structure.enumerated else tuple(self.structure.deterministic)
-        if not (deterministic or self.structure.dependent):
+        if self.long and not (deterministic or self.structure.dependent or self._parameters):
             with torch.no_grad():
                 return self.map(lambda row: {name: value for name, (value, _) in self.placed(row).items()}, z)
 
@@ -63,7 +63,7 @@ class SiteValues(Runs):
 
         def flat(row: dict[str, Tensor]) -> Tensor:
             with self.writing(row[self.names[0]]):
-                return flatten_all(self.structure, row, lambda: self.model(*self.args, **self.kwargs))
+                return flatten_all(self.structure, row, self._called, moving=bool(self._parameters))
 
         draws = seeded(0, self.device) if self.batched else nullcontext()  # of enumerated sites, if supports need them
         with torch.no_grad(), quiet(), draws:

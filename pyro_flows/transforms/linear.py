@@ -210,6 +210,7 @@ class LowerTriangularAffine(Bijection):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         adopt_buffer(self, "relative", state_dict, prefix)
+        self.settled = False
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _affine(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 import pyro_flows as pf
 from pyro_flows import _mixing
 from pyro_flows.correction import enough
+from pyro_flows.correction.diagnostics import slowest
 from pyro_flows.correction.kept import STATS, Kept
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.sampler import Sampler
@@ -41,9 +42,9 @@ def sampler_with(draws):
     return found
 
 
-def has_enough(sampler, figures):
-    """Whether a sampler takes its draws for enough, with figures of all coordinates like these."""
-    sampler._figures, sampler.judged = lambda watched: figures, None
+def has_enough(sampler, figures, all_=None):
+    """Whether a sampler takes its draws for enough, with figures like these of those watched, and of ``all_``."""
+    sampler._figures, sampler.judged = lambda watched: all_ if watched is None and all_ else figures, None
     sampler._looked_at()
     return sampler.told
 
@@ -95,6 +96,7 @@ def test_heavy_tails_take_more_draws(monkeypatch):
     assert not has_enough(sampler_with(draws), plenty_of_them)
     monkeypatch.setattr(enough, "CHEAP", 0)
     assert has_enough(sampler_with(draws), plenty_of_them)
+    assert not has_enough(sampler_with(draws), plenty_of_them, all_=GOOD), "others have fewer, and are waited for"
 
 
 def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(monkeypatch):
@@ -110,7 +112,8 @@ def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(m
     draws = normals()
     draws[::8, ::8, 1] *= 12.0
     draws[::8, DRAWS // 2 :: 8, 1] *= 0.9  # a little better by chance
-    error, later = (enough.lacking(part, few=False) for part in (draws, draws[:, DRAWS // 2 :]))
+    may_be = enough.allowed(draws, few=False)
+    error, later = (enough.lacking(part, may_be) for part in (draws, draws[:, DRAWS // 2 :]))
     assert max(1.0, enough.CLEARLY * error) < later
     sampler = sampler_with(draws)
     assert has_enough(sampler, plenty_of_them)
@@ -133,6 +136,34 @@ def test_cheap_draws_have_to_tell_sds_of_heavy_tails_better(monkeypatch, error, 
     monkeypatch.setattr(_mixing, "sd_errors", lambda draws: torch.tensor([0.001, error]).double())
     monkeypatch.setattr(_mixing, "kurtoses", lambda draws: torch.tensor([3.0, kurtosis]).double())
     assert enough.sds_told(replace(GOOD, sweeps=sweeps), normals(), gradients)[:2] == (told, False)
+
+
+def test_a_half_does_not_go_for_lighter_tails(monkeypatch):
+    """Its errors count in the same way as those of all draws, whose tails are just heavy."""
+    half = DRAWS // 2
+    errors = {DRAWS: 0.025, half: 0.025 * math.sqrt(2.0)}
+    kurtosis = {DRAWS: 4.1, half: 3.9}
+    monkeypatch.setattr(_mixing, "sd_errors", lambda draws: torch.tensor([errors[draws.shape[1]]]).double())
+    monkeypatch.setattr(_mixing, "kurtoses", lambda draws: torch.tensor([kurtosis[draws.shape[1]]]).double())
+    assert enough.sds_told(GOOD, normals(dim=1), 0.0)[:2] == (False, False)
+
+
+def test_effective_draws_of_the_values_themselves():
+    """Each draw eight times in a row: an eighth; the slowest coordinates first."""
+    draws = normals(dim=3)
+    draws[..., 1] = draws[:, : DRAWS // 8, 1].repeat_interleave(8, 1)
+    found = _mixing.effective(draws)
+    torch.testing.assert_close(found / (CHAINS * DRAWS), torch.tensor([1.0, 0.125, 1.0]).double(), rtol=0.2, atol=0.0)
+    assert _mixing.effective(draws[:, :3]).isnan().all()
+    assert slowest(draws, 1) == [1]
+
+
+def test_draws_after_a_halved_step_are_counted_as_they_will_be():
+    sampler = sampler_with(normals())
+    sampler.kernel.step, sampler.kernel.length = 0.05, 8.0  # 160 leaps, of which 64 may be made at most
+    foreseen = sampler._gradients(10.0, 0.5)
+    sampler._begin_halved()
+    assert sampler._gradients(10.0) == foreseen == 2.0 * 10.0 * 32 * CHAINS
 
 
 def test_kurtoses():
@@ -168,7 +199,9 @@ def test_when_to_look_again(changes, thin, draws):
     assert enough.next_look(replace(GOOD, **changes), thin=thin, kept=DRAWS // 2) == draws
 
 
-@pytest.mark.parametrize(("lack", "thin", "draws"), [(0.9, 1, 32), (1.03, 1, 8), (1.1, 1, 27), (1.1, 2, 14), (2.0, 1, 32)])
+@pytest.mark.parametrize(
+    ("lack", "thin", "draws"), [(0.9, 1, 32), (1.03, 1, 8), (1.1, 1, 27), (1.1, 2, 14), (2.0, 1, 32)]
+)
 def test_when_to_look_again_for_sds(lack, thin, draws):
     """Their errors fall as one over the root of the sweeps, here 128."""
     assert enough.next_look(GOOD, thin=thin, kept=DRAWS // 2, lack=lack) == draws

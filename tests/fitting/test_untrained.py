@@ -1,6 +1,7 @@
 """A sampler before any training, training that ends where it gains nothing, and chains that have what a flow lacks."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pyro
@@ -117,7 +118,7 @@ def test_chains_that_diverge_are_given_up_where_gradients_do_not_suffice_for_hal
 class Paced:
     """Chains that have what they are told at the end of each run, at 2,000 gradients a sweep."""
 
-    told, latent = False, SimpleNamespace(dim=100)
+    told, others, latent = False, 1.0, SimpleNamespace(dim=100)
 
     def __init__(self, least):
         self.least, self.asked = iter(least), []
@@ -125,11 +126,15 @@ class Paced:
     def run(self, sweeps, report, *, gradients, patient):
         self.asked.append(gradients)
         ess, nested, diverged, self.told = next(self.least)
-        return ChainFigures(
+        self.found = ChainFigures(
             chains=64, draws=64, sweeps=100, r_hat=1.0, nested_r_hat=nested, ess_bulk=2.0 * ess, ess_tail=ess,
             where="z", divergences=diverged, energy_error=0.0, acceptance=0.8, independence=math.nan,
             agreement=math.nan, changes=math.nan,
         )  # fmt: skip
+        return self.found
+
+    def figures(self):
+        return replace(self.found, nested_r_hat=self.others)
 
     def to_come(self, found):
         return 200_000.0 * (1500.0 / found.ess_tail - 1.0)
@@ -153,6 +158,23 @@ def test_chains_go_on_while_that_costs_less_than_a_flow(least, asked):
     sampler = Paced(least)
     first = sampler.run(0, None, gradients=300_000, patient=False)
     _gone_on(sampler, first, 300_000, Bar("", False), False)
+    assert sampler.asked == [300_000, *asked]
+
+
+@pytest.mark.parametrize(
+    ("change", "patient", "ess", "asked"),
+    [
+        ({}, True, 1600, [900_000]),  # sds are waited for
+        ({}, True, 800, []),  # effective draws are not
+        ({"latent": SimpleNamespace(dim=50)}, False, 1600, [300_000]),
+        ({"others": 1.02}, False, 1600, []),  # coordinates that were not looked at disagree
+    ],
+)
+def test_chains_go_on_for_sds(change, patient, ess, asked):
+    sampler = Paced([(ess, 1.0, 0.0, False), (2 * ess, 1.0, 0.0, True)])
+    vars(sampler).update(change)
+    first = sampler.run(0, None, gradients=300_000, patient=patient)
+    _gone_on(sampler, first, 300_000, Bar("", False), patient)
     assert sampler.asked == [300_000, *asked]
 
 

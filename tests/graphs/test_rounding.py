@@ -61,3 +61,20 @@ def test_single_precision_may_lose_all_digits_of_a_sum(far):
     assert hangs_on_digits(module, (x,), (expected,), (expected,))
     assert hangs_on_digits(module, (x,), (found,), (expected,)) is (far > 0.0)
     assert not hangs_on_digits(module, (x,), (expected + torch.tensor([0.0, 1e12]),), (expected,))
+
+
+def test_a_point_without_digits_excuses_no_other_point():
+    x = torch.tensor([[1e8, -1e8]] + 19 * [[0.3, 0.4]])
+    module = record(lambda x: (x.sum(1),), x)
+    (expected,) = module(x)
+    lost, other = torch.zeros(20), torch.zeros(20)
+    lost[0], other[3] = 20.0, 1.0
+    assert hangs_on_digits(module, (x,), (expected + lost,), (expected,))
+    assert not hangs_on_digits(module, (x,), (expected + lost + other,), (expected,))
+
+
+def test_a_number_that_may_be_none_excuses_no_other_one():
+    x = torch.tensor([1.0, 0.3, 0.4, 0.5])
+    module = record(lambda x: ((1.0 - x.square()).sqrt(),), x)
+    (expected,) = module(x)
+    assert not hangs_on_digits(module, (x,), (expected + torch.tensor([0.0, 5.0, 5.0, 5.0]),), (expected,))

@@ -4,6 +4,7 @@ Tolerances in float64: 1e-9 relative to sums of some dozens of terms, each round
 """
 
 import functools
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -231,3 +232,53 @@ def test_correlated_model_of_many_supports():
         total = total + gauss(scale.log(), 0.0, 1.0) - scale.log().sum() - real(4.0).log()
         covariance = (scale[:, None] * factor) @ (scale[:, None] * factor).T
         close(value, total + dist.MultivariateNormal(center + width * p, covariance).log_prob(y), 1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+def test_supports_follow_parameters(steps):
+    """A bound that was trained after the model was read; a model of many operations runs only where it has to."""
+
+    def model(y):
+        upper = pyro.param("upper", torch.tensor(2.0).double(), constraint=constraints.positive)
+        x = pyro.sample("x", dist.Uniform(0.0, upper))
+        for _ in range(steps):
+            x = (x + 1.0).log().exp() - 1.0
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    pyro.clear_param_store()
+    density = pf.LogDensity(model, (torch.tensor(0.5).double(),))
+    with torch.no_grad():
+        density.parameters()["upper"].fill_(math.log(6.0))
+    z = torch.tensor([[-1.0], [3.0]]).double()
+    expected = torch.stack([density.trace_at(point).nodes["x"]["value"] for point in z]).detach()
+    assert float(expected[1]) > 5.0
+    torch.testing.assert_close(density.constrain(z)["x"], expected)
+    torch.testing.assert_close(density.unconstrain({"x": expected}), z)
+    slope = torch.sigmoid(z[:, 0]) * torch.sigmoid(-z[:, 0]) * 6.0
+    torch.testing.assert_close(density.log_jacobian(z), slope.log())
+
+
+@pytest.mark.parametrize("kind", ["fixed", "deterministic", "dependent"])
+def test_long_models_run_for_their_values_only_where_they_have_to(kind):
+    def model(y):
+        runs.append(1)
+        a = pyro.sample("a", dist.LogNormal(torch.zeros(2).double(), 1.0).to_event(1))
+        b = pyro.sample("b", dist.Uniform(0.0, a[0] if kind == "dependent" else 2.0))
+        state = a
+        for _ in range(400):
+            state = state + 0.001 * torch.sin(state * b)
+        if kind == "deterministic":
+            pyro.deterministic("end", state)
+        pyro.sample("y", dist.Normal(state, 1.0).to_event(1), obs=y)
+
+    runs: list[int] = []
+    density = pf.LogDensity(model, (torch.zeros(2).double(),))
+    assert density.long
+    z = normal(5, 3, seed=0)
+    expected = [density.trace_at(point).nodes for point in z]
+    runs.clear()
+    found = density.constrain(z)
+    assert bool(runs) is (kind != "fixed")
+    assert list(found) == ["a", "b", *(["end"] if kind == "deterministic" else [])]
+    for name, values in found.items():
+        torch.testing.assert_close(values, torch.stack([nodes[name]["value"] for nodes in expected]))
