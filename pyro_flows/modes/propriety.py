@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.held import SMALL, Held, normal_masses
 from pyro_flows.starts.curvature import second_derivatives
 from pyro_flows.starts.pathfinder import climb
 from pyro_flows.starts.prior import spread_of
@@ -30,27 +31,12 @@ PART = "a look at the tails of improper priors"  # of a fit
 STEPS = tuple(6.0 * 2.0**power for power in range(20))  # spreads from the middle, at which marginals are looked at
 LOWEST = 12.0  # nats below the middle, under which rounding of a likelihood may look like a tail
 NUMBERS_END, HUGE = 3.0, math.log(1e15)  # spreads; change of a log value, beyond which numbers may end
-ALIKE, SMALL = 1e-3, 0.1  # changes of a density are the same, up to a share of them; nats that do not matter
+ALIKE = 1e-3  # changes of a density are the same, up to such a share of them
 LEVEL, FLATTER = 1e-3, 1e-6  # curvature over a spread, and as a share of the largest: there may be none
 MOST, UP_TO = 32, 100  # coordinates that are looked at; dimensions, for Hessians
-HESSIANS = 2e7  # numbers that are worked on at once
-TICKS, NEWTON = 60, 4
+TICKS = 60
 FALLS = 2  # that have to be known in the end: one may be due to rounding
 FARTHEST, RIDGE = 6.0, 1e-12  # spreads of draws, to which others are cut; added to the diagonal of a correlation matrix
-
-
-class _Held:
-    """A log density of points with the number of a coordinate behind them, along which no path is to move."""
-
-    def __init__(self, density: LogDensity, *, recorded: bool) -> None:
-        self.density, self._evaluate = density, density.value_and_grad if recorded else density.unrecorded
-        self.dim, self.numbers, self.written = density.dim + 1, density.numbers, density.written
-
-    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log densities (S,) and gradients (S, D + 1), zero at the coordinate that is held and at its number."""
-        value, grad = self._evaluate(z[:, :-1])
-        grad = torch.cat([grad, torch.zeros_like(grad[:, :1])], 1)
-        return value, grad.scatter(1, z[:, -1:].nan_to_num(nan=0.0).long(), 0.0)
 
 
 @torch.no_grad()
@@ -70,13 +56,24 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
     z = z[torch.isfinite(z).all(1)]
     if len(z) <= 1:
         return []
-    tails = _Tails(density, z)
+    tails = _Tails(density, _finer(density, z))
     slow = tails.fall_too_slowly([coordinate for coordinate, *_ in found])
     for (coordinate, name, label), too_slow in zip(found, slow, strict=True):
         if too_slow or _ends_numbers(density, coordinate, name, tails):
             return _said(name, label)
     names = tails.level_direction({coordinate: name for coordinate, name, _ in found})
     return _said(names[0], f"a direction of {', '.join(names)}") if names else []
+
+
+def _finer(density: LogDensity, z: Tensor) -> Tensor:
+    """Return draws in double precision where the model takes these: far out, single tells no digit of a sum."""
+    if z.dtype == torch.float64:
+        return z
+    try:
+        finer, _ = density.unrecorded(z[:1].double())
+    except (RuntimeError, TypeError, ValueError):  # products of a matrix of data, in single precision, with latents
+        return z
+    return z.double() if finer.dtype == torch.float64 else z
 
 
 def _said(name: str, label: str) -> list[str]:
@@ -102,6 +99,7 @@ class _Tails:
 
     def __init__(self, density: LogDensity, z: Tensor) -> None:
         self.density, self.other = density, z[-1]
+        self.recorded = z.dtype == density.dtype  # a graph of another precision would be used nowhere else
         self.spread = spread_of(z)
         scaled = ((z - z.median(0).values) / self.spread).double().clamp(-FARTHEST, FARTHEST)
         self.middle = z[scaled.square().sum(1).argmin()]
@@ -147,6 +145,7 @@ class _Tails:
 
         NaN stands for what is not known. Without ``recorded``, no graph is checked at places so far out.
         """
+        recorded = recorded and self.recorded
         unit = torch.eye(self.density.dim, dtype=self.middle.dtype, device=self.middle.device)
         found = self._alone(unit[coordinates], steps, recorded=recorded)
         others = [number for number, masses in enumerate(found) if masses is None]
@@ -180,7 +179,7 @@ class _Tails:
 
         Paths begin with the others in the middle, or where they are on average, given the one that is held.
         """
-        density = _Held(self.density, recorded=recorded)
+        density = Held(self.density, recorded=recorded)
         held = torch.tensor(coordinates, device=self.middle.device).repeat_interleave(1 + 2 * len(steps))
         distances = _distances(steps, self.middle).repeat(len(coordinates))[:, None]
         there = self.middle[held, None] + distances * self.spread[held, None]
@@ -198,7 +197,7 @@ class _Tails:
             known = ends.points.isfinite().all(1)
             tops = ends.points[known]
             noisy = self._noise(tops[:, :-1], recorded=recorded) >= SMALL
-            found = _normal_masses(density, tops, ends.settled[known])
+            found = normal_masses(density, tops, ends.settled[known])
             masses[usable[known]] = found.masked_fill(noisy, torch.nan)
         return list(masses.view(len(coordinates), -1))
 
@@ -211,30 +210,6 @@ class _Tails:
 
     def _values(self, points: Tensor, *, recorded: bool) -> Tensor:
         return self.density(points) if recorded else self.density.unrecorded(points)[0]
-
-
-def _normal_masses(density: _Held, points: Tensor, settled: Tensor) -> Tensor:
-    """Return log masses of normal distributions over all coordinates but the one held; NaN where there is none.
-
-    Paths that have not settled take some steps of Newton's method: in the neck of a funnel, units are others than far
-    from it. They are at the top where one more step would gain next to nothing.
-    """
-    masses = torch.full((len(points),), torch.nan, dtype=torch.float64, device=points.device)
-    left = torch.arange(len(points), device=points.device)
-    height, grad = density.value_and_grad(points)
-    for _ in range(NEWTON):
-        roots = _roots(density.density, points[:, :-1], points[:, -1].long())
-        usable, slope = ~roots.isnan().any(2).any(1), grad[:, :-1, None].double()
-        step = torch.cholesky_solve(slope, roots.nan_to_num(nan=1.0))
-        known = usable & (settled | ((slope * step).sum((1, 2)) / 2.0 < SMALL))
-        masses[left[known]] = (height.double() - roots.diagonal(dim1=1, dim2=2).log().sum(1))[known]
-        moved = points + torch.cat([step[:, :, 0].to(points), torch.zeros_like(points[:, -1:])], 1)
-        above, slopes = density.value_and_grad(moved)
-        going = usable & ~known & (above > height)
-        if not bool(going.any()):
-            break
-        points, left, settled, height, grad = (each[going] for each in (moved, left, settled, above, slopes))
-    return masses
 
 
 def _distances(steps: Sequence[float], like: Tensor) -> Tensor:
@@ -273,18 +248,6 @@ def _is_slow(middle: Tensor, masses: Tensor, falls: int) -> bool:
     found = found[~found.isnan()]
     too_low = bool(middle - masses[0] > LOWEST)  # no comparison holds of what is not known
     return len(found) >= falls and bool((found < math.log(2.0)).all()) and not too_low
-
-
-def _roots(density: LogDensity, points: Tensor, held: Tensor) -> Tensor:
-    """Return roots (K, D, D) of Hessians over all coordinates but the one held; NaN where there is none."""
-    many = int(max(1, HESSIANS // (density.dim * max(1, density.numbers))))
-    hessians = torch.cat([-second_derivatives(density, part).double() for part in points.split(many)])
-    rows = torch.arange(len(held), device=held.device)
-    hessians[rows, held] = 0.0
-    hessians[rows, :, held] = 0.0
-    hessians[rows, held, held] = 1.0
-    roots, faults = torch.linalg.cholesky_ex(0.5 * (hessians + hessians.mT))
-    return torch.where((faults == 0)[:, None, None], roots, torch.nan)
 
 
 def _ends_numbers(density: LogDensity, coordinate: int, name: str, tails: _Tails) -> bool:

@@ -1,0 +1,63 @@
+"""A log density with one coordinate held, and the mass of all others there, as of a normal distribution at its top."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.starts.curvature import second_derivatives
+
+SMALL = 0.1  # nats that do not matter
+HESSIANS = 2e7  # numbers that are worked on at once
+NEWTON = 4  # steps
+
+
+class Held:
+    """A log density of points with the number of a coordinate behind them, along which no path is to move."""
+
+    def __init__(self, density: LogDensity, *, recorded: bool) -> None:
+        self.density, self._evaluate = density, density.value_and_grad if recorded else density.unrecorded
+        self.dim, self.numbers, self.written = density.dim + 1, density.numbers, density.written
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log densities (S,) and gradients (S, D + 1), zero at the coordinate that is held and at its number."""
+        value, grad = self._evaluate(z[:, :-1])
+        grad = torch.cat([grad, torch.zeros_like(grad[:, :1])], 1)
+        return value, grad.scatter(1, z[:, -1:].nan_to_num(nan=0.0).long(), 0.0)
+
+
+def normal_masses(density: Held, points: Tensor, settled: Tensor) -> Tensor:
+    """Return log masses of normal distributions over all coordinates but the one held; NaN where there is none.
+
+    Paths that have not settled take some steps of Newton's method: in the neck of a funnel, units are others than far
+    from it. They are at the top where one more step would gain next to nothing.
+    """
+    masses = torch.full((len(points),), torch.nan, dtype=torch.float64, device=points.device)
+    left = torch.arange(len(points), device=points.device)
+    height, grad = density.value_and_grad(points)
+    for _ in range(NEWTON):
+        roots = _roots(density.density, points[:, :-1], points[:, -1].long())
+        usable, slope = ~roots.isnan().any(2).any(1), grad[:, :-1, None].double()
+        step = torch.cholesky_solve(slope, roots.nan_to_num(nan=1.0))
+        known = usable & (settled | ((slope * step).sum((1, 2)) / 2.0 < SMALL))
+        masses[left[known]] = (height.double() - roots.diagonal(dim1=1, dim2=2).log().sum(1))[known]
+        moved = points + torch.cat([step[:, :, 0].to(points), torch.zeros_like(points[:, -1:])], 1)
+        above, slopes = density.value_and_grad(moved)
+        going = usable & ~known & (above > height)
+        if not bool(going.any()):
+            break
+        points, left, settled, height, grad = (each[going] for each in (moved, left, settled, above, slopes))
+    return masses
+
+
+def _roots(density: LogDensity, points: Tensor, held: Tensor) -> Tensor:
+    """Return roots (K, D, D) of Hessians over all coordinates but the one held; NaN where there is none."""
+    many = int(max(1, HESSIANS // (density.dim * max(1, density.numbers))))
+    hessians = torch.cat([-second_derivatives(density, part).double() for part in points.split(many)])
+    rows = torch.arange(len(held), device=held.device)
+    hessians[rows, held] = 0.0
+    hessians[rows, :, held] = 0.0
+    hessians[rows, held, held] = 1.0
+    roots, faults = torch.linalg.cholesky_ex(0.5 * (hessians + hessians.mT))
+    return torch.where((faults == 0)[:, None, None], roots, torch.nan)
