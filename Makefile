@@ -41,7 +41,7 @@ DIST := $(VENV)/.stamp-$(PYTHON_VERSION)-dist
 CLEAN := build/wheel-$(PYTHON_VERSION)
 
 # One thread a test process: pytest-xdist already keeps every core busy.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -71,7 +71,7 @@ def test_a_training_that_ended_too_early_goes_on(monkeypatch):
     assert found.verdict.status == "ok"
 
 
-@pytest.mark.parametrize(("refine", "count"), [("auto", 1), (False, 2)])
+@pytest.mark.parametrize(("refine", "count"), [("auto", 1), pytest.param(False, 2, marks=pytest.mark.slow)])
 def test_training_does_not_go_on_for_the_tail_of_even_weights(monkeypatch, refine, count):
     """A look that ends it, and a sample whose k-hat says no, though its weights are all alike: chains are cheaper."""
     looks = []
