@@ -63,6 +63,8 @@ def test_readme_says_what_was_measured():
     fits = f"In {found['fits']} fits of these posteriors and {found['models']} of random models"
     assert f"{fits}, {usable(found['lies'])}" in text
     assert f"than Pyro's NUTS on all {found['faster']}, and at least ten times less on {found['tenfold']}" in text
+    numpyro = re.search(r"NumPyro NUTS: .*?(\d+) faster", section("nuts.md", "nuts")).group(1)
+    assert f"less than NumPyro's NUTS on {numpyro} of {found['count']}, too" in text
 
 
 def test_the_landing_page_says_what_was_measured():
