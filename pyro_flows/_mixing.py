@@ -11,6 +11,7 @@ References: Vehtari et al. 2021 (arXiv 1903.08008); Margossian et al. 2024, "Nes
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,16 +26,12 @@ FLAT = 1e-15  # a range below which all draws are taken for the same
 
 def r_hat(draws: Tensor) -> Tensor:
     """Return rank-normalized split R-hat (D,) of draws (C, N, D); it sees differences of location and of scale."""
-    if draws.shape[1] < LEAST_DRAWS:
-        return torch.full((draws.shape[2],), torch.nan, dtype=torch.float64)
-    return torch.cat([_r_hat(*_scores(part)) for part in _parts(draws)])
+    return _of_parts(draws, lambda part: _r_hat(*_scores(part)))
 
 
 def nested_r_hat(draws: Tensor, superchain: Tensor) -> Tensor:
     """Return nested R-hat (D,) of draws (C, N, D), with the number of the superchain of each chain (C,)."""
-    if draws.shape[1] < LEAST_DRAWS:
-        return torch.full((draws.shape[2],), torch.nan, dtype=torch.float64)
-    return torch.cat([_nested(*_scores(part), superchain) for part in _parts(draws)])
+    return _of_parts(draws, lambda part: _nested(*_scores(part), superchain))
 
 
 def chain_diagnostics(draws: Tensor, superchain: Tensor | None = None) -> dict[str, Tensor]:
@@ -66,9 +63,7 @@ def chain_diagnostics(draws: Tensor, superchain: Tensor | None = None) -> dict[s
 
 def effective(draws: Tensor) -> Tensor:
     """Return the effective numbers (D,) of draws (C, N, D) for their means; NaN for too few draws."""
-    if draws.shape[1] < LEAST_DRAWS:
-        return torch.full((draws.shape[2],), torch.nan, dtype=torch.float64)
-    return torch.cat([_effective(_halved(part)) for part in _parts(draws)])
+    return _of_parts(draws, lambda part: _effective(_halved(part)))
 
 
 def sd_errors(draws: Tensor) -> Tensor:
@@ -76,20 +71,31 @@ def sd_errors(draws: Tensor) -> Tensor:
 
     By the delta method: half of the standard error of the variance, as a part of it.
     """
-    if draws.shape[1] < LEAST_DRAWS:
-        return torch.full((draws.shape[2],), torch.nan, dtype=torch.float64)
-    found = []
-    for part in _parts(draws):
-        square = (part - part.mean((1, 2), keepdim=True)).square()
+
+    def error(part: Tensor) -> Tensor:
+        square = _away_squared(part)
         number, flat = _effective(_halved(square)), square.flatten(1)
-        found.append(0.5 * flat.std(1) / (flat.mean(1) * number.sqrt()))
-    return torch.cat(found)
+        return 0.5 * flat.std(1) / (flat.mean(1) * number.sqrt())
+
+    return _of_parts(draws, error)
 
 
 def kurtoses(draws: Tensor) -> Tensor:
     """Return the kurtoses (D,) of draws (C, N, D): fourth moments about the mean, of unit sd; 3 for a normal."""
-    squares = [(part - part.mean((1, 2), keepdim=True)).square().flatten(1) for part in _parts(draws)]
+    squares = [_away_squared(part).flatten(1) for part in _parts(draws)]
     return torch.cat([square.square().mean(1) / square.mean(1).square() for square in squares])
+
+
+def _away_squared(part: Tensor) -> Tensor:
+    """Return squared distances of draws (D, C, N) from their means."""
+    return (part - part.mean((1, 2), keepdim=True)).square()
+
+
+def _of_parts(draws: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a number (D,) of each coordinate of draws (C, N, D), found for some at a time; NaN for too few draws."""
+    if draws.shape[1] < LEAST_DRAWS:
+        return torch.full((draws.shape[2],), torch.nan, dtype=torch.float64)
+    return torch.cat([function(part) for part in _parts(draws)])
 
 
 def _parts(draws: Tensor) -> list[Tensor]:

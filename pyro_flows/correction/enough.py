@@ -44,7 +44,7 @@ def lacking(draws: Tensor, may_be: Tensor) -> float:
     return float((_mixing.sd_errors(draws).nan_to_num(nan=0.0) / may_be).max())
 
 
-def are_few(found: ChainFigures, gradients: float) -> bool:
+def _are_few(found: ChainFigures, gradients: float) -> bool:
     """Whether draws are cheap, and so few that they understate the errors of heavy tails."""
     return gradients < CHEAP and found.sweeps < EARLY
 
@@ -63,7 +63,7 @@ def sds_told(found: ChainFigures, draws: Tensor, gradients: float) -> Sds:
     The first half is warm-up if the second half alone tells sds clearly better. Chance makes one of two halves of heavy
     tails the better one: that with fewer draws far out, whose sds are too small.
     """
-    few = are_few(found, gradients)
+    few = _are_few(found, gradients)
     may_be = allowed(draws, few=few)
     lack = lacking(draws, may_be)
     if lack <= 1.0:

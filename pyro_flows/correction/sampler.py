@@ -188,16 +188,14 @@ class Sampler:
         A first half that keeps the sds from being told was warm-up, and goes.
         """
         self.numbers["checked"] = len(self.draws)
-        draws = self.draws.stacked()[0]
-        worst = self.numbers.get("worst")
-        found = self._figures(slowest(draws, WATCHED) if worst is None else worst)
+        found = self._figures(self.numbers.get("worst") or slowest(self.draws.stacked()[0], WATCHED))
         self.told, lack = False, 0.0
         if suffices(found):
-            gradients = self._gradients(found.sweeps)
+            draws, gradients = self.draws.stacked()[0], self._gradients(found.sweeps)
             told, warm_up, lack = sds_told(found, draws, gradients)
             if told:
                 found = self.figures()
-                self.told = suffices(found) and sds_told(found, draws, gradients).told
+                self.told = suffices(found) and (lack <= 1.0 or sds_told(found, draws, gradients).told)
             if warm_up:
                 self._choose(slice(len(self.draws) // 2, None))
         self.numbers["pause"] = next_look(found, thin=self.numbers["thin"], kept=self.kept, lack=lack)
