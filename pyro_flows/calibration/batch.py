@@ -9,7 +9,7 @@ import torch
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import few_threads
-from pyro_flows.fitting.combine import Combined
+from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.escalation import Round, unweighed
 from pyro_flows.fitting.plan import Plan

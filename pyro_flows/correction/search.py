@@ -13,8 +13,9 @@ from torch import Tensor
 from pyro_flows import _mixing
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import SHARE, SPREAD_OUT, Guide, Lack, to_name
+from pyro_flows.modes.lacks import SHARE, SHORT_TAIL, SPREAD_OUT, Guide, Lack, to_name
 from pyro_flows.modes.missed_modes import Search, missed_modes
+from pyro_flows.modes.slices import and_tails
 from pyro_flows.modes.thin import THIN, WANDERED
 from pyro_flows.modes.umbrella import Space
 from pyro_flows.modes.units import in_units
@@ -32,7 +33,7 @@ SETTLED = 1.05  # nested R-hat of whether a chain is in a region
 WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
 WEIGHED, TRUSTED_K_HAT = 4000, 0.7  # draws that the mass of a region is found by
 PART = 0.5  # of a region's mass that chains have to have, where it is known
-NO_PLACE = WANDERED, SPREAD_OUT  # starts that stand for more than the region of a normal distribution
+NO_PLACE = WANDERED, SPREAD_OUT, SHORT_TAIL  # starts that stand for more than the region of a normal distribution
 INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribution that lie farther out do not count
 
 
@@ -113,6 +114,7 @@ def lacks_of_chains(
         given: dict[str, Any] = {"seed": seed, "space": space, "sift": left}
         search = missed_modes(density, [], z[chosen], log_p[chosen] - covered, score, **given)
     found = _not_visited(history, regions, joined)
+    search = _and_tails(search, density, chains, seed)
     if search.lacks:
         place = (search.sentence or "").partition(" near ")[2]
         said = f"{TOO_LITTLE if to_name(search.lacks)[0].beside else MISS} near {place}"
@@ -121,6 +123,13 @@ def lacks_of_chains(
     known = [lack.start for lack in search.lacks if lack.start.name not in NO_PLACE]
     reached = all(bool(regions.inside(start.loc, start.scale).any()) for start in known)
     return Lacking(found, list(search.notes), noted(search, OF_CHAINS), reached)
+
+
+def _and_tails(search: Search, density: LogDensity, chains: Chains, seed: int) -> Search:
+    """Go on with a search that has found no mode: look for a tail that all draws of the chains come short of."""
+    worth = math.inf if chains.figures is None else chains.figures.ess_tail
+    z = chains.z.flatten(0, 1)
+    return and_tails(search, density, lambda: (z, torch.zeros_like(z[:, 0])), worth=worth, seed=seed)[0]
 
 
 def _not_visited(

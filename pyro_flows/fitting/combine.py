@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,83 +13,31 @@ from pyro_flows._turns import few_threads
 from pyro_flows.correction.judging import around, evidence_of
 from pyro_flows.correction.search import held_by
 from pyro_flows.fitting.agreement import balanced, compare, stage
+from pyro_flows.fitting.combined import Combined, Sampler
 from pyro_flows.fitting.guide_space import latent_of
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared
 from pyro_flows.fitting.run import Run, make_run
 from pyro_flows.fitting.several import Several, several
+from pyro_flows.fitting.slicing import along, short_of
 from pyro_flows.fitting.volume import too_uneven
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.lacks import SHORT_TAIL
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.propriety import PART, improper_tails
+from pyro_flows.modes.slices import Marginal
 from pyro_flows.modes.symmetries import SignedPermutation, group
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import BATCH
-from pyro_flows.verdict.chains import Chains
 
 RUNS_ADDED = 7  # at most, one for each mode that is missed
 SURVEYS = 2  # at most, of all modes at once
 MAX_COPIES = 128  # of each flow: draws are scored by all of them
 MODE_DRAWS = 1000
-
-Sampler = Flow | FlowMixture  # has ``draw`` and ``log_prob``
-
-
-@dataclass
-class Combined:
-    """The runs and what they come to together.
-
-    Attributes:
-        runs: all of them, those too that are under way.
-        plain: the flow of the best run, or a mixture of runs that disagree.
-        sampler: the same, with copies at its images under exact symmetries where it lacks modes.
-        history: an entry for each comparison.
-        warnings: what speaks against the sampler.
-        failures: what speaks against its weighted draws too.
-        disagreements: of the runs, in words.
-        search: for modes that the sampler lacks, None if there was no time for one.
-        copies: how many copies of each flow the sampler holds, moved by exact symmetries, the flow itself included.
-        added: how many runs were added since a mode was missed.
-        several: the mixture at all modes that were found, where it is the sampler.
-        surveys: how often it was tried.
-        improper: what tells that the posterior has no finite integral.
-    """
-
-    runs: list[Run] = field(default_factory=lambda: [Run(0)])
-    plain: Sampler | None = None
-    sampler: Sampler | None = None
-    history: list[Stage] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    disagreements: list[str] = field(default_factory=list)
-    search: Search | None = None
-    copies: int = 1
-    added: int = 0
-    several: Several | None = None
-    surveys: int = 0
-    improper: list[str] = field(default_factory=list)
-
-    @property
-    def kept(self) -> list[Run]:
-        """The runs that can be compared; if there are none, those that got anywhere."""
-        weighed = [run for run in self.runs if run.best is not None and run.best.weighed]
-        return weighed or [run for run in self.runs if run.best is not None] or self.runs
-
-    @property
-    def best(self) -> Run:
-        """The run with the best verdict, then the best ELBO."""
-        return max(self.kept, key=lambda run: run.rank)
-
-    @property
-    def chains(self) -> Chains | None:
-        """Chains that sufficed, unless a mixture or tables of coordinates took the place of the flow they began at."""
-        replaced = self.several is not None or isinstance(self.sampler, FlowMixture)
-        return None if replaced else self.best.chains
 
 
 def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
@@ -164,7 +112,9 @@ def _look(plan: Plan, density: LogDensity, found: Combined) -> None:
     """Search for modes that the sampler lacks."""
     assert found.sampler is not None
     with plan.clock.part("the search for modes that the guide lacks"):
-        found.search = _search(plan, density, found, found.sampler)
+        sampler = found.sampler
+        search = _search(plan, density, found, sampler)
+        found.search, found.slices = short_of(search, density, sampler, seed=plan.seed)
 
 
 def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
@@ -174,6 +124,10 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
     """
     if _is_held_by_chains(plan, prepared.density, found) or _is_thin_alone(found):
         return
+    if found.slices is not None:
+        if not _sliced(plan, prepared.density, found, found.slices):
+            return
+        _look(plan, prepared.density, found)
     moves: list[SignedPermutation] = []
     while found.search is not None and found.search.lacks and not plan.clock.over:
         more = [lack.move for lack in found.search.lacks if lack.move is not None and lack.move not in moves]
@@ -202,7 +156,7 @@ def _is_held_by_chains(plan: Plan, density: LogDensity, found: Combined) -> bool
 def _is_thin_alone(found: Combined) -> bool:
     """Whether the flow is only too thin next to where it lies: a run of its own has nowhere else to begin."""
     lacks = () if found.search is None else found.search.lacks
-    return all(lack.start.name == WANDERED for lack in lacks)
+    return found.slices is None and all(lack.start.name in (WANDERED, SHORT_TAIL) for lack in lacks)
 
 
 def _too_many(moves: Sequence[SignedPermutation]) -> bool:
@@ -225,6 +179,15 @@ def _surveyed(plan: Plan, density: LogDensity, found: Combined) -> bool:
             found.history.append(tried.stage)
             return _take(found, tried)
     return False
+
+
+def _sliced(plan: Plan, density: LogDensity, found: Combined, slices: Marginal) -> bool:
+    """Try slices along a coordinate whose tail the sampler lacks; say whether they became the sampler."""
+    tried = along(density, [slices], seed=plan.seed)
+    if tried is None:
+        return False
+    found.history.append(tried.stage)
+    return _take(found, tried)
 
 
 def _copied(found: Combined, moves: Sequence[SignedPermutation]) -> bool:

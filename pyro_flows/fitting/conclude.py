@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyro_flows.correction.search import noted
-from pyro_flows.fitting.combine import Combined
+from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.escalation import ENOUGH_K
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.run import Run

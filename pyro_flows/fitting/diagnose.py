@@ -24,6 +24,7 @@ from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.sites import Noncentered
 from pyro_flows.modes.lacks import Score
 from pyro_flows.modes.missed_modes import Search, missed_modes
+from pyro_flows.modes.slices import and_tails
 from pyro_flows.modes.umbrella import Space
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
@@ -133,7 +134,8 @@ def _searched(density: LogDensity, draw: Draw, score: Score | None, space: Space
         weighing = weigh(z, density(z), log_q)
         if not weighing.k_hat < weighing.threshold or weighing.ess < POOR * len(z):
             return Search(notes=(THIN,))
-        return missed_modes(density, [], z, log_q, score, seed=seed, space=space)
+        search = missed_modes(density, [], z, log_q, score, seed=seed, space=space)
+        return and_tails(search, density, lambda: (z, weighing.log_weights), seed=seed)[0]
 
 
 # continuous autoguides ------------------------------------------------------------------------------------------------

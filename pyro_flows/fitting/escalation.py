@@ -84,6 +84,12 @@ class Round:
         return even and self.weighing.k_hat >= ENOUGH_K and self.weighed
 
     @property
+    def is_ok(self) -> bool:
+        """Whether a verdict on its sample would be ``ok``, with a k-hat to spare."""
+        fine = judge(self.weighing, _numbers(self.weighing)).status == "ok"
+        return fine and self.weighing.k_hat < ENOUGH_K and self.weighed
+
+    @property
     def rank(self) -> tuple[float, float]:
         """The larger the better: the verdict first, then the ELBO."""
         status = judge(self.weighing, _numbers(self.weighing)).status

@@ -14,7 +14,8 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
 from pyro_flows._turns import alone, few_threads
 from pyro_flows.correction.rungs import last_rung, which
-from pyro_flows.fitting.combine import Combined, combine, make_runs
+from pyro_flows.fitting.combine import combine, make_runs
+from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared, prepare

@@ -11,20 +11,12 @@ import torch
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
 from pyro_flows.correction.rungs import attempt, attempt_untrained
-from pyro_flows.fitting.escalation import (
-    LOOKED_AT_DRAWS,
-    NEARLY,
-    SEEN,
-    Round,
-    assess,
-    enough_gap,
-    invisible,
-    rounds,
-    weighed,
-)
+from pyro_flows.fitting import escalation
+from pyro_flows.fitting.escalation import LOOKED_AT_DRAWS, NEARLY, SEEN, Round, assess, invisible, rounds, weighed
 from pyro_flows.fitting.plan import Plan, tails
 from pyro_flows.fitting.selection import CLOSE, Entrant, begin, race, share
 from pyro_flows.fitting.several import Several, several
+from pyro_flows.fitting.slicing import slices_at_once, slices_of
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.parts import untrained_twin
 from pyro_flows.flows.recipe import set_df
@@ -45,6 +37,10 @@ STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 AT_ONCE = "converged: the importance weights leave nothing to mend at the start"
 AT_ONCE_SAMPLED = "no flow was trained: a sampler that began at a normal distribution was enough"
+SLICED_WRITTEN, SLICED_SHARE = (
+    30_000,
+    0.85,
+)  # numbers of an evaluation, and effective share of draws, for slices at once
 SAMPLED_FROM, SAMPLED_UP_TO = 50, 1500  # dimensions in which a sampler is tried before a flow is trained
 MOST_SAMPLED = 20_000  # draws asked for, up to which it is
 CHEAP, FEW_OPERATIONS = 500, 500  # dimensions times numbers of an evaluation, and its operations, with its gradient,
@@ -140,6 +136,10 @@ def make_run(
             starts = _matched(plan, density, starts, seed)
             if _fits_already(plan, density, run, starts[0]):
                 return
+            sliced = slices_at_once(plan, density, starts[0], seed=seed) if lack is None else None
+            if sliced is not None:
+                run.take(*sliced)
+                return
             if lack is None and _sampled_at_once(plan, density, run, starts[0], seed):
                 return
         winner = _race(plan, density, run, starts, seed)
@@ -162,6 +162,11 @@ def _go_on(
     best = run.best
     assert best is not None
     poor = best.weighing.ess < POOR * len(best.weighing.log_weights)
+    sliced = slices_of(plan, density, best.flow, seed=seed) if alone else None
+    if sliced is not None:
+        run.several = sliced
+        run.note(sliced.stage)
+        return
     tried = (poor or (can_be_scattered(density) and not best.lacks_a_tail)) and run.several is None and alone
     if _has_no_integral(plan, density, run, best.flow, seed) or (tried and _is_several(plan, density, run, seed)):
         return
@@ -222,7 +227,7 @@ def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed
 
     stalls = plan.escalate and plan.refine is not None
     asked = endless if plan.escalate and density.structure.improper else None
-    look = None if plan.train_model else Look(enough_gap(density.dim), weigh, stalls, asked)
+    look = None if plan.train_model else Look(escalation.enough_gap(density.dim), weigh, stalls, asked)
     while True:
         left = Budget(budget.steps - len(trainer.losses), budget.clock)
         training = train(trainer, left, seed=seed, report=_reporter(plan.bar), look=look)

@@ -151,14 +151,23 @@ def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> Seve
     except ValueError:
         return None
     with seeded(seed, density.device):
-        z, log_q = sampler.draw(WEIGHED)
-    log_weights, k_hat = psis((density(z) - log_q).double().nan_to_num(nan=-torch.inf, posinf=-torch.inf))
-    share = float(1.0 / log_weights.exp().square().sum()) / len(z)
+        share, k_hat = weighed(density, sampler)
     stage = Stage(TABLES, k_hat=k_hat, ess_ratio=share, details={"modes": len(found)})
     alone = "the density was tabulated"
     said = alone if density.dim == 1 else "the coordinates are independent, so that each was tabulated by itself"
     said = f"there are several modes; {said}" if len(found) > 1 else said
     return Several(sampler, said, stage, True) if share >= TABLE_SHARE and k_hat < TABLE_K else None
+
+
+def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
+    """Return the effective share of draws of a sampler, and k-hat."""
+    z, log_q = sampler.draw(WEIGHED)
+    log_weights, k_hat = psis((density(z) - log_q).double().nan_to_num(nan=-torch.inf, posinf=-torch.inf))
+    return float(1.0 / log_weights.exp().square().sum()) / len(z), k_hat
+
+
+def is_enough(share: float, k_hat: float) -> bool:
+    return share >= ENOUGH_SHARE and k_hat < (NEAR_K if share >= GOOD_SHARE else ENOUGH_K)
 
 
 def _start(found: Survey) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,5 +189,4 @@ def _mixture(best: Generation, said: str, details: dict[str, Any]) -> Several:
     parts = best.parts
     sampler = student_mixture(parts.loc, parts.roots, parts.log_weights.tolist(), df=parts.df)
     stage = Stage(STAGE, k_hat=best.k_hat, ess_ratio=best.share, details=details)
-    enough = best.share >= ENOUGH_SHARE and best.k_hat < (NEAR_K if best.share >= GOOD_SHARE else ENOUGH_K)
-    return Several(sampler, said, stage, enough)
+    return Several(sampler, said, stage, is_enough(best.share, best.k_hat))

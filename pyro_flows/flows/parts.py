@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,33 +93,57 @@ def tabulated(values: Tensor, log_density: Tensor, *, bins: int = 128, bound: fl
     Raises:
         ValueError: for a table that is too coarse for so many bins.
     """
-    latent = _latent(values, log_density)
     flow = marginals(values.shape[0], bins=bins, bound=bound).double()
     (spline,) = (part for part in flow.modules() if isinstance(part, MarginalSpline))
     (affine,) = (part for part in flow.modules() if isinstance(part, DiagonalAffine))
     for number in range(len(values)):
-        x, y, log_p = _knots(latent[number], values[number], log_density[number], bins, bound)
-        middle, half = 0.5 * (y[0] + y[-1]), 0.5 * (y[-1] - y[0]) / bound
-        log_base = -x.abs() - 2.0 * torch.log1p((-x.abs()).exp())
-        slopes = (log_base - log_p).exp() / half
-        spline.at[number] = torch.stack([x, (y - middle) / half, slopes])
-        affine.loc[number], affine.scale[number] = middle, half
+        found = knots(values[number], log_density[number], LOGISTIC, bins=bins, bound=bound)
+        spline.at[number], affine.loc[number], affine.scale[number] = found
     return flow
 
 
-def _latent(values: Tensor, log_density: Tensor) -> Tensor:
-    """Return the base's value (D, G) with the same distribution function: the log odds of being below."""
-    weight = (log_density - log_density.amax(1, keepdim=True)).exp()
-    mass = 0.5 * values.diff(dim=1) * (weight[:, 1:] + weight[:, :-1])
-    none = torch.zeros_like(mass[:, :1])
-    below, above = torch.cat([none, mass.cumsum(1)], 1), torch.cat([mass.flip(1).cumsum(1).flip(1), none], 1)
-    return below.log() - above.log()
+class Base(NamedTuple):
+    """A base of one coordinate: its value with so much of the mass below and above, and its log density."""
+
+    value: Callable[[Tensor, Tensor], Tensor]
+    log_prob: Callable[[Tensor], Tensor]
 
 
-def _knots(x: Tensor, y: Tensor, log_p: Tensor, bins: int, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+LOGISTIC = Base(
+    lambda below, above: below.log() - above.log(), lambda x: -x.abs() - 2.0 * torch.log1p((-x.abs()).exp())
+)
+
+
+def knots(
+    values: Tensor, log_density: Tensor, base: Base, *, bins: int, bound: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the knots (3, K + 1) of a spline from a base to a table of one coordinate, and its middle and scale.
+
+    Raises:
+        ValueError: for a table that is too coarse for so many bins.
+    """
+    latent = _latent(values, log_density, base)
+    x, y, log_p = _knots((latent, values, log_density), base, bins, bound)
+    middle, half = 0.5 * (y[0] + y[-1]), 0.5 * (y[-1] - y[0]) / bound
+    slopes = (base.log_prob(x) - log_p).exp() / half
+    return torch.stack([x, (y - middle) / half, slopes]), middle, half
+
+
+def _latent(values: Tensor, log_density: Tensor, base: Base) -> Tensor:
+    """Return the base's value (G,) with the same distribution function."""
+    weight = (log_density - log_density.max()).exp()
+    mass = 0.5 * values.diff() * (weight[1:] + weight[:-1])
+    mass = mass / mass.sum()
+    none = torch.zeros_like(mass[:1])
+    return base.value(torch.cat([none, mass.cumsum(0)]), torch.cat([mass.flip(0).cumsum(0).flip(0), none]))
+
+
+def _knots(
+    table: tuple[Tensor, Tensor, Tensor], base: Base, bins: int, bound: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Choose the knots of one coordinate (K + 1,): places, values and log densities."""
-    usable = torch.isfinite(x) & torch.isfinite(log_p)
-    table = x[usable], y[usable], log_p[usable]
+    usable = torch.isfinite(table[0]) & torch.isfinite(table[2])
+    table = table[0][usable], table[1][usable], table[2][usable]
     x, y, log_p = (part[table[0].abs() < bound - CLOSE] for part in table)
     if len(x):
         apart = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -137,12 +162,12 @@ def _knots(x: Tensor, y: Tensor, log_p: Tensor, bins: int, bound: float) -> tupl
     index = torch.minimum(index, len(x) - 1 - bins + places)
     x, y, log_p = x[index], y[index], log_p[index]
     for end, place in ((0, -bound), (-1, bound)):
-        x[end], y[end], log_p[end] = _end(table, place, x[end], y[end], log_p[end])
+        x[end], y[end], log_p[end] = _end(table, base, place, x[end], y[end], log_p[end])
     return x, y, log_p
 
 
 def _end(
-    table: tuple[Tensor, Tensor, Tensor], place: float, x: Tensor, y: Tensor, log_p: Tensor
+    table: tuple[Tensor, Tensor, Tensor], base: Base, place: float, x: Tensor, y: Tensor, log_p: Tensor
 ) -> tuple[float, Tensor, Tensor]:
     """Return the knot at an end of the spline, between two of the table.
 
@@ -154,5 +179,5 @@ def _end(
         share = (place - before) / (after - before).clamp_min(1e-300)
         value, height = (torch.lerp(part[at - 1], part[at], share) for part in table[1:])
         return place, value, height
-    slope = (-x.abs() - 2.0 * torch.log1p((-x.abs()).exp()) - log_p).exp()
+    slope = (base.log_prob(x) - log_p).exp()
     return place, y + (place - x) * slope, log_p

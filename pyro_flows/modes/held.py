@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,28 +29,47 @@ class Held:
         return value, grad.scatter(1, z[:, -1:].nan_to_num(nan=0.0).long(), 0.0)
 
 
-def normal_masses(density: Held, points: Tensor, settled: Tensor) -> Tensor:
-    """Return log masses of normal distributions over all coordinates but the one held; NaN where there is none.
+class Tops(NamedTuple):
+    """Tops over all coordinates but the one held (K, D + 1), their heights (K,), and roots (K, D, D) of Hessians there.
+
+    Roots are NaN where there is no top; they are the identity along the coordinate that is held.
+    """
+
+    points: Tensor
+    heights: Tensor
+    roots: Tensor
+
+    def normal_masses(self) -> Tensor:
+        """Return log masses (K,) of normal distributions over the other coordinates, up to a constant."""
+        return self.heights - self.roots.diagonal(dim1=1, dim2=2).log().sum(1)
+
+
+def tops_at(density: Held, points: Tensor, settled: Tensor) -> Tops:
+    """Return the tops at points (K, D + 1).
 
     Paths that have not settled take some steps of Newton's method: in the neck of a funnel, units are others than far
     from it. They are at the top where one more step would gain next to nothing.
     """
-    masses = torch.full((len(points),), torch.nan, dtype=torch.float64, device=points.device)
     left = torch.arange(len(points), device=points.device)
     height, grad = density.value_and_grad(points)
+    nan = torch.full((len(points), density.dim - 1, density.dim - 1), torch.nan, dtype=torch.float64)
+    tops = Tops(points.clone(), height.double(), nan.to(points.device))
     for _ in range(NEWTON):
         roots = _roots(density.density, points[:, :-1], points[:, -1].long())
         usable, slope = ~roots.isnan().any(2).any(1), grad[:, :-1, None].double()
         step = torch.cholesky_solve(slope, roots.nan_to_num(nan=1.0))
         known = usable & (settled | ((slope * step).sum((1, 2)) / 2.0 < SMALL))
-        masses[left[known]] = (height.double() - roots.diagonal(dim1=1, dim2=2).log().sum(1))[known]
         moved = points + torch.cat([step[:, :, 0].to(points), torch.zeros_like(points[:, -1:])], 1)
         above, slopes = density.value_and_grad(moved)
-        going = usable & ~known & (above > height)
+        better = above > height
+        best = torch.where(better[:, None], moved, points), torch.where(better, above, height), roots
+        for whole, part in zip(tops, best, strict=True):
+            whole[left[known]] = part[known].to(whole)
+        going = usable & ~known & better
         if not bool(going.any()):
             break
         points, left, settled, height, grad = (each[going] for each in (moved, left, settled, above, slopes))
-    return masses
+    return tops
 
 
 def _roots(density: LogDensity, points: Tensor, held: Tensor) -> Tensor:

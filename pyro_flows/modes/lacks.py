@@ -17,6 +17,7 @@ SHARE = 0.02  # of the mass that the guide covers
 RESOLUTION = 0.05  # of a coordinate
 THINNER = 7.0  # nats by which the guide falls short at a mode that it lacks
 SPREAD_OUT = "spread out"  # name of a start in one of many small modes
+SHORT_TAIL = "short tail"  # name of a start where a marginal goes on beyond the draws
 PLACES = 8  # that wanderers came to, at most
 
 Score = Callable[[Tensor], Tensor]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.held import SMALL, Held, normal_masses
+from pyro_flows.modes.held import SMALL, Held, Tops, tops_at
 from pyro_flows.starts.curvature import second_derivatives
 from pyro_flows.starts.pathfinder import climb
 from pyro_flows.starts.prior import spread_of
@@ -56,7 +56,7 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
     z = z[torch.isfinite(z).all(1)]
     if len(z) <= 1:
         return []
-    tails = _Tails(density, _finer(density, z))
+    tails = Tails(density, finer(density, z))
     slow = tails.fall_too_slowly([coordinate for coordinate, *_ in found])
     for (coordinate, name, label), too_slow in zip(found, slow, strict=True):
         if too_slow or _ends_numbers(density, coordinate, name, tails):
@@ -65,7 +65,7 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
     return _said(names[0], f"a direction of {', '.join(names)}") if names else []
 
 
-def _finer(density: LogDensity, z: Tensor) -> Tensor:
+def finer(density: LogDensity, z: Tensor) -> Tensor:
     """Return draws in double precision where the model takes these: far out, single tells no digit of a sum."""
     if z.dtype == torch.float64:
         return z
@@ -90,7 +90,7 @@ def _coordinates(density: LogDensity) -> list[tuple[int, str, str]]:
     ]
 
 
-class _Tails:
+class Tails:
     """Log marginal densities far out, each at a place where one coordinate is held.
 
     Places are counted from the draw (of S, D) that is next to their medians, in units of their spread: the point of all
@@ -175,7 +175,13 @@ class _Tails:
         return heights.masked_fill(ended, torch.nan).view(len(bases), -1)
 
     def _climbed(self, coordinates: list[int], steps: Sequence[float], *, recorded: bool) -> list[Tensor]:
-        """Return log marginals by the top over all other coordinates, and a normal distribution there.
+        """Return log marginals by the top over all other coordinates, and a normal distribution there."""
+        tops, nothing = self.tops(coordinates, steps, recorded=recorded)
+        masses = torch.where(nothing, -torch.inf, tops.normal_masses())
+        return list(masses.view(len(coordinates), -1))
+
+    def tops(self, coordinates: list[int], steps: Sequence[float], *, recorded: bool) -> tuple[Tops, Tensor]:
+        """Return tops over all other coordinates, as :meth:`masses` orders places, and where there is a hard edge.
 
         Paths begin with the others in the middle, or where they are on average, given the one that is held.
         """
@@ -187,19 +193,21 @@ class _Tails:
         points, led = (each.scatter(1, held[:, None], there) for each in others)
         heights = torch.stack([self._values(each, recorded=recorded) for each in (points, led)])
         points = torch.where((heights[1] > heights[0].nan_to_num(nan=-torch.inf))[:, None], led, points)
+        points = torch.cat([points, held[:, None].to(points)], 1)
+        found = Tops(points, heights[0].double(), points.new_full((*points.shape, self.density.dim), torch.nan)[:, :-1])
+        found = found._replace(roots=found.roots.double())
         usable = heights.isfinite().any(0).nonzero()[:, 0]
-        nothing = heights.isneginf().all(0)  # a hard edge, as far as can be seen
-        masses = torch.where(nothing, -torch.inf, torch.nan).double()
         if len(usable):
-            points = torch.cat([points, held[:, None].to(points)], 1)[usable]
-            units = torch.cat([self.units, self.units.new_ones(1)]).expand_as(points)
-            ends = climb(density, points, units, ticks=TICKS)
+            units = torch.cat([self.units, self.units.new_ones(1)]).expand(len(usable), -1)
+            ends = climb(density, points[usable], units, ticks=TICKS)
             known = ends.points.isfinite().all(1)
-            tops = ends.points[known]
-            noisy = self._noise(tops[:, :-1], recorded=recorded) >= SMALL
-            found = normal_masses(density, tops, ends.settled[known])
-            masses[usable[known]] = found.masked_fill(noisy, torch.nan)
-        return list(masses.view(len(coordinates), -1))
+            known[known.clone()] = self._noise(ends.points[known][:, :-1], recorded=recorded) < SMALL
+            usable = usable[known]
+        if len(usable):
+            tops = tops_at(density, ends.points[known], ends.settled[known])
+            for whole, part in zip(found, tops, strict=True):
+                whole[usable] = part
+        return found, heights.isneginf().all(0)  # as far as can be seen
 
     def _noise(self, points: Tensor, *, recorded: bool) -> Tensor:
         """Return by how much log densities change where coordinates change by their last digits, alike or not."""
@@ -207,6 +215,10 @@ class _Tails:
         moved = [torch.nextafter(points, signs * torch.inf) for signs in (torch.ones_like(points), odd)]
         here, *heights = (self._values(each, recorded=recorded) for each in (points, *moved))
         return torch.stack([(height - here).abs() for height in heights]).amax(0)
+
+    def values(self, points: Tensor) -> Tensor:
+        """Return log densities (S,) of points (S, D)."""
+        return self._values(points, recorded=self.recorded)
 
     def _values(self, points: Tensor, *, recorded: bool) -> Tensor:
         return self.density(points) if recorded else self.density.unrecorded(points)[0]
@@ -250,7 +262,7 @@ def _is_slow(middle: Tensor, masses: Tensor, falls: int) -> bool:
     return len(found) >= falls and bool((found < math.log(2.0)).all()) and not too_low
 
 
-def _ends_numbers(density: LogDensity, coordinate: int, name: str, tails: _Tails) -> bool:
+def _ends_numbers(density: LogDensity, coordinate: int, name: str, tails: Tails) -> bool:
     """Whether draws go about until the numbers of the model end, where no density can be told any more."""
     points = tails.middle.repeat(3, 1)
     points[:, coordinate] += points.new_tensor([0.0, NUMBERS_END, -NUMBERS_END]) * tails.spread[coordinate]

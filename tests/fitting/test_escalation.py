@@ -17,7 +17,8 @@ from pyro_flows._clock import unbounded
 from pyro_flows._progress import Bar
 from pyro_flows.fitting import escalation
 from pyro_flows.fitting.agreement import compare
-from pyro_flows.fitting.combine import Combined, _take
+from pyro_flows.fitting.combine import _take
+from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import _in_vain, _never_good
 from pyro_flows.fitting.escalation import Round, rounds, unweighed
 from pyro_flows.fitting.fit import default_steps

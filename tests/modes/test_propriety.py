@@ -11,7 +11,7 @@ from pyro import poutine
 from torch.distributions import constraints
 
 import pyro_flows as pf
-from pyro_flows.modes.propriety import _finer, improper_tails
+from pyro_flows.modes.propriety import finer, improper_tails
 from tests.models import real
 from tests.registry import normal
 
@@ -238,9 +238,9 @@ def in_products(x, y):
 
 def test_single_precision_is_looked_at_in_double_where_the_model_takes_it():
     point = torch.zeros(3, 2)
-    assert _finer(pf.LogDensity(known_by_their_sum, (X.float(),)), point).dtype == torch.float64
+    assert finer(pf.LogDensity(known_by_their_sum, (X.float(),)), point).dtype == torch.float64
     density = pf.LogDensity(in_products, (X.float(), X.float()))
-    assert _finer(density, point) is point
+    assert finer(density, point) is point
     noise = normal(1000, 2, seed=3).float()
     draws = 30.0 * noise[:, :1] * torch.tensor([1.0, -1.0]) + noise
     assert improper_tails(density, lambda: draws, seed=0) != []

@@ -1,0 +1,110 @@
+"""Slices along a coordinate in the place of a flow: where all others are about normal, given that one.
+
+A scale of few groups, the noise of a regression: where the flow is one of slices, nothing has to be trained. They are
+tried at the best start, before any training; after a first round that is not enough; and where draws come short of a
+tail. See ``modes/slices.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.fitting.escalation import LOOKED_AT_DRAWS, Round, assess
+from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.selection import begin
+from pyro_flows.fitting.several import Several, is_enough, weighed
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.missed_modes import Search
+from pyro_flows.modes.slices import UP_TO, Marginal, all_slices, and_tails, closer, flow_along, slices_about
+from pyro_flows.results.dims import coordinate_names
+from pyro_flows.results.stage import Stage
+from pyro_flows.starts.start import Start
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
+from pyro_flows.training.trainer import Trainer
+
+STAGE = "slices along a coordinate"
+AT_ONCE = "converged: slices along a coordinate leave little to mend"
+WRITTEN, OPERATIONS = 30_000, 500  # numbers of an evaluation, and its operations, up to which slices come first
+SHARE = 0.3  # of their draws, that has to be effective, for closer slices to be worth it
+SHARE_OF_SECONDS = 0.5
+DEFAULT = "realnvp"  # flow of a fit
+TAIL_DRAWS = 20_000
+
+
+def slices_at_once(plan: Plan, density: LogDensity, start: Start, *, seed: int) -> tuple[Round, Trainer] | None:
+    """Try slices about the best start, before any training; None if a verdict on their draws would not be ``ok``.
+
+    Who asks for another flow than the default gets it.
+    """
+    default = plan.recipe.builder == DEFAULT and not plan.recipe.options
+    asked = plan.escalate and plan.runs == 1 and default and density.batched
+    light = density.written <= WRITTEN and density.work.operations <= OPERATIONS
+    if not (asked and light and 1 < density.dim <= UP_TO):
+        return None
+    with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), torch.no_grad():
+        normal = plan.fresh(density)
+        begin(normal, start)
+        found = along(density, slices_about(density, start.loc, normal.draw(LOOKED_AT_DRAWS)[0], seed=seed), seed=seed)
+        if found is None or not found.enough:
+            return None
+        assert isinstance(found.sampler, Flow)
+        trainer = Trainer(found.sampler, density, learning_rate=STEP_SIZE, batch=BATCH)
+        outcome = assess(STAGE, trainer, Training([], start.elbo, True, False, AT_ONCE, 0, 0, early=True))
+        return (outcome, trainer) if outcome.is_ok else None
+    return None
+
+
+def slices_of(plan: Plan, density: LogDensity, flow: Flow, *, seed: int) -> Several | None:
+    """Try slices where a flow is not enough; None if they are not either. Several runs are for the flow's sake."""
+    if plan.runs > 1:
+        return None
+    with plan.clock.part(STAGE), torch.no_grad():
+        found = along(density, all_slices(density, *_weighted(density, flow, LOOKED_AT_DRAWS), seed=seed), seed=seed)
+        return found if found is not None and found.enough else None
+    return None
+
+
+def short_of(
+    search: Search, density: LogDensity, sampler: Flow | FlowMixture, *, seed: int
+) -> tuple[Search, Marginal | None]:  # fmt: skip
+    """Go on with a search that has found no mode: look for a tail that draws of a sampler come short of."""
+    return and_tails(search, density, lambda: _weighted(density, sampler, TAIL_DRAWS), seed=seed)
+
+
+def _weighted(density: LogDensity, sampler: Flow | FlowMixture, count: int) -> tuple[Tensor, Tensor]:
+    """Return draws of a sampler, and their log weights."""
+    z, log_q = sampler.draw(count)
+    return z, density(z) - log_q
+
+
+@torch.no_grad()
+def along(density: LogDensity, slices: Sequence[Marginal], *, seed: int) -> Several | None:
+    """Return the best flow of slices along a coordinate; None where there is none that is worth closer ones."""
+    with seeded(derive(seed, STAGE), density.device):
+        tried = [(found[0], one) for one in slices if (found := _of_slices(density, one)) is not None]
+        share, best = max(tried, key=itemgetter(0), default=(0.0, None))
+        close = closer(density, best, seed=seed) if best is not None and share >= SHARE else None
+        found = None if close is None else _of_slices(density, close)
+    if close is None or found is None:
+        return None
+    name = coordinate_names(density.structure)[close.coordinate]
+    share, k_hat, sampler = found
+    stage = Stage(STAGE, k_hat=k_hat, ess_ratio=share, details={"along": name, "slices": len(close.places)})
+    said = f"the others are about normal given {name}, whose marginal was tabulated"
+    return Several(sampler, said, stage, is_enough(share, k_hat))
+
+
+def _of_slices(density: LogDensity, slices: Marginal) -> tuple[float, float, Flow] | None:
+    """Return the effective share of draws of the flow of slices, k-hat, and the flow; None if there is no table."""
+    try:
+        sampler = flow_along(slices).to(density.device, density.dtype)
+    except ValueError:
+        return None
+    return *weighed(density, sampler), sampler

@@ -1,0 +1,66 @@
+"""A flow of slices: the marginal of one coordinate by a table, all others by a normal distribution for each value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from scipy.stats import t  # type: ignore[import-untyped]
+from torch import Tensor
+
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.parts import Base, knots
+from pyro_flows.flows.recipe import build, of_mixtures
+from pyro_flows.transforms import DiagonalAffine
+from pyro_flows.transforms.sliced import Sliced
+
+BINS, BOUND = 128, 12.0  # of the table's spline, in the base
+DF = 30.0  # degrees of freedom of the base: slices are only about normal
+
+
+@of_mixtures
+def sliced(
+    dim: int, *, coordinate: int = 0, slices: int = 3, bins: int = BINS, bound: float = BOUND, layers: int = 1,
+    base: str = "student_t", df: float = DF,
+) -> Flow:  # fmt: skip
+    """Return an affine map of each coordinate, then slices along one of them; at the identity.
+
+    ``layers`` is there for what reads a recipe; there is one.
+    """
+    options: dict[str, Any] = {"coordinate": coordinate, "slices": slices, "bins": bins, "bound": bound}
+    stack = [DiagonalAffine(dim), Sliced(dim, **options)]
+    return build(stack, base, df, builder="sliced", dim=dim, layers=layers, **options)
+
+
+@torch.no_grad()
+def of_slices(
+    coordinate: int, table: tuple[Tensor, Tensor], places: Tensor, tops: Tensor, roots: Tensor
+) -> Flow:  # fmt: skip
+    """Return the flow of slices.
+
+    Args:
+        coordinate: k, that the slices are along.
+        table: values of coordinate k (G,), rising, and normalized log densities there (G,).
+        places: of the slices along k (N,).
+        tops: of the density over all other coordinates (N, D).
+        roots: lower triangular roots (N, D, D) of their covariances there, a one at coordinate k.
+
+    Raises:
+        ValueError: for a table that is too coarse.
+    """
+    flow = sliced(tops.shape[1], coordinate=coordinate, slices=len(places)).to(places.device, torch.float64)
+    (map_,) = (layer for layer in flow.modules() if isinstance(layer, Sliced))
+    tops = tops.double().clone()
+    tops[:, coordinate] = 0.0
+    map_.set(places.double(), tops, roots.double(), knots(*table, _student(DF), bins=BINS, bound=BOUND))
+    return flow
+
+
+def _student(df: float) -> Base:
+    """Return the Student-t distribution as a base of tables."""
+
+    def value(below: Tensor, above: Tensor) -> Tensor:
+        low, high = (torch.from_numpy(t.ppf(part.cpu().numpy(), df)).to(part) for part in (below, above))
+        return torch.where(below < 0.5, low, -high)
+
+    return Base(value, lambda x: torch.distributions.StudentT(torch.as_tensor(df).to(x)).log_prob(x))

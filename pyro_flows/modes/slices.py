@@ -1,0 +1,285 @@
+r"""Tails of marginals that draws come short of, told by slices: what no weight and no chain may tell.
+
+The scale of a few groups has a long tail. Its effects are pinned down there, so that in non-centered coordinates they
+lie in a neck that narrows as the scale grows; centered ones have a neck at its other end. A flow that was trained on
+its own draws ends before such a tail, its weights are even, and chains enter it too seldom to be missed by R-hat.
+
+With coordinate k held at c, the density over all others is about a normal one at its top. Draws of that normal
+distribution give the mass of the slice without bias,
+
+.. math:: f(c) = \int p(z)\,dz_{-k} = E_g\Big[\frac{p(z)}{g(z)}\Big], \qquad g = N(m(c), H_{-k}(c)^{-1}),
+
+and slices at a few places give the marginal of coordinate k, up to a constant, far beyond all draws. Coordinates whose
+values tell of the spread of others are looked at. Slices count only if their masses are known, and if they agree with
+the draws about the middle: where each slice has several tops, they do not.
+
+The slices are a flow too, which has the tail: see :func:`flow_along`.
+
+Reference: Rue, Martino and Chopin 2009, "Approximate Bayesian inference for latent Gaussian models by using integrated
+nested Laplace approximations" (JRSS B 71, doi:10.1111/j.1467-9868.2008.00700.x).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pyro_flows._cubic import between, smooth_slopes
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.sliced import of_slices
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.held import Tops
+from pyro_flows.modes.lacks import SHORT_TAIL, Lack
+from pyro_flows.modes.missed_modes import Search, sentence_on
+from pyro_flows.modes.propriety import Tails, finer
+from pyro_flows.modes.thin import WANDERED, is_usable
+from pyro_flows.starts.curvature import second_derivatives
+from pyro_flows.starts.prior import spread_of
+from pyro_flows.starts.start import Start
+from pyro_flows.verdict.deciding import resample
+
+STEPS = (0.3, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0)  # spreads from the middle
+CLOSE = tuple(0.3 * number for number in range(1, 28))  # for a mixture
+UP_TO = 50  # dimensions
+MOST = 4  # coordinates
+LOOKED_AT = 2000  # draws, for which coordinates and where
+TELLING = 0.02  # sum of squared correlations with the distances of others from their middles
+NOISE, CUT = 5.0, 6.0  # standard errors of a correlation that is one; spreads to which draws are cut
+MOST_ALONE, MOST_BENT = 16, 2  # sites of one coordinate that are looked at before any draw; and that get slices
+BENT = 0.05  # mean change of the others' log curvatures, over two spreads
+DRAWN, KNOWN = 128, 0.15  # draws of a slice, and the relative standard error of its mass
+FEWEST = 8  # slices
+TAIL, SHORT = 0.05, 0.01  # of the draws, beyond each of two quantiles, and the mass beyond that they may come short of
+ERRORS = 2.0  # standard errors, on top of that
+QUARTERS, APART = (0.25, 0.5, 0.75), 0.04  # of draws between these quantiles, and how far slices may be from these
+POINTS = 4001  # of a table
+
+
+@dataclass(frozen=True)
+class Marginal:
+    """Slices along a coordinate: places (N,) in order, log masses (N,), tops (N, D), roots of Hessians (N, D, D)."""
+
+    tails: Tails = field(repr=False)
+    coordinate: int
+    places: Tensor
+    log_masses: Tensor
+    tops: Tensor
+    roots: Tensor
+
+    def density(self) -> tuple[Tensor, Tensor]:
+        """Return values of the coordinate (G,), and normalized log densities there."""
+        height = self.log_masses - self.log_masses.max()
+        grid = torch.linspace(float(self.places[0]), float(self.places[-1]), POINTS).to(self.places)
+        height = between(grid, self.places, height[:, None], smooth_slopes(self.places, height)[:, None])[:, 0]
+        return grid, height - torch.trapezoid(height.exp(), grid).log()
+
+    def below(self, values: Tensor) -> Tensor:
+        """Return the share of the mass below some values (V,)."""
+        grid, height = self.density()
+        mass = height.exp()
+        summed = torch.cat([mass[:1] * 0.0, torch.cumsum(0.5 * (mass[1:] + mass[:-1]), 0)])
+        summed = (summed / summed[-1])[:, None]
+        return between(values.to(grid), grid, summed, torch.zeros_like(summed))[:, 0]
+
+
+def and_tails(
+    search: Search, density: LogDensity, draw: Callable[[], tuple[Tensor, Tensor]], *, worth: float = math.inf,
+    seed: int,
+) -> tuple[Search, Marginal | None]:  # fmt: skip
+    """Go on with a search that has found no mode: look for a tail that draws come short of. Return its slices too.
+
+    ``draw`` gives draws z (S, D) and their log weights (S,); they are worth so many independent ones at most.
+    """
+    modes = [lack for lack in search.lacks if lack.start.name != WANDERED]
+    if modes or not density.batched or not 1 < density.dim <= UP_TO:
+        return search, None
+    with torch.no_grad(), seeded(derive(seed, "draws of tails"), density.device):
+        z, log_weights = draw()
+    usable = torch.isfinite(log_weights) & torch.isfinite(z).all(1)
+    found = short_tail(density, z[usable], log_weights[usable], worth=worth, seed=seed)
+    if found is None:
+        return search, None
+    lack, slices = found
+    return replace(search, lacks=(lack,), sentence=sentence_on(density, [lack], z), contained=False), slices
+
+
+def short_tail(
+    density: LogDensity, z: Tensor, log_weights: Tensor, *, worth: float = math.inf, seed: int
+) -> tuple[Lack, Marginal] | None:
+    """Return a place in the worst tail that weighted draws z (S, D) come short of, and slices there; None for none."""
+    found = all_slices(density, z, log_weights, seed=seed)
+    mass = torch.softmax(log_weights.double(), 0)
+    error = math.sqrt(TAIL * (1.0 - TAIL) / min(worth, float(1.0 / mass.square().sum())))
+    short = [_short_of(one, z[:, one.coordinate].double(), mass) for one in found]
+    if max(short, default=0.0) <= SHORT + ERRORS * error:
+        return None
+    worst = found[short.index(max(short))]
+    return _place(worst, z[:, worst.coordinate].double(), mass), worst
+
+
+@torch.no_grad()
+def all_slices(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int) -> list[Marginal]:
+    """Return slices along the coordinates of weighted draws z (S, D) that tell of the spread of others.
+
+    Cost: for each of up to four coordinates, 46 paths of up to 60 gradients, 23 Hessians or a few more, 3000 densities.
+    """
+    log_mass = torch.log_softmax(log_weights.double(), 0)
+    if len(z) < LOOKED_AT // 2 or not is_usable(log_mass):
+        return []
+    sample = finer(density, z[resample(log_mass, LOOKED_AT, seed=derive(seed, "looked at"))])
+    coordinates = telling(sample)
+    if not coordinates:
+        return []
+    with seeded(derive(seed, "slices"), density.device):
+        tails = Tails(density, sample)
+        return [one for one in marginals(tails, coordinates) if one is not None]
+
+
+@torch.no_grad()
+def slices_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> list[Marginal]:
+    """Return slices along the sites of one coordinate that tell of the spread of others, about a place loc (D,).
+
+    Draws z (S, D) tell the units: those of a normal distribution at loc, which know nothing of spreads that change.
+
+    Cost: that of :func:`all_slices` for two coordinates, and 32 Hessians at most.
+    """
+    coordinates = _bending(density, loc, spread_of(z))
+    with seeded(derive(seed, "slices"), density.device):
+        found = marginals(Tails(density, finer(density, z[:LOOKED_AT])), coordinates) if coordinates else []
+    return [one for one in found if one is not None]
+
+
+def _bending(density: LogDensity, loc: Tensor, spread: Tensor) -> list[int]:
+    """Return the sites of one coordinate along which the curvatures of the others change most."""
+    alone = [latent.offset for latent in density.structure.latents if latent.size == 1][:MOST_ALONE]
+    if not alone:
+        return []
+    rows = torch.arange(len(alone), device=loc.device)
+    away = torch.zeros(len(alone), len(loc), dtype=loc.dtype, device=loc.device)
+    away[rows, alone] = spread[alone]
+    curvatures = -second_derivatives(density, torch.cat([loc + away, loc - away])).diagonal(dim1=1, dim2=2)
+    above, below = curvatures.double().chunk(2)
+    change = (above / below).log().abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    change[rows, alone] = 0.0
+    strength, order = change.mean(1).topk(min(MOST_BENT, len(alone)))
+    return [alone[number] for number in order[strength > BENT].tolist()]
+
+
+@torch.no_grad()
+def closer(density: LogDensity, marginal: Marginal, *, seed: int) -> Marginal | None:
+    """Return slices that are closer to each other, as a flow needs them."""
+    with seeded(derive(seed, "close slices"), density.device):
+        return marginals(marginal.tails, [marginal.coordinate], CLOSE)[0]
+
+
+def telling(z: Tensor) -> list[int]:
+    """Return the coordinates of draws (S, D) that tell most of how far the others are from their middles."""
+    away = z.double() - z.double().median(0).values
+    away = (away / away.abs().median(0).values.clamp_min(1e-300)).clamp(-1.5 * CUT, 1.5 * CUT)
+    signed, size = ((part - part.mean(0)) / part.std(0).clamp_min(1e-300) for part in (away, away.abs()))
+    correlation = (signed.mT @ size / len(z)).fill_diagonal_(0.0)
+    correlation = torch.where(correlation.abs() > NOISE / math.sqrt(len(z)), correlation, 0.0)
+    strength, order = correlation.square().sum(1).topk(min(MOST, z.shape[1]))
+    return order[strength > TELLING].tolist()
+
+
+def marginals(tails: Tails, coordinates: list[int], steps: Sequence[float] = STEPS) -> list[Marginal | None]:
+    """Return slices along some coordinates; None where too few next to each other have a known mass."""
+    tops, _ = tails.tops(coordinates, steps, recorded=tails.recorded)
+    log_masses, errors = _weighed(tails, tops)
+    known = (torch.isfinite(log_masses) & (errors < KNOWN)).view(len(coordinates), -1)
+    found = list[Marginal | None]()
+    for number, coordinate in enumerate(coordinates):
+        rows = torch.arange(known.shape[1], device=known.device) + number * known.shape[1]
+        places = tops.points[rows, coordinate].double()
+        order = _around_first(places, known[number])
+        rows = rows[order]
+        one = Marginal(tails, coordinate, places[order], log_masses[rows], tops.points[rows, :-1], tops.roots[rows])
+        found.append(one if len(order) >= FEWEST else None)
+    return found
+
+
+def _around_first(places: Tensor, known: Tensor) -> Tensor:
+    """Return the numbers of places in order, those that are known without a gap from the first one on."""
+    order = places.argsort()
+    first = int((order == 0).nonzero()[0, 0])
+    gaps = (~known[order]).nonzero()[:, 0].tolist()
+    low = max((gap + 1 for gap in gaps if gap <= first), default=0)
+    return order[low : min((gap for gap in gaps if gap >= first), default=len(order))]
+
+
+def _weighed(tails: Tails, tops: Tops) -> tuple[Tensor, Tensor]:
+    """Return log masses (K,) of slices by draws of the normal distributions at their tops, and relative errors."""
+    count, dim = tops.roots.shape[:2]
+    log_masses = torch.full((count,), torch.nan, dtype=torch.float64, device=tops.roots.device)
+    errors = torch.full_like(log_masses, math.inf)
+    known = (~tops.roots.isnan().any(2).any(1)).nonzero()[:, 0]
+    if not len(known):
+        return log_masses, errors
+    points, roots, held = tops.points[known, :-1].double(), tops.roots[known], tops.points[known, -1].long()
+    noise = torch.randn(len(known), DRAWN // 2, dim, dtype=torch.float64, device=roots.device)
+    noise = torch.cat([noise, -noise], 1)
+    noise[torch.arange(len(known)), :, held] = 0.0
+    away = torch.linalg.solve_triangular(roots.mT, noise.mT, upper=True).mT
+    z = (points[:, None] + away).to(tops.points).flatten(0, 1)
+    values = torch.cat([tails.values(part) for part in z.split(LOOKED_AT)]).double()
+    ratios = values.view(len(known), -1).nan_to_num(nan=-math.inf) + 0.5 * noise.square().sum(2)
+    size = roots.diagonal(dim1=1, dim2=2).log().sum(1)
+    mean = torch.logsumexp(ratios, 1) - math.log(DRAWN)
+    log_masses[known] = mean - size
+    errors[known] = (ratios - mean[:, None]).exp().std(1) / math.sqrt(DRAWN)
+    return log_masses, errors.nan_to_num(nan=math.inf)
+
+
+def _quantiles(values: Tensor, mass: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Return quantiles of weighted draws (S,)."""
+    order = values.argsort()
+    below = mass[order].cumsum(0)
+    places = torch.searchsorted(below, below.new_tensor(levels)).clamp_max(len(values) - 1)
+    return values[order][places]
+
+
+def _short_of(marginal: Marginal, values: Tensor, mass: Tensor) -> float:
+    """Return by how much weighted draws (S,) come short of a tail; -inf if slices disagree about the middle."""
+    low, high = _quantiles(values, mass, (TAIL, 1.0 - TAIL))
+    if not marginal.places[0] < low < high < marginal.places[-1]:
+        return -math.inf
+    inner = torch.tensor([TAIL + (1.0 - 2.0 * TAIL) * part for part in QUARTERS])
+    below = marginal.below(torch.cat([low[None], _quantiles(values, mass, tuple(inner.tolist())), high[None]]))
+    quarters = (below[1:-1] - below[0]) / (below[-1] - below[0])
+    if float((quarters - quarters.new_tensor(QUARTERS)).abs().max()) > APART:
+        return -math.inf
+    return max(float(below[0]), float(1.0 - below[-1])) - TAIL
+
+
+def _place(marginal: Marginal, values: Tensor, mass: Tensor) -> Lack:
+    """Return the top of the slice next to the middle of the mass beyond the tail that is short."""
+    low, high = _quantiles(values, mass, (TAIL, 1.0 - TAIL))
+    below = marginal.below(torch.stack([low, high, *marginal.places]))
+    target = 0.5 * below[0] if below[0] > 1.0 - below[1] else 0.5 * (1.0 + below[1])
+    number = int((below[2:] - target).abs().argmin())
+    start = Start(SHORT_TAIL, marginal.tops[number], _roots(marginal)[number].to(marginal.tops))
+    return Lack(marginal.tops[number], start, beside=True)
+
+
+def _roots(marginal: Marginal) -> Tensor:
+    """Return lower triangular roots (N, D, D) of covariances of slices, a one at their coordinate."""
+    unit = torch.eye(marginal.tops.shape[1]).to(marginal.roots)
+    inner = torch.linalg.solve_triangular(marginal.roots, unit, upper=False)
+    return torch.linalg.cholesky_ex(inner.mT @ inner)[0]
+
+
+@torch.no_grad()
+def flow_along(marginal: Marginal) -> Flow:
+    """Return the flow of the slices.
+
+    Raises:
+        ValueError: for a marginal that is too narrow for a table.
+    """
+    places, height = marginal.density()
+    return of_slices(marginal.coordinate, (places, height), marginal.places, marginal.tops, _roots(marginal))
