@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LIMIT = 3.0  # Fritsch and Carlson 1980 (doi:10.1137/0717021): up to there, a spline rises and falls with its values
 
-def smooth_slopes(places: Tensor, values: Tensor) -> Tensor:
+
+def smooth_slopes(places: Tensor, values: Tensor, *, limited: bool = False) -> Tensor:
     r"""Return the slopes (N, ...) of the cubic spline through values (N, ...) at rising places (N,), N > 2.
 
     Inside, second derivatives are continuous; at the ends, slopes are those of the parabola through three points.
+    With ``limited``, no slope is more than three times that of a line on either side of it: a spline through values
+    that fall by thousands would swing as far where they are level.
+
     With :math:`h_i = x_{i+1} - x_i` and :math:`\delta_i = (y_{i+1} - y_i) / h_i`,
 
     .. math:: h_i s_{i-1} + 2 (h_{i-1} + h_i) s_i + h_{i-1} s_{i+1} = 3 (h_i \delta_{i-1} + h_{i-1} \delta_i).
@@ -30,7 +35,11 @@ def smooth_slopes(places: Tensor, values: Tensor) -> Tensor:
     left[0, 0] = left[-1, -1] = 1.0
     right[0] = rise[0] - h[0] * (rise[1] - rise[0]) / (h[0] + h[1])
     right[-1] = rise[-1] + h[-1] * (rise[-1] - rise[-2]) / (h[-1] + h[-2])
-    return torch.linalg.solve(left, right).reshape(values.shape)
+    slopes = torch.linalg.solve(left, right)
+    if limited:
+        most = LIMIT * torch.cat([rise[:1], torch.minimum(rise[:-1].abs(), rise[1:].abs()), rise[-1:]]).abs()
+        slopes = slopes.clamp(-most, most)
+    return slopes.reshape(values.shape)
 
 
 def between(at: Tensor, places: Tensor, values: Tensor, slopes: Tensor) -> Tensor:

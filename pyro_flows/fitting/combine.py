@@ -103,7 +103,7 @@ def _combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
 def _take(found: Combined, tried: Several) -> bool:
     """Make a mixture at all modes the sampler, if it is good enough; say whether it is."""
     if tried.enough:
-        found.several, found.plain, found.sampler = tried, tried.sampler, tried.sampler
+        found.several, found.plain, found.sampler, found.copies = tried, tried.sampler, tried.sampler, 1
         found.warnings, found.failures, found.disagreements = [], [], []  # which are about a flow
     return tried.enough
 
@@ -124,12 +124,15 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
     """
     if _is_held_by_chains(plan, prepared.density, found) or _is_thin_alone(found):
         return
-    if found.slices is not None:
-        if not _sliced(plan, prepared.density, found, found.slices):
-            return
-        _look(plan, prepared.density, found)
     moves: list[SignedPermutation] = []
+    sliced = False
     while found.search is not None and found.search.lacks and not plan.clock.over:
+        if found.slices is not None:
+            if sliced or not _sliced(plan, prepared.density, found, found.slices):
+                return
+            sliced, moves = True, []
+            _look(plan, prepared.density, found)
+            continue
         more = [lack.move for lack in found.search.lacks if lack.move is not None and lack.move not in moves]
         if more and _copied(found, [*moves, *more]):
             moves += more

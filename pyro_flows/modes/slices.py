@@ -53,7 +53,7 @@ NOISE, CUT = 5.0, 6.0  # standard errors of a correlation that is one; spreads t
 MOST_ALONE, MOST_BENT = 16, 2  # sites of one coordinate that are looked at before any draw; and that get slices
 BENT = 0.05  # mean change of the others' log curvatures, over two spreads
 DRAWN, KNOWN = 128, 0.15  # draws of a slice, and the relative standard error of its mass
-FEWEST = 8  # slices
+FEWEST, DEEP = 8, 60.0  # slices; nats below the highest one, beyond which there is nothing
 TAIL, SHORT = 0.05, 0.01  # of the draws, beyond each of two quantiles, and the mass beyond that they may come short of
 ERRORS = 2.0  # standard errors, on top of that
 QUARTERS, APART = (0.25, 0.5, 0.75), 0.04  # of draws between these quantiles, and how far slices may be from these
@@ -75,7 +75,9 @@ class Marginal:
         """Return values of the coordinate (G,), and normalized log densities there."""
         height = self.log_masses - self.log_masses.max()
         grid = torch.linspace(float(self.places[0]), float(self.places[-1]), POINTS).to(self.places)
-        height = between(grid, self.places, height[:, None], smooth_slopes(self.places, height)[:, None])[:, 0]
+        height = between(grid, self.places, height[:, None], smooth_slopes(self.places, height, limited=True)[:, None])[
+            :, 0
+        ]
         return grid, height - torch.trapezoid(height.exp(), grid).log()
 
     def below(self, values: Tensor) -> Tensor:
@@ -192,7 +194,9 @@ def marginals(tails: Tails, coordinates: list[int], steps: Sequence[float] = STE
     """Return slices along some coordinates; None where too few next to each other have a known mass."""
     tops, _ = tails.tops(coordinates, steps, recorded=tails.recorded)
     log_masses, errors = _weighed(tails, tops)
-    known = (torch.isfinite(log_masses) & (errors < KNOWN)).view(len(coordinates), -1)
+    masses = log_masses.view(len(coordinates), -1)
+    near = masses > masses.nan_to_num(nan=-torch.inf).amax(1, keepdim=True) - DEEP
+    known = torch.isfinite(masses) & (errors.view_as(masses) < KNOWN) & near
     found = list[Marginal | None]()
     for number, coordinate in enumerate(coordinates):
         rows = torch.arange(known.shape[1], device=known.device) + number * known.shape[1]
@@ -263,8 +267,8 @@ def _place(marginal: Marginal, values: Tensor, mass: Tensor) -> Lack:
     below = marginal.below(torch.stack([low, high, *marginal.places]))
     target = 0.5 * below[0] if below[0] > 1.0 - below[1] else 0.5 * (1.0 + below[1])
     number = int((below[2:] - target).abs().argmin())
-    start = Start(SHORT_TAIL, marginal.tops[number], _roots(marginal)[number].to(marginal.tops))
-    return Lack(marginal.tops[number], start, beside=True)
+    top, root = (part[number].to(marginal.tails.density.dtype) for part in (marginal.tops, _roots(marginal)))
+    return Lack(top, Start(SHORT_TAIL, top, root), beside=True)
 
 
 def _roots(marginal: Marginal) -> Tensor:

@@ -1,0 +1,229 @@
+"""Slices along a coordinate: exact marginals, tails that draws come short of, and the flow of slices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows._cubic import between, smooth_slopes
+from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
+from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.modes.missed_modes import Search
+from pyro_flows.modes.slices import all_slices, and_tails, closer, flow_along, short_tail, slices_about, telling
+from pyro_flows.transforms.sliced import Sliced
+
+SIGMA, WIDE, SCALE = 0.24, 2.5, 0.6
+Y = torch.tensor([-0.33, -0.71, -0.08, -0.59, -0.22, -0.36, -0.61, -0.54, -0.15, -0.65, -0.28, -0.31])
+INDEX = torch.arange(12) // 6
+
+
+def groups(index: Tensor, y: Tensor) -> None:
+    """Two groups in non-centered coordinates: the scale has a tail like one over its cube."""
+    mu = pyro.sample("mu", dist.Normal(y.new_zeros(()), WIDE))
+    tau = pyro.sample("tau", dist.HalfCauchy(y.new_tensor(SCALE)))
+    with pyro.plate("group", 2):
+        eta = pyro.sample("eta", dist.Normal(y.new_zeros(()), 1.0))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal((mu + tau * eta)[index], SIGMA), obs=y)
+
+
+def exact() -> tuple[Tensor, Tensor]:
+    """Values of log tau, and the share of the posterior below: means of groups are normal given tau."""
+    u = torch.linspace(-14.0, 12.0, 8001, dtype=torch.float64)
+    tau = u.exp()
+    means = Y.double().view(2, 6).mean(1)
+    covariance = WIDE**2 + torch.eye(2).double() * (tau.square() + SIGMA**2 / 6)[:, None, None]
+    height = dist.MultivariateNormal(torch.zeros(2).double(), covariance).log_prob(means)
+    height = height - torch.log1p((tau / SCALE).square()) + u
+    below = (height - height.max()).exp().cumsum(0)
+    return u, below / below[-1]
+
+
+def draws(count: int, *, seed: int, up_to: float = 1.0) -> Tensor:
+    """Exact draws of (mu, log tau, eta), of the part of the posterior up to a quantile of tau."""
+    u, below = exact()
+    generator = torch.Generator().manual_seed(seed)
+    at = torch.searchsorted(below, up_to * torch.rand(count, generator=generator, dtype=torch.float64))
+    tau = u[at].exp()
+    design = torch.stack([torch.ones(count).double(), tau, 0.0 * tau, torch.ones(count).double(), 0.0 * tau, tau], 1)
+    design = design.view(count, 2, 3)
+    precision = torch.diag(torch.tensor([WIDE**-2, 1.0, 1.0]).double()) + design.mT @ design * 6 / SIGMA**2
+    mean = torch.linalg.solve(precision, (design.mT @ Y.double().view(2, 6).mean(1))[..., None] * 6 / SIGMA**2)
+    noise = torch.randn(count, 3, 1, generator=generator, dtype=torch.float64)
+    x = (mean + torch.linalg.solve_triangular(torch.linalg.cholesky(precision).mT, noise, upper=True))[..., 0]
+    return torch.stack([x[:, 0], tau.log(), x[:, 1], x[:, 2]], 1)
+
+
+@pytest.fixture(scope="module", params=[torch.float64, torch.float32])
+def density(request):
+    return pf.LogDensity(groups, (INDEX, Y.to(request.param)))
+
+
+def shortened(density: pf.LogDensity) -> Tensor:
+    return draws(6000, seed=1, up_to=0.96).to(density.dtype)
+
+
+def test_the_marginal_is_exact_far_beyond_the_draws(density):
+    z = shortened(density)
+    assert telling(z) == [1]
+    (marginal,) = all_slices(density, z, torch.zeros(len(z)), seed=0)
+    u, below = exact()
+    at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95, 0.99]).double()
+    found = marginal.below(u[torch.searchsorted(below, at)])
+    torch.testing.assert_close(found, at, rtol=0.0, atol=2e-3)
+    assert float(z[:, 1].max()) < float(u[torch.searchsorted(below, torch.tensor(0.961).double())]) < 1.0
+    assert float(marginal.places[-1]) > 3.0
+
+
+def test_a_tail_is_told_only_where_draws_come_short_of_it(density):
+    z = shortened(density)
+    lack, slices = short_tail(density, z, torch.zeros(len(z)), seed=0)
+    assert slices.coordinate == 1
+    assert float(lack.place[1]) > float(z[:, 1].quantile(0.95))
+    assert lack.place.dtype == lack.start.scale.dtype == density.dtype
+    assert lack.beside
+    whole = draws(6000, seed=2).to(density.dtype)
+    assert short_tail(density, whole, torch.zeros(len(whole)), seed=0) is None
+    few = short_tail(density, z, torch.zeros(len(z)), worth=50.0, seed=0)  # so few draws may miss as much by chance
+    assert few is None
+
+
+def test_weights_that_know_the_tail_excuse_the_draws(density):
+    z = draws(12_000, seed=3).to(density.dtype)
+    thinned = torch.rand(len(z), generator=torch.Generator().manual_seed(0)) < 0.3
+    kept = z[(z[:, 1] < -0.3) | thinned]
+    weights = torch.where(kept[:, 1] < -0.3, 0.0, -math.log(0.3)).to(kept)
+    assert short_tail(density, kept, torch.zeros(len(kept)), seed=0) is not None
+    assert short_tail(density, kept, weights, seed=0) is None
+
+
+def test_a_search_goes_on_to_tails_unless_it_has_found_modes(density):
+    z = shortened(density)
+
+    def drawn() -> tuple[Tensor, Tensor]:
+        return z, torch.zeros(len(z))
+
+    search, slices = and_tails(Search(), density, drawn, seed=0)
+    assert slices is not None
+    assert search.sentence is not None
+    assert search.sentence.startswith("the guide has too little mass near tau = ")
+    assert and_tails(search, density, drawn, seed=0) == (search, None)
+
+
+def test_the_flow_of_slices_is_the_posterior(density):
+    z = shortened(density)
+    _, slices = short_tail(density, z, torch.zeros(len(z)), seed=0)
+    flow = flow_along(closer(density, slices, seed=0)).to(density.dtype)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drawn, log_q = flow.draw(4000)
+        weights = torch.softmax((density(drawn) - log_q).double(), 0)
+    assert float(1.0 / weights.square().sum()) > 0.97 * 4000
+    u, below = exact()
+    above = drawn[:, 1].double() > u[torch.searchsorted(below, torch.tensor(0.95).double())]
+    assert float(weights[above].sum()) == pytest.approx(0.05, abs=0.012)
+    assert not_rebuilt(flow) is None
+    again = from_json(to_json(flow)).to(density.dtype)
+    again.load_state_dict(flow.state_dict())
+    torch.testing.assert_close(again.log_prob(drawn), flow.log_prob(drawn))
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+@pytest.mark.parametrize("rows", [3, 700])
+def test_the_map_is_a_bijection_with_its_jacobian(dim, rows):
+    map_ = Sliced(dim, coordinate=1, slices=6, bins=8, bound=6.0).double()
+    generator = torch.Generator().manual_seed(dim)
+    tops = torch.randn(6, dim, generator=generator, dtype=torch.float64)
+    roots = torch.randn(6, dim, dim, generator=generator, dtype=torch.float64).tril(-1)
+    roots = roots + torch.diag_embed(torch.rand(6, dim, generator=generator, dtype=torch.float64) + 0.5)
+    tops[:, 1], roots[:, 1], roots[:, :, 1] = 0.0, 0.0, 0.0
+    roots[:, 1, 1] = 1.0
+    places = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.5, 3.0]).double()
+    knots = map_.spline.at[0] * torch.tensor([1.0, 1.0, 1.3])[:, None].double()
+    map_.set(places, tops, roots, (knots, torch.tensor(0.2), torch.tensor(1.7)))
+    x = torch.randn(rows, dim, generator=generator, dtype=torch.float64)
+    y, ladj = map_.forward_and_ladj(x)
+    back, back_ladj = map_.inverse_and_ladj(y)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(back_ladj, -ladj)
+    one = torch.autograd.functional.jacobian(lambda point: map_(point[None])[0], x[0])
+    torch.testing.assert_close(torch.linalg.slogdet(one).logabsdet, ladj[0])
+    torch.testing.assert_close(map_(x.view(rows, 1, dim))[:, 0], y)
+
+
+def test_cubic_splines_follow_what_is_smooth():
+    x = torch.linspace(-2.0, 2.0, 21, dtype=torch.float64)
+    at = torch.linspace(-1.4, 1.4, 57, dtype=torch.float64)
+    found = between(at, x, x.sin()[:, None], smooth_slopes(x, x.sin())[:, None])[:, 0]
+    torch.testing.assert_close(found, at.sin(), rtol=0.0, atol=1e-5)
+
+
+def test_nothing_is_told_of_a_normal_posterior_or_of_many_tops():
+    def normal() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=torch.tensor(1.0).double())
+
+    density = pf.LogDensity(normal)
+    z = pf.fit(normal, progress=False, refine=False).z
+    assert telling(z) == []
+    assert all_slices(density, z, torch.zeros(len(z)), seed=0) == []
+    assert slices_about(density, z.mean(0), z, seed=0) == []
+
+
+# the fit --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_scale_of_two_groups_has_its_whole_tail(seed):
+    """Chains and flows ended at .97 and said that they could be used: the 95 % quantile was a quarter too small."""
+    posterior = pf.fit(groups, INDEX, Y, seed=seed, progress=False)
+    assert posterior.verdict.status in ("ok", "corrected")
+    u, below = exact()
+    tau = posterior.samples["tau"].double().log()
+    for level in (0.05, 0.5, 0.95):
+        share = float((tau < u[torch.searchsorted(below, torch.tensor(level).double())]).double().mean())
+        assert share == pytest.approx(level, abs=0.02)
+
+
+def test_a_guide_that_ends_before_a_tail_is_told_so():
+    density = pf.LogDensity(groups, (INDEX, Y.double()))
+    z = shortened(density)
+    (whole,) = all_slices(density, z, torch.zeros(len(z)), seed=0)
+    whole = closer(density, whole, seed=0)
+    count = int((whole.places < z[:, 1].max()).sum())
+    parts = {name: getattr(whole, name)[:count] for name in ("places", "log_masses", "tops", "roots")}
+    for slices, status in ((whole, "ok"), (replace(whole, **parts), "unreliable")):
+        guide = AutoFlow.of(flow_along(slices), density.structure, groups, (INDEX, Y.double()), {})
+        verdict = pf.diagnose(groups, guide, INDEX, Y.double(), seed=0).verdict
+        assert verdict.status == status
+        assert ("the guide has too little mass near tau" in str(verdict)) == (status == "unreliable")
+
+
+def test_nothing_is_trained_where_slices_do(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("training was begun")
+
+    monkeypatch.setattr("pyro_flows.fitting.run.train", fail)
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 3, generator=generator)
+    y = X @ torch.tensor([1.0, -0.5, 0.2]) + 0.7 * torch.randn(40, generator=generator)
+
+    def regression(X: Tensor, y: Tensor) -> None:
+        sigma = pyro.sample("sigma", dist.HalfNormal(2.0))
+        beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(X @ beta, sigma), obs=y)
+
+    posterior = pf.fit(regression, X[:9], y[:9], progress=False)
+    assert posterior.verdict.status == "ok"
+    stages = [stage["stage"] for stage in posterior.history]
+    assert stages == ["slices along a coordinate"]
+    with pytest.raises(AssertionError, match="training was begun"):
+        pf.fit(regression, X[:9], y[:9], flow="planar", progress=False)
