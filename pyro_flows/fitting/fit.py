@@ -76,7 +76,8 @@ def fit(
             waiting for another fit in the same process does not count.
         train_model: also train the model's own parameters (``pyro.param``, modules); by default they are held fixed.
         escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and
-            tempering, in this order; each is an entry of ``history``. Several modes get a mixture of Student-t
+            tempering, in this order; each is an entry of ``history``. Where the others are about normal given one
+            latent, that one is tabulated, and nothing is trained. Several modes get a mixture of Student-t
             distributions begun at all of them, or tables of independent coordinates, in the place of a flow, where
             this is good enough; else up to seven more runs start at modes that the guide lacks, as a mixture.
         refine: let a sampler that begins at the flow's draws finish the work (see :meth:`Posterior.refine`), where

@@ -51,7 +51,7 @@ LOOKED_AT = 2000  # draws, for which coordinates and where
 TELLING = 0.02  # sum of squared correlations with the distances of others from their middles
 NOISE, CUT = 5.0, 6.0  # standard errors of a correlation that is one; spreads to which draws are cut
 MOST_ALONE, MOST_BENT = 16, 2  # sites of one coordinate that are looked at before any draw; and that get slices
-BENT = 0.05  # mean change of the others' log curvatures, over two spreads
+BENT = 0.05  # change of log curvatures over two spreads
 DRAWN, KNOWN = 128, 0.15  # draws of a slice, and the relative standard error of its mass
 FEWEST, DEEP = 8, 60.0  # slices; nats below the highest one, beyond which there is nothing
 TAIL, SHORT = 0.05, 0.01  # of the draws, beyond each of two quantiles, and the mass beyond that they may come short of
@@ -157,7 +157,7 @@ def slices_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> l
 
 
 def _bending(density: LogDensity, loc: Tensor, spread: Tensor) -> list[int]:
-    """Return the sites of one coordinate along which the curvatures of the others change most."""
+    """Return the sites of one coordinate along which curvatures change most: of the others in the mean, and its own."""
     alone = [latent.offset for latent in density.structure.latents if latent.size == 1][:MOST_ALONE]
     if not alone:
         return []
@@ -167,8 +167,8 @@ def _bending(density: LogDensity, loc: Tensor, spread: Tensor) -> list[int]:
     curvatures = -second_derivatives(density, torch.cat([loc + away, loc - away])).diagonal(dim1=1, dim2=2)
     above, below = curvatures.double().chunk(2)
     change = (above / below).log().abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    change[rows, alone] = 0.0
-    strength, order = change.mean(1).topk(min(MOST_BENT, len(alone)))
+    own = change[rows, alone]
+    strength, order = (own + (change.sum(1) - own) / (len(loc) - 1)).topk(min(MOST_BENT, len(alone)))
     return [alone[number] for number in order[strength > BENT].tolist()]
 
 
