@@ -127,8 +127,7 @@ def make_run(
         with clock.part("the starts", share=STARTS_SHARE):
             starts = portfolio(density, seed=seed, extra=extra) if lack is None else [lack]
         run.modes = [start for start in starts if start.evidence is not None]
-        cheap = density.numbers * density.dim <= CHEAP and density.work.operations <= FEW_OPERATIONS
-        if (cheap or len(run.modes) > 1) and lack is None and _is_several(plan, density, run, seed, barrier=BARRIER):
+        if len(run.modes) > 1 and lack is None and _is_several(plan, density, run, seed, barrier=BARRIER):
             return
         close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
         starts = close[run.number % len(close) :] + close[: run.number % len(close)]
@@ -140,8 +139,12 @@ def make_run(
             if sliced is not None:
                 run.take(*sliced)
                 return
-            if lack is None and _sampled_at_once(plan, density, run, starts[0], seed):
-                return
+        cheap = density.numbers * density.dim <= CHEAP and density.work.operations <= FEW_OPERATIONS
+        glance = cheap and len(run.modes) <= 1 and lack is None
+        if glance and _is_several(plan, density, run, seed, barrier=BARRIER):
+            return
+        if not plan.train_model and lack is None and _sampled_at_once(plan, density, run, starts[0], seed):
+            return
         winner = _race(plan, density, run, starts, seed)
         if winner is None:
             return

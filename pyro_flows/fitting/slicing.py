@@ -34,6 +34,7 @@ AT_ONCE = "converged: slices along a coordinate leave little to mend"
 WRITTEN, OPERATIONS = 30_000, 500  # numbers of an evaluation, and its operations, up to which slices come first
 SHARE = 0.3  # of their draws, that has to be effective, for closer slices to be worth it
 SHARE_OF_SECONDS = 0.5
+LIGHTER = 120.0, 30.0  # degrees of freedom of the base, in turn
 DEFAULT = "realnvp"  # flow of a fit
 TAIL_DRAWS = 20_000
 
@@ -102,9 +103,17 @@ def along(density: LogDensity, slices: Sequence[Marginal], *, seed: int) -> Seve
 
 
 def _of_slices(density: LogDensity, slices: Marginal) -> tuple[float, float, Flow] | None:
-    """Return the effective share of draws of the flow of slices, k-hat, and the flow; None if there is no table."""
-    try:
-        sampler = flow_along(slices).to(density.device, density.dtype)
-    except ValueError:
-        return None
-    return *weighed(density, sampler), sampler
+    """Return the effective share of draws of the flow of slices, k-hat, and the flow; None if there is no table.
+
+    The base is as light as its weights bear.
+    """
+    found: tuple[float, float, Flow] | None = None
+    for df in LIGHTER:
+        try:
+            sampler = flow_along(slices, df=df).to(density.device, density.dtype)
+        except ValueError:
+            return None
+        found = (*weighed(density, sampler), sampler)
+        if is_enough(*found[:2]):
+            break
+    return found

@@ -15,13 +15,12 @@ from pyro_flows.transforms import DiagonalAffine
 from pyro_flows.transforms.sliced import Sliced
 
 BINS, BOUND = 128, 12.0  # of the table's spline, in the base
-DF = 30.0  # degrees of freedom of the base: slices are only about normal
 
 
 @of_mixtures
 def sliced(
     dim: int, *, coordinate: int = 0, slices: int = 3, bins: int = BINS, bound: float = BOUND, layers: int = 1,
-    base: str = "student_t", df: float = DF,
+    base: str = "student_t", df: float = 30.0,
 ) -> Flow:  # fmt: skip
     """Return an affine map of each coordinate, then slices along one of them; at the identity.
 
@@ -34,7 +33,7 @@ def sliced(
 
 @torch.no_grad()
 def of_slices(
-    coordinate: int, table: tuple[Tensor, Tensor], places: Tensor, tops: Tensor, roots: Tensor
+    coordinate: int, table: tuple[Tensor, Tensor], places: Tensor, tops: Tensor, roots: Tensor, *, df: float
 ) -> Flow:  # fmt: skip
     """Return the flow of slices.
 
@@ -44,15 +43,16 @@ def of_slices(
         places: of the slices along k (N,).
         tops: of the density over all other coordinates (N, D).
         roots: lower triangular roots (N, D, D) of their covariances there, a one at coordinate k.
+        df: degrees of freedom of the base.
 
     Raises:
         ValueError: for a table that is too coarse.
     """
-    flow = sliced(tops.shape[1], coordinate=coordinate, slices=len(places)).to(places.device, torch.float64)
+    flow = sliced(tops.shape[1], coordinate=coordinate, slices=len(places), df=df).to(places.device, torch.float64)
     (map_,) = (layer for layer in flow.modules() if isinstance(layer, Sliced))
     tops = tops.double().clone()
     tops[:, coordinate] = 0.0
-    map_.set(places.double(), tops, roots.double(), knots(*table, _student(DF), bins=BINS, bound=BOUND))
+    map_.set(places.double(), tops, roots.double(), knots(*table, _student(df), bins=BINS, bound=BOUND))
     return flow
 
 

@@ -279,11 +279,11 @@ def _roots(marginal: Marginal) -> Tensor:
 
 
 @torch.no_grad()
-def flow_along(marginal: Marginal) -> Flow:
-    """Return the flow of the slices.
+def flow_along(marginal: Marginal, *, df: float = 30.0) -> Flow:
+    """Return the flow of the slices, with a base of so many degrees of freedom.
 
     Raises:
         ValueError: for a marginal that is too narrow for a table.
     """
     places, height = marginal.density()
-    return of_slices(marginal.coordinate, (places, height), marginal.places, marginal.tops, _roots(marginal))
+    return of_slices(marginal.coordinate, (places, height), marginal.places, marginal.tops, _roots(marginal), df=df)
