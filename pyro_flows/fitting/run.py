@@ -127,6 +127,8 @@ def make_run(
         with clock.part("the starts", share=STARTS_SHARE):
             starts = portfolio(density, seed=seed, extra=extra) if lack is None else [lack]
         run.modes = [start for start in starts if start.evidence is not None]
+        cheap = density.numbers * density.dim <= CHEAP and density.work.operations <= FEW_OPERATIONS
+        glance = cheap and len(run.modes) <= 1 and lack is None
         if len(run.modes) > 1 and lack is None and _is_several(plan, density, run, seed, barrier=BARRIER):
             return
         close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
@@ -139,8 +141,6 @@ def make_run(
             if sliced is not None:
                 run.take(*sliced)
                 return
-        cheap = density.numbers * density.dim <= CHEAP and density.work.operations <= FEW_OPERATIONS
-        glance = cheap and len(run.modes) <= 1 and lack is None
         if glance and _is_several(plan, density, run, seed, barrier=BARRIER):
             return
         if not plan.train_model and lack is None and _sampled_at_once(plan, density, run, starts[0], seed):
@@ -254,7 +254,7 @@ def _sampled(plan: Plan, density: LogDensity, flow: Flow, seed: int) -> Chains |
 def _sampled_at_once(plan: Plan, density: LogDensity, run: Run, start: Start, seed: int) -> bool:
     """Try a sampler in the place of a flow, where a flow would need thousands of steps; say whether it suffices."""
     asked = plan.escalate and plan.refine is not None and plan.runs == 1 and plan.draws <= MOST_SAMPLED
-    if not (asked and density.batched and SAMPLED_FROM <= density.dim <= SAMPLED_UP_TO):
+    if not (asked and SAMPLED_FROM <= density.dim <= SAMPLED_UP_TO and density.batched):
         return False
     with plan.clock.part("a sampler in the place of training", share=STARTS_SHARE):
         names = coordinate_names(density.structure)
@@ -271,8 +271,9 @@ def _is_several(plan: Plan, density: LogDensity, run: Run, seed: int, *, barrier
     """Whether a mixture at all modes does in the place of a flow; several runs are for the flow's sake."""
     if not plan.escalate or plan.train_model or plan.runs > 1:
         return False
-    z = prior_draws(density, SURVEYED_FROM, seed=seed) if run.best is None else run.best.flow.draw(SURVEYED_FROM)[0]
     with plan.clock.part("a survey of modes"):
+        first = run.best is None
+        z = prior_draws(density, SURVEYED_FROM, seed=seed) if first else run.flow(plan, density).draw(SURVEYED_FROM)[0]
         hopeless = run.best is not None and run.best.weighing.ess < HOPELESS * len(run.best.weighing.log_weights)
         run.several = several(density, z, seed=seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
     if run.several is None:

@@ -45,11 +45,11 @@ def slices_at_once(plan: Plan, density: LogDensity, start: Start, *, seed: int) 
     Who asks for another flow than the default gets it.
     """
     default = plan.recipe.builder == DEFAULT and not plan.recipe.options
-    asked = plan.escalate and plan.runs == 1 and default and density.batched
-    light = density.written <= WRITTEN and density.work.operations <= OPERATIONS
-    if not (asked and light and 1 < density.dim <= UP_TO):
+    if not (plan.escalate and plan.runs == 1 and default and 1 < density.dim <= UP_TO):
         return None
     with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), torch.no_grad():
+        if not density.batched or density.written > WRITTEN or density.work.operations > OPERATIONS:
+            return None
         normal = plan.fresh(density)
         begin(normal, start)
         found = along(density, slices_about(density, start.loc, normal.draw(LOOKED_AT_DRAWS)[0], seed=seed), seed=seed)
