@@ -19,12 +19,12 @@ from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared
 from pyro_flows.fitting.run import Run, make_run
 from pyro_flows.fitting.several import Several, several
-from pyro_flows.fitting.slicing import along, short_of
+from pyro_flows.fitting.slicing import STAGE as SLICES
+from pyro_flows.fitting.slicing import short_of, slices_for
 from pyro_flows.fitting.volume import too_uneven
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import SHORT_TAIL
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.propriety import PART, improper_tails
 from pyro_flows.modes.slices import Marginal
@@ -85,7 +85,7 @@ def _combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
     clock, density = plan.clock, prepared.density
     tried = found.runs[0].several
     if tried is not None:
-        found.surveys = 1
+        found.surveys = int(tried.stage.stage != SLICES)
         _take(found, tried)
     if not clock.over and isinstance(found.plain, Flow):
         with clock.part("a look at how uneven the density is"):
@@ -112,9 +112,11 @@ def _look(plan: Plan, density: LogDensity, found: Combined) -> None:
     """Search for modes that the sampler lacks."""
     assert found.sampler is not None
     with plan.clock.part("the search for modes that the guide lacks"):
-        sampler = found.sampler
-        search = _search(plan, density, found, sampler)
-        found.search, found.slices = short_of(search, density, sampler, seed=plan.seed)
+        found.search, found.slices = None, None
+        found.search = _search(plan, density, found, found.sampler)
+    if found.search is not None:
+        with plan.clock.part("a look at the tails of marginals"):
+            found.search, found.slices = short_of(found.search, density, found.sampler, seed=plan.seed)
 
 
 def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
@@ -139,7 +141,8 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
         elif found.surveys < SURVEYS and _surveyed(plan, prepared.density, found):
             moves = []
         else:
-            if found.added == RUNS_ADDED or found.several is not None or _too_many([*moves, *more]):
+            mixed = found.several is not None and found.several.stage.stage != SLICES
+            if found.added == RUNS_ADDED or mixed or _too_many([*moves, *more]):
                 return
             _add_run(plan, prepared, found, found.search.lacks[0].start)
             _copied(found, moves)
@@ -159,7 +162,7 @@ def _is_held_by_chains(plan: Plan, density: LogDensity, found: Combined) -> bool
 def _is_thin_alone(found: Combined) -> bool:
     """Whether the flow is only too thin next to where it lies: a run of its own has nowhere else to begin."""
     lacks = () if found.search is None else found.search.lacks
-    return found.slices is None and all(lack.start.name in (WANDERED, SHORT_TAIL) for lack in lacks)
+    return found.slices is None and all(lack.start.name == WANDERED for lack in lacks)
 
 
 def _too_many(moves: Sequence[SignedPermutation]) -> bool:
@@ -185,8 +188,11 @@ def _surveyed(plan: Plan, density: LogDensity, found: Combined) -> bool:
 
 
 def _sliced(plan: Plan, density: LogDensity, found: Combined, slices: Marginal) -> bool:
-    """Try slices along a coordinate whose tail the sampler lacks; say whether they became the sampler."""
-    tried = along(density, [slices], seed=plan.seed)
+    """Try slices along a coordinate whose tail a flow lacks; say whether they became the sampler."""
+    if not isinstance(found.sampler, Flow):
+        return False
+    with few_threads(BATCH * density.numbers):
+        tried = slices_for(plan, density, found.sampler, slices, seed=plan.seed)
     if tried is None:
         return False
     found.history.append(tried.stage)
@@ -219,6 +225,7 @@ def _add_run(plan: Plan, prepared: Prepared, found: Combined, lack: Start) -> No
         make_run(once, density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
     plan.bar.task = "fit"
     found.plain = found.sampler = found.best.flow(plan, density)
+    found.several = None
     with clock.part("the comparison of runs"):
         _compare(plan, density, found)
     found.added += 1

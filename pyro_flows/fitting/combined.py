@@ -65,6 +65,6 @@ class Combined:
 
     @property
     def chains(self) -> Chains | None:
-        """Chains that sufficed, unless a mixture or tables of coordinates took the place of the flow they began at."""
+        """Chains that sufficed, unless a mixture, tables or slices took the place of the flow they began at."""
         replaced = self.several is not None or isinstance(self.sampler, FlowMixture)
         return None if replaced else self.best.chains

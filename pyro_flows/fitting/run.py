@@ -37,10 +37,6 @@ STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 AT_ONCE = "converged: the importance weights leave nothing to mend at the start"
 AT_ONCE_SAMPLED = "no flow was trained: a sampler that began at a normal distribution was enough"
-SLICED_WRITTEN, SLICED_SHARE = (
-    30_000,
-    0.85,
-)  # numbers of an evaluation, and effective share of draws, for slices at once
 SAMPLED_FROM, SAMPLED_UP_TO = 50, 1500  # dimensions in which a sampler is tried before a flow is trained
 MOST_SAMPLED = 20_000  # draws asked for, up to which it is
 CHEAP, FEW_OPERATIONS = 500, 500  # dimensions times numbers of an evaluation, and its operations, with its gradient,

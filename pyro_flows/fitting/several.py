@@ -7,6 +7,7 @@ brought there from the prior.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +163,10 @@ def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> Seve
 def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
     """Return the effective share of draws of a sampler, and k-hat."""
     z, log_q = sampler.draw(WEIGHED)
-    log_weights, k_hat = psis((density(z) - log_q).double().nan_to_num(nan=-torch.inf, posinf=-torch.inf))
+    ratios = (density(z) - log_q).double().nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+    if not bool(torch.isfinite(ratios).any()):
+        return 0.0, math.inf
+    log_weights, k_hat = psis(ratios)
     return float(1.0 / log_weights.exp().square().sum()) / len(z), k_hat
 
 

@@ -21,6 +21,7 @@ from pyro_flows.fitting.several import Several, is_enough, weighed
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.lacks import Guide
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.slices import UP_TO, Marginal, all_slices, and_tails, closer, flow_along, slices_about
 from pyro_flows.results.dims import coordinate_names
@@ -34,6 +35,7 @@ AT_ONCE = "converged: slices along a coordinate leave little to mend"
 WRITTEN, OPERATIONS = 30_000, 500  # numbers of an evaluation, and its operations, up to which slices come first
 SHARE = 0.3  # of their draws, that has to be effective, for closer slices to be worth it
 SHARE_OF_SECONDS = 0.5
+MASS = 0.01  # of a flow's weighted draws, that slices may lack
 LIGHTER = 120.0, 30.0  # degrees of freedom of the base, in turn
 DEFAULT = "realnvp"  # flow of a fit
 TAIL_DRAWS = 20_000
@@ -67,9 +69,30 @@ def slices_of(plan: Plan, density: LogDensity, flow: Flow, *, seed: int) -> Seve
     if plan.runs > 1:
         return None
     with plan.clock.part(STAGE), torch.no_grad():
-        found = along(density, all_slices(density, *_weighted(density, flow, LOOKED_AT_DRAWS), seed=seed), seed=seed)
-        return found if found is not None and found.enough else None
+        z, log_weights = _weighted(density, flow, LOOKED_AT_DRAWS)
+        found = along(density, all_slices(density, z, log_weights, seed=seed), seed=seed)
+        return found if found is not None and found.enough and _has(density, found, z, log_weights) else None
     return None
+
+
+def slices_for(plan: Plan, density: LogDensity, sampler: Flow, slices: Marginal, *, seed: int) -> Several | None:
+    """Try slices along a coordinate whose tail a flow comes short of; None where they lack what the flow has."""
+    with plan.clock.part(STAGE), torch.no_grad():
+        found = along(density, [slices], seed=seed)
+        return (
+            found if found is not None and _has(density, found, *_weighted(density, sampler, LOOKED_AT_DRAWS)) else None
+        )
+    return None
+
+
+def _has(density: LogDensity, found: Several, z: Tensor, log_weights: Tensor) -> bool:
+    """Whether slices are nowhere thin where weighted draws of a flow have mass: each slice has one top only."""
+    drawn, log_q = found.sampler.draw(LOOKED_AT_DRAWS)
+    ratios = density(drawn) - log_q
+    guide = Guide(density, found.sampler.log_prob, float(ratios[torch.isfinite(ratios)].median()))
+    usable = torch.isfinite(log_weights)
+    mass = torch.softmax(log_weights[usable].double(), 0)
+    return float(mass[guide.is_thin(z[usable], density(z[usable]))].sum()) <= MASS
 
 
 def short_of(

@@ -30,7 +30,9 @@ class Held:
 
 
 class Tops(NamedTuple):
-    """Tops over all coordinates but the one held (K, D + 1), their heights (K,), and roots (K, D, D) of Hessians there.
+    """Tops over all coordinates but the one held (K, D + 1), their heights (K,), and roots (K, D, D) of Hessians.
+
+    Hessians are those where the last step of Newton's method began, which gains next to nothing.
 
     Roots are NaN where there is no top; they are the identity along the coordinate that is held.
     """

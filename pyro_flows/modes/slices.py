@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -53,11 +54,13 @@ NOISE, CUT = 5.0, 6.0  # standard errors of a correlation that is one; spreads t
 MOST_ALONE, MOST_BENT = 16, 2  # sites of one coordinate that are looked at before any draw; and that get slices
 BENT = 0.05  # change of log curvatures over two spreads
 DRAWN, KNOWN = 128, 0.15  # draws of a slice, and the relative standard error of its mass
+FEWEST_DRAWS = 500
 FEWEST, DEEP = 8, 60.0  # slices; nats below the highest one, beyond which there is nothing
 TAIL, SHORT = 0.05, 0.01  # of the draws, beyond each of two quantiles, and the mass beyond that they may come short of
 ERRORS = 2.0  # standard errors, on top of that
-QUARTERS, APART = (0.25, 0.5, 0.75), 0.04  # of draws between these quantiles, and how far slices may be from these
+QUARTERS, APART = (0.25, 0.5, 0.75), 0.03  # of draws between these quantiles, and how far slices may be from these
 POINTS = 4001  # of a table
+OUTSIDE = 1e-3  # of the mass, that may lie beyond the ends of a flow's table
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,19 @@ class Marginal:
     def density(self) -> tuple[Tensor, Tensor]:
         """Return values of the coordinate (G,), and normalized log densities there."""
         height = self.log_masses - self.log_masses.max()
-        grid = torch.linspace(float(self.places[0]), float(self.places[-1]), POINTS).to(self.places)
+        ends = self.places[0], self.places[-1]
+        grid = ends[0] + (ends[1] - ends[0]) * torch.linspace(0.0, 1.0, POINTS).to(self.places)
         height = between(grid, self.places, height[:, None], smooth_slopes(self.places, height, limited=True)[:, None])[
             :, 0
         ]
         return grid, height - torch.trapezoid(height.exp(), grid).log()
+
+    def beyond(self) -> float:
+        """Return the share of the mass beyond the ends, if the density falls on as it does there; infinite if not."""
+        grid, height = self.density()
+        falls = (height[1] - height[0]) / (grid[1] - grid[0]), (height[-2] - height[-1]) / (grid[-1] - grid[-2])
+        parts = [float(end.exp() / fall) for end, fall in zip((height[0], height[-1]), falls, strict=True)]
+        return sum(parts) if min(float(fall) for fall in falls) > 0.0 else math.inf
 
     def below(self, values: Tensor) -> Tensor:
         """Return the share of the mass below some values (V,)."""
@@ -116,12 +127,17 @@ def short_tail(
     """Return a place in the worst tail that weighted draws z (S, D) come short of, and slices there; None for none."""
     found = all_slices(density, z, log_weights, seed=seed)
     mass = torch.softmax(log_weights.double(), 0)
-    error = math.sqrt(TAIL * (1.0 - TAIL) / min(worth, float(1.0 / mass.square().sum())))
+    effective = min(max(worth, 1.0) if worth == worth else 1.0, float(1.0 / mass.square().sum()))
+    limit = SHORT + ERRORS * math.sqrt(TAIL * (1.0 - TAIL) / effective)
     short = [_short_of(one, z[:, one.coordinate].double(), mass) for one in found]
-    if max(short, default=0.0) <= SHORT + ERRORS * error:
-        return None
-    worst = found[short.index(max(short))]
-    return _place(worst, z[:, worst.coordinate].double(), mass), worst
+    for amount, worst in sorted(zip(short, found, strict=True), key=itemgetter(0), reverse=True):
+        if not amount > limit:
+            break
+        values = z[:, worst.coordinate].double()
+        again = closer(density, worst, seed=seed)  # with other draws: slices are known to a few per cent each
+        if again is not None and _short_of(again, values, mass) > limit:
+            return _place(again, values, mass), worst
+    return None
 
 
 @torch.no_grad()
@@ -131,7 +147,7 @@ def all_slices(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int
     Cost: for each of up to four coordinates, 46 paths of up to 60 gradients, 23 Hessians or a few more, 3000 densities.
     """
     log_mass = torch.log_softmax(log_weights.double(), 0)
-    if len(z) < LOOKED_AT // 2 or not is_usable(log_mass):
+    if len(z) < FEWEST_DRAWS or not is_usable(log_mass):
         return []
     sample = finer(density, z[resample(log_mass, LOOKED_AT, seed=derive(seed, "looked at"))])
     coordinates = telling(sample)
@@ -236,7 +252,8 @@ def _weighed(tails: Tails, tops: Tops) -> tuple[Tensor, Tensor]:
     size = roots.diagonal(dim1=1, dim2=2).log().sum(1)
     mean = torch.logsumexp(ratios, 1) - math.log(DRAWN)
     log_masses[known] = mean - size
-    errors[known] = (ratios - mean[:, None]).exp().std(1) / math.sqrt(DRAWN)
+    pairs = (ratios - mean[:, None]).exp().view(len(known), 2, -1).mean(1)  # of opposite draws
+    errors[known] = pairs.std(1) / math.sqrt(DRAWN // 2)
     return log_masses, errors.nan_to_num(nan=math.inf)
 
 
@@ -258,7 +275,8 @@ def _short_of(marginal: Marginal, values: Tensor, mass: Tensor) -> float:
     quarters = (below[1:-1] - below[0]) / (below[-1] - below[0])
     if float((quarters - quarters.new_tensor(QUARTERS)).abs().max()) > APART:
         return -math.inf
-    return max(float(below[0]), float(1.0 - below[-1])) - TAIL
+    short = max(float(below[0]), float(1.0 - below[-1])) - TAIL
+    return short if math.isfinite(short) else -math.inf
 
 
 def _place(marginal: Marginal, values: Tensor, mass: Tensor) -> Lack:
@@ -283,7 +301,10 @@ def flow_along(marginal: Marginal, *, df: float = 30.0) -> Flow:
     """Return the flow of the slices, with a base of so many degrees of freedom.
 
     Raises:
-        ValueError: for a marginal that is too narrow for a table.
+        ValueError: for a marginal that is too narrow for a table, or goes on beyond it: no draw would ever come there,
+            and no weight would tell.
     """
+    if not marginal.beyond() < OUTSIDE:
+        raise ValueError("slices: expected a density that has fallen off at both ends.")
     places, height = marginal.density()
     return of_slices(marginal.coordinate, (places, height), marginal.places, marginal.tops, _roots(marginal), df=df)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows._cubic import between, smooth_slopes
+from pyro_flows.fitting.slicing import _has, along
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.modes.missed_modes import Search
@@ -165,7 +166,7 @@ def test_cubic_splines_follow_what_is_smooth():
     torch.testing.assert_close(found, at.sin(), rtol=0.0, atol=1e-5)
 
 
-def test_nothing_is_told_of_a_normal_posterior_or_of_many_tops():
+def test_nothing_is_told_of_a_normal_posterior():
     def normal() -> None:
         x = pyro.sample("x", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
         pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=torch.tensor(1.0).double())
@@ -175,6 +176,85 @@ def test_nothing_is_told_of_a_normal_posterior_or_of_many_tops():
     assert telling(z) == []
     assert all_slices(density, z, torch.zeros(len(z)), seed=0) == []
     assert slices_about(density, z.mean(0), z, seed=0) == []
+
+
+@pytest.mark.parametrize("level", [0.9, 0.96, 0.99])
+def test_a_table_that_ends_before_the_tail_makes_no_flow(density, level):
+    """Its draws would all be inside, with even weights: a tenth of the mass was gone, at a k-hat of .37."""
+    z = shortened(density)
+    (whole,) = all_slices(density, z, torch.zeros(len(z)), seed=0)
+    whole = closer(density, whole, seed=0)
+    assert whole.beyond() < 1e-3
+    short = cut(whole, float(exact_quantile(level)))
+    assert short.beyond() > 1e-3
+    with pytest.raises(ValueError, match="fallen off at both ends"):
+        flow_along(short)
+    assert along(density, [short], seed=0) is None or float(closer(density, short, seed=0).beyond()) < 1e-3
+
+
+def exact_quantile(level: float) -> Tensor:
+    u, below = exact()
+    return u[torch.searchsorted(below, torch.tensor(level).double())]
+
+
+def cut(slices, end: float):
+    count = int((slices.places < end).sum())
+    return replace(
+        slices, **{name: getattr(slices, name)[:count] for name in ("places", "log_masses", "tops", "roots")}
+    )
+
+
+def heavy() -> None:
+    """Like x a Student-t of two degrees of freedom, and the others normal given it."""
+    x = pyro.sample("x", dist.Normal(torch.tensor(0.0).double(), 200.0))
+    pyro.sample("datum", dist.StudentT(2.0, x, 1.0), obs=torch.tensor(0.0).double())
+    pyro.sample("b", dist.Normal(x / 4.0, torch.exp(0.1 * torch.tanh(x))).expand([3]).to_event(1))
+
+
+def test_no_heavy_tail_is_cut_off():
+    posterior = pf.fit(heavy, progress=False)
+    x = posterior.samples["x"].double()
+    exact = dist.StudentT(torch.tensor(2.0).double())
+    if posterior.verdict.status != "unreliable":
+        share = float((x.abs() > 9.92).double().mean())  # of one in a hundred
+        assert share == pytest.approx(0.01, abs=0.006), posterior.verdict
+    assert float(exact.log_prob(x).exp().mean()) > 0.0
+
+
+def mirrored_given_a_scale(y: Tensor) -> None:
+    """Two tops in each slice, at w and -w, with the same shares whatever the scale is."""
+    scale = pyro.sample("scale", dist.HalfNormal(y.new_tensor(2.0)))
+    w = pyro.sample("w", dist.Normal(y.new_zeros(2), 3.0).to_event(1))
+    pyro.sample("y", dist.Normal(w.abs().sum() * y.new_ones(len(y)), 0.3 + scale).to_event(1), obs=y)
+
+
+def test_slices_do_not_replace_what_has_more_tops():
+    y = torch.tensor([4.1, 3.7, 4.4, 3.9, 4.2]).double()
+    density = pf.LogDensity(mirrored_given_a_scale, (y,))
+    posterior = pf.fit(mirrored_given_a_scale, y, progress=False)
+    w = posterior.samples["w"]
+    for number in range(2):
+        assert float((w[:, number] > 0.0).double().mean()) == pytest.approx(0.5, abs=0.06)
+    z = posterior.used[torch.randperm(len(posterior.used), generator=torch.Generator().manual_seed(0))]
+    one = density.unconstrain({"scale": torch.tensor([0.4]).double(), "w": torch.tensor([[2.0, 2.0]]).double()})
+    found = along(density, slices_about(density, one.reshape(-1), z, seed=0), seed=0)
+    if found is not None:
+        assert not _has(density, found, z, torch.zeros(len(z)))
+
+
+def test_nothing_is_told_by_what_is_not_known(density):
+    z = shortened(density)
+    assert short_tail(density, z, torch.zeros(len(z)), worth=math.nan, seed=0) is None
+    assert short_tail(density, z, torch.zeros(len(z)), worth=0.0, seed=0) is None
+    assert short_tail(density, z[:10], torch.zeros(10), seed=0) is None
+
+
+def test_a_table_far_from_zero_keeps_its_digits(density):
+    z = shortened(density)
+    (marginal,) = all_slices(density, z, torch.zeros(len(z)), seed=0)
+    far = replace(marginal, places=marginal.places + 1e7)
+    values = z[:99, 1].double()
+    torch.testing.assert_close(far.below(values + 1e7), marginal.below(values), rtol=0.0, atol=1e-3)
 
 
 # the fit --------------------------------------------------------------------------------------------------------------
@@ -192,14 +272,13 @@ def test_a_scale_of_two_groups_has_its_whole_tail(seed):
         assert share == pytest.approx(level, abs=0.02)
 
 
-def test_a_guide_that_ends_before_a_tail_is_told_so():
+def test_a_guide_that_ends_before_a_tail_is_told_so(monkeypatch):
     density = pf.LogDensity(groups, (INDEX, Y.double()))
     z = shortened(density)
     (whole,) = all_slices(density, z, torch.zeros(len(z)), seed=0)
     whole = closer(density, whole, seed=0)
-    count = int((whole.places < z[:, 1].max()).sum())
-    parts = {name: getattr(whole, name)[:count] for name in ("places", "log_masses", "tops", "roots")}
-    for slices, status in ((whole, "ok"), (replace(whole, **parts), "unreliable")):
+    monkeypatch.setattr("pyro_flows.modes.slices.OUTSIDE", 1.0)
+    for slices, status in ((whole, "ok"), (cut(whole, float(z[:, 1].max())), "unreliable")):
         guide = AutoFlow.of(flow_along(slices), density.structure, groups, (INDEX, Y.double()), {})
         verdict = pf.diagnose(groups, guide, INDEX, Y.double(), seed=0).verdict
         assert verdict.status == status
