@@ -15,7 +15,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE, SHORT_TAIL, SPREAD_OUT, Guide, Lack, to_name
 from pyro_flows.modes.missed_modes import Search, missed_modes
-from pyro_flows.modes.slices import and_tails
+from pyro_flows.modes.short_tails import and_tails
 from pyro_flows.modes.thin import THIN, WANDERED
 from pyro_flows.modes.umbrella import Space
 from pyro_flows.modes.units import in_units

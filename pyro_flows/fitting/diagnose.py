@@ -24,7 +24,7 @@ from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.sites import Noncentered
 from pyro_flows.modes.lacks import Score
 from pyro_flows.modes.missed_modes import Search, missed_modes
-from pyro_flows.modes.slices import and_tails
+from pyro_flows.modes.short_tails import and_tails
 from pyro_flows.modes.umbrella import Space
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior

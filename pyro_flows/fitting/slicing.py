@@ -23,7 +23,8 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import Guide
 from pyro_flows.modes.missed_modes import Search
-from pyro_flows.modes.slices import UP_TO, Marginal, all_slices, and_tails, closer, flow_along, slices_about
+from pyro_flows.modes.short_tails import and_tails
+from pyro_flows.modes.slices import UP_TO, Marginal, all_slices, closer, flow_along, slices_about
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start

@@ -17,7 +17,8 @@ from pyro_flows.fitting.slicing import _has, along
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.modes.missed_modes import Search
-from pyro_flows.modes.slices import all_slices, and_tails, closer, flow_along, short_tail, slices_about, telling
+from pyro_flows.modes.short_tails import and_tails, short_tail
+from pyro_flows.modes.slices import all_slices, closer, flow_along, slices_about, telling
 from pyro_flows.transforms.sliced import Sliced
 
 SIGMA, WIDE, SCALE = 0.24, 2.5, 0.6

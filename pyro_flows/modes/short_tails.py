@@ -1,0 +1,100 @@
+"""Tails of marginals that draws come short of, told by slices: what no weight and no chain may tell.
+
+The scale of a few groups has a long tail. Its effects are pinned down there, so that in non-centered coordinates they
+lie in a neck that narrows as the scale grows; centered ones have a neck at its other end. A flow that was trained on
+its own draws ends before such a tail, its weights are even, and chains enter it too seldom to be missed by R-hat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.lacks import SHORT_TAIL, Lack
+from pyro_flows.modes.missed_modes import Search, sentence_on
+from pyro_flows.modes.slices import UP_TO, Marginal, all_slices, closer, roots_of
+from pyro_flows.modes.thin import WANDERED
+from pyro_flows.starts.start import Start
+
+TAIL, SHORT = 0.05, 0.01  # of the draws, beyond each of two quantiles, and the mass beyond that they may come short of
+ERRORS = 2.0  # standard errors, on top of that
+QUARTERS, APART = (0.25, 0.5, 0.75), 0.03  # of draws between these quantiles, and how far slices may be from these
+
+
+def and_tails(
+    search: Search, density: LogDensity, draw: Callable[[], tuple[Tensor, Tensor]], *, worth: float = math.inf,
+    seed: int,
+) -> tuple[Search, Marginal | None]:  # fmt: skip
+    """Go on with a search that has found no mode: look for a tail that draws come short of. Return its slices too.
+
+    ``draw`` gives draws z (S, D) and their log weights (S,); they are worth so many independent ones at most.
+    """
+    modes = [lack for lack in search.lacks if lack.start.name != WANDERED]
+    if modes or not density.batched or not 1 < density.dim <= UP_TO:
+        return search, None
+    with torch.no_grad(), seeded(derive(seed, "draws of tails"), density.device):
+        z, log_weights = draw()
+    usable = torch.isfinite(log_weights) & torch.isfinite(z).all(1)
+    found = short_tail(density, z[usable], log_weights[usable], worth=worth, seed=seed)
+    if found is None:
+        return search, None
+    lack, slices = found
+    return replace(search, lacks=(lack,), sentence=sentence_on(density, [lack], z), contained=False), slices
+
+
+def short_tail(
+    density: LogDensity, z: Tensor, log_weights: Tensor, *, worth: float = math.inf, seed: int
+) -> tuple[Lack, Marginal] | None:
+    """Return a place in the worst tail that weighted draws z (S, D) come short of, and slices there; None for none."""
+    found = all_slices(density, z, log_weights, seed=seed)
+    mass = torch.softmax(log_weights.double(), 0)
+    effective = min(max(worth, 1.0) if worth == worth else 1.0, float(1.0 / mass.square().sum()))
+    limit = SHORT + ERRORS * math.sqrt(TAIL * (1.0 - TAIL) / effective)
+    short = [_short_of(one, z[:, one.coordinate].double(), mass) for one in found]
+    for amount, worst in sorted(zip(short, found, strict=True), key=itemgetter(0), reverse=True):
+        if not amount > limit:
+            break
+        values = z[:, worst.coordinate].double()
+        again = closer(density, worst, seed=seed)  # with other draws: slices are known to a few per cent each
+        if again is not None and _short_of(again, values, mass) > limit:
+            return _place(again, values, mass), worst
+    return None
+
+
+def _quantiles(values: Tensor, mass: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Return quantiles of weighted draws (S,)."""
+    order = values.argsort()
+    below = mass[order].cumsum(0)
+    places = torch.searchsorted(below, below.new_tensor(levels)).clamp_max(len(values) - 1)
+    return values[order][places]
+
+
+def _short_of(marginal: Marginal, values: Tensor, mass: Tensor) -> float:
+    """Return by how much weighted draws (S,) come short of a tail; -inf if slices disagree about the middle."""
+    low, high = _quantiles(values, mass, (TAIL, 1.0 - TAIL))
+    if not marginal.places[0] < low < high < marginal.places[-1]:
+        return -math.inf
+    inner = torch.tensor([TAIL + (1.0 - 2.0 * TAIL) * part for part in QUARTERS])
+    below = marginal.below(torch.cat([low[None], _quantiles(values, mass, tuple(inner.tolist())), high[None]]))
+    quarters = (below[1:-1] - below[0]) / (below[-1] - below[0])
+    if float((quarters - quarters.new_tensor(QUARTERS)).abs().max()) > APART:
+        return -math.inf
+    short = max(float(below[0]), float(1.0 - below[-1])) - TAIL
+    return short if math.isfinite(short) else -math.inf
+
+
+def _place(marginal: Marginal, values: Tensor, mass: Tensor) -> Lack:
+    """Return the top of the slice next to the middle of the mass beyond the tail that is short."""
+    low, high = _quantiles(values, mass, (TAIL, 1.0 - TAIL))
+    below = marginal.below(torch.stack([low, high, *marginal.places]))
+    target = 0.5 * below[0] if below[0] > 1.0 - below[1] else 0.5 * (1.0 + below[1])
+    number = int((below[2:] - target).abs().argmin())
+    top, root = (part[number].to(marginal.tails.density.dtype) for part in (marginal.tops, roots_of(marginal)))
+    return Lack(top, Start(SHORT_TAIL, top, root), beside=True)
