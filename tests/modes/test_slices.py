@@ -13,6 +13,9 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows._cubic import between, smooth_slopes
+from pyro_flows.correction.judging import covered_by, evidence_of
+from pyro_flows.correction.search import lacks_of_chains
+from pyro_flows.correction.starts import affine_flow
 from pyro_flows.fitting.slicing import _has, along
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
@@ -20,6 +23,7 @@ from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.short_tails import and_tails, short_tail
 from pyro_flows.modes.slices import all_slices, closer, flow_along, slices_about, telling
 from pyro_flows.transforms.sliced import Sliced
+from pyro_flows.verdict.chains import Chains
 
 SIGMA, WIDE, SCALE = 0.24, 2.5, 0.6
 Y = torch.tensor([-0.33, -0.71, -0.08, -0.59, -0.22, -0.36, -0.61, -0.54, -0.15, -0.65, -0.28, -0.31])
@@ -95,6 +99,21 @@ def test_a_tail_is_told_only_where_draws_come_short_of_it(density):
     assert short_tail(density, whole, torch.zeros(len(whole)), seed=0) is None
     few = short_tail(density, z, torch.zeros(len(z)), worth=50.0, seed=0)  # so few draws may miss as much by chance
     assert few is None
+
+
+@pytest.mark.parametrize("up_to", [0.95, 1.0])
+def test_chains_that_never_come_to_a_tail_are_told_so(up_to):
+    """Chains in the space of a flow agree on what they all lack: nested R-hat was 1.001."""
+    density = pf.LogDensity(groups, (INDEX, Y.double()))
+    z = draws(64 * 200, seed=4, up_to=up_to).view(64, 200, 4)
+    state = {"superchain": torch.arange(64) // 8}
+    chains = Chains(z, {"lp": density(z.flatten(0, 1)).view(64, 200)}, state, {"method": "hmc", "sweeps": 200})
+    flow = affine_flow(z.flatten(0, 1), torch.zeros(64 * 200))
+    with torch.no_grad():
+        given = flow.log_prob, covered_by(flow, density), evidence_of(flow, flow, chains, density), ()
+        lacking = lacks_of_chains(density, chains, *given, seed=0, joined=lambda places: True)
+    said = [failure for failure in lacking.failures if "too little mass near tau" in failure]
+    assert bool(said) == (up_to < 1.0)
 
 
 def test_weights_that_know_the_tail_excuse_the_draws(density):
