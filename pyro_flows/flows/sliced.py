@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from scipy.stats import t  # type: ignore[import-untyped]
 from torch import Tensor
 
 from pyro_flows.flows.flow import Flow
@@ -15,6 +14,7 @@ from pyro_flows.transforms import DiagonalAffine
 from pyro_flows.transforms.sliced import Sliced
 
 BINS, BOUND = 128, 12.0  # of the table's spline, in the base
+FAR, FINE = 40.0, 20_001  # how far the base is tabulated, and by how many values
 
 
 @of_mixtures
@@ -57,10 +57,20 @@ def of_slices(
 
 
 def _student(df: float) -> Base:
-    """Return the Student-t distribution as a base of tables."""
+    """Return the Student-t distribution as a base of tables, its lower half tabulated itself."""
+    student = torch.distributions.StudentT(torch.tensor(df, dtype=torch.float64))
+    x = torch.linspace(-FAR, 0.0, FINE, dtype=torch.float64)
+    density = student.log_prob(x).exp()
+    log_below = (0.5 * (density[1:] + density[:-1]) * x.diff()).cumsum(0).log()
+
+    def quantile(below: Tensor) -> Tensor:
+        log_p = below.cpu().log()
+        number = torch.searchsorted(log_below, log_p).clamp(1, len(log_below) - 1)
+        share = (log_p - log_below[number - 1]) / (log_below[number] - log_below[number - 1])
+        found = x[number] + share * (x[number + 1] - x[number])
+        return torch.where(log_p > log_below[0], found, -torch.inf).to(below)
 
     def value(below: Tensor, above: Tensor) -> Tensor:
-        low, high = (torch.from_numpy(t.ppf(part.cpu().numpy(), df)).to(part) for part in (below, above))
-        return torch.where(below < 0.5, low, -high)
+        return torch.where(below < 0.5, quantile(below), -quantile(above))
 
-    return Base(value, lambda x: torch.distributions.StudentT(torch.as_tensor(df).to(x)).log_prob(x))
+    return Base(value, lambda x: student.log_prob(x.cpu().double()).to(x))
