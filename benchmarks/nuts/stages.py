@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pyro_flows.fitting.slicing import STAGE as SLICES
 from pyro_flows.modes.propriety import PART
 
 OTHER = "other"
@@ -20,11 +21,11 @@ STAGES = {  # of parts inside of each other the outermost decides; tracing and c
     "coordinates": ("the choice of coordinates", "the search for angles and heavy tails"),
     "modes": (
         *("a survey of modes", "the search for modes that the guide lacks", "a run for a missed mode"),
-        *("a look at how uneven the density is", "the comparison of runs"),
+        *("a look at how uneven the density is", "the comparison of runs", "a look at the tails of marginals"),
     ),
     "starts": ("the starts", "the match of moments", "a look at the best start"),
     "races": ("the races",),
-    "training": ("training", "larger batch", "more layers", "heavier tails", "tempering"),
+    "training": ("training", "larger batch", "more layers", "heavier tails", "tempering", SLICES),
     "judging": ("judging", "a look at the round", PART),
 }
 SEARCHING = ("coordinates", "modes", "starts", "races")
