@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.correction.judging import covered_by
 from pyro_flows.fitting.escalation import LOOKED_AT_DRAWS, Round, assess
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.selection import begin
@@ -24,7 +25,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import Guide
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.short_tails import and_tails
-from pyro_flows.modes.slices import UP_TO, Marginal, all_slices, closer, flow_along, slices_about
+from pyro_flows.modes.slices import Marginal, all_slices, can_be_sliced, closer, flow_along, slices_about
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
@@ -48,10 +49,10 @@ def slices_at_once(plan: Plan, density: LogDensity, start: Start, *, seed: int) 
     Who asks for another flow than the default gets it.
     """
     default = plan.recipe.builder == DEFAULT and not plan.recipe.options
-    if not (plan.escalate and plan.runs == 1 and default and 1 < density.dim <= UP_TO):
+    if not (plan.escalate and plan.runs == 1 and default):
         return None
     with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), torch.no_grad():
-        if not density.batched or density.written > WRITTEN or density.work.operations > OPERATIONS:
+        if not can_be_sliced(density) or density.written > WRITTEN or density.work.operations > OPERATIONS:
             return None
         normal = plan.fresh(density)
         begin(normal, start)
@@ -88,9 +89,7 @@ def slices_for(plan: Plan, density: LogDensity, sampler: Flow, slices: Marginal,
 
 def _has(density: LogDensity, found: Several, z: Tensor, log_weights: Tensor) -> bool:
     """Whether slices are nowhere thin where weighted draws of a flow have mass: each slice has one top only."""
-    drawn, log_q = found.sampler.draw(LOOKED_AT_DRAWS)
-    ratios = density(drawn) - log_q
-    guide = Guide(density, found.sampler.log_prob, float(ratios[torch.isfinite(ratios)].median()))
+    guide = Guide(density, found.sampler.log_prob, covered_by(found.sampler, density))
     usable = torch.isfinite(log_weights)
     mass = torch.softmax(log_weights[usable].double(), 0)
     return float(mass[guide.is_thin(z[usable], density(z[usable]))].sum()) <= MASS

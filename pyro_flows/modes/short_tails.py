@@ -8,7 +8,7 @@ its own draws ends before such a tail, its weights are even, and chains enter it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import itemgetter
 
@@ -19,9 +19,10 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHORT_TAIL, Lack
 from pyro_flows.modes.missed_modes import Search, sentence_on
-from pyro_flows.modes.slices import UP_TO, Marginal, all_slices, closer, roots_of
+from pyro_flows.modes.slices import Marginal, all_slices, can_be_sliced, closer, roots_of
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.weighing import in_order, weighted_quantiles
 
 TAIL, SHORT = 0.05, 0.01  # of the draws, beyond each of two quantiles, and the mass beyond that they may come short of
 ERRORS = 2.0  # standard errors, on top of that
@@ -37,7 +38,7 @@ def and_tails(
     ``draw`` gives draws z (S, D) and their log weights (S,); they are worth so many independent ones at most.
     """
     modes = [lack for lack in search.lacks if lack.start.name != WANDERED]
-    if modes or not density.batched or not 1 < density.dim <= UP_TO:
+    if modes or not can_be_sliced(density):
         return search, None
     with torch.no_grad(), seeded(derive(seed, "draws of tails"), density.device):
         z, log_weights = draw()
@@ -68,21 +69,19 @@ def short_tail(
     return None
 
 
-def _quantiles(values: Tensor, mass: Tensor, levels: tuple[float, ...]) -> Tensor:
+def _quantiles(values: Tensor, mass: Tensor, levels: Sequence[float]) -> Tensor:
     """Return quantiles of weighted draws (S,)."""
-    order = values.argsort()
-    below = mass[order].cumsum(0)
-    places = torch.searchsorted(below, below.new_tensor(levels)).clamp_max(len(values) - 1)
-    return values[order][places]
+    rows = values[None]
+    return weighted_quantiles(rows, in_order(rows), mass, values.new_tensor(levels))[:, 0]
 
 
 def _short_of(marginal: Marginal, values: Tensor, mass: Tensor) -> float:
     """Return by how much weighted draws (S,) come short of a tail; -inf if slices disagree about the middle."""
-    low, high = _quantiles(values, mass, (TAIL, 1.0 - TAIL))
-    if not marginal.places[0] < low < high < marginal.places[-1]:
+    inner = [TAIL + (1.0 - 2.0 * TAIL) * part for part in QUARTERS]
+    found = _quantiles(values, mass, [TAIL, *inner, 1.0 - TAIL])
+    if not marginal.places[0] < found[0] < found[-1] < marginal.places[-1]:
         return -math.inf
-    inner = torch.tensor([TAIL + (1.0 - 2.0 * TAIL) * part for part in QUARTERS])
-    below = marginal.below(torch.cat([low[None], _quantiles(values, mass, tuple(inner.tolist())), high[None]]))
+    below = marginal.below(found)
     quarters = (below[1:-1] - below[0]) / (below[-1] - below[0])
     if float((quarters - quarters.new_tensor(QUARTERS)).abs().max()) > APART:
         return -math.inf

@@ -6,8 +6,8 @@ distribution give the mass of the slice without bias,
 .. math:: f(c) = \int p(z)\,dz_{-k} = E_g\Big[\frac{p(z)}{g(z)}\Big], \qquad g = N(m(c), H_{-k}(c)^{-1}),
 
 and slices at a few places give the marginal of coordinate k, up to a constant, far beyond all draws. Coordinates whose
-values tell of the spread of others are looked at. Slices count only if their masses are known, and if they agree with
-the draws about the middle: where each slice has several tops, they do not.
+values tell of the spread of others are looked at. Slices count only if their masses are known. Each has one top: where
+others have as much mass whatever c is, the marginal is right, and the slices lack them.
 
 The slices are a flow too, which has the tail: see :func:`flow_along`.
 
@@ -46,7 +46,7 @@ NOISE, CUT = 5.0, 6.0  # standard errors of a correlation that is one; spreads t
 MOST_ALONE, MOST_BENT = 16, 2  # sites of one coordinate that are looked at before any draw; and that get slices
 BENT = 0.05  # change of log curvatures over two spreads
 DRAWN, KNOWN = 128, 0.15  # draws of a slice, and the relative standard error of its mass
-FEWEST_DRAWS = 500
+FEWEST_DRAWS = 500  # that tell where to look
 FEWEST, DEEP = 8, 60.0  # slices; nats below the highest one, beyond which there is nothing
 POINTS = 4001  # of a table
 OUTSIDE = 1e-4  # of the mass, that may lie beyond the ends of a flow's table
@@ -68,9 +68,8 @@ class Marginal:
         height = self.log_masses - self.log_masses.max()
         ends = self.places[0], self.places[-1]
         grid = ends[0] + (ends[1] - ends[0]) * torch.linspace(0.0, 1.0, POINTS).to(self.places)
-        height = between(grid, self.places, height[:, None], smooth_slopes(self.places, height, limited=True)[:, None])[
-            :, 0
-        ]
+        slopes = smooth_slopes(self.places, height, limited=True)
+        height = between(grid, self.places, height[:, None], slopes[:, None])[:, 0]
         return grid, height - torch.trapezoid(height.exp(), grid).log()
 
     def beyond(self) -> float:
@@ -89,14 +88,19 @@ class Marginal:
         return between(values.to(grid), grid, summed, torch.zeros_like(summed))[:, 0]
 
 
+def can_be_sliced(density: LogDensity) -> bool:
+    """Whether hundreds of paths, and Hessians at their ends, can be had."""
+    return density.batched and 1 < density.dim <= UP_TO
+
+
 @torch.no_grad()
 def all_slices(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int) -> list[Marginal]:
     """Return slices along the coordinates of weighted draws z (S, D) that tell of the spread of others.
 
-    Cost: for each of up to four coordinates, 46 paths of up to 60 gradients, 23 Hessians or a few more, 3000 densities.
+    Cost: for each of up to four coordinates, 58 paths of up to 60 gradients, 29 Hessians or a few more, 4000 densities.
     """
     log_mass = torch.log_softmax(log_weights.double(), 0)
-    if len(z) < FEWEST_DRAWS or not is_usable(log_mass):
+    if not can_be_sliced(density) or len(z) < FEWEST_DRAWS or not is_usable(log_mass):
         return []
     sample = finer(density, z[resample(log_mass, LOOKED_AT, seed=derive(seed, "looked at"))])
     coordinates = telling(sample)
