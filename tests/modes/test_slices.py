@@ -269,6 +269,14 @@ def test_nothing_is_told_by_what_is_not_known(density):
     assert short_tail(density, z[:10], torch.zeros(10), seed=0) is None
 
 
+def test_too_many_dimensions_get_no_slices(density, monkeypatch):
+    """They would take Hessians of 175 dimensions after a first round that was not enough."""
+    z = shortened(density)
+    assert len(all_slices(density, z, torch.zeros(len(z)), seed=0)) == 1
+    monkeypatch.setattr("pyro_flows.modes.slices.UP_TO", 3)
+    assert all_slices(density, z, torch.zeros(len(z)), seed=0) == []
+
+
 def test_a_table_far_from_zero_keeps_its_digits(density):
     z = shortened(density)
     (marginal,) = all_slices(density, z, torch.zeros(len(z)), seed=0)
