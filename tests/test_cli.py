@@ -362,7 +362,7 @@ def test_options_reach_the_fit(fitted, tmp_path, monkeypatch):
     )
     plain, full = ({key: value for key, value in options.items() if key != "model_kwargs"} for options in seen)
     assert plain == {
-        **{"flow": "realnvp", "layers": None, "draws": 4000, "runs": 1, "seed": 0, "max_steps": None},
+        **{"flow": "auto", "layers": None, "draws": 4000, "runs": 1, "seed": 0, "max_steps": None},
         **{"max_seconds": float("inf"), "escalate": True, "refine": "auto", "train_model": False, "progress": False},
     }
     assert full == {
@@ -373,7 +373,7 @@ def test_options_reach_the_fit(fitted, tmp_path, monkeypatch):
 
 def test_help_names_every_flow_for_vectors_and_the_exit_codes():
     shown = " ".join(run("fit", "--help").stdout.split())
-    assert ", ".join(sorted(VECTOR_BUILDERS)) in shown
+    assert ", ".join(["auto", *sorted(VECTOR_BUILDERS)]) in shown
     assert "3 if it is unreliable" in shown
     for option in ("--runs", "--max-seconds", "--layers", "--seed", "--draws", "--escalate", "--train-model"):
         assert option in shown

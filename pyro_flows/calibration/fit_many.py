@@ -17,8 +17,8 @@ from pyro_flows.calibration.cases import Case, cases_of, grouped
 from pyro_flows.calibration.processes import check_jobs, fit_each
 from pyro_flows.correction.rungs import which
 from pyro_flows.fitting.fit import MAX_SEED, MAX_STEPS
-from pyro_flows.fitting.plan import Plan
-from pyro_flows.flows.recipe import FlowLike, latent_recipe
+from pyro_flows.fitting.plan import AUTO, Plan, recipe_for
+from pyro_flows.flows.recipe import FlowLike
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.stack import NotStackable
@@ -31,7 +31,7 @@ def fit_many(
     data: Sequence[Any],
     *,
     model_kwargs: Mapping[str, Any] | None = None,
-    flow: FlowLike = "realnvp",
+    flow: FlowLike = AUTO,
     layers: int | None = None,
     draws: int = 4000,
     seed: int = 0,
@@ -56,7 +56,7 @@ def fit_many(
         model: a Pyro model (function or module).
         data: the arguments of each data set: a tuple, a dict of keyword arguments, or a single argument.
         model_kwargs: keyword arguments that all data sets share.
-        flow: as in :func:`fit`.
+        flow: as in :func:`fit`; side by side, ``"auto"`` is ``"realnvp"``.
         layers: as in :func:`fit`; by default two side by side, and the builder's own number one by one.
         draws: as in :func:`fit`.
         seed: of all randomness; one seed, one answer. Each data set has a seed of its own, derived from it.
@@ -137,7 +137,7 @@ class Many:
         which(options["refine"])
         check_jobs(self.jobs)
         layers = {} if options["layers"] is None else {"layers": _checks.integer("layers", options["layers"], 1)}
-        self.recipe = latent_recipe(options["flow"], layers, affine="auto", base="student_t", df=15.0)
+        self.recipe = recipe_for(options["flow"], layers)
         self._leads: dict[int, int] = {number: group[0] for group in grouped(self.cases) for number in group}
 
     def batches(self) -> list[list[int]]:

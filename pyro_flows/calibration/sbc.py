@@ -24,6 +24,7 @@ from pyro_flows.calibration.ranks import LOG_DENSITY, GuideTask, Ranked, Sampler
 from pyro_flows.calibration.result import Calibration, stacked
 from pyro_flows.calibration.wiring import check_wiring, filled, wire
 from pyro_flows.fitting.fit import MAX_SEED, fit
+from pyro_flows.fitting.plan import AUTO
 from pyro_flows.flows.recipe import FlowLike
 from pyro_flows.model.batching import usable
 from pyro_flows.model.log_density import LogDensity
@@ -47,7 +48,7 @@ def sbc(
     learning_rate: float = 0.01,
     sampler: Callable[..., Any] | None = None,
     log_density: bool = True,
-    flow: FlowLike = "realnvp",
+    flow: FlowLike = AUTO,
     layers: int | None = None,
     max_steps: int | None = None,
     escalate: bool = True,

@@ -53,6 +53,9 @@ def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
                 found.runs.append(Run(number))
             plan.bar.task = "fit" if plan.runs == 1 else f"fit, {name}"
             with clock.part(name, noted=False):
+                if number == 0 and prepared.sliced is not None:
+                    found.runs[-1].take(*prepared.sliced)
+                    continue
                 lack = _first_lack(plan, prepared, found) if number and not plan.train_model else None
                 make_run(plan, prepared.density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
     plan.bar.task = "fit"

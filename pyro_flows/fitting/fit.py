@@ -17,9 +17,9 @@ from pyro_flows.correction.rungs import last_rung, which
 from pyro_flows.fitting.combine import combine, make_runs
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
-from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.plan import AUTO, Plan, recipe_for
 from pyro_flows.fitting.prepare import Prepared, prepare
-from pyro_flows.flows.recipe import FlowLike, latent_recipe
+from pyro_flows.flows.recipe import FlowLike
 from pyro_flows.model.batching import usable
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
@@ -36,7 +36,7 @@ def fit(
     model: Callable[..., Any],
     *args: Any,
     model_kwargs: Mapping[str, Any] | None = None,
-    flow: FlowLike = "realnvp",
+    flow: FlowLike = AUTO,
     layers: int | None = None,
     draws: int = 4000,
     seed: int = 0,
@@ -60,9 +60,11 @@ def fit(
         model: a Pyro model (function or module).
         args: its positional arguments, as a rule the data.
         model_kwargs: its keyword arguments.
-        flow: ``"realnvp"``, ``"nice"``, ``"planar"``, a :class:`Flow` or :class:`Bijection` of the right dimension (it
-            is copied), or a function of the dimension that returns one. In one dimension couplings are affine, so
-            ``"planar"`` stands in for ``"realnvp"`` and ``"nice"``.
+        flow: ``"auto"``, which is slices along one latent where the others are about normal given that one, and
+            ``"realnvp"`` elsewhere; or a flow that is trained in any case: ``"realnvp"``, ``"nice"``, ``"planar"``,
+            ``"spline"``, a :class:`Flow` or :class:`Bijection` of the right dimension (it is copied), or a function of
+            the dimension that returns one. In one dimension couplings are affine, so ``"planar"`` stands in for
+            ``"realnvp"`` and ``"nice"``.
         layers: number of layers, for a flow given by name, 1000 at most; the default is the builder's.
         draws: how many draws to return, at least 100, and ten million at most, or what the memory holds; four times as
             many are judged by. A sampler (``refine``) returns all that it is judged by, 4096 at least.
@@ -129,7 +131,7 @@ def fit(
             model,
             usable(args),
             usable(dict(model_kwargs or {})),
-            latent_recipe(flow, options, affine="auto", base="student_t", df=15.0),
+            recipe_for(flow, options),
             draws=draws,
             seed=seed,
             runs=runs,
@@ -139,6 +141,7 @@ def fit(
             refine=method,
             clock=clock,
             bar=bar,
+            automatic=flow == AUTO and not options,
         )
         posterior = _closing(bar, lambda: _fit(plan, grow=max_steps is None))
     _say_if_interrupted(clock)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from pyro_flows import _checks
 from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import Recipe
+from pyro_flows.flows.recipe import BUILDERS, VECTOR_BUILDERS, FlowLike, Recipe, latent_recipe
 from pyro_flows.model.log_density import LogDensity
+
+AUTO, TRAINED = "auto", "realnvp"  # the flow of a fit if nothing is said, and what is trained then
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Plan:
         refine: the sampler that finishes the work where need be; None for none.
         clock: the bound in seconds.
         bar: the line that tells how far the work is.
+        automatic: whether the choice of a flow was left open, so that slices along a coordinate may take its place.
     """
 
     model: Callable[..., Any]
@@ -49,6 +53,7 @@ class Plan:
     refine: str | None
     clock: Clock
     bar: Bar
+    automatic: bool = False
 
     def fresh(self, density: LogDensity) -> Flow:
         """Return an untrained flow over the coordinates of ``density``.
@@ -61,6 +66,18 @@ class Plan:
         if not recipe.named:
             recipe = replace(recipe, builder=copy.deepcopy(recipe.builder))  # the caller's flow stays untrained
         return recipe.build_for_latents(density.dim).to(torch.zeros((), dtype=density.dtype, device=density.device))
+
+
+def recipe_for(flow: FlowLike, options: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of the flow that a fit trains.
+
+    Raises:
+        ValueError, TypeError: as :func:`latent_recipe` does.
+    """
+    if isinstance(flow, str) and flow not in BUILDERS:
+        _checks.choice("flow", flow, (AUTO, *VECTOR_BUILDERS))
+    trained: FlowLike = TRAINED if flow == AUTO else flow
+    return latent_recipe(trained, options, affine="auto", base="student_t", df=15.0)
 
 
 def tails(dim: int) -> float:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+from pyro_flows.fitting.escalation import Round
 from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.slicing import come_first, slices_at_once
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.charting import choose_charts
-from pyro_flows.starts.coordinates import choose_coordinates
+from pyro_flows.starts.coordinates import Climbed, choose_coordinates, climbed
 from pyro_flows.starts.start import Start
+from pyro_flows.training.trainer import Trainer
 
 COORDINATES_SHARE = 0.4  # of the seconds that are left, if there is a bound
 
 
 @dataclass
 class Prepared:
-    """The log density in the chosen coordinates, starts that were found on the way, and what was chosen."""
+    """The log density in the chosen coordinates, starts that were found on the way, and what was chosen.
+
+    ``sliced`` is a flow of slices along a coordinate, where this is enough, so that nothing is left to train.
+    """
 
     density: LogDensity
     starts: list[Start] = field(default_factory=list)
     history: list[Stage] = field(default_factory=list)
+    sliced: tuple[Round, Trainer] | None = None
 
 
 def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
@@ -32,7 +40,10 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
         return
     if prepared.density.structure.hierarchical:
         with plan.clock.part("the choice of coordinates", share=COORDINATES_SHARE):
-            prepared.density, start, chosen = choose_coordinates(prepared.density, seed=seed)
+            wholly = _sliced(plan, prepared, seed)
+            if prepared.sliced is not None:
+                return
+            prepared.density, start, chosen = choose_coordinates(prepared.density, wholly, seed=seed)
             prepared.history.append(Stage("coordinates", elbo=chosen.pop("elbo"), details=chosen))
             prepared.starts += [] if start is None else [start]
     with plan.clock.part("the search for angles and heavy tails", share=COORDINATES_SHARE):
@@ -40,3 +51,22 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
         prepared.density, carried, charted = choose_charts(prepared.density, first, seed=seed)
         prepared.history += [Stage("charts", details={"sites": charted})] if charted else []
         prepared.starts = [] if carried is None else [carried]
+
+
+def _sliced(plan: Plan, prepared: Prepared, seed: int) -> Climbed | None:
+    """Try slices in non-centered coordinates: those of centered ones are the same, but for a neck without a bottom.
+
+    Paths that were made for this are returned.
+    """
+    if not come_first(plan, prepared.density):
+        return None
+    wholly = climbed(prepared.density, True, seed=seed)
+    if math.isfinite(wholly.elbo):
+        prepared.sliced = slices_at_once(plan, wholly.density, wholly.start, seed=seed)
+    if prepared.sliced is not None:
+        wholly.density.evaluations += prepared.density.evaluations
+        prepared.density = wholly.density
+        chosen = wholly.density.structure.noncentered
+        details = {"noncentered": chosen, "elbo_centered": None, "elbo_noncentered": wholly.elbo}
+        prepared.history.append(Stage("coordinates", elbo=wholly.elbo, details=details))
+    return wholly

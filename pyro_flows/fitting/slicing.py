@@ -1,8 +1,8 @@
 """Slices along a coordinate in the place of a flow: where all others are about normal, given that one.
 
 A scale of few groups, the noise of a regression: where the flow is one of slices, nothing has to be trained. They are
-tried at the best start, before any training; after a first round that is not enough; and where draws come short of a
-tail. See ``modes/slices.py``.
+tried before coordinates of hierarchical sites are chosen, since they are the same in all; at the best start, before any
+training; after a first round that is not enough; and where draws come short of a tail. See ``modes/slices.py``.
 """
 
 from __future__ import annotations
@@ -39,20 +39,13 @@ SHARE = 0.3  # of their draws, that has to be effective, for closer slices to be
 SHARE_OF_SECONDS = 0.5
 MASS = 0.01  # of a flow's weighted draws, that slices may lack
 LIGHTER = 120.0, 30.0  # degrees of freedom of the base, in turn
-DEFAULT = "realnvp"  # flow of a fit
 TAIL_DRAWS = 20_000
 
 
 def slices_at_once(plan: Plan, density: LogDensity, start: Start, *, seed: int) -> tuple[Round, Trainer] | None:
-    """Try slices about the best start, before any training; None if a verdict on their draws would not be ``ok``.
-
-    Who asks for another flow than the default gets it.
-    """
-    default = plan.recipe.builder == DEFAULT and not plan.recipe.options
-    if not (plan.escalate and plan.runs == 1 and default):
-        return None
+    """Try slices about the best start, before any training; None if a verdict on their draws would not be ``ok``."""
     with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), torch.no_grad():
-        if not can_be_sliced(density) or density.written > WRITTEN or density.work.operations > OPERATIONS:
+        if not come_first(plan, density):
             return None
         normal = plan.fresh(density)
         begin(normal, start)
@@ -64,6 +57,12 @@ def slices_at_once(plan: Plan, density: LogDensity, start: Start, *, seed: int) 
         outcome = assess(STAGE, trainer, Training([], start.elbo, True, False, AT_ONCE, 0, 0, early=True))
         return (outcome, trainer) if outcome.is_ok else None
     return None
+
+
+def come_first(plan: Plan, density: LogDensity) -> bool:
+    """Whether slices are tried before any training: they are cheap, and nobody has asked for a flow by name."""
+    asked = plan.automatic and plan.escalate and plan.runs == 1 and not plan.train_model
+    return asked and can_be_sliced(density) and density.written <= WRITTEN and density.work.operations <= OPERATIONS
 
 
 def slices_of(plan: Plan, density: LogDensity, flow: Flow, *, seed: int) -> Several | None:

@@ -24,7 +24,7 @@ from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.noncentered import Information
 from pyro_flows.model.sites import Latent
-from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, scales
+from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, lower_triangular, scales
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import PRIOR_DRAWS
 from pyro_flows.starts.prior import prior_draws, spread_of
@@ -49,20 +49,21 @@ class Learned:
     start: Start
 
 
-def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, Start | None, dict[str, Any]]:
+def choose_coordinates(
+    density: LogDensity, wholly: Climbed | None = None, *, seed: int
+) -> tuple[LogDensity, Start | None, dict[str, Any]]:
     """Return the log density in the chosen coordinates, a start there, and what the history says of the choice.
 
-    ``density`` is centered. Paths climb in centered and in non-centered coordinates. The best normal on each side is
-    where learning begins, unless it is far behind that of the other side; the better ELBO decides. Where a normal with
-    a diagonal covariance has a still better one in coordinates that are all centered, or all non-centered, these are
-    taken: without data, non-centered coordinates are exact, and learning stops short of them. A model that runs draw by
-    draw is too slow to learn from: there the better path decides between the two.
+    ``density`` is centered; ``wholly`` are paths in non-centered coordinates, if they were made before. Paths climb in
+    both. The best normal on each side is where learning begins, unless it is far behind that of the other side; the
+    better ELBO decides. Where a normal with a diagonal covariance has a still better one in coordinates that are all
+    centered, or all non-centered, these are taken: without data, non-centered coordinates are exact, and learning stops
+    short of them. A model that runs draw by draw is too slow to learn from: there the better path decides.
     """
-    wholly = density.elsewhere(True)
     family = _Family(density)
-    climbed = [_climbed(candidate, derive(seed, f"coordinates {n}")) for n, candidate in enumerate((density, wholly))]
-    best = max(path.elbo for path in climbed)
-    sides = [_side(family, path, learned_from=path.elbo > best - BEHIND) for path in climbed]
+    both = climbed(density, False, seed=seed), wholly or climbed(density, True, seed=seed)
+    best = max(path.elbo for path in both)
+    sides = [_side(family, path, learned_from=path.elbo > best - BEHIND) for path in both]
     learned = max((side.learned for side in sides if side.learned), key=lambda found: found.start.elbo, default=None)
     start = None if learned is None else learned.start
     kept: Any = not sides[0].elbo > sides[1].elbo
@@ -72,7 +73,7 @@ def choose_coordinates(density: LogDensity, *, seed: int) -> tuple[LogDensity, S
             if start is None or (side.plain is not None and side.plain.elbo > start.elbo):
                 kept, start = bool(noncentered), side.plain
     result = density.elsewhere(kept)
-    result.evaluations += density.evaluations + wholly.evaluations + family.evaluations
+    result.evaluations += density.evaluations + both[1].density.evaluations + family.evaluations
     entry = {
         "stage": "coordinates",
         "noncentered": result.structure.noncentered,
@@ -96,7 +97,7 @@ class _Side:
 
 
 @dataclass(frozen=True)
-class _Climbed:
+class Climbed:
     """Paths in one sort of coordinates, the best of them and its ELBO."""
 
     density: LogDensity
@@ -105,19 +106,28 @@ class _Climbed:
     elbo: float
     seed: int
 
+    @property
+    def start(self) -> Start:
+        """The normal along the best path, with all of its covariance: for few dimensions."""
+        found = self.paths.best
+        return Start("pathfinder", found.loc[self.best], lower_triangular(found.matrix()[self.best]), self.elbo)
 
-def _climbed(candidate: LogDensity, seed: int) -> _Climbed:
+
+def climbed(density: LogDensity, noncentered: bool, *, seed: int) -> Climbed:
+    """Climb in coordinates that are all centered, as those of ``density`` are, or all non-centered."""
+    seed = derive(seed, f"coordinates {int(noncentered)}")
+    candidate = density.elsewhere(True) if noncentered else density
     draws = prior_draws(candidate, PRIOR_DRAWS, seed=seed)
     units = spread_of(draws).expand(PATHS, -1)
     paths = pathfinder(candidate, torch.cat([draws.median(0).values[None], draws[: PATHS - 1]]), units, seed=seed)
     best = int(paths.elbo.nan_to_num(nan=-torch.inf).argmax())
-    return _Climbed(candidate, paths, best, float(paths.elbo[best]), seed)
+    return Climbed(candidate, paths, best, float(paths.elbo[best]), seed)
 
 
-def _side(family: _Family, climbed: _Climbed, *, learned_from: bool) -> _Side:
-    candidate, paths, best, seed = climbed.density, climbed.paths, climbed.best, climbed.seed
-    if not math.isfinite(climbed.elbo) or not candidate.batched:
-        return _Side(climbed.elbo)
+def _side(family: _Family, side: Climbed, *, learned_from: bool) -> _Side:
+    candidate, paths, best, seed = side.density, side.paths, side.best, side.seed
+    if not math.isfinite(side.elbo) or not candidate.batched:
+        return _Side(side.elbo)
     with seeded(seed, candidate.device):
         noise = torch.randn(STARTED_FROM, candidate.dim, dtype=candidate.dtype, device=candidate.device)
     found = paths.best.map(noise)[0][best]
@@ -126,7 +136,7 @@ def _side(family: _Family, climbed: _Climbed, *, learned_from: bool) -> _Side:
         end = paths.ends[best]
         plain.append(_diagonal(candidate, end, scales(candidate, end[None])[0], seed=seed))
     learned = family.learn(candidate, found, seed=seed) if learned_from else None
-    return _Side(climbed.elbo, learned, max(plain, key=lambda start: start.elbo))
+    return _Side(side.elbo, learned, max(plain, key=lambda start: start.elbo))
 
 
 @torch.no_grad()

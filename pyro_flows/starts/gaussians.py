@@ -68,11 +68,15 @@ class Gaussians(NamedTuple):
         That diagonal is the one of best ELBO: the standard deviation of each coordinate given all others.
         """
         if self.units.dim() == 3:
-            turn = self.basis @ (self.factor - identity_like(self.factor)) @ self.basis.mT
-            return (self.units * self.root[:, None]) @ (identity_like(turn) + turn)
+            return self.matrix()
         inverse = torch.linalg.solve_triangular(self.factor, identity_like(self.factor), upper=False)
         within = (self.basis @ inverse.mT).square().sum(-1) - self.basis.square().sum(-1)
         return self.units * self.root * (1.0 + within).rsqrt()
+
+    def matrix(self) -> Tensor:
+        r"""Return W (K, D, D) with :math:`W W^\top` the covariances, whatever units are. Cost: O(D^2 M)."""
+        turn = self.basis @ (self.factor - identity_like(self.factor)) @ self.basis.mT
+        return stretch(self.units, self.root[:, None] * (identity_like(turn) + turn).mT).mT
 
     def with_rows(self, rows: Tensor, others: Gaussians) -> Gaussians:
         """Return these with ``others`` in the place of some rows (N,)."""
