@@ -150,7 +150,7 @@ def _covered(ratios: Tensor) -> float:
 
 
 @torch.no_grad()
-def evidence_of(flow: Flow | FlowMixture, moments: Flow, chains: Chains, density: LogDensity) -> float:
+def evidence_of(flow: Flow | FlowMixture, moments: Flow | FlowMixture, chains: Chains, density: LogDensity) -> float:
     """Return the log evidence by a bridge from the chains to a half of flow and a half of their own ``moments``.
 
     The flow overlaps with chains that change modes, the moments with chains that went far out of the flow.

@@ -5,10 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_flows.correction.adaptation import Moved
+
 STATS = (
     *("lp", "log_weight", "acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size"),
-    *("proposed", "independent", "changes"),
+    *("proposed", "independent", "changes", "part"),
 )
+
+
+def numbers_of(
+    moved: Moved, *, leaps: int, step: float, proposed: int, independent: Tensor, changes: Tensor
+) -> dict[str, Tensor]:  # fmt: skip
+    """Return the numbers (C,) of a sweep that ended with a move."""
+    like = moved.chance
+    return {
+        "lp": moved.points.log_p,
+        "log_weight": moved.points.log_weight,
+        "acceptance_rate": moved.chance,
+        "diverging": moved.diverging,
+        "energy": moved.energy,
+        "energy_error": moved.error,
+        "n_steps": torch.full_like(like, float(leaps)),
+        "step_size": torch.full_like(like, step),
+        "proposed": torch.full_like(like, float(proposed)),
+        "independent": independent,
+        "changes": changes,
+        "part": moved.points.k.to(like),
+    }
 
 
 class Kept:
@@ -22,7 +45,8 @@ class Kept:
     def __init__(self, z: Tensor, stats: dict[str, Tensor]) -> None:
         self._like = z[:, :0]
         self._z = list(z.unbind(1))
-        self._stats = {name: list(stats[name].unbind(1)) if stats else list[Tensor]() for name in STATS}
+        known = {"part": torch.zeros_like(z[..., 0]), **stats} if stats else dict.fromkeys(STATS, self._like[..., 0])
+        self._stats = {name: list(known[name].unbind(1)) for name in STATS}
 
     def __len__(self) -> int:
         return len(self._z)

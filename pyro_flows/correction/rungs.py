@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,22 +15,15 @@ from pyro_flows import _checks
 from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
-from pyro_flows.correction.joining import joins
-from pyro_flows.correction.judging import Work, around, covered_by, evidence_of
+from pyro_flows.correction.judging import Work
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, SELDOM, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
-from pyro_flows.correction.search import lacks_of_chains
 from pyro_flows.correction.starts import PLAIN, dispersed_points
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.flows.parts import location_scale
-from pyro_flows.flows.recipe import start_at
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import Guide
-from pyro_flows.modes.missed_modes import MOVED_DRAWS, mirrored
 from pyro_flows.results.record import Record, Recorded
-from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import LEAST_ESS, NESTED_R_HAT, ChainFigures, Chains, objections
 
 BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
@@ -131,44 +123,8 @@ def attempt(flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *
     if not float(weights.square().sum()) * len(z) * WORTH < 1.0 or not bool(weights.sum() > 0.0):
         return None
     about: dict[str, Any] = {"seed": seed, "bar": bar, "most": ATTEMPT, "independence": 1}
-    found = _chains(Latent(flow, density), names, z, weights.log(), draws, **about)
+    found = chains_from(Latent(flow, density), names, z, weights.log(), draws, **about)
     return None if found is None else found[1]
-
-
-@torch.no_grad()
-def attempt_untrained(
-    start: Start, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar
-) -> tuple[Flow, Chains] | None:
-    """Try a sampler in the space of a normal distribution, before a flow is trained; None if it does not do.
-
-    Chains that have converged go through the search for modes that they lack at once: where it finds any, a flow has to
-    be trained, unless chains that begin there come to the same distribution within a hundred sweeps. Where the
-    posterior has exact symmetries, several of its modes do, and nothing is tried.
-    """
-    flow = location_scale(density.dim, base="normal", diagonal=start.scale.dim() == 1).to(start.loc)
-    start_at(flow, start.loc, start.scale)
-    z, log_q = flow.draw(BEGUN_FROM)
-    log_p = density(z)
-    ratios = (log_p - log_q).double()
-    usable = torch.isfinite(ratios)
-    if not bool(usable.any()):
-        return None
-    guide = Guide(density, flow.log_prob, float(ratios[usable].median()))
-    if mirrored(guide, z[usable][:MOVED_DRAWS], log_q[usable][:MOVED_DRAWS]):
-        return None
-    latent = Latent(flow, density)
-    about: dict[str, Any] = {"seed": seed, "bar": bar, "independence": 0, "patient": False}
-    about["most"] = UNTRAINED if density.dim <= FEW else ATTEMPT
-    found = _chains(latent, names, z, ratios, draws, **about)
-    if found is None:
-        return None
-    sampler, chains = found
-    settled = around(chains)  # the distribution that chains began at may cover next to nothing
-    guides = (guide.covered, flow.log_prob), (covered_by(settled, density), settled.log_prob)
-    covered, score = max(guides, key=itemgetter(0))
-    given = (score, covered, evidence_of(flow, settled, chains, density), ())
-    lacking = lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
-    return None if lacking.failures or lacking.notes else (flow, chains)
 
 
 def _only_lacks_draws(found: ChainFigures) -> bool:
@@ -199,7 +155,7 @@ def _gone_on(sampler: Sampler, found: ChainFigures, spent: float, bar: Bar, pati
     return found
 
 
-def _chains(
+def chains_from(
     latent: Latent, names: Sequence[str], z: Tensor, log_weights: Tensor, draws: int, *, seed: int, bar: Bar,
     most: float, independence: int, patient: bool = True,
 ) -> tuple[Sampler, Chains] | None:  # fmt: skip

@@ -21,8 +21,9 @@ from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel
 from pyro_flows.correction.diagnostics import examined, slowest
 from pyro_flows.correction.enough import next_look, sds_told, suffices, sweeps_needed
+from pyro_flows.correction.exchange import exchange_of
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
-from pyro_flows.correction.kept import Kept
+from pyro_flows.correction.kept import Kept, numbers_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric, learned
 from pyro_flows.correction.microcanonical import microcanonical
@@ -64,6 +65,7 @@ class Sampler:
         self.kernel = Kernel(**numbers.pop("kernel"))
         self.numbers: dict[str, Any] = numbers
         self.draws = Kept(chains.z, chains.stats)
+        self.exchange = exchange_of(latent, self.points)
         self.round = [tuple(of.unbind(0)) for of in state["round"].unbind(0)] if state["round"].shape[1] == 3 else []
         self.told = False  # whether the last look found enough draws, for all standard deviations too
         self.judged = None if chains.figures is None else (self._at(), chains.figures)
@@ -188,10 +190,10 @@ class Sampler:
         A first half that keeps the sds from being told was warm-up, and goes.
         """
         self.numbers["checked"] = len(self.draws)
-        found = self._figures(self.numbers.get("worst") or slowest(self.draws.stacked()[0], WATCHED))
+        found = self._figures(self.numbers.get("worst") or slowest(self._judged_by()[0], WATCHED))
         self.told, lack = False, 0.0
         if suffices(found):
-            draws, gradients = self.draws.stacked()[0], self._gradients(found.sweeps)
+            draws, gradients = self._judged_by()[0], self._gradients(found.sweeps)
             told, warm_up, lack = sds_told(found, draws, gradients)
             if told:
                 found = self.figures()
@@ -202,12 +204,21 @@ class Sampler:
         return found
 
     def _figures(self, watched: Sequence[int] | None) -> ChainFigures:
-        chains, stats = self.draws.stacked()
+        chains, stats = self._judged_by()
         sweeps = self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
         known = {"superchain": self.superchain, "began": self.began}
         found, order = examined(chains, stats, self.names, **known, sweeps=sweeps, watched=watched)
         self.numbers["worst"] = order[:WATCHED]
         return found
+
+    def _judged_by(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the draws, without what exact symmetries do to them, which would hide how slow chains are."""
+        z, stats = self.draws.stacked()
+        return self.at_home(z, stats["part"].long()), stats
+
+    def at_home(self, z: Tensor, k: Tensor) -> Tensor:
+        """Return points z (..., D) of parts k (...) as they are before exact symmetries; see :class:`Exchange`."""
+        return z if self.exchange is None else self.exchange.home(z, k)
 
     def _sweep(self, *, adapt: bool = False) -> dict[str, Tensor]:
         """Move all chains once; return the numbers of this sweep, each (C,). Nothing has changed if it is cut."""
@@ -219,6 +230,7 @@ class Sampler:
             points, hit = independent(self.latent, points)
             taken = taken + hit
         points = relabel(self.latent, points)
+        points = points if self.exchange is None else self.exchange.moved(points)
         changes = (points.k != self.points.k).to(taken)
         leaps, short = self.kernel.leaps(number), not adapt and number % SHORT_EVERY == 0
         step = SHORT * self.kernel.step if short else self.kernel.step
@@ -228,24 +240,12 @@ class Sampler:
             self.kernel.adapt(points, moved, self.metric, number)
         self.points = moved.points
         self.numbers["sweeps"] = number + 1
-        return {
-            "lp": moved.points.log_p,
-            "log_weight": moved.points.log_weight,
-            "acceptance_rate": moved.chance,
-            "diverging": moved.diverging,
-            "energy": moved.energy,
-            "energy_error": moved.error,
-            "n_steps": torch.full_like(taken, float(leaps)),
-            "step_size": torch.full_like(taken, step),
-            "proposed": torch.full_like(taken, float(tried)),
-            "independent": taken,
-            "changes": changes,
-        }
+        return numbers_of(moved, leaps=leaps, step=step, proposed=tried, independent=taken, changes=changes)
 
     def _warm_up(self) -> None:
         """Adapt for one sweep; at the end of a round, set the units, and fix the kernel if superchains agree."""
         self._sweep(adapt=True)
-        self.round.append((self.points.x, self.points.z, self.points.slope))
+        self.round.append((self.points.x, self.at_home(self.points.z, self.points.k), self.points.slope))
         if len(self.round) < ROUND:
             return
         rounds = self.numbers["sweeps"] // ROUND

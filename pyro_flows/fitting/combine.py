@@ -71,6 +71,8 @@ def combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
             found.improper = improper_tails(density, lambda: _drawn(found), seed=plan.seed)
     if found.best.sampled:
         found.search = Search()
+        if found.best.copies is not None:
+            found.sampler, found.copies = found.best.copies, len(found.best.copies.components)
     elif not found.improper:
         _combine(plan, prepared, found)
 
@@ -210,10 +212,7 @@ def _copied(found: Combined, moves: Sequence[SignedPermutation]) -> bool:
     copies = group(moves, MAX_COPIES) if moves else None
     if copies is None or found.plain is None:
         return False
-    plain = found.plain if isinstance(found.plain, FlowMixture) else FlowMixture([found.plain])
-    pairs = [(torch.tensor(order), torch.tensor(signs)) for order, signs in copies]
-    parts = [replace(part, order=order, signs=signs) for part in plain.components for order, signs in pairs]
-    found.sampler, found.copies = FlowMixture(plain.members, parts), len(copies)
+    found.sampler, found.copies = FlowMixture.copied(found.plain, copies), len(copies)
     return True
 
 

@@ -67,4 +67,4 @@ class Combined:
     def chains(self) -> Chains | None:
         """Chains that sufficed, unless a mixture, tables or slices took the place of the flow they began at."""
         replaced = self.several is not None or isinstance(self.sampler, FlowMixture)
-        return None if replaced else self.best.chains
+        return None if replaced and not self.best.sampled else self.best.chains

@@ -10,7 +10,8 @@ import torch
 
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
-from pyro_flows.correction.rungs import attempt, attempt_untrained
+from pyro_flows.correction.rungs import attempt
+from pyro_flows.correction.untrained import attempt_untrained
 from pyro_flows.fitting import escalation
 from pyro_flows.fitting.escalation import LOOKED_AT_DRAWS, NEARLY, SEEN, Round, assess, invisible, rounds, weighed
 from pyro_flows.fitting.plan import Plan, tails
@@ -18,6 +19,7 @@ from pyro_flows.fitting.selection import CLOSE, Entrant, begin, race, share
 from pyro_flows.fitting.several import Several, several
 from pyro_flows.fitting.slicing import slices_at_once, slices_of
 from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import untrained_twin
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.model.log_density import LogDensity
@@ -60,6 +62,7 @@ class Run:
         untrained: the flow that a race starts with.
         chains: of a sampler that sufficed in the place of further rounds.
         sampled: whether that was before any training: these chains have gone through the search for modes they lack.
+        copies: of the flow that these chains began at, at its images under exact symmetries, if there are any.
         several: a mixture at all modes that were found, tried in the place of training, or of further rounds.
         improper: what tells that the posterior has no finite integral, so that nothing more was done.
     """
@@ -73,6 +76,7 @@ class Run:
     untrained: Flow | None = None
     chains: Chains | None = None
     sampled: bool = False
+    copies: FlowMixture | None = None
     several: Several | None = None
     improper: list[str] = field(default_factory=list)
 
@@ -256,7 +260,7 @@ def _sampled_at_once(plan: Plan, density: LogDensity, run: Run, start: Start, se
         names = coordinate_names(density.structure)
         found = attempt_untrained(start, density, names, plan.draws, seed=seed, bar=plan.bar)
         if found is not None:
-            flow, run.chains = found
+            flow, run.copies, run.chains = found
             trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
             run.take(assess("start", trainer, Training([], start.elbo, False, False, AT_ONCE_SAMPLED, 0, 0)), trainer)
             run.sampled = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,6 +108,14 @@ class FlowMixture(nn.Module):
         total = math.fsum(weights)
         kept = [(flow, weight) for flow, weight in zip(flows, weights, strict=True) if weight >= LEAST_WEIGHT * total]
         return cls([flow for flow, _ in kept], [Component(i, math.log(weight)) for i, (_, weight) in enumerate(kept)])
+
+    @classmethod
+    def copied(cls, flow: Flow | FlowMixture, moves: Sequence[tuple[Sequence[int], Sequence[float]]]) -> FlowMixture:
+        """Return the images of a flow, or of each part of a mixture, under signed permutations, all as likely."""
+        plain = flow if isinstance(flow, FlowMixture) else cls([flow])
+        pairs = [(torch.tensor(order), torch.tensor(signs)) for order, signs in moves]
+        parts = [replace(part, order=order, signs=signs) for part in plain.components for order, signs in pairs]
+        return cls(plain.members, parts)
 
     @property
     def components(self) -> tuple[Component, ...]:

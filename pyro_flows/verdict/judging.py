@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from pyro_flows.verdict.verdict import Verdict
-from pyro_flows.verdict.weighing import ESS_RATIO, Weighing
+from pyro_flows.verdict.weighing import ESS_RATIO, Weighing, in_words
 
 MEAN_SHIFT = 0.1
 SD_SHIFT = 0.1
@@ -95,9 +95,9 @@ def _moved(weighing: Weighing, names: Sequence[str]) -> list[str]:
     mean, where, sd, sd_where = _largest_shifts(weighing)
     moved = []
     if mean > MEAN_SHIFT:
-        moved.append(f"importance weighting changes the mean of {names[where]} by {mean:.2f} sd")
+        moved.append(f"importance weighting changes the mean of {names[where]} by {in_words(mean)} sd")
     if sd > SD_SHIFT:
-        moved.append(f"importance weighting changes the sd of {names[sd_where]} by a factor {math.exp(sd):.2f}")
+        moved.append(f"importance weighting changes the sd of {names[sd_where]} by a factor {in_words(math.exp(sd))}")
     return moved
 
 
@@ -113,7 +113,7 @@ def _past_mending(weighing: Weighing, names: Sequence[str], *, to_mend: bool) ->
         reasons.append(f"a mean or an sd of {names[where if math.isnan(mean) else sd_where]} is not a number")
     if not weighing.distance <= MENDED_MEAN:
         reasons.append(
-            f"importance weighting changes a mean by {weighing.distance:.3g} sd, more than weights can correct"
+            f"importance weighting changes a mean by {in_words(weighing.distance)} sd, more than weights can correct"
         )
     if to_mend and MENDED_K <= weighing.k_hat < weighing.threshold:
         reasons.append(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.verdict.deciding import resample
-from pyro_flows.verdict.weighing import LEVELS, heavy_tails, in_order, quantiles, sd_of, weighted_quantiles
+from pyro_flows.verdict.weighing import LEVELS, heavy_tails, in_order, in_words, quantiles, sd_of, weighted_quantiles
 
 ERRORS = 3.0  # standard errors that a change exceeds
 CHANGED = 0.1  # of a mean, in sds, and of the log of an sd
@@ -69,7 +69,9 @@ def _moments(values: Tensor, weights: Tensor, effective: float) -> Compared:
     def said(place: int) -> tuple[str, str]:
         by, log_factor = float(shift[place]), float(ratio[place])
         return (
-            ("mean", f"by {by:.2f} sd") if by > abs(log_factor) else ("sd", f"by a factor {math.exp(-log_factor):.2f}")
+            ("mean", f"by {in_words(by)} sd")
+            if by > abs(log_factor)
+            else ("sd", f"by a factor {in_words(math.exp(-log_factor))}")
         )
 
     return torch.maximum(shift - ERRORS * math.sqrt(chance), ratio.abs() - ERRORS * error), said
@@ -89,7 +91,7 @@ def _quantiles(values: Tensor, weights: Tensor, effective: float, draws: int) ->
 
     def said(place: int) -> tuple[str, str]:
         number = int(level[place])
-        return f"{100 * LEVELS[number]:.0f} % quantile", f"by {float(shift[number, place]):.2f} sd"
+        return f"{100 * LEVELS[number]:.0f} % quantile", f"by {in_words(float(shift[number, place]))} sd"
 
     return excess, said
 

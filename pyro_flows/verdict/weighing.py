@@ -12,9 +12,19 @@ from torch import Tensor
 from pyro_flows.verdict.psis import largest_k, psis
 
 ESS_RATIO = 0.1
+UNTOLD = 1000  # times an sd, or by that factor: larger changes are all alike to a reader
 LEVEL = math.log(1.5)  # largest weight over the mean one, below which weights have no tail for k-hat to look at
 HEAVY_INDEX = 0.42
 LEVELS = 0.05, 0.25, 0.5, 0.75, 0.95  # of quantiles that stand for moments
+
+
+def in_words(figure: float) -> str:
+    """Return a shift or a factor with two decimals; of what is too large to mean anything, only that it is.
+
+    >>> in_words(0.1234), in_words(1e30)
+    ('0.12', 'more than 1000')
+    """
+    return f"more than {UNTOLD}" if figure > UNTOLD else f"{figure:.2f}"
 
 
 @dataclass(frozen=True)

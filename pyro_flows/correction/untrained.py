@@ -1,0 +1,117 @@
+"""A sampler in the space of a normal distribution, or of its copies, in the place of a flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows._progress import Bar
+from pyro_flows.correction.joining import joins
+from pyro_flows.correction.judging import around, covered_by, evidence_of
+from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.rungs import ATTEMPT, BEGUN_FROM, FEW, UNTRAINED, chains_from
+from pyro_flows.correction.sampler import Sampler
+from pyro_flows.correction.search import lacks_of_chains
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.flows.parts import location_scale
+from pyro_flows.flows.recipe import start_at
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.lacks import Guide
+from pyro_flows.modes.missed_modes import MOVED_DRAWS, mirrored
+from pyro_flows.modes.symmetries import SignedPermutation, group
+from pyro_flows.starts.start import Start
+from pyro_flows.verdict.chains import Chains
+
+MOST_COPIES = 16  # of the normal distribution: each point is scored by all of them
+
+
+class Untrained(NamedTuple):
+    """The normal distribution, its copies if the posterior has exact symmetries, and chains that suffice."""
+
+    flow: Flow
+    copies: FlowMixture | None
+    chains: Chains
+
+
+class _Begun(NamedTuple):
+    """What chains begin at: a flow or copies of it, all images, draws, log weights, and where the guide is thin."""
+
+    sampler: Flow | FlowMixture
+    images: list[SignedPermutation]
+    z: Tensor
+    log_weights: Tensor
+    guide: Guide
+
+
+@torch.no_grad()
+def attempt_untrained(
+    start: Start, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar
+) -> Untrained | None:
+    """Try a sampler in the space of a normal distribution, before a flow is trained; None if it does not do.
+
+    Where the posterior has exact symmetries, the space is that of copies of the distribution at all images, and chains
+    change between them freely. Chains that have converged go through the search for modes that they lack at once: where
+    it finds any, a flow has to be trained, unless chains that begin there come to the same distribution within a
+    hundred sweeps.
+    """
+    flow = location_scale(density.dim, base="normal", diagonal=start.scale.dim() == 1).to(start.loc)
+    start_at(flow, start.loc, start.scale)
+    begun = _begun(flow, density)
+    if begun is None:
+        return None
+    about: dict[str, Any] = {"seed": seed, "bar": bar, "independence": 0, "patient": False}
+    about["most"] = UNTRAINED if density.dim <= FEW else ATTEMPT
+    found = chains_from(Latent(begun.sampler, density), names, begun.z, begun.log_weights, draws, **about)
+    if found is None:
+        return None
+    sampler, chains = found
+    if begun.images and sampler.exchange is None:
+        return None
+    settled = _settled(sampler, chains, begun.images)  # the normal distribution may cover next to nothing
+    guides = (begun.guide.covered, begun.sampler.log_prob), (covered_by(settled, density), settled.log_prob)
+    covered, score = max(guides, key=itemgetter(0))
+    given = (score, covered, evidence_of(begun.sampler, settled, chains, density), ())
+    lacking = lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
+    if lacking.failures or lacking.notes:
+        return None
+    return Untrained(flow, begun.sampler if isinstance(begun.sampler, FlowMixture) else None, chains)
+
+
+def _begun(flow: Flow, density: LogDensity) -> _Begun | None:
+    """Copy a flow to all images under exact symmetries; None if these are many, or if only others lead to a mode.
+
+    A normal distribution is too thin at images under moves that are not exact, too, which are no modes as a rule: those
+    that are, the search with draws of the chains finds.
+    """
+    sampler: Flow | FlowMixture = flow
+    moves: list[SignedPermutation] = []
+    images: list[SignedPermutation] = []
+    while True:
+        z, log_q = sampler.draw(BEGUN_FROM)
+        ratios = (density(z) - log_q).double()
+        usable = torch.isfinite(ratios)
+        if not bool(usable.any()):
+            return None
+        guide = Guide(density, sampler.log_prob, float(ratios[usable].median()))
+        lacks = mirrored(guide, z[usable][:MOVED_DRAWS], log_q[usable][:MOVED_DRAWS])
+        more = [lack.move for lack in lacks if lack.move is not None and lack.move not in moves]
+        if not more:
+            return _Begun(sampler, images, z, ratios, guide) if images or not lacks else None
+        moves += list(dict.fromkeys(more))
+        all_images = group(moves, MOST_COPIES)
+        if all_images is None:
+            return None
+        images, sampler = all_images, FlowMixture.copied(flow, all_images)
+
+
+def _settled(sampler: Sampler, chains: Chains, images: list[SignedPermutation]) -> Flow | FlowMixture:
+    """Return the affine flow with the moments of chains, or copies of that of one image."""
+    if not images:
+        return around(chains)
+    return FlowMixture.copied(around(replace(chains, z=sampler.at_home(chains.z, chains.stats["part"].long()))), images)
