@@ -15,10 +15,12 @@ from pyro_flows import _checks
 from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
-from pyro_flows.correction.judging import Work
+from pyro_flows.correction.joining import joins
+from pyro_flows.correction.judging import Work, around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, SELDOM, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
+from pyro_flows.correction.search import MISS, lacks_of_chains
 from pyro_flows.correction.starts import PLAIN, dispersed_points
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
@@ -125,6 +127,15 @@ def attempt(flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *
     about: dict[str, Any] = {"seed": seed, "bar": bar, "most": ATTEMPT, "independence": 1}
     found = chains_from(Latent(flow, density), names, z, weights.log(), draws, **about)
     return None if found is None else found[1]
+
+
+@torch.no_grad()
+def miss_a_mode(chains: Chains, flow: Flow, density: LogDensity, names: Sequence[str], *, seed: int) -> bool:
+    """Whether chains in the space of a flow miss a mode, though they have converged; a search begins at their draws."""
+    sampler = Sampler(Latent(flow, density), names, chains, kept=chains.z.shape[1], seed=int(chains.numbers["seed"]))
+    given = (flow.log_prob, covered_by(flow, density), evidence_of(flow, around(chains), chains, density), ())
+    lacking = lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
+    return any(said.startswith(MISS) for said in lacking.failures)
 
 
 def _only_lacks_draws(found: ChainFigures) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import few_threads
 from pyro_flows.correction.judging import around, evidence_of
+from pyro_flows.correction.rungs import miss_a_mode
 from pyro_flows.correction.search import held_by
 from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.combined import Combined, Sampler
@@ -34,7 +35,7 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import BATCH
 
-RUNS_ADDED = 7  # at most, one for each mode that is missed
+RUNS_ADDED, BESIDE = 7, 1  # at most, one for each mode that is missed; for mass next to what is covered
 SURVEYS = 2  # at most, of all modes at once
 MAX_COPIES = 128  # of each flow: draws are scored by all of them
 MODE_DRAWS = 1000
@@ -147,21 +148,38 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
             moves = []
         else:
             mixed = found.several is not None and found.several.stage.stage != SLICES
-            if found.added == RUNS_ADDED or mixed or _too_many([*moves, *more]):
+            if found.added >= _most_added(plan, found.search) or mixed or _too_many([*moves, *more]):
                 return
             _add_run(plan, prepared, found, found.search.lacks[0].start)
             _copied(found, moves)
         _look(plan, prepared.density, found)
 
 
+def _most_added(plan: Plan, search: Search) -> int:
+    """Return how many runs may be added: to mass next to what is covered, chains can go by themselves."""
+    beside = all(lack.beside for lack in search.lacks)
+    return BESIDE if beside and plan.refine is not None else RUNS_ADDED
+
+
 def _is_held_by_chains(plan: Plan, density: LogDensity, found: Combined) -> bool:
-    """Whether a sampler that sufficed has what the flow lacks: its chains are judged for themselves, later."""
+    """Whether a sampler that sufficed has what the flow lacks: its chains are judged for themselves, later.
+
+    Chains that go to all these places may miss another mode. Then they go, and runs are added.
+    """
     chains, flow = found.best.chains, found.plain
     if chains is None or found.search is None or not isinstance(flow, Flow):
         return False
     with seeded(derive(plan.seed, "places of chains"), density.device):
         evidence = evidence_of(flow, around(chains), chains, density)
-    return held_by(density, chains, found.search.lacks, evidence, seed=plan.seed)
+    if not held_by(density, chains, found.search.lacks, evidence, seed=plan.seed):
+        return False
+    missing = False
+    if not all(lack.beside for lack in found.search.lacks):
+        names = coordinate_names(density.structure)
+        with plan.clock.part("the search for modes that chains lack"):
+            missing = miss_a_mode(chains, flow, density, names, seed=plan.seed)
+    found.best.chains = None if missing else chains
+    return not missing
 
 
 def _is_thin_alone(found: Combined) -> bool:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ NOISE, CUT = 5.0, 6.0  # standard errors of a correlation that is one; spreads t
 MOST_ALONE, MOST_BENT = 16, 2  # sites of one coordinate that are looked at before any draw; and that get slices
 BENT = 0.05  # change of log curvatures over two spreads
 DRAWN, KNOWN = 128, 0.15  # draws of a slice, and the relative standard error of its mass
+UNSURE, AGAIN = 0.1, 2048  # error of a slice that gets so many draws in the place of those
+GAP = 2  # slices in a row whose mass need not be known, between others
+WIDER, TIMES = 5.0, 4  # by which steps are stretched, and how often, where the marginal has not fallen off at the last
 FEWEST_DRAWS = 500  # that tell where to look
 FEWEST, DEEP = 8, 60.0  # slices; nats below the highest one, beyond which there is nothing
 POINTS = 4001  # of a table
@@ -54,7 +57,10 @@ OUTSIDE = 1e-4  # of the mass, that may lie beyond the ends of a flow's table
 
 @dataclass(frozen=True)
 class Marginal:
-    """Slices along a coordinate: places (N,) in order, log masses (N,), tops (N, D), roots of Hessians (N, D, D)."""
+    """Slices along a coordinate: places (N,) in order, log masses (N,), tops (N, D), roots of Hessians (N, D, D).
+
+    Steps between them were ``stretch`` times as long as usual, and ``cut`` if no further ones would be known.
+    """
 
     tails: Tails = field(repr=False)
     coordinate: int
@@ -62,6 +68,8 @@ class Marginal:
     log_masses: Tensor
     tops: Tensor
     roots: Tensor
+    stretch: float = 1.0
+    cut: bool = False
 
     def density(self) -> tuple[Tensor, Tensor]:
         """Return values of the coordinate (G,), and normalized log densities there."""
@@ -145,7 +153,7 @@ def _bending(density: LogDensity, loc: Tensor, spread: Tensor) -> list[int]:
 def closer(density: LogDensity, marginal: Marginal, *, seed: int) -> Marginal | None:
     """Return slices that are closer to each other, as a flow needs them."""
     with seeded(derive(seed, "close slices"), density.device):
-        return marginals(marginal.tails, [marginal.coordinate], CLOSE)[0]
+        return _marginals(marginal.tails, [marginal.coordinate], CLOSE, marginal.stretch)[0]
 
 
 def telling(z: Tensor) -> list[int]:
@@ -159,9 +167,25 @@ def telling(z: Tensor) -> list[int]:
     return order[strength > TELLING].tolist()
 
 
-def marginals(tails: Tails, coordinates: list[int], steps: Sequence[float] = STEPS) -> list[Marginal | None]:
-    """Return slices along some coordinates; None where too few next to each other have a known mass."""
-    tops, _ = tails.tops(coordinates, steps, recorded=tails.recorded)
+def marginals(tails: Tails, coordinates: list[int]) -> list[Marginal | None]:
+    """Return slices along some coordinates; None where too few next to each other have a known mass.
+
+    Where a marginal has not fallen off at the last step, spreads were those of draws that know nothing of its width.
+    """
+    found = _marginals(tails, coordinates, STEPS)
+    for number, coordinate in enumerate(coordinates):
+        for _ in range(TIMES):
+            one = found[number]
+            if one is None or one.cut or one.beyond() < OUTSIDE:
+                break
+            found[number] = _marginals(tails, [coordinate], STEPS, WIDER * one.stretch)[0] or replace(one, cut=True)
+    return found
+
+
+def _marginals(
+    tails: Tails, coordinates: list[int], steps: Sequence[float], stretch: float = 1.0
+) -> list[Marginal | None]:  # fmt: skip
+    tops, _ = tails.tops(coordinates, [stretch * step for step in steps], recorded=tails.recorded)
     log_masses, errors = _weighed(tails, tops)
     masses = log_masses.view(len(coordinates), -1)
     near = masses > masses.nan_to_num(nan=-torch.inf).amax(1, keepdim=True) - DEEP
@@ -172,42 +196,67 @@ def marginals(tails: Tails, coordinates: list[int], steps: Sequence[float] = STE
         places = tops.points[rows, coordinate].double()
         order = _around_first(places, known[number])
         rows = rows[order]
-        one = Marginal(tails, coordinate, places[order], log_masses[rows], tops.points[rows, :-1], tops.roots[rows])
-        found.append(one if len(order) >= FEWEST else None)
+        cut = not {len(steps), 2 * len(steps)} & set(order.tolist())  # neither of the last steps is known
+        at = (log_masses[rows], tops.points[rows, :-1], tops.roots[rows])
+        found.append(Marginal(tails, coordinate, places[order], *at, stretch, cut) if len(order) >= FEWEST else None)
     return found
 
 
 def _around_first(places: Tensor, known: Tensor) -> Tensor:
-    """Return the numbers of places in order, those that are known without a gap from the first one on."""
+    """Return the numbers of places in order, those that are known, without a wide gap from the first one on."""
     order = places.argsort()
+    order = order[torch.isfinite(places[order])]
     first = int((order == 0).nonzero()[0, 0])
-    gaps = (~known[order]).nonzero()[:, 0].tolist()
-    low = max((gap + 1 for gap in gaps if gap <= first), default=0)
-    return order[low : min((gap for gap in gaps if gap >= first), default=len(order))]
+    kept = known[order].nonzero()[:, 0].tolist()
+    if not known[0]:
+        return order[:0]
+    above, below = [place for place in kept if place >= first], [place for place in reversed(kept) if place <= first]
+    ends = [_last_before_a_gap(side) for side in (below, above)]
+    return order[[place for place in kept if ends[0] <= place <= ends[1]]]
+
+
+def _last_before_a_gap(side: list[int]) -> int:
+    """Return the last of some places, the first of which is known, up to where more than a few are missing."""
+    last = side[0]
+    for place in side[1:]:
+        if abs(place - last) > GAP + 1:
+            break
+        last = place
+    return last
 
 
 def _weighed(tails: Tails, tops: Tops) -> tuple[Tensor, Tensor]:
     """Return log masses (K,) of slices by draws of the normal distributions at their tops, and relative errors."""
-    count, dim = tops.roots.shape[:2]
+    count = len(tops.roots)
     log_masses = torch.full((count,), torch.nan, dtype=torch.float64, device=tops.roots.device)
     errors = torch.full_like(log_masses, math.inf)
     known = (~tops.roots.isnan().any(2).any(1)).nonzero()[:, 0]
     if not len(known):
         return log_masses, errors
     points, roots, held = tops.points[known, :-1].double(), tops.roots[known], tops.points[known, -1].long()
-    noise = torch.randn(len(known), DRAWN // 2, dim, dtype=torch.float64, device=roots.device)
+    masses, relative = _drawn(tails, points, roots, held, DRAWN)
+    unsure = ((relative > UNSURE) & (masses > masses.nan_to_num(nan=-math.inf).max() - DEEP)).nonzero()[:, 0]
+    for number in unsure.tolist():
+        one = slice(number, number + 1)
+        masses[one], relative[one] = _drawn(tails, points[one], roots[one], held[one], AGAIN)
+    log_masses[known], errors[known] = masses, relative
+    return log_masses, errors
+
+
+def _drawn(tails: Tails, points: Tensor, roots: Tensor, held: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return log masses (K,) of slices by some draws at each top (K, D), and relative errors, infinite if unknown."""
+    dim = points.shape[1]
+    noise = torch.randn(len(points), count // 2, dim, dtype=torch.float64, device=roots.device)
     noise = torch.cat([noise, -noise], 1)
-    noise[torch.arange(len(known)), :, held] = 0.0
+    noise[torch.arange(len(points)), :, held] = 0.0
     away = torch.linalg.solve_triangular(roots.mT, noise.mT, upper=True).mT
-    z = (points[:, None] + away).to(tops.points).flatten(0, 1)
+    z = (points[:, None] + away).to(tails.density.dtype).flatten(0, 1)
     values = torch.cat([tails.values(part) for part in z.split(LOOKED_AT)]).double()
-    ratios = values.view(len(known), -1).nan_to_num(nan=-math.inf) + 0.5 * noise.square().sum(2)
+    ratios = values.view(len(points), -1).nan_to_num(nan=-math.inf) + 0.5 * noise.square().sum(2)
     size = roots.diagonal(dim1=1, dim2=2).log().sum(1)
-    mean = torch.logsumexp(ratios, 1) - math.log(DRAWN)
-    log_masses[known] = mean - size
-    pairs = (ratios - mean[:, None]).exp().view(len(known), 2, -1).mean(1)  # of opposite draws
-    errors[known] = pairs.std(1) / math.sqrt(DRAWN // 2)
-    return log_masses, errors.nan_to_num(nan=math.inf)
+    mean = torch.logsumexp(ratios, 1) - math.log(count)
+    pairs = (ratios - mean[:, None]).exp().view(len(points), 2, -1).mean(1)  # of opposite draws
+    return mean - size, (pairs.std(1) / math.sqrt(count // 2)).nan_to_num(nan=math.inf)
 
 
 def roots_of(marginal: Marginal) -> Tensor:
