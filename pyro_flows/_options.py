@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pyro_flows.fitting.plan import AUTO
-from pyro_flows.flows.recipe import VECTOR_BUILDERS
+from pyro_flows.flows.recipe import AUTO, VECTOR_BUILDERS
 
 
 def _seconds(value: float | None) -> float | None:
@@ -28,6 +27,7 @@ Seconds = Annotated[
 ]
 Progress = Annotated[bool | None, typer.Option(help="Show a progress bar; by default it is shown in a terminal.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ANY_FLOW = AUTO
 FlowName = Annotated[str, typer.Option(help=f"Kind of flow: {', '.join([AUTO, *sorted(VECTOR_BUILDERS)])}.")]
 Layers = Annotated[int | None, typer.Option(min=1, help="Number of layers; the default depends on the flow.")]
 Draws = Annotated[int, typer.Option(min=100, help="Number of posterior draws.")]

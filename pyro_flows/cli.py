@@ -29,6 +29,7 @@ from pyro_flows import plots
 from pyro_flows._exits import DONE, INTERRUPTED, UNRELIABLE, Interrupt, guarded, interruptible
 from pyro_flows._inputs import match, read_data, read_model
 from pyro_flows._options import (
+    ANY_FLOW,
     Data,
     Debug,
     Draws,
@@ -55,7 +56,6 @@ from pyro_flows._options import (
 from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import MAX_STEPS, fit
-from pyro_flows.fitting.plan import AUTO
 from pyro_flows.posterior.posterior import Posterior, load
 from pyro_flows.report.page import check_target as check_report
 from pyro_flows.results.files import check_target
@@ -116,7 +116,7 @@ def fit_command(
     model: ModelName,
     data: Data,
     out: Out,
-    flow: FlowName = AUTO,
+    flow: FlowName = ANY_FLOW,
     layers: Layers = None,
     draws: Draws = 4000,
     runs: Runs = 1,

@@ -17,8 +17,8 @@ from pyro_flows.calibration.cases import Case, cases_of, grouped
 from pyro_flows.calibration.processes import check_jobs, fit_each
 from pyro_flows.correction.rungs import which
 from pyro_flows.fitting.fit import MAX_SEED, MAX_STEPS
-from pyro_flows.fitting.plan import AUTO, Plan, recipe_for
-from pyro_flows.flows.recipe import FlowLike
+from pyro_flows.fitting.plan import Plan, recipe_for
+from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.stack import NotStackable

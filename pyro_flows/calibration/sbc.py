@@ -24,8 +24,7 @@ from pyro_flows.calibration.ranks import LOG_DENSITY, GuideTask, Ranked, Sampler
 from pyro_flows.calibration.result import Calibration, stacked
 from pyro_flows.calibration.wiring import check_wiring, filled, wire
 from pyro_flows.fitting.fit import MAX_SEED, fit
-from pyro_flows.fitting.plan import AUTO
-from pyro_flows.flows.recipe import FlowLike
+from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.batching import usable
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import messages

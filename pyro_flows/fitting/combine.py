@@ -176,7 +176,7 @@ def _is_held_by_chains(plan: Plan, density: LogDensity, found: Combined) -> bool
     missing = False
     if not all(lack.beside for lack in found.search.lacks):
         names = coordinate_names(density.structure)
-        with plan.clock.part("the search for modes that chains lack"):
+        with plan.clock.part("the search for modes that the chains lack"):
             missing = miss_a_mode(chains, flow, density, names, seed=plan.seed)
     found.best.chains = None if missing else chains
     return not missing

@@ -17,9 +17,9 @@ from pyro_flows.correction.rungs import last_rung, which
 from pyro_flows.fitting.combine import combine, make_runs
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
-from pyro_flows.fitting.plan import AUTO, Plan, recipe_for
+from pyro_flows.fitting.plan import Plan, recipe_for
 from pyro_flows.fitting.prepare import Prepared, prepare
-from pyro_flows.flows.recipe import FlowLike
+from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.batching import usable
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
@@ -143,15 +143,7 @@ def fit(
             bar=bar,
             automatic=flow == AUTO and not options,
         )
-        posterior = _closing(bar, lambda: _fit(plan, grow=max_steps is None))
-    _say_if_interrupted(clock)
-    return posterior
-
-
-def _say_if_interrupted(clock: Clock) -> None:
-    """Warn at the line that called :func:`fit`."""
-    if clock.interrupted is not None:
-        warnings.warn(f"fit: {clock.reasons()[0]}. The posterior is what it had come to by then.", stacklevel=3)
+        return _closing(bar, clock, lambda: _fit(plan, grow=max_steps is None))
 
 
 def _options(flow: FlowLike, layers: int | None) -> dict[str, Any]:
@@ -164,14 +156,16 @@ def _options(flow: FlowLike, layers: int | None) -> dict[str, Any]:
     return {"layers": layers}
 
 
-def _closing(bar: Bar, work: Callable[[], Posterior]) -> Posterior:
-    """Return what the work comes to; the line says how it ended."""
+def _closing(bar: Bar, clock: Clock, work: Callable[[], Posterior]) -> Posterior:
+    """Return what the work comes to; the line says how it ended. Ctrl-C gets a warning where :func:`fit` was called."""
     try:
         posterior = work()
     except BaseException as error:
         bar.close(f"ended by {type(error).__name__}")
         raise
     bar.close(f"{len(posterior.losses)} steps, ELBO {posterior.elbo:.2f}, {posterior.verdict.status}")
+    if clock.interrupted is not None:
+        warnings.warn(f"fit: {clock.reasons()[0]}. The posterior is what it had come to by then.", stacklevel=3)
     return posterior
 
 

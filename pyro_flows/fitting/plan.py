@@ -13,10 +13,10 @@ from pyro_flows import _checks
 from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import BUILDERS, VECTOR_BUILDERS, FlowLike, Recipe, latent_recipe
+from pyro_flows.flows.recipe import AUTO, BUILDERS, VECTOR_BUILDERS, FlowLike, Recipe, latent_recipe
 from pyro_flows.model.log_density import LogDensity
 
-AUTO, TRAINED = "auto", "realnvp"  # the flow of a fit if nothing is said, and what is trained then
+TRAINED = "realnvp"  # where a fit is not told which flow
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pyro_flows.transforms.fixed import Preprocess
 AFFINES = ("auto", "diagonal", "none", "tril")
 FULL_AFFINE_UP_TO = 200  # dimensions
 
+AUTO = "auto"  # in the place of a builder: what a fit takes, if nothing is said
 FlowLike = str | Flow | Bijection | Callable[[int], "Flow | Bijection"]
 
 BUILDERS: dict[str, Callable[..., Flow]] = {}

@@ -21,7 +21,7 @@ from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.short_tails import and_tails, short_tail
-from pyro_flows.modes.slices import all_slices, closer, flow_along, slices_about, telling
+from pyro_flows.modes.slices import _around_first, all_slices, closer, flow_along, slices_about, telling
 from pyro_flows.transforms.sliced import Sliced
 from pyro_flows.verdict.chains import Chains
 
@@ -275,6 +275,28 @@ def test_too_many_dimensions_get_no_slices(density, monkeypatch):
     assert len(all_slices(density, z, torch.zeros(len(z)), seed=0)) == 1
     monkeypatch.setattr("pyro_flows.modes.slices.UP_TO", 3)
     assert all_slices(density, z, torch.zeros(len(z)), seed=0) == []
+
+
+def test_steps_are_stretched_until_the_marginal_has_fallen_off(density):
+    """Spreads may be those of a normal distribution that is a twentieth as wide, such as one in a narrow valley."""
+    z = draws(4000, seed=2)
+    narrow = z.mean(0) + 0.05 * (z - z.mean(0))
+    (wide, *_) = slices_about(density, z.mean(0).to(density.dtype), narrow.to(density.dtype), seed=0)
+    assert wide.stretch > 1.0
+    assert wide.beyond() < 1e-3
+    u, below = exact()
+    at = torch.tensor([0.1, 0.5, 0.9]).double()
+    torch.testing.assert_close(wide.below(u[torch.searchsorted(below, at)]), at, rtol=0.0, atol=0.03)
+
+
+@pytest.mark.parametrize(("missing", "left"), [([], 9), ([6], 8), ([6, 7], 7), ([5, 6, 7], 5), ([4], 0)])
+def test_a_few_slices_in_a_row_may_be_unknown(missing, left):
+    """The middle comes first, then those above it, then those below."""
+    places = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, -1.0, -2.0, -3.0, -4.0]).double()
+    known = torch.tensor([int(place) + 4 not in missing for place in places])
+    order = _around_first(places, known)
+    assert len(order) == left
+    assert bool((places[order].diff() > 0.0).all())
 
 
 def test_a_table_far_from_zero_keeps_its_digits(density):

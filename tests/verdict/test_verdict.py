@@ -70,7 +70,7 @@ TABLE = [
     (
         {"mean_shift": pair(1.0), "distance": 1.001},
         "unreliable",
-        "changes a mean by 1 sd, more than weights can correct",
+        "changes a mean by 1.00 sd, more than weights can correct",
     ),
     ({"distance": math.nan}, "unreliable", "more than weights can correct"),
     # draws that are impossible
