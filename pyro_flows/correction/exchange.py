@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.correction.latent import Latent, Points
-from pyro_flows.modes.missed_modes import EXACT
+from pyro_flows.modes.symmetries import SAME, are_the_same
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,28 @@ class Exchange:
         return points._replace(k=k, z=self.image(self.home(points.z, points.k), k))
 
 
-@torch.no_grad()
-def exchange_of(latent: Latent, points: Points) -> Exchange | None:
-    """Return the exchange of a mixture of copies, if the target is the same at some points in other parts.
+def exchange_of(latent: Latent) -> Exchange | None:
+    """Return the exchange of a mixture of copies of one flow, all as likely; None for another one."""
+    parts, mixture = latent.parts, latent.mixture
+    if mixture is None or len(parts) < 2 or len({part.flow for part in parts}) > 1:
+        return None
+    if float(latent.log_w.max() - latent.log_w.min()) > SAME:
+        return None
+    return Exchange(mixture.orders, mixture.signs)
 
-    Cost: a gradient for each point, if the mixture is one of copies.
-    """
-    parts = latent.parts
-    if len(parts) < 2 or latent.mixture is None or len({part.flow for part in parts}) > 1:
-        return None
-    if float(latent.log_w.max() - latent.log_w.min()) > EXACT:
-        return None
-    steps = 1 + torch.arange(len(points.k), device=points.k.device) % (len(parts) - 1)
-    there = latent.look(points.x, (points.k + steps) % len(parts)).log_pi
+
+def is_exchanged(latent: Latent, points: Points, before: bool | None) -> bool:
+    """Whether chains change parts freely: as ``before``, if that was decided, as it has to be for chains that go on."""
+    return is_symmetric(latent, points) if before is None else before
+
+
+@torch.no_grad()
+def is_symmetric(latent: Latent, points: Points) -> bool:
+    """Whether the target is the same at some points in other parts; cost: a gradient for each, of copies."""
+    many = len(latent.parts)
+    if exchange_of(latent) is None:
+        return False
+    steps = 1 + torch.arange(len(points.k), device=points.k.device) % (many - 1)
+    there = latent.look(points.x, (points.k + steps) % many).log_pi
     usable = torch.isfinite(points.log_pi)
-    same = (there - points.log_pi).abs() <= EXACT * (1.0 + points.log_pi.abs())
-    if not bool(usable.any()) or not bool(same[usable].all()):
-        return None
-    return Exchange(latent.mixture.orders, latent.mixture.signs)
+    return bool(usable.any()) and bool(are_the_same(there, points.log_pi)[usable].all())

@@ -21,7 +21,7 @@ from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel
 from pyro_flows.correction.diagnostics import examined, slowest
 from pyro_flows.correction.enough import next_look, sds_told, suffices, sweeps_needed
-from pyro_flows.correction.exchange import exchange_of
+from pyro_flows.correction.exchange import exchange_of, is_exchanged
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.kept import Kept, numbers_of
 from pyro_flows.correction.latent import Latent
@@ -41,7 +41,7 @@ HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latt
 HOPELESS = 10.0  # times the divergences that the verdict bears, of the draws that are asked for
 ROOM, ROOM_NUMBERS = 256, 2**20  # draws of a chain that are held, and numbers in those of all, if that is more
 FAR = 1.1  # nested R-hat above which the first half of the draws counts as warm-up
-COUNTS = "sweeps", "waiting", "checked", "halved"
+COUNTS, METRIC = ("sweeps", "waiting", "checked", "halved"), ("axes", "roots")  # files of old have none of the latter
 
 
 class Sampler:
@@ -60,12 +60,12 @@ class Sampler:
         state, numbers = chains.state, dict(chains.numbers)
         self.points = latent.look(state["x"], state["k"])
         self.superchain, self.began = state["superchain"], state["began"]
-        plain = Metric.of(state["scale"])  # of files that know no directions
-        self.metric = Metric(plain.scale, state.get("axes", plain.axes), state.get("roots", plain.roots))
+        self.metric = Metric.of(state["scale"])._replace(**{name: state[name] for name in METRIC if name in state})
         self.kernel = Kernel(**numbers.pop("kernel"))
         self.numbers: dict[str, Any] = numbers
         self.draws = Kept(chains.z, chains.stats)
-        self.exchange = exchange_of(latent, self.points)
+        numbers["exchange"] = is_exchanged(latent, self.points, numbers.get("exchange", False))
+        self.exchange = exchange_of(latent) if numbers["exchange"] else None
         self.round = [tuple(of.unbind(0)) for of in state["round"].unbind(0)] if state["round"].shape[1] == 3 else []
         self.told = False  # whether the last look found enough draws, for all standard deviations too
         self.judged = None if chains.figures is None else (self._at(), chains.figures)
@@ -87,9 +87,14 @@ class Sampler:
             "scale": torch.ones_like(x[0]),
             "round": x.new_zeros(0, 3, *x.shape),
         }
-        numbers: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"fixed_at": None, "thin": 1, "worst": None}
+        numbers: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {
+            "fixed_at": None,
+            "thin": 1,
+            "worst": None,
+            "exchange": None,
+        }
         numbers |= {"independence": independence, "moves": moves if x.shape[1] > 1 else HAMILTONIAN, "seed": seed}
-        numbers["kernel"] = Kernel.start(x.shape[1], most_leaps=most_leaps).stored()
+        numbers |= {"kernel": Kernel.start(x.shape[1], most_leaps=most_leaps).stored(), "exchange": None}
         return cls(latent, names, Chains(z[:, None][:, :0], {}, state, numbers), kept=kept, seed=seed)
 
     def chains(self) -> Chains:
@@ -110,8 +115,6 @@ class Sampler:
     def _at(self) -> tuple[int, int]:
         """Return what the draws' figures depend on: sweeps done, and draws kept."""
         return self.numbers["sweeps"], len(self.draws)
-
-    # running ----------------------------------------------------------------------------------------------------------
 
     def run(
         self, sweeps: int, report: Callable[[str], None] = lambda text: None, *, gradients: float = math.inf,

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from pyro_flows._progress import Bar
+from pyro_flows.correction.exchange import is_symmetric
 from pyro_flows.correction.joining import joins
 from pyro_flows.correction.judging import around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.refine import CHAINS
 from pyro_flows.correction.rungs import ATTEMPT, BEGUN_FROM, FEW, UNTRAINED, chains_from
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.correction.search import lacks_of_chains
@@ -67,12 +69,13 @@ def attempt_untrained(
         return None
     about: dict[str, Any] = {"seed": seed, "bar": bar, "independence": 0, "patient": False}
     about["most"] = UNTRAINED if density.dim <= FEW else ATTEMPT
-    found = chains_from(Latent(begun.sampler, density), names, begun.z, begun.log_weights, draws, **about)
+    latent = Latent(begun.sampler, density)
+    if begun.images and not is_symmetric(latent, latent.look(*latent.place(begun.z[:CHAINS]))):
+        return None
+    found = chains_from(latent, names, begun.z, begun.log_weights, draws, **about)
     if found is None:
         return None
     sampler, chains = found
-    if begun.images and sampler.exchange is None:
-        return None
     settled = _settled(sampler, chains, begun.images)  # the normal distribution may cover next to nothing
     guides = (begun.guide.covered, begun.sampler.log_prob), (covered_by(settled, density), settled.log_prob)
     covered, score = max(guides, key=itemgetter(0))

@@ -26,7 +26,7 @@ from pyro_flows.graphs.graph import copy_graph, graph_module, is_aten, is_pure, 
 from pyro_flows.graphs.native import library
 from pyro_flows.graphs.nests import NUMBERS, Nests
 from pyro_flows.graphs.programs import program
-from pyro_flows.graphs.rounding import rounds_alike, tame
+from pyro_flows.graphs.rounding import rounds_alike, tame, tells
 from pyro_flows.graphs.views import Buffer, Foreign, Given, Product, Unsuited, View, span
 from pyro_flows.graphs.writing import BLOCK
 
@@ -65,7 +65,7 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
             agrees = rounds_alike(module, inputs, found, expected)
             others = None if agrees else tame(inputs)
             if others is not None:
-                agrees = rounds_alike(module, others, made(*others), module(*others))
+                agrees = tells(module(*others)) and rounds_alike(module, others, made(*others), module(*others))
     except Unsuited:
         return None
     del made.nests

@@ -15,7 +15,7 @@ from pyro_flows.modes.climbs import climbed, surveyed
 from pyro_flows.modes.lacks import SHARE, SPREAD_OUT, Guide, Lack, Score, is_resolved, lacks_of, to_name
 from pyro_flows.modes.lines import across
 from pyro_flows.modes.population import can_be_scattered, fitted, generation, scattered
-from pyro_flows.modes.symmetries import images, moves, signed_permutation
+from pyro_flows.modes.symmetries import are_the_same, images, moves, signed_permutation
 from pyro_flows.modes.thin import too_thin
 from pyro_flows.modes.umbrella import Space
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
@@ -23,7 +23,6 @@ from pyro_flows.starts.start import Start
 from pyro_flows.verdict.own_values import element
 
 MOVED_DRAWS = 200
-EXACT = 1e-4  # of a log density: rounding of single precision
 SEEDS = 2  # draws at which exact moves are looked for
 SPREAD, TRUSTED = 0.1, 0.7  # effective share of a mixture's draws, and k-hat, that tell masses
 
@@ -150,8 +149,7 @@ def mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
         # The move keeps the volume of the model's own values, so there q's image has the density that q has at z.
         image = log_q - jacobian + log_jacobian
         lacks = lacks_of(moved, log_p, guide.lacking(moved, log_p, image), "mirrored")
-        same = (log_p - height).abs() <= EXACT * (1.0 + log_p.abs())
-        exact = bool(lacks) and bool((same & inside).all())  # -inf is as far from any number as its tolerance
+        exact = bool(lacks) and bool((are_the_same(log_p, height) & inside).all())
         found += [replace(lack, move=signed_permutation(z, moved)) if exact else lack for lack in lacks]
     return found
 

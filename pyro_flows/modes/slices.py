@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ OUTSIDE = 1e-4  # of the mass, that may lie beyond the ends of a flow's table
 class Marginal:
     """Slices along a coordinate: places (N,) in order, log masses (N,), tops (N, D), roots of Hessians (N, D, D).
 
-    Steps between them were ``stretch`` times as long as usual, and ``cut`` if no further ones would be known.
+    Steps ``stretch`` times as long as usual were added, and ``reached`` says at which ends the last one is known.
     """
 
     tails: Tails = field(repr=False)
@@ -69,29 +69,38 @@ class Marginal:
     tops: Tensor
     roots: Tensor
     stretch: float = 1.0
-    cut: bool = False
+    reached: tuple[bool, bool] = (False, False)
 
     def density(self) -> tuple[Tensor, Tensor]:
-        """Return values of the coordinate (G,), and normalized log densities there."""
-        height = self.log_masses - self.log_masses.max()
-        ends = self.places[0], self.places[-1]
-        grid = ends[0] + (ends[1] - ends[0]) * torch.linspace(0.0, 1.0, POINTS).to(self.places)
+        """Return values of the coordinate (G,), as many between any two places, and normalized log densities there."""
+        height, each = self.log_masses - self.log_masses.max(), POINTS // (len(self.places) - 1)
+        parts = self.places[:-1, None] + self.places.diff()[:, None] * torch.arange(each).to(self.places) / each
+        grid = torch.cat([parts.flatten(), self.places[-1:]])
         slopes = smooth_slopes(self.places, height, limited=True)
         height = between(grid, self.places, height[:, None], slopes[:, None])[:, 0]
         return grid, height - torch.trapezoid(height.exp(), grid).log()
 
     def beyond(self) -> float:
         """Return the share of the mass beyond the ends, if the density falls on as it does there; infinite if not."""
+        return sum(self._beyond_each())
+
+    def _beyond_each(self) -> tuple[float, float]:
         grid, height = self.density()
-        falls = (height[1] - height[0]) / (grid[1] - grid[0]), (height[-2] - height[-1]) / (grid[-1] - grid[-2])
-        parts = [float(end.exp() / fall) for end, fall in zip((height[0], height[-1]), falls, strict=True)]
-        return sum(parts) if min(float(fall) for fall in falls) > 0.0 else math.inf
+        low, high = ((height[1] - height[0]) / (grid[1] - grid[0]), (height[-2] - height[-1]) / (grid[-1] - grid[-2]))
+        pairs = (height[0], low), (height[-1], high)
+        first, second = (float(end.exp() / fall) if float(fall) > 0.0 else math.inf for end, fall in pairs)
+        return first, second
+
+    def goes_on(self) -> bool:
+        """Whether there is mass beyond an end up to which all is known, so that longer steps may tell more."""
+        pairs = zip(self._beyond_each(), self.reached, strict=True)
+        return any(part >= OUTSIDE and reached for part, reached in pairs)
 
     def below(self, values: Tensor) -> Tensor:
         """Return the share of the mass below some values (V,)."""
         grid, height = self.density()
         mass = height.exp()
-        summed = torch.cat([mass[:1] * 0.0, torch.cumsum(0.5 * (mass[1:] + mass[:-1]), 0)])
+        summed = torch.cat([mass[:1] * 0.0, torch.cumsum(0.5 * grid.diff() * (mass[1:] + mass[:-1]), 0)])
         summed = (summed / summed[-1])[:, None]
         return between(values.to(grid), grid, summed, torch.zeros_like(summed))[:, 0]
 
@@ -105,7 +114,8 @@ def can_be_sliced(density: LogDensity) -> bool:
 def all_slices(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int) -> list[Marginal]:
     """Return slices along the coordinates of weighted draws z (S, D) that tell of the spread of others.
 
-    Cost: for each of up to four coordinates, 58 paths of up to 60 gradients, 29 Hessians or a few more, 4000 densities.
+    Cost: for each of up to four coordinates, 58 paths of up to 60 gradients, 29 Hessians or a few more, 4000 densities;
+    up to ten times that where a marginal has not fallen off, and 2048 densities for a noisy slice.
     """
     log_mass = torch.log_softmax(log_weights.double(), 0)
     if not can_be_sliced(density) or len(z) < FEWEST_DRAWS or not is_usable(log_mass):
@@ -170,59 +180,69 @@ def telling(z: Tensor) -> list[int]:
 def marginals(tails: Tails, coordinates: list[int]) -> list[Marginal | None]:
     """Return slices along some coordinates; None where too few next to each other have a known mass.
 
-    Where a marginal has not fallen off at the last step, spreads were those of draws that know nothing of its width.
+    Where a marginal has not fallen off at the last step, spreads may be those of draws that know nothing of its width:
+    longer steps are added. Where these do not come to its end either, it has a heavy tail, and they are left out.
     """
     found = _marginals(tails, coordinates, STEPS)
     for number, coordinate in enumerate(coordinates):
+        one = found[number]
         for _ in range(TIMES):
-            one = found[number]
-            if one is None or one.cut or one.beyond() < OUTSIDE:
+            if one is None or not one.goes_on():
                 break
-            found[number] = _marginals(tails, [coordinate], STEPS, WIDER * one.stretch)[0] or replace(one, cut=True)
+            one = _marginals(tails, [coordinate], STEPS, WIDER * one.stretch)[0]
+        found[number] = found[number] if one is None or one.goes_on() else one
     return found
 
 
 def _marginals(
     tails: Tails, coordinates: list[int], steps: Sequence[float], stretch: float = 1.0
 ) -> list[Marginal | None]:  # fmt: skip
-    tops, _ = tails.tops(coordinates, [stretch * step for step in steps], recorded=tails.recorded)
+    longer = [stretch * step for step in steps if stretch * step > steps[-1]]
+    tops, _ = tails.tops(coordinates, [*steps, *longer], recorded=tails.recorded)
     log_masses, errors = _weighed(tails, tops)
     masses = log_masses.view(len(coordinates), -1)
     near = masses > masses.nan_to_num(nan=-torch.inf).amax(1, keepdim=True) - DEEP
-    known = torch.isfinite(masses) & (errors.view_as(masses) < KNOWN) & near
+    known = torch.isfinite(masses) & (errors.view_as(masses) < KNOWN)
+    last = len(steps) + len(longer)
     found = list[Marginal | None]()
     for number, coordinate in enumerate(coordinates):
         rows = torch.arange(known.shape[1], device=known.device) + number * known.shape[1]
         places = tops.points[rows, coordinate].double()
-        order = _around_first(places, known[number])
+        order = _around_first(places, known[number], near[number])
         rows = rows[order]
-        cut = not {len(steps), 2 * len(steps)} & set(order.tolist())  # neither of the last steps is known
+        reached = 2 * last in order.tolist(), last in order.tolist()
         at = (log_masses[rows], tops.points[rows, :-1], tops.roots[rows])
-        found.append(Marginal(tails, coordinate, places[order], *at, stretch, cut) if len(order) >= FEWEST else None)
+        found.append(
+            Marginal(tails, coordinate, places[order], *at, stretch, reached) if len(order) >= FEWEST else None
+        )
     return found
 
 
-def _around_first(places: Tensor, known: Tensor) -> Tensor:
-    """Return the numbers of places in order, those that are known, without a wide gap from the first one on."""
+def _around_first(places: Tensor, known: Tensor, near: Tensor) -> Tensor:
+    """Return the numbers of places in order, those that are known, without a wide gap from the first one on.
+
+    A place that is known to have next to no mass is the end, and nothing beyond it counts.
+    """
+    if not bool(known[0] & near[0]):
+        return torch.zeros(0, dtype=torch.long, device=places.device)
     order = places.argsort()
-    order = order[torch.isfinite(places[order])]
     first = int((order == 0).nonzero()[0, 0])
-    kept = known[order].nonzero()[:, 0].tolist()
-    if not known[0]:
-        return order[:0]
-    above, below = [place for place in kept if place >= first], [place for place in reversed(kept) if place <= first]
-    ends = [_last_before_a_gap(side) for side in (below, above)]
-    return order[[place for place in kept if ends[0] <= place <= ends[1]]]
+    sides = order[: first + 1].flip(0).tolist(), order[first:].tolist()
+    below, above = (_up_to_a_gap(side, known.tolist(), near.tolist()) for side in sides)
+    return torch.tensor([*reversed(below[1:]), *above], dtype=torch.long, device=places.device)
 
 
-def _last_before_a_gap(side: list[int]) -> int:
-    """Return the last of some places, the first of which is known, up to where more than a few are missing."""
-    last = side[0]
-    for place in side[1:]:
-        if abs(place - last) > GAP + 1:
+def _up_to_a_gap(side: list[int], known: list[bool], near: list[bool]) -> list[int]:
+    """Return those of some places that are known, up to where more than a few are not, or where nothing is left."""
+    found, missing = list[int](), 0
+    for place in side:
+        if known[place] and not near[place]:
             break
-        last = place
-    return last
+        missing = 0 if known[place] else missing + 1
+        if missing > GAP:
+            break
+        found += [place] if known[place] else []
+    return found
 
 
 def _weighed(tails: Tails, tops: Tops) -> tuple[Tensor, Tensor]:
@@ -250,7 +270,7 @@ def _drawn(tails: Tails, points: Tensor, roots: Tensor, held: Tensor, count: int
     noise = torch.cat([noise, -noise], 1)
     noise[torch.arange(len(points)), :, held] = 0.0
     away = torch.linalg.solve_triangular(roots.mT, noise.mT, upper=True).mT
-    z = (points[:, None] + away).to(tails.density.dtype).flatten(0, 1)
+    z = (points[:, None] + away).to(tails.middle).flatten(0, 1)
     values = torch.cat([tails.values(part) for part in z.split(LOOKED_AT)]).double()
     ratios = values.view(len(points), -1).nan_to_num(nan=-math.inf) + 0.5 * noise.square().sum(2)
     size = roots.diagonal(dim1=1, dim2=2).log().sum(1)

@@ -32,6 +32,7 @@ ROUND_TRIP = 1e-3
 COMPARED = 8  # draws by which signed permutations are told
 RETURNED = 3.0  # nats below the height where a move began
 TOGETHER = 2048  # images that one run of the model looks at
+SAME, DIGITS = 0.01, 32.0  # nats, and units of the last place of a log density, within which two are the same
 
 Values = Mapping[str, Tensor]
 
@@ -89,6 +90,11 @@ class Image(NamedTuple):
     inside: Tensor
     log_p: Tensor  # -inf outside
     log_jacobian: Tensor
+
+
+def are_the_same(log_p: Tensor, other: Tensor) -> Tensor:
+    """Whether log densities (S,) are the same but for rounding, and but for a hundredth of a mass; -inf never is."""
+    return (log_p - other).abs() <= SAME + DIGITS * torch.finfo(log_p.dtype).eps * log_p.abs()
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """Exact symmetries as moves of chains: copies of a flow that chains change between freely."""
 
+from dataclasses import replace
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.correction.exchange import Exchange, exchange_of
+from pyro_flows.correction.exchange import Exchange, exchange_of, is_symmetric
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.flows.mixture import FlowMixture
@@ -16,14 +18,14 @@ DIM, PERSONS, ITEMS = 3, 70, 5
 IMAGES = [((0, 1, 2), (1.0, 1.0, 1.0)), ((1, 0, 2), (-1.0, -1.0, 1.0))]
 
 
-def mirrored(tilt=0.0):
+def mirrored(tilt=0.0, constant=0.0):
     """Two modes: (2, -1, .) and (1, -2, .), as heavy as each other without a tilt."""
 
     def model():
         z = pyro.sample("z", dist.Normal(torch.zeros(DIM).double(), 1.0).to_event(1))
         tops = torch.tensor([[2.0, -1.0, 0.0], [1.0, -2.0, 0.0]]).double()
         parts = -0.5 * ((z - tops) / 0.1).square().sum(1) + torch.tensor([0.0, tilt]).double()
-        pyro.factor("modes", 0.5 * z.square().sum() + torch.logsumexp(parts, 0))
+        pyro.factor("modes", 0.5 * z.square().sum() + torch.logsumexp(parts, 0) + constant)
 
     return model
 
@@ -68,11 +70,31 @@ def test_chains_have_all_images_equally_often_though_they_began_in_one():
     torch.testing.assert_close(sampler.latent.density(z[0]), sampler.chains().stats["lp"][0], rtol=1e-6, atol=1e-6)
 
 
-def test_modes_of_unequal_mass_are_not_exchanged():
-    assert begun(mirrored(0.1)).exchange is None
+@pytest.mark.parametrize(("tilt", "constant"), [(0.1, 0.0), (0.1, -3000.0), (0.25, 1e5)])
+def test_modes_of_unequal_mass_are_not_exchanged(tilt, constant):
+    """However large log densities are: in double precision they have digits enough."""
+    assert begun(mirrored(tilt, constant)).exchange is None
+    assert begun(mirrored(0.0, constant)).exchange is not None
+
+
+def test_a_flow_alone_has_no_images():
     latent = Latent(copies().members[0], pf.LogDensity(mirrored()))
     points = latent.look(torch.zeros(8, DIM).double(), torch.zeros(8, dtype=torch.long))
-    assert exchange_of(latent, points) is None, "a flow alone has no images"
+    assert exchange_of(latent) is None
+    assert not is_symmetric(latent, points)
+
+
+def test_chains_of_older_files_go_on_without_an_exchange():
+    sampler = begun(mirrored())
+    sampler.run(80)
+    chains = sampler.chains()
+    again = Sampler(sampler.latent, sampler.names, chains, kept=64, seed=0)
+    assert again.exchange is not None
+    numbers = {name: value for name, value in chains.numbers.items() if name != "exchange"}
+    stats = {name: value for name, value in chains.stats.items() if name != "part"}
+    older = Sampler(sampler.latent, sampler.names, replace(chains, numbers=numbers, stats=stats), kept=64, seed=0)
+    assert older.exchange is None
+    torch.testing.assert_close(older.at_home(chains.z, chains.stats["part"].long()), chains.z)
 
 
 def items(right):

@@ -39,7 +39,7 @@ def test_slices_come_before_the_choice_of_coordinates():
 @pytest.mark.parametrize("options", [{"flow": "realnvp"}, {"layers": 4}, {"escalate": False}, {"runs": 2}])
 def test_who_asks_for_a_flow_gets_it(options):
     posterior = pf.fit(schools, Y, SIGMA, max_steps=60, refine=False, draws=500, progress=False, **options)
-    assert STAGE not in stages(posterior)[:2]
+    assert "first round" in stages(posterior)
     assert len(posterior.losses) > 0
 
 

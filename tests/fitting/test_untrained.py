@@ -80,7 +80,6 @@ def test_chains_in_one_of_two_modes_do_not_pass():
     assert len(both.copies.components) == 2
     assert float((both.chains.z[..., 0] > 0.0).double().mean()) == pytest.approx(0.5, abs=0.05)
     assert float(both.chains.z[..., 0].abs().mean()) == pytest.approx(3.0, abs=0.05)
-    assert both.chains.figures is None or both.chains.figures.nested_r_hat < 1.05
     assert attempted(lambda: pyro.sample("z", dist.Normal(loc, scale).to_event(1)), loc, scale) is not None
 
 

@@ -289,14 +289,38 @@ def test_steps_are_stretched_until_the_marginal_has_fallen_off(density):
     torch.testing.assert_close(wide.below(u[torch.searchsorted(below, at)]), at, rtol=0.0, atol=0.03)
 
 
-@pytest.mark.parametrize(("missing", "left"), [([], 9), ([6], 8), ([6, 7], 7), ([5, 6, 7], 5), ([4], 0)])
+@pytest.mark.parametrize(("missing", "left"), [([], 9), ([2], 8), ([2, 3], 7), ([1, 2, 3], 5), ([0], 0)])
 def test_a_few_slices_in_a_row_may_be_unknown(missing, left):
     """The middle comes first, then those above it, then those below."""
     places = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, -1.0, -2.0, -3.0, -4.0]).double()
-    known = torch.tensor([int(place) + 4 not in missing for place in places])
-    order = _around_first(places, known)
+    near = torch.ones(9, dtype=torch.bool)
+    known = torch.tensor([number not in missing for number in range(9)])
+    order = _around_first(places, known, near)
     assert len(order) == left
     assert bool((places[order].diff() > 0.0).all())
+
+
+def test_no_table_goes_over_a_place_that_is_known_to_be_empty():
+    places = torch.tensor([0.0, 1.0, 2.0, 3.0, -1.0, -2.0, -3.0]).double()
+    near = torch.tensor([True, True, False, True, True, True, True])
+    order = _around_first(places, near | True, near)
+    torch.testing.assert_close(places[order], torch.tensor([-3.0, -2.0, -1.0, 0.0, 1.0]).double())
+
+
+def cauchy():
+    """A Cauchy scale of what follows: its tail is never left behind."""
+    a = pyro.sample("a", dist.Cauchy(torch.zeros(()).double(), 1.0))
+    pyro.sample("b", dist.Normal(torch.zeros(3).double(), torch.nn.functional.softplus(a)).to_event(1))
+
+
+def test_a_tail_that_never_ends_is_told_short_too():
+    density = pf.LogDensity(cauchy)
+    generator = torch.Generator().manual_seed(0)
+    level = 0.9 * torch.rand(4000, generator=generator).double()  # without the upper tenth
+    a = torch.tan(math.pi * (level - 0.5))
+    b = torch.randn(4000, 3, generator=generator).double() * torch.nn.functional.softplus(a)[:, None]
+    lack, _ = short_tail(density, torch.cat([a[:, None], b], 1), torch.zeros(4000), seed=0)
+    assert float(lack.place[0]) > 3.0
 
 
 def test_a_table_far_from_zero_keeps_its_digits(density):
