@@ -65,6 +65,9 @@ class Combined:
 
     @property
     def chains(self) -> Chains | None:
-        """Chains that sufficed, unless a mixture, tables or slices took the place of the flow they began at."""
+        """Chains that sufficed, unless a mixture, tables or slices took the place of the flow they began at.
+
+        Chains that needed no trained flow may have moved among copies of a normal distribution, which is a mixture too.
+        """
         replaced = self.several is not None or isinstance(self.sampler, FlowMixture)
         return None if replaced and not self.best.sampled else self.best.chains

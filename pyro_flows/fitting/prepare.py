@@ -54,7 +54,7 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
 
 
 def _sliced(plan: Plan, prepared: Prepared, seed: int) -> Climbed | None:
-    """Try slices in non-centered coordinates: those of centered ones are the same, but for a neck without a bottom.
+    """Try slices in non-centered coordinates: as a rule, those of centered ones are the same, whose neck has no top.
 
     Paths that were made for this are returned.
     """

@@ -1,8 +1,9 @@
 """Slices along a coordinate in the place of a flow: where all others are about normal, given that one.
 
 A scale of few groups, the noise of a regression: where the flow is one of slices, nothing has to be trained. They are
-tried before coordinates of hierarchical sites are chosen, since they are the same in all; at the best start, before any
-training; after a first round that is not enough; and where draws come short of a tail. See ``modes/slices.py``.
+tried before coordinates of hierarchical sites are chosen, since as a rule they are the same in all; at the best start,
+before any training; after a first round that is not enough; and where draws come short of a tail. See
+``modes/slices.py``.
 """
 
 from __future__ import annotations
