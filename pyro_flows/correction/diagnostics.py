@@ -66,7 +66,7 @@ def examined(
         energy_error=float(stats["energy_error"].abs().median()),
         acceptance=float(stats["acceptance_rate"].double().mean()),
         independence=float(stats["independent"].double().sum() / tried.sum()) if bool(tried.sum() > 0) else math.nan,
-        agreement=agreement(z, began),
+        agreement=agreement(values[..., :-1], began),
         changes=float(stats["changes"].double().sum(1).mean()),
     )
     return judged, [looked_at[place] for place in worst]

@@ -130,10 +130,15 @@ def _numbers(weighing: Weighing) -> list[str]:
 
 
 @torch.no_grad()
-def assess(name: str, trainer: Trainer, training: Training) -> Round:
-    """Weigh a fresh sample of the flow; a round that there is no time to weigh counts for nothing but its ELBO."""
+def assess(name: str, trainer: Trainer, training: Training, *, look: bool = True) -> Round:
+    """Weigh a fresh sample of the flow; a round that there is no time to weigh counts for nothing but its ELBO.
+
+    Without ``look``, none is drawn: chains that began at the flow are judged, and not its own draws.
+    """
     flow, density = trainer.flow, trainer.density
     weighing = unweighed(density.dim, training.elbo)
+    if not look:
+        return Round(copy.deepcopy(flow), weighing, training, _stage(name, trainer, weighing, training))
     with density.clock.part("a look at the round", noted=False):
         weighing = weighed(flow, density, min(JUDGED_DRAWS, max(FEWER_DRAWS, JUDGED_NUMBERS // density.dim)))
     return Round(copy.deepcopy(flow), weighing, training, _stage(name, trainer, weighing, training))

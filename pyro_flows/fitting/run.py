@@ -262,7 +262,8 @@ def _sampled_at_once(plan: Plan, density: LogDensity, run: Run, start: Start, se
         if found is not None:
             flow, run.copies, run.chains = found
             trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
-            run.take(assess("start", trainer, Training([], start.elbo, False, False, AT_ONCE_SAMPLED, 0, 0)), trainer)
+            training = Training([], start.elbo, False, False, AT_ONCE_SAMPLED, 0, 0)
+            run.take(assess("start", trainer, training, look=False), trainer)
             run.sampled = True
     return run.sampled
 
