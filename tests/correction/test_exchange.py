@@ -14,7 +14,7 @@ from pyro_flows.correction.sampler import Sampler
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
 
-DIM, PERSONS, ITEMS = 3, 70, 5
+DIM, PERSONS, ITEMS = 3, 50, 5
 IMAGES = [((0, 1, 2), (1.0, 1.0, 1.0)), ((1, 0, 2), (-1.0, -1.0, 1.0))]
 
 

@@ -36,7 +36,10 @@ def test_slices_come_before_the_choice_of_coordinates():
     assert posterior.samples["tau"].mean() == pytest.approx(3.60, abs=0.25)
 
 
-@pytest.mark.parametrize("options", [{"flow": "realnvp"}, {"layers": 4}, {"escalate": False}, {"runs": 2}])
+SLOW = [pytest.param(options, marks=pytest.mark.slow) for options in ({"layers": 4}, {"escalate": False}, {"runs": 2})]
+
+
+@pytest.mark.parametrize("options", [{"flow": "realnvp"}, *SLOW])
 def test_who_asks_for_a_flow_gets_it(options):
     posterior = pf.fit(schools, Y, SIGMA, max_steps=60, refine=False, draws=500, progress=False, **options)
     assert "first round" in stages(posterior)

@@ -334,7 +334,7 @@ def test_a_table_far_from_zero_keeps_its_digits(density):
 # the fit --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_scale_of_two_groups_has_its_whole_tail(seed):
     """Chains and flows ended at .97 and said that they could be used: the 95 % quantile was a quarter too small."""
     posterior = pf.fit(groups, INDEX, Y, seed=seed, progress=False)
