@@ -13,11 +13,8 @@ from pyro_flows.correction.sampler import Sampler
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.chains import AGREEMENT
 
-PLACES = 8  # each with a superchain
-PERIODS = (
-    (16, 16),
-    (32, 64),
-)  # sweeps until the start is forgotten, and sweeps whose draws are compared; once, and again
+PLACES = 8  # each with as many chains
+PERIODS = (16, 16), (32, 64)  # sweeps until the start is forgotten, and sweeps that are compared: once, and again
 
 
 @torch.no_grad()
@@ -26,7 +23,7 @@ def joins(sampler: Sampler, places: Tensor) -> bool:
 
     A place that chains leave within a hundred sweeps exchanges draws with the rest as often as its mass asks for, since
     the kernel is reversible. So chains that are much longer, and have converged, have visited it if it has a mass.
-    Where a posterior has thousands of modes, no share of a single one could tell that. R-hat compares superchains from
+    Where a posterior has thousands of modes, no share of a single one could tell that. R-hat compares chains from
     the places with each other and with the earlier draws, by each coordinate and the log density. Chains that are where
     the others are after few sweeps need no more of them.
     """

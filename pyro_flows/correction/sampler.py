@@ -21,7 +21,7 @@ from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel
 from pyro_flows.correction.diagnostics import examined, slowest
 from pyro_flows.correction.enough import next_look, sds_told, suffices, sweeps_needed
-from pyro_flows.correction.exchange import exchange_of, is_exchanged
+from pyro_flows.correction.exchange import exchange_of, exchanged
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.kept import Kept, numbers_of
 from pyro_flows.correction.latent import Latent
@@ -64,8 +64,8 @@ class Sampler:
         self.kernel = Kernel(**numbers.pop("kernel"))
         self.numbers: dict[str, Any] = numbers
         self.draws = Kept(chains.z, chains.stats)
-        numbers["exchange"] = is_exchanged(latent, self.points, numbers.get("exchange", False))
-        self.exchange = exchange_of(latent) if numbers["exchange"] else None
+        self.exchange = exchange_of(latent, self.points, numbers.get("exchange", False))  # files of old have none
+        numbers["exchange"] = self.exchange is not None
         self.round = [tuple(of.unbind(0)) for of in state["round"].unbind(0)] if state["round"].shape[1] == 3 else []
         self.told = False  # whether the last look found enough draws, for all standard deviations too
         self.judged = None if chains.figures is None else (self._at(), chains.figures)
@@ -87,12 +87,7 @@ class Sampler:
             "scale": torch.ones_like(x[0]),
             "round": x.new_zeros(0, 3, *x.shape),
         }
-        numbers: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {
-            "fixed_at": None,
-            "thin": 1,
-            "worst": None,
-            "exchange": None,
-        }
+        numbers: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"fixed_at": None, "thin": 1, "worst": None}
         numbers |= {"independence": independence, "moves": moves if x.shape[1] > 1 else HAMILTONIAN, "seed": seed}
         numbers |= {"kernel": Kernel.start(x.shape[1], most_leaps=most_leaps).stored(), "exchange": None}
         return cls(latent, names, Chains(z[:, None][:, :0], {}, state, numbers), kept=kept, seed=seed)
@@ -193,10 +188,10 @@ class Sampler:
         A first half that keeps the sds from being told was warm-up, and goes.
         """
         self.numbers["checked"] = len(self.draws)
-        found = self._figures(self.numbers.get("worst") or slowest(self._judged_by()[0], WATCHED))
+        found = self._figures(self.numbers.get("worst") or slowest(self.judged_by()[0], WATCHED))
         self.told, lack = False, 0.0
         if suffices(found):
-            draws, gradients = self._judged_by()[0], self._gradients(found.sweeps)
+            draws, gradients = self.judged_by()[0], self._gradients(found.sweeps)
             told, warm_up, lack = sds_told(found, draws, gradients)
             if told:
                 found = self.figures()
@@ -207,20 +202,20 @@ class Sampler:
         return found
 
     def _figures(self, watched: Sequence[int] | None) -> ChainFigures:
-        chains, stats = self._judged_by()
+        chains, stats = self.judged_by()
         sweeps = self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
         known = {"superchain": self.superchain, "began": self.began}
         found, order = examined(chains, stats, self.names, **known, sweeps=sweeps, watched=watched)
         self.numbers["worst"] = order[:WATCHED]
         return found
 
-    def _judged_by(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def judged_by(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the draws, without what exact symmetries do to them, which would hide how slow chains are."""
         z, stats = self.draws.stacked()
         return self.at_home(z, stats["part"].long()), stats
 
     def at_home(self, z: Tensor, k: Tensor) -> Tensor:
-        """Return points z (..., D) of parts k (...) as they are before exact symmetries; see :class:`Exchange`."""
+        """Return points z (..., D) of parts k (...) as they are before exact symmetries; see ``exchange.py``."""
         return z if self.exchange is None else self.exchange.home(z, k)
 
     def _sweep(self, *, adapt: bool = False) -> dict[str, Tensor]:
@@ -233,7 +228,7 @@ class Sampler:
             points, hit = independent(self.latent, points)
             taken = taken + hit
         points = relabel(self.latent, points)
-        points = points if self.exchange is None else self.exchange.moved(points)
+        points = points if self.exchange is None else exchanged(self.exchange, points)
         changes = (points.k != self.points.k).to(taken)
         leaps, short = self.kernel.leaps(number), not adapt and number % SHORT_EVERY == 0
         step = SHORT * self.kernel.step if short else self.kernel.step

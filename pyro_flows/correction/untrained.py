@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._progress import Bar
-from pyro_flows.correction.exchange import is_symmetric
+from pyro_flows.correction.exchange import exchange_of
 from pyro_flows.correction.joining import joins
 from pyro_flows.correction.judging import around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
@@ -70,7 +70,7 @@ def attempt_untrained(
     about: dict[str, Any] = {"seed": seed, "bar": bar, "independence": 0, "patient": False}
     about["most"] = UNTRAINED if density.dim <= FEW else ATTEMPT
     latent = Latent(begun.sampler, density)
-    if begun.images and not is_symmetric(latent, latent.look(*latent.place(begun.z[:CHAINS]))):
+    if begun.images and exchange_of(latent, latent.look(*latent.place(begun.z[:CHAINS])), None) is None:
         return None
     found = chains_from(latent, names, begun.z, begun.log_weights, draws, **about)
     if found is None:
@@ -115,6 +115,5 @@ def _begun(flow: Flow, density: LogDensity) -> _Begun | None:
 
 def _settled(sampler: Sampler, chains: Chains, images: list[SignedPermutation]) -> Flow | FlowMixture:
     """Return the affine flow with the moments of chains, or copies of that of one image."""
-    if not images:
-        return around(chains)
-    return FlowMixture.copied(around(replace(chains, z=sampler.at_home(chains.z, chains.stats["part"].long()))), images)
+    home = around(replace(chains, z=sampler.judged_by()[0]))
+    return FlowMixture.copied(home, images) if images else home

@@ -42,8 +42,14 @@ MODE_DRAWS = 1000
 
 
 def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
-    """Train as many runs as were asked for; each but the first starts where those before it lack a mode, if they do."""
+    """Train as many runs as were asked for; each but the first starts where those before it lack a mode, if they do.
+
+    Slices that are enough, which were tried for one run only, leave nothing to train.
+    """
     clock = plan.clock
+    if prepared.sliced is not None:
+        found.runs[0].take(*prepared.sliced)
+        return
     with few_threads(BATCH * prepared.density.numbers):
         for number in range(plan.runs):
             name = f"run {number + 1} of {plan.runs}"
@@ -54,9 +60,6 @@ def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
                 found.runs.append(Run(number))
             plan.bar.task = "fit" if plan.runs == 1 else f"fit, {name}"
             with clock.part(name, noted=False):
-                if number == 0 and prepared.sliced is not None:
-                    found.runs[-1].take(*prepared.sliced)
-                    continue
                 lack = _first_lack(plan, prepared, found) if number and not plan.train_model else None
                 make_run(plan, prepared.density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
     plan.bar.task = "fit"
@@ -130,7 +133,11 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
 
     Where a symmetry tells all, its flows are copied; elsewhere a mixture at all modes of a survey, or runs, are added.
     """
-    if _is_held_by_chains(plan, prepared.density, found) or _is_thin_alone(found):
+    if _is_held_by_chains(plan, prepared.density, found):
+        if not _miss_another(plan, prepared.density, found):
+            return
+        found.best.chains = None
+    if _is_thin_alone(found):
         return
     moves: list[SignedPermutation] = []
     sliced = False
@@ -162,24 +169,23 @@ def _most_added(plan: Plan, search: Search) -> int:
 
 
 def _is_held_by_chains(plan: Plan, density: LogDensity, found: Combined) -> bool:
-    """Whether a sampler that sufficed has what the flow lacks: its chains are judged for themselves, later.
-
-    Chains that go to all these places may miss another mode. Then they go, and runs are added.
-    """
+    """Whether a sampler that sufficed has what the flow lacks: its chains are judged for themselves, later."""
     chains, flow = found.best.chains, found.plain
     if chains is None or found.search is None or not isinstance(flow, Flow):
         return False
     with seeded(derive(plan.seed, "places of chains"), density.device):
         evidence = evidence_of(flow, around(chains), chains, density)
-    if not held_by(density, chains, found.search.lacks, evidence, seed=plan.seed):
+    return held_by(density, chains, found.search.lacks, evidence, seed=plan.seed)
+
+
+def _miss_another(plan: Plan, density: LogDensity, found: Combined) -> bool:
+    """Whether chains that go to all places that the flow lacks miss a mode elsewhere."""
+    chains, flow, search = found.best.chains, found.plain, found.search
+    if chains is None or search is None or not isinstance(flow, Flow) or all(lack.beside for lack in search.lacks):
         return False
-    missing = False
-    if not all(lack.beside for lack in found.search.lacks):
-        names = coordinate_names(density.structure)
-        with plan.clock.part("the search for modes that the chains lack"):
-            missing = miss_a_mode(chains, flow, density, names, seed=plan.seed)
-    found.best.chains = None if missing else chains
-    return not missing
+    with plan.clock.part("the search for modes that the chains lack"):
+        return miss_a_mode(chains, flow, density, coordinate_names(density.structure), seed=plan.seed)
+    return False
 
 
 def _is_thin_alone(found: Combined) -> bool:

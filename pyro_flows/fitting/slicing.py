@@ -81,9 +81,8 @@ def slices_for(plan: Plan, density: LogDensity, sampler: Flow, slices: Marginal,
     """Try slices along a coordinate whose tail a flow comes short of; None where they lack what the flow has."""
     with plan.clock.part(STAGE), torch.no_grad():
         found = along(density, [slices], seed=seed)
-        return (
-            found if found is not None and _has(density, found, *_weighted(density, sampler, LOOKED_AT_DRAWS)) else None
-        )
+        if found is not None and _has(density, found, *_weighted(density, sampler, LOOKED_AT_DRAWS)):
+            return found
     return None
 
 

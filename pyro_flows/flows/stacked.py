@@ -59,23 +59,42 @@ class Stacked(NamedTuple):
         return but_own(self.inverse(z)[1], k)
 
 
-class Copies(NamedTuple):
-    """K copies of one flow, each moved by a signed permutation: draws y of the flow, as ``signs * y[order]``."""
+class Images(NamedTuple):
+    """K signed permutations of points y, ``signs * y[order]``, and back."""
 
-    flow: Flow
     orders: Tensor  # (K, D)
     back: Tensor  # (K, D), which undo them
     signs: Tensor  # (K, D)
+
+    @classmethod
+    def of(cls, orders: Tensor, signs: Tensor) -> Images:
+        """Return those of some orders and signs (K, D)."""
+        return cls(orders, orders.argsort(1), signs)
+
+    def image(self, y: Tensor, k: Tensor) -> Tensor:
+        """Return z (..., D) of points y (..., D) in parts k (...)."""
+        return self.signs[k] * y.gather(-1, self.orders[k])
+
+    def home(self, z: Tensor, k: Tensor) -> Tensor:
+        """Return y (..., D) of points z (..., D) in parts k (...); z may have one point for several parts."""
+        return (self.signs[k] * z).gather(-1, self.back[k])
+
+
+class Copies(NamedTuple):
+    """K copies of one flow, at the images of its draws."""
+
+    flow: Flow
+    images: Images
     others: Tensor  # (K, K - 1): all parts but one
 
     def forward(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return z (C, D) of x in parts k (C,), and the log Jacobians (C,)."""
         y, ladj = self.flow.bijection.forward_and_ladj(x)
-        return self.signs[k] * y.gather(1, self.orders[k]), ladj
+        return self.images.image(y, k), ladj
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return x (C, K, D) of z (C, D) in all parts, and log q_k(z) (C, K)."""
-        return self._inverse(z, torch.arange(len(self.orders), device=z.device).expand(len(z), -1))
+        return self._inverse(z, torch.arange(len(self.images.orders), device=z.device).expand(len(z), -1))
 
     def elsewhere(self, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return log q_j(z) (C, K - 1) of all parts but the points' own ones k (C,), and the parts (C, K - 1)."""
@@ -84,7 +103,7 @@ class Copies(NamedTuple):
 
     def _inverse(self, z: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
         """Return x (C, J, D) of z (C, D) in parts (C, J), and the log densities (C, J)."""
-        y = (self.signs[parts] * z[:, None]).gather(2, self.back[parts])
+        y = self.images.home(z[:, None], parts)
         x, ladj = self.flow.bijection.inverse_and_ladj(y.flatten(0, 1))
         log_q = bases.log_density(self.flow.base, x, self.flow.df).sum(-1) + ladj
         return x.unflatten(0, parts.shape), log_q.unflatten(0, parts.shape)
@@ -126,7 +145,7 @@ def _copies(flows: Sequence[Flow], parts: Sequence[Part]) -> Copies | None:
     signs = torch.stack([_signs(part, one) for part in parts])
     fewer = torch.arange(len(parts) - 1, device=like.device)
     others = fewer + (fewer >= torch.arange(len(parts), device=like.device)[:, None])
-    return Copies(flow, orders, orders.argsort(1), signs, others)
+    return Copies(flow, Images.of(orders, signs), others)
 
 
 def _affine(flows: Sequence[Flow], parts: Sequence[Part]) -> Stacked | None:

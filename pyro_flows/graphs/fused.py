@@ -26,7 +26,7 @@ from pyro_flows.graphs.graph import copy_graph, graph_module, is_aten, is_pure, 
 from pyro_flows.graphs.native import library
 from pyro_flows.graphs.nests import NUMBERS, Nests
 from pyro_flows.graphs.programs import program
-from pyro_flows.graphs.rounding import rounds_alike, tame, tells
+from pyro_flows.graphs.rounding import rounds_alike, rounds_alike_where_tame
 from pyro_flows.graphs.views import Buffer, Foreign, Given, Product, Unsuited, View, span
 from pyro_flows.graphs.writing import BLOCK
 
@@ -62,10 +62,7 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
             if not made.tasks or made.tasks < TASKS_FOR_A_CALL * made.calls or _is_for_threads(made.nests):
                 return None
             found, expected = made(*inputs), tuple(value for _, value in made.nests.outputs)
-            agrees = rounds_alike(module, inputs, found, expected)
-            others = None if agrees else tame(inputs)
-            if others is not None:
-                agrees = tells(module(*others)) and rounds_alike(module, others, made(*others), module(*others))
+            agrees = rounds_alike(module, inputs, found, expected) or rounds_alike_where_tame(module, inputs, made)
     except Unsuited:
         return None
     del made.nests

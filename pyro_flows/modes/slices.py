@@ -211,10 +211,8 @@ def _marginals(
         order = _around_first(places, known[number], near[number])
         rows = rows[order]
         reached = 2 * last in order.tolist(), last in order.tolist()
-        at = (log_masses[rows], tops.points[rows, :-1], tops.roots[rows])
-        found.append(
-            Marginal(tails, coordinate, places[order], *at, stretch, reached) if len(order) >= FEWEST else None
-        )
+        at = places[order], log_masses[rows], tops.points[rows, :-1], tops.roots[rows]
+        found.append(Marginal(tails, coordinate, *at, stretch, reached) if len(order) >= FEWEST else None)
     return found
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.correction.exchange import Exchange, exchange_of, is_symmetric
+from pyro_flows.correction.exchange import exchange_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
+from pyro_flows.flows.recipe import start_at
+from pyro_flows.flows.stacked import Images
 
 DIM, PERSONS, ITEMS = 3, 50, 5
 IMAGES = [((0, 1, 2), (1.0, 1.0, 1.0)), ((1, 0, 2), (-1.0, -1.0, 1.0))]
@@ -33,10 +35,7 @@ def mirrored(tilt=0.0, constant=0.0):
 def copies():
     flow = location_scale(DIM, base="normal").double()
     with torch.no_grad():
-        for part in flow.modules():
-            if hasattr(part, "scale_tril"):
-                part.loc.copy_(torch.tensor([2.0, -1.0, 0.0]))
-                part.scale_tril.copy_(0.1 * torch.eye(DIM))
+        start_at(flow, torch.tensor([2.0, -1.0, 0.0]), 0.1 * torch.eye(DIM))
     return FlowMixture.copied(flow, IMAGES)
 
 
@@ -50,11 +49,11 @@ def begun(model):
 
 def test_an_image_leads_back_home():
     orders, signs = torch.tensor([order for order, _ in IMAGES]), torch.tensor([s for _, s in IMAGES]).double()
-    exchange = Exchange(orders, signs)
+    images = Images.of(orders, signs)
     y, k = torch.arange(12.0).double().reshape(2, 2, 3), torch.tensor([[0, 1], [1, 0]])
-    z = exchange.image(y, k)
+    z = images.image(y, k)
     torch.testing.assert_close(z[0, 1], torch.tensor([-4.0, -3.0, 5.0]).double())
-    torch.testing.assert_close(exchange.home(z, k), y)
+    torch.testing.assert_close(images.home(z, k), y)
 
 
 def test_chains_have_all_images_equally_often_though_they_began_in_one():
@@ -80,8 +79,8 @@ def test_modes_of_unequal_mass_are_not_exchanged(tilt, constant):
 def test_a_flow_alone_has_no_images():
     latent = Latent(copies().members[0], pf.LogDensity(mirrored()))
     points = latent.look(torch.zeros(8, DIM).double(), torch.zeros(8, dtype=torch.long))
-    assert exchange_of(latent) is None
-    assert not is_symmetric(latent, points)
+    assert exchange_of(latent, points, True) is None
+    assert exchange_of(latent, points, None) is None
 
 
 def test_chains_of_older_files_go_on_without_an_exchange():
