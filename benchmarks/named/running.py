@@ -78,9 +78,7 @@ def run(task: tuple[str, int, int]) -> Row:
             reasons="; ".join(verdict.reasons)[:300],
         )
         if named.mirrored:
-            row["left"] = float(
-                (posterior.samples["loading"].reshape(len(posterior.z), -1).mean(1) < 0).double().mean()
-            )
+            row["left"] = float((posterior.samples["loading"].flatten(1).mean(1) < 0.0).double().mean())
         else:
             row.update(errors(name, posterior))
 

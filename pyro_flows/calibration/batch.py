@@ -11,24 +11,34 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import few_threads
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
-from pyro_flows.fitting.escalation import Round, unweighed
+from pyro_flows.fitting.escalation import LOOKED_AT_DRAWS, Round, invisible, unweighed, weighed
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared, prepare
-from pyro_flows.fitting.run import Run
-from pyro_flows.flows.recipe import Recipe, start_at
+from pyro_flows.fitting.run import AT_ONCE, LIGHTER, Run
+from pyro_flows.fitting.selection import begin
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.parts import untrained_twin
+from pyro_flows.flows.recipe import Recipe, set_df, start_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.modes.together import missed_together
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.stage import Stage
+from pyro_flows.starts.matching import matched
 from pyro_flows.starts.start import Start
 from pyro_flows.starts.together import starts_together
 from pyro_flows.training.lockstep import Lockstep
-from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
+from pyro_flows.training.loop import STEP_SIZE, Training
 from pyro_flows.training.together import train_together
 
 TOGETHER, NUMBERS = 128, 2**20  # data sets side by side at most, and numbers that a step of all handles
+EACH = 32  # draws of each flow in a step
 FEWEST = 4  # data sets that are worth a graph of their own
+HEAVIER = (8.0, 5.0)  # degrees of freedom of a Student-t distribution whose weights correct it
+EVEN, SHORT_TAIL = 0.5, 0.3  # its effective share of draws at least, and its k-hat at most
+NEARLY_EVEN = 0.9  # share with lighter tails: with less, the posterior has another shape, and heavier tails are in vain
+AT_THE_START = "no flow was trained: importance weights correct a Student-t distribution with the posterior's moments"
+AT_ONCE_TRAINED = "converged: the importance weights leave nothing to see"
 LAYERS = 2  # of a flow that was given by name: those for which this is too little are fitted again by themselves
 
 Report = Callable[[str], None]
@@ -41,7 +51,7 @@ OF_DATA = {  # charts that are those of one data set
 
 def size_of_batch(density: LogDensity) -> int:
     """Return how many data sets go side by side: as many as fill a cache, 128 at most."""
-    return max(FEWEST, min(TOGETHER, NUMBERS // (BATCH * max(density.numbers, 1))))
+    return max(FEWEST, min(TOGETHER, NUMBERS // (EACH * max(density.numbers, 1))))
 
 
 def coordinates_for(plan: Plan, densities: Sequence[LogDensity]) -> list[LogDensity]:
@@ -51,7 +61,7 @@ def coordinates_for(plan: Plan, densities: Sequence[LogDensity]) -> list[LogDens
         NotStackable: if these are of angles, whose cut depends on the data, or end at walls that do.
     """
     prepared = Prepared(densities[0])
-    prepare(plan, prepared, plan.seed)
+    prepare(replace(plan, automatic=False), prepared, plan.seed)
     chosen = prepared.density.structure.noncentered
     for chart, reason in OF_DATA.items():
         if any(isinstance(options, dict) and chart in options for options in chosen.values()):
@@ -59,8 +69,13 @@ def coordinates_for(plan: Plan, densities: Sequence[LogDensity]) -> list[LogDens
     return [density.elsewhere(chosen) for density in densities] if chosen else list(densities)
 
 
-def fit_stack(plans: Sequence[Plan], densities: Sequence[LogDensity], *, seed: int, report: Report) -> list[Posterior]:
+def fit_stack(
+    plans: Sequence[Plan], densities: Sequence[LogDensity], *, seed: int, report: Report
+) -> list[Posterior | None]:
     """Fit K data sets side by side, and judge each by itself as ``fit`` judges its own.
+
+    Where importance weights correct a Student-t distribution at the moments of the posterior, nothing is trained. The
+    others are trained in lockstep; None for them if these are too few for that.
 
     Args:
         plans: one for each data set.
@@ -72,7 +87,7 @@ def fit_stack(plans: Sequence[Plan], densities: Sequence[LogDensity], *, seed: i
         NotStackable: if the data sets do not go through the model side by side.
     """
     first = plans[0]
-    with few_threads(BATCH * densities[0].numbers), seeded(seed, densities[0].device):
+    with few_threads(EACH * densities[0].numbers), seeded(seed, densities[0].device):
         report("reading the model")
         stack = Stack(densities)
         stack.clock = first.clock
@@ -80,28 +95,76 @@ def fit_stack(plans: Sequence[Plan], densities: Sequence[LogDensity], *, seed: i
         report("starts")
         flows = [replace(plan, recipe=recipe).fresh(densities[0]) for plan in plans]
         starts = starts_together(stack, seed=seed, df=flows[0].df)
-        for flow, start in zip(flows, starts, strict=True):
-            start_at(flow, start.loc, start.scale)
-        steps = Lockstep(stack, flows, learning_rate=STEP_SIZE, batch=BATCH)
-        trainings = train_together(
-            steps, report=lambda done, still, state: report(_told(done, still, len(plans), state))
-        )
+        untrained = [
+            _as_it_starts(plan, density, start) for plan, density, start in zip(plans, densities, starts, strict=True)
+        ]
+        trained = _train(stack, flows, starts, [number for number, one in enumerate(untrained) if one is None], report)
+        done = {number: one or trained[number] for number, one in enumerate(untrained) if one or number in trained}
         report("searches for missed modes")
-        searches = missed_together(stack, flows, seed=seed)
-    found = []
+        searches = missed_together(stack.select(list(done)), [flow for flow, _ in done.values()], seed=seed)
+    found: list[Posterior | None] = [None] * len(plans)
     shared = stack.evaluations // len(plans)
-    for number, (plan, density, training) in enumerate(zip(plans, densities, trainings, strict=True)):
+    for (number, (flow, training)), search in zip(done.items(), searches, strict=True):
         report(f"verdict {number + 1} of {len(plans)}")
+        plan, density = plans[number], densities[number]
         density.evaluations += shared
-        flow = flows[number]
         outcome = Round(
             flow, unweighed(density.dim, training.elbo), training, _stage(training, starts[number], len(plans))
         )
         run = Run(0, best=outcome, kept=outcome.stage, history=[outcome.stage])
-        work = Combined(runs=[run], plain=flow, sampler=flow, search=searches[number])
+        work = Combined(runs=[run], plain=flow, sampler=flow, search=search)
         with seeded(derive(plan.seed, "side by side"), density.device):
-            found.append(_noted(conclude(plan, density, work), training, len(plans)))
+            found[number] = _noted(conclude(plan, density, work), training, len(plans))
     return found
+
+
+Fitted = tuple[Flow, Training]
+
+
+def _as_it_starts(plan: Plan, density: LogDensity, start: Start) -> Fitted | None:
+    """Return the affine flow at the start, moved to weighted moments, if weights correct it; else it has to be trained.
+
+    Nothing is trained either if nobody would see what is left to correct. A flow that was asked for is always trained.
+    """
+    if not plan.automatic:
+        return None
+    flow = untrained_twin(plan.fresh(density))
+    start, df = matched(density, start, flow.df, seed=plan.seed, draws=LOOKED_AT_DRAWS), flow.df
+    with seeded(derive(plan.seed, "a look at the start"), density.device):
+        for own in (*(lighter * df for lighter in LIGHTER), *HEAVIER):
+            begin(set_df(flow, own), start)
+            weighing = weighed(flow, density, LOOKED_AT_DRAWS)
+            if not weighing.ess > (EVEN if own in HEAVIER else NEARLY_EVEN) * LOOKED_AT_DRAWS:
+                return None
+            if invisible(weighing):
+                return flow, Training([], weighing.elbo, True, False, AT_ONCE, 0, 0)
+            if own in HEAVIER and weighing.k_hat < SHORT_TAIL:
+                return flow, Training([], weighing.elbo, False, False, AT_THE_START, 0, 0)
+    return None
+
+
+def _train(
+    stack: Stack, flows: Sequence[Flow], starts: Sequence[Start], numbers: Sequence[int], report: Report
+) -> dict[int, Fitted]:
+    """Train the flows with these numbers in lockstep; fewer than are worth it are left to fits one by one."""
+    if len(numbers) < FEWEST:
+        return {}
+    chosen = [flows[number] for number in numbers]
+    for flow, number in zip(chosen, numbers, strict=True):
+        start_at(flow, starts[number].loc, starts[number].scale)
+    part = stack.select(numbers)
+    steps = Lockstep(part, chosen, learning_rate=STEP_SIZE, batch=EACH)
+    trainings = train_together(steps, report=lambda done, still, state: report(_told(done, still, len(chosen), state)))
+    stack.evaluations += part.evaluations
+    found = (_looked_at(*parts) for parts in zip(part.densities, chosen, trainings, strict=True))
+    return dict(zip(numbers, found, strict=True))
+
+
+def _looked_at(density: LogDensity, flow: Flow, training: Training) -> Fitted:
+    """Count a flow as converged, too, if nobody would see what its weights would change."""
+    if not training.converged and invisible(weighed(flow, density, LOOKED_AT_DRAWS)):
+        training = replace(training, converged=True, moving=False, why=AT_ONCE_TRAINED)
+    return flow, training
 
 
 def _shorter(plan: Plan) -> Recipe:
@@ -121,7 +184,7 @@ def _stage(training: Training, start: Start, count: int) -> Stage:
         start=start.name,
         start_elbo=start.elbo,
         step_size=STEP_SIZE,
-        batch=BATCH,
+        batch=EACH,
         steps=len(training.losses),
         converged=training.converged,
         why=training.why,

@@ -24,6 +24,9 @@ from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.stack import NotStackable
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS, check_memory
+from pyro_flows.verdict.deciding import CHECKED
+
+CHECKED_EACH = 5  # draws of each data set, at least: invalid arguments are a matter of the model
 
 
 def fit_many(
@@ -47,7 +50,8 @@ def fit_many(
     Data sets whose arguments have equal shapes are fitted side by side. Their flows
     :math:`q_{\theta_1}, \dots, q_{\theta_K}` are trained in lockstep: parameters are stacked, data are inputs of one
     recorded graph, and what a step costs besides arithmetic is paid once for all. The starts and the search for missed
-    modes are stacked too. Then each fit is judged by itself, by the rules of :func:`fit`. A posterior that would be
+    modes are stacked too. Unless a flow is asked for, nothing is trained where importance weights correct a Student-t
+    distribution with the posterior's moments. Then each fit is judged by itself, by the rules of :func:`fit`. A posterior that would be
     ``unreliable`` is fitted again by :func:`fit`, with all that it has. Fits that cannot go side by side (the model
     takes numbers out of its data, or runs draw by draw; fewer than four data sets of equal shapes; more than 200
     dimensions) are made one by one.
@@ -76,7 +80,7 @@ def fit_many(
         ValueError: before any work, for a bad option; for data that the model cannot be fitted to, with their number.
         ImportError: for several processes without joblib.
 
-    Cost: for small models about a tenth of as many calls of :func:`fit`; memory for 128 data sets at a time.
+    Cost: for small models a fifth to a tenth of as many calls of :func:`fit`; memory for 128 data sets at a time.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
@@ -156,7 +160,7 @@ class Many:
         again = list(numbers)
         if self.together and len(numbers) >= FEWEST and self.reason is None:
             for number, posterior in zip(numbers, self._side_by_side(numbers, bar), strict=False):
-                if posterior.verdict.status != "unreliable":
+                if posterior is not None and posterior.verdict.status != "unreliable":
                     again.remove(number)
                     yield number, posterior
         bar.watch("fits one by one")
@@ -165,8 +169,8 @@ class Many:
         options = {name: value for name, value in self.options.items() if value is not None}
         yield from fit_each(self.model, cases, options, seeds, self.jobs)
 
-    def _side_by_side(self, numbers: Sequence[int], bar: Bar) -> list[Posterior]:
-        """Fit a batch side by side; nothing if that cannot be done."""
+    def _side_by_side(self, numbers: Sequence[int], bar: Bar) -> list[Posterior | None]:
+        """Fit a batch side by side, or those of it that can be; nothing if that cannot be done."""
         with alone():
             lead = self._density(self._leads[numbers[0]])
             densities = [self._density(number) for number in numbers]
@@ -201,4 +205,6 @@ class Many:
             refine=None,
             clock=Clock(raises=True),
             bar=bar,
+            automatic=self.options["flow"] == AUTO and self.options["layers"] is None,
+            checked=max(CHECKED_EACH, CHECKED // len(self.cases)),
         )

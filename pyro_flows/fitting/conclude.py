@@ -30,6 +30,7 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
         sampler.draw,
         draws=plan.draws,
         seed=plan.seed,
+        checked=plan.checked,
         guide=AutoFlow.of(sampler, density.structure, plan.model, plan.args, plan.kwargs),
         losses=best.losses,
         history=[*found.history, *(stage for run in found.runs for stage in run.history), *noted(search)],

@@ -15,6 +15,7 @@ from pyro_flows._progress import Bar
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import AUTO, BUILDERS, VECTOR_BUILDERS, FlowLike, Recipe, latent_recipe
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.verdict.deciding import CHECKED
 
 TRAINED = "realnvp"  # where a fit is not told which flow
 
@@ -38,6 +39,7 @@ class Plan:
         clock: the bound in seconds.
         bar: the line that tells how far the work is.
         automatic: whether the choice of a flow was left open, so that slices along a coordinate may take its place.
+        checked: draws that are run with Pyro's checks of arguments on, at most.
     """
 
     model: Callable[..., Any]
@@ -54,6 +56,7 @@ class Plan:
     clock: Clock
     bar: Bar
     automatic: bool = False
+    checked: int = CHECKED
 
     def fresh(self, density: LogDensity) -> Flow:
         """Return an untrained flow over the coordinates of ``density``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from pyro_flows.graphs.graph import is_pure
 from pyro_flows.graphs.record import record
 from pyro_flows.graphs.rounding import agree
 from pyro_flows.model.batching import batch, quiet
+from pyro_flows.model.gradients import batch_and_grads, batch_hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
 
 KINDS_KEPT = 16
 RECORDED_FROM = 2  # the call with one number of points from which on it is recorded
-COMPARED = 4  # points of each data set at which the stack is compared with the model itself
+COMPARED = 4  # points of a data set at which the stack is compared with the model itself
+DIFFERENTIATED = 8  # data sets at which gradients are compared too
 CHUNK = 2**21  # numbers that a call handles at once, about: more fill the memory and save nothing
 
 Values = Callable[..., tuple[Tensor, ...]]
@@ -87,11 +90,7 @@ class Stack:
         return (batch(self._with(given).single)(z),)
 
     def _gradients(self, z: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
-        grad, value = batch(torch.func.grad_and_value(self._with(given).single))(z)
-        return value, grad
-
-    def _hessians(self, z: Tensor, *given: Tensor) -> tuple[Tensor]:
-        return (batch(torch.func.jacrev(torch.func.grad(self._with(given).single)))(z),)
+        return values_and_grads(self._with(given).single, z)
 
     def graph(self, points: int, *, gradients: bool) -> fx.GraphModule:
         """Return the graph of one data set, ``(z, *given)`` to values, or values and gradients, at so many points."""
@@ -107,18 +106,18 @@ class Stack:
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return the log densities (K m,) at ``z`` (K m, D), without a graph of autograd's."""
-        return self._run("values", self._values, z)[0]
+        return self._run("values", lambda groups, *given: (self._all(groups, given),), z)[0]
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log densities (K m,) and their gradients (K m, D)."""
         self.evaluations += len(z)
-        value, grad = self._run("gradients", self._gradients, z)
+        value, grad = self._run("gradients", partial(self._differentiated, batch_and_grads), z)
         return value, grad
 
     def hessians(self, z: Tensor) -> Tensor:
         """Return the Hessians (K m, D, D)."""
         self.evaluations += z.numel()
-        return self._run("hessians", self._hessians, z)[0]
+        return self._run("hessians", partial(self._differentiated, lambda *asked: (batch_hessians(*asked),)), z)[0]
 
     def select(self, chosen: Sequence[int]) -> Stack:
         """Return the stack of some of the data sets, which shares the graphs of one data set."""
@@ -129,9 +128,19 @@ class Stack:
         other._runners, other._calls, other.evaluations = Cache(KINDS_KEPT), Counter(), 0
         return other
 
+    def _all(self, groups: Tensor, given: Sequence[Tensor]) -> Tensor:
+        """Return the log densities (K, m) of groups of points (K, m, D)."""
+        found: Tensor = torch.func.vmap(lambda *part: self._values(*part)[0], randomness="same")(groups, *given)
+        return found
+
+    def _differentiated(self, how: Values, groups: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        """Return derivatives of the log densities of groups of points (K, m, D), as ``how`` takes them."""
+        found = how(lambda z: self._all(z.view_as(groups), given).flatten(), groups.flatten(0, 1))
+        return tuple(part.unflatten(0, groups.shape[:2]) for part in found)
+
     @torch.no_grad()
     def _run(self, name: str, function: Values, z: Tensor) -> list[Tensor]:
-        """Apply a function of one data set's points to all groups, in pieces of the groups' points."""
+        """Apply a function of groups of points to all of them, in pieces of the groups' points."""
         self.clock.look()
         groups = z.reshape(len(self), -1, self.dim)
         rows = max(1, CHUNK // (len(self) * self.numbers))
@@ -140,20 +149,19 @@ class Stack:
 
     def _piece(self, name: str, function: Values, groups: Tensor) -> tuple[Tensor, ...]:
         kind = (name, groups.shape[1])
-        whole = torch.func.vmap(function, randomness="same")
         if kind not in self._runners:
             self._calls[kind] += 1
             if self._calls[kind] < RECORDED_FROM:
                 with quiet():
-                    return whole(groups, *self.given)
+                    return function(groups, *self.given)
             with quiet():
-                self._runners.put(kind, Runner(record(whole, groups, *self.given), compile=False))
+                self._runners.put(kind, Runner(record(function, groups, *self.given), compile=False))
         return tuple(part.clone() for part in self._runners[kind](groups, *self.given))
 
     # checks ---------------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        """Compare with the model itself at a few points of each data set."""
+        """Compare with the model itself at a few points: gradients at some data sets, a value at each other one."""
         spread = torch.linspace(-0.5, 0.5, COMPARED * self.dim, dtype=self.dtype, device=self.device)
         points = spread.reshape(COMPARED, self.dim)
         try:
@@ -164,10 +172,20 @@ class Stack:
         except Exception as error:  # a model's own code may raise anything
             raise NotStackable(f"the model cannot take its data as inputs: {error}".splitlines()[0]) from error
         self.evaluations = 0
+        some = range(0, len(self), max(1, len(self) // DIFFERENTIATED))
         for number, density in enumerate(self.densities):
-            part = slice(number * COMPARED, (number + 1) * COMPARED)
-            if not agree((value[part], grad[part]), density.unrecorded(points)):
+            first, derived = number * COMPARED, number in some
+            part = slice(first, first + COMPARED if derived else first + 1)
+            ours = (value[part], grad[part]) if derived else (value[part],)
+            if not agree(ours, self._alone(density, points, derived)):
                 raise NotStackable("side by side, the model gave other values than by itself")
+
+    def _alone(self, density: LogDensity, points: Tensor, derived: bool) -> tuple[Tensor, ...]:
+        """Return what the model itself gives: values and gradients at all points, or the value at the first."""
+        if derived:
+            return density.unrecorded(points)
+        with quiet():
+            return (density.single(points[0])[None],)
 
     def _share(self) -> None:
         """Let the densities of all data sets take the same graphs."""

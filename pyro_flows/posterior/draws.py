@@ -15,7 +15,7 @@ from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.scoring import Pool, check_memory, score_pool
 from pyro_flows.results.stage import Stage
-from pyro_flows.verdict.deciding import POOL, Decision, Draw, decide
+from pyro_flows.verdict.deciding import CHECKED, POOL, Decision, Draw, decide
 from pyro_flows.verdict.own_values import changed_values
 from pyro_flows.verdict.weighing import Weighing, weigh
 
@@ -37,16 +37,19 @@ def from_draws(
     notes: Sequence[str] = (),
     contained: bool = False,
     doubts: Sequence[str] = (),
+    checked: int = CHECKED,
 ) -> Posterior:
     """Draw, score, weigh and judge. ``draw(n)`` gives unconstrained draws and their log density under the guide.
 
-    Where the clock of ``density`` ends the scoring, the draws scored so far are all that there are.
+    ``checked`` draws at most are run with Pyro's checks of arguments on. Where the clock of ``density`` ends the
+    scoring, the draws scored so far are all that there are.
     """
     _checks.integer("draws", draws, 100)
     check_memory(density, draws)
     names = coordinate_names(density.structure)
     with torch.no_grad():
         pool = score_pool(density, draw, POOL * draws)
+        pool = pool._replace(checked=min(checked, pool.checked))
         if len(pool.log_p) < POOL * draws:
             failures = [*failures, f"time for {len(pool.log_p)} of {POOL * draws} draws to judge by"]
             draws = len(pool.log_p) // POOL

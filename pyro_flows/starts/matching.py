@@ -23,7 +23,7 @@ COVARIANCE_ERROR = 0.02  # nats that the noise of a full covariance may cost
 
 
 @torch.no_grad()
-def matched(density: LogDensity, start: Start, df: float, *, seed: int) -> Start:
+def matched(density: LogDensity, start: Start, df: float, *, seed: int, draws: int = DRAWS) -> Start:
     r"""Return the start with the weighted mean and covariance of its own draws; the same start if weights are too poor.
 
     Draws z_i come from a Student-t distribution with the start's location and covariance. With normalized weights
@@ -35,24 +35,23 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int) -> Start
     is matched, and the correlations of the start stay. Then changes of means and sds are shrunk by what is likely to be
     noise in them, and a start whose weights are even stays as it is.
 
-    Cost: up to 44,000 draws of the density, no gradients. Only if the weights of the first 4000 are good, and the new
-    start has the better ELBO, does a second round follow.
+    Cost: 4000 draws of the density, no gradients. Only if their weights are good, and the new start has the better
+    ELBO, does a second round of ``draws`` follow.
 
     Reference: Cappé, Douc, Guillin, Marin and Robert 2008, "Adaptive importance sampling in general mixture classes"
     (arXiv 0710.4242), with one component.
     """
-    draws = FIRST_DRAWS
     for number in range(ROUNDS):
+        count = draws if number else FIRST_DRAWS
         with density.clock.watching():
-            noise, log_noise = _noise(density, df, draws, seed=derive(seed, f"matching {number}"))
+            noise, log_noise = _noise(density, df, count, seed=derive(seed, f"matching {number}"))
             z = start.map(noise)
         weighing = weigh(z, density(z), log_noise - start.volume)
-        if not (weighing.k_hat < WORTH_K and weighing.ess > WORTH_ESS * draws):
+        if not (weighing.k_hat < WORTH_K and weighing.ess > WORTH_ESS * count):
             return start
-        if weighing.ess > EVEN_ESS * draws:
+        if weighing.ess > EVEN_ESS * count:
             return start
         start = replace(_moved(start, z, weighing), elbo=max(start.elbo, weighing.elbo))
-        draws = DRAWS
     return start
 
 

@@ -14,8 +14,9 @@ from pyro_flows.training.loop import AVERAGED_SHARE, FALL, WARM_UP, Training
 
 CHECK_EVERY = 20
 STEADY = 800  # steps at most, before the cool-down
-COOL = 300
+COOL, SHORT_COOL = 300, 200
 NEARLY_ALL = 0.9  # of the flows stand still: the rest is not waited for
+CORRECTED_GAP = 0.05  # nats between log evidence and ELBO, which importance weights correct
 
 Report = Callable[[int, int, str], None]  # steps done, flows that stand still, state
 
@@ -24,17 +25,21 @@ def train_together(flows: Lockstep, *, report: Report, steady: int = STEADY, coo
     """Train all flows for as many steps; say of each whether it converged, by the rule of ``loop.train``.
 
     Checks are on common random numbers, 20 steps apart. The step size is constant until nine tenths of the flows stand
-    still, or for ``steady`` steps; then it falls to zero along a cosine over ``cool`` steps, the last fifth of which is
-    averaged. A flow whose ELBO falls far goes back to its best check, with half the step size.
+    still or have weights that correct them, or for ``steady`` steps; then it falls to zero along a cosine over ``cool``
+    steps (half as many if weights ended it), the last fifth of which is averaged. A flow whose ELBO falls far goes back
+    to its best check, with half the step size.
     """
     run = _Together(flows)
     done, still = 0, torch.zeros(len(flows), dtype=torch.bool)
-    while done < steady and not float(still.double().mean()) >= NEARLY_ALL:
+    good = still
+    while done < steady and not float((still | good).double().mean()) >= NEARLY_ALL:
         flows.step(min(1.0, (done + 1) / WARM_UP))
         done += 1
         if done % CHECK_EVERY == 0:
-            still |= run.check()  # what comes after is the cool-down, in ``loop.train`` too
-            report(done, int(still.sum()), "converging")
+            still = still | run.check()  # what comes after is the cool-down, in ``loop.train`` too
+            good = torch.tensor([monitor.promises(CORRECTED_GAP) for monitor in run.monitors])
+            report(done, int((still | good).sum()), "converging")
+    cool = cool if float(still.double().mean()) >= NEARLY_ALL else min(cool, SHORT_COOL)
     why = [monitor.stationary()[1] for monitor in run.monitors]
     average: Tensor | None = None
     for step in range(cool):
@@ -47,7 +52,7 @@ def train_together(flows: Lockstep, *, report: Report, steady: int = STEADY, coo
             report(done + step + 1, int(still.sum()), "cooling")
     elbos = run.finish(average)
     flows.write()
-    return run.trainings(elbos, still, why, done + cool)
+    return run.trainings(elbos, still, good, why, done + cool)
 
 
 class _Together:
@@ -97,7 +102,7 @@ class _Together:
         flows.weights = torch.where(better.to(own.device)[:, None], average, own)
         return torch.where(better, found, last)
 
-    def trainings(self, elbos: Tensor, still: Tensor, why: list[str], steps: int) -> list[Training]:
+    def trainings(self, elbos: Tensor, still: Tensor, good: Tensor, why: list[str], steps: int) -> list[Training]:
         """Return what was done with each flow."""
         losses = torch.stack(self.flows.losses, 1).tolist()
         skipped = self.flows.moments.skipped.tolist()
@@ -106,10 +111,10 @@ class _Together:
                 losses=losses[number],
                 elbo=float(elbos[number]),
                 converged=settled,
-                moving=not settled and self.monitors[number].restless,
+                moving=not (settled or good[number]) and self.monitors[number].restless,
                 why=f"converged: {why[number]}"
                 if settled
-                else f"training did not converge in {steps} steps ({why[number]})",
+                else f"training ended after {steps} steps, before it had converged ({why[number]})",
                 skipped=skipped[number],
                 falls=int(self.falls[number]),
             )

@@ -78,6 +78,56 @@ def test_data_sets_have_draws_of_their_own(posteriors):
     assert torch.corrcoef(torch.stack([one[:, 0], two[:, 0]]))[0, 1].abs() < 0.1
 
 
+def test_normal_posteriors_take_no_training(posteriors):
+    assert all(len(posterior.losses) == 0 and posterior.verdict.status == "ok" for posterior in posteriors)
+
+
+def test_a_flow_that_was_asked_for_is_trained():
+    found = pf.fit_many(regression, data_sets(4), flow="realnvp", draws=300, progress=False)
+    assert all(len(posterior.losses) > 0 for posterior in found)
+    assert all(posterior.flow.recipe.builder != "location_scale" for posterior in found)
+
+
+def rate_of(y: torch.Tensor) -> None:
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    pyro.sample("y", dist.Poisson(rate), obs=y)
+
+
+def test_importance_weights_correct_what_is_not_quite_normal():
+    """The log of a rate with a Gamma(2 + y, 2) posterior has a skewness of -.15 to -.25."""
+    sets = [torch.tensor(y) for y in (10.0, 15.0, 25.0, 60.0)]
+    posteriors = pf.fit_many(rate_of, sets, progress=False)
+    for y, posterior in zip(sets, posteriors, strict=True):
+        exact = dist.Gamma(2.0 + y, torch.tensor(2.0))
+        levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+        found = torch.stack([(posterior.samples["rate"] <= q).double().mean() for q in gamma_quantiles(exact, levels)])
+        torch.testing.assert_close(found, levels.double(), rtol=0.0, atol=0.03)
+        assert len(posterior.losses) == 0
+    corrected = [posterior.verdict for posterior in posteriors if posterior.verdict.status == "corrected"]
+    assert len(corrected) >= 2
+    assert all("importance weights correct a Student-t" in str(verdict) for verdict in corrected)
+
+
+def gamma_quantiles(exact: dist.Gamma, levels: torch.Tensor) -> torch.Tensor:
+    """Quantiles by many draws."""
+    with seeded(0):
+        return torch.quantile(exact.sample((200_000,)), levels)
+
+
+def bent(y: torch.Tensor) -> None:
+    """A scale of its own makes a neck, in which no affine map is right."""
+    log_scale = pyro.sample("log_scale", dist.Normal(0.0, 1.0))
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x * log_scale.exp(), 0.5), obs=y)
+
+
+def test_what_has_another_shape_is_trained_or_fitted_alone():
+    sets = [torch.tensor(y) for y in (0.0, 0.5, 1.0, 2.0, -1.0)]
+    found = pf.fit_many(bent, sets, draws=1000, progress=False)
+    assert all(len(posterior.losses) > 0 or "side_by_side" not in posterior.settings for posterior in found)
+    assert all(posterior.verdict.status != "unreliable" for posterior in found)
+
+
 @pytest.mark.slow
 def test_data_sets_of_other_shapes_are_fitted_by_themselves():
     sets = [torch.tensor(y) for y in ([1, 2, 0], [3, 3], [0, 0, 1], [4, 5, 7], [2, 2, 2])]
