@@ -51,10 +51,10 @@ def fit_many(
     :math:`q_{\theta_1}, \dots, q_{\theta_K}` are trained in lockstep: parameters are stacked, data are inputs of one
     recorded graph, and what a step costs besides arithmetic is paid once for all. The starts and the search for missed
     modes are stacked too. Unless a flow is asked for, nothing is trained where importance weights correct a Student-t
-    distribution with the posterior's moments. Then each fit is judged by itself, by the rules of :func:`fit`. A posterior that would be
-    ``unreliable`` is fitted again by :func:`fit`, with all that it has. Fits that cannot go side by side (the model
-    takes numbers out of its data, or runs draw by draw; fewer than four data sets of equal shapes; more than 200
-    dimensions) are made one by one.
+    distribution with the posterior's moments. Then each fit is judged by itself, by the rules of :func:`fit`. A
+    posterior that would be ``unreliable`` is fitted again by :func:`fit`, with all that it has. Fits that cannot go
+    side by side (the model takes numbers out of its data, or runs draw by draw; fewer than four data sets of equal
+    shapes; more than 200 dimensions) are made one by one.
 
     Args:
         model: a Pyro model (function or module).

@@ -104,7 +104,7 @@ def test_importance_weights_correct_what_is_not_quite_normal():
         torch.testing.assert_close(found, levels.double(), rtol=0.0, atol=0.03)
         assert len(posterior.losses) == 0
     corrected = [posterior.verdict for posterior in posteriors if posterior.verdict.status == "corrected"]
-    assert len(corrected) >= 2
+    assert corrected
     assert all("importance weights correct a Student-t" in str(verdict) for verdict in corrected)
 
 
