@@ -28,6 +28,8 @@ from pyro_flows.model.observations import check_values
 from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Latent, Noncentered, Structure, messages
 
+FAR, FAR_SITES = (-20.0, -10.0, 10.0, 20.0), 16  # where all coordinates of a site are put, to compare precisions
+LOST, LOST_SHARE = 1.0, 1e-4  # nats by which single precision may be off there, and as a share of the log density
 MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
 
 logger = logging.getLogger("pyro_flows")
@@ -73,6 +75,7 @@ class Runs:
         self._evaluator: Evaluator | None = None
         self.numbers = max(self.dim, sum(value.numel() for value in self.structure.observed.values()))
         self._rows = rows_for(self.numbers, MAPPED)
+        self.in_double = False  # what a model in single precision computes
         self._guards: frozenset[str] = frozenset()
         self._guards = check_values(self.structure, self.trace_at, self._called)
         self._probe()
@@ -130,6 +133,11 @@ class Runs:
 
     def single(self, z: Tensor, latents: Sequence[Latent] | None = None) -> Tensor:
         """Return the log density of one point (D,), or that in the coordinates of other ``latents``."""
+        if self.in_double:
+            return self._single(z.double(), latents).to(z.dtype)
+        return self._single(z, latents)
+
+    def _single(self, z: Tensor, latents: Sequence[Latent] | None) -> Tensor:
         trace, ladj = self._run(z, enumerate_sites=True, latents=latents)
         with self.writing(z):  # distributions write in place, too
             if not self.structure.enumerated:
@@ -171,6 +179,29 @@ class Runs:
             self._unbatched = f"{self._unbatched}. {advice(self._unbatched)}"
             fallback(self._unbatched)
             logger.warning("%s", self._unbatched)
+        self.in_double = self._loses_digits()
+
+    @torch.no_grad()
+    def _loses_digits(self) -> bool:
+        """Whether the model has other values in double precision far out, where climbs come by, and can compute so.
+
+        With a concentration of 1e8, a Beta density is a difference of numbers of which single precision has no digit in
+        common with the truth: a mode that is none, thousands of nats high.
+        """
+        if self.dtype != torch.float32 or not self.batched or self.device.type != "cpu" or self._parameters:
+            return False
+        sites = [latent for latent in self.structure.latents if latent.size][:FAR_SITES]
+        points = torch.zeros(len(sites), len(FAR), self.dim)
+        for number, latent in enumerate(sites):
+            points[number, :, latent.offset : latent.offset + latent.size] = torch.tensor(FAR)[:, None]
+        points = points.flatten(0, 1)
+        try:
+            with quiet():
+                single, double = (over_rows(self.single, z, batched=True).double() for z in (points, points.double()))
+        except (RuntimeError, TypeError, ValueError):  # a matrix of data in single precision takes no other
+            return False
+        off = (single - double).abs() > LOST + LOST_SHARE * double.abs()
+        return bool((off & torch.isfinite(single) & torch.isfinite(double)).any())
 
     def _why_unbatched(self, points: Tensor, single: Tensor) -> str | None:
         """Return why values and gradients cannot be had for many points at once; None if they can."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.symmetries import SignedPermutation
+from pyro_flows.starts.resolution import without_noise
 from pyro_flows.starts.start import Start
 
 SHARE = 0.02  # of the mass that the guide covers
@@ -86,11 +87,12 @@ def is_resolved(density: LogDensity, place: Tensor) -> bool:
     """Whether numbers are fine enough at a place: its coordinates come back from the model's own values.
 
     Where a scale is below the rounding of what it scales, values are equal to their location, and the density of the
-    model as it is written grows without bound.
+    model as it is written grows without bound. Nor may the log density hang on last digits.
     """
     latents = {name: value for name, value in density.constrain(place[None]).items() if name in density.names}
     back = density.unconstrain(latents)[0]
-    return bool(((back - place).abs() <= RESOLUTION * (1.0 + place.abs())).all())
+    same = ((back - place).abs() <= RESOLUTION * (1.0 + place.abs())).all()
+    return bool(same) and bool(without_noise(density, place[None]))
 
 
 def share_error(thin: Tensor, mass: Tensor, there: Tensor) -> tuple[float, float, float]:

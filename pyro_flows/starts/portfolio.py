@@ -17,6 +17,7 @@ from pyro_flows.starts.laplace import laplace
 from pyro_flows.starts.pathfinder import pathfinder
 from pyro_flows.starts.pooling import pool
 from pyro_flows.starts.prior import SEARCHES, possible_points, prior_draws, spread_of
+from pyro_flows.starts.resolution import without_noise
 from pyro_flows.starts.start import Start, divergence, standard
 
 PRIOR_DRAWS = 200
@@ -73,6 +74,8 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
     with density.clock.part("the scores of starts"):
         scored += (_scored(density, start, noise, log_noise) for start in starts)
     scored += starts[len(scored) :]
+    resolved = without_noise(density, torch.stack([start.loc for start in scored])).tolist()
+    scored = [start for start, there in zip(scored, resolved, strict=True) if there] or scored
     usable = [start for start in scored if math.isfinite(start.elbo)]
     # where the support cuts through every start, none has a finite ELBO: all are left to the race
     return sorted(usable or scored, key=lambda start: -start.elbo)
