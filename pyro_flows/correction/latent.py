@@ -28,14 +28,17 @@ from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.transforms import LowerTriangularAffine
+from pyro_flows.transforms.sliced import Sliced
 
 WALKED_PARTS = 4
+SLICED_DEAR = 24  # dimensions of slices, from which each point has hundreds of numbers of its own
 LEAPS_KEPT = 4
 
 
 def _widest(flow: Flow) -> int:
     """Return how many numbers the largest intermediate result of a flow has for each point."""
-    return max(flow.dim, *(layer.out_features for layer in flow.modules() if isinstance(layer, nn.Linear)), 1)
+    linear = [layer.out_features for layer in flow.modules() if isinstance(layer, nn.Linear)]
+    return max(flow.dim, *linear, *(layer.values.shape[1] for layer in flow.modules() if isinstance(layer, Sliced)), 1)
 
 
 class Points(NamedTuple):
@@ -94,6 +97,12 @@ class Latent:
         given: dict[str, Any] = {"at": 1, "before": self._prepare}  # so that chains that go on repeat themselves
         self._recorder = Recorder(self._single, numbers, **given) if recordable else None
         self.leaps: Cache[Any, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
+
+    @property
+    def dear(self) -> bool:
+        """Whether a look costs many times that of another flow: slices have a matrix for each point."""
+        layers = (layer for flow in self.flows for layer in flow.modules())
+        return self.dim > SLICED_DEAR and any(isinstance(layer, Sliced) for layer in layers)
 
     @property
     def walkable(self) -> bool:

@@ -42,6 +42,8 @@ class GuideSpace:
         density: the model's log density.
     """
 
+    dear = False  # as far as is known
+
     def __init__(self, base: Any, transform: Any, density: LogDensity) -> None:
         self.base, self.transform, self.density = base, transform, density
 

@@ -12,7 +12,7 @@ from pyro_flows.modes.umbrella import HIGH, Point, Space, excess, walked
 from pyro_flows.modes.units import units_of
 from pyro_flows.verdict.deciding import resample
 
-WANDERERS = 256
+WANDERERS, FEWER = 256, 64  # the less where a look at one is dear
 WANDERED = "wandered"
 THIN = 3.0  # nats by which the guide falls short where wanderers count
 FIRST, OUT, BACK = 16, 48, 64  # moves: to see whether there is any way out, farther out, and under the density itself
@@ -38,7 +38,8 @@ def too_thin(guide: Guide, space: Space | None, z: Tensor, weights: Tensor, log_
         seed: of the walk.
     """
     log_mass = torch.log_softmax((weights - guide.covered).double(), 0)
-    chosen = z[resample(log_mass, WANDERERS, seed=derive(seed, "wanderers"))]
+    count = FEWER if space is not None and space.dear else WANDERERS
+    chosen = z[resample(log_mass, count, seed=derive(seed, "wanderers"))]
     if space is None or not is_usable(log_mass):
         ends, log_p = wander(guide.density, chosen, units_of(z), seed=derive(seed, "wandering"))
         thin, there = guide.is_thin(ends, log_p, by=THIN), guide.is_thin(z, weights + log_q, by=THIN)

@@ -48,8 +48,10 @@ class Point(Protocol):
 
 
 class Space(Protocol):
-    """The latent space of a guide, with the posterior as its target."""
+    """The latent space of a guide, with the posterior as its target; ``dear`` if a look at a point takes long."""
 
+    @property
+    def dear(self) -> bool: ...
     def place(self, z: Tensor) -> tuple[Tensor, Tensor]: ...
     def look(self, x: Tensor, k: Tensor) -> Any: ...
 

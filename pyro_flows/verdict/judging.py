@@ -81,7 +81,7 @@ def _heavy_tailed(weighing: Weighing, names: Sequence[str]) -> tuple[str, ...]:
         return ()
     found = [names[index] for index in weighing.heavy.nonzero().flatten().tolist()]
     said = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-    return (f"{said}: heavy tails, so quantiles were compared; means and sds may not exist",)
+    return (f"{said}: heavy tails where unconstrained, so quantiles were compared; means and sds there may not exist",)
 
 
 def _largest_shifts(weighing: Weighing) -> tuple[float, int, float, int]:

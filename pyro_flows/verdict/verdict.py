@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pyro_flows._display import verdict_html
 from pyro_flows.verdict.chains import ChainFigures
 from pyro_flows.verdict.next_step import next_step, next_step_of_mcmc
+from pyro_flows.verdict.weighing import in_words
 
 SHOWN = 0.005  # sds: a smaller shift is printed as 0.00, and its coordinate is an accident of rounding
 
@@ -68,7 +69,7 @@ class Verdict:
         at = f", at {self.where}" if self.mean_shift >= SHOWN else ""
         figures = (
             f"k-hat {self.k_hat:.2f} (threshold {self.k_threshold:.2f}), ESS/S {self.ess_ratio:.2f}, "
-            f"largest change of a mean by weighting {self.mean_shift:.2f} sd{at}"
+            f"largest change of a mean by weighting {in_words(self.mean_shift)} sd{at}"
         )
         if self.status == "ok":
             return f"ok: the samples can be used as they are. Figures: {figures}."

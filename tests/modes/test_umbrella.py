@@ -15,6 +15,7 @@ from pyro_flows._seeding import seeded
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.starts import NoStart, dispersed_points
 from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.sliced import sliced
 from pyro_flows.modes.lacks import PLACES, Guide
 from pyro_flows.modes.thin import DRAWN_OUT, THIN, WANDERED, is_usable, level_of, too_thin
 from pyro_flows.modes.umbrella import HIGH, excess, walked
@@ -119,6 +120,24 @@ def test_a_guide_that_is_right_is_nowhere_too_thin():
 
     assert too_thin(guide, Counted(flow, density), z, torch.zeros(len(z)), log_q, seed=0) == []
     assert len(looks) == 81  # the first sixteen moves, of five leaps each: there is no way out
+
+
+@pytest.mark.parametrize(("dim", "wanderers"), [(20, 256), (30, 64)])
+def test_where_a_look_is_dear_fewer_points_wander(dim, wanderers):
+    flow = sliced(dim, slices=3).double()
+    density = flat(lambda z: flow.log_prob(z), dim)
+    with torch.no_grad(), seeded(0, torch.device("cpu")):
+        z, log_q = flow.draw(400)
+    looks = set()
+
+    class Counted(Latent):
+        def look(self, x, k):
+            looks.add(len(x))
+            return super().look(x, k)
+
+    guide = Guide(density, flow.log_prob, 0.0)
+    assert too_thin(guide, Counted(flow, density), z, torch.zeros(len(z)), log_q, seed=0) == []
+    assert looks == {wanderers}
 
 
 def test_draws_that_no_verdict_rests_on_are_not_drawn_out():

@@ -270,7 +270,8 @@ def test_columns_with_heavy_tails_are_judged_by_quantiles():
     noise = 0.2 * normal(len(z), seed=7)
     found = judge(weigh(z, noise, torch.zeros(len(z))), NAMES)
     assert found.status == "ok"
-    assert found.notes == ("a: heavy tails, so quantiles were compared; means and sds may not exist",)
+    said = "a: heavy tails where unconstrained, so quantiles were compared; means and sds there may not exist"
+    assert found.notes == (said,)
     moved = judge(weigh(z, 0.5 * torch.tanh(z[:, 0]), torch.zeros(len(z))), NAMES)
     assert moved.status == "corrected"
     assert "mean of a" in moved.reasons[0]
