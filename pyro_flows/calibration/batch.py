@@ -95,9 +95,7 @@ def fit_stack(
         report("starts")
         flows = [replace(plan, recipe=recipe).fresh(densities[0]) for plan in plans]
         starts = starts_together(stack, seed=seed, df=flows[0].df)
-        untrained = [
-            _as_it_starts(plan, density, start) for plan, density, start in zip(plans, densities, starts, strict=True)
-        ]
+        untrained = [_as_it_starts(*parts) for parts in zip(plans, densities, flows, starts, strict=True)]
         trained = _train(stack, flows, starts, [number for number, one in enumerate(untrained) if one is None], report)
         done = {number: one or trained[number] for number, one in enumerate(untrained) if one or number in trained}
         report("searches for missed modes")
@@ -121,14 +119,14 @@ def fit_stack(
 Fitted = tuple[Flow, Training]
 
 
-def _as_it_starts(plan: Plan, density: LogDensity, start: Start) -> Fitted | None:
+def _as_it_starts(plan: Plan, density: LogDensity, flow: Flow, start: Start) -> Fitted | None:
     """Return the affine flow at the start, moved to weighted moments, if weights correct it; else it has to be trained.
 
     Nothing is trained either if nobody would see what is left to correct. A flow that was asked for is always trained.
     """
     if not plan.automatic:
         return None
-    flow = untrained_twin(plan.fresh(density))
+    flow = untrained_twin(flow)
     start, df = matched(density, start, flow.df, seed=plan.seed, draws=LOOKED_AT_DRAWS), flow.df
     with seeded(derive(plan.seed, "a look at the start"), density.device):
         for own in (*(lighter * df for lighter in LIGHTER), *HEAVIER):

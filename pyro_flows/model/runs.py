@@ -59,6 +59,7 @@ class Runs:
                 f"plate {plate!r}: subsampled, so the log density is random. Give it its full size, or train a guide "
                 "such as AutoRealNVP with Pyro's own SVI."
             )
+        self._digits: bool | None = None  # whether those of single precision are lost, as far as is known
         self._settle(structure)
 
     def _settle(self, structure: Structure) -> None:
@@ -179,7 +180,9 @@ class Runs:
             self._unbatched = f"{self._unbatched}. {advice(self._unbatched)}"
             fallback(self._unbatched)
             logger.warning("%s", self._unbatched)
-        self.in_double = self._loses_digits()
+        if self._digits is None:
+            self._digits = self._loses_digits()
+        self.in_double = self._digits
 
     @torch.no_grad()
     def _loses_digits(self) -> bool:
@@ -191,14 +194,16 @@ class Runs:
         if self.dtype != torch.float32 or not self.batched or self.device.type != "cpu" or self._parameters:
             return False
         sites = [latent for latent in self.structure.latents if latent.size][:FAR_SITES]
-        points = torch.zeros(len(sites), len(FAR), self.dim)
+        points = torch.zeros(len(sites), len(FAR), self.dim, dtype=self.dtype)
         for number, latent in enumerate(sites):
             points[number, :, latent.offset : latent.offset + latent.size] = torch.tensor(FAR)[:, None]
         points = points.flatten(0, 1)
         try:
             with quiet():
-                single, double = (over_rows(self.single, z, batched=True).double() for z in (points, points.double()))
-        except (RuntimeError, TypeError, ValueError):  # a matrix of data in single precision takes no other
+                single, double = (over_rows(self.single, z, size=self._rows) for z in (points, points.double()))
+        except (
+            Exception
+        ):  # a matrix of data in single precision takes no other, and a model's own code may raise anything
             return False
         off = (single - double).abs() > LOST + LOST_SHARE * double.abs()
         return bool((off & torch.isfinite(single) & torch.isfinite(double)).any())
