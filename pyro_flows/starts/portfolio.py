@@ -74,8 +74,9 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
     with density.clock.part("the scores of starts"):
         scored += (_scored(density, start, noise, log_noise) for start in starts)
     scored += starts[len(scored) :]
-    resolved = without_noise(density, torch.stack([start.loc for start in scored])).tolist()
-    scored = [start for start, there in zip(scored, resolved, strict=True) if there] or scored
+    with density.clock.part("the scores of starts", noted=False):
+        resolved = without_noise(density, torch.stack([start.loc for start in scored])).tolist()
+        scored = [start for start, there in zip(scored, resolved, strict=True) if there] or scored
     usable = [start for start in scored if math.isfinite(start.elbo)]
     # where the support cuts through every start, none has a finite ELBO: all are left to the race
     return sorted(usable or scored, key=lambda start: -start.elbo)

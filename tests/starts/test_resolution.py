@@ -88,6 +88,21 @@ def test_far_places_of_usual_models_have_their_digits():
     assert bool(without_noise(density, torch.tensor([[2.0, 0.0], [500.0, 4.0], [0.0, 20.0], [2.0, -4.0]])).all())
 
 
+@pytest.mark.falls_back
+def test_models_that_run_draw_by_draw_are_not_asked():
+    runs = []
+
+    def branching():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        runs.append(float(x))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0 if float(x) > 0.0 else 2.0))
+
+    density = LogDensity(branching)
+    before = len(runs)
+    assert without_noise(density, torch.zeros(3, 1)).tolist() == [True, True, True]
+    assert len(runs) == before
+
+
 def test_no_start_lies_where_digits_are_lost(density):
     starts = portfolio(density, seed=0)
     assert bool(without_noise(density, torch.stack([start.loc for start in starts])).all())
