@@ -18,7 +18,7 @@ from typing import Any
 
 from pyro_flows._fallbacks import fallback
 
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11")
+FLAGS = ("-O3", "-fno-unswitch-loops", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11")
 UNKNOWN_TO_SOME = ("-march=native", "-fno-trapping-math")  # compilers
 SECONDS = 120  # for the compiler at most
 CACHE = "PYRO_FLOWS_CACHE"  # a variable of the environment: the folder where compiled code is kept
@@ -26,7 +26,7 @@ CACHE = "PYRO_FLOWS_CACHE"  # a variable of the environment: the folder where co
 
 @functools.cache
 def library() -> Callable[..., Any] | None:
-    """Return ``run_program`` of ``native.c``; None where there is no compiler of C. Cost: two seconds, once a machine.
+    """Return ``run_program`` of ``native.c``; None where there is no compiler of C. Cost: two to three seconds, once a machine.
 
     >>> run = library()
     """
