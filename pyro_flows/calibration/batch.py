@@ -9,22 +9,20 @@ import torch
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import few_threads
+from pyro_flows.calibration.untrained import Fitted, untrained
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.escalation import LOOKED_AT_DRAWS, Round, invisible, unweighed, weighed
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared, prepare
-from pyro_flows.fitting.run import AT_ONCE, LIGHTER, Run
-from pyro_flows.fitting.selection import begin
+from pyro_flows.fitting.run import Run
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.parts import untrained_twin
-from pyro_flows.flows.recipe import Recipe, set_df, start_at
+from pyro_flows.flows.recipe import Recipe, start_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.modes.together import missed_together
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.stage import Stage
-from pyro_flows.starts.matching import matched
 from pyro_flows.starts.start import Start
 from pyro_flows.starts.together import starts_together
 from pyro_flows.training.lockstep import Lockstep
@@ -34,10 +32,6 @@ from pyro_flows.training.together import train_together
 TOGETHER, NUMBERS = 128, 2**20  # data sets side by side at most, and numbers that a step of all handles
 EACH = 32  # draws of each flow in a step
 FEWEST = 4  # data sets that are worth a graph of their own
-HEAVIER = (8.0, 5.0)  # degrees of freedom of a Student-t distribution whose weights correct it
-EVEN, SHORT_TAIL = 0.5, 0.3  # its effective share of draws at least, and its k-hat at most
-NEARLY_EVEN = 0.9  # share with lighter tails: with less, the posterior has another shape, and heavier tails are in vain
-AT_THE_START = "no flow was trained: importance weights correct a Student-t distribution with the posterior's moments"
 AT_ONCE_TRAINED = "converged: the importance weights leave nothing to see"
 LAYERS = 2  # of a flow that was given by name: those for which this is too little are fitted again by themselves
 
@@ -74,8 +68,8 @@ def fit_stack(
 ) -> list[Posterior | None]:
     """Fit K data sets side by side, and judge each by itself as ``fit`` judges its own.
 
-    Where importance weights correct a Student-t distribution at the moments of the posterior, nothing is trained. The
-    others are trained in lockstep; None for them if these are too few for that.
+    Where importance weights correct a Student-t distribution at the moments of the posterior, or slices along one
+    coordinate, nothing is trained. The others are trained in lockstep; None for them if these are too few for that.
 
     Args:
         plans: one for each data set.
@@ -95,9 +89,10 @@ def fit_stack(
         report("starts")
         flows = [replace(plan, recipe=recipe).fresh(densities[0]) for plan in plans]
         starts = starts_together(stack, seed=seed, df=flows[0].df)
-        untrained = [_as_it_starts(*parts) for parts in zip(plans, densities, flows, starts, strict=True)]
-        trained = _train(stack, flows, starts, [number for number, one in enumerate(untrained) if one is None], report)
-        done = {number: one or trained[number] for number, one in enumerate(untrained) if one or number in trained}
+        as_they_start = untrained(plans, stack, flows, starts)
+        left = [number for number, one in enumerate(as_they_start) if one is None]
+        trained = _train(stack, flows, starts, left, report)
+        done = {number: one or trained[number] for number, one in enumerate(as_they_start) if one or number in trained}
         report("searches for missed modes")
         searches = missed_together(stack.select(list(done)), [flow for flow, _ in done.values()], seed=seed)
     found: list[Posterior | None] = [None] * len(plans)
@@ -114,31 +109,6 @@ def fit_stack(
         with seeded(derive(plan.seed, "side by side"), density.device):
             found[number] = _noted(conclude(plan, density, work), training, len(plans))
     return found
-
-
-Fitted = tuple[Flow, Training]
-
-
-def _as_it_starts(plan: Plan, density: LogDensity, flow: Flow, start: Start) -> Fitted | None:
-    """Return the affine flow at the start, moved to weighted moments, if weights correct it; else it has to be trained.
-
-    Nothing is trained either if nobody would see what is left to correct. A flow that was asked for is always trained.
-    """
-    if not plan.automatic:
-        return None
-    flow = untrained_twin(flow)
-    start, df = matched(density, start, flow.df, seed=plan.seed, draws=LOOKED_AT_DRAWS), flow.df
-    with seeded(derive(plan.seed, "a look at the start"), density.device):
-        for own in (*(lighter * df for lighter in LIGHTER), *HEAVIER):
-            begin(set_df(flow, own), start)
-            weighing = weighed(flow, density, LOOKED_AT_DRAWS)
-            if not weighing.ess > (EVEN if own in HEAVIER else NEARLY_EVEN) * LOOKED_AT_DRAWS:
-                return None
-            if invisible(weighing):
-                return flow, Training([], weighing.elbo, True, False, AT_ONCE, 0, 0)
-            if own in HEAVIER and weighing.k_hat < SHORT_TAIL:
-                return flow, Training([], weighing.elbo, False, False, AT_THE_START, 0, 0)
-    return None
 
 
 def _train(

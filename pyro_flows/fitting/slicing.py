@@ -26,7 +26,8 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import Guide
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.short_tails import and_tails
-from pyro_flows.modes.slices import Marginal, all_slices, can_be_sliced, closer, flow_along, slices_about
+from pyro_flows.modes.slices import Marginal, all_slices, can_be_sliced, closer, slices_about
+from pyro_flows.modes.tables import flow_along
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start

@@ -19,7 +19,8 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHORT_TAIL, Lack
 from pyro_flows.modes.missed_modes import Search, sentence_on
-from pyro_flows.modes.slices import Marginal, all_slices, can_be_sliced, closer, roots_of
+from pyro_flows.modes.slices import Marginal, all_slices, can_be_sliced, closer
+from pyro_flows.modes.tables import roots_of
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.weighing import in_order, weighted_quantiles

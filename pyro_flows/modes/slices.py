@@ -9,7 +9,7 @@ and slices at a few places give the marginal of coordinate k, up to a constant, 
 values tell of the spread of others are looked at. Slices count only if their masses are known. Each has one top: where
 others have as much mass whatever c is, the marginal is right, and the slices lack them.
 
-The slices are a flow too, which has the tail: see :func:`flow_along`.
+The slices are a flow too, which has the tail: see ``tables.py``.
 
 Reference: Rue, Martino and Chopin 2009, "Approximate Bayesian inference for latent Gaussian models by using integrated
 nested Laplace approximations" (JRSS B 71, doi:10.1111/j.1467-9868.2008.00700.x).
@@ -24,13 +24,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_flows._cubic import between, smooth_slopes
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.sliced import of_slices
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.held import Tops
 from pyro_flows.modes.propriety import Tails, finer
+from pyro_flows.modes.tables import OUTSIDE, Table
 from pyro_flows.modes.thin import is_usable
 from pyro_flows.starts.curvature import second_derivatives
 from pyro_flows.starts.prior import spread_of
@@ -51,58 +49,23 @@ GAP = 2  # slices in a row whose mass need not be known, between others
 WIDER, TIMES = 5.0, 4  # by which steps are stretched, and how often, where the marginal has not fallen off at the last
 FEWEST_DRAWS = 500  # that tell where to look
 FEWEST, DEEP = 8, 60.0  # slices; nats below the highest one, beyond which there is nothing
-POINTS = 4001  # of a table
-OUTSIDE = 1e-4  # of the mass, that may lie beyond the ends of a flow's table
 
 
 @dataclass(frozen=True)
-class Marginal:
-    """Slices along a coordinate: places (N,) in order, log masses (N,), tops (N, D), roots of Hessians (N, D, D).
+class Marginal(Table):
+    """A table of slices along a coordinate, and what they were made of.
 
     Steps ``stretch`` times as long as usual were added, and ``reached`` says at which ends the last one is known.
     """
 
     tails: Tails = field(repr=False)
-    coordinate: int
-    places: Tensor
-    log_masses: Tensor
-    tops: Tensor
-    roots: Tensor
     stretch: float = 1.0
     reached: tuple[bool, bool] = (False, False)
 
-    def density(self) -> tuple[Tensor, Tensor]:
-        """Return values of the coordinate (G,), as many between any two places, and normalized log densities there."""
-        height, each = self.log_masses - self.log_masses.max(), POINTS // (len(self.places) - 1)
-        parts = self.places[:-1, None] + self.places.diff()[:, None] * torch.arange(each).to(self.places) / each
-        grid = torch.cat([parts.flatten(), self.places[-1:]])
-        slopes = smooth_slopes(self.places, height, limited=True)
-        height = between(grid, self.places, height[:, None], slopes[:, None])[:, 0]
-        return grid, height - torch.trapezoid(height.exp(), grid).log()
-
-    def beyond(self) -> float:
-        """Return the share of the mass beyond the ends, if the density falls on as it does there; infinite if not."""
-        return sum(self._beyond_each())
-
-    def _beyond_each(self) -> tuple[float, float]:
-        grid, height = self.density()
-        low, high = ((height[1] - height[0]) / (grid[1] - grid[0]), (height[-2] - height[-1]) / (grid[-1] - grid[-2]))
-        pairs = (height[0], low), (height[-1], high)
-        first, second = (float(end.exp() / fall) if float(fall) > 0.0 else math.inf for end, fall in pairs)
-        return first, second
-
     def goes_on(self) -> bool:
         """Whether there is mass beyond an end up to which all is known, so that longer steps may tell more."""
-        pairs = zip(self._beyond_each(), self.reached, strict=True)
+        pairs = zip(self.beyond_each(), self.reached, strict=True)
         return any(part >= OUTSIDE and reached for part, reached in pairs)
-
-    def below(self, values: Tensor) -> Tensor:
-        """Return the share of the mass below some values (V,)."""
-        grid, height = self.density()
-        mass = height.exp()
-        summed = torch.cat([mass[:1] * 0.0, torch.cumsum(0.5 * grid.diff() * (mass[1:] + mass[:-1]), 0)])
-        summed = (summed / summed[-1])[:, None]
-        return between(values.to(grid), grid, summed, torch.zeros_like(summed))[:, 0]
 
 
 def can_be_sliced(density: LogDensity) -> bool:
@@ -212,7 +175,7 @@ def _marginals(
         rows = rows[order]
         reached = 2 * last in order.tolist(), last in order.tolist()
         at = places[order], log_masses[rows], tops.points[rows, :-1], tops.roots[rows]
-        found.append(Marginal(tails, coordinate, *at, stretch, reached) if len(order) >= FEWEST else None)
+        found.append(Marginal(coordinate, *at, tails, stretch, reached) if len(order) >= FEWEST else None)
     return found
 
 
@@ -275,24 +238,3 @@ def _drawn(tails: Tails, points: Tensor, roots: Tensor, held: Tensor, count: int
     mean = torch.logsumexp(ratios, 1) - math.log(count)
     pairs = (ratios - mean[:, None]).exp().view(len(points), 2, -1).mean(1)  # of opposite draws
     return mean - size, (pairs.std(1) / math.sqrt(count // 2)).nan_to_num(nan=math.inf)
-
-
-def roots_of(marginal: Marginal) -> Tensor:
-    """Return lower triangular roots (N, D, D) of covariances of slices, a one at their coordinate."""
-    unit = torch.eye(marginal.tops.shape[1]).to(marginal.roots)
-    inner = torch.linalg.solve_triangular(marginal.roots, unit, upper=False)
-    return torch.linalg.cholesky_ex(inner.mT @ inner)[0]
-
-
-@torch.no_grad()
-def flow_along(marginal: Marginal, *, df: float = 30.0) -> Flow:
-    """Return the flow of the slices, with a base of so many degrees of freedom.
-
-    Raises:
-        ValueError: for a marginal that is too narrow for a table, or goes on beyond it: no draw would ever come there,
-            and no weight would tell.
-    """
-    if not marginal.beyond() < OUTSIDE:
-        raise ValueError("slices: expected a density that has fallen off at both ends.")
-    places, height = marginal.density()
-    return of_slices(marginal.coordinate, (places, height), marginal.places, marginal.tops, roots_of(marginal), df=df)

@@ -21,7 +21,8 @@ from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.short_tails import and_tails, short_tail
-from pyro_flows.modes.slices import _around_first, all_slices, closer, flow_along, slices_about, telling
+from pyro_flows.modes.slices import _around_first, all_slices, closer, slices_about, telling
+from pyro_flows.modes.tables import flow_along
 from pyro_flows.transforms.sliced import Sliced
 from pyro_flows.verdict.chains import Chains
 
@@ -351,7 +352,7 @@ def test_a_guide_that_ends_before_a_tail_is_told_so(monkeypatch):
     z = shortened(density)
     (whole,) = all_slices(density, z, torch.zeros(len(z)), seed=0)
     whole = closer(density, whole, seed=0)
-    monkeypatch.setattr("pyro_flows.modes.slices.OUTSIDE", 1.0)
+    monkeypatch.setattr("pyro_flows.modes.tables.OUTSIDE", 1.0)
     for slices, status in ((whole, "ok"), (cut(whole, float(z[:, 1].max())), "unreliable")):
         guide = AutoFlow.of(flow_along(slices), density.structure, groups, (INDEX, Y.double()), {})
         verdict = pf.diagnose(groups, guide, INDEX, Y.double(), seed=0).verdict

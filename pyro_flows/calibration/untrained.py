@@ -1,0 +1,102 @@
+"""Flows that nobody has to train: a Student-t distribution at the posterior's moments, or slices along a coordinate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.fitting.escalation import LOOKED_AT_DRAWS, invisible, weighed
+from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.run import AT_ONCE, LIGHTER
+from pyro_flows.fitting.selection import begin
+from pyro_flows.fitting.slicing import AT_ONCE as SLICED
+from pyro_flows.fitting.slicing import LIGHTER as LIGHTER_SLICES
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.parts import untrained_twin
+from pyro_flows.flows.recipe import set_df
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.stack import Stack
+from pyro_flows.modes.slices_together import bent, slices_together
+from pyro_flows.modes.tables import Table, flow_along
+from pyro_flows.starts.matching import matched
+from pyro_flows.starts.start import Start
+from pyro_flows.training.loop import Training
+
+HEAVIER = (8.0, 5.0)  # degrees of freedom of a Student-t distribution whose weights correct it
+EVEN, SHORT_TAIL = 0.5, 0.3  # effective share of draws at least, and k-hat at most, of what weights correct
+NEARLY_EVEN = 0.9  # share with lighter tails: with less, the posterior has another shape, and heavier tails are in vain
+SHORT = 0.05  # nats by which a start's ELBO is short of the slices' evidence: with more, slices are tried first
+CORRECTED = "no flow was trained: importance weights correct a Student-t distribution with the posterior's moments"
+CORRECTED_SLICES = "no flow was trained: importance weights correct slices along a coordinate"
+
+Fitted = tuple[Flow, Training]
+
+
+def untrained(
+    plans: Sequence[Plan], stack: Stack, flows: Sequence[Flow], starts: Sequence[Start]
+) -> list[Fitted | None]:
+    """Return what is enough without training for each data set, None where nothing is.
+
+    Both kinds are tried where need be: first the one that is likely to be enough. Either is enough if nobody would see
+    what weights change, or if weights correct it. A flow that was asked for is always trained.
+    """
+    if not plans[0].automatic:
+        return [None] * len(plans)
+    where = bent(stack, starts)
+    tables = [None] * len(plans) if where is None else slices_together(stack, starts, where)
+    parts = zip(plans, stack.densities, flows, starts, tables, strict=True)
+    return [_Trial(*part).best() for part in parts]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One data set: its untrained flow, start and slices, if there are any."""
+
+    plan: Plan
+    density: LogDensity
+    flow: Flow
+    start: Start
+    table: Table | None
+
+    def best(self) -> Fitted | None:
+        """Return the first kind that is enough."""
+        if self.table is None:
+            return self._moved()
+        if self.table.log_evidence - self.start.elbo > SHORT:
+            return self._sliced(self.table) or self._moved()
+        return self._moved() or self._sliced(self.table)
+
+    def _moved(self) -> Fitted | None:
+        """Return the affine flow at the start, moved to weighted moments, if weights correct it."""
+        flow = untrained_twin(self.flow)
+        start = matched(self.density, self.start, flow.df, seed=self.plan.seed, draws=LOOKED_AT_DRAWS)
+        df = flow.df
+        with seeded(derive(self.plan.seed, "a look at the start"), self.density.device):
+            for own in (*(lighter * df for lighter in LIGHTER), *HEAVIER):
+                begin(set_df(flow, own), start)
+                weighing = weighed(flow, self.density, LOOKED_AT_DRAWS)
+                if not weighing.ess > (EVEN if own in HEAVIER else NEARLY_EVEN) * LOOKED_AT_DRAWS:
+                    return None
+                if invisible(weighing):
+                    return flow, Training([], weighing.elbo, True, False, AT_ONCE, 0, 0)
+                if own in HEAVIER and weighing.k_hat < SHORT_TAIL:
+                    return flow, Training([], weighing.elbo, False, False, CORRECTED, 0, 0)
+        return None
+
+    def _sliced(self, table: Table) -> Fitted | None:
+        """Return the flow of slices, if weights correct it."""
+        with seeded(derive(self.plan.seed, "a look at slices"), self.density.device):
+            for df in LIGHTER_SLICES:
+                try:
+                    flow = flow_along(table, df=df).to(self.density.device, self.density.dtype)
+                except ValueError:
+                    return None
+                weighing = weighed(flow, self.density, LOOKED_AT_DRAWS)
+                if not weighing.ess > EVEN * LOOKED_AT_DRAWS:
+                    return None
+                if invisible(weighing):
+                    return flow, Training([], weighing.elbo, True, False, SLICED, 0, 0)
+            if weighing.k_hat < SHORT_TAIL:
+                return flow, Training([], weighing.elbo, False, False, CORRECTED_SLICES, 0, 0)
+        return None

@@ -1,0 +1,149 @@
+"""Slices of many posteriors at once, one table for each: tops by Newton's method, masses by normal distributions.
+
+``slices.py`` climbs to the tops of one posterior from far away, and weighs draws there. Here each top is next to a
+start that is known, and what is not normal about a slice shows in the weights of the flow's draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows.model.stack import Stack
+from pyro_flows.modes.held import SMALL
+from pyro_flows.modes.slices import BENT, DEEP, FEWEST, MOST_ALONE, UP_TO
+from pyro_flows.modes.tables import Table
+from pyro_flows.starts.start import Start
+
+# spreads from the middle
+SIDE = (*(0.5 * number for number in range(1, 9)), 5.0, 6.5, 8.0, 11.0, 15.0, 20.0, 30.0, 45.0)
+NEWTON = 4  # steps at most
+
+
+class Bent(NamedTuple):
+    """A coordinate along which curvatures change most, for each of K data sets, and by how much (K,)."""
+
+    coordinates: Tensor
+    strengths: Tensor
+
+
+class Middles(NamedTuple):
+    """Places (K, D), and covariances (K, D, D) there."""
+
+    loc: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, starts: Sequence[Start]) -> Middles:
+        """Return those of starts."""
+        roots = torch.stack([start.scale if start.scale.dim() == 2 else start.scale.diag() for start in starts])
+        return cls(torch.stack([start.loc for start in starts]), roots @ roots.mT)
+
+    @property
+    def spread(self) -> Tensor:
+        return self.covariance.diagonal(dim1=1, dim2=2).sqrt()
+
+
+@torch.no_grad()
+def bent(stack: Stack, starts: Sequence[Start]) -> Bent | None:
+    """Return the site of one coordinate along which each posterior is bent most; None if no site is of one coordinate.
+
+    The strength is the change of its own log curvature over two spreads, and that of the others in the mean.
+
+    Cost: a Hessian at two points for each such site, up to 16.
+    """
+    alone = [latent.offset for latent in stack.structure.latents if latent.size == 1][:MOST_ALONE]
+    if not alone or not 1 < stack.dim <= UP_TO:
+        return None
+    middles = Middles.of(starts)
+    unit = torch.eye(stack.dim).to(middles.loc)[alone]
+    away = middles.spread[:, None] * unit
+    points = torch.stack([middles.loc[:, None] + away, middles.loc[:, None] - away], 1)
+    curvatures = -stack.hessians(points.flatten(0, 2)).diagonal(dim1=1, dim2=2).double()
+    above, below = curvatures.view(len(stack), 2, len(alone), stack.dim).unbind(1)
+    change = (above / below).log().abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    own = change[:, torch.arange(len(alone)), alone]
+    strengths, chosen = (own + (change.sum(2) - own) / (stack.dim - 1)).max(1)
+    return Bent(torch.tensor(alone, device=chosen.device)[chosen], strengths)
+
+
+@torch.no_grad()
+def slices_together(stack: Stack, starts: Sequence[Start], bent: Bent) -> list[Table | None]:
+    """Return slices of each posterior about its start; None where it is not bent, or few are known.
+
+    Paths begin where the others are on average, given the coordinate, under the start's normal distribution. Where the
+    others are normal, one step comes to the top.
+
+    Cost: up to five Hessians and gradients at 33 places for each data set.
+    """
+    middles = Middles.of(starts)
+    rows, held = torch.arange(len(stack), device=middles.loc.device), bent.coordinates
+    steps = middles.loc.new_tensor([*(-step for step in reversed(SIDE)), 0.0, *SIDE])
+    distances = middles.spread[rows, held, None] * steps
+    slopes = middles.covariance[rows, held] / middles.covariance[rows, held, held, None]
+    points = middles.loc[:, None] + distances[..., None] * slopes[:, None]
+    tops, masses, roots, known = _tops(stack, points.flatten(0, 1), held.repeat_interleave(len(steps)))
+    shape = len(stack), len(steps)
+    parts = tops.view(*shape, -1), masses.view(shape), roots.view(*shape, stack.dim, stack.dim), known.view(shape)
+    tables = (_table(int(number), *own) for number, *own in zip(held, *parts, strict=True))
+    return [table if strength > BENT else None for table, strength in zip(tables, bent.strengths.tolist(), strict=True)]
+
+
+def _tops(stack: Stack, points: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return tops (S, D) over all coordinates but the one held (S,), log masses (S,), roots of Hessians, what is known.
+
+    A top is known where the Hessian has a root, and one more step would gain next to nothing.
+    """
+    height, slope = _slopes(stack, points, held)
+    for number in range(NEWTON + 1):
+        roots = _roots(stack, points, held)
+        step = torch.cholesky_solve(slope[..., None], roots.nan_to_num(nan=1.0))[..., 0]
+        gain = 0.5 * (slope * step).sum(1)
+        known = ~roots.isnan().any(2).any(1) & height.isfinite()
+        if number == NEWTON or not bool((known & (gain > 0.01 * SMALL)).any()):
+            break
+        moved = points + step.to(points)
+        above, slopes = _slopes(stack, moved, held)
+        better = known & (above > height)
+        points = torch.where(better[:, None], moved, points)
+        slope = torch.where(better[:, None], slopes, slope)
+        height = torch.where(better, above, height)
+    return points, height - roots.diagonal(dim1=1, dim2=2).log().sum(1), roots, known & (gain < SMALL)
+
+
+def _slopes(stack: Stack, points: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log densities (S,) and gradients (S, D), zero along the coordinate that is held, in double precision."""
+    value, grad = stack.value_and_grad(points)
+    return value.double(), grad.double().scatter(1, held[:, None], 0.0)
+
+
+def _roots(stack: Stack, points: Tensor, held: Tensor) -> Tensor:
+    """Return roots (S, D, D) of Hessians, the identity along the coordinate that is held; NaN where there is none."""
+    hessians = -stack.hessians(points).double()
+    rows = torch.arange(len(held), device=held.device)
+    hessians[rows, held] = 0.0
+    hessians[rows, :, held] = 0.0
+    hessians[rows, held, held] = 1.0
+    roots, faults = torch.linalg.cholesky_ex(0.5 * (hessians + hessians.mT))
+    return torch.where((faults == 0)[:, None, None], roots, torch.nan)
+
+
+def _table(coordinate: int, tops: Tensor, masses: Tensor, roots: Tensor, known: Tensor) -> Table | None:
+    """Return the table of the slices about the middle one, up to the first that are not known or have no mass."""
+    usable = known & (masses > masses[known].max() - DEEP) if bool(known.any()) else known
+    middle, flags = len(SIDE), usable.tolist()
+    if not flags[middle]:
+        return None
+    first = middle - _run(flags[middle::-1]) + 1
+    chosen = slice(first, middle + _run(flags[middle:]))
+    if chosen.stop - chosen.start < FEWEST:
+        return None
+    return Table(coordinate, tops[chosen, coordinate].double(), masses[chosen], tops[chosen], roots[chosen])
+
+
+def _run(flags: Sequence[bool]) -> int:
+    """Return how many flags are set before the first one that is not."""
+    return next((number for number, flag in enumerate(flags) if not flag), len(flags))
