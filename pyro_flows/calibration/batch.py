@@ -49,7 +49,7 @@ def size_of_batch(density: LogDensity) -> int:
 
 
 def coordinates_for(plan: Plan, densities: Sequence[LogDensity]) -> list[LogDensity]:
-    """Return all densities in the coordinates that the first of them chooses.
+    """Return the densities after the first one, all in the coordinates that the first chooses.
 
     Raises:
         NotStackable: if these are of angles, whose cut depends on the data, or end at walls that do.
@@ -60,7 +60,10 @@ def coordinates_for(plan: Plan, densities: Sequence[LogDensity]) -> list[LogDens
     for chart, reason in OF_DATA.items():
         if any(isinstance(options, dict) and chart in options for options in chosen.values()):
             raise NotStackable(reason)
-    return [density.elsewhere(chosen) for density in densities] if chosen else list(densities)
+    if not chosen:
+        return list(densities[1:])
+    first = densities[0].elsewhere(chosen)
+    return [first.beside(density.args, density.kwargs) for density in densities[1:]]
 
 
 def fit_stack(

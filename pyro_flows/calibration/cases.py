@@ -20,13 +20,15 @@ class Case:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def density(self, model: Callable[..., Any], number: int) -> LogDensity:
-        """Return the model's log density.
+    def density(self, model: Callable[..., Any], number: int, lead: LogDensity | None = None) -> LogDensity:
+        """Return the model's log density: how the model runs is taken from ``lead``, that of data of equal shapes.
 
         Raises:
             ValueError: naming the data set too.
         """
         try:
+            if lead is not None and lead.batched and not lead.parameters():
+                return lead.beside(self.args, self.kwargs)
             return LogDensity(model, self.args, self.kwargs)
         except ValueError as error:
             raise ValueError(f"data[{number}]: {error}") from error

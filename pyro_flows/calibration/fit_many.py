@@ -142,6 +142,7 @@ class Many:
         check_jobs(self.jobs)
         layers = {} if options["layers"] is None else {"layers": _checks.integer("layers", options["layers"], 1)}
         self.recipe = recipe_for(options["flow"], layers)
+        self._read: dict[int, LogDensity] = {}
         self._leads: dict[int, int] = {number: group[0] for group in grouped(self.cases) for number in group}
 
     def batches(self) -> list[list[int]]:
@@ -151,7 +152,7 @@ class Many:
         """
         found = []
         for group in grouped(self.cases):
-            size = size_of_batch(self._density(group[0])) if self.together else 1
+            size = size_of_batch(self._lead(group[0])) if self.together else 1
             found += [group[first : first + size] for first in range(0, len(group), size)]
         return found if self.together else [[number for part in found for number in part]]
 
@@ -172,23 +173,26 @@ class Many:
     def _side_by_side(self, numbers: Sequence[int], bar: Bar) -> list[Posterior | None]:
         """Fit a batch side by side, or those of it that can be; nothing if that cannot be done."""
         with alone():
-            lead = self._density(self._leads[numbers[0]])
-            densities = [self._density(number) for number in numbers]
+            lead = self._lead(self._leads[numbers[0]])
+            densities = [self.cases[number].density(self.model, number, lead) for number in numbers]
             first = densities[0]
             warn_if_nothing_observed(first.structure, first.trace_at, self.model, first.args, first.kwargs)
             check_memory(first, self.options["draws"])
             plans = [self._plan(number, bar) for number in numbers]
             try:
-                _, *densities = coordinates_for(plans[0], [lead, *densities])
+                densities = coordinates_for(plans[0], [lead, *densities])
                 seed = derive(self.seed, f"batch {numbers[0]}")
                 return fit_stack(plans, densities, seed=seed, report=bar.watch)
             except NotStackable as error:
                 self.reason = fallback("data sets are fitted one by one", error)
                 return []
 
-    def _density(self, number: int) -> LogDensity:
-        with alone():
-            return self.cases[number].density(self.model, number)
+    def _lead(self, number: int) -> LogDensity:
+        """Return the density of the first data set of a group; the last one is kept."""
+        if number not in self._read:
+            with alone():
+                self._read = {number: self.cases[number].density(self.model, number)}
+        return self._read[number]
 
     def _plan(self, number: int, bar: Bar) -> Plan:
         return Plan(

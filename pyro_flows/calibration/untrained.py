@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.fitting.escalation import LOOKED_AT_DRAWS, invisible, weighed
+from pyro_flows.fitting.escalation import EVEN_ESS, LOOKED_AT_DRAWS, invisible, weighed
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.run import AT_ONCE, LIGHTER
 from pyro_flows.fitting.selection import begin
@@ -22,11 +22,13 @@ from pyro_flows.modes.tables import Table, flow_along
 from pyro_flows.starts.matching import matched
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import Training
+from pyro_flows.verdict.weighing import Weighing
 
 HEAVIER = (8.0, 5.0)  # degrees of freedom of a Student-t distribution whose weights correct it
 EVEN, SHORT_TAIL = 0.5, 0.3  # effective share of draws at least, and k-hat at most, of what weights correct
 NEARLY_EVEN = 0.9  # share with lighter tails: with less, the posterior has another shape, and heavier tails are in vain
 SHORT = 0.05  # nats by which a start's ELBO is short of the slices' evidence: with more, slices are tried first
+GLANCE = 1000  # draws that suffice where weights are nearly the same at all of them
 CORRECTED = "no flow was trained: importance weights correct a Student-t distribution with the posterior's moments"
 CORRECTED_SLICES = "no flow was trained: importance weights correct slices along a coordinate"
 
@@ -92,11 +94,19 @@ class _Trial:
                     flow = flow_along(table, df=df).to(self.density.device, self.density.dtype)
                 except ValueError:
                     return None
-                weighing = weighed(flow, self.density, LOOKED_AT_DRAWS)
-                if not weighing.ess > EVEN * LOOKED_AT_DRAWS:
+                weighing = _weighed(flow, self.density)
+                if not weighing.ess > EVEN * len(weighing.log_weights):
                     return None
                 if invisible(weighing):
                     return flow, Training([], weighing.elbo, True, False, SLICED, 0, 0)
             if weighing.k_hat < SHORT_TAIL:
                 return flow, Training([], weighing.elbo, False, False, CORRECTED_SLICES, 0, 0)
         return None
+
+
+def _weighed(flow: Flow, density: LogDensity) -> Weighing:
+    """Weigh a fresh sample of a flow: a small one, if weights of that are nearly the same."""
+    glance = weighed(flow, density, GLANCE)
+    if glance.ess > EVEN_ESS * GLANCE and invisible(glance):
+        return glance
+    return weighed(flow, density, LOOKED_AT_DRAWS)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, fx
 
 from pyro_flows._clock import Clock
+from pyro_flows._seeding import seeded
 from pyro_flows._turns import turn
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.gradients import values_and_grads
+from pyro_flows.model.reading import read_structure
+from pyro_flows.model.runs import Runs
 from pyro_flows.model.site_values import SiteValues
 from pyro_flows.model.sites import Noncentered, Structure
 
@@ -66,8 +70,8 @@ class LogDensity(SiteValues):
     (1, torch.Size([3]))
     """
 
-    def _settle(self, structure: Structure) -> None:
-        super()._settle(structure)
+    def _settle(self, structure: Structure, like: Runs | None = None) -> None:
+        super()._settle(structure, like)
         self.evaluations = 0
         (unit, large), numbers = self.work.rows(2), max(self.numbers, self.work.largest // (2 * LARGER))
         self._with_gradients = Recorder(self._gradients, numbers, unit=unit)
@@ -87,6 +91,22 @@ class LogDensity(SiteValues):
         other = copy.copy(self)
         other._settle(self._as_read.noncenter(noncentered))
         other.under(self.clock)
+        return other
+
+    def beside(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LogDensity:
+        """Return the log density of the same model with other data of equal shapes, in the same coordinates.
+
+        Its structure is read, and its data are checked. Whether it can be batched is not: who calls this compares
+        values, as :class:`~pyro_flows.model.stack.Stack` does.
+
+        Raises:
+            ValueError: as for a new log density.
+        """
+        other = copy.copy(self)
+        other.args, other.kwargs = tuple(args), dict(kwargs)
+        with seeded(0):
+            other._as_read = read_structure(self.model, other.args, other.kwargs)
+        other._settle(other._as_read.noncenter(self.structure.noncentered), self)
         return other
 
     def __call__(self, z: Tensor) -> Tensor:

@@ -62,8 +62,11 @@ class Runs:
         self._digits: bool | None = None  # whether those of single precision are lost, as far as is known
         self._settle(structure)
 
-    def _settle(self, structure: Structure) -> None:
-        """Take these coordinates: find out whether the data fit there, and whether runs can be batched."""
+    def _settle(self, structure: Structure, like: Runs | None = None) -> None:
+        """Take these coordinates: find out whether the data fit there, and whether runs can be batched.
+
+        That is taken over from ``like``, runs of the same model in these coordinates, if there are such.
+        """
         self.structure = structure
         self.dim, self.dtype, self.device = self.structure.dim, self.structure.dtype, self.structure.device
         self.names = tuple(latent.name for latent in self.structure.latents)
@@ -79,7 +82,16 @@ class Runs:
         self.in_double = False  # what a model in single precision computes
         self._guards: frozenset[str] = frozenset()
         self._guards = check_values(self.structure, self.trace_at, self._called)
-        self._probe()
+        if like is None:
+            self._probe()
+        else:
+            self._take_over(like)
+
+    def _take_over(self, like: Runs) -> None:
+        """Run the model as ``like`` does, which has found out how."""
+        self.batched, self._unbatched, self._writes = like.batched, like._unbatched, like._writes
+        self.work, self._factorizes = like.work, like._factorizes
+        self._digits, self.in_double = like._digits, like.in_double
 
     # one run ------------------------------------------------------------------------------------------------------
 

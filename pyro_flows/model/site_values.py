@@ -24,8 +24,8 @@ from pyro_flows.model.sites import Structure, messages
 class SiteValues(Runs):
     """Values and densities of a model's sites at points, and draws; see :class:`~pyro_flows.LogDensity`."""
 
-    def _settle(self, structure: Structure) -> None:
-        super()._settle(structure)
+    def _settle(self, structure: Structure, like: Runs | None = None) -> None:
+        super()._settle(structure, like)
         self._densities: dict[tuple[str, ...], Recorder] = {}  # by the sites that they are of
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:

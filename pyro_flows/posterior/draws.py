@@ -55,8 +55,9 @@ def from_draws(
             draws = len(pool.log_p) // POOL
         said: dict[str, Any] = {"failures": failures, "notes": notes, "contained": contained, "doubts": doubts}
         said["warnings"] = [*warnings, *density.clock.reasons()]
-        found = _decided(density, draw, pool, names, draws=draws, seed=seed, **said)
-        samples = density.constrain(found.used)
+        values: dict[str, Tensor] = {}
+        found = _decided(density, draw, pool, names, values, draws=draws, seed=seed, **said)
+        samples = {name: value[found.index] for name, value in values.items()} or density.constrain(found.used)
     return Posterior(
         samples=samples,
         **_figures(found, draws),
@@ -70,9 +71,10 @@ def from_draws(
 
 
 def _decided(
-    density: LogDensity, draw: Draw, pool: Pool, names: Sequence[str], *, draws: int, seed: int, **said: Any
-) -> Decision:
-    """Decide by the pool that is there; ``said`` goes to the judge."""
+    density: LogDensity, draw: Draw, pool: Pool, names: Sequence[str], values: dict[str, Tensor], *,
+    draws: int, seed: int, **said: Any,
+) -> Decision:  # fmt: skip
+    """Decide by the pool that is there; ``said`` goes to the judge, and ``values`` gets the model's own of the pool."""
     return decide(
         lambda n: (pool.z[:n], pool.log_q[:n]),
         lambda z: pool.log_p[: len(z)],
@@ -81,17 +83,25 @@ def _decided(
         seed=seed,
         again=lambda: _weighed_again(density, draw, POOL * draws),
         complaint=lambda z: density.complaint(z[: pool.checked]),
-        changed=lambda z, log_weights: _changed(density, z, log_weights, draws),
+        changed=lambda z, log_weights: _changed(density, z, log_weights, draws, values),
         **said,
     )
 
 
-def _changed(density: LogDensity, z: Tensor, log_weights: Tensor, draws: int) -> list[str]:
-    """Say what weighting changes in the model's own values; not where each draw is a run of the model."""
+def _changed(
+    density: LogDensity, z: Tensor, log_weights: Tensor, draws: int, values: dict[str, Tensor]
+) -> list[str]:  # fmt: skip
+    """Say what weighting changes in the model's own values; not where each draw is a run of the model.
+
+    ``values`` gets these, if they are of all draws.
+    """
     if not density.batched:
         return []
     count = max(1, min(len(z), VALUES_COMPARED // density.dim))
-    return changed_values(density.constrain(z[:count]), torch.log_softmax(log_weights[:count], 0), min(draws, count))
+    own = density.constrain(z[:count])
+    if count == len(z):
+        values.update(own)
+    return changed_values(own, torch.log_softmax(log_weights[:count], 0), min(draws, count))
 
 
 def _figures(found: Decision, draws: int) -> dict[str, Any]:

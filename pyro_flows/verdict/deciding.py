@@ -32,6 +32,7 @@ class Decision:
     used: Tensor
     used_log_p: Tensor
     used_log_q: Tensor
+    index: Tensor  # of the draws to use, in the pool
 
 
 def decide(
@@ -94,6 +95,7 @@ def decide(
         used=pool[index],
         used_log_p=pool_p[index],
         used_log_q=pool_q[index],
+        index=index,
     )
 
 
