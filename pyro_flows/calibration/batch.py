@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -90,11 +91,12 @@ def fit_stack(
         stack.clock = first.clock
         recipe = _shorter(first)
         report("starts")
-        flows = [replace(plan, recipe=recipe).fresh(densities[0]) for plan in plans]
-        starts = starts_together(stack, seed=seed, df=flows[0].df)
-        as_they_start = untrained(plans, stack, flows, starts)
+        fresh = partial(replace(first, recipe=recipe).fresh, densities[0])
+        flow = fresh()
+        starts = starts_together(stack, seed=seed, df=flow.df)
+        as_they_start = untrained(plans, stack, flow, starts)
         left = [number for number, one in enumerate(as_they_start) if one is None]
-        trained = _train(stack, flows, starts, left, report)
+        trained = _train(stack, fresh, starts, left, report)
         done = {number: one or trained[number] for number, one in enumerate(as_they_start) if one or number in trained}
         report("searches for missed modes")
         searches = missed_together(stack.select(list(done)), [flow for flow, _ in done.values()], seed=seed)
@@ -115,12 +117,12 @@ def fit_stack(
 
 
 def _train(
-    stack: Stack, flows: Sequence[Flow], starts: Sequence[Start], numbers: Sequence[int], report: Report
+    stack: Stack, fresh: Callable[[], Flow], starts: Sequence[Start], numbers: Sequence[int], report: Report
 ) -> dict[int, Fitted]:
-    """Train the flows with these numbers in lockstep; fewer than are worth it are left to fits one by one."""
+    """Train flows for data sets with these numbers in lockstep; fewer than are worth it are left to fits one by one."""
     if len(numbers) < FEWEST:
         return {}
-    chosen = [flows[number] for number in numbers]
+    chosen = [fresh() for _ in numbers]
     for flow, number in zip(chosen, numbers, strict=True):
         start_at(flow, starts[number].loc, starts[number].scale)
     part = stack.select(numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,28 +37,28 @@ Fitted = tuple[Flow, Training]
 
 
 def untrained(
-    plans: Sequence[Plan], stack: Stack, flows: Sequence[Flow], starts: Sequence[Start]
-) -> list[Fitted | None]:
+    plans: Sequence[Plan], stack: Stack, flow: Flow, starts: Sequence[Start]
+) -> list[Fitted | None]:  # fmt: skip
     """Return what is enough without training for each data set, None where nothing is.
 
     Both kinds are tried where need be: first the one that is likely to be enough. Either is enough if nobody would see
-    what weights change, or if weights correct it. A flow that was asked for is always trained.
+    what weights change, or if weights correct it. ``flow`` is what would be trained; one that was asked for always is.
     """
     if not plans[0].automatic:
         return [None] * len(plans)
     where = bent(stack, starts)
     tables = [None] * len(plans) if where is None else slices_together(stack, starts, where)
-    parts = zip(plans, stack.densities, flows, starts, tables, strict=True)
-    return [_Trial(*part).best() for part in parts]
+    parts = zip(plans, stack.densities, starts, tables, strict=True)
+    return [_Trial(flow, *part).best() for part in parts]
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """One data set: its untrained flow, start and slices, if there are any."""
+    """One data set: its start and slices, if there are any, and the untrained flow of all data sets."""
 
+    flow: Flow
     plan: Plan
     density: LogDensity
-    flow: Flow
     start: Start
     table: Table | None
 
@@ -71,7 +72,7 @@ class _Trial:
 
     def _moved(self) -> Fitted | None:
         """Return the affine flow at the start, moved to weighted moments, if weights correct it."""
-        flow = untrained_twin(self.flow)
+        flow = copy.deepcopy(untrained_twin(self.flow))
         start = matched(self.density, self.start, flow.df, seed=self.plan.seed, draws=LOOKED_AT_DRAWS)
         df = flow.df
         with seeded(derive(self.plan.seed, "a look at the start"), self.density.device):

@@ -12,7 +12,8 @@ from pyro_flows._cubic import between, smooth_slopes
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.marginal import MarginalSpline
 
-ROWS = 512  # points that are worked on together: more do not stay in the processor's cache
+ROWS = 512  # points that are worked on together, at least,
+NUMBERS = 40_000  # and more if they have so few entries of m and L altogether that these stay in the processor's cache
 
 
 class Sliced(Bijection):
@@ -75,11 +76,19 @@ class Sliced(Bijection):
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _checks.event("Sliced", x, self.dim)
-        return _in_pieces(self._out, x)
+        return self._in_pieces(self._out, x)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _checks.event("Sliced", y, self.dim)
-        return _in_pieces(self._back, y)
+        return self._in_pieces(self._back, y)
+
+    def _in_pieces(self, map_: Callable[[Tensor], tuple[Tensor, Tensor]], points: Tensor) -> tuple[Tensor, Tensor]:
+        """Map points (..., D), so many at once that what is between stays in the cache."""
+        rows = max(ROWS, NUMBERS // self.values.shape[1])
+        if points.numel() <= rows * self.dim:
+            return map_(points)
+        out, ladj = zip(*(map_(part) for part in points.reshape(-1, self.dim).split(rows)), strict=True)
+        return torch.cat(out).reshape(points.shape), torch.cat(ladj).reshape(points.shape[:-1])
 
     def _out(self, x: Tensor) -> tuple[Tensor, Tensor]:
         at, log_slope = self.spline.forward_and_ladj(x[..., self.coordinate, None])
@@ -106,11 +115,3 @@ class Sliced(Bijection):
         root[..., self._rows, self._columns] = entries
         logs = root.diagonal(dim1=-2, dim2=-1)
         return top, torch.diagonal_scatter(root, logs.exp(), dim1=-2, dim2=-1), logs.sum(-1)
-
-
-def _in_pieces(map_: Callable[[Tensor], tuple[Tensor, Tensor]], points: Tensor) -> tuple[Tensor, Tensor]:
-    """Map points (..., D), so many at once that what is between stays in the cache."""
-    if points.numel() <= ROWS * points.shape[-1]:
-        return map_(points)
-    out, ladj = zip(*(map_(part) for part in points.reshape(-1, points.shape[-1]).split(ROWS)), strict=True)
-    return torch.cat(out).reshape(points.shape), torch.cat(ladj).reshape(points.shape[:-1])
