@@ -55,9 +55,7 @@ def from_draws(
             draws = len(pool.log_p) // POOL
         said: dict[str, Any] = {"failures": failures, "notes": notes, "contained": contained, "doubts": doubts}
         said["warnings"] = [*warnings, *density.clock.reasons()]
-        values: dict[str, Tensor] = {}
-        found = _decided(density, draw, pool, names, values, draws=draws, seed=seed, **said)
-        samples = {name: value[found.index] for name, value in values.items()} or density.constrain(found.used)
+        found, samples = _decided(density, draw, pool, names, draws=draws, seed=seed, **said)
     return Posterior(
         samples=samples,
         **_figures(found, draws),
@@ -71,11 +69,14 @@ def from_draws(
 
 
 def _decided(
-    density: LogDensity, draw: Draw, pool: Pool, names: Sequence[str], values: dict[str, Tensor], *,
-    draws: int, seed: int, **said: Any,
-) -> Decision:  # fmt: skip
-    """Decide by the pool that is there; ``said`` goes to the judge, and ``values`` gets the model's own of the pool."""
-    return decide(
+    density: LogDensity, draw: Draw, pool: Pool, names: Sequence[str], *, draws: int, seed: int, **said: Any
+) -> tuple[Decision, dict[str, Tensor]]:
+    """Decide by the pool that is there; return the model's own values of the draws to use, too.
+
+    ``said`` goes to the judge.
+    """
+    values: dict[str, Tensor] = {}  # of the whole pool, if they are needed
+    found = decide(
         lambda n: (pool.z[:n], pool.log_q[:n]),
         lambda z: pool.log_p[: len(z)],
         names,
@@ -86,6 +87,7 @@ def _decided(
         changed=lambda z, log_weights: _changed(density, z, log_weights, draws, values),
         **said,
     )
+    return found, {name: value[found.index] for name, value in values.items()} or density.constrain(found.used)
 
 
 def _changed(

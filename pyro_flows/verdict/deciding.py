@@ -83,8 +83,7 @@ def decide(
     if verdict.status == "corrected" and again is not None:  # one lucky pool does not correct a guide
         worse = _worse(judge(again(), names, contained=contained))
         verdict = judge(weighing, names, failures=(*failures, *worse), **said) if worse else verdict
-    raw = torch.arange(draws, device=pool.device)
-    index = resample(weighing.log_weights, draws, seed=seed) if verdict.status == "corrected" else raw
+    index = _to_use(weighing, verdict, draws, seed=seed)
     return Decision(
         z=pool[:draws],
         log_p=pool_p[:draws],
@@ -97,6 +96,13 @@ def decide(
         used_log_q=pool_q[index],
         index=index,
     )
+
+
+def _to_use(weighing: Weighing, verdict: Verdict, draws: int, *, seed: int) -> Tensor:
+    """Return the numbers of the draws to use: by their weights, where these correct them, else the first ones."""
+    if verdict.status == "corrected":
+        return resample(weighing.log_weights, draws, seed=seed)
+    return torch.arange(draws, device=weighing.log_weights.device)
 
 
 def _worse(second: Verdict) -> tuple[str, ...]:

@@ -159,3 +159,47 @@ def test_paths_of_many_data_sets_keep_to_their_own(monkeypatch):
     for density, found in zip(own, ends, strict=True):
         alone = pathfinder_module.pathfinder(density, points[:3], torch.ones_like(points[:3]), seed=0).ends
         torch.testing.assert_close(density(found), density(alone), atol=1e-3, rtol=0.0)
+
+
+def test_a_density_beside_another_has_its_own_data():
+    first, *others = by_themselves("regression")
+    for density in others:
+        beside = first.beside(density.args, density.kwargs)
+        z = torch.linspace(-1.0, 1.0, 6).view(3, 2)
+        torch.testing.assert_close(beside(z), density(z))
+        assert beside.batched
+        assert torch.equal(beside.structure.observed["y"], density.structure.observed["y"])
+    torch.testing.assert_close(first(z), by_themselves("regression")[0](z))
+
+
+def test_data_of_a_density_beside_another_are_checked():
+    first = LogDensity(counts, (torch.tensor([1, 0, 4]),))
+    with pytest.raises(ValueError, match="'y'"):
+        first.beside((torch.tensor([1, -2, 4]),), {})
+
+
+def stubborn(y):
+    """Where data are large, runs branch on a latent, and cannot be batched."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    sd = 2.0 if bool((y > 50.0).any()) and float(mu) > -1.0 else 1.0
+    pyro.sample("y", dist.Normal(mu, sd), obs=y)
+
+
+def test_a_density_beside_another_that_cannot_be_batched_is_not_stacked():
+    first = LogDensity(stubborn, (torch.tensor(1.0),))
+    others = [first.beside((torch.tensor(y),), {}) for y in (2.0, 60.0)]
+    with pytest.raises(NotStackable):
+        Stack([first, *others])
+
+
+def noisy_for_some(y):
+    """Where data are large, the density is random."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    pyro.sample("y", dist.Normal(mu + (y > 50.0) * torch.rand(()), 1.0), obs=y)
+
+
+def test_a_density_beside_another_that_is_random_is_not_stacked():
+    first = LogDensity(noisy_for_some, (torch.tensor(1.0),))
+    others = [first.beside((torch.tensor(y),), {}) for y in (2.0, 60.0)]
+    with pytest.raises(NotStackable):
+        Stack([first, *others])
