@@ -80,7 +80,7 @@ def fit_many(
         ValueError: before any work, for a bad option; for data that the model cannot be fitted to, with their number.
         ImportError: for several processes without joblib.
 
-    Cost: for small models a fifth to a tenth of as many calls of :func:`fit`; memory for 128 data sets at a time.
+    Cost: for small models a fifth to a fifteenth of as many calls of :func:`fit`; memory for 128 data sets at a time.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from pyro_flows._clock import Clock
-from pyro_flows._seeding import seeded
 from pyro_flows._turns import turn
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.gradients import values_and_grads
-from pyro_flows.model.reading import read_structure
 from pyro_flows.model.runs import Runs
 from pyro_flows.model.site_values import SiteValues
 from pyro_flows.model.sites import Noncentered, Structure
@@ -104,9 +102,7 @@ class LogDensity(SiteValues):
         """
         other = copy.copy(self)
         other.args, other.kwargs = tuple(args), dict(kwargs)
-        with seeded(0):
-            other._as_read = read_structure(self.model, other.args, other.kwargs)
-        other._settle(other._as_read.noncenter(self.structure.noncentered), self)
+        other._settle(other._read(self.model).noncenter(self.structure.noncentered), self)
         return other
 
     def __call__(self, z: Tensor) -> Tensor:

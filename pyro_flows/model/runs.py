@@ -49,18 +49,22 @@ class Runs:
         if not callable(model):
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
         self.args, self.kwargs = tuple(args), dict(kwargs or {})
+        structure = self._read(model).noncenter(noncentered)
+        self._digits: bool | None = None  # whether those of single precision are lost, as far as is known
+        self._settle(structure)
+
+    def _read(self, model: Callable[..., Any]) -> Structure:
+        """Read the structure of a model with these arguments, and tie it to its parameters."""
         with seeded(0):
             self._as_read = read_structure(model, self.args, self.kwargs)
-        structure = self._as_read.noncenter(noncentered)
-        self.model, self._parameters = hold(model, structure.trace)
-        if structure.subsampled:
-            plate = structure.subsampled[0]
+        self.model, self._parameters = hold(model, self._as_read.trace)
+        if self._as_read.subsampled:
+            plate = self._as_read.subsampled[0]
             raise ValueError(
                 f"plate {plate!r}: subsampled, so the log density is random. Give it its full size, or train a guide "
                 "such as AutoRealNVP with Pyro's own SVI."
             )
-        self._digits: bool | None = None  # whether those of single precision are lost, as far as is known
-        self._settle(structure)
+        return self._as_read
 
     def _settle(self, structure: Structure, like: Runs | None = None) -> None:
         """Take these coordinates: find out whether the data fit there, and whether runs can be batched.

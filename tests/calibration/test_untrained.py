@@ -1,4 +1,4 @@
-"""Slices of many data sets at once: tables are right, flows need no training, and where they do not fit, none is taken."""
+"""Slices of many data sets at once: tables are right, nothing is trained, and where they do not fit, none is taken."""
 
 from __future__ import annotations
 
