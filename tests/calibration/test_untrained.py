@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -23,6 +25,7 @@ from pyro_flows.starts.together import starts_together
 from tests.calibration.models import data_sets, regression
 
 COUNT = 6
+SEEDED = SimpleNamespace(seed=0)  # what a trial reads of a plan
 SD, AT = "sd", 2  # the site of one coordinate, and where it stands
 
 
@@ -156,9 +159,22 @@ def banana(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(log_scale.exp() * (w[1] - w[0].square()), 0.4), obs=y)
 
 
+BANANAS = [torch.tensor(y) for y in (0.0, 0.5, 1.0, -0.5, 0.3)]
+
+
+def test_slices_that_are_not_normal_are_not_taken():
+    stack = Stack([LogDensity(banana, (y,)) for y in BANANAS])
+    starts = starts_together(stack, seed=0, df=15.0)
+    tables = slices_together(stack, starts, bent(stack, starts))
+    made = [part for part in zip(stack.densities, starts, tables, strict=True) if part[-1] is not None]
+    assert made
+    for density, start, table in made:
+        assert _Trial(location_scale(stack.dim), SEEDED, density, start, table)._sliced(table) is None
+
+
+@pytest.mark.slow
 def test_where_slices_are_not_normal_a_flow_is_trained():
-    sets = [torch.tensor(y) for y in (0.0, 0.5, 1.0, -0.5, 0.3)]
-    found = pf.fit_many(banana, sets, draws=1000, progress=False)
+    found = pf.fit_many(banana, BANANAS, draws=1000, progress=False)
     assert all(len(posterior.losses) > 0 or "side_by_side" not in posterior.settings for posterior in found)
     assert all(posterior.verdict.status != "unreliable" for posterior in found)
 
@@ -186,7 +202,7 @@ def test_slices_with_one_top_do_not_pass_for_two_modes():
 def trial(stack, starts, tables):
     def of(number: int) -> _Trial:
         flow = location_scale(stack.dim)
-        return _Trial(flow, None, stack.densities[number], starts[number], tables[number])
+        return _Trial(flow, SEEDED, stack.densities[number], starts[number], tables[number])
 
     return of
 
@@ -210,3 +226,18 @@ def test_a_glance_suffices_only_where_weights_are_even(stack, tables):
     wrong = flow_along(tables[1], df=120.0).to(density.dtype)
     assert len(_weighed(right, density).log_weights) < LOOKED_AT_DRAWS
     assert len(_weighed(wrong, density).log_weights) == LOOKED_AT_DRAWS
+
+
+def test_weights_may_correct_slices_and_then_nothing_counts_as_converged(trial):
+    one = trial(0)
+    _, converged = one._sliced(one.table)
+    assert (converged.why, converged.converged) == (AT_ONCE, True)
+    wider = replace(one.table, roots=0.85 * one.table.roots)
+    _, corrected = one._sliced(wider)
+    assert (corrected.why, corrected.converged) == (CORRECTED_SLICES, False)
+
+
+@pytest.mark.parametrize("factor", [3.0, 0.2])
+def test_slices_of_another_width_are_not_taken(trial, factor):
+    one = trial(0)
+    assert one._sliced(replace(one.table, roots=factor * one.table.roots)) is None
