@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._turns import few_threads
+from pyro_flows._threads import few_threads
 from pyro_flows.calibration.untrained import Fitted, untrained
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
@@ -85,7 +85,7 @@ def fit_stack(
         NotStackable: if the data sets do not go through the model side by side.
     """
     first = plans[0]
-    with few_threads(EACH * densities[0].numbers), seeded(seed, densities[0].device):
+    with few_threads(densities[0].numbers, EACH), seeded(seed, densities[0].device):
         report("reading the model")
         stack = Stack(densities)
         stack.clock = first.clock

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
+from pyro_flows._threads import few_threads
 from pyro_flows.comparison.bridge import bridge
 from pyro_flows.comparison.proposal import DF, Latent, enough, fit_proposal
 from pyro_flows.verdict.psis import largest_k, psis
@@ -123,7 +124,8 @@ def evidence(posterior: Record, *, method: str, seed: int, draws: int | None = N
     count = DRAWS if draws is None else _checks.integer("draws", draws, 100)
     wanted = METHODS if method == "auto" else (method,)
     makers = {"importance": _importance, "bridge": _bridge, "smc": _smc}
-    with torch.no_grad(), seeded(derive(seed, "evidence"), posterior.used.device):
+    numbers = 0 if posterior.density is None else posterior.density.numbers
+    with few_threads(numbers), torch.no_grad(), seeded(derive(seed, "evidence"), posterior.used.device):
         estimates = tuple(makers[name](posterior, count) for name in wanted)
     if posterior.verdict.status == "unreliable":
         estimates = tuple(_doubted(estimate) for estimate in estimates)

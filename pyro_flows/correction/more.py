@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._turns import alone, few_threads
+from pyro_flows._threads import few_threads
+from pyro_flows._turns import alone
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.sampler import KEPT, Sampler
 from pyro_flows.correction.starts import flow_of
@@ -31,7 +32,7 @@ def can_go_on(posterior: Record) -> bool:
 def go_on(posterior: Record, chains: Chains, each: int, *, seed: int) -> Tensor:
     """Return ``each`` further draws (C, n, D) of each chain, spaced as those that there are."""
     density = posterior._need_density()
-    with alone(), seeded(seed, density.device), few_threads(chains.count * density.numbers), torch.no_grad():
+    with alone(), seeded(seed, density.device), few_threads(density.numbers, chains.count), torch.no_grad():
         own = derive(seed, f"more draws {chains.numbers['seed']}")
         latent = Latent(flow_of(posterior, chains), density)
         return Sampler(latent, posterior.coordinates, chains, kept=KEPT, seed=own).more(each)

@@ -11,7 +11,8 @@ from pyro_flows import _checks
 from pyro_flows._clock import Clock, unbounded
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._turns import alone, few_threads
+from pyro_flows._threads import few_threads
+from pyro_flows._turns import alone
 from pyro_flows.correction.adaptation import MOST_LEAPS, MOST_PLAIN_LEAPS
 from pyro_flows.correction.judging import Work, concluded
 from pyro_flows.correction.latent import Latent
@@ -66,7 +67,7 @@ def refined(
 ) -> Recorded:
     """Run the sampler under a clock, and judge what it came to."""
     density = posterior._need_density()
-    with alone(), seeded(seed, density.device), few_threads(chains * density.numbers), torch.no_grad():
+    with alone(), seeded(seed, density.device), few_threads(density.numbers, chains), torch.no_grad():
         before = density.evaluations
         density.under(clock)
         try:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._turns import few_threads
 from pyro_flows.correction.judging import around, evidence_of
 from pyro_flows.correction.rungs import miss_a_mode
 from pyro_flows.correction.search import held_by
@@ -33,7 +32,6 @@ from pyro_flows.modes.symmetries import SignedPermutation, group
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.starts.start import Start
-from pyro_flows.training.loop import BATCH
 
 RUNS_ADDED, BESIDE = 7, 1  # at most, one for each mode that is missed; for mass next to what is covered
 SURVEYS = 2  # at most, of all modes at once
@@ -50,18 +48,17 @@ def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
     if prepared.sliced is not None:
         found.runs[0].take(*prepared.sliced)
         return
-    with few_threads(BATCH * prepared.density.numbers):
-        for number in range(plan.runs):
-            name = f"run {number + 1} of {plan.runs}"
-            if number and clock.over:
-                clock.skip(name)
-                break
-            if number:
-                found.runs.append(Run(number))
-            plan.bar.task = "fit" if plan.runs == 1 else f"fit, {name}"
-            with clock.part(name, noted=False):
-                lack = _first_lack(plan, prepared, found) if number and not plan.train_model else None
-                make_run(plan, prepared.density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
+    for number in range(plan.runs):
+        name = f"run {number + 1} of {plan.runs}"
+        if number and clock.over:
+            clock.skip(name)
+            break
+        if number:
+            found.runs.append(Run(number))
+        plan.bar.task = "fit" if plan.runs == 1 else f"fit, {name}"
+        with clock.part(name, noted=False):
+            lack = _first_lack(plan, prepared, found) if number and not plan.train_model else None
+            make_run(plan, prepared.density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
     plan.bar.task = "fit"
 
 
@@ -206,7 +203,7 @@ def _surveyed(plan: Plan, density: LogDensity, found: Combined) -> bool:
     found.surveys += 1
     places = torch.stack([lack.place for lack in found.search.lacks])
     seed = derive(plan.seed, f"survey {found.surveys}")
-    with plan.clock.part("a survey of modes"), few_threads(BATCH * density.numbers):
+    with plan.clock.part("a survey of modes"):
         with seeded(seed, density.device):
             z = torch.cat([found.sampler.draw(MODE_DRAWS)[0].to(places), places])
         tried = several(density, z, places, seed=seed, bar=plan.bar)
@@ -220,8 +217,7 @@ def _sliced(plan: Plan, density: LogDensity, found: Combined, slices: Marginal) 
     """Try slices along a coordinate whose tail a flow lacks; say whether they became the sampler."""
     if not isinstance(found.sampler, Flow):
         return False
-    with few_threads(BATCH * density.numbers):
-        tried = slices_for(plan, density, found.sampler, slices, seed=plan.seed)
+    tried = slices_for(plan, density, found.sampler, slices, seed=plan.seed)
     if tried is None:
         return False
     found.history.append(tried.stage)
@@ -246,7 +242,7 @@ def _add_run(plan: Plan, prepared: Prepared, found: Combined, lack: Start) -> No
     number = len(found.runs)
     found.runs.append(Run(number))
     plan.bar.task = "fit, a run for a missed mode"
-    with clock.part("a run for a missed mode"), few_threads(BATCH * density.numbers):
+    with clock.part("a run for a missed mode"):
         once = replace(plan, escalate=False)  # a mixture may drop it, and chains can mend what is left
         make_run(once, density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
     plan.bar.task = "fit"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
+from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows.correction.search import noted
 from pyro_flows.fitting.guide_space import space_of
@@ -108,21 +109,22 @@ def _diagnose(
             noncentered = guide.initialize(*args, **kwargs)._built_structure.noncentered
     density = LogDensity(model, args, kwargs, noncentered=noncentered)
     warn_if_nothing_observed(density.structure, density.trace_at, model, args, kwargs)
-    with torch.no_grad(), seeded(seed, density.device):
-        trace = run_guide(guide, args, kwargs)  # makes the parameters of a guide that has never run
-    with torch.no_grad(), seeded(seed, density.device):
-        score: Score | None
-        space: Space | None = None
-        if _same_coordinates(guide, density):
-            draw, score = _from_distribution(guide, density, args, kwargs)
-            space = space_of(guide, density, args, kwargs)
-        else:
-            check_sites(guide, trace, density)
-            draw, score = from_traces(guide, density, args, kwargs, random_sites(trace))
-        search = _searched(density, draw, score, space, seed)
-        said: dict[str, Any] = {"failures": search.failures, "notes": search.notes, "contained": search.contained}
-        said |= {"history": noted(search), "settings": {"diagnosed": True}, "losses": torch.zeros(0)}
-        return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)
+    with few_threads(density.numbers):
+        with torch.no_grad(), seeded(seed, density.device):
+            trace = run_guide(guide, args, kwargs)  # makes the parameters of a guide that has never run
+        with torch.no_grad(), seeded(seed, density.device):
+            score: Score | None
+            space: Space | None = None
+            if _same_coordinates(guide, density):
+                draw, score = _from_distribution(guide, density, args, kwargs)
+                space = space_of(guide, density, args, kwargs)
+            else:
+                check_sites(guide, trace, density)
+                draw, score = from_traces(guide, density, args, kwargs, random_sites(trace))
+            search = _searched(density, draw, score, space, seed)
+            said: dict[str, Any] = {"failures": search.failures, "notes": search.notes, "contained": search.contained}
+            said |= {"history": noted(search), "settings": {"diagnosed": True}, "losses": torch.zeros(0)}
+            return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)
 
 
 def _searched(density: LogDensity, draw: Draw, score: Score | None, space: Space | None, seed: int) -> Search:

@@ -12,7 +12,8 @@ from pyro_flows import _checks
 from pyro_flows._clock import Clock, counted, unbounded
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
-from pyro_flows._turns import alone, few_threads
+from pyro_flows._threads import few_threads
+from pyro_flows._turns import alone
 from pyro_flows.correction.rungs import last_rung, which
 from pyro_flows.fitting.combine import combine, make_runs
 from pyro_flows.fitting.combined import Combined
@@ -25,7 +26,6 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS, check_memory, seconds_to_judge
-from pyro_flows.training.loop import BATCH
 
 MAX_STEPS = 6000
 STEPS_GROW_FROM = 50  # dimensions
@@ -186,7 +186,6 @@ def _check_numbers(draws: int, max_steps: int | None, seed: int, runs: int, max_
 
 def _fit(plan: Plan, *, grow: bool) -> Posterior:
     """Fit under the plan's clock: the work, which can be cut anywhere, and the judging of what it came to."""
-    clock = plan.clock
     plan.bar.watch("reading the model")
     with counted("reading the model"):
         density = LogDensity(plan.model, plan.args, plan.kwargs)
@@ -194,14 +193,19 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
     check_memory(density, plan.draws)
     plan = replace(plan, max_steps=default_steps(density.dim)) if grow else plan
     _check_training_of_model(plan, density)
+    with few_threads(density.numbers):
+        return _fitted(plan, density)
+
+
+def _fitted(plan: Plan, density: LogDensity) -> Posterior:
+    clock = plan.clock
     prepared, found = Prepared(density), Combined()
     density.under(clock)
     try:
         with clock.part("the fit"):
             if clock.finite:
                 clock.reserve(seconds_to_judge(density, plan.draws))
-            with few_threads(BATCH * density.numbers):
-                prepare(plan, prepared, plan.seed)
+            prepare(plan, prepared, plan.seed)
             make_runs(plan, prepared, found)
             combine(plan, prepared, found)
         clock.judging()

@@ -29,7 +29,7 @@ LARGEST = 2**20  # numbers for which the least rows are still taken: memory abov
 BORROWED = 100  # pieces that a graph with further results serves: one of its own takes seconds, where it is long
 LONG = 2000  # operations from which one graph serves all batch sizes: recording takes seconds
 AT_ONCE = 2**12  # numbers that one operation of a long graph handles in little more time than one number,
-LONG_ROWS = 128  # and rows at most: the results of a long loop that its gradient needs should stay in a cache
+LONG_ROWS = 64  # and rows at most: the results of a long loop that its gradient needs should stay in a cache
 LONG_VALUES, ROWS_OF_VALUES = 2**14, 1024  # the same for values alone, of which no results are kept
 ROUNDED = 0.02  # of the points that a graph is checked at, that may be where the function hangs on rounding
 SMALL = 0.25  # of such a piece, up to which a batch goes through in small ones
@@ -78,9 +78,9 @@ class Work(TorchDispatchMode):
 class Recorder:
     """Apply ``function``, which maps (S, D) to a tuple of tensors with S rows, by recorded graphs.
 
-    Batches larger than a piece go through piece by piece, the last one filled up. A graph is checked at new points when
-    it is recorded; where recording fails or the check does, the function itself is called from then on, and
-    :attr:`reason` says why.
+    Batches larger than a piece go through piece by piece, the last one filled up; where there are cores, and pieces
+    take long enough, some at once. A graph is checked at new points when it is recorded; where recording fails or the
+    check does, the function itself is called from then on, and :attr:`reason` says why.
 
     Args:
         function: what to record.
@@ -139,7 +139,7 @@ class Recorder:
             return tuple(part.clone() for part in self._piece(z))  # not the graph's own constants
         short = -len(z) % rows
         filled = torch.cat([z, z[-1:].expand(short, -1)]) if short else z
-        parts = zip(*(self._piece(part) for part in filled.split(rows)), strict=True)
+        parts = zip(*self._pieces(filled.split(rows)), strict=True)
         return tuple(torch.cat(part)[: len(z)] for part in parts)
 
     def graph(self, z: Tensor) -> fx.GraphModule | None:
@@ -162,15 +162,31 @@ class Recorder:
         self.reason = None
 
     def _piece(self, z: Tensor) -> tuple[Tensor, ...]:
+        return self._pieces([z])[0]
+
+    def _pieces(self, pieces: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Return the results for pieces of one size: by the function until there is a graph, then all at once."""
+        found = list[tuple[Tensor, ...]]()
+        while len(found) < len(pieces):
+            runner, lent = self._runner(pieces[len(found)])
+            if runner is None:
+                found.append(self.function(pieces[len(found)]))
+                continue
+            results = runner.many([(piece, *self.given) for piece in pieces[len(found) :]])
+            found += [tuple(each[:1]) for each in results] if lent else results
+        return found
+
+    def _runner(self, z: Tensor) -> tuple[Runner | None, bool]:
+        """Return the graph for such a piece, recorded if due, and whether it is the whole's, with more results."""
         kind = len(z), z.dtype, z.device
         if kind not in self.runners:
             self._calls[kind] += 1
             lent = self._of_whole(z, due=self._calls[kind] >= self._at) if self._calls[kind] < BORROWED else None
             if lent is not None:
-                return tuple(lent(z, *self.given)[:1])
+                return lent, True
             if self._calls[kind] < self._at or not self._record(z):
-                return self.function(z)
-        return self.runners[kind](z, *self.given)
+                return None, False
+        return self.runners[kind], False
 
     def _of_whole(self, z: Tensor, *, due: bool) -> Runner | None:
         """Return the graph of the whole for such batches, recorded if it is due; None if there is none."""

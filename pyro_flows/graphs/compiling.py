@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from pyro_flows._clock import counted
 from pyro_flows._fallbacks import fallback
+from pyro_flows._threads import at_once, cores
 from pyro_flows.graphs.bindings import quicken, turn
 from pyro_flows.graphs.fused import Fused, fused
 from pyro_flows.graphs.garbage import uncollected
@@ -104,6 +105,7 @@ class Runner:
         self.module, self.left, self.alike = module, left, alike
         self._asked, self._along = compile, along
         self._compiled: Callable[..., Any] | None = None
+        self._twins: list[Fused] = []
         self.runs = 0
 
     @functools.cached_property
@@ -143,6 +145,29 @@ class Runner:
                 fallback("recorded code in place of compiled code", error)
         with torch.inference_mode():  # an operation takes a tenth less time
             return self._recorded(*inputs)  # which says what is wrong with these inputs, if anything is
+
+    def many(self, batches: Sequence[tuple[Tensor, ...]]) -> list[Any]:
+        """Run for several sets of inputs, at once where there are cores and each takes long enough.
+
+        Numbers are those of a run for each, one after the other.
+        """
+        whole, most = self._compiled, cores()
+        if len(batches) < 2 or most < 2 or not isinstance(whole, Fused) or not whole.is_long:
+            return [self(*inputs) for inputs in batches]
+        self.runs += len(batches)
+        count = min(most, len(batches))
+        self._twins += [whole.twin() for _ in range(count - 1 - len(self._twins))]
+        shares = [
+            functools.partial(_each, one, batches[first::count])
+            for first, one in enumerate([whole, *self._twins[: count - 1]])
+        ]
+        found: list[Any] = [None] * len(batches)
+        try:
+            for first, results in enumerate(at_once(shares)):
+                found[first::count] = results
+        except RuntimeError:
+            return [self(*inputs) for inputs in batches]  # which says what is wrong
+        return found
 
     @functools.cached_property
     def _recorded(self) -> Callable[..., Any]:
@@ -186,6 +211,10 @@ class Runner:
             self._compiled = compiled
         else:
             fallback("not compiled: the compiled code gave other values")
+
+
+def _each(function: Callable[..., Any], batches: Sequence[tuple[Tensor, ...]]) -> list[Any]:
+    return [function(*inputs) for inputs in batches]
 
 
 @contextmanager

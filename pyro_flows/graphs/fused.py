@@ -11,6 +11,7 @@ Engineering 2010, doi:10.1109/MCSE.2010.51 (numexpr).
 from __future__ import annotations
 
 import array
+import copy
 import ctypes
 import math
 import threading
@@ -33,6 +34,10 @@ from pyro_flows.graphs.writing import BLOCK
 BOUND = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape}
 MASKS = (torch.bool, torch.uint8)  # by which numbers are chosen
 THREADS, LARGE = 4, 2**16  # of torch's, and numbers of an operation in the mean, both at most
+LONG, LONG_CALL = (
+    2**18,
+    2**12,
+)  # numbers of a run, and of each call or operation of torch's in it, that are worth a thread
 TASKS_FOR_A_CALL = 2  # that a call of the interpreter has to do in the mean, to gain time
 
 
@@ -59,7 +64,7 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     try:
         with torch.inference_mode():
             made = Fused(module, inputs, run)
-            if not made.tasks or made.tasks < TASKS_FOR_A_CALL * made.calls or _is_for_threads(made.nests):
+            if not made.tasks or made.tasks < TASKS_FOR_A_CALL * made.calls or _is_for_threads(made):
                 return None
             found, expected = made(*inputs), tuple(value for _, value in made.nests.outputs)
             agrees = rounds_alike(module, inputs, found, expected) or rounds_alike_where_tame(module, inputs, made)
@@ -72,10 +77,9 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     return made if agrees else None
 
 
-def _is_for_threads(nests: Nests) -> bool:
+def _is_for_threads(made: Fused) -> bool:
     """Whether torch divides operations on so many numbers among so many threads that this one would be slower."""
-    numbers = sum(math.prod(task.nest) for task in nests.tasks)
-    return torch.get_num_threads() > THREADS and numbers > LARGE * len(nests.tasks)
+    return torch.get_num_threads() > THREADS and made.numbers > LARGE * len(made.nests.tasks)
 
 
 def _is_bound(node: fx.Node) -> bool:
@@ -95,6 +99,7 @@ class Fused:
     Attributes:
         tasks: how many operations are done in blocks.
         calls: how many times the interpreter is called in a run.
+        numbers: how many numbers all operations in blocks write.
         first: the results for the first inputs, as torch gave them.
     """
 
@@ -103,26 +108,46 @@ class Fused:
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor], run: Callable[..., Any]) -> None:
         inputs = [value.clone() for value in inputs]  # later ones may share no memory, and have no numbers in one place
         self.nests = nests = Nests(module, inputs)
-        self._lock, self._run_program = threading.Lock(), run
+        self._run_program = run
         self._layouts = [(value.shape, value.stride()) for value in inputs]
-        arrays: dict[Buffer, int] = {}
+        self._numbered = arrays = dict[Buffer, int]()
         for view in _inputs_of(nests, module):
             arrays.setdefault(view.buffer, len(arrays) + 1)
         for one in nests.foreign:
             for view in one.results if isinstance(one, Foreign) else []:
                 arrays.setdefault(view.buffer, len(arrays) + 1)
-        done = program(nests, arrays)
+        self._program = done = program(nests, arrays)
+        self._words = [array.array("q", one) if isinstance(one, list) else one for one in done.steps]
         products = sum(isinstance(one, Product) for one in nests.foreign)
         self.tasks, self.calls = len(nests.tasks) + products, sum(isinstance(one, list) for one in done.steps)
+        done.steps.clear()
+        self.numbers = sum(math.prod(task.nest) for task in nests.tasks)
+        self._taken = [(arrays[view.buffer], place) for place, view in enumerate(_inputs_of(nests, module))]
+        self._given_back = [(view, value.dtype) for view, value in nests.outputs]
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Take memory of its own, and write down what a run does there."""
+        done, arrays = self._program, self._numbered
+        self._lock = threading.Lock()
         self._arena = torch.zeros(done.arena + 1, dtype=torch.float64)
         self._scratch = torch.zeros(done.scratch + BLOCK, dtype=torch.float64)
-        self._registers, self._arrays = done.registers, (ctypes.c_void_p * (len(arrays) + 1))()
+        self._arrays = (ctypes.c_void_p * (len(arrays) + 1))()
         self._arrays[0] = self._arena.data_ptr()
         self._held = [*self._constants(arrays)]
-        self._taken = [(arrays[view.buffer], place) for place, view in enumerate(_inputs_of(nests, module))]
-        self._places = done.places
-        self._steps = [self._step(one, arrays) for one in done.steps]
-        self._results = [self._result(view, value) for view, value in nests.outputs]
+        self._steps = [self._step(one, arrays) for one in self._words]
+        self._results = [self._result(view, dtype) for view, dtype in self._given_back]
+
+    @property
+    def is_long(self) -> bool:
+        """Whether a run takes so long, and so much of it in C, that two at once on two threads gain time."""
+        return self.numbers >= LONG and self.numbers >= LONG_CALL * len(self._words)
+
+    def twin(self) -> Fused:
+        """Return one that does the same in memory of its own, so that both can run at once."""
+        other = copy.copy(self)
+        other._allocate()
+        return other
 
     def _constants(self, arrays: dict[Buffer, int]) -> list[Tensor]:
         """Point to the constants that tasks read; return them, so that they stay."""
@@ -154,15 +179,14 @@ class Fused:
 
     # what is done ---------------------------------------------------------------------------------------------------
 
-    def _step(self, one: list[int] | Foreign, arrays: dict[Buffer, int]) -> Callable[..., None]:
+    def _step(self, one: array.array[int] | Foreign, arrays: dict[Buffer, int]) -> Callable[..., None]:
         if isinstance(one, Foreign):
             return self._called(one, arrays)
-        words = array.array("q", one)
-        begin, count = words.buffer_info()
-        numbers, scratch, registers = ctypes.addressof(self._arrays), self._scratch.data_ptr(), self._registers
+        begin, count = one.buffer_info()
+        numbers, scratch, registers = ctypes.addressof(self._arrays), self._scratch.data_ptr(), self._program.registers
         run = self._run_program
 
-        def interpreted(given: Any, foreign: Any, words: Any = words) -> None:
+        def interpreted(given: Any, foreign: Any) -> None:
             run(begin, count, numbers, scratch, registers)
 
         return interpreted
@@ -202,12 +226,14 @@ class Fused:
         if isinstance(source, Tensor):
             return torch.as_strided(source, view.sizes, view.strides, source.storage_offset() + view.offset).to(dtype)
         if source is None:
-            fixed = torch.as_strided(self._arena, view.sizes, view.strides, self._places[view.buffer] + view.offset)
+            fixed = torch.as_strided(
+                self._arena, view.sizes, view.strides, self._program.places[view.buffer] + view.offset
+            )
             return fixed if dtype == torch.float64 else _Found(lambda given, foreign: fixed.to(dtype))
         return _Found(_reader(source, view, dtype))
 
-    def _result(self, view: View, value: Tensor) -> Callable[..., Tensor]:
-        found = self._tensor(view, value.dtype)
+    def _result(self, view: View, dtype: torch.dtype) -> Callable[..., Tensor]:
+        found = self._tensor(view, dtype)
         if isinstance(found, _Found):
             return found.read
         return lambda given, foreign: found.clone()

@@ -26,7 +26,9 @@ CACHE = "PYRO_FLOWS_CACHE"  # a variable of the environment: the folder where co
 
 @functools.cache
 def library() -> Callable[..., Any] | None:
-    """Return ``run_program`` of ``native.c``; None where there is no compiler of C. Cost: two to three seconds, once a machine.
+    """Return ``run_program`` of ``native.c``; None where there is no compiler of C.
+
+    Cost: two to three seconds, once a machine.
 
     >>> run = library()
     """

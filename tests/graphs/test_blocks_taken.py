@@ -6,6 +6,7 @@ import subprocess
 import threading
 from pathlib import Path
 
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
@@ -81,6 +82,25 @@ def test_chosen_rows_are_taken():
     assert fused(
         record(lambda x: (x.exp()[rows].sin().exp(), x.cos()), normal(20, 3, seed=0)), (normal(20, 3, seed=0),)
     )
+
+
+def test_graphs_that_round_to_single_precision_on_their_way_are_taken():
+    data, unchecked = normal(8, seed=1), {"validate_args": False}
+
+    def density(x: Tensor) -> tuple[Tensor, ...]:
+        tau, rate = x[:, 0].exp(), dist.Gamma(2.0, 1.0, **unchecked).log_prob(x[:, 1].exp())
+        prior = dist.HalfCauchy(1.0, **unchecked).log_prob(tau)  # of the precision of its scale
+        likelihood = dist.StudentT(4.0, x[:, 1:], tau[:, None], **unchecked).log_prob(data).sum(1)
+        return (prior + rate + likelihood, x.sin())
+
+    made = in_blocks(density, normal(20, 2, seed=0))
+    x = normal(20, 2, seed=2)
+    found, expected = made(x), density(x)
+    assert found[0].dtype == torch.float64
+    close(found[0], expected[0], 1e-5)
+    close(found[1], expected[1], 1e-12)
+    other = record(lambda x: tuple(1.01 * part for part in density(x)), x)
+    assert not rounds_alike(other, (x,), found, other(x))
 
 
 @needs_c_compiler

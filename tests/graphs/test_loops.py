@@ -243,7 +243,10 @@ def test_a_long_graph_takes_batches_of_any_size(monkeypatch):
         close(grad, expected[1], 1e-10)
         with torch.no_grad():
             close(density(z), expected[0], 1e-10)
-    assert [[kind[0] for kind in density._values.runners], len(density._with_gradients.runners)] == [[128, 1024], 1]
+    assert [[kind[0] for kind in density._values.runners], len(density._with_gradients.runners)] == [
+        [batches.LONG_ROWS, 1024],
+        1,
+    ]
     assert density.graph(normal(4, 2, seed=0)) is None
 
 
@@ -263,11 +266,11 @@ def test_a_long_graph_of_gradients_is_lent_to_a_few_calls_for_values(monkeypatch
     with torch.no_grad():
         density(normal(1100, 2, seed=0))
         density(normal(1100, 2, seed=0))
-    assert [kind[0] for kind in density._values.runners] == [128, 1024]
+    assert [kind[0] for kind in density._values.runners] == [batches.LONG_ROWS, 1024]
 
 
 @pytest.mark.parametrize(
-    ("apiece", "rows"), [(1, (128, 1024)), (32, (128, 512)), (64, (64, 256)), (128, (32, 128)), (10_000, (16, 16))]
+    ("apiece", "rows"), [(1, (64, 1024)), (32, (64, 512)), (64, (64, 256)), (128, (32, 128)), (10_000, (16, 16))]
 )
 def test_rows_of_a_long_graph_follow_the_size_of_its_operations(apiece, rows):
     work = batches.Work()
