@@ -16,6 +16,7 @@ Programs" (arXiv 1906.03028), made a function of the scale.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,22 +55,28 @@ class Information:
 
 def spread(fn: Any, x: Tensor, data: Information | None) -> tuple[Tensor, Tensor]:
     """Return the unconstrained value of coordinates ``x``, and the log determinant of each event of ``fn``."""
-    middle, root, log_diagonal = _normal(fn, data)
+    middle, root, log_diagonal = _normal(fn, x, data)
+    x = x.to(root.dtype)
     moved = middle + ((root @ x.unsqueeze(-1)).squeeze(-1) if root.dim() > middle.dim() else root * x)
     return moved, _summed(log_diagonal.expand(moved.shape), fn.event_dim)
 
 
 def standardize(fn: Any, y: Tensor, data: Information | None) -> Tensor:
     """Return the coordinates of an unconstrained value ``y``: the inverse of :func:`spread`."""
-    middle, root, _ = _normal(fn, data)
+    middle, root, _ = _normal(fn, y, data)
     if root.dim() > middle.dim():
         return torch.linalg.solve(root, (y - middle).unsqueeze(-1)).squeeze(-1)
     return (y - middle) / root
 
 
-def _normal(fn: Any, data: Information | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return location, scale (a matrix for a multivariate normal) and the logarithms of the scale's diagonal."""
-    loc, scale = _parts(fn)
+def _normal(fn: Any, like: Tensor, data: Information | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return location, scale (a matrix for a multivariate normal) and the logarithms of the scale's diagonal.
+
+    They have the highest precision of their own, of values ``like`` and of data: products of matrices mix none.
+    """
+    parts = [*_parts(fn), like, *([] if data is None else [data.precision])]
+    precise = functools.reduce(torch.promote_types, [part.dtype for part in parts])
+    loc, scale = (part.to(precise) for part in parts[:2])
     if scale.dim() == loc.dim():
         if data is None:
             return loc, scale, scale.log()

@@ -243,3 +243,29 @@ def test_values_are_carried_over_to_other_data_whatever_the_coordinates(noncente
     values = {"slope": normal(5, seed=1), "tau": 1.0 + normal(5, seed=2).abs(), "theta": normal(5, 3, seed=3)}
     drawn = predict(density, density.unconstrain(values), (x + 100.0,), {}, seed=0)
     assert torch.allclose(drawn["y"], values["theta"], rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("prior", [torch.float32, torch.float64])
+@pytest.mark.parametrize("site", ["one by one", "as vectors"])
+def test_priors_in_single_precision_go_with_data_in_double(prior: torch.dtype, site: str) -> None:
+    """Products of matrices do not mix precisions: correlated effects with default priors had ended in an error."""
+
+    def effects(y: Tensor) -> None:
+        scale = pyro.sample("scale", dist.HalfCauchy(torch.ones(2, dtype=prior)).to_event(1))
+        with pyro.plate("groups", 5):
+            if site == "as vectors":
+                root = torch.diag_embed(scale) @ torch.linalg.cholesky(0.5 * (1.0 + torch.eye(2, dtype=scale.dtype)))
+                effect = pyro.sample("effect", dist.MultivariateNormal(torch.zeros(2, dtype=prior), scale_tril=root))
+            else:
+                effect = pyro.sample("effect", dist.Normal(torch.zeros(2, dtype=prior), scale).to_event(1))
+            pyro.sample("y", dist.Normal(effect.sum(-1), 0.1), obs=y)
+
+    plain = LogDensity(effects, (normal(5, seed=0),))
+    values = plain.constrain(normal(4, plain.dim, seed=1))
+    data = {name: torch.linspace(0.5, 5.0, 10, dtype=torch.float64).reshape(5, 2) for name in ("precision", "center")}
+    density = LogDensity(effects, (normal(5, seed=0),), noncentered={"effect": data})
+    assert density.dtype == torch.float64
+    z = density.unconstrain({name: value.to(prior) for name, value in values.items()})
+    for name, value in density.constrain(z).items():
+        torch.testing.assert_close(value, values[name], rtol=1e-5, atol=1e-5, check_dtype=False)
+    assert density.value_and_grad(z)[1].isfinite().all()
