@@ -129,13 +129,14 @@ def _first_run(
             with _Start(start, torch.zeros((), dtype=dtype, device=device)):
                 return poutine.trace(model).get_trace(*args, **kwargs)
         except RuntimeError as error:
-            if not _is_about_dtypes(error):
+            if not is_about_dtypes(error):
                 raise
         with _Start(start, torch.zeros((), dtype=other, device=device)):
             return poutine.trace(model).get_trace(*args, **kwargs)
 
 
-def _is_about_dtypes(error: RuntimeError) -> bool:
+def is_about_dtypes(error: RuntimeError) -> bool:
+    """Whether an operation took no numbers of two precisions."""
     return "dtype" in str(error) or "scalar type" in str(error)
 
 
@@ -160,7 +161,7 @@ def read_structure(
         own = functools.reduce(
             torch.promote_types, [messages(trace)[latent.name]["value"].dtype for latent in structure.latents]
         )
-        if own == structure.dtype or not _is_about_dtypes(error):
+        if own == structure.dtype or not is_about_dtypes(error):
             raise
     structure = replace(structure, dtype=own)  # wider data, and a model that does not mix
     return _dependence(model, args, kwargs, structure)

@@ -25,7 +25,7 @@ from pyro_flows.model.factorizations import Factorizations
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.handlers import Place, Resample, hold, place_all
 from pyro_flows.model.observations import check_values
-from pyro_flows.model.reading import read_structure
+from pyro_flows.model.precision import read_in_one_precision
 from pyro_flows.model.sites import Latent, Noncentered, Structure, messages
 
 FAR, FAR_SITES = (-20.0, -10.0, 10.0, 20.0), 16  # where all coordinates of a site are put, to compare precisions
@@ -56,7 +56,7 @@ class Runs:
     def _read(self, model: Callable[..., Any]) -> Structure:
         """Read the structure of a model with these arguments, and tie it to its parameters."""
         with seeded(0):
-            self._as_read = read_structure(model, self.args, self.kwargs)
+            self._as_read, model = read_in_one_precision(model, self.args, self.kwargs)
         self.model, self._parameters = hold(model, self._as_read.trace)
         if self._as_read.subsampled:
             plate = self._as_read.subsampled[0]

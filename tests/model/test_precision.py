@@ -1,0 +1,109 @@
+"""Models whose data are in double precision, and whose own numbers are in torch's default, single precision."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flows as pf
+from tests.invariants import close
+from tests.registry import needs_c_compiler, normal
+
+Y, COUNTS = normal(12, seed=0), torch.arange(12.0, dtype=torch.float64)
+
+
+def gamma(y):
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.3))
+    with pyro.plate("rows", 12):
+        pyro.sample("y", dist.Poisson(rate), obs=y)
+
+
+def half_cauchy(y):
+    tau = pyro.sample("tau", dist.HalfCauchy(0.7))
+    with pyro.plate("rows", 12):
+        effect = pyro.sample("effect", dist.Normal(0.0, tau))
+        pyro.sample("y", dist.Normal(effect, 0.3), obs=y)
+
+
+def kernel(y):
+    """Pyro itself refuses this: zeros are in single precision, and the covariance is not."""
+    size = pyro.sample("size", dist.HalfNormal(1.0))
+    near = torch.exp(-0.5 * (y[:, None] - y).square()) + 0.1 * torch.eye(12)
+    value = pyro.sample("value", dist.MultivariateNormal(torch.zeros(12), size * near))
+    with pyro.plate("rows", 12):
+        pyro.sample("y", dist.Normal(value, 1.0), obs=y)
+
+
+def in_double(model):
+    """The same model, all in double precision from the beginning."""
+
+    def run(y):
+        torch.set_default_dtype(torch.float64)
+        try:
+            model(y)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return run
+
+
+@needs_c_compiler
+@pytest.mark.parametrize(("model", "data"), [(gamma, COUNTS), (half_cauchy, Y), (kernel, Y)])
+def test_all_is_computed_in_double_precision(model, data):
+    density = pf.LogDensity(model, (data,))
+    expected = pf.LogDensity(in_double(model), (data,))
+    z = normal(9, density.dim, seed=1)
+    for _ in range(6):  # recorded on the way
+        for got, wanted in zip(density.value_and_grad(z), expected.value_and_grad(z), strict=True):
+            close(got, wanted, 1e-10)
+    assert torch.get_default_dtype() == torch.float32
+    assert all(value.dtype == torch.float64 for value in density.constrain(z).values())
+    assert density.reason is None
+
+
+def test_a_model_of_numbers_that_are_in_single_precision_all_the_same_is_left_as_it_is():
+    weights = normal(12, 2, seed=3).float()
+
+    def model(y):
+        slopes = pyro.sample("slopes", dist.Normal(torch.zeros(2, dtype=torch.float32), 1.0).to_event(1))
+        with pyro.plate("rows", 12):
+            pyro.sample("y", dist.Normal((weights @ slopes.float()) * torch.ones(12), 1.0), obs=y)
+
+    density = pf.LogDensity(model, (Y,))
+    assert density(normal(3, 2, seed=4)).isfinite().all()
+
+
+def test_single_precision_stays_where_data_are_in_single():
+    density = pf.LogDensity(half_cauchy, (Y.float(),))
+    assert density.dtype == torch.float32
+    assert {value.dtype for value in density.constrain(torch.zeros(2, density.dim)).values()} == {torch.float32}
+
+
+def test_an_error_that_is_not_about_precisions_is_the_models_own():
+    def model(y):
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        raise RuntimeError("a file is missing")
+
+    with pytest.raises(RuntimeError, match="a file is missing"):
+        pf.LogDensity(model, (Y,))
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_an_error_about_precisions_that_stays_is_the_first_one():
+    matrix = torch.eye(3, dtype=torch.float32)
+
+    def model(y):
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        matrix @ y[:3].double()
+
+    with pytest.raises(RuntimeError, match="dtype|scalar type"):
+        pf.LogDensity(model, (Y,))
+
+
+def test_a_fit_with_default_priors_says_what_one_in_double_says():
+    one, other = (
+        pf.fit(model, Y, draws=500, seed=0, progress=False) for model in (half_cauchy, in_double(half_cauchy))
+    )
+    close(one.z, other.z, 1e-8)
+    assert one.verdict == other.verdict
+    assert one.predictive(Y)["y"].dtype == torch.float64
