@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
+from pyro.poutine.util import site_is_subsample
 
 from pyro_flows.model.reading import is_about_dtypes, read_structure
 from pyro_flows.model.sites import Structure, messages
@@ -36,19 +38,33 @@ def read_in_one_precision(
         failed = error
     double = _in_double(model)
     try:
-        return read_structure(double, args, kwargs), double
-    except RuntimeError:
+        found = read_structure(double, args, kwargs)
+        with torch.no_grad():
+            for site in messages(found.trace).values():  # densities are scored when the model has run
+                if site["type"] == "sample" and not site_is_subsample(site):
+                    site["fn"].log_prob(site["value"])
+        return found, double
+    except Exception:  # a model's own code may raise anything
         if failed is not None:
             raise failed from None
     return structure, model
 
 
 def _mixes(structure: Structure) -> bool:
-    """Whether latents are in torch's default precision, and others, or data, in double."""
-    if structure.dtype != torch.float64 or torch.get_default_dtype() == torch.float64:
+    """Whether latents are in torch's default precision, and others, data or densities of data, in double."""
+    if torch.get_default_dtype() == torch.float64:
         return False
     nodes = messages(structure.trace)
-    return any(nodes[latent.name]["value"].dtype == torch.float32 for latent in structure.latents)
+    if not any(nodes[latent.name]["value"].dtype == torch.float32 for latent in structure.latents):
+        return False
+    return structure.dtype == torch.float64 or any(_is_double(nodes[name]) for name in structure.observed)
+
+
+def _is_double(site: Any) -> bool:
+    """Whether the density of observed values is in double: counts have no precision, columns beside them do."""
+    with torch.no_grad(), suppress(Exception):  # a distribution's own code may raise anything; the first run tells
+        return bool(site["fn"].log_prob(site["value"]).dtype == torch.float64)
+    return False
 
 
 def _in_double(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,6 +25,14 @@ def half_cauchy(y):
         pyro.sample("y", dist.Normal(effect, 0.3), obs=y)
 
 
+def counts(y):
+    """Counts have no precision; the column that tells of their rates has."""
+    size = pyro.sample("size", dist.Gamma(2.0, 0.5))
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 12):
+        pyro.sample("y", dist.GammaPoisson(size, size / (slope * Y).exp()), obs=y)
+
+
 def kernel(y):
     """Pyro itself refuses this: zeros are in single precision, and the covariance is not."""
     size = pyro.sample("size", dist.HalfNormal(1.0))
@@ -48,7 +56,7 @@ def in_double(model):
 
 
 @needs_c_compiler
-@pytest.mark.parametrize(("model", "data"), [(gamma, COUNTS), (half_cauchy, Y), (kernel, Y)])
+@pytest.mark.parametrize(("model", "data"), [(gamma, COUNTS), (half_cauchy, Y), (counts, COUNTS.long()), (kernel, Y)])
 def test_all_is_computed_in_double_precision(model, data):
     density = pf.LogDensity(model, (data,))
     expected = pf.LogDensity(in_double(model), (data,))
@@ -96,7 +104,7 @@ def test_an_error_about_precisions_that_stays_is_the_first_one():
         pyro.sample("a", dist.Normal(0.0, 1.0))
         matrix @ y[:3].double()
 
-    with pytest.raises(RuntimeError, match="dtype|scalar type"):
+    with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
         pf.LogDensity(model, (Y,))
 
 
