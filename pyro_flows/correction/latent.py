@@ -28,6 +28,7 @@ from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.compiling import Runner
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.transforms import LowerTriangularAffine
+from pyro_flows.transforms.nested import Nested
 from pyro_flows.transforms.sliced import Sliced
 
 WALKED_PARTS = 4
@@ -38,7 +39,9 @@ LEAPS_KEPT = 4
 def _widest(flow: Flow) -> int:
     """Return how many numbers the largest intermediate result of a flow has for each point."""
     linear = [layer.out_features for layer in flow.modules() if isinstance(layer, nn.Linear)]
-    return max(flow.dim, *linear, *(layer.values.shape[1] for layer in flow.modules() if isinstance(layer, Sliced)), 1)
+    sliced = [layer.values.shape[1] for layer in flow.modules() if isinstance(layer, Sliced)]
+    matrices = [len(layer.order) ** 2 for layer in flow.modules() if isinstance(layer, Nested)]
+    return max(flow.dim, *linear, *sliced, *matrices, 1)
 
 
 class Points(NamedTuple):
@@ -100,9 +103,9 @@ class Latent:
 
     @property
     def dear(self) -> bool:
-        """Whether a look costs many times that of another flow: slices have a matrix for each point."""
+        """Whether a look costs many times that of another flow: some have a matrix for each point."""
         layers = (layer for flow in self.flows for layer in flow.modules())
-        return self.dim > SLICED_DEAR and any(isinstance(layer, Sliced) for layer in layers)
+        return self.dim > SLICED_DEAR and any(isinstance(layer, (Nested, Sliced)) for layer in layers)
 
     @property
     def walkable(self) -> bool:

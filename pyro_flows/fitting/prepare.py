@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from pyro_flows.fitting.escalation import Round
+from pyro_flows.fitting.nesting import nested_at_once
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.slicing import come_first, slices_at_once
 from pyro_flows.model.log_density import LogDensity
@@ -22,7 +23,8 @@ COORDINATES_SHARE = 0.4  # of the seconds that are left, if there is a bound
 class Prepared:
     """The log density in the chosen coordinates, starts that were found on the way, and what was chosen.
 
-    ``sliced`` is a flow of slices along a coordinate, where this is enough, so that nothing is left to train.
+    ``sliced`` is a flow of slices along a coordinate, or one of normal distributions given a few coordinates, where
+    this is enough, so that nothing is left to train.
     """
 
     density: LogDensity
@@ -41,6 +43,8 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
     if prepared.density.structure.hierarchical:
         with plan.clock.part("the choice of coordinates", share=COORDINATES_SHARE):
             wholly = _sliced(plan, prepared, seed)
+            if prepared.sliced is None:
+                prepared.sliced = nested_at_once(plan, prepared.density, seed=seed)
             if prepared.sliced is not None:
                 return
             prepared.density, start, chosen = choose_coordinates(prepared.density, wholly, seed=seed)

@@ -76,19 +76,16 @@ class Sliced(Bijection):
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _checks.event("Sliced", x, self.dim)
-        return self._in_pieces(self._out, x)
+        return in_pieces(self._out, x, self._together)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _checks.event("Sliced", y, self.dim)
-        return self._in_pieces(self._back, y)
+        return in_pieces(self._back, y, self._together)
 
-    def _in_pieces(self, map_: Callable[[Tensor], tuple[Tensor, Tensor]], points: Tensor) -> tuple[Tensor, Tensor]:
-        """Map points (..., D), so many at once that what is between stays in the cache."""
-        rows = max(ROWS, NUMBERS // self.values.shape[1])
-        if points.numel() <= rows * self.dim:
-            return map_(points)
-        out, ladj = zip(*(map_(part) for part in points.reshape(-1, self.dim).split(rows)), strict=True)
-        return torch.cat(out).reshape(points.shape), torch.cat(ladj).reshape(points.shape[:-1])
+    @property
+    def _together(self) -> int:
+        """How many points are mapped at once, so that what is between stays in the cache."""
+        return max(ROWS, NUMBERS // self.values.shape[1])
 
     def _out(self, x: Tensor) -> tuple[Tensor, Tensor]:
         at, log_slope = self.spline.forward_and_ladj(x[..., self.coordinate, None])
@@ -115,3 +112,11 @@ class Sliced(Bijection):
         root[..., self._rows, self._columns] = entries
         logs = root.diagonal(dim1=-2, dim2=-1)
         return top, torch.diagonal_scatter(root, logs.exp(), dim1=-2, dim2=-1), logs.sum(-1)
+
+
+def in_pieces(map_: Callable[[Tensor], tuple[Tensor, Tensor]], points: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Map points (..., D), so many rows at once."""
+    if points.numel() <= rows * points.shape[-1]:
+        return map_(points)
+    out, ladj = zip(*(map_(part) for part in points.reshape(-1, points.shape[-1]).split(rows)), strict=True)
+    return torch.cat(out).reshape(points.shape), torch.cat(ladj).reshape(points.shape[:-1])

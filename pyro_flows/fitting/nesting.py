@@ -1,0 +1,101 @@
+"""A few coordinates held, all others normal given these, in the place of a flow: before coordinates are chosen.
+
+Scales of a hierarchy, of a random walk, of errors of measurement: the posterior then has a neck for each of them, and
+thousands of coordinates in it are integrated out exactly. What is left is a density of a few coordinates. See
+``modes/hyper.py``, ``modes/conditionals.py`` and ``modes/outer.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.fitting.escalation import Round, assess
+from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.several import is_enough, weighed
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.nested import outer_flow, with_tails
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.conditionals import Conditional, conditional
+from pyro_flows.modes.hyper import can_be_nested, held_coordinates
+from pyro_flows.modes.outer import FEWEST, Sample, fit_flow, sampled
+from pyro_flows.results.dims import coordinate_names
+from pyro_flows.starts.prior import prior_draws, spread_of
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
+from pyro_flows.training.trainer import Trainer
+
+STAGE = "coordinates held"
+DONE = "converged: the others are normal, given a few coordinates that are held"
+SHARE_OF_SECONDS = 0.5
+PRIOR = 500  # draws that tell where to begin
+POINTS = 2  # near which normality is looked at
+LAYERS = 4  # of the flow of the held coordinates
+FITTED_DF = 10.0  # degrees of freedom of the tails that it is fitted with
+TAILS = 6.0, 4.0, 3.0  # and of those that it then gets, in turn, until weights bear them
+WIDEST = 1.0  # spread of a prior, up to which functions are looked for at first
+CHECKED = 8  # draws at which they are looked at again
+TRIES = 3
+
+
+def nested_at_once(plan: Plan, density: LogDensity, *, seed: int) -> tuple[Round, Trainer] | None:
+    """Hold a few coordinates, before any training; None if others are not normal, or if draws are not good enough."""
+    asked = plan.automatic and plan.escalate and plan.runs == 1 and not plan.train_model
+    if not asked or not can_be_nested(density):
+        return None
+    with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), seeded(derive(seed, STAGE), density.device):
+        found = nested_flow(density, seed=seed)
+        if found is None:
+            return None
+        flow, held = found
+        if not any(is_enough(*weighed(density, with_tails(flow, df))) for df in TAILS):
+            return None
+        trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
+        outcome = assess(STAGE, trainer, Training([], 0.0, True, False, DONE, 0, 0, early=True))
+        names = coordinate_names(density.structure)
+        outcome.stage.details["held"] = [names[number] for number in held]
+        return outcome, trainer
+    return None
+
+
+def nested_flow(density: LogDensity, *, seed: int) -> tuple[Flow, list[int]] | None:
+    """Return a flow of held coordinates and normal others, and these coordinates; None if there are none.
+
+    Cost: a hundred Hessians, and ten thousand densities. Randomness is torch's global one.
+    """
+    draws = prior_draws(density, PRIOR, seed=seed)
+    middle, spread = draws.median(0).values, spread_of(draws)
+    held = held_coordinates(density, middle + 0.5 * spread * torch.randn(POINTS, len(middle)).to(middle))
+    if not held:
+        return None
+    found = _found(density, held, middle[held].double(), spread[held].double())
+    if found is None:
+        return None
+    given, sample = found
+    flow = given.flow(LAYERS)
+    fit_flow(*outer_flow(with_tails(flow, FITTED_DF), sample.loc, sample.root), given.marginal, sample)
+    return flow.to(density.dtype), held
+
+
+@torch.no_grad()
+def _found(
+    density: LogDensity, held: list[int], middle: Tensor, spread: Tensor
+) -> tuple[Conditional, Sample] | None:  # fmt: skip
+    """Return the distribution of the others and draws of the held coordinates, whose functions hold at these draws.
+
+    A posterior may lie where a function counts that had contributed nothing about the prior's middle.
+    """
+    loc, root, scale = middle, torch.diag(spread), spread.clamp_max(WIDEST)
+    for _ in range(TRIES):
+        given = conditional(density, held, middle, scale)
+        if given is None:
+            return None
+        sample = sampled(given.marginal, loc, root)
+        if sample is None or sample.effective < FEWEST:
+            return None
+        chosen = torch.multinomial(sample.weights, CHECKED, replacement=True)
+        if given.holds(sample.theta[chosen]):
+            return given, sample
+        loc, root, middle = sample.loc, sample.root, sample.loc
+        scale = torch.maximum(root.norm(dim=1), 0.3 * scale)
+    return None

@@ -1,0 +1,223 @@
+r"""The normal distribution of all coordinates but a few, given these: its precision as a sum of known functions.
+
+Where the log density is quadratic in :math:`z_I` given :math:`\theta`, its precision :math:`H(\theta)` and its gradient
+:math:`h(\theta)` at :math:`z_I = 0` are the same functions of :math:`\theta`, entry by entry, with other coefficients:
+a scale comes in by powers of its exponential, a slope by its powers, a correlation by powers of a logistic function.
+Along each held coordinate, the fewest functions that do are found; their products are fitted by least squares. Numbers
+of a model without noise tell at once whether a function is missing. Then the marginal of :math:`\theta` is known at the
+price of a density and a factorization,
+
+.. math:: \log p(\theta) = \log p(\theta, m(\theta)) - \tfrac12 \log\det H(\theta) + \text{const},
+    \qquad m = H^{-1} h.
+
+Reference: Rue, Martino and Chopin 2009 (doi:10.1111/j.1467-9868.2008.00700.x).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.nested import nested
+from pyro_flows.flows.nested import nested_of as map_of
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.starts.curvature import second_derivatives
+from pyro_flows.transforms.nested import Terms
+
+RATES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # of exponentials: powers of a scale, a variance or a precision
+MOST_RATES = 3
+POLYNOMIAL = 4  # degree, at most
+ALONG, REACH = 13, 2.0  # points along a coordinate, and spreads to either side
+ASIDE = 0.3  # spreads by which the other coordinates are away from the middle
+EXACT = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative error of an entry
+NEGLIGIBLE = {torch.float64: 1e-8, torch.float32: 1e-5}  # share of an entry that a function contributes
+MOST_TERMS = 160
+AT_ONCE = 2e7  # numbers of Hessians that are worked on together
+ROWS = 256
+
+Function = tuple[float, float, float]  # rate, power and share, see Terms
+NOTHING: Function = (0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """The distribution of all coordinates but the held ones, given these.
+
+    Attributes:
+        density: of all.
+        held: numbers of the held coordinates.
+        order: of the others, as the rows of the precision stand for them: few entries of its root are not zero.
+        terms: functions of the held coordinates.
+        coefficients: (T, E + D - k).
+        entries: rows and columns (E,) of the lower half of the precision.
+    """
+
+    density: LogDensity = field(repr=False)
+    held: list[int]
+    order: Tensor
+    terms: Terms
+    coefficients: Tensor
+    entries: tuple[Tensor, Tensor]
+
+    def flow(self, layers: int) -> Flow:
+        """Return a flow of these conditionals, its held coordinates at the identity."""
+        options = {"terms": len(self.terms.rates), "entries": len(self.entries[0]), "layers": layers}
+        flow = nested(self.density.dim, held=self.held, **options).to(self.order.device, torch.float64)
+        zero = torch.zeros(len(self.order), dtype=torch.float64, device=self.order.device)
+        map_of(flow).set(self.terms, self.coefficients, self.entries, self.order, zero)
+        return flow
+
+    @torch.no_grad()
+    def marginal(self, theta: Tensor) -> Tensor:
+        """Return the log density (N,) of held coordinates (N, k), -inf where the others have no normal distribution."""
+        return torch.cat([self._marginal(part) for part in theta.split(ROWS)])
+
+    def _marginal(self, theta: Tensor) -> Tensor:
+        found, size = self.terms.at(theta) @ self.coefficients, len(self.order)
+        lower = found.new_zeros(len(theta), size, size)
+        lower[:, self.entries[0], self.entries[1]] = found[:, : len(self.entries[0])]
+        root, faults = torch.linalg.cholesky_ex(lower.nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0))
+        usable = (faults == 0) & torch.isfinite(found).all(1)
+        root = torch.where(usable[:, None, None], root, torch.eye(size).to(root))
+        z = theta.new_zeros(len(theta), self.density.dim)
+        z[:, self.held] = theta
+        pull = torch.where(usable[:, None], found[:, len(self.entries[0]) :], 0.0)
+        z[:, self.order] = torch.cholesky_solve(pull[..., None], root)[..., 0]
+        value = self.density(z.to(self.density.dtype)).double() - root.diagonal(dim1=1, dim2=2).log().sum(1)
+        value = value + 0.5 * size * math.log(2.0 * math.pi)
+        return torch.where(usable & torch.isfinite(value), value, -math.inf)
+
+    @torch.no_grad()
+    def holds(self, theta: Tensor) -> bool:
+        """Whether precisions and gradients at held coordinates (N, k) are what the functions say."""
+        said, own = self.terms.at(theta) @ self.coefficients, _numbers(self.density, self.held, self.order, theta)
+        rows, columns = self.entries
+        lower = own[0].new_zeros(own[0].shape)
+        lower[:, rows, columns] = said[:, : len(rows)]
+        pairs = (lower, own[0].tril()), (said[:, len(rows) :], own[1])
+        exact = EXACT[self.density.dtype]
+        return all(bool(((one - other).abs() <= exact * _sizes(other)).all()) for one, other in pairs)
+
+
+def _sizes(values: Tensor) -> Tensor:
+    """Return what errors of matrices (N, I, I) or vectors (N, I) are small against."""
+    if values.dim() == 2:
+        return values.abs().amax(1, keepdim=True)
+    units = values.diagonal(dim1=1, dim2=2).abs().sqrt()
+    return units[:, :, None] * units[:, None, :]
+
+
+def _numbers(density: LogDensity, held: list[int], order: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return precisions (N, I, I) of the others in an order, and gradients (N, I) where they are zero."""
+    z = theta.new_zeros(len(theta), density.dim)
+    z[:, held] = theta
+    z = z.to(density.dtype)
+    many = int(max(1, AT_ONCE // (density.dim * max(density.dim, density.numbers))))
+    hessians = torch.cat([-second_derivatives(density, part).double() for part in z.split(many)])
+    return hessians[:, order[:, None], order], density.value_and_grad(z)[1].double()[:, order]
+
+
+@torch.no_grad()
+def conditional(density: LogDensity, held: list[int], center: Tensor, spread: Tensor) -> Conditional | None:
+    """Return the distribution of all coordinates but the held ones; None if no functions describe it.
+
+    Args:
+        density: quadratic in the coordinates that are not held.
+        held: k of them.
+        center: (k,), about which functions are looked for.
+        spread: (k,), how far they are looked at.
+
+    Cost: 13 k Hessians, and three for each function; up to 160 functions.
+    """
+    plain = torch.tensor([number for number in range(density.dim) if number not in held], device=center.device)
+    sets = list[list[Function]]()
+    for number in range(len(held)):
+        theta = center + ASIDE * spread * torch.randn_like(center)
+        theta = theta.repeat(ALONG, 1)
+        theta[:, number] = center[number] + spread[number] * torch.linspace(-REACH, REACH, ALONG).to(center)
+        values = torch.cat([part.flatten(1) for part in _numbers(density, held, plain, theta)], 1)
+        found = _functions(theta, values, number, center, spread, EXACT[density.dtype])
+        if found is None:
+            return None
+        sets.append(found)
+    products = list(itertools.product(*sets))
+    if len(products) > MOST_TERMS:
+        return None
+    return _fitted(density, held, plain, center, spread, products)
+
+
+def _functions(
+    theta: Tensor, values: Tensor, number: int, center: Tensor, spread: Tensor, exact: float
+) -> list[Function] | None:  # fmt: skip
+    """Return the fewest functions of one held coordinate of which all values (N, V) are sums; None if there are none."""
+    if not bool(torch.isfinite(values).all()):
+        return None
+    size = values.abs().amax(0)
+    values = values[:, size > 1e-10 * size.max()] / size[size > 1e-10 * size.max()]
+    sets: list[list[Function]] = [[(rate, 0.0, 0.0) for rate in some] for count in range(MOST_RATES + 1)
+                                  for some in itertools.combinations(RATES, count)]  # fmt: skip
+    sets += [[(0.0, float(power), 0.0) for power in range(1, last + 1)] for last in range(1, POLYNOMIAL + 1)]
+    sets += [[(0.0, 0.0, float(share)) for share in range(1, last + 1)] for last in range(1, POLYNOMIAL + 1)]
+    for some in sorted(sets, key=len):
+        chosen = [NOTHING, *some]
+        terms = _terms([tuple(one if j == number else NOTHING for j in range(len(center))) for one in chosen], center, spread)
+        basis = torch.linalg.qr(terms.at(theta))[0]
+        if float((values - basis @ (basis.mT @ values)).abs().max()) < exact:
+            return chosen
+    return None
+
+
+def _terms(products: list[tuple[Function, ...]], center: Tensor, spread: Tensor) -> Terms:
+    numbers = torch.tensor(products, dtype=torch.float64, device=center.device)
+    return Terms(center, spread, numbers[..., 0], numbers[..., 1], numbers[..., 2])
+
+
+def _fitted(
+    density: LogDensity, held: list[int], plain: Tensor, center: Tensor, spread: Tensor,
+    products: list[tuple[Function, ...]],
+) -> Conditional | None:  # fmt: skip
+    """Fit the coefficients of products of functions, and drop those that contribute nothing."""
+    terms = _terms(products, center, spread)
+    noise = torch.rand(2 * len(products) + 10, len(held), dtype=torch.float64, device=center.device)
+    theta = center + REACH * spread * (2.0 * noise - 1.0)
+    precisions, pulls = _numbers(density, held, plain, theta)
+    if not bool(torch.isfinite(precisions).all() and torch.isfinite(pulls).all()):
+        return None
+    order = _order((precisions.abs() > 1e-10 * _sizes(precisions)).any(0))
+    precisions, pulls = precisions[:, order[:, None], order], pulls[:, order]
+    rows, columns = (precisions.abs() > 1e-10 * _sizes(precisions)).any(0).tril().nonzero(as_tuple=True)
+    values = torch.cat([precisions[:, rows, columns], pulls], 1)
+    size = values.abs().amax(0).clamp_min(torch.finfo(torch.float64).tiny)
+    units = terms.at(theta).abs().amax(0)
+    solved = torch.linalg.lstsq(terms.at(theta) / units, values / size).solution
+    kept = solved.abs().amax(1) > NEGLIGIBLE[density.dtype]
+    terms = _some(terms, kept)
+    solved = torch.linalg.lstsq(terms.at(theta) / units[kept], values / size).solution
+    found = Conditional(density, held, plain[order], terms, solved * size / units[kept, None], (rows, columns))
+    return found if found.holds(theta) else None
+
+
+def _some(terms: Terms, kept: Tensor) -> Terms:
+    """Return those of some functions that are kept (T,)."""
+    return terms._replace(rates=terms.rates[kept], powers=terms.powers[kept], shares=terms.shares[kept])
+
+
+def _order(linked: Tensor) -> Tensor:
+    """Return an order (I,) of coordinates, of which pairs are linked (I, I), so that the root of their matrix is sparse.
+
+    The coordinate with the fewest neighbors is next, and its neighbors become linked (Tinney and Walker 1967).
+    """
+    near = [set(row.nonzero()[:, 0].tolist()) - {number} for number, row in enumerate(linked.cpu())]
+    left, order = set(range(len(near))), list[int]()
+    while left:
+        chosen = min(left, key=lambda number: (len(near[number]), number))
+        for other in near[chosen]:
+            near[other] = (near[other] | near[chosen]) - {other, chosen}
+        left.remove(chosen)
+        order.append(chosen)
+    return torch.tensor(order, device=linked.device)
