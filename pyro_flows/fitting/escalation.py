@@ -90,6 +90,11 @@ class Round:
         return fine and self.weighing.k_hat < ENOUGH_K and self.weighed
 
     @property
+    def can_be_used(self) -> bool:
+        """Whether a verdict on its sample would not be ``unreliable``."""
+        return judge(self.weighing, _numbers(self.weighing)).status != "unreliable" and self.weighed
+
+    @property
     def rank(self) -> tuple[float, float]:
         """The larger the better: the verdict first, then the ELBO."""
         status = judge(self.weighing, _numbers(self.weighing)).status

@@ -13,7 +13,6 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.fitting.escalation import Round, assess
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.several import is_enough, weighed
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.nested import outer_flow, with_tails
 from pyro_flows.model.log_density import LogDensity
@@ -31,8 +30,7 @@ SHARE_OF_SECONDS = 0.5
 PRIOR = 500  # draws that tell where to begin
 POINTS = 2  # near which normality is looked at
 LAYERS = 4  # of the flow of the held coordinates
-FITTED_DF = 10.0  # degrees of freedom of the tails that it is fitted with
-TAILS = 6.0, 4.0, 3.0  # and of those that it then gets, in turn, until weights bear them
+DF = 6.0  # degrees of freedom of its tails
 WIDEST = 1.0  # spread of a prior, up to which functions are looked for at first
 CHECKED = 8  # draws at which they are looked at again
 TRIES = 3
@@ -48,13 +46,11 @@ def nested_at_once(plan: Plan, density: LogDensity, *, seed: int) -> tuple[Round
         if found is None:
             return None
         flow, held = found
-        if not any(is_enough(*weighed(density, with_tails(flow, df))) for df in TAILS):
-            return None
         trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
         outcome = assess(STAGE, trainer, Training([], 0.0, True, False, DONE, 0, 0, early=True))
         names = coordinate_names(density.structure)
         outcome.stage.details["held"] = [names[number] for number in held]
-        return outcome, trainer
+        return (outcome, trainer) if outcome.can_be_used else None
     return None
 
 
@@ -73,7 +69,7 @@ def nested_flow(density: LogDensity, *, seed: int) -> tuple[Flow, list[int]] | N
         return None
     given, sample = found
     flow = given.flow(LAYERS)
-    fit_flow(*outer_flow(with_tails(flow, FITTED_DF), sample.loc, sample.root), given.marginal, sample)
+    fit_flow(*outer_flow(with_tails(flow, DF), sample.loc, sample.root), given.marginal, sample)
     return flow.to(density.dtype), held
 
 

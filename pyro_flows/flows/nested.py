@@ -17,7 +17,8 @@ from pyro_flows.transforms import Chain, DiagonalAffine
 from pyro_flows.transforms.marginal import MarginalSpline
 from pyro_flows.transforms.nested import Nested
 
-HIDDEN = (16,)  # width of the networks: the held coordinates are few
+COUPLINGS: dict[str, Any] = {"hidden": (16,), "network": "robust", "log_scale_bound": 2.0}  # of few coordinates, whose
+# far draws meet a map that nobody fitted
 BINS, BOUND = 64, 6.5  # of the spline from a normal base to a Student-t distribution
 FAR, FINE = 9.0, 8001  # how far that is tabulated, as powers of e, and by how many values
 NORMAL = Base(
@@ -36,7 +37,7 @@ def nested(
     The flow is heavier tails, couplings (splines, if one coordinate is held), tails and an affine map.
     """
     few = len(held)
-    inner = splines(1, layers=1) if few == 1 else realnvp(few, layers=layers, hidden=HIDDEN)
+    inner = splines(1, layers=1) if few == 1 else realnvp(few, layers=layers, **COUPLINGS)
     last = with_affine(inner, "tril").bijection
     outer = Chain([MarginalSpline(few, bins=BINS, bound=BOUND), DiagonalAffine(few), last])
     map_ = Nested(dim, held=held, outer=outer, terms=terms, entries=entries)

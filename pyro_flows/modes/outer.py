@@ -32,9 +32,9 @@ ENOUGH, FEWEST = 1000.0, 150.0  # effective draws: with so many, no more are mad
 FLAT, EACH = 0.3, 10.0  # effective share that flattened weights have at least, or so many draws for each coordinate
 DEEP = 25.0  # nats below the top, beyond which draws do not count
 SHORT = 0.3  # how much counts what the flow has too little of
-STEPS, MORE_STEPS, FITS = 100, 60, 4  # of L-BFGS, first and then; how often
-OWN = 1000  # draws of the flow, that each fit is followed by
-GOOD_SHARE, GOOD_K = 0.9, 0.4  # effective share and k-hat of these, with which there is nothing more to fit
+STEPS, MORE_STEPS, FITS = 100, 60, 5  # of L-BFGS, first and then; how often
+OWN, KEPT = 2000, 6000  # draws of the flow, that each fit is followed by; the latest draws, that fits go by
+GOOD_SHARE, GOOD_K = 0.97, 0.4  # effective share and k-hat of these, with which there is nothing more to fit
 
 
 class Sample(NamedTuple):
@@ -131,7 +131,8 @@ def fit_flow(
         fresh = torch.softmax(ratios[near], 0)
         effective = 1.0 / weights.square().sum(), 1.0 / fresh.square().sum()
         weights = torch.cat([effective[0] * weights, effective[1] * fresh]) / sum(effective)
-        theta, log_p = torch.cat([theta, own[near]]), torch.cat([log_p, values[near]])
+        theta, log_p = torch.cat([theta, own[near]])[-KEPT:], torch.cat([log_p, values[near]])[-KEPT:]
+        weights = weights[-KEPT:] / weights[-KEPT:].sum()
     flow.load_state_dict(best[3])
     return best[1], best[2]
 
