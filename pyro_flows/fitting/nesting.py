@@ -7,6 +7,8 @@ thousands of coordinates in it are integrated out exactly. What is left is a den
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ SHARE_OF_SECONDS = 0.5
 PRIOR = 500  # draws that tell where to begin
 POINTS = 2  # near which normality is looked at
 LAYERS = 4  # of the flow of the held coordinates
-DF = 6.0  # degrees of freedom of its tails
+DF = 30.0  # degrees of freedom of its tails: of heavier ones, couplings make draws that are far beyond all mass
 WIDEST = 1.0  # spread of a prior, up to which functions are looked for at first
 CHECKED = 8  # draws at which they are looked at again
 TRIES = 3
@@ -49,7 +51,8 @@ def nested_at_once(plan: Plan, density: LogDensity, *, seed: int) -> tuple[Round
         trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
         outcome = assess(STAGE, trainer, Training([], 0.0, True, False, DONE, 0, 0, early=True))
         names = coordinate_names(density.structure)
-        outcome.stage.details["held"] = [names[number] for number in held]
+        details = {**outcome.stage.details, "held": [names[number] for number in held]}
+        outcome = replace(outcome, stage=replace(outcome.stage, details=details))
         return (outcome, trainer) if outcome.can_be_used else None
     return None
 

@@ -154,7 +154,7 @@ def conditional(density: LogDensity, held: list[int], center: Tensor, spread: Te
 def _functions(
     theta: Tensor, values: Tensor, number: int, center: Tensor, spread: Tensor, exact: float
 ) -> list[Function] | None:  # fmt: skip
-    """Return the fewest functions of one held coordinate of which all values (N, V) are sums; None if there are none."""
+    """Return the fewest functions of one held coordinate of which values (N, V) are sums; None if there are none."""
     if not bool(torch.isfinite(values).all()):
         return None
     size = values.abs().amax(0)
@@ -165,7 +165,9 @@ def _functions(
     sets += [[(0.0, 0.0, float(share)) for share in range(1, last + 1)] for last in range(1, POLYNOMIAL + 1)]
     for some in sorted(sets, key=len):
         chosen = [NOTHING, *some]
-        terms = _terms([tuple(one if j == number else NOTHING for j in range(len(center))) for one in chosen], center, spread)
+        terms = _terms(
+            [tuple(one if j == number else NOTHING for j in range(len(center))) for one in chosen], center, spread
+        )
         basis = torch.linalg.qr(terms.at(theta))[0]
         if float((values - basis @ (basis.mT @ values)).abs().max()) < exact:
             return chosen
@@ -208,7 +210,7 @@ def _some(terms: Terms, kept: Tensor) -> Terms:
 
 
 def _order(linked: Tensor) -> Tensor:
-    """Return an order (I,) of coordinates, of which pairs are linked (I, I), so that the root of their matrix is sparse.
+    """Return an order (I,) of coordinates, whose pairs are linked (I, I), so that the root of their matrix is sparse.
 
     The coordinate with the fewest neighbors is next, and its neighbors become linked (Tinney and Walker 1967).
     """

@@ -6,8 +6,9 @@ each of them without noise, up to the constant, so that the fit is a regression 
 
 .. math:: -\sum_i w_i \log q(\theta_i) + \tfrac12 \sum_i v_i\,\rho(\log p(\theta_i) - \log q(\theta_i) - \log Z),
 
-with v about the roots of the weights w, and :math:`\rho` a square that goes on as a line. What the flow has too little
-of counts at all draws alike. L-BFGS takes a hundred steps where Adam takes thousands.
+with v about the roots of the weights w, and a share of it the same at all draws, so that far draws count: weights tell
+nothing of what a flow has too much of, but means of its own draws do. :math:`\rho` is a square that goes on as a line.
+L-BFGS takes a hundred steps where Adam takes thousands.
 
 Reference: Cornuet, Marin, Mira and Robert 2012, "Adaptive multiple importance sampling" (arXiv 0907.1254).
 """
@@ -30,8 +31,8 @@ DRAWS, MOST_ROUNDS = 400, 16
 DF = 5.0
 ENOUGH, FEWEST = 1000.0, 150.0  # effective draws: with so many, no more are made; with fewer, the flow is not fitted
 FLAT, EACH = 0.3, 10.0  # effective share that flattened weights have at least, or so many draws for each coordinate
-DEEP = 25.0  # nats below the top, beyond which draws do not count
-SHORT = 0.3  # how much counts what the flow has too little of
+DEEP, DEEPEST = 25.0, 60.0  # nats below the top, beyond which draws do not count, and those of the flow count the same
+EVENLY = 0.3  # how much all draws count alike, those that have next to no weight too
 STEPS, MORE_STEPS, FITS = 100, 60, 5  # of L-BFGS, first and then; how often
 OWN, KEPT = 2000, 6000  # draws of the flow, that each fit is followed by; the latest draws, that fits go by
 GOOD_SHARE, GOOD_K = 0.97, 0.4  # effective share and k-hat of these, with which there is nothing more to fit
@@ -127,11 +128,15 @@ def fit_flow(
         if share >= GOOD_SHARE and k_hat < GOOD_K:
             break
         log_mass = float(torch.logsumexp(ratios, 0)) - math.log(OWN)
-        near = values > log_p.max() - DEEP
-        fresh = torch.softmax(ratios[near], 0)
+        usable = torch.isfinite(own).all(1)
+        own, values, fresh = (
+            own[usable],
+            values[usable].clamp_min(log_p.max() - DEEPEST),
+            torch.softmax(ratios[usable], 0),
+        )
         effective = 1.0 / weights.square().sum(), 1.0 / fresh.square().sum()
         weights = torch.cat([effective[0] * weights, effective[1] * fresh]) / sum(effective)
-        theta, log_p = torch.cat([theta, own[near]])[-KEPT:], torch.cat([log_p, values[near]])[-KEPT:]
+        theta, log_p = torch.cat([theta, own])[-KEPT:], torch.cat([log_p, values])[-KEPT:]
         weights = weights[-KEPT:] / weights[-KEPT:].sum()
     flow.load_state_dict(best[3])
     return best[1], best[2]
@@ -147,7 +152,7 @@ def _fit(flow: Flow, parameters: list[nn.Parameter], draws: tuple[Tensor, Tensor
         best.zero_grad()
         log_q = flow.log_prob(theta)
         away = log_p - log_q
-        found = -(weights * log_q).sum() + 0.5 * (roots * _bent(away)).sum() + SHORT * _bent(away.clamp_min(0.0)).mean()
+        found = -(weights * log_q).sum() + 0.5 * (roots * _bent(away)).sum() + EVENLY * _bent(away).mean()
         found.backward()  # type: ignore[no-untyped-call]
         return found
 

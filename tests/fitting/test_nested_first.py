@@ -1,0 +1,68 @@
+"""A few coordinates held, all others normal given these: before coordinates are chosen, and who gets something else."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows.fitting.nesting import STAGE
+
+SIZE, NOISE = 20, 0.5
+GENERATOR = torch.Generator().manual_seed(5)
+PLACES = 1.0 + torch.randn(SIZE, generator=GENERATOR, dtype=torch.float64)
+Y = 2.0 * PLACES + 0.4 * torch.randn(SIZE, generator=GENERATOR, dtype=torch.float64)
+X = PLACES + NOISE * torch.randn(SIZE, generator=GENERATOR, dtype=torch.float64)
+
+
+def errors(x, y):
+    """A line through points whose places were measured with errors."""
+    zero = x.new_zeros(())
+    mu = pyro.sample("mu", dist.Normal(zero, 5.0))
+    tau = pyro.sample("tau", dist.HalfNormal(zero + 5.0))
+    b = pyro.sample("b", dist.Normal(zero, 5.0))
+    s = pyro.sample("s", dist.HalfNormal(zero + 5.0))
+    with pyro.plate("n", len(x)):
+        at = pyro.sample("at", dist.Normal(mu, tau))
+        pyro.sample("x", dist.Normal(at, NOISE), obs=x)
+        pyro.sample("y", dist.Normal(b * at, s), obs=y)
+
+
+def exact_means():
+    """Means of tau, b and log s on a grid of the marginal: pairs of data are normal given these and mu."""
+    sides = [torch.linspace(low, high, 41).double() for low, high in ((0.3, 2.8), (1.0, 4.0), (-7.0, 1.2))]
+    tau, b, log_s = torch.cartesian_prod(*sides).T
+    one = torch.ones(len(tau)).double()
+    covariance = torch.stack([tau**2 + NOISE**2, b * tau**2, b * tau**2, (b * tau) ** 2 + (2 * log_s).exp()], 1)
+    precision = torch.linalg.inv(covariance.view(-1, 2, 2))
+    slope, data = torch.stack([one, b], 1), torch.stack([X, Y])
+    weight = SIZE * torch.einsum("gi,gij,gj->g", slope, precision, slope) + 1.0 / 25.0
+    pull = torch.einsum("gi,gij,j->g", slope, precision, data.sum(1))
+    square = torch.einsum("in,gij,jn->g", data, precision, data)
+    height = 0.5 * SIZE * torch.logdet(precision) - 0.5 * (square - pull**2 / weight + weight.log())
+    height = height - 0.5 * ((tau / 5.0) ** 2 + (b / 5.0) ** 2 + (log_s.exp() / 5.0) ** 2) + log_s
+    mass = torch.softmax(height, 0)
+    return [float(mass @ each) for each in (tau, b, log_s)]
+
+
+def stages(posterior):
+    return [stage["stage"] for stage in posterior.history]
+
+
+def test_errors_of_measurement_take_no_training():
+    posterior = pf.fit(errors, X, Y, progress=False)
+    assert STAGE in stages(posterior)
+    held = next(stage for stage in posterior.history if stage["stage"] == STAGE)["details"]["held"]
+    assert held == ["tau", "b", "s"]
+    assert posterior.verdict.status == "ok"
+    assert len(posterior.losses) == 0
+    tau, b, log_s = exact_means()
+    assert posterior.samples["tau"].mean() == pytest.approx(tau, abs=0.02)
+    assert posterior.samples["b"].mean() == pytest.approx(b, abs=0.03)
+    assert posterior.samples["s"].log().mean() == pytest.approx(log_s, abs=0.1)
+
+
+def test_who_asks_for_a_flow_gets_it():
+    posterior = pf.fit(errors, X, Y, flow="realnvp", max_steps=60, refine=False, escalate=False, progress=False)
+    assert STAGE not in stages(posterior)
+    assert len(posterior.losses) > 0
