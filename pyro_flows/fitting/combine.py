@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.combined import Combined, Sampler
 from pyro_flows.fitting.guide_space import latent_of
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.prepare import Prepared
+from pyro_flows.fitting.prepare import Prepared, nested_later
 from pyro_flows.fitting.run import Run, make_run
 from pyro_flows.fitting.several import Several, several
 from pyro_flows.fitting.slicing import STAGE as SLICES
@@ -58,7 +59,9 @@ def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
         plan.bar.task = "fit" if plan.runs == 1 else f"fit, {name}"
         with clock.part(name, noted=False):
             lack = _first_lack(plan, prepared, found) if number and not plan.train_model else None
-            make_run(plan, prepared.density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
+            run, own = found.runs[-1], plan.seed + number
+            instead = partial(nested_later, plan, prepared, run)
+            make_run(plan, prepared.density, run, prepared.starts, lack, seed=own, instead=instead)
     plan.bar.task = "fit"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pyro_flows.fitting.escalation import Round
 from pyro_flows.fitting.nesting import nested_at_once
 from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.run import Run
 from pyro_flows.fitting.slicing import come_first, slices_at_once
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
@@ -16,6 +17,7 @@ from pyro_flows.starts.coordinates import Climbed, choose_coordinates, climbed
 from pyro_flows.starts.start import Start
 from pyro_flows.training.trainer import Trainer
 
+AT_FIRST = 80  # dimensions up to which a few coordinates are held before any others are chosen; above, chains cost less
 COORDINATES_SHARE = 0.4  # of the seconds that are left, if there is a bound
 
 
@@ -24,13 +26,25 @@ class Prepared:
     """The log density in the chosen coordinates, starts that were found on the way, and what was chosen.
 
     ``sliced`` is a flow of slices along a coordinate, or one of normal distributions given a few coordinates, where
-    this is enough, so that nothing is left to train.
+    this is enough, so that nothing is left to train. ``as_read`` is the log density before any choice.
     """
 
     density: LogDensity
     starts: list[Start] = field(default_factory=list)
     history: list[Stage] = field(default_factory=list)
     sliced: tuple[Round, Trainer] | None = None
+    as_read: LogDensity | None = None
+
+    def __post_init__(self) -> None:
+        self.as_read = self.density
+
+    def go_back(self) -> LogDensity:
+        """Return to the coordinates that the model was read in; what was found in others is dropped."""
+        assert self.as_read is not None
+        if self.as_read is not self.density:
+            self.as_read.evaluations += self.density.evaluations
+        self.density, self.starts, self.history = self.as_read, [], []
+        return self.density
 
 
 def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
@@ -43,7 +57,7 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
     if prepared.density.structure.hierarchical:
         with plan.clock.part("the choice of coordinates", share=COORDINATES_SHARE):
             wholly = _sliced(plan, prepared, seed)
-            if prepared.sliced is None:
+            if prepared.sliced is None and prepared.density.dim <= AT_FIRST:
                 prepared.sliced = nested_at_once(plan, prepared.density, seed=seed)
             if prepared.sliced is not None:
                 return
@@ -55,6 +69,20 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
         prepared.density, carried, charted = choose_charts(prepared.density, first, seed=seed)
         prepared.history += [Stage("charts", details={"sites": charted})] if charted else []
         prepared.starts = [] if carried is None else [carried]
+
+
+def nested_later(plan: Plan, prepared: Prepared, run: Run) -> bool:
+    """Hold a few coordinates of a large hierarchical model, whose chains do not do; say whether that is enough."""
+    density = prepared.as_read
+    if density is None or density.dim <= AT_FIRST or not density.structure.hierarchical:
+        return False
+    found = nested_at_once(plan, density, seed=plan.seed)
+    if found is None:
+        return False
+    prepared.go_back()
+    run.modes, run.history = [], []
+    run.take(*found)
+    return True
 
 
 def _sliced(plan: Plan, prepared: Prepared, seed: int) -> Climbed | None:

@@ -113,18 +113,19 @@ class Run:
 
 
 def make_run(
-    plan: Plan, density: LogDensity, run: Run, extra: Sequence[Start], lack: Start | None = None, *, seed: int
-) -> None:
+    plan: Plan, density: LogDensity, run: Run, extra: Sequence[Start], lack: Start | None = None, *, seed: int,
+    instead: Callable[[], bool] = lambda: False,
+) -> None:  # fmt: skip
     """Train one flow: portfolio (with the starts in ``extra``), race, first round, escalation.
 
-    With ``lack``, a start where the runs before lack a mode, this run starts there.
+    With ``lack``, a start where the runs before lack a mode, this run starts there. ``instead`` is called where chains
+    do not do, before any training: it says whether something else does.
 
     All that is found is in ``run`` at once, so that Ctrl-C or the end of the time loses nothing.
     """
-    clock = plan.clock
     with seeded(seed, density.device):
         starts = [*extra, standard(density)]
-        with clock.part("the starts", share=STARTS_SHARE):
+        with plan.clock.part("the starts", share=STARTS_SHARE):
             starts = portfolio(density, seed=seed, extra=extra) if lack is None else [lack]
         run.modes = [start for start in starts if start.evidence is not None]
         cheap = density.numbers * density.dim <= CHEAP and density.work.operations <= FEW_OPERATIONS
@@ -143,13 +144,13 @@ def make_run(
                 return
         if glance and _is_several(plan, density, run, seed, barrier=BARRIER):
             return
-        if not plan.train_model and lack is None and _sampled_at_once(plan, density, run, starts[0], seed):
+        alone = lack is None and not plan.train_model
+        if alone and (_sampled_at_once(plan, density, run, starts[0], seed) or instead()):
             return
         winner = _race(plan, density, run, starts, seed)
         if winner is None:
             return
-        budget = Budget(plan.max_steps, clock)
-        _first_round(plan, run, winner.trainer, budget, seed=seed)
+        _first_round(plan, run, winner.trainer, budget := Budget(plan.max_steps, plan.clock), seed=seed)
         assert run.best is not None
         if plan.escalate and not (plan.train_model or run.improper or run.best.enough):
             _go_on(plan, density, run, winner, budget, seed=seed, alone=lack is None)
