@@ -31,11 +31,11 @@ class SiteValues(Runs):
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Return latent and deterministic sites as the model sees them: ``{name: (S, *shape)}``.
 
-        The model runs only if it has deterministic sites, or if supports depend on other sites or on parameters.
+        A long model runs only if it has deterministic sites, or if supports depend on other sites or on parameters.
         """
         z = self._check(z)
         deterministic = () if self.structure.enumerated else tuple(self.structure.deterministic)
-        if not (deterministic or self.structure.dependent or self._parameters):
+        if self.long and not (deterministic or self.structure.dependent or self._parameters):
             with torch.no_grad():
                 return self.map(lambda row: {name: value for name, (value, _) in self.placed(row).items()}, z)
 

@@ -163,7 +163,7 @@ def test_a_fit_reads_the_structure_of_a_model_once(monkeypatch):
         read.append(given)
         return read_structure(*given)
 
-    monkeypatch.setattr("pyro_flows.model.runs.read_structure", counted)
+    monkeypatch.setattr("pyro_flows.model.precision.read_structure", counted)
     monkeypatch.setattr("pyro_flows.guides.setup.read_structure", counted)
     y = torch.tensor([1.0, 0.3, -2.0, 0.5])
     found = pf.fit(effects, y, max_steps=30, draws=100, layers=2, escalate=False, refine=False, progress=False)

@@ -285,9 +285,9 @@ BUGS = [
     (weighing, "heavy_tails", "found > index", "found > 1.5", tails),
     (weighing, "heavy_tails", "found > index", "found > -0.5", normal_tails),
     # draws to use
-    (*DECIDE, "used=pool[index]", "used=pool[raw]", resampled),
-    (*DECIDE, "used_log_q=pool_q[index]", "used_log_q=pool_q[raw]", resampled),
-    (*DECIDE, "used_log_p=pool_p[index]", "used_log_p=pool_p[raw]", resampled),
+    (*DECIDE, "used=pool[index]", "used=pool[:draws]", resampled),
+    (*DECIDE, "used_log_q=pool_q[index]", "used_log_q=pool_q[:draws]", resampled),
+    (*DECIDE, "used_log_p=pool_p[index]", "used_log_p=pool_p[:draws]", resampled),
     (deciding, "_worse", 'second.status == "unreliable"', "False", second_pool),
     (*DECIDE, "if (objection := complaint(pool[:CHECKED])) is not None", "if False", invalid_model),
     (*DECIDE, "changed(pool, weighing.log_weights)", "[]", own_values),
