@@ -33,18 +33,16 @@ class Prepared:
     starts: list[Start] = field(default_factory=list)
     history: list[Stage] = field(default_factory=list)
     sliced: tuple[Round, Trainer] | None = None
-    as_read: LogDensity | None = None
+    as_read: LogDensity = field(init=False)
 
     def __post_init__(self) -> None:
         self.as_read = self.density
 
-    def go_back(self) -> LogDensity:
+    def go_back(self) -> None:
         """Return to the coordinates that the model was read in; what was found in others is dropped."""
-        assert self.as_read is not None
         if self.as_read is not self.density:
             self.as_read.evaluations += self.density.evaluations
         self.density, self.starts, self.history = self.as_read, [], []
-        return self.density
 
 
 def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
@@ -74,7 +72,7 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
 def nested_later(plan: Plan, prepared: Prepared, run: Run) -> bool:
     """Hold a few coordinates of a large hierarchical model, whose chains do not do; say whether that is enough."""
     density = prepared.as_read
-    if density is None or density.dim <= AT_FIRST or not density.structure.hierarchical:
+    if density.dim <= AT_FIRST or not density.structure.hierarchical:
         return False
     found = nested_at_once(plan, density, seed=plan.seed)
     if found is None:

@@ -66,3 +66,27 @@ def test_who_asks_for_a_flow_gets_it():
     posterior = pf.fit(errors, X, Y, flow="realnvp", max_steps=60, refine=False, escalate=False, progress=False)
     assert STAGE not in stages(posterior)
     assert len(posterior.losses) > 0
+
+
+@pytest.mark.slow
+def test_large_models_try_chains_first_and_go_back_to_the_coordinates_that_were_read(monkeypatch):
+    """Where neither slices nor chains do, a few coordinates are held; the choice of others is dropped."""
+    monkeypatch.setattr("pyro_flows.fitting.prepare.AT_FIRST", 0)
+    monkeypatch.setattr("pyro_flows.fitting.run.slices_at_once", lambda *_, **__: None)
+    chosen = []
+
+    def choose(density, *given, **options):
+        chosen.append(density)
+        return pf.LogDensity(errors, (X, Y), noncentered=["at"]), None, {"elbo": 0.0}
+
+    monkeypatch.setattr("pyro_flows.fitting.prepare.choose_coordinates", choose)
+    posterior = pf.fit(errors, X, Y, draws=1000, progress=False)
+    assert len(chosen) == 1
+    assert "coordinates" not in stages(posterior)
+    assert STAGE in stages(posterior)
+    assert posterior.density.structure.noncentered == {}
+    assert not any("non-centered" in name for name in posterior.coordinates)
+    assert posterior.settings["gradient_evaluations"] > 0
+    tau, b, _ = exact_means()
+    assert posterior.samples["tau"].mean() == pytest.approx(tau, abs=0.05)
+    assert posterior.samples["b"].mean() == pytest.approx(b, abs=0.05)
