@@ -189,6 +189,7 @@ def forked(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(0.0, sd), obs=y)
 
 
+@pytest.mark.slow
 def test_slices_with_one_top_do_not_pass_for_two_modes():
     generator = torch.Generator().manual_seed(0)
     found = pf.fit_many(forked, list(torch.randn(4, 6, generator=generator)), draws=1000, progress=False)

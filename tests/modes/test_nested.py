@@ -124,6 +124,7 @@ def test_an_autoregression_needs_powers_of_a_logistic_function():
     assert given.holds(torch.tensor([[-3.0], [2.5]]).double())
 
 
+@pytest.mark.slow
 def test_the_flow_is_the_posterior(density):
     given = given_of(density, [1, 2, 3])
     torch.manual_seed(3)
