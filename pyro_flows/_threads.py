@@ -23,7 +23,8 @@ _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}  # by process: threads do
 def few_threads(numbers: int, points: int = 64) -> Iterator[None]:
     """One thread for small problems, where threads cost more than they save; the caller's number comes back after.
 
-    The rule looks at sizes, not at clocks, so that one seed gives one answer.
+    The rule looks at sizes, not at clocks, so that one seed gives one answer. The number belongs to the process: to be
+    called inside of a turn only (``_turns.py``).
 
     Args:
         numbers: terms of the likelihood at a point.

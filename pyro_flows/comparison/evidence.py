@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
+from pyro_flows._turns import alone
 from pyro_flows.comparison.bridge import bridge
 from pyro_flows.comparison.proposal import DF, Latent, enough, fit_proposal
 from pyro_flows.verdict.psis import largest_k, psis
@@ -125,7 +126,8 @@ def evidence(posterior: Record, *, method: str, seed: int, draws: int | None = N
     wanted = METHODS if method == "auto" else (method,)
     makers = {"importance": _importance, "bridge": _bridge, "smc": _smc}
     numbers = 0 if posterior.density is None else posterior.density.numbers
-    with few_threads(numbers), torch.no_grad(), seeded(derive(seed, "evidence"), posterior.used.device):
+    device = posterior.used.device
+    with alone(), few_threads(numbers), torch.no_grad(), seeded(derive(seed, "evidence"), device):
         estimates = tuple(makers[name](posterior, count) for name in wanted)
     if posterior.verdict.status == "unreliable":
         estimates = tuple(_doubted(estimate) for estimate in estimates)
