@@ -102,17 +102,18 @@ def fit_stack(
         searches = missed_together(stack.select(list(done)), [flow for flow, _ in done.values()], seed=seed)
     found: list[Posterior | None] = [None] * len(plans)
     shared = stack.evaluations // len(plans)
-    for (number, (flow, training)), search in zip(done.items(), searches, strict=True):
-        report(f"verdict {number + 1} of {len(plans)}")
-        plan, density = plans[number], densities[number]
-        density.evaluations += shared
-        outcome = Round(
-            flow, unweighed(density.dim, training.elbo), training, _stage(training, starts[number], len(plans))
-        )
-        run = Run(0, best=outcome, kept=outcome.stage, history=[outcome.stage])
-        work = Combined(runs=[run], plain=flow, sampler=flow, search=search)
-        with seeded(derive(plan.seed, "side by side"), density.device):
-            found[number] = _noted(conclude(plan, density, work), training, len(plans))
+    with few_threads(densities[0].numbers, EACH):
+        for (number, (flow, training)), search in zip(done.items(), searches, strict=True):
+            report(f"verdict {number + 1} of {len(plans)}")
+            plan, density = plans[number], densities[number]
+            density.evaluations += shared
+            outcome = Round(
+                flow, unweighed(density.dim, training.elbo), training, _stage(training, starts[number], len(plans))
+            )
+            run = Run(0, best=outcome, kept=outcome.stage, history=[outcome.stage])
+            work = Combined(runs=[run], plain=flow, sampler=flow, search=search)
+            with seeded(derive(plan.seed, "side by side"), density.device):
+                found[number] = _noted(conclude(plan, density, work), training, len(plans))
     return found
 
 

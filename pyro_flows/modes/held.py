@@ -78,6 +78,11 @@ def _roots(density: LogDensity, points: Tensor, held: Tensor) -> Tensor:
     """Return roots (K, D, D) of Hessians over all coordinates but the one held; NaN where there is none."""
     many = int(max(1, HESSIANS // (density.dim * max(1, density.numbers))))
     hessians = torch.cat([-second_derivatives(density, part).double() for part in points.split(many)])
+    return roots_of(hessians, held)
+
+
+def roots_of(hessians: Tensor, held: Tensor) -> Tensor:
+    """Return roots (K, D, D) of Hessians, changed to the identity along the one held (K,); NaN if there is none."""
     rows = torch.arange(len(held), device=held.device)
     hessians[rows, held] = 0.0
     hessians[rows, :, held] = 0.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.held import SMALL
+from pyro_flows.modes.held import SMALL, roots_of
 from pyro_flows.modes.slices import BENT, DEEP, FEWEST, MOST_ALONE, UP_TO
 from pyro_flows.modes.tables import Table
 from pyro_flows.starts.start import Start
@@ -99,7 +99,7 @@ def _tops(stack: Stack, points: Tensor, held: Tensor) -> tuple[Tensor, Tensor, T
     """
     height, slope = _slopes(stack, points, held)
     for number in range(NEWTON + 1):
-        roots = _roots(stack, points, held)
+        roots = roots_of(-stack.hessians(points).double(), held)
         step = torch.cholesky_solve(slope[..., None], roots.nan_to_num(nan=1.0))[..., 0]
         gain = 0.5 * (slope * step).sum(1)
         known = ~roots.isnan().any(2).any(1) & height.isfinite()
@@ -118,17 +118,6 @@ def _slopes(stack: Stack, points: Tensor, held: Tensor) -> tuple[Tensor, Tensor]
     """Return log densities (S,) and gradients (S, D), zero along the coordinate that is held, in double precision."""
     value, grad = stack.value_and_grad(points)
     return value.double(), grad.double().scatter(1, held[:, None], 0.0)
-
-
-def _roots(stack: Stack, points: Tensor, held: Tensor) -> Tensor:
-    """Return roots (S, D, D) of Hessians, the identity along the coordinate that is held; NaN where there is none."""
-    hessians = -stack.hessians(points).double()
-    rows = torch.arange(len(held), device=held.device)
-    hessians[rows, held] = 0.0
-    hessians[rows, :, held] = 0.0
-    hessians[rows, held, held] = 1.0
-    roots, faults = torch.linalg.cholesky_ex(0.5 * (hessians + hessians.mT))
-    return torch.where((faults == 0)[:, None, None], roots, torch.nan)
 
 
 def _table(coordinate: int, tops: Tensor, masses: Tensor, roots: Tensor, known: Tensor) -> Table | None:
