@@ -1,32 +1,30 @@
-r"""Exact moves: sign flips and exchanges that leave the density as it is, and so map one mode of it onto another.
+r"""Exact moves: reflections and exchanges that leave the density as it is, and so map one mode of it onto another.
 
 Where p(T z) is about p(z) for draws z of a guide, and q(T z) is far below q(z), that much mass is missing, exactly: no
 approximation of a mode's mass is needed, and the dimension does not matter. The moves act on the model's own values:
 
-- the signs of a whole site, or of one index along an axis of it;
-- two indices along an axis change places.
+- a whole site is reflected, or one index along an axis of it: at 0, or in the middle of two bounds;
+- two indices along an axis change places;
+- two sites of one shape and support change places.
 
 A factor's sign changes along with that of its loadings, and two components of a mixture change places in their weights
-and in all their parameters. So such units are put together: from each of them as a seed, others are added for as long
-as the density at a draw rises, all at once that raise it.
+and in all their parameters. So such units (``move.py``) are put together: from each of them as a seed, others are added
+for as long as the density at a draw rises, all at once that raise it.
 What comes back to about the height where it began is a move.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.move import Kind, Members, Move, Unit, Values, kinds_of, latents_of, middles_of
 
-UNITS = 40  # seeds at most, whole sites first
-AXIS = 32  # longest axis whose indices are moved one at a time
-PAIRS_UP_TO = 6  # indices along an axis of which each pair is exchanged; neighbors only, beyond
 ADDITIONS = 12
 ROUND_TRIP = 1e-3
 COMPARED = 8  # draws by which signed permutations are told
@@ -34,53 +32,7 @@ RETURNED = 3.0  # nats below the height where a move began
 TOGETHER = 2048  # images that one run of the model looks at
 SAME, DIGITS = 0.01, 32.0  # nats, and units of the last place of a log density, within which two are the same
 
-Values = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One site's part in a move: signs of all of it, or of one index along an axis; or an exchange of two indices."""
-
-    site: str
-    axis: int | None = None  # counted from the last one, of the site's value
-    indices: tuple[int, ...] = ()
-
-    @property
-    def swaps(self) -> bool:
-        """Whether two indices change places; signs change otherwise."""
-        return len(self.indices) == 2
-
-    def apply(self, value: Tensor) -> Tensor:
-        """Return values (..., *shape) after the move."""
-        if self.axis is None:
-            return -value
-        order = list(range(value.shape[self.axis]))
-        if self.swaps:
-            first, second = self.indices
-            order[first], order[second] = second, first
-            return value.index_select(self.axis, torch.tensor(order, device=value.device))
-        shape = [1] * value.dim()
-        shape[self.axis] = len(order)
-        signs = torch.ones(len(order), dtype=value.dtype, device=value.device)
-        signs[self.indices[0]] = -1.0
-        return value * signs.reshape(shape)
-
-
-Members = tuple[Unit, ...]
 _Growth = Generator[list[Members], Tensor, list[Members]]
-
-
-@dataclass(frozen=True)
-class Move:
-    """Several units at once: a map of the model's values onto themselves that keeps volumes."""
-
-    units: Members
-
-    def __call__(self, values: Values) -> dict[str, Tensor]:
-        moved = dict(values)
-        for unit in self.units:
-            moved[unit.site] = unit.apply(moved[unit.site])
-        return moved
 
 
 class Image(NamedTuple):
@@ -100,7 +52,7 @@ def are_the_same(log_p: Tensor, other: Tensor) -> Tensor:
 @torch.no_grad()
 def images(density: LogDensity, moves: Sequence[Move], z: Tensor) -> Iterator[Image]:
     """Yield the image of unconstrained draws (S, D) under each move; several moves share a run of the model."""
-    latents = _latents(density, z)
+    latents = latents_of(density, z)
     at_once = max(1, TOGETHER // len(z))
     for first in range(0, len(moves), at_once):
         group = moves[first : first + at_once]
@@ -116,18 +68,21 @@ def moves(density: LogDensity, z: Tensor) -> list[Move]:
     """Return the moves found at draws ``z`` (S, D) that lead back to about their heights; see the module.
 
     All kinds of units at all draws grow side by side, so that the model runs once for each addition. Cost: at most
-    40 (40 + 1) densities for each kind, draw and addition, of which there are at most twelve; most models have a few
+    40 (80 + 1) densities for each kind, draw and addition, of which there are at most twelve; most models have a few
     units, and two additions.
     """
+    middles, kinds = middles_of(density, z[:1]), kinds_of(density, latents_of(density, z[:1]))
     growing: list[tuple[Values, _Growth]] = []
     for draw in z:
-        latents: Values = _latents(density, draw[None])
-        growing += [(latents, _grown(kind)) for kind in _kinds(latents)]
+        latents: Values = latents_of(density, draw[None])
+        growing += [(latents, _grown(kind)) for kind in kinds]
     asked = [next(growth) for _, growth in growing]
     found: dict[frozenset[Unit], Move] = {}
     while growing:
         pairs = zip(growing, asked, strict=True)
-        heights = _heights(density, [(latents, members) for (latents, _), sets in pairs for members in sets])
+        heights = _heights(
+            density, [(latents, Move(members, middles)) for (latents, _), sets in pairs for members in sets]
+        )
         parts = heights.split([len(sets) for sets in asked])
         still: list[tuple[Values, _Growth]] = []
         asked = []
@@ -137,7 +92,7 @@ def moves(density: LogDensity, z: Tensor) -> list[Move]:
                 still.append((latents, growth))
             except StopIteration as end:
                 for members in end.value:
-                    found.setdefault(frozenset(members), Move(members))
+                    found.setdefault(frozenset(members), Move(members, middles))
         growing = still
     return list(found.values())
 
@@ -179,33 +134,12 @@ def group(generators: Iterable[SignedPermutation], limit: int) -> list[SignedPer
     return list(found)
 
 
-def _kinds(latents: Values) -> list[list[Unit]]:
-    """Units that may be put together: all changes of signs; and exchanges of the same indices on axes of one length."""
-    signs: list[Unit] = []
-    swaps: dict[tuple[int, int, int], list[Unit]] = {}
-    for site, value in latents.items():
-        shape = value.shape[1:]
-        signs.append(Unit(site))
-        for axis in range(-len(shape), 0):
-            length = shape[axis]
-            if not 1 < length <= AXIS:
-                continue
-            signs += [Unit(site, axis, (index,)) for index in range(length)]
-            pairs = (
-                itertools.combinations(range(length), 2) if length <= PAIRS_UP_TO else itertools.pairwise(range(length))
-            )
-            for first, second in pairs:
-                swaps.setdefault((length, first, second), []).append(Unit(site, axis, (first, second)))
-    signs.sort(key=lambda unit: unit.axis is not None)
-    return [signs[:UNITS], *list(swaps.values())[:UNITS]]
-
-
-def _grown(kind: list[Unit]) -> _Growth:
+def _grown(kind: Kind) -> _Growth:
     """Grow a set from each unit of a kind, all of them side by side; return those that come back to the first height.
 
     Yields sets, and is sent their heights.
     """
-    sets: list[Members] = [(unit,) for unit in kind]
+    sets: list[Members] = [(unit,) for unit in kind.seeds]
     height, *rest = (yield [(), *sets]).split([1, len(sets)])
     heights = rest[0]
     sets = [members for members, at in zip(sets, heights.tolist(), strict=True) if at > -torch.inf]
@@ -215,7 +149,7 @@ def _grown(kind: list[Unit]) -> _Growth:
         returned = (heights > height - RETURNED).tolist()
         done += [members for members, back in zip(sets, returned, strict=True) if back]
         open_ = [number for number, back in enumerate(returned) if not back]
-        tried = [[(*sets[number], unit) for unit in kind if _goes_with(unit, sets[number])] for number in open_]
+        tried = [[(*sets[number], unit) for unit in kind.additions if _joins(unit, sets[number])] for number in open_]
         if not any(tried):
             break
         results = (yield list(itertools.chain(*tried))).split([len(group) for group in tried])
@@ -233,31 +167,26 @@ def _grown(kind: list[Unit]) -> _Growth:
     return done
 
 
-def _goes_with(unit: Unit, members: Members) -> bool:
-    """Whether a unit adds something: it is not there yet, and is no part of a whole site's change of signs."""
-    return all(unit != other and not (unit.site == other.site and None in (unit.axis, other.axis)) for other in members)
+def _joins(unit: Unit, members: Members) -> bool:
+    return all(unit.goes_with(other) for other in members)
 
 
 def _together(members: Members, additions: list[Unit]) -> Members:
     for unit in additions:  # whole sites come first
-        if _goes_with(unit, members):
+        if _joins(unit, members):
             members = (*members, unit)
     return members
 
 
-def _heights(density: LogDensity, asked: Sequence[tuple[Values, Members]]) -> Tensor:
+def _heights(density: LogDensity, asked: Sequence[tuple[Values, Move]]) -> Tensor:
     """Return the log density (N,) of a model's own values after each move; -inf outside of the support."""
     found = []
     for first in range(0, len(asked), TOGETHER):
-        moved = [Move(members)(latents) for latents, members in asked[first : first + TOGETHER]]
+        moved = [move(latents) for latents, move in asked[first : first + TOGETHER]]
         z, inside = _placed(density, {name: torch.cat([values[name] for values in moved]) for name in moved[0]})
         heights = density(z) - density.log_jacobian(z)
         found.append(torch.where(inside, heights.double(), -torch.inf).nan_to_num(nan=-torch.inf, posinf=-torch.inf))
     return torch.cat(found)
-
-
-def _latents(density: LogDensity, z: Tensor) -> dict[str, Tensor]:
-    return {name: value for name, value in density.constrain(z).items() if name in density.names}
 
 
 def _placed(density: LogDensity, values: Values) -> tuple[Tensor, Tensor]:
@@ -265,7 +194,7 @@ def _placed(density: LogDensity, values: Values) -> tuple[Tensor, Tensor]:
     z = density.unconstrain(values)
     inside = torch.isfinite(z).all(1)
     z = torch.where(inside[:, None], z, 0.0)
-    for name, back in _latents(density, z).items():  # values that leave a support may have finite coordinates
+    for name, back in latents_of(density, z).items():  # values that leave a support may have finite coordinates
         close = torch.isclose(back.to(values[name]), values[name], rtol=ROUND_TRIP, atol=ROUND_TRIP)
         inside = inside & close.reshape(len(z), -1).all(1)
     return torch.where(inside[:, None], z, 0.0), inside

@@ -18,7 +18,8 @@ from pyro_flows.fitting import combine, run
 from pyro_flows.modes import missed_modes as modes
 from pyro_flows.modes.lacks import Lack
 from pyro_flows.modes.missed_modes import Search, missed_modes
-from pyro_flows.modes.symmetries import Image, Move, Unit, group, images, moves, signed_permutation
+from pyro_flows.modes.move import Move, Unit
+from pyro_flows.modes.symmetries import Image, group, images, moves, signed_permutation
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
 from tests.models import real
@@ -28,9 +29,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarni
 
 
 def names(move):
-    """A move as text: -site, -site[i] or site[i <-> j]."""
+    """A move as text: -site, -site[i], site[i <-> j] or site <-> other."""
     found = []
     for unit in move.units:
+        if unit.other is not None:
+            found.append(f"{unit.site} <-> {unit.other}")
+            continue
         index = "" if unit.axis is None else f"[{' <-> '.join(map(str, unit.indices))}]"
         found.append(f"{'' if unit.swaps else '-'}{unit.site}{index}")
     return " ".join(sorted(found))
@@ -89,7 +93,7 @@ def test_signs_of_scalar_sites():
         c = pyro.sample("c", dist.Normal(real(0.0), 2.0))
         pyro.sample("y", dist.Normal(a * b + c, 0.1), obs=real(2.0))
 
-    assert exact(pf.LogDensity(product), normal(3, 3, seed=4)) == {"-a -b"}
+    assert exact(pf.LogDensity(product), normal(3, 3, seed=4)) == {"-a -b", "a <-> b"}
 
 
 @config_enumerate
@@ -109,6 +113,51 @@ def test_components_of_a_mixture_change_places():
     values = {"p": real([[0.12, 0.29, 0.59]]), "loc": real([[-8.0, 1.0, 9.0]]), "sd": real([[0.2, 1.0, 3.0]])}
     got = exact(density, density.unconstrain(values))
     assert got == {f"loc[{i} <-> {j}] p[{i} <-> {j}] sd[{i} <-> {j}]" for i, j in ((0, 1), (0, 2), (1, 2))}
+
+
+@config_enumerate
+def named_components(y, ends):
+    """Two components, each parameter with a name of its own, and one share, between two ends."""
+    low, high = ends
+    share = pyro.sample("share", dist.Uniform(real(low), high))
+    first, second = (pyro.sample(f"loc_{name}", dist.Normal(real(0.0), 5.0)) for name in ("first", "second"))
+    sds = [pyro.sample(f"sd_{name}", dist.HalfNormal(real(2.0))) for name in ("first", "second")]
+    w = (share - low) / (high - low)
+    with pyro.plate("n", len(y)):
+        logits = torch.stack([w, 1.0 - w], -1).log()
+        k = pyro.sample("k", dist.Categorical(logits=logits))
+        loc, sd = torch.where(k == 0, first, second), torch.where(k == 0, *sds)
+        pyro.sample("y", dist.Normal(loc, sd), obs=y)
+
+
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (-2.0, 3.0)])
+def test_components_with_names_change_places_and_their_share_is_reflected(ends):
+    low, high = ends
+    data = torch.cat([-4.0 + 0.5 * normal(30, seed=11), 3.0 + 2.0 * normal(60, seed=12)])
+    density = pf.LogDensity(named_components, (data, ends))
+    values = {"share": real([low + (high - low) / 3.0]), "loc_first": real([-4.0]), "loc_second": real([3.0])}
+    values |= {"sd_first": real([0.5]), "sd_second": real([2.0])}
+    got = exact(density, density.unconstrain(values))
+    assert got == {"-share loc_first <-> loc_second sd_first <-> sd_second"}
+
+
+def test_sites_change_places_along_with_an_index():
+    """Components named one by one, whose shares are one vector."""
+    data = torch.cat([-8.0 + 0.2 * normal(12, seed=8), 1.0 + normal(30, seed=9), 9.0 + 3.0 * normal(60, seed=10)])
+
+    def model():
+        shares = pyro.sample("shares", dist.Dirichlet(torch.ones(3).double()))
+        locs = [pyro.sample(f"loc{k}", dist.Normal(real(0.0), 5.0)) for k in range(3)]
+        sds = [pyro.sample(f"sd{k}", dist.HalfNormal(real(2.0))) for k in range(3)]
+        each = dist.Normal(torch.stack(locs, -1), torch.stack(sds, -1)).log_prob(data[:, None]) + shares.log()
+        pyro.factor("y", each.logsumexp(-1).sum())
+
+    density = pf.LogDensity(model)
+    values = {"shares": real([[0.12, 0.29, 0.59]])}
+    values |= {f"loc{k}": real([loc]) for k, loc in enumerate((-8.0, 1.0, 9.0))}
+    values |= {f"sd{k}": real([sd]) for k, sd in enumerate((0.2, 1.0, 3.0))}
+    got = exact(density, density.unconstrain(values))
+    assert got >= {f"loc{i} <-> loc{j} sd{i} <-> sd{j} shares[{i} <-> {j}]" for i, j in ((0, 1), (0, 2), (1, 2))}
 
 
 # models without -------------------------------------------------------------------------------------------------------
@@ -152,7 +201,7 @@ def test_no_move_leaves_the_support(prior):
     for unit in units:
         ((there, inside, _, _),) = images(density, [Move((unit,))], z)
         assert not bool(inside.any()) or torch.allclose(
-            density.constrain(there)["x"][inside], unit.apply(value)[inside], atol=1e-3
+            density.constrain(there)["x"][inside], unit.apply({"x": value}, {})["x"][inside], atol=1e-3
         )
         if not isinstance(prior, dist.LKJCholesky) and not (isinstance(prior, dist.ImproperUniform) and unit.axis):
             assert not bool(inside.any()), unit  # signs of what is positive, or of all that is in order
