@@ -16,11 +16,12 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE, SHORT_TAIL, SPREAD_OUT, Guide, Lack, to_name
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.short_tails import and_tails
+from pyro_flows.modes.symmetries import SignedPermutation
 from pyro_flows.modes.thin import THIN, WANDERED
 from pyro_flows.modes.umbrella import Space
 from pyro_flows.modes.units import in_units
+from pyro_flows.modes.valleys import lies_apart
 from pyro_flows.results.stage import Stage
-from pyro_flows.starts.start import Start
 from pyro_flows.verdict.bridge import bridge_value
 from pyro_flows.verdict.chains import Chains
 from pyro_flows.verdict.psis import psis
@@ -41,13 +42,15 @@ INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribut
 class Lacking:
     """What chains lack, in words, what was not looked at, and the places, for chains that come later.
 
-    ``reached`` says whether draws were at each of these, so that there may be enough if the chains go on.
+    ``reached`` says whether draws were at each of these, so that there may be enough if the chains go on. ``moves``
+    lead to some of them and leave the density as it is.
     """
 
     failures: list[str]
     notes: list[str] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     reached: bool = True
+    moves: list[SignedPermutation] = field(default_factory=list)
 
 
 def noted(search: Search | None, stage: str = STAGE) -> list[Stage]:
@@ -105,7 +108,7 @@ def lacks_of_chains(
     search, regions = Search(), _Regions(density, chains, evidence, seed)
 
     def left(lacks: list[Lack]) -> list[Lack]:
-        lacks = [lack for lack in lacks if not regions.covers(lack.start)]
+        lacks = [lack for lack in lacks if not regions.covers(lack)]
         places = [lack.place if lack.drawn is None else lack.drawn for lack in lacks]
         return [] if lacks and joined(torch.stack(places)) else lacks
 
@@ -122,7 +125,8 @@ def lacks_of_chains(
         search = replace(search, sentence=said)
     known = [lack.start for lack in search.lacks if lack.start.name not in NO_PLACE]
     reached = all(bool(regions.inside(start.loc, start.scale).any()) for start in known)
-    return Lacking(found, list(search.notes), noted(search, OF_CHAINS), reached)
+    moves = [lack.move for lack in search.lacks if lack.move is not None]
+    return Lacking(found, list(search.notes), noted(search, OF_CHAINS), reached, moves)
 
 
 def _and_tails(search: Search, density: LogDensity, chains: Chains, seed: int) -> Search:
@@ -165,7 +169,7 @@ def held_out(chains: Chains) -> Tensor:
 def held_by(density: LogDensity, chains: Chains, lacks: Sequence[Lack], evidence: float, *, seed: int) -> bool:
     """Whether chains go in and out of all places that a guide lacks; to where draws only wandered they may go too."""
     regions = _Regions(density, chains, evidence, seed)
-    return all(lack.start.name == WANDERED or regions.covers(lack.start) for lack in lacks)
+    return all(lack.start.name == WANDERED or regions.covers(lack) for lack in lacks)
 
 
 def bridge(from_q: Tensor, from_p: Tensor) -> float:
@@ -183,9 +187,17 @@ class _Regions:
         self.density, self.chains, self.evidence = density, chains, evidence
         self.seed = derive(seed, "regions")
 
-    def covers(self, start: Start) -> bool:
-        """Whether chains go in and out of a place that a search found; what is no single place counts as it is."""
-        return start.name not in NO_PLACE and self.visited(start.loc, start.scale)
+    def covers(self, lack: Lack) -> bool:
+        """Whether chains go in and out of a place that a search found; what is no single place counts as it is.
+
+        A region may be so wide that draws of another mode are inside of it.
+        """
+        start = lack.start
+        if start.name in NO_PLACE or not self.visited(start.loc, start.scale):
+            return False
+        inside = self.inside(start.loc, start.scale)
+        wide = not lack.beside and float(inside.double().mean()) >= PART
+        return not (wide and lies_apart(self.density, lack.place, self.chains.z[inside]))
 
     @torch.no_grad()
     def visited(self, loc: Tensor, scale: Tensor) -> bool:

@@ -18,7 +18,7 @@ from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS
 from pyro_flows.correction.rungs import ATTEMPT, BEGUN_FROM, FEW, UNTRAINED, chains_from
 from pyro_flows.correction.sampler import Sampler
-from pyro_flows.correction.search import lacks_of_chains
+from pyro_flows.correction.search import Lacking, lacks_of_chains
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
@@ -30,6 +30,7 @@ from pyro_flows.modes.symmetries import SignedPermutation, group
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import Chains
 
+SYMMETRIES = 3  # times that chains begin, of which each search may find further exact images
 MOST_COPIES = 16  # of the normal distribution: each point is scored by all of them
 
 
@@ -42,9 +43,10 @@ class Untrained(NamedTuple):
 
 
 class _Begun(NamedTuple):
-    """What chains begin at: a flow or copies of it, all images, draws, log weights, and where the guide is thin."""
+    """What chains begin at: a flow or copies of it, exact moves, all that comes of them, draws, weights, the guide."""
 
     sampler: Flow | FlowMixture
+    moves: list[SignedPermutation]
     images: list[SignedPermutation]
     z: Tensor
     log_weights: Tensor
@@ -58,15 +60,36 @@ def attempt_untrained(
     """Try a sampler in the space of a normal distribution, before a flow is trained; None if it does not do.
 
     Where the posterior has exact symmetries, the space is that of copies of the distribution at all images, and chains
-    change between them freely. Chains that have converged go through the search for modes that they lack at once: where
-    it finds any, a flow has to be trained, unless chains that begin there come to the same distribution within a
-    hundred sweeps.
+    change between them freely. Chains that have converged go through the search for modes that they lack at once. Where
+    it finds one that is an exact image of what they hold, there are more copies, and chains begin once more; for any
+    other one a flow has to be trained, unless chains that begin there come to the same distribution within a hundred
+    sweeps.
     """
     flow = location_scale(density.dim, base="normal", diagonal=start.scale.dim() == 1).to(start.loc)
     start_at(flow, start.loc, start.scale)
-    begun = _begun(flow, density)
-    if begun is None:
-        return None
+    moves: list[SignedPermutation] = []
+    for _ in range(SYMMETRIES):
+        begun = _begun(flow, density, moves)
+        tried = None if begun is None else _chains(begun, density, names, draws, seed=seed, bar=bar)
+        if begun is None or tried is None:
+            return None
+        chains, lacking = tried
+        if not (lacking.failures or lacking.notes):
+            return Untrained(flow, begun.sampler if isinstance(begun.sampler, FlowMixture) else None, chains)
+        more = [move for move in dict.fromkeys(lacking.moves) if move not in begun.moves]
+        if not more:
+            return None
+        moves = [*begun.moves, *more]
+    return None
+
+
+def _chains(
+    begun: _Begun, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar
+) -> tuple[Chains, Lacking] | None:
+    """Run chains in the space of a normal distribution or its copies; return them, and what they lack.
+
+    None if they have not converged.
+    """
     about: dict[str, Any] = {"seed": seed, "bar": bar, "independence": 0, "patient": False}
     about["most"] = UNTRAINED if density.dim <= FEW else ATTEMPT
     latent = Latent(begun.sampler, density)
@@ -80,22 +103,23 @@ def attempt_untrained(
     guides = (begun.guide.covered, begun.sampler.log_prob), (covered_by(settled, density), settled.log_prob)
     covered, score = max(guides, key=itemgetter(0))
     given = (score, covered, evidence_of(begun.sampler, settled, chains, density), ())
-    lacking = lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
-    if lacking.failures or lacking.notes:
-        return None
-    return Untrained(flow, begun.sampler if isinstance(begun.sampler, FlowMixture) else None, chains)
+    return chains, lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
 
 
-def _begun(flow: Flow, density: LogDensity) -> _Begun | None:
+def _begun(flow: Flow, density: LogDensity, moves: Sequence[SignedPermutation]) -> _Begun | None:
     """Copy a flow to all images under exact symmetries; None if these are many, or if only others lead to a mode.
+
+    ``moves`` are known.
 
     A normal distribution is too thin at images under moves that are not exact, too, which are no modes as a rule: those
     that are, the search with draws of the chains finds.
     """
-    sampler: Flow | FlowMixture = flow
-    moves: list[SignedPermutation] = []
-    images: list[SignedPermutation] = []
+    moves = list(moves)
     while True:
+        images = group(moves, MOST_COPIES) if moves else []
+        if images is None:
+            return None
+        sampler: Flow | FlowMixture = FlowMixture.copied(flow, images) if images else flow
         z, log_q = sampler.draw(BEGUN_FROM)
         ratios = (density(z) - log_q).double()
         usable = torch.isfinite(ratios)
@@ -105,12 +129,8 @@ def _begun(flow: Flow, density: LogDensity) -> _Begun | None:
         lacks = mirrored(guide, z[usable][:MOVED_DRAWS], log_q[usable][:MOVED_DRAWS])
         more = [lack.move for lack in lacks if lack.move is not None and lack.move not in moves]
         if not more:
-            return _Begun(sampler, images, z, ratios, guide) if images or not lacks else None
+            return _Begun(sampler, moves, images, z, ratios, guide) if images or not lacks else None
         moves += list(dict.fromkeys(more))
-        all_images = group(moves, MOST_COPIES)
-        if all_images is None:
-            return None
-        images, sampler = all_images, FlowMixture.copied(flow, all_images)
 
 
 def _settled(sampler: Sampler, chains: Chains, images: list[SignedPermutation]) -> Flow | FlowMixture:

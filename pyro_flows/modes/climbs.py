@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.doubts import Doubtful, by_curvature, distinct, heavier, normals_at, worth_tempering
+from pyro_flows.modes.doubts import TOPS_APART, Doubtful, by_curvature, distinct, heavier, normals_at, worth_tempering
 from pyro_flows.modes.lacks import SHARE, Guide, Lack
 from pyro_flows.modes.survey import can_be_surveyed, distances, survey
 from pyro_flows.modes.tempering import temper
 from pyro_flows.modes.terms import places_of_terms
+from pyro_flows.modes.twins import twins_of
 from pyro_flows.modes.units import in_units, units_of
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
@@ -33,14 +35,17 @@ WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a pa
 TRUSTED_K_HAT = 0.7
 SAME_END, TWINS = 0.1, 2  # sds between ends of paths that are one place; paths to each that are weighed
 ROUNDS, SURVEYED, FEW = 2, 96, 30  # of a survey; climbs, up to so many dimensions, and a third of them beyond
-OWN_DRAWS = 200  # of the guide, that tell which mode it covers
+OWN_DRAWS = 200  # of the guide, that tell which mode it covers, and what their images hold
 DOUBTS = 12  # places that paths go on from
 
 
-def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, notes: list[str], *, seed: int) -> list[Lack]:
+def climbed(
+    guide: Guide, modes: Sequence[Start], z: Tensor, log_q: Tensor, notes: list[str], *, seed: int
+) -> list[Lack]:
     """Climb from many points; return the regions at the ends of the paths that the guide lacks.
 
-    What could not be looked at is added to ``notes``.
+    ``z`` (S, D) are draws of the guide, ``log_q`` (S,) their log densities. What could not be looked at is added to
+    ``notes``.
     """
     density = guide.density
     own, far = z[: CLIMBERS if density.batched else 1], _dispersed(guide, modes, z, seed=seed)
@@ -51,7 +56,10 @@ def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, notes: list[str], *
     points = torch.cat([own, far, again])
     shares = torch.ones(len(points), *[1] * units.dim()).to(units)
     shares[len(own) + len(far) :] = CAREFUL
-    paths = pathfinder(density, points, shares * units, seed=derive(seed, "modes"))
+    paths = pathfinder(density, points, shares * units, seed=derive(seed, "modes"), low=_low(density, own))
+    found = twins_of(guide, paths, len(own), z[:OWN_DRAWS], log_q[:OWN_DRAWS], units) if density.batched else []
+    if found:
+        return found
     found, doubtful = _weighed(guide, paths, len(own), units, seed=seed)
     if not found and density.batched:
         worth = worth_tempering(guide, paths, len(own), doubtful, units)
@@ -60,7 +68,7 @@ def climbed(guide: Guide, modes: Sequence[Start], z: Tensor, notes: list[str], *
         if curved is not None:
             found, doubtful = _weighed(guide, curved, 1, units, seed=seed)
             found = found or _tempered(guide, curved, *worth_tempering(guide, curved, 1, doubtful, units), seed=seed)
-    return [found[number] for number in distinct([lack.place for lack in found], units)]
+    return [found[number] for number in distinct([lack.place for lack in found], units, by=TOPS_APART)]
 
 
 def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list[Lack]:
@@ -97,6 +105,12 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
         lacks = _tempered(guide, paths, *worth_tempering(guide, paths, own, tops or elsewhere, units), seed=seed)
     doubts += [path.start for path in elsewhere][:DOUBTS]
     return lacks
+
+
+@torch.no_grad()
+def _low(density: LogDensity, own: Tensor) -> float:
+    """Return the best density at a few of the guide's own draws: a path below it has not come to a top yet."""
+    return float(density(own).nan_to_num(nan=-torch.inf).amax()) if _is_cheap(density) else -math.inf
 
 
 def _is_cheap(density: LogDensity) -> bool:

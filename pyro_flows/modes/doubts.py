@@ -29,6 +29,7 @@ NEWTON_STEPS = 4
 TO_GAIN = 0.1  # nats by another step, at a top
 SAME = 3.0  # standard deviations by Laplace's normal, within which tops are one
 APART = 0.5  # nats a dimension between the mass that a guide covers and that of Laplace's normal at its mode
+TOPS_APART = 6.0  # units, the norm of all coordinates together
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
 
@@ -52,8 +53,8 @@ def worth_tempering(
     reach = guide.covered + math.log(SHARE) - max(0.0, guide.covered - float(paths.elbo[base]))
     worth = [path for path in doubtful if path.elbo > reach - THINNER]
     worth.sort(key=lambda path: (not path.elsewhere, -path.elbo))
-    apart = (worth[number] for number in distinct([ends[path.number] for path in worth], units))
-    worth = [*islice((path for path in apart if not _is_spike(guide, ends[path.number])), LOOKED_AT)]
+    order = _apart(paths, [path.number for path in worth], units)
+    worth = [*islice((worth[i] for i in order if not _is_spike(guide, ends[worth[i].number])), LOOKED_AT)]
     return [base, *(path.number for path in worth)], worth
 
 
@@ -74,7 +75,7 @@ def by_curvature(
     heights = density(ends).detach()
     elsewhere = [path.number for path in doubtful if path.elsewhere]
     elsewhere.sort(key=lambda number: -float(heights[number]))
-    poor = [elsewhere[number] for number in distinct([ends[number] for number in elsewhere], units)]
+    poor = [elsewhere[number] for number in _apart(paths, elsewhere, units)]
     left = (number for number in poor if number not in worth and not _is_spike(guide, ends[number]))
     poor = [*islice(left, LOOKED_AT)]
     if poor and density.dim * density.numbers > CURVED_UP_TO:
@@ -101,6 +102,18 @@ def normals_at(modes: Tensor, roots: Tensor, evidence: Tensor) -> Paths:
     one, none = torch.ones_like(modes), torch.zeros_like(modes[..., None])
     normals = Gaussians(modes, roots, one, none, torch.ones_like(none[:, :1]))
     return Paths(normals, evidence, modes, torch.ones(len(modes), dtype=torch.bool, device=modes.device))
+
+
+def _apart(paths: Paths, numbers: Sequence[int], units: Tensor) -> list[int]:
+    """Return which of some paths ended apart, those first that ended far apart.
+
+    A standard deviation in each coordinate is far in many dimensions: there may be two modes within it. Tops, at which
+    paths came to rest, are other ones where a few standard deviations lie between them.
+    """
+    far = distinct([paths.ends[number] for number in numbers], units)
+    rest = [*far, *(place for place in range(len(numbers)) if bool(paths.settled[numbers[place]]) and place not in far)]
+    near = distinct([paths.ends[numbers[place]] for place in rest], units, by=TOPS_APART)
+    return [rest[place] for place in near]
 
 
 def _is_spike(guide: Guide, end: Tensor) -> bool:

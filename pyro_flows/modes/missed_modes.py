@@ -85,7 +85,9 @@ def missed_modes(
     few = z[finite][:MOVED_DRAWS], log_q[finite][:MOVED_DRAWS]
     doubts: list[Start] = []
     notes: list[str] = []
-    searches: list[Callable[[], list[Lack]]] = [lambda: climbed(guide, [*modes, *doubts], z[finite], notes, seed=seed)]
+    searches: list[Callable[[], list[Lack]]] = [
+        lambda: climbed(guide, [*modes, *doubts], z[finite], log_q[finite], notes, seed=seed)
+    ]
     if density.batched:
         searches.insert(0, lambda: mirrored(guide, *few))
         searches.insert(1, lambda: surveyed(guide, z[finite], doubts, seed=seed))

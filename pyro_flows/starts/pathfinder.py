@@ -13,6 +13,7 @@ Reference: Zhang, Carpenter, Gelman and Vehtari 2022, "Pathfinder: Parallel quas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from pyro_flows.starts.curvature import Differentiable
 from pyro_flows.starts.gaussians import Gaussians, choose, compact, diagonal_update, identity_like, stretch
 
 HISTORY, LARGE, LARGE_HISTORY = 12, 200, 6  # steps that L-BFGS knows of, up to so many dimensions, and beyond
-TICKS = 100
+TICKS, MORE_TICKS = 100, 300  # of all paths; further ones, of those that are still low
 SCORED_TOGETHER = 10
 DRAWS = 10
 RISE = 1e-4  # of what the slope promises
@@ -51,19 +52,22 @@ class Paths:
     settled: Tensor
 
 
-def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, seed: int) -> Paths:
+def pathfinder(
+    density: LogDensity | Stack, points: Tensor, units: Tensor, *, seed: int, low: float = -math.inf
+) -> Paths:
     r"""Climb from each point (K, D) by L-BFGS, all paths side by side; return the best Gaussian along each.
 
     Coordinates are measured in ``units``, for each path a lower triangular matrix (K, D, D) or a diagonal (K, D), so
     that scales of 1e-6 and 1e6 are on a par. The diagonal :math:`\alpha` follows the curvature from there. A tick of
     the loop takes one gradient for each path: a step that rises as its slope promises is taken, any other is shortened
     and tried again. No path goes where the density or its gradient is not finite; one has settled where it sees less
-    than 1e-8 nats to be gained.
+    than 1e-8 nats to be gained. After a hundred ticks only those go on whose density is still below ``low``, and for at
+    most three hundred more: a path that has come nowhere yet tells nothing.
 
     ELBOs come from ten draws, with the same noise at each point; where the density vanishes for some of them, it is
     that of the Gaussian cut to the rest, and where it vanishes for all of them, -inf. Paths of many data sets climb
-    together on a :class:`Stack`, as many for each, one data set after the other. Cost: at most 101 K gradients,
-    and ten densities for each step.
+    together on a :class:`Stack`, as many for each, one data set after the other. Cost: at most 101 K gradients, 300
+    more for each path that is still low, and ten densities for each step.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(torch.tensor(3.0), 2.0)))
@@ -76,11 +80,13 @@ def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, se
     climb = _Climb(density, points, units)
     found = [climb.gaussians(torch.ones_like(climb.over))]
     best, elbo = found[0].gaussians, torch.full_like(climb.height, -torch.inf)
-    for tick in range(1, TICKS + 1):
+    for tick in range(1, TICKS + MORE_TICKS + 1):
         found.append(climb.gaussians(climb.tick()))
         if tick % STALLED_TICKS == 0:
             climb.end_stalled()
-        done = tick == TICKS or bool(climb.over.all())
+        if tick >= TICKS:
+            climb.over = climb.over | (climb.height >= low)
+        done = tick == TICKS + MORE_TICKS or bool(climb.over.all())
         if done or len(found) == SCORED_TOGETHER:
             best, elbo = _best(density, noise, found, best, elbo)
             found = []
