@@ -21,7 +21,7 @@ from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel
 from pyro_flows.correction.diagnostics import examined, slowest
 from pyro_flows.correction.enough import next_look, sds_told, suffices, sweeps_needed
-from pyro_flows.correction.exchange import exchange_of, exchanged
+from pyro_flows.correction.exchange import are_copies, exchange_of, exchanged, swapped
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.kept import Kept, numbers_of
 from pyro_flows.correction.latent import Latent
@@ -66,6 +66,7 @@ class Sampler:
         self.draws = Kept(chains.z, chains.stats)
         self.exchange = exchange_of(latent, self.points, numbers.get("exchange", False))  # files of old have none
         numbers["exchange"] = self.exchange is not None
+        self.swaps = self.exchange is None and are_copies(latent)
         self.round = [tuple(of.unbind(0)) for of in state["round"].unbind(0)] if state["round"].shape[1] == 3 else []
         self.told = False  # whether the last look found enough draws, for all standard deviations too
         self.judged = None if chains.figures is None else (self._at(), chains.figures)
@@ -228,7 +229,10 @@ class Sampler:
             points, hit = independent(self.latent, points)
             taken = taken + hit
         points = relabel(self.latent, points)
-        points = points if self.exchange is None else exchanged(self.exchange, points)
+        if self.exchange is not None:
+            points = exchanged(self.exchange, points)
+        elif self.swaps:
+            points = swapped(self.latent, points)
         changes = (points.k != self.points.k).to(taken)
         leaps, short = self.kernel.leaps(number), not adapt and number % SHORT_EVERY == 0
         step = SHORT * self.kernel.step if short else self.kernel.step

@@ -42,15 +42,15 @@ INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribut
 class Lacking:
     """What chains lack, in words, what was not looked at, and the places, for chains that come later.
 
-    ``reached`` says whether draws were at each of these, so that there may be enough if the chains go on. ``moves``
-    lead to some of them and leave the density as it is.
+    ``reached`` says whether draws were at each of these, so that there may be enough if the chains go on. ``twins``
+    take the mode that chains are in to some of them.
     """
 
     failures: list[str]
     notes: list[str] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     reached: bool = True
-    moves: list[SignedPermutation] = field(default_factory=list)
+    twins: list[SignedPermutation] = field(default_factory=list)
 
 
 def noted(search: Search | None, stage: str = STAGE) -> list[Stage]:
@@ -125,8 +125,8 @@ def lacks_of_chains(
         search = replace(search, sentence=said)
     known = [lack.start for lack in search.lacks if lack.start.name not in NO_PLACE]
     reached = all(bool(regions.inside(start.loc, start.scale).any()) for start in known)
-    moves = [lack.move for lack in search.lacks if lack.move is not None]
-    return Lacking(found, list(search.notes), noted(search, OF_CHAINS), reached, moves)
+    twins = [lack.twin for lack in search.lacks if lack.twin is not None]
+    return Lacking(found, list(search.notes), noted(search, OF_CHAINS), reached, twins)
 
 
 def _and_tails(search: Search, density: LogDensity, chains: Chains, seed: int) -> Search:

@@ -17,20 +17,21 @@ from pyro_flows.correction.judging import around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS
 from pyro_flows.correction.rungs import ATTEMPT, BEGUN_FROM, FEW, UNTRAINED, chains_from
-from pyro_flows.correction.sampler import Sampler
 from pyro_flows.correction.search import Lacking, lacks_of_chains
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import start_at
+from pyro_flows.flows.stacked import Images
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import Guide
 from pyro_flows.modes.missed_modes import MOVED_DRAWS, mirrored
-from pyro_flows.modes.symmetries import SignedPermutation, group
+from pyro_flows.modes.symmetries import SignedPermutation, group, product
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import Chains
 
-SYMMETRIES = 3  # times that chains begin, of which each search may find further exact images
+SYMMETRIES = 3  # times that chains begin, of which each search may find further twins
+FEW_DRAWS = 50  # by which the copy is told that a twin belongs to
 MOST_COPIES = 16  # of the normal distribution: each point is scored by all of them
 
 
@@ -43,11 +44,12 @@ class Untrained(NamedTuple):
 
 
 class _Begun(NamedTuple):
-    """What chains begin at: a flow or copies of it, exact moves, all that comes of them, draws, weights, the guide."""
+    """What chains begin at: a flow or copies of it, its images, draws, log weights, and where the guide is thin."""
 
+    flow: Flow
     sampler: Flow | FlowMixture
-    moves: list[SignedPermutation]
     images: list[SignedPermutation]
+    exact: bool  # whether the posterior is the same at all images
     z: Tensor
     log_weights: Tensor
     guide: Guide
@@ -61,26 +63,39 @@ def attempt_untrained(
 
     Where the posterior has exact symmetries, the space is that of copies of the distribution at all images, and chains
     change between them freely. Chains that have converged go through the search for modes that they lack at once. Where
-    it finds one that is an exact image of what they hold, there are more copies, and chains begin once more; for any
-    other one a flow has to be trained, unless chains that begin there come to the same distribution within a hundred
-    sweeps.
+    it finds twins of what they hold, there are copies at these too, and chains begin once more; for any other mode a
+    flow has to be trained, unless chains that begin there come to the same distribution within a hundred sweeps.
     """
     flow = location_scale(density.dim, base="normal", diagonal=start.scale.dim() == 1).to(start.loc)
     start_at(flow, start.loc, start.scale)
-    moves: list[SignedPermutation] = []
+    twins: list[SignedPermutation] = []
     for _ in range(SYMMETRIES):
-        begun = _begun(flow, density, moves)
+        begun = _begun(flow, density, twins)
         tried = None if begun is None else _chains(begun, density, names, draws, seed=seed, bar=bar)
         if begun is None or tried is None:
             return None
         chains, lacking = tried
         if not (lacking.failures or lacking.notes):
             return Untrained(flow, begun.sampler if isinstance(begun.sampler, FlowMixture) else None, chains)
-        more = [move for move in dict.fromkeys(lacking.moves) if move not in begun.moves]
+        more = _placed(begun, density, lacking.twins)
         if not more:
             return None
-        moves = [*begun.moves, *more]
+        twins += more
     return None
+
+
+def _placed(begun: _Begun, density: LogDensity, twins: Sequence[SignedPermutation]) -> list[SignedPermutation]:
+    """Return the images of the distribution that twins of one of its copies stand for, without those that are there."""
+    known = begun.images or [_identity(density.dim)]
+    y = begun.flow.draw(FEW_DRAWS)[0]
+    found: list[SignedPermutation] = []
+    for twin in dict.fromkeys(twins):
+        candidates = [product(image, twin) for image in known]
+        heights = [density(y[:, list(order)] * y.new_tensor(signs)).median() for order, signs in candidates]
+        best = candidates[int(torch.stack(heights).nan_to_num(nan=-torch.inf).argmax())]
+        if best not in known and best not in found:
+            found.append(best)
+    return found
 
 
 def _chains(
@@ -93,33 +108,35 @@ def _chains(
     about: dict[str, Any] = {"seed": seed, "bar": bar, "independence": 0, "patient": False}
     about["most"] = UNTRAINED if density.dim <= FEW else ATTEMPT
     latent = Latent(begun.sampler, density)
-    if begun.images and exchange_of(latent, latent.look(*latent.place(begun.z[:CHAINS])), None) is None:
+    if begun.exact and exchange_of(latent, latent.look(*latent.place(begun.z[:CHAINS])), None) is None:
         return None
     found = chains_from(latent, names, begun.z, begun.log_weights, draws, **about)
     if found is None:
         return None
     sampler, chains = found
-    settled = _settled(sampler, chains, begun.images)  # the normal distribution may cover next to nothing
+    settled = _settled(begun, chains)  # the normal distribution may cover next to nothing
     guides = (begun.guide.covered, begun.sampler.log_prob), (covered_by(settled, density), settled.log_prob)
     covered, score = max(guides, key=itemgetter(0))
     given = (score, covered, evidence_of(begun.sampler, settled, chains, density), ())
     return chains, lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
 
 
-def _begun(flow: Flow, density: LogDensity, moves: Sequence[SignedPermutation]) -> _Begun | None:
-    """Copy a flow to all images under exact symmetries; None if these are many, or if only others lead to a mode.
+def _begun(flow: Flow, density: LogDensity, twins: Sequence[SignedPermutation]) -> _Begun | None:
+    """Copy a flow to all images under exact symmetries, and to its twins.
 
-    ``moves`` are known.
-
-    A normal distribution is too thin at images under moves that are not exact, too, which are no modes as a rule: those
-    that are, the search with draws of the chains finds.
+    None if there are many, or if only other moves lead to a mode. A normal distribution is too thin at images under
+    moves that are not exact, too, which are no modes as a rule: those that are, the search with draws of the chains
+    finds.
     """
-    moves = list(moves)
+    moves: list[SignedPermutation] = []
     while True:
-        images = group(moves, MOST_COPIES) if moves else []
-        if images is None:
+        generated = group(moves, MOST_COPIES) if moves else [_identity(density.dim)]
+        if generated is None:
             return None
-        sampler: Flow | FlowMixture = FlowMixture.copied(flow, images) if images else flow
+        images = list(dict.fromkeys(product(twin, move) for twin in (generated[0], *twins) for move in generated))
+        if len(images) > MOST_COPIES:
+            return None
+        sampler: Flow | FlowMixture = FlowMixture.copied(flow, images) if len(images) > 1 else flow
         z, log_q = sampler.draw(BEGUN_FROM)
         ratios = (density(z) - log_q).double()
         usable = torch.isfinite(ratios)
@@ -129,11 +146,22 @@ def _begun(flow: Flow, density: LogDensity, moves: Sequence[SignedPermutation]) 
         lacks = mirrored(guide, z[usable][:MOVED_DRAWS], log_q[usable][:MOVED_DRAWS])
         more = [lack.move for lack in lacks if lack.move is not None and lack.move not in moves]
         if not more:
-            return _Begun(sampler, moves, images, z, ratios, guide) if images or not lacks else None
+            known = len(images) > 1 or not lacks
+            return _Begun(flow, sampler, images, bool(moves) and not twins, z, ratios, guide) if known else None
         moves += list(dict.fromkeys(more))
 
 
-def _settled(sampler: Sampler, chains: Chains, images: list[SignedPermutation]) -> Flow | FlowMixture:
-    """Return the affine flow with the moments of chains, or copies of that of one image."""
-    home = around(replace(chains, z=sampler.judged_by()[0]))
-    return FlowMixture.copied(home, images) if images else home
+def _identity(dim: int) -> SignedPermutation:
+    return tuple(range(dim)), (1.0,) * dim
+
+
+def _settled(begun: _Begun, chains: Chains) -> Flow | FlowMixture:
+    """Return the affine flow with the moments of chains; of chains in copies, copies of it by the shares of these."""
+    if not isinstance(begun.sampler, FlowMixture):
+        return around(chains)
+    part = chains.stats["part"].long()
+    images = Images.of(begun.sampler.orders, begun.sampler.signs)
+    home = around(replace(chains, z=images.home(chains.z, part)))
+    shares = torch.bincount(part.flatten(), minlength=len(begun.images)).double() + 1.0
+    pairs = zip(begun.sampler.components, shares.log().tolist(), strict=True)
+    return FlowMixture([home], [replace(copy, log_weight=share) for copy, share in pairs])

@@ -28,9 +28,10 @@ Score = Callable[[Tensor], Tensor]
 class Lack:
     """A place that the guide lacks, and a normal distribution there: where another run may start.
 
-    ``move`` takes coordinates of the guide's draws there and leaves the density as it is, if there is such a move.
-    ``beside`` says that the guide covers the mode, and has too little mass next to it, such as in a tail. ``drawn`` is
-    a point with a good part of the mass that is lacked, if the place is a top, which may lie far from all of it.
+    ``move`` takes coordinates of the guide's draws there and leaves the density as it is, if there is such a move;
+    ``twin`` takes the guide's own mode there, as far as a change of its mass. ``beside`` says that the guide covers the
+    mode, and has too little mass next to it, such as in a tail. ``drawn`` is a point with a good part of the mass that
+    is lacked, if the place is a top, which may lie far from all of it.
     """
 
     place: Tensor
@@ -38,6 +39,7 @@ class Lack:
     move: SignedPermutation | None = None
     beside: bool = False
     drawn: Tensor | None = None
+    twin: SignedPermutation | None = None
 
 
 @dataclass(frozen=True)

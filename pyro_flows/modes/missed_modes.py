@@ -17,6 +17,7 @@ from pyro_flows.modes.lines import across
 from pyro_flows.modes.population import can_be_scattered, fitted, generation, scattered
 from pyro_flows.modes.symmetries import are_the_same, images, moves, signed_permutation
 from pyro_flows.modes.thin import too_thin
+from pyro_flows.modes.twins import with_twins
 from pyro_flows.modes.umbrella import Space
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.start import Start
@@ -103,6 +104,7 @@ def missed_modes(
         notes.append(f"{few_starts}: the model runs draw by draw")
     if not found:
         return Search(notes=tuple(notes), contained=density.batched)
+    found = with_twins(guide, found, *few) if density.batched else found
     return Search(tuple(found), sentence_on(density, found, few[0]), tuple(notes))
 
 

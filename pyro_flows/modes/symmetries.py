@@ -121,17 +121,21 @@ def group(generators: Iterable[SignedPermutation], limit: int) -> list[SignedPer
     waiting = list(found)
     while waiting:
         order, signs = waiting.pop()
-        for then, flips in steps:
-            product = (
-                tuple(order[place] for place in then),
-                tuple(flip * signs[place] for flip, place in zip(flips, then, strict=True)),
-            )
-            if product not in found:
-                found[product] = None
-                waiting.append(product)
+        for step in steps:
+            both = product((order, signs), step)
+            if both not in found:
+                found[both] = None
+                waiting.append(both)
         if len(found) > limit:
             return None
     return list(found)
+
+
+def product(first: SignedPermutation, then: SignedPermutation) -> SignedPermutation:
+    """Return what comes of two signed permutations, one after the other."""
+    (order, signs), (places, flips) = first, then
+    moved = tuple(flip * signs[place] for flip, place in zip(flips, places, strict=True))
+    return tuple(order[place] for place in places), moved
 
 
 def _grown(kind: Kind) -> _Growth:

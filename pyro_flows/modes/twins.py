@@ -1,12 +1,16 @@
-r"""Twins: tops of one height, of which one is the image of the other under exchanges and signs of coordinates.
+r"""Twins: tops of which one is about the image of the other under exchanges and signs of coordinates.
 
-Where f(P z) = f(z) for a signed permutation P, and b = P a, the density about b along one axis is that about a along
-another, maybe the other way round: :math:`f(b + c\,e_i) = f(a + s\,c\,e_{\pi(i)})` for any c. So a few steps along each
-axis, from both tops, tell P, whatever the dimension and however the model groups its values; whether it is exact, the
-draws of a guide tell.
+Where f(P z) = f(z) + c for a signed permutation P, at least about a top a, and b = P a, the density about b along one
+axis is that about a along another, maybe the other way round:
+:math:`f(b + t\,e_i) - f(b) = f(a + s\,t\,e_{\pi(i)}) - f(a)` for any t. So a few steps along each axis, from both tops,
+tell P, whatever the dimension and however the model groups its values. The draws of a guide tell what the image holds,
+and whether the density is the same there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,10 +19,11 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.doubts import TOPS_APART, distinct
 from pyro_flows.modes.lacks import Guide, Lack, lacks_of
 from pyro_flows.modes.symmetries import SignedPermutation, are_the_same
-from pyro_flows.starts.pathfinder import Paths
+from pyro_flows.modes.units import units_of
+from pyro_flows.starts.pathfinder import Paths, climb
 
-LEVEL = 1e-3  # nats between tops of one height, beside rounding
-LOOKED_AT = 4  # tops of the guide's own height
+LOOKED_AT = 4  # tops, the highest first
+CLIMBERS = 8  # draws, of which the highest top is the guide's own
 STEPS, NEAR, FAR = 6, 0.3, 3.0  # of each sign along each axis, from a part of the least to some of the greatest sd
 FAR_OFF = 20.0  # nats below a top, at which densities count as one
 
@@ -28,30 +33,61 @@ def twins_of(guide: Guide, paths: Paths, own: int, z: Tensor, log_q: Tensor, uni
     """Return the regions about twins of the guide's own top that hold a good part of the mass and no draws.
 
     The first ``own`` paths began at draws of the guide; ``z`` (S, D) are such, ``log_q`` (S,) their log densities. The
-    mass of an image is that of :func:`~pyro_flows.modes.missed_modes.mirrored`. Cost: twelve densities for each
-    coordinate of at most five tops.
+    mass of an image is that of :func:`~pyro_flows.modes.missed_modes.mirrored`, exact even where the density there is
+    another one. Cost: twelve densities for each coordinate of at most five tops.
     """
-    density = guide.density
-    heights = density(paths.ends)
+    heights = guide.density(paths.ends)
     at_rest = (paths.settled & torch.isfinite(heights)).nonzero()[:, 0].tolist()
     mine = [number for number in at_rest if number < own]
     if not mine:
         return []
     home = max(mine, key=lambda number: float(heights[number]))
-    level = LEVEL + 64.0 * torch.finfo(heights.dtype).eps * float(heights[home].abs())
-    others = [number for number in at_rest if float((heights[number] - heights[home]).abs()) < level]
-    places = [home, *(number for number in others if number != home)]
-    found, spread = [], z.std(0)
-    for place in distinct([paths.ends[number] for number in places], units, by=TOPS_APART)[1 : 1 + LOOKED_AT]:
-        move = _between(density, paths.ends[home], paths.ends[places[place]], spread)
-        if move is None:
-            continue
-        moved = z[:, list(move[0])] * z.new_tensor(move[1])
-        log_p = density(moved)
-        if bool(are_the_same(log_p, density(z)).all()):
-            lacks = lacks_of(moved, log_p, guide.lacking(moved, log_p, log_q), "mirrored")
-            found += [Lack(lack.place, lack.start, move=move) for lack in lacks]
+    others = sorted((number for number in at_rest if number != home), key=lambda number: -float(heights[number]))
+    places = [paths.ends[number] for number in (home, *others)]
+    chosen = distinct(places, units, by=TOPS_APART)[1 : 1 + LOOKED_AT]
+    return [lack for number in chosen for lack in _lacks_at(guide, places[0], places[number], z, log_q)]
+
+
+@torch.no_grad()
+def with_twins(guide: Guide, lacks: Sequence[Lack], z: Tensor, log_q: Tensor) -> list[Lack]:
+    """Return regions that any search found, those that are twins of the guide's own mode with what takes it there.
+
+    Cost: a climb from each of them and from a few draws, beside that of :func:`twins_of`.
+    """
+    if all(lack.twin is not None or lack.beside for lack in lacks):
+        return list(lacks)
+    points = torch.cat([z[:CLIMBERS], torch.stack([lack.place for lack in lacks])])
+    own = len(points) - len(lacks)
+    ends = climb(guide.density, points, units_of(z, full=False).expand_as(points))
+    mine = ends.heights[:own].where(ends.settled[:own], -torch.inf)
+    if not bool(torch.isfinite(mine).any()):
+        return list(lacks)
+    home = ends.points[int(mine.argmax())]
+    found = []
+    for number, lack in enumerate(lacks):
+        there = own + number
+        looked_at = number < LOOKED_AT and lack.twin is None and not lack.beside and bool(ends.settled[there])
+        twin = _lacks_at(guide, home, ends.points[there], z, log_q) if looked_at else []
+        found.append(replace(lack, twin=twin[0].twin, move=twin[0].move) if twin else lack)
     return found
+
+
+def _lacks_at(guide: Guide, home: Tensor, top: Tensor, z: Tensor, log_q: Tensor) -> list[Lack]:
+    """Return the region about a top (D,), if it is a twin of the guide's own one that holds a good part of the mass."""
+    twin = _between(guide.density, home, top, z.std(0))
+    if twin is None:
+        return []
+    moved = z[:, list(twin[0])] * z.new_tensor(twin[1])
+    log_p = guide.density(moved)
+    lacks = lacks_of(moved, log_p, guide.lacking(moved, log_p, log_q), "mirrored")
+    back = bool(lacks) and _is_undone_by_itself(twin) and bool(are_the_same(log_p, guide.density(z)).all())
+    return [replace(lack, move=twin if back else None, twin=twin) for lack in lacks]
+
+
+def _is_undone_by_itself(move: SignedPermutation) -> bool:
+    order, signs = move
+    pairs = enumerate(zip(order, signs, strict=True))
+    return all(order[place] == i and signs[place] * sign > 0.0 for i, (place, sign) in pairs)
 
 
 def _between(density: LogDensity, top: Tensor, other: Tensor, spread: Tensor) -> SignedPermutation | None:

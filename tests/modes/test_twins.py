@@ -1,0 +1,196 @@
+"""Tops of one height and what lies between them: exact images by any exchange, and modes that a wide region hides."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+
+import pyro_flows as pf
+from pyro_flows._progress import Bar
+from pyro_flows.correction.untrained import attempt_untrained
+from pyro_flows.modes.doubts import _apart
+from pyro_flows.modes.lacks import Guide
+from pyro_flows.modes.twins import twins_of
+from pyro_flows.modes.valleys import lies_apart
+from pyro_flows.starts.gaussians import Gaussians
+from pyro_flows.starts.pathfinder import Paths, pathfinder
+from pyro_flows.starts.start import Start
+from tests.registry import normal
+
+
+def skewed(x):
+    """Log density (...) of independent skewed coordinates x (..., D), each of another scale."""
+    sds = torch.linspace(0.5, 2.0, x.shape[-1], dtype=x.dtype)
+    y = x / sds
+    return (-0.5 * y.square() + torch.nn.functional.logsigmoid(2.0 * y) - sds.log()).sum(-1)
+
+
+def two(order, signs, center, share=0.5, shape=skewed):
+    """A density over a vector: a shape about a center, and its image under a signed permutation."""
+    back = torch.tensor(order).argsort()
+
+    def log_prob(z):
+        home = (torch.tensor(signs).to(z) * z)[..., back]
+        parts = [math.log(share) + shape(z - center), math.log(1.0 - share) + shape(home - center)]
+        return torch.logaddexp(*parts)
+
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (len(order),)))
+        pyro.factor("both", log_prob(z))
+
+    return pf.LogDensity(model)
+
+
+def moved(dim, seed):
+    """A signed permutation without order, and a center far from its image."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(dim, generator=generator).tolist()
+    signs = (1.0 - 2.0 * torch.randint(2, (dim,), generator=generator)).tolist()
+    return order, signs, 4.0 * normal(dim, seed=seed) / math.sqrt(dim / 10.0)
+
+
+def draws_about(center, count=300):
+    """Draws of the shape about a center: with coordinates of one sign more often than not."""
+    sds = torch.linspace(0.5, 2.0, len(center), dtype=torch.float64)
+    first, second = normal(count, len(center), seed=31), normal(count, len(center), seed=32)
+    return center + sds * torch.where(second < 2.0 * first, first, -first)  # about a skew normal
+
+
+def found_by_twins(density, center):
+    z = draws_about(center)
+
+    def score(points):
+        return skewed(points - center)
+
+    log_q = score(z)
+    guide = Guide(density, score, float((density(z) - log_q).median()))
+    image = torch.cat([z[:4], normal(24, density.dim, seed=33) * 3.0])
+    paths = pathfinder(density, image, z.std(0).expand_as(image), seed=0)
+    return twins_of(guide, paths, 4, z, log_q, z.std(0))
+
+
+@pytest.mark.parametrize("dim", [4, 60, 230])
+def test_any_signed_permutation_between_two_tops_is_found(dim):
+    """No site, no axis and no block tells of it."""
+    order, signs, center = moved(dim, seed=dim)
+    found = found_by_twins(two(order, signs, center), center)
+    assert len(found) == 1
+    assert found[0].move is None, "what is done twice leads elsewhere"
+    z = draws_about(center)
+    takes = z[:, list(found[0].twin[0])] * torch.tensor(found[0].twin[1]).double()
+    there = torch.tensor(signs).double() * z[:, order]
+    assert float((takes - there).abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.99])
+def test_a_twin_may_have_another_mass_and_is_a_symmetry_if_it_has_not(share):
+    dim = 20
+    order, center = [*range(10, dim), *range(10)], torch.linspace(-3.0, 3.0, dim, dtype=torch.float64)
+    found = found_by_twins(two(order, [1.0] * dim, center, share=share), center)
+    if share == 0.99:
+        assert found == [], "next to nothing is lacked"
+        return
+    assert found[0].twin == (tuple(order), (1.0,) * dim)
+    assert found[0].move == (found[0].twin if share == 0.5 else None)
+
+
+def test_tops_that_are_no_images_are_no_twins():
+    center = moved(30, seed=5)[2]
+
+    def other(x):
+        return skewed(torch.cat([x[..., :1], x[..., :-1] + x[..., 1:]], -1))
+
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (30,)))
+        pyro.factor("both", torch.logaddexp(skewed(z - center), other(-z - center)))
+
+    assert found_by_twins(pf.LogDensity(model), center) == []
+
+
+@pytest.mark.parametrize("share", [0.5, 0.3])
+def test_chains_get_copies_at_twins(share):
+    """No flow is trained, though the blocks that change places belong to sites of unequal lengths."""
+    dim, part = 60, 20
+    order = [*range(dim - part, dim), *range(part, dim - part), *range(part)]
+    center = 3.0 * torch.linspace(-1.0, 1.0, dim, dtype=torch.float64)
+
+    def model():
+        left = pyro.sample("left", dist.ImproperUniform(constraints.real_vector, (), (28,)))
+        right = pyro.sample("right", dist.ImproperUniform(constraints.real_vector, (), (32,)))
+        z = torch.cat([left, right], -1)
+        parts = math.log(share) + skewed(z - center), math.log(1.0 - share) + skewed(z[..., order] - center)
+        pyro.factor("both", torch.logaddexp(*parts))
+
+    density = pf.LogDensity(model)
+    z = draws_about(center)
+    names = [f"z[{i}]" for i in range(dim)]
+    start = Start("given", z.mean(0), z.std(0))
+    found = attempt_untrained(start, density, names, 4000, seed=0, bar=Bar("", False))
+    assert len(found.copies.components) == 2
+    assert float((found.chains.z[..., 0] < 0.0).double().mean()) == pytest.approx(share, abs=0.05)
+
+
+# valleys --------------------------------------------------------------------------------------------------------------
+
+
+def heavy(x):
+    return -1.5 * torch.log1p(x.square() / 2.0).sum(-1)
+
+
+def test_a_mode_within_a_wide_region_lies_apart():
+    dim = 150
+    order, signs, center = moved(dim, seed=7)
+    density = two(order, signs, center, shape=heavy)
+    here = center + torch.distributions.StudentT(torch.tensor(2.0).double()).sample((100, dim))
+    there = torch.tensor(signs).double() * center[order]
+    assert float((there - center).norm()) < math.sqrt(dim) * float(here.std(0).mean()), "one place, by these units"
+    assert lies_apart(density, there, here)
+    assert not lies_apart(density, center + 0.5, here)
+    both = torch.cat([here[:50], torch.tensor(signs).double() * here[50:, order]])
+    assert not lies_apart(density, there, both)
+
+
+def test_a_place_without_a_top_does_not_lie_apart():
+    """In a funnel, climbs go into the neck without end."""
+
+    def model():
+        scale = pyro.sample("scale", dist.Normal(torch.tensor(0.0).double(), 3.0))
+        pyro.sample("x", dist.Normal(torch.zeros(20).double(), scale.exp()).to_event(1))
+
+    density = pf.LogDensity(model)
+    z = density.unconstrain({"scale": normal(50, seed=1), "x": normal(50, 20, seed=2)})
+    assert not lies_apart(density, torch.zeros(21).double(), z)
+
+
+def test_tops_count_as_apart_and_points_under_way_do_not():
+    dim = 100
+    places = torch.zeros(4, dim, dtype=torch.float64)
+    places[1, 0], places[2, 0], places[3, 0] = 8.0, 8.5, 30.0
+    one, none = torch.ones_like(places), torch.zeros_like(places[..., None])
+    normals = Gaussians(places, one, one, none, torch.ones_like(none[:, :1]))
+    for settled, kept in ((True, [0, 3, 1]), (False, [0, 3])):
+        rest = torch.full((4,), settled)
+        assert _apart(Paths(normals, torch.zeros(4), places, rest), range(4), one[0]) == kept
+
+
+# paths that have come nowhere -----------------------------------------------------------------------------------------
+
+
+def test_paths_that_are_still_low_go_on():
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (200,)))
+        pyro.factor("heavy", heavy(z / torch.linspace(0.5, 2.0, 200, dtype=torch.float64)))
+
+    density = pf.LogDensity(model)
+    points, units = 400.0 * normal(6, 200, seed=3), torch.ones(6, 200, dtype=torch.float64)
+    short = pathfinder(density, points, units, seed=0)
+    assert not bool(short.settled.any())
+    long = pathfinder(density, points, units, seed=0, low=-1.0)
+    assert bool((density(long.ends) > -1.0).all())
+    same = pathfinder(density, points, units, seed=0, low=float(density(short.ends).min()) - 1.0)
+    assert torch.equal(same.ends, short.ends)
