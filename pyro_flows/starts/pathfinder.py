@@ -61,8 +61,8 @@ def pathfinder(
     that scales of 1e-6 and 1e6 are on a par. The diagonal :math:`\alpha` follows the curvature from there. A tick of
     the loop takes one gradient for each path: a step that rises as its slope promises is taken, any other is shortened
     and tried again. No path goes where the density or its gradient is not finite; one has settled where it sees less
-    than 1e-8 nats to be gained. After a hundred ticks only those go on whose density is still below ``low``, and for at
-    most three hundred more: a path that has come nowhere yet tells nothing.
+    than 1e-8 nats to be gained. After a hundred ticks only those go on whose density is still below ``low``, or below a
+    top that another path has come to, and for at most three hundred more: a path that is under way tells nothing.
 
     ELBOs come from ten draws, with the same noise at each point; where the density vanishes for some of them, it is
     that of the Gaussian cut to the rest, and where it vanishes for all of them, -inf. Paths of many data sets climb
@@ -85,7 +85,7 @@ def pathfinder(
         if tick % STALLED_TICKS == 0:
             climb.end_stalled()
         if tick >= TICKS:
-            climb.over = climb.over | (climb.height >= low)
+            climb.over = climb.over | (climb.height >= climb.top(low))
         done = tick == TICKS + MORE_TICKS or bool(climb.over.all())
         if done or len(found) == SCORED_TOGETHER:
             best, elbo = _best(density, noise, found, best, elbo)
@@ -212,6 +212,12 @@ class _Climb:
         self.length = self.length * torch.where(moved, GROW, shrink)
         self._turn(moved, curved)
         return moved
+
+    def top(self, low: float) -> float:
+        """Return the height that paths still have to come to: ``low``, or that of the highest at rest."""
+        if not math.isfinite(low) or not bool(self.settled.any()):
+            return low
+        return max(low, float(self.height[self.settled].amax()))
 
     def end_stalled(self) -> None:
         """End paths that have hardly risen since the last call."""
