@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -56,19 +55,31 @@ def climbed(
     points = torch.cat([own, far, again])
     shares = torch.ones(len(points), *[1] * units.dim()).to(units)
     shares[len(own) + len(far) :] = CAREFUL
-    paths = pathfinder(density, points, shares * units, seed=derive(seed, "modes"), low=_low(density, own))
-    found = twins_of(guide, paths, len(own), z[:OWN_DRAWS], log_q[:OWN_DRAWS], units) if density.batched else []
+    longer = len(own) if _is_cheap(density) else 0
+    paths = pathfinder(density, points, shares * units, seed=derive(seed, "modes"), own=longer)
+    drawn = z[:OWN_DRAWS], log_q[:OWN_DRAWS], units
+    found = twins_of(guide, paths, len(own), *drawn) if density.batched else []
     if found:
         return found
     found, doubtful = _weighed(guide, paths, len(own), units, seed=seed)
-    if not found and density.batched:
+    if density.batched and _are_beside(found):
         worth = worth_tempering(guide, paths, len(own), doubtful, units)
-        found = _tempered(guide, paths, *worth, seed=seed)
-        curved = None if found else by_curvature(guide, paths, worth[0], doubtful, units, notes)
+        found = found or _tempered(guide, paths, *worth, seed=seed)
+        curved = by_curvature(guide, paths, worth[0], doubtful, units, notes) if _are_beside(found) else None
         if curved is not None:
-            found, doubtful = _weighed(guide, curved, 1, units, seed=seed)
-            found = found or _tempered(guide, curved, *worth_tempering(guide, curved, 1, doubtful, units), seed=seed)
+            found += twins_of(guide, curved, 1, *drawn) or _at_tops(guide, curved, units, seed=seed)
     return [found[number] for number in distinct([lack.place for lack in found], units, by=TOPS_APART)]
+
+
+def _are_beside(lacks: Sequence[Lack]) -> bool:
+    """Whether no mode is lacked by these, so that others may be."""
+    return all(lack.beside for lack in lacks)
+
+
+def _at_tops(guide: Guide, curved: Paths, units: Tensor, *, seed: int) -> list[Lack]:
+    """Weigh normals at tops, the guide's own one first; where they are poor, temper from them."""
+    found, doubtful = _weighed(guide, curved, 1, units, seed=seed)
+    return found or _tempered(guide, curved, *worth_tempering(guide, curved, 1, doubtful, units), seed=seed)
 
 
 def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list[Lack]:
@@ -105,12 +116,6 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
         lacks = _tempered(guide, paths, *worth_tempering(guide, paths, own, tops or elsewhere, units), seed=seed)
     doubts += [path.start for path in elsewhere][:DOUBTS]
     return lacks
-
-
-@torch.no_grad()
-def _low(density: LogDensity, own: Tensor) -> float:
-    """Return the best density at a few of the guide's own draws: a path below it has not come to a top yet."""
-    return float(density(own).nan_to_num(nan=-torch.inf).amax()) if _is_cheap(density) else -math.inf
 
 
 def _is_cheap(density: LogDensity) -> bool:

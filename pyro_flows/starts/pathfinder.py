@@ -52,22 +52,21 @@ class Paths:
     settled: Tensor
 
 
-def pathfinder(
-    density: LogDensity | Stack, points: Tensor, units: Tensor, *, seed: int, low: float = -math.inf
-) -> Paths:
+def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, seed: int, own: int = 0) -> Paths:
     r"""Climb from each point (K, D) by L-BFGS, all paths side by side; return the best Gaussian along each.
 
     Coordinates are measured in ``units``, for each path a lower triangular matrix (K, D, D) or a diagonal (K, D), so
     that scales of 1e-6 and 1e6 are on a par. The diagonal :math:`\alpha` follows the curvature from there. A tick of
     the loop takes one gradient for each path: a step that rises as its slope promises is taken, any other is shortened
     and tried again. No path goes where the density or its gradient is not finite; one has settled where it sees less
-    than 1e-8 nats to be gained. After a hundred ticks only those go on whose density is still below ``low``, or below a
-    top that another path has come to, and for at most three hundred more: a path that is under way tells nothing.
+    than 1e-8 nats to be gained. Where the first ``own`` points are draws of a guide, paths that are still below the
+    highest of these, or below the highest top that paths from there came to, go on for up to three hundred ticks: one
+    that is under way tells nothing.
 
     ELBOs come from ten draws, with the same noise at each point; where the density vanishes for some of them, it is
     that of the Gaussian cut to the rest, and where it vanishes for all of them, -inf. Paths of many data sets climb
     together on a :class:`Stack`, as many for each, one data set after the other. Cost: at most 101 K gradients, 300
-    more for each path that is still low, and ten densities for each step.
+    more for each path that is still under way, and ten densities for each step.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(torch.tensor(3.0), 2.0)))
@@ -78,6 +77,7 @@ def pathfinder(
     with seeded(derive(seed, "pathfinder"), density.device):
         noise = torch.randn(DRAWS, density.dim, dtype=density.dtype, device=density.device)
     climb = _Climb(density, points, units)
+    drawn = climb.height[:own]
     found = [climb.gaussians(torch.ones_like(climb.over))]
     best, elbo = found[0].gaussians, torch.full_like(climb.height, -torch.inf)
     for tick in range(1, TICKS + MORE_TICKS + 1):
@@ -85,7 +85,7 @@ def pathfinder(
         if tick % STALLED_TICKS == 0:
             climb.end_stalled()
         if tick >= TICKS:
-            climb.over = climb.over | (climb.height >= climb.top(low))
+            climb.over = climb.over | (climb.height >= climb.known(drawn))
         done = tick == TICKS + MORE_TICKS or bool(climb.over.all())
         if done or len(found) == SCORED_TOGETHER:
             best, elbo = _best(density, noise, found, best, elbo)
@@ -213,11 +213,11 @@ class _Climb:
         self._turn(moved, curved)
         return moved
 
-    def top(self, low: float) -> float:
-        """Return the height that paths still have to come to: ``low``, or that of the highest at rest."""
-        if not math.isfinite(low) or not bool(self.settled.any()):
-            return low
-        return max(low, float(self.height[self.settled].amax()))
+    def known(self, drawn: Tensor) -> float:
+        """Return the highest density known from draws, where the first paths began: at one of them, or at a top."""
+        tops = self.height[: len(drawn)][self.settled[: len(drawn)]]
+        heights = torch.cat([drawn, tops])
+        return float(heights[torch.isfinite(heights)].amax()) if bool(torch.isfinite(heights).any()) else -math.inf
 
     def end_stalled(self) -> None:
         """End paths that have hardly risen since the last call."""

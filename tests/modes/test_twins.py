@@ -188,11 +188,11 @@ def test_paths_that_are_still_low_go_on():
 
     density = pf.LogDensity(model)
     points, units = 100.0 * normal(6, 200, seed=3), torch.ones(6, 200, dtype=torch.float64)
+    pathfinder(density, points, units, seed=0)  # whose first gradients are not yet those of a recorded graph
     short = pathfinder(density, points, units, seed=0)
     assert not bool(short.settled.any())
-    long = pathfinder(density, points, units, seed=0, low=-1.0)
-    assert bool((density(long.ends) > density(short.ends) + 100.0).all())
-    same = pathfinder(density, points, units, seed=0, low=float(density(short.ends).min()) - 1.0)
-    assert torch.equal(same.ends, short.ends)
-    both = pathfinder(density, torch.cat([0.0 * points[:1], points]), torch.ones(7, 200).double(), seed=0, low=-1e9)
-    assert bool((density(both.ends[1:]) > density(short.ends) + 100.0).all()), "below the top that another came to"
+    known = torch.cat([0.1 * points[:1], points]), torch.ones(7, 200, dtype=torch.float64)
+    long = pathfinder(density, *known, seed=0, own=1)
+    assert bool((density(long.ends[1:]) > density(short.ends) + 100.0).all())
+    lower = pathfinder(density, torch.cat([1e3 * points[:1], points]), known[1], seed=0, own=1)
+    assert torch.equal(lower.ends[1:], short.ends), "all are above what is known"
