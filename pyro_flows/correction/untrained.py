@@ -24,9 +24,11 @@ from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import start_at
 from pyro_flows.flows.stacked import Images
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import Guide
+from pyro_flows.modes.lacks import Guide, Lack
 from pyro_flows.modes.missed_modes import MOVED_DRAWS, mirrored
 from pyro_flows.modes.symmetries import SignedPermutation, group, product
+from pyro_flows.modes.twins import with_twins
+from pyro_flows.modes.valleys import lies_apart
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import Chains
 
@@ -124,11 +126,11 @@ def _chains(
 def _begun(flow: Flow, density: LogDensity, twins: Sequence[SignedPermutation]) -> _Begun | None:
     """Copy a flow to all images under exact symmetries, and to its twins.
 
-    None if there are many, or if only other moves lead to a mode. A normal distribution is too thin at images under
-    moves that are not exact, too, which are no modes as a rule: those that are, the search with draws of the chains
-    finds.
+    None if there are many, or if another move leads to a mode that is no twin. A normal distribution is too thin at
+    images under moves that are not exact, too, which are no modes as a rule.
     """
     moves: list[SignedPermutation] = []
+    twins = list(twins)
     while True:
         generated = group(moves, MOST_COPIES) if moves else [_identity(density.dim)]
         if generated is None:
@@ -143,12 +145,28 @@ def _begun(flow: Flow, density: LogDensity, twins: Sequence[SignedPermutation]) 
         if not bool(usable.any()):
             return None
         guide = Guide(density, sampler.log_prob, float(ratios[usable].median()))
-        lacks = mirrored(guide, z[usable][:MOVED_DRAWS], log_q[usable][:MOVED_DRAWS])
+        few = z[usable][:MOVED_DRAWS], log_q[usable][:MOVED_DRAWS]
+        lacks = mirrored(guide, *few)
         more = [lack.move for lack in lacks if lack.move is not None and lack.move not in moves]
+        if not more and len(images) == 1 and lacks:
+            found = _of_inexact_moves(guide, lacks, *few)
+            if found is None:
+                return None
+            twins += found
+            if twins:
+                continue
         if not more:
-            known = len(images) > 1 or not lacks
-            return _Begun(flow, sampler, images, bool(moves) and not twins, z, ratios, guide) if known else None
+            return _Begun(flow, sampler, images, bool(moves) and not twins, z, ratios, guide)
         moves += list(dict.fromkeys(more))
+
+
+def _of_inexact_moves(
+    guide: Guide, lacks: Sequence[Lack], z: Tensor, log_q: Tensor
+) -> list[SignedPermutation] | None:  # fmt: skip
+    """Return the twins that moves led to which are not exact; None if one led to a mode of another kind."""
+    lacks = with_twins(guide, lacks, z, log_q)
+    twins = [twin for twin in dict.fromkeys(lack.twin for lack in lacks) if twin is not None]
+    return None if not twins and any(lies_apart(guide.density, lack.place, z) for lack in lacks) else twins
 
 
 def _identity(dim: int) -> SignedPermutation:
