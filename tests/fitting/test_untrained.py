@@ -77,7 +77,7 @@ def test_chains_in_one_of_two_modes_do_not_pass():
     """Chains that began in the one mode agree with each other, and lack the other; only a twin is given to them."""
     loc, scale = torch.zeros(DIM).double(), ONES.clone()
     loc[0], scale[0] = 3.0, 0.5
-    assert attempted(two_sided((0.35, 0.65), aside=4.0), loc, scale) is None
+    assert attempted(two_sided((0.35, 0.65), aside=8.0), loc, scale) is None
     for share in (0.5, 0.65):
         both = attempted(two_sided((1.0 - share, share)), loc, scale)
         assert len(both.copies.components) == 2
