@@ -38,6 +38,7 @@ GROW = 2.0  # where the density does not curve down
 SMALLEST_STEP = 1e-10
 SETTLED = 1e-8  # nats still to gain
 STALLED_TICKS, STALLED = 25, 1e-3  # a path that rose by fewer nats in so many ticks is over, though it has not settled
+CLOSED = 0.2  # of what a path lacks, that it has to gain in as many ticks, once it has had a hundred
 CURVED = 1e-10
 WRITTEN, LEAST_TOGETHER = 2**22, 16  # numbers that are written for paths that are looked at together; paths, at least
 
@@ -83,9 +84,7 @@ def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, se
     for tick in range(1, TICKS + MORE_TICKS + 1):
         found.append(climb.gaussians(climb.tick()))
         if tick % STALLED_TICKS == 0:
-            climb.end_stalled()
-        if tick >= TICKS:
-            climb.over = climb.over | (climb.height >= climb.known(drawn))
+            climb.end_stalled(climb.known(drawn) if tick >= TICKS else None)
         done = tick == TICKS + MORE_TICKS or bool(climb.over.all())
         if done or len(found) == SCORED_TOGETHER:
             best, elbo = _best(density, noise, found, best, elbo)
@@ -219,9 +218,16 @@ class _Climb:
         heights = torch.cat([drawn, tops])
         return float(heights[torch.isfinite(heights)].amax()) if bool(torch.isfinite(heights).any()) else -math.inf
 
-    def end_stalled(self) -> None:
-        """End paths that have hardly risen since the last call."""
-        self.over = self.over | ~(self.height - self.before > STALLED)
+    def end_stalled(self, known: float | None = None) -> None:
+        """End paths that have hardly risen since the last call, by what they still lack of a ``known`` density, if any.
+
+        Those that are not below it end too.
+        """
+        rose = self.height - self.before
+        least = STALLED if known is None else (CLOSED * (known - self.before)).clamp_min(STALLED)
+        self.over = self.over | ~(rose > least)
+        if known is not None:
+            self.over = self.over | (self.height >= known)
         self.before = self.height
 
     def _look(self, points: Tensor, units: Tensor | None = None) -> tuple[Tensor, Tensor]:
