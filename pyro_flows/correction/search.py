@@ -190,14 +190,14 @@ class _Regions:
     def covers(self, lack: Lack) -> bool:
         """Whether chains go in and out of a place that a search found; what is no single place counts as it is.
 
-        A region may be so wide that draws of another mode are inside of it.
+        A region may be so wide that draws of another mode are inside: some of these have to climb to the top of the place.
         """
         start = lack.start
         if start.name in NO_PLACE or not self.visited(start.loc, start.scale):
             return False
         inside = self.inside(start.loc, start.scale)
-        wide = not lack.beside and float(inside.double().mean()) >= PART
-        return not (wide and lies_apart(self.density, lack.place, self.chains.z[inside]))
+        alone = not lack.beside and bool(inside.any())
+        return not (alone and lies_apart(self.density, lack.place, self.chains.z[inside]))
 
     @torch.no_grad()
     def visited(self, loc: Tensor, scale: Tensor) -> bool:
