@@ -190,7 +190,7 @@ class _Regions:
     def covers(self, lack: Lack) -> bool:
         """Whether chains go in and out of a place that a search found; what is no single place counts as it is.
 
-        A region may be so wide that draws of another mode are inside: some of these have to climb to the top of the place.
+        A region may be so wide that draws of another mode are inside: some of these have to climb to the place's top.
         """
         start = lack.start
         if start.name in NO_PLACE or not self.visited(start.loc, start.scale):

@@ -23,8 +23,8 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.held import SMALL, Held, Tops, tops_at
+from pyro_flows.starts.climb import climb
 from pyro_flows.starts.curvature import second_derivatives
-from pyro_flows.starts.pathfinder import climb
 from pyro_flows.starts.prior import spread_of
 
 PART = "a look at the tails of improper priors"  # of a fit

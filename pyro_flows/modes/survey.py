@@ -19,8 +19,8 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.terms import tops_of_terms
 from pyro_flows.modes.units import unit_of_modes, units_of
+from pyro_flows.starts.climb import climb
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
-from pyro_flows.starts.pathfinder import climb
 from pyro_flows.starts.prior import prior_draws
 
 CLIMBS = 256  # of a round

@@ -20,8 +20,8 @@ from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.gradients import hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.units import unit_of_modes, units_of
+from pyro_flows.starts.climb import climb
 from pyro_flows.starts.curvature import differences, lower_triangular, roots_of
-from pyro_flows.starts.pathfinder import climb
 
 CHOICES = 64  # of terms, at one sum: of each of its results, if it has several
 BRANCHES = 128  # densities in all

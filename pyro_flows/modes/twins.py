@@ -20,7 +20,8 @@ from pyro_flows.modes.doubts import TOPS_APART, distinct
 from pyro_flows.modes.lacks import Guide, Lack, lacks_of
 from pyro_flows.modes.symmetries import SignedPermutation, are_the_same
 from pyro_flows.modes.units import units_of
-from pyro_flows.starts.pathfinder import Paths, climb
+from pyro_flows.starts.climb import climb
+from pyro_flows.starts.pathfinder import Paths
 
 LOOKED_AT = 4  # tops, the highest first
 CLIMBERS = 8  # draws, of which the highest top is the guide's own

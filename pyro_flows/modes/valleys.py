@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.units import units_of
-from pyro_flows.starts.pathfinder import climb
+from pyro_flows.starts.climb import climb
 
 CLIMBERS, TICKS = 64, 200
 BETWEEN = 24  # points of a line

@@ -111,6 +111,26 @@ def compact(alpha: Tensor, steps: Tensor, changes: Tensor) -> tuple[Tensor, Tens
     return basis.to(dtype), factor.to(dtype)
 
 
+def newton_step(alpha: Tensor, steps: Tensor, changes: Tensor, gradient: Tensor) -> Tensor:
+    r"""Return H g (K, D) of the matrices of :func:`compact`, without a factor of them; diag(alpha) g where that falls.
+
+    .. math:: H = \operatorname{diag}(\alpha) + [\alpha Y\ S] \begin{pmatrix} 0 & -R^{-1} \\
+        -R^{-\top} & R^{-\top}(I + Y^\top \alpha Y) R^{-1} \end{pmatrix} [\alpha Y\ S]^\top
+
+    with R the upper triangle of :math:`S^\top Y`, whose diagonal is 1. Cost: O(D J^2).
+    """
+    x, scale = gradient.double()[..., None], alpha.double()[..., None]
+    steps, changes = steps.double(), changes.double()
+    identity = torch.eye(steps.shape[1], dtype=x.dtype, device=x.device)
+    inverse = torch.linalg.solve_triangular((steps @ changes.mT).triu(1) + identity, identity, upper=True)
+    along = inverse @ (steps @ x)
+    back = inverse.mT @ (along + changes @ (scale * (changes.mT @ along - x)))
+    found = (scale * (x - changes.mT @ along) + steps.mT @ back)[..., 0]
+    plain = scale[..., 0] * x[..., 0]
+    rises = (found * x[..., 0]).sum(-1) > 0.0
+    return choose(rises & torch.isfinite(found).all(-1), found, plain).to(gradient.dtype)
+
+
 def diagonal_update(alpha: Tensor, step: Tensor, change: Tensor) -> Tensor:
     """Fit the diagonal (K, D) of an inverse Hessian to one more step (K, D), with step times change 1.
 

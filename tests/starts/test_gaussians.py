@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from pyro_flows.starts.gaussians import Gaussians, compact, diagonal_update
+from pyro_flows.starts.gaussians import Gaussians, compact, diagonal_update, newton_step
 from tests.invariants import close
 from tests.registry import normal
 
@@ -82,3 +82,19 @@ def test_the_diagonal_update():
     step = variance.sqrt() / 3.0**0.5
     close(diagonal_update(variance, step, step / variance), variance, 1e-12)
     assert (diagonal_update(variance, normal(1, 3, seed=1), normal(1, 3, seed=2)) > 0.0).all()
+
+
+def test_a_newton_step_needs_no_factor():
+    """It is the product with the matrix that the factor stands for, with places of the history left empty or not."""
+    steps = normal(6, 5, 9, seed=41)
+    changes = 2.0 * steps + 0.3 * normal(6, 5, 9, seed=42)
+    length = (steps * changes).sum(-1, keepdim=True).sqrt()
+    steps, changes = steps / length, changes / length
+    steps[:3, :2], changes[:3, :2] = 0.0, 0.0
+    alpha, gradient = 0.5 + normal(6, 9, seed=43).abs(), normal(6, 9, seed=44)
+    basis, factor = compact(alpha, steps, changes)
+    x = alpha.sqrt() * gradient
+    turned = x + (((x[:, None] @ basis) @ (factor @ factor.mT - torch.eye(10).double())) @ basis.mT)[:, 0]
+    close(newton_step(alpha, steps, changes, gradient), alpha.sqrt() * turned, 1e-12)
+    wrong = newton_step(alpha, steps, 1e9 * changes, gradient)
+    assert bool(((wrong * gradient).sum(1) > 0.0).all()), "a step rises, whatever the history"

@@ -1,0 +1,204 @@
+"""L-BFGS paths up a log density, all of them side by side."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows.graphs.batches import rows_for
+from pyro_flows.model.stack import Stack
+from pyro_flows.starts.curvature import Differentiable
+from pyro_flows.starts.gaussians import (
+    Gaussians,
+    choose,
+    compact,
+    diagonal_update,
+    identity_like,
+    newton_step,
+    stretch,
+)
+
+HISTORY, LARGE, LARGE_HISTORY = 12, 200, 6  # steps that L-BFGS knows of, up to so many dimensions, and beyond
+TICKS = 100
+RISE = 1e-4  # of what the slope promises
+SHRINK = (0.1, 0.5)
+GROW = 2.0  # where the density does not curve down
+SMALLEST_STEP = 1e-10
+SETTLED = 1e-8  # nats still to gain
+STALLED = 1e-3  # nats that a path has to rise by between two looks at whether it does
+CLOSED = 0.2  # of what it lacks of a known density, once it has had its ticks
+CURVED = 1e-10
+WRITTEN, LEAST_TOGETHER = 2**22, 16  # numbers that are written for paths that are looked at together; paths, at least
+
+
+class Met(NamedTuple):
+    """The Gaussians at the present points of some paths, their numbers, and which of them have moved."""
+
+    gaussians: Gaussians
+    paths: Tensor
+    moved: Tensor
+
+
+class Ends(NamedTuple):
+    """Where K paths ended (K, D), the density (K,) and roughly the scales there (K, D), and whether at rest (K,)."""
+
+    points: Tensor
+    heights: Tensor
+    scales: Tensor
+    settled: Tensor
+
+
+def climb(density: Differentiable, points: Tensor, units: Tensor, *, ticks: int = TICKS) -> Ends:
+    """Climb as :func:`~pyro_flows.starts.pathfinder.pathfinder` does, for the ends only: nothing is drawn on the way.
+
+    ``units`` (K, D) are diagonal. Cost: a gradient of each path that is under way, for each of at most ``ticks``.
+    """
+    state = Climb(density, points, units, drawn=False)
+    for _ in range(ticks):
+        if bool(state.over.all()):
+            break
+        state.tick()
+    return Ends(state.points, state.height, units * state.alpha.sqrt(), state.settled)
+
+
+def _together(density: Differentiable) -> int:
+    """Return how many paths are looked at together: fewer where each costs much, so that none is that is over."""
+    rows = WRITTEN // max(density.written, 1)
+    return min(rows_for(density.numbers), max(1 << (max(rows, 1).bit_length() - 1), LEAST_TOGETHER))
+
+
+class Climb:
+    """The state of K paths; gradient, direction and history are measured in ``units``.
+
+    Unless Gaussians are ``drawn`` from, no factors of the inverse Hessians are kept.
+    """
+
+    def __init__(self, density: Differentiable, points: Tensor, units: Tensor, *, drawn: bool = True) -> None:
+        self.density, self.points, self.units, self.drawn = density, points, units, drawn
+        self.piece = len(points) if isinstance(density, Stack) else _together(density)
+        self.height, gradient = self._look(points)
+        finite = torch.isfinite(self.height) & torch.isfinite(gradient).all(-1)
+        self.gradient = choose(finite, gradient, 0.0)
+        self.alpha = torch.ones_like(points)
+        history = HISTORY if density.dim <= LARGE else LARGE_HISTORY
+        self.steps = points.new_zeros(len(points), history, density.dim)
+        self.changes = torch.zeros_like(self.steps)
+        if drawn:
+            self.basis, self.factor = compact(self.alpha, self.steps, self.changes)
+        self.direction = self.gradient.clone()
+        self.length = torch.ones_like(self.height)
+        self.settled = finite & self._at_rest()
+        self.over = self.settled | ~finite
+        self.before = torch.full_like(self.height, -torch.inf)
+
+    def gaussians(self, moved: Tensor) -> Met:
+        """Return the Gaussians at the present points of paths that have just moved (K,); of many data sets, of all."""
+        everywhere = isinstance(self.density, Stack) or bool(moved.all())
+        paths = (torch.ones_like(moved) if everywhere else moved).nonzero()[:, 0]
+        state = (self.points, self.direction, self.units, self.alpha, self.basis, self.factor)
+        points, direction, units, alpha, basis, factor = state if everywhere else (part[paths] for part in state)
+        loc = points + stretch(units, direction[:, None])[:, 0]
+        return Met(Gaussians(loc, units, alpha.sqrt(), basis, factor), paths, moved[paths])
+
+    def tick(self) -> Tensor:
+        """Try one step on each path that is not over; return which were taken (K,)."""
+        step = choose(~self.over, self.length[:, None] * self.direction, 0.0)
+        points = self.points + self._stretch(step)
+        height, gradient = self._look_at_open(points)
+        promised, gain = (self.gradient * step).sum(-1), height - self.height
+        finite = torch.isfinite(height) & torch.isfinite(gradient).all(-1)
+        moved = finite & (gain >= RISE * promised - self._rounding()) & ~self.over
+        curved = self._remember(step, self.gradient - gradient, moved)
+        self.points = choose(moved, points, self.points)
+        self.height = choose(moved, height, self.height)
+        self.gradient = choose(moved, gradient, self.gradient)
+        shrink = torch.where(finite, (0.5 * promised / (promised - gain)).clamp(*SHRINK), SHRINK[0])
+        self.length = self.length * torch.where(moved, GROW, shrink)
+        self._turn(moved, curved)
+        return moved
+
+    def known(self, drawn: Tensor) -> float:
+        """Return the highest density known from draws, where the first paths began: at one of them, or at a top."""
+        tops = self.height[: len(drawn)][self.settled[: len(drawn)]]
+        heights = torch.cat([drawn, tops])
+        return float(heights[torch.isfinite(heights)].amax()) if bool(torch.isfinite(heights).any()) else -math.inf
+
+    def end_stalled(self, known: float | None = None) -> None:
+        """End paths that have hardly risen since the last call, by what they still lack of a ``known`` density, if any.
+
+        Those that are not below it end too.
+        """
+        rose = self.height - self.before
+        least = STALLED if known is None else (CLOSED * (known - self.before)).clamp_min(STALLED)
+        self.over = self.over | ~(rose > least)
+        if known is not None:
+            self.over = self.over | (self.height >= known)
+        self.before = self.height
+
+    def _look(self, points: Tensor, units: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        units = self.units if units is None else units
+        looks = [self.density.value_and_grad(part) for part in points.split(max(self.piece, 1))]
+        height, gradient = looks[0] if len(looks) == 1 else (torch.cat(parts) for parts in zip(*looks, strict=True))
+        return height, stretch(units.mT if units.dim() == 3 else units, gradient[:, None])[:, 0]
+
+    def _look_at_open(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Look at paths that are not over, where leaving out the others saves whole pieces of a batch."""
+        open_ = (~self.over).nonzero()[:, 0]
+        count = -(-len(open_) // self.piece) * self.piece  # pieces are filled up, and a new batch size is recorded
+        if not 0 < count < len(points):
+            return self._look(points)
+        height, gradient = self.height.clone(), self.gradient.clone()
+        rows = torch.cat([open_, open_[-1:].expand(count - len(open_))])
+        found = self._look(points[rows], self.units[rows])
+        height[open_], gradient[open_] = (part[: len(open_)] for part in found)
+        return height, gradient
+
+    def _stretch(self, x: Tensor) -> Tensor:
+        return stretch(self.units, x[:, None])[:, 0]
+
+    def _rounding(self) -> Tensor:
+        return 8.0 * torch.finfo(self.height.dtype).eps * self.height.abs()
+
+    def _at_rest(self) -> Tensor:
+        """Whether the present direction promises next to nothing."""
+        slope = (self.gradient * self.direction).sum(-1)
+        return slope <= self._rounding().clamp_min(SETTLED)
+
+    def _newton(self, rows: Tensor) -> Tensor:
+        """Inverse Hessian times gradient (N, D), of some paths."""
+        alpha, gradient = self.alpha[rows], self.gradient[rows]
+        if not self.drawn:
+            return newton_step(alpha, self.steps[rows], self.changes[rows], gradient)
+        x, basis, factor = alpha.sqrt() * gradient, self.basis[rows], self.factor[rows]
+        inner = (x[:, None] @ basis) @ (factor @ factor.mT - identity_like(factor))
+        return alpha.sqrt() * (x + (inner @ basis.mT)[:, 0])
+
+    def _remember(self, step: Tensor, change: Tensor, moved: Tensor) -> Tensor:
+        """Add steps that were taken to the history, where the density curves down along them; return where (K,)."""
+        curvature = (step * change).sum(-1)
+        curved = moved & (curvature > CURVED * step.norm(dim=-1) * change.norm(dim=-1))
+        root = torch.where(curved, curvature, 1.0).sqrt()[:, None]
+        step, change = step / root, change / root
+        self.alpha = choose(curved, diagonal_update(self.alpha, step, change), self.alpha)
+        self.steps = choose(curved, torch.cat([self.steps[:, 1:], step[:, None]], 1), self.steps)
+        self.changes = choose(curved, torch.cat([self.changes[:, 1:], change[:, None]], 1), self.changes)
+        return curved
+
+    def _turn(self, moved: Tensor, curved: Tensor) -> None:
+        """Choose new directions where a step was taken; forget the history where none could be."""
+        lost = ~moved & ~self.over & (self.length < SMALLEST_STEP)
+        self.over = self.over | (lost & (self.steps == 0.0).all(-1).all(-1))
+        self.alpha = choose(~lost, self.alpha, 1.0)
+        self.steps, self.changes = choose(~lost, self.steps, 0.0), choose(~lost, self.changes, 0.0)
+        if self.drawn:
+            new = (curved | lost).nonzero()[:, 0]
+            basis, factor = compact(self.alpha[new], self.steps[new], self.changes[new])
+            self.basis, self.factor = self.basis.index_copy(0, new, basis), self.factor.index_copy(0, new, factor)
+        turned = (moved | lost).nonzero()[:, 0]
+        self.direction = self.direction.index_copy(0, turned, self._newton(turned))
+        self.length = torch.where(curved | lost, 1.0, self.length)
+        self.settled = self.settled | (moved & self._at_rest())
+        self.over = self.over | self.settled
