@@ -184,15 +184,17 @@ def test_tops_count_as_apart_and_points_under_way_do_not():
 def test_paths_that_are_still_low_go_on():
     def model():
         z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (200,)))
-        pyro.factor("heavy", heavy(z / torch.linspace(0.5, 2.0, 200, dtype=torch.float64)))
+        x = z / torch.linspace(0.5, 2.0, 200, dtype=torch.float64)
+        pyro.factor("flat from afar", -(1.0 + x.square()).pow(0.25).sum(-1))
 
     density = pf.LogDensity(model)
-    points, units = 100.0 * normal(6, 200, seed=3), torch.ones(6, 200, dtype=torch.float64)
+    points, units = 50.0 * normal(6, 200, seed=3), torch.ones(6, 200, dtype=torch.float64)
     pathfinder(density, points, units, seed=0)  # whose first gradients are not yet those of a recorded graph
     short = pathfinder(density, points, units, seed=0)
     assert not bool(short.settled.any())
     known = torch.cat([0.1 * points[:1], points]), torch.ones(7, 200, dtype=torch.float64)
     long = pathfinder(density, *known, seed=0, own=1)
-    assert bool((density(long.ends[1:]) > density(short.ends) + 100.0).all())
+    assert bool(long.settled.all())
+    assert float((density(long.ends) + 200.0).abs().max()) < 1e-6
     lower = pathfinder(density, torch.cat([1e3 * points[:1], points]), known[1], seed=0, own=1)
     assert torch.equal(lower.ends[1:], short.ends), "all are above what is known"

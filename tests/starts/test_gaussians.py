@@ -94,7 +94,7 @@ def test_a_newton_step_needs_no_factor():
     alpha, gradient = 0.5 + normal(6, 9, seed=43).abs(), normal(6, 9, seed=44)
     basis, factor = compact(alpha, steps, changes)
     x = alpha.sqrt() * gradient
-    turned = x + (((x[:, None] @ basis) @ (factor @ factor.mT - torch.eye(10).double())) @ basis.mT)[:, 0]
+    turned = x + (((x[:, None] @ basis) @ (factor @ factor.mT - torch.eye(9).double())) @ basis.mT)[:, 0]
     close(newton_step(alpha, steps, changes, gradient), alpha.sqrt() * turned, 1e-12)
     wrong = newton_step(alpha, steps, 1e9 * changes, gradient)
     assert bool(((wrong * gradient).sum(1) > 0.0).all()), "a step rises, whatever the history"
