@@ -82,7 +82,8 @@ def _lacks_at(guide: Guide, home: Tensor, top: Tensor, z: Tensor, log_q: Tensor)
     log_p = guide.density(moved)
     lacks = lacks_of(moved, log_p, guide.lacking(moved, log_p, log_q), "mirrored")
     back = bool(lacks) and _is_undone_by_itself(twin) and bool(are_the_same(log_p, guide.density(z)).all())
-    return [replace(lack, move=twin if back else None, twin=twin) for lack in lacks]
+    move = twin if back else None
+    return [replace(lack, place=top, drawn=lack.place, move=move, twin=twin) for lack in lacks]
 
 
 def _is_undone_by_itself(move: SignedPermutation) -> bool:

@@ -112,7 +112,8 @@ def test_tops_that_are_no_images_are_no_twins():
     assert found_by_twins(pf.LogDensity(model), center) == []
 
 
-@pytest.mark.parametrize("share", [0.3, pytest.param(0.5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.3, 0.5])
 def test_chains_get_copies_at_twins(share):
     """No flow is trained, though the blocks that change places belong to sites of unequal lengths."""
     dim, part = 60, 20

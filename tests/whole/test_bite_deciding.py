@@ -14,14 +14,14 @@ from pyro_flows.fitting import agreement as runs
 from pyro_flows.fitting import conclude, escalation, selection
 from pyro_flows.flows import recipe
 from pyro_flows.model import charts, noncentered
-from pyro_flows.modes import climbs, lacks, missed_modes, symmetries, tempering
+from pyro_flows.modes import climbs, lacks, missed_modes, move, symmetries, tempering, twins, valleys
 from pyro_flows.results import arviz_groups
 from pyro_flows.starts import matching
 from pyro_flows.training import convergence
 from pyro_flows.verdict import deciding, judging, weighing
 from tests.fitting import test_early_stop, test_escalation
 from tests.model import test_charts
-from tests.modes import test_symmetries, test_tempering
+from tests.modes import test_symmetries, test_tempering, test_twins
 from tests.posteriors import schools_posterior
 from tests.starts import test_coordinates, test_matching
 from tests.verdict import test_own_values, test_verdict
@@ -129,6 +129,18 @@ def told_from_draws(_):
 def groups(_):
     for generators, count in test_symmetries.GROUPS:
         test_symmetries.check_group(generators, count)
+
+
+def shares(_):
+    test_symmetries.test_components_with_names_change_places_and_their_share_is_reflected((-2.0, 3.0))
+
+
+def images(_):
+    test_twins.test_any_signed_permutation_between_two_tops_is_found(60)
+
+
+def valley(_):
+    test_twins.test_a_mode_within_a_wide_region_lies_apart()
 
 
 def supports(_):
@@ -302,13 +314,17 @@ BUGS = [
     (lacks.Guide, "is_thin", "> by", "< by", both_halves),
     (climbs, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 10 * SHARE", a_large_mode),
     (climbs, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 0.1 * SHARE", a_small_mode),
-    (symmetries.Unit, "apply", "return -value", "return value", one_half),
-    (symmetries.Unit, "apply", "order[first], order[second] = second, first", "pass", labels),
+    (move.Unit, "apply", "else -value", "else value", one_half),
+    (move.Unit, "apply", "order[first], order[second] = second, first", "pass", labels),
+    (move.Unit, "apply", "2.0 * middles", "0.0 * middles", shares),
+    (move.Unit, "apply", "self.other: value", "self.other: values[self.other]", shares),
     (symmetries, "_placed", "inside = inside & close", "close", supports),
     (symmetries, "signed_permutation", "for sign in (1.0, -1.0)", "for sign in (1.0, 1.0)", told_from_draws),
     (symmetries, "signed_permutation", "len({*order}) < len(order)", "False", told_from_draws),
-    (symmetries, "group", "order[place] for place in then", "order[place] for place in order", groups),
-    (symmetries, "group", "flip * signs[place]", "signs[place]", groups),
+    (symmetries, "product", "order[place] for place in places", "order[place] for place in order", groups),
+    (symmetries, "product", "flip * signs[place]", "signs[place]", groups),
+    (twins, "_between", "mine.flip(1)", "mine", images),
+    (valleys, "lies_apart", "- DEEP", "+ 1e9", valley),
     (tempering._Walk, "heat", "(beta - self.beta)", "beta", mass),
     (tempering._Walk, "heat", "(self.log_p - self.log_g)", "self.log_p", mass),
     (tempering._Walk, "move", "torch.rand_like(chance) < chance", "chance == chance", wandering),
