@@ -68,7 +68,12 @@ def test_entropy_by_monte_carlo(name):
     assert abs(-scores.mean() - datasets.ENTROPY[name]) <= 4 * scores.std() / len(y) ** 0.5 + 1e-6
 
 
-@pytest.mark.parametrize("name", list(LOG_DENSITY))
+DEAR = "pinwheel", "moons"  # grids of many points
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in DEAR else name for name in LOG_DENSITY]
+)
 def test_those_densities_have_mass_one(name):
     line = (torch.arange(400) + 0.5) / 400 * 12 - 6
     mass = sum(LOG_DENSITY[name](part).exp().sum() for part in torch.cartesian_prod(line, line).split(8000))

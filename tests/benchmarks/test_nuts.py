@@ -166,6 +166,7 @@ def test_a_short_chain_is_broken_off_in_its_turn():
     assert SCALE * MOST < found.cpu_seconds <= SCALE * (MOST + chains.seconds)
 
 
+@pytest.mark.slow
 def test_pyro_samples_the_recorded_density(monkeypatch):
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64)
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64)

@@ -82,6 +82,7 @@ def test_bench_does_each_fit_once(tmp_path):
     assert records.read(out) == rows
 
 
+@pytest.mark.slow
 def test_bench_adds_rivals_to_fits_that_were_done_before(tmp_path):
     out, done = tmp_path / "rows.csv", []
 
@@ -392,6 +393,7 @@ def test_modes_that_draws_lack_are_not_found():
     assert toys.modes_found(TARGETS["mixture"], some) == 7
 
 
+@pytest.mark.slow
 def test_toys_are_fitted_once_each_and_by_name(tmp_path):
     out, done = tmp_path / "toys.csv", []
 

@@ -63,6 +63,7 @@ def test_bayes_factors_elpd_and_verdicts(three):
     assert "elpd of" in text
 
 
+@pytest.mark.slow
 def test_radiata_pine_bayes_factor():
     found = pf.compare({name: pf.diagnose(pine, pine_guide, *pine_data(name)) for name in PINE})
     assert found.names[0] == "adjusted_density"

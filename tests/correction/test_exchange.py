@@ -103,6 +103,7 @@ def items(right):
     pyro.sample("right", dist.Bernoulli(logits=1.7 * ability * discrimination).to_event(2), obs=right)
 
 
+@pytest.mark.slow
 def test_item_response_with_free_signs_is_sampled_in_both_modes_and_not_trained(tmp_path):
     generator = torch.Generator().manual_seed(4)
     ability = torch.randn(PERSONS, 1, generator=generator)
