@@ -75,7 +75,7 @@ def with_twins(guide: Guide, lacks: Sequence[Lack], z: Tensor, log_q: Tensor) ->
 
 def _lacks_at(guide: Guide, home: Tensor, top: Tensor, z: Tensor, log_q: Tensor) -> list[Lack]:
     """Return the region about a top (D,), if it is a twin of the guide's own one that holds a good part of the mass."""
-    twin = _between(guide.density, home, top, z.std(0))
+    twin = _between(guide.density, home, top, units_of(z, full=False))
     if twin is None:
         return []
     moved = z[:, list(twin[0])] * z.new_tensor(twin[1])

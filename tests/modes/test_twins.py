@@ -99,6 +99,16 @@ def test_a_twin_may_have_another_mass_and_is_a_symmetry_if_it_has_not(share):
     assert found[0].move == (found[0].twin if share == 0.5 else None)
 
 
+def test_a_single_draw_tells_of_no_scale_and_ends_in_no_error():
+    order, center = [*range(10, 20), *range(10)], torch.linspace(-3.0, 3.0, 20, dtype=torch.float64)
+    density = two(order, [1.0] * 20, center)
+    z = draws_about(center)[:1]
+    guide = Guide(density, lambda points: skewed(points - center), 0.0)
+    ends = torch.stack([center, center[order]])
+    paths = pathfinder(density, ends, torch.ones_like(ends), seed=0)
+    assert len(twins_of(guide, paths, 1, z, guide.score(z), torch.ones(20, dtype=torch.float64))) == 1
+
+
 def test_tops_that_are_no_images_are_no_twins():
     center = moved(30, seed=5)[2]
 
