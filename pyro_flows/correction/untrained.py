@@ -26,7 +26,7 @@ from pyro_flows.flows.stacked import Images
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import Guide, Lack
 from pyro_flows.modes.missed_modes import MOVED_DRAWS, mirrored
-from pyro_flows.modes.symmetries import SignedPermutation, group, product
+from pyro_flows.modes.symmetries import SignedPermutation, group, identity, image_of, product
 from pyro_flows.modes.twins import with_twins
 from pyro_flows.modes.valleys import lies_apart
 from pyro_flows.starts.start import Start
@@ -88,12 +88,12 @@ def attempt_untrained(
 
 def _placed(begun: _Begun, density: LogDensity, twins: Sequence[SignedPermutation]) -> list[SignedPermutation]:
     """Return the images of the distribution that twins of one of its copies stand for, without those that are there."""
-    known = begun.images or [_identity(density.dim)]
+    known = begun.images or [identity(density.dim)]
     y = begun.flow.draw(FEW_DRAWS)[0]
     found: list[SignedPermutation] = []
     for twin in dict.fromkeys(twins):
         candidates = [product(image, twin) for image in known]
-        heights = [density(y[:, list(order)] * y.new_tensor(signs)).median() for order, signs in candidates]
+        heights = [density(image_of(y, candidate)).median() for candidate in candidates]
         best = candidates[int(torch.stack(heights).nan_to_num(nan=-torch.inf).argmax())]
         if best not in known and best not in found:
             found.append(best)
@@ -132,7 +132,7 @@ def _begun(flow: Flow, density: LogDensity, twins: Sequence[SignedPermutation]) 
     moves: list[SignedPermutation] = []
     twins = list(twins)
     while True:
-        generated = group(moves, MOST_COPIES) if moves else [_identity(density.dim)]
+        generated = group(moves, MOST_COPIES) if moves else [identity(density.dim)]
         if generated is None:
             return None
         images = list(dict.fromkeys(product(twin, move) for twin in (generated[0], *twins) for move in generated))
@@ -167,10 +167,6 @@ def _of_inexact_moves(
     lacks = with_twins(guide, lacks, z, log_q)
     twins = [twin for twin in dict.fromkeys(lack.twin for lack in lacks) if twin is not None]
     return None if not twins and any(lies_apart(guide.density, lack.place, z) for lack in lacks) else twins
-
-
-def _identity(dim: int) -> SignedPermutation:
-    return tuple(range(dim)), (1.0,) * dim
 
 
 def _settled(begun: _Begun, chains: Chains) -> Flow | FlowMixture:

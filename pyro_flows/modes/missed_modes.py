@@ -154,7 +154,10 @@ def mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
         image = log_q - jacobian + log_jacobian
         lacks = lacks_of(moved, log_p, guide.lacking(moved, log_p, image), "mirrored")
         exact = bool(lacks) and bool((are_the_same(log_p, height) & inside).all())
-        found += [replace(lack, move=signed_permutation(z, moved)) if exact else lack for lack in lacks]
+        if exact:
+            move = signed_permutation(z, moved)
+            lacks = [replace(lack, move=move, twin=move) for lack in lacks]
+        found += lacks
     return found
 
 

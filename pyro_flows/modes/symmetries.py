@@ -117,7 +117,7 @@ def group(generators: Iterable[SignedPermutation], limit: int) -> list[SignedPer
     """Return all that comes of signed permutations one after the other, the identity first; None beyond ``limit``."""
     steps = list(dict.fromkeys(generators))
     dim = len(steps[0][0])
-    found = {(tuple(range(dim)), (1.0,) * dim): None}
+    found = {identity(dim): None}
     waiting = list(found)
     while waiting:
         order, signs = waiting.pop()
@@ -129,6 +129,17 @@ def group(generators: Iterable[SignedPermutation], limit: int) -> list[SignedPer
         if len(found) > limit:
             return None
     return list(found)
+
+
+def identity(dim: int) -> SignedPermutation:
+    """Return the one that leaves all coordinates as they are."""
+    return tuple(range(dim)), (1.0,) * dim
+
+
+def image_of(z: Tensor, move: SignedPermutation) -> Tensor:
+    """Return the images of points ``z`` (S, D)."""
+    order, signs = move
+    return z[:, list(order)] * z.new_tensor(signs)
 
 
 def product(first: SignedPermutation, then: SignedPermutation) -> SignedPermutation:

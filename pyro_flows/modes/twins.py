@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.doubts import TOPS_APART, distinct
 from pyro_flows.modes.lacks import Guide, Lack, lacks_of
-from pyro_flows.modes.symmetries import SignedPermutation, are_the_same
+from pyro_flows.modes.symmetries import SignedPermutation, are_the_same, identity, image_of, product
 from pyro_flows.modes.units import units_of
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.pathfinder import Paths
@@ -78,18 +78,16 @@ def _lacks_at(guide: Guide, home: Tensor, top: Tensor, z: Tensor, log_q: Tensor)
     twin = _between(guide.density, home, top, units_of(z, full=False))
     if twin is None:
         return []
-    moved = z[:, list(twin[0])] * z.new_tensor(twin[1])
+    moved = image_of(z, twin)
     log_p = guide.density(moved)
     lacks = lacks_of(moved, log_p, guide.lacking(moved, log_p, log_q), "mirrored")
-    back = bool(lacks) and _is_undone_by_itself(twin) and bool(are_the_same(log_p, guide.density(z)).all())
+    back = (
+        bool(lacks)
+        and product(twin, twin) == identity(z.shape[1])
+        and bool(are_the_same(log_p, guide.density(z)).all())
+    )
     move = twin if back else None
     return [replace(lack, place=top, drawn=lack.place, move=move, twin=twin) for lack in lacks]
-
-
-def _is_undone_by_itself(move: SignedPermutation) -> bool:
-    order, signs = move
-    pairs = enumerate(zip(order, signs, strict=True))
-    return all(order[place] == i and signs[place] * sign > 0.0 for i, (place, sign) in pairs)
 
 
 def _between(density: LogDensity, top: Tensor, other: Tensor, spread: Tensor) -> SignedPermutation | None:
@@ -105,8 +103,8 @@ def _between(density: LogDensity, top: Tensor, other: Tensor, spread: Tensor) ->
     cost.diagonal().mul_(1.0 - 1e-6)  # of coordinates that cannot be told apart, none moves
     order = linear_sum_assignment(cost.cpu().numpy())[1].tolist()
     signs = [1.0 if int(which[row, column]) == 0 else -1.0 for row, column in enumerate(order)]
-    identity = order == list(range(len(order))) and all(sign > 0.0 for sign in signs)
-    return None if identity else (tuple(order), tuple(signs))
+    twin = tuple(order), tuple(signs)
+    return None if twin == identity(len(top)) else twin
 
 
 def _profiles(density: LogDensity, top: Tensor, steps: Tensor) -> Tensor:
