@@ -97,8 +97,8 @@ class Latent:
         self.stacked = stacked(self.flows, self.parts)
         numbers = max(density.numbers, len(self.parts) * max(map(_widest, self.flows)))
         recordable = density.batched and not self._by_parts
-        given: dict[str, Any] = {"at": 1, "before": self._prepare}  # so that chains that go on repeat themselves
-        self._recorder = Recorder(self._single, numbers, **given) if recordable else None
+        own: dict[str, Any] = {"own": True, "before": self._prepare}  # so that chains that go on repeat themselves
+        self._recorder = Recorder(self._single, numbers, **own) if recordable else None
         self.leaps: Cache[Any, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
 
     @property

@@ -20,9 +20,12 @@ from pyro_flows.graphs.record import record
 from pyro_flows.graphs.rounding import DIGITS, agree, moved_by, nearby
 from pyro_flows.graphs.writes import tensors_in
 
-KINDS_KEPT = 4
-RECORDED_FROM = 4  # the call with one batch size at which it is recorded: recording takes as long as ten calls
-LONG_FROM = 2  # the same for a long function, of which one graph serves batches of all sizes
+KINDS_KEPT = 8
+RECORDED_FROM = 2  # the piece at which it is recorded: recording takes as long as ten calls, and a fit makes hundreds
+A_PIECE = (
+    2**12
+)  # numbers that each operation of a graph might handle in the time that a call of the graph takes besides
+RECORDING = 2**22  # the same for the time that it takes to record a graph of one more size
 PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
 ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
 LARGEST = 2**20  # numbers for which the least rows are still taken: memory above is mapped anew by each operation
@@ -78,20 +81,22 @@ class Work(TorchDispatchMode):
 class Recorder:
     """Apply ``function``, which maps (S, D) to a tuple of tensors with S rows, by recorded graphs.
 
-    Batches larger than a piece go through piece by piece, the last one filled up; where there are cores, and pieces
-    take long enough, some at once. A graph is checked at new points when it is recorded; where recording fails or the
-    check does, the function itself is called from then on, and :attr:`reason` says why.
+    A graph is for one number of rows. Batches of another size are filled up, or go through it piece by piece, until
+    what this wastes would have paid for a graph of their own. Where there are cores, and pieces take long enough, some
+    go through at once. A graph is checked at new points when it is recorded; where recording fails or the check does,
+    the function itself is called from then on, and :attr:`reason` says why.
 
     Args:
         function: what to record.
         numbers: how many numbers it handles at one point.
         given: tensors that the function takes after the points: inputs of the graphs, not constants.
-        unit: how many rows all pieces have, so that there is one graph; None if small batches have graphs of their own.
+        unit: how many rows all pieces have, so that there is one graph; None if batches may have graphs of their own.
         large: how many rows pieces of larger batches have, if not as many.
         whole: a recorder of a function whose first results are those of this one. With a unit, its graph serves the
             first hundred pieces, and a part of it the others.
-        at: the call with one batch size at which it is recorded, if not the usual one.
-        before: what to do with points of a batch before that, such as to record what the function calls.
+        own: whether each batch that is no larger than a piece has a graph of its own from its first call on, so that
+            one point and batch size always give the same digits.
+        before: what to do with points of a batch before it is recorded, such as to record what the function calls.
     """
 
     def __init__(
@@ -103,20 +108,20 @@ class Recorder:
         unit: int | None = None,
         large: int | None = None,
         whole: Recorder | None = None,
-        at: int | None = None,
+        own: bool = False,
         before: Callable[[Tensor], object] = lambda z: None,
     ) -> None:
         self._function, self.given, self.unit, self.whole = function, tuple(given), unit, whole
-        most = rows_for(numbers)
-        usual = RECORDED_FROM if unit is None else LONG_FROM
-        self._at, self._before = usual if at is None else at, before
+        self._numbers, most = max(numbers, 1), rows_for(numbers)
+        self._own, self._at, self._before = own, 1 if own else RECORDED_FROM, before
         self.rows = most if unit is None else min(unit, most)
         self.large = self.rows if large is None else max(self.rows, min(large, most))
         self.reason: str | None = None
         self.left: Callable[[], float] = lambda: math.inf  # seconds
         self.compile: bool | None = None  # when it pays
         self.runners: Cache[Kind, Runner] = Cache(KINDS_KEPT)
-        self._calls: Counter[Kind] = Counter()
+        self._calls: Counter[Kind] = Counter()  # with a unit, by the size of a piece; otherwise all under size 0
+        self._wasted: Counter[Kind] = Counter()  # numbers, by the size of a batch that had no graph of its own
 
     def function(self, z: Tensor) -> tuple[Tensor, ...]:
         """Call the function itself."""
@@ -134,13 +139,33 @@ class Recorder:
         if self.reason is not None:
             return self.function(z)
         z = z.contiguous()
-        rows = self.rows if len(z) <= max(self.rows, SMALL * self.large) else self.large
-        if len(z) == rows or (self.unit is None and len(z) < rows):
+        rows = self._size(z)
+        if len(z) == rows:
             return tuple(part.clone() for part in self._piece(z))  # not the graph's own constants
         short = -len(z) % rows
         filled = torch.cat([z, z[-1:].expand(short, -1)]) if short else z
         parts = zip(*self._pieces(filled.split(rows)), strict=True)
         return tuple(torch.cat(part)[: len(z)] for part in parts)
+
+    def _size(self, z: Tensor) -> int:
+        """Return how many rows the pieces of a batch have: those of the graph that wastes least, or its own number."""
+        count = len(z)
+        if self.unit is not None:
+            return self.rows if count <= max(self.rows, SMALL * self.large) else self.large
+        if self._own or not count:
+            return min(count, self.rows)
+        known = [size for size, *like in self.runners if like == [z.dtype, z.device]]
+        if not known:
+            least = max(ROWS_AT_LEAST, 1 << (A_PIECE // self._numbers).bit_length() >> 1, count)
+            return min(1 << (least - 1).bit_length(), self.rows)
+
+        def cost(size: int) -> int:
+            return -(-count // size) * (size * self._numbers + A_PIECE)
+
+        mine, best = min(count, self.rows), min(known, key=cost)
+        kind = mine, z.dtype, z.device
+        self._wasted[kind] += max(cost(best) - cost(mine), 0)
+        return best if self._wasted[kind] < RECORDING else mine
 
     def graph(self, z: Tensor) -> fx.GraphModule | None:
         """Return the graph for batches like ``z``, to be made part of a larger one.
@@ -159,6 +184,7 @@ class Recorder:
         """Drop the graphs, and what is known of whether they can be recorded."""
         self.runners.clear()
         self._calls.clear()
+        self._wasted.clear()
         self.reason = None
 
     def _piece(self, z: Tensor) -> tuple[Tensor, ...]:
@@ -180,11 +206,13 @@ class Recorder:
         """Return the graph for such a piece, recorded if due, and whether it is the whole's, with more results."""
         kind = len(z), z.dtype, z.device
         if kind not in self.runners:
-            self._calls[kind] += 1
-            lent = self._of_whole(z, due=self._calls[kind] >= self._at) if self._calls[kind] < BORROWED else None
+            called = kind if self.unit is not None else (0, z.dtype, z.device)
+            self._calls[called] += 1
+            due = self._calls[called] >= self._at
+            lent = self._of_whole(z, due=due) if self._calls[called] < BORROWED else None
             if lent is not None:
                 return lent, True
-            if self._calls[kind] < self._at or not self._record(z):
+            if not due or not self._record(z):
                 return None, False
         return self.runners[kind], False
 
@@ -214,6 +242,7 @@ class Recorder:
             return False
         for gone in self.runners.put((len(z), z.dtype, z.device), runner):
             self._calls.pop(gone, None)
+            self._wasted.pop(gone, None)
         return True
 
     def _repeats(self, recorded: tuple[Tensor, ...], z: Tensor) -> bool:

@@ -230,7 +230,7 @@ def test_a_long_graph_takes_batches_of_any_size(monkeypatch):
     plain = pf.LogDensity(growth, (DATA,))
     assert plain._values.unit is None
     monkeypatch.setattr(batches, "LONG", 300)
-    monkeypatch.setattr(batches, "LONG_FROM", 1)
+    monkeypatch.setattr(batches, "RECORDED_FROM", 1)
     monkeypatch.setattr(batches, "BORROWED", 1)
     density = pf.LogDensity(growth, (DATA,))
     assert density._values.unit == density._with_gradients.unit == batches.LONG_ROWS

@@ -33,13 +33,6 @@ def test_results_do_not_depend_on_pieces(size):
     assert len(recorder.runners) == 1
 
 
-def test_sizes_that_do_not_come_again_are_not_recorded():
-    recorder = Recorder(function, numbers=3)
-    for size in range(1, 12):
-        recorder(normal(size, 3, seed=size))
-    assert not recorder.runners
-
-
 @pytest.mark.parametrize(
     ("numbers", "rows"),
     [(1, ROWS_AT_MOST), (PIECE // 100, 64), (PIECE, 8), (100 * PIECE, 1), (PIECE // 8, ROWS_AT_LEAST)],

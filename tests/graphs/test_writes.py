@@ -168,7 +168,7 @@ def test_recorded_batched_and_single_numbers_are_equal(name):
     for _ in range(RECORDED_FROM + 1):
         recorded = density.value_and_grad(z)
     assert density.reason is None
-    assert [kind[0] for kind in density._with_gradients.runners] == [len(z)]
+    assert len(density._with_gradients.runners) == 1
     assert density.graph(z) is not None, "no part of a training step"
     moved = z + 0.3
     for one, other in zip(recorded, batched, strict=True):

@@ -59,7 +59,7 @@ def test_recording_survives_a_first_batch_with_bad_rows():
     clean = z.clamp(-0.5, 0.5)
     for _ in range(RECORDED_FROM):
         density.value_and_grad(clean)
-    assert [kind[0] for kind in density._with_gradients.runners] == [len(clean)]
+    assert len(density._with_gradients.runners) == 1
     assert density.reason is None
 
 

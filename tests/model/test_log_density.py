@@ -64,8 +64,8 @@ def test_models_of_the_registry_are_batched_and_recorded(case):
             close(density(z), value, 1e-9)
     assert density.batched
     assert density.reason is None
-    assert [kind[0] for kind in density._with_gradients.runners] == [len(z)]
-    assert [kind[0] for kind in density._values.runners] == ([] if density.parameters() else [len(z)])
+    assert len(density._with_gradients.runners) == 1
+    assert len(density._values.runners) == (0 if density.parameters() else 1)
 
 
 @each_model()
