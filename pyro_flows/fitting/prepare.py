@@ -70,9 +70,12 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
 
 
 def nested_later(plan: Plan, prepared: Prepared, run: Run) -> bool:
-    """Hold a few coordinates of a large hierarchical model, whose chains do not do; say whether that is enough."""
+    """Hold a few coordinates, where slices and chains do not do; say whether that is enough.
+
+    Of small hierarchical models they have been held before, if they can be.
+    """
     density = prepared.as_read
-    if density.dim <= AT_FIRST or not density.structure.hierarchical:
+    if density.dim <= AT_FIRST and density.structure.hierarchical:
         return False
     found = nested_at_once(plan, density, seed=plan.seed)
     if found is None:

@@ -118,7 +118,7 @@ def _numbers(density: LogDensity, held: list[int], order: Tensor, theta: Tensor)
     z[:, held] = theta
     z = z.to(density.dtype)
     many = int(max(1, AT_ONCE // (density.dim * max(density.dim, density.numbers))))
-    hessians = torch.cat([-second_derivatives(density, part).double() for part in z.split(many)])
+    hessians = torch.cat([-second_derivatives(density, part, exact=True).double() for part in z.split(many)])
     return hessians[:, order[:, None], order], density.value_and_grad(z)[1].double()[:, order]
 
 

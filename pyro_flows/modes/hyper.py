@@ -36,7 +36,7 @@ def held_coordinates(density: LogDensity, points: Tensor) -> list[int]:
 
     Cost: up to 14 times 4 N Hessians.
     """
-    before = -second_derivatives(density, points).double()
+    before = -second_derivatives(density, points, exact=True).double()
     if not bool(torch.isfinite(before).all()):
         return []
     units = before.diagonal(dim1=1, dim2=2).abs().sqrt()
@@ -64,7 +64,7 @@ def _change(density: LogDensity, points: Tensor, before: Tensor, units: Tensor, 
     noise = torch.randn(MOVES, *points.shape, dtype=torch.float64, device=points.device)
     noise[..., held] = 0.0
     moved = points + (MOVED * noise / units.clamp_min(1e-3)).to(points)
-    after = -second_derivatives(density, moved.flatten(0, 1)).double().unflatten(0, moved.shape[:2])
+    after = -second_derivatives(density, moved.flatten(0, 1), exact=True).double().unflatten(0, moved.shape[:2])
     change = (after - before).abs() / (units[:, :, None] * units[:, None, :])
     change = change.nan_to_num(nan=torch.inf).amax((0, 1))
     change[held] = 0.0
