@@ -183,8 +183,8 @@ def test_a_flow_learns(name):
     """
     data = 0.5 * normal(2000, 2, seed=1, dtype=torch.float32) + torch.tensor([1.0, -2.0])
     flow = make_flow(name, 2, sd=0.0, dtype=torch.float32)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=0.02)
-    for _ in range(450):
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.04)
+    for _ in range(220):
         optimizer.zero_grad()
         loss = -flow.log_prob(data).mean()
         loss.backward()

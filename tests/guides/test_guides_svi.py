@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 import pickle
 
@@ -450,9 +451,14 @@ def said(guide, y):
     return [*found, drawn["mu"], drawn["z"]]
 
 
-@pytest.mark.parametrize("way", ["file", "state"])
-@pytest.mark.parametrize("affine", ["auto", "none"])
-@pytest.mark.parametrize("kind", MAKERS)
+def lives():
+    """Each kind of flow once, and each other choice with one kind: all the rest is slow."""
+    usual = [(kind, "auto", "file") for kind in MAKERS] + [("nice", "none", "file"), ("realnvp", "auto", "state")]
+    rest = [life for life in itertools.product(MAKERS, ("auto", "none"), ("file", "state")) if life not in usual]
+    return usual + [pytest.param(*life, marks=pytest.mark.slow) for life in rest]
+
+
+@pytest.mark.parametrize(("kind", "affine", "way"), lives())
 def test_a_guide_is_built_lazily_trained_by_minibatches_saved_and_loaded(kind, affine, way, tmp_path):
     """As scvi-tools leads it: a new guide runs once on a batch of two, and then the store gets the saved state."""
     y = cells()
