@@ -269,7 +269,7 @@ def test_chains_change_modes_and_find_their_masses():
 
 
 @pytest.mark.parametrize("method", ["auto", "hmc", "smc"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_mode_that_no_chain_visits_is_never_refined(method, seed):
     posterior = two_by(9.0).refine(method, seed=seed)
     assert posterior.verdict.status == "unreliable", posterior.verdict

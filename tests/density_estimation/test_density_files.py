@@ -1,5 +1,6 @@
 """Fitted densities that are fitted again, saved and resumed."""
 
+import functools
 import json
 import math
 
@@ -32,11 +33,16 @@ def maps(flow):
 # trained flows --------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def fitted_by(preprocess):
+    return pf.fit_density("realnvp", cloud(), preprocess=preprocess, **QUICK)
+
+
 @pytest.mark.parametrize("first", ["auto", "whiten"])
 @pytest.mark.parametrize("again", ["auto", "standardize", "whiten", None])
 def test_a_fitted_flow_is_fitted_again_on_one_scale(tmp_path, first, again):
     y, fresh = cloud(), cloud(seed=1)
-    once = pf.fit_density("realnvp", y, preprocess=first, **QUICK)
+    once = fitted_by(first)
     twice = pf.fit_density(once.flow, y, preprocess=again, **QUICK)
     assert len(maps(twice.flow)) == len(maps(once.flow)) == 1
     assert twice.nats(fresh) > once.nats(fresh) - (0.3 if again == first or again in ("auto", None) else 1.0)
@@ -48,7 +54,7 @@ def test_a_fitted_flow_is_fitted_again_on_one_scale(tmp_path, first, again):
 
 @pytest.mark.parametrize("kind", ["auto", "standardize"])
 def test_a_fitted_flow_goes_over_to_data_of_another_scale(kind):
-    once = pf.fit_density("realnvp", cloud(), **QUICK)
+    once = fitted_by("auto")
     other = 1e3 * cloud() + 5e4
     twice = pf.fit_density(once.flow, other, preprocess=kind, **QUICK)
     anew = pf.fit_density("realnvp", other, **QUICK)

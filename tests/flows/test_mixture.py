@@ -205,8 +205,8 @@ def test_what_needs_a_transform_refuses_a_mixture():
 
 @pytest.fixture(scope="module")
 def disagreeing():
-    """Four runs of which some find the left mode and some the right one."""
-    options = {"runs": 4, "max_steps": 300, "escalate": False, "layers": 2, "draws": 2000, "progress": False}
+    """Three runs of which some find the left mode and some the right one."""
+    options = {"runs": 3, "max_steps": 120, "escalate": False, "layers": 2, "draws": 2000, "progress": False}
     return pf.fit(halves, **options)
 
 

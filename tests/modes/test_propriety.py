@@ -210,7 +210,7 @@ def test_draws_beyond_the_end_of_numbers_are_a_sign():
     assert "along a coordinate of unused" in improper_tails(density, lambda: draws, seed=0)[0]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", [nothing_depends_on, known_by_their_sum])
 def test_training_without_an_end_is_ended(model, seed):
     """These took minutes: far out, single precision tells no digit of a sum."""
