@@ -36,7 +36,9 @@ def with_a_base():
 @pytest.mark.parametrize(("name", "base"), with_a_base())
 def test_mass_is_one(name, context_dim, base):
     half_width, points, tolerance = GRIDS[base]
-    if name == "spline" and base != "uniform":  # its density has kinks at the knots, where the error falls only as the step's square
+    if (
+        name == "spline" and base != "uniform"
+    ):  # its density has kinks at the knots, where the error falls only as the step's square
         points, tolerance = 2 * points - 1, max(tolerance, 5e-5)
     flow = make_flow(name, 2, context_dim=context_dim, base=base)
     context = normal(3, seed=1) if context_dim else None

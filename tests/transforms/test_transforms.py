@@ -14,7 +14,20 @@ from tests.invariants import (
     close,
     jacobian,
 )
-from tests.registry import HIDDEN, LARGE, SMALL, TYPICAL, built, each, make_flow, normal, randomize, unregistered
+from tests.registry import (
+    FLOWS,
+    HIDDEN,
+    IMAGE_FLOWS,
+    LARGE,
+    SMALL,
+    TYPICAL,
+    built,
+    each,
+    make_flow,
+    normal,
+    randomize,
+    unregistered,
+)
 
 
 def test_every_public_transform_and_builder_has_a_case():
@@ -65,7 +78,17 @@ def test_gradients_of_each_activation(activation):
     check_gradients(layer, normal(2, 3, seed=1), normal(2, 2, seed=2), fast=False)
 
 
-@each(TYPICAL)
+def each_layer():
+    """Typical cases; stacks of layers, but for a flow of each kind of layer, are slow: their layers are cases too."""
+    stacks = (*FLOWS, *IMAGE_FLOWS, "Chain", "Inverse-Chain")
+    kept = ("planar-3", "realnvp-3-context", "spline-3")
+    dear = [case.name for case in TYPICAL if case.name.startswith(stacks) and case.name not in kept]
+    marks = [pytest.mark.slow if case.name in dear else () for case in TYPICAL]
+    cases = zip(TYPICAL, marks, strict=True)
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=mark) for case, mark in cases])
+
+
+@each_layer()
 def test_second_derivatives(case):
     """Hessians of log densities are right too: the inverse of a planar layer is differentiable twice."""
     t = case.make()
