@@ -44,7 +44,10 @@ def judged(narrow, monkeypatch, said, reached=True):
     return found, stages
 
 
-@pytest.mark.parametrize("first", [[TAIL], [APART], [TAIL, APART], [MODE], [TAIL, MODE]])
+TWO = [pytest.param([TAIL, other], marks=pytest.mark.slow) for other in (APART, MODE)]  # each by itself is quicker
+
+
+@pytest.mark.parametrize("first", [[TAIL], [APART], [MODE], *TWO])
 def test_chains_that_come_short_go_on_with_draws_farther_apart(narrow, monkeypatch, first):
     found, stages = judged(narrow, monkeypatch, [first, []])
     assert found.verdict.status == "refined", found.verdict

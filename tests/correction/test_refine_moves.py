@@ -146,9 +146,15 @@ def moved(name, *, mixed=False, seed=0, sweeps=4, **options):
     return z, points.z
 
 
+def exact_cases():
+    """Each target with a flow, and two with a mixture of flows, whose moves take longer: the others are slow."""
+    dear = [pytest.mark.slow if name not in ("banana", "two") else () for name in TARGETS]
+    mixtures = [pytest.param(name, True, id=f"{name}-mixture", marks=m) for name, m in zip(TARGETS, dear, strict=True)]
+    return [pytest.param(name, False, id=f"{name}-flow") for name in TARGETS] + mixtures
+
+
 @pytest.mark.parametrize("move", MOVES)
-@pytest.mark.parametrize("mixed", [False, True], ids=["flow", "mixture"])
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("name", "mixed"), exact_cases())
 def test_exact_draws_stay_exact(name, mixed, move):
     """15 functions and 16 cases: |z| > 4.5 comes by chance once in 600 runs of the whole set."""
     assert float(z_scores(*moved(name, mixed=mixed, move=MOVES[move])).max()) < 4.5

@@ -111,7 +111,7 @@ def test_far_values_cost_about_their_distance(name):
     assert fit.log_prob(lit).min() > -6000.0  # two thousand of the logistic's exponential tail, and some of its slope
 
 
-@pytest.mark.parametrize("build", [pf.glow, pf.multiscale_realnvp])
+@pytest.mark.parametrize("build", [pytest.param(pf.glow, marks=pytest.mark.slow), pf.multiscale_realnvp])
 def test_far_images_cost_about_their_distance(build):
     """White images, three hundred standard deviations out; plain convolutions make 1e20 nats of them."""
     y = torch.randn(1000, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -467,11 +467,18 @@ def as_ever(chosen):
     return pf.fit(chosen, Y, **QUICK)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
-    "chosen", [model, effects, pytest.param(unbatched, marks=[pytest.mark.falls_back, pytest.mark.slow])]
+    ("chosen", "mode"),
+    [
+        (model, torch.no_grad),
+        (effects, torch.inference_mode),
+        pytest.param(model, torch.inference_mode, marks=pytest.mark.slow),
+        pytest.param(effects, torch.no_grad, marks=pytest.mark.slow),
+        pytest.param(unbatched, torch.no_grad, marks=[pytest.mark.falls_back, pytest.mark.slow]),
+        pytest.param(unbatched, torch.inference_mode, marks=[pytest.mark.falls_back, pytest.mark.slow]),
+    ],
 )
-def test_fit_gives_the_same_where_gradients_are_off(mode, chosen):
+def test_fit_gives_the_same_where_gradients_are_off(chosen, mode):
     expected = as_ever(chosen)
     with mode():
         y = Y.clone()  # an inference tensor, in inference mode

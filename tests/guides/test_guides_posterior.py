@@ -171,7 +171,7 @@ def exact():
     "make",
     [
         pytest.param(partial(pf.AutoRealNVP, layers=2, hidden=(8,), base="normal"), id="realnvp"),
-        pytest.param(partial(pf.AutoNICE, layers=2, hidden=(8,), base="normal"), id="nice"),
+        pytest.param(partial(pf.AutoNICE, layers=2, hidden=(8,), base="normal"), id="nice", marks=pytest.mark.slow),
         pytest.param(partial(pf.AutoPlanar, layers=2, base="normal"), id="planar", marks=pytest.mark.slow),
         pytest.param(
             partial(pf.AutoRealNVP, layers=4, hidden=(8,), affine="none", base="normal"),

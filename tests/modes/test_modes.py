@@ -158,7 +158,7 @@ def test_wells_in_many_coordinates(covered):
         assert "= -1." in found[0]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_modes_of_which_the_start_is_one(seed):
     """Flat priors are searched around zero: the mode there is found at once, the other from outside."""
 

@@ -43,6 +43,7 @@ def test_example_eight_schools(tmp_path):
     assert 0.6 < probability < 0.95
 
 
+@pytest.mark.slow  # docs/howto/svi.md trains and judges a flow guide in Pyro's own loop too
 def test_example_custom_svi():
     flow, gaussian = numbers(r"ELBO (-?[\d.]+);", run("custom_svi"))
     assert flow > gaussian + 1
