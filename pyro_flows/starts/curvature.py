@@ -128,7 +128,7 @@ def _diagonals_by_differences(density: LogDensity, points: Tensor) -> Tensor:
 
 
 def _by_differences(density: LogDensity, points: Tensor) -> Tensor:
-    """Hessians (K, D, D) by differences of recorded gradients, by autograd at points whose scales are too narrow for them.
+    """Hessians (K, D, D) by differences of recorded gradients, by autograd at points with too narrow scales.
 
     The operations of a model are not recorded for its second derivatives: for a long one, these would take 40 times as
     long.
