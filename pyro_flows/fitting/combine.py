@@ -17,7 +17,7 @@ from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.combined import Combined, Sampler
 from pyro_flows.fitting.guide_space import latent_of
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.prepare import Prepared, nested_later
+from pyro_flows.fitting.prepare import Prepared, nested_instead
 from pyro_flows.fitting.run import Run, make_run
 from pyro_flows.fitting.several import Several, several
 from pyro_flows.fitting.slicing import STAGE as SLICES
@@ -60,7 +60,7 @@ def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
         with clock.part(name, noted=False):
             lack = _first_lack(plan, prepared, found) if number and not plan.train_model else None
             run, own = found.runs[-1], plan.seed + number
-            instead = partial(nested_later, plan, prepared, run)
+            instead = [partial(nested_instead, plan, prepared, run, before_chains=before) for before in (True, False)]
             make_run(plan, prepared.density, run, prepared.starts, lack, seed=own, instead=instead)
     plan.bar.task = "fit"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.fitting.escalation import Round, assess
+from pyro_flows.fitting.escalation import Round, assess, enough_gap
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.nested import outer_flow, with_tails
@@ -31,7 +31,7 @@ DONE = "converged: the others are normal, given a few coordinates that are held"
 SHARE_OF_SECONDS = 0.5
 PRIOR = 500  # draws that tell where to begin
 POINTS = 2  # near which normality is looked at
-LAYERS = 4  # of the flow of the held coordinates
+LAYERS, LAYERS_OF_TWO = 4, 2  # of the flow of the held coordinates: four of two make draws that are far beyond all mass
 DF = 30.0  # degrees of freedom of its tails: of heavier ones, couplings make draws that are far beyond all mass
 WIDEST = 1.0  # spread of a prior, up to which functions are looked for at first
 CHECKED = 8  # draws at which they are looked at again
@@ -53,7 +53,8 @@ def nested_at_once(plan: Plan, density: LogDensity, *, seed: int) -> tuple[Round
         names = coordinate_names(density.structure)
         details = {**outcome.stage.details, "held": [names[number] for number in held]}
         outcome = replace(outcome, stage=replace(outcome.stage, details=details))
-        return (outcome, trainer) if outcome.can_be_used else None
+        good = outcome.can_be_used and outcome.weighing.log_evidence - outcome.weighing.elbo < enough_gap(density.dim)
+        return (outcome, trainer) if good else None
     return None
 
 
@@ -71,7 +72,7 @@ def nested_flow(density: LogDensity, *, seed: int) -> tuple[Flow, list[int]] | N
     if found is None:
         return None
     given, sample = found
-    flow = given.flow(LAYERS)
+    flow = given.flow(LAYERS if len(held) > 2 else LAYERS_OF_TWO)
     fit_flow(*outer_flow(with_tails(flow, DF), sample.loc, sample.root), given.marginal, sample)
     return flow.to(density.dtype), held
 

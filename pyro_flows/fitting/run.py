@@ -114,12 +114,12 @@ class Run:
 
 def make_run(
     plan: Plan, density: LogDensity, run: Run, extra: Sequence[Start], lack: Start | None = None, *, seed: int,
-    instead: Callable[[], bool] = lambda: False,
+    instead: Sequence[Callable[[], bool]] = (lambda: False, lambda: False),
 ) -> None:  # fmt: skip
     """Train one flow: portfolio (with the starts in ``extra``), race, first round, escalation.
 
-    With ``lack``, a start where the runs before lack a mode, this run starts there. ``instead`` is called where chains
-    do not do, before any training: it says whether something else does.
+    With ``lack``, a start where the runs before lack a mode, this run starts there. What comes ``instead`` is called
+    before and after chains, where there is something to train: each says whether it does.
 
     All that is found is in ``run`` at once, so that Ctrl-C or the end of the time loses nothing.
     """
@@ -145,7 +145,8 @@ def make_run(
         if glance and _is_several(plan, density, run, seed, barrier=BARRIER):
             return
         alone = lack is None and not plan.train_model
-        if alone and (_sampled_at_once(plan, density, run, starts[0], seed) or instead()):
+        before, after = instead
+        if alone and (before() or _sampled_at_once(plan, density, run, starts[0], seed) or after()):
             return
         winner = _race(plan, density, run, starts, seed)
         if winner is None:

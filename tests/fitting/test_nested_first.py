@@ -62,6 +62,43 @@ def test_errors_of_measurement_take_no_training():
     assert posterior.samples["s"].log().mean() == pytest.approx(log_s, abs=0.1)
 
 
+STEPS = 12
+LEVELS = torch.randn(STEPS, generator=GENERATOR, dtype=torch.float64).cumsum(0)
+SERIES = LEVELS + 0.6 * torch.randn(STEPS, generator=GENERATOR, dtype=torch.float64)
+
+
+def walk(y):
+    """A random walk that was observed with noise, its steps standardized by hand: no structure tells its scale."""
+    zero = y.new_zeros(())
+    step = pyro.sample("step", dist.HalfNormal(zero + 1.0))
+    noise = pyro.sample("noise", dist.HalfNormal(zero + 1.0))
+    raw = pyro.sample("raw", dist.Normal(zero, 1.0).expand([len(y)]).to_event(1))
+    with pyro.plate("t", len(y)):
+        pyro.sample("y", dist.Normal(step * raw.cumsum(-1), noise), obs=y)
+
+
+def walk_means():
+    """Means of both log scales on a grid: the series is normal given these."""
+    sides = torch.linspace(-6.0, 1.5, 151).double(), torch.linspace(-4.0, 1.5, 151).double()
+    log_step, log_noise = torch.cartesian_prod(*sides).T
+    sums = torch.ones(STEPS, STEPS).double().tril()
+    covariance = (2 * log_step).exp()[:, None, None] * (sums @ sums.T)
+    covariance = covariance + (2 * log_noise).exp()[:, None, None] * torch.eye(STEPS).double()
+    height = dist.MultivariateNormal(torch.zeros(STEPS).double(), covariance).log_prob(SERIES)
+    height = height - 0.5 * ((2 * log_step).exp() + (2 * log_noise).exp()) + log_step + log_noise
+    mass = torch.softmax(height, 0)
+    return [float(mass @ each) for each in (log_step, log_noise)]
+
+
+def test_a_model_that_is_non_centered_by_hand_holds_its_scales():
+    posterior = pf.fit(walk, SERIES, progress=False)
+    held = [stage["details"]["held"] for stage in posterior.history if stage["stage"] == STAGE]
+    assert held == [["step", "noise"]]
+    assert (posterior.verdict.status, len(posterior.losses)) == ("ok", 0)
+    for site, mean in zip(("step", "noise"), walk_means(), strict=True):
+        assert posterior.samples[site].log().mean() == pytest.approx(mean, abs=0.05)
+
+
 def test_who_asks_for_a_flow_gets_it():
     posterior = pf.fit(errors, X, Y, flow="realnvp", max_steps=60, refine=False, escalate=False, progress=False)
     assert STAGE not in stages(posterior)
