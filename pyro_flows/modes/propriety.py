@@ -127,7 +127,7 @@ class Tails:
 
         Given one coordinate, others may have no top: of three whose sum alone is known, or of effects beside a level.
         """
-        hessian = -second_derivatives(self.density, self.middle[None])[0].double()
+        hessian = -second_derivatives(self.density, self.middle[None], exact=True)[0].double()
         scaled = self.spread.double()[:, None] * hessian * self.spread.double()
         if not bool(scaled.isfinite().all()):
             return []

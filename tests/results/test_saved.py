@@ -63,7 +63,7 @@ def test_a_diagnosed_guide_comes_back_in_its_own_coordinates(tmp_path, noncenter
     again = pf.load(tmp_path / "saved", nested, Y)
     expected = {"theta": None} if noncentered else {}
     assert again.density.structure.noncentered == posterior.density.structure.noncentered == expected
-    assert torch.equal(again.density(again.z), posterior.log_p)
+    assert torch.allclose(again.density(again.z), posterior.log_p, rtol=1e-5)  # recorded or not: other last digits
     assert torch.equal(again.density.constrain(again.used)["theta"], again.samples["theta"])
     values = {name: value[:5] for name, value in posterior.samples.items()}
     torch.testing.assert_close(again.guide.log_prob(values), guide.log_prob(values), rtol=0, atol=0)

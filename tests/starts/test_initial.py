@@ -150,7 +150,9 @@ def test_hessians_above_50_dimensions_are_taken_where_paths_ended():
     found = portfolio(density, seed=0)
     assert "laplace" in names(found)
     assert found[0].elbo > -2.0
-    assert density.evaluations < 12_000  # 19,900 by Newton's method from everywhere
+    assert (
+        density.evaluations < 14_000
+    )  # a row of a Hessian counts twice; twice as many by Newton's method from everywhere
 
 
 def test_each_end_of_paths_is_one_mode():
@@ -253,17 +255,19 @@ def quartic(z):
     return -(z.square().square() / 12.0).sum() - 0.3 * z[0] * z[-1]
 
 
-@pytest.mark.parametrize("derivatives", ["automatic", "differences"])
+@pytest.mark.parametrize("derivatives", ["automatic", "differences", "differences, point by point"])
 @pytest.mark.parametrize("dim", [3, 201])
 def test_scales(dim, derivatives, monkeypatch):
     """The second derivative is -z^2 on the diagonal, on both sides of the limit for full Hessians, to 1e-5."""
     density = density_of(quartic, dim)
-    if derivatives == "differences":
+    if derivatives == "automatic":
+        monkeypatch.setattr(curvature, "_has_digits", lambda density: False)
+    if derivatives == "differences, point by point":
         monkeypatch.setattr(density, "batched", False)
     points = 1.0 + normal(2, dim, seed=1).abs()
     before = density.evaluations
     close(curvature.scales(density, points), 1.0 / points, 1e-5)
-    assert density.evaluations - before == 2 * dim * (2 if derivatives == "differences" else 1)
+    assert density.evaluations - before == 2 * dim * (1 if derivatives == "automatic" else 2)
 
 
 def test_hessians_of_a_long_model_come_from_its_recorded_gradients(monkeypatch):
