@@ -13,6 +13,7 @@ from pyro_flows.starts.curvature import second_derivatives
 SMALL = 0.1  # nats that do not matter
 HESSIANS = 2e7  # numbers that are worked on at once
 NEWTON = 4  # steps
+LEVEL = 1e-6  # of a curvature that is left given other coordinates, below which differences may not tell it from none
 
 
 class Held:
@@ -77,8 +78,17 @@ def tops_at(density: Held, points: Tensor, settled: Tensor) -> Tops:
 def _roots(density: LogDensity, points: Tensor, held: Tensor) -> Tensor:
     """Return roots (K, D, D) of Hessians over all coordinates but the one held; NaN where there is none."""
     many = int(max(1, HESSIANS // (density.dim * max(1, density.numbers))))
-    hessians = torch.cat([-second_derivatives(density, part).double() for part in points.split(many)])
-    return roots_of(hessians, held)
+
+    def hessians(some: Tensor, *, exact: bool) -> Tensor:
+        return torch.cat([-second_derivatives(density, part, exact=exact).double() for part in some.split(many)])
+
+    curvatures = hessians(points, exact=False)
+    roots = roots_of(curvatures, held)
+    pivots = roots.diagonal(dim1=1, dim2=2).square() / curvatures.diagonal(dim1=1, dim2=2)
+    level = (pivots < LEVEL).any(1).nonzero()[:, 0]  # the last digits decide whether there is a root
+    if len(level):
+        roots = roots.index_copy(0, level, roots_of(hessians(points[level], exact=True), held[level]))
+    return roots
 
 
 def roots_of(hessians: Tensor, held: Tensor) -> Tensor:
