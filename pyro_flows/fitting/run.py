@@ -145,8 +145,7 @@ def make_run(
         if glance and _is_several(plan, density, run, seed, barrier=BARRIER):
             return
         alone = lack is None and not plan.train_model
-        before, after = instead
-        if alone and (before() or _sampled_at_once(plan, density, run, starts[0], seed) or after()):
+        if alone and (instead[0]() or _sampled_at_once(plan, density, run, starts[0], seed) or instead[1]()):
             return
         winner = _race(plan, density, run, starts, seed)
         if winner is None:
