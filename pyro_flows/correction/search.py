@@ -20,7 +20,7 @@ from pyro_flows.modes.symmetries import SignedPermutation
 from pyro_flows.modes.thin import THIN, WANDERED
 from pyro_flows.modes.umbrella import Space
 from pyro_flows.modes.units import in_units
-from pyro_flows.modes.valleys import lies_apart
+from pyro_flows.modes.valleys import lie_apart
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.bridge import bridge_value
 from pyro_flows.verdict.chains import Chains
@@ -108,7 +108,7 @@ def lacks_of_chains(
     search, regions = Search(), _Regions(density, chains, evidence, seed)
 
     def left(lacks: list[Lack]) -> list[Lack]:
-        lacks = [lack for lack in lacks if not regions.covers(lack)]
+        lacks = [lack for lack, covered in zip(lacks, regions.cover(lacks), strict=True) if not covered]
         places = [lack.place if lack.drawn is None else lack.drawn for lack in lacks]
         return [] if lacks and joined(torch.stack(places)) else lacks
 
@@ -169,7 +169,7 @@ def held_out(chains: Chains) -> Tensor:
 def held_by(density: LogDensity, chains: Chains, lacks: Sequence[Lack], evidence: float, *, seed: int) -> bool:
     """Whether chains go in and out of all places that a guide lacks; to where draws only wandered they may go too."""
     regions = _Regions(density, chains, evidence, seed)
-    return all(lack.start.name == WANDERED or regions.covers(lack) for lack in lacks)
+    return all(regions.cover([lack for lack in lacks if lack.start.name != WANDERED]))
 
 
 def bridge(from_q: Tensor, from_p: Tensor) -> float:
@@ -187,17 +187,20 @@ class _Regions:
         self.density, self.chains, self.evidence = density, chains, evidence
         self.seed = derive(seed, "regions")
 
-    def covers(self, lack: Lack) -> bool:
-        """Whether chains go in and out of a place that a search found; what is no single place counts as it is.
+    def cover(self, lacks: Sequence[Lack]) -> list[bool]:
+        """Whether chains go in and out of places that a search found; what is no single place counts as it is.
 
         A region may be so wide that draws of another mode are inside: some of these have to climb to the place's top.
         """
-        start = lack.start
-        if start.name in NO_PLACE or not self.visited(start.loc, start.scale):
-            return False
-        inside = self.inside(start.loc, start.scale)
-        alone = not lack.beside and bool(inside.any())
-        return not (alone and lies_apart(self.density, lack.place, self.chains.z[inside]))
+        went = [lack.start.name not in NO_PLACE and self.visited(lack.start.loc, lack.start.scale) for lack in lacks]
+        asked = [number for number, lack in enumerate(lacks) if went[number] and not lack.beside]
+        if asked:
+            near = torch.stack([self.inside(lacks[n].start.loc, lacks[n].start.scale).flatten() for n in asked])
+            places = torch.stack([lacks[number].place for number in asked])
+            apart = lie_apart(self.density, places, self.chains.z.flatten(0, 1), near)
+            for number, lies_apart in zip(asked, apart, strict=True):
+                went[number] = not lies_apart
+        return went
 
     @torch.no_grad()
     def visited(self, loc: Tensor, scale: Tensor) -> bool:

@@ -28,7 +28,7 @@ from pyro_flows.modes.lacks import Guide, Lack
 from pyro_flows.modes.missed_modes import MOVED_DRAWS, mirrored
 from pyro_flows.modes.symmetries import SignedPermutation, group, identity, image_of, product
 from pyro_flows.modes.twins import with_twins
-from pyro_flows.modes.valleys import lies_apart
+from pyro_flows.modes.valleys import lie_apart
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import Chains
 
@@ -166,7 +166,8 @@ def _of_inexact_moves(
     """Return the twins that moves led to which are not exact; None if one led to a mode of another kind."""
     lacks = with_twins(guide, lacks, z, log_q)
     twins = [twin for twin in dict.fromkeys(lack.twin for lack in lacks) if twin is not None]
-    return None if not twins and any(lies_apart(guide.density, lack.place, z) for lack in lacks) else twins
+    apart = [] if twins else lie_apart(guide.density, torch.stack([lack.place for lack in lacks]), z)
+    return None if any(apart) else twins
 
 
 def _settled(begun: _Begun, chains: Chains) -> Flow | FlowMixture:

@@ -1,4 +1,4 @@
-"""Valleys between the top of a place and those of draws."""
+"""Valleys between the tops of places and those of draws."""
 
 from __future__ import annotations
 
@@ -15,19 +15,50 @@ DEEP = 2.0  # nats below the lower of two tops
 
 
 @torch.no_grad()
-def lies_apart(density: LogDensity, place: Tensor, z: Tensor) -> bool:
-    """Whether a place (D,) has a top of its own: a valley lies between it and the tops to which draws (S, D) climb.
+def lie_apart(density: LogDensity, places: Tensor, z: Tensor, near: Tensor | None = None) -> list[bool]:
+    """Whether places (L, D) have tops of their own: a valley lies between each and the tops to which draws climb.
 
     A ball about a poor normal distribution holds draws that never were near its mode: in 200 dimensions two modes 21
     standard deviations apart lie in the same one. Draws are climbed from, as the places of many dimensions lie far from
-    their tops. Where a climb comes to no rest, there is no top, and no answer: False. Cost: 65 climbs.
+    their tops. Where a climb comes to no rest, there is no top, and no answer: False.
+
+    Args:
+        density: log p, unnormalized.
+        places: to ask about.
+        z: draws (S, D).
+        near: which draws (L, S) are compared with a place; all by default.
+
+    Cost: a climb for each place, and 64 or a few more for draws; all of them side by side.
     """
-    points = torch.cat([place[None], z[:: max(1, len(z) // CLIMBERS)][:CLIMBERS]])
+    chosen = _some_of(torch.ones(len(places), len(z), dtype=torch.bool, device=z.device) if near is None else near)
+    used = chosen.any(0)
+    points = torch.cat([places, z[used]])
     ends = climb(density, points, units_of(z, full=False).expand_as(points), ticks=TICKS)
-    if not bool(ends.settled[0]) or not bool(ends.settled[1:].any()):
-        return False
-    others, heights = ends.points[1:][ends.settled[1:]], ends.heights[1:][ends.settled[1:]]
-    share = torch.linspace(0.0, 1.0, BETWEEN + 2, dtype=z.dtype, device=z.device)[1:-1, None, None]
-    lines = ends.points[0] + share * (others - ends.points[0])
-    lowest = density(lines.flatten(0, 1)).nan_to_num(nan=-torch.inf).reshape(BETWEEN, -1).amin(0)
-    return bool((lowest < torch.minimum(heights, ends.heights[0]) - DEEP).all())
+    count = len(places)
+    tops, settled, heights = ends.points[count:], ends.settled[count:], ends.heights[count:]
+    answers = []
+    for number, compared in enumerate(chosen[:, used] & settled):
+        if not bool(ends.settled[number]) or not bool(compared.any()):
+            answers.append(False)
+            continue
+        lowest = _lowest_between(density, ends.points[number], tops[compared])
+        least = torch.minimum(heights[compared], ends.heights[number])
+        answers.append(bool((lowest < least - DEEP).all()))
+    return answers
+
+
+def _some_of(near: Tensor) -> Tensor:
+    """Keep up to 64 of the draws that are compared with each place (L, S), where it goes the same ones for all."""
+    count = near.shape[1]
+    stride = max(1, count // CLIMBERS)
+    order = torch.cat([torch.arange(first, count, stride) for first in range(stride)]).to(near.device)
+    found = torch.zeros_like(near)
+    found[:, order] = near[:, order] & (near[:, order].cumsum(1) <= CLIMBERS)
+    return found
+
+
+def _lowest_between(density: LogDensity, top: Tensor, others: Tensor) -> Tensor:
+    """Return the lowest log density (N,) on the lines from one top (D,) to others (N, D)."""
+    share = torch.linspace(0.0, 1.0, BETWEEN + 2, dtype=top.dtype, device=top.device)[1:-1, None, None]
+    lines = top + share * (others - top)
+    return density(lines.flatten(0, 1)).nan_to_num(nan=-torch.inf).reshape(BETWEEN, -1).amin(0)

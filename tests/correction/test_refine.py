@@ -506,7 +506,7 @@ def test_regions_have_to_have_their_mass(share, enough):
     loc, scale = torch.tensor([-4.0, 0.0, 0.0], dtype=REAL), torch.eye(3, dtype=REAL)
     assert regions.visited(loc, scale) is enough
     assert regions.visited(loc, torch.ones(3, dtype=REAL)) is enough
-    assert not regions.covers(Lack(loc, Start(WANDERED, loc, scale)))
+    assert regions.cover([Lack(loc, Start(WANDERED, loc, scale))]) == [False]
 
 
 def check_disagreement(scale, shift, said):

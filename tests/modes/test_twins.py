@@ -13,10 +13,12 @@ from pyro.distributions import constraints
 import pyro_flows as pf
 from pyro_flows._progress import Bar
 from pyro_flows.correction.untrained import attempt_untrained
+from pyro_flows.modes import valleys
 from pyro_flows.modes.doubts import _apart
 from pyro_flows.modes.lacks import Guide
 from pyro_flows.modes.twins import twins_of
-from pyro_flows.modes.valleys import lies_apart
+from pyro_flows.modes.valleys import lie_apart
+from pyro_flows.starts.climb import climb
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.start import Start
@@ -160,10 +162,26 @@ def test_a_mode_within_a_wide_region_lies_apart():
     here = center + torch.distributions.StudentT(torch.tensor(2.0).double()).sample((100, dim))
     there = torch.tensor(signs).double() * center[order]
     assert float((there - center).norm()) < math.sqrt(dim) * float(here.std(0).mean()), "one place, by these units"
-    assert lies_apart(density, there, here)
-    assert not lies_apart(density, center + 0.5, here)
+    assert lie_apart(density, there[None], here) == [True]
+    assert lie_apart(density, (center + 0.5)[None], here) == [False]
     both = torch.cat([here[:50], torch.tensor(signs).double() * here[50:, order]])
-    assert not lies_apart(density, there, both)
+    assert lie_apart(density, there[None], both) == [False]
+
+
+def test_all_places_are_asked_about_in_one_climb(monkeypatch):
+    """Each by itself cost half a second; an intrinsic autoregression asked about 160, and took 90 seconds."""
+    dim, climbs = 30, []
+    order, signs, center = moved(dim, seed=7)
+    density = two(order, signs, center, shape=heavy)
+    here = center + torch.distributions.StudentT(torch.tensor(2.0).double()).sample((100, dim))
+    there = torch.tensor(signs).double() * center[order]
+    home = torch.tensor(signs).double() * here[:, order]
+    z = torch.cat([here, home])
+    near = torch.zeros(3, 200, dtype=torch.bool)
+    near[0, :100] = near[1, 100:] = True  # the third is compared with none, which is no answer
+    monkeypatch.setattr(valleys, "climb", lambda *given, **options: climbs.append(1) or climb(*given, **options))
+    assert lie_apart(density, torch.stack([there, there, there]), z, near) == [True, False, False]
+    assert len(climbs) == 1
 
 
 def test_a_place_without_a_top_does_not_lie_apart():
@@ -175,7 +193,7 @@ def test_a_place_without_a_top_does_not_lie_apart():
 
     density = pf.LogDensity(model)
     z = density.unconstrain({"scale": normal(50, seed=1), "x": normal(50, 20, seed=2)})
-    assert not lies_apart(density, torch.zeros(21).double(), z)
+    assert lie_apart(density, torch.zeros(1, 21).double(), z) == [False]
 
 
 def test_tops_count_as_apart_and_points_under_way_do_not():

@@ -324,7 +324,7 @@ BUGS = [
     (symmetries, "product", "order[place] for place in places", "order[place] for place in order", groups),
     (symmetries, "product", "flip * signs[place]", "signs[place]", groups),
     (twins, "_lacks_at", "image_of(z, twin)", "z[:, list(twin[0])]", images),
-    (valleys, "lies_apart", "- DEEP", "+ 1e9", valley),
+    (valleys, "lie_apart", "- DEEP", "+ 1e9", valley),
     (tempering._Walk, "heat", "(beta - self.beta)", "beta", mass),
     (tempering._Walk, "heat", "(self.log_p - self.log_g)", "self.log_p", mass),
     (tempering._Walk, "move", "torch.rand_like(chance) < chance", "chance == chance", wandering),
