@@ -1,11 +1,14 @@
 """A few coordinates held, all others normal given these: before coordinates are chosen, and who gets something else."""
 
+from types import SimpleNamespace
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows.fitting import prepare
 from pyro_flows.fitting.nesting import STAGE
 
 SIZE, NOISE = 20, 0.5
@@ -90,8 +93,32 @@ def walk_means():
     return [float(mass @ each) for each in (log_step, log_noise)]
 
 
+@pytest.mark.parametrize(
+    ("hierarchical", "dim", "before_chains"),
+    [
+        (False, 14, True),
+        (False, 14, False),
+        (False, 100, True),
+        (False, 100, False),
+        (True, 14, True),
+        (True, 100, False),
+    ],
+)
+def test_few_coordinates_are_held_before_chains_and_many_after(monkeypatch, hierarchical, dim, before_chains):
+    """Small hierarchical models have been looked at before; whether there is a hierarchy does not matter otherwise."""
+    looked = []
+    monkeypatch.setattr(prepare, "nested_at_once", lambda plan, density, seed: looked.append(density))
+    density = SimpleNamespace(dim=dim, structure=SimpleNamespace(hierarchical=["x"] if hierarchical else []))
+    plan, prepared = SimpleNamespace(seed=0), SimpleNamespace(as_read=density)
+    assert not prepare.nested_instead(plan, prepared, None, before_chains=before_chains)
+    assert looked == (
+        [density] if before_chains == (dim <= prepare.AT_FIRST) and not (hierarchical and dim == 14) else []
+    )
+
+
+@pytest.mark.slow
 def test_a_model_that_is_non_centered_by_hand_holds_its_scales():
-    posterior = pf.fit(walk, SERIES, progress=False)
+    posterior = pf.fit(walk, SERIES, seed=1, progress=False)
     held = [stage["details"]["held"] for stage in posterior.history if stage["stage"] == STAGE]
     assert held == [["step", "noise"]]
     assert (posterior.verdict.status, len(posterior.losses)) == ("ok", 0)
