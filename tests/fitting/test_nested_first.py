@@ -1,6 +1,5 @@
 """A few coordinates held, all others normal given these: before coordinates are chosen, and who gets something else."""
 
-import itertools
 from types import SimpleNamespace
 
 import pyro
