@@ -46,11 +46,6 @@ class Unit:
         """The sites that it changes."""
         return {self.site} if self.other is None else {self.site, self.other}
 
-    def goes_with(self, other: Unit) -> bool:
-        """Whether it adds something to another one, and none of the two is a part of what the other one does."""
-        whole = None in (self.axis, other.axis)
-        return self != other and not (whole and bool(self.sites & other.sites))
-
     def apply(self, values: Values, middles: Values) -> dict[str, Tensor]:
         """Return the sites that it changes, of values (..., *shape)."""
         value = values[self.site]

@@ -164,7 +164,7 @@ def _grown(kind: Kind) -> _Growth:
         returned = (heights > height - RETURNED).tolist()
         done += [members for members, back in zip(sets, returned, strict=True) if back]
         open_ = [number for number, back in enumerate(returned) if not back]
-        tried = [[(*sets[number], unit) for unit in kind.additions if _joins(unit, sets[number])] for number in open_]
+        tried = [[(*sets[number], unit) for unit in _joining(kind.additions, sets[number])] for number in open_]
         if not any(tried):
             break
         results = (yield list(itertools.chain(*tried))).split([len(group) for group in tried])
@@ -182,13 +182,17 @@ def _grown(kind: Kind) -> _Growth:
     return done
 
 
-def _joins(unit: Unit, members: Members) -> bool:
-    return all(unit.goes_with(other) for other in members)
+def _joining(units: Sequence[Unit], members: Members) -> list[Unit]:
+    """Return the units that go with a set: they are not in it, and neither does what is a part of the other."""
+    own = set(members)
+    taken = set[str]().union(*(unit.sites for unit in members))
+    whole = set[str]().union(*(unit.sites for unit in members if unit.axis is None))
+    return [unit for unit in units if unit not in own and not unit.sites & (taken if unit.axis is None else whole)]
 
 
 def _together(members: Members, additions: list[Unit]) -> Members:
     for unit in additions:  # whole sites come first
-        if _joins(unit, members):
+        if _joining([unit], members):
             members = (*members, unit)
     return members
 
@@ -197,11 +201,23 @@ def _heights(density: LogDensity, asked: Sequence[tuple[Values, Move]]) -> Tenso
     """Return the log density (N,) of a model's own values after each move; -inf outside of the support."""
     found = []
     for first in range(0, len(asked), TOGETHER):
-        moved = [move(latents) for latents, move in asked[first : first + TOGETHER]]
+        moved = _moved(asked[first : first + TOGETHER])
         z, inside = _placed(density, {name: torch.cat([values[name] for values in moved]) for name in moved[0]})
         heights = density(z) - density.log_jacobian(z)
         found.append(torch.where(inside, heights.double(), -torch.inf).nan_to_num(nan=-torch.inf, posinf=-torch.inf))
     return torch.cat(found)
+
+
+def _moved(asked: Sequence[tuple[Values, Move]]) -> list[Values]:
+    """Return values after each move. Neighbors often differ in their last unit alone: the rest is shared."""
+    found: list[Values] = []
+    of, before, shared = None, None, dict[str, Tensor]()
+    for latents, move in asked:
+        if of is not latents or move.units[:-1] != before:
+            of, before = latents, move.units[:-1]
+            shared = Move(before, move.middles)(latents)
+        found.append(shared | Move(move.units[-1:], move.middles)(shared))
+    return found
 
 
 def _placed(density: LogDensity, values: Values) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from types import SimpleNamespace
 
 import pyro
@@ -19,7 +20,7 @@ from pyro_flows.modes import missed_modes as modes
 from pyro_flows.modes.lacks import Lack
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.move import Move, Unit
-from pyro_flows.modes.symmetries import Image, group, images, moves, signed_permutation
+from pyro_flows.modes.symmetries import Image, _joining, _moved, group, images, moves, signed_permutation
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
 from tests.models import real
@@ -453,3 +454,28 @@ def test_no_run_is_added_where_a_flow_is_only_thin(monkeypatch):
         plan = SimpleNamespace(clock=SimpleNamespace(over=False))
         combine._complete(plan, SimpleNamespace(density=None), found)
     assert len(added) == 1
+
+
+def test_units_join_a_set_if_they_go_with_each_member():
+    """Two go together if they differ, and if neither changes the whole of a site that the other changes."""
+    places = [(None,), (-1, 0), (-1, 0, 1), (-2, 1)]
+    units = [Unit(site, axis, tuple(indices)) for site in "abc" for axis, *indices in places]
+    units += [Unit("a", other="b"), Unit("b", other="c")]
+
+    def goes_with(one: Unit, other: Unit) -> bool:
+        return one != other and not (None in (one.axis, other.axis) and one.sites & other.sites)
+
+    chance = random.Random(0)
+    for _ in range(300):
+        members = tuple(chance.sample(units, chance.randint(0, 5)))
+        assert _joining(units, members) == [unit for unit in units if all(goes_with(unit, one) for one in members)]
+
+
+def test_moves_that_share_all_but_the_last_unit_give_what_each_gives():
+    values = {"x": normal(1, 4, seed=1), "y": normal(1, 4, seed=2)}
+    parts = [Unit("x", -1, (0,)), Unit("x", other="y"), Unit("y", -1, (1, 3)), Unit("y", -1, (2,))]
+    sets = [(), (parts[0],), (parts[0], parts[1]), (parts[0], parts[2]), (parts[1], parts[2], parts[3]), (parts[3],)]
+    asked = [(values, Move(members)) for members in sets]
+    for found, (_, move) in zip(_moved(asked), asked, strict=True):
+        expected = move(values)
+        assert all(torch.equal(found[name], expected[name]) for name in values)
