@@ -115,6 +115,7 @@ def answering(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_bench_does_each_run_once(tmp_path, monkeypatch):
     asked, out = answering(monkeypatch), tmp_path / "density.csv"
     density.bench(["moons"], [density.OURS, "zuko"], [0], out=out)

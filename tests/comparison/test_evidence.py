@@ -74,6 +74,7 @@ def test_conjugate_regressions_by_a_guide_that_is_off(dim, rows, stretch):
     assert 0.0005 < found.standard_error < 0.02
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say():
     """Five guides, 20 seeds each, intervals of 95 %: 100 trials, of which 90 to 98 % are to be inside.
 

@@ -46,6 +46,7 @@ def test_a_normal_posterior_needs_no_training():
     assert len(found.losses) == 0
 
 
+@pytest.mark.slow
 def test_a_skewed_posterior_needs_some_and_is_right():
     """Gamma(4, 1.1): mean 3.64, sd 1.82; standard errors with 10,000 draws .018 and about .016."""
     found, rounds = fitted(skewed, draws=10_000)

@@ -126,6 +126,7 @@ def test_a_model_that_is_non_centered_by_hand_holds_its_scales():
         assert posterior.samples[site].log().mean() == pytest.approx(mean, abs=0.05)
 
 
+@pytest.mark.slow
 def test_who_asks_for_a_flow_gets_it():
     posterior = pf.fit(errors, X, Y, flow="realnvp", max_steps=60, refine=False, escalate=False, progress=False)
     assert STAGE not in stages(posterior)

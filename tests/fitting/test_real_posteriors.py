@@ -54,7 +54,10 @@ MODELS = {"eight_schools_noncentered": eight_schools_noncentered}
 MODELS |= {"eight_schools_centered": eight_schools_centered, "kilpisjarvi": kilpisjarvi}
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = pytest.param("kilpisjarvi", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["eight_schools_noncentered", "eight_schools_centered", SLOW])
 def test_right_and_ok(name):
     found = FOUND["posteriors"][name]
     data = [torch.tensor(value, dtype=torch.float64) for value in found["data"].values()]

@@ -37,6 +37,7 @@ def test_eight_modes_on_a_line():
     assert "tables of coordinates" in [stage["stage"] for stage in posterior.history]
 
 
+@pytest.mark.slow
 def test_forty_modes_on_a_square(tmp_path):
     target = targets.TARGETS["mixture"]
     posterior = pf.fit(target.model, progress=False)

@@ -131,6 +131,7 @@ def test_local_latents_of_a_subsampled_plate_are_refused(kind):
         guide.initialize(TWELVE)
 
 
+@pytest.mark.slow
 def test_global_latents_beside_a_subsampled_plate_train():
     """Conjugate: the posterior of mu given 12 data of sd 0.5.
 

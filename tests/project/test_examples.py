@@ -49,11 +49,13 @@ def test_example_custom_svi():
     assert flow > gaussian + 1
 
 
+@pytest.mark.slow
 def test_example_flow_prior():
     gaussian, flow = numbers(r"unseen pairs (\S+)", run("flow_prior"))
     assert flow > gaussian + 0.5
 
 
+@pytest.mark.slow
 def test_example_augmentation():
     pytest.importorskip("sklearn", reason="needs scikit-learn: pip install scikit-learn")
     text = run("augmentation")
