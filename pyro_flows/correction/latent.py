@@ -97,8 +97,8 @@ class Latent:
         self.stacked = stacked(self.flows, self.parts)
         numbers = max(density.numbers, len(self.parts) * max(map(_widest, self.flows)))
         recordable = density.batched and not self._by_parts
-        own: dict[str, Any] = {"own": True, "before": self._prepare}  # so that chains that go on repeat themselves
-        self._recorder = Recorder(self._single, numbers, **own) if recordable else None
+        # Graphs of their own, so that chains that go on repeat themselves.
+        self._recorder = Recorder(self._single, numbers, own=True, before=self._prepare) if recordable else None
         self.leaps: Cache[Any, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
 
     @property

@@ -192,12 +192,16 @@ class _Regions:
 
         A region may be so wide that draws of another mode are inside: some of these have to climb to the place's top.
         """
-        went = [lack.start.name not in NO_PLACE and self.visited(lack.start.loc, lack.start.scale) for lack in lacks]
+        near = [self.inside(lack.start.loc, lack.start.scale) for lack in lacks]
+        went = [
+            lack.start.name not in NO_PLACE and self._visited(inside, lack.start.loc, lack.start.scale)
+            for lack, inside in zip(lacks, near, strict=True)
+        ]
         asked = [number for number, lack in enumerate(lacks) if went[number] and not lack.beside]
         if asked:
-            near = torch.stack([self.inside(lacks[n].start.loc, lacks[n].start.scale).flatten() for n in asked])
             places = torch.stack([lacks[number].place for number in asked])
-            apart = lie_apart(self.density, places, self.chains.z.flatten(0, 1), near)
+            compared = torch.stack([near[number].flatten() for number in asked])
+            apart = lie_apart(self.density, places, self.chains.z.flatten(0, 1), compared)
             for number, lies_apart in zip(asked, apart, strict=True):
                 went[number] = not lies_apart
         return went
@@ -210,7 +214,9 @@ class _Regions:
         inside, no weights are asked. Where a guide covers little
         of the posterior, such as a normal distribution in a funnel, tops of the density look like modes that it lacks.
         """
-        inside = self.inside(loc, scale)
+        return self._visited(self.inside(loc, scale), loc, scale)
+
+    def _visited(self, inside: Tensor, loc: Tensor, scale: Tensor) -> bool:
         share = float(inside.double().mean())
         if share < PART:  # more is never needed
             needed, most = self._needed(loc, scale)

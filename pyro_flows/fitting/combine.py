@@ -60,7 +60,7 @@ def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
         with clock.part(name, noted=False):
             lack = _first_lack(plan, prepared, found) if number and not plan.train_model else None
             run, own = found.runs[-1], plan.seed + number
-            instead = [partial(nested_instead, plan, prepared, run, before_chains=before) for before in (True, False)]
+            instead = partial(nested_instead, plan, prepared, run)
             make_run(plan, prepared.density, run, prepared.starts, lack, seed=own, instead=instead)
     plan.bar.task = "fit"
 

@@ -69,15 +69,15 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
         prepared.starts = [] if carried is None else [carried]
 
 
-def nested_instead(plan: Plan, prepared: Prepared, run: Run, *, before_chains: bool) -> bool:
+def nested_instead(plan: Plan, prepared: Prepared, run: Run, *, first: bool) -> bool:
     """Hold a few coordinates, where slices do not do; say whether that is enough.
 
-    In few dimensions this comes before chains, in more after these. Hierarchical models of few dimensions have been
-    looked at already, as they were read.
+    In few dimensions this comes ``first``, before chains, in more after these. Hierarchical models of few dimensions
+    have been looked at already, as they were read.
     """
     density = prepared.as_read
     few = density.dim <= AT_FIRST
-    if before_chains != few or (few and density.structure.hierarchical):
+    if first != few or (few and density.structure.hierarchical):
         return False
     found = nested_at_once(plan, density, seed=plan.seed)
     if found is None:

@@ -114,12 +114,12 @@ class Run:
 
 def make_run(
     plan: Plan, density: LogDensity, run: Run, extra: Sequence[Start], lack: Start | None = None, *, seed: int,
-    instead: Sequence[Callable[[], bool]] = (lambda: False, lambda: False),
+    instead: Callable[..., bool] = lambda *, first: False,
 ) -> None:  # fmt: skip
     """Train one flow: portfolio (with the starts in ``extra``), race, first round, escalation.
 
-    With ``lack``, a start where the runs before lack a mode, this run starts there. What comes ``instead`` is called
-    before and after chains, where there is something to train: each says whether it does.
+    With ``lack``, a start where the runs before lack a mode, this run starts there. ``instead`` is called where
+    there is something to train, ``first`` before chains and then after these: it says whether something else does.
 
     All that is found is in ``run`` at once, so that Ctrl-C or the end of the time loses nothing.
     """
@@ -142,13 +142,12 @@ def make_run(
             if sliced is not None:
                 run.take(*sliced)
                 return
-        if glance and _is_several(plan, density, run, seed, barrier=BARRIER):
-            return
         alone = lack is None and not plan.train_model
-        if alone and (instead[0]() or _sampled_at_once(plan, density, run, starts[0], seed) or instead[1]()):
+        if (glance and _is_several(plan, density, run, seed, barrier=BARRIER)) or (alone and instead(first=True)):
             return
-        winner = _race(plan, density, run, starts, seed)
-        if winner is None:
+        if alone and (_sampled_at_once(plan, density, run, starts[0], seed) or instead(first=False)):
+            return
+        if (winner := _race(plan, density, run, starts, seed)) is None:
             return
         _first_round(plan, run, winner.trainer, budget := Budget(plan.max_steps, plan.clock), seed=seed)
         assert run.best is not None

@@ -94,7 +94,7 @@ def walk_means():
 
 
 @pytest.mark.parametrize(
-    ("hierarchical", "dim", "before_chains"),
+    ("hierarchical", "dim", "first"),
     [
         (False, 14, True),
         (False, 14, False),
@@ -104,16 +104,14 @@ def walk_means():
         (True, 100, False),
     ],
 )
-def test_few_coordinates_are_held_before_chains_and_many_after(monkeypatch, hierarchical, dim, before_chains):
+def test_few_coordinates_are_held_before_chains_and_many_after(monkeypatch, hierarchical, dim, first):
     """Small hierarchical models have been looked at before; whether there is a hierarchy does not matter otherwise."""
     looked = []
     monkeypatch.setattr(prepare, "nested_at_once", lambda plan, density, seed: looked.append(density))
     density = SimpleNamespace(dim=dim, structure=SimpleNamespace(hierarchical=["x"] if hierarchical else []))
     plan, prepared = SimpleNamespace(seed=0), SimpleNamespace(as_read=density)
-    assert not prepare.nested_instead(plan, prepared, None, before_chains=before_chains)
-    assert looked == (
-        [density] if before_chains == (dim <= prepare.AT_FIRST) and not (hierarchical and dim == 14) else []
-    )
+    assert not prepare.nested_instead(plan, prepared, None, first=first)
+    assert looked == ([density] if first == (dim <= prepare.AT_FIRST) and not (hierarchical and dim == 14) else [])
 
 
 @pytest.mark.slow
