@@ -106,7 +106,7 @@ class AutoFlow(StoredGuide):
         placed = place_all(self._built_structure, z, lambda: self.model(*args, **kwargs))
         result = {}
         for latent in self._built_structure.latents:
-            value, ladj = placed[latent.name]
+            value, ladj, _ = placed[latent.name]
             density = 0.0 if poutine.get_mask() is False else -ladj
             with ExitStack() as stack:
                 for frame in self._cond_indep_stacks[latent.name]:
@@ -133,7 +133,7 @@ class AutoFlow(StoredGuide):
 
         def values(row: Tensor) -> dict[str, Tensor]:
             placed = place_all(structure, row, lambda: self.model(*args, **kwargs))
-            return {name: value for name, (value, _) in placed.items()}
+            return {name: site.value for name, site in placed.items()}
 
         return self._over_rows(values, z)
 
@@ -173,7 +173,7 @@ class AutoFlow(StoredGuide):
         def flat(row: dict[str, Tensor]) -> dict[str, Tensor]:
             z = flatten_all(structure, row, lambda: self.model(*args, **kwargs))
             placed = place_all(structure, z, lambda: self.model(*args, **kwargs))
-            return {"z": z, "ladj": sum((ladj.sum() for _, ladj in placed.values()), z.new_zeros(()))}
+            return {"z": z, "ladj": sum((site.ladj.sum() for site in placed.values()), z.new_zeros(()))}
 
         found = self._over_rows(flat, rows)
         return (self._flow().log_prob(found["z"].to(self._like)) - found["ladj"]).reshape(batch)

@@ -17,7 +17,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_flows._shapes import broadcast
 from pyro_flows.model.batching import apart
-from pyro_flows.model.sites import Latent, Structure, is_data, messages
+from pyro_flows.model.sites import Latent, Placed, Structure, is_data, messages
 from pyro_flows.model.supports import guarded, missing
 
 
@@ -34,21 +34,21 @@ class Place(Messenger):
         self.latents = {latent.name: latent for latent in latents}
         self.z = z
         self.guards = guards
-        self.placed: dict[str, tuple[Tensor, Tensor]] = {}
+        self.placed: dict[str, Placed] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["fn"] = _unchecked(msg["fn"])
         latent = self.latents.get(msg["name"])
         if latent is not None and not msg["is_observed"]:
-            self.placed[msg["name"]] = self._place(latent, msg["fn"])
-            msg["value"] = self.placed[msg["name"]][0]
+            placed = self.placed[msg["name"]] = self._place(latent, msg["fn"])
+            msg["value"], msg["fn"] = placed.value, placed.prior
         elif msg["is_observed"] and is_data(msg):
             for mask, axes in masks_over(msg):
                 msg["value"] = _fill(msg["value"], mask, msg["fn"].event_dim - axes)
         if msg["name"] in self.guards:
             msg["fn"] = guarded(msg["fn"])
 
-    def _place(self, latent: Latent, fn: Any) -> tuple[Tensor, Tensor]:
+    def _place(self, latent: Latent, fn: Any) -> Placed:
         return latent.place(self.z, fn)
 
 
@@ -130,8 +130,8 @@ def hold(model: Callable[..., Any], trace: poutine.Trace) -> tuple[Callable[...,
 
 def place_all(
     structure: Structure, z: Tensor, run: Callable[[], Any], *, moving: bool = False
-) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
-    """Return value and log Jacobian of each latent at ``z``.
+) -> dict[str, Placed]:  # fmt: skip
+    """Put each latent at ``z``.
 
     ``run`` calls the model, only if supports depend on it, or on parameters that may move.
     """

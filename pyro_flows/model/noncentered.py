@@ -10,15 +10,19 @@ funnel, where s is small, and centered where s is large. t = 0 is non-centered e
 with covariance :math:`\Sigma = L L^\top` and precisions T (a diagonal), likewise
 :math:`\Sigma'^{-1} = \Sigma^{-1} + T`.
 
+In the neck of a funnel s may be smaller than what y is rounded by: (y - m) / s has no digit left there, as if any u had
+the density of its mode. So the prior's density is computed from u, see :func:`exact`.
+
 This is the degree of centering of Gorinova, Moore and Hoffman 2020, "Automatic Reparameterisation of Probabilistic
 Programs" (arXiv 1906.03028), made a function of the scale.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -53,46 +57,121 @@ class Information:
         return {"precision": self.precision, "center": self.center}
 
 
-def spread(fn: Any, x: Tensor, data: Information | None) -> tuple[Tensor, Tensor]:
-    """Return the unconstrained value of coordinates ``x``, and the log determinant of each event of ``fn``."""
-    middle, root, log_diagonal = _normal(fn, x, data)
-    x = x.to(root.dtype)
-    moved = middle + ((root @ x.unsqueeze(-1)).squeeze(-1) if root.dim() > middle.dim() else root * x)
-    return moved, _summed(log_diagonal.expand(moved.shape), fn.event_dim)
+class Spread(NamedTuple):
+    """An unconstrained value y, the log determinant of each event, and (y - m) / s."""
+
+    value: Tensor
+    ladj: Tensor
+    residual: Tensor
+
+
+def spread(fn: Any, x: Tensor, data: Information | None) -> Spread:
+    """Return the unconstrained value of coordinates ``x``."""
+    own = _normal(fn, x, data)
+    x = x.to(own.root.dtype)
+    value = own.middle + _times(own.root, x, own.middle)
+    residual = x if own.prior is None else _times(own.prior[0], x, own.middle) + own.prior[1]
+    return Spread(value, _summed(own.log_diagonal.expand(value.shape), fn.event_dim), residual)
 
 
 def standardize(fn: Any, y: Tensor, data: Information | None) -> Tensor:
     """Return the coordinates of an unconstrained value ``y``: the inverse of :func:`spread`."""
-    middle, root, _ = _normal(fn, y, data)
+    middle, root, *_ = _normal(fn, y, data)
     if root.dim() > middle.dim():
         return torch.linalg.solve(root, (y - middle).unsqueeze(-1)).squeeze(-1)
     return (y - middle) / root
 
 
-def _normal(fn: Any, like: Tensor, data: Information | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return location, scale (a matrix for a multivariate normal) and the logarithms of the scale's diagonal.
+class _Normal(NamedTuple):
+    """Location and scale of y (a matrix for a multivariate normal), and the logarithms of the scale's diagonal.
+
+    (y - m) / s is a scale times the coordinates, plus a shift: both are ``prior``; None, if it is the coordinates.
+    """
+
+    middle: Tensor
+    root: Tensor
+    log_diagonal: Tensor
+    prior: tuple[Tensor, Tensor] | None
+
+
+def _normal(fn: Any, like: Tensor, data: Information | None) -> _Normal:
+    """Return location and scale of y.
 
     They have the highest precision of their own, of values ``like`` and of data: products of matrices mix none.
     """
     parts = [*_parts(fn), like, *([] if data is None else [data.precision])]
     precise = functools.reduce(torch.promote_types, [part.dtype for part in parts])
     loc, scale = (part.to(precise) for part in parts[:2])
-    if scale.dim() == loc.dim():
-        if data is None:
-            return loc, scale, scale.log()
-        share = 1.0 / (1.0 + data.precision * scale.square())  # of the prior, in the location
-        return loc + (1.0 - share) * (data.center - loc), scale * share.sqrt(), scale.log() + 0.5 * share.log()
-    log_diagonal = scale.diagonal(dim1=-2, dim2=-1).log()
+    wide = scale.dim() > loc.dim()
+    log_diagonal = (scale.diagonal(dim1=-2, dim2=-1) if wide else scale).log()
     if data is None:
-        return loc, scale, log_diagonal
+        return _Normal(loc, scale, log_diagonal, None)
+    away = data.precision * (data.center - loc)
+    if not wide:
+        share = 1.0 / (1.0 + data.precision * scale.square())  # of the prior, in the location
+        root, shift = share.sqrt(), share * scale * away
+        return _Normal(loc + scale * shift, scale * root, log_diagonal + 0.5 * share.log(), (root, shift))
     # 1. With A = I + L' T L = R R', the covariance is L A^-1 L', and L R'^-1 is a root of it.
     identity = torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)
     inner = torch.linalg.cholesky_ex(identity + scale.mT @ (data.precision.unsqueeze(-1) * scale)).L
-    root = torch.linalg.solve_triangular(inner, scale.mT, upper=False).mT
+    share = torch.linalg.solve_triangular(inner, identity, upper=False).mT
+    root = scale @ share
     # 2. The center pulls the location by the covariance times T (c - m).
-    pull = (data.precision * (data.center - loc)).unsqueeze(-1)
-    middle = loc + (root @ (root.mT @ pull)).squeeze(-1)
-    return middle, root, log_diagonal - inner.diagonal(dim1=-2, dim2=-1).log()
+    shift = _times(share, _times(root.mT, away, away), away)
+    log_diagonal = log_diagonal - inner.diagonal(dim1=-2, dim2=-1).log()
+    return _Normal(loc + _times(scale, shift, loc), root, log_diagonal, (share, shift))
+
+
+def _times(scale: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """Multiply ``x`` by a scale of the shape of ``like``, or by a matrix over its last axis."""
+    return (scale @ x.unsqueeze(-1)).squeeze(-1) if scale.dim() > like.dim() else scale * x
+
+
+def exact(fn: Any, value: Tensor, spread: Spread) -> Any:
+    """Return ``fn``, whose log density at this very ``value`` is computed from its coordinates."""
+    if isinstance(fn, WRAPPERS):
+        new = copy.copy(fn)
+        new.base_dist = exact(fn.base_dist, value, spread)
+        return new
+    if type(fn) not in EXACT:  # a class of the model's own may have any density
+        return fn
+    new = copy.copy(fn)
+    new.__class__ = EXACT[type(fn)]
+    new._placed = value, spread
+    return new
+
+
+def _exactly(kind: Any) -> Any:
+    """Return the subclass of distributions that know their density at one value."""
+
+    class Exactly(kind):  # type: ignore[misc]
+        def log_prob(self, value: Tensor) -> Tensor:
+            known, found = self._placed
+            log_prob: Tensor = _log_prob(self, found) if value is known else super().log_prob(value)
+            return log_prob
+
+    return Exactly
+
+
+EXACT = {kind: _exactly(kind) for kind in (*ELEMENTWISE, dist.MultivariateNormal)}
+
+
+def _log_prob(fn: Any, at: Spread) -> Tensor:
+    _, scale = _parts(fn)
+    if isinstance(fn, dist.MultivariateNormal):
+        log_scale = scale.diagonal(dim1=-2, dim2=-1).log()
+        return (_standard(dist.Normal(0.0, 1.0), at.residual) - log_scale).sum(-1)
+    if isinstance(fn, dist.LogNormal):
+        return _standard(fn.base_dist, at.residual) - scale.log() - at.value
+    return _standard(fn, at.residual) - scale.log()
+
+
+def _standard(fn: Any, residual: Tensor) -> Tensor:
+    """Return the log density that a distribution has with location 0 and scale 1."""
+    fn = copy.copy(fn)
+    fn.loc, fn.scale = residual.new_zeros(()), residual.new_ones(())
+    log_prob: Tensor = fn.log_prob(residual)  # whose value is another one
+    return log_prob
 
 
 def moves(first: Any, second: Any) -> bool:

@@ -277,7 +277,7 @@ def _dependence(
     hierarchical, dependent = [], False
     for latent in structure.latents:
         priors = [messages(trace)[latent.name]["fn"] for trace in (structure.trace, second)]
-        first, other = (latent.place(point, prior)[0] for prior in priors)
+        first, other = (latent.place(point, prior).value for prior in priors)
         dependent = dependent or not torch.equal(first, other)
         # where discrete latents are summed out, a location may have one value for each of theirs
         if latent.mask is None and not structure.enumerated and moves(*priors):

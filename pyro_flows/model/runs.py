@@ -26,7 +26,7 @@ from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.handlers import Place, Resample, hold, place_all
 from pyro_flows.model.observations import check_values
 from pyro_flows.model.precision import read_in_one_precision
-from pyro_flows.model.sites import Latent, Noncentered, Structure, messages
+from pyro_flows.model.sites import Latent, Noncentered, Placed, Structure, messages
 
 FAR, FAR_SITES = (-20.0, -10.0, 10.0, 20.0), 16  # where all coordinates of a site are put, to compare precisions
 LOST, LOST_SHARE = 1.0, 1e-4  # nats by which single precision may be off there, and as a share of the log density
@@ -112,10 +112,10 @@ class Runs:
         with apart(), place, self.writing(z):
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         self._check_sites(trace, place)
-        return trace, sum((ladj.sum() for _, ladj in place.placed.values()), z.new_zeros(()))
+        return trace, sum((placed.ladj.sum() for placed in place.placed.values()), z.new_zeros(()))
 
-    def placed(self, z: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return value and log Jacobian of each latent at one point ``z`` (D,)."""
+    def placed(self, z: Tensor) -> dict[str, Placed]:
+        """Put each latent at one point ``z`` (D,)."""
         with self.writing(z):
             return place_all(self.structure, z, self._called, moving=bool(self._parameters))
 

@@ -37,7 +37,7 @@ class SiteValues(Runs):
         deterministic = () if self.structure.enumerated else tuple(self.structure.deterministic)
         if self.long and not (deterministic or self.structure.dependent or self._parameters):
             with torch.no_grad():
-                return self.map(lambda row: {name: value for name, (value, _) in self.placed(row).items()}, z)
+                return self.map(lambda row: {name: placed.value for name, placed in self.placed(row).items()}, z)
 
         def values(row: Tensor) -> dict[str, Tensor]:
             trace, _ = self._run(row, enumerate_sites=True)
@@ -74,7 +74,7 @@ class SiteValues(Runs):
         self._check(z)
 
         def ladj(row: Tensor) -> Tensor:
-            return sum((found.sum() for _, found in self.placed(row).values()), row.new_zeros(()))
+            return sum((placed.ladj.sum() for placed in self.placed(row).values()), row.new_zeros(()))
 
         with torch.no_grad():
             found: Tensor = self.map(ladj, z)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.charts import Chart, read_chart, write_chart
-from pyro_flows.model.noncentered import Information, spread, standardize
+from pyro_flows.model.noncentered import Information, exact, spread, standardize
 
 CHARTS = {"turn_about", "heavy_about", "heavy_scale", "wall_below", "wall_above"}
 
@@ -30,6 +30,14 @@ class Plate:
     name: str
     dim: int
     size: int
+
+
+class Placed(NamedTuple):
+    """A site at a point: its constrained value, log Jacobian (of each batch element), and its prior, exact there."""
+
+    value: Tensor
+    ladj: Tensor
+    prior: Any
 
 
 @dataclass(frozen=True)
@@ -65,20 +73,22 @@ class Latent:
         shape = broadcast_shape(self.unconstrained_shape, z.shape[:-1] + (1,) * lifted)
         return flat.reshape(shape)
 
-    def place(self, z: Tensor, fn: Any) -> tuple[Tensor, Tensor]:
-        """Return the constrained value at ``z`` and its log Jacobian, one number for each batch element of the site."""
+    def place(self, z: Tensor, fn: Any) -> Placed:
+        """Put the site at ``z``; ``fn`` is its prior."""
         unconstrained, charted, spreading = self.unconstrained(z), None, None
         if self.chart is not None:
             unconstrained, charted = self.chart.forward(unconstrained)
         if self.noncentered:
-            unconstrained, spreading = spread(fn, unconstrained, self.data)
+            spreading = spread(fn, unconstrained, self.data)
+            unconstrained = spreading.value
         transform = bijection(fn)
         value = transform(unconstrained)
         ladj = transform.log_abs_det_jacobian(unconstrained, value)
         ladj = _by_event(ladj, value.dim() - self.event_dim)
         ladj = ladj if charted is None else ladj + _by_event(charted, value.dim() - self.event_dim)
-        ladj = ladj if spreading is None else ladj + spreading
-        return value, ladj if self.mask is None else torch.where(self.mask.to(ladj.device), ladj, 0.0)
+        if spreading is not None:
+            ladj, fn = ladj + spreading.ladj, exact(fn, value, spreading)
+        return Placed(value, ladj if self.mask is None else torch.where(self.mask.to(ladj.device), ladj, 0.0), fn)
 
     def flatten(self, value: Tensor, fn: Any) -> Tensor:
         """Return the unconstrained coordinates of one constrained value (no batch axes), shape ``(size,)``."""

@@ -99,7 +99,6 @@ class Tails:
 
     def __init__(self, density: LogDensity, z: Tensor) -> None:
         self.density, self.other = density, z[-1]
-        self.recorded = z.dtype == density.dtype  # a graph of another precision would be used nowhere else
         self.spread = spread_of(z)
         scaled = ((z - z.median(0).values) / self.spread).double().clamp(-FARTHEST, FARTHEST)
         self.middle = z[scaled.square().sum(1).argmin()]
@@ -145,7 +144,6 @@ class Tails:
 
         NaN stands for what is not known. Without ``recorded``, no graph is checked at places so far out.
         """
-        recorded = recorded and self.recorded
         unit = torch.eye(self.density.dim, dtype=self.middle.dtype, device=self.middle.device)
         found = self._alone(unit[coordinates], steps, recorded=recorded)
         others = [number for number, masses in enumerate(found) if masses is None]
@@ -218,7 +216,7 @@ class Tails:
 
     def values(self, points: Tensor) -> Tensor:
         """Return log densities (S,) of points (S, D)."""
-        return self._values(points, recorded=self.recorded)
+        return self._values(points, recorded=True)
 
     def _values(self, points: Tensor, *, recorded: bool) -> Tensor:
         return self.density(points) if recorded else self.density.unrecorded(points)[0]

@@ -26,7 +26,7 @@ from pyro_flows.starts.pathfinder import Paths
 LOOKED_AT = 4  # tops, the highest first
 CLIMBERS = 8  # draws, of which the highest top is the guide's own
 STEPS, NEAR, FAR = 6, 0.3, 3.0  # of each sign along each axis, from a part of the least to some of the greatest sd
-FAR_OFF = 20.0  # nats below a top, at which densities count as one
+FAR_OFF = 20.0  # nats below a top, at which densities count as one, and an image as empty
 
 
 @torch.no_grad()
@@ -43,7 +43,9 @@ def twins_of(guide: Guide, paths: Paths, own: int, z: Tensor, log_q: Tensor, uni
     if not mine:
         return []
     home = max(mine, key=lambda number: float(heights[number]))
-    others = sorted((number for number in at_rest if number != home), key=lambda number: -float(heights[number]))
+    least = float(heights[home]) - FAR_OFF
+    others = [number for number in at_rest if number != home and float(heights[number]) > least]
+    others.sort(key=lambda number: -float(heights[number]))
     places = [paths.ends[number] for number in (home, *others)]
     chosen = distinct(places, units, by=TOPS_APART)[1 : 1 + LOOKED_AT]
     return [lack for number in chosen for lack in _lacks_at(guide, places[0], places[number], z, log_q)]
@@ -92,8 +94,6 @@ def _lacks_at(guide: Guide, home: Tensor, top: Tensor, z: Tensor, log_q: Tensor)
 
 def _between(density: LogDensity, top: Tensor, other: Tensor, spread: Tensor) -> SignedPermutation | None:
     """Return the order and signs that take ``top`` (D,) to ``other``; None if nothing of that kind does."""
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
-
     steps = torch.logspace(0.0, 1.0, STEPS, base=float(FAR * spread.max() / (NEAR * spread.min()))).to(top)
     steps = NEAR * spread.min() * steps
     mine, theirs = _profiles(density, top, steps), _profiles(density, other, steps)
@@ -101,10 +101,21 @@ def _between(density: LogDensity, top: Tensor, other: Tensor, spread: Tensor) ->
     costs = away + torch.stack([torch.cdist(theirs, profile, p=1) for profile in (mine, mine.flip(1))])
     cost, which = costs.double().min(0)
     cost.diagonal().mul_(1.0 - 1e-6)  # of coordinates that cannot be told apart, none moves
-    order = linear_sum_assignment(cost.cpu().numpy())[1].tolist()
+    order = _assigned(cost)
     signs = [1.0 if int(which[row, column]) == 0 else -1.0 for row, column in enumerate(order)]
     twin = tuple(order), tuple(signs)
     return None if twin == identity(len(top)) else twin
+
+
+def _assigned(cost: Tensor) -> list[int]:
+    """Return the column of each row, all of them different, whose costs (D, D) have the least sum."""
+    cheapest: list[int] = cost.argmin(1).tolist()
+    if len(set(cheapest)) == len(cheapest):  # it takes a third of a second to import what else would tell
+        return cheapest
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+
+    order: list[int] = linear_sum_assignment(cost.cpu().numpy())[1].tolist()
+    return order
 
 
 def _profiles(density: LogDensity, top: Tensor, steps: Tensor) -> Tensor:

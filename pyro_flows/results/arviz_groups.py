@@ -21,7 +21,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart
 from pyro_flows.model.handlers import Place, Resample
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import Latent, is_data, is_deterministic, messages
+from pyro_flows.model.sites import Latent, Placed, is_data, is_deterministic, messages
 from pyro_flows.results.dims import Labels, Layout
 from pyro_flows.results.record import Record
 
@@ -199,17 +199,17 @@ class _CarryOver(Place):
     Coordinates would not do: what they stand for may depend on the data, by way of a support, a location or a scale.
     """
 
-    def __init__(self, latents: Sequence[Latent], z: Tensor, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, latents: Sequence[Latent], z: Tensor, values: Mapping[str, Placed]) -> None:
         super().__init__(latents, z)
         self.values = values
 
-    def _place(self, latent: Latent, fn: Any) -> tuple[Tensor, Tensor]:
+    def _place(self, latent: Latent, fn: Any) -> Placed:
         if fn.shape() != latent.shape:
             raise ValueError(
                 f"site {latent.name!r}: shape {tuple(latent.shape)} in the fit, {tuple(fn.shape())} with these "
                 "arguments. Only sites that do not grow with the data can be carried over."
             )
-        return self.values[latent.name]
+        return self.values[latent.name]._replace(prior=fn)
 
 
 def predict(

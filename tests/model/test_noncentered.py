@@ -88,6 +88,52 @@ def test_the_density_is_that_of_the_model_written_noncentered() -> None:
         assert torch.allclose(mine, other, rtol=0.0, atol=1e-9)
 
 
+KINDS = {
+    "normal": dist.Normal,
+    "student": lambda loc, scale: dist.StudentT(4.0, loc, scale),
+    "laplace": dist.Laplace,
+    "cauchy": dist.Cauchy,
+    "logistic": dist.Logistic,
+    "gumbel": dist.Gumbel,
+    "lognormal": dist.LogNormal,
+    "multivariate": lambda loc, scale: dist.MultivariateNormal(
+        loc.expand(3), scale_tril=scale * torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.9, 0.0], [0.2, 0.1, 0.7]]).to(loc)
+    ),
+}
+TOLD = {"precision": real([0.3, 0.0, 2.0]), "center": real([1.0, 0.0, -0.5])}
+
+
+@pytest.mark.parametrize("data", [None, TOLD], ids=["prior", "data"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_a_neck_narrower_than_rounding_the_prior_of_standardized_values_is_kept(kind, dtype, data) -> None:
+    """(y - m) / s was computed from y: with s below its last digit, any standardized value had the mode's density."""
+
+    def model(written: str) -> None:
+        loc = pyro.sample("loc", dist.Normal(torch.zeros((), dtype=dtype), 3.0))
+        scale = pyro.sample("scale", dist.HalfCauchy(torch.ones((), dtype=dtype)))
+        fn = KINDS[written](loc, scale)
+        pyro.sample("y", fn if written == "multivariate" else fn.expand([3]).to_event(1))
+
+    options = None if data is None else {name: values.to(dtype) for name, values in data.items()}
+    ours = LogDensity(model, (kind,), noncentered={"y": options})
+    z = torch.tensor([2.8, 0.0, 1.5, -30.0, 0.0]).to(dtype).expand(4, 5).clone()
+    z[:, 1] = torch.tensor([-1.0, -18.0, -40.0, -80.0])
+    at_scale_1 = LogDensity(model, (kind,), noncentered={"y": None})
+    wide = z.clone()
+    wide[:, 1] = -1.0
+    scale_alone = LogDensity(scales, (dtype,))
+    expected = at_scale_1(wide) + scale_alone(z[:, 1:2]) - scale_alone(wide[:, 1:2])  # one prior, whatever the scale
+    neck = 1 if data is None else 2  # so narrow that data say nothing
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-10
+    for found in (ours(z), ours.value_and_grad(z)[0], ours.unrecorded(z)[0]):
+        assert torch.allclose(found[neck:], expected[neck:], rtol=tolerance, atol=tolerance)
+
+
+def scales(dtype: torch.dtype) -> None:
+    pyro.sample("scale", dist.HalfCauchy(torch.ones((), dtype=dtype)))
+
+
 @pytest.mark.parametrize(("model", "args"), [(hierarchy, (Y,)), (families, ()), (steps, (4,)), (funnel, ())])
 def test_centered_and_noncentered_differ_by_the_jacobian(model, args) -> None:
     centered, other = LogDensity(model, args), LogDensity(model, args, noncentered=True)

@@ -226,4 +226,5 @@ def test_paths_that_are_still_low_go_on():
     assert bool(long.settled.all())
     assert float((density(long.ends) + 200.0).abs().max()) < 1e-6
     lower = pathfinder(density, torch.cat([1e3 * points[:1], points]), known[1], seed=0, own=1)
-    assert torch.equal(lower.ends[1:], short.ends), "all are above what is known"
+    heights = density(lower.ends[1:]), density(short.ends)
+    assert torch.allclose(*heights, rtol=0.01), "all are above what is known: going on gains a fifth and more"

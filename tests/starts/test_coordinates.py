@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.model.noncentered import Information, location_scale, spread, standardize
+from pyro_flows.model.noncentered import Information, exact, location_scale, spread, standardize
 from pyro_flows.model.reading import read_structure
 from pyro_flows.starts.coordinates import choose_coordinates
 from tests.models import real
@@ -30,9 +30,16 @@ DATA = Information(real(0.0, 2.0, 50.0), real(1.0, 0.0, -1.0))
 
 
 def check_map(fn, data):
-    """The inverse goes back; the log determinant is that of finite differences."""
+    """The inverse goes back, the log determinant is that of finite differences, the density that of values."""
     x = normal(4, 3, seed=1)
-    y, ladj = spread(fn, x, data)
+    found = spread(fn, x, data)
+    y, ladj, _ = found
+    value = y.exp() if isinstance(fn, dist.LogNormal) else y
+    known = exact(fn, value, found)
+    assert known.batch_shape == fn.batch_shape
+    torch.testing.assert_close(known.log_prob(value), fn.log_prob(value))
+    other = value + 0.1
+    assert torch.equal(known.log_prob(other), fn.log_prob(other))
     torch.testing.assert_close(standardize(fn, y, data), x)
     assert ladj.shape == (4, *fn.batch_shape)
     step = 1e-6
@@ -64,7 +71,7 @@ def test_no_precision_is_non_centered(name):
 def test_a_large_precision_is_a_fixed_affine_map(name):
     """Then location and scale of the prior are forgotten: y = c + u / sqrt(t)."""
     fn, x, center = FAMILIES[name], normal(4, 3, seed=3), DATA.center
-    y, ladj = spread(fn, x, Information(torch.full((3,), 1e8).double(), center))
+    y, ladj, _ = spread(fn, x, Information(torch.full((3,), 1e8).double(), center))
     distance = (y - center).square().sum(-1).sqrt() * 1e4
     torch.testing.assert_close(distance, x.square().sum(-1).sqrt(), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(
@@ -76,7 +83,7 @@ def test_a_large_precision_is_a_fixed_affine_map(name):
 def test_coordinates_are_standard_normal_given_the_prior_and_the_data(name):
     """y = m' + s' u is the conjugate posterior: with the density of prior and data, u is standard normal exactly."""
     fn, x = FAMILIES[name], normal(6, 3, seed=4)
-    y, ladj = spread(fn, x, DATA)
+    y, ladj, _ = spread(fn, x, DATA)
     prior = fn.log_prob(y).reshape(6, -1).sum(1)
     data = -0.5 * (DATA.precision * (y - DATA.center).square()).sum(1)
     total = prior + data + ladj.reshape(6, -1).sum(1) + 0.5 * x.square().sum(1)

@@ -365,8 +365,10 @@ BUGS = [
     # coordinates
     (*NORMAL, "+ 0.5 * share.log()", "- 0.5 * share.log()", elementwise),
     (*NORMAL, "log_diagonal - inner", "log_diagonal + inner", matrices),
-    (*NORMAL, "(data.center - loc), scale", "(loc - data.center), scale", conjugate),
+    (*NORMAL, "loc + scale * shift", "loc - scale * shift", conjugate),
     (*NORMAL, "data.precision * (data.center - loc)", "data.center - loc", conjugate),
+    (*NORMAL, "(root, shift)", "(root, -shift)", elementwise),
+    (*NORMAL, "(share, shift)", "(share.mT, shift)", matrices),
     (charts.Circle, "forward", "logsigmoid(u) + logsigmoid(-u)", "logsigmoid(u) - logsigmoid(-u)", circle),
     (charts.Circle, "inverse", "y - self.center + math.pi, 2.0 * math.pi", "y - self.center + math.pi, 1e9", circle),
     (charts.Heavy, "forward", "scale.log() + log_cosh", "log_cosh", heavy),
