@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flows._clock import counted
 from pyro_flows.graphs.garbage import uncollected
-from pyro_flows.graphs.graph import graph_module, new_node, out_of_place, sweep, tidy
+from pyro_flows.graphs.graph import graph_module, new_node, out_of_place, sweep, through_copies, tidy
 from pyro_flows.graphs.narrowing import narrow
 from pyro_flows.graphs.operations import Kind, kind_of
 from pyro_flows.graphs.orders import ordered
@@ -48,7 +48,7 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     as a number (``float``, ``.item()``, ``if``); parameters are no constants, but stay what they are at each run.
     Random numbers are drawn anew at each run, but those from a ``torch.Generator`` that the function has are constants.
     Where that can be done, operations that change a tensor in place become ones that return a new tensor. Cost: a run,
-    or up to three if tensors are changed in place, and about 100 microseconds for each operation.
+    or up to two if tensors are changed in place, and about 100 microseconds for each operation; twice as much for these.
 
     Raises:
         DependsOnValues: if a number is taken out of a tensor that depends on the inputs.
@@ -60,7 +60,7 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     pure = out_of_place(recorded.graph)
     if not pure:
         with suppress(_Unsupported):
-            recorded, pure = _functionalized(function, inputs), True
+            recorded, pure = _functionalized(recorded, inputs), True
     if pure:
         tidy(recorded.graph)
     sweep(recorded.graph)
@@ -72,15 +72,19 @@ class _Unsupported(RuntimeError):
     """Changes in place that cannot be undone."""
 
 
-def _functionalized(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Recorded:
-    """Record without changes in place, views of changed tensors included."""
+def _functionalized(recorded: _Recorded, inputs: tuple[Tensor, ...]) -> _Recorded:
+    """Record once more what was recorded, without changes in place, views of changed tensors included.
+
+    The function itself would call autograd inside of the transform, which imports torch's compiler (a second).
+    """
+    through_copies(recorded.graph)
     try:
-        recorded = _run(torch.func.functionalize(function), inputs)
+        pure = _run(torch.func.functionalize(graph_module(recorded, recorded.graph)), inputs)
     except RuntimeError as error:  # torch knows no such form of some operation
         raise _Unsupported(str(error)) from error
-    if not out_of_place(recorded.graph):
+    if not out_of_place(pure.graph):
         raise _Unsupported("changes in place are left")
-    return recorded
+    return pure
 
 
 def _run(function: Callable[..., Any], inputs: tuple[Tensor, ...], changed: frozenset[int] = frozenset()) -> _Recorded:
@@ -118,6 +122,7 @@ class _Tape(TorchDispatchMode):
         self._done = 0
         self._changed = changed  # operations whose results need nodes, since they are written into later
         self._made_by: dict[int, int] = {}  # memory, and the operation that it came from
+        self._written: set[int] = set()  # memory that what depends on the inputs was written into, by way of any view
         self._wrong: set[int] = set()  # operations whose results would have needed nodes
 
     @classmethod
@@ -152,6 +157,7 @@ class _Tape(TorchDispatchMode):
         tensors = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
         numbers = [self._number(part) for part in tensors]
         depends = any(number is not None and self._depends[number] for number in numbers)
+        depends = depends or (bool(self._written) and any(storage_of(part) in self._written for part in tensors))
         if any(isinstance(part, torch.Generator) for part in (*args, *kwargs.values())):
             if depends:
                 raise RuntimeError("a random number is drawn with a torch.Generator from what depends on the latents")
@@ -184,6 +190,7 @@ class _Tape(TorchDispatchMode):
             self._wrong.update(self._made_by.get(storage_of(part), 0) for part in changed)
         for part in changed:
             self._keep(part)
+            self._written.update([storage_of(part)] if depends else [])
         result = func(*args, **kwargs)
         if depends or any(number is not None for number in numbers):
             self._write(func, args, kwargs, result, depends)

@@ -85,8 +85,8 @@ def prior_draws(density: LogDensity, draws: int, *, seed: int) -> Tensor:
     """Draw (draws, D) unconstrained coordinates from the prior; rows that are not finite are set to zero."""
     like = torch.zeros(1, dtype=density.dtype, device=density.device)
 
-    def draw(_: Tensor) -> dict[str, Tensor]:
-        with apart(), _FromPrior(like):
+    def draw(row: Tensor) -> dict[str, Tensor]:
+        with apart(), density.writing(row), _FromPrior(like):
             trace = poutine.trace(density.model).get_trace(*density.args, **density.kwargs)
         sites: dict[str, Any] = trace.nodes
         return {name: sites[name]["value"] for name in density.names}
