@@ -33,6 +33,7 @@ from pyro_flows.transforms.sliced import Sliced
 
 WALKED_PARTS = 4
 SLICED_DEAR = 24  # dimensions of slices, from which each point has hundreds of numbers of its own
+WRITTEN_DEAR = 30_000  # numbers that a gradient of the model writes
 LEAPS_KEPT = 4
 
 
@@ -103,7 +104,9 @@ class Latent:
 
     @property
     def dear(self) -> bool:
-        """Whether a look costs many times that of another flow: some have a matrix for each point."""
+        """Whether a look costs many times what others do: some flows have a matrix for each point, and some models."""
+        if self.density.written > WRITTEN_DEAR:
+            return True
         layers = (layer for flow in self.flows for layer in flow.modules())
         return self.dim > SLICED_DEAR and any(isinstance(layer, (Nested, Sliced)) for layer in layers)
 

@@ -48,7 +48,7 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     as a number (``float``, ``.item()``, ``if``); parameters are no constants, but stay what they are at each run.
     Random numbers are drawn anew at each run, but those from a ``torch.Generator`` that the function has are constants.
     Where that can be done, operations that change a tensor in place become ones that return a new tensor. Cost: a run,
-    or up to two if tensors are changed in place, and about 100 microseconds for each operation; twice as much for these.
+    or two, and about 100 microseconds for each operation, twice as much if tensors are changed in place.
 
     Raises:
         DependsOnValues: if a number is taken out of a tensor that depends on the inputs.

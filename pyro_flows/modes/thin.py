@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.modes.lacks import Guide, Lack, lack_of
+from pyro_flows.modes.lacks import SHARE, Guide, Lack, lack_of
 from pyro_flows.modes.tempering import wander
 from pyro_flows.modes.umbrella import HIGH, Point, Space, excess, walked
 from pyro_flows.modes.units import units_of
@@ -16,6 +16,7 @@ WANDERERS, FEWER = 256, 64  # the less where a look at one is dear
 WANDERED = "wandered"
 THIN = 3.0  # nats by which the guide falls short where wanderers count
 FIRST, OUT, BACK = 16, 48, 64  # moves: to see whether there is any way out, farther out, and under the density itself
+LOOKS = 8  # at the way back
 DRAWN_OUT = 0.05  # of the wanderers that are drawn out, from which it is worth the rest
 KNOWN = 0.005  # of the mass of weighted draws
 USABLE = 0.1  # effective share of draws, below which no verdict rests on them
@@ -63,7 +64,8 @@ def _drawn_out(
     """Draw points outwards in latent space, and let those that are out there go back, or stay.
 
     Return where they are, which of them (N,) are where the guide is thin, and which of the weighted draws (S,) are. A
-    place is thin if its excess is one that the draws hardly reach. None if there is no way out.
+    place is thin if its excess is one that the draws hardly reach. None if there is no way out, or as soon as no more
+    wanderers than draws are left there: they were drawn to there, so that their share falls to what it is.
     """
     with seeded(derive(seed, "umbrella"), chosen.device):
         points: Point = space.look(*space.place(chosen))
@@ -72,9 +74,16 @@ def _drawn_out(
         if float((excess(points, level) > THIN).double().mean()) <= DRAWN_OUT:
             return None
         points = walked(space, points, OUT, level=level, height=HIGH)
-        points = walked(space, space.look(points.x.repeat(2, 1), points.k.repeat(2)), BACK, level=level)
-    by = max(THIN, _hardly_reached(over - level, log_mass))
-    return points.z, excess(points, level) > by, over - level > by
+        points = space.look(points.x.repeat(2, 1), points.k.repeat(2))
+        by = max(THIN, _hardly_reached(over - level, log_mass))
+        there = over - level > by
+        known = float(log_mass.exp()[there].sum()) + SHARE
+        for _ in range(LOOKS):
+            points = walked(space, points, BACK // LOOKS, level=level)
+            thin = excess(points, level) > by
+            if float(thin.double().mean()) <= known:
+                return None
+    return points.z, thin, there
 
 
 def level_of(points: Point) -> float:

@@ -63,19 +63,20 @@ def newton(density: LogDensity, points: Tensor, most: int = NEWTON_STEPS) -> Ten
     in raw coordinates); an ascent direction everywhere. Cost: for at most so many steps, a Hessian at each point.
     """
     halvings = 0.5 ** torch.arange(NEWTON_HALVINGS, dtype=density.dtype, device=density.device)
+    points = points.clone()
     heights, gradients = density.value_and_grad(points)
+    open_ = torch.arange(len(points), device=points.device)
     for _ in range(most):
-        roots, _ = inverse_roots(density, points)
-        steps = (roots @ (roots.mT @ gradients[..., None])).squeeze(-1)
-        tries = points[:, None] + halvings[:, None] * steps[:, None]
+        roots, _ = inverse_roots(density, points[open_])
+        steps = (roots @ (roots.mT @ gradients[open_, :, None])).squeeze(-1)
+        tries = points[open_, None] + halvings[:, None] * steps[:, None]
         with torch.no_grad():
             found = density(tries.flatten(0, 1)).unflatten(0, tries.shape[:2])
         best, index = torch.nan_to_num(found, nan=-torch.inf, posinf=-torch.inf).max(1)
-        rises = best > heights
-        promise = (steps * gradients).sum(-1)
-        if not bool((rises & (promise > NEWTON_TOLERANCE)).any()):
+        rises = best > heights[open_]
+        points[open_[rises]] = tries[rises, index[rises]]
+        open_ = open_[rises & ((steps * gradients[open_]).sum(-1) > NEWTON_TOLERANCE)]
+        if not len(open_):
             break
-        chosen = tries[torch.arange(len(tries)), index]
-        points = torch.where(rises[:, None], chosen, points)
-        heights, gradients = density.value_and_grad(points)
+        heights[open_], gradients[open_] = density.value_and_grad(points[open_])
     return points

@@ -27,6 +27,7 @@ LEGS = 2
 SAME = 0.1  # nats
 SAME_END = 0.1  # sds
 CHEAP_HESSIAN_UP_TO, STEPS_AFTER_PATHS = 50, 10
+CHEAP_HESSIAN_WRITES = 1e6  # numbers for each point, at most
 TRUSTED_K_HAT = 0.7  # beyond, moments of weighted draws hang on a few of them
 SCORE_DRAWS = 256
 TRIM = 0.05
@@ -42,8 +43,8 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
     draws, where a wide start can fall arbitrarily low.
 
     Newton's method stays beside L-BFGS up to 200 dimensions: its modes are exact and come with the evidence by which
-    missed modes are found. Above 50, and for long models, it begins where the paths ended, since a Hessian is dear
-    there, and goes on for ten steps at most. Above 200 the paths have to do.
+    missed modes are found. Above 50, for long models, and where a gradient handles many numbers, it begins where the
+    paths ended, since a Hessian is dear there, and goes on for ten steps at most. Above 200 the paths have to do.
 
     Raises:
         ValueError: if the log density is infinite or NaN at every starting point; the sites at fault are named.
@@ -84,7 +85,8 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
 
 def _climbed(density: LogDensity, starts: list[Start], points: Tensor, seed: int) -> list[Start]:
     """Return starts with those at modes, by Newton's method from points (K, D) or where paths from there ended."""
-    dear = density.dim > CHEAP_HESSIAN_UP_TO or density.long
+    dim = density.dim
+    dear = dim > CHEAP_HESSIAN_UP_TO or density.long or dim * density.written > CHEAP_HESSIAN_WRITES
     if not dear:
         with density.clock.part("the climbs to modes", share=0.5):
             starts = starts + laplace(density, points)
