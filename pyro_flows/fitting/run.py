@@ -138,7 +138,8 @@ def make_run(
             starts = _matched(plan, density, starts, seed)
             if _fits_already(plan, density, run, starts[0]):
                 return
-            sliced = slices_at_once(plan, density, starts[0], seed=seed) if lack is None else None
+            tried = density.structure.hierarchical  # in non-centered coordinates: slices are the same in all
+            sliced = slices_at_once(plan, density, starts[0], seed=seed) if lack is None and not tried else None
             if sliced is not None:
                 run.take(*sliced)
                 return
