@@ -30,6 +30,11 @@ def new_node(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[s
     return node
 
 
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """Return the arguments of a node, of any type."""
+    return tuple(node.args)
+
+
 def copy_node(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
     """Add a copy of a node of another graph, given those of the nodes before it."""
     if node.op != "call_function":

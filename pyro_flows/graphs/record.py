@@ -20,6 +20,7 @@ from pyro_flows.graphs.operations import Kind, kind_of
 from pyro_flows.graphs.orders import ordered
 from pyro_flows.graphs.vectorizing import vectorize
 from pyro_flows.graphs.writes import storage_of, tensors_in
+from pyro_flows.graphs.written import resolve
 
 FOLDED = 2**16  # numbers in a constant that may be computed from smaller ones
 ALIKE = 2**12  # numbers in a constant that is compared with others
@@ -58,9 +59,10 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     except _ChangesConstants as error:
         recorded = _run(function, inputs, error.made_by)
     pure = out_of_place(recorded.graph)
-    if not pure:
+    for again in (_replayed(recorded), function) if not pure else ():
         with suppress(_Unsupported):
-            recorded, pure = _functionalized(recorded, inputs), True
+            recorded, pure = _functionalized(again, inputs), True
+            break
     if pure:
         tidy(recorded.graph)
     sweep(recorded.graph)
@@ -72,19 +74,26 @@ class _Unsupported(RuntimeError):
     """Changes in place that cannot be undone."""
 
 
-def _functionalized(recorded: _Recorded, inputs: tuple[Tensor, ...]) -> _Recorded:
-    """Record once more what was recorded, without changes in place, views of changed tensors included.
+def _replayed(recorded: _Recorded) -> fx.GraphModule:
+    """Return what was recorded as a function.
 
-    The function itself would call autograd inside of the transform, which imports torch's compiler (a second).
+    Autograd in the function itself would import torch's compiler, inside of a transform (a second). But a gradient that
+    depends on no input is written into constants here.
     """
     through_copies(recorded.graph)
+    return graph_module(recorded, recorded.graph)
+
+
+def _functionalized(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Recorded:
+    """Record without changes in place, views of changed tensors included."""
     try:
-        pure = _run(torch.func.functionalize(graph_module(recorded, recorded.graph)), inputs)
+        recorded = _run(torch.func.functionalize(function), inputs)
     except RuntimeError as error:  # torch knows no such form of some operation
         raise _Unsupported(str(error)) from error
-    if not out_of_place(pure.graph):
+    if not out_of_place(recorded.graph):
         raise _Unsupported("changes in place are left")
-    return pure
+    resolve(recorded.graph)
+    return recorded
 
 
 def _run(function: Callable[..., Any], inputs: tuple[Tensor, ...], changed: frozenset[int] = frozenset()) -> _Recorded:

@@ -1,0 +1,259 @@
+"""Tensors that are written entry by entry: what is read is what was written there, and the whole is put together once.
+
+A loop of T steps with ``x[t] = f(x[t - 1])`` would copy all of x at each step, forwards and backwards, once its writes
+are operations that return new tensors: T^2 numbers in place of T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyro_flows.graphs.graph import args_of, new_node, sweep
+from pyro_flows.graphs.strides import by_selection
+
+_aten = torch.ops.aten
+_WRITES = (_aten.select_scatter.default, _aten.slice_scatter.default)
+_BY_INDEX = (*_WRITES, _aten.select.int, _aten.slice.Tensor, _aten.add.Tensor)  # for which no layout matters
+ENTRIES = 64  # of one slice that is written, at most
+GROWTH = 4  # operations that may be added for each one that is there
+
+
+@dataclass
+class _Entries:
+    """A tensor along an axis: ``base`` (None: zeros), but where entries were written."""
+
+    like: Tensor
+    axis: int
+    base: fx.Node | None
+    at: dict[int, fx.Node] = field(default_factory=dict)
+    whole: fx.Node | None = None
+
+    @property
+    def count(self) -> int:
+        return int(self.like.shape[self.axis])
+
+    @property
+    def entry(self) -> Tensor:
+        """Shape and dtype of an entry."""
+        return self.like.select(self.axis, 0)
+
+
+def resolve(graph: fx.Graph) -> None:
+    """Let reads take what was written, in a graph that changes no tensor in place; it stays right where that ends.
+
+    Cost: about that of writing the graph down; it stops where the whole of a tensor is needed again and again.
+    """
+    sweep(graph)
+    by_selection(graph)
+    _Resolver(graph).run()
+    sweep(graph)
+
+
+class _Resolver:
+    """Goes through a graph once."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph, self.known, self.done = graph, dict[fx.Node, _Entries](), set[fx.Node]()
+        self.left = GROWTH * len(graph.nodes)
+        self.rules: dict[Any, Callable[[fx.Node], _Entries | fx.Node | None]] = {
+            _aten.select.int: self._select,
+            _aten.slice.Tensor: self._slice,
+            _aten.select_scatter.default: self._write,
+            _aten.slice_scatter.default: self._write_slice,
+            _aten.select_backward.default: self._alone,
+            _aten.add.Tensor: self._add,
+            _aten.copy.default: self._copy,
+            _aten.clone.default: self._clone,
+        }
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            found = self._settled(node)
+            if found is not node:
+                self._replace(node, found)
+            if self.left < 0:
+                return
+
+    def _settled(self, node: fx.Node) -> fx.Node:
+        """Apply the rule for a node; return it, or one of equal value."""
+        rule = self.rules.get(node.target)
+        with self.graph.inserting_before(node):
+            found = rule(node) if rule is not None else None
+            self.done.add(node)
+            if isinstance(found, _Entries):
+                self.known[node] = found
+            elif found is not None:
+                return found
+            elif node.target is not _aten.new_empty_strided.default:  # which takes no values
+                for source in node.all_input_nodes:
+                    if source in self.known:
+                        node.replace_input_with(source, self._whole(self.known[source]))
+        return node
+
+    def _replace(self, node: fx.Node, by: fx.Node) -> None:
+        for user in node.users:
+            if user.target is _aten.view.default:  # of what may have another layout
+                user.target = _aten.reshape.default
+        node.replace_all_uses_with(by)
+
+    # rules: entries, a node of equal value, or None -------------------------------------------------------------------
+
+    def _select(self, node: fx.Node) -> fx.Node | None:
+        source, axis, index = _axis_of(node)
+        known = self.known.get(source)
+        return None if known is None or known.axis != axis else self._entry(known, index)
+
+    def _slice(self, node: fx.Node) -> _Entries | fx.Node | None:
+        source, axis, first, last, step = _range_of(args_of(node))
+        known, size = self.known.get(source), source.meta["val"].shape[axis]
+        if step == 1 and (first, last) == (0, size):
+            return source
+        if known is None or known.axis != axis or step != 1:
+            return None
+        at = {index - first: part for index, part in known.at.items() if first <= index < last}
+        base = known.base and self._call(_aten.slice.Tensor, (known.base, axis, first, last), node.meta["val"])
+        return _Entries(node.meta["val"], axis, base, at)
+
+    def _write(self, node: fx.Node) -> _Entries | None:
+        source, axis, index = _axis_of(node, 2)
+        return self._written(node, source, axis, {index: args_of(node)[1]})
+
+    def _write_slice(self, node: fx.Node) -> _Entries | fx.Node | None:
+        source, axis, first, last, step = _range_of((args_of(node)[0], *args_of(node)[2:]))
+        part = args_of(node)[1]
+        assert isinstance(part, fx.Node)
+        if step != 1 or part.meta["val"].shape[axis] != last - first:
+            return None
+        if (first, last) == (0, source.meta["val"].shape[axis]):
+            return part
+        if last - first > ENTRIES:
+            return None
+        own = self.known.get(part, _Entries(part.meta["val"], axis, part))
+        if own.axis != axis:
+            return None
+        return self._written(node, source, axis, {first + i: self._entry(own, i) for i in range(last - first)})
+
+    def _written(self, node: fx.Node, source: fx.Node, axis: int, new: dict[int, Any]) -> _Entries | None:
+        if any(part.meta["val"].dtype != node.meta["val"].dtype for part in new.values()):
+            return None
+        known = self._along(axis, source, node)
+        known.at.update(new)
+        return known
+
+    def _alone(self, node: fx.Node) -> _Entries:
+        part, shape, axis, index = args_of(node)[:4]
+        axis, like = int(axis) % len(shape), node.meta["val"]
+        return _Entries(like, axis, None, {int(index) % like.shape[axis]: part})
+
+    def _add(self, node: fx.Node) -> _Entries | None:
+        one, other = args_of(node)[:2]
+        if node.kwargs or not (isinstance(one, fx.Node) and isinstance(other, fx.Node)) or one is other:
+            return None
+        if any(part.meta["val"].shape != node.meta["val"].shape for part in (one, other)):
+            return None
+        if any(part.meta["val"].dtype != node.meta["val"].dtype for part in (one, other)):
+            return None
+        few = next((part for part in (other, one) if part in self.known and self.known[part].base is None), None)
+        if few is None:
+            return None
+        rest, added = (one if few is other else other), self.known[few]
+        known = self._along(added.axis, rest, node)
+        for index, part in added.at.items():
+            there = index in known.at or known.base is not None
+            known.at[index] = self._plus(self._entry(known, index), part) if there else part
+        return known
+
+    def _copy(self, node: fx.Node) -> fx.Node | None:
+        to, source = args_of(node)[:2]
+        by_index = all(user.target in _BY_INDEX for user in node.users)
+        if not by_index or not (isinstance(to, fx.Node) and isinstance(source, fx.Node)):
+            return None
+        like, value = node.meta["val"], source.meta["val"]
+        if like.dtype != value.dtype or like.device != value.device:
+            return None
+        return source if like.shape == value.shape else self._call(_aten.expand.default, (source, [*like.shape]), like)
+
+    def _clone(self, node: fx.Node) -> _Entries | None:
+        source = args_of(node)[0]
+        assert isinstance(source, fx.Node)
+        known = self.known.get(source)
+        return None if known is None else self._along(known.axis, source, node)
+
+    # parts ------------------------------------------------------------------------------------------------------------
+
+    def _along(self, axis: int, source: fx.Node, by: fx.Node) -> _Entries:
+        """Return a tensor's entries along an axis as those of the next one: a copy, where the tensor is read later."""
+        known = self.known.get(source)
+        if known is None:
+            return _Entries(source.meta["val"], axis, source)
+        if known.axis != axis:
+            return _Entries(known.like, axis, self._whole(known))
+        if all(user is by or user in self.done for user in source.users):
+            return _Entries(known.like, axis, known.base, self.known.pop(source).at)
+        self.left -= len(known.at) // 8
+        return _Entries(known.like, axis, known.base, dict(known.at))
+
+    def _entry(self, known: _Entries, index: int) -> fx.Node:
+        if index not in known.at:
+            if known.base is None:
+                known.at[index] = self._zeros(known.entry)
+            else:
+                known.at[index] = self._call(_aten.select.int, (known.base, known.axis, index), known.entry)
+        return known.at[index]
+
+    def _plus(self, one: fx.Node, other: fx.Node) -> fx.Node:
+        return self._call(_aten.add.Tensor, (one, other), one.meta["val"])
+
+    def _zeros(self, like: Tensor) -> fx.Node:
+        zeros = self._call(_aten.zeros.default, ([*like.shape],), like)
+        zeros.kwargs = {"dtype": like.dtype, "device": like.device}
+        return zeros
+
+    def _whole(self, known: _Entries) -> fx.Node:
+        """Return the tensor, put together from its entries and from what lies between these."""
+        if known.whole is None:
+            parts, done = list[fx.Node](), 0
+            for index in (*sorted(known.at), known.count):
+                if index > done:
+                    parts.append(self._unwritten(known, done, index))
+                if index in known.at:
+                    like = known.entry.unsqueeze(known.axis)
+                    parts.append(self._call(_aten.unsqueeze.default, (known.at[index], known.axis), like))
+                done = index + 1
+            known.whole = self._call(_aten.cat.default, (parts, known.axis), known.like)
+        return known.whole
+
+    def _unwritten(self, known: _Entries, first: int, last: int) -> fx.Node:
+        like = known.like.narrow(known.axis, first, last - first)
+        if known.base is None:
+            return self._zeros(like)
+        return self._call(_aten.slice.Tensor, (known.base, known.axis, first, last), like)
+
+    def _call(self, operation: Any, arguments: tuple[Any, ...], like: Tensor) -> fx.Node:
+        self.left -= 1
+        node = new_node(self.graph, operation, arguments, {})
+        node.meta["val"] = like
+        return self._settled(node)
+
+
+def _axis_of(node: fx.Node, given: int = 1) -> tuple[Any, int, int]:
+    """Return the tensor that is selected from or written into, the axis and the index."""
+    source, axis, index = args_of(node)[0], args_of(node)[given], args_of(node)[given + 1]
+    shape = source.meta["val"].shape
+    axis = int(axis) % len(shape)
+    return source, axis, int(index) % shape[axis]
+
+
+def _range_of(args: tuple[Any, ...]) -> tuple[Any, int, int, int, int]:
+    """Return the tensor that is sliced, the axis, and the range; ``args`` are those of a slice, as far as given."""
+    defaults: tuple[Any, ...] = None, 0, None, None, 1
+    source, axis, first, last, step = (*args, *defaults[len(args) :])
+    shape = source.meta["val"].shape
+    axis = int(axis) % len(shape)
+    first, last, _ = slice(first, last).indices(shape[axis])
+    return source, axis, first, max(first, last), int(step)
