@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks import records
 from benchmarks.calibration import running as calibration
 from benchmarks.calibration.tables import section as calibration_section
+from benchmarks.cold import __main__ as cold
 from benchmarks.density import running as density
 from benchmarks.density import tables as density_tables
 from benchmarks.larger import running as larger
@@ -50,6 +51,7 @@ TITLES = {
     "larger": "Larger models against NUTS",
     "calibration": "Calibration",
     "speed": "Speed",
+    "cold": "In a new process",
     "stopping": "What the automatic stop costs",
     "density": "Densities of data",
 }
@@ -62,6 +64,7 @@ def write_tables(
     named_csv: Path = named.OUT,
     modes_csv: Path = modes.OUT,
     speed_csv: Path = speed.OUT,
+    cold_csv: Path = cold.OUT,
     posteriordb_csv: Path = posteriordb.OUT,
     nuts_csv: Path = nuts.OUT,
     larger_csv: Path = larger.OUT,
@@ -85,6 +88,7 @@ def write_tables(
         ("named", named_csv, lambda rows: named.section(rows, table, about)),
         ("modes", modes_csv, lambda rows: modes.section(rows, table, about)),
         ("speed", speed_csv, lambda rows: speed_tables.section(rows, table)),
+        ("cold", cold_csv, cold.section),
         ("posteriordb", posteriordb_csv, posteriordb_section),
         ("nuts", nuts_csv, nuts_section),
         ("larger", larger_csv, larger_section),

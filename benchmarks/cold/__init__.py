@@ -1,0 +1,1 @@
+"""Seconds from the first import to the verdict, each in a new process."""
