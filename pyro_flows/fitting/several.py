@@ -20,7 +20,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import student_mixture, tabulated
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.population import Generation, Parts, begun, can_be_scattered, fitted, scattered
+from pyro_flows.modes.population import GAIN, Generation, Parts, begun, can_be_scattered, fitted, scattered
 from pyro_flows.modes.separable import is_separable, marginals
 from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
 from pyro_flows.modes.units import units_of
@@ -87,7 +87,10 @@ def several(
         if not has_new(found, before):
             break
         more = _fitted(density, begun(*_start(found)), again, bar)
+        in_vain = more is None or more.worth < best.worth + GAIN
         best = more if more is not None and more.worth > min(best.worth, ENOUGH_SHARE) else best
+        if in_vain and best.worth < ENOUGH_SHARE:
+            break
     tried = None if best is None else _as_sampler(best, len(found.weighty()), found.over)
     return tried if tried is not None and (tried.enough or barrier) else _brought(density, tried, seed, bar)
 
