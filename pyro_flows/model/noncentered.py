@@ -127,17 +127,17 @@ def _times(scale: Tensor, x: Tensor, like: Tensor) -> Tensor:
     return (scale @ x.unsqueeze(-1)).squeeze(-1) if scale.dim() > like.dim() else scale * x
 
 
-def exact(fn: Any, value: Tensor, spread: Spread) -> Any:
+def exact(fn: Any, value: Tensor, at: Spread) -> Any:
     """Return ``fn``, whose log density at this very ``value`` is computed from its coordinates."""
     if isinstance(fn, WRAPPERS):
         new = copy.copy(fn)
-        new.base_dist = exact(fn.base_dist, value, spread)
+        new.base_dist = exact(fn.base_dist, value, at)
         return new
     if type(fn) not in EXACT:  # a class of the model's own may have any density
         return fn
     new = copy.copy(fn)
     new.__class__ = EXACT[type(fn)]
-    new._placed = value, spread
+    new._placed = value, at
     return new
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from itertools import permutations
 
 import pyro
 import pyro.distributions as dist
@@ -16,7 +18,7 @@ from pyro_flows.correction.untrained import attempt_untrained
 from pyro_flows.modes import valleys
 from pyro_flows.modes.doubts import _apart
 from pyro_flows.modes.lacks import Guide
-from pyro_flows.modes.twins import twins_of
+from pyro_flows.modes.twins import _assigned, twins_of
 from pyro_flows.modes.valleys import lie_apart
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.gaussians import Gaussians
@@ -205,6 +207,22 @@ def test_tops_count_as_apart_and_points_under_way_do_not():
     for settled, kept in ((True, [0, 3, 1]), (False, [0, 3])):
         rest = torch.full((4,), settled)
         assert _apart(Paths(normals, torch.zeros(4), places, rest), range(4), one[0]) == kept
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_an_assignment_has_the_least_cost(alike, monkeypatch):
+    """Where each row has a column of its own that is cheapest, nothing has to be imported."""
+    order = [3, 0, 2, 1]
+    cost = 1.0 + normal(4, 4, seed=5).abs()
+    cost[range(4), order] = 0.1
+    if alike:
+        cost[1] = cost[0] + 0.5
+    else:
+        monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    found = _assigned(cost)
+    every = {choice: float(cost[range(4), choice].sum()) for choice in permutations(range(4))}
+    assert every[tuple(found)] == pytest.approx(min(every.values()))
+    assert alike or found == order
 
 
 # paths that have come nowhere -----------------------------------------------------------------------------------------

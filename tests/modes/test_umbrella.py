@@ -12,12 +12,13 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows._seeding import seeded
+from pyro_flows.correction import latent
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.starts import NoStart, dispersed_points
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.sliced import sliced
 from pyro_flows.modes.lacks import PLACES, Guide
-from pyro_flows.modes.thin import DRAWN_OUT, THIN, WANDERED, is_usable, level_of, too_thin
+from pyro_flows.modes.thin import BACK, DRAWN_OUT, LOOKS, THIN, WANDERED, is_usable, level_of, too_thin
 from pyro_flows.modes.umbrella import HIGH, excess, walked
 from pyro_flows.transforms.linear import LowerTriangularAffine
 from tests.modes.test_tempering import flat
@@ -138,6 +139,34 @@ def test_where_a_look_is_dear_fewer_points_wander(dim, wanderers):
     guide = Guide(density, flow.log_prob, 0.0)
     assert too_thin(guide, Counted(flow, density), z, torch.zeros(len(z)), log_q, seed=0) == []
     assert looks == {wanderers}
+
+
+def test_where_a_model_handles_many_numbers_fewer_points_wander(monkeypatch):
+    density = flat(student, 3)
+    assert not Latent(standard(3), density).dear
+    monkeypatch.setattr(latent, "WRITTEN_DEAR", density.written - 1)
+    assert Latent(standard(3), density).dear
+
+
+def test_the_way_back_ends_where_no_more_are_out_than_draws_know_of():
+    """A normal distribution falls short of Student's t far out, where that has about 1 % of its mass."""
+    density, flow = flat(student, 1), standard(1, scale=1.4)
+    z = 1.4 * normal(2000, 1, seed=6)
+    with torch.no_grad():
+        log_q = flow.log_prob(z)
+        guide, weights = Guide(density, flow.log_prob, 0.0), density(z) - log_q
+    looks = []
+
+    class Counted(Latent):
+        def look(self, x, k):
+            looks.append(len(x))
+            return super().look(x, k)
+
+    assert too_thin(guide, Counted(flow, density), z, weights, log_q, seed=0) == []
+    back = looks.count(512) - 1
+    assert back > 0
+    assert back < 5 * BACK
+    assert back % (5 * BACK // LOOKS) == 0
 
 
 def test_draws_that_no_verdict_rests_on_are_not_drawn_out():
