@@ -25,10 +25,10 @@ HEAVY = 9.0  # powers of the density up to which a tail counts as heavy: eight d
 PATHS = 4
 TURN_POINTS = 64  # of a turn, where its lowest density is looked for
 STARTED_FROM = 512  # draws by which a start is carried over
-WALLED_FROM = 3  # points from which walls are looked for
+WALLED_FROM = 8  # points from which walls are looked for
 OUT = 24  # steps outwards, each of twice the length, from a hundredth of a spread on
 HALVINGS = 60
-DEEP = 50.0  # nats below the best point, at which a wall no longer matters
+DEEP = 50.0  # nats below a point, at which a wall no longer matters
 UP_TO = 200  # coordinates that are looked along
 
 
@@ -134,7 +134,8 @@ def _walls(density: LogDensity, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Return values of coordinates (D,) below and above which the density is zero; infinite ones where there is none.
 
     Only models that rule out some draws of their prior are looked at. A wall is where the density is zero a rounding
-    error beyond it, and not far below that of the best point just before it. It is the same from all points.
+    error beyond it, and just before it not far below that of some point from where it was looked for. It is the same
+    from all points: of few, none may be near all walls, as where a scale of locations is small.
     """
     none = torch.full_like(draws[0], torch.inf)
     if density.dim > UP_TO or not bool((density(draws) == -torch.inf).any()):
@@ -142,12 +143,12 @@ def _walls(density: LogDensity, draws: Tensor) -> tuple[Tensor, Tensor]:
     points = possible_points(density, draws)[:WALLED_FROM]
     if not len(points):
         return -none, none
-    top = float(density(points).max())
-    return _wall(density, points, -1.0, top - DEEP), _wall(density, points, 1.0, top - DEEP)
+    least = density(points)[:, None] - DEEP
+    return _wall(density, points, -1.0, least), _wall(density, points, 1.0, least)
 
 
-def _wall(density: LogDensity, points: Tensor, sign: float, least: float) -> Tensor:
-    """Return the wall (D,) along each coordinate in one direction from points (N, D)."""
+def _wall(density: LogDensity, points: Tensor, sign: float, least: Tensor) -> Tensor:
+    """Return the wall (D,) along each coordinate in one direction from points (N, D); ``least`` (N, 1) are heights."""
     count, dim = points.shape
     lines = torch.diag(spread_of(points) if count > 1 else torch.ones_like(points[0]))
 

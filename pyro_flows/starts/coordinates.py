@@ -27,7 +27,7 @@ from pyro_flows.model.sites import Latent
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, lower_triangular, scales
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import PRIOR_DRAWS
-from pyro_flows.starts.prior import prior_draws, spread_of
+from pyro_flows.starts.prior import possible_points, prior_draws, spread_of
 from pyro_flows.starts.start import Start
 
 PATHS = 4
@@ -66,7 +66,7 @@ def choose_coordinates(
     sides = [_side(family, path, learned_from=path.elbo > best - BEHIND) for path in both]
     learned = max((side.learned for side in sides if side.learned), key=lambda found: found.start.elbo, default=None)
     start = None if learned is None else learned.start
-    kept: Any = not sides[0].elbo > sides[1].elbo
+    kept: Any = sides[1].elbo >= sides[0].elbo > -math.inf or sides[1].elbo > sides[0].elbo
     if learned is not None and math.isfinite(learned.start.elbo):
         kept = {name: None if said is None else said.options for name, said in learned.information.items()}
         for noncentered, side in enumerate(sides):
@@ -114,14 +114,26 @@ class Climbed:
 
 
 def climbed(density: LogDensity, noncentered: bool, *, seed: int) -> Climbed:
-    """Climb in coordinates that are all centered, as those of ``density`` are, or all non-centered."""
+    """Climb in coordinates that are all centered, as those of ``density`` are, or all non-centered.
+
+    Where no normal along a path has a finite ELBO, paths begin once more where the density is finite: data may rule out
+    nearly all draws of the prior, as where they are uniform up to unknown bounds.
+    """
     seed = derive(seed, f"coordinates {int(noncentered)}")
     candidate = density.elsewhere(True) if noncentered else density
     draws = prior_draws(candidate, PRIOR_DRAWS, seed=seed)
-    units = spread_of(draws).expand(PATHS, -1)
-    paths = pathfinder(candidate, torch.cat([draws.median(0).values[None], draws[: PATHS - 1]]), units, seed=seed)
+    points, units = torch.cat([draws.median(0).values[None], draws[: PATHS - 1]]), spread_of(draws)
+    found = _climbed(candidate, points, units, seed)
+    if candidate.batched and not math.isfinite(found.elbo):
+        points = possible_points(candidate, draws)
+        found = _climbed(candidate, points, units, seed) if len(points) else found
+    return found
+
+
+def _climbed(density: LogDensity, points: Tensor, units: Tensor, seed: int) -> Climbed:
+    paths = pathfinder(density, points, units.expand(len(points), -1), seed=seed)
     best = int(paths.elbo.nan_to_num(nan=-torch.inf).argmax())
-    return Climbed(candidate, paths, best, float(paths.elbo[best]), seed)
+    return Climbed(density, paths, best, float(paths.elbo[best]), seed)
 
 
 def _side(family: _Family, side: Climbed, *, learned_from: bool) -> _Side:

@@ -14,6 +14,7 @@ from pyro import poutine
 import pyro_flows as pf
 from pyro_flows.model.charts import Circle, Heavy, Walls, read_chart, write_chart
 from pyro_flows.starts.charting import choose_charts
+from pyro_flows.starts.coordinates import choose_coordinates
 from tests.models import real
 from tests.registry import normal
 
@@ -202,6 +203,54 @@ def test_a_bound_by_data_is_fitted_saved_and_loaded(tmp_path):
     again = pf.load(tmp_path / "kept", uniform_data, y, z)
     torch.testing.assert_close(again.samples["top"], top)
     assert torch.equal(again.guide.sample_posterior(3)["top"] > y.amax(0), torch.ones(3, 2).bool())
+
+
+GROUP = torch.arange(150) % 12
+
+
+def delays(y):
+    """Times after a shift of each group, of which a few latents tell the spread: it ends at the first time there."""
+    m = pyro.sample("m", dist.Normal(real(0.0), 2.0))
+    s = pyro.sample("s", dist.HalfNormal(real(1.0)))
+    rate = pyro.sample("rate", dist.HalfNormal(real(1.0)))
+    with pyro.plate("group", 12):
+        shift = pyro.sample("shift", dist.Normal(m, s))
+    with pyro.plate("row", len(y)):
+        after = dist.transforms.AffineTransform(shift[GROUP], 1.0)
+        pyro.sample("y", dist.TransformedDistribution(dist.Exponential(rate), after), obs=y)
+
+
+def delayed():
+    first = normal(12, seed=8)
+    return first[GROUP] - (1e-3 + normal(150, seed=9).abs()).log()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_walls_are_found_though_no_draw_of_the_prior_is_near_all(seed):
+    """Walls had to be within 50 nats of the best of three draws, whose scale may be small."""
+    y = delayed()
+    density, _, _ = choose_charts(pf.LogDensity(delays, (y,)), None, seed=seed)
+    (shift,) = (latent for latent in density.structure.latents if latent.name == "shift")
+    first = torch.stack([y[number == GROUP].min() for number in range(12)])
+    torch.testing.assert_close(shift.chart.high, first, atol=1e-6, rtol=0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_coordinates_are_chosen_where_data_rule_out_nearly_all_draws(seed):
+    """No path from the prior had a finite ELBO in centered coordinates, and the others were taken as they were."""
+    y = (0.1 + 0.9 * torch.linspace(0.0, 1.0, 150).double()) * normal(12, seed=8).exp()[GROUP]
+
+    def bounded():
+        m = pyro.sample("m", dist.Normal(real(0.0), 2.0))
+        s = pyro.sample("s", dist.HalfNormal(real(1.0)))
+        with pyro.plate("group", 12):
+            top = pyro.sample("top", dist.LogNormal(m, s))
+        with pyro.plate("row", 150):
+            pyro.sample("y", dist.Uniform(real(0.0), top[GROUP]), obs=y)
+
+    density, _, entry = choose_coordinates(pf.LogDensity(bounded), seed=seed)
+    assert math.isfinite(entry["elbo_centered"])
+    assert density.structure.noncentered == {}
 
 
 def test_supports_that_move_with_latents_are_no_walls():
