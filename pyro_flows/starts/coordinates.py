@@ -66,7 +66,7 @@ def choose_coordinates(
     sides = [_side(family, path, learned_from=path.elbo > best - BEHIND) for path in both]
     learned = max((side.learned for side in sides if side.learned), key=lambda found: found.start.elbo, default=None)
     start = None if learned is None else learned.start
-    kept: Any = sides[1].elbo >= sides[0].elbo > -math.inf or sides[1].elbo > sides[0].elbo
+    kept: Any = sides[1].elbo >= sides[0].elbo and sides[1].elbo > -math.inf
     if learned is not None and math.isfinite(learned.start.elbo):
         kept = {name: None if said is None else said.options for name, said in learned.information.items()}
         for noncentered, side in enumerate(sides):

@@ -41,6 +41,12 @@ def standard(dim, scale=1.0):
     return Flow(LowerTriangularAffine(dim, loc=eye[0] * 0.0, scale_tril=scale * eye), base="normal")
 
 
+@torch.no_grad()
+def weighted(density, flow, z):
+    log_q = flow.log_prob(z)
+    return Guide(density, flow.log_prob, 0.0), density(z) - log_q, log_q
+
+
 def begun(dim, z):
     space = Latent(standard(dim), flat(student, dim))
     return space, space.look(*space.place(z))
@@ -96,9 +102,7 @@ def test_a_guide_with_too_light_tails_has_too_little_mass():
     """Draws that wander under the density alone do not come there in as many moves."""
     density, flow = flat(student, 4), standard(4, scale=1.2)
     z = 1.2 * normal(1000, 4, seed=5)
-    with torch.no_grad():
-        log_q = flow.log_prob(z)
-        guide, weights = Guide(density, flow.log_prob, 0.0), density(z) - log_q
+    guide, weights, log_q = weighted(density, flow, z)
     found = too_thin(guide, Latent(flow, density), z, weights, log_q, seed=0)
     assert {lack.start.name for lack in found} == {WANDERED}
     assert len(found) == PLACES
@@ -152,9 +156,7 @@ def test_the_way_back_ends_where_no_more_are_out_than_draws_know_of():
     """A normal distribution falls short of Student's t far out, where that has about 1 % of its mass."""
     density, flow = flat(student, 1), standard(1, scale=1.7)
     z = 1.7 * normal(2000, 1, seed=6)
-    with torch.no_grad():
-        log_q = flow.log_prob(z)
-        guide, weights = Guide(density, flow.log_prob, 0.0), density(z) - log_q
+    guide, weights, log_q = weighted(density, flow, z)
     looks = []
 
     class Counted(Latent):
