@@ -8,7 +8,9 @@ from pyro_flows.fitting.slicing import STAGE as SLICES
 from pyro_flows.modes.propriety import PART
 
 OTHER = "other"
-STAGES = {  # of parts inside of each other the outermost decides; tracing and compiling count for themselves
+CROSSING = "tracing", "compiling"  # wherever they are
+SEARCHES_OF_CHAINS = "the search for modes that the chains lack", "the search for copies"  # also inside of a sampler
+STAGES = {  # of parts inside of each other the outermost decides, but for these
     "reading": ("reading the model",),
     "tracing": ("tracing",),
     "compiling": ("compiling",),
@@ -16,12 +18,12 @@ STAGES = {  # of parts inside of each other the outermost decides; tracing and c
         "a sampler in the place of training",
         "a sampler in the place of another round",
         "the sampler",
-        "the search for modes that the chains lack",
     ),
     "coordinates": ("the choice of coordinates", "the search for angles and heavy tails"),
     "modes": (
         *("a survey of modes", "the search for modes that the guide lacks", "a run for a missed mode"),
         *("a look at how uneven the density is", "the comparison of runs", "a look at the tails of marginals"),
+        *SEARCHES_OF_CHAINS,
     ),
     "starts": ("the starts", "the match of moments", "a look at the best start"),
     "races": ("the races",),
@@ -34,9 +36,9 @@ _STAGE_OF = {part: stage for stage, parts in STAGES.items() for part in parts}
 
 def stage_of(parts: tuple[str, ...]) -> str:
     """Return the stage that the parts of a fit belong to, the outermost first."""
-    crossing = [part for part in parts[-1:] if part in ("tracing", "compiling")]
-    outer = [part for part in parts if part in _STAGE_OF and part not in ("tracing", "compiling")]
-    return _STAGE_OF[crossing[0]] if crossing else _STAGE_OF[outer[0]] if outer else OTHER
+    inner = [part for part in parts[-1:] if part in CROSSING] or [part for part in parts if part in SEARCHES_OF_CHAINS]
+    deciding = inner or [part for part in parts if part in _STAGE_OF and part not in CROSSING]
+    return _STAGE_OF[deciding[0]] if deciding else OTHER
 
 
 def written(seconds: Mapping[tuple[str, ...], float]) -> str:

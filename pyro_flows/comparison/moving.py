@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_flows._squares import least_squares
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.psis import psis
@@ -265,7 +266,7 @@ class Fit:
         first, second = torch.triu_indices(along.shape[1], along.shape[1])
         columns = self.root[:, None] * along[:, first] * along[:, second]
         left = columns - self.orthogonal @ (self.orthogonal.mT @ columns)
-        return left, columns, torch.linalg.lstsq(left, rest[:, None]).solution[:, 0]
+        return left, columns, least_squares(left, rest[:, None])[:, 0]
 
     def _most_curved(self, rest: Tensor, directions: Tensor) -> Tensor:
         """Return the direction (D, 1), at right angles to the others, in which the rest is most curved."""

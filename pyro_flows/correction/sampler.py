@@ -27,7 +27,7 @@ from pyro_flows.correction.kept import Kept, numbers_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric, learned
 from pyro_flows.correction.microcanonical import microcanonical
-from pyro_flows.verdict.chains import DIVERGENCES, ChainFigures, Chains, diverge
+from pyro_flows.verdict.chains import DIVERGENCES, ChainFigures, Chains, diverge, objections
 
 SUBCHAINS = 8  # chains of a superchain, with one starting point
 ROUND = 30  # sweeps of a round of warm-up
@@ -195,8 +195,8 @@ class Sampler:
             draws, gradients = self.judged_by()[0], self._gradients(found.sweeps)
             told, warm_up, lack = sds_told(found, draws, gradients)
             if told:
-                found = self.figures()
-                self.told = suffices(found) and (lack <= 1.0 or sds_told(found, draws, gradients).told)
+                found = self.figures()  # the verdict's own: nothing is to spare
+                self.told = not objections(found) and (lack <= 1.0 or sds_told(found, draws, gradients).told)
             if warm_up:
                 self._choose(slice(len(self.draws) // 2, None))
         self.numbers["pause"] = next_look(found, thin=self.numbers["thin"], kept=self.kept, lack=lack)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _mixing
+from pyro_flows._clock import counted
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE, SHORT_TAIL, SPREAD_OUT, Guide, Lack, to_name
@@ -29,6 +30,7 @@ from pyro_flows.verdict.psis import psis
 SEARCHED = 1000  # draws of the chains
 TOO_LITTLE, MISS = "the chains have too little mass", "the chains miss a mode"  # which longer chains may have
 HELD_OUT = 4  # one superchain of so many
+COUNTED = "the search for modes that the chains lack"
 STAGE, OF_CHAINS = "search for missed modes", "search for modes that chains lack"
 SETTLED = 1.05  # nested R-hat of whether a chain is in a region
 WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
@@ -65,6 +67,7 @@ def noted(search: Search | None, stage: str = STAGE) -> list[Stage]:
     return [Stage(stage, details={"sentence": sentence, **places})]
 
 
+@counted(COUNTED)
 def lacks_of_chains(
     density: LogDensity,
     chains: Chains,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_flows._clock import counted
 from pyro_flows._progress import Bar
 from pyro_flows.correction.exchange import exchange_of
 from pyro_flows.correction.joining import joins
@@ -123,6 +124,7 @@ def _chains(
     return chains, lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
 
 
+@counted("the search for copies")
 def _begun(flow: Flow, density: LogDensity, twins: Sequence[SignedPermutation]) -> _Begun | None:
     """Copy a flow to all images under exact symmetries, and to its twins.
 

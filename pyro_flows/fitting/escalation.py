@@ -29,7 +29,8 @@ SEEN = 0.04  # sds: what a reader of 4000 draws sees of a mean or an sd, two and
 ERRORS = 4.0  # standard errors of a weighted mean: the largest of the shifts of many coordinates has so much of noise
 NEARLY = 1.5  # times that, where training goes on or has just ended: the noise of the sample and of the steps is in it
 ENOUGH_GAP, ENOUGH_GAP_A_DIM = 0.04, 0.002  # nats between log evidence and ELBO: the larger one, by the dimension
-JUDGED_DRAWS, LOOKED_AT_DRAWS = 20_000, 4000
+JUDGED_DRAWS, LOOKED_AT_DRAWS, GLANCED_DRAWS = 20_000, 4000, 256
+FAR_OFF = 0.02  # effective share of a glance's draws; the verdict asks for five times that
 FEWER_DRAWS, JUDGED_NUMBERS = 8000, 4_000_000  # where draws have many coordinates
 ALL = ("larger batch", "more layers", "heavier tails", "tempering")
 TAILS_FIRST = ("heavier tails", "larger batch", "more layers")
@@ -132,6 +133,15 @@ def weighed(flow: Flow, density: LogDensity, draws: int) -> Weighing:
 
 def _numbers(weighing: Weighing) -> list[str]:
     return [str(i) for i in range(len(weighing.mean_shift))]
+
+
+@torch.no_grad()
+def is_far_off(flow: Flow, density: LogDensity) -> bool:
+    """Whether a few draws of a flow tell that its weights would not do: next to none of them has weight."""
+    with density.clock.watching():
+        z, log_q = flow.draw(GLANCED_DRAWS)
+    weights = torch.softmax((density(z) - log_q).double().nan_to_num(nan=-torch.inf, posinf=-torch.inf), 0)
+    return not float(weights.square().sum()) * GLANCED_DRAWS * FAR_OFF < 1.0  # NaN where no draw has a density
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 AT_ONCE = "converged: the importance weights leave nothing to mend at the start"
 AT_ONCE_SAMPLED = "no flow was trained: a sampler that began at a normal distribution was enough"
-SAMPLED_FROM, SAMPLED_UP_TO = 50, 1500  # dimensions in which a sampler is tried before a flow is trained
+SAMPLED_FROM, SAMPLED_UP_TO = 30, 1500  # dimensions in which a sampler is tried before a flow is trained
 MOST_SAMPLED = 20_000  # draws asked for, up to which it is
 CHEAP, FEW_OPERATIONS = 500, 500  # dimensions times numbers of an evaluation, and its operations, with its gradient,
 # up to which a glance at the modes costs next to nothing
@@ -206,7 +206,7 @@ def _fits_already(plan: Plan, density: LogDensity, run: Run, start: Start) -> bo
     with plan.clock.part("a look at the best start", noted=False):
         for lighter in LIGHTER if flow.base == "student_t" else (1.0,):
             begin(set_df(plain, lighter * df), start)
-            if not invisible(weighed(plain, density, LOOKED_AT_DRAWS)):
+            if escalation.is_far_off(plain, density) or not invisible(weighed(plain, density, LOOKED_AT_DRAWS)):
                 continue
             begin(set_df(flow, lighter * df), start)
             trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)

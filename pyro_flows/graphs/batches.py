@@ -23,7 +23,7 @@ from pyro_flows.graphs.writes import tensors_in
 KINDS_KEPT = 8
 RECORDED_FROM = 2  # the piece at which it is recorded: recording takes as long as ten calls, and a fit makes hundreds
 A_PIECE = 2**12  # numbers that each operation might handle in the time that a call of a graph takes besides
-RECORDING = 2**22  # the same for the time that it takes to record a graph of one more size
+RECORDING = 2**20  # the same for the time that it takes to record a graph of one more size
 PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
 ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
 LARGEST = 2**20  # numbers for which the least rows are still taken: memory above is mapped anew by each operation

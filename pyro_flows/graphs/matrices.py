@@ -67,26 +67,28 @@ def _products(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tens
 
 
 def _solved(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
-    """Solve triangular systems, one row after the other."""
+    """Solve triangular systems, A X = B or X A = B, one row or column of X after the other."""
     for part in node.all_input_nodes:
         nests.need_numbers(part)
     factor, right = args
     size, rank = factor.sizes[-1], result.dim()
-    if not kwargs.get("left", True) or size > SMALL or prod(factor.sizes[:-2]) < BATCH or factor.index or right.index:
+    if size > SMALL or prod(factor.sizes[:-2]) < BATCH or factor.index or right.index:
         raise Unsuited
-    upper, unit = kwargs["upper"], kwargs.get("unitriangular", False)
-    order = [*range(size)][:: -1 if upper else 1]
+    left, unit = kwargs.get("left", True), kwargs.get("unitriangular", False)
+    axis = rank - 2 if left else rank - 1
+    first, second = (rank - 2, rank - 2) if left else (rank - 1, rank - 2)  # axes of entries, one after the other
+    order = [*range(size)][:: -1 if kwargs["upper"] == left else 1]
     batch = tuple(result.shape[:-2])
     factor, right = _over(factor, batch), _over(right, batch)
     found: dict[int, View] = {}
     for row in order:
-        left = right.at(rank - 2, row)
+        rest = right.at(axis, row)
         for known in found:
-            entry = factor.at(rank - 2, row).at(rank - 2, known).widened(rank - 2)
-            left = nests.numbers(SUB, left, nests.numbers(MUL, entry, found[known]))
-        diagonal = factor.at(rank - 2, row).at(rank - 2, row).widened(rank - 2)
-        found[row] = left if unit else nests.numbers(DIV, left, diagonal)
-    return stacked(nests, [found[row] for row in range(size)], rank - 2, result)
+            entry = factor.at(first, row).at(second, known).widened(rank - 2)
+            rest = nests.numbers(SUB, rest, nests.numbers(MUL, entry, found[known]))
+        diagonal = factor.at(first, row).at(second, row).widened(rank - 2)
+        found[row] = rest if unit else nests.numbers(DIV, rest, diagonal)
+    return stacked(nests, [found[row] for row in range(size)], axis, result)
 
 
 def _over(view: View, batch: tuple[int, ...]) -> View:

@@ -23,6 +23,8 @@ FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 def is_truth(code: int, operands: Sequence[Any], number: float) -> bool:
     """Whether an instruction, with views for operands, gives zeros and ones."""
+    if code == MUL:  # such as of isfinite
+        return all(view.boolean for view in operands)
     if code not in (IDENTITY, FILL, WHERE):
         return code in COMPARED
     return number in (0.0, 1.0) and all(view.boolean for view in operands)

@@ -39,12 +39,12 @@ DOUBTS = 12  # places that paths go on from
 
 
 def climbed(
-    guide: Guide, modes: Sequence[Start], z: Tensor, log_q: Tensor, notes: list[str], *, seed: int
+    guide: Guide, modes: Sequence[Start], z: Tensor, log_q: Tensor, untold: list[Lack], *, seed: int
 ) -> list[Lack]:
     """Climb from many points; return the regions at the ends of the paths that the guide lacks.
 
-    ``z`` (S, D) are draws of the guide, ``log_q`` (S,) their log densities. What could not be looked at is added to
-    ``notes``.
+    ``z`` (S, D) are draws of the guide, ``log_q`` (S,) their log densities. Places whose mass could not be told join
+    ``untold``.
     """
     density = guide.density
     own, far = z[: CLIMBERS if density.batched else 1], _dispersed(guide, modes, z, seed=seed)
@@ -65,7 +65,7 @@ def climbed(
     if density.batched and _are_beside(found):
         worth = worth_tempering(guide, paths, len(own), doubtful, units)
         found = found or _tempered(guide, paths, *worth, seed=seed)
-        curved = by_curvature(guide, paths, worth[0], doubtful, units, notes) if _are_beside(found) else None
+        curved = by_curvature(guide, paths, worth[0], doubtful, units, untold) if _are_beside(found) else None
         if curved is not None:
             found += twins_of(guide, curved, 1, *drawn) or _at_tops(guide, curved, units, seed=seed)
     return [found[number] for number in distinct([lack.place for lack in found], units, by=TOPS_APART)]

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_flows._squares import least_squares
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.nested import nested
 from pyro_flows.flows.nested import nested_of as map_of
@@ -196,10 +197,10 @@ def _fitted(
     values = torch.cat([precisions[:, rows, columns], pulls], 1)
     size = values.abs().amax(0).clamp_min(torch.finfo(torch.float64).tiny)
     units = terms.at(theta).abs().amax(0)
-    solved = torch.linalg.lstsq(terms.at(theta) / units, values / size).solution
+    solved = least_squares(terms.at(theta) / units, values / size)
     kept = solved.abs().amax(1) > NEGLIGIBLE[density.dtype]
     terms = _some(terms, kept)
-    solved = torch.linalg.lstsq(terms.at(theta) / units[kept], values / size).solution
+    solved = least_squares(terms.at(theta) / units[kept], values / size)
     found = Conditional(density, held, plain[order], terms, solved * size / units[kept, None], (rows, columns))
     return found if found.holds(theta) else None
 

@@ -59,13 +59,13 @@ def worth_tempering(
 
 
 def by_curvature(
-    guide: Guide, paths: Paths, tempered: Sequence[int], doubtful: Sequence[Doubtful], units: Tensor, notes: list[str]
+    guide: Guide, paths: Paths, tempered: Sequence[int], doubtful: Sequence[Doubtful], units: Tensor, untold: list[Lack]
 ) -> Paths | None:
     """Return Laplace's normals at the guide's own mode, first, and at places that only poor normals came to.
 
     In hundreds of dimensions a path from afar comes to a mode with a normal that is tens of nats too poor, and the
     place seems to be worth nothing. A few of Newton's steps lead to its top. A Hessian takes D gradients, as much as
-    two steps of all paths. None if there is no such place, or if Hessians are too dear, which is added to ``notes``.
+    two steps of all paths. None if there is no such place, or if Hessians are too dear: then places join ``untold``.
     Where the normal at the guide's own mode has next to none of its mass, as in funnels, tops tell nothing: None too.
 
     ``tempered`` are the numbers of paths that were tempered from, one to the guide's own mode first.
@@ -78,9 +78,11 @@ def by_curvature(
     poor = [elsewhere[number] for number in _apart(paths, elsewhere, units)]
     left = (number for number in poor if number not in worth and not _is_spike(guide, ends[number]))
     poor = [*islice(left, LOOKED_AT)]
-    if poor and density.dim * density.numbers > CURVED_UP_TO:
-        notes.append(UNWEIGHED)
-    if not poor or density.dim * density.numbers > CURVED_UP_TO:
+    if density.dim * density.numbers > CURVED_UP_TO:
+        starts = {path.number: path.start for path in doubtful}
+        untold += [Lack(ends[number], starts[number]) for number in poor]
+        return None
+    if not poor:
         return None
     chosen = [base, *poor]
     modes = ends[chosen] if bool(paths.settled[chosen].all()) else newton(density, ends[chosen], NEWTON_STEPS)

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.climbs import climbed, surveyed
+from pyro_flows.modes.doubts import UNWEIGHED
 from pyro_flows.modes.lacks import SHARE, SPREAD_OUT, Guide, Lack, Score, is_resolved, lacks_of, to_name
 from pyro_flows.modes.lines import across
 from pyro_flows.modes.population import can_be_scattered, fitted, generation, scattered
@@ -59,7 +60,8 @@ def missed_modes(
        the guide says), from prior draws, from draws with a site's signs changed, and from the modes of the portfolio.
        Each carries a normal distribution (``starts/pathfinder.py``), whose weighted draws tell the mass. Where they
        are too few, tempering does, in comparison with the region that the guide covers, by the same method. Where the
-       normal seems to be too poor even for that, Newton's steps and a Hessian give a better one (``doubts.py``).
+       normal seems to be too poor even for that, Newton's steps and a Hessian give a better one (``doubts.py``). Where
+       Hessians are too dear, a note says so, unless ``sift`` takes such places out, too.
     4. All draws are moved along single coordinates to further maxima: see :func:`across`.
     5. In few dimensions, a mixture is brought from the prior to the density. Its weighted draws tell what mass the
        guide lacks altogether, in modes that are too small to count by themselves too: see :func:`spread_out`.
@@ -86,8 +88,9 @@ def missed_modes(
     few = z[finite][:MOVED_DRAWS], log_q[finite][:MOVED_DRAWS]
     doubts: list[Start] = []
     notes: list[str] = []
+    untold: list[Lack] = []
     searches: list[Callable[[], list[Lack]]] = [
-        lambda: climbed(guide, [*modes, *doubts], z[finite], log_q[finite], notes, seed=seed)
+        lambda: climbed(guide, [*modes, *doubts], z[finite], log_q[finite], untold, seed=seed)
     ]
     if density.batched:
         searches.insert(0, lambda: mirrored(guide, *few))
@@ -99,6 +102,8 @@ def missed_modes(
     found: list[Lack] = []
     for search in searches:
         found = found or sift([lack for lack in search() if is_resolved(density, lack.place)])
+    if not found and untold and sift(untold):
+        notes.append(UNWEIGHED)
     if not density.batched:
         few_starts = f"the search for missed modes had only {SEARCHES_UNBATCHED} starting points"
         notes.append(f"{few_starts}: the model runs draw by draw")

@@ -73,13 +73,16 @@ def _together(density: Differentiable) -> int:
 class Climb:
     """The state of K paths; gradient, direction and history are measured in ``units``.
 
-    Unless Gaussians are ``drawn`` from, no factors of the inverse Hessians are kept.
+    Where half of the paths are over, only the others are kept under way (N <= K): ``points``, ``height``, ``alpha``,
+    ``settled`` and ``over`` are of all K, what else a path needs to go on of those ``under_way``. Paths of many data
+    sets stay together. Unless Gaussians are ``drawn`` from, no factors of the inverse Hessians are kept.
     """
 
     def __init__(self, density: Differentiable, points: Tensor, units: Tensor, *, drawn: bool = True) -> None:
-        self.density, self.points, self.units, self.drawn = density, points, units, drawn
+        self.density, self.points, self.units, self.drawn = density, points.clone(), units, drawn
         self.piece = len(points) if isinstance(density, Stack) else _together(density)
-        self.height, gradient = self._look(points)
+        self.under_way = torch.arange(len(points), device=points.device)
+        self.height, gradient = self._look(points, units)
         finite = torch.isfinite(self.height) & torch.isfinite(gradient).all(-1)
         self.gradient = choose(finite, gradient, 0.0)
         self.alpha = torch.ones_like(points)
@@ -96,29 +99,45 @@ class Climb:
 
     def gaussians(self, moved: Tensor) -> Met:
         """Return the Gaussians at the present points of paths that have just moved (K,); of many data sets, of all."""
-        everywhere = isinstance(self.density, Stack) or bool(moved.all())
-        paths = (torch.ones_like(moved) if everywhere else moved).nonzero()[:, 0]
-        state = (self.points, self.direction, self.units, self.alpha, self.basis, self.factor)
-        points, direction, units, alpha, basis, factor = state if everywhere else (part[paths] for part in state)
-        loc = points + stretch(units, direction[:, None])[:, 0]
-        return Met(Gaussians(loc, units, alpha.sqrt(), basis, factor), paths, moved[paths])
+        here = moved[self.under_way]
+        rows = slice(None) if isinstance(self.density, Stack) or bool(here.all()) else here.nonzero()[:, 0]
+        paths = self.under_way[rows]
+        direction, units, basis, factor = (part[rows] for part in (self.direction, self.units, self.basis, self.factor))
+        loc = self.points[paths] + stretch(units, direction[:, None])[:, 0]
+        return Met(Gaussians(loc, units, self.alpha[paths].sqrt(), basis, factor), paths, moved[paths])
 
     def tick(self) -> Tensor:
         """Try one step on each path that is not over; return which were taken (K,)."""
-        step = choose(~self.over, self.length[:, None] * self.direction, 0.0)
-        points = self.points + self._stretch(step)
-        height, gradient = self._look_at_open(points)
-        promised, gain = (self.gradient * step).sum(-1), height - self.height
+        self._leave_out()
+        rows = self.under_way
+        over, before = self.over[rows], self.height[rows]
+        step = choose(~over, self.length[:, None] * self.direction, 0.0)
+        points = self.points[rows] + stretch(self.units, step[:, None])[:, 0]
+        height, gradient = self._look_at_open(points, over)
+        promised, gain = (self.gradient * step).sum(-1), height - before
         finite = torch.isfinite(height) & torch.isfinite(gradient).all(-1)
-        moved = finite & (gain >= RISE * promised - self._rounding()) & ~self.over
+        moved = finite & (gain >= RISE * promised - self._rounding()) & ~over
         curved = self._remember(step, self.gradient - gradient, moved)
-        self.points = choose(moved, points, self.points)
-        self.height = choose(moved, height, self.height)
+        self.points[rows] = choose(moved, points, self.points[rows])
+        self.height[rows] = choose(moved, height, before)
         self.gradient = choose(moved, gradient, self.gradient)
         shrink = torch.where(finite, (0.5 * promised / (promised - gain)).clamp(*SHRINK), SHRINK[0])
         self.length = self.length * torch.where(moved, GROW, shrink)
-        self._turn(moved, curved)
-        return moved
+        self._turn(moved, curved, over)
+        taken = torch.zeros_like(self.over)
+        taken[rows] = moved
+        return taken
+
+    def _leave_out(self) -> None:
+        """Keep only those under way that are not over, where these are half of them at most."""
+        open_ = (~self.over[self.under_way]).nonzero()[:, 0]
+        if isinstance(self.density, Stack) or 2 * len(open_) > len(self.under_way):
+            return
+        self.under_way = self.under_way[open_]
+        for name in ("units", "gradient", "steps", "changes", "direction", "length"):
+            setattr(self, name, getattr(self, name)[open_])
+        if self.drawn:
+            self.basis, self.factor = self.basis[open_], self.factor[open_]
 
     def known(self, drawn: Tensor) -> float:
         """Return the highest density known from draws, where the first paths began: at one of them, or at a top."""
@@ -136,31 +155,28 @@ class Climb:
         self.over = self.over | ~(rose > least)
         if known is not None:
             self.over = self.over | (self.height >= known)
-        self.before = self.height
+        self.before = self.height.clone()
 
-    def _look(self, points: Tensor, units: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        units = self.units if units is None else units
+    def _look(self, points: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
         looks = [self.density.value_and_grad(part) for part in points.split(max(self.piece, 1))]
         height, gradient = looks[0] if len(looks) == 1 else (torch.cat(parts) for parts in zip(*looks, strict=True))
         return height, stretch(units.mT if units.dim() == 3 else units, gradient[:, None])[:, 0]
 
-    def _look_at_open(self, points: Tensor) -> tuple[Tensor, Tensor]:
+    def _look_at_open(self, points: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
         """Look at paths that are not over, where leaving out the others saves whole pieces of a batch."""
-        open_ = (~self.over).nonzero()[:, 0]
+        open_ = (~over).nonzero()[:, 0]
         count = -(-len(open_) // self.piece) * self.piece  # pieces are filled up, and a new batch size is recorded
-        if not 0 < count < len(points):
-            return self._look(points)
-        height, gradient = self.height.clone(), self.gradient.clone()
+        count = min(count, len(self.over)) if len(open_) else len(points)
+        if count == len(points):
+            return self._look(points, self.units)
+        height, gradient = self.height[self.under_way], self.gradient.clone()
         rows = torch.cat([open_, open_[-1:].expand(count - len(open_))])
         found = self._look(points[rows], self.units[rows])
         height[open_], gradient[open_] = (part[: len(open_)] for part in found)
         return height, gradient
 
-    def _stretch(self, x: Tensor) -> Tensor:
-        return stretch(self.units, x[:, None])[:, 0]
-
     def _rounding(self) -> Tensor:
-        return 8.0 * torch.finfo(self.height.dtype).eps * self.height.abs()
+        return 8.0 * torch.finfo(self.height.dtype).eps * self.height[self.under_way].abs()
 
     def _at_rest(self) -> Tensor:
         """Whether the present direction promises next to nothing."""
@@ -169,7 +185,7 @@ class Climb:
 
     def _newton(self, rows: Tensor) -> Tensor:
         """Inverse Hessian times gradient (N, D), of some paths."""
-        alpha, gradient = self.alpha[rows], self.gradient[rows]
+        alpha, gradient = self.alpha[self.under_way[rows]], self.gradient[rows]
         if not self.drawn:
             return newton_step(alpha, self.steps[rows], self.changes[rows], gradient)
         x, basis, factor = alpha.sqrt() * gradient, self.basis[rows], self.factor[rows]
@@ -177,28 +193,31 @@ class Climb:
         return alpha.sqrt() * (x + (inner @ basis.mT)[:, 0])
 
     def _remember(self, step: Tensor, change: Tensor, moved: Tensor) -> Tensor:
-        """Add steps that were taken to the history, where the density curves down along them; return where (K,)."""
+        """Add steps that were taken to the history, where the density curves down along them; return where (N,)."""
         curvature = (step * change).sum(-1)
         curved = moved & (curvature > CURVED * step.norm(dim=-1) * change.norm(dim=-1))
         root = torch.where(curved, curvature, 1.0).sqrt()[:, None]
         step, change = step / root, change / root
-        self.alpha = choose(curved, diagonal_update(self.alpha, step, change), self.alpha)
+        alpha = self.alpha[self.under_way]
+        self.alpha[self.under_way] = choose(curved, diagonal_update(alpha, step, change), alpha)
         self.steps = choose(curved, torch.cat([self.steps[:, 1:], step[:, None]], 1), self.steps)
         self.changes = choose(curved, torch.cat([self.changes[:, 1:], change[:, None]], 1), self.changes)
         return curved
 
-    def _turn(self, moved: Tensor, curved: Tensor) -> None:
+    def _turn(self, moved: Tensor, curved: Tensor, over: Tensor) -> None:
         """Choose new directions where a step was taken; forget the history where none could be."""
-        lost = ~moved & ~self.over & (self.length < SMALLEST_STEP)
-        self.over = self.over | (lost & (self.steps == 0.0).all(-1).all(-1))
-        self.alpha = choose(~lost, self.alpha, 1.0)
-        self.steps, self.changes = choose(~lost, self.steps, 0.0), choose(~lost, self.changes, 0.0)
+        lost = ~moved & ~over & (self.length < SMALLEST_STEP)
+        if bool(lost.any()):
+            over = over | (lost & (self.steps == 0.0).all(-1).all(-1))
+            self.alpha[self.under_way[lost]] = 1.0
+            self.steps, self.changes = choose(~lost, self.steps, 0.0), choose(~lost, self.changes, 0.0)
         if self.drawn:
             new = (curved | lost).nonzero()[:, 0]
-            basis, factor = compact(self.alpha[new], self.steps[new], self.changes[new])
+            basis, factor = compact(self.alpha[self.under_way[new]], self.steps[new], self.changes[new])
             self.basis, self.factor = self.basis.index_copy(0, new, basis), self.factor.index_copy(0, new, factor)
         turned = (moved | lost).nonzero()[:, 0]
         self.direction = self.direction.index_copy(0, turned, self._newton(turned))
         self.length = torch.where(curved | lost, 1.0, self.length)
-        self.settled = self.settled | (moved & self._at_rest())
-        self.over = self.over | self.settled
+        settled = self.settled[self.under_way] | (moved & self._at_rest())
+        self.settled[self.under_way] = settled
+        self.over[self.under_way] = over | settled

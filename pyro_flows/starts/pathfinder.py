@@ -66,7 +66,7 @@ def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, se
     with seeded(derive(seed, "pathfinder"), density.device):
         noise = torch.randn(DRAWS, density.dim, dtype=density.dtype, device=density.device)
     climb = Climb(density, points, units)
-    drawn = climb.height[:own]
+    drawn = climb.height[:own].clone()
     found = [climb.gaussians(torch.ones_like(climb.over))]
     best, elbo = found[0].gaussians, torch.full_like(climb.height, -torch.inf)
     for tick in range(1, TICKS + MORE_TICKS + 1):

@@ -20,6 +20,7 @@ from benchmarks.nuts import samplers, stages
 from benchmarks.nuts.samplers import NUMPYRO, NUTPIE, PYRO
 from benchmarks.posteriors.running import OURS, Task
 from pyro_flows._clock import ledger, used_seconds
+from pyro_flows.correction import search
 
 REFERENCE = json.loads(models.REFERENCE.read_text(encoding="utf-8"))
 QUICK = ("seeds", "surgical", "horseshoe", "lotka_volterra")
@@ -253,6 +254,10 @@ def test_the_outermost_part_decides_but_compiling_counts_for_itself():
     assert stages.stage_of(("the fit", "the choice of coordinates", "training")) == "coordinates"
     assert stages.stage_of(("the fit", "run 1 of 1", "training", "compiling")) == "compiling"
     assert stages.stage_of(("the fit", "run 1 of 1")) == stages.OTHER
+    chains = "the fit", "a sampler in the place of training"
+    assert stages.stage_of(chains) == "sampler"
+    assert stages.stage_of((*chains, search.COUNTED)) == "modes"
+    assert stages.stage_of((*chains, search.COUNTED, "tracing")) == "tracing"
     seconds = {("the fit", "training"): 1.0, ("the fit", "the races", "training"): 2.0, (): 0.001}
     assert stages.read(stages.written(seconds)) == {"races": 2.0, "training": 1.0}
 

@@ -172,6 +172,7 @@ def multiplied(maker: Maker, x: Tensor) -> Tensor:
         lambda: torch.addmm(maker.constant(columns).double(), rows, maker.constant(columns, size).double().mT) / size,
         lambda: rows[:40].mT @ rows[:40] / 40.0, lambda: aten.linalg_cholesky_ex(matrix)[0],
         lambda: aten.linalg_solve_triangular(matrix, batch, upper=maker.flag(), unitriangular=maker.flag()).tanh(),
+        lambda: aten.linalg_solve_triangular(matrix, batch.mT, upper=maker.flag(), left=False).tanh(),
     ]  # fmt: skip
     return maker.random.choice(ways)()
 

@@ -118,9 +118,11 @@ def triangular(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     right = y.reshape(1, 2, -1)
     ways = [(upper, unit) for upper in (False, True) for unit in (False, True)]
     solve = aten.linalg_solve_triangular
+    given = {left: right if left else right.mT for left in (True, False)}
     return tuple(
-        solve(factors, right.expand(one, -1, -1), upper=upper, unitriangular=unit)
+        solve(factors, given[left].expand(one, -1, -1), upper=upper, left=left, unitriangular=unit)
         for upper, unit in ways
+        for left in given
         for one in (1, 60)
     )
 
@@ -139,6 +141,13 @@ def test_matrices(function):
     x, y = normal(3, 40, seed=3).mT, normal(3, 4, seed=4).mT
     for got, expected in zip(made(x, y), function(x, y), strict=True):
         close(got, expected, 1e-9)
+
+
+@needs_c_compiler
+@pytest.mark.parametrize("function", [triangular, lambda x, y: (torch.where(torch.isfinite(x), x, 0.0),)])
+def test_nothing_is_left_to_torch(function):
+    made = check(function, normal(40, 3, seed=1), normal(4, 3, seed=2), least=1e-12)
+    assert made.calls == len(made._words)
 
 
 @needs_c_compiler
