@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,10 +56,8 @@ class Unit:
             mirrored = 2.0 * middles[self.site].to(value) - value if self.site in middles else -value
             return {self.site: mirrored if self.axis is None else torch.where(self._chosen(value), mirrored, value)}
         assert self.axis is not None
-        order = list(range(value.shape[self.axis]))
         first, second = self.indices
-        order[first], order[second] = second, first
-        return {self.site: value.index_select(self.axis, torch.tensor(order, device=value.device))}
+        return {self.site: value.index_select(self.axis, _swapped(value.shape[self.axis], first, second, value.device))}
 
     def _chosen(self, value: Tensor) -> Tensor:
         assert self.axis is not None
@@ -66,6 +65,14 @@ class Unit:
         shape[self.axis] = value.shape[self.axis]
         index = torch.arange(value.shape[self.axis], device=value.device)
         return (index == self.indices[0]).reshape(shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _swapped(length: int, first: int, second: int, device: torch.device) -> Tensor:
+    """Return the order of so many things of which two have changed places."""
+    order = list(range(length))
+    order[first], order[second] = second, first
+    return torch.tensor(order, device=device)
 
 
 Members = tuple[Unit, ...]
