@@ -19,7 +19,7 @@ from pyro_flows.graphs.narrowing import narrow
 from pyro_flows.graphs.operations import Kind, kind_of
 from pyro_flows.graphs.orders import ordered
 from pyro_flows.graphs.vectorizing import vectorize
-from pyro_flows.graphs.writes import storage_of, tensors_in
+from pyro_flows.graphs.writes import Memories, storage_of, tensors_in
 from pyro_flows.graphs.written import resolve
 
 FOLDED = 2**16  # numbers in a constant that may be computed from smaller ones
@@ -130,6 +130,7 @@ class _Tape(TorchDispatchMode):
         self._like: dict[Any, Tensor] = {}
         self._done = 0
         self._changed = changed  # operations whose results need nodes, since they are written into later
+        self._memories = Memories()
         self._made_by: dict[int, int] = {}  # memory, and the operation that it came from
         self._written: set[int] = set()  # memory that what depends on the inputs was written into, by way of any view
         self._wrong: set[int] = set()  # operations whose results would have needed nodes
@@ -179,7 +180,7 @@ class _Tape(TorchDispatchMode):
         if depends or self._needs_node(kind, result, tensors, numbers):
             self._write(func, args, kwargs, result, depends)
         elif isinstance(result, Tensor) and not kind.view:
-            self._made_by[storage_of(result)] = self._done
+            self._made_by[self._memories.of(result)] = self._done
         return result
 
     def _needs_node(self, kind: Kind, result: Any, tensors: list[Tensor], numbers: list[int | None]) -> bool:
@@ -199,7 +200,7 @@ class _Tape(TorchDispatchMode):
             self._wrong.update(self._made_by.get(storage_of(part), 0) for part in changed)
         for part in changed:
             self._keep(part)
-            self._written.update([storage_of(part)] if depends else [])
+            self._written.update([self._memories.of(part)] if depends else [])
         result = func(*args, **kwargs)
         if depends or any(number is not None for number in numbers):
             self._write(func, args, kwargs, result, depends)
@@ -261,7 +262,7 @@ class _Tape(TorchDispatchMode):
             node = self._equal.get(alike) or self._attribute(value)
             self._equal[alike] = node
             self._outside[id(value)] = value, None, node
-            self._sharing[storage_of(value)].append(id(value))
+            self._sharing[self._memories.of(value)].append(id(value))
         return self._outside[id(value)][2]
 
     def _alike(self, value: Tensor) -> Any:

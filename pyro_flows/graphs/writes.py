@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 Place = tuple[CodeType, int]  # in a program: code outside of torch, and its instruction
@@ -59,7 +60,7 @@ class FindWrites(TorchFunctionMode):
         self._made: dict[int, Place] = {}
         self._views: defaultdict[int, set[Place]] = defaultdict(set)
         self._written: set[Place] = set()
-        self._memories: set[int] = set()  # that were written into
+        self._held, self._memories = Memories(), set[int]()  # the latter were written into
         self._read: set[Place] = set()
         self._numpy = self._masks = False
         self._through: set[Place] = set()  # views that are written into
@@ -96,14 +97,10 @@ class FindWrites(TorchFunctionMode):
             self._through.add(place)
 
     def _make(self, result: Tensor, given: list[Tensor], place: Place) -> None:
-        memory = storage_of(result)
+        memory = self._held.of(result)
         source = next((part for part in given if storage_of(part) == memory), None)
         if source is None:
             self._made[memory] = place
-            views = self._views.pop(memory, set())
-            if memory in self._memories:  # freed, and used again
-                self._memories.remove(memory)
-                self._read |= views
         else:
             self._views[memory].add(place)
             setattr(result, _AT, (place, getattr(source, _AT, None)))
@@ -266,6 +263,24 @@ def _has_batch(value: Tensor) -> bool:
 def storage_of(value: Tensor) -> int:
     """Tell the memory that a tensor is in: views of one tensor share it."""
     return int(value.untyped_storage()._cdata)
+
+
+class Memories:
+    """Tells memory as :func:`storage_of` does, for as long as this lives: no other memory comes to have the number.
+
+    Else what is found would depend on which memory is free, and so on what the process did before. The number is kept
+    by a weak reference, which lets the memory go.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, StorageWeakRef] = {}
+
+    def of(self, value: Tensor) -> int:
+        """Return the number of the memory that a tensor is in."""
+        number = storage_of(value)
+        if number not in self._known:
+            self._known[number] = StorageWeakRef(value.untyped_storage())
+        return number
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:

@@ -53,6 +53,28 @@ def test_constants_are_folded_and_repeats_shared():
     assert sorted(called) == ["aten.add.Tensor", "aten.div.Tensor", "aten.exp.default", "aten.mul.Tensor"]
 
 
+def test_no_operation_on_constants_is_left_where_memory_is_used_again():
+    """A fit's digits hung on the process: a constant came to memory that something else had been written into."""
+    base = torch.arange(1.0, 4.0, dtype=torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        for _ in range(8):
+            written = torch.exp(x)
+            written += x
+            x = torch.sin(written)
+            del written
+            scale = base.log1p()  # torch gives memory out again that has just become free
+            x = x * (scale * 2.0)
+        return x
+
+    plain, quick, expected, module = run(function, normal(3, seed=0))
+    assert torch.equal(plain, expected)
+    assert torch.equal(quick, expected)
+    called = [node for node in module.graph.nodes if node.op == "call_function"]
+    assert all(any(part.op != "get_attr" for part in node.all_input_nodes) for node in called)
+    assert len(called) == 4 * 8
+
+
 def test_changes_in_place_are_kept():
     """A value that is changed in place, one that is used before and after, and one that a view shares."""
 

@@ -7,6 +7,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.graphs.batches import RECORDED_FROM
+from pyro_flows.graphs.writes import Memories, storage_of
 from tests.invariants import close
 from tests.model.test_tracing import alone
 from tests.models import real
@@ -225,3 +226,16 @@ def test_a_mask_of_another_shape_is_refused_as_ever():
 
     with pytest.raises(IndexError, match="shape of the mask"):
         pf.LogDensity(model, (Y,))
+
+
+def test_memory_that_is_used_again_has_another_number():
+    known, seen, bare = Memories(), set(), set()
+    for count in range(50):
+        one = torch.zeros(100)
+        assert known.of(one) == known.of(one[3:]) == storage_of(one)
+        seen.add(known.of(one))
+        assert len(seen) == count + 1
+        del one
+    for _ in range(50):
+        bare.add(storage_of(torch.zeros(100)))
+    assert len(bare) < 50
