@@ -32,6 +32,8 @@ BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of t
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, of a further round, last
 TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
 FEW = 50  # dimensions; with more, training takes several times as long
+# These are for gradients that write so many numbers, beside what a step of a chain writes; cheaper ones may be more.
+DEAR, BESIDE, CHEAPEST = 80_000, 6000, 4.0  # 600,000 dear ones take 20 seconds, a round of training 20 to 50
 NEARLY = 0.25  # of the effective draws that the verdict asks for
 SHORT_OF = 4.0  # times the gradients that are left; chains that sufficed never needed half of them
 LONGER_THAN_THOUGHT = 1.5  # times the gradients that draws would take at their pace so far
@@ -115,8 +117,8 @@ def _plain_gradients(posterior: Record) -> float:
 def attempt(flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar) -> Chains | None:
     """Try a sampler where a round of training did not suffice, for less than another round; None if it does not either.
 
-    Cost: 40,000 to 600,000 gradients, 1,200,000 where sds are not told before (above 50 dimensions). A round of
-    training takes 256 for each of thousands of steps.
+    Cost: 40,000 to 600,000 gradients, 1,200,000 where sds are not told before (above 50 dimensions), and up to four
+    times as many cheap ones. A round of training takes 256 for each of thousands of steps.
     """
     with density.clock.watching():
         z, log_q = flow.draw(BEGUN_FROM)
@@ -124,7 +126,7 @@ def attempt(flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *
     weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0).nan_to_num(nan=0.0)
     if not float(weights.square().sum()) * len(z) * WORTH < 1.0 or not bool(weights.sum() > 0.0):
         return None
-    about: dict[str, Any] = {"seed": seed, "bar": bar, "most": ATTEMPT, "independence": 1}
+    about: dict[str, Any] = {"seed": seed, "bar": bar, "most": affordable(density, ATTEMPT), "independence": 1}
     found = chains_from(Latent(flow, density), names, z, weights.log(), draws, **about)
     return None if found is None else found[1]
 
@@ -138,6 +140,14 @@ def miss_a_mode(chains: Chains, flow: Flow, density: LogDensity, names: Sequence
     return any(said.startswith(MISS) for said in lacking.failures)
 
 
+def affordable(density: LogDensity, gradients: float) -> float:
+    """Return how many gradients take as long as so many dear ones: training costs the same, whatever they cost.
+
+    They are told by the numbers that they write, not by a clock, so that one seed gives one answer.
+    """
+    return gradients * min(max(DEAR / (BESIDE + density.written), 1.0), CHEAPEST)
+
+
 def _only_lacks_draws(found: ChainFigures) -> bool:
     """Whether superchains agree, and draws will be enough: more of them may cost less than to train a flow."""
     return min(found.ess_bulk, found.ess_tail) >= NEARLY * LEAST_ESS and found.nested_r_hat <= NESTED_R_HAT
@@ -146,15 +156,17 @@ def _only_lacks_draws(found: ChainFigures) -> bool:
 def _gone_on(sampler: Sampler, found: ChainFigures, spent: float, bar: Bar, patient: bool) -> ChainFigures:
     """Go on with chains that will have draws enough before a flow could be trained; return their figures.
 
-    In all they take `TRAINED` gradients at most. Those that nothing speaks against, but that do not tell all standard
-    deviations, go on to that (`ATTEMPT` up to `FEW` dimensions). ``patient`` chains go on for this alone.
+    In all they take `TRAINED` gradients at most, more if these are cheap. Those that nothing speaks against, but that
+    do not tell all standard deviations, go on to that (`ATTEMPT` up to `FEW` dimensions). ``patient`` chains go on for
+    this alone.
     """
-    most = TRAINED if sampler.latent.dim > FEW else ATTEMPT
+    trained, attempted = (affordable(sampler.latent.density, count) for count in (TRAINED, ATTEMPT))
+    most = trained if sampler.latent.dim > FEW else attempted
     while not sampler.told:
         more = most - spent
         if objections(found):
             needed = sampler.to_come(found)
-            more = min(max(ATTEMPT - spent, LONGER_THAN_THOUGHT * needed), TRAINED - spent)
+            more = min(max(attempted - spent, LONGER_THAN_THOUGHT * needed), trained - spent)
             if patient or not _only_lacks_draws(found) or needed > more:
                 break
         elif objections(sampler.figures()):  # found may be of some coordinates only

@@ -155,9 +155,10 @@ class Sampler:
         return self._gradients(max(ROUNDS[0] * ROUND - self.numbers["sweeps"], 0) + KEPT, step)
 
     def to_come(self, found: ChainFigures) -> float:
-        """Return how many gradients it takes until draws are enough, at the pace of these figures; or from anew."""
-        done = self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
-        return self._gradients(max(sweeps_needed(found) - done, 0.0))
+        """Return how many gradients it takes until draws are enough; from anew where trajectories diverge."""
+        halved = diverge(found) and self.numbers["halved"] < HALVINGS
+        done = 0 if halved else self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
+        return self._gradients(max(sweeps_needed(found) - done, 0.0), 0.5 if halved else 1.0)
 
     def _gradients(self, sweeps: float, step: float = 1.0) -> float:
         leaps = min(self.kernel.length / (step * self.kernel.step), 0.5 * self.kernel.most_leaps / step)  # in the mean

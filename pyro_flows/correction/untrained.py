@@ -17,7 +17,7 @@ from pyro_flows.correction.joining import joins
 from pyro_flows.correction.judging import around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS
-from pyro_flows.correction.rungs import ATTEMPT, BEGUN_FROM, FEW, UNTRAINED, chains_from
+from pyro_flows.correction.rungs import ATTEMPT, BEGUN_FROM, FEW, UNTRAINED, affordable, chains_from
 from pyro_flows.correction.search import Lacking, lacks_of_chains
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
@@ -109,7 +109,7 @@ def _chains(
     None if they have not converged.
     """
     about: dict[str, Any] = {"seed": seed, "bar": bar, "independence": 0, "patient": False}
-    about["most"] = UNTRAINED if density.dim <= FEW else ATTEMPT
+    about["most"] = affordable(density, UNTRAINED if density.dim <= FEW else ATTEMPT)
     latent = Latent(begun.sampler, density)
     if begun.exact and exchange_of(latent, latent.look(*latent.place(begun.z[:CHAINS])), None) is None:
         return None

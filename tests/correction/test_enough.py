@@ -14,7 +14,7 @@ from pyro_flows.correction import enough
 from pyro_flows.correction.diagnostics import slowest
 from pyro_flows.correction.kept import STATS, Kept
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.sampler import Sampler
+from pyro_flows.correction.sampler import HALVINGS, Sampler
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.verdict.chains import LEAST_ESS, ChainFigures
 from tests.registry import normal
@@ -164,6 +164,16 @@ def test_draws_after_a_halved_step_are_counted_as_they_will_be():
     foreseen = sampler._gradients(10.0, 0.5)
     sampler._begin_halved()
     assert sampler._gradients(10.0) == foreseen == 2.0 * 10.0 * 32 * CHAINS
+
+
+def test_chains_that_diverge_begin_anew():
+    sampler = sampler_with(normals())
+    sampler.numbers |= {"sweeps": 100, "fixed_at": 0}
+    found = replace(sampler.figures(), sweeps=100, ess_bulk=1500.0, ess_tail=750.0)
+    assert sampler.to_come(found) == sampler._gradients(100.0), "200 sweeps suffice, of which 100 are done"
+    assert sampler.to_come(replace(found, divergences=0.01)) == sampler._gradients(200.0, 0.5)
+    sampler.numbers["halved"] = HALVINGS
+    assert sampler.to_come(replace(found, divergences=0.01)) == sampler._gradients(100.0)
 
 
 def test_kurtoses():

@@ -15,6 +15,7 @@ from pyro_flows.correction.judging import DISAGREE, around
 from pyro_flows.correction.search import MISS, OF_CHAINS, TOO_LITTLE, Lacking, held_out, lacks_of_chains
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes import missed_modes
+from pyro_flows.modes.doubts import UNWEIGHED
 from pyro_flows.modes.lacks import Lack
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
@@ -137,6 +138,32 @@ def test_what_chains_hold_does_not_hide_what_a_later_search_finds(monkeypatch):
     assert len(found.failures) == 1
     assert found.failures[0].startswith(TOO_LITTLE)
     assert not found.stages, "draws that wandered have no place that longer chains could be held to"
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_place_of_untold_mass_is_told_by_chains_that_begin_there(monkeypatch, joined):
+    """A thousand local latents took twice as long, and a flow: Hessians were too dear to weigh a place of no mass."""
+    density, chains = normal_chains()
+    far = torch.full((3,), 5.0, dtype=torch.float64)
+
+    def climbed(guide, modes, z, log_q, untold, *, seed):
+        untold.append(Lack(far, Start("mode", far, torch.ones(3, dtype=torch.float64))))
+        return []
+
+    monkeypatch.setattr(missed_modes, "climbed", climbed)
+    for name in ("surveyed", "too_thin"):
+        monkeypatch.setattr(missed_modes, name, lambda *_, **__: [])
+    asked = []
+
+    def come_to_the_others(places):
+        asked.append(places)
+        return joined
+
+    given = (lambda points: density(points), 0.0, 0.0, [])
+    found = lacks_of_chains(density, chains, *given, seed=0, joined=come_to_the_others)
+    assert found.notes == ([] if joined else [UNWEIGHED])
+    assert not found.failures
+    assert torch.equal(asked[0], far[None])
 
 
 def test_a_region_that_is_known_to_hold_next_to_nothing_need_not_be_visited(monkeypatch):

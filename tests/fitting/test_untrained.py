@@ -122,10 +122,15 @@ def test_chains_that_diverge_are_given_up_where_gradients_do_not_suffice_for_hal
     assert found[False, 150_000].kernel.most_leaps >= 2 * found[False, 80_000].kernel.most_leaps, "as long as before"
 
 
+def space(dim, written=80_000):
+    """The space of chains on a density of so many coordinates, whose gradient writes so many numbers."""
+    return SimpleNamespace(dim=dim, density=SimpleNamespace(written=written))
+
+
 class Paced:
     """Chains that have what they are told at the end of each run, at 2,000 gradients a sweep."""
 
-    told, others, latent = False, 1.0, SimpleNamespace(dim=100)
+    told, others, latent = False, 1.0, space(100)
 
     def __init__(self, least):
         self.least, self.asked = iter(least), []
@@ -173,7 +178,9 @@ def test_chains_go_on_while_that_costs_less_than_a_flow(least, asked):
     [
         ({}, True, 1600, [900_000]),  # sds are waited for
         ({}, True, 800, []),  # effective draws are not
-        ({"latent": SimpleNamespace(dim=50)}, False, 1600, [300_000]),
+        ({"latent": space(50)}, False, 1600, [300_000]),
+        ({"latent": space(100, 34_000)}, False, 1600, [2_100_000]),  # half as dear
+        ({"latent": space(100, 10)}, False, 1600, [4_500_000]),
         ({"others": 1.02}, False, 1600, []),  # coordinates that were not looked at disagree
     ],
 )
