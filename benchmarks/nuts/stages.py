@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pyro_flows.correction import search, untrained
 from pyro_flows.fitting.slicing import STAGE as SLICES
 from pyro_flows.modes.propriety import PART
 
 OTHER = "other"
 CROSSING = "tracing", "compiling"  # wherever they are
-SEARCHES_OF_CHAINS = "the search for modes that the chains lack", "the search for copies"  # also inside of a sampler
+SEARCHES_OF_CHAINS = search.COUNTED, untrained.COPIES  # also inside of a sampler
 STAGES = {  # of parts inside of each other the outermost decides, but for these
     "reading": ("reading the model",),
     "tracing": ("tracing",),
@@ -35,7 +36,7 @@ _STAGE_OF = {part: stage for stage, parts in STAGES.items() for part in parts}
 
 
 def stage_of(parts: tuple[str, ...]) -> str:
-    """Return the stage that the parts of a fit belong to, the outermost first."""
+    """Return the stage of parts inside of each other, the outermost first: see :data:`STAGES` for which decides."""
     inner = [part for part in parts[-1:] if part in CROSSING] or [part for part in parts if part in SEARCHES_OF_CHAINS]
     deciding = inner or [part for part in parts if part in _STAGE_OF and part not in CROSSING]
     return _STAGE_OF[deciding[0]] if deciding else OTHER

@@ -20,7 +20,7 @@ from torch import Tensor
 MOST_AXES = 50  # long ones, and as many short ones
 MOST_DIM = 1200  # dimensions up to which directions are looked for: an eigendecomposition takes the cube of them
 LONG = 2.0  # variance of a direction, in units of the scales, above which it counts
-APART_FROM_ONE = 1.2  # times: the variance that draws and gradients tell together, above which a direction is kept
+APART_FROM_ONE = 1.2  # a direction is kept if draws and gradients together say a variance above it, or below 1 / 1.2
 NARROWEST, WIDEST = 1e-6, 1e6  # variances
 SCALES = 0.01, 100.0
 APART = 0.5  # of the draws of a round that count as independent ones
@@ -90,9 +90,10 @@ def learned(x: Tensor, slope: Tensor) -> Metric:
     if not bool(torch.isfinite(inside).all()):
         return Metric.of(scale)
     values, turned = torch.linalg.eigh(inside)
+    values = values.clamp(NARROWEST, WIDEST)
     kept = values.log().abs() > math.log(APART_FROM_ONE)  # noise shows in draws or in gradients, not in both
     values, turned = values[kept], turned[:, kept]
-    return Metric(scale, (basis @ turned).to(x), values.clamp(NARROWEST, WIDEST).sqrt().to(x))
+    return Metric(scale, (basis @ turned).to(x), values.sqrt().to(x))
 
 
 def _longest(covariance: Tensor, edge: float) -> Tensor:

@@ -32,8 +32,9 @@ BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of t
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, of a further round, last
 TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
 FEW = 50  # dimensions; with more, training takes several times as long
-# These are for gradients that write so many numbers, beside what a step of a chain writes; cheaper ones may be more.
-DEAR, BESIDE, CHEAPEST = 80_000, 6000, 4.0  # 600,000 dear ones take 20 seconds, a round of training 20 to 50
+# Numbers that a dear gradient writes together with a step of chains, which has the second; and how many times as many
+# cheaper gradients there may be at most: 600,000 dear ones take 20 seconds, a round of training 20 to 50.
+DEAR, BESIDE, CHEAPEST = 80_000, 6000, 4.0
 NEARLY = 0.25  # of the effective draws that the verdict asks for
 SHORT_OF = 4.0  # times the gradients that are left; chains that sufficed never needed half of them
 LONGER_THAN_THOUGHT = 1.5  # times the gradients that draws would take at their pace so far

@@ -156,9 +156,9 @@ class Sampler:
 
     def to_come(self, found: ChainFigures) -> float:
         """Return how many gradients it takes until draws are enough; from anew where trajectories diverge."""
-        halved = diverge(found) and self.numbers["halved"] < HALVINGS
-        done = 0 if halved else self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
-        return self._gradients(max(sweeps_needed(found) - done, 0.0), 0.5 if halved else 1.0)
+        done = self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
+        again = diverge(found) and found.sweeps <= done and self.numbers["halved"] < HALVINGS  # not of an earlier step
+        return self._gradients(max(sweeps_needed(found) - (0 if again else done), 0.0), 0.5 if again else 1.0)
 
     def _gradients(self, sweeps: float, step: float = 1.0) -> float:
         leaps = min(self.kernel.length / (step * self.kernel.step), 0.5 * self.kernel.most_leaps / step)  # in the mean

@@ -140,7 +140,8 @@ def is_far_off(flow: Flow, density: LogDensity) -> bool:
     """Whether a few draws of a flow tell that its weights would not do: next to none of them has weight."""
     with density.clock.watching():
         z, log_q = flow.draw(GLANCED_DRAWS)
-    weights = torch.softmax((density(z) - log_q).double().nan_to_num(nan=-torch.inf, posinf=-torch.inf), 0)
+    ratios = (density(z) - log_q).double()
+    weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0)
     return not float(weights.square().sum()) * GLANCED_DRAWS * FAR_OFF < 1.0  # NaN where no draw has a density
 
 

@@ -210,6 +210,7 @@ class _Tape(TorchDispatchMode):
         """Copy the constants that share memory with a tensor which is about to be changed in place."""
         for key in self._sharing.pop(storage_of(changed), ()):
             value, _, node = self._outside.pop(key)
+            self._equal.pop(key, None)  # from here on it is another constant
             if getattr(self._root, str(node.target)) is value:
                 setattr(self._root, str(node.target), value.detach().clone())
 

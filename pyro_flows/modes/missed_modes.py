@@ -61,7 +61,7 @@ def missed_modes(
        Each carries a normal distribution (``starts/pathfinder.py``), whose weighted draws tell the mass. Where they
        are too few, tempering does, in comparison with the region that the guide covers, by the same method. Where the
        normal seems to be too poor even for that, Newton's steps and a Hessian give a better one (``doubts.py``). Where
-       Hessians are too dear, a note says so, unless ``sift`` takes such places out, too.
+       Hessians are too dear and nothing else is found, a note says so, unless ``sift`` takes such places out, too.
     4. All draws are moved along single coordinates to further maxima: see :func:`across`.
     5. In few dimensions, a mixture is brought from the prior to the density. Its weighted draws tell what mass the
        guide lacks altogether, in modes that are too small to count by themselves too: see :func:`spread_out`.

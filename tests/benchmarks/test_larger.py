@@ -250,7 +250,7 @@ def test_each_part_of_a_fit_belongs_to_a_stage():
                 assert name in inner or name == "the fit" or stages.stage_of((name,)) != stages.OTHER, name
 
 
-def test_the_outermost_part_decides_but_compiling_counts_for_itself():
+def test_the_outermost_part_decides_but_compiling_and_searches_of_chains_count_for_themselves():
     assert stages.stage_of(("the fit", "the choice of coordinates", "training")) == "coordinates"
     assert stages.stage_of(("the fit", "run 1 of 1", "training", "compiling")) == "compiling"
     assert stages.stage_of(("the fit", "run 1 of 1")) == stages.OTHER

@@ -172,7 +172,9 @@ def test_chains_that_diverge_begin_anew():
     found = replace(sampler.figures(), sweeps=100, ess_bulk=1500.0, ess_tail=750.0)
     assert sampler.to_come(found) == sampler._gradients(100.0), "200 sweeps suffice, of which 100 are done"
     assert sampler.to_come(replace(found, divergences=0.01)) == sampler._gradients(200.0, 0.5)
-    sampler.numbers["halved"] = HALVINGS
+    sampler._begin_halved()
+    assert sampler.to_come(replace(found, divergences=0.01)) == sampler._gradients(200.0), "no second time"
+    sampler.numbers |= {"sweeps": 100, "fixed_at": 0, "halved": HALVINGS}
     assert sampler.to_come(replace(found, divergences=0.01)) == sampler._gradients(100.0)
 
 

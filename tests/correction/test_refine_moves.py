@@ -9,6 +9,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.correction import hmc
+from pyro_flows.correction import metric as metric_module
 from pyro_flows.correction.adaptation import Kernel, halton
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.latent import Latent
@@ -368,6 +369,15 @@ def test_a_metric_of_noise_has_no_directions():
     x = torch.randn(400, 100, dtype=REAL)
     assert not len(learned(x, -x).roots)
     assert not len(learned(x.index_fill(0, torch.arange(400), math.nan), -x).roots)
+
+
+def test_directions_that_draws_and_gradients_do_not_agree_on_are_dropped(monkeypatch):
+    """Draws of a thousand local latents that know of each other had 90 long directions, of which one was longer."""
+    torch.manual_seed(0)
+    x = torch.randn(100, 200, dtype=REAL).repeat_interleave(8, 0)  # an eighth of them are new
+    assert not len(learned(x, -x).roots)
+    monkeypatch.setattr(metric_module, "APART_FROM_ONE", 1.0)
+    assert len(learned(x, -x).roots) > 10
 
 
 def test_numbers_of_the_kernel():

@@ -1,5 +1,6 @@
 """A fit ends as soon as its weights leave nothing to see, and not before."""
 
+import math
 from dataclasses import replace
 
 import pyro
@@ -215,3 +216,16 @@ def test_level_from_both_sides(rise, level):
     monitor = Monitor(elbos=[0.0, 0.1, 0.2, rise, 0.1 + rise, 0.2 + rise])
     assert monitor.level() is level
     assert not Monitor(elbos=[0.0] * 5).level()
+
+
+@pytest.mark.parametrize(("shift", "far"), [(0.0, False), (1.0, False), (30.0, True), (math.inf, True)])
+def test_a_glance_tells_flows_whose_weights_would_not_do(shift, far):
+    """A normal distribution and a posterior that is so many sds away, or nowhere at all."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+        pyro.factor("away", shift * x[0] if math.isfinite(shift) else -torch.inf * torch.ones_like(x[0]))
+
+    flow = pf.Flow(pf.LowerTriangularAffine(2), base="normal").double()
+    torch.manual_seed(0)
+    assert escalation.is_far_off(flow, pf.LogDensity(model)) is far

@@ -75,6 +75,20 @@ def test_no_operation_on_constants_is_left_where_memory_is_used_again():
     assert len(called) == 4 * 8
 
 
+def test_a_large_constant_that_has_changed_is_another_one():
+    """A wrong graph: a constant of more than 4096 numbers stayed the one that it was before it was changed in place."""
+    x = torch.ones(5000, dtype=torch.float64)
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        c = torch.arange(5000.0, dtype=torch.float64)
+        before = (x * c).sum()
+        c.add_(1.0)
+        return before, (x * c).sum()
+
+    for got, expected in zip(record(function, x)(x), function(x), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_changes_in_place_are_kept():
     """A value that is changed in place, one that is used before and after, and one that a view shares."""
 

@@ -9,6 +9,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.starts import pathfinder as module
+from pyro_flows.starts.climb import Climb, climb
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular, scales
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import pathfinder
@@ -68,6 +69,38 @@ def test_a_gaussian_is_recovered(frames):
     if frames == "full":
         whitened = torch.linalg.solve_triangular(factor, lower_triangular(found.best.scale()), upper=False)
         close(whitened, torch.eye(len(WIDE), dtype=torch.float64).expand_as(whitened), 1e-6)
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("full", [True, False])
+def test_paths_that_are_over_are_left_out(full, drawn, monkeypatch):
+    """They end at ticks that differ by dozens, one at once; what comes of each is what comes of all side by side."""
+    density, loc, _ = gaussian(10.0 ** torch.linspace(-2.0, 2.0, 5, dtype=torch.float64))
+    points = 10.0 ** torch.linspace(-3.0, 4.0, 12, dtype=torch.float64)[:, None] * normal(12, 5, seed=3)
+    points[3], points[5] = loc, math.inf
+    units = scales(density, points.nan_to_num(posinf=1.0))
+    frames = torch.diag_embed(units) if full and drawn else units
+    kept = []
+
+    def run():
+        if not drawn:
+            return climb(density, points, units)
+        found = pathfinder(density, points, frames, seed=0)
+        return found.ends, found.elbo, found.settled, *found.best
+
+    leave_out = Climb._leave_out
+
+    def left_out(self):
+        leave_out(self)
+        kept.append(len(self.under_way))
+
+    monkeypatch.setattr(Climb, "_leave_out", left_out)
+    found = run()
+    assert kept[0] == len(points)
+    assert kept[-1] <= len(points) // 2
+    monkeypatch.setattr(Climb, "_leave_out", lambda self: None)
+    for got, expected in zip(found, run(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
 def test_raw_coordinates_do_not_do():
