@@ -315,7 +315,7 @@ BUGS = [
     (climbs, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 10 * SHARE", a_large_mode),
     (climbs, "_weighed", "float(lacking.mean()) > SHARE", "float(lacking.mean()) > 0.1 * SHARE", a_small_mode),
     (move.Unit, "apply", "else -value", "else value", one_half),
-    (move.Unit, "apply", "order[first], order[second] = second, first", "pass", labels),
+    (move, "_swapped", "order[first], order[second] = second, first", "pass", labels),
     (move.Unit, "apply", "2.0 * middles", "0.0 * middles", shares),
     (move.Unit, "apply", "self.other: value", "self.other: values[self.other]", shares),
     (symmetries, "_placed", "inside = inside & close", "close", supports),
