@@ -229,13 +229,11 @@ def test_a_mask_of_another_shape_is_refused_as_ever():
 
 
 def test_memory_that_is_used_again_has_another_number():
-    known, seen, bare = Memories(), set(), set()
+    """Torch gives memory out again that has just become free, by the same address as a rule."""
+    known, seen = Memories(), set()
     for count in range(50):
         one = torch.zeros(100)
         assert known.of(one) == known.of(one[3:]) == storage_of(one)
         seen.add(known.of(one))
         assert len(seen) == count + 1
         del one
-    for _ in range(50):
-        bare.add(storage_of(torch.zeros(100)))
-    assert len(bare) < 50
