@@ -14,7 +14,7 @@ from pyro_flows.correction.diagnostics import figures
 from pyro_flows.correction.enough import untold
 from pyro_flows.correction.joining import joins
 from pyro_flows.correction.sampler import Sampler
-from pyro_flows.correction.search import MISS, TOO_LITTLE, Lacking, bridge, held_out, lacks_of_chains
+from pyro_flows.correction.search import COUNTED, MISS, TOO_LITTLE, Lacking, bridge, held_out, lacks_of_chains
 from pyro_flows.correction.smc import Annealed
 from pyro_flows.correction.starts import PLAIN, affine_flow, flow_of
 from pyro_flows.flows.flow import Flow
@@ -68,7 +68,7 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
         against = untold(chains.z, found, posterior.coordinates)
     lacking = Lacking([])
     if not against and chains is not None:
-        with clock.part("the search for modes that the chains lack"):
+        with clock.part(COUNTED):
             lacking = _checked(posterior, chains, seed, work)
         mendable = all(said.startswith((TOO_LITTLE, MISS, DISAGREE)) for said in lacking.failures)
         work.come_short = bool(lacking.failures) and mendable and lacking.reached

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.judging import around, evidence_of
 from pyro_flows.correction.rungs import miss_a_mode
-from pyro_flows.correction.search import held_by
+from pyro_flows.correction.search import COUNTED, held_by
 from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.combined import Combined, Sampler
 from pyro_flows.fitting.guide_space import latent_of
@@ -183,7 +183,7 @@ def _miss_another(plan: Plan, density: LogDensity, found: Combined) -> bool:
     chains, flow, search = found.best.chains, found.plain, found.search
     if chains is None or search is None or not isinstance(flow, Flow) or all(lack.beside for lack in search.lacks):
         return False
-    with plan.clock.part("the search for modes that the chains lack"):
+    with plan.clock.part(COUNTED):
         return miss_a_mode(chains, flow, density, coordinate_names(density.structure), seed=plan.seed)
     return False
 

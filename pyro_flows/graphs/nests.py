@@ -44,6 +44,7 @@ from pyro_flows.graphs.views import (
     to_nest,
     views_in,
 )
+from pyro_flows.graphs.writes import storage_of
 
 _aten = torch.ops.aten
 NUMBERS = torch.float64, torch.float32, torch.bool  # all of them double precision here
@@ -140,7 +141,7 @@ class Nests:
 
     def _own(self, value: Tensor, view: View) -> None:
         """Know the buffer of a result, for those that share memory with it."""
-        self.owner[_storage(value)] = view.buffer, int(value.storage_offset()) - view.offset, value.dtype
+        self.owner[storage_of(value)] = view.buffer, int(value.storage_offset()) - view.offset, value.dtype
 
     def _operation(self, node: fx.Node) -> None:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.real.__getitem__)  # type: ignore[misc]
@@ -178,7 +179,7 @@ class Nests:
 
     def _shared(self, value: Any) -> View | None:
         """Return the view of a buffer that shares memory with a result, if one does."""
-        known = self.owner.get(_storage(value)) if isinstance(value, Tensor) else None
+        known = self.owner.get(storage_of(value)) if isinstance(value, Tensor) else None
         if known is None:
             return None
         buffer, begin, dtype = known
@@ -293,7 +294,3 @@ class Nests:
         task.level = max(level_for(view, task.nest) for view in taken)
         to.buffer.level = max(to.buffer.level, task.level)
         self.tasks.append(task)
-
-
-def _storage(value: Tensor) -> int:
-    return int(value.untyped_storage()._cdata)
