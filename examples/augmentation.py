@@ -19,7 +19,7 @@ from sklearn.svm import SVC
 from torch.nn.functional import one_hot
 
 import pyro_flows as pf
-from pyro_flows import datasets, interpolation
+from pyro_flows import datasets, plots
 
 WANTED = torch.arange(10).repeat_interleave(100)
 LOGISTIC = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
@@ -44,7 +44,7 @@ def blends(images, labels, max_epochs, seed):
     z, _ = fit.flow.bijection.inverse_and_ladj((images + 0.5) / 17, context)
     for digit in WANTED:
         four = z[labels == digit][torch.randperm(int((labels == digit).sum()), generator=generator)[:4]]
-        found.append(interpolation.blend(four, *(0.5 * math.pi * torch.rand(2, generator=generator))))
+        found.append(plots.blend(four, *(0.5 * math.pi * torch.rand(2, generator=generator))))
     draws, _ = fit.flow.bijection.forward_and_ladj(torch.stack(found), one_hot(WANTED, 10).float())
     return (draws.detach() * 17).floor().clamp(0, 16), WANTED
 

@@ -65,7 +65,7 @@ def main():
     theta = banana(1000, generator)
     x = theta + NOISE * torch.randn(theta.shape, generator=generator)
     unseen = banana(2000, generator)
-    priors = {"gaussian": pf.Flow(pf.LowerTriangularAffine(2)), "realnvp": pf.realnvp(2, layers=6)}
+    priors = {"gaussian": pf.Flow(pf.transforms.LowerTriangularAffine(2)), "realnvp": pf.realnvp(2, layers=6)}
     for name, prior in priors.items():
         learn(prior, x, steps)
         with torch.no_grad():

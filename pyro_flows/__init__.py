@@ -4,7 +4,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from pyro_flows import objectives
+from pyro_flows import objectives, transforms
 from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import fit
@@ -17,24 +17,11 @@ from pyro_flows.guides.named import AutoNICE, AutoPlanar, AutoRealNVP
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.posterior.posterior import Posterior, load
-from pyro_flows.transforms import masks
-from pyro_flows.transforms.affine_coupling import AdditiveCoupling, AffineCoupling
-from pyro_flows.transforms.base import Bijection, Bound, Inverse
-from pyro_flows.transforms.chain import Chain
-from pyro_flows.transforms.image import MultiScale, Squeeze
-from pyro_flows.transforms.linear import DiagonalAffine, LowerTriangularAffine, Rescale
-from pyro_flows.transforms.lu import Conv1x1, LULinear
-from pyro_flows.transforms.norm import ActNorm, BatchNorm
-from pyro_flows.transforms.permutation import Permutation
-from pyro_flows.transforms.pixels import Dequantize, Logit
-from pyro_flows.transforms.planar import Planar
-from pyro_flows.transforms.spline_coupling import SplineCoupling
-from pyro_flows.transforms.tails import SinhArcsinh
-from pyro_flows.verdict.chains import ChainFigures, Chains
+from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws
 from pyro_flows.verdict.verdict import Verdict
 
 if TYPE_CHECKING:
-    from pyro_flows import datasets, interpolation, pictures, plots
+    from pyro_flows import datasets, plots
     from pyro_flows.calibration.fit_many import fit_many
     from pyro_flows.calibration.result import Calibration
     from pyro_flows.calibration.sbc import sbc
@@ -51,8 +38,6 @@ if TYPE_CHECKING:
 # What a fit does not need is imported when it is asked for: a third of the time that the package takes.
 _LATER = {
     "datasets": "datasets",
-    "interpolation": "interpolation",
-    "pictures": "pictures",
     "plots": "plots",
     "fit_many": "calibration.fit_many",
     "Calibration": "calibration.result",
@@ -69,6 +54,8 @@ _LATER = {
     "prior_from": "priors.fit",
     "FittedPrior": "priors.fitted",
 }
+_MOVED = {"Chain": "transforms.Compose", "Chains": "McmcDraws", "ChainFigures": "McmcDiagnostics"}
+_MOVED |= {"interpolation": "plots", "pictures": "plots"}
 
 try:
     __version__ = version("pyro-flows")
@@ -76,45 +63,24 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "ActNorm",
-    "AdditiveCoupling",
-    "AffineCoupling",
     "AutoFlow",
     "AutoNICE",
     "AutoPlanar",
     "AutoRealNVP",
-    "BatchNorm",
-    "Bijection",
-    "Bound",
     "Calibration",
-    "Chain",
-    "ChainFigures",
-    "Chains",
     "Comparison",
-    "Conv1x1",
     "DensityFit",
-    "Dequantize",
-    "DiagonalAffine",
     "Estimate",
     "Evidence",
     "FittedPrior",
     "Flow",
-    "Inverse",
-    "LULinear",
     "LogDensity",
-    "Logit",
     "Loo",
-    "LowerTriangularAffine",
-    "MultiScale",
+    "McmcDiagnostics",
+    "McmcDraws",
     "NothingObservedWarning",
-    "Permutation",
-    "Planar",
     "Posterior",
-    "Rescale",
     "Sensitivity",
-    "SinhArcsinh",
-    "SplineCoupling",
-    "Squeeze",
     "UnreliableWarning",
     "Verdict",
     "compare",
@@ -125,13 +91,10 @@ __all__ = [
     "fit_many",
     "from_mcmc",
     "glow",
-    "interpolation",
     "load",
-    "masks",
     "multiscale_realnvp",
     "nice",
     "objectives",
-    "pictures",
     "planar",
     "plots",
     "prior_from",
@@ -139,13 +102,16 @@ __all__ = [
     "realnvp",
     "sbc",
     "spline",
+    "transforms",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name that is asked for the first time."""
     if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        moved = _MOVED.get(name) or (f"transforms.{name}" if name in transforms.__all__ else None)
+        where = f"; it is pf.{moved} now" if moved else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{where}")
     module = import_module(f"{__name__}.{_LATER[name]}")
     value = module if _LATER[name] == name else getattr(module, name)
     globals()[name] = value

@@ -20,6 +20,7 @@ STYLE = Path(__file__).with_name("style.mplstyle")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of the style file
 LINES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)))
 FLOW, BASE, INK, LINE = COLORS[0], COLORS[1], "#333333", "#8A8A8A"
+WIDTH = 7.0  # inches of a figure: 672 pixels, which notebooks and pages show without shrinking them
 SHOWN = (0.002, 0.998)  # quantiles between which marginals and clouds are shown
 FILLED = 0.2  # opacity
 

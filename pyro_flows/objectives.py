@@ -19,14 +19,14 @@ WIDE_SCALE = 3.0
 STEEP = 1e3  # times the median length of a direction: no draw pulls harder
 
 
-class Estimate(NamedTuple):
+class Loss(NamedTuple):
     """A loss to call ``backward`` on, and without a graph the terms of a bound and the draws' log weights.
 
     The mean of the terms (nats), one for each draw or group of draws, estimates the bound; those that are not finite
     are left out. The log importance weights have the shape (S,).
 
     >>> import torch
-    >>> found = Estimate(torch.tensor(2.0), torch.tensor([-1.0, -3.0]), torch.zeros(2))
+    >>> found = Loss(torch.tensor(2.0), torch.tensor([-1.0, -3.0]), torch.zeros(2))
     >>> found.terms.mean() == -found.loss
     tensor(True)
     """
@@ -38,7 +38,7 @@ class Estimate(NamedTuple):
 
 def path(
     flow: Flow, density: LogDensity, draws: int, *, forward: float = 0.0, defensive: float = 0.0, beta: float = 1.0
-) -> Estimate:
+) -> Loss:
     r"""Negative ELBO with the path gradient ("sticking the landing"), or a blend of it with the forward divergence.
 
     .. math:: \nabla_\theta = -\sum_i c_i \big(\nabla_z \log \tilde p(z_i) - \nabla_z \log q_\theta(z_i)\big)^\top
@@ -75,7 +75,7 @@ def path(
     z, log_q, score_q = flow.sample_with_score(at=x)
     log_p, score_p = density.value_and_grad(z)
     pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, forward=forward, beta=beta)
-    return Estimate((pull * z).sum(), terms, log_weights)
+    return Loss((pull * z).sum(), terms, log_weights)
 
 
 def pulled(
@@ -182,7 +182,7 @@ class BasePoints:
         return x, -torch.log(1.0 - defensive + defensive * ratios.mean(-1))
 
 
-def importance_weighted(flow: Flow, density: LogDensity, draws: int, *, group: int, beta: float = 1.0) -> Estimate:
+def importance_weighted(flow: Flow, density: LogDensity, draws: int, *, group: int, beta: float = 1.0) -> Loss:
     r"""Negative importance-weighted bound on the log evidence, over groups of K = ``group`` draws.
 
     .. math:: \mathcal L_K = \mathbb E \log \frac 1K \sum_{i=1}^K w_i, \qquad
@@ -229,10 +229,10 @@ def importance_weighted(flow: Flow, density: LogDensity, draws: int, *, group: i
     weights = torch.nan_to_num(torch.softmax(grouped, 1)).flatten()  # NaN: a group without a finite draw
     terms = torch.logsumexp(grouped, 1) - math.log(group)
     pull = _pull(direction, good, group / draws * weights.square())
-    return Estimate((pull * z).sum(), terms, log_ratios)
+    return Loss((pull * z).sum(), terms, log_ratios)
 
 
-def elbo(flow: Flow, density: LogDensity, draws: int) -> Estimate:
+def elbo(flow: Flow, density: LogDensity, draws: int) -> Loss:
     r"""Negative ELBO in nats, :math:`-\frac 1S\sum_i \big(\log \tilde p(z_i) - \log q(z_i)\big)`.
 
     It has the total gradient, for models with trainable parameters of their own (``train_model=True``): those enter
@@ -250,4 +250,4 @@ def elbo(flow: Flow, density: LogDensity, draws: int) -> Estimate:
     """
     z, log_q = flow.rsample_and_log_prob((draws,))
     log_weights = density(z) - log_q
-    return Estimate(-log_weights.mean(), log_weights.detach(), log_weights.detach())
+    return Loss(-log_weights.mean(), log_weights.detach(), log_weights.detach())

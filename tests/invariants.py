@@ -30,7 +30,7 @@ def jacobian(function: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) ->
     return torch.stack(rows, dim=-2)
 
 
-def check_round_trip(t: pf.Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:
+def check_round_trip(t: pf.transforms.Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:
     """From both ends: the point comes back, and the two log-determinants cancel."""
     with torch.no_grad():
         for there, back in ((t.forward_and_ladj, t.inverse_and_ladj), (t.inverse_and_ladj, t.forward_and_ladj)):
@@ -40,14 +40,14 @@ def check_round_trip(t: pf.Bijection, x: Tensor, context: Tensor | None, toleran
             close(ladj_back, -ladj, tolerance, f"ladj of {back.__name__}")
 
 
-def check_ladj(t: pf.Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:
+def check_ladj(t: pf.transforms.Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:
     """In both directions, ladj is the log absolute determinant of the Jacobian that autograd finds."""
     for way in (t.forward_and_ladj, t.inverse_and_ladj):
         matrix = jacobian(lambda point, way=way: way(point, context)[0], x, t.event_dim)
         close(way(x, context)[1].detach(), torch.linalg.slogdet(matrix)[1], tolerance, way.__name__)
 
 
-def check_gradients(t: pf.Bijection, x: Tensor, context: Tensor | None, *, fast: bool = True) -> None:
+def check_gradients(t: pf.transforms.Bijection, x: Tensor, context: Tensor | None, *, fast: bool = True) -> None:
     """In both directions, gradients with respect to input, context and every parameter match differences."""
     parameters = tuple(t.parameters())  # gradcheck edits them in place, so the module sees the edits
     inputs = [x.clone().requires_grad_()] + ([] if context is None else [context.clone().requires_grad_()])
@@ -62,7 +62,7 @@ def check_gradients(t: pf.Bijection, x: Tensor, context: Tensor | None, *, fast:
             raise AssertionError(f"{way.__name__}: {error}") from error
 
 
-def check_batching(t: pf.Bijection, x: Tensor, context: Tensor | None) -> None:
+def check_batching(t: pf.transforms.Bijection, x: Tensor, context: Tensor | None) -> None:
     """``torch.func.vmap`` over the rows gives what one call with the batch gives."""
     axes = (0, None if context is None else 0)
     for way in (t.forward_and_ladj, t.inverse_and_ladj):
@@ -70,7 +70,7 @@ def check_batching(t: pf.Bijection, x: Tensor, context: Tensor | None) -> None:
             close(got, expected, 1e-12, way.__name__)
 
 
-def check_identity(t: pf.Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:
+def check_identity(t: pf.transforms.Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:
     """The map leaves every point where it is, with log-determinant 0."""
     for way in (t.forward_and_ladj, t.inverse_and_ladj):
         y, ladj = way(x, context)
@@ -78,7 +78,7 @@ def check_identity(t: pf.Bijection, x: Tensor, context: Tensor | None, tolerance
         close(ladj, x.new_zeros(x.shape[: -t.event_dim]), tolerance, f"ladj of {way.__name__}")
 
 
-def check_score(t: pf.Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:
+def check_score(t: pf.transforms.Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:
     r"""The score of y's density is :math:`J^{-\top}(g_x - \nabla\log|J|)`, by the Jacobian and by the inverse."""
 
     def log_base(point: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def check_mass(flow: pf.Flow, context: Tensor | None, tolerance: float, *, half_
     assert abs(mass - 1.0) <= tolerance, f"mass {float(mass):.8f}"
 
 
-def check_every_coordinate_moves(t: pf.Bijection, dim: int) -> None:
+def check_every_coordinate_moves(t: pf.transforms.Bijection, dim: int) -> None:
     """No output equals its input, and each depends on something, with every input felt somewhere."""
     x = torch.linspace(-1.0, 1.5, 8 * dim, dtype=torch.float64).sin().reshape(8, dim)
     y, _ = t.forward_and_ladj(x)

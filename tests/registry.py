@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import pyro_flows as pf
-from pyro_flows import masks, transforms
+from pyro_flows import transforms
 from pyro_flows.flows.recipe import BUILDERS
+from pyro_flows.transforms import masks
 
 CONTEXT = 3
 HIDDEN = (6,)
@@ -60,7 +61,7 @@ class Case:
     """One transform: how to build it, the shape of an event, the width of its context."""
 
     name: str
-    build: Callable[[], pf.Bijection]
+    build: Callable[[], pf.transforms.Bijection]
     shape: tuple[int, ...]
     context_dim: int
     sd: float = 0.3
@@ -73,12 +74,12 @@ class Case:
         """What a float64 inverse must reach: rounding of a closed form, or of a numeric root."""
         return 1e-9 if self.closed else 1e-7
 
-    def make(self, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> pf.Bijection:
+    def make(self, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> pf.transforms.Bijection:
         """The transform with random parameters; in many dimensions with less noise, to stay well conditioned."""
         sd = self.sd if math.prod(self.shape) < 50 else 0.2 * self.sd
         return built(self.build, dtype=dtype, sd=sd, seed=seed)
 
-    def start(self, *, dtype: torch.dtype = torch.float64) -> pf.Bijection:
+    def start(self, *, dtype: torch.dtype = torch.float64) -> pf.transforms.Bijection:
         """The transform as its class builds it."""
         return built(self.build, dtype=dtype, sd=0.0, seed=0)
 
@@ -89,16 +90,16 @@ class Case:
         return x, normal(*batch, self.context_dim, seed=12, dtype=dtype) if self.context_dim else None
 
 
-def _affine(dim: int, context_dim: int) -> pf.LowerTriangularAffine:
+def _affine(dim: int, context_dim: int) -> pf.transforms.LowerTriangularAffine:
     below = normal(dim, dim, seed=1, dtype=torch.float32).tril(-1)
     tril = 0.5 * below / dim**0.5 + torch.linspace(0.5, 2.0, dim).diag()
-    return pf.LowerTriangularAffine(
+    return pf.transforms.LowerTriangularAffine(
         dim, loc=torch.linspace(-1.0, 1.0, dim), scale_tril=tril, context_dim=context_dim, hidden=HIDDEN
     )
 
 
-def _diagonal(dim: int, context_dim: int) -> pf.DiagonalAffine:
-    return pf.DiagonalAffine(
+def _diagonal(dim: int, context_dim: int) -> pf.transforms.DiagonalAffine:
+    return pf.transforms.DiagonalAffine(
         dim,
         loc=torch.linspace(-1.0, 1.0, dim),
         scale=torch.linspace(0.5, 2.0, dim),
@@ -107,102 +108,118 @@ def _diagonal(dim: int, context_dim: int) -> pf.DiagonalAffine:
     )
 
 
-def _mixed(dim: int, context_dim: int) -> pf.Chain:
+def _mixed(dim: int, context_dim: int) -> pf.transforms.Compose:
     """Plain and conditional layers of every family, with each kind of mask."""
     options = {"context_dim": context_dim, "hidden": HIDDEN}
-    return pf.Chain(
+    return pf.transforms.Compose(
         [
-            pf.Planar(dim, **options),
-            pf.AffineCoupling(dim, mask=masks.alternating(dim, flip=True), **options),
-            pf.Permutation(dim, seed=3),
-            pf.AdditiveCoupling(dim, hidden=HIDDEN),
-            pf.Rescale(dim),
-            pf.Inverse(pf.AffineCoupling(dim, **options)),
+            pf.transforms.Planar(dim, **options),
+            pf.transforms.AffineCoupling(dim, mask=masks.alternating(dim, flip=True), **options),
+            pf.transforms.Permutation(dim, seed=3),
+            pf.transforms.AdditiveCoupling(dim, hidden=HIDDEN),
+            pf.transforms.Rescale(dim),
+            pf.transforms.Inverse(pf.transforms.AffineCoupling(dim, **options)),
             _affine(dim, 0),
         ]
     )
 
 
-def _coupling(kind: type, mask: Callable[[int], Tensor] | None = None, **more) -> Callable[[int, int], pf.Bijection]:
-    def build(dim: int, context_dim: int) -> pf.Bijection:
+def _coupling(
+    kind: type, mask: Callable[[int], Tensor] | None = None, **more
+) -> Callable[[int, int], pf.transforms.Bijection]:
+    def build(dim: int, context_dim: int) -> pf.transforms.Bijection:
         chosen = None if mask is None else mask(dim)
         return kind(dim, mask=chosen, context_dim=context_dim, hidden=HIDDEN, **more)
 
     return build
 
 
-def _batch_norm(dim: int | tuple[int, ...]) -> pf.BatchNorm:
+def _batch_norm(dim: int | tuple[int, ...]) -> pf.transforms.BatchNorm:
     """In eval mode, with running averages of some batch."""
-    layer = pf.BatchNorm(dim)
+    layer = pf.transforms.BatchNorm(dim)
     shape = (dim,) if isinstance(dim, int) else dim
     layer.inverse_and_ladj(1.0 + 2.0 * normal(16, *shape, seed=1, dtype=torch.float32))
     return layer.eval()
 
 
-def _act_norm(dim: int | tuple[int, ...]) -> pf.ActNorm:
-    layer = pf.ActNorm(dim)
+def _act_norm(dim: int | tuple[int, ...]) -> pf.transforms.ActNorm:
+    layer = pf.transforms.ActNorm(dim)
     shape = (dim,) if isinstance(dim, int) else dim
     layer.start_from(1.0 + 2.0 * normal(16, *shape, seed=1, dtype=torch.float32))
     return layer
 
 
 # A factory of (dim, context_dim), and what differs from the defaults of ``Case``.
-TRANSFORMS: dict[str, tuple[Callable[[int, int], pf.Bijection], dict]] = {
-    "ActNorm": (lambda d, c: pf.ActNorm(d), {}),
+TRANSFORMS: dict[str, tuple[Callable[[int, int], pf.transforms.Bijection], dict]] = {
+    "ActNorm": (lambda d, c: pf.transforms.ActNorm(d), {}),
     "ActNorm-started": (lambda d, c: _act_norm(d), {"identity": False}),
-    "AdditiveCoupling": (_coupling(pf.AdditiveCoupling), {}),
-    "AdditiveCoupling-alternating": (_coupling(pf.AdditiveCoupling, masks.alternating, activation="elu"), {}),
-    "AdditiveCoupling-flipped": (_coupling(pf.AdditiveCoupling, lambda d: masks.half(d, flip=True)), {}),
-    "AffineCoupling": (_coupling(pf.AffineCoupling), {}),
-    "AffineCoupling-alternating": (_coupling(pf.AffineCoupling, masks.alternating, activation="tanh"), {}),
-    "AffineCoupling-flipped": (_coupling(pf.AffineCoupling, lambda d: masks.half(d, flip=True)), {}),
-    "AffineCoupling-random": (_coupling(pf.AffineCoupling, lambda d: masks.random(d, seed=5)), {}),
-    "AffineCoupling-all": (_coupling(pf.AffineCoupling, lambda d: torch.zeros(d), log_scale_bound=0.5), {}),
-    "AffineCoupling-residual": (_coupling(pf.AffineCoupling, network="residual"), {}),
-    "AffineCoupling-robust": (_coupling(pf.AffineCoupling, network="robust"), {}),
-    "BatchNorm": (lambda d, c: pf.BatchNorm(d).eval(), {}),
+    "AdditiveCoupling": (_coupling(pf.transforms.AdditiveCoupling), {}),
+    "AdditiveCoupling-alternating": (
+        _coupling(pf.transforms.AdditiveCoupling, masks.alternating, activation="elu"),
+        {},
+    ),
+    "AdditiveCoupling-flipped": (_coupling(pf.transforms.AdditiveCoupling, lambda d: masks.half(d, flip=True)), {}),
+    "AffineCoupling": (_coupling(pf.transforms.AffineCoupling), {}),
+    "AffineCoupling-alternating": (_coupling(pf.transforms.AffineCoupling, masks.alternating, activation="tanh"), {}),
+    "AffineCoupling-flipped": (_coupling(pf.transforms.AffineCoupling, lambda d: masks.half(d, flip=True)), {}),
+    "AffineCoupling-random": (_coupling(pf.transforms.AffineCoupling, lambda d: masks.random(d, seed=5)), {}),
+    "AffineCoupling-all": (_coupling(pf.transforms.AffineCoupling, lambda d: torch.zeros(d), log_scale_bound=0.5), {}),
+    "AffineCoupling-residual": (_coupling(pf.transforms.AffineCoupling, network="residual"), {}),
+    "AffineCoupling-robust": (_coupling(pf.transforms.AffineCoupling, network="robust"), {}),
+    "BatchNorm": (lambda d, c: pf.transforms.BatchNorm(d).eval(), {}),
     "BatchNorm-started": (lambda d, c: _batch_norm(d), {"identity": False}),
-    "Chain": (_mixed, {"sd": 0.15, "closed": False, "identity": False}),
-    "DiagonalAffine": (lambda d, c: pf.DiagonalAffine(d, context_dim=c, hidden=HIDDEN), {}),
+    "Compose": (_mixed, {"sd": 0.15, "closed": False, "identity": False}),
+    "DiagonalAffine": (lambda d, c: pf.transforms.DiagonalAffine(d, context_dim=c, hidden=HIDDEN), {}),
     "DiagonalAffine-started": (_diagonal, {"identity": False}),
-    "Inverse": (lambda d, c: pf.Inverse(pf.AffineCoupling(d, context_dim=c, hidden=HIDDEN)), {}),
-    "Inverse-Chain": (lambda d, c: pf.Inverse(_mixed(d, c)), {"sd": 0.15, "closed": False, "identity": False}),
-    "Inverse-Planar": (lambda d, c: pf.Inverse(pf.Planar(d, context_dim=c, hidden=HIDDEN)), {"closed": False}),
-    "LULinear": (lambda d, c: pf.LULinear(d), {"sd": 0.15}),
-    "LULinear-permuted": (lambda d, c: pf.LULinear(d, seed=d), {"sd": 0.15, "identity": False}),
-    "Logit": (lambda d, c: pf.Logit(d), {"identity": False, "unit": True}),
-    "LowerTriangularAffine": (lambda d, c: pf.LowerTriangularAffine(d, context_dim=c, hidden=HIDDEN), {"sd": 0.15}),
+    "Inverse": (lambda d, c: pf.transforms.Inverse(pf.transforms.AffineCoupling(d, context_dim=c, hidden=HIDDEN)), {}),
+    "Inverse-Compose": (
+        lambda d, c: pf.transforms.Inverse(_mixed(d, c)),
+        {"sd": 0.15, "closed": False, "identity": False},
+    ),
+    "Inverse-Planar": (
+        lambda d, c: pf.transforms.Inverse(pf.transforms.Planar(d, context_dim=c, hidden=HIDDEN)),
+        {"closed": False},
+    ),
+    "LULinear": (lambda d, c: pf.transforms.LULinear(d), {"sd": 0.15}),
+    "LULinear-permuted": (lambda d, c: pf.transforms.LULinear(d, seed=d), {"sd": 0.15, "identity": False}),
+    "Logit": (lambda d, c: pf.transforms.Logit(d), {"identity": False, "unit": True}),
+    "LowerTriangularAffine": (
+        lambda d, c: pf.transforms.LowerTriangularAffine(d, context_dim=c, hidden=HIDDEN),
+        {"sd": 0.15},
+    ),
     "LowerTriangularAffine-started": (_affine, {"sd": 0.15, "identity": False}),
-    "Permutation": (lambda d, c: pf.Permutation(d, seed=d), {"identity": False}),
-    "Planar": (lambda d, c: pf.Planar(d, context_dim=c, hidden=HIDDEN), {"sd": 0.5, "closed": False}),
+    "Permutation": (lambda d, c: pf.transforms.Permutation(d, seed=d), {"identity": False}),
+    "Planar": (lambda d, c: pf.transforms.Planar(d, context_dim=c, hidden=HIDDEN), {"sd": 0.5, "closed": False}),
     "SinhArcsinh": (lambda d, c: transforms.SinhArcsinh(d, context_dim=c, hidden=HIDDEN), {}),
-    "SplineCoupling": (_coupling(pf.SplineCoupling, bins=5, bound=2.0), {}),
-    "SplineCoupling-all": (_coupling(pf.SplineCoupling, lambda d: torch.zeros(d), bins=3), {}),
-    "SplineCoupling-alternating": (_coupling(pf.SplineCoupling, masks.alternating, activation="tanh"), {}),
-    "Rescale": (lambda d, c: pf.Rescale(d, context_dim=c, hidden=HIDDEN), {}),
+    "SplineCoupling": (_coupling(pf.transforms.SplineCoupling, bins=5, bound=2.0), {}),
+    "SplineCoupling-all": (_coupling(pf.transforms.SplineCoupling, lambda d: torch.zeros(d), bins=3), {}),
+    "SplineCoupling-alternating": (_coupling(pf.transforms.SplineCoupling, masks.alternating, activation="tanh"), {}),
+    "Rescale": (lambda d, c: pf.transforms.Rescale(d, context_dim=c, hidden=HIDDEN), {}),
 }
 
 
-def _image(kind: type, mask: Callable | None = None, **more) -> Callable[[tuple, int], pf.Bijection]:
-    def build(shape: tuple[int, ...], context_dim: int) -> pf.Bijection:
+def _image(kind: type, mask: Callable | None = None, **more) -> Callable[[tuple, int], pf.transforms.Bijection]:
+    def build(shape: tuple[int, ...], context_dim: int) -> pf.transforms.Bijection:
         chosen = None if mask is None else mask(shape)
         return kind(shape, mask=chosen, context_dim=context_dim, hidden=HIDDEN, **more)
 
     return build
 
 
-def _nested(shape: tuple[int, ...], context_dim: int) -> pf.MultiScale:
+def _nested(shape: tuple[int, ...], context_dim: int) -> pf.transforms.MultiScale:
     half = (shape[0] // 2, *shape[1:])
     mask = masks.checkerboard(half)
-    coarse = pf.AffineCoupling(half, mask=mask, context_dim=context_dim, hidden=HIDDEN)
-    return pf.MultiScale(pf.Chain([coarse, _act_norm(half)]))
+    coarse = pf.transforms.AffineCoupling(half, mask=mask, context_dim=context_dim, hidden=HIDDEN)
+    return pf.transforms.MultiScale(pf.transforms.Compose([coarse, _act_norm(half)]))
 
 
-def _squeezed(shape: tuple[int, ...], context_dim: int) -> pf.Chain:
+def _squeezed(shape: tuple[int, ...], context_dim: int) -> pf.transforms.Compose:
     """There and back, with a layer in between: the cases keep their shape. By itself it is tested elsewhere."""
     deep = (4 * shape[0], shape[1] // 2, shape[2] // 2)
-    layer = pf.AffineCoupling(deep, context_dim=context_dim, hidden=HIDDEN)
-    return pf.Chain([pf.Squeeze(shape), layer, _act_norm(deep), pf.Squeeze(shape).inv])
+    layer = pf.transforms.AffineCoupling(deep, context_dim=context_dim, hidden=HIDDEN)
+    return pf.transforms.Compose(
+        [pf.transforms.Squeeze(shape), layer, _act_norm(deep), pf.transforms.Squeeze(shape).inv]
+    )
 
 
 def _rows(shape: tuple[int, ...]) -> Tensor:
@@ -215,25 +232,31 @@ def _every_other_channel(shape: tuple[int, ...]) -> Tensor:
 
 
 # The same for maps of images: a factory of (shape, context_dim).
-IMAGE_TRANSFORMS: dict[str, tuple[Callable[[tuple, int], pf.Bijection], dict]] = {
-    "ActNorm": (lambda s, c: pf.ActNorm(s), {}),
+IMAGE_TRANSFORMS: dict[str, tuple[Callable[[tuple, int], pf.transforms.Bijection], dict]] = {
+    "ActNorm": (lambda s, c: pf.transforms.ActNorm(s), {}),
     "ActNorm-started": (lambda s, c: _act_norm(s), {"identity": False}),
-    "AdditiveCoupling": (_image(pf.AdditiveCoupling), {}),
-    "AdditiveCoupling-checkerboard": (_image(pf.AdditiveCoupling, masks.checkerboard, activation="tanh"), {}),
-    "AffineCoupling": (_image(pf.AffineCoupling), {}),
-    "AffineCoupling-flipped": (_image(pf.AffineCoupling, lambda s: masks.channels(s, flip=True)), {}),
-    "AffineCoupling-checkerboard": (_image(pf.AffineCoupling, masks.checkerboard), {}),
-    "AffineCoupling-residual": (_image(pf.AffineCoupling, masks.checkerboard, network="residual"), {}),
-    "AffineCoupling-robust-image": (_image(pf.AffineCoupling, network="robust"), {}),
-    "AffineCoupling-every-other-channel": (_image(pf.AffineCoupling, _every_other_channel), {}),
-    "AffineCoupling-rows": (_image(pf.AffineCoupling, _rows), {}),
+    "AdditiveCoupling": (_image(pf.transforms.AdditiveCoupling), {}),
+    "AdditiveCoupling-checkerboard": (
+        _image(pf.transforms.AdditiveCoupling, masks.checkerboard, activation="tanh"),
+        {},
+    ),
+    "AffineCoupling": (_image(pf.transforms.AffineCoupling), {}),
+    "AffineCoupling-flipped": (_image(pf.transforms.AffineCoupling, lambda s: masks.channels(s, flip=True)), {}),
+    "AffineCoupling-checkerboard": (_image(pf.transforms.AffineCoupling, masks.checkerboard), {}),
+    "AffineCoupling-residual": (_image(pf.transforms.AffineCoupling, masks.checkerboard, network="residual"), {}),
+    "AffineCoupling-robust-image": (_image(pf.transforms.AffineCoupling, network="robust"), {}),
+    "AffineCoupling-every-other-channel": (_image(pf.transforms.AffineCoupling, _every_other_channel), {}),
+    "AffineCoupling-rows": (_image(pf.transforms.AffineCoupling, _rows), {}),
     "BatchNorm-started": (lambda s, c: _batch_norm(s), {"identity": False}),
-    "Conv1x1": (lambda s, c: pf.Conv1x1(s), {"sd": 0.15}),
-    "Conv1x1-permuted": (lambda s, c: pf.Conv1x1(s, seed=3), {"sd": 0.15, "identity": False}),
-    "Logit": (lambda s, c: pf.Logit(s, alpha=0.01), {"identity": False, "unit": True}),
+    "Conv1x1": (lambda s, c: pf.transforms.Conv1x1(s), {"sd": 0.15}),
+    "Conv1x1-permuted": (lambda s, c: pf.transforms.Conv1x1(s, seed=3), {"sd": 0.15, "identity": False}),
+    "Logit": (lambda s, c: pf.transforms.Logit(s, alpha=0.01), {"identity": False, "unit": True}),
     "MultiScale": (_nested, {"identity": False}),
-    "SplineCoupling": (_image(pf.SplineCoupling, bins=3, bound=2.0), {"sd": 0.1}),
-    "SplineCoupling-checkerboard": (_image(pf.SplineCoupling, masks.checkerboard, bins=3, bound=2.0), {"sd": 0.1}),
+    "SplineCoupling": (_image(pf.transforms.SplineCoupling, bins=3, bound=2.0), {"sd": 0.1}),
+    "SplineCoupling-checkerboard": (
+        _image(pf.transforms.SplineCoupling, masks.checkerboard, bins=3, bound=2.0),
+        {"sd": 0.1},
+    ),
     "Squeeze-between": (_squeezed, {"identity": False}),
 }
 
@@ -263,7 +286,7 @@ def make_flow(
     return built(lambda: builder(dim, **options), dtype=dtype, sd=sd, seed=dim if isinstance(dim, int) else dim[0])
 
 
-def _bijection_of(name: str, dim: int | tuple, context_dim: int) -> pf.Bijection:
+def _bijection_of(name: str, dim: int | tuple, context_dim: int) -> pf.transforms.Bijection:
     return make_flow(name, dim, context_dim=context_dim, sd=0.0, dtype=torch.float32).bijection
 
 
@@ -313,4 +336,6 @@ def unregistered() -> set[str]:
 
 
 def _is_bijection(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, pf.Bijection) and value is not pf.Bijection
+    return (
+        isinstance(value, type) and issubclass(value, pf.transforms.Bijection) and value is not pf.transforms.Bijection
+    )

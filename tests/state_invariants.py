@@ -45,7 +45,7 @@ def check_unchanged(module: nn.Module, before: tuple[dict, dict]) -> None:
         close(value, before[1][key][0], 0.0, key)
 
 
-def check_pure(t: pf.Bijection, x: Tensor, context: Tensor | None) -> None:
+def check_pure(t: pf.transforms.Bijection, x: Tensor, context: Tensor | None) -> None:
     """No pass in any direction leaves anything on the module."""
     before = snapshot(t)
     y, _ = t.forward_and_ladj(x, context)
@@ -59,7 +59,7 @@ def check_pure(t: pf.Bijection, x: Tensor, context: Tensor | None) -> None:
     check_unchanged(t, before)
 
 
-def check_follows_parameters(t: pf.Bijection, x: Tensor, context: Tensor | None) -> None:
+def check_follows_parameters(t: pf.transforms.Bijection, x: Tensor, context: Tensor | None) -> None:
     """After an edit of every parameter, and after a step of an optimizer, the map is the new one; through Bound too."""
     parameters = list(t.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.05 if t.event_dim == 1 else 0.001)  # images have far larger gradients
@@ -126,7 +126,7 @@ def check_evaluations(module: nn.Module, work: Callable[[], object], expected: i
     assert set(counts.values()) == {expected}, f"expected {expected} evaluation(s) of each layer, got {dict(counts)}"
 
 
-def check_memo_saves_a_pass(bound: pf.Bound, x: Tensor) -> None:
+def check_memo_saves_a_pass(bound: pf.transforms.Bound, x: Tensor) -> None:
     """Map, way back and log-determinant of one point cost one evaluation, and so do inverse and log-determinant."""
     y, ladj = bound.bijection.forward_and_ladj(x, bound.context)
 
@@ -143,7 +143,7 @@ def check_memo_saves_a_pass(bound: pf.Bound, x: Tensor) -> None:
     check_evaluations(bound.bijection, score)
 
 
-def check_memo_is_spent(bound: pf.Bound, x: Tensor) -> None:
+def check_memo_is_spent(bound: pf.transforms.Bound, x: Tensor) -> None:
     """Each answer is given once: to read it again, or to invert again, is a pass of its own, with its own graph."""
     y = bound(x)
     first = bound.log_abs_det_jacobian(x, y)
@@ -158,7 +158,7 @@ def check_memo_is_spent(bound: pf.Bound, x: Tensor) -> None:
     check_evaluations(bound.bijection, lambda: bound.inv(there))
 
 
-EDITS: dict[str, Callable[[pf.Bound, Tensor, Tensor], object]] = {
+EDITS: dict[str, Callable[[pf.transforms.Bound, Tensor, Tensor], object]] = {
     "x": lambda bound, x, y: x.add_(0.5),
     "y": lambda bound, x, y: y.detach().add_(0.5),
     "one parameter": lambda bound, x, y: next(bound.bijection.parameters()).add_(0.5),
@@ -168,7 +168,7 @@ EDITS: dict[str, Callable[[pf.Bound, Tensor, Tensor], object]] = {
 }
 
 
-def check_memo_is_fresh(bound: pf.Bound, x: Tensor, edit: str) -> None:
+def check_memo_is_fresh(bound: pf.transforms.Bound, x: Tensor, edit: str) -> None:
     """After an edit in place, log-determinant and inverse are those of the edited tensors."""
     for forward, inverse_first in itertools.product((True, False), repeat=2):
         point = x.clone()
@@ -185,7 +185,7 @@ def check_memo_is_fresh(bound: pf.Bound, x: Tensor, edit: str) -> None:
         close(back, bound.bijection.inverse_and_ladj(y, bound.context)[0], 0.0, f"inverse after an edit of {edit}")
 
 
-def check_memo_has_gradients(bound: pf.Bound, x: Tensor) -> None:
+def check_memo_has_gradients(bound: pf.transforms.Bound, x: Tensor) -> None:
     """A pass without gradients never answers where they are wanted: under no_grad, of frozen or of detached tensors."""
     parameters = list(bound.bijection.parameters())
     with torch.no_grad():

@@ -29,7 +29,7 @@ def target(loc=0.5, scale=1.5, log_evidence=WEIGHT):
 def affine_flow(loc=0.0, scale=1.0):
     """A Gaussian q with a diagonal scale; its parameters are shifts of the mean, then of the log scale."""
     start = torch.ones(DIM, dtype=torch.float64)
-    return pf.Flow(pf.DiagonalAffine(DIM, loc=loc * start, scale=scale * start).double())
+    return pf.Flow(pf.transforms.DiagonalAffine(DIM, loc=loc * start, scale=scale * start).double())
 
 
 def gradients(loss, flow):

@@ -24,7 +24,7 @@ from torch import Tensor
 import pyro_flows as pf
 from benchmarks.density.problems import PROBLEMS
 from benchmarks.toys import planar
-from pyro_flows import interpolation, pictures
+from pyro_flows import plots
 
 SHAPES = {"mnist": (28, 28), "fashion-mnist": (28, 28)}
 CORNERS = {"mnist images": (0, 1, 2, 4), "emoji": (0, 1, 2, 3), "photos": (0, 1, 2, 3)}  # test images of the walks
@@ -34,7 +34,7 @@ Drawn = dict[str, Callable[[], Figure]]
 
 def planar_figure(base: str) -> Figure:
     """Ten planar layers, drawn one by one."""
-    return pictures.plot_layers(planar.train(10, base, 0), count=1500)
+    return plots.plot_layers(planar.train(10, base, 0), count=1500)
 
 
 def points(problem: str, part: str, seed: int = 0) -> Tensor:
@@ -45,21 +45,19 @@ def points(problem: str, part: str, seed: int = 0) -> Tensor:
 
 def samples(fit: pf.DensityFit, problem: str, count: int = 64) -> Figure:
     """Draws of the flow."""
-    return pictures.plot_images(fit.sample(count, seed=0), SHAPES.get(problem))
+    return plots.plot_images(fit.sample(count, seed=0), SHAPES.get(problem))
 
 
 def neighbors(fit: pf.DensityFit, problem: str) -> Figure:
     """Draws of the flow beside the training images nearest to them."""
-    return pictures.plot_nearest(
-        fit.sample(8, seed=1), points(problem, "train"), count=5, image_shape=SHAPES.get(problem)
-    )
+    return plots.plot_nearest(fit.sample(8, seed=1), points(problem, "train"), count=5, image_shape=SHAPES.get(problem))
 
 
 def walk(fit: pf.DensityFit, problem: str, chosen: Sequence[int]) -> Figure:
     """A walk between four test images, which stand in the corners; figures of many such walks are printed."""
     print(f"{problem}: {walk_figures(fit, problem)}")
     corners = points(problem, "test")[list(chosen)]
-    return pictures.plot_interpolation(fit.flow, corners, image_shape=SHAPES.get(problem))
+    return plots.plot_interpolation(fit.flow, corners, image_shape=SHAPES.get(problem))
 
 
 def inpainting(fit: pf.DensityFit, problem: str, rows: int = 6) -> Figure:
@@ -70,9 +68,9 @@ def inpainting(fit: pf.DensityFit, problem: str, rows: int = 6) -> Figure:
     sparse = (torch.arange(side)[:, None] + torch.arange(side)).flatten() % 2 == 0
     columns = [whole]
     for known in (upper, sparse):
-        filled = interpolation.inpaint(fit.flow, whole, known, steps=600, step_size=0.02, bounds=(0.0, 1.0))
+        filled = plots.inpaint(fit.flow, whole, known, steps=600, step_size=0.02, bounds=(0.0, 1.0))
         columns += [torch.where(known, whole, 0.5), filled]
-    return pictures.plot_images(torch.stack(columns, 1).flatten(0, 1), SHAPES.get(problem), columns=len(columns))
+    return plots.plot_images(torch.stack(columns, 1).flatten(0, 1), SHAPES.get(problem), columns=len(columns))
 
 
 @torch.no_grad()
@@ -82,16 +80,16 @@ def walk_figures(fit: pf.DensityFit, problem: str, walks: int = 50) -> str:
     What counts as typical is the median norm of single test images' latents, which differ among themselves.
     """
     images = points(problem, "test")[: 4 * walks]
-    latents = interpolation.to_normal(fit.flow, fit.flow.bijection.inverse_and_ladj(images)[0])
+    latents = plots.to_normal(fit.flow, fit.flow.bijection.inverse_and_ladj(images)[0])
     norms = latents.flatten(1).norm(dim=1)
     typical, off, shares = float(norms.median()), {torch.float32: 0.0, torch.float64: 0.0}, []
     for four, z in zip(images.split(4), latents.split(4), strict=True):
         for dtype in off:
             flow = copy.deepcopy(fit.flow).to(dtype)
-            walk = interpolation.interpolate(flow, four.to(dtype), steps=8)
+            walk = plots.interpolate(flow, four.to(dtype), steps=8)
             corners = torch.stack([walk[0, 0], walk[0, -1], walk[-1, 0], walk[-1, -1]])
             off[dtype] = max(off[dtype], float((corners - four).abs().max()))
-        shares.append(interpolation.over_grid(z, 8).flatten(0, 1).flatten(1).norm(dim=1) / typical)
+        shares.append(plots.over_grid(z, 8).flatten(0, 1).flatten(1).norm(dim=1) / typical)
     grid, own = torch.stack(shares), norms / typical
     return (
         f"corners off by {off[torch.float32]:.1e} (float32), {off[torch.float64]:.1e} (float64); norms of latents "
@@ -115,7 +113,7 @@ def drawings(fits: Path) -> Drawn:
     found: Drawn = {f"planar-{base}": lambda base=base: planar_figure(base) for base in planar.BASES}  # type: ignore[misc]
     found["nice-samples"] = of(nice, "mnist", samples)
     found["nice-nearest"] = of(nice, "mnist", neighbors)
-    found["nice-spectrum"] = lambda: pictures.plot_spectrum(pf.DensityFit.load(fits / nice).flow)
+    found["nice-spectrum"] = lambda: plots.plot_spectrum(pf.DensityFit.load(fits / nice).flow)
     found["nice-inpainting"] = of(nice, "mnist", inpainting)
     found["nice-walk"] = of(nice, "mnist", walk, (0, 1, 2, 4))
     for problem, corners in CORNERS.items():

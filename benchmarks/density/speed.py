@@ -36,7 +36,7 @@ def ours(flow: pf.Flow, data: Tensor, batch: int, levels: int | None = None) -> 
     if levels is not None:
         source = source.quantized(levels)
     layer = preprocess("standardize", source.first(5000).ordered(5000))
-    flow = pf.Flow(pf.Chain([*flow.bijection.layers, layer]), base=flow.base)  # type: ignore[union-attr]
+    flow = pf.Flow(pf.transforms.Compose([*flow.bijection.layers, layer]), base=flow.base)  # type: ignore[union-attr]
     rouse(flow)
     ascent = Ascent(flow, source, [], batch=batch)
     batches = _forever(source, batch)

@@ -107,7 +107,7 @@ def _centering(log_scale: np.ndarray, draws: dict[str, np.ndarray]) -> Figure:
 @styled
 def tails() -> Figure:
     """The tail transform, heavier on the left and lighter on the right, and the density that it makes of a normal."""
-    layer = pf.SinhArcsinh(1)
+    layer = pf.transforms.SinhArcsinh(1)
     with torch.no_grad():
         powers = [0.6, -0.4, -0.5, -0.4]  # log k and log c on the left, the same on the right
         layer.load_state_dict({"conditioner.values": torch.tensor(powers)})

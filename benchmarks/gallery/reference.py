@@ -35,7 +35,10 @@ class Waves(nn.Module):
         return self.heights * torch.sin(1.8 * kept + self.phases)
 
 
-def _coupling(layer: pf.AdditiveCoupling | pf.AffineCoupling | pf.SplineCoupling, heights: list[float]) -> Bijection:
+def _coupling(
+    layer: pf.transforms.AdditiveCoupling | pf.transforms.AffineCoupling | pf.transforms.SplineCoupling,
+    heights: list[float],
+) -> Bijection:
     layer.conditioner = Waves(heights)
     return layer
 
@@ -47,7 +50,7 @@ def _set(layer: Bijection, values: list[float]) -> Bijection:
 
 
 def _sheared() -> Bijection:
-    layer = pf.LowerTriangularAffine(2)
+    layer = pf.transforms.LowerTriangularAffine(2)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.fill_(0.4)
@@ -55,12 +58,12 @@ def _sheared() -> Bijection:
 
 
 LAYERS: dict[str, Callable[[], Bijection]] = {
-    "Planar": lambda: _set(pf.Planar(2), [0.9, 0.9, 1.0, 2.0, 0.0]),  # u, w, b
-    "AdditiveCoupling": lambda: _coupling(pf.AdditiveCoupling(2), [0.7]),  # t
-    "AffineCoupling": lambda: _coupling(pf.AffineCoupling(2), [0.5, 0.7]),  # s, t
-    "SplineCoupling": lambda: _coupling(pf.SplineCoupling(2, bins=4, bound=2.0), [0.0, 0.0] + 11 * [1.5]),
+    "Planar": lambda: _set(pf.transforms.Planar(2), [0.9, 0.9, 1.0, 2.0, 0.0]),  # u, w, b
+    "AdditiveCoupling": lambda: _coupling(pf.transforms.AdditiveCoupling(2), [0.7]),  # t
+    "AffineCoupling": lambda: _coupling(pf.transforms.AffineCoupling(2), [0.5, 0.7]),  # s, t
+    "SplineCoupling": lambda: _coupling(pf.transforms.SplineCoupling(2, bins=4, bound=2.0), [0.0, 0.0] + 11 * [1.5]),
     "LowerTriangularAffine": _sheared,
-    "SinhArcsinh": lambda: _set(pf.SinhArcsinh(2), [0.5, 0.5, -0.4, -0.4, -0.7, -0.7, -0.4, -0.4]),
+    "SinhArcsinh": lambda: _set(pf.transforms.SinhArcsinh(2), [0.5, 0.5, -0.4, -0.4, -0.7, -0.7, -0.4, -0.4]),
 }
 
 

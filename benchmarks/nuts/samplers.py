@@ -64,7 +64,7 @@ def fit(problem: Problem, seed: int, draws: int = DRAWS) -> Sampled:
     with ledger() as kept:
         found = pyro_flows.fit(problem.model, *problem.args, seed=seed, draws=draws, progress=False)
     seconds, cpu_seconds = watch.wall(), watch.cpu()
-    used: Tensor = found.used
+    used: Tensor = found._used
     assert found.density is not None
     if found.density.structure.noncentered:
         used = LogDensity(problem.model, problem.args).unconstrain(found.density.constrain(used))

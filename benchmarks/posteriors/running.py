@@ -104,7 +104,7 @@ def _figures(found: Posterior, problem: Problem) -> dict[str, Any]:
     density, log_evidence = LogDensity(problem.model, problem.args), problem.log_evidence
     reference = density.unconstrain(problem.reference)
     assert found.density is not None
-    draws = [found.z, found.used]
+    draws = [found.z, found._used]
     if found.density.structure.noncentered:
         draws = [density.unconstrain(found.density.constrain(z)) for z in draws]
     raw, used = (compare(z, reference) for z in draws)

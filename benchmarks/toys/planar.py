@@ -19,7 +19,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from benchmarks import records
-from pyro_flows import pictures
+from pyro_flows import plots
 
 LOG_Z = 1.8775
 LAYERS, BASES = (1, 2, 4, 10), ("normal", "uniform")
@@ -80,7 +80,7 @@ def bench(seeds: Sequence[int], *, out: Path, figures: Path | None = None, steps
                 print(f"{base}, {layers} layers, seed {seed}: {value:.4f} nats above the density's own", flush=True)
                 if figures is not None:
                     figures.mkdir(parents=True, exist_ok=True)
-                    pictures.plot_layers(flow).savefig(figures / f"planar-{base}-{layers}-{seed}.png")
+                    plots.plot_layers(flow).savefig(figures / f"planar-{base}-{layers}-{seed}.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -111,7 +111,7 @@ def work(task: Task) -> Row:
 
 def _figures(found: Posterior, target: Target) -> dict[str, Any]:
     """ELBO, modes and the sd of x0 are those of raw draws, the errors those of the draws to use."""
-    mean, sd = errors(target, found.used)
+    mean, sd = errors(target, found._used)
     rounds = [stage for stage in found.history if stage["stage"] != "race"]
     return {
         "status": found.verdict.status,

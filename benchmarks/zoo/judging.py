@@ -174,7 +174,7 @@ def figures(case: Case, posterior: Any) -> dict[str, Any]:
     }
     if case.impossible:
         return {**row, "outcome": outcome(case, verdict.status, math.inf)}
-    worth = len(posterior.used) if math.isnan(posterior.effective) else min(posterior.effective, len(posterior.used))
+    worth = len(posterior._used) if math.isnan(posterior.effective) else min(posterior.effective, len(posterior._used))
     samples = {name: values.detach().cpu().numpy() for name, values in posterior.samples.items()}
     found = compare(case, samples, max(float(worth), 100.0))
     row |= {f"{kind}_error": _number(getattr(found, kind)) for kind in _KINDS}

@@ -15,7 +15,7 @@ from sklearn.svm import SVC
 from torch.nn.functional import one_hot
 
 import pyro_flows as pf
-from pyro_flows import datasets, interpolation, pictures
+from pyro_flows import datasets, plots
 
 plt.style.use("pyro_flows.style")
 
@@ -31,7 +31,7 @@ plt.style.use("pyro_flows.style")
 # / k$.
 
 # %%
-stretch = pf.SinhArcsinh(1)
+stretch = pf.transforms.SinhArcsinh(1)
 with torch.no_grad():
     next(stretch.parameters()).fill_(0.8)
 flow = pf.Flow(stretch, base="normal")
@@ -103,7 +103,7 @@ def distance(flow):
 
 gaussian = bend(pf.planar(2, layers=10))
 print(f"from a Gaussian: {distance(gaussian):.3f} nats")
-pictures.plot_layers(gaussian, count=700)
+plots.plot_layers(gaussian, count=700)
 
 # %% [markdown]
 # Points keep the color of their start. Each layer makes one fold. From a square it is harder: a planar layer cannot
@@ -112,7 +112,7 @@ pictures.plot_layers(gaussian, count=700)
 # %%
 square = bend(pf.planar(2, layers=10, base="uniform"))
 print(f"from a square: {distance(square):.3f} nats")
-pictures.plot_layers(square, count=700)
+plots.plot_layers(square, count=700)
 
 # %% [markdown]
 # ## Couplings: NICE, Real-NVP, splines
@@ -152,7 +152,7 @@ for panel, (name, fit) in zip(axes[1:], fits.items(), strict=True):
 # Couplings take turns, so that each half is moved. Layer by layer, the Real-NVP:
 
 # %%
-pictures.plot_layers(fits["Real-NVP"].flow, count=700)
+plots.plot_layers(fits["Real-NVP"].flow, count=700)
 
 # %% [markdown]
 # ## A walk between four images
@@ -175,22 +175,22 @@ print(digits.summary())
 print(f"new images: {digits.bits_per_dim(images[1500:]):.3f} bits a pixel; 17 equal levels take {math.log2(17):.2f}")
 
 # %%
-pictures.plot_images(digits.sample(40, seed=0), columns=10)
+plots.plot_images(digits.sample(40, seed=0), columns=10)
 
 # %% [markdown]
 # The inverse of the flow turns an image into noise, its latent. A straight line between two latents passes too near to
-# the center, where no noise lies. `interpolation` walks on a manifold that keeps norms typical (arXiv:1605.08803):
+# the center, where no noise lies. `interpolate` walks on a manifold that keeps norms typical (arXiv:1605.08803):
 #
 # $$z = \cos\phi\,(\cos\phi'\,z_1 + \sin\phi'\,z_2) + \sin\phi\,(\cos\phi'\,z_3 + \sin\phi'\,z_4).$$
 
 # %%
 test, digit_of = (images[1500:] + 0.5) / 17, labels[1500:]
 corners = torch.stack([test[digit_of == digit][0] for digit in (0, 3, 6, 8)])
-pictures.plot_interpolation(digits.flow, corners, steps=9)
+plots.plot_interpolation(digits.flow, corners, steps=9)
 
 # %%
 with torch.no_grad():
-    walk = interpolation.interpolate(digits.flow, corners, steps=9)
+    walk = plots.interpolate(digits.flow, corners, steps=9)
 print(f"corners come back with an error of {(walk[0, 0] - corners[0]).abs().max():.0e}")
 
 # %% [markdown]
@@ -215,7 +215,7 @@ latents, _ = small.flow.bijection.inverse_and_ladj((real + 0.5) / 17, about)
 blended = []
 for digit in wanted:
     four = latents[label == digit][torch.randperm(10, generator=generator)[:4]]
-    blended.append(interpolation.blend(four, *(0.5 * math.pi * torch.rand(2, generator=generator))))
+    blended.append(plots.blend(four, *(0.5 * math.pi * torch.rand(2, generator=generator))))
 blends, _ = small.flow.bijection.forward_and_ladj(torch.stack(blended), context)
 
 
@@ -237,7 +237,7 @@ accuracy = {
 pd.DataFrame(accuracy).T.round(3)
 
 # %%
-pictures.plot_images(torch.cat([to_levels(draws)[::100], to_levels(blends)[::100]]), columns=10, levels=16)
+plots.plot_images(torch.cat([to_levels(draws)[::100], to_levels(blends)[::100]]), columns=10, levels=16)
 
 # %% [markdown]
 # The upper row has draws, and the lower one blends. The flow has seen ten images of a digit, so its draws are poor, and

@@ -17,7 +17,7 @@ from pyro.optim import ClippedAdam
 from torch import nn
 
 import pyro_flows as pf
-from pyro_flows import datasets, pictures
+from pyro_flows import datasets, plots
 
 plt.style.use("pyro_flows.style")
 
@@ -176,9 +176,9 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, WIDTH), nn.SiLU())
         self.decoder = nn.Sequential(nn.Linear(LATENTS, 128), nn.SiLU(), nn.Linear(128, 64))
-        layers = [pf.DiagonalAffine(LATENTS, context_dim=WIDTH)]
-        layers += [pf.Planar(LATENTS, context_dim=WIDTH) for _ in range(planar_layers)]
-        self.posterior = pf.Flow(pf.Chain(layers))
+        layers = [pf.transforms.DiagonalAffine(LATENTS, context_dim=WIDTH)]
+        layers += [pf.transforms.Planar(LATENTS, context_dim=WIDTH) for _ in range(planar_layers)]
+        self.posterior = pf.Flow(pf.transforms.Compose(layers))
         calm = {"network": "robust", "log_scale_bound": 2.0}  # test images lie where nothing was trained
         self.prior_flow = pf.realnvp(LATENTS, layers=6, **calm) if flow_prior else None
 
@@ -232,7 +232,7 @@ vae = autoencoders["planar posterior, Real-NVP prior"]
 with torch.no_grad():
     made = vae.decoder(vae.prior().sample((20,))).sigmoid()
     copied = vae.decoder(vae.posterior(vae.encoder(test_set[:10] / 16.0)).sample()).sigmoid()
-pictures.plot_images(torch.cat([made, test_set[:10] / 16.0, copied]), columns=10)
+plots.plot_images(torch.cat([made, test_set[:10] / 16.0, copied]), columns=10)
 
 # %% [markdown]
 # Where do images lie? The flow prior is shaped like the latents of real images.

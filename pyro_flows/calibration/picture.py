@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_flows._figures import BASE, FILLED, FLOW, INK, LINE, panels, styled
+from pyro_flows._figures import BASE, FILLED, FLOW, INK, LINE, WIDTH, panels, styled
 from pyro_flows.calibration.uniformity import Envelope
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS, WIDTH, HEIGHT = 3, 2.7, 2.1  # inches
+COLUMNS, HEIGHT = 3, 2.1  # inches
 SHOWN = 30  # panels
 
 
@@ -27,7 +27,7 @@ def ecdf_figure(scalars: Mapping[str, np.ndarray], test: Envelope, prob: float) 
         shown = [label for label in shown if label in worst]
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    figure, axes = panels(len(shown), columns=columns, size=(WIDTH * columns, HEIGHT * rows + 0.3))
+    figure, axes = panels(len(shown), columns=columns, size=(WIDTH, HEIGHT * rows + 0.3))
     low, high = test.band(prob)
     at = np.concatenate([[0.0], test.at, [1.0]])
     for label, axis in zip(shown, axes, strict=True):

@@ -94,6 +94,6 @@ def with_model(posterior: Posterior, model: Callable[..., Any], case: Case) -> P
     flow = posterior.flow
     if not isinstance(flow, (Flow, FlowMixture)):
         missing = {name: why for name, why in posterior.missing.items() if name in ("guide", "flow")}
-        return replace(posterior, density=density, stored=None, missing=missing)
+        return replace(posterior, density=density, _stored=None, missing=missing)
     guide = AutoFlow.of(flow, density.structure, model, density.args, density.kwargs)
-    return replace(posterior, density=density, guide=guide, stored=None, missing={})
+    return replace(posterior, density=density, guide=guide, _stored=None, missing={})

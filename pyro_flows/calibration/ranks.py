@@ -40,7 +40,7 @@ def ranks_of(
     density = posterior.density
     assert density is not None
     samples = density.constrain(posterior.z) if raw else posterior.samples
-    log_p = posterior.log_p if raw else posterior.used_log_p
+    log_p = posterior.log_p if raw else posterior._used_log_p
     picked = _picked(len(log_p), draws, seed=seed)
     found = {name: _rank(samples[name][picked], truth[name], seed=derive(seed, name)) for name in density.names}
     if log_density:

@@ -250,8 +250,8 @@ def _from_posterior(
     if posterior.verdict.status == "unreliable" or posterior.density is None:
         raise ValueError(f"posterior at the data in hand: {posterior.verdict}")
     generator = torch.Generator().manual_seed(derive(seed, "true values"))
-    picked = torch.randperm(len(posterior.used), generator=generator)[:count]
-    drawn = posterior.density.predictive(posterior.used[picked], seed=derive(seed, "simulations"))
+    picked = torch.randperm(len(posterior._used), generator=generator)[:count]
+    drawn = posterior.density.predictive(posterior._used[picked], seed=derive(seed, "simulations"))
     return {**{name: values[picked] for name, values in posterior.samples.items()}, **drawn}
 
 

@@ -16,7 +16,7 @@ from pyro_flows.verdict.psis import psis
 
 if TYPE_CHECKING:
     from pyro_flows.results.record import Record
-    from pyro_flows.verdict.chains import Chains
+    from pyro_flows.verdict.chains import McmcDraws
 
 MOST_GRADIENTS = 2_000_000  # for going on with chains
 GRADIENT = 3.0  # evaluations
@@ -33,16 +33,16 @@ class Draws(NamedTuple):
 
 def is_of_guide(posterior: Record) -> bool:
     """Whether the draws to use are the guide's own."""
-    return posterior.verdict.status == "ok" and not posterior.by_chains
+    return posterior.verdict.status == "ok" and not posterior._by_chains
 
 
 def in_hand(posterior: Record) -> Draws:
     """Return the draws to use."""
     if is_of_guide(posterior):
-        ratio = posterior.used_log_p.double().cpu() - posterior.used_log_q.double().cpu()
-        return _with_controls(posterior, Draws(posterior.used, ratio))
-    copies = torch.unique(posterior.used.cpu(), dim=0, return_inverse=True)[1] if posterior.resampled else None
-    return _with_controls(posterior, Draws(posterior.used, None, copies=copies))
+        ratio = posterior._used_log_p.double().cpu() - posterior._used_log_q.double().cpu()
+        return _with_controls(posterior, Draws(posterior._used, ratio))
+    copies = torch.unique(posterior._used.cpu(), dim=0, return_inverse=True)[1] if posterior.resampled else None
+    return _with_controls(posterior, Draws(posterior._used, None, copies=copies))
 
 
 def _with_controls(posterior: Record, draws: Draws) -> Draws:
@@ -67,7 +67,7 @@ def every(posterior: Record, draws: Draws, step: int) -> tuple[Draws, Tensor]:
 
 def can_draw(posterior: Record) -> bool:
     """Whether there can be more draws of the same kind: not of chains, and not without a guide and a model."""
-    return posterior._raw_draws() is not None and not posterior.by_chains
+    return posterior._raw_draws() is not None and not posterior._by_chains
 
 
 def price(posterior: Record) -> float:
@@ -77,7 +77,7 @@ def price(posterior: Record) -> float:
     return 2.0 if is_of_guide(posterior) else 2.0 + POOL
 
 
-def _leaps(chains: Chains) -> float:
+def _leaps(chains: McmcDraws) -> float:
     """Return how many gradients a kept draw takes."""
     return float(chains.stats["n_steps"].mean()) * int(chains.numbers["thin"])
 
@@ -87,8 +87,8 @@ def most_draws(posterior: Record) -> float:
     if can_draw(posterior):
         return math.inf
     if posterior.chains is None or not can_go_on(posterior):
-        return len(posterior.used)
-    return len(posterior.used) + MOST_GRADIENTS / _leaps(posterior.chains)
+        return len(posterior._used)
+    return len(posterior._used) + MOST_GRADIENTS / _leaps(posterior.chains)
 
 
 def longer(posterior: Record, count: int, *, seed: int) -> Draws | None:
@@ -97,11 +97,11 @@ def longer(posterior: Record, count: int, *, seed: int) -> Draws | None:
     if chains is None or not can_go_on(posterior):
         return None
     each = _leaps(chains) * chains.count
-    wanted = int(min((count - len(posterior.used)) / chains.count, MOST_GRADIENTS / each))
+    wanted = int(min((count - len(posterior._used)) / chains.count, MOST_GRADIENTS / each))
     if wanted < 1:
         return None
     new = go_on(posterior, chains, wanted, seed=derive(seed, "leave-one-out"))
-    z = torch.cat([posterior.used.unflatten(0, (chains.count, -1)), new], 1)
+    z = torch.cat([posterior._used.unflatten(0, (chains.count, -1)), new], 1)
     return _with_controls(posterior, Draws(z.flatten(0, 1), None))
 
 
@@ -110,7 +110,7 @@ def more(posterior: Record, count: int, *, seed: int, purpose: str) -> Draws:
     """Draw anew from the guide; draws that the verdict corrects are resampled from a pool four times as large."""
     draw, density = posterior._raw_draws(), posterior._need_density()
     assert draw is not None  # see `can_draw`
-    with seeded(derive(seed, purpose), posterior.used.device):
+    with seeded(derive(seed, purpose), posterior._used.device):
         z, log_q = draw(count if is_of_guide(posterior) else POOL * count)
         ratio = density(z).double() - log_q.double()
     if is_of_guide(posterior):

@@ -126,7 +126,7 @@ def evidence(posterior: Record, *, method: str, seed: int, draws: int | None = N
     wanted = METHODS if method == "auto" else (method,)
     makers = {"importance": _importance, "bridge": _bridge, "smc": _smc}
     numbers = 0 if posterior.density is None else posterior.density.numbers
-    device = posterior.used.device
+    device = posterior._used.device
     with alone(), few_threads(numbers), torch.no_grad(), seeded(derive(seed, "evidence"), device):
         estimates = tuple(makers[name](posterior, count) for name in wanted)
     if posterior.verdict.status == "unreliable":
@@ -161,7 +161,7 @@ def improper_priors(posterior: Record) -> list[str]:
 
 
 def _importance(posterior: Record, count: int) -> Estimate:
-    if not posterior.by_chains:
+    if not posterior._by_chains:
         return importance(_ratio(posterior, count))
     fitted = _from_moments(posterior, MORE * count)
     by_flow = None if posterior.flow is None else importance(_ratio(posterior, count))
@@ -173,11 +173,11 @@ def _importance(posterior: Record, count: int) -> Estimate:
 
 def _from_moments(posterior: Record, count: int) -> Estimate | None:
     """Weigh draws of a Student t that has the moments of chains; then of one with those of the weighted draws."""
-    density, dim = posterior.density, posterior.used.shape[1]
-    if density is None or not enough(len(posterior.used), dim):
+    density, dim = posterior.density, posterior._used.shape[1]
+    if density is None or not enough(len(posterior._used), dim):
         return None
-    latent = Latent(density, posterior.flow, posterior.used)
-    x = latent.points(posterior.used)
+    latent = Latent(density, posterior.flow, posterior._used)
+    x = latent.points(posterior._used)
     if not bool(torch.isfinite(x).all()):
         return None
     df, weights, count = max(DF, 2.0 * dim), None, max(min(count, NUMBERS // dim), 100)
@@ -249,7 +249,7 @@ def _ratio(posterior: Record, count: int) -> Tensor:
 
 
 def _bridge(posterior: Record, count: int) -> Estimate:
-    if not posterior.by_chains:
+    if not posterior._by_chains:
         note = "not used: it takes draws of the posterior, and these are the flow's own or weighted ones"
         return Estimate("bridge", math.nan, math.inf, note)
     density = posterior.density
@@ -257,7 +257,7 @@ def _bridge(posterior: Record, count: int) -> Estimate:
         return Estimate("bridge", math.nan, math.inf, "not used: it scores new draws, which takes the model")
     if posterior.flow is not None:
         z, log_q = posterior.flow.draw(count)
-        at_p = posterior.used_log_p.double() - posterior.flow.log_prob(posterior.used).double()
+        at_p = posterior._used_log_p.double() - posterior.flow.log_prob(posterior._used).double()
         found = bridge(at_p, density(z).double() - log_q.double(), posterior.chain_count)
     else:
         found = _bridge_by_halves(posterior, density, count)
@@ -268,15 +268,15 @@ def _bridge(posterior: Record, count: int) -> Estimate:
 
 def _bridge_by_halves(posterior: Record, density: Any, count: int) -> Any:
     """Bridge to a Student t that is fitted to the first half of each chain, from the second halves."""
-    chains, dim = posterior.chain_count, posterior.used.shape[1]
-    draws = posterior.used.reshape(chains, -1, dim)
+    chains, dim = posterior.chain_count, posterior._used.shape[1]
+    draws = posterior._used.reshape(chains, -1, dim)
     half = draws.shape[1] // 2
     proposal = fit_proposal(draws[:, :half].reshape(-1, dim))
     z, log_q = proposal.draw(count)
     rest = draws[:, half:].reshape(-1, dim)
-    log_p = posterior.used_log_p.reshape(chains, -1)[:, half:].reshape(-1)
+    log_p = posterior._used_log_p.reshape(chains, -1)[:, half:].reshape(-1)
     at_p = log_p.double().cpu() - proposal.log_prob(rest)
-    at_q = density(z.to(posterior.used)).double().cpu() - log_q
+    at_q = density(z.to(posterior._used)).double().cpu() - log_q
     return bridge(at_p, at_q, chains)
 
 

@@ -110,8 +110,8 @@ def likelihood(posterior: Record, z: Tensor) -> xr.Dataset:
         ValueError: for models with enumerated latents or without data, and for posteriors without their model whose
             files lack the group.
     """
-    if posterior.density is None and posterior.stored is not None and "log_likelihood" in posterior.stored[0]:
-        found: xr.Dataset = posterior.stored[0]["log_likelihood"]
+    if posterior.density is None and posterior._stored is not None and "log_likelihood" in posterior._stored[0]:
+        found: xr.Dataset = posterior._stored[0]["log_likelihood"]
         return found
     density = posterior._need_density()
     if density.structure.enumerated:
@@ -148,7 +148,7 @@ def observations(posterior: Record, draws: Draws, sites: Any) -> Observations:
     for z in draws.z.split(_piece(posterior, len(draws.z))):
         group = likelihood(posterior, z)
         rows, labels, places = _columns(group, list(map(str, group)) if sites is None else _names(sites, group))
-        parts.append(rows.to(posterior.used.dtype))
+        parts.append(rows.to(posterior._used.dtype))
     half = halves(draws, len(draws.z), posterior.chain_count)
     values = torch.cat(parts)
     given = Regression(draws.controls, half)

@@ -70,15 +70,15 @@ class Sensitivity:
 def sensitivity(posterior: Record, draws: Any, *, prior_sites: str | Sequence[str] | None = None) -> Sensitivity:
     """Scale prior and likelihood, and see what labeled draws do; see :meth:`Posterior.sensitivity`."""
     density = posterior._need_density()
-    top, left_out = top_level(density, posterior.used)
+    top, left_out = top_level(density, posterior._used)
     if prior_sites is not None:
         wanted = [prior_sites] if isinstance(prior_sites, str) else list(prior_sites)
         top = [_checks.choice("prior_sites", name, density.names) for name in wanted]
         left_out = {name: "was not asked for" for name in density.names if name not in top}
     if not top:
         raise ValueError(f"prior_sites: no prior stands at the top; name the sites to scale, of {density.names}.")
-    priors = {name: _summed(value) for name, value in density.log_prior(posterior.used).items()}
-    total = posterior.used_log_p.double() - density.log_jacobian(posterior.used).double()
+    priors = {name: _summed(value) for name, value in density.log_prior(posterior._used).items()}
+    total = posterior._used_log_p.double() - density.log_jacobian(posterior._used).double()
     likelihood = total - sum(priors.values(), torch.zeros_like(total))
     prior = sum((priors[name] for name in top), torch.zeros_like(total))
     chains = posterior.chain_count

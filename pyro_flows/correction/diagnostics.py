@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _mixing
-from pyro_flows.verdict.chains import ChainFigures, worst_of
+from pyro_flows.verdict.chains import McmcDiagnostics, worst_of
 
 LOG_DENSITY = "the log density"
 
 
 def figures(
     z: Tensor, stats: Mapping[str, Tensor], names: Sequence[str], *, superchain: Tensor, began: Tensor, sweeps: int
-) -> ChainFigures:
+) -> McmcDiagnostics:
     """Judge chains by all coordinates and the log density; see :func:`examined`."""
     return examined(z, stats, names, superchain=superchain, began=began, sweeps=sweeps)[0]
 
@@ -31,7 +31,7 @@ def examined(
     began: Tensor,
     sweeps: int,
     watched: Sequence[int] | None = None,
-) -> tuple[ChainFigures, list[int]]:
+) -> tuple[McmcDiagnostics, list[int]]:
     """Judge chains by some coordinates, all by default, and the log density; return them too, the worst ones first.
 
     Args:
@@ -53,7 +53,7 @@ def examined(
     least, where = worst_of(lowest.tolist(), labels, largest=False)
     tried = stats["proposed"].double()
     worst = lowest[:-1].nan_to_num(nan=0.0).argsort().tolist()
-    judged = ChainFigures(
+    judged = McmcDiagnostics(
         chains=len(z),
         draws=z.shape[1],
         sweeps=sweeps,
@@ -87,11 +87,11 @@ def agreement(z: Tensor, began: Tensor) -> float:
     return float(_mixing.r_hat(torch.stack(spread)).max())
 
 
-def _nothing(z: Tensor, sweeps: int) -> ChainFigures:
+def _nothing(z: Tensor, sweeps: int) -> McmcDiagnostics:
     rest: dict[str, Any] = dict.fromkeys(
         ("r_hat", "nested_r_hat", "ess_bulk", "ess_tail", "energy_error", "acceptance"), math.nan
     )
-    return ChainFigures(
+    return McmcDiagnostics(
         chains=len(z),
         draws=z.shape[1],
         sweeps=sweeps,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _mixing
-from pyro_flows.verdict.chains import LEAST_ESS, ChainFigures, objections
+from pyro_flows.verdict.chains import LEAST_ESS, McmcDiagnostics, objections
 
 SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to hang on the moment of the stop
 SD_ERROR = 0.04  # standard error of an sd, as a part of it: heavy tails take more draws than quantiles tell
@@ -23,7 +23,7 @@ KNOWN_TO = 0.1  # an sd whose standard error is a larger part of it speaks again
 SOONEST = 8  # looks while the fewest draws are made
 
 
-def suffices(found: ChainFigures) -> bool:
+def suffices(found: McmcDiagnostics) -> bool:
     """Whether draws are enough for the verdict, with some to spare."""
     return not objections(found) and _least(found) >= SPARE * LEAST_ESS
 
@@ -44,7 +44,7 @@ def lacking(draws: Tensor, may_be: Tensor) -> float:
     return float((_mixing.sd_errors(draws).nan_to_num(nan=0.0) / may_be).max())
 
 
-def _are_few(found: ChainFigures, gradients: float) -> bool:
+def _are_few(found: McmcDiagnostics, gradients: float) -> bool:
     """Whether draws are cheap, and so few that they understate the errors of heavy tails."""
     return gradients < CHEAP and found.sweeps < EARLY
 
@@ -57,7 +57,7 @@ class Sds(NamedTuple):
     lack: float
 
 
-def sds_told(found: ChainFigures, draws: Tensor, gradients: float) -> Sds:
+def sds_told(found: McmcDiagnostics, draws: Tensor, gradients: float) -> Sds:
     """Return whether draws (C, N, D) tell all standard deviations.
 
     The first half is warm-up if the second half alone tells sds clearly better. Chance makes one of two halves of heavy
@@ -73,7 +73,7 @@ def sds_told(found: ChainFigures, draws: Tensor, gradients: float) -> Sds:
     return Sds(not (waited_for or warm_up), warm_up, lack)
 
 
-def untold(z: Tensor, found: ChainFigures, names: Sequence[str]) -> list[str]:
+def untold(z: Tensor, found: McmcDiagnostics, names: Sequence[str]) -> list[str]:
     """Say so where draws z (C, N, D) do not tell a standard deviation: a chain is on its way back from far out.
 
     R-hat and effective draws are made of ranks, and do not see how far away a few draws are. Of very many effective
@@ -86,12 +86,12 @@ def untold(z: Tensor, found: ChainFigures, names: Sequence[str]) -> list[str]:
     return [f"the sd of the chains is known to {100 * float(errors[worst]):.0f}% only, at {names[worst]}"]
 
 
-def sweeps_needed(found: ChainFigures) -> float:
+def sweeps_needed(found: McmcDiagnostics) -> float:
     """Return how many sweeps make draws enough, at the pace of these figures."""
     return found.sweeps * SPARE * LEAST_ESS / max(_least(found), 1.0)
 
 
-def next_look(found: ChainFigures, *, thin: int, kept: int, lack: float = 0.0) -> int:
+def next_look(found: McmcDiagnostics, *, thin: int, kept: int, lack: float = 0.0) -> int:
     """Return after how many more draws to look again, one of ``thin`` sweeps, where ``kept`` are the fewest of all.
 
     ``lack`` says by what factor the errors of sds are too large: their squares fall as one over the sweeps.
@@ -101,5 +101,5 @@ def next_look(found: ChainFigures, *, thin: int, kept: int, lack: float = 0.0) -
     return kept // 2 if needed <= 0 else min(max(needed, kept // SOONEST, 1), kept // 2)
 
 
-def _least(found: ChainFigures) -> float:
+def _least(found: McmcDiagnostics) -> float:
     return min(found.ess_bulk, found.ess_tail)

@@ -25,7 +25,7 @@ from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.thin import is_usable
 from pyro_flows.results.record import Record, Recorded
 from pyro_flows.results.stage import Stage
-from pyro_flows.verdict.chains import ChainFigures, Chains, as_numbers, objections
+from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, objections
 from pyro_flows.verdict.deciding import CHECKED
 from pyro_flows.verdict.verdict import Verdict
 
@@ -52,7 +52,7 @@ class Work:
     spacing: int = 1  # sweeps from draw to draw, in units of what earlier chains had; beyond 1, their draws go
     come_short: bool = False  # chains that have converged lack nothing that longer ones could not have
     sampler: Sampler | None = None
-    chains: Chains | None = None
+    chains: McmcDraws | None = None
     annealed: Annealed | None = None
     failures: list[str] = field(default_factory=list)
     gradients: int = 0
@@ -76,18 +76,18 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     verdict = _verdict(posterior.verdict, found, against, lacking.failures, lacking.notes, work.why)
     stages = [stage.as_dict() for stage in lacking.stages]
     history = (*posterior.history, *stages, _stage(work, found, verdict).as_dict())
-    if posterior.of_mcmc and verdict.status != "refined":  # the draws to use stay the other sampler's
+    if posterior._of_mcmc and verdict.status != "refined":  # the draws to use stay the other sampler's
         chains, verdict = posterior.chains, replace(verdict, chains=posterior.verdict.chains)
     evidence = posterior.log_evidence
     if work.annealed is not None and math.isfinite(work.annealed.log_evidence):
         evidence = work.annealed.log_evidence
-    result = replace(posterior, verdict=verdict, chains=chains, history=history, stored=None, log_evidence=evidence)
+    result = replace(posterior, verdict=verdict, chains=chains, history=history, _stored=None, log_evidence=evidence)
     if verdict.status == "refined" and chains is not None:
         return _with_draws(result, chains)
     return _raw(result) if posterior.verdict.status != verdict.status else result
 
 
-def _come_to(posterior: Record, work: Work) -> tuple[Chains | None, ChainFigures | None]:
+def _come_to(posterior: Record, work: Work) -> tuple[McmcDraws | None, McmcDiagnostics | None]:
     """Return the chains and their figures, if they have draws enough for these."""
     if work.sampler is not None:
         under_way = work.sampler.chains()
@@ -107,7 +107,7 @@ def _come_to(posterior: Record, work: Work) -> tuple[Chains | None, ChainFigures
     )
 
 
-def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> Lacking:
+def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> Lacking:
     """Return what speaks against chains that have converged, in words, and what was not looked at."""
     density, flow = posterior._need_density(), flow_of(posterior)
     complaint = density.complaint(chains.z.flatten(0, 1)[:: max(1, chains.z[..., 0].numel() // CHECKED)])
@@ -132,7 +132,7 @@ def _checked(posterior: Record, chains: Chains, seed: int, work: Work) -> Lackin
     return replace(lacking, failures=[*invalid, *lacking.failures, *disagreements(posterior, chains)])
 
 
-def around(chains: Chains) -> Flow:
+def around(chains: McmcDraws) -> Flow:
     """Return the affine flow with the moments of the chains' draws, those left out that a search begins at."""
     draws = chains.z[~held_out(chains)].flatten(0, 1)
     return affine_flow(draws, torch.zeros_like(draws[:, 0]))
@@ -150,7 +150,7 @@ def _covered(ratios: Tensor) -> float:
 
 
 @torch.no_grad()
-def evidence_of(flow: Flow | FlowMixture, moments: Flow | FlowMixture, chains: Chains, density: LogDensity) -> float:
+def evidence_of(flow: Flow | FlowMixture, moments: Flow | FlowMixture, chains: McmcDraws, density: LogDensity) -> float:
     """Return the log evidence by a bridge from the chains to a half of flow and a half of their own ``moments``.
 
     The flow overlaps with chains that change modes, the moments with chains that went far out of the flow.
@@ -167,7 +167,7 @@ def evidence_of(flow: Flow | FlowMixture, moments: Flow | FlowMixture, chains: C
 
 
 @torch.no_grad()
-def disagreements(posterior: Record, chains: Chains) -> list[str]:
+def disagreements(posterior: Record, chains: McmcDraws) -> list[str]:
     """Say so where chains differ from the guide's weighted draws, if these are good enough to tell.
 
     Chains whose steps are too long for a narrow part of the posterior stay out of it, all alike, so that no R-hat sees
@@ -199,7 +199,7 @@ def disagreements(posterior: Record, chains: Chains) -> list[str]:
 
 
 def _verdict(
-    old: Verdict, found: ChainFigures | None, against: list[str], failures: list[str], notes: list[str], why: str
+    old: Verdict, found: McmcDiagnostics | None, against: list[str], failures: list[str], notes: list[str], why: str
 ) -> Verdict:
     """Say ``refined`` if nothing is against it; else what was said before, and why the chains change nothing."""
     kept = [note for note in old.notes if not note.startswith(TRIED_BEFORE)]
@@ -215,7 +215,7 @@ def _verdict(
     return replace(old, status="unreliable", reasons=(*reasons, said), notes=tuple(notes), chains=found)
 
 
-def _stage(work: Work, found: ChainFigures | None, verdict: Verdict) -> Stage:
+def _stage(work: Work, found: McmcDiagnostics | None, verdict: Verdict) -> Stage:
     entry: dict[str, Any] = {"method": work.method, "status": verdict.status}
     entry |= {"gradients": work.gradients, "figures": as_numbers(found)}
     if work.sampler is not None:
@@ -227,16 +227,16 @@ def _stage(work: Work, found: ChainFigures | None, verdict: Verdict) -> Stage:
     return Stage(STAGE, details=entry)
 
 
-def _with_draws(posterior: Recorded, chains: Chains) -> Recorded:
+def _with_draws(posterior: Recorded, chains: McmcDraws) -> Recorded:
     """Put the chains' draws in the place of the draws to use, one chain after the other."""
     used = chains.z.flatten(0, 1)
     log_p = chains.stats["lp"].flatten()
     return replace(
         posterior,
         samples=posterior._need_density().constrain(used),
-        used=used,
-        used_log_p=log_p,
-        used_log_q=log_p - chains.stats["log_weight"].flatten(),
+        _used=used,
+        _used_log_p=log_p,
+        _used_log_q=log_p - chains.stats["log_weight"].flatten(),
     )
 
 
@@ -245,7 +245,7 @@ def _raw(posterior: Recorded) -> Recorded:
     return replace(
         posterior,
         samples=posterior._need_density().constrain(posterior.z),
-        used=posterior.z,
-        used_log_p=posterior.log_p,
-        used_log_q=posterior.log_q,
+        _used=posterior.z,
+        _used_log_p=posterior.log_p,
+        _used_log_q=posterior.log_q,
     )

@@ -15,7 +15,7 @@ from pyro_flows.correction.sampler import KEPT, Sampler
 from pyro_flows.correction.starts import flow_of
 from pyro_flows.results.record import Record
 from pyro_flows.results.scoring import score_pool
-from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import POOL, resample
 from pyro_flows.verdict.weighing import weigh
 
@@ -29,7 +29,7 @@ def can_go_on(posterior: Record) -> bool:
     return known and posterior.verdict.status == "refined" and posterior.density is not None
 
 
-def go_on(posterior: Record, chains: Chains, each: int, *, seed: int) -> Tensor:
+def go_on(posterior: Record, chains: McmcDraws, each: int, *, seed: int) -> Tensor:
     """Return ``each`` further draws (C, n, D) of each chain, spaced as those that there are."""
     density = posterior._need_density()
     with alone(), seeded(seed, density.device), few_threads(density.numbers, chains.count), torch.no_grad():

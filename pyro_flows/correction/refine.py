@@ -22,7 +22,7 @@ from pyro_flows.correction.smc import anneal
 from pyro_flows.correction.starts import PLAIN, NoStart, dispersed_points, flow_of, plain_flow, starting_points
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.results.record import Recorded
-from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.chains import McmcDraws
 
 METHODS = ("auto", "hmc", "imh", "nuts", "plain", "smc")
 FEWEST, MOST_CHAINS = 16, 4096
@@ -138,4 +138,4 @@ def _run_nuts(posterior: Recorded, work: Work, latent: Latent, draws: int, seed:
     x, k = latent.place(starts)
     z, stats, _ = nuts(latent, x, draws=draws, warm_up=min(draws, NUTS_WARM_UP))
     state = {"superchain": torch.arange(len(x)), "began": k}
-    work.chains = Chains(z, stats, state, {"method": "nuts", "seed": seed, "sweeps": draws})
+    work.chains = McmcDraws(z, stats, state, {"method": "nuts", "seed": seed, "sweeps": draws})

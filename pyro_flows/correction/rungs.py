@@ -26,7 +26,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Record, Recorded
-from pyro_flows.verdict.chains import LEAST_ESS, NESTED_R_HAT, ChainFigures, Chains, objections
+from pyro_flows.verdict.chains import LEAST_ESS, NESTED_R_HAT, McmcDiagnostics, McmcDraws, objections
 
 BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, of a further round, last
@@ -55,8 +55,8 @@ def which(refine: Any) -> str | None:
 
 
 def last_rung(
-    posterior: Recorded, method: str, clock: Clock, bar: Bar, chains: Chains | None = None, *, searched: bool = False,
-    passed: bool = False,
+    posterior: Recorded, method: str, clock: Clock, bar: Bar, chains: McmcDraws | None = None, *,
+    searched: bool = False, passed: bool = False,
 ) -> Recorded:  # fmt: skip
     """Refine what a fit came to, if its verdict is unreliable and its clock leaves time for that.
 
@@ -115,7 +115,9 @@ def _plain_gradients(posterior: Record) -> float:
 
 
 @torch.no_grad()
-def attempt(flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar) -> Chains | None:
+def attempt(
+    flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar
+) -> McmcDraws | None:
     """Try a sampler where a round of training did not suffice, for less than another round; None if it does not either.
 
     Cost: 40,000 to 600,000 gradients, 1,200,000 where sds are not told before (above 50 dimensions), and up to four
@@ -133,7 +135,7 @@ def attempt(flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *
 
 
 @torch.no_grad()
-def miss_a_mode(chains: Chains, flow: Flow, density: LogDensity, names: Sequence[str], *, seed: int) -> bool:
+def miss_a_mode(chains: McmcDraws, flow: Flow, density: LogDensity, names: Sequence[str], *, seed: int) -> bool:
     """Whether chains in the space of a flow miss a mode, though they have converged; a search begins at their draws."""
     sampler = Sampler(Latent(flow, density), names, chains, kept=chains.z.shape[1], seed=int(chains.numbers["seed"]))
     given = (flow.log_prob, covered_by(flow, density), evidence_of(flow, around(chains), chains, density), ())
@@ -149,12 +151,12 @@ def affordable(density: LogDensity, gradients: float) -> float:
     return gradients * min(max(DEAR / (BESIDE + density.written), 1.0), CHEAPEST)
 
 
-def _only_lacks_draws(found: ChainFigures) -> bool:
+def _only_lacks_draws(found: McmcDiagnostics) -> bool:
     """Whether superchains agree, and draws will be enough: more of them may cost less than to train a flow."""
     return min(found.ess_bulk, found.ess_tail) >= NEARLY * LEAST_ESS and found.nested_r_hat <= NESTED_R_HAT
 
 
-def _gone_on(sampler: Sampler, found: ChainFigures, spent: float, bar: Bar, patient: bool) -> ChainFigures:
+def _gone_on(sampler: Sampler, found: McmcDiagnostics, spent: float, bar: Bar, patient: bool) -> McmcDiagnostics:
     """Go on with chains that will have draws enough before a flow could be trained; return their figures.
 
     In all they take `TRAINED` gradients at most, more if these are cheap. Those that nothing speaks against, but that
@@ -182,7 +184,7 @@ def _gone_on(sampler: Sampler, found: ChainFigures, spent: float, bar: Bar, pati
 def chains_from(
     latent: Latent, names: Sequence[str], z: Tensor, log_weights: Tensor, draws: int, *, seed: int, bar: Bar,
     most: float, independence: int, patient: bool = True,
-) -> tuple[Sampler, Chains] | None:  # fmt: skip
+) -> tuple[Sampler, McmcDraws] | None:  # fmt: skip
     """Return chains that begin at weighted draws and suffice, for less than another round of training takes."""
     starts = dispersed_points(latent, z, log_weights, CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
     given: dict[str, Any] = {"chains": CHAINS, "kept": math.ceil(draws / CHAINS), "seed": seed}

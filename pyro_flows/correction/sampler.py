@@ -27,7 +27,7 @@ from pyro_flows.correction.kept import Kept, numbers_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric, learned
 from pyro_flows.correction.microcanonical import microcanonical
-from pyro_flows.verdict.chains import DIVERGENCES, ChainFigures, Chains, diverge, objections
+from pyro_flows.verdict.chains import DIVERGENCES, McmcDiagnostics, McmcDraws, diverge, objections
 
 SUBCHAINS = 8  # chains of a superchain, with one starting point
 ROUND = 30  # sweeps of a round of warm-up
@@ -55,7 +55,7 @@ class Sampler:
         seed: of all sweeps.
     """
 
-    def __init__(self, latent: Latent, names: Sequence[str], chains: Chains, *, kept: int, seed: int) -> None:
+    def __init__(self, latent: Latent, names: Sequence[str], chains: McmcDraws, *, kept: int, seed: int) -> None:
         self.latent, self.names, self.kept, self.seed = latent, list(names), max(kept, KEPT), seed
         state, numbers = chains.state, dict(chains.numbers)
         self.points = latent.look(state["x"], state["k"])
@@ -91,9 +91,9 @@ class Sampler:
         numbers: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"fixed_at": None, "thin": 1, "worst": None}
         numbers |= {"independence": independence, "moves": moves if x.shape[1] > 1 else HAMILTONIAN, "seed": seed}
         numbers |= {"kernel": Kernel.start(x.shape[1], most_leaps=most_leaps).stored(), "exchange": None}
-        return cls(latent, names, Chains(z[:, None][:, :0], {}, state, numbers), kept=kept, seed=seed)
+        return cls(latent, names, McmcDraws(z[:, None][:, :0], {}, state, numbers), kept=kept, seed=seed)
 
-    def chains(self) -> Chains:
+    def chains(self) -> McmcDraws:
         """Return where the chains stand."""
         ring = [torch.stack(of) for of in self.round]
         state = {
@@ -106,7 +106,7 @@ class Sampler:
         }
         z, stats = self.draws.stacked()
         known = self.judged[1] if self.judged is not None and self.judged[0] == self._at() else None
-        return Chains(z, stats, state, {**self.numbers, "kernel": self.kernel.stored()}, known)
+        return McmcDraws(z, stats, state, {**self.numbers, "kernel": self.kernel.stored()}, known)
 
     def _at(self) -> tuple[int, int]:
         """Return what the draws' figures depend on: sweeps done, and draws kept."""
@@ -115,7 +115,7 @@ class Sampler:
     def run(
         self, sweeps: int, report: Callable[[str], None] = lambda text: None, *, gradients: float = math.inf,
         patient: bool = True, short_of: float = math.inf,
-    ) -> ChainFigures | None:  # fmt: skip
+    ) -> McmcDiagnostics | None:  # fmt: skip
         """Go on until the draws are enough, or for ``sweeps`` in all or so many gradients; return the last figures.
 
         Chains are given up once they would need ``short_of`` times the gradients that are left.
@@ -154,7 +154,7 @@ class Sampler:
         """Return how many gradients the draws to be kept take at least, by the kernel, or with a part of its step."""
         return self._gradients(max(ROUNDS[0] * ROUND - self.numbers["sweeps"], 0) + KEPT, step)
 
-    def to_come(self, found: ChainFigures) -> float:
+    def to_come(self, found: McmcDiagnostics) -> float:
         """Return how many gradients it takes until draws are enough; from anew where trajectories diverge."""
         done = self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
         again = diverge(found) and found.sweeps <= done and self.numbers["halved"] < HALVINGS  # not of an earlier step
@@ -178,13 +178,13 @@ class Sampler:
             parts.append(self.points.z)
         return torch.stack(parts, 1)
 
-    def figures(self) -> ChainFigures:
+    def figures(self) -> McmcDiagnostics:
         """Judge the draws so far by all coordinates, once."""
         if self.judged is None or self.judged[0] != self._at():
             self.judged = self._at(), self._figures(None)
         return self.judged[1]
 
-    def _looked_at(self) -> ChainFigures:
+    def _looked_at(self) -> McmcDiagnostics:
         """Judge the draws so far: by the worst coordinates of the last time, and by all if these and all sds suffice.
 
         A first half that keeps the sds from being told was warm-up, and goes.
@@ -203,7 +203,7 @@ class Sampler:
         self.numbers["pause"] = next_look(found, thin=self.numbers["thin"], kept=self.kept, lack=lack)
         return found
 
-    def _figures(self, watched: Sequence[int] | None) -> ChainFigures:
+    def _figures(self, watched: Sequence[int] | None) -> McmcDiagnostics:
         chains, stats = self.judged_by()
         sweeps = self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
         known = {"superchain": self.superchain, "began": self.began}
@@ -269,7 +269,7 @@ class Sampler:
         self.numbers["waiting"] = 0
         self.draws.add(self.points.z, numbers)
 
-    def _halve(self, found: ChainFigures) -> bool:
+    def _halve(self, found: McmcDiagnostics) -> bool:
         """Begin the draws anew with half of the step size where trajectories diverge; return whether that was done."""
         if not diverge(found) or self.numbers["halved"] >= HALVINGS:
             return False
@@ -282,7 +282,7 @@ class Sampler:
         self.numbers["halved"] += 1
         self.begin_draws(thin=1)
 
-    def _make_room(self, found: ChainFigures) -> None:
+    def _make_room(self, found: McmcDiagnostics) -> None:
         """Drop the first half of draws that superchains still disagree on; else every other one, where all are full."""
         room = min(ROOM, ROOM_NUMBERS // self.points.x.numel())
         if len(self.draws) < max(2 * self.kept, room):

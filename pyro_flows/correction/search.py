@@ -24,7 +24,7 @@ from pyro_flows.modes.units import in_units
 from pyro_flows.modes.valleys import lie_apart
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.bridge import bridge_value
-from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.psis import psis
 
 SEARCHED = 1000  # draws of the chains
@@ -70,7 +70,7 @@ def noted(search: Search | None, stage: str = STAGE) -> list[Stage]:
 @counted(COUNTED)
 def lacks_of_chains(
     density: LogDensity,
-    chains: Chains,
+    chains: McmcDraws,
     score: Callable[[Tensor], Tensor],
     covered: float,
     evidence: float,
@@ -132,7 +132,7 @@ def lacks_of_chains(
     return Lacking(found, list(search.notes), noted(search, OF_CHAINS), reached, twins)
 
 
-def _and_tails(search: Search, density: LogDensity, chains: Chains, seed: int) -> Search:
+def _and_tails(search: Search, density: LogDensity, chains: McmcDraws, seed: int) -> Search:
     """Go on with a search that has found no mode: look for a tail that all draws of the chains come short of."""
     worth = math.inf if chains.figures is None else chains.figures.ess_tail
     z = chains.z.flatten(0, 1)
@@ -158,7 +158,7 @@ def _went_to(search: Mapping[str, Any], regions: _Regions, joined: Callable[[Ten
     return not places or joined(z.new_tensor(places))
 
 
-def held_out(chains: Chains) -> Tensor:
+def held_out(chains: McmcDraws) -> Tensor:
     """Return which chains (C,) a search begins at: those of every fourth superchain; every fourth of a few.
 
     A normal distribution with the moments of draws is denser at these than at others: in 70 dimensions by two nats, so
@@ -169,7 +169,7 @@ def held_out(chains: Chains) -> Tensor:
     return (number % HELD_OUT == HELD_OUT - 1).to(chains.z.device)
 
 
-def held_by(density: LogDensity, chains: Chains, lacks: Sequence[Lack], evidence: float, *, seed: int) -> bool:
+def held_by(density: LogDensity, chains: McmcDraws, lacks: Sequence[Lack], evidence: float, *, seed: int) -> bool:
     """Whether chains go in and out of all places that a guide lacks; to where draws only wandered they may go too."""
     regions = _Regions(density, chains, evidence, seed)
     return all(regions.cover([lack for lack in lacks if lack.start.name != WANDERED]))
@@ -186,7 +186,7 @@ def bridge(from_q: Tensor, from_p: Tensor) -> float:
 class _Regions:
     """Whether chains have the mass of regions about a place."""
 
-    def __init__(self, density: LogDensity, chains: Chains, evidence: float, seed: int) -> None:
+    def __init__(self, density: LogDensity, chains: McmcDraws, evidence: float, seed: int) -> None:
         self.density, self.chains, self.evidence = density, chains, evidence
         self.seed = derive(seed, "regions")
 

@@ -13,7 +13,7 @@ from pyro_flows.modes.thin import level_of
 from pyro_flows.modes.umbrella import Point, walked
 from pyro_flows.results.record import Record
 from pyro_flows.transforms.linear import LowerTriangularAffine
-from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import resample
 
 DF = 15.0
@@ -105,7 +105,7 @@ def plain_flow(z: Tensor) -> Flow:
     return Flow(affine.to(z), base="student_t", df=DF)
 
 
-def flow_of(posterior: Record, chains: Chains | None = None) -> Flow | FlowMixture:
+def flow_of(posterior: Record, chains: McmcDraws | None = None) -> Flow | FlowMixture:
     """Return the guide's flow or mixture; an affine one with the moments of the draws, if the guide is none.
 
     For chains that left the flow, return the plain coordinates that they move in.

@@ -31,7 +31,7 @@ from pyro_flows.modes.symmetries import SignedPermutation, group, identity, imag
 from pyro_flows.modes.twins import with_twins
 from pyro_flows.modes.valleys import lie_apart
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.chains import McmcDraws
 
 COPIES = "the search for copies"
 SYMMETRIES = 3  # times that chains begin, of which each search may find further twins
@@ -44,7 +44,7 @@ class Untrained(NamedTuple):
 
     flow: Flow
     copies: FlowMixture | None
-    chains: Chains
+    chains: McmcDraws
 
 
 class _Begun(NamedTuple):
@@ -104,7 +104,7 @@ def _placed(begun: _Begun, density: LogDensity, twins: Sequence[SignedPermutatio
 
 def _chains(
     begun: _Begun, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar
-) -> tuple[Chains, Lacking] | None:
+) -> tuple[McmcDraws, Lacking] | None:
     """Run chains in the space of a normal distribution or its copies; return them, and what they lack.
 
     None if they have not converged.
@@ -173,7 +173,7 @@ def _of_inexact_moves(
     return None if any(apart) else twins
 
 
-def _settled(begun: _Begun, chains: Chains) -> Flow | FlowMixture:
+def _settled(begun: _Begun, chains: McmcDraws) -> Flow | FlowMixture:
     """Return the affine flow with the moments of chains; of chains in copies, copies of it by the shares of these."""
     if not isinstance(begun.sampler, FlowMixture):
         return around(chains)

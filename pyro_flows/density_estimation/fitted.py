@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks, pictures
+from pyro_flows import _checks, plots
 from pyro_flows._seeding import seeded
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.points import CHUNK, Levels, Source, source
@@ -126,7 +126,7 @@ class DensityFit:
 
     def plot_losses(self) -> Figure:
         """Draw training and held-out nats over the steps."""
-        return pictures.plot_losses(self.losses, self.checks)
+        return plots.plot_losses(self.losses, self.checks)
 
     def plot_samples(
         self, count: int = 64, *, image_shape: tuple[int, ...] | None = None, temperature: float = 1.0, seed: int = 0
@@ -134,7 +134,7 @@ class DensityFit:
         """Draw samples: a cloud in two dimensions, else a grid of images (of ``image_shape``, for flat ones)."""
         flat = self.flow.event_shape == (2,)
         points = self.sample(2000 if flat else count, temperature=temperature, seed=seed)
-        return pictures.plot_points(points) if flat else pictures.plot_images(points, image_shape)
+        return plots.plot_points(points) if flat else plots.plot_images(points, image_shape)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a directory of tensors and JSON.

@@ -17,7 +17,7 @@ from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Str
 from pyro_flows.density_estimation.standardizing import is_fresh, preprocess
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import BUILDERS, ending, with_preprocess
-from pyro_flows.transforms import Chain, Logit
+from pyro_flows.transforms import Compose, Logit
 from pyro_flows.transforms.fixed import Preprocess
 
 CHECKED_POINTS = 5_000  # held-out points that the checks during training use
@@ -75,7 +75,7 @@ def with_scale(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str |
     images, auto = len(flow.event_shape) > 1, kind == "auto"
     if auto:
         inner = flow.bijection
-        if isinstance(inner.layers[-1] if isinstance(inner, Chain) else inner, Logit):
+        if isinstance(inner.layers[-1] if isinstance(inner, Compose) else inner, Logit):
             return flow, None
         kind = "whiten" if own is not None and own.full else "standardize"
     batches = held(train, MEASURED_POINTS)

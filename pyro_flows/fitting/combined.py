@@ -11,7 +11,7 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.slices import Marginal
 from pyro_flows.results.stage import Stage
-from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.chains import McmcDraws
 
 Sampler = Flow | FlowMixture  # has ``draw`` and ``log_prob``
 
@@ -64,7 +64,7 @@ class Combined:
         return max(self.kept, key=lambda run: run.rank)
 
     @property
-    def chains(self) -> Chains | None:
+    def chains(self) -> McmcDraws | None:
         """Chains that sufficed, unless a mixture, tables or slices took the place of the flow they began at.
 
         Chains that needed no trained flow may have moved among copies of a normal distribution, which is a mixture too.

@@ -16,7 +16,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
-from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.mcmc import judge_mcmc
 
 LEAST_DRAWS = 10  # of a chain
@@ -80,7 +80,7 @@ def from_mcmc(
             samples = density.constrain(z)
     names = coordinate_names(density.structure)
     stats = {} if diverging is None else {"diverging": diverging.to(z.device)}
-    chains = Chains(z.reshape(count, -1, density.dim), stats, {}, {"method": METHOD})
+    chains = McmcDraws(z.reshape(count, -1, density.dim), stats, {}, {"method": METHOD})
     nothing = torch.full_like(log_p, math.nan)
     of_guide: dict[str, Any] = dict.fromkeys(OF_GUIDE, math.nan)
     return Posterior(
@@ -89,9 +89,9 @@ def from_mcmc(
         log_p=log_p,
         log_q=nothing,
         log_weights=torch.full_like(log_p, -math.log(len(z))),
-        used=z,
-        used_log_p=log_p,
-        used_log_q=nothing,
+        _used=z,
+        _used_log_p=log_p,
+        _used_log_q=nothing,
         **of_guide,
         verdict=judge_mcmc(chains.z, log_p.reshape(count, -1), names, diverging),
         losses=torch.zeros(0),

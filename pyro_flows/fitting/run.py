@@ -33,7 +33,7 @@ from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start, standard
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Look, Training, train
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.chains import McmcDraws
 
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
@@ -74,7 +74,7 @@ class Run:
     modes: list[Start] = field(default_factory=list)
     history: list[Stage] = field(default_factory=list)
     untrained: Flow | None = None
-    chains: Chains | None = None
+    chains: McmcDraws | None = None
     sampled: bool = False
     copies: FlowMixture | None = None
     several: Several | None = None
@@ -243,7 +243,7 @@ def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed
         look = None
 
 
-def _sampled(plan: Plan, density: LogDensity, flow: Flow, seed: int) -> Chains | None:
+def _sampled(plan: Plan, density: LogDensity, flow: Flow, seed: int) -> McmcDraws | None:
     """Try a sampler in the place of further training, if one was asked for."""
     if plan.refine is None:
         return None

@@ -11,7 +11,17 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import build, of_images
-from pyro_flows.transforms import ActNorm, AffineCoupling, Bijection, Chain, Conv1x1, Logit, MultiScale, Squeeze, masks
+from pyro_flows.transforms import (
+    ActNorm,
+    AffineCoupling,
+    Bijection,
+    Compose,
+    Conv1x1,
+    Logit,
+    MultiScale,
+    Squeeze,
+    masks,
+)
 
 Shape = tuple[int, int, int]
 
@@ -84,7 +94,7 @@ def multiscale_realnvp(
         if left == 1:
             inner = _couplings(deep, layers + 1, _board, options)
         else:
-            inner = [MultiScale(Chain(scale(half, left - 1))), *_couplings(deep, layers, _rows, options)]
+            inner = [MultiScale(Compose(scale(half, left - 1))), *_couplings(deep, layers, _rows, options)]
             inner += _couplings(deep, layers, _board, options)
         return [Squeeze(shape), *inner, Squeeze(shape).inv]
 
@@ -150,7 +160,7 @@ def glow(
     def scale(shape: Shape, left: int) -> list[Bijection]:
         """In the order of sampling, the coarser scale first."""
         deep, half = _halved(shape)
-        stack: list[Bijection] = [MultiScale(Chain(scale(half, left - 1)))] if left > 1 else []
+        stack: list[Bijection] = [MultiScale(Compose(scale(half, left - 1)))] if left > 1 else []
         for number in range(layers):
             stack += [AffineCoupling(deep, **options), Conv1x1(deep, seed=seed + layers * left + number), ActNorm(deep)]
         return [Squeeze(shape), *stack, Squeeze(shape).inv]

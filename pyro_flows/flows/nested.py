@@ -13,7 +13,7 @@ from pyro_flows.flows.parts import Base, knots
 from pyro_flows.flows.recipe import build, of_mixtures, start_at, with_affine
 from pyro_flows.flows.vectors import realnvp
 from pyro_flows.flows.vectors import spline as splines
-from pyro_flows.transforms import Chain, DiagonalAffine
+from pyro_flows.transforms import Compose, DiagonalAffine
 from pyro_flows.transforms.marginal import MarginalSpline
 from pyro_flows.transforms.nested import Nested
 
@@ -39,7 +39,7 @@ def nested(
     few = len(held)
     inner = splines(1, layers=1) if few == 1 else realnvp(few, layers=layers, **COUPLINGS)
     last = with_affine(inner, "tril").bijection
-    outer = Chain([MarginalSpline(few, bins=BINS, bound=BOUND), DiagonalAffine(few), last])
+    outer = Compose([MarginalSpline(few, bins=BINS, bound=BOUND), DiagonalAffine(few), last])
     map_ = Nested(dim, held=held, outer=outer, terms=terms, entries=entries)
     options: dict[str, Any] = {"held": tuple(held), "terms": terms, "entries": entries, "layers": layers}
     return build([map_], base, df, builder="nested", dim=dim, **options)

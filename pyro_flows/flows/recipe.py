@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_flows import _checks
 from pyro_flows._turns import turn
 from pyro_flows.flows.flow import Flow
-from pyro_flows.transforms import Bijection, Chain, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
+from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 from pyro_flows.transforms.fixed import Preprocess
 
 AFFINES = ("auto", "diagonal", "none", "tril")
@@ -120,8 +120,8 @@ class Recipe:
 
 
 def build(stack: list[Bijection], base: str, df: float, *, builder: str, dim: Any, **options: Any) -> Flow:
-    """Chain the maps of a builder, and note what the flow is made of in :attr:`Flow.recipe`."""
-    flow = Flow(Chain(stack), base=base, df=df)
+    """Compose the maps of a builder, and note what the flow is made of in :attr:`Flow.recipe`."""
+    flow = Flow(Compose(stack), base=base, df=df)
     flow.recipe = Recipe(builder, options, base, flow.df)
     return flow
 
@@ -159,7 +159,7 @@ def with_affine(flow: Flow, kind: str) -> Flow:
     if kind == "auto":
         kind = "tril" if flow.dim <= FULL_AFFINE_UP_TO else "diagonal"
     map_ = LowerTriangularAffine(flow.dim) if kind == "tril" else DiagonalAffine(flow.dim)
-    whole = Flow(Chain([flow.bijection, SinhArcsinh(flow.dim), map_]), dim=flow.dim, base=flow.base, df=flow.df)
+    whole = Flow(Compose([flow.bijection, SinhArcsinh(flow.dim), map_]), dim=flow.dim, base=flow.base, df=flow.df)
     whole.recipe = None if flow.recipe is None else flow.recipe.then("affine", kind)
     return whole
 
@@ -167,7 +167,7 @@ def with_affine(flow: Flow, kind: str) -> Flow:
 def affine_of(flow: Flow) -> LowerTriangularAffine | DiagonalAffine | None:
     """Return the affine map that :func:`with_affine` put after a flow, if the flow ends in one."""
     last: nn.Module = flow.bijection
-    last = last.layers[-1] if isinstance(last, Chain) else last
+    last = last.layers[-1] if isinstance(last, Compose) else last
     return last if isinstance(last, (LowerTriangularAffine, DiagonalAffine)) else None
 
 
@@ -195,22 +195,22 @@ def with_preprocess(flow: Flow, layer: Preprocess) -> Flow:
         flow.recipe = None if recipe is None else replace(recipe, around=(*recipe.around[:-1], about))
         return flow
     inner = flow.bijection
-    flow.bijection = Chain([*(inner.layers if isinstance(inner, Chain) else [inner]), layer])  # type: ignore[list-item]
+    flow.bijection = Compose([*(inner.layers if isinstance(inner, Compose) else [inner]), layer])  # type: ignore[list-item]
     flow.recipe = None if recipe is None else recipe.then(*about)
     return flow
 
 
 def _ending_replaced(bijection: Bijection, layer: Preprocess) -> Bijection:
-    if not isinstance(bijection, Chain):
+    if not isinstance(bijection, Compose):
         return layer
     stack: list[Any] = list(bijection.layers)
-    return Chain([*stack[:-1], _ending_replaced(stack[-1], layer)])
+    return Compose([*stack[:-1], _ending_replaced(stack[-1], layer)])
 
 
 def ending(flow: Flow) -> Preprocess | None:
     """Return the map to the scale of data that is the flow's last layer, if there is one."""
     last: Any = flow.bijection
-    while isinstance(last, Chain):
+    while isinstance(last, Compose):
         last = last.layers[-1]
     return last if isinstance(last, Preprocess) else None
 
@@ -242,7 +242,7 @@ def grow(flow: Flow, layers: int) -> Flow:
 
 def _copy_layers(old: nn.Module, new: nn.Module) -> None:
     """Copy parameters and buffers layer by layer: the n-th layer of each class onto the n-th of the same class."""
-    if not isinstance(old, Chain):
+    if not isinstance(old, Compose):
         new.load_state_dict(old.state_dict())
         return
     seen: dict[type, int] = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import affine_of
-from pyro_flows.transforms.chain import Chain
+from pyro_flows.transforms.compose import Compose
 from pyro_flows.transforms.linear import LowerTriangularAffine
 
 
@@ -175,5 +175,5 @@ def _signs(part: Part, like: Tensor) -> Tensor:
 def _whole(flow: Flow) -> LowerTriangularAffine | None:
     """Return the affine map that a flow is, if it is nothing else."""
     map_, bijection = affine_of(flow), flow.bijection
-    alone = not isinstance(bijection, Chain) or len(bijection.layers) == 1
+    alone = not isinstance(bijection, Compose) or len(bijection.layers) == 1
     return map_ if alone and isinstance(map_, LowerTriangularAffine) and not map_.context_dim else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_flows._figures import FLOW, INK, LINE, panels, steps, styled
+from pyro_flows._figures import FLOW, INK, LINE, WIDTH, panels, steps, styled
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.plots import parts
 from pyro_flows.results.record import Record
@@ -22,7 +22,7 @@ EDGES = 0.01  # of the run: a round that begins there began with it
 
 
 @styled
-def plot_elbo(posterior: Record, *, width: float = 7.0) -> Figure:
+def plot_elbo(posterior: Record, *, width: float = WIDTH) -> Figure:
     """Draw the ELBO of each optimization step, with a running median, and that of the final draws (dashed).
 
     Each step's is the mean over the batch by which the flow is trained, each draw weighted for how it was drawn. The

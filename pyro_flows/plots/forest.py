@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_flows import _checks
-from pyro_flows._figures import INK, LINE, color_of, panels, styled
+from pyro_flows._figures import INK, LINE, WIDTH, color_of, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, raw, used
 from pyro_flows.results.labeled import named_draws
@@ -30,24 +30,27 @@ def plot_forest(
     *,
     filter_vars: str | None = None,
     coords: Mapping[str, Any] | None = None,
+    draws: str = "used",
     max_rows: int = 40,
-    width: float = 6.0,
+    width: float = WIDTH,
 ) -> Figure:
     """Draw the mean (dot), central half (thick line) and central 89 % (thin line) of each scalar.
 
-    For one posterior, its raw draws, those corrected by importance weights, and those refined by Markov chains, as far
-    as there are any, stand below each other: what the correction changed. For several, the draws to use of each.
+    These are the draws to use. With ``draws="all"``, a posterior's raw draws, those corrected by importance weights,
+    and those refined by Markov chains, as far as there are any, stand below each other: what the correction changed.
 
     Args:
         posterior: what to draw; several by name, ``{"flow": posterior, "NUTS": chains}``.
         var_names: variables to show, as in ArviZ; all by default.
         filter_vars: ``"like"`` or ``"regex"``: how names are matched, as in ArviZ.
         coords: labels to show, as in ArviZ.
+        draws: ``"used"``, or ``"all"`` for one posterior.
         max_rows: how many scalars at most; the title says how many there are.
         width: inches.
 
     Raises:
-        ValueError: for a name or a label that is not there, or if raw draws take a model that the posterior has not.
+        ValueError: for a name or a label that is not there, for all draws of several posteriors, or if raw draws take a
+            model that the posterior has not.
 
     Cost: a second at most; the figure is drawn when it is shown or saved.
 
@@ -63,8 +66,11 @@ def plot_forest(
     1
     """
     posteriors, choice = named(posterior), Choice(var_names, filter_vars, coords)
-    single = next(iter(posteriors.values())) if len(posteriors) == 1 else None
-    datasets = {name: used(each) for name, each in posteriors.items()} if single is None else _stages(single)
+    everything = _checks.choice("draws", draws, ("used", "all")) == "all"
+    if everything and len(posteriors) > 1:
+        raise ValueError(f"draws: expected 'used' for {len(posteriors)} posteriors; 'all' shows those of one.")
+    first = next(iter(posteriors.values()))
+    datasets = _stages(first) if everything else {name: used(each) for name, each in posteriors.items()}
     layers = {name: choice.of(draws) for name, draws in datasets.items()}
     labels = common(layers)
     shown = labels[: _checks.integer("max_rows", max_rows, 1)]
@@ -75,7 +81,7 @@ def plot_forest(
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    names = list(layers) if single is not None else parts.with_status(posteriors)
+    names = list(layers) if everything else parts.with_status(posteriors)
     parts.foot(figure, "dot: mean; lines: central 50 % and 89 %", handles, names, columns=1)
     note = f" · {len(shown)} of {len(labels)} scalars" if len(shown) < len(labels) else ""
     parts.heading(figure, posteriors, f"Forest{note}")
@@ -85,13 +91,13 @@ def plot_forest(
 def _stages(posterior: Record) -> dict[str, Any]:
     """Return the draws of one posterior before and after what corrected them."""
     status = posterior.verdict.status
-    if posterior.density is None and posterior.replaced and "raw_posterior" not in (posterior.stored or ({},))[0]:
+    if posterior.density is None and posterior._replaced and "raw_posterior" not in (posterior._stored or ({},))[0]:
         return {status: used(posterior)}
     found = {RAW: raw(posterior)} if posterior.guide_name and posterior.log_q.isfinite().any() else {}
     if status == "refined" and posterior.density is not None and bool(posterior.log_weights.isfinite().any()):
         index = resample(posterior.log_weights, len(posterior.z), seed=int(posterior.settings["seed"]))
         found[CORRECTED] = named_draws(posterior, posterior.density.constrain(posterior.z[index]))
-    if posterior.replaced:
+    if posterior._replaced:
         found[CORRECTED if posterior.resampled else REFINED] = used(posterior)
     return found or {"draws": used(posterior)}
 

@@ -1,37 +1,51 @@
-"""What each layer of a posterior's flow does."""
+"""What each layer of a flow does."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pyro_flows import _checks, pictures
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_flows import _checks
+from pyro_flows._figures import WIDTH, grid_of, panels, styled
+from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.plots import parts
 from pyro_flows.results.record import Record
+from pyro_flows.transforms import Compose, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PANEL = 1.9  # inches
+LIGHTEST = 0.85  # of the ramp of colors, so that it is seen on white
 
+
+@styled
 def plot_layers(
-    posterior: Record,
-    x: str | None = None,
-    y: str | None = None,
+    flow: Flow | Record,
+    x: str | int | None = None,
+    y: str | int | None = None,
     *,
     layers: Sequence[int] | None = None,
     count: int = 2000,
     seed: int = 0,
-    width: float = 11.4,
+    width: float = WIDTH,
 ) -> Figure:
-    """Draw how the posterior's flow carries draws of its base to two coordinates, layer by layer, colored by angle.
+    """Draw what each layer of a flow does to draws of the base, colored from left to right where they started.
 
-    The coordinates are the unconstrained ones in which the flow works; each layer moves all of them, and two are seen.
-    The last layers of a guide bend the tails and are affine. Of a mixture, the part with the largest weight is drawn.
+    Each layer moves all coordinates, and two are seen. Those of a posterior are the unconstrained ones in which its
+    flow works; the last layers of a guide bend the tails and are affine. Of a mixture, the part with the largest weight
+    is drawn.
 
     Args:
-        posterior: of :func:`~pyro_flows.fit`, or of a flow guide.
-        x: the coordinate across, one of ``posterior.coordinates``; by default the first one.
+        flow: a flow of vectors without context, or a posterior that has a flow.
+        x: the coordinate across, its number, or one of ``posterior.coordinates``; by default the first one.
         y: the coordinate upwards; by default the second one.
         layers: after how many layers to draw (0: the base); by default after each, at most eleven of them.
         count: number of draws.
@@ -39,18 +53,41 @@ def plot_layers(
         width: inches.
 
     Raises:
-        ValueError: if the posterior has no flow or one coordinate, or for an unknown coordinate or layer.
+        ValueError: for a flow of images, of one dimension or with a context, a posterior without a flow, or a layer or
+            coordinate that is not there.
 
     Cost: one pass of the flow for ``count`` points, layer by layer.
 
-    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
-    >>> def model(y):
-    ...     mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 5.0).to_event(1))
-    ...     pyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=y)
-    >>> posterior = pf.fit(model, torch.tensor([1.3, 0.2]), layers=2, draws=400, progress=False)
-    >>> len(pf.plots.plot_layers(posterior, layers=[0, 1], count=50).axes)
-    2
+    >>> import pyro_flows as pf
+    >>> len(plot_layers(pf.planar(2, layers=3), count=50).axes)
+    4
     """
+    names = list(flow.coordinates) if isinstance(flow, Record) else None
+    flow = _flow_of(flow) if isinstance(flow, Record) else flow
+    if len(flow.event_shape) != 1 or flow.dim < 2 or flow.context_dim:
+        raise ValueError(f"flow: expected two dimensions or more and no context, got {tuple(flow.event_shape)}.")
+    dims = [number if given is None else _number(given, names, flow.dim) for number, given in enumerate((x, y))]
+    stack = _stack(flow.bijection)
+    total = len(stack)
+    shown = sorted({round(k * total / min(total, 11)) for k in range(min(total, 11) + 1)}) if layers is None else layers
+    if not all(0 <= layer <= total for layer in shown):
+        raise ValueError(f"layers: expected numbers from 0 to {total}, got {list(shown)}.")
+    clouds = _clouds(flow, stack, count, seed)
+    columns = grid_of(len(shown), width=_checks.positive("width", width), narrowest=1.6, most=6)
+    height = (min(PANEL, width / columns) + 0.2) * math.ceil(len(shown) / columns)
+    figure, grid = panels(len(shown), columns=columns, size=(width, height))
+    colors = _ramp(clouds[0][:, dims[0]])
+    for axes, layer in zip(grid, shown, strict=True):
+        parts.cloud(axes, clouds[layer][:, dims], colors, equal=names is None)
+        axes.set_title(_layer_name(stack, layer), loc="center")
+    if names is not None:
+        figure.supxlabel(f"{parts.plain(names[dims[0]])}, unconstrained", fontsize=9)
+        figure.supylabel(f"{parts.plain(names[dims[1]])}, unconstrained", fontsize=9)
+    return figure
+
+
+def _flow_of(posterior: Record) -> Flow:
+    """Return the flow of a posterior, or the part of its mixture with the largest weight."""
     flow = posterior.flow
     if flow is None:
         why = posterior.missing.get("flow", "it has no flow")
@@ -58,11 +95,51 @@ def plot_layers(
     if isinstance(flow, FlowMixture):
         flow = flow.members[int(flow.which[int(flow.log_weights.argmax())])]
     assert isinstance(flow, Flow)
-    names = list(posterior.coordinates)
-    if len(names) < 2:
-        raise ValueError(f"posterior: expected two coordinates or more, got {', '.join(names)} alone.")
-    found = [default if given is None else given for given, default in zip((x, y), names, strict=False)]
-    dims = [names.index(_checks.choice("x and y", name, names)) for name in found]
-    chosen: dict[str, Any] = {"layers": layers, "count": count, "seed": seed, "width": width}
-    shown = (f"{found[0]}, unconstrained", f"{found[1]}, unconstrained")
-    return pictures.plot_layers(flow, dims=(dims[0], dims[1]), names=shown, **chosen)
+    return flow
+
+
+def _number(given: str | int, names: list[str] | None, dim: int) -> int:
+    """Return the number of a coordinate, given by it or by a posterior's name for it."""
+    if names is not None and isinstance(given, str):
+        return names.index(_checks.choice("x and y", given, names))
+    if not isinstance(given, int) or not 0 <= given < dim:
+        raise ValueError(f"x and y: expected numbers from 0 to {dim - 1}, got {given!r}.")
+    return given
+
+
+@torch.no_grad()
+def _clouds(flow: Flow, stack: list[Any], count: int, seed: int) -> list[Tensor]:
+    """Return draws of the base, and what they are after each layer."""
+    with seeded(seed, flow._like.device):
+        clouds = [flow.base_distribution().sample((count,))]
+        for layer in stack:
+            clouds.append(layer.forward_and_ladj(clouds[-1])[0])
+    return clouds
+
+
+def _stack(bijection: Any) -> list[Any]:
+    """Return the layers of chains, and of chains in them, one by one."""
+    return (
+        [part for layer in bijection.layers for part in _stack(layer)]
+        if isinstance(bijection, Compose)
+        else [bijection]
+    )
+
+
+def _layer_name(stack: list[Any], layer: int) -> str:
+    """Name the state after a layer; the map around a flow is named by what it does."""
+    if layer == 0:
+        return "base"
+    last = stack[layer - 1]
+    if isinstance(last, SinhArcsinh) and layer > 1:
+        return f"layer {layer}: tails"
+    affine = isinstance(last, (DiagonalAffine, LowerTriangularAffine)) and layer > 1
+    return f"layer {layer}: affine" if affine else f"layer {layer}"
+
+
+def _ramp(values: Tensor) -> np.ndarray:
+    """A color for each draw by its rank, from dark to light, which color-blind readers can tell apart."""
+    import matplotlib
+
+    ranks = values.argsort().argsort().double().cpu().numpy() / max(len(values) - 1, 1)
+    return np.asarray(matplotlib.colormaps["viridis"](LIGHTEST * ranks))

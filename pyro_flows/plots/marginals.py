@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_flows import _checks
-from pyro_flows._figures import INK, SHOWN, color_of, grid_of, panels, styled
+from pyro_flows._figures import INK, SHOWN, WIDTH, color_of, grid_of, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, used
 from pyro_flows.results.labeled import prior_group
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS, NARROWEST, HEIGHT = 4, 1.7, 1.55  # of panels; inches
+COLUMNS, NARROWEST, HEIGHT, HIGHEST = 4, 1.7, 1.55, 2.4  # of panels; inches
 BINS = 45
 STEP = 0.06  # of a panel's height between the bars of two posteriors
 OUTSIDE = 1.0  # ranges of the posterior that are shown on either side of it, if the prior is wider
@@ -34,7 +34,7 @@ def plot_posterior(
     filter_vars: str | None = None,
     coords: Mapping[str, Any] | None = None,
     max_panels: int = 24,
-    width: float = 8.4,
+    width: float = WIDTH,
 ) -> Figure:
     """Draw the marginal histogram of each scalar, with its mean and central 89 % interval; one panel a scalar.
 
@@ -75,7 +75,7 @@ def plot_prior_posterior(
     filter_vars: str | None = None,
     coords: Mapping[str, Any] | None = None,
     max_panels: int = 24,
-    width: float = 8.4,
+    width: float = WIDTH,
 ) -> Figure:
     """Draw each marginal of the posterior over that of the prior (dashed): what the data have taught.
 
@@ -126,16 +126,16 @@ def _grid(
     labels = common(layers if prior is None else {**layers, "prior": prior})
     shown = labels[:max_panels]
     columns = grid_of(len(shown), width=_checks.positive("width", width), narrowest=NARROWEST, most=COLUMNS)
-    wide = min(width, max(2.1 * columns, 4.4))
+    height = max(HEIGHT, min(HIGHEST, 0.45 * width / columns))
     foot = 0.5 if len(layers) == 1 and prior is None else 0.9
-    figure, grid = panels(len(shown), columns=columns, size=(wide, HEIGHT * math.ceil(len(shown) / columns) + foot))
+    figure, grid = panels(len(shown), columns=columns, size=(width, height * math.ceil(len(shown) / columns) + foot))
     handles: list[Any] = []
     for axes, label in zip(grid, shown, strict=True):
         values = [layer[label] for layer in layers.values()]
         found = _marginal(axes, label, values, None if prior is None else prior[label])
         handles = found or handles
     names = parts.with_status(posteriors) if prior is None else ["posterior", "prior"]
-    parts.foot(figure, "bar: central 89 %; dot: mean", handles, names, columns=int(wide / 1.8))
+    parts.foot(figure, "bar: central 89 %; dot: mean", handles, names, columns=int(width / 1.8))
     note = f" · {len(shown)} of {len(labels)} scalars" if len(shown) < len(labels) else ""
     parts.heading(figure, posteriors, text + note)
     return figure
@@ -150,7 +150,8 @@ def _marginal(axes: Axes, label: str, layers: list[np.ndarray], prior: np.ndarra
     if not spread and parts.constant(axes, layers[0]):
         return []
     low, high = _range(spread, prior)
-    bins = np.linspace(low, high, BINS)
+    bins = parts.edges(low, high, layers, BINS)
+    low, high = bins[0], bins[-1]
     alone = len(layers) == 1
     handles = [parts.histogram(axes, values, bins, filled=alone, number=i) for i, values in enumerate(layers)]
     if prior is not None:
@@ -161,7 +162,7 @@ def _marginal(axes: Axes, label: str, layers: list[np.ndarray], prior: np.ndarra
             parts.interval(axes, values, -STEP * number * top, color_of(number)[0])
     axes.set_xlim(low, high)
     axes.set_ylim(-STEP * (len(layers) - 1) * top, None)
-    axes.locator_params(axis="x", nbins=4)
+    axes.locator_params(axis="x", nbins=4, integer=parts.whole(layers))
     return handles
 
 
@@ -179,6 +180,6 @@ def _range(layers: list[np.ndarray], prior: np.ndarray | None) -> tuple[float, f
 
 def _outline(axes: Axes, prior: np.ndarray, bins: np.ndarray) -> Any:
     """Draw the prior, of which few draws may lie in the range, by wider bins."""
-    wider = np.linspace(bins[0], bins[-1], BINS // 2)
+    wider = bins if parts.whole([prior]) else np.linspace(bins[0], bins[-1], BINS // 2)
     heights, _ = np.histogram(prior, bins=wider)
     return axes.stairs(heights / len(prior) / np.diff(wider), wider, **PRIOR_STYLE)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_flows import _checks
-from pyro_flows._figures import FLOW, color_of, limits, opaque, panels, styled
+from pyro_flows._figures import FLOW, WIDTH, color_of, limits, opaque, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import (
     Choice,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 SCATTERED = 2000
 BINS = 40
+HIGHEST = 4.8  # inches of a figure of one panel
 LETTERS = 11  # of a legend, an inch
 Layer = dict[str, np.ndarray]
 
@@ -50,7 +51,7 @@ def plot_pairs(
     transform: Transform | None = None,
     labels: Sequence[str] | None = None,
     max_scalars: int = 6,
-    width: float = 5.4,
+    width: float = WIDTH,
 ) -> Figure:
     """Scatter scalars against each other: two in one panel, more in a triangle of panels with their marginals.
 
@@ -120,14 +121,14 @@ def _drawn(
         figure = _single(posteriors, layers, titles, width)
     else:
         note = f" · {len(shown)} of {len(labels)} scalars" if len(shown) < len(labels) else ""
-        figure = _triangle(posteriors, layers, titles, max(width, 1.2 * len(shown)), f"Pairs{note}")
+        figure = _triangle(posteriors, layers, titles, width, f"Pairs{note}")
     return figure
 
 
 def _single(
     posteriors: Mapping[str, Record], layers: Mapping[str, Layer], titles: dict[str, str], width: float
 ) -> Figure:
-    figure, (axes,) = panels(1, size=(width, width / 5.4 * 5.0))
+    figure, (axes,) = panels(1, size=(width, min(0.93 * width, HIGHEST)))
     handles = _panel(axes, list(layers.values()), *titles, size=3.5)
     for label, name in zip(titles.values(), ("x", "y"), strict=True):
         axes.set(**{f"{name}label": parts.plain(label)})
@@ -202,8 +203,8 @@ def _diagonal(axes: Axes, layers: list[np.ndarray]) -> None:
     if not spread and parts.constant(axes, layers[0]):
         return
     low, high = limits(spread)
-    bins = np.linspace(low, high, BINS)
+    bins = parts.edges(low, high, spread, BINS)
     for number, values in enumerate(layers):
         parts.histogram(axes, values, bins, filled=len(layers) == 1, number=number)
-    axes.set_xlim(low, high)
+    axes.set_xlim(bins[0], bins[-1])
     axes.set_ylim(0, None)

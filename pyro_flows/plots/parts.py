@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from pyro_flows._display import STATUS_COLORS
-from pyro_flows._figures import BASE, FILLED, FLOW, INK, color_of, opaque
+from pyro_flows._figures import BASE, FILLED, FLOW, INK, SHOWN, color_of, limits, opaque
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
@@ -81,6 +83,19 @@ def constant(axes: Axes, values: np.ndarray) -> bool:
     return True
 
 
+def whole(layers: Sequence[np.ndarray]) -> bool:
+    """Whether all finite values are whole numbers, as counts are."""
+    return all(bool((values == np.round(values)).all()) for values in (each[np.isfinite(each)] for each in layers))
+
+
+def edges(low: float, high: float, layers: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """Return ``count`` edges of bins from ``low`` to ``high``; of whole numbers, each bin holds equally many."""
+    if not whole(layers):
+        return np.linspace(low, high, count)
+    step = max(1, math.ceil((high - low + 1.0) / (count - 1)))
+    return np.arange(math.ceil(low) - 0.5, math.floor(high) + 0.5 + step, step)
+
+
 def histogram(axes: Axes, values: np.ndarray, bins: np.ndarray, *, filled: bool = True, number: int = 0) -> Any:
     """Draw the outline of a histogram, in the color and dashes of its layer; return it."""
     color, dashes = color_of(number)
@@ -123,3 +138,20 @@ def regions(axes: Axes, points: np.ndarray, number: int = 1, color: str = BASE) 
         }
         axes.contour(*centers, density.T, levels=levels, **lines)
     return axes.plot([], [], color=color, linestyle=color_of(number)[1], linewidth=1.2)[0]
+
+
+def cloud(axes: Axes, points: Tensor, colors: Any, *, equal: bool = True) -> None:
+    """Scatter points (N, 2); with ``equal``, both axes have the same scale."""
+    values = points.detach().double().cpu().numpy()
+    finite = values[np.isfinite(values).all(-1)]
+    kept = colors if isinstance(colors, str) else colors[np.isfinite(values).all(-1)]
+    axes.scatter(finite[:, 0], finite[:, 1], s=2.0, c=kept, linewidths=0, alpha=0.7, rasterized=True)
+    if not equal:
+        axes.set(xlim=limits([finite[:, 0]]), ylim=limits([finite[:, 1]]))
+        return
+    if len(finite):
+        low, high = np.quantile(finite, SHOWN, axis=0)
+        middle, half = (low + high) / 2.0, 0.55 * float((high - low).max()) + 1e-6
+        axes.set_xlim(middle[0] - half, middle[0] + half)
+        axes.set_ylim(middle[1] - half, middle[1] + half)
+    axes.set_aspect("equal")

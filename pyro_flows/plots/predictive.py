@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows._figures import FLOW, INK, SHOWN, grid_of, panels, styled
+from pyro_flows._figures import FLOW, INK, SHOWN, WIDTH, grid_of, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import Names
 from pyro_flows.results.labeled import predictive_groups
@@ -31,12 +31,12 @@ def plot_predictive(
     *,
     filter_vars: str | None = None,
     coords: Mapping[str, Any] | None = None,
-    width: float = 7.0,
+    width: float = WIDTH,
 ) -> Figure:
     """Draw the distribution function of the data (line) over those of replicates drawn from the posterior (bands).
 
-    The bands hold the middle 50 % and 89 % of the replicates' functions at each value. It takes no smoothing, so counts
-    and continuous data are drawn alike. Data that the model could have made stay within the bands nearly everywhere.
+    The bands hold the middle 50 % and 89 % of the replicates' functions at each value, without smoothing. Functions of
+    counts step at whole numbers. Data that the model could have made stay within the bands nearly everywhere.
 
     Args:
         posterior: what to draw.
@@ -96,7 +96,8 @@ def predictive_data(
 
 def _compare(axes: Axes, name: str, data: np.ndarray, replicates: np.ndarray) -> list[Any]:
     low, high = _range(data, replicates)
-    values = np.linspace(low, high, GRID)
+    counts = parts.whole([data, replicates])
+    values = _whole_numbers(low, high) if counts else np.linspace(low, high, GRID)
     own = np.searchsorted(np.sort(data), values, side="right") / len(data)
     ordered = np.sort(replicates, axis=1)
     others = np.stack([np.searchsorted(row, values, side="right") for row in ordered]) / len(data)
@@ -106,8 +107,15 @@ def _compare(axes: Axes, name: str, data: np.ndarray, replicates: np.ndarray) ->
         bands.append(axes.fill_between(values, lower, upper, step="post", color=FLOW, alpha=alpha, linewidth=0))
     (line,) = axes.step(values, own, where="post", color=INK, linestyle="-", linewidth=1.4)
     axes.set(xlim=(low, high), ylim=(0, 1.02), xlabel=parts.plain(name), ylabel="share at most this large")
-    axes.locator_params(nbins=5)
+    axes.locator_params(axis="y", nbins=5)
+    axes.locator_params(axis="x", nbins=5, integer=counts)
     return [line, bands[1], bands[0]]
+
+
+def _whole_numbers(low: float, high: float) -> np.ndarray:
+    """Return whole numbers between two ends, and these: where distribution functions of counts step."""
+    step = max(1, round((high - low) / (4 * GRID)))
+    return np.concatenate([[low], np.arange(math.ceil(low), high, step), [high]])
 
 
 def _range(data: np.ndarray, replicates: np.ndarray) -> tuple[float, float]:

@@ -71,10 +71,10 @@ def raw(posterior: Record) -> xr.Dataset:
     Raises:
         ValueError: if these take the model, and the posterior has none.
     """
-    if not posterior.replaced:
+    if not posterior._replaced:
         return posterior_group(posterior)
-    if posterior.stored is not None and "raw_posterior" in posterior.stored[0]:
-        found: xr.Dataset = posterior.stored[0]["raw_posterior"]
+    if posterior._stored is not None and "raw_posterior" in posterior._stored[0]:
+        found: xr.Dataset = posterior._stored[0]["raw_posterior"]
         return found
     if posterior.density is None:
         raise ValueError("posterior: its raw draws need its model; load(path, model, *args) with the fit's arguments.")

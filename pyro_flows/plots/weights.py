@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pyro_flows._figures import BASE, FILLED, FLOW, INK, panels, styled
+from pyro_flows._figures import BASE, FILLED, FLOW, INK, WIDTH, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.psis import Tail, fit_tail
@@ -21,7 +21,7 @@ BINS = 50
 
 
 @styled
-def plot_weights(posterior: Record, *, width: float = 7.0) -> Figure:
+def plot_weights(posterior: Record, *, width: float = WIDTH) -> Figure:
     r"""Draw the log importance weights of the raw draws, and the largest weights with the Pareto tail fitted to them.
 
     Right, both axes are logarithmic: the share of draws with a larger weight than w, in units of the mean weight, and

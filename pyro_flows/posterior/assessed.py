@@ -110,7 +110,7 @@ class Assessed(Drawn):
         Raises:
             ValueError: if a loaded posterior has no model.
         """
-        found = self._need_density().log_likelihood(self.used)
+        found = self._need_density().log_likelihood(self._used)
         self._hand_on("log_likelihood()")
         return found
 

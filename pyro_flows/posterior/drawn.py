@@ -38,7 +38,7 @@ class Drawn(Shown):
             )
         count = len(self.z) if draws is None else _checks.integer("draws", draws, 1)
         self._hand_on("resample()")
-        weights = self.used_log_weights if self.verdict.status == "refined" else self.log_weights
+        weights = self._used_log_weights if self.verdict.status == "refined" else self.log_weights
         index = resample(weights, count, seed=seed)
         if not self.resampled:
             return {name: values[index] for name, values in self.samples.items()}
@@ -148,11 +148,11 @@ class Drawn(Shown):
                 missing from the new run or has another shape there.
         """
         density = self._need_density()
-        count = len(self.used) if draws is None else _checks.integer("draws", draws, 1)
-        if count > len(self.used):
-            raise ValueError(f"draws: expected at most {len(self.used)}, the draws that there are, got {count}.")
+        count = len(self._used) if draws is None else _checks.integer("draws", draws, 1)
+        if count > len(self._used):
+            raise ValueError(f"draws: expected at most {len(self._used)}, the draws that there are, got {count}.")
         self._hand_on("predictive()")
-        z = self.used[:count]
+        z = self._used[:count]
         if not args and model_kwargs is None:
             return density.predictive(z, seed=seed)
         return arviz_groups.predict(density, z, args, dict(model_kwargs or {}), seed=seed)

@@ -108,8 +108,8 @@ def _changed(
 
 def _figures(found: Decision, draws: int) -> dict[str, Any]:
     """Return the fields of a posterior that are draws, densities and what they come to."""
-    names = ("z", "log_p", "log_q", "log_weights", "used", "used_log_p", "used_log_q", "verdict")
-    fields: dict[str, Any] = {name: getattr(found, name) for name in names}
+    fields: dict[str, Any] = {name: getattr(found, name) for name in ("z", "log_p", "log_q", "log_weights", "verdict")}
+    fields.update(_used=found.used, _used_log_p=found.used_log_p, _used_log_q=found.used_log_q)
     weighing = found.weighing
     fields.update(k_hat=weighing.k_hat, elbo=weighing.elbo, log_evidence=weighing.log_evidence)
     return {**fields, "ess": found.verdict.ess_ratio * draws}
@@ -121,7 +121,7 @@ def _of_guide(guide: Any, draw: Draw) -> dict[str, Any]:
     name = type(guide).__name__ if isinstance(guide, torch.nn.Module) else getattr(guide, "__name__", "guide")
     missing = {} if flow is not None else {"flow": f"the guide ({name}) is not a flow guide of pyro_flows"}
     drawer = None if flow is not None else draw
-    return {"guide": guide, "guide_name": name, "flow": flow, "missing": missing, "drawer": drawer}
+    return {"guide": guide, "guide_name": name, "flow": flow, "missing": missing, "_drawer": drawer}
 
 
 def _weighed_again(density: LogDensity, draw: Draw, count: int) -> Weighing:

@@ -35,7 +35,6 @@ class Posterior(Reported):
         log_p: unnormalized log posterior density of ``z`` (S,).
         log_q: log guide density of ``z`` (S,).
         log_weights: Pareto-smoothed, normalized log importance weights of ``z`` (S,).
-        used: unconstrained coordinates of ``samples`` (S, D); ``used_log_p`` and ``used_log_q`` are their densities.
         k_hat: Pareto shape of the weights.
         ess: effective sample size of the weights (S is the best).
         elbo: evidence lower bound, nats, mean of ``log_p - log_q``.
@@ -54,7 +53,7 @@ class Posterior(Reported):
         density: the model as a log density; None after :func:`load` without a model.
         missing: for each of ``guide``, ``flow`` and ``density`` that is None, why; and why ``groups`` of the ArviZ
             object are missing, if any are.
-        chains: :class:`Chains`, what a sampler came to, if :meth:`refine` was called, by ``fit`` or since: draws of
+        chains: :class:`McmcDraws`, what a sampler came to, if :meth:`refine` was called, by ``fit`` or since: draws of
             each chain, and all that it takes to go on. Or the chains that :func:`from_mcmc` was given.
 
     It can be pickled (joblib, Dask): draws, verdict and flow go along, model, data and guide stay behind.
@@ -82,12 +81,12 @@ class Posterior(Reported):
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: draws, verdict, flow and the groups that take no model; neither model nor data."""
         state = {name: _compact(value) for name, value in vars(self).items()}
-        state.update(guide=None, density=None, drawer=None)
+        state.update(guide=None, density=None, _drawer=None)
         state["missing"] = {**self.missing, "guide": UNPICKLED, "density": UNPICKLED}
-        if self.stored is None:
+        if self._stored is None:
             density = self._need_density()
-            groups = self.labeling.applied(arviz_groups.modelless_groups(self, density))
-            state["stored"] = groups, arviz_groups.attributes(self)
+            groups = self._labeling.applied(arviz_groups.modelless_groups(self, density))
+            state["_stored"] = groups, arviz_groups.attributes(self)
             state["missing"]["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"
         if isinstance(self.flow, Flow) and self.flow.recipe is None:  # the user's own, of a class that may be local
             try:
@@ -101,7 +100,7 @@ class Posterior(Reported):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
         """Copy everything but the model, its data and guides of other packages, which copies may share."""
-        kept = {"density", "drawer", *(() if isinstance(self.guide, AutoFlow) else ("guide",))}
+        kept = {"density", "_drawer", *(() if isinstance(self.guide, AutoFlow) else ("guide",))}
         found = {name: value if name in kept else copy.deepcopy(value, memo) for name, value in vars(self).items()}
         return type(self)(**found)
 

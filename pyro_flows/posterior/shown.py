@@ -24,12 +24,12 @@ class Shown(Record):
 
     def __str__(self) -> str:
         sites = ", ".join(self.samples)
-        if self.of_mcmc:
-            each, dim = len(self.used) // self.chain_count, self.used.shape[1]
+        if self._of_mcmc:
+            each, dim = len(self._used) // self.chain_count, self._used.shape[1]
             about = f"{self.chain_count} chains of {each} draws, {dim} unconstrained coordinates"
             return f"Posterior of {sites}: {about}, by {self.guide_name}\n{self.verdict}"
         return (
-            f"Posterior of {sites}: {len(self.used)} draws, {self.z.shape[1]} unconstrained coordinates, "
+            f"Posterior of {sites}: {len(self._used)} draws, {self.z.shape[1]} unconstrained coordinates, "
             f"ELBO {self.elbo:.2f}, log evidence {self.log_evidence:.2f}, guide {self.guide_name}\n{self.verdict}"
         )
 
@@ -101,7 +101,7 @@ class Shown(Record):
         prob = prob if ci_prob is None else ci_prob
         if prob is None or not 0 < prob < 1:
             raise ValueError(f"ci_prob: expected a number between 0 and 1, got {prob!r}.")
-        ess = None if self.by_chains else self.effective
+        ess = None if self._by_chains else self.effective
         return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)
 
     def _draws(self) -> Any:
@@ -132,12 +132,12 @@ class Shown(Record):
         ['theta[Choate]', 'theta[Deerfield]']
         """
         structure = labeled.structural_groups(self)
-        if self.stored is None:
-            structure = self.labeling.applied(structure)
+        if self._stored is None:
+            structure = self._labeling.applied(structure)
         _arrays.relabel(structure, coords, dims)  # all that does not fit is found here
         more = Labeling().joined(coords, dims)
-        stored = self.stored and (more.applied(self.stored[0]), self.stored[1])
-        return replace(self, labeling=self.labeling.joined(coords, dims), stored=stored)
+        stored = self._stored and (more.applied(self._stored[0]), self._stored[1])
+        return replace(self, _labeling=self._labeling.joined(coords, dims), _stored=stored)
 
     def to_arviz(
         self,
@@ -189,10 +189,10 @@ class Shown(Record):
         return packed
 
     def _groups(self, predictive: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        if self.stored is None:
+        if self._stored is None:
             groups = labeled.labeled_groups(self, self._need_density(), predictive=predictive)
             return groups, arviz_groups.attributes(self)
-        groups, attrs = self.stored
+        groups, attrs = self._stored
         if "groups" in self.missing:
             warnings.warn(f"only the groups {', '.join(groups)} are there: {self.missing['groups']}.", stacklevel=3)
         drawn = () if predictive else ("posterior_predictive", "prior", "prior_predictive")

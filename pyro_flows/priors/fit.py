@@ -99,8 +99,8 @@ def prior_from(
     for name in wanted:
         _checks.choice("sites", name, density.names)
     names = [name for name in density.names if name in wanted]
-    if len(posterior.used) < LEAST_DRAWS:
-        raise ValueError(f"posterior: expected at least {LEAST_DRAWS} draws, got {len(posterior.used)}.")
+    if len(posterior._used) < LEAST_DRAWS:
+        raise ValueError(f"posterior: expected at least {LEAST_DRAWS} draws, got {len(posterior._used)}.")
     parts = [part for name in names for part in _parts(density, name)]
     z = _coordinates(density, _samples(posterior, seed), names)
     flow = _own_flow(posterior, names) or _fitted(z, seed, max_epochs, progress)
@@ -169,7 +169,7 @@ def _dims(density: LogDensity, latent: Latent) -> tuple[str | None, ...]:
 
 def _samples(posterior: Record, seed: int) -> dict[str, Tensor]:
     """Return draws to use, constrained: the more there are, the closer is the fit."""
-    if not can_draw(posterior) or len(posterior.used) >= DRAWS or posterior.verdict.status == "unreliable":
+    if not can_draw(posterior) or len(posterior._used) >= DRAWS or posterior.verdict.status == "unreliable":
         return posterior.samples
     return posterior._need_density().constrain(more(posterior, DRAWS, seed=seed, purpose="prior").z)
 

@@ -42,7 +42,7 @@ def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[st
     return {
         "title": options.title or f"Posterior of {sites if len(sites) <= 60 else f'{len(posterior.samples)} sites'}",
         "verdict": verdict,
-        "chains_of_others": posterior.of_mcmc,
+        "chains_of_others": posterior._of_mcmc,
         "figures": figures(posterior),
         "about": _about(posterior),
         "summary": tables.of_frame(table, "summary", "Summary of the draws to use", "variable"),
@@ -61,7 +61,7 @@ def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[st
 
 def _about(posterior: Record) -> list[tuple[str, str]]:
     """Return what was fitted, in a few lines."""
-    count, effective = len(posterior.used), posterior.effective
+    count, effective = len(posterior._used), posterior.effective
     found = [
         ("Sites", ", ".join(posterior.samples)),
         ("Draws", f"{count}" + (f", worth {effective:.0f} independent ones" if effective == effective else "")),
@@ -103,12 +103,12 @@ def _comparison(comparison: Any) -> dict[str, Any]:
 
 def _versions(posterior: Record) -> list[tuple[str, str]]:
     """Return the software that made the posterior: as stored, if it was loaded."""
-    attrs = arviz_groups.attributes(posterior) if posterior.stored is None else posterior.stored[1]
+    attrs = arviz_groups.attributes(posterior) if posterior._stored is None else posterior._stored[1]
     found = [("pyro-flows", str(attrs.get("inference_library_version", "unknown")))]
     for name, value in attrs.items():
         if name.endswith("_version") and name != "inference_library_version":
             found.append((name.removesuffix("_version").replace("_", "-"), str(value)))
-    if posterior.stored is None:
+    if posterior._stored is None:
         found.append(("Python", platform.python_version()))
         found.append(("system", platform.platform()))
     return [*found, ("device", str(attrs.get("device"))), ("dtype", str(attrs.get("dtype")))]
@@ -123,7 +123,7 @@ def recipe(posterior: Record) -> str:
     density = posterior.density
     model = "model" if density is None else getattr(density.model, "__name__", type(density.model).__name__)
     seed = settings["seed"]
-    if posterior.of_mcmc:
+    if posterior._of_mcmc:
         return f"import pyro_flows as pf\n\nposterior = pf.from_mcmc(mcmc, {model}, *data, seed={seed})\n"
     if settings.get("diagnosed"):
         call = f"pf.diagnose({model}, guide, *data, draws={settings['draws']}, seed={seed})"

@@ -58,7 +58,7 @@ def pictures(posterior: Record, chosen: dict[str, Any], *, scalars: int) -> list
         _drawn(
             "forest",
             "Intervals",
-            "Raw, corrected and refined draws stand below each other, where there are any.",
+            "The thick line holds the central 50 % of the draws, the thin one 89 %, and the dot is their mean.",
             forest,
         ),
         prior(posterior, given),

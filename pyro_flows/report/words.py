@@ -27,7 +27,7 @@ class Figure:
 def figures(posterior: Record) -> list[Figure]:
     """Return the figures of a verdict, of a guide's draws or of chains."""
     verdict = posterior.verdict
-    if posterior.of_mcmc:
+    if posterior._of_mcmc:
         return _of_mcmc(verdict.chains)
     found = _of_guide(posterior) if not math.isnan(verdict.k_hat) else []
     return [*(_of_chains(verdict.chains) if verdict.chains is not None else []), *found]

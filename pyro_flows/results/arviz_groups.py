@@ -97,19 +97,19 @@ def all_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> d
     chains = posterior.chain_count
     groups = {"posterior": draws_group(labels, posterior.samples, chains)}
     groups["sample_stats"] = _used_stats(posterior)
-    prior = density.log_prior(posterior.used)
-    groups["log_likelihood"] = likelihood_group(density, posterior.used, chains)
+    prior = density.log_prior(posterior._used)
+    groups["log_likelihood"] = likelihood_group(density, posterior._used, chains)
     groups["log_prior"] = stack(
         labels, _double(prior), lambda name: labels.latent(latents[name]).without_event(), chains
     )
     if predictive:
         seed = int(posterior.settings["seed"])
-        groups |= _predictive(labels, density, posterior.used, seed, chains)
+        groups |= _predictive(labels, density, posterior._used, seed, chains)
     groups["observed_data"] = observed_group(density)
     groups["constant_data"] = constants(density)
-    cut = {latent.name: _cut(latent, posterior.used) for latent in density.structure.latents}
+    cut = {latent.name: _cut(latent, posterior._used) for latent in density.structure.latents}
     groups["unconstrained_posterior"] = stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains)
-    if posterior.replaced:
+    if posterior._replaced:
         groups["raw_posterior"] = draws_group(labels, density.constrain(posterior.z))
         groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
     groups["fit"] = _fit(posterior)
@@ -120,14 +120,14 @@ def modelless_groups(posterior: Record, density: LogDensity) -> dict[str, xr.Dat
     """Those groups that take neither a run of the model nor its data."""
     labels = Labels(density.structure)
     latents = {latent.name: latent for latent in density.structure.latents}
-    cut, chains = {latent.name: _cut(latent, posterior.used) for latent in latents.values()}, posterior.chain_count
+    cut, chains = {latent.name: _cut(latent, posterior._used) for latent in latents.values()}, posterior.chain_count
     groups = {
         "posterior": draws_group(labels, posterior.samples, chains),
         "sample_stats": _used_stats(posterior),
         "unconstrained_posterior": stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains),
         "fit": _fit(posterior),
     }
-    if posterior.replaced:
+    if posterior._replaced:
         groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
     return {name: group for name, group in groups.items() if group.data_vars}
 
@@ -139,9 +139,9 @@ def _drawn_from(posterior: Record) -> Tensor:
     :math:`\tilde p(z) / Z` with the estimated evidence Z: their ratios are constant, so that no tool weights them a
     second time.
     """
-    if not posterior.replaced:
-        return posterior.used_log_q
-    return posterior.used_log_p.double() - posterior.log_evidence
+    if not posterior._replaced:
+        return posterior._used_log_q
+    return posterior._used_log_p.double() - posterior.log_evidence
 
 
 def _double(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,12 +155,12 @@ def _cut(latent: Latent, z: Tensor) -> Tensor:
 
 def _used_stats(posterior: Record) -> xr.Dataset:
     """The numbers of the draws to use; those of a sampler have more of them."""
-    if posterior.of_mcmc and posterior.chains is not None:
-        log_p = posterior.used_log_p.double().reshape(posterior.chain_count, -1)
+    if posterior._of_mcmc and posterior.chains is not None:
+        log_p = posterior._used_log_p.double().reshape(posterior.chain_count, -1)
         of_mcmc = {"lp": log_p, **posterior.chains.stats}
         return _arviz.dataset({name: value.cpu().numpy() for name, value in of_mcmc.items()}, {})
-    weights = posterior.used_log_weights
-    given, chains = (posterior.used_log_p, _drawn_from(posterior), weights), posterior.chain_count
+    weights = posterior._used_log_weights
+    given, chains = (posterior._used_log_p, _drawn_from(posterior), weights), posterior.chain_count
     if posterior.verdict.status != "refined" or posterior.chains is None:
         return _stats(*given)
     own = {name: posterior.chains.stats[name].flatten() for name in SAMPLER_STATS}
@@ -260,7 +260,7 @@ def constants(density: LogDensity) -> xr.Dataset:
 
 def _fit(posterior: Record) -> xr.Dataset:
     values: dict[str, np.ndarray] = {"status": np.array(posterior.verdict.status)}
-    if posterior.of_mcmc:
+    if posterior._of_mcmc:
         figures = {name: np.array(getattr(posterior.verdict.chains, name)) for name in FIGURES}
         return _arviz.dataset(values | figures, {}, sample_dims=())
     values |= {name: np.array(getattr(posterior, name)) for name in ("k_hat", "ess", "log_evidence")}
@@ -276,7 +276,7 @@ def attributes(posterior: Record) -> dict[str, str | float]:
     """Return what the object says of itself, the verdict first: numbers and strings only."""
     kind = "flow" if posterior.flow is not None else "guide"
     kind = {"corrected": "psis-resampled", "refined": "chains"}.get(posterior.verdict.status, kind)
-    kind = "mcmc" if posterior.of_mcmc else kind
+    kind = "mcmc" if posterior._of_mcmc else kind
     found: dict[str, str | float] = {
         "status": posterior.verdict.status,  # both first, where a display that is cut short still shows them
         "verdict": str(posterior.verdict),

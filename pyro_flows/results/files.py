@@ -27,11 +27,12 @@ from pyro_flows.results import older
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.labeling import Labeling
 from pyro_flows.results.record import Record
-from pyro_flows.verdict.chains import ChainFigures, Chains
+from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws
 from pyro_flows.verdict.verdict import Verdict
 
 NETCDF, TENSORS, TEXT = "posterior.nc", "guide.pt", "posterior.json"
-TENSOR_FIELDS = ("z", "log_p", "log_q", "log_weights", "used", "used_log_p", "used_log_q", "losses")
+FIELDS = ("z", "log_p", "log_q", "log_weights", "_used", "_used_log_p", "_used_log_q", "losses")
+TENSOR_FIELDS = {field.removeprefix("_"): field for field in FIELDS}  # nothing is private in files
 NUMBER_FIELDS = ("k_hat", "ess", "elbo", "log_evidence")
 CHECKED_DRAWS = 8
 FILES = Bundle("posterior", "pyro_flows posterior", TEXT, (NETCDF, TENSORS))
@@ -68,10 +69,12 @@ def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str 
         },
         "coordinates": posterior.coordinates,
         "without": posterior.missing.get("groups"),
-        "labels": dataclasses.asdict(posterior.labeling),
+        "labels": dataclasses.asdict(posterior._labeling),
     }
     # copies, since views would be written with all that they are cut from
-    tensors: dict[str, Any] = {name: getattr(posterior, name).detach().cpu().clone() for name in TENSOR_FIELDS}
+    tensors: dict[str, Any] = {
+        name: getattr(posterior, field).detach().cpu().clone() for name, field in TENSOR_FIELDS.items()
+    }
     tensors["samples"] = {name: value.detach().cpu().clone() for name, value in posterior.samples.items()}
     state = {} if flow is None or reason else flow.state_dict()
     tensors["flow"] = {name: value.detach().cpu() for name, value in state.items()}
@@ -126,7 +129,8 @@ def _read(
             flow = flow.to(density.device)
             guide = AutoFlow.of(flow, density.structure, model, density.args, density.kwargs)
     return {
-        **{name: tensors[name] for name in (*TENSOR_FIELDS, "samples")},
+        "samples": tensors["samples"],
+        **{field: tensors[name] for name, field in TENSOR_FIELDS.items()},
         **fields,
         "coordinates": tuple(description["coordinates"]),
         "guide": guide,
@@ -134,8 +138,8 @@ def _read(
         "flow": flow,
         "density": density,
         "missing": _missing(description, model is not None),
-        "stored": stored,
-        "chains": Chains(**tensors["chains"]) if "chains" in tensors else None,
+        "_stored": stored,
+        "chains": McmcDraws(**tensors["chains"]) if "chains" in tensors else None,
     }
 
 
@@ -145,7 +149,7 @@ def _fields(description: Mapping[str, Any]) -> dict[str, Any]:
         "settings": _revived(description["settings"]),
         "history": tuple(_revived(description["history"])),
         "verdict": _verdict(description["verdict"]),
-        "labeling": Labeling(**description.get("labels", {})),
+        "_labeling": Labeling(**description.get("labels", {})),
     }
 
 
@@ -195,7 +199,7 @@ def _revived(value: Any) -> Any:
 def _verdict(stored: Mapping[str, Any]) -> Verdict:
     numbers = {name: float(stored[name]) for name in ("k_hat", "k_threshold", "ess_ratio", "mean_shift", "sd_shift")}
     reasons, notes = (tuple(stored.get(name, ())) for name in ("reasons", "notes"))
-    chains = None if stored.get("chains") is None else ChainFigures.of(stored["chains"])
+    chains = None if stored.get("chains") is None else McmcDiagnostics.of(stored["chains"])
     return Verdict(
         status=stored["status"], where=stored["where"], reasons=reasons, notes=notes, chains=chains, **numbers
     )

@@ -24,8 +24,8 @@ class NotThere(ValueError):
 
 def posterior_group(posterior: Record) -> xr.Dataset:
     """The draws to use, labeled as the caller asked for; of Markov chains one after the other, or as stored."""
-    if posterior.stored is not None:
-        found: xr.Dataset = posterior.stored[0]["posterior"]
+    if posterior._stored is not None:
+        found: xr.Dataset = posterior._stored[0]["posterior"]
         return found
     return named_draws(posterior, posterior.samples, posterior.chain_count)
 
@@ -33,7 +33,7 @@ def posterior_group(posterior: Record) -> xr.Dataset:
 def named_draws(posterior: Record, samples: Mapping[str, Tensor], chains: int = 1) -> xr.Dataset:
     """Other draws of a posterior's latent and deterministic sites, labeled as its own are."""
     group = draws_group(Labels(posterior._need_density().structure), samples, chains)
-    return posterior.labeling.applied({"posterior": group})["posterior"]
+    return posterior._labeling.applied({"posterior": group})["posterior"]
 
 
 def prior_group(posterior: Record, draws: int = PRIOR_SHOWN) -> xr.Dataset:
@@ -42,8 +42,8 @@ def prior_group(posterior: Record, draws: int = PRIOR_SHOWN) -> xr.Dataset:
     Raises:
         ValueError: if a prior cannot be drawn from, or if there is neither a model nor a stored prior.
     """
-    if posterior.density is None and posterior.stored is not None and "prior" in posterior.stored[0]:
-        found: xr.Dataset = posterior.stored[0]["prior"]
+    if posterior.density is None and posterior._stored is not None and "prior" in posterior._stored[0]:
+        found: xr.Dataset = posterior._stored[0]["prior"]
         return found
     density = _density(posterior)
     try:
@@ -69,33 +69,33 @@ def predictive_groups(posterior: Record, draws: int) -> tuple[xr.Dataset, xr.Dat
     Raises:
         ValueError: if there is neither a model nor a stored group, or if the model cannot draw its data.
     """
-    stored = {} if posterior.stored is None else posterior.stored[0]
+    stored = {} if posterior._stored is None else posterior._stored[0]
     if "posterior_predictive" in stored and "observed_data" in stored:
         found = stored["posterior_predictive"]
         return stored["observed_data"], found.isel(draw=slice(None, None, max(1, found.sizes["draw"] // draws)))
     density = _density(posterior)
     if not density.structure.observed:
         raise NotThere("posterior: the model observes nothing, so there are no data to compare with.")
-    chosen = posterior.used[:: max(1, len(posterior.used) // draws)]
+    chosen = posterior._used[:: max(1, len(posterior._used) // draws)]
     try:
         drawn = density.predictive(chosen, seed=int(posterior.settings["seed"]))
     except UNDRAWABLE as error:
         raise NotThere(f"posterior: the model cannot draw its data ({error}).") from error
     labels = Labels(density.structure)
     groups = {"data": observed_group(density), "replicates": stack(labels, drawn, labels.observed)}
-    labeled = posterior.labeling.applied(groups)
+    labeled = posterior._labeling.applied(groups)
     return labeled["data"], labeled["replicates"]
 
 
 def labeled_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
     """All groups of the ArviZ object, labeled as the caller asked for."""
-    return posterior.labeling.applied(all_groups(posterior, density, predictive=predictive))
+    return posterior._labeling.applied(all_groups(posterior, density, predictive=predictive))
 
 
 def structural_groups(posterior: Record) -> dict[str, xr.Dataset]:
     """Those groups that have all dimensions which a user may name, and take no evaluation of the model."""
-    if posterior.stored is not None:
-        return dict(posterior.stored[0])
+    if posterior._stored is not None:
+        return dict(posterior._stored[0])
     density = posterior._need_density()
     draws = draws_group(Labels(density.structure), posterior.samples, posterior.chain_count)
     return {"posterior": draws, "observed_data": observed_group(density), "constant_data": constants(density)}

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pyro_flows.verdict.chains import ChainFigures
+from pyro_flows.verdict.chains import McmcDiagnostics
 
 THIRD = 3  # the first format with American spelling
 WORDS = {"noncentred": "noncentered", "elbo_centred": "elbo_centered", "elbo_noncentred": "elbo_noncentered"}
@@ -36,7 +36,7 @@ def _with_chains(found: dict[str, Any], tensors: Mapping[str, Any]) -> tuple[dic
     extra, z = tensors["extra"], tensors["z"]
     count, old = extra["count"], extra["figures"]
     stats = {name: value.reshape(count, -1) for name, value in extra["stats"].items()}
-    figures = ChainFigures.of_mcmc(
+    figures = McmcDiagnostics.of_mcmc(
         chains=count,
         draws=len(z) // count,
         **{name: old[name] for name in ("r_hat", "ess_bulk", "ess_tail")},

@@ -14,7 +14,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.labeling import Labeling
-from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import Draw
 from pyro_flows.verdict.verdict import Verdict
 
@@ -28,9 +28,9 @@ class Record:
     log_p: Tensor = field(repr=False)
     log_q: Tensor = field(repr=False)
     log_weights: Tensor = field(repr=False)
-    used: Tensor = field(repr=False)
-    used_log_p: Tensor = field(repr=False)
-    used_log_q: Tensor = field(repr=False)
+    _used: Tensor = field(repr=False)
+    _used_log_p: Tensor = field(repr=False)
+    _used_log_q: Tensor = field(repr=False)
     k_hat: float
     ess: float
     elbo: float
@@ -45,16 +45,16 @@ class Record:
     flow: Flow | FlowMixture | None = field(repr=False)
     density: LogDensity | None = field(repr=False)
     missing: dict[str, str] = field(repr=False)
-    stored: tuple[dict[str, Any], dict[str, Any]] | None = field(repr=False, default=None)  # as read from a file
-    chains: Chains | None = field(repr=False, default=None)
-    drawer: Draw | None = field(repr=False, default=None)  # more raw draws of a guide without a flow
-    labeling: Labeling = field(repr=False, default_factory=Labeling)  # what assign_coords was told
+    _stored: tuple[dict[str, Any], dict[str, Any]] | None = field(repr=False, default=None)  # as read from a file
+    chains: McmcDraws | None = field(repr=False, default=None)
+    _drawer: Draw | None = field(repr=False, default=None)  # more raw draws of a guide without a flow
+    _labeling: Labeling = field(repr=False, default_factory=Labeling)  # what assign_coords was told
 
     def _raw_draws(self) -> Draw | None:
         """Return how to draw from the guide anew, n -> z (n, D), log q (n,); None without a guide or a model."""
         flow = self.flow
         if self.density is None or flow is None:
-            return self.drawer if self.density is not None else None
+            return self._drawer if self.density is not None else None
         return flow.draw
 
     def _hand_on(self, door: str) -> None:
@@ -68,29 +68,29 @@ class Record:
         return self.verdict.status == "corrected"
 
     @property
-    def replaced(self) -> bool:
+    def _replaced(self) -> bool:
         """Whether ``samples`` are other draws than the guide's own: resampled ones, or those of chains."""
         return self.verdict.status in ("corrected", "refined")
 
     @property
-    def of_mcmc(self) -> bool:
+    def _of_mcmc(self) -> bool:
         """Whether the draws are chains of another sampler, see :func:`~pyro_flows.from_mcmc`."""
         return self.verdict.chains is not None and self.verdict.chains.elsewhere
 
     @property
-    def by_chains(self) -> bool:
+    def _by_chains(self) -> bool:
         """Whether ``samples`` are draws of Markov chains."""
-        return self.chains is not None and (self.verdict.status == "refined" or self.of_mcmc)
+        return self.chains is not None and (self.verdict.status == "refined" or self._of_mcmc)
 
     @property
     def chain_count(self) -> int:
         """How many chains ``samples`` are, one after the other; 1 if they are none."""
-        return self.chains.count if self.chains is not None and self.by_chains else 1
+        return self.chains.count if self.chains is not None and self._by_chains else 1
 
     @property
-    def used_log_weights(self) -> Tensor:
+    def _used_log_weights(self) -> Tensor:
         """Normalized log weights that ``samples`` still carry (S,): equal ones unless they are the guide's own."""
-        return torch.full_like(self.used_log_p, -math.log(len(self.used))) if self.replaced else self.log_weights
+        return torch.full_like(self._used_log_p, -math.log(len(self._used))) if self._replaced else self.log_weights
 
     @property
     def effective(self) -> float:
@@ -101,11 +101,11 @@ class Record:
         """
         if self.verdict.status == "unreliable":
             return math.nan
-        if self.by_chains and self.verdict.chains is not None:
+        if self._by_chains and self.verdict.chains is not None:
             return self.verdict.chains.ess_bulk
         if not self.resampled:
             return self.ess
-        counts = torch.unique(self.used, dim=0, return_counts=True)[1].double()
+        counts = torch.unique(self._used, dim=0, return_counts=True)[1].double()
         return float(counts.sum().square() / counts.square().sum())
 
     @property

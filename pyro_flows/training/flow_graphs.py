@@ -20,7 +20,7 @@ from pyro_flows.graphs.record import record
 from pyro_flows.graphs.rounding import agree
 from pyro_flows.training.layer_graphs import Body, body_of
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.chain import Chain
+from pyro_flows.transforms.compose import Compose
 
 
 class Kind:
@@ -201,7 +201,7 @@ def _kind(flow: Flow, bodies: Sequence[Body], state: Sequence[Tensor], ends: Seq
 
 
 def flat(bijection: Bijection) -> Iterator[Bijection]:
-    if isinstance(bijection, Chain):
+    if isinstance(bijection, Compose):
         for layer in bijection.layers:
             yield from flat(layer)  # type: ignore[arg-type]
     else:

@@ -3,7 +3,7 @@
 from pyro_flows.transforms import masks
 from pyro_flows.transforms.affine_coupling import AdditiveCoupling, AffineCoupling
 from pyro_flows.transforms.base import Bijection, Bound, Inverse
-from pyro_flows.transforms.chain import Chain
+from pyro_flows.transforms.compose import Compose
 from pyro_flows.transforms.image import MultiScale, Squeeze
 from pyro_flows.transforms.linear import DiagonalAffine, LowerTriangularAffine, Rescale
 from pyro_flows.transforms.lu import Conv1x1, LULinear
@@ -21,7 +21,7 @@ __all__ = [
     "BatchNorm",
     "Bijection",
     "Bound",
-    "Chain",
+    "Compose",
     "Conv1x1",
     "Dequantize",
     "DiagonalAffine",

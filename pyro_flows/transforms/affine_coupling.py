@@ -33,7 +33,7 @@ class AdditiveCoupling(Coupling):
     Reference: Dinh, Krueger and Bengio, *NICE*, ICLR workshop 2015 (arXiv 1410.8516).
 
     >>> import torch, pyro_flows as pf
-    >>> layer = pf.AdditiveCoupling(2)
+    >>> layer = pf.transforms.AdditiveCoupling(2)
     >>> layer.forward_and_ladj(torch.tensor([1.0, 2.0]))[0].tolist()
     [1.0, 2.0]
     """
@@ -79,11 +79,12 @@ class AffineCoupling(Coupling):
     (arXiv 1605.08803).
 
     >>> import torch, pyro_flows as pf
-    >>> layer = pf.AffineCoupling(4, mask=pf.masks.alternating(4))
+    >>> from pyro_flows.transforms import AffineCoupling, masks
+    >>> layer = AffineCoupling(4, mask=masks.alternating(4))
     >>> y, ladj = layer.forward_and_ladj(torch.randn(10, 4))
     >>> ladj.shape
     torch.Size([10])
-    >>> pf.AffineCoupling((2, 8, 8), mask=pf.masks.checkerboard((2, 8, 8)))(torch.ones(5, 2, 8, 8)).shape
+    >>> AffineCoupling((2, 8, 8), mask=masks.checkerboard((2, 8, 8)))(torch.ones(5, 2, 8, 8)).shape
     torch.Size([5, 2, 8, 8])
     """
 

@@ -30,7 +30,7 @@ class Bijection(TransformModule, ConditionalTransform):
     the subclass. Errors: a subclass raises ``ValueError`` for events of another shape and for a missing context.
 
     >>> import torch, pyro_flows as pf
-    >>> class Twice(pf.Bijection):
+    >>> class Twice(pf.transforms.Bijection):
     ...     def forward_and_ladj(self, x, context=None):
     ...         return 2.0 * x, torch.log(torch.tensor(2.0)).expand(x.shape[:-1]) * x.shape[-1]
     ...     def inverse_and_ladj(self, y, context=None):
@@ -145,7 +145,7 @@ class Bound(Transform):
     in torch's version counters: make a new ``Bound`` after a step.)
 
     >>> import torch, pyro_flows as pf
-    >>> bound = pf.AffineCoupling(2).condition(None)
+    >>> bound = pf.transforms.AffineCoupling(2).condition(None)
     >>> x = torch.ones(2)
     >>> torch.equal(bound.inv(bound(x)), x)
     True
@@ -243,7 +243,7 @@ class Inverse(Bijection):
     r"""A bijection run backwards, sharing its parameters: ``Inverse(t).forward_and_ladj`` is ``t.inverse_and_ladj``.
 
     >>> import torch, pyro_flows as pf
-    >>> t = pf.Rescale(3)
+    >>> t = pf.transforms.Rescale(3)
     >>> t.inv.inv is t
     True
 

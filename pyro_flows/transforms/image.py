@@ -29,7 +29,7 @@ class Squeeze(Bijection):
     (arXiv 1605.08803), section 3.6.
 
     >>> import torch, pyro_flows as pf
-    >>> pf.Squeeze((1, 2, 2))(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])).flatten().tolist()
+    >>> pf.transforms.Squeeze((1, 2, 2))(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])).flatten().tolist()
     [1.0, 4.0, 2.0, 3.0]
     """
 
@@ -89,7 +89,7 @@ class MultiScale(Bijection):
     (arXiv 1605.08803), section 3.6.
 
     >>> import torch, pyro_flows as pf
-    >>> layer = pf.MultiScale(pf.ActNorm((1, 2, 2)))
+    >>> layer = pf.transforms.MultiScale(pf.transforms.ActNorm((1, 2, 2)))
     >>> layer.event_shape
     torch.Size([2, 2, 2])
     """

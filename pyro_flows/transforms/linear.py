@@ -34,7 +34,7 @@ class DiagonalAffine(Bijection):
         ValueError: for a start of the wrong shape, not finite, or a scale that is not positive.
 
     >>> import torch, pyro_flows as pf
-    >>> pf.DiagonalAffine(2, loc=[1.0, 1.0], scale=[2.0, 4.0])(torch.ones(2)).tolist()
+    >>> pf.transforms.DiagonalAffine(2, loc=[1.0, 1.0], scale=[2.0, 4.0])(torch.ones(2)).tolist()
     [3.0, 5.0]
     """
 
@@ -109,7 +109,7 @@ class Rescale(DiagonalAffine):
     Reference: Dinh, Krueger and Bengio, *NICE*, ICLR workshop 2015 (arXiv 1410.8516), section 3.3.
 
     >>> import torch, pyro_flows as pf
-    >>> pf.Rescale(2)(torch.ones(2)).tolist()
+    >>> pf.transforms.Rescale(2)(torch.ones(2)).tolist()
     [1.0, 1.0]
     """
 
@@ -141,7 +141,7 @@ class LowerTriangularAffine(Bijection):
         ValueError: for a start of the wrong shape, not finite, not lower triangular or without a positive diagonal.
 
     >>> import torch, pyro_flows as pf
-    >>> layer = pf.LowerTriangularAffine(2, loc=[1.0, 0.0], scale_tril=[[1.0, 0.0], [1.0, 2.0]])
+    >>> layer = pf.transforms.LowerTriangularAffine(2, loc=[1.0, 0.0], scale_tril=[[1.0, 0.0], [1.0, 2.0]])
     >>> layer(torch.ones(2)).tolist()
     [2.0, 3.0]
     """

@@ -32,7 +32,7 @@ class LULinear(Bijection):
     Reference: Oliva et al., *Transformation Autoregressive Networks*, ICML 2018 (arXiv 1801.09819).
 
     >>> import torch, pyro_flows as pf
-    >>> pf.LULinear(3)(torch.tensor([1.0, 2.0, 3.0])).tolist()
+    >>> pf.transforms.LULinear(3)(torch.tensor([1.0, 2.0, 3.0])).tolist()
     [1.0, 2.0, 3.0]
     """
 
@@ -103,7 +103,7 @@ class Conv1x1(LULinear):
     Reference: Kingma and Dhariwal, *Glow*, NeurIPS 2018 (arXiv 1807.03039), section 3.2.
 
     >>> import torch, pyro_flows as pf
-    >>> pf.Conv1x1((4, 2, 2), seed=1)(torch.zeros(5, 4, 2, 2)).shape
+    >>> pf.transforms.Conv1x1((4, 2, 2), seed=1)(torch.zeros(5, 4, 2, 2)).shape
     torch.Size([5, 4, 2, 2])
     """
 

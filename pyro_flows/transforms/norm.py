@@ -87,7 +87,7 @@ class ActNorm(_Standardizing):
     Reference: Kingma and Dhariwal, *Glow*, NeurIPS 2018 (arXiv 1807.03039).
 
     >>> import torch, pyro_flows as pf
-    >>> layer = pf.ActNorm(2)
+    >>> layer = pf.transforms.ActNorm(2)
     >>> layer.start_from(torch.tensor([[1.0, 10.0], [3.0, 50.0]])).round(decimals=3).tolist()
     [[-1.0, -1.0], [1.0, 1.0]]
     """
@@ -148,7 +148,7 @@ class BatchNorm(_Standardizing):
     (arXiv 1605.08803), appendix E.
 
     >>> import torch, pyro_flows as pf
-    >>> layer = pf.BatchNorm(2)
+    >>> layer = pf.transforms.BatchNorm(2)
     >>> layer.inverse_and_ladj(torch.tensor([[1.0, 10.0], [3.0, 50.0]]))[0].round(decimals=3).tolist()
     [[-1.0, -1.0], [1.0, 1.0]]
     >>> layer.eval()(torch.zeros(2)).shape

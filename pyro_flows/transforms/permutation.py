@@ -24,7 +24,7 @@ class Permutation(Bijection):
         ValueError: if the indices are no permutation of 0 to D - 1.
 
     >>> import torch, pyro_flows as pf
-    >>> pf.Permutation([2, 0, 1])(torch.tensor([10.0, 20.0, 30.0])).tolist()
+    >>> pf.transforms.Permutation([2, 0, 1])(torch.tensor([10.0, 20.0, 30.0])).tolist()
     [30.0, 10.0, 20.0]
     """
 

@@ -40,7 +40,7 @@ class Logit(Bijection):
     (arXiv 1605.08803), section 4.1.
 
     >>> import torch, pyro_flows as pf
-    >>> layer = pf.Logit(2, alpha=0.05)
+    >>> layer = pf.transforms.Logit(2, alpha=0.05)
     >>> layer.inv(torch.tensor([0.0, 1.0]).double()).round(decimals=3).tolist()
     [-2.944, 2.944]
     """
@@ -118,7 +118,7 @@ class Dequantize(nn.Module):
     2016 (the bound, arXiv 1511.01844).
 
     >>> import torch, pyro_flows as pf
-    >>> dequantize = pf.Dequantize(3, levels=4)
+    >>> dequantize = pf.transforms.Dequantize(3, levels=4)
     >>> y, log_q = dequantize(torch.tensor([[0, 1, 3]]))
     >>> dequantize.levels_of(y).tolist(), log_q.exp().round().tolist()
     ([[0, 1, 3]], [64.0])

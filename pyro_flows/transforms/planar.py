@@ -71,7 +71,7 @@ class Planar(Bijection):
     1505.05770).
 
     >>> import torch, pyro_flows as pf
-    >>> layer = pf.Planar(3)
+    >>> layer = pf.transforms.Planar(3)
     >>> y, ladj = layer.forward_and_ladj(torch.ones(4, 3))
     >>> y.shape, ladj.tolist()
     (torch.Size([4, 3]), [0.0, 0.0, 0.0, 0.0])

@@ -46,7 +46,7 @@ class SplineCoupling(Coupling):
     1906.04032).
 
     >>> import torch, pyro_flows as pf
-    >>> y, ladj = pf.SplineCoupling(4, bins=5).forward_and_ladj(torch.randn(10, 4))
+    >>> y, ladj = pf.transforms.SplineCoupling(4, bins=5).forward_and_ladj(torch.randn(10, 4))
     >>> y.shape, ladj.shape
     (torch.Size([10, 4]), torch.Size([10]))
     """

@@ -43,7 +43,7 @@ class SinhArcsinh(Bijection):
     k, no c; here two a side).
 
     >>> import torch, pyro_flows as pf
-    >>> pf.SinhArcsinh(2)(torch.tensor([-1.0, 2.0])).tolist()
+    >>> pf.transforms.SinhArcsinh(2)(torch.tensor([-1.0, 2.0])).tolist()
     [-1.0, 2.0]
     """
 

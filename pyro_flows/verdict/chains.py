@@ -18,7 +18,7 @@ AGREEMENT = 1.05  # R-hat of groups of chains that began in different modes
 
 
 @dataclass(frozen=True)
-class ChainFigures:
+class McmcDiagnostics:
     r"""The figures that a verdict on chains rests on, each of the worst coordinate (the log density is one more).
 
     Of chains that another sampler made (:func:`from_mcmc`), some are not known, and are NaN: ``nested_r_hat``, what
@@ -49,7 +49,7 @@ class ChainFigures:
 
     >>> import pyro_flows as pf
     >>> known = {"r_hat": 1.002, "ess_bulk": 900.0, "ess_tail": 800.0, "where": "mu", "divergences": 0.0}
-    >>> print(pf.ChainFigures.of_mcmc(chains=4, draws=500, **known))
+    >>> print(pf.McmcDiagnostics.of_mcmc(chains=4, draws=500, **known))
     4 chains of 500 draws; R-hat 1.002; ESS 900 in the bulk and 800 in the tails (lowest at mu); 0.00% divergences
     """
 
@@ -81,21 +81,21 @@ class ChainFigures:
         return f"{count}; {nested}R-hat {self.r_hat:.3f}; {ess}; {shares}{modes}"
 
     @classmethod
-    def of_mcmc(cls, *, draws: int, **known: Any) -> ChainFigures:
+    def of_mcmc(cls, *, draws: int, **known: Any) -> McmcDiagnostics:
         """Return figures of another sampler's chains: NaN where nothing is known."""
         missing = ("nested_r_hat", "energy_error", "acceptance", "independence", "agreement", "changes")
         given: dict[str, Any] = {**dict.fromkeys(missing, math.nan), **known}
         return cls(draws=draws, sweeps=draws, elsewhere=True, **given)
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> ChainFigures:
+    def of(cls, stored: Mapping[str, Any]) -> McmcDiagnostics:
         """Make figures again of those that a file holds."""
         kinds: dict[str, Any] = {"chains": int, "draws": int, "sweeps": int, "where": str, "elsewhere": bool}
         given = {"elsewhere": False, **stored}  # up to format 2 there was no such entry
         return cls(**{entry.name: kinds.get(entry.name, float)(given[entry.name]) for entry in fields(cls)})
 
 
-def objections(figures: ChainFigures) -> list[str]:
+def objections(figures: McmcDiagnostics) -> list[str]:
     """Return what speaks against chains, in words; nothing if their draws can be used. NaN speaks against them."""
     found = []
     if not figures.nested_r_hat <= NESTED_R_HAT:
@@ -112,14 +112,14 @@ def objections(figures: ChainFigures) -> list[str]:
     return found
 
 
-def diverge(figures: ChainFigures) -> bool:
+def diverge(figures: McmcDiagnostics) -> bool:
     """Whether too many trajectories diverged; NaN says so."""
     few = not figures.elsewhere and figures.divergences * figures.chains * figures.draws < FEW + 0.5
     return not (few or figures.divergences <= DIVERGENCES)
 
 
 @dataclass(frozen=True, eq=False)
-class Chains:
+class McmcDraws:
     """Draws of chains, and all that is needed to go on with them, if they are ours (``Posterior.refine``).
 
     Attributes:
@@ -144,7 +144,7 @@ class Chains:
     stats: dict[str, Tensor] = field(repr=False)
     state: dict[str, Tensor] = field(repr=False)
     numbers: dict[str, Any]
-    figures: ChainFigures | None = field(default=None, repr=False)
+    figures: McmcDiagnostics | None = field(default=None, repr=False)
 
     @property
     def count(self) -> int:
@@ -163,7 +163,7 @@ def _cpu(value: Any) -> Any:
     return {name: _cpu(part) for name, part in value.items()}
 
 
-def as_numbers(figures: ChainFigures | None) -> dict[str, Any] | None:
+def as_numbers(figures: McmcDiagnostics | None) -> dict[str, Any] | None:
     """Return figures as JSON has them."""
     return None if figures is None else asdict(figures)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arviz
-from pyro_flows.verdict.chains import ChainFigures
+from pyro_flows.verdict.chains import McmcDiagnostics
 from pyro_flows.verdict.verdict import Verdict
 
 R_HAT = 1.01
@@ -42,7 +42,7 @@ def judge_mcmc(draws: Tensor, log_p: Tensor, names: Sequence[str], diverging: Te
         notes.append("one chain: R-hat compares its halves, and no other chain could disagree")
     if diverging is None:
         notes.append("divergences are not known")
-    figures = ChainFigures.of_mcmc(
+    figures = McmcDiagnostics.of_mcmc(
         chains=len(draws),
         draws=draws.shape[1],
         r_hat=float(r_hat[worst]),

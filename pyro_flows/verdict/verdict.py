@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyro_flows._display import verdict_html
-from pyro_flows.verdict.chains import ChainFigures
+from pyro_flows.verdict.chains import McmcDiagnostics
 from pyro_flows.verdict.next_step import next_step, next_step_of_mcmc
 from pyro_flows.verdict.weighing import in_words
 
@@ -50,7 +50,7 @@ class Verdict:
     where: str
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    chains: ChainFigures | None = None
+    chains: McmcDiagnostics | None = None
 
     @property
     def next_step(self) -> str:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from pyro_flows import Chain, DiagonalAffine, LogDensity, Permutation
+from pyro_flows import LogDensity
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.recipe import latent_recipe, start_at
 from pyro_flows.model.stack import NotStackable, Stack
@@ -15,6 +15,7 @@ from pyro_flows.training.adam import Moments
 from pyro_flows.training.lockstep import Lockstep
 from pyro_flows.training.step_graph import Step
 from pyro_flows.training.together import train_together
+from pyro_flows.transforms import Compose, DiagonalAffine, Permutation
 from tests.calibration.models import data_sets, exact, regression
 
 BATCH = 16
@@ -144,7 +145,7 @@ def test_flows_that_arrange_coordinates_differently_are_refused():
     stack = Stack([LogDensity(regression, args) for args in data_sets(2)])
     built = []
     for order in ([1, 0], [0, 1]):
-        made = Chain([Permutation(order), DiagonalAffine(2)])
+        made = Compose([Permutation(order), DiagonalAffine(2)])
         built.append(latent_recipe(made, {}, affine="auto", base="student_t", df=15.0).build_for_latents(2))
     with pytest.raises(NotStackable, match="differently"):
         Lockstep(stack, built, learning_rate=1e-2, batch=BATCH)

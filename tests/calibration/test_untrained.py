@@ -111,7 +111,7 @@ def test_no_flow_is_trained_and_each_is_right(sets):
 
 def test_what_is_used_has_the_values_of_its_coordinates(sets):
     for posterior in pf.fit_many(noisy, sets, draws=300, progress=False):
-        expected = posterior.density.constrain(posterior.used)
+        expected = posterior.density.constrain(posterior._used)
         assert all(torch.equal(posterior.samples[name], value) for name, value in expected.items())
 
 

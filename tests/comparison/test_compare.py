@@ -228,10 +228,10 @@ def test_coefficients_and_correlated_effects():
 
     x, y = torch.randn(20, 3), torch.randn(20)
     top = any_posterior(regress, x, y)
-    assert top_level(top.density, top.used)[0] == ["scale", "beta"]
+    assert top_level(top.density, top._used)[0] == ["scale", "beta"]
     group = torch.arange(20) % 5
     below = any_posterior(effects, group, y)
-    assert top_level(below.density, below.used)[0] == ["scales", "root"]
+    assert top_level(below.density, below._used)[0] == ["scales", "root"]
 
 
 def test_sensitivity_in_closed_form():

@@ -285,7 +285,7 @@ def test_controls_have_expectation_zero_and_take_the_error_off():
     errors = []
     for _ in range(30):
         x = torch.randn(1000, 2, dtype=torch.float64)
-        given = controls(pf.Flow(pf.Permutation(torch.tensor([1, 0]))).double(), x)
+        given = controls(pf.Flow(pf.transforms.Permutation(torch.tensor([1, 0]))).double(), x)
         values = (x.sum(1) + 0.5 * x[:, 0] * x[:, 1] + 0.1 * x[:, 0] ** 3) / 1000
         regression = Regression(given, torch.arange(1000) % 2 == 0)
         off, rest = regression.shift(values), regression.rest(values)

@@ -16,11 +16,11 @@ from pyro_flows.correction.kept import STATS, Kept
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.sampler import HALVINGS, Sampler
 from pyro_flows.flows.parts import location_scale
-from pyro_flows.verdict.chains import LEAST_ESS, ChainFigures
+from pyro_flows.verdict.chains import LEAST_ESS, McmcDiagnostics
 from tests.registry import normal
 
 CHAINS, DRAWS = 64, 128
-GOOD = ChainFigures(
+GOOD = McmcDiagnostics(
     chains=CHAINS, draws=DRAWS, sweeps=DRAWS, r_hat=1.01, nested_r_hat=1.002, ess_bulk=2.0 * LEAST_ESS,
     ess_tail=2.0 * LEAST_ESS, where="x", divergences=0.0, energy_error=0.1, acceptance=0.9, independence=math.nan,
     agreement=math.nan, changes=0.0,

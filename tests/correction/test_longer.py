@@ -19,7 +19,7 @@ from pyro_flows.modes.doubts import UNWEIGHED
 from pyro_flows.modes.lacks import Lack
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.chains import McmcDraws
 from tests.correction.test_refine import GOOD, check_schools
 from tests.posteriors import schools_posterior
 
@@ -96,7 +96,7 @@ def test_a_search_begins_at_chains_that_the_moments_are_not_of():
     """A normal distribution with the moments of draws is denser at these: by about D^2 / 2N nats in the mean."""
     dim, draws = 60, 10
     z = torch.randn(64, draws, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    chains = Chains(z, {"lp": z[..., 0]}, {"superchain": torch.arange(64) // 8}, {})
+    chains = McmcDraws(z, {"lp": z[..., 0]}, {"superchain": torch.arange(64) // 8}, {})
     out = held_out(chains)
     assert [int(part) for part in chains.state["superchain"][out].unique()] == [3, 7]
     flow = around(chains)
@@ -111,7 +111,7 @@ def test_a_search_begins_at_chains_that_the_moments_are_not_of():
 
 def test_of_few_superchains_every_fourth_chain_is_held_out():
     z = torch.zeros(8, 10, 2)
-    assert held_out(Chains(z, {}, {"superchain": torch.zeros(8).long()}, {})).nonzero()[:, 0].tolist() == [3, 7]
+    assert held_out(McmcDraws(z, {}, {"superchain": torch.zeros(8).long()}, {})).nonzero()[:, 0].tolist() == [3, 7]
 
 
 def normal_chains():
@@ -123,7 +123,7 @@ def normal_chains():
     density = LogDensity(model)
     z = torch.randn(64, 50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     log_p = density(z.flatten(0, 1)).detach()
-    return density, Chains(z, {"lp": log_p.reshape(64, 50)}, {"superchain": torch.arange(64) // 8}, {})
+    return density, McmcDraws(z, {"lp": log_p.reshape(64, 50)}, {"superchain": torch.arange(64) // 8}, {})
 
 
 def test_what_chains_hold_does_not_hide_what_a_later_search_finds(monkeypatch):

@@ -24,7 +24,7 @@ from pyro_flows.modes.lacks import Lack
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict import chains as judged
-from pyro_flows.verdict.chains import ChainFigures, objections
+from pyro_flows.verdict.chains import McmcDiagnostics, objections
 from tests.posteriors import SPREAD, Y, schools, schools_posterior
 from tests.registry import normal
 
@@ -58,7 +58,7 @@ def test_chains_finish_the_work(narrow, refined):
     assert refined.verdict.status == "refined", refined.verdict
     check_schools(refined)
     assert set(refined.verdict.reasons) == set(narrow.verdict.reasons)
-    assert len(refined.used) >= len(narrow.used)
+    assert len(refined._used) >= len(narrow._used)
     assert torch.equal(refined.z, narrow.z)
     assert refined.verdict.k_hat == narrow.verdict.k_hat
     figures = refined.verdict.chains
@@ -150,9 +150,9 @@ def test_saved_loaded_and_pickled(refined, tmp_path):
 def test_one_seed_one_answer(narrow, refined):
     torch.manual_seed(77)
     before = torch.get_rng_state()
-    assert torch.equal(narrow.refine().used, refined.used)
+    assert torch.equal(narrow.refine()._used, refined._used)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(narrow.refine(seed=9).used[:10], refined.used[:10])
+    assert not torch.equal(narrow.refine(seed=9)._used[:10], refined._used[:10])
 
 
 def test_cut_short_and_gone_on_is_gone_through(narrow, refined):
@@ -162,9 +162,9 @@ def test_cut_short_and_gone_on_is_gone_through(narrow, refined):
     second = first.refine(max_steps=60)
     assert second.verdict.status == "unreliable"
     assert sum("chains have not converged" in reason for reason in second.verdict.reasons) == 1
-    assert torch.equal(second.used, narrow.used)
+    assert torch.equal(second._used, narrow._used)
     third = second.refine(max_steps=2000)
-    torch.testing.assert_close(third.used, refined.used)
+    torch.testing.assert_close(third._used, refined._used)
     assert third.verdict.status == "refined"
     assert not any("chains have not converged" in reason for reason in third.verdict.reasons)
 
@@ -172,7 +172,7 @@ def test_cut_short_and_gone_on_is_gone_through(narrow, refined):
 def test_no_time_leaves_what_there_was(narrow):
     found = narrow.refine(max_seconds=1e-6)
     assert found.verdict.status == "unreliable"
-    assert torch.equal(found.used, narrow.used)
+    assert torch.equal(found._used, narrow._used)
     assert any("max_seconds" in reason for reason in found.verdict.reasons)
 
 
@@ -181,7 +181,7 @@ def test_good_draws_stay_where_chains_do_not_finish(status):
     before = schools_posterior(status, draws=1000)
     after = before.refine(max_steps=5)
     assert after.verdict.status == status
-    assert torch.equal(after.used, before.used)
+    assert torch.equal(after._used, before._used)
     assert any("chains have not converged" in note for note in after.verdict.notes)
     finished = after.refine()
     assert finished.verdict.status == "refined"
@@ -225,7 +225,7 @@ def test_a_guide_that_is_no_flow_has_no_more_draws(narrow):
 
 def test_chains_are_resampled_with_equal_weights(refined):
     theta = refined.resample(4000, seed=1)["theta"]
-    assert len(torch.unique(theta, dim=0)) > 0.5 * min(4000, len(refined.used))
+    assert len(torch.unique(theta, dim=0)) > 0.5 * min(4000, len(refined._used))
     assert float((theta.std(0) / SPREAD).log().abs().max()) < 0.12
 
 
@@ -391,7 +391,7 @@ def test_a_fit_tries_chains_before_it_trains_further(monkeypatch):
 
 # thresholds ----------------------------------------------------------------------------------------------------------
 
-GOOD = ChainFigures(
+GOOD = McmcDiagnostics(
     chains=128,
     draws=32,
     sweeps=32,
@@ -437,8 +437,8 @@ def test_thresholds_of_the_verdict(changed, said):
 
 
 def test_figures_come_back_from_a_file():
-    assert ChainFigures.of(dataclasses.asdict(GOOD)) == dataclasses.replace(GOOD, independence=math.nan) or True
-    again = ChainFigures.of(dataclasses.asdict(dataclasses.replace(GOOD, independence=0.5)))
+    assert McmcDiagnostics.of(dataclasses.asdict(GOOD)) == dataclasses.replace(GOOD, independence=math.nan) or True
+    again = McmcDiagnostics.of(dataclasses.asdict(dataclasses.replace(GOOD, independence=0.5)))
     assert again == dataclasses.replace(GOOD, independence=0.5)
     assert isinstance(again.chains, int)
 
@@ -477,9 +477,9 @@ def test_stats_of_each_draw_are_kept(refined):
     assert set(refined.chains.stats) == set(STATS)
     shape = refined.chains.z.shape[:2]
     assert all(value.shape == shape for value in refined.chains.stats.values())
-    lp = refined.density(refined.used)
+    lp = refined.density(refined._used)
     torch.testing.assert_close(refined.chains.stats["lp"].flatten().double(), lp.double(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(refined.used_log_p, refined.chains.stats["lp"].flatten())
+    torch.testing.assert_close(refined._used_log_p, refined.chains.stats["lp"].flatten())
 
 
 def test_bridge_sampling():
@@ -500,7 +500,7 @@ def test_regions_have_to_have_their_mass(share, enough):
     density = pf.LogDensity(two, (torch.tensor(4.0, dtype=REAL),))
     z = torch.randn(64, 64, 3, dtype=REAL)
     z[..., 0] += torch.where(torch.rand(64, 64) < share, -4.0, 4.0)
-    chains = judged.Chains(z, {}, {"superchain": torch.arange(64) // 8}, {})
+    chains = judged.McmcDraws(z, {}, {"superchain": torch.arange(64) // 8}, {})
     evidence = 0.0  # both halves of the sum are normalized
     regions = _Regions(density, chains, evidence, 0)
     loc, scale = torch.tensor([-4.0, 0.0, 0.0], dtype=REAL), torch.eye(3, dtype=REAL)

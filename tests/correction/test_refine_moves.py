@@ -87,8 +87,10 @@ def bent_flow(seed=0, shift=0.0):
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-    affine = pf.LowerTriangularAffine(3, loc=[shift, 0.0, 0.0], scale_tril=[[1.2, 0, 0], [0.3, 1, 0], [0, 0, 1.5]])
-    return pf.Flow(pf.Chain([*flow.bijection.layers, affine]), base="student_t", df=15.0).to(REAL)
+    affine = pf.transforms.LowerTriangularAffine(
+        3, loc=[shift, 0.0, 0.0], scale_tril=[[1.2, 0, 0], [0.3, 1, 0], [0, 0, 1.5]]
+    )
+    return pf.Flow(pf.transforms.Compose([*flow.bijection.layers, affine]), base="student_t", df=15.0).to(REAL)
 
 
 def mixture():

@@ -318,8 +318,11 @@ def test_loaders_with_and_without_context():
 def test_images():
     y = torch.randint(256, (64, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     shape = (1, 4, 4)
-    layers = [pf.AffineCoupling(shape, mask=pf.masks.checkerboard(shape, flip=flip)) for flip in (False, True)]
-    fit = pf.fit_density(pf.Flow(pf.Chain(layers), base="logistic"), y, levels=256, **QUICK)
+    layers = [
+        pf.transforms.AffineCoupling(shape, mask=pf.transforms.masks.checkerboard(shape, flip=flip))
+        for flip in (False, True)
+    ]
+    fit = pf.fit_density(pf.Flow(pf.transforms.Compose(layers), base="logistic"), y, levels=256, **QUICK)
     assert fit.sample(3, seed=0).shape == (3, *shape)
     scale = fit.flow.bijection.layers[-1].scale
     assert torch.equal(scale, scale.flatten()[0].expand(shape))
@@ -439,7 +442,7 @@ def test_saving_and_loading_refuse_what_is_not_theirs(tmp_path):
     resealed(tmp_path / "fit", text)
     with pytest.raises(ValueError, match=r"the tensors are not those of pf\.nice"):
         pf.DensityFit.load(tmp_path / "fit")
-    own = pf.Flow(pf.Planar(2))
+    own = pf.Flow(pf.transforms.Planar(2))
     with pytest.raises(ValueError, match="builder"):
         pf.fit_density(own, datasets.toy("moons", 100), **QUICK).save(tmp_path / "own")
 
@@ -462,7 +465,7 @@ def test_refuses_missing_values_and_says_where(tmp_path):
         pf.fit_density(pf.nice(3), loader, validation=None, **QUICK)
     image = torch.zeros(2, 1, 2, 2)
     image[1, 0, 1, 0] = math.nan
-    flow = pf.Flow(pf.AffineCoupling((1, 2, 2), mask=pf.masks.checkerboard((1, 2, 2))))
+    flow = pf.Flow(pf.transforms.AffineCoupling((1, 2, 2), mask=pf.transforms.masks.checkerboard((1, 2, 2))))
     with pytest.raises(ValueError, match=r"row 1, column \(0, 1, 0\)"):
         pf.fit_density(flow, image, **QUICK)
 

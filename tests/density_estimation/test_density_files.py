@@ -77,7 +77,7 @@ def test_flows_that_know_their_scale_in_other_ways(tmp_path, wrap):
         flow = _guide_flow(y)
     elif wrap == "chain":
         fitted = pf.fit_density("realnvp", y, **QUICK).flow
-        flow = pf.Flow(pf.Chain([pf.Planar(3), fitted.bijection]), base=fitted.base)
+        flow = pf.Flow(pf.transforms.Compose([pf.transforms.Planar(3), fitted.bijection]), base=fitted.base)
     else:
         flow = pf.fit_density(pf.realnvp(3, layers=2), y, preprocess=None, max_epochs=30, progress=False).flow
     before = float(flow.log_prob(y).mean().detach())

@@ -54,7 +54,7 @@ def test_good_chains_are_ok(good):
     assert CHAINS * DRAWS / 3 < good.verdict.chains.ess_bulk < CHAINS * DRAWS
     assert good.effective == good.verdict.chains.ess_bulk
     assert good.samples["theta"].shape == (CHAINS * DRAWS, SCHOOLS)
-    torch.testing.assert_close(good.used_log_p, good.density(good.used))
+    torch.testing.assert_close(good._used_log_p, good.density(good._used))
     assert "4 chains of 1000 draws" in str(good)
     assert str(good.verdict).startswith("ok: the chains agree")
     assert good.flow is None
@@ -122,7 +122,7 @@ def test_pyros_own_output():
     found = pf.diagnose(model, mcmc, torch.tensor(1.0))
     assert found.verdict.chains.chains == found.chains.count == 1
     assert type(found) is pf.Posterior
-    assert isinstance(found.chains, pf.Chains)
+    assert isinstance(found.chains, pf.McmcDraws)
     assert found.guide_name == "NUTS"
     assert found.verdict.chains.divergences == 0
     assert found.chains.stats["diverging"].shape == (1, 600)
@@ -167,7 +167,7 @@ def test_files_pickles_and_copies(good, tmp_path):
         copy.deepcopy(good),
         copy.copy(good),
     ):
-        assert found.of_mcmc
+        assert found._of_mcmc
         assert found.chain_count == found.chains.count == CHAINS
         torch.testing.assert_close(found.chains.z, good.chains.z)
         assert str(found.verdict) == str(good.verdict)
@@ -217,7 +217,7 @@ def test_refinement_begins_at_chains_and_leaves_them_if_it_fails(good):
     torch.testing.assert_close(cut_short.chains.z, good.chains.z)
     finished = good.refine()
     assert finished.verdict.status == "refined"
-    assert not finished.of_mcmc
+    assert not finished._of_mcmc
     assert finished.chain_count == 64
     assert str(finished.verdict).startswith("refined: ")
     assert finished.summary()["r_hat"].max() < 1.05

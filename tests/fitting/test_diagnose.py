@@ -249,7 +249,7 @@ def test_one_seed_one_answer_and_the_random_state_stays(make):
     guide, before = make(), torch.get_rng_state()
     first, again, other = (pf.diagnose(schools, guide, Y, draws=DRAWS, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.z, again.z)
-    assert torch.equal(first.used, again.used)
+    assert torch.equal(first._used, again._used)
     assert not torch.equal(first.z, other.z)
     assert first.settings["seed"] == 1
     assert torch.equal(before, torch.get_rng_state())

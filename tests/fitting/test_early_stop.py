@@ -226,6 +226,6 @@ def test_a_glance_tells_flows_whose_weights_would_not_do(shift, far):
         x = pyro.sample("x", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
         pyro.factor("away", shift * x[0] if math.isfinite(shift) else -torch.inf * torch.ones_like(x[0]))
 
-    flow = pf.Flow(pf.LowerTriangularAffine(2), base="normal").double()
+    flow = pf.Flow(pf.transforms.LowerTriangularAffine(2), base="normal").double()
     torch.manual_seed(0)
     assert escalation.is_far_off(flow, pf.LogDensity(model)) is far

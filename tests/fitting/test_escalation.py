@@ -33,7 +33,7 @@ from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms import DiagonalAffine
-from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.weighing import Weighing
 from tests.models import real
 from tests.registry import normal, randomize
@@ -373,7 +373,7 @@ def test_a_fit_that_was_cut_short_after_poor_rounds(run, said):
 @pytest.mark.parametrize("taken", ["nothing", "a table of coordinates", "a mixture"])
 def test_chains_go_with_the_flow_that_they_began_at(taken):
     """An alarm: chains began at a poor flow, then exact tables took its place, and were judged by these chains."""
-    flow, chains = location_scale(2, base="normal"), Chains(torch.zeros(8, 4, 2), {}, {}, {})
+    flow, chains = location_scale(2, base="normal"), McmcDraws(torch.zeros(8, 4, 2), {}, {}, {})
     run = Run(0, chains=chains)
     found = Combined(runs=[run], plain=flow, sampler=flow)
     if taken == "a mixture":

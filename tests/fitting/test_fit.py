@@ -36,8 +36,8 @@ def check_against_reference(name: str, seed: int) -> None:
     problem = load(name, ROOT)
     posterior = pf.fit(problem.model, *problem.args, seed=seed, progress=False)
     reference = posterior.density.unconstrain(problem.reference)
-    mean_error = ((posterior.used.mean(0) - reference.mean(0)) / reference.std(0)).abs().max()
-    sd_error = (posterior.used.std(0) / reference.std(0)).log().abs().max()
+    mean_error = ((posterior._used.mean(0) - reference.mean(0)) / reference.std(0)).abs().max()
+    sd_error = (posterior._used.std(0) / reference.std(0)).log().abs().max()
     assert posterior.verdict.status != "unreliable", str(posterior.verdict)
     assert mean_error <= 0.1, f"worst mean off by {mean_error:.3f} sd"
     assert sd_error <= math.log(1.1), f"worst sd off by a factor {sd_error.exp():.3f}"

@@ -66,7 +66,7 @@ def test_right_and_ok(name):
     assert posterior.log_evidence == pytest.approx(found["log_evidence"], abs=0.1)
     assert {label.removeprefix("log ") for label in found["parameters"]} == set(posterior.density.names)
     for label, reference in found["parameters"].items():
-        draws = posterior.samples[label.removeprefix("log ")].reshape(len(posterior.used), -1)
+        draws = posterior.samples[label.removeprefix("log ")].reshape(len(posterior._used), -1)
         draws = draws.log() if label.startswith("log ") else draws
         mean, sd, quantiles = (real(reference[key]) for key in ("mean", "sd", "quantiles"))
         assert float(((draws.mean(0) - mean) / sd).abs().max()) <= 0.1, label

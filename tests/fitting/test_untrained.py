@@ -25,7 +25,7 @@ from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import COOL_TRIED, STALLED, Budget, Look, train
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.chains import ChainFigures, Chains
+from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws
 
 DIM = 60
 ONES = torch.ones(DIM, dtype=torch.float64)
@@ -138,7 +138,7 @@ class Paced:
     def run(self, sweeps, report, *, gradients, patient):
         self.asked.append(gradients)
         ess, nested, diverged, self.told = next(self.least)
-        self.found = ChainFigures(
+        self.found = McmcDiagnostics(
             chains=64, draws=64, sweeps=100, r_hat=1.0, nested_r_hat=nested, ess_bulk=2.0 * ess, ess_tail=ess,
             where="z", divergences=diverged, energy_error=0.0, acceptance=0.8, independence=math.nan,
             agreement=math.nan, changes=math.nan,
@@ -215,7 +215,7 @@ def test_states_of_older_files_have_scales_only():
     chains = sampler.chains()
     state = {name: value for name, value in chains.state.items() if name not in ("axes", "roots")}
     state["round"] = state["round"][:, :2]
-    older = Chains(chains.z, chains.stats, state, {k: v for k, v in chains.numbers.items() if k != "moves"})
+    older = McmcDraws(chains.z, chains.stats, state, {k: v for k, v in chains.numbers.items() if k != "moves"})
     again = Sampler(Latent(flow, density), names, older, kept=64, seed=0)
     assert not len(again.metric.roots)
     again.run(80)
@@ -272,8 +272,8 @@ def test_chains_hold_what_they_go_in_and_out_of():
     z = torch.randn(64, 100, DIM, generator=generator, dtype=torch.float64)
     side = torch.where(torch.rand(64, 100, generator=generator) < 0.5, -1.0, 1.0)
     z[..., 0] = 3.0 * side + 0.5 * z[..., 0]
-    both = Chains(z, {"lp": density(z.flatten(0, 1)).reshape(64, 100)}, {"superchain": torch.arange(64) // 8}, {})
-    right = Chains(z.clone(), both.stats, both.state, {})
+    both = McmcDraws(z, {"lp": density(z.flatten(0, 1)).reshape(64, 100)}, {"superchain": torch.arange(64) // 8}, {})
+    right = McmcDraws(z.clone(), both.stats, both.state, {})
     right.z[..., 0] = 3.0 + (z[..., 0] - 3.0 * side)
     loc, scale = torch.zeros(DIM).double(), ONES.clone()
     loc[0], scale[0] = -3.0, 0.5

@@ -47,7 +47,7 @@ def test_mass_is_one(name, context_dim, base):
 
 
 def test_mass_of_a_mixed_chain():
-    case = next(case for case in SMALL if case.name == "Chain-2")
+    case = next(case for case in SMALL if case.name == "Compose-2")
     check_mass(pf.Flow(case.make()), None, 1e-5, half_width=30.0, points=201)
 
 
@@ -121,7 +121,7 @@ def test_base_distribution(base):
 @pytest.mark.parametrize("dim", [3, (2, 3, 4)], ids=str)
 def test_the_base_is_scored_as_its_distribution_says(dim, base):
     """By the flow itself as by Pyro's distribution, far out too."""
-    kind = pf.LULinear if isinstance(dim, int) else pf.Conv1x1
+    kind = pf.transforms.LULinear if isinstance(dim, int) else pf.transforms.Conv1x1
     flow = pf.Flow(kind(dim).double(), base=base)
     x = torch.linspace(-80.0, 80.0, 5, dtype=torch.float64).reshape(5, *(1,) * len(flow.base_shape))
     x = x + normal(5, *flow.base_shape, seed=1)
@@ -147,7 +147,9 @@ def test_values_outside_of_the_support_are_refused():
 def test_couplings_move_every_coordinate(name, dim, layers):
     """With the masks that the builders choose. NICE's scale moves all by itself, so it is left out here."""
     flow = make_flow(name, dim, layers=layers)
-    couplings = pf.Chain([layer for layer in flow.bijection.layers if not isinstance(layer, pf.Rescale)])
+    couplings = pf.transforms.Compose(
+        [layer for layer in flow.bijection.layers if not isinstance(layer, pf.transforms.Rescale)]
+    )
     assert len(couplings.layers) == layers
     check_every_coordinate_moves(couplings, dim)
 
@@ -196,11 +198,11 @@ def test_a_flow_learns(name):
 
 
 def test_dim_is_found_or_asked_for():
-    class Plain(pf.Bijection):
+    class Plain(pf.transforms.Bijection):
         def forward_and_ladj(self, x, context=None):
             return 2.0 * x, x.new_full(x.shape[:-1], 2.0).log() * x.shape[-1]
 
-    assert pf.Flow(pf.Inverse(pf.Chain([pf.Rescale(4)]))).dim == 4
+    assert pf.Flow(pf.transforms.Inverse(pf.transforms.Compose([pf.transforms.Rescale(4)]))).dim == 4
     with pytest.raises(ValueError, match="dim"):
         pf.Flow(Plain())
     assert pf.Flow(Plain(), dim=3)().sample().shape == (3,)
@@ -219,8 +221,8 @@ def test_nice_as_published():
     """Four additive couplings of five hidden layers, relu, logistic base, one scaling next to it."""
     flow = pf.nice(784, mask="alternating", hidden=(1000,) * 5, activation="relu", base="logistic")
     scaling, *couplings = flow.bijection.layers
-    assert [type(layer) for layer in couplings] == [pf.AdditiveCoupling] * 4
-    assert isinstance(scaling, pf.Rescale)
+    assert [type(layer) for layer in couplings] == [pf.transforms.AdditiveCoupling] * 4
+    assert isinstance(scaling, pf.transforms.Rescale)
     widths = [part.out_features for part in couplings[0].modules() if isinstance(part, torch.nn.Linear)]
     assert widths == [1000] * 5 + [392]
     assert flow.base == "logistic"

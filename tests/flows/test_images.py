@@ -8,10 +8,9 @@ import torch
 from pyro.distributions import TransformedDistribution
 
 import pyro_flows as pf
-from pyro_flows import masks
 from pyro_flows.flows.recipe import BUILDERS
 from pyro_flows.flows.recipe_json import to_json
-from pyro_flows.transforms import base
+from pyro_flows.transforms import base, masks
 from tests.invariants import check_path_gradient, check_score, close, jacobian
 from tests.registry import HIDDEN, IMAGE, IMAGE_FLOWS, built, make_flow, normal
 from tests.state_invariants import check_evaluations, copies
@@ -20,7 +19,7 @@ from tests.state_invariants import check_evaluations, copies
 def test_squeeze_keeps_blocks_together():
     """Each block of 2 x 2 becomes a pixel; in its channels, both halves are checkerboards of the image."""
     x = torch.arange(2 * 4 * 6, dtype=torch.float64).reshape(2, 4, 6)
-    layer = pf.Squeeze((2, 4, 6))
+    layer = pf.transforms.Squeeze((2, 4, 6))
     y, ladj = layer.forward_and_ladj(x)
     assert (y.shape, ladj) == ((8, 2, 3), 0.0)
     assert sorted(y[:, 1, 2].tolist()) == sorted(x[:, 2:, 4:].flatten().tolist())
@@ -31,7 +30,7 @@ def test_squeeze_keeps_blocks_together():
 
 
 def test_squeeze_is_a_transform_that_changes_the_shape():
-    layer = pf.Squeeze((2, 4, 6)).double()
+    layer = pf.transforms.Squeeze((2, 4, 6)).double()
     assert layer.event_shape == layer.inverse_shape((8, 2, 3)) == (2, 4, 6)
     assert layer.inv.event_shape == layer.forward_shape((2, 4, 6)) == layer.inv.inverse_shape((2, 4, 6)) == (8, 2, 3)
     flow = pf.Flow(layer).double()
@@ -46,39 +45,41 @@ def test_squeeze_is_a_transform_that_changes_the_shape():
     close(base.Bijection.forward_and_score(layer, x, score)[2], layer(score), 0.0)
     for sides in ((2, 3, 4), (2, 4, 3)):
         with pytest.raises(ValueError, match="dim: expected an even height and width"):
-            pf.Squeeze(sides)
+            pf.transforms.Squeeze(sides)
     with pytest.raises(ValueError, match=r"Squeeze: expected a tensor of shape \(\.\.\., 8, 2, 3\)"):
         layer.inverse_and_ladj(x)
 
 
 def test_chains_see_through_changes_of_shape():
-    squeeze = pf.Squeeze((1, 4, 4))
-    chain = pf.Chain([squeeze, pf.ActNorm((4, 2, 2)), pf.Squeeze((4, 2, 2))])
+    squeeze = pf.transforms.Squeeze((1, 4, 4))
+    chain = pf.transforms.Compose([squeeze, pf.transforms.ActNorm((4, 2, 2)), pf.transforms.Squeeze((4, 2, 2))])
     assert (chain.event_shape, chain.forward_shape((7, 1, 4, 4))) == ((1, 4, 4), (7, 16, 1, 1))
     assert chain.inverse_shape((7, 16, 1, 1)) == (7, 1, 4, 4)
     with pytest.raises(ValueError, match=r"layer 1 \(ActNorm\) expects .*\(1, 4, 4\), but gets \(4, 2, 2\)"):
-        pf.Chain([squeeze, pf.ActNorm((1, 4, 4))])
+        pf.transforms.Compose([squeeze, pf.transforms.ActNorm((1, 4, 4))])
     with pytest.raises(ValueError, match="layers: "):
-        pf.Chain([pf.Rescale(2), pf.Rescale(3)])
+        pf.transforms.Compose([pf.transforms.Rescale(2), pf.transforms.Rescale(3)])
 
 
 def test_multi_scale_leaves_half_alone():
-    coarse = built(lambda: pf.AffineCoupling((2, 2, 2), hidden=HIDDEN), dtype=torch.float64, sd=0.3, seed=0)
-    layer = pf.MultiScale(coarse)
+    coarse = built(lambda: pf.transforms.AffineCoupling((2, 2, 2), hidden=HIDDEN), dtype=torch.float64, sd=0.3, seed=0)
+    layer = pf.transforms.MultiScale(coarse)
     x = normal(5, 4, 2, 2, seed=1)
     y, ladj = layer.forward_and_ladj(x)
     close(y[:, :2], x[:, :2], 0.0)
     expected = coarse.forward_and_ladj(x[:, 2:])
     close(y[:, 2:], expected[0], 0.0)
     close(ladj, expected[1], 0.0)
-    for bad in (pf.Squeeze((1, 2, 2)), torch.nn.Linear(2, 2), pf.Bijection()):
+    for bad in (pf.transforms.Squeeze((1, 2, 2)), torch.nn.Linear(2, 2), pf.transforms.Bijection()):
         with pytest.raises(ValueError, match=r"^coarse: "):
-            pf.MultiScale(bad)
+            pf.transforms.MultiScale(bad)
 
 
 @pytest.mark.parametrize("mask", [masks.checkerboard, masks.channels], ids=["checkerboard", "channels"])
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("kind", [pf.AdditiveCoupling, pf.AffineCoupling, pf.SplineCoupling])
+@pytest.mark.parametrize(
+    "kind", [pf.transforms.AdditiveCoupling, pf.transforms.AffineCoupling, pf.transforms.SplineCoupling]
+)
 def test_kept_pixels_stay_and_the_rest_depend_on_them_alone(kind, flip, mask):
     """Exactly, both ways; and each moved pixel depends on itself and on kept ones only."""
     kept = mask(IMAGE, flip=flip)
@@ -109,7 +110,7 @@ def test_masks_of_images_are_complements():
 
 
 def test_a_1x1_convolution_is_one_matrix_for_all_pixels():
-    layer = built(lambda: pf.Conv1x1(IMAGE, seed=1), dtype=torch.float64, sd=0.3, seed=0)
+    layer = built(lambda: pf.transforms.Conv1x1(IMAGE, seed=1), dtype=torch.float64, sd=0.3, seed=0)
     x = normal(5, *IMAGE, seed=1)
     units = torch.eye(2, dtype=torch.float64)[:, :, None, None].expand(2, *IMAGE)
     weight = layer(units)[:, :, 0, 0].T
@@ -119,7 +120,7 @@ def test_a_1x1_convolution_is_one_matrix_for_all_pixels():
 
 @pytest.mark.parametrize("dim", [3, 7])
 def test_lu_permutations_start_as_permutations(dim):
-    layer = pf.LULinear(dim, seed=2)
+    layer = pf.transforms.LULinear(dim, seed=2)
     x = torch.arange(float(dim))
     assert sorted(layer(x).tolist()) == x.tolist()
     assert not torch.equal(layer(x), x)
@@ -186,7 +187,7 @@ def test_the_score_of_the_base_class_is_that_of_the_layers(name):
     """The default, through the inverse, works for events of any shape."""
     flow = make_flow(name, IMAGE, sd=0.1)
 
-    class Default(pf.Inverse):
+    class Default(pf.transforms.Inverse):
         forward_and_score = base.Bijection.forward_and_score
 
     check_score(Default(flow.bijection.inv), normal(3, *IMAGE, seed=1), None, 1e-9)
@@ -220,9 +221,11 @@ def test_a_scale_parts_images_by_checkerboards_and_by_rows():
     """In the order of sampling; networks see squeezed images, so masks are laid out as images here."""
     shape = (2, 4, 4)
     flow = pf.multiscale_realnvp(shape, levels=2, layers=2, hidden=HIDDEN)
-    found = [part.mask for part in flow.modules() if isinstance(part, pf.AffineCoupling) and part.dim == (8, 2, 2)]
+    found = [
+        part.mask for part in flow.modules() if isinstance(part, pf.transforms.AffineCoupling) and part.dim == (8, 2, 2)
+    ]
     board, even = masks.checkerboard(shape), (torch.arange(4) % 2 == 0)[:, None].expand(shape)
-    unfold = pf.Squeeze(shape).inv
+    unfold = pf.transforms.Squeeze(shape).inv
     expected = [even, ~even, board, ~board]
     assert [(unfold(mask.float()) == 1.0).tolist() for mask in found] == [part.tolist() for part in expected]
 
@@ -268,13 +271,13 @@ def test_a_flow_of_images_in_a_plate():
         ("dim", lambda: pf.multiscale_realnvp((1, 5, 4))),
         ("dim", lambda: pf.multiscale_realnvp((4, 4))),
         ("dim", lambda: pf.multiscale_realnvp((1, 2, 2), levels=2)),
-        ("dim", lambda: pf.Conv1x1(3)),
-        ("dim", lambda: pf.AffineCoupling((2, 0, 2))),
+        ("dim", lambda: pf.transforms.Conv1x1(3)),
+        ("dim", lambda: pf.transforms.AffineCoupling((2, 0, 2))),
         ("dim", lambda: pf.nice((1, 4, 4))),
         ("dim", lambda: pf.spline((1, 4, 4))),
-        ("mask", lambda: pf.AffineCoupling((2, 2, 2), mask=torch.zeros(2, 2, 2))),
-        ("mask", lambda: pf.AffineCoupling((2, 2, 2), mask=[True, False])),
-        ("shape", lambda: pf.AffineCoupling((1, 2, 2))),
+        ("mask", lambda: pf.transforms.AffineCoupling((2, 2, 2), mask=torch.zeros(2, 2, 2))),
+        ("mask", lambda: pf.transforms.AffineCoupling((2, 2, 2), mask=[True, False])),
+        ("shape", lambda: pf.transforms.AffineCoupling((1, 2, 2))),
         ("levels", lambda: pf.glow(IMAGE, levels=0)),
         ("layers", lambda: pf.glow(IMAGE, layers=0)),
         ("layers", lambda: pf.multiscale_realnvp(IMAGE, layers=0)),

@@ -20,7 +20,7 @@ from pyro_flows.guides.autoflow import AutoFlow
 
 def affine(loc, scale):
     """A normal distribution as a flow."""
-    layer = pf.DiagonalAffine(len(loc))
+    layer = pf.transforms.DiagonalAffine(len(loc))
     layer.loc.copy_(torch.as_tensor(loc))
     layer.scale.copy_(torch.as_tensor(scale))
     return pf.Flow(layer)
@@ -88,7 +88,7 @@ def test_gradients_of_draws_are_those_of_the_parts():
 
 
 def test_a_part_that_overflows_far_away_adds_nothing():
-    class Overflows(pf.DiagonalAffine):
+    class Overflows(pf.transforms.DiagonalAffine):
         def inverse_and_ladj(self, y, context=None):
             x, ladj = super().inverse_and_ladj(y, context)
             return x, ladj + torch.where(y[:, 0] > 50.0, torch.nan, 0.0)

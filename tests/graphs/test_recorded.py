@@ -24,7 +24,7 @@ from pyro_flows.training.trainer import Trainer
 from tests.invariants import close
 from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, needs_compiler, normal, randomize
 
-NUMERIC = ("Inverse-Planar", "Inverse-Chain")  # the root is searched until it is found, so there is no flat graph
+NUMERIC = ("Inverse-Planar", "Inverse-Compose")  # the root is searched until it is found, so there is no flat graph
 VECTORS = [case for case in SMALL + LARGE if not (case.context_dim or case.unit) and len(case.shape) == 1]
 PLAIN = [case for case in VECTORS if not case.name.startswith(NUMERIC)]
 
@@ -244,7 +244,7 @@ def recorded(flow: pf.Flow, x: Tensor, pull: Tensor) -> tuple[Tensor, Tensor, Te
 
 @each(PLAIN)
 def test_passes_of_every_layer(case):
-    flow = pf.Flow(pf.Chain([pf.DiagonalAffine(case.shape[0]).double(), case.make()]))
+    flow = pf.Flow(pf.transforms.Compose([pf.transforms.DiagonalAffine(case.shape[0]).double(), case.make()]))
     x, pull = normal(6, *case.shape, seed=3), normal(6, *case.shape, seed=4)
     for got, expected in zip(recorded(flow, x, pull), eager(flow, x, pull), strict=True):
         close(got, expected, 1e-12)
@@ -264,8 +264,12 @@ def test_flows_that_arrange_coordinates_otherwise_share_no_graph():
     masks = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 1, 0, 0], [1, 0, 0, 1, 0]])
     kinds = set()
     for mask in masks:
-        couplings = [pf.AffineCoupling(5, mask=part) for part in (mask, mask.flip(0))]
-        flow = pf.Flow(randomize(pf.Chain([*couplings, pf.Permutation(5, seed=int(mask[0]))]).double(), sd=0.3))
+        couplings = [pf.transforms.AffineCoupling(5, mask=part) for part in (mask, mask.flip(0))]
+        flow = pf.Flow(
+            randomize(
+                pf.transforms.Compose([*couplings, pf.transforms.Permutation(5, seed=int(mask[0]))]).double(), sd=0.3
+            )
+        )
         for got, expected in zip(recorded(flow, x, pull), eager(flow, x, pull), strict=True):
             close(got, expected, 1e-12)
         kinds.add(id(Passes(flow, x, [parameter.detach() for parameter in flow.parameters()]).kind))
@@ -283,14 +287,14 @@ def test_what_passes_return_may_meet_autograd():
 
 def test_layers_of_one_kind_share_a_body():
     x = normal(8, 6, seed=7)
-    layer, same = (pf.AffineCoupling(6).double() for _ in range(2))
-    other = pf.AffineCoupling(6, log_scale_bound=2.0).double()
+    layer, same = (pf.transforms.AffineCoupling(6).double() for _ in range(2))
+    other = pf.transforms.AffineCoupling(6, log_scale_bound=2.0).double()
     assert body_of(layer, x) is body_of(same, x)
     assert body_of(layer, x) is not body_of(other, x)
     assert body_of(layer, x) is not body_of(layer, x[:4])
 
 
-class Listed(pf.AffineCoupling):
+class Listed(pf.transforms.AffineCoupling):
     """A layer with an attribute that is no plain value."""
 
     def __init__(self, dim: int, size: float) -> None:
@@ -308,9 +312,9 @@ def test_layers_that_differ_in_more_than_plain_values_share_nothing():
         layer = Listed(6, size).double()
         z = Passes(pf.Flow(layer), x, list(layer.parameters())).sample(x)[0]
         close(z[:, 3:], size * x[:, 3:], 1e-12)
-    hooked = pf.AffineCoupling(6).double()
+    hooked = pf.transforms.AffineCoupling(6).double()
     hooked.conditioner.register_forward_hook(lambda module, inputs, out: out + 1.0)
-    body_of(pf.AffineCoupling(6).double(), x)
+    body_of(pf.transforms.AffineCoupling(6).double(), x)
     assert Passes(pf.Flow(hooked), x, list(hooked.parameters())).sample(x)[1].std() > 0.0
     close(
         Passes(pf.Flow(hooked), x, list(hooked.parameters())).sample(x)[0],
@@ -326,7 +330,7 @@ def test_passes_are_compared_with_the_flow(monkeypatch):
     x = normal(5, 4, seed=8)
     passes = Passes(flow, x, [parameter.detach() for parameter in flow.parameters()])
     passes.check(x)
-    monkeypatch.setattr(pf.AffineCoupling, "_move", pf.AdditiveCoupling._move)
+    monkeypatch.setattr(pf.transforms.AffineCoupling, "_move", pf.transforms.AdditiveCoupling._move)
     with pytest.raises(RuntimeError, match="other values"):
         passes.check(x)
     weights = torch.cat([parameter.detach().reshape(-1) for parameter in flow.parameters()])
@@ -347,8 +351,8 @@ def test_frozen_parameters_get_no_gradient():
 
 
 def test_a_layer_used_twice_is_refused():
-    layer = pf.AffineCoupling(4).double()
-    flow = pf.Flow(pf.Chain([layer, layer]))
+    layer = pf.transforms.AffineCoupling(4).double()
+    flow = pf.Flow(pf.transforms.Compose([layer, layer]))
     with pytest.raises(ValueError, match="belong to one layer"):
         Passes(flow, normal(3, 4, seed=9), list(flow.parameters()))
 
@@ -356,7 +360,7 @@ def test_a_layer_used_twice_is_refused():
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
-class Branching(pf.AffineCoupling):
+class Branching(pf.transforms.AffineCoupling):
     """A layer whose code depends on values, so that it cannot be recorded."""
 
     def forward_and_score(self, x, score, context=None):
@@ -399,7 +403,11 @@ def test_recorded_steps_are_eager_steps(monkeypatch):
 
 @pytest.mark.falls_back
 def test_a_layer_that_cannot_be_recorded_is_trained_all_the_same():
-    flow = pf.Flow(pf.Chain([Branching(4).double(), pf.AffineCoupling(4, mask=~pf.masks.half(4)).double()]))
+    flow = pf.Flow(
+        pf.transforms.Compose(
+            [Branching(4).double(), pf.transforms.AffineCoupling(4, mask=~pf.transforms.masks.half(4)).double()]
+        )
+    )
     trainer = trained(flow)
     assert trainer.evaluation.startswith("eager: ")
     assert trainer.losses[-1] < trainer.losses[0]
@@ -483,7 +491,7 @@ def test_large_gradients_are_clipped():
     close(after.mean, moments.mean.lerp(clipped, 0.1), 1e-9)
 
 
-class Overflowing(pf.DiagonalAffine):
+class Overflowing(pf.transforms.DiagonalAffine):
     """A layer that overflows at its farthest points, there alone."""
 
     def forward_and_score(self, x, score, context=None):
@@ -493,7 +501,9 @@ class Overflowing(pf.DiagonalAffine):
 
 def test_draws_that_overflow_do_not_stop_training():
     """One draw in ten, so that nearly no batch is without one: a batch that was skipped is followed by careful ones."""
-    flow = pf.Flow(pf.Chain([Overflowing(4).double(), make_flow("realnvp", 4).bijection]), base="student_t", df=1.0)
+    flow = pf.Flow(
+        pf.transforms.Compose([Overflowing(4).double(), make_flow("realnvp", 4).bijection]), base="student_t", df=1.0
+    )
     trainer = trained(flow, steps=120)
     assert trainer.evaluation == "recorded"
     assert 0 < trainer.skipped <= 10  # those before the first look after recording

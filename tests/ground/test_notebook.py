@@ -31,7 +31,7 @@ def test_figures_are_pictures_of_a_size_that_fits_a_page():
     for shown in (figure, copy.deepcopy(figure), pickle.loads(pickle.dumps(figure))):
         data, about = shown._repr_png_()
         assert data.startswith(b"\x89PNG")
-        assert about == {"width": round(96 * 8.4), "height": round(96 * (1.55 * 4 + 0.5))}
+        assert about == {"width": round(96 * 7.0), "height": round(96 * (1.55 * 4 + 0.5))}
     copied = copy.deepcopy(figure)
     copied.axes[0].set_title("of the copy alone", loc="left")
     assert copied._repr_png_()[0] != figure._repr_png_()[0]  # a copy shows itself
@@ -47,8 +47,8 @@ def test_every_figure_shows_and_leaves_pyplot_alone():
             "pf.plots.plot_elbo(type(posterior)(**{**vars(posterior), 'losses': torch.tensor([2.0, 1.0])}))",
             "fitted.plot_losses()",
             "fitted.plot_samples()",
-            "pf.pictures.plot_layers(fitted.flow)",
-            "pf.pictures.plot_images(torch.rand(4, 5, 5))",
+            "pf.plots.plot_layers(fitted.flow)",
+            "pf.plots.plot_images(torch.rand(4, 5, 5))",
         )
     )
     code += "\nassert 'matplotlib.pyplot' not in sys.modules"
@@ -123,7 +123,7 @@ def test_in_a_notebook():
     shown = dict(zip(range(len(cells)), executed(cells), strict=True))
     assert [len(pictures(shown[number])) for number in (1, 2, 3, 10, 11)] == [1, 0, 1, 1, 0]
     (figure,) = pictures(shown[1])
-    assert figure.metadata["image/png"] == {"width": round(96 * 8.4), "height": round(96 * 3.6)}
+    assert figure.metadata["image/png"] == {"width": round(96 * 7.0), "height": round(96 * 3.6)}
     (verdict,) = shown[5]
     assert verdict.data["text/plain"].startswith("unreliable: do not use these samples")
     assert verdict.data["text/html"].startswith('<b style="color:#b3261e">unreliable</b>')

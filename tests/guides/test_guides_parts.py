@@ -41,11 +41,11 @@ def test_every_coordinate_can_move(kind, dim, affine):
 def test_affine_map_by_dimension_and_by_name():
     """Triangular up to 200 dimensions, diagonal above, or as asked for."""
     small, large = (KINDS["realnvp"](flat(dim)).initialize() for dim in (200, 201))
-    assert isinstance(small.affine, pf.LowerTriangularAffine)
-    assert isinstance(large.affine, pf.DiagonalAffine)
-    assert isinstance(KINDS["realnvp"](flat(2), affine="diagonal").initialize().affine, pf.DiagonalAffine)
+    assert isinstance(small.affine, pf.transforms.LowerTriangularAffine)
+    assert isinstance(large.affine, pf.transforms.DiagonalAffine)
+    assert isinstance(KINDS["realnvp"](flat(2), affine="diagonal").initialize().affine, pf.transforms.DiagonalAffine)
     assert KINDS["realnvp"](flat(2), affine="none").initialize().affine is None
-    ends_in_one = pf.AutoFlow(flat(2), pf.LowerTriangularAffine(2), affine="none").initialize()
+    ends_in_one = pf.AutoFlow(flat(2), pf.transforms.LowerTriangularAffine(2), affine="none").initialize()
     assert ends_in_one.affine is None, "the user's own last layer is not the guide's"
 
 
@@ -72,7 +72,7 @@ def test_start_at_sets_the_map_whatever_was_trained(affine, kind):
     noise = normal(5, 3, seed=65)
     *before, last = guide.flow.bijection.layers
     assert last is guide.affine
-    x, _ = pf.Chain(before).forward_and_ladj(noise)
+    x, _ = pf.transforms.Compose(before).forward_and_ladj(noise)
     scale = real([[0.5, 0.0, 0.0], [0.3, 2.0, 0.0], [-0.4, 0.1, 1.5]])
     guide.start_at(real(1.0, 2.0, 3.0), scale)
     kept = scale if affine == "tril" else scale.diagonal().diag()
@@ -81,7 +81,7 @@ def test_start_at_sets_the_map_whatever_was_trained(affine, kind):
 
 def test_flows_given_in_every_form():
     """A name, a flow, a bijection, and functions of the dimension."""
-    forms = ["spline", pf.nice(3), pf.Planar(3), lambda dim: pf.realnvp(dim, layers=2), pf.Planar]
+    forms = ["spline", pf.nice(3), pf.transforms.Planar(3), lambda dim: pf.realnvp(dim, layers=2), pf.transforms.Planar]
     for form in forms:
         guide = pf.AutoFlow(flat(3), form, base="student_t", df=7.0).initialize()
         assert guide.sample_posterior(4)["x"].shape == (4, 3)

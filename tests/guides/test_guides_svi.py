@@ -209,7 +209,7 @@ def test_slowing_a_flow_leaves_its_distribution(name):
 def random_triangular():
     torch.manual_seed(3)
     tril = torch.tensor([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [-1.0, 3.0, 0.1]], dtype=torch.float64)
-    map_ = pf.LowerTriangularAffine(3, loc=torch.ones(3, dtype=torch.float64), scale_tril=tril)
+    map_ = pf.transforms.LowerTriangularAffine(3, loc=torch.ones(3, dtype=torch.float64), scale_tril=tril)
     torch.nn.init.normal_(map_.conditioner.values)
     return pf.Flow(map_)
 
@@ -233,8 +233,8 @@ def test_a_triangular_state_brings_its_units():
     slowed, x = copy.deepcopy(flow).slow(), torch.randn(5, 3, dtype=torch.float64)
     for source in (flow, slowed):
         for other in (
-            pf.Flow(pf.LowerTriangularAffine(3)).double(),
-            pf.Flow(pf.LowerTriangularAffine(3)).double().slow(),
+            pf.Flow(pf.transforms.LowerTriangularAffine(3)).double(),
+            pf.Flow(pf.transforms.LowerTriangularAffine(3)).double().slow(),
         ):
             other.load_state_dict(copy.deepcopy(source.state_dict()))
             close(other.bijection(x), flow.bijection(x), 1e-12)

@@ -24,7 +24,7 @@ from pyro_flows.modes.short_tails import and_tails, short_tail
 from pyro_flows.modes.slices import _around_first, all_slices, closer, slices_about, telling
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.transforms.sliced import Sliced
-from pyro_flows.verdict.chains import Chains
+from pyro_flows.verdict.chains import McmcDraws
 
 SIGMA, WIDE, SCALE = 0.24, 2.5, 0.6
 Y = torch.tensor([-0.33, -0.71, -0.08, -0.59, -0.22, -0.36, -0.61, -0.54, -0.15, -0.65, -0.28, -0.31])
@@ -108,7 +108,7 @@ def test_chains_that_never_come_to_a_tail_are_told_so(up_to):
     density = pf.LogDensity(groups, (INDEX, Y.double()))
     z = draws(64 * 200, seed=4, up_to=up_to).view(64, 200, 4)
     state = {"superchain": torch.arange(64) // 8}
-    chains = Chains(z, {"lp": density(z.flatten(0, 1)).view(64, 200)}, state, {"method": "hmc", "sweeps": 200})
+    chains = McmcDraws(z, {"lp": density(z.flatten(0, 1)).view(64, 200)}, state, {"method": "hmc", "sweeps": 200})
     flow = affine_flow(z.flatten(0, 1), torch.zeros(64 * 200))
     with torch.no_grad():
         given = flow.log_prob, covered_by(flow, density), evidence_of(flow, flow, chains, density), ()
@@ -256,7 +256,7 @@ def test_slices_do_not_replace_what_has_more_tops():
     w = posterior.samples["w"]
     for number in range(2):
         assert float((w[:, number] > 0.0).double().mean()) == pytest.approx(0.5, abs=0.06)
-    z = posterior.used[torch.randperm(len(posterior.used), generator=torch.Generator().manual_seed(0))]
+    z = posterior._used[torch.randperm(len(posterior._used), generator=torch.Generator().manual_seed(0))]
     one = density.unconstrain({"scale": torch.tensor([0.4]).double(), "w": torch.tensor([[2.0, 2.0]]).double()})
     found = along(density, slices_about(density, one.reshape(-1), z, seed=0), seed=0)
     if found is not None:

@@ -136,7 +136,7 @@ def test_pairs_of_many_make_a_triangle(ok, chains):
 
 
 def test_a_forest_shows_what_a_correction_changed(refined):
-    figure = plots.plot_forest(refined, "theta")
+    figure = plots.plot_forest(refined, "theta", draws="all")
     assert {"raw: the guide's own", "corrected: importance-resampled", "refined: Markov chains"} <= set(texts(figure))
     (axes,) = figure.axes
     thick = [line for line in axes.lines if line.get_linewidth() == 3.0]
@@ -145,8 +145,22 @@ def test_a_forest_shows_what_a_correction_changed(refined):
     assert (widths[:, 0] < 0.5 * widths[:, 2]).all()  # the guide was far too narrow
     exact = 2 * 0.6745 * SPREAD
     np.testing.assert_allclose(widths[:, 2], exact, rtol=0.15)
+    alone = [line for line in plots.plot_forest(refined, "theta").axes[0].lines if line.get_linewidth() == 3.0]
+    used = np.quantile(refined.samples["theta"].numpy(), [0.25, 0.75], axis=0).T
+    np.testing.assert_allclose([line.get_xdata() for line in alone], used, rtol=1e-5)
+    with pytest.raises(ValueError, match="'all' shows those of one"):
+        plots.plot_forest({"a": refined, "b": refined}, draws="all")
     plain = schools_posterior("ok", draws=200)
-    assert len([line for line in plots.plot_forest(plain, "theta").axes[0].lines if line.get_linewidth() == 3.0]) == 8
+    assert (
+        len(
+            [
+                line
+                for line in plots.plot_forest(plain, "theta", draws="all").axes[0].lines
+                if line.get_linewidth() == 3.0
+            ]
+        )
+        == 8
+    )
 
 
 def test_the_prior_behind_the_posterior(ok):

@@ -40,7 +40,7 @@ def fitted():
 
 
 def same_draws(one, other):
-    for name in ("z", "log_p", "log_q", "log_weights", "used", "used_log_p", "used_log_q", "losses"):
+    for name in ("z", "log_p", "log_q", "log_weights", "_used", "_used_log_p", "_used_log_q", "losses"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert all(torch.equal(one.samples[name], other.samples[name]) for name in one.samples)
     assert one.verdict == other.verdict
@@ -133,7 +133,7 @@ def test_a_pickle_is_not_longer_than_its_draws():
 
 
 def test_flows_of_ones_own_that_cannot_be_pickled_stay_behind_with_the_reason():
-    class Local(pf.Planar):
+    class Local(pf.transforms.Planar):
         pass
 
     guide = pf.AutoFlow(schools, pf.Flow(Local(SCHOOLS))).initialize(Y)

@@ -40,8 +40,8 @@ def test_status_and_draws_to_use(by_status, status):
     posterior = by_status[status]
     assert posterior.verdict.status == status
     assert posterior.resampled == (status == "corrected")
-    assert torch.equal(posterior.used, posterior.z) == (status != "corrected")
-    assert torch.equal(posterior.samples["theta"], posterior.used)  # theta is unconstrained
+    assert torch.equal(posterior._used, posterior.z) == (status != "corrected")
+    assert torch.equal(posterior.samples["theta"], posterior._used)  # theta is unconstrained
     assert torch.equal(posterior.samples["double"], 2 * posterior.samples["theta"])
     assert float(posterior.log_weights.exp().sum()) == pytest.approx(1.0)
 
@@ -63,10 +63,10 @@ def test_resampled_draws_are_nearer_and_carry_their_own_densities(by_status):
     assert raw.mean() == pytest.approx(0.15 * SPREAD, abs=0.03)
     assert used.mean() == pytest.approx(0.0, abs=0.03)
     shifted = dist.Normal(0.8 * Y + 0.15 * SPREAD, SPREAD).to_event(1)
-    torch.testing.assert_close(posterior.used_log_q, shifted.log_prob(posterior.used))
-    torch.testing.assert_close(posterior.used_log_p, posterior.density(posterior.used))
-    torch.testing.assert_close(posterior.used_log_weights.exp().sum(), torch.tensor(1.0))
-    assert posterior.used_log_weights.unique().numel() == 1
+    torch.testing.assert_close(posterior._used_log_q, shifted.log_prob(posterior._used))
+    torch.testing.assert_close(posterior._used_log_p, posterior.density(posterior._used))
+    torch.testing.assert_close(posterior._used_log_weights.exp().sum(), torch.tensor(1.0))
+    assert posterior._used_log_weights.unique().numel() == 1
 
 
 def test_effective_draws(by_status):
@@ -275,7 +275,7 @@ def test_predictive_at_the_data_of_the_fit(by_status):
     assert ((drawn["y"].mean(0) - 0.8 * Y) / (1.8 / 2000) ** 0.5).abs().max() < 5
     assert float(drawn["y"].var(0).mean()) == pytest.approx(1.8, rel=0.06)
     noise = drawn["y"] - by_status["ok"].samples["theta"]  # of the same seed as the posterior's draws, but its own
-    assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), by_status["ok"].used.flatten()]))[0, 1])) < 0.05
+    assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), by_status["ok"]._used.flatten()]))[0, 1])) < 0.05
     assert torch.equal(drawn["y"], by_status["ok"].predictive()["y"])
     assert not torch.equal(drawn["y"], by_status["ok"].predictive(seed=1)["y"])
     assert by_status["ok"].predictive(draws=7)["y"].shape == (7, SCHOOLS)

@@ -140,7 +140,7 @@ def test_the_test_bites():
 from __future__ import annotations
 import pyro_flows.plots
 from pyro_flows import _checks, fitting
-from pyro_flows.transforms import masks, Chain
+from pyro_flows.transforms import masks, Compose
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyro_flows.cli import main

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pyro_flows.verdict.chains import ChainFigures, objections
+from pyro_flows.verdict.chains import McmcDiagnostics, objections
 from pyro_flows.verdict.next_step import OF_FITS, OF_MCMC, OF_MIXING, OF_WEIGHTS, next_step, next_step_of_mcmc
 from pyro_flows.verdict.verdict import Verdict
 
@@ -81,8 +81,8 @@ def test_a_page_begins_with_a_sentence(path):
 
 # verdicts -------------------------------------------------------------------------------------------------------------
 
-GOOD = ChainFigures(64, 64, 128, 1.01, 1.005, 4000.0, 3500.0, "the log density", 0.0, 0.1, 0.85, 0.6, 1.001, 3.0)
-BAD = ChainFigures(64, 64, 128, 1.2, 1.1, 90.0, 80.0, "theta[0] (non-centered)", 0.1, 0.1, 0.2, 0.1, 1.5, 3.0)
+GOOD = McmcDiagnostics(64, 64, 128, 1.01, 1.005, 4000.0, 3500.0, "the log density", 0.0, 0.1, 0.85, 0.6, 1.001, 3.0)
+BAD = McmcDiagnostics(64, 64, 128, 1.2, 1.1, 90.0, 80.0, "theta[0] (non-centered)", 0.1, 0.1, 0.2, 0.1, 1.5, 3.0)
 REASONS = (
     "the guide misses a mode near z[0] = 10, z[1] = 2.5, z[2] = -1.25 and 3 more",
     "k-hat 0.91 is not below its threshold 0.70",
@@ -103,7 +103,7 @@ def mcmc(status):
         () if status == "ok" else ("12 of 4000 transitions diverged", "effective sample size (bulk) 90 is below 400")
     )
     known = {"chains": 4, "draws": 1000, "r_hat": 1.02, "ess_bulk": 500.0, "ess_tail": 450.0, "where": "theta[0]"}
-    figures = ChainFigures.of_mcmc(**known, divergences=0.003)
+    figures = McmcDiagnostics.of_mcmc(**known, divergences=0.003)
     return Verdict(status, *[math.nan] * 5, "", reasons, NOTES, figures)
 
 

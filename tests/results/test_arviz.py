@@ -103,7 +103,7 @@ def test_draws_are_one_chain_and_as_in_samples(corrected):
     assert sizes(tree, "posterior", "theta") == {"chain": 1, "draw": 2000, "school": SCHOOLS}
     assert sizes(tree, "posterior", "double") == {"chain": 1, "draw": 2000, "school": SCHOOLS}
     np.testing.assert_array_equal(tree["posterior"]["theta"].values[0], corrected.samples["theta"].numpy())
-    np.testing.assert_array_equal(tree["unconstrained_posterior"]["theta"].values[0], corrected.used.numpy())
+    np.testing.assert_array_equal(tree["unconstrained_posterior"]["theta"].values[0], corrected._used.numpy())
     np.testing.assert_array_equal(tree["raw_posterior"]["theta"].values[0], corrected.z.numpy())
     np.testing.assert_array_equal(tree["observed_data"]["y"].values, Y.numpy())
 
@@ -136,8 +136,8 @@ def test_prior_and_likelihood_add_up_to_the_log_density():
     tree = posterior.to_arviz(predictive=False)
     total = sum(values.sum(set(values.dims) - {"draw"}) for values in tree["log_prior"].data_vars.values())
     total = total + tree["log_likelihood"]["y"].sum(("chain", "group"))
-    jacobian = posterior.used.sum(-1)  # every latent is exp(z)
-    expected = posterior.used_log_p - jacobian
+    jacobian = posterior._used.sum(-1)  # every latent is exp(z)
+    expected = posterior._used_log_p - jacobian
     np.testing.assert_allclose(total.values, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
@@ -391,7 +391,7 @@ def test_loo_of_an_approximate_posterior_weights_draws_once(thirty, shift, stret
     assert float(result.elpd) == pytest.approx(float(exact_loo(y).sum()), abs=0.05)
     np.testing.assert_allclose(result.elpd_i.values, exact_loo(y).numpy(), atol=0.02)
     if status == "corrected":  # weighted twice, it is off
-        used = stats["log_q"].copy(data=posterior.used_log_q.double().numpy()[None])
+        used = stats["log_q"].copy(data=posterior._used_log_q.double().numpy()[None])
         twice = arviz_stats.loo_approximate_posterior(tree, stats["log_p"], used)
         assert abs(float(twice.elpd) - float(exact_loo(y).sum())) > 0.1
         raw = tree["raw_sample_stats"]

@@ -64,7 +64,7 @@ def test_a_diagnosed_guide_comes_back_in_its_own_coordinates(tmp_path, noncenter
     expected = {"theta": None} if noncentered else {}
     assert again.density.structure.noncentered == posterior.density.structure.noncentered == expected
     assert torch.allclose(again.density(again.z), posterior.log_p, rtol=1e-5)  # recorded or not: other last digits
-    assert torch.equal(again.density.constrain(again.used)["theta"], again.samples["theta"])
+    assert torch.equal(again.density.constrain(again._used)["theta"], again.samples["theta"])
     values = {name: value[:5] for name, value in posterior.samples.items()}
     torch.testing.assert_close(again.guide.log_prob(values), guide.log_prob(values), rtol=0, atol=0)
 
@@ -109,7 +109,7 @@ def test_a_guide_whose_flow_is_another_guides(tmp_path):
         torch.testing.assert_close(again.flow.log_prob(z), twice._flow.log_prob(z), rtol=0, atol=0)
 
 
-class Own(pf.Bijection):
+class Own(pf.transforms.Bijection):
     """A shift, which no builder makes."""
 
     def __init__(self):
@@ -126,7 +126,7 @@ class Own(pf.Bijection):
 
 def changes():
     def longer(flow):
-        flow.bijection = pf.Chain([*flow.bijection.layers, Own()])
+        flow.bijection = pf.transforms.Compose([*flow.bijection.layers, Own()])
 
     def bounded(flow):  # the same names and shapes
         flow.bijection.layers[0].layers[0].log_scale_bound = 1e-3

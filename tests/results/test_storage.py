@@ -167,7 +167,7 @@ def test_numbers_that_are_not_finite_come_back(tmp_path):
 
 
 def test_own_bijections_are_named_as_missing(tmp_path):
-    own = pf.Flow(pf.Chain([pf.Planar(SCHOOLS)]))
+    own = pf.Flow(pf.transforms.Compose([pf.transforms.Planar(SCHOOLS)]))
     guide = pf.AutoFlow(schools, own).initialize(Y)
     pf.diagnose(schools, guide, Y, draws=200).save(tmp_path / "saved")
     again = pf.load(tmp_path / "saved", schools, Y)

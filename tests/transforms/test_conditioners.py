@@ -106,7 +106,7 @@ IMAGE_KINDS = {"convolution": Convolution, "robust": RobustConvolution, "residua
 
 @pytest.mark.parametrize("network", [None, *IMAGE_KINDS])
 def test_couplings_of_images_take_either_network(network):
-    layer = pf.AffineCoupling(IMAGE, hidden=HIDDEN, network=network)
+    layer = pf.transforms.AffineCoupling(IMAGE, hidden=HIDDEN, network=network)
     assert type(layer.conditioner) is IMAGE_KINDS[network or "convolution"]
 
 

@@ -13,7 +13,7 @@ SIZES = [0.0, 1e-12, 1e-6, 1e-3, 1.0, 1e2, 1e6, 1e12]
 
 
 def planar(u, w, b, dtype=torch.float64):
-    layer = pf.Planar(len(w)).to(dtype)
+    layer = pf.transforms.Planar(len(w)).to(dtype)
     with torch.no_grad():
         layer.conditioner.values.copy_(torch.cat([u, w, torch.tensor([b], dtype=u.dtype)]))
     return layer
@@ -93,7 +93,7 @@ def test_planar_with_w_zero_is_a_shift():
 def test_planar_starts_from_u_zero_and_w_random(context_dim):
     """The identity by u = 0; w = 0 would be one too, but there the constraint has no derivative."""
     context = torch.ones(context_dim) if context_dim else None
-    u, w, _ = pf.Planar(3, context_dim=context_dim).conditioner(None, context).split([3, 3, 1])
+    u, w, _ = pf.transforms.Planar(3, context_dim=context_dim).conditioner(None, context).split([3, 3, 1])
     assert (u == 0.0).all()
     assert (w != 0.0).all()
 
@@ -102,7 +102,7 @@ def test_planar_starts_from_u_zero_and_w_random(context_dim):
 def test_planar_starts_with_planes_spread_over_a_standard_normal(context_dim):
     """Signed distances b / |w| from the origin are standard normal; fails once in 10^6 by chance (five errors)."""
     context = torch.ones(context_dim) if context_dim else None
-    starts = [pf.Planar(3, context_dim=context_dim).conditioner(None, context) for _ in range(400)]
+    starts = [pf.transforms.Planar(3, context_dim=context_dim).conditioner(None, context) for _ in range(400)]
     _, w, b = torch.stack(starts).detach().split([3, 3, 1], dim=-1)
     distances = b.squeeze(-1) / w.norm(dim=-1)
     assert float(distances.mean().abs()) < 5.0 / math.sqrt(400)
@@ -137,7 +137,7 @@ def test_planar_gradients_near_the_edge(c):
 @pytest.mark.parametrize("target", [1e-3, 1e3])
 def test_one_affine_coupling_scales_a_thousandfold(target, context_dim):
     """In float32, with gradients that have not died: the bound is smooth and wide. Round trip to 1e-4."""
-    layer = pf.AffineCoupling(2, context_dim=context_dim, hidden=(8,))
+    layer = pf.transforms.AffineCoupling(2, context_dim=context_dim, hidden=(8,))
     bound = layer.log_scale_bound
     raw = bound * math.atanh(math.log(target) / bound)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_one_affine_coupling_scales_a_thousandfold(target, context_dim):
 def test_one_affine_coupling_learns_a_thousandfold(target):
     """From the identity, by maximum likelihood in float32; to 5 %, where 4000 points know it to 1 %."""
     data = normal(4000, 1, seed=1, dtype=torch.float32) * target
-    layer = pf.AffineCoupling(1)
+    layer = pf.transforms.AffineCoupling(1)
     flow = pf.Flow(layer)
     optimizer = torch.optim.Rprop(layer.parameters(), lr=0.1)
     for _ in range(300):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_flows import masks
+from pyro_flows.transforms import masks
 
 DIMS = [1, 2, 3, 4, 7, 10, 101]
 

@@ -8,7 +8,7 @@ from tests.invariants import close
 from tests.registry import HIDDEN, IMAGE, IMAGE_FLOWS, built, make_flow, normal
 
 SHAPES = [4, (3, 4, 2)]
-CHECKERED = {"mask": pf.masks.checkerboard((1, 2, 2)), "hidden": HIDDEN}
+CHECKERED = {"mask": pf.transforms.masks.checkerboard((1, 2, 2)), "hidden": HIDDEN}
 
 
 def data(shape, count=64, seed=1):
@@ -27,7 +27,7 @@ def moments(x, shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_start_from_data(shape):
     """Mean 0 and variance 1 of each coordinate or channel, and the very map that does it afterwards."""
-    layer = pf.ActNorm(shape).double()
+    layer = pf.transforms.ActNorm(shape).double()
     with torch.no_grad():
         layer.conditioner.values.add_(0.3)
     y = data(shape)
@@ -37,19 +37,24 @@ def test_start_from_data(shape):
     close(variance, torch.ones_like(variance), 1e-10)
     close(layer.inverse_and_ladj(y)[0], x, 0.0)
     assert (layer.conditioner.values == 0.0).all()
-    twin = pf.ActNorm(shape).double()
+    twin = pf.transforms.ActNorm(shape).double()
     twin.load_state_dict(layer.state_dict())
     close(twin(x), y, 1e-10)
 
 
 def test_a_chain_starts_layer_by_layer():
     """Each ActNorm standardizes what reaches it; layers of other kinds stay as they are."""
-    layers = [pf.ActNorm(4), pf.AffineCoupling(4, hidden=HIDDEN), pf.ActNorm(4), pf.LULinear(4, seed=1)]
-    chain = built(lambda: pf.Chain(layers), dtype=torch.float64, sd=0.3, seed=0)
+    layers = [
+        pf.transforms.ActNorm(4),
+        pf.transforms.AffineCoupling(4, hidden=HIDDEN),
+        pf.transforms.ActNorm(4),
+        pf.transforms.LULinear(4, seed=1),
+    ]
+    chain = built(lambda: pf.transforms.Compose(layers), dtype=torch.float64, sd=0.3, seed=0)
     others = [{key: value.clone() for key, value in layer.state_dict().items()} for layer in (layers[1], layers[3])]
     y = data(4)
     x = chain.start_from(y)
-    middle = pf.Chain(layers[2:]).inverse_and_ladj(y)[0]
+    middle = pf.transforms.Compose(layers[2:]).inverse_and_ladj(y)[0]
     for part in (x, middle):
         mean, variance = moments(part, 4)
         close(mean, torch.zeros_like(mean), 1e-10)
@@ -68,12 +73,16 @@ def test_image_flows_start_from_data(name):
     close(x, flow.bijection.inverse_and_ladj(y)[0], 1e-9)
     assert x.std() < 10.0 < y.std()
     for part in flow.bijection.modules():
-        if isinstance(part, pf.ActNorm):
+        if isinstance(part, pf.transforms.ActNorm):
             assert not torch.equal(part.scale, torch.ones_like(part.scale))
 
 
 def test_with_context_the_start_sees_it():
-    layer = pf.MultiScale(pf.Chain([pf.ActNorm((1, 2, 2)), pf.AffineCoupling((1, 2, 2), **CHECKERED, context_dim=3)]))
+    layer = pf.transforms.MultiScale(
+        pf.transforms.Compose(
+            [pf.transforms.ActNorm((1, 2, 2)), pf.transforms.AffineCoupling((1, 2, 2), **CHECKERED, context_dim=3)]
+        )
+    )
     chain = built(lambda: layer, dtype=torch.float64, sd=0.3, seed=0)
     y, context = data((2, 2, 2)), normal(64, 3, seed=4)
     x = chain.start_from(y, context)
@@ -85,25 +94,25 @@ def test_with_context_the_start_sees_it():
 
 
 def test_start_is_explicit():
-    layer = pf.ActNorm(3)
+    layer = pf.transforms.ActNorm(3)
     layer.inverse_and_ladj(100.0 + torch.randn(10, 3))
     assert (layer.loc == 0.0).all()
 
 
 def test_a_constant_coordinate_keeps_its_scale():
-    layer = pf.ActNorm(2)
+    layer = pf.transforms.ActNorm(2)
     close(layer.start_from(torch.tensor([[1.0, 5.0], [3.0, 5.0]])), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), 1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_data_that_are_not_finite_are_refused(bad):
-    layer = pf.ActNorm(2)
+    layer = pf.transforms.ActNorm(2)
     with pytest.raises(ValueError, match="y: expected finite data"):
         layer.start_from(torch.tensor([[1.0, bad], [0.0, 0.0]]))
     assert torch.equal(layer.loc, torch.zeros(2))
 
 
-@pytest.mark.parametrize("kind", [pf.ActNorm, pf.BatchNorm])
+@pytest.mark.parametrize("kind", [pf.transforms.ActNorm, pf.transforms.BatchNorm])
 def test_one_point_has_no_variance(kind):
     layer = kind(3)
     with pytest.raises(ValueError, match="at least 2 points"):
@@ -113,7 +122,7 @@ def test_one_point_has_no_variance(kind):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_batch_norm_in_train_mode(shape):
     """The batch's own statistics, their log-determinant, and running averages that move by the momentum."""
-    layer = pf.BatchNorm(shape, momentum=0.25, epsilon=1e-9).double()
+    layer = pf.transforms.BatchNorm(shape, momentum=0.25, epsilon=1e-9).double()
     y = data(shape)
     x, ladj = layer.inverse_and_ladj(y)
     mean, variance = moments(x, shape)
@@ -131,7 +140,7 @@ def test_batch_norm_in_train_mode(shape):
 
 
 def test_batch_norm_refuses_to_sample_in_train_mode():
-    flow = pf.Flow(pf.Chain([pf.AffineCoupling(2), pf.BatchNorm(2)]))
+    flow = pf.Flow(pf.transforms.Compose([pf.transforms.AffineCoupling(2), pf.transforms.BatchNorm(2)]))
     y = torch.randn(8, 2)
     assert flow.log_prob(y).shape == (8,)
     for draw in (flow().rsample, flow.rsample_and_log_prob, flow.sample_with_score):
@@ -145,7 +154,10 @@ def test_batch_norm_trains_by_maximum_likelihood():
     """In train mode the loss falls; in eval mode the same flow has nearly the same likelihood on the data."""
     points = data(2, 512).float()
     flow = built(
-        lambda: pf.Flow(pf.Chain([pf.AffineCoupling(2), pf.BatchNorm(2)])), dtype=torch.float32, sd=0.0, seed=0
+        lambda: pf.Flow(pf.transforms.Compose([pf.transforms.AffineCoupling(2), pf.transforms.BatchNorm(2)])),
+        dtype=torch.float32,
+        sd=0.0,
+        seed=0,
     )
     optimizer = torch.optim.Adam(flow.parameters(), lr=0.01)
     for _ in range(100):
@@ -161,4 +173,4 @@ def test_batch_norm_trains_by_maximum_likelihood():
 @pytest.mark.parametrize(("name", "value"), [("momentum", 0.0), ("momentum", 1.5), ("epsilon", 0.0)])
 def test_bad_options_of_batch_norm(name, value):
     with pytest.raises(ValueError, match=rf"^{name}: "):
-        pf.BatchNorm(2, **{name: value})
+        pf.transforms.BatchNorm(2, **{name: value})

@@ -17,7 +17,7 @@ from tests.state_invariants import copies
 @pytest.mark.parametrize("alpha", [1e-6, 0.05, 0.4])
 def test_logit_is_safe_at_both_ends(alpha, dtype):
     """The same distance from 0 at both, finite, with finite gradients."""
-    layer = pf.Logit(2, alpha=alpha)
+    layer = pf.transforms.Logit(2, alpha=alpha)
     y = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=dtype, requires_grad=True)
     x, ladj = layer.inverse_and_ladj(y)
     end = math.log(alpha / (1.0 - alpha))
@@ -32,7 +32,7 @@ def test_logit_is_safe_at_both_ends(alpha, dtype):
 @pytest.mark.parametrize("size", [30.0, 1e4, 1e30])
 def test_far_latents_reach_the_ends(size):
     """The value ends at the edge of what alpha leaves; the log-determinant goes on falling."""
-    layer = pf.Logit(1, alpha=0.05)
+    layer = pf.transforms.Logit(1, alpha=0.05)
     y, ladj = layer.forward_and_ladj(torch.tensor([[size], [-size]]))
     close(y, torch.tensor([[0.95 / 0.9], [-0.05 / 0.9]]), 1e-6)
     close(ladj, torch.tensor([-size - math.log(0.9)] * 2), 1e-6)
@@ -52,7 +52,7 @@ def test_logit_names_its_support():
 @pytest.mark.parametrize("alpha", [0.0, 0.5, -0.1, 1.0])
 def test_bad_alpha(alpha):
     with pytest.raises(ValueError, match=r"^alpha: "):
-        pf.Logit(2, alpha=alpha)
+        pf.transforms.Logit(2, alpha=alpha)
 
 
 @pytest.mark.parametrize("variational", [False, True])
@@ -62,7 +62,7 @@ def test_bad_alpha(alpha):
 def test_levels_come_back(shape, levels, dtype, variational):
     """Whatever the noise, in the unit interval and on its level; with as many log densities as events."""
     event = (shape,) if isinstance(shape, int) else shape
-    dequantize = pf.Dequantize(shape, levels=levels, variational=variational, hidden=(4,)).to(dtype)
+    dequantize = pf.transforms.Dequantize(shape, levels=levels, variational=variational, hidden=(4,)).to(dtype)
     randomize(dequantize, sd=0.5)
     data = torch.randint(levels, (500, *event), generator=torch.Generator().manual_seed(1))
     y, log_q = dequantize(data)
@@ -74,7 +74,7 @@ def test_levels_come_back(shape, levels, dtype, variational):
 
 def test_extreme_noise_stays_on_its_level():
     """Where rounding would lift a value to the next level."""
-    dequantize = pf.Dequantize(1, levels=256, variational=True)
+    dequantize = pf.transforms.Dequantize(1, levels=256, variational=True)
     with torch.no_grad():
         dequantize.conditioner.layers[-1].bias.copy_(torch.tensor([40.0, 0.0]))
     data = torch.arange(256)[:, None]
@@ -85,7 +85,7 @@ def test_extreme_noise_stays_on_its_level():
 
 def test_it_starts_as_uniform_noise():
     """Kolmogorov's distance of 20 000 numbers from the uniform distribution: 1 seed in 1000 exceeds it."""
-    dequantize = pf.Dequantize(20_000, levels=4, variational=True, hidden=(2,))
+    dequantize = pf.transforms.Dequantize(20_000, levels=4, variational=True, hidden=(2,))
     y, log_q = dequantize(torch.zeros(20_000, dtype=torch.uint8), torch.Generator().manual_seed(1))
     noise = (4.0 * y.detach()).sort().values
     distance = (noise - torch.linspace(0.0, 1.0, 20_000)).abs().max()
@@ -95,7 +95,7 @@ def test_it_starts_as_uniform_noise():
 
 def test_variational_noise_has_the_density_that_it_says():
     """The mean of 1/q over draws is the volume, 1 (of one level, in units of u): to 4 standard errors."""
-    dequantize = pf.Dequantize(1, levels=2, variational=True).double()
+    dequantize = pf.transforms.Dequantize(1, levels=2, variational=True).double()
     with torch.no_grad():
         dequantize.conditioner.layers[-1].bias.copy_(torch.tensor([0.6, -0.2]))
         y, log_q = dequantize(torch.ones(100_000, 1), torch.Generator().manual_seed(1))
@@ -107,7 +107,9 @@ def test_variational_noise_has_the_density_that_it_says():
 
 def test_the_bound_holds_and_learned_noise_makes_it_tighter():
     """A density that is far from flat inside the levels: uniform noise loses what the variational one gains back."""
-    flow = pf.Flow(pf.Chain([pf.DiagonalAffine(1, loc=[0.5], scale=[0.05]), pf.Rescale(1)]))
+    flow = pf.Flow(
+        pf.transforms.Compose([pf.transforms.DiagonalAffine(1, loc=[0.5], scale=[0.05]), pf.transforms.Rescale(1)])
+    )
     for parameter in flow.parameters():
         parameter.requires_grad_(False)
     levels = torch.ones(2000, 1)  # the level [0.5, 1) of two: the probability is 1/2
@@ -116,21 +118,21 @@ def test_the_bound_holds_and_learned_noise_makes_it_tighter():
         y, log_q = dequantize(levels, torch.Generator().manual_seed(2))
         return (flow.log_prob(y) - log_q).mean()
 
-    learned = pf.Dequantize(1, levels=2, variational=True, hidden=(4,))
+    learned = pf.transforms.Dequantize(1, levels=2, variational=True, hidden=(4,))
     optimizer = torch.optim.Adam(learned.parameters(), lr=0.05)
     for _ in range(200):
         optimizer.zero_grad()
         (-bound(learned)).backward()
         optimizer.step()
-    assert bound(pf.Dequantize(1, levels=2)) < -10.0
+    assert bound(pf.transforms.Dequantize(1, levels=2)) < -10.0
     assert math.log(0.5) - 0.5 < bound(learned) < math.log(0.5) + 0.02
 
 
 def test_noise_follows_its_generator_and_copies():
-    dequantize = randomize(pf.Dequantize(IMAGE, variational=True, hidden=(4,)), sd=0.3)
+    dequantize = randomize(pf.transforms.Dequantize(IMAGE, variational=True, hidden=(4,)), sd=0.3)
     data = torch.randint(256, (2, *IMAGE))
     first = dequantize(data, torch.Generator().manual_seed(5))
-    for name, twin in copies(dequantize, pf.Dequantize(IMAGE, variational=True, hidden=(4,))):
+    for name, twin in copies(dequantize, pf.transforms.Dequantize(IMAGE, variational=True, hidden=(4,))):
         for got, expected in zip(twin(data, torch.Generator().manual_seed(5)), first, strict=True):
             close(got, expected, 0.0, name)
     assert not torch.equal(dequantize(data, torch.Generator().manual_seed(6))[0], first[0])
@@ -139,28 +141,28 @@ def test_noise_follows_its_generator_and_copies():
 @pytest.mark.parametrize("bad", [[-1.0, 0.0], [4.0, 0.0], [0.5, 0.0], [float("nan"), 0.0]])
 def test_only_whole_numbers_of_its_levels(bad):
     with pytest.raises(ValueError, match="data: expected whole numbers from 0 to 3"):
-        pf.Dequantize(2, levels=4)(torch.tensor([bad]))
+        pf.transforms.Dequantize(2, levels=4)(torch.tensor([bad]))
     with pytest.raises(ValueError, match=r"Dequantize: expected a tensor of shape \(\.\.\., 2\)"):
-        pf.Dequantize(2, levels=4)(torch.zeros(3, 1))
+        pf.transforms.Dequantize(2, levels=4)(torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"^levels: "):
-        pf.Dequantize(2, levels=1)
+        pf.transforms.Dequantize(2, levels=1)
 
 
 def test_draws_beyond_the_unit_interval_go_to_the_ends():
-    assert pf.Dequantize(3).levels_of(torch.tensor([-0.05, 1.0, 1.05])).tolist() == [0, 255, 255]
+    assert pf.transforms.Dequantize(3).levels_of(torch.tensor([-0.05, 1.0, 1.05])).tolist() == [0, 255, 255]
 
 
 def test_bits_per_dimension_of_a_uniform_density_are_eight():
     """Of 256 levels, whatever the image: log2 256, with p(y) = 1 on the unit cube."""
-    y, log_q = pf.Dequantize(IMAGE)(torch.randint(256, (3, *IMAGE)))
-    flow = pf.Flow(pf.Logit(IMAGE, alpha=1e-12).double(), base="logistic")
+    y, log_q = pf.transforms.Dequantize(IMAGE)(torch.randint(256, (3, *IMAGE)))
+    flow = pf.Flow(pf.transforms.Logit(IMAGE, alpha=1e-12).double(), base="logistic")
     bits = (log_q - flow.log_prob(y.double())) / (math.prod(IMAGE) * math.log(2.0))
     close(bits.double(), torch.full((3,), 8.0, dtype=torch.float64), 1e-6)
 
 
 def test_a_flow_on_dequantized_data_is_scored_in_nats_of_the_levels():
     x = normal(4, 3, seed=1)
-    layer = pf.Logit(3, alpha=0.05)
+    layer = pf.transforms.Logit(3, alpha=0.05)
     flow = pf.Flow(layer, base="logistic").double()
     y = layer(x)
     expected = flow.base_distribution().log_prob(x) - layer.forward_and_ladj(x)[1]

@@ -56,7 +56,7 @@ def test_path_gradient_vanishes_at_the_target(name, dim, base):
 
 
 def test_path_gradient_vanishes_for_a_mixed_chain():
-    case = next(case for case in SMALL if case.name == "Chain-3")
+    case = next(case for case in SMALL if case.name == "Compose-3")
     check_path_gradient(pf.Flow(case.make(), base="student_t"))
 
 

@@ -12,7 +12,7 @@ from tests.registry import normal
 def moved(dim, **options):
     """A map that is not where it starts."""
     scale = torch.eye(dim).double() + 0.3 * normal(dim, dim, seed=0).tril(-1)
-    layer = pf.LowerTriangularAffine(dim, loc=normal(dim, seed=1), scale_tril=scale, **options)
+    layer = pf.transforms.LowerTriangularAffine(dim, loc=normal(dim, seed=1), scale_tril=scale, **options)
     with torch.no_grad():
         for number, parameter in enumerate(layer.parameters()):
             parameter.add_(0.2 * normal(*parameter.shape, seed=2 + number))

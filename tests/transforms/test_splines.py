@@ -90,7 +90,9 @@ def test_rough_splines_come_back(sd, dtype):
 @pytest.mark.parametrize("size", [1e2, 1e6, 1e30])
 def test_far_points_move(size):
     """By the affine map of the coupling, and back."""
-    layer = built(lambda: pf.SplineCoupling(2, hidden=(4,), activation="tanh"), dtype=torch.float64, sd=0.3, seed=0)
+    layer = built(
+        lambda: pf.transforms.SplineCoupling(2, hidden=(4,), activation="tanh"), dtype=torch.float64, sd=0.3, seed=0
+    )
     x = torch.tensor([[0.5, size], [0.5, -size]], dtype=torch.float64)
     y, ladj = layer.forward_and_ladj(x)
     log_scale, shift, _ = layer._parameters_at(x[:, :1], None)
@@ -121,6 +123,6 @@ def test_a_spline_bends_one_dimension():
     [("bins", {"bins": 1}), ("bins", {"bins": 501}), ("bins", {"bins": 2.0}), ("bound", {"bound": 0.0})],
 )
 def test_bad_options(name, options):
-    for build in (pf.SplineCoupling, pf.spline):
+    for build in (pf.transforms.SplineCoupling, pf.spline):
         with pytest.raises(ValueError, match=rf"^{name}: "):
             build(2, **options)

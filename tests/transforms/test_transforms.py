@@ -70,7 +70,7 @@ def test_gradients(case):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_of_each_activation(activation):
     layer = built(
-        lambda: pf.AffineCoupling(3, context_dim=2, hidden=(4, 3), activation=activation),
+        lambda: pf.transforms.AffineCoupling(3, context_dim=2, hidden=(4, 3), activation=activation),
         dtype=torch.float64,
         sd=0.3,
         seed=0,
@@ -80,7 +80,7 @@ def test_gradients_of_each_activation(activation):
 
 def each_layer():
     """Typical cases; stacks of layers, but for a flow of each kind of layer, are slow: their layers are cases too."""
-    stacks = (*FLOWS, *IMAGE_FLOWS, "Chain", "Inverse-Chain")
+    stacks = (*FLOWS, *IMAGE_FLOWS, "Compose", "Inverse-Compose")
     kept = ("planar-3", "realnvp-3-context", "spline-3")
     dear = [case.name for case in TYPICAL if case.name.startswith(stacks) and case.name not in kept]
     marks = [pytest.mark.slow if case.name in dear else () for case in TYPICAL]
@@ -132,8 +132,8 @@ def test_affine_maps_start_where_they_are_told(context_dim):
     x = normal(5, 2, seed=2, dtype=torch.float32)
     loc, scale = torch.tensor([3.0, -1.0]), torch.tensor([2.0, 0.5])
     tril = torch.tensor([[2.0, 0.0], [-3.0, 0.5]])
-    diagonal = pf.DiagonalAffine(2, loc=loc, scale=scale, context_dim=context_dim, hidden=HIDDEN)
-    full = pf.LowerTriangularAffine(2, loc=loc, scale_tril=tril, context_dim=context_dim, hidden=HIDDEN)
+    diagonal = pf.transforms.DiagonalAffine(2, loc=loc, scale=scale, context_dim=context_dim, hidden=HIDDEN)
+    full = pf.transforms.LowerTriangularAffine(2, loc=loc, scale_tril=tril, context_dim=context_dim, hidden=HIDDEN)
     close(diagonal.forward_and_ladj(x, context)[0], loc + scale * x, 1e-6)
     close(full.forward_and_ladj(x, context)[0], loc + x @ tril.T, 1e-6)
 
@@ -187,7 +187,7 @@ def test_strided_input_is_welcome(case):
 def test_a_triangular_map_is_the_same_for_few_points_and_for_many():
     """Few go through its two matrices one after the other, many through their product."""
     start = 0.3 * normal(8, 8, seed=0).tril(-1) + torch.eye(8).double()
-    layer = randomize(pf.LowerTriangularAffine(8, scale_tril=start), sd=0.2)
+    layer = randomize(pf.transforms.LowerTriangularAffine(8, scale_tril=start), sd=0.2)
     x, score = normal(40, 8, seed=1), normal(40, 8, seed=2)
     whole = (*layer.forward_and_score(x, score), *layer.inverse_and_ladj(x))
     pieces = zip(x.split(4), score.split(4), strict=True)

@@ -58,71 +58,81 @@ def test_unexpected_context(case):
         t.condition(x)
 
 
-class Image(pf.Bijection):
+class Image(pf.transforms.Bijection):
     event_dim = 3
 
 
 BAD_ARGUMENTS = {
     "dim": [
-        *(partial(kind, dim) for kind in (pf.AffineCoupling, pf.Planar, pf.Rescale) for dim in (0, 1.5)),
-        lambda: pf.AdditiveCoupling(True),
-        lambda: pf.DiagonalAffine(-1),
-        lambda: pf.LowerTriangularAffine("2"),
-        lambda: pf.Flow(pf.Rescale(2), dim=0),
-        lambda: pf.Flow(pf.Rescale(2), dim=3),
-        lambda: pf.Flow(pf.Rescale(2), dim=(2, 1, 1)),
+        *(
+            partial(kind, dim)
+            for kind in (pf.transforms.AffineCoupling, pf.transforms.Planar, pf.transforms.Rescale)
+            for dim in (0, 1.5)
+        ),
+        lambda: pf.transforms.AdditiveCoupling(True),
+        lambda: pf.transforms.DiagonalAffine(-1),
+        lambda: pf.transforms.LowerTriangularAffine("2"),
+        lambda: pf.Flow(pf.transforms.Rescale(2), dim=0),
+        lambda: pf.Flow(pf.transforms.Rescale(2), dim=3),
+        lambda: pf.Flow(pf.transforms.Rescale(2), dim=(2, 1, 1)),
         lambda: pf.Flow(Image()),
         lambda: pf.Flow(Image(), dim=4),
     ],
     "mask": [
-        lambda: pf.AffineCoupling(3, mask=[True, False]),
-        lambda: pf.AffineCoupling(2, mask=[True, True]),
-        lambda: pf.AdditiveCoupling(2, mask=[[True, False]]),
-        lambda: pf.AdditiveCoupling(3, mask=[0, 2, 1]),
-        lambda: pf.AffineCoupling(2, mask=[0.5, 0.0]),
+        lambda: pf.transforms.AffineCoupling(3, mask=[True, False]),
+        lambda: pf.transforms.AffineCoupling(2, mask=[True, True]),
+        lambda: pf.transforms.AdditiveCoupling(2, mask=[[True, False]]),
+        lambda: pf.transforms.AdditiveCoupling(3, mask=[0, 2, 1]),
+        lambda: pf.transforms.AffineCoupling(2, mask=[0.5, 0.0]),
     ],
     "context_dim": [
-        lambda: pf.AffineCoupling(2, context_dim=-1),
-        lambda: pf.Planar(2, context_dim=1.5),
+        lambda: pf.transforms.AffineCoupling(2, context_dim=-1),
+        lambda: pf.transforms.Planar(2, context_dim=1.5),
         lambda: pf.realnvp(2, context_dim=None),
     ],
     "hidden": [
-        lambda: pf.AffineCoupling(2, hidden=(0,)),
-        lambda: pf.Planar(2, hidden="32"),
+        lambda: pf.transforms.AffineCoupling(2, hidden=(0,)),
+        lambda: pf.transforms.Planar(2, hidden="32"),
         lambda: pf.nice(2, hidden=(8, 2.5)),
     ],
-    "activation": [lambda: pf.AffineCoupling(2, activation="rely"), lambda: pf.planar(2, activation=torch.relu)],
+    "activation": [
+        lambda: pf.transforms.AffineCoupling(2, activation="rely"),
+        lambda: pf.planar(2, activation=torch.relu),
+    ],
     "log_scale_bound": [
-        lambda: pf.AffineCoupling(2, log_scale_bound=0.0),
+        lambda: pf.transforms.AffineCoupling(2, log_scale_bound=0.0),
         lambda: pf.realnvp(2, log_scale_bound=float("inf")),
         lambda: pf.realnvp(2, log_scale_bound=True),
     ],
     "permutation": [
-        lambda: pf.Permutation([0, 2]),
-        lambda: pf.Permutation([0, 0]),
-        lambda: pf.Permutation([]),
-        lambda: pf.Permutation(0),
-        lambda: pf.Permutation([[0, 1]]),
+        lambda: pf.transforms.Permutation([0, 2]),
+        lambda: pf.transforms.Permutation([0, 0]),
+        lambda: pf.transforms.Permutation([]),
+        lambda: pf.transforms.Permutation(0),
+        lambda: pf.transforms.Permutation([[0, 1]]),
     ],
-    "loc": [lambda: pf.DiagonalAffine(2, loc=[1.0]), lambda: pf.LowerTriangularAffine(2, loc=[0.0, float("nan")])],
+    "loc": [
+        lambda: pf.transforms.DiagonalAffine(2, loc=[1.0]),
+        lambda: pf.transforms.LowerTriangularAffine(2, loc=[0.0, float("nan")]),
+    ],
     "scale": [
-        lambda: pf.DiagonalAffine(2, scale=[1.0, 0.0]),
-        lambda: pf.DiagonalAffine(2, scale=[1.0, float("inf")]),
-        lambda: pf.DiagonalAffine(2, scale=torch.ones(2, 1)),
+        lambda: pf.transforms.DiagonalAffine(2, scale=[1.0, 0.0]),
+        lambda: pf.transforms.DiagonalAffine(2, scale=[1.0, float("inf")]),
+        lambda: pf.transforms.DiagonalAffine(2, scale=torch.ones(2, 1)),
     ],
     "scale_tril": [
-        lambda: pf.LowerTriangularAffine(2, scale_tril=torch.ones(2, 2)),
-        lambda: pf.LowerTriangularAffine(2, scale_tril=-torch.eye(2)),
-        lambda: pf.LowerTriangularAffine(2, scale_tril=torch.eye(3)),
-        lambda: pf.LowerTriangularAffine(2, scale_tril=torch.eye(2) * float("nan")),
+        lambda: pf.transforms.LowerTriangularAffine(2, scale_tril=torch.ones(2, 2)),
+        lambda: pf.transforms.LowerTriangularAffine(2, scale_tril=-torch.eye(2)),
+        lambda: pf.transforms.LowerTriangularAffine(2, scale_tril=torch.eye(3)),
+        lambda: pf.transforms.LowerTriangularAffine(2, scale_tril=torch.eye(2) * float("nan")),
     ],
     "layers": [
         *(partial(build, 2, layers=layers) for build, _ in FLOWS.values() for layers in (0, -1, 2.0)),
-        lambda: pf.Chain([]),
-        lambda: pf.Chain([pf.Rescale(2), Image()]),
-        lambda: pf.Chain([pf.Rescale(2), torch.nn.Linear(2, 2)]),
-        lambda: pf.Chain([torch.distributions.ExpTransform()]),
-        lambda: pf.Chain([pf.Planar(2, context_dim=1), pf.Planar(2, context_dim=2)]),
+        lambda: pf.transforms.Compose([]),
+        lambda: pf.transforms.Compose([pf.transforms.Rescale(2), Image()]),
+        lambda: pf.transforms.Compose([pf.transforms.Rescale(2), torch.nn.Linear(2, 2)]),
+        lambda: pf.transforms.Compose([torch.distributions.ExpTransform()]),
+        lambda: pf.transforms.Compose([pf.transforms.Planar(2, context_dim=1), pf.transforms.Planar(2, context_dim=2)]),
     ],
     "bijection": [
         lambda: pf.Flow(torch.nn.Linear(2, 2)),
@@ -130,7 +140,7 @@ BAD_ARGUMENTS = {
     ],
     "base": [
         *(partial(build, 2, base="gauss") for build, _ in FLOWS.values()),
-        lambda: pf.Flow(pf.Rescale(2), base=None),
+        lambda: pf.Flow(pf.transforms.Rescale(2), base=None),
     ],
     "df": [lambda: pf.realnvp(2, df=0.0), lambda: pf.planar(2, df=float("nan")), lambda: pf.nice(2, df="15")],
 }
@@ -159,22 +169,22 @@ def test_an_unknown_base_is_met_with_a_suggestion(build, word, meant):
 
 def test_an_unknown_activation_is_met_with_a_suggestion():
     with pytest.raises(ValueError, match="Did you mean 'relu'"):
-        pf.AffineCoupling(2, activation="rely")
+        pf.transforms.AffineCoupling(2, activation="rely")
 
 
 @pytest.mark.parametrize(
     "call",
     [
         *(partial(build, 2) for build, _ in FLOWS.values()),
-        lambda **more: pf.AffineCoupling(2, **more),
-        lambda **more: pf.AdditiveCoupling(2, **more),
-        lambda **more: pf.DiagonalAffine(2, **more),
-        lambda **more: pf.LowerTriangularAffine(2, **more),
-        lambda **more: pf.Permutation(2, **more),
-        lambda **more: pf.Planar(2, **more),
-        lambda **more: pf.Rescale(2, **more),
-        lambda **more: pf.Chain([pf.Rescale(2)], **more),
-        lambda **more: pf.Flow(pf.Rescale(2), **more),
+        lambda **more: pf.transforms.AffineCoupling(2, **more),
+        lambda **more: pf.transforms.AdditiveCoupling(2, **more),
+        lambda **more: pf.transforms.DiagonalAffine(2, **more),
+        lambda **more: pf.transforms.LowerTriangularAffine(2, **more),
+        lambda **more: pf.transforms.Permutation(2, **more),
+        lambda **more: pf.transforms.Planar(2, **more),
+        lambda **more: pf.transforms.Rescale(2, **more),
+        lambda **more: pf.transforms.Compose([pf.transforms.Rescale(2)], **more),
+        lambda **more: pf.Flow(pf.transforms.Rescale(2), **more),
     ],
 )
 def test_an_unknown_keyword_is_an_error(call):

@@ -50,7 +50,7 @@ def test_inverse_of_the_inverse(case):
     assert t.inv.inv == t
     assert hash(t.inv) == hash(t.inv)
     assert t.inv != case.make().inv
-    if not isinstance(t, pf.Inverse):
+    if not isinstance(t, pf.transforms.Inverse):
         assert t.inv.inv is t
     assert {id(p) for p in t.inv.parameters()} == {id(p) for p in t.parameters()}
     bound = t.condition(None)
@@ -62,7 +62,7 @@ def test_with_cache_gives_the_same_map(case):
     t = case.make()
     x, _ = case.inputs(5)
     cached = t.with_cache()
-    assert isinstance(cached, pf.Bound)
+    assert isinstance(cached, pf.transforms.Bound)
     assert cached.with_cache() is cached
     close(cached(x), t(x), 0.0)
     assert cached.inv(cached(x)).shape == x.shape
@@ -136,13 +136,15 @@ def test_pyro_conditional_compose():
     parts = [next(case for case in SMALL if case.name == "Planar-2-context").make(seed=seed) for seed in (1, 2)]
     stack = dist.conditional.ConditionalComposeTransformModule(parts, cache_size=1)
     context, x = normal(4, 3, seed=1), normal(4, 2, seed=2)
-    close(stack.condition(context)(x), pf.Chain(parts).forward_and_ladj(x, context)[0], 1e-12)
+    close(stack.condition(context)(x), pf.transforms.Compose(parts).forward_and_ladj(x, context)[0], 1e-12)
     assert len(list(stack.parameters())) == sum(len(list(part.parameters())) for part in parts)
 
 
 def test_pyro_iterated():
-    stack = pyro_transforms.iterated(3, pf.AffineCoupling, 2, hidden=HIDDEN)
-    assert len({id(p) for p in stack.parameters()}) == 3 * len(list(pf.AffineCoupling(2, hidden=HIDDEN).parameters()))
+    stack = pyro_transforms.iterated(3, pf.transforms.AffineCoupling, 2, hidden=HIDDEN)
+    assert len({id(p) for p in stack.parameters()}) == 3 * len(
+        list(pf.transforms.AffineCoupling(2, hidden=HIDDEN).parameters())
+    )
     distribution = dist.TransformedDistribution(dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1), [stack])
     assert distribution.log_prob(distribution.rsample((5,))).shape == (5,)
 

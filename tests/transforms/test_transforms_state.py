@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyro_flows as pf
-from pyro_flows import masks
 from pyro_flows._clock import unbounded
 from pyro_flows.flows.flow import BASES
 from pyro_flows.training import trainer as training
+from pyro_flows.transforms import masks
 from tests.invariants import close
 from tests.registry import BARE, FLOWS, IMAGE, SMALL, built, each, make_flow, normal
 from tests.state_invariants import check_follows_parameters, check_pure, copies, snapshot
@@ -158,11 +158,14 @@ def test_copies_of_a_flow(name, base):
 
 
 def test_state_dict_carries_masks_and_permutations():
-    """A layer built with another mask of the same size takes over mask, index and map; through a Chain too."""
+    """A layer built with another mask of the same size takes over mask, index and map; through a Compose too."""
 
     def chain(seed):
-        layers = [pf.AffineCoupling(6, mask=masks.random(6, seed=seed), hidden=(4,)), pf.Permutation(6, seed=seed)]
-        return built(lambda: pf.Chain(layers), dtype=torch.float64, sd=0.3, seed=seed)
+        layers = [
+            pf.transforms.AffineCoupling(6, mask=masks.random(6, seed=seed), hidden=(4,)),
+            pf.transforms.Permutation(6, seed=seed),
+        ]
+        return built(lambda: pf.transforms.Compose(layers), dtype=torch.float64, sd=0.3, seed=seed)
 
     source, target = chain(1), chain(2)
     x = normal(5, 6, seed=3)
@@ -170,7 +173,7 @@ def test_state_dict_carries_masks_and_permutations():
     target.load_state_dict(source.state_dict())
     close(target(x), source(x), 0.0)
     close(target.inverse_and_ladj(x)[0], source.inverse_and_ladj(x)[0], 0.0)
-    halves = pf.AffineCoupling(6, hidden=(4,))  # by slices, where the source selects by index
+    halves = pf.transforms.AffineCoupling(6, hidden=(4,))  # by slices, where the source selects by index
     halves.load_state_dict(source.layers[0].float().state_dict())
     close(halves(x.float()), source.layers[0](x.float()), 0.0)
 
@@ -194,10 +197,10 @@ def test_starts_are_copied():
     mask, loc, scale = torch.tensor([True, False]), torch.zeros(2), torch.ones(2)
     tril, order = torch.eye(2), torch.tensor([1, 0])
     layers = [
-        pf.AffineCoupling(2, mask=mask),
-        pf.DiagonalAffine(2, loc=loc, scale=scale),
-        pf.LowerTriangularAffine(2, loc=loc, scale_tril=tril),
-        pf.Permutation(order),
+        pf.transforms.AffineCoupling(2, mask=mask),
+        pf.transforms.DiagonalAffine(2, loc=loc, scale=scale),
+        pf.transforms.LowerTriangularAffine(2, loc=loc, scale_tril=tril),
+        pf.transforms.Permutation(order),
     ]
     before = [copy.deepcopy(layer.state_dict()) for layer in layers]
     for tensor in (mask, loc, scale, tril, order):
@@ -213,11 +216,11 @@ def test_dtype_of_the_starts(tensor):
     give = torch.as_tensor if tensor else np.asarray
     dtype = torch.float64 if tensor else torch.float32
     x = torch.ones(2, dtype=dtype)
-    diagonal = pf.DiagonalAffine(2, scale=give(np.array([2.0, 3.0])))
-    full = pf.LowerTriangularAffine(2, scale_tril=give(np.array([[1.0, 0.0], [1.0, 2.0]])))
+    diagonal = pf.transforms.DiagonalAffine(2, scale=give(np.array([2.0, 3.0])))
+    full = pf.transforms.LowerTriangularAffine(2, scale_tril=give(np.array([[1.0, 0.0], [1.0, 2.0]])))
     for layer, expected in ((diagonal, [2.0, 3.0]), (full, [1.0, 3.0])):
         y, ladj = layer.forward_and_ladj(x)
         assert y.dtype == ladj.dtype == dtype
         close(y, torch.tensor(expected, dtype=dtype), 1e-6)
-    whole = pf.LowerTriangularAffine(2, loc=[1, 2], scale_tril=[[1, 0], [1, 2]])
+    whole = pf.transforms.LowerTriangularAffine(2, loc=[1, 2], scale_tril=[[1, 0], [1, 2]])
     close(whole(torch.ones(2)), torch.tensor([2.0, 5.0]), 1e-6)

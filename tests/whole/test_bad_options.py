@@ -78,7 +78,7 @@ def test_bad_options_of_a_fit(options, message):
 
 
 @pytest.mark.parametrize(
-    "form", [pf.realnvp(3), pf.Planar(2), lambda dim: pf.nice(dim + 1), pf.realnvp(1, context_dim=2)]
+    "form", [pf.realnvp(3), pf.transforms.Planar(2), lambda dim: pf.nice(dim + 1), pf.realnvp(1, context_dim=2)]
 )
 def test_flows_of_the_wrong_dimension(form):
     message = r"flow: expected one of dim 1 \(the model's unconstrained latents\) without context, got dim"

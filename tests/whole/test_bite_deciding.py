@@ -245,7 +245,7 @@ def conversion(_):
         assert dict(data["posterior"][name].sizes)["chain"] == 1
         np.testing.assert_array_equal(data["posterior"][name].values[0], values.numpy())
     stats = data["sample_stats"]
-    np.testing.assert_allclose(stats["log_p"].values[0], posterior.used_log_p.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(stats["log_p"].values[0], posterior._used_log_p.numpy(), rtol=1e-5)
     ratios = (stats["log_p"] - stats["log_q"]).values
     np.testing.assert_allclose(ratios, ratios.mean(), atol=1e-4)
     raw = data["raw_sample_stats"]
@@ -378,8 +378,8 @@ BUGS = [
     (
         arviz_groups,
         "_drawn_from",
-        "posterior.used_log_p.double()",
-        "posterior.used_log_q",
+        "posterior._used_log_p.double()",
+        "posterior._used_log_q",
         conversion,
     ),
 ]

@@ -1,6 +1,7 @@
 """What ``import pyro_flows as pf`` offers: names, modules, and how little it loads."""
 
 import importlib
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import pyro_flows as pf
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
-MODULES = ["datasets", "interpolation", "masks", "objectives", "pictures", "plots"]
+MODULES = ["datasets", "objectives", "plots", "transforms"]
 
 
 def test_the_public_modules():
@@ -23,6 +24,22 @@ def test_all_public_names_are_there_and_dir_lists_them_alone():
     assert all(hasattr(pf, name) for name in pf.__all__)
     assert {name for name in dir(pf) if not name.startswith("__")} == set(pf.__all__)
     assert {"__version__", "__all__", "__doc__"} <= set(dir(pf))
+
+
+def test_the_index_names_every_public_name():
+    index = (DOCS / "reference" / "index.md").read_text(encoding="utf-8")
+    assert {name for name in pf.__all__ if f"`pf.{name}`" not in index} == set()
+    assert len(pf.__all__) <= 40
+
+
+def test_names_that_moved_say_where_they_are():
+    for name in [*pf.transforms.__all__, *pf._MOVED]:
+        with pytest.raises(AttributeError, match=r"; it is pf\.\S+ now") as raised:
+            getattr(pf, name)
+        new = str(raised.value).split("it is pf.")[1].split()[0]
+        assert operator.attrgetter(new)(pf) is not None
+    with pytest.raises(AttributeError, match=r"has no attribute 'fitt'$"):
+        _ = pf.fitt
 
 
 def test_modules_are_there_after_a_bare_import_which_loads_nothing_heavy():

@@ -12,7 +12,7 @@ from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
 
 
-class Chain(Bijection):
+class Compose(Bijection):
     r"""Bijections one after the other: :math:`y = T_K(\dots T_1(x))`, :math:`\log|J| = \sum_k \log|J_k|`.
 
     Layers with ``context_dim > 0`` must agree on it; all of them see the same context. The inverse costs the inverse
@@ -25,7 +25,7 @@ class Chain(Bijection):
         ValueError: if there is no layer, or shapes of events or context dimensions do not fit.
 
     >>> import torch, pyro_flows as pf
-    >>> chain = pf.Chain([pf.Planar(2), pf.AffineCoupling(2)])
+    >>> chain = pf.transforms.Compose([pf.transforms.Planar(2), pf.transforms.AffineCoupling(2)])
     >>> chain.forward_and_ladj(torch.zeros(5, 2))[1].shape
     torch.Size([5])
     """
@@ -81,7 +81,7 @@ class Chain(Bijection):
         return context if layer.context_dim else None
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.context("Chain", context, self.context_dim)
+        _checks.context("Compose", context, self.context_dim)
         total: Tensor | None = None
         for layer in self.layers:
             x, ladj = layer.forward_and_ladj(x, self._context(layer, context))  # type: ignore[operator]
@@ -89,7 +89,7 @@ class Chain(Bijection):
         return x, total  # type: ignore[return-value]
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.context("Chain", context, self.context_dim)
+        _checks.context("Compose", context, self.context_dim)
         total: Tensor | None = None
         for layer in reversed(self.layers):
             y, ladj = layer.inverse_and_ladj(y, self._context(layer, context))  # type: ignore[operator]
@@ -99,7 +99,7 @@ class Chain(Bijection):
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _checks.context("Chain", context, self.context_dim)
+        _checks.context("Compose", context, self.context_dim)
         total: Tensor | None = None
         for layer in self.layers:
             x, ladj, score = layer.forward_and_score(x, score, self._context(layer, context))  # type: ignore[operator]
@@ -108,7 +108,7 @@ class Chain(Bijection):
 
     @torch.no_grad()
     def start_from(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        _checks.context("Chain", context, self.context_dim)
+        _checks.context("Compose", context, self.context_dim)
         for layer in reversed(self.layers):
             y = layer.start_from(y, self._context(layer, context))  # type: ignore[operator]
         return y
