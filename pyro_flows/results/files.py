@@ -120,9 +120,8 @@ def _read(
     flow, guide, density = _flow(source, description["guide"], tensors), None, None
     if model is not None:
         noncentered = fields["settings"].get("noncentered", [])
-        density = _density(
-            LogDensity(model, args, kwargs, noncentered=noncentered), description["coordinates"], tensors
-        )
+        fitted = LogDensity(model, args, kwargs, noncentered=noncentered)
+        density = _density(fitted, description["coordinates"], tensors)
         tensors = _move(tensors, density.device)
         stored = None if description.get("without") else stored  # with the model all can be made
         if flow is not None:

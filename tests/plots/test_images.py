@@ -18,8 +18,9 @@ def image(figure):
 def test_layers_are_drawn_one_by_one_from_the_base_to_the_density():
     flow = pf.planar(2, layers=4)
     figure = plots.plot_layers(flow, count=200)
-    assert [axes.get_title() for axes in figure.axes] == ["base", "layer 1", "layer 2", "layer 3", "layer 4"]
-    first, last = (axes.collections[0].get_offsets() for axes in (figure.axes[0], figure.axes[-1]))
+    drawn = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in drawn] == ["base", "layer 1", "layer 2", "layer 3", "layer 4"]
+    first, last = (axes.collections[0].get_offsets() for axes in (drawn[0], drawn[-1]))
     assert np.allclose(flow.bijection(torch.tensor(np.asarray(first)).float()).detach(), last, atol=1e-5)
     some = plots.plot_layers(pf.planar(2, layers=32), count=50)
     assert len(some.axes) == 12

@@ -129,21 +129,12 @@ WITH_UNITS = {
     *("realnvp", "spline", "datasets.toy", "objectives.path", "objectives.Loss", "objectives.elbo"),
     *("objectives.importance_weighted", "plots.plot_losses", "plots.plot_elbo"),
 }
+LAYERS = (name for name in pf.transforms.__all__ if name != "masks")
 WITH_SHAPES = {
-    name
-    for name in pf.__all__
-    if inspect.isclass(getattr(pf, name)) and issubclass(getattr(pf, name), pf.transforms.Bijection)
-} | {
-    "Flow",
-    "LogDensity",
-    "Posterior",
-    "McmcDraws",
-    "Loo",
-    "Calibration",
-    "DensityFit",
-    "transforms.Dequantize",
-    "fit_density",
+    f"transforms.{name}" for name in LAYERS if issubclass(getattr(pf.transforms, name), pf.transforms.Bijection)
 }
+WITH_SHAPES |= {"Flow", "LogDensity", "Posterior", "McmcDraws", "Loo", "Calibration", "DensityFit", "fit_density"}
+WITH_SHAPES |= {"transforms.Dequantize"}
 
 SOURCE = re.compile(r"arXiv\s+(?:[a-z-]+/\d{7}|\d{4}\.\d{4,5})|doi:10\.\d+/\S+")
 COST = re.compile(r"\b[Cc]osts?\b|O\([A-Z]")
@@ -159,7 +150,10 @@ def public() -> Iterator[tuple[str, Any]]:
         if not isinstance(thing, ModuleType):
             yield name, thing
             continue
-        for inner, part in vars(thing).items():
+        masks = {
+            f"masks.{inner}": part for inner, part in vars(pf.transforms.masks).items() if not inner.startswith("_")
+        }
+        for inner, part in {**vars(thing), **(masks if thing is pf.transforms else {})}.items():
             own = getattr(part, "__module__", "").startswith(thing.__name__)
             if own and callable(part) and not inner.startswith("_"):
                 yield f"{name}.{inner}", part
