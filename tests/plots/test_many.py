@@ -12,7 +12,8 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import plots
-from pyro_flows._figures import COLORS, STYLE
+from pyro_flows._figures import COLORS, STYLE, WIDTH
+from pyro_flows.plots import parts
 from pyro_flows.verdict.psis import psis
 from tests.posteriors import SPREAD, Y, schools, schools_flow, schools_posterior
 
@@ -279,3 +280,45 @@ def test_narrow_figures_fit_a_phone(ok, draw):
     title = figure._suptitle.get_window_extent()
     assert title.x0 >= 0
     assert title.x1 <= figure.bbox.x1
+
+
+# counts ---------------------------------------------------------------------------------------------------------------
+
+
+def counts_posterior():
+    y = torch.tensor([0.0, 1, 0, 2, 3, 1, 0, 5])
+
+    def model(y):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        pyro.deterministic("whole", (4 * rate).round())
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    return pf.diagnose(model, lambda y: pyro.sample("rate", dist.Gamma(2.0 + y.sum(), 1.0 + len(y))), y, draws=500)
+
+
+def test_counts_step_at_whole_numbers():
+    posterior = counts_posterior()
+    line = plots.plot_predictive(posterior).axes[0].lines[0]
+    jumps = line.get_xdata()[np.diff(line.get_ydata(), prepend=0.0) > 0]
+    assert jumps.tolist() == [0.0, 1.0, 2.0, 3.0, 5.0]
+    edges = plots.plot_posterior(posterior, "whole").axes[0].patches[0].get_data().edges
+    assert (np.diff(edges) == 1.0).all()
+    assert (edges % 1.0 == 0.5).all()
+    wide = parts.edges(0.0, 999.0, [np.arange(1000.0)], 45)
+    assert len(wide) <= 45
+    assert len(np.unique(np.histogram(np.arange(wide[0] + 0.5, wide[-1]), wide)[0])) == 1
+
+
+def test_all_figures_have_one_width(ok):
+    figures = [
+        *(plots.plot_posterior(ok), plots.plot_posterior(ok, coords={"school": "Exeter"}), plots.plot_forest(ok)),
+        *(plots.plot_pairs(ok, "theta[0]", "theta[1]"), plots.plot_pairs(ok, "theta"), plots.plot_weights(ok)),
+        *(plots.plot_predictive(ok), plots.plot_prior_posterior(ok), plots.plot_layers(pf.planar(2, layers=3))),
+        *(
+            plots.plot_images(torch.rand(12, 4, 4)),
+            plots.plot_points(torch.rand(9, 2)),
+            plots.plot_spectrum(pf.nice(3)),
+        ),
+    ]
+    assert {figure.get_figwidth() for figure in figures} == {WIDTH}

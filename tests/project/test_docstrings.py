@@ -129,10 +129,8 @@ WITH_UNITS = {
     *("realnvp", "spline", "datasets.toy", "objectives.path", "objectives.Loss", "objectives.elbo"),
     *("objectives.importance_weighted", "plots.plot_losses", "plots.plot_elbo"),
 }
-LAYERS = (name for name in pf.transforms.__all__ if name != "masks")
-WITH_SHAPES = {
-    f"transforms.{name}" for name in LAYERS if issubclass(getattr(pf.transforms, name), pf.transforms.Bijection)
-}
+LAYERS = {name: part for name, part in vars(pf.transforms).items() if inspect.isclass(part)}
+WITH_SHAPES = {f"transforms.{name}" for name, part in LAYERS.items() if issubclass(part, pf.transforms.Bijection)}
 WITH_SHAPES |= {"Flow", "LogDensity", "Posterior", "McmcDraws", "Loo", "Calibration", "DensityFit", "fit_density"}
 WITH_SHAPES |= {"transforms.Dequantize"}
 
@@ -150,10 +148,10 @@ def public() -> Iterator[tuple[str, Any]]:
         if not isinstance(thing, ModuleType):
             yield name, thing
             continue
-        masks = {
-            f"masks.{inner}": part for inner, part in vars(pf.transforms.masks).items() if not inner.startswith("_")
-        }
-        for inner, part in {**vars(thing), **(masks if thing is pf.transforms else {})}.items():
+        parts = dict(vars(thing))
+        if thing is pf.transforms:
+            parts |= {f"masks.{inner}": part for inner, part in vars(thing.masks).items() if inner[0] != "_"}
+        for inner, part in parts.items():
             own = getattr(part, "__module__", "").startswith(thing.__name__)
             if own and callable(part) and not inner.startswith("_"):
                 yield f"{name}.{inner}", part

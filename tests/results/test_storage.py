@@ -67,7 +67,7 @@ def test_files(saved):
 
 def test_without_a_model(fitted, saved):
     again = pf.load(saved)
-    for name in TENSOR_FIELDS:
+    for name in TENSOR_FIELDS.values():
         assert torch.equal(getattr(again, name), getattr(fitted, name)), name
     assert list(again.samples) == list(fitted.samples)
     assert all(torch.equal(again.samples[name], fitted.samples[name]) for name in fitted.samples)
