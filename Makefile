@@ -1,5 +1,5 @@
 # What a contributor types; `make` alone lists it. Needs nothing but a Python (3.11 or newer) and pip:
-# the virtual environment is made on the first run, and brought up to date when pyproject.toml changes.
+# the virtual environment is made on the first run, and brought up to date when pyproject.toml, setup.py or the C code change.
 #
 #   make test                         with python3
 #   PYTHON=python3.13 make test       with another Python, in an environment of its own
@@ -87,15 +87,18 @@ define install
 	$(PIP) -e ".$(1)"
 endef
 
+# What an installation is made of: a change of one of these files installs again.
+BUILT := pyproject.toml setup.py pyro_flows/graphs/interpreter.c
+
 # With TORCH or PIP_ARGS, pip runs even if everything is installed.
 AGAIN := $(if $(strip $(TORCH)$(PIP_ARGS)),again)
 again:
 
-$(RUNTIME): pyproject.toml $(AGAIN) | check-venv
+$(RUNTIME): $(BUILT) $(AGAIN) | check-venv
 	$(call install,,and the libraries that it runs on)
 	@touch "$@"
 
-$(DEV): pyproject.toml $(AGAIN) | check-venv
+$(DEV): $(BUILT) $(AGAIN) | check-venv
 	$(call install,[dev],with its libraries and what development needs (pytest$(COMMA) ruff$(COMMA) mypy))
 	@touch "$(RUNTIME)" "$@"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,7 +19,11 @@ from torch import Tensor, nn
 import pyro_flows as pf
 from pyro_flows import transforms
 from pyro_flows.flows.recipe import BUILDERS
+<<<<<<< HEAD
 from pyro_flows.transforms import masks
+=======
+from pyro_flows.graphs.native import library
+>>>>>>> 5b675b8 (Graphs: build the interpreter with the package; add show_versions)
 
 CONTEXT = 3
 HIDDEN = (6,)
@@ -30,7 +33,7 @@ DIMS = (1, 2, 3, 7)
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler: install g++ or clang++"
 )
-needs_c_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="no C compiler: install gcc")
+needs_interpreter = pytest.mark.skipif(library() is None, reason="no interpreter: install gcc, then pyro_flows again")
 
 
 def randomize(module: nn.Module, *, sd: float, seed: int = 0) -> nn.Module:

@@ -1,6 +1,7 @@
-"""Operations that act on each number by itself: torch's, written with instructions of ``native.c``.
+"""Operations that act on each number by itself: torch's, written with instructions of ``interpreter.c``.
 
-An instruction takes registers, or a register and a number. What a code does stands in ``native.c``; both must agree.
+An instruction takes registers, or a register and a number. What a code does stands in ``interpreter.c``; both
+must agree.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nests of tasks written as programs for ``native.c``, and the memory that they share."""
+"""Nests of tasks written as programs for ``interpreter.c``, and the memory that they share."""
 
 from __future__ import annotations
 

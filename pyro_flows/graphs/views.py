@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, fx
 
-STORE, ADD_UP, MAXIMUM, MINIMUM = 1, 3, 4, 5  # what is done with results; see native.c
+STORE, ADD_UP, MAXIMUM, MINIMUM = 1, 3, 4, 5  # what is done with results; see interpreter.c
 Sizes = tuple[int, ...]
 
 

@@ -1,4 +1,4 @@
-"""One nest of tasks, written for ``native.c``: operands in memory, instructions on registers, and where results go."""
+"""One nest of tasks, written for ``interpreter.c``: operands in memory, instructions on registers, stored results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from math import prod
 from pyro_flows.graphs.points import IDENTITY, WHERE
 from pyro_flows.graphs.views import STORE, Buffer, Product, Task, Unsuited, View, is_aligned
 
-BLOCK, DIMS = 128, 6  # of native.c
+BLOCK, DIMS = 128, 6  # of interpreter.c
 LOAD, STORE_AT_ONCE = 0, 2
 ARENA = 0  # the number of the array that tasks share
 WORDS = 9  # of an instruction
-WIDE, PRODUCT = 8, -1  # of native.c
+WIDE, PRODUCT = 8, -1  # of interpreter.c
 PER_BLOCK, PER_MEMORY, PER_INSTRUCTION = 10.0, 6.0, 4.0  # nanoseconds
 APART, INDEXED, ADDED = 1.2, 2.0, 4.0  # for a number out of line, by an index, or added by an index
 

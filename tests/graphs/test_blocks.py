@@ -18,7 +18,7 @@ from pyro_flows.graphs.record import record
 from pyro_flows.graphs.structured import STRUCTURED
 from tests.graphs.block_cases import CASES, MOVED, cube, special
 from tests.invariants import close
-from tests.registry import needs_c_compiler, normal
+from tests.registry import needs_interpreter, normal
 
 aten = torch.ops.aten
 
@@ -41,7 +41,7 @@ def name(operation) -> str:
     return operation.name().removeprefix("aten::")
 
 
-@needs_c_compiler
+@needs_interpreter
 @pytest.mark.parametrize("operation", POINTS, ids=name)
 def test_points_at_special_values(operation):
     for case in CASES[name(operation)]:
@@ -54,7 +54,7 @@ def test_points_at_special_values(operation):
         check(function, *(part for part in case if isinstance(part, Tensor)))
 
 
-@needs_c_compiler
+@needs_interpreter
 @pytest.mark.parametrize("operation", [torch.add, torch.sub, torch.rsub, torch.addcmul, torch.addcdiv])
 def test_points_with_factors(operation):
     three = operation in (torch.addcmul, torch.addcdiv)
@@ -66,7 +66,7 @@ def test_points_with_factors(operation):
 FOREIGN = ("_to_copy",)  # where torch does a part of what is tested
 
 
-@needs_c_compiler
+@needs_interpreter
 @pytest.mark.parametrize("given", [cube, special])
 @pytest.mark.parametrize("operation", STRUCTURED, ids=name)
 def test_structured_operations(operation, given):
@@ -83,7 +83,7 @@ def test_structured_operations(operation, given):
     assert foreign == (name(operation) in FOREIGN)
 
 
-@needs_c_compiler
+@needs_interpreter
 @pytest.mark.parametrize("size", [1, 3, 127, 128, 129, 256, 5000])
 def test_lengths_around_a_block(size):
     def function(x: Tensor) -> tuple[Tensor, ...]:
@@ -93,7 +93,7 @@ def test_lengths_around_a_block(size):
     check(function, normal(3, size, seed=1), least=1e-12)
 
 
-@needs_c_compiler
+@needs_interpreter
 def test_numbers_without_dimensions():
     def function(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         moved = x.sum(0) + x.amax(0) * x.flip(0) - x.logsumexp(0)
@@ -134,7 +134,7 @@ def factored(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return factor, factor.diagonal(0, -2, -1).log().sum(-1), factor.mT, factor[:, 1], factor[:, 0].exp()
 
 
-@needs_c_compiler
+@needs_interpreter
 @pytest.mark.parametrize("function", [products, triangular, factored])
 def test_matrices(function):
     made = check(function, normal(40, 3, seed=1), normal(4, 3, seed=2), least=1e-12)
@@ -143,14 +143,14 @@ def test_matrices(function):
         close(got, expected, 1e-9)
 
 
-@needs_c_compiler
+@needs_interpreter
 @pytest.mark.parametrize("function", [triangular, lambda x, y: (torch.where(torch.isfinite(x), x, 0.0),)])
 def test_nothing_is_left_to_torch(function):
     made = check(function, normal(40, 3, seed=1), normal(4, 3, seed=2), least=1e-12)
     assert made.calls == len(made._words)
 
 
-@needs_c_compiler
+@needs_interpreter
 def test_matrices_that_are_not_positive_definite_have_no_factors():
     (found,) = in_blocks(lambda x: (aten.linalg_cholesky_ex(x)[0],), torch.eye(2).double().repeat(20, 1, 1))(
         -torch.eye(2).double().repeat(20, 1, 1)
@@ -171,7 +171,7 @@ def test_all_operations_are_tested():
 
 
 def test_codes_are_those_of_the_interpreter():
-    source = resources.files("pyro_flows.graphs").joinpath("native.c").read_text("utf-8")
+    source = resources.files("pyro_flows.graphs").joinpath("interpreter.c").read_text("utf-8")
     written = {int(code): text for code, text in re.findall(r"^ +(?:UNARY|BINARY)\((\d+), (.*)\)$", source, re.M)}
     codes = {key: value for key, value in vars(points).items() if key.isupper() and isinstance(value, int)}
     assert {*written, points.WHERE} == {*codes.values()}

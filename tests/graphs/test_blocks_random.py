@@ -9,12 +9,12 @@ from pyro_flows.graphs.views import Foreign
 from tests.graphs.programs_at_random import program
 from tests.graphs.test_blocks import in_blocks
 from tests.invariants import close
-from tests.registry import needs_c_compiler
+from tests.registry import needs_interpreter
 
 PROGRAMS, TOGETHER = 100, 20
 
 
-@needs_c_compiler
+@needs_interpreter
 @pytest.mark.parametrize("first", range(0, PROGRAMS, TOGETHER))
 def test_random_programs(first):
     tasks = foreign = 0

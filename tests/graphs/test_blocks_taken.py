@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
-from pathlib import Path
+from importlib.machinery import ModuleSpec
 
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
+from pyro_flows._fallbacks import strict
 from pyro_flows.graphs import fused as blocks
 from pyro_flows.graphs import native
 from pyro_flows.graphs.compiling import Runner
@@ -19,10 +19,10 @@ from pyro_flows.graphs.record import record
 from pyro_flows.graphs.rounding import hangs_on_digits, rounds_alike
 from tests.graphs.test_blocks import in_blocks
 from tests.invariants import close
-from tests.registry import needs_c_compiler, normal
+from tests.registry import needs_interpreter, normal
 
 aten = torch.ops.aten
-pytestmark = needs_c_compiler
+pytestmark = needs_interpreter
 
 
 def some(x: Tensor) -> tuple[Tensor, ...]:
@@ -103,7 +103,6 @@ def test_graphs_that_round_to_single_precision_on_their_way_are_taken():
     assert not rounds_alike(other, (x,), found, other(x))
 
 
-@needs_c_compiler
 @pytest.mark.parametrize(("rows", "threads", "taken"), [(100, 8, True), (2**17, 8, False), (2**17, 2, True)])
 def test_large_operations_are_left_to_many_threads(monkeypatch, rows, threads, taken):
     x = normal(rows, seed=0)
@@ -112,41 +111,23 @@ def test_large_operations_are_left_to_many_threads(monkeypatch, rows, threads, t
     assert (fused(module, (x,)) is not None) == taken
 
 
-# compilers ------------------------------------------------------------------------------------------------------------
+# the interpreter ------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_compiler_of_c_nothing_is_taken(monkeypatch):
-    monkeypatch.setattr(native.shutil, "which", lambda _: None)
+@pytest.mark.parametrize("content", [None, b"", b"no library at all"])
+def test_without_it_nothing_is_taken(monkeypatch, tmp_path, content):
+    file = tmp_path / "_interpreter.so"
+    if content is not None:
+        file.write_bytes(content)
+    spec = None if content is None else ModuleSpec("_interpreter", None, origin=str(file))
+    monkeypatch.setattr(native, "find_spec", lambda _: spec)
     monkeypatch.setattr(blocks, "library", native.library.__wrapped__)
     x = normal(20, 3, seed=0)
-    runner = Runner(record(some, x))
-    for _ in range(3):
-        equal(runner, some, x)
+    runner = Runner(record(some, x), compile=False)
+    with strict(False):
+        for _ in range(3):
+            equal(runner, some, x)
     assert not runner.in_blocks
-
-
-@needs_c_compiler
-def test_a_compiler_that_does_not_know_the_processor_is_asked_for_any(monkeypatch, tmp_path):
-    orders, call = [], native._call
-
-    def knows_no_native(order):
-        orders.append(order)
-        if "-march=native" in order:
-            raise native.subprocess.CalledProcessError(1, order)
-        call(order)
-
-    monkeypatch.setattr(native, "_call", knows_no_native)
-    monkeypatch.setenv(native.CACHE, str(tmp_path))
-    assert native.library.__wrapped__() is not None
-    assert ["-march=native" in order for order in orders] == [True, False]
-
-
-@pytest.mark.falls_back
-def test_a_compiler_that_fails_is_no_error(monkeypatch, tmp_path):
-    monkeypatch.setenv(native.CACHE, str(tmp_path))
-    monkeypatch.setenv("CC", "false")
-    assert native.library.__wrapped__() is None
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.falls_back
@@ -154,28 +135,6 @@ def test_an_interpreter_that_gives_other_numbers_is_not_used(monkeypatch):
     monkeypatch.setattr(blocks, "library", lambda: lambda *_: None)
     x = normal(20, 3, seed=0)
     assert fused(record(some, x), (x,)) is None
-
-
-def test_the_library_is_compiled_once_into_the_folder_that_is_named(monkeypatch, tmp_path):
-    monkeypatch.setenv(native.CACHE, str(tmp_path / "new"))
-    monkeypatch.setattr(native, "FLAGS", ("-O0", "-std=gnu11"))
-    assert native.library.__wrapped__() is not None
-    assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".so"]
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
-    assert native.library.__wrapped__() is not None
-
-
-def test_without_a_home_the_library_goes_to_a_temporary_folder(monkeypatch, tmp_path):
-    def fail() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv(native.CACHE, raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", fail)
-    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
-    assert native._folder().parent == tmp_path
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
-    assert native._folder() == tmp_path / "shared" / "pyro_flows"
 
 
 # values ---------------------------------------------------------------------------------------------------------------

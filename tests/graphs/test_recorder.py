@@ -14,7 +14,7 @@ from pyro_flows.graphs.compiling import Plan, Runner, pays_at
 from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.record import record
 from tests.invariants import close
-from tests.registry import needs_c_compiler, needs_compiler, normal
+from tests.registry import needs_compiler, needs_interpreter, normal
 
 
 def function(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def test_compiling_waits_until_it_pays(monkeypatch):
     assert asked == [3]
 
 
-@needs_c_compiler
+@needs_interpreter
 def test_a_graph_that_goes_block_by_block_is_compiled_only_if_asked(monkeypatch):
     asked = []
     monkeypatch.setattr(Runner, "_compile", lambda self, inputs: asked.append(self.runs))
@@ -117,7 +117,7 @@ def test_a_graph_that_goes_block_by_block_is_compiled_only_if_asked(monkeypatch)
     assert asked == [1, 1, 1]
 
 
-@needs_c_compiler
+@needs_interpreter
 @pytest.mark.parametrize("alike", [False, True])
 def test_the_first_run_gives_the_numbers_of_torch_unless_later_ones_are_to_be_the_same(alike):
     z = 3.0 * normal(64, 3, seed=3)

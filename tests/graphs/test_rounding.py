@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_flows.graphs.compiling import Runner
 from pyro_flows.graphs.record import record
 from pyro_flows.graphs.rounding import agree, hangs_on_digits, rounds_alike, tame
-from tests.registry import needs_c_compiler, normal
+from tests.registry import needs_interpreter, normal
 
 
 def masked(x: Tensor) -> tuple[Tensor, ...]:
@@ -17,7 +17,7 @@ def masked(x: Tensor) -> tuple[Tensor, ...]:
     return x.exp().sin(), x.cos() > 0.0, (x > 0.0).sum(1)
 
 
-@needs_c_compiler
+@needs_interpreter
 def test_graphs_with_masks_and_counts_among_their_results_run_in_blocks():
     """Those of splines have: which interval a number lies in is kept for the gradient."""
     x = normal(20, 3, seed=0)
@@ -84,7 +84,7 @@ def test_points_where_single_precision_fails_do_not_tell():
     assert tame((x.double(),)) is None
 
 
-@needs_c_compiler
+@needs_interpreter
 def test_a_graph_runs_in_blocks_though_single_precision_fails_at_points():
     """In the neck of a funnel, a sum forgets its smaller term, in one way to run it and not in the other."""
     x = torch.cat([torch.tensor([[5.0, -19.7]] * 14), normal(14, 30, seed=0).float()], 1)

@@ -14,7 +14,7 @@ import pyro_flows as pf
 from pyro_flows._threads import ONE_THREAD_BELOW, at_once, cores, few_threads
 from pyro_flows.graphs.batches import Recorder
 from tests.invariants import close
-from tests.registry import needs_c_compiler, normal
+from tests.registry import needs_interpreter, normal
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def _long(z):
     return x.sum((1, 2)), x.sum(2)
 
 
-@needs_c_compiler
+@needs_interpreter
 @pytest.mark.parametrize("size", [16, 300])
 def test_results_do_not_depend_on_the_number_of_threads(two, size):
     z = normal(size, 4, seed=1)

@@ -7,7 +7,7 @@ import torch
 
 import pyro_flows as pf
 from tests.invariants import close
-from tests.registry import needs_c_compiler, normal
+from tests.registry import needs_interpreter, normal
 
 Y, COUNTS = normal(12, seed=0), torch.arange(12.0, dtype=torch.float64)
 
@@ -55,7 +55,7 @@ def in_double(model):
     return run
 
 
-@needs_c_compiler
+@needs_interpreter
 @pytest.mark.parametrize(("model", "data"), [(gamma, COUNTS), (half_cauchy, Y), (counts, COUNTS.long()), (kernel, Y)])
 def test_all_is_computed_in_double_precision(model, data):
     density = pf.LogDensity(model, (data,))

@@ -12,7 +12,13 @@ typedef int64_t word;
 enum { BLOCK = 128, DIMS = 6, WIDE = 8, PRODUCT = -1 };
 enum { LOAD, STORE, STORE_AT_ONCE, ADD_UP, LARGEST, SMALLEST }; /* what is done with memory */
 
+#define CLONED
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
+#if __GNUC__ >= 12
+/* One version of a function for each generation of processors; the loader takes the best that this one can run. */
+#undef CLONED
+#define CLONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
 #define VECTOR(name) extern double name(double) __attribute__((simd("notinbranch"), const));
 VECTOR(exp) VECTOR(log) VECTOR(sin) VECTOR(cos)
 extern double pow(double, double) __attribute__((simd("notinbranch"), const));
@@ -84,7 +90,7 @@ typedef struct {
         break;
 
 /* Not inlined: optimizing it together with the loops around it takes a compiler three times as long, for nothing. */
-static __attribute__((noinline)) void compute(const Instruction *at, double **reg, word block) {
+CLONED static __attribute__((noinline)) void compute(const Instruction *at, double **reg, word block) {
     const word n = at->single ? 1 : block;
     double *restrict to = reg[at->to];
     const double *a = reg[at->a], *b = reg[at->b], *c = reg[at->c];
@@ -166,7 +172,7 @@ static __attribute__((noinline)) void compute(const Instruction *at, double **re
     }
 }
 
-static double summed(const double *from, word n) {
+CLONED static double summed(const double *from, word n) {
     double part[8] = {0.0};
     word i = 0;
     for (; i + 8 <= n; i += 8)
@@ -179,7 +185,7 @@ static inline double larger(double x, double y) { return (x > y || x != x) ? x :
 static inline double smaller(double x, double y) { return (x < y || x != x) ? x : y; }
 
 /* Put a block of results where they belong: numbers are stored, added up, or compared with those that are there. */
-static void put(const Memory *at, double *to, const double *from, word first, word n, const word *index, word single) {
+CLONED static void put(const Memory *at, double *to, const double *from, word first, word n, const word *index, word single) {
     const word stride = at->stride[DIMS - 1], step = !single;
 #define EACH(change)                                                                                                   \
     if (index)                                                                                                         \
@@ -220,7 +226,7 @@ static void put(const Memory *at, double *to, const double *from, word first, wo
 #undef EACH
 }
 
-static void run_nest(const Nest *nest, double **arrays, double *scratch, double **reg) {
+CLONED static void run_nest(const Nest *nest, double **arrays, double *scratch, double **reg) {
     const Fill *fills = (const Fill *)(nest + 1);
     const Memory *memories = (const Memory *)(fills + nest->fills);
     const Instruction *program = (const Instruction *)(memories + nest->memories);
@@ -273,7 +279,7 @@ static void run_nest(const Nest *nest, double **arrays, double *scratch, double 
 typedef double wide __attribute__((vector_size(8 * WIDE), aligned(8), may_alias));
 
 /* Multiply four rows of a by the columns of b, of which `packed` has WIDE next to each other, row after row. */
-static void multiply(const Product *p, const double *a, const double *packed, double *c, word rows) {
+CLONED static void multiply(const Product *p, const double *a, const double *packed, double *c, word rows) {
     const word down = p->a.row, step = p->a.column;
     const double *a0 = a, *a1 = rows > 1 ? a + down : a, *a2 = rows > 2 ? a + 2 * down : a,
                  *a3 = rows > 3 ? a + 3 * down : a;
