@@ -50,10 +50,6 @@ class Clock:
         """Whether there is a bound."""
         return math.isfinite(self.seconds)
 
-    def remaining(self) -> float:
-        """Return the seconds left for all work but judging."""
-        return self.end - self.needed - time.monotonic()
-
     @property
     def elapsed(self) -> float:
         """Seconds since the call began."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -30,9 +29,6 @@ HIDDEN = (6,)
 DIMS = (1, 2, 3, 7)
 
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler: install g++ or clang++"
-)
 needs_interpreter = pytest.mark.skipif(library() is None, reason="no interpreter: install gcc, then pyro_flows again")
 
 

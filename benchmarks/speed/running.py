@@ -29,8 +29,8 @@ FIELDS = (
 ROUNDS = 7
 SECONDS = 0.3  # of each turn
 PEERS = ("zuko", "nflows", "normflows", "Pyro")
-EAGER, RECORDED, COMPILED, GUIDE = "eager", "recorded", "compiled", "recorded, the guide of fit"
-STEPS = (EAGER, RECORDED, COMPILED, GUIDE, "Pyro", "zuko in Pyro", "NumPyro")
+EAGER, RECORDED, GUIDE = "eager", "recorded", "recorded, the guide of fit"
+STEPS = (EAGER, RECORDED, GUIDE, "Pyro", "zuko in Pyro", "NumPyro")
 THREADS = ("1 thread", "2 threads")
 PATH, PLAIN, PRODUCTS = "path gradient", "plain gradient", "products"
 FLOWS = ("ours", "ours, compiled", *PEERS)
@@ -69,7 +69,7 @@ CASES = (
 def methods(case: Case) -> tuple[str, ...]:
     """What is timed in a case."""
     parts = {"steps": STEPS, "gradients": (PATH, PLAIN), "flows": FLOWS, "growth": (RECORDED,), "threads": THREADS}
-    return parts.get(case.part, (RECORDED, COMPILED, PRODUCTS))
+    return parts.get(case.part, (RECORDED, PRODUCTS))
 
 
 class Worker:

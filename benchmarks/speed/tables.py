@@ -39,7 +39,7 @@ def _cases(rows: Sequence[Row]) -> list[list[Row]]:
 def _steps(cases: Sequence[Sequence[Row]], table: Callable[..., str]) -> str:
     text = (
         "One step of variational inference in milliseconds: draw, score, differentiate, update with Adam; couplings of "
-        f"hidden layers (32, 32). *eager*, *recorded* and *compiled* are ours on {_layers(cases)} couplings alone, "
+        f"hidden layers (32, 32). *eager* and *recorded* are ours on {_layers(cases)} couplings alone, "
         "with the path gradient; *the guide of fit* has a Student-t base, tails and a trained triangular map on top of "
         "them. Pyro's `AutoNormalizingFlow` has its affine couplings with a flip between each two, NumPyro's jitted "
         "step inverse autoregressive flows of the same number and widths (refused where D is above the widths), "
@@ -136,14 +136,9 @@ def _limit(cases: Sequence[Sequence[Row]], table: Callable[..., str]) -> str:
     lines = []
     for case in cases:
         times = speed.medians(case)
-        cells = [f"{times[name]:.2f}" if name in times else "" for name in (speed.RECORDED, speed.COMPILED)]
-        products = times[speed.PRODUCTS]
-        shares = [
-            f"{100.0 * products / times[name]:.0f} %" if name in times else ""
-            for name in (speed.RECORDED, speed.COMPILED)
-        ]
-        lines.append([case[0]["batch"], *cells, f"{products:.2f}", *shares])
-    header = ["particles", "recorded, ms", "compiled, ms", "products alone, ms", "share, recorded", "share, compiled"]
+        recorded, products = times[speed.RECORDED], times[speed.PRODUCTS]
+        lines.append([case[0]["batch"], f"{recorded:.2f}", f"{products:.2f}", f"{100.0 * products / recorded:.0f} %"])
+    header = ["particles", "recorded, ms", "products alone, ms", "share"]
     text = "The distance to the limit: a step on eight schools, and its couplings' matrix products alone."
     return f"{text}\n\n{table(header, lines)}"
 
@@ -152,7 +147,7 @@ def summary(rows: Sequence[Row]) -> str:
     """Return how many times faster than Pyro and NumPyro the step on eight schools is."""
     cases = _cases([row for row in rows if row["part"] == "steps"])
     case = next((case for case in cases if case[0]["case"] == speed.SCHOOLS.case), [])
-    ours = (speed.EAGER, speed.RECORDED, speed.COMPILED)
+    ours = (speed.EAGER, speed.RECORDED)
     lines = []
     for other in ("Pyro", "NumPyro"):
         faster = speed.ratios(case, other)

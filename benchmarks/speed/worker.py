@@ -88,9 +88,7 @@ def ours(case: dict[str, Any], method: str) -> Step:
         return products(flow, case["batch"])
     if method == "eager":
         training.EAGER_STEPS = sys.maxsize
-    compiled = method == "compiled"
-    density._with_gradients.compile = compiled
-    trainer = training.Trainer(flow, density, learning_rate=LEARNING_RATE, batch=case["batch"], compile=compiled)
+    trainer = training.Trainer(flow, density, learning_rate=LEARNING_RATE, batch=case["batch"])
     return lambda: trainer.step(LEARNING_RATE)
 
 

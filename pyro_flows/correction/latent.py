@@ -25,7 +25,7 @@ from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.stacked import but_own, log_sum, stacked
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.compiling import Runner
+from pyro_flows.graphs.runner import Runner
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.transforms import LowerTriangularAffine
 from pyro_flows.transforms.nested import Nested

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pyro_flows.correction.latent import Latent, Points, only_finite
 from pyro_flows.correction.metric import Metric
-from pyro_flows.graphs.compiling import Runner
 from pyro_flows.graphs.record import record
+from pyro_flows.graphs.runner import Runner
 
 
 def turned(u: Tensor, slope: Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def _runner(latent: Latent, points: Tensor, metric: Metric) -> Runner | None:
     key = points.shape, points.dtype, points.device, metric.axes.shape
     if key not in latent.leaps:
         graph = latent.graph(points)
-        made = None if graph is None else Runner(_recorded(graph, points, metric), compile=False, alike=True)
+        made = None if graph is None else Runner(_recorded(graph, points, metric), alike=True)
         latent.leaps.put(key, made)
     return latent.leaps[key]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.compiling import Runner
 from pyro_flows.graphs.graph import first_results, is_pure
 from pyro_flows.graphs.record import record
 from pyro_flows.graphs.rounding import DIGITS, agree, moved_by, nearby
+from pyro_flows.graphs.runner import Runner
 from pyro_flows.graphs.writes import tensors_in
 
 KINDS_KEPT = 8
@@ -115,8 +114,6 @@ class Recorder:
         self.rows = most if unit is None else min(unit, most)
         self.large = self.rows if large is None else max(self.rows, min(large, most))
         self.reason: str | None = None
-        self.left: Callable[[], float] = lambda: math.inf  # seconds
-        self.compile: bool | None = None  # when it pays
         self.runners: Cache[Kind, Runner] = Cache(KINDS_KEPT)
         self._calls: Counter[Kind] = Counter()  # with a unit, by the size of a piece; otherwise all under size 0
         self._wasted: Counter[Kind] = Counter()  # numbers, by the size of a batch that had no graph of its own
@@ -228,7 +225,7 @@ class Recorder:
         fresh = nearby(z)
         self._before(z)
         try:
-            runner = Runner(self._graph(z), compile=self.compile, left=self.left)
+            runner = Runner(self._graph(z))
             recorded = runner(fresh, *self.given)
         except torch.linalg.LinAlgError:
             raise  # of these points, not of the function

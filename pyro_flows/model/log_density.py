@@ -80,9 +80,8 @@ class LogDensity(SiteValues):
         self._values, self._with_gradients = values, gradients
 
     def under(self, clock: Clock) -> None:
-        """Look at ``clock`` as evaluations go on, and compile nothing if it leaves no time for that."""
+        """Look at ``clock`` as evaluations go on."""
         self.clock = clock
-        self._values.left = self._with_gradients.left = clock.remaining
 
     def elsewhere(self, noncentered: Noncentered) -> LogDensity:
         """Return the same log density in other coordinates, under the same clock; the structure is not read anew."""

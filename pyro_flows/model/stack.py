@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pyro_flows._clock import unbounded
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.compiling import Runner
 from pyro_flows.graphs.graph import is_pure
 from pyro_flows.graphs.record import record
 from pyro_flows.graphs.rounding import agree
+from pyro_flows.graphs.runner import Runner
 from pyro_flows.model.batching import batch, quiet
 from pyro_flows.model.gradients import batch_and_grads, batch_hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
@@ -155,7 +155,7 @@ class Stack:
                 with quiet():
                     return function(groups, *self.given)
             with quiet():
-                self._runners.put(kind, Runner(record(function, groups, *self.given), compile=False))
+                self._runners.put(kind, Runner(record(function, groups, *self.given)))
         return tuple(part.clone() for part in self._runners[kind](groups, *self.given))
 
     # checks ---------------------------------------------------------------------------------------------------------

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -14,10 +13,10 @@ from torch import Tensor, fx
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
 from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.compiling import Runner
 from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.record import record
 from pyro_flows.graphs.rounding import agree
+from pyro_flows.graphs.runner import Runner
 from pyro_flows.training.layer_graphs import Body, body_of
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.compose import Compose
@@ -102,17 +101,12 @@ class Passes:
         flow: an unconditional flow; its layers must keep the shape of an event.
         like: base points (S, D) of the batches to come.
         weights: the flow's parameters that are trained, in their order; the passes read these tensors, not the flow's.
-        compile: whether to compile at once (True), never (False), or when it pays (None).
-        left: how many seconds are left.
 
     Raises:
         Exception: of any kind, if some layer cannot be recorded.
     """
 
-    def __init__(
-        self, flow: Flow, like: Tensor, weights: Sequence[Tensor],
-        *, compile: bool | None = None, left: Callable[[], float] = lambda: math.inf,
-    ) -> None:  # fmt: skip
+    def __init__(self, flow: Flow, like: Tensor, weights: Sequence[Tensor]) -> None:
         layers = list(flat(flow.bijection))
         owned = [parameter for layer in layers for parameter in layer.parameters()]
         if [id(parameter) for parameter in owned] != [id(parameter) for parameter in flow.parameters()]:
@@ -129,7 +123,6 @@ class Passes:
             ends.append(len(self.state))
         self.kind = _kind(flow, bodies, self.state, ends, like)
         self.state = [part for part in self.state if not is_order(part)]
-        self._compile, self._left = compile, left
 
     @torch.no_grad()
     def sample(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -142,18 +135,10 @@ class Passes:
         """Return the gradient of ``(cotangent * z).sum()`` along all parameters, as one vector."""
         return self._runners[1](*self.state, *tape, cotangent)[0].clone()
 
-    @property
-    def compiled(self) -> bool:
-        """Whether the passes run as compiled code."""
-        return all(runner.compiled for runner in self._runners)
-
     @cached_property
     def _runners(self) -> tuple[Runner, Runner]:
         forward, backward = self.kind.graphs
-        return (
-            Runner(forward, compile=self._compile, along=[backward], left=self._left),
-            Runner(backward, compile=self._compile, along=[forward], left=self._left),
-        )
+        return Runner(forward), Runner(backward)
 
     def check(self, like: Tensor) -> None:
         """Compare with the flow and autograd; bodies may come from other flows.

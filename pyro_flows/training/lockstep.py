@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from pyro_flows.flows.flow import Flow
-from pyro_flows.graphs.compiling import Runner
 from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.rounding import agree
+from pyro_flows.graphs.runner import Runner
 from pyro_flows.graphs.stacking import stacked
 from pyro_flows.model.batching import quiet
 from pyro_flows.model.stack import NotStackable, Stack
@@ -57,7 +57,7 @@ class Lockstep:
         self.losses: list[Tensor] = []
         like = self.weights.new_zeros(batch, first.dim)
         views = self._cut(self.weights[0])
-        passes = Passes(first, like, views, compile=False)
+        passes = Passes(first, like, views)
         self._state = self._states(passes)
         self._step = self._recorded(self._one_step(passes.kind), [*self._inputs(like), *self._held(self.weights, 0.0)])
         self._noise = self._points(CHECK_DRAWS)[0]
@@ -76,7 +76,7 @@ class Lockstep:
 
     def _one_look(self, views: Sequence[Tensor]) -> fx.GraphModule:
         """Return the graph of one flow's check: images of base points (S, D) and their log weights (S,)."""
-        kind = Passes(self.flows[0], self._noise, views, compile=False).kind
+        kind = Passes(self.flows[0], self._noise, views).kind
         whole = Stitcher()
         state = kind.inputs(whole)
         z, log_q, _, _ = kind.add_forward(whole, state, whole.input(self._noise))
@@ -91,7 +91,7 @@ class Lockstep:
                 whole = stacked(module, *inputs)
         except RuntimeError as error:
             raise NotStackable(f"a training step cannot be batched: {error}".splitlines()[0]) from error
-        return Runner(whole, compile=False)  # a batch takes too few steps to pay for a compiler
+        return Runner(whole)
 
     def _states(self, passes: Passes) -> list[Tensor | int]:
         """Return the flows' states, stacked; trained parameters as their number, since they are parts of the weights.

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 from pyro_flows._fallbacks import fallback
 from pyro_flows.flows.flow import Flow
 from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.compiling import Runner
 from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.record import record
 from pyro_flows.graphs.rounding import agree
+from pyro_flows.graphs.runner import Runner
 from pyro_flows.model.batching import nearer
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.objectives import pulled
@@ -35,32 +35,25 @@ class Step:
         like: base points (S, D) of the batches to come.
         weights: the parameters that are trained, as one vector (W,),
         views: and one by one, as views of it.
-        compile: as for :class:`Passes`.
 
     Raises:
         Exception: of any kind, if some layer cannot be recorded, or the passes give other numbers than the flow.
     """
 
     def __init__(
-        self, flow: Flow, density: LogDensity, like: Tensor, weights: Tensor, views: Sequence[Tensor],
-        *, compile: bool | None = None,
+        self, flow: Flow, density: LogDensity, like: Tensor, weights: Tensor, views: Sequence[Tensor]
     ) -> None:  # fmt: skip
         self.flow, self.density = flow, density
-        self.passes = Passes(flow, like, views, compile=compile, left=density.clock.remaining)
+        self.passes = Passes(flow, like, views)
         self._dials = weights.new_zeros(3)
         self._whole: Runner | None = None
         try:
-            nearer(lambda size: self._make_whole(size * points(like), weights, compile))
+            nearer(lambda size: self._make_whole(size * points(like), weights))
         except RuntimeError as error:
             self._whole = None
             fallback("a step in parts", error)
         if self._whole is None:
             self.passes.check(like)
-
-    @property
-    def compiled(self) -> bool:
-        """Whether the step runs as compiled code."""
-        return self.passes.compiled if self._whole is None else self._whole.compiled
 
     @torch.no_grad()
     def __call__(
@@ -105,13 +98,12 @@ class Step:
         log_p, score_p = self.density.value_and_grad(z)
         return torch.isfinite(torch.cat([score_p, score_q, log_p[:, None], log_q[:, None]], 1)).all(1)
 
-    def _make_whole(self, x: Tensor, weights: Tensor, compile: bool | None) -> None:
+    def _make_whole(self, x: Tensor, weights: Tensor) -> None:
         """Find the step as one graph, recorded and checked where base points ``x`` lead, if there is one."""
         with torch.no_grad():
             graph = self.density.graph(self.flow.sample_with_score(at=x)[0])
         if graph is not None:
-            self._whole = _whole(self.density, graph, self.passes.kind, weights, compile)
-            self._whole.left = self.density.clock.remaining
+            self._whole = _whole(self.density, graph, self.passes.kind, weights)
             self._check(x, weights)
 
     def _check(self, x: Tensor, weights: Tensor) -> None:
@@ -136,10 +128,10 @@ WHOLES_KEPT = 8  # of one density
 _wholes: WeakKeyDictionary[LogDensity, Cache[Any, tuple[Kind, fx.GraphModule, Runner]]] = WeakKeyDictionary()
 
 
-def _whole(density: LogDensity, graph: fx.GraphModule, kind: Kind, weights: Tensor, compile: bool | None) -> Runner:
+def _whole(density: LogDensity, graph: fx.GraphModule, kind: Kind, weights: Tensor) -> Runner:
     """Return the step as one graph, the one that is known for such flows on this density."""
-    known, key = _wholes.setdefault(density, Cache(WHOLES_KEPT)), (id(kind), id(graph), compile)
-    make = lambda: (kind, graph, Runner(stitched(graph, kind, weights), compile=compile))  # noqa: E731
+    known, key = _wholes.setdefault(density, Cache(WHOLES_KEPT)), (id(kind), id(graph))
+    make = lambda: (kind, graph, Runner(stitched(graph, kind, weights)))  # noqa: E731
     return known.of(key, make)[-1]  # with kind and graph kept, so that ids stay theirs
 
 

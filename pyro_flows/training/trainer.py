@@ -39,10 +39,9 @@ class Trainer:
         learning_rate: float,
         batch: int,
         extra: Sequence[Tensor] = (),
-        compile: bool | None = None,
     ) -> None:
         self.flow, self.density, self.batch, self.learning_rate = flow, density, batch, learning_rate
-        self.extra, self.compile = list(extra), compile
+        self.extra = list(extra)
         self.parameters = [*(part for part in flow.parameters() if part.requires_grad), *self.extra]
         self.weights = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
         ends = self.weights.split([parameter.numel() for parameter in self.parameters])
@@ -161,7 +160,7 @@ class Trainer:
         self.write()
         try:
             with self.density.clock.watching():
-                self._step = Step(self.flow, self.density, like, self.weights, self._views, compile=self.compile)
+                self._step = Step(self.flow, self.density, like, self.weights, self._views)
             self.evaluation = "recorded"
         except Exception as error:  # a layer's own code may raise anything
             self.evaluation = f"eager: {first_line(error)}"

@@ -132,7 +132,7 @@ def wish(recipe, density, first=None, budget=200, monkeypatch=None, **more):
     monkeypatch.setattr(escalation, "train", three_steps)
     monkeypatch.setattr(escalation, "JUDGED_DRAWS", 400)
     flow = recipe.build_for_latents(2).double()
-    trainer = Trainer(flow, density, learning_rate=3e-3, batch=BATCH, compile=False)
+    trainer = Trainer(flow, density, learning_rate=3e-3, batch=BATCH)
     trainer.losses = [2.0] * 10  # of the rounds before
     start = Start("best", real(0.5, -0.5), real(0.7, 0.2))
     first = round_of(k_hat=0.9, log_evidence=1.0) if first is None else first

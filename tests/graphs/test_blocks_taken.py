@@ -13,10 +13,10 @@ from torch import Tensor
 from pyro_flows._fallbacks import strict
 from pyro_flows.graphs import fused as blocks
 from pyro_flows.graphs import native
-from pyro_flows.graphs.compiling import Runner
 from pyro_flows.graphs.fused import fused
 from pyro_flows.graphs.record import record
 from pyro_flows.graphs.rounding import hangs_on_digits, rounds_alike
+from pyro_flows.graphs.runner import Runner
 from tests.graphs.test_blocks import in_blocks
 from tests.invariants import close
 from tests.registry import needs_interpreter, normal
@@ -123,7 +123,7 @@ def test_without_it_nothing_is_taken(monkeypatch, tmp_path, content):
     monkeypatch.setattr(native, "find_spec", lambda _: spec)
     monkeypatch.setattr(blocks, "library", native.library.__wrapped__)
     x = normal(20, 3, seed=0)
-    runner = Runner(record(some, x), compile=False)
+    runner = Runner(record(some, x))
     with strict(False):
         for _ in range(3):
             equal(runner, some, x)

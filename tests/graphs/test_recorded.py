@@ -22,7 +22,7 @@ from pyro_flows.training.layer_graphs import body_of
 from pyro_flows.training.step_graph import Step
 from pyro_flows.training.trainer import Trainer
 from tests.invariants import close
-from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, needs_compiler, normal, randomize
+from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, normal, randomize
 
 NUMERIC = ("Inverse-Planar", "Inverse-Compose")  # the root is searched until it is found, so there is no flat graph
 VECTORS = [case for case in SMALL + LARGE if not (case.context_dim or case.unit) and len(case.shape) == 1]
@@ -378,9 +378,9 @@ def item_model() -> None:
     pyro.sample("x", dist.Normal(torch.zeros(3, dtype=torch.float64), scale.item()).to_event(1))
 
 
-def trained(flow: pf.Flow, *, steps: int = 40, compile: bool | None = None) -> Trainer:
+def trained(flow: pf.Flow, *, steps: int = 40) -> Trainer:
     pyro.set_rng_seed(0)
-    trainer = Trainer(flow, LogDensity(model), learning_rate=1e-2, batch=32, compile=compile)
+    trainer = Trainer(flow, LogDensity(model), learning_rate=1e-2, batch=32)
     for _ in range(steps):
         trainer.step(1e-2)
     trainer.write()
@@ -532,45 +532,3 @@ def test_a_graph_that_is_forgotten_is_not_used_again():
             density.forget()
     assert graphs[0] is graphs[1]
     assert graphs[1] is not graphs[2]
-
-
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FLOWS)
-def test_compiled_passes_of_every_flow(name):
-    flow = make_flow(name, 5, base="student_t")
-    x, pull = normal(7, 5, seed=5), normal(7, 5, seed=6)
-    passes = Passes(flow, x, [parameter.detach() for parameter in flow.parameters()], compile=True)
-    z, log_q, score, tape = passes.sample(x)
-    found = (z, log_q, score, passes.pull(tape, pull))
-    assert passes.compiled
-    for got, expected in zip(found, eager(flow, x, pull), strict=True):
-        close(got, expected, 1e-10)
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_compiled_steps_are_recorded_steps():
-    """Up to rounding, which steps amplify."""
-    flow = make_flow("realnvp", 4, base="student_t")
-    other = copy.deepcopy(flow)
-    plain, compiled = trained(flow, compile=False), trained(other, compile=True)
-    assert compiled._step.compiled
-    close(compiled.weights, plain.weights, 1e-7)
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_a_run_that_is_compiled_midway_goes_on():
-    flow = make_flow("realnvp", 4, base="student_t")
-    other = copy.deepcopy(flow)
-    plain, midway = trained(flow, compile=False), trained(other)
-    runner = midway._step._whole
-    assert not runner.compiled
-    runner.compile_at = runner.runs + 2
-    for trainer in (plain, midway):
-        pyro.set_rng_seed(1)
-        for _ in range(5):
-            trainer.step(1e-3)
-    assert runner.compiled
-    close(midway.weights, plain.weights, 1e-7)

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows.graphs import compiling
 from pyro_flows.graphs.batches import PIECE, RECORDED_FROM, ROWS_AT_LEAST, ROWS_AT_MOST, Recorder, rows_for
 from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.compiling import Plan, Runner, pays_at
 from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.record import record
+from pyro_flows.graphs.runner import Runner
 from tests.invariants import close
-from tests.registry import needs_compiler, needs_interpreter, normal
+from tests.registry import needs_interpreter, normal
 
 
 def function(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,63 +57,15 @@ def test_memory_of_a_large_batch_is_bounded():
     assert len(runs) == 3  # of 8 draws each
 
 
-@needs_compiler
-@pytest.mark.slow
-def test_compiled_graphs_give_the_same_numbers():
-    z = normal(40, 3, seed=1)
-    runner = Runner(record(function, z), compile=True)
-    other = normal(40, 3, seed=2)
-    with torch.no_grad():
-        for got, expected in zip(runner(other), function(other), strict=True):
-            close(got, expected, 1e-12)
-    assert runner.compiled
-
-
-@needs_compiler
-def test_compiled_graphs_have_constants_before_an_input_that_comes_late():
+def test_a_graph_may_have_constants_before_an_input_that_comes_late():
     """A training step has: its data are constants of the density, and the learning rate comes in after that."""
     data, z, rate = normal(5, seed=1), normal(4, 5, seed=2), normal(4, seed=3)
     whole = Stitcher()
     first = whole.add(record(lambda z: ((z + data).sin().sum(-1),), z), [whole.input(z)])
     module = whole.finish(whole.add(record(lambda a, b: (a * b,), rate, rate.clone()), [*first, whole.input(rate)]))
-    runner = Runner(module, compile=True)
+    runner = Runner(module)
     for _ in range(2):
         close(runner(z, rate)[0], (z + data).sin().sum(-1) * rate, 1e-12)
-    assert runner.compiled
-
-
-def test_compiling_waits_until_it_pays(monkeypatch):
-    """Where a graph does not go block by block."""
-    z = normal(64, 3, seed=3)
-    runner = Runner(record(function, z))
-    assert runner.compile_at > 1000  # a few operations on few numbers
-    large = Runner(record(lambda z: ((z[:, :1] * torch.ones(100_000, dtype=z.dtype)).sin().sum(-1),), z))
-    assert large.compile_at < 500
-    asked = []
-    monkeypatch.setattr(Runner, "_compile", lambda self, inputs: asked.append(self.runs))
-    monkeypatch.setattr(compiling, "fused", lambda *_: None)
-    large.compile_at = 3
-    for _ in range(5):
-        large(z)
-    assert asked == [3]
-
-
-@needs_interpreter
-def test_a_graph_that_goes_block_by_block_is_compiled_only_if_asked(monkeypatch):
-    asked = []
-    monkeypatch.setattr(Runner, "_compile", lambda self, inputs: asked.append(self.runs))
-    z = normal(64, 3, seed=3)
-    runner = Runner(record(function, z))
-    runner.compile_at = 3
-    for _ in range(5):
-        for got, expected in zip(runner(z), function(z), strict=True):
-            close(got, expected, 1e-12)
-        assert runner.in_blocks
-        assert not runner.compiled
-    assert asked == []
-    for _ in range(3):
-        Runner(record(function, z), compile=True)(z)
-    assert asked == [1, 1, 1]
 
 
 @needs_interpreter
@@ -126,61 +77,6 @@ def test_the_first_run_gives_the_numbers_of_torch_unless_later_ones_are_to_be_th
     recorded = runner._recorded(z)
     for one, other, plain in zip(first, second, recorded, strict=True):
         assert torch.equal(one, other if alike else plain)
-
-
-@pytest.mark.falls_back
-def test_without_a_compiler_everything_works(monkeypatch):
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no C++ compiler")
-
-    import torch._inductor
-
-    monkeypatch.setattr(torch._inductor, "compile", fail)
-    z = normal(4, 3, seed=4)
-    runner = Runner(record(function, z), compile=True)
-    for got, expected in zip(runner(z), function(z), strict=True):
-        close(got, expected, 1e-12)
-    assert not runner.compiled
-
-
-@pytest.mark.falls_back
-def test_compiled_code_that_gives_other_numbers_is_not_used(monkeypatch):
-    import torch._inductor
-
-    monkeypatch.setattr(torch._inductor, "compile", lambda *_, **__: lambda z: (z.sum(-1), z))
-    z = normal(4, 3, seed=5)
-    runner = Runner(record(function, z), compile=True)
-    for got, expected in zip(runner(z), function(z), strict=True):
-        close(got, expected, 1e-12)
-    assert not runner.compiled
-
-
-def test_large_graphs_are_compiled_sooner():
-    """The rule looks at the graph alone: more numbers to write, or more operations for the same start."""
-
-    def chain(length: int, size: int) -> int:
-        def function(z: Tensor) -> Tensor:
-            for _ in range(length):
-                z = z.sin()
-            return z
-
-        return pays_at([Plan(record(function, torch.zeros(size, 3)))])
-
-    assert chain(5, 1000) < chain(5, 10)
-    assert chain(50, 10) < chain(5, 10)
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_compiled_pieces_take_any_layout_and_type():
-    recorder = Recorder(function, numbers=3)
-    recorder.compile = True
-    z, wide = normal(8, 3, seed=7), normal(8, 6, seed=8)
-    given = [z, normal(3, 8, seed=9).T, wide[:, ::2], z[:1].expand(8, 3), z.float()]
-    for part in given * 2:
-        for got, expected in zip(recorder(part), function(part), strict=True):
-            close(got, expected, 1e-12 if part.dtype == torch.float64 else 1e-5)
-    assert all(runner.compiled for runner in recorder.runners.values())
 
 
 def test_results_belong_to_the_caller():

@@ -14,7 +14,7 @@ from pyro_flows.training.adam import Moments, advance
 from pyro_flows.training.flow_graphs import gradient_of
 from pyro_flows.training.step_graph import Step
 from tests.invariants import close
-from tests.registry import needs_compiler, randomize
+from tests.registry import randomize
 
 ROOT = find_posteriordb()
 needs_posteriordb = pytest.mark.skipif(ROOT is None, reason="posteriordb not found: set POSTERIORDB to a checkout")
@@ -74,22 +74,10 @@ def same(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor,
 def test_recorded_steps_are_those_of_autograd(name):
     flow, density, weights, views = made(name)
     expected = by_autograd(flow, density, weights)
-    step = Step(flow, density, base_points(flow), weights, views, compile=False)
+    step = Step(flow, density, base_points(flow), weights, views)
     same(by_graphs(step, flow, weights), expected, 1e-9)
     step._whole = None  # the passes and the density one after the other
     same(by_graphs(step, flow, weights), expected, 1e-9)
-
-
-@needs_compiler
-@needs_posteriordb
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_compiled_steps_are_those_of_autograd(name):
-    flow, density, weights, views = made(name)
-    expected = by_autograd(flow, density, weights)
-    step = Step(flow, density, base_points(flow), weights, views, compile=True)
-    same(by_graphs(step, flow, weights), expected, 1e-8)
-    assert step.compiled
 
 
 def correlated() -> None:
@@ -100,15 +88,13 @@ def correlated() -> None:
     pyro.sample("y", dist.MultivariateNormal(torch.zeros_like(y), scale_tril=root), obs=y)
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=[pytest.mark.slow, needs_compiler])])
-def test_a_step_goes_around_points_without_a_factorization(compile):
+def test_a_step_goes_around_points_without_a_factorization():
     """A batch in which a Cholesky decomposition fails is evaluated in parts, and its good draws count."""
     guide = pf.AutoPlanar(correlated, layers=2).initialize()
     flow, density, weights, views = with_views(guide.flow, LogDensity(correlated))
     x = torch.linspace(-1.0, 1.0, DRAWS, dtype=torch.float64)[:, None]
-    step = Step(flow, density, x, weights, views, compile=compile)
+    step = Step(flow, density, x, weights, views)
     assert step._whole is not None
-    assert step.compiled == compile
     far = torch.cat([x[:-1], torch.full((1, 1), 50.0, dtype=torch.float64)])
     before = density.evaluations
     loss, moved, moments = step(weights, Moments.fresh(weights), far, torch.zeros(DRAWS).double(), RATE, 0.0, 1.0)
@@ -130,7 +116,7 @@ def writing() -> None:
 def test_a_density_that_writes_into_tensors_stays_outside_of_the_graph():
     flow, density, weights, views = with_views(pf.realnvp(2, layers=2).double(), LogDensity(writing))
     expected = by_autograd(flow, density, weights)
-    step = Step(flow, density, base_points(flow), weights, views, compile=False)
+    step = Step(flow, density, base_points(flow), weights, views)
     same(by_graphs(step, flow, weights), expected, 1e-9)
 
 
@@ -143,7 +129,7 @@ def test_where_the_flow_is_the_posterior_the_step_is_still_one_graph():
     flow = pf.realnvp(3, layers=2).double()
     weights = torch.cat([part.detach().reshape(-1) for part in flow.parameters()])
     views = [part.detach() for part in flow.parameters()]
-    step = Step(flow, LogDensity(model), base_points(flow), weights, views, compile=False)
+    step = Step(flow, LogDensity(model), base_points(flow), weights, views)
     assert step._whole is not None
 
 
