@@ -18,11 +18,8 @@ from torch import Tensor, nn
 import pyro_flows as pf
 from pyro_flows import transforms
 from pyro_flows.flows.recipe import BUILDERS
-<<<<<<< HEAD
-from pyro_flows.transforms import masks
-=======
 from pyro_flows.graphs.native import library
->>>>>>> 5b675b8 (Graphs: build the interpreter with the package; add show_versions)
+from pyro_flows.transforms import masks
 
 CONTEXT = 3
 HIDDEN = (6,)
