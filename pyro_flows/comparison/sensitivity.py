@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arviz, _checks
+from pyro_flows.model.faults import where_it_runs
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import messages
 
@@ -120,7 +121,10 @@ def top_level(density: LogDensity, z: Tensor) -> tuple[list[str], dict[str, str]
 def _dependent(density: LogDensity, points: Tensor) -> list[str]:
     """Return the sites whose log prior density at one and the same value differs between two points."""
     with torch.no_grad():
-        first, second = (messages(density.trace_at(point)) for point in points)
+        runs = where_it_runs(density.trace_at, lambda size: points, 2)
+    if len(runs) < 2:
+        return list(density.names)
+    first, second = map(messages, runs)
     found = []
     for name in density.names:
         value = first[name]["value"]

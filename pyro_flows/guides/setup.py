@@ -23,8 +23,9 @@ from pyro_flows.flows.recipe import (
     latent_recipe,
     start_at,
 )
-from pyro_flows.model.reading import initial_value, read_structure
+from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Noncentered, Structure, messages
+from pyro_flows.model.start import initial_value
 from pyro_flows.transforms import DiagonalAffine, LowerTriangularAffine
 
 
@@ -100,7 +101,7 @@ class LatentGuide(AutoContinuous):
             site = messages(structure.trace)[latent.name]
             kept = ("name", "type", "fn", "value", "is_observed", "infer", "cond_indep_stack", "scale", "mask")
             trace.add_node(latent.name, args=(), kwargs={}, **{key: site[key] for key in kept})
-        self.structure = replace(structure, trace=trace, observed={})
+        self.structure = replace(structure, trace=trace, drawn=None, observed={})
         self.prototype_trace = trace
         self.latent_dim = structure.dim
         self._unconstrained_shapes = {latent.name: latent.unconstrained_shape for latent in structure.latents}

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from pyro_flows._seeding import BatchedDraws
 from pyro_flows._turns import turn
+from pyro_flows.model.faults import Faults, Undefined, is_of_a_point
 
 Result = TypeVar("Result")
 
@@ -129,34 +130,86 @@ def apart() -> Iterator[None]:
             dims._stack = taken
 
 
+Note = Callable[[int, int, Exception | None], object]
+
+
 def where_possible(
-    function: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor, *widths: tuple[int, ...]
+    function: Callable[[Tensor], tuple[Tensor, ...]],
+    z: Tensor,
+    *widths: tuple[int, ...],
+    alone: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+    halves: bool = True,
+    note: Note = lambda points, undefined, error: None,
 ) -> tuple[Tensor, ...]:
-    """Apply a function to the rows of ``z``, with NaN at rows where a factorization fails.
+    """Apply a function to the rows of ``z``, with NaN at rows where the model raises an error.
 
-    ``widths`` are the shapes of its results at one row.
+    ``widths`` are the shapes of its results at one row; the others are as in :func:`possible_pieces`.
     """
-    pieces = list(_pieces(function, z))
-    if len(pieces) == 1 and len(pieces[0][1][0]) == len(z):
-        return pieces[0][1]
-    whole = tuple(z.new_full((len(z), *width), torch.nan) for width in widths)
-    for first, piece in pieces:
-        rows = torch.arange(first, first + len(piece[0]), device=z.device)
-        whole = tuple(all_.index_copy(0, rows, part.to(z)) for all_, part in zip(whole, piece, strict=True))
-    return whole
+    found = list(possible_pieces(function, z, alone=alone, halves=halves, note=note))
+    if len(found) == 1 and found[0][1] is not None:
+        whole: tuple[Tensor, ...] = found[0][1]
+        return whole
+    nowhere = [z.new_full((1, *width), torch.nan) for width in widths]
+    rows = [nowhere if part is None else part for _, part in found]
+    return tuple(torch.cat([part.to(z) for part in parts]) for parts in zip(*rows, strict=True))
 
 
-def _pieces(
-    function: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor, first: int = 0
-) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Yield where a piece of the rows begins and the function of it, halving where a factorization fails."""
+def possible_pieces(
+    function: Callable[[Any], Any],
+    rows: Any,
+    *,
+    alone: Callable[[Any], Any] | None = None,
+    halves: bool = True,
+    note: Note = lambda points, undefined, error: None,
+) -> Iterator[tuple[int, Any]]:
+    """Yield pieces of rows: how many, and the function of them; None for one where the model raises an error.
+
+    Args:
+        function: of rows, a tensor or a dict of tensors.
+        rows: tensors with as many rows each.
+        alone: the same function for one row, without ``vmap``, which has errors of its own.
+        halves: whether the function is tried at all rows, and at halves of them where it fails; else at each row.
+        note: called with the number of points of each piece, how many are undefined, and the error.
+    """
+    count, alone = len(tree_leaves(rows)[0]), function if alone is None else alone
+    if halves:
+        try:
+            found = function(rows)
+        except RuntimeError as error:
+            if not is_of_a_point(error):
+                raise
+        else:
+            note(count, 0, None)
+            yield count, found
+            return
+    if count > 1:
+        for part in pieces(rows, (count + 1) // 2 if halves else 1, lambda: None):
+            yield from possible_pieces(function, part, alone=alone, halves=halves, note=note)
+        return
+    failed = None
     try:
-        yield first, function(z)
-    except torch.linalg.LinAlgError:
-        if len(z) > 1:
-            half = len(z) // 2
-            yield from _pieces(function, z[:half], first)
-            yield from _pieces(function, z[half:], first + half)
+        found = alone(rows)
+    except torch.linalg.LinAlgError as error:
+        found, failed = None, error
+    note(1, int(found is None), failed)
+    yield 1, found
+
+
+def filled_up(found: list[tuple[int, Any]], faults: Faults) -> Any:
+    """Put pieces of rows together, with NaN (0 for whole numbers) where the model raised an error.
+
+    Raises:
+        Undefined: if it raised one at all rows.
+    """
+    known = next((part for _, part in found if part is not None), None)
+    if known is None:
+        raise Undefined(faults.said or "no row")
+    if len(found) == 1:
+        return known
+    leaves, form = tree_flatten(known)
+    nowhere = [torch.full_like(leaf[:1], torch.nan if leaf.is_floating_point() else 0) for leaf in leaves]
+    rows = [nowhere if part is None else tree_flatten(part)[0] for _, part in found]
+    return tree_unflatten([torch.cat(parts) for parts in zip(*rows, strict=True)], form)
 
 
 def nearer(run: Callable[[float], Result]) -> Result:

@@ -35,8 +35,10 @@ class Place(Messenger):
         self.z = z
         self.guards = guards
         self.placed: dict[str, Placed] = {}
+        self.last: str | None = None  # the site that the model came to last
 
     def _pyro_sample(self, msg: Any) -> None:
+        self.last = msg["name"]
         msg["fn"] = _unchecked(msg["fn"])
         latent = self.latents.get(msg["name"])
         if latent is not None and not msg["is_observed"]:

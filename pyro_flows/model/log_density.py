@@ -16,6 +16,7 @@ from pyro_flows._clock import Clock
 from pyro_flows._turns import turn
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.batching import quiet, where_possible
+from pyro_flows.model.faults import Undefined, passing_over
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.runs import Runs
 from pyro_flows.model.site_values import SiteValues
@@ -117,13 +118,33 @@ class LogDensity(SiteValues):
         self.evaluations += len(z) if z.requires_grad else 0
         recorded = self.batched and not torch.is_grad_enabled() and not self._parameters
         if recorded:
-            with turn(), suppress(torch.linalg.LinAlgError):
-                values = [self._values(part)[0] for part in self._portions(z, self._values)]
-                return (values[0] if len(values) == 1 else torch.cat(values)).to(z.dtype)
-        return where_possible(self._plain_values, z, ())[0].to(z.dtype)
+            with turn(), passing_over():
+                parts = [self._values(part)[0] for part in self._portions(z, self._values)]
+                values = parts[0] if len(parts) == 1 else torch.cat(parts)
+                self._note(z, values)
+                return values.to(z.dtype)
+        with suppress(Undefined):
+            found: Tensor = self.map(self.single, z)
+            return found.to(z.dtype)
+        return z.new_full((len(z),), torch.nan)
+
+    def _note(self, z: Tensor, values: Tensor) -> None:
+        """Find out, where a graph gives NaN, whether the model itself raises an error there."""
+        undefined = torch.isnan(values)
+        error = None
+        if self.faults.looks and bool(undefined.any()):
+            self.faults.looks -= 1
+            bare = copy.copy(self)
+            bare._factorizes = False  # or a matrix without a factor has one of NaN
+            try:
+                with torch.no_grad(), quiet():
+                    bare.single(z[undefined][0])
+            except Undefined as found:
+                error = found
+        self.faults.add(len(z), int(undefined.sum()), error)
 
     def _plain_values(self, z: Tensor) -> tuple[Tensor]:
-        return (self.map(self.single, z),)
+        return (self.strictly(self.single, z),)
 
     def forget(self) -> None:
         """Drop the recorded graphs: call it after the model's own parameters, or its data, have changed in place.
@@ -141,7 +162,7 @@ class LogDensity(SiteValues):
             return z.sum(1), z
         self.evaluations += len(z)
         if self.batched:
-            with turn(), suppress(torch.linalg.LinAlgError):
+            with turn(), passing_over():
                 found = [self._with_gradients(part) for part in self._portions(z, self._with_gradients)]
                 value, grad = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
                 return value.to(z.dtype), grad
@@ -168,8 +189,10 @@ class LogDensity(SiteValues):
     def unrecorded(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return what :meth:`value_and_grad` returns, by the model itself, for graphs to be compared with."""
         z = self._check(z)
-        run = self._gradients if self.batched else self._gradients_one_by_one
-        value, grad = where_possible(run, z.detach(), (), (self.dim,))
+        alone, halves = self._gradients_one_by_one, self.batched
+        value, grad = where_possible(
+            self._gradients, z.detach(), (), (self.dim,), alone=alone, halves=halves, note=self.faults.add
+        )
         return value.to(z.dtype), grad
 
     @property
@@ -203,10 +226,26 @@ class LogDensity(SiteValues):
         z = self._check(z)
         with torch.no_grad():
             rows = z[torch.isfinite(self(z))]
-        with turn(), torch.no_grad(), pyro.validation_enabled(True):
+        with turn(), torch.no_grad():
             for row in self._pieces(rows, one_by_one=True):
-                try:
-                    self._run(row, enumerate_sites=True)[0].compute_log_prob()
-                except ValueError as error:
-                    return " ".join(str(error).partition("Trace Shapes")[0].split())
+                said = self._objection(row)
+                if said is not None and self._runs(row) and self._objection(row) is not None:
+                    return said
         return None
+
+    def _objection(self, row: Tensor) -> str | None:
+        """Return what Pyro's checks, or the model itself, object to at one point (D,); None if they do not."""
+        try:
+            with pyro.validation_enabled(True):
+                self._run(row, enumerate_sites=True)[0].compute_log_prob()
+        except (ValueError, Undefined) as error:
+            cause = error.__cause__ if isinstance(error, Undefined) else error
+            return " ".join(str(cause).partition("Trace Shapes")[0].split()) if isinstance(cause, ValueError) else None
+        return None
+
+    def _runs(self, row: Tensor) -> bool:
+        """Whether the model raises no error of its own at one point (D,)."""
+        with quiet(), suppress(Undefined):
+            self._run(row, enumerate_sites=True)
+            return True
+        return False

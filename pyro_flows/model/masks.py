@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_flows._seeding import seeded
 from pyro_flows.model.batching import apart
 from pyro_flows.model.bijections import bijection
+from pyro_flows.model.faults import OF_POINTS, is_of_a_point
 from pyro_flows.model.handlers import masks_over
 from pyro_flows.model.sites import innermost, is_enumerated, messages
 
@@ -107,12 +108,17 @@ def used(
         with apart(), seeded(0, next(iter(bases.values())).device), pyro.validation_enabled(False), _At(values):
             return torch.as_tensor(poutine.trace(model).get_trace(*args, **kwargs).log_prob_sum())
 
-    with torch.no_grad():
-        here, *others = (density({name: base + shift for name, base in bases.items()}) for shift in (0.0, *SHIFTS))
+    try:
+        with torch.no_grad():
+            here, *others = (density({name: base + shift for name, base in bases.items()}) for shift in (0.0, *SHIFTS))
+    except Exception as error:  # a model's own code may raise anything
+        if not is_of_a_point(error):
+            raise
+        return {name: ~mask for name, mask in left_out.items()}  # it hangs on these values
     if all(torch.equal(here.nan_to_num(), other.nan_to_num()) for other in others):
         return {}
     found = {name: torch.zeros_like(mask) for name, mask in left_out.items()}
-    with torch.enable_grad(), suppress(RuntimeError):  # a model may do what has no gradient
+    with torch.enable_grad(), suppress(*OF_POINTS):  # a model may do what has no gradient
         leaves = {name: base.requires_grad_() for name, base in bases.items()}
         slopes = torch.autograd.grad(density(leaves), [*leaves.values()], allow_unused=True)
         for (name, mask), slope in zip(left_out.items(), slopes, strict=True):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from pyro_flows._shapes import broadcast
 from pyro_flows._warnings import outside
-from pyro_flows.model.batching import apart, nearer
+from pyro_flows.model.batching import apart
+from pyro_flows.model.faults import is_of_a_point, where_it_runs
 from pyro_flows.model.sites import Latent, Structure, messages
 from pyro_flows.model.supports import WRAPPERS, inside, is_narrower, is_whole, needs_guard, signature, support_of
 
@@ -63,10 +64,11 @@ def check_values(structure: Structure, run: Run, model: Callable[[], Any]) -> fr
         left_alone = _left_alone(structure, model)
         asked = [name for name in asked if name not in left_alone]
     if asked:
-        first, second = (messages(trace) for trace in _two_runs(structure, run))
+        with torch.no_grad(), pyro.validation_enabled(False):
+            first, *others = [messages(trace) for trace in where_it_runs(run, structure.points, 2)] or [{}]
         for name in asked:
-            site = first[name]
-            if _moves(site, second[name]) or _varies(site, structure):
+            site = first.get(name)
+            if not others or _moves(site, others[0][name]) or _varies(site, structure):
                 guards.add(name)
             else:
                 _refuse(site)
@@ -83,7 +85,9 @@ def _left_alone(structure: Structure, model: Callable[[], Any]) -> set[str]:
         try:
             with apart(), torch.no_grad(), pyro.validation_enabled(True), poutine.condition(data=values):
                 nodes = messages(poutine.trace(model).get_trace())
-        except ValueError:  # from a check of arguments
+        except Exception as error:  # from a check of arguments, or of the model's own at values that it has run at
+            if not is_of_a_point(error):
+                raise
             return set()
     return {name for name in structure.observed if _is_unchecked(nodes[name]["fn"])}
 
@@ -91,18 +95,6 @@ def _left_alone(structure: Structure, model: Callable[[], Any]) -> set[str]:
 def _is_unchecked(fn: Any) -> bool:
     own = vars(fn).get("_validate_args") is False
     return own or (isinstance(fn, WRAPPERS) and _is_unchecked(fn.base_dist))
-
-
-def _two_runs(structure: Structure, run: Run) -> list[poutine.Trace]:
-    ends = (-1.0, 1.0), (0.7, -0.7)
-
-    def traces(size: float) -> list[poutine.Trace]:
-        like: dict[str, Any] = {"dtype": structure.dtype, "device": structure.device}
-        points = [torch.linspace(size * start, size * end, structure.dim, **like) for start, end in ends]
-        return [run(point) for point in points]
-
-    with torch.no_grad(), pyro.validation_enabled(False):
-        return nearer(traces)
 
 
 def _moves(one: Any, other: Any) -> bool:
@@ -234,7 +226,9 @@ def warn_if_nothing_observed(
     factors = [site for site in messages(structure.trace).values() if isinstance(site.get("fn"), Unit)]
     if structure.observed or factors:
         return
-    looks = _forgotten(structure, run, _arguments(model, args, kwargs))
+    looks = list[str]()
+    with suppress(torch.linalg.LinAlgError):  # the model raises an error at such a point
+        looks = _forgotten(structure, run, _arguments(model, args, kwargs))
     hint = f" These look like data whose obs= was forgotten: {'; '.join(looks)}." if looks else ""
     warnings.warn(
         f"model: nothing is observed (no obs= with values, no pyro.factor), so the posterior is the prior.{hint} If "
@@ -246,14 +240,14 @@ def warn_if_nothing_observed(
 
 def _forgotten(structure: Structure, run: Run, arguments: dict[str, Tensor]) -> list[str]:
     """Name the latents that look like data, with the argument that fits, the likeliest kind only."""
-    here = torch.zeros(structure.dim, dtype=structure.dtype, device=structure.device)
+    here, there = structure.points(0.1)
     kinds: dict[tuple[bool, bool], list[str]] = {}
     with torch.no_grad(), pyro.validation_enabled(False):
         base = messages(run(here))
         for latent in structure.latents:
             own = slice(latent.offset, latent.offset + latent.size)
-            moved, others = here.clone(), here + 0.5
-            moved[own], others[own] = 0.5, 0.0
+            moved, others = here.clone(), there.clone()
+            moved[own], others[own] = there[own], here[own]
             after = messages(run(moved))
             rest = [other.name for other in structure.latents if other.name != latent.name]
             if any(_changes(base[name], after[name]) for name in rest):
@@ -281,7 +275,7 @@ def _fits(latent: Latent, value: Tensor) -> bool:
 def _arguments(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors among a model's arguments, by name where names can be found."""
     given: dict[str, Any] = {**{f"argument {position}": value for position, value in enumerate(args)}, **kwargs}
-    with contextlib.suppress(TypeError, ValueError):
+    with suppress(TypeError, ValueError):
         given = dict(inspect.signature(model).bind(*args, **kwargs).arguments)
     found = {}
     for name, value in given.items():

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from pyro.poutine.util import site_is_subsample
 
-from pyro_flows.model.reading import is_about_dtypes, read_structure
+from pyro_flows.model.faults import is_about_dtypes
+from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Structure, messages
 
 

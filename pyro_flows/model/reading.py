@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ImproperUniform, NanMaskedMultivariateNormal, NanMaskedNormal, Unit
-from pyro.poutine.messenger import Messenger
+from pyro.distributions import NanMaskedMultivariateNormal, NanMaskedNormal, Unit
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions.constraints import Constraint
-from torch.utils._pytree import tree_leaves
 
-from pyro_flows.model.batching import apart, nearer, quiet
-from pyro_flows.model.bijections import bijection, real_shape
+from pyro_flows.model.batching import apart, quiet
+from pyro_flows.model.faults import is_about_dtypes, where_it_runs
 from pyro_flows.model.handlers import Place, masks_over
 from pyro_flows.model.masks import coordinates, used
 from pyro_flows.model.noncentered import moves
@@ -27,117 +23,14 @@ from pyro_flows.model.sites import (
     Latent,
     Plate,
     Structure,
-    innermost,
+    comes_and_goes,
     is_data,
     is_deterministic,
     is_enumerated,
     messages,
 )
+from pyro_flows.model.start import first_run, initial_value, prior_run, transform_of
 from pyro_flows.model.supports import WRAPPERS, check_density
-
-MEDIAN_DRAWS = 15
-
-
-def initial_value(site: Any = None) -> Any:
-    """Pyro ``init_loc_fn``: the prior's median where it can be sampled, the middle of the support otherwise."""
-    if site is None:
-        return initial_value
-    fn = site["fn"]
-    transform = _transform(site)
-    draws = _prior_draws(fn)
-    if draws is None:
-        shape = real_shape(transform, fn.shape())
-        return transform(torch.zeros(shape, **_like(fn.support)))
-    middle = transform.inv(draws).median(0).values
-    return transform(torch.where(torch.isfinite(middle), middle, torch.zeros_like(middle)))
-
-
-def _prior_draws(fn: Any) -> Tensor | None:
-    """Draws to start from, or None where there are none; samplers that cannot draw several at once are called often."""
-    try:
-        # some of Pyro's samplers ignore the shape that is asked for, or stumble on it
-        with quiet(), suppress(RuntimeError, TypeError):
-            draws: Tensor = fn.sample((MEDIAN_DRAWS,))
-            if draws.shape == (MEDIAN_DRAWS, *fn.shape()):
-                return draws
-        with quiet():
-            return torch.stack([fn.sample() for _ in range(MEDIAN_DRAWS)])
-    except NotImplementedError:
-        return None
-
-
-def _like(support: Constraint) -> dict[str, Any]:
-    """Dtype and device of a support's bounds, where it has tensor bounds."""
-    for bound in vars(getattr(support, "base_constraint", support)).values():
-        if isinstance(bound, Tensor) and bound.is_floating_point():
-            return {"dtype": bound.dtype, "device": bound.device}
-    return {}
-
-
-def _transform(site: Any) -> Any:
-    """Return the bijection onto a latent site's support, or say which site has none."""
-    name = site["name"]
-    if innermost(site["fn"]) is Delta:
-        raise ValueError(f"site {name!r}: a Delta is a fixed value, no latent. Use pyro.deterministic({name!r}, ...).")
-    support = site["fn"].support
-    if support.is_discrete and site["infer"].get("enumerate") == "parallel":
-        raise ValueError(
-            f"site {name!r}: expected finitely many values to be summed over, got the {type(site['fn']).__name__}, "
-            "whose values cannot be enumerated. Use a Categorical over those that have a probability worth a thought."
-        )
-    if support.is_discrete:
-        raise ValueError(
-            f"site {name!r}: expected a continuous latent, got the discrete {type(site['fn']).__name__}. Enumerate it "
-            f"(pyro.infer.config_enumerate, or infer={{'enumerate': 'parallel'}}) or hide it from the guide "
-            f"(poutine.block(model, hide=[{name!r}]))."
-        )
-    try:
-        return bijection(site["fn"])
-    except NotImplementedError:
-        raise ValueError(
-            f"site {name!r}: no bijection from real numbers to its support {support}. Use a distribution with another "
-            "support, or reparametrize the site (poutine.reparam)."
-        ) from None
-
-
-class _Start(Messenger):
-    """Give latent sites their starting values; flat priors, which have no dtype of their own, take that of ``like``."""
-
-    def __init__(self, start: Callable[[Any], Tensor], like: Tensor) -> None:
-        super().__init__()
-        self.start = start
-        self.like = like
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and not site_is_subsample(msg) and not is_enumerated(msg):
-            with torch.no_grad():
-                value = self.start(msg)
-            msg["value"] = value.to(self.like) if innermost(msg["fn"]) is ImproperUniform else value
-
-
-def _first_run(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], start: Callable[[Any], Tensor]
-) -> poutine.Trace:
-    """Run the model once at starting values of the arguments' floating dtype (or, failing that, of another one)."""
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    dtypes = [leaf.dtype for leaf in given if leaf.is_floating_point()]
-    dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
-    device = given[0].device if given else None
-    other = torch.float32 if dtype == torch.float64 else torch.float64
-    with apart(), torch.no_grad():
-        try:
-            with _Start(start, torch.zeros((), dtype=dtype, device=device)):
-                return poutine.trace(model).get_trace(*args, **kwargs)
-        except RuntimeError as error:
-            if not is_about_dtypes(error):
-                raise
-        with _Start(start, torch.zeros((), dtype=other, device=device)):
-            return poutine.trace(model).get_trace(*args, **kwargs)
-
-
-def is_about_dtypes(error: RuntimeError) -> bool:
-    """Whether an operation took no numbers of two precisions."""
-    return "dtype" in str(error) or "scalar type" in str(error)
 
 
 def read_structure(
@@ -153,7 +46,7 @@ def read_structure(
             a bijection, or sits in a subsampled or sequential plate; or observed values are NaN or no tensor. The site
             is named.
     """
-    trace = _first_run(model, args, kwargs, start)
+    trace = first_run(model, args, kwargs, start)
     structure = _structure(trace, used(model, args, kwargs, trace))
     try:
         return _dependence(model, args, kwargs, structure)
@@ -207,7 +100,7 @@ def _structure(trace: poutine.Trace, unmasked: Mapping[str, Tensor]) -> Structur
 
 def _read_latent(site: Any, offset: int, unmasked: Tensor | None) -> Latent:
     name = site["name"]
-    transform = _transform(site)
+    transform = transform_of(site)
     for plate in _subsampled(site):
         raise ValueError(
             f"site {name!r}: a latent in the subsampled plate {plate!r}; a guide over one vector would learn only as "
@@ -266,20 +159,36 @@ def _check_data(site: Any) -> None:
 def _dependence(
     model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], structure: Structure
 ) -> Structure:
-    """Find out, from a second run, whether supports move with the latents, and which locations and scales do."""
+    """Find out, from a run near a draw of the prior, whether supports move, and which locations and scales.
 
-    def run(size: float) -> tuple[Tensor, poutine.Trace]:
-        point = size * torch.linspace(-1.0, 1.0, structure.dim, dtype=structure.dtype, device=structure.device)
+    Where there is no such run, supports are taken to move, which costs a run of the model wherever they are needed.
+    """
+    like = torch.zeros((), dtype=structure.dtype, device=structure.device)
+    drawn = prior_run(model, args, kwargs, structure.trace, like)
+    if drawn is not None:
+        structure = replace(structure, drawn={latent.name: _there(drawn, latent.name) for latent in structure.latents})
+
+    def run(point: Tensor) -> tuple[Tensor, poutine.Trace]:
         with apart(), torch.no_grad(), pyro.validation_enabled(False), Place(structure.latents, point):
             return point, poutine.trace(model).get_trace(*args, **kwargs)
 
-    point, second = nearer(run)
+    found = where_it_runs(run, structure.points)
+    if not found:
+        return replace(structure, dependent=True)
+    point, second = found[0]
     hierarchical, dependent = [], False
     for latent in structure.latents:
-        priors = [messages(trace)[latent.name]["fn"] for trace in (structure.trace, second)]
+        priors = [_there(trace, latent.name)["fn"] for trace in (structure.trace, second)]
         first, other = (latent.place(point, prior).value for prior in priors)
         dependent = dependent or not torch.equal(first, other)
         # where discrete latents are summed out, a location may have one value for each of theirs
         if latent.mask is None and not structure.enumerated and moves(*priors):
             hierarchical.append(latent.name)
     return replace(structure, dependent=dependent, hierarchical=tuple(hierarchical))
+
+
+def _there(trace: poutine.Trace, name: str) -> Any:
+    """Return a latent site of a run, which has to have it."""
+    if name not in messages(trace):
+        raise comes_and_goes(name)
+    return messages(trace)[name]

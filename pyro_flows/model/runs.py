@@ -19,14 +19,15 @@ from pyro_flows._fallbacks import fallback, first_line
 from pyro_flows._seeding import seeded
 from pyro_flows.graphs.batches import Work, rows_for
 from pyro_flows.graphs.writes import Batchable, FindWrites, Places
-from pyro_flows.model.batching import advice, apart, nearer, over_rows, pieces, quiet
+from pyro_flows.model.batching import advice, apart, filled_up, over_rows, pieces, possible_pieces, quiet
 from pyro_flows.model.enumeration import Enumerate, Evaluator
 from pyro_flows.model.factorizations import Factorizations
+from pyro_flows.model.faults import Faults, defined, is_of_a_point, passing_over, place_of, site_of, where_it_runs
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.handlers import Place, Resample, hold, place_all
 from pyro_flows.model.observations import check_values
 from pyro_flows.model.precision import read_in_one_precision
-from pyro_flows.model.sites import Latent, Noncentered, Placed, Structure, messages
+from pyro_flows.model.sites import Latent, Noncentered, Placed, Structure, comes_and_goes, messages
 
 FAR, FAR_SITES = (-20.0, -10.0, 10.0, 20.0), 16  # where all coordinates of a site are put, to compare precisions
 LOST, LOST_SHARE = 1.0, 1e-4  # nats by which single precision may be off there, and as a share of the log density
@@ -75,6 +76,8 @@ class Runs:
         self.dim, self.dtype, self.device = self.structure.dim, self.structure.dtype, self.structure.device
         self.names = tuple(latent.name for latent in self.structure.latents)
         self.clock = unbounded()  # looked at as runs go on
+        self.faults = Faults()
+        self._order = tuple(name for name, site in messages(structure.trace).items() if site["type"] == "sample")
         self.batched = True
         self._unbatched: str | None = None
         self._writes: Places | None = None  # in tensors that the model makes
@@ -109,14 +112,14 @@ class Runs:
         if resample:
             model = Resample()(model)
         place = Place(self.structure.latents if latents is None else latents, z, self._guards)
-        with apart(), place, self.writing(z):
+        with apart(), place, self.writing(z), defined(lambda: place_of(place.last, self._order)):
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         self._check_sites(trace, place)
         return trace, sum((placed.ladj.sum() for placed in place.placed.values()), z.new_zeros(()))
 
     def placed(self, z: Tensor) -> dict[str, Placed]:
         """Put each latent at one point ``z`` (D,)."""
-        with self.writing(z):
+        with self.writing(z), defined(lambda: "in the model"):
             return place_all(self.structure, z, self._called, moving=bool(self._parameters))
 
     def _called(self) -> Any:
@@ -143,10 +146,7 @@ class Runs:
             if not site_is_subsample(site)
         ]
         for name in (*new, *(name for name in self.names if name not in place.placed)):
-            raise ValueError(
-                f"site {name!r}: a latent that is there for some values of the others only. A flow needs one and the "
-                "same set of latents everywhere; write the choice as a mixture."
-            )
+            raise comes_and_goes(name)
 
     def single(self, z: Tensor, latents: Sequence[Latent] | None = None) -> Tensor:
         """Return the log density of one point (D,), or that in the coordinates of other ``latents``."""
@@ -156,7 +156,7 @@ class Runs:
 
     def _single(self, z: Tensor, latents: Sequence[Latent] | None) -> Tensor:
         trace, ladj = self._run(z, enumerate_sites=True, latents=latents)
-        with self.writing(z):  # distributions write in place, too
+        with self.writing(z), defined(lambda: site_of(messages(trace))):  # distributions write in place, too
             if not self.structure.enumerated:
                 return trace.log_prob_sum() + ladj
             if self._evaluator is None:
@@ -165,16 +165,13 @@ class Runs:
 
     def _probe(self) -> None:
         """Find out whether the model can be batched, by comparing with single runs at two points."""
-        spread = torch.linspace(-0.5, 0.5, 2 * self.dim, dtype=self.dtype, device=self.device).reshape(2, self.dim)
 
-        def run(size: float) -> tuple[Tensor, Tensor, Tensor]:
-            points = size * spread
-            single, again = (torch.stack([self.single(point) for point in points]) for _ in range(2))
-            return points, single, again
+        def run(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return point, self.single(point), self.single(point)
 
         with torch.no_grad(), quiet():
             with Factorizations(strict=True) as factorizations:
-                points, single, again = nearer(run)
+                points, single, again = self._tried(run)
             if not torch.allclose(single, again, rtol=1e-3, atol=1e-3, equal_nan=True):
                 worst = int((single - again).abs().nan_to_num(nan=torch.inf).argmax())
                 raise ValueError(
@@ -183,7 +180,7 @@ class Runs:
                 )
             self._unbatched = self._why_unbatched(points, single)
             if self._unbatched is not None:
-                with FindWrites() as found:
+                with FindWrites() as found, passing_over():
                     self.single(points[0])
                 for places in found.places.ways():
                     self._writes = places
@@ -199,6 +196,23 @@ class Runs:
         if self._digits is None:
             self._digits = self._loses_digits()
         self.in_double = self._digits
+
+    def _tried(self, run: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+        """Return what ``run`` returns at two points, stacked: where the log density is finite, if it is anywhere.
+
+        Raises:
+            ValueError: if the model raises an error at each point.
+        """
+        errors = list[Exception]()
+        found = where_it_runs(
+            run, self.structure.points, 2, good=lambda ran: bool(torch.isfinite(ran[1])), note=errors.append
+        )
+        if not found:
+            raise ValueError(
+                "model: expected a log density near the start or near a draw of the prior, but an error is raised at "
+                f"each of {len(errors)} points, {errors[0]}. Check the shapes and values of its arguments there."
+            ) from errors[0]
+        return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
     @torch.no_grad()
     def _loses_digits(self) -> bool:
@@ -224,14 +238,14 @@ class Runs:
         off = (single - double).abs() > LOST + LOST_SHARE * double.abs()
         return bool((off & torch.isfinite(single) & torch.isfinite(double)).any())
 
-    def _why_unbatched(self, points: Tensor, single: Tensor) -> str | None:
+    def _why_unbatched(self, points: Tensor, single: Tensor, *, again: bool = True) -> str | None:
         """Return why values and gradients cannot be had for many points at once; None if they can."""
         try:
             with Work() as self.work:
                 batched, _ = values_and_grads(self.single, points)
-        except torch.linalg.LinAlgError:
-            raise
         except Exception as error:  # a model's own code may raise anything
+            if again and is_of_a_point(error):  # by chance, since it was none when this was tried point by point
+                return self._why_unbatched(points, single, again=False)
             return f"not batched: {first_line(error)}"
         if not torch.allclose(single, batched, rtol=1e-3, atol=1e-3, equal_nan=True):
             return "not batched: vmap gave other values than single runs"
@@ -250,13 +264,27 @@ class Runs:
     # batches ------------------------------------------------------------------------------------------------------
 
     def map(self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "same") -> Any:
-        """Apply a function of one point to all rows of ``z``, in chunks; results (dicts of tensors) are stacked."""
+        """Apply a function of one point to all rows of ``z``, in chunks; results (dicts of tensors) are stacked.
+
+        They are NaN (0 for whole numbers) at points where the model raises an error.
+
+        Raises:
+            Undefined: if it raises one at all of them.
+        """
+        rows = partial(self.strictly, function, randomness=randomness)
+        found = possible_pieces(rows, z, alone=partial(rows, batched=False), halves=self.batched, note=self.faults.add)
+        return filled_up(list(found), self.faults)
+
+    def strictly(
+        self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "same", batched: bool | None = None
+    ) -> Any:
+        """Return what :meth:`map` does; errors at single points are raised."""
         otherwise = None if randomness == "same" else partial(fallback, "drawn one by one")
         with quiet(), self.clock.watching():
             return over_rows(
                 function,
                 z,
-                batched=self.batched,
+                batched=self.batched if batched is None else batched,
                 randomness=randomness,
                 size=self._rows,
                 look=self.clock.look,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -14,7 +14,8 @@ from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import turn
 from pyro_flows.graphs.batches import Recorder
-from pyro_flows.model.batching import apart, over_rows, quiet
+from pyro_flows.model.batching import apart, quiet
+from pyro_flows.model.faults import Undefined, defined, passing_over
 from pyro_flows.model.handlers import Resample, flatten_all
 from pyro_flows.model.observations import not_finite
 from pyro_flows.model.runs import Runs
@@ -62,12 +63,13 @@ class SiteValues(Runs):
                 raise ValueError(f"values[{latent.name!r}]: expected shape (S, *{tuple(latent.shape)}), got {got}.")
 
         def flat(row: dict[str, Tensor]) -> Tensor:
-            with self.writing(row[self.names[0]]):
+            with self.writing(row[self.names[0]]), defined(lambda: "in the model"):
                 return flatten_all(self.structure, row, self._called, moving=bool(self._parameters))
 
         draws = seeded(0, self.device) if self.batched else nullcontext()  # of enumerated sites, if supports need them
-        with torch.no_grad(), quiet(), draws:
-            return over_rows(flat, kept, batched=self.batched, randomness="different").to(self.dtype)
+        with torch.no_grad(), draws:
+            found: Tensor = self.map(flat, kept, randomness="different")
+        return found.to(self.dtype)
 
     def log_jacobian(self, z: Tensor) -> Tensor:
         """Return the log determinant (S,) of the map from ``z`` to the model's own values; the density contains it."""
@@ -95,25 +97,27 @@ class SiteValues(Runs):
             if names not in self._densities:
                 numbers = max(self.numbers, self.work.largest // 2)
                 self._densities[names] = Recorder(partial(self._densities_of, names), numbers)
-            with turn(), suppress(torch.linalg.LinAlgError):
+            with turn(), passing_over():
                 return dict(zip(names, self._densities[names](z), strict=True))
-        return dict(zip(names, self._densities_of(names, z), strict=True))
+        with torch.no_grad():
+            found: dict[str, Tensor] = self.map(partial(self._densities_at, names), z)
+        return found
 
     def _densities_of(self, names: Sequence[str], z: Tensor) -> tuple[Tensor, ...]:
-        def densities(row: Tensor) -> dict[str, Tensor]:
-            trace, _ = self._run(row, enumerate_sites=True)
-            found = {}
-            for name in names:
-                site = messages(trace)[name]
-                with self.writing(row):
-                    density = site["fn"].log_prob(site["value"])
-                mask = site["mask"]
-                found[name] = density if mask is None else torch.where(torch.as_tensor(mask), density, 0.0)
-            return found
-
         with torch.no_grad():
-            found: dict[str, Tensor] = self.map(densities, z)
+            found: dict[str, Tensor] = self.strictly(partial(self._densities_at, names), z)
         return tuple(found[name] for name in names)
+
+    def _densities_at(self, names: Sequence[str], row: Tensor) -> dict[str, Tensor]:
+        trace, _ = self._run(row, enumerate_sites=True)
+        found = {}
+        for name in names:
+            site = messages(trace)[name]
+            with self.writing(row), defined(lambda name=name: f"at site {name!r}"):
+                density = site["fn"].log_prob(site["value"])
+            mask = site["mask"]
+            found[name] = density if mask is None else torch.where(torch.as_tensor(mask), density, 0.0)
+        return found
 
     def predictive(self, z: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
         """Draw the observed sites anew at each row of ``z``: ``{name: (S, *shape)}``; one seed, one answer."""
@@ -135,7 +139,7 @@ class SiteValues(Runs):
         names = (*self.names, *self.structure.deterministic, *self.structure.observed)
 
         def draw(row: Tensor) -> dict[str, Tensor]:
-            with apart(), self.writing(row):
+            with apart(), self.writing(row), defined(lambda: "in the model"):
                 trace = poutine.trace(Resample()(self.model)).get_trace(*self.args, **self.kwargs)
             return {name: messages(trace)[name]["value"] for name in names}
 
@@ -149,7 +153,11 @@ class SiteValues(Runs):
         """Name the sites whose log density is not finite at one point ``z`` (D,)."""
         bad = []
         with torch.no_grad(), quiet():
-            trace, ladj = self._run(z, enumerate_sites=True)
+            try:
+                self.single(z)
+                trace, ladj = self._run(z, enumerate_sites=True)
+            except Undefined as error:
+                return str(error)
             for site in messages(trace).values():
                 if site["type"] == "sample" and site["mask"] is not False:
                     density = torch.as_tensor(site["fn"].log_prob(site["value"]))

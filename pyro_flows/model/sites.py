@@ -106,7 +106,10 @@ def _by_event(ladj: Tensor, batch: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Structure:
-    """The static structure of a model: what never changes from run to run."""
+    """The static structure of a model: what never changes from run to run.
+
+    ``trace`` is that of the first run, and ``drawn`` are the latent sites at a draw of the prior, if there is one.
+    """
 
     latents: tuple[Latent, ...]
     observed: dict[str, Tensor]
@@ -120,6 +123,24 @@ class Structure:
     dtype: torch.dtype
     device: torch.device
     trace: poutine.Trace = field(repr=False)
+    drawn: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    def points(self, size: float) -> Tensor:
+        """Return two points (2, D) at which to try the model, on either side of the values of its first run.
+
+        They are so much of the way from there to a draw of the prior, and as far the other way; unit steps, if there is
+        no draw.
+        """
+        start = self._flat(messages(self.trace))
+        start = torch.where(torch.isfinite(start), start, 0.0)
+        step = torch.ones_like(start) if self.drawn is None else self._flat(self.drawn) - start
+        step = size * torch.where(torch.isfinite(step), step, 1.0)
+        return torch.stack([start + step, start - step])
+
+    def _flat(self, nodes: Mapping[str, Any]) -> Tensor:
+        """Return the coordinates (D,) of the latents among the sites of a run."""
+        parts = [latent.flatten(nodes[latent.name]["value"], nodes[latent.name]["fn"]) for latent in self.latents]
+        return torch.cat([part.to(self.device, self.dtype) for part in parts]).detach()
 
     @property
     def dim(self) -> int:
@@ -220,6 +241,14 @@ def is_deterministic(site: Any) -> bool:
 def is_enumerated(site: Any) -> bool:
     """Whether a latent site is discrete and marked for parallel enumeration."""
     return site["infer"].get("enumerate") == "parallel" and site["fn"].has_enumerate_support
+
+
+def comes_and_goes(name: str) -> ValueError:
+    """Return the error for a latent that is there for some values of the others only."""
+    return ValueError(
+        f"site {name!r}: a latent that is there for some values of the others only. A flow needs one and the "
+        "same set of latents everywhere; write the choice as a mixture."
+    )
 
 
 def innermost(fn: Any) -> type:

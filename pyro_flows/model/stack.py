@@ -25,7 +25,8 @@ from pyro_flows.model.log_density import LogDensity
 
 KINDS_KEPT = 16
 RECORDED_FROM = 2  # the call with one number of points from which on it is recorded
-COMPARED = 4  # points of a data set at which the stack is compared with the model itself
+SIZES_COMPARED = 0.5, 0.2  # of the points of a data set at which the stack is compared with the model itself
+COMPARED = 2 * len(SIZES_COMPARED)  # such points
 DIFFERENTIATED = 8  # data sets at which gradients are compared too
 CHUNK = 2**21  # numbers that a call handles at once, about: more fill the memory and save nothing
 
@@ -162,8 +163,7 @@ class Stack:
 
     def _check(self) -> None:
         """Compare with the model itself at a few points: gradients at some data sets, a value at each other one."""
-        spread = torch.linspace(-0.5, 0.5, COMPARED * self.dim, dtype=self.dtype, device=self.device)
-        points = spread.reshape(COMPARED, self.dim)
+        points = torch.cat([self.structure.points(size) for size in SIZES_COMPARED])
         try:
             for _ in range(RECORDED_FROM):
                 value, grad = self.value_and_grad(points.repeat(len(self), 1))

@@ -21,6 +21,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import BUILDERS
 from pyro_flows.flows.recipe import with_affine as _append_affine
 from pyro_flows.flows.recipe_json import not_rebuilt
+from pyro_flows.model.faults import where_it_runs
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
 from pyro_flows.model.supports import WRAPPERS, is_narrower, signature, support_of
@@ -150,9 +151,11 @@ def _parts(density: LogDensity, name: str) -> tuple[Part, ...]:
 
 def _moves(density: LogDensity, name: str) -> bool:
     """Whether the support of a site differs between two points."""
-    points = torch.linspace(-0.5, 0.5, 2 * density.dim, dtype=density.dtype, device=density.device).reshape(2, -1)
     with torch.no_grad():
-        first, second = (signature(messages(density.trace_at(point))[name]["fn"]) for point in points)
+        found = where_it_runs(density.trace_at, density.structure.points, 2)
+    if len(found) < 2:
+        return True
+    first, second = (signature(messages(trace)[name]["fn"]) for trace in found)
     return len(first) != len(second) or any(
         not torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(first, second, strict=True)
     )

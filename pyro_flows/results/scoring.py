@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_flows._seeding import seeded
+from pyro_flows.model.faults import Undefined
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.deciding import CHECKED, POOL, Draw
 
@@ -58,8 +60,8 @@ def seconds_to_judge(density: LogDensity, draws: int) -> float:
     """Time a few evaluations, and return about how many seconds judging that many draws takes at most."""
     rows = 64 if density.batched else 1
     began = time.monotonic()
-    with torch.no_grad():
-        density.map(density.single, torch.zeros(rows, density.dim, dtype=density.dtype, device=density.device))
+    with torch.no_grad(), suppress(Undefined):  # which takes no less time
+        density.map(density.single, density.structure.points(0.0)[:1].expand(rows, -1))
     return (time.monotonic() - began) / rows * (POOL * draws + draws) + 0.1
 
 

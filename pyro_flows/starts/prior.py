@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows._seeding import seeded
 from pyro_flows.model.batching import apart, where_possible
-from pyro_flows.model.bijections import bijection, real_shape
+from pyro_flows.model.faults import defined, place_of
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.start import FromPrior
 
 SEARCHES = 8
 TRIED_VALUES, FARTHER, PASSES = 40, 4.0, 3
@@ -62,31 +61,13 @@ def spread_of(draws: Tensor) -> Tensor:
     return torch.where((spread > 0) & torch.isfinite(spread), spread, 1.0)
 
 
-class _FromPrior(Messenger):
-    """Draw latents from their priors, improper ones from a standard normal in unconstrained coordinates."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is not None or site_is_subsample(msg) or msg["infer"].get("enumerate") == "parallel":
-            return
-        fn = msg["fn"]
-        try:
-            msg["value"] = fn.sample()
-        except NotImplementedError:
-            transform = bijection(fn)
-            shape = real_shape(transform, fn.shape())
-            msg["value"] = transform(torch.randn(shape, dtype=self.like.dtype, device=self.like.device))
-
-    def __init__(self, like: Tensor) -> None:
-        super().__init__()
-        self.like = like
-
-
 def prior_draws(density: LogDensity, draws: int, *, seed: int) -> Tensor:
-    """Draw (draws, D) unconstrained coordinates from the prior; rows that are not finite are set to zero."""
+    """Draw (draws, D) unconstrained coordinates from the prior; others stand where they are not finite."""
     like = torch.zeros(1, dtype=density.dtype, device=density.device)
 
     def draw(row: Tensor) -> dict[str, Tensor]:
-        with apart(), density.writing(row), _FromPrior(like):
+        handler = FromPrior(like)
+        with apart(), density.writing(row), handler, defined(lambda: place_of(handler.last, ())):
             trace = poutine.trace(density.model).get_trace(*density.args, **density.kwargs)
         sites: dict[str, Any] = trace.nodes
         return {name: sites[name]["value"] for name in density.names}
@@ -96,4 +77,6 @@ def prior_draws(density: LogDensity, draws: int, *, seed: int) -> Tensor:
 
     with torch.no_grad(), seeded(seed, density.device):
         (z,) = where_possible(unconstrained, like.expand(draws, 1), (density.dim,))
-    return torch.where(torch.isfinite(z).all(-1, keepdim=True), z, 0.0)
+    finite = torch.isfinite(z).all(-1)
+    good = z[finite] if bool(finite.any()) else density.structure.points(0.0)[:1]
+    return z.index_copy(0, (~finite).nonzero()[:, 0], good[torch.arange(int((~finite).sum())) % len(good)])

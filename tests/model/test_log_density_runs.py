@@ -136,7 +136,7 @@ def test_recorded_constants_are_found_out():
     def model(y):
         state["runs"] += 1
         x = pyro.sample("x", dist.Normal(real(0.0), 1.0))
-        pyro.factor("drift", 0.0 * x if state["runs"] < 8 else state["runs"] * x)
+        pyro.factor("drift", 0.0 * x if state["runs"] < 9 else state["runs"] * x)
 
     density = pf.LogDensity(model, (Y,))
     assert density.batched

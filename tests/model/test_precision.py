@@ -87,12 +87,12 @@ def test_single_precision_stays_where_data_are_in_single():
     assert {value.dtype for value in density.constrain(torch.zeros(2, density.dim)).values()} == {torch.float32}
 
 
-def test_an_error_that_is_not_about_precisions_is_the_models_own():
+def test_an_error_that_is_not_about_precisions_names_the_site():
     def model(y):
         pyro.sample("a", dist.Normal(0.0, 1.0))
         raise RuntimeError("a file is missing")
 
-    with pytest.raises(RuntimeError, match="a file is missing"):
+    with pytest.raises(ValueError, match="after site 'a': RuntimeError: a file is missing"):
         pf.LogDensity(model, (Y,))
     assert torch.get_default_dtype() == torch.float32
 

@@ -1,0 +1,141 @@
+"""Points at which a model raises an error: its log density is -inf there, and a note says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from pyro_flows._fallbacks import first_line
+
+Result = TypeVar("Result")
+
+OF_POINTS = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError)  # that values of latents cause
+OF_CODE = (NotImplementedError, RecursionError, torch.OutOfMemoryError)  # that are RuntimeErrors too
+
+
+class Undefined(torch.linalg.LinAlgError):
+    """The model raised an error at a point. It is handled as torch's own error of a matrix without a factor is."""
+
+
+def is_about_dtypes(error: BaseException) -> bool:
+    """Whether an operation took no numbers of two precisions."""
+    return isinstance(error, RuntimeError) and ("dtype" in str(error) or "scalar type" in str(error))
+
+
+def is_of_a_point(error: BaseException) -> bool:
+    """Whether the values of latents may be what an error comes from; a misspelt name, say, is no such error.
+
+    Inside of ``vmap`` a RuntimeError says as a rule that the model cannot be batched, unless it is about a matrix.
+    """
+    if isinstance(error, OF_CODE) or not isinstance(error, OF_POINTS) or is_about_dtypes(error):
+        return False
+    batched = _functorch.peek_interpreter_stack() is not None
+    return isinstance(error, torch.linalg.LinAlgError) or not (batched and isinstance(error, RuntimeError))
+
+
+@contextmanager
+def defined(place: Callable[[], str]) -> Iterator[None]:
+    """Raise :class:`Undefined` for errors of a point inside; ``place`` says where in the model it is."""
+    try:
+        yield
+    except Undefined:
+        raise
+    except Exception as error:  # a model's own code may raise anything
+        if not is_of_a_point(error):
+            raise
+        raise Undefined(f"{place()}: {first_line(error)}") from error
+
+
+@contextmanager
+def passing_over() -> Iterator[None]:
+    """Leave what is inside where an error of a point is raised: the points are looked at one by one after it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_a_point(error):
+            raise
+
+
+def place_of(last: str | None, order: Sequence[str]) -> str:
+    """Say where a model was that had come to the site ``last``; ``order`` are the sites of a run without an error."""
+    following = order[order.index(last) + 1 :] if last in order else order if last is None else ()
+    return f"before site {following[0]!r}" if following else "in the model" if last is None else f"after site {last!r}"
+
+
+def site_of(nodes: dict[str, Any]) -> str:
+    """Say at which site of a run the log density raises an error."""
+    for name, site in nodes.items():
+        if site["type"] == "sample":
+            try:
+                site["fn"].log_prob(site["value"])
+            except Exception:  # a distribution's own code may raise anything
+                return f"at site {name!r}"
+    return "in the log density"
+
+
+LOOKS = 3  # at points where a recorded graph gives NaN
+SIZES = 0.5, 0.1, 0.01, 0.001  # of the way from the first run to a draw of the prior, where a model is tried
+
+
+def where_it_runs(
+    run: Callable[[Tensor], Result],
+    points: Callable[[float], Tensor],
+    count: int = 1,
+    *,
+    good: Callable[[Result], bool] = lambda found: True,
+    note: Callable[[Exception], object] = lambda error: None,
+) -> list[Result]:
+    """Return what ``run`` returns at so many points, or fewer, where it raises no error: ``good`` results, if any.
+
+    ``points`` of a size are two, see :meth:`~pyro_flows.model.sites.Structure.points`; ``note`` is told of errors.
+    """
+    found, others = list[Result](), list[Result]()
+    for point in (point for size in SIZES for point in points(size)):
+        try:
+            result = run(point)
+        except Exception as error:  # a model's own code may raise anything
+            if not is_of_a_point(error):
+                raise
+            note(error)
+            continue
+        (found if good(result) else others).append(result)
+        if len(found) == count:
+            break
+    return [*found, *others][:count]
+
+
+class Faults:
+    """Counts the points at which a log density was not defined.
+
+    Attributes:
+        points: that were looked at.
+        undefined: points among them.
+        said: the first error of the model, and where it was raised; None as long as there was none.
+        looks: how often it is still to be found out whether the model raises an error where a graph gives NaN.
+    """
+
+    def __init__(self) -> None:
+        self.points = self.undefined = 0
+        self.looks = LOOKS
+        self.said: str | None = None
+
+    def add(self, points: int, undefined: int, error: BaseException | None = None) -> None:
+        """Add so many points, and the error that the model raised at one of them."""
+        self.points += points
+        self.undefined += undefined
+        if self.said is None and error is not None:
+            self.said, self.looks = str(error) if isinstance(error, Undefined) else first_line(error), 0
+
+    def notes(self) -> tuple[str, ...]:
+        """Return the sentence for a verdict, if the model raised an error."""
+        if self.said is None:
+            return ()
+        return (
+            f"the model raised an error at {self.undefined} of {self.points} points, {self.said}; "
+            "these count as log density -inf",
+        )
