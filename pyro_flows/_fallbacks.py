@@ -56,4 +56,4 @@ def fallback(what: str, error: BaseException | None = None) -> str:
 def first_line(error: BaseException) -> str:
     """Return the type of an error and the first line of what it says."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no message'}"
+    return f"{type(error).__name__.lstrip('_')}: {lines[0].rstrip('.:') if lines else 'no message'}"

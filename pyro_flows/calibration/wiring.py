@@ -14,11 +14,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from pyro_flows._seeding import seeded
 from pyro_flows.calibration.cases import Case
 from pyro_flows.model.batching import apart, quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import messages
+from pyro_flows.model.start import at_some_draw
 
 HOW = "Say which argument holds it: data={'site': 'argument'}"
 
@@ -173,8 +173,8 @@ def filled(model: Callable[..., Any], case: Case, data: Mapping[str, Any] | None
     empty = [name for name, value in bound.arguments.items() if value is None]
     if not empty:
         return case
-    with seeded(0), apart(), torch.no_grad():
-        drawn = messages(poutine.trace(model).get_trace(*case.args, **case.kwargs))
+    with apart(), torch.no_grad():
+        drawn = messages(at_some_draw(lambda: poutine.trace(model).get_trace(*case.args, **case.kwargs)))
     sites = {
         name: site["value"] for name, site in drawn.items() if site["type"] == "sample" and not site["is_observed"]
     }
@@ -193,8 +193,8 @@ def _observes(model: Callable[..., Any], bound: inspect.BoundArguments, name: st
     tried = inspect.BoundArguments(bound.signature, type(bound.arguments)(bound.arguments))
     tried.arguments[name] = value
     try:
-        with seeded(0), apart(), quiet(), torch.no_grad():
-            found = messages(poutine.trace(model).get_trace(*tried.args, **tried.kwargs))
+        with apart(), quiet(), torch.no_grad():
+            found = messages(at_some_draw(lambda: poutine.trace(model).get_trace(*tried.args, **tried.kwargs)))
     except Exception:  # a model's own code may raise anything at data that do not fit
         return False
     return site in found and found[site]["is_observed"] and found[site]["value"] is value
@@ -226,10 +226,11 @@ def check_wiring(density: LogDensity, wiring: Wiring, values: Mapping[str, Tenso
     latents = {name: values[name] for name in density.names}
     observed = {name: values[name] for name in density.structure.observed}
     with apart(), quiet(), torch.no_grad():
-        with seeded(0), _Given({**latents, **observed}):
-            before = messages(poutine.trace(density.model).get_trace(*density.args, **density.kwargs))
-        with seeded(0), _Given(latents):
-            after = messages(poutine.trace(density.model).get_trace(*case.args, **case.kwargs))
+        with _Given({**latents, **observed}):
+            run = poutine.trace(density.model).get_trace
+            before = messages(at_some_draw(lambda: run(*density.args, **density.kwargs)))
+        with _Given(latents):
+            after = messages(at_some_draw(lambda: run(*case.args, **case.kwargs)))
         for name, value in observed.items():
             seen = after[name]["value"]
             kept = seen.isnan() if seen.is_floating_point() else torch.zeros_like(seen, dtype=torch.bool)

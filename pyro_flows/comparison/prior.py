@@ -16,7 +16,8 @@ from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import alone
-from pyro_flows.model.batching import apart, over_rows, quiet, usable
+from pyro_flows.model.batching import apart, filled_up, over_rows, possible_pieces, quiet, redrawn, usable
+from pyro_flows.model.faults import Faults, defined
 from pyro_flows.model.handlers import Resample
 from pyro_flows.model.sites import is_data, is_deterministic, messages
 
@@ -64,15 +65,20 @@ def prior_predictive(
     seen = _Last()
 
     def one(_: Tensor) -> dict[str, Tensor]:
-        with apart(), seen:
+        with apart(), seen, defined(lambda: f"after site {seen.name!r}"):
             trace = poutine.trace(Resample()(model)).get_trace(*args, **kwargs)
         return {name: site["value"] for name, site in messages(trace).items() if _is_drawn(site)}
 
+    def many(count: int) -> dict[str, Tensor]:
+        rows = partial(over_rows, one, randomness="different", otherwise=partial(fallback, "drawn one by one"))
+        found = possible_pieces(rows, torch.zeros(count), alone=partial(rows, batched=False), note=faults.add)
+        drawn: dict[str, Tensor] = filled_up(list(found), faults)
+        return drawn
+
+    faults = Faults()
     with alone(), quiet(), torch.no_grad(), seeded(derive(seed, "prior")):
         try:
-            rows, otherwise = torch.zeros(draws), partial(fallback, "drawn one by one")
-            drawn: dict[str, Tensor] = over_rows(one, rows, randomness="different", otherwise=otherwise)
-            return drawn
+            return redrawn(many, draws)
         except NotImplementedError:
             raise ValueError(f"site {seen.name!r}: its prior, {seen.kind}, cannot be drawn from.") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ from pyro_flows._turns import turn
 from pyro_flows.model.faults import Faults, Undefined, is_of_a_point
 
 Result = TypeVar("Result")
+
+REDRAWS = 10  # of draws at which a model raises an error
 
 
 def usable(value: Any) -> Any:
@@ -160,15 +162,17 @@ def possible_pieces(
     *,
     alone: Callable[[Any], Any] | None = None,
     halves: bool = True,
+    instead: Callable[[Any], Any] = lambda row: None,
     note: Note = lambda points, undefined, error: None,
 ) -> Iterator[tuple[int, Any]]:
-    """Yield pieces of rows: how many, and the function of them; None for one where the model raises an error.
+    """Yield pieces of rows: how many, and the function of them; what is ``instead`` of it where an error is raised.
 
     Args:
         function: of rows, a tensor or a dict of tensors.
         rows: tensors with as many rows each.
         alone: the same function for one row, without ``vmap``, which has errors of its own.
         halves: whether the function is tried at all rows, and at halves of them where it fails; else at each row.
+        instead: what is taken for one row where the model raises an error; None by default.
         note: called with the number of points of each piece, how many are undefined, and the error.
     """
     count, alone = len(tree_leaves(rows)[0]), function if alone is None else alone
@@ -184,14 +188,14 @@ def possible_pieces(
             return
     if count > 1:
         for part in pieces(rows, (count + 1) // 2 if halves else 1, lambda: None):
-            yield from possible_pieces(function, part, alone=alone, halves=halves, note=note)
+            yield from possible_pieces(function, part, alone=alone, halves=halves, instead=instead, note=note)
         return
-    failed = None
     try:
         found = alone(rows)
+        note(1, 0, None)
     except torch.linalg.LinAlgError as error:
-        found, failed = None, error
-    note(1, int(found is None), failed)
+        note(1, 1, error)
+        found = instead(rows)
     yield 1, found
 
 
@@ -210,6 +214,23 @@ def filled_up(found: list[tuple[int, Any]], faults: Faults) -> Any:
     nowhere = [torch.full_like(leaf[:1], torch.nan if leaf.is_floating_point() else 0) for leaf in leaves]
     rows = [nowhere if part is None else tree_flatten(part)[0] for _, part in found]
     return tree_unflatten([torch.cat(parts) for parts in zip(*rows, strict=True)], form)
+
+
+def redrawn(draw: Callable[[int], dict[str, Tensor]], draws: int) -> dict[str, Tensor]:
+    """Return so many draws, each without NaN: those where the model raised an error are drawn again, a few times.
+
+    Where all of them have NaN, it belongs to them.
+    """
+    found = draw(draws)
+    for _ in range(REDRAWS):
+        floats = [value for value in found.values() if value.is_floating_point()]
+        bad = torch.stack([value.reshape(draws, -1).isnan().any(1) for value in floats]).any(0) if floats else None
+        if bad is None or not bool(bad.any()) or bool(bad.all()):
+            break
+        with suppress(torch.linalg.LinAlgError):
+            more = draw(int(bad.sum()))
+            found = {name: value.index_copy(0, bad.nonzero()[:, 0], more[name]) for name, value in found.items()}
+    return found
 
 
 def nearer(run: Callable[[float], Result]) -> Result:

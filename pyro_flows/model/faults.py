@@ -24,7 +24,9 @@ class Undefined(torch.linalg.LinAlgError):
 
 def is_about_dtypes(error: BaseException) -> bool:
     """Whether an operation took no numbers of two precisions."""
-    return isinstance(error, RuntimeError) and ("dtype" in str(error) or "scalar type" in str(error))
+    if not isinstance(error, RuntimeError) or isinstance(error, torch.linalg.LinAlgError):
+        return False
+    return "dtype" in str(error) or "scalar type" in str(error)
 
 
 def is_of_a_point(error: BaseException) -> bool:

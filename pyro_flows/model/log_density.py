@@ -16,7 +16,7 @@ from pyro_flows._clock import Clock
 from pyro_flows._turns import turn
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.batching import quiet, where_possible
-from pyro_flows.model.faults import Undefined, passing_over
+from pyro_flows.model.faults import Faults, Undefined, passing_over
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.runs import Runs
 from pyro_flows.model.site_values import SiteValues
@@ -101,7 +101,7 @@ class LogDensity(SiteValues):
             ValueError: as for a new log density.
         """
         other = copy.copy(self)
-        other.args, other.kwargs = tuple(args), dict(kwargs)
+        other.args, other.kwargs, other.faults = tuple(args), dict(kwargs), Faults()
         other._settle(other._read(self.model).noncenter(self.structure.noncentered), self)
         return other
 

@@ -51,6 +51,7 @@ class Runs:
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
         self.args, self.kwargs = tuple(args), dict(kwargs or {})
         structure = self._read(model).noncenter(noncentered)
+        self.faults = Faults()
         self._digits: bool | None = None  # whether those of single precision are lost, as far as is known
         self._settle(structure)
 
@@ -76,8 +77,7 @@ class Runs:
         self.dim, self.dtype, self.device = self.structure.dim, self.structure.dtype, self.structure.device
         self.names = tuple(latent.name for latent in self.structure.latents)
         self.clock = unbounded()  # looked at as runs go on
-        self.faults = Faults()
-        self._order = tuple(name for name, site in messages(structure.trace).items() if site["type"] == "sample")
+        self.order = tuple(name for name, site in messages(structure.trace).items() if site["type"] == "sample")
         self.batched = True
         self._unbatched: str | None = None
         self._writes: Places | None = None  # in tensors that the model makes
@@ -112,7 +112,7 @@ class Runs:
         if resample:
             model = Resample()(model)
         place = Place(self.structure.latents if latents is None else latents, z, self._guards)
-        with apart(), place, self.writing(z), defined(lambda: place_of(place.last, self._order)):
+        with apart(), place, self.writing(z), defined(lambda: place_of(place.last, self.order)):
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         self._check_sites(trace, place)
         return trace, sum((placed.ladj.sum() for placed in place.placed.values()), z.new_zeros(()))
@@ -263,16 +263,25 @@ class Runs:
 
     # batches ------------------------------------------------------------------------------------------------------
 
-    def map(self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "same") -> Any:
+    def map(
+        self,
+        function: Callable[[Any], Any],
+        z: Any,
+        *,
+        randomness: str = "same",
+        instead: Callable[[Any], Any] = lambda row: None,
+    ) -> Any:
         """Apply a function of one point to all rows of ``z``, in chunks; results (dicts of tensors) are stacked.
 
-        They are NaN (0 for whole numbers) at points where the model raises an error.
+        At points where the model raises an error they are what ``instead`` returns for a row (1, D), or else NaN (0 for
+        whole numbers).
 
         Raises:
-            Undefined: if it raises one at all of them.
+            Undefined: if it raises one at all points, and nothing is given instead.
         """
         rows = partial(self.strictly, function, randomness=randomness)
-        found = possible_pieces(rows, z, alone=partial(rows, batched=False), halves=self.batched, note=self.faults.add)
+        alone, add = partial(rows, batched=False), self.faults.add
+        found = possible_pieces(rows, z, alone=alone, halves=self.batched, instead=instead, note=add)
         return filled_up(list(found), self.faults)
 
     def strictly(

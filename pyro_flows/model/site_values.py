@@ -14,7 +14,7 @@ from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import turn
 from pyro_flows.graphs.batches import Recorder
-from pyro_flows.model.batching import apart, quiet
+from pyro_flows.model.batching import apart, quiet, redrawn
 from pyro_flows.model.faults import Undefined, defined, passing_over
 from pyro_flows.model.handlers import Resample, flatten_all
 from pyro_flows.model.observations import not_finite
@@ -44,8 +44,14 @@ class SiteValues(Runs):
             trace, _ = self._run(row, enumerate_sites=True)
             return {name: messages(trace)[name]["value"] for name in (*self.names, *deterministic)}
 
+        def instead(rows: Tensor) -> dict[str, Tensor]:
+            known = {} if self.structure.dependent or self._parameters else self.placed(rows[0])
+            sites = {name: messages(self.structure.trace)[name]["value"] for name in (*self.names, *deterministic)}
+            found = {name: known[name].value if name in known else undefined(value) for name, value in sites.items()}
+            return {name: value[None] for name, value in found.items()}
+
         with torch.no_grad():
-            return self.map(values, z)
+            return self.map(values, z, instead=instead)
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return ``z`` (S, D) for constrained latents ``{name: (S, *shape)}``: the inverse of :meth:`constrain`.
@@ -100,7 +106,9 @@ class SiteValues(Runs):
             with turn(), passing_over():
                 return dict(zip(names, self._densities[names](z), strict=True))
         with torch.no_grad():
-            found: dict[str, Tensor] = self.map(partial(self._densities_at, names), z)
+            found: dict[str, Tensor] = self.map(
+                partial(self._densities_at, names), z, instead=partial(self._no_densities, names)
+            )
         return found
 
     def _densities_of(self, names: Sequence[str], z: Tensor) -> tuple[Tensor, ...]:
@@ -119,6 +127,12 @@ class SiteValues(Runs):
             found[name] = density if mask is None else torch.where(torch.as_tensor(mask), density, 0.0)
         return found
 
+    def _no_densities(self, names: Sequence[str], rows: Tensor) -> dict[str, Tensor]:
+        """Return the log densities (1, ...) of sites at a point where the model raises an error."""
+        sites = {name: messages(self.structure.trace)[name] for name in names}
+        with quiet():
+            return {name: undefined(site["fn"].log_prob(site["value"]))[None] for name, site in sites.items()}
+
     def predictive(self, z: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
         """Draw the observed sites anew at each row of ``z``: ``{name: (S, *shape)}``; one seed, one answer."""
         z = self._check(z)
@@ -127,13 +141,16 @@ class SiteValues(Runs):
             trace, _ = self._run(row, enumerate_sites=False, resample=True)
             return {name: messages(trace)[name]["value"] for name in self.structure.observed}
 
+        def instead(rows: Tensor) -> dict[str, Tensor]:
+            return {name: undefined(value)[None] for name, value in self.structure.observed.items()}
+
         with torch.no_grad(), seeded(derive(seed, "posterior predictive"), self.device):
-            return self.map(draw, z, randomness="different")
+            return self.map(draw, z, randomness="different", instead=instead)
 
     def prior(self, draws: int, *, seed: int = 0) -> dict[str, Tensor] | None:
         """Draw all sites from the prior, observed ones too: ``{name: (draws, *shape)}``; None if there are none.
 
-        There are none with improper priors, and where a factorization fails on the way.
+        There are none with improper priors. Draws at which the model raises an error are drawn anew, a few times.
         """
         _checks.integer("draws", draws, 1)
         names = (*self.names, *self.structure.deterministic, *self.structure.observed)
@@ -145,7 +162,10 @@ class SiteValues(Runs):
 
         with torch.no_grad(), seeded(derive(seed, "prior"), self.device):
             try:
-                return self.map(draw, torch.zeros(draws, 1, device=self.device), randomness="different")
+                return redrawn(
+                    lambda count: self.map(draw, torch.zeros(count, 1, device=self.device), randomness="different"),
+                    draws,
+                )
             except (NotImplementedError, torch.linalg.LinAlgError):
                 return None
 
@@ -164,3 +184,8 @@ class SiteValues(Runs):
                     if not torch.isfinite(density).all():
                         bad.append(not_finite(site, density))
         return "; ".join(bad) or f"log Jacobian {float(ladj)}"
+
+
+def undefined(like: Tensor) -> Tensor:
+    """Return NaN of the shape of a tensor, or 0 for whole numbers."""
+    return torch.full_like(like, torch.nan if like.is_floating_point() else 0)

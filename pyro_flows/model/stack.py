@@ -19,8 +19,9 @@ from pyro_flows.graphs.graph import is_pure
 from pyro_flows.graphs.record import record
 from pyro_flows.graphs.rounding import agree
 from pyro_flows.graphs.runner import Runner
-from pyro_flows.model.batching import batch, quiet
-from pyro_flows.model.gradients import batch_and_grads, batch_hessians, values_and_grads
+from pyro_flows.model.batching import batch, quiet, where_possible
+from pyro_flows.model.faults import passing_over
+from pyro_flows.model.gradients import batch_and_grads, batch_hessians, hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
 
 KINDS_KEPT = 16
@@ -145,8 +146,24 @@ class Stack:
         self.clock.look()
         groups = z.reshape(len(self), -1, self.dim)
         rows = max(1, CHUNK // (len(self) * self.numbers))
-        found = [self._piece(name, function, part.contiguous()) for part in groups.split(rows, 1)]
+        found = [self._possible(name, function, part.contiguous()) for part in groups.split(rows, 1)]
         return [torch.cat(parts, 1).flatten(0, 1).to(z.dtype) for parts in zip(*found, strict=True)]
+
+    def _possible(self, name: str, function: Values, groups: Tensor) -> tuple[Tensor, ...]:
+        """Return a piece, by each density alone where the model raises an error at some of the points."""
+        with passing_over():
+            return self._piece(name, function, groups)
+        found = list[tuple[Tensor, ...]]()
+        for density, z in zip(self.densities, groups, strict=True):
+            if name == "values":
+                found.append((density(z),))
+            elif name == "gradients":
+                found.append(density.value_and_grad(z))
+            else:
+                with quiet():
+                    second = partial(hessians, density.single)
+                    found.append(where_possible(lambda part, second=second: (second(part),), z, (self.dim, self.dim)))
+        return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
 
     def _piece(self, name: str, function: Values, groups: Tensor) -> tuple[Tensor, ...]:
         kind = (name, groups.shape[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pyro import poutine
@@ -22,6 +22,8 @@ from pyro_flows.model.batching import apart, quiet
 from pyro_flows.model.bijections import bijection, real_shape
 from pyro_flows.model.faults import is_about_dtypes, is_of_a_point, place_of
 from pyro_flows.model.sites import innermost, is_enumerated, messages
+
+Result = TypeVar("Result")
 
 TRIES = 8  # draws of the prior at which a model is run, until it raises no error
 MEDIAN_DRAWS = 15
@@ -208,3 +210,23 @@ def prior_run(
                 if is_about_dtypes(error) or not is_of_a_point(error):
                     raise
     return None
+
+
+def at_some_draw(run: Callable[[], Result]) -> Result:
+    """Return what a run that draws latents returns, with another seed where the model raises an error.
+
+    Raises:
+        ValueError: if it raises one with each seed.
+    """
+    for number in range(TRIES):
+        try:
+            with seeded(number):
+                return run()
+        except Exception as error:  # a model's own code may raise anything
+            if not is_of_a_point(error):
+                raise
+            failed = error
+    raise ValueError(
+        f"model: expected it to run at one of {TRIES} draws of its prior, but it raised an error at each of them: "
+        f"{first_line(failed)}. Check its arguments and its priors."
+    ) from failed

@@ -53,7 +53,8 @@ def from_draws(
         if len(pool.log_p) < POOL * draws:
             failures = [*failures, f"time for {len(pool.log_p)} of {POOL * draws} draws to judge by"]
             draws = len(pool.log_p) // POOL
-        said: dict[str, Any] = {"failures": failures, "notes": notes, "contained": contained, "doubts": doubts}
+        said: dict[str, Any] = {"failures": failures, "contained": contained, "doubts": doubts}
+        said["notes"] = [*notes, *density.faults.notes()]
         said["warnings"] = [*warnings, *density.clock.reasons()]
         found, samples = _decided(density, draw, pool, names, draws=draws, seed=seed, **said)
     return Posterior(

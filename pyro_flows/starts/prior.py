@@ -67,7 +67,7 @@ def prior_draws(density: LogDensity, draws: int, *, seed: int) -> Tensor:
 
     def draw(row: Tensor) -> dict[str, Tensor]:
         handler = FromPrior(like)
-        with apart(), density.writing(row), handler, defined(lambda: place_of(handler.last, ())):
+        with apart(), density.writing(row), handler, defined(lambda: place_of(handler.last, density.order)):
             trace = poutine.trace(density.model).get_trace(*density.args, **density.kwargs)
         sites: dict[str, Any] = trace.nodes
         return {name: sites[name]["value"] for name in density.names}
