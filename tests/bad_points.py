@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from tests.models import normal
+from tests.registry import normal
 
 Y = 0.3 * normal(6, seed=71) + 1.5
 X = torch.linspace(0.0, 4.0, 6, dtype=torch.float64)

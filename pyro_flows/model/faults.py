@@ -81,7 +81,7 @@ def site_of(nodes: dict[str, Any]) -> str:
 
 
 LOOKS = 3  # at points where a recorded graph gives NaN
-SIZES = 0.5, 0.1, 0.01, 0.001  # of the way from the first run to a draw of the prior, where a model is tried
+SIZES = 1.0, 0.3, 0.03, 0.001  # of the way from the first run to a draw of the prior, where a model is tried
 
 
 def where_it_runs(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows import _checks
@@ -27,7 +26,7 @@ from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.handlers import Place, Resample, hold, place_all
 from pyro_flows.model.observations import check_values
 from pyro_flows.model.precision import read_in_one_precision
-from pyro_flows.model.sites import Latent, Noncentered, Placed, Structure, comes_and_goes, messages
+from pyro_flows.model.sites import Latent, Noncentered, Placed, Structure, check_latents, messages
 
 FAR, FAR_SITES = (-20.0, -10.0, 10.0, 20.0), 16  # where all coordinates of a site are put, to compare precisions
 LOST, LOST_SHARE = 1.0, 1e-4  # nats by which single precision may be off there, and as a share of the log density
@@ -114,7 +113,7 @@ class Runs:
         place = Place(self.structure.latents if latents is None else latents, z, self._guards)
         with apart(), place, self.writing(z), defined(lambda: place_of(place.last, self.order)):
             trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
-        self._check_sites(trace, place)
+        check_latents(trace, place.placed, self.structure)
         return trace, sum((placed.ladj.sum() for placed in place.placed.values()), z.new_zeros(()))
 
     def placed(self, z: Tensor) -> dict[str, Placed]:
@@ -135,18 +134,6 @@ class Runs:
         writes = nullcontext() if self._writes is None else Batchable(self._writes, z)
         with Factorizations() if self._factorizes else nullcontext(), writes:
             yield
-
-    def _check_sites(self, trace: poutine.Trace, place: Place) -> None:
-        """Refuse models whose latents come and go: a new one would be drawn at random, a lost one have no density."""
-        known = {*place.placed, *self.structure.observed, *self.structure.enumerated}
-        new = [
-            name
-            for name, site in messages(trace).items()
-            if site["type"] == "sample" and not site["is_observed"] and name not in known
-            if not site_is_subsample(site)
-        ]
-        for name in (*new, *(name for name in self.names if name not in place.placed)):
-            raise comes_and_goes(name)
 
     def single(self, z: Tensor, latents: Sequence[Latent] | None = None) -> Tensor:
         """Return the log density of one point (D,), or that in the coordinates of other ``latents``."""

@@ -251,6 +251,19 @@ def comes_and_goes(name: str) -> ValueError:
     )
 
 
+def check_latents(trace: poutine.Trace, placed: Mapping[str, Placed], structure: Structure) -> None:
+    """Refuse models whose latents come and go: a new one would be drawn at random, a lost one have no density."""
+    known = {*placed, *structure.observed, *structure.enumerated}
+    new = [
+        name
+        for name, site in messages(trace).items()
+        if site["type"] == "sample" and not site["is_observed"] and name not in known
+        if not site_is_subsample(site)
+    ]
+    for name in (*new, *(latent.name for latent in structure.latents if latent.name not in placed)):
+        raise comes_and_goes(name)
+
+
 def innermost(fn: Any) -> type:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
