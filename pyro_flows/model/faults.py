@@ -15,11 +15,17 @@ from pyro_flows._fallbacks import first_line
 Result = TypeVar("Result")
 
 OF_POINTS = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError)  # that values of latents cause
-OF_CODE = (NotImplementedError, RecursionError, torch.OutOfMemoryError)  # that are RuntimeErrors too
 
 
 class Undefined(torch.linalg.LinAlgError):
     """The model raised an error at a point. It is handled as torch's own error of a matrix without a factor is."""
+
+
+class Refused(ValueError):
+    """A model that cannot be fitted, which is found out at a point."""
+
+
+OF_CODE = (NotImplementedError, RecursionError, Refused, torch.OutOfMemoryError)  # that are among these, too
 
 
 def is_about_dtypes(error: BaseException) -> bool:

@@ -185,11 +185,7 @@ class Runs:
         self.in_double = self._digits
 
     def _tried(self, run: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
-        """Return what ``run`` returns at two points, stacked: where the log density is finite, if it is anywhere.
-
-        Raises:
-            ValueError: if the model raises an error at each point.
-        """
+        """Return what ``run`` returns at two points, stacked: where the log density is finite, if it is anywhere."""
         errors = list[Exception]()
         found = where_it_runs(
             run, self.structure.points, 2, good=lambda ran: bool(torch.isfinite(ran[1])), note=errors.append

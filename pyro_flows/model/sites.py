@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.charts import Chart, read_chart, write_chart
+from pyro_flows.model.faults import Refused
 from pyro_flows.model.noncentered import Information, exact, spread, standardize
 
 CHARTS = {"turn_about", "heavy_about", "heavy_scale", "wall_below", "wall_above"}
@@ -243,9 +244,9 @@ def is_enumerated(site: Any) -> bool:
     return site["infer"].get("enumerate") == "parallel" and site["fn"].has_enumerate_support
 
 
-def comes_and_goes(name: str) -> ValueError:
+def comes_and_goes(name: str) -> Refused:
     """Return the error for a latent that is there for some values of the others only."""
-    return ValueError(
+    return Refused(
         f"site {name!r}: a latent that is there for some values of the others only. A flow needs one and the "
         "same set of latents everywhere; write the choice as a mixture."
     )

@@ -155,9 +155,8 @@ def test_latents_that_come_and_go():
                 ValueError, match=f"site '{name}': a latent that is there for some values of the others"
             ):
                 evaluate(far)
-    middle = float(density.structure.points(1.0)[:, 0].mean())
     with pytest.raises(ValueError, match="a latent that is there for some values of the others only"):
-        pf.LogDensity(model, (middle + 1e-6,))
+        pf.LogDensity(model, (0.0,))
 
     def vanishing(y):
         x = pyro.sample("x", dist.Normal(real(0.0), 1.0))
