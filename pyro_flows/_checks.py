@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def options(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function of the user's, whose error for an unknown keyword lists the options and suggests one.
+
+    >>> @options
+    ... def run(*, draws=9):
+    ...     pass
+    >>> run(draw=1)
+    Traceback (most recent call last):
+    TypeError: run: no option 'draw'. Did you mean 'draws'? Options: draws.
+    """
+    found = inspect.signature(function).parameters
+    known = [name for name, one in found.items() if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    named = {*known, *(name for name, one in found.items() if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)}
+    data = " Data go by position, or in model_kwargs={...}." if "model_kwargs" in named else ""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in named:
+                near = difflib.get_close_matches(name, sorted(named), n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise TypeError(
+                    f"{function.__name__}: no option {name!r}.{hint} Options: {', '.join(known) or 'none'}.{data}"
+                )
+        return function(*args, **kwargs)
+
+    return call
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:

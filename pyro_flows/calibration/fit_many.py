@@ -29,6 +29,7 @@ from pyro_flows.verdict.deciding import CHECKED
 CHECKED_EACH = 5  # draws of each data set, at least: invalid arguments are a matter of the model
 
 
+@_checks.options
 def fit_many(
     model: Callable[..., Any],
     data: Sequence[Any],

@@ -34,6 +34,7 @@ FIT_DRAWS = 1000  # at least
 TASKS = 16  # of guides and samplers, between two writes of the checkpoint
 
 
+@_checks.options
 def sbc(
     model: Callable[..., Any],
     *args: Any,
@@ -128,8 +129,10 @@ def sbc(
     """
     options: dict[str, Any] = {"flow": flow, "layers": layers, "max_steps": max_steps}
     options |= {"escalate": escalate, "refine": refine, "draws": max(draws, FIT_DRAWS)}
-    asked = _asked(kind, simulations, draws, seed, steps, learning_rate, guide, sampler)
-    asked["log_density"] = bool(log_density)
+    asked = {
+        **_asked(kind, simulations, draws, seed, steps, learning_rate, guide, sampler),
+        "log_density": bool(log_density),
+    }
     check_jobs(jobs)
     bar = Bar("sbc", progress)
     case = Case(usable(args), usable(dict(model_kwargs or {})))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyro_flows import _arviz
+from pyro_flows import _arviz, _checks
 from pyro_flows.comparison.evidence import Evidence, evidence, improper_priors
 from pyro_flows.comparison.loo import Loo, loo
 from pyro_flows.results.arviz_groups import observed_group
@@ -121,6 +121,7 @@ class Comparison:
         return f"{self.table.round(3).to_html()}{notes}"
 
 
+@_checks.options
 def compare(posteriors: Mapping[str, Record], *, sites: str | Sequence[str] | None = None, seed: int = 0) -> Comparison:
     r"""Compare models of the same data: leave-one-out elpd, stacking weights, evidence, Bayes factors, verdicts.
 

@@ -22,6 +22,7 @@ from pyro_flows.model.handlers import Resample
 from pyro_flows.model.sites import is_data, is_deterministic, messages
 
 
+@_checks.options
 def prior_predictive(
     model: Callable[..., Any],
     *args: Any,

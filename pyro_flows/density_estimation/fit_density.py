@@ -16,6 +16,7 @@ from pyro_flows import _checks
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import alone
+from pyro_flows._warnings import outside
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import Ascent, rouse
 from pyro_flows.density_estimation.budget import MAX_STEPS, batch_size, choose
@@ -39,6 +40,7 @@ SKIPPED_SHARE = 0.05  # of the steps, above which users are warned
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.monotonic, "cpu": time.process_time}
 
 
+@_checks.options
 def fit_density(
     flow: Flow | str,
     data: Any,
@@ -226,7 +228,7 @@ def _warn_of_skipped(ascent: Ascent) -> None:
         warnings.warn(
             f"data: {skipped} of {steps} steps were skipped, since their gradient was not finite. The density of some "
             "points overflows: look for far ones; take network='robust', a logistic base, a smaller learning_rate.",
-            stacklevel=3,
+            stacklevel=outside(),
         )
 
 

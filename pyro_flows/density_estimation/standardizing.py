@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._warnings import outside
 from pyro_flows.density_estimation.points import Batch
 from pyro_flows.transforms.fixed import Preprocess
 
@@ -91,7 +92,7 @@ def _scales(y: Tensor, mean: Tensor) -> Tensor:
             f"data: coordinate {where[0]} is constant ({len(where)} of {len(constant)} are), so that its density has "
             "no upper bound. Drop it, or pass levels= if the values are quantized.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=outside(),
         )
         rest = variance[~constant]
         variance = torch.where(constant, rest.min() if len(rest) else torch.ones_like(variance), variance)

@@ -39,6 +39,7 @@ HIDDEN = "no search for missed modes was made, since auxiliary sites hide the gu
 THIN = "no search for missed modes was made, since a first sample had poor weights"
 
 
+@_checks.options
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -14,6 +14,7 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
+from pyro_flows._warnings import outside
 from pyro_flows.correction.rungs import last_rung, which
 from pyro_flows.fitting.combine import combine, make_runs
 from pyro_flows.fitting.combined import Combined
@@ -32,6 +33,7 @@ STEPS_GROW_FROM = 50  # dimensions
 MAX_LAYERS, MAX_RUNS, MAX_SEED = 1000, 100, 2**62
 
 
+@_checks.options
 def fit(
     model: Callable[..., Any],
     *args: Any,
@@ -165,7 +167,7 @@ def _closing(bar: Bar, clock: Clock, work: Callable[[], Posterior]) -> Posterior
         raise
     bar.close(f"{len(posterior.losses)} steps, ELBO {posterior.elbo:.2f}, {posterior.verdict.status}")
     if clock.interrupted is not None:
-        warnings.warn(f"fit: {clock.reasons()[0]}. The posterior is what it had come to by then.", stacklevel=3)
+        warnings.warn(f"fit: {clock.reasons()[0]}. The posterior is what it had come to by then.", stacklevel=outside())
     return posterior
 
 

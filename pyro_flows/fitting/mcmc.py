@@ -25,6 +25,7 @@ NO_GUIDE = "the draws are Markov chains, no guide was fitted"
 OF_GUIDE = ("k_hat", "ess", "elbo", "log_evidence")
 
 
+@_checks.options
 def from_mcmc(
     mcmc: Any, model: Callable[..., Any], *args: Any, model_kwargs: Mapping[str, Any] | None = None, seed: int = 0
 ) -> Posterior:

@@ -67,7 +67,7 @@ def check_values(structure: Structure, run: Run, model: Callable[[], Any]) -> fr
         with torch.no_grad(), pyro.validation_enabled(False):
             first, *others = [messages(trace) for trace in where_it_runs(run, structure.points, 2)] or [{}]
         for name in asked:
-            site = first.get(name)
+            site: Any = first.get(name)
             if not others or _moves(site, others[0][name]) or _varies(site, structure):
                 guards.add(name)
             else:

@@ -121,7 +121,7 @@ class SiteValues(Runs):
         found = {}
         for name in names:
             site = messages(trace)[name]
-            with self.writing(row), defined(lambda name=name: f"at site {name!r}"):
+            with self.writing(row), defined(partial(str, f"at site {name!r}")):
                 density = site["fn"].log_prob(site["value"])
             mask = site["mask"]
             found[name] = density if mask is None else torch.where(torch.as_tensor(mask), density, 0.0)

@@ -20,7 +20,7 @@ from pyro_flows.graphs.record import record
 from pyro_flows.graphs.rounding import agree
 from pyro_flows.graphs.runner import Runner
 from pyro_flows.model.batching import batch, quiet, where_possible
-from pyro_flows.model.faults import passing_over
+from pyro_flows.model.faults import is_of_a_point
 from pyro_flows.model.gradients import batch_and_grads, batch_hessians, hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
 
@@ -151,8 +151,11 @@ class Stack:
 
     def _possible(self, name: str, function: Values, groups: Tensor) -> tuple[Tensor, ...]:
         """Return a piece, by each density alone where the model raises an error at some of the points."""
-        with passing_over():
+        try:
             return self._piece(name, function, groups)
+        except RuntimeError as error:
+            if not is_of_a_point(error):
+                raise
         found = list[tuple[Tensor, ...]]()
         for density, z in zip(self.densities, groups, strict=True):
             if name == "values":
@@ -161,8 +164,7 @@ class Stack:
                 found.append(density.value_and_grad(z))
             else:
                 with quiet():
-                    second = partial(hessians, density.single)
-                    found.append(where_possible(lambda part, second=second: (second(part),), z, (self.dim, self.dim)))
+                    found.append(where_possible(partial(_curvature, density), z, (self.dim, self.dim)))
         return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
 
     def _piece(self, name: str, function: Values, groups: Tensor) -> tuple[Tensor, ...]:
@@ -219,6 +221,10 @@ class Stack:
     def _quiet_gradients(self, z: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), quiet():
             return self._gradients(z, *given)
+
+
+def _curvature(density: LogDensity, z: Tensor) -> tuple[Tensor]:
+    return (hessians(density.single, z),)
 
 
 def signature(density: LogDensity) -> tuple[Any, ...]:

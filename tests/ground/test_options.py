@@ -1,0 +1,33 @@
+"""Unknown keywords: the error lists the options, suggests the nearest, and says where data go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import pyro_flows as pf
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong", "near"),
+    [
+        (pf.fit, "max_step", "max_steps"),
+        (pf.diagnose, "draw", "draws"),
+        (pf.fit_many, "job", "jobs"),
+        (pf.sbc, "simulation", "simulations"),
+        (pf.prior_predictive, "drawn", "draws"),
+        (pf.fit_density, "sead", "seed"),
+        (pf.compare, "site", "sites"),
+        (pf.from_mcmc, "sead", "seed"),
+    ],
+)
+def test_an_unknown_keyword_lists_the_options(function, wrong, near):
+    keywords: dict[str, Any] = {wrong: 1}
+    with pytest.raises(TypeError, match=rf"no option '{wrong}'\. Did you mean '{near}'\? Options: .*{near}"):
+        function(**keywords)
+
+
+def test_it_says_where_data_go():
+    with pytest.raises(TypeError, match=r"no option 'y'\. Options: .* Data go by position, or in model_kwargs"):
+        pf.fit(lambda y: None, y=1)
