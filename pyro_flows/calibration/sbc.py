@@ -129,18 +129,15 @@ def sbc(
     """
     options: dict[str, Any] = {"flow": flow, "layers": layers, "max_steps": max_steps}
     options |= {"escalate": escalate, "refine": refine, "draws": max(draws, FIT_DRAWS)}
-    asked = {
-        **_asked(kind, simulations, draws, seed, steps, learning_rate, guide, sampler),
-        "log_density": bool(log_density),
-    }
+    asked = _asked(kind, simulations, draws, seed, steps, learning_rate, guide, sampler)
+    asked["log_density"] = bool(log_density)
     check_jobs(jobs)
     bar = Bar("sbc", progress)
     case = Case(usable(args), usable(dict(model_kwargs or {})))
     with alone():
         simulated = _simulate(model, case, data, asked, options, bar)
     many = Many(simulated.model, simulated.cases, options, derive(seed, "fits"), together, jobs)
-    makers = {"guide": guide, "sampler": sampler}
-    return _run(simulated, many, asked, makers, checkpoint, bar)
+    return _run(simulated, many, asked, {"guide": guide, "sampler": sampler}, checkpoint, bar)
 
 
 def _asked(
