@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.zoo import conjugate, faulty, hierarchical, mixtures, symmetric, tails, warped
+from benchmarks.zoo import conjugate, faulty, hierarchical, mixtures, propriety, symmetric, tails, warped
 from benchmarks.zoo.case import Case, Maker
 
 FAMILIES = {
@@ -23,6 +23,7 @@ FAMILIES = {
     "conjugate": conjugate.VARIANTS,
     "tails and bounds": tails.VARIANTS,
     "faulty data": faulty.VARIANTS,
+    "propriety": propriety.VARIANTS,
 }
 
 

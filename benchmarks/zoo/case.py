@@ -29,13 +29,14 @@ class Case:
         name: what it is, and its sizes.
         model, args, kwargs: what is fitted.
         draw: ``draw(n, rng)`` gives n independent draws from the exact posterior, ``{site: (n, *shape)}``, on the scale
-            of the sites; None where the data are impossible. Sites that are not in it are not judged.
+            of the sites; None where there is no posterior. Sites that are not in it are not judged.
         log_evidence: the log normaliser, nats; None where it is not known.
         regions: where there are several modes: draws -> booleans (n, M), whether a draw lies in each of M regions.
         heavy: sites whose mean or standard deviation does not exist, or cannot be estimated from a sample.
         periods: sites that are angles, with their period.
         smooth: whether the density is differentiable on the whole unconstrained space.
         impossible: whether no value of the latents allows for the data.
+        improper: whether the posterior has no finite integral.
         dtype: of data and parameters.
         family, seed, number: its place in the zoo.
     """
@@ -51,6 +52,7 @@ class Case:
     periods: Mapping[str, float] = field(default_factory=dict)
     smooth: bool = True
     impossible: bool = False
+    improper: bool = False
     dtype: torch.dtype = torch.float32
     family: str = ""
     seed: int = 0
@@ -60,10 +62,10 @@ class Case:
         """Return ``count`` exact draws; each ``stream`` is independent of the others.
 
         Raises:
-            ValueError: if the data are impossible.
+            ValueError: if there is no posterior.
         """
         if self.draw is None:
-            raise ValueError(f"{self.name}: there is no posterior, since the data are impossible.")
+            raise ValueError(f"{self.name}: there is no posterior.")
         found = self.draw(count, np.random.default_rng([self.seed, self.number, 1 + stream]))
         return {name: np.asarray(values, dtype=np.float64) for name, values in found.items()}
 
@@ -74,7 +76,7 @@ class Case:
 
     @property
     def dim(self) -> int:
-        """How many numbers are judged; 0 where the data are impossible."""
+        """How many numbers are judged; 0 where there is no posterior."""
         return 0 if self.draw is None else sum(math.prod(value.shape[1:]) for value in self.draws(2).values())
 
     def masses(self, draws: Draws) -> Array:

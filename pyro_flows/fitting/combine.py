@@ -18,7 +18,7 @@ from pyro_flows.fitting.combined import Combined, Sampler
 from pyro_flows.fitting.guide_space import latent_of
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared, nested_instead
-from pyro_flows.fitting.run import Run, make_run
+from pyro_flows.fitting.run import Run, begin_only, make_run
 from pyro_flows.fitting.several import Several, several
 from pyro_flows.fitting.slicing import STAGE as SLICES
 from pyro_flows.fitting.slicing import short_of, slices_for
@@ -46,6 +46,9 @@ def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
     Slices that are enough, which were tried for one run only, leave nothing to train.
     """
     clock = plan.clock
+    if prepared.improper:
+        begin_only(plan, prepared.density, found.runs[0])
+        return
     if prepared.sliced is not None:
         found.runs[0].take(*prepared.sliced)
         return
@@ -69,7 +72,7 @@ def combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
     """Compare the runs, look for what their sampler lacks, and add runs there."""
     clock, density = plan.clock, prepared.density
     found.plain = found.sampler = found.best.flow(plan, density)
-    found.improper = found.best.improper
+    found.improper = prepared.improper or found.best.improper
     if not found.improper:
         with clock.part(PART):
             found.improper = improper_tails(density, lambda: _drawn(found), seed=plan.seed)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from pyro_flows.fitting.escalation import Round
 from pyro_flows.fitting.nesting import nested_at_once
@@ -11,9 +15,12 @@ from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.run import Run
 from pyro_flows.fitting.slicing import come_first, slices_at_once
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.propriety import PART, improper_tails
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.charting import choose_charts
 from pyro_flows.starts.coordinates import Climbed, choose_coordinates, climbed
+from pyro_flows.starts.portfolio import PRIOR_DRAWS
+from pyro_flows.starts.prior import possible_points, prior_draws
 from pyro_flows.starts.start import Start
 from pyro_flows.training.trainer import Trainer
 
@@ -26,13 +33,15 @@ class Prepared:
     """The log density in the chosen coordinates, starts that were found on the way, and what was chosen.
 
     ``sliced`` is a flow of slices along a coordinate, or one of normal distributions given a few coordinates, where
-    this is enough, so that nothing is left to train. ``as_read`` is the log density before any choice.
+    this is enough, so that nothing is left to train. ``improper`` tells that the posterior has no finite integral, so
+    that nothing is tried. ``as_read`` is the log density before any choice.
     """
 
     density: LogDensity
     starts: list[Start] = field(default_factory=list)
     history: list[Stage] = field(default_factory=list)
     sliced: tuple[Round, Trainer] | None = None
+    improper: list[str] = field(default_factory=list)
     as_read: LogDensity = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +61,10 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
     """
     if plan.train_model:
         return
+    with plan.clock.part(PART):
+        prepared.improper = improper_tails(prepared.density, partial(_first_draws, prepared.density, seed), seed=seed)
+    if prepared.improper:
+        return
     if prepared.density.structure.hierarchical:
         with plan.clock.part("the choice of coordinates", share=COORDINATES_SHARE):
             wholly = _sliced(plan, prepared, seed)
@@ -67,6 +80,12 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
         prepared.density, carried, charted = choose_charts(prepared.density, first, seed=seed)
         prepared.history += [Stage("charts", details={"sites": charted})] if charted else []
         prepared.starts = [] if carried is None else [carried]
+
+
+def _first_draws(density: LogDensity, seed: int) -> Tensor:
+    """Return draws of the prior, and points where the density is finite: improper priors are looked at from there."""
+    draws = prior_draws(density, PRIOR_DRAWS, seed=seed)
+    return torch.cat([draws, possible_points(density, draws)])
 
 
 def nested_instead(plan: Plan, prepared: Prepared, run: Run, *, first: bool) -> bool:

@@ -75,19 +75,20 @@ def tops_at(density: Held, points: Tensor, settled: Tensor) -> Tops:
     return tops
 
 
+def hessians(density: LogDensity, points: Tensor, *, exact: bool = False) -> Tensor:
+    """Return Hessians (K, D, D) of -log p, in pieces that fit into the memory."""
+    many = int(max(1, HESSIANS // (density.dim * max(1, density.numbers))))
+    return torch.cat([-second_derivatives(density, part, exact=exact).double() for part in points.split(many)])
+
+
 def _roots(density: LogDensity, points: Tensor, held: Tensor) -> Tensor:
     """Return roots (K, D, D) of Hessians over all coordinates but the one held; NaN where there is none."""
-    many = int(max(1, HESSIANS // (density.dim * max(1, density.numbers))))
-
-    def hessians(some: Tensor, *, exact: bool) -> Tensor:
-        return torch.cat([-second_derivatives(density, part, exact=exact).double() for part in some.split(many)])
-
-    curvatures = hessians(points, exact=False)
+    curvatures = hessians(density, points)
     roots = roots_of(curvatures, held)
     pivots = roots.diagonal(dim1=1, dim2=2).square() / curvatures.diagonal(dim1=1, dim2=2)
     level = (pivots < LEVEL).any(1).nonzero()[:, 0]  # the last digits decide whether there is a root
     if len(level):
-        roots = roots.index_copy(0, level, roots_of(hessians(points[level], exact=True), held[level]))
+        roots = roots.index_copy(0, level, roots_of(hessians(density, points[level], exact=True), held[level]))
     return roots
 
 

@@ -15,28 +15,23 @@ models" (JASA 91, doi:10.1080/01621459.1996.10476714): chains of an improper pos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.held import SMALL, Held, Tops, tops_at
-from pyro_flows.starts.climb import climb
-from pyro_flows.starts.curvature import second_derivatives
+from pyro_flows.modes.outward import Outward, Side
 from pyro_flows.starts.prior import spread_of
 
 PART = "a look at the tails of improper priors"  # of a fit
-STEPS = tuple(6.0 * 2.0**power for power in range(20))  # spreads from the middle, at which marginals are looked at
-LOWEST = 12.0  # nats below the middle, under which rounding of a likelihood may look like a tail
-NUMBERS_END, HUGE = 3.0, math.log(1e15)  # spreads; change of a log value, beyond which numbers may end
-ALIKE = 1e-3  # changes of a density are the same, up to such a share of them
-LEVEL, FLATTER = 1e-3, 1e-6  # curvature over a spread, and as a share of the largest: there may be none
+FARTHEST = 6.0  # units, to which draws are cut
 MOST, UP_TO = 32, 100  # coordinates that are looked at; dimensions, for Hessians
-TICKS = 60
-FALLS = 2  # that have to be known in the end: one may be due to rounding
-FARTHEST, RIDGE = 6.0, 1e-12  # spreads of draws, to which others are cut; added to the diagonal of a correlation matrix
+FALLS, LAST = 2, 9.0  # that have to be known at least, at distances within such a factor of the last one
+FARTHEST_LEAST = 6.0  # units, that the last place has to be away
+SLACK = 0.03  # of a fall of one over the distance, that counts as none more
+NUMBERS_END, HUGE = 3.0, math.log(1e15)  # units; change of a log value, beyond which numbers may end
 
 
 @torch.no_grad()
@@ -45,29 +40,69 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
 
     ``draw`` gives draws (S, D) that tell where the posterior is, and how wide; it is called if a prior is improper.
 
-    Cost: five climbs of up to 60 gradients for each such coordinate, and 5 to 20 Hessians; eight times as many if in
-    doubt.
+    Cost: for each such coordinate, up to 80 places of a few Hessians each; four or so where the density falls fast.
     """
     found = _coordinates(density)[:MOST]
     if not found or not density.batched or density.dim > UP_TO:
         return []
     with seeded(derive(seed, "the tails of improper priors"), density.device):
         z = draw().to(density.device, density.dtype)
-    z = z[torch.isfinite(z).all(1)]
-    if len(z) <= 1:
-        return []
-    tails = Tails(density, finer(density, z))
-    slow = tails.fall_too_slowly([coordinate for coordinate, *_ in found])
-    for (coordinate, name, label), too_slow in zip(found, slow, strict=True):
-        if too_slow or _ends_numbers(density, coordinate, name, tails):
-            return _said(name, label)
-    names = tails.level_direction({coordinate: name for coordinate, name, _ in found})
-    return _said(names[0], f"a direction of {', '.join(names)}") if names else []
+    coordinates = [coordinate for coordinate, *_ in found]
+    for other in _written(density):
+        there = finer(other, z if other is density else other.unconstrain(density.constrain(z)))
+        there = there[torch.isfinite(there).all(1)]
+        middle = _middle(other, there)
+        if middle is None:
+            continue
+        units = spread_of(there)
+        unit = torch.eye(density.dim, dtype=middle.dtype, device=middle.device)
+        slow = _too_slow(Outward(other, middle, units, unit[coordinates]).sides())
+        for (coordinate, name, label), too_slow in zip(found, slow, strict=True):
+            if too_slow or _ends_numbers(other, coordinate, name, middle, units):
+                return _said(name, label)
+    return []
+
+
+def _written(density: LogDensity) -> Iterator[LogDensity]:
+    """Yield the density, and in non-centered coordinates: as a scale goes to zero, or far out, one of both has digits."""
+    if density.structure.hierarchical and not density.parameters():
+        yield density.elsewhere(True)
+        yield density.elsewhere(())
+    else:
+        yield density
+
+
+def _middle(density: LogDensity, z: Tensor) -> Tensor | None:
+    """Return the possible draw of z (S, D) that is next to the medians, which may lie off a ridge; None if none is."""
+    if not len(z):
+        return None
+    away = ((z - z.median(0).values) / spread_of(z)).double().clamp(-FARTHEST, FARTHEST).square().sum(1)
+    away = torch.where(torch.isfinite(density.unrecorded(z)[0]), away, torch.inf)
+    return z[away.argmin()] if bool(away.isfinite().any()) else None
+
+
+def _too_slow(sides: list[Side]) -> list[bool]:
+    """Whether marginals fall no faster than one over the distance, on one side at least, of sides one way or other."""
+    slow = [_is_slow(side) for side in sides]
+    half = len(slow) // 2
+    return [one or other for one, other in zip(slow[:half], slow[half:], strict=True)]
+
+
+def _is_slow(side: Side) -> bool:
+    """Whether all falls known at the far end are too slow, and there are enough of them."""
+    distances, masses, noise, level = (part[~(side.distances.isnan() | side.masses.isnan())] for part in side)
+    if not len(distances) or float(distances[-1]) < FARTHEST_LEAST:
+        return False
+    last = (distances * LAST >= distances[-1])[:-1] & (distances[:-1] > 0.0) & (level[1:] == level[:-1])
+    allowed = (1.0 + SLACK) * (distances[1:] / distances[:-1]).log()
+    falls, rounding = masses[:-1] - masses[1:], noise[:-1] + noise[1:]
+    slow, fast = last & (falls + rounding < allowed), last & (falls - rounding > allowed)
+    return int(slow.sum()) >= FALLS and not bool(fast.any())
 
 
 def finer(density: LogDensity, z: Tensor) -> Tensor:
     """Return draws in double precision where the model takes these: far out, single tells no digit of a sum."""
-    if z.dtype == torch.float64:
+    if z.dtype == torch.float64 or not len(z):
         return z
     try:
         finer, _ = density.unrecorded(z[:1].double())
@@ -90,180 +125,10 @@ def _coordinates(density: LogDensity) -> list[tuple[int, str, str]]:
     ]
 
 
-class Tails:
-    """Log marginal densities far out, each at a place where one coordinate is held.
-
-    Places are counted from the draw (of S, D) that is next to their medians, in units of their spread: the point of all
-    medians may lie off a ridge.
-    """
-
-    def __init__(self, density: LogDensity, z: Tensor) -> None:
-        self.density, self.other = density, z[-1]
-        self.spread = spread_of(z)
-        scaled = ((z - z.median(0).values) / self.spread).double().clamp(-FARTHEST, FARTHEST)
-        self.middle = z[scaled.square().sum(1).argmin()]
-        products = scaled.mT @ scaled / len(z)
-        inverse = torch.linalg.inv_ex(products + RIDGE * torch.eye(density.dim).to(products)).inverse
-        self.slopes = (products / products.diagonal()).nan_to_num(nan=0.0).to(z.dtype)
-        self.units = self.spread * inverse.diagonal().rsqrt().nan_to_num(nan=1.0).clamp(max=1.0).to(z.dtype)
-
-    def fall_too_slowly(self, coordinates: list[int]) -> list[bool]:
-        """Whether marginals fall no faster than one over the distance, wherever that is known on one side.
-
-        Places beyond the first two are looked at only where these tell of a slow fall: between two modes, a density is
-        level as well, and draws may be too narrow.
-        """
-        slow = [_has_slow_side(masses) for masses in self.masses(coordinates, STEPS[:2])]
-        doubtful = [number for number, found in enumerate(slow) if found]
-        if doubtful:
-            masses = self.masses([coordinates[number] for number in doubtful], STEPS, recorded=False)
-            for number, found in zip(doubtful, masses, strict=True):
-                slow[number] = _has_slow_side(found, falls=FALLS)
-        return slow
-
-    def level_direction(self, improper: Mapping[int, str]) -> list[str]:
-        """Return the sites of a direction along which the density is level, those of ``improper`` coordinates.
-
-        Given one coordinate, others may have no top: of three whose sum alone is known, or of effects beside a level.
-        """
-        hessian = -second_derivatives(self.density, self.middle[None], exact=True)[0].double()
-        scaled = self.spread.double()[:, None] * hessian * self.spread.double()
-        if not bool(scaled.isfinite().all()):
-            return []
-        curvatures, directions = torch.linalg.eigh(0.5 * (scaled + scaled.mT))
-        level = curvatures.abs() < max(LEVEL, FLATTER * float(curvatures.abs().max()))
-        for direction in directions.mT[level][:MOST].to(self.middle):
-            sites = [name for number, name in improper.items() if abs(float(direction[number])) > SMALL]
-            masses = self._alone(direction[None], STEPS, recorded=False)[0] if sites else None
-            if masses is not None and _has_slow_side(masses, falls=FALLS):
-                return list(dict.fromkeys(sites))
-        return []
-
-    def masses(self, coordinates: list[int], steps: Sequence[float], *, recorded: bool = True) -> list[Tensor]:
-        """Return log marginals (N) of each coordinate: in the middle, so many spreads above it, and below it.
-
-        NaN stands for what is not known. Without ``recorded``, no graph is checked at places so far out.
-        """
-        unit = torch.eye(self.density.dim, dtype=self.middle.dtype, device=self.middle.device)
-        found = self._alone(unit[coordinates], steps, recorded=recorded)
-        others = [number for number, masses in enumerate(found) if masses is None]
-        if others:
-            climbed = self._climbed([coordinates[number] for number in others], steps, recorded=recorded)
-            for number, masses in zip(others, climbed, strict=True):
-                found[number] = masses
-        return [masses for masses in found if masses is not None]
-
-    def _alone(self, directions: Tensor, steps: Sequence[float], *, recorded: bool) -> list[Tensor | None]:
-        """Return log marginals along directions (K, D), which are unit vectors in spreads, of those that stand alone.
-
-        There, the density changes in the same way whatever the values across are.
-        """
-        away = (self.other - self.middle) / self.spread
-        across = self.middle + self.spread * (away - (directions @ away)[:, None] * directions)
-        bases = torch.cat([self.middle.expand_as(across), across])
-        own, other = self._heights(bases, directions.repeat(2, 1), steps, recorded=recorded).chunk(2)
-        return [one if _agree(one, two) else None for one, two in zip(own, other, strict=True)]
-
-    def _heights(self, bases: Tensor, directions: Tensor, steps: Sequence[float], *, recorded: bool) -> Tensor:
-        """Return log densities (K, N) along directions from bases; NaN where numbers end, or are too coarse."""
-        points = bases[:, None] + _distances(steps, self.middle)[:, None] * (self.spread * directions)[:, None]
-        points = points.flatten(0, 1)
-        heights = self._values(points, recorded=recorded).double()
-        ended = _have_ended(self.density, points, self.middle) | (self._noise(points, recorded=recorded) >= SMALL)
-        return heights.masked_fill(ended, torch.nan).view(len(bases), -1)
-
-    def _climbed(self, coordinates: list[int], steps: Sequence[float], *, recorded: bool) -> list[Tensor]:
-        """Return log marginals by the top over all other coordinates, and a normal distribution there."""
-        tops, nothing = self.tops(coordinates, steps, recorded=recorded)
-        masses = torch.where(nothing, -torch.inf, tops.normal_masses())
-        return list(masses.view(len(coordinates), -1))
-
-    def tops(self, coordinates: list[int], steps: Sequence[float], *, recorded: bool) -> tuple[Tops, Tensor]:
-        """Return tops over all other coordinates, as :meth:`masses` orders places, and where there is a hard edge.
-
-        Paths begin with the others in the middle, or where they are on average, given the one that is held.
-        """
-        density = Held(self.density, recorded=recorded)
-        held = torch.tensor(coordinates, device=self.middle.device).repeat_interleave(1 + 2 * len(steps))
-        distances = _distances(steps, self.middle).repeat(len(coordinates))[:, None]
-        there = self.middle[held, None] + distances * self.spread[held, None]
-        others = self.middle.expand(len(held), -1), self.middle + self.spread * self.slopes[:, held].mT * distances
-        points, led = (each.scatter(1, held[:, None], there) for each in others)
-        heights = torch.stack([self._values(each, recorded=recorded) for each in (points, led)])
-        points = torch.where((heights[1] > heights[0].nan_to_num(nan=-torch.inf))[:, None], led, points)
-        points = torch.cat([points, held[:, None].to(points)], 1)
-        found = Tops(points, heights[0].double(), points.new_full((*points.shape, self.density.dim), torch.nan)[:, :-1])
-        found = found._replace(roots=found.roots.double())
-        usable = heights.isfinite().any(0).nonzero()[:, 0]
-        if len(usable):
-            units = torch.cat([self.units, self.units.new_ones(1)]).expand(len(usable), -1)
-            ends = climb(density, points[usable], units, ticks=TICKS)
-            known = ends.points.isfinite().all(1)
-            known[known.clone()] = self._noise(ends.points[known][:, :-1], recorded=recorded) < SMALL
-            usable = usable[known]
-        if len(usable):
-            tops = tops_at(density, ends.points[known], ends.settled[known])
-            for whole, part in zip(found, tops, strict=True):
-                whole[usable] = part
-        return found, heights.isneginf().all(0)  # as far as can be seen
-
-    def _noise(self, points: Tensor, *, recorded: bool) -> Tensor:
-        """Return by how much log densities change where coordinates change by their last digits, alike or not."""
-        odd = (1.0 - 2.0 * (torch.arange(points.shape[1]) % 2)).to(points).expand_as(points)
-        moved = [torch.nextafter(points, signs * torch.inf) for signs in (torch.ones_like(points), odd)]
-        here, *heights = (self._values(each, recorded=recorded) for each in (points, *moved))
-        return torch.stack([(height - here).abs() for height in heights]).amax(0)
-
-    def values(self, points: Tensor) -> Tensor:
-        """Return log densities (S,) of points (S, D)."""
-        return self._values(points, recorded=True)
-
-    def _values(self, points: Tensor, *, recorded: bool) -> Tensor:
-        return self.density(points) if recorded else self.density.unrecorded(points)[0]
-
-
-def _distances(steps: Sequence[float], like: Tensor) -> Tensor:
-    return like.new_tensor([0.0, *steps, *(-step for step in steps)])
-
-
-def _agree(one: Tensor, other: Tensor) -> bool:
-    """Whether log densities (N) change alike from the first on, wherever both are known."""
-    change = one - one[0]
-    apart = (change - (other - other[0])).abs() > SMALL + ALIKE * change.abs()
-    known = one.isfinite() & other.isfinite()
-    ended = one.isneginf() != other.isneginf()
-    return bool(known[0]) and not bool((known & apart | ended).any())
-
-
-def _have_ended(density: LogDensity, points: Tensor, middle: Tensor) -> Tensor:
-    """Whether values of the model's own at points (S, D) are no numbers, or zero where they are not in the middle."""
-    ended = torch.zeros(len(points), dtype=torch.bool, device=points.device)
-    for values in density.constrain(torch.cat([middle[None], points])).values():
-        flat = values.reshape(len(values), -1)
-        ended = ended | (~flat[1:].isfinite() | (flat[1:] == 0.0) & (flat[:1] != 0.0)).any(1)
-    return ended
-
-
-def _has_slow_side(masses: Tensor, *, falls: int = 1) -> bool:
-    """Whether masses fall too slowly on one side: of the middle, then of places on one side and on the other."""
-    return any(_is_slow(masses[0], side, falls) for side in masses[1:].chunk(2))
-
-
-def _is_slow(middle: Tensor, masses: Tensor, falls: int) -> bool:
-    """Whether all falls that are known between two neighbors are too slow, and the first place is not too far down.
-
-    At least so many falls have to be known.
-    """
-    found = masses[:-1] - masses[1:]
-    found = found[~found.isnan()]
-    too_low = bool(middle - masses[0] > LOWEST)  # no comparison holds of what is not known
-    return len(found) >= falls and bool((found < math.log(2.0)).all()) and not too_low
-
-
-def _ends_numbers(density: LogDensity, coordinate: int, name: str, tails: Tails) -> bool:
+def _ends_numbers(density: LogDensity, coordinate: int, name: str, middle: Tensor, units: Tensor) -> bool:
     """Whether draws go about until the numbers of the model end, where no density can be told any more."""
-    points = tails.middle.repeat(3, 1)
-    points[:, coordinate] += points.new_tensor([0.0, NUMBERS_END, -NUMBERS_END]) * tails.spread[coordinate]
+    points = middle.repeat(3, 1)
+    points[:, coordinate] += points.new_tensor([0.0, NUMBERS_END, -NUMBERS_END]) * units[coordinate]
     values = density.constrain(points)[name].double().abs().reshape(len(points), -1).log()
     if not bool((values[0] < torch.inf).all()):
         return True

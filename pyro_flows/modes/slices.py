@@ -27,9 +27,10 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.held import Tops
-from pyro_flows.modes.propriety import Tails, finer
+from pyro_flows.modes.propriety import finer
 from pyro_flows.modes.tables import OUTSIDE, Table
 from pyro_flows.modes.thin import is_usable
+from pyro_flows.modes.tops import Tails
 from pyro_flows.starts.curvature import second_derivatives
 from pyro_flows.starts.prior import spread_of
 from pyro_flows.verdict.deciding import resample

@@ -1,0 +1,265 @@
+r"""Log marginal densities along directions, from a middle outward, as far as numbers are exact.
+
+Along a direction u, with :math:`z = m + c\,u + B v` (B orthonormal and across u), the mass at c is that of Laplace's
+method,
+
+.. math:: \log f(c) = \max_v \log p(z) - \tfrac12 \log |B^\top H B| + \text{const},
+
+H the Hessian of -log p. Widths of eigenvectors beyond which the density has fallen much faster than a normal one are
+cut. Distances double, and each search for a top begins where those before lead.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.held import SMALL, hessians
+
+DOUBLINGS = 40  # of the first distance, at most
+SURE = {torch.float64: 30.0, torch.float32: 12.0}  # nats below the top, under which rounding may look like a tail,
+DEEP = 1000.0  # unless single precision has the same; beyond that, nothing is asked
+LEVELLED, SHARE = 2.0, 0.01  # nats above the last place; and of a height, by which single precision may be off
+FEW = 3  # places that tell of a level
+UNKNOWN = 4  # places in a row, after which a side is left
+NEWTON, LENGTHS = 16, (4.0, 1.0, 0.5, 0.1, 0.01)  # steps, and shares of one that are tried
+AT_TOP = 1e-2  # nats that one more step would gain
+FLAT, NONE = 1e-10, 1e-14  # of the largest curvature, in units of the diagonal: it is not known; there is none
+WIDE, STEEP, HALVINGS, FINER = 2.0, 8.0, 40, 5  # sds; fall there, in nats, beyond which widths are halved so often at
+# most, and then told so much more finely
+STEP, DIGITS = 1e-3, 8.0  # a relative step outward, by which values have to change by so many of their last digits
+FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of a distance, the largest of which that is not beyond the end of numbers
+
+
+class Side(NamedTuple):
+    """Distances (N,) from the middle, log masses there, their rounding, and across how many directions all is level.
+
+    NaN stands for what is not known.
+    """
+
+    distances: Tensor
+    masses: Tensor
+    noise: Tensor
+    level: Tensor
+
+
+class Place(NamedTuple):
+    """Tops (K, D) in units from the middle, log densities and masses (K,) there, and the rest of a :class:`Side`."""
+
+    tops: Tensor
+    heights: Tensor
+    masses: Tensor
+    noise: Tensor
+    level: Tensor
+
+
+class Outward:
+    """The log density about a middle (D,), in units (D,), along directions (K, D) of length 1 in these units.
+
+    Rows are the directions, one way and then the other (2 K).
+    """
+
+    def __init__(self, density: LogDensity, middle: Tensor, units: Tensor, directions: Tensor) -> None:
+        self.density, self.dtype = density, middle.dtype
+        self.can_be_single = density.dtype == torch.float32 and not density.in_double and middle.dtype == torch.float64
+        self.deep = DEEP if self.can_be_single else SURE[middle.dtype]
+        self.middle, self.units = middle.double(), units.double()
+        self.directions = torch.cat([directions, -directions]).double()
+        # of a QR factorization of (u, I), all columns but the first
+        identity = torch.eye(len(middle)).to(self.middle)
+        frame = torch.cat([self.directions[:, :, None], identity.expand(len(self.directions), -1, -1)], 2)
+        self.across = torch.linalg.qr(frame).Q[:, :, 1:]
+
+    def sides(self) -> list[Side]:
+        """Return what is found along each row, up to places that are deep below the highest one of a direction."""
+        count = len(self.directions)
+        rows, zero = torch.arange(count, device=self.middle.device), self.middle.new_zeros(count)
+        places = [self._at(rows, self.middle.expand(count, -1) * 0.0)]
+        distances, far = [zero], [zero, zero]  # of the last two tops that are known
+        tops = [places[0].tops] * 2
+        unknown, open_ = zero.clone(), torch.ones_like(zero, dtype=torch.bool)
+        best = places[0].masses.nan_to_num(nan=-torch.inf)
+        for doubling in range(DOUBLINGS):
+            rows = open_.nonzero()[:, 0]
+            if not len(rows):
+                break
+            distance, start = self._starts(rows, 2.0**doubling, distances[-1][rows], tops, far)
+            here = ~distance.isnan()
+            found = Place(*(part.new_full((count, *part.shape[1:]), torch.nan) for part in places[0]))
+            if bool(here.any()):
+                for whole, part in zip(found, self._at(rows[here], start[here]), strict=True):
+                    whole[rows[here]] = part
+            at = zero + torch.nan
+            at[rows] = distance
+            known = ~found.masses.isnan()
+            tops = [torch.where(known[:, None], new, old) for new, old in ((tops[1], tops[0]), (found.tops, tops[1]))]
+            far = [torch.where(known, new, old) for new, old in ((far[1], far[0]), (at, far[1]))]
+            best = torch.maximum(best, found.masses.nan_to_num(nan=-torch.inf))
+            best = best.view(2, -1).amax(0).repeat(2)
+            unknown = torch.where(known, 0.0, unknown + 1.0)
+            ended = at != 2.0**doubling
+            open_ = open_ & ~ended & (unknown < UNKNOWN) & ~(found.masses < best - self.deep)
+            distances.append(at)
+            places.append(found)
+        whole = Place(*(torch.stack(parts, 1) for parts in zip(*places, strict=True)))
+        masses = self._without_ends(whole, best)
+        return [Side(*row) for row in zip(torch.stack(distances, 1), masses, whole.noise, whole.level, strict=True)]
+
+    def _without_ends(self, place: Place, best: Tensor) -> Tensor:
+        """Return masses (K, N) of places along rows with such a top (K,), NaN where they hang on the precision.
+
+        An edge, and a level that a density comes to far down, are where they are in single precision too. Numbers end
+        sooner there, and probabilities are cut off higher up.
+        """
+        masses, rows = place.masses.clone(), torch.arange(len(best), device=best.device)
+        for own, levels in zip(masses, place.level, strict=True):  # a curvature of the last places is too small a number
+            known = own.isfinite().nonzero()[:, 0]
+            same = levels[known] == levels[known[-1:]]
+            few = known[len(known) - int(same.flip(0).cumprod(0).sum()) :]
+            own[few] = torch.nan if len(few) < min(FEW, len(known)) else own[few]
+        last = (masses.isfinite() * torch.arange(1, 1 + masses.shape[1]).to(masses)).argmax(1)
+        level = masses[rows, last][:, None]
+        first = (masses.isfinite() & (masses < level + LEVELLED)).double().argmax(1)
+        edge, come_to = (self._single(place.tops[rows, at]) for at in (last, first))
+        masses = torch.where(masses.isneginf() & ~edge.isfinite()[:, None], torch.nan, masses)
+        height = place.heights[rows, first]
+        apart = (come_to - height).abs() > LEVELLED + SHARE * height.abs()
+        low = level < best[:, None] - SURE[self.dtype]
+        return torch.where(low & (apart[:, None] | (not self.can_be_single)), torch.nan, masses)
+
+    def _single(self, y: Tensor) -> Tensor:
+        return self.density.unrecorded(self._z(y).float())[0].double()
+
+    def _starts(
+        self, rows: Tensor, distance: float, last: Tensor, tops: list[Tensor], far: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return distances, NaN beyond the end of numbers, and where to begin there (K, D): as two tops lead, or one."""
+        u = self.directions[rows]
+        before, here, first, second = (part[rows] for part in (*tops, *far))
+        gap = (second - first)[:, None]
+        drift = torch.where(gap > 0.0, (here - before) / gap, 0.0)
+
+        def at(size: Tensor, slope: Tensor) -> Tensor:
+            y = here + slope * (size - second)[:, None]
+            return y + (size - (y * u).sum(1))[:, None] * u
+
+        distances = here.new_full((len(rows),), torch.nan)
+        for share in FRACTIONS:
+            size = share * distance + 0.0 * second
+            there = self._have_ended(at(size, 0.0 * drift), u)
+            distances = torch.where(distances.isnan() & ~there, size, distances)
+            if not bool(distances.isnan().any()):
+                break
+        size = distances.nan_to_num(nan=distance)
+        choices = torch.stack([at(size, slope) for slope in (drift, 0.0 * drift)])
+        heights = self._values(choices.flatten(0, 1)).view(2, -1).nan_to_num(nan=-torch.inf)
+        return distances, choices[heights.argmax(0), torch.arange(len(rows))]
+
+    def _at(self, rows: Tensor, y: Tensor) -> Place:
+        """Return the tops across the directions, from points y (K, D) on, by Newton's method with |H|."""
+        across, y = self.across[rows], y.clone()
+        masses, heights_there, level = y.new_full((3, len(y)), torch.nan).unbind()
+        open_ = torch.arange(len(y), device=y.device)
+        for _ in range(NEWTON):
+            height, slope = self._values_and_slopes(y[open_])
+            moves, sizes, levels, curved = self._moves(y[open_], across[open_])
+            slope = (moves.mT @ slope[:, :, None].nan_to_num())[:, :, 0]
+            gain = 0.5 * slope.square().sum(1)
+            top = gain < AT_TOP
+            some = (top & curved & height.isfinite()).nonzero()[:, 0]
+            if len(some):
+                masses[open_[some]] = (height + gain + sizes)[some] + self._cuts(y[open_[some]], height[some], moves[some])
+            masses[open_[height.isneginf()]] = -torch.inf
+            heights_there[open_], level[open_] = height, levels
+            step = (moves @ slope[:, :, None])[:, :, 0]
+            tried = torch.stack([y[open_] + share * step for share in LENGTHS])
+            heights = self._values(tried.flatten(0, 1)).view(len(LENGTHS), -1).nan_to_num(nan=-torch.inf)
+            highest, which = heights.max(0)
+            going = ~top & (highest > height)
+            y[open_[going]] = tried[which, torch.arange(len(open_))][going]
+            open_ = open_[going]
+            if not len(open_):
+                break
+        return Place(y, heights_there, masses, self._noise(y), level)
+
+    def _moves(self, y: Tensor, across: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return moves (K, D, D - 1) of an sd along each eigenvector, their log volumes, and whether there is a top.
+
+        Along some of them, whose number is the third result, the density is level.
+        """
+        curvatures = hessians(self.density, self._z(y), exact=True) * self.units * self.units[:, None]
+        curvatures = across.mT @ (0.5 * (curvatures + curvatures.mT)).nan_to_num(0.0, 0.0, 0.0) @ across
+        scale = curvatures.diagonal(dim1=1, dim2=2).abs()
+        scale = torch.where(scale > 1e-300, scale, 1.0).rsqrt()
+        values, vectors = torch.linalg.eigh(scale[:, :, None] * curvatures * scale[:, None])
+        sizes = values.abs()
+        largest = sizes.amax(1, keepdim=True).clamp_min(1e-300) if sizes.shape[1] else sizes
+        level = sizes <= NONE * largest
+        moves = across @ (scale[:, :, None] * vectors)
+        sds = torch.where(level, 1.0 / moves.norm(dim=1), sizes.maximum(FLAT * largest).rsqrt())
+        volumes = scale.log().sum(1) + torch.where(level, 0.0, sds.log()).sum(1)  # nothing is integrated where level
+        curved = ((values > FLAT * largest) | level).all(1)
+        return moves * sds[:, None], volumes, level.sum(1).to(sizes), curved
+
+    def _cuts(self, tops: Tensor, heights: Tensor, moves: Tensor) -> Tensor:
+        """Return logs (K,) of the shares of widths at tops within which the density has not fallen much faster."""
+        if not moves.shape[2]:
+            return 0.0 * heights
+        away = torch.cat([moves, -moves], 2).mT  # (K, 2 (D - 1), D)
+
+        def falls(share: Tensor) -> Tensor:
+            points = tops[:, None] + WIDE * share[:, :, None] * away
+            fallen = heights[:, None] - self._values(points.flatten(0, 1)).view(share.shape)
+            return fallen.nan_to_num(nan=torch.inf)
+
+        share = torch.ones(away.shape[:2]).to(tops)
+        cut = steep = falls(share) > STEEP
+        for _ in range(HALVINGS if bool(cut.any()) else 0):
+            share = torch.where(steep, 0.5 * share, share)
+            steep = steep & (falls(share) > 0.5 * WIDE**2)
+            if not bool(steep.any()):
+                break
+        for power in range(1, 1 + FINER if bool(cut.any()) else 1):
+            longer = torch.where(cut, 2.0 ** (0.5**power) * share, share)
+            share = torch.where(falls(longer) > 0.5 * WIDE**2, share, longer)
+        return (0.5 * (share[:, : moves.shape[2]] + share[:, moves.shape[2] :])).log().sum(1)
+
+    def _noise(self, y: Tensor) -> Tensor:
+        """Return by how much log densities change where coordinates change by their last digits, alike or not."""
+        z = self._z(y)
+        odd = (1.0 - 2.0 * (torch.arange(z.shape[1]) % 2)).to(z).expand_as(z)
+        ways = (torch.ones_like(z), -torch.ones_like(z), odd)
+        moved = torch.stack([z, *(torch.nextafter(z, way * torch.inf) for way in ways)])
+        heights = self.density.unrecorded(moved.flatten(0, 1))[0].double().view(len(moved), -1)
+        return (heights[1:] - heights[0]).abs().nan_to_num(nan=torch.inf).amax(0)
+
+    def _have_ended(self, y: Tensor, u: Tensor) -> Tensor:
+        """Whether values of the sites that move along u have no square, or do not change any more: at a clamp."""
+        z, direction = self._z(y), self.units * u
+        size = (z.abs() * (u.abs() > SMALL)).amax(1) + 1.0
+        step = STEP * size / direction.abs().amax(1)
+        values = self.density.constrain(torch.cat([z, z + step[:, None] * direction]))
+        ended = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        for latent in self.density.structure.latents:
+            moving = (u[:, latent.offset : latent.offset + latent.size].abs() > SMALL).any(1)
+            here, there = values[latent.name].reshape(2, len(z), -1)
+            digits = torch.finfo(here.dtype)
+            change = ((there - here) / here.abs().clamp_min(digits.tiny)).abs()
+            still = ~(change.nan_to_num(nan=0.0).amax(1) > DIGITS * digits.eps)
+            largest = here.abs().amax(1)
+            no_square = ~here.isfinite().all(1) | (largest < digits.tiny**0.5) | (largest > digits.max**0.5)
+            ended = ended | (moving & (still | no_square))
+        return ended
+
+    def _z(self, y: Tensor) -> Tensor:
+        return (self.middle + self.units * y).to(self.dtype)
+
+    def _values(self, y: Tensor) -> Tensor:
+        return self._values_and_slopes(y)[0]
+
+    def _values_and_slopes(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        values, slopes = self.density.unrecorded(self._z(y))
+        return values.double(), (self.units * slopes).double()
