@@ -7,8 +7,8 @@ One row of the CSV file is one fit, in a process of its own. It is written as so
 has a row of the same version is not done again. Develop on one seed, and report another.
 
 - right: means within .25 sd, sds within 25 % (quantiles within .25 sd where tails are heavy, masses of modes within
-  .1), and not called unreliable; or impossible data refused, or called unreliable.
-- lie: wrong, and not called unreliable. Alarm: right, and called unreliable.
+  .1), and not called unreliable; or impossible data refused, or called unreliable; or improper posteriors called so.
+- lie: wrong, and not called unreliable. Alarm: right, and called unreliable; or proper, and called improper.
 - honest: wrong, and called unreliable; or data that are possible refused with a ValueError.
 - crash: another exception, or a process that ended. Cut off: no result after ``--seconds-per-fit``.
 """

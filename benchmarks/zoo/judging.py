@@ -141,14 +141,19 @@ def _mode_errors(mine: Array, exact: Array, effective: float) -> Iterator[_Error
             yield _Error("mode_share", error / float(mass), 0.0, math.inf, math.inf, f"region {number}")
 
 
-def outcome(case: Case, status: str, ratio: float) -> str:
+def outcome(case: Case, status: str, ratio: float, *, improper: bool = False) -> str:
     """Return what a fit with this verdict and this worst error is: right, lie, alarm or honest.
 
-    Impossible data are right if they are called unreliable. A wrong fit is a lie unless it is called unreliable.
+    Impossible data are right if they are called unreliable, and improper posteriors if they are called so too. A wrong
+    fit is a lie unless it is called unreliable; a proper posterior that is called improper is an alarm.
     """
     unreliable = status == "unreliable"
     if case.impossible:
         return "right" if unreliable else "lie"
+    if case.improper:
+        return "lie" if not unreliable else "right" if improper else "honest"
+    if improper:
+        return "alarm"
     if ratio <= 1.0:
         return "alarm" if unreliable else "right"
     return "honest" if unreliable else "lie"
@@ -172,8 +177,9 @@ def figures(case: Case, posterior: Any) -> dict[str, Any]:
         "rounds": " > ".join(str(stage["stage"]) for stage in posterior.history if stage["stage"] != "race"),
         "reasons": "; ".join(verdict.reasons)[:600],
     }
-    if case.impossible:
-        return {**row, "outcome": outcome(case, verdict.status, math.inf)}
+    improper = any("improper" in reason for reason in verdict.reasons)
+    if case.draw is None:
+        return {**row, "outcome": outcome(case, verdict.status, math.inf, improper=improper)}
     worth = len(posterior._used) if math.isnan(posterior.effective) else min(posterior.effective, len(posterior._used))
     samples = {name: values.detach().cpu().numpy() for name, values in posterior.samples.items()}
     found = compare(case, samples, max(float(worth), 100.0))
@@ -181,7 +187,7 @@ def figures(case: Case, posterior: Any) -> dict[str, Any]:
     row |= {"ratio": found.ratio, "strict_ratio": found.strict, "worst": found.where}
     if case.log_evidence is not None:
         row["evidence_error"] = abs(posterior.log_evidence - case.log_evidence)
-    return {**row, "outcome": outcome(case, verdict.status, found.ratio)}
+    return {**row, "outcome": outcome(case, verdict.status, found.ratio, improper=improper)}
 
 
 def _number(value: float) -> float | str:

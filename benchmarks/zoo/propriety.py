@@ -13,7 +13,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from scipy.special import gammaln, log_expit
+from scipy.special import gammaln
 from torch import Tensor
 
 from benchmarks.zoo.case import Array, Case, Draws, Maker, number_text
@@ -123,6 +123,7 @@ def location_and_scale(maker: Maker, proper: bool) -> Case:
 
 def hierarchy(maker: Maker, proper: bool, way: str) -> Case:
     """Effects of groups: the logarithm of their scale is flat, or the scale with two groups."""
+    # Over 40 lines: a model, and its posterior given the scale.
     few = way == "two groups"
     groups = maker.integer(5, 12) if proper or not few else 2
     centered = few or way == "centered"
@@ -202,9 +203,7 @@ def degrees_of_freedom(maker: Maker, proper: bool) -> Case:
     def log_density(x: Tensor) -> Tensor:
         return dist.StudentT(x, 0.0, 1.0).log_prob(y.to(x)).sum() - power * x.log()
 
-    return one_number(
-        maker, proper, f"df, prior x^-{power}, of {rows}", log_density, constraints.positive, heavy=True
-    )
+    return one_number(maker, proper, f"df, prior x^-{power}, of {rows}", log_density, constraints.positive, heavy=True)
 
 
 def overdispersion(maker: Maker, proper: bool) -> Case:
@@ -396,7 +395,7 @@ def product(maker: Maker, proper: bool) -> Case:
             pyro.sample("y", dist.Normal(one * other, s), obs=y)
 
     def draw(count: int, rng: np.random.Generator) -> Draws:
-        other = np.exp(-float(spread) ** 2 + float(spread) * rng.standard_normal(count))
+        other = np.exp(-(float(spread) ** 2) + float(spread) * rng.standard_normal(count))
         total = y.mean() + s / np.sqrt(rows) * rng.standard_normal(count)
         return {"one": total / other, "other": other}
 

@@ -24,7 +24,8 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
     mixed = [run for run in found.kept if run is not best and isinstance(sampler, FlowMixture)]
     notes = [note for run in [best, *mixed] for note in _warnings(run)] if found.several is None else []
     moving = found.several is None and (best.best is None or best.best.training.moving)
-    cut_short = ["training did not converge: means or sds still changed when it ended"] if moving else []
+    cut_short = ["training did not converge: means or sds still changed when it ended"]
+    cut_short = cut_short if moving and not found.improper else []
     return from_draws(
         density,
         sampler.draw,

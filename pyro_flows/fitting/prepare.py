@@ -62,7 +62,7 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
     if plan.train_model:
         return
     with plan.clock.part(PART):
-        prepared.improper = improper_tails(prepared.density, partial(_first_draws, prepared.density, seed), seed=seed)
+        prepared.improper = improper_tails(prepared.density, partial(first_draws, prepared.density, seed), seed=seed)
     if prepared.improper:
         return
     if prepared.density.structure.hierarchical:
@@ -82,7 +82,7 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
         prepared.starts = [] if carried is None else [carried]
 
 
-def _first_draws(density: LogDensity, seed: int) -> Tensor:
+def first_draws(density: LogDensity, seed: int) -> Tensor:
     """Return draws of the prior, and points where the density is finite: improper priors are looked at from there."""
     draws = prior_draws(density, PRIOR_DRAWS, seed=seed)
     return torch.cat([draws, possible_points(density, draws)])

@@ -59,13 +59,14 @@ class Place(NamedTuple):
 class Outward:
     """The log density about a middle (D,), in units (D,), along directions (K, D) of length 1 in these units.
 
-    Rows are the directions, one way and then the other (2 K).
+    Rows are the directions, one way and then the other (2 K). ``single`` is the density in single precision, if known.
     """
 
-    def __init__(self, density: LogDensity, middle: Tensor, units: Tensor, directions: Tensor) -> None:
-        self.density, self.dtype = density, middle.dtype
-        self.can_be_single = density.dtype == torch.float32 and not density.in_double and middle.dtype == torch.float64
-        self.deep = DEEP if self.can_be_single else SURE[middle.dtype]
+    def __init__(
+        self, density: LogDensity, single: LogDensity | None, middle: Tensor, units: Tensor, directions: Tensor
+    ) -> None:
+        self.density, self.single, self.dtype = density, single, middle.dtype
+        self.deep = SURE[middle.dtype] if single is None else DEEP
         self.middle, self.units = middle.double(), units.double()
         self.directions = torch.cat([directions, -directions]).double()
         # of a QR factorization of (u, I), all columns but the first
@@ -115,7 +116,9 @@ class Outward:
         sooner there, and probabilities are cut off higher up.
         """
         masses, rows = place.masses.clone(), torch.arange(len(best), device=best.device)
-        for own, levels in zip(masses, place.level, strict=True):  # a curvature of the last places is too small a number
+        for own, levels in zip(
+            masses, place.level, strict=True
+        ):  # a curvature of the last places is too small a number
             known = own.isfinite().nonzero()[:, 0]
             same = levels[known] == levels[known[-1:]]
             few = known[len(known) - int(same.flip(0).cumprod(0).sum()) :]
@@ -128,10 +131,11 @@ class Outward:
         height = place.heights[rows, first]
         apart = (come_to - height).abs() > LEVELLED + SHARE * height.abs()
         low = level < best[:, None] - SURE[self.dtype]
-        return torch.where(low & (apart[:, None] | (not self.can_be_single)), torch.nan, masses)
+        return torch.where(low & (apart[:, None] | (self.single is None)), torch.nan, masses)
 
     def _single(self, y: Tensor) -> Tensor:
-        return self.density.unrecorded(self._z(y).float())[0].double()
+        single = self.density if self.single is None else self.single
+        return single.unrecorded(self._z(y).float())[0].double()
 
     def _starts(
         self, rows: Tensor, distance: float, last: Tensor, tops: list[Tensor], far: list[Tensor]
@@ -165,15 +169,17 @@ class Outward:
         open_ = torch.arange(len(y), device=y.device)
         for _ in range(NEWTON):
             height, slope = self._values_and_slopes(y[open_])
-            moves, sizes, levels, curved = self._moves(y[open_], across[open_])
-            slope = (moves.mT @ slope[:, :, None].nan_to_num())[:, :, 0]
+            moves, sizes, flat, curved = self._moves(y[open_], across[open_])
+            slope = (moves.mT @ slope[:, :, None].nan_to_num())[:, :, 0] * ~flat
             gain = 0.5 * slope.square().sum(1)
             top = gain < AT_TOP
             some = (top & curved & height.isfinite()).nonzero()[:, 0]
             if len(some):
-                masses[open_[some]] = (height + gain + sizes)[some] + self._cuts(y[open_[some]], height[some], moves[some])
+                masses[open_[some]] = (height + gain + sizes)[some] + self._cuts(
+                    y[open_[some]], height[some], moves[some]
+                )
             masses[open_[height.isneginf()]] = -torch.inf
-            heights_there[open_], level[open_] = height, levels
+            heights_there[open_], level[open_] = height, flat.sum(1).to(height)
             step = (moves @ slope[:, :, None])[:, :, 0]
             tried = torch.stack([y[open_] + share * step for share in LENGTHS])
             heights = self._values(tried.flatten(0, 1)).view(len(LENGTHS), -1).nan_to_num(nan=-torch.inf)
@@ -188,7 +194,7 @@ class Outward:
     def _moves(self, y: Tensor, across: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return moves (K, D, D - 1) of an sd along each eigenvector, their log volumes, and whether there is a top.
 
-        Along some of them, whose number is the third result, the density is level.
+        Along some of them, which the third result tells, the density has no curvature: they are left out.
         """
         curvatures = hessians(self.density, self._z(y), exact=True) * self.units * self.units[:, None]
         curvatures = across.mT @ (0.5 * (curvatures + curvatures.mT)).nan_to_num(0.0, 0.0, 0.0) @ across
@@ -202,7 +208,7 @@ class Outward:
         sds = torch.where(level, 1.0 / moves.norm(dim=1), sizes.maximum(FLAT * largest).rsqrt())
         volumes = scale.log().sum(1) + torch.where(level, 0.0, sds.log()).sum(1)  # nothing is integrated where level
         curved = ((values > FLAT * largest) | level).all(1)
-        return moves * sds[:, None], volumes, level.sum(1).to(sizes), curved
+        return moves * sds[:, None], volumes, level, curved
 
     def _cuts(self, tops: Tensor, heights: Tensor, moves: Tensor) -> Tensor:
         """Return logs (K,) of the shares of widths at tops within which the density has not fallen much faster."""

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
@@ -49,14 +51,16 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
         z = draw().to(density.device, density.dtype)
     coordinates = [coordinate for coordinate, *_ in found]
     for other in _written(density):
-        there = finer(other, z if other is density else other.unconstrain(density.constrain(z)))
-        there = there[torch.isfinite(there).all(1)]
+        there = z if other is density else other.unconstrain(density.constrain(z))
+        double, single = (_in(other, dtype) for dtype in (torch.float64, torch.float32))
+        there = finer(double or other, there[torch.isfinite(there).all(1)])
+        other = double or other
         middle = _middle(other, there)
         if middle is None:
             continue
         units = spread_of(there)
         unit = torch.eye(density.dim, dtype=middle.dtype, device=middle.device)
-        slow = _too_slow(Outward(other, middle, units, unit[coordinates]).sides())
+        slow = _too_slow(Outward(other, single, middle, units, unit[coordinates]).sides())
         for (coordinate, name, label), too_slow in zip(found, slow, strict=True):
             if too_slow or _ends_numbers(other, coordinate, name, middle, units):
                 return _said(name, label)
@@ -70,6 +74,20 @@ def _written(density: LogDensity) -> Iterator[LogDensity]:
         yield density.elsewhere(())
     else:
         yield density
+
+
+def _in(density: LogDensity, dtype: torch.dtype) -> LogDensity | None:
+    """Return the density with its data in some precision; None where the model does not compute so."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    try:
+        found = density.beside(*(tree_map(cast, given) for given in (density.args, density.kwargs)))
+    except Exception:  # a model's own code may raise anything
+        return None
+    found.in_double = False
+    return found
 
 
 def _middle(density: LogDensity, z: Tensor) -> Tensor | None:
@@ -93,11 +111,15 @@ def _is_slow(side: Side) -> bool:
     distances, masses, noise, level = (part[~(side.distances.isnan() | side.masses.isnan())] for part in side)
     if not len(distances) or float(distances[-1]) < FARTHEST_LEAST:
         return False
-    last = (distances * LAST >= distances[-1])[:-1] & (distances[:-1] > 0.0) & (level[1:] == level[:-1])
     allowed = (1.0 + SLACK) * (distances[1:] / distances[:-1]).log()
-    falls, rounding = masses[:-1] - masses[1:], noise[:-1] + noise[1:]
-    slow, fast = last & (falls + rounding < allowed), last & (falls - rounding > allowed)
-    return int(slow.sum()) >= FALLS and not bool(fast.any())
+    falls, rounding = masses[:-1] - masses[1:], (noise[:-1] + noise[1:]).where(masses[1:].isfinite(), 0.0)
+    alike = (distances[:-1] > 0.0) & (level[1:] == level[:-1])
+    slow, fast = alike & (falls + rounding < allowed), falls - rounding > allowed
+    told = (slow | fast).nonzero()[:, 0]
+    if not len(told):
+        return False
+    last = distances[:-1] * LAST >= distances[1:][told[-1]]
+    return int((slow & last).sum()) >= FALLS and not bool((fast & last).any())
 
 
 def finer(density: LogDensity, z: Tensor) -> Tensor:
@@ -112,8 +134,8 @@ def finer(density: LogDensity, z: Tensor) -> Tensor:
 
 
 def _said(name: str, label: str) -> list[str]:
-    said = f"the posterior seems to have no finite integral: along {label}, whose prior is improper, its density falls"
-    return [f"{said} no faster than one over the distance. Give {name!r} a proper prior"]
+    said = f"the posterior seems to be improper, with no finite integral: along {label}, whose prior is improper, its"
+    return [f"{said} density falls no faster than one over the distance (give `{name}` a proper prior)"]
 
 
 def _coordinates(density: LogDensity) -> list[tuple[int, str, str]]:

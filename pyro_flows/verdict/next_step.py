@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 # A cause is known by the words of its reason, since a saved verdict holds its reasons as text.
@@ -15,6 +16,7 @@ OF_FITS = (
     (("the chains have not converged", "of the chains", "chains that began"), "call refine() with a larger max_steps"),
     (("the trajectories diverged",), "write the model with other parameters, such as non-centered ones"),
 )
+PROPER = re.compile(r"give `.+?` a proper prior")  # the reason itself says for which site
 OF_WEIGHTS = "call refine(), or fit with more layers"
 
 OF_MCMC = (
@@ -26,7 +28,8 @@ OF_MIXING = "run more warm-up steps and draw longer chains"
 
 def next_step(reasons: Sequence[str]) -> str:
     """Return what helps against the reasons for which a fit, or any guide, is unreliable."""
-    return _first(OF_FITS, reasons, OF_WEIGHTS)
+    improper = PROPER.search("; ".join(reasons))
+    return improper[0] if improper else _first(OF_FITS, reasons, OF_WEIGHTS)
 
 
 def next_step_of_mcmc(reasons: Sequence[str]) -> str:
