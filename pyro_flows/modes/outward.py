@@ -116,9 +116,7 @@ class Outward:
         sooner there, and probabilities are cut off higher up.
         """
         masses, rows = place.masses.clone(), torch.arange(len(best), device=best.device)
-        for own, levels in zip(
-            masses, place.level, strict=True
-        ):  # a curvature of the last places is too small a number
+        for own, levels in zip(masses, place.level, strict=True):  # a curvature too small for numbers
             known = own.isfinite().nonzero()[:, 0]
             same = levels[known] == levels[known[-1:]]
             few = known[len(known) - int(same.flip(0).cumprod(0).sum()) :]
@@ -140,7 +138,7 @@ class Outward:
     def _starts(
         self, rows: Tensor, distance: float, last: Tensor, tops: list[Tensor], far: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return distances, NaN beyond the end of numbers, and where to begin there (K, D): as two tops lead, or one."""
+        """Return distances, NaN beyond the end of numbers, and where to begin there (K, D), as one top leads, or two."""
         u = self.directions[rows]
         before, here, first, second = (part[rows] for part in (*tops, *far))
         gap = (second - first)[:, None]

@@ -1,12 +1,9 @@
 r"""Whether a posterior with improper priors has a finite integral, as far as its tails tell.
 
-With coordinate k held at c, the density over all others is about a normal one at its top, so that its mass is
-
-.. math:: \log f(c) = \max_{z : z_k = c} \log p(z) - \tfrac12 \log |H_{-k}| + \text{const},
-
-H the Hessian of -log p over the others. A finite integral asks for a marginal that falls faster than 1/c: by
-more than log 2 where the distance doubles. The posterior of a regression with a flat prior and separated data does not,
-nor that of a scale with too few data.
+A finite integral asks for marginals that fall faster than 1/c with the distance c: by more than log 2 where it doubles.
+The posterior of a regression with a flat prior and separated data does not, nor that of a scale with too few data. The
+marginal of each such coordinate is followed outward in unconstrained coordinates and in double precision, to the last
+place at which numbers are exact (:mod:`pyro_flows.modes.outward`): its falls there decide.
 
 Reference: Hobert and Casella 1996, "The effect of improper priors on Gibbs sampling in hierarchical linear mixed
 models" (JASA 91, doi:10.1080/01621459.1996.10476714): chains of an improper posterior may look as if all was well.
@@ -68,7 +65,7 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
 
 
 def _written(density: LogDensity) -> Iterator[LogDensity]:
-    """Yield the density, and in non-centered coordinates: as a scale goes to zero, or far out, one of both has digits."""
+    """Yield the density, non-centered and centered: as a scale goes to zero, or far out, one of both has digits."""
     if density.structure.hierarchical and not density.parameters():
         yield density.elsewhere(True)
         yield density.elsewhere(())
