@@ -138,7 +138,7 @@ class Outward:
     def _starts(
         self, rows: Tensor, distance: float, last: Tensor, tops: list[Tensor], far: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return distances, NaN beyond the end of numbers, and where to begin there (K, D), as one top leads, or two."""
+        """Return distances, NaN beyond the end of numbers, and where to begin there (K, D)."""
         u = self.directions[rows]
         before, here, first, second = (part[rows] for part in (*tops, *far))
         gap = (second - first)[:, None]

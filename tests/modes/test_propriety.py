@@ -221,7 +221,7 @@ def test_a_guide_that_follows_a_level_ridge_is_looked_at(along):
 def test_single_precision_in_a_neck_is_no_sign():
     """A Hessian there loses its small eigenvalues, and one fall that is known decided: 6 of 20 looks were false."""
     density = pf.LogDensity(schools, (torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]),))
-    for seed in range(6):
+    for seed in range(2):
         log_scale = 1.5 + 1.2 * normal(500, 1, seed=seed)
         mean = 8.0 + 5.0 * normal(500, 1, seed=100 + seed)
         draws = torch.cat([mean, log_scale, mean + log_scale.exp() * normal(500, 8, seed=200 + seed)], 1)
