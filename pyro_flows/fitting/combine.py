@@ -17,8 +17,8 @@ from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.combined import Combined, Sampler
 from pyro_flows.fitting.guide_space import latent_of
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.prepare import Prepared, nested_instead
-from pyro_flows.fitting.run import Run, begin_only, make_run
+from pyro_flows.fitting.prepare import Prepared, begin_only, nested_instead
+from pyro_flows.fitting.run import Run, make_run
 from pyro_flows.fitting.several import Several, several
 from pyro_flows.fitting.slicing import STAGE as SLICES
 from pyro_flows.fitting.slicing import short_of, slices_for

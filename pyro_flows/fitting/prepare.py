@@ -13,6 +13,7 @@ from pyro_flows.fitting.escalation import Round
 from pyro_flows.fitting.nesting import nested_at_once
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.run import Run
+from pyro_flows.fitting.selection import begin
 from pyro_flows.fitting.slicing import come_first, slices_at_once
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import PART, improper_tails
@@ -20,7 +21,7 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.starts.charting import choose_charts
 from pyro_flows.starts.coordinates import Climbed, choose_coordinates, climbed
 from pyro_flows.starts.portfolio import PRIOR_DRAWS
-from pyro_flows.starts.prior import possible_points, prior_draws
+from pyro_flows.starts.prior import possible_points, prior_draws, spread_of
 from pyro_flows.starts.start import Start
 from pyro_flows.training.trainer import Trainer
 
@@ -86,6 +87,12 @@ def first_draws(density: LogDensity, seed: int) -> Tensor:
     """Return draws of the prior, and points where the density is finite: improper priors are looked at from there."""
     draws = prior_draws(density, PRIOR_DRAWS, seed=seed)
     return torch.cat([draws, possible_points(density, draws)])
+
+
+def begin_only(plan: Plan, density: LogDensity, run: Run) -> None:
+    """Put an untrained flow at the prior's middle and spread: the posterior has no finite integral."""
+    draws = prior_draws(density, PRIOR_DRAWS, seed=plan.seed)
+    begin(run.flow(plan, density), Start("prior", draws.median(0).values, spread_of(draws)))
 
 
 def nested_instead(plan: Plan, prepared: Prepared, run: Run, *, first: bool) -> bool:

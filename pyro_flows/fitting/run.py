@@ -29,7 +29,7 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.matching import matched
 from pyro_flows.starts.portfolio import portfolio
-from pyro_flows.starts.prior import prior_draws, spread_of
+from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start, standard
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Look, Training, train
 from pyro_flows.training.trainer import Trainer
@@ -154,12 +154,6 @@ def make_run(
         assert run.best is not None
         if plan.escalate and not (plan.train_model or run.improper or run.best.enough):
             _go_on(plan, density, run, winner, budget, seed=seed, alone=lack is None)
-
-
-def begin_only(plan: Plan, density: LogDensity, run: Run) -> None:
-    """Put an untrained flow at the prior's middle and spread: the posterior has no finite integral."""
-    draws = prior_draws(density, SURVEYED_FROM, seed=plan.seed)
-    begin(run.flow(plan, density), Start("prior", draws.median(0).values, spread_of(draws)))
 
 
 def _go_on(
