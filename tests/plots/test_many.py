@@ -313,16 +313,8 @@ def test_counts_step_at_whole_numbers():
 def test_all_figures_have_one_width(ok):
     figures = [
         *(plots.plot_posterior(ok), plots.plot_posterior(ok, coords={"school": "Exeter"}), plots.plot_forest(ok)),
-        *(
-            plots.plot_pairs(ok, "theta[0]", "theta[1]"),
-            plots.plot_pairs(ok, var_names="theta"),
-            plots.plot_weights(ok),
-        ),
+        *(plots.plot_pairs(ok, "theta[0]", "theta[1]"), plots.plot_pairs(ok, var_names="theta")),
         *(plots.plot_predictive(ok), plots.plot_prior_posterior(ok), plots.plot_layers(pf.planar(2, layers=3))),
-        *(
-            plots.plot_images(torch.rand(12, 4, 4)),
-            plots.plot_points(torch.rand(9, 2)),
-            plots.plot_spectrum(pf.nice(3)),
-        ),
+        *(plots.plot_weights(ok), plots.plot_images(torch.rand(8, 4, 4)), plots.plot_points(torch.rand(9, 2))),
     ]
     assert {figure.get_figwidth() for figure in figures} == {WIDTH}
