@@ -91,8 +91,8 @@ class Outward:
             here = ~distance.isnan()
             found = Place(*(part.new_full((count, *part.shape[1:]), torch.nan) for part in places[0]))
             if bool(here.any()):
-                for whole, part in zip(found, self._at(rows[here], start[here]), strict=True):
-                    whole[rows[here]] = part
+                for field, part in zip(found, self._at(rows[here], start[here]), strict=True):
+                    field[rows[here]] = part
             at = zero + torch.nan
             at[rows] = distance
             known = ~found.masses.isnan()
