@@ -13,6 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,9 +22,11 @@ from typing import Any, TypeVar
 import torch
 
 import pyro_flows
+from benchmarks import fingerprints
 
 Row = dict[str, str]
 Task = TypeVar("Task")
+_within: ContextVar[float] = ContextVar("within", default=0.0)
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PRESENTATION = {"cli", "_inputs", "arviz_groups", "dims", "files", "plots", "report"}  # no part of a fit
@@ -93,6 +97,29 @@ def write(file: Path, fields: Sequence[str], rows: Iterable[Mapping[str, object]
     fresh.replace(file)
 
 
+@contextmanager
+def resuming(within: float) -> Iterator[None]:
+    """Let :func:`start` take rows for those of the present code if at most this share of its lines has changed."""
+    token = _within.set(within)
+    try:
+        yield
+    finally:
+        _within.reset(token)
+
+
+def _resumed(rows: list[Row]) -> list[Row]:
+    if not (within := _within.get()):
+        return rows
+    present = code_version()
+    named = {row["version"]: fingerprints.version_in(row["version"]) for row in rows}
+    standing = {
+        text: text.replace(version, present)
+        for text, version in named.items()
+        if version is not None and fingerprints.stands(version, within)
+    }
+    return [{**row, "version": standing.get(row["version"], row["version"])} for row in rows]
+
+
 def start(file: Path, fields: Sequence[str]) -> list[Row]:
     """Make ``file`` ready for :func:`append`, and return the rows that it has.
 
@@ -106,17 +133,21 @@ def start(file: Path, fields: Sequence[str]) -> list[Row]:
         rows = read(file)
         if not text.endswith("\n"):
             write(file, fields, rows)
-        return rows
+        return _resumed(rows)
     write(file, fields, [])
     return []
 
 
 def append(file: Path, fields: Sequence[str], row: Mapping[str, object]) -> None:
-    """Add one row and see that it is on the disk."""
+    """Add one row and see that it is on the disk; the first row of a version leaves the fingerprint of its code."""
     with file.open("a", newline="", encoding="utf-8") as stream:
         csv.DictWriter(stream, fields, lineterminator="\n").writerow(row)
         stream.flush()
         os.fsync(stream.fileno())
+    version = fingerprints.version_in(str(row.get("version", "")))
+    kept = version is None or (fingerprints.KEPT / f"{version}.txt").is_file()
+    if file.parent == RESULTS and not kept and version == code_version():  # the code may change while a benchmark runs
+        fingerprints.save(version)
 
 
 def attempt(row: dict[str, Any], fill: Callable[[dict[str, Any]], None]) -> Row:

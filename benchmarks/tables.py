@@ -7,10 +7,11 @@ Only what stands between the markers is replaced; the text around them stays.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import records
+from benchmarks import fingerprints, records
 from benchmarks.calibration import running as calibration
 from benchmarks.calibration.tables import section as calibration_section
 from benchmarks.cold import __main__ as cold
@@ -36,6 +37,7 @@ from benchmarks.zoo import reporting as zoo_reporting
 from benchmarks.zoo import running as zoo_running
 
 EVIDENCE = Path(__file__).resolve().parents[1] / "docs" / "evidence"
+CLAIMING = [EVIDENCE.parents[1] / name for name in ("README.md", "docs/index.md", "docs/understand/verdict.md")]
 SKELETON = """# Performance
 
 `make bench` runs the benchmarks and writes the tables of this page.
@@ -55,6 +57,7 @@ TITLES = {
     "stopping": "What the automatic stop costs",
     "density": "Densities of data",
 }
+KINDS = {"speed": "step", "density": "density"}  # what decides about tables that are not of fits
 
 
 def write_tables(
@@ -97,9 +100,11 @@ def write_tables(
         ("toys", toys_csv, toys_section),
         ("density", density_csv, density_section),
     ]
+    if page is None and (rows := records.read(zoo_csv)):
+        state(zoo_reporting.claim(rows))
     for name, file, section in sections:
         if rows := records.read(file):
-            _fill(pages, name, section(rows))
+            _fill(pages, name, fingerprints.stated(section(rows), KINDS.get(name, "fit")))
 
 
 def _skeleton() -> str:
@@ -127,6 +132,14 @@ def replace(text: str, name: str, content: str) -> str:
     if not found_begin or not found_end:
         raise ValueError(f"page: expected the markers {begin} and {end}, in this order; put them in.")
     return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
+
+
+def state(claim: str, pages: Sequence[Path] = CLAIMING) -> None:
+    """Write how often the verdict was wrong into the pages that say so, between the markers of ``zoo-claim``."""
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        begin, end = "<!-- zoo-claim: begin -->", "<!-- zoo-claim: end -->"
+        page.write_text(re.sub(f"(?<={begin}).*?(?={end})", claim, text, flags=re.DOTALL), encoding="utf-8")
 
 
 def density_section(rows: Sequence[Row], planar_csv: Path = planar.OUT) -> str:

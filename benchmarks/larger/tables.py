@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from benchmarks.fingerprints import akin
 from benchmarks.larger.models import MODELS
 from benchmarks.larger.running import NONCENTERED
 from benchmarks.markdown import about, number, plural, table, yes
@@ -28,7 +29,7 @@ def newest(rows: Iterable[Row]) -> dict[str, Groups]:
     last = {(row["method"], row["posterior"]): row["version"] for row in rows}
     found: dict[str, dict[str, dict[str, Row]]] = {}
     for row in rows:
-        if row["version"] == last[row["method"], row["posterior"]]:
+        if akin(row["version"], last[row["method"], row["posterior"]]):
             found.setdefault(row["method"], {}).setdefault(row["posterior"], {})[row["seed"]] = row
     return {
         method: {name: list(models[name].values()) for name in MODELS if name in models}

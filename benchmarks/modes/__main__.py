@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +29,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from benchmarks import records
+from benchmarks.markdown import range_text
 from benchmarks.modes import labels, sbi
 from benchmarks.records import Row
 from benchmarks.toys import targets
@@ -117,16 +120,21 @@ def run(task: tuple[str, str, int]) -> Row:
 
 def section(rows: Sequence[Row], table: Any, about: Any) -> str:
     """Return the section of ``docs/evidence/accuracy.md``."""
-    body = []
+    rows = newest(rows)
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        masses = f"{float(row['least']):.2f} to {float(row['most']):.2f}" if row["least"] else ""
-        figures = [
-            f"{float(row[name]):.{digits}f}" if row[name] and math.isfinite(float(row[name])) else ""
-            for name, digits in (("c2st", 3), ("evidence_error", 4), ("k_hat", 2), ("ess_ratio", 2), ("seconds", 1))
-        ]
-        body.append([row["target"], row["way"], row["dim"], row["modes"], masses, *figures, row["status"] or "failed"])
-    header = ["target", "way", "D", "modes", "masses", "C2ST", "log Z off", "k-hat", "ESS/S", "seconds", "verdict"]
+        groups.setdefault((row["target"], row["way"]), []).append(row)
+    body = []
+    for (target, way), kept in groups.items():
+        masses = [float(row[name]) for row in kept for name in ("least", "most") if row[name]]
+        modes = min((row["modes"] for row in kept if row["modes"]), key=lambda text: int(text.split()[0]), default="")
+        dims = next((row["dim"] for row in kept if row["dim"]), "")
+        verdicts = ", ".join(dict.fromkeys(row["status"] or "failed" for row in kept))
+        figures = [_worst(kept, *column) for column in FIGURES]
+        body.append([target, way, str(len(kept)), dims, modes, range_text(masses, 2), *figures, verdicts])
+    header = ["target", "way", "seeds", "D", "modes", "masses", "C2ST", "log Z off", "k-hat", "ESS/S", "seconds"]
     text = (
+        "Figures are those of the worst seed, seconds medians.\n\n"
         "`fit`: as it comes. `runs`: one run a mode instead, weighted by evidence, with "
         f"{LIMIT:.0f} seconds of the clock. `smc`: one run, then annealing. "
         "A mode is found if it has 25 % of its mass; masses are relative to the right "
@@ -134,7 +142,26 @@ def section(rows: Sequence[Row], table: Any, about: Any) -> str:
         f"Seconds are of the processor.\n\n{about(rows)} pyro_flows "
         f"{', '.join(dict.fromkeys(row['version'] for row in rows))}."
     )
-    return f"{text}\n\n{table(header, body)}"
+    return f"{text}\n\n{table([*header, 'verdicts'], body)}"
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """Return the last row of each target, way and seed."""
+    return list({(row["target"], row["way"], row["seed"]): row for row in rows}.values())
+
+
+FIGURES: tuple[tuple[str, int, Callable[[list[float]], float]], ...] = (
+    ("c2st", 3, max),
+    ("evidence_error", 4, max),
+    ("k_hat", 2, max),
+    ("ess_ratio", 2, min),
+    ("seconds", 1, statistics.median),
+)
+
+
+def _worst(rows: Sequence[Row], name: str, digits: int, of: Callable[[list[float]], float]) -> str:
+    values = [float(row[name]) for row in rows if row[name] and math.isfinite(float(row[name]))]
+    return f"{of(values):.{digits}f}" if values else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -144,18 +171,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--only", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--ways", nargs="+", choices=("fit", "runs", "smc"), default=["fit", "runs", "smc"])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=records.positive, default=3, help="from 0 on (default: 3)")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
     known = {(row["version"], row["target"], row["way"], row["seed"]) for row in records.start(options.out, FIELDS)}
     version = records.code_version()
-    for name in options.only:
-        for way in options.ways:
-            if (version, name, way, str(options.seed)) in known:
-                continue
-            row = run((name, way, options.seed))
-            records.append(options.out, FIELDS, row)
-            print(f"{name} {way}: {row['status'] or row['error']}, {row['modes']}, {row['seconds']} s", flush=True)
+    for name, way, seed in product(options.only, options.ways, range(options.seeds)):
+        if (version, name, way, str(seed)) in known:
+            continue
+        row = run((name, way, seed))
+        records.append(options.out, FIELDS, row)
+        print(f"{name} {way} {seed}: {row['status'] or row['error']}, {row['modes']}, {row['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -94,14 +94,18 @@ def right(row: Row) -> bool:
     return bool(row["mean_error"]) and float(row["mean_error"]) <= MEAN and float(row["sd_error"]) <= np.log1p(SD)
 
 
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """Return the last row of each model, number of runs, and seed."""
+    return list({(row["model"], row["runs"], row["seed"]): row for row in rows}.values())
+
+
 def section(rows: Sequence[Row], table: Any, about: Any) -> str:
     """Return the section of ``docs/evidence/accuracy.md``."""
-    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    rows, body = newest(rows), []
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["model"], row["runs"]), {})[row["seed"]] = row
-    body = []
-    for (name, runs), found in groups.items():
-        kept = list(found.values())
+        groups.setdefault((row["model"], row["runs"]), []).append(row)
+    for (name, runs), kept in groups.items():
         figures = {
             column: [float(row[column]) for row in kept if row[column]]
             for column in ("mean_error", "sd_error", "k_hat", "ess_ratio", "seconds", "left")

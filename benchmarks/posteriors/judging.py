@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.fingerprints import akin
 from benchmarks.posteriors.models import NAMES
 from benchmarks.records import Row
 
@@ -38,7 +39,7 @@ def newest(rows: Iterable[Row]) -> dict[str, list[Row]]:
     last = {row["method"]: row["version"] for row in rows}
     found: dict[str, dict[tuple[str, str], Row]] = {method: {} for method in last}
     for row in rows:
-        if row["version"] == last[row["method"]]:
+        if akin(row["version"], last[row["method"]]):
             found[row["method"]][row["posterior"], row["seed"]] = row
     return {method: list(kept.values()) for method, kept in found.items()}
 

@@ -28,7 +28,8 @@ def _ours_text(rows: Sequence[Row]) -> str:
         "every figure is that of the worst seed.\n\nErrors are those of the worst unconstrained coordinate against "
         "the reference draws: of the mean, in reference standard deviations, and the absolute log ratio of standard "
         "deviations. They are given for the draws to use and for raw draws of the guide. The ELBO gap is to a log "
-        f"evidence known to 0.02 nats. Seconds are of one thread.\n\n{about(rows)} pyro_flows {rows[-1]['version']}."
+        f"evidence known to 0.02 nats. Seconds are of one thread.\n\n{about(rows)} "
+        f"pyro_flows {', '.join(dict.fromkeys(row['version'] for row in rows))}."
     )
 
 
@@ -98,12 +99,13 @@ def _methods_table(methods: dict[str, list[Row]]) -> str:
 
 def stopping_section(rows: Sequence[Row]) -> str:
     """Return the section about the automatic stop."""
-    rows = [row for row in rows if row["version"] == rows[-1]["version"]]
+    rows = list({(row["posterior"], row["seed"]): row for row in rows}.values())
     longer = statistics.median(int(row["longer_steps"]) / int(row["steps"]) for row in rows)
     text = (
         f"The first round of a fit against one with the same seed that goes on {longer:.1f} times as long (a budget of "
         f"{stopping.LONGER} times the steps, less what its shorter cool-down leaves); ELBOs on {stopping.DRAWS} common "
-        f"draws. {stopping.summary(rows)}\n\n{about(rows)} pyro_flows {rows[-1]['version']}."
+        f"draws. {stopping.summary(rows)}\n\n{about(rows)} "
+        f"pyro_flows {', '.join(dict.fromkeys(row['version'] for row in rows))}."
     )
     body = [
         [

@@ -19,7 +19,8 @@ def section(rows: Sequence[Row], table: Callable[[Sequence[str], Sequence[Sequen
         "limit": _limit,
     }  # fmt: skip
     found = [writers[name](_cases(part), table) for name, part in parts.items()]
-    versions = " and ".join(dict.fromkeys(row["version"] for row in rows))
+    shown = [row for part in parts.values() for case in _cases(part) for row in case]
+    versions = " and ".join(dict.fromkeys(row["version"] for row in shown))
     machine, software = (" and ".join(dict.fromkeys(row[name] for row in rows)) for name in ("machine", "software"))
     about = (
         "Medians of turns that processes of one thread each take, so that a busy machine is busy for all; ratios are "

@@ -25,7 +25,8 @@ def toys_section(rows: Sequence[Row]) -> str:
         "normalizer, in nats.\n\nA mode is found if draws of the "
         f"guide hold {toys.FOUND_SHARE:.0%} of its mass at least. A fit is wrong if it lacks a mode, or draws to use "
         "miss a mean by more than 0.25 standard deviations or a standard deviation by more than 25 %. Where a first "
-        f"round did not suffice, the fit added layers. Each target was run last at its own version.\n\n{about(kept)}"
+        f"round did not suffice, the fit added layers. Each target was run last at its own version.\n\n{about(kept)} "
+        f"pyro_flows {', '.join(dict.fromkeys(row['version'] for row in kept))}."
     )
     return f"{text}\n\n{_toys_table(cases)}"
 

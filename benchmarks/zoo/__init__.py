@@ -26,6 +26,8 @@ FAMILIES = {
     "propriety": propriety.VARIANTS,
 }
 
+SEEDS, MODELS = (101, 102, 103), 300  # of the table: seeds that nobody has developed on, and models of each
+
 
 def family_of(number: int) -> str:
     """Return the family of a case: they take turns, so that any first cases cover all of them evenly."""
@@ -48,4 +50,4 @@ def zoo(seed: int, number: int) -> Case:
     return replace(made, family=family, seed=seed, number=number, dtype=maker.dtype)
 
 
-__all__ = ["FAMILIES", "Case", "family_of", "zoo"]
+__all__ = ["FAMILIES", "MODELS", "SEEDS", "Case", "family_of", "zoo"]

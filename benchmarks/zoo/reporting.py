@@ -6,6 +6,10 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
+from scipy.stats import binomtest
+
+from benchmarks.fingerprints import akin
+from benchmarks.markdown import plural
 from benchmarks.records import Row
 from benchmarks.zoo import FAMILIES
 from benchmarks.zoo.judging import OUTCOMES
@@ -16,12 +20,9 @@ Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of the seed that was written last, by number; of each number the last one, of any version."""
-    if not rows:
-        return []
-    last = rows[-1]
-    kept = {row["number"]: row for row in rows if row["seed"] == last["seed"]}
-    return sorted(kept.values(), key=lambda row: int(row["number"]))
+    """Return the rows of all seeds of the version that was written last, one a seed and number, in their order."""
+    kept = {(int(row["seed"]), int(row["number"])): row for row in rows if akin(row["version"], rows[-1]["version"])}
+    return [kept[key] for key in sorted(kept)]
 
 
 def line(row: Row) -> str:
@@ -61,14 +62,39 @@ def table_rows(rows: Sequence[Row]) -> list[list[str]]:
     return body
 
 
+def bound(lies: int, fits: int) -> float:
+    """Return the one-sided 95 % upper bound of Clopper and Pearson for the share of lies."""
+    return float(binomtest(lies, fits, alternative="less").proportion_ci(0.95, method="exact").high)
+
+
+def rate(rows: Sequence[Row]) -> str:
+    """Return in words how many fits were wrong and called usable, of all seeds, with the upper bound of their share."""
+    lies, fits = counts(rows)["lie"], len(rows)
+    wrong = "no wrong result was" if lies == 0 else "1 wrong result was" if lies == 1 else f"{lies} wrong results were"
+    share = "" if lies == 0 else f"{100 * lies / fits:.2f} %, "
+    return f"{wrong} called usable ({share}95 % upper bound {100 * bound(lies, fits):.2f} %)"
+
+
 def section(rows: Sequence[Row], table: Table, about: Callable[[Sequence[Row]], str]) -> str:
-    """Return the section of the performance page: the newest run of the zoo."""
+    """Return the section of ``docs/evidence/accuracy.md``: all seeds of the newest version."""
     rows = newest(rows)
     text = (
-        f"`fit` as it comes on {len(rows)} random models of seed {rows[0]['seed']}.\n\n{about(rows)} "
+        f"`fit` as it comes on {plural(len(rows), 'random model')} of {_seeds(rows)}: {rate(rows)}. The bound is that "
+        f"of Clopper and Pearson, one-sided.\n\n{about(rows)} "
         f"pyro_flows {', '.join(dict.fromkeys(row['version'] for row in rows))}."
     )
     return f"{text}\n\n{table(HEADER, table_rows(rows))}"
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+
+
+def claim(rows: Sequence[Row]) -> str:
+    """Return the sentence's part that README and other pages state."""
+    rows = newest(rows)
+    return f"{len(rows)} random models of {plural(len({row['seed'] for row in rows}), 'seed')}, {rate(rows)}"
 
 
 def wanting(rows: Sequence[Row]) -> list[str]:
