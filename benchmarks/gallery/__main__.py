@@ -1,10 +1,10 @@
-"""Draw the pictures of docs/gallery.md, docs/understand and docs/reference, and print the verdicts.
+"""Draw the pictures of README, docs/gallery.md, docs/understand and docs/reference, and print the verdicts.
 
     python -m benchmarks.gallery --posteriordb PATH
     python -m benchmarks.gallery garch moons
 
-Names are those of the posteriors (schools, garch, process, seeds, faithful) and of the other pictures (moons,
-centering, tails, transforms, plots-posterior and others). A posterior whose data are absent is left out with a
+Names are those of the posteriors (schools, garch, process, seeds, faithful) and of the other pictures (pairs,
+moons, centering, tails, transforms, plots-posterior and others). A posterior whose data are absent is left out with a
 sentence.
 """
 
@@ -21,7 +21,7 @@ from PIL import Image
 from benchmarks.gallery import pictures, reference
 from benchmarks.gallery.entries import ENTRIES
 
-OTHERS = ("moons", "centering", "tails", *reference.PICTURES)
+OTHERS = ("pairs", "moons", "centering", "tails", *reference.PICTURES)
 DPI = 150
 
 
@@ -35,7 +35,7 @@ def draw(name: str, root: str | None) -> Figure:
         return reference.PICTURES[name]()
     if name == "centering":
         return pictures.centering(ENTRIES["schools"](root))
-    figure, found = pictures.compare(ENTRIES[name](root))
+    figure, found = pictures.schools_pairs() if name == "pairs" else pictures.compare(ENTRIES[name](root))
     for label, posterior in found.items():
         print(f"{name}, {label}: {posterior.verdict}")
     return figure

@@ -70,7 +70,8 @@ def fit(
         layers: number of layers, for a flow given by name, 1000 at most; the default is the builder's.
         draws: how many draws to return, at least 100, and ten million at most, or what the memory holds; four times as
             many are judged by. A sampler (``refine``) returns all that it is judged by, 4096 at least.
-        seed: of all randomness; one seed, one answer. Torch's global generator is left as it was.
+        seed: of all randomness. One seed gives one answer, given the versions of packages, the processor, the compiler
+            and the number of threads. Torch's global generator is left as it was.
         max_steps: bound on the optimization steps of a run, 64 gradient evaluations each (256 from the second round
             on); by default 6000, and more above 50 dimensions, twice as many from 200 on; the short race of step sizes
             comes on top.

@@ -55,8 +55,8 @@ def plot_pairs(
 ) -> Figure:
     """Scatter scalars against each other: two in one panel, more in a triangle of panels with their marginals.
 
-    Of several posteriors, the first one is scattered. Of each other one, lines enclose the regions in which 50 % and
-    90 % of its draws lie most densely.
+    Of several posteriors, the first one is scattered, and lines enclose the regions in which 50 % and 90 % of the draws
+    of each lie most densely.
 
     Args:
         posterior: what to draw; several by name, ``{"flow": posterior, "NUTS": chains}``.
@@ -134,7 +134,7 @@ def _single(
         axes.set(**{f"{name}label": parts.plain(label)})
     if len(layers) > 1:
         first, *others = parts.with_status(posteriors)
-        names = [first, *(f"{name}: 50 % and 90 % of its draws" for name in others)]
+        names = [f"{first}: all draws, 50 % and 90 %", *(f"{name}: 50 % and 90 % of its draws" for name in others)]
         most = int(LETTERS * width)
         narrow = width < parts.NARROW or len(names) > 2 or sum(map(len, names)) > most
         names = [textwrap.fill(name.replace(" %", "\xa0%"), most).replace("\xa0", " ") for name in names]
@@ -179,15 +179,15 @@ def _triangle(
 
 
 def _panel(axes: Axes, layers: list[Layer], x: str, y: str, *, size: float) -> list[Any]:
-    """Scatter the first layer, and enclose the others; return what a legend needs."""
+    """Scatter the first layer, and enclose all if there are several; return what a legend needs."""
     clouds = [np.stack([layer[x], layer[y]], -1) for layer in layers]
     axes.set_xlim(*limits([cloud[:, 0] for cloud in clouds]))
     axes.set_ylim(*limits([cloud[:, 1] for cloud in clouds]))
     across, upwards = clouds[0][_spread_out(len(clouds[0]))].T
     dots: dict[str, Any] = {"alpha": 0.5, "markersize": size, "markeredgewidth": 0, "rasterized": True}
     handles = [*axes.plot(across, upwards, ".", color=FLOW, **dots)]
-    for number, cloud in enumerate(clouds[1:], 1):
-        handles.append(parts.regions(axes, cloud, number, color_of(number)[0]))
+    if len(clouds) > 1:
+        handles += [parts.regions(axes, cloud, number, color_of(number)[0]) for number, cloud in enumerate(clouds)][1:]
     return handles
 
 

@@ -133,12 +133,15 @@ def test_what_is_compared_are_raw_draws(ok, corrected):
     """The regions of a guide that is off lie where its own draws lie, not where resampling moves them."""
     far = pf.diagnose(schools, lambda y: pyro.sample("theta", dist.Normal(y * 0 + 5.0, 0.5).to_event(1)), Y, draws=500)
     figure = plots.plot_pairs(corrected, "theta[0]", "theta[1]", compare=far, labels=("ours", "theirs"))
-    assert {"ours (corrected)", "theirs (unreliable): 50 % and 90 % of its draws"} <= set(texts(figure))
+    assert {"ours (corrected): all draws, 50 % and 90 %", "theirs (unreliable): 50 % and 90 % of its draws"} <= set(
+        texts(figure)
+    )
     (axes,) = figure.axes
     assert axes.get_xlim()[1] > 5.5
     assert axes.get_ylim()[0] < 1.0
     own = plots.plot_pairs(ok, "theta[0]", "theta[1]", compare=corrected)
-    regions = next(found for found in own.axes[0].collections if not found.get_facecolor().size)
+    ours, regions = (found for found in own.axes[0].collections if not found.get_facecolor().size)
+    assert tuple(ours.get_edgecolor()[0]) != tuple(regions.get_edgecolor()[0])
     inner = regions.get_paths()[-1].vertices
     raw = corrected.z[:, 0].double().numpy()
     assert inner[:, 0].mean() == pytest.approx(np.median(raw), abs=0.25 * raw.std())
@@ -185,9 +188,10 @@ def test_flow_guides_are_named_by_their_builder():
     posterior = pf.diagnose(schools, schools_flow(), Y, draws=200)
     figure = plots.plot_pairs(posterior, "theta[0]", "theta[1]", compare=posterior)
     status = posterior.verdict.status
-    assert {f"flow (realnvp) ({status})", f"flow (realnvp), raw ({status}): 50 % and 90 % of its draws"} <= set(
-        texts(figure)
-    )
+    assert {
+        f"flow (realnvp) ({status}): all draws, 50 % and 90 %",
+        f"flow (realnvp), raw ({status}): 50 % and 90 % of its draws",
+    } <= set(texts(figure))
 
 
 def test_figures_are_files_without_pyplot(ok, tmp_path):

@@ -1,0 +1,222 @@
+"""Numbers in prose that the code decides are those of the code.
+
+Each page has a list of phrases. In braces stands where the number comes from: a constant of a module, an option's
+default as ``module.function(option)``, with an index where it is one of several; then, after a bar, how it is written.
+"""
+
+import importlib
+import inspect
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+ORDINALS = ["zeroth", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
+WRITTEN = {
+    "": lambda value: f"{value:g}" if value < 10_000 else f"{value:,}".replace(",", " "),
+    "comma": lambda value: f"{value:,}",
+    "fixed": lambda value: f"{value:.2f}",
+    "percent": lambda value: f"{100 * value:g} %",
+    "word": lambda value: {13: "thirteen", 16: "sixteen", 64: "64"}.get(value) or WORDS[int(value)],
+    "exp": lambda value: f"{math.exp(value):g}",
+    "fold": lambda value: {2: "twofold", 3: "threefold", 4: "fourfold"}[round(math.exp(value))],
+    "tens": lambda value: f"{10 * round(math.exp(value) / 10)}",
+    "one in": lambda value: {1e-3: "one in a thousand", 1e-4: "one in ten thousand"}[value],
+    "millions": lambda value: f"{WORDS[round(value / 1e6)]} million",
+    "million": lambda value: {0.5: "half a million", 1.0: "a million", 10.0: "ten million"}[round(value / 1e6, 1)],
+    "part": lambda value: {0.1: "A tenth", 0.2: "A fifth"}[value],
+    "gain": lambda value: {1.2: "a fifth", 1.25: "a quarter"}[value],
+    "half": lambda value: {0.5: "half a"}[value],
+}
+
+PHRASES = {
+    "docs/understand/fit.md": [
+        "Above {starts.curvature.FULL_HESSIAN_UP_TO} dimensions they come from L-BFGS",
+        "what a reader of {fitting.fit.fit(draws)} draws can see",
+        "If their effective share has not risen by {training.loop.RISES|gain}",
+        "in up to {modes.slices.UP_TO} dimensions and for models of few operations",
+        "Given up to {modes.hyper.MOST_HELD|word} coordinates",
+        "In up to {fitting.prepare.AT_FIRST} dimensions this comes before the choice of coordinates",
+        "in up to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions. A local linear trend",
+        "In {fitting.run.SAMPLED_FROM} to {fitting.run.SAMPLED_UP_TO} dimensions a flow takes thousands of steps",
+        "{correction.rungs.UNTRAINED|comma} gradients at most in up to {correction.rungs.FEW} dimensions, and "
+        "{correction.rungs.ATTEMPT|comma} above",
+        "they get up to {correction.rungs.CHEAPEST|word} times as many",
+        "up to {correction.untrained.MOST_COPIES} images under exact symmetries",
+        "k-hat is below {fitting.escalation.ENOUGH_K}, training converged",
+        "less than {fitting.escalation.ENOUGH_GAP} nats above it",
+        "less than {fitting.escalation.ENOUGH_GAP_A_DIM} nats per dimension",
+        "a batch {fitting.escalation.WIDER|word} times as large",
+        "{fitting.escalation.EXTRA_LAYERS|word} more layers",
+        "heavier tails of the base ({fitting.escalation.HEAVY_DF} degrees of freedom)",
+        "at all such images, up to {fitting.combine.MAX_COPIES}, without",
+    ],
+    "docs/understand/verdict.md": [
+        r"$S = {verdict.deciding.POOL} \times$ `draws`",
+        "largest weight is below {verdict.weighing.LEVEL|exp} times the mean",
+        "divided by the number of draws, is below {verdict.weighing.ESS_RATIO}",
+        "k-hat below {verdict.judging.MENDED_K} and ESS/S above {verdict.judging.UNDOUBTED_ESS}",
+        "widens a standard deviation** more than {verdict.judging.WIDENING|fold}",
+        "by more than {verdict.judging.MENDED_MEAN|word} standard deviation. Then too much",
+        "noticeably, and k-hat is {verdict.judging.MENDED_K} or more",
+        "**Var[log p]** is more than {fitting.volume.FAR_UNEVEN|word} times what",
+        "holds more than {modes.lacks.SHARE|percent} of the mass that the guide covers",
+        "if {modes.short_tails.SHORT|percent} more mass than in the draws, and {modes.short_tails.ERRORS|word} "
+        "standard errors, lies beyond one of their {modes.short_tails.TAIL|percent} quantiles",
+        "In up to {modes.slices.UP_TO} dimensions, this is asked of flows",
+        "**changes a mean** by more than {verdict.judging.MEAN_SHIFT} posterior standard deviations",
+        "the logarithm of the ratio is larger than {verdict.judging.SD_SHIFT}",
+        "by more than {verdict.own_values.CHANGED} and {verdict.own_values.ERRORS|word} standard errors",
+        "for a k-hat between its threshold and {verdict.judging.CONTAINED_K}",
+        "ESS/S is above {verdict.judging.CONTAINED_ESS}, the log evidence is within {verdict.judging.CONTAINED_GAP} "
+        "nats of the ELBO, and weighting changes nothing by more than {verdict.judging.CONTAINED_SHIFT}",
+        "names the worst {fitting.agreement.NAMED|word} and counts the others",
+        "(dimensions times data above {modes.doubts.CURVED_UP_TO|million})",
+        "In up to {modes.population.FEW|word} dimensions, a mixture is brought",
+        "up to a factor of {modes.umbrella.HIGH|tens}",
+        "at {modes.propriety.STEPS[0]} and at {modes.propriety.STEPS[1]} spreads from the middle",
+        "up to {modes.propriety.STEPS[-1]|millions} spreads away",
+        "already {modes.propriety.LOWEST} nats below the middle",
+        "up to {modes.propriety.UP_TO} dimensions and for the first {modes.propriety.MOST} such coordinates",
+        "after {training.loop.ASKED_AFTER} steps",
+    ],
+    "docs/understand/refinement.md": [
+        "{correction.refine.CHAINS} short chains run as one batch",
+        "start in superchains of {correction.sampler.SUBCHAINS|word}",
+        "nested R-hat**, of superchains, is at most {verdict.chains.NESTED_R_HAT}, and R-hat of single chains is at "
+        "most {verdict.chains.R_HAT}",
+        "effective sample size** is {verdict.chains.LEAST_ESS} or more",
+        "at most {verdict.chains.DIVERGENCES|one in} trajectories **diverged**, or {verdict.chains.FEW|word} in all",
+        "agree (R-hat at most {verdict.chains.AGREEMENT})",
+        "all others {verdict.chains.LEAST_ESS}, and",
+        "**standard deviation** is {correction.enough.SD_ERROR|percent} of it. It has to be "
+        "{correction.enough.FINE|percent}",
+        "(a kurtosis above {correction.enough.LIGHT}; a normal",
+        "({correction.enough.CLEARLY} times the error)",
+        "with an error above {correction.enough.KNOWN_TO|percent} speaks",
+        "one draw of {correction.rungs.LONGER|word} times as many moves",
+    ],
+    "docs/howto/runs.md": [
+        "R-hat of a coordinate is above {fitting.agreement.R_HAT}, or if log evidences differ by more than "
+        "{fitting.agreement.EVIDENCE}",
+    ],
+    "docs/howto/compare.md": [
+        "weights {comparison.evidence.DRAWS} new draws of the flow",
+        "{comparison.working.ERROR} nats, or to {comparison.working.RELATIVE} of the standard error",
+        "up to {comparison.working.MOST_DRAWS} new draws",
+    ],
+    "docs/howto/check-a-guide.md": [
+        "{verdict.mcmc.R_HAT}), bulk and tail effective sample sizes (at least {verdict.mcmc.ESS}), divergences (at "
+        "most {verdict.mcmc.DIVERGING|one in})",
+    ],
+    "docs/howto/choose-a-flow.md": [
+        '`"realnvp"` ({flows.vectors.realnvp(layers)} layers)',
+        '`"planar"` ({flows.vectors.planar(layers)} layers)',
+        '`"nice"` ({flows.vectors.nice(layers)} layers)',
+    ],
+    "docs/howto/many-data-sets.md": [
+        "Flows have {calibration.batch.LAYERS|word} layers",
+        "fewer than {calibration.batch.FEWEST|word} data sets",
+        "more than {starts.curvature.FULL_HESSIAN_UP_TO} dimensions",
+    ],
+    "docs/howto/many-latents.md": ["Up to about {starts.curvature.FULL_HESSIAN_UP_TO} latents"],
+    "docs/howto/calibration.md": ["whether ranks are uniform at {calibration.result.LEVEL|percent}"],
+    "docs/howto/density.md": ["{density_estimation.fit_density.fit_density(validation)|part} of the data is held out"],
+    "docs/howto/priors.md": ["A change of {comparison.sensitivity.THRESHOLD} or more is large"],
+    "docs/reference/options.md": [
+        "at most {fitting.fit.MAX_LAYERS}; the default is {flows.vectors.realnvp(layers)} for `realnvp`, "
+        "{flows.vectors.nice(layers)} for `nice`, {flows.vectors.planar(layers)} for `planar`",
+        "| `draws` | `{fitting.fit.fit(draws)}` |",
+        "to {results.scoring.MAX_DRAWS|million}; the verdict uses {verdict.deciding.POOL|word} times as many",
+        "| `seed` | `{fitting.fit.fit(seed)}` |",
+        "| `runs` | `{fitting.fit.fit(runs)}` |",
+        "| `max_steps` | {fitting.fit.MAX_STEPS} up to {fitting.fit.STEPS_GROW_FROM} dimensions,",
+    ],
+    "pyro_flows/fitting/fit.py": [
+        "steps of a run, {training.loop.BATCH} gradient evaluations each",
+        "by default {fitting.fit.MAX_STEPS}, and more above {fitting.fit.STEPS_GROW_FROM} dimensions",
+        "number of layers, for a flow given by name, {fitting.fit.MAX_LAYERS} at most",
+    ],
+    "docs/gallery.md": ["trained by Pyro's SVI for {benchmarks.gallery.pictures.STEPS} steps"],
+    "docs/design.md": ["from {fitting.run.SAMPLED_FROM} to {fitting.run.SAMPLED_UP_TO} dimensions"],
+}
+SOURCE = re.compile(r"\{([\w.]+?)(?:\((\w+)\))?(?:\[(-?\d+)\])?(?:\|([\w ]+))?\}")
+
+
+def value(found: re.Match) -> str:
+    """What the code says, as it is written."""
+    path, option, index, how = found.groups()
+    module, _, name = path.rpartition(".")
+    package = "" if module.startswith("benchmarks") else "pyro_flows."
+    number = getattr(importlib.import_module(package + module), name)
+    if option is not None:
+        number = inspect.signature(number).parameters[option].default
+    return WRITTEN[how or ""](number if index is None else number[int(index)])
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("page", "phrase"), [(page, phrase) for page, phrases in PHRASES.items() for phrase in phrases]
+)
+def test_numbers_in_prose_are_those_of_the_code(page, phrase):
+    assert SOURCE.search(phrase), "a phrase without a number of the code"
+    expected = words(SOURCE.sub(value, phrase))
+    text = words((ROOT / page).read_text(encoding="utf-8"))
+    assert expected in text, (
+        f"{page}: the code says {expected!r}; change the page, or this list if the sentence is gone."
+    )
+
+
+def test_a_number_that_the_code_does_not_have_is_seen(monkeypatch):
+    from pyro_flows.fitting import run
+
+    monkeypatch.setattr(run, "SAMPLED_FROM", 31)
+    with pytest.raises(AssertionError, match="In 31 to 1500 dimensions"):
+        test_numbers_in_prose_are_those_of_the_code("docs/understand/fit.md", PHRASES["docs/understand/fit.md"][7])
+
+
+def test_the_searches_are_counted():
+    """The page says how many searches there are, and other pages which of them they mean."""
+    verdict = (ROOT / "docs" / "understand" / "verdict.md").read_text(encoding="utf-8")
+    section = verdict.split("## The search for missed modes")[1].split("\n## ")[0]
+    searches = re.findall(r"^(\d+)\. (.*?)(?=^\d+\. |\Z)", section, flags=re.MULTILINE | re.DOTALL)
+    assert [int(number) for number, _ in searches] == list(range(1, len(searches) + 1))
+    assert f"{WORDS[len(searches)].capitalize()} searches look for missed modes" in section
+    thin = next(int(number) for number, text in searches if "where the guide is too thin" in text)
+    assert f"The {ORDINALS[thin]} search was made for this" in words(verdict)
+    refinement = (ROOT / "docs" / "understand" / "refinement.md").read_text(encoding="utf-8")
+    assert f"where the flow is too thin ([the {ORDINALS[thin]} search](verdict.md" in words(refinement)
+
+
+def test_spare_draws_are_those_of_the_code():
+    from pyro_flows.correction.enough import MOST, SPARE
+    from pyro_flows.verdict.chains import LEAST_ESS
+
+    text = words((ROOT / "docs" / "understand" / "refinement.md").read_text(encoding="utf-8"))
+    assert f"have {SPARE * LEAST_ESS:g} effective draws, all others {LEAST_ESS:g}" in text
+    assert f"With {MOST * SPARE * LEAST_ESS:g} effective draws chains end" in text
+
+
+def test_the_threshold_of_k_hat_is_that_of_the_code():
+    from pyro_flows.verdict.psis import largest_k
+
+    text = words((ROOT / "docs" / "understand" / "verdict.md").read_text(encoding="utf-8"))
+    (limit,) = re.findall(r"\\min\(1 - 1/\\log_\{10\} S,\\ ([0-9.]+)\)", text)
+    assert largest_k(10**9) == float(limit)
+    assert largest_k(100) == 0.5
+
+
+def test_the_default_of_max_steps_grows_as_the_page_says():
+    from pyro_flows.fitting.fit import default_steps
+
+    text = words((ROOT / "docs" / "reference" / "options.md").read_text(encoding="utf-8"))
+    most, from_dim = re.search(r"(\d+ \d+) from (\d+) on", text).groups()
+    most, from_dim = int(most.replace(" ", "")), int(from_dim)
+    assert default_steps(from_dim) == default_steps(10 * from_dim) == most
+    assert default_steps(from_dim - 20) < most
