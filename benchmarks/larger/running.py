@@ -100,7 +100,7 @@ def model_version(name: str) -> str:
 
 def bench(
     *,
-    seeds: int = 1,
+    seeds: int = 3,
     only: Sequence[str] = (),
     methods: Sequence[str] = BY_DEFAULT,
     out: Path = OUT,
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.larger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=records.positive, default=1, help="seeds a model, from 0 on (default: 1)")
+    parser.add_argument("--seeds", type=records.positive, default=3, help="seeds a model, from 0 on (default: 3)")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="only these models")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(BY_DEFAULT), help=f"with {PYRO!r} too")
     parser.add_argument("--limit", type=records.positive, default=LIMIT, help="CPU seconds of one run")

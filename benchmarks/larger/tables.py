@@ -18,7 +18,6 @@ from benchmarks.records import Row
 
 RIVALS = (NUMPYRO, NONCENTERED, NUTPIE, PYRO)
 HONEST = ("unreliable",)  # verdicts that say that draws may be wrong
-GOALS = {NUMPYRO: "goal: >= 1 x on 7 of 9, never below 0.5 x, right or honest"}
 
 Groups = dict[str, list[Row]]
 
@@ -70,7 +69,7 @@ def summary(groups: Mapping[str, Groups]) -> list[str]:
             f"Against {rival}: faster on {sum(value >= 1.0 for value in ratios)} of {len(ratios)}, "
             f"{statistics.median(ratios):.2f} x in the median, {min(ratios):.2f} x at worst; ours right on "
             f"{sum(cell.right for cell in mine.values())}, right or said to be unreliable on {honest}, its draws right "
-            f"on {sum(cell.right for cell in theirs.values())}{f' ({GOALS[rival]})' if rival in GOALS else ''}"
+            f"on {sum(cell.right for cell in theirs.values())}"
         )
     return lines
 

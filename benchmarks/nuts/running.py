@@ -37,11 +37,7 @@ from pyro_flows import LogDensity
 OUT = records.RESULTS / "nuts.csv"
 MUCH = 10.0  # times faster
 AT_LEAST = "at least"  # a time of a short chain that was broken off
-GOALS = {
-    PYRO: f">= {MUCH:g} x faster on >= 12 of 17, never slower",
-    NUMPYRO: "faster on >= 16 of 17, >= 3 x in the median",
-    NUTPIE: "faster on >= 12 of 17",
-}
+RIVALS = (PYRO, NUMPYRO, NUTPIE)
 LEFT_OUT = (
     "{method}: left out, since no interpreter with {needs} was found. Make an environment that has it and name its "
     f"interpreter with --numpyro or in the environment variable {INTERPRETER}."
@@ -114,7 +110,7 @@ def versions() -> dict[str, str]:
 def bench(
     root: str | None,
     *,
-    seeds: int = 1,
+    seeds: int = 3,
     only: Sequence[str] = (),
     methods: Sequence[str] = tuple(METHODS),
     out: Path = OUT,
@@ -207,7 +203,7 @@ def ratio(ours: Cell, theirs: Cell) -> float:
 def summary(rows: Sequence[Row]) -> str:
     """Return one line about each rival, of the posteriors that both have done; a failed fit of ours is not faster."""
     found, tried = cells(rows), {row["posterior"] for row in rows if row["method"] == OURS}
-    return "\n".join(_against(found, rival, tried) for rival in GOALS if rival in found)
+    return "\n".join(_against(found, rival, tried) for rival in RIVALS if rival in found)
 
 
 def _against(found: dict[str, dict[str, Cell]], rival: str, tried: set[str]) -> str:
@@ -217,7 +213,7 @@ def _against(found: dict[str, dict[str, Cell]], rival: str, tried: set[str]) -> 
     median = f", {statistics.median(ratios):.2f} x in the median" if ratios else ""
     return (
         f"seconds to a right posterior against {rival}: {much} of {len(pairs)} {MUCH:g} x faster, {faster} faster, "
-        f"{len(pairs) - faster} slower or not right{median} (goal: {GOALS[rival]}); its draws are right on "
+        f"{len(pairs) - faster} slower or not right{median}; its draws are right on "
         f"{sum(theirs.right for _, theirs in pairs)}, its time is scaled on {sum(theirs.scaled for _, theirs in pairs)}"
     )
 
@@ -248,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--posteriordb", metavar="PATH", help=f"checkout of posteriordb (else the variable {ENVIRONMENT_VARIABLE})"
     )
-    parser.add_argument("--seeds", type=records.positive, default=1, help="seeds a posterior, from 0 on (default: 1)")
+    parser.add_argument("--seeds", type=records.positive, default=3, help="seeds a posterior, from 0 on (default: 3)")
     parser.add_argument(
         "--only", metavar="NAME", action="extend", nargs="+", default=[], help="only these posteriors; can be repeated"
     )

@@ -31,7 +31,7 @@ def nuts_section(rows: Sequence[Row]) -> str:
 
 
 def _nuts_table(found: dict[str, dict[str, nuts.Cell]], posteriors: Sequence[str]) -> str:
-    rivals_here = [rival for rival in nuts.GOALS if rival in found]
+    rivals_here = [rival for rival in nuts.RIVALS if rival in found]
     header = ["posterior", posteriordb.OURS, "right"]
     header += [column for rival in rivals_here for column in (rival, "right", "ratio")]
     body = []

@@ -31,6 +31,7 @@ from pyro_flows import LogDensity, Posterior
 
 OURS = "pyro_flows.fit"
 DRAWS = 10_000
+RIVALS_SEEDS = 3  # the first ones of ours
 OUT = records.RESULTS / "posteriordb.csv"
 
 
@@ -93,7 +94,7 @@ def work(task: Task) -> Row:
         else:
             options: dict[str, Any] = {"gradients": task.gradients, "seed": task.seed, "draws": DRAWS}
             found = run(RIVALS[task.method], problem.model, problem.args, **options)
-        row["seconds"] = time.monotonic() - began
+        row["seconds"] = found.settings.get("seconds", time.monotonic() - began)
         row.update(_figures(found, problem))
 
     return records.attempt({**dict.fromkeys(FIELDS, ""), **task.named}, fill)
@@ -122,21 +123,23 @@ def _figures(found: Posterior, problem: Problem) -> dict[str, Any]:
         "used_sd": used[1],
         "gradient_evaluations": found.settings["gradient_evaluations"],
         "steps": found.settings.get("steps", len(found.losses)),
-        "rounds": " > ".join(str(stage["stage"]) for stage in rounds),
+        "rounds": " > ".join(str(stage["stage"]) for stage in rounds) or _rate(found),
         "why": " > ".join(str(stage.get("why", "")) for stage in rounds),
         "reasons": "; ".join(found.verdict.reasons),
     }
+
+
+def _rate(found: Posterior) -> str:
+    """Return the learning rate of a rival."""
+    return f"learning rate {found.settings['rate']:g}" if "rate" in found.settings else ""
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
 def method_version(method: str, ours: str) -> str:
-    """Return what a row of ``method`` depends on: our code, Pyro, or both."""
-    if method == OURS:
-        return ours
-    theirs = f"pyro-{version('pyro-ppl')}"
-    return theirs if RIVALS[method].steps else f"{theirs}, {ours}"
+    """Return what a row of ``method`` depends on: our code, and Pyro for a rival, which gets as many gradients."""
+    return ours if method == OURS else f"pyro-{version('pyro-ppl')}, {ours}"
 
 
 def bench(
@@ -169,9 +172,9 @@ def bench(
     def followers(row: Row) -> list[Task]:
         """The rivals of a fit of ours that are to be done, now that its number of gradients is known."""
         found = []
-        for method, rival in RIVALS.items() if rivals and row["method"] == OURS else ():
-            if row["gradient_evaluations"] or rival.steps:
-                gradients = int(row["gradient_evaluations"] or 0)
+        for method in RIVALS if rivals and row["method"] == OURS else ():
+            if row["gradient_evaluations"] and int(row["seed"]) < RIVALS_SEEDS:
+                gradients = int(row["gradient_evaluations"])
                 seed, made = int(row["seed"]), method_version(method, ours)
                 found.append(Task(row["posterior"], method, seed, made, root, gradients))
         wanted.update(task.key for task in found)

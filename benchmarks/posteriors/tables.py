@@ -64,13 +64,17 @@ def _methods_text(methods: dict[str, list[Row]]) -> str:
     )
     if not others:
         return text
+    versions = ", ".join(dict.fromkeys(row["version"] for name in others for row in methods[name]))
+    seeds = plural(max(len({row["seed"] for row in methods[name]}) for name in others), "seed")
     return (
-        f"{text}\n\nPyro's guides are trained by Pyro's `SVI` with Adam: 2000 steps of 0.01 with one particle, or, "
-        f"with equal gradients, {rivals.PARTICLES} particles and a step size of 0.005 for as many gradient evaluations "
-        f"as our fit of the same posterior and seed took ({rivals.GRADIENTS_AT_MOST} at most). They get each posterior "
-        "in unconstrained coordinates, since on the models as written they cannot start from improper priors. Their "
-        f"flow has {rivals.COUPLINGS} affine couplings of hidden layers {rivals.HIDDEN} with flips. Verdicts, and the "
-        "draws to use, are those of `diagnose`."
+        f"{text}\n\nPyro's guides are trained by Pyro's `SVI` with Adam and {rivals.PARTICLES} particles, for as many "
+        f"gradient evaluations as our fit of the same posterior and seed took ({rivals.GRADIENTS_AT_MOST} at most), at "
+        f"each of the learning rates {', '.join(f'{rate:g}' for rate in rivals.RATES)}. The one with the best ELBO "
+        f"counts, and only its own gradients and seconds; with {seeds}. They get each posterior in unconstrained "
+        "coordinates, since on the models as written they cannot start from improper priors. Their flows have "
+        f"{rivals.COUPLINGS} affine couplings with flips, and {rivals.AUTOREGRESSIVE} autoregressive "
+        f"transforms, of hidden layers {rivals.HIDDEN}. Verdicts, and the draws to use, are those of `diagnose`. "
+        f"Versions: {versions}."
     )
 
 
