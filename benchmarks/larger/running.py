@@ -100,7 +100,7 @@ def model_version(name: str) -> str:
 
 def bench(
     *,
-    seeds: int = 3,
+    seeds: int = 1,
     only: Sequence[str] = (),
     methods: Sequence[str] = BY_DEFAULT,
     out: Path = OUT,

@@ -110,7 +110,7 @@ def versions() -> dict[str, str]:
 def bench(
     root: str | None,
     *,
-    seeds: int = 3,
+    seeds: int = 1,
     only: Sequence[str] = (),
     methods: Sequence[str] = tuple(METHODS),
     out: Path = OUT,

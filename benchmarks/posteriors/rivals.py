@@ -33,8 +33,8 @@ from pyro_flows import AutoFlow, LogDensity, Posterior
 COUPLINGS = 8
 AUTOREGRESSIVE = 3  # transforms of AutoIAFNormal
 HIDDEN = (32, 32)
-PARTICLES = 16
-RATES = (0.003, 0.01, 0.03)  # of Adam
+PARTICLES = 64  # as many as the draws of a step of ours
+RATES = (0.003, 0.02, 0.1)  # of Adam
 GRADIENTS_AT_MOST = 400_000
 
 Model = Callable[..., None]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks import __main__ as everything
 from benchmarks import records, tables
-from benchmarks.posteriors import judging
+from benchmarks.posteriors import judging, rivals
 from benchmarks.posteriors import running as posteriordb
 from benchmarks.posteriors.models import NAMES, eight_schools_centered, eight_schools_noncentered, load
 from benchmarks.posteriors.reference import find_posteriordb
@@ -486,3 +487,29 @@ def test_make_bench_hands_names_to_the_benchmark_that_knows_them(monkeypatch):
     assert called == {"toys": ["u1"]}
     everything.main(["--only", "kilpisjarvi"])
     assert called == {"toys": ["u1"], "posteriors": ["kilpisjarvi_mod-kilpisjarvi"]}
+
+
+def test_a_rival_is_that_of_the_best_rate_with_as_many_gradients_as_ours(monkeypatch):
+    elbos, tried = iter([-3.0, -1.0, math.nan]), []
+
+    def trained(rival, density, start, rate, steps, seed, draws):
+        tried.append((rate, steps))
+        return SimpleNamespace(elbo=next(elbos), rate=rate)
+
+    monkeypatch.setattr(rivals, "_trained", trained)
+    mean = lambda: pyro.sample("x", dist.Normal(0.0, 1.0))  # noqa: E731
+    found = rivals.run(rivals._normal, mean, (), gradients=1000, seed=0, draws=10)
+    assert found.rate == rivals.RATES[1]
+    assert tried == [(rate, 1000 // rivals.PARTICLES) for rate in rivals.RATES]
+
+
+@pytest.mark.parametrize("name", rivals.RIVALS)
+def test_rivals_are_trained_and_judged(name):
+    def model():
+        pyro.sample("x", dist.Normal(torch.tensor([1.0, -1.0]), 0.5).to_event(1))
+
+    found = rivals.run(rivals.RIVALS[name], model, (), gradients=5 * rivals.PARTICLES, seed=0, draws=200)
+    assert found.settings["gradient_evaluations"] == 5 * rivals.PARTICLES
+    assert found.settings["rate"] in rivals.RATES
+    assert found.settings["seconds"] > 0.0
+    assert math.isfinite(found.elbo)
