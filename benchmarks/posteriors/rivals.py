@@ -14,15 +14,22 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.transforms import ComposeTransformModule, Permute, affine_coupling
+from pyro.distributions.transforms import (
+    ComposeTransformModule,
+    Permute,
+    affine_autoregressive,
+    affine_coupling,
+    iterated,
+)
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow, init_to_value
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow, init_to_value
 from pyro.infer.autoguide.guides import AutoContinuous, AutoGuide
 from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
@@ -62,7 +69,7 @@ def _multivariate(model: Model, start: Tensor) -> AutoGuide:
 
 
 class _Flow(AutoNormalizingFlow):
-    """Pyro's guide, which passes no init function on, with one."""
+    """Pyro's guide, which passes no init function on, with one. So does its subclass AutoIAFNormal."""
 
     def __init__(self, model: Model, start: Tensor) -> None:
         AutoContinuous.__init__(self, model, init_loc_fn=init_to_value(values={"z": start}))
@@ -72,8 +79,9 @@ class _Flow(AutoNormalizingFlow):
 
 
 def _autoregressive(model: Model, start: Tensor) -> AutoGuide:
-    init = init_to_value(values={"z": start})
-    return AutoIAFNormal(model, list(HIDDEN), init_loc_fn=init, num_transforms=AUTOREGRESSIVE)
+    guide = _Flow(model, start)
+    guide._init_transform_fn = partial(iterated, AUTOREGRESSIVE, affine_autoregressive, hidden_dims=list(HIDDEN))
+    return guide
 
 
 RIVALS: dict[str, Rival] = {
