@@ -30,6 +30,7 @@ Known = Callable[[Tensor], Tensor]
 
 SCREENED, SCREENED_NUMBERS = 400, 6_000_000  # times as many points, of which the best climb; numbers of all
 SCREENED_WRITTEN = 300_000_000  # numbers that all operations on all of these points write: a fraction of a second
+WIDELY, NEARER = 1_000_000, (0.3, 10.0)  # points of all rounds, at most, where few numbers are written; their factors
 DEARER = 4  # what stands for the modes, than normals there
 LAYERS = 16  # of points, by their distance from the modes so far
 ROUNDS, IN_VAIN = 12, 3  # at most; rounds without a new mode, one after the other, after which it is over
@@ -105,8 +106,8 @@ def survey(
     found, in_vain = _begun(density, z, ridges) if before is None else before, 0
     with seeded(derive(seed, "a survey of modes"), density.device):
         for number in range(rounds):
-            last = found
-            found = _merged(density, found, _ends(density, found, z, derive(seed, f"survey {number}"), climbs, known))
+            last, own = found, derive(seed, f"survey {number}")
+            found = _merged(density, found, _ends(density, found, z, own, climbs, known, WIDELY // rounds))
             in_vain = 0 if has_new(found, last) else in_vain + 1
             if in_vain == IN_VAIN:
                 return replace(found, over=True)
@@ -131,26 +132,47 @@ def _begun(density: LogDensity, z: Tensor, ridges: bool) -> Survey:
     """Return the modes of terms of the density, none if it is no sum."""
     tops = tops_of_terms(density, z, CURVED)
     met = torch.ones(len(tops.places), dtype=torch.long, device=z.device)
-    return Survey(tops.places, tops.roots, tops.evidence, met, met > 0, ridges=ridges)
+    found = Survey(tops.places, tops.roots, tops.evidence, met, met > 0, ridges=ridges)
+    return climbed_from(density, found, tops.edges) if len(tops.edges) else found
 
 
 def _ends(
-    density: LogDensity, found: Survey, z: Tensor, seed: int, climbs: int, known: Known | None
+    density: LogDensity, found: Survey, z: Tensor, seed: int, climbs: int, known: Known | None, widely: int
 ) -> tuple[Tensor, Tensor]:
     """Return the ends (N, D) of the climbs of one round, the highest first, and the scales there (N, D)."""
     count = int(max(LEAST_CLIMBS, min(climbs, NUMBERS / max(1, density.numbers))))
     cost = max(density.dim * max(1, len(found)), density.numbers) * (1 if known is None else DEARER)
     affordable = min(SCREENED_NUMBERS / cost, SCREENED_WRITTEN / max(1, density.written)) / count
     many = int(max(1, min(SCREENED, affordable))) if len(found) else 1
-    points = torch.cat([z[:8], _broad(density, found, z, count * (1 + many) // 2, seed)])
-    heights = density(points)
-    points, heights = points[torch.isfinite(heights)], heights[torch.isfinite(heights)]
-    plain, screened = points[: count // 2], points[count // 2 :]
+    prior = prior_draws(density, PRIOR, seed=seed)
+    points = torch.cat([z[:8], _broad(density, found, prior, z, count * (1 + many) // 2)])
+    points, heights = _finite(density, points)
+    plain, screened, promise = points[: count // 2], points[count // 2 :], heights[count // 2 :]
     if len(found) and len(screened):
-        thought = _known(found, screened) if known is None else known(screened).to(screened)
-        promise = (heights[count // 2 :] - thought).nan_to_num(nan=-torch.inf)
-        screened = _promising(found, screened, promise, count - len(plain))
+        pieces = min(widely, widely / WIDELY * SCREENED_WRITTEN / max(1, density.written)) / len(screened)
+        more = [_far(density, found, prior, z, len(screened), round(pieces)) for _ in range(round(pieces) - 1)]
+        screened, promise = (torch.cat(parts) for parts in zip((screened, promise), *more, strict=True))
+        promise = promise - (_known(found, screened) if known is None else known(screened).to(screened))
+        screened = _promising(found, screened, promise.nan_to_num(nan=-torch.inf), count - len(plain))
     return _climbed(density, found, torch.cat([plain, screened[: count - len(plain)]]), z)
+
+
+def _far(density: LogDensity, found: Survey, prior: Tensor, z: Tensor, count: int, pieces: int) -> tuple[Tensor, Tensor]:
+    """Return the most promising of many points, by normals at the modes so far, one of so many, and their heights.
+
+    A narrow mode is felt only where it is above a wider one: in a ball whose share of the space is tiny. How many
+    points are looked at is all that finds it.
+    """
+    points, heights = _finite(density, torch.cat([_about(draws, count // 2, NEARER) for draws in (prior, z)]))
+    kept = max(LAYERS, count // pieces)
+    return _finite(density, _promising(found, points, heights - _known(found, points), kept))
+
+
+def _finite(density: LogDensity, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the points (N, D) whose density is finite, and its logs."""
+    heights = density(points)
+    usable = torch.isfinite(heights)
+    return points[usable], heights[usable]
 
 
 def _promising(found: Survey, points: Tensor, promise: Tensor, count: int) -> Tensor:
@@ -175,14 +197,9 @@ def _climbed(density: LogDensity, found: Survey, points: Tensor, z: Tensor) -> t
     return ends.points[order], ends.scales[order]
 
 
-def _broad(density: LogDensity, found: Survey, z: Tensor, count: int, seed: int) -> Tensor:
+def _broad(density: LogDensity, found: Survey, prior: Tensor, z: Tensor, count: int) -> Tensor:
     """Points (N, D) far and near: a quarter each from the prior and from the draws, a half about the modes so far."""
-    prior = prior_draws(density, PRIOR, seed=seed)
-    parts = []
-    for draws in (prior, z):
-        middle, spread = draws.median(0).values, units_of(draws, full=False)
-        noise = torch.randn(count // 4, density.dim, dtype=z.dtype, device=z.device)
-        parts.append(middle + _factors(OUTWARDS, noise) * spread * noise)
+    parts = [_about(draws, count // 4, OUTWARDS) for draws in (prior, z)]
     own = min(len(prior), len(parts[0]) // 2)
     parts[0][:own] = prior[:own]
     modes = found.modes if len(found) > 1 else z
@@ -191,6 +208,12 @@ def _broad(density: LogDensity, found: Survey, z: Tensor, count: int, seed: int)
     parts.append(chosen + _factors(ABOUT, noise) * _spread(found, modes) * noise)
     mixed = torch.cat(parts)
     return mixed[torch.randperm(len(mixed)).to(mixed.device)]
+
+
+def _about(draws: Tensor, count: int, factors: tuple[float, float]) -> Tensor:
+    """Points (N, D) from a normal about draws (S, D), whose width differs by factors of theirs."""
+    noise = torch.randn(count, draws.shape[1], dtype=draws.dtype, device=draws.device)
+    return draws.median(0).values + _factors(factors, noise) * units_of(draws, full=False) * noise
 
 
 def _spread(found: Survey, modes: Tensor) -> Tensor:

@@ -10,29 +10,25 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.gradients import hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.sums import CHOICES, Counting, Taking
 from pyro_flows.modes.units import unit_of_modes, units_of
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.curvature import differences, lower_triangular, roots_of
 
-CHOICES = 64  # of terms, at one sum: of each of its results, if it has several
 BRANCHES = 128  # densities in all
 SUMS, FEW = 16, 2  # at most, and with several results: with more, a model sums over paths, as those of Markov chains do
 SAME, AS_WIDE = 0.5, 0.3  # units between normals that are one, and log ratio of their widths, a coordinate
 FROM = 3  # draws that each is climbed from
 TICKS = 100
 ABOVE = 1e-4  # of a log density, rounding of single precision
-
-_SUMS = (torch.logsumexp, torch.Tensor.logsumexp, torch.special.logsumexp)
-_PAIRS = (torch.logaddexp, torch.Tensor.logaddexp)
 
 
 class Terms:
@@ -46,7 +42,7 @@ class Terms:
     def __init__(self, density: LogDensity, z: Tensor) -> None:
         self.density, self.dim = density, density.dim + 1
         self.numbers, self.written = density.numbers, density.written
-        with quiet(), _Counting() as found:
+        with quiet(), Counting() as found:
             if density.batched:
                 density.single(z[0])
         sums = [(number, size) for number, size in enumerate(found.sizes) if 1 < size[1] ** size[0] <= CHOICES]
@@ -75,7 +71,7 @@ class Terms:
 
     def _value(self, point: Tensor) -> Tensor:
         branch = self.branches.index_select(0, point[-1:].detach().round().long())[0]
-        with _Taking(branch):
+        with Taking(branch):
             return self.density.single(point[:-1])
 
 
@@ -85,6 +81,7 @@ class Tops(NamedTuple):
     places: Tensor
     roots: Tensor
     evidence: Tensor
+    edges: Tensor  # (M, D): where terms without a top are highest, as the lesser of two, to climb the whole from
 
 
 @torch.no_grad()
@@ -94,13 +91,13 @@ def tops_of_terms(density: LogDensity, z: Tensor, rows: int) -> Tops:
     Cost: that of :func:`places_of_terms`, and a Hessian for each of the highest ends, at most so many ``rows`` of these
     in all.
     """
-    terms, points = _climbed(density, z)
+    terms, points, edges = _climbed(density, z)
     points = points[: max(1, rows // density.dim)]
     if not len(points):
-        return Tops(z[:0], z[:0, :, None].expand(-1, -1, density.dim), z[:0, 0])
+        return Tops(z[:0], z[:0, :, None].expand(-1, -1, density.dim), z[:0, 0], edges)
     roots = lower_triangular(roots_of(terms.hessians(points))[0])
     size = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * density.dim * math.log(2.0 * math.pi)
-    return _distinct(Tops(points[:, :-1], roots, terms.value_and_grad(points)[0] + size))
+    return _distinct(Tops(points[:, :-1], roots, terms.value_and_grad(points)[0] + size, edges))
 
 
 @torch.no_grad()
@@ -110,25 +107,27 @@ def places_of_terms(density: LogDensity, z: Tensor) -> Tensor:
     A term that is above the whole somewhere is none of a sum of densities, as where weights are normalized. Cost: one
     evaluation to find the sums; then up to 100 gradients, without a recorded graph, for each of three paths a term.
     """
-    return _climbed(density, z)[1][:, :-1]
+    _, tops, edges = _climbed(density, z)
+    return torch.cat([tops[:, :-1], edges])
 
 
-def _climbed(density: LogDensity, z: Tensor) -> tuple[Terms, Tensor]:
-    """Return the terms, and points (N, D + 1) at their tops, the highest first."""
+def _climbed(density: LogDensity, z: Tensor) -> tuple[Terms, Tensor, Tensor]:
+    """Return the terms, points (N, D + 1) at their tops, the highest first, and where those without one end (M, D)."""
     terms = Terms(density, z)
     count, starts = len(terms.branches), z[:FROM]
     which = torch.arange(count, device=z.device).repeat_interleave(len(starts)).to(z)
     points = torch.cat([starts.repeat(count, 1), which[:, None]], 1)
     if not count:
-        return terms, points
+        return terms, points, z[:0]
     units = torch.cat([units_of(z, full=False), z.new_ones(1)]).expand(points.shape)
     ends = climb(terms, points, units, ticks=TICKS)
     heights = torch.where(ends.settled, ends.heights, -torch.inf).reshape(count, -1)
     best = heights.argmax(1) + len(starts) * torch.arange(count, device=z.device)
     points, heights = ends.points[best], heights.amax(1)
+    topless = ~torch.isfinite(heights).repeat_interleave(len(starts)) & torch.isfinite(ends.heights)
     below = heights <= density(points[:, :-1]) + ABOVE * (1.0 + heights.abs())
     order = heights.argsort(descending=True)
-    return terms, points[order[(below & torch.isfinite(heights))[order]]]
+    return terms, points[order[(below & torch.isfinite(heights))[order]]], ends.points[topless, :-1]
 
 
 def _distinct(tops: Tops) -> Tops:
@@ -141,60 +140,4 @@ def _distinct(tops: Tops) -> Tops:
         near = x.norm(dim=-1) < SAME * unit_of_modes(x.shape[-1])
         if not bool((near & ((widths[kept] - widths[number]).abs() < AS_WIDE)).any()):
             kept.append(number)
-    return Tops(*(part[kept] for part in tops))
-
-
-class _Sums(TorchFunctionMode):
-    """Looks at the sums that are computed, in order."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _PAIRS:
-            terms = torch.stack(torch.broadcast_tensors(*args), -1)
-            return self.take(terms, func(*args, **kwargs))
-        if func in _SUMS:
-            found = func(*args, **kwargs)
-            axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            axes = [axis] if isinstance(axis, int) else list(axis or range(args[0].dim()))
-            return self.take(_last(args[0], axes), found)
-        return func(*args, **kwargs)
-
-    def take(self, terms: Tensor, total: Tensor) -> Tensor:
-        """Return what is to stand for a sum, given its terms along their last axis."""
-        raise NotImplementedError
-
-
-def _last(x: Tensor, axes: list[int]) -> Tensor:
-    """Return x with some axes moved to the end, and made one."""
-    return x if not axes else x.movedim(axes, list(range(-len(axes), 0))).flatten(-len(axes))
-
-
-class _Counting(_Sums):
-    """Notes how many results each sum has, and of how many terms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[tuple[int, int]] = []
-
-    def take(self, terms: Tensor, total: Tensor) -> Tensor:
-        self.sizes.append((total.numel(), terms.shape[-1]) if terms.dim() else (1, 1))
-        return total
-
-
-class _Taking(_Sums):
-    """Takes the terms of one branch in the place of one sum."""
-
-    def __init__(self, branch: Tensor) -> None:
-        super().__init__()
-        self.branch, self.number = branch, -1
-
-    def take(self, terms: Tensor, total: Tensor) -> Tensor:
-        self.number += 1
-        results = total.numel()
-        if not terms.dim() or not 1 < terms.shape[-1] ** results <= CHOICES:
-            return total
-        chosen = self.branch[1 : 1 + results, None].clamp_max(terms.shape[-1] - 1)  # of another sum, it may be more
-        if len(chosen) < results:
-            return total
-        taken = torch.gather(terms.reshape(results, -1), 1, chosen).reshape(total.shape)
-        return torch.where(self.branch[0] == self.number, taken, total)
+    return Tops(*(part[kept] for part in tops[:3]), tops.edges)

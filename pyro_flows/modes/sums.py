@@ -1,0 +1,154 @@
+r"""Sums of positive terms whose logarithm a model takes, found while it runs: :math:`\log \sum_k e^{a_k}`.
+
+``torch.logsumexp`` and ``torch.logaddexp`` say what their terms are. Where a sum is written by hand, as
+``m + torch.log(torch.exp(a - m) + torch.exp(b - m))`` or ``torch.log1p(torch.exp(-(a - b).abs()))``, the logarithms of
+its terms are carried along from ``exp`` on, through products, quotients, stacks and sums, up to the ``log``. A term
+that underflows keeps its logarithm, so that it can be climbed from anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+CHOICES = 64  # of terms, at one sum: of each of its results, if it has several
+_SUMS = (torch.logsumexp, torch.Tensor.logsumexp, torch.special.logsumexp)
+_PAIRS = (torch.logaddexp, torch.Tensor.logaddexp)
+_ADDED = {"add", "__add__", "__radd__", "__iadd__", "add_"}
+_PRODUCTS = {"mul", "__mul__", "__rmul__", "multiply", "__imul__", "mul_"}
+_QUOTIENTS = {"div", "__truediv__", "divide", "true_divide", "__itruediv__", "div_"}
+_TOTALS, _STACKED = {"sum", "mean"}, {"stack", "cat", "hstack"}
+_SHAPED = {"reshape", "view", "unsqueeze", "squeeze", "expand", "__getitem__", "flatten", "clone", "to", "double"}
+
+
+class Sums(TorchFunctionMode):
+    """Looks at the sums that are computed, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._logs: dict[int, tuple[Tensor, Tensor]] = {}  # of tensors, by their id: these are kept, and so is it
+        self._terms: dict[int, tuple[Tensor, Tensor]] = {}  # logs of terms (..., K) of tensors that are sums
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _PAIRS:
+            return self.take(torch.stack(torch.broadcast_tensors(*args), -1), func(*args, **kwargs))
+        if func in _SUMS:
+            return self.take(_last(args[0], kwargs.get("dim", args[1] if len(args) > 1 else None)), func(*args, **kwargs))
+        name = getattr(func, "__name__", "")
+        if name in ("log", "log1p") and args and id(args[0]) in self._terms | self._logs:
+            return self._taken(name, args[0], func(*args, **kwargs))
+        before = self._before(name, args, kwargs)  # what is added to in its place is another number afterwards
+        found = func(*args, **kwargs)
+        if isinstance(found, Tensor) and before is not None:
+            terms, log = before
+            if terms is not None:
+                self._terms[id(found)] = found, terms.expand(*found.shape, -1) if terms.dim() == 1 else _as(terms, found)
+            if log is not None:
+                self._logs[id(found)] = found, log
+        return found
+
+    def take(self, terms: Tensor, total: Tensor) -> Tensor:
+        """Return what is to stand for a sum, given the logs of its terms along their last axis."""
+        raise NotImplementedError
+
+    def _taken(self, name: str, x: Tensor, total: Tensor) -> Tensor:
+        """Take a term of the sum that a logarithm is of."""
+        if name == "log":
+            return self.take(self._terms[id(x)][1], total) if id(x) in self._terms else total
+        terms = self._addends(x)
+        return self.take(torch.cat([torch.zeros_like(terms[..., :1]), terms], -1), total)
+
+    def _before(self, name: str, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None] | None:
+        """Return the logs of terms, or the log, of what a function is about to return; None where nothing is known."""
+        if name == "exp":
+            return None, args[0]
+        parts = args[0] if name in _STACKED and args and isinstance(args[0], (list, tuple)) else args[:2]
+        if not any(id(part) in self._logs or id(part) in self._terms for part in parts):
+            return None
+        if name in _ADDED:
+            return _joined([self._addends(part) for part in parts if isinstance(part, Tensor) or part != 0]), None
+        if name in _PRODUCTS or name in _QUOTIENTS:
+            return self._scaled(parts, -1.0 if name in _QUOTIENTS else 1.0)
+        if id(parts[0]) not in self._logs:
+            return None
+        if name in _TOTALS:
+            log = _last(self._log(parts[0]), kwargs.get("dim", args[1] if len(args) > 1 else None))
+            return log - (math.log(log.shape[-1]) if name == "mean" else 0.0), None
+        if name in _STACKED:
+            return None, torch.stack([self._log(part) for part in parts], *args[1:], **kwargs) if name == "stack" else None
+        return (None, getattr(torch.Tensor, name)(self._log(parts[0]), *args[1:], **kwargs)) if name in _SHAPED else None
+
+    def _scaled(self, parts: Any, sign: float) -> tuple[Tensor | None, Tensor | None] | None:
+        """Return the same of a product (sign 1) or of a quotient (sign -1)."""
+        first, second = parts
+        if id(first) in self._terms and id(second) not in self._terms:
+            return self._terms[id(first)][1] + sign * self._log(second)[..., None], None
+        if id(second) in self._terms and sign > 0.0 and id(first) not in self._terms:
+            return self._terms[id(second)][1] + self._log(first)[..., None], None
+        return None if id(second) in self._terms else (None, self._log(first) + sign * self._log(second))
+
+    def _log(self, x: Any) -> Tensor:
+        """Return the log of a number or tensor: the one that is known, or a new one."""
+        if id(x) in self._logs:
+            return self._logs[id(x)][1]
+        return torch.log(x if isinstance(x, Tensor) else torch.tensor(float(x)))
+
+    def _addends(self, x: Any) -> Tensor:
+        """Return the logs of the terms (..., K) of a tensor, of its own where it is no sum."""
+        return self._terms[id(x)][1] if id(x) in self._terms else self._log(x)[..., None]
+
+
+def _joined(parts: Iterable[Tensor]) -> Tensor:
+    """Return terms (..., K) of several sums, side by side."""
+    parts = list(parts)
+    shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*shape, -1) for part in parts], -1)
+
+
+def _as(terms: Tensor, total: Tensor) -> Tensor:
+    """Return terms (..., K) in the shape of their total."""
+    return terms.reshape(*total.shape, -1) if terms[..., 0].numel() == total.numel() else terms.expand(*total.shape, -1)
+
+
+def _last(x: Tensor, axis: Any) -> Tensor:
+    """Return x with some axes, all by default, moved to the end, and made one."""
+    axes = [axis] if isinstance(axis, int) else list(range(x.dim()) if axis is None else axis)
+    return x if not axes else x.movedim(axes, list(range(-len(axes), 0))).flatten(-len(axes))
+
+
+class Counting(Sums):
+    """Notes how many results each sum has, and of how many terms: one of each where a term is negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, int]] = []
+
+    def take(self, terms: Tensor, total: Tensor) -> Tensor:
+        positive = terms.dim() > 0 and not bool(terms.isnan().any())
+        self.sizes.append((total.numel(), terms.shape[-1]) if positive else (1, 1))
+        return total
+
+
+class Taking(Sums):
+    """Takes the terms of one branch in the place of one sum."""
+
+    def __init__(self, branch: Tensor) -> None:
+        super().__init__()
+        self.branch, self.number = branch, -1
+
+    def take(self, terms: Tensor, total: Tensor) -> Tensor:
+        self.number += 1
+        results = total.numel()
+        if not terms.dim() or not 1 < terms.shape[-1] ** results <= CHOICES:
+            return total
+        chosen = self.branch[1 : 1 + results, None].clamp_max(terms.shape[-1] - 1)  # of another sum, it may be more
+        if len(chosen) < results:
+            return total
+        taken = torch.gather(terms.reshape(results, -1), 1, chosen).reshape(total.shape)
+        return torch.where(self.branch[0] == self.number, taken, total)
