@@ -22,8 +22,9 @@ _PAIRS = (torch.logaddexp, torch.Tensor.logaddexp)
 _ADDED = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 _PRODUCTS = {"mul", "__mul__", "__rmul__", "multiply", "__imul__", "mul_"}
 _QUOTIENTS = {"div", "__truediv__", "divide", "true_divide", "__itruediv__", "div_"}
+_INNER = {"matmul", "__matmul__", "__rmatmul__", "dot", "inner", "mv"}  # of a vector with the last axis of another
 _TOTALS, _STACKED = {"sum", "mean"}, {"stack", "cat", "hstack"}
-_SHAPED = {"reshape", "view", "unsqueeze", "squeeze", "expand", "__getitem__", "flatten", "clone", "to", "double"}
+_SHAPED = {"reshape", "unsqueeze", "squeeze", "expand", "__getitem__", "flatten", "clone", "to", "double"}
 
 
 class Sums(TorchFunctionMode):
@@ -39,18 +40,21 @@ class Sums(TorchFunctionMode):
         if func in _PAIRS:
             return self.take(torch.stack(torch.broadcast_tensors(*args), -1), func(*args, **kwargs))
         if func in _SUMS:
-            return self.take(_last(args[0], kwargs.get("dim", args[1] if len(args) > 1 else None)), func(*args, **kwargs))
+            return self.take(
+                _last(args[0], kwargs.get("dim", args[1] if len(args) > 1 else None)), func(*args, **kwargs)
+            )
         name = getattr(func, "__name__", "")
-        if name in ("log", "log1p") and args and id(args[0]) in self._terms | self._logs:
+        if name in ("log", "log1p") and self._is_known(args[:1]):
             return self._taken(name, args[0], func(*args, **kwargs))
-        before = self._before(name, args, kwargs)  # what is added to in its place is another number afterwards
+        try:  # before the function: what it changes in place is another number afterwards
+            terms, log = self._before(name, args, kwargs)
+        except (RuntimeError, TypeError, ValueError, AttributeError):  # arguments of a form that is not followed
+            terms, log = None, None
         found = func(*args, **kwargs)
-        if isinstance(found, Tensor) and before is not None:
-            terms, log = before
-            if terms is not None:
-                self._terms[id(found)] = found, terms.expand(*found.shape, -1) if terms.dim() == 1 else _as(terms, found)
-            if log is not None:
-                self._logs[id(found)] = found, log
+        if terms is not None:
+            self._terms[id(found)] = found, _as(terms, found)
+        if log is not None:
+            self._logs[id(found)] = found, log
         return found
 
     def take(self, terms: Tensor, total: Tensor) -> Tensor:
@@ -64,34 +68,41 @@ class Sums(TorchFunctionMode):
         terms = self._addends(x)
         return self.take(torch.cat([torch.zeros_like(terms[..., :1]), terms], -1), total)
 
-    def _before(self, name: str, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None] | None:
-        """Return the logs of terms, or the log, of what a function is about to return; None where nothing is known."""
+    def _is_known(self, parts: Any) -> bool:
+        return any(id(part) in self._logs or id(part) in self._terms for part in parts)
+
+    def _before(self, name: str, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Return the logs of the terms of what a function is about to return, or its log; None where unknown."""
         if name == "exp":
             return None, args[0]
-        parts = args[0] if name in _STACKED and args and isinstance(args[0], (list, tuple)) else args[:2]
-        if not any(id(part) in self._logs or id(part) in self._terms for part in parts):
-            return None
-        if name in _ADDED:
+        parts = args[0] if name in _STACKED and args else args[:2]
+        if not self._is_known(parts):
+            return None, None
+        if name in _ADDED and "alpha" not in kwargs:
             return _joined([self._addends(part) for part in parts if isinstance(part, Tensor) or part != 0]), None
-        if name in _PRODUCTS or name in _QUOTIENTS:
-            return self._scaled(parts, -1.0 if name in _QUOTIENTS else 1.0)
-        if id(parts[0]) not in self._logs:
-            return None
-        if name in _TOTALS:
+        if name in _PRODUCTS | _QUOTIENTS:
+            return self._scaled(*parts, -1.0 if name in _QUOTIENTS else 1.0)
+        if name in _INNER and all(part.dim() == 1 for part in parts):
+            return self._log(parts[0]) + self._log(parts[1]), None
+        if name in _TOTALS and id(parts[0]) in self._logs:
             log = _last(self._log(parts[0]), kwargs.get("dim", args[1] if len(args) > 1 else None))
             return log - (math.log(log.shape[-1]) if name == "mean" else 0.0), None
-        if name in _STACKED:
-            return None, torch.stack([self._log(part) for part in parts], *args[1:], **kwargs) if name == "stack" else None
-        return (None, getattr(torch.Tensor, name)(self._log(parts[0]), *args[1:], **kwargs)) if name in _SHAPED else None
+        if name in _STACKED and not any(id(part) in self._terms for part in parts):
+            return None, getattr(torch, name)([self._log(part) for part in parts], *args[1:], **kwargs)
+        if name in _SHAPED and id(parts[0]) in self._logs:
+            return None, getattr(torch.Tensor, name)(self._log(parts[0]), *args[1:], **kwargs)
+        return None, None
 
-    def _scaled(self, parts: Any, sign: float) -> tuple[Tensor | None, Tensor | None] | None:
+    def _scaled(self, first: Any, second: Any, sign: float) -> tuple[Tensor | None, Tensor | None]:
         """Return the same of a product (sign 1) or of a quotient (sign -1)."""
-        first, second = parts
-        if id(first) in self._terms and id(second) not in self._terms:
-            return self._terms[id(first)][1] + sign * self._log(second)[..., None], None
-        if id(second) in self._terms and sign > 0.0 and id(first) not in self._terms:
-            return self._terms[id(second)][1] + self._log(first)[..., None], None
-        return None if id(second) in self._terms else (None, self._log(first) + sign * self._log(second))
+        if id(second) in self._terms:
+            if sign < 0.0 or id(first) in self._terms:
+                return None, None
+            first, second = second, first
+        other = sign * self._log(second)
+        if id(first) in self._terms:
+            return self._addends(first) + other[..., None], None
+        return None, self._log(first) + other
 
     def _log(self, x: Any) -> Tensor:
         """Return the log of a number or tensor: the one that is known, or a new one."""
@@ -112,8 +123,9 @@ def _joined(parts: Iterable[Tensor]) -> Tensor:
 
 
 def _as(terms: Tensor, total: Tensor) -> Tensor:
-    """Return terms (..., K) in the shape of their total."""
-    return terms.reshape(*total.shape, -1) if terms[..., 0].numel() == total.numel() else terms.expand(*total.shape, -1)
+    """Return terms (..., K) in the shape of their total, which may have kept axes that were summed."""
+    same = terms[..., 0].numel() == total.numel()
+    return terms.reshape(*total.shape, -1) if same else terms.expand(*total.shape, -1)
 
 
 def _last(x: Tensor, axis: Any) -> Tensor:

@@ -30,7 +30,7 @@ Known = Callable[[Tensor], Tensor]
 
 SCREENED, SCREENED_NUMBERS = 400, 6_000_000  # times as many points, of which the best climb; numbers of all
 SCREENED_WRITTEN = 300_000_000  # numbers that all operations on all of these points write: a fraction of a second
-WIDELY, NEARER = 1_000_000, (0.3, 10.0)  # points of all rounds, at most, where few numbers are written; their factors
+WIDELY, NEARER = 200_000, (0.3, 10.0)  # points of all rounds, at most, where few numbers are written; their factors
 DEARER = 4  # what stands for the modes, than normals there
 LAYERS = 16  # of points, by their distance from the modes so far
 ROUNDS, IN_VAIN = 12, 3  # at most; rounds without a new mode, one after the other, after which it is over
@@ -157,7 +157,9 @@ def _ends(
     return _climbed(density, found, torch.cat([plain, screened[: count - len(plain)]]), z)
 
 
-def _far(density: LogDensity, found: Survey, prior: Tensor, z: Tensor, count: int, pieces: int) -> tuple[Tensor, Tensor]:
+def _far(
+    density: LogDensity, found: Survey, prior: Tensor, z: Tensor, count: int, pieces: int
+) -> tuple[Tensor, Tensor]:
     """Return the most promising of many points, by normals at the modes so far, one of so many, and their heights.
 
     A narrow mode is felt only where it is above a wider one: in a ball whose share of the space is tiny. How many

@@ -30,7 +30,7 @@ def normals(centers, sds, weights=None):
         z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (dim,)))
         away = (z - centers).square().sum(-1) / sds.square()
         terms = size - 0.5 * away
-        pyro.factor("modes", (terms - terms.amax()).exp().sum().log() + terms.amax())
+        pyro.factor("modes", (terms - terms.amax()).exp().pow(1.0).sum().log() + terms.amax())
 
     return pf.LogDensity(model)
 

@@ -1,0 +1,1 @@
+"""How many planted modes the search for missed modes finds."""

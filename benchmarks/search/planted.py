@@ -1,0 +1,109 @@
+"""Planted modes: a normal distribution that a candidate covers exactly, and a second one that it lacks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows._seeding import seeded
+from pyro_flows.fitting.combine import MODE_DRAWS
+from pyro_flows.modes.missed_modes import missed_modes
+
+MASS, DISTANCE, PRIOR = (0.1, 0.9), (2.0, 10.0), (3.0, 30.0)  # of the second mode; in sds of the first
+HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
+PRESENT = 0.5  # of the second mode's mass, from which a fit has it
+
+
+def _by_hand(first: Tensor, second: Tensor) -> Tensor:
+    top = torch.maximum(first, second)
+    return top + torch.log(torch.exp(first - top) + torch.exp(second - top))
+
+
+SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "logsumexp": lambda first, second: torch.logsumexp(torch.stack([first, second], -1), -1),
+    "by hand": _by_hand,
+    "none": torch.maximum,  # two modes, and no sum to be seen
+}
+
+
+@dataclass(frozen=True)
+class Planted:
+    r"""A density :math:`(1 - m)\, N(0, I) + m\, N(d u, w^2 I)` with a random direction u, under a wide normal prior.
+
+    Attributes:
+        sum: a key of ``SUMS``: how the model computes the logarithm of the sum.
+        dim: dimensions D.
+        width: w, sds of the second mode.
+        mass: m.
+        distance: d, sds of the first mode.
+        prior: standard deviation of the prior, which the factor takes back.
+        number: of the seed.
+    """
+
+    sum: str
+    dim: int
+    width: float
+    mass: float
+    distance: float
+    prior: float
+    number: int
+
+    @cached_property
+    def centre(self) -> Tensor:
+        """Where the second mode is (D,)."""
+        with seeded(self.number):
+            direction = torch.randn(self.dim)
+        return self.distance * direction / direction.norm()
+
+    def logs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log weight plus log density of both modes at points (..., D)."""
+        near, away = x.square().sum(-1), ((x - self.centre.to(x)) / self.width).square().sum(-1)
+        size = self.dim * HALF_LOG_TWO_PI
+        other = math.log(self.mass) - self.dim * math.log(self.width) - size
+        return math.log1p(-self.mass) - 0.5 * near - size, other - 0.5 * away
+
+    def model(self) -> Callable[[], None]:
+        """Return the Pyro model."""
+        prior, together = dist.Normal(torch.zeros(self.dim), self.prior).to_event(1), SUMS[self.sum]
+        assert len(self.centre) == self.dim  # made before the model runs, since it takes random numbers
+
+        def planted() -> None:
+            x = pyro.sample("x", prior)
+            pyro.factor("modes", together(*self.logs(x)) - prior.log_prob(x))
+
+        return planted
+
+    def is_found(self) -> bool:
+        """Whether the search says that something is lacked by exact draws of the first mode."""
+        with seeded(self.number + 1):
+            z = torch.randn(MODE_DRAWS, self.dim)
+        density = pf.LogDensity(self.model())
+        return bool(missed_modes(density, [], z, _first(z), _first, seed=self.number, wandering=False).lacks)
+
+    def is_told(self) -> bool:
+        """Whether a fit has half of the second mode's mass at least, or is called unreliable."""
+        posterior = pf.fit(self.model(), seed=self.number, progress=False)
+        first, second = self.logs(posterior.samples["x"].double())
+        share = float((second > first).double().mean())
+        return posterior.verdict.status == "unreliable" or share > PRESENT * self.mass
+
+
+def _first(z: Tensor) -> Tensor:
+    return -0.5 * z.square().sum(-1) - z.shape[-1] * HALF_LOG_TWO_PI
+
+
+def planted(kind: str, dim: int, width: float, number: int) -> Planted:
+    """Return one planted mode; the same arguments give the same one."""
+    rng = np.random.default_rng([dim, round(1e6 * width), number])
+    low, high = (math.log(end) for end in PRIOR)
+    mass, distance, prior = rng.uniform(*MASS), rng.uniform(*DISTANCE), math.exp(rng.uniform(low, high))
+    return Planted(kind, dim, width, float(mass), float(distance), prior, number)
