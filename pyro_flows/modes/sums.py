@@ -81,7 +81,7 @@ class Sums(TorchFunctionMode):
         if name in _ADDED and "alpha" not in kwargs:
             return _joined([self._addends(part) for part in parts if isinstance(part, Tensor) or part != 0]), None
         if name in _PRODUCTS | _QUOTIENTS:
-            return self._scaled(*parts, -1.0 if name in _QUOTIENTS else 1.0)
+            return self._scaled(parts[0], parts[1], -1.0 if name in _QUOTIENTS else 1.0)
         if name in _INNER and all(part.dim() == 1 for part in parts):
             return self._log(parts[0]) + self._log(parts[1]), None
         if name in _TOTALS and id(parts[0]) in self._logs:

@@ -140,4 +140,4 @@ def _distinct(tops: Tops) -> Tops:
         near = x.norm(dim=-1) < SAME * unit_of_modes(x.shape[-1])
         if not bool((near & ((widths[kept] - widths[number]).abs() < AS_WIDE)).any()):
             kept.append(number)
-    return Tops(*(part[kept] for part in tops[:3]), tops.edges)
+    return Tops(tops.places[kept], tops.roots[kept], tops.evidence[kept], tops.edges)
