@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.zoo import conjugate, faulty, hierarchical, mixtures, propriety, symmetric, tails, warped
+from benchmarks.zoo import conjugate, faulty, hierarchical, mixtures, narrow, propriety, symmetric, tails, warped
 from benchmarks.zoo.case import Case, Maker
 
 FAMILIES = {
@@ -24,6 +24,7 @@ FAMILIES = {
     "tails and bounds": tails.VARIANTS,
     "faulty data": faulty.VARIANTS,
     "propriety": propriety.VARIANTS,
+    "narrow": narrow.VARIANTS,
 }
 
 SEEDS, MODELS = (101, 102, 103), 300  # of the table: seeds that nobody has developed on, and models of each
@@ -34,8 +35,10 @@ def family_of(number: int) -> str:
     return list(FAMILIES)[number % len(FAMILIES)]
 
 
-def zoo(seed: int, number: int) -> Case:
+def zoo(seed: int, number: int, *, among: int | None = None) -> Case:
     """Return one case; the same seed and number give the same case.
+
+    ``among`` is the number of families that take turns, all by default: a case of an earlier zoo had fewer beside it.
 
     Raises:
         ValueError: for a negative seed or number.
@@ -43,7 +46,8 @@ def zoo(seed: int, number: int) -> Case:
     for name, value in (("seed", seed), ("number", number)):
         if value < 0:
             raise ValueError(f"{name}: expected a number from 0 on, got {value}.")
-    family, turn = family_of(number), number // len(FAMILIES)
+    count = len(FAMILIES) if among is None else among
+    family, turn = list(FAMILIES)[number % count], number // count
     variants = FAMILIES[family]
     maker = Maker(seed, number)
     made = variants[turn % len(variants)](maker)
