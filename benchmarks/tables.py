@@ -28,6 +28,8 @@ from benchmarks.posteriors import running as posteriordb
 from benchmarks.posteriors import stopping
 from benchmarks.posteriors.tables import posteriordb_section, stopping_section
 from benchmarks.records import Row
+from benchmarks.search import running as search
+from benchmarks.search import tables as search_tables
 from benchmarks.speed import running as speed
 from benchmarks.speed import tables as speed_tables
 from benchmarks.toys import planar
@@ -48,6 +50,7 @@ TITLES = {
     "zoo": "Is the verdict right?",
     "named": "Models that statisticians bring",
     "modes": "Several modes",
+    "search": "What the search for missed modes finds",
     "toys": "Toy targets",
     "nuts": "Against NUTS",
     "larger": "Larger models against NUTS",
@@ -66,6 +69,7 @@ def write_tables(
     zoo_csv: Path = zoo_running.OUT,
     named_csv: Path = named.OUT,
     modes_csv: Path = modes.OUT,
+    search_csv: Path = search.OUT,
     speed_csv: Path = speed.OUT,
     cold_csv: Path = cold.OUT,
     posteriordb_csv: Path = posteriordb.OUT,
@@ -90,6 +94,7 @@ def write_tables(
         ("zoo", zoo_csv, lambda rows: zoo_reporting.section(rows, table, about)),
         ("named", named_csv, lambda rows: named.section(rows, table, about)),
         ("modes", modes_csv, lambda rows: modes.section(rows, table, about)),
+        ("search", search_csv, search_tables.section),
         ("speed", speed_csv, lambda rows: speed_tables.section(rows, table)),
         ("cold", cold_csv, cold.section),
         ("posteriordb", posteriordb_csv, posteriordb_section),

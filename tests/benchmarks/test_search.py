@@ -1,0 +1,79 @@
+"""Planted modes: what they are, what is found of them, rows that resume, and the tables."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+
+import pyro_flows as pf
+from benchmarks import records, tables
+from benchmarks.search import planted, running
+
+
+@pytest.mark.parametrize("kind", planted.SUMS)
+def test_the_second_mode_has_its_mass_and_place(kind):
+    case = planted.planted(kind, 2, 0.1, 3)
+    density = pf.LogDensity(case.model())
+    axis = torch.linspace(-1.0, 1.0, 401)
+    square = torch.cartesian_prod(axis, axis)
+    masses = [
+        float(density(centre + reach * square).double().exp().mean() * (2.0 * reach) ** 2)
+        for centre, reach in ((torch.zeros(2), 15.0), (case.centre, 0.6))
+    ]
+    assert masses[1] == pytest.approx(case.mass, abs=0.02)
+    assert masses[0] == pytest.approx(1.0, abs=0.02)  # of both
+    assert float(case.centre.norm()) == pytest.approx(case.distance, rel=1e-5)
+
+
+def test_modes_are_drawn_from_their_ranges_and_the_same_again():
+    cases = [planted.planted("none", 3, 0.02, number) for number in range(50)]
+    assert cases == [planted.planted("none", 3, 0.02, number) for number in range(50)]
+    for name, (low, high) in (("mass", planted.MASS), ("distance", planted.DISTANCE), ("prior", planted.PRIOR)):
+        values = [getattr(case, name) for case in cases]
+        assert low <= min(values) < low + 0.2 * (high - low)
+        assert high - 0.4 * (high - low) < max(values) <= high
+
+
+def test_a_mode_as_wide_is_found_and_one_of_nearly_no_volume_is_not():
+    assert planted.planted("none", 2, 1.0 / 3.0, 0).is_found()
+    assert not planted.planted("none", 20, 0.02, 0).is_found()
+    assert planted.planted("by hand", 20, 0.02, 0).is_found()
+
+
+def test_blocks_are_done_once_and_make_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "BLOCK", 2)
+    out, done = tmp_path / "search.csv", []
+
+    def do(task):
+        done.append(task)
+        return running.measure(task, 2)
+
+    told = {"sums": ["none"], "dims": [1], "widths": ["1"], "out": out, "do": do}
+    running.bench(modes=2, **told)
+    rows = running.bench(modes=4, **told)
+    assert [task[4] for task in done] == ["0", "1"]
+    assert records.read(out) == rows
+    assert all(row["error"] == "" and len(row["found"].split()) == 2 for row in rows)
+    found = sum(row["found"].count("1") for row in rows)
+    page = tmp_path / "search.md"
+    page.write_text("<!-- search: begin -->\n<!-- search: end -->\n")
+    tables.write_tables(page, **_only(search_csv=out))
+    text = page.read_text()
+    assert f"| 1 | {25 * found} |" in text
+    assert "of 4 to 4 in each cell" in text
+
+
+def test_an_error_is_in_its_row():
+    row = running.measure(("search", "none", "0", "1", "0", "v"), 1)
+    assert row["error"]
+    assert not math.isfinite(float(row["found"] or "nan"))
+
+
+def _only(**files):
+    """All files of tables, of which only some are there."""
+    names = [name for name in inspect.signature(tables.write_tables).parameters if name.endswith("_csv")]
+    nothing = records.RESULTS / "none.csv"
+    return {**dict.fromkeys(names, nothing), **files}
