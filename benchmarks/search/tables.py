@@ -34,8 +34,9 @@ def share(modes: Sequence[Mode]) -> str:
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of the last version that was measured, without those of an error."""
-    return [row for row in rows if row["version"] == rows[-1]["version"] and not row["error"]]
+    """Return the last row of each block, of any version, without those of an error."""
+    kept = {tuple(row[name] for name in ("way", "sum", "dim", "width", "block")): row for row in rows}
+    return [row for row in kept.values() if not row["error"]]
 
 
 def section(rows: Sequence[Row]) -> str:
@@ -45,7 +46,7 @@ def section(rows: Sequence[Row]) -> str:
     counts = [len(modes_of(cell)) for cell in _cells(searched)]
     text = (
         f"Share of planted modes that the search finds, in percent, of {min(counts)} to {max(counts)} in each cell. "
-        f"{about(rows)} pyro_flows {rows[0]['version']}."
+        f"{about(rows)} pyro_flows {', '.join(dict.fromkeys(row['version'] for row in rows))}."
     )
     parts = [text]
     for kind, title in TITLES.items():

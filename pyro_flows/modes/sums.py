@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-CHOICES = 64  # of terms, at one sum: of each of its results, if it has several
 _SUMS = (torch.logsumexp, torch.Tensor.logsumexp, torch.special.logsumexp)
 _PAIRS = (torch.logaddexp, torch.Tensor.logaddexp)
 _ADDED = {"add", "__add__", "__radd__", "__iadd__", "add_"}
@@ -148,17 +147,21 @@ class Counting(Sums):
 
 
 class Taking(Sums):
-    """Takes the terms of one branch in the place of one sum."""
+    """Takes the terms of one branch in the place of one of some ``sums``, whose numbers are given.
 
-    def __init__(self, branch: Tensor) -> None:
+    The others are computed by ``logsumexp``: where all terms of a sum underflow, its own log has no gradient.
+    """
+
+    def __init__(self, branch: Tensor, sums: frozenset[int]) -> None:
         super().__init__()
-        self.branch, self.number = branch, -1
+        self.branch, self.sums, self.number = branch, sums, -1
 
     def take(self, terms: Tensor, total: Tensor) -> Tensor:
         self.number += 1
         results = total.numel()
-        if not terms.dim() or not 1 < terms.shape[-1] ** results <= CHOICES:
+        if self.number not in self.sums:
             return total
+        total = torch.logsumexp(terms, -1).reshape(total.shape)
         chosen = self.branch[1 : 1 + results, None].clamp_max(terms.shape[-1] - 1)  # of another sum, it may be more
         if len(chosen) < results:
             return total

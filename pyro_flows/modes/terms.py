@@ -18,11 +18,12 @@ from torch import Tensor
 from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.gradients import hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.sums import CHOICES, Counting, Taking
+from pyro_flows.modes.sums import Counting, Taking
 from pyro_flows.modes.units import unit_of_modes, units_of
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.curvature import differences, lower_triangular, roots_of
 
+CHOICES = 64  # of terms, at one sum: of each of its results, if it has several
 BRANCHES = 128  # densities in all
 SUMS, FEW = 16, 2  # at most, and with several results: with more, a model sums over paths, as those of Markov chains do
 SAME, AS_WIDE = 0.5, 0.3  # units between normals that are one, and log ratio of their widths, a coordinate
@@ -51,6 +52,7 @@ class Terms:
             [number, *chosen] for number, (results, terms) in sums for chosen in product(range(terms), repeat=results)
         ]
         width = max((len(row) for row in rows), default=1)
+        self._sums = frozenset(number for number, _ in sums)
         filled = [row + [0] * (width - len(row)) for row in rows[:BRANCHES]]
         self.branches = torch.tensor(filled, dtype=torch.long, device=z.device).reshape(-1, width)
 
@@ -71,7 +73,7 @@ class Terms:
 
     def _value(self, point: Tensor) -> Tensor:
         branch = self.branches.index_select(0, point[-1:].detach().round().long())[0]
-        with Taking(branch):
+        with Taking(branch, self._sums):
             return self.density.single(point[:-1])
 
 

@@ -230,3 +230,20 @@ def test_the_only_mode_is_not_held_against_a_guide_that_is_thin_at_its_top(monke
 
     monkeypatch.setattr(climbs, "TRUSTED_K_HAT", -math.inf)
     assert climbs.surveyed(Guide(density, score, 0.0), z, [], seed=0) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_narrow_mode_without_a_sum_is_found_by_many_points(seed):
+    """Its ball has a hundred-thousandth of the space of 3 dimensions: 20,000 points did not meet it."""
+    sds, centers = torch.tensor([1.0, 0.1]), torch.tensor([[0.0, 0.0, 0.0], [3.0, 3.0, 3.0]])
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 5.0).to_event(1))
+        logs = -0.5 * ((x - centers) / sds[:, None]).square().sum(-1) - 3.0 * sds.log()
+        pyro.factor("two", torch.maximum(logs[0], logs[1]))
+
+    density = pf.LogDensity(model)
+    z = torch.randn(1000, 3, generator=torch.Generator().manual_seed(seed))
+    first = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    found = missed_modes(density, [], z, first.log_prob(z), first.log_prob, seed=seed, wandering=False)
+    assert min(float((lack.place - 3.0).norm()) for lack in found.lacks) < 0.5
