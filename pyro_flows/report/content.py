@@ -17,6 +17,7 @@ from pyro_flows.report.graph import graph
 from pyro_flows.report.words import figures
 from pyro_flows.results import arviz_groups
 from pyro_flows.results.record import Record
+from pyro_flows.verdict.coverage import searched
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,6 +69,9 @@ def _about(posterior: Record) -> list[tuple[str, str]]:
         ("Dimensions", f"{posterior.z.shape[1]} unconstrained coordinates"),
         ("Guide", posterior.guide_name),
     ]
+    searched_for = not any("no search" in note for note in posterior.verdict.notes)
+    if searched_for and posterior.verdict.status != "unreliable":
+        found.append(("Search for modes", searched(posterior.z.shape[1])))
     if posterior.seconds == posterior.seconds:
         found.append(("Time", f"{posterior.seconds:.1f} seconds"))
     density = posterior.density

@@ -19,7 +19,8 @@ class Verdict:
     Attributes:
         status: ``"ok"``: the guide's draws can be used as they are; ``"corrected"``: they cannot, but importance
             resampling corrects them, and ``samples`` holds the resampled ones; ``"refined"``: ``samples`` are draws of
-            Markov chains that started at the guide's; ``"unreliable"``: none of these.
+            Markov chains that started at the guide's; ``"unreliable"``: none of these. Even so, a second mode that is
+            several times narrower can be missed, from three dimensions on; a table is in the documentation.
         k_hat: Pareto shape of the importance weights.
         k_threshold: :math:`\min(1 - 1 / \log_{10} S,\ 0.7)`, for S draws.
         ess_ratio: effective sample size of the weights over S, :math:`(\sum_s w_s)^2 / (S \sum_s w_s^2)`.
