@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.terms import tops_of_terms
-from pyro_flows.modes.units import unit_of_modes, units_of
+from pyro_flows.modes.units import factors, unit_of_modes, units_of
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
 from pyro_flows.starts.prior import prior_draws
@@ -207,15 +207,15 @@ def _broad(density: LogDensity, found: Survey, prior: Tensor, z: Tensor, count: 
     modes = found.modes if len(found) > 1 else z
     noise = torch.randn(count - 2 * (count // 4), density.dim, dtype=z.dtype, device=z.device)
     chosen = modes[torch.randint(len(modes), (len(noise),), device=z.device)]
-    parts.append(chosen + _factors(ABOUT, noise) * _spread(found, modes) * noise)
+    parts.append(chosen + factors(ABOUT, noise) * _spread(found, modes) * noise)
     mixed = torch.cat(parts)
     return mixed[torch.randperm(len(mixed)).to(mixed.device)]
 
 
-def _about(draws: Tensor, count: int, factors: tuple[float, float]) -> Tensor:
+def _about(draws: Tensor, count: int, ends: tuple[float, float]) -> Tensor:
     """Points (N, D) from a normal about draws (S, D), whose width differs by factors of theirs."""
     noise = torch.randn(count, draws.shape[1], dtype=draws.dtype, device=draws.device)
-    return draws.median(0).values + _factors(factors, noise) * units_of(draws, full=False) * noise
+    return draws.median(0).values + factors(ends, noise) * units_of(draws, full=False) * noise
 
 
 def _spread(found: Survey, modes: Tensor) -> Tensor:
@@ -228,12 +228,6 @@ def _spread(found: Survey, modes: Tensor) -> Tensor:
         return apart
     local = found.roots.norm(dim=2).median(0).values
     return local * (apart / local).square().mean().sqrt()
-
-
-def _factors(ends: tuple[float, float], noise: Tensor) -> Tensor:
-    """Factors (N, 1) whose logarithms are uniform between two ends."""
-    low, high = (math.log(end) for end in ends)
-    return (low + (high - low) * torch.rand_like(noise[:, :1])).exp()
 
 
 def _known(found: Survey, points: Tensor) -> Tensor:

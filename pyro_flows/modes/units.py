@@ -36,3 +36,9 @@ def unit_of_modes(dim: int, *, ridges: bool = False) -> float:
     Two modes of a hundred dimensions may differ in one of them. Points of a ridge do so in all.
     """
     return math.sqrt(dim if ridges else min(dim, 4))
+
+
+def factors(ends: tuple[float, float], noise: Tensor) -> Tensor:
+    """Factors (N, 1) whose logarithms are uniform between two ends."""
+    low, high = (math.log(end) for end in ends)
+    return (low + (high - low) * torch.rand_like(noise[:, :1])).exp()
