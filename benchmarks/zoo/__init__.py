@@ -12,7 +12,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.zoo import conjugate, faulty, hierarchical, mixtures, narrow, propriety, symmetric, tails, warped
+from benchmarks.zoo import (
+    conjugate,
+    digits,
+    faulty,
+    hierarchical,
+    mixtures,
+    narrow,
+    propriety,
+    symmetric,
+    tails,
+    warped,
+)
 from benchmarks.zoo.case import Case, Maker
 
 FAMILIES = {
@@ -25,6 +36,7 @@ FAMILIES = {
     "faulty data": faulty.VARIANTS,
     "propriety": propriety.VARIANTS,
     "narrow": narrow.VARIANTS,
+    "digits": digits.VARIANTS,
 }
 
 SEEDS, MODELS = (101, 102, 103), 300  # of the table: seeds that nobody has developed on, and models of each

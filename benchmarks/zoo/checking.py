@@ -28,8 +28,8 @@ class Unchecked(Exception):
 
 
 def density_of(case: Case) -> LogDensity:
-    """Return the model's log density over unconstrained coordinates."""
-    return LogDensity(case.model, case.args, case.kwargs)
+    """Return the model's log density over unconstrained coordinates, in double precision."""
+    return LogDensity(case.model, case.args, case.kwargs).in_double()
 
 
 def unconstrained(density: LogDensity, case: Case, draws: Draws) -> Tensor:
@@ -41,7 +41,7 @@ def unconstrained(density: LogDensity, case: Case, draws: Draws) -> Tensor:
     missing = [name for name in density.names if name not in draws]
     if missing:
         raise Unchecked(f"no exact draws of {', '.join(missing)}")
-    values = {name: torch.as_tensor(draws[name], dtype=case.dtype) for name in density.names}
+    values = {name: torch.as_tensor(draws[name], dtype=torch.float64) for name in density.names}
     return density.unconstrain(values)
 
 

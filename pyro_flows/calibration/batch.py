@@ -19,6 +19,7 @@ from pyro_flows.fitting.prepare import Prepared, prepare
 from pyro_flows.fitting.run import Run
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Recipe, start_at
+from pyro_flows.model.digits import COMPARED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.modes.together import missed_together
@@ -94,6 +95,10 @@ def fit_stack(
         fresh = partial(replace(first, recipe=recipe).fresh, densities[0])
         flow = fresh()
         starts = starts_together(stack, seed=seed, df=flow.df)
+        with seeded(derive(seed, "digits"), stack.device):
+            noise = torch.randn(COMPARED, stack.dim, dtype=stack.dtype, device=stack.device)
+        for density, start in zip(densities, starts, strict=True):
+            density.check_digits(start.map(noise))
         as_they_start = untrained(plans, stack, flow, starts)
         left = [number for number, one in enumerate(as_they_start) if one is None]
         trained = _train(stack, fresh, starts, left, report)
@@ -112,6 +117,8 @@ def fit_stack(
             )
             run = Run(0, best=outcome, kept=outcome.stage, history=[outcome.stage])
             work = Combined(runs=[run], plain=flow, sampler=flow, search=search)
+            with seeded(derive(plan.seed, "digits"), density.device):
+                density.check_digits(flow.draw(COMPARED)[0])
             with seeded(derive(plan.seed, "side by side"), density.device):
                 found[number] = _noted(conclude(plan, density, work), training, len(plans))
     return found

@@ -21,6 +21,7 @@ from pyro_flows.fitting.plan import Plan, recipe_for
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
+from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.stack import NotStackable
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS, check_memory
@@ -175,18 +176,30 @@ class Many:
         """Fit a batch side by side, or those of it that can be; nothing if that cannot be done."""
         with alone():
             lead = self._lead(self._leads[numbers[0]])
-            densities = [self.cases[number].density(self.model, number, lead) for number in numbers]
-            first = densities[0]
-            warn_if_nothing_observed(first.structure, first.trace_at, self.model, first.args, first.kwargs)
-            check_memory(first, self.options["draws"])
-            plans = [self._plan(number, bar) for number in numbers]
             try:
-                densities = coordinates_for(plans[0], [lead, *densities])
-                seed = derive(self.seed, f"batch {numbers[0]}")
-                return fit_stack(plans, densities, seed=seed, report=bar.watch)
+                try:
+                    return self._stacked(lead, numbers, bar)
+                except LostDigits:
+                    self._read = {self._leads[numbers[0]]: lead.in_double()}
+                    return self._stacked(self._lead(self._leads[numbers[0]]), numbers, bar)
             except NotStackable as error:
                 self.reason = fallback("data sets are fitted one by one", error)
                 return []
+
+    def _stacked(self, lead: LogDensity, numbers: Sequence[int], bar: Bar) -> list[Posterior | None]:
+        """Fit a batch side by side, in the precision and the coordinates of ``lead``.
+
+        Raises:
+            NotStackable: if the data sets do not go through the model side by side.
+            LostDigits: if single precision loses the digits of a log density, and double does not.
+        """
+        densities = [self.cases[number].density(self.model, number, lead) for number in numbers]
+        first = densities[0]
+        warn_if_nothing_observed(first.structure, first.trace_at, self.model, first.args, first.kwargs)
+        check_memory(first, self.options["draws"])
+        plans = [self._plan(number, bar) for number in numbers]
+        densities = coordinates_for(plans[0], [lead, *densities])
+        return fit_stack(plans, densities, seed=derive(self.seed, f"batch {numbers[0]}"), report=bar.watch)
 
     def _lead(self, number: int) -> LogDensity:
         """Return the density of the first data set of a group; the last one is kept."""

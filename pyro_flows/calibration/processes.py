@@ -15,6 +15,7 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.posterior import Posterior
+from pyro_flows.results.files import like
 
 Task = Callable[[], Any]
 
@@ -90,7 +91,8 @@ def fit_each(
 
 def with_model(posterior: Posterior, model: Callable[..., Any], case: Case) -> Posterior:
     """Give a posterior that was pickled its log density and its guide back."""
-    density = LogDensity(model, case.args, case.kwargs, noncentered=posterior.settings["noncentered"])
+    read = LogDensity(model, case.args, case.kwargs, noncentered=posterior.settings["noncentered"])
+    density = like(read, posterior.z)
     flow = posterior.flow
     if not isinstance(flow, (Flow, FlowMixture)):
         missing = {name: why for name, why in posterior.missing.items() if name in ("guide", "flow")}

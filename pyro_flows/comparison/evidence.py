@@ -128,7 +128,8 @@ def evidence(posterior: Record, *, method: str, seed: int, draws: int | None = N
     numbers = 0 if posterior.density is None else posterior.density.numbers
     device = posterior._used.device
     with alone(), few_threads(numbers), torch.no_grad(), seeded(derive(seed, "evidence"), device):
-        estimates = tuple(makers[name](posterior, count) for name in wanted)
+        rounding = 0.0 if posterior.density is None else posterior.density.known_rounding(posterior._used)
+        estimates = tuple(_rounded(makers[name](posterior, count), rounding) for name in wanted)
     if posterior.verdict.status == "unreliable":
         estimates = tuple(_doubted(estimate) for estimate in estimates)
     usable = [estimate for estimate in estimates if not math.isnan(estimate.value)]
@@ -136,6 +137,11 @@ def evidence(posterior: Record, *, method: str, seed: int, draws: int | None = N
         raise ValueError(f"evidence: {'; '.join(map(str, estimates))}.")
     best = min(usable, key=lambda estimate: estimate.standard_error)
     return Evidence(best.value, best.standard_error, best.method, estimates, _notes(posterior))
+
+
+def _rounded(estimate: Estimate, rounding: float) -> Estimate:
+    """Add to the error what rounding does to the log density (nats), which draws have in common."""
+    return replace(estimate, standard_error=math.hypot(estimate.standard_error, rounding))
 
 
 def _doubted(estimate: Estimate) -> Estimate:

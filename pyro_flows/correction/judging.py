@@ -110,11 +110,12 @@ def _come_to(posterior: Record, work: Work) -> tuple[McmcDraws | None, McmcDiagn
 def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> Lacking:
     """Return what speaks against chains that have converged, in words, and what was not looked at."""
     density, flow = posterior._need_density(), flow_of(posterior)
+    lost, rounded = density.lost_digits(chains.z.flatten(0, 1))
     complaint = density.complaint(chains.z.flatten(0, 1)[:: max(1, chains.z[..., 0].numel() // CHECKED)])
     invalid = [] if complaint is None else [f"the model is invalid at some draws: {complaint}"]
-    invalid += improper_tails(density, lambda: chains.z.flatten(0, 1), seed=seed)
+    invalid += [*lost, *improper_tails(density, lambda: chains.z.flatten(0, 1), seed=seed)]
     if work.passed:
-        return Lacking([*invalid, *disagreements(posterior, chains)])
+        return Lacking([*invalid, *disagreements(posterior, chains)], rounded)
     moments = around(chains)
     if chains.numbers.get("space") == PLAIN:
         flow = moments
@@ -129,7 +130,8 @@ def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> Lac
         in_flow = chains.numbers.get("space") != PLAIN and sampler.latent.walkable
         told["space"] = sampler.latent if in_flow and is_usable(posterior.log_weights.double()) else None
     lacking = lacks_of_chains(density, chains, *given, **told)
-    return replace(lacking, failures=[*invalid, *lacking.failures, *disagreements(posterior, chains)])
+    failures = [*invalid, *lacking.failures, *disagreements(posterior, chains)]
+    return replace(lacking, failures=failures, notes=[*lacking.notes, *rounded])
 
 
 def around(chains: McmcDraws) -> Flow:

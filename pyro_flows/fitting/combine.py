@@ -75,7 +75,7 @@ def combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
     found.improper = prepared.improper or found.best.improper
     if not found.improper:
         with clock.part(PART):
-            found.improper = improper_tails(density, lambda: _drawn(found), seed=plan.seed)
+            found.improper = improper_tails(density, lambda: drawn(found), seed=plan.seed)
     if found.best.sampled:
         found.search = Search()
         if found.best.copies is not None:
@@ -84,7 +84,7 @@ def combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
         _combine(plan, prepared, found)
 
 
-def _drawn(found: Combined) -> Tensor:
+def drawn(found: Combined) -> Tensor:
     """Return draws that tell where the posterior is: of chains that sufficed, of a mixture, or of the best flow."""
     several, chains, sampler = found.runs[0].several, found.best.chains, found.sampler
     assert sampler is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,10 @@ from pyro_flows.fitting.mcmc import from_mcmc
 from pyro_flows.fitting.programs import check_sites, from_traces, random_sites, run_guide
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.batching import quiet, usable
+from pyro_flows.model.digits import COMPARED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
+from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.sites import Noncentered
 from pyro_flows.modes.lacks import Score
 from pyro_flows.modes.missed_modes import Search, missed_modes
@@ -109,6 +112,29 @@ def _diagnose(
         with seeded(seed):
             noncentered = guide.initialize(*args, **kwargs)._built_structure.noncentered
     density = LogDensity(model, args, kwargs, noncentered=noncentered)
+    try:
+        return _judged(density, model, guide, args, kwargs, draws, seed)
+    except LostDigits:
+        density = density.in_double()
+        if isinstance(guide, AutoFlow):
+            guide = AutoFlow.of(copy.deepcopy(guide._flow).double(), density.structure, model, args, kwargs)
+        return _judged(density, model, guide, args, kwargs, draws, seed)
+
+
+def _judged(
+    density: LogDensity,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    draws: int,
+    seed: int,
+) -> Posterior:
+    """Draw from the guide and judge the draws.
+
+    Raises:
+        LostDigits: if single precision loses the digits of the log density at these, and double does not.
+    """
     warn_if_nothing_observed(density.structure, density.trace_at, model, args, kwargs)
     with few_threads(density.numbers):
         with torch.no_grad(), seeded(seed, density.device):
@@ -122,6 +148,8 @@ def _diagnose(
             else:
                 check_sites(guide, trace, density)
                 draw, score = from_traces(guide, density, args, kwargs, random_sites(trace))
+            with torch.no_grad(), seeded(derive(seed, "digits"), density.device):
+                density.check_digits(draw(COMPARED)[0])
             search = _searched(density, draw, score, space, seed)
             said: dict[str, Any] = {"failures": search.failures, "notes": search.notes, "contained": search.contained}
             said |= {"history": noted(search), "settings": {"diagnosed": True}, "losses": torch.zeros(0)}
@@ -165,14 +193,14 @@ def _from_distribution(
         )
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
-        with quiet():
+        with quiet(), density.precisely():
             posterior = guide.get_posterior(*args, **kwargs)
             z = posterior.rsample((count,))
             log_q = posterior.log_prob(z)
         return z.to(density.dtype), log_q.to(density.dtype)
 
     def score(z: Tensor) -> Tensor:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), density.precisely():
             found: Tensor = guide.get_posterior(*args, **kwargs).log_prob(z)
         return found
 

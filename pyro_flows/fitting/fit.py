@@ -11,12 +11,12 @@ from typing import Any
 from pyro_flows import _checks
 from pyro_flows._clock import Clock, counted, unbounded
 from pyro_flows._progress import Bar
-from pyro_flows._seeding import seeded
+from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows._warnings import outside
 from pyro_flows.correction.rungs import last_rung, which
-from pyro_flows.fitting.combine import combine, make_runs
+from pyro_flows.fitting.combine import combine, drawn, make_runs
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.plan import Plan, recipe_for
@@ -25,6 +25,7 @@ from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.batching import usable
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
+from pyro_flows.model.precision import LostDigits
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS, check_memory, seconds_to_judge
 
@@ -197,7 +198,11 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
     plan = replace(plan, max_steps=default_steps(density.dim)) if grow else plan
     _check_training_of_model(plan, density)
     with few_threads(density.numbers):
-        return _fitted(plan, density)
+        try:
+            return _fitted(plan, density)
+        except LostDigits:
+            plan.bar.watch("reading the model in double precision")
+            return _fitted(plan, density.in_double())
 
 
 def _fitted(plan: Plan, density: LogDensity) -> Posterior:
@@ -211,6 +216,9 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
             prepare(plan, prepared, plan.seed)
             make_runs(plan, prepared, found)
             combine(plan, prepared, found)
+            if not (clock.over or found.improper):
+                with seeded(derive(plan.seed, "digits"), density.device):
+                    prepared.density.check_digits(drawn(found))
         clock.judging()
         plan.bar.watch("judging")
         if clock.interrupted is not None:

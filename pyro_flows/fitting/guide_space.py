@@ -49,14 +49,14 @@ class GuideSpace:
 
     def place(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return x (C, D) of points z (C, D), and k = 0 (C,)."""
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), self.density.precisely():
             x: Tensor = self.transform.inv(z.to(self.base.mean.dtype))
         return x.to(z), torch.zeros(len(z), dtype=torch.long, device=z.device)
 
     def look(self, x: Tensor, k: Tensor) -> Points:
         """Evaluate at points; cost: a gradient for each. Where something is not finite, the target is -inf."""
         self.density.clock.look()
-        with torch.enable_grad(), quiet():
+        with torch.enable_grad(), quiet(), self.density.precisely():
             leaf = x.detach().requires_grad_()
             z = self.transform(leaf)
             ladj = self.transform.log_abs_det_jacobian(leaf, z)

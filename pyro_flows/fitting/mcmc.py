@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows._turns import alone
 from pyro_flows.model.batching import usable
+from pyro_flows.model.digits import ALLOWED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.mcmc import judge_mcmc
+from pyro_flows.verdict.verdict import Verdict
 
 LEAST_DRAWS = 10  # of a chain
 METHOD = "mcmc"
@@ -75,10 +78,9 @@ def from_mcmc(
         warn_if_nothing_observed(density.structure, density.trace_at, model, args, kwargs)
         draws, diverging, sampler = _read(mcmc)
         values, count = _flat(draws, density)
+        density, z, lost = _with_digits(density, values)
         with torch.no_grad():
-            z = density.unconstrain(values)
-            log_p = density(z)
-            samples = density.constrain(z)
+            log_p, samples = density(z), density.constrain(z)
     names = coordinate_names(density.structure)
     stats = {} if diverging is None else {"diverging": diverging.to(z.device)}
     chains = McmcDraws(z.reshape(count, -1, density.dim), stats, {}, {"method": METHOD})
@@ -94,7 +96,7 @@ def from_mcmc(
         _used_log_p=log_p,
         _used_log_q=nothing,
         **of_guide,
-        verdict=judge_mcmc(chains.z, log_p.reshape(count, -1), names, diverging),
+        verdict=_besides(judge_mcmc(chains.z, log_p.reshape(count, -1), names, diverging), *lost),
         losses=torch.zeros(0),
         history=(),
         settings={"draws": len(z), "chains": count, "seed": seed, "noncentered": density.structure.noncentered},
@@ -106,6 +108,23 @@ def from_mcmc(
         missing={"guide": NO_GUIDE, "flow": NO_GUIDE},
         chains=chains,
     )
+
+
+def _with_digits(density: LogDensity, values: dict[str, Tensor]) -> tuple[LogDensity, Tensor, Any]:
+    """Return the log density in the precision that it takes, the draws' coordinates, and what the sampler's lost."""
+    with torch.no_grad():
+        z = density.unconstrain(values)
+        if density.rounding(z) <= ALLOWED:
+            return density, z, ([], [])
+        lost = density.lost_digits(z) if any(part.dtype == torch.float32 for part in values.values()) else ([], [])
+        density = density.in_double()
+        return density, density.unconstrain(values), lost
+
+
+def _besides(verdict: Verdict, failures: list[str], notes: list[str]) -> Verdict:
+    """Return the verdict with more that speaks against the draws, or is to be known."""
+    status = "unreliable" if failures else verdict.status
+    return replace(verdict, status=status, reasons=(*failures, *verdict.reasons), notes=(*notes, *verdict.notes))
 
 
 def _read(mcmc: Any) -> tuple[dict[str, Tensor], Tensor | None, str]:

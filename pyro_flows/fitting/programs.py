@@ -102,7 +102,7 @@ def from_traces(
         return {**values, LOG_Q: _log_density(trace, masks)}
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
-        with quiet():
+        with quiet(), density.precisely():
             values = over_rows(
                 one, torch.zeros(count), randomness="different", otherwise=partial(fallback, "drawn one by one")
             )
@@ -116,7 +116,7 @@ def from_traces(
 
     def score(z: Tensor) -> Tensor:
         values = {name: value for name, value in density.constrain(z).items() if name in density.names}
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), density.precisely():
             log_q = over_rows(at, values, otherwise=partial(fallback, "scored one by one"))
         return torch.as_tensor(log_q + density.log_jacobian(z))
 

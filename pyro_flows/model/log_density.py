@@ -91,6 +91,19 @@ class LogDensity(SiteValues):
         other.under(self.clock)
         return other
 
+    def in_double(self) -> LogDensity:
+        """Return the same log density in double precision throughout; this one, if the model does not run so.
+
+        Its structure is read anew, and it is found out anew how it runs.
+        """
+        other = copy.copy(self)
+        if self._double or not other._become_double():
+            self._has_double = self._double
+            return self
+        other.evaluations += self.evaluations
+        other.under(self.clock)
+        return other
+
     def beside(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LogDensity:
         """Return the log density of the same model with other data of equal shapes, in the same coordinates.
 

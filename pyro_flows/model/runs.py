@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,11 +25,9 @@ from pyro_flows.model.faults import Faults, defined, is_of_a_point, passing_over
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.handlers import Place, Resample, hold, place_all
 from pyro_flows.model.observations import check_values
-from pyro_flows.model.precision import read_in_one_precision
+from pyro_flows.model.precision import doubled, in_double, read_in_one_precision
 from pyro_flows.model.sites import Latent, Noncentered, Placed, Structure, check_latents, messages
 
-FAR, FAR_SITES = (-20.0, -10.0, 10.0, 20.0), 16  # where all coordinates of a site are put, to compare precisions
-LOST, LOST_SHARE = 1.0, 1e-4  # nats by which single precision may be off there, and as a share of the log density
 MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
 
 logger = logging.getLogger("pyro_flows")
@@ -49,16 +47,17 @@ class Runs:
         if not callable(model):
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
         self.args, self.kwargs = tuple(args), dict(kwargs or {})
-        structure = self._read(model).noncenter(noncentered)
+        self._double = False  # whether the model runs in double precision, whatever it was written for
         self.faults = Faults()
-        self._digits: bool | None = None  # whether those of single precision are lost, as far as is known
-        self._settle(structure)
+        self._settle(self._read(model).noncenter(noncentered))
 
     def _read(self, model: Callable[..., Any]) -> Structure:
         """Read the structure of a model with these arguments, and tie it to its parameters."""
         with seeded(0):
-            self._as_read, model = read_in_one_precision(model, self.args, self.kwargs)
+            self._as_read, double = read_in_one_precision(model, self.args, self.kwargs)
         self.model, self._parameters = hold(model, self._as_read.trace)
+        if double:
+            self.model, self._double = doubled(self.model), True
         if self._as_read.subsampled:
             plate = self._as_read.subsampled[0]
             raise ValueError(
@@ -85,7 +84,6 @@ class Runs:
         self._evaluator: Evaluator | None = None
         self.numbers = max(self.dim, sum(value.numel() for value in self.structure.observed.values()))
         self._rows = rows_for(self.numbers, MAPPED)
-        self.in_double = False  # what a model in single precision computes
         self._guards: frozenset[str] = frozenset()
         self._guards = check_values(self.structure, self.trace_at, self._called)
         if like is None:
@@ -97,7 +95,6 @@ class Runs:
         """Run the model as ``like`` does, which has found out how."""
         self.batched, self._unbatched, self._writes = like.batched, like._unbatched, like._writes
         self.work, self._factorizes = like.work, like._factorizes
-        self._digits, self.in_double = like._digits, like.in_double
 
     # one run ------------------------------------------------------------------------------------------------------
 
@@ -132,16 +129,15 @@ class Runs:
     def writing(self, z: Tensor) -> Iterator[None]:
         """Give tensors that the model writes into the batch axis of ``z``, if it has one; no factorization raises."""
         writes = nullcontext() if self._writes is None else Batchable(self._writes, z)
-        with Factorizations() if self._factorizes else nullcontext(), writes:
+        with Factorizations() if self._factorizes else nullcontext(), writes, self.precisely():
             yield
+
+    def precisely(self) -> AbstractContextManager[None]:
+        """Compute in double precision inside, if the model does."""
+        return in_double() if self._double else nullcontext()
 
     def single(self, z: Tensor, latents: Sequence[Latent] | None = None) -> Tensor:
         """Return the log density of one point (D,), or that in the coordinates of other ``latents``."""
-        if self.in_double:
-            return self._single(z.double(), latents).to(z.dtype)
-        return self._single(z, latents)
-
-    def _single(self, z: Tensor, latents: Sequence[Latent] | None) -> Tensor:
         trace, ladj = self._run(z, enumerate_sites=True, latents=latents)
         with self.writing(z), defined(lambda: site_of(messages(trace))):  # distributions write in place, too
             if not self.structure.enumerated:
@@ -180,9 +176,6 @@ class Runs:
             self._unbatched = f"{self._unbatched}. {advice(self._unbatched)}"
             fallback(self._unbatched)
             logger.warning("%s", self._unbatched)
-        if self._digits is None:
-            self._digits = self._loses_digits()
-        self.in_double = self._digits
 
     def _tried(self, run: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
         """Return what ``run`` returns at two points, stacked: where the log density is finite, if it is anywhere."""
@@ -196,30 +189,6 @@ class Runs:
                 f"each of {len(errors)} points, {errors[0]}. Check the shapes and values of its arguments there."
             ) from errors[0]
         return [torch.stack(parts) for parts in zip(*found, strict=True)]
-
-    @torch.no_grad()
-    def _loses_digits(self) -> bool:
-        """Whether the model has other values in double precision far out, where climbs come by, and can compute so.
-
-        With a concentration of 1e8, a Beta density is a difference of numbers of which single precision has no digit in
-        common with the truth: a mode that is none, thousands of nats high.
-        """
-        if self.dtype != torch.float32 or not self.batched or self.device.type != "cpu" or self._parameters:
-            return False
-        sites = [latent for latent in self.structure.latents if latent.size][:FAR_SITES]
-        points = torch.zeros(len(sites), len(FAR), self.dim, dtype=self.dtype)
-        for number, latent in enumerate(sites):
-            points[number, :, latent.offset : latent.offset + latent.size] = torch.tensor(FAR)[:, None]
-        points = points.flatten(0, 1)
-        try:
-            with quiet():
-                single, double = (over_rows(self.single, z, size=self._rows) for z in (points, points.double()))
-        except (
-            Exception
-        ):  # a matrix of data in single precision takes no other, and a model's own code may raise anything
-            return False
-        off = (single - double).abs() > LOST + LOST_SHARE * double.abs()
-        return bool((off & torch.isfinite(single) & torch.isfinite(double)).any())
 
     def _why_unbatched(self, points: Tensor, single: Tensor, *, again: bool = True) -> str | None:
         """Return why values and gradients cannot be had for many points at once; None if they can."""
@@ -291,7 +260,8 @@ class Runs:
         """Return ``z`` (S, D), whole numbers as floating-point ones: results have its dtype."""
         if z.dim() != 2 or z.shape[1] != self.dim:
             raise ValueError(f"z: expected shape (S, {self.dim}), got {tuple(z.shape)}.")
-        return _checks.floating("z", z, self.dtype)
+        z = _checks.floating("z", z, self.dtype)
+        return z.to(torch.promote_types(z.dtype, self.dtype))  # single precision would round the result
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the unconstrained leaves of the model's own parameters (``pyro.param``, modules), by name."""

@@ -15,6 +15,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import turn
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.batching import apart, quiet, redrawn
+from pyro_flows.model.digits import Digits
 from pyro_flows.model.faults import Undefined, defined, passing_over
 from pyro_flows.model.handlers import Resample, flatten_all
 from pyro_flows.model.observations import not_finite
@@ -22,7 +23,7 @@ from pyro_flows.model.runs import Runs
 from pyro_flows.model.sites import Structure, messages
 
 
-class SiteValues(Runs):
+class SiteValues(Digits):
     """Values and densities of a model's sites at points, and draws; see :class:`~pyro_flows.LogDensity`."""
 
     def _settle(self, structure: Structure, like: Runs | None = None) -> None:

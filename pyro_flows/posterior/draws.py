@@ -53,9 +53,9 @@ def from_draws(
         if len(pool.log_p) < POOL * draws:
             failures = [*failures, f"time for {len(pool.log_p)} of {POOL * draws} draws to judge by"]
             draws = len(pool.log_p) // POOL
-        said: dict[str, Any] = {"failures": failures, "contained": contained, "doubts": doubts}
-        said["notes"] = [*notes, *density.faults.notes()]
-        said["warnings"] = [*warnings, *density.clock.reasons()]
+        (lost, rounded), warnings = density.lost_digits(pool.z), [*warnings, *density.clock.reasons()]
+        said: dict[str, Any] = {"failures": [*failures, *lost], "contained": contained, "doubts": doubts}
+        said |= {"notes": [*notes, *rounded, *density.faults.notes()], "warnings": warnings}
         found, samples = _decided(density, draw, pool, names, draws=draws, seed=seed, **said)
     return Posterior(
         samples=samples,

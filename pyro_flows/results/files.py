@@ -22,6 +22,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.model.digits import ALLOWED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results import older
 from pyro_flows.results.dims import coordinate_names
@@ -120,7 +121,7 @@ def _read(
     flow, guide, density = _flow(source, description["guide"], tensors), None, None
     if model is not None:
         noncentered = fields["settings"].get("noncentered", [])
-        fitted = LogDensity(model, args, kwargs, noncentered=noncentered)
+        fitted = like(LogDensity(model, args, kwargs, noncentered=noncentered), tensors["z"])
         density = _density(fitted, description["coordinates"], tensors)
         tensors = _move(tensors, density.device)
         stored = None if description.get("without") else stored  # with the model all can be made
@@ -202,6 +203,12 @@ def _verdict(stored: Mapping[str, Any]) -> Verdict:
     return Verdict(
         status=stored["status"], where=stored["where"], reasons=reasons, notes=notes, chains=chains, **numbers
     )
+
+
+def like(density: LogDensity, z: Tensor) -> LogDensity:
+    """Return the log density in the precision that it had in the fit that gave draws ``z`` (S, D)."""
+    wider = z.dtype == torch.float64 and (density.dtype != z.dtype or density.rounding(z) > ALLOWED)
+    return density.in_double() if wider else density
 
 
 def _density(density: LogDensity, coordinates: Sequence[str], tensors: Mapping[str, Any]) -> LogDensity:

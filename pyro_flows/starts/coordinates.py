@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.batching import quiet, where_possible
+from pyro_flows.model.digits import COMPARED
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.noncentered import Information
@@ -127,6 +128,10 @@ def climbed(density: LogDensity, noncentered: bool, *, seed: int) -> Climbed:
     if candidate.batched and not math.isfinite(found.elbo):
         points = possible_points(candidate, draws)
         found = _climbed(candidate, points, units, seed) if len(points) else found
+    with seeded(derive(seed, "digits"), density.device):
+        noise = torch.randn(COMPARED, density.dim, dtype=density.dtype, device=density.device)
+    if math.isfinite(found.elbo) and not density.clock.over:
+        candidate.check_digits(found.start.map(noise))
     return found
 
 

@@ -58,6 +58,7 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
         points = possible_points(density, draws)
         finite = torch.ones(len(points), dtype=torch.bool, device=points.device)
     if not len(points):
+        density.check_digits(draws)
         raise ValueError(
             f"log density: not finite at any of {PRIOR_DRAWS} draws of the prior, nor where single values of them are "
             f"put together; at the prior median "
@@ -79,6 +80,8 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
         resolved = without_noise(density, torch.stack([start.loc for start in scored])).tolist()
         scored = [start for start, there in zip(scored, resolved, strict=True) if there] or scored
     usable = [start for start in scored if math.isfinite(start.elbo)]
+    if usable and not density.clock.over:
+        density.check_digits(max(usable, key=lambda start: start.elbo).map(noise))
     # where the support cuts through every start, none has a finite ELBO: all are left to the race
     return sorted(usable or scored, key=lambda start: -start.elbo)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 # A cause is known by the words of its reason, since a saved verdict holds its reasons as text.
 OF_FITS = (
+    (("rounding changes",), "give data and parameters in double precision"),
     (("the model is invalid", "no finite log density"), "check the data and the priors"),
     (("NICE",), 'fit with flow="realnvp"'),
     (("a mode near", "too little mass near"), "fit with more runs, runs=4"),
@@ -20,6 +21,7 @@ PROPER = re.compile(r"give `.+?` a proper prior")  # the reason itself says for 
 OF_WEIGHTS = "call refine(), or fit with more layers"
 
 OF_MCMC = (
+    (("rounding changes",), "sample with data and parameters in double precision"),
     (("no finite log density",), "check the data and the priors"),
     (("transitions diverged",), "raise target_accept_prob, or write the model with other parameters"),
 )

@@ -1,0 +1,150 @@
+"""Whether single precision has the digits of a log density that its figures need; double precision where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows._seeding import seeded
+from pyro_flows.model.batching import over_rows, quiet, where_possible
+from pyro_flows.model.precision import LostDigits, doubled, in_double, read_in_double
+from pyro_flows.model.runs import Runs
+
+FAR, FAR_SITES = (-20.0, -10.0, 10.0, 20.0), 16  # where all coordinates of a site are put, to compare precisions
+LOST, LOST_SHARE = 1.0, 1e-4  # nats by which single precision may be off there, and as a share of the log density
+ALLOWED = 0.01  # nats by which it may be off at draws of the posterior, however large the log density is
+COMPARED, COMPARED_ONE_BY_ONE = 64, 8  # draws
+PURE = 1e-6  # nats, up to which a model in double precision has nothing in single
+NOISE = 0.2  # nats, beyond which no figure is to be trusted
+
+
+class Digits(Runs):
+    """Runs of a model that know what rounding does to its log density; see :class:`~pyro_flows.LogDensity`."""
+
+    _has_double = True  # whether the model runs in double precision, as far as is known
+    _off: float | None = None  # nats by which rounding changes the log density, where that was last looked at
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        if self.dtype == torch.float32 and self._loses_digits_far_out():
+            self._become_double()
+
+    def _become_double(self) -> bool:
+        """Run the model in double precision from now on; return whether it can. Its structure is read anew."""
+        now = dict(vars(self))
+        try:
+            with seeded(0):
+                self._as_read = read_in_double(self.model, self.args, self.kwargs)
+            self.model, self._double, self._off = doubled(self.model), True, None
+            self._settle(self._as_read.noncenter(self.structure.noncentered))
+            if self.dtype == torch.float64:
+                return True
+        except Exception:  # a model's own code may raise anything
+            pass
+        vars(self).clear()
+        vars(self).update(now, _has_double=False)
+        return False
+
+    def _in_both(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log densities (S,) at ``z`` (S, D), in single precision and in double, without recording.
+
+        Points of the latter are some that single precision rounds to ``z``.
+
+        Raises:
+            Exception: what the model's own code raises in double precision.
+        """
+        with seeded(0, z.device):
+            rounding = (torch.rand(z.shape, dtype=torch.float64, device=z.device) - 0.5) * torch.finfo(z.dtype).eps
+
+        def doubly(row: Tensor) -> Tensor:
+            with in_double():
+                return self.single(row)
+
+        return self._at(self.single, z).double(), self._at(doubly, z.double() * (1.0 + rounding))
+
+    def _at(self, single: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        """Return the values (S,) of a function of one point at ``z`` (S, D), NaN where the model raises an error."""
+        with quiet():
+            return where_possible(
+                lambda rows: (over_rows(single, rows, batched=self.batched, size=self._rows),),
+                z,
+                (),
+                alone=lambda row: (single(row[0])[None],),
+                halves=self.batched,
+            )[0]
+
+    @torch.no_grad()
+    def _loses_digits_far_out(self) -> bool:
+        """Whether the model has other values in double precision far out, where climbs come by.
+
+        With a concentration of 1e8, a Beta density is a difference of numbers of which single precision has no digit in
+        common with the truth: a mode that is none, thousands of nats high.
+        """
+        if not self.batched:
+            return False
+        sites = [latent for latent in self.structure.latents if latent.size][:FAR_SITES]
+        points = torch.zeros(len(sites), len(FAR), self.dim, dtype=self.dtype, device=self.device)
+        for number, latent in enumerate(sites):
+            points[number, :, latent.offset : latent.offset + latent.size] = points.new_tensor(FAR)[:, None]
+        try:
+            single, double = self._in_both(points.flatten(0, 1))
+        except Exception:  # a model's own code may raise anything
+            return False
+        off = (single - double).abs() > LOST + LOST_SHARE * double.abs()
+        return bool((off & torch.isfinite(single) & torch.isfinite(double)).any())
+
+    def rounding(self, z: Tensor) -> float:
+        """Return by how many nats rounding changes the log density at draws ``z`` (S, D), as far as that can be told.
+
+        At three quarters of a few of them, where it is highest, the model as it is written is compared with itself in
+        double precision: whole numbers and torch's defaults are in single where latents are in double. Of double
+        precision, and of models that do not run in it, the last digit of the log density is what can be told. The
+        result is kept.
+
+        Cost: 64 densities in either precision.
+        """
+        few = COMPARED if self.batched else COMPARED_ONE_BY_ONE
+        z = z[torch.isfinite(z).all(1)]
+        self._off = self._off_by(z[:: max(1, len(z) // few)][:few]) if len(z) else 0.0
+        return self._off
+
+    @torch.no_grad()
+    def _off_by(self, z: Tensor) -> float:
+        if self._has_double and not self._double:
+            try:
+                single, double = self._in_both(z)
+                there = torch.isfinite(double)
+                there &= double >= double[there].quantile(0.25) if bool(there.any()) else False
+                return float((single - double)[there].abs().nan_to_num(nan=0.0).amax()) if there.any() else 0.0
+            except Exception:  # a model's own code may raise anything
+                self._has_double = False
+        size = self._at(self.single, z).abs()
+        return float(size[torch.isfinite(size)].median().nan_to_num(nan=0.0)) * torch.finfo(self.dtype).eps
+
+    def known_rounding(self, z: Tensor) -> float:
+        """Return :meth:`rounding` as it was found last, or at draws ``z`` (S, D)."""
+        return self.rounding(z) if self._off is None else self._off
+
+    def check_digits(self, z: Tensor) -> None:
+        """Compare the model with itself in double precision at draws ``z`` (S, D) of where the posterior lies.
+
+        A model that was in double precision at the first draws is so at all.
+
+        Raises:
+            LostDigits: if they differ by more than .01 nats.
+        """
+        pure = self.dtype == torch.float64 and self._off is not None and self._off < PURE
+        if not (self._double or pure) and self.rounding(z) > ALLOWED and self._has_double:
+            raise LostDigits
+
+    def lost_digits(self, z: Tensor) -> tuple[list[str], list[str]]:
+        """Say what rounding does at draws ``z`` (S, D): what speaks against figures, and what is to be noted."""
+        off = self.known_rounding(z)
+        if off <= ALLOWED:
+            return [], []
+        other = "" if self._has_double else ": the model does not run in double precision throughout"
+        said = f"rounding changes the log density by up to {off:.2g} nats{other}"
+        return ([said], []) if off > NOISE else ([], [said])
