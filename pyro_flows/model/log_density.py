@@ -104,6 +104,13 @@ class LogDensity(SiteValues):
         other.under(self.clock)
         return other
 
+    def as_written(self) -> LogDensity:
+        """Return the same log density with the model as it was given; it is to be read anew, by :meth:`beside`."""
+        other = copy.copy(self)
+        if self._double:
+            other.model, other._double = vars(self.model)["__wrapped__"], False
+        return other
+
     def beside(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LogDensity:
         """Return the log density of the same model with other data of equal shapes, in the same coordinates.
 

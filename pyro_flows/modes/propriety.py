@@ -49,9 +49,9 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
     coordinates = [coordinate for coordinate, *_ in found]
     for other in _written(density):
         there = z if other is density else other.unconstrain(density.constrain(z))
-        double, single = (_in(other, dtype) for dtype in (torch.float64, torch.float32))
-        there = finer(double or other, there[torch.isfinite(there).all(1)])
-        other = double or other
+        single = _in_single(other)
+        other = other.in_double() if other.dtype == torch.float32 else other
+        there = finer(other, there[torch.isfinite(there).all(1)])
         middle = _middle(other, there)
         if middle is None:
             continue
@@ -73,18 +73,19 @@ def _written(density: LogDensity) -> Iterator[LogDensity]:
         yield density
 
 
-def _in(density: LogDensity, dtype: torch.dtype) -> LogDensity | None:
-    """Return the density with its data in some precision; None where the model does not compute so."""
+def _in_single(density: LogDensity) -> LogDensity | None:
+    """Return the density with model and data in single precision; None where the model does not compute so."""
 
     def cast(leaf: Any) -> Any:
-        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        return leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
+    if density.dtype == torch.float32:
+        return density
     try:
-        found = density.beside(*(tree_map(cast, given) for given in (density.args, density.kwargs)))
+        found = density.as_written().beside(*(tree_map(cast, given) for given in (density.args, density.kwargs)))
     except Exception:  # a model's own code may raise anything
         return None
-    found.in_double = False
-    return found
+    return found if found.dtype == torch.float32 else None
 
 
 def _middle(density: LogDensity, z: Tensor) -> Tensor | None:
