@@ -11,7 +11,17 @@ from typing import Any
 
 EVERY = 0.1  # seconds between two lines in a terminal,
 EVERY_IN_NOTEBOOK = 0.5  # and in a notebook, where each is a message
+UNTOLD = 1e9  # nats
 SIGNS = "|/-\\"
+
+
+def in_nats(elbo: float) -> str:
+    """Return an ELBO for a line; nothing for one that a few draws beyond all mass have made.
+
+    >>> in_nats(-3.456), in_nats(-1.2e22)
+    ('ELBO -3.46, ', '')
+    """
+    return f"ELBO {elbo:.2f}, " if abs(elbo) < UNTOLD else ""
 
 
 class Bar:

@@ -107,7 +107,7 @@ def demo_command(
     progress: Progress = None,
     debug: Debug = False,
 ) -> None:
-    """Fit the eight schools (Rubin 1981); write posterior.nc and three figures."""
+    """Fit the eight schools (Rubin 1981); write posterior.nc and two figures."""
     guarded(lambda: demo(_target(out), seed=seed, max_steps=max_steps, progress=_shown(progress)), debug)
 
 
@@ -130,7 +130,7 @@ def fit_command(
     progress: Progress = None,
     debug: Debug = False,
 ) -> None:
-    """Fit a flow to the posterior of a Pyro model; write posterior.nc and two figures."""
+    """Fit the posterior of a Pyro model; write posterior.nc and figures."""
 
     def work() -> int:
         target = _target(out, report)
@@ -247,7 +247,7 @@ def eight_schools(y: Tensor, sigma: Tensor) -> None:
 
 
 def demo(target: Path, *, seed: int, max_steps: int, progress: bool) -> int:
-    """Fit the eight schools by a flow and by a full-rank Gaussian; write results and figures to ``target``."""
+    """Fit the eight schools by `fit` and by a full-rank Gaussian; write results and figures to ``target``."""
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
     with interruptible() as interrupt:
@@ -256,7 +256,7 @@ def demo(target: Path, *, seed: int, max_steps: int, progress: bool) -> int:
         _write(posterior, target)
         return _code(posterior, interrupt)
     gaussian = diagnose(eight_schools, _gaussian(y, sigma, seed=seed, steps=min(GAUSSIAN_STEPS, max_steps)), y, sigma)
-    labels = ("flow", "full-rank Gaussian guide")
+    labels = (posterior.method, "full-rank Gaussian guide")
     pairs = plots.plot_pairs(posterior, "mu", "tau", compare=gaussian, transform={"tau": torch.log}, labels=labels)
     _write(posterior, target, {"pairs.png": pairs})
     typer.echo(f"For comparison, a full-rank Gaussian guide: {gaussian.verdict}")
@@ -283,11 +283,12 @@ def _write(
         warnings.simplefilter("ignore", UnreliableWarning)
         typer.echo(posterior.summary().to_string())
         posterior.save(out)
-    drawn = {
-        "elbo.png": plots.plot_elbo(posterior),
-        "posterior.png": plots.plot_posterior(posterior),
-        **(figures or {}),
-    }
+    drawn = {"posterior.png": plots.plot_posterior(posterior), **(figures or {})}
+    if len(posterior.losses):
+        drawn["elbo.png"] = plots.plot_elbo(posterior)
+    else:
+        (out / "elbo.png").unlink(missing_ok=True)  # of an earlier fit
+        typer.echo(f"No flow was trained ({posterior.method}), so there is no elbo.png.")
     for name, figure in drawn.items():
         figure.savefig(out / name)
     typer.echo(f"Wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}.")

@@ -298,8 +298,10 @@ def test_fit_writes_what_it_says(folder):
     assert posterior.settings["seed"] == 3
     assert posterior.flow.recipe.options["layers"] == 2
     files = {path.name for path in out.iterdir()}
-    assert files == {"posterior.nc", "guide.pt", "posterior.json", "elbo.png", "posterior.png"}
-    assert f"Wrote elbo.png, guide.pt, posterior.json, posterior.nc, posterior.png to {out}." in done.stdout
+    assert files == {"posterior.nc", "guide.pt", "posterior.json", "posterior.png"}  # the start left nothing to train
+    assert posterior.method == "Gaussian"
+    assert "No flow was trained (Gaussian)" in done.stdout
+    assert f"Wrote guide.pt, posterior.json, posterior.nc, posterior.png to {out}." in done.stdout
     precision = sum(s**-2 for s in SIGMA) + 1 / 25
     mean = sum(y / s**2 for y, s in zip(Y, SIGMA, strict=True)) / precision
     assert float(posterior.samples["mu"].mean()) == pytest.approx(mean, abs=5 * (precision * 500) ** -0.5)
@@ -310,9 +312,11 @@ def test_demo(tmp_path):
     out = tmp_path / "demo"
     done = run("demo", "--out", out, "--seed", "1", "--max-steps", "250")
     assert done.exit_code == (3 if pf.load(out).verdict.status == "unreliable" else 0), done.output
-    expected = {"posterior.nc", "guide.pt", "posterior.json", "elbo.png", "posterior.png", "pairs.png"}
+    expected = {"posterior.nc", "guide.pt", "posterior.json", "posterior.png", "pairs.png"}
     assert {path.name for path in out.iterdir()} == expected
     posterior = pf.load(out)
+    assert posterior.method == "conditional Laplace grid"
+    assert "No flow was trained (conditional Laplace grid), so there is no elbo.png." in done.stdout
     assert list(posterior.samples) == ["mu", "tau", "eta", "theta"]
     assert str(posterior.verdict) in done.stdout
     assert "theta[7]" in done.stdout

@@ -126,7 +126,7 @@ def _figures(found: Posterior, target: Target) -> dict[str, Any]:
         "used_sd": sd,
         "gradient_evaluations": found.settings["gradient_evaluations"],
         "steps": sum(stage["steps"] or 0 for stage in rounds),
-        "layers_at_end": found.settings["flow"].get("layers", ""),  # a mixture of Student-t distributions has none
+        "layers_at_end": found.settings["sampler"].get("layers", ""),  # a mixture of Student-t distributions has none
         "rounds": " > ".join(str(stage["stage"]) for stage in rounds),
         "why": " > ".join(str(stage["why"] or "") for stage in rounds),
         "reasons": "; ".join(found.verdict.reasons),

@@ -17,7 +17,7 @@ from pyro_flows.calibration.cases import Case, cases_of, grouped
 from pyro_flows.calibration.processes import check_jobs, fit_each
 from pyro_flows.correction.rungs import which
 from pyro_flows.fitting.fit import MAX_SEED, MAX_STEPS
-from pyro_flows.fitting.plan import Plan, recipe_for
+from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
@@ -225,4 +225,5 @@ class Many:
             bar=bar,
             automatic=self.options["flow"] == AUTO and self.options["layers"] is None,
             checked=max(CHECKED_EACH, CHECKED // len(self.cases)),
+            asked=as_asked({"flow": self.options["flow"], "layers": self.options["layers"]}),
         )

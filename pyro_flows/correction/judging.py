@@ -27,6 +27,7 @@ from pyro_flows.results.record import Record, Recorded
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, objections
 from pyro_flows.verdict.deciding import CHECKED
+from pyro_flows.verdict.methods import METHODS
 from pyro_flows.verdict.verdict import Verdict
 
 STAGE = "refinement"
@@ -35,6 +36,7 @@ APART = 0.1  # sds, or of the log of an sd, beyond three standard errors
 EDGE = 0.01  # share of the chains' draws beyond each of two quantiles, where the guide may have SHARE more
 TRIED = "the chains have not converged: "
 DISAGREE = "the chains and the weighted draws of the guide disagree"
+REPLACED = " own draws were replaced, because "
 TRIED_BEFORE = (TRIED, "a sampler has not finished: ")  # the second is in older files
 BRIDGED = 2000  # draws from each end
 LEAST_DRAWS = 8  # of each chain, for its figures
@@ -206,11 +208,14 @@ def _verdict(
     """Say ``refined`` if nothing is against it; else what was said before, and why the chains change nothing."""
     kept = [note for note in old.notes if not note.startswith(TRIED_BEFORE)]
     notes = [*kept, *(note for note in notes if note not in kept)]
-    reasons = tuple(reason for reason in old.reasons if not reason.startswith(TRIED_BEFORE))
+    known = (reason.rpartition(REPLACED)[2] for reason in old.reasons)
+    reasons = tuple(reason for reason in known if not reason.startswith(TRIED_BEFORE))
     if failures:
         return replace(old, status="unreliable", reasons=(*failures, *reasons), notes=tuple(notes), chains=found)
     if not against:
-        return replace(old, status="refined", reasons=reasons or (why,), notes=tuple(notes), chains=found)
+        first, *others = reasons or (why,)
+        first = f"{METHODS[old.guide_method].owner}{REPLACED}{first}"
+        return replace(old, status="refined", reasons=(first, *others), notes=tuple(notes), chains=found)
     said = TRIED + ", ".join(against)
     if old.status in ("ok", "corrected"):
         return replace(old, notes=(*notes, said), chains=found)

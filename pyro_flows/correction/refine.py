@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,8 +59,12 @@ def refine(
     bar = Bar("refine", progress)
     work = Work(method, ASKED)
     found = refined(posterior, work, chains, max_steps, seed, Clock(seconds, watch=bar.watch), bar)
-    bar.close(found.verdict.status)
-    return found
+    bar.close(f"{found.method}, {found.verdict.status}")
+    asked = {"method": method, "chains": chains, "max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
+    settings = {**found.settings, "refinements": [*found.settings.get("refinements", []), asked]}
+    if "gradient_evaluations" in settings:
+        settings["gradient_evaluations"] += work.gradients
+    return replace(found, settings=settings)
 
 
 def refined(

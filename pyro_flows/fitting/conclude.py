@@ -10,6 +10,7 @@ from pyro_flows.fitting.escalation import ENOUGH_K
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.run import Run
 from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.flows.recipe import AUTO
 from pyro_flows.flows.recipe_json import to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
@@ -45,17 +46,17 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
 
 
 def _asked(plan: Plan) -> dict[str, Any]:
-    """What the caller asked for."""
+    """What the caller asked for; ``flow`` is what was asked for, ``sampler`` what the work came to."""
     seconds = plan.clock.seconds if plan.clock.finite else None
-    asked = {"max_steps": plan.max_steps, "max_seconds": seconds, "train_model": plan.train_model}
-    return {**asked, "runs": plan.runs}
+    bounds = {"max_steps": plan.max_steps, "max_seconds": seconds, "train_model": plan.train_model, "runs": plan.runs}
+    return {"flow": plan.asked.get("flow", AUTO), "asked": dict(plan.asked), **bounds}
 
 
 def _chosen(run: Run, sampler: Any, density: LogDensity) -> dict[str, Any]:
     """What was chosen: step size and batch are those of the round that was kept."""
     kept = run.kept
     return {
-        "flow": to_json(sampler),
+        "sampler": to_json(sampler),
         "noncentered": density.structure.noncentered,
         "round": None if kept is None else kept.stage,
         "step_size": None if kept is None else kept.step_size,

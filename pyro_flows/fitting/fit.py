@@ -19,7 +19,7 @@ from pyro_flows.correction.rungs import last_rung, which
 from pyro_flows.fitting.combine import combine, drawn, make_runs
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
-from pyro_flows.fitting.plan import Plan, recipe_for
+from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
 from pyro_flows.fitting.prepare import Prepared, prepare
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.batching import usable
@@ -52,9 +52,10 @@ def fit(
     progress: bool = True,
     raise_on_interrupt: bool = False,
 ) -> Posterior:
-    r"""Fit a flow guide to the posterior of a Pyro model, judge it, and return draws.
+    r"""Fit the posterior of a Pyro model by the cheapest method that passes, judge it, and return draws.
 
-    The guide is :math:`z = m + L(b + A\,t(f(\epsilon)))` over all latents in unconstrained coordinates: f a normalizing
+    ``posterior.method`` names the method: a Gaussian, a grid, conditionals, a mixture, a trained flow, MCMC. A trained
+    flow is :math:`z = m + L(b + A\,t(f(\epsilon)))` over all latents in unconstrained coordinates: f a normalizing
     flow, t tails for each coordinate, :math:`\epsilon` Student-t with 15 degrees of freedom (2 D, if that is more). m
     and L come from the best of several initial Gaussians, the learning rate from short trial runs. Training maximizes
     the ELBO by path gradients and stops by itself.
@@ -126,6 +127,7 @@ def fit(
     >>> posterior.verdict.status
     'ok'
     """
+    asked = as_asked(locals())
     seconds = _check_numbers(draws, max_steps, seed, runs, max_seconds)
     options, method = _options(flow, layers), which(refine)
     with alone(), seeded(seed):
@@ -146,6 +148,7 @@ def fit(
             clock=clock,
             bar=bar,
             automatic=flow == AUTO and not options,
+            asked=asked,
         )
         return _closing(bar, clock, lambda: _fit(plan, grow=max_steps is None))
 
@@ -167,7 +170,8 @@ def _closing(bar: Bar, clock: Clock, work: Callable[[], Posterior]) -> Posterior
     except BaseException as error:
         bar.close(f"ended by {type(error).__name__}")
         raise
-    bar.close(f"{len(posterior.losses)} steps, ELBO {posterior.elbo:.2f}, {posterior.verdict.status}")
+    steps = f"{len(posterior.losses)} steps, " if len(posterior.losses) else ""
+    bar.close(f"{steps}{posterior.method}, {posterior.verdict.status}")
     if clock.interrupted is not None:
         warnings.warn(f"fit: {clock.reasons()[0]}. The posterior is what it had come to by then.", stacklevel=outside())
     return posterior

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,16 @@ from pyro_flows.flows.recipe import AUTO, BUILDERS, VECTOR_BUILDERS, FlowLike, R
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.deciding import CHECKED
 
+USUAL = {
+    "flow": AUTO,
+    "layers": None,
+    "max_steps": None,
+    "max_seconds": math.inf,
+    "train_model": False,
+    "escalate": True,
+    "refine": "auto",
+    "runs": 1,
+}
 TRAINED = "realnvp"  # where a fit is not told which flow
 
 
@@ -40,6 +51,7 @@ class Plan:
         bar: the line that tells how far the work is.
         automatic: whether the choice of a flow was left open, so that slices along a coordinate may take its place.
         checked: draws that are run with Pyro's checks of arguments on, at most.
+        asked: the options of the call that are not the usual ones, as JSON values.
     """
 
     model: Callable[..., Any]
@@ -57,6 +69,7 @@ class Plan:
     bar: Bar
     automatic: bool = False
     checked: int = CHECKED
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     def fresh(self, density: LogDensity) -> Flow:
         """Return an untrained flow over the coordinates of ``density``.
@@ -69,6 +82,17 @@ class Plan:
         if not recipe.named:
             recipe = replace(recipe, builder=copy.deepcopy(recipe.builder))  # the caller's flow stays untrained
         return recipe.build_for_latents(density.dim).to(torch.zeros((), dtype=density.dtype, device=density.device))
+
+
+def as_asked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those arguments of a fit that are options, and not the usual ones, as JSON values.
+
+    A flow that was given stands as its kind in angle brackets: no name makes it again.
+    """
+    found = {name: value for name, value in arguments.items() if name in USUAL}
+    if not isinstance(flow := found["flow"], str):
+        found["flow"] = f"<{getattr(flow, '__name__', type(flow).__name__)}>"
+    return {name: value for name, value in found.items() if value != USUAL[name]}
 
 
 def recipe_for(flow: FlowLike, options: Mapping[str, Any]) -> Recipe:

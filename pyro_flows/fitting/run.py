@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from pyro_flows._progress import Bar
+from pyro_flows._progress import Bar, in_nats
 from pyro_flows._seeding import seeded
 from pyro_flows.correction.rungs import attempt
 from pyro_flows.correction.untrained import attempt_untrained
@@ -297,4 +297,4 @@ def _race(plan: Plan, density: LogDensity, run: Run, starts: Sequence[Start], se
 
 
 def _reporter(bar: Bar) -> Callable[[int, float, str], None]:
-    return lambda done, elbo, state: bar.show(f"{done} steps, ELBO {elbo:.2f}, {state}")
+    return lambda done, elbo, state: bar.show(f"{done} steps, {in_nats(elbo)}{state}")

@@ -57,10 +57,11 @@ def plot_elbo(posterior: Record, *, width: float = WIDTH) -> Figure:
         steps(axes, elbo, FLOW, "each step")
         at = np.arange(1, len(elbo) + 1)
         axes.plot(at, running_median(elbo), color=FLOW, linestyle="-", linewidth=1.8, label="running median")
-    if math.isfinite(posterior.elbo):
+    supported = posterior.verdict.supports_evidence and math.isfinite(posterior.elbo)
+    if supported:
         axes.axhline(posterior.elbo, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=3, label=_final(posterior))
     if len(elbo):
-        axes.set_ylim(*elbo_limits(elbo, posterior.elbo))
+        axes.set_ylim(*elbo_limits(elbo, posterior.elbo if supported else math.nan))
         _rounds(axes, posterior, len(elbo))
     axes.set(xlabel="optimization step", ylabel="ELBO (nats)")
     axes.legend(loc="lower right")

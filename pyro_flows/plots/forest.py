@@ -10,7 +10,7 @@ import numpy as np
 from pyro_flows import _checks
 from pyro_flows._figures import INK, LINE, WIDTH, color_of, panels, styled
 from pyro_flows.plots import parts
-from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, raw, used
+from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, raw, raw_label, used
 from pyro_flows.results.labeled import named_draws
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.deciding import resample
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROW = 0.17  # inches a line
-RAW, CORRECTED, REFINED = "raw: the guide's own", "corrected: importance-resampled", "refined: Markov chains"
+RAW, CORRECTED, REFINED = "raw: {}", "corrected: importance-resampled", "refined: Markov chains"
 
 
 @styled
@@ -93,7 +93,11 @@ def _stages(posterior: Record) -> dict[str, Any]:
     status = posterior.verdict.status
     if posterior.density is None and posterior._replaced and "raw_posterior" not in (posterior._stored or ({},))[0]:
         return {status: used(posterior)}
-    found = {RAW: raw(posterior)} if posterior.guide_name and posterior.log_q.isfinite().any() else {}
+    found = (
+        {RAW.format(raw_label(posterior)): raw(posterior)}
+        if posterior.guide_name and posterior.log_q.isfinite().any()
+        else {}
+    )
     if status == "refined" and posterior.density is not None and bool(posterior.log_weights.isfinite().any()):
         index = resample(posterior.log_weights, len(posterior.z), seed=int(posterior.settings["seed"]))
         found[CORRECTED] = named_draws(posterior, posterior.density.constrain(posterior.z[index]))

@@ -19,9 +19,9 @@ from pyro_flows.plots.scalars import (
     Transform,
     axis_label,
     common,
-    guide_label,
     named,
     raw,
+    raw_label,
     scalar,
     transformed,
     used,
@@ -67,7 +67,7 @@ def plot_pairs(
         compare: another posterior of the same model, such as :func:`~pyro_flows.diagnose` of a Gaussian guide. What is
             drawn are its raw draws, before any resampling: what that guide would have given by itself.
         transform: functions to apply to variables first, ``{"tau": torch.log}``; axis labels name them.
-        labels: names of ``posterior`` and ``compare`` in the legend; their guides' names by default.
+        labels: names of ``posterior`` and ``compare`` in the legend; by default their methods, or the guides' names.
         max_scalars: how many at most; the title says how many there are.
         width: inches.
 
@@ -89,7 +89,7 @@ def plot_pairs(
     posteriors = named(posterior)
     datasets = {name: used(each) for name, each in posteriors.items()}
     if compare is not None:
-        names = list(labels or (next(iter(posteriors)), guide_label(compare)))
+        names = list(labels or (next(iter(posteriors)), raw_label(compare)))
         names = names if names[0] != names[-1] else [names[0], f"{names[-1]}, raw"]
         datasets = {names[0]: next(iter(datasets.values())), names[1]: raw(compare)}
         posteriors = {names[0]: next(iter(posteriors.values())), names[1]: compare}

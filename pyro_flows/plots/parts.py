@@ -24,18 +24,18 @@ BINS, SMOOTH = 60, 2
 
 
 def title(axes: Axes, posterior: Record, text: str) -> None:
-    """Write what a figure of one panel shows, and the status of its verdict."""
+    """Write what a figure of one panel shows, the method, and the status of its verdict."""
     status = posterior.verdict.status
     axes.set_title(plain(text), loc="left", fontsize=10, fontweight="bold")
-    axes.set_title(f"verdict: {status}", loc="right", fontsize=9, color=STATUS_COLORS[status])
+    axes.set_title(f"{posterior.method}: {status}", loc="right", fontsize=9, color=STATUS_COLORS[status])
 
 
 def heading(figure: Figure, posteriors: Mapping[str, Record], text: str) -> None:
-    """Write what a figure of several panels shows, and the verdict, or those of several posteriors."""
-    statuses = [posterior.verdict.status for posterior in posteriors.values()]
-    if len(statuses) == 1:
-        apart = " · " if figure.get_figwidth() > NARROW else "\n"
-        said, color = f"{plain(text)}{apart}verdict: {statuses[0]}", STATUS_COLORS[statuses[0]]
+    """Write what a figure of several panels shows, and of one posterior, its method and status."""
+    if len(posteriors) == 1:
+        (posterior,) = posteriors.values()
+        apart, status = " · " if figure.get_figwidth() > NARROW else "\n", posterior.verdict.status
+        said, color = f"{plain(text)}{apart}{posterior.method}: {status}", STATUS_COLORS[status]
     else:
         said, color = plain(text), INK
     figure.suptitle(said, color=color, fontweight="bold")

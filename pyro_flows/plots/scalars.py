@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows.flows.recipe_json import to_json
 from pyro_flows.results.labeled import named_draws, posterior_group
 from pyro_flows.results.record import Record
+from pyro_flows.verdict.methods import GUIDE
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -39,25 +39,30 @@ class Choice:
 
 
 def named(posteriors: Posteriors) -> dict[str, Record]:
-    """Return posteriors by name; one that comes without is called by its flow or guide.
+    """Return posteriors by name; one that comes without is called by its method or guide.
 
     Raises:
         ValueError: for anything but a posterior, or a mapping with at least one.
     """
-    found = posteriors if isinstance(posteriors, Mapping) else {guide_label(posteriors): posteriors}
+    found = posteriors if isinstance(posteriors, Mapping) else {label_of(posteriors): posteriors}
     if not found or not all(isinstance(posterior, Record) for posterior in found.values()):
         kinds = ", ".join(sorted({type(posterior).__name__ for posterior in found.values()})) or "none"
         raise ValueError(f"posterior: expected a Posterior, or several by name, {{'flow': a, 'NUTS': b}}, got {kinds}.")
     return {str(name): posterior for name, posterior in found.items()}
 
 
-def guide_label(posterior: Record) -> str:
-    """Return what the draws are from: the kind of flow, the guide's class, or the sampler."""
-    flow = getattr(posterior, "flow", None)
-    if flow is not None:
-        about = to_json(flow)
-        return f"flow ({about['builder']})" if about and "builder" in about else "flow"
-    return str(getattr(posterior, "guide_name", type(posterior).__name__))
+def label_of(posterior: Record) -> str:
+    """Return what made the draws to use: the method, or the class of a guide or sampler that is the caller's."""
+    return _named(posterior, posterior.method)
+
+
+def raw_label(posterior: Record) -> str:
+    """Return what made the guide's own draws."""
+    return _named(posterior, posterior.verdict.guide_method)
+
+
+def _named(posterior: Record, method: str) -> str:
+    return posterior.guide_name if posterior._of_mcmc or method == GUIDE else method
 
 
 def used(posterior: Record) -> xr.Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
+from pyro_flows.results.methods import guide_method
 from pyro_flows.results.scoring import Pool, check_memory, score_pool
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.deciding import CHECKED, POOL, Decision, Draw, decide
@@ -57,12 +59,13 @@ def from_draws(
         said: dict[str, Any] = {"failures": [*failures, *lost], "contained": contained, "doubts": doubts}
         said |= {"notes": [*notes, *rounded, *density.faults.notes()], "warnings": warnings}
         found, samples = _decided(density, draw, pool, names, draws=draws, seed=seed, **said)
+    about = {"draws": draws, "seed": seed, "noncentered": density.structure.noncentered, **dict(settings or {})}
     return Posterior(
         samples=samples,
-        **_figures(found, draws),
+        **_figures(found, draws, guide_method(_flow_of(guide), about)),
         losses=losses,
         history=tuple(stage.as_dict() for stage in history),
-        settings={"draws": draws, "seed": seed, "noncentered": density.structure.noncentered, **dict(settings or {})},
+        settings=about,
         coordinates=tuple(names),
         **_of_guide(guide, draw),
         density=density,
@@ -107,18 +110,23 @@ def _changed(
     return changed_values(own, torch.log_softmax(log_weights[:count], 0), min(draws, count))
 
 
-def _figures(found: Decision, draws: int) -> dict[str, Any]:
+def _figures(found: Decision, draws: int, method: str) -> dict[str, Any]:
     """Return the fields of a posterior that are draws, densities and what they come to."""
-    fields: dict[str, Any] = {name: getattr(found, name) for name in ("z", "log_p", "log_q", "log_weights", "verdict")}
+    fields: dict[str, Any] = {name: getattr(found, name) for name in ("z", "log_p", "log_q", "log_weights")}
     fields.update(_used=found.used, _used_log_p=found.used_log_p, _used_log_q=found.used_log_q)
     weighing = found.weighing
     fields.update(k_hat=weighing.k_hat, elbo=weighing.elbo, log_evidence=weighing.log_evidence)
+    fields["verdict"] = replace(found.verdict, guide_method=method)
     return {**fields, "ess": found.verdict.ess_ratio * draws}
+
+
+def _flow_of(guide: Any) -> Any:
+    return guide._flow if isinstance(guide, AutoFlow) else None
 
 
 def _of_guide(guide: Any, draw: Draw) -> dict[str, Any]:
     """Return the fields of a posterior about its guide."""
-    flow = guide._flow if isinstance(guide, AutoFlow) else None
+    flow = _flow_of(guide)
     name = type(guide).__name__ if isinstance(guide, torch.nn.Module) else getattr(guide, "__name__", "guide")
     missing = {} if flow is not None else {"flow": f"the guide ({name}) is not a flow guide of pyro_flows"}
     drawer = None if flow is not None else draw

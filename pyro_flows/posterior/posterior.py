@@ -15,6 +15,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.posterior.reported import Reported
 from pyro_flows.results import arviz_groups, files
+from pyro_flows.results.attributes import attributes
 
 UNPICKLED = "unpickled without a model"
 
@@ -39,11 +40,12 @@ class Posterior(Reported):
         ess: effective sample size of the weights (S is the best).
         elbo: evidence lower bound, nats, mean of ``log_p - log_q``.
         log_evidence: importance-sampling estimate of the log normalizer, nats.
+        method: what made the draws to use, such as ``"trained flow"``; see :attr:`Verdict.guide_method`.
         verdict: whether to believe the draws.
         losses: negative ELBO of each optimization step (empty for :func:`diagnose`); with several runs, of the best.
         history: what happened during the fit, one dict a stage. Each has ``stage``, its name, and ``elbo``, what it
             reached in nats, None where a stage has none; the other entries go by the stage.
-        settings: everything that :func:`fit` was told or chose, JSON values only.
+        settings: everything that :func:`fit` was told (``asked``, ``flow``) or chose (``sampler``), JSON values only.
         coordinates: names of the unconstrained coordinates.
         guide: the guide that drew ``z``; None after :func:`load` without a model. It knows of no weights: what it draws
             is like ``z``, and like ``samples`` unless these are importance-resampled.
@@ -86,7 +88,7 @@ class Posterior(Reported):
         if self._stored is None:
             density = self._need_density()
             groups = self._labeling.applied(arviz_groups.modelless_groups(self, density))
-            state["_stored"] = groups, arviz_groups.attributes(self)
+            state["_stored"] = groups, attributes(self)
             state["missing"]["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"
         if isinstance(self.flow, Flow) and self.flow.recipe is None:  # the user's own, of a class that may be local
             try:

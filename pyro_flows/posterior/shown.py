@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows.results import arviz_groups, labeled
+from pyro_flows.results import labeled
+from pyro_flows.results.attributes import attributes
 from pyro_flows.results.labeling import Labeling
-from pyro_flows.results.record import Record
+from pyro_flows.results.record import Record, counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,15 +24,13 @@ class Shown(Record):
     """A posterior as text, as a table and as an ArviZ object; see :class:`~pyro_flows.Posterior`."""
 
     def __str__(self) -> str:
-        sites = ", ".join(self.samples)
-        if self._of_mcmc:
-            each, dim = len(self._used) // self.chain_count, self._used.shape[1]
-            about = f"{self.chain_count} chains of {each} draws, {dim} unconstrained coordinates"
-            return f"Posterior of {sites}: {about}, by {self.guide_name}\n{self.verdict}"
-        return (
-            f"Posterior of {sites}: {len(self._used)} draws, {self.z.shape[1]} unconstrained coordinates, "
-            f"ELBO {self.elbo:.2f}, log evidence {self.log_evidence:.2f}, guide {self.guide_name}\n{self.verdict}"
-        )
+        count, chains = len(self._used), self.chain_count
+        each = f"{chains} chains of {count // chains}" if self._by_chains else count
+        known = self.verdict.supports_evidence
+        evidence = f", log evidence {self.log_evidence:.2f}" if known else ""
+        elbo = f", ELBO {self.elbo:.2f}" if known and not self._by_chains else ""
+        about = f"{self.described}, {each} draws, {counted(self)}{evidence}{elbo}"
+        return f"Posterior of {', '.join(self.samples)}: {about}\n{self.verdict}"
 
     __repr__ = __str__  # what a REPL shows
 
@@ -191,7 +190,7 @@ class Shown(Record):
     def _groups(self, predictive: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         if self._stored is None:
             groups = labeled.labeled_groups(self, self._need_density(), predictive=predictive)
-            return groups, arviz_groups.attributes(self)
+            return groups, attributes(self)
         groups, attrs = self._stored
         if "groups" in self.missing:
             warnings.warn(f"only the groups {', '.join(groups)} are there: {self.missing['groups']}.", stacklevel=3)

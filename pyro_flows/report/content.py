@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import platform
 import textwrap
 from collections.abc import Mapping
@@ -15,9 +16,11 @@ from pyro_flows.report import tables
 from pyro_flows.report.figures import Picture, pictures, replicates
 from pyro_flows.report.graph import graph
 from pyro_flows.report.words import figures
-from pyro_flows.results import arviz_groups
+from pyro_flows.results.attributes import attributes_of
+from pyro_flows.results.methods_text import methods_text, references
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.coverage import searched
+from pyro_flows.verdict.methods import METHODS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +58,8 @@ def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[st
         "settings": tables.flat(posterior.settings),
         "versions": _versions(posterior),
         "recipe": recipe(posterior),
+        "methods_text": methods_text(posterior),
+        "references": references(posterior),
         "source": _source(posterior) if options.source else None,
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
@@ -67,7 +72,7 @@ def _about(posterior: Record) -> list[tuple[str, str]]:
         ("Sites", ", ".join(posterior.samples)),
         ("Draws", f"{count}" + (f", worth {effective:.0f} independent ones" if effective == effective else "")),
         ("Dimensions", f"{posterior.z.shape[1]} unconstrained coordinates"),
-        ("Guide", posterior.guide_name),
+        ("Method", f"{posterior.described}: {METHODS[posterior.method].meaning}"),
     ]
     searched_for = not any("no search" in note for note in posterior.verdict.notes)
     if searched_for and posterior.verdict.status != "unreliable":
@@ -81,12 +86,13 @@ def _about(posterior: Record) -> list[tuple[str, str]]:
     return found
 
 
-def _checks(posterior: Record) -> tuple[Picture, tables.Table | None]:
-    """Return the figure of replicates and the table of their statistics, if the model can draw any."""
+def _checks(posterior: Record) -> tuple[Picture, tables.Table | None, str]:
+    """Return the figure of replicates, the table of their statistics, if the model can draw any, and what it says."""
     picture = replicates(posterior)
     if picture.missing:
-        return picture, None
-    return picture, tables.statistics(*predictive_data(posterior))
+        return picture, None, ""
+    table = tables.statistics(*predictive_data(posterior))
+    return picture, table, tables.not_reproduced(table)
 
 
 def _comparison(comparison: Any) -> dict[str, Any]:
@@ -107,7 +113,7 @@ def _comparison(comparison: Any) -> dict[str, Any]:
 
 def _versions(posterior: Record) -> list[tuple[str, str]]:
     """Return the software that made the posterior: as stored, if it was loaded."""
-    attrs = arviz_groups.attributes(posterior) if posterior._stored is None else posterior._stored[1]
+    attrs = attributes_of(posterior)
     found = [("pyro-flows", str(attrs.get("inference_library_version", "unknown")))]
     for name, value in attrs.items():
         if name.endswith("_version") and name != "inference_library_version":
@@ -122,25 +128,44 @@ def _versions(posterior: Record) -> list[tuple[str, str]]:
 
 
 def recipe(posterior: Record) -> str:
-    """Return the call that makes this posterior, as far as the settings tell."""
-    settings = posterior.settings
-    density = posterior.density
+    """Return the call that makes this posterior, as it was asked for; ``data`` and a flow or guide are the caller's."""
+    settings, density = posterior.settings, posterior.density
     model = "model" if density is None else getattr(density.model, "__name__", type(density.model).__name__)
-    seed = settings["seed"]
+    given = f"{model}, *data"
+    known: dict[str, Any] = {"seed": settings["seed"]}
+    more = ", model_kwargs=model_kwargs" if density is not None and density.kwargs else ""
     if posterior._of_mcmc:
-        return f"import pyro_flows as pf\n\nposterior = pf.from_mcmc(mcmc, {model}, *data, seed={seed})\n"
-    if settings.get("diagnosed"):
-        call = f"pf.diagnose({model}, guide, *data, draws={settings['draws']}, seed={seed})"
-        return f"import pyro_flows as pf\n\nposterior = {call}\n"
-    flow = settings.get("flow") or {}
-    options = {"draws": settings["draws"], "seed": seed}
-    if isinstance(flow, Mapping) and "builder" in flow:
-        options["flow"] = flow["builder"]
-    for name, usual in (("runs", 1), ("max_steps", None), ("max_seconds", None), ("train_model", False)):
-        if settings.get(name) not in (None, usual):
-            options[name] = settings[name]
-    words = "".join(f"    {name}={value!r},\n" for name, value in options.items())
-    return f"import pyro_flows as pf\n\nposterior = pf.fit(\n    {model},\n    *data,\n{words})\n"
+        call = _call("from_mcmc", f"mcmc, {given}{more}", known)
+    elif settings.get("diagnosed"):
+        call = _call("diagnose", f"{model}, guide, *data{more}", {"draws": settings["draws"], **known})
+    elif "side_by_side" in settings:  # one of many, whose own seed came of that of the call
+        call = _call("fit", given + more, {"draws": settings["draws"], **known, **settings.get("asked", {})})
+        call = f"# fitted side by side with {settings['side_by_side'] - 1} others by pf.fit_many; by itself:\n{call}"
+    else:
+        call = _call("fit", given + more, {"draws": settings["draws"], **known, **_asked(settings)})
+    for again in settings.get("refinements", ()):
+        call += f"posterior = posterior.refine({_words({k: v for k, v in again.items() if v is not None})})\n"
+    return f"import pyro_flows as pf\n\n{call}"
+
+
+def _asked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a fit; files of earlier versions do not tell which flow was asked for."""
+    if "asked" in settings:
+        return dict(settings["asked"])
+    usual = {"runs": 1, "max_steps": None, "max_seconds": None, "train_model": False}
+    return {name: settings[name] for name, value in usual.items() if settings.get(name) not in (None, value)}
+
+
+def _call(name: str, given: str, options: Mapping[str, Any]) -> str:
+    return f"posterior = pf.{name}({given}, {_words(options)})\n"
+
+
+def _words(options: Mapping[str, Any]) -> str:
+    """Return options as they are written in a call; infinity and a flow of the caller's have no literal."""
+    found = {name: value for name, value in options.items() if value != math.inf}
+    if str(found.get("flow", "")).startswith("<"):
+        return f"flow=flow, {_words({name: value for name, value in found.items() if name != 'flow'})}"
+    return ", ".join(f"{name}={value!r}" for name, value in found.items())
 
 
 def _source(posterior: Record) -> str | None:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_flows._bundles import plain
+from pyro_flows._progress import UNTOLD
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ROWS = 1000
+EXTREME = 0.01  # of p, either side
 MEANINGS = {
     "mean": "mean of the draws to use",
     "sd": "standard deviation",
@@ -115,6 +117,17 @@ def statistics(data: Mapping[str, np.ndarray], replicates: Mapping[str, np.ndarr
     return Table("statistics", "Statistics of data and replicates", "statistic", columns, tuple(rows))
 
 
+def not_reproduced(table: Table) -> str:
+    """Say which statistics of the data replicates do not reach; a statistic of p is in the last cell of a row."""
+    shares = [(name, cells[-1].value) for name, cells in table.rows]
+    extreme = [name for name, p in shares if p is not None and min(p, 1.0 - p) < EXTREME]
+    if not extreme:
+        return (
+            f"The model reproduces all {len(shares)} statistics of the data: p is between {EXTREME} and {1 - EXTREME}."
+        )
+    return f"The model does not reproduce the {', the '.join(extreme)}: p is below {EXTREME} or above {1 - EXTREME}."
+
+
 def flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return settings as names and texts, nested ones with points between the names."""
     found: list[tuple[str, str]] = []
@@ -139,9 +152,14 @@ def stages(history: Sequence[Mapping[str, Any]]) -> Table:
     titles = ("run", "start", "ELBO (nats)", "k-hat", "ESS/S", "steps", "how it ended")
     rows = []
     for number, stage in enumerate(history, 1):
-        cells = [Cell("–") if stage.get(name) is None else _cell(_rounded(stage[name])) for name in names]
+        cells = [Cell("–") if _is_untold(stage.get(name)) else _cell(_rounded(stage[name])) for name in names]
         rows.append((f"{number}. {stage['stage']}", tuple(cells)))
     return Table("history", "What happened during the fit", "stage", tuple((t, t) for t in titles), tuple(rows))
+
+
+def _is_untold(value: Any) -> bool:
+    """Whether a stage has no such figure, or one that a few draws beyond all mass have made."""
+    return value is None or (isinstance(value, float) and abs(value) > UNTOLD)
 
 
 def _rounded(value: Any) -> Any:

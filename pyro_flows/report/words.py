@@ -9,9 +9,8 @@ from typing import Any
 from pyro_flows.results.record import Record
 from pyro_flows.verdict import mcmc
 from pyro_flows.verdict.chains import LEAST_ESS, NESTED_R_HAT, R_HAT
-from pyro_flows.verdict.judging import MEAN_SHIFT, SD_SHIFT
 from pyro_flows.verdict.verdict import SHOWN
-from pyro_flows.verdict.weighing import ESS_RATIO
+from pyro_flows.verdict.weighing import ESS_RATIO, MEAN_SHIFT, SD_SHIFT
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,14 @@ def _of_guide(posterior: Record) -> list[Figure]:
             f"{SD_SHIFT} or less for ok",
             "Largest absolute log ratio that weighting makes to a standard deviation.",
         ),
-        Figure("ELBO", f"{posterior.elbo:.3f} nats", "", "Lower bound of the log evidence."),
-        Figure("Log evidence", f"{posterior.log_evidence:.3f} nats", "", "Close to the ELBO for a good guide."),
+        *(_of_evidence(posterior) if verdict.supports_evidence else []),
     ]
+
+
+def _of_evidence(posterior: Record) -> list[Figure]:
+    evidence = Figure("Log evidence", f"{posterior.log_evidence:.3f} nats", "", "Close to the ELBO for a good guide.")
+    elbo = Figure("ELBO", f"{posterior.elbo:.3f} nats", "", "Lower bound of the log evidence.")
+    return [evidence] if posterior._by_chains else [elbo, evidence]
 
 
 def _of_chains(chains: Any) -> list[Figure]:

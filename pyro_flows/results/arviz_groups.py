@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +14,6 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import _arrays, _arviz
-from pyro_flows._bundles import plain
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart
 from pyro_flows.model.handlers import Place, Resample
@@ -33,7 +30,6 @@ PRIOR_DRAWS = 500
 UNDRAWABLE = (NotImplementedError, RuntimeError, ValueError)  # from distributions that have no sampler
 SAMPLER_STATS = ("acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size")
 FIGURES = ("chains", "draws", "r_hat", "ess_bulk", "ess_tail", "where", "divergences")  # of another sampler's chains
-PACKAGES = ("pyro-ppl", "torch", "arviz-base", "arviz-stats")
 
 logger = logging.getLogger("pyro_flows")
 
@@ -270,30 +266,3 @@ def _fit(posterior: Record) -> xr.Dataset:
     if len(posterior.losses):
         values["elbo"] = -posterior.losses.detach().double().cpu().numpy()
     return _arviz.dataset(values, {"elbo": ["step"]}, sample_dims=())
-
-
-def attributes(posterior: Record) -> dict[str, str | float]:
-    """Return what the object says of itself, the verdict first: numbers and strings only."""
-    kind = "flow" if posterior.flow is not None else "guide"
-    kind = {"corrected": "psis-resampled", "refined": "chains"}.get(posterior.verdict.status, kind)
-    kind = "mcmc" if posterior._of_mcmc else kind
-    found: dict[str, str | float] = {
-        "status": posterior.verdict.status,  # both first, where a display that is cut short still shows them
-        "verdict": str(posterior.verdict),
-        "inference_library": "pyro_flows",
-        "inference_library_version": _version("pyro-flows"),
-        **{f"{name.replace('-', '_')}_version": _version(name) for name in PACKAGES},
-        "settings": json.dumps(plain(posterior.settings)),
-        "seed": int(posterior.settings["seed"]),
-        "device": str(posterior.z.device),
-        "dtype": str(posterior.z.dtype).removeprefix("torch."),
-        "sampling": kind,
-    }
-    return found
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

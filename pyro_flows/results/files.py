@@ -27,8 +27,11 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results import older
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.labeling import Labeling
+from pyro_flows.results.methods import guide_method
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws
+from pyro_flows.verdict.mcmc import OF_WEIGHTS
+from pyro_flows.verdict.methods import MCMC
 from pyro_flows.verdict.verdict import Verdict
 
 NETCDF, TENSORS, TEXT = "posterior.nc", "guide.pt", "posterior.json"
@@ -115,10 +118,11 @@ def _read(
         description, tensors = older.present(description, tensors)
     with _reading(source, NETCDF):
         groups, attrs = _arrays.read(contents[NETCDF])
-        stored: tuple[Any, Any] | None = (groups, older.attributes(attrs, description))
-    with _reading(source, TEXT):
-        fields = _fields(description)
+        attrs = older.attributes(attrs, description)
     flow, guide, density = _flow(source, description["guide"], tensors), None, None
+    with _reading(source, TEXT):
+        fields = _fields(description, flow)
+    stored: tuple[Any, Any] | None = groups, {"method": fields["verdict"].method, **attrs}
     if model is not None:
         noncentered = fields["settings"].get("noncentered", [])
         fitted = like(LogDensity(model, args, kwargs, noncentered=noncentered), tensors["z"])
@@ -143,12 +147,13 @@ def _read(
     }
 
 
-def _fields(description: Mapping[str, Any]) -> dict[str, Any]:
+def _fields(description: Mapping[str, Any], flow: Flow | FlowMixture | None) -> dict[str, Any]:
+    settings = _revived(description["settings"])
     return {
         **{name: float(description["numbers"][name]) for name in NUMBER_FIELDS},
-        "settings": _revived(description["settings"]),
+        "settings": settings,
+        "verdict": _verdict(description["verdict"], guide_method(flow, settings)),
         "history": tuple(_revived(description["history"])),
-        "verdict": _verdict(description["verdict"]),
         "_labeling": Labeling(**description.get("labels", {})),
     }
 
@@ -196,13 +201,15 @@ def _revived(value: Any) -> Any:
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
-def _verdict(stored: Mapping[str, Any]) -> Verdict:
-    numbers = {name: float(stored[name]) for name in ("k_hat", "k_threshold", "ess_ratio", "mean_shift", "sd_shift")}
+def _verdict(stored: Mapping[str, Any], method: str) -> Verdict:
+    """Make a verdict again; earlier files do not say the method."""
+    numbers: dict[str, Any] = {name: float(stored[name]) for name in OF_WEIGHTS}
     reasons, notes = (tuple(stored.get(name, ())) for name in ("reasons", "notes"))
     chains = None if stored.get("chains") is None else McmcDiagnostics.of(stored["chains"])
-    return Verdict(
-        status=stored["status"], where=stored["where"], reasons=reasons, notes=notes, chains=chains, **numbers
-    )
+    said: dict[str, Any] = {"reasons": reasons, "notes": notes, "chains": chains}
+    told = MCMC if chains is not None and chains.elsewhere else method
+    said["guide_method"] = stored.get("guide_method", told)
+    return Verdict(status=stored["status"], where=stored["where"], **said, **numbers)
 
 
 def like(density: LogDensity, z: Tensor) -> LogDensity:

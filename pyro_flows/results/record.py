@@ -16,6 +16,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.labeling import Labeling
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import Draw
+from pyro_flows.verdict.methods import GUIDE
 from pyro_flows.verdict.verdict import Verdict
 
 
@@ -61,6 +62,17 @@ class Record:
         """Warn where draws that the verdict calls unreliable go out by ``door``."""
         if self.verdict.status == "unreliable":
             warn_unreliable(self, door, self.verdict.reasons)
+
+    @property
+    def method(self) -> str:
+        """What made the draws to use; the names are those of :attr:`Verdict.guide_method`, and ``"MCMC"``."""
+        return self.verdict.method
+
+    @property
+    def described(self) -> str:
+        """The method, with the class of a guide or sampler that is the caller's."""
+        own = self._of_mcmc or self.method == GUIDE
+        return f"{self.method} ({self.guide_name})" if own and self.guide_name != self.method else self.method
 
     @property
     def resampled(self) -> bool:
@@ -123,6 +135,12 @@ class Record:
                 "load(path, model, *args) with the arguments of the fit."
             )
         return self.density
+
+
+def counted(posterior: Record) -> str:
+    """Return how many coordinates a posterior has, in words."""
+    dim = posterior._used.shape[1]
+    return f"{dim} unconstrained coordinate{'' if dim == 1 else 's'}"
 
 
 Recorded = TypeVar("Recorded", bound=Record)  # what takes a posterior gives a posterior

@@ -80,6 +80,11 @@ class McmcDiagnostics:
         modes = "" if math.isnan(self.agreement) else f"; R-hat between starts in different modes {self.agreement:.3f}"
         return f"{count}; {nested}R-hat {self.r_hat:.3f}; {ess}; {shares}{modes}"
 
+    @property
+    def in_short(self) -> str:
+        """The figures that tell most."""
+        return f"R-hat {self.r_hat:.3f}, {min(self.ess_bulk, self.ess_tail):.0f} effective draws"
+
     @classmethod
     def of_mcmc(cls, *, draws: int, **known: Any) -> McmcDiagnostics:
         """Return figures of another sampler's chains: NaN where nothing is known."""

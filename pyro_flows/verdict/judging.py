@@ -6,16 +6,15 @@ import math
 from collections.abc import Sequence
 
 from pyro_flows.verdict.verdict import Verdict
-from pyro_flows.verdict.weighing import ESS_RATIO, Weighing, in_words
+from pyro_flows.verdict.weighing import ESS_RATIO, MEAN_SHIFT, SD_SHIFT, Weighing, in_words
 
-MEAN_SHIFT = 0.1
-SD_SHIFT = 0.1
 WIDENING = math.log(2.0)  # of an sd: beyond it, weights tell that mass is missing in the tails, not how much
 MENDED_MEAN = 1.0  # sds: a guide that is further off has not seen what it should weigh
 UNDOUBTED_ESS = 0.5  # of S: with k-hat below MENDED_K, weights that are good whatever went before
 MENDED_K = 0.5  # of weights that have to mend something: above it they have no variance
 CONTAINED_K, CONTAINED_ESS, CONTAINED_GAP, CONTAINED_SHIFT = 1.0, 0.9, 0.05, 0.05  # see _hangs_on_nothing
 NEXT_TO_NONE_K, NEXT_TO_NONE_ESS, NEXT_TO_NONE_GAP = 1.5, 0.99, 0.005  # and this
+TOO_MUCH = "too much to correct"
 NOTHING_HANGS_ON_IT = (
     "is above its threshold, but weighting changes no result, and Markov chains that start at the guide's draws stay "
     "where the guide has enough mass"
@@ -56,9 +55,10 @@ def judge(
         reasons.append(f"k-hat {weighing.k_hat:.2f} is not below its threshold {weighing.threshold:.2f}")
     if ratio < ESS_RATIO:
         reasons.append(f"ESS/S {ratio:.3f} is below {ESS_RATIO}")
-    moved = [*_moved(weighing, names), *changed]
+    moved = _moved(weighing, names) or list(changed)
     reasons += _past_mending(weighing, names, to_mend=bool(moved))
     mean, where, sd, _ = _largest_shifts(weighing)
+    moved = [] if any(TOO_MUCH in reason for reason in reasons) else moved  # the worst coordinate is named once
     if weighing.broken:
         moved.append(f"{weighing.broken} draws have no finite log density")
     status = "unreliable" if reasons else "corrected" if moved or warnings or doubts else "ok"
@@ -93,11 +93,14 @@ def _largest_shifts(weighing: Weighing) -> tuple[float, int, float, int]:
 def _moved(weighing: Weighing, names: Sequence[str]) -> list[str]:
     """Say which mean and which sd weighting changes."""
     mean, where, sd, sd_where = _largest_shifts(weighing)
+    by_mean, by_sd = f"by {in_words(mean)} sd", f"by a factor {in_words(math.exp(sd))}"
     moved = []
     if mean > MEAN_SHIFT:
-        moved.append(f"importance weighting changes the mean of {names[where]} by {in_words(mean)} sd")
-    if sd > SD_SHIFT:
-        moved.append(f"importance weighting changes the sd of {names[sd_where]} by a factor {in_words(math.exp(sd))}")
+        moved.append(f"importance weighting changes the mean of {names[where]} {by_mean}")
+    if sd > SD_SHIFT and moved and where == sd_where:
+        moved[0] += f" and its sd {by_sd}"
+    elif sd > SD_SHIFT:
+        moved.append(f"importance weighting changes the sd of {names[sd_where]} {by_sd}")
     return moved
 
 
@@ -105,16 +108,14 @@ def _past_mending(weighing: Weighing, names: Sequence[str], *, to_mend: bool) ->
     """Say what weighting cannot mend."""
     mean, where, sd, sd_where = _largest_shifts(weighing)
     reasons = []
-    if weighing.widening > WIDENING:
-        reasons.append(
-            f"importance weighting widens an sd {math.exp(weighing.widening):.1f} times, more than weights can correct"
-        )
     if math.isnan(mean) or math.isnan(sd):
         reasons.append(f"a mean or an sd of {names[where if math.isnan(mean) else sd_where]} is not a number")
-    if not weighing.distance <= MENDED_MEAN:
-        reasons.append(
-            f"importance weighting changes a mean by {in_words(weighing.distance)} sd, more than weights can correct"
-        )
+    elif not weighing.distance <= MENDED_MEAN:
+        by = in_words(weighing.distance)
+        reasons.append(f"importance weighting changes the mean of {names[weighing.farthest]} by {by} sd, {TOO_MUCH}")
+    elif weighing.widening > WIDENING:
+        times = in_words(math.exp(weighing.widening))
+        reasons.append(f"importance weighting widens the sd of {names[weighing.widest]} {times} times, {TOO_MUCH}")
     if to_mend and MENDED_K <= weighing.k_hat < weighing.threshold:
         reasons.append(
             f"k-hat {weighing.k_hat:.2f} is not below {MENDED_K} and weighting changes the results, so the weights "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_flows import _arviz
 from pyro_flows.verdict.chains import McmcDiagnostics
+from pyro_flows.verdict.methods import MCMC
 from pyro_flows.verdict.verdict import Verdict
 
 R_HAT = 1.01
@@ -38,10 +39,6 @@ def judge_mcmc(draws: Tensor, log_p: Tensor, names: Sequence[str], diverging: Te
         notes.append(f"{diverged} of {total} transitions diverged")
     if broken:
         reasons.append(f"{broken} draws have no finite log density")
-    if len(draws) == 1:
-        notes.append("one chain: R-hat compares its halves, and no other chain could disagree")
-    if diverging is None:
-        notes.append("divergences are not known")
     figures = McmcDiagnostics.of_mcmc(
         chains=len(draws),
         draws=draws.shape[1],
@@ -55,7 +52,14 @@ def judge_mcmc(draws: Tensor, log_p: Tensor, names: Sequence[str], diverging: Te
         status="unreliable" if reasons else "ok",
         where="",
         reasons=tuple(reasons),
-        notes=tuple(notes),
+        notes=(*notes, *_unknown(draws, diverging)),
         chains=figures,
+        guide_method=MCMC,
         **dict.fromkeys(OF_WEIGHTS, math.nan),
     )
+
+
+def _unknown(draws: Tensor, diverging: Tensor | None) -> list[str]:
+    """Say what chains cannot tell."""
+    one = ["one chain: R-hat compares its halves, and no other chain could disagree"] if len(draws) == 1 else []
+    return one + ([] if diverging is not None else ["divergences are not known"])

@@ -6,19 +6,34 @@ import re
 from collections.abc import Sequence
 
 # A cause is known by the words of its reason, since a saved verdict holds its reasons as text.
-OF_FITS = (
-    (("rounding changes",), "give data and parameters in double precision"),
-    (("the model is invalid", "no finite log density"), "check the data and the priors"),
-    (("NICE",), 'fit with flow="realnvp"'),
-    (("a mode near", "too little mass near"), "fit with more runs, runs=4"),
-    (("max_seconds",), "give a larger max_seconds"),
-    (("interrupted",), "call fit again and let it finish"),
-    (("did not converge",), "fit with a larger max_steps"),
+DIGITS = (("rounding changes",), "give data and parameters in double precision")
+INVALID = (("the model is invalid", "no finite log density"), "check the data and the priors")
+PROPER = re.compile(r"[Gg]ive (['`].+?['`]) a proper prior")  # the reason itself says for which site
+TIME = (("max_seconds", "time for"), "give a larger max_seconds")
+OF_CHAINS = (
     (("the chains have not converged", "of the chains", "chains that began"), "call refine() with a larger max_steps"),
     (("the trajectories diverged",), "write the model with other parameters, such as non-centered ones"),
 )
-PROPER = re.compile(r"give `.+?` a proper prior")  # the reason itself says for which site
+OF_FITS = (
+    DIGITS,
+    INVALID,
+    (("NICE",), 'fit with flow="realnvp"'),
+    TIME,
+    (("interrupted",), "call fit again and let it finish"),
+    (("a mode near", "too little mass near"), "fit with more runs, runs=4"),
+    (("did not converge",), "fit with a larger max_steps"),
+    *OF_CHAINS,
+)
 OF_WEIGHTS = "call refine(), or fit with more layers"
+
+OF_GUIDES = (
+    DIGITS,
+    INVALID,
+    TIME,
+    (("a mode near", "too little mass near"), "train the guide longer, or take fit(), which starts at each mode"),
+    *OF_CHAINS,
+)
+OF_TRAINING = "train the guide longer, or call refine()"
 
 OF_MCMC = (
     (("rounding changes",), "sample with data and parameters in double precision"),
@@ -29,9 +44,13 @@ OF_MIXING = "run more warm-up steps and draw longer chains"
 
 
 def next_step(reasons: Sequence[str]) -> str:
-    """Return what helps against the reasons for which a fit, or any guide, is unreliable."""
-    improper = PROPER.search("; ".join(reasons))
-    return improper[0] if improper else _first(OF_FITS, reasons, OF_WEIGHTS)
+    """Return what helps against the reasons for which a fit is unreliable."""
+    return _first(OF_FITS, reasons, OF_WEIGHTS)
+
+
+def next_step_of_guide(reasons: Sequence[str]) -> str:
+    """Return what helps against the reasons for which a guide of the caller's is unreliable."""
+    return _first(OF_GUIDES, reasons, OF_TRAINING)
 
 
 def next_step_of_mcmc(reasons: Sequence[str]) -> str:
@@ -40,6 +59,8 @@ def next_step_of_mcmc(reasons: Sequence[str]) -> str:
 
 
 def _first(table: Sequence[tuple[tuple[str, ...], str]], reasons: Sequence[str], otherwise: str) -> str:
+    if improper := PROPER.search("; ".join(reasons)):
+        return f"give {improper[1]} a proper prior"
     for words, step in table:
         if any(word in reason for word in words for reason in reasons):
             return step

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pyro_flows._display import verdict_html
 from pyro_flows.verdict.chains import McmcDiagnostics
-from pyro_flows.verdict.next_step import next_step, next_step_of_mcmc
-from pyro_flows.verdict.weighing import in_words
+from pyro_flows.verdict.methods import GUIDE, MCMC
+from pyro_flows.verdict.next_step import next_step, next_step_of_guide, next_step_of_mcmc
+from pyro_flows.verdict.weighing import ESS_RATIO, MEAN_SHIFT, SD_SHIFT, in_words
 
 SHOWN = 0.005  # sds: a smaller shift is printed as 0.00, and its coordinate is an accident of rounding
 
@@ -27,17 +29,23 @@ class Verdict:
         mean_shift: largest difference between raw and weighted means, in posterior sds, over unconstrained coordinates.
         sd_shift: largest absolute log ratio of raw and weighted sds.
         where: the coordinate of the larger shift.
-        reasons: what spoke against ``ok``, in words.
+        reasons: what spoke against the guide's own draws, in words. The sentence has them only if the verdict is
+            unreliable: otherwise, those draws were replaced.
         notes: what was not or not fully checked, and what else to know before the draws are used.
         chains: figures of the chains, if a sampler was tried, or if the draws are another sampler's chains
             (:func:`from_mcmc`: then there are no weights, and the figures above are NaN).
+        guide_method: what made the guide's own draws: ``"trained flow"``, ``"Gaussian"``, ``"conditional Laplace
+            grid"``, ``"Gaussian conditionals"``, ``"mixture"``, ``"independent coordinates"``, ``"guide"`` for one of
+            the caller's, or ``"MCMC"`` for chains of another sampler. ``method`` says what made the draws to use.
 
     The thresholds are those of Pareto-smoothed importance sampling, Vehtari et al. 2024 (arXiv 1507.02646). Cost: that
     of the draws; nothing is computed here.
 
     >>> import pyro_flows as pf
     >>> why = ("k-hat 0.91 is not below its threshold 0.70",)
-    >>> found = pf.Verdict("unreliable", 0.91, 0.7, 0.04, 0.3, 0.2, "tau", why)
+    >>> print(pf.Verdict("ok", 0.21, 0.7, 0.97, 0.01, 0.02, "tau", guide_method="trained flow"))
+    ok: trained flow (k-hat 0.21, ESS/S 0.97). The draws can be used as they are.
+    >>> found = pf.Verdict("unreliable", 0.91, 0.7, 0.04, 0.3, 0.2, "tau", why, guide_method="trained flow")
     >>> print(found.next_step)
     call refine(), or fit with more layers
     """
@@ -52,42 +60,59 @@ class Verdict:
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     chains: McmcDiagnostics | None = None
+    guide_method: str = GUIDE
+
+    @property
+    def method(self) -> str:
+        """What made the draws to use: ``"MCMC"`` for chains, else ``guide_method``."""
+        return MCMC if self.status == "refined" else self.guide_method
+
+    @property
+    def _of_others(self) -> bool:
+        """Whether another sampler made the chains."""
+        return self.chains is not None and self.chains.elsewhere
+
+    @property
+    def supports_evidence(self) -> bool:
+        """Whether the importance weights bear an estimate of the log evidence; chains of others have none."""
+        if self.status == "unreliable" or self._of_others:
+            return False
+        return self.status != "refined" or (self.k_hat < self.k_threshold and self.ess_ratio >= ESS_RATIO)
 
     @property
     def next_step(self) -> str:
         """What helps against the reasons, if the verdict is unreliable; empty otherwise."""
         if self.status != "unreliable":
             return ""
-        elsewhere = self.chains is not None and self.chains.elsewhere
-        return next_step_of_mcmc(self.reasons) if elsewhere else next_step(self.reasons)
+        if self._of_others:
+            return next_step_of_mcmc(self.reasons)
+        return (next_step_of_guide if self.guide_method == GUIDE else next_step)(self.reasons)
 
     def __str__(self) -> str:
         return self._sentence() + (f" Note: {'; '.join(self.notes)}." if self.notes else "")
 
     def _sentence(self) -> str:
-        if self.chains is not None and self.chains.elsewhere and self.status != "refined":
-            return self._sentence_on_mcmc()
-        at = f", at {self.where}" if self.mean_shift >= SHOWN else ""
-        figures = (
-            f"k-hat {self.k_hat:.2f} (threshold {self.k_threshold:.2f}), ESS/S {self.ess_ratio:.2f}, "
-            f"largest change of a mean by weighting {in_words(self.mean_shift)} sd{at}"
-        )
+        method, figures = self.method, self._figures()
+        what = "chains" if method == MCMC else "draws"
         if self.status == "ok":
-            return f"ok: the samples can be used as they are. Figures: {figures}."
-        why = "; ".join(self.reasons)
+            return f"ok: {method} ({figures}). The {what} can be used as they are."
         if self.status == "corrected":
-            what = "the guide's own draws need a correction; the samples were importance-resampled and can be used"
-            return f"corrected: {what}. Why: {why}. Figures: {figures}."
+            return f"corrected: {method}, importance-resampled ({figures}). The draws can be used."
         if self.status == "refined":
-            what = "the samples are Markov chains that started at the guide's draws and converged; they can be used"
-            return f"refined: {what}. Why: {why}. Figures: {self.chains}."
-        return f"unreliable: do not use these samples. Why: {why}. Next step: {self.next_step}. Figures: {figures}."
+            return f"refined: {method}, converged ({figures}). The chains can be used."
+        why = f"Why: {'; '.join(self.reasons)}. Next step: {self.next_step}."
+        return f"unreliable: {method} ({figures}). Do not use the {what}. {why}"
 
-    def _sentence_on_mcmc(self) -> str:
-        if self.status == "ok":
-            return f"ok: the chains agree and can be used. Figures: {self.chains}."
-        why = "; ".join(self.reasons)
-        return f"unreliable: do not use these chains. Why: {why}. Next step: {self.next_step}. Figures: {self.chains}."
+    def _figures(self) -> str:
+        """Return the two or three figures that tell most: of chains, or of weights."""
+        if self.method == MCMC and self.chains is not None:
+            return self.chains.in_short
+        found = f"k-hat {self.k_hat:.2f}, ESS/S {self.ess_ratio:.2f}"
+        if self.status == "corrected" and self.mean_shift >= max(self.sd_shift, MEAN_SHIFT):
+            found += f", weighting changes the mean of {self.where} by {in_words(self.mean_shift)} sd"
+        elif self.status == "corrected" and self.sd_shift >= SD_SHIFT:
+            found += f", weighting changes an sd by a factor {in_words(math.exp(self.sd_shift))}"
+        return found
 
     __repr__ = __str__  # what a REPL shows
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from pyro_flows.verdict.psis import largest_k, psis
 
 ESS_RATIO = 0.1
+MEAN_SHIFT = 0.1  # sds, and of the log of an sd: what weighting may change of draws that are used as they are
+SD_SHIFT = 0.1
 UNTOLD = 1000  # times an sd, or by that factor: larger changes are all alike to a reader
 LEVEL = math.log(1.5)  # largest weight over the mean one, below which weights have no tail for k-hat to look at
 HEAVY_INDEX = 0.42
@@ -43,6 +45,8 @@ class Weighing:
     broken: int
     heavy: Tensor | None = None  # (D,): quantiles were compared in place of moments
     quantile_shift: float | None = None  # largest, of a quartile in sds or of a log distance between two
+    farthest: int = 0  # the coordinate of the distance, and that of the widening
+    widest: int = 0
 
     @property
     def threshold(self) -> float:
@@ -93,6 +97,8 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor, *, quantiles: bool = False) -
         broken=broken,
         heavy=heavy,
         quantile_shift=float(max(shifts)) if shifts else None,
+        farthest=int(distance.argmax()),
+        widest=int(narrowing.argmin()),
     )
 
 

@@ -223,7 +223,7 @@ def test_runs_that_disagree_are_one_distribution(disagreeing, tmp_path):
     assert posterior.guide.flow is posterior.flow
     assert share(posterior.guide.sample_posterior(4000)["x"]) == pytest.approx(raw, abs=0.05)
     torch.testing.assert_close(posterior.flow.log_prob(posterior.z), posterior.log_q, atol=1e-3, rtol=1e-4)
-    assert posterior.settings["flow"] == to_json(posterior.flow)
+    assert posterior.settings["sampler"] == to_json(posterior.flow)
     again = pf.diagnose(halves, posterior.guide, draws=2000)
     assert again.elbo == pytest.approx(posterior.elbo, abs=0.1)
     assert share(again.z) == pytest.approx(raw, abs=0.05)
@@ -234,4 +234,4 @@ def test_runs_that_disagree_are_one_distribution(disagreeing, tmp_path):
         assert torch.equal(loaded.flow.log_prob(posterior.z), posterior.flow.log_prob(posterior.z))
     assert share(whole.guide.sample_posterior(4000)["x"]) == pytest.approx(raw, abs=0.05)
     assert whole.guide.flow is whole.flow
-    assert whole.settings["flow"]["builder"] == "mixture"
+    assert whole.settings["sampler"]["builder"] == "mixture"

@@ -114,9 +114,9 @@ def test_the_arviz_object_shows_the_verdict(unreliable, folder, loaded):
     assert str(tree["fit"]["status"].values) == "unreliable"
     assert tree["fit"]["status"].shape == ()
     head = repr(tree)[:600]
-    assert "unreliable: do not use these samples. Why: k-" in head  # as much as xarray shows of an attribute
+    assert "unreliable: guide (k-hat" in head  # as much as xarray shows of an attribute
     page, tree_like = tree._repr_html_(), type(tree).__name__ == "DataTree"
-    assert ("xr-obj-name'>&#x27;verdict: unreliable&#x27;" if tree_like else "unreliable</b>: do not use these") in page
+    assert ("xr-obj-name'>&#x27;verdict: unreliable&#x27;" if tree_like else "unreliable</b>: guide (k-hat") in page
 
 
 @pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")

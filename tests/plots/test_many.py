@@ -124,7 +124,7 @@ def test_pairs_of_many_make_a_triangle(ok, chains):
     figure = plots.plot_pairs(ok, var_names="theta", max_scalars=4)
     shown = [axes for axes in figure.axes if axes.get_visible()]
     assert len(shown) == 10
-    assert "Pairs · 4 of 8 scalars · verdict: ok" in texts(figure)
+    assert "Pairs · 4 of 8 scalars · guide: ok" in texts(figure)
     cloud = next(
         axes for axes in shown if axes.lines and "Choate" in axes.get_xlabel() and "Exeter" in axes.get_ylabel()
     )
@@ -138,7 +138,7 @@ def test_pairs_of_many_make_a_triangle(ok, chains):
 
 def test_a_forest_shows_what_a_correction_changed(refined):
     figure = plots.plot_forest(refined, "theta", draws="all")
-    assert {"raw: the guide's own", "corrected: importance-resampled", "refined: Markov chains"} <= set(texts(figure))
+    assert {"raw: guide", "corrected: importance-resampled", "refined: Markov chains"} <= set(texts(figure))
     (axes,) = figure.axes
     thick = [line for line in axes.lines if line.get_linewidth() == 3.0]
     assert len(thick) == 3 * 8

@@ -52,7 +52,7 @@ def test_elbo_range_is_not_ruled_by_the_first_steps(ok):
     assert len(steps.get_xdata()) == len(median.get_xdata()) == 500
     late = median.get_ydata()[100:]
     assert np.abs(late + 15.2).max() < 0.1  # smoothed: the steps scatter by .3
-    assert {"verdict: ok", f"final {ok.elbo:.2f}"} <= set(texts(figure))
+    assert {"guide: ok", f"final {ok.elbo:.2f}"} <= set(texts(figure))
 
 
 @pytest.mark.parametrize("losses", [[1.0], [3.0, 3.0], [float("nan")] * 3, [float("inf"), 2.0, 1.0]])
@@ -75,7 +75,7 @@ def test_one_panel_for_each_scalar(ok):
     figure = plots.plot_posterior(ok)
     named = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
     assert named == [f"{name}[{i}]" for name in ("theta", "double") for i in range(SCHOOLS)]
-    assert "Posterior marginals · verdict: ok" in texts(figure)
+    assert "Posterior marginals · guide: ok" in texts(figure)
 
 
 def test_histogram_interval_and_mean(ok):
@@ -92,7 +92,7 @@ def test_histogram_interval_and_mean(ok):
 
 def test_many_scalars_are_capped_with_a_note(ok):
     figure = plots.plot_posterior(ok, max_panels=5)
-    assert "Posterior marginals · 5 of 16 scalars · verdict: ok" in texts(figure)
+    assert "Posterior marginals · 5 of 16 scalars · guide: ok" in texts(figure)
     assert sum(bool(axes.get_title(loc="left")) for axes in figure.axes) == 5
 
 
@@ -125,7 +125,7 @@ def test_pairs_are_scattered_as_transformed(ok):
     (points,) = axes.lines
     np.testing.assert_allclose(points.get_xdata(), ok.samples["theta"][:, 0].numpy())
     np.testing.assert_allclose(points.get_ydata(), ok.samples["double"][:, 1].double().exp().numpy(), rtol=1e-5)
-    assert {"theta[0] and exp double[1]", "verdict: ok"} <= set(texts(figure))
+    assert {"theta[0] and exp double[1]", "guide: ok"} <= set(texts(figure))
     assert not figure.legends
 
 
@@ -184,13 +184,13 @@ def test_scalars_that_are_none(ok):
         plots.plot_pairs(ok, "eta", "double[0]")
 
 
-def test_flow_guides_are_named_by_their_builder():
+def test_guides_are_named_by_their_class():
     posterior = pf.diagnose(schools, schools_flow(), Y, draws=200)
     figure = plots.plot_pairs(posterior, "theta[0]", "theta[1]", compare=posterior)
     status = posterior.verdict.status
     assert {
-        f"flow (realnvp) ({status}): all draws, 50 % and 90 %",
-        f"flow (realnvp), raw ({status}): 50 % and 90 % of its draws",
+        f"AutoFlow ({status}): all draws, 50 % and 90 %",
+        f"AutoFlow, raw ({status}): 50 % and 90 % of its draws",
     } <= set(texts(figure))
 
 

@@ -350,14 +350,16 @@ def test_predictive_repeats_a_scalar_distribution_for_each_observation():
 def test_text_names_sites_and_gives_the_verdict(by_status):
     text = str(by_status["corrected"])
     first, second = text.splitlines()
-    assert first.startswith("Posterior of theta, double: 2000 draws, 8 unconstrained coordinates, ELBO -")
+    assert first.startswith(
+        "Posterior of theta, double: guide, 2000 draws, 8 unconstrained coordinates, log evidence -"
+    )
     assert second == str(by_status["corrected"].verdict)
     assert repr(by_status["corrected"]) == text
 
 
 def test_html_is_a_table_with_the_verdict_and_a_bound_on_rows(by_status):
     page = by_status["ok"]._repr_html_()
-    assert "ok</b>: the samples can be used as they are" in page
+    assert "ok</b>: guide (k-hat" in page
     assert page.count("<tr") == 1 + 2 * SCHOOLS
 
     def model():
@@ -392,7 +394,7 @@ def test_a_guide_far_off_is_not_mended_whatever_k_hat_says():
     found = weighed(torch.where(near, z, z + 3.0), torch.where(near, 0.0, -30.0))
     assert found.k_hat < 0.5
     assert found.status == "unreliable"
-    assert "changes a mean by" in str(found)
+    assert "importance weighting changes the mean of" in str(found)
 
 
 @pytest.mark.parametrize(("tail", "status"), [(0.3, "corrected"), (0.62, "unreliable")])

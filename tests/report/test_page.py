@@ -14,9 +14,9 @@ import pyro_flows as pf
 from pyro_flows._fallbacks import strict
 from pyro_flows.report import graph as graphs
 from pyro_flows.report import tables
-from pyro_flows.report.content import recipe
+from pyro_flows.report.content import Options, content, recipe
 from pyro_flows.report.figures import themed
-from pyro_flows.report.page import MARK
+from pyro_flows.report.page import MARK, render
 from tests.posteriors import SCHOOLS, Y, exact, location, location_guide, schools, schools_guide, schools_posterior
 
 NAMES = [
@@ -154,9 +154,9 @@ def test_a_verdict_that_is_not_ok_says_why_and_what_to_do(status, tmp_path, recw
     for reason in posterior.verdict.reasons:
         assert reason in found.text["li"]
     assert ("Do not use these draws." in text) == (status == "unreliable")
-    assert ("Call refine(), or fit with more layers." in text) == (status == "unreliable")
+    assert ("Train the guide longer, or call refine()." in text) == (status == "unreliable")
     if status == "corrected":
-        assert "raw: the guide's own" in text.replace("&#x27;", "'")
+        assert "raw: guide" in text.replace("&#x27;", "'")
 
 
 def test_refined_draws_show_their_chains(tmp_path):
@@ -282,10 +282,62 @@ def test_only_an_earlier_report_is_replaced(tmp_path):
 def test_how_it_is_made_again():
     posterior = pf.fit(location, torch.zeros(3), max_steps=30, draws=100, seed=4, refine=False, progress=False)
     text = recipe(posterior)
-    assert "pf.fit(\n    location,\n    *data,\n    draws=100,\n    seed=4,\n" in text
-    assert "max_steps=30" in text
-    compile(text, "recipe", "exec")
-    compile(recipe(schools_posterior("ok", draws=200)), "recipe", "exec")
+    assert "pf.fit(location, *data, draws=100, seed=4, max_steps=30, refine=False)" in text
+
+
+def again(posterior, **given):
+    """The posterior that a recipe makes."""
+    scope = {**given, "data": given.get("data", ())}
+    exec(recipe(posterior), scope)
+    return scope["posterior"]
+
+
+def bent():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x**2 + x, 1.0), obs=torch.tensor(0.5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"flow": "planar", "layers": 2, "max_steps": 40, "escalate": False, "refine": False},
+        {"flow": pf.planar(1, layers=2), "max_steps": 40, "max_seconds": 60.0, "escalate": False, "refine": False},
+    ],
+    ids=["as usual", "by name", "own flow"],
+)
+def test_a_recipe_makes_the_posterior_again(options):
+    posterior = pf.fit(bent, draws=200, seed=3, progress=False, **options)
+    found = again(posterior, bent=bent, flow=options.get("flow"))
+    assert torch.equal(found.samples["x"], posterior.samples["x"])
+    assert found.settings["asked"] == posterior.settings["asked"]
+    assert found.method == posterior.method
+
+
+def test_recipes_of_guides_chains_refinements_and_keywords():
+    given = {"location": location, "guide": location_guide, "data": (torch.zeros(4),)}
+    posterior = exact(location, location_guide, torch.zeros(4)).refine("hmc", max_steps=300, seed=2)
+    assert torch.equal(again(posterior, **given).samples["mu"], posterior.samples["mu"])
+    draws = {"mu": 0.4 * torch.randn(4, 100, generator=torch.Generator().manual_seed(1))}
+    chains = pf.from_mcmc(draws, location, torch.zeros(4))
+    assert torch.equal(again(chains, mcmc=draws, **given).z, chains.z)
+    named = pf.diagnose(location, location_guide, model_kwargs={"y": torch.zeros(4)}, draws=200)
+    made = again(named, location=location, guide=location_guide, model_kwargs={"y": torch.zeros(4)})
+    assert torch.equal(made.z, named.z)
+
+
+def test_a_model_that_fails_its_check_is_not_called_ok():
+    """The word is about the computation, and the check speaks for the model."""
+    y = torch.tensor([-20.0, 20.0, -15.0, 18.0])  # of sd 1, says the model
+    values = content(exact(location, location_guide, y), exact(location, location_guide, y).summary(), Options())
+    assert values["verdict"].status == "ok"
+    assert "does not reproduce the sd of y" in values["checks"][2]
+    page = render(values)
+    assert page.index("is about the computation. The model does not reproduce") < page.index('id="verdict"')
+    assert "Data and replicates · " not in page
+    good = torch.tensor([0.4, -0.9, 1.1, -0.2, 0.8])
+    posterior = exact(location, location_guide, good)
+    assert "reproduces all 4 statistics" in content(posterior, posterior.summary(), Options())["checks"][2]
 
 
 def test_identifiers_and_colors_of_an_svg():

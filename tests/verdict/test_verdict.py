@@ -64,15 +64,15 @@ TABLE = [
     ({"k_hat": 0.5}, "ok", ""),
     # more than weights can correct
     ({"sd_shift": pair(0.69), "widening": 0.69}, "corrected", "factor 1.99"),
-    ({"sd_shift": pair(0.70), "widening": 0.70}, "unreliable", "widens an sd 2.0 times"),
+    ({"sd_shift": pair(0.70), "widening": 0.70}, "unreliable", "widens the sd of a 2.01 times, too much to correct"),
     ({"sd_shift": pair(0.90), "widening": -0.9}, "corrected", "factor 2.46"),  # narrowing is another thing
     ({"mean_shift": pair(1.0), "distance": 1.0}, "corrected", "changes the mean of a by 1.00 sd"),
     (
         {"mean_shift": pair(1.0), "distance": 1.001},
         "unreliable",
-        "changes a mean by 1.00 sd, more than weights can correct",
+        "changes the mean of a by 1.00 sd, too much to correct",
     ),
-    ({"distance": math.nan}, "unreliable", "more than weights can correct"),
+    ({"distance": math.nan}, "unreliable", "too much to correct"),
     # draws that are impossible
     ({"broken": 1}, "corrected", "1 draws have no finite log density"),
     ({"broken": 1, "k_hat": 0.6}, "corrected", "1 draws have no finite log density"),
@@ -99,7 +99,7 @@ def test_what_the_fit_says():
     assert judge(replace(fine, k_hat=0.6), NAMES, warnings=["cut short"]).status == "corrected"
     failed = judge(fine, NAMES, failures=["a mode is missing"], warnings=["cut short"])
     assert (failed.status, failed.reasons) == ("unreliable", ("a mode is missing", "cut short"))
-    assert "do not use these samples. Why: a mode is missing; cut short. Next step: " in str(failed)
+    assert "Do not use the draws. Why: a mode is missing; cut short. Next step: " in str(failed)
     noted = judge(fine, NAMES, notes=["no search was made"])
     assert noted.status == "ok"
     assert str(noted).endswith("Note: no search was made.")

@@ -1,0 +1,229 @@
+"""A paragraph for the methods section of a paper, and the works that it cites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.results.attributes import attributes_of
+from pyro_flows.results.methods import method_of
+from pyro_flows.results.record import Record, counted
+from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, GUIDE, INDEPENDENT, METHODS, MIXTURE, TRAINED
+from pyro_flows.verdict.references import bibtex, named
+
+BASES = {"normal": "a normal base", "student_t": "a Student-t base", "logistic": "a logistic base"}
+LAYERS = {
+    "realnvp": ("affine coupling layers", "Dinh2017"),
+    "nice": ("additive coupling layers", "Dinh2015"),
+    "planar": ("planar layers", "Rezende2015"),
+    "spline": ("rational quadratic spline couplings", "Durkan2019"),
+}
+FLOWS = "Rezende2015"  # of a flow that no builder made
+MOVES = {  # of chains, by what their numbers say
+    "microcanonical": ("Metropolis-adjusted microcanonical dynamics", ("Robnik2023", "Robnik2025")),
+    "Hamiltonian": ("Hamiltonian Monte Carlo", ("Neal2011",)),
+    "nuts": ("the No-U-Turn sampler", ("Hoffman2014",)),
+}
+
+
+class Text:
+    """Sentences, and the keys of the works that they cite, each once and in order."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+        self.keys: list[str] = []
+
+    def cite(self, *keys: str) -> str:
+        """Return a citation in brackets."""
+        self.keys += [key for key in keys if key not in self.keys]
+        return f"({'; '.join(named(key) for key in keys)})"
+
+    def say(self, sentence: str) -> None:
+        """Add a sentence."""
+        self.sentences.append(f"{sentence[0].upper()}{sentence[1:]}.")
+
+
+def methods_text(posterior: Record) -> str:
+    """Return the paragraph."""
+    return " ".join(_text(posterior).sentences)
+
+
+def references(posterior: Record) -> str:
+    """Return the works that the paragraph cites, as BibTeX."""
+    return bibtex(_text(posterior).keys, str(attributes_of(posterior).get("inference_library_version", "unknown")))
+
+
+def _text(posterior: Record) -> Text:
+    text, versions = Text(), attributes_of(posterior)
+    own, pyro, torch = (
+        versions.get(f"{name}_version", "unknown") for name in ("inference_library", "pyro_ppl", "torch")
+    )
+    software = f"Pyro {pyro} {text.cite('Bingham2019')} and PyTorch {torch} {text.cite('Paszke2019')}"
+    text.say(f"the posterior, of {counted(posterior)}, was computed with pyro_flows {own}, {software}")
+    if posterior._of_mcmc:
+        _of_others(text, posterior)
+        return text
+    text.say(_guide(text, posterior))
+    _work(text, posterior.settings)
+    if posterior._by_chains:
+        _chains(text, posterior)
+    else:
+        _weights(text, posterior)
+    text.say(f"the seed was {posterior.settings['seed']}")
+    return text
+
+
+# how the guide's own draws were made ----------------------------------------------------------------------------------
+
+
+def _guide(text: Text, posterior: Record) -> str:
+    method, flow = posterior.verdict.guide_method, posterior.flow
+    if method == GUIDE:
+        return f"the approximation was a guide of the authors' own ({posterior.guide_name})"
+    return _sampler(text, method, flow, posterior)
+
+
+def _sampler(text: Text, method: str, flow: Flow | FlowMixture | None, posterior: Record) -> str:
+    """Say what a sampler is, in one sentence without its stop."""
+    if isinstance(flow, FlowMixture) and method == MIXTURE:
+        return _mixture(text, flow, posterior)
+    cites = METHODS[method].cites
+    options: Mapping[str, Any] = flow.recipe.options if isinstance(flow, Flow) and flow.recipe is not None else {}
+    names = posterior.coordinates
+    if method == GRID:
+        of, about = names[options["coordinate"]], f"a grid of {options['slices']} values"
+        return (
+            f"the marginal density of {of} was tabulated, and all other coordinates were taken as Gaussian given {of}, "
+            f"by conditional Laplace approximations on {about} {text.cite(*cites)}"
+        )
+    if method == CONDITIONALS:
+        held = ", ".join(names[number] for number in options["held"])
+        return (
+            f"the approximation was a flow of {held}, with the Gaussian distribution that all other coordinates have "
+            f"given these {text.cite(*cites)}"
+        )
+    if method == INDEPENDENT:
+        return "the coordinates are independent under the posterior, and the density of each was tabulated"
+    base = _base(flow)
+    if method == GAUSSIAN and posterior.settings.get("round") is None:
+        return f"the approximation was an affine map of {base} that was fitted to nothing, since time was over"
+    if method == GAUSSIAN:
+        return (
+            f"the approximation was a Gaussian (an affine map of {base}), placed by Laplace approximations at modes, "
+            f"by Pathfinder {text.cite(*cites)} and by the moments of weighted draws"
+        )
+    return f"{_trained(text, flow, base)}, in {len(posterior.losses)} steps"
+
+
+def _base(flow: Flow | FlowMixture | None) -> str:
+    if not isinstance(flow, Flow):
+        return "its base"
+    df = f" with {flow.df:g} degrees of freedom" if flow.base == "student_t" else ""
+    return f"{BASES.get(flow.base, f'a {flow.base} base')}{df}"
+
+
+def _trained(text: Text, flow: Flow | FlowMixture | None, base: str) -> str:
+    recipe = flow.recipe if isinstance(flow, Flow) else None
+    kind, key = (
+        LAYERS.get(recipe.builder, ("a custom map", FLOWS)) if recipe is not None and recipe.named else ("", FLOWS)
+    )
+    count = recipe.options.get("layers") if recipe is not None else None
+    layers = f" of {f'{count} ' if count else ''}{kind}" if kind else ""
+    agrawal, *gradients, adam = METHODS[TRAINED].cites
+    return (
+        f"the approximation was a normalizing flow{layers} {text.cite(key, agrawal)} with an affine map, over {base}, "
+        f"trained on the evidence lower bound by path gradients {text.cite(*gradients)} and Adam {text.cite(adam)}"
+    )
+
+
+def _mixture(text: Text, flow: FlowMixture, posterior: Record) -> str:
+    count, kinds = len(flow.components), {method_of(member): member for member in flow.members}
+    if len(flow.members) < count:
+        what = (
+            f"a mixture of {count} images of {len(flow.members)} distributions under exact symmetries of the posterior"
+        )
+    else:
+        what = f"a mixture of {count} distributions"
+    if set(kinds) == {GAUSSIAN}:
+        fitted = f", fitted by population Monte Carlo {text.cite('Cappe2008')}" if len(flow.members) == count else ""
+        return f"the approximation was {what}, each an affine map of {_base(flow.members[0])}{fitted}"
+    parts = "; for a part, ".join(_sampler(text, kind, member, posterior) for kind, member in kinds.items())
+    return f"the approximation was {what}; for a part, {parts}"
+
+
+def _work(text: Text, settings: Mapping[str, Any]) -> None:
+    if "gradient_evaluations" in settings:
+        text.say(f"in all, {settings['gradient_evaluations']} gradients of the log density were evaluated")
+
+
+# how they were judged -------------------------------------------------------------------------------------------------
+
+
+def _weights(text: Text, posterior: Record) -> None:
+    verdict = posterior.verdict
+    text.say(
+        f"draws were weighted by the ratio of the posterior to the approximate density, Pareto-smoothed "
+        f"{text.cite('Vehtari2024')}: k-hat was {verdict.k_hat:.2f} (threshold {verdict.k_threshold:.2f}), the "
+        f"effective sample size {verdict.ess_ratio:.0%} of the draws, and weighting changed no mean by more than "
+        f"{verdict.mean_shift:.2f} posterior standard deviations"
+    )
+    _search(text, posterior)
+    count = len(posterior._used)
+    if verdict.status == "unreliable":
+        text.say(
+            "by these figures and the search for missed modes, the result is unreliable, and should not be reported"
+        )
+    elif posterior.resampled:
+        text.say(f"the {count} draws reported were importance-resampled by these weights")
+    else:
+        text.say(f"the {count} draws reported are those of the approximation, unweighted")
+
+
+def _search(text: Text, posterior: Record) -> None:
+    missing = [note for note in posterior.verdict.notes if note.startswith("no search for missed modes")]
+    if missing or posterior.verdict.status != "unreliable":
+        text.say(missing[0] if missing else "searches for missed modes, from these draws, found none")
+
+
+def _chains(text: Text, posterior: Record) -> None:
+    chains, figures = posterior.chains, posterior.verdict.chains
+    assert chains is not None
+    assert figures is not None
+    numbers = chains.numbers
+    moves, keys = MOVES[numbers["method"] if numbers["method"] == "nuts" else numbers["moves"]]
+    plain = numbers.get("space") == "plain" or posterior.flow is None
+    space = (
+        "standardized coordinates" if plain else f"the latent space of this approximation {text.cite('Hoffman2019')}"
+    )
+    annealed = (
+        f", after annealing by sequential Monte Carlo {text.cite('DelMoral2006')}" if numbers["method"] == "smc" else ""
+    )
+    text.say(
+        f"the {figures.chains * figures.draws} draws reported are those of {figures.chains} Markov chains of {moves} "
+        f"{text.cite(*keys)} in {space}{annealed}, which began at weighted draws of the approximation and at points "
+        "that it under-represents"
+    )
+    _search(text, posterior)
+    text.say(
+        f"at the worst coordinate, R-hat was {figures.r_hat:.3f} {text.cite('Vehtari2021')}, nested R-hat "
+        f"{figures.nested_r_hat:.3f} {text.cite('Margossian2024')}, and the effective sample size "
+        f"{figures.ess_bulk:.0f} in the bulk and {figures.ess_tail:.0f} in the tails; "
+        f"{figures.divergences:.2%} of the trajectories diverged"
+    )
+
+
+def _of_others(text: Text, posterior: Record) -> None:
+    figures = posterior.verdict.chains
+    assert figures is not None
+    nuts = posterior.guide_name == "NUTS"
+    by = f"the No-U-Turn sampler {text.cite('Hoffman2014')}" if nuts else f"another sampler ({posterior.guide_name})"
+    text.say(f"the draws are {figures.chains} Markov chains of {figures.draws} draws, by {by}")
+    text.say(
+        f"at the worst coordinate, R-hat was {figures.r_hat:.3f} {text.cite('Vehtari2021')}, and the effective sample "
+        f"size {figures.ess_bulk:.0f} in the bulk and {figures.ess_tail:.0f} in the tails, "
+        f"by ArviZ {text.cite('Kumar2019')}"
+    )
+    if posterior.verdict.status == "unreliable":
+        text.say("by these figures, the chains have not converged, and should not be reported")

@@ -1,0 +1,211 @@
+"""The works that methods are cited by, as BibTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+ARTICLE, PAPER = "article", "inproceedings"
+# key: kind, authors, title, year, and where it appeared
+WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
+    "Agrawal2020": (
+        PAPER,
+        "Agrawal, Abhinav and Sheldon, Daniel and Domke, Justin",
+        "Advances in Black-Box {VI}: Normalizing Flows, Importance Weighting, and Optimization",
+        2020,
+        {"booktitle": "Advances in Neural Information Processing Systems", "eprint": "2006.10343"},
+    ),
+    "Bingham2019": (
+        ARTICLE,
+        "Bingham, Eli and Chen, Jonathan P. and Jankowiak, Martin and Obermeyer, Fritz and Pradhan, Neeraj and "
+        "Karaletsos, Theofanis and Singh, Rohit and Szerlip, Paul and Horsfall, Paul and Goodman, Noah D.",
+        "{Pyro}: Deep Universal Probabilistic Programming",
+        2019,
+        {"journal": "Journal of Machine Learning Research", "volume": "20", "eprint": "1810.09538"},
+    ),
+    "Cappe2008": (
+        ARTICLE,
+        "Cappé, Olivier and Douc, Randal and Guillin, Arnaud and Marin, Jean-Michel and Robert, Christian P.",
+        "Adaptive Importance Sampling in General Mixture Classes",
+        2008,
+        {"journal": "Statistics and Computing", "volume": "18", "eprint": "0710.4242"},
+    ),
+    "DelMoral2006": (
+        ARTICLE,
+        "Del Moral, Pierre and Doucet, Arnaud and Jasra, Ajay",
+        "Sequential {Monte Carlo} Samplers",
+        2006,
+        {
+            "journal": "Journal of the Royal Statistical Society Series B",
+            "volume": "68",
+            "doi": "10.1111/j.1467-9868.2006.00553.x",
+        },
+    ),
+    "Dinh2015": (
+        PAPER,
+        "Dinh, Laurent and Krueger, David and Bengio, Yoshua",
+        "{NICE}: Non-linear Independent Components Estimation",
+        2015,
+        {"booktitle": "International Conference on Learning Representations, Workshop", "eprint": "1410.8516"},
+    ),
+    "Dinh2017": (
+        PAPER,
+        "Dinh, Laurent and Sohl-Dickstein, Jascha and Bengio, Samy",
+        "Density Estimation Using {Real NVP}",
+        2017,
+        {"booktitle": "International Conference on Learning Representations", "eprint": "1605.08803"},
+    ),
+    "Durkan2019": (
+        PAPER,
+        "Durkan, Conor and Bekasov, Artur and Murray, Iain and Papamakarios, George",
+        "Neural Spline Flows",
+        2019,
+        {"booktitle": "Advances in Neural Information Processing Systems", "eprint": "1906.04032"},
+    ),
+    "Hoffman2014": (
+        ARTICLE,
+        "Hoffman, Matthew D. and Gelman, Andrew",
+        "The {No-U-Turn} Sampler: Adaptively Setting Path Lengths in {Hamiltonian Monte Carlo}",
+        2014,
+        {"journal": "Journal of Machine Learning Research", "volume": "15", "eprint": "1111.4246"},
+    ),
+    "Hoffman2019": (
+        "misc",
+        "Hoffman, Matthew and Sountsov, Pavel and Dillon, Joshua V. and Langmore, Ian and Tran, Dustin and "
+        "Vasudevan, Srinivas",
+        "{NeuTra}-lizing Bad Geometry in {Hamiltonian Monte Carlo} Using Neural Transport",
+        2019,
+        {"eprint": "1903.03704"},
+    ),
+    "Kingma2015": (
+        PAPER,
+        "Kingma, Diederik P. and Ba, Jimmy",
+        "{Adam}: A Method for Stochastic Optimization",
+        2015,
+        {"booktitle": "International Conference on Learning Representations", "eprint": "1412.6980"},
+    ),
+    "Kumar2019": (
+        ARTICLE,
+        "Kumar, Ravin and Carroll, Colin and Hartikainen, Ari and Martin, Osvaldo",
+        "{ArviZ}: a Unified Library for Exploratory Analysis of {Bayesian} Models in {Python}",
+        2019,
+        {"journal": "Journal of Open Source Software", "volume": "4", "doi": "10.21105/joss.01143"},
+    ),
+    "Margossian2024": (
+        ARTICLE,
+        "Margossian, Charles C. and Hoffman, Matthew D. and Sountsov, Pavel and Riou-Durand, Lionel and Vehtari, Aki "
+        "and Gelman, Andrew",
+        r"Nested {$\widehat{R}$}: Assessing the Convergence of {Markov} Chain {Monte Carlo} When Running Many Short "
+        "Chains",
+        2024,
+        {"journal": "Bayesian Analysis", "eprint": "2110.13017"},
+    ),
+    "Neal2011": (
+        "incollection",
+        "Neal, Radford M.",
+        "{MCMC} Using {Hamiltonian} Dynamics",
+        2011,
+        {"booktitle": "Handbook of {Markov} Chain {Monte Carlo}", "eprint": "1206.1901"},
+    ),
+    "Paszke2019": (
+        PAPER,
+        "Paszke, Adam and Gross, Sam and Massa, Francisco and others",
+        "{PyTorch}: An Imperative Style, High-Performance Deep Learning Library",
+        2019,
+        {"booktitle": "Advances in Neural Information Processing Systems", "eprint": "1912.01703"},
+    ),
+    "Rezende2015": (
+        PAPER,
+        "Rezende, Danilo Jimenez and Mohamed, Shakir",
+        "Variational Inference with Normalizing Flows",
+        2015,
+        {"booktitle": "International Conference on Machine Learning", "eprint": "1505.05770"},
+    ),
+    "Robnik2023": (
+        ARTICLE,
+        "Robnik, Jakob and De Luca, G. Bruno and Silverstein, Eva and Seljak, Uroš",
+        "Microcanonical {Hamiltonian Monte Carlo}",
+        2023,
+        {"journal": "Journal of Machine Learning Research", "volume": "24", "eprint": "2212.08549"},
+    ),
+    "Robnik2025": (
+        "misc",
+        "Robnik, Jakob and Cohn-Gordon, Reuben and Seljak, Uroš",
+        "Metropolis Adjusted Microcanonical {Hamiltonian Monte Carlo}",
+        2025,
+        {"eprint": "2503.01707"},
+    ),
+    "Roeder2017": (
+        PAPER,
+        "Roeder, Geoffrey and Wu, Yuhuai and Duvenaud, David",
+        "Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational Inference",
+        2017,
+        {"booktitle": "Advances in Neural Information Processing Systems", "eprint": "1703.09194"},
+    ),
+    "Rue2009": (
+        ARTICLE,
+        "Rue, Håvard and Martino, Sara and Chopin, Nicolas",
+        "Approximate {Bayesian} Inference for Latent {Gaussian} Models by Using Integrated Nested {Laplace} "
+        "Approximations",
+        2009,
+        {
+            "journal": "Journal of the Royal Statistical Society Series B",
+            "volume": "71",
+            "doi": "10.1111/j.1467-9868.2008.00700.x",
+        },
+    ),
+    "Vaitl2024": (
+        PAPER,
+        "Vaitl, Lorenz and Winkler, Ludwig and Richter, Lorenz and Kessel, Pan",
+        "Fast and Unified Path Gradient Estimators for Normalizing Flows",
+        2024,
+        {"booktitle": "International Conference on Learning Representations", "eprint": "2403.15881"},
+    ),
+    "Vehtari2021": (
+        ARTICLE,
+        "Vehtari, Aki and Gelman, Andrew and Simpson, Daniel and Carpenter, Bob and Bürkner, Paul-Christian",
+        r"Rank-Normalization, Folding, and Localization: An Improved {$\widehat{R}$} for Assessing Convergence of "
+        "{MCMC}",
+        2021,
+        {"journal": "Bayesian Analysis", "volume": "16", "doi": "10.1214/20-BA1221", "eprint": "1903.08008"},
+    ),
+    "Vehtari2024": (
+        ARTICLE,
+        "Vehtari, Aki and Simpson, Daniel and Gelman, Andrew and Yao, Yuling and Gabry, Jonah",
+        "{Pareto} Smoothed Importance Sampling",
+        2024,
+        {"journal": "Journal of Machine Learning Research", "volume": "25", "eprint": "1507.02646"},
+    ),
+    "Zhang2022": (
+        ARTICLE,
+        "Zhang, Lu and Carpenter, Bob and Gelman, Andrew and Vehtari, Aki",
+        "{Pathfinder}: Parallel Quasi-{Newton} Variational Inference",
+        2022,
+        {"journal": "Journal of Machine Learning Research", "volume": "23", "eprint": "2108.03782"},
+    ),
+}
+
+
+def named(key: str) -> str:
+    """Return how a text names a work.
+
+    >>> named("Rue2009"), named("Vaitl2024"), named("Hoffman2014")
+    ('Rue et al. 2009', 'Vaitl et al. 2024', 'Hoffman and Gelman 2014')
+    """
+    _, authors, _, year, _ = WORKS[key]
+    surnames = [author.partition(",")[0] for author in authors.split(" and ")]
+    first = surnames[0] if len(surnames) > 2 else " and ".join(surnames)
+    return f"{first} et al. {year}" if len(surnames) > 2 else f"{first} {year}"
+
+
+def bibtex(keys: Iterable[str], version: str) -> str:
+    """Return the entries of works, after that of the package in this version."""
+    package = "@software{pyro_flows,\n  author = {{The pyro\\_flows developers}},\n"
+    package += "  title = {pyro\\_flows: normalizing flows as guides and priors for {Pyro} models},\n"
+    found = [f"{package}  version = {{{version}}}\n}}"]
+    for key in keys:
+        kind, authors, title, year, where = WORKS[key]
+        entries = {"author": authors, "title": title, "year": str(year), **where}
+        entries |= {"archiveprefix": "arXiv"} if "eprint" in where else {}
+        lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in entries.items())
+        found.append(f"@{kind}{{{key},\n{lines}\n}}")
+    return "\n\n".join(found) + "\n"
