@@ -127,8 +127,7 @@ def fit(
     >>> posterior.verdict.status
     'ok'
     """
-    asked = as_asked(locals())
-    seconds = _check_numbers(draws, max_steps, seed, runs, max_seconds)
+    asked, seconds = as_asked(locals()), _check_numbers(draws, max_steps, seed, runs, max_seconds)
     options, method = _options(flow, layers), which(refine)
     with alone(), seeded(seed):
         bar = Bar("fit", progress)
