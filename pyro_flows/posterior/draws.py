@@ -48,17 +48,16 @@ def from_draws(
     """
     _checks.integer("draws", draws, 100)
     check_memory(density, draws)
-    names = coordinate_names(density.structure)
     with torch.no_grad():
         pool = score_pool(density, draw, POOL * draws)
-        pool = pool._replace(checked=min(checked, pool.checked))
         if len(pool.log_p) < POOL * draws:
             failures = [*failures, f"time for {len(pool.log_p)} of {POOL * draws} draws to judge by"]
             draws = len(pool.log_p) // POOL
         (lost, rounded), warnings = density.lost_digits(pool.z), [*warnings, *density.clock.reasons()]
         said: dict[str, Any] = {"failures": [*failures, *lost], "contained": contained, "doubts": doubts}
         said |= {"notes": [*notes, *rounded, *density.faults.notes()], "warnings": warnings}
-        found, samples = _decided(density, draw, pool, names, draws=draws, seed=seed, **said)
+        pool = pool._replace(checked=min(checked, pool.checked))
+        found, samples = _decided(density, draw, pool, draws=draws, seed=seed, **said)
     about = {"draws": draws, "seed": seed, "noncentered": density.structure.noncentered, **dict(settings or {})}
     return Posterior(
         samples=samples,
@@ -66,14 +65,14 @@ def from_draws(
         losses=losses,
         history=tuple(stage.as_dict() for stage in history),
         settings=about,
-        coordinates=tuple(names),
+        coordinates=tuple(coordinate_names(density.structure)),
         **_of_guide(guide, draw),
         density=density,
     )
 
 
 def _decided(
-    density: LogDensity, draw: Draw, pool: Pool, names: Sequence[str], *, draws: int, seed: int, **said: Any
+    density: LogDensity, draw: Draw, pool: Pool, *, draws: int, seed: int, **said: Any
 ) -> tuple[Decision, dict[str, Tensor]]:
     """Decide by the pool that is there; return the model's own values of the draws to use, too.
 
@@ -83,7 +82,7 @@ def _decided(
     found = decide(
         lambda n: (pool.z[:n], pool.log_q[:n]),
         lambda z: pool.log_p[: len(z)],
-        names,
+        coordinate_names(density.structure),
         draws=draws,
         seed=seed,
         again=lambda: _weighed_again(density, draw, POOL * draws),
