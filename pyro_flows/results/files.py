@@ -124,9 +124,8 @@ def _read(
         fields = _fields(description, flow)
     stored: tuple[Any, Any] | None = groups, {"method": fields["verdict"].method, **attrs}
     if model is not None:
-        noncentered = fields["settings"].get("noncentered", [])
-        fitted = like(LogDensity(model, args, kwargs, noncentered=noncentered), tensors["z"])
-        density = _density(fitted, description["coordinates"], tensors)
+        fitted = LogDensity(model, args, kwargs, noncentered=fields["settings"].get("noncentered", []))
+        density = _density(like(fitted, tensors["z"]), description["coordinates"], tensors)
         tensors = _move(tensors, density.device)
         stored = None if description.get("without") else stored  # with the model all can be made
         if flow is not None:
