@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pyro_flows._files import replace_file
 from pyro_flows.calibration.ranks import Ranked
 
 FORMAT = "pyro_flows calibration 1"
+EVERY = 10.0  # seconds between two writes of the file
 
 
 def key_of(options: Mapping[str, Any], *values: Mapping[str, Tensor]) -> str:
@@ -36,7 +38,7 @@ def _named(value: Any) -> str:
 
 
 class Checkpoint:
-    """The finished simulations of one run, written after each batch: whole, or as it was before.
+    """The finished simulations of one run, in a file that is whole, or as it was before.
 
     Args:
         path: of the file; None keeps nothing.
@@ -49,6 +51,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str] | None, key: str) -> None:
         self.path, self.key = None if path is None else Path(path), key
         self.done: dict[int, Ranked] = {}
+        self._written = time.monotonic()
         if self.path is not None and self.path.exists():
             self._read(self.path)
 
@@ -70,9 +73,15 @@ class Checkpoint:
             ranks = {name: torch.tensor(value, dtype=torch.long) for name, value in entry["ranks"].items()}
             self.done[int(number)] = Ranked(ranks, entry["status"])
 
-    def add(self, found: Mapping[int, Ranked]) -> None:
-        """Add finished simulations, and write the file."""
-        self.done.update(found)
+    def add(self, number: int, found: Ranked) -> None:
+        """Add a finished simulation; write the file if the last time is long ago."""
+        self.done[number] = found
+        if time.monotonic() - self._written >= EVERY:
+            self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        self._written = time.monotonic()
         if self.path is None:
             return
         done = {

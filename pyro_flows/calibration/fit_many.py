@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ def fit_many(
         together: whether data sets go side by side where they can.
         jobs: processes for fits one by one, by joblib (the extra ``parallel``); -1 for one a processor. With None, what
             ``joblib.parallel_config`` says, if it was called (Dask, Ray), else this process.
-        progress: show what is being done on one line.
+        progress: show what is being done, how many are done, and about how long the others will take.
 
     Returns:
         Posteriors in the order of ``data``. Verdicts of fits side by side note that the search for missed modes was a
@@ -95,14 +95,16 @@ def fit_many(
     cases = cases_of(data, model_kwargs)
     options = {"flow": flow, "layers": layers, "draws": draws, "max_steps": max_steps}
     many = Many(model, cases, {**options, "escalate": escalate, "refine": refine}, seed, together, jobs)
-    bar = Bar("fit_many", progress)
     found: dict[int, Posterior] = {}
-    for numbers in many.batches():
-        for number, posterior in many.fits(numbers, bar):
-            found[number] = posterior
-            bar.task = f"fit_many, {len(found)} of {len(cases)} done"
-    counts = count(posterior.verdict.status for posterior in found.values())
-    bar.close(", ".join(f"{number} {status}" for status, number in counts.items()))
+    with Bar("fit_many", progress) as bar:
+        finished = 0
+        for numbers in many.batches():
+            for number, posterior, final in many.fits(numbers, bar):
+                found[number] = posterior
+                finished += final
+                bar.count(finished, len(cases))
+        counts = count(posterior.verdict.status for posterior in found.values())
+        bar.close(", ".join(f"{number} {status}" for status, number in counts.items()))
     return [found[number] for number in range(len(cases))]
 
 
@@ -158,19 +160,28 @@ class Many:
             found += [group[first : first + size] for first in range(0, len(group), size)]
         return found if self.together else [[number for part in found for number in part]]
 
-    def fits(self, numbers: Sequence[int], bar: Bar) -> Iterator[tuple[int, Posterior]]:
-        """Yield the posteriors of one batch."""
-        again = list(numbers)
+    def fits(
+        self, numbers: Sequence[int], bar: Bar, done: Container[int] = ()
+    ) -> Iterator[tuple[int, Posterior, bool]]:
+        """Yield the number and the posterior of each data set of a batch, and whether it stays as it is.
+
+        One that would be unreliable is fitted once more, by itself, and yielded again; those ``done`` are not.
+        """
+        again = [number for number in numbers if number not in done]
         if self.together and len(numbers) >= FEWEST and self.reason is None:
             for number, posterior in zip(numbers, self._side_by_side(numbers, bar), strict=False):
-                if posterior is not None and posterior.verdict.status != "unreliable":
+                if posterior is None:
+                    continue
+                final = posterior.verdict.status != "unreliable"
+                if final and number in again:
                     again.remove(number)
-                    yield number, posterior
+                yield number, posterior, final
         bar.watch("fits one by one")
         seeds = {number: derive(self.seed, f"data set {number}") for number in again}
         cases = {number: self.cases[number] for number in again}
         options = {name: value for name, value in self.options.items() if value is not None}
-        yield from fit_each(self.model, cases, options, seeds, self.jobs)
+        for number, posterior in fit_each(self.model, cases, options, seeds, self.jobs):
+            yield number, posterior, True
 
     def _side_by_side(self, numbers: Sequence[int], bar: Bar) -> list[Posterior | None]:
         """Fit a batch side by side, or those of it that can be; nothing if that cannot be done."""

@@ -115,6 +115,7 @@ class GuideTask:
                 model_kwargs=case.kwargs,
                 draws=max(about["draws"], 100),
                 seed=self.seed,
+                progress=False,
             )
             options = {"seed": self.seed, "log_density": about["log_density"]}
             return ranks_of(posterior, self.truth, about["draws"], raw=True, **options)

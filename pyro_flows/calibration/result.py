@@ -180,7 +180,10 @@ class Calibration:
         said = f"{self._sentence()}. {self.simulations} simulations{where}, {among}"
         bad = self.statuses.get("unreliable", 0)
         share = f" {bad} of the fits were unreliable ({bad / self.simulations:.0%}), and are ranked too." if bad else ""
-        return f"{said}; verdicts: {counts}.{share}"
+        asked = self.settings.get("simulations", self.simulations)
+        finished = self.settings.get("finished", asked)
+        cut = f" The run was interrupted after {finished} of {asked} simulations." if finished < asked else ""
+        return f"{said}; verdicts: {counts}.{share}{cut}"
 
     __repr__ = __str__  # what a REPL shows
 

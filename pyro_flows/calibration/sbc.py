@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
-
-import torch
-from pyro.distributions import Unit
-from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
 from pyro_flows._turns import alone
-from pyro_flows.calibration.augmented import Augmented
 from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.checkpoint import Checkpoint, key_of
 from pyro_flows.calibration.fit_many import Many
 from pyro_flows.calibration.processes import check_jobs, run_all
 from pyro_flows.calibration.ranks import LOG_DENSITY, GuideTask, Ranked, SamplerTask, ranks_of
 from pyro_flows.calibration.result import Calibration, stacked
-from pyro_flows.calibration.wiring import check_wiring, filled, wire
-from pyro_flows.fitting.fit import MAX_SEED, fit
+from pyro_flows.calibration.simulating import Simulated, simulate
+from pyro_flows.fitting.fit import MAX_SEED
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.batching import usable
-from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import messages
 from pyro_flows.results.dims import Labels
 
 FIT_DRAWS = 1000  # at least
-TASKS = 16  # of guides and samplers, between two writes of the checkpoint
 
 
 @_checks.options
@@ -101,16 +93,19 @@ def sbc(
         jobs: processes, as in :func:`fit_many`; for guides and samplers too.
         seed: of all randomness.
         checkpoint: a file that keeps finished simulations: a call that was stopped goes on from there, and comes to the
-            same ranks. It belongs to one model, its data and options.
-        progress: show what is being done on one line.
+            same ranks. It belongs to one model, its data and options. It is written every ten seconds and at the end.
+        progress: show what is being done, how many simulations are done, and about how long the others will take.
 
     Returns:
-        A :class:`Calibration`.
+        A :class:`Calibration`. After Ctrl-C it is of the simulations that were finished, if there are any.
 
     Raises:
         ValueError: before any work, for a bad option; a model with factors or an improper prior, which cannot be
             simulated; a site whose argument is not found, or whose distribution depends on its own data; a checkpoint
             of another run. With ``kind="posterior"``, for a posterior at hand that is unreliable.
+
+    Warns:
+        UserWarning: after Ctrl-C, with the number of finished simulations.
 
     Cost: as many fits as simulations, side by side where that can be.
 
@@ -132,12 +127,19 @@ def sbc(
     asked = _asked(kind, simulations, draws, seed, steps, learning_rate, guide, sampler)
     asked["log_density"] = bool(log_density)
     check_jobs(jobs)
-    bar = Bar("sbc", progress)
     case = Case(usable(args), usable(dict(model_kwargs or {})))
-    with alone():
-        simulated = _simulate(model, case, data, asked, options, bar)
-    many = Many(simulated.model, simulated.cases, options, derive(seed, "fits"), together, jobs)
-    return _run(simulated, many, asked, {"guide": guide, "sampler": sampler}, checkpoint, bar)
+    with Bar("sbc", progress) as bar:
+        with alone():
+            simulated = simulate(model, case, data, asked, options, bar)
+        many = Many(simulated.model, simulated.cases, options, derive(seed, "fits"), together, jobs)
+        calibration = _run(simulated, many, asked, {"guide": guide, "sampler": sampler}, checkpoint, bar)
+        bar.close(str(calibration))
+    finished = calibration.settings["finished"]
+    if finished < simulations:
+        resume = "" if checkpoint is None else " The same call goes on from the checkpoint."
+        message = f"sbc: interrupted (Ctrl-C) after {finished} of {simulations} simulations.{resume}"
+        warnings.warn(message, stacklevel=2)
+    return calibration
 
 
 def _asked(
@@ -164,13 +166,20 @@ def _run(
     about = {**asked, **makers, "model": simulated.model}
     plain = {**asked, "options": {**many.options, "together": many.together}}
     kept = Checkpoint(checkpoint, key_of(plain, simulated.truths, simulated.data))
-    count = asked["simulations"]
-    for found in _batches(simulated, many, about, kept, bar):
-        kept.add(found)
-        bar.task = f"sbc, {len(kept.done)} of {count}"
-    calibration = _result(simulated, [kept.done[number] for number in range(count)], asked)
-    bar.close(str(calibration))
-    return calibration
+    found, count = dict(kept.done), asked["simulations"]
+    bar.count(len(found), count)
+    try:
+        for number, ranked, final in _ranked(simulated, many, about, kept.done, bar):
+            found[number] = ranked
+            if final:
+                kept.add(number, ranked)
+            bar.count(len(found), count)
+    except KeyboardInterrupt:
+        if not found:
+            raise
+    finally:
+        kept.write()
+    return _result(simulated, dict(sorted(found.items())), {**asked, "finished": len(kept.done)})
 
 
 def _method(guide: Callable[..., Any] | None, sampler: Callable[..., Any] | None) -> str:
@@ -183,114 +192,45 @@ def _method(guide: Callable[..., Any] | None, sampler: Callable[..., Any] | None
     return "fit" if made is None else str(getattr(made, "__name__", type(made).__name__))
 
 
-@dataclass(frozen=True)
-class Simulated:
-    """What is fitted: the model, its arguments with simulated data, and the true values (simulations, *shape)."""
+def _ranked(
+    simulated: Simulated, many: Many, about: Mapping[str, Any], done: Container[int], bar: Bar
+) -> Iterator[tuple[int, Ranked, bool]]:
+    """Yield the number and the ranks of each simulation that is not done, and whether they stay as they are.
 
-    model: Callable[..., Any]
-    density: LogDensity
-    cases: list[Case]
-    truths: dict[str, Tensor]
-    data: dict[str, Tensor]
-
-    def truth(self, number: int) -> dict[str, Tensor]:
-        """Return the true values of one simulation."""
-        return {name: values[number] for name, values in self.truths.items()}
-
-
-def _simulate(
-    model: Callable[..., Any], case: Case, data: Mapping[str, Any] | None, asked: Mapping[str, Any],
-    options: Mapping[str, Any], bar: Bar,
-) -> Simulated:  # fmt: skip
-    """Draw parameters and data, and put the data into the arguments."""
-    bar.watch("simulating")
-    case = filled(model, case, data)
-    density = LogDensity(model, case.args, case.kwargs)
-    _check_model(density, asked["kind"])
-    wiring = wire(density, case, data)
-    count, seed = asked["simulations"], asked["seed"]
-    if asked["kind"] == "prior":
-        found = density.prior(count, seed=derive(seed, "simulations"))
-        if found is None:
-            raise ValueError("model: expected proper priors that can be drawn from. Take kind='posterior'.")
-    else:
-        found = _from_posterior(model, case, count, seed, options, bar)
-    first = {name: values[0] for name, values in found.items()}
-    check_wiring(density, wiring, first)
-    cases = [wiring({name: found[name][number] for name in density.structure.observed}) for number in range(count)]
-    truths = {name: found[name] for name in density.names}
-    drawn = {name: found[name] for name in density.structure.observed}
-    fitted = model if asked["kind"] == "prior" else Augmented(model, case)
-    return Simulated(fitted, density, cases, truths, drawn)
-
-
-def _check_model(density: LogDensity, kind: str) -> None:
-    """Refuse models whose data cannot be simulated."""
-    structure = density.structure
-    factors = [name for name, site in messages(structure.trace).items() if isinstance(site.get("fn"), Unit)]
-    if factors:
-        raise ValueError(f"site {factors[0]!r}: a factor, so that the model cannot draw its own data.")
-    if not structure.observed:
-        raise ValueError(
-            "model: expected observed sites, got none, so there are no data to simulate. Pass data, or name the "
-            "argument that is None: data={'site': 'argument'}."
-        )
-    if kind == "posterior" and structure.enumerated:
-        raise ValueError("kind: expected 'prior' for a model with enumerated latents.")
-
-
-def _from_posterior(
-    model: Callable[..., Any], case: Case, count: int, seed: int, options: Mapping[str, Any], bar: Bar
-) -> dict[str, Tensor]:
-    """Draw parameters from the posterior at the data in hand, and data given them."""
-    bar.watch("the fit to the data in hand")
-    given = {name: value for name, value in options.items() if value is not None}
-    given["draws"] = max(4000, count)
-    posterior = fit(model, *case.args, model_kwargs=case.kwargs, seed=derive(seed, "at hand"), progress=False, **given)
-    if posterior.verdict.status == "unreliable" or posterior.density is None:
-        raise ValueError(f"posterior at the data in hand: {posterior.verdict}")
-    generator = torch.Generator().manual_seed(derive(seed, "true values"))
-    picked = torch.randperm(len(posterior._used), generator=generator)[:count]
-    drawn = posterior.density.predictive(posterior._used[picked], seed=derive(seed, "simulations"))
-    return {**{name: values[picked] for name, values in posterior.samples.items()}, **drawn}
-
-
-def _batches(
-    simulated: Simulated, many: Many, about: Mapping[str, Any], kept: Checkpoint, bar: Bar
-) -> Iterator[dict[int, Ranked]]:
-    """Yield the ranks of those simulations that are not finished, batch by batch."""
+    Those of an unreliable posterior, which is fitted again, are yielded too: to leave them out after Ctrl-C would be to
+    leave out the failures.
+    """
     draws, log_density, seed = about["draws"], about["log_density"], about["seed"]
     seeds = [derive(seed, f"ranks {number}") for number in range(len(simulated.cases))]
     if about["guide"] is None and about["sampler"] is None:
         for numbers in many.batches():
-            if all(number in kept.done for number in numbers):
+            if all(number in done for number in numbers):
                 continue
-            yield {
-                number: ranks_of(posterior, simulated.truth(number), draws, seed=seeds[number], log_density=log_density)
-                for number, posterior in many.fits(numbers, bar)
-            }
+            for number, posterior, final in many.fits(numbers, bar, done):
+                if number not in done:
+                    options: dict[str, Any] = {"seed": seeds[number], "log_density": log_density}
+                    yield number, ranks_of(posterior, simulated.truth(number), draws, **options), final
         return
+    bar.watch(f"draws of {about['method']}")
     task = GuideTask if about["guide"] is not None else SamplerTask
-    left = [number for number in range(len(simulated.cases)) if number not in kept.done]
-    for first in range(0, len(left), TASKS):
-        numbers = left[first : first + TASKS]
-        bar.watch(f"draws of {about['method']}")
-        tasks = [task(about, simulated.cases[number], simulated.truth(number), seeds[number]) for number in numbers]
-        yield dict(zip(numbers, run_all(tasks, many.jobs), strict=True))
+    left = [number for number in range(len(simulated.cases)) if number not in done]
+    tasks = [task(about, simulated.cases[number], simulated.truth(number), seeds[number]) for number in left]
+    for number, ranks in zip(left, run_all(tasks, many.jobs), strict=True):
+        yield number, ranks, True
 
 
-def _result(simulated: Simulated, found: list[Ranked], asked: Mapping[str, Any]) -> Calibration:
-    """Put the ranks of all simulations together, with the names of their axes."""
+def _result(simulated: Simulated, found: Mapping[int, Ranked], asked: Mapping[str, Any]) -> Calibration:
+    """Put the ranks of simulations together, with the names of their axes."""
     structure = simulated.density.structure
     labels = Labels(structure)
     layouts = {latent.name: labels.latent(latent) for latent in structure.latents}
     names = {site: labels.variable(site) for site in layouts}
     if asked["log_density"]:
         names[LOG_DENSITY] = LOG_DENSITY if LOG_DENSITY not in names.values() else f"{LOG_DENSITY}_"
-    listed = [one.status for one in found]
+    listed = [one.status for one in found.values()]
     statuses = {name: listed.count(name) for name in ("ok", "corrected", "refined", "unreliable", "not judged")}
     return Calibration(
-        ranks=stacked([one.ranks for one in found], layouts, names),
+        ranks=stacked([one.ranks for one in found.values()], layouts, names),
         dims={names[site]: layout.dims for site, layout in layouts.items()},
         draws=asked["draws"],
         kind=asked["kind"],

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._progress import Bar
 from pyro_flows.comparison.draws import can_draw, in_hand
 from pyro_flows.comparison.pointwise import log_score
-from pyro_flows.comparison.working import Whole, Work
+from pyro_flows.comparison.working import Whole, Work, over_observations
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,8 @@ class Loo:
     Attributes:
         elpd: expected log pointwise predictive density, summed over observations.
         se: its standard error over observations, :math:`\sqrt{N \operatorname{var}_i}`.
-        mcse: its Monte Carlo standard error, over draws; infinite where some k-hat is above its limit.
+        mcse: its Monte Carlo standard error, over draws: a fiftieth of ``se`` or .02 nats, unless that took more draws
+            than the limits allow; infinite where some k-hat is above its limit.
         p: effective number of parameters, the log score of the data in hand less ``elpd``.
         method: ``"approximate"``: draws of q, weighted by p / q as well (Magnusson et al. 2019); ``"plain"``: draws of
             the posterior, resampled or by Markov chains (Vehtari et al. 2017).
@@ -98,7 +100,11 @@ class Loo:
             f"({self.draws} draws, {self.status}); Monte Carlo error "
             f"{f'{self.mcse:.3f}' if math.isfinite(self.mcse) else 'not known'}."
         )
-        return f"{first} {self._about_k()}"
+        return "\n".join([f"{first} {self._about_k()}", *(self._about_sites() if len(self.sites) > 1 else ())])
+
+    def _about_sites(self) -> list[str]:
+        rows = self.by_site()[["elpd", "se", "observations"]].itertuples()
+        return [f"- {site}: elpd {elpd:.2f}, standard error {se:.2f}, of {count}" for site, elpd, se, count in rows]
 
     def _about_k(self) -> str:
         if not self.high:
@@ -109,9 +115,24 @@ class Loo:
 
     __repr__ = __str__
 
-    def by_site(self) -> dict[str, float]:
-        """Return the elpd of each observed site."""
-        return {site: float(self.pointwise[first:last].sum()) for site, (first, last) in self.sites.items()}
+    def by_site(self) -> pd.DataFrame:
+        """Return a table of the observed sites: observations, elpd, its standard error, p, number of high k-hats.
+
+        An observation of one site is left out while those of the other sites stay, as ArviZ's ``var_name`` does it.
+        """
+        import pandas as pd
+
+        rows = {}
+        for site, (first, last) in self.sites.items():
+            part = slice(first, last)
+            rows[site] = {
+                "observations": last - first,
+                "elpd": float(self.pointwise[part].sum()),
+                "se": over_observations(self.pointwise[part]),
+                "p": float(self.p_pointwise[part].sum()),
+                "high_k": int((~(self.k_moved[part] < self.k_limit)).sum()),
+            }
+        return pd.DataFrame.from_dict(rows, orient="index")
 
     def leverage(self, count: int | None = SHOWN) -> pd.DataFrame:
         """Return a table of the observations with the largest k-hat, the largest first; all of them with None.
@@ -128,8 +149,24 @@ class Loo:
         return table if count is None else table.head(_checks.integer("count", count, 1))
 
 
-def loo(posterior: Record, *, sites: Any, draws: int | None, seed: int) -> Loo:
+def loo(posterior: Record, *, sites: Any, draws: int | None, seed: int, progress: bool) -> Loo:
     """Estimate leave-one-out elpd; see :meth:`Posterior.loo`."""
+    with Bar("loo", progress, quick=True) as bar:
+        work = work_for(posterior, sites, draws, seed, bar)
+        if draws is not None and can_draw(posterior):
+            found = as_loo(work, work.moved(work.drawn(draws)))
+        else:
+            found = as_loo(work, work.precise(work.given(in_hand(posterior))))
+        bar.close(f"elpd {found.elpd:.2f}, standard error {found.se:.2f}")
+    return found
+
+
+def work_for(posterior: Record, sites: Any, draws: int | None, seed: int, bar: Bar) -> Work:
+    """Return what does the work, unless the draws are not to be used.
+
+    Raises:
+        ValueError: for an unreliable posterior, or too few draws.
+    """
     if draws is not None:
         _checks.integer("draws", draws, 100)
     if posterior.verdict.status == "unreliable":
@@ -137,19 +174,16 @@ def loo(posterior: Record, *, sites: Any, draws: int | None, seed: int) -> Loo:
             f"loo: the verdict on the draws is unreliable ({'; '.join(posterior.verdict.reasons)}), and "
             "cross-validation with them is wrong without a sign of it."
         )
-    work = Work(posterior, sites, seed)
-    if draws is not None and can_draw(posterior):
-        return _as_loo(work, work.moved(work.drawn(draws)))
-    return _as_loo(work, work.precise(work.given(in_hand(posterior))))
+    return Work(posterior, sites, seed, bar.watch)
 
 
-def _as_loo(work: Work, found: Whole) -> Loo:
+def as_loo(work: Work, found: Whole) -> Loo:
     """Put estimates into the result."""
     posterior, given, elpd = work.posterior, found.given, found.elpd
     p = log_score(given.values, given.draws.ratio) - elpd
     return Loo(
         elpd=float(elpd.sum()),
-        se=math.sqrt(len(p) * float(elpd.var())) if len(p) > 1 else math.nan,
+        se=over_observations(elpd),
         mcse=found.error,
         p=float(p.sum()),
         method="approximate" if given.draws.ratio is not None else "plain",

@@ -56,10 +56,10 @@ def refine(
     posterior._need_density()
     if method == "nuts" and isinstance(posterior.flow, FlowMixture):
         raise ValueError("method: NUTS walks in the latent space of one flow, and this is a mixture; take 'auto'.")
-    bar = Bar("refine", progress)
-    work = Work(method, ASKED)
-    found = refined(posterior, work, chains, max_steps, seed, Clock(seconds, watch=bar.watch), bar)
-    bar.close(f"{found.method}, {found.verdict.status}")
+    with Bar("refine", progress) as bar:
+        work = Work(method, ASKED)
+        found = refined(posterior, work, chains, max_steps, seed, Clock(seconds, watch=bar.watch), bar)
+        bar.close(f"{found.method}, {found.verdict.status}")
     asked = {"method": method, "chains": chains, "max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
     settings = {**found.settings, "refinements": [*found.settings.get("refinements", []), asked]}
     if "gradient_evaluations" in settings:

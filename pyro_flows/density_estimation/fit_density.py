@@ -187,13 +187,14 @@ def _train(
 ) -> float:
     """Train, or go on from a checkpoint, to the end; return the mean log density of what was held out."""
     ascent = keeper.ascent
-    bar = _Bar(visible=progress, flow=ascent.flow, levels=ascent.source.levels)
-    if not keeper.resume():
-        choose(ascent, learning_rate, weight_decay, keeper.plan)
-    climb(ascent, keeper.plan, report=bar.show, save=keeper.save)
-    keeper.save(final=True)
-    validated = math.nan if held_out is None else mean_log_prob(ascent.flow, held_out)
-    bar.close(validated)
+    with Bar("fit_density", progress) as line:
+        bar = _Bar(line, flow=ascent.flow, levels=ascent.source.levels)
+        if not keeper.resume():
+            choose(ascent, learning_rate, weight_decay, keeper.plan)
+        climb(ascent, keeper.plan, report=bar.show, save=keeper.save)
+        keeper.save(final=True)
+        validated = math.nan if held_out is None else mean_log_prob(ascent.flow, held_out)
+        bar.close(validated)
     return validated
 
 
@@ -235,9 +236,8 @@ def _warn_of_skipped(ascent: Ascent) -> None:
 class _Bar:
     """One line: the share of the budget, at the end of which it stops at the latest, and held-out nats."""
 
-    def __init__(self, *, visible: bool, flow: Flow, levels: Levels | None) -> None:
-        self.flow, self.levels = flow, levels
-        self.bar = Bar("fit_density", visible)
+    def __init__(self, bar: Bar, *, flow: Flow, levels: Levels | None) -> None:
+        self.bar, self.flow, self.levels = bar, flow, levels
         self.bar.watch("the race of step sizes")
 
     def show(self, state: str, epoch: int, share: float, nats: float) -> None:

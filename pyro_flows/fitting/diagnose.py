@@ -12,6 +12,7 @@ from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
@@ -50,6 +51,7 @@ def diagnose(
     model_kwargs: Mapping[str, Any] | None = None,
     draws: int = 4000,
     seed: int = 0,
+    progress: bool = True,
 ) -> Posterior:
     r"""Judge any Pyro guide as :func:`fit` judges its own: draws, weights, verdict, ArviZ.
 
@@ -68,6 +70,7 @@ def diagnose(
         draws: how many draws to judge and keep, 100 at least.
         seed: the same seed gives the same result; Pyro's and torch's own random state is left as it was. Calls from
             several threads take turns, as those of :func:`fit` do.
+        progress: show what is being done, as :func:`fit` does, if it takes more than two seconds.
 
     Returns:
         A :class:`Posterior`; read its ``verdict`` first.
@@ -95,8 +98,10 @@ def diagnose(
     if isinstance(chains, MCMC):
         return from_mcmc(chains, model, *args, model_kwargs=model_kwargs, seed=seed)
     _checks.integer("draws", draws, 100, MAX_DRAWS)
-    with alone():
-        return _diagnose(model, guide, usable(args), usable(dict(model_kwargs or {})), draws, seed)
+    with alone(), Bar("diagnose", progress, quick=True) as bar:
+        found = _diagnose(model, guide, usable(args), usable(dict(model_kwargs or {})), draws, seed, bar)
+        bar.close(found.verdict.status)
+    return found
 
 
 def _diagnose(
@@ -106,19 +111,21 @@ def _diagnose(
     kwargs: dict[str, Any],
     draws: int,
     seed: int,
+    bar: Bar,
 ) -> Posterior:
+    bar.watch("reading the model")
     noncentered: Noncentered = ()
     if isinstance(guide, AutoFlow):
         with seeded(seed):
             noncentered = guide.initialize(*args, **kwargs)._built_structure.noncentered
     density = LogDensity(model, args, kwargs, noncentered=noncentered)
     try:
-        return _judged(density, model, guide, args, kwargs, draws, seed)
+        return _judged(density, model, guide, args, kwargs, draws, seed, bar)
     except LostDigits:
         density = density.in_double()
         if isinstance(guide, AutoFlow):
             guide = AutoFlow.of(copy.deepcopy(guide._flow).double(), density.structure, model, args, kwargs)
-        return _judged(density, model, guide, args, kwargs, draws, seed)
+        return _judged(density, model, guide, args, kwargs, draws, seed, bar)
 
 
 def _judged(
@@ -129,6 +136,7 @@ def _judged(
     kwargs: dict[str, Any],
     draws: int,
     seed: int,
+    bar: Bar,
 ) -> Posterior:
     """Draw from the guide and judge the draws.
 
@@ -150,7 +158,9 @@ def _judged(
                 draw, score = from_traces(guide, density, args, kwargs, random_sites(trace))
             with torch.no_grad(), seeded(derive(seed, "digits"), density.device):
                 density.check_digits(draw(COMPARED)[0])
+            bar.watch("the search for missed modes")
             search = _searched(density, draw, score, space, seed)
+            bar.watch("judging")
             said: dict[str, Any] = {"failures": search.failures, "notes": search.notes, "contained": search.contained}
             said |= {"history": noted(search), "settings": {"diagnosed": True}, "losses": torch.zeros(0)}
             return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)

@@ -95,7 +95,8 @@ def fit(
         runs: independent runs with seeds and starts of their own, 100 at most. Where they disagree, the verdict names
             the sites, and the guide becomes a mixture of the runs, weighted so that it is as close to the posterior as
             it can be.
-        progress: show what is being done on one line: a stage, steps and ELBO, and the seconds so far.
+        progress: show what is being done: a stage, steps and ELBO, and the seconds so far. In a terminal or notebook
+            that is one line; anywhere else, one line on stderr for each stage, and one every ten seconds.
         raise_on_interrupt: let Ctrl-C raise ``KeyboardInterrupt``. By default, once the model has been read, it ends
             the work, and what there is by then is judged and returned, never as ``ok``; a second Ctrl-C raises.
 
@@ -129,8 +130,7 @@ def fit(
     """
     asked, seconds = as_asked(locals()), _check_numbers(draws, max_steps, seed, runs, max_seconds)
     options, method = _options(flow, layers), which(refine)
-    with alone(), seeded(seed):
-        bar = Bar("fit", progress)
+    with alone(), seeded(seed), Bar("fit", progress) as bar:
         clock = Clock(seconds, raises=raise_on_interrupt, watch=bar.watch)
         plan = Plan(
             model,
@@ -164,11 +164,7 @@ def _options(flow: FlowLike, layers: int | None) -> dict[str, Any]:
 
 def _closing(bar: Bar, clock: Clock, work: Callable[[], Posterior]) -> Posterior:
     """Return what the work comes to; the line says how it ended. Ctrl-C gets a warning where :func:`fit` was called."""
-    try:
-        posterior = work()
-    except BaseException as error:
-        bar.close(f"ended by {type(error).__name__}")
-        raise
+    posterior = work()
     steps = f"{len(posterior.losses)} steps, " if len(posterior.losses) else ""
     bar.close(f"{steps}{posterior.method}, {posterior.verdict.status}")
     if clock.interrupted is not None:

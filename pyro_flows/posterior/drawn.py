@@ -52,7 +52,7 @@ class Drawn(Shown):
         max_steps: int = 2000,
         max_seconds: float = math.inf,
         seed: int | None = None,
-        progress: bool = False,
+        progress: bool = True,
     ) -> Self:
         r"""Let a sampler finish the work: many short chains in the flow's latent space, begun at its draws.
 
@@ -80,7 +80,7 @@ class Drawn(Shown):
             max_steps: bound on the moves of each chain, warm-up included; a move takes a few gradients.
             max_seconds: bound on the seconds.
             seed: of all moves; the posterior's own by default. One seed, one answer.
-            progress: show what is being done on one line.
+            progress: show what is being done, as :func:`fit` does.
 
         Returns:
             A new posterior. Its draws to use are the chains', at least as many as before, if it is refined.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_flows._progress import Bar
 from pyro_flows.posterior.assessed import Assessed
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Reported(Assessed):
         comparison: Comparison | None = None,
         predictive: bool = True,
         source: bool = True,
+        progress: bool = True,
     ) -> Path:
         """Write one HTML file to read and to send: what was found, whether to believe it, and how to make it again.
 
@@ -79,6 +81,7 @@ class Reported(Assessed):
             comparison: of :func:`~pyro_flows.compare`, to show.
             predictive: whether to draw replicates of the data.
             source: whether the source of the model stands on the page.
+            progress: show what is being done, as :func:`~pyro_flows.fit` does, if it takes more than two seconds.
 
         Returns:
             The path of the file.
@@ -105,5 +108,9 @@ class Reported(Assessed):
         from pyro_flows.report.page import write
 
         chosen: dict[str, Any] = {"var_names": var_names, "filter_vars": filter_vars, "coords": coords}
-        options = Options(title, comparison, predictive, source, chosen)
-        return write(self, path, self._table(**chosen), options)
+        with Bar("report", progress, quick=True) as bar:
+            bar.watch("the table")
+            options = Options(title, comparison, predictive, source, chosen, bar.watch)
+            target = write(self, path, self._table(**chosen), options)
+            bar.close(str(target))
+        return target

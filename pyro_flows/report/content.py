@@ -6,11 +6,12 @@ import inspect
 import math
 import platform
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from pyro_flows._progress import unseen
 from pyro_flows.plots.predictive import predictive_data
 from pyro_flows.report import tables
 from pyro_flows.report.figures import Picture, pictures, replicates
@@ -37,12 +38,17 @@ class Options:
     predictive: bool = True
     source: bool = True
     chosen: Mapping[str, Any] = field(default_factory=dict)
+    watch: Callable[[str], None] = unseen
 
 
 def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[str, Any]:
     """Return what the template is filled with."""
     verdict, sites = posterior.verdict, ", ".join(posterior.samples)
+    options.watch("figures")
+    drawn = pictures(posterior, dict(options.chosen), scalars=len(table))
+    options.watch("replicates of the data")
     checks = _checks(posterior) if options.predictive else None
+    options.watch("the page")
     return {
         "title": options.title or f"Posterior of {sites if len(sites) <= 60 else f'{len(posterior.samples)} sites'}",
         "verdict": verdict,
@@ -50,7 +56,7 @@ def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[st
         "figures": figures(posterior),
         "about": _about(posterior),
         "summary": tables.of_frame(table, "summary", "Summary of the draws to use", "variable"),
-        "pictures": pictures(posterior, dict(options.chosen), scalars=len(table)),
+        "pictures": drawn,
         "checks": checks,
         "graph": graph(posterior),
         "comparison": None if options.comparison is None else _comparison(options.comparison),

@@ -6,6 +6,8 @@ Of what is right, one seed in a hundred is rejected at 1 %; seeds are fixed.
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyro
@@ -16,12 +18,14 @@ from pyro.infer.autoguide import AutoNormal
 
 import pyro_flows as pf
 from pyro_flows._seeding import seeded
-from pyro_flows.calibration import sbc as running
+from pyro_flows.calibration import simulating
 from pyro_flows.calibration.augmented import Augmented
 from pyro_flows.calibration.cases import Case
+from pyro_flows.calibration.fit_many import Many
 from tests.calibration.models import NOISE, X, exact, regression
 from tests.results.test_arviz import groups
 
+fit_many = sys.modules["pyro_flows.calibration.fit_many"]  # the module, not the function
 Y = torch.tensor([0.5, -1.0, 0.3, 1.1, 0.0])
 ALIKE = torch.stack([X[:, 1], X[:, 1] + 0.05], 1)
 
@@ -156,7 +160,7 @@ def test_an_unreliable_posterior_at_hand_is_refused(monkeypatch):
 
         return pf.diagnose(regression, guide, X, Y, draws=200)
 
-    monkeypatch.setattr(running, "fit", unreliable)
+    monkeypatch.setattr(simulating, "fit", unreliable)
     with pytest.raises(ValueError, match="posterior at the data in hand: unreliable"):
         check(from_exact(), kind="posterior", simulations=10)
 
@@ -164,25 +168,74 @@ def test_an_unreliable_posterior_at_hand_is_refused(monkeypatch):
 # files, groups, figures -----------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path):
+def stopped_after(count, sampler):
+    """The sampler, with Ctrl-C in the call after so many; and the list of its calls."""
     calls = []
 
-    def sampler(x, y):
+    def stopping(x, y):
         calls.append(None)
-        if len(calls) == 21:
+        if len(calls) == count + 1:
             raise KeyboardInterrupt
-        return from_exact()(x, y)
+        return sampler(x, y)
 
+    return stopping, calls
+
+
+def test_a_run_that_was_stopped_keeps_what_it_has_and_goes_on(tmp_path):
+    sampler, calls = stopped_after(20, from_exact())
     file = tmp_path / "ranks.json"
-    with pytest.raises(KeyboardInterrupt):
-        check(sampler, simulations=40, checkpoint=file)
-    assert len(json.loads(file.read_text())["body"]["done"]) == 16
+    with pytest.warns(UserWarning, match=r"sbc: interrupted \(Ctrl-C\) after 20 of 40 .* goes on from the checkpoint"):
+        part = check(sampler, simulations=40, checkpoint=file)
+    assert len(json.loads(file.read_text())["body"]["done"]) == part.simulations == 20
+    assert "The run was interrupted after 20 of 40 simulations." in str(part)
     found = check(sampler, simulations=40, checkpoint=file)
-    assert len(calls) == 21 + 24
+    assert len(calls) == 21 + 20
     with seeded(5):
         whole = check(sampler, simulations=40)
     assert (found.ranks["b"] == whole.ranks["b"]).all()
+    assert (part.ranks["b"] == whole.ranks["b"][:20]).all()
+    assert "interrupted" not in str(found)
     assert [path.name for path in Path(tmp_path).iterdir() if path.suffix == ".json"] == ["ranks.json"]
+
+
+def test_a_run_that_was_stopped_before_its_first_simulation_raises():
+    with pytest.raises(KeyboardInterrupt):
+        check(stopped_after(0, from_exact())[0], simulations=10)
+
+
+def test_an_interrupted_run_counts_fits_that_were_to_be_made_again(tmp_path, monkeypatch):
+    """To leave them out would be to leave out the failures. When it goes on, they are made again."""
+    side_by_side, fit_each = Many._side_by_side, fit_many.fit_each
+    alone = []
+
+    def two_fail(many, numbers, bar):
+        for number, found in zip(numbers, side_by_side(many, numbers, bar), strict=True):
+            bad = replace(found.verdict, status="unreliable") if number in (2, 5) else found.verdict
+            yield replace(found, verdict=bad)
+
+    def stopped(model, cases, *rest):
+        for number, posterior in fit_each(model, cases, *rest):
+            alone.append(number)
+            yield number, posterior
+            if alone == [2]:
+                raise KeyboardInterrupt
+
+    def run(**options):
+        return pf.sbc(regression, X, Y, simulations=10, draws=99, progress=False, **options)
+
+    monkeypatch.setattr(Many, "_side_by_side", two_fail)
+    monkeypatch.setattr(fit_many, "fit_each", stopped)
+    file = tmp_path / "ranks.json"
+    with pytest.warns(UserWarning, match="after 9 of 10 simulations"):
+        part = run(checkpoint=file)
+    assert part.simulations == 10
+    assert part.statuses["unreliable"] == 1
+    found = run(checkpoint=file)
+    assert alone == [2, 5]
+    assert "unreliable" not in found.statuses
+    whole = run()
+    assert alone == [2, 5, 2, 5]
+    assert (found.ranks["b"] == whole.ranks["b"]).all()
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

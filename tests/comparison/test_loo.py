@@ -16,7 +16,7 @@ import pyro_flows as pf
 from pyro_flows.comparison import pointwise, working
 from pyro_flows.comparison.controls import Regression, controls
 from pyro_flows.comparison.draws import in_hand, more
-from pyro_flows.comparison.loo import _as_loo
+from pyro_flows.comparison.loo import as_loo
 from pyro_flows.comparison.pointwise import one
 from pyro_flows.comparison.working import Work
 from pyro_flows.correction.starts import affine_flow
@@ -105,7 +105,7 @@ def test_draws_are_moved_where_leverage_is_high():
     posterior = pf.diagnose(regression, regression_guide(), x, y)
     work = Work(posterior, None, 0)
     given = work.given(in_hand(posterior))
-    found, before = (_as_loo(work, way(given)) for way in (work.moved, work.judged))
+    found, before = (as_loo(work, way(given)) for way in (work.moved, work.judged))
     assert before.high
     assert not found.high
     assert abs(found.elpd - float(exact.sum())) < 3 * found.mcse < 0.06
@@ -201,7 +201,7 @@ def test_the_monte_carlo_error_is_honest():
     for status in ("ok", "corrected"):
         posterior = counted(status, draws=500)
         works = [Work(posterior, None, seed) for seed in range(40)]
-        found = [_as_loo(work, work.judged(work.drawn(2000))) for work in works]
+        found = [as_loo(work, work.judged(work.drawn(2000))) for work in works]
         squares = [((one.elpd - COUNTS_LOO) / one.mcse) ** 2 for one in found]
         assert 0.5 < sum(squares) / len(squares) < 1.7, status
 
@@ -266,7 +266,7 @@ def test_arviz_says_the_same():
             xarray.DataTree.from_dict(groups), stats["log_p"], stats["log_q"], pointwise=True
         )
     work = Work(posterior, None, 0)
-    ours = _as_loo(work, work.judged(work.given(in_hand(posterior)._replace(controls=None))))
+    ours = as_loo(work, work.judged(work.given(in_hand(posterior)._replace(controls=None))))
     assert ours.elpd == pytest.approx(float(theirs.elpd), abs=1e-6)
     assert ours.se == pytest.approx(float(theirs.se), rel=0.08)  # theirs has N in the variance, ours N - 1
     torch.testing.assert_close(ours.k_hat, torch.tensor(theirs.pareto_k.to_numpy()), rtol=0.0, atol=1e-6)
@@ -356,7 +356,7 @@ def test_without_a_model_the_saved_likelihood_is_taken(tmp_path):
     assert found.draws == 2000
     assert found.labels == tuple(f"y[{i}]" for i in range(SCHOOLS))
     work = Work(posterior, None, 0)
-    hand = _as_loo(work, work.judged(work.given(in_hand(posterior)._replace(controls=None))))
+    hand = as_loo(work, work.judged(work.given(in_hand(posterior)._replace(controls=None))))
     torch.testing.assert_close(found.pointwise, hand.pointwise, rtol=0.0, atol=1e-4)
     torch.testing.assert_close(found.k_hat, hand.k_hat, rtol=0.0, atol=1e-4)
     with pytest.raises(ValueError, match="needs the model"):

@@ -1,0 +1,92 @@
+"""Parameters from the prior, or the posterior at the data in hand, and data given them, in the model's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import Unit
+from torch import Tensor
+
+from pyro_flows._progress import Bar
+from pyro_flows._seeding import derive
+from pyro_flows.calibration.augmented import Augmented
+from pyro_flows.calibration.cases import Case
+from pyro_flows.calibration.wiring import check_wiring, filled, wire
+from pyro_flows.fitting.fit import fit
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import messages
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What is fitted: the model, its arguments with simulated data, and the true values (simulations, *shape)."""
+
+    model: Callable[..., Any]
+    density: LogDensity
+    cases: list[Case]
+    truths: dict[str, Tensor]
+    data: dict[str, Tensor]
+
+    def truth(self, number: int) -> dict[str, Tensor]:
+        """Return the true values of one simulation."""
+        return {name: values[number] for name, values in self.truths.items()}
+
+
+def simulate(
+    model: Callable[..., Any], case: Case, data: Mapping[str, Any] | None, asked: Mapping[str, Any],
+    options: Mapping[str, Any], bar: Bar,
+) -> Simulated:  # fmt: skip
+    """Draw parameters and data, and put the data into the arguments."""
+    bar.watch("simulating")
+    case = filled(model, case, data)
+    density = LogDensity(model, case.args, case.kwargs)
+    _check_model(density, asked["kind"])
+    wiring = wire(density, case, data)
+    count, seed = asked["simulations"], asked["seed"]
+    if asked["kind"] == "prior":
+        found = density.prior(count, seed=derive(seed, "simulations"))
+        if found is None:
+            raise ValueError("model: expected proper priors that can be drawn from. Take kind='posterior'.")
+    else:
+        found = _from_posterior(model, case, count, seed, options, bar)
+    first = {name: values[0] for name, values in found.items()}
+    check_wiring(density, wiring, first)
+    cases = [wiring({name: found[name][number] for name in density.structure.observed}) for number in range(count)]
+    truths = {name: found[name] for name in density.names}
+    drawn = {name: found[name] for name in density.structure.observed}
+    fitted = model if asked["kind"] == "prior" else Augmented(model, case)
+    return Simulated(fitted, density, cases, truths, drawn)
+
+
+def _check_model(density: LogDensity, kind: str) -> None:
+    """Refuse models whose data cannot be simulated."""
+    structure = density.structure
+    factors = [name for name, site in messages(structure.trace).items() if isinstance(site.get("fn"), Unit)]
+    if factors:
+        raise ValueError(f"site {factors[0]!r}: a factor, so that the model cannot draw its own data.")
+    if not structure.observed:
+        raise ValueError(
+            "model: expected observed sites, got none, so there are no data to simulate. Pass data, or name the "
+            "argument that is None: data={'site': 'argument'}."
+        )
+    if kind == "posterior" and structure.enumerated:
+        raise ValueError("kind: expected 'prior' for a model with enumerated latents.")
+
+
+def _from_posterior(
+    model: Callable[..., Any], case: Case, count: int, seed: int, options: Mapping[str, Any], bar: Bar
+) -> dict[str, Tensor]:
+    """Draw parameters from the posterior at the data in hand, and data given them."""
+    bar.watch("the fit to the data in hand")
+    given = {name: value for name, value in options.items() if value is not None}
+    given["draws"] = max(4000, count)
+    posterior = fit(model, *case.args, model_kwargs=case.kwargs, seed=derive(seed, "at hand"), progress=False, **given)
+    if posterior.verdict.status == "unreliable" or posterior.density is None:
+        raise ValueError(f"posterior at the data in hand: {posterior.verdict}")
+    generator = torch.Generator().manual_seed(derive(seed, "true values"))
+    picked = torch.randperm(len(posterior._used), generator=generator)[:count]
+    drawn = posterior.density.predictive(posterior._used[picked], seed=derive(seed, "simulations"))
+    return {**{name: values[picked] for name, values in posterior.samples.items()}, **drawn}
