@@ -3,7 +3,10 @@
 Nothing is loaded from elsewhere when the pages are read: MathJax comes from a package and is copied into the site.
 """
 
+import base64
 import importlib.util
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -27,10 +30,13 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
 ]
 exclude_patterns = ["_build"]
 
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+copybutton_selector = "div.highlight-python pre, div.highlight-sh pre, div.highlight-bibtex pre, div.cell_input pre"
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # `make notebooks` executes them, and stores their outputs
 
@@ -67,23 +73,61 @@ def copy_mathjax() -> None:
     shutil.copyfile(source, target / source.name)
 
 
-def copy_notebooks() -> list[str]:
-    """Copy the notebooks to a folder of their own beside these pages; return their names."""
+def copy_notebooks() -> dict[str, str]:
+    """Copy the notebooks, and a picture of each, to a folder beside these pages; return their titles by name."""
     target = HERE / "_notebooks"
     shutil.rmtree(target, ignore_errors=True)
-    found = sorted(NOTEBOOKS.glob("*.ipynb"))
-    if found:
-        target.mkdir()
-    for path in found:
+    target.mkdir()
+    found = {}
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         shutil.copyfile(path, target / path.name)
-    return [path.stem for path in found]
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        found[path.stem] = "".join(cells[0]["source"]).splitlines()[0].removeprefix("# ")
+        pictures = [
+            output["data"]["image/png"]
+            for cell in cells
+            for output in cell.get("outputs", ())
+            if "image/png" in output.get("data", {})
+        ]
+        if pictures:
+            (target / f"{path.stem}.png").write_bytes(base64.b64decode("".join(pictures[0])))
+    return found
+
+
+CARD = """:::{{grid-item-card}} {title}
+:link: _notebooks/{name}
+:link-type: doc
+:img-top: _notebooks/{name}.png
+:img-alt: The first figure of the notebook {title}
+:::
+"""
 
 
 def list_notebooks(app, docname: str, source: list[str]) -> None:
-    """List the notebooks that there are on their page."""
-    if docname == "notebooks" and app.config.notebooks_found:
-        lines = "\n".join(f"_notebooks/{name}" for name in app.config.notebooks_found)
-        source[0] += f"\n```{{toctree}}\n:maxdepth: 1\n\n{lines}\n```\n"
+    """Show a card of each notebook on their page."""
+    found = app.config.notebooks_found
+    if docname == "notebooks" and found:
+        cards = "\n".join(CARD.format(name=name, title=title) for name, title in found.items())
+        lines = "\n".join(f"_notebooks/{name}" for name in found)
+        grid = f"::::{{grid}} 1 2 2 3\n:gutter: 2\n:class-container: thumbnails\n\n{cards}::::\n"
+        source[0] += f"\n{grid}\n```{{toctree}}\n:hidden:\n\n{lines}\n```\n"
+
+
+SETUP = re.compile(r"^<!-- setup -->\n(```python\n.*?^```\n)", flags=re.MULTILINE | re.DOTALL)
+SHOWN = ("index", "start/index")  # the pages that introduce the model
+
+
+def fold_setup(app, docname: str, source: list[str]) -> None:
+    """Fold the model that many pages begin with, where it is one that the reader has seen."""
+    if docname not in SHOWN:
+        source[0] = SETUP.sub(
+            lambda found: (
+                f":::{{dropdown}} The eight schools, from *Start here*\n{found[1]}:::\n"
+                if "def eight_schools" in found[1]
+                else found[0]
+            ),
+            source[0],
+        )
 
 
 def drop_aliases(app, what: str, name: str, thing, options, lines: list[str]) -> None:
@@ -98,3 +142,4 @@ def setup(app) -> None:
     copy_mathjax()
     app.add_config_value("notebooks_found", copy_notebooks(), "env")
     app.connect("source-read", list_notebooks)
+    app.connect("source-read", fold_setup)

@@ -90,7 +90,7 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# A few of the Gaussian's draws come near to the second mode. They have so large weights that k-hat is far above its
+# A few of the Gaussian's draws come near to the second mode. Their weights are so large that k-hat is far above its
 # threshold.
 #
 # The next step is in the verdict: `refine`. It starts 64 Markov chains at the guide's draws, after they were resampled

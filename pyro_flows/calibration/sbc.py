@@ -11,6 +11,7 @@ from pyro_flows import _checks
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
 from pyro_flows._turns import alone
+from pyro_flows._warnings import outside
 from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.checkpoint import Checkpoint, key_of
 from pyro_flows.calibration.fit_many import Many
@@ -138,7 +139,7 @@ def sbc(
     if finished < simulations:
         resume = "" if checkpoint is None else " The same call goes on from the checkpoint."
         message = f"sbc: interrupted (Ctrl-C) after {finished} of {simulations} simulations.{resume}"
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=outside())
     return calibration
 
 

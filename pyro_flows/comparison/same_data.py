@@ -34,7 +34,9 @@ def check_data(posteriors: Mapping[str, Record]) -> None:
 
 def _data(posterior: Record) -> dict[str, np.ndarray[Any, Any]]:
     """Return the observed values by site, those that masks leave out excepted."""
-    group = posterior._stored[0].get("observed_data") if posterior._stored else observed_group(posterior._need_density())
+    group = (
+        posterior._stored[0].get("observed_data") if posterior._stored else observed_group(posterior._need_density())
+    )
     return {} if group is None else {str(name): values.to_numpy() for name, values in group.data_vars.items()}
 
 

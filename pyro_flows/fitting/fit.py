@@ -79,19 +79,19 @@ def fit(
             comes on top.
         max_seconds: bound on the seconds of the whole call, above zero: starts, races, training, the search for modes
             and the final draws. It is kept within a second or a fifth, unless a single run of the model takes longer.
-            What there is by then is judged, by fewer draws if need be, and the verdict says what was cut. Time spent
-            waiting for another fit in the same process does not count.
+            At the limit, the result so far is checked, with fewer draws if necessary, and the verdict says what was
+            skipped. Time spent waiting for another fit in the same process does not count.
         train_model: also train the model's own parameters (``pyro.param``, modules); by default they are held fixed.
         escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and
-            tempering, in this order; each is an entry of ``history``. Where the others are about normal given one
-            latent, that one is tabulated, and nothing is trained. Several modes get a mixture of Student-t
-            distributions begun at all of them, or tables of independent coordinates, in the place of a flow, where
-            this is good enough; else up to seven more runs start at modes that the guide lacks, as a mixture.
+            tempering, in this order; each is an entry of ``history``. If the other latents are approximately normal
+            given one latent, a grid over that one is used, and no flow is trained. Several modes get a mixture of
+            Student-t distributions begun at all of them, or tables of independent coordinates, in the place of a flow,
+            where this is good enough; else up to seven more runs start at modes that the guide lacks, as a mixture.
         refine: let a sampler that begins at the flow's draws finish the work (see :meth:`Posterior.refine`), where
             the first round does not suffice and a sampler does for less than another round, and where the verdict
-            would be ``unreliable``: ``"auto"``, or one of its methods for the latter; False does without. Where hardly
-            a draw of the flow has weight, and chains in its space do not do, chains without it are tried. A sampler is
-            not tried with ``train_model``.
+            would be ``unreliable``: ``"auto"``, or one of its methods for the latter; False does without. If the flow's
+            weights collapse and chains in its space do not converge, MCMC runs in the original coordinates. A sampler
+            is not tried with ``train_model``.
         runs: independent runs with seeds and starts of their own, 100 at most. Where they disagree, the verdict names
             the sites, and the guide becomes a mixture of the runs, weighted so that it is as close to the posterior as
             it can be.

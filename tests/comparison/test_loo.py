@@ -323,12 +323,16 @@ def two():
 def test_observations_by_site(two):
     found = two.loo()
     assert found.labels == ("y[0]", "y[1]", "y[3]", "n[0]", "n[1]", "n[2]", "n[3]")
-    sums = found.by_site()
-    assert set(sums) == {"y", "n"}
-    assert sum(sums.values()) == pytest.approx(found.elpd)
+    table = found.by_site()
+    assert list(table["observations"]) == [3, 4]
+    assert table["elpd"].sum() == pytest.approx(found.elpd)
+    assert table["p"].sum() == pytest.approx(found.p)
+    assert table["se"]["y"] == pytest.approx(3**0.5 * float(found.pointwise[:3].std()))
+    assert f"- n: elpd {table['elpd']['n']:.2f}, standard error {table['se']['n']:.2f}, of 4" in str(found)
     alone = two.loo("y")
     assert alone.labels == ("y[0]", "y[1]", "y[3]")
-    assert alone.elpd == pytest.approx(sums["y"], abs=0.05)
+    assert alone.elpd == pytest.approx(table["elpd"]["y"], abs=0.05)
+    assert "- y:" not in str(alone)
     with pytest.raises(ValueError, match="sites: expected one of 'n', 'y', got 'z'"):
         two.loo("z")
 

@@ -10,6 +10,8 @@ from benchmarks import records, tables
 from benchmarks.zoo import reporting as zoo_reporting
 from benchmarks.zoo import running as zoo_running
 
+import pyro_flows as pf
+
 ROOT = Path(__file__).parent.parent.parent
 EVIDENCE = ROOT / "docs" / "evidence"
 
@@ -127,3 +129,14 @@ def test_links_to_files_lead_somewhere(page):
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     assert links
     assert not [link for link in links if link and not (ROOT / link).exists()]
+
+
+def test_the_entry_to_cite_is_that_of_the_package():
+    entry, known = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/cite.md", "CITATION.cff"))
+    title, version = (
+        re.search(rf'^{name}: "?([^"\n]+)', known, flags=re.MULTILINE)[1] for name in ("title", "version")
+    )
+    assert version == pf.__version__
+    plain = re.sub(r"[{}\\]", "", entry)
+    assert f"title   = {title}," in plain
+    assert f"version = {version}," in plain

@@ -28,6 +28,7 @@ KINDS = {
     "python",
     "text",
     "sh",
+    "bibtex",
     "{eval-rst}",
     "{toctree}",
     "{include} ../CHANGELOG.md",

@@ -26,7 +26,8 @@ RESULTS = "document.querySelectorAll('#search-results li')"
 VIOLATIONS = """axe.run(document, {preload: false, resultTypes: ['violations']}).then(found =>
     found.violations.map(one => [one.id, one.impact, one.nodes.length, one.nodes[0].html.slice(0, 150)]))"""
 SERIOUS = {"serious", "critical"}
-LACKING = [name for name in ("sphinx", "myst_nb", "furo", "mathjax") if importlib.util.find_spec(name) is None]
+NEEDED = ("sphinx", "myst_nb", "furo", "mathjax", "sphinx_copybutton", "sphinx_design")
+LACKING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 pytestmark = [
     pytest.mark.slow,
