@@ -135,12 +135,17 @@ def sbc(
         many = Many(simulated.model, simulated.cases, options, derive(seed, "fits"), together, jobs)
         calibration = _run(simulated, many, asked, {"guide": guide, "sampler": sampler}, checkpoint, bar)
         bar.close(str(calibration))
-    finished = calibration.settings["finished"]
-    if finished < simulations:
-        resume = "" if checkpoint is None else " The same call goes on from the checkpoint."
-        message = f"sbc: interrupted (Ctrl-C) after {finished} of {simulations} simulations.{resume}"
-        warnings.warn(message, stacklevel=outside())
+    _warn_if_cut(calibration, resumes=checkpoint is not None)
     return calibration
+
+
+def _warn_if_cut(calibration: Calibration, *, resumes: bool) -> None:
+    """Say that Ctrl-C came, and how the rest is had."""
+    finished, asked = (calibration.settings[name] for name in ("finished", "simulations"))
+    if finished < asked:
+        rest = " The same call goes on from the checkpoint." if resumes else ""
+        message = f"sbc: interrupted (Ctrl-C) after {finished} of {asked} simulations.{rest}"
+        warnings.warn(message, stacklevel=outside())
 
 
 def _asked(
