@@ -1,4 +1,4 @@
-"""Bijections as Pyro ``TransformModule``s: each returns value and log-determinant, and inverts at any point."""
+"""Bijections, each a ``TransformModule`` of Pyro: it returns value and log-determinant, and inverts at any point."""
 
 from pyro_flows.transforms import masks
 from pyro_flows.transforms.affine_coupling import AdditiveCoupling, AffineCoupling

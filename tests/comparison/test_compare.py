@@ -1,6 +1,7 @@
 """Comparison of models, power scaling, and draws before any data."""
 
 import dataclasses
+import importlib
 import math
 
 import pyro
@@ -32,6 +33,7 @@ def located_evidence(y, sd):
     return float(dist.MultivariateNormal(torch.zeros(len(y)), covariance).log_prob(y))
 
 
+comparing = importlib.import_module("pyro_flows.comparison.compare")  # the module, not the function
 DATA = torch.tensor([0.4, 1.3, -0.2, 0.9, 0.1])
 
 
@@ -61,6 +63,29 @@ def test_bayes_factors_elpd_and_verdicts(three):
     text = str(found)
     assert "log Bayes factor" in text
     assert "elpd of" in text
+
+
+def test_monte_carlo_errors_are_small_beside_those_of_differences(three):
+    found = pf.compare(three)
+    best = found.names[0]
+    for other in found.names[1:]:
+        error = math.hypot(found.loo[best].mcse, found.loo[other].mcse)
+        assert error < 1.3 * max(0.02, found.difference(best, other)[1] / 50.0)
+    same = pf.compare({"one": three["1.0"], "again": three["1.0"]})
+    assert same.difference("one", "again")[1] == 0.0
+    assert any("has a Monte Carlo error of" in note for note in same.notes)
+
+
+def test_each_model_has_half_of_the_error_of_its_difference():
+    """The best model has that of its smallest difference; differences of nothing have the floor."""
+    terms = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 10.0
+    elpd = {"best": torch.zeros(200).double(), "far": terms - 1.0, "near": 0.5 * terms - 1.0}
+    goals = comparing._goals(elpd)
+    paired = 200**0.5 * float(terms.std())
+    assert goals["far"] == pytest.approx(paired / 50.0 / 2**0.5)
+    assert goals["best"] == goals["near"] == pytest.approx(0.5 * goals["far"])
+    elpd["like the best"] = elpd["best"] - 0.001
+    assert comparing._goals(elpd)["best"] == pytest.approx(0.02 / 2**0.5)
 
 
 @pytest.mark.slow
