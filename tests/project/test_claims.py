@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 from scipy.stats import beta
 
+import pyro_flows as pf
 from benchmarks import records, tables
 from benchmarks.zoo import reporting as zoo_reporting
 from benchmarks.zoo import running as zoo_running
-
-import pyro_flows as pf
 
 ROOT = Path(__file__).parent.parent.parent
 EVIDENCE = ROOT / "docs" / "evidence"
