@@ -13,6 +13,7 @@ from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 def options(function: Callable[P, R]) -> Callable[P, R]:
@@ -26,8 +27,11 @@ def options(function: Callable[P, R]) -> Callable[P, R]:
     TypeError: run: no option 'draw'. Did you mean 'draws'? Options: draws.
     """
     found = inspect.signature(function).parameters
-    known = [name for name, one in found.items() if one.kind is inspect.Parameter.KEYWORD_ONLY]
-    named = {*known, *(name for name, one in found.items() if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)}
+    kinds = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    named = [name for name, one in found.items() if one.kind in kinds and name != "self"]
+    known = [
+        name for name in named if found[name].kind is kinds[0] or found[name].default is not inspect.Parameter.empty
+    ]
     data = " Data go by position, or in model_kwargs={...}." if "model_kwargs" in named else ""
 
     @functools.wraps(function)
@@ -42,6 +46,14 @@ def options(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return call
+
+
+def methods(owner: type[T]) -> type[T]:
+    """Apply :func:`options` to the public methods of a class that take options."""
+    for name, method in list(vars(owner).items()):
+        if inspect.isfunction(method) and not name.startswith("_") and len(inspect.signature(method).parameters) > 1:
+            setattr(owner, name, options(method))
+    return owner
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:

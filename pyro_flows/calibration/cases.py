@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_flows.model.batching import usable
+from pyro_flows.model.arguments import usable
 from pyro_flows.model.log_density import LogDensity
 
 
@@ -41,7 +41,7 @@ class Case:
         return (str(form), *parts)
 
 
-def cases_of(data: Any, model_kwargs: Mapping[str, Any] | None) -> list[Case]:
+def cases_of(model: Callable[..., Any], data: Any, model_kwargs: Mapping[str, Any] | None) -> list[Case]:
     """Return the arguments of each data set: a tuple, a dict of keyword arguments, or a single argument.
 
     Raises:
@@ -57,7 +57,7 @@ def cases_of(data: Any, model_kwargs: Mapping[str, Any] | None) -> list[Case]:
     for own in data:
         args: tuple[Any, ...] = tuple(own) if isinstance(own, tuple) else () if isinstance(own, Mapping) else (own,)
         kwargs = {**shared, **own} if isinstance(own, Mapping) else shared
-        found.append(Case(usable(args), usable(kwargs)))
+        found.append(Case(*usable(model, args, kwargs)))
     return found
 
 

@@ -92,7 +92,7 @@ def fit_many(
     >>> [posterior.verdict.status for posterior in posteriors]
     ['ok', 'ok', 'ok', 'ok', 'ok']
     """
-    cases = cases_of(data, model_kwargs)
+    cases = cases_of(model, data, model_kwargs)
     options = {"flow": flow, "layers": layers, "draws": draws, "max_steps": max_steps}
     many = Many(model, cases, {**options, "escalate": escalate, "refine": refine}, seed, together, jobs)
     found: dict[int, Posterior] = {}

@@ -21,7 +21,7 @@ from pyro_flows.calibration.result import Calibration, stacked
 from pyro_flows.calibration.simulating import Simulated, simulate
 from pyro_flows.fitting.fit import MAX_SEED
 from pyro_flows.flows.recipe import AUTO, FlowLike
-from pyro_flows.model.batching import usable
+from pyro_flows.model.arguments import usable
 from pyro_flows.results.dims import Labels
 
 FIT_DRAWS = 1000  # at least
@@ -128,7 +128,7 @@ def sbc(
     asked = _asked(kind, simulations, draws, seed, steps, learning_rate, guide, sampler)
     asked["log_density"] = bool(log_density)
     check_jobs(jobs)
-    case = Case(usable(args), usable(dict(model_kwargs or {})))
+    case = Case(*usable(model, args, model_kwargs))
     with Bar("sbc", progress) as bar:
         with alone():
             simulated = simulate(model, case, data, asked, options, bar)

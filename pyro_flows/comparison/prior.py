@@ -16,7 +16,8 @@ from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import alone
-from pyro_flows.model.batching import apart, filled_up, over_rows, possible_pieces, quiet, redrawn, usable
+from pyro_flows.model.arguments import usable
+from pyro_flows.model.batching import apart, filled_up, over_rows, possible_pieces, quiet, redrawn
 from pyro_flows.model.faults import Faults, defined
 from pyro_flows.model.handlers import Resample
 from pyro_flows.model.sites import is_data, is_deterministic, messages
@@ -61,7 +62,7 @@ def prior_predictive(
     if not callable(model):
         raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
     _checks.integer("draws", draws, 1)
-    args, kwargs = usable(args), usable(dict(model_kwargs or {}))
+    args, kwargs = usable(model, args, model_kwargs)
 
     seen = _Last()
 

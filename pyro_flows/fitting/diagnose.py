@@ -21,7 +21,8 @@ from pyro_flows.fitting.guide_space import space_of
 from pyro_flows.fitting.mcmc import from_mcmc
 from pyro_flows.fitting.programs import check_sites, from_traces, random_sites, run_guide
 from pyro_flows.guides.autoflow import AutoFlow
-from pyro_flows.model.batching import quiet, usable
+from pyro_flows.model.arguments import usable
+from pyro_flows.model.batching import quiet
 from pyro_flows.model.digits import COMPARED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
@@ -99,7 +100,7 @@ def diagnose(
         return from_mcmc(chains, model, *args, model_kwargs=model_kwargs, seed=seed)
     _checks.integer("draws", draws, 100, MAX_DRAWS)
     with alone(), Bar("diagnose", progress, quick=True) as bar:
-        found = _diagnose(model, guide, usable(args), usable(dict(model_kwargs or {})), draws, seed, bar)
+        found = _diagnose(model, guide, *usable(model, args, model_kwargs), draws, seed, bar)
         bar.close(found.verdict.status)
     return found
 

@@ -22,7 +22,7 @@ from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
 from pyro_flows.fitting.prepare import Prepared, prepare
 from pyro_flows.flows.recipe import AUTO, FlowLike
-from pyro_flows.model.batching import usable
+from pyro_flows.model.arguments import usable
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.precision import LostDigits
@@ -134,8 +134,7 @@ def fit(
         clock = Clock(seconds, raises=raise_on_interrupt, watch=bar.watch)
         plan = Plan(
             model,
-            usable(args),
-            usable(dict(model_kwargs or {})),
+            *usable(model, args, model_kwargs),
             recipe_for(flow, options),
             draws=draws,
             seed=seed,

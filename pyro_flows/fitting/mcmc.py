@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._turns import alone
-from pyro_flows.model.batching import usable
+from pyro_flows.model.arguments import usable
 from pyro_flows.model.digits import ALLOWED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
@@ -75,7 +75,7 @@ def from_mcmc(
     (torch.Size([100]), 'unreliable')
     """
     with alone():
-        args, kwargs = usable(args), usable(dict(model_kwargs or {}))
+        args, kwargs = usable(model, args, model_kwargs)
         density = LogDensity(model, args, kwargs)
         warn_if_nothing_observed(density.structure, density.trace_at, model, args, kwargs)
         draws, diverging, sampler = _read(mcmc)

@@ -24,13 +24,6 @@ Result = TypeVar("Result")
 REDRAWS = 10  # of draws at which a model raises an error
 
 
-def usable(value: Any) -> Any:
-    """Return arguments with tensors that were made in inference mode, of which there are no gradients, copied."""
-    if not any(isinstance(part, Tensor) and part.is_inference() for part in tree_leaves(value)):
-        return value
-    return tree_map(lambda part: part.clone() if isinstance(part, Tensor) and part.is_inference() else part, value)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Switch validation off for a while: it branches on values, which neither vmap nor recording can do."""

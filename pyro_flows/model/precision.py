@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_flows.model.faults import is_about_dtypes
+from pyro_flows.model.outcomes import is_refused
 from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Structure, messages
 
@@ -90,7 +91,7 @@ def read_in_double(model: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
         found = read_structure(model, args, kwargs)
         with torch.no_grad():
             for site in messages(found.trace).values():  # densities are scored when the model has run
-                if site["type"] == "sample" and not site_is_subsample(site):
+                if site["type"] == "sample" and not (site_is_subsample(site) or is_refused(site)):
                     site["fn"].log_prob(site["value"])
     return found
 
@@ -119,9 +120,9 @@ def read_in_one_precision(
         failed = error
     try:
         return read_in_double(model, args, kwargs), True
-    except Exception:  # a model's own code may raise anything
+    except Exception as error:  # a model's own code may raise anything
         if failed is not None:
-            raise failed from None
+            raise (failed if is_about_dtypes(error) else error) from None
     return structure, False
 
 

@@ -18,6 +18,7 @@ from pyro_flows._fallbacks import fallback, first_line
 from pyro_flows._seeding import seeded
 from pyro_flows.graphs.batches import Work, rows_for
 from pyro_flows.graphs.writes import Batchable, FindWrites, Places
+from pyro_flows.model.arguments import usable
 from pyro_flows.model.batching import advice, apart, filled_up, over_rows, pieces, possible_pieces, quiet
 from pyro_flows.model.enumeration import Enumerate, Evaluator
 from pyro_flows.model.factorizations import Factorizations
@@ -25,6 +26,7 @@ from pyro_flows.model.faults import Faults, defined, is_of_a_point, passing_over
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.handlers import Place, Resample, hold, place_all
 from pyro_flows.model.observations import check_values
+from pyro_flows.model.outcomes import in_floats, refused_sites
 from pyro_flows.model.precision import doubled, in_double, read_in_one_precision
 from pyro_flows.model.sites import Latent, Noncentered, Placed, Structure, check_latents, messages
 
@@ -46,7 +48,7 @@ class Runs:
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
-        self.args, self.kwargs = tuple(args), dict(kwargs or {})
+        self.args, self.kwargs = usable(model, args, kwargs)
         self._double = False  # whether the model runs in double precision, whatever it was written for
         self.faults = Faults()
         self._settle(self._read(model).noncenter(noncentered))
@@ -55,6 +57,10 @@ class Runs:
         """Read the structure of a model with these arguments, and tie it to its parameters."""
         with seeded(0):
             self._as_read, double = read_in_one_precision(model, self.args, self.kwargs)
+            refused = refused_sites(self._as_read)
+            if refused:
+                model = in_floats(model, refused)
+                self._as_read, double = read_in_one_precision(model, self.args, self.kwargs)
         self.model, self._parameters = hold(model, self._as_read.trace)
         if double:
             self.model, self._double = doubled(self.model), True

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pyro_flows import _arrays, _arviz
+from pyro_flows import _arrays, _arviz, _checks
 from pyro_flows.posterior.drawn import Drawn
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyro_flows.comparison.sensitivity import Sensitivity
 
 
+@_checks.methods
 class Assessed(Drawn):
     """A posterior that assesses its model; see :class:`~pyro_flows.Posterior`."""
 

@@ -9,11 +9,13 @@ from typing import Any, Self
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows.model.arguments import usable
 from pyro_flows.posterior.shown import Shown
 from pyro_flows.results import arviz_groups
 from pyro_flows.verdict.deciding import resample
 
 
+@_checks.methods
 class Drawn(Shown):
     """A posterior that gives more draws; see :class:`~pyro_flows.Posterior`."""
 
@@ -155,4 +157,4 @@ class Drawn(Shown):
         z = self._used[:count]
         if not args and model_kwargs is None:
             return density.predictive(z, seed=seed)
-        return arviz_groups.predict(density, z, args, dict(model_kwargs or {}), seed=seed)
+        return arviz_groups.predict(density, z, *usable(density.model, args, model_kwargs), seed=seed)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_flows import _checks
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.posterior.reported import Reported
@@ -20,6 +21,7 @@ from pyro_flows.results.attributes import attributes
 UNPICKLED = "unpickled without a model"
 
 
+@_checks.methods
 @dataclass(frozen=True, eq=False, repr=False)
 class Posterior(Reported):
     r"""What a fit (or :func:`diagnose`) found. Nothing in it changes; methods give new values.
@@ -132,6 +134,7 @@ def _compact(value: Any) -> Any:
     return {name: _compact(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
+@_checks.options
 def load(
     path: str | os.PathLike[str],
     model: Callable[..., Any] | None = None,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_flows import _checks
 from pyro_flows._progress import Bar
 from pyro_flows.posterior.assessed import Assessed
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from pyro_flows.comparison.compare import Comparison
 
 
+@_checks.methods
 class Reported(Assessed):
     """A posterior that writes a report; see :class:`~pyro_flows.Posterior`."""
 

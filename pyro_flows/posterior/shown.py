@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ROWS_SHOWN = 30
 
 
+@_checks.methods
 class Shown(Record):
     """A posterior as text, as a table and as an ArviZ object; see :class:`~pyro_flows.Posterior`."""
 

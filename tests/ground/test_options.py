@@ -20,12 +20,30 @@ import pyro_flows as pf
         (pf.fit_density, "sead", "seed"),
         (pf.compare, "site", "sites"),
         (pf.from_mcmc, "sead", "seed"),
+        (pf.load, "model_kwarg", "model_kwargs"),
     ],
 )
 def test_an_unknown_keyword_lists_the_options(function, wrong, near):
     keywords: dict[str, Any] = {wrong: 1}
     with pytest.raises(TypeError, match=rf"no option '{wrong}'\. Did you mean '{near}'\? Options: .*{near}"):
         function(**keywords)
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "near"),
+    [
+        ("refine", "max_step", "max_steps"),
+        ("loo", "site", "sites"),
+        ("evidence", "drawn", "draws"),
+        ("summary", "var_name", "var_names"),
+        ("predictive", "model_kwarg", "model_kwargs"),
+        ("to_arviz", "coord", "coords"),
+    ],
+)
+def test_methods_of_a_posterior_list_theirs(method, wrong, near):
+    keywords: dict[str, Any] = {wrong: 1}
+    with pytest.raises(TypeError, match=rf"{method}: no option '{wrong}'\. Did you mean '{near}'\? Options: .*{near}"):
+        getattr(pf.Posterior, method)(object(), **keywords)
 
 
 def test_it_says_where_data_go():

@@ -1,0 +1,195 @@
+"""Arguments that are no tensors, numpy arrays, pandas tables and lists of numbers, become tensors if need be."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_with_path
+
+from pyro_flows._fallbacks import first_line
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.model.batching import apart
+from pyro_flows.model.faults import is_about_dtypes, is_of_a_point
+from pyro_flows.model.sites import messages
+from pyro_flows.model.start import FromPrior
+
+KINDS = ("array", "table", "list", "list of whole numbers")
+DRAWS = 3  # of the prior at which a model is tried
+REMEDIES = {
+    "category": "Use its codes, .cat.codes",
+    "times": "Use a number of days, (t - t.min()) / np.timedelta64(1, 'D')",
+    "masked values": "Pass y.filled(0), and mark what is missing with obs_mask=~y.mask",
+    "a sparse matrix": "Use .toarray()",
+    "whole numbers above the range of int64": "Use floating-point numbers",
+}
+OTHERWISE = "Use pd.to_numeric for digits, pd.factorize(...)[0] for names"
+
+
+class _NoNumbers(ValueError):
+    """An argument that cannot become a tensor."""
+
+
+def usable(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments with which the model runs, with tensors of inference mode, which have no gradients, copied.
+
+    Arrays, tables and lists of numbers stay what they are if the model runs with them. Otherwise as few of
+    :data:`KINDS` become tensors as suffice, or all if none of this suffices. Each is tried at draws of the prior, with
+    gradients.
+
+    Raises:
+        ValueError: naming the argument and column, for one that would have to become a tensor, and holds no numbers.
+    """
+    given = tuple(args), dict(kwargs or {})
+    if any(isinstance(part, Tensor) and part.is_inference() for part in tree_leaves(given)):
+        given = tree_map(lambda part: part.clone() if isinstance(part, Tensor) and part.is_inference() else part, given)
+    there = {_kind(part) for value in (*given[0], *given[1].values()) for part in tree_leaves(value, is_leaf=_kind)}
+    kinds = [kind for kind in KINDS if kind in there]
+    if not kinds:
+        return given
+    failed = refused = None
+    for chosen in itertools.chain(*(itertools.combinations(kinds, count) for count in range(len(kinds) + 1))):
+        try:
+            found = _converted(model, *given, chosen)
+        except _NoNumbers as error:
+            refused = error
+            continue
+        error = _error(model, *found)
+        if error is None:
+            return found
+        failed = failed or error
+    assert failed is not None
+    if refused is not None:
+        raise ValueError(f"{refused} The model does not run with what was given: {first_line(failed)}.") from failed
+    return given if isinstance(failed, KeyError) else found
+
+
+def _kind(value: Any) -> str | None:
+    """Return the kind of what may become a tensor; None for all else."""
+    if isinstance(value, Tensor):
+        return None
+    if type(value) in (list, tuple):
+        if not value or _shape(value) is None:
+            return None
+        return "list" if any(isinstance(part, float) for part in tree_leaves(value)) else "list of whole numbers"
+    if "DataFrame" in _pandas(value):
+        return "table"
+    return "array" if hasattr(type(value), "__array__") or hasattr(value, "toarray") else None
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of nested lists of numbers; None if they are of something else, or have different lengths."""
+    if type(value) in (list, tuple):
+        shapes = {_shape(part) for part in value}
+        inner = shapes.pop() if len(shapes) == 1 else None
+        return None if inner is None else (len(value), *inner)
+    whole = isinstance(value, (int, np.integer)) and abs(int(value)) < 2**63
+    return () if whole or isinstance(value, (float, np.floating, np.bool_)) else None
+
+
+def _pandas(value: Any) -> set[str]:
+    """Return the names of the classes of pandas that a value is of."""
+    return {one.__name__ for one in type(value).__mro__ if one.__module__.partition(".")[0] == "pandas"}
+
+
+def _error(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
+    """Return what stands in the way of a run with gradients; None if it goes through, and observes tensors."""
+    found: Exception | None = None
+    for number in range(DRAWS):
+        try:
+            with apart(), torch.enable_grad(), seeded(derive(number, "arguments")), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with _WithGradients(), FromPrior(torch.zeros(())):
+                    trace = poutine.trace(model).get_trace(*args, **kwargs)
+        except Exception as error:  # a model's own code may raise anything
+            if is_about_dtypes(error):
+                wider = torch.get_default_dtype() != torch.float64
+                return _error(in_double(model), args, kwargs) if wider else None  # is dealt with as the model is read
+            found = error
+            if not is_of_a_point(error):
+                break
+            continue
+        sites = [site for site in messages(trace).values() if site["type"] == "sample" and site["is_observed"]]
+        bad = [site for site in sites if not isinstance(site["value"], Tensor)]
+        return TypeError(f"site {bad[0]['name']!r}: obs= is a {type(bad[0]['value']).__name__}") if bad else None
+    return found
+
+
+class _WithGradients(Messenger):
+    """Let gradients be taken of latents: numbers cannot be handed to numpy then."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and isinstance(msg["value"], Tensor) and msg["value"].is_floating_point():
+            msg["value"] = msg["value"].detach().requires_grad_()
+
+
+def _converted(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Sequence[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments with what is of these kinds as tensors."""
+
+    def converted(name: str, value: Any) -> Any:
+        def tensor(path: tuple[Any, ...], part: Any) -> Any:
+            return _tensor(f"argument {name!r}{''.join(map(str, path))}", part) if _kind(part) in kinds else part
+
+        return tree_map_with_path(tensor, value, is_leaf=_kind) if kinds else value
+
+    names = list[str]()
+    with suppress(TypeError, ValueError):
+        names = list(inspect.signature(model).parameters)
+    names += map(str, range(len(names), len(args)))
+    return (
+        tuple(converted(name, value) for name, value in zip(names, args, strict=False)),
+        {name: converted(name, value) for name, value in kwargs.items()},
+    )
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """Return numbers as a tensor of their own: as ``torch.as_tensor`` does, with whole numbers as int64."""
+    if isinstance(value, (list, tuple)):
+        return torch.tensor(value)
+    if "DataFrame" in _pandas(value):
+        columns = [_array(f"{name}, column {label!r}", value.iloc[:, at]) for at, label in enumerate(value.columns)]
+        return torch.from_numpy(np.stack(columns, axis=1))
+    return torch.from_numpy(_array(name, value))
+
+
+def _array(name: str, value: Any) -> Any:
+    """Return numbers as an array of a dtype that torch has, which owns its memory."""
+    dtype = getattr(value, "dtype", None)
+    if _pandas(value) and _pandas(dtype) and getattr(dtype, "numpy_dtype", None) is not None:  # those that know of NA
+        missing = bool(value.isna().any())
+        value = value.to_numpy(dtype=np.float64, na_value=np.nan) if missing else value.to_numpy(dtype.numpy_dtype)
+    if hasattr(value, "toarray"):
+        raise _refused(name, "a sparse matrix")
+    if isinstance(value, np.ma.MaskedArray) and np.ma.getmaskarray(value).any():
+        raise _refused(name, "masked values")
+    if str(dtype) == "category":
+        raise _refused(name, "category")
+    array = np.asarray(value)
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    if kind not in "biufc":
+        raise _refused(name, {"M": "times", "m": "times"}.get(kind, f"values of dtype {dtype or array.dtype}"))
+    if kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
+        raise _refused(name, "whole numbers above the range of int64")
+    wanted = {
+        "b": np.bool_,
+        "f": np.float32 if size <= 4 else np.float64,
+        "c": np.complex64 if size <= 8 else np.complex128,
+    }
+    return np.array(array, dtype=wanted.get(kind, np.int64), order="C")
+
+
+def _refused(name: str, what: str) -> _NoNumbers:
+    return _NoNumbers(f"{name}: expected numbers, got {what}. {REMEDIES.get(what, OTHERWISE)}.")
