@@ -54,21 +54,26 @@ def usable(
     given = tuple(args), dict(kwargs or {})
     if any(isinstance(part, Tensor) and part.is_inference() for part in tree_leaves(given)):
         given = tree_map(lambda part: part.clone() if isinstance(part, Tensor) and part.is_inference() else part, given)
-    there = {_kind(part) for value in (*given[0], *given[1].values()) for part in tree_leaves(value, is_leaf=_kind)}
+    there = {
+        _kind(part)
+        for value in (*given[0], *given[1].values())
+        for part in tree_leaves(value, is_leaf=_may_become_a_tensor)
+    }
     kinds = [kind for kind in KINDS if kind in there]
     if not kinds:
         return given
-    failed = refused = None
+    failed: Exception | None = None
+    refused: _NoNumbers | None = None
     for chosen in itertools.chain(*(itertools.combinations(kinds, count) for count in range(len(kinds) + 1))):
         try:
             found = _converted(model, *given, chosen)
         except _NoNumbers as error:
             refused = error
             continue
-        error = _error(model, *found)
-        if error is None:
+        lacking = _error(model, *found)
+        if lacking is None:
             return found
-        failed = failed or error
+        failed = failed or lacking
     assert failed is not None
     if refused is not None:
         raise ValueError(f"{refused} The model does not run with what was given: {first_line(failed)}.") from failed
@@ -86,6 +91,10 @@ def _kind(value: Any) -> str | None:
     if "DataFrame" in _pandas(value):
         return "table"
     return "array" if hasattr(type(value), "__array__") or hasattr(value, "toarray") else None
+
+
+def _may_become_a_tensor(value: Any) -> bool:
+    return _kind(value) is not None
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
@@ -143,7 +152,7 @@ def _converted(
         def tensor(path: tuple[Any, ...], part: Any) -> Any:
             return _tensor(f"argument {name!r}{''.join(map(str, path))}", part) if _kind(part) in kinds else part
 
-        return tree_map_with_path(tensor, value, is_leaf=_kind) if kinds else value
+        return tree_map_with_path(tensor, value, is_leaf=_may_become_a_tensor) if kinds else value
 
     names = list[str]()
     with suppress(TypeError, ValueError):
@@ -167,7 +176,7 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 def _array(name: str, value: Any) -> Any:
     """Return numbers as an array of a dtype that torch has, which owns its memory."""
-    dtype = getattr(value, "dtype", None)
+    dtype: Any = getattr(value, "dtype", None)
     if _pandas(value) and _pandas(dtype) and getattr(dtype, "numpy_dtype", None) is not None:  # those that know of NA
         missing = bool(value.isna().any())
         value = value.to_numpy(dtype=np.float64, na_value=np.nan) if missing else value.to_numpy(dtype.numpy_dtype)
