@@ -112,7 +112,9 @@ def _pandas(value: Any) -> set[str]:
     return {one.__name__ for one in type(value).__mro__ if one.__module__.partition(".")[0] == "pandas"}
 
 
-def _error(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
+def _error(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, double: bool = False
+) -> Exception | None:
     """Return what stands in the way of a run with gradients; None if it goes through, and observes tensors."""
     found: Exception | None = None
     for number in range(DRAWS):
@@ -123,8 +125,8 @@ def _error(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
                     trace = poutine.trace(model).get_trace(*args, **kwargs)
         except Exception as error:  # a model's own code may raise anything
             if is_about_dtypes(error):
-                wider = torch.get_default_dtype() != torch.float64
-                return _error(in_double(model), args, kwargs) if wider else None  # is dealt with as the model is read
+                # what precisions have to do with it is found out as the model is read
+                return None if double else _error(doubled(model), args, kwargs, double=True)
             found = error
             if not is_of_a_point(error):
                 break

@@ -1,4 +1,4 @@
-"""Observed outcomes 0 and 1 that are whole numbers or truth values, which torch's Bernoulli density refuses."""
+"""Observed outcomes that torch refuses: truth values, and whole numbers as those of a Bernoulli."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Bernoulli
@@ -22,8 +23,9 @@ def refused_sites(structure: Structure) -> frozenset[str]:
 def is_refused(site: Any) -> bool:
     """Whether the density of a site refuses its observed values."""
     value = site["value"]
-    outcomes = site["is_observed"] and isinstance(value, Tensor) and not value.is_floating_point()
-    return outcomes and isinstance(_family(site), Bernoulli)
+    if not site["is_observed"] or not isinstance(value, Tensor) or value.is_floating_point():
+        return False
+    return value.dtype == torch.bool or isinstance(_family(site), Bernoulli)
 
 
 def _family(site: Any) -> Any:
@@ -53,4 +55,6 @@ class _Floats(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.names and is_refused(msg):
-            msg["value"] = msg["value"].to(_family(msg)._param.dtype)
+            own = (value.dtype for value in vars(_family(msg)).values() if isinstance(value, Tensor))
+            dtype = next((dtype for dtype in own if dtype.is_floating_point), torch.get_default_dtype())
+            msg["value"] = msg["value"].to(dtype)

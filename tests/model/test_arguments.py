@@ -71,18 +71,25 @@ def test_whole_numbers_are_int64_and_truths_bool(kind):
 
 @pytest.mark.parametrize("y", [torch.tensor([1, 0, 1]), [1, 0, 1], np.array([1, 0, 1]), pd.Series([True, False, True])])
 def test_whole_numbers_are_floats_where_a_density_refuses_them(y):
-    """torch's Bernoulli and normal densities of vectors take no whole numbers; groups beside them stay indices."""
+    """torch's Bernoulli takes no whole numbers; groups beside them stay indices."""
 
     def model(x, group, y):
         rate = pyro.sample("rate", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         with pyro.plate("data", len(y)):
             pyro.sample("y", dist.Bernoulli(logits=rate[group] * x), obs=y)
-        pyro.sample("z", dist.MultivariateNormal(rate, torch.eye(2)), obs=torch.tensor([1, 2]))
 
     for x in (np.array(Y), torch.tensor(Y)):
         density = pf.LogDensity(model, (x, np.array([0, 1, 1]), y))
-        expected = pf.LogDensity(model, (torch.as_tensor(x), torch.tensor([0, 1, 1]), torch.tensor([1.0, 0.0, 1.0])))
+        expected = pf.LogDensity(
+            model,
+            (
+                torch.as_tensor(x),
+                torch.tensor([0, 1, 1]),
+                torch.tensor([1.0, 0.0, 1.0], dtype=torch.as_tensor(x).dtype),
+            ),
+        )
         z = expected.structure.points(1.0)
+        assert density.dtype == torch.as_tensor(x).dtype
         torch.testing.assert_close(density(z), expected(z))
 
 
