@@ -20,6 +20,7 @@ from pyro_flows._fallbacks import first_line
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart
 from pyro_flows.model.faults import is_about_dtypes, is_of_a_point
+from pyro_flows.model.precision import doubled
 from pyro_flows.model.sites import messages
 from pyro_flows.model.start import FromPrior
 

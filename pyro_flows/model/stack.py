@@ -20,7 +20,6 @@ from pyro_flows.graphs.record import record
 from pyro_flows.graphs.rounding import agree
 from pyro_flows.graphs.runner import Runner
 from pyro_flows.model.batching import batch, quiet, where_possible
-from pyro_flows.model.faults import is_of_a_point
 from pyro_flows.model.gradients import batch_and_grads, batch_hessians, hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
 
@@ -153,10 +152,8 @@ class Stack:
         """Return a piece, by each density alone where the model raises an error at some of the points."""
         try:
             return self._piece(name, function, groups)
-        except RuntimeError as error:
-            if not is_of_a_point(error):
-                raise
-        found = list[tuple[Tensor, ...]]()
+        except torch.linalg.LinAlgError:
+            found = list[tuple[Tensor, ...]]()
         for density, z in zip(self.densities, groups, strict=True):
             if name == "values":
                 found.append((density(z),))

@@ -105,7 +105,7 @@ def test_importance_weights_correct_what_is_not_quite_normal():
         assert len(posterior.losses) == 0
     corrected = [posterior.verdict for posterior in posteriors if posterior.verdict.status == "corrected"]
     assert corrected
-    assert all("importance weights correct a Student-t" in str(verdict) for verdict in corrected)
+    assert all("Gaussian, importance-resampled" in str(verdict) for verdict in corrected)
 
 
 def gamma_quantiles(exact: dist.Gamma, levels: torch.Tensor) -> torch.Tensor:
