@@ -118,7 +118,7 @@ class Digits(Runs):
                 single, double = self._in_both(z)
                 there = torch.isfinite(double)
                 there &= double >= double[there].quantile(0.25) if bool(there.any()) else False
-                return float((single - double)[there].abs().nan_to_num(nan=0.0).amax()) if there.any() else 0.0
+                return float((single - double)[there].abs().nan_to_num(nan=torch.inf).amax()) if there.any() else 0.0
             except Exception:  # a model's own code may raise anything
                 self._has_double = False
         size = self._at(self.single, z).abs()
@@ -142,7 +142,7 @@ class Digits(Runs):
 
     def lost_digits(self, z: Tensor) -> tuple[list[str], list[str]]:
         """Say what rounding does at draws ``z`` (S, D): what speaks against figures, and what is to be noted."""
-        off = self.known_rounding(z)
+        off = self.rounding(z)
         if off <= ALLOWED:
             return [], []
         other = "" if self._has_double else ": the model does not run in double precision throughout"

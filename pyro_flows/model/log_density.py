@@ -69,6 +69,8 @@ class LogDensity(SiteValues):
     (1, torch.Size([3]))
     """
 
+    proper = False  # whether all tails along improper priors were told to fall fast enough for a finite integral
+
     def _settle(self, structure: Structure, like: Runs | None = None) -> None:
         super()._settle(structure, like)
         self.evaluations = 0
@@ -121,7 +123,7 @@ class LogDensity(SiteValues):
             ValueError: as for a new log density.
         """
         other = copy.copy(self)
-        other.args, other.kwargs, other.faults = tuple(args), dict(kwargs), Faults()
+        other.args, other.kwargs, other.faults, other.proper = tuple(args), dict(kwargs), Faults(), False
         other._settle(other._read(self.model).noncenter(self.structure.noncentered), self)
         return other
 

@@ -37,16 +37,17 @@ NUMBERS_END, HUGE = 3.0, math.log(1e15)  # units; change of a log value, beyond 
 def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int) -> list[str]:
     """Return a sentence on the first coordinate with an improper prior along which the tails tell of no integral.
 
-    ``draw`` gives draws (S, D) that tell where the posterior is, and how wide; it is called if a prior is improper.
+    ``draw`` gives draws (S, D) that tell where the posterior is, and how wide; it is called if a prior is improper. A
+    density all of whose tails were told to fall fast is not looked at again.
 
     Cost: for each such coordinate, up to 80 places of a few Hessians each; four or so where the density falls fast.
     """
     found = _coordinates(density)[:MOST]
-    if not found or not density.batched or density.dim > UP_TO:
+    if not found or density.proper or not density.batched or density.dim > UP_TO:
         return []
     with seeded(derive(seed, "the tails of improper priors"), density.device):
         z = draw().to(density.device, density.dtype)
-    coordinates = [coordinate for coordinate, *_ in found]
+    coordinates, told = [coordinate for coordinate, *_ in found], set[int]()
     for other in _written(density):
         there = z if other is density else other.unconstrain(density.constrain(z))
         single = _in_single(other)
@@ -61,6 +62,8 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
         for (coordinate, name, label), too_slow in zip(found, slow, strict=True):
             if too_slow or _ends_numbers(other, coordinate, name, middle, units):
                 return _said(name, label)
+            told |= {coordinate} if too_slow is False else set()
+    density.proper = told.issuperset(coordinates) and len(coordinates) == len(_coordinates(density))
     return []
 
 
@@ -97,27 +100,33 @@ def _middle(density: LogDensity, z: Tensor) -> Tensor | None:
     return z[away.argmin()] if bool(away.isfinite().any()) else None
 
 
-def _too_slow(sides: list[Side]) -> list[bool]:
-    """Whether marginals fall no faster than one over the distance, on one side at least, of sides one way or other."""
+def _too_slow(sides: list[Side]) -> list[bool | None]:
+    """Whether marginals fall no faster than one over the distance, on one side at least, of sides one way or other.
+
+    None where that is not known of both sides.
+    """
     slow = [_is_slow(side) for side in sides]
     half = len(slow) // 2
-    return [one or other for one, other in zip(slow[:half], slow[half:], strict=True)]
+    pairs = zip(slow[:half], slow[half:], strict=True)
+    return [True if True in pair else None if None in pair else False for pair in pairs]
 
 
-def _is_slow(side: Side) -> bool:
-    """Whether all falls known at the far end are too slow, and there are enough of them."""
+def _is_slow(side: Side) -> bool | None:
+    """Whether all falls known at the far end are too slow, and there are enough of them; None if too few are known."""
     distances, masses, noise, level = (part[~(side.distances.isnan() | side.masses.isnan())] for part in side)
     if not len(distances) or float(distances[-1]) < FARTHEST_LEAST:
-        return False
+        return None
     allowed = (1.0 + SLACK) * (distances[1:] / distances[:-1]).log()
     falls, rounding = masses[:-1] - masses[1:], (noise[:-1] + noise[1:]).where(masses[1:].isfinite(), 0.0)
     alike = (distances[:-1] > 0.0) & (level[1:] == level[:-1])
     slow, fast = alike & (falls + rounding < allowed), falls - rounding > allowed
     told = (slow | fast).nonzero()[:, 0]
     if not len(told):
-        return False
+        return None
     last = distances[:-1] * LAST >= distances[1:][told[-1]]
-    return int((slow & last).sum()) >= FALLS and not bool((fast & last).any())
+    if bool((fast & last).any()):
+        return None if bool((slow & last).any()) else False
+    return True if int((slow & last).sum()) >= FALLS else None
 
 
 def finer(density: LogDensity, z: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ _PRODUCTS = {"mul", "__mul__", "__rmul__", "multiply", "__imul__", "mul_"}
 _QUOTIENTS = {"div", "__truediv__", "divide", "true_divide", "__itruediv__", "div_"}
 _INNER = {"matmul", "__matmul__", "__rmatmul__", "dot", "inner", "mv"}  # of a vector with the last axis of another
 _TOTALS, _STACKED = {"sum", "mean"}, {"stack", "cat", "hstack"}
+_WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+UNKNOWN = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)  # forms that are not followed
 _SHAPED = {"reshape", "unsqueeze", "squeeze", "expand", "__getitem__", "flatten", "clone", "to", "double"}
 
 
@@ -35,21 +38,18 @@ class Sums(TorchFunctionMode):
         self._terms: dict[int, tuple[Tensor, Tensor]] = {}  # logs of terms (..., K) of tensors that are sums
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _PAIRS:
-            return self.take(torch.stack(torch.broadcast_tensors(*args), -1), func(*args, **kwargs))
-        if func in _SUMS:
-            return self.take(
-                _last(args[0], kwargs.get("dim", args[1] if len(args) > 1 else None)), func(*args, **kwargs)
-            )
-        name = getattr(func, "__name__", "")
-        if name in ("log", "log1p") and self._is_known(args[:1]):
-            return self._taken(name, args[0], func(*args, **kwargs))
-        try:  # before the function: what it changes in place is another number afterwards
-            terms, log = self._before(name, args, kwargs)
-        except (RuntimeError, TypeError, ValueError, AttributeError):  # arguments of a form that is not followed
-            terms, log = None, None
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        summed = terms = log = None
+        with suppress(*UNKNOWN):  # before the function: what it changes in place is another number afterwards
+            summed = self._summed(func, name, args, kwargs)
+            terms, log = self._before(name, args, kwargs) if summed is None else (None, None)
         found = func(*args, **kwargs)
+        if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
+            changed = args[0] if name in _WRITES and args else found
+            self._terms.pop(id(changed), None)
+            self._logs.pop(id(changed), None)
+        if summed is not None:
+            return self.take(summed, found)
         if terms is not None:
             self._terms[id(found)] = found, _as(terms, found)
         if log is not None:
@@ -60,12 +60,18 @@ class Sums(TorchFunctionMode):
         """Return what is to stand for a sum, given the logs of its terms along their last axis."""
         raise NotImplementedError
 
-    def _taken(self, name: str, x: Tensor, total: Tensor) -> Tensor:
-        """Take a term of the sum that a logarithm is of."""
+    def _summed(self, func: Any, name: str, args: Any, kwargs: Any) -> Tensor | None:
+        """Return the logs (..., K) of the terms of a sum whose logarithm a function is about to return."""
+        if func in _PAIRS:
+            return torch.stack(torch.broadcast_tensors(*args[:2]), -1)
+        if func in _SUMS:
+            return _last(args[0], kwargs.get("dim", args[1] if len(args) > 1 else None))
+        if name not in ("log", "log1p") or not self._is_known(args[:1]):
+            return None
         if name == "log":
-            return self.take(self._terms[id(x)][1], total) if id(x) in self._terms else total
-        terms = self._addends(x)
-        return self.take(torch.cat([torch.zeros_like(terms[..., :1]), terms], -1), total)
+            return self._terms[id(args[0])][1] if id(args[0]) in self._terms else None
+        terms = self._addends(args[0])
+        return torch.cat([torch.zeros_like(terms[..., :1]), terms], -1)
 
     def _is_known(self, parts: Any) -> bool:
         return any(id(part) in self._logs or id(part) in self._terms for part in parts)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.batching import quiet, where_possible
+from pyro_flows.model.faults import Undefined
 from pyro_flows.model.gradients import hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.sums import Counting, Taking
@@ -43,9 +44,13 @@ class Terms:
     def __init__(self, density: LogDensity, z: Tensor) -> None:
         self.density, self.dim = density, density.dim + 1
         self.numbers, self.written = density.numbers, density.written
-        with quiet(), Counting() as found:
-            if density.batched:
-                density.single(z[0])
+        found = Counting()
+        if density.batched:
+            try:
+                with quiet(), found:
+                    density.single(z[0])
+            except Undefined:  # no sum is known there
+                found.sizes.clear()
         sums = [(number, size) for number, size in enumerate(found.sizes) if 1 < size[1] ** size[0] <= CHOICES]
         sums = [(number, size) for number, size in sums if len(sums) <= SUMS and (size[0] == 1 or len(sums) <= FEW)]
         rows = [

@@ -33,8 +33,9 @@ esac
 @pytest.fixture
 def project(tmp_path):
     """A folder with the Makefile and two Pythons in front of the path."""
-    for name in ("Makefile", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
+    for name in ("Makefile", "pyproject.toml", "setup.py", "pyro_flows/graphs/interpreter.c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, version in (("python3", "3.11"), ("python3.13", "3.13"), ("python3.9", "3.9")):
