@@ -64,7 +64,7 @@ class Verdict:
 
     @property
     def method(self) -> str:
-        """What made the draws to use: ``"MCMC"`` for chains, else ``guide_method``."""
+        """What made the draws to use, ``"MCMC"`` for chains and ``guide_method`` otherwise."""
         return MCMC if self.status == "refined" else self.guide_method
 
     @property

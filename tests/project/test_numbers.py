@@ -28,18 +28,19 @@ WRITTEN = {
     "million": lambda value: {0.5: "half a million", 1.0: "a million", 10.0: "ten million"}[round(value / 1e6, 1)],
     "part": lambda value: {0.1: "A tenth", 0.2: "A fifth"}[value],
     "gain": lambda value: {1.2: "a fifth", 1.25: "a quarter"}[value],
+    "share": lambda value: {0.02: "a fiftieth"}[value],
     "half": lambda value: {0.5: "half a"}[value],
 }
 
 PHRASES = {
     "docs/understand/fit.md": [
         "Above {starts.curvature.FULL_HESSIAN_UP_TO} dimensions they come from L-BFGS",
-        "what a reader of {fitting.fit.fit(draws)} draws can see",
+        "by more than the Monte Carlo error of {fitting.fit.fit(draws)} draws",
         "If their effective share has not risen by {training.loop.RISES|gain}",
         "in up to {modes.slices.UP_TO} dimensions and for models of few operations",
         "Given up to {modes.hyper.MOST_HELD|word} coordinates",
         "In up to {fitting.prepare.AT_FIRST} dimensions this comes before the choice of coordinates",
-        "in up to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions. A local linear trend",
+        "In {fitting.prepare.AT_FIRST} to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions it is tried if the chains",
         "In {fitting.run.SAMPLED_FROM} to {fitting.run.SAMPLED_UP_TO} dimensions a flow takes thousands of steps",
         "{correction.rungs.UNTRAINED|comma} gradients at most in up to {correction.rungs.FEW} dimensions, and "
         "{correction.rungs.ATTEMPT|comma} above",
@@ -101,7 +102,8 @@ PHRASES = {
     ],
     "docs/howto/compare.md": [
         "weights {comparison.evidence.DRAWS} new draws of the flow",
-        "{comparison.working.ERROR} nats, or to {comparison.working.RELATIVE} of the standard error",
+        "{comparison.working.RELATIVE|share} of the standard error over observations, "
+        "or of {comparison.working.ERROR} nats",
         "up to {comparison.working.MOST_DRAWS} new draws",
     ],
     "docs/howto/check-a-guide.md": [
