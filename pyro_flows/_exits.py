@@ -13,6 +13,8 @@ from types import FrameType
 
 import typer
 
+from pyro_flows._fallbacks import first_line
+
 DONE, ERROR, UNRELIABLE, INTERRUPTED = 0, 2, 3, 130  # exit codes; 130 is what shells give to Ctrl-C
 
 
@@ -34,6 +36,7 @@ def guarded(work: Callable[[], int], debug: bool, file: Path | None = None) -> N
     except Exception as error:
         if debug:
             raise
+        error = _own(error, file)
         lines = str(error).strip().splitlines()
         text = lines[0] if lines else "no message"
         if text.endswith(":") and len(lines) > 1:  # torch writes the values that it means into the next line
@@ -45,6 +48,16 @@ def guarded(work: Callable[[], int], debug: bool, file: Path | None = None) -> N
         typer.echo(f"pyro-flows: error: {kind}{text}{hint}", err=True)
         code = ERROR
     raise typer.Exit(code)
+
+
+def _own(error: Exception, file: Path | None) -> Exception:
+    """The error of the user's file that an error was raised from, if it quotes that one; otherwise the error itself."""
+    cause = error.__cause__
+    quoted = isinstance(cause, Exception) and first_line(cause) in str(error)
+    if not quoted or _line(error, file):
+        return error
+    own = _own(cause, file)
+    return own if _line(own, file) else error
 
 
 def _line(error: Exception, file: Path | None) -> str:

@@ -512,7 +512,7 @@ def test_debug_shows_the_traceback(folder):
         "--debug",
     )
     done = run(*arguments)
-    assert isinstance(done.exception, RuntimeError)
+    assert isinstance(done.exception.__cause__, RuntimeError)
     assert done.exit_code == 1
 
 

@@ -81,7 +81,8 @@ class Digits(Runs):
         """Whether the model has other values in double precision far out, where climbs come by.
 
         With a concentration of 1e8, a Beta density is a difference of numbers of which single precision has no digit in
-        common with the truth: a mode that is none, thousands of nats high.
+        common with the truth: a mode that is none, thousands of nats high. Points that are lower than another one in
+        either precision do not count: 1 - p of a probability p has few digits far out in most models.
         """
         if not self.batched:
             return False
@@ -90,11 +91,13 @@ class Digits(Runs):
         for number, latent in enumerate(sites):
             points[number, :, latent.offset : latent.offset + latent.size] = points.new_tensor(FAR)[:, None]
         try:
-            single, double = self._in_both(points.flatten(0, 1))
+            single, double = self._in_both(torch.cat([points.flatten(0, 1), points.new_zeros(1, self.dim)]))
         except Exception:  # a model's own code may raise anything
             return False
+        there = torch.isfinite(single) & torch.isfinite(double)
+        single, double = single[there], double[there]
         off = (single - double).abs() > LOST + LOST_SHARE * double.abs()
-        return bool((off & torch.isfinite(single) & torch.isfinite(double)).any())
+        return bool((torch.maximum(single, double)[off] >= double.max()).any()) if bool(off.any()) else False
 
     def rounding(self, z: Tensor) -> float:
         """Return by how many nats rounding changes the log density at draws ``z`` (S, D), as far as that can be told.

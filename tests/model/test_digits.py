@@ -111,6 +111,19 @@ def test_usual_models_stay_as_they_are():
     assert density.rounding(normal(50, 2, seed=5).float()) < 1e-4
 
 
+def shares(y, concentration):
+    share = pyro.sample("share", dist.Beta(torch.tensor(concentration), concentration))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Bernoulli(share), obs=y)
+
+
+def test_digits_lost_far_out_count_where_they_make_a_mode():
+    """1 - p has few digits far out, where the density is low; a Beta of 1e8 is highest there in single precision."""
+    y = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    assert pf.LogDensity(shares, (y, 1.0)).dtype == torch.float32
+    assert pf.LogDensity(shares, (y, 1e8)).dtype == torch.float64
+
+
 def test_what_is_left_is_said():
     """A user's own code that takes single precision only."""
 
