@@ -53,8 +53,7 @@ def guarded(work: Callable[[], int], debug: bool, file: Path | None = None) -> N
 def _own(error: Exception, file: Path | None) -> Exception:
     """The error of the user's file that an error was raised from, if it quotes that one; otherwise the error itself."""
     cause = error.__cause__
-    quoted = isinstance(cause, Exception) and first_line(cause) in str(error)
-    if not quoted or _line(error, file):
+    if not isinstance(cause, Exception) or first_line(cause) not in str(error) or _line(error, file):
         return error
     own = _own(cause, file)
     return own if _line(own, file) else error

@@ -118,7 +118,7 @@ def shares(y, concentration):
 
 
 def test_digits_lost_far_out_count_where_they_make_a_mode():
-    """1 - p has few digits far out, where the density is low; a Beta of 1e8 is highest there in single precision."""
+    """1 - p has few digits far out, where the density is low; a Beta of 1e8 has none at its mode, the middle."""
     y = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
     assert pf.LogDensity(shares, (y, 1.0)).dtype == torch.float32
     assert pf.LogDensity(shares, (y, 1e8)).dtype == torch.float64
