@@ -34,12 +34,12 @@ WRITTEN = {
 PHRASES = {
     "docs/understand/fit.md": [
         "Above {starts.curvature.FULL_HESSIAN_UP_TO} dimensions they come from L-BFGS",
-        "what a reader of {fitting.fit.fit(draws)} draws can see",
+        "by more than the Monte Carlo error of {fitting.fit.fit(draws)} draws",
         "If their effective share has not risen by {training.loop.RISES|gain}",
         "in up to {modes.slices.UP_TO} dimensions and for models of few operations",
         "Given up to {modes.hyper.MOST_HELD|word} coordinates",
         "In up to {fitting.prepare.AT_FIRST} dimensions this comes before the choice of coordinates",
-        "in up to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions. A local linear trend",
+        "In {fitting.prepare.AT_FIRST} to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions it is tried if the chains",
         "In {fitting.run.SAMPLED_FROM} to {fitting.run.SAMPLED_UP_TO} dimensions a flow takes thousands of steps",
         "{correction.rungs.UNTRAINED|comma} gradients at most in up to {correction.rungs.FEW} dimensions, and "
         "{correction.rungs.ATTEMPT|comma} above",
@@ -65,13 +65,14 @@ PHRASES = {
         "holds more than {modes.lacks.SHARE|percent} of the mass that the guide covers",
         "if {modes.short_tails.SHORT|percent} more mass than in the draws, and {modes.short_tails.ERRORS|word} "
         "standard errors, lies beyond one of their {modes.short_tails.TAIL|percent} quantiles",
-        "In up to {modes.slices.UP_TO} dimensions, this is asked of flows",
+        "are checked in up to {modes.slices.UP_TO} dimensions",
         "**changes a mean** by more than {verdict.judging.MEAN_SHIFT} posterior standard deviations",
         "the logarithm of the ratio is larger than {verdict.judging.SD_SHIFT}",
         "by more than {verdict.own_values.CHANGED} and {verdict.own_values.ERRORS|word} standard errors",
-        "for a k-hat between its threshold and {verdict.judging.CONTAINED_K}",
-        "ESS/S is above {verdict.judging.CONTAINED_ESS}, the log evidence is within {verdict.judging.CONTAINED_GAP} "
-        "nats of the ELBO, and weighting changes nothing by more than {verdict.judging.CONTAINED_SHIFT}",
+        "A k-hat between its threshold and {verdict.judging.CONTAINED_K}",
+        "ESS/S is above {verdict.judging.CONTAINED_ESS}",
+        "log evidence is within {verdict.judging.CONTAINED_GAP} nats of the ELBO",
+        "no mean and no standard deviation by more than {verdict.judging.CONTAINED_SHIFT}",
         "names the worst {fitting.agreement.NAMED|word} and counts the others",
         "(dimensions times data above {modes.doubts.CURVED_UP_TO|million})",
         "In up to {modes.population.FEW|word} dimensions, a mixture is brought",
@@ -101,7 +102,7 @@ PHRASES = {
     ],
     "docs/howto/compare.md": [
         "weights {comparison.evidence.DRAWS} new draws of the flow",
-        "{comparison.working.ERROR} nats, or to {comparison.working.RELATIVE} of the standard error",
+        "or of {comparison.working.ERROR} nats if that is more",
         "up to {comparison.working.MOST_DRAWS} new draws",
     ],
     "docs/howto/check-a-guide.md": [
