@@ -64,11 +64,11 @@ def fit(
         model: a Pyro model (function or module).
         args: its positional arguments, as a rule the data.
         model_kwargs: its keyword arguments.
-        flow: ``"auto"``, which is slices along one latent where the others are about normal given that one, and
-            ``"realnvp"`` elsewhere; or a flow that is trained first, whatever slices say: ``"realnvp"``, ``"nice"``,
-            ``"planar"``, ``"spline"``, a :class:`Flow` or :class:`Bijection` of the right dimension (it is copied), or
-            a function of the dimension that returns one. In one dimension couplings are affine, so ``"planar"`` stands
-            in for ``"realnvp"`` and ``"nice"``.
+        flow: ``"auto"``, the cheapest of these methods that passes: a conditional Laplace grid, a Gaussian, Gaussian
+            conditionals, independent coordinates, a mixture, a trained flow (``"realnvp"``), MCMC. Or a flow that is
+            trained first: ``"realnvp"``, ``"nice"``, ``"planar"``, ``"spline"``, a :class:`Flow` or :class:`Bijection`
+            of the right dimension (it is copied), or a function of the dimension that returns one. In one dimension
+            couplings are affine, so ``"planar"`` is used for ``"realnvp"`` and ``"nice"``.
         layers: number of layers, for a flow given by name, 1000 at most; the default is the builder's.
         draws: how many draws to return, at least 100, and ten million at most, or what the memory holds; four times as
             many are judged by. A sampler (``refine``) returns all that it is judged by, 4096 at least.

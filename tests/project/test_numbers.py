@@ -66,13 +66,14 @@ PHRASES = {
         "holds more than {modes.lacks.SHARE|percent} of the mass that the guide covers",
         "if {modes.short_tails.SHORT|percent} more mass than in the draws, and {modes.short_tails.ERRORS|word} "
         "standard errors, lies beyond one of their {modes.short_tails.TAIL|percent} quantiles",
-        "In up to {modes.slices.UP_TO} dimensions, this is asked of flows",
+        "are checked in up to {modes.slices.UP_TO} dimensions",
         "**changes a mean** by more than {verdict.judging.MEAN_SHIFT} posterior standard deviations",
         "the logarithm of the ratio is larger than {verdict.judging.SD_SHIFT}",
         "by more than {verdict.own_values.CHANGED} and {verdict.own_values.ERRORS|word} standard errors",
-        "for a k-hat between its threshold and {verdict.judging.CONTAINED_K}",
-        "ESS/S is above {verdict.judging.CONTAINED_ESS}, the log evidence is within {verdict.judging.CONTAINED_GAP} "
-        "nats of the ELBO, and weighting changes nothing by more than {verdict.judging.CONTAINED_SHIFT}",
+        "A k-hat between its threshold and {verdict.judging.CONTAINED_K}",
+        "ESS/S is above {verdict.judging.CONTAINED_ESS}",
+        "log evidence is within {verdict.judging.CONTAINED_GAP} nats of the ELBO",
+        "no mean and no standard deviation by more than {verdict.judging.CONTAINED_SHIFT}",
         "names the worst {fitting.agreement.NAMED|word} and counts the others",
         "(dimensions times data above {modes.doubts.CURVED_UP_TO|million})",
         "In up to {modes.population.FEW|word} dimensions, a mixture is brought",
