@@ -12,6 +12,7 @@ IN_A_ROW = 1e-2  # part of a relative tolerance that counts against the largest 
 HUGE = 1e6  # in units of a log density, or of a gradient in coordinates of about one
 DIGITS = tuple(sign * 2.0**power for power in range(6) for sign in (1.0, -1.0))  # of the last place, by which points
 # are moved to see how much hangs on rounding
+FARTHER = tuple(2.0 ** (16 + half / 2) for half in range(20))  # such digits of double precision, to both sides
 SINGLE, MOST = 1e-3, 0.9  # tolerance in single precision, and the share of results that has to be within it
 ALIKE, CLOSE = 10.0, 1e-12  # times the change of results by that, and part of them, that rounding may make
 TAME = 2.0  # scales, and distances in units of scales, that cancel no digits
@@ -110,6 +111,10 @@ def hangs_on_digits(
 ) -> bool:
     """Whether results differ no more than they do if inputs change by last digits, as with a matrix near singular.
 
+    Where an input is added to a large number, its last digits are lost, and those of the sum change with larger steps
+    only. Of steps in double precision to both sides, second differences are what rounding makes: Moré and Wild 2011,
+    *Estimating computational noise*.
+
     A result in single precision counts as a whole where no digits are left of nearly all of its numbers: the small ones
     have the errors of the large ones.
     """
@@ -118,6 +123,10 @@ def hangs_on_digits(
         moved = [moved_by(value, digits) for value in inputs]
         for size, value, other in zip(largest, expected, module(*moved), strict=True):
             torch.maximum(size, _apart(other, value), out=size)
+    for digits in FARTHER if all(value.dtype != torch.float32 for value in inputs) else ():
+        above, below = (module(*[moved_by(value, step) for value in inputs]) for step in (digits, -digits))
+        for size, value, *others in zip(largest, expected, above, below, strict=True):
+            torch.maximum(size, _apart(0.5 * others[0] + 0.5 * others[1], value), out=size)
     return all(map(_is_rounding, found, expected, largest))
 
 

@@ -99,7 +99,7 @@ class Digits(Runs):
         off = (single - double).abs() > LOST + LOST_SHARE * double.abs()
         return bool((torch.maximum(single, double)[off] >= double.max()).any()) if bool(off.any()) else False
 
-    def rounding(self, z: Tensor) -> float:
+    def rounding(self, z: Tensor, *, most: int = COMPARED_ONE_BY_ONE) -> float:
         """Return by how many nats rounding changes the log density at draws ``z`` (S, D), as far as that can be told.
 
         At three quarters of a few of them, where it is highest, the model as it is written is compared with itself in
@@ -107,9 +107,9 @@ class Digits(Runs):
         precision, and of models that do not run in it, the last digit of the log density is what can be told. The
         result is kept.
 
-        Cost: 64 densities in either precision.
+        Cost: 64 densities in either precision; 8, or ``most`` if that is less, where they are evaluated one by one.
         """
-        few = COMPARED if self.batched else COMPARED_ONE_BY_ONE
+        few = COMPARED if self.batched else min(most, COMPARED_ONE_BY_ONE)
         z = z[torch.isfinite(z).all(1)]
         self._off = self._off_by(z[:: max(1, len(z) // few)][:few]) if len(z) else 0.0
         return self._off
@@ -143,9 +143,9 @@ class Digits(Runs):
         if not (self._double or pure) and self.rounding(z) > ALLOWED and self._has_double:
             raise LostDigits
 
-    def lost_digits(self, z: Tensor) -> tuple[list[str], list[str]]:
+    def lost_digits(self, z: Tensor, *, most: int = COMPARED_ONE_BY_ONE) -> tuple[list[str], list[str]]:
         """Say what rounding does at draws ``z`` (S, D): what speaks against figures, and what is to be noted."""
-        off = self.rounding(z)
+        off = self.rounding(z, most=most)
         if off <= ALLOWED:
             return [], []
         other = "" if self._has_double else ": the model does not run in double precision throughout"

@@ -135,18 +135,21 @@ class SiteValues(Digits):
             return {name: undefined(site["fn"].log_prob(site["value"]))[None] for name, site in sites.items()}
 
     def predictive(self, z: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
-        """Draw the observed sites anew at each row of ``z``: ``{name: (S, *shape)}``; one seed, one answer."""
+        """Draw the observed sites anew at each row of ``z``: ``{name: (S, *shape)}``; one seed, one answer.
+
+        They are NaN (0 for whole numbers) at rows where the model raises an error.
+
+        Raises:
+            Undefined: if it raises one at all rows, as a distribution without a sampler does.
+        """
         z = self._check(z)
 
         def draw(row: Tensor) -> dict[str, Tensor]:
             trace, _ = self._run(row, enumerate_sites=False, resample=True)
             return {name: messages(trace)[name]["value"] for name in self.structure.observed}
 
-        def instead(rows: Tensor) -> dict[str, Tensor]:
-            return {name: undefined(value)[None] for name, value in self.structure.observed.items()}
-
         with torch.no_grad(), seeded(derive(seed, "posterior predictive"), self.device):
-            return self.map(draw, z, randomness="different", instead=instead)
+            return self.map(draw, z, randomness="different")
 
     def prior(self, draws: int, *, seed: int = 0) -> dict[str, Tensor] | None:
         """Draw all sites from the prior, observed ones too: ``{name: (draws, *shape)}``; None if there are none.

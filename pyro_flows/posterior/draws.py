@@ -53,7 +53,8 @@ def from_draws(
         if len(pool.log_p) < POOL * draws:
             failures = [*failures, f"time for {len(pool.log_p)} of {POOL * draws} draws to judge by"]
             draws = len(pool.log_p) // POOL
-        (lost, rounded), warnings = density.lost_digits(pool.z), [*warnings, *density.clock.reasons()]
+        lost, rounded = density.lost_digits(pool.z, most=pool.checked)
+        warnings = [*warnings, *density.clock.reasons()]
         said: dict[str, Any] = {"failures": [*failures, *lost], "contained": contained, "doubts": doubts}
         said |= {"notes": [*notes, *rounded, *density.faults.notes()], "warnings": warnings}
         pool = pool._replace(checked=min(checked, pool.checked))

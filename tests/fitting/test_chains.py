@@ -56,7 +56,7 @@ def test_good_chains_are_ok(good):
     assert good.samples["theta"].shape == (CHAINS * DRAWS, SCHOOLS)
     torch.testing.assert_close(good._used_log_p, good.density(good._used))
     assert "4 chains of 1000 draws" in str(good)
-    assert str(good.verdict).startswith("ok: the chains agree")
+    assert str(good.verdict).startswith("ok: MCMC (R-hat 1.0")
     assert good.flow is None
     assert good.guide is None
 
@@ -191,7 +191,8 @@ def test_chains_of_format_2_are_read():
         assert found.verdict.chains.draws == 100
         assert found.verdict.chains.r_hat == pytest.approx(1.0528, abs=1e-4)
         assert math.isnan(found.verdict.chains.divergences)
-        assert str(found.verdict).startswith("unreliable: do not use these chains. Why: R-hat 1.053 of centre[4]")
+        assert str(found.verdict).startswith("unreliable: MCMC (R-hat 1.053, ")
+        assert "Do not use the chains. Why: R-hat 1.053 of centre[4]" in str(found.verdict)
         assert "2 chains of 100 draws; R-hat 1.053; ESS 41 in the bulk" in str(found)
         assert torch.equal(found.chains.z.flatten(0, 1), found.z)
         assert found.settings["noncentered"] == {}

@@ -103,9 +103,9 @@ def test_a_fit_that_is_cut_short_says_so():
         rate = pyro.sample("rate", dist.Gamma(0.5, 1.0))
         pyro.sample("y", dist.Poisson(rate), obs=y)
 
-    posterior = quick(skewed, torch.tensor(0.0), max_steps=20)
+    posterior = quick(skewed, torch.tensor(0.0), max_steps=20, refine=False)
     assert posterior.verdict.status != "ok"
-    assert "training did not converge" in str(posterior.verdict)
+    assert any("training did not converge" in reason for reason in posterior.verdict.reasons)
     assert len(posterior.losses) <= 20
 
 

@@ -91,12 +91,12 @@ def test_a_warning_that_is_an_error_comes_again(unreliable):
 
 def test_what_shows_the_verdict_itself_does_not_warn(unreliable, tmp_path, capsys):
     assert "unreliable" in repr(unreliable)
-    assert "unreliable</b>: do not use these samples" in unreliable._repr_html_()
+    assert "unreliable</b>: guide (k-hat" in unreliable._repr_html_()
     plots.plot_posterior(unreliable)
     assert unreliable.samples["theta"].shape == (500, 8)
     fitted = type(unreliable)(**{**vars(unreliable), "losses": torch.tensor([3.0, 2.0])})
     cli._write(fitted, tmp_path / "out")
-    assert capsys.readouterr().out.startswith("unreliable: do not use these samples")
+    assert capsys.readouterr().out.startswith("unreliable: guide (k-hat")
 
 
 # what comes out -------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_the_arviz_object_shows_the_verdict(unreliable, folder, loaded):
     tree = source.to_arviz(predictive=False)
     verdict = str(unreliable.verdict)
     for attrs in (tree.attrs, tree["posterior"].attrs):
-        assert list(attrs)[:2] == ["status", "verdict"]
+        assert list(attrs)[:3] == ["method", "status", "verdict"]
         assert (attrs["status"], attrs["verdict"]) == ("unreliable", verdict)
     assert str(tree["fit"]["status"].values) == "unreliable"
     assert tree["fit"]["status"].shape == ()
@@ -126,7 +126,7 @@ def test_arvizs_own_copies_and_files_keep_it(unreliable, tmp_path):
     for other in (copy.deepcopy(tree), pickle.loads(pickle.dumps(tree)), chosen):
         assert type(other) is type(tree)
         assert other.attrs["status"] == "unreliable"
-        assert "unreliable: do not use these samples" in repr(other)
+        assert "unreliable: guide (k-hat" in repr(other)
 
 
 def test_objects_without_a_verdict_still_print():

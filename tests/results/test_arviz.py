@@ -334,7 +334,7 @@ def test_what_cannot_be_drawn_is_left_out_with_a_note(caplog):
     with caplog.at_level(logging.WARNING, "pyro_flows"):
         tree = posterior.to_arviz()
     assert DRAWN.isdisjoint(groups(tree))
-    assert "no posterior_predictive: RuntimeError: no sampler for this one" in caplog.text
+    assert "no posterior_predictive: Undefined: after site 'y': RuntimeError: no sampler for this one" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")

@@ -271,7 +271,7 @@ BUGS = [
     (*PAST, "MENDED_K <= weighing.k_hat", "MENDED_K < weighing.k_hat", the_table),
     (*JUDGE, "if weighing.broken:", "if False:", the_table),
     (*JUDGE, "elif not weighing.k_hat < weighing.threshold", "elif weighing.k_hat >= weighing.threshold", the_table),
-    (*MOVED, "{names[sd_where]} by", "{names[where]} by", the_table),
+    (*MOVED, "{names[sd_where]} {by_sd}", "{names[where]} {by_sd}", the_table),
     (weighing, "largest_k", "0.7)", "0.8)", the_table),
     (weighing, "largest_k", "min(1.0 - 1.0 / ", "max(1.0 - 1.0 / ", the_table),
     (*JUDGE, "if moved or warnings", "if moved", what_a_fit_says),
