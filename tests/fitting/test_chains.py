@@ -191,9 +191,9 @@ def test_chains_of_format_2_are_read():
         assert found.verdict.chains.draws == 100
         assert found.verdict.chains.r_hat == pytest.approx(1.0528, abs=1e-4)
         assert math.isnan(found.verdict.chains.divergences)
-        assert str(found.verdict).startswith("unreliable: MCMC (R-hat 1.053, ")
+        assert str(found.verdict).startswith("unreliable: MCMC (R-hat 1.053, 41 effective draws)")
         assert "Do not use the chains. Why: R-hat 1.053 of centre[4]" in str(found.verdict)
-        assert "2 chains of 100 draws; R-hat 1.053; ESS 41 in the bulk" in str(found)
+        assert "2 chains of 100 draws" in str(found)
         assert torch.equal(found.chains.z.flatten(0, 1), found.z)
         assert found.settings["noncentered"] == {}
     with pytest.warns(pf.UnreliableWarning):

@@ -105,3 +105,18 @@ def test_a_number_that_may_be_none_excuses_no_other_one():
     module = record(lambda x: ((1.0 - x.square()).sqrt(),), x)
     (expected,) = module(x)
     assert not hangs_on_digits(module, (x,), (expected + torch.tensor([0.0, 5.0, 5.0, 5.0]),), (expected,))
+
+
+def test_a_number_that_is_added_to_a_large_one_loses_its_last_digits():
+    """Squares of 5e4 that cancel: any order of them has other last digits; steps of those of x show none of that."""
+    x, far = normal(200, 5, seed=0).double(), 51234.5
+
+    def cancelling(x: Tensor) -> tuple[Tensor, ...]:
+        return (((x + far) ** 2).sum(1) - (x**2 + 2.0 * far * x + far**2).sum(1) - x.square().sum(1),)
+
+    module = record(cancelling, x)
+    expected = module(x)
+    found = (((x + far) ** 2 - (x**2 + 2.0 * far * x + far**2)).sum(1) - x.square().sum(1),)
+    assert float((found[0] - expected[0]).abs().max()) > 1e-7
+    assert rounds_alike(module, (x,), found, expected)
+    assert not rounds_alike(module, (x,), (found[0] + 1e-3,), expected)
