@@ -54,13 +54,11 @@ def from_draws(
     check_memory(density, draws)
     with torch.no_grad():
         pool = score_pool(density, draw, POOL * draws)
-        cut, scored = _cut(density.clock, len(pool.log_p), POOL * draws, stopped), len(pool.log_p)
-        failed = cut if moving or scored < POOL * draws else []
-        draws = min(draws, scored // POOL)
-        lost, rounded = density.lost_digits(pool.z)
+        failed, cut = _cut(density.clock, len(pool.log_p), POOL * draws, stopped, moving=moving)
+        draws, (lost, rounded) = len(pool.log_p) // POOL, density.lost_digits(pool.z)
         said: dict[str, Any] = {"failures": [*failed, *failures, *lost], "contained": contained, "doubts": doubts}
         said |= {"notes": [*notes, *rounded, *density.faults.notes(), *density.clock.notes()]}
-        said |= {"warnings": [*warnings, *([] if failed else cut)]}
+        said |= {"warnings": [*warnings, *cut]}
         pool = pool._replace(checked=min(checked, pool.checked))
         found, samples = _decided(density, draw, pool, draws=draws, seed=seed, **said)
     about = {"draws": draws, "seed": seed, "noncentered": density.structure.noncentered, **dict(settings or {})}
@@ -76,11 +74,12 @@ def from_draws(
     )
 
 
-def _cut(clock: Clock, scored: int, wanted: int, stopped: str) -> list[str]:
-    """Say once what the end of the time, or Ctrl-C, has cut; nothing if neither came."""
+def _cut(clock: Clock, scored: int, wanted: int, stopped: str, *, moving: bool) -> tuple[list[str], list[str]]:
+    """Say once what the end of the time, or Ctrl-C, has cut, as a failure or a warning; nothing if neither came."""
     judged = f"; judged by {scored:,} of {wanted:,} draws" if scored < wanted else ""
     where = f" {stopped}" if stopped and clock.interrupted is None else ""
-    return [f"{reason}{where}{judged}" for reason in clock.reasons(short=scored < wanted)]
+    said = [f"{reason}{where}{judged}" for reason in clock.reasons(short=scored < wanted)]
+    return (said, []) if moving or scored < wanted else ([], said)
 
 
 def _decided(

@@ -47,14 +47,20 @@ def judge(
         doubts: what speaks against draws whose weights are not good (a fit that was cut short after poor rounds).
         changed: what weighting changes besides means and sds of the coordinates.
     """
-    count = len(weighing.log_weights)
-    ratio = weighing.ess / count
-    improper = [failure for failure in failures if failure.startswith(IMPROPER)]
-    if improper:
+    if improper := [failure for failure in failures if failure.startswith(IMPROPER)]:
         return _unweighed(weighing, names, improper)
-    if count < LEAST_DRAWS:
+    if (count := len(weighing.log_weights)) < LEAST_DRAWS:
         few = f"too few draws to judge ({count})"
         return _unweighed(weighing, names, [*failures, few, *doubts, *warnings], notes)
+    return _weighed(weighing, names, warnings, failures, notes, contained, doubts, changed)
+
+
+def _weighed(
+    weighing: Weighing, names: Sequence[str], warnings: Sequence[str], failures: Sequence[str], notes: Sequence[str],
+    contained: bool, doubts: Sequence[str], changed: Sequence[str],
+) -> Verdict:  # fmt: skip
+    """Return the verdict on draws whose weights tell something."""
+    ratio = weighing.ess / len(weighing.log_weights)
     notes = (*notes, *_heavy_tailed(weighing, names))
     reasons = list(failures)
     good = weighing.k_hat < MENDED_K and ratio >= UNDOUBTED_ESS
