@@ -60,13 +60,11 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
         units = spread_of(there)
         unit = torch.eye(density.dim, dtype=middle.dtype, device=middle.device)
         slow = _too_slow(Outward(other, single, middle, units, unit[coordinates]).sides())
-        for (coordinate, name, label), slow_pair in zip(found, slow, strict=True):
-            steps = [
-                sign * units[coordinate] for sign, too_slow in zip((1.0, -1.0), slow_pair, strict=True) if too_slow
-            ]
+        for (coordinate, name, label), pair in zip(found, slow, strict=True):
+            steps = [sign * units[coordinate] for sign, too_slow in zip((1.0, -1.0), pair, strict=True) if too_slow]
             if steps or _ends_numbers(other, coordinate, name, middle, units):
                 return [_said(label, sorted({_end(other, coordinate, name, middle, step) for step in steps}))]
-            told |= set() if None in slow_pair else {coordinate}
+            told |= set() if None in pair else {coordinate}
     density.proper = told.issuperset(coordinates) and len(coordinates) == len(_coordinates(density))
     return []
 
