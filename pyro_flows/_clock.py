@@ -37,6 +37,7 @@ class Clock:
         self, seconds: float = math.inf, *, raises: bool = False, watch: Callable[[str | None], None] | None = None
     ) -> None:
         self.seconds, self.raises, self.watch = seconds, raises, watch
+        self.asked = seconds  # by the caller, of whom this clock may have the rest only
         self.began = time.monotonic()
         self.end = self.began + seconds
         self.stop = self.end  # of the work, and of the part that is under way
@@ -118,15 +119,18 @@ class Clock:
         self.final = True
         self.stop = self.end if self.interrupted is None else min(self.end, time.monotonic() + AFTER_INTERRUPT)
 
-    def reasons(self) -> list[str]:
-        """What was cut, in words; nothing if all was done."""
-        if not self.cut:
+    def reasons(self, *, short: bool = False) -> list[str]:
+        """Why the work was ended; nothing if all was done. With ``short``, there were too few seconds for judging."""
+        if not (self.cut or short):
             return []
         if self.interrupted is None:
-            return [f"stopped after max_seconds={self.seconds:g} before the end of: {', '.join(self.cut)}"]
+            return [f"stopped at max_seconds={self.asked:g}"]
+        return [f"interrupted (Ctrl-C) before the end of: {self.interrupted}"]
+
+    def notes(self) -> list[str]:
+        """Which parts were cut, in words; that of Ctrl-C is in the reason."""
         rest = [name for name in self.cut if name != self.interrupted]
-        left_out = f"; not to its end either: {', '.join(rest)}" if rest else ""
-        return [f"interrupted (Ctrl-C) before the end of: {self.interrupted}{left_out}"]
+        return [f"not done, or not to the end: {', '.join(rest)}"] if rest else []
 
 
 class Part:

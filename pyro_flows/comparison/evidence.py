@@ -256,7 +256,7 @@ def _ratio(posterior: Record, count: int) -> Tensor:
 
 def _bridge(posterior: Record, count: int) -> Estimate:
     if not posterior._by_chains:
-        note = "not used: it takes draws of the posterior, and these are the flow's own or weighted ones"
+        note = "not used: it takes draws of the posterior, and these are the method's own or weighted ones"
         return Estimate("bridge", math.nan, math.inf, note)
     density = posterior.density
     if density is None:

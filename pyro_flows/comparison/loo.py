@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "plain": "PSIS-LOO of draws of the posterior",
-    "approximate": "approximate-posterior PSIS-LOO of the guide's draws",
+    "approximate": "approximate-posterior PSIS-LOO of the method's own draws",
 }
 SHOWN = 10
 
@@ -48,6 +49,7 @@ class Loo:
             or as they are.
         p_pointwise: what it adds to ``p`` (N,).
         sites: for each observed site, its first observation and the one after its last.
+        joint: the sites that are one observation of several values, in words.
 
     Sources: Vehtari, Gelman and Gabry 2017 (arXiv 1507.04544); approximate-posterior LOO, Magnusson et al. 2019
     (arXiv 1904.10679); moved draws, after Paananen et al. 2021 (arXiv 1906.08850). Cost: the log likelihood of all
@@ -83,6 +85,7 @@ class Loo:
     k_moved: Tensor = field(repr=False)
     p_pointwise: Tensor = field(repr=False)
     sites: dict[str, tuple[int, int]] = field(repr=False)
+    joint: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def high(self) -> tuple[str, ...]:
@@ -96,17 +99,21 @@ class Loo:
 
     def __str__(self) -> str:
         first = (
-            f"elpd {self.elpd:.2f} nats, standard error {self.se:.2f}, p {self.p:.2f}, by {METHODS[self.method]} "
-            f"({self.draws} draws, {self.status}); Monte Carlo error "
-            f"{f'{self.mcse:.3f}' if math.isfinite(self.mcse) else 'not known'}."
+            f"elpd {self.elpd:.2f} nats, standard error {_known(self.se, 2)}, p {self.p:.2f}, "
+            f"by {METHODS[self.method]} ({self.draws} draws, {self.status}); Monte Carlo error "
+            f"{_known(self.mcse, 3)}."
         )
         return "\n".join([f"{first} {self._about_k()}", *(self._about_sites() if len(self.sites) > 1 else ())])
 
     def _about_sites(self) -> list[str]:
         rows = self.by_site()[["elpd", "se", "observations"]].itertuples()
-        return [f"- {site}: elpd {elpd:.2f}, standard error {se:.2f}, of {count}" for site, elpd, se, count in rows]
+        return [
+            f"- {site}: elpd {elpd:.2f}, standard error {_known(se, 2)}, of {count}" for site, elpd, se, count in rows
+        ]
 
     def _about_k(self) -> str:
+        if self.joint and len(self.joint) == len(self.labels):
+            return f"{'; '.join(self.joint)}: write the values in a plate to leave them out one by one."
         if not self.high:
             moved = f", with draws moved for {len(self.moved)} of them" if self.moved else ""
             return f"All {len(self.labels)} k-hats are below {self.k_limit:.2f}{moved}."
@@ -157,7 +164,7 @@ def loo(posterior: Record, *, sites: Any, draws: int | None, seed: int, progress
             found = as_loo(work, work.moved(work.drawn(draws)))
         else:
             found = as_loo(work, work.precise(work.given(in_hand(posterior))))
-        bar.close(f"elpd {found.elpd:.2f}, standard error {found.se:.2f}")
+        bar.close(f"elpd {found.elpd:.2f}, standard error {_known(found.se, 2)}")
     return found
 
 
@@ -196,4 +203,17 @@ def as_loo(work: Work, found: Whole) -> Loo:
         k_moved=found.k_moved,
         p_pointwise=p,
         sites=given.places,
+        joint=tuple(_joint(posterior, given.places)),
     )
+
+
+def _joint(posterior: Record, places: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """Say which sites are one observation of several values; of a posterior without its model, none are known."""
+    observed = {} if posterior.density is None else posterior.density.structure.observed
+    for name, (first, last) in places.items():
+        if last - first == 1 and name in observed and observed[name].numel() > 1:
+            yield f"{name!r} is one observation of {observed[name].numel()} values"
+
+
+def _known(error: float, digits: int) -> str:
+    return f"{error:.{digits}f}" if math.isfinite(error) else "not known"

@@ -28,6 +28,7 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, objections
 from pyro_flows.verdict.deciding import CHECKED
 from pyro_flows.verdict.methods import METHODS
+from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.verdict import Verdict
 
 STAGE = "refinement"
@@ -210,6 +211,8 @@ def _verdict(
     notes = [*kept, *(note for note in notes if note not in kept)]
     known = (reason.rpartition(REPLACED)[2] for reason in old.reasons)
     reasons = tuple(reason for reason in known if not reason.startswith(TRIED_BEFORE))
+    if improper := tuple(failure for failure in failures if failure.startswith(IMPROPER)):
+        return replace(old, status="unreliable", k_hat=math.nan, reasons=improper, notes=(), chains=found)
     if failures:
         return replace(old, status="unreliable", reasons=(*failures, *reasons), notes=tuple(notes), chains=found)
     if not against:

@@ -72,6 +72,7 @@ def last_rung(
         method = "auto"
     bar.watch("a sampler")
     own = Clock(left, raises=clock.raises, watch=bar.watch)
+    own.asked = clock.asked
     seed = int(posterior.settings["seed"])
     begun = posterior if chains is None else replace(posterior, chains=chains)
     work = Work(method, CHEAPER, most=LAST, searched=searched, passed=passed)

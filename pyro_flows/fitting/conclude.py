@@ -16,6 +16,7 @@ from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
+from pyro_flows.training.loop import STOPPED
 
 
 def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
@@ -23,16 +24,19 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
     best, search = found.best, found.search
     sampler = best.flow(plan, density) if found.sampler is None else found.sampler
     mixed = [run for run in found.kept if run is not best and isinstance(sampler, FlowMixture)]
-    notes = [note for run in [best, *mixed] for note in _warnings(run)] if found.several is None else []
+    stopped = _stopped(plan, best) if found.several is None else ""
+    notes = [note for run in [best, *mixed] for note in _warnings(run, plan)] if found.several is None else []
     moving = found.several is None and (best.best is None or best.best.training.moving)
     cut_short = ["training did not converge: means or sds still changed when it ended"]
-    cut_short = cut_short if moving and not found.improper else []
+    cut_short = cut_short if moving and not (found.improper or stopped) else []
     return from_draws(
         density,
         sampler.draw,
         draws=plan.draws,
         seed=plan.seed,
         checked=plan.checked,
+        stopped=stopped,
+        moving=bool(stopped) and moving,
         guide=AutoFlow.of(sampler, density.structure, plan.model, plan.args, plan.kwargs),
         losses=best.losses,
         history=[*found.history, *(stage for run in found.runs for stage in run.history), *noted(search)],
@@ -66,11 +70,21 @@ def _chosen(run: Run, sampler: Any, density: LogDensity) -> dict[str, Any]:
     }
 
 
-def _warnings(run: Run) -> list[str]:
+def _stopped(plan: Plan, run: Run) -> str:
+    """Say where in the training the time was over, or Ctrl-C came; empty if that was elsewhere."""
+    if not plan.clock.cut or run.improper:
+        return ""
+    if run.best is None or not len(run.losses):
+        return "before training"
+    return "during training" if run.best.training.why.startswith(STOPPED) else ""
+
+
+def _warnings(run: Run, plan: Plan) -> list[str]:
     if run.best is None:
         return []
     result = run.best.training
-    found = [] if result.converged else [result.why]
+    told = plan.clock.cut and result.why.startswith(STOPPED)  # by the clock's reason
+    found = [] if result.converged or told else [result.why]
     if result.skipped > 0.01 * len(result.losses):
         found.append(f"{result.skipped} of {len(result.losses)} training steps had a gradient that is not finite")
     return found

@@ -72,7 +72,13 @@ def passing_over() -> Iterator[None]:
 def place_of(last: str | None, order: Sequence[str]) -> str:
     """Say where a model was that had come to the site ``last``; ``order`` are the sites of a run without an error."""
     following = order[order.index(last) + 1 :] if last in order else order if last is None else ()
-    return f"before site {following[0]!r}" if following else "in the model" if last is None else f"after site {last!r}"
+    return (
+        f"in or before site {following[0]!r}"
+        if following
+        else "in the model"
+        if last is None
+        else f"after site {last!r}"
+    )
 
 
 def site_of(nodes: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -262,7 +263,9 @@ class LogDensity(SiteValues):
                 self._run(row, enumerate_sites=True)[0].compute_log_prob()
         except (ValueError, Undefined) as error:
             cause = error.__cause__ if isinstance(error, Undefined) else error
-            return " ".join(str(cause).partition("Trace Shapes")[0].split()) if isinstance(cause, ValueError) else None
+            place = f"{str(error).partition(': ')[0]}: " if isinstance(error, Undefined) else ""
+            text = re.split(r"Trace Shapes|:?\s*tensor\(", str(cause))[0]  # the values themselves are left out
+            return place + " ".join(text.split()) if isinstance(cause, ValueError) else None
         return None
 
     def _runs(self, row: Tensor) -> bool:

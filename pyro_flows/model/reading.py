@@ -132,11 +132,22 @@ def _subsampled(site: Any) -> list[str]:
     return [frame.name for frame in site["cond_indep_stack"] if frame.full_size not in (None, frame.size)]
 
 
+def _is_text(value: Any) -> bool:
+    """Whether a value is text, or a list of texts."""
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and any(_is_text(part) for part in value))
+
+
 def _check_data(site: Any) -> None:
     name, value = site["name"], site["value"]
     if not isinstance(value, Tensor):
+        kind = type(value).__name__
         raise ValueError(
-            f"site {name!r}: expected a tensor as obs=, got a {type(value).__name__}. Use torch.as_tensor."
+            f"site {name!r}: expected "
+            + (
+                "numbers as obs=, got text."
+                if _is_text(value)
+                else f"a tensor as obs=, got a {kind}. Use torch.as_tensor."
+            )
         )
     if not value.is_floating_point() or site["mask"] is False:
         return

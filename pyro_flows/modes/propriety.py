@@ -23,6 +23,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.outward import Outward, Side
 from pyro_flows.starts.prior import spread_of
+from pyro_flows.verdict.next_step import IMPROPER
 
 PART = "a look at the tails of improper priors"  # of a fit
 FARTHEST = 6.0  # units, to which draws are cut
@@ -59,10 +60,11 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
         units = spread_of(there)
         unit = torch.eye(density.dim, dtype=middle.dtype, device=middle.device)
         slow = _too_slow(Outward(other, single, middle, units, unit[coordinates]).sides())
-        for (coordinate, name, label), too_slow in zip(found, slow, strict=True):
-            if too_slow or _ends_numbers(other, coordinate, name, middle, units):
-                return _said(name, label)
-            told |= {coordinate} if too_slow is False else set()
+        for (coordinate, name, label), pair in zip(found, slow, strict=True):
+            steps = [sign * units[coordinate] for sign, too_slow in zip((1.0, -1.0), pair, strict=True) if too_slow]
+            if steps or _ends_numbers(other, coordinate, name, middle, units):
+                return [_said(label, sorted({_end(other, coordinate, name, middle, step) for step in steps}))]
+            told |= set() if None in pair else {coordinate}
     density.proper = told.issuperset(coordinates) and len(coordinates) == len(_coordinates(density))
     return []
 
@@ -100,15 +102,20 @@ def _middle(density: LogDensity, z: Tensor) -> Tensor | None:
     return z[away.argmin()] if bool(away.isfinite().any()) else None
 
 
-def _too_slow(sides: list[Side]) -> list[bool | None]:
-    """Whether marginals fall no faster than one over the distance, on one side at least, of sides one way or other.
-
-    None where that is not known of both sides.
-    """
+def _too_slow(sides: list[Side]) -> list[tuple[bool | None, bool | None]]:
+    """Whether marginals fall no faster than one over the distance, one way and the other; None where not known."""
     slow = [_is_slow(side) for side in sides]
     half = len(slow) // 2
-    pairs = zip(slow[:half], slow[half:], strict=True)
-    return [True if True in pair else None if None in pair else False for pair in pairs]
+    return list(zip(slow[:half], slow[half:], strict=True))
+
+
+def _end(density: LogDensity, coordinate: int, name: str, middle: Tensor, step: Tensor) -> str:
+    """Say whether values of a site get low or high, as a coordinate goes a step from the middle."""
+    points = middle.repeat(2, 1)
+    points[1, coordinate] += step
+    values = density.constrain(points)[name].double().reshape(2, -1)
+    change = values[1] - values[0]
+    return "low" if float(change[change.abs().argmax()]) < 0.0 else "high"
 
 
 def _is_slow(side: Side) -> bool | None:
@@ -140,9 +147,9 @@ def finer(density: LogDensity, z: Tensor) -> Tensor:
     return z.double() if finer.dtype == torch.float64 else z
 
 
-def _said(name: str, label: str) -> list[str]:
-    said = f"the posterior seems to be improper, with no finite integral: along {label}, whose prior is improper, its"
-    return [f"{said} density falls no faster than one over the distance (give `{name}` a proper prior)"]
+def _said(label: str, ends: list[str]) -> str:
+    where = f", towards {' and '.join(ends)} values" if ends else ""
+    return f"{IMPROPER}{label}, whose prior is improper, its density falls no faster than one over the distance{where}"
 
 
 def _coordinates(density: LogDensity) -> list[tuple[int, str, str]]:

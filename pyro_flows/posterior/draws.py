@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._clock import Clock
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.posterior import Posterior
@@ -40,23 +41,24 @@ def from_draws(
     contained: bool = False,
     doubts: Sequence[str] = (),
     checked: int = CHECKED,
+    stopped: str = "",
+    moving: bool = False,
 ) -> Posterior:
     """Draw, score, weigh and judge. ``draw(n)`` gives unconstrained draws and their log density under the guide.
 
     ``checked`` draws at most are run with Pyro's checks of arguments on. Where the clock of ``density`` ends the
-    scoring, the draws scored so far are all that there are.
+    scoring, the draws scored so far are all that there are. ``stopped`` says where it ended the training before,
+    ``moving`` that means or sds still changed a lot there.
     """
     _checks.integer("draws", draws, 100)
     check_memory(density, draws)
     with torch.no_grad():
         pool = score_pool(density, draw, POOL * draws)
-        if len(pool.log_p) < POOL * draws:
-            failures = [*failures, f"time for {len(pool.log_p)} of {POOL * draws} draws to judge by"]
-            draws = len(pool.log_p) // POOL
-        lost, rounded = density.lost_digits(pool.z, most=pool.checked)
-        warnings = [*warnings, *density.clock.reasons()]
-        said: dict[str, Any] = {"failures": [*failures, *lost], "contained": contained, "doubts": doubts}
-        said |= {"notes": [*notes, *rounded, *density.faults.notes()], "warnings": warnings}
+        failed, cut = _cut(density.clock, len(pool.log_p), POOL * draws, stopped, moving=moving)
+        draws, (lost, rounded) = len(pool.log_p) // POOL, density.lost_digits(pool.z, most=pool.checked)
+        said: dict[str, Any] = {"failures": [*failed, *failures, *lost], "contained": contained, "doubts": doubts}
+        said |= {"notes": [*notes, *rounded, *density.faults.notes(), *density.clock.notes()]}
+        said |= {"warnings": [*warnings, *cut]}
         pool = pool._replace(checked=min(checked, pool.checked))
         found, samples = _decided(density, draw, pool, draws=draws, seed=seed, **said)
     about = {"draws": draws, "seed": seed, "noncentered": density.structure.noncentered, **dict(settings or {})}
@@ -70,6 +72,14 @@ def from_draws(
         **_of_guide(guide, draw),
         density=density,
     )
+
+
+def _cut(clock: Clock, scored: int, wanted: int, stopped: str, *, moving: bool) -> tuple[list[str], list[str]]:
+    """Say once what the end of the time, or Ctrl-C, has cut, as a failure or a warning; nothing if neither came."""
+    judged = f"; judged by {scored:,} of {wanted:,} draws" if scored < wanted else ""
+    where = f" {stopped}" if stopped and clock.interrupted is None else ""
+    said = [f"{reason}{where}{judged}" for reason in clock.reasons(short=scored < wanted)]
+    return (said, []) if moving or scored < wanted else ([], said)
 
 
 def _decided(

@@ -26,7 +26,7 @@ class Shown(Record):
 
     def __str__(self) -> str:
         count, chains = len(self._used), self.chain_count
-        each = f"{chains} chains of {count // chains}" if self._by_chains else count
+        each = f"{chains} chain{'s' if chains > 1 else ''} of {count // chains}" if self._by_chains else count
         known = self.verdict.supports_evidence
         evidence = f", log evidence {self.log_evidence:.2f}" if known else ""
         elbo = f", ELBO {self.elbo:.2f}" if known and not self._by_chains else ""

@@ -26,6 +26,8 @@ from pyro_flows.verdict.methods import METHODS
 if TYPE_CHECKING:
     import pandas as pd
 
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+DEFAULTS = {"draws": 4000, "seed": 0}  # of the calls that make a posterior
 SOURCE = 20_000  # characters of a model's source at most
 
 
@@ -73,10 +75,10 @@ def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[st
 
 def _about(posterior: Record) -> list[tuple[str, str]]:
     """Return what was fitted, in a few lines."""
-    count, effective = len(posterior._used), posterior.effective
+    count = len(posterior._used)
     found = [
         ("Sites", ", ".join(posterior.samples)),
-        ("Draws", f"{count}" + (f", worth {effective:.0f} independent ones" if effective == effective else "")),
+        ("Draws", f"{count}"),
         ("Dimensions", f"{posterior.z.shape[1]} unconstrained coordinates"),
         ("Method", f"{posterior.described}: {METHODS[posterior.method].meaning}"),
     ]
@@ -134,16 +136,20 @@ def _versions(posterior: Record) -> list[tuple[str, str]]:
 
 
 def recipe(posterior: Record) -> str:
-    """Return the call that makes this posterior, as it was asked for; ``data`` and a flow or guide are the caller's."""
+    """Return the call that makes this posterior, as it was asked for; data and a flow or guide are the caller's."""
     settings, density = posterior.settings, posterior.density
     model = "model" if density is None else getattr(density.model, "__name__", type(density.model).__name__)
-    given = f"{model}, *data"
+    given = f"{model}, {_arguments(posterior)}".rstrip(", ")
     known: dict[str, Any] = {"seed": settings["seed"]}
     more = ", model_kwargs=model_kwargs" if density is not None and density.kwargs else ""
     if posterior._of_mcmc:
         call = _call("from_mcmc", f"mcmc, {given}{more}", known)
     elif settings.get("diagnosed"):
-        call = _call("diagnose", f"{model}, guide, *data{more}", {"draws": settings["draws"], **known})
+        call = _call(
+            "diagnose",
+            f"{model}, guide, {_arguments(posterior)}".rstrip(", ") + more,
+            {"draws": settings["draws"], **known},
+        )
     elif "side_by_side" in settings:  # one of many, whose own seed came of that of the call
         call = _call("fit", given + more, {"draws": settings["draws"], **known, **settings.get("asked", {})})
         call = f"# fitted side by side with {settings['side_by_side'] - 1} others by pf.fit_many; by itself:\n{call}"
@@ -163,7 +169,21 @@ def _asked(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _call(name: str, given: str, options: Mapping[str, Any]) -> str:
-    return f"posterior = pf.{name}({given}, {_words(options)})\n"
+    words = _words({key: value for key, value in options.items() if DEFAULTS.get(key) != value})
+    return f"posterior = pf.{name}({given}{', ' if words else ''}{words})\n"
+
+
+def _arguments(posterior: Record) -> str:
+    """Return the names of the model's arguments, where it tells these."""
+    if posterior.density is None:
+        return "*data"
+    model: Any = posterior.density.model
+    try:
+        count = len(posterior.density.args)
+        named = [one.name for one in inspect.signature(model).parameters.values() if one.kind in POSITIONAL]
+    except (TypeError, ValueError):  # no signature
+        return "*data"
+    return ", ".join(named[:count]) if len(named) >= count else "*data"
 
 
 def _words(options: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ def _of_guide(posterior: Record) -> list[Figure]:
             "ESS/S",
             f"{verdict.ess_ratio:.2f}",
             f"{ESS_RATIO} or more",
-            "Share of the guide's draws that is left after weighting; 1 for a perfect guide.",
+            "Share of the method's own draws that is left after weighting; 1 if they are the posterior's.",
         ),
         Figure(
             "Change of a mean",
@@ -65,7 +65,9 @@ def _of_guide(posterior: Record) -> list[Figure]:
 
 
 def _of_evidence(posterior: Record) -> list[Figure]:
-    evidence = Figure("Log evidence", f"{posterior.log_evidence:.3f} nats", "", "Close to the ELBO for a good guide.")
+    evidence = Figure(
+        "Log evidence", f"{posterior.log_evidence:.3f} nats", "", "Close to the ELBO for a good approximation."
+    )
     elbo = Figure("ELBO", f"{posterior.elbo:.3f} nats", "", "Lower bound of the log evidence.")
     return [evidence] if posterior._by_chains else [elbo, evidence]
 

@@ -259,7 +259,8 @@ def _fit(posterior: Record) -> xr.Dataset:
     if posterior._of_mcmc:
         figures = {name: np.array(getattr(posterior.verdict.chains, name)) for name in FIGURES}
         return _arviz.dataset(values | figures, {}, sample_dims=())
-    values |= {name: np.array(getattr(posterior, name)) for name in ("k_hat", "ess", "log_evidence")}
+    known = ("k_hat", "ess", *(("log_evidence",) if posterior.verdict.supports_evidence else ()))
+    values |= {name: np.array(getattr(posterior, name)) for name in known}
     seconds = posterior.seconds
     if not math.isnan(seconds):
         values["seconds"] = np.array(seconds)

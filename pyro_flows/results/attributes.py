@@ -13,8 +13,7 @@ PACKAGES = ("pyro-ppl", "torch", "arviz-base", "arviz-stats")
 
 def attributes(posterior: Record) -> dict[str, str | float]:
     """Return what the object says of itself, the verdict first: numbers and strings only."""
-    kind = "flow" if posterior.flow is not None else "guide"
-    kind = {"corrected": "psis-resampled", "refined": "chains"}.get(posterior.verdict.status, kind)
+    kind = {"corrected": "psis-resampled", "refined": "chains"}.get(posterior.verdict.status, posterior.method)
     kind = "mcmc" if posterior._of_mcmc else kind
     found: dict[str, str | float] = {
         "status": posterior.verdict.status,  # both first, where a display that is cut short still shows them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,12 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.results.attributes import attributes_of
 from pyro_flows.results.methods import method_of
 from pyro_flows.results.record import Record, counted
+from pyro_flows.verdict.deciding import POOL
+from pyro_flows.verdict.judging import MENDED, MENDED_K
 from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, GUIDE, INDEPENDENT, METHODS, MIXTURE, TRAINED
 from pyro_flows.verdict.references import bibtex, named
+from pyro_flows.verdict.verdict import Verdict
+from pyro_flows.verdict.weighing import MEAN_SHIFT, SD_SHIFT, UNTOLD
 
 BASES = {"normal": "a normal base", "student_t": "a Student-t base", "logistic": "a logistic base"}
 LAYERS = {
@@ -65,14 +70,24 @@ def _text(posterior: Record) -> Text:
     if posterior._of_mcmc:
         _of_others(text, posterior)
         return text
+    improper = posterior.verdict._improper
+    if improper and posterior.settings.get("round") is None and posterior.verdict.guide_method != GUIDE:
+        text.say(f"no approximation was fitted: {_improper(posterior)}")
+        return text
     text.say(_guide(text, posterior))
-    _work(text, posterior.settings)
-    if posterior._by_chains:
+    _work(text, posterior)
+    if improper:
+        text.say(f"{_improper(posterior)}, so nothing should be reported")
+    elif posterior._by_chains:
         _chains(text, posterior)
     else:
         _weights(text, posterior)
     text.say(f"the seed was {posterior.settings['seed']}")
     return text
+
+
+def _improper(posterior: Record) -> str:
+    return posterior.verdict.reasons[0].partition(",")[0].replace("improper: ", "improper ")
 
 
 # how the guide's own draws were made ----------------------------------------------------------------------------------
@@ -107,8 +122,9 @@ def _sampler(text: Text, method: str, flow: Flow | FlowMixture | None, posterior
     if method == INDEPENDENT:
         return "the coordinates are independent under the posterior, and the density of each was tabulated"
     base = _base(flow)
-    if method == GAUSSIAN and posterior.settings.get("round") is None:
-        return f"the approximation was an affine map of {base} that was fitted to nothing, since time was over"
+    settings = posterior.settings
+    if method == GAUSSIAN and (settings.get("round") is None or not settings.get("gradient_evaluations", 1)):
+        return f"the approximation was an affine map of {base} that was not fitted, since the time was over"
     if method == GAUSSIAN:
         return (
             f"the approximation was a Gaussian (an affine map of {base}), placed by Laplace approximations at modes, "
@@ -153,8 +169,13 @@ def _mixture(text: Text, flow: FlowMixture, posterior: Record) -> str:
     return f"the approximation was {what}; for a part, {parts}"
 
 
-def _work(text: Text, settings: Mapping[str, Any]) -> None:
-    if "gradient_evaluations" in settings:
+def _work(text: Text, posterior: Record) -> None:
+    settings = posterior.settings
+    if settings.get("runs", 1) > 1:
+        differ = any("runs" in reason for reason in posterior.verdict.reasons)
+        agreed = "disagreed, and were put together" if differ else "agreed"
+        text.say(f"{settings['runs']} independent runs {agreed}")
+    if settings.get("gradient_evaluations"):
         text.say(f"in all, {settings['gradient_evaluations']} gradients of the log density were evaluated")
 
 
@@ -163,22 +184,39 @@ def _work(text: Text, settings: Mapping[str, Any]) -> None:
 
 def _weights(text: Text, posterior: Record) -> None:
     verdict = posterior.verdict
-    text.say(
-        f"draws were weighted by the ratio of the posterior to the approximate density, Pareto-smoothed "
-        f"{text.cite('Vehtari2024')}: k-hat was {verdict.k_hat:.2f} (threshold {verdict.k_threshold:.2f}), the "
-        f"effective sample size {verdict.ess_ratio:.0%} of the draws, and weighting changed no mean by more than "
-        f"{verdict.mean_shift:.2f} posterior standard deviations"
-    )
+    if not math.isnan(verdict.k_hat):
+        _figures(text, verdict, POOL * int(posterior.settings["draws"]))
     _search(text, posterior)
     count = len(posterior._used)
     if verdict.status == "unreliable":
-        text.say(
-            "by these figures and the search for missed modes, the result is unreliable, and should not be reported"
-        )
+        text.say(f"the result is unreliable, and should not be reported: {'; '.join(verdict.reasons)}")
     elif posterior.resampled:
         text.say(f"the {count} draws reported were importance-resampled by these weights")
     else:
         text.say(f"the {count} draws reported are those of the approximation, unweighted")
+
+
+def _figures(text: Text, verdict: Verdict, count: int) -> None:
+    """Say what the weights of so many draws tell; their variance has to be finite where they have to mend something."""
+    mean, factor = verdict.mean_shift, math.exp(min(verdict.sd_shift, 10.0))
+    moved = mean > MEAN_SHIFT or verdict.sd_shift > SD_SHIFT
+    mended = (moved and verdict.status == "corrected") or any(MENDED in reason for reason in verdict.reasons)
+    threshold = min(verdict.k_threshold, MENDED_K) if mended else verdict.k_threshold
+    text.say(
+        f"{count:,} draws were weighted by the ratio of the posterior to the approximate density, Pareto-smoothed "
+        f"{text.cite('Vehtari2024')}: k-hat was {verdict.k_hat:.2f} (threshold {threshold:.2f}), and the effective "
+        f"sample size {100 * verdict.ess_ratio:.0f} % of the draws"
+    )
+    if mean <= UNTOLD and verdict.sd_shift <= UNTOLD:
+        text.say(
+            f"weighting changed no mean by {_above(mean)} posterior standard deviations or more, and no standard "
+            f"deviation by a factor of {_above(factor)} or more"
+        )
+
+
+def _above(figure: float) -> str:
+    """Return the least number of two decimals above a figure."""
+    return f"{math.floor(100.0 * figure) / 100.0 + 0.01:.2f}"
 
 
 def _search(text: Text, posterior: Record) -> None:
@@ -210,7 +248,7 @@ def _chains(text: Text, posterior: Record) -> None:
         f"at the worst coordinate, R-hat was {figures.r_hat:.3f} {text.cite('Vehtari2021')}, nested R-hat "
         f"{figures.nested_r_hat:.3f} {text.cite('Margossian2024')}, and the effective sample size "
         f"{figures.ess_bulk:.0f} in the bulk and {figures.ess_tail:.0f} in the tails; "
-        f"{figures.divergences:.2%} of the trajectories diverged"
+        f"{100 * figures.divergences:.2f} % of the trajectories diverged"
     )
 
 
@@ -219,7 +257,8 @@ def _of_others(text: Text, posterior: Record) -> None:
     assert figures is not None
     nuts = posterior.guide_name == "NUTS"
     by = f"the No-U-Turn sampler {text.cite('Hoffman2014')}" if nuts else f"another sampler ({posterior.guide_name})"
-    text.say(f"the draws are {figures.chains} Markov chains of {figures.draws} draws, by {by}")
+    chains = "one Markov chain" if figures.chains == 1 else f"{figures.chains} Markov chains"
+    text.say(f"the draws are {chains} of {figures.draws} draws, by {by}")
     text.say(
         f"at the worst coordinate, R-hat was {figures.r_hat:.3f} {text.cite('Vehtari2021')}, and the effective sample "
         f"size {figures.ess_bulk:.0f} in the bulk and {figures.ess_tail:.0f} in the tails, "

@@ -36,6 +36,7 @@ RISES = 1.2  # times the effective share of the try before: less does not pay
 
 LIGHT = "the importance weights leave nothing to mend"
 STALLED = "training was ended: the importance weights got hardly better"
+STOPPED = "training was stopped"
 ENDLESS = "training was ended: the density seems to have no finite integral"
 
 Report = Callable[[int, float, str], None]  # steps done, ELBO, state
@@ -168,7 +169,7 @@ class _Run:
             return self._ended(self.still, f"converged: {self.why}" if self.still else f"{steps} ({self.why})")
         self.ratchet.rescue()
         done, few = self.done, len(self.monitor.elbos) < WINDOW
-        why = f"training was stopped after {done} steps and did not converge" + (f" ({self.why})" if done else "")
+        why = f"{STOPPED} after {done} steps and did not converge" + (f" ({self.why})" if done else "")
         return replace(self._ended(False, why), moving=not self.still and (self.monitor.restless or few))
 
     def _checked(self, settle: bool) -> str:

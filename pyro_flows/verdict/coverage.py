@@ -24,7 +24,7 @@ def searched(dim: int) -> str:
     """
     measured = next((size for size in FOUND if size >= dim), max(FOUND))
     shares = ", ".join(
-        f"{share} % of those {width}" for share, width in zip(FOUND[measured], WIDTHS.values(), strict=True)
+        f"{share // 10} of 10 {width}" for share, width in zip(FOUND[measured], WIDTHS.values(), strict=True)
     )
     where = f"{measured} dimension{'s' if measured > 1 else ''}"
     more = "It finds more where the model computes a sum of densities."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.verdict import Verdict
 from pyro_flows.verdict.weighing import ESS_RATIO, MEAN_SHIFT, SD_SHIFT, Weighing, in_words
 
@@ -14,6 +15,8 @@ UNDOUBTED_ESS = 0.5  # of S: with k-hat below MENDED_K, weights that are good wh
 MENDED_K = 0.5  # of weights that have to mend something: above it they have no variance
 CONTAINED_K, CONTAINED_ESS, CONTAINED_GAP, CONTAINED_SHIFT = 1.0, 0.9, 0.05, 0.05  # see _hangs_on_nothing
 NEXT_TO_NONE_K, NEXT_TO_NONE_ESS, NEXT_TO_NONE_GAP = 1.5, 0.99, 0.005  # and this
+MENDED = f"is not below {MENDED_K} and weighting changes the results"
+LEAST_DRAWS = 100  # of which the weights tell anything
 TOO_MUCH = "too much to correct"
 NOTHING_HANGS_ON_IT = (
     "is above its threshold, but weighting changes no result, and Markov chains that start at the guide's draws stay "
@@ -44,9 +47,22 @@ def judge(
         doubts: what speaks against draws whose weights are not good (a fit that was cut short after poor rounds).
         changed: what weighting changes besides means and sds of the coordinates.
     """
+    if improper := [failure for failure in failures if failure.startswith(IMPROPER)]:
+        return _unweighed(weighing, names, improper)
+    if (count := len(weighing.log_weights)) < LEAST_DRAWS:
+        few = f"too few draws to judge ({count})"
+        return _unweighed(weighing, names, [*failures, few, *doubts, *warnings], notes)
+    return _weighed(weighing, names, warnings, failures, notes, contained, doubts, changed)
+
+
+def _weighed(
+    weighing: Weighing, names: Sequence[str], warnings: Sequence[str], failures: Sequence[str], notes: Sequence[str],
+    contained: bool, doubts: Sequence[str], changed: Sequence[str],
+) -> Verdict:  # fmt: skip
+    """Return the verdict on draws whose weights tell something."""
+    ratio = weighing.ess / len(weighing.log_weights)
     notes = (*notes, *_heavy_tailed(weighing, names))
     reasons = list(failures)
-    ratio = weighing.ess / len(weighing.log_weights)
     good = weighing.k_hat < MENDED_K and ratio >= UNDOUBTED_ESS
     reasons += () if good else doubts
     if not weighing.k_hat < weighing.threshold and contained and _hangs_on_nothing(weighing):
@@ -73,6 +89,16 @@ def judge(
         reasons=(*reasons, *moved, *warnings, *(doubts if good else ())),
         notes=tuple(notes),
     )
+
+
+def _unweighed(
+    weighing: Weighing, names: Sequence[str], reasons: Sequence[str], notes: Sequence[str] = ()
+) -> Verdict:  # fmt: skip
+    """Return the verdict on draws whose weights tell nothing: it has no k-hat."""
+    mean, where, sd, _ = _largest_shifts(weighing)
+    ratio = weighing.ess / len(weighing.log_weights)
+    figures = (math.nan, weighing.threshold, ratio, mean, sd, names[where])
+    return Verdict("unreliable", *figures, reasons=tuple(reasons), notes=tuple(notes))
 
 
 def _heavy_tailed(weighing: Weighing, names: Sequence[str]) -> tuple[str, ...]:
@@ -117,10 +143,7 @@ def _past_mending(weighing: Weighing, names: Sequence[str], *, to_mend: bool) ->
         times = in_words(math.exp(weighing.widening))
         reasons.append(f"importance weighting widens the sd of {names[weighing.widest]} {times} times, {TOO_MUCH}")
     if to_mend and MENDED_K <= weighing.k_hat < weighing.threshold:
-        reasons.append(
-            f"k-hat {weighing.k_hat:.2f} is not below {MENDED_K} and weighting changes the results, so the weights "
-            "have infinite variance"
-        )
+        reasons.append(f"k-hat {weighing.k_hat:.2f} {MENDED}, so the weights have infinite variance")
     return reasons
 
 

@@ -27,9 +27,10 @@ def judge_mcmc(draws: Tensor, log_p: Tensor, names: Sequence[str], diverging: Te
     worst, total = int(r_hat.argmax()), log_p.numel()
     diverged = 0 if diverging is None else int(diverging.sum())
     broken = int((~torch.isfinite(log_p)).sum())
+    apart = "the chains do not agree" if len(draws) > 1 else "the chain does not agree with itself"
     reasons, notes = [], ["no search for missed modes was made"]
     if not float(r_hat[worst]) < R_HAT:
-        reasons.append(f"R-hat {r_hat[worst]:.3f} of {names[worst]} is not below {R_HAT}: the chains do not agree")
+        reasons.append(f"R-hat {r_hat[worst]:.3f} of {names[worst]} is not below {R_HAT}: {apart}")
     for kind, sizes in ess.items():
         if not float(sizes.min()) >= ESS:
             reasons.append(f"effective sample size ({kind}) {sizes.min():.0f} is below {ESS:.0f}")

@@ -29,7 +29,7 @@ METHODS = {
         ("Agrawal2020", "Roeder2017", "Vaitl2024", "Kingma2015"),
     ),
     GAUSSIAN: Method(
-        "an affine map of a Student-t base with light tails, at the best of several modes and paths",
+        "a multivariate Student t, close to a Gaussian, centered at the best of several starting points",
         "the Gaussian's",
         ("Zhang2022",),
     ),

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 # A cause is known by the words of its reason, since a saved verdict holds its reasons as text.
 DIGITS = (("rounding changes",), "give data and parameters in double precision")
 INVALID = (("the model is invalid", "no finite log density"), "check the data and the priors")
-PROPER = re.compile(r"[Gg]ive (['`].+?['`]) a proper prior")  # the reason itself says for which site
+IMPROPER = "the posterior is improper: along "
+# the reason itself says for which site; the first is in files of earlier versions
+PROPER = re.compile(r"[Gg]ive ['`](.+?)['`] a proper prior|: along (?:a coordinate of )?(.+?), whose prior is improper")
 TIME = (("max_seconds", "time for"), "give a larger max_seconds")
 OF_CHAINS = (
     (("the chains have not converged", "of the chains", "chains that began"), "call refine() with a larger max_steps"),
@@ -16,10 +18,10 @@ OF_CHAINS = (
 )
 OF_FITS = (
     DIGITS,
+    TIME,  # before what a fit that had no time to look about may have met
+    (("interrupted",), "call fit again and let it finish"),
     INVALID,
     (("NICE",), 'fit with flow="realnvp"'),
-    TIME,
-    (("interrupted",), "call fit again and let it finish"),
     (("a mode near", "too little mass near"), "fit with more runs, runs=4"),
     (("did not converge",), "fit with a larger max_steps"),
     *OF_CHAINS,
@@ -28,9 +30,9 @@ OF_WEIGHTS = "call refine(), or fit with more layers"
 
 OF_GUIDES = (
     DIGITS,
-    INVALID,
     TIME,
-    (("a mode near", "too little mass near"), "train the guide longer, or take fit(), which starts at each mode"),
+    INVALID,
+    (("a mode near", "too little mass near"), "call refine() or fit()"),
     *OF_CHAINS,
 )
 OF_TRAINING = "train the guide longer, or call refine()"
@@ -38,6 +40,7 @@ OF_TRAINING = "train the guide longer, or call refine()"
 OF_MCMC = (
     (("rounding changes",), "sample with data and parameters in double precision"),
     (("no finite log density",), "check the data and the priors"),
+    (("chain does not agree with itself",), "run four chains, and longer ones"),
     (("transitions diverged",), "raise target_accept_prob, or write the model with other parameters"),
 )
 OF_MIXING = "run more warm-up steps and draw longer chains"
@@ -60,7 +63,7 @@ def next_step_of_mcmc(reasons: Sequence[str]) -> str:
 
 def _first(table: Sequence[tuple[tuple[str, ...], str]], reasons: Sequence[str], otherwise: str) -> str:
     if improper := PROPER.search("; ".join(reasons)):
-        return f"give {improper[1]} a proper prior"
+        return f"give `{improper[1] or improper[2]}` a proper prior"
     for words, step in table:
         if any(word in reason for word in words for reason in reasons):
             return step

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pyro_flows._display import verdict_html
 from pyro_flows.verdict.chains import McmcDiagnostics
 from pyro_flows.verdict.methods import GUIDE, MCMC
-from pyro_flows.verdict.next_step import next_step, next_step_of_guide, next_step_of_mcmc
+from pyro_flows.verdict.next_step import IMPROPER, next_step, next_step_of_guide, next_step_of_mcmc
 from pyro_flows.verdict.weighing import ESS_RATIO, MEAN_SHIFT, SD_SHIFT, in_words
 
 SHOWN = 0.005  # sds: a smaller shift is printed as 0.00, and its coordinate is an accident of rounding
@@ -23,7 +23,7 @@ class Verdict:
             resampling corrects them, and ``samples`` holds the resampled ones; ``"refined"``: ``samples`` are draws of
             Markov chains that started at the guide's; ``"unreliable"``: none of these. Even so, a second mode that is
             several times narrower can be missed, from three dimensions on; a table is in the documentation.
-        k_hat: Pareto shape of the importance weights.
+        k_hat: Pareto shape of the importance weights; NaN of fewer than 100 draws, and of an improper posterior.
         k_threshold: :math:`\min(1 - 1 / \log_{10} S,\ 0.7)`, for S draws.
         ess_ratio: effective sample size of the weights over S, :math:`(\sum_s w_s)^2 / (S \sum_s w_s^2)`.
         mean_shift: largest difference between raw and weighted means, in posterior sds, over unconstrained coordinates.
@@ -73,6 +73,11 @@ class Verdict:
         return self.chains is not None and self.chains.elsewhere
 
     @property
+    def _improper(self) -> bool:
+        """Whether the posterior is improper, so that no figure of draws tells anything."""
+        return any(reason.startswith(IMPROPER) for reason in self.reasons)
+
+    @property
     def supports_evidence(self) -> bool:
         """Whether the importance weights bear an estimate of the log evidence; chains of others have none."""
         if self.status == "unreliable" or self._of_others:
@@ -89,6 +94,8 @@ class Verdict:
         return (next_step_of_guide if self.guide_method == GUIDE else next_step)(self.reasons)
 
     def __str__(self) -> str:
+        if self._improper:
+            return f"unreliable: {'; '.join(self.reasons)}. Next step: {self.next_step}."
         return self._sentence() + (f" Note: {'; '.join(self.notes)}." if self.notes else "")
 
     def _sentence(self) -> str:
@@ -101,12 +108,14 @@ class Verdict:
         if self.status == "refined":
             return f"refined: {method}, converged ({figures}). The chains can be used."
         why = f"Why: {'; '.join(self.reasons)}. Next step: {self.next_step}."
-        return f"unreliable: {method} ({figures}). Do not use the {what}. {why}"
+        return f"unreliable: {method}{f' ({figures})' if figures else ''}. Do not use the {what}. {why}"
 
     def _figures(self) -> str:
         """Return the two or three figures that tell most: of chains, or of weights."""
         if self.method == MCMC and self.chains is not None:
             return self.chains.in_short
+        if math.isnan(self.k_hat):
+            return ""
         found = f"k-hat {self.k_hat:.2f}, ESS/S {self.ess_ratio:.2f}"
         if self.status == "corrected" and self.mean_shift >= max(self.sd_shift, MEAN_SHIFT):
             found += f", weighting changes the mean of {self.where} by {in_words(self.mean_shift)} sd"

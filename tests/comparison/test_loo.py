@@ -422,6 +422,21 @@ def test_an_observation_that_alone_tells_of_a_latent(tmp_path):
     assert "leave them out in fits of their own" in str(alone)
 
 
+def test_one_observation_of_several_values_is_no_sum():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0).expand([4]).to_event(1), obs=y)
+
+    def guide(y):
+        pyro.sample("mu", dist.Normal(y.sum() / 5.0, 0.2**0.5))
+
+    found = pf.diagnose(model, guide, torch.tensor([0.4, 1.3, -0.2, 0.9]), draws=400).loo()
+    said = str(found)
+    assert "'y' is one observation of 4 values: write the values in a plate to leave them out one by one." in said
+    assert "standard error not known" in said
+    assert "fits of their own" not in said
+
+
 def test_models_without_a_pointwise_likelihood_are_refused():
     def mixture(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))

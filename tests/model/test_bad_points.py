@@ -50,7 +50,7 @@ def test_the_verdict_names_the_site():
     bad = next(bad for bad in MODELS if bad.name.startswith("raise, scalar"))
     posterior = pf.fit(bad.model, *bad.args, **QUICK)
     (note,) = [note for note in posterior.verdict.notes if "raised" in note]
-    assert "points, before site 'y': ValueError: a has to be positive; these count as log density -inf" in note
+    assert "points, in or before site 'y': ValueError: a has to be positive; these count as log density -inf" in note
 
 
 def test_errors_at_all_points_are_raised_at_once():

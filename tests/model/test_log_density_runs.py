@@ -176,7 +176,8 @@ def test_complaints_of_argument_checks():
     assert density.complaint(real([[0.5], [1.5], [-3.0]])) is None, "the density is zero at -3"
     assert torch.isfinite(density(real([[-0.5]]))).all()
     message = density.complaint(real([[0.5], [-0.5]]))
-    assert message.startswith("Expected parameter concentration")
+    assert message.startswith("in or before site 'share': Expected parameter concentration")
+    assert message.endswith("but found invalid values"), "the values themselves are left out"
     assert "Trace" not in message
     for case in CASES:
         if case.name not in ("masked", "nested", "missing", "dependent", "mixture", "regression"):

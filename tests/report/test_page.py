@@ -173,7 +173,7 @@ def test_chains_from_elsewhere(tmp_path):
     chains = pf.from_mcmc(draws, location, torch.full((100,), 0.3))
     found, text = read(chains.report(tmp_path / "report.html"))
     assert "The chains agree" in text
-    assert "pf.from_mcmc(mcmc, location, *data, seed=0)" in text
+    assert "pf.from_mcmc(mcmc, location, y)" in text
     assert "Importance weights" not in found.text["h3"]
     assert "Pairs" not in found.text["h3"]  # there is one scalar
 
@@ -282,12 +282,12 @@ def test_only_an_earlier_report_is_replaced(tmp_path):
 def test_how_it_is_made_again():
     posterior = pf.fit(location, torch.zeros(3), max_steps=30, draws=100, seed=4, refine=False, progress=False)
     text = recipe(posterior)
-    assert "pf.fit(location, *data, draws=100, seed=4, max_steps=30, refine=False)" in text
+    assert "pf.fit(location, y, draws=100, seed=4, max_steps=30, refine=False)" in text
 
 
 def again(posterior, **given):
     """The posterior that a recipe makes."""
-    scope = {**given, "data": given.get("data", ())}
+    scope = dict(given)
     exec(recipe(posterior), scope)
     return scope["posterior"]
 
@@ -315,7 +315,7 @@ def test_a_recipe_makes_the_posterior_again(options):
 
 
 def test_recipes_of_guides_chains_refinements_and_keywords():
-    given = {"location": location, "guide": location_guide, "data": (torch.zeros(4),)}
+    given = {"location": location, "guide": location_guide, "y": torch.zeros(4)}
     posterior = exact(location, location_guide, torch.zeros(4)).refine("hmc", max_steps=300, seed=2)
     assert torch.equal(again(posterior, **given).samples["mu"], posterior.samples["mu"])
     draws = {"mu": 0.4 * torch.randn(4, 100, generator=torch.Generator().manual_seed(1))}

@@ -95,7 +95,7 @@ def test_attributes_are_numbers_and_strings(corrected):
     assert attrs["inference_library"] == "pyro_flows"
     assert schools_posterior("ok").to_arviz(predictive=False).attrs["sampling"] == "guide"
     flow = pf.diagnose(schools_model, schools_flow(), Y, draws=500)
-    assert flow.to_arviz(predictive=False).attrs["sampling"] == "flow"
+    assert flow.to_arviz(predictive=False).attrs["sampling"] == "guide"
 
 
 def test_draws_are_one_chain_and_as_in_samples(corrected):
@@ -139,6 +139,11 @@ def test_prior_and_likelihood_add_up_to_the_log_density():
     jacobian = posterior._used.sum(-1)  # every latent is exp(z)
     expected = posterior._used_log_p - jacobian
     np.testing.assert_allclose(total.values, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_evidence_without_support_is_left_out():
+    for status in ("ok", "unreliable"):
+        assert ("log_evidence" in schools_posterior(status).to_arviz(predictive=False)["fit"]) == (status == "ok")
 
 
 def test_fit_group_holds_the_course_of_the_fit():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyro
@@ -198,12 +199,35 @@ def test_a_paragraph_says_what_was_done(gaussian, grid):
         (gaussian, ("a Gaussian (an affine map of a Student-t base with 60 degrees of freedom)", "Zhang et al. 2022")),
         (grid, ("tabulated", f"on a grid of {grid.settings['sampler']['slices']} values (Rue et al. 2009)")),
         (schools_posterior("corrected", draws=400), ("guide of the authors' own", "were importance-resampled")),
-        (schools_posterior("unreliable", draws=400), ("the result is unreliable, and should not be reported",)),
+        (schools_posterior("unreliable", draws=400), ("The result is unreliable, and should not be reported: k-hat",)),
     ):
         text = posterior.methods_text()
         for word in (*words, f"k-hat was {posterior.verdict.k_hat:.2f}", f"pyro_flows {pf.__version__}", "PyTorch"):
             assert word in text
         assert f"The seed was {posterior.settings['seed']}." in text
+        assert f"{4 * posterior.settings['draws']:,} draws were weighted" in text
+
+
+def test_a_paragraph_states_the_threshold_that_decided():
+    found = schools_posterior("unreliable", draws=400)
+    why = ("k-hat 0.54 is not below 0.5 and weighting changes the results, so the weights have infinite variance",)
+    told = {"k_hat": 0.54, "k_threshold": 0.7, "mean_shift": 0.004, "sd_shift": 0.3, "reasons": why}
+    text = replace(found, verdict=replace(found.verdict, **told)).methods_text()
+    assert "k-hat was 0.54 (threshold 0.50)" in text
+    assert (
+        "no mean by 0.01 posterior standard deviations or more, and no standard deviation by a factor of 1.35" in text
+    )
+    assert f"should not be reported: {why[0]}" in text
+    assert "the search for missed modes" not in text
+
+
+def test_a_paragraph_tells_of_runs(gaussian):
+    assert "runs" not in gaussian.methods_text()
+    twice = replace(gaussian, settings={**gaussian.settings, "runs": 2})
+    assert "2 independent runs agreed." in twice.methods_text()
+    reasons = ("runs disagree on x (R-hat 1.20)",)
+    differ = replace(twice, verdict=replace(gaussian.verdict, status="corrected", reasons=reasons))
+    assert "2 independent runs disagreed" in differ.methods_text()
 
 
 def test_a_paragraph_on_chains():

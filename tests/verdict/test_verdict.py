@@ -14,6 +14,7 @@ from pyro_flows.verdict import deciding
 from pyro_flows.verdict import weighing as module
 from pyro_flows.verdict.deciding import decide, resample
 from pyro_flows.verdict.judging import judge
+from pyro_flows.verdict.next_step import next_step, next_step_of_guide
 from pyro_flows.verdict.weighing import Weighing, heavy_tails, weigh
 from tests.registry import normal
 
@@ -352,6 +353,25 @@ def test_an_invalid_model_is_no_posterior():
     assert seen == [deciding.CHECKED]
     assert found.verdict.status == "unreliable"
     assert found.verdict.reasons == ("the model is invalid at some draws: a scale of -1",)
+
+
+def test_few_draws_tell_nothing():
+    for count, few in ((8, True), (99, True), (100, False)):
+        found = judge(weighing(count, k_hat=math.inf), NAMES, warnings=("stopped at max_seconds=1",))
+        assert found.status == "unreliable"
+        assert math.isnan(found.k_hat) == few
+        assert (f"too few draws to judge ({count})" in found.reasons) == few
+        assert ("k-hat" not in str(found)) == few
+        assert found.next_step == "give a larger max_seconds"
+
+
+@pytest.mark.parametrize("step", [next_step, next_step_of_guide])
+def test_the_time_comes_before_what_is_met_for_lack_of_it(step):
+    reasons = ("the model is invalid at some draws: a scale of -1", "stopped at max_seconds=3 before training")
+    assert step(reasons) == "give a larger max_seconds"
+    assert step(reasons[:1]) == "check the data and the priors"
+    earlier = "the posterior seems to be improper: along x, whose prior is improper (give `x` a proper prior)"
+    assert step((earlier,)) == "give `x` a proper prior"
 
 
 def test_resampling_is_systematic():
