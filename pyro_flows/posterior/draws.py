@@ -57,9 +57,8 @@ def from_draws(
         failed, cut = _cut(density.clock, len(pool.log_p), POOL * draws, stopped, moving=moving)
         draws, (lost, rounded) = len(pool.log_p) // POOL, density.lost_digits(pool.z, most=pool.checked)
         said: dict[str, Any] = {"failures": [*failed, *failures, *lost], "contained": contained, "doubts": doubts}
-        said |= {"notes": [*notes, *rounded, *density.faults.notes(), *density.clock.notes()]}
-        said |= {"warnings": [*warnings, *cut]}
-        pool = pool._replace(checked=min(checked, pool.checked))
+        notes, pool = [*notes, *rounded, *_met(density)], pool._replace(checked=min(checked, pool.checked))
+        said |= {"notes": notes, "warnings": [*warnings, *cut]}
         found, samples = _decided(density, draw, pool, draws=draws, seed=seed, **said)
     about = {"draws": draws, "seed": seed, "noncentered": density.structure.noncentered, **dict(settings or {})}
     return Posterior(
@@ -72,6 +71,11 @@ def from_draws(
         **_of_guide(guide, draw),
         density=density,
     )
+
+
+def _met(density: LogDensity) -> tuple[str, ...]:
+    """Say what the model raised, and what time did not allow."""
+    return (*density.faults.notes(), *density.clock.notes())
 
 
 def _cut(clock: Clock, scored: int, wanted: int, stopped: str, *, moving: bool) -> tuple[list[str], list[str]]:
