@@ -60,7 +60,7 @@ def test_counts_against_exact_refits(status, method):
     assert found.mcse < 0.01
     assert abs(found.elpd - COUNTS_LOO) < 4 * found.mcse
     assert found.high == ()
-    assert ("of the guide's draws" in str(found)) == (method == "approximate")
+    assert ("of the method's own draws" in str(found)) == (method == "approximate")
 
 
 def test_an_unreliable_posterior_is_refused():

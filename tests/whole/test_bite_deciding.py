@@ -254,7 +254,7 @@ def conversion(_):
 
 # bugs -----------------------------------------------------------------------------------------------------------------
 
-JUDGE, WEIGH, DECIDE = (judging, "judge"), (weighing, "weigh"), (deciding, "decide")
+JUDGE, WEIGH, DECIDE = (judging, "_weighed"), (weighing, "weigh"), (deciding, "decide")
 MOVED, PAST, NOTHING = (judging, "_moved"), (judging, "_past_mending"), (judging, "_hangs_on_nothing")
 ROUNDS, NORMAL = (escalation, "rounds"), (noncentered, "_normal")
 
