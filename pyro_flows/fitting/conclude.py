@@ -45,7 +45,7 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
         failures=[*found.improper, *([] if search is None else search.failures), *found.failures, *cut_short],
         notes=["no search for missed modes was made"] if search is None else search.notes,
         contained=search is not None and search.contained,
-        doubts=[] if moving or found.several is not None else [*_never_good(best), *_in_vain(found)],
+        doubts=[] if moving or found.several is not None else [*_never_good(best, stopped), *_in_vain(found)],
     )
 
 
@@ -110,7 +110,7 @@ def _in_vain(found: Combined) -> list[str]:
     return ["runs that started at a missed mode found the same posterior as the first run"]
 
 
-def _never_good(run: Run) -> list[str]:
+def _never_good(run: Run, stopped: str) -> list[str]:
     """Say so where a fit was cut short and its rounds before had poor weights: one good sample is then a lucky one."""
     if run.best is None or run.best.training.converged:
         return []
@@ -119,4 +119,5 @@ def _never_good(run: Run) -> list[str]:
     worst = max(others, default=0.0)
     if worst <= ENOUGH_K:
         return []
-    return [f"training did not converge, and an earlier round had k-hat {worst:.2f}"]
+    ended = "was stopped" if stopped else "did not converge"
+    return [f"training {ended}, and an earlier round had k-hat {worst:.2f}"]
