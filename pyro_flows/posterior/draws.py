@@ -82,7 +82,7 @@ def _cut(clock: Clock, scored: int, wanted: int, stopped: str, *, moving: bool) 
     """Say once what the end of the time, or Ctrl-C, has cut, as a failure or a warning; nothing if neither came."""
     judged = f"; judged by {scored:,} of {wanted:,} draws" if scored < wanted else ""
     where = f" {stopped}" if stopped and clock.interrupted is None else ""
-    still = ", while means or sds still changed" if moving else ""
+    still = ", while means or sds still changed" if moving and stopped == "during training" else ""
     said = [f"{reason}{where}{still}{judged}" for reason in clock.reasons(short=scored < wanted)]
     return (said, []) if moving or scored < wanted else ([], said)
 
