@@ -122,7 +122,7 @@ def _read(
     flow, guide, density = _flow(source, description["guide"], tensors), None, None
     with _reading(source, TEXT):
         fields = _fields(description, flow)
-    stored: tuple[Any, Any] | None = groups, {"method": fields["verdict"].method, **attrs}
+    stored: tuple[Any, Any] | None = groups, {**attrs, "method": attrs.get("method", fields["verdict"].method)}
     if model is not None:
         fitted = LogDensity(model, args, kwargs, noncentered=fields["settings"].get("noncentered", []))
         density = _density(like(fitted, tensors["z"]), description["coordinates"], tensors)

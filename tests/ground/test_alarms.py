@@ -109,7 +109,7 @@ def test_the_arviz_object_shows_the_verdict(unreliable, folder, loaded):
     tree = source.to_arviz(predictive=False)
     verdict = str(unreliable.verdict)
     for attrs in (tree.attrs, tree["posterior"].attrs):
-        assert list(attrs)[:3] == ["method", "status", "verdict"]
+        assert list(attrs)[:3] == ["status", "verdict", "method"]
         assert (attrs["status"], attrs["verdict"]) == ("unreliable", verdict)
     assert str(tree["fit"]["status"].values) == "unreliable"
     assert tree["fit"]["status"].shape == ()
