@@ -110,7 +110,7 @@ def _in_vain(found: Combined) -> list[str]:
     return ["runs that started at a missed mode found the same posterior as the first run"]
 
 
-def _never_good(run: Run, stopped: str) -> list[str]:
+def _never_good(run: Run, stopped: str = "") -> list[str]:
     """Say so where a fit was cut short and its rounds before had poor weights: one good sample is then a lucky one."""
     if run.best is None or run.best.training.converged:
         return []
