@@ -42,10 +42,6 @@ class Tops(NamedTuple):
     heights: Tensor
     roots: Tensor
 
-    def normal_masses(self) -> Tensor:
-        """Return log masses (K,) of normal distributions over the other coordinates, up to a constant."""
-        return self.heights - self.roots.diagonal(dim1=1, dim2=2).log().sum(1)
-
 
 def tops_at(density: Held, points: Tensor, settled: Tensor) -> Tops:
     """Return the tops at points (K, D + 1).

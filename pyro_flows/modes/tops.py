@@ -25,7 +25,7 @@ class Tails:
     """
 
     def __init__(self, density: LogDensity, z: Tensor) -> None:
-        self.density, self.other = density, z[-1]
+        self.density = density
         self.spread = spread_of(z)
         scaled = ((z - z.median(0).values) / self.spread).double().clamp(-FARTHEST, FARTHEST)
         self.middle = z[scaled.square().sum(1).argmin()]
@@ -35,7 +35,7 @@ class Tails:
         self.units = self.spread * inverse.diagonal().rsqrt().nan_to_num(nan=1.0).clamp(max=1.0).to(z.dtype)
 
     def tops(self, coordinates: list[int], steps: Sequence[float], *, recorded: bool) -> tuple[Tops, Tensor]:
-        """Return tops over all other coordinates, as :meth:`masses` orders places, and where there is a hard edge.
+        """Return tops over all other coordinates, and where there is a hard edge, a coordinate after the other.
 
         Paths begin with the others in the middle, or where they are on average, given the one that is held.
         """
