@@ -23,6 +23,7 @@ import torch
 
 import pyro_flows
 from benchmarks import fingerprints
+from pyro_flows._ledger import ledger
 
 Row = dict[str, str]
 Task = TypeVar("Task")
@@ -151,12 +152,18 @@ def append(file: Path, fields: Sequence[str], row: Mapping[str, object]) -> None
 
 
 def attempt(row: dict[str, Any], fill: Callable[[dict[str, Any]], None]) -> Row:
-    """Let ``fill`` write its figures into ``row``; an exception is recorded in the column ``error``. One thread."""
+    """Let ``fill`` write its figures into ``row``; an exception is recorded in the column ``error``. One thread.
+
+    A row with a column ``ledger`` gets the account of the fit, see :class:`pyro_flows._ledger.Ledger`.
+    """
     torch.set_num_threads(1)
     row.update(machine=machine(), software=software())
     began = time.monotonic()
     try:
-        fill(row)
+        with ledger() as kept:
+            fill(row)
+        if row.get("ledger") == "" and kept.said:
+            row["ledger"] = kept.as_json()
     except Exception as error:
         row["seconds"] = time.monotonic() - began
         row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]

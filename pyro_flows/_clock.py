@@ -1,16 +1,16 @@
-"""How long a call may go on: a bound in seconds, Ctrl-C, what was cut by either; and where its seconds went."""
+"""How long a call may go on: a bound in seconds, Ctrl-C, and what was cut by either."""
 
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_flows._ledger import counted
 
 RESERVED_AT_MOST = 0.25  # of all seconds, for judging
 AFTER_INTERRUPT = 10.0  # seconds that judging may take once somebody waits for it
@@ -179,70 +179,3 @@ class _Watch(TorchDispatchMode):
 def unbounded() -> Clock:
     """Return a clock that never ends anything, and takes no Ctrl-C."""
     return Clock(raises=True)
-
-
-# where the seconds went ----------------------------------------------------------------------------------------------
-
-
-class Ledger:
-    """Seconds of the processor, by the names of the parts that were open, the outermost first; each counts once.
-
-    Those of compilers that ended count too.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[tuple[str, ...], float] = {}
-        self._open: tuple[str, ...] = ()
-        self._since = used_seconds()
-
-    def book(self, now_open: tuple[str, ...]) -> tuple[str, ...]:
-        """Count the seconds since the last call for the parts open until now; return these."""
-        before, since = self._open, self._since
-        self._open, self._since = now_open, used_seconds()
-        self.seconds[before] = self.seconds.get(before, 0.0) + self._since - since
-        return before
-
-    def inside(self, name: str) -> tuple[str, ...]:
-        """Return the parts that are open once one of this name is."""
-        return (*self._open, name)
-
-
-_ledger: ContextVar[Ledger | None] = ContextVar("ledger", default=None)
-
-
-@contextmanager
-def ledger() -> Iterator[Ledger]:
-    """Keep a ledger of all calls inside.
-
-    >>> with ledger() as kept, unbounded().part("the starts"), counted("compiling"):
-    ...     pass
-    >>> [" > ".join(names) for names in kept.seconds]
-    ['', 'the starts', 'the starts > compiling']
-    """
-    kept = Ledger()
-    token = _ledger.set(kept)
-    try:
-        yield kept
-    finally:
-        kept.book(())
-        _ledger.reset(token)
-
-
-@contextmanager
-def counted(name: str) -> Iterator[None]:
-    """Count what runs inside under this name, if a ledger is kept: a part of the work that the clock does not end."""
-    kept = _ledger.get()
-    if kept is None:
-        yield
-        return
-    before = kept.book(kept.inside(name))
-    try:
-        yield
-    finally:
-        kept.book(before)
-
-
-def used_seconds() -> float:
-    """Return the seconds that processors have spent on this process and on children of it that ended."""
-    children = os.times()
-    return time.process_time() + children.children_user + children.children_system

@@ -39,7 +39,7 @@ from pyro_flows.fitting import run as running
 OUT = records.RESULTS / "modes.csv"
 FIELDS = [
     "version", "target", "way", "seed", "dim", "status", "modes", "least", "most", "c2st", "evidence_error", "k_hat",
-    "ess_ratio", "seconds", "reasons", "error", "machine", "software",
+    "ess_ratio", "seconds", "reasons", "ledger", "error", "machine", "software",
 ]  # fmt: skip
 LIMIT = 900.0  # seconds of the clock, for one run a mode
 FOUND = 0.25  # of a mode's mass

@@ -33,7 +33,6 @@ def write_data(file: str) -> None:
 
 def models(data: dict[str, list[np.ndarray]]) -> dict[str, Any]:
     """Return the models in NumPyro, each on its data."""
-    # Over 40 lines: five models inside, since NumPyro is imported only when one of them runs.
 
     import jax.numpy as jnp
     import numpyro

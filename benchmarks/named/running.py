@@ -33,7 +33,7 @@ OUT = records.RESULTS / "named.csv"
 REFERENCE = Path(__file__).resolve().parent / "reference.json"
 FIELDS = [
     "version", "model", "runs", "seed", "dim", "status", "k_hat", "ess_ratio", "mean_error", "sd_error", "where",
-    "left", "gradient_evaluations", "seconds", "reasons", "error", "machine", "software",
+    "left", "gradient_evaluations", "seconds", "reasons", "ledger", "error", "machine", "software",
 ]  # fmt: skip
 MEAN, SD = 0.1, 0.1
 HALF = 0.1  # that the share of draws on one side may be off a half

@@ -46,7 +46,7 @@ NEEDS = {NUMPYRO: "NumPyro", NUTPIE: "NumPyro and nutpie"}
 
 FIELDS = (
     *("posterior", "method", "seed", "version", "dim", "draws", "mean", "sd", "right"),
-    *("seconds", "cpu_seconds", "scaled", "status", "gradients", "parts", "error", "machine", "software"),
+    *("seconds", "cpu_seconds", "scaled", "status", "gradients", "parts", "ledger", "error", "machine", "software"),
 )
 
 

@@ -29,7 +29,7 @@ from benchmarks.nuts import stages
 from benchmarks.posteriors.models import Problem
 from benchmarks.posteriors.running import DRAWS, OURS
 from pyro_flows import LogDensity
-from pyro_flows._clock import ledger
+from pyro_flows._ledger import ledger
 
 PYRO, NUMPYRO, NUTPIE = "Pyro NUTS", "NumPyro NUTS", "nutpie"
 INTERPRETER = "NUMPYRO_PYTHON"  # the variable that names it
@@ -69,7 +69,8 @@ def fit(problem: Problem, seed: int, draws: int = DRAWS) -> Sampled:
     if found.density.structure.noncentered:
         used = LogDensity(problem.model, problem.args).unconstrain(found.density.constrain(used))
     notes = {"status": found.verdict.status, "gradients": found.settings["gradient_evaluations"]}
-    return Sampled(used, seconds, cpu_seconds, notes={**notes, "parts": stages.written(kept.seconds)})
+    notes |= {"parts": stages.written(kept.seconds), "ledger": kept.as_json()}
+    return Sampled(used, seconds, cpu_seconds, notes=notes)
 
 
 def pyro_nuts(problem: Problem, seed: int) -> Sampled:

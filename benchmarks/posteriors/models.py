@@ -8,8 +8,6 @@ nor shapes of latent variables in Python, so that they run under ``torch.func.vm
 docstring is an improper uniform prior on the support; the second parameter of ``normal`` is a standard deviation.
 """
 
-# Over 300 lines: seventeen models, one after the other, which share nothing.
-
 from __future__ import annotations
 
 import math

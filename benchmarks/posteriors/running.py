@@ -38,7 +38,7 @@ OUT = records.RESULTS / "posteriordb.csv"
 FIELDS = (
     *("posterior", "method", "seed", "version", "dim", "status", "k_hat", "ess_ratio", "elbo", "elbo_gap"),
     *("raw_mean", "raw_sd", "used_mean", "used_sd", "gradient_evaluations", "steps", "seconds"),
-    *("rounds", "why", "reasons", "error", "machine", "software"),
+    *("rounds", "why", "reasons", "ledger", "error", "machine", "software"),
 )
 KEY = ("posterior", "method", "seed", "version")
 

@@ -1,7 +1,5 @@
 """One method of one case of ``speed.py``, in a process of its own: repeat a step for as long as each line asks."""
 
-# Over 300 lines: it runs in environments that have one library and not the others, so all methods stand in one file.
-
 from __future__ import annotations
 
 import json
@@ -247,7 +245,6 @@ def bare(case: dict[str, Any], method: str) -> Step:
 
 def peer(method: str, dim: int, layers: int, batch: int, y: Any) -> tuple[Step, Step]:
     """A peer's couplings of the same number and widths: to sample and score, and to score."""
-    # Over 40 lines: three libraries, each as its documentation has it, which share nothing.
 
     import torch
     from torch import nn

@@ -1,7 +1,5 @@
 """Conjugate models: counts from none to thousands, and posteriors with spikes at boundaries."""
 
-# Over 300 lines: pairs of priors and likelihoods, one after the other; rows are known by a digest of this file.
-
 from __future__ import annotations
 
 import numpy as np
@@ -78,7 +76,6 @@ def beta_geometric(maker: Maker) -> Piece:
 
 
 def _gamma_piece(maker: Maker, kind: str) -> Piece:
-    # Over 40 lines: four likelihoods of one prior; rows are known by a digest of this function.
     n, rows = maker.size(1, 30, 250), _rows(maker, 50)
     a, b = _shape(maker, n), maker.rounded(np.exp(maker.rng.uniform(-5.0, 3.0, n)))
     rate = maker.rng.gamma(a) / b

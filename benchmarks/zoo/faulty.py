@@ -77,7 +77,6 @@ def impossible(maker: Maker) -> Case:
 
 def masked(maker: Maker) -> Case:
     """Normal data of which some are missing, written in one of four ways; sometimes all of them are."""
-    # Over 40 lines: four models with one posterior; rows are known by a digest of this function.
 
     n, rows = maker.size(1, 20, 120), maker.integer(1, 20)
     way = maker.choice(["obs_mask", "mask handler", "masked distribution", "zero weights"])

@@ -1,7 +1,5 @@
 """Two- and three-level normal models with unknown scales: given these, all else is normal; scales are on a grid."""
 
-# Over 300 lines: hierarchical models, one after the other; rows are known by a digest of this file.
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -263,7 +261,6 @@ class _ThreeLevel:
 
 def three_levels(maker: Maker) -> Case:
     """Three levels; the scales of the upper two are unknown."""
-    # Over 40 lines: one model with its exact posterior; rows are known by a digest of this function.
 
     found = _ThreeLevel(maker)
     ways = maker.choice(WAYS), maker.choice(WAYS)

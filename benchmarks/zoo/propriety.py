@@ -1,7 +1,5 @@
 """Posteriors of improper priors, in pairs: one that has an integral, and one that has none."""
 
-# Over 300 lines: models, one after the other; rows are known by a digest of this file.
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -123,7 +121,6 @@ def location_and_scale(maker: Maker, proper: bool) -> Case:
 
 def hierarchy(maker: Maker, proper: bool, way: str) -> Case:
     """Effects of groups: the logarithm of their scale is flat, or the scale with two groups."""
-    # Over 40 lines: a model, and its posterior given the scale.
     few = way == "two groups"
     groups = maker.integer(5, 12) if proper or not few else 2
     centered = few or way == "centered"

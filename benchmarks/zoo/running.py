@@ -29,7 +29,7 @@ WALL, WALL_LEAST = 6.0, 300.0  # times as long a fit may take on a busy machine;
 FIELDS = (
     *("seed", "number", "version", "zoo", "family", "name", "dtype", "dim", "outcome", "status", "ratio"),
     *("strict_ratio", "worst", "mean_error", "sd_error", "quantile_error", "mode_error", "mode_share_error"),
-    *("evidence_error", "k_hat", "ess_ratio", "seconds", "rounds", "reasons", "error", "machine", "software"),
+    *("evidence_error", "k_hat", "ess_ratio", "seconds", "rounds", "reasons", "ledger", "error", "machine", "software"),
 )
 KEY = ("seed", "number", "version", "zoo")
 
@@ -83,6 +83,7 @@ def fill(row: dict[str, Any], task: Task) -> None:
 
     import pyro_flows
     from benchmarks.clock import Stopwatch
+    from pyro_flows._ledger import ledger
 
     torch.set_num_threads(1)
     case = zoo(task.seed, task.number)
@@ -90,14 +91,17 @@ def fill(row: dict[str, Any], task: Task) -> None:
     row.update(machine=records.machine(), software=records.software())
     watch = Stopwatch()
     try:
-        posterior = pyro_flows.fit(case.model, *case.args, model_kwargs=case.kwargs, seed=task.number, progress=False)
+        with ledger() as kept:
+            posterior = pyro_flows.fit(
+                case.model, *case.args, model_kwargs=case.kwargs, seed=task.number, progress=False
+            )
     except Exception as error:
         row.update(seconds=watch.cpu(), outcome=outcome_of_error(case, error))
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
         row["error"] = " ".join(text.split())[:600]
         return
-    row["seconds"] = watch.cpu()
+    row.update(seconds=watch.cpu(), ledger=kept.as_json())
     row.update(figures(case, posterior))
 
 

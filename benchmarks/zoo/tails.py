@@ -1,7 +1,5 @@
 """Heavy and skewed tails, angles, bounds that depend on other latents, truncated and discontinuous likelihoods."""
 
-# Over 300 lines: densities, one after the other; rows are known by a digest of this file.
-
 from __future__ import annotations
 
 from typing import cast

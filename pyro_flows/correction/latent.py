@@ -192,7 +192,7 @@ class Latent:
     def _looked(self, points: Tensor) -> tuple[Tensor, ...]:
         if self._recorder is None:
             return self._evaluated(points, graph=False)
-        self.density.evaluations += len(points)
+        self.density.spend(len(points))
         try:
             return tuple(part.to(points.dtype) for part in self._recorder(points))
         except torch.linalg.LinAlgError:  # at some of these points: they are -inf, the others count

@@ -43,13 +43,13 @@ def leap(
     runner = _runner(latent, given, metric)
     if runner is not None:
         latent.density.clock.look()
-        latent.density.evaluations += len(u)
+        latent.density.spend(len(u))
         dials = torch.tensor([step, turn], dtype=u.dtype, device=u.device)
         try:
             u, gained, x, *seen = runner(given, u, *metric, dials)
             return Points(x, points.k, *seen), u, gained
         except torch.linalg.LinAlgError:
-            latent.density.evaluations -= len(u)  # at some of these points: they are -inf, the others count
+            latent.density.spend(-len(u))  # at some of these points: they are -inf, the others count
     new = latent.look(points.x + step * metric.out(u), points.k)
     return new, *turned(u, metric.back(new.slope), turn)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._clock import Clock
+from pyro_flows._ledger import accepted
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
 from pyro_flows.correction.joining import joins
@@ -41,6 +42,7 @@ LONGER_THAN_THOUGHT = 1.5  # times the gradients that draws would take at their 
 LONGER = 4  # times the sweeps, where converged chains came short of a tail or a mode
 MOST_PLAIN, PLAIN_NUMBERS = 40_000_000, 5e11  # gradients in plain coordinates, and numbers that they write: 5 minutes
 CHEAPER = "sampling cost less than another round of training"
+LONG, APART = "longer chains at the end", "chains in plain coordinates"
 
 
 def which(refine: Any) -> str | None:
@@ -78,12 +80,16 @@ def last_rung(
     work = Work(method, CHEAPER, most=LAST, searched=searched, passed=passed)
     found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
     given: tuple[Any, ...] = (CHAINS, MAX_STEPS, seed, own, bar)
+    if chains is None and found.verdict.status == "refined":
+        accepted("chains at the end")
     if work.come_short and _goes_on(own):
         longer = replace(work, failures=[], spacing=LONGER)
-        found = _better(found, refined(replace(begun, chains=found.chains, history=found.history), longer, *given))
+        found = _better(
+            found, refined(replace(begun, chains=found.chains, history=found.history), longer, *given), LONG
+        )
     if _flow_is_in_vain(found, posterior, method) and _goes_on(own):
         plain = Work(PLAIN, CHEAPER, most=_plain_gradients(posterior))
-        found = _better(found, refined(replace(posterior, history=found.history), plain, *given))
+        found = _better(found, refined(replace(posterior, history=found.history), plain, *given), APART)
     clock.interrupted = own.interrupted
     spent = {"seconds": clock.elapsed}
     if "gradient_evaluations" in posterior.settings:
@@ -96,9 +102,12 @@ def _goes_on(clock: Clock) -> bool:
     return clock.interrupted is None and not clock.over
 
 
-def _better(found: Recorded, again: Recorded) -> Recorded:
+def _better(found: Recorded, again: Recorded, name: str) -> Recorded:
     """Return what a further try came to, if that can be used, else what was there; both with the history of both."""
-    return again if again.verdict.status == "refined" else replace(found, history=again.history)
+    if again.verdict.status != "refined":
+        return replace(found, history=again.history)
+    accepted(name)
+    return again
 
 
 def _flow_is_in_vain(found: Record, posterior: Record, method: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _mixing
-from pyro_flows._clock import counted
+from pyro_flows._ledger import counted
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import SHARE, SHORT_TAIL, SPREAD_OUT, Guide, Lack, to_name

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows._clock import counted
+from pyro_flows._ledger import counted
 from pyro_flows._progress import Bar
 from pyro_flows.correction.exchange import exchange_of
 from pyro_flows.correction.joining import joins

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pyro_flows._ledger import accepted
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.judging import around, evidence_of
 from pyro_flows.correction.rungs import miss_a_mode
@@ -50,6 +51,7 @@ def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
         begin_only(plan, prepared.density, found.runs[0])
         return
     if prepared.sliced is not None:
+        accepted(prepared.sliced[0].stage.stage)
         found.runs[0].take(*prepared.sliced)
         return
     for number in range(plan.runs):
@@ -115,6 +117,7 @@ def _combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
 def _take(found: Combined, tried: Several) -> bool:
     """Make a mixture at all modes the sampler, if it is good enough; say whether it is."""
     if tried.enough:
+        accepted(f"combined: {tried.stage.stage}")
         found.several, found.plain, found.sampler, found.copies = tried, tried.sampler, tried.sampler, 1
         found.warnings, found.failures, found.disagreements = [], [], []  # which are about a flow
     return tried.enough
@@ -153,6 +156,7 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
             continue
         more = [lack.move for lack in found.search.lacks if lack.move is not None and lack.move not in moves]
         if more and _copied(found, [*moves, *more]):
+            accepted("copies under symmetries")
             moves += more
         elif found.surveys < SURVEYS and _surveyed(plan, prepared.density, found):
             moves = []
@@ -160,6 +164,7 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
             mixed = found.several is not None and found.several.stage.stage != SLICES
             if found.added >= _most_added(plan, found.search) or mixed or _too_many([*moves, *more]):
                 return
+            accepted("a run for a missed mode")
             _add_run(plan, prepared, found, found.search.lacks[0].start)
             _copied(found, moves)
         _look(plan, prepared.density, found)

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from pyro_flows import _checks
-from pyro_flows._clock import Clock, counted, unbounded
+from pyro_flows._clock import Clock, unbounded
+from pyro_flows._ledger import counted, said
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
@@ -164,6 +165,7 @@ def _options(flow: FlowLike, layers: int | None) -> dict[str, Any]:
 def _closing(bar: Bar, clock: Clock, work: Callable[[], Posterior]) -> Posterior:
     """Return what the work comes to; the line says how it ended. Ctrl-C gets a warning where :func:`fit` was called."""
     posterior = work()
+    said(method=posterior.method, status=posterior.verdict.status, steps=len(posterior.losses))
     steps = f"{len(posterior.losses)} steps, " if len(posterior.losses) else ""
     bar.close(f"{steps}{posterior.method}, {posterior.verdict.status}")
     if clock.interrupted is not None:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pyro_flows._ledger import accepted
 from pyro_flows.fitting.escalation import Round
 from pyro_flows.fitting.nesting import nested_at_once
 from pyro_flows.fitting.plan import Plan
@@ -108,6 +109,7 @@ def nested_instead(plan: Plan, prepared: Prepared, run: Run, *, first: bool) -> 
     found = nested_at_once(plan, density, seed=plan.seed)
     if found is None:
         return False
+    accepted(found[0].stage.stage)
     prepared.go_back()
     run.modes, run.history = [], []
     run.take(*found)

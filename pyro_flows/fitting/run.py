@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from pyro_flows._ledger import accepted
 from pyro_flows._progress import Bar, in_nats
 from pyro_flows._seeding import seeded
 from pyro_flows.correction.rungs import attempt
@@ -17,6 +18,7 @@ from pyro_flows.fitting.escalation import LOOKED_AT_DRAWS, NEARLY, SEEN, Round, 
 from pyro_flows.fitting.plan import Plan, tails
 from pyro_flows.fitting.selection import CLOSE, Entrant, begin, race, share
 from pyro_flows.fitting.several import Several, several
+from pyro_flows.fitting.slicing import STAGE as SLICES
 from pyro_flows.fitting.slicing import slices_at_once, slices_of
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
@@ -141,6 +143,7 @@ def make_run(
             tried = density.structure.hierarchical  # in non-centered coordinates: slices are the same in all
             sliced = slices_at_once(plan, density, starts[0], seed=seed) if lack is None and not tried else None
             if sliced is not None:
+                accepted(SLICES)
                 run.take(*sliced)
                 return
         alone = lack is None and not plan.train_model
@@ -152,6 +155,8 @@ def make_run(
             return
         _first_round(plan, run, winner.trainer, budget := Budget(plan.max_steps, plan.clock), seed=seed)
         assert run.best is not None
+        if run.best.enough:
+            accepted("first round")
         if plan.escalate and not (plan.train_model or run.improper or run.best.enough):
             _go_on(plan, density, run, winner, budget, seed=seed, alone=lack is None)
 
@@ -168,6 +173,7 @@ def _go_on(
     poor = best.weighing.ess < POOR * len(best.weighing.log_weights)
     sliced = slices_of(plan, density, best.flow, seed=seed) if alone else None
     if sliced is not None:
+        accepted(SLICES)
         run.several = sliced
         run.note(sliced.stage)
         return
@@ -176,11 +182,13 @@ def _go_on(
         return
     run.chains = _sampled(plan, density, winner.trainer.flow, seed)
     if run.chains is not None:
+        accepted("chains in the space of the flow")
         return
     report = _reporter(plan.bar)
     for trainer, outcome in rounds(plan, winner.trainer, best, winner.start, budget, seed=seed, report=report):
         run.take(outcome, trainer)
         if outcome.enough:
+            accepted(outcome.stage.stage)
             break
 
 
@@ -212,6 +220,7 @@ def _fits_already(plan: Plan, density: LogDensity, run: Run, start: Start) -> bo
             trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
             outcome = assess("first round", trainer, Training([], start.elbo, True, False, AT_ONCE, 0, 0, early=True))
             if invisible(outcome.weighing):
+                accepted("the start as it is")
                 run.take(outcome, trainer)
                 return True
     return False
@@ -266,6 +275,7 @@ def _sampled_at_once(plan: Plan, density: LogDensity, run: Run, start: Start, se
             training = Training([], start.elbo, False, False, AT_ONCE_SAMPLED, 0, 0)
             run.take(assess("start", trainer, training, look=False), trainer)
             run.sampled = True
+            accepted("chains in the place of training")
     return run.sampled
 
 
@@ -281,6 +291,8 @@ def _is_several(plan: Plan, density: LogDensity, run: Run, seed: int, *, barrier
     if run.several is None:
         return False
     run.note(run.several.stage)
+    if run.several.enough:
+        accepted(run.several.stage.stage)
     return run.several.enough
 
 

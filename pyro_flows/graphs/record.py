@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_flows._clock import counted
+from pyro_flows._ledger import counted
 from pyro_flows.graphs.garbage import uncollected
 from pyro_flows.graphs.graph import graph_module, new_node, out_of_place, sweep, through_copies, tidy
 from pyro_flows.graphs.narrowing import narrow

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_flows._clock import counted
 from pyro_flows._fallbacks import fallback
+from pyro_flows._ledger import counted
 from pyro_flows._threads import at_once, cores
 from pyro_flows.graphs.bindings import quicken
 from pyro_flows.graphs.fused import Fused, fused

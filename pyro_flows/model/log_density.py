@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_flows._clock import Clock
+from pyro_flows._ledger import booked
 from pyro_flows._turns import turn
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.batching import quiet, where_possible
@@ -79,6 +80,11 @@ class LogDensity(SiteValues):
         self._with_gradients = Recorder(self._gradients, numbers, unit=unit)
         self._values = Recorder(self._plain_values, numbers, unit=unit, large=large, whole=self._with_gradients)
 
+    def spend(self, gradients: int) -> None:
+        """Count gradients that were taken of this density, here or by a graph of its own."""
+        self.evaluations += gradients
+        booked(gradients)
+
     def take(self, values: Recorder, gradients: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""
         self._values, self._with_gradients = values, gradients
@@ -138,7 +144,7 @@ class LogDensity(SiteValues):
         z = self._check(z)
         if not len(z):
             return z.sum(1)
-        self.evaluations += len(z) if z.requires_grad else 0
+        self.spend(len(z) if z.requires_grad else 0)
         recorded = self.batched and not torch.is_grad_enabled() and not self._parameters
         if recorded:
             with turn(), passing_over():
@@ -183,7 +189,7 @@ class LogDensity(SiteValues):
         z = z.detach()
         if not len(z):
             return z.sum(1), z
-        self.evaluations += len(z)
+        self.spend(len(z))
         if self.batched:
             with turn(), passing_over():
                 found = [self._with_gradients(part) for part in self._portions(z, self._with_gradients)]

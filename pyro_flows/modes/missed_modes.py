@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from pyro_flows import _ledger
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.climbs import climbed, surveyed
@@ -89,19 +90,24 @@ def missed_modes(
     doubts: list[Start] = []
     notes: list[str] = []
     untold: list[Lack] = []
-    searches: list[Callable[[], list[Lack]]] = [
-        lambda: climbed(guide, [*modes, *doubts], z[finite], log_q[finite], untold, seed=seed)
-    ]
-    if density.batched:
-        searches.insert(0, lambda: mirrored(guide, *few))
-        searches.insert(1, lambda: surveyed(guide, z[finite], doubts, seed=seed))
-        searches.append(lambda: across(guide, *few))
-        searches.append(lambda: spread_out(guide, seed=seed))
-    if density.batched and wandering:
-        searches.append(lambda: too_thin(guide, space, z[finite], weights[finite], log_q[finite], seed=seed))
+    searches: dict[str, Callable[[], list[Lack]]] = {
+        "mirrored": lambda: mirrored(guide, *few),
+        "survey": lambda: surveyed(guide, z[finite], doubts, seed=seed),
+        "paths": lambda: climbed(guide, [*modes, *doubts], z[finite], log_q[finite], untold, seed=seed),
+        "lines": lambda: across(guide, *few),
+        "tempered mixture": lambda: spread_out(guide, seed=seed),
+        "walks": lambda: too_thin(guide, space, z[finite], weights[finite], log_q[finite], seed=seed),
+    }
+    if not density.batched:
+        searches = {"paths": searches["paths"]}
+    elif not wandering:
+        del searches["walks"]
     found: list[Lack] = []
-    for search in searches:
-        found = found or sift([lack for lack in search() if is_resolved(density, lack.place)])
+    for name, search in searches.items():
+        if not found:
+            with _ledger.counted(name):
+                found = sift([lack for lack in search() if is_resolved(density, lack.place)])
+            _ledger.found(name, len(found))
     if not found and untold and sift(untold):
         notes.append(UNWEIGHED)
     if not density.batched:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_flows._ledger import booked
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.batching import quiet, where_possible
@@ -212,6 +213,7 @@ class _Family:
         """Return values (S,), and gradients with respect to z (S, D) and to log precisions and centers (S, 2 K)."""
         self.density.clock.look()
         self.evaluations += len(z)
+        booked(len(z))
         points = torch.cat([z, said.expand(len(z), -1)], 1)
         value, grad = where_possible(self._recorder, points, (), (points.shape[1],))
         return value, *grad.split([self.density.dim, 2 * self.size], 1)

@@ -156,7 +156,7 @@ def _automatic(density: LogDensity, points: Tensor, second: Callable[..., Tensor
             found = second(density.single, points)
     except RuntimeError:
         return None
-    density.evaluations += points.numel()
+    density.spend(points.numel())
     return found
 
 

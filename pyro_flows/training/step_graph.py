@@ -76,7 +76,7 @@ class Step:
             except torch.linalg.LinAlgError:
                 pass  # of some of the points, which the density itself goes around
             else:
-                self.density.evaluations += len(x)
+                self.density.spend(len(x))
                 return found
         z, log_q, score_q, tape = self.passes.sample(x)
         log_p, score_p = self.density.value_and_grad(z)

@@ -19,7 +19,7 @@ from benchmarks.nuts import running as nuts
 from benchmarks.nuts import samplers, stages
 from benchmarks.nuts.samplers import NUMPYRO, NUTPIE, PYRO
 from benchmarks.posteriors.running import OURS, Task
-from pyro_flows._clock import ledger, used_seconds
+from pyro_flows._ledger import ledger, used_seconds
 from pyro_flows.correction import search
 
 REFERENCE = json.loads(models.REFERENCE.read_text(encoding="utf-8"))
