@@ -146,6 +146,19 @@ def hierarchy(maker: Maker, proper: bool, way: str) -> Case:
 
     maker_log = maker.flag()
 
+    def draw(count: int, rng: np.random.Generator) -> Draws:
+        mean, log_scale, effect = _of_groups(y, s, power, count, rng)
+        scale = np.exp(log_scale)
+        of_groups = {"effect": effect} if centered else {"z": (effect - mean[:, None]) / scale[:, None]}
+        return {"mean": mean, "log_scale" if maker_log else "scale": log_scale if maker_log else scale, **of_groups}
+
+    heavy = ("mean", "scale", "effect")
+    return _case(f"hierarchy of {groups}, {way}", model, draw, maker, proper, y, s, heavy=heavy)
+
+
+def _of_groups(y: Array, s: Array, power: float, count: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+    """Draw a flat mean, the log of a scale with prior x^-power, and effects (S, J), given y (J,) with errors s (J,)."""
+
     def moments(scale: Array) -> tuple[Array, Array, Array]:
         precision = 1.0 / (s**2 + scale[..., None] ** 2)
         total = precision.sum(-1)
@@ -153,20 +166,38 @@ def hierarchy(maker: Maker, proper: bool, way: str) -> Case:
         fit = -0.5 * (precision * (y - mean[..., None]) ** 2).sum(-1) + 0.5 * np.log(precision).sum(-1)
         return mean, total**-0.5, fit - 0.5 * np.log(total)
 
-    def draw(count: int, rng: np.random.Generator) -> Draws:
-        grid = Grid(lambda t: moments(np.exp(t))[2] + (1.0 - power) * t, -WIDEST, WIDEST)
-        log_scale = grid.draw(count, rng)[:, 0]
-        scale = np.exp(log_scale)
-        middle, sd, _ = moments(scale)
-        mean = middle + sd * rng.standard_normal(count)
-        precision = s**-2 + scale[:, None] ** -2
-        effect = (y * s**-2 + mean[:, None] * scale[:, None] ** -2) / precision
-        effect = effect + rng.standard_normal((count, groups)) / np.sqrt(precision)
-        of_groups = {"effect": effect} if centered else {"z": (effect - mean[:, None]) / scale[:, None]}
-        return {"mean": mean, "log_scale" if maker_log else "scale": log_scale if maker_log else scale, **of_groups}
+    grid = Grid(lambda t: moments(np.exp(t))[2] + (1.0 - power) * t, -WIDEST, WIDEST)
+    log_scale = grid.draw(count, rng)[:, 0]
+    scale = np.exp(log_scale)
+    middle, sd, _ = moments(scale)
+    mean = middle + sd * rng.standard_normal(count)
+    precision = s**-2 + scale[:, None] ** -2
+    effect = (y * s**-2 + mean[:, None] * scale[:, None] ** -2) / precision
+    return mean, log_scale, effect + rng.standard_normal((count, len(y))) / np.sqrt(precision)
 
-    heavy = ("mean", "scale", "effect")
-    return _case(f"hierarchy of {groups}, {way}", model, draw, maker, proper, y, s, heavy=heavy)
+
+def side_by_side(maker: Maker, proper: bool) -> Case:
+    """Two or three hierarchies with flat means and scales: with two groups each, no tail has a top for the others."""
+    parts = maker.integer(2, 3)
+    s = [maker.rounded(maker.rng.uniform(0.5, 2.0, maker.integer(5, 8) if proper else 2)) for _ in range(parts)]
+    y = [maker.rounded(maker.log_uniform(0.5, 3.0) * maker.rng.standard_normal(len(one)) + one) for one in s]
+
+    def model(*given: Tensor) -> None:
+        for number, (y, s) in enumerate(zip(given[:parts], given[parts:], strict=True)):
+            mean, scale = flat(f"mean{number}"), flat(f"scale{number}", constraints.positive)
+            with pyro.plate(f"group{number}", len(y)):
+                effect = pyro.sample(f"effect{number}", dist.Normal(mean, scale))
+                pyro.sample(f"y{number}", dist.Normal(effect, s), obs=y)
+
+    def draw(count: int, rng: np.random.Generator) -> Draws:
+        found: Draws = {}
+        for number in range(parts):
+            mean, log_scale, effect = _of_groups(y[number], s[number], 0.0, count, rng)
+            found |= {f"mean{number}": mean, f"scale{number}": np.exp(log_scale), f"effect{number}": effect}
+        return found
+
+    heavy = tuple(f"{name}{number}" for name in ("mean", "scale", "effect") for number in range(parts))
+    return _case(f"{parts} hierarchies side by side", model, draw, maker, proper, *y, *s, heavy=heavy)
 
 
 def one_number(
@@ -436,7 +467,7 @@ KINDS: tuple[Callable[[Maker, bool], Case], ...] = (
     *(shares, log_odds, rate, location_and_scale),
     *(partial(hierarchy, way=way) for way in ("centered", "by hand", "two groups")),
     *(degrees_of_freedom, overdispersion, correlation, slope, component, length_scale, power_law),
-    *(intercepts, simplex, covariance, shape_and_rate, product, width),
+    *(intercepts, simplex, covariance, shape_and_rate, product, width, side_by_side),
 )
 
 

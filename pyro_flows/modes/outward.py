@@ -11,11 +11,13 @@ cut. Distances double, and each search for a top begins where those before lead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_flows.graphs.batches import Recorder
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.held import SMALL, hessians
 
@@ -57,22 +59,27 @@ class Place(NamedTuple):
 
 
 class Outward:
-    """The log density about a middle (D,), in units (D,), along directions (K, D) of length 1 in these units.
+    """The log density about a middle (D,), in units (D,), along some of its coordinates (K,), both ways.
 
-    Rows are the directions, one way and then the other (2 K). ``single`` is the density in single precision, if known.
+    Rows are the coordinates, one way and then the other (2 K). ``single`` is the density in single precision, if known.
     """
 
     def __init__(
-        self, density: LogDensity, single: LogDensity | None, middle: Tensor, units: Tensor, directions: Tensor
+        self, density: LogDensity, single: LogDensity | None, middle: Tensor, units: Tensor, coordinates: Sequence[int]
     ) -> None:
         self.density, self.single, self.dtype = density, single, middle.dtype
         self.deep = SURE[middle.dtype] if single is None else DEEP
         self.middle, self.units = middle.double(), units.double()
-        self.directions = torch.cat([directions, -directions]).double()
-        # of a QR factorization of (u, I), all columns but the first
-        identity = torch.eye(len(middle)).to(self.middle)
-        frame = torch.cat([self.directions[:, :, None], identity.expand(len(self.directions), -1, -1)], 2)
-        self.across = torch.linalg.qr(frame).Q[:, :, 1:]
+        self._hessians = Recorder(lambda z: (hessians(density, z, exact=True),), density.numbers * density.dim)
+        self.about(coordinates, [()] * len(coordinates))
+
+    def about(self, coordinates: Sequence[int], held: Sequence[Sequence[int]]) -> Outward:
+        """Look along these coordinates next, with as many others held in the middle for each of them."""
+        unit = torch.eye(len(self.middle)).to(self.middle)
+        kept = [[i for i in range(len(unit)) if i not in (u, *some)] for u, some in zip(coordinates, held, strict=True)]
+        self.directions = torch.cat([unit[list(coordinates)], -unit[list(coordinates)]])
+        self.across = unit[torch.tensor(kept, dtype=torch.long).view(len(kept), -1)].mT.repeat(2, 1, 1)
+        return self
 
     def sides(self) -> list[Side]:
         """Return what is found along each row, up to places that are deep below the highest one of a direction."""
@@ -194,7 +201,9 @@ class Outward:
 
         Along some of them, which the third result tells, the density has no curvature: they are left out.
         """
-        curvatures = hessians(self.density, self._z(y), exact=True) * self.units * self.units[:, None]
+        z = self._z(y)
+        whole = hessians(self.density, z, exact=True) if self.density.long else self._hessians(z)[0]
+        curvatures = whole * self.units * self.units[:, None]
         curvatures = across.mT @ (0.5 * (curvatures + curvatures.mT)).nan_to_num(0.0, 0.0, 0.0) @ across
         scale = curvatures.diagonal(dim1=1, dim2=2).abs()
         scale = torch.where(scale > 1e-300, scale, 1.0).rsqrt()
@@ -237,7 +246,7 @@ class Outward:
         odd = (1.0 - 2.0 * (torch.arange(z.shape[1]) % 2)).to(z).expand_as(z)
         ways = (torch.ones_like(z), -torch.ones_like(z), odd)
         moved = torch.stack([z, *(torch.nextafter(z, way * torch.inf) for way in ways)])
-        heights = self.density.unrecorded(moved.flatten(0, 1))[0].double().view(len(moved), -1)
+        heights = self.density.value_and_grad(moved.flatten(0, 1))[0].double().view(len(moved), -1)
         return (heights[1:] - heights[0]).abs().nan_to_num(nan=torch.inf).amax(0)
 
     def _have_ended(self, y: Tensor, u: Tensor) -> Tensor:
@@ -265,5 +274,5 @@ class Outward:
         return self._values_and_slopes(y)[0]
 
     def _values_and_slopes(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        values, slopes = self.density.unrecorded(self._z(y))
+        values, slopes = self.density.value_and_grad(self._z(y))
         return values.double(), (self.units * slopes).double()

@@ -11,6 +11,7 @@ models" (JASA 91, doi:10.1080/01621459.1996.10476714): chains of an improper pos
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,11 +26,14 @@ from pyro_flows.modes.outward import Outward, Side
 from pyro_flows.starts.prior import spread_of
 from pyro_flows.verdict.next_step import IMPROPER
 
+Slow = tuple[bool | None, ...]  # one way and the other
+
 PART = "a look at the tails of improper priors"  # of a fit
 FARTHEST = 6.0  # units, to which draws are cut
 MOST, UP_TO = 32, 100  # coordinates that are looked at; dimensions, for Hessians
 FALLS, LAST = 2, 9.0  # that have to be known at least, at distances within such a factor of the last one
 FARTHEST_LEAST = 6.0  # units, that the last place has to be away
+HIDDEN = 8  # coordinates that may hide each other
 SLACK = 0.03  # of a fall of one over the distance, that counts as none more
 NUMBERS_END, HUGE = 3.0, math.log(1e15)  # units; change of a log value, beyond which numbers may end
 
@@ -58,8 +62,9 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
         if middle is None:
             continue
         units = spread_of(there)
-        unit = torch.eye(density.dim, dtype=middle.dtype, device=middle.device)
-        slow = _too_slow(Outward(other, single, middle, units, unit[coordinates]).sides())
+        outward = Outward(other, single, middle, units, coordinates)
+        slow = _too_slow(outward.sides())
+        slow = _given_others(outward, coordinates, slow)
         for (coordinate, name, label), pair in zip(found, slow, strict=True):
             steps = [sign * units[coordinate] for sign, too_slow in zip((1.0, -1.0), pair, strict=True) if too_slow]
             if steps or _ends_numbers(other, coordinate, name, middle, units):
@@ -102,11 +107,30 @@ def _middle(density: LogDensity, z: Tensor) -> Tensor | None:
     return z[away.argmin()] if bool(away.isfinite().any()) else None
 
 
-def _too_slow(sides: list[Side]) -> list[tuple[bool | None, bool | None]]:
+def _too_slow(sides: list[Side]) -> list[Slow]:
     """Whether marginals fall no faster than one over the distance, one way and the other; None where not known."""
     slow = [_is_slow(side) for side in sides]
     half = len(slow) // 2
     return list(zip(slow[:half], slow[half:], strict=True))
+
+
+def _given_others(outward: Outward, coordinates: list[int], slow: list[Slow]) -> list[Slow]:
+    """Look again where nothing was told, with all others of which nothing was told held, or all of these but one.
+
+    Where two tails are level, no top tells the marginal of either. A conditional density without an integral does: then
+    the whole has none (Tonelli). One that falls fast tells nothing.
+    """
+    open_ = [coordinate for coordinate, pair in zip(coordinates, slow, strict=True) if None in pair]
+    found = dict(zip(coordinates, slow, strict=True))
+    for left in (1, 2) if 1 < len(open_) <= HIDDEN else ():
+        parts = [part for part in itertools.permutations(open_, left) if len(open_) > left]
+        held = [[other for other in open_ if other not in part] for part in parts]
+        if parts:
+            again = _too_slow(outward.about([part[0] for part in parts], held).sides())
+            for (coordinate, *_), pair in zip(parts, again, strict=True):
+                told = zip(found[coordinate], pair, strict=True)
+                found[coordinate] = tuple(new or old for old, new in told)
+    return list(found.values())
 
 
 def _end(density: LogDensity, coordinate: int, name: str, middle: Tensor, step: Tensor) -> str:
