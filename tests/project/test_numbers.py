@@ -140,7 +140,19 @@ PHRASES = {
         "number of layers, for a flow given by name, {fitting.fit.MAX_LAYERS} at most",
     ],
     "docs/gallery.md": ["trained by Pyro's SVI for {benchmarks.gallery.pictures.STEPS} steps"],
-    "docs/design.md": ["from {fitting.run.SAMPLED_FROM} to {fitting.run.SAMPLED_UP_TO} dimensions"],
+    "docs/design.md": [
+        "from {fitting.run.SAMPLED_FROM} to {fitting.run.SAMPLED_UP_TO} dimensions",
+        "up to {modes.slices.UP_TO} dimensions: in hierarchical models",
+        "given up to {modes.hyper.MOST_HELD|word} hyperparameters",
+        "up to {fitting.prepare.AT_FIRST} dimensions before chains",
+        "above {fitting.prepare.AT_FIRST} after them",
+        "(diagonal above {flows.recipe.FULL_AFFINE_UP_TO} dimensions)",
+        "falls {training.loop.FALL} nats below the best check",
+        "checked every {training.loop.CHECK_EVERY} steps",
+        "a window of {training.convergence.WINDOW|word} checks",
+        "split R-hat of at most {training.convergence.R_HAT}",
+        "at most {training.convergence.LEFT_TOLERANCE} nats may remain",
+    ],
 }
 SOURCE = re.compile(r"\{([\w.]+?)(?:\((\w+)\))?(?:\[(-?\d+)\])?(?:\|([\w ]+))?\}")
 

@@ -166,7 +166,11 @@ def late():
         list(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md", "docs/evidence/nuts.md", "docs/dependencies.md"])
+RECORDS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs" / "decisions").glob("0*.md"))]
+PAGES = ["CONTRIBUTING.md", "docs/design.md", "docs/evidence/nuts.md", "docs/dependencies.md"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RECORDS])
 def test_files_that_prose_names_are_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:pyro_flows|tests|benchmarks|docs|examples)/[\w/.]*)`", text))

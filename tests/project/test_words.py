@@ -15,6 +15,7 @@ LONGEST, LONGEST_AT_FIRST = 35, 30  # words
 FIRST = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "start").glob("*.md"))]
 MORE = [path for room in ("howto", "understand", "reference") for path in sorted((ROOT / "docs" / room).glob("*.md"))]
 FILES = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "gallery.md", ROOT / "docs" / "notebooks.md", *MORE]
+DESIGN = [ROOT / "docs" / "design.md", *sorted((ROOT / "docs" / "decisions").glob("*.md"))]
 BLOCK = re.compile(r"^(?:[-*] |\d+\. |#+ |\|)")  # an item, a heading, a row of a table: a sentence does not go on there
 DISPLAYED = re.compile(r"^\s*```.*?^\s*```$|<!--.*?-->|^\$\$.*?^\$\$$", flags=re.MULTILINE | re.DOTALL)
 ONE_WORD = re.compile(r"`[^`]*`|\$[^$]*\$|!?\[([^\]]*)\]\([^)]*\)")
@@ -57,7 +58,7 @@ def test_no_sentence_of_the_first_pages_is_long(path):
     assert not long_ones(prose(path.read_text(encoding="utf-8")), LONGEST_AT_FIRST)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+@pytest.mark.parametrize("path", [*FILES, *DESIGN], ids=name_of)
 def test_no_sentence_of_a_document_is_long(path):
     assert not long_ones(prose(path.read_text(encoding="utf-8")))
 
