@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pyro_flows import _checks
+from pyro_flows import _checks, _stages
 from pyro_flows._clock import Clock, unbounded
 from pyro_flows._ledger import counted, said
 from pyro_flows._progress import Bar
@@ -190,8 +190,8 @@ def _check_numbers(draws: int, max_steps: int | None, seed: int, runs: int, max_
 
 def _fit(plan: Plan, *, grow: bool) -> Posterior:
     """Fit under the plan's clock: the work, which can be cut anywhere, and the judging of what it came to."""
-    plan.bar.watch("reading the model")
-    with counted("reading the model"):
+    plan.bar.watch(_stages.READING)
+    with counted(_stages.READING):
         density = LogDensity(plan.model, plan.args, plan.kwargs)
     warn_if_nothing_observed(density.structure, density.trace_at, plan.model, plan.args, plan.kwargs)
     check_memory(density, plan.draws)
@@ -210,7 +210,7 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
     prepared, found = Prepared(density), Combined()
     density.under(clock)
     try:
-        with clock.part("the fit"):
+        with clock.part(_stages.FIT):
             if clock.finite:
                 clock.reserve(seconds_to_judge(density, plan.draws))
             prepare(plan, prepared, plan.seed)
@@ -220,15 +220,15 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
                 with seeded(derive(plan.seed, "digits"), density.device):
                     prepared.density.check_digits(drawn(found))
         clock.judging()
-        plan.bar.watch("judging")
+        plan.bar.watch(_stages.JUDGING)
         if clock.interrupted is not None:
             clock.reserve(seconds_to_judge(prepared.density, plan.draws))
         found.history[:0] = prepared.history
-        with counted("judging"):
+        with counted(_stages.JUDGING):
             try:
                 posterior = conclude(plan, prepared.density, found)
             except KeyboardInterrupt:
-                if not clock.interrupt("judging"):
+                if not clock.interrupt(_stages.JUDGING):
                     raise
                 posterior = conclude(plan, prepared.density, found)
     finally:

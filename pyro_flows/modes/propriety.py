@@ -25,7 +25,6 @@ from pyro_flows.modes.outward import Outward, Side
 from pyro_flows.starts.prior import spread_of
 from pyro_flows.verdict.next_step import IMPROPER
 
-PART = "a look at the tails of improper priors"  # of a fit
 FARTHEST = 6.0  # units, to which draws are cut
 MOST, UP_TO = 32, 100  # coordinates that are looked at; dimensions, for Hessians
 FALLS, LAST = 2, 9.0  # that have to be known at least, at distances within such a factor of the last one
