@@ -67,35 +67,38 @@ def fit(
         model_kwargs: its keyword arguments.
         flow: ``"auto"``, the cheapest of these methods that passes: a conditional Laplace grid, a Gaussian, Gaussian
             conditionals, independent coordinates, a mixture, a trained flow (``"realnvp"``), MCMC. Or a flow that is
-            trained first: ``"realnvp"``, ``"nice"``, ``"planar"``, ``"spline"``, a :class:`Flow` or :class:`Bijection`
-            of the right dimension (it is copied), or a function of the dimension that returns one. In one dimension
-            couplings are affine, so ``"planar"`` is used for ``"realnvp"`` and ``"nice"``.
+            trained first, which changes the method: no grid and no Gaussian conditionals are tried before:
+            ``"realnvp"``, ``"nice"``, ``"planar"``, ``"spline"``, a :class:`Flow` or :class:`Bijection` of the right
+            dimension (it is copied), or a function of the dimension that returns one. In one dimension couplings are
+            affine, so ``"planar"`` is used for ``"realnvp"`` and ``"nice"``.
         layers: number of layers, for a flow given by name, 1000 at most; the default is the builder's.
         draws: how many draws to return, at least 100, and ten million at most, or what the memory holds; four times as
             many are judged by. A sampler (``refine``) returns all that it is judged by, 4096 at least.
         seed: of all randomness. One seed gives one answer, given the versions of packages, the processor, the compiler
             and the number of threads. Torch's global generator is left as it was.
         max_steps: bound on the optimization steps of a run, 64 gradient evaluations each (256 from the second round
-            on); by default 6000, and more above 50 dimensions, twice as many from 200 on; the short race of step sizes
-            comes on top.
-        max_seconds: bound on the seconds of the whole call, above zero: starts, races, training, the search for modes
-            and the final draws. It is kept within a second or a fifth, unless a single run of the model takes longer.
-            At the limit, the result so far is checked, with fewer draws if necessary, and the verdict says what was
-            skipped. Time spent waiting for another fit in the same process does not count.
+            on); by default 6000, and more above 50 dimensions, twice as many from 200 on; the trial runs of starts and
+            learning rates come on top.
+        max_seconds: bound on the seconds of the whole call, above zero: starts, trial runs, training, the search for
+            modes and the final draws. It is kept within a second or a fifth, unless a single run of the model takes
+            longer. At the limit, the result so far is checked, with fewer draws if necessary, and the verdict says what
+            was skipped. Time spent waiting for another fit in the same process does not count.
         train_model: also train the model's own parameters (``pyro.param``, modules); by default they are held fixed.
         escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and
             tempering, in this order; each is an entry of ``history``. If the other latents are approximately normal
-            given one latent, a grid over that one is used, and no flow is trained. Several modes get a mixture of
-            Student-t distributions begun at all of them, or tables of independent coordinates, in the place of a flow,
-            where this is good enough; else up to seven more runs start at modes that the guide lacks, as a mixture.
-        refine: let a sampler that begins at the flow's draws finish the work (see :meth:`Posterior.refine`), where
-            the first round does not suffice and a sampler does for less than another round, and where the verdict
-            would be ``unreliable``: ``"auto"``, or one of its methods for the latter; False does without. If the flow's
-            weights collapse and chains in its space do not converge, MCMC runs in the original coordinates. A sampler
-            is not tried with ``train_model``.
-        runs: independent runs with seeds and starts of their own, 100 at most. Where they disagree, the verdict names
-            the sites, and the guide becomes a mixture of the runs, weighted so that it is as close to the posterior as
-            it can be.
+            given one latent, a grid over that one is used, and no flow is trained. For several modes, a
+            mixture of Student-t distributions is begun at all of them, or the densities of independent coordinates are
+            tabulated. If this is good enough, no flow is trained; else up to seven more runs start at missed modes, and
+            the guide is a mixture of all.
+        refine: run MCMC from the flow's draws (see :meth:`Posterior.refine`) if the first round does not suffice and
+            MCMC costs less than another one, and if the verdict would be ``unreliable``: ``"auto"``, or one of its
+            methods for the latter; False never does. If the flow's
+            weights collapse and chains in its space do not converge, MCMC runs in the original coordinates. MCMC is
+            not tried with ``train_model``.
+        runs: independent runs with seeds and starts of their own, 100 at most. From 2 on, each trains a flow, unless
+            the initial Gaussian passes: no grid, no Gaussian conditionals and no tables are tried before. So ``runs``
+            changes the method, and is for comparing trainings. If runs disagree, the verdict names the sites, and the
+            guide becomes a mixture of the runs, weighted so that it is as close to the posterior as it can be.
         progress: show what is being done: a stage, steps and ELBO, and the seconds so far. In a terminal or notebook
             that is one line; anywhere else, one line on stderr for each stage, and one every ten seconds.
         raise_on_interrupt: let Ctrl-C raise ``KeyboardInterrupt``. By default, once the model has been read, it ends

@@ -191,7 +191,7 @@ def _fitted(density: LogDensity, parts: Parts, seed: int, bar: Bar) -> Generatio
 
 def _as_sampler(best: Generation, modes: int, over: bool) -> Several:
     count = len(best.parts)
-    said = f"the posterior has several modes: a mixture of {count} Student-t distributions was fitted, begun at {modes}"
+    said = f"the posterior has several modes: a mixture of {count} Student-t distributions was begun at {modes} of them"
     return _mixture(best, said, {"modes": modes, "parts": count, "survey is over": over})
 
 

@@ -148,7 +148,7 @@ def finer(density: LogDensity, z: Tensor) -> Tensor:
 
 def _said(label: str, ends: list[str]) -> str:
     where = f", towards {' and '.join(ends)} values" if ends else ""
-    return f"{IMPROPER}{label}, whose prior is improper, its density falls no faster than one over the distance{where}"
+    return f"{IMPROPER}{label}, whose prior is improper, its density decays no faster than 1/distance{where}"
 
 
 def _coordinates(density: LogDensity) -> list[tuple[int, str, str]]:

@@ -15,7 +15,7 @@ from benchmarks.modes import labels, sbi
 from benchmarks.toys import targets
 from pyro_flows.fitting import combine
 from pyro_flows.fitting import run as run_module
-from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE
+from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
 
 
 def line_of(count, distance):
@@ -123,3 +123,6 @@ def test_one_coordinate_is_not_called_independent():
     posterior = pf.fit(line_of(2, 12.0), progress=False)
     assert any("the density was tabulated" in reason for reason in posterior.verdict.reasons)
     assert not any("independent" in reason for reason in posterior.verdict.reasons)
+    assert posterior.method == TABULATED
+    assert TABULATED in [stage["stage"] for stage in posterior.history]
+    assert "the density of z, the only coordinate, was tabulated" in posterior.methods_text().replace("The", "the")
