@@ -125,12 +125,12 @@ class Clock:
             return []
         if self.interrupted is None:
             return [f"stopped at max_seconds={self.asked:g}"]
-        return [f"interrupted (Ctrl-C) before the end of: {self.interrupted}"]
+        return [f"interrupted (Ctrl-C) during: {self.interrupted}"]
 
     def notes(self) -> list[str]:
         """Which parts were cut, in words; that of Ctrl-C is in the reason."""
         rest = [name for name in self.cut if name != self.interrupted]
-        return [f"not done, or not to the end: {', '.join(rest)}"] if rest else []
+        return [f"skipped or cut short: {', '.join(rest)}"] if rest else []
 
 
 class Part:

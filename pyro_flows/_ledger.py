@@ -59,10 +59,10 @@ _kept: ContextVar[Ledger | None] = ContextVar("ledger", default=None)
 def ledger() -> Iterator[Ledger]:
     """Keep a ledger of all calls inside.
 
-    >>> with ledger() as kept, counted("the starts"), counted("tracing"):
+    >>> with ledger() as kept, counted("finding starting points"), counted("tracing"):
     ...     booked(64)
     >>> kept.gradients
-    Counter({('the starts', 'tracing'): 64})
+    Counter({('finding starting points', 'tracing'): 64})
     """
     kept = Ledger()
     token = _kept.set(kept)

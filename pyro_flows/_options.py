@@ -31,7 +31,9 @@ ANY_FLOW = AUTO
 FlowName = Annotated[str, typer.Option(help=f"Kind of flow: {', '.join([AUTO, *sorted(VECTOR_BUILDERS)])}.")]
 Layers = Annotated[int | None, typer.Option(min=1, help="Number of layers; the default depends on the flow.")]
 Draws = Annotated[int, typer.Option(min=100, help="Number of posterior draws.")]
-Runs = Annotated[int, typer.Option(min=1, help="Number of independent runs, which are then compared.")]
+Runs = Annotated[
+    int, typer.Option(min=1, help="Number of independent runs, which are compared; from 2 on, each trains a flow.")
+]
 StepsOrNot = Annotated[
     int | None,
     typer.Option(min=1, help="Largest number of optimization steps; by default 6000, more in many dimensions."),

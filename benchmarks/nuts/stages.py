@@ -4,32 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pyro_flows.correction import search, untrained
-from pyro_flows.fitting.slicing import STAGE as SLICES
-from pyro_flows.modes.propriety import PART
+from pyro_flows import _stages
+from pyro_flows.fitting import escalation
+from pyro_flows.verdict.methods import CONDITIONALS, GRID
 
 OTHER = "other"
-CROSSING = "tracing", "compiling"  # wherever they are
-SEARCHES_OF_CHAINS = search.COUNTED, untrained.COPIES  # also inside of a sampler
+CROSSING = _stages.TRACING, "compiling"  # wherever they are; the second is of earlier versions
+SEARCHES_OF_CHAINS = _stages.MISSED_BY_CHAINS, _stages.SYMMETRIC  # also inside of a sampler
 STAGES = {  # of parts inside of each other the outermost decides, but for these
-    "reading": ("reading the model",),
-    "tracing": ("tracing",),
+    "reading": (_stages.READING,),
+    "tracing": (_stages.TRACING,),
     "compiling": ("compiling",),
-    "sampler": (
-        "a sampler in the place of training",
-        "a sampler in the place of another round",
-        "the sampler",
-    ),
-    "coordinates": ("the choice of coordinates", "the search for angles and heavy tails"),
+    "sampler": (_stages.AT_ONCE, _stages.NEXT, _stages.SAMPLER),
+    "coordinates": (_stages.PARAMETERIZING, _stages.TRANSFORMS),
     "modes": (
-        *("a survey of modes", "the search for modes that the guide lacks", "a run for a missed mode"),
-        *("a look at how uneven the density is", "the comparison of runs", "a look at the tails of marginals"),
+        *(_stages.SEVERAL, _stages.MISSED, _stages.ADDED_RUN, _stages.VARIANCE, _stages.COMPARING, _stages.TAILS),
         *SEARCHES_OF_CHAINS,
     ),
-    "starts": ("the starts", "the match of moments", "a look at the best start"),
-    "races": ("the races",),
-    "training": ("training", "larger batch", "more layers", "heavier tails", "tempering", SLICES),
-    "judging": ("judging", "a look at the round", PART),
+    "starts": (_stages.STARTS, _stages.MOMENTS, _stages.BEST_START),
+    "races": (_stages.TRIALS,),
+    "training": (_stages.TRAINING, *escalation.ALL, GRID, CONDITIONALS),
+    "judging": (_stages.JUDGING, _stages.WEIGHTS, _stages.PROPRIETY),
 }
 SEARCHING = ("coordinates", "modes", "starts", "races")
 _STAGE_OF = {part: stage for stage, parts in STAGES.items() for part in parts}

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from pyro_flows import _stages
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows.calibration.untrained import Fitted, untrained
@@ -34,7 +35,7 @@ from pyro_flows.training.together import train_together
 TOGETHER, NUMBERS = 128, 2**20  # data sets side by side at most, and numbers that a step of all handles
 EACH = 32  # draws of each flow in a step
 FEWEST = 4  # data sets that are worth a graph of their own
-AT_ONCE_TRAINED = "converged: the importance weights leave nothing to see"
+AT_ONCE_TRAINED = "converged: weighting changes no result"
 LAYERS = 2  # of a flow that was given by name: those for which this is too little are fitted again by themselves
 
 Report = Callable[[str], None]
@@ -87,11 +88,11 @@ def fit_stack(
     """
     first = plans[0]
     with few_threads(densities[0].numbers, EACH), seeded(seed, densities[0].device):
-        report("reading the model")
+        report(_stages.READING)
         stack = Stack(densities)
         stack.clock = first.clock
         recipe = _shorter(first)
-        report("starts")
+        report(_stages.STARTS)
         fresh = partial(replace(first, recipe=recipe).fresh, densities[0])
         flow = fresh()
         starts = starts_together(stack, seed=seed, df=flow.df)
@@ -103,7 +104,7 @@ def fit_stack(
         left = [number for number, one in enumerate(as_they_start) if one is None]
         trained = _train(stack, fresh, starts, left, report)
         done = {number: one or trained[number] for number, one in enumerate(as_they_start) if one or number in trained}
-        report("searches for missed modes")
+        report(_stages.MISSED)
         searches = missed_together(stack.select(list(done)), [flow for flow, _ in done.values()], seed=seed)
     found: list[Posterior | None] = [None] * len(plans)
     shared = stack.evaluations // len(plans)

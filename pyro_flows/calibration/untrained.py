@@ -31,7 +31,7 @@ NEARLY_EVEN = 0.9  # share with lighter tails: with less, the posterior has anot
 SHORT = 0.05  # nats by which a start's ELBO is short of the slices' evidence: with more, slices are tried first
 GLANCE = 1000  # draws that suffice where weights are nearly the same at all of them
 CORRECTED = "no flow was trained: importance weights correct a Student-t distribution with the posterior's moments"
-CORRECTED_SLICES = "no flow was trained: importance weights correct slices along a coordinate"
+CORRECTED_SLICES = "no flow was trained: importance weights correct a conditional Laplace grid"
 
 Fitted = tuple[Flow, Training]
 

@@ -83,7 +83,7 @@ def untold(z: Tensor, found: McmcDiagnostics, names: Sequence[str]) -> list[str]
     worst = int(errors.argmax())
     if float(errors[worst]) <= KNOWN_TO or _least(found) >= MOST * SPARE * LEAST_ESS:
         return []
-    return [f"the sd of the chains is known to {100 * float(errors[worst]):.0f}% only, at {names[worst]}"]
+    return [f"the sd of the chains at {names[worst]} has a Monte Carlo error of {100 * float(errors[worst]):.0f}%"]
 
 
 def sweeps_needed(found: McmcDiagnostics) -> float:

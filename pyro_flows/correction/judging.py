@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_flows import _stages
 from pyro_flows._clock import Clock
 from pyro_flows.correction.diagnostics import figures
 from pyro_flows.correction.enough import untold
 from pyro_flows.correction.joining import joins
 from pyro_flows.correction.sampler import Sampler
-from pyro_flows.correction.search import COUNTED, MISS, TOO_LITTLE, Lacking, bridge, held_out, lacks_of_chains
+from pyro_flows.correction.search import MISS, TOO_LITTLE, Lacking, bridge, held_out, lacks_of_chains
 from pyro_flows.correction.smc import Annealed
 from pyro_flows.correction.starts import PLAIN, affine_flow, flow_of
 from pyro_flows.flows.flow import Flow
@@ -71,7 +72,7 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
         against = untold(chains.z, found, posterior.coordinates)
     lacking = Lacking([])
     if not against and chains is not None:
-        with clock.part(COUNTED):
+        with clock.part(_stages.MISSED_BY_CHAINS):
             lacking = _checked(posterior, chains, seed, work)
         mendable = all(said.startswith((TOO_LITTLE, MISS, DISAGREE)) for said in lacking.failures)
         work.come_short = bool(lacking.failures) and mendable and lacking.reached
@@ -200,7 +201,7 @@ def disagreements(posterior: Record, chains: McmcDraws) -> list[str]:
     if float(excess[worst]) <= 0.0:
         return []
     where = posterior.coordinates[worst]
-    return [f"{DISAGREE} about {where}, so that one of them misses a part"]
+    return [f"{DISAGREE} on {where}, so one of them misses a region"]
 
 
 def _verdict(

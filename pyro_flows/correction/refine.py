@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pyro_flows import _checks
+from pyro_flows import _checks, _stages
 from pyro_flows._clock import Clock, unbounded
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
@@ -76,7 +76,7 @@ def refined(
         before = density.evaluations
         density.under(clock)
         try:
-            with clock.part("the sampler"):
+            with clock.part(_stages.SAMPLER):
                 _run(posterior, work, chains, max_steps, seed, bar)
             work.gradients = density.evaluations - before
             return concluded(posterior, work, seed, clock)

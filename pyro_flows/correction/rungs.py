@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows import _checks, _stages
 from pyro_flows._clock import Clock
 from pyro_flows._ledger import accepted
 from pyro_flows._progress import Bar
@@ -42,7 +42,7 @@ LONGER_THAN_THOUGHT = 1.5  # times the gradients that draws would take at their 
 LONGER = 4  # times the sweeps, where converged chains came short of a tail or a mode
 MOST_PLAIN, PLAIN_NUMBERS = 40_000_000, 5e11  # gradients in plain coordinates, and numbers that they write: 5 minutes
 CHEAPER = "sampling cost less than another round of training"
-LONG, APART = "longer chains at the end", "chains in plain coordinates"
+LONG, APART = "longer MCMC at the end", "MCMC in the original coordinates"
 
 
 def which(refine: Any) -> str | None:
@@ -72,7 +72,7 @@ def last_rung(
         return posterior
     if method == "nuts" and isinstance(posterior.flow, FlowMixture):
         method = "auto"
-    bar.watch("a sampler")
+    bar.watch(_stages.SAMPLER)
     own = Clock(left, raises=clock.raises, watch=bar.watch)
     own.asked = clock.asked
     seed = int(posterior.settings["seed"])
@@ -81,7 +81,7 @@ def last_rung(
     found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
     given: tuple[Any, ...] = (CHAINS, MAX_STEPS, seed, own, bar)
     if chains is None and found.verdict.status == "refined":
-        accepted("chains at the end")
+        accepted("MCMC at the end")
     if work.come_short and _goes_on(own):
         longer = replace(work, failures=[], spacing=LONGER)
         found = _better(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows import _mixing
+from pyro_flows import _mixing, _stages
 from pyro_flows._ledger import counted
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
@@ -30,8 +30,8 @@ from pyro_flows.verdict.psis import psis
 SEARCHED = 1000  # draws of the chains
 TOO_LITTLE, MISS = "the chains have too little mass", "the chains miss a mode"  # which longer chains may have
 HELD_OUT = 4  # one superchain of so many
-COUNTED = "the search for modes that the chains lack"
-STAGE, OF_CHAINS = "search for missed modes", "search for modes that chains lack"
+OF_GUIDES = (_stages.SEARCH,)
+OF_CHAINS = _stages.SEARCH_BY_CHAINS, _stages.EARLIER_SEARCH_BY_CHAINS
 SETTLED = 1.05  # nested R-hat of whether a chain is in a region
 WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
 WEIGHED, TRUSTED_K_HAT = 4000, 0.7  # draws that the mass of a region is found by
@@ -55,7 +55,7 @@ class Lacking:
     twins: list[SignedPermutation] = field(default_factory=list)
 
 
-def noted(search: Search | None, stage: str = STAGE) -> list[Stage]:
+def noted(search: Search | None, stage: str = _stages.SEARCH) -> list[Stage]:
     """Return what a fit\'s history keeps of a search, for a sampler to look at later: places and spreads as lists."""
     lacks = [] if search is None else [lack for lack in search.lacks if lack.start.name not in NO_PLACE]
     if not lacks:
@@ -67,7 +67,7 @@ def noted(search: Search | None, stage: str = STAGE) -> list[Stage]:
     return [Stage(stage, details={"sentence": sentence, **places})]
 
 
-@counted(COUNTED)
+@counted(_stages.MISSED_BY_CHAINS)
 def lacks_of_chains(
     density: LogDensity,
     chains: McmcDraws,
@@ -129,7 +129,7 @@ def lacks_of_chains(
     known = [lack.start for lack in search.lacks if lack.start.name not in NO_PLACE]
     reached = all(bool(regions.inside(start.loc, start.scale).any()) for start in known)
     twins = [lack.twin for lack in search.lacks if lack.twin is not None]
-    return Lacking(found, list(search.notes), noted(search, OF_CHAINS), reached, twins)
+    return Lacking(found, list(search.notes), noted(search, _stages.SEARCH_BY_CHAINS), reached, twins)
 
 
 def _and_tails(search: Search, density: LogDensity, chains: McmcDraws, seed: int) -> Search:
@@ -146,7 +146,9 @@ def _not_visited(
 
     Another search may fail to find these again.
     """
-    guides, earlier = ([stage["details"] for stage in history if stage["stage"] == name] for name in (STAGE, OF_CHAINS))
+    guides, earlier = (
+        [stage["details"] for stage in history if stage["stage"] in names] for names in (OF_GUIDES, OF_CHAINS)
+    )
     return [search["sentence"] for search in (*guides[-1:], *earlier) if not _went_to(search, regions, joined)]
 
 

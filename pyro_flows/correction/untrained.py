@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_flows import _stages
 from pyro_flows._ledger import counted
 from pyro_flows._progress import Bar
 from pyro_flows.correction.exchange import exchange_of
@@ -33,7 +34,6 @@ from pyro_flows.modes.valleys import lie_apart
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import McmcDraws
 
-COPIES = "the search for copies"
 SYMMETRIES = 3  # times that chains begin, of which each search may find further twins
 FEW_DRAWS = 50  # by which the copy is told that a twin belongs to
 MOST_COPIES = 16  # of the normal distribution: each point is scored by all of them
@@ -125,7 +125,7 @@ def _chains(
     return chains, lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
 
 
-@counted(COPIES)
+@counted(_stages.SYMMETRIC)
 def _begun(flow: Flow, density: LogDensity, twins: Sequence[SignedPermutation]) -> _Begun | None:
     """Copy a flow to all images under exact symmetries, and to its twins.
 

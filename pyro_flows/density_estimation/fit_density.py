@@ -63,9 +63,9 @@ def fit_density(
     r"""Fit a flow to data by maximum likelihood, with nothing to tune.
 
     It raises :math:`\frac1N \sum_n \log q(x_n)`, in nats.
-    The data are put on a common scale by an affine map that becomes the flow's last layer. Step sizes race for a few
-    steps. The largest that comes about as far as the best goes on until the mean log density of held-out points stands
-    still, or a fifth of what the race left of the budget is used. Then the step size falls to zero along a cosine. An
+    The data are put on a common scale by an affine map that becomes the flow's last layer. Learning rates are
+    compared in short trial runs. The largest that comes about as far as the best goes on until the mean log density of
+    held-out points stops rising, or a fifth of the remaining budget is used. Then it falls to zero along a cosine. An
     average of the weights over about the last tenth of the steps is what is checked and, if it is the best, what is
     kept.
 
@@ -88,7 +88,7 @@ def fit_density(
             divided by ``levels - 1``. Level k becomes ``(k + U(0, 1)) / levels``, with fresh noise each time, and the
             density is one on the unit cube.
         batch: points a step; by default 256, or a tenth of the data if that is less, and 32 at least.
-        learning_rate: the step size of Adam, without a race.
+        learning_rate: of Adam, without trial runs.
         weight_decay: of AdamW, relative to the step size; by default 1e-4 times epochs ahead (in 20 000 steps at most)
             times parameters over points (of images: pixels), since what can be learned by heart is the more, the longer
             it takes and the more there are; but 1 at most, and so little that a tenth of the training is remembered.
@@ -238,7 +238,7 @@ class _Bar:
 
     def __init__(self, bar: Bar, *, flow: Flow, levels: Levels | None) -> None:
         self.bar, self.flow, self.levels = bar, flow, levels
-        self.bar.watch("the race of step sizes")
+        self.bar.watch("comparing learning rates")
 
     def show(self, state: str, epoch: int, share: float, nats: float) -> None:
         self.bar.watch(state)

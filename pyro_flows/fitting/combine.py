@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pyro_flows import _stages
 from pyro_flows._ledger import accepted
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.judging import around, evidence_of
 from pyro_flows.correction.rungs import miss_a_mode
-from pyro_flows.correction.search import COUNTED, held_by
+from pyro_flows.correction.search import held_by
 from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.combined import Combined, Sampler
 from pyro_flows.fitting.guide_space import latent_of
@@ -28,7 +29,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_modes import Search, missed_modes
-from pyro_flows.modes.propriety import PART, improper_tails
+from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.slices import Marginal
 from pyro_flows.modes.symmetries import SignedPermutation, group
 from pyro_flows.modes.thin import WANDERED
@@ -76,7 +77,7 @@ def combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
     found.plain = found.sampler = found.best.flow(plan, density)
     found.improper = prepared.improper or found.best.improper
     if not found.improper:
-        with clock.part(PART):
+        with clock.part(_stages.PROPRIETY):
             found.improper = improper_tails(density, lambda: drawn(found), seed=plan.seed)
     if found.best.sampled:
         found.search = Search()
@@ -102,10 +103,10 @@ def _combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
         found.surveys = int(tried.stage.stage != SLICES)
         _take(found, tried)
     if not clock.over and isinstance(found.plain, Flow):
-        with clock.part("a look at how uneven the density is"):
+        with clock.part(_stages.VARIANCE):
             found.warnings, found.failures = too_uneven(found.plain, density)
     if len(found.kept) > 1:
-        with clock.part("the comparison of runs"):
+        with clock.part(_stages.COMPARING):
             _compare(plan, density, found)
     if plan.train_model:
         density.forget()
@@ -126,11 +127,11 @@ def _take(found: Combined, tried: Several) -> bool:
 def _look(plan: Plan, density: LogDensity, found: Combined) -> None:
     """Search for modes that the sampler lacks."""
     assert found.sampler is not None
-    with plan.clock.part("the search for modes that the guide lacks"):
+    with plan.clock.part(_stages.MISSED):
         found.search, found.slices = None, None
         found.search = _search(plan, density, found, found.sampler)
     if found.search is not None:
-        with plan.clock.part("a look at the tails of marginals"):
+        with plan.clock.part(_stages.TAILS):
             found.search, found.slices = short_of(found.search, density, found.sampler, seed=plan.seed)
 
 
@@ -156,7 +157,7 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
             continue
         more = [lack.move for lack in found.search.lacks if lack.move is not None and lack.move not in moves]
         if more and _copied(found, [*moves, *more]):
-            accepted("copies under symmetries")
+            accepted("symmetric copies")
             moves += more
         elif found.surveys < SURVEYS and _surveyed(plan, prepared.density, found):
             moves = []
@@ -164,7 +165,7 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
             mixed = found.several is not None and found.several.stage.stage != SLICES
             if found.added >= _most_added(plan, found.search) or mixed or _too_many([*moves, *more]):
                 return
-            accepted("a run for a missed mode")
+            accepted("run at a missed mode")
             _add_run(plan, prepared, found, found.search.lacks[0].start)
             _copied(found, moves)
         _look(plan, prepared.density, found)
@@ -191,7 +192,7 @@ def _miss_another(plan: Plan, density: LogDensity, found: Combined) -> bool:
     chains, flow, search = found.best.chains, found.plain, found.search
     if chains is None or search is None or not isinstance(flow, Flow) or all(lack.beside for lack in search.lacks):
         return False
-    with plan.clock.part(COUNTED):
+    with plan.clock.part(_stages.MISSED_BY_CHAINS):
         return miss_a_mode(chains, flow, density, coordinate_names(density.structure), seed=plan.seed)
     return False
 
@@ -214,7 +215,7 @@ def _surveyed(plan: Plan, density: LogDensity, found: Combined) -> bool:
     found.surveys += 1
     places = torch.stack([lack.place for lack in found.search.lacks])
     seed = derive(plan.seed, f"survey {found.surveys}")
-    with plan.clock.part("a survey of modes"):
+    with plan.clock.part(_stages.SEVERAL):
         with seeded(seed, density.device):
             z = torch.cat([found.sampler.draw(MODE_DRAWS)[0].to(places), places])
         tried = several(density, z, places, seed=seed, bar=plan.bar)
@@ -252,14 +253,14 @@ def _add_run(plan: Plan, prepared: Prepared, found: Combined, lack: Start) -> No
     clock, density = plan.clock, prepared.density
     number = len(found.runs)
     found.runs.append(Run(number))
-    plan.bar.task = "fit, a run for a missed mode"
-    with clock.part("a run for a missed mode"):
+    plan.bar.task = f"fit, {_stages.ADDED_RUN}"
+    with clock.part(_stages.ADDED_RUN):
         once = replace(plan, escalate=False)  # a mixture may drop it, and chains can mend what is left
         make_run(once, density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
     plan.bar.task = "fit"
     found.plain = found.sampler = found.best.flow(plan, density)
     found.several = None
-    with clock.part("the comparison of runs"):
+    with clock.part(_stages.COMPARING):
         _compare(plan, density, found)
     found.added += 1
 

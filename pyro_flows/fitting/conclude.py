@@ -99,7 +99,7 @@ def _differ(found: Combined, runs: int) -> list[str]:
         what = "a run was" if found.added == 1 else f"{found.added} runs were"
         said = [f"the first run{'' if runs == 1 else 's'} missed a mode, so {what} added there to form a mixture"]
     if found.copies > 1:
-        said.append(f"one of {found.copies} modes that mirror each other was found, and copies placed at the others")
+        said.append(f"one of {found.copies} symmetric modes was fitted, and copied to the others")
     return said
 
 

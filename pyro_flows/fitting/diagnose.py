@@ -11,7 +11,7 @@ from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows import _checks, _stages
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
@@ -114,7 +114,7 @@ def _diagnose(
     seed: int,
     bar: Bar,
 ) -> Posterior:
-    bar.watch("reading the model")
+    bar.watch(_stages.READING)
     noncentered: Noncentered = ()
     if isinstance(guide, AutoFlow):
         with seeded(seed):
@@ -159,9 +159,9 @@ def _judged(
                 draw, score = from_traces(guide, density, args, kwargs, random_sites(trace))
             with torch.no_grad(), seeded(derive(seed, "digits"), density.device):
                 density.check_digits(draw(COMPARED)[0])
-            bar.watch("the search for missed modes")
+            bar.watch(_stages.MISSED)
             search = _searched(density, draw, score, space, seed)
-            bar.watch("judging")
+            bar.watch(_stages.JUDGING)
             said: dict[str, Any] = {"failures": search.failures, "notes": search.notes, "contained": search.contained}
             said |= {"history": noted(search), "settings": {"diagnosed": True}, "losses": torch.zeros(0)}
             return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pyro_flows import _stages
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.selection import begin
 from pyro_flows.flows.flow import Flow
@@ -155,7 +156,7 @@ def assess(name: str, trainer: Trainer, training: Training, *, look: bool = True
     weighing = unweighed(density.dim, training.elbo)
     if not look:
         return Round(copy.deepcopy(flow), weighing, training, _stage(name, trainer, weighing, training))
-    with density.clock.part("a look at the round", noted=False):
+    with density.clock.part(_stages.WEIGHTS, noted=False):
         weighing = weighed(flow, density, min(JUDGED_DRAWS, max(FEWER_DRAWS, JUDGED_NUMBERS // density.dim)))
     return Round(copy.deepcopy(flow), weighing, training, _stage(name, trainer, weighing, training))
 

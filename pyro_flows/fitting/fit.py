@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pyro_flows import _checks
+from pyro_flows import _checks, _stages
 from pyro_flows._clock import Clock, unbounded
 from pyro_flows._ledger import counted, said
 from pyro_flows._progress import Bar
@@ -67,35 +67,38 @@ def fit(
         model_kwargs: its keyword arguments.
         flow: ``"auto"``, the cheapest of these methods that passes: a conditional Laplace grid, a Gaussian, Gaussian
             conditionals, independent coordinates, a mixture, a trained flow (``"realnvp"``), MCMC. Or a flow that is
-            trained first: ``"realnvp"``, ``"nice"``, ``"planar"``, ``"spline"``, a :class:`Flow` or :class:`Bijection`
-            of the right dimension (it is copied), or a function of the dimension that returns one. In one dimension
-            couplings are affine, so ``"planar"`` is used for ``"realnvp"`` and ``"nice"``.
+            trained first, which changes the method: no grid and no Gaussian conditionals are tried before:
+            ``"realnvp"``, ``"nice"``, ``"planar"``, ``"spline"``, a :class:`Flow` or :class:`Bijection` of the right
+            dimension (it is copied), or a function of the dimension that returns one. In one dimension couplings are
+            affine, so ``"planar"`` is used for ``"realnvp"`` and ``"nice"``.
         layers: number of layers, for a flow given by name, 1000 at most; the default is the builder's.
         draws: how many draws to return, at least 100, and ten million at most, or what the memory holds; four times as
             many are judged by. A sampler (``refine``) returns all that it is judged by, 4096 at least.
         seed: of all randomness. One seed gives one answer, given the versions of packages, the processor, the compiler
             and the number of threads. Torch's global generator is left as it was.
         max_steps: bound on the optimization steps of a run, 64 gradient evaluations each (256 from the second round
-            on); by default 6000, and more above 50 dimensions, twice as many from 200 on; the short race of step sizes
-            comes on top.
-        max_seconds: bound on the seconds of the whole call, above zero: starts, races, training, the search for modes
-            and the final draws. It is kept within a second or a fifth, unless a single run of the model takes longer.
-            At the limit, the result so far is checked, with fewer draws if necessary, and the verdict says what was
-            skipped. Time spent waiting for another fit in the same process does not count.
+            on); by default 6000, and more above 50 dimensions, twice as many from 200 on; the trial runs of starts and
+            learning rates come on top.
+        max_seconds: bound on the seconds of the whole call, above zero: starts, trial runs, training, the search for
+            modes and the final draws. It is kept within a second or a fifth, unless a single run of the model takes
+            longer. At the limit, the result so far is checked, with fewer draws if necessary, and the verdict says what
+            was skipped. Time spent waiting for another fit in the same process does not count.
         train_model: also train the model's own parameters (``pyro.param``, modules); by default they are held fixed.
         escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and
             tempering, in this order; each is an entry of ``history``. If the other latents are approximately normal
-            given one latent, a grid over that one is used, and no flow is trained. Several modes get a mixture of
-            Student-t distributions begun at all of them, or tables of independent coordinates, in the place of a flow,
-            where this is good enough; else up to seven more runs start at modes that the guide lacks, as a mixture.
-        refine: let a sampler that begins at the flow's draws finish the work (see :meth:`Posterior.refine`), where
-            the first round does not suffice and a sampler does for less than another round, and where the verdict
-            would be ``unreliable``: ``"auto"``, or one of its methods for the latter; False does without. If the flow's
-            weights collapse and chains in its space do not converge, MCMC runs in the original coordinates. A sampler
-            is not tried with ``train_model``.
-        runs: independent runs with seeds and starts of their own, 100 at most. Where they disagree, the verdict names
-            the sites, and the guide becomes a mixture of the runs, weighted so that it is as close to the posterior as
-            it can be.
+            given one latent, a grid over that one is used, and no flow is trained. For several modes, a
+            mixture of Student-t distributions is begun at all of them, or the densities of independent coordinates are
+            tabulated. If this is good enough, no flow is trained; else up to seven more runs start at missed modes, and
+            the guide is a mixture of all.
+        refine: run MCMC from the flow's draws (see :meth:`Posterior.refine`) if the first round does not suffice and
+            MCMC costs less than another one, and if the verdict would be ``unreliable``: ``"auto"``, or one of its
+            methods for the latter; False never does. If the flow's
+            weights collapse and chains in its space do not converge, MCMC runs in the original coordinates. MCMC is
+            not tried with ``train_model``.
+        runs: independent runs with seeds and starts of their own, 100 at most. From 2 on, each trains a flow, unless
+            the initial Gaussian passes: no grid, no Gaussian conditionals and no tables are tried before. So ``runs``
+            changes the method, and is for comparing trainings. If runs disagree, the verdict names the sites, and the
+            guide becomes a mixture of the runs, weighted so that it is as close to the posterior as it can be.
         progress: show what is being done: a stage, steps and ELBO, and the seconds so far. In a terminal or notebook
             that is one line; anywhere else, one line on stderr for each stage, and one every ten seconds.
         raise_on_interrupt: let Ctrl-C raise ``KeyboardInterrupt``. By default, once the model has been read, it ends
@@ -190,8 +193,8 @@ def _check_numbers(draws: int, max_steps: int | None, seed: int, runs: int, max_
 
 def _fit(plan: Plan, *, grow: bool) -> Posterior:
     """Fit under the plan's clock: the work, which can be cut anywhere, and the judging of what it came to."""
-    plan.bar.watch("reading the model")
-    with counted("reading the model"):
+    plan.bar.watch(_stages.READING)
+    with counted(_stages.READING):
         density = LogDensity(plan.model, plan.args, plan.kwargs)
     warn_if_nothing_observed(density.structure, density.trace_at, plan.model, plan.args, plan.kwargs)
     check_memory(density, plan.draws)
@@ -210,7 +213,7 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
     prepared, found = Prepared(density), Combined()
     density.under(clock)
     try:
-        with clock.part("the fit"):
+        with clock.part(_stages.FIT):
             if clock.finite:
                 clock.reserve(seconds_to_judge(density, plan.draws))
             prepare(plan, prepared, plan.seed)
@@ -220,15 +223,15 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
                 with seeded(derive(plan.seed, "digits"), density.device):
                     prepared.density.check_digits(drawn(found))
         clock.judging()
-        plan.bar.watch("judging")
+        plan.bar.watch(_stages.JUDGING)
         if clock.interrupted is not None:
             clock.reserve(seconds_to_judge(prepared.density, plan.draws))
         found.history[:0] = prepared.history
-        with counted("judging"):
+        with counted(_stages.JUDGING):
             try:
                 posterior = conclude(plan, prepared.density, found)
             except KeyboardInterrupt:
-                if not clock.interrupt("judging"):
+                if not clock.interrupt(_stages.JUDGING):
                     raise
                 posterior = conclude(plan, prepared.density, found)
     finally:

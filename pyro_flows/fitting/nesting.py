@@ -25,9 +25,11 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.starts.prior import prior_draws, spread_of
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
+from pyro_flows.verdict.methods import CONDITIONALS
 
-STAGE = "coordinates held"
-DONE = "converged: the others are normal, given a few coordinates that are held"
+STAGE = CONDITIONALS
+SEED = "coordinates held"  # its digits, on which draws depend
+DONE = "converged: given a few latents, the others are Gaussian"
 SHARE_OF_SECONDS = 0.5
 PRIOR = 500  # draws that tell where to begin
 POINTS = 2  # near which normality is looked at
@@ -43,7 +45,7 @@ def nested_at_once(plan: Plan, density: LogDensity, *, seed: int) -> tuple[Round
     asked = plan.automatic and plan.escalate and plan.runs == 1 and not plan.train_model
     if not asked or not can_be_nested(density):
         return None
-    with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), seeded(derive(seed, STAGE), density.device):
+    with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), seeded(derive(seed, SEED), density.device):
         found = nested_flow(density, seed=seed)
         if found is None:
             return None

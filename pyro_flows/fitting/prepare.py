@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pyro_flows import _stages
 from pyro_flows._ledger import accepted
 from pyro_flows.fitting.escalation import Round
 from pyro_flows.fitting.nesting import nested_at_once
@@ -17,7 +18,7 @@ from pyro_flows.fitting.run import Run
 from pyro_flows.fitting.selection import begin
 from pyro_flows.fitting.slicing import come_first, slices_at_once
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.propriety import PART, improper_tails
+from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.charting import choose_charts
 from pyro_flows.starts.coordinates import Climbed, choose_coordinates, climbed
@@ -63,24 +64,24 @@ def prepare(plan: Plan, prepared: Prepared, seed: int) -> None:
     """
     if plan.train_model:
         return
-    with plan.clock.part(PART):
+    with plan.clock.part(_stages.PROPRIETY):
         prepared.improper = improper_tails(prepared.density, partial(first_draws, prepared.density, seed), seed=seed)
     if prepared.improper:
         return
     if prepared.density.structure.hierarchical:
-        with plan.clock.part("the choice of coordinates", share=COORDINATES_SHARE):
+        with plan.clock.part(_stages.PARAMETERIZING, share=COORDINATES_SHARE):
             wholly = _sliced(plan, prepared, seed)
             if prepared.sliced is None and prepared.density.dim <= AT_FIRST:
                 prepared.sliced = nested_at_once(plan, prepared.density, seed=seed)
             if prepared.sliced is not None:
                 return
             prepared.density, start, chosen = choose_coordinates(prepared.density, wholly, seed=seed)
-            prepared.history.append(Stage("coordinates", elbo=chosen.pop("elbo"), details=chosen))
+            prepared.history.append(Stage(_stages.PARAMETERIZATION, elbo=chosen.pop("elbo"), details=chosen))
             prepared.starts += [] if start is None else [start]
-    with plan.clock.part("the search for angles and heavy tails", share=COORDINATES_SHARE):
+    with plan.clock.part(_stages.TRANSFORMS, share=COORDINATES_SHARE):
         first = prepared.starts[0] if prepared.starts else None
         prepared.density, carried, charted = choose_charts(prepared.density, first, seed=seed)
-        prepared.history += [Stage("charts", details={"sites": charted})] if charted else []
+        prepared.history += [Stage(_stages.SITE_TRANSFORMS, details={"sites": charted})] if charted else []
         prepared.starts = [] if carried is None else [carried]
 
 
@@ -131,5 +132,5 @@ def _sliced(plan: Plan, prepared: Prepared, seed: int) -> Climbed | None:
         prepared.density = wholly.density
         chosen = wholly.density.structure.noncentered
         details = {"noncentered": chosen, "elbo_centered": None, "elbo_noncentered": wholly.elbo}
-        prepared.history.append(Stage("coordinates", elbo=wholly.elbo, details=details))
+        prepared.history.append(Stage(_stages.PARAMETERIZATION, elbo=wholly.elbo, details=details))
     return wholly

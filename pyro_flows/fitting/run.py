@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from pyro_flows import _stages
 from pyro_flows._ledger import accepted
 from pyro_flows._progress import Bar, in_nats
 from pyro_flows._seeding import seeded
@@ -26,7 +27,7 @@ from pyro_flows.flows.parts import untrained_twin
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.population import can_be_scattered
-from pyro_flows.modes.propriety import PART, improper_tails
+from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.matching import matched
@@ -36,11 +37,12 @@ from pyro_flows.starts.start import Start, standard
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Look, Training, train
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import McmcDraws
+from pyro_flows.verdict.methods import GAUSSIAN
 
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
-AT_ONCE = "converged: the importance weights leave nothing to mend at the start"
-AT_ONCE_SAMPLED = "no flow was trained: a sampler that began at a normal distribution was enough"
+AT_ONCE = "converged: weighting changes no result at the start"
+AT_ONCE_SAMPLED = "no flow was trained: MCMC that began at a Gaussian converged"
 SAMPLED_FROM, SAMPLED_UP_TO = 30, 1500  # dimensions in which a sampler is tried before a flow is trained
 MOST_SAMPLED = 20_000  # draws asked for, up to which it is
 CHEAP, FEW_OPERATIONS = 500, 500  # dimensions times numbers of an evaluation, and its operations, with its gradient,
@@ -127,7 +129,7 @@ def make_run(
     """
     with seeded(seed, density.device):
         starts = [*extra, standard(density)]
-        with plan.clock.part("the starts", share=STARTS_SHARE):
+        with plan.clock.part(_stages.STARTS, share=STARTS_SHARE):
             starts = portfolio(density, seed=seed, extra=extra) if lack is None else [lack]
         run.modes = [start for start in starts if start.evidence is not None]
         cheap = density.numbers * density.dim <= CHEAP and density.work.operations <= FEW_OPERATIONS
@@ -156,7 +158,7 @@ def make_run(
         _first_round(plan, run, winner.trainer, budget := Budget(plan.max_steps, plan.clock), seed=seed)
         assert run.best is not None
         if run.best.enough:
-            accepted("first round")
+            accepted(_stages.FIRST_ROUND)
         if plan.escalate and not (plan.train_model or run.improper or run.best.enough):
             _go_on(plan, density, run, winner, budget, seed=seed, alone=lack is None)
 
@@ -182,7 +184,7 @@ def _go_on(
         return
     run.chains = _sampled(plan, density, winner.trainer.flow, seed)
     if run.chains is not None:
-        accepted("chains in the space of the flow")
+        accepted("MCMC in the latent space")
         return
     report = _reporter(plan.bar)
     for trainer, outcome in rounds(plan, winner.trainer, best, winner.start, budget, seed=seed, report=report):
@@ -194,7 +196,7 @@ def _go_on(
 
 def _has_no_integral(plan: Plan, density: LogDensity, run: Run, flow: Flow, seed: int) -> bool:
     """Whether the posterior seems to be improper: then no training, and no sampler, comes to an end of it."""
-    with plan.clock.part(PART):
+    with plan.clock.part(_stages.PROPRIETY):
         run.improper = improper_tails(density, lambda: flow.draw(LOOKED_AT_DRAWS)[0], seed=seed)
     return bool(run.improper)
 
@@ -202,7 +204,7 @@ def _has_no_integral(plan: Plan, density: LogDensity, run: Run, flow: Flow, seed
 def _matched(plan: Plan, density: LogDensity, starts: Sequence[Start], seed: int) -> list[Start]:
     """Put the best start at the moments that its weights tell, if they can."""
     found = list(starts)
-    with plan.clock.part("the match of moments", share=STARTS_SHARE):
+    with plan.clock.part(_stages.MOMENTS, share=STARTS_SHARE):
         found[0] = matched(density, starts[0], tails(density.dim), seed=seed)
     return found
 
@@ -211,16 +213,18 @@ def _fits_already(plan: Plan, density: LogDensity, run: Run, start: Start) -> bo
     """Look at the flow as it is at the best start, an affine map; say whether there is nothing to train."""
     flow = plan.fresh(density)
     plain, df = untrained_twin(flow) if plan.recipe.named else flow, flow.df
-    with plan.clock.part("a look at the best start", noted=False):
+    with plan.clock.part(_stages.BEST_START, noted=False):
         for lighter in LIGHTER if flow.base == "student_t" else (1.0,):
             begin(set_df(plain, lighter * df), start)
             if escalation.is_far_off(plain, density) or not invisible(weighed(plain, density, LOOKED_AT_DRAWS)):
                 continue
             begin(set_df(flow, lighter * df), start)
             trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
-            outcome = assess("first round", trainer, Training([], start.elbo, True, False, AT_ONCE, 0, 0, early=True))
+            outcome = assess(
+                _stages.FIRST_ROUND, trainer, Training([], start.elbo, True, False, AT_ONCE, 0, 0, early=True)
+            )
             if invisible(outcome.weighing):
-                accepted("the start as it is")
+                accepted(GAUSSIAN)
                 run.take(outcome, trainer)
                 return True
     return False
@@ -244,7 +248,7 @@ def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed
     while True:
         left = Budget(budget.steps - len(trainer.losses), budget.clock)
         training = train(trainer, left, seed=seed, report=_reporter(plan.bar), look=look)
-        outcome = assess("first round", trainer, training)
+        outcome = assess(_stages.FIRST_ROUND, trainer, training)
         run.take(outcome, trainer)
         done = not training.early or budget.clock.over or (stalls and outcome.lacks_a_tail)
         if done or invisible(outcome.weighing, seen=NEARLY * SEEN):
@@ -256,7 +260,7 @@ def _sampled(plan: Plan, density: LogDensity, flow: Flow, seed: int) -> McmcDraw
     """Try a sampler in the place of further training, if one was asked for."""
     if plan.refine is None:
         return None
-    with plan.clock.part("a sampler in the place of another round"):
+    with plan.clock.part(_stages.NEXT):
         return attempt(flow, density, coordinate_names(density.structure), plan.draws, seed=seed, bar=plan.bar)
     return None
 
@@ -266,16 +270,16 @@ def _sampled_at_once(plan: Plan, density: LogDensity, run: Run, start: Start, se
     asked = plan.escalate and plan.refine is not None and plan.runs == 1 and plan.draws <= MOST_SAMPLED
     if not (asked and SAMPLED_FROM <= density.dim <= SAMPLED_UP_TO and density.batched):
         return False
-    with plan.clock.part("a sampler in the place of training", share=STARTS_SHARE):
+    with plan.clock.part(_stages.AT_ONCE, share=STARTS_SHARE):
         names = coordinate_names(density.structure)
         found = attempt_untrained(start, density, names, plan.draws, seed=seed, bar=plan.bar)
         if found is not None:
             flow, run.copies, run.chains = found
             trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
             training = Training([], start.elbo, False, False, AT_ONCE_SAMPLED, 0, 0)
-            run.take(assess("start", trainer, training, look=False), trainer)
+            run.take(assess(_stages.INITIAL, trainer, training, look=False), trainer)
             run.sampled = True
-            accepted("chains in the place of training")
+            accepted("MCMC instead of training")
     return run.sampled
 
 
@@ -283,7 +287,7 @@ def _is_several(plan: Plan, density: LogDensity, run: Run, seed: int, *, barrier
     """Whether a mixture at all modes does in the place of a flow; several runs are for the flow's sake."""
     if not plan.escalate or plan.train_model or plan.runs > 1:
         return False
-    with plan.clock.part("a survey of modes"):
+    with plan.clock.part(_stages.SEVERAL):
         first = run.best is None
         z = prior_draws(density, SURVEYED_FROM, seed=seed) if first else run.flow(plan, density).draw(SURVEYED_FROM)[0]
         hopeless = run.best is not None and run.best.weighing.ess < HOPELESS * len(run.best.weighing.log_weights)
@@ -301,7 +305,7 @@ def _race(plan: Plan, density: LogDensity, run: Run, starts: Sequence[Start], se
     flow = run.untrained = plan.fresh(density)
     trained = list(density.parameters().values()) if plan.train_model else []
     winner: Entrant | None = None
-    with plan.clock.part("the races", share=RACE_SHARE):
+    with plan.clock.part(_stages.TRIALS, share=RACE_SHARE):
         winner, entrants = race(flow, density, starts, share(plan.max_steps), seed=seed, extra=trained)
         for entrant in entrants:
             run.note(entrant.stage)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pyro_flows import _stages
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import start_at
 from pyro_flows.model.log_density import LogDensity
@@ -44,7 +45,7 @@ class Entrant:
         begin(flow, start)
         trainer = Trainer(flow, density, learning_rate=size, batch=BATCH, extra=extra)
         monitor = Monitor()
-        with density.clock.part("the race of starts and step sizes"):
+        with density.clock.part(_stages.TRIAL):
             for step in range(steps):
                 trainer.step(size * min(1.0, (step + 1) / (0.5 * RACE_STEPS)))
             trainer.write()
@@ -56,7 +57,7 @@ class Entrant:
     def stage(self) -> Stage:
         """What the history says of it."""
         size, before = self.trainer.learning_rate, self.start.elbo
-        return Stage("race", start=self.start.name, step_size=size, start_elbo=before, elbo=self.elbo)
+        return Stage(_stages.TRIAL_RUN, start=self.start.name, step_size=size, start_elbo=before, elbo=self.elbo)
 
 
 def begin(flow: Flow, start: Start) -> None:

@@ -25,6 +25,7 @@ from pyro_flows.modes.separable import is_separable, marginals
 from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
 from pyro_flows.modes.units import units_of
 from pyro_flows.results.stage import Stage
+from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
 from pyro_flows.verdict.psis import psis
 
 ENOUGH_SHARE, ENOUGH_K = 0.3, 0.5  # of the mixture's draws: effective share, and k-hat
@@ -32,7 +33,7 @@ GOOD_SHARE, NEAR_K = 0.7, 0.6  # where most draws are effective, a k-hat that ma
 AGAIN = 3  # times that modes are looked for where weights are large
 ROWS = 4096  # points that all parts are looked at together
 HEAVY, HEAVIEST = 10.0, 48  # times the mean weight, from which on a draw points to what is missing; draws
-STAGE, TABLES = "mixture at modes", "tables of coordinates"
+STAGE = MIXTURE
 LINE_POINTS = 17  # on a line between two modes
 OF_TERM, ITS_OWN = 100, 0.9  # draws of a term, and their mean share of the density where it holds them alone
 GLANCED = 96  # climbs of a round, until there is more than one mode
@@ -101,7 +102,7 @@ def _brought(density: LogDensity, other: Several | None, seed: int, bar: Bar) ->
     best = None if parts is None else _fitted(density, parts, seed, bar)
     if best is None or (other is not None and best.share <= (other.stage.ess_ratio or 0.0)):
         return other
-    said = f"a mixture of {len(best.parts)} Student-t distributions, brought from the prior by tempering, was enough"
+    said = f"a mixture of {len(best.parts)} Student-t distributions was fitted, by tempering from the prior"
     return _mixture(best, said, {"parts": len(best.parts)})
 
 
@@ -156,10 +157,12 @@ def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> Seve
         return None
     with seeded(seed, density.device):
         share, k_hat = weighed(density, sampler)
-    stage = Stage(TABLES, k_hat=k_hat, ess_ratio=share, details={"modes": len(found)})
-    alone = "the density was tabulated"
-    said = alone if density.dim == 1 else "the coordinates are independent, so that each was tabulated by itself"
-    said = f"there are several modes; {said}" if len(found) > 1 else said
+    stage = Stage(
+        TABULATED if density.dim == 1 else INDEPENDENT, k_hat=k_hat, ess_ratio=share, details={"modes": len(found)}
+    )
+    alone = "the density was tabulated on a grid"
+    said = alone if density.dim == 1 else "the coordinates are independent, so the density of each was tabulated"
+    said = f"the posterior has several modes: {said}" if len(found) > 1 else said
     return Several(sampler, said, stage, True) if share >= TABLE_SHARE and k_hat < TABLE_K else None
 
 
@@ -188,7 +191,7 @@ def _fitted(density: LogDensity, parts: Parts, seed: int, bar: Bar) -> Generatio
 
 def _as_sampler(best: Generation, modes: int, over: bool) -> Several:
     count = len(best.parts)
-    said = f"there are several modes; a mixture of {count} Student-t distributions, begun at {modes}, has them"
+    said = f"the posterior has several modes: a mixture of {count} Student-t distributions was begun at {modes} of them"
     return _mixture(best, said, {"modes": modes, "parts": count, "survey is over": over})
 
 

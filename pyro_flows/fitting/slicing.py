@@ -33,9 +33,11 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
+from pyro_flows.verdict.methods import GRID
 
-STAGE = "slices along a coordinate"
-AT_ONCE = "converged: slices along a coordinate leave little to mend"
+STAGE = GRID
+SEED = "slices along a coordinate"  # its digits, on which draws depend
+AT_ONCE = "converged: draws from the conditional Laplace grid pass the checks"
 WRITTEN, OPERATIONS = 30_000, 500  # numbers of an evaluation, and its operations, up to which slices come first
 SHARE = 0.3  # of their draws, that has to be effective, for closer slices to be worth it
 SHARE_OF_SECONDS = 0.5
@@ -111,7 +113,7 @@ def _weighted(density: LogDensity, sampler: Flow | FlowMixture, count: int) -> t
 @torch.no_grad()
 def along(density: LogDensity, slices: Sequence[Marginal], *, seed: int) -> Several | None:
     """Return the best flow of slices along a coordinate; None where there is none that is worth closer ones."""
-    with seeded(derive(seed, STAGE), density.device):
+    with seeded(derive(seed, SEED), density.device):
         tried = [(found[0], one) for one in slices if (found := _of_slices(density, one)) is not None]
         share, best = max(tried, key=itemgetter(0), default=(0.0, None))
         close = closer(density, best, seed=seed) if best is not None and share >= SHARE else None
@@ -121,7 +123,7 @@ def along(density: LogDensity, slices: Sequence[Marginal], *, seed: int) -> Seve
     name = coordinate_names(density.structure)[close.coordinate]
     share, k_hat, sampler = found
     stage = Stage(STAGE, k_hat=k_hat, ess_ratio=share, details={"along": name, "slices": len(close.places)})
-    said = f"the others are about normal given {name}, whose marginal was tabulated"
+    said = f"given {name}, the other latents are approximately Gaussian, so a grid over {name} was used"
     return Several(sampler, said, stage, is_enough(share, k_hat))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_flows import _stages
 from pyro_flows._ledger import counted
 from pyro_flows.graphs.garbage import uncollected
 from pyro_flows.graphs.graph import graph_module, new_node, out_of_place, sweep, through_copies, tidy
@@ -40,7 +41,7 @@ class _ChangesConstants(RuntimeError):
         self.made_by = made_by
 
 
-@counted("tracing")
+@counted(_stages.TRACING)
 @uncollected()
 def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """Record the tensor operations of ``function`` at ``inputs``, without those that repeat others or only constants.

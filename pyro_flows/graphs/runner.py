@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pyro_flows import _stages
 from pyro_flows._fallbacks import fallback
 from pyro_flows._ledger import counted
 from pyro_flows._threads import at_once, cores
@@ -81,7 +82,7 @@ class Runner:
     def _recorded(self) -> Callable[..., Any]:
         return quicken(self.module)
 
-    @counted("tracing")
+    @counted(_stages.TRACING)
     @uncollected()
     def _fuse(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Run block by block from now on, where that can be done, and return torch's results."""

@@ -23,7 +23,7 @@ from pyro_flows.starts.start import Start
 SHORT = 10.0  # nats that tempering may fall short of; in 226 dimensions it was 33, and two places were no modes
 CURVED_UP_TO = 2**19  # dimensions times the numbers that one evaluation handles: some seconds for all places
 UNWEIGHED = (
-    "the search for missed modes came to places whose mass it could not tell: Hessians are too dear for this model"
+    "the search for missed modes found a region whose mass it could not estimate: Hessians cost too much for this model"
 )
 NEWTON_STEPS = 4
 TO_GAIN = 0.1  # nats by another step, at a top

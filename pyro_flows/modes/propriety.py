@@ -28,7 +28,6 @@ from pyro_flows.verdict.next_step import IMPROPER
 
 Slow = tuple[bool | None, ...]  # one way and the other
 
-PART = "a look at the tails of improper priors"  # of a fit
 FARTHEST = 6.0  # units, to which draws are cut
 MOST, UP_TO = 32, 100  # coordinates that are looked at; dimensions, for Hessians
 FALLS, LAST = 2, 9.0  # that have to be known at least, at distances within such a factor of the last one
@@ -173,7 +172,7 @@ def finer(density: LogDensity, z: Tensor) -> Tensor:
 
 def _said(label: str, ends: list[str]) -> str:
     where = f", towards {' and '.join(ends)} values" if ends else ""
-    return f"{IMPROPER}{label}, whose prior is improper, its density falls no faster than one over the distance{where}"
+    return f"{IMPROPER}{label}, whose prior is improper, its density decays no faster than 1/distance{where}"
 
 
 def _coordinates(density: LogDensity) -> list[tuple[int, str, str]]:

@@ -172,5 +172,5 @@ def _search(look: _Look, lacks: Sequence[Lack], symmetric: bool) -> Search:
     if lacks:
         return Search(tuple(lacks), sentence_on(look.density, lacks, look.z[:MOVED_DRAWS]), notes)
     if symmetric:
-        return Search((), "the model has a symmetry by which modes are missed at another data set", notes)
+        return Search((), "the model has a symmetry, and modes were missed at another data set", notes)
     return Search(notes=notes, contained=True)

@@ -9,7 +9,7 @@ import torch
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, GUIDE, INDEPENDENT, MIXTURE, TRAINED
+from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, GUIDE, INDEPENDENT, MIXTURE, TABULATED, TRAINED
 
 OF_BUILDERS = {"sliced": GRID, "nested": CONDITIONALS, "marginals": INDEPENDENT}
 PAIRS = 8  # of points, at whose middles an affine map is known
@@ -33,7 +33,7 @@ def method_of(sampler: Flow | FlowMixture) -> str:
     recipe = sampler.recipe
     known = OF_BUILDERS.get(recipe.builder) if recipe is not None and recipe.named else None
     if known is not None:
-        return known
+        return TABULATED if known == INDEPENDENT and sampler.dim == 1 else known
     return GAUSSIAN if sampler.base in ("normal", "student_t") and is_affine(sampler) else TRAINED
 
 

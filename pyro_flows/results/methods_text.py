@@ -13,7 +13,17 @@ from pyro_flows.results.methods import method_of
 from pyro_flows.results.record import Record, counted
 from pyro_flows.verdict.deciding import POOL
 from pyro_flows.verdict.judging import MENDED, MENDED_K
-from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, GUIDE, INDEPENDENT, METHODS, MIXTURE, TRAINED
+from pyro_flows.verdict.methods import (
+    CONDITIONALS,
+    GAUSSIAN,
+    GRID,
+    GUIDE,
+    INDEPENDENT,
+    METHODS,
+    MIXTURE,
+    TABULATED,
+    TRAINED,
+)
 from pyro_flows.verdict.references import bibtex, named
 from pyro_flows.verdict.verdict import Verdict
 from pyro_flows.verdict.weighing import MEAN_SHIFT, SD_SHIFT, UNTOLD
@@ -121,6 +131,8 @@ def _sampler(text: Text, method: str, flow: Flow | FlowMixture | None, posterior
         )
     if method == INDEPENDENT:
         return "the coordinates are independent under the posterior, and the density of each was tabulated"
+    if method == TABULATED:
+        return f"the density of {names[0]}, the only coordinate, was tabulated"
     base = _base(flow)
     settings = posterior.settings
     if method == GAUSSIAN and (settings.get("round") is None or not settings.get("gradient_evaluations", 1)):

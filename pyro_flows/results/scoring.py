@@ -17,7 +17,7 @@ from pyro_flows.verdict.deciding import CHECKED, POOL, Draw
 
 MAX_DRAWS = 10**7
 COPIES = 3  # of the pool that exist at once, and as many numbers beside it for each draw
-JUDGING = "the scores of draws"
+JUDGING = "computing importance weights"
 LEAST = 8  # draws, whatever the clock says
 SCORING = 0.7  # of the time left: the rest is for checks and for the constrained values
 SHORT = 0.05  # of the time left, for which a piece may be taken twice as large

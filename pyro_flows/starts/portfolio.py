@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_flows import _stages
 from pyro_flows._seeding import seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular, scales
@@ -73,10 +74,10 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
         noise = base.sample((SCORE_DRAWS,))
     log_noise = base.log_prob(noise)
     scored: list[Start] = []
-    with density.clock.part("the scores of starts"):
+    with density.clock.part(_stages.ELBOS):
         scored += (_scored(density, start, noise, log_noise) for start in starts)
     scored += starts[len(scored) :]
-    with density.clock.part("the scores of starts", noted=False):
+    with density.clock.part(_stages.ELBOS, noted=False):
         resolved = without_noise(density, torch.stack([start.loc for start in scored])).tolist()
         scored = [start for start, there in zip(scored, resolved, strict=True) if there] or scored
     usable = [start for start in scored if math.isfinite(start.elbo)]
@@ -91,13 +92,13 @@ def _climbed(density: LogDensity, starts: list[Start], points: Tensor, seed: int
     dim = density.dim
     dear = dim > CHEAP_HESSIAN_UP_TO or density.long or dim * density.written > CHEAP_HESSIAN_WRITES
     if not dear:
-        with density.clock.part("the climbs to modes", share=0.5):
+        with density.clock.part(_stages.MODES, share=0.5):
             starts = starts + laplace(density, points)
     paths, ends = list[Start](), points
-    with density.clock.part("the paths to modes", share=0.7):
+    with density.clock.part(_stages.PATHS, share=0.7):
         paths, ends = along_paths(density, points, seed=seed)
     if dear:
-        with density.clock.part("the climbs to modes"):
+        with density.clock.part(_stages.MODES):
             starts = starts + laplace(density, ends, most=STEPS_AFTER_PATHS)
     for start in paths:
         if not any(divergence(start, other) < SAME for other in starts):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from pyro_flows import _stages
 from pyro_flows._clock import Clock, unbounded
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
@@ -34,10 +35,10 @@ AGAIN = 2  # times the steps that were done at a try, until the next one
 ASKED_AFTER = 400  # steps, and again after twice as many: whether training can come to an end at all
 RISES = 1.2  # times the effective share of the try before: less does not pay
 
-LIGHT = "the importance weights leave nothing to mend"
-STALLED = "training was ended: the importance weights got hardly better"
+LIGHT = "weighting changes no result"
+STALLED = "training ended early: the importance weights hardly improved"
 STOPPED = "training was stopped"
-ENDLESS = "training was ended: the density seems to have no finite integral"
+ENDLESS = "training ended early: the posterior seems to be improper"
 
 Report = Callable[[int, float, str], None]  # steps done, ELBO, state
 
@@ -118,7 +119,7 @@ def train(
     report: Report,
     cool: int = COOL_AT_LEAST,
     settle: bool = True,
-    name: str = "training",
+    name: str = _stages.TRAINING,
     look: Look | None = None,
 ) -> Training:
     """Run until the functionals stand still, then cool the step size down and average; or until the budget ends.

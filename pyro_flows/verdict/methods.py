@@ -10,6 +10,7 @@ GRID = "conditional Laplace grid"
 CONDITIONALS = "Gaussian conditionals"
 MIXTURE = "mixture"
 INDEPENDENT = "independent coordinates"
+TABULATED = "tabulated density"  # of a single coordinate
 MCMC = "MCMC"
 GUIDE = "guide"  # of the caller's own, judged by ``diagnose``
 
@@ -42,7 +43,8 @@ METHODS = {
         "a flow of a few latents, and the exact Gaussian of all others given these", "the conditionals'", ("Rue2009",)
     ),
     MIXTURE: Method("a mixture of Student-t distributions, or of flows, at several modes", "the mixture's", ()),
-    INDEPENDENT: Method("a table of each coordinate by itself", "the tables'", ()),
+    INDEPENDENT: Method("a table of the density of each coordinate", "the tables'", ()),
+    TABULATED: Method("a table of the density of the only coordinate", "the table's", ()),
     MCMC: Method("Markov chains that converged", "the chains'", ()),
     GUIDE: Method("a guide of your own", "the guide's", ()),
 }

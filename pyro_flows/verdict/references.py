@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 ARTICLE, PAPER = "article", "inproceedings"
+LATEX = str.maketrans({"å": r"{\aa}", "é": r"{\'e}", "š": r"{\v{s}}", "ü": r"{\"u}"})  # BibTeX sorts ASCII only
 # key: kind, authors, title, year, and where it appeared
 WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
     "Agrawal2020": (
@@ -12,7 +13,7 @@ WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
         "Agrawal, Abhinav and Sheldon, Daniel and Domke, Justin",
         "Advances in Black-Box {VI}: Normalizing Flows, Importance Weighting, and Optimization",
         2020,
-        {"booktitle": "Advances in Neural Information Processing Systems", "eprint": "2006.10343"},
+        {"booktitle": "Advances in Neural Information Processing Systems", "volume": "33", "eprint": "2006.10343"},
     ),
     "Bingham2019": (
         ARTICLE,
@@ -20,14 +21,27 @@ WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
         "Karaletsos, Theofanis and Singh, Rohit and Szerlip, Paul and Horsfall, Paul and Goodman, Noah D.",
         "{Pyro}: Deep Universal Probabilistic Programming",
         2019,
-        {"journal": "Journal of Machine Learning Research", "volume": "20", "eprint": "1810.09538"},
+        {
+            "journal": "Journal of Machine Learning Research",
+            "volume": "20",
+            "number": "28",
+            "pages": "1--6",
+            "eprint": "1810.09538",
+        },
     ),
     "Cappe2008": (
         ARTICLE,
         "Cappé, Olivier and Douc, Randal and Guillin, Arnaud and Marin, Jean-Michel and Robert, Christian P.",
         "Adaptive Importance Sampling in General Mixture Classes",
         2008,
-        {"journal": "Statistics and Computing", "volume": "18", "eprint": "0710.4242"},
+        {
+            "journal": "Statistics and Computing",
+            "volume": "18",
+            "number": "4",
+            "pages": "447--459",
+            "doi": "10.1007/s11222-008-9059-x",
+            "eprint": "0710.4242",
+        },
     ),
     "DelMoral2006": (
         ARTICLE,
@@ -37,6 +51,8 @@ WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
         {
             "journal": "Journal of the Royal Statistical Society Series B",
             "volume": "68",
+            "number": "3",
+            "pages": "411--436",
             "doi": "10.1111/j.1467-9868.2006.00553.x",
         },
     ),
@@ -59,14 +75,20 @@ WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
         "Durkan, Conor and Bekasov, Artur and Murray, Iain and Papamakarios, George",
         "Neural Spline Flows",
         2019,
-        {"booktitle": "Advances in Neural Information Processing Systems", "eprint": "1906.04032"},
+        {"booktitle": "Advances in Neural Information Processing Systems", "volume": "32", "eprint": "1906.04032"},
     ),
     "Hoffman2014": (
         ARTICLE,
         "Hoffman, Matthew D. and Gelman, Andrew",
         "The {No-U-Turn} Sampler: Adaptively Setting Path Lengths in {Hamiltonian Monte Carlo}",
         2014,
-        {"journal": "Journal of Machine Learning Research", "volume": "15", "eprint": "1111.4246"},
+        {
+            "journal": "Journal of Machine Learning Research",
+            "volume": "15",
+            "number": "47",
+            "pages": "1593--1623",
+            "eprint": "1111.4246",
+        },
     ),
     "Hoffman2019": (
         "misc",
@@ -88,7 +110,13 @@ WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
         "Kumar, Ravin and Carroll, Colin and Hartikainen, Ari and Martin, Osvaldo",
         "{ArviZ}: a Unified Library for Exploratory Analysis of {Bayesian} Models in {Python}",
         2019,
-        {"journal": "Journal of Open Source Software", "volume": "4", "doi": "10.21105/joss.01143"},
+        {
+            "journal": "Journal of Open Source Software",
+            "volume": "4",
+            "number": "33",
+            "pages": "1143",
+            "doi": "10.21105/joss.01143",
+        },
     ),
     "Margossian2024": (
         ARTICLE,
@@ -104,28 +132,45 @@ WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
         "Neal, Radford M.",
         "{MCMC} Using {Hamiltonian} Dynamics",
         2011,
-        {"booktitle": "Handbook of {Markov} Chain {Monte Carlo}", "eprint": "1206.1901"},
+        {
+            "booktitle": "Handbook of {Markov} Chain {Monte Carlo}",
+            "pages": "113--162",
+            "publisher": "Chapman \\& Hall/CRC",
+            "eprint": "1206.1901",
+        },
     ),
     "Paszke2019": (
         PAPER,
         "Paszke, Adam and Gross, Sam and Massa, Francisco and others",
         "{PyTorch}: An Imperative Style, High-Performance Deep Learning Library",
         2019,
-        {"booktitle": "Advances in Neural Information Processing Systems", "eprint": "1912.01703"},
+        {"booktitle": "Advances in Neural Information Processing Systems", "volume": "32", "eprint": "1912.01703"},
     ),
     "Rezende2015": (
         PAPER,
         "Rezende, Danilo Jimenez and Mohamed, Shakir",
         "Variational Inference with Normalizing Flows",
         2015,
-        {"booktitle": "International Conference on Machine Learning", "eprint": "1505.05770"},
+        {
+            "booktitle": "International Conference on Machine Learning",
+            "series": "Proceedings of Machine Learning Research",
+            "volume": "37",
+            "pages": "1530--1538",
+            "eprint": "1505.05770",
+        },
     ),
     "Robnik2023": (
         ARTICLE,
         "Robnik, Jakob and De Luca, G. Bruno and Silverstein, Eva and Seljak, Uroš",
         "Microcanonical {Hamiltonian Monte Carlo}",
         2023,
-        {"journal": "Journal of Machine Learning Research", "volume": "24", "eprint": "2212.08549"},
+        {
+            "journal": "Journal of Machine Learning Research",
+            "volume": "24",
+            "number": "311",
+            "pages": "1--34",
+            "eprint": "2212.08549",
+        },
     ),
     "Robnik2025": (
         "misc",
@@ -139,7 +184,7 @@ WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
         "Roeder, Geoffrey and Wu, Yuhuai and Duvenaud, David",
         "Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational Inference",
         2017,
-        {"booktitle": "Advances in Neural Information Processing Systems", "eprint": "1703.09194"},
+        {"booktitle": "Advances in Neural Information Processing Systems", "volume": "30", "eprint": "1703.09194"},
     ),
     "Rue2009": (
         ARTICLE,
@@ -150,6 +195,8 @@ WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
         {
             "journal": "Journal of the Royal Statistical Society Series B",
             "volume": "71",
+            "number": "2",
+            "pages": "319--392",
             "doi": "10.1111/j.1467-9868.2008.00700.x",
         },
     ),
@@ -166,21 +213,40 @@ WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
         r"Rank-Normalization, Folding, and Localization: An Improved {$\widehat{R}$} for Assessing Convergence of "
         "{MCMC}",
         2021,
-        {"journal": "Bayesian Analysis", "volume": "16", "doi": "10.1214/20-BA1221", "eprint": "1903.08008"},
+        {
+            "journal": "Bayesian Analysis",
+            "volume": "16",
+            "number": "2",
+            "pages": "667--718",
+            "doi": "10.1214/20-BA1221",
+            "eprint": "1903.08008",
+        },
     ),
     "Vehtari2024": (
         ARTICLE,
         "Vehtari, Aki and Simpson, Daniel and Gelman, Andrew and Yao, Yuling and Gabry, Jonah",
         "{Pareto} Smoothed Importance Sampling",
         2024,
-        {"journal": "Journal of Machine Learning Research", "volume": "25", "eprint": "1507.02646"},
+        {
+            "journal": "Journal of Machine Learning Research",
+            "volume": "25",
+            "number": "72",
+            "pages": "1--58",
+            "eprint": "1507.02646",
+        },
     ),
     "Zhang2022": (
         ARTICLE,
         "Zhang, Lu and Carpenter, Bob and Gelman, Andrew and Vehtari, Aki",
         "{Pathfinder}: Parallel Quasi-{Newton} Variational Inference",
         2022,
-        {"journal": "Journal of Machine Learning Research", "volume": "23", "eprint": "2108.03782"},
+        {
+            "journal": "Journal of Machine Learning Research",
+            "volume": "23",
+            "number": "306",
+            "pages": "1--49",
+            "eprint": "2108.03782",
+        },
     ),
 }
 
@@ -206,6 +272,6 @@ def bibtex(keys: Iterable[str], version: str) -> str:
         kind, authors, title, year, where = WORKS[key]
         entries = {"author": authors, "title": title, "year": str(year), **where}
         entries |= {"archiveprefix": "arXiv"} if "eprint" in where else {}
-        lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in entries.items())
+        lines = ",\n".join(f"  {name} = {{{value.translate(LATEX)}}}" for name, value in entries.items())
         found.append(f"@{kind}{{{key},\n{lines}\n}}")
     return "\n\n".join(found) + "\n"

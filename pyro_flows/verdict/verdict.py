@@ -35,8 +35,9 @@ class Verdict:
         chains: figures of the chains, if a sampler was tried, or if the draws are another sampler's chains
             (:func:`from_mcmc`: then there are no weights, and the figures above are NaN).
         guide_method: what made the guide's own draws: ``"trained flow"``, ``"Gaussian"``, ``"conditional Laplace
-            grid"``, ``"Gaussian conditionals"``, ``"mixture"``, ``"independent coordinates"``, ``"guide"`` for one of
-            the caller's, or ``"MCMC"`` for chains of another sampler. ``method`` says what made the draws to use.
+            grid"``, ``"Gaussian conditionals"``, ``"mixture"``, ``"independent coordinates"``, ``"tabulated
+            density"`` of a single one, ``"guide"`` for one of the caller's, or ``"MCMC"`` for chains of another
+            sampler. ``method`` says what made the draws to use.
 
     The thresholds are those of Pareto-smoothed importance sampling, Vehtari et al. 2024 (arXiv 1507.02646). Cost: that
     of the draws; nothing is computed here.

@@ -19,8 +19,8 @@ from benchmarks.nuts import running as nuts
 from benchmarks.nuts import samplers, stages
 from benchmarks.nuts.samplers import NUMPYRO, NUTPIE, PYRO
 from benchmarks.posteriors.running import OURS, Task
+from pyro_flows import _stages
 from pyro_flows._ledger import ledger, used_seconds
-from pyro_flows.correction import search
 
 REFERENCE = json.loads(models.REFERENCE.read_text(encoding="utf-8"))
 QUICK = ("seeds", "surgical", "horseshoe", "lotka_volterra")
@@ -243,22 +243,24 @@ def test_each_second_of_a_fit_counts_once():
 
 def test_each_part_of_a_fit_belongs_to_a_stage():
     package = Path(pf.__file__).parent
-    inner = {"the climbs to modes", "the paths to modes", "the scores of starts", "the race of starts and step sizes"}
+    inner = {"MODES", "PATHS", "ELBOS", "TRIAL", "FIT"}
     for room in ("fitting", "starts", "correction", "training"):
         for file in (package / room).rglob("*.py"):
-            for name in re.findall(r'\.part\(\s*"([^"]+)"', file.read_text(encoding="utf-8")):
-                assert name in inner or name == "the fit" or stages.stage_of((name,)) != stages.OTHER, name
+            text = file.read_text(encoding="utf-8")
+            assert not re.findall(r'\.part\(\s*"', text), "names of parts are constants"
+            for name in re.findall(r"\.part\(\s*_stages\.(\w+)", text):
+                assert name in inner or stages.stage_of((getattr(_stages, name),)) != stages.OTHER, name
 
 
 def test_the_outermost_part_decides_but_compiling_and_searches_of_chains_count_for_themselves():
-    assert stages.stage_of(("the fit", "the choice of coordinates", "training")) == "coordinates"
-    assert stages.stage_of(("the fit", "run 1 of 1", "training", "compiling")) == "compiling"
-    assert stages.stage_of(("the fit", "run 1 of 1")) == stages.OTHER
-    chains = "the fit", "a sampler in the place of training"
+    assert stages.stage_of((_stages.FIT, _stages.PARAMETERIZING, _stages.TRAINING)) == "coordinates"
+    assert stages.stage_of((_stages.FIT, "run 1 of 1", _stages.TRAINING, "compiling")) == "compiling"
+    assert stages.stage_of((_stages.FIT, "run 1 of 1")) == stages.OTHER
+    chains = _stages.FIT, _stages.AT_ONCE
     assert stages.stage_of(chains) == "sampler"
-    assert stages.stage_of((*chains, search.COUNTED)) == "modes"
-    assert stages.stage_of((*chains, search.COUNTED, "tracing")) == "tracing"
-    seconds = {("the fit", "training"): 1.0, ("the fit", "the races", "training"): 2.0, (): 0.001}
+    assert stages.stage_of((*chains, _stages.MISSED_BY_CHAINS)) == "modes"
+    assert stages.stage_of((*chains, _stages.MISSED_BY_CHAINS, _stages.TRACING)) == "tracing"
+    seconds = {(_stages.FIT, _stages.TRAINING): 1.0, (_stages.FIT, _stages.TRIALS, _stages.TRAINING): 2.0, (): 0.001}
     assert stages.read(stages.written(seconds)) == {"races": 2.0, "training": 1.0}
 
 

@@ -24,7 +24,7 @@ from tests.correction.test_refine import GOOD, check_schools
 from tests.posteriors import schools_posterior
 
 TAIL = f"{TOO_LITTLE} near mu = 3"
-APART = f"{DISAGREE} about mu, so that one of them misses a part"
+APART = f"{DISAGREE} on mu, so one of them misses a region"
 MODE = f"{MISS} near mu = 30"
 INVALID = "the model is invalid at some draws: a scale is negative"
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows._stages import TRIAL_RUN
 from pyro_flows.fitting import escalation, run
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.loop import COOL_AT_LEAST, COOL_EARLY, COOL_TRIED
+from pyro_flows.verdict.methods import MIXTURE
 from tests.fitting.test_escalation import real, round_of
 
 Y = torch.tensor([0.3, -1.2, 2.0, 0.4], dtype=torch.float64)
@@ -40,7 +42,7 @@ def test_a_normal_posterior_needs_no_training():
     assert found.verdict.status == "ok"
     assert only["steps"] == 0
     assert "at the start" in only["why"]
-    assert not any(stage["stage"] == "race" for stage in found.history)
+    assert not any(stage["stage"] == TRIAL_RUN for stage in found.history)
     z = found.z.double()
     exact = torch.linalg.inv(torch.full((2, 2), 4.0) + torch.eye(2) / 25.0).double()
     torch.testing.assert_close(torch.cov(z.mT) / exact, torch.ones(2, 2).double(), atol=0.06, rtol=0.0)
@@ -93,7 +95,7 @@ def test_training_does_not_go_on_for_the_tail_of_even_weights(monkeypatch, refin
     assert len(rounds) == count
     if refine:
         assert found.verdict.status == "refined"
-        assert not any(stage["stage"] in ("larger batch", "mixture at modes") for stage in found.history)
+        assert not any(stage["stage"] in ("larger batch", MIXTURE) for stage in found.history)
 
 
 class RaceBegins(Exception):
@@ -207,7 +209,7 @@ def test_a_cool_down_is_tried_where_the_elbo_is_level():
     posterior = pf.fit(correlated, progress=False, refine=False, escalate=False, draws=1000)
     (first, *_) = (stage for stage in posterior.history if stage["stage"] == "first round")
     assert COOL_TRIED < first["steps"] < COOL_AT_LEAST + 400, first
-    assert "leave nothing to mend" in first["why"]
+    assert "weighting changes no result" in first["why"]
 
 
 @pytest.mark.parametrize(("rise", "level"), [(0.0, True), (0.039, True), (0.041, False)])

@@ -15,6 +15,7 @@ import torch
 import pyro_flows as pf
 from pyro_flows._clock import unbounded
 from pyro_flows._progress import Bar
+from pyro_flows._stages import TRIAL_RUN
 from pyro_flows.fitting import escalation
 from pyro_flows.fitting.agreement import compare
 from pyro_flows.fitting.combine import _take
@@ -347,7 +348,7 @@ def test_runs_without_evidence_weigh_nothing():
 
 def history(*k_hats, kept=-1, converged=False):
     stages = [Stage(name, k_hat=k) for name, k in zip(("first round", *escalation.ALL), k_hats, strict=False)]
-    stages.insert(0, Stage("race", elbo=0.0))
+    stages.insert(0, Stage(TRIAL_RUN, elbo=0.0))
     return Run(0, best=round_of(training=replace(DONE, converged=converged)), kept=stages[kept], history=stages)
 
 

@@ -19,12 +19,14 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows import _stages
 from pyro_flows._clock import Clock, OutOfTime
 from pyro_flows._progress import Bar
 from pyro_flows._turns import turn
 from pyro_flows.fitting import escalation
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior import draws
+from pyro_flows.results.scoring import JUDGING
 from pyro_flows.starts import portfolio
 from pyro_flows.training import loop
 from pyro_flows.training.trainer import Trainer
@@ -138,8 +140,8 @@ def test_the_bound_holds_for_the_whole_call(ticking, seconds):
     assert len(said) == 1
     assert "training" in said[0]
     assert not any("did not converge" in reason for reason in found.verdict.reasons), found.verdict.reasons
-    (parts,) = [note for note in found.verdict.notes if note.startswith("not done, or not to the end: ")]
-    assert "the search for modes" in parts
+    (parts,) = [note for note in found.verdict.notes if note.startswith("skipped or cut short: ")]
+    assert "searching for missed modes" in parts
     assert found.verdict.status == "unreliable"
     assert 2 <= len(found.z) < 4000
     assert len(found.samples["mu"]) == len(found.z) == found.settings["draws"]
@@ -202,7 +204,7 @@ def test_parts_end_quietly_and_are_noted():
     with clock.part("late"):
         clock.look()
     assert clock.reasons() == ["stopped at max_seconds=100"]
-    assert clock.notes() == ["not done, or not to the end: inner, late"]
+    assert clock.notes() == ["skipped or cut short: inner, late"]
     clock.judging()
     clock.look()  # the last part is not ended by a look
     assert not issubclass(OutOfTime, Exception), "fallbacks to slower ways must not take it for a failure"
@@ -224,18 +226,18 @@ def interrupting(monkeypatch, owner, name, *, at=1, instead=True):
 
 
 STAGES = {
-    "the climbs to modes": (portfolio, "laplace", 1, model),
-    "the paths to modes": (portfolio, "along_paths", 1, model),
-    "the scores of starts": (portfolio, "_scored", 1, model),
-    "the starts": ("pyro_flows.fitting.run", "portfolio", 1, model),
-    "the choice of coordinates": ("pyro_flows.fitting.prepare", "choose_coordinates", 1, effects),
-    "the race of starts and step sizes": (Trainer, "step", 5, model),
-    "training": (Trainer, "step", 75, model),
-    "the match of moments": ("pyro_flows.fitting.run", "matched", 1, model),
-    "a look at the best start": (escalation, "weigh", 1, model),
-    "a look at the round": (escalation, "weigh", 3, model),
-    "the search for modes that the guide lacks": ("pyro_flows.fitting.combine", "missed_modes", 1, model),
-    "the scores of draws": (draws, "decide", 1, model),
+    _stages.MODES: (portfolio, "laplace", 1, model),
+    _stages.PATHS: (portfolio, "along_paths", 1, model),
+    _stages.ELBOS: (portfolio, "_scored", 1, model),
+    _stages.STARTS: ("pyro_flows.fitting.run", "portfolio", 1, model),
+    _stages.PARAMETERIZING: ("pyro_flows.fitting.prepare", "choose_coordinates", 1, effects),
+    _stages.TRIAL: (Trainer, "step", 5, model),
+    _stages.TRAINING: (Trainer, "step", 75, model),
+    _stages.MOMENTS: ("pyro_flows.fitting.run", "matched", 1, model),
+    _stages.BEST_START: (escalation, "weigh", 1, model),
+    _stages.WEIGHTS: (escalation, "weigh", 3, model),
+    _stages.MISSED: ("pyro_flows.fitting.combine", "missed_modes", 1, model),
+    JUDGING: (draws, "decide", 1, model),
 }
 
 
@@ -251,7 +253,7 @@ def test_ctrl_c_returns_what_there_is(monkeypatch, stage):
     with pytest.warns(UserWarning, match=r"fit: interrupted \(Ctrl-C\)"):
         found = pf.fit(chosen, Y, **QUICK)
     expected = "judging" if name == "decide" else stage
-    assert any(f"interrupted (Ctrl-C) before the end of: {expected}" in reason for reason in found.verdict.reasons)
+    assert any(f"interrupted (Ctrl-C) during: {expected}" in reason for reason in found.verdict.reasons)
     assert found.verdict.status != "ok"
     assert len(found.z) == 500
     assert torch.isfinite(found.log_q).all()
@@ -529,10 +531,10 @@ def test_the_line_names_stages_and_no_time_to_come(monkeypatch):
     drawn = terminal.text.split("\r")
     assert drawn[1].startswith("fit: reading the model")
     for stage in (
-        "the climbs to modes",
-        "the race of starts",
+        "optimizing to modes",
+        "a short trial run",
         "run 2 of 2: training",
-        "the search for modes",
+        "searching for missed modes",
         "judging",
     ):
         assert stage in terminal.text
@@ -547,12 +549,12 @@ def test_the_line_moves_while_a_stage_goes_on(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr("pyro_flows._progress.time.monotonic", lambda: now[0])
     bar = Bar("fit", True)
-    bar.watch("the starts")
+    bar.watch("finding starting points")
     for _ in range(5):
         now[0] += 0.2
         bar.watch(None)
     assert len(set(terminal.text.split("\r"))) == 7  # nothing, and six different lines
-    assert "the starts, 1.0 s" in terminal.text
+    assert "finding starting points, 1.0 s" in terminal.text
 
 
 def test_elsewhere_each_stage_is_a_line(capsys):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows._stages import PARAMETERIZATION
 from pyro_flows.fitting import prepare
 from pyro_flows.fitting.nesting import STAGE
 
@@ -145,7 +146,7 @@ def test_large_models_try_chains_first_and_go_back_to_the_coordinates_that_were_
     monkeypatch.setattr("pyro_flows.fitting.prepare.choose_coordinates", choose)
     posterior = pf.fit(errors, X, Y, draws=1000, progress=False)
     assert len(chosen) == 1
-    assert "coordinates" not in stages(posterior)
+    assert PARAMETERIZATION not in stages(posterior)
     assert STAGE in stages(posterior)
     assert posterior.density.structure.noncentered == {}
     assert not any("non-centered" in name for name in posterior.coordinates)

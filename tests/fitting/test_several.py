@@ -15,6 +15,7 @@ from benchmarks.modes import labels, sbi
 from benchmarks.toys import targets
 from pyro_flows.fitting import combine
 from pyro_flows.fitting import run as run_module
+from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
 
 
 def line_of(count, distance):
@@ -34,7 +35,7 @@ def test_eight_modes_on_a_line():
     shares = torch.bincount((posterior.samples["z"] / 12.0).round().long(), minlength=8) / len(posterior.samples["z"])
     assert float((8.0 * shares - 1.0).abs().max()) < 0.25
     assert abs(posterior.log_evidence) < 0.02
-    assert "tables of coordinates" in [stage["stage"] for stage in posterior.history]
+    assert INDEPENDENT in [stage["stage"] for stage in posterior.history]
 
 
 @pytest.mark.slow
@@ -53,7 +54,7 @@ def test_forty_modes_on_a_square(tmp_path):
 
 def test_without_escalation_a_flow_is_trained():
     posterior = pf.fit(line_of(2, 12.0), progress=False, escalate=False, max_steps=300, draws=500)
-    assert "mixture at modes" not in [stage["stage"] for stage in posterior.history]
+    assert MIXTURE not in [stage["stage"] for stage in posterior.history]
     assert posterior.verdict.status == "unreliable"
 
 
@@ -122,3 +123,6 @@ def test_one_coordinate_is_not_called_independent():
     posterior = pf.fit(line_of(2, 12.0), progress=False)
     assert any("the density was tabulated" in reason for reason in posterior.verdict.reasons)
     assert not any("independent" in reason for reason in posterior.verdict.reasons)
+    assert posterior.method == TABULATED
+    assert TABULATED in [stage["stage"] for stage in posterior.history]
+    assert "the density of z, the only coordinate, was tabulated" in posterior.methods_text().replace("The", "the")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows._stages import PARAMETERIZATION
 from pyro_flows.fitting.slicing import STAGE
 from pyro_flows.starts.coordinates import choose_coordinates, climbed
 
@@ -28,7 +29,7 @@ def stages(posterior):
 
 def test_slices_come_before_the_choice_of_coordinates():
     posterior = pf.fit(schools, Y, SIGMA, progress=False)
-    assert stages(posterior) == ["coordinates", STAGE]
+    assert stages(posterior) == [PARAMETERIZATION, STAGE]
     assert posterior.history[0]["details"]["noncentered"] == {"theta": None} == posterior.settings["noncentered"]
     assert posterior.verdict.status == "ok"
     assert len(posterior.losses) == 0

@@ -25,12 +25,12 @@ def without_seconds(written):
 
 def test_each_stage_is_a_line_in_a_file(capsys):
     with Bar("fit", True) as bar:
-        for stage in ("the starts", "the starts", "training"):
+        for stage in ("finding starting points", "finding starting points", "training"):
             bar.watch(stage)
             bar.show("100 steps")
             bar.watch(None)
         bar.close("ok")
-    assert without_seconds(lines(capsys)) == ["fit: the starts", "fit: training", "fit: ok"]
+    assert without_seconds(lines(capsys)) == ["fit: finding starting points", "fit: training", "fit: ok"]
 
 
 def test_a_stage_that_reports_nothing_has_a_line_every_ten_seconds(capsys, monkeypatch):
@@ -96,7 +96,7 @@ def test_the_time_left_is_that_of_the_parts_so_far(monkeypatch):
 def test_in_a_terminal_one_line_is_written_over(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with Bar("fit", True) as bar:
-        bar.watch("the starts")
+        bar.watch("finding starting points")
         bar.watch("training")
         bar.close("ok")
     written = capsys.readouterr().err
@@ -131,8 +131,8 @@ def posterior():
     [
         ("fit", {"reading the model", "judging"}, lambda _, shown: pf.fit(model, Y, max_steps=100, progress=shown)),
         ("fit_many", set(), lambda _, shown: pf.fit_many(model, [(Y,), (Y + 1.0,)], max_steps=50, progress=shown)),
-        ("diagnose", {"the search for missed modes"}, lambda _, shown: pf.diagnose(model, guide, Y, progress=shown)),
-        ("refine", {"the sampler"}, lambda found, shown: found.refine(max_steps=20, progress=shown)),
+        ("diagnose", {"searching for missed modes"}, lambda _, shown: pf.diagnose(model, guide, Y, progress=shown)),
+        ("refine", {"running MCMC"}, lambda found, shown: found.refine(max_steps=20, progress=shown)),
         ("loo", {"log likelihoods at 400 draws"}, lambda found, shown: found.loo(progress=shown)),
         (
             "compare",

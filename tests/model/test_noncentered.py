@@ -15,6 +15,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import LogDensity
+from pyro_flows._stages import PARAMETERIZATION
 from pyro_flows.results.arviz_groups import predict
 from pyro_flows.results.dims import coordinate_names
 from tests.models import real
@@ -202,7 +203,7 @@ def test_a_noncentered_guide_trains_in_pyro_and_is_judged_in_its_coordinates() -
 @pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
 def test_fit_chooses_noncentered_coordinates_for_a_funnel_and_fits_it_exactly() -> None:
     posterior = pf.fit(funnel, flow="realnvp", progress=False, seed=0, max_steps=1500)
-    choice = next(stage for stage in posterior.history if stage["stage"] == "coordinates")
+    choice = next(stage for stage in posterior.history if stage["stage"] == PARAMETERIZATION)
     choice = choice["details"]
     assert choice["noncentered"] == {"rest": None} == posterior.settings["noncentered"]
     assert choice["elbo_noncentered"] > choice["elbo_centered"]

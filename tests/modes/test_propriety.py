@@ -258,7 +258,7 @@ def test_a_fit_says_so(dtype):
     model, (x, y), _ = CASES["separated"]
     found = pf.fit(model, x.to(dtype), y.to(dtype), progress=False)
     assert found.verdict.status == "unreliable"
-    why = "along slope, whose prior is improper, its density falls no faster than one over the distance"
+    why = "along slope, whose prior is improper, its density decays no faster than 1/distance"
     step = "Next step: give `slope` a proper prior."
     assert str(found.verdict) == f"unreliable: the posterior is improper: {why}, towards high values. {step}"
     assert math.isnan(found.verdict.k_hat)

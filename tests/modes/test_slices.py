@@ -378,6 +378,6 @@ def test_nothing_is_trained_where_slices_do(monkeypatch):
     posterior = pf.fit(regression, X[:9], y[:9], progress=False)
     assert posterior.verdict.status == "ok"
     stages = [stage["stage"] for stage in posterior.history]
-    assert stages == ["slices along a coordinate"]
+    assert stages == ["conditional Laplace grid"]
     with pytest.raises(AssertionError, match="training was begun"):
         pf.fit(regression, X[:9], y[:9], flow="planar", progress=False)

@@ -393,7 +393,7 @@ def test_a_mirrored_mode_costs_no_second_run(monkeypatch):
     posterior = pf.fit(model, torch.tensor([1.0, 0.7]).double(), draws=4000, progress=False)
     assert posterior.verdict.status == "corrected"
     reasons = posterior.verdict.reasons
-    assert any("one of 4 modes that mirror each other was found" in reason for reason in reasons)
+    assert any("one of 4 symmetric modes was fitted" in reason for reason in reasons)
     assert {stage["run"] for stage in posterior.history if stage["steps"] is not None} == {0}
     assert len(posterior.flow.members) == 1
     quadrants = (posterior.samples["a"] > 0).double() @ torch.tensor([2.0, 1.0]).double()

@@ -39,7 +39,7 @@ PHRASES = {
         "If their effective share has not risen by {training.loop.RISES|gain}",
         "in up to {modes.slices.UP_TO} dimensions and for models of few operations",
         "Given up to {modes.hyper.MOST_HELD|word} coordinates",
-        "In up to {fitting.prepare.AT_FIRST} dimensions this comes before the choice of coordinates",
+        "In up to {fitting.prepare.AT_FIRST} dimensions this comes before the parameterization is chosen",
         "In {fitting.prepare.AT_FIRST} to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions it is tried if the chains",
         "In {fitting.run.SAMPLED_FROM} to {fitting.run.SAMPLED_UP_TO} dimensions a flow takes thousands of steps",
         "{correction.rungs.UNTRAINED|comma} gradients at most in up to {correction.rungs.FEW} dimensions, and "

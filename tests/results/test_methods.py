@@ -58,6 +58,7 @@ def test_samplers_of_each_kind():
         methods.INDEPENDENT,
         methods.GAUSSIAN,
     ]
+    assert method_of(marginals(1)) == methods.TABULATED
     parts = [location_scale(2), moved(location_scale(2))]
     assert method_of(FlowMixture(parts)) == methods.MIXTURE
     assert method_of(FlowMixture(parts, [Component(1)])) == methods.GAUSSIAN
@@ -257,5 +258,7 @@ def test_each_work_has_an_address_and_balanced_braces():
         assert key.endswith(str(year))
         entry = bibtex([key], "0")
         assert entry.count("{") == entry.count("}")
+        assert entry.isascii(), "BibTeX wants escapes of LaTeX"
+        assert {"journal", "volume"} <= set(where) or "journal" not in where or key == "Margossian2024"
     for method in methods.METHODS.values():
         assert set(method.cites) <= set(WORKS)

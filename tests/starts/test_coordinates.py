@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows._stages import PARAMETERIZATION
 from pyro_flows.model.noncentered import Information, exact, location_scale, spread, standardize
 from pyro_flows.model.reading import read_structure
 from pyro_flows.starts.coordinates import choose_coordinates
@@ -174,7 +175,7 @@ def test_a_fit_reads_the_structure_of_a_model_once(monkeypatch):
     monkeypatch.setattr("pyro_flows.guides.setup.read_structure", counted)
     y = torch.tensor([1.0, 0.3, -2.0, 0.5])
     found = pf.fit(effects, y, max_steps=30, draws=100, layers=2, escalate=False, refine=False, progress=False)
-    assert "coordinates" in {entry["stage"] for entry in found.history}
+    assert PARAMETERIZATION in {entry["stage"] for entry in found.history}
     assert len(read) == 1
 
 
