@@ -53,6 +53,11 @@ def fallback(what: str, error: BaseException | None = None) -> str:
     return reason
 
 
+def passed_over(what: str, error: BaseException) -> None:
+    """Log an error of a model's own code that something else takes the place of, with its traceback."""
+    logger.debug("%s: %s", what, first_line(error), exc_info=error)
+
+
 def first_line(error: BaseException) -> str:
     """Return the type of an error and the first line of what it says."""
     lines = str(error).strip().splitlines()

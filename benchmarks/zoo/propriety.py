@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.zoo.case import Array, Case, Draws, Maker, number_text
 from benchmarks.zoo.grids import Grid
 
+DIGITS = (-20.0, 20.0)  # logarithms of x within which log gamma(x + 1) - log gamma(x) is exact to 1e-6
 WIDEST = 60.0  # of the logarithm of a scale, where its density is looked for
 
 
@@ -201,11 +202,16 @@ def side_by_side(maker: Maker, proper: bool) -> Case:
 
 
 def one_number(
-    maker: Maker, proper: bool, text: str, log_density: Callable[[Tensor], Tensor], support: Any, *, heavy: bool = False
-) -> Case:
-    """A model of one number x, whose log density is written once: for Pyro, and for a grid of its coordinate."""
+    maker: Maker, proper: bool, text: str, log_density: Callable[[Tensor], Tensor], support: Any, *,
+    heavy: bool = False, ends: tuple[float, float] | None = None,
+) -> Case:  # fmt: skip
+    """A model of one number x, whose log density is written once: for Pyro, and for a grid of its coordinate.
+
+    ``ends`` are those of the grid, where the log density has digits.
+    """
     to = torch.distributions.biject_to(support)
-    ends = {constraints.positive: (-WIDEST, WIDEST), constraints.real: (-1e3, 1e3)}.get(support, (-25.0, 25.0))
+    widest = {constraints.positive: (-WIDEST, WIDEST), constraints.real: (-1e3, 1e3)}.get(support, (-25.0, 25.0))
+    first, last = widest if ends is None else ends
 
     def model() -> None:
         pyro.factor("density", log_density(flat("x", support)))
@@ -217,7 +223,7 @@ def one_number(
         return (values + to.log_abs_det_jacobian(z, x)).numpy()
 
     def draw(count: int, rng: np.random.Generator) -> Draws:
-        grid = Grid(of_coordinate, *ends)
+        grid = Grid(of_coordinate, first, last)
         return {"x": to(torch.as_tensor(grid.draw(count, rng)[:, 0])).numpy()}
 
     return _case(text, model, draw, maker, proper, heavy=("x",) if heavy else ())
@@ -231,7 +237,8 @@ def degrees_of_freedom(maker: Maker, proper: bool) -> Case:
     def log_density(x: Tensor) -> Tensor:
         return dist.StudentT(x, 0.0, 1.0).log_prob(y.to(x)).sum() - power * x.log()
 
-    return one_number(maker, proper, f"df, prior x^-{power}, of {rows}", log_density, constraints.positive, heavy=True)
+    text = f"df, prior x^-{power}, of {rows}"
+    return one_number(maker, proper, text, log_density, constraints.positive, heavy=True, ends=DIGITS)
 
 
 def overdispersion(maker: Maker, proper: bool) -> Case:
@@ -246,9 +253,8 @@ def overdispersion(maker: Maker, proper: bool) -> Case:
         likelihood = dist.GammaPoisson(x, x / mean).log_prob(data.to(x))
         return likelihood.sum() - power * x.log()
 
-    return one_number(
-        maker, proper, f"concentration, prior x^-{power}, of {rows}", log_density, constraints.positive, heavy=True
-    )
+    text = f"concentration, prior x^-{power}, of {rows}"
+    return one_number(maker, proper, text, log_density, constraints.positive, heavy=True, ends=DIGITS)
 
 
 def correlation(maker: Maker, proper: bool) -> Case:

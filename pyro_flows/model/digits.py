@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_flows._fallbacks import passed_over
 from pyro_flows._seeding import seeded
 from pyro_flows.model.batching import over_rows, quiet, where_possible
 from pyro_flows.model.precision import LostDigits, doubled, in_double, read_in_double
@@ -42,8 +43,8 @@ class Digits(Runs):
             self._settle(self._as_read.noncenter(self.structure.noncentered))
             if self.dtype == torch.float64:
                 return True
-        except Exception:  # a model's own code may raise anything
-            pass
+        except Exception as error:  # a model's own code may raise anything
+            passed_over("not run in double precision", error)
         vars(self).clear()
         vars(self).update(now, _has_double=False)
         return False
@@ -92,7 +93,8 @@ class Digits(Runs):
             points[number, :, latent.offset : latent.offset + latent.size] = points.new_tensor(FAR)[:, None]
         try:
             single, double = self._in_both(torch.cat([points.flatten(0, 1), points.new_zeros(1, self.dim)]))
-        except Exception:  # a model's own code may raise anything
+        except Exception as error:  # a model's own code may raise anything
+            passed_over("precisions not compared far out", error)
             return False
         there = torch.isfinite(single) & torch.isfinite(double)
         single, double = single[there], double[there]
@@ -122,7 +124,8 @@ class Digits(Runs):
                 there = torch.isfinite(double)
                 there &= double >= double[there].quantile(0.25) if bool(there.any()) else False
                 return float((single - double)[there].abs().nan_to_num(nan=torch.inf).amax()) if there.any() else 0.0
-            except Exception:  # a model's own code may raise anything
+            except Exception as error:  # a model's own code may raise anything
+                passed_over("precisions not compared", error)
                 self._has_double = False
         size = self._at(self.single, z).abs()
         return float(size[torch.isfinite(size)].median().nan_to_num(nan=0.0)) * torch.finfo(self.dtype).eps

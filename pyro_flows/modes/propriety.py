@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from pyro_flows._fallbacks import passed_over
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.outward import Outward, Side
@@ -92,7 +93,8 @@ def _in_single(density: LogDensity) -> LogDensity | None:
         return density
     try:
         found = density.as_written().beside(*(tree_map(cast, given) for given in (density.args, density.kwargs)))
-    except Exception:  # a model's own code may raise anything
+    except Exception as error:  # a model's own code may raise anything
+        passed_over("tails not compared in single precision", error)
         return None
     return found if found.dtype == torch.float32 else None
 

@@ -162,7 +162,7 @@ def _marginals(
     tails: Tails, coordinates: list[int], steps: Sequence[float], stretch: float = 1.0
 ) -> list[Marginal | None]:  # fmt: skip
     longer = [stretch * step for step in steps if stretch * step > steps[-1]]
-    tops, _ = tails.tops(coordinates, [*steps, *longer], recorded=True)
+    tops = tails.tops(coordinates, [*steps, *longer], recorded=True)
     log_masses, errors = _weighed(tails, tops)
     masses = log_masses.view(len(coordinates), -1)
     near = masses > masses.nan_to_num(nan=-torch.inf).amax(1, keepdim=True) - DEEP

@@ -34,8 +34,8 @@ class Tails:
         self.slopes = (products / products.diagonal()).nan_to_num(nan=0.0).to(z.dtype)
         self.units = self.spread * inverse.diagonal().rsqrt().nan_to_num(nan=1.0).clamp(max=1.0).to(z.dtype)
 
-    def tops(self, coordinates: list[int], steps: Sequence[float], *, recorded: bool) -> tuple[Tops, Tensor]:
-        """Return tops over all other coordinates, and where there is a hard edge, a coordinate after the other.
+    def tops(self, coordinates: list[int], steps: Sequence[float], *, recorded: bool) -> Tops:
+        """Return tops over all other coordinates, a coordinate after the other.
 
         Paths begin with the others in the middle, or where they are on average, given the one that is held.
         """
@@ -61,7 +61,7 @@ class Tails:
             tops = tops_at(density, ends.points[known], ends.settled[known])
             for whole, part in zip(found, tops, strict=True):
                 whole[usable] = part
-        return found, heights.isneginf().all(0)  # as far as can be seen
+        return found
 
     def _noise(self, points: Tensor, *, recorded: bool) -> Tensor:
         """Return by how much log densities change where coordinates change by their last digits, alike or not."""
