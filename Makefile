@@ -45,7 +45,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help check-python check-venv again install venv demo test test-all lint format docs notebooks dist bench evidence clean
+.PHONY: help check-python check-venv again install venv demo test test-all lint format docs notebooks dist bench evidence ledger ledger-quick clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -159,6 +159,12 @@ bench: $(DEV)  ## the benchmarks (ARGS are handed on)
 
 evidence: $(DEV)  ## the benchmarks whose tables are of older code, then the tables (ARGS="--list" only says which)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence $(ARGS)
+
+ledger: $(DEV)  ## every fit of the evidence anew, and what has changed against the stored rows (ARGS are handed on)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ledger $(ARGS)
+
+ledger-quick: $(DEV)  ## a tenth of it, in minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ledger --quick --out build/ledger-quick $(ARGS)
 
 clean:  ## remove what the other targets wrote, but for the virtual environment
 	rm -rf build dist demo-output examples/notebooks/results docs/_build docs/_notebooks *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
