@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,12 +24,12 @@ import torch
 
 from benchmarks import records, zoo
 from benchmarks.evidence import MIRRORED, TABLES
+from benchmarks.markdown import table
 from benchmarks.modes.__main__ import FOUND
 from benchmarks.named.running import right as named_right
 from benchmarks.posteriors import judging
 from benchmarks.posteriors.running import OURS
 from benchmarks.records import Row
-from benchmarks.tables import table
 
 OUT = Path("build") / "ledger"
 QUICK = {
@@ -39,7 +39,16 @@ QUICK = {
     "named": (("--seeds", "1", "--only", *MIRRORED[:2]),),
     "modes": (("--seeds", "1", "--ways", "fit", "--only", "u1", "mixture", "two_moons_1"),),
 }  # arguments of each table's command, for a tenth of its rows
-OUTCOMES = ("right", "lie", "alarm", "honest", "late", "crash")
+SAID = {
+    "right": "right",
+    "lie": "wrong and called usable",
+    "alarm": "right and called unreliable",
+    "honest": "wrong and called unreliable",
+    "late": "cut off",
+    "crash": "ended with an error",
+}
+OUTCOMES = tuple(SAID)
+ACTED, LEAST = 0.05, 0.002  # seconds from which a part counts as one of a fit; share of all seconds that is shown
 LIES, ALARMS, RIGHT = 0, 0.01, 0.97  # what a change of the fit may not go beyond
 SLOWER, DOUBLED, SHORT = 1.1, 2.0, 2.0  # times the seconds, in the median and of one fit; seconds more that are noise
 
@@ -179,45 +188,59 @@ def faults(new: list[Entry], ratios: list[float], doubled: list[Key]) -> list[st
     return [f"Not allowed: {what}." for what, holds in found.items() if holds]
 
 
-def used(found: Iterable[Entry]) -> str:
+def used(found: Mapping[Key, Entry]) -> str:
     """Return tables of what answered: methods, acceptance tests, searches, and the seconds of each part."""
-    entries_ = [entry for entry in found if entry.account]
-    accounts = [entry.account for entry in entries_]
-    methods = Counter(entry.method for entry in entries_)
-    last = Counter(str(accepted[-1]) if (accepted := _list(account, "accepted")) else "none" for account in accounts)
-    searches: Counter[str] = Counter()
-    spent: dict[str, list[float]] = {}
-    for account in accounts:
-        searches.update(dict.fromkeys(_dict(account, "found"), 1))
-        for part, (seconds, gradients) in _dict(account, "spent").items():
-            sums = spent.setdefault(part, [0.0, 0.0, 0.0])
-            sums[0], sums[1], sums[2] = sums[0] + seconds, sums[1] + gradients, sums[2] + 1
-    parts = sorted(spent.items(), key=lambda pair: -pair[1][0])
+    kept = {key: entry for key, entry in found.items() if entry.account}
+    names = [name for name in TABLES if any(key[0] == name for key in kept)]
+    spent = {(key, part): sums for key, entry in kept.items() for part, sums in _dict(entry.account, "spent").items()}
+    parts: dict[str, list[float]] = {}
+    for (_, part), (seconds, gradients) in spent.items():
+        sums = parts.setdefault(part, [0.0, 0.0, 0.0])
+        sums[0], sums[1], sums[2] = sums[0] + seconds, sums[1] + gradients, sums[2] + (seconds >= ACTED)
+    total = sum(sums[0] for sums in parts.values())
+    body = [
+        [part, f"{seconds:.0f}", f"{100.0 * seconds / total:.1f}", f"{gradients:.0f}", f"{fits:.0f}"]
+        for part, (seconds, gradients, fits) in sorted(parts.items(), key=lambda pair: -pair[1][0])
+        if seconds >= LEAST * total
+    ]
     return "\n\n".join(
         [
-            table(["method", "fits"], _rows(methods)),
-            table(["acceptance test that decided", "fits"], _rows(last)),
-            table(["search that found a region", "fits"], _rows(searches)),
-            table(
-                ["part", "seconds", "gradients", "fits"],
-                [[part, f"{sums[0]:.0f}", f"{sums[1]:.0f}", f"{sums[2]:.0f}"] for part, sums in parts],
+            _counted("method", names, kept, lambda entry: [entry.method]),
+            _counted("the acceptance test that decided", names, kept, _decided),
+            _counted(
+                "search that found a missed region", names, kept, lambda entry: list(_dict(entry.account, "found"))
             ),
+            table(["part of a fit", "CPU seconds", "%", "gradients", "fits"], body),
         ]
     )
 
 
-def _rows(had: Counter[str]) -> list[list[str]]:
-    return [[name, str(count)] for name, count in had.most_common()]
+def _decided(entry: Entry) -> list[str]:
+    accepted = entry.account.get("accepted")
+    return [str(accepted[-1])] if isinstance(accepted, list) and accepted else ["none"]
 
 
-def _list(account: dict[str, object], name: str) -> list[object]:
-    found = account.get(name, [])
-    return found if isinstance(found, list) else []
+def _counted(what: str, names: list[str], kept: Mapping[Key, Entry], of: Callable[[Entry], list[str]]) -> str:
+    """Return a table of how many fits of each table have which words."""
+    had = Counter((word, key[0]) for key, entry in kept.items() for word in of(entry))
+    words = sorted({word for word, _ in had}, key=lambda word: -sum(had[word, name] for name in names))
+    body = [[word, *(str(had[word, name] or "") for name in names)] for word in words]
+    return table([what, *names], body)
 
 
-def _dict(account: dict[str, object], name: str) -> dict[str, tuple[float, float]]:
+def _dict(account: Mapping[str, object], name: str) -> dict[str, tuple[float, float]]:
     found = account.get(name, {})
     return found if isinstance(found, dict) else {}
+
+
+def section(folder: Path) -> str:
+    """Return the section of ``docs/evidence/ledger.md``: what answered in the rows of a folder that have an account."""
+    found = {key: entry for key, entry in entries(folder).items() if entry.account}
+    if not found:
+        return "No row has an account yet."
+    had = counts(found.values())
+    said = ", ".join(f"{count} {SAID[name]}" for name, count in had.items() if count)
+    return f"{len(found)} fits: {said}.\n\n{used(found)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -238,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(1)
         make(options.out, options.jobs, quick=options.quick, only=options.only)
     after = entries(options.out)
-    print(used(after.values()))
+    print(used(after))
     print()
     print(difference(entries(options.against), after))
 

@@ -48,6 +48,7 @@ SKELETON = """# Performance
 TITLES = {
     "posteriordb": "Posteriors with reference draws",
     "zoo": "Is the verdict right?",
+    "ledger": "What answers",
     "named": "Models that statisticians bring",
     "modes": "Several modes",
     "search": "What the search for missed modes finds",
@@ -90,8 +91,11 @@ def write_tables(
     pages = sorted(EVIDENCE.glob("*.md")) if page is None else [page]
     if page is not None and not page.is_file():
         page.write_text(_skeleton(), encoding="utf-8")
+    from benchmarks import ledger  # which knows of all tables
+
     sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
         ("zoo", zoo_csv, lambda rows: zoo_reporting.section(rows, table, about)),
+        ("ledger", zoo_csv, lambda rows: ledger.section(zoo_csv.parent)),
         ("named", named_csv, lambda rows: named.section(rows, table, about)),
         ("modes", modes_csv, lambda rows: modes.section(rows, table, about)),
         ("search", search_csv, search_tables.section),

@@ -65,10 +65,11 @@ def test_changed_verdicts_and_methods_have_a_line_each():
 
 def test_tables_say_what_answered_and_what_it_cost():
     account = {"accepted": ["mixture", "first round"], "found": {"survey": 3}, "spent": {"training": [2.5, 640]}}
-    text = used([entry(method="trained flow", **account), entry(), entry(method="MCMC", accepted=[], found={})])
+    fits = [entry(method="trained flow", **account), entry(), entry(method="MCMC", accepted=[], found={})]
+    text = used({("zoo", "1", str(number)): one for number, one in enumerate(fits)})
     assert "| first round | 1 |" in text
     assert "| survey | 1 |" in text
-    assert "| training | 2 | 640 | 1 |" in text
+    assert "| training | 2 | 100.0 | 640 | 1 |" in text
     assert counts([entry("lie"), entry()]) == {"right": 1, "lie": 1, "alarm": 0, "honest": 0, "late": 0, "crash": 0}
     assert not faults([entry()] * 100, [1.0], [])
 
