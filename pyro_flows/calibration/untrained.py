@@ -79,7 +79,7 @@ class _Trial:
             for own in (*(lighter * df for lighter in LIGHTER), *HEAVIER):
                 begin(set_df(flow, own), start)
                 weighing = weighed(flow, self.density, LOOKED_AT_DRAWS)
-                if not weighing.ess > (EVEN if own in HEAVIER else NEARLY_EVEN) * LOOKED_AT_DRAWS:
+                if not weighing.ess > (EVEN if own in HEAVIER else NEARLY_EVEN) * len(weighing.log_weights):
                     return None
                 if invisible(weighing):
                     return flow, Training([], weighing.elbo, True, False, AT_ONCE, 0, 0)

@@ -128,7 +128,7 @@ def invisible(weighing: Weighing, *, seen: float = SEEN) -> bool:
 def weighed(flow: Flow, density: LogDensity, draws: int) -> Weighing:
     """Weigh a fresh sample of a flow."""
     with density.clock.watching():
-        z, log_q = flow.draw(draws)
+        z, log_q = flow.draw(density.affordable(draws))
     return weigh(z, density(z), log_q, quantiles=True)
 
 

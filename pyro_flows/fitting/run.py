@@ -15,7 +15,17 @@ from pyro_flows._seeding import seeded
 from pyro_flows.correction.rungs import attempt
 from pyro_flows.correction.untrained import attempt_untrained
 from pyro_flows.fitting import escalation
-from pyro_flows.fitting.escalation import LOOKED_AT_DRAWS, NEARLY, SEEN, Round, assess, invisible, rounds, weighed
+from pyro_flows.fitting.escalation import (
+    JUDGED_DRAWS,
+    LOOKED_AT_DRAWS,
+    NEARLY,
+    SEEN,
+    Round,
+    assess,
+    invisible,
+    rounds,
+    weighed,
+)
 from pyro_flows.fitting.plan import Plan, tails
 from pyro_flows.fitting.selection import CLOSE, Entrant, begin, race, share
 from pyro_flows.fitting.several import Several, several
@@ -216,7 +226,10 @@ def _fits_already(plan: Plan, density: LogDensity, run: Run, start: Start) -> bo
     with plan.clock.part(_stages.BEST_START, noted=False):
         for lighter in LIGHTER if flow.base == "student_t" else (1.0,):
             begin(set_df(plain, lighter * df), start)
-            if escalation.is_far_off(plain, density) or not invisible(weighed(plain, density, LOOKED_AT_DRAWS)):
+            if escalation.is_far_off(plain, density):
+                continue
+            cheap = density.affordable(JUDGED_DRAWS) > LOOKED_AT_DRAWS  # else the check that decides is as cheap
+            if cheap and not invisible(weighed(plain, density, LOOKED_AT_DRAWS)):
                 continue
             begin(set_df(flow, lighter * df), start)
             trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
@@ -237,7 +250,7 @@ def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed
     def weigh() -> tuple[bool, float]:
         trainer.write()
         weighing = weighed(trainer.flow, density, LOOKED_AT_DRAWS)
-        return invisible(weighing, seen=NEARLY * SEEN), weighing.ess / LOOKED_AT_DRAWS
+        return invisible(weighing, seen=NEARLY * SEEN), weighing.ess / len(weighing.log_weights)
 
     def endless() -> bool:
         return _has_no_integral(plan, density, run, trainer.flow, seed)

@@ -101,7 +101,7 @@ def short_of(
     search: Search, density: LogDensity, sampler: Flow | FlowMixture, *, seed: int
 ) -> tuple[Search, Marginal | None]:  # fmt: skip
     """Go on with a search that has found no mode: look for a tail that draws of a sampler come short of."""
-    return and_tails(search, density, lambda: _weighted(density, sampler, TAIL_DRAWS), seed=seed)
+    return and_tails(search, density, lambda: _weighted(density, sampler, density.affordable(TAIL_DRAWS)), seed=seed)
 
 
 def _weighted(density: LogDensity, sampler: Flow | FlowMixture, count: int) -> tuple[Tensor, Tensor]:

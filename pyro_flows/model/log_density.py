@@ -25,6 +25,7 @@ from pyro_flows.model.site_values import SiteValues
 from pyro_flows.model.sites import Noncentered, Structure
 
 LARGER = 4  # times the numbers of data and coordinates, that a few results may have
+WRITTEN_FOR_A_CHECK, DRAWS_AT_LEAST = 2e9, 1000  # numbers that a check may write, a second or so; and its draws
 PORTION = 16  # pieces of a recorded graph between two looks at the clock
 
 
@@ -84,6 +85,10 @@ class LogDensity(SiteValues):
         """Count gradients that were taken of this density, here or by a graph of its own."""
         self.evaluations += gradients
         booked(gradients)
+
+    def affordable(self, draws: int) -> int:
+        """Return how many of so many draws a check may evaluate: fewer where evaluations write many numbers."""
+        return min(draws, max(DRAWS_AT_LEAST, int(WRITTEN_FOR_A_CHECK / max(self.written, 1))))
 
     def take(self, values: Recorder, gradients: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""

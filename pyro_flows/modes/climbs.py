@@ -30,7 +30,7 @@ CLIMBERS = 6  # for each factor, and from the guide's own draws
 PRIOR_CLIMBERS, FEW_CLIMBERS = 24, 12  # paths from draws of the prior; fewer, where a density has many terms
 CAREFUL = 0.01  # of the units, for a second path from each of those: long first steps leap over modes
 MANY_TERMS = 2000
-WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path
+WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path; at least
 TRUSTED_K_HAT = 0.7
 SAME_END, TWINS = 0.1, 2  # sds between ends of paths that are one place; paths to each that are weighed
 ROUNDS, SURVEYED, FEW = 2, 96, 30  # of a survey; climbs, up to so many dimensions, and a third of them beyond
@@ -132,7 +132,8 @@ def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) 
     chosen = own + torch.tensor(_ends(paths, own, units), dtype=torch.long, device=ends.device)
     best = Gaussians(*(part[chosen] for part in paths.best))
     with seeded(derive(seed, "weighing"), density.device), torch.no_grad():
-        count = WEIGHED if density.batched else WEIGHED_UNBATCHED
+        each = density.affordable(WEIGHED * len(chosen)) // max(len(chosen), 1)
+        count = max(each, WEIGHED_UNBATCHED) if density.batched else WEIGHED_UNBATCHED
         noise = torch.randn(count, density.dim, dtype=ends.dtype, device=ends.device)
         draws, log_q = best.map(noise)
         log_p = density(draws.flatten(0, 1)).unflatten(0, draws.shape[:2])
@@ -197,7 +198,8 @@ def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) ->
     parts = zip(INFLATED, z.split(CLIMBERS), strict=False)
     outwards = [center + factor * (part - center) for factor, part in parts]
     if density.batched:
-        outwards += [_denser(guide, center + factor * (z[:SCREENED] - center)) for factor in SCREENED_AT]
+        some = z[: density.affordable(SCREENED * len(SCREENED_AT)) // len(SCREENED_AT)]
+        outwards += [_denser(guide, center + factor * (some - center)) for factor in SCREENED_AT]
     flipped = []
     for latent in density.structure.latents[:CLIMBERS]:
         changed = z[-1:].clone()

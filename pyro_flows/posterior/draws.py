@@ -16,7 +16,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.methods import guide_method
-from pyro_flows.results.scoring import Pool, check_memory, score_pool
+from pyro_flows.results.scoring import Pool, check_memory, pool_of, score_pool
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.deciding import CHECKED, POOL, Decision, Draw, decide
 from pyro_flows.verdict.own_values import changed_values
@@ -53,14 +53,21 @@ def from_draws(
     _checks.integer("draws", draws, 100)
     check_memory(density, draws)
     with torch.no_grad():
-        pool = score_pool(density, draw, POOL * draws)
-        failed, cut = _cut(density.clock, len(pool.log_p), POOL * draws, stopped, moving=moving)
-        draws, (lost, rounded) = len(pool.log_p) // POOL, density.lost_digits(pool.z, most=pool.checked)
+        pool = pool_of(density, draw, draws)
+        scored = len(pool.log_p)
+        failed, cut = _cut(density.clock, scored, pool.wanted, stopped, moving=moving)
+        draws, (lost, rounded) = scored * draws // pool.wanted, density.lost_digits(pool.z, most=pool.checked)
         said: dict[str, Any] = {"failures": [*failed, *failures, *lost], "contained": contained, "doubts": doubts}
         notes, pool = [*notes, *rounded, *_met(density)], pool._replace(checked=min(checked, pool.checked))
         said |= {"notes": notes, "warnings": [*warnings, *cut]}
         found, samples = _decided(density, draw, pool, draws=draws, seed=seed, **said)
-    about = {"draws": draws, "seed": seed, "noncentered": density.structure.noncentered, **dict(settings or {})}
+    about = {
+        "draws": draws,
+        "judged_draws": scored,
+        "seed": seed,
+        "noncentered": density.structure.noncentered,
+        **dict(settings or {}),
+    }
     return Posterior(
         samples=samples,
         **_figures(found, draws, guide_method(_flow_of(guide), about)),

@@ -197,7 +197,7 @@ def _work(text: Text, posterior: Record) -> None:
 def _weights(text: Text, posterior: Record) -> None:
     verdict = posterior.verdict
     if not math.isnan(verdict.k_hat):
-        _figures(text, verdict, POOL * int(posterior.settings["draws"]))
+        _figures(text, verdict, int(posterior.settings.get("judged_draws", POOL * int(posterior.settings["draws"]))))
     _search(text, posterior)
     count = len(posterior._used)
     if verdict.status == "unreliable":

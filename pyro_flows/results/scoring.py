@@ -14,10 +14,12 @@ from pyro_flows._seeding import seeded
 from pyro_flows.model.faults import Undefined
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.deciding import CHECKED, POOL, Draw
+from pyro_flows.verdict.weighing import weigh
 
 MAX_DRAWS = 10**7
 COPIES = 3  # of the pool that exist at once, and as many numbers beside it for each draw
 JUDGING = "computing importance weights"
+EVEN_ESS, EVEN_K = 0.98, 0.5  # of S; and k-hat, below which weights are nearly even
 LEAST = 8  # draws, whatever the clock says
 SCORING = 0.7  # of the time left: the rest is for checks and for the constrained values
 SHORT = 0.05  # of the time left, for which a piece may be taken twice as large
@@ -26,12 +28,16 @@ TRIED, SLOW = 64, 0.3  # draws that tell how long drawing takes; share of the ti
 
 
 class Pool(NamedTuple):
-    """Draws (n, D), their log densities (n,) under the guide and the model, and how many are to be run with checks."""
+    """Draws (n, D) and their log densities (n,) under the guide and the model.
+
+    ``checked`` of them are to be run with checks. They are all that there are of ``wanted`` ones.
+    """
 
     z: Tensor
     log_q: Tensor
     log_p: Tensor
     checked: int
+    wanted: int
 
 
 def check_memory(density: LogDensity, draws: int) -> None:
@@ -63,6 +69,22 @@ def seconds_to_judge(density: LogDensity, draws: int) -> float:
     with torch.no_grad(), suppress(Undefined):  # which takes no less time
         density.map(density.single, density.structure.points(0.0)[:1].expand(rows, -1))
     return (time.monotonic() - began) / rows * (POOL * draws + draws) + 0.1
+
+
+def pool_of(density: LogDensity, draw: Draw, draws: int) -> Pool:
+    """Score four times as many draws as asked for; as many only if their weights are nearly even and more cost much.
+
+    More draws make k-hat more exact, and are there to be resampled from. Even weights leave nothing of either to do.
+    """
+    if density.affordable(POOL * draws) == POOL * draws or density.clock.finite:
+        return score_pool(density, draw, POOL * draws)
+    first = score_pool(density, draw, draws)
+    weighing = weigh(first.z, first.log_p, first.log_q)
+    if weighing.ess > EVEN_ESS * draws and weighing.k_hat < EVEN_K and not weighing.broken:
+        return first
+    rest = score_pool(density, draw, (POOL - 1) * draws)
+    z, log_q, log_p = (torch.cat([getattr(part, name) for part in (first, rest)]) for name in ("z", "log_q", "log_p"))
+    return Pool(z, log_q, log_p, first.checked, POOL * draws)
 
 
 def score_pool(density: LogDensity, draw: Draw, count: int) -> Pool:
@@ -100,7 +122,7 @@ def score_pool(density: LogDensity, draw: Draw, count: int) -> Pool:
     checked = CHECKED if not hurried else int(min(max(afford, 1.0), CHECKED))
     done -= done % POOL if done < count else 0
     z, log_q = (torch.cat(list(parts))[:done] for parts in zip(*drawn, strict=True))
-    return Pool(z, log_q, torch.cat(scored)[:done], checked)
+    return Pool(z, log_q, torch.cat(scored)[:done], checked, count)
 
 
 def _is_slow(density: LogDensity, draw: Draw, count: int) -> bool:

@@ -29,7 +29,10 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int, draws: i
     Draws z_i come from a Student-t distribution with the start's location and covariance. With normalized weights
     :math:`w_i \propto p(z_i) / q(z_i)`,
 
-    .. math:: m = \sum_i w_i z_i, \qquad C = \sum_i w_i (z_i - m)(z_i - m)^\top.
+    .. math:: m = \sum_i w_i z_i, \qquad C = \sum_i w_i (z_i - m)(z_i - m)^\top,
+
+    each with the same sum of even weights as a control variate, since its expectation is known. Its coefficient is the
+    effective share of the draws: nearly 1 where weights are nearly even, so that the draws' own noise is gone.
 
     The noise of C costs about :math:`D (D + 3) / (4\, \mathrm{ESS})` nats. Where that is too much, only its diagonal
     is matched, and the correlations of the start stay. Then changes of means and sds are shrunk by what is likely to be
@@ -42,7 +45,7 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int, draws: i
     (arXiv 0710.4242), with one component.
     """
     for number in range(ROUNDS):
-        count = draws if number else FIRST_DRAWS
+        count = density.affordable(draws if number else FIRST_DRAWS)
         with density.clock.watching():
             noise, log_noise = _noise(density, df, count, seed=derive(seed, f"matching {number}"))
             z = start.map(noise)
@@ -66,17 +69,21 @@ def _noise(density: LogDensity, df: float, draws: int, *, seed: int) -> tuple[Te
 
 def _moved(start: Start, z: Tensor, weighing: Weighing) -> Start:
     """Return the start at the weighted moments of draws z (S, D)."""
-    weights = weighing.log_weights.exp().to(z)
-    mean = weights @ z
-    away = (z - mean) * weights.sqrt()[:, None]
+    share, weights = weighing.ess / len(z), weighing.log_weights.exp()
+    more = (weights - share / len(z)).to(z)
+    mean = start.loc + more @ (z - start.loc)
+    away, moved, root = z - mean, start.loc - mean, start.scale
+    known = (root @ root.mT if root.dim() == 2 else root.square().diag()) + torch.outer(moved, moved)
+    covariance = share * known + (more[:, None] * away).mT @ away
     dim = z.shape[1]
     if dim * (dim + 3.0) / 4.0 < COVARIANCE_ERROR * weighing.ess:
-        root, fault = torch.linalg.cholesky_ex(away.mT @ away)
+        root, fault = torch.linalg.cholesky_ex(covariance)
         if not int(fault):
             return replace(start, name=NAME, loc=mean, scale=root, evidence=None)
     spread = start.scale.norm(dim=1) if start.scale.dim() == 2 else start.scale
+    variances = covariance.diagonal().clamp_min(0.0)
     mean = start.loc + spread * _shrunk((mean - start.loc) / spread, 1.0 / weighing.ess)
-    ratio = _shrunk((away.square().sum(0).sqrt() / spread).log(), 0.5 / weighing.ess).exp()
+    ratio = _shrunk((variances.sqrt() / spread).log(), 0.5 / weighing.ess).exp()
     scale = ratio[:, None] * start.scale if start.scale.dim() == 2 else ratio * start.scale
     return replace(start, name=NAME, loc=mean, scale=scale, evidence=None)
 
