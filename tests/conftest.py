@@ -25,8 +25,6 @@ def _seeded():
     torch.manual_seed(20240229)
     pyro.clear_param_store()
 
-    pyro.clear_param_store()
-
 
 @pytest.fixture(autouse=True)
 def _no_fallbacks(request):
