@@ -320,12 +320,17 @@ def _image_cases(shapes: tuple[tuple[int, ...], ...]) -> list[Case]:
 IMAGE = (2, 4, 4)
 SMALL = _cases(DIMS) + _image_cases((IMAGE, (4, 2, 4)))
 TYPICAL = [case for case in SMALL if case.shape in ((3,), IMAGE)]
-LARGE = _cases((100,))
+LARGE = [case for case in _cases((100,)) if not case.context_dim]
 
 
 def in_two_dimensions(case: Case) -> bool:
     """Cases that are slow in most tests: three dimensions say as much."""
     return case.shape == (2,)
+
+
+def is_not_typical(case: Case) -> bool:
+    """Cases that are slow in tests of what does not depend on the number of coordinates."""
+    return case.shape not in ((3,), IMAGE)
 
 
 def each(cases: Iterable[Case], slow: Callable[[Case], bool] = in_two_dimensions) -> Callable:

@@ -260,6 +260,7 @@ def test_tempering_trains_on_flatter_densities_first(density, monkeypatch):
     assert tempered[-1] == betas[-1] == 1.0
 
 
+@pytest.mark.slow  # rounds of short fits, and the settings of the one that was kept, are in test_fit_control
 def test_a_fit_that_is_not_enough_goes_on(monkeypatch):
     """Two affine layers cannot bend as the banana does: later rounds are run, and the best one is kept."""
     monkeypatch.setattr("pyro_flows.modes.population.FEW", 0)  # no mixture comes from the prior instead
