@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 
+NETCDF, TENSORS, TEXT = "posterior.nc", "guide.pt", "posterior.json"  # the files of a saved posterior
 SCHOOLS = 8
 Y = torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2])
 SPREAD = math.sqrt(0.8)

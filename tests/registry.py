@@ -17,9 +17,15 @@ from torch import Tensor, nn
 
 import pyro_flows as pf
 from pyro_flows import transforms
+from pyro_flows.flows import flow as flows
 from pyro_flows.flows.recipe import BUILDERS
+from pyro_flows.graphs import batches
 from pyro_flows.graphs.native import library
 from pyro_flows.transforms import masks
+
+# What tests in many places have to know of the inside.
+BASES = flows.BASES
+RECORDED_FROM = batches.RECORDED_FROM
 
 CONTEXT = 3
 HIDDEN = (6,)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows import McmcDraws
 from pyro_flows._clock import unbounded
 from pyro_flows._progress import Bar
 from pyro_flows.fitting import escalation
@@ -33,7 +34,6 @@ from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms import DiagonalAffine
-from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.weighing import Weighing
 from tests.models import real
 from tests.registry import normal, randomize

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows import LogDensity
 from pyro_flows._clock import Clock, OutOfTime
 from pyro_flows._progress import Bar
 from pyro_flows._turns import turn
 from pyro_flows.fitting import escalation
-from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior import draws
 from pyro_flows.starts import portfolio
 from pyro_flows.training import loop
@@ -600,7 +600,7 @@ def test_a_fit_that_fails_ends_its_line(capsys):
 
 def test_draws_of_a_slow_flow_are_bounded_too(monkeypatch):
     """A flow of which a draw takes a millisecond: 10,000 of them would take ten seconds."""
-    from pyro_flows.flows.flow import Flow
+    from pyro_flows import Flow
 
     original = Flow.draw
 

@@ -11,11 +11,10 @@ import torch
 from pyro.distributions import TransformedDistribution
 
 import pyro_flows as pf
-from pyro_flows.flows.flow import BASES
 from pyro_flows.flows.recipe import BUILDERS, VECTOR_BUILDERS
 from pyro_flows.flows.recipe_json import to_json
 from tests.invariants import check_every_coordinate_moves, check_mass, close
-from tests.registry import FLOWS, SMALL, make_flow, normal
+from tests.registry import BASES, FLOWS, SMALL, make_flow, normal
 
 # Half width of the square, points an axis, tolerance. Smooth densities: 1e-5, the tails outside of the square and steps
 # from 0.1 on. The uniform one jumps at its edge: half a step of 0.02 around an edge of length 8 at density 1/4.

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pyro_flows import Verdict
 from pyro_flows.verdict.chains import McmcDiagnostics, objections
 from pyro_flows.verdict.next_step import OF_FITS, OF_MCMC, OF_MIXING, OF_WEIGHTS, next_step, next_step_of_mcmc
-from pyro_flows.verdict.verdict import Verdict
 
 ROOT = Path(__file__).parent.parent.parent
 LONGEST, LONGEST_AT_FIRST = 35, 30  # words

@@ -18,8 +18,8 @@ from torch import nn
 import pyro_flows as pf
 from pyro_flows import _bundles
 from pyro_flows.flows.recipe import set_df
-from pyro_flows.results.files import FILES, NETCDF, TENSORS, TEXT
-from tests.posteriors import SCHOOLS, Y, schools, schools_flow, schools_posterior
+from pyro_flows.results.files import FILES
+from tests.posteriors import NETCDF, SCHOOLS, TENSORS, TEXT, Y, schools, schools_flow, schools_posterior
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -13,11 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 import pyro_flows as pf
 from pyro_flows._clock import unbounded
-from pyro_flows.flows.flow import BASES
 from pyro_flows.training import trainer as training
 from pyro_flows.transforms import masks
 from tests.invariants import close
-from tests.registry import BARE, FLOWS, SMALL, TYPICAL, built, each, is_not_typical, make_flow, normal
+from tests.registry import BARE, BASES, FLOWS, SMALL, TYPICAL, built, each, is_not_typical, make_flow, normal
 from tests.state_invariants import check_follows_parameters, check_pure, copies, snapshot
 
 
