@@ -17,7 +17,17 @@ from pyro_flows.report import tables
 from pyro_flows.report.content import Options, content, recipe
 from pyro_flows.report.figures import themed
 from pyro_flows.report.page import render
-from tests.posteriors import SCHOOLS, Y, exact, location, location_guide, schools, schools_guide, schools_posterior
+from tests.posteriors import (
+    SCHOOLS,
+    Y,
+    exact,
+    location,
+    location_guide,
+    schools,
+    schools_chains,
+    schools_guide,
+    schools_posterior,
+)
 
 NAMES = [
     "Choate",
@@ -160,7 +170,7 @@ def test_a_verdict_that_is_not_ok_says_why_and_what_to_do(status, tmp_path, recw
 
 
 def test_refined_draws_show_their_chains(tmp_path):
-    posterior = schools_posterior("unreliable", draws=500).refine(max_steps=400)
+    posterior = schools_chains()
     assert posterior.verdict.status == "refined"
     _, text = read(posterior.report(tmp_path / "report.html", predictive=False))
     for word in ("Nested R-hat", "Method: MCMC", "the guide's own draws were replaced, because", "ess_bulk"):
