@@ -261,7 +261,9 @@ def test_ctrl_c_returns_what_there_is(monkeypatch, stage):
     assert not pyro.poutine.runtime._PYRO_STACK
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=pytest.mark.slow if number % 3 else ()) for number, stage in enumerate(STAGES)]
+)
 def test_ctrl_c_raises_where_that_is_asked_for(monkeypatch, stage):
     owner, name, at, chosen = STAGES[stage]
     interrupting(monkeypatch, resolve(owner), name, at=at)
@@ -476,8 +478,8 @@ def as_ever(chosen):
 @pytest.mark.parametrize(
     ("chosen", "mode"),
     [
-        (model, torch.no_grad),
         (model, torch.inference_mode),
+        pytest.param(model, torch.no_grad, marks=pytest.mark.slow),
         pytest.param(effects, torch.inference_mode, marks=pytest.mark.slow),
         pytest.param(effects, torch.no_grad, marks=pytest.mark.slow),
         pytest.param(unbatched, torch.no_grad, marks=[pytest.mark.falls_back, pytest.mark.slow]),
@@ -497,7 +499,7 @@ def test_fit_gives_the_same_where_gradients_are_off(chosen, mode):
     assert torch.equal(judged.z, pf.diagnose(chosen, expected.guide, Y, draws=500).z)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [torch.inference_mode, pytest.param(torch.no_grad, marks=pytest.mark.slow)])
 def test_densities_are_fitted_where_gradients_are_off(mode):
     points = torch.randn(100, 2)
     expected = pf.fit_density("planar", points, max_epochs=2, progress=False)

@@ -41,7 +41,9 @@ SLOW = [pytest.param(options, marks=pytest.mark.slow) for options in ({"layers":
 
 @pytest.mark.parametrize("options", [{"flow": "realnvp"}, *SLOW])
 def test_who_asks_for_a_flow_gets_it(options):
-    posterior = pf.fit(schools, Y, SIGMA, max_steps=60, refine=False, draws=500, progress=False, **options)
+    posterior = pf.fit(
+        schools, Y, SIGMA, **{"max_steps": 30, "refine": False, "draws": 200, "progress": False, **options}
+    )
     assert "first round" in stages(posterior)
     assert len(posterior.losses) > 0
 
