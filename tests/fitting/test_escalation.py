@@ -22,7 +22,6 @@ from pyro_flows.fitting.combine import _take
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import _in_vain, _never_good
 from pyro_flows.fitting.escalation import Round, rounds, unweighed
-from pyro_flows.fitting.fit import default_steps
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.run import Run
 from pyro_flows.fitting.several import Several
@@ -395,10 +394,3 @@ IN_VAIN = [
 @pytest.mark.parametrize(("given", "said"), IN_VAIN)
 def test_runs_that_left_the_missed_mode_where_they_began(given, said):
     assert bool(_in_vain(Combined(**given))) == said
-
-
-@pytest.mark.parametrize(
-    ("dim", "steps"), [(1, 6000), (50, 6000), (51, 6060), (100, 8485), (200, 12000), (201, 12000), (5000, 12000)]
-)
-def test_steps_by_dimension(dim, steps):
-    assert default_steps(dim) == steps
