@@ -60,12 +60,17 @@ def test_fits_are_right(name):
     check(case, pf.fit(case.model, *case.args, **QUICK))
 
 
-@pytest.mark.parametrize("name", KINDS)
+REFINED = ("counts", "lines", "parameters")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in (*REFINED, *DEAR) else pytest.mark.slow) for name in KINDS]
+)
 def test_guides_in_single_precision_are_judged_in_double_and_chains_finish_the_work(name):
     case = case_of(name)
     found = pf.diagnose(case.model, guide_of(case), *case.args, draws=1000)
     check(case, found)
-    if name in ("counts", "lines", "parameters"):
+    if name in REFINED:
         finished = found.refine(progress=False)
         assert finished.verdict.status == "refined"
         check(case, finished)
