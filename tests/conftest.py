@@ -1,5 +1,6 @@
 """What all tests share: a fixed seed, Pyro's parameter store left empty, and fallbacks that are errors."""
 
+import gc
 import signal
 import threading
 
@@ -10,6 +11,20 @@ import torch
 from pyro_flows._fallbacks import strict
 
 pytest.register_assert_rewrite("tests.invariants", "tests.state_invariants")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """No garbage is looked for among the half a million objects of a collection, then or later: a quarter of its time.
+
+    They live as long as the process does.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,8 +38,6 @@ def _interruptible():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(20240229)
-    pyro.clear_param_store()
-
     pyro.clear_param_store()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 
+NETCDF, TENSORS, TEXT = "posterior.nc", "guide.pt", "posterior.json"  # the files of a saved posterior
 SCHOOLS = 8
 Y = torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2])
 SPREAD = math.sqrt(0.8)
@@ -40,9 +42,21 @@ def schools_guide(shift: float = 0.0, stretch: float = 1.0) -> Any:
 OFF = {"ok": {}, "corrected": {"shift": 0.15}, "unreliable": {"stretch": 0.3}}
 
 
-def schools_posterior(status: str = "ok", *, draws: int = 2000, seed: int = 0) -> pf.Posterior:
-    """A posterior of :func:`schools` with this status."""
+def new_schools_posterior(status: str = "ok", *, draws: int = 2000, seed: int = 0) -> pf.Posterior:
+    """A posterior of :func:`schools` with this status, for tests that change it, or how it is made."""
     return pf.diagnose(schools, schools_guide(**OFF[status]), Y, draws=draws, seed=seed)
+
+
+@functools.cache
+def schools_posterior(status: str = "ok", *, draws: int = 2000, seed: int = 0) -> pf.Posterior:
+    """The same, made once in a process, for tests that only look at it."""
+    return new_schools_posterior(status, draws=draws, seed=seed)
+
+
+@functools.cache
+def schools_chains() -> pf.Posterior:
+    """The same by chains, made once in a process."""
+    return schools_posterior("unreliable", draws=500).refine(max_steps=400)
 
 
 def schools_flow(dtype: torch.dtype = torch.float32) -> pf.AutoFlow:

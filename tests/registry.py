@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -17,13 +17,20 @@ from torch import Tensor, nn
 
 import pyro_flows as pf
 from pyro_flows import transforms
+from pyro_flows.flows import flow as flows
 from pyro_flows.flows.recipe import BUILDERS
+from pyro_flows.graphs import batches
 from pyro_flows.graphs.native import library
 from pyro_flows.transforms import masks
+
+# What tests in many places have to know of the inside.
+BASES = flows.BASES
+RECORDED_FROM = batches.RECORDED_FROM
 
 CONTEXT = 3
 HIDDEN = (6,)
 DIMS = (1, 2, 3, 7)
+SEED = 20240229
 
 
 needs_interpreter = pytest.mark.skipif(library() is None, reason="no interpreter: install gcc, then pyro_flows again")
@@ -64,6 +71,7 @@ class Case:
     closed: bool = True  # the inverse is a closed form
     identity: bool = True  # the map starts as the identity
     unit: bool = False  # inputs come from the unit interval, so that both ways take them
+    family: str = ""  # the transform, with all its options and shapes: the cases of one test item
 
     @property
     def tolerance(self) -> float:
@@ -292,10 +300,12 @@ def _cases(dims: tuple[int, ...]) -> list[Case]:
         end = f"-{dim}" + ("-context" if context_dim else "")
         for name, (factory, more) in TRANSFORMS.items():
             if not (context_dim and name.split("-")[0] in NO_CONTEXT):
-                cases.append(Case(name + end, partial(factory, dim, context_dim), (dim,), context_dim, **more))
+                build = partial(factory, dim, context_dim)
+                cases.append(Case(name + end, build, (dim,), context_dim, family=name.split("-")[0], **more))
         for name in FLOWS:
             build = partial(_bijection_of, name, dim, context_dim)
-            cases.append(Case(name + end, build, (dim,), context_dim, sd=0.15, closed=name not in NUMERIC))
+            closed = name not in NUMERIC
+            cases.append(Case(name + end, build, (dim,), context_dim, sd=0.15, closed=closed, family=name))
     return cases
 
 
@@ -305,23 +315,57 @@ def _image_cases(shapes: tuple[tuple[int, ...], ...]) -> list[Case]:
         end = "-" + "x".join(map(str, shape)) + ("-context" if context_dim else "")
         for name, (factory, more) in IMAGE_TRANSFORMS.items():
             if not (context_dim and name.split("-")[0] in NO_CONTEXT):
-                cases.append(Case(name + end, partial(factory, shape, context_dim), shape, context_dim, **more))
+                build, family = partial(factory, shape, context_dim), name.split("-")[0]
+                cases.append(Case(name + end, build, shape, context_dim, family=f"{family} of images", **more))
         for name in IMAGE_FLOWS if shape[1] % 4 == 0 else ():
             build = partial(_bijection_of, name, shape, context_dim)
-            cases.append(Case(name + end, build, shape, context_dim, sd=0.1, identity=False))
+            cases.append(Case(name + end, build, shape, context_dim, sd=0.1, identity=False, family=name))
     return cases
 
 
 IMAGE = (2, 4, 4)
 SMALL = _cases(DIMS) + _image_cases((IMAGE, (4, 2, 4)))
 TYPICAL = [case for case in SMALL if case.shape in ((3,), IMAGE)]
-LARGE = _cases((100,))
+LARGE = [case for case in _cases((100,)) if not case.context_dim]
 
 
-def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
-    """Parametrize a test over cases, by their names; those in two dimensions, of which three say as much, are slow."""
-    marks = {case.name: pytest.mark.slow if case.shape == (2,) else () for case in cases}
-    return pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks[case.name]) for case in cases])
+def in_two_dimensions(case: Case) -> bool:
+    """Cases that are slow in most tests: three dimensions say as much."""
+    return case.shape == (2,)
+
+
+def is_not_typical(case: Case) -> bool:
+    """Cases that are slow in tests of what does not depend on the number of coordinates."""
+    return case.shape not in ((3,), IMAGE)
+
+
+def each(cases: Iterable[Case], slow: Callable[[Case], bool] = in_two_dimensions) -> Callable:
+    """Run a test on cases, one test item for all options and shapes of a transform; a failure names the case.
+
+    The generator starts anew for each case, as it does for each test.
+    """
+    groups: dict[tuple[str, bool], list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.family, slow(case)), []).append(case)
+
+    def decorate(test: Callable) -> Callable:
+        @wraps(test)
+        def on_all(case: list[Case], **more) -> None:
+            for one in case:
+                torch.manual_seed(SEED)
+                try:
+                    test(case=one, **more)
+                except BaseException as error:
+                    error.add_note(f"in the case {one.name}")
+                    raise
+
+        marks = {True: pytest.mark.slow, False: ()}
+        items = [
+            pytest.param(group, id=name + "-slow" * dear, marks=marks[dear]) for (name, dear), group in groups.items()
+        ]
+        return pytest.mark.parametrize("case", items)(on_all)
+
+    return decorate
 
 
 def unregistered() -> set[str]:

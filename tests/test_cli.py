@@ -19,7 +19,7 @@ import pyro_flows as pf
 from pyro_flows import cli
 from pyro_flows._inputs import match, read_data, read_model
 from pyro_flows.cli import app
-from pyro_flows.flows.recipe import VECTOR_BUILDERS
+from tests.registry import FLOWS
 
 MODEL = """
 import pyro
@@ -377,7 +377,7 @@ def test_options_reach_the_fit(fitted, tmp_path, monkeypatch):
 
 def test_help_names_every_flow_for_vectors_and_the_exit_codes():
     shown = " ".join(run("fit", "--help").stdout.split())
-    assert ", ".join(["auto", *sorted(VECTOR_BUILDERS)]) in shown
+    assert ", ".join(["auto", *sorted(FLOWS)]) in shown
     assert "3 if it is unreliable" in shown
     for option in ("--runs", "--max-seconds", "--layers", "--seed", "--draws", "--escalate", "--train-model"):
         assert option in shown

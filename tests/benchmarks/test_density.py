@@ -51,7 +51,9 @@ def test_toys_of_different_parts_and_seeds_share_no_points():
     assert len(first) == 6 * 50
 
 
-@pytest.mark.parametrize("kind", ["additive", "affine", "spline"])
+@pytest.mark.parametrize(
+    "kind", ["affine", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("additive", "spline"))]
+)
 def test_our_run_stays_below_the_entropy(small, kind):
     found = density.run(small, density.OURS, kind, 0, 1.5)
     assert -4.0 < found["test"] < -small.entropy + 4 * found["error"]

@@ -503,7 +503,13 @@ def test_a_rival_is_that_of_the_best_rate_with_as_many_gradients_as_ours(monkeyp
     assert tried == [(rate, 1000 // rivals.PARTICLES) for rate in rivals.RATES]
 
 
-@pytest.mark.parametrize("name", rivals.RIVALS)
+SLOW_RIVALS = ("AutoIAFNormal", "AutoNormalizingFlow")  # run in the same way as the others
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW_RIVALS else ()) for name in rivals.RIVALS],
+)
 def test_rivals_are_trained_and_judged(name):
     def model():
         pyro.sample("x", dist.Normal(torch.tensor([1.0, -1.0]), 0.5).to_event(1))

@@ -65,7 +65,7 @@ def test_exact_posteriors_are_uniform():
 
 @pytest.mark.parametrize(("scale", "shift"), [(0.6, 0.0), (1.7, 0.0), (1.0, 0.6)])
 def test_posteriors_that_are_wrong_are_rejected(scale, shift):
-    found = check(from_exact(scale, shift))
+    found = check(from_exact(scale, shift), simulations=60)
     assert not found.is_uniform(0.01)
     assert (found.summary("b")["p_symmetric"].min() < 0.001) == (shift > 0.0)
     assert "not uniform" in str(found)

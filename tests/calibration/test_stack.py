@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from pyro_flows import LogDensity
-from pyro_flows._fallbacks import strict
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.starts import pathfinder as pathfinder_module
 from tests.calibration.models import branching, counts, data_sets, regression
@@ -89,45 +88,40 @@ def test_gradients_are_counted():
     assert stack.evaluations == 12
 
 
-def test_a_model_that_takes_numbers_out_of_its_data_is_refused():
-    densities = [LogDensity(branching, (torch.randn(3),)) for _ in range(3)]
-    with pytest.raises(NotStackable, match="cannot take its data as inputs"):
-        Stack(densities)
+def no_tensor(y, sd):
+    pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), sd), obs=y)
 
 
-def test_shapes_have_to_agree():
-    densities = [LogDensity(counts, (torch.tensor(y),)) for y in ([1.0, 2.0], [1.0, 2.0, 3.0])]
-    with pytest.raises(NotStackable, match="differ in shapes"):
-        Stack(densities)
+def with_a_parameter(y):
+    shift = pyro.param("shift", torch.tensor(0.0))
+    pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(shift, 1.0)), 1.0), obs=y)
 
 
-def test_values_that_are_no_tensors_have_to_agree():
-    def model(y, sd):
-        pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), sd), obs=y)
-
-    densities = [LogDensity(model, (torch.tensor(0.3), sd)) for sd in (1.0, 2.0)]
-    with pytest.raises(NotStackable, match="no tensors"):
-        Stack(densities)
+def draw_by_draw(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(mu, 1.0 if mu.item() > 0 else 2.0), obs=y)
 
 
-def test_models_with_parameters_are_refused():
-    def model(y):
-        shift = pyro.param("shift", torch.tensor(0.0))
-        pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(shift, 1.0)), 1.0), obs=y)
-
-    densities = [LogDensity(model, (torch.tensor(y),)) for y in (0.3, 0.4)]
-    with pytest.raises(NotStackable, match="parameters"):
-        Stack(densities)
+PAIR = [(torch.tensor(0.3),), (torch.tensor(0.4),)]
 
 
-def test_models_that_run_draw_by_draw_are_refused():
-    def model(y):
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu, 1.0 if mu.item() > 0 else 2.0), obs=y)
-
-    with strict(False):
-        densities = [LogDensity(model, (torch.tensor(y),)) for y in (0.3, 0.4)]
-    with pytest.raises(NotStackable, match="draw by draw"):
+@pytest.mark.parametrize(
+    ("model", "sets", "message"),
+    [
+        (
+            branching,
+            [(torch.linspace(-1.0, 1.0, 3),), (torch.linspace(-2.0, 1.0, 3),)],
+            "cannot take its data as inputs",
+        ),
+        (counts, [(torch.tensor([1.0, 2.0]),), (torch.tensor([1.0, 2.0, 3.0]),)], "differ in shapes"),
+        (no_tensor, [(torch.tensor(0.3), 1.0), (torch.tensor(0.3), 2.0)], "no tensors"),
+        (with_a_parameter, PAIR, "parameters"),
+        pytest.param(draw_by_draw, PAIR, "draw by draw", marks=pytest.mark.falls_back),
+    ],
+)
+def test_what_makes_no_stack_is_refused(model, sets, message):
+    densities = [LogDensity(model, args) for args in sets]
+    with pytest.raises(NotStackable, match=message):
         Stack(densities)
 
 
@@ -185,21 +179,15 @@ def stubborn(y):
     pyro.sample("y", dist.Normal(mu, sd), obs=y)
 
 
-def test_a_density_beside_another_that_cannot_be_batched_is_not_stacked():
-    first = LogDensity(stubborn, (torch.tensor(1.0),))
-    others = [first.beside((torch.tensor(y),), {}) for y in (2.0, 60.0)]
-    with pytest.raises(NotStackable):
-        Stack([first, *others])
-
-
 def noisy_for_some(y):
     """Where data are large, the density is random."""
     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
     pyro.sample("y", dist.Normal(mu + (y > 50.0) * torch.rand(()), 1.0), obs=y)
 
 
-def test_a_density_beside_another_that_is_random_is_not_stacked():
-    first = LogDensity(noisy_for_some, (torch.tensor(1.0),))
+@pytest.mark.parametrize("model", [stubborn, noisy_for_some])
+def test_a_density_beside_another_that_is_of_another_kind_is_not_stacked(model):
+    first = LogDensity(model, (torch.tensor(1.0),))
     others = [first.beside((torch.tensor(y),), {}) for y in (2.0, 60.0)]
     with pytest.raises(NotStackable):
         Stack([first, *others])

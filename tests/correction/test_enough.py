@@ -198,28 +198,6 @@ def test_as_many_draws_are_held_as_tell_sds():
     assert len(sampler.draws) == 128
 
 
-@pytest.mark.parametrize(
-    ("changes", "thin", "draws"),
-    [
-        ({"ess_tail": 1250.0}, 1, 26),  # 1500 at this pace, after 154 sweeps
-        ({"ess_tail": 1250.0}, 2, 13),
-        ({"ess_tail": 1450.0}, 1, 8),  # not at once
-        ({"ess_tail": 100.0}, 1, 32),  # not too late
-        ({"nested_r_hat": 1.02}, 2, 32),  # of which nothing tells the pace
-    ],
-)
-def test_when_to_look_again(changes, thin, draws):
-    assert enough.next_look(replace(GOOD, **changes), thin=thin, kept=DRAWS // 2) == draws
-
-
-@pytest.mark.parametrize(
-    ("lack", "thin", "draws"), [(0.9, 1, 32), (1.03, 1, 8), (1.1, 1, 27), (1.1, 2, 14), (2.0, 1, 32)]
-)
-def test_when_to_look_again_for_sds(lack, thin, draws):
-    """Their errors fall as one over the root of the sweeps, here 128."""
-    assert enough.next_look(GOOD, thin=thin, kept=DRAWS // 2, lack=lack) == draws
-
-
 def far_out(draws):
     """One chain of 64 that begins sixty sds out, and takes most of its draws to come back."""
     gone = draws.clone()

@@ -8,18 +8,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_flows import LogDensity, McmcDraws
 from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows.correction import judging, rungs
 from pyro_flows.correction.judging import DISAGREE, around
 from pyro_flows.correction.search import MISS, OF_CHAINS, TOO_LITTLE, Lacking, held_out, lacks_of_chains
-from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes import missed_modes
 from pyro_flows.modes.doubts import UNWEIGHED
 from pyro_flows.modes.lacks import Lack
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.chains import McmcDraws
 from tests.correction.test_refine import GOOD, check_schools
 from tests.posteriors import schools_posterior
 

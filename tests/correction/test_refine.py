@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows import AutoFlow
 from pyro_flows.correction.judging import disagreements
 from pyro_flows.correction.kept import STATS
 from pyro_flows.correction.latent import Latent
@@ -19,7 +20,6 @@ from pyro_flows.correction.rungs import which
 from pyro_flows.correction.search import _Regions, bridge
 from pyro_flows.correction.starts import NoStart, affine_flow, flow_of, starting_points
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.modes.lacks import Lack
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start

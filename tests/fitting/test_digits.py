@@ -50,24 +50,30 @@ def check(case: Case, posterior: pf.Posterior) -> None:
     assert abs(posterior.log_evidence - case.log_evidence) < 0.1
 
 
-@pytest.mark.parametrize("name", KINDS)
+# Of ten thousands of rows a guide is judged below, in double as a fit is.
+DEAR = ("many_rows",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in DEAR else ()) for name in KINDS])
 def test_fits_are_right(name):
     case = case_of(name)
     check(case, pf.fit(case.model, *case.args, **QUICK))
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_guides_in_single_precision_are_judged_in_double(name):
-    case = case_of(name)
-    check(case, pf.diagnose(case.model, guide_of(case), *case.args, draws=1000))
+REFINED = ("counts", "lines", "parameters")
 
 
-@pytest.mark.parametrize("name", ["counts", "lines", "parameters"])
-def test_chains_that_finish_the_work_are_right(name):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in (*REFINED, *DEAR) else pytest.mark.slow) for name in KINDS]
+)
+def test_guides_in_single_precision_are_judged_in_double_and_chains_finish_the_work(name):
     case = case_of(name)
-    found = pf.diagnose(case.model, guide_of(case), *case.args, draws=1000).refine(progress=False)
-    assert found.verdict.status == "refined"
+    found = pf.diagnose(case.model, guide_of(case), *case.args, draws=1000)
     check(case, found)
+    if name in REFINED:
+        finished = found.refine(progress=False)
+        assert finished.verdict.status == "refined"
+        check(case, finished)
 
 
 @pytest.mark.parametrize("name", ["counts", "constants", "lines"])

@@ -33,7 +33,7 @@ def skewed(y):
 
 
 def fitted(model, **options):
-    found = pf.fit(model, Y, layers=8, progress=False, **options)  # who asks for layers gets a flow, and no slices
+    found = pf.fit(model, Y, layers=4, progress=False, **options)  # who asks for layers gets a flow, and no slices
     return found, [stage for stage in found.history if stage["stage"] == "first round"]
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows import McmcDraws
 from pyro_flows._clock import unbounded
 from pyro_flows._progress import Bar
 from pyro_flows._stages import TRIAL_RUN
@@ -22,7 +23,6 @@ from pyro_flows.fitting.combine import _take
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import _in_vain, _never_good
 from pyro_flows.fitting.escalation import Round, rounds, unweighed
-from pyro_flows.fitting.fit import default_steps
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.run import Run
 from pyro_flows.fitting.several import Several
@@ -34,7 +34,6 @@ from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms import DiagonalAffine
-from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.weighing import Weighing
 from tests.models import real
 from tests.registry import normal, randomize
@@ -261,6 +260,7 @@ def test_tempering_trains_on_flatter_densities_first(density, monkeypatch):
     assert tempered[-1] == betas[-1] == 1.0
 
 
+@pytest.mark.slow  # rounds of short fits, and the settings of the one that was kept, are in test_fit_control
 def test_a_fit_that_is_not_enough_goes_on(monkeypatch):
     """Two affine layers cannot bend as the banana does: later rounds are run, and the best one is kept."""
     monkeypatch.setattr("pyro_flows.modes.population.FEW", 0)  # no mixture comes from the prior instead
@@ -395,10 +395,3 @@ IN_VAIN = [
 @pytest.mark.parametrize(("given", "said"), IN_VAIN)
 def test_runs_that_left_the_missed_mode_where_they_began(given, said):
     assert bool(_in_vain(Combined(**given))) == said
-
-
-@pytest.mark.parametrize(
-    ("dim", "steps"), [(1, 6000), (50, 6000), (51, 6060), (100, 8485), (200, 12000), (201, 12000), (5000, 12000)]
-)
-def test_steps_by_dimension(dim, steps):
-    assert default_steps(dim) == steps

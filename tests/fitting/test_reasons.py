@@ -39,7 +39,7 @@ def test_each_stage_of_the_history_has_a_name_and_an_elbo():
             theta = pyro.sample("theta", dist.Normal(0.0, tau))
             pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
-    quick = {"layers": 2, "max_steps": 12, "draws": 500, "refine": False, "escalate": False, "progress": False}
+    quick = {"layers": 2, "max_steps": 12, "draws": 200, "refine": False, "escalate": False, "progress": False}
     posterior = pf.fit(centered, torch.tensor([0.3, -1.0, 2.0]), runs=2, **quick)
     stages = [stage["stage"] for stage in posterior.history]
     assert {"parameterization", "trial run", "first round", "comparison of runs"} <= set(stages)

@@ -13,9 +13,9 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.reparam import NeuTraReparam
 
 import pyro_flows as pf
+from pyro_flows import AutoFlow
 from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.recipe_json import from_json, to_json
-from pyro_flows.guides.autoflow import AutoFlow
 
 
 def affine(loc, scale):

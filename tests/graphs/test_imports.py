@@ -9,7 +9,7 @@ SCRIPT = """
 import sys
 import pyro, torch
 import pyro.distributions as dist
-from pyro_flows.model.log_density import LogDensity
+from pyro_flows import LogDensity
 from pyro_flows.starts.curvature import inverse_roots
 from pyro_flows.starts.prior import prior_draws
 

@@ -89,17 +89,6 @@ def test_a_long_graph_of_gradients_is_lent_to_a_few_calls_for_values(monkeypatch
     assert [kind[0] for kind in density._values.runners] == [batches.LONG_ROWS, 1024]
 
 
-@pytest.mark.parametrize(
-    ("apiece", "rows"), [(1, (64, 1024)), (32, (64, 512)), (64, (64, 256)), (128, (32, 128)), (10_000, (16, 16))]
-)
-def test_rows_of_a_long_graph_follow_the_size_of_its_operations(apiece, rows):
-    work = batches.Work()
-    work.operations, work.numbers = 5000, 5000 * 2 * apiece
-    assert work.rows(2) == rows
-    work.operations = batches.LONG - 1
-    assert work.rows(2) == (None, None)
-
-
 # ---- a fresh process -------------------------------------------------------------------------------------------------
 
 COLD = """

@@ -65,18 +65,18 @@ def test_equal_to_indexing(name, dtype):
             torch.testing.assert_close(found, expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0.0)
 
 
-@pytest.mark.parametrize("name", ["rows", "from the end", "a square", "a mask", "two axes", "rows of one number"])
-def test_no_general_indexing_is_left(name):
-    function, shape = CASES[name]
-    found = targets(record(with_gradient(function), normal(*shape, seed=0)))
-    assert not {*found} & {*GENERAL}
-    assert aten.gather.default in found
-    assert aten.index_add.default in found
-
-
-def test_rows_of_vectors_are_selected():
-    found = targets(record(lambda x: x[:, ROWS], normal(5, 4, 3, seed=0)))
-    assert found == [aten.index_select.default]
+def test_no_general_indexing_is_left():
+    """Entries are gathered, rows of vectors selected, and equal orders are one constant."""
+    for name in ("rows", "from the end", "a square", "a mask", "two axes", "rows of one number"):
+        function, shape = CASES[name]
+        found = targets(record(with_gradient(function), normal(*shape, seed=0)))
+        assert not {*found} & {*GENERAL}, name
+        assert aten.gather.default in found, name
+        assert aten.index_add.default in found, name
+    assert targets(record(lambda x: x[:, ROWS], normal(5, 4, 3, seed=0))) == [aten.index_select.default]
+    module = record(with_gradient(CASES["the same rows twice"][0]), normal(5, 4, seed=0))
+    assert sum(name.startswith("order_") for name, _ in module.named_buffers()) == 1
+    assert targets(module).count(aten.expand.default) == 1
 
 
 def test_an_order_that_depends_on_the_inputs_stays():
@@ -85,9 +85,3 @@ def test_an_order_that_depends_on_the_inputs_stays():
     module = record(lambda x: x[:, x[0].argsort()], x)
     assert aten.index.Tensor in targets(module)
     torch.testing.assert_close(module(-x), (-x).sort(1).values)
-
-
-def test_one_constant_for_equal_orders():
-    module = record(with_gradient(CASES["the same rows twice"][0]), normal(5, 4, seed=0))
-    assert sum(name.startswith("order_") for name, _ in module.named_buffers()) == 1
-    assert targets(module).count(aten.expand.default) == 1

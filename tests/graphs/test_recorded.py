@@ -242,7 +242,7 @@ def recorded(flow: pf.Flow, x: Tensor, pull: Tensor) -> tuple[Tensor, Tensor, Te
     return z, log_q, score, passes.pull(tape, pull)
 
 
-@each(PLAIN)
+@each(PLAIN, slow=lambda case: case.shape in ((2,), (7,)))
 def test_passes_of_every_layer(case):
     flow = pf.Flow(pf.transforms.Compose([pf.transforms.DiagonalAffine(case.shape[0]).double(), case.make()]))
     x, pull = normal(6, *case.shape, seed=3), normal(6, *case.shape, seed=4)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows.graphs.batches import PIECE, RECORDED_FROM, ROWS_AT_LEAST, ROWS_AT_MOST, Recorder, rows_for
+from pyro_flows.graphs.batches import PIECE, RECORDED_FROM, ROWS_AT_LEAST, Recorder
 from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.record import record
@@ -30,14 +30,6 @@ def test_results_do_not_depend_on_pieces(size):
             close(got, expected, 1e-12)
     assert max(kind[0] for kind in recorder.runners) <= recorder.rows
     assert len(recorder.runners) == 1
-
-
-@pytest.mark.parametrize(
-    ("numbers", "rows"),
-    [(1, ROWS_AT_MOST), (PIECE // 100, 64), (PIECE, 8), (100 * PIECE, 1), (PIECE // 8, ROWS_AT_LEAST)],
-)
-def test_rows(numbers, rows):
-    assert rows_for(numbers) == rows
 
 
 def test_memory_of_a_large_batch_is_bounded():

@@ -8,7 +8,6 @@ from pyro_flows.graphs.batches import (
     PIECE,
     RECORDED_FROM,
     RECORDING,
-    ROWS_AT_LEAST,
     ROWS_AT_MOST,
     Recorder,
 )
@@ -29,14 +28,6 @@ def test_batches_of_all_sizes_share_a_graph():
         for got, expected in zip(recorder(z), function(z), strict=True):
             close(got, expected, 1e-12)
     assert sizes(recorder) == [128]
-
-
-def test_the_first_graph_is_as_large_as_costs_nothing():
-    for numbers, rows in ((1, ROWS_AT_MOST), (A_PIECE // 64, 64), (A_PIECE, ROWS_AT_LEAST)):
-        recorder = Recorder(function, numbers=numbers)
-        for _ in range(RECORDED_FROM):
-            recorder(normal(1, 3, seed=1))
-        assert sizes(recorder) == [rows]
 
 
 @pytest.mark.parametrize(("first", "size"), [(16, 64), (64, 16)])

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.graphs.batches import RECORDED_FROM
 from pyro_flows.graphs.writes import Memories, storage_of
 from tests.invariants import close
 from tests.model.test_tracing import alone
 from tests.models import real
-from tests.registry import normal
+from tests.registry import RECORDED_FROM, normal
 
 Y = normal(3, 4, seed=5)
 

@@ -13,7 +13,7 @@ import pyro_flows as pf
 from pyro_flows import cli, plots
 from pyro_flows._arrays import relabel
 from pyro_flows._arviz import pack
-from tests.posteriors import schools_posterior
+from tests.posteriors import new_schools_posterior
 
 DOORS = {
     "summary()": lambda posterior, path: posterior.summary(),
@@ -27,7 +27,7 @@ DOORS = {
 
 @pytest.fixture(scope="module")
 def unreliable():
-    return schools_posterior("unreliable", draws=500)
+    return new_schools_posterior("unreliable", draws=500)
 
 
 @pytest.fixture
@@ -56,14 +56,14 @@ def test_each_door_warns_at_the_callers_line_and_says_why(unreliable, folder, do
 
 @pytest.mark.parametrize("status", ["ok", "corrected"])
 def test_other_posteriors_go_out_silently(status, tmp_path):
-    posterior = schools_posterior(status, draws=500)
+    posterior = new_schools_posterior(status, draws=500)
     posterior.save(tmp_path / "saved")
     for use in DOORS.values():
         use(posterior, tmp_path)  # a warning would be an error
 
 
 def test_once_for_each_posterior_and_line():
-    first, second = (schools_posterior("unreliable", draws=200, seed=seed) for seed in (0, 1))
+    first, second = (new_schools_posterior("unreliable", draws=200, seed=seed) for seed in (0, 1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
@@ -75,7 +75,7 @@ def test_once_for_each_posterior_and_line():
 
 def test_each_statement_that_is_typed_is_a_line_of_its_own():
     """A REPL calls all of them line 1 of the same file."""
-    scope = {"posterior": schools_posterior("unreliable", draws=200)}
+    scope = {"posterior": new_schools_posterior("unreliable", draws=200)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for statement in ("a = posterior.summary()", "b = posterior.resample(5, force=True)"):
@@ -130,13 +130,13 @@ def test_arvizs_own_copies_and_files_keep_it(unreliable, tmp_path):
 
 
 def test_objects_without_a_verdict_still_print():
-    groups = relabel({"posterior": schools_posterior("ok", draws=200)._draws()}, None, None)
+    groups = relabel({"posterior": new_schools_posterior("ok", draws=200)._draws()}, None, None)
     assert "posterior" in repr(pack(groups, {}))
     assert "posterior" in pack(groups, {})._repr_html_()
 
 
 def test_dropped_posteriors_are_not_kept_alive():
-    posterior = schools_posterior("unreliable", draws=200)
+    posterior = new_schools_posterior("unreliable", draws=200)
     with pytest.warns(pf.UnreliableWarning):
         posterior.summary()
     gone = weakref.ref(posterior)

@@ -1,7 +1,6 @@
 """Figures of chains against those of arviz_stats, one coordinate after the other."""
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -74,13 +73,3 @@ def test_what_never_moves_and_what_is_not_finite():
     assert found["ess_bulk"][1] == 512.0  # as ArviZ has it; R-hat speaks against it
     assert bool(found["r_hat"].isnan().tolist() == [False, True, True])
     assert all(bool(value[2].isnan()) for value in found.values())
-
-
-@pytest.mark.slow
-def test_many_coordinates_take_less_time_than_one_after_the_other():
-    x = torch.randn(64, 64, 500, dtype=REAL)
-    began = time.process_time()
-    _mixing.chain_diagnostics(x, torch.arange(64) // 8)
-    middle = time.process_time()
-    expected(x, torch.arange(64) // 8)
-    assert 2.0 * (middle - began) < time.process_time() - middle

@@ -172,7 +172,14 @@ def test_errors_of_the_model_are_its_own():
         pf.fit(model, TABLE, torch.tensor(Y), progress=False)
 
 
-@pytest.mark.parametrize("y", [np.array(Y, dtype=np.float32), Y, pd.Series(Y, dtype="float32")])
+@pytest.mark.parametrize(
+    "y",
+    [
+        pd.Series(Y, dtype="float32"),
+        pytest.param(np.array(Y, dtype=np.float32), marks=pytest.mark.slow),
+        pytest.param(Y, marks=pytest.mark.slow),
+    ],
+)
 def test_all_functions_take_them(y):
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))

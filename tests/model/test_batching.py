@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows.graphs.batches import RECORDED_FROM
 from pyro_flows.model.batching import where_possible
 from tests.models import real
-from tests.registry import normal
+from tests.registry import RECORDED_FROM, normal
 
 BAD = (3, 4, 11)
 

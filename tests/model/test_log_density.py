@@ -15,9 +15,9 @@ from pyro.infer.mcmc.util import initialize_model
 from torch.distributions import biject_to, constraints
 
 import pyro_flows as pf
-from pyro_flows.graphs.batches import RECORDED_FROM
 from tests.invariants import close
 from tests.models import CASES, each_model, gauss, normal, real
+from tests.registry import RECORDED_FROM
 
 
 @functools.cache

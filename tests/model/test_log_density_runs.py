@@ -10,9 +10,9 @@ import torch
 from pyro import poutine
 
 import pyro_flows as pf
-from pyro_flows.graphs.batches import RECORDED_FROM
 from tests.invariants import close
 from tests.models import CASES, gauss, nested, normal, real
+from tests.registry import RECORDED_FROM
 
 Y = real(1.0)
 

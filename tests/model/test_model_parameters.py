@@ -5,9 +5,9 @@ import pyro.distributions as dist
 import torch
 
 import pyro_flows as pf
-from pyro_flows.graphs.batches import RECORDED_FROM
 from tests.invariants import close
 from tests.models import Regression, each_model, gauss, normal, real, with_params
+from tests.registry import RECORDED_FROM
 
 
 def test_gradients_reach_the_parameters_of_a_module_when_asked():

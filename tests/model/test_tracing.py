@@ -14,12 +14,11 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows._fallbacks import Fallback, fallback, strict
-from pyro_flows.graphs.batches import RECORDED_FROM
 from pyro_flows.graphs.graph import is_pure
 from pyro_flows.graphs.record import DependsOnValues, record
 from tests.invariants import close
 from tests.models import gauss, real
-from tests.registry import normal
+from tests.registry import RECORDED_FROM, normal
 
 X, Y = normal(20, seed=1), normal(20, seed=2)
 

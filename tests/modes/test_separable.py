@@ -129,6 +129,7 @@ def test_both_are_rebuilt_from_what_files_say(make):
     torch.testing.assert_close(again.log_prob(z), log_q, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # eight modes on a line, in fitting/test_several.py, are tabulated too
 def test_many_well_has_65536_modes():
     target = targets.TARGETS["many_well"]
     posterior = pf.fit(target.model, progress=False)

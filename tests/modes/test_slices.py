@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
+from pyro_flows import AutoFlow, McmcDraws
 from pyro_flows._cubic import between, smooth_slopes
 from pyro_flows.correction.judging import covered_by, evidence_of
 from pyro_flows.correction.search import lacks_of_chains
 from pyro_flows.correction.starts import affine_flow
 from pyro_flows.fitting.slicing import _has, along
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
-from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.short_tails import and_tails, short_tail
 from pyro_flows.modes.slices import _around_first, all_slices, closer, slices_about, telling
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.transforms.sliced import Sliced
-from pyro_flows.verdict.chains import McmcDraws
 
 SIGMA, WIDE, SCALE = 0.24, 2.5, 0.6
 Y = torch.tensor([-0.33, -0.71, -0.08, -0.59, -0.22, -0.36, -0.61, -0.54, -0.15, -0.65, -0.28, -0.31])

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_flows.model.log_density import LogDensity
+from pyro_flows import LogDensity
 from pyro_flows.modes.terms import Terms
 
 FORMS = {

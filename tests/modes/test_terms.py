@@ -140,6 +140,7 @@ def test_a_survey_begins_with_wide_terms_that_have_no_maximum_of_their_own():
     assert float(centers.max()) > 0.1  # a climb leads away from one of them
 
 
+@pytest.mark.slow  # each term, with its mass, is found by the test above
 def test_a_fit_has_all_terms_and_their_masses():
     posterior = pf.fit(as_factor, progress=False)
     assert posterior.verdict.status == "corrected"

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows import Flow
 from pyro_flows._seeding import seeded
 from pyro_flows.correction import latent
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.starts import NoStart, dispersed_points
-from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.sliced import sliced
 from pyro_flows.modes.lacks import PLACES, Guide
 from pyro_flows.modes.thin import BACK, DRAWN_OUT, LOOKS, THIN, WANDERED, is_usable, level_of, too_thin

@@ -15,7 +15,7 @@ from pyro_flows import plots
 from pyro_flows._figures import COLORS, STYLE, WIDTH
 from pyro_flows.plots import parts
 from pyro_flows.verdict.psis import psis
-from tests.posteriors import SPREAD, Y, schools, schools_flow, schools_posterior
+from tests.posteriors import SPREAD, Y, schools, schools_chains, schools_flow, schools_posterior
 
 NAMES = ["Choate", "Deerfield", "Andover", "Exeter", "Hotchkiss", "Lawrenceville", "St. Paul's", "$1 to $2"]
 
@@ -34,7 +34,7 @@ def chains():
 
 @pytest.fixture(scope="module")
 def refined():
-    found = schools_posterior("unreliable", draws=500).refine(max_steps=400)
+    found = schools_chains()
     assert found.verdict.status == "refined"
     return found
 

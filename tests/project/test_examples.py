@@ -32,6 +32,7 @@ def test_all_examples_are_tested_and_short():
     assert all(len(path.read_text(encoding="utf-8").splitlines()) < 80 for path in EXAMPLES.glob("*.py"))
 
 
+@pytest.mark.slow  # README and docs/start fit the eight schools, save them and compare predictions too
 def test_example_eight_schools(tmp_path):
     text = run("eight_schools", "--out", tmp_path / "out")
     assert re.match("ok|corrected|refined|unreliable", text)

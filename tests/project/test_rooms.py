@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -47,8 +47,15 @@ def room_of(file: str) -> str:
     return head if head in FOLDERS else head.removesuffix(".py")
 
 
-def imports(source: str, *, top_only: bool = False) -> Iterator[tuple[str, tuple[str, ...]]]:
+def text_of(file: str) -> str:
+    """The source of a file of the package."""
+    return (PACKAGE / file).read_text(encoding="utf-8")
+
+
+@cache
+def imports(source: str, *, top_only: bool = False) -> list[tuple[str, tuple[str, ...]]]:
     """Modules that are imported, with the names taken from them; with ``top_only`` those that an import loads."""
+    found: list[tuple[str, tuple[str, ...]]] = []
     nodes: list[ast.AST] = [ast.parse(source)]
     while nodes:
         node = nodes.pop()
@@ -58,12 +65,13 @@ def imports(source: str, *, top_only: bool = False) -> Iterator[tuple[str, tuple
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and top_only:
             continue
         if isinstance(node, ast.Import):
-            yield from ((alias.name, ()) for alias in node.names)
+            found += [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute here"
             assert node.module is not None
-            yield node.module, tuple(alias.name for alias in node.names)
+            found.append((node.module, tuple(alias.name for alias in node.names)))
         nodes.extend(ast.iter_child_nodes(node))
+    return found
 
 
 def own_imports(source: str, files: list[str] = FILES) -> set[str]:
@@ -81,14 +89,17 @@ def own_imports(source: str, files: list[str] = FILES) -> set[str]:
     return found
 
 
-IMPORTED = {name: own_imports((PACKAGE / name).read_text(encoding="utf-8")) for name in FILES}
+@cache
+def imported() -> dict[str, set[str]]:
+    """What each file of the package imports of it."""
+    return {name: own_imports(text_of(name)) for name in FILES}
 
 
-def faults(file: str, imported: set[str], rooms: dict[str, Room]) -> list[str]:
+def faults(file: str, others: set[str], rooms: dict[str, Room]) -> list[str]:
     """Imports that the table does not allow."""
     here = room_of(file)
     found = []
-    for other in sorted(imported):
+    for other in sorted(others):
         there = room_of(other)
         on_the_ground = rooms[there].storey == 0
         if there != here and not on_the_ground and there not in rooms[here].allowed:
@@ -106,32 +117,34 @@ def test_rooms_import_from_lower_storeys():
         assert not upward, f"{name} may import {upward}, which do not lie below it"
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_imports_are_those_that_the_table_allows(name):
-    assert IMPORTED[name] <= set(FILES), "an import that this test does not understand"
-    assert not faults(name, IMPORTED[name], ROOMS)
+def test_imports_are_those_that_the_table_allows():
+    unknown = {name: others - set(FILES) for name, others in imported().items() if others - set(FILES)}
+    assert not unknown, "imports that this test does not understand"
+    assert not [fault for name, others in imported().items() for fault in faults(name, others, ROOMS)]
 
 
-@pytest.mark.parametrize("name", ROOMS)
-def test_permissions_are_used(name):
-    used = {room_of(other) for file in FILES if room_of(file) == name for other in IMPORTED[file]}
-    assert not ROOMS[name].allowed - used
+def test_permissions_are_used():
+    used: dict[str, set[str]] = {name: set() for name in ROOMS}
+    for file, others in imported().items():
+        used[room_of(file)] |= {room_of(other) for other in others}
+    assert not {name: room.allowed - used[name] for name, room in ROOMS.items() if room.allowed - used[name]}
 
 
-@pytest.mark.parametrize("name", [*sorted(FOLDERS), GROUND])
-def test_files_of_a_room_make_no_circle(name):
-    inside = [file for file in FILES if name in (room_of(file), GROUND if ROOMS[room_of(file)].storey == 0 else "")]
-    list(TopologicalSorter({file: IMPORTED[file] & set(inside) for file in inside}).static_order())
+def test_files_of_a_room_make_no_circle():
+    for name in (*sorted(FOLDERS), GROUND):
+        inside = {file for file in FILES if name in (room_of(file), GROUND if ROOMS[room_of(file)].storey == 0 else "")}
+        list(TopologicalSorter({file: imported()[file] & inside for file in inside}).static_order())
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_heavy_packages_are_imported_inside_functions_and_arviz_in_one_file(name):
-    source = (PACKAGE / name).read_text(encoding="utf-8")
-    heads = {module.partition(".")[0] for module, _ in imports(source, top_only=True)}
-    assert not heads & HEAVY
-    anywhere = {module.partition(".")[0] for module, _ in imports(source)}
-    if name != "_arviz.py":
-        assert not any(head.startswith("arviz") for head in anywhere)
+def test_heavy_packages_are_imported_inside_functions_and_arviz_in_one_file():
+    found = []
+    for name in FILES:
+        heads = {module.partition(".")[0] for module, _ in imports(text_of(name), top_only=True)}
+        found += [f"{name} imports {head} at once" for head in sorted(heads & HEAVY)]
+        anywhere = {module.partition(".")[0] for module, _ in imports(text_of(name))}
+        if name != "_arviz.py":
+            found += [f"{name} imports {head}" for head in sorted(anywhere) if head.startswith("arviz")]
+    assert not found
 
 
 def test_the_test_bites():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pyro_flows import Verdict
 from pyro_flows.verdict.chains import McmcDiagnostics, objections
 from pyro_flows.verdict.next_step import OF_FITS, OF_MCMC, OF_MIXING, OF_WEIGHTS, next_step, next_step_of_mcmc
-from pyro_flows.verdict.verdict import Verdict
 
 ROOT = Path(__file__).parent.parent.parent
 LONGEST, LONGEST_AT_FIRST = 35, 30  # words
@@ -53,14 +53,15 @@ def name_of(path):
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", FIRST, ids=name_of)
-def test_no_sentence_of_the_first_pages_is_long(path):
-    assert not long_ones(prose(path.read_text(encoding="utf-8")), LONGEST_AT_FIRST)
-
-
-@pytest.mark.parametrize("path", [*FILES, *DESIGN], ids=name_of)
-def test_no_sentence_of_a_document_is_long(path):
-    assert not long_ones(prose(path.read_text(encoding="utf-8")))
+@pytest.mark.parametrize(
+    ("paths", "longest"),
+    [(FIRST, LONGEST_AT_FIRST), ([*FILES, *DESIGN], LONGEST)],
+    ids=["the first pages", "other documents"],
+)
+def test_no_sentence_is_long(paths, longest):
+    found = {name_of(path): long_ones(prose(path.read_text(encoding="utf-8")), longest) for path in paths}
+    assert paths
+    assert not {name: sentences for name, sentences in found.items() if sentences}
 
 
 PAGES = [*FIRST[1:], *FILES[1:], *sorted((ROOT / "docs" / "evidence").glob("*.md"))]
@@ -74,10 +75,10 @@ def opening(text):
     return next(line for line in text.partition("\n# ")[2].splitlines()[1:] if line.strip())
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_a_page_begins_with_a_sentence(path):
+def test_pages_begin_with_a_sentence():
     """Not with code, a table, a picture or another heading: it says what the page is for."""
-    assert SENTENCE.match(opening("\n" + path.read_text(encoding="utf-8")))
+    first = {name_of(path): opening("\n" + path.read_text(encoding="utf-8")) for path in PAGES}
+    assert not {name: line for name, line in first.items() if not SENTENCE.match(line)}
 
 
 # verdicts -------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,18 @@ from pyro_flows.report import graph as graphs
 from pyro_flows.report import tables
 from pyro_flows.report.content import Options, content, recipe
 from pyro_flows.report.figures import themed
-from pyro_flows.report.page import MARK, render
-from tests.posteriors import SCHOOLS, Y, exact, location, location_guide, schools, schools_guide, schools_posterior
+from pyro_flows.report.page import render
+from tests.posteriors import (
+    SCHOOLS,
+    Y,
+    exact,
+    location,
+    location_guide,
+    schools,
+    schools_chains,
+    schools_guide,
+    schools_posterior,
+)
 
 NAMES = [
     "Choate",
@@ -115,7 +125,7 @@ def test_everything_is_in_the_file_and_closed(page):
     assert len(found.ids) == len(set(found.ids))
     inner = {link[1:] for link in found.links if link.startswith("#")}
     assert inner <= set(found.ids)
-    assert MARK in text[:400]
+    assert '<meta name="generator" content="pyro_flows report">' in text[:400]
 
 
 def test_labels_are_text_and_no_markup(page):
@@ -160,7 +170,7 @@ def test_a_verdict_that_is_not_ok_says_why_and_what_to_do(status, tmp_path, recw
 
 
 def test_refined_draws_show_their_chains(tmp_path):
-    posterior = schools_posterior("unreliable", draws=500).refine(max_steps=400)
+    posterior = schools_chains()
     assert posterior.verdict.status == "refined"
     _, text = read(posterior.report(tmp_path / "report.html", predictive=False))
     for word in ("Nested R-hat", "Method: MCMC", "the guide's own draws were replaced, because", "ess_bulk"):

@@ -14,10 +14,13 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_flows as pf
-from pyro_flows.results.files import FILES, NETCDF, TENSOR_FIELDS, TENSORS, TEXT, check_target
+from pyro_flows.results.files import FILES, check_target
 from tests.posteriors import (
+    NETCDF,
     OFF,
     SCHOOLS,
+    TENSORS,
+    TEXT,
     Y,
     exact,
     line,
@@ -32,6 +35,7 @@ from tests.posteriors import (
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
 
 NAMES = {NETCDF, TENSORS, TEXT}
+FIELDS = ("z", "log_p", "log_q", "log_weights", "_used", "_used_log_p", "_used_log_q", "losses")
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +66,12 @@ def test_files(saved):
     assert text["format"] == "pyro_flows posterior"
     assert text["guide"]["flow"]["builder"] == "realnvp"
     tensors = torch.load(saved / TENSORS, weights_only=True)
-    assert set(tensors) == {*TENSOR_FIELDS, "samples", "flow"}
+    assert set(tensors) == {*(field.removeprefix("_") for field in FIELDS), "samples", "flow"}
 
 
 def test_without_a_model(fitted, saved):
     again = pf.load(saved)
-    for name in TENSOR_FIELDS.values():
+    for name in FIELDS:
         assert torch.equal(getattr(again, name), getattr(fitted, name)), name
     assert list(again.samples) == list(fitted.samples)
     assert all(torch.equal(again.samples[name], fitted.samples[name]) for name in fitted.samples)

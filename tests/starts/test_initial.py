@@ -297,14 +297,6 @@ def test_scales_where_there_is_no_curvature():
     assert float(curvature.scales(density, points)[0, 2]) == 1.0
 
 
-def test_lower_triangular():
-    roots = normal(3, 4, 4, seed=0)
-    found = curvature.lower_triangular(roots)
-    close(found @ found.mT, roots @ roots.mT, 1e-12)
-    close(found, found.tril(), 0.0)
-    assert (found.diagonal(dim1=-2, dim2=-1) > 0.0).all()
-
-
 def test_an_infinite_second_derivative_is_no_scale():
     """|x|^1.5 at 0: the other coordinate of that point, and the other point, keep theirs."""
 

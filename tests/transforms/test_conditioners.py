@@ -7,10 +7,9 @@ import torch
 from torch.nn.utils.parametrizations import weight_norm
 
 import pyro_flows as pf
-from pyro_flows.transforms.conditioners import bounded, bounded_back, forward_and_pull
+from pyro_flows.transforms.conditioners import forward_and_pull
 from pyro_flows.transforms.networks import (
     ACTIVATIONS,
-    Block,
     Convolution,
     Network,
     NormedConv2d,
@@ -52,19 +51,6 @@ def test_networks_start_at_what_they_are_told(kind, context_dim):
     expected = start.reshape(-1, *(1,) * (kept.dim() - 2)).expand_as(out)
     close(out.detach(), expected, 0.0)
     assert len(out) == 5
-
-
-def test_one_residual_block_for_each_width():
-    for kind in (Residual, ResidualConvolution):
-        for count in (1, 3):
-            network = kind(2, 0, 2, (8,) * count, "relu")
-            assert sum(isinstance(part, Block) for part in network.modules()) == count
-
-
-def test_a_block_adds_to_its_input():
-    block = Block(torch.nn.Tanh(), NormedLinear(3, 3))
-    x = torch.randn(4, 3)
-    close(block(x), x + block[1](x.tanh()), 1e-6)
 
 
 def test_convolutions_see_the_neighborhood_and_the_context():
@@ -146,11 +132,3 @@ def test_hooks_on_a_network_are_part_of_the_way_back(kind, place):
     close(out, network(kept, None), 0.0)
     close(pull(cotangent).detach(), expected, 1e-12)
     assert not torch.allclose(expected, without)
-
-
-def test_the_way_back_through_a_bound_is_that_of_autograd():
-    raw = torch.linspace(-20.0, 20.0, 41, dtype=torch.float64, requires_grad=True)
-    out, cotangent = bounded(raw, 3.0), normal(41, seed=0)
-    assert float(out[20].detach()) == 0.0
-    close(out.detach(), 3.0 * torch.tanh(raw.detach() / 3.0), 1e-14)
-    close(bounded_back(out.detach(), 3.0, cotangent), torch.autograd.grad(out, raw, cotangent)[0], 1e-14)

@@ -18,39 +18,6 @@ def random_knots(seed=1):
     return splines.knots(2.0 * normal(splines.count(BINS), seed=seed), BINS, BOUND)
 
 
-def test_zeros_are_the_identity():
-    knots = splines.knots(torch.zeros(splines.count(BINS), dtype=torch.float64), BINS, BOUND)
-    for way in (splines.forward, splines.inverse):
-        y, log_slope = way(LINE, knots, BOUND)
-        close(y, LINE, 1e-14)
-        close(log_slope, torch.zeros_like(LINE), 1e-14)
-
-
-def test_the_spline_goes_through_its_knots_with_their_slopes():
-    knots = random_knots()
-    places, values, slopes = knots[:, 1:-1]
-    y, log_slope = splines.forward(places, knots, BOUND)
-    close(y, values, 1e-12)
-    close(log_slope, slopes.log(), 1e-12)
-    x, log_slope = splines.inverse(values, knots, BOUND)
-    close(x, places, 1e-12)
-    close(log_slope, -slopes.log(), 1e-12)
-    close(knots[:, 0], torch.tensor([-BOUND, -BOUND, 1.0], dtype=torch.float64), 0.0)
-    close(knots[:, -1], torch.tensor([BOUND, BOUND, 1.0], dtype=torch.float64), 1e-14)
-
-
-def test_the_spline_rises_without_jumps_or_kinks():
-    """It rises by the integral of the closed form's slope (Simpson's rule), across knots and ends too."""
-    raw = 0.2 * normal(splines.count(BINS), seed=1)
-    y, log_slope = splines.forward(LINE, splines.knots(raw, BINS, BOUND), BOUND)
-    slope = log_slope.exp()
-    assert (y.diff() > 0.0).all()
-    assert slope.diff().abs().max() < 0.1
-    step = LINE[1] - LINE[0]
-    rise = step / 3.0 * (slope[:-2:2] + 4.0 * slope[1::2] + slope[2::2])
-    close(rise, y[2::2] - y[:-2:2], 1e-5)
-
-
 @pytest.mark.parametrize("way", [splines.forward, splines.inverse])
 def test_outside_of_the_interval_points_stay(way):
     x = torch.tensor([-1e30, -BOUND, BOUND, 5.0, 1e30], dtype=torch.float64)

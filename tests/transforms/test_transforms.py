@@ -62,7 +62,7 @@ def test_log_determinant(case):
     check_ladj(case.make(), *case.inputs(4), case.tolerance)
 
 
-@each(SMALL)
+@each(SMALL, slow=lambda case: case.shape in ((2,), (7,)))
 def test_gradients(case):
     check_gradients(case.make(), *case.inputs(3))
 
@@ -78,17 +78,14 @@ def test_gradients_of_each_activation(activation):
     check_gradients(layer, normal(2, 3, seed=1), normal(2, 2, seed=2), fast=False)
 
 
-def each_layer():
-    """Typical cases; stacks of layers, but for a flow of each kind of layer, are slow: their layers are cases too."""
+def is_made_of_others(case):
+    """Stacks of layers, but for a flow of each kind of layer, and layers with a context: their parts are cases too."""
     stacks = (*FLOWS, *IMAGE_FLOWS, "Compose", "Inverse-Compose")
     kept = ("planar-3", "realnvp-3-context", "spline-3")
-    dear = [case.name for case in TYPICAL if case.name.startswith(stacks) and case.name not in kept]
-    marks = [pytest.mark.slow if case.name in dear else () for case in TYPICAL]
-    cases = zip(TYPICAL, marks, strict=True)
-    return pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=mark) for case, mark in cases])
+    return case.name not in kept and (case.name.startswith(stacks) or bool(case.context_dim))
 
 
-@each_layer()
+@each(TYPICAL, slow=is_made_of_others)
 def test_second_derivatives(case):
     """Hessians of log densities are right too: the inverse of a planar layer is differentiable twice."""
     t = case.make()
@@ -139,26 +136,28 @@ def test_affine_maps_start_where_they_are_told(context_dim):
 
 
 @each(TYPICAL)
-@pytest.mark.parametrize("batch", [(), (1,), (5,), (4, 2), (0,)], ids=str)
-def test_shapes(case, batch):
+def test_shapes(case):
     """``y`` is shaped like ``x``, ``ladj`` like its batch, in both directions; also for no and for empty batches."""
     t = case.make()
-    x, context = case.inputs(*batch)
-    for way in (t.forward_and_ladj, t.inverse_and_ladj):
-        y, ladj = way(x, context)
-        assert y.shape == (*batch, *case.shape)
-        assert ladj.shape == batch
-    y, ladj, score = t.forward_and_score(x, torch.ones_like(x), context)
-    assert (y.shape, ladj.shape, score.shape) == ((*batch, *case.shape), batch, (*batch, *case.shape))
+    for batch in ((), (1,), (5,), (4, 2), (0,)):
+        x, context = case.inputs(*batch)
+        for way in (t.forward_and_ladj, t.inverse_and_ladj):
+            y, ladj = way(x, context)
+            assert y.shape == (*batch, *case.shape)
+            assert ladj.shape == batch
+        y, ladj, score = t.forward_and_score(x, torch.ones_like(x), context)
+        assert (y.shape, ladj.shape, score.shape) == ((*batch, *case.shape), batch, (*batch, *case.shape))
 
 
 @each(case for case in SMALL if case.context_dim and case.shape != (7,))
-@pytest.mark.parametrize(
-    ("points", "contexts"), [((), (4,)), ((6, 4), (4,)), ((6, 1), (4,)), ((4,), ()), ((6, 4), (6, 1))], ids=str
-)
-def test_context_broadcasts(case, points, contexts):
+def test_context_broadcasts(case):
     """Samples x batch against a batch of contexts: the same as repeating both to their common shape."""
     t = case.make()
+    for points, contexts in (((), (4,)), ((6, 4), (4,)), ((6, 1), (4,)), ((4,), ()), ((6, 4), (6, 1))):
+        check_broadcast(case, t, points, contexts)
+
+
+def check_broadcast(case, t, points, contexts):
     x, _ = case.inputs(*points)
     context = normal(*contexts, case.context_dim, seed=3)
     batch = torch.broadcast_shapes(points, contexts)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.flows.flow import BASES
-from tests.registry import FLOWS, TYPICAL, each, make_flow
+from tests.registry import BASES, FLOWS, TYPICAL, each, make_flow
 
 CASES = TYPICAL
 

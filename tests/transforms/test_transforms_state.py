@@ -1,6 +1,7 @@
 """What a transform keeps and what it leaves alone: dtype, device, its own state, its copies, its inputs."""
 
 import copy
+import itertools
 import pickle
 
 import numpy as np
@@ -12,14 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 import pyro_flows as pf
 from pyro_flows._clock import unbounded
-from pyro_flows.flows.flow import BASES
 from pyro_flows.training import trainer as training
 from pyro_flows.transforms import masks
 from tests.invariants import close
-from tests.registry import BARE, FLOWS, IMAGE, SMALL, built, each, make_flow, normal
+from tests.registry import BARE, BASES, FLOWS, SMALL, TYPICAL, built, each, is_not_typical, make_flow, normal
 from tests.state_invariants import check_follows_parameters, check_pure, copies, snapshot
-
-SOME = [case for case in SMALL if case.shape in ((1,), (3,), IMAGE)]
 
 
 class OnlyOn(TorchDispatchMode):
@@ -37,15 +35,15 @@ class OnlyOn(TorchDispatchMode):
         return out
 
 
-@each(SOME)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_dtype_is_kept(case, dtype):
+@each(TYPICAL)
+def test_dtype_is_kept(case):
     """Whatever the default dtype is."""
-    t = case.make(dtype=dtype)
-    x, context = case.inputs(4, dtype=dtype)
     before = torch.get_default_dtype()
     try:
-        for default in (torch.float32, torch.float64):
+        for dtype, default in itertools.product((torch.float32, torch.float64), repeat=2):
+            torch.set_default_dtype(before)
+            t = case.make(dtype=dtype)
+            x, context = case.inputs(4, dtype=dtype)
             torch.set_default_dtype(default)
             for way in (t.forward_and_ladj, t.inverse_and_ladj):
                 assert {tensor.dtype for tensor in way(x, context)} == {dtype}
@@ -54,7 +52,7 @@ def test_dtype_is_kept(case, dtype):
         torch.set_default_dtype(before)
 
 
-@each(SOME)
+@each(TYPICAL)
 def test_device_is_kept(case):
     """No operation leaves the device; vmap, as a numeric inverse looks at values to stop early, and meta has none."""
     t = case.make().to("meta")
@@ -110,12 +108,12 @@ def test_a_training_step_stays_on_its_device_and_waits_for_nothing(blended, monk
     assert len(trainer._pending) == 1
 
 
-@each(SMALL)
+@each(SMALL, slow=is_not_typical)
 def test_a_pass_leaves_the_module_alone(case):
     check_pure(case.make(), *case.inputs(4))
 
 
-@each(SOME)
+@each(TYPICAL)
 def test_inputs_are_left_alone(case):
     t = case.make()
     x, context = case.inputs(4)
@@ -131,7 +129,7 @@ def test_inputs_are_left_alone(case):
         assert not tensor.requires_grad
 
 
-@each(SMALL)
+@each(SMALL, slow=is_not_typical)
 def test_copies_after_a_pass_give_the_same_map(case):
     """deepcopy, pickle, torch.save, and state_dict into a module that was built otherwise: bit for bit."""
     t = case.make()

@@ -22,7 +22,7 @@ from pyro_flows.verdict import deciding, judging, weighing
 from tests.fitting import test_early_stop, test_escalation
 from tests.model import test_charts
 from tests.modes import test_symmetries, test_tempering, test_twins
-from tests.posteriors import schools_posterior
+from tests.posteriors import new_schools_posterior
 from tests.starts import test_coordinates, test_matching
 from tests.verdict import test_own_values, test_verdict
 from tests.verdict.test_verdict import weighing as weighed
@@ -239,7 +239,7 @@ def heavy(_):
 
 def conversion(_):
     """Draws are one chain, with the values and densities that the posterior has; resampled ones weigh nothing more."""
-    posterior = schools_posterior("corrected", draws=200)
+    posterior = new_schools_posterior("corrected", draws=200)
     data = arviz_groups.all_groups(posterior, posterior.density, predictive=False)
     for name, values in posterior.samples.items():
         assert dict(data["posterior"][name].sizes)["chain"] == 1

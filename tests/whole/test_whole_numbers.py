@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.graphs.batches import RECORDED_FROM
+from tests.registry import RECORDED_FROM
 
 WHOLE = (torch.int64, torch.int32, torch.uint8, torch.bool)
 
