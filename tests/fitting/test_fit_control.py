@@ -19,11 +19,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-<<<<<<< HEAD
-from pyro_flows import _stages
-=======
-from pyro_flows import LogDensity
->>>>>>> r_tests
+from pyro_flows import LogDensity, _stages
 from pyro_flows._clock import Clock, OutOfTime
 from pyro_flows._progress import Bar
 from pyro_flows._turns import turn

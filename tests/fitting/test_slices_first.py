@@ -6,14 +6,10 @@ import pytest
 import torch
 
 import pyro_flows as pf
-<<<<<<< HEAD
 from pyro_flows._stages import PARAMETERIZATION
 from pyro_flows.fitting.slicing import STAGE
-=======
->>>>>>> r_tests
 from pyro_flows.starts.coordinates import choose_coordinates, climbed
 
-STAGE = "slices along a coordinate"  # as the history calls it
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 

@@ -22,19 +22,6 @@ def without_seconds(written):
     return [line.rsplit(", ", 1)[0] for line in written]
 
 
-<<<<<<< HEAD
-def test_each_stage_is_a_line_in_a_file(capsys):
-    with Bar("fit", True) as bar:
-        for stage in ("finding starting points", "finding starting points", "training"):
-            bar.watch(stage)
-            bar.show("100 steps")
-            bar.watch(None)
-        bar.close("ok")
-    assert without_seconds(lines(capsys)) == ["fit: finding starting points", "fit: training", "fit: ok"]
-
-
-=======
->>>>>>> r_tests
 def test_a_stage_that_reports_nothing_has_a_line_every_ten_seconds(capsys, monkeypatch):
     assert _progress.BEAT["file"] == _progress.EVERY["file"] == 10.0
     monkeypatch.setitem(_progress.BEAT, "file", 0.1)
@@ -74,21 +61,6 @@ def test_the_time_left_is_that_of_the_parts_so_far(monkeypatch):
     assert bar.done == "100 of 100"
 
 
-<<<<<<< HEAD
-def test_in_a_terminal_one_line_is_written_over(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with Bar("fit", True) as bar:
-        bar.watch("finding starting points")
-        bar.watch("training")
-        bar.close("ok")
-    written = capsys.readouterr().err
-    assert written.count("\n") == 1
-    assert written.count("\r") == 3
-    assert "fit: ok" in written.rsplit("\r", 1)[1]
-
-
-=======
->>>>>>> r_tests
 # the calls ------------------------------------------------------------------------------------------------------------
 
 
