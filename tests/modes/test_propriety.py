@@ -253,6 +253,26 @@ def test_pairs_of_proper_and_improper_posteriors_are_told_apart(number):
     assert bool(found) == case.improper, (case.name, found)
 
 
+def crossed(rows, columns, y):
+    """Effects of rows and of columns, with flat scales and a flat mean; each cell has four data."""
+    one, other, mean = flat("row_scale", constraints.positive), flat("column_scale", constraints.positive), flat("mean")
+    with pyro.plate("row", rows):
+        u = pyro.sample("u", dist.Normal(0.0, one))
+    with pyro.plate("column", columns):
+        v = pyro.sample("v", dist.Normal(0.0, other))
+    pyro.sample("y", dist.Normal(mean + u[:, None, None] + v[:, None], 1.0).to_event(3), obs=y)
+
+
+@pytest.mark.parametrize(("rows", "columns", "proper"), [(2, 2, False), (2, 5, False), (5, 5, True)])
+def test_two_level_tails_do_not_hide_each_other(rows, columns, proper):
+    """Two levels leave a scale without a prior no integral; given either scale, the other one has no mode either."""
+    y = 2.0 * normal(rows, columns, 4, seed=3)
+    density = pf.LogDensity(crossed, (rows, columns, y))
+    found = improper_tails(density, lambda: first_draws(density, 0), seed=0)
+    assert bool(found) is not proper
+    assert proper or "scale" in found[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_fit_says_so(dtype):
     model, (x, y), _ = CASES["separated"]

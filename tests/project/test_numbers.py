@@ -77,6 +77,7 @@ PHRASES = {
         "In up to {modes.population.FEW|word} dimensions, a mixture is brought",
         "up to a factor of {modes.umbrella.HIGH|tens}",
         "up to {modes.propriety.UP_TO} dimensions and for the first {modes.propriety.MOST} such coordinates",
+        "This is tried for up to {modes.propriety.HIDDEN} such coordinates",
         "Levels up to {modes.outward.DEEP} nats down are seen",
     ],
     "docs/understand/refinement.md": [
