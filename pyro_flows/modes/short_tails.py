@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,16 +28,18 @@ from pyro_flows.verdict.weighing import in_order, weighted_quantiles
 
 TAIL, SHORT = 0.05, 0.01  # of the draws, beyond each of two quantiles, and the mass beyond that they may come short of
 ERRORS = 2.0  # standard errors, on top of that
+ADDED = 0.5  # of that mass, that slices add to the evidence at least; what they come to is known to 1 %
 QUARTERS, APART = (0.25, 0.5, 0.75), 0.03  # of draws between these quantiles, and how far slices may be from these
 
 
 def and_tails(
     search: Search, density: LogDensity, draw: Callable[[], tuple[Tensor, Tensor]], *, worth: float = math.inf,
-    seed: int,
+    evidence: Callable[[Tensor], float] = lambda log_weights: math.nan, seed: int,
 ) -> tuple[Search, Marginal | None]:  # fmt: skip
     """Go on with a search that has found no mode: look for a tail that draws come short of. Return its slices too.
 
     ``draw`` gives draws z (S, D) and their log weights (S,); they are worth so many independent ones at most.
+    ``evidence`` is the log evidence that these weights tell, if they tell one.
     """
     modes = [lack for lack in search.lacks if lack.start.name != WANDERED]
     if modes or not can_be_sliced(density):
@@ -44,7 +47,8 @@ def and_tails(
     with torch.no_grad(), seeded(derive(seed, "draws of tails"), density.device):
         z, log_weights = draw()
     usable = torch.isfinite(log_weights) & torch.isfinite(z).all(1)
-    found = short_tail(density, z[usable], log_weights[usable], worth=worth, seed=seed)
+    about: dict[str, Any] = {"worth": worth, "evidence": evidence(log_weights), "seed": seed}
+    found = short_tail(density, z[usable], log_weights[usable], **about)
     if found is None:
         return search, None
     lack, slices = found
@@ -52,9 +56,13 @@ def and_tails(
 
 
 def short_tail(
-    density: LogDensity, z: Tensor, log_weights: Tensor, *, worth: float = math.inf, seed: int
-) -> tuple[Lack, Marginal] | None:
-    """Return a place in the worst tail that weighted draws z (S, D) come short of, and slices there; None for none."""
+    density: LogDensity, z: Tensor, log_weights: Tensor, *, worth: float = math.inf, evidence: float = math.nan,
+    seed: int,
+) -> tuple[Lack, Marginal] | None:  # fmt: skip
+    """Return a place in the worst tail that weighted draws z (S, D) come short of, and slices there; None for none.
+
+    A tail that is missing adds to the log evidence of the draws. Slices that come to less have missed a second top.
+    """
     found = all_slices(density, z, log_weights, seed=seed)
     mass = torch.softmax(log_weights.double(), 0)
     effective = min(max(worth, 1.0) if worth == worth else 1.0, float(1.0 / mass.square().sum()))
@@ -65,7 +73,9 @@ def short_tail(
             break
         values = z[:, worst.coordinate].double()
         again = closer(density, worst, seed=seed)  # with other draws: slices are known to a few per cent each
-        if again is not None and _short_of(again, values, mass) > limit:
+        if again is None or not _short_of(again, values, mass) > limit:
+            continue
+        if not again.log_evidence - evidence < ADDED * amount:  # NaN where the draws tell none
             return _place(again, values, mass), worst
     return None
 
