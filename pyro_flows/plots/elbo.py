@@ -72,8 +72,8 @@ def plot_elbo(posterior: Record, *, width: float = WIDTH) -> Figure:
 
 def _final(posterior: Record) -> str:
     """Say what the final line is of."""
-    mixed = isinstance(posterior.flow, FlowMixture)
-    of = f", of a mixture of {len(posterior.flow.components)}" if mixed else ""
+    flow = posterior.flow
+    of = f", of a mixture of {len(flow.components)}" if isinstance(flow, FlowMixture) else ""
     return f"final {posterior.elbo:.2f}{of}"
 
 
