@@ -39,7 +39,7 @@ StepsOrNot = Annotated[
     typer.Option(min=1, help="Largest number of optimization steps; by default 6000, more in many dimensions."),
 ]
 Escalate = Annotated[
-    bool, typer.Option(help="If the first round is not good enough, try a larger batch and more layers.")
+    bool, typer.Option(help="If one flow does not suffice, go on with MCMC, mixtures and runs at missed modes.")
 ]
 Refine = Annotated[bool, typer.Option(help="Run Markov chains from the flow's draws if weights cannot correct these.")]
 TrainModel = Annotated[

@@ -80,7 +80,7 @@ def path(
 
 def pulled(
     log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, log_thinning: Tensor,
-    *, forward: float | Tensor = 0.0, beta: float | Tensor = 1.0,
+    *, forward: float | Tensor = 0.0, beta: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return what :func:`path`'s loss pulls each draw with, its derivative along z (S, D); the terms and log weights.
 
@@ -92,7 +92,7 @@ def pulled(
         log_thinning: log of the base's density over that of the mixture which the draws are from (S,); draws where it
             is -inf are left out.
         forward: as in :func:`path`; a tensor in recorded code.
-        beta: as in :func:`path`; likewise.
+        beta: as in :func:`path`.
 
     Cost: O(S D).
 
@@ -134,10 +134,10 @@ def _tamed(direction: Tensor, good: Tensor) -> Tensor:
 
 
 def _compared(
-    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, beta: float | Tensor
+    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the tempered log p less log q (S,), its gradient along z (S, D), and where both are finite (S,)."""
-    if isinstance(beta, Tensor) or beta != 1.0:
+    if beta != 1.0:
         log_p, score_p = beta * log_p, beta * score_p
     log_ratios, direction = log_p - log_q, score_p - score_q
     return log_ratios, direction, torch.isfinite(log_ratios) & torch.isfinite(direction).all(-1)

@@ -1,4 +1,4 @@
-"""Which flow fits which posterior: one round of each kind of flow, without adaptive refinement and without chains.
+"""Which flow fits which posterior: one flow of each kind, without mixtures and without chains.
 
     python -m benchmarks.gallery.flows --posteriordb PATH
 
@@ -69,7 +69,7 @@ def section(rows: Sequence[records.Row]) -> str:
     body = [_line(row, best[name]) for (name, _), row in latest.items()]
     versions = ", ".join(dict.fromkeys(row["version"] for row in latest.values()))
     text = (
-        "One round of each flow, with seed 0, and neither adaptive refinement nor chains, which `fit` adds. Means are "
+        "One flow of each kind, with seed 0, and neither mixtures nor chains, which `fit` adds. Means are "
         "in reference standard deviations, sds are absolute log ratios, both of the worst coordinate; there are no "
         f"reference draws of seeds.\n\n{about(list(latest.values()))} pyro_flows {versions}."
     )

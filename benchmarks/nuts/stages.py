@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pyro_flows import _stages
-from pyro_flows.fitting import escalation
 from pyro_flows.verdict.methods import CONDITIONALS, GRID
 
 OTHER = "other"
@@ -23,7 +22,7 @@ STAGES = {  # of parts inside of each other the outermost decides, but for these
     ),
     "starts": (_stages.STARTS, _stages.MOMENTS, _stages.BEST_START),
     "races": (_stages.TRIALS,),
-    "training": (_stages.TRAINING, *escalation.ALL, GRID, CONDITIONALS),
+    "training": (_stages.TRAINING, GRID, CONDITIONALS),
     "judging": (_stages.JUDGING, _stages.WEIGHTS, _stages.PROPRIETY),
 }
 SEARCHING = ("coordinates", "modes", "starts", "races")

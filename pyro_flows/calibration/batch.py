@@ -14,9 +14,9 @@ from pyro_flows._threads import few_threads
 from pyro_flows.calibration.untrained import Fitted, untrained
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
-from pyro_flows.fitting.escalation import LOOKED_AT_DRAWS, Round, invisible, unweighed, weighed
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import Prepared, prepare
+from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, Round, invisible, unweighed, weighed
 from pyro_flows.fitting.run import Run
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Recipe, start_at

@@ -1,4 +1,4 @@
-"""A sampler inside of a fit: in the place of further rounds of training, and at the end where nothing else sufficed."""
+"""A sampler inside of a fit: after a round of training that did not suffice, and at the end where nothing else did."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pyro_flows.results.record import Record, Recorded
 from pyro_flows.verdict.chains import LEAST_ESS, NESTED_R_HAT, McmcDiagnostics, McmcDraws, objections
 
 BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
-UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, of a further round, last
+UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, after it, last
 TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
 FEW = 50  # dimensions; with more, training takes several times as long
 # Numbers that a dear gradient writes together with a step of chains, which has the second; and how many times as many
@@ -41,7 +41,7 @@ SHORT_OF = 4.0  # times the gradients that are left; chains that sufficed never 
 LONGER_THAN_THOUGHT = 1.5  # times the gradients that draws would take at their pace so far
 LONGER = 4  # times the sweeps, where converged chains came short of a tail or a mode
 MOST_PLAIN, PLAIN_NUMBERS = 40_000_000, 5e11  # gradients in plain coordinates, and numbers that they write: 5 minutes
-CHEAPER = "sampling cost less than another round of training"
+NOT_ENOUGH = "the guide's own draws were not good enough"
 LONG, APART = "longer MCMC at the end", "MCMC in the original coordinates"
 
 
@@ -77,7 +77,7 @@ def last_rung(
     own.asked = clock.asked
     seed = int(posterior.settings["seed"])
     begun = posterior if chains is None else replace(posterior, chains=chains)
-    work = Work(method, CHEAPER, most=LAST, searched=searched, passed=passed)
+    work = Work(method, NOT_ENOUGH, most=LAST, searched=searched, passed=passed)
     found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
     given: tuple[Any, ...] = (CHAINS, MAX_STEPS, seed, own, bar)
     if chains is None and found.verdict.status == "refined":
@@ -88,7 +88,7 @@ def last_rung(
             found, refined(replace(begun, chains=found.chains, history=found.history), longer, *given), LONG
         )
     if _flow_is_in_vain(found, posterior, method) and _goes_on(own):
-        plain = Work(PLAIN, CHEAPER, most=_plain_gradients(posterior))
+        plain = Work(PLAIN, NOT_ENOUGH, most=_plain_gradients(posterior))
         found = _better(found, refined(replace(posterior, history=found.history), plain, *given), APART)
     clock.interrupted = own.interrupted
     spent = {"seconds": clock.elapsed}
@@ -128,10 +128,10 @@ def _plain_gradients(posterior: Record) -> float:
 def attempt(
     flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar
 ) -> McmcDraws | None:
-    """Try a sampler where a round of training did not suffice, for less than another round; None if it does not either.
+    """Try a sampler where a round of training did not suffice; None if it does not either.
 
     Cost: 40,000 to 600,000 gradients, 1,200,000 where sds are not told before (above 50 dimensions), and up to four
-    times as many cheap ones. A round of training takes 256 for each of thousands of steps.
+    times as many cheap ones.
     """
     with density.clock.watching():
         z, log_q = flow.draw(BEGUN_FROM)
@@ -195,7 +195,7 @@ def chains_from(
     latent: Latent, names: Sequence[str], z: Tensor, log_weights: Tensor, draws: int, *, seed: int, bar: Bar,
     most: float, independence: int, patient: bool = True,
 ) -> tuple[Sampler, McmcDraws] | None:  # fmt: skip
-    """Return chains that begin at weighted draws and suffice, for less than another round of training takes."""
+    """Return chains that begin at weighted draws and suffice, for less than training a flow takes."""
     starts = dispersed_points(latent, z, log_weights, CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
     given: dict[str, Any] = {"chains": CHAINS, "kept": math.ceil(draws / CHAINS), "seed": seed}
     sampler = Sampler.begin(latent, names, starts, independence=independence, **given)

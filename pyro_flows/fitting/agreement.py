@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pyro_flows._mixing import r_hat
-from pyro_flows.fitting.escalation import Round
+from pyro_flows.fitting.rounds import Round
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage

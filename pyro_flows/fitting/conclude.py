@@ -6,7 +6,6 @@ from typing import Any
 
 from pyro_flows.correction.search import noted
 from pyro_flows.fitting.combined import Combined
-from pyro_flows.fitting.escalation import ENOUGH_K
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.run import Run
 from pyro_flows.flows.mixture import FlowMixture
@@ -45,7 +44,7 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
         failures=[*found.improper, *([] if search is None else search.failures), *found.failures, *cut_short],
         notes=["no search for missed modes was made"] if search is None else search.notes,
         contained=search is not None and search.contained,
-        doubts=[] if moving or found.several is not None else [*_never_good(best, stopped), *_in_vain(found)],
+        doubts=[] if moving or found.several is not None else _in_vain(found),
     )
 
 
@@ -108,16 +107,3 @@ def _in_vain(found: Combined) -> list[str]:
     if not found.added or found.disagreements or found.copies > 1:
         return []
     return ["runs that started at a missed mode found the same posterior as the first run"]
-
-
-def _never_good(run: Run, stopped: str = "") -> list[str]:
-    """Say so where a fit was cut short and its rounds before had poor weights: one good sample is then a lucky one."""
-    if run.best is None or run.best.training.converged:
-        return []
-    kept = None if run.kept is None else run.kept.stage
-    others = [stage.k_hat for stage in run.history if stage.k_hat is not None and stage.stage != kept]
-    worst = max(others, default=0.0)
-    if worst <= ENOUGH_K:
-        return []
-    ended = "was stopped" if stopped else "did not converge"
-    return [f"training {ended}, and an earlier round had k-hat {worst:.2f}"]

@@ -76,25 +76,23 @@ def fit(
             many are judged by. A sampler (``refine``) returns all that it is judged by, 4096 at least.
         seed: of all randomness. One seed gives one answer, given the versions of packages, the processor, the compiler
             and the number of threads. Torch's global generator is left as it was.
-        max_steps: bound on the optimization steps of a run, 64 gradient evaluations each (256 from the second round
-            on); by default 6000, and more above 50 dimensions, twice as many from 200 on; the trial runs of starts and
-            learning rates come on top.
+        max_steps: bound on the optimization steps of a run, 64 gradient evaluations each; by default 6000, and more
+            above 50 dimensions, twice as many from 200 on; the trial runs of starts and learning rates come on top.
         max_seconds: bound on the seconds of the whole call, above zero: starts, trial runs, training, the search for
             modes and the final draws. It is kept within a second or a fifth, unless a single run of the model takes
             longer. At the limit, the result so far is checked, with fewer draws if necessary, and the verdict says what
             was skipped. Time spent waiting for another fit in the same process does not count.
         train_model: also train the model's own parameters (``pyro.param``, modules); by default they are held fixed.
-        escalate: where the first round does not suffice, go on with larger batches, more layers, heavier tails and
-            tempering, in this order; each is an entry of ``history``. If the other latents are approximately normal
-            given one latent, a grid over that one is used, and no flow is trained. For several modes, a
-            mixture of Student-t distributions is begun at all of them, or the densities of independent coordinates are
-            tabulated. If this is good enough, no flow is trained; else up to seven more runs start at missed modes, and
-            the guide is a mixture of all.
-        refine: run MCMC from the flow's draws (see :meth:`Posterior.refine`) if the first round does not suffice and
-            MCMC costs less than another one, and if the verdict would be ``unreliable``: ``"auto"``, or one of its
-            methods for the latter; False never does. If the flow's
-            weights collapse and chains in its space do not converge, MCMC runs in the original coordinates. MCMC is
-            not tried with ``train_model``.
+        escalate: where one flow does not suffice, go on with MCMC in its place, mixtures, and runs at missed modes. If
+            the other latents are approximately normal given one latent, a grid over that one is used. For several
+            modes, a mixture of Student-t distributions is begun at all of them, or the densities of independent
+            coordinates are tabulated. If this is good enough before any training, no flow is trained; else up to seven
+            more runs start at missed modes, and the guide is a mixture of all. With False, one flow is trained and
+            judged.
+        refine: run MCMC from the flow's draws (see :meth:`Posterior.refine`) if the first round does not suffice, and
+            if the verdict would be ``unreliable``: ``"auto"``, or one of its methods for the latter; False never does.
+            If the flow's weights collapse and chains in its space do not converge, MCMC runs in the original
+            coordinates. MCMC is not tried with ``train_model``.
         runs: independent runs with seeds and starts of their own, 100 at most. From 2 on, each trains a flow, unless
             the initial Gaussian passes: no grid, no Gaussian conditionals and no tables are tried before. So ``runs``
             changes the method, and is for comparing trainings. If runs disagree, the verdict names the sites, and the

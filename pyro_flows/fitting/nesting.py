@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.fitting.escalation import Round, assess, enough_gap
 from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.rounds import Round, assess, enough_gap
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.nested import outer_flow, with_tails
 from pyro_flows.model.log_density import LogDensity

@@ -45,7 +45,7 @@ class Plan:
         runs: how many were asked for.
         max_steps: of a run.
         train_model: whether the model's own parameters are trained too.
-        escalate: whether more is tried where the first round does not suffice.
+        escalate: whether more is tried where one flow does not suffice.
         refine: the sampler that finishes the work where need be; None for none.
         clock: the bound in seconds.
         bar: the line that tells how far the work is.

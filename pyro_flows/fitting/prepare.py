@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pyro_flows import _stages
 from pyro_flows._ledger import accepted
-from pyro_flows.fitting.escalation import Round
 from pyro_flows.fitting.nesting import nested_at_once
 from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.rounds import Round
 from pyro_flows.fitting.run import Run
 from pyro_flows.fitting.selection import begin
 from pyro_flows.fitting.slicing import come_first, slices_at_once

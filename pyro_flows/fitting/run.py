@@ -14,19 +14,19 @@ from pyro_flows._progress import Bar, in_nats
 from pyro_flows._seeding import seeded
 from pyro_flows.correction.rungs import attempt
 from pyro_flows.correction.untrained import attempt_untrained
-from pyro_flows.fitting import escalation
-from pyro_flows.fitting.escalation import (
+from pyro_flows.fitting.plan import Plan, tails
+from pyro_flows.fitting.rounds import (
     JUDGED_DRAWS,
     LOOKED_AT_DRAWS,
     NEARLY,
     SEEN,
     Round,
     assess,
+    enough_gap,
     invisible,
-    rounds,
+    is_far_off,
     weighed,
 )
-from pyro_flows.fitting.plan import Plan, tails
 from pyro_flows.fitting.selection import CLOSE, Entrant, begin, race, share
 from pyro_flows.fitting.several import Several, several
 from pyro_flows.fitting.slicing import STAGE as SLICES
@@ -74,10 +74,10 @@ class Run:
         modes: starts at modes.
         history: an entry for each stage.
         untrained: the flow that a race starts with.
-        chains: of a sampler that sufficed in the place of further rounds.
+        chains: of a sampler that sufficed where the first round did not, or before it.
         sampled: whether that was before any training: these chains have gone through the search for modes they lack.
         copies: of the flow that these chains began at, at its images under exact symmetries, if there are any.
-        several: a mixture at all modes that were found, tried in the place of training, or of further rounds.
+        several: a mixture at all modes that were found, tried in the place of training, or after the first round.
         improper: what tells that the posterior has no finite integral, so that nothing more was done.
     """
 
@@ -130,7 +130,7 @@ def make_run(
     plan: Plan, density: LogDensity, run: Run, extra: Sequence[Start], lack: Start | None = None, *, seed: int,
     instead: Callable[..., bool] = lambda *, first: False,
 ) -> None:  # fmt: skip
-    """Train one flow: portfolio (with the starts in ``extra``), race, first round, escalation.
+    """Train one flow: portfolio (with the starts in ``extra``), race, first round, what follows it.
 
     With ``lack``, a start where the runs before lack a mode, this run starts there. ``instead`` is called where
     there is something to train, ``first`` before chains and then after these: it says whether something else does.
@@ -165,20 +165,18 @@ def make_run(
             return
         if (winner := _race(plan, density, run, starts, seed)) is None:
             return
-        _first_round(plan, run, winner.trainer, budget := Budget(plan.max_steps, plan.clock), seed=seed)
+        _first_round(plan, run, winner.trainer, seed=seed)
         assert run.best is not None
         if run.best.enough:
             accepted(_stages.FIRST_ROUND)
         if plan.escalate and not (plan.train_model or run.improper or run.best.enough):
-            _go_on(plan, density, run, winner, budget, seed=seed, alone=lack is None)
+            _go_on(plan, density, run, winner.trainer.flow, seed=seed, alone=lack is None)
 
 
-def _go_on(
-    plan: Plan, density: LogDensity, run: Run, winner: Entrant, budget: Budget, *, seed: int, alone: bool
-) -> None:
-    """Do what follows a first round that is not enough: a mixture, chains, further rounds, the first that suffices.
+def _go_on(plan: Plan, density: LogDensity, run: Run, flow: Flow, *, seed: int, alone: bool) -> None:
+    """Do what follows a first round that is not enough: slices, a mixture, chains; the first that suffices is kept.
 
-    Without ``alone``, it started where the runs before lack a mode.
+    ``flow`` is the one that was trained. Without ``alone``, it started where the runs before lack a mode.
     """
     best = run.best
     assert best is not None
@@ -192,16 +190,9 @@ def _go_on(
     tried = (poor or (can_be_scattered(density) and not best.lacks_a_tail)) and run.several is None and alone
     if _has_no_integral(plan, density, run, best.flow, seed) or (tried and _is_several(plan, density, run, seed)):
         return
-    run.chains = _sampled(plan, density, winner.trainer.flow, seed)
+    run.chains = _sampled(plan, density, flow, seed)
     if run.chains is not None:
         accepted("MCMC in the latent space")
-        return
-    report = _reporter(plan.bar)
-    for trainer, outcome in rounds(plan, winner.trainer, best, winner.start, budget, seed=seed, report=report):
-        run.take(outcome, trainer)
-        if outcome.enough:
-            accepted(outcome.stage.stage)
-            break
 
 
 def _has_no_integral(plan: Plan, density: LogDensity, run: Run, flow: Flow, seed: int) -> bool:
@@ -226,7 +217,7 @@ def _fits_already(plan: Plan, density: LogDensity, run: Run, start: Start) -> bo
     with plan.clock.part(_stages.BEST_START, noted=False):
         for lighter in LIGHTER if flow.base == "student_t" else (1.0,):
             begin(set_df(plain, lighter * df), start)
-            if escalation.is_far_off(plain, density):
+            if is_far_off(plain, density):
                 continue
             cheap = density.affordable(JUDGED_DRAWS) > LOOKED_AT_DRAWS  # else the check that decides is as cheap
             if cheap and not invisible(weighed(plain, density, LOOKED_AT_DRAWS)):
@@ -243,7 +234,7 @@ def _fits_already(plan: Plan, density: LogDensity, run: Run, start: Start) -> bo
     return False
 
 
-def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed: int) -> None:
+def _first_round(plan: Plan, run: Run, trainer: Trainer, *, seed: int) -> None:
     """Train until there is nothing left to see in the weights, or until the guide stands still."""
     density = trainer.density
 
@@ -257,13 +248,13 @@ def _first_round(plan: Plan, run: Run, trainer: Trainer, budget: Budget, *, seed
 
     stalls = plan.escalate and plan.refine is not None
     asked = endless if plan.escalate and density.structure.improper else None
-    look = None if plan.train_model else Look(escalation.enough_gap(density.dim), weigh, stalls, asked)
+    look = None if plan.train_model else Look(enough_gap(density.dim), weigh, stalls, asked)
     while True:
-        left = Budget(budget.steps - len(trainer.losses), budget.clock)
+        left = Budget(plan.max_steps - len(trainer.losses), plan.clock)
         training = train(trainer, left, seed=seed, report=_reporter(plan.bar), look=look)
         outcome = assess(_stages.FIRST_ROUND, trainer, training)
         run.take(outcome, trainer)
-        done = not training.early or budget.clock.over or (stalls and outcome.lacks_a_tail)
+        done = not training.early or plan.clock.over or (stalls and outcome.lacks_a_tail)
         if done or invisible(outcome.weighing, seen=NEARLY * SEEN):
             return
         look = None

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.judging import covered_by
-from pyro_flows.fitting.escalation import LOOKED_AT_DRAWS, Round, assess
 from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, Round, assess
 from pyro_flows.fitting.selection import begin
 from pyro_flows.fitting.several import Several, is_enough, weighed
 from pyro_flows.flows.flow import Flow

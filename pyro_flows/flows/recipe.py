@@ -106,10 +106,6 @@ class Recipe:
             )
         return replace(self, builder=inner, options={}).build(dim)
 
-    def grown(self, layers: int) -> Recipe:
-        """Return the recipe of a flow with ``layers`` layers more."""
-        return replace(self, options={**self.options, "layers": self.options["layers"] + layers})
-
     def with_df(self, df: float) -> Recipe:
         """Return the recipe with other tails of the base."""
         return replace(self, df=df)
@@ -223,33 +219,6 @@ def blank(about: Mapping[str, Any], flow: Flow) -> Preprocess:
 
 
 # changes of a flow ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def grow(flow: Flow, layers: int) -> Flow:
-    """Return the flow with ``layers`` layers more, at the identity, so that its distribution is the same.
-
-    Raises:
-        ValueError: if no builder made the flow.
-    """
-    if flow.recipe is None or not flow.recipe.named:
-        raise ValueError("flow: expected one that a builder made, such as pf.realnvp; others cannot be grown.")
-    like = next(flow.parameters(), flow._like)
-    new = flow.recipe.grown(layers).build(flow.dim).to(like)
-    _copy_layers(flow.bijection, new.bijection)
-    return new
-
-
-def _copy_layers(old: nn.Module, new: nn.Module) -> None:
-    """Copy parameters and buffers layer by layer: the n-th layer of each class onto the n-th of the same class."""
-    if not isinstance(old, Compose):
-        new.load_state_dict(old.state_dict())
-        return
-    seen: dict[type, int] = {}
-    for layer in old.layers:
-        twins: Any = [candidate for candidate in new.layers if type(candidate) is type(layer)]  # type: ignore[union-attr]
-        _copy_layers(layer, twins[seen.get(type(layer), 0)])
-        seen[type(layer)] = seen.get(type(layer), 0) + 1
 
 
 def set_df(flow: Flow, df: float) -> Flow:

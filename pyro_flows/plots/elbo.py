@@ -26,8 +26,8 @@ def plot_elbo(posterior: Record, *, width: float = WIDTH) -> Figure:
     """Draw the ELBO of each optimization step, with a running median, and that of the final draws (dashed).
 
     Each step's is the mean over the batch by which the flow is trained, each draw weighted for how it was drawn. The
-    final one is of a new sample from the guide. Where several rounds were tried, dotted lines part them, and what was
-    kept may be an earlier one; where several flows form a mixture, the final ELBO is the mixture's. Both are written.
+    final one is of a new sample from the guide. Where several flows form a mixture, it is the mixture's, and the legend
+    says so. Where training ended early and then went on, a dotted line is drawn.
     The vertical axis is chosen by the second half of the run, so that wild first steps do not flatten the rest.
     A fit whose start left nothing to train has no steps: then the final ELBO stands alone, and the title says so.
 
@@ -72,22 +72,20 @@ def plot_elbo(posterior: Record, *, width: float = WIDTH) -> Figure:
 
 def _final(posterior: Record) -> str:
     """Say what the final line is of."""
-    said = f"final {posterior.elbo:.2f}"
-    if isinstance(posterior.flow, FlowMixture):
-        return f"{said}, of a mixture of {len(posterior.flow.components)}"
-    kept, rounds = posterior.settings.get("round"), [stage["stage"] for stage in _trained(posterior)]
-    return f"{said}, of the {kept}" if kept in rounds and kept != rounds[-1] else said
+    flow = posterior.flow
+    of = f", of a mixture of {len(flow.components)}" if isinstance(flow, FlowMixture) else ""
+    return f"final {posterior.elbo:.2f}{of}"
 
 
 def _trained(posterior: Record) -> list[dict[str, object]]:
-    """Return the rounds of training of the run whose steps are shown."""
+    """Return the parts of training of the run whose steps are shown."""
     found = [stage for stage in posterior.history if stage.get("steps") and stage.get("k_hat") is not None]
     runs = [stage.get("run") for stage in found if stage["stage"] == posterior.settings.get("round")]
     return [stage for stage in found if stage.get("run") in (runs[:1] or [None])]
 
 
 def _rounds(axes: Axes, posterior: Record, total: int) -> None:
-    """Draw where a further round began. Rounds follow each other; a race, of which few steps are left, came before."""
+    """Draw where training went on. Its parts follow each other; a race, of which few steps are left, came before."""
     lengths = [int(str(stage["steps"])) for stage in _trained(posterior)]
     for begun in total - np.cumsum(lengths[::-1]):
         if EDGES * total < begun < total and begun != total - sum(lengths):

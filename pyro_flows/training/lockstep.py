@@ -126,7 +126,7 @@ class Lockstep:
     def _held(self, weights: Tensor, thinning: Tensor | float) -> list[Tensor]:
         """Return what a step takes after the data."""
         zero = weights.new_zeros(len(self), self.batch) + thinning
-        dials = torch.stack([self.rates, self._blends, torch.ones_like(self.rates)], 1)
+        dials = torch.stack([self.rates, self._blends], 1)
         return [zero, dials, weights, *self.moments]
 
     @torch.no_grad()

@@ -28,7 +28,6 @@ COOL_AT_MOST = 1500
 COOL_TRIED = 300
 COOL_EARLY = 200  # steps, where a look at the weights ended the training
 AVERAGED_SHARE = 0.2
-ANNEAL_FROM = 0.01
 FALL = 20.0  # nats below the best check: go back to it with half the step size
 
 AGAIN = 2  # times the steps that were done at a try, until the next one
@@ -117,23 +116,20 @@ def train(
     *,
     seed: int,
     report: Report,
-    cool: int = COOL_AT_LEAST,
     settle: bool = True,
-    name: str = _stages.TRAINING,
     look: Look | None = None,
 ) -> Training:
     """Run until the functionals stand still, then cool the step size down and average; or until the budget ends.
 
-    The cool-down takes ``cool`` steps at least; it begins earlier, and is shorter, where ``look`` finds nothing to
-    mend. What keeps the weights of a wide flow from that is often no more than the noise of its steps: so where the
-    ELBO is level, a short cool-down is tried once, before the functionals stand still, and a look follows. Where
-    training is to end as it stalls, this is done again after twice as many steps, and so on: it ends where the look is
-    not better than the one before. With ``settle=False`` the budget alone ends it, to see what stopping costs. Where
-    the time ends or Ctrl-C comes on the way, the flow keeps what it has learned so far, and the clock the ``name`` of
-    what was cut.
+    The cool-down begins earlier, and is shorter, where ``look`` finds nothing to mend. What keeps the weights of a wide
+    flow from that is often no more than the noise of its steps: so where the ELBO is level, a short cool-down is tried
+    once, before the functionals stand still, and a look follows. Where training is to end as it stalls, this is done
+    again after twice as many steps, and so on: it ends where the look is not better than the one before. With
+    ``settle=False`` the budget alone ends it, to see what stopping costs. Where the time ends or Ctrl-C comes on the
+    way, the flow keeps what it has learned so far.
     """
     return _Run(trainer, budget, Check.make(trainer.flow, trainer.density, seed=seed), report, look).train(
-        cool=cool, settle=settle, name=name
+        settle=settle
     )
 
 
@@ -151,10 +147,10 @@ class _Run:
     def done(self) -> int:
         return len(self.trainer.losses) - self.first
 
-    def train(self, *, cool: int, settle: bool, name: str) -> Training:
+    def train(self, *, settle: bool) -> Training:
         """Do what :func:`train` says."""
         budget, trainer = self.budget, self.trainer
-        with budget.clock.part(name):
+        with budget.clock.part(_stages.TRAINING):
             self.ratchet.best = self.elbo = self.check.elbo()
             early, steady = "", _steady_share(budget.steps)
             while self.done < steady and budget.left(self.done) and not self.still and not early:
@@ -165,7 +161,7 @@ class _Run:
                 return self._ended(False, f"{early} after {self.done} steps")
             if early:
                 return self._ended(True, f"converged: {early} after {self.done} steps", early=True)
-            self._cool(max(cool, min(int(COOL_SHARE * self.done), COOL_AT_MOST)))
+            self._cool(max(COOL_AT_LEAST, min(int(COOL_SHARE * self.done), COOL_AT_MOST)))
             steps = f"training did not converge in {self.done} steps"
             return self._ended(self.still, f"converged: {self.why}" if self.still else f"{steps} ({self.why})")
         self.ratchet.rescue()
@@ -235,17 +231,6 @@ class _Ratchet:
         last = self.trainer.losses[-LOOK_EVERY:]
         lost = last and not -sum(last) / len(last) > self.best - FALL
         self.trainer.assign(self.kept if lost else self.trainer.keep())
-
-
-def anneal(trainer: Trainer, steps: int, *, report: Report) -> None:
-    """Train on tempered densities, beta rising from 0.01 to 1 along a straight line in its logarithm."""
-    for step in range(steps):
-        trainer.beta = ANNEAL_FROM ** (1.0 - (step + 1) / steps)
-        trainer.step(trainer.learning_rate * min(1.0, (step + 1) / WARM_UP))
-        if (step + 1) % CHECK_EVERY == 0:
-            report(step + 1, -trainer.losses[-1], f"tempering, beta {trainer.beta:.2f}")
-    trainer.beta = 1.0
-    trainer.write()
 
 
 def _steady_share(steps: int) -> int:

@@ -45,7 +45,7 @@ class Step:
     ) -> None:  # fmt: skip
         self.flow, self.density = flow, density
         self.passes = Passes(flow, like, views)
-        self._dials = weights.new_zeros(3)
+        self._dials = weights.new_zeros(2)
         self._whole: Runner | None = None
         try:
             nearer(lambda size: self._make_whole(size * points(like), weights))
@@ -57,7 +57,7 @@ class Step:
 
     @torch.no_grad()
     def __call__(
-        self, weights: Tensor, moments: Moments, x: Tensor, log_thinning: Tensor, rate: float, blend: float, beta: float
+        self, weights: Tensor, moments: Moments, x: Tensor, log_thinning: Tensor, rate: float, blend: float
     ) -> tuple[Tensor, Tensor, Moments]:
         """Return the loss, and the weights and moments after the step.
 
@@ -68,11 +68,10 @@ class Step:
             log_thinning: as in :func:`pulled` (S,).
             rate: step size.
             blend: share of the forward divergence, ``forward`` in :func:`pulled`.
-            beta: power of the density.
         """
         if self._whole is not None:
             try:
-                found = self._run(weights, moments, x, log_thinning, rate, blend, beta)
+                found = self._run(weights, moments, x, log_thinning, rate, blend)
             except torch.linalg.LinAlgError:
                 pass  # of some of the points, which the density itself goes around
             else:
@@ -80,7 +79,7 @@ class Step:
                 return found
         z, log_q, score_q, tape = self.passes.sample(x)
         log_p, score_p = self.density.value_and_grad(z)
-        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, forward=blend, beta=beta)
+        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, forward=blend)
         return advance(weights, moments, self.passes.pull(tape, pull), terms, log_weights, rate)
 
     def _run(
@@ -116,7 +115,7 @@ class Step:
         gradient = gradient_of((pull * z).sum(), trained)
         loss, _, expected = advance(weights, fresh, gradient, terms, log_weights, 0.0)
         with torch.no_grad():
-            found, _, after = self._run(weights, fresh, x, none, 0.0, 0.5, 1.0)
+            found, _, after = self._run(weights, fresh, x, none, 0.0, 0.5)
         size = torch.maximum(expected.mean.abs().max(), 1e-3 * score_q.abs().max())  # p may be q
         if int(expected.skipped) or not agree((found, after.mean / size), (loss, expected.mean / size)):
             raise RuntimeError("the graph gave other values than the flow and the model")
@@ -150,7 +149,7 @@ def stitched(graph: fx.GraphModule, kind: Kind, weights: Tensor, given: Sequence
     state = kind.inputs(whole)
     z, log_q, score_q, tape = kind.add_forward(whole, state, whole.input(like))
     log_p, score_p = whole.add(graph, [z, *map(whole.input, given)])
-    none, dials, moments = torch.zeros_like(like[:, 0]), weights.new_ones(3), Moments.fresh(weights)
+    none, dials, moments = torch.zeros_like(like[:, 0]), weights.new_ones(2), Moments.fresh(weights)
     values = log_p.meta["val"].dtype
     given = [none.to(values), like, none.clone(), like.clone(), none.clone(), dials]
     pulling = record(_pulling, *(part.clone() for part in given))
@@ -167,7 +166,7 @@ def _pulling(
     log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, log_thinning: Tensor, dials: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     log_p = log_p.to(log_q.dtype)
-    return pulled(log_p, score_p, log_q, score_q, log_thinning, forward=dials[1], beta=dials[2])
+    return pulled(log_p, score_p, log_q, score_q, log_thinning, forward=dials[1])
 
 
 def _updating(

@@ -52,7 +52,6 @@ class Trainer:
         self._recordable = not self.extra
         self.evaluation = "eager"
         self.moments = Moments.fresh(self.weights)
-        self.beta = 1.0
         self._losses: list[float] = []
         self._pending: list[Tensor] = []
         self._blend, self._careful, self._skips_seen = 0.0, False, 0
@@ -67,10 +66,6 @@ class Trainer:
             self._losses += torch.stack(self._pending).tolist()
             self._pending = []
         return self._losses
-
-    @losses.setter
-    def losses(self, before: list[float]) -> None:
-        self._losses, self._pending = before, []
 
     @property
     def skipped(self) -> int:
@@ -116,7 +111,7 @@ class Trainer:
             self._left_out += torch.logical_not(possible).sum()
             x = torch.where(possible[:, None], x, 0.0)
             log_thinning = torch.where(possible, log_thinning, -torch.inf)
-        options = (learning_rate, self._blend, self.beta)
+        options = (learning_rate, self._blend)
         loss, weights, self.moments = self._step(self.weights, self.moments, x, log_thinning, *options)
         self.weights.copy_(weights)
         self._pending.append(loss)
@@ -145,8 +140,7 @@ class Trainer:
         self.write()
         z, log_q, score_q = self.flow.sample_with_score(at=x)
         log_p, score_p = self.density.value_and_grad(z)
-        options = {"forward": self._blend, "beta": self.beta}
-        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, **options)
+        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, forward=self._blend)
         return gradient_of((pull * z).sum(), self.parameters), terms, log_weights
 
     def _elbo(self) -> tuple[Tensor, Tensor, Tensor]:

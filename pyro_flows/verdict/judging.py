@@ -44,7 +44,7 @@ def judge(
         failures: what speaks against the weighted draws too (a mode that the guide lacks).
         notes: what was not checked, or is to be known.
         contained: whether a search found no place next to the guide where it has too little.
-        doubts: what speaks against draws whose weights are not good (a fit that was cut short after poor rounds).
+        doubts: what speaks against draws whose weights are not good (a run that began at a missed mode and left it).
         changed: what weighting changes besides means and sds of the coordinates.
     """
     if improper := [failure for failure in failures if failure.startswith(IMPROPER)]:

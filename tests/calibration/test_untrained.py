@@ -15,7 +15,7 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import LogDensity
 from pyro_flows.calibration.untrained import CORRECTED_SLICES, _Trial, _weighed
-from pyro_flows.fitting.escalation import LOOKED_AT_DRAWS
+from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS
 from pyro_flows.fitting.slicing import AT_ONCE
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.model.stack import Stack

@@ -377,9 +377,8 @@ def test_what_a_fit_cannot_do_is_refined():
     assert found.settings["gradient_evaluations"] > raw.settings["gradient_evaluations"]
 
 
-def test_a_fit_tries_chains_before_it_trains_further(monkeypatch):
-    """Where no round is ever enough, a fit ends after the first one."""
-    from pyro_flows.fitting.escalation import Round
+def test_a_fit_tries_chains_after_a_first_round_that_is_not_enough(monkeypatch):
+    from pyro_flows.fitting.rounds import Round
 
     monkeypatch.setattr(Round, "enough", property(lambda self: False))
     monkeypatch.setattr("pyro_flows.fitting.run.invisible", lambda *_, **__: False)

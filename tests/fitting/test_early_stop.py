@@ -10,11 +10,12 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows._stages import TRIAL_RUN
-from pyro_flows.fitting import escalation, run
+from pyro_flows.fitting import rounds as criteria
+from pyro_flows.fitting import run
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.loop import COOL_AT_LEAST, COOL_EARLY, COOL_TRIED
 from pyro_flows.verdict.methods import MIXTURE
-from tests.fitting.test_escalation import real, round_of
+from tests.fitting.test_rounds import real, round_of
 
 Y = torch.tensor([0.3, -1.2, 2.0, 0.4], dtype=torch.float64)
 
@@ -63,7 +64,7 @@ def test_a_skewed_posterior_needs_some_and_is_right():
 def test_a_training_that_ended_too_early_goes_on(monkeypatch):
     looks = []
 
-    def unsure(weighing, *, seen=escalation.SEEN):
+    def unsure(weighing, *, seen=criteria.SEEN):
         looks.append(seen)
         return len(looks) == 3  # two looks at the start, and the first one while training
 
@@ -80,7 +81,7 @@ def test_training_does_not_go_on_for_the_tail_of_even_weights(monkeypatch, refin
     """A look that ends it, and a sample whose k-hat says no, though its weights are all alike: chains are cheaper."""
     looks = []
 
-    def sure_once(weighing, *, seen=escalation.SEEN):
+    def sure_once(weighing, *, seen=criteria.SEEN):
         looks.append(seen)
         return len(looks) == 3
 
@@ -95,7 +96,7 @@ def test_training_does_not_go_on_for_the_tail_of_even_weights(monkeypatch, refin
     assert len(rounds) == count
     if refine:
         assert found.verdict.status == "refined"
-        assert not any(stage["stage"] in ("larger batch", MIXTURE) for stage in found.history)
+        assert not any(stage["stage"] == MIXTURE for stage in found.history)
 
 
 class RaceBegins(Exception):
@@ -145,7 +146,7 @@ INVISIBLE = [
 
 @pytest.mark.parametrize(("changes", "wanted"), INVISIBLE)
 def test_invisible_from_both_sides(changes, wanted):
-    assert escalation.invisible(round_of(**changes).weighing) is wanted
+    assert criteria.invisible(round_of(**changes).weighing) is wanted
 
 
 EVEN = [({"ess": 985.0}, True), ({"ess": 975.0}, False), ({"ess": 985.0, "k_hat": 0.5}, False),
@@ -167,7 +168,7 @@ def test_wanderers_are_left_out_only_where_weights_are_even(monkeypatch):
 
     monkeypatch.setattr("pyro_flows.fitting.combine.missed_modes", missed_modes)
     fitted(normal)
-    monkeypatch.setattr(escalation, "EVEN_ESS", 1.0)
+    monkeypatch.setattr(criteria, "EVEN_ESS", 1.0)
     fitted(normal)
     assert asked == [False, True]
 
@@ -230,4 +231,4 @@ def test_a_glance_tells_flows_whose_weights_would_not_do(shift, far):
 
     flow = pf.Flow(pf.transforms.LowerTriangularAffine(2), base="normal").double()
     torch.manual_seed(0)
-    assert escalation.is_far_off(flow, pf.LogDensity(model)) is far
+    assert criteria.is_far_off(flow, pf.LogDensity(model)) is far

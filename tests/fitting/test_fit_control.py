@@ -10,7 +10,6 @@ import sys
 import textwrap
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pyro
@@ -23,7 +22,7 @@ from pyro_flows import LogDensity, _stages
 from pyro_flows._clock import Clock, OutOfTime
 from pyro_flows._progress import Bar
 from pyro_flows._turns import turn
-from pyro_flows.fitting import escalation
+from pyro_flows.fitting import rounds
 from pyro_flows.posterior import draws
 from pyro_flows.results.scoring import JUDGING
 from pyro_flows.starts import portfolio
@@ -233,8 +232,8 @@ STAGES = {
     _stages.TRIAL: (Trainer, "step", 5, model),
     _stages.TRAINING: (Trainer, "step", 75, model),
     _stages.MOMENTS: ("pyro_flows.fitting.run", "matched", 1, model),
-    _stages.BEST_START: (escalation, "weigh", 1, model),
-    _stages.WEIGHTS: (escalation, "weigh", 3, model),
+    _stages.BEST_START: (rounds, "weigh", 1, model),
+    _stages.WEIGHTS: (rounds, "weigh", 3, model),
     _stages.MISSED: ("pyro_flows.fitting.combine", "missed_modes", 1, model),
     JUDGING: (draws, "decide", 1, model),
 }
@@ -313,54 +312,13 @@ def test_an_interrupted_training_keeps_what_it_learned(monkeypatch):
     assert cut.verdict.status == "corrected" or "still changed" in str(cut.verdict)
 
 
-@pytest.fixture
-def short_first_round(monkeypatch):
-    """A first round of 40 steps that does not suffice, so that others follow; 260 steps are left to them."""
-
-    def train(trainer, budget, **options):
-        return loop.train(trainer, loop.Budget(40, budget.clock), **options)
-
-    monkeypatch.setattr("pyro_flows.fitting.run.train", train)
+def test_a_first_round_that_is_not_enough_is_the_only_one(monkeypatch):
     monkeypatch.setattr("pyro_flows.fitting.run._is_several", lambda *_, **__: False)
-    monkeypatch.setattr(escalation.Round, "enough", False)
-    return {**QUICK, "max_steps": 300, "escalate": True, "refine": False}
-
-
-def test_an_interrupted_escalation_keeps_the_best_round(monkeypatch, short_first_round):
-    original = escalation.rounds
-
-    def rounds(*args, **options):
-        yield next(original(*args, **options))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("pyro_flows.fitting.run.rounds", rounds)
-    with pytest.warns(UserWarning, match="interrupted"):
-        found = pf.fit(model, Y, **short_first_round)
-    stages = {stage["stage"]: stage for stage in found.history if stage["batch"]}
-    assert len(stages) == 2
-    best = max(stages.values(), key=lambda stage: stage["elbo"])
-    assert found.settings["round"] == best["stage"]
-    assert found.elbo == pytest.approx(best["elbo"], abs=0.1)
-
-
-@pytest.mark.parametrize("kept", [0, 1])
-def test_settings_are_those_of_the_round_that_was_kept(monkeypatch, short_first_round, kept):
-    """Step size and batch of the others, which are made worse here, must not be in the settings."""
-    original, calls = escalation.assess, itertools.count()
-
-    def assess(name, trainer, result):
-        found = original(name, trainer, result)
-        if next(calls) == kept:
-            return found
-        return replace(found, weighing=escalation.unweighed(trainer.density.dim, -1e6))
-
-    monkeypatch.setattr(escalation, "assess", assess)
-    monkeypatch.setattr("pyro_flows.fitting.run.assess", assess)
-    found = pf.fit(model, Y, **short_first_round)
-    rounds = [stage for stage in found.history if stage["batch"]]
-    assert len({stage["batch"] for stage in rounds}) == 2
+    monkeypatch.setattr(rounds.Round, "enough", False)
+    found = pf.fit(model, Y, **{**QUICK, "max_steps": 40, "escalate": True, "refine": False})
+    (only,) = (stage for stage in found.history if stage["batch"])
     chosen = {name: found.settings[name] for name in ("round", "batch", "step_size")}
-    assert chosen == {"round": rounds[kept]["stage"], **{name: rounds[kept][name] for name in ("batch", "step_size")}}
+    assert chosen == {"round": "first round", **{name: only[name] for name in ("batch", "step_size")}}
 
 
 def test_a_real_ctrl_c():

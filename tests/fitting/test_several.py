@@ -52,7 +52,7 @@ def test_forty_modes_on_a_square(tmp_path):
     torch.testing.assert_close(again.flow.log_prob(z), posterior.flow.log_prob(z), rtol=1e-5, atol=1e-5)
 
 
-def test_without_escalation_a_flow_is_trained():
+def test_with_escalate_false_a_flow_is_trained():
     posterior = pf.fit(line_of(2, 12.0), progress=False, escalate=False, max_steps=300, draws=500)
     assert MIXTURE not in [stage["stage"] for stage in posterior.history]
     assert posterior.verdict.status == "unreliable"

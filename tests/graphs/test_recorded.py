@@ -443,12 +443,6 @@ def test_a_batch_without_a_finite_term_counts_as_infinite_loss():
     assert float(trainer.moments.ess) == 0.0
 
 
-def test_annealing_hands_its_parameters_over():
-    trainer = trained(make_flow("realnvp", 4), steps=12)
-    loop.anneal(trainer, 5, report=lambda *_: None)
-    assert torch.equal(torch.cat([part.detach().reshape(-1) for part in trainer.flow.parameters()]), trainer.weights)
-
-
 def test_a_fall_while_cooling_leads_back(monkeypatch):
     """Half of the cool-down is good; then something breaks."""
     trainer = trained(make_flow("realnvp", 4), steps=12)

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyro
@@ -139,7 +140,7 @@ def changes():
         flow.base = "normal"
 
     def nonsense(flow):
-        flow.recipe = flow.recipe.grown(3)
+        flow.recipe = replace(flow.recipe, options={**flow.recipe.options, "layers": 5})
 
     return longer, bounded, lighter, other, nonsense
 

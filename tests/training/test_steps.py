@@ -18,7 +18,7 @@ from tests.registry import randomize
 
 ROOT = find_posteriordb()
 needs_posteriordb = pytest.mark.skipif(ROOT is None, reason="posteriordb not found: set POSTERIORDB to a checkout")
-DRAWS, RATE, BLEND, BETA = 8, 1e-2, 0.5, 0.9
+DRAWS, RATE, BLEND = 8, 1e-2, 0.5
 
 Made = tuple[pf.Flow, LogDensity, torch.Tensor, list[torch.Tensor]]
 
@@ -49,7 +49,7 @@ def by_autograd(flow: pf.Flow, density: LogDensity, weights: torch.Tensor) -> tu
     x = base_points(flow)
     z, log_q, score_q = flow.sample_with_score(at=x)
     log_p, score_p = density.value_and_grad(z)
-    pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, torch.zeros_like(log_q), forward=BLEND, beta=BETA)
+    pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, torch.zeros_like(log_q), forward=BLEND)
     gradient = gradient_of((pull * z).sum(), list(flow.parameters()))
     loss, _, moments = advance(weights, Moments.fresh(weights), gradient, terms, log_weights, RATE)
     return loss, moments.mean
@@ -57,7 +57,7 @@ def by_autograd(flow: pf.Flow, density: LogDensity, weights: torch.Tensor) -> tu
 
 def by_graphs(step: Step, flow: pf.Flow, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = base_points(flow)
-    loss, _, moments = step(weights, Moments.fresh(weights), x, torch.zeros_like(x[:, 0]), RATE, BLEND, BETA)
+    loss, _, moments = step(weights, Moments.fresh(weights), x, torch.zeros_like(x[:, 0]), RATE, BLEND)
     return loss, moments.mean
 
 
@@ -97,7 +97,7 @@ def test_a_step_goes_around_points_without_a_factorization():
     assert step._whole is not None
     far = torch.cat([x[:-1], torch.full((1, 1), 50.0, dtype=torch.float64)])
     before = density.evaluations
-    loss, moved, moments = step(weights, Moments.fresh(weights), far, torch.zeros(DRAWS).double(), RATE, 0.0, 1.0)
+    loss, moved, moments = step(weights, Moments.fresh(weights), far, torch.zeros(DRAWS).double(), RATE, 0.0)
     assert torch.isfinite(loss)
     assert int(moments.skipped) == 0
     assert not torch.equal(moved, weights)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pyro_flows.fitting import agreement as runs
-from pyro_flows.fitting import conclude, escalation, selection
+from pyro_flows.fitting import conclude, rounds, selection
 from pyro_flows.flows import recipe
 from pyro_flows.model import charts, noncentered
 from pyro_flows.modes import climbs, lacks, missed_modes, move, symmetries, tempering, twins, valleys
@@ -19,7 +19,7 @@ from pyro_flows.results import arviz_groups
 from pyro_flows.starts import matching
 from pyro_flows.training import convergence
 from pyro_flows.verdict import deciding, judging, weighing
-from tests.fitting import test_early_stop, test_escalation
+from tests.fitting import test_early_stop, test_rounds
 from tests.model import test_charts
 from tests.modes import test_symmetries, test_tempering, test_twins
 from tests.posteriors import new_schools_posterior
@@ -169,8 +169,8 @@ def neck(_):
 
 
 def enough(_):
-    for changes, wanted in test_escalation.ENOUGH:
-        test_escalation.test_enough_from_both_sides(changes, wanted)
+    for changes, wanted in test_rounds.ENOUGH:
+        test_rounds.test_enough_from_both_sides(changes, wanted)
 
 
 def unseen(_):
@@ -191,28 +191,23 @@ def moments(_):
     test_matching.test_the_moments_of_a_normal_distribution()
 
 
-def the_rounds(monkeypatch):
-    test_escalation.check_rounds(test_escalation.pf.LogDensity(test_escalation.banana), monkeypatch)
+def begun(_):
+    test_rounds.check_begun()
 
 
-def grown(_):
-    test_escalation.check_grown("realnvp", "tril")
+def kept(monkeypatch):
+    test_rounds.check_kept(monkeypatch)
 
 
 def agreement(_):
-    test_escalation.test_runs_that_agree()
-    for other, said in test_escalation.OTHERS:
-        test_escalation.test_runs_that_do_not_agree(other, said)
-
-
-def cut_short(_):
-    for run, said in test_escalation.CUT_SHORT:
-        test_escalation.test_a_fit_that_was_cut_short_after_poor_rounds(run, said)
+    test_rounds.test_runs_that_agree()
+    for other, said in test_rounds.OTHERS:
+        test_rounds.test_runs_that_do_not_agree(other, said)
 
 
 def in_vain(_):
-    for given, said in test_escalation.IN_VAIN:
-        test_escalation.test_runs_that_left_the_missed_mode_where_they_began(given, said)
+    for given, said in test_rounds.IN_VAIN:
+        test_rounds.test_runs_that_left_the_missed_mode_where_they_began(given, said)
 
 
 def elementwise(_):
@@ -256,7 +251,7 @@ def conversion(_):
 
 JUDGE, WEIGH, DECIDE = (judging, "_weighed"), (weighing, "weigh"), (deciding, "decide")
 MOVED, PAST, NOTHING = (judging, "_moved"), (judging, "_past_mending"), (judging, "_hangs_on_nothing")
-ROUNDS, NORMAL = (escalation, "rounds"), (noncentered, "_normal")
+NORMAL = (noncentered, "_normal")
 
 BUGS = [
     # the verdict: thresholds flipped, moved, forgotten
@@ -329,39 +324,29 @@ BUGS = [
     (tempering._Walk, "heat", "(self.log_p - self.log_g)", "self.log_p", mass),
     (tempering._Walk, "move", "torch.rand_like(chance) < chance", "chance == chance", wandering),
     (tempering._Walk, "_force", "self.beta * slope", "-self.beta * slope", neck),
-    # escalation
-    (escalation, "nothing_to_mend", "gap < enough_gap(len(weighing.mean_shift))", "True", enough),
-    (escalation.Round, "enough", "self.training.converged", "True", enough),
-    (escalation, "nothing_to_mend", "weighing.k_hat < ENOUGH_K", "True", enough),
-    (escalation, "nothing_to_mend", "ratio > ENOUGH_ESS", "True", enough),
-    (escalation, "nothing_to_mend", "gap < small", "True", enough),
-    (escalation, "enough_gap", "max(", "min(", enough),
-    (escalation, "invisible", "shift < seen", "True", unseen),
-    (escalation, "invisible", "float(weighing.sd_shift.max())", "0.0", unseen),
-    (escalation, "invisible", "weighing.quantile_shift or 0.0", "0.0", unseen),
-    (escalation.Round, "even", "ratio > EVEN_ESS", "True", evenness),
+    # rounds
+    (rounds, "nothing_to_mend", "gap < enough_gap(len(weighing.mean_shift))", "True", enough),
+    (rounds.Round, "enough", "self.training.converged", "True", enough),
+    (rounds, "nothing_to_mend", "weighing.k_hat < ENOUGH_K", "True", enough),
+    (rounds, "nothing_to_mend", "ratio > ENOUGH_ESS", "True", enough),
+    (rounds, "nothing_to_mend", "gap < small", "True", enough),
+    (rounds, "enough_gap", "max(", "min(", enough),
+    (rounds, "invisible", "shift < seen", "True", unseen),
+    (rounds, "invisible", "float(weighing.sd_shift.max())", "0.0", unseen),
+    (rounds, "invisible", "weighing.quantile_shift or 0.0", "0.0", unseen),
+    (rounds.Round, "even", "ratio > EVEN_ESS", "True", evenness),
     (convergence.Monitor, "promises", "self.gaps[-1] <= gap", "True", promising),
     (convergence.Monitor, "promises", "sum(after) - sum(before)", "0.0", promising),
     (matching, "_moved", "weights @ z", "start.loc", moments),
     (matching, "_moved", "away.mT @ away", "start.scale @ start.scale.mT", moments),
-    (selection, "begin", "unit * start.scale", "start.scale", the_rounds),
-    (*ROUNDS, "WIDER * BATCH", "BATCH", the_rounds),
-    (*ROUNDS, 'STEP_SIZE if name == "larger batch" else', "", the_rounds),
-    (escalation, "_changed", "set_df(flow, HEAVY_DF)", "flow", the_rounds),
-    (escalation, "_changed", "begin(flow, start)", "pass", the_rounds),
-    (*ROUNDS, "trainer.losses = losses", "pass", the_rounds),
-    (*ROUNDS, "budget.steps - len(trainer.losses)", "budget.steps", the_rounds),
-    (recipe, "set_df", "flow.df = df", "pass", the_rounds),
-    (escalation, "assess", "copy.deepcopy(flow)", "flow", the_rounds),
-    (recipe, "grow", "_copy_layers(flow.bijection, new.bijection)", "pass", grown),
-    (recipe.Recipe, "grown", 'self.options["layers"] + layers', 'self.options["layers"]', grown),
+    (selection, "begin", "unit * start.scale", "start.scale", begun),
+    (recipe, "set_df", "flow.df = df", "pass", begun),
+    (rounds, "assess", "copy.deepcopy(flow)", "flow", kept),
     (runs, "compare", "not spread <= EVIDENCE", "spread <= EVIDENCE", agreement),
     (runs, "compare", "evidences.max() - evidences.min()", "evidences[0] - evidences[1]", agreement),
     (runs, "compare", "torch.nan_to_num(evidences, nan=-math.inf)", "-evidences", agreement),
-    (conclude, "_never_good", "if worst <= ENOUGH_K", "if worst > ENOUGH_K", cut_short),
     (conclude, "_in_vain", "not found.added or found.disagreements", "found.disagreements", in_vain),
     (conclude, "_in_vain", "or found.disagreements", "", in_vain),
-    (conclude, "_never_good", "!= kept", "== kept", cut_short),
     # coordinates
     (*NORMAL, "+ 0.5 * share.log()", "- 0.5 * share.log()", elementwise),
     (*NORMAL, "log_diagonal - inner", "log_diagonal + inner", matrices),

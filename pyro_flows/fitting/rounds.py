@@ -1,23 +1,18 @@
-"""What a fit tries when a first round does not suffice: more draws, more layers, heavier tails, tempering."""
+"""A round of training, or what is taken in its place: a new sample of the flow, and whether it is good enough."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from pyro_flows import _stages
-from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.selection import begin
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import grow, set_df
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
-from pyro_flows.starts.start import Start
-from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Report, Training, anneal, train
+from pyro_flows.training.loop import Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.judging import judge
 from pyro_flows.verdict.weighing import Weighing, weigh
@@ -33,13 +28,6 @@ ENOUGH_GAP, ENOUGH_GAP_A_DIM = 0.04, 0.002  # nats between log evidence and ELBO
 JUDGED_DRAWS, LOOKED_AT_DRAWS, GLANCED_DRAWS = 20_000, 4000, 256
 FAR_OFF = 0.02  # effective share of a glance's draws; the verdict asks for five times that
 FEWER_DRAWS, JUDGED_NUMBERS = 8000, 4_000_000  # where draws have many coordinates
-ALL = ("larger batch", "more layers", "heavier tails", "tempering")
-TAILS_FIRST = ("heavier tails", "larger batch", "more layers")
-WIDER = 4
-EXTRA_LAYERS = 4
-HEAVY_DF = 5.0
-ANNEALED_SHARE = 0.4
-COOL = 1500  # steps at least: what is left to mend after a first round is small, and noise hides it
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class Round:
 
     @property
     def enough(self) -> bool:
-        """Whether there is nothing left to mend: stricter than the verdict, since more rounds are to be had."""
+        """Whether there is nothing left to mend: stricter than the verdict, since more can be tried."""
         return self.training.converged and nothing_to_mend(self.weighing)
 
     @property
@@ -70,11 +58,6 @@ class Round:
     def weighed(self) -> bool:
         """Whether there was time to draw a sample of it."""
         return len(self.weighing.log_weights) > 1
-
-    @property
-    def tails_only(self) -> bool:
-        """Whether nothing but k-hat is short: log evidence and ELBO leave no room for more layers."""
-        return self.weighing.log_evidence - self.weighing.elbo < ENOUGH_GAP and self.training.converged
 
     @property
     def lacks_a_tail(self) -> bool:
@@ -109,7 +92,7 @@ def enough_gap(dim: int) -> float:
 
 
 def nothing_to_mend(weighing: Weighing) -> bool:
-    """Say whether weights are so good that more rounds would gain nothing: stricter than the verdict."""
+    """Say whether weights are so good that nothing more would gain: stricter than the verdict."""
     gap, ratio = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
     small = max(ENOUGH_SMALL_GAP, ENOUGH_SMALL_GAP_A_DIM * len(weighing.mean_shift))
     slight = ratio > ENOUGH_ESS and gap < small and weighing.k_hat < weighing.threshold
@@ -165,47 +148,6 @@ def unweighed(dim: int, elbo: float) -> Weighing:
     """Return the weighing of no draws."""
     nothing = torch.full((dim,), torch.nan)
     return Weighing(torch.zeros(1), math.inf, 0.0, elbo, -math.inf, nothing, nothing, 0.0, math.inf, 0)
-
-
-def rounds(
-    plan: Plan, trainer: Trainer, first: Round, start: Start, budget: Budget, *, seed: int, report: Report
-) -> Iterator[tuple[Trainer, Round]]:
-    """Yield one escalation after the other: the trainer with all losses, and the round's outcome.
-
-    ``trainer`` and ``first`` are of the round that did not suffice. Where it was short of tails only, these come first,
-    and there is no restart.
-    """
-    density, used = trainer.density, len(trainer.losses)
-    for name in TAILS_FIRST if first.tails_only else ALL:
-        if not budget.left(used):
-            return
-        flow = _changed(name, trainer.flow, plan, density, start)
-        if flow is None:
-            continue
-        size = STEP_SIZE if name == "larger batch" else trainer.learning_rate  # four times as many draws bear it
-        losses = trainer.losses
-        trainer = Trainer(flow, density, learning_rate=size, batch=WIDER * BATCH)
-        trainer.losses = losses
-        if name == "tempering":
-            with budget.clock.part(name):
-                anneal(trainer, max(1, int(ANNEALED_SHARE * budget.left(used))), report=report)
-        left = Budget(budget.steps - len(trainer.losses), budget.clock)
-        result = train(trainer, left, seed=seed, report=report, cool=COOL, name=name)
-        used = len(trainer.losses)
-        yield trainer, assess(name, trainer, result)
-
-
-def _changed(name: str, flow: Flow, plan: Plan, density: LogDensity, start: Start) -> Flow | None:
-    """Return the flow that a round trains; None if the round has nothing to change."""
-    if name == "more layers":
-        return grow(flow, EXTRA_LAYERS) if plan.recipe.named else None
-    if name == "heavier tails":
-        return set_df(flow, HEAVY_DF) if flow.base == "student_t" and flow.df > HEAVY_DF else None
-    if name == "tempering":
-        like = next(flow.parameters(), flow._like)
-        flow = flow.recipe.build(flow.dim).to(like) if plan.recipe.named else plan.fresh(density)
-        begin(flow, start)
-    return flow
 
 
 def _stage(name: str, trainer: Trainer, weighing: Weighing, training: Training) -> Stage:
