@@ -83,9 +83,8 @@ class _Trial:
             for own in (*(lighter * df for lighter in LIGHTER), *HEAVIER):
                 begin(set_df(flow, own), start)
                 weighing = weighed(flow, self.density, LOOKED_AT_DRAWS)
-                if not weighing.ess > (ESS_SHARE_OF_STUDENT_T if own in HEAVIER else ESS_SHARE_OF_LIGHTER_TAILS) * len(
-                    weighing.log_weights
-                ):
+                share = ESS_SHARE_OF_STUDENT_T if own in HEAVIER else ESS_SHARE_OF_LIGHTER_TAILS
+                if not weighing.ess > share * len(weighing.log_weights):
                     return None
                 if invisible(weighing):
                     return flow, Training([], weighing.elbo, True, False, AT_ONCE, 0, 0)

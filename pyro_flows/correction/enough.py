@@ -21,8 +21,7 @@ from pyro_flows.verdict.thresholds import (
 )
 
 CLEARLY = 0.7  # times the error of all draws, below which the second half stays alone
-# The same error of heavy tails up to so many gradients and sweeps: few draws understate it.
-CHEAP, EARLY = 100_000, 256
+CHEAP, EARLY = 100_000, 256  # gradients and sweeps, up to which few draws understate the errors of heavy tails
 LIGHT = 4.0  # kurtosis of draws, above which tails are heavy; a normal distribution has 3
 SOONEST = 8  # looks while the fewest draws are made
 

@@ -36,7 +36,7 @@ from pyro_flows.verdict.thresholds import (
     NESTED_R_HAT_OF_CHAINS,
 )
 
-BEGUN_FROM = 4000  # draws of a round, and the effective share of them from which a sampler is tried
+BEGUN_FROM = 4000  # draws of a round, whose weights tell whether a sampler is tried
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, after it, last
 TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
 FEW = 50  # dimensions; with more, training takes several times as long

@@ -291,9 +291,8 @@ def _is_several(plan: Plan, density: LogDensity, run: Run, seed: int, *, barrier
     with plan.clock.part(_stages.SEVERAL):
         first = run.best is None
         z = prior_draws(density, SURVEYED_FROM, seed=seed) if first else run.flow(plan, density).draw(SURVEYED_FROM)[0]
-        hopeless = run.best is not None and run.best.weighing.ess < ESS_SHARE_OF_NO_TOP * len(
-            run.best.weighing.log_weights
-        )
+        weighing = None if run.best is None else run.best.weighing
+        hopeless = weighing is not None and weighing.ess < ESS_SHARE_OF_NO_TOP * len(weighing.log_weights)
         run.several = several(density, z, seed=seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
     if run.several is None:
         return False

@@ -45,7 +45,7 @@ LINE_POINTS = 17  # on a line between two modes
 OF_TERM, ITS_OWN = 100, 0.9  # draws of a term, and their mean share of the density where it holds them alone
 GLANCED = 96  # climbs of a round, until there is more than one mode
 FEW_ROUNDS = 2  # of a survey
-WEIGHED = 4000  # draws, their effective share, and k-hat: whether a table is right
+WEIGHED = 4000  # draws that tell whether a table is right
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,8 @@ def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
 
 
 def is_enough(share: float, k_hat: float) -> bool:
-    return share >= ESS_SHARE_OF_MIXTURE and k_hat < (
-        K_HAT_OF_MIXTURE_HIGH if share >= ESS_SHARE_OF_MIXTURE_HIGH else K_HAT_OF_MIXTURE
-    )
+    limit = K_HAT_OF_MIXTURE_HIGH if share >= ESS_SHARE_OF_MIXTURE_HIGH else K_HAT_OF_MIXTURE
+    return share >= ESS_SHARE_OF_MIXTURE and k_hat < limit
 
 
 def _start(found: Survey) -> tuple[Tensor, Tensor, Tensor]:

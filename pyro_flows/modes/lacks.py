@@ -13,7 +13,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.symmetries import SignedPermutation
 from pyro_flows.starts.resolution import without_noise
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_MODES, MISSED_MASS_SHARE
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_MODES, MISSED_MASS_ERRORS, MISSED_MASS_SHARE
 
 RESOLUTION = 0.05  # of a coordinate
 SPREAD_OUT = "spread out"  # name of a start in one of many small modes
@@ -117,7 +117,7 @@ def lack_of(ends: Tensor, thin: Tensor, mass: Tensor, there: Tensor, name: str) 
     ``ends`` (N, D) are where they came to; the others are those of :func:`share_error`.
     """
     share, known, error = share_error(thin, mass, there)
-    if share - 2.0 * error <= known + MISSED_MASS_SHARE:
+    if share - MISSED_MASS_ERRORS * error <= known + MISSED_MASS_SHARE:
         return []
     about = moments(ends[thin], name)
     return [Lack(end, about, beside=True) for end in ends[thin][:PLACES]]

@@ -33,7 +33,7 @@ from pyro_flows.verdict.thresholds import (
 )
 from pyro_flows.verdict.weighing import in_order, weighted_quantiles
 
-QUARTERS = (0.25, 0.5, 0.75)  # of draws between these quantiles, and how far slices may be from these
+QUARTERS = (0.25, 0.5, 0.75)  # of draws between the quantiles of both tails
 
 
 def and_tails(

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_flows.results.record import Record
-from pyro_flows.verdict import mcmc
 from pyro_flows.verdict.thresholds import (
+    DIVERGENT_SHARE_OF_MCMC,
     ESS_OF_CHAINS,
+    ESS_OF_MCMC,
     ESS_SHARE_LEAST,
     MEAN_SHIFT,
     NESTED_R_HAT_OF_CHAINS,
     R_HAT_OF_CHAINS,
+    R_HAT_OF_MCMC,
     SD_SHIFT,
 )
 from pyro_flows.verdict.verdict import SHOWN
@@ -101,17 +103,17 @@ def _of_chains(chains: Any) -> list[Figure]:
 def _of_mcmc(chains: Any) -> list[Figure]:
     known = not math.isnan(chains.divergences)
     return [
-        Figure("R-hat", f"{chains.r_hat:.3f}", f"below {mcmc.R_HAT}", "1 if the chains agree."),
+        Figure("R-hat", f"{chains.r_hat:.3f}", f"below {R_HAT_OF_MCMC}", "1 if the chains agree."),
         Figure(
             "Effective draws",
             f"{chains.ess_bulk:.0f} bulk, {chains.ess_tail:.0f} tail",
-            f"{mcmc.ESS:.0f} or more",
+            f"{ESS_OF_MCMC:.0f} or more",
             f"Independent draws that the chains are worth, lowest at {chains.where}.",
         ),
         Figure(
             "Divergences",
             f"{chains.divergences:.2%}" if known else "not known",
-            f"at most {mcmc.DIVERGING:.1%}",
+            f"at most {DIVERGENT_SHARE_OF_MCMC:.1%}",
             "Transitions that went astray.",
         ),
     ]

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_CONTAINED,
-    ESS_SHARE_CONTAINED_EVEN,
     ESS_SHARE_LEAST,
+    ESS_SHARE_NEGLIGIBLE,
     ESS_SHARE_UNDOUBTED,
     EVIDENCE_GAP_CONTAINED,
-    EVIDENCE_GAP_CONTAINED_EVEN,
+    EVIDENCE_GAP_NEGLIGIBLE,
     K_HAT_CONTAINED,
-    K_HAT_CONTAINED_EVEN,
+    K_HAT_NEGLIGIBLE,
     K_HAT_OF_CORRECTED,
     MEAN_SHIFT,
     MEAN_SHIFT_MOST,
@@ -167,6 +167,6 @@ def _hangs_on_nothing(weighing: Weighing) -> bool:
     """
     gap, share = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
     shift = max(float(weighing.mean_shift.max()), float(weighing.sd_shift.max()))
-    next_to_none = share >= ESS_SHARE_CONTAINED_EVEN and gap <= EVIDENCE_GAP_CONTAINED_EVEN
+    next_to_none = share >= ESS_SHARE_NEGLIGIBLE and gap <= EVIDENCE_GAP_NEGLIGIBLE
     good = share >= ESS_SHARE_CONTAINED and gap <= EVIDENCE_GAP_CONTAINED and shift <= SHIFT_CONTAINED
-    return good and weighing.k_hat < (K_HAT_CONTAINED_EVEN if next_to_none else K_HAT_CONTAINED)
+    return good and weighing.k_hat < (K_HAT_NEGLIGIBLE if next_to_none else K_HAT_CONTAINED)

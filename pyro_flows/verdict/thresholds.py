@@ -45,7 +45,7 @@ K_HAT_OF_STUDENT_T = 0.3
 # Verdict: a k-hat from its threshold to this is a note, if nothing depends on the tail (contained). Source: PSIS (mean).
 K_HAT_CONTAINED = 1.0
 # Verdict: the same, where unequal weights have next to no mass in all. Source: measured.
-K_HAT_CONTAINED_EVEN = 1.5
+K_HAT_NEGLIGIBLE = 1.5
 
 # Log ratio of the largest weight and the mean one: below this, weights have no tail, and k-hat counts as 0. Chosen.
 LOG_WEIGHT_EVEN = math.log(1.5)
@@ -98,7 +98,7 @@ ESS_SHARE_CONTAINED = 0.9
 # Many fits: heavier tails are tried if lighter ones have this. The same value as before. Source: chosen.
 ESS_SHARE_OF_LIGHTER_TAILS = 0.9
 # Verdict: from this on, unequal weights have next to no mass in all (contained). Source: measured.
-ESS_SHARE_CONTAINED_EVEN = 0.99
+ESS_SHARE_NEGLIGIBLE = 0.99
 
 # Verdict: weights are good from this on, whatever doubts the fit left, with k-hat below K_HAT_OF_CORRECTED. Chosen.
 ESS_SHARE_UNDOUBTED = 0.5
@@ -185,7 +185,7 @@ SHIFT_OF_COMPARISON = 0.1
 # Verdict: standard errors that VALUE_SHIFT is counted beyond. Source: chosen.
 VALUE_SHIFT_ERRORS = 3.0
 # Comparison of chains: standard errors that SHIFT_OF_COMPARISON is counted beyond. The same value as before. Chosen.
-SHIFT_OF_COMPARISON_ERRORS = 3.0
+COMPARISON_ERRORS = 3.0
 # Verdict: sds that weighting may shift a mean by, of draws that it corrects. Source: measured (record 0033).
 MEAN_SHIFT_MOST = 1.0
 # Verdict: log ratio that weighting may widen an sd by, of draws that it corrects. Source: measured (record 0033).
@@ -212,7 +212,7 @@ EVIDENCE_GAP_CORRECTED = 0.05
 # Many fits: log evidence of a grid less the ELBO of a start; above it, the grid is tried first. The same value. Chosen.
 EVIDENCE_GAP_OF_START = 0.05
 # Verdict: at most, where unequal weights have next to no mass in all (contained). Source: measured.
-EVIDENCE_GAP_CONTAINED_EVEN = 0.005
+EVIDENCE_GAP_NEGLIGIBLE = 0.005
 # Round: nothing is left to gain below this, or below so much a dimension if that is more. Source: measured (record 0016).
 EVIDENCE_GAP_GOOD = 0.04
 EVIDENCE_GAP_GOOD_A_DIM = 0.002
