@@ -26,11 +26,7 @@ from torch import Tensor, nn
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import (
-    ESS_OF_MARGINAL_DONE,
-    ESS_SHARE_OF_MARGINAL,
-    K_HAT_OF_MARGINAL,
-)
+from pyro_flows.verdict.thresholds import ESS_OF_MARGINAL_DONE, ESS_SHARE_OF_MARGINAL, K_HAT_OF_MARGINAL
 
 DRAWS, MOST_ROUNDS = 400, 16
 DF = 5.0

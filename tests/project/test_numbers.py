@@ -60,7 +60,8 @@ PHRASES = {
         "**Var[log p]** is more than {verdict.thresholds.VAR_LOG_P_RATIO_MOST|word} times what",
         "holds more than {verdict.thresholds.MISSED_MASS_SHARE|percent} of the mass that the guide covers",
         "if {verdict.thresholds.MISSED_MASS_OF_TAILS|percent} more mass than in the draws, and "
-        "{verdict.thresholds.MISSED_MASS_OF_TAILS_ERRORS|word} standard errors, lies beyond one of their {verdict.thresholds.TAIL_SHARE|percent} quantiles",
+        "{verdict.thresholds.MISSED_MASS_OF_TAILS_ERRORS|word} standard errors, lies beyond one of their "
+        "{verdict.thresholds.TAIL_SHARE|percent} quantiles",
         "are checked in up to {modes.slices.UP_TO} dimensions",
         "**changes a mean** by more than {verdict.thresholds.MEAN_SHIFT} posterior standard deviations",
         "the logarithm of the ratio is larger than {verdict.thresholds.SD_SHIFT}",
