@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.rounds import EVEN_ESS, LOOKED_AT_DRAWS, invisible, weighed
+from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, invisible, weighed
 from pyro_flows.fitting.run import AT_ONCE, LIGHTER
 from pyro_flows.fitting.selection import begin
 from pyro_flows.fitting.slicing import AT_ONCE as SLICED
@@ -23,12 +23,16 @@ from pyro_flows.modes.tables import Table, flow_along
 from pyro_flows.starts.matching import matched
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import Training
+from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_EVEN,
+    ESS_SHARE_OF_LIGHTER_TAILS,
+    ESS_SHARE_OF_STUDENT_T,
+    EVIDENCE_GAP_OF_START,
+    K_HAT_OF_STUDENT_T,
+)
 from pyro_flows.verdict.weighing import Weighing
 
 HEAVIER = (8.0, 5.0)  # degrees of freedom of a Student-t distribution whose weights correct it
-EVEN, SHORT_TAIL = 0.5, 0.3  # effective share of draws at least, and k-hat at most, of what weights correct
-NEARLY_EVEN = 0.9  # share with lighter tails: with less, the posterior has another shape, and heavier tails are in vain
-SHORT = 0.05  # nats by which a start's ELBO is short of the slices' evidence: with more, slices are tried first
 GLANCE = 1000  # draws that suffice where weights are nearly the same at all of them
 CORRECTED = "no flow was trained: importance weights correct a Student-t distribution with the posterior's moments"
 CORRECTED_SLICES = "no flow was trained: importance weights correct a conditional Laplace grid"
@@ -66,7 +70,7 @@ class _Trial:
         """Return the first kind that is enough."""
         if self.table is None:
             return self._moved()
-        if self.table.log_evidence - self.start.elbo > SHORT:
+        if self.table.log_evidence - self.start.elbo > EVIDENCE_GAP_OF_START:
             return self._sliced(self.table) or self._moved()
         return self._moved() or self._sliced(self.table)
 
@@ -79,11 +83,12 @@ class _Trial:
             for own in (*(lighter * df for lighter in LIGHTER), *HEAVIER):
                 begin(set_df(flow, own), start)
                 weighing = weighed(flow, self.density, LOOKED_AT_DRAWS)
-                if not weighing.ess > (EVEN if own in HEAVIER else NEARLY_EVEN) * len(weighing.log_weights):
+                share = ESS_SHARE_OF_STUDENT_T if own in HEAVIER else ESS_SHARE_OF_LIGHTER_TAILS
+                if not weighing.ess > share * len(weighing.log_weights):
                     return None
                 if invisible(weighing):
                     return flow, Training([], weighing.elbo, True, False, AT_ONCE, 0, 0)
-                if own in HEAVIER and weighing.k_hat < SHORT_TAIL:
+                if own in HEAVIER and weighing.k_hat < K_HAT_OF_STUDENT_T:
                     return flow, Training([], weighing.elbo, False, False, CORRECTED, 0, 0)
         return None
 
@@ -96,11 +101,11 @@ class _Trial:
                 except ValueError:
                     return None
                 weighing = _weighed(flow, self.density)
-                if not weighing.ess > EVEN * len(weighing.log_weights):
+                if not weighing.ess > ESS_SHARE_OF_STUDENT_T * len(weighing.log_weights):
                     return None
                 if invisible(weighing):
                     return flow, Training([], weighing.elbo, True, False, SLICED, 0, 0)
-            if weighing.k_hat < SHORT_TAIL:
+            if weighing.k_hat < K_HAT_OF_STUDENT_T:
                 return flow, Training([], weighing.elbo, False, False, CORRECTED_SLICES, 0, 0)
         return None
 
@@ -108,6 +113,6 @@ class _Trial:
 def _weighed(flow: Flow, density: LogDensity) -> Weighing:
     """Weigh a fresh sample of a flow: a small one, if weights of that are nearly the same."""
     glance = weighed(flow, density, GLANCE)
-    if glance.ess > EVEN_ESS * GLANCE and invisible(glance):
+    if glance.ess > ESS_SHARE_EVEN * GLANCE and invisible(glance):
         return glance
     return weighed(flow, density, LOOKED_AT_DRAWS)

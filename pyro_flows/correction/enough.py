@@ -10,22 +10,25 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _mixing
-from pyro_flows.verdict.chains import LEAST_ESS, McmcDiagnostics, objections
+from pyro_flows.verdict.chains import McmcDiagnostics, objections
+from pyro_flows.verdict.thresholds import (
+    ESS_OF_CHAINS,
+    ESS_OF_CHAINS_MOST,
+    ESS_OF_CHAINS_SPARE,
+    SD_ERROR_MOST,
+    SD_ERROR_OF_CHAINS,
+    SD_ERROR_OF_FEW_DRAWS,
+)
 
-SPARE = 1.5  # of the effective draws that the verdict asks for: it is not to hang on the moment of the stop
-SD_ERROR = 0.04  # standard error of an sd, as a part of it: heavy tails take more draws than quantiles tell
-MOST = 3.0  # times as many effective draws, beyond which no sd is waited for: it may not exist
 CLEARLY = 0.7  # times the error of all draws, below which the second half stays alone
-# The same error of heavy tails up to so many gradients and sweeps: few draws understate it.
-FINE, CHEAP, EARLY = 0.02, 100_000, 256
+CHEAP, EARLY = 100_000, 256  # gradients and sweeps, up to which few draws understate the errors of heavy tails
 LIGHT = 4.0  # kurtosis of draws, above which tails are heavy; a normal distribution has 3
-KNOWN_TO = 0.1  # an sd whose standard error is a larger part of it speaks against chains that a budget ended
 SOONEST = 8  # looks while the fewest draws are made
 
 
 def suffices(found: McmcDiagnostics) -> bool:
     """Whether draws are enough for the verdict, with some to spare."""
-    return not objections(found) and _least(found) >= SPARE * LEAST_ESS
+    return not objections(found) and _least(found) >= ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS
 
 
 def allowed(draws: Tensor, *, few: bool) -> Tensor:
@@ -36,7 +39,7 @@ def allowed(draws: Tensor, *, few: bool) -> Tensor:
         few: whether draws are cheap, and so few that they understate the errors of heavy tails.
     """
     heavy = _mixing.kurtoses(draws) > LIGHT
-    return torch.where(heavy & few, FINE, SD_ERROR)
+    return torch.where(heavy & few, SD_ERROR_OF_FEW_DRAWS, SD_ERROR_OF_CHAINS)
 
 
 def lacking(draws: Tensor, may_be: Tensor) -> float:
@@ -69,7 +72,7 @@ def sds_told(found: McmcDiagnostics, draws: Tensor, gradients: float) -> Sds:
     if lack <= 1.0:
         return Sds(True, False, lack)
     warm_up = lacking(draws[:, draws.shape[1] // 2 :], may_be) < CLEARLY * lack
-    waited_for = few or _least(found) < MOST * SPARE * LEAST_ESS
+    waited_for = few or _least(found) < ESS_OF_CHAINS_MOST * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS
     return Sds(not (waited_for or warm_up), warm_up, lack)
 
 
@@ -81,14 +84,17 @@ def untold(z: Tensor, found: McmcDiagnostics, names: Sequence[str]) -> list[str]
     """
     errors = _mixing.sd_errors(z).nan_to_num(nan=0.0)
     worst = int(errors.argmax())
-    if float(errors[worst]) <= KNOWN_TO or _least(found) >= MOST * SPARE * LEAST_ESS:
+    if (
+        float(errors[worst]) <= SD_ERROR_MOST
+        or _least(found) >= ESS_OF_CHAINS_MOST * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS
+    ):
         return []
     return [f"the sd of the chains at {names[worst]} has a Monte Carlo error of {100 * float(errors[worst]):.0f}%"]
 
 
 def sweeps_needed(found: McmcDiagnostics) -> float:
     """Return how many sweeps make draws enough, at the pace of these figures."""
-    return found.sweeps * SPARE * LEAST_ESS / max(_least(found), 1.0)
+    return found.sweeps * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS / max(_least(found), 1.0)
 
 
 def next_look(found: McmcDiagnostics, *, thin: int, kept: int, lack: float = 0.0) -> int:

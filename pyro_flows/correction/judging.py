@@ -21,7 +21,6 @@ from pyro_flows.correction.starts import PLAIN, affine_flow, flow_of
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import SHARE
 from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.thin import is_usable
 from pyro_flows.results.record import Record, Recorded
@@ -30,12 +29,16 @@ from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, ob
 from pyro_flows.verdict.deciding import CHECKED
 from pyro_flows.verdict.methods import METHODS
 from pyro_flows.verdict.next_step import IMPROPER
+from pyro_flows.verdict.thresholds import (
+    COMPARISON_ERRORS,
+    EDGE_SHARE,
+    ESS_OF_COMPARISON,
+    MISSED_MASS_SHARE,
+    SHIFT_OF_COMPARISON,
+)
 from pyro_flows.verdict.verdict import Verdict
 
 STAGE = "refinement"
-COMPARED_ESS = 500.0  # of weighted draws, to hold chains to them
-APART = 0.1  # sds, or of the log of an sd, beyond three standard errors
-EDGE = 0.01  # share of the chains' draws beyond each of two quantiles, where the guide may have SHARE more
 TRIED = "the chains have not converged: "
 DISAGREE = "the chains and the weighted draws of the guide disagree"
 REPLACED = " own draws were replaced, because "
@@ -181,7 +184,7 @@ def disagreements(posterior: Record, chains: McmcDraws) -> list[str]:
     """
     weights = posterior.log_weights.double().exp()
     effective = float(1.0 / weights.square().sum())
-    if not posterior.k_hat < posterior.verdict.k_threshold or effective < COMPARED_ESS:
+    if not posterior.k_hat < posterior.verdict.k_threshold or effective < ESS_OF_COMPARISON:
         return []
     draws, z = posterior.z.double(), chains.z.flatten(0, 1).double()
     mean = (weights[:, None] * draws).sum(0)
@@ -189,13 +192,14 @@ def disagreements(posterior: Record, chains: McmcDraws) -> list[str]:
     fourth = (weights[:, None] * (draws - mean).pow(4)).sum(0) / away.square()
     error = ((fourth - 1.0).clamp_min(0.0) / (4.0 * effective)).sqrt()  # of the log of an sd
     shift, ratio = (z.mean(0) - mean).abs() / away.sqrt(), (away.sqrt() / z.std(0)).log()
-    excess = torch.maximum(shift - 3.0 / math.sqrt(effective) - APART, ratio - 3.0 * error - APART)
-    ordered, outside = z.sort(0).values, int(EDGE * len(z))
+    chance = COMPARISON_ERRORS / math.sqrt(effective)
+    excess = torch.maximum(shift - chance, ratio - COMPARISON_ERRORS * error) - SHIFT_OF_COMPARISON
+    ordered, outside = z.sort(0).values, int(EDGE_SHARE * len(z))
     edges = ordered[outside], ordered[-1 - outside]  # torch.quantile took 16 million numbers at most for long
     beyond = torch.stack(
         [(weights[:, None] * (draws < edges[0])).sum(0), (weights[:, None] * (draws > edges[1])).sum(0)]
     )
-    tail = beyond.amax(0) - EDGE - SHARE - 3.0 * math.sqrt(EDGE / effective)
+    tail = beyond.amax(0) - EDGE_SHARE - MISSED_MASS_SHARE - COMPARISON_ERRORS * math.sqrt(EDGE_SHARE / effective)
     excess = torch.maximum(excess, tail)
     worst = int(excess.nan_to_num(nan=math.inf).argmax())
     if float(excess[worst]) <= 0.0:

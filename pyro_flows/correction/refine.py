@@ -24,6 +24,7 @@ from pyro_flows.correction.starts import PLAIN, NoStart, dispersed_points, flow_
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.results.record import Recorded
 from pyro_flows.verdict.chains import McmcDraws
+from pyro_flows.verdict.thresholds import ESS_SHARE_OF_PROPOSALS
 
 METHODS = ("auto", "hmc", "imh", "nuts", "plain", "smc")
 FEWEST, MOST_CHAINS = 16, 4096
@@ -31,7 +32,6 @@ CHAINS = 64  # no more than the draws of each: ArviZ takes the longer axis for t
 MAX_STEPS = 2000  # sweeps of each chain
 PARTICLES = 1024
 NUTS_CHAINS, NUTS_WARM_UP = 4, 500
-SELDOM = 1e-3  # effective share of the flow's draws, below which independent proposals are in vain
 ASKED = "refine() was called"
 
 
@@ -135,7 +135,7 @@ def _proposals(posterior: Recorded, method: str) -> int:
         return 0
     if method == "hmc":
         return int(mixed)
-    return int(mixed or posterior.verdict.ess_ratio >= SELDOM)
+    return int(mixed or posterior.verdict.ess_ratio >= ESS_SHARE_OF_PROPOSALS)
 
 
 def _run_nuts(posterior: Recorded, work: Work, latent: Latent, draws: int, seed: int) -> None:

@@ -19,7 +19,7 @@ from pyro_flows._seeding import derive
 from pyro_flows.correction.joining import joins
 from pyro_flows.correction.judging import Work, around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, SELDOM, refined
+from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
 from pyro_flows.correction.search import MISS, lacks_of_chains
 from pyro_flows.correction.starts import PLAIN, dispersed_points
@@ -27,16 +27,22 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Record, Recorded
-from pyro_flows.verdict.chains import LEAST_ESS, NESTED_R_HAT, McmcDiagnostics, McmcDraws, objections
+from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, objections
+from pyro_flows.verdict.thresholds import (
+    ESS_OF_CHAINS,
+    ESS_OF_CHAINS_NEARLY,
+    ESS_SHARE_OF_CHAIN_STARTS,
+    ESS_SHARE_OF_PROPOSALS,
+    NESTED_R_HAT_OF_CHAINS,
+)
 
-BEGUN_FROM, WORTH = 4000, 0.02  # draws of a round, and the effective share of them from which a sampler is tried
+BEGUN_FROM = 4000  # draws of a round, whose weights tell whether a sampler is tried
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, after it, last
 TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
 FEW = 50  # dimensions; with more, training takes several times as long
 # Numbers that a dear gradient writes together with a step of chains, which has the second; and how many times as many
 # cheaper gradients there may be at most: 600,000 dear ones take 20 seconds, a round of training 20 to 50.
 DEAR, BESIDE, CHEAPEST = 80_000, 6000, 4.0
-NEARLY = 0.25  # of the effective draws that the verdict asks for
 SHORT_OF = 4.0  # times the gradients that are left; chains that sufficed never needed half of them
 LONGER_THAN_THOUGHT = 1.5  # times the gradients that draws would take at their pace so far
 LONGER = 4  # times the sweeps, where converged chains came short of a tail or a mode
@@ -115,7 +121,11 @@ def _flow_is_in_vain(found: Record, posterior: Record, method: str) -> bool:
 
     A flow that was trained on one of very many modes bends the space between them.
     """
-    hopeless = posterior.verdict.ess_ratio < SELDOM and posterior.flow is not None and posterior._need_density().batched
+    hopeless = (
+        posterior.verdict.ess_ratio < ESS_SHARE_OF_PROPOSALS
+        and posterior.flow is not None
+        and posterior._need_density().batched
+    )
     return method == "auto" and found.verdict.status == "unreliable" and hopeless
 
 
@@ -137,7 +147,7 @@ def attempt(
         z, log_q = flow.draw(BEGUN_FROM)
     ratios = (density(z) - log_q).double()
     weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0).nan_to_num(nan=0.0)
-    if not float(weights.square().sum()) * len(z) * WORTH < 1.0 or not bool(weights.sum() > 0.0):
+    if not float(weights.square().sum()) * len(z) * ESS_SHARE_OF_CHAIN_STARTS < 1.0 or not bool(weights.sum() > 0.0):
         return None
     about: dict[str, Any] = {"seed": seed, "bar": bar, "most": affordable(density, ATTEMPT), "independence": 1}
     found = chains_from(Latent(flow, density), names, z, weights.log(), draws, **about)
@@ -163,7 +173,10 @@ def affordable(density: LogDensity, gradients: float) -> float:
 
 def _only_lacks_draws(found: McmcDiagnostics) -> bool:
     """Whether superchains agree, and draws will be enough: more of them may cost less than to train a flow."""
-    return min(found.ess_bulk, found.ess_tail) >= NEARLY * LEAST_ESS and found.nested_r_hat <= NESTED_R_HAT
+    return (
+        min(found.ess_bulk, found.ess_tail) >= ESS_OF_CHAINS_NEARLY * ESS_OF_CHAINS
+        and found.nested_r_hat <= NESTED_R_HAT_OF_CHAINS
+    )
 
 
 def _gone_on(sampler: Sampler, found: McmcDiagnostics, spent: float, bar: Bar, patient: bool) -> McmcDiagnostics:

@@ -27,20 +27,23 @@ from pyro_flows.correction.kept import Kept, numbers_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric, learned
 from pyro_flows.correction.microcanonical import microcanonical
-from pyro_flows.verdict.chains import DIVERGENCES, McmcDiagnostics, McmcDraws, diverge, objections
+from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, diverge, objections
+from pyro_flows.verdict.thresholds import (
+    DIVERGENT_SHARE_OF_CHAINS,
+    DIVERGENT_TIMES_MOST,
+    NESTED_R_HAT_OF_FIRST_HALF,
+    NESTED_R_HAT_OF_WARM_UP,
+)
 
 SUBCHAINS = 8  # chains of a superchain, with one starting point
 ROUND = 30  # sweeps of a round of warm-up
 ROUNDS = 2, 12  # at least, at most
-WARM = 1.05  # nested R-hat over a round, up to which warm-up is over
 KEPT = 64  # draws of a chain, at least: R-hat splits them into halves
 HALVINGS = 4  # of the step size, where trajectories diverge
 SHORT_EVERY, SHORT = 4, 0.25  # each fourth move takes leaps of a quarter: into necks that the others overshoot
 WATCHED = 16  # coordinates, the worst of the last look at all
 HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latter take two dimensions
-HOPELESS = 10.0  # times the divergences that the verdict bears, of the draws that are asked for
 ROOM, ROOM_NUMBERS = 256, 2**20  # draws of a chain that are held, and numbers in those of all, if that is more
-FAR = 1.1  # nested R-hat above which the first half of the draws counts as warm-up
 COUNTS, METRIC = ("sweeps", "waiting", "checked", "halved"), ("axes", "roots")  # files of old have none of the latter
 
 
@@ -148,7 +151,10 @@ class Sampler:
 
     def _diverges(self) -> bool:
         """Whether more trajectories have diverged than chains of the fewest draws could make up for."""
-        return self.draws.total("diverging") > HOPELESS * DIVERGENCES * len(self.points.x) * self.kept
+        return (
+            self.draws.total("diverging")
+            > DIVERGENT_TIMES_MOST * DIVERGENT_SHARE_OF_CHAINS * len(self.points.x) * self.kept
+        )
 
     def _needed(self, step: float = 1.0) -> float:
         """Return how many gradients the draws to be kept take at least, by the kernel, or with a part of its step."""
@@ -254,7 +260,7 @@ class Sampler:
         rounds = self.numbers["sweeps"] // ROUND
         x, z, slope = (torch.stack(parts, 1) for parts in zip(*self.round[ROUND // 3 :], strict=True))
         nested = _mixing.nested_r_hat(z, self.superchain).max()
-        if rounds >= ROUNDS[1] or (rounds >= ROUNDS[0] and float(nested) <= WARM):
+        if rounds >= ROUNDS[1] or (rounds >= ROUNDS[0] and float(nested) <= NESTED_R_HAT_OF_WARM_UP):
             self.kernel.freeze()
             self.numbers["fixed_at"] = self.numbers["sweeps"]
         else:
@@ -287,7 +293,7 @@ class Sampler:
         room = min(ROOM, ROOM_NUMBERS // self.points.x.numel())
         if len(self.draws) < max(2 * self.kept, room):
             return
-        if not found.nested_r_hat <= FAR:
+        if not found.nested_r_hat <= NESTED_R_HAT_OF_FIRST_HALF:
             chosen = slice(len(self.draws) // 2, None)
         else:
             chosen = slice(1, None, 2)

@@ -14,11 +14,11 @@ from pyro_flows import _mixing, _stages
 from pyro_flows._ledger import counted
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import SHARE, SHORT_TAIL, SPREAD_OUT, Guide, Lack, to_name
+from pyro_flows.modes.lacks import SHORT_TAIL, SPREAD_OUT, Guide, Lack, to_name
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.short_tails import and_tails
 from pyro_flows.modes.symmetries import SignedPermutation
-from pyro_flows.modes.thin import THIN, WANDERED
+from pyro_flows.modes.thin import WANDERED
 from pyro_flows.modes.umbrella import Space
 from pyro_flows.modes.units import in_units
 from pyro_flows.modes.valleys import lie_apart
@@ -26,16 +26,21 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.bridge import bridge_value
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.psis import psis
+from pyro_flows.verdict.thresholds import (
+    DENSITY_GAP_OF_WALKERS,
+    K_HAT_OF_MASS,
+    MISSED_MASS_SHARE,
+    NESTED_R_HAT_OF_REGIONS,
+    REGION_MASS_SHARE,
+)
 
 SEARCHED = 1000  # draws of the chains
 TOO_LITTLE, MISS = "the chains have too little mass", "the chains miss a mode"  # which longer chains may have
 HELD_OUT = 4  # one superchain of so many
 OF_GUIDES = (_stages.SEARCH,)
 OF_CHAINS = _stages.SEARCH_BY_CHAINS, _stages.EARLIER_SEARCH_BY_CHAINS
-SETTLED = 1.05  # nested R-hat of whether a chain is in a region
 WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
-WEIGHED, TRUSTED_K_HAT = 4000, 0.7  # draws that the mass of a region is found by
-PART = 0.5  # of a region's mass that chains have to have, where it is known
+WEIGHED = 4000  # draws that the mass of a region is found by
 NO_PLACE = WANDERED, SPREAD_OUT, SHORT_TAIL  # starts that stand for more than the region of a normal distribution
 INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribution that lie farther out do not count
 
@@ -115,8 +120,8 @@ def lacks_of_chains(
         places = [lack.place if lack.drawn is None else lack.drawn for lack in lacks]
         return [] if lacks and joined(torch.stack(places)) else lacks
 
-    thin = Guide(density, score, covered).is_thin(z[chosen], log_p[chosen], by=THIN)
-    if not searched or float(thin.double().mean()) > SHARE:
+    thin = Guide(density, score, covered).is_thin(z[chosen], log_p[chosen], by=DENSITY_GAP_OF_WALKERS)
+    if not searched or float(thin.double().mean()) > MISSED_MASS_SHARE:
         given: dict[str, Any] = {"seed": seed, "space": space, "sift": left}
         search = missed_modes(density, [], z[chosen], log_p[chosen] - covered, score, **given)
     found = _not_visited(history, regions, joined)
@@ -223,16 +228,16 @@ class _Regions:
 
     def _visited(self, inside: Tensor, loc: Tensor, scale: Tensor) -> bool:
         share = float(inside.double().mean())
-        if share < PART:  # more is never needed
+        if share < REGION_MASS_SHARE:  # more is never needed
             needed, most = self._needed(loc, scale)
-            if most < SHARE:
+            if most < MISSED_MASS_SHARE:
                 return True
             if share < needed:
                 return False
         if share == 1.0:
             return True
         nested = _mixing.nested_r_hat(inside.double()[..., None], self.chains.state["superchain"])
-        return float(nested[0]) <= SETTLED
+        return float(nested[0]) <= NESTED_R_HAT_OF_REGIONS
 
     def inside(self, loc: Tensor, scale: Tensor) -> Tensor:
         """Return which of the chains' draws (C, N) are among those that a normal distribution would draw."""
@@ -252,12 +257,12 @@ class _Regions:
         ratios = (self.density(loc + away) - log_g).double()
         ratios = torch.where(torch.isfinite(ratios) & _inside(away, scale), ratios, -torch.inf)
         if not bool(torch.isfinite(ratios).any()):
-            return SHARE, math.inf
+            return MISSED_MASS_SHARE, math.inf
         k_hat = psis(ratios)[1]
         weights = (ratios - self.evidence).exp()
         mean, error = float(weights.mean()), 2.0 * float(weights.std()) / math.sqrt(WEIGHED)
-        needed = PART * min(mean - error, 1.0)
-        return (needed, mean + error) if k_hat < TRUSTED_K_HAT else (max(SHARE, needed), math.inf)
+        needed = REGION_MASS_SHARE * min(mean - error, 1.0)
+        return (needed, mean + error) if k_hat < K_HAT_OF_MASS else (max(MISSED_MASS_SHARE, needed), math.inf)
 
 
 def _inside(away: Tensor, scale: Tensor) -> Tensor:

@@ -14,12 +14,11 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.psis import psis
+from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_RUNS, R_HAT_OF_RUNS
 
 COMPARED_DRAWS = 4000
 BALANCED_DRAWS, BALANCING_STEPS = 2000, 200
-R_HAT = 1.02
 NAMED = 3  # coordinates; the verdict counts the others
-EVIDENCE = 0.3  # nats between the largest and the smallest estimate
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def compare(outcomes: Sequence[Round], names: Sequence[str]) -> Agreement:
     found = disagreements(dict(zip(names, r_hat(draws).tolist(), strict=True)))
     evidences = torch.tensor([outcome.weighing.log_evidence for outcome in outcomes], dtype=torch.float64)
     spread = float(evidences.max() - evidences.min())
-    if not spread <= EVIDENCE:
+    if not spread <= EVIDENCE_GAP_OF_RUNS:
         found.append(f"log evidences of the runs differ by {spread:.2f} nats")
     weights = torch.softmax(torch.nan_to_num(evidences, nan=-math.inf), 0)
     return Agreement(tuple(found), tuple(weights.tolist()))
@@ -53,7 +52,7 @@ def compare(outcomes: Sequence[Round], names: Sequence[str]) -> Agreement:
 
 def disagreements(r_hats: Mapping[str, float]) -> list[str]:
     """Name the worst coordinates that are above the threshold, and count the others."""
-    above = {name: value for name, value in r_hats.items() if not value <= R_HAT}
+    above = {name: value for name, value in r_hats.items() if not value <= R_HAT_OF_RUNS}
     worst = sorted(above, key=lambda name: -math.inf if math.isnan(above[name]) else -above[name])
     found = [f"runs disagree on {name} (R-hat {above[name]:.2f})" for name in worst[:NAMED]]
     others = len(worst) - len(found)

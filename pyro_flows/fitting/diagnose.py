@@ -36,9 +36,9 @@ from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS
 from pyro_flows.verdict.deciding import Draw
+from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST
 from pyro_flows.verdict.weighing import weigh
 
-POOR = 0.1  # effective share of the draws
 SEARCHED_DRAWS = 1000  # from which missed modes are searched for
 HIDDEN = "no search for missed modes was made, since auxiliary sites hide the guide's density at given points"
 THIN = "no search for missed modes was made, since a first sample had poor weights"
@@ -174,7 +174,7 @@ def _searched(density: LogDensity, draw: Draw, score: Score | None, space: Space
     with seeded(derive(seed, "a search"), density.device):
         z, log_q = draw(SEARCHED_DRAWS)
         weighing = weigh(z, density(z), log_q)
-        if not weighing.k_hat < weighing.threshold or weighing.ess < POOR * len(z):
+        if not weighing.k_hat < weighing.threshold or weighing.ess < ESS_SHARE_LEAST * len(z):
             return Search(notes=(THIN,))
         search = missed_modes(density, [], z, log_q, score, seed=seed, space=space)
         about: dict[str, Any] = {"evidence": lambda log_weights: weighing.log_evidence, "seed": seed}

@@ -20,12 +20,13 @@ from pyro_flows.flows.nested import outer_flow, with_tails
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.conditionals import Conditional, conditional
 from pyro_flows.modes.hyper import can_be_nested, held_coordinates
-from pyro_flows.modes.outer import FEWEST, Sample, fit_flow, sampled
+from pyro_flows.modes.outer import Sample, fit_flow, sampled
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.starts.prior import prior_draws, spread_of
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.methods import CONDITIONALS
+from pyro_flows.verdict.thresholds import ESS_OF_MARGINAL_LEAST
 
 STAGE = CONDITIONALS
 SEED = "coordinates held"  # its digits, on which draws depend
@@ -93,7 +94,7 @@ def _found(
         if given is None:
             return None
         sample = sampled(given.marginal, loc, root)
-        if sample is None or sample.effective < FEWEST:
+        if sample is None or sample.effective < ESS_OF_MARGINAL_LEAST:
             return None
         chosen = torch.multinomial(sample.weights, CHECKED, replacement=True)
         if given.holds(sample.theta[chosen]):

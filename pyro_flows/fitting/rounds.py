@@ -15,18 +15,21 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.training.loop import Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.judging import judge
+from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_EVEN,
+    ESS_SHARE_FAR_OFF,
+    ESS_SHARE_GOOD,
+    EVIDENCE_GAP_GOOD,
+    EVIDENCE_GAP_GOOD_A_DIM,
+    EVIDENCE_GAP_SMALL,
+    EVIDENCE_GAP_SMALL_A_DIM,
+    K_HAT_GOOD,
+    SHIFT_SEEN,
+    SHIFT_SEEN_ERRORS,
+)
 from pyro_flows.verdict.weighing import Weighing, weigh
 
-ENOUGH_K = 0.5
-ENOUGH_ESS = 0.95  # of S: unequal weights with next to no mass may have a longer tail,
-ENOUGH_SMALL_GAP, ENOUGH_SMALL_GAP_A_DIM = 0.01, 0.0005  # where the gap in nats is that small, by the dimension
-EVEN_ESS = 0.98  # of S
-SEEN = 0.04  # sds: what a reader of 4000 draws sees of a mean or an sd, two and a half standard errors
-ERRORS = 4.0  # standard errors of a weighted mean: the largest of the shifts of many coordinates has so much of noise
-NEARLY = 1.5  # times that, where training goes on or has just ended: the noise of the sample and of the steps is in it
-ENOUGH_GAP, ENOUGH_GAP_A_DIM = 0.04, 0.002  # nats between log evidence and ELBO: the larger one, by the dimension
 JUDGED_DRAWS, LOOKED_AT_DRAWS, GLANCED_DRAWS = 20_000, 4000, 256
-FAR_OFF = 0.02  # effective share of a glance's draws; the verdict asks for five times that
 FEWER_DRAWS, JUDGED_NUMBERS = 8000, 4_000_000  # where draws have many coordinates
 
 
@@ -52,7 +55,7 @@ class Round:
         """
         weighing = self.weighing
         ratio = weighing.ess / len(weighing.log_weights)
-        return ratio > EVEN_ESS and weighing.k_hat < ENOUGH_K and not weighing.broken and self.weighed
+        return ratio > ESS_SHARE_EVEN and weighing.k_hat < K_HAT_GOOD and not weighing.broken and self.weighed
 
     @property
     def weighed(self) -> bool:
@@ -65,14 +68,14 @@ class Round:
 
         More steps move no tail that has next to no mass, and a mixture would have the same modes.
         """
-        even = self.weighing.ess > ENOUGH_ESS * len(self.weighing.log_weights)
-        return even and self.weighing.k_hat >= ENOUGH_K and self.weighed
+        even = self.weighing.ess > ESS_SHARE_GOOD * len(self.weighing.log_weights)
+        return even and self.weighing.k_hat >= K_HAT_GOOD and self.weighed
 
     @property
     def is_ok(self) -> bool:
         """Whether a verdict on its sample would be ``ok``, with a k-hat to spare."""
         fine = judge(self.weighing, _numbers(self.weighing)).status == "ok"
-        return fine and self.weighing.k_hat < ENOUGH_K and self.weighed
+        return fine and self.weighing.k_hat < K_HAT_GOOD and self.weighed
 
     @property
     def can_be_used(self) -> bool:
@@ -88,23 +91,23 @@ class Round:
 
 def enough_gap(dim: int) -> float:
     """Return the gap in nats that leaves nothing to see in means and sds: the same for each dimension."""
-    return max(ENOUGH_GAP, ENOUGH_GAP_A_DIM * dim)
+    return max(EVIDENCE_GAP_GOOD, EVIDENCE_GAP_GOOD_A_DIM * dim)
 
 
 def nothing_to_mend(weighing: Weighing) -> bool:
     """Say whether weights are so good that nothing more would gain: stricter than the verdict."""
     gap, ratio = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
-    small = max(ENOUGH_SMALL_GAP, ENOUGH_SMALL_GAP_A_DIM * len(weighing.mean_shift))
-    slight = ratio > ENOUGH_ESS and gap < small and weighing.k_hat < weighing.threshold
+    small = max(EVIDENCE_GAP_SMALL, EVIDENCE_GAP_SMALL_A_DIM * len(weighing.mean_shift))
+    slight = ratio > ESS_SHARE_GOOD and gap < small and weighing.k_hat < weighing.threshold
     fine = judge(weighing, _numbers(weighing)).status == "ok"
-    return fine and (weighing.k_hat < ENOUGH_K or slight) and gap < enough_gap(len(weighing.mean_shift))
+    return fine and (weighing.k_hat < K_HAT_GOOD or slight) and gap < enough_gap(len(weighing.mean_shift))
 
 
-def invisible(weighing: Weighing, *, seen: float = SEEN) -> bool:
+def invisible(weighing: Weighing, *, seen: float = SHIFT_SEEN) -> bool:
     """Say whether nothing is to mend and weighting moves no mean, sd or quantile by what a reader would see."""
     shift = max(float(weighing.mean_shift.max()), float(weighing.sd_shift.max()), weighing.quantile_shift or 0.0)
     error = math.sqrt(max(1.0 / weighing.ess - 1.0 / len(weighing.log_weights), 0.0)) if weighing.ess else 0.0
-    return nothing_to_mend(weighing) and shift < seen + ERRORS * error
+    return nothing_to_mend(weighing) and shift < seen + SHIFT_SEEN_ERRORS * error
 
 
 @torch.no_grad()
@@ -126,7 +129,9 @@ def is_far_off(flow: Flow, density: LogDensity) -> bool:
         z, log_q = flow.draw(GLANCED_DRAWS)
     ratios = (density(z) - log_q).double()
     weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0)
-    return not float(weights.square().sum()) * GLANCED_DRAWS * FAR_OFF < 1.0  # NaN where no draw has a density
+    return (
+        not float(weights.square().sum()) * GLANCED_DRAWS * ESS_SHARE_FAR_OFF < 1.0
+    )  # NaN where no draw has a density
 
 
 @torch.no_grad()

@@ -18,8 +18,6 @@ from pyro_flows.fitting.plan import Plan, tails
 from pyro_flows.fitting.rounds import (
     JUDGED_DRAWS,
     LOOKED_AT_DRAWS,
-    NEARLY,
-    SEEN,
     Round,
     assess,
     enough_gap,
@@ -48,6 +46,7 @@ from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Look, Training, t
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.methods import GAUSSIAN
+from pyro_flows.verdict.thresholds import ESS_SHARE_OF_NO_TOP, ESS_SHARE_OF_ONE_MODE, SHIFT_SEEN, SHIFT_SEEN_IN_TRAINING
 
 STARTS_SHARE, RACE_SHARE = 0.5, 0.5  # of the seconds that are left, if there is a bound
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
@@ -58,8 +57,6 @@ MOST_SAMPLED = 20_000  # draws asked for, up to which it is
 CHEAP, FEW_OPERATIONS = 500, 500  # dimensions times numbers of an evaluation, and its operations, with its gradient,
 # up to which a glance at the modes costs next to nothing
 BARRIER = 3.0  # nats: over less, draws of a flow that is trained come to the other mode
-HOPELESS = 0.001  # and below which the density may have no smooth top
-POOR = 0.3  # effective share of a flow's draws, below which it may lie between several modes
 SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
 
 
@@ -180,7 +177,7 @@ def _go_on(plan: Plan, density: LogDensity, run: Run, flow: Flow, *, seed: int, 
     """
     best = run.best
     assert best is not None
-    poor = best.weighing.ess < POOR * len(best.weighing.log_weights)
+    poor = best.weighing.ess < ESS_SHARE_OF_ONE_MODE * len(best.weighing.log_weights)
     sliced = slices_of(plan, density, best.flow, seed=seed) if alone else None
     if sliced is not None:
         accepted(SLICES)
@@ -241,7 +238,7 @@ def _first_round(plan: Plan, run: Run, trainer: Trainer, *, seed: int) -> None:
     def weigh() -> tuple[bool, float]:
         trainer.write()
         weighing = weighed(trainer.flow, density, LOOKED_AT_DRAWS)
-        return invisible(weighing, seen=NEARLY * SEEN), weighing.ess / len(weighing.log_weights)
+        return invisible(weighing, seen=SHIFT_SEEN_IN_TRAINING * SHIFT_SEEN), weighing.ess / len(weighing.log_weights)
 
     def endless() -> bool:
         return _has_no_integral(plan, density, run, trainer.flow, seed)
@@ -255,7 +252,7 @@ def _first_round(plan: Plan, run: Run, trainer: Trainer, *, seed: int) -> None:
         outcome = assess(_stages.FIRST_ROUND, trainer, training)
         run.take(outcome, trainer)
         done = not training.early or plan.clock.over or (stalls and outcome.lacks_a_tail)
-        if done or invisible(outcome.weighing, seen=NEARLY * SEEN):
+        if done or invisible(outcome.weighing, seen=SHIFT_SEEN_IN_TRAINING * SHIFT_SEEN):
             return
         look = None
 
@@ -294,7 +291,8 @@ def _is_several(plan: Plan, density: LogDensity, run: Run, seed: int, *, barrier
     with plan.clock.part(_stages.SEVERAL):
         first = run.best is None
         z = prior_draws(density, SURVEYED_FROM, seed=seed) if first else run.flow(plan, density).draw(SURVEYED_FROM)[0]
-        hopeless = run.best is not None and run.best.weighing.ess < HOPELESS * len(run.best.weighing.log_weights)
+        weighing = None if run.best is None else run.best.weighing
+        hopeless = weighing is not None and weighing.ess < ESS_SHARE_OF_NO_TOP * len(weighing.log_weights)
         run.several = several(density, z, seed=seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
     if run.several is None:
         return False

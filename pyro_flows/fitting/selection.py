@@ -18,12 +18,12 @@ from pyro_flows.starts.start import Start, divergence
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Check
 from pyro_flows.training.trainer import Trainer
+from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_TRIALS
 
 RACE_STEPS = 100
 STEP_SIZES = (STEP_SIZE, 3e-3)
 CLOSE = 10.0  # nats between two starts that are worth racing
 ELSEWHERE = 1.0  # nats of divergence between two starts, from which they are not next to the same
-NEAR = 1.0  # nats between evidence and ELBO after a race, by the draws of a check: another step size would gain little
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def race(
         return Entrant.run(fresh, density, start, size, steps, seed=seed, extra=extra)
 
     done = [enter(starts[0], STEP_SIZES[0])]
-    if not extra and not done[0].gap < NEAR:
+    if not extra and not done[0].gap < EVIDENCE_GAP_OF_TRIALS:
         done += [enter(starts[0], size) for size in STEP_SIZES[1:]]
     if not extra:
         done += [enter(start, STEP_SIZES[0]) for start in _wider(starts[0], starts[1:])]

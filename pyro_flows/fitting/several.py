@@ -20,16 +20,23 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import student_mixture, tabulated
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.population import GAIN, Generation, Parts, begun, can_be_scattered, fitted, scattered
+from pyro_flows.modes.population import Generation, Parts, begun, can_be_scattered, fitted, scattered
 from pyro_flows.modes.separable import is_separable, marginals
 from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
 from pyro_flows.modes.units import units_of
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
 from pyro_flows.verdict.psis import psis
+from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_OF_MIXTURE,
+    ESS_SHARE_OF_MIXTURE_GAIN,
+    ESS_SHARE_OF_MIXTURE_HIGH,
+    ESS_SHARE_OF_TABLES,
+    K_HAT_OF_MIXTURE,
+    K_HAT_OF_MIXTURE_HIGH,
+    K_HAT_OF_TABLES,
+)
 
-ENOUGH_SHARE, ENOUGH_K = 0.3, 0.5  # of the mixture's draws: effective share, and k-hat
-GOOD_SHARE, NEAR_K = 0.7, 0.6  # where most draws are effective, a k-hat that may be that of few large weights by chance
 AGAIN = 3  # times that modes are looked for where weights are large
 ROWS = 4096  # points that all parts are looked at together
 HEAVY, HEAVIEST = 10.0, 48  # times the mean weight, from which on a draw points to what is missing; draws
@@ -38,7 +45,7 @@ LINE_POINTS = 17  # on a line between two modes
 OF_TERM, ITS_OWN = 100, 0.9  # draws of a term, and their mean share of the density where it holds them alone
 GLANCED = 96  # climbs of a round, until there is more than one mode
 FEW_ROUNDS = 2  # of a survey
-WEIGHED, TABLE_SHARE, TABLE_K = 4000, 0.9, 0.7  # draws, their effective share, and k-hat: whether a table is right
+WEIGHED = 4000  # draws that tell whether a table is right
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,9 @@ def several(
         if not has_new(found, before):
             break
         more = _fitted(density, begun(*_start(found)), again, bar)
-        in_vain = more is None or more.worth < best.worth + GAIN
-        best = more if more is not None and more.worth > min(best.worth, ENOUGH_SHARE) else best
-        if in_vain and best.worth < ENOUGH_SHARE:
+        in_vain = more is None or more.worth < best.worth + ESS_SHARE_OF_MIXTURE_GAIN
+        best = more if more is not None and more.worth > min(best.worth, ESS_SHARE_OF_MIXTURE) else best
+        if in_vain and best.worth < ESS_SHARE_OF_MIXTURE:
             break
     tried = None if best is None else _as_sampler(best, len(found.weighty()), found.over)
     return tried if tried is not None and (tried.enough or barrier) else _brought(density, tried, seed, bar)
@@ -163,7 +170,7 @@ def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> Seve
     alone = "the density was tabulated on a grid"
     said = alone if density.dim == 1 else "the coordinates are independent, so the density of each was tabulated"
     said = f"the posterior has several modes: {said}" if len(found) > 1 else said
-    return Several(sampler, said, stage, True) if share >= TABLE_SHARE and k_hat < TABLE_K else None
+    return Several(sampler, said, stage, True) if share >= ESS_SHARE_OF_TABLES and k_hat < K_HAT_OF_TABLES else None
 
 
 def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
@@ -177,7 +184,8 @@ def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
 
 
 def is_enough(share: float, k_hat: float) -> bool:
-    return share >= ENOUGH_SHARE and k_hat < (NEAR_K if share >= GOOD_SHARE else ENOUGH_K)
+    limit = K_HAT_OF_MIXTURE_HIGH if share >= ESS_SHARE_OF_MIXTURE_HIGH else K_HAT_OF_MIXTURE
+    return share >= ESS_SHARE_OF_MIXTURE and k_hat < limit
 
 
 def _start(found: Survey) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,9 +6,9 @@ import torch
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.verdict.thresholds import VAR_LOG_P_RATIO, VAR_LOG_P_RATIO_MOST
 from pyro_flows.verdict.weighing import weigh
 
-UNEVEN, FAR_UNEVEN = 2.0, 5.0  # Var[log p] over Var[log q]
 UNEVEN_DRAWS = 4000
 
 
@@ -30,9 +30,9 @@ def too_uneven(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]]:
     spread = (weights * (log_p - (weights * log_p).sum()).square()).sum()
     base = flow.base_distribution()
     ratio = float(spread / base.log_prob(base.sample((UNEVEN_DRAWS,))).var())
-    if not ratio > UNEVEN:
+    if not ratio > VAR_LOG_P_RATIO:
         return [], []
     said = [
         f"Var[log p] is {ratio:.1f} times that of the base, so NICE, which preserves volume, cannot fit: use realnvp"
     ]
-    return (said, []) if ratio < FAR_UNEVEN else ([], said)
+    return (said, []) if ratio < VAR_LOG_P_RATIO_MOST else ([], said)

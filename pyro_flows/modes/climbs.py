@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.doubts import TOPS_APART, Doubtful, by_curvature, distinct, heavier, normals_at, worth_tempering
-from pyro_flows.modes.lacks import SHARE, Guide, Lack
+from pyro_flows.modes.lacks import Guide, Lack
 from pyro_flows.modes.survey import can_be_surveyed, distances, survey
 from pyro_flows.modes.tempering import temper
 from pyro_flows.modes.terms import places_of_terms
@@ -23,6 +23,7 @@ from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.psis import psis
+from pyro_flows.verdict.thresholds import K_HAT_OF_MASS, MISSED_MASS_SHARE
 
 INFLATED = (3.0, 10.0, 30.0)
 SCREENED, SCREENED_AT = 1000, (1.5, 2.5, 4.0, 8.0)  # draws, and factors by which they are moved outwards
@@ -31,7 +32,6 @@ PRIOR_CLIMBERS, FEW_CLIMBERS = 24, 12  # paths from draws of the prior; fewer, w
 CAREFUL = 0.01  # of the units, for a second path from each of those: long first steps leap over modes
 MANY_TERMS = 2000
 WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path; at least
-TRUSTED_K_HAT = 0.7
 SAME_END, TWINS = 0.1, 2  # sds between ends of paths that are one place; paths to each that are weighed
 ROUNDS, SURVEYED, FEW = 2, 96, 30  # of a survey; climbs, up to so many dimensions, and a third of them beyond
 OWN_DRAWS = 200  # of the guide, that tell which mode it covers, and what their images hold
@@ -149,10 +149,10 @@ def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) 
         log_weights, k_hat = psis(lacking.log())
         start = Start("mode", best.loc[place], scales[place])
         beside = not bool(at_ends[number]) or _is_top(ends[number], ends[:own], units)
-        if not k_hat < TRUSTED_K_HAT:
+        if not k_hat < K_HAT_OF_MASS:
             elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
             doubtful.append(Doubtful(number, float(paths.elbo[number]), elsewhere, start, beside))
-        elif float(lacking.mean()) > SHARE:
+        elif float(lacking.mean()) > MISSED_MASS_SHARE:
             drawn = draws[place][int(log_weights.argmax())]
             found.append(Lack(ends[number] if bool(at_ends[number]) else drawn, start, beside=beside, drawn=drawn))
     return found, doubtful

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive
-from pyro_flows.modes.lacks import SHARE, THINNER, Guide, Lack, is_resolved
+from pyro_flows.modes.lacks import Guide, Lack, is_resolved
 from pyro_flows.modes.tempering import Tempered, log_mean, wander
 from pyro_flows.modes.units import in_units
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
@@ -19,8 +19,13 @@ from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.laplace import newton
 from pyro_flows.starts.pathfinder import Paths
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.thresholds import (
+    DENSITY_GAP_OF_MODES,
+    MASS_GAP_OF_LAPLACE_A_DIM,
+    MASS_GAP_OF_TEMPERING,
+    MISSED_MASS_SHARE,
+)
 
-SHORT = 10.0  # nats that tempering may fall short of; in 226 dimensions it was 33, and two places were no modes
 CURVED_UP_TO = 2**19  # dimensions times the numbers that one evaluation handles: some seconds for all places
 UNWEIGHED = (
     "the search for missed modes found a region whose mass it could not estimate: Hessians cost too much for this model"
@@ -28,7 +33,6 @@ UNWEIGHED = (
 NEWTON_STEPS = 4
 TO_GAIN = 0.1  # nats by another step, at a top
 SAME = 3.0  # standard deviations by Laplace's normal, within which tops are one
-APART = 0.5  # nats a dimension between the mass that a guide covers and that of Laplace's normal at its mode
 TOPS_APART = 6.0  # units, the norm of all coordinates together
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
@@ -50,8 +54,8 @@ def worth_tempering(
     """Return the numbers of paths to temper from, one of the guide's own region first, and the doubts on the others."""
     ends = paths.ends
     base = int(paths.elbo[:own].nan_to_num(nan=-torch.inf).argmax())
-    reach = guide.covered + math.log(SHARE) - max(0.0, guide.covered - float(paths.elbo[base]))
-    worth = [path for path in doubtful if path.elbo > reach - THINNER]
+    reach = guide.covered + math.log(MISSED_MASS_SHARE) - max(0.0, guide.covered - float(paths.elbo[base]))
+    worth = [path for path in doubtful if path.elbo > reach - DENSITY_GAP_OF_MODES]
     worth.sort(key=lambda path: (not path.elsewhere, -path.elbo))
     order = _apart(paths, [path.number for path in worth], units)
     worth = [*islice((worth[i] for i in order if not _is_spike(guide, ends[worth[i].number])), LOOKED_AT)]
@@ -93,7 +97,7 @@ def by_curvature(
     kept = (to_gain < TO_GAIN) & (away > SAME)  # no top without bound, nor the guide's own once more
     kept[0] = True
     size = torch.linalg.slogdet(roots)[1] + 0.5 * density.dim * math.log(2.0 * math.pi)
-    tells = guide.covered - float((top + size)[0]) < APART * density.dim
+    tells = guide.covered - float((top + size)[0]) < MASS_GAP_OF_LAPLACE_A_DIM * density.dim
     if not tells or int(kept.sum()) < 2:
         return None
     return normals_at(modes[kept], lower_triangular(roots[kept]), (top + size)[kept])
@@ -136,8 +140,8 @@ def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempere
     for path, reached, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=True):
         thin = guide.is_thin(reached, log_p)
         log_weights = torch.where(thin, log_weights, -torch.inf)
-        if float(log_mean(log_weights)) - covered > math.log(SHARE):
-            if guide.covered - covered > SHORT and not _stay_thin(guide, reached[thin], path):
+        if float(log_mean(log_weights)) - covered > math.log(MISSED_MASS_SHARE):
+            if guide.covered - covered > MASS_GAP_OF_TEMPERING and not _stay_thin(guide, reached[thin], path):
                 continue
             thin_end = bool(guide.is_thin(ends[path.number][None], density(ends[path.number][None]).detach()))
             drawn = reached[int(log_weights.argmax())]

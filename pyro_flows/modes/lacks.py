@@ -13,10 +13,9 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.symmetries import SignedPermutation
 from pyro_flows.starts.resolution import without_noise
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_MODES, MISSED_MASS_ERRORS, MISSED_MASS_SHARE
 
-SHARE = 0.02  # of the mass that the guide covers
 RESOLUTION = 0.05  # of a coordinate
-THINNER = 7.0  # nats by which the guide falls short at a mode that it lacks
 SPREAD_OUT = "spread out"  # name of a start in one of many small modes
 SHORT_TAIL = "short tail"  # name of a start where a marginal goes on beyond the draws
 PLACES = 8  # that wanderers came to, at most
@@ -57,7 +56,7 @@ class Guide:
         return torch.where(self.is_thin(z, log_p) & torch.isfinite(ratios), ratios, -torch.inf).exp()
 
     @torch.no_grad()
-    def is_thin(self, z: Tensor, log_p: Tensor, *, by: float = THINNER) -> Tensor:
+    def is_thin(self, z: Tensor, log_p: Tensor, *, by: float = DENSITY_GAP_OF_MODES) -> Tensor:
         """Whether the guide has less than it ought to have, by some nats, at points (S, D) with these log densities."""
         usable = torch.isfinite(log_p) & torch.isfinite(z).all(1)
         thin = torch.zeros_like(usable)
@@ -68,7 +67,7 @@ class Guide:
 
 def lacks_of(moved: Tensor, log_p: Tensor, lacking: Tensor, name: str) -> list[Lack]:
     """Return the region of moved draws if it holds a good part of the mass; each draw counts as one at most."""
-    if not float(lacking.clamp(max=1.0).mean()) > SHARE:
+    if not float(lacking.clamp(max=1.0).mean()) > MISSED_MASS_SHARE:
         return []
     within = lacking > 0.0
     return [Lack(moved[int(torch.where(within, log_p, -torch.inf).argmax())], moments(moved[within], name))]
@@ -118,7 +117,7 @@ def lack_of(ends: Tensor, thin: Tensor, mass: Tensor, there: Tensor, name: str) 
     ``ends`` (N, D) are where they came to; the others are those of :func:`share_error`.
     """
     share, known, error = share_error(thin, mass, there)
-    if share - 2.0 * error <= known + SHARE:
+    if share - MISSED_MASS_ERRORS * error <= known + MISSED_MASS_SHARE:
         return []
     about = moments(ends[thin], name)
     return [Lack(end, about, beside=True) for end in ends[thin][:PLACES]]

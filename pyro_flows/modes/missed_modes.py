@@ -14,7 +14,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.climbs import climbed, surveyed
 from pyro_flows.modes.doubts import UNWEIGHED
-from pyro_flows.modes.lacks import SHARE, SPREAD_OUT, Guide, Lack, Score, is_resolved, lacks_of, to_name
+from pyro_flows.modes.lacks import SPREAD_OUT, Guide, Lack, Score, is_resolved, lacks_of, to_name
 from pyro_flows.modes.lines import across
 from pyro_flows.modes.population import can_be_scattered, fitted, generation, scattered
 from pyro_flows.modes.symmetries import are_the_same, images, moves, signed_permutation
@@ -24,10 +24,10 @@ from pyro_flows.modes.umbrella import Space
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.own_values import element
+from pyro_flows.verdict.thresholds import ESS_SHARE_OF_MASS, K_HAT_OF_MASS, MISSED_MASS_SHARE
 
 MOVED_DRAWS = 200
 SEEDS = 2  # draws at which exact moves are looked for
-SPREAD, TRUSTED = 0.1, 0.7  # effective share of a mixture's draws, and k-hat, that tell masses
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,13 @@ def spread_out(guide: Guide, *, seed: int) -> list[Lack]:
         return []
     with seeded(derive(seed, "draws of a mixture"), density.device):
         found = generation(density, parts)
-    if found is not None and found.share < SPREAD:
+    if found is not None and found.share < ESS_SHARE_OF_MASS:
         found = fitted(density, parts, seed=seed)
-    if found is None or found.share < SPREAD or not found.k_hat < TRUSTED:
+    if found is None or found.share < ESS_SHARE_OF_MASS or not found.k_hat < K_HAT_OF_MASS:
         return []
     thin = guide.is_thin(found.z, density(found.z))
     mass = torch.where(thin, found.weights, 0.0)
-    if not float(mass.sum()) > SHARE:
+    if not float(mass.sum()) > MISSED_MASS_SHARE:
         return []
     part = found.log_parts[:, thin].argmax(0).mode().values
     start = Start(SPREAD_OUT, found.parts.loc[part], found.parts.roots[part])

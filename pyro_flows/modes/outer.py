@@ -26,16 +26,15 @@ from torch import Tensor, nn
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.verdict.psis import psis
+from pyro_flows.verdict.thresholds import ESS_OF_MARGINAL_DONE, ESS_SHARE_OF_MARGINAL, K_HAT_OF_MARGINAL
 
 DRAWS, MOST_ROUNDS = 400, 16
 DF = 5.0
-ENOUGH, FEWEST = 1000.0, 150.0  # effective draws: with so many, no more are made; with fewer, the flow is not fitted
 FLAT, EACH = 0.3, 10.0  # effective share that flattened weights have at least, or so many draws for each coordinate
 DEEP, DEEPEST = 25.0, 60.0  # nats below the top, beyond which draws do not count, and those of the flow count the same
 EVENLY = 0.3  # how much all draws count alike, those that have next to no weight too
 STEPS, MORE_STEPS, FITS = 100, 60, 5  # of L-BFGS, first and then; how often
 OWN, KEPT = 2000, 6000  # draws of the flow, that each fit is followed by; the latest draws, that fits go by
-GOOD_SHARE, GOOD_K = 0.97, 0.4  # effective share and k-hat of these, with which there is nothing more to fit
 
 
 class Sample(NamedTuple):
@@ -75,7 +74,7 @@ def sampled(log_density: Callable[[Tensor], Tensor], loc: Tensor, root: Tensor) 
         ridge = 1e-10 * covariance.diagonal().clamp_min(1e-300).diag()
         root, fault = torch.linalg.cholesky_ex(covariance + ridge)
         found = Sample(theta, log_p, torch.softmax(log_p - log_q, 0), loc, root)
-        if int(fault) or found.effective >= ENOUGH or len(proposals) == MOST_ROUNDS:
+        if int(fault) or found.effective >= ESS_OF_MARGINAL_DONE or len(proposals) == MOST_ROUNDS:
             return None if int(fault) else found
 
 
@@ -123,9 +122,9 @@ def fit_flow(
             break
         smooth, k_hat = psis(ratios)
         share = float(1.0 / smooth.exp().square().sum()) / OWN
-        worth = share - max(0.0, k_hat - GOOD_K)
+        worth = share - max(0.0, k_hat - K_HAT_OF_MARGINAL)
         best = max(best, (worth, share, k_hat, copy.deepcopy(flow.state_dict())), key=itemgetter(0))
-        if share >= GOOD_SHARE and k_hat < GOOD_K:
+        if share >= ESS_SHARE_OF_MARGINAL and k_hat < K_HAT_OF_MARGINAL:
             break
         log_mass = float(torch.logsumexp(ratios, 0)) - math.log(OWN)
         usable = torch.isfinite(own).all(1)

@@ -27,17 +27,20 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.psis import psis
+from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_OF_MIXTURE_DONE,
+    ESS_SHARE_OF_MIXTURE_GAIN,
+    ESS_SHARE_OF_MIXTURE_LEAST,
+    K_HAT_OF_MIXTURE_FREE,
+)
 
 LEAST_DRAWS, MOST_DRAWS, DRAWS_A_PART = 4000, 16_000, 200
 GENERATIONS = 4  # between two additions of parts
 ADDITIONS, IN_VAIN = 6, 2  # at most; one after the other that bring nothing
 MOST_PARTS = 64
-HOPELESS, ENOUGH = 0.02, 0.85  # effective shares of the draws: below the one, and from the other on, nothing is added
-GAIN = 0.01  # of that share, that an addition has to bring
 EVEN = 0.1  # share of the draws that goes to all parts alike
 LEAST = 1e-5  # weight of a part
 NARROW = 0.25  # of the volume of the part that a new one comes out of
-TRUSTED_K_HAT = 0.5  # above it, weights hang on a few draws
 FEW = 6  # dimensions in which draws of the prior find all of a posterior
 WRITTEN = 6000  # numbers that an evaluation may write there, for half a million of them
 PRIOR, FROM_PRIOR, WIDER = 1000, 8000, 1.5  # draws of the prior, and of each temperature; times the prior's variances
@@ -101,7 +104,7 @@ class Generation:
     @property
     def worth(self) -> float:
         """The larger the better: the effective share, less what k-hat is too large."""
-        return self.share - max(0.0, self.k_hat - TRUSTED_K_HAT)
+        return self.share - max(0.0, self.k_hat - K_HAT_OF_MIXTURE_FREE)
 
 
 def begun(modes: Tensor, roots: Tensor, evidence: Tensor) -> Parts:
@@ -198,13 +201,18 @@ def fitted(
         best = last = _evolved(density, parts)
         in_vain = 0
         for _ in range(ADDITIONS):
-            if best is None or last is None or best.share < HOPELESS or best.worth >= ENOUGH:
+            if (
+                best is None
+                or last is None
+                or best.share < ESS_SHARE_OF_MIXTURE_LEAST
+                or best.worth >= ESS_SHARE_OF_MIXTURE_DONE
+            ):
                 break
             if len(last.parts) >= MOST_PARTS:
                 break
             report(f"{len(last.parts)} parts, {last.share:.2f} of the draws effective")
             last = _evolved(density, _joined(last))
-            in_vain = 0 if last is not None and last.worth >= best.worth + GAIN else in_vain + 1
+            in_vain = 0 if last is not None and last.worth >= best.worth + ESS_SHARE_OF_MIXTURE_GAIN else in_vain + 1
             best = last if last is not None and last.worth > best.worth else best
             if in_vain == IN_VAIN:
                 break

@@ -24,12 +24,16 @@ from pyro_flows.modes.slices import Marginal, all_slices, can_be_sliced, closer
 from pyro_flows.modes.tables import roots_of
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.thresholds import (
+    MISSED_MASS_IN_EVIDENCE,
+    MISSED_MASS_OF_TAILS,
+    MISSED_MASS_OF_TAILS_ERRORS,
+    QUARTILE_GAP_OF_GRID,
+    TAIL_SHARE,
+)
 from pyro_flows.verdict.weighing import in_order, weighted_quantiles
 
-TAIL, SHORT = 0.05, 0.01  # of the draws, beyond each of two quantiles, and the mass beyond that they may come short of
-ERRORS = 2.0  # standard errors, on top of that
-ADDED = 0.5  # of that mass, that slices add to the evidence at least; what they come to is known to 1 %
-QUARTERS, APART = (0.25, 0.5, 0.75), 0.03  # of draws between these quantiles, and how far slices may be from these
+QUARTERS = (0.25, 0.5, 0.75)  # of draws between the quantiles of both tails
 
 
 def and_tails(
@@ -66,7 +70,7 @@ def short_tail(
     found = all_slices(density, z, log_weights, seed=seed)
     mass = torch.softmax(log_weights.double(), 0)
     effective = min(max(worth, 1.0) if worth == worth else 1.0, float(1.0 / mass.square().sum()))
-    limit = SHORT + ERRORS * math.sqrt(TAIL * (1.0 - TAIL) / effective)
+    limit = MISSED_MASS_OF_TAILS + MISSED_MASS_OF_TAILS_ERRORS * math.sqrt(TAIL_SHARE * (1.0 - TAIL_SHARE) / effective)
     short = [_short_of(one, z[:, one.coordinate].double(), mass) for one in found]
     for amount, worst in sorted(zip(short, found, strict=True), key=itemgetter(0), reverse=True):
         if not amount > limit:
@@ -75,7 +79,7 @@ def short_tail(
         again = closer(density, worst, seed=seed)  # with other draws: slices are known to a few per cent each
         if again is None or not _short_of(again, values, mass) > limit:
             continue
-        if not again.log_evidence - evidence < ADDED * amount:  # NaN where the draws tell none
+        if not again.log_evidence - evidence < MISSED_MASS_IN_EVIDENCE * amount:  # NaN where the draws tell none
             return _place(again, values, mass), worst
     return None
 
@@ -88,21 +92,21 @@ def _quantiles(values: Tensor, mass: Tensor, levels: Sequence[float]) -> Tensor:
 
 def _short_of(marginal: Marginal, values: Tensor, mass: Tensor) -> float:
     """Return by how much weighted draws (S,) come short of a tail; -inf if slices disagree about the middle."""
-    inner = [TAIL + (1.0 - 2.0 * TAIL) * part for part in QUARTERS]
-    found = _quantiles(values, mass, [TAIL, *inner, 1.0 - TAIL])
+    inner = [TAIL_SHARE + (1.0 - 2.0 * TAIL_SHARE) * part for part in QUARTERS]
+    found = _quantiles(values, mass, [TAIL_SHARE, *inner, 1.0 - TAIL_SHARE])
     if not marginal.places[0] < found[0] < found[-1] < marginal.places[-1]:
         return -math.inf
     below = marginal.below(found)
     quarters = (below[1:-1] - below[0]) / (below[-1] - below[0])
-    if float((quarters - quarters.new_tensor(QUARTERS)).abs().max()) > APART:
+    if float((quarters - quarters.new_tensor(QUARTERS)).abs().max()) > QUARTILE_GAP_OF_GRID:
         return -math.inf
-    short = max(float(below[0]), float(1.0 - below[-1])) - TAIL
+    short = max(float(below[0]), float(1.0 - below[-1])) - TAIL_SHARE
     return short if math.isfinite(short) else -math.inf
 
 
 def _place(marginal: Marginal, values: Tensor, mass: Tensor) -> Lack:
     """Return the top of the slice next to the middle of the mass beyond the tail that is short."""
-    low, high = _quantiles(values, mass, (TAIL, 1.0 - TAIL))
+    low, high = _quantiles(values, mass, (TAIL_SHARE, 1.0 - TAIL_SHARE))
     below = marginal.below(torch.stack([low, high, *marginal.places]))
     target = 0.5 * below[0] if below[0] > 1.0 - below[1] else 0.5 * (1.0 + below[1])
     number = int((below[2:] - target).abs().argmin())

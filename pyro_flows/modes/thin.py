@@ -6,20 +6,23 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.modes.lacks import SHARE, Guide, Lack, lack_of
+from pyro_flows.modes.lacks import Guide, Lack, lack_of
 from pyro_flows.modes.tempering import wander
 from pyro_flows.modes.umbrella import HIGH, Point, Space, excess, walked
 from pyro_flows.modes.units import units_of
 from pyro_flows.verdict.deciding import resample
+from pyro_flows.verdict.thresholds import (
+    DENSITY_GAP_OF_WALKERS,
+    ESS_SHARE_LEAST,
+    MASS_HARDLY_REACHED,
+    MISSED_MASS_SHARE,
+    WALKERS_OUT_SHARE,
+)
 
 WANDERERS, FEWER = 256, 64  # the less where a look at one is dear
 WANDERED = "wandered"
-THIN = 3.0  # nats by which the guide falls short where wanderers count
 FIRST, OUT, BACK = 16, 48, 64  # moves: to see whether there is any way out, farther out, and under the density itself
 LOOKS = 8  # at the way back
-DRAWN_OUT = 0.05  # of the wanderers that are drawn out, from which it is worth the rest
-KNOWN = 0.005  # of the mass of weighted draws
-USABLE = 0.1  # effective share of draws, below which no verdict rests on them
 
 
 @torch.no_grad()
@@ -43,7 +46,10 @@ def too_thin(guide: Guide, space: Space | None, z: Tensor, weights: Tensor, log_
     chosen = z[resample(log_mass, count, seed=derive(seed, "wanderers"))]
     if space is None or not is_usable(log_mass):
         ends, log_p = wander(guide.density, chosen, units_of(z), seed=derive(seed, "wandering"))
-        thin, there = guide.is_thin(ends, log_p, by=THIN), guide.is_thin(z, weights + log_q, by=THIN)
+        thin, there = (
+            guide.is_thin(ends, log_p, by=DENSITY_GAP_OF_WALKERS),
+            guide.is_thin(z, weights + log_q, by=DENSITY_GAP_OF_WALKERS),
+        )
     else:
         over = (weights + log_q - guide.score(z)).double()
         found = _drawn_out(space, chosen, over, log_mass, seed=seed)
@@ -55,7 +61,7 @@ def too_thin(guide: Guide, space: Space | None, z: Tensor, weights: Tensor, log_
 
 def is_usable(log_mass: Tensor) -> bool:
     """Whether a verdict may rest on draws with these normalized log weights, or on a larger sample of their kind."""
-    return bool(1.0 / log_mass.exp().square().sum() > USABLE * len(log_mass))
+    return bool(1.0 / log_mass.exp().square().sum() > ESS_SHARE_LEAST * len(log_mass))
 
 
 def _drawn_out(
@@ -71,13 +77,13 @@ def _drawn_out(
         points: Point = space.look(*space.place(chosen))
         level = level_of(points)
         points = walked(space, points, FIRST, level=level, height=HIGH)
-        if float((excess(points, level) > THIN).double().mean()) <= DRAWN_OUT:
+        if float((excess(points, level) > DENSITY_GAP_OF_WALKERS).double().mean()) <= WALKERS_OUT_SHARE:
             return None
         points = walked(space, points, OUT, level=level, height=HIGH)
         points = space.look(points.x.repeat(2, 1), points.k.repeat(2))
-        by = max(THIN, _hardly_reached(over - level, log_mass))
+        by = max(DENSITY_GAP_OF_WALKERS, _hardly_reached(over - level, log_mass))
         there = over - level > by
-        known = float(log_mass.exp()[there].sum()) + SHARE
+        known = float(log_mass.exp()[there].sum()) + MISSED_MASS_SHARE
         for _ in range(LOOKS):
             points = walked(space, points, BACK // LOOKS, level=level)
             thin = excess(points, level) > by
@@ -96,4 +102,4 @@ def _hardly_reached(over: Tensor, log_mass: Tensor) -> float:
     """Return the excess beyond which weighted draws have next to no mass."""
     ordered, places = over.sort()
     below = log_mass[places].exp().cumsum(0)
-    return float(ordered[int((below < 1.0 - KNOWN).sum().clamp_max(len(ordered) - 1))])
+    return float(ordered[int((below < 1.0 - MASS_HARDLY_REACHED).sum().clamp_max(len(ordered) - 1))])

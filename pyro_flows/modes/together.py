@@ -16,12 +16,13 @@ from pyro_flows.modes.lacks import Guide, Lack, is_resolved, lack_of
 from pyro_flows.modes.lines import across
 from pyro_flows.modes.missed_modes import MOVED_DRAWS, Search, mirrored, sentence_on
 from pyro_flows.modes.tempering import Tempered, temper, wander_together
-from pyro_flows.modes.thin import THIN, WANDERED
+from pyro_flows.modes.thin import WANDERED
 from pyro_flows.modes.units import units_of
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.deciding import resample
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_WALKERS
 
 DRAWS = 600
 OWN, PRIOR = 2, 8  # paths from the guide's own draws, and from the prior's
@@ -158,8 +159,8 @@ def _thin(look: _Look, ends: Tensor, log_p: Tensor) -> list[Lack]:
     """Return a place where the guide is too thin, if more draws came there than weights know of."""
     guide = _guide(look)
     ratios = (look.weights - guide.covered).double()
-    there = guide.is_thin(look.z, look.weights + look.log_q, by=THIN)
-    thin = guide.is_thin(ends, log_p, by=THIN)
+    there = guide.is_thin(look.z, look.weights + look.log_q, by=DENSITY_GAP_OF_WALKERS)
+    thin = guide.is_thin(ends, log_p, by=DENSITY_GAP_OF_WALKERS)
     return lack_of(ends, thin, torch.softmax(ratios, 0), there, WANDERED)
 
 

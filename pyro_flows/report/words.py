@@ -7,10 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_flows.results.record import Record
-from pyro_flows.verdict import mcmc
-from pyro_flows.verdict.chains import LEAST_ESS, NESTED_R_HAT, R_HAT
+from pyro_flows.verdict.thresholds import (
+    DIVERGENT_SHARE_OF_MCMC,
+    ESS_OF_CHAINS,
+    ESS_OF_MCMC,
+    ESS_SHARE_LEAST,
+    MEAN_SHIFT,
+    NESTED_R_HAT_OF_CHAINS,
+    R_HAT_OF_CHAINS,
+    R_HAT_OF_MCMC,
+    SD_SHIFT,
+)
 from pyro_flows.verdict.verdict import SHOWN
-from pyro_flows.verdict.weighing import ESS_RATIO, MEAN_SHIFT, SD_SHIFT
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ def _of_guide(posterior: Record) -> list[Figure]:
         Figure(
             "ESS/S",
             f"{verdict.ess_ratio:.2f}",
-            f"{ESS_RATIO} or more",
+            f"{ESS_SHARE_LEAST} or more",
             "Share of the method's own draws that is left after weighting; 1 if they are the posterior's.",
         ),
         Figure(
@@ -77,14 +85,14 @@ def _of_chains(chains: Any) -> list[Figure]:
         Figure(
             "Nested R-hat",
             f"{chains.nested_r_hat:.3f}",
-            f"{NESTED_R_HAT} or less",
+            f"{NESTED_R_HAT_OF_CHAINS} or less",
             "1 if chains from all starts agree.",
         ),
-        Figure("R-hat", f"{chains.r_hat:.3f}", f"{R_HAT} or less", "1 if single chains agree."),
+        Figure("R-hat", f"{chains.r_hat:.3f}", f"{R_HAT_OF_CHAINS} or less", "1 if single chains agree."),
         Figure(
             "Effective draws",
             f"{chains.ess_bulk:.0f} bulk, {chains.ess_tail:.0f} tail",
-            f"{LEAST_ESS:.0f} or more",
+            f"{ESS_OF_CHAINS:.0f} or more",
             f"Independent draws that the chains are worth, lowest at {chains.where}.",
         ),
         Figure("Divergences", f"{chains.divergences:.2%}", "hardly any", "Trajectories that went astray."),
@@ -95,17 +103,17 @@ def _of_chains(chains: Any) -> list[Figure]:
 def _of_mcmc(chains: Any) -> list[Figure]:
     known = not math.isnan(chains.divergences)
     return [
-        Figure("R-hat", f"{chains.r_hat:.3f}", f"below {mcmc.R_HAT}", "1 if the chains agree."),
+        Figure("R-hat", f"{chains.r_hat:.3f}", f"below {R_HAT_OF_MCMC}", "1 if the chains agree."),
         Figure(
             "Effective draws",
             f"{chains.ess_bulk:.0f} bulk, {chains.ess_tail:.0f} tail",
-            f"{mcmc.ESS:.0f} or more",
+            f"{ESS_OF_MCMC:.0f} or more",
             f"Independent draws that the chains are worth, lowest at {chains.where}.",
         ),
         Figure(
             "Divergences",
             f"{chains.divergences:.2%}" if known else "not known",
-            f"at most {mcmc.DIVERGING:.1%}",
+            f"at most {DIVERGENT_SHARE_OF_MCMC:.1%}",
             "Transitions that went astray.",
         ),
     ]

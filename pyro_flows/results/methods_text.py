@@ -12,7 +12,7 @@ from pyro_flows.results.attributes import attributes_of
 from pyro_flows.results.methods import method_of
 from pyro_flows.results.record import Record, counted
 from pyro_flows.verdict.deciding import POOL
-from pyro_flows.verdict.judging import MENDED, MENDED_K
+from pyro_flows.verdict.judging import MENDED
 from pyro_flows.verdict.methods import (
     CONDITIONALS,
     GAUSSIAN,
@@ -25,8 +25,9 @@ from pyro_flows.verdict.methods import (
     TRAINED,
 )
 from pyro_flows.verdict.references import bibtex, named
+from pyro_flows.verdict.thresholds import K_HAT_OF_CORRECTED, MEAN_SHIFT, SD_SHIFT
 from pyro_flows.verdict.verdict import Verdict
-from pyro_flows.verdict.weighing import MEAN_SHIFT, SD_SHIFT, UNTOLD
+from pyro_flows.verdict.weighing import UNTOLD
 
 BASES = {"normal": "a normal base", "student_t": "a Student-t base", "logistic": "a logistic base"}
 LAYERS = {
@@ -213,7 +214,7 @@ def _figures(text: Text, verdict: Verdict, count: int) -> None:
     mean, factor = verdict.mean_shift, math.exp(min(verdict.sd_shift, 10.0))
     moved = mean > MEAN_SHIFT or verdict.sd_shift > SD_SHIFT
     mended = (moved and verdict.status == "corrected") or any(MENDED in reason for reason in verdict.reasons)
-    threshold = min(verdict.k_threshold, MENDED_K) if mended else verdict.k_threshold
+    threshold = min(verdict.k_threshold, K_HAT_OF_CORRECTED) if mended else verdict.k_threshold
     text.say(
         f"{count:,} draws were weighted by the ratio of the posterior to the approximate density, Pareto-smoothed "
         f"{text.cite('Vehtari2024')}: k-hat was {verdict.k_hat:.2f} (threshold {threshold:.2f}), and the effective "

@@ -14,12 +14,12 @@ from pyro_flows._seeding import seeded
 from pyro_flows.model.faults import Undefined
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.deciding import CHECKED, POOL, Draw
+from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, K_HAT_GOOD
 from pyro_flows.verdict.weighing import weigh
 
 MAX_DRAWS = 10**7
 COPIES = 3  # of the pool that exist at once, and as many numbers beside it for each draw
 JUDGING = "computing importance weights"
-EVEN_ESS, EVEN_K = 0.98, 0.5  # of S; and k-hat, below which weights are nearly even
 LEAST = 8  # draws, whatever the clock says
 SCORING = 0.7  # of the time left: the rest is for checks and for the constrained values
 SHORT = 0.05  # of the time left, for which a piece may be taken twice as large
@@ -80,7 +80,7 @@ def pool_of(density: LogDensity, draw: Draw, draws: int) -> Pool:
         return score_pool(density, draw, POOL * draws)
     first = score_pool(density, draw, draws)
     weighing = weigh(first.z, first.log_p, first.log_q)
-    if weighing.ess > EVEN_ESS * draws and weighing.k_hat < EVEN_K and not weighing.broken:
+    if weighing.ess > ESS_SHARE_EVEN * draws and weighing.k_hat < K_HAT_GOOD and not weighing.broken:
         return first
     rest = score_pool(density, draw, (POOL - 1) * draws)
     z, log_q, log_p = (torch.cat([getattr(part, name) for part in (first, rest)]) for name in ("z", "log_q", "log_p"))

@@ -12,12 +12,11 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.thresholds import ESS_SHARE_MATCHED, ESS_SHARE_OF_MOMENTS, K_HAT_OF_MOMENTS
 from pyro_flows.verdict.weighing import Weighing, weigh
 
 NAME = "matched moments"
 FIRST_DRAWS, DRAWS = 4000, 20_000
-WORTH_ESS, WORTH_K = 0.2, 0.7  # of S: below and above, the weights of a few draws would make the moments
-EVEN_ESS = 0.99  # of S
 ROUNDS = 2
 COVARIANCE_ERROR = 0.02  # nats that the noise of a full covariance may cost
 
@@ -50,9 +49,9 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int, draws: i
             noise, log_noise = _noise(density, df, count, seed=derive(seed, f"matching {number}"))
             z = start.map(noise)
         weighing = weigh(z, density(z), log_noise - start.volume)
-        if not (weighing.k_hat < WORTH_K and weighing.ess > WORTH_ESS * count):
+        if not (weighing.k_hat < K_HAT_OF_MOMENTS and weighing.ess > ESS_SHARE_OF_MOMENTS * count):
             return start
-        if weighing.ess > EVEN_ESS * count:
+        if weighing.ess > ESS_SHARE_MATCHED * count:
             return start
         start = replace(_moved(start, z, weighing), elbo=max(start.elbo, weighing.elbo))
     return start

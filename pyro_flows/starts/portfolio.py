@@ -20,6 +20,7 @@ from pyro_flows.starts.pooling import pool
 from pyro_flows.starts.prior import SEARCHES, possible_points, prior_draws, spread_of
 from pyro_flows.starts.resolution import without_noise
 from pyro_flows.starts.start import Start, divergence, standard
+from pyro_flows.verdict.thresholds import K_HAT_OF_MOMENTS
 
 PRIOR_DRAWS = 200
 SEARCHES_UNBATCHED = 3
@@ -29,7 +30,6 @@ SAME = 0.1  # nats
 SAME_END = 0.1  # sds
 CHEAP_HESSIAN_UP_TO, STEPS_AFTER_PATHS = 50, 10
 CHEAP_HESSIAN_WRITES = 1e6  # numbers for each point, at most
-TRUSTED_K_HAT = 0.7  # beyond, moments of weighted draws hang on a few of them
 SCORE_DRAWS = 256
 TRIM = 0.05
 
@@ -137,7 +137,7 @@ def along_paths(density: LogDensity, points: Tensor, *, seed: int) -> tuple[list
         return [], found.ends
     single = Start("pathfinder", found.best.loc[best], lower_triangular(found.best.scale()[best]))
     ends = _apart(density, found.ends, single.scale.norm(dim=1))
-    if not pooled.k_hat < TRUSTED_K_HAT:
+    if not pooled.k_hat < K_HAT_OF_MOMENTS:
         return [single], ends
     # as if D more draws had the covariance of the best path
     share = pooled.ess / (pooled.ess + density.dim)

@@ -20,7 +20,8 @@ from pyro_flows.training.flow_graphs import Kind, Passes, flat, is_order, points
 from pyro_flows.training.layer_graphs import state_of
 from pyro_flows.training.loop import CHECK_DRAWS
 from pyro_flows.training.step_graph import stitched
-from pyro_flows.training.trainer import BLEND, BLEND_FROM_ESS, DEFENSIVE, LOOK_EVERY
+from pyro_flows.training.trainer import BLEND, DEFENSIVE, LOOK_EVERY
+from pyro_flows.verdict.thresholds import ESS_SHARE_OF_BATCHES
 
 SAME_LOSS = 1e-3  # relative, of a first step of a flow by itself
 
@@ -159,7 +160,7 @@ class Lockstep:
     @torch.no_grad()
     def _draw(self) -> None:
         """Draw base points of the next steps; flows whose batches are effective get defensive ones."""
-        good = self.moments.ess > BLEND_FROM_ESS
+        good = self.moments.ess > ESS_SHARE_OF_BATCHES
         self._blends = torch.where(good, BLEND, 0.0).to(self.rates)
         shape = (LOOK_EVERY, len(self), self.batch)
         shares = torch.where(good, DEFENSIVE, 0.0).to(self.rates)[:, None].expand(shape)

@@ -16,6 +16,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.training.convergence import WINDOW, Monitor
 from pyro_flows.training.trainer import LOOK_EVERY, Trainer
+from pyro_flows.verdict.thresholds import ESS_SHARE_RISE
 
 BATCH = 64
 STEP_SIZE = 1e-2
@@ -32,7 +33,6 @@ FALL = 20.0  # nats below the best check: go back to it with half the step size
 
 AGAIN = 2  # times the steps that were done at a try, until the next one
 ASKED_AFTER = 400  # steps, and again after twice as many: whether training can come to an end at all
-RISES = 1.2  # times the effective share of the try before: less does not pay
 
 LIGHT = "weighting changes no result"
 STALLED = "training ended early: the importance weights hardly improved"
@@ -191,7 +191,7 @@ class _Run:
         """Cool down for a while, and look at the weights; return why the training is over, if they say so."""
         self._cool(COOL_TRIED)
         enough, share = look.weigh()
-        stalled = look.stalls and share < RISES * self.share
+        stalled = look.stalls and share < ESS_SHARE_RISE * self.share
         self.try_from, self.share = AGAIN * self.done if look.stalls else math.inf, share
         return LIGHT if enough else STALLED if stalled else ""
 

@@ -14,9 +14,9 @@ from pyro_flows.objectives import BasePoints, elbo, pulled
 from pyro_flows.training.adam import Moments, advance
 from pyro_flows.training.flow_graphs import gradient_of
 from pyro_flows.training.step_graph import Step
+from pyro_flows.verdict.thresholds import ESS_SHARE_OF_BATCHES
 
 BLEND = 0.5
-BLEND_FROM_ESS = 0.3
 DEFENSIVE = 0.3
 LOOK_EVERY = 10  # steps between two looks at what they have come to, since a look makes a GPU wait
 EAGER_STEPS = 10  # a shorter run would not pay for recording
@@ -119,7 +119,7 @@ class Trainer:
     def _look(self) -> None:
         """See what the steps have come to, and draw the base points of the next ones."""
         done, skipped = len(self._losses) + len(self._pending), self.skipped
-        self._blend = BLEND if float(self.moments.ess) > BLEND_FROM_ESS else 0.0
+        self._blend = BLEND if float(self.moments.ess) > ESS_SHARE_OF_BATCHES else 0.0
         self._careful = skipped > self._skips_seen or bool(self._left_out)
         self._skips_seen = skipped
         self._left_out.zero_()

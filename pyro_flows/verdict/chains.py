@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-NESTED_R_HAT = 1.01  # of superchains, which forget their common start: sqrt(1 + 1 / ESS of one) where they have
-R_HAT = 1.05  # of single chains, which are short: sqrt(1 + (autocorrelation time - 1) / draws)
-LEAST_ESS = 1000.0  # bulk and tail, of the worst coordinate: a mean to .03 sd, an sd to 2 %
-DIVERGENCES = 0.0001  # of all trajectories: where .7 % diverged, an sd came out 12 % low
-FEW = 1  # that may diverge of any number: one of 4096 says next to nothing of how often they do
-AGREEMENT = 1.05  # R-hat of groups of chains that began in different modes
+from pyro_flows.verdict.thresholds import (
+    DIVERGENT_FEW,
+    DIVERGENT_SHARE_OF_CHAINS,
+    ESS_OF_CHAINS,
+    NESTED_R_HAT_OF_CHAINS,
+    R_HAT_BETWEEN_MODES,
+    R_HAT_OF_CHAINS,
+)
 
 
 @dataclass(frozen=True)
@@ -103,24 +105,26 @@ class McmcDiagnostics:
 def objections(figures: McmcDiagnostics) -> list[str]:
     """Return what speaks against chains, in words; nothing if their draws can be used. NaN speaks against them."""
     found = []
-    if not figures.nested_r_hat <= NESTED_R_HAT:
-        found.append(f"nested R-hat {figures.nested_r_hat:.3f} of the chains is above {NESTED_R_HAT}")
-    if not figures.r_hat <= R_HAT:
-        found.append(f"R-hat {figures.r_hat:.3f} of the chains is above {R_HAT}")
+    if not figures.nested_r_hat <= NESTED_R_HAT_OF_CHAINS:
+        found.append(f"nested R-hat {figures.nested_r_hat:.3f} of the chains is above {NESTED_R_HAT_OF_CHAINS}")
+    if not figures.r_hat <= R_HAT_OF_CHAINS:
+        found.append(f"R-hat {figures.r_hat:.3f} of the chains is above {R_HAT_OF_CHAINS}")
     for name, value in (("bulk", figures.ess_bulk), ("tails", figures.ess_tail)):
-        if not value >= LEAST_ESS:
-            found.append(f"ESS {value:.0f} of the chains in the {name} is below {LEAST_ESS:.0f}, at {figures.where}")
+        if not value >= ESS_OF_CHAINS:
+            found.append(
+                f"ESS {value:.0f} of the chains in the {name} is below {ESS_OF_CHAINS:.0f}, at {figures.where}"
+            )
     if diverge(figures):
         found.append(f"{100 * figures.divergences:.2g}% of the trajectories diverged")
-    if not math.isnan(figures.agreement) and not figures.agreement <= AGREEMENT:
+    if not math.isnan(figures.agreement) and not figures.agreement <= R_HAT_BETWEEN_MODES:
         found.append(f"chains that began in different modes disagree (R-hat {figures.agreement:.2f})")
     return found
 
 
 def diverge(figures: McmcDiagnostics) -> bool:
     """Whether too many trajectories diverged; NaN says so."""
-    few = not figures.elsewhere and figures.divergences * figures.chains * figures.draws < FEW + 0.5
-    return not (few or figures.divergences <= DIVERGENCES)
+    few = not figures.elsewhere and figures.divergences * figures.chains * figures.draws < DIVERGENT_FEW + 0.5
+    return not (few or figures.divergences <= DIVERGENT_SHARE_OF_CHAINS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,16 +6,26 @@ import math
 from collections.abc import Sequence
 
 from pyro_flows.verdict.next_step import IMPROPER
+from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_CONTAINED,
+    ESS_SHARE_LEAST,
+    ESS_SHARE_NEGLIGIBLE,
+    ESS_SHARE_UNDOUBTED,
+    EVIDENCE_GAP_CONTAINED,
+    EVIDENCE_GAP_NEGLIGIBLE,
+    K_HAT_CONTAINED,
+    K_HAT_NEGLIGIBLE,
+    K_HAT_OF_CORRECTED,
+    MEAN_SHIFT,
+    MEAN_SHIFT_MOST,
+    SD_SHIFT,
+    SD_WIDENING_MOST,
+    SHIFT_CONTAINED,
+)
 from pyro_flows.verdict.verdict import Verdict
-from pyro_flows.verdict.weighing import ESS_RATIO, MEAN_SHIFT, SD_SHIFT, Weighing, in_words
+from pyro_flows.verdict.weighing import Weighing, in_words
 
-WIDENING = math.log(2.0)  # of an sd: beyond it, weights tell that mass is missing in the tails, not how much
-MENDED_MEAN = 1.0  # sds: a guide that is further off has not seen what it should weigh
-UNDOUBTED_ESS = 0.5  # of S: with k-hat below MENDED_K, weights that are good whatever went before
-MENDED_K = 0.5  # of weights that have to mend something: above it they have no variance
-CONTAINED_K, CONTAINED_ESS, CONTAINED_GAP, CONTAINED_SHIFT = 1.0, 0.9, 0.05, 0.05  # see _hangs_on_nothing
-NEXT_TO_NONE_K, NEXT_TO_NONE_ESS, NEXT_TO_NONE_GAP = 1.5, 0.99, 0.005  # and this
-MENDED = f"is not below {MENDED_K} and weighting changes the results"
+MENDED = f"is not below {K_HAT_OF_CORRECTED} and weighting changes the results"
 LEAST_DRAWS = 100  # of which the weights tell anything
 TOO_MUCH = "too much to correct"
 NOTHING_HANGS_ON_IT = (
@@ -63,14 +73,14 @@ def _weighed(
     ratio = weighing.ess / len(weighing.log_weights)
     notes = (*notes, *_heavy_tailed(weighing, names))
     reasons = list(failures)
-    good = weighing.k_hat < MENDED_K and ratio >= UNDOUBTED_ESS
+    good = weighing.k_hat < K_HAT_OF_CORRECTED and ratio >= ESS_SHARE_UNDOUBTED
     reasons += () if good else doubts
     if not weighing.k_hat < weighing.threshold and contained and _hangs_on_nothing(weighing):
         notes = (*notes, f"k-hat {weighing.k_hat:.2f} {NOTHING_HANGS_ON_IT}")
     elif not weighing.k_hat < weighing.threshold:
         reasons.append(f"k-hat {weighing.k_hat:.2f} is not below its threshold {weighing.threshold:.2f}")
-    if ratio < ESS_RATIO:
-        reasons.append(f"ESS/S {ratio:.3f} is below {ESS_RATIO}")
+    if ratio < ESS_SHARE_LEAST:
+        reasons.append(f"ESS/S {ratio:.3f} is below {ESS_SHARE_LEAST}")
     moved = _moved(weighing, names) or list(changed)
     reasons += _past_mending(weighing, names, to_mend=bool(moved))
     mean, where, sd, _ = _largest_shifts(weighing)
@@ -136,13 +146,13 @@ def _past_mending(weighing: Weighing, names: Sequence[str], *, to_mend: bool) ->
     reasons = []
     if math.isnan(mean) or math.isnan(sd):
         reasons.append(f"a mean or an sd of {names[where if math.isnan(mean) else sd_where]} is not a number")
-    elif not weighing.distance <= MENDED_MEAN:
+    elif not weighing.distance <= MEAN_SHIFT_MOST:
         by = in_words(weighing.distance)
         reasons.append(f"importance weighting changes the mean of {names[weighing.farthest]} by {by} sd, {TOO_MUCH}")
-    elif weighing.widening > WIDENING:
+    elif weighing.widening > SD_WIDENING_MOST:
         times = in_words(math.exp(weighing.widening))
         reasons.append(f"importance weighting widens the sd of {names[weighing.widest]} {times} times, {TOO_MUCH}")
-    if to_mend and MENDED_K <= weighing.k_hat < weighing.threshold:
+    if to_mend and K_HAT_OF_CORRECTED <= weighing.k_hat < weighing.threshold:
         reasons.append(f"k-hat {weighing.k_hat:.2f} {MENDED}, so the weights have infinite variance")
     return reasons
 
@@ -157,6 +167,6 @@ def _hangs_on_nothing(weighing: Weighing) -> bool:
     """
     gap, share = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
     shift = max(float(weighing.mean_shift.max()), float(weighing.sd_shift.max()))
-    next_to_none = share >= NEXT_TO_NONE_ESS and gap <= NEXT_TO_NONE_GAP
-    good = share >= CONTAINED_ESS and gap <= CONTAINED_GAP and shift <= CONTAINED_SHIFT
-    return good and weighing.k_hat < (NEXT_TO_NONE_K if next_to_none else CONTAINED_K)
+    next_to_none = share >= ESS_SHARE_NEGLIGIBLE and gap <= EVIDENCE_GAP_NEGLIGIBLE
+    good = share >= ESS_SHARE_CONTAINED and gap <= EVIDENCE_GAP_CONTAINED and shift <= SHIFT_CONTAINED
+    return good and weighing.k_hat < (K_HAT_NEGLIGIBLE if next_to_none else K_HAT_CONTAINED)

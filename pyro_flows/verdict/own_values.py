@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from pyro_flows.verdict.deciding import resample
+from pyro_flows.verdict.thresholds import TAIL_INDEX_FOURTH, VALUE_SHIFT, VALUE_SHIFT_ERRORS
 from pyro_flows.verdict.weighing import LEVELS, heavy_tails, in_order, in_words, quantiles, sd_of, weighted_quantiles
 
-ERRORS = 3.0  # standard errors that a change exceeds
-CHANGED = 0.1  # of a mean, in sds, and of the log of an sd
-FOURTH_INDEX = 0.25  # of a tail from which fourth moments may not exist, and errors of sds with them
 # by how much changes (V,) exceed errors, and what is changed at one place, and by how much, in words
 Compared = tuple[Tensor, Callable[[int], tuple[str, str]]]
 
@@ -40,13 +38,13 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int
         flat = value.reshape(len(value), -1).double()
         if not value.is_floating_point() or not flat.shape[1]:
             continue
-        heavy = heavy_tails(flat[chosen], index=FOURTH_INDEX)
+        heavy = heavy_tails(flat[chosen], index=TAIL_INDEX_FOURTH)
         for columns, compared in ((~heavy, _moments), (heavy, partial(_quantiles, draws=draws or len(flat)))):
             among = columns.nonzero()[:, 0]
             if not len(among):
                 continue
             beyond, about = compared(flat[:, among], weights, effective)
-            excess = torch.where(torch.isfinite(beyond), beyond - CHANGED, -torch.inf)
+            excess = torch.where(torch.isfinite(beyond), beyond - VALUE_SHIFT, -torch.inf)
             place = int(excess.argmax())
             if float(excess[place]) > worst:
                 worst = float(excess[place])
@@ -74,12 +72,12 @@ def _moments(values: Tensor, weights: Tensor, effective: float) -> Compared:
             else ("sd", f"by a factor {in_words(math.exp(-log_factor))}")
         )
 
-    return torch.maximum(shift - ERRORS * math.sqrt(chance), ratio.abs() - ERRORS * error), said
+    return torch.maximum(shift - VALUE_SHIFT_ERRORS * math.sqrt(chance), ratio.abs() - VALUE_SHIFT_ERRORS * error), said
 
 
 def _quantiles(values: Tensor, weights: Tensor, effective: float, draws: int) -> Compared:
     levels = torch.tensor(LEVELS, dtype=values.dtype, device=values.device)
-    errors = ERRORS * (levels * (1.0 - levels) * (1.0 / effective + 1.0 / draws)).sqrt()
+    errors = VALUE_SHIFT_ERRORS * (levels * (1.0 - levels) * (1.0 / effective + 1.0 / draws)).sqrt()
     rows = values.mT.contiguous()
     first, places = rows[:, :draws].contiguous(), in_order(rows)
     below, middle, above = (

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_flows.verdict.thresholds import K_HAT_MOST
+
 SAME_WEIGHT = 1e-3  # nats between the largest and the smallest weight of a tail without a shape
 TAIL_AT_LEAST = 6  # for the first quartile of a tail to be another point than its smallest
-PRIOR_DRAWS, PRIOR_K = 10, 0.5  # of the shape: as if so many draws had told this value
+PRIOR_DRAWS, PRIOR_SHAPE = 10, 0.5  # of the shape: as if so many draws had told this value
 
 
 class Tail(NamedTuple):
@@ -33,7 +35,7 @@ class Tail(NamedTuple):
 
 def largest_k(draws: int) -> float:
     """Return what k-hat must be below, for weighted averages of so many draws to be trusted."""
-    return min(1.0 - 1.0 / math.log10(max(draws, 11)), 0.7)
+    return min(1.0 - 1.0 / math.log10(max(draws, 11)), K_HAT_MOST)
 
 
 def psis(log_weights: Tensor) -> tuple[Tensor, float]:
@@ -121,7 +123,7 @@ def fit_pareto(excesses: Tensor) -> tuple[float, float]:
     theta = float((thetas * weights).sum() / weights.sum())
     shape = float(torch.log1p(-theta * excesses).mean())
     scale = -shape / theta if theta else math.nan
-    return (count * shape + PRIOR_DRAWS * PRIOR_K) / (count + PRIOR_DRAWS), scale
+    return (count * shape + PRIOR_DRAWS * PRIOR_SHAPE) / (count + PRIOR_DRAWS), scale
 
 
 def _quantiles(levels: Tensor, shape: float, scale: float) -> Tensor:

@@ -9,7 +9,8 @@ from pyro_flows._display import verdict_html
 from pyro_flows.verdict.chains import McmcDiagnostics
 from pyro_flows.verdict.methods import GUIDE, MCMC
 from pyro_flows.verdict.next_step import IMPROPER, next_step, next_step_of_guide, next_step_of_mcmc
-from pyro_flows.verdict.weighing import ESS_RATIO, MEAN_SHIFT, SD_SHIFT, in_words
+from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, MEAN_SHIFT, SD_SHIFT
+from pyro_flows.verdict.weighing import in_words
 
 SHOWN = 0.005  # sds: a smaller shift is printed as 0.00, and its coordinate is an accident of rounding
 
@@ -83,7 +84,7 @@ class Verdict:
         """Whether the importance weights bear an estimate of the log evidence; chains of others have none."""
         if self.status == "unreliable" or self._of_others:
             return False
-        return self.status != "refined" or (self.k_hat < self.k_threshold and self.ess_ratio >= ESS_RATIO)
+        return self.status != "refined" or (self.k_hat < self.k_threshold and self.ess_ratio >= ESS_SHARE_LEAST)
 
     @property
     def next_step(self) -> str:

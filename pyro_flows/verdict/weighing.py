@@ -10,13 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_flows.verdict.psis import largest_k, psis
+from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, LOG_WEIGHT_EVEN, TAIL_INDEX_HEAVY
 
-ESS_RATIO = 0.1
-MEAN_SHIFT = 0.1  # sds, and of the log of an sd: what weighting may change of draws that are used as they are
-SD_SHIFT = 0.1
 UNTOLD = 1000  # times an sd, or by that factor: larger changes are all alike to a reader
-LEVEL = math.log(1.5)  # largest weight over the mean one, below which weights have no tail for k-hat to look at
-HEAVY_INDEX = 0.42
 LEVELS = 0.05, 0.25, 0.5, 0.75, 0.95  # of quantiles that stand for moments
 
 
@@ -56,7 +52,7 @@ class Weighing:
     @property
     def admissible(self) -> bool:
         """Whether weighted averages can be trusted."""
-        return self.k_hat < self.threshold and self.ess >= ESS_RATIO * len(self.log_weights)
+        return self.k_hat < self.threshold and self.ess >= ESS_SHARE_LEAST * len(self.log_weights)
 
 
 def weigh(z: Tensor, log_p: Tensor, log_q: Tensor, *, quantiles: bool = False) -> Weighing:
@@ -69,7 +65,7 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor, *, quantiles: bool = False) -
         return Weighing(ratio, math.inf, 0.0, -math.inf, -math.inf, nothing, nothing, 0.0, math.inf, broken)
     log_weights, k_hat = psis(ratio)
     log_evidence = float(torch.logsumexp(ratio, 0) - math.log(len(ratio)))
-    if float(ratio.max()) - log_evidence < LEVEL:
+    if float(ratio.max()) - log_evidence < LOG_WEIGHT_EVEN:
         k_hat = min(k_hat, 0.0)
     weights, points = log_weights.exp().unsqueeze(-1), z.double()
     mean, weighted, possible = points.mean(0), (weights * points).sum(0), torch.isfinite(ratio)
@@ -102,7 +98,7 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor, *, quantiles: bool = False) -
     )
 
 
-def heavy_tails(points: Tensor, *, index: float = HEAVY_INDEX) -> Tensor:
+def heavy_tails(points: Tensor, *, index: float = TAIL_INDEX_HEAVY) -> Tensor:
     """Return which columns (D,) of draws (S, D) have tails so heavy that their variance may not exist.
 
     The tail index of each side is estimated from the 3 sqrt(S) draws that are farthest from the median. From an index

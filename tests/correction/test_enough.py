@@ -17,13 +17,14 @@ from pyro_flows.correction.kept import STATS, Kept
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.sampler import HALVINGS, Sampler
 from pyro_flows.flows.parts import location_scale
-from pyro_flows.verdict.chains import LEAST_ESS, McmcDiagnostics
+from pyro_flows.verdict.chains import McmcDiagnostics
+from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_OF_CHAINS_SPARE
 from tests.registry import normal
 
 CHAINS, DRAWS = 64, 128
 GOOD = McmcDiagnostics(
-    chains=CHAINS, draws=DRAWS, sweeps=DRAWS, r_hat=1.01, nested_r_hat=1.002, ess_bulk=2.0 * LEAST_ESS,
-    ess_tail=2.0 * LEAST_ESS, where="x", divergences=0.0, energy_error=0.1, acceptance=0.9, independence=math.nan,
+    chains=CHAINS, draws=DRAWS, sweeps=DRAWS, r_hat=1.01, nested_r_hat=1.002, ess_bulk=2.0 * ESS_OF_CHAINS,
+    ess_tail=2.0 * ESS_OF_CHAINS, where="x", divergences=0.0, energy_error=0.1, acceptance=0.9, independence=math.nan,
     agreement=math.nan, changes=0.0,
 )  # fmt: skip
 
@@ -92,7 +93,7 @@ def test_heavy_tails_take_more_draws(monkeypatch):
     sampler = sampler_with(draws)
     assert not has_enough(sampler, GOOD)
     assert len(sampler.draws) == DRAWS
-    plenty = 3.0 * enough.SPARE * LEAST_ESS
+    plenty = 3.0 * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS
     plenty_of_them = replace(GOOD, ess_bulk=plenty, ess_tail=plenty)
     assert not has_enough(sampler_with(draws), plenty_of_them)
     monkeypatch.setattr(enough, "CHEAP", 0)
@@ -103,7 +104,7 @@ def test_heavy_tails_take_more_draws(monkeypatch):
 def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(monkeypatch):
     """A chain far out in the first half, and very many effective draws; chance alone drops nothing."""
     monkeypatch.setattr(enough, "CHEAP", 0)
-    plenty = 3.0 * enough.SPARE * LEAST_ESS
+    plenty = 3.0 * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS
     plenty_of_them = replace(GOOD, ess_bulk=plenty, ess_tail=plenty)
     draws = normals()
     draws[0, :40, 0] -= torch.linspace(30.0, 0.0, 40).double()
@@ -210,5 +211,5 @@ def test_an_sd_that_draws_do_not_tell_speaks_against_chains():
     assert enough.untold(draws, GOOD, ["a", "b"]) == []
     (said,) = enough.untold(far_out(draws), GOOD, ["a", "b"])
     assert re.fullmatch(r"the sd of the chains at a has a Monte Carlo error of \d+%", said)
-    many = replace(GOOD, ess_bulk=10.0 * LEAST_ESS, ess_tail=10.0 * LEAST_ESS)  # an sd that may not exist
+    many = replace(GOOD, ess_bulk=10.0 * ESS_OF_CHAINS, ess_tail=10.0 * ESS_OF_CHAINS)  # an sd that may not exist
     assert enough.untold(far_out(draws), many, ["a", "b"]) == []

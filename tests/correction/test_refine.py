@@ -556,7 +556,7 @@ def test_looks_between_are_at_the_worst_coordinates(narrow, monkeypatch):
     original = module.examined
     monkeypatch.setattr(module, "examined", examined)
     monkeypatch.setattr(module, "WATCHED", 3)
-    monkeypatch.setattr(enough, "SPARE", 4.0)
+    monkeypatch.setattr(enough, "ESS_OF_CHAINS_SPARE", 4.0)
     found = narrow.refine()
     assert set(seen[:-1]) == {3}
     assert seen[-2:] == [3, None]  # the figures that the sampler stopped by are those of the verdict

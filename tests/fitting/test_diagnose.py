@@ -229,7 +229,7 @@ def test_masked_entries_of_a_written_guide_count_for_nothing():
 @pytest.mark.falls_back
 def test_a_guide_that_cannot_be_batched_runs_draw_by_draw(monkeypatch):
     """Also where its density is asked for at given points, which a search does 20,000 times: here the test asks."""
-    monkeypatch.setattr("pyro_flows.fitting.diagnose.POOR", 1.1)  # no sample is good enough for a search
+    monkeypatch.setattr("pyro_flows.fitting.diagnose.ESS_SHARE_LEAST", 1.1)  # no sample is good enough for a search
 
     def guide(y):
         with pyro.plate("school", SCHOOLS):
@@ -427,6 +427,6 @@ def test_where_a_guide_hides_its_density_the_verdict_says_that_nothing_was_searc
 
 def test_where_a_first_sample_has_poor_weights_the_verdict_says_that_nothing_was_searched(monkeypatch):
     """The verdict rests on a larger sample: if that one passes, it must not hide that there was no search."""
-    monkeypatch.setattr("pyro_flows.fitting.diagnose.POOR", 1.1)  # so that no sample is good enough
+    monkeypatch.setattr("pyro_flows.fitting.diagnose.ESS_SHARE_LEAST", 1.1)  # so that no sample is good enough
     verdict = pf.diagnose(two_sided, lambda: one_side(1.0), draws=1000).verdict
     assert any("no search for missed modes was made" in note for note in verdict.notes)

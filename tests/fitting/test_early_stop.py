@@ -168,7 +168,7 @@ def test_wanderers_are_left_out_only_where_weights_are_even(monkeypatch):
 
     monkeypatch.setattr("pyro_flows.fitting.combine.missed_modes", missed_modes)
     fitted(normal)
-    monkeypatch.setattr(criteria, "EVEN_ESS", 1.0)
+    monkeypatch.setattr(criteria, "ESS_SHARE_EVEN", 1.0)
     fitted(normal)
     assert asked == [False, True]
 

@@ -34,7 +34,7 @@ PHRASES = {
     "docs/understand/fit.md": [
         "Above {starts.curvature.FULL_HESSIAN_UP_TO} dimensions they come from L-BFGS",
         "by more than the Monte Carlo error of {fitting.fit.fit(draws)} draws",
-        "If their effective share has not risen by {training.loop.RISES|gain}",
+        "If their effective share has not risen by {verdict.thresholds.ESS_SHARE_RISE|gain}",
         "in up to {modes.slices.UP_TO} dimensions and for models of few operations",
         "Given up to {modes.hyper.MOST_HELD|word} coordinates",
         "In up to {fitting.prepare.AT_FIRST} dimensions this comes before the parameterization is chosen",
@@ -44,31 +44,33 @@ PHRASES = {
         "{correction.rungs.ATTEMPT|comma} above",
         "they get up to {correction.rungs.CHEAPEST|word} times as many",
         "up to {correction.untrained.MOST_COPIES} images under exact symmetries",
-        "k-hat is below {fitting.rounds.ENOUGH_K}, training converged",
-        "less than {fitting.rounds.ENOUGH_GAP} nats above it",
-        "less than {fitting.rounds.ENOUGH_GAP_A_DIM} nats per dimension",
+        "k-hat is below {verdict.thresholds.K_HAT_GOOD}, training converged",
+        "less than {verdict.thresholds.EVIDENCE_GAP_GOOD} nats above it",
+        "less than {verdict.thresholds.EVIDENCE_GAP_GOOD_A_DIM} nats per dimension",
         "at all such images, up to {fitting.combine.MAX_COPIES}, without",
     ],
     "docs/understand/verdict.md": [
         r"$S = {verdict.deciding.POOL} \times$ `draws`",
-        "largest weight is below {verdict.weighing.LEVEL|exp} times the mean",
-        "divided by the number of draws, is below {verdict.weighing.ESS_RATIO}",
-        "k-hat below {verdict.judging.MENDED_K} and ESS/S above {verdict.judging.UNDOUBTED_ESS}",
-        "widens a standard deviation** more than {verdict.judging.WIDENING|fold}",
-        "by more than {verdict.judging.MENDED_MEAN|word} standard deviation. Then too much",
-        "noticeably, and k-hat is {verdict.judging.MENDED_K} or more",
-        "**Var[log p]** is more than {fitting.volume.FAR_UNEVEN|word} times what",
-        "holds more than {modes.lacks.SHARE|percent} of the mass that the guide covers",
-        "if {modes.short_tails.SHORT|percent} more mass than in the draws, and {modes.short_tails.ERRORS|word} "
-        "standard errors, lies beyond one of their {modes.short_tails.TAIL|percent} quantiles",
+        "largest weight is below {verdict.thresholds.LOG_WEIGHT_EVEN|exp} times the mean",
+        "divided by the number of draws, is below {verdict.thresholds.ESS_SHARE_LEAST}",
+        "k-hat below {verdict.thresholds.K_HAT_OF_CORRECTED} and ESS/S above {verdict.thresholds.ESS_SHARE_UNDOUBTED}",
+        "widens a standard deviation** more than {verdict.thresholds.SD_WIDENING_MOST|fold}",
+        "by more than {verdict.thresholds.MEAN_SHIFT_MOST|word} standard deviation. Then too much",
+        "noticeably, and k-hat is {verdict.thresholds.K_HAT_OF_CORRECTED} or more",
+        "**Var[log p]** is more than {verdict.thresholds.VAR_LOG_P_RATIO_MOST|word} times what",
+        "holds more than {verdict.thresholds.MISSED_MASS_SHARE|percent} of the mass that the guide covers",
+        "if {verdict.thresholds.MISSED_MASS_OF_TAILS|percent} more mass than in the draws, and "
+        "{verdict.thresholds.MISSED_MASS_OF_TAILS_ERRORS|word} standard errors, lies beyond one of their "
+        "{verdict.thresholds.TAIL_SHARE|percent} quantiles",
         "are checked in up to {modes.slices.UP_TO} dimensions",
-        "**changes a mean** by more than {verdict.judging.MEAN_SHIFT} posterior standard deviations",
-        "the logarithm of the ratio is larger than {verdict.judging.SD_SHIFT}",
-        "by more than {verdict.own_values.CHANGED} and {verdict.own_values.ERRORS|word} standard errors",
-        "A k-hat between its threshold and {verdict.judging.CONTAINED_K}",
-        "ESS/S is above {verdict.judging.CONTAINED_ESS}",
-        "log evidence is within {verdict.judging.CONTAINED_GAP} nats of the ELBO",
-        "no mean and no standard deviation by more than {verdict.judging.CONTAINED_SHIFT}",
+        "**changes a mean** by more than {verdict.thresholds.MEAN_SHIFT} posterior standard deviations",
+        "the logarithm of the ratio is larger than {verdict.thresholds.SD_SHIFT}",
+        "by more than {verdict.thresholds.VALUE_SHIFT} and "
+        "{verdict.thresholds.VALUE_SHIFT_ERRORS|word} standard errors",
+        "A k-hat between its threshold and {verdict.thresholds.K_HAT_CONTAINED}",
+        "ESS/S is above {verdict.thresholds.ESS_SHARE_CONTAINED}",
+        "log evidence is within {verdict.thresholds.EVIDENCE_GAP_CONTAINED} nats of the ELBO",
+        "no mean and no standard deviation by more than {verdict.thresholds.SHIFT_CONTAINED}",
         "names the worst {fitting.agreement.NAMED|word} and counts the others",
         "(dimensions times data above {modes.doubts.CURVED_UP_TO|million})",
         "In up to {modes.population.FEW|word} dimensions, a mixture is brought",
@@ -80,22 +82,23 @@ PHRASES = {
     "docs/understand/refinement.md": [
         "{correction.refine.CHAINS} short chains run as one batch",
         "start in superchains of {correction.sampler.SUBCHAINS|word}",
-        "nested R-hat**, of superchains, is at most {verdict.chains.NESTED_R_HAT}, and R-hat of single chains is at "
-        "most {verdict.chains.R_HAT}",
-        "effective sample size** is {verdict.chains.LEAST_ESS} or more",
-        "at most {verdict.chains.DIVERGENCES|one in} trajectories **diverged**, or {verdict.chains.FEW|word} in all",
-        "agree (R-hat at most {verdict.chains.AGREEMENT})",
-        "all others {verdict.chains.LEAST_ESS}, and",
-        "**standard deviation** is {correction.enough.SD_ERROR|percent} of it. It has to be "
-        "{correction.enough.FINE|percent}",
+        "nested R-hat**, of superchains, is at most {verdict.thresholds.NESTED_R_HAT_OF_CHAINS}, and R-hat of "
+        "single chains is at most {verdict.thresholds.R_HAT_OF_CHAINS}",
+        "effective sample size** is {verdict.thresholds.ESS_OF_CHAINS} or more",
+        "at most {verdict.thresholds.DIVERGENT_SHARE_OF_CHAINS|one in} trajectories **diverged**, or "
+        "{verdict.thresholds.DIVERGENT_FEW|word} in all",
+        "agree (R-hat at most {verdict.thresholds.R_HAT_BETWEEN_MODES})",
+        "all others {verdict.thresholds.ESS_OF_CHAINS}, and",
+        "**standard deviation** is {verdict.thresholds.SD_ERROR_OF_CHAINS|percent} of it. It has to be "
+        "{verdict.thresholds.SD_ERROR_OF_FEW_DRAWS|percent}",
         "(a kurtosis above {correction.enough.LIGHT}; a normal",
         "({correction.enough.CLEARLY} times the error)",
-        "with an error above {correction.enough.KNOWN_TO|percent} speaks",
+        "with an error above {verdict.thresholds.SD_ERROR_MOST|percent} speaks",
         "one draw of {correction.rungs.LONGER|word} times as many moves",
     ],
     "docs/howto/runs.md": [
-        "R-hat of a coordinate is above {fitting.agreement.R_HAT}, or if log evidences differ by more than "
-        "{fitting.agreement.EVIDENCE}",
+        "R-hat of a coordinate is above {verdict.thresholds.R_HAT_OF_RUNS}, or if log evidences differ by more than "
+        "{verdict.thresholds.EVIDENCE_GAP_OF_RUNS}",
     ],
     "docs/howto/compare.md": [
         "weights {comparison.evidence.DRAWS} new draws of the flow",
@@ -104,8 +107,8 @@ PHRASES = {
         "up to {comparison.working.MOST_DRAWS} new draws",
     ],
     "docs/howto/check-a-guide.md": [
-        "{verdict.mcmc.R_HAT}), bulk and tail effective sample sizes (at least {verdict.mcmc.ESS}), divergences (at "
-        "most {verdict.mcmc.DIVERGING|one in})",
+        "{verdict.thresholds.R_HAT_OF_MCMC}), bulk and tail effective sample sizes (at least "
+        "{verdict.thresholds.ESS_OF_MCMC}), divergences (at most {verdict.thresholds.DIVERGENT_SHARE_OF_MCMC|one in})",
     ],
     "docs/howto/choose-a-flow.md": [
         '`"realnvp"` ({flows.vectors.realnvp(layers)} layers)',
@@ -146,7 +149,7 @@ PHRASES = {
         "falls {training.loop.FALL} nats below the best check",
         "checked every {training.loop.CHECK_EVERY} steps",
         "a window of {training.convergence.WINDOW|word} checks",
-        "split R-hat of at most {training.convergence.R_HAT}",
+        "split R-hat of at most {verdict.thresholds.R_HAT_OF_TRAINING}",
         "at most {training.convergence.LEFT_TOLERANCE} nats may remain",
     ],
 }
@@ -201,12 +204,11 @@ def test_the_searches_are_counted():
 
 
 def test_spare_draws_are_those_of_the_code():
-    from pyro_flows.correction.enough import MOST, SPARE
-    from pyro_flows.verdict.chains import LEAST_ESS
+    from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_OF_CHAINS_MOST, ESS_OF_CHAINS_SPARE
 
     text = words((ROOT / "docs" / "understand" / "refinement.md").read_text(encoding="utf-8"))
-    assert f"have {SPARE * LEAST_ESS:g} effective draws, all others {LEAST_ESS:g}" in text
-    assert f"With {MOST * SPARE * LEAST_ESS:g} effective draws chains end" in text
+    assert f"have {ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS:g} effective draws, all others {ESS_OF_CHAINS:g}" in text
+    assert f"With {ESS_OF_CHAINS_MOST * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS:g} effective draws chains end" in text
 
 
 def test_the_threshold_of_k_hat_is_that_of_the_code():

@@ -1,0 +1,288 @@
+"""All thresholds of k-hat, effective sample size, R-hat, shifts, evidence gaps and missed mass that decide in a fit.
+
+Each comment has the unit, what the number decides, and its source. "Measured" stands for fits of the benchmarks, with
+figures in the decision records. "Chosen" stands for a round number. Constants with one value that decide different
+things stand next to each other. S is the number of draws, and an ESS share is ESS over S.
+
+Sources:
+    PSIS: Vehtari, Simpson, Gelman, Yao and Gabry 2024 (arXiv 1507.02646).
+    Yao: Yao, Vehtari, Simpson and Gelman 2018 (arXiv 1802.02538).
+    R-hat: Vehtari, Gelman, Simpson, Carpenter and Bürkner 2021 (arXiv 1903.08008).
+    Nested R-hat: Margossian et al. 2024 (arXiv 2110.13017).
+    Tails: Dekkers, Einmahl and de Haan 1989 (doi:10.1214/aos/1176347397).
+"""
+
+import math
+
+# ---- k-hat: the estimated shape of the tail of importance weights ----------------------------------------------------
+# Weights have a finite variance below 0.5, and a finite mean below 1 (PSIS).
+
+# Any number of draws: averages need a k-hat below this and below 1 - 1 / log10 S. Source: PSIS; Yao.
+K_HAT_MOST = 0.7
+# Start: weighted moments replace those of a start below this. Source: PSIS.
+K_HAT_OF_MOMENTS = 0.7
+# Missed mode: weighted draws of a region estimate its mass below this. The same value as before. Source: PSIS.
+K_HAT_OF_MASS = 0.7
+# Independent coordinates: tabulated densities are accepted below this. The same value as before. Source: PSIS.
+K_HAT_OF_TABLES = 0.7
+
+# Verdict: weights that change results correct them below this. Source: PSIS (finite variance); measured (record
+# 0033).
+K_HAT_OF_CORRECTED = 0.5
+# Round, pool of draws: nothing is left to gain below this. The same value as before. Source: PSIS.
+K_HAT_GOOD = 0.5
+# Mixture: it is accepted in place of a flow below this. The same value as before. Source: PSIS.
+K_HAT_OF_MIXTURE = 0.5
+# Mixture: its worth is its ESS share, less what k-hat exceeds this by. The same value as before. Source: PSIS.
+K_HAT_OF_MIXTURE_FREE = 0.5
+# Mixture: the same as K_HAT_OF_MIXTURE, from ESS_SHARE_OF_MIXTURE_HIGH on: a few large weights by chance. Source:
+# chosen.
+K_HAT_OF_MIXTURE_HIGH = 0.6
+
+# Marginal of hyperparameters: its flow is not fitted further below this. Source: chosen.
+K_HAT_OF_MARGINAL = 0.4
+# Many fits: weights correct a Student-t distribution, or a grid, below this. Source: chosen.
+K_HAT_OF_STUDENT_T = 0.3
+
+# Verdict: a k-hat from its threshold to this is a note, if nothing depends on the tail (contained). Source: PSIS
+# (mean).
+K_HAT_CONTAINED = 1.0
+# Verdict: the same, where unequal weights have negligible mass. Source: chosen.
+K_HAT_NEGLIGIBLE = 1.5
+
+# Log ratio of the largest weight and the mean one: below this, weights have no tail, and k-hat counts as 0. Source:
+# chosen.
+LOG_WEIGHT_EVEN = math.log(1.5)
+# Tail index of draws: from this on, quantiles replace moments; variances end at 0.5. Source: Tails; chosen.
+TAIL_INDEX_HEAVY = 0.42
+# Tail index of the model's own values: the same; fourth moments end at 0.25. Source: Tails.
+TAIL_INDEX_FOURTH = 0.25
+
+# ---- effective sample size of weighted draws, as a share of S --------------------------------------------------------
+
+# Verdict, and searches that go by weighted draws: averages can be used from this on. Source: chosen.
+ESS_SHARE_LEAST = 0.1
+# Missed mode: draws of a mixture by tempering estimate masses from this on. The same value as before. Source: chosen.
+ESS_SHARE_OF_MASS = 0.1
+# Start: weighted moments replace those of a start above this. Source: chosen.
+ESS_SHARE_OF_MOMENTS = 0.2
+# Start: a start is not matched again above this. Source: chosen.
+ESS_SHARE_MATCHED = 0.99
+
+# Mixture: it is accepted in place of a flow from this on. Source: chosen.
+ESS_SHARE_OF_MIXTURE = 0.3
+# Grid: it is refined from this on. The same value as before. Source: chosen.
+ESS_SHARE_OF_GRID = 0.3
+# Flow: below this it may lie between several modes, so a mixture is tried. The same value as before. Source: chosen.
+ESS_SHARE_OF_ONE_MODE = 0.3
+# Training: above this ESS share of a batch, the loss has a part of the forward divergence. The same value as before.
+# Source: chosen.
+ESS_SHARE_OF_BATCHES = 0.3
+
+# Mixture: most draws are effective from this on, so that K_HAT_OF_MIXTURE_HIGH applies. Source: chosen.
+ESS_SHARE_OF_MIXTURE_HIGH = 0.7
+# Mixture: from this worth on, no part is added. Source: chosen.
+ESS_SHARE_OF_MIXTURE_DONE = 0.85
+# Mixture: a part has to add this to the worth. Source: chosen.
+ESS_SHARE_OF_MIXTURE_GAIN = 0.01
+# Mixture: below this, no part is added: too few draws say where. Source: chosen.
+ESS_SHARE_OF_MIXTURE_LEAST = 0.02
+# Start: it is weighed by thousands of draws if 256 have more than this. The same value as before. Source: chosen.
+ESS_SHARE_FAR_OFF = 0.02
+# MCMC: chains begin at weighted draws of a round from this on. The same value as before. Source: chosen.
+ESS_SHARE_OF_CHAIN_STARTS = 0.02
+# Flow: below this, the density may have no smooth top, so a mixture may follow ridges. Source: chosen.
+ESS_SHARE_OF_NO_TOP = 0.001
+# MCMC: below this, independent proposals from the flow are not made. The same value as before. Source: chosen.
+ESS_SHARE_OF_PROPOSALS = 0.001
+
+# Independent coordinates: tabulated densities are accepted from this on. Source: chosen.
+ESS_SHARE_OF_TABLES = 0.9
+# Verdict: a large k-hat can be a note from this on (contained). The same value as before. Source: chosen.
+ESS_SHARE_CONTAINED = 0.9
+# Many fits: heavier tails are tried if lighter ones have this. The same value as before. Source: chosen.
+ESS_SHARE_OF_LIGHTER_TAILS = 0.9
+# Verdict: from this on, unequal weights have negligible mass (contained). Source: chosen.
+ESS_SHARE_NEGLIGIBLE = 0.99
+
+# Verdict: weights are good from this on, whatever doubts the fit left, with k-hat below K_HAT_OF_CORRECTED. Source:
+# chosen.
+ESS_SHARE_UNDOUBTED = 0.5
+# Many fits: weights correct a Student-t distribution, or a grid, above this. The same value as before. Source:
+# chosen.
+ESS_SHARE_OF_STUDENT_T = 0.5
+
+# Round: only the tail of the weights can be in doubt above this. Source: measured (record 0016).
+ESS_SHARE_GOOD = 0.95
+# Round, pool of draws: weights are nearly even above this, so that fewer checks and draws suffice. Source: chosen.
+ESS_SHARE_EVEN = 0.98
+# Marginal of hyperparameters: its flow is not fitted further from this on. Source: chosen.
+ESS_SHARE_OF_MARGINAL = 0.97
+# Training: ratio of the ESS shares of two looks; below it, training ends where MCMC can take over. Source: chosen.
+ESS_SHARE_RISE = 1.2
+
+# ---- effective draws -------------------------------------------------------------------------------------------------
+
+# MCMC of a fit, bulk and tail of the worst coordinate: 0.03 sd of a mean, 2 % of an sd. Source: chosen (R-hat asks
+# for 400).
+ESS_OF_CHAINS = 1000.0
+# MCMC: times ESS_OF_CHAINS, from which on chains end: the verdict does not depend on the last draws. Source: chosen.
+ESS_OF_CHAINS_SPARE = 1.5
+# MCMC: times the above, from which on chains wait for no sd: it may not exist. Source: chosen.
+ESS_OF_CHAINS_MOST = 3.0
+# MCMC: times ESS_OF_CHAINS, from which on chains get a larger budget. Source: chosen.
+ESS_OF_CHAINS_NEARLY = 0.25
+# MCMC of the caller, bulk and tail: fewer draws estimate neither R-hat nor quantiles. Source: R-hat.
+ESS_OF_MCMC = 400.0
+# Comparison of chains with weighted draws of the guide: fewer of these say nothing. Source: chosen.
+ESS_OF_COMPARISON = 500.0
+# Marginal of hyperparameters: with so many weighted draws, no more are made. The same value as ESS_OF_CHAINS. Source:
+# chosen.
+ESS_OF_MARGINAL_DONE = 1000.0
+# Marginal of hyperparameters: with fewer, no flow is fitted. Source: chosen.
+ESS_OF_MARGINAL_LEAST = 150.0
+
+# ---- R-hat -----------------------------------------------------------------------------------------------------------
+
+# MCMC of the caller: at most, rank-normalized, of single chains. Source: R-hat.
+R_HAT_OF_MCMC = 1.01
+# MCMC of a fit: at most, of superchains, which forget their common start. The same value as before. Source: Nested
+# R-hat.
+NESTED_R_HAT_OF_CHAINS = 1.01
+# Runs of a fit: at most, of the draws of their flows. Source: chosen.
+R_HAT_OF_RUNS = 1.02
+# MCMC of a fit: at most, of single chains, which are short: sqrt(1 + (autocorrelation time - 1) / draws). Source:
+# chosen.
+R_HAT_OF_CHAINS = 1.05
+# MCMC of a fit: at most, of groups of chains that began in different modes. The same value as before. Source: chosen.
+R_HAT_BETWEEN_MODES = 1.05
+# Missed mode of chains: at most, of whether a chain is in a region. The same value as before. Source: chosen.
+NESTED_R_HAT_OF_REGIONS = 1.05
+# MCMC of a fit: warm-up ends after a round with this, at most. The same value as before. Source: chosen.
+NESTED_R_HAT_OF_WARM_UP = 1.05
+# MCMC of a fit: above this, the first half of the draws is discarded as warm-up. Source: chosen.
+NESTED_R_HAT_OF_FIRST_HALF = 1.1
+# Training: split R-hat of the ELBO and the moments of a flow over ten checks, at most, for convergence. The same
+# value as before. Source: Gelman et al., BDA3, 11.4.
+R_HAT_OF_TRAINING = 1.1
+
+# ---- divergences of MCMC, and Monte Carlo errors of its standard deviations ------------------------------------------
+
+# MCMC of a fit: share of all trajectories, at most. With 0.7 %, an sd was 12 % too low. Source: measured (record
+# 0026).
+DIVERGENT_SHARE_OF_CHAINS = 0.0001
+# MCMC of a fit: trajectories that may diverge of any number: one says next to nothing. Source: chosen.
+DIVERGENT_FEW = 1
+# MCMC of a fit: times the share above, from which on the step size is halved. Source: chosen.
+DIVERGENT_TIMES_MOST = 10.0
+# MCMC of the caller: share of the draws, at most. Source: chosen.
+DIVERGENT_SHARE_OF_MCMC = 0.001
+# MCMC of a fit: standard error of an sd, as a part of it, at which chains end. Source: measured (record 0025).
+SD_ERROR_OF_CHAINS = 0.04
+# MCMC of a fit: the same, of heavy tails, while draws are few and cheap. Source: measured (record 0025).
+SD_ERROR_OF_FEW_DRAWS = 0.02
+# MCMC of a fit: the same, above which the verdict on chains has a reason. Source: chosen.
+SD_ERROR_MOST = 0.1
+
+# ---- shifts of means and standard deviations -------------------------------------------------------------------------
+
+# Verdict: sds that weighting may shift a mean by, of draws that are used as they are. Source: chosen.
+MEAN_SHIFT = 0.1
+# Verdict: log ratio that weighting may change an sd by. The same value as before. Source: chosen.
+SD_SHIFT = 0.1
+# Verdict: sds, and log ratio of sds, of the model's own values, beyond VALUE_SHIFT_ERRORS standard errors. Source:
+# chosen.
+VALUE_SHIFT = 0.1
+# Comparison of chains with weighted draws of the guide: sds, and log ratio of sds, beyond COMPARISON_ERRORS standard
+# errors. Source: chosen.
+SHIFT_OF_COMPARISON = 0.1
+# Verdict: standard errors that VALUE_SHIFT is counted beyond. Source: chosen.
+VALUE_SHIFT_ERRORS = 3.0
+# Comparison of chains: standard errors that SHIFT_OF_COMPARISON is counted beyond. The same value as before. Source:
+# chosen.
+COMPARISON_ERRORS = 3.0
+# Verdict: sds that weighting may shift a mean by, of draws that it corrects. Source: measured (record 0033).
+MEAN_SHIFT_MOST = 1.0
+# Verdict: log ratio that weighting may widen an sd by, of draws that it corrects. Source: measured (record 0033).
+SD_WIDENING_MOST = math.log(2.0)
+# Verdict: sds, and log ratio of sds, up to which a large k-hat can be a note (contained). Source: chosen.
+SHIFT_CONTAINED = 0.05
+# Round: sds, and log ratio of sds, below which weighting changes nothing that shows in 4000 draws: 2.5 standard
+# errors. Source: chosen.
+SHIFT_SEEN = 0.04
+# Round: standard errors that are added: the largest of the shifts of many coordinates has so much noise. Source:
+# chosen.
+SHIFT_SEEN_ERRORS = 4.0
+# Round: times SHIFT_SEEN, for a flow in training: it has the noise of its last steps. Source: chosen.
+SHIFT_SEEN_IN_TRAINING = 1.5
+# NICE: Var[log p] over that of the base, above which the verdict has a warning. Source: chosen.
+VAR_LOG_P_RATIO = 2.0
+# NICE: the same, from which on the verdict is unreliable. Source: chosen.
+VAR_LOG_P_RATIO_MOST = 5.0
+
+# ---- gaps between log evidence and ELBO, in nats ---------------------------------------------------------------------
+
+# Verdict: at most, for a large k-hat to be a note (contained). Source: chosen.
+EVIDENCE_GAP_CONTAINED = 0.05
+# Fits side by side: at most, for training to end early, since weights correct it. The same value as before. Source:
+# chosen.
+EVIDENCE_GAP_CORRECTED = 0.05
+# Many fits: log evidence of a grid less the ELBO of a start; above it, the grid is tried first. The same value as
+# before. Source: chosen.
+EVIDENCE_GAP_OF_START = 0.05
+# Verdict: at most, for unequal weights to count as of negligible mass (contained). Source: chosen.
+EVIDENCE_GAP_NEGLIGIBLE = 0.005
+# Round: nothing is left to gain below the larger of this and the next one times the dimension. Source: measured
+# (record 0016).
+EVIDENCE_GAP_GOOD = 0.04
+# Round: the same, in nats a dimension. Source: measured (record 0016).
+EVIDENCE_GAP_GOOD_A_DIM = 0.002
+# Round: the same as EVIDENCE_GAP_GOOD, where k-hat is above K_HAT_GOOD and below its threshold. Source: chosen.
+EVIDENCE_GAP_SMALL = 0.01
+# Round: the same, in nats a dimension. Source: chosen.
+EVIDENCE_GAP_SMALL_A_DIM = 0.0005
+# Trial runs: below this, no other learning rate is tried. Source: chosen.
+EVIDENCE_GAP_OF_TRIALS = 1.0
+# Runs of a fit: between the largest and the smallest log evidence, at most. Source: chosen.
+EVIDENCE_GAP_OF_RUNS = 0.3
+
+# ---- missed mass, and density gaps -----------------------------------------------------------------------------------
+
+# Missed mode: share of the mass that the guide covers; a region with more is missed. Source: chosen.
+MISSED_MASS_SHARE = 0.02
+# Missed mass next to the guide: standard errors that its share has to exceed. Source: chosen.
+MISSED_MASS_ERRORS = 2.0
+# Short tail: share of the mass beyond a quantile that draws may lack. Source: chosen.
+MISSED_MASS_OF_TAILS = 0.01
+# Grid: share of a flow's weighted draws that lie where the grid has too little density, at most. The same value as
+# before. Source: chosen.
+MISSED_MASS_OF_GRID = 0.01
+# Comparison of chains: share of their draws beyond each of two quantiles. The same value as before. Source: chosen.
+EDGE_SHARE = 0.01
+# Short tail: standard errors that its mass has to exceed. The same value as MISSED_MASS_ERRORS. Source: chosen.
+MISSED_MASS_OF_TAILS_ERRORS = 2.0
+# Short tail: share of the draws beyond each of two quantiles. Source: chosen.
+TAIL_SHARE = 0.05
+# Missed mass next to the guide: share of the walkers that get out; with fewer, the search ends. The same value as
+# before. Source: chosen.
+WALKERS_OUT_SHARE = 0.05
+# Short tail: part of its mass that a grid adds to the evidence, at least. Source: chosen (the evidence of a grid is
+# known to 1 %).
+MISSED_MASS_IN_EVIDENCE = 0.5
+# Missed mode of chains: part of a region's mass that chains need. The same value as before. Source: chosen.
+REGION_MASS_SHARE = 0.5
+# Short tail: probability by which quartiles of a grid may differ from those of the draws. Source: chosen.
+QUARTILE_GAP_OF_GRID = 0.03
+# Missed mass next to the guide: share of weighted draws beyond the excess that counts as hardly reached. Source:
+# chosen.
+MASS_HARDLY_REACHED = 0.005
+# Missed mode: nats that log q falls short of log p by, at a place where the guide has too little density. Source:
+# chosen.
+DENSITY_GAP_OF_MODES = 7.0
+# Missed mass next to the guide: the same, where walkers count. Source: chosen.
+DENSITY_GAP_OF_WALKERS = 3.0
+# Unverified mode: nats that tempering may lack of the guide's own mass; with more, a place is checked again. Source:
+# measured.
+MASS_GAP_OF_TEMPERING = 10.0
+# Unverified mode: nats a dimension between the guide's mass and that of Laplace's normal at its mode. Source: chosen.
+MASS_GAP_OF_LAPLACE_A_DIM = 0.5
