@@ -8,7 +8,7 @@ Other rooms import these names, and nothing else of this room:
   with the function, and calls the function itself where there is no graph.
 * :func:`agree` compares results but for rounding: check a graph at points where it was not recorded.
 * :class:`Stitcher` joins graphs into one.
-* :func:`partition` parts a joint graph of two passes into forward and backward.
+* :func:`partition` splits a joint graph of two passes into forward and backward.
 * :func:`stacked` batches a graph over a new first axis, for many sets of inputs.
 * :func:`interpreter_is_built` says whether the extension in C is there.
 
