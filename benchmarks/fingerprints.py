@@ -30,7 +30,7 @@ Hashes = NDArray[np.uint32]
 PARTS = {
     "flows": ("flows", "transforms", "_autograd", "_cubic"),
     "density": ("density_estimation",),
-    "step": ("graphs", "training", "objectives"),
+    "step": ("graphs", "training", "objectives", "_batches", "_cache", "_tensors"),
     "fit": ("model", "starts", "modes", "verdict", "fitting", "correction", "_mixing", "_seeding", "_squares"),
 }  # rooms of the package, each in one part
 DECIDING = {"fit": ("flows", "step", "fit"), "step": ("flows", "step"), "density": ("flows", "density")}

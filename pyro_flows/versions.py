@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from pyro_flows.graphs.native import library
+from pyro_flows.graphs import interpreter_is_built
 
 PACKAGES = ("pyro-flows", "torch", "pyro-ppl", "numpy", "scipy", "xarray", "arviz", "arviz-base", "arviz-stats")
 
@@ -29,7 +29,7 @@ def show_versions() -> None:
     print(f"system: {platform.platform()}")
     print(f"device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
     print(f"threads of torch: {torch.get_num_threads()}")
-    print(f"interpreter: {'built' if library() is not None else 'not built, so graphs run by torch alone'}")
+    print(f"interpreter: {'built' if interpreter_is_built() else 'not built, so graphs run by torch alone'}")
 
 
 def _version(package: str) -> str:

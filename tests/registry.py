@@ -19,13 +19,12 @@ import pyro_flows as pf
 from pyro_flows import transforms
 from pyro_flows.flows import flow as flows
 from pyro_flows.flows.recipe import BUILDERS
-from pyro_flows.graphs import batches
-from pyro_flows.graphs.native import library
+from pyro_flows.graphs import interpreter_is_built, recorder
 from pyro_flows.transforms import masks
 
 # What tests in many places have to know of the inside.
 BASES = flows.BASES
-RECORDED_FROM = batches.RECORDED_FROM
+RECORDED_FROM = recorder.RECORDED_FROM
 
 CONTEXT = 3
 HIDDEN = (6,)
@@ -33,7 +32,9 @@ DIMS = (1, 2, 3, 7)
 SEED = 20240229
 
 
-needs_interpreter = pytest.mark.skipif(library() is None, reason="no interpreter: install gcc, then pyro_flows again")
+needs_interpreter = pytest.mark.skipif(
+    not interpreter_is_built(), reason="no interpreter: install gcc, then pyro_flows again"
+)
 
 
 def randomize(module: nn.Module, *, sd: float, seed: int = 0) -> nn.Module:

@@ -8,7 +8,7 @@ import shutil
 import torch
 
 import pyro_flows as pf
-from pyro_flows.graphs.native import library
+from pyro_flows.graphs import interpreter_is_built
 
 
 def test_the_versions_are_shown(capsys):
@@ -16,8 +16,8 @@ def test_the_versions_are_shown(capsys):
     shown = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert shown["pyro-flows"] == pf.__version__
     assert shown["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert shown["interpreter"] == ("built" if library() else "not built, so graphs run by torch alone")
+    assert shown["interpreter"] == ("built" if interpreter_is_built() else "not built, so graphs run by torch alone")
 
 
 def test_the_interpreter_is_built_where_there_is_a_compiler():
-    assert library() is not None or shutil.which(os.environ.get("CC", "cc")) is None
+    assert interpreter_is_built() or shutil.which(os.environ.get("CC", "cc")) is None

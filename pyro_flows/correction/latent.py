@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from pyro_flows._cache import Cache
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.stacked import but_own, log_sum, stacked
-from pyro_flows.graphs.batches import Recorder
-from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.runner import Runner
+from pyro_flows.graphs import Recorder, Runner
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.transforms import LowerTriangularAffine
 from pyro_flows.transforms.nested import Nested

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from pyro_flows.correction.latent import Latent, Points, only_finite
 from pyro_flows.correction.metric import Metric
-from pyro_flows.graphs.record import record
-from pyro_flows.graphs.runner import Runner
+from pyro_flows.graphs import Runner, record
 
 
 def turned(u: Tensor, slope: Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:

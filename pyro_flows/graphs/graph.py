@@ -58,7 +58,7 @@ class Stitcher:
 
     They must not change tensors in place, see :func:`is_pure`.
 
-    >>> from pyro_flows.graphs.record import record
+    >>> from pyro_flows.graphs.recording import record
     >>> double = record(lambda x: (x + x,), torch.ones(2))
     >>> whole = Stitcher()
     >>> (twice,) = whole.add(double, [whole.input(torch.ones(2))])

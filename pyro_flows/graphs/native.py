@@ -32,3 +32,8 @@ def library() -> Callable[..., Any] | None:
     run.restype = None
     run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     return run  # type: ignore[no-any-return]
+
+
+def interpreter_is_built() -> bool:
+    """Return whether graphs run block by block: whether the extension in C was built with the package."""
+    return library() is not None

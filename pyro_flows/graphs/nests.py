@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pyro_flows._tensors import storage_of
 from pyro_flows.graphs.graph import is_aten
 from pyro_flows.graphs.matrices import MATRICES
 from pyro_flows.graphs.operations import kind_of
@@ -44,7 +45,6 @@ from pyro_flows.graphs.views import (
     to_nest,
     views_in,
 )
-from pyro_flows.graphs.writes import storage_of
 
 _aten = torch.ops.aten
 NUMBERS = torch.float64, torch.float32, torch.bool  # all of them double precision here

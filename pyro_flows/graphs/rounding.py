@@ -19,11 +19,6 @@ TAME = 2.0  # scales, and distances in units of scales, that cancel no digits
 LOST = 0.1  # part of a result that such a change makes where no digits are left: numbers cancelled
 
 
-def nearby(x: Tensor) -> Tensor:
-    """Return other points close to ``x``, for a graph to be checked at; no random numbers are used."""
-    return x + 0.1 * torch.sin(torch.arange(x.numel(), dtype=x.dtype, device=x.device)).reshape(x.shape)
-
-
 def agree(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
     """Whether numbers are equal but for rounding, and masks and counts are equal.
 

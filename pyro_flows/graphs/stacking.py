@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.graphs.graph import copy_graph
-from pyro_flows.graphs.record import record
+from pyro_flows.graphs.graph import copy_graph, is_pure
+from pyro_flows.graphs.recording import record
 
 _aten = torch.ops.aten
 _functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
@@ -24,13 +24,16 @@ def stacked(module: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:
         inputs: examples, each with the new axis in front.
 
     Raises:
-        RuntimeError: for an operation that can only be done for one set of inputs after the other.
+        RuntimeError: for a graph that changes tensors in place, and for an operation that can only be done for one set
+            of inputs after the other.
 
     >>> product = record(lambda x, w: (x @ w,), torch.ones(3, 2), torch.ones(2, 4))
     >>> whole = stacked(product, torch.ones(5, 3, 2), torch.ones(5, 2, 4))
     >>> whole(torch.ones(5, 3, 2), torch.ones(5, 2, 4))[0].shape
     torch.Size([5, 3, 4])
     """
+    if not is_pure(module):
+        raise RuntimeError("it changes tensors in place")
     graph = copy_graph(module.graph)
     for node in graph.nodes:
         node.target = _OTHERWISE.get(node.target, node.target) if node.op == "call_function" else node.target

@@ -31,7 +31,7 @@ def vectorize(module: fx.GraphModule) -> fx.GraphModule:
 
     Results are the same but for rounding, since sums have another order. Cost: 20 microseconds for each operation.
 
-    >>> from pyro_flows.graphs.record import record
+    >>> from pyro_flows.graphs.recording import record
     >>> loop = record(lambda x: (sum(2.0 * part.exp() for part in x.unbind()),), torch.ones(50, 3))
     >>> sum(node.target is torch.ops.aten.exp.default for node in loop.graph.nodes)
     1

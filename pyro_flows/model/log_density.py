@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from pyro_flows._clock import Clock
 from pyro_flows._ledger import booked
 from pyro_flows._turns import turn
-from pyro_flows.graphs.batches import Recorder
+from pyro_flows.graphs import Recorder
 from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.faults import Faults, Undefined, passing_over
 from pyro_flows.model.gradients import values_and_grads

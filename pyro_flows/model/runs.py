@@ -13,11 +13,10 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._batches import rows_for
 from pyro_flows._clock import unbounded
 from pyro_flows._fallbacks import fallback, first_line
 from pyro_flows._seeding import seeded
-from pyro_flows.graphs.batches import Work, rows_for
-from pyro_flows.graphs.writes import Batchable, FindWrites, Places
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.batching import advice, apart, filled_up, over_rows, pieces, possible_pieces, quiet
 from pyro_flows.model.enumeration import Enumerate, Evaluator
@@ -29,6 +28,8 @@ from pyro_flows.model.observations import check_values
 from pyro_flows.model.outcomes import in_floats, refused_sites
 from pyro_flows.model.precision import doubled, in_double, read_in_one_precision
 from pyro_flows.model.sites import Latent, Noncentered, Placed, Structure, check_latents, messages
+from pyro_flows.model.work import Work
+from pyro_flows.model.writes import Batchable, FindWrites, Places
 
 MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
 

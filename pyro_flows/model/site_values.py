@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import turn
-from pyro_flows.graphs.batches import Recorder
+from pyro_flows.graphs import Recorder
 from pyro_flows.model.batching import apart, quiet, redrawn
 from pyro_flows.model.digits import Digits
 from pyro_flows.model.faults import Undefined, defined, passing_over

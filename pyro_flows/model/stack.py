@@ -12,13 +12,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pyro_flows._cache import Cache
 from pyro_flows._clock import unbounded
-from pyro_flows.graphs.batches import Recorder
-from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.graph import is_pure
-from pyro_flows.graphs.record import record
-from pyro_flows.graphs.rounding import agree
-from pyro_flows.graphs.runner import Runner
+from pyro_flows.graphs import Recorder, Runner, agree, record
 from pyro_flows.model.batching import batch, quiet, where_possible
 from pyro_flows.model.gradients import batch_and_grads, batch_hessians, hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
@@ -98,10 +94,7 @@ class Stack:
         function = self._gradients if gradients else self._values
         z = torch.zeros(points, self.dim, dtype=self.dtype, device=self.device)
         with torch.no_grad(), quiet():
-            module = record(function, z, *self._given[0])
-        if not is_pure(module):
-            raise NotStackable("the model changes tensors in place")
-        return module
+            return record(function, z, *self._given[0])
 
     # all data sets --------------------------------------------------------------------------------------------------
 

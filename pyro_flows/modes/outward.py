@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows.graphs.batches import Recorder
+from pyro_flows.graphs import Recorder
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.held import SMALL, hessians
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows.graphs.batches import rows_for
+from pyro_flows._batches import rows_for
 from pyro_flows.model.stack import Stack
 from pyro_flows.starts.curvature import Differentiable
 from pyro_flows.starts.gaussians import (

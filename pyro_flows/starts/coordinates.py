@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_flows._ledger import booked
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.graphs.batches import Recorder
+from pyro_flows.graphs import Recorder
 from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.digits import COMPARED
 from pyro_flows.model.gradients import values_and_grads

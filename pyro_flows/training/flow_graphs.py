@@ -10,13 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pyro_flows._cache import Cache
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
-from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.graph import Stitcher
-from pyro_flows.graphs.record import record
-from pyro_flows.graphs.rounding import agree
-from pyro_flows.graphs.runner import Runner
+from pyro_flows.graphs import Runner, Stitcher, agree, record
 from pyro_flows.training.layer_graphs import Body, body_of
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.compose import Compose

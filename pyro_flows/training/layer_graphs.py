@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from pyro_flows._autograd import pull
-from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.graph import graph_module, sweep
-from pyro_flows.graphs.record import record
-from pyro_flows.graphs.rounding import nearby
+from pyro_flows._batches import nearby
+from pyro_flows._cache import Cache
+from pyro_flows.graphs import partition, record
 from pyro_flows.transforms.base import Bijection
-
-_aten = torch.ops.aten
-_VIEWS = (_aten.t.default, _aten.view.default, _aten.unsqueeze.default, _aten.expand.default, _aten.slice.Tensor)
 
 
 class Body(NamedTuple):
@@ -120,51 +116,4 @@ def _joint(layer: Bijection) -> Callable[..., tuple[Tensor, ...]]:
 def _record(layer: Bijection, x: Tensor) -> Body:
     state, score = [part.detach() for part in state_of(layer)], nearby(x)
     graph = record(_joint(layer), *state, x, score, score.clone())  # tensors that are one would be one input
-    return _split(graph, len(state) + 2)
-
-
-# ---- cutting in two --------------------------------------------------------------------------------------------------
-
-
-def _split(module: fx.GraphModule, inputs: int) -> Body:
-    """Cut the joint graph in two: what does not need the cotangent, and the rest, given what it needs of the first."""
-    graph = module.graph
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    (result,) = (node for node in graph.nodes if node.op == "output")
-    results = list(result.args[0])  # type: ignore[arg-type]
-    late = {placeholders[inputs]}
-    for node in graph.nodes:
-        if node.op == "call_function" and late.intersection(node.all_input_nodes):
-            late.add(node)
-    saved: dict[fx.Node, None] = {}
-
-    def need(nodes: Iterable[Any]) -> None:
-        for node in nodes:
-            if not isinstance(node, fx.Node) or node in late or node.op != "call_function":
-                continue
-            if node.target in _VIEWS:
-                need(node.all_input_nodes)  # made anew: a view costs less than handing it over
-            else:
-                saved[node] = None
-
-    for node in late:
-        need(node.all_input_nodes)
-    need(results[3:])
-    forward = _part(module, placeholders[:inputs], [*results[:3], *saved])
-    backward = _part(module, [*placeholders[:inputs], *saved, placeholders[inputs]], results[3:])
-    return Body(forward, backward)
-
-
-def _part(source: fx.GraphModule, inputs: list[fx.Node], outputs: list[Any]) -> fx.GraphModule:
-    """Return the part of ``source`` that leads from some of its nodes to others."""
-    part, copies = fx.Graph(), {}
-    for number, node in enumerate(inputs):
-        copies[node] = part.placeholder(f"input_{number}")
-        copies[node].meta = dict(node.meta)
-    for node in source.graph.nodes:
-        known = all(argument in copies for argument in node.all_input_nodes)
-        if node.op in ("call_function", "get_attr") and node not in copies and known:
-            copies[node] = part.node_copy(node, copies.__getitem__)
-    part.output(tuple(copies[node] for node in outputs))
-    sweep(part)
-    return graph_module(source, part)
+    return Body(*partition(graph, 3))

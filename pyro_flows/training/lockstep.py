@@ -8,10 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_flows.flows.flow import Flow
-from pyro_flows.graphs.graph import Stitcher
-from pyro_flows.graphs.rounding import agree
-from pyro_flows.graphs.runner import Runner
-from pyro_flows.graphs.stacking import stacked
+from pyro_flows.graphs import Runner, Stitcher, agree, stacked
 from pyro_flows.model.batching import quiet
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.objectives import BasePoints

@@ -9,13 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
+from pyro_flows._cache import Cache
 from pyro_flows._fallbacks import fallback
 from pyro_flows.flows.flow import Flow
-from pyro_flows.graphs.cache import Cache
-from pyro_flows.graphs.graph import Stitcher
-from pyro_flows.graphs.record import record
-from pyro_flows.graphs.rounding import agree
-from pyro_flows.graphs.runner import Runner
+from pyro_flows.graphs import Runner, Stitcher, agree, record
 from pyro_flows.model.batching import nearer
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.objectives import pulled

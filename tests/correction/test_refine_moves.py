@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows._cache import Cache
 from pyro_flows.correction import hmc
 from pyro_flows.correction import metric as metric_module
 from pyro_flows.correction.adaptation import Kernel, halton
@@ -16,7 +17,6 @@ from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric, learned, scale_of
 from pyro_flows.correction.microcanonical import microcanonical
 from pyro_flows.flows.mixture import Component, FlowMixture
-from pyro_flows.graphs.cache import Cache
 
 CHAINS = 4000
 REAL = torch.float64

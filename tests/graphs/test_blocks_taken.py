@@ -14,7 +14,7 @@ from pyro_flows._fallbacks import strict
 from pyro_flows.graphs import fused as blocks
 from pyro_flows.graphs import native
 from pyro_flows.graphs.fused import fused
-from pyro_flows.graphs.record import record
+from pyro_flows.graphs.recording import record
 from pyro_flows.graphs.rounding import hangs_on_digits, rounds_alike
 from pyro_flows.graphs.runner import Runner
 from tests.graphs.test_blocks import in_blocks

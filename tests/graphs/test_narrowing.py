@@ -7,7 +7,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.graphs import narrowing
-from pyro_flows.graphs.record import record
+from pyro_flows.graphs.recording import record
 
 REAL = torch.float64
 ROWS = 600
@@ -21,7 +21,7 @@ def wide(module):
 def recorded(function, x, monkeypatch):
     """A graph as it is recorded, and as it was without this pass."""
     with monkeypatch.context() as patched:
-        patched.setattr("pyro_flows.graphs.record.narrow", lambda module, inputs: module)
+        patched.setattr("pyro_flows.graphs.recording.narrow", lambda module, inputs: module)
         before = record(function, x)
     return record(function, x), before
 
@@ -88,7 +88,7 @@ def test_a_hierarchical_model_does_less_for_each_row(monkeypatch):
     graph = pf.LogDensity(model, (y,)).graph(z)
     value, slope = graph(z)
     with monkeypatch.context() as patched:
-        patched.setattr("pyro_flows.graphs.record.narrow", lambda module, inputs: module)
+        patched.setattr("pyro_flows.graphs.recording.narrow", lambda module, inputs: module)
         plain = pf.LogDensity(model, (y,)).graph(z)
     torch.testing.assert_close((value, slope), plain(z), rtol=1e-10, atol=1e-10)
     assert wide(graph) < 0.7 * wide(plain)

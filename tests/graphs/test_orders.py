@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_flows.graphs.record import record
+from pyro_flows.graphs.recording import record
 from tests.registry import normal
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ import pyro_flows as pf
 from pyro_flows import LogDensity
 from pyro_flows.graphs.bindings import quicken
 from pyro_flows.graphs.graph import Stitcher
-from pyro_flows.graphs.record import record
+from pyro_flows.graphs.recording import record
 from pyro_flows.training import loop
 from pyro_flows.training import trainer as training
 from pyro_flows.training.adam import CLIP, Moments, update

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows.graphs.batches import PIECE, RECORDED_FROM, ROWS_AT_LEAST, Recorder
-from pyro_flows.graphs.cache import Cache
+from pyro_flows._batches import PIECE, ROWS_AT_LEAST
+from pyro_flows._cache import Cache
 from pyro_flows.graphs.graph import Stitcher
-from pyro_flows.graphs.record import record
+from pyro_flows.graphs.recorder import RECORDED_FROM, Recorder
+from pyro_flows.graphs.recording import record
 from pyro_flows.graphs.runner import Runner
 from tests.invariants import close
 from tests.registry import needs_interpreter, normal

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_flows.graphs.record import record
+from pyro_flows.graphs.recording import record
 from pyro_flows.graphs.rounding import agree, hangs_on_digits, rounds_alike, tame
 from pyro_flows.graphs.runner import Runner
 from tests.registry import needs_interpreter, normal

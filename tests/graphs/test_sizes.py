@@ -3,14 +3,8 @@
 import pytest
 import torch
 
-from pyro_flows.graphs.batches import (
-    A_PIECE,
-    PIECE,
-    RECORDED_FROM,
-    RECORDING,
-    ROWS_AT_MOST,
-    Recorder,
-)
+from pyro_flows._batches import PIECE, ROWS_AT_MOST
+from pyro_flows.graphs.recorder import A_PIECE, RECORDED_FROM, RECORDING, Recorder
 from tests.graphs.test_recorder import function
 from tests.invariants import close
 from tests.registry import normal

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from pyro_flows.graphs.record import record
+from pyro_flows.graphs.recording import record
 from pyro_flows.graphs.rounding import agree
 from pyro_flows.model.gradients import values_and_grads
 from tests.invariants import close

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.graphs.writes import Memories, storage_of
+from pyro_flows._tensors import Memories, storage_of
 from tests.invariants import close
 from tests.model.test_tracing import alone
 from tests.models import real

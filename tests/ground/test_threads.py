@@ -12,7 +12,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows._threads import ONE_THREAD_BELOW, at_once, cores, few_threads
-from pyro_flows.graphs.batches import Recorder
+from pyro_flows.graphs import Recorder
 from tests.invariants import close
 from tests.registry import needs_interpreter, normal
 

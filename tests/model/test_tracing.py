@@ -14,8 +14,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows._fallbacks import Fallback, fallback, strict
-from pyro_flows.graphs.graph import is_pure
-from pyro_flows.graphs.record import DependsOnValues, record
+from pyro_flows.graphs import record, stacked
 from tests.invariants import close
 from tests.models import gauss, real
 from tests.registry import RECORDED_FROM, normal
@@ -186,7 +185,7 @@ def test_data_are_constants_and_latents_are_not():
     assert len(called) == 2
     other = normal(6, seed=7)
     close(module(other), function(other), 1e-12)
-    with pytest.raises(DependsOnValues, match="taken out of a tensor"):
+    with pytest.raises(RuntimeError, match="taken out of a tensor"):
         record(lambda x: x * float(x.sum()), data)
 
 
@@ -217,8 +216,8 @@ def test_writes_become_new_tensors():
 
     x = normal(4, seed=1)
     module = record(function, x)
-    assert is_pure(module)
     other = normal(4, seed=2)
+    stacked(module, other[None])  # which refuses graphs that change tensors in place
     for one, value in zip(module(other), function(other), strict=True):
         assert torch.equal(one, value)
 

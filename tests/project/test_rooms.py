@@ -17,6 +17,8 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 FOLDERS = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
 HEAVY = {"arviz", "arviz_base", "arviz_plots", "arviz_stats", "h5netcdf", "h5py", "matplotlib", "pandas", "xarray"}
 GROUND = "the ground"
+CLOSED = ("graphs",)  # rooms whose names are those of their __init__
+WITH_INNER_NAMES = ("tests/graphs/", "tests/registry.py")  # of the room graphs
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,43 @@ def test_imports_are_those_that_the_table_allows():
     assert not [fault for name, others in imported().items() for fault in faults(name, others, ROOMS)]
 
 
+def inner_names(file: str, others: set[str]) -> list[str]:
+    """Imports of modules of a closed room from outside of it."""
+    return [
+        f"{file} imports {other}, not pyro_flows.{room_of(other)}"
+        for other in sorted(others)
+        if room_of(other) in CLOSED and room_of(file) != room_of(other) and other.count("/") and "__init__" not in other
+    ]
+
+
+def test_closed_rooms_are_entered_by_their_public_names():
+    assert not [fault for name, others in imported().items() for fault in inner_names(name, others)]
+    tests = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").rglob("*.py"))]
+    outside = [file for file in tests if not file.startswith(WITH_INNER_NAMES)]
+    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in outside}
+    assert not [fault for file, text in texts.items() for fault in inner_names(file, own_imports(text))]
+
+
+@pytest.mark.parametrize("room", CLOSED)
+def test_the_names_of_a_closed_room_are_used_and_are_on_its_page(room):
+    names = next(
+        set(ast.literal_eval(node.value))
+        for node in ast.parse(text_of(f"{room}/__init__.py")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    taken = {
+        name
+        for file in FILES
+        if room_of(file) != room
+        for module, found in imports(text_of(file))
+        if module == f"pyro_flows.{room}"
+        for name in found
+    }
+    assert taken == names
+    page = (ROOT / "docs" / "contribute" / f"{room}.md").read_text(encoding="utf-8")
+    assert not {name for name in names if f"`{name}`" not in page}
+
+
 def test_permissions_are_used():
     used: dict[str, set[str]] = {name: set() for name in ROOMS}
     for file, others in imported().items():
@@ -175,12 +214,24 @@ def late():
     assert wrong == ["cli.py", "fitting/__init__.py", "plots/__init__.py"]
     assert ("arviz", ()) in set(imports(source))
     assert ("arviz", ()) not in set(imports(source, top_only=True))
+    entered = own_imports("from pyro_flows.graphs import Recorder, rounding\nfrom pyro_flows.graphs.graph import sweep")
+    assert [line.split()[2] for line in inner_names("model/runs.py", entered)] == [
+        "graphs/graph.py,",
+        "graphs/rounding.py,",
+    ]
+    assert not inner_names("graphs/runner.py", entered)
     with pytest.raises(CycleError):
         list(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
 
 
 RECORDS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs" / "decisions").glob("0*.md"))]
-PAGES = ["CONTRIBUTING.md", "docs/design.md", "docs/evidence/nuts.md", "docs/dependencies.md"]
+PAGES = [
+    "CONTRIBUTING.md",
+    "docs/design.md",
+    "docs/contribute/graphs.md",
+    "docs/evidence/nuts.md",
+    "docs/dependencies.md",
+]
 
 
 @pytest.mark.parametrize("page", [*PAGES, *RECORDS])

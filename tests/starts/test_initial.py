@@ -9,8 +9,8 @@ import torch
 from torch.distributions import MultivariateNormal, constraints, kl_divergence
 
 import pyro_flows as pf
-from pyro_flows.graphs import batches
 from pyro_flows.model.gradients import hessian_diagonals
+from pyro_flows.model.work import LONG
 from pyro_flows.starts import curvature
 from pyro_flows.starts.laplace import newton
 from pyro_flows.starts.pathfinder import pathfinder
@@ -280,12 +280,12 @@ def test_hessians_of_a_long_model_come_from_its_recorded_gradients(monkeypatch):
         return roots @ roots.mT
 
     expected, before = covariances(density, points), density.evaluations
-    monkeypatch.setattr(density.work, "operations", batches.LONG)
+    monkeypatch.setattr(density.work, "operations", LONG)
     close(covariances(density, points), expected, 1e-7)
     assert density.evaluations - before == 2 * 3 * 2  # two for each coordinate of each point
     narrow = density_of(lambda z: quartic(1e6 * z), 3)  # a step would be six standard deviations
     exact = covariances(narrow, 1e-6 * points)
-    monkeypatch.setattr(narrow.work, "operations", batches.LONG)
+    monkeypatch.setattr(narrow.work, "operations", LONG)
     close(1e12 * covariances(narrow, 1e-6 * points), 1e12 * exact, 1e-12)
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
+
+from pyro_flows._tensors import Memories, storage_of, tensors_in
 
 Place = tuple[CodeType, int]  # in a program: code outside of torch, and its instruction
 _AT = "_pyro_flows_made_at"
@@ -258,35 +259,3 @@ def _spread(write: _Write, view: Tensor, mask: Tensor) -> Any:
 
 def _has_batch(value: Tensor) -> bool:
     return bool(_functorch.is_batchedtensor(_bare(value)))
-
-
-def storage_of(value: Tensor) -> int:
-    """Tell the memory that a tensor is in: views of one tensor share it."""
-    return int(value.untyped_storage()._cdata)
-
-
-class Memories:
-    """Tells memory as :func:`storage_of` does, for as long as this lives: no other memory comes to have the number.
-
-    Else what is found would depend on which memory is free, and so on what the process did before. The number is kept
-    by a weak reference, which lets the memory go.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[int, StorageWeakRef] = {}
-
-    def of(self, value: Tensor) -> int:
-        """Return the number of the memory that a tensor is in."""
-        number = storage_of(value)
-        if number not in self._known:
-            self._known[number] = StorageWeakRef(value.untyped_storage())
-        return number
-
-
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """Yield the tensors among arguments, those in lists and tuples too."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)

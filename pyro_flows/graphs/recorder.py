@@ -5,74 +5,27 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_flows._batches import ROWS_AT_LEAST, nearby, rows_for
+from pyro_flows._cache import Cache
 from pyro_flows._fallbacks import fallback
-from pyro_flows.graphs.cache import Cache
 from pyro_flows.graphs.graph import first_results, is_pure
-from pyro_flows.graphs.record import record
-from pyro_flows.graphs.rounding import DIGITS, agree, moved_by, nearby
+from pyro_flows.graphs.recording import record
+from pyro_flows.graphs.rounding import DIGITS, agree, moved_by
 from pyro_flows.graphs.runner import Runner
-from pyro_flows.graphs.writes import tensors_in
 
 KINDS_KEPT = 8
 RECORDED_FROM = 2  # the piece at which it is recorded: recording takes as long as ten calls, and a fit makes hundreds
 A_PIECE = 2**12  # numbers that each operation might handle in the time that a call of a graph takes besides
 RECORDING = 2**20  # the same for the time that it takes to record a graph of one more size
-PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
-ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
-LARGEST = 2**20  # numbers for which the least rows are still taken: memory above is mapped anew by each operation
 BORROWED = 100  # pieces that a graph with further results serves: one of its own takes seconds, where it is long
-LONG = 2000  # operations from which one graph serves all batch sizes: recording takes seconds
-AT_ONCE = 2**12  # numbers that one operation of a long graph handles in little more time than one number,
-LONG_ROWS = 64  # and rows at most: the results of a long loop that its gradient needs should stay in a cache
-LONG_VALUES, ROWS_OF_VALUES = 2**14, 1024  # the same for values alone, of which no results are kept
 ROUNDED = 0.02  # of the points that a graph is checked at, that may be where the function hangs on rounding
 SMALL = 0.25  # of such a piece, up to which a batch goes through in small ones
 
 Kind = tuple[int, torch.dtype, torch.device]
-
-
-def rows_for(numbers: int, budget: int = PIECE) -> int:
-    """Return how many points to take at once where each takes ``numbers``: a power of two."""
-    rows, most = (max(1, count // max(numbers, 1)) for count in (budget, LARGEST))
-    return min(max(1 << (rows.bit_length() - 1), min(1 << (most.bit_length() - 1), ROWS_AT_LEAST)), ROWS_AT_MOST)
-
-
-class Work(TorchDispatchMode):
-    """Counts operations inside, the numbers that they write, and those of the largest result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.numbers = self.largest = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import torch's compiler, and wrap each operation
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sizes = [part.numel() for part in tensors_in((result,))]
-        self.operations += 1
-        self.numbers += sum(sizes)
-        self.largest = max(self.largest, *sizes, 0)
-        return result
-
-    def rows(self, batch: int) -> tuple[int, int] | tuple[None, None]:
-        """Return how many rows pieces have, and larger ones of values alone, after a run with so many.
-
-        Both are None where small batches may have graphs of their own.
-        """
-        if self.operations < LONG:
-            return None, None
-        apiece = max(1, self.numbers // (self.operations * batch))
-        both = (AT_ONCE, LONG_ROWS), (LONG_VALUES, ROWS_OF_VALUES)
-        unit, large = (min(most, 1 << ((at_once // apiece) | 1).bit_length() - 1) for at_once, most in both)
-        return max(ROWS_AT_LEAST, unit), max(ROWS_AT_LEAST, large)
 
 
 class Recorder:

@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flows import _stages
 from pyro_flows._ledger import counted
+from pyro_flows._tensors import Memories, storage_of, tensors_in
 from pyro_flows.graphs.garbage import uncollected
 from pyro_flows.graphs.graph import graph_module, new_node, out_of_place, sweep, through_copies, tidy
 from pyro_flows.graphs.narrowing import narrow
 from pyro_flows.graphs.operations import Kind, kind_of
 from pyro_flows.graphs.orders import ordered
 from pyro_flows.graphs.vectorizing import vectorize
-from pyro_flows.graphs.writes import Memories, storage_of, tensors_in
 from pyro_flows.graphs.written import resolve
 
 FOLDED = 2**16  # numbers in a constant that may be computed from smaller ones
