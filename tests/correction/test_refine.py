@@ -24,6 +24,7 @@ from pyro_flows.modes.lacks import Lack
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict import chains as judged
+from pyro_flows.verdict import thresholds
 from pyro_flows.verdict.chains import McmcDiagnostics, objections
 from tests.posteriors import SPREAD, Y, schools, schools_posterior
 from tests.registry import normal
@@ -65,7 +66,7 @@ def test_chains_finish_the_work(narrow, refined):
     assert refined.verdict.k_hat == narrow.verdict.k_hat
     figures = refined.verdict.chains
     assert (figures.chains, figures.draws) == refined.chains.z.shape[:2]
-    assert refined.effective == figures.ess_bulk >= judged.LEAST_ESS
+    assert refined.effective == figures.ess_bulk >= thresholds.ESS_OF_CHAINS
     text = str(refined.verdict)
     assert text.startswith("refined: MCMC, converged (R-hat 1.0")
     assert "k-hat" not in text  # which is of draws that are not returned
@@ -128,7 +129,7 @@ def test_groups_have_chains_and_draws(refined):
 def test_each_row_of_the_table_has_its_own_figures(refined):
     table = refined.summary(round_to="none")
     assert list(table.columns[-4:]) == ["mcse_mean", "ess_bulk", "ess_tail", "r_hat"]
-    assert (table["r_hat"] < judged.R_HAT).all()
+    assert (table["r_hat"] < thresholds.R_HAT_OF_CHAINS).all()
     assert (table["ess_bulk"] >= int(refined.effective) - 1).all()
     assert table["mcse_mean"].max() < 1.2 * SPREAD * 2 / math.sqrt(refined.effective)
     assert "refined" in refined._repr_html_()
@@ -263,7 +264,7 @@ def test_chains_change_modes_and_find_their_masses():
     assert float((posterior.samples["z"][:, 0] > 0).double().mean()) == pytest.approx(0.7, abs=0.05)
     figures = posterior.verdict.chains
     assert figures.changes > 1.0
-    assert figures.agreement <= judged.AGREEMENT
+    assert figures.agreement <= thresholds.R_HAT_BETWEEN_MODES
     assert "R-hat between starts in different modes" in str(posterior.verdict.chains)
     with pytest.raises(ValueError, match="NUTS walks in the latent space of one flow"):
         posterior.refine("nuts")

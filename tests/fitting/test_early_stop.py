@@ -64,7 +64,7 @@ def test_a_skewed_posterior_needs_some_and_is_right():
 def test_a_training_that_ended_too_early_goes_on(monkeypatch):
     looks = []
 
-    def unsure(weighing, *, seen=criteria.SEEN):
+    def unsure(weighing, *, seen=criteria.SHIFT_SEEN):
         looks.append(seen)
         return len(looks) == 3  # two looks at the start, and the first one while training
 
@@ -81,7 +81,7 @@ def test_training_does_not_go_on_for_the_tail_of_even_weights(monkeypatch, refin
     """A look that ends it, and a sample whose k-hat says no, though its weights are all alike: chains are cheaper."""
     looks = []
 
-    def sure_once(weighing, *, seen=criteria.SEEN):
+    def sure_once(weighing, *, seen=criteria.SHIFT_SEEN):
         looks.append(seen)
         return len(looks) == 3
 
