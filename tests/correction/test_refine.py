@@ -540,7 +540,7 @@ def test_chains_that_stay_out_of_a_tail_are_found():
         z=draws, log_weights=torch.full((4000,), -math.log(4000.0)), k_hat=0.1, coordinates=("a", "b"),
         verdict=SimpleNamespace(k_threshold=0.7),
     )  # fmt: skip
-    assert "disagree about" in disagreements(posterior, SimpleNamespace(z=chains))[0]
+    assert "disagree on" in disagreements(posterior, SimpleNamespace(z=chains))[0]
 
 
 def test_looks_between_are_at_the_worst_coordinates(narrow, monkeypatch):
