@@ -223,7 +223,7 @@ def _decided(entry: Entry) -> list[str]:
 def _counted(what: str, names: list[str], kept: Mapping[Key, Entry], of: Callable[[Entry], list[str]]) -> str:
     """Return a table of how many fits of each table have which words."""
     had = Counter((word, key[0]) for key, entry in kept.items() for word in of(entry))
-    words = sorted({word for word, _ in had}, key=lambda word: -sum(had[word, name] for name in names))
+    words = sorted({word for word, _ in had}, key=lambda word: (-sum(had[word, name] for name in names), word))
     body = [[word, *(str(had[word, name] or "") for name in names)] for word in words]
     return table([what, *names], body)
 
