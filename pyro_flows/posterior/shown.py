@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ROWS_SHOWN = 30
+FAR_BELOW = 1000.0  # nats below the log evidence, from which on a single draw has made the ELBO
 
 
 @_checks.methods
@@ -29,7 +30,8 @@ class Shown(Record):
         each = f"{chains} chain{'s' if chains > 1 else ''} of {count // chains}" if self._by_chains else count
         known = self.verdict.supports_evidence
         evidence = f", log evidence {self.log_evidence:.2f}" if known else ""
-        elbo = f", ELBO {self.elbo:.2f}" if known and not self._by_chains else ""
+        told = known and not self._by_chains and self.log_evidence - self.elbo < FAR_BELOW
+        elbo = f", ELBO {self.elbo:.2f}" if told else ""
         about = f"{self.described}, {each} draws, {counted(self)}{evidence}{elbo}"
         return f"Posterior of {', '.join(self.samples)}: {about}\n{self.verdict}"
 

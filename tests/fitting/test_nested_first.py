@@ -11,7 +11,7 @@ import pyro_flows as pf
 from pyro_flows._stages import PARAMETERIZATION
 from pyro_flows.fitting import prepare
 
-STAGE = "coordinates held"  # as the history calls it
+STAGE = "Gaussian conditionals"  # as the history calls it
 SIZE, NOISE = 20, 0.5
 GENERATOR = torch.Generator().manual_seed(5)
 PLACES = 1.0 + torch.randn(SIZE, generator=GENERATOR, dtype=torch.float64)
