@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_flows._fallbacks import strict
 from pyro_flows.graphs import Recorder
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.held import SMALL, hessians
@@ -202,7 +203,8 @@ class Outward:
         Along some of them, which the third result tells, the density has no curvature: they are left out.
         """
         z = self._z(y)
-        whole = hessians(self.density, z, exact=True) if self.density.long else self._hessians(z)[0]
+        with strict(on=False):  # where second derivatives cannot be recorded, they are taken without a graph
+            whole = hessians(self.density, z, exact=True) if self.density.long else self._hessians(z)[0]
         curvatures = whole * self.units * self.units[:, None]
         curvatures = across.mT @ (0.5 * (curvatures + curvatures.mT)).nan_to_num(0.0, 0.0, 0.0) @ across
         scale = curvatures.diagonal(dim1=1, dim2=2).abs()
