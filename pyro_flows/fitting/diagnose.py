@@ -177,8 +177,7 @@ def _searched(density: LogDensity, draw: Draw, score: Score | None, space: Space
         if not weighing.k_hat < weighing.threshold or weighing.ess < ESS_SHARE_LEAST * len(z):
             return Search(notes=(THIN,))
         search = missed_modes(density, [], z, log_q, score, seed=seed, space=space)
-        about: dict[str, Any] = {"evidence": lambda log_weights: weighing.log_evidence, "seed": seed}
-        return and_tails(search, density, lambda: (z, weighing.log_weights), **about)[0]
+        return and_tails(search, density, lambda: (z, weighing.log_weights), seed=seed)[0]
 
 
 # continuous autoguides ------------------------------------------------------------------------------------------------

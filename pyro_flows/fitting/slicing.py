@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import itemgetter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,6 @@ from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.short_tails import and_tails
 from pyro_flows.modes.slices import Marginal, all_slices, can_be_sliced, closer, slices_about
 from pyro_flows.modes.tables import flow_along
-from pyro_flows.modes.tempering import log_mean
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
@@ -102,9 +100,7 @@ def short_of(
     search: Search, density: LogDensity, sampler: Flow | FlowMixture, *, seed: int
 ) -> tuple[Search, Marginal | None]:  # fmt: skip
     """Go on with a search that has found no mode: look for a tail that draws of a sampler come short of."""
-    count = density.affordable(TAIL_DRAWS)
-    about: dict[str, Any] = {"evidence": lambda log_weights: float(log_mean(log_weights.double())), "seed": seed}
-    return and_tails(search, density, lambda: _weighted(density, sampler, count), **about)
+    return and_tails(search, density, lambda: _weighted(density, sampler, density.affordable(TAIL_DRAWS)), seed=seed)
 
 
 def _weighted(density: LogDensity, sampler: Flow | FlowMixture, count: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ from pyro_flows.modes.tables import roots_of
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.thresholds import (
-    MISSED_MASS_IN_EVIDENCE,
     MISSED_MASS_OF_TAILS,
     MISSED_MASS_OF_TAILS_ERRORS,
     QUARTILE_GAP_OF_GRID,
@@ -38,12 +36,11 @@ QUARTERS = (0.25, 0.5, 0.75)  # of draws between the quantiles of both tails
 
 def and_tails(
     search: Search, density: LogDensity, draw: Callable[[], tuple[Tensor, Tensor]], *, worth: float = math.inf,
-    evidence: Callable[[Tensor], float] = lambda log_weights: math.nan, seed: int,
+    seed: int,
 ) -> tuple[Search, Marginal | None]:  # fmt: skip
     """Go on with a search that has found no mode: look for a tail that draws come short of. Return its slices too.
 
     ``draw`` gives draws z (S, D) and their log weights (S,); they are worth so many independent ones at most.
-    ``evidence`` is the log evidence that these weights tell, if they tell one.
     """
     modes = [lack for lack in search.lacks if lack.start.name != WANDERED]
     if modes or not can_be_sliced(density):
@@ -51,8 +48,7 @@ def and_tails(
     with torch.no_grad(), seeded(derive(seed, "draws of tails"), density.device):
         z, log_weights = draw()
     usable = torch.isfinite(log_weights) & torch.isfinite(z).all(1)
-    about: dict[str, Any] = {"worth": worth, "evidence": evidence(log_weights), "seed": seed}
-    found = short_tail(density, z[usable], log_weights[usable], **about)
+    found = short_tail(density, z[usable], log_weights[usable], worth=worth, seed=seed)
     if found is None:
         return search, None
     lack, slices = found
@@ -60,13 +56,9 @@ def and_tails(
 
 
 def short_tail(
-    density: LogDensity, z: Tensor, log_weights: Tensor, *, worth: float = math.inf, evidence: float = math.nan,
-    seed: int,
-) -> tuple[Lack, Marginal] | None:  # fmt: skip
-    """Return a place in the worst tail that weighted draws z (S, D) come short of, and slices there; None for none.
-
-    A tail that is missing adds to the log evidence of the draws. Slices that come to less have missed a second top.
-    """
+    density: LogDensity, z: Tensor, log_weights: Tensor, *, worth: float = math.inf, seed: int
+) -> tuple[Lack, Marginal] | None:
+    """Return a place in the worst tail that weighted draws z (S, D) come short of, and slices there; None for none."""
     found = all_slices(density, z, log_weights, seed=seed)
     mass = torch.softmax(log_weights.double(), 0)
     effective = min(max(worth, 1.0) if worth == worth else 1.0, float(1.0 / mass.square().sum()))
@@ -77,9 +69,7 @@ def short_tail(
             break
         values = z[:, worst.coordinate].double()
         again = closer(density, worst, seed=seed)  # with other draws: slices are known to a few per cent each
-        if again is None or not _short_of(again, values, mass) > limit:
-            continue
-        if not again.log_evidence - evidence < MISSED_MASS_IN_EVIDENCE * amount:  # NaN where the draws tell none
+        if again is not None and _short_of(again, values, mass) > limit:
             return _place(again, values, mass), worst
     return None
 

@@ -266,9 +266,6 @@ TAIL_SHARE = 0.05
 # Missed mass next to the guide: share of the walkers that get out; with fewer, the search ends. The same value as
 # before. Source: chosen.
 WALKERS_OUT_SHARE = 0.05
-# Short tail: part of its mass that a grid adds to the evidence, at least. Source: chosen (the evidence of a grid is
-# known to 1 %).
-MISSED_MASS_IN_EVIDENCE = 0.5
 # Missed mode of chains: part of a region's mass that chains need. The same value as before. Source: chosen.
 REGION_MASS_SHARE = 0.5
 # Short tail: probability by which quartiles of a grid may differ from those of the draws. Source: chosen.
