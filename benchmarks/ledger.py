@@ -148,9 +148,10 @@ def difference(before: dict[Key, Entry], after: dict[Key, Entry]) -> str:
         key for key in both
         if after[key].seconds > max(DOUBLED * before[key].seconds, before[key].seconds + SHORT)
     ]  # fmt: skip
+    outcomes = [[when, *map(str, counts(of).values())] for when, of in (("before", old), ("after", new))]
     lines = [
         f"{len(both)} fits are in both.",
-        table(["", *OUTCOMES], [[name, *map(str, counts(part).values())] for name, part in _both(old, new)]),
+        table(["", *OUTCOMES], outcomes),
         f"Seconds: {statistics.median(ratios):.2f} times as many in the median, {sum(e.seconds for e in new):.0f} "
         f"after {sum(e.seconds for e in old):.0f} in all." if ratios else "No seconds are known.",
         *(_change(key, before[key], after[key]) for key in both if _differs(before[key], after[key])),
@@ -159,10 +160,6 @@ def difference(before: dict[Key, Entry], after: dict[Key, Entry]) -> str:
         ),
     ]  # fmt: skip
     return "\n".join([*lines, *faults(new, ratios, doubled)])
-
-
-def _both(old: list[Entry], new: list[Entry]) -> list[tuple[str, list[Entry]]]:
-    return [("before", old), ("after", new)]
 
 
 def _differs(one: Entry, two: Entry) -> bool:
@@ -192,11 +189,11 @@ def used(found: Mapping[Key, Entry]) -> str:
     """Return tables of what answered: methods, acceptance tests, searches, and the seconds of each part."""
     kept = {key: entry for key, entry in found.items() if entry.account}
     names = [name for name in TABLES if any(key[0] == name for key in kept)]
-    spent = {(key, part): sums for key, entry in kept.items() for part, sums in _dict(entry.account, "spent").items()}
     parts: dict[str, list[float]] = {}
-    for (_, part), (seconds, gradients) in spent.items():
-        sums = parts.setdefault(part, [0.0, 0.0, 0.0])
-        sums[0], sums[1], sums[2] = sums[0] + seconds, sums[1] + gradients, sums[2] + (seconds >= ACTED)
+    for entry in kept.values():
+        for part, (seconds, gradients) in _dict(entry.account, "spent").items():
+            sums = parts.setdefault(part, [0.0, 0.0, 0.0])
+            sums[:] = sums[0] + seconds, sums[1] + gradients, sums[2] + (seconds >= ACTED)
     total = sum(sums[0] for sums in parts.values())
     body = [
         [part, f"{seconds:.0f}", f"{100.0 * seconds / total:.1f}", f"{gradients:.0f}", f"{fits:.0f}"]
