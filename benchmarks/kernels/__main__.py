@@ -39,11 +39,10 @@ CHAINS, MOVES = 64, 200
 
 
 @torch.no_grad()
-def run(latent: Latent, names: Sequence[str], starts: Tensor, kernel: str, *, seed: int, plain: bool) -> dict[str, Any]:
+def run(latent: Latent, names: Sequence[str], starts: Tensor, kernel: str, *, seed: int) -> dict[str, Any]:
     """Warm chains up, move them, and return what they came to."""
     move, wanted = KERNELS[kernel]
-    most = adaptation.MOST_PLAIN_LEAPS if plain else adaptation.MOST_LEAPS
-    given: dict[str, Any] = {"chains": CHAINS, "kept": 10 * MOVES, "seed": seed, "independence": 0, "most_leaps": most}
+    given: dict[str, Any] = {"chains": CHAINS, "kept": 10 * MOVES, "seed": seed, "independence": 0}
     with mock.patch.object(sampler, "microcanonical", move), mock.patch.object(adaptation, "WANTED", wanted):
         chains = Sampler.begin(latent, names, starts, **given)
         before = latent.density.evaluations
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.only:
         made = prepared(name, 0)
         for kernel in KERNELS:
-            found = [run(*made, kernel, seed=seed, plain=TARGETS[name].plain) for seed in range(options.seeds)]
+            found = [run(*made, kernel, seed=seed) for seed in range(options.seeds)]
             middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
             figures = [
                 f"{middle[key]:.3g}" for key in ("bulk", "tail", "lp", "r_hat", "acceptance", "leaps", "warm-up")

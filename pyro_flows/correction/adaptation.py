@@ -28,7 +28,7 @@ from pyro_flows.correction.metric import Metric
 WANTED = 0.8  # mean acceptance: far points of a flow's latent space bear smaller steps than the most
 RATE = 0.05  # of the ascent, in the log of the trajectory length
 SHORTEST, LONGEST = 0.2, 8.0  # trajectories, in units of the scale
-MOST_LEAPS, MOST_PLAIN_LEAPS = 64, 1024  # of a trajectory: in the space of a flow, and in plain coordinates
+MOST_LEAPS = 64  # of a trajectory
 MOST_HALVED = 256  # in the space of a flow, where the step has been halved
 AVERAGED = 0.5  # power by which earlier lengths lose weight in their mean
 SHRINKAGE, DELAY, FORGETTING = 0.05, 10.0, 0.75  # of dual averaging
@@ -69,10 +69,10 @@ class Kernel:
     most_leaps: int = MOST_LEAPS
 
     @classmethod
-    def start(cls, dim: int, *, most_leaps: int = MOST_LEAPS) -> Kernel:
+    def start(cls, dim: int) -> Kernel:
         """Return the kernel that would be about right for N(0, I)."""
         step = dim**-0.25
-        return cls(step=step, anchor=math.log(step), most_leaps=most_leaps)
+        return cls(step=step, anchor=math.log(step))
 
     def leaps(self, number: int) -> int:
         """Return how many leaps the move with this number takes."""

@@ -15,9 +15,9 @@ from pyro_flows.correction.diagnostics import figures
 from pyro_flows.correction.enough import untold
 from pyro_flows.correction.joining import joins
 from pyro_flows.correction.sampler import Sampler
-from pyro_flows.correction.search import MISS, TOO_LITTLE, Lacking, bridge, held_out, lacks_of_chains
+from pyro_flows.correction.search import Lacking, bridge, held_out, lacks_of_chains
 from pyro_flows.correction.smc import Annealed
-from pyro_flows.correction.starts import PLAIN, affine_flow, flow_of
+from pyro_flows.correction.starts import affine_flow, flow_of
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
@@ -56,8 +56,6 @@ class Work:
     most: float = math.inf  # gradients
     searched: bool = False  # for modes that the guide lacks, in vain
     passed: bool = False  # the chains went through the search for what they lack already
-    spacing: int = 1  # sweeps from draw to draw, in units of what earlier chains had; beyond 1, their draws go
-    come_short: bool = False  # chains that have converged lack nothing that longer ones could not have
     sampler: Sampler | None = None
     chains: McmcDraws | None = None
     annealed: Annealed | None = None
@@ -77,8 +75,6 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     if not against and chains is not None:
         with clock.part(_stages.MISSED_BY_CHAINS):
             lacking = _checked(posterior, chains, seed, work)
-        mendable = all(said.startswith((TOO_LITTLE, MISS, DISAGREE)) for said in lacking.failures)
-        work.come_short = bool(lacking.failures) and mendable and lacking.reached
     against += clock.reasons()
     verdict = _verdict(posterior.verdict, found, against, lacking.failures, lacking.notes, work.why)
     stages = [stage.as_dict() for stage in lacking.stages]
@@ -124,8 +120,6 @@ def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> Lac
     if work.passed:
         return Lacking([*invalid, *disagreements(posterior, chains)], rounded)
     moments = around(chains)
-    if chains.numbers.get("space") == PLAIN:
-        flow = moments
     own = flow is posterior.flow  # else an affine one, that chains moved in
     covered = _covered(posterior.log_p - posterior.log_q) if own else covered_by(flow, density)
     evidence = evidence_of(flow, moments, chains, density)
@@ -134,8 +128,9 @@ def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> Lac
     sampler = work.sampler
     if sampler is not None:
         told["joined"] = lambda places: joins(sampler, places)
-        in_flow = chains.numbers.get("space") != PLAIN and sampler.latent.walkable
-        told["space"] = sampler.latent if in_flow and is_usable(posterior.log_weights.double()) else None
+        told["space"] = (
+            sampler.latent if sampler.latent.walkable and is_usable(posterior.log_weights.double()) else None
+        )
     lacking = lacks_of_chains(density, chains, *given, **told)
     failures = [*invalid, *lacking.failures, *disagreements(posterior, chains)]
     return replace(lacking, failures=failures, notes=[*lacking.notes, *rounded])

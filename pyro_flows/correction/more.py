@@ -34,7 +34,7 @@ def go_on(posterior: Record, chains: McmcDraws, each: int, *, seed: int) -> Tens
     density = posterior._need_density()
     with alone(), seeded(seed, density.device), few_threads(density.numbers, chains.count), torch.no_grad():
         own = derive(seed, f"more draws {chains.numbers['seed']}")
-        latent = Latent(flow_of(posterior, chains), density)
+        latent = Latent(flow_of(posterior), density)
         return Sampler(latent, posterior.coordinates, chains, kept=KEPT, seed=own).more(each)
 
 

@@ -14,19 +14,18 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
-from pyro_flows.correction.adaptation import MOST_LEAPS, MOST_PLAIN_LEAPS
 from pyro_flows.correction.judging import Work, concluded
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.nuts import nuts
 from pyro_flows.correction.sampler import HAMILTONIAN, MICROCANONICAL, SUBCHAINS, Sampler
 from pyro_flows.correction.smc import anneal
-from pyro_flows.correction.starts import PLAIN, NoStart, dispersed_points, flow_of, plain_flow, starting_points
+from pyro_flows.correction.starts import NoStart, dispersed_points, flow_of, starting_points
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.results.record import Recorded
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.thresholds import ESS_SHARE_OF_PROPOSALS
 
-METHODS = ("auto", "hmc", "imh", "nuts", "plain", "smc")
+METHODS = ("auto", "hmc", "imh", "nuts", "smc")
 FEWEST, MOST_CHAINS = 16, 4096
 CHAINS = 64  # no more than the draws of each: ArviZ takes the longer axis for that of draws
 MAX_STEPS = 2000  # sweeps of each chain
@@ -94,14 +93,12 @@ def _run(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int
 
 def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int, bar: Bar) -> None:
     density, names, earlier = posterior._need_density(), posterior.coordinates, posterior.chains
-    latent = Latent(flow_of(posterior, earlier), density)
+    latent = Latent(flow_of(posterior), density)
     wanted = math.ceil(len(posterior.z) / chains)
     if earlier is not None and work.method in ("auto", earlier.numbers["method"]) and "kernel" in earlier.numbers:
         work.method = earlier.numbers["method"]
         kept, seed = math.ceil(len(posterior.z) / earlier.count), int(earlier.numbers["seed"])
         work.sampler = Sampler(latent, names, earlier, kept=kept, seed=seed)
-        if work.spacing > 1:
-            work.sampler.begin_draws(thin=work.spacing * work.sampler.numbers["thin"])
         work.sampler.run(work.sampler.numbers["sweeps"] + max_steps, bar.show, gradients=work.most)
         return
     weights = posterior.log_weights
@@ -111,18 +108,13 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
         _run_nuts(posterior, work, latent, min(max_steps, len(posterior.z) // NUTS_CHAINS), seed)
         return
     z = posterior.z
-    numbers = dict[str, Any]()
-    if work.method == PLAIN:
-        latent, numbers = Latent(plain_flow(z), density), {"space": PLAIN}
     if work.method == "smc":
         work.annealed = anneal(latent, max(PARTICLES, chains), seed=seed, report=bar.show)
         z, weights = work.annealed.points.z, torch.zeros_like(work.annealed.points.log_p)
     z = dispersed_points(latent, z, weights, chains // SUBCHAINS, seed=derive(seed, "starts of chains"))
-    most_leaps = MOST_PLAIN_LEAPS if work.method == PLAIN else MOST_LEAPS
-    given: dict[str, Any] = {"independence": _proposals(posterior, work.method), "most_leaps": most_leaps}
-    given["moves"] = HAMILTONIAN if work.method == "hmc" else MICROCANONICAL
+    moves = HAMILTONIAN if work.method == "hmc" else MICROCANONICAL
+    given: dict[str, Any] = {"independence": _proposals(posterior, work.method), "moves": moves}
     work.sampler = Sampler.begin(latent, names, z, chains=chains, kept=wanted, seed=seed, **given)
-    work.sampler.numbers |= numbers
     work.sampler.run(max_steps, bar.show, gradients=work.most)
 
 
@@ -131,8 +123,6 @@ def _proposals(posterior: Recorded, method: str) -> int:
     mixed = isinstance(posterior.flow, FlowMixture)
     if method == "imh":
         return 4
-    if method == PLAIN:
-        return 0
     if method == "hmc":
         return int(mixed)
     return int(mixed or posterior.verdict.ess_ratio >= ESS_SHARE_OF_PROPOSALS)

@@ -22,17 +22,16 @@ from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
 from pyro_flows.correction.search import MISS, lacks_of_chains
-from pyro_flows.correction.starts import PLAIN, dispersed_points
+from pyro_flows.correction.starts import dispersed_points
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.results.record import Record, Recorded
+from pyro_flows.results.record import Recorded
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, objections
 from pyro_flows.verdict.thresholds import (
     ESS_OF_CHAINS,
     ESS_OF_CHAINS_NEARLY,
     ESS_SHARE_OF_CHAIN_STARTS,
-    ESS_SHARE_OF_PROPOSALS,
     NESTED_R_HAT_OF_CHAINS,
 )
 
@@ -45,10 +44,7 @@ FEW = 50  # dimensions; with more, training takes several times as long
 DEAR, BESIDE, CHEAPEST = 80_000, 6000, 4.0
 SHORT_OF = 4.0  # times the gradients that are left; chains that sufficed never needed half of them
 LONGER_THAN_THOUGHT = 1.5  # times the gradients that draws would take at their pace so far
-LONGER = 4  # times the sweeps, where converged chains came short of a tail or a mode
-MOST_PLAIN, PLAIN_NUMBERS = 40_000_000, 5e11  # gradients in plain coordinates, and numbers that they write: 5 minutes
 NOT_ENOUGH = "the guide's own draws were not good enough"
-LONG, APART = "longer MCMC at the end", "MCMC in the original coordinates"
 
 
 def which(refine: Any) -> str | None:
@@ -85,53 +81,14 @@ def last_rung(
     begun = posterior if chains is None else replace(posterior, chains=chains)
     work = Work(method, NOT_ENOUGH, most=LAST, searched=searched, passed=passed)
     found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
-    given: tuple[Any, ...] = (CHAINS, MAX_STEPS, seed, own, bar)
     if chains is None and found.verdict.status == "refined":
         accepted("MCMC at the end")
-    if work.come_short and _goes_on(own):
-        longer = replace(work, failures=[], spacing=LONGER)
-        found = _better(
-            found, refined(replace(begun, chains=found.chains, history=found.history), longer, *given), LONG
-        )
-    if _flow_is_in_vain(found, posterior, method) and _goes_on(own):
-        plain = Work(PLAIN, NOT_ENOUGH, most=_plain_gradients(posterior))
-        found = _better(found, refined(replace(posterior, history=found.history), plain, *given), APART)
     clock.interrupted = own.interrupted
     spent = {"seconds": clock.elapsed}
     if "gradient_evaluations" in posterior.settings:
         gradients = sum(stage["details"].get("gradients", 0) for stage in found.history[len(posterior.history) :])
         spent["gradient_evaluations"] = posterior.settings["gradient_evaluations"] + gradients
     return replace(found, settings={**found.settings, **spent})
-
-
-def _goes_on(clock: Clock) -> bool:
-    return clock.interrupted is None and not clock.over
-
-
-def _better(found: Recorded, again: Recorded, name: str) -> Recorded:
-    """Return what a further try came to, if that can be used, else what was there; both with the history of both."""
-    if again.verdict.status != "refined":
-        return replace(found, history=again.history)
-    accepted(name)
-    return again
-
-
-def _flow_is_in_vain(found: Record, posterior: Record, method: str) -> bool:
-    """Whether chains in the space of the flow did not do, and hardly any of its draws have weight: it may hinder them.
-
-    A flow that was trained on one of very many modes bends the space between them.
-    """
-    hopeless = (
-        posterior.verdict.ess_ratio < ESS_SHARE_OF_PROPOSALS
-        and posterior.flow is not None
-        and posterior._need_density().batched
-    )
-    return method == "auto" and found.verdict.status == "unreliable" and hopeless
-
-
-def _plain_gradients(posterior: Record) -> float:
-    """Return how many gradients chains without the help of a flow may take: the more, the cheaper they are."""
-    return min(MOST_PLAIN, PLAIN_NUMBERS / posterior._need_density().written)
 
 
 @torch.no_grad()

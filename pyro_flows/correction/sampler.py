@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_flows import _mixing
 from pyro_flows._seeding import derive
-from pyro_flows.correction.adaptation import MOST_LEAPS, Kernel
+from pyro_flows.correction.adaptation import Kernel
 from pyro_flows.correction.diagnostics import examined, slowest
 from pyro_flows.correction.enough import next_look, sds_told, suffices, sweeps_needed
 from pyro_flows.correction.exchange import are_copies, exchange_of, exchanged, swapped
@@ -77,7 +77,7 @@ class Sampler:
     @classmethod
     def begin(
         cls, latent: Latent, names: Sequence[str], z: Tensor, *, chains: int, kept: int, seed: int, independence: int,
-        most_leaps: int = MOST_LEAPS, moves: str = MICROCANONICAL,
+        moves: str = MICROCANONICAL,
     ) -> Sampler:  # fmt: skip
         """Start superchains at points z (K, D), K = chains / 8."""
         torch.manual_seed(derive(seed, "labels of chains"))
@@ -93,7 +93,7 @@ class Sampler:
         }
         numbers: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"fixed_at": None, "thin": 1, "worst": None}
         numbers |= {"independence": independence, "moves": moves if x.shape[1] > 1 else HAMILTONIAN, "seed": seed}
-        numbers |= {"kernel": Kernel.start(x.shape[1], most_leaps=most_leaps).stored(), "exchange": None}
+        numbers |= {"kernel": Kernel.start(x.shape[1]).stored(), "exchange": None}
         return cls(latent, names, McmcDraws(z[:, None][:, :0], {}, state, numbers), kept=kept, seed=seed)
 
     def chains(self) -> McmcDraws:

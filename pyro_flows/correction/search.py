@@ -14,7 +14,7 @@ from pyro_flows import _mixing, _stages
 from pyro_flows._ledger import counted
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import SHORT_TAIL, SPREAD_OUT, Guide, Lack, to_name
+from pyro_flows.modes.lacks import SHORT_TAIL, Guide, Lack, to_name
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.short_tails import and_tails
 from pyro_flows.modes.symmetries import SignedPermutation
@@ -41,7 +41,7 @@ OF_GUIDES = (_stages.SEARCH,)
 OF_CHAINS = _stages.SEARCH_BY_CHAINS, _stages.EARLIER_SEARCH_BY_CHAINS
 WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
 WEIGHED = 4000  # draws that the mass of a region is found by
-NO_PLACE = WANDERED, SPREAD_OUT, SHORT_TAIL  # starts that stand for more than the region of a normal distribution
+NO_PLACE = WANDERED, SHORT_TAIL  # starts that stand for more than the region of a normal distribution
 INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribution that lie farther out do not count
 
 
@@ -49,14 +49,12 @@ INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribut
 class Lacking:
     """What chains lack, in words, what was not looked at, and the places, for chains that come later.
 
-    ``reached`` says whether draws were at each of these, so that there may be enough if the chains go on. ``twins``
-    take the mode that chains are in to some of them.
+    ``twins`` take the mode that chains are in to some of them.
     """
 
     failures: list[str]
     notes: list[str] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
-    reached: bool = True
     twins: list[SignedPermutation] = field(default_factory=list)
 
 
@@ -131,10 +129,8 @@ def lacks_of_chains(
         said = f"{TOO_LITTLE if to_name(search.lacks)[0].beside else MISS} near {place}"
         found.append(said)
         search = replace(search, sentence=said)
-    known = [lack.start for lack in search.lacks if lack.start.name not in NO_PLACE]
-    reached = all(bool(regions.inside(start.loc, start.scale).any()) for start in known)
     twins = [lack.twin for lack in search.lacks if lack.twin is not None]
-    return Lacking(found, list(search.notes), noted(search, _stages.SEARCH_BY_CHAINS), reached, twins)
+    return Lacking(found, list(search.notes), noted(search, _stages.SEARCH_BY_CHAINS), twins)
 
 
 def _and_tails(search: Search, density: LogDensity, chains: McmcDraws, seed: int) -> Search:

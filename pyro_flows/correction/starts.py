@@ -13,11 +13,9 @@ from pyro_flows.modes.thin import level_of
 from pyro_flows.modes.umbrella import Point, walked
 from pyro_flows.results.record import Record
 from pyro_flows.transforms.linear import LowerTriangularAffine
-from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import resample
 
 DF = 15.0
-PLAIN = "plain"  # the space of chains that do not move in that of the flow
 JITTER = 1e-8  # of a variance
 WALKERS, SETTLING, MOVES = 64, 4, 12  # moves under the posterior at first, then for each of
 HEIGHTS = 5.0, 3.0  # nats
@@ -96,22 +94,8 @@ def affine_flow(z: Tensor, log_weights: Tensor) -> Flow:
     return Flow(affine.to(z), base="student_t", df=DF)
 
 
-def plain_flow(z: Tensor) -> Flow:
-    """Return the affine flow with the medians and spreads of draws (S, D): the model's coordinates, standardized."""
-    points = z[torch.isfinite(z).all(1)].double()
-    low, middle, high = (torch.quantile(points, level, dim=0) for level in (0.159, 0.5, 0.841))
-    spread = (0.5 * (high - low)).clamp_min(torch.finfo(points.dtype).tiny ** 0.5)
-    affine = LowerTriangularAffine(len(spread), loc=middle, scale_tril=torch.diag(spread))
-    return Flow(affine.to(z), base="student_t", df=DF)
-
-
-def flow_of(posterior: Record, chains: McmcDraws | None = None) -> Flow | FlowMixture:
-    """Return the guide's flow or mixture; an affine one with the moments of the draws, if the guide is none.
-
-    For chains that left the flow, return the plain coordinates that they move in.
-    """
-    if chains is not None and chains.numbers.get("space") == PLAIN:
-        return plain_flow(posterior.z)
+def flow_of(posterior: Record) -> Flow | FlowMixture:
+    """Return the guide's flow or mixture; an affine one with the moments of the draws, if the guide is none."""
     if posterior.flow is not None and getattr(posterior.flow, "base", "student_t") != "uniform":
         return posterior.flow
     return affine_flow(posterior.z, posterior.log_weights)

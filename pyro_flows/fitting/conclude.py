@@ -43,7 +43,6 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
         warnings=[*notes, *found.warnings, *_differ(found, plan.runs)],
         failures=[*found.improper, *([] if search is None else search.failures), *found.failures, *cut_short],
         notes=["no search for missed modes was made"] if search is None else search.notes,
-        contained=search is not None and search.contained,
         doubts=[] if moving or found.several is not None else _in_vain(found),
     )
 

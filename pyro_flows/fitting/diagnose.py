@@ -162,7 +162,7 @@ def _judged(
             bar.watch(_stages.MISSED)
             search = _searched(density, draw, score, space, seed)
             bar.watch(_stages.JUDGING)
-            said: dict[str, Any] = {"failures": search.failures, "notes": search.notes, "contained": search.contained}
+            said: dict[str, Any] = {"failures": search.failures, "notes": search.notes}
             said |= {"history": noted(search), "settings": {"diagnosed": True}, "losses": torch.zeros(0)}
             return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)
 

@@ -237,7 +237,7 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
     if plan.refine is None or plan.train_model or found.improper:
         return posterior
     chains = found.chains
-    searched = found.search is not None and found.search.contained
+    searched = found.search is not None and found.search.passed
     passed = chains is not None and found.best.sampled
     return last_rung(posterior, plan.refine, clock, plan.bar, chains, searched=searched, passed=passed)
 

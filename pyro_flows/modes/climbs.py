@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     modes, roots, evidence = found.modes[rows], found.roots[rows], found.evidence[rows]
     paths = normals_at(modes, roots, evidence)
     units = units_of(z)
-    lacks, doubtful = _weighed(guide, paths, own, units, seed=seed)
+    lacks, doubtful = _weighed(guide, paths, own, units, seed=seed, apart=True)
     elsewhere = [path for path in doubtful if path.elsewhere]
     if not lacks and elsewhere:
         tops = [path for path in elsewhere if bool(thin[rows[path.number]])]  # a wide term may be covered at its top
@@ -123,10 +124,13 @@ def _is_cheap(density: LogDensity) -> bool:
     return density.batched and density.numbers <= MANY_TERMS
 
 
-def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) -> tuple[list[Lack], list[Doubtful]]:
+def _weighed(
+    guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int, apart: bool = False
+) -> tuple[list[Lack], list[Doubtful]]:  # fmt: skip
     """Weigh draws of the normals at the ends of paths, from number ``own`` on; return what the guide lacks, and doubts.
 
-    A doubt is a normal too poor for its weights to tell a mass.
+    A doubt is a normal too poor for its weights to tell a mass. If all ends are ``apart``, masses that are too small by
+    themselves are added up; the largest stands for them.
     """
     density, ends = guide.density, paths.ends
     chosen = own + torch.tensor(_ends(paths, own, units), dtype=torch.long, device=ends.device)
@@ -139,7 +143,8 @@ def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) 
         log_p = density(draws.flatten(0, 1)).unflatten(0, draws.shape[:2])
     scales = best.scale()
     scales = lower_triangular(scales) if scales.dim() == 3 else scales
-    found, doubtful = [], []
+    doubtful = []
+    small: list[tuple[float, Lack]] = []
     at_ends = guide.is_thin(ends, density(ends).detach())
     for place, number in enumerate(chosen.tolist()):
         lacking = guide.lacking(draws[place], log_p[place], log_q[place])
@@ -152,9 +157,13 @@ def _weighed(guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int) 
         if not k_hat < K_HAT_OF_MASS:
             elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
             doubtful.append(Doubtful(number, float(paths.elbo[number]), elsewhere, start, beside))
-        elif float(lacking.mean()) > MISSED_MASS_SHARE:
+        else:
             drawn = draws[place][int(log_weights.argmax())]
-            found.append(Lack(ends[number] if bool(at_ends[number]) else drawn, start, beside=beside, drawn=drawn))
+            lack = Lack(ends[number] if bool(at_ends[number]) else drawn, start, beside=beside, drawn=drawn)
+            small.append((float(lacking.mean()), lack))
+    found = [lack for mass, lack in small if mass > MISSED_MASS_SHARE]
+    if apart and not found and sum(mass for mass, _ in small) > MISSED_MASS_SHARE:
+        found = [max(small, key=itemgetter(0))[1]]
     return found, doubtful
 
 

@@ -16,7 +16,6 @@ from pyro_flows.starts.start import Start
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_MODES, MISSED_MASS_ERRORS, MISSED_MASS_SHARE
 
 RESOLUTION = 0.05  # of a coordinate
-SPREAD_OUT = "spread out"  # name of a start in one of many small modes
 SHORT_TAIL = "short tail"  # name of a start where a marginal goes on beyond the draws
 PLACES = 8  # that wanderers came to, at most
 

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _ledger
-from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.climbs import climbed, surveyed
 from pyro_flows.modes.doubts import UNWEIGHED
-from pyro_flows.modes.lacks import SPREAD_OUT, Guide, Lack, Score, is_resolved, lacks_of, to_name
-from pyro_flows.modes.lines import across
-from pyro_flows.modes.population import can_be_scattered, fitted, generation, scattered
+from pyro_flows.modes.lacks import Guide, Lack, Score, is_resolved, lacks_of, to_name
 from pyro_flows.modes.symmetries import are_the_same, images, moves, signed_permutation
 from pyro_flows.modes.thin import too_thin
 from pyro_flows.modes.twins import with_twins
@@ -24,7 +21,6 @@ from pyro_flows.modes.umbrella import Space
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.own_values import element
-from pyro_flows.verdict.thresholds import ESS_SHARE_OF_MASS, K_HAT_OF_MASS, MISSED_MASS_SHARE
 
 MOVED_DRAWS = 200
 SEEDS = 2  # draws at which exact moves are looked for
@@ -37,7 +33,7 @@ class Search:
     lacks: tuple[Lack, ...] = ()
     sentence: str | None = None
     notes: tuple[str, ...] = field(default=())
-    contained: bool = False  # draws that wander about under the density stay where the guide has its due
+    passed: bool = False  # all of it was made, and nothing found
 
     @property
     def failures(self) -> list[str]:
@@ -52,7 +48,7 @@ def missed_modes(
     """Search for regions that hold a good part of the mass and that a guide lacks.
 
     At its own draws, log p - log q of a guide is about the log of the mass that it covers. A region is missed if it has
-    a good part of that mass where the guide is much thinner than it ought to be. Six searches:
+    a good part of that mass where the guide is much thinner than it ought to be. Four searches:
 
     1. Exact moves (``symmetries.py``) are applied to the draws. The mass of the region is
        :math:`E_q\\, p(T z) / q(z)`.
@@ -63,10 +59,7 @@ def missed_modes(
        are too few, tempering does, in comparison with the region that the guide covers, by the same method. Where the
        normal seems to be too poor even for that, Newton's steps and a Hessian give a better one (``doubts.py``). Where
        Hessians are too dear and nothing else is found, a note says so, unless ``sift`` takes such places out, too.
-    4. All draws are moved along single coordinates to further maxima: see :func:`across`.
-    5. In few dimensions, a mixture is brought from the prior to the density. Its weighted draws tell what mass the
-       guide lacks altogether, in modes that are too small to count by themselves too: see :func:`spread_out`.
-    6. Draws wander to where the guide is thin next to them: see :func:`too_thin`.
+    4. Draws wander to where the guide is thin next to them: see :func:`too_thin`.
 
     Args:
         density: log p, unnormalized.
@@ -75,8 +68,8 @@ def missed_modes(
         log_q: their log densities (S,).
         score: the guide's log density.
         seed: of the search.
-        wandering: whether the sixth is made.
-        space: the guide's latent space, where it has one that the sixth can use.
+        wandering: whether the fourth is made.
+        space: the guide's latent space, where it has one that the fourth can use.
         sift: takes out of what a search found what is covered after all; where nothing is left, the next one is made.
     """
     z = z.to(density.dtype)
@@ -94,8 +87,6 @@ def missed_modes(
         "mirrored": lambda: mirrored(guide, *few),
         "survey": lambda: surveyed(guide, z[finite], doubts, seed=seed),
         "paths": lambda: climbed(guide, [*modes, *doubts], z[finite], log_q[finite], untold, seed=seed),
-        "lines": lambda: across(guide, *few),
-        "tempered mixture": lambda: spread_out(guide, seed=seed),
         "walks": lambda: too_thin(guide, space, z[finite], weights[finite], log_q[finite], seed=seed),
     }
     if not density.batched:
@@ -114,35 +105,9 @@ def missed_modes(
         few_starts = f"the search for missed modes had only {SEARCHES_UNBATCHED} starting points"
         notes.append(f"{few_starts}: the model runs draw by draw")
     if not found:
-        return Search(notes=tuple(notes), contained=density.batched)
+        return Search(notes=tuple(notes), passed=density.batched)
     found = with_twins(guide, found, *few) if density.batched else found
     return Search(tuple(found), sentence_on(density, found, few[0]), tuple(notes))
-
-
-@torch.no_grad()
-def spread_out(guide: Guide, *, seed: int) -> list[Lack]:
-    """Return the heaviest of the places that the guide lacks, if together they hold a good part of the mass.
-
-    Places that are modes by themselves may be many. A mixture that came from the prior by tempering has draws in all of
-    them; where its weights hang on a few draws, parts are added first.
-    """
-    density = guide.density
-    parts = scattered(density, seed=seed) if can_be_scattered(density) else None
-    if parts is None:
-        return []
-    with seeded(derive(seed, "draws of a mixture"), density.device):
-        found = generation(density, parts)
-    if found is not None and found.share < ESS_SHARE_OF_MASS:
-        found = fitted(density, parts, seed=seed)
-    if found is None or found.share < ESS_SHARE_OF_MASS or not found.k_hat < K_HAT_OF_MASS:
-        return []
-    thin = guide.is_thin(found.z, density(found.z))
-    mass = torch.where(thin, found.weights, 0.0)
-    if not float(mass.sum()) > MISSED_MASS_SHARE:
-        return []
-    part = found.log_parts[:, thin].argmax(0).mode().values
-    start = Start(SPREAD_OUT, found.parts.loc[part], found.parts.roots[part])
-    return [Lack(found.z[int(mass.argmax())], start)]
 
 
 def sentence_on(density: LogDensity, found: Sequence[Lack], z: Tensor) -> str:

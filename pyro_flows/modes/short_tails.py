@@ -52,7 +52,7 @@ def and_tails(
     if found is None:
         return search, None
     lack, slices = found
-    return replace(search, lacks=(lack,), sentence=sentence_on(density, [lack], z), contained=False), slices
+    return replace(search, lacks=(lack,), sentence=sentence_on(density, [lack], z), passed=False), slices
 
 
 def short_tail(

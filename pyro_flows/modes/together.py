@@ -13,7 +13,6 @@ from pyro_flows.model.stack import Stack
 from pyro_flows.modes.climbs import _weighed
 from pyro_flows.modes.doubts import Doubtful, heavier, worth_tempering
 from pyro_flows.modes.lacks import Guide, Lack, is_resolved, lack_of
-from pyro_flows.modes.lines import across
 from pyro_flows.modes.missed_modes import MOVED_DRAWS, Search, mirrored, sentence_on
 from pyro_flows.modes.tempering import Tempered, temper, wander_together
 from pyro_flows.modes.thin import WANDERED
@@ -45,7 +44,7 @@ def missed_together(stack: Stack, flows: Sequence[Flow], *, seed: int) -> list[S
     if not usable:
         return [Search() for _ in looks]
     symmetric = any(mirrored(*looks[number].few) for number in usable[:MIRRORED])
-    for search in (_climbed, _across, _wandered):
+    for search in (_climbed, _wandered):
         for number, lacks in zip(usable, search(stack, looks, usable, seed), strict=True):
             found[number] = found[number] or [lack for lack in lacks if is_resolved(looks[number].density, lack.place)]
     return [_search(look, lacks, symmetric) for look, lacks in zip(looks, found, strict=True)]
@@ -139,10 +138,6 @@ def _own_points(look: _Look) -> Tensor:
     return torch.cat([own, *(center + factor * (part - center) for factor, part in zip(OUTWARDS, far, strict=True))])
 
 
-def _across(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: int) -> list[list[Lack]]:
-    return [across(*looks[number].few) for number in usable]
-
-
 def _wandered(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: int) -> list[list[Lack]]:
     """Let weighted draws of all data sets wander; return places where guides are too thin."""
     chosen = stack.select(usable)
@@ -174,4 +169,4 @@ def _search(look: _Look, lacks: Sequence[Lack], symmetric: bool) -> Search:
         return Search(tuple(lacks), sentence_on(look.density, lacks, look.z[:MOVED_DRAWS]), notes)
     if symmetric:
         return Search((), "the model has a symmetry, and modes were missed at another data set", notes)
-    return Search(notes=notes, contained=True)
+    return Search(notes=notes, passed=True)

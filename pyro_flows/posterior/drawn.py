@@ -74,10 +74,9 @@ class Drawn(Shown):
                 mixture, before each move;
                 ``"smc"``: chains begin where particles come to that are annealed from the flow to the posterior, which
                 also gives ``log_evidence`` (its standard error is in ``history``); ``"nuts"``: four chains of Pyro's
-                NUTS in the same space, slow, as a check; ``"plain"``: longer trajectories in the model's own
-                unconstrained coordinates, standardized, for posteriors that no flow fits; ``"auto"``: with one
-                independent proposal before each move, unless the flow's weights tell that it would be in vain. Chains
-                of a mixture move in the latent space of one part at a time, and change parts.
+                NUTS in the same space, slow, as a check; ``"auto"``: with one independent proposal before each move,
+                unless the flow's weights tell that it would be in vain. Chains of a mixture move in the latent space of
+                one part at a time, and change parts.
             chains: how many, a multiple of 8.
             max_steps: bound on the moves of each chain, warm-up included; a move takes a few gradients.
             max_seconds: bound on the seconds.

@@ -38,7 +38,6 @@ def from_draws(
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
     notes: Sequence[str] = (),
-    contained: bool = False,
     doubts: Sequence[str] = (),
     checked: int = CHECKED,
     stopped: str = "",
@@ -57,7 +56,7 @@ def from_draws(
         scored = len(pool.log_p)
         failed, cut = _cut(density.clock, scored, pool.wanted, stopped, moving=moving)
         draws, (lost, rounded) = scored * draws // pool.wanted, density.lost_digits(pool.z, most=pool.checked)
-        said: dict[str, Any] = {"failures": [*failed, *failures, *lost], "contained": contained, "doubts": doubts}
+        said: dict[str, Any] = {"failures": [*failed, *failures, *lost], "doubts": doubts}
         notes, pool = [*notes, *rounded, *_met(density)], pool._replace(checked=min(checked, pool.checked))
         said |= {"notes": notes, "warnings": [*warnings, *cut]}
         found, samples = _decided(density, draw, pool, draws=draws, seed=seed, **said)

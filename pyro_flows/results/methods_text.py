@@ -244,10 +244,8 @@ def _chains(text: Text, posterior: Record) -> None:
     assert figures is not None
     numbers = chains.numbers
     moves, keys = MOVES[numbers["method"] if numbers["method"] == "nuts" else numbers["moves"]]
-    plain = numbers.get("space") == "plain" or posterior.flow is None
-    space = (
-        "standardized coordinates" if plain else f"the latent space of this approximation {text.cite('Hoffman2019')}"
-    )
+    within = f"the latent space of this approximation {text.cite('Hoffman2019')}"
+    space = "standardized coordinates" if posterior.flow is None else within
     annealed = (
         f", after annealing by sequential Monte Carlo {text.cite('DelMoral2006')}" if numbers["method"] == "smc" else ""
     )

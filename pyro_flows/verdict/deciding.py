@@ -45,7 +45,6 @@ def decide(
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
     notes: Sequence[str] = (),
-    contained: bool = False,
     doubts: Sequence[str] = (),
     again: Callable[[], Weighing] | None = None,
     complaint: Callable[[Tensor], str | None] = lambda z: None,
@@ -66,7 +65,6 @@ def decide(
         warnings: see :func:`judge`.
         failures: see :func:`judge`.
         notes: see :func:`judge`.
-        contained: see :func:`judge`.
         doubts: see :func:`judge`.
         again: weighs a second pool, if draws are to be corrected.
         changed: draws and their log weights -> what weighting changes in the model's own values, in words.
@@ -77,11 +75,11 @@ def decide(
     weighing = weigh(pool, pool_p, pool_q)
     if (objection := complaint(pool[:CHECKED])) is not None:
         failures = (*failures, f"the model is invalid at some draws: {objection}")
-    said: dict[str, Any] = {"warnings": warnings, "notes": notes, "contained": contained, "doubts": doubts}
+    said: dict[str, Any] = {"warnings": warnings, "notes": notes, "doubts": doubts}
     said["changed"] = changed(pool, weighing.log_weights) if weighing.broken < len(pool) else []
     verdict = judge(weighing, names, failures=failures, **said)
     if verdict.status == "corrected" and again is not None:  # one lucky pool does not correct a guide
-        worse = _worse(judge(again(), names, contained=contained))
+        worse = _worse(judge(again(), names))
         verdict = judge(weighing, names, failures=(*failures, *worse), **said) if worse else verdict
     index = _to_use(weighing, verdict, draws, seed=seed)
     return Decision(

@@ -7,20 +7,13 @@ from collections.abc import Sequence
 
 from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.thresholds import (
-    ESS_SHARE_CONTAINED,
     ESS_SHARE_LEAST,
-    ESS_SHARE_NEGLIGIBLE,
     ESS_SHARE_UNDOUBTED,
-    EVIDENCE_GAP_CONTAINED,
-    EVIDENCE_GAP_NEGLIGIBLE,
-    K_HAT_CONTAINED,
-    K_HAT_NEGLIGIBLE,
     K_HAT_OF_CORRECTED,
     MEAN_SHIFT,
     MEAN_SHIFT_MOST,
     SD_SHIFT,
     SD_WIDENING_MOST,
-    SHIFT_CONTAINED,
 )
 from pyro_flows.verdict.verdict import Verdict
 from pyro_flows.verdict.weighing import Weighing, in_words
@@ -28,10 +21,6 @@ from pyro_flows.verdict.weighing import Weighing, in_words
 MENDED = f"is not below {K_HAT_OF_CORRECTED} and weighting changes the results"
 LEAST_DRAWS = 100  # of which the weights tell anything
 TOO_MUCH = "too much to correct"
-NOTHING_HANGS_ON_IT = (
-    "is above its threshold, but weighting changes no result, and Markov chains that start at the guide's draws stay "
-    "where the guide has enough mass"
-)
 
 
 def judge(
@@ -41,7 +30,6 @@ def judge(
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
     notes: Sequence[str] = (),
-    contained: bool = False,
     doubts: Sequence[str] = (),
     changed: Sequence[str] = (),
 ) -> Verdict:
@@ -53,7 +41,6 @@ def judge(
         warnings: what speaks against the raw draws (a fit that was cut short, runs that disagree).
         failures: what speaks against the weighted draws too (a mode that the guide lacks).
         notes: what was not checked, or is to be known.
-        contained: whether a search found no place next to the guide where it has too little.
         doubts: what speaks against draws whose weights are not good (a run that began at a missed mode and left it).
         changed: what weighting changes besides means and sds of the coordinates.
     """
@@ -62,12 +49,12 @@ def judge(
     if (count := len(weighing.log_weights)) < LEAST_DRAWS:
         few = f"too few draws to judge ({count})"
         return _unweighed(weighing, names, [*failures, few, *doubts, *warnings], notes)
-    return _weighed(weighing, names, warnings, failures, notes, contained, doubts, changed)
+    return _weighed(weighing, names, warnings, failures, notes, doubts, changed)
 
 
 def _weighed(
     weighing: Weighing, names: Sequence[str], warnings: Sequence[str], failures: Sequence[str], notes: Sequence[str],
-    contained: bool, doubts: Sequence[str], changed: Sequence[str],
+    doubts: Sequence[str], changed: Sequence[str],
 ) -> Verdict:  # fmt: skip
     """Return the verdict on draws whose weights tell something."""
     ratio = weighing.ess / len(weighing.log_weights)
@@ -75,9 +62,7 @@ def _weighed(
     reasons = list(failures)
     good = weighing.k_hat < K_HAT_OF_CORRECTED and ratio >= ESS_SHARE_UNDOUBTED
     reasons += () if good else doubts
-    if not weighing.k_hat < weighing.threshold and contained and _hangs_on_nothing(weighing):
-        notes = (*notes, f"k-hat {weighing.k_hat:.2f} {NOTHING_HANGS_ON_IT}")
-    elif not weighing.k_hat < weighing.threshold:
+    if not weighing.k_hat < weighing.threshold:
         reasons.append(f"k-hat {weighing.k_hat:.2f} is not below its threshold {weighing.threshold:.2f}")
     if ratio < ESS_SHARE_LEAST:
         reasons.append(f"ESS/S {ratio:.3f} is below {ESS_SHARE_LEAST}")
@@ -155,18 +140,3 @@ def _past_mending(weighing: Weighing, names: Sequence[str], *, to_mend: bool) ->
     if to_mend and K_HAT_OF_CORRECTED <= weighing.k_hat < weighing.threshold:
         reasons.append(f"k-hat {weighing.k_hat:.2f} {MENDED}, so the weights have infinite variance")
     return reasons
-
-
-def _hangs_on_nothing(weighing: Weighing) -> bool:
-    """Whether the largest weights carry next to nothing: the guide is right but for a tail that holds hardly any mass.
-
-    k-hat tells that weights have no mean square, and above 1 no mean. Draws that are used as they are need neither, if
-    the effective sample size is near its maximum, log evidence and ELBO agree, and weighting changes no mean and no sd;
-    and if something else than weights, which know of the guide's own draws only, says that nothing is missing. The
-    smaller the part that all unequal weights have together, the less their tail can say.
-    """
-    gap, share = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
-    shift = max(float(weighing.mean_shift.max()), float(weighing.sd_shift.max()))
-    next_to_none = share >= ESS_SHARE_NEGLIGIBLE and gap <= EVIDENCE_GAP_NEGLIGIBLE
-    good = share >= ESS_SHARE_CONTAINED and gap <= EVIDENCE_GAP_CONTAINED and shift <= SHIFT_CONTAINED
-    return good and weighing.k_hat < (K_HAT_NEGLIGIBLE if next_to_none else K_HAT_CONTAINED)

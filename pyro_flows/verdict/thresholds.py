@@ -44,12 +44,6 @@ K_HAT_OF_MARGINAL = 0.4
 # Many fits: weights correct a Student-t distribution, or a grid, below this. Source: chosen.
 K_HAT_OF_STUDENT_T = 0.3
 
-# Verdict: a k-hat from its threshold to this is a note, if nothing depends on the tail (contained). Source: PSIS
-# (mean).
-K_HAT_CONTAINED = 1.0
-# Verdict: the same, where unequal weights have negligible mass. Source: chosen.
-K_HAT_NEGLIGIBLE = 1.5
-
 # Log ratio of the largest weight and the mean one: below this, weights have no tail, and k-hat counts as 0. Source:
 # chosen.
 LOG_WEIGHT_EVEN = math.log(1.5)
@@ -62,8 +56,6 @@ TAIL_INDEX_FOURTH = 0.25
 
 # Verdict, and searches that go by weighted draws: averages can be used from this on. Source: chosen.
 ESS_SHARE_LEAST = 0.1
-# Missed mode: draws of a mixture by tempering estimate masses from this on. The same value as before. Source: chosen.
-ESS_SHARE_OF_MASS = 0.1
 # Start: weighted moments replace those of a start above this. Source: chosen.
 ESS_SHARE_OF_MOMENTS = 0.2
 # Start: a start is not matched again above this. Source: chosen.
@@ -98,12 +90,8 @@ ESS_SHARE_OF_PROPOSALS = 0.001
 
 # Independent coordinates: tabulated densities are accepted from this on. Source: chosen.
 ESS_SHARE_OF_TABLES = 0.9
-# Verdict: a large k-hat can be a note from this on (contained). The same value as before. Source: chosen.
-ESS_SHARE_CONTAINED = 0.9
 # Many fits: heavier tails are tried if lighter ones have this. The same value as before. Source: chosen.
 ESS_SHARE_OF_LIGHTER_TAILS = 0.9
-# Verdict: from this on, unequal weights have negligible mass (contained). Source: chosen.
-ESS_SHARE_NEGLIGIBLE = 0.99
 
 # Verdict: weights are good from this on, whatever doubts the fit left, with k-hat below K_HAT_OF_CORRECTED. Source:
 # chosen.
@@ -205,8 +193,6 @@ COMPARISON_ERRORS = 3.0
 MEAN_SHIFT_MOST = 1.0
 # Verdict: log ratio that weighting may widen an sd by, of draws that it corrects. Source: measured (record 0033).
 SD_WIDENING_MOST = math.log(2.0)
-# Verdict: sds, and log ratio of sds, up to which a large k-hat can be a note (contained). Source: chosen.
-SHIFT_CONTAINED = 0.05
 # Round: sds, and log ratio of sds, below which weighting changes nothing that shows in 4000 draws: 2.5 standard
 # errors. Source: chosen.
 SHIFT_SEEN = 0.04
@@ -222,16 +208,12 @@ VAR_LOG_P_RATIO_MOST = 5.0
 
 # ---- gaps between log evidence and ELBO, in nats ---------------------------------------------------------------------
 
-# Verdict: at most, for a large k-hat to be a note (contained). Source: chosen.
-EVIDENCE_GAP_CONTAINED = 0.05
 # Fits side by side: at most, for training to end early, since weights correct it. The same value as before. Source:
 # chosen.
 EVIDENCE_GAP_CORRECTED = 0.05
 # Many fits: log evidence of a grid less the ELBO of a start; above it, the grid is tried first. The same value as
 # before. Source: chosen.
 EVIDENCE_GAP_OF_START = 0.05
-# Verdict: at most, for unequal weights to count as of negligible mass (contained). Source: chosen.
-EVIDENCE_GAP_NEGLIGIBLE = 0.005
 # Round: nothing is left to gain below the larger of this and the next one times the dimension. Source: measured
 # (record 0016).
 EVIDENCE_GAP_GOOD = 0.04

@@ -216,7 +216,7 @@ def test_nothing_is_missed_where_there_is_one_mode():
             mean, covariance = exact(*args)
             start_at(flow, mean, torch.linalg.cholesky(covariance))
         found = modes_together.missed_together(stack, flows, seed=0)
-    assert all(not search.lacks and not search.failures and search.contained for search in found)
+    assert all(not search.lacks and not search.failures and search.passed for search in found)
     assert all("12 paths" in search.notes[0] for search in found)
 
 

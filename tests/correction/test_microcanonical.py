@@ -8,7 +8,7 @@ import pyro_flows as pf
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric
 from pyro_flows.correction.microcanonical import microcanonical, turned
-from pyro_flows.correction.starts import plain_flow
+from pyro_flows.correction.starts import affine_flow
 from tests.registry import normal
 
 SDS = torch.tensor([0.5, 1.0, 2.0, 1.0])
@@ -37,7 +37,7 @@ def test_moves_keep_the_target():
     density = pf.LogDensity(target)
     torch.manual_seed(0)
     z = 1.0 + SDS * dist.StudentT(8.0).sample((64, 4))
-    latent = Latent(plain_flow(z), density)
+    latent = Latent(affine_flow(z, torch.zeros(len(z))), density)
     points, seen = latent.look(*latent.place(z.to(density.dtype))), []
     chances = []
     for number in range(600):

@@ -569,7 +569,7 @@ def test_known_figures_are_not_computed_anew(refined, monkeypatch):
 
     known = refined.verdict.chains
     chains = dataclasses.replace(refined.chains, figures=known)
-    latent = Latent(flow_of(refined, refined.chains), refined.density)
+    latent = Latent(flow_of(refined), refined.density)
     sampler = module.Sampler(latent, refined.coordinates, chains, kept=64, seed=0)
     monkeypatch.setattr(module, "examined", lambda *args, **given: ("anew", []))
     assert sampler.figures() is known

@@ -163,11 +163,11 @@ def check_neck():
     assert float((ends[:, 0] < -0.5).double().mean()) > 0.05
     lacking = missed_modes(density, [], cut[:1000], cut_log_q(cut[:1000]), cut_log_q)
     assert len(lacking.failures) == 1
-    assert not lacking.contained
+    assert not lacking.passed
     assert float(lacking.lacks[0].place[0]) < -0.5
     right = missed_modes(density, [], whole[:1000], log_q(whole[:1000]), log_q)
     assert right.failures == []
-    assert right.contained
+    assert right.passed
 
 
 def test_the_neck_of_a_funnel():

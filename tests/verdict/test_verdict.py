@@ -112,43 +112,6 @@ def test_the_figures_of_a_verdict():
     assert (found.k_hat, found.k_threshold, found.ess_ratio) == (0.1, 0.7, pytest.approx(0.95))
 
 
-# weights on which nothing hangs ---------------------------------------------------------------------------------------
-
-NEXT_TO_NONE = {"k_hat": 1.4, "ess": 0.99, "log_evidence": 0.005}
-LIMITS = [
-    ({"k_hat": 0.999}, {"k_hat": 1.0}),
-    ({"ess": 0.9}, {"ess": 0.899}),
-    ({"log_evidence": 0.05}, {"log_evidence": 0.0501}),
-    ({"mean_shift": pair(0.05)}, {"mean_shift": pair(0.0501)}),
-    ({"sd_shift": pair(0.0, 0.05)}, {"sd_shift": pair(0.0, 0.0501)}),
-    ({**NEXT_TO_NONE, "k_hat": 1.499}, {**NEXT_TO_NONE, "k_hat": 1.5}),
-    (NEXT_TO_NONE, NEXT_TO_NONE | {"ess": 0.989}),
-    (NEXT_TO_NONE, NEXT_TO_NONE | {"log_evidence": 0.0051}),
-]
-
-
-def check_contained(within, beyond):
-    poor = {"k_hat": 0.9}
-    good = judge(weighing(**poor | within), NAMES, contained=True)
-    assert good.status == "ok"
-    assert "is above its threshold, but weighting changes no result" in good.notes[-1]
-    assert judge(weighing(**poor | within), NAMES, contained=False).status == "unreliable"
-    bad = judge(weighing(**poor | beyond), NAMES, contained=True)
-    assert bad.status == "unreliable"
-    assert "is not below its threshold 0.70" in bad.reasons[0]
-
-
-@pytest.mark.parametrize(("within", "beyond"), LIMITS)
-def test_weights_on_which_nothing_hangs(within, beyond):
-    check_contained(within, beyond)
-
-
-def test_a_search_that_found_nothing_mends_nothing_else():
-    assert judge(weighing(**MOVED, k_hat=0.6), NAMES, contained=True).status == "unreliable"
-    assert judge(weighing(ess=0.05), NAMES, contained=True).status == "unreliable"
-    assert judge(weighing(), NAMES, contained=True).notes == ()
-
-
 # weigh ----------------------------------------------------------------------------------------------------------------
 
 
@@ -338,13 +301,6 @@ def test_a_second_pool_has_to_be_no_worse(second, status):
             found.verdict.reasons[0]
             == "a second sample from the guide fails the check (k-hat 0.75 is not below its threshold 0.70)"
         )
-
-
-def test_a_second_pool_is_allowed_what_the_first_was():
-    """Weights on which nothing hangs are of use in both pools, or in none."""
-    second = weighing(k_hat=0.9)
-    assert decision(0.3, lambda: second, contained=True).verdict.status == "corrected"
-    assert decision(0.3, lambda: second).verdict.status == "unreliable"
 
 
 def test_an_invalid_model_is_no_posterior():

@@ -9,71 +9,15 @@ import pytest
 import torch
 
 from pyro_flows import LogDensity, McmcDraws
-from pyro_flows._clock import Clock
-from pyro_flows._progress import Bar
-from pyro_flows.correction import judging, rungs
-from pyro_flows.correction.judging import DISAGREE, around
-from pyro_flows.correction.search import MISS, OF_CHAINS, TOO_LITTLE, Lacking, held_out, lacks_of_chains
+from pyro_flows.correction import rungs
+from pyro_flows.correction.judging import around
+from pyro_flows.correction.search import MISS, OF_CHAINS, TOO_LITTLE, held_out, lacks_of_chains
 from pyro_flows.modes import missed_modes
 from pyro_flows.modes.doubts import UNWEIGHED
 from pyro_flows.modes.lacks import Lack
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
-from tests.correction.test_refine import GOOD, check_schools
-from tests.posteriors import schools_posterior
-
-TAIL = f"{TOO_LITTLE} near mu = 3"
-APART = f"{DISAGREE} on mu, so one of them misses a region"
-MODE = f"{MISS} near mu = 30"
-INVALID = "the model is invalid at some draws: a scale is negative"
-
-
-@pytest.fixture(scope="module")
-def narrow():
-    return schools_posterior("unreliable", draws=1000)
-
-
-def judged(narrow, monkeypatch, said, reached=True):
-    """What becomes of an unreliable fit if the chains are checked again and again with these results."""
-    left = list(said)
-    monkeypatch.setattr(judging, "_checked", lambda *_: Lacking(left.pop(0), reached=reached))
-    monkeypatch.setattr(rungs, "_flow_is_in_vain", lambda *_: False)
-    found = rungs.last_rung(narrow, "auto", Clock(math.inf), Bar("", False))
-    stages = [stage["details"] for stage in found.history[len(narrow.history) :]]
-    assert not left, "all checks were made"
-    return found, stages
-
-
-TWO = [pytest.param([TAIL, other], marks=pytest.mark.slow) for other in (APART, MODE)]  # each by itself is quicker
-
-
-@pytest.mark.parametrize("first", [[TAIL], [APART], [MODE], *TWO])
-def test_chains_that_come_short_go_on_with_draws_farther_apart(narrow, monkeypatch, first):
-    found, stages = judged(narrow, monkeypatch, [first, []])
-    assert found.verdict.status == "refined", found.verdict
-    assert [stage["status"] for stage in stages] == ["unreliable", "refined"]
-    assert not any("the chains" in reason for reason in found.verdict.reasons)
-    assert found.chains.numbers["thin"] == rungs.LONGER
-    draws, before = found.chains.z.shape[1], stages[0]["sweeps"]
-    assert stages[1]["sweeps"] == before + rungs.LONGER * draws, "earlier draws are not among these"
-    spent = found.settings.get("gradient_evaluations")
-    if "gradient_evaluations" in narrow.settings:
-        assert spent - narrow.settings["gradient_evaluations"] == sum(stage["gradients"] for stage in stages)
-    check_schools(found)
-
-
-def test_where_longer_chains_come_short_too_it_is_said(narrow, monkeypatch):
-    found, stages = judged(narrow, monkeypatch, [[TAIL], [TAIL]])
-    assert found.verdict.status == "unreliable"
-    assert TAIL in found.verdict.reasons
-    assert len(stages) == 2
-
-
-@pytest.mark.parametrize(("first", "reached"), [([INVALID], True), ([INVALID, MODE], True), ([MODE], False)])
-def test_chains_that_are_invalid_or_nowhere_near_a_mode_do_not_go_on(narrow, monkeypatch, first, reached):
-    found, stages = judged(narrow, monkeypatch, [first], reached)
-    assert found.verdict.status == "unreliable"
-    assert len(stages) == 1
+from tests.correction.test_refine import GOOD
 
 
 @pytest.mark.parametrize(
@@ -194,7 +138,6 @@ def test_later_chains_are_held_to_what_earlier_ones_lacked(monkeypatch, place, h
     given = (density, chains, lambda points: density(points), 0.0, 0.0)
     first = lacks_of_chains(*given, [], seed=0)
     assert [said.startswith(MISS) for said in first.failures] == [True]
-    assert not first.reached
     (stage,) = first.stages
     assert stage.stage in OF_CHAINS
     assert stage.details["places"] == [far.tolist()]

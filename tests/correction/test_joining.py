@@ -1,0 +1,46 @@
+"""Places that chains seem to lack, and modes that are too many."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+import pyro_flows as pf
+from pyro_flows.correction.joining import joins
+from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.sampler import Sampler
+from pyro_flows.correction.starts import affine_flow
+from pyro_flows.fitting.combine import MAX_COPIES, _too_many
+from pyro_flows.results.dims import coordinate_names
+
+
+def test_chains_join_others_only_if_nothing_is_between():
+    def two(apart):
+        def one():
+            x = pyro.sample("x", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+            near = dist.Normal(torch.zeros(2), 1.0).to_event(1).log_prob(x)
+            far = dist.Normal(torch.tensor([apart, 0.0]), 1.0).to_event(1).log_prob(x)
+            pyro.factor("two", torch.logaddexp(near, far))
+
+        return pf.LogDensity(one)
+
+    for apart, together in ((1.0, True), (14.0, False)):
+        density = two(apart)
+        z = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)).to(density.dtype)
+        names = coordinate_names(density.structure)
+        with torch.no_grad():
+            given = {"chains": 64, "kept": 64, "seed": 0, "independence": 0}
+            sampler = Sampler.begin(Latent(affine_flow(z, torch.zeros(len(z))), density), names, z[:8], **given)
+            sampler.run(300)
+        assert joins(sampler, torch.tensor([[apart, 0.0], [apart, 0.5]]).to(z)) == together
+
+
+def test_too_many_equal_modes():
+    def swap(first, second, dim=8):
+        order = list(range(dim))
+        order[first], order[second] = second, first
+        return tuple(order), (1.0,) * dim
+
+    assert not _too_many([])
+    assert not _too_many([swap(0, 1), swap(1, 2)])
+    assert _too_many([swap(k, k + 1) for k in range(7)])  # 8! = 40,320
+    assert MAX_COPIES < 40_320
