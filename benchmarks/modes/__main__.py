@@ -33,8 +33,7 @@ from benchmarks.markdown import range_text
 from benchmarks.modes import labels, sbi
 from benchmarks.records import Row
 from benchmarks.toys import targets
-from pyro_flows.fitting import combine
-from pyro_flows.fitting import run as running
+from pyro_flows.fitting import combine, methods
 
 OUT = records.RESULTS / "modes.csv"
 FIELDS = [
@@ -89,7 +88,7 @@ def fit(problem: Problem, way: str, seed: int) -> pf.Posterior:
         return first.refine(method="smc", progress=False)
     nothing: Any = lambda *_, **__: None  # noqa: E731
     told["max_seconds"] = LIMIT
-    with mock.patch.object(running, "several", nothing), mock.patch.object(combine, "several", nothing):
+    with mock.patch.object(methods, "several", nothing), mock.patch.object(combine, "several", nothing):
         return pf.fit(problem.model, *problem.data(), **told)
 
 

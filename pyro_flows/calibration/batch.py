@@ -12,12 +12,12 @@ from pyro_flows import _stages
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows.calibration.untrained import Fitted, untrained
+from pyro_flows.fitting.attempt import Attempt, Prepared, Run
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.prepare import Prepared, prepare
+from pyro_flows.fitting.prepare import prepare
 from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, Round, invisible, unweighed, weighed
-from pyro_flows.fitting.run import Run
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Recipe, start_at
 from pyro_flows.model.digits import COMPARED
@@ -58,7 +58,7 @@ def coordinates_for(plan: Plan, densities: Sequence[LogDensity]) -> list[LogDens
         NotStackable: if these are of angles, whose cut depends on the data, or end at walls that do.
     """
     prepared = Prepared(densities[0])
-    prepare(replace(plan, automatic=False), prepared, plan.seed)
+    prepare(Attempt(replace(plan, automatic=False), prepared, Run(0), plan.seed))
     chosen = prepared.density.structure.noncentered
     for chart, reason in OF_DATA.items():
         if any(isinstance(options, dict) and chart in options for options in chosen.values()):

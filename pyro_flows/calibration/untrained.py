@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.fitting.methods import AT_ONCE, LIGHTER
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, invisible, weighed
-from pyro_flows.fitting.run import AT_ONCE, LIGHTER
 from pyro_flows.fitting.selection import begin
 from pyro_flows.fitting.slicing import AT_ONCE as SLICED
 from pyro_flows.fitting.slicing import LIGHTER as LIGHTER_SLICES

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,11 +15,12 @@ from pyro_flows.correction.judging import around, evidence_of
 from pyro_flows.correction.rungs import miss_a_mode
 from pyro_flows.correction.search import held_by
 from pyro_flows.fitting.agreement import balanced, compare, stage
+from pyro_flows.fitting.attempt import Attempt, Prepared, Run
 from pyro_flows.fitting.combined import Combined, Sampler
 from pyro_flows.fitting.guide_space import latent_of
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.prepare import Prepared, begin_only, nested_instead
-from pyro_flows.fitting.run import Run, make_run
+from pyro_flows.fitting.prepare import begin_only
+from pyro_flows.fitting.run import make_run
 from pyro_flows.fitting.several import Several, several
 from pyro_flows.fitting.slicing import STAGE as SLICES
 from pyro_flows.fitting.slicing import short_of, slices_for
@@ -43,17 +43,15 @@ MODE_DRAWS = 1000
 
 
 def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
-    """Train as many runs as were asked for; each but the first starts where those before it lack a mode, if they do.
+    """Make as many runs as were asked for; each but the first starts where those before it lack a mode, if they do.
 
-    Slices that are enough, which were tried for one run only, leave nothing to train.
+    A method that sufficed as coordinates were chosen, which is tried for one run only, leaves nothing to do.
     """
     clock = plan.clock
     if prepared.improper:
         begin_only(plan, prepared.density, found.runs[0])
         return
-    if prepared.sliced is not None:
-        accepted(prepared.sliced[0].stage.stage)
-        found.runs[0].take(*prepared.sliced)
+    if found.runs[0].best is not None:
         return
     for number in range(plan.runs):
         name = f"run {number + 1} of {plan.runs}"
@@ -65,9 +63,7 @@ def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
         plan.bar.task = "fit" if plan.runs == 1 else f"fit, {name}"
         with clock.part(name, noted=False):
             lack = _first_lack(plan, prepared, found) if number and not plan.train_model else None
-            run, own = found.runs[-1], plan.seed + number
-            instead = partial(nested_instead, plan, prepared, run)
-            make_run(plan, prepared.density, run, prepared.starts, lack, seed=own, instead=instead)
+            make_run(Attempt(plan, prepared, found.runs[-1], plan.seed + number, lack))
     plan.bar.task = "fit"
 
 
@@ -256,7 +252,7 @@ def _add_run(plan: Plan, prepared: Prepared, found: Combined, lack: Start) -> No
     plan.bar.task = f"fit, {_stages.ADDED_RUN}"
     with clock.part(_stages.ADDED_RUN):
         once = replace(plan, escalate=False)  # a mixture may drop it, and chains can mend what is left
-        make_run(once, density, found.runs[-1], prepared.starts, lack, seed=plan.seed + number)
+        make_run(Attempt(once, prepared, found.runs[-1], plan.seed + number, lack))
     plan.bar.task = "fit"
     found.plain = found.sampler = found.best.flow(plan, density)
     found.several = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pyro_flows.fitting.run import Run
+from pyro_flows.fitting.attempt import Run
 from pyro_flows.fitting.several import Several
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from pyro_flows.correction.search import noted
+from pyro_flows.fitting.attempt import Run
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.run import Run
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import AUTO
 from pyro_flows.flows.recipe_json import to_json

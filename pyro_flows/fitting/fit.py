@@ -17,11 +17,12 @@ from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows._warnings import outside
 from pyro_flows.correction.rungs import last_rung, which
+from pyro_flows.fitting.attempt import Attempt, Prepared
 from pyro_flows.fitting.combine import combine, drawn, make_runs
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
-from pyro_flows.fitting.prepare import Prepared, prepare
+from pyro_flows.fitting.prepare import prepare
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.log_density import LogDensity
@@ -214,7 +215,7 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
         with clock.part(_stages.FIT):
             if clock.finite:
                 clock.reserve(seconds_to_judge(density, plan.draws))
-            prepare(plan, prepared, plan.seed)
+            prepare(Attempt(plan, prepared, found.runs[0], plan.seed))
             make_runs(plan, prepared, found)
             combine(plan, prepared, found)
             if not (clock.over or found.improper):

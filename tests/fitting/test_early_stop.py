@@ -10,8 +10,8 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows._stages import TRIAL_RUN
+from pyro_flows.fitting import flow_training, methods
 from pyro_flows.fitting import rounds as criteria
-from pyro_flows.fitting import run
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.loop import COOL_AT_LEAST, COOL_EARLY, COOL_TRIED
 from pyro_flows.verdict.methods import MIXTURE
@@ -68,7 +68,8 @@ def test_a_training_that_ended_too_early_goes_on(monkeypatch):
         looks.append(seen)
         return len(looks) == 3  # two looks at the start, and the first one while training
 
-    monkeypatch.setattr(run, "invisible", unsure)
+    for module in (methods, flow_training):
+        monkeypatch.setattr(module, "invisible", unsure)
     found, rounds = fitted(skewed)
     assert [stage["steps"] for stage in rounds[:1]] == [160 + COOL_EARLY]
     assert rounds[1]["steps"] >= 1000
@@ -89,9 +90,10 @@ def test_training_does_not_go_on_for_the_tail_of_even_weights(monkeypatch, refin
         found = assess(name, trainer, training)
         return replace(found, weighing=replace(found.weighing, k_hat=0.9, ess=0.97 * len(found.weighing.log_weights)))
 
-    assess = run.assess
-    monkeypatch.setattr(run, "invisible", sure_once)
-    monkeypatch.setattr(run, "assess", tail_in_doubt)
+    assess = methods.assess
+    for module in (methods, flow_training):
+        monkeypatch.setattr(module, "invisible", sure_once)
+        monkeypatch.setattr(module, "assess", tail_in_doubt)
     found, rounds = fitted(skewed, refine=refine)
     assert len(rounds) == count
     if refine:
@@ -114,8 +116,8 @@ def test_no_glance_at_the_modes_of_a_long_model(monkeypatch, steps, glances):
     def race(*_):
         raise RaceBegins
 
-    monkeypatch.setattr(run, "several", several)
-    monkeypatch.setattr(run, "_race", race)
+    monkeypatch.setattr(methods, "several", several)
+    monkeypatch.setattr(flow_training, "_race", race)
 
     def recursion(y):
         rate = pyro.sample("rate", dist.Normal(torch.tensor(0.0).double(), 1.0))

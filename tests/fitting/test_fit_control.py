@@ -180,7 +180,7 @@ def test_runs_that_were_not_begun_are_said(monkeypatch):
         over.append(True)
         return found
 
-    monkeypatch.setattr("pyro_flows.fitting.run.train", train)
+    monkeypatch.setattr("pyro_flows.fitting.flow_training.train", train)
     found = pf.fit(model, Y, runs=3, max_seconds=1e4, **QUICK)
     assert any("run 2 of 3" in note for note in found.verdict.notes)
     assert {stage["run"] for stage in found.history} == {0}
@@ -313,7 +313,7 @@ def test_an_interrupted_training_keeps_what_it_learned(monkeypatch):
 
 
 def test_a_first_round_that_is_not_enough_is_the_only_one(monkeypatch):
-    monkeypatch.setattr("pyro_flows.fitting.run._is_several", lambda *_, **__: False)
+    monkeypatch.setattr("pyro_flows.fitting.methods.several", lambda *_, **__: None)
     monkeypatch.setattr(rounds.Round, "enough", False)
     found = pf.fit(model, Y, **{**QUICK, "max_steps": 40, "escalate": True, "refine": False})
     (only,) = (stage for stage in found.history if stage["batch"])

@@ -13,8 +13,7 @@ from torch.distributions import constraints
 import pyro_flows as pf
 from benchmarks.modes import labels, sbi
 from benchmarks.toys import targets
-from pyro_flows.fitting import combine
-from pyro_flows.fitting import run as run_module
+from pyro_flows.fitting import combine, methods
 from pyro_flows.verdict.methods import MIXTURE, TABULATED
 
 
@@ -60,13 +59,13 @@ def test_with_escalate_false_a_flow_is_trained():
 
 def test_a_mixture_that_lacks_a_mode_is_not_called_good(monkeypatch):
     """The survey is made to see two of three modes: the search that follows says what is missing."""
-    whole = run_module.several
+    whole = methods.several
 
     def blind(density, z, places=None, *, seed, bar, **_):
         far = pf.LogDensity(line_of(2, 12.0))
         return whole(far, z, None, seed=seed, bar=bar)
 
-    monkeypatch.setattr(run_module, "several", blind)
+    monkeypatch.setattr(methods, "several", blind)
     monkeypatch.setattr(combine, "several", blind)
     posterior = pf.fit(line_of(3, 12.0), progress=False, draws=1000, refine=False)
     assert posterior.verdict.status == "unreliable"

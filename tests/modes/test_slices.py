@@ -363,7 +363,7 @@ def test_nothing_is_trained_where_slices_do(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("training was begun")
 
-    monkeypatch.setattr("pyro_flows.fitting.run.train", fail)
+    monkeypatch.setattr("pyro_flows.fitting.flow_training.train", fail)
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(40, 3, generator=generator)
     y = X @ torch.tensor([1.0, -0.5, 0.2]) + 0.7 * torch.randn(40, generator=generator)

@@ -37,9 +37,10 @@ PHRASES = {
         "If their effective share has not risen by {verdict.thresholds.ESS_SHARE_RISE|gain}",
         "in up to {modes.slices.UP_TO} dimensions and for models of few operations",
         "Given up to {modes.hyper.MOST_HELD|word} coordinates",
-        "In up to {fitting.prepare.AT_FIRST} dimensions this comes before the parameterization is chosen",
-        "In {fitting.prepare.AT_FIRST} to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions it is tried if the chains",
-        "In {fitting.run.SAMPLED_FROM} to {fitting.run.SAMPLED_UP_TO} dimensions a flow takes thousands of steps",
+        "In up to {fitting.methods.AT_FIRST} dimensions this comes before the parameterization is chosen",
+        "In {fitting.methods.AT_FIRST} to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions it is tried if the chains",
+        "In {fitting.methods.SAMPLED_FROM} to {fitting.methods.SAMPLED_UP_TO} dimensions a flow takes thousands of "
+        "steps",
         "{correction.rungs.UNTRAINED|comma} gradients at most in up to {correction.rungs.FEW} dimensions, and "
         "{correction.rungs.ATTEMPT|comma} above",
         "they get up to {correction.rungs.CHEAPEST|word} times as many",
@@ -140,11 +141,11 @@ PHRASES = {
     ],
     "docs/gallery.md": ["trained by Pyro's SVI for {benchmarks.gallery.pictures.STEPS} steps"],
     "docs/design.md": [
-        "from {fitting.run.SAMPLED_FROM} to {fitting.run.SAMPLED_UP_TO} dimensions",
+        "from {fitting.methods.SAMPLED_FROM} to {fitting.methods.SAMPLED_UP_TO} dimensions",
         "up to {modes.slices.UP_TO} dimensions: in hierarchical models",
         "given up to {modes.hyper.MOST_HELD|word} hyperparameters",
-        "up to {fitting.prepare.AT_FIRST} dimensions before chains",
-        "above {fitting.prepare.AT_FIRST} after them",
+        "up to {fitting.methods.AT_FIRST} dimensions before chains",
+        "above {fitting.methods.AT_FIRST} after them",
         "(diagonal above {flows.recipe.FULL_AFFINE_UP_TO} dimensions)",
         "falls {training.loop.FALL} nats below the best check",
         "checked every {training.loop.CHECK_EVERY} steps",
@@ -185,7 +186,7 @@ def test_numbers_in_prose_are_those_of_the_code():
 
 
 def test_a_number_that_the_code_does_not_have_is_seen(monkeypatch):
-    monkeypatch.setattr("pyro_flows.fitting.run.SAMPLED_FROM", 31)
+    monkeypatch.setattr("pyro_flows.fitting.methods.SAMPLED_FROM", 31)
     (found,) = missing("docs/understand/fit.md", PHRASES["docs/understand/fit.md"])
     assert found.startswith("In 31 to 1500 dimensions")
 

@@ -1,0 +1,288 @@
+"""The methods that a run tries, in their order, as a table; the first that suffices ends the run.
+
+An attempt returns the name of the acceptance test that it has passed, as the ledger counts it, and None if it does not
+suffice. What it found is in the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pyro_flows import _stages
+from pyro_flows._ledger import accepted
+from pyro_flows.correction.rungs import attempt
+from pyro_flows.correction.untrained import attempt_untrained
+from pyro_flows.fitting.attempt import Attempt
+from pyro_flows.fitting.flow_training import has_no_integral, train_flow
+from pyro_flows.fitting.nesting import nested_at_once
+from pyro_flows.fitting.rounds import JUDGED_DRAWS, LOOKED_AT_DRAWS, assess, invisible, is_far_off, weighed
+from pyro_flows.fitting.selection import begin
+from pyro_flows.fitting.several import several
+from pyro_flows.fitting.slicing import come_first, slices_at_once, slices_of
+from pyro_flows.flows.parts import untrained_twin
+from pyro_flows.flows.recipe import set_df
+from pyro_flows.modes.population import can_be_scattered
+from pyro_flows.results.dims import coordinate_names
+from pyro_flows.results.stage import Stage
+from pyro_flows.starts.coordinates import climbed
+from pyro_flows.starts.prior import prior_draws
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
+from pyro_flows.training.trainer import Trainer
+from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, MCMC, MIXTURE, TRAINED
+from pyro_flows.verdict.thresholds import ESS_SHARE_OF_NO_TOP, ESS_SHARE_OF_ONE_MODE
+
+AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best start", "after a flow"
+AT_FIRST = 80  # dimensions up to which a few coordinates are held before any others are chosen; above, chains cost less
+MCMC_SHARE = 0.5  # of the seconds that are left, if there is a bound, for chains in the place of training
+LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
+AT_ONCE = "converged: weighting changes no result at the start"
+AT_ONCE_SAMPLED = "no flow was trained: MCMC that began at a Gaussian converged"
+SAMPLED_FROM, SAMPLED_UP_TO = 30, 1500  # dimensions in which a sampler is tried before a flow is trained
+MOST_SAMPLED = 20_000  # draws asked for, up to which it is
+CHEAP, FEW_OPERATIONS = 500, 500  # dimensions times numbers of an evaluation, and its operations, with its gradient,
+# up to which a glance at the modes costs next to nothing
+BARRIER = 3.0  # nats: over less, draws of a flow that is trained come to the other mode
+SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
+
+
+class Method(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        name: of the method, see ``verdict/methods.py``.
+        when: the moment of a run at which it is tried.
+        asked: whether it is tried.
+        attempt: tries it; the name of the acceptance test that was passed, None if it does not suffice.
+    """
+
+    name: str
+    when: str
+    asked: Callable[[Attempt], bool]
+    attempt: Callable[[Attempt], str | None]
+
+
+def answered(at: Attempt, when: str) -> bool:
+    """Try the methods of a moment in their order; say whether one of them ended the run."""
+    for method in METHODS:
+        if method.when == when and method.asked(at) and (test := method.attempt(at)) is not None:
+            accepted(test)
+            return True
+    return False
+
+
+# ---- a grid of one latent, and a few latents with Gaussian others ----------------------------------------------------
+
+
+def _grid_of_hierarchy(at: Attempt) -> str | None:
+    """Try a grid in non-centered coordinates: as a rule, it is the same in centered ones, whose neck has no top.
+
+    Paths that were made for this are kept.
+    """
+    prepared = at.prepared
+    wholly = prepared.climbed = climbed(prepared.density, True, seed=at.seed)
+    found = None
+    if math.isfinite(wholly.elbo):
+        found = slices_at_once(at.plan, wholly.density, wholly.start, seed=at.seed)
+    if found is None:
+        return None
+    wholly.density.evaluations += prepared.density.evaluations
+    prepared.density = wholly.density
+    chosen = wholly.density.structure.noncentered
+    details = {"noncentered": chosen, "elbo_centered": None, "elbo_noncentered": wholly.elbo}
+    prepared.history.append(Stage(_stages.PARAMETERIZATION, elbo=wholly.elbo, details=details))
+    at.run.take(*found)
+    return GRID
+
+
+def _grid_at_best(at: Attempt) -> str | None:
+    found = slices_at_once(at.plan, at.density, at.starts[0], seed=at.seed)
+    if found is None:
+        return None
+    at.run.take(*found)
+    return GRID
+
+
+def _grid_of_flow(at: Attempt) -> str | None:
+    assert at.run.best is not None
+    found = slices_of(at.plan, at.density, at.run.best.flow, seed=at.seed)
+    if found is None:
+        return None
+    at.run.several = found
+    at.run.note(found.stage)
+    return GRID
+
+
+def _conditionals_of_hierarchy(at: Attempt) -> str | None:
+    found = nested_at_once(at.plan, at.density, seed=at.seed)
+    if found is None:
+        return None
+    at.run.take(*found)
+    return CONDITIONALS
+
+
+def _conditionals(at: Attempt) -> str | None:
+    """Hold a few coordinates of the model as it was read."""
+    found = nested_at_once(at.plan, at.prepared.as_read, seed=at.plan.seed)
+    if found is None:
+        return None
+    at.prepared.go_back()
+    at.run.modes, at.run.history = [], []
+    at.run.take(*found)
+    return CONDITIONALS
+
+
+def _is_hierarchical(at: Attempt) -> bool:
+    return bool(at.density.structure.hierarchical)
+
+
+def _hierarchy_comes_first(at: Attempt) -> bool:
+    return _is_hierarchical(at) and come_first(at.plan, at.density)
+
+
+def _few(at: Attempt) -> bool:
+    return at.prepared.as_read.dim <= AT_FIRST
+
+
+def _hierarchy_of_few(at: Attempt) -> bool:
+    return _is_hierarchical(at) and _few(at)
+
+
+def _no_hierarchy_of_few(at: Attempt) -> bool:
+    """Whether it is time for a model of few dimensions; hierarchical ones have been looked at as they were read."""
+    return at.from_scratch and _few(at) and not at.prepared.as_read.structure.hierarchical
+
+
+# ---- a Gaussian ------------------------------------------------------------------------------------------------------
+
+
+def _gaussian(at: Attempt) -> str | None:
+    """Look at the flow as it is at the best start, an affine map; say whether there is nothing to train."""
+    density, start = at.density, at.starts[0]
+    flow = at.plan.fresh(density)
+    plain, df = untrained_twin(flow) if at.plan.recipe.named else flow, flow.df
+    with at.plan.clock.part(_stages.BEST_START, noted=False):
+        for lighter in LIGHTER if flow.base == "student_t" else (1.0,):
+            begin(set_df(plain, lighter * df), start)
+            if is_far_off(plain, density):
+                continue
+            cheap = density.affordable(JUDGED_DRAWS) > LOOKED_AT_DRAWS  # else the check that decides is as cheap
+            if cheap and not invisible(weighed(plain, density, LOOKED_AT_DRAWS)):
+                continue
+            begin(set_df(flow, lighter * df), start)
+            trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
+            outcome = assess(
+                _stages.FIRST_ROUND, trainer, Training([], start.elbo, True, False, AT_ONCE, 0, 0, early=True)
+            )
+            if invisible(outcome.weighing):
+                at.run.take(outcome, trainer)
+                return GAUSSIAN
+    return None
+
+
+# ---- a mixture at several modes --------------------------------------------------------------------------------------
+
+
+def _mixture(at: Attempt, *, barrier: float = BARRIER) -> str | None:
+    """Fit a mixture at all modes; several runs are for a flow's sake."""
+    plan, run = at.plan, at.run
+    if not plan.escalate or plan.train_model or plan.runs > 1:
+        return None
+    with plan.clock.part(_stages.SEVERAL):
+        if run.best is None:
+            z, hopeless = prior_draws(at.density, SURVEYED_FROM, seed=at.seed), False
+        else:
+            z, weighing = run.flow(plan, at.density).draw(SURVEYED_FROM)[0], run.best.weighing
+            hopeless = weighing.ess < ESS_SHARE_OF_NO_TOP * len(weighing.log_weights)
+        run.several = several(at.density, z, seed=at.seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
+    if run.several is None:
+        return None
+    run.note(run.several.stage)
+    return run.several.stage.stage if run.several.enough else None
+
+
+def _mixture_of_flow(at: Attempt) -> str | None:
+    return _mixture(at, barrier=0.0)
+
+
+def _has_modes(at: Attempt) -> bool:
+    return len(at.run.modes) > 1 and at.lack is None
+
+
+def _glance_is_cheap(at: Attempt) -> bool:
+    density = at.density
+    cheap = density.numbers * density.dim <= CHEAP and density.work.operations <= FEW_OPERATIONS
+    return cheap and len(at.run.modes) <= 1 and at.lack is None
+
+
+def _may_have_modes(at: Attempt) -> bool:
+    """Whether a flow's weights are so poor that it may lack modes, or modes cost little to look for."""
+    best = at.run.best
+    if not (at.goes_on and at.lack is None and at.run.several is None) or best is None:
+        return False
+    poor = best.weighing.ess < ESS_SHARE_OF_ONE_MODE * len(best.weighing.log_weights)
+    return poor or (can_be_scattered(at.density) and not best.lacks_a_tail)
+
+
+# ---- Markov chains ---------------------------------------------------------------------------------------------------
+
+
+def _chains_of_gaussian(at: Attempt) -> str | None:
+    """Try a sampler in the place of a flow, where a flow would need thousands of steps."""
+    plan, run, density = at.plan, at.run, at.density
+    with plan.clock.part(_stages.AT_ONCE, share=MCMC_SHARE):
+        names = coordinate_names(density.structure)
+        found = attempt_untrained(at.starts[0], density, names, plan.draws, seed=at.seed, bar=plan.bar)
+        if found is not None:
+            flow, run.copies, run.chains = found
+            trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
+            training = Training([], at.starts[0].elbo, False, False, AT_ONCE_SAMPLED, 0, 0)
+            run.take(assess(_stages.INITIAL, trainer, training, look=False), trainer)
+            run.sampled = True
+            return "MCMC instead of training"
+    return None
+
+
+def _chains_come_first(at: Attempt) -> bool:
+    plan, density = at.plan, at.density
+    asked = plan.escalate and plan.refine is not None and plan.runs == 1 and plan.draws <= MOST_SAMPLED
+    return at.from_scratch and asked and SAMPLED_FROM <= density.dim <= SAMPLED_UP_TO and density.batched
+
+
+def _chains_of_flow(at: Attempt) -> str | None:
+    """Try a sampler in the place of further training, if one was asked for."""
+    plan, density = at.plan, at.density
+    assert at.run.trainer is not None
+    with plan.clock.part(_stages.NEXT):
+        given: dict[str, Any] = {"seed": at.seed, "bar": plan.bar}
+        names = coordinate_names(density.structure)
+        at.run.chains = attempt(at.run.trainer.flow, density, names, plan.draws, **given)
+    return None if at.run.chains is None else "MCMC in the latent space"
+
+
+# ---- no method can answer --------------------------------------------------------------------------------------------
+
+
+def _no_integral(at: Attempt) -> str | None:
+    """End a run whose posterior is improper."""
+    assert at.run.best is not None
+    return _stages.PROPRIETY if has_no_integral(at, at.run.best.flow) else None
+
+
+METHODS = (
+    Method(GRID, AS_READ, _hierarchy_comes_first, _grid_of_hierarchy),
+    Method(CONDITIONALS, AS_READ, _hierarchy_of_few, _conditionals_of_hierarchy),
+    Method(MIXTURE, AT_MODES, _has_modes, _mixture),
+    Method(GAUSSIAN, AT_THE_BEST, lambda at: not at.plan.train_model, _gaussian),
+    Method(GRID, AT_THE_BEST, lambda at: at.from_scratch and not _is_hierarchical(at), _grid_at_best),
+    Method(MIXTURE, AT_THE_BEST, _glance_is_cheap, _mixture),
+    Method(CONDITIONALS, AT_THE_BEST, _no_hierarchy_of_few, _conditionals),
+    Method(MCMC, AT_THE_BEST, _chains_come_first, _chains_of_gaussian),
+    Method(CONDITIONALS, AT_THE_BEST, lambda at: at.from_scratch and not _few(at), _conditionals),
+    Method(TRAINED, AT_THE_BEST, lambda at: True, train_flow),
+    Method(GRID, AFTER, lambda at: at.goes_on and at.lack is None, _grid_of_flow),
+    Method(_stages.PROPRIETY, AFTER, lambda at: at.goes_on, _no_integral),
+    Method(MIXTURE, AFTER, _may_have_modes, _mixture_of_flow),
+    Method(MCMC, AFTER, lambda at: at.goes_on and at.plan.refine is not None, _chains_of_flow),
+)
