@@ -96,7 +96,7 @@ def _combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
     clock, density = plan.clock, prepared.density
     tried = found.runs[0].several
     if tried is not None:
-        found.surveys = int(tried.stage.stage != SLICES)
+        found.surveys = 1
         _take(found, tried)
     if not clock.over and isinstance(found.plain, Flow):
         with clock.part(_stages.VARIANCE):

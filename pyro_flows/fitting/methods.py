@@ -20,7 +20,7 @@ from pyro_flows.fitting.nesting import nested_at_once
 from pyro_flows.fitting.rounds import JUDGED_DRAWS, LOOKED_AT_DRAWS, assess, invisible, is_far_off, weighed
 from pyro_flows.fitting.selection import begin
 from pyro_flows.fitting.several import several
-from pyro_flows.fitting.slicing import come_first, slices_at_once, slices_of
+from pyro_flows.fitting.slicing import come_first, slices_at_once
 from pyro_flows.flows.parts import untrained_twin
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.modes.population import can_be_scattered
@@ -101,16 +101,6 @@ def _grid_at_best(at: Attempt) -> str | None:
     if found is None:
         return None
     at.run.take(*found)
-    return GRID
-
-
-def _grid_of_flow(at: Attempt) -> str | None:
-    assert at.run.best is not None
-    found = slices_of(at.plan, at.density, at.run.best.flow, seed=at.seed)
-    if found is None:
-        return None
-    at.run.several = found
-    at.run.note(found.stage)
     return GRID
 
 
@@ -281,7 +271,6 @@ METHODS = (
     Method(MCMC, AT_THE_BEST, _chains_come_first, _chains_of_gaussian),
     Method(CONDITIONALS, AT_THE_BEST, lambda at: at.from_scratch and not _few(at), _conditionals),
     Method(TRAINED, AT_THE_BEST, lambda at: True, train_flow),
-    Method(GRID, AFTER, lambda at: at.goes_on and at.lack is None, _grid_of_flow),
     Method(_stages.PROPRIETY, AFTER, lambda at: at.goes_on, _no_integral),
     Method(MIXTURE, AFTER, _may_have_modes, _mixture_of_flow),
     Method(MCMC, AFTER, lambda at: at.goes_on and at.plan.refine is not None, _chains_of_flow),

@@ -2,8 +2,7 @@
 
 A scale of few groups, the noise of a regression: where the flow is one of slices, nothing has to be trained. They are
 tried before coordinates of hierarchical sites are chosen, since as a rule they are the same in all; at the best start,
-before any training; after a first round that is not enough; and where draws come short of a tail. See
-``modes/slices.py``.
+before any training; and where draws come short of a tail. See ``modes/slices.py``.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.lacks import Guide
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.short_tails import and_tails
-from pyro_flows.modes.slices import Marginal, all_slices, can_be_sliced, closer, slices_about
+from pyro_flows.modes.slices import Marginal, can_be_sliced, closer, slices_about
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
@@ -66,17 +65,6 @@ def come_first(plan: Plan, density: LogDensity) -> bool:
     """Whether slices are tried before any training: they are cheap, and nobody has asked for a flow by name."""
     asked = plan.automatic and plan.escalate and plan.runs == 1 and not plan.train_model
     return asked and can_be_sliced(density) and density.written <= WRITTEN and density.work.operations <= OPERATIONS
-
-
-def slices_of(plan: Plan, density: LogDensity, flow: Flow, *, seed: int) -> Several | None:
-    """Try slices where a flow is not enough; None if they are not either. Several runs are for the flow's sake."""
-    if plan.runs > 1:
-        return None
-    with plan.clock.part(STAGE), torch.no_grad():
-        z, log_weights = _weighted(density, flow, LOOKED_AT_DRAWS)
-        found = along(density, all_slices(density, z, log_weights, seed=seed), seed=seed)
-        return found if found is not None and found.enough and _has(density, found, z, log_weights) else None
-    return None
 
 
 def slices_for(plan: Plan, density: LogDensity, sampler: Flow, slices: Marginal, *, seed: int) -> Several | None:

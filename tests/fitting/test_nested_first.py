@@ -9,7 +9,8 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows._stages import PARAMETERIZATION
-from pyro_flows.fitting import prepare
+from pyro_flows.fitting.methods import AS_READ, METHODS
+from pyro_flows.verdict.methods import CONDITIONALS, MCMC
 
 STAGE = "Gaussian conditionals"  # as the history calls it
 SIZE, NOISE = 20, 0.5
@@ -95,24 +96,18 @@ def walk_means():
 
 
 @pytest.mark.parametrize(
-    ("hierarchical", "dim", "first"),
-    [
-        (False, 14, True),
-        (False, 14, False),
-        (False, 100, True),
-        (False, 100, False),
-        (True, 14, True),
-        (True, 100, False),
-    ],
+    ("hierarchical", "dim", "place"),
+    [(True, 14, 1), (False, 14, 6), (False, 80, 6), (False, 81, 8), (True, 81, 8)],
 )
-def test_few_coordinates_are_held_before_chains_and_many_after(monkeypatch, hierarchical, dim, first):
-    """Small hierarchical models have been looked at before; whether there is a hierarchy does not matter otherwise."""
-    looked = []
-    monkeypatch.setattr(prepare, "nested_at_once", lambda plan, density, seed: looked.append(density))
-    density = SimpleNamespace(dim=dim, structure=SimpleNamespace(hierarchical=["x"] if hierarchical else []))
-    plan, prepared = SimpleNamespace(seed=0), SimpleNamespace(as_read=density)
-    assert not prepare.nested_instead(plan, prepared, None, first=first)
-    assert looked == ([density] if first == (dim <= prepare.AT_FIRST) and not (hierarchical and dim == 14) else [])
+def test_few_coordinates_are_held_before_chains_and_many_after(hierarchical, dim, place):
+    """Small hierarchical models are looked at as they are read, before coordinates are chosen."""
+    density = SimpleNamespace(dim=dim, structure=SimpleNamespace(hierarchical=("x",) if hierarchical else ()))
+    at = SimpleNamespace(density=density, prepared=SimpleNamespace(as_read=density), from_scratch=True)
+    asked = [number for number, method in enumerate(METHODS) if method.name == CONDITIONALS and method.asked(at)]
+    assert asked == [place]
+    before = [method.name for method in METHODS[:place]]
+    assert (MCMC in before) == (dim > 80)
+    assert (METHODS[place].when == AS_READ) == (place == 1)
 
 
 @pytest.mark.slow
