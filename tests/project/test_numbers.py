@@ -68,13 +68,8 @@ PHRASES = {
         "the logarithm of the ratio is larger than {verdict.thresholds.SD_SHIFT}",
         "by more than {verdict.thresholds.VALUE_SHIFT} and "
         "{verdict.thresholds.VALUE_SHIFT_ERRORS|word} standard errors",
-        "A k-hat between its threshold and {verdict.thresholds.K_HAT_CONTAINED}",
-        "ESS/S is above {verdict.thresholds.ESS_SHARE_CONTAINED}",
-        "log evidence is within {verdict.thresholds.EVIDENCE_GAP_CONTAINED} nats of the ELBO",
-        "no mean and no standard deviation by more than {verdict.thresholds.SHIFT_CONTAINED}",
         "names the worst {fitting.agreement.NAMED|word} and counts the others",
         "(dimensions times data above {modes.doubts.CURVED_UP_TO|million})",
-        "In up to {modes.population.FEW|word} dimensions, a mixture is brought",
         "up to a factor of {modes.umbrella.HIGH|tens}",
         "up to {modes.propriety.UP_TO} dimensions and for the first {modes.propriety.MOST} such coordinates",
         "This is tried for up to {modes.propriety.HIDDEN} such coordinates",
@@ -95,7 +90,6 @@ PHRASES = {
         "(a kurtosis above {correction.enough.LIGHT}; a normal",
         "({correction.enough.CLEARLY} times the error)",
         "with an error above {verdict.thresholds.SD_ERROR_MOST|percent} speaks",
-        "one draw of {correction.rungs.LONGER|word} times as many moves",
     ],
     "docs/howto/runs.md": [
         "R-hat of a coordinate is above {verdict.thresholds.R_HAT_OF_RUNS}, or if log evidences differ by more than "
