@@ -25,9 +25,9 @@ from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import Training
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_EVEN,
-    ESS_SHARE_OF_LIGHTER_TAILS,
-    ESS_SHARE_OF_STUDENT_T,
-    EVIDENCE_GAP_OF_START,
+    ESS_SHARE_HIGH,
+    ESS_SHARE_UNDOUBTED,
+    EVIDENCE_GAP_VISIBLE,
     K_HAT_OF_STUDENT_T,
 )
 from pyro_flows.verdict.weighing import Weighing
@@ -70,7 +70,7 @@ class _Trial:
         """Return the first kind that is enough."""
         if self.table is None:
             return self._moved()
-        if self.table.log_evidence - self.start.elbo > EVIDENCE_GAP_OF_START:
+        if self.table.log_evidence - self.start.elbo > EVIDENCE_GAP_VISIBLE:
             return self._sliced(self.table) or self._moved()
         return self._moved() or self._sliced(self.table)
 
@@ -83,7 +83,7 @@ class _Trial:
             for own in (*(lighter * df for lighter in LIGHTER), *HEAVIER):
                 begin(set_df(flow, own), start)
                 weighing = weighed(flow, self.density, LOOKED_AT_DRAWS)
-                share = ESS_SHARE_OF_STUDENT_T if own in HEAVIER else ESS_SHARE_OF_LIGHTER_TAILS
+                share = ESS_SHARE_UNDOUBTED if own in HEAVIER else ESS_SHARE_HIGH
                 if not weighing.ess > share * len(weighing.log_weights):
                     return None
                 if invisible(weighing):
@@ -101,7 +101,7 @@ class _Trial:
                 except ValueError:
                     return None
                 weighing = _weighed(flow, self.density)
-                if not weighing.ess > ESS_SHARE_OF_STUDENT_T * len(weighing.log_weights):
+                if not weighing.ess > ESS_SHARE_UNDOUBTED * len(weighing.log_weights):
                     return None
                 if invisible(weighing):
                     return flow, Training([], weighing.elbo, True, False, SLICED, 0, 0)

@@ -11,7 +11,7 @@ from pyro_flows import _mixing
 from pyro_flows._seeding import derive
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.verdict.thresholds import R_HAT_BETWEEN_MODES
+from pyro_flows.verdict.thresholds import R_HAT_OF_SHORT_CHAINS
 
 PLACES = 8  # each with as many chains
 PERIODS = (16, 16), (32, 64)  # sweeps until the start is forgotten, and sweeps that are compared: once, and again
@@ -47,7 +47,7 @@ def joins(sampler: Sampler, places: Tensor) -> bool:
         shortest = min(compared * int(torch.bincount(group).min()), len(old))
         groups = [drawn[(group == number).to(drawn.device)].flatten(0, 1)[:shortest] for number in range(len(best))]
         compared_with = [_with_height(density, part) for part in groups] + [old[order[:shortest]]]
-        if float(_mixing.r_hat(torch.stack(compared_with)).max()) <= R_HAT_BETWEEN_MODES:
+        if float(_mixing.r_hat(torch.stack(compared_with)).max()) <= R_HAT_OF_SHORT_CHAINS:
             return True
     return False
 

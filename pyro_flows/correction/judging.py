@@ -30,11 +30,11 @@ from pyro_flows.verdict.deciding import CHECKED
 from pyro_flows.verdict.methods import METHODS
 from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.thresholds import (
-    COMPARISON_ERRORS,
     EDGE_SHARE,
     ESS_OF_COMPARISON,
     MISSED_MASS_SHARE,
-    SHIFT_OF_COMPARISON,
+    SHIFT_ERRORS,
+    SHIFT_MOST,
 )
 from pyro_flows.verdict.verdict import Verdict
 
@@ -187,14 +187,14 @@ def disagreements(posterior: Record, chains: McmcDraws) -> list[str]:
     fourth = (weights[:, None] * (draws - mean).pow(4)).sum(0) / away.square()
     error = ((fourth - 1.0).clamp_min(0.0) / (4.0 * effective)).sqrt()  # of the log of an sd
     shift, ratio = (z.mean(0) - mean).abs() / away.sqrt(), (away.sqrt() / z.std(0)).log()
-    chance = COMPARISON_ERRORS / math.sqrt(effective)
-    excess = torch.maximum(shift - chance, ratio - COMPARISON_ERRORS * error) - SHIFT_OF_COMPARISON
+    chance = SHIFT_ERRORS / math.sqrt(effective)
+    excess = torch.maximum(shift - chance, ratio - SHIFT_ERRORS * error) - SHIFT_MOST
     ordered, outside = z.sort(0).values, int(EDGE_SHARE * len(z))
     edges = ordered[outside], ordered[-1 - outside]  # torch.quantile took 16 million numbers at most for long
     beyond = torch.stack(
         [(weights[:, None] * (draws < edges[0])).sum(0), (weights[:, None] * (draws > edges[1])).sum(0)]
     )
-    tail = beyond.amax(0) - EDGE_SHARE - MISSED_MASS_SHARE - COMPARISON_ERRORS * math.sqrt(EDGE_SHARE / effective)
+    tail = beyond.amax(0) - EDGE_SHARE - MISSED_MASS_SHARE - SHIFT_ERRORS * math.sqrt(EDGE_SHARE / effective)
     excess = torch.maximum(excess, tail)
     worst = int(excess.nan_to_num(nan=math.inf).argmax())
     if float(excess[worst]) <= 0.0:

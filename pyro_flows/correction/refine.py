@@ -23,7 +23,7 @@ from pyro_flows.correction.starts import NoStart, dispersed_points, flow_of, sta
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.results.record import Recorded
 from pyro_flows.verdict.chains import McmcDraws
-from pyro_flows.verdict.thresholds import ESS_SHARE_OF_PROPOSALS
+from pyro_flows.verdict.thresholds import ESS_SHARE_HOPELESS
 
 METHODS = ("auto", "hmc", "imh", "nuts", "smc")
 FEWEST, MOST_CHAINS = 16, 4096
@@ -125,7 +125,7 @@ def _proposals(posterior: Recorded, method: str) -> int:
         return 4
     if method == "hmc":
         return int(mixed)
-    return int(mixed or posterior.verdict.ess_ratio >= ESS_SHARE_OF_PROPOSALS)
+    return int(mixed or posterior.verdict.ess_ratio >= ESS_SHARE_HOPELESS)
 
 
 def _run_nuts(posterior: Recorded, work: Work, latent: Latent, draws: int, seed: int) -> None:

@@ -28,12 +28,7 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Recorded
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, objections
-from pyro_flows.verdict.thresholds import (
-    ESS_OF_CHAINS,
-    ESS_OF_CHAINS_NEARLY,
-    ESS_SHARE_OF_CHAIN_STARTS,
-    NESTED_R_HAT_OF_CHAINS,
-)
+from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_OF_CHAINS_NEARLY, ESS_SHARE_FAR_OFF, R_HAT_CONVERGED
 
 BEGUN_FROM = 4000  # draws of a round, whose weights tell whether a sampler is tried
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, after it, last
@@ -104,7 +99,7 @@ def attempt(
         z, log_q = flow.draw(BEGUN_FROM)
     ratios = (density(z) - log_q).double()
     weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0).nan_to_num(nan=0.0)
-    if not float(weights.square().sum()) * len(z) * ESS_SHARE_OF_CHAIN_STARTS < 1.0 or not bool(weights.sum() > 0.0):
+    if not float(weights.square().sum()) * len(z) * ESS_SHARE_FAR_OFF < 1.0 or not bool(weights.sum() > 0.0):
         return None
     about: dict[str, Any] = {"seed": seed, "bar": bar, "most": affordable(density, ATTEMPT), "independence": 1}
     found = chains_from(Latent(flow, density), names, z, weights.log(), draws, **about)
@@ -132,7 +127,7 @@ def _only_lacks_draws(found: McmcDiagnostics) -> bool:
     """Whether superchains agree, and draws will be enough: more of them may cost less than to train a flow."""
     return (
         min(found.ess_bulk, found.ess_tail) >= ESS_OF_CHAINS_NEARLY * ESS_OF_CHAINS
-        and found.nested_r_hat <= NESTED_R_HAT_OF_CHAINS
+        and found.nested_r_hat <= R_HAT_CONVERGED
     )
 
 

@@ -31,8 +31,8 @@ from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, diverge, objec
 from pyro_flows.verdict.thresholds import (
     DIVERGENT_SHARE_OF_CHAINS,
     DIVERGENT_TIMES_MOST,
-    NESTED_R_HAT_OF_FIRST_HALF,
-    NESTED_R_HAT_OF_WARM_UP,
+    R_HAT_OF_SHORT_CHAINS,
+    R_HAT_ROUGH,
 )
 
 SUBCHAINS = 8  # chains of a superchain, with one starting point
@@ -260,7 +260,7 @@ class Sampler:
         rounds = self.numbers["sweeps"] // ROUND
         x, z, slope = (torch.stack(parts, 1) for parts in zip(*self.round[ROUND // 3 :], strict=True))
         nested = _mixing.nested_r_hat(z, self.superchain).max()
-        if rounds >= ROUNDS[1] or (rounds >= ROUNDS[0] and float(nested) <= NESTED_R_HAT_OF_WARM_UP):
+        if rounds >= ROUNDS[1] or (rounds >= ROUNDS[0] and float(nested) <= R_HAT_OF_SHORT_CHAINS):
             self.kernel.freeze()
             self.numbers["fixed_at"] = self.numbers["sweeps"]
         else:
@@ -293,7 +293,7 @@ class Sampler:
         room = min(ROOM, ROOM_NUMBERS // self.points.x.numel())
         if len(self.draws) < max(2 * self.kept, room):
             return
-        if not found.nested_r_hat <= NESTED_R_HAT_OF_FIRST_HALF:
+        if not found.nested_r_hat <= R_HAT_ROUGH:
             chosen = slice(len(self.draws) // 2, None)
         else:
             chosen = slice(1, None, 2)

@@ -28,9 +28,9 @@ from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import (
     DENSITY_GAP_OF_WALKERS,
-    K_HAT_OF_MASS,
+    K_HAT_MOST,
     MISSED_MASS_SHARE,
-    NESTED_R_HAT_OF_REGIONS,
+    R_HAT_OF_SHORT_CHAINS,
     REGION_MASS_SHARE,
 )
 
@@ -233,7 +233,7 @@ class _Regions:
         if share == 1.0:
             return True
         nested = _mixing.nested_r_hat(inside.double()[..., None], self.chains.state["superchain"])
-        return float(nested[0]) <= NESTED_R_HAT_OF_REGIONS
+        return float(nested[0]) <= R_HAT_OF_SHORT_CHAINS
 
     def inside(self, loc: Tensor, scale: Tensor) -> Tensor:
         """Return which of the chains' draws (C, N) are among those that a normal distribution would draw."""
@@ -258,7 +258,7 @@ class _Regions:
         weights = (ratios - self.evidence).exp()
         mean, error = float(weights.mean()), 2.0 * float(weights.std()) / math.sqrt(WEIGHED)
         needed = REGION_MASS_SHARE * min(mean - error, 1.0)
-        return (needed, mean + error) if k_hat < K_HAT_OF_MASS else (max(MISSED_MASS_SHARE, needed), math.inf)
+        return (needed, mean + error) if k_hat < K_HAT_MOST else (max(MISSED_MASS_SHARE, needed), math.inf)
 
 
 def _inside(away: Tensor, scale: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from pyro_flows.starts.prior import prior_draws
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, MCMC, MIXTURE, TRAINED
-from pyro_flows.verdict.thresholds import ESS_SHARE_OF_NO_TOP, ESS_SHARE_OF_ONE_MODE
+from pyro_flows.verdict.thresholds import ESS_SHARE_HOPELESS, ESS_SHARE_PROMISING
 
 AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best start", "after a flow"
 AT_FIRST = 80  # dimensions up to which a few coordinates are held before any others are chosen; above, chains cost less
@@ -184,7 +184,7 @@ def _mixture(at: Attempt, *, barrier: float = BARRIER) -> str | None:
             z, hopeless = prior_draws(at.density, SURVEYED_FROM, seed=at.seed), False
         else:
             z, weighing = run.flow(plan, at.density).draw(SURVEYED_FROM)[0], run.best.weighing
-            hopeless = weighing.ess < ESS_SHARE_OF_NO_TOP * len(weighing.log_weights)
+            hopeless = weighing.ess < ESS_SHARE_HOPELESS * len(weighing.log_weights)
         run.several = several(at.density, z, seed=at.seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
     if run.several is None:
         return None
@@ -211,7 +211,7 @@ def _may_have_modes(at: Attempt) -> bool:
     best = at.run.best
     if not (at.goes_on and at.lack is None and at.run.several is None) or best is None:
         return False
-    poor = best.weighing.ess < ESS_SHARE_OF_ONE_MODE * len(best.weighing.log_weights)
+    poor = best.weighing.ess < ESS_SHARE_PROMISING * len(best.weighing.log_weights)
     return poor or (can_be_scattered(at.density) and not best.lacks_a_tail)
 
 

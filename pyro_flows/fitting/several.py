@@ -28,13 +28,13 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import (
-    ESS_SHARE_OF_MIXTURE,
+    ESS_SHARE_HIGH,
     ESS_SHARE_OF_MIXTURE_GAIN,
     ESS_SHARE_OF_MIXTURE_HIGH,
-    ESS_SHARE_OF_TABLES,
-    K_HAT_OF_MIXTURE,
+    ESS_SHARE_PROMISING,
+    K_HAT_GOOD,
+    K_HAT_MOST,
     K_HAT_OF_MIXTURE_HIGH,
-    K_HAT_OF_TABLES,
 )
 
 AGAIN = 3  # times that modes are looked for where weights are large
@@ -96,8 +96,8 @@ def several(
             break
         more = _fitted(density, begun(*_start(found)), again, bar)
         in_vain = more is None or more.worth < best.worth + ESS_SHARE_OF_MIXTURE_GAIN
-        best = more if more is not None and more.worth > min(best.worth, ESS_SHARE_OF_MIXTURE) else best
-        if in_vain and best.worth < ESS_SHARE_OF_MIXTURE:
+        best = more if more is not None and more.worth > min(best.worth, ESS_SHARE_PROMISING) else best
+        if in_vain and best.worth < ESS_SHARE_PROMISING:
             break
     tried = None if best is None else _as_sampler(best, len(found.weighty()), found.over)
     return tried if tried is not None and (tried.enough or barrier) else _brought(density, tried, seed, bar)
@@ -170,7 +170,7 @@ def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> Seve
     alone = "the density was tabulated on a grid"
     said = alone if density.dim == 1 else "the coordinates are independent, so the density of each was tabulated"
     said = f"the posterior has several modes: {said}" if len(found) > 1 else said
-    return Several(sampler, said, stage, True) if share >= ESS_SHARE_OF_TABLES and k_hat < K_HAT_OF_TABLES else None
+    return Several(sampler, said, stage, True) if share >= ESS_SHARE_HIGH and k_hat < K_HAT_MOST else None
 
 
 def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
@@ -184,8 +184,8 @@ def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
 
 
 def is_enough(share: float, k_hat: float) -> bool:
-    limit = K_HAT_OF_MIXTURE_HIGH if share >= ESS_SHARE_OF_MIXTURE_HIGH else K_HAT_OF_MIXTURE
-    return share >= ESS_SHARE_OF_MIXTURE and k_hat < limit
+    limit = K_HAT_OF_MIXTURE_HIGH if share >= ESS_SHARE_OF_MIXTURE_HIGH else K_HAT_GOOD
+    return share >= ESS_SHARE_PROMISING and k_hat < limit
 
 
 def _start(found: Survey) -> tuple[Tensor, Tensor, Tensor]:

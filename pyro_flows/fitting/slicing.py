@@ -33,7 +33,7 @@ from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.methods import GRID
-from pyro_flows.verdict.thresholds import ESS_SHARE_OF_GRID, MISSED_MASS_OF_GRID
+from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, MISSED_MASS_OF_TAILS
 
 STAGE = GRID
 SEED = "slices along a coordinate"  # its digits, on which draws depend
@@ -81,7 +81,7 @@ def _has(density: LogDensity, found: Several, z: Tensor, log_weights: Tensor) ->
     guide = Guide(density, found.sampler.log_prob, covered_by(found.sampler, density))
     usable = torch.isfinite(log_weights)
     mass = torch.softmax(log_weights[usable].double(), 0)
-    return float(mass[guide.is_thin(z[usable], density(z[usable]))].sum()) <= MISSED_MASS_OF_GRID
+    return float(mass[guide.is_thin(z[usable], density(z[usable]))].sum()) <= MISSED_MASS_OF_TAILS
 
 
 def short_of(
@@ -103,7 +103,7 @@ def along(density: LogDensity, slices: Sequence[Marginal], *, seed: int) -> Seve
     with seeded(derive(seed, SEED), density.device):
         tried = [(found[0], one) for one in slices if (found := _of_slices(density, one)) is not None]
         share, best = max(tried, key=itemgetter(0), default=(0.0, None))
-        close = closer(density, best, seed=seed) if best is not None and share >= ESS_SHARE_OF_GRID else None
+        close = closer(density, best, seed=seed) if best is not None and share >= ESS_SHARE_PROMISING else None
         found = None if close is None else _of_slices(density, close)
     if close is None or found is None:
         return None

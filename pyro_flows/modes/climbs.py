@@ -24,7 +24,7 @@ from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import K_HAT_OF_MASS, MISSED_MASS_SHARE
+from pyro_flows.verdict.thresholds import K_HAT_MOST, MISSED_MASS_SHARE
 
 INFLATED = (3.0, 10.0, 30.0)
 SCREENED, SCREENED_AT = 1000, (1.5, 2.5, 4.0, 8.0)  # draws, and factors by which they are moved outwards
@@ -154,7 +154,7 @@ def _weighed(
         log_weights, k_hat = psis(lacking.log())
         start = Start("mode", best.loc[place], scales[place])
         beside = not bool(at_ends[number]) or _is_top(ends[number], ends[:own], units)
-        if not k_hat < K_HAT_OF_MASS:
+        if not k_hat < K_HAT_MOST:
             elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
             doubtful.append(Doubtful(number, float(paths.elbo[number]), elsewhere, start, beside))
         else:

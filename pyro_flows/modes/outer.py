@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import ESS_OF_MARGINAL_DONE, ESS_SHARE_OF_MARGINAL, K_HAT_OF_MARGINAL
+from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_SHARE_OF_MARGINAL, K_HAT_OF_MARGINAL
 
 DRAWS, MOST_ROUNDS = 400, 16
 DF = 5.0
@@ -74,7 +74,7 @@ def sampled(log_density: Callable[[Tensor], Tensor], loc: Tensor, root: Tensor) 
         ridge = 1e-10 * covariance.diagonal().clamp_min(1e-300).diag()
         root, fault = torch.linalg.cholesky_ex(covariance + ridge)
         found = Sample(theta, log_p, torch.softmax(log_p - log_q, 0), loc, root)
-        if int(fault) or found.effective >= ESS_OF_MARGINAL_DONE or len(proposals) == MOST_ROUNDS:
+        if int(fault) or found.effective >= ESS_OF_CHAINS or len(proposals) == MOST_ROUNDS:
             return None if int(fault) else found
 
 

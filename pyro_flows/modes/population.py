@@ -28,10 +28,10 @@ from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_FAR_OFF,
     ESS_SHARE_OF_MIXTURE_DONE,
     ESS_SHARE_OF_MIXTURE_GAIN,
-    ESS_SHARE_OF_MIXTURE_LEAST,
-    K_HAT_OF_MIXTURE_FREE,
+    K_HAT_GOOD,
 )
 
 LEAST_DRAWS, MOST_DRAWS, DRAWS_A_PART = 4000, 16_000, 200
@@ -104,7 +104,7 @@ class Generation:
     @property
     def worth(self) -> float:
         """The larger the better: the effective share, less what k-hat is too large."""
-        return self.share - max(0.0, self.k_hat - K_HAT_OF_MIXTURE_FREE)
+        return self.share - max(0.0, self.k_hat - K_HAT_GOOD)
 
 
 def begun(modes: Tensor, roots: Tensor, evidence: Tensor) -> Parts:
@@ -204,7 +204,7 @@ def fitted(
             if (
                 best is None
                 or last is None
-                or best.share < ESS_SHARE_OF_MIXTURE_LEAST
+                or best.share < ESS_SHARE_FAR_OFF
                 or best.worth >= ESS_SHARE_OF_MIXTURE_DONE
             ):
                 break

@@ -23,12 +23,7 @@ from pyro_flows.modes.slices import Marginal, all_slices, can_be_sliced, closer
 from pyro_flows.modes.tables import roots_of
 from pyro_flows.modes.thin import WANDERED
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.thresholds import (
-    MISSED_MASS_OF_TAILS,
-    MISSED_MASS_OF_TAILS_ERRORS,
-    QUARTILE_GAP_OF_GRID,
-    TAIL_SHARE,
-)
+from pyro_flows.verdict.thresholds import MISSED_MASS_ERRORS, MISSED_MASS_OF_TAILS, QUARTILE_GAP_OF_GRID, TAIL_SHARE
 from pyro_flows.verdict.weighing import in_order, weighted_quantiles
 
 QUARTERS = (0.25, 0.5, 0.75)  # of draws between the quantiles of both tails
@@ -62,7 +57,7 @@ def short_tail(
     found = all_slices(density, z, log_weights, seed=seed)
     mass = torch.softmax(log_weights.double(), 0)
     effective = min(max(worth, 1.0) if worth == worth else 1.0, float(1.0 / mass.square().sum()))
-    limit = MISSED_MASS_OF_TAILS + MISSED_MASS_OF_TAILS_ERRORS * math.sqrt(TAIL_SHARE * (1.0 - TAIL_SHARE) / effective)
+    limit = MISSED_MASS_OF_TAILS + MISSED_MASS_ERRORS * math.sqrt(TAIL_SHARE * (1.0 - TAIL_SHARE) / effective)
     short = [_short_of(one, z[:, one.coordinate].double(), mass) for one in found]
     for amount, worst in sorted(zip(short, found, strict=True), key=itemgetter(0), reverse=True):
         if not amount > limit:

@@ -12,11 +12,9 @@ from pyro_flows.verdict.thresholds import (
     ESS_OF_CHAINS,
     ESS_OF_MCMC,
     ESS_SHARE_LEAST,
-    MEAN_SHIFT,
-    NESTED_R_HAT_OF_CHAINS,
-    R_HAT_OF_CHAINS,
-    R_HAT_OF_MCMC,
-    SD_SHIFT,
+    R_HAT_CONVERGED,
+    R_HAT_OF_SHORT_CHAINS,
+    SHIFT_MOST,
 )
 from pyro_flows.verdict.verdict import SHOWN
 
@@ -59,13 +57,13 @@ def _of_guide(posterior: Record) -> list[Figure]:
         Figure(
             "Change of a mean",
             f"{verdict.mean_shift:.2f} sd{at}",
-            f"{MEAN_SHIFT} or less for ok",
+            f"{SHIFT_MOST} or less for ok",
             "Largest difference that weighting makes to a mean, in posterior standard deviations.",
         ),
         Figure(
             "Change of an sd",
             f"{verdict.sd_shift:.2f}",
-            f"{SD_SHIFT} or less for ok",
+            f"{SHIFT_MOST} or less for ok",
             "Largest absolute log ratio that weighting makes to a standard deviation.",
         ),
         *(_of_evidence(posterior) if verdict.supports_evidence else []),
@@ -85,10 +83,10 @@ def _of_chains(chains: Any) -> list[Figure]:
         Figure(
             "Nested R-hat",
             f"{chains.nested_r_hat:.3f}",
-            f"{NESTED_R_HAT_OF_CHAINS} or less",
+            f"{R_HAT_CONVERGED} or less",
             "1 if chains from all starts agree.",
         ),
-        Figure("R-hat", f"{chains.r_hat:.3f}", f"{R_HAT_OF_CHAINS} or less", "1 if single chains agree."),
+        Figure("R-hat", f"{chains.r_hat:.3f}", f"{R_HAT_OF_SHORT_CHAINS} or less", "1 if single chains agree."),
         Figure(
             "Effective draws",
             f"{chains.ess_bulk:.0f} bulk, {chains.ess_tail:.0f} tail",
@@ -103,7 +101,7 @@ def _of_chains(chains: Any) -> list[Figure]:
 def _of_mcmc(chains: Any) -> list[Figure]:
     known = not math.isnan(chains.divergences)
     return [
-        Figure("R-hat", f"{chains.r_hat:.3f}", f"below {R_HAT_OF_MCMC}", "1 if the chains agree."),
+        Figure("R-hat", f"{chains.r_hat:.3f}", f"below {R_HAT_CONVERGED}", "1 if the chains agree."),
         Figure(
             "Effective draws",
             f"{chains.ess_bulk:.0f} bulk, {chains.ess_tail:.0f} tail",

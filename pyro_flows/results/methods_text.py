@@ -25,7 +25,7 @@ from pyro_flows.verdict.methods import (
     TRAINED,
 )
 from pyro_flows.verdict.references import bibtex, named
-from pyro_flows.verdict.thresholds import K_HAT_OF_CORRECTED, MEAN_SHIFT, SD_SHIFT
+from pyro_flows.verdict.thresholds import K_HAT_GOOD, SHIFT_MOST
 from pyro_flows.verdict.verdict import Verdict
 from pyro_flows.verdict.weighing import UNTOLD
 
@@ -212,9 +212,9 @@ def _weights(text: Text, posterior: Record) -> None:
 def _figures(text: Text, verdict: Verdict, count: int) -> None:
     """Say what the weights of so many draws tell; their variance has to be finite where they have to mend something."""
     mean, factor = verdict.mean_shift, math.exp(min(verdict.sd_shift, 10.0))
-    moved = mean > MEAN_SHIFT or verdict.sd_shift > SD_SHIFT
+    moved = mean > SHIFT_MOST or verdict.sd_shift > SHIFT_MOST
     mended = (moved and verdict.status == "corrected") or any(MENDED in reason for reason in verdict.reasons)
-    threshold = min(verdict.k_threshold, K_HAT_OF_CORRECTED) if mended else verdict.k_threshold
+    threshold = min(verdict.k_threshold, K_HAT_GOOD) if mended else verdict.k_threshold
     text.say(
         f"{count:,} draws were weighted by the ratio of the posterior to the approximate density, Pareto-smoothed "
         f"{text.cite('Vehtari2024')}: k-hat was {verdict.k_hat:.2f} (threshold {threshold:.2f}), and the effective "

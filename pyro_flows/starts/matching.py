@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.thresholds import ESS_SHARE_MATCHED, ESS_SHARE_OF_MOMENTS, K_HAT_OF_MOMENTS
+from pyro_flows.verdict.thresholds import ESS_SHARE_MATCHED, ESS_SHARE_OF_MOMENTS, K_HAT_MOST
 from pyro_flows.verdict.weighing import Weighing, weigh
 
 NAME = "matched moments"
@@ -49,7 +49,7 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int, draws: i
             noise, log_noise = _noise(density, df, count, seed=derive(seed, f"matching {number}"))
             z = start.map(noise)
         weighing = weigh(z, density(z), log_noise - start.volume)
-        if not (weighing.k_hat < K_HAT_OF_MOMENTS and weighing.ess > ESS_SHARE_OF_MOMENTS * count):
+        if not (weighing.k_hat < K_HAT_MOST and weighing.ess > ESS_SHARE_OF_MOMENTS * count):
             return start
         if weighing.ess > ESS_SHARE_MATCHED * count:
             return start

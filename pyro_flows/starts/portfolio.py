@@ -20,7 +20,7 @@ from pyro_flows.starts.pooling import pool
 from pyro_flows.starts.prior import SEARCHES, possible_points, prior_draws, spread_of
 from pyro_flows.starts.resolution import without_noise
 from pyro_flows.starts.start import Start, divergence, standard
-from pyro_flows.verdict.thresholds import K_HAT_OF_MOMENTS
+from pyro_flows.verdict.thresholds import K_HAT_MOST
 
 PRIOR_DRAWS = 200
 SEARCHES_UNBATCHED = 3
@@ -137,7 +137,7 @@ def along_paths(density: LogDensity, points: Tensor, *, seed: int) -> tuple[list
         return [], found.ends
     single = Start("pathfinder", found.best.loc[best], lower_triangular(found.best.scale()[best]))
     ends = _apart(density, found.ends, single.scale.norm(dim=1))
-    if not pooled.k_hat < K_HAT_OF_MOMENTS:
+    if not pooled.k_hat < K_HAT_MOST:
         return [single], ends
     # as if D more draws had the covariance of the best path
     share = pooled.ess / (pooled.ess + density.dim)

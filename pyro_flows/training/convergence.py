@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_flows.verdict.thresholds import R_HAT_OF_TRAINING
+from pyro_flows.verdict.thresholds import R_HAT_ROUGH
 
 WINDOW = 10
 ELBO_TOLERANCE = 0.02
@@ -110,7 +110,7 @@ class Monitor:
             return False, "the ELBO is not finite"
         drift = _drift(series)
         relative = torch.cat([drift[:1] / ELBO_TOLERANCE, drift[1:] / SD_TOLERANCE])
-        moving = ~((relative < 1.0) | ((split_r_hat(series) <= R_HAT_OF_TRAINING) & (relative < NOISY)))
+        moving = ~((relative < 1.0) | ((split_r_hat(series) <= R_HAT_ROUGH) & (relative < NOISY)))
         text = f"ELBO drift {float(drift[0]):.3f} nats, worst moment drift {float(drift[1:].max()):.3f} sd"
         return not bool(moving.any()) and self._left(series[:, 0]) <= LEFT_TOLERANCE, text
 

@@ -18,7 +18,7 @@ from pyro_flows.training.layer_graphs import state_of
 from pyro_flows.training.loop import CHECK_DRAWS
 from pyro_flows.training.step_graph import stitched
 from pyro_flows.training.trainer import BLEND, DEFENSIVE, LOOK_EVERY
-from pyro_flows.verdict.thresholds import ESS_SHARE_OF_BATCHES
+from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
 
 SAME_LOSS = 1e-3  # relative, of a first step of a flow by itself
 
@@ -157,7 +157,7 @@ class Lockstep:
     @torch.no_grad()
     def _draw(self) -> None:
         """Draw base points of the next steps; flows whose batches are effective get defensive ones."""
-        good = self.moments.ess > ESS_SHARE_OF_BATCHES
+        good = self.moments.ess > ESS_SHARE_PROMISING
         self._blends = torch.where(good, BLEND, 0.0).to(self.rates)
         shape = (LOOK_EVERY, len(self), self.batch)
         shares = torch.where(good, DEFENSIVE, 0.0).to(self.rates)[:, None].expand(shape)

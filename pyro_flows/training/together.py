@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.lockstep import Lockstep
 from pyro_flows.training.loop import AVERAGED_SHARE, FALL, WARM_UP, Training
-from pyro_flows.verdict.thresholds import EVIDENCE_GAP_CORRECTED
+from pyro_flows.verdict.thresholds import EVIDENCE_GAP_VISIBLE
 
 CHECK_EVERY = 20
 STEADY = 800  # steps at most, before the cool-down
@@ -37,7 +37,7 @@ def train_together(flows: Lockstep, *, report: Report, steady: int = STEADY, coo
         done += 1
         if done % CHECK_EVERY == 0:
             still = still | run.check()  # what comes after is the cool-down, in ``loop.train`` too
-            good = torch.tensor([monitor.promises(EVIDENCE_GAP_CORRECTED) for monitor in run.monitors])
+            good = torch.tensor([monitor.promises(EVIDENCE_GAP_VISIBLE) for monitor in run.monitors])
             report(done, int((still | good).sum()), "converging")
     cool = cool if float(still.double().mean()) >= NEARLY_ALL else min(cool, SHORT_COOL)
     why = [monitor.stationary()[1] for monitor in run.monitors]

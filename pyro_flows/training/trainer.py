@@ -14,7 +14,7 @@ from pyro_flows.objectives import BasePoints, elbo, pulled
 from pyro_flows.training.adam import Moments, advance
 from pyro_flows.training.flow_graphs import gradient_of
 from pyro_flows.training.step_graph import Step
-from pyro_flows.verdict.thresholds import ESS_SHARE_OF_BATCHES
+from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
 
 BLEND = 0.5
 DEFENSIVE = 0.3
@@ -119,7 +119,7 @@ class Trainer:
     def _look(self) -> None:
         """See what the steps have come to, and draw the base points of the next ones."""
         done, skipped = len(self._losses) + len(self._pending), self.skipped
-        self._blend = BLEND if float(self.moments.ess) > ESS_SHARE_OF_BATCHES else 0.0
+        self._blend = BLEND if float(self.moments.ess) > ESS_SHARE_PROMISING else 0.0
         self._careful = skipped > self._skips_seen or bool(self._left_out)
         self._skips_seen = skipped
         self._left_out.zero_()

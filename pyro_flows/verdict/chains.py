@@ -13,9 +13,8 @@ from pyro_flows.verdict.thresholds import (
     DIVERGENT_FEW,
     DIVERGENT_SHARE_OF_CHAINS,
     ESS_OF_CHAINS,
-    NESTED_R_HAT_OF_CHAINS,
-    R_HAT_BETWEEN_MODES,
-    R_HAT_OF_CHAINS,
+    R_HAT_CONVERGED,
+    R_HAT_OF_SHORT_CHAINS,
 )
 
 
@@ -105,10 +104,10 @@ class McmcDiagnostics:
 def objections(figures: McmcDiagnostics) -> list[str]:
     """Return what speaks against chains, in words; nothing if their draws can be used. NaN speaks against them."""
     found = []
-    if not figures.nested_r_hat <= NESTED_R_HAT_OF_CHAINS:
-        found.append(f"nested R-hat {figures.nested_r_hat:.3f} of the chains is above {NESTED_R_HAT_OF_CHAINS}")
-    if not figures.r_hat <= R_HAT_OF_CHAINS:
-        found.append(f"R-hat {figures.r_hat:.3f} of the chains is above {R_HAT_OF_CHAINS}")
+    if not figures.nested_r_hat <= R_HAT_CONVERGED:
+        found.append(f"nested R-hat {figures.nested_r_hat:.3f} of the chains is above {R_HAT_CONVERGED}")
+    if not figures.r_hat <= R_HAT_OF_SHORT_CHAINS:
+        found.append(f"R-hat {figures.r_hat:.3f} of the chains is above {R_HAT_OF_SHORT_CHAINS}")
     for name, value in (("bulk", figures.ess_bulk), ("tails", figures.ess_tail)):
         if not value >= ESS_OF_CHAINS:
             found.append(
@@ -116,7 +115,7 @@ def objections(figures: McmcDiagnostics) -> list[str]:
             )
     if diverge(figures):
         found.append(f"{100 * figures.divergences:.2g}% of the trajectories diverged")
-    if not math.isnan(figures.agreement) and not figures.agreement <= R_HAT_BETWEEN_MODES:
+    if not math.isnan(figures.agreement) and not figures.agreement <= R_HAT_OF_SHORT_CHAINS:
         found.append(f"chains that began in different modes disagree (R-hat {figures.agreement:.2f})")
     return found
 

@@ -9,16 +9,15 @@ from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_LEAST,
     ESS_SHARE_UNDOUBTED,
-    K_HAT_OF_CORRECTED,
-    MEAN_SHIFT,
+    K_HAT_GOOD,
     MEAN_SHIFT_MOST,
-    SD_SHIFT,
     SD_WIDENING_MOST,
+    SHIFT_MOST,
 )
 from pyro_flows.verdict.verdict import Verdict
 from pyro_flows.verdict.weighing import Weighing, in_words
 
-MENDED = f"is not below {K_HAT_OF_CORRECTED} and weighting changes the results"
+MENDED = f"is not below {K_HAT_GOOD} and weighting changes the results"
 LEAST_DRAWS = 100  # of which the weights tell anything
 TOO_MUCH = "too much to correct"
 
@@ -60,7 +59,7 @@ def _weighed(
     ratio = weighing.ess / len(weighing.log_weights)
     notes = (*notes, *_heavy_tailed(weighing, names))
     reasons = list(failures)
-    good = weighing.k_hat < K_HAT_OF_CORRECTED and ratio >= ESS_SHARE_UNDOUBTED
+    good = weighing.k_hat < K_HAT_GOOD and ratio >= ESS_SHARE_UNDOUBTED
     reasons += () if good else doubts
     if not weighing.k_hat < weighing.threshold:
         reasons.append(f"k-hat {weighing.k_hat:.2f} is not below its threshold {weighing.threshold:.2f}")
@@ -116,11 +115,11 @@ def _moved(weighing: Weighing, names: Sequence[str]) -> list[str]:
     mean, where, sd, sd_where = _largest_shifts(weighing)
     by_mean, by_sd = f"by {in_words(mean)} sd", f"by a factor {in_words(math.exp(sd))}"
     moved = []
-    if mean > MEAN_SHIFT:
+    if mean > SHIFT_MOST:
         moved.append(f"importance weighting changes the mean of {names[where]} {by_mean}")
-    if sd > SD_SHIFT and moved and where == sd_where:
+    if sd > SHIFT_MOST and moved and where == sd_where:
         moved[0] += f" and its sd {by_sd}"
-    elif sd > SD_SHIFT:
+    elif sd > SHIFT_MOST:
         moved.append(f"importance weighting changes the sd of {names[sd_where]} {by_sd}")
     return moved
 
@@ -137,6 +136,6 @@ def _past_mending(weighing: Weighing, names: Sequence[str], *, to_mend: bool) ->
     elif weighing.widening > SD_WIDENING_MOST:
         times = in_words(math.exp(weighing.widening))
         reasons.append(f"importance weighting widens the sd of {names[weighing.widest]} {times} times, {TOO_MUCH}")
-    if to_mend and K_HAT_OF_CORRECTED <= weighing.k_hat < weighing.threshold:
+    if to_mend and K_HAT_GOOD <= weighing.k_hat < weighing.threshold:
         reasons.append(f"k-hat {weighing.k_hat:.2f} {MENDED}, so the weights have infinite variance")
     return reasons

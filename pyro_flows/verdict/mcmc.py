@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_flows import _arviz
 from pyro_flows.verdict.chains import McmcDiagnostics
 from pyro_flows.verdict.methods import MCMC
-from pyro_flows.verdict.thresholds import DIVERGENT_SHARE_OF_MCMC, ESS_OF_MCMC, R_HAT_OF_MCMC
+from pyro_flows.verdict.thresholds import DIVERGENT_SHARE_OF_MCMC, ESS_OF_MCMC, R_HAT_CONVERGED
 from pyro_flows.verdict.verdict import Verdict
 
 OF_WEIGHTS = ("k_hat", "k_threshold", "ess_ratio", "mean_shift", "sd_shift")  # of which chains have none
@@ -27,8 +27,8 @@ def judge_mcmc(draws: Tensor, log_p: Tensor, names: Sequence[str], diverging: Te
     broken = int((~torch.isfinite(log_p)).sum())
     apart = "the chains do not agree" if len(draws) > 1 else "the chain does not agree with itself"
     reasons, notes = [], ["no search for missed modes was made"]
-    if not float(r_hat[worst]) < R_HAT_OF_MCMC:
-        reasons.append(f"R-hat {r_hat[worst]:.3f} of {names[worst]} is not below {R_HAT_OF_MCMC}: {apart}")
+    if not float(r_hat[worst]) < R_HAT_CONVERGED:
+        reasons.append(f"R-hat {r_hat[worst]:.3f} of {names[worst]} is not below {R_HAT_CONVERGED}: {apart}")
     for kind, sizes in ess.items():
         if not float(sizes.min()) >= ESS_OF_MCMC:
             reasons.append(f"effective sample size ({kind}) {sizes.min():.0f} is below {ESS_OF_MCMC:.0f}")

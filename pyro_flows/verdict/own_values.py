@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.verdict.deciding import resample
-from pyro_flows.verdict.thresholds import TAIL_INDEX_FOURTH, VALUE_SHIFT, VALUE_SHIFT_ERRORS
+from pyro_flows.verdict.thresholds import SHIFT_ERRORS, SHIFT_MOST, TAIL_INDEX_FOURTH
 from pyro_flows.verdict.weighing import LEVELS, heavy_tails, in_order, in_words, quantiles, sd_of, weighted_quantiles
 
 # by how much changes (V,) exceed errors, and what is changed at one place, and by how much, in words
@@ -44,7 +44,7 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int
             if not len(among):
                 continue
             beyond, about = compared(flat[:, among], weights, effective)
-            excess = torch.where(torch.isfinite(beyond), beyond - VALUE_SHIFT, -torch.inf)
+            excess = torch.where(torch.isfinite(beyond), beyond - SHIFT_MOST, -torch.inf)
             place = int(excess.argmax())
             if float(excess[place]) > worst:
                 worst = float(excess[place])
@@ -72,12 +72,12 @@ def _moments(values: Tensor, weights: Tensor, effective: float) -> Compared:
             else ("sd", f"by a factor {in_words(math.exp(-log_factor))}")
         )
 
-    return torch.maximum(shift - VALUE_SHIFT_ERRORS * math.sqrt(chance), ratio.abs() - VALUE_SHIFT_ERRORS * error), said
+    return torch.maximum(shift - SHIFT_ERRORS * math.sqrt(chance), ratio.abs() - SHIFT_ERRORS * error), said
 
 
 def _quantiles(values: Tensor, weights: Tensor, effective: float, draws: int) -> Compared:
     levels = torch.tensor(LEVELS, dtype=values.dtype, device=values.device)
-    errors = VALUE_SHIFT_ERRORS * (levels * (1.0 - levels) * (1.0 / effective + 1.0 / draws)).sqrt()
+    errors = SHIFT_ERRORS * (levels * (1.0 - levels) * (1.0 / effective + 1.0 / draws)).sqrt()
     rows = values.mT.contiguous()
     first, places = rows[:, :draws].contiguous(), in_order(rows)
     below, middle, above = (

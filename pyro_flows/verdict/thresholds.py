@@ -17,26 +17,15 @@ import math
 # ---- k-hat: the estimated shape of the tail of importance weights ----------------------------------------------------
 # Weights have a finite variance below 0.5, and a finite mean below 1 (PSIS).
 
-# Any number of draws: averages need a k-hat below this and below 1 - 1 / log10 S. Source: PSIS; Yao.
+# Averages by weighted draws need a k-hat below this, and below 1 - 1 / log10 S: the verdict, moments of a start, the
+# mass of a region, tabulated densities. Source: PSIS; Yao.
 K_HAT_MOST = 0.7
-# Start: weighted moments replace those of a start below this. Source: PSIS.
-K_HAT_OF_MOMENTS = 0.7
-# Missed mode: weighted draws of a region estimate its mass below this. The same value as before. Source: PSIS.
-K_HAT_OF_MASS = 0.7
-# Independent coordinates: tabulated densities are accepted below this. The same value as before. Source: PSIS.
-K_HAT_OF_TABLES = 0.7
 
-# Verdict: weights that change results correct them below this. Source: PSIS (finite variance); measured (record
-# 0033).
-K_HAT_OF_CORRECTED = 0.5
-# Round, pool of draws: nothing is left to gain below this. The same value as before. Source: PSIS.
+# Weights have a finite variance below this: they correct results, a mixture is accepted in place of a flow, and a
+# round has nothing left to gain. Source: PSIS (finite variance); measured (record 0033).
 K_HAT_GOOD = 0.5
-# Mixture: it is accepted in place of a flow below this. The same value as before. Source: PSIS.
-K_HAT_OF_MIXTURE = 0.5
-# Mixture: its worth is its ESS share, less what k-hat exceeds this by. The same value as before. Source: PSIS.
-K_HAT_OF_MIXTURE_FREE = 0.5
-# Mixture: the same as K_HAT_OF_MIXTURE, from ESS_SHARE_OF_MIXTURE_HIGH on: a few large weights by chance. Source:
-# chosen.
+# Mixture: accepted below this, in place of K_HAT_GOOD, from ESS_SHARE_OF_MIXTURE_HIGH on: a few large weights by
+# chance. Source: chosen.
 K_HAT_OF_MIXTURE_HIGH = 0.6
 
 # Marginal of hyperparameters: its flow is not fitted further below this. Source: chosen.
@@ -61,15 +50,9 @@ ESS_SHARE_OF_MOMENTS = 0.2
 # Start: a start is not matched again above this. Source: chosen.
 ESS_SHARE_MATCHED = 0.99
 
-# Mixture: it is accepted in place of a flow from this on. Source: chosen.
-ESS_SHARE_OF_MIXTURE = 0.3
-# Grid: it is refined from this on. The same value as before. Source: chosen.
-ESS_SHARE_OF_GRID = 0.3
-# Flow: below this it may lie between several modes, so a mixture is tried. The same value as before. Source: chosen.
-ESS_SHARE_OF_ONE_MODE = 0.3
-# Training: above this ESS share of a batch, the loss has a part of the forward divergence. The same value as before.
-# Source: chosen.
-ESS_SHARE_OF_BATCHES = 0.3
+# From this on, a candidate is worth going on with: a mixture, a grid, a batch of training. A flow with less may lie
+# between several modes. Source: chosen.
+ESS_SHARE_PROMISING = 0.3
 
 # Mixture: most draws are effective from this on, so that K_HAT_OF_MIXTURE_HIGH applies. Source: chosen.
 ESS_SHARE_OF_MIXTURE_HIGH = 0.7
@@ -77,28 +60,19 @@ ESS_SHARE_OF_MIXTURE_HIGH = 0.7
 ESS_SHARE_OF_MIXTURE_DONE = 0.85
 # Mixture: a part has to add this to the worth. Source: chosen.
 ESS_SHARE_OF_MIXTURE_GAIN = 0.01
-# Mixture: below this, no part is added: too few draws say where. Source: chosen.
-ESS_SHARE_OF_MIXTURE_LEAST = 0.02
-# Start: it is weighed by thousands of draws if 256 have more than this. The same value as before. Source: chosen.
+# Below this, too few draws say where the mass is: no weighing of a start by thousands of draws, no chains from
+# weighted draws, no new part of a mixture. Source: chosen.
 ESS_SHARE_FAR_OFF = 0.02
-# MCMC: chains begin at weighted draws of a round from this on. The same value as before. Source: chosen.
-ESS_SHARE_OF_CHAIN_STARTS = 0.02
-# Flow: below this, the density may have no smooth top, so a mixture may follow ridges. Source: chosen.
-ESS_SHARE_OF_NO_TOP = 0.001
-# MCMC: below this, independent proposals from the flow are not made. The same value as before. Source: chosen.
-ESS_SHARE_OF_PROPOSALS = 0.001
+# Below this, hardly any draw has weight: no independent proposals in MCMC, and the density may have no smooth top.
+# Source: chosen.
+ESS_SHARE_HOPELESS = 0.001
 
-# Independent coordinates: tabulated densities are accepted from this on. Source: chosen.
-ESS_SHARE_OF_TABLES = 0.9
-# Many fits: heavier tails are tried if lighter ones have this. The same value as before. Source: chosen.
-ESS_SHARE_OF_LIGHTER_TAILS = 0.9
+# From this on, tabulated densities are accepted, and many fits try heavier tails. Source: chosen.
+ESS_SHARE_HIGH = 0.9
 
-# Verdict: weights are good from this on, whatever doubts the fit left, with k-hat below K_HAT_OF_CORRECTED. Source:
-# chosen.
+# Weights are good from this on, with k-hat below K_HAT_GOOD: whatever doubts a fit left, and in many fits.
+# Source: chosen.
 ESS_SHARE_UNDOUBTED = 0.5
-# Many fits: weights correct a Student-t distribution, or a grid, above this. The same value as before. Source:
-# chosen.
-ESS_SHARE_OF_STUDENT_T = 0.5
 
 # Round: only the tail of the weights can be in doubt above this. Source: measured (record 0016).
 ESS_SHARE_GOOD = 0.95
@@ -124,35 +98,23 @@ ESS_OF_CHAINS_NEARLY = 0.25
 ESS_OF_MCMC = 400.0
 # Comparison of chains with weighted draws of the guide: fewer of these say nothing. Source: chosen.
 ESS_OF_COMPARISON = 500.0
-# Marginal of hyperparameters: with so many weighted draws, no more are made. The same value as ESS_OF_CHAINS. Source:
-# chosen.
-ESS_OF_MARGINAL_DONE = 1000.0
 # Marginal of hyperparameters: with fewer, no flow is fitted. Source: chosen.
 ESS_OF_MARGINAL_LEAST = 150.0
 
 # ---- R-hat -----------------------------------------------------------------------------------------------------------
 
-# MCMC of the caller: at most, rank-normalized, of single chains. Source: R-hat.
-R_HAT_OF_MCMC = 1.01
-# MCMC of a fit: at most, of superchains, which forget their common start. The same value as before. Source: Nested
-# R-hat.
-NESTED_R_HAT_OF_CHAINS = 1.01
+# At most: rank-normalized, of single chains of the caller; nested, of superchains of a fit, which forget their common
+# start. Source: R-hat; Nested R-hat.
+R_HAT_CONVERGED = 1.01
 # Runs of a fit: at most, of the draws of their flows. Source: chosen.
 R_HAT_OF_RUNS = 1.02
-# MCMC of a fit: at most, of single chains, which are short: sqrt(1 + (autocorrelation time - 1) / draws). Source:
-# chosen.
-R_HAT_OF_CHAINS = 1.05
-# MCMC of a fit: at most, of groups of chains that began in different modes. The same value as before. Source: chosen.
-R_HAT_BETWEEN_MODES = 1.05
-# Missed mode of chains: at most, of whether a chain is in a region. The same value as before. Source: chosen.
-NESTED_R_HAT_OF_REGIONS = 1.05
-# MCMC of a fit: warm-up ends after a round with this, at most. The same value as before. Source: chosen.
-NESTED_R_HAT_OF_WARM_UP = 1.05
-# MCMC of a fit: above this, the first half of the draws is discarded as warm-up. Source: chosen.
-NESTED_R_HAT_OF_FIRST_HALF = 1.1
-# Training: split R-hat of the ELBO and the moments of a flow over ten checks, at most, for convergence. The same
-# value as before. Source: Gelman et al., BDA3, 11.4.
-R_HAT_OF_TRAINING = 1.1
+# At most, of single chains of a fit, which are short: sqrt(1 + (autocorrelation time - 1) / draws). The same of groups
+# of chains that began in different modes, of whether a chain is in a region, and of a round that ends warm-up.
+# Source: chosen.
+R_HAT_OF_SHORT_CHAINS = 1.05
+# At most, split, of the ELBO and the moments of a flow over ten checks of training. Above it, nested, the first half of
+# the draws of chains is discarded as warm-up. Source: Gelman et al., BDA3, 11.4.
+R_HAT_ROUGH = 1.1
 
 # ---- divergences of MCMC, and Monte Carlo errors of its standard deviations ------------------------------------------
 
@@ -174,21 +136,11 @@ SD_ERROR_MOST = 0.1
 
 # ---- shifts of means and standard deviations -------------------------------------------------------------------------
 
-# Verdict: sds that weighting may shift a mean by, of draws that are used as they are. Source: chosen.
-MEAN_SHIFT = 0.1
-# Verdict: log ratio that weighting may change an sd by. The same value as before. Source: chosen.
-SD_SHIFT = 0.1
-# Verdict: sds, and log ratio of sds, of the model's own values, beyond VALUE_SHIFT_ERRORS standard errors. Source:
-# chosen.
-VALUE_SHIFT = 0.1
-# Comparison of chains with weighted draws of the guide: sds, and log ratio of sds, beyond COMPARISON_ERRORS standard
-# errors. Source: chosen.
-SHIFT_OF_COMPARISON = 0.1
-# Verdict: standard errors that VALUE_SHIFT is counted beyond. Source: chosen.
-VALUE_SHIFT_ERRORS = 3.0
-# Comparison of chains: standard errors that SHIFT_OF_COMPARISON is counted beyond. The same value as before. Source:
-# chosen.
-COMPARISON_ERRORS = 3.0
+# Sds by which weighting may shift a mean, and log ratio by which it may change an sd, of draws that are used as they
+# are. The same of the model's own values, and of chains against weighted draws, beyond SHIFT_ERRORS. Source: chosen.
+SHIFT_MOST = 0.1
+# Standard errors that SHIFT_MOST is counted beyond, where it is compared with noise. Source: chosen.
+SHIFT_ERRORS = 3.0
 # Verdict: sds that weighting may shift a mean by, of draws that it corrects. Source: measured (record 0033).
 MEAN_SHIFT_MOST = 1.0
 # Verdict: log ratio that weighting may widen an sd by, of draws that it corrects. Source: measured (record 0033).
@@ -208,12 +160,9 @@ VAR_LOG_P_RATIO_MOST = 5.0
 
 # ---- gaps between log evidence and ELBO, in nats ---------------------------------------------------------------------
 
-# Fits side by side: at most, for training to end early, since weights correct it. The same value as before. Source:
-# chosen.
-EVIDENCE_GAP_CORRECTED = 0.05
-# Many fits: log evidence of a grid less the ELBO of a start; above it, the grid is tried first. The same value as
-# before. Source: chosen.
-EVIDENCE_GAP_OF_START = 0.05
+# Many fits: at most, for training to end early, since weights correct it. A grid is tried first if its log evidence
+# is higher than the ELBO of a start by more. Source: chosen.
+EVIDENCE_GAP_VISIBLE = 0.05
 # Round: nothing is left to gain below the larger of this and the next one times the dimension. Source: measured
 # (record 0016).
 EVIDENCE_GAP_GOOD = 0.04
@@ -234,21 +183,16 @@ EVIDENCE_GAP_OF_RUNS = 0.3
 MISSED_MASS_SHARE = 0.02
 # Missed mass next to the guide: standard errors that its share has to exceed. Source: chosen.
 MISSED_MASS_ERRORS = 2.0
-# Short tail: share of the mass beyond a quantile that draws may lack. Source: chosen.
+# Short tail: share of the mass beyond a quantile that draws may lack. Grid: share of a flow's weighted draws that lie
+# where the grid has too little density, at most. Source: chosen.
 MISSED_MASS_OF_TAILS = 0.01
-# Grid: share of a flow's weighted draws that lie where the grid has too little density, at most. The same value as
-# before. Source: chosen.
-MISSED_MASS_OF_GRID = 0.01
-# Comparison of chains: share of their draws beyond each of two quantiles. The same value as before. Source: chosen.
+# Comparison of chains: share of their draws beyond each of two quantiles. Source: chosen.
 EDGE_SHARE = 0.01
-# Short tail: standard errors that its mass has to exceed. The same value as MISSED_MASS_ERRORS. Source: chosen.
-MISSED_MASS_OF_TAILS_ERRORS = 2.0
 # Short tail: share of the draws beyond each of two quantiles. Source: chosen.
 TAIL_SHARE = 0.05
-# Missed mass next to the guide: share of the walkers that get out; with fewer, the search ends. The same value as
-# before. Source: chosen.
+# Missed mass next to the guide: share of the walkers that get out; with fewer, the search ends. Source: chosen.
 WALKERS_OUT_SHARE = 0.05
-# Missed mode of chains: part of a region's mass that chains need. The same value as before. Source: chosen.
+# Missed mode of chains: part of a region's mass that chains need. Source: chosen.
 REGION_MASS_SHARE = 0.5
 # Short tail: probability by which quartiles of a grid may differ from those of the draws. Source: chosen.
 QUARTILE_GAP_OF_GRID = 0.03

@@ -9,7 +9,7 @@ from pyro_flows._display import verdict_html
 from pyro_flows.verdict.chains import McmcDiagnostics
 from pyro_flows.verdict.methods import GUIDE, MCMC
 from pyro_flows.verdict.next_step import IMPROPER, next_step, next_step_of_guide, next_step_of_mcmc
-from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, MEAN_SHIFT, SD_SHIFT
+from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, SHIFT_MOST
 from pyro_flows.verdict.weighing import in_words
 
 SHOWN = 0.005  # sds: a smaller shift is printed as 0.00, and its coordinate is an accident of rounding
@@ -119,9 +119,9 @@ class Verdict:
         if math.isnan(self.k_hat):
             return ""
         found = f"k-hat {self.k_hat:.2f}, ESS/S {self.ess_ratio:.2f}"
-        if self.status == "corrected" and self.mean_shift >= max(self.sd_shift, MEAN_SHIFT):
+        if self.status == "corrected" and self.mean_shift >= max(self.sd_shift, SHIFT_MOST):
             found += f", weighting changes the mean of {self.where} by {in_words(self.mean_shift)} sd"
-        elif self.status == "corrected" and self.sd_shift >= SD_SHIFT:
+        elif self.status == "corrected" and self.sd_shift >= SHIFT_MOST:
             found += f", weighting changes an sd by a factor {in_words(math.exp(self.sd_shift))}"
         return found
 

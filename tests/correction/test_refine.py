@@ -129,7 +129,7 @@ def test_groups_have_chains_and_draws(refined):
 def test_each_row_of_the_table_has_its_own_figures(refined):
     table = refined.summary(round_to="none")
     assert list(table.columns[-4:]) == ["mcse_mean", "ess_bulk", "ess_tail", "r_hat"]
-    assert (table["r_hat"] < thresholds.R_HAT_OF_CHAINS).all()
+    assert (table["r_hat"] < thresholds.R_HAT_OF_SHORT_CHAINS).all()
     assert (table["ess_bulk"] >= int(refined.effective) - 1).all()
     assert table["mcse_mean"].max() < 1.2 * SPREAD * 2 / math.sqrt(refined.effective)
     assert "refined" in refined._repr_html_()
@@ -264,7 +264,7 @@ def test_chains_change_modes_and_find_their_masses():
     assert float((posterior.samples["z"][:, 0] > 0).double().mean()) == pytest.approx(0.7, abs=0.05)
     figures = posterior.verdict.chains
     assert figures.changes > 1.0
-    assert figures.agreement <= thresholds.R_HAT_BETWEEN_MODES
+    assert figures.agreement <= thresholds.R_HAT_OF_SHORT_CHAINS
     assert "R-hat between starts in different modes" in str(posterior.verdict.chains)
     with pytest.raises(ValueError, match="NUTS walks in the latent space of one flow"):
         posterior.refine("nuts")

@@ -213,7 +213,7 @@ def test_a_guide_that_is_thin_at_the_top_of_its_own_mode_is_compared_all_the_sam
     def score(points):
         return own.log_prob(points).sum(-1) - 9.0 * (points.square().sum(-1) < 4.0)
 
-    monkeypatch.setattr(climbs, "K_HAT_OF_MASS", -math.inf)
+    monkeypatch.setattr(climbs, "K_HAT_MOST", -math.inf)
     guide = Guide(density, score, math.log(0.5))
     (lack, *_) = climbs.surveyed(guide, z, [], seed=0)
     assert float((lack.place - centers[1]).abs().max()) < 4.0
@@ -228,7 +228,7 @@ def test_the_only_mode_is_not_held_against_a_guide_that_is_thin_at_its_top(monke
     def score(points):
         return own.log_prob(points).sum(-1) - 9.0 * (points.square().sum(-1) < 4.0)
 
-    monkeypatch.setattr(climbs, "K_HAT_OF_MASS", -math.inf)
+    monkeypatch.setattr(climbs, "K_HAT_MOST", -math.inf)
     assert climbs.surveyed(Guide(density, score, 0.0), z, [], seed=0) == []
 
 

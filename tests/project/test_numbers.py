@@ -54,20 +54,19 @@ PHRASES = {
         r"$S = {verdict.deciding.POOL} \times$ `draws`",
         "largest weight is below {verdict.thresholds.LOG_WEIGHT_EVEN|exp} times the mean",
         "divided by the number of draws, is below {verdict.thresholds.ESS_SHARE_LEAST}",
-        "k-hat below {verdict.thresholds.K_HAT_OF_CORRECTED} and ESS/S above {verdict.thresholds.ESS_SHARE_UNDOUBTED}",
+        "k-hat below {verdict.thresholds.K_HAT_GOOD} and ESS/S above {verdict.thresholds.ESS_SHARE_UNDOUBTED}",
         "widens a standard deviation** more than {verdict.thresholds.SD_WIDENING_MOST|fold}",
         "by more than {verdict.thresholds.MEAN_SHIFT_MOST|word} standard deviation. Then too much",
-        "noticeably, and k-hat is {verdict.thresholds.K_HAT_OF_CORRECTED} or more",
+        "noticeably, and k-hat is {verdict.thresholds.K_HAT_GOOD} or more",
         "**Var[log p]** is more than {verdict.thresholds.VAR_LOG_P_RATIO_MOST|word} times what",
         "holds more than {verdict.thresholds.MISSED_MASS_SHARE|percent} of the mass that the guide covers",
         "if {verdict.thresholds.MISSED_MASS_OF_TAILS|percent} more mass than in the draws, and "
-        "{verdict.thresholds.MISSED_MASS_OF_TAILS_ERRORS|word} standard errors, lies beyond one of their "
+        "{verdict.thresholds.MISSED_MASS_ERRORS|word} standard errors, lies beyond one of their "
         "{verdict.thresholds.TAIL_SHARE|percent} quantiles",
         "are checked in up to {modes.slices.UP_TO} dimensions",
-        "**changes a mean** by more than {verdict.thresholds.MEAN_SHIFT} posterior standard deviations",
-        "the logarithm of the ratio is larger than {verdict.thresholds.SD_SHIFT}",
-        "by more than {verdict.thresholds.VALUE_SHIFT} and "
-        "{verdict.thresholds.VALUE_SHIFT_ERRORS|word} standard errors",
+        "**changes a mean** by more than {verdict.thresholds.SHIFT_MOST} posterior standard deviations",
+        "the logarithm of the ratio is larger than {verdict.thresholds.SHIFT_MOST}",
+        "by more than {verdict.thresholds.SHIFT_MOST} and {verdict.thresholds.SHIFT_ERRORS|word} standard errors",
         "names the worst {fitting.agreement.NAMED|word} and counts the others",
         "(dimensions times data above {modes.doubts.CURVED_UP_TO|million})",
         "up to a factor of {modes.umbrella.HIGH|tens}",
@@ -78,12 +77,12 @@ PHRASES = {
     "docs/understand/refinement.md": [
         "{correction.refine.CHAINS} short chains run as one batch",
         "start in superchains of {correction.sampler.SUBCHAINS|word}",
-        "nested R-hat**, of superchains, is at most {verdict.thresholds.NESTED_R_HAT_OF_CHAINS}, and R-hat of "
-        "single chains is at most {verdict.thresholds.R_HAT_OF_CHAINS}",
+        "nested R-hat**, of superchains, is at most {verdict.thresholds.R_HAT_CONVERGED}, and R-hat of "
+        "single chains is at most {verdict.thresholds.R_HAT_OF_SHORT_CHAINS}",
         "effective sample size** is {verdict.thresholds.ESS_OF_CHAINS} or more",
         "at most {verdict.thresholds.DIVERGENT_SHARE_OF_CHAINS|one in} trajectories **diverged**, or "
         "{verdict.thresholds.DIVERGENT_FEW|word} in all",
-        "agree (R-hat at most {verdict.thresholds.R_HAT_BETWEEN_MODES})",
+        "agree (R-hat at most {verdict.thresholds.R_HAT_OF_SHORT_CHAINS})",
         "all others {verdict.thresholds.ESS_OF_CHAINS}, and",
         "**standard deviation** is {verdict.thresholds.SD_ERROR_OF_CHAINS|percent} of it. It has to be "
         "{verdict.thresholds.SD_ERROR_OF_FEW_DRAWS|percent}",
@@ -102,7 +101,7 @@ PHRASES = {
         "up to {comparison.working.MOST_DRAWS} new draws",
     ],
     "docs/howto/check-a-guide.md": [
-        "{verdict.thresholds.R_HAT_OF_MCMC}), bulk and tail effective sample sizes (at least "
+        "{verdict.thresholds.R_HAT_CONVERGED}), bulk and tail effective sample sizes (at least "
         "{verdict.thresholds.ESS_OF_MCMC}), divergences (at most {verdict.thresholds.DIVERGENT_SHARE_OF_MCMC|one in})",
     ],
     "docs/howto/choose-a-flow.md": [
@@ -144,7 +143,7 @@ PHRASES = {
         "falls {training.loop.FALL} nats below the best check",
         "checked every {training.loop.CHECK_EVERY} steps",
         "a window of {training.convergence.WINDOW|word} checks",
-        "split R-hat of at most {verdict.thresholds.R_HAT_OF_TRAINING}",
+        "split R-hat of at most {verdict.thresholds.R_HAT_ROUGH}",
         "at most {training.convergence.LEFT_TOLERANCE} nats may remain",
     ],
 }

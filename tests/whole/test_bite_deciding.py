@@ -250,15 +250,15 @@ NORMAL = (noncentered, "_normal")
 
 BUGS = [
     # the verdict: thresholds flipped, moved, forgotten
-    (*MOVED, "if mean > MEAN_SHIFT", "if mean > 2 * MEAN_SHIFT", the_table),
-    (*MOVED, "if mean > MEAN_SHIFT", "if mean <= MEAN_SHIFT", the_table),
-    (*MOVED, "if sd > SD_SHIFT", "if sd <= SD_SHIFT", the_table),
+    (*MOVED, "if mean > SHIFT_MOST", "if mean > 2 * SHIFT_MOST", the_table),
+    (*MOVED, "if mean > SHIFT_MOST", "if mean <= SHIFT_MOST", the_table),
+    (*MOVED, "if sd > SHIFT_MOST", "if sd <= SHIFT_MOST", the_table),
     (*PAST, "math.isnan(mean) or math.isnan(sd)", "math.isnan(mean)", the_table),
     (*JUDGE, "ratio < ESS_SHARE_LEAST", "ratio > ESS_SHARE_LEAST", the_table),
     (*PAST, "weighing.widening > SD_WIDENING_MOST", "sd > SD_WIDENING_MOST", the_table),
     (*PAST, "not weighing.distance <= MEAN_SHIFT_MOST", "not mean <= MEAN_SHIFT_MOST", the_table),
-    (*PAST, "if to_mend and K_HAT_OF_CORRECTED", "if K_HAT_OF_CORRECTED", the_table),
-    (*PAST, "K_HAT_OF_CORRECTED <= weighing.k_hat", "K_HAT_OF_CORRECTED < weighing.k_hat", the_table),
+    (*PAST, "if to_mend and K_HAT_GOOD", "if K_HAT_GOOD", the_table),
+    (*PAST, "K_HAT_GOOD <= weighing.k_hat", "K_HAT_GOOD < weighing.k_hat", the_table),
     (*JUDGE, "if weighing.broken:", "if False:", the_table),
     (*JUDGE, "if not weighing.k_hat < weighing.threshold", "if weighing.k_hat >= weighing.threshold", the_table),
     (*MOVED, "{names[sd_where]} {by_sd}", "{names[where]} {by_sd}", the_table),
