@@ -71,15 +71,15 @@ def path(
     >>> path(pf.planar(1, layers=2), density, 64).terms.shape
     torch.Size([64])
     """
-    x, log_thinning = BasePoints(flow)(draws, defensive)
+    x, log_importance_ratio = BasePoints(flow)(draws, defensive)
     z, log_q, score_q = flow.sample_with_score(at=x)
     log_p, score_p = density.value_and_grad(z)
-    pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, forward=forward, beta=beta)
+    pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_importance_ratio, forward=forward, beta=beta)
     return Loss((pull * z).sum(), terms, log_weights)
 
 
 def pulled(
-    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, log_thinning: Tensor,
+    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, log_importance_ratio: Tensor,
     *, forward: float | Tensor = 0.0, beta: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return what :func:`path`'s loss pulls each draw with, its derivative along z (S, D); the terms and log weights.
@@ -89,8 +89,8 @@ def pulled(
         score_p: its gradient along z (S, D).
         log_q: the flow's log density (S,).
         score_q: its gradient along z (S, D).
-        log_thinning: log of the base's density over that of the mixture which the draws are from (S,); draws where it
-            is -inf are left out.
+        log_importance_ratio: log of the base's density over that of the mixture which the draws are from (S,); draws
+            where it is -inf are left out.
         forward: as in :func:`path`; a tensor in recorded code.
         beta: as in :func:`path`.
 
@@ -103,13 +103,13 @@ def pulled(
     (0.0, torch.Size([4]))
     """
     log_ratios, direction, good = _compared(log_p, score_p, log_q, score_q, beta)
-    thinning = log_thinning.exp()
+    thinning = log_importance_ratio.exp()
     coefficients = (1.0 - forward) / len(log_p) * thinning
-    log_weights = log_ratios + log_thinning
+    log_weights = log_ratios + log_importance_ratio
     if isinstance(forward, Tensor) or forward > 0.0:
         weights = torch.softmax(torch.where(good, log_weights, -torch.inf), 0)
         coefficients = coefficients + forward * weights * (1.0 - weights)
-    terms = torch.where(log_thinning > -torch.inf, _shares(thinning, log_ratios) * log_ratios, torch.nan)
+    terms = torch.where(log_importance_ratio > -torch.inf, _shares(thinning, log_ratios) * log_ratios, torch.nan)
     return _pull(_tamed(direction, good), good, coefficients), terms, log_weights
 
 
@@ -156,8 +156,8 @@ class BasePoints:
     Source: Hesterberg 1995 (doi:10.1080/00401706.1995.10484303).
 
     >>> import torch, pyro_flows as pf
-    >>> x, log_thinning = BasePoints(pf.realnvp(2))(8, 0.0)
-    >>> x.shape, log_thinning.abs().max().item()
+    >>> x, log_importance_ratio = BasePoints(pf.realnvp(2))(8, 0.0)
+    >>> x.shape, log_importance_ratio.abs().max().item()
     (torch.Size([8, 2]), 0.0)
     """
 

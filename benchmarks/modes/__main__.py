@@ -88,7 +88,7 @@ def fit(problem: Problem, way: str, seed: int) -> pf.Posterior:
         return first.refine(method="smc", progress=False)
     nothing: Any = lambda *_, **__: None  # noqa: E731
     told["max_seconds"] = LIMIT
-    with mock.patch.object(methods, "several", nothing), mock.patch.object(combine, "several", nothing):
+    with mock.patch.object(methods, "multimodal", nothing), mock.patch.object(combine, "multimodal", nothing):
         return pf.fit(problem.model, *problem.data(), **told)
 
 

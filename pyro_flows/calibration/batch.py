@@ -17,7 +17,7 @@ from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import prepare
-from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, Round, invisible, unweighed, weighed
+from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, Round, shift_is_noise, unweighed, weighed
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Recipe, start_at
 from pyro_flows.model.digits import COMPARED
@@ -144,7 +144,7 @@ def _train(
 
 def _looked_at(density: LogDensity, flow: Flow, training: Training) -> Fitted:
     """Count a flow as converged, too, if nobody would see what its weights would change."""
-    if not training.converged and invisible(weighed(flow, density, LOOKED_AT_DRAWS)):
+    if not training.converged and shift_is_noise(weighed(flow, density, LOOKED_AT_DRAWS)):
         training = replace(training, converged=True, moving=False, why=AT_ONCE_TRAINED)
     return flow, training
 

@@ -15,7 +15,7 @@ from pyro_flows._turns import alone
 from pyro_flows.calibration.batch import FEWEST, coordinates_for, fit_stack, size_of_batch
 from pyro_flows.calibration.cases import Case, cases_of, grouped
 from pyro_flows.calibration.processes import check_jobs, fit_each
-from pyro_flows.correction.rungs import which
+from pyro_flows.correction.fallback import which
 from pyro_flows.fitting.fit import MAX_SEED, MAX_STEPS
 from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
 from pyro_flows.flows.recipe import AUTO, FlowLike

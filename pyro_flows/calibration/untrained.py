@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.fitting.laplace_grid import AT_ONCE as SLICED
+from pyro_flows.fitting.laplace_grid import LIGHTER as LIGHTER_SLICES
 from pyro_flows.fitting.methods import AT_ONCE, LIGHTER
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, invisible, weighed
+from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, shift_is_noise, weighed
 from pyro_flows.fitting.selection import begin
-from pyro_flows.fitting.slicing import AT_ONCE as SLICED
-from pyro_flows.fitting.slicing import LIGHTER as LIGHTER_SLICES
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.parts import untrained_twin
+from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.slices_together import bent, slices_together
+from pyro_flows.modes.laplace_grid_together import bent, grids_together
 from pyro_flows.modes.tables import Table, flow_along
 from pyro_flows.starts.matching import matched
 from pyro_flows.starts.start import Start
@@ -51,7 +51,7 @@ def untrained(
     if not plans[0].automatic:
         return [None] * len(plans)
     where = bent(stack, starts)
-    tables = [None] * len(plans) if where is None else slices_together(stack, starts, where)
+    tables = [None] * len(plans) if where is None else grids_together(stack, starts, where)
     parts = zip(plans, stack.densities, starts, tables, strict=True)
     return [_Trial(flow, *part).best() for part in parts]
 
@@ -76,7 +76,7 @@ class _Trial:
 
     def _moved(self) -> Fitted | None:
         """Return the affine flow at the start, moved to weighted moments, if weights correct it."""
-        flow = copy.deepcopy(untrained_twin(self.flow))
+        flow = copy.deepcopy(affine_base_of(self.flow))
         start = matched(self.density, self.start, flow.df, seed=self.plan.seed, draws=LOOKED_AT_DRAWS)
         df = flow.df
         with seeded(derive(self.plan.seed, "a look at the start"), self.density.device):
@@ -86,7 +86,7 @@ class _Trial:
                 share = ESS_SHARE_UNDOUBTED if own in HEAVIER else ESS_SHARE_HIGH
                 if not weighing.ess > share * len(weighing.log_weights):
                     return None
-                if invisible(weighing):
+                if shift_is_noise(weighing):
                     return flow, Training([], weighing.elbo, True, False, AT_ONCE, 0, 0)
                 if own in HEAVIER and weighing.k_hat < K_HAT_OF_STUDENT_T:
                     return flow, Training([], weighing.elbo, False, False, CORRECTED, 0, 0)
@@ -103,7 +103,7 @@ class _Trial:
                 weighing = _weighed(flow, self.density)
                 if not weighing.ess > ESS_SHARE_UNDOUBTED * len(weighing.log_weights):
                     return None
-                if invisible(weighing):
+                if shift_is_noise(weighing):
                     return flow, Training([], weighing.elbo, True, False, SLICED, 0, 0)
             if weighing.k_hat < K_HAT_OF_STUDENT_T:
                 return flow, Training([], weighing.elbo, False, False, CORRECTED_SLICES, 0, 0)
@@ -113,6 +113,6 @@ class _Trial:
 def _weighed(flow: Flow, density: LogDensity) -> Weighing:
     """Weigh a fresh sample of a flow: a small one, if weights of that are nearly the same."""
     glance = weighed(flow, density, GLANCE)
-    if glance.ess > ESS_SHARE_EVEN * GLANCE and invisible(glance):
+    if glance.ess > ESS_SHARE_EVEN * GLANCE and shift_is_noise(glance):
         return glance
     return weighed(flow, density, LOOKED_AT_DRAWS)

@@ -12,17 +12,17 @@ from torch import Tensor
 from pyro_flows import _stages
 from pyro_flows._clock import Clock
 from pyro_flows.correction.diagnostics import figures
-from pyro_flows.correction.enough import untold
-from pyro_flows.correction.joining import joins
+from pyro_flows.correction.new_starts import mixes_with_others
 from pyro_flows.correction.sampler import Sampler
-from pyro_flows.correction.search import Lacking, bridge, held_out, lacks_of_chains
+from pyro_flows.correction.search import MissedByChains, bridge, held_out, missed_by_chains
 from pyro_flows.correction.smc import Annealed
 from pyro_flows.correction.starts import affine_flow, flow_of
+from pyro_flows.correction.stopping import unresolved
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import improper_tails
-from pyro_flows.modes.thin import is_usable
+from pyro_flows.modes.under_covered import is_usable
 from pyro_flows.results.record import Record, Recorded
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, objections
@@ -70,14 +70,14 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     if found is None and not against:
         against = [f"they have fewer than {LEAST_DRAWS} draws each"]
     if not against and found is not None and chains is not None:
-        against = untold(chains.z, found, posterior.coordinates)
-    lacking = Lacking([])
+        against = unresolved(chains.z, found, posterior.coordinates)
+    missed = MissedByChains([])
     if not against and chains is not None:
         with clock.part(_stages.MISSED_BY_CHAINS):
-            lacking = _checked(posterior, chains, seed, work)
+            missed = _checked(posterior, chains, seed, work)
     against += clock.reasons()
-    verdict = _verdict(posterior.verdict, found, against, lacking.failures, lacking.notes, work.why)
-    stages = [stage.as_dict() for stage in lacking.stages]
+    verdict = _verdict(posterior.verdict, found, against, missed.failures, missed.notes, work.why)
+    stages = [stage.as_dict() for stage in missed.stages]
     history = (*posterior.history, *stages, _stage(work, found, verdict).as_dict())
     if posterior._of_mcmc and verdict.status != "refined":  # the draws to use stay the other sampler's
         chains, verdict = posterior.chains, replace(verdict, chains=posterior.verdict.chains)
@@ -110,7 +110,7 @@ def _come_to(posterior: Record, work: Work) -> tuple[McmcDraws | None, McmcDiagn
     )
 
 
-def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> Lacking:
+def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> MissedByChains:
     """Return what speaks against chains that have converged, in words, and what was not looked at."""
     density, flow = posterior._need_density(), flow_of(posterior)
     lost, rounded = density.lost_digits(chains.z.flatten(0, 1))
@@ -118,7 +118,7 @@ def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> Lac
     invalid = [] if complaint is None else [f"the model is invalid at some draws: {complaint}"]
     invalid += [*lost, *improper_tails(density, lambda: chains.z.flatten(0, 1), seed=seed)]
     if work.passed:
-        return Lacking([*invalid, *disagreements(posterior, chains)], rounded)
+        return MissedByChains([*invalid, *disagreements(posterior, chains)], rounded)
     moments = around(chains)
     own = flow is posterior.flow  # else an affine one, that chains moved in
     covered = _covered(posterior.log_p - posterior.log_q) if own else covered_by(flow, density)
@@ -127,13 +127,13 @@ def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> Lac
     told: dict[str, Any] = {"seed": seed, "searched": work.searched}
     sampler = work.sampler
     if sampler is not None:
-        told["joined"] = lambda places: joins(sampler, places)
+        told["joined"] = lambda places: mixes_with_others(sampler, places)
         told["space"] = (
             sampler.latent if sampler.latent.walkable and is_usable(posterior.log_weights.double()) else None
         )
-    lacking = lacks_of_chains(density, chains, *given, **told)
-    failures = [*invalid, *lacking.failures, *disagreements(posterior, chains)]
-    return replace(lacking, failures=failures, notes=[*lacking.notes, *rounded])
+    missed = missed_by_chains(density, chains, *given, **told)
+    failures = [*invalid, *missed.failures, *disagreements(posterior, chains)]
+    return replace(missed, failures=failures, notes=[*missed.notes, *rounded])
 
 
 def around(chains: McmcDraws) -> Flow:

@@ -20,13 +20,13 @@ from pyro_flows import _mixing
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import Kernel
 from pyro_flows.correction.diagnostics import examined, slowest
-from pyro_flows.correction.enough import next_look, sds_told, suffices, sweeps_needed
 from pyro_flows.correction.exchange import are_copies, exchange_of, exchanged, swapped
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.kept import Kept, numbers_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric, learned
 from pyro_flows.correction.microcanonical import microcanonical
+from pyro_flows.correction.stopping import next_look, resolved_sds, suffices, sweeps_needed
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, diverge, objections
 from pyro_flows.verdict.thresholds import (
     DIVERGENT_SHARE_OF_CHAINS,
@@ -117,11 +117,11 @@ class Sampler:
 
     def run(
         self, sweeps: int, report: Callable[[str], None] = lambda text: None, *, gradients: float = math.inf,
-        patient: bool = True, short_of: float = math.inf,
+        patient: bool = True, with_tails_checked: float = math.inf,
     ) -> McmcDiagnostics | None:  # fmt: skip
         """Go on until the draws are enough, or for ``sweeps`` in all or so many gradients; return the last figures.
 
-        Chains are given up once they would need ``short_of`` times the gradients that are left.
+        Chains are given up once they would need ``with_tails_checked`` times the gradients that are left.
 
         Unless ``patient``, the step size is halved as soon as ten times as many trajectories diverge as may, and chains
         are given up where the gradients would not do for that: each half begins the draws anew, at twice the cost.
@@ -143,7 +143,7 @@ class Sampler:
             if len(self.draws) >= max(self.kept, self.numbers["checked"] + self.numbers.get("pause", self.kept // 2)):
                 found = self._looked_at()
                 left = max(end - self.latent.density.evaluations, 0.0)
-                if self.told or self.to_come(found) > short_of * left:
+                if self.told or self.gradients_needed(found) > with_tails_checked * left:
                     return found
                 if not self._halve(found):
                     self._make_room(found)
@@ -160,7 +160,7 @@ class Sampler:
         """Return how many gradients the draws to be kept take at least, by the kernel, or with a part of its step."""
         return self._gradients(max(ROUNDS[0] * ROUND - self.numbers["sweeps"], 0) + KEPT, step)
 
-    def to_come(self, found: McmcDiagnostics) -> float:
+    def gradients_needed(self, found: McmcDiagnostics) -> float:
         """Return how many gradients it takes until draws are enough; from anew where trajectories diverge."""
         done = self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
         again = diverge(found) and found.sweeps <= done and self.numbers["halved"] < HALVINGS  # not of an earlier step
@@ -200,10 +200,10 @@ class Sampler:
         self.told, lack = False, 0.0
         if suffices(found):
             draws, gradients = self.judged_by()[0], self._gradients(found.sweeps)
-            told, warm_up, lack = sds_told(found, draws, gradients)
+            told, warm_up, lack = resolved_sds(found, draws, gradients)
             if told:
                 found = self.figures()  # the verdict's own: nothing is to spare
-                self.told = not objections(found) and (lack <= 1.0 or sds_told(found, draws, gradients).told)
+                self.told = not objections(found) and (lack <= 1.0 or resolved_sds(found, draws, gradients).told)
             if warm_up:
                 self._choose(slice(len(self.draws) // 2, None))
         self.numbers["pause"] = next_look(found, thin=self.numbers["thin"], kept=self.kept, lack=lack)

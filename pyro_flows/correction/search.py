@@ -14,14 +14,14 @@ from pyro_flows import _mixing, _stages
 from pyro_flows._ledger import counted
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import SHORT_TAIL, Guide, Lack, to_name
+from pyro_flows.modes.barriers import are_separated
 from pyro_flows.modes.missed_modes import Search, missed_modes
-from pyro_flows.modes.short_tails import and_tails
+from pyro_flows.modes.missed_regions import TRUNCATED_TAIL, Guide, MissedRegion, to_name
 from pyro_flows.modes.symmetries import SignedPermutation
-from pyro_flows.modes.thin import WANDERED
+from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.modes.umbrella import Space
+from pyro_flows.modes.under_covered import BY_WALKERS
 from pyro_flows.modes.units import in_units
-from pyro_flows.modes.valleys import lie_apart
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.bridge import bridge_value
 from pyro_flows.verdict.chains import McmcDraws
@@ -41,12 +41,12 @@ OF_GUIDES = (_stages.SEARCH,)
 OF_CHAINS = _stages.SEARCH_BY_CHAINS, _stages.EARLIER_SEARCH_BY_CHAINS
 WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
 WEIGHED = 4000  # draws that the mass of a region is found by
-NO_PLACE = WANDERED, SHORT_TAIL  # starts that stand for more than the region of a normal distribution
+NO_PLACE = BY_WALKERS, TRUNCATED_TAIL  # starts that stand for more than the region of a normal distribution
 INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribution that lie farther out do not count
 
 
 @dataclass(frozen=True)
-class Lacking:
+class MissedByChains:
     """What chains lack, in words, what was not looked at, and the places, for chains that come later.
 
     ``twins`` take the mode that chains are in to some of them.
@@ -71,7 +71,7 @@ def noted(search: Search | None, stage: str = _stages.SEARCH) -> list[Stage]:
 
 
 @counted(_stages.MISSED_BY_CHAINS)
-def lacks_of_chains(
+def missed_by_chains(
     density: LogDensity,
     chains: McmcDraws,
     score: Callable[[Tensor], Tensor],
@@ -83,7 +83,7 @@ def lacks_of_chains(
     searched: bool = False,
     joined: Callable[[Tensor], bool] = lambda places: False,
     space: Space | None = None,
-) -> Lacking:
+) -> MissedByChains:
     """Return what chains lack, in words, and what was not looked at.
 
     The search of :func:`~pyro_flows.modes.missed_modes` is made with draws of the chains. They count as draws of the
@@ -113,12 +113,12 @@ def lacks_of_chains(
     seed = derive(seed, "modes that chains lack")
     search, regions = Search(), _Regions(density, chains, evidence, seed)
 
-    def left(lacks: list[Lack]) -> list[Lack]:
+    def left(lacks: list[MissedRegion]) -> list[MissedRegion]:
         lacks = [lack for lack, covered in zip(lacks, regions.cover(lacks), strict=True) if not covered]
         places = [lack.place if lack.drawn is None else lack.drawn for lack in lacks]
         return [] if lacks and joined(torch.stack(places)) else lacks
 
-    thin = Guide(density, score, covered).is_thin(z[chosen], log_p[chosen], by=DENSITY_GAP_OF_WALKERS)
+    thin = Guide(density, score, covered).is_under_covered(z[chosen], log_p[chosen], by=DENSITY_GAP_OF_WALKERS)
     if not searched or float(thin.double().mean()) > MISSED_MASS_SHARE:
         given: dict[str, Any] = {"seed": seed, "space": space, "sift": left}
         search = missed_modes(density, [], z[chosen], log_p[chosen] - covered, score, **given)
@@ -130,14 +130,14 @@ def lacks_of_chains(
         found.append(said)
         search = replace(search, sentence=said)
     twins = [lack.twin for lack in search.lacks if lack.twin is not None]
-    return Lacking(found, list(search.notes), noted(search, _stages.SEARCH_BY_CHAINS), twins)
+    return MissedByChains(found, list(search.notes), noted(search, _stages.SEARCH_BY_CHAINS), twins)
 
 
 def _and_tails(search: Search, density: LogDensity, chains: McmcDraws, seed: int) -> Search:
     """Go on with a search that has found no mode: look for a tail that all draws of the chains come short of."""
     worth = math.inf if chains.figures is None else chains.figures.ess_tail
     z = chains.z.flatten(0, 1)
-    return and_tails(search, density, lambda: (z, torch.zeros_like(z[:, 0])), worth=worth, seed=seed)[0]
+    return with_truncated_tails(search, density, lambda: (z, torch.zeros_like(z[:, 0])), worth=worth, seed=seed)[0]
 
 
 def _not_visited(
@@ -172,10 +172,12 @@ def held_out(chains: McmcDraws) -> Tensor:
     return (number % HELD_OUT == HELD_OUT - 1).to(chains.z.device)
 
 
-def held_by(density: LogDensity, chains: McmcDraws, lacks: Sequence[Lack], evidence: float, *, seed: int) -> bool:
+def held_by(
+    density: LogDensity, chains: McmcDraws, lacks: Sequence[MissedRegion], evidence: float, *, seed: int
+) -> bool:
     """Whether chains go in and out of all places that a guide lacks; to where draws only wandered they may go too."""
     regions = _Regions(density, chains, evidence, seed)
-    return all(regions.cover([lack for lack in lacks if lack.start.name != WANDERED]))
+    return all(regions.cover([lack for lack in lacks if lack.start.name != BY_WALKERS]))
 
 
 def bridge(from_q: Tensor, from_p: Tensor) -> float:
@@ -193,7 +195,7 @@ class _Regions:
         self.density, self.chains, self.evidence = density, chains, evidence
         self.seed = derive(seed, "regions")
 
-    def cover(self, lacks: Sequence[Lack]) -> list[bool]:
+    def cover(self, lacks: Sequence[MissedRegion]) -> list[bool]:
         """Whether chains go in and out of places that a search found; what is no single place counts as it is.
 
         A region may be so wide that draws of another mode are inside: some of these have to climb to the place's top.
@@ -207,7 +209,7 @@ class _Regions:
         if asked:
             places = torch.stack([lacks[number].place for number in asked])
             compared = torch.stack([near[number].flatten() for number in asked])
-            apart = lie_apart(self.density, places, self.chains.z.flatten(0, 1), compared)
+            apart = are_separated(self.density, places, self.chains.z.flatten(0, 1), compared)
             for number, lies_apart in zip(asked, apart, strict=True):
                 went[number] = not lies_apart
         return went

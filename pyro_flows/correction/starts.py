@@ -9,8 +9,8 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.latent import Latent
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.modes.thin import level_of
 from pyro_flows.modes.umbrella import Point, walked
+from pyro_flows.modes.under_covered import level_of
 from pyro_flows.results.record import Record
 from pyro_flows.transforms.linear import LowerTriangularAffine
 from pyro_flows.verdict.deciding import resample

@@ -14,23 +14,23 @@ from pyro_flows import _stages
 from pyro_flows._ledger import counted
 from pyro_flows._progress import Bar
 from pyro_flows.correction.exchange import exchange_of
-from pyro_flows.correction.joining import joins
+from pyro_flows.correction.fallback import ATTEMPT, BEGUN_FROM, FEW, UNTRAINED, chains_from, gradient_budget
 from pyro_flows.correction.judging import around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.new_starts import mixes_with_others
 from pyro_flows.correction.refine import CHAINS
-from pyro_flows.correction.rungs import ATTEMPT, BEGUN_FROM, FEW, UNTRAINED, affordable, chains_from
-from pyro_flows.correction.search import Lacking, lacks_of_chains
+from pyro_flows.correction.search import MissedByChains, missed_by_chains
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import start_at
 from pyro_flows.flows.stacked import Images
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import Guide, Lack
+from pyro_flows.modes.barriers import are_separated
 from pyro_flows.modes.missed_modes import MOVED_DRAWS, mirrored
+from pyro_flows.modes.missed_regions import Guide, MissedRegion
+from pyro_flows.modes.symmetric_modes import with_symmetric_modes
 from pyro_flows.modes.symmetries import SignedPermutation, group, identity, image_of, product
-from pyro_flows.modes.twins import with_twins
-from pyro_flows.modes.valleys import lie_apart
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import McmcDraws
 
@@ -60,7 +60,7 @@ class _Begun(NamedTuple):
 
 
 @torch.no_grad()
-def attempt_untrained(
+def chains_of_gaussian(
     start: Start, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar
 ) -> Untrained | None:
     """Try a sampler in the space of a normal distribution, before a flow is trained; None if it does not do.
@@ -78,10 +78,10 @@ def attempt_untrained(
         tried = None if begun is None else _chains(begun, density, names, draws, seed=seed, bar=bar)
         if begun is None or tried is None:
             return None
-        chains, lacking = tried
-        if not (lacking.failures or lacking.notes):
+        chains, missed = tried
+        if not (missed.failures or missed.notes):
             return Untrained(flow, begun.sampler if isinstance(begun.sampler, FlowMixture) else None, chains)
-        more = _placed(begun, density, lacking.twins)
+        more = _placed(begun, density, missed.twins)
         if not more:
             return None
         twins += more
@@ -104,13 +104,13 @@ def _placed(begun: _Begun, density: LogDensity, twins: Sequence[SignedPermutatio
 
 def _chains(
     begun: _Begun, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar
-) -> tuple[McmcDraws, Lacking] | None:
+) -> tuple[McmcDraws, MissedByChains] | None:
     """Run chains in the space of a normal distribution or its copies; return them, and what they lack.
 
     None if they have not converged.
     """
     about: dict[str, Any] = {"seed": seed, "bar": bar, "independence": 0, "patient": False}
-    about["most"] = affordable(density, UNTRAINED if density.dim <= FEW else ATTEMPT)
+    about["most"] = gradient_budget(density, UNTRAINED if density.dim <= FEW else ATTEMPT)
     latent = Latent(begun.sampler, density)
     if begun.exact and exchange_of(latent, latent.look(*latent.place(begun.z[:CHAINS])), None) is None:
         return None
@@ -122,7 +122,9 @@ def _chains(
     guides = (begun.guide.covered, begun.sampler.log_prob), (covered_by(settled, density), settled.log_prob)
     covered, score = max(guides, key=itemgetter(0))
     given = (score, covered, evidence_of(begun.sampler, settled, chains, density), ())
-    return chains, lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
+    return chains, missed_by_chains(
+        density, chains, *given, seed=seed, joined=lambda places: mixes_with_others(sampler, places)
+    )
 
 
 @counted(_stages.SYMMETRIC)
@@ -164,12 +166,12 @@ def _begun(flow: Flow, density: LogDensity, twins: Sequence[SignedPermutation]) 
 
 
 def _of_inexact_moves(
-    guide: Guide, lacks: Sequence[Lack], z: Tensor, log_q: Tensor
+    guide: Guide, lacks: Sequence[MissedRegion], z: Tensor, log_q: Tensor
 ) -> list[SignedPermutation] | None:  # fmt: skip
     """Return the twins that moves led to which are not exact; None if one led to a mode of another kind."""
-    lacks = with_twins(guide, lacks, z, log_q)
+    lacks = with_symmetric_modes(guide, lacks, z, log_q)
     twins = [twin for twin in dict.fromkeys(lack.twin for lack in lacks) if twin is not None]
-    apart = [] if twins else lie_apart(guide.density, torch.stack([lack.place for lack in lacks]), z)
+    apart = [] if twins else are_separated(guide.density, torch.stack([lack.place for lack in lacks]), z)
     return None if any(apart) else twins
 
 

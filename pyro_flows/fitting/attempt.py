@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from pyro_flows.fitting.multimodal import MultimodalCandidate
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.rounds import Round
-from pyro_flows.fitting.several import Several
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
@@ -74,7 +74,7 @@ class Run:
     chains: McmcDraws | None = None
     sampled: bool = False
     copies: FlowMixture | None = None
-    several: Several | None = None
+    multimodal: MultimodalCandidate | None = None
     improper: list[str] = field(default_factory=list)
 
     @property

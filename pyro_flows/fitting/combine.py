@@ -11,28 +11,28 @@ from torch import Tensor
 from pyro_flows import _stages
 from pyro_flows._ledger import accepted
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.correction.fallback import chains_miss_mode
 from pyro_flows.correction.judging import around, evidence_of
-from pyro_flows.correction.rungs import miss_a_mode
 from pyro_flows.correction.search import held_by
 from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.attempt import Attempt, Prepared, Run
 from pyro_flows.fitting.combined import Combined, Sampler
 from pyro_flows.fitting.guide_space import latent_of
+from pyro_flows.fitting.laplace_grid import STAGE as GRID_STAGE
+from pyro_flows.fitting.laplace_grid import grid_for_tail, with_tails_checked
+from pyro_flows.fitting.multimodal import MultimodalCandidate, multimodal
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.prepare import begin_only
 from pyro_flows.fitting.run import make_run
-from pyro_flows.fitting.several import Several, several
-from pyro_flows.fitting.slicing import STAGE as SLICES
-from pyro_flows.fitting.slicing import short_of, slices_for
 from pyro_flows.fitting.volume import too_uneven
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.laplace_grid import Marginal
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.propriety import improper_tails
-from pyro_flows.modes.slices import Marginal
 from pyro_flows.modes.symmetries import SignedPermutation, group
-from pyro_flows.modes.thin import WANDERED
+from pyro_flows.modes.under_covered import BY_WALKERS
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.starts.start import Start
 
@@ -85,16 +85,16 @@ def combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
 
 def drawn(found: Combined) -> Tensor:
     """Return draws that tell where the posterior is: of chains that sufficed, of a mixture, or of the best flow."""
-    several, chains, sampler = found.runs[0].several, found.best.chains, found.sampler
+    multimodal, chains, sampler = found.runs[0].multimodal, found.best.chains, found.sampler
     assert sampler is not None
     if chains is not None:
         return chains.z.flatten(0, 1)
-    return (several.sampler if several is not None and several.enough else sampler).draw(MODE_DRAWS)[0]
+    return (multimodal.sampler if multimodal is not None and multimodal.enough else sampler).draw(MODE_DRAWS)[0]
 
 
 def _combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
     clock, density = plan.clock, prepared.density
-    tried = found.runs[0].several
+    tried = found.runs[0].multimodal
     if tried is not None:
         found.surveys = 1
         _take(found, tried)
@@ -111,11 +111,11 @@ def _combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
         _complete(plan, prepared, found)
 
 
-def _take(found: Combined, tried: Several) -> bool:
+def _take(found: Combined, tried: MultimodalCandidate) -> bool:
     """Make a mixture at all modes the sampler, if it is good enough; say whether it is."""
     if tried.enough:
         accepted(f"combined: {tried.stage.stage}")
-        found.several, found.plain, found.sampler, found.copies = tried, tried.sampler, tried.sampler, 1
+        found.multimodal, found.plain, found.sampler, found.copies = tried, tried.sampler, tried.sampler, 1
         found.warnings, found.failures, found.disagreements = [], [], []  # which are about a flow
     return tried.enough
 
@@ -128,7 +128,7 @@ def _look(plan: Plan, density: LogDensity, found: Combined) -> None:
         found.search = _search(plan, density, found, found.sampler)
     if found.search is not None:
         with plan.clock.part(_stages.TAILS):
-            found.search, found.slices = short_of(found.search, density, found.sampler, seed=plan.seed)
+            found.search, found.slices = with_tails_checked(found.search, density, found.sampler, seed=plan.seed)
 
 
 def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
@@ -158,7 +158,7 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
         elif found.surveys < SURVEYS and _surveyed(plan, prepared.density, found):
             moves = []
         else:
-            mixed = found.several is not None and found.several.stage.stage != SLICES
+            mixed = found.multimodal is not None and found.multimodal.stage.stage != GRID_STAGE
             if found.added >= _most_added(plan, found.search) or mixed or _too_many([*moves, *more]):
                 return
             accepted("run at a missed mode")
@@ -189,14 +189,14 @@ def _miss_another(plan: Plan, density: LogDensity, found: Combined) -> bool:
     if chains is None or search is None or not isinstance(flow, Flow) or all(lack.beside for lack in search.lacks):
         return False
     with plan.clock.part(_stages.MISSED_BY_CHAINS):
-        return miss_a_mode(chains, flow, density, coordinate_names(density.structure), seed=plan.seed)
+        return chains_miss_mode(chains, flow, density, coordinate_names(density.structure), seed=plan.seed)
     return False
 
 
 def _is_thin_alone(found: Combined) -> bool:
     """Whether the flow is only too thin next to where it lies: a run of its own has nowhere else to begin."""
     lacks = () if found.search is None else found.search.lacks
-    return found.slices is None and all(lack.start.name == WANDERED for lack in lacks)
+    return found.slices is None and all(lack.start.name == BY_WALKERS for lack in lacks)
 
 
 def _too_many(moves: Sequence[SignedPermutation]) -> bool:
@@ -214,7 +214,7 @@ def _surveyed(plan: Plan, density: LogDensity, found: Combined) -> bool:
     with plan.clock.part(_stages.SEVERAL):
         with seeded(seed, density.device):
             z = torch.cat([found.sampler.draw(MODE_DRAWS)[0].to(places), places])
-        tried = several(density, z, places, seed=seed, bar=plan.bar)
+        tried = multimodal(density, z, places, seed=seed, bar=plan.bar)
         if tried is not None:
             found.history.append(tried.stage)
             return _take(found, tried)
@@ -225,7 +225,7 @@ def _sliced(plan: Plan, density: LogDensity, found: Combined, slices: Marginal) 
     """Try slices along a coordinate whose tail a flow lacks; say whether they became the sampler."""
     if not isinstance(found.sampler, Flow):
         return False
-    tried = slices_for(plan, density, found.sampler, slices, seed=plan.seed)
+    tried = grid_for_tail(plan, density, found.sampler, slices, seed=plan.seed)
     if tried is None:
         return False
     found.history.append(tried.stage)
@@ -255,7 +255,7 @@ def _add_run(plan: Plan, prepared: Prepared, found: Combined, lack: Start) -> No
         make_run(Attempt(once, prepared, found.runs[-1], plan.seed + number, lack))
     plan.bar.task = "fit"
     found.plain = found.sampler = found.best.flow(plan, density)
-    found.several = None
+    found.multimodal = None
     with clock.part(_stages.COMPARING):
         _compare(plan, density, found)
     found.added += 1

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pyro_flows.fitting.attempt import Run
-from pyro_flows.fitting.several import Several
+from pyro_flows.fitting.multimodal import MultimodalCandidate
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.modes.laplace_grid import Marginal
 from pyro_flows.modes.missed_modes import Search
-from pyro_flows.modes.slices import Marginal
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import McmcDraws
 
@@ -47,7 +47,7 @@ class Combined:
     search: Search | None = None
     copies: int = 1
     added: int = 0
-    several: Several | None = None
+    multimodal: MultimodalCandidate | None = None
     surveys: int = 0
     slices: Marginal | None = None
     improper: list[str] = field(default_factory=list)
@@ -69,5 +69,5 @@ class Combined:
 
         Chains that needed no trained flow may have moved among copies of a normal distribution, which is a mixture too.
         """
-        replaced = self.several is not None or isinstance(self.sampler, FlowMixture)
+        replaced = self.multimodal is not None or isinstance(self.sampler, FlowMixture)
         return None if replaced and not self.best.sampled else self.best.chains

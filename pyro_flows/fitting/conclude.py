@@ -23,9 +23,9 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
     best, search = found.best, found.search
     sampler = best.flow(plan, density) if found.sampler is None else found.sampler
     mixed = [run for run in found.kept if run is not best and isinstance(sampler, FlowMixture)]
-    stopped = _stopped(plan, best) if found.several is None else ""
-    notes = [note for run in [best, *mixed] for note in _warnings(run, plan)] if found.several is None else []
-    moving = found.several is None and (best.best is None or best.best.training.moving)
+    stopped = _stopped(plan, best) if found.multimodal is None else ""
+    notes = [note for run in [best, *mixed] for note in _warnings(run, plan)] if found.multimodal is None else []
+    moving = found.multimodal is None and (best.best is None or best.best.training.moving)
     cut_short = ["training did not converge: means or sds still changed when it ended"]
     cut_short = cut_short if moving and not (found.improper or stopped) else []
     return from_draws(
@@ -43,7 +43,7 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
         warnings=[*notes, *found.warnings, *_differ(found, plan.runs)],
         failures=[*found.improper, *([] if search is None else search.failures), *found.failures, *cut_short],
         notes=["no search for missed modes was made"] if search is None else search.notes,
-        doubts=[] if moving or found.several is not None else _in_vain(found),
+        doubts=[] if moving or found.multimodal is not None else _in_vain(found),
     )
 
 
@@ -91,9 +91,9 @@ def _warnings(run: Run, plan: Plan) -> list[str]:
 def _differ(found: Combined, runs: int) -> list[str]:
     """Say that runs disagree, or what was added since the first ones lacked modes."""
     said = list(found.disagreements)
-    if found.several is not None:
-        said = [found.several.said]
-    if found.added and said and found.several is None:
+    if found.multimodal is not None:
+        said = [found.multimodal.said]
+    if found.added and said and found.multimodal is None:
         what = "a run was" if found.added == 1 else f"{found.added} runs were"
         said = [f"the first run{'' if runs == 1 else 's'} missed a mode, so {what} added there to form a mixture"]
     if found.copies > 1:

@@ -28,9 +28,9 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.sites import Noncentered
-from pyro_flows.modes.lacks import Score
 from pyro_flows.modes.missed_modes import Search, missed_modes
-from pyro_flows.modes.short_tails import and_tails
+from pyro_flows.modes.missed_regions import Score
+from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.modes.umbrella import Space
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
@@ -177,7 +177,7 @@ def _searched(density: LogDensity, draw: Draw, score: Score | None, space: Space
         if not weighing.k_hat < weighing.threshold or weighing.ess < ESS_SHARE_LEAST * len(z):
             return Search(notes=(THIN,))
         search = missed_modes(density, [], z, log_q, score, seed=seed, space=space)
-        return and_tails(search, density, lambda: (z, weighing.log_weights), seed=seed)[0]
+        return with_truncated_tails(search, density, lambda: (z, weighing.log_weights), seed=seed)[0]
 
 
 # continuous autoguides ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows._warnings import outside
-from pyro_flows.correction.rungs import last_rung, which
+from pyro_flows.correction.fallback import fallback_sampler, which
 from pyro_flows.fitting.attempt import Attempt, Prepared
 from pyro_flows.fitting.combine import combine, drawn, make_runs
 from pyro_flows.fitting.combined import Combined
@@ -240,7 +240,7 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
     chains = found.chains
     searched = found.search is not None and found.search.passed
     passed = chains is not None and found.best.sampled
-    return last_rung(posterior, plan.refine, clock, plan.bar, chains, searched=searched, passed=passed)
+    return fallback_sampler(posterior, plan.refine, clock, plan.bar, chains, searched=searched, passed=passed)
 
 
 def _check_training_of_model(plan: Plan, density: LogDensity) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pyro_flows import _stages
 from pyro_flows._progress import Bar, in_nats
 from pyro_flows.fitting.attempt import Attempt
-from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, assess, enough_gap, invisible, weighed
+from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, acceptable_gap, assess, shift_is_noise, weighed
 from pyro_flows.fitting.selection import Entrant, race, share
 from pyro_flows.flows.flow import Flow
 from pyro_flows.modes.propriety import improper_tails
@@ -55,21 +55,23 @@ def _first_round(at: Attempt, trainer: Trainer) -> None:
     def weigh() -> tuple[bool, float]:
         trainer.write()
         weighing = weighed(trainer.flow, density, LOOKED_AT_DRAWS)
-        return invisible(weighing, seen=SHIFT_SEEN_IN_TRAINING * SHIFT_SEEN), weighing.ess / len(weighing.log_weights)
+        return shift_is_noise(weighing, seen=SHIFT_SEEN_IN_TRAINING * SHIFT_SEEN), weighing.ess / len(
+            weighing.log_weights
+        )
 
     def endless() -> bool:
         return has_no_integral(at, trainer.flow)
 
     stalls = plan.escalate and plan.refine is not None
     asked = endless if plan.escalate and density.structure.improper else None
-    look = None if plan.train_model else Look(enough_gap(density.dim), weigh, stalls, asked)
+    look = None if plan.train_model else Look(acceptable_gap(density.dim), weigh, stalls, asked)
     while True:
         left = Budget(plan.max_steps - len(trainer.losses), plan.clock)
         training = train(trainer, left, seed=at.seed, report=_reporter(plan.bar), look=look)
         outcome = assess(_stages.FIRST_ROUND, trainer, training)
         at.run.take(outcome, trainer)
-        done = not training.early or plan.clock.over or (stalls and outcome.lacks_a_tail)
-        if done or invisible(outcome.weighing, seen=SHIFT_SEEN_IN_TRAINING * SHIFT_SEEN):
+        done = not training.early or plan.clock.over or (stalls and outcome.only_k_hat_fails)
+        if done or shift_is_noise(outcome.weighing, seen=SHIFT_SEEN_IN_TRAINING * SHIFT_SEEN):
             return
         look = None
 

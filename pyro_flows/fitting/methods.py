@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 
 from pyro_flows import _stages
 from pyro_flows._ledger import accepted
-from pyro_flows.correction.rungs import attempt
-from pyro_flows.correction.untrained import attempt_untrained
+from pyro_flows.correction.fallback import attempt
+from pyro_flows.correction.untrained import chains_of_gaussian
 from pyro_flows.fitting.attempt import Attempt
 from pyro_flows.fitting.flow_training import has_no_integral, train_flow
-from pyro_flows.fitting.nesting import nested_at_once
-from pyro_flows.fitting.rounds import JUDGED_DRAWS, LOOKED_AT_DRAWS, assess, invisible, is_far_off, weighed
+from pyro_flows.fitting.gaussian_conditionals import conditionals_at_start
+from pyro_flows.fitting.laplace_grid import grid_at_start, grid_comes_first
+from pyro_flows.fitting.multimodal import multimodal
+from pyro_flows.fitting.rounds import JUDGED_DRAWS, LOOKED_AT_DRAWS, assess, is_far_off, shift_is_noise, weighed
 from pyro_flows.fitting.selection import begin
-from pyro_flows.fitting.several import several
-from pyro_flows.fitting.slicing import come_first, slices_at_once
-from pyro_flows.flows.parts import untrained_twin
+from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import set_df
-from pyro_flows.modes.population import can_be_scattered
+from pyro_flows.modes.population_monte_carlo import can_be_tempered
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.coordinates import climbed
@@ -84,7 +84,7 @@ def _grid_of_hierarchy(at: Attempt) -> str | None:
     wholly = prepared.climbed = climbed(prepared.density, True, seed=at.seed)
     found = None
     if math.isfinite(wholly.elbo):
-        found = slices_at_once(at.plan, wholly.density, wholly.start, seed=at.seed)
+        found = grid_at_start(at.plan, wholly.density, wholly.start, seed=at.seed)
     if found is None:
         return None
     wholly.density.evaluations += prepared.density.evaluations
@@ -97,7 +97,7 @@ def _grid_of_hierarchy(at: Attempt) -> str | None:
 
 
 def _grid_at_best(at: Attempt) -> str | None:
-    found = slices_at_once(at.plan, at.density, at.starts[0], seed=at.seed)
+    found = grid_at_start(at.plan, at.density, at.starts[0], seed=at.seed)
     if found is None:
         return None
     at.run.take(*found)
@@ -105,7 +105,7 @@ def _grid_at_best(at: Attempt) -> str | None:
 
 
 def _conditionals_of_hierarchy(at: Attempt) -> str | None:
-    found = nested_at_once(at.plan, at.density, seed=at.seed)
+    found = conditionals_at_start(at.plan, at.density, seed=at.seed)
     if found is None:
         return None
     at.run.take(*found)
@@ -114,7 +114,7 @@ def _conditionals_of_hierarchy(at: Attempt) -> str | None:
 
 def _conditionals(at: Attempt) -> str | None:
     """Hold a few coordinates of the model as it was read."""
-    found = nested_at_once(at.plan, at.prepared.as_read, seed=at.plan.seed)
+    found = conditionals_at_start(at.plan, at.prepared.as_read, seed=at.plan.seed)
     if found is None:
         return None
     at.prepared.go_back()
@@ -128,7 +128,7 @@ def _is_hierarchical(at: Attempt) -> bool:
 
 
 def _hierarchy_comes_first(at: Attempt) -> bool:
-    return _is_hierarchical(at) and come_first(at.plan, at.density)
+    return _is_hierarchical(at) and grid_comes_first(at.plan, at.density)
 
 
 def _few(at: Attempt) -> bool:
@@ -151,21 +151,21 @@ def _gaussian(at: Attempt) -> str | None:
     """Look at the flow as it is at the best start, an affine map; say whether there is nothing to train."""
     density, start = at.density, at.starts[0]
     flow = at.plan.fresh(density)
-    plain, df = untrained_twin(flow) if at.plan.recipe.named else flow, flow.df
+    plain, df = affine_base_of(flow) if at.plan.recipe.named else flow, flow.df
     with at.plan.clock.part(_stages.BEST_START, noted=False):
         for lighter in LIGHTER if flow.base == "student_t" else (1.0,):
             begin(set_df(plain, lighter * df), start)
             if is_far_off(plain, density):
                 continue
             cheap = density.affordable(JUDGED_DRAWS) > LOOKED_AT_DRAWS  # else the check that decides is as cheap
-            if cheap and not invisible(weighed(plain, density, LOOKED_AT_DRAWS)):
+            if cheap and not shift_is_noise(weighed(plain, density, LOOKED_AT_DRAWS)):
                 continue
             begin(set_df(flow, lighter * df), start)
             trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
             outcome = assess(
                 _stages.FIRST_ROUND, trainer, Training([], start.elbo, True, False, AT_ONCE, 0, 0, early=True)
             )
-            if invisible(outcome.weighing):
+            if shift_is_noise(outcome.weighing):
                 at.run.take(outcome, trainer)
                 return GAUSSIAN
     return None
@@ -185,11 +185,11 @@ def _mixture(at: Attempt, *, barrier: float = BARRIER) -> str | None:
         else:
             z, weighing = run.flow(plan, at.density).draw(SURVEYED_FROM)[0], run.best.weighing
             hopeless = weighing.ess < ESS_SHARE_HOPELESS * len(weighing.log_weights)
-        run.several = several(at.density, z, seed=at.seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
-    if run.several is None:
+        run.multimodal = multimodal(at.density, z, seed=at.seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
+    if run.multimodal is None:
         return None
-    run.note(run.several.stage)
-    return run.several.stage.stage if run.several.enough else None
+    run.note(run.multimodal.stage)
+    return run.multimodal.stage.stage if run.multimodal.enough else None
 
 
 def _mixture_of_flow(at: Attempt) -> str | None:
@@ -209,10 +209,10 @@ def _glance_is_cheap(at: Attempt) -> bool:
 def _may_have_modes(at: Attempt) -> bool:
     """Whether a flow's weights are so poor that it may lack modes, or modes cost little to look for."""
     best = at.run.best
-    if not (at.goes_on and at.lack is None and at.run.several is None) or best is None:
+    if not (at.goes_on and at.lack is None and at.run.multimodal is None) or best is None:
         return False
     poor = best.weighing.ess < ESS_SHARE_PROMISING * len(best.weighing.log_weights)
-    return poor or (can_be_scattered(at.density) and not best.lacks_a_tail)
+    return poor or (can_be_tempered(at.density) and not best.only_k_hat_fails)
 
 
 # ---- Markov chains ---------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def _chains_of_gaussian(at: Attempt) -> str | None:
     plan, run, density = at.plan, at.run, at.density
     with plan.clock.part(_stages.AT_ONCE, share=MCMC_SHARE):
         names = coordinate_names(density.structure)
-        found = attempt_untrained(at.starts[0], density, names, plan.draws, seed=at.seed, bar=plan.bar)
+        found = chains_of_gaussian(at.starts[0], density, names, plan.draws, seed=at.seed, bar=plan.bar)
         if found is not None:
             flow, run.copies, run.chains = found
             trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)

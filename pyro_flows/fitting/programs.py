@@ -18,7 +18,7 @@ from pyro_flows._fallbacks import fallback
 from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import messages
-from pyro_flows.modes.lacks import Score
+from pyro_flows.modes.missed_regions import Score
 from pyro_flows.verdict.deciding import Draw
 
 LOG_Q = " log q"  # beside the sites' values

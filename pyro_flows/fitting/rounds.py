@@ -45,7 +45,7 @@ class Round:
     @property
     def enough(self) -> bool:
         """Whether there is nothing left to mend: stricter than the verdict, since more can be tried."""
-        return self.training.converged and nothing_to_mend(self.weighing)
+        return self.training.converged and passes_strictly(self.weighing)
 
     @property
     def even(self) -> bool:
@@ -63,7 +63,7 @@ class Round:
         return len(self.weighing.log_weights) > 1
 
     @property
-    def lacks_a_tail(self) -> bool:
+    def only_k_hat_fails(self) -> bool:
         """Whether only the tail of the weights is in doubt: k-hat is large, though nearly all draws weigh the same.
 
         More steps move no tail that has next to no mass, and a mixture would have the same modes.
@@ -89,25 +89,25 @@ class Round:
         return float(("unreliable", "corrected", "ok").index(status)), self.weighing.elbo
 
 
-def enough_gap(dim: int) -> float:
+def acceptable_gap(dim: int) -> float:
     """Return the gap in nats that leaves nothing to see in means and sds: the same for each dimension."""
     return max(EVIDENCE_GAP_GOOD, EVIDENCE_GAP_GOOD_A_DIM * dim)
 
 
-def nothing_to_mend(weighing: Weighing) -> bool:
+def passes_strictly(weighing: Weighing) -> bool:
     """Say whether weights are so good that nothing more would gain: stricter than the verdict."""
     gap, ratio = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
     small = max(EVIDENCE_GAP_SMALL, EVIDENCE_GAP_SMALL_A_DIM * len(weighing.mean_shift))
     slight = ratio > ESS_SHARE_GOOD and gap < small and weighing.k_hat < weighing.threshold
     fine = judge(weighing, _numbers(weighing)).status == "ok"
-    return fine and (weighing.k_hat < K_HAT_GOOD or slight) and gap < enough_gap(len(weighing.mean_shift))
+    return fine and (weighing.k_hat < K_HAT_GOOD or slight) and gap < acceptable_gap(len(weighing.mean_shift))
 
 
-def invisible(weighing: Weighing, *, seen: float = SHIFT_SEEN) -> bool:
+def shift_is_noise(weighing: Weighing, *, seen: float = SHIFT_SEEN) -> bool:
     """Say whether nothing is to mend and weighting moves no mean, sd or quantile by what a reader would see."""
     shift = max(float(weighing.mean_shift.max()), float(weighing.sd_shift.max()), weighing.quantile_shift or 0.0)
     error = math.sqrt(max(1.0 / weighing.ess - 1.0 / len(weighing.log_weights), 0.0)) if weighing.ess else 0.0
-    return nothing_to_mend(weighing) and shift < seen + SHIFT_SEEN_ERRORS * error
+    return passes_strictly(weighing) and shift < seen + SHIFT_SEEN_ERRORS * error
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def location_scale(dim: int, *, base: str = "student_t", df: float = 15.0, diago
     return build([map_], base, df, builder="location_scale", dim=dim, diagonal=diagonal)
 
 
-def untrained_twin(flow: Flow) -> Flow:
+def affine_base_of(flow: Flow) -> Flow:
     """Return the affine map that an untrained flow is: all of its other layers start at the identity, and take time."""
     affine = affine_of(flow)
     if affine is None:

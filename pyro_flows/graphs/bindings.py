@@ -25,7 +25,7 @@ _BY_NUMBER = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Te
 NARROW, LARGE = 12, 2**13  # columns of a product, and numbers in its first factor, that make it better turned around
 
 
-def quicken(module: fx.GraphModule) -> Callable[..., Any]:
+def peephole(module: fx.GraphModule) -> Callable[..., Any]:
     """Return the graph as a function that calls torch's own bindings, which take half of an operator object's time.
 
     Call it without autograd. What it computes is the same but for rounding; whoever records checks that.

@@ -23,9 +23,9 @@ from torch import Tensor, fx
 
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.bindings import binding_of, turn
+from pyro_flows.graphs.fusion_groups import NUMBERS, FusionGroups
 from pyro_flows.graphs.graph import copy_graph, graph_module, is_aten, is_pure, name_of, sweep
 from pyro_flows.graphs.native import library
-from pyro_flows.graphs.nests import NUMBERS, Nests
 from pyro_flows.graphs.programs import program
 from pyro_flows.graphs.rounding import rounds_alike, rounds_alike_where_tame
 from pyro_flows.graphs.views import Buffer, Foreign, Given, Product, Unsuited, View, span
@@ -107,7 +107,7 @@ class Fused:
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor], run: Callable[..., Any]) -> None:
         inputs = [value.clone() for value in inputs]  # later ones may share no memory, and have no numbers in one place
-        self.nests = nests = Nests(module, inputs)
+        self.nests = nests = FusionGroups(module, inputs)
         self._run_program = run
         self._layouts = [(value.shape, value.stride()) for value in inputs]
         self._numbered = arrays = dict[Buffer, int]()
@@ -294,5 +294,5 @@ def _changes(value: Any) -> bool:
     return isinstance(value, _Found)
 
 
-def _inputs_of(nests: Nests, module: fx.GraphModule) -> list[View]:
+def _inputs_of(nests: FusionGroups, module: fx.GraphModule) -> list[View]:
     return [nests.views[node] for node in module.graph.nodes if node.op == "placeholder"]

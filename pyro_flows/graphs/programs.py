@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pyro_flows.graphs.nests import Nests
+from pyro_flows.graphs.fusion_groups import FusionGroups
 from pyro_flows.graphs.views import Buffer, Foreign, Product, Sizes, Task, Unsuited
 from pyro_flows.graphs.writing import BLOCK, Written, product_in_words
 
@@ -32,7 +32,7 @@ class Program:
     places: dict[Buffer, int]
 
 
-def program(nests: Nests, arrays: dict[Buffer, int]) -> Program:
+def program(nests: FusionGroups, arrays: dict[Buffer, int]) -> Program:
     """Write nests in the order of their levels.
 
     Args:
@@ -64,7 +64,7 @@ def program(nests: Nests, arrays: dict[Buffer, int]) -> Program:
     return Program(steps, size, registers, registers * BLOCK + most, places)
 
 
-def _ordered(nests: Nests) -> list[list[Task] | Foreign | Product]:
+def _ordered(nests: FusionGroups) -> list[list[Task] | Foreign | Product]:
     """Return nests and foreign operations in the order of their levels, nests first."""
     groups: defaultdict[tuple[int, Sizes], list[Task]] = defaultdict(list)
     for task in nests.tasks:
@@ -82,7 +82,7 @@ def _ordered(nests: Nests) -> list[list[Task] | Foreign | Product]:
     return found
 
 
-def _places(nests: Nests, ordered: Sequence[list[Task] | Foreign | Product]) -> tuple[dict[Buffer, int], int]:
+def _places(nests: FusionGroups, ordered: Sequence[list[Task] | Foreign | Product]) -> tuple[dict[Buffer, int], int]:
     """Return where each kept buffer of tasks begins, and how much is used at most: memory is used again."""
     first: dict[Buffer, int] = {}
     last: dict[Buffer, int] = {}

@@ -10,13 +10,21 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.doubts import TOPS_APART, Doubtful, by_curvature, distinct, heavier, normals_at, worth_tempering
-from pyro_flows.modes.lacks import Guide, Lack
+from pyro_flows.modes.missed_regions import Guide, MissedRegion
 from pyro_flows.modes.survey import can_be_surveyed, distances, survey
+from pyro_flows.modes.symmetric_modes import symmetric_modes_of
 from pyro_flows.modes.tempering import temper
 from pyro_flows.modes.terms import places_of_terms
-from pyro_flows.modes.twins import twins_of
 from pyro_flows.modes.units import in_units, units_of
+from pyro_flows.modes.unverified_modes import (
+    TOPS_APART,
+    UnverifiedMode,
+    by_curvature,
+    distinct,
+    modes_with_mass,
+    normals_at,
+    worth_measuring,
+)
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
@@ -40,12 +48,12 @@ DOUBTS = 12  # places that paths go on from
 
 
 def climbed(
-    guide: Guide, modes: Sequence[Start], z: Tensor, log_q: Tensor, untold: list[Lack], *, seed: int
-) -> list[Lack]:
+    guide: Guide, modes: Sequence[Start], z: Tensor, log_q: Tensor, unresolved: list[MissedRegion], *, seed: int
+) -> list[MissedRegion]:
     """Climb from many points; return the regions at the ends of the paths that the guide lacks.
 
     ``z`` (S, D) are draws of the guide, ``log_q`` (S,) their log densities. Places whose mass could not be told join
-    ``untold``.
+    ``unresolved``.
     """
     density = guide.density
     own, far = z[: CLIMBERS if density.batched else 1], _dispersed(guide, modes, z, seed=seed)
@@ -59,31 +67,31 @@ def climbed(
     longer = len(own) if _is_cheap(density) else 0
     paths = pathfinder(density, points, shares * units, seed=derive(seed, "modes"), own=longer)
     drawn = z[:OWN_DRAWS], log_q[:OWN_DRAWS], units
-    found = twins_of(guide, paths, len(own), *drawn) if density.batched else []
+    found = symmetric_modes_of(guide, paths, len(own), *drawn) if density.batched else []
     if found:
         return found
     found, doubtful = _weighed(guide, paths, len(own), units, seed=seed)
     if density.batched and _are_beside(found):
-        worth = worth_tempering(guide, paths, len(own), doubtful, units)
+        worth = worth_measuring(guide, paths, len(own), doubtful, units)
         found = found or _tempered(guide, paths, *worth, seed=seed)
-        curved = by_curvature(guide, paths, worth[0], doubtful, units, untold) if _are_beside(found) else None
+        curved = by_curvature(guide, paths, worth[0], doubtful, units, unresolved) if _are_beside(found) else None
         if curved is not None:
-            found += twins_of(guide, curved, 1, *drawn) or _at_tops(guide, curved, units, seed=seed)
+            found += symmetric_modes_of(guide, curved, 1, *drawn) or _at_tops(guide, curved, units, seed=seed)
     return [found[number] for number in distinct([lack.place for lack in found], units, by=TOPS_APART)]
 
 
-def _are_beside(lacks: Sequence[Lack]) -> bool:
+def _are_beside(lacks: Sequence[MissedRegion]) -> bool:
     """Whether no mode is lacked by these, so that others may be."""
     return all(lack.beside for lack in lacks)
 
 
-def _at_tops(guide: Guide, curved: Paths, units: Tensor, *, seed: int) -> list[Lack]:
+def _at_tops(guide: Guide, curved: Paths, units: Tensor, *, seed: int) -> list[MissedRegion]:
     """Weigh normals at tops, the guide's own one first; where they are poor, temper from them."""
     found, doubtful = _weighed(guide, curved, 1, units, seed=seed)
-    return found or _tempered(guide, curved, *worth_tempering(guide, curved, 1, doubtful, units), seed=seed)
+    return found or _tempered(guide, curved, *worth_measuring(guide, curved, 1, doubtful, units), seed=seed)
 
 
-def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list[Lack]:
+def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list[MissedRegion]:
     """Survey the modes near and far of the guide's draws; return those that it lacks.
 
     Starts at places whose normal is too poor to weigh them are added to ``doubts``.
@@ -96,7 +104,7 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     found = survey(density, z, seed=seed, rounds=ROUNDS, climbs=climbs, known=guide.score).weighty()
     if not len(found):
         return []
-    thin = guide.is_thin(found.modes, density(found.modes).detach())
+    thin = guide.is_under_covered(found.modes, density(found.modes).detach())
     looked_at = found.of_terms | thin
     if not bool(looked_at.any()):
         return []
@@ -114,7 +122,7 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     elsewhere = [path for path in doubtful if path.elsewhere]
     if not lacks and elsewhere:
         tops = [path for path in elsewhere if bool(thin[rows[path.number]])]  # a wide term may be covered at its top
-        lacks = _tempered(guide, paths, *worth_tempering(guide, paths, own, tops or elsewhere, units), seed=seed)
+        lacks = _tempered(guide, paths, *worth_measuring(guide, paths, own, tops or elsewhere, units), seed=seed)
     doubts += [path.start for path in elsewhere][:DOUBTS]
     return lacks
 
@@ -126,7 +134,7 @@ def _is_cheap(density: LogDensity) -> bool:
 
 def _weighed(
     guide: Guide, paths: Paths, own: int, units: Tensor, *, seed: int, apart: bool = False
-) -> tuple[list[Lack], list[Doubtful]]:  # fmt: skip
+) -> tuple[list[MissedRegion], list[UnverifiedMode]]:  # fmt: skip
     """Weigh draws of the normals at the ends of paths, from number ``own`` on; return what the guide lacks, and doubts.
 
     A doubt is a normal too poor for its weights to tell a mass. If all ends are ``apart``, masses that are too small by
@@ -144,23 +152,23 @@ def _weighed(
     scales = best.scale()
     scales = lower_triangular(scales) if scales.dim() == 3 else scales
     doubtful = []
-    small: list[tuple[float, Lack]] = []
-    at_ends = guide.is_thin(ends, density(ends).detach())
+    small: list[tuple[float, MissedRegion]] = []
+    at_ends = guide.is_under_covered(ends, density(ends).detach())
     for place, number in enumerate(chosen.tolist()):
-        lacking = guide.lacking(draws[place], log_p[place], log_q[place])
-        thin = lacking > 0.0
+        missing_mass = guide.missing_mass(draws[place], log_p[place], log_q[place])
+        thin = missing_mass > 0.0
         if not bool(thin.any()):
             continue
-        log_weights, k_hat = psis(lacking.log())
+        log_weights, k_hat = psis(missing_mass.log())
         start = Start("mode", best.loc[place], scales[place])
         beside = not bool(at_ends[number]) or _is_top(ends[number], ends[:own], units)
         if not k_hat < K_HAT_MOST:
             elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
-            doubtful.append(Doubtful(number, float(paths.elbo[number]), elsewhere, start, beside))
+            doubtful.append(UnverifiedMode(number, float(paths.elbo[number]), elsewhere, start, beside))
         else:
             drawn = draws[place][int(log_weights.argmax())]
-            lack = Lack(ends[number] if bool(at_ends[number]) else drawn, start, beside=beside, drawn=drawn)
-            small.append((float(lacking.mean()), lack))
+            lack = MissedRegion(ends[number] if bool(at_ends[number]) else drawn, start, beside=beside, drawn=drawn)
+            small.append((float(missing_mass.mean()), lack))
     found = [lack for mass, lack in small if mass > MISSED_MASS_SHARE]
     if apart and not found and sum(mass for mass, _ in small) > MISSED_MASS_SHARE:
         found = [max(small, key=itemgetter(0))[1]]
@@ -188,16 +196,18 @@ def _is_top(end: Tensor, own: Tensor, units: Tensor) -> bool:
     return len(own) > 0 and float(same.double().mean()) >= 0.5
 
 
-def _tempered(guide: Guide, paths: Paths, chosen: list[int], worth: Sequence[Doubtful], *, seed: int) -> list[Lack]:
+def _tempered(
+    guide: Guide, paths: Paths, chosen: list[int], worth: Sequence[UnverifiedMode], *, seed: int
+) -> list[MissedRegion]:
     """Measure masses by tempering from the normals at the ends of a few paths, and just so that of the guide's region.
 
     Many paths end at one place, the guide's own one among them. So each place is measured once, and places where the
-    guide is thin altogether come first: see :func:`worth_tempering`.
+    guide is thin altogether come first: see :func:`worth_measuring`.
     """
     if not worth:
         return []
     walk = temper(guide.density, Gaussians(*(part[chosen] for part in paths.best)), seed=derive(seed, "tempering"))
-    return heavier(guide, paths.ends, worth, walk)
+    return modes_with_mass(guide, paths.ends, worth, walk)
 
 
 def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> Tensor:

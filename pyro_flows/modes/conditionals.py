@@ -24,8 +24,8 @@ from torch import Tensor
 
 from pyro_flows._squares import least_squares
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.nested import nested
-from pyro_flows.flows.nested import nested_of as map_of
+from pyro_flows.flows.gaussian_conditionals import nested
+from pyro_flows.flows.gaussian_conditionals import nested_of as map_of
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.curvature import second_derivatives
 from pyro_flows.transforms.nested import Terms

@@ -12,12 +12,12 @@ from torch import Tensor
 from pyro_flows import _ledger
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.climbs import climbed, surveyed
-from pyro_flows.modes.doubts import UNWEIGHED
-from pyro_flows.modes.lacks import Guide, Lack, Score, is_resolved, lacks_of, to_name
+from pyro_flows.modes.missed_regions import Guide, MissedRegion, Score, is_resolved, missed_regions_of, to_name
+from pyro_flows.modes.symmetric_modes import with_symmetric_modes
 from pyro_flows.modes.symmetries import are_the_same, images, moves, signed_permutation
-from pyro_flows.modes.thin import too_thin
-from pyro_flows.modes.twins import with_twins
 from pyro_flows.modes.umbrella import Space
+from pyro_flows.modes.under_covered import under_covered_region
+from pyro_flows.modes.unverified_modes import UNWEIGHED
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.own_values import element
@@ -30,7 +30,7 @@ SEEDS = 2  # draws at which exact moves are looked for
 class Search:
     """What a search for missed modes found, and what it could not look at."""
 
-    lacks: tuple[Lack, ...] = ()
+    lacks: tuple[MissedRegion, ...] = ()
     sentence: str | None = None
     notes: tuple[str, ...] = field(default=())
     passed: bool = False  # all of it was made, and nothing found
@@ -43,7 +43,7 @@ class Search:
 
 def missed_modes(
     density: LogDensity, modes: Sequence[Start], z: Tensor, log_q: Tensor, score: Score, *, seed: int = 0,
-    wandering: bool = True, space: Space | None = None, sift: Callable[[list[Lack]], list[Lack]] = list,
+    wandering: bool = True, space: Space | None = None, sift: Callable[[list[MissedRegion]], list[MissedRegion]] = list,
 ) -> Search:  # fmt: skip
     """Search for regions that hold a good part of the mass and that a guide lacks.
 
@@ -57,9 +57,9 @@ def missed_modes(
        the guide says), from prior draws, from draws with a site's signs changed, and from the modes of the portfolio.
        Each carries a normal distribution (``starts/pathfinder.py``), whose weighted draws tell the mass. Where they
        are too few, tempering does, in comparison with the region that the guide covers, by the same method. Where the
-       normal seems to be too poor even for that, Newton's steps and a Hessian give a better one (``doubts.py``). Where
-       Hessians are too dear and nothing else is found, a note says so, unless ``sift`` takes such places out, too.
-    4. Draws wander to where the guide is thin next to them: see :func:`too_thin`.
+       normal is too poor even for that, Newton's steps and a Hessian give a better one (``unverified_modes.py``). Where
+       Hessians cost too much and nothing else is found, a note says so, unless ``sift`` takes such places out, too.
+    4. Draws wander to where the guide is thin next to them: see :func:`under_covered_region`.
 
     Args:
         density: log p, unnormalized.
@@ -82,35 +82,35 @@ def missed_modes(
     few = z[finite][:MOVED_DRAWS], log_q[finite][:MOVED_DRAWS]
     doubts: list[Start] = []
     notes: list[str] = []
-    untold: list[Lack] = []
-    searches: dict[str, Callable[[], list[Lack]]] = {
+    unresolved: list[MissedRegion] = []
+    searches: dict[str, Callable[[], list[MissedRegion]]] = {
         "mirrored": lambda: mirrored(guide, *few),
         "survey": lambda: surveyed(guide, z[finite], doubts, seed=seed),
-        "paths": lambda: climbed(guide, [*modes, *doubts], z[finite], log_q[finite], untold, seed=seed),
-        "walks": lambda: too_thin(guide, space, z[finite], weights[finite], log_q[finite], seed=seed),
+        "paths": lambda: climbed(guide, [*modes, *doubts], z[finite], log_q[finite], unresolved, seed=seed),
+        "walks": lambda: under_covered_region(guide, space, z[finite], weights[finite], log_q[finite], seed=seed),
     }
     if not density.batched:
         searches = {"paths": searches["paths"]}
     elif not wandering:
         del searches["walks"]
-    found: list[Lack] = []
+    found: list[MissedRegion] = []
     for name, search in searches.items():
         if not found:
             with _ledger.counted(name):
                 found = sift([lack for lack in search() if is_resolved(density, lack.place)])
             _ledger.found(name, len(found))
-    if not found and untold and sift(untold):
+    if not found and unresolved and sift(unresolved):
         notes.append(UNWEIGHED)
     if not density.batched:
         few_starts = f"the search for missed modes had only {SEARCHES_UNBATCHED} starting points"
         notes.append(f"{few_starts}: the model runs draw by draw")
     if not found:
         return Search(notes=tuple(notes), passed=density.batched)
-    found = with_twins(guide, found, *few) if density.batched else found
+    found = with_symmetric_modes(guide, found, *few) if density.batched else found
     return Search(tuple(found), sentence_on(density, found, few[0]), tuple(notes))
 
 
-def sentence_on(density: LogDensity, found: Sequence[Lack], z: Tensor) -> str:
+def sentence_on(density: LogDensity, found: Sequence[MissedRegion], z: Tensor) -> str:
     """Return the sentence on what a guide with draws ``z`` lacks: modes, or mass next to those that it covers."""
     named = [*{id(lack.start): lack for lack in reversed(to_name(found))}.values()][::-1]  # a place of each region
     names = sorted({_named(density, lack.place, z) for lack in named})
@@ -120,7 +120,7 @@ def sentence_on(density: LogDensity, found: Sequence[Lack], z: Tensor) -> str:
 
 
 @torch.no_grad()
-def mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
+def mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[MissedRegion]:
     """Apply exact moves to the draws; return the regions that hold a good part of the mass and no draws."""
     density = guide.density
     found = []
@@ -128,7 +128,7 @@ def mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[Lack]:
     for moved, inside, log_p, log_jacobian in images(density, moves(density, z[:SEEDS]), z):
         # The move keeps the volume of the model's own values, so there q's image has the density that q has at z.
         image = log_q - jacobian + log_jacobian
-        lacks = lacks_of(moved, log_p, guide.lacking(moved, log_p, image), "mirrored")
+        lacks = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, image), "mirrored")
         exact = bool(lacks) and bool((are_the_same(log_p, height) & inside).all())
         if exact:
             move = signed_permutation(z, moved)

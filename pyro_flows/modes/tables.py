@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_flows._cubic import between, smooth_slopes
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.sliced import of_slices
+from pyro_flows.flows.laplace_grid import of_grid
 
 POINTS = 4001  # of a table
 OUTSIDE = 1e-4  # of the mass, that may lie beyond the ends of a flow's table
@@ -81,4 +81,4 @@ def flow_along(table: Table, *, df: float = 30.0) -> Flow:
     if not table.beyond() < OUTSIDE:
         raise ValueError("slices: expected a density that has fallen off at both ends.")
     places, height = table.density()
-    return of_slices(table.coordinate, (places, height), table.places, table.tops, roots_of(table), df=df)
+    return of_grid(table.coordinate, (places, height), table.places, table.tops, roots_of(table), df=df)

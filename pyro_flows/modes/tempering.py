@@ -26,7 +26,7 @@ POINTS = 48  # for each normal
 TEMPERATURES = 40
 LEAPS = 5
 STEP = 0.3  # of a leap, in the normal's sds at first
-WANDERINGS = 24
+WALKER_MOVES = 24
 WANTED = 0.75  # of the moves to be accepted
 
 
@@ -51,19 +51,19 @@ def temper(density: LogDensity | Stack, gaussians: Gaussians, *, seed: int) -> T
 
 
 @torch.no_grad()
-def wander(density: LogDensity, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+def move_walkers(density: LogDensity, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
     """Move points (S, D) about under the density itself; return where they come to and log p there (S,).
 
     Draws of the density stay draws of it. Draws of a guide that lacks a region next to where it lies go on into it: the
     neck of a funnel, a tail. Leaps are from a hundredth of ``units`` (sds (D,), or a lower triangular matrix) to all of
     them, since necks are narrow. Cost: 120 S gradients.
     """
-    ends, log_p = wander_together(density, z[None], units[None], seed=seed)
+    ends, log_p = move_walkers_together(density, z[None], units[None], seed=seed)
     return ends[0], log_p[0]
 
 
 @torch.no_grad()
-def wander_together(density: LogDensity | Stack, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+def move_walkers_together(density: LogDensity | Stack, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
     """Do the same with points (K, S, D) of K data sets at once, in ``units`` (K, D) or (K, D, D) of their own."""
     identity = torch.ones(len(z), z.shape[2], dtype=z.dtype, device=z.device)
     none = torch.zeros(len(z), z.shape[2], 1, dtype=z.dtype, device=z.device)
@@ -71,7 +71,7 @@ def wander_together(density: LogDensity | Stack, z: Tensor, units: Tensor, *, se
     with seeded(seed, density.device):
         walk = _Walk(density, frame, in_units(z, units))
         walk.beta = 1.0
-        for _ in range(WANDERINGS):
+        for _ in range(WALKER_MOVES):
             walk.step = 10.0 ** (-2.0 * torch.rand_like(walk.log_p))[..., None]
             walk.move()
     return frame.map(walk.x)[0], walk.log_p

@@ -11,12 +11,12 @@ from pyro_flows._seeding import derive
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.stack import Stack
 from pyro_flows.modes.climbs import _weighed
-from pyro_flows.modes.doubts import Doubtful, heavier, worth_tempering
-from pyro_flows.modes.lacks import Guide, Lack, is_resolved, lack_of
 from pyro_flows.modes.missed_modes import MOVED_DRAWS, Search, mirrored, sentence_on
-from pyro_flows.modes.tempering import Tempered, temper, wander_together
-from pyro_flows.modes.thin import WANDERED
+from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved, regions_of_walkers
+from pyro_flows.modes.tempering import Tempered, move_walkers_together, temper
+from pyro_flows.modes.under_covered import BY_WALKERS
 from pyro_flows.modes.units import units_of
+from pyro_flows.modes.unverified_modes import UnverifiedMode, modes_with_mass, worth_measuring
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.prior import prior_draws
@@ -28,7 +28,7 @@ OWN, PRIOR = 2, 8  # paths from the guide's own draws, and from the prior's
 OUTWARDS = (3.0, 10.0)  # factors by which draws are moved away from their median, two of them each
 EACH = 2
 MEASURED = 2  # doubtful places of each data set, by tempering
-WANDERERS = 128
+MANY_WALKERS = 128
 MIRRORED = 2  # data sets on which exact symmetries are tried: they are a matter of the model
 
 
@@ -39,7 +39,7 @@ def missed_together(stack: Stack, flows: Sequence[Flow], *, seed: int) -> list[S
     lacking, so that each is fitted by itself.
     """
     looks = [_Look(stack, number, flow) for number, flow in enumerate(flows)]
-    found: list[list[Lack]] = [[] for _ in looks]
+    found: list[list[MissedRegion]] = [[] for _ in looks]
     usable = [number for number, look in enumerate(looks) if look.guide is not None]
     if not usable:
         return [Search() for _ in looks]
@@ -69,10 +69,10 @@ class _Look:
         return _guide(self), self.z[:MOVED_DRAWS], self.log_q[:MOVED_DRAWS]
 
 
-Searcher = Callable[[Stack, Sequence[_Look], Sequence[int], int], list[list[Lack]]]
+Searcher = Callable[[Stack, Sequence[_Look], Sequence[int], int], list[list[MissedRegion]]]
 
 
-def _climbed(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: int) -> list[list[Lack]]:
+def _climbed(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: int) -> list[list[MissedRegion]]:
     """Climb from a few points for each data set; return what is missed at the ends."""
     chosen = stack.select(usable)
     prior = prior_draws(stack.densities[0], PRIOR, seed=derive(seed, "modes from the prior"))
@@ -93,17 +93,17 @@ def _climbed(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: 
 
 def _tempered(
     stack: Stack, looks: Sequence[_Look], usable: Sequence[int], own: Sequence[Paths],
-    doubts: Sequence[Sequence[Doubtful]], seed: int,
-) -> list[list[Lack]]:  # fmt: skip
+    doubts: Sequence[Sequence[UnverifiedMode]], seed: int,
+) -> list[list[MissedRegion]]:  # fmt: skip
     """Measure masses at the ends of doubtful paths, two of each data set at most, by tempering them all together."""
     asked, chosen, normals = [], [], []
     for place, (number, paths, doubtful) in enumerate(zip(usable, own, doubts, strict=True)):
-        numbers, worth = worth_tempering(_guide(looks[number]), paths, OWN, doubtful, looks[number].units)
+        numbers, worth = worth_measuring(_guide(looks[number]), paths, OWN, doubtful, looks[number].units)
         if worth:
             asked.append((place, worth[:MEASURED]))
             chosen.append(number)
             normals.append((numbers[: 1 + MEASURED] * (1 + MEASURED))[: 1 + MEASURED])  # as many for each
-    found: list[list[Lack]] = [[] for _ in usable]
+    found: list[list[MissedRegion]] = [[] for _ in usable]
     if not asked:
         return found
     parts = [[part[numbers] for part in own[place].best] for (place, _), numbers in zip(asked, normals, strict=True)]
@@ -112,7 +112,7 @@ def _tempered(
     for row, (place, worth) in enumerate(asked):
         rows = slice(row * (1 + MEASURED), row * (1 + MEASURED) + 1 + len(worth))
         guide, mine = _guide(looks[usable[place]]), Tempered(*(part[rows] for part in walk))
-        found[place] = heavier(guide, own[place].ends, worth, mine)
+        found[place] = modes_with_mass(guide, own[place].ends, worth, mine)
     return found
 
 
@@ -138,28 +138,28 @@ def _own_points(look: _Look) -> Tensor:
     return torch.cat([own, *(center + factor * (part - center) for factor, part in zip(OUTWARDS, far, strict=True))])
 
 
-def _wandered(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: int) -> list[list[Lack]]:
+def _wandered(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: int) -> list[list[MissedRegion]]:
     """Let weighted draws of all data sets wander; return places where guides are too thin."""
     chosen = stack.select(usable)
     begun = []
     for number in usable:
         ratios = torch.log_softmax(looks[number].weights.double(), 0)
-        begun.append(looks[number].z[resample(ratios, WANDERERS, seed=derive(seed, f"wanderers {number}"))])
+        begun.append(looks[number].z[resample(ratios, MANY_WALKERS, seed=derive(seed, f"wanderers {number}"))])
     units = torch.stack([_full(looks[number].units) for number in usable])
-    ends, log_p = wander_together(chosen, torch.stack(begun), units, seed=derive(seed, "wandering"))
+    ends, log_p = move_walkers_together(chosen, torch.stack(begun), units, seed=derive(seed, "wandering"))
     return [_thin(looks[number], *parts) for number, *parts in zip(usable, ends, log_p, strict=True)]
 
 
-def _thin(look: _Look, ends: Tensor, log_p: Tensor) -> list[Lack]:
+def _thin(look: _Look, ends: Tensor, log_p: Tensor) -> list[MissedRegion]:
     """Return a place where the guide is too thin, if more draws came there than weights know of."""
     guide = _guide(look)
     ratios = (look.weights - guide.covered).double()
-    there = guide.is_thin(look.z, look.weights + look.log_q, by=DENSITY_GAP_OF_WALKERS)
-    thin = guide.is_thin(ends, log_p, by=DENSITY_GAP_OF_WALKERS)
-    return lack_of(ends, thin, torch.softmax(ratios, 0), there, WANDERED)
+    there = guide.is_under_covered(look.z, look.weights + look.log_q, by=DENSITY_GAP_OF_WALKERS)
+    thin = guide.is_under_covered(ends, log_p, by=DENSITY_GAP_OF_WALKERS)
+    return regions_of_walkers(ends, thin, torch.softmax(ratios, 0), there, BY_WALKERS)
 
 
-def _search(look: _Look, lacks: Sequence[Lack], symmetric: bool) -> Search:
+def _search(look: _Look, lacks: Sequence[MissedRegion], symmetric: bool) -> Search:
     """Put what was found into words."""
     paths = EACH * len(OUTWARDS) + PRIOR
     notes = (f"many data sets were fitted side by side, and the search for missed modes had {paths} paths for each",)

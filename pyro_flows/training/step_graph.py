@@ -54,7 +54,7 @@ class Step:
 
     @torch.no_grad()
     def __call__(
-        self, weights: Tensor, moments: Moments, x: Tensor, log_thinning: Tensor, rate: float, blend: float
+        self, weights: Tensor, moments: Moments, x: Tensor, log_importance_ratio: Tensor, rate: float, blend: float
     ) -> tuple[Tensor, Tensor, Moments]:
         """Return the loss, and the weights and moments after the step.
 
@@ -62,13 +62,13 @@ class Step:
             weights: before the step (W,).
             moments: likewise.
             x: base points (S, D).
-            log_thinning: as in :func:`pulled` (S,).
+            log_importance_ratio: as in :func:`pulled` (S,).
             rate: step size.
             blend: share of the forward divergence, ``forward`` in :func:`pulled`.
         """
         if self._whole is not None:
             try:
-                found = self._run(weights, moments, x, log_thinning, rate, blend)
+                found = self._run(weights, moments, x, log_importance_ratio, rate, blend)
             except torch.linalg.LinAlgError:
                 pass  # of some of the points, which the density itself goes around
             else:
@@ -76,16 +76,16 @@ class Step:
                 return found
         z, log_q, score_q, tape = self.passes.sample(x)
         log_p, score_p = self.density.value_and_grad(z)
-        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, forward=blend)
+        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_importance_ratio, forward=blend)
         return advance(weights, moments, self.passes.pull(tape, pull), terms, log_weights, rate)
 
     def _run(
-        self, weights: Tensor, moments: Moments, x: Tensor, log_thinning: Tensor, *dials: float
+        self, weights: Tensor, moments: Moments, x: Tensor, log_importance_ratio: Tensor, *dials: float
     ) -> tuple[Tensor, Tensor, Moments]:
         assert self._whole is not None
         for place, value in zip(self._dials.unbind(), dials, strict=True):
             place.fill_(value)  # a GPU need not wait for this
-        loss, new, *rest = self._whole(*self.passes.state, x, log_thinning, self._dials, weights, *moments)
+        loss, new, *rest = self._whole(*self.passes.state, x, log_importance_ratio, self._dials, weights, *moments)
         return loss, new, Moments(*rest)
 
     def possible(self, x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def _whole(density: LogDensity, graph: fx.GraphModule, kind: Kind, weights: Tens
 def stitched(graph: fx.GraphModule, kind: Kind, weights: Tensor, given: Sequence[Tensor] = ()) -> fx.GraphModule:
     """Return a step as one graph.
 
-    It takes ``(*state, x, *given, log_thinning, dials, weights, *moments)`` to ``(loss, weights, *moments)``.
+    It takes ``(*state, x, *given, log_importance_ratio, dials, weights, *moments)`` to ``(loss, weights, *moments)``.
 
     Args:
         graph: of the density: ``(z, *given)`` to values and gradients.
@@ -160,10 +160,10 @@ def stitched(graph: fx.GraphModule, kind: Kind, weights: Tensor, given: Sequence
 
 
 def _pulling(
-    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, log_thinning: Tensor, dials: Tensor
+    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, log_importance_ratio: Tensor, dials: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     log_p = log_p.to(log_q.dtype)
-    return pulled(log_p, score_p, log_q, score_q, log_thinning, forward=dials[1])
+    return pulled(log_p, score_p, log_q, score_q, log_importance_ratio, forward=dials[1])
 
 
 def _updating(

@@ -102,17 +102,17 @@ class Trainer:
             return
         if not self._drawn:
             self._look()
-        x, log_thinning = self._drawn.pop()
+        x, log_importance_ratio = self._drawn.pop()
         if self._step is None:
-            self._advance(*self._path(x, log_thinning), learning_rate)
+            self._advance(*self._path(x, log_importance_ratio), learning_rate)
             return
         if self._careful:
             possible = self._step.possible(x)
             self._left_out += torch.logical_not(possible).sum()
             x = torch.where(possible[:, None], x, 0.0)
-            log_thinning = torch.where(possible, log_thinning, -torch.inf)
+            log_importance_ratio = torch.where(possible, log_importance_ratio, -torch.inf)
         options = (learning_rate, self._blend)
-        loss, weights, self.moments = self._step(self.weights, self.moments, x, log_thinning, *options)
+        loss, weights, self.moments = self._step(self.weights, self.moments, x, log_importance_ratio, *options)
         self.weights.copy_(weights)
         self._pending.append(loss)
 
@@ -125,8 +125,8 @@ class Trainer:
         self._left_out.zero_()
         if self._recordable and done >= EAGER_STEPS:
             self._record()
-        x, log_thinning = self._points(LOOK_EVERY * self.batch, DEFENSIVE if self._blend else 0.0)
-        self._drawn = list(zip(x.split(self.batch), log_thinning.split(self.batch), strict=True))
+        x, log_importance_ratio = self._points(LOOK_EVERY * self.batch, DEFENSIVE if self._blend else 0.0)
+        self._drawn = list(zip(x.split(self.batch), log_importance_ratio.split(self.batch), strict=True))
 
     @torch.no_grad()
     def _advance(self, gradient: Tensor, terms: Tensor, log_weights: Tensor, learning_rate: float) -> None:
@@ -135,12 +135,12 @@ class Trainer:
         self.weights.copy_(weights)
         self._pending.append(loss)
 
-    def _path(self, x: Tensor, log_thinning: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _path(self, x: Tensor, log_importance_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the path gradient by autograd, the ELBO's terms and the log weights."""
         self.write()
         z, log_q, score_q = self.flow.sample_with_score(at=x)
         log_p, score_p = self.density.value_and_grad(z)
-        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_thinning, forward=self._blend)
+        pull, terms, log_weights = pulled(log_p, score_p, log_q, score_q, log_importance_ratio, forward=self._blend)
         return gradient_of((pull * z).sum(), self.parameters), terms, log_weights
 
     def _elbo(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,11 +15,11 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import LogDensity
 from pyro_flows.calibration.untrained import CORRECTED_SLICES, _Trial, _weighed
+from pyro_flows.fitting.laplace_grid import AT_ONCE
 from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS
-from pyro_flows.fitting.slicing import AT_ONCE
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.slices_together import FEWEST, SIDE, Bent, _table, bent, slices_together
+from pyro_flows.modes.laplace_grid_together import FEWEST, SIDE, Bent, _table, bent, grids_together
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.starts.together import starts_together
 from tests.calibration.models import data_sets, regression
@@ -70,7 +70,7 @@ def starts(stack):
 
 @pytest.fixture(scope="module")
 def tables(stack, starts):
-    return slices_together(stack, starts, bent(stack, starts))
+    return grids_together(stack, starts, bent(stack, starts))
 
 
 def test_the_coordinate_along_which_others_are_normal_is_found(stack, starts):
@@ -122,7 +122,7 @@ def test_without_a_site_of_one_coordinate_there_are_no_slices():
 
 def test_a_posterior_that_is_not_bent_gets_no_slices(stack, starts):
     straight = Bent(torch.full((COUNT,), AT), torch.zeros(COUNT).double())
-    assert slices_together(stack, starts, straight) == [None] * COUNT
+    assert grids_together(stack, starts, straight) == [None] * COUNT
 
 
 def parts(count: int = 2 * len(SIDE) + 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +165,7 @@ BANANAS = [torch.tensor(y) for y in (0.0, 0.5, 1.0, -0.5, 0.3)]
 def test_slices_that_are_not_normal_are_not_taken():
     stack = Stack([LogDensity(banana, (y,)) for y in BANANAS])
     starts = starts_together(stack, seed=0, df=15.0)
-    tables = slices_together(stack, starts, bent(stack, starts))
+    tables = grids_together(stack, starts, bent(stack, starts))
     made = [part for part in zip(stack.densities, starts, tables, strict=True) if part[-1] is not None]
     assert made
     for density, start, table in made:

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from pyro_flows import LogDensity, McmcDraws
-from pyro_flows.correction import rungs
+from pyro_flows.correction import fallback
 from pyro_flows.correction.judging import around
-from pyro_flows.correction.search import MISS, OF_CHAINS, TOO_LITTLE, held_out, lacks_of_chains
+from pyro_flows.correction.search import MISS, OF_CHAINS, TOO_LITTLE, held_out, missed_by_chains
 from pyro_flows.modes import missed_modes
-from pyro_flows.modes.doubts import UNWEIGHED
-from pyro_flows.modes.lacks import Lack
-from pyro_flows.modes.thin import WANDERED
+from pyro_flows.modes.missed_regions import MissedRegion
+from pyro_flows.modes.under_covered import BY_WALKERS
+from pyro_flows.modes.unverified_modes import UNWEIGHED
 from pyro_flows.starts.start import Start
 from tests.correction.test_refine import GOOD
 
@@ -32,7 +32,7 @@ from tests.correction.test_refine import GOOD
     ],
 )
 def test_chains_that_only_lack_draws_get_them(changed, enough):
-    assert rungs._only_lacks_draws(dataclasses.replace(GOOD, **changed)) == enough
+    assert fallback._only_lacks_draws(dataclasses.replace(GOOD, **changed)) == enough
 
 
 def test_a_search_begins_at_chains_that_the_moments_are_not_of():
@@ -74,10 +74,10 @@ def test_what_chains_hold_does_not_hide_what_a_later_search_finds(monkeypatch):
     density, chains = normal_chains()
     near, far = torch.zeros(3, dtype=torch.float64), torch.full((3,), 5.0, dtype=torch.float64)
     one = torch.ones(3, dtype=torch.float64)
-    monkeypatch.setattr(missed_modes, "mirrored", lambda *_: [Lack(near, Start("mirrored", near, one))])
-    tail = Lack(far, Start(WANDERED, far, one), beside=True)
-    monkeypatch.setattr(missed_modes, "too_thin", lambda *_, **__: [tail])
-    found = lacks_of_chains(density, chains, lambda points: density(points), 0.0, 0.0, [], seed=0)
+    monkeypatch.setattr(missed_modes, "mirrored", lambda *_: [MissedRegion(near, Start("mirrored", near, one))])
+    tail = MissedRegion(far, Start(BY_WALKERS, far, one), beside=True)
+    monkeypatch.setattr(missed_modes, "under_covered_region", lambda *_, **__: [tail])
+    found = missed_by_chains(density, chains, lambda points: density(points), 0.0, 0.0, [], seed=0)
     assert len(found.failures) == 1
     assert found.failures[0].startswith(TOO_LITTLE)
     assert not found.stages, "draws that wandered have no place that longer chains could be held to"
@@ -89,12 +89,12 @@ def test_a_place_of_untold_mass_is_told_by_chains_that_begin_there(monkeypatch, 
     density, chains = normal_chains()
     far = torch.full((3,), 5.0, dtype=torch.float64)
 
-    def climbed(guide, modes, z, log_q, untold, *, seed):
-        untold.append(Lack(far, Start("mode", far, torch.ones(3, dtype=torch.float64))))
+    def climbed(guide, modes, z, log_q, unresolved, *, seed):
+        unresolved.append(MissedRegion(far, Start("mode", far, torch.ones(3, dtype=torch.float64))))
         return []
 
     monkeypatch.setattr(missed_modes, "climbed", climbed)
-    for name in ("surveyed", "too_thin"):
+    for name in ("surveyed", "under_covered_region"):
         monkeypatch.setattr(missed_modes, name, lambda *_, **__: [])
     asked = []
 
@@ -103,7 +103,7 @@ def test_a_place_of_untold_mass_is_told_by_chains_that_begin_there(monkeypatch, 
         return joined
 
     given = (lambda points: density(points), 0.0, 0.0, [])
-    found = lacks_of_chains(density, chains, *given, seed=0, joined=come_to_the_others)
+    found = missed_by_chains(density, chains, *given, seed=0, joined=come_to_the_others)
     assert found.notes == ([] if joined else [UNWEIGHED])
     assert not found.failures
     assert torch.equal(asked[0], far[None])
@@ -122,9 +122,9 @@ def test_a_region_that_is_known_to_hold_next_to_nothing_need_not_be_visited(monk
         pyro.factor("place", torch.logaddexp(own, there - 20.0) - own)
 
     density, chains = LogDensity(model), normal_chains()[1]
-    monkeypatch.setattr(missed_modes, "mirrored", lambda *_: [Lack(far, Start("mode", far, size))])
+    monkeypatch.setattr(missed_modes, "mirrored", lambda *_: [MissedRegion(far, Start("mode", far, size))])
     for evidence, failures in ((0.0, 0), (-20.0, 1)):
-        found = lacks_of_chains(density, chains, lambda points: density(points), 0.0, evidence, [], seed=0)
+        found = missed_by_chains(density, chains, lambda points: density(points), 0.0, evidence, [], seed=0)
         assert len(found.failures) == failures
 
 
@@ -134,9 +134,9 @@ def test_later_chains_are_held_to_what_earlier_ones_lacked(monkeypatch, place, h
     density, chains = normal_chains()
     at, one = torch.full((3,), place, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     far = torch.full((3,), 30.0, dtype=torch.float64)
-    monkeypatch.setattr(missed_modes, "mirrored", lambda *_: [Lack(far, Start("mirrored", far, one))])
+    monkeypatch.setattr(missed_modes, "mirrored", lambda *_: [MissedRegion(far, Start("mirrored", far, one))])
     given = (density, chains, lambda points: density(points), 0.0, 0.0)
-    first = lacks_of_chains(*given, [], seed=0)
+    first = missed_by_chains(*given, [], seed=0)
     assert [said.startswith(MISS) for said in first.failures] == [True]
     (stage,) = first.stages
     assert stage.stage in OF_CHAINS
@@ -144,5 +144,5 @@ def test_later_chains_are_held_to_what_earlier_ones_lacked(monkeypatch, place, h
     monkeypatch.setattr(missed_modes, "mirrored", lambda *_: [])
     entry = stage.as_dict()
     entry["details"] = {**entry["details"], "places": [at.tolist()]}  # as if the chains went there
-    again = lacks_of_chains(*given, [entry], seed=0)
+    again = missed_by_chains(*given, [entry], seed=0)
     assert again.failures == ([] if held else first.failures)

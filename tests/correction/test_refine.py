@@ -13,15 +13,15 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
+from pyro_flows.correction.fallback import which
 from pyro_flows.correction.judging import disagreements
 from pyro_flows.correction.kept import STATS
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.rungs import which
 from pyro_flows.correction.search import _Regions, bridge
 from pyro_flows.correction.starts import NoStart, affine_flow, flow_of, starting_points
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.modes.lacks import Lack
-from pyro_flows.modes.thin import WANDERED
+from pyro_flows.modes.missed_regions import MissedRegion
+from pyro_flows.modes.under_covered import BY_WALKERS
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict import chains as judged
 from pyro_flows.verdict import thresholds
@@ -381,7 +381,7 @@ def test_what_a_fit_cannot_do_is_refined():
 def test_a_fit_tries_chains_after_a_first_round_that_is_not_enough(monkeypatch):
     from pyro_flows.fitting.rounds import Round
 
-    monkeypatch.setattr(Round, "enough", property(lambda self: False))
+    monkeypatch.setattr(Round, "stopping", property(lambda self: False))
     for module in ("methods", "flow_training"):
         monkeypatch.setattr(f"pyro_flows.fitting.{module}.invisible", lambda *_, **__: False)
     found = pf.fit(schools, Y, progress=False, max_steps=800)
@@ -496,7 +496,7 @@ def test_bridge_sampling():
 
 
 @pytest.mark.parametrize(("share", "enough"), [(0.3, True), (0.1, False), (0.0, False)])
-def test_regions_have_to_have_their_mass(share, enough):
+def test_regions_have_to_have_their_mass(share, stopping):
     """.7 N(4, 1) + .3 N(-4, 1): chains that have too little of the smaller mode do not cover it."""
     torch.manual_seed(0)
     density = pf.LogDensity(two, (torch.tensor(4.0, dtype=REAL),))
@@ -506,9 +506,9 @@ def test_regions_have_to_have_their_mass(share, enough):
     evidence = 0.0  # both halves of the sum are normalized
     regions = _Regions(density, chains, evidence, 0)
     loc, scale = torch.tensor([-4.0, 0.0, 0.0], dtype=REAL), torch.eye(3, dtype=REAL)
-    assert regions.visited(loc, scale) is enough
-    assert regions.visited(loc, torch.ones(3, dtype=REAL)) is enough
-    assert regions.cover([Lack(loc, Start(WANDERED, loc, scale))]) == [False]
+    assert regions.visited(loc, scale) is stopping
+    assert regions.visited(loc, torch.ones(3, dtype=REAL)) is stopping
+    assert regions.cover([MissedRegion(loc, Start(BY_WALKERS, loc, scale))]) == [False]
 
 
 def check_disagreement(scale, shift, said):
@@ -546,8 +546,8 @@ def test_chains_that_stay_out_of_a_tail_are_found():
 
 def test_looks_between_are_at_the_worst_coordinates(narrow, monkeypatch):
     """All coordinates decide; between, those that were the worst."""
-    from pyro_flows.correction import enough
     from pyro_flows.correction import sampler as module
+    from pyro_flows.correction import stopping
 
     seen = []
 
@@ -558,7 +558,7 @@ def test_looks_between_are_at_the_worst_coordinates(narrow, monkeypatch):
     original = module.examined
     monkeypatch.setattr(module, "examined", examined)
     monkeypatch.setattr(module, "WATCHED", 3)
-    monkeypatch.setattr(enough, "ESS_OF_CHAINS_SPARE", 4.0)
+    monkeypatch.setattr(stopping, "ESS_OF_CHAINS_SPARE", 4.0)
     found = narrow.refine()
     assert set(seen[:-1]) == {3}
     assert seen[-2:] == [3, None]  # the figures that the sampler stopped by are those of the verdict
@@ -592,5 +592,5 @@ def test_a_search_is_not_made_twice(refined, monkeypatch, searched, thinner, cou
     def score(z):
         return refined.density(z) - thinner
 
-    module.lacks_of_chains(refined.density, refined.chains, score, 0.0, 0.0, [], seed=0, searched=searched)
+    module.missed_by_chains(refined.density, refined.chains, score, 0.0, 0.0, [], seed=0, searched=searched)
     assert len(made) == count

@@ -69,7 +69,7 @@ def test_a_training_that_ended_too_early_goes_on(monkeypatch):
         return len(looks) == 3  # two looks at the start, and the first one while training
 
     for module in (methods, flow_training):
-        monkeypatch.setattr(module, "invisible", unsure)
+        monkeypatch.setattr(module, "shift_is_noise", unsure)
     found, rounds = fitted(skewed)
     assert [stage["steps"] for stage in rounds[:1]] == [160 + COOL_EARLY]
     assert rounds[1]["steps"] >= 1000
@@ -92,7 +92,7 @@ def test_training_does_not_go_on_for_the_tail_of_even_weights(monkeypatch, refin
 
     assess = methods.assess
     for module in (methods, flow_training):
-        monkeypatch.setattr(module, "invisible", sure_once)
+        monkeypatch.setattr(module, "shift_is_noise", sure_once)
         monkeypatch.setattr(module, "assess", tail_in_doubt)
     found, rounds = fitted(skewed, refine=refine)
     assert len(rounds) == count
@@ -110,13 +110,13 @@ def test_no_glance_at_the_modes_of_a_long_model(monkeypatch, steps, glances):
     """A survey takes hundreds of evaluations, and 200 steps of a recursion are as dear as many numbers."""
     seen = []
 
-    def several(density, *given, barrier, **told):
+    def multimodal(density, *given, barrier, **told):
         seen.extend([density.dim] if barrier else [])
 
     def race(*_):
         raise RaceBegins
 
-    monkeypatch.setattr(methods, "several", several)
+    monkeypatch.setattr(methods, "multimodal", multimodal)
     monkeypatch.setattr(flow_training, "_race", race)
 
     def recursion(y):
@@ -148,7 +148,7 @@ INVISIBLE = [
 
 @pytest.mark.parametrize(("changes", "wanted"), INVISIBLE)
 def test_invisible_from_both_sides(changes, wanted):
-    assert criteria.invisible(round_of(**changes).weighing) is wanted
+    assert criteria.shift_is_noise(round_of(**changes).weighing) is wanted
 
 
 EVEN = [({"ess": 985.0}, True), ({"ess": 975.0}, False), ({"ess": 985.0, "k_hat": 0.5}, False),

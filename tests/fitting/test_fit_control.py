@@ -313,7 +313,7 @@ def test_an_interrupted_training_keeps_what_it_learned(monkeypatch):
 
 
 def test_a_first_round_that_is_not_enough_is_the_only_one(monkeypatch):
-    monkeypatch.setattr("pyro_flows.fitting.methods.several", lambda *_, **__: None)
+    monkeypatch.setattr("pyro_flows.fitting.methods.multimodal", lambda *_, **__: None)
     monkeypatch.setattr(rounds.Round, "enough", False)
     found = pf.fit(model, Y, **{**QUICK, "max_steps": 40, "escalate": True, "refine": False})
     (only,) = (stage for stage in found.history if stage["batch"])

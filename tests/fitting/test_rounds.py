@@ -19,9 +19,9 @@ from pyro_flows.fitting.combine import _take
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import _in_vain
 from pyro_flows.fitting.fit import default_steps
+from pyro_flows.fitting.multimodal import MultimodalCandidate
 from pyro_flows.fitting.rounds import Round, assess, unweighed
 from pyro_flows.fitting.selection import begin
-from pyro_flows.fitting.several import Several
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import Recipe, set_df
@@ -79,10 +79,10 @@ def test_enough_from_both_sides(changes, enough):
 
 
 def test_a_round_whose_weights_are_even_but_for_their_tail():
-    assert round_of(k_hat=0.5, ess=951.0).lacks_a_tail
-    assert not round_of(k_hat=0.49, ess=951.0).lacks_a_tail
-    assert not round_of(k_hat=0.5, ess=949.0).lacks_a_tail
-    assert not Round(None, unweighed(2, 7.0), DONE, Stage("first round")).lacks_a_tail
+    assert round_of(k_hat=0.5, ess=951.0).only_k_hat_fails
+    assert not round_of(k_hat=0.49, ess=951.0).only_k_hat_fails
+    assert not round_of(k_hat=0.5, ess=949.0).only_k_hat_fails
+    assert not Round(None, unweighed(2, 7.0), DONE, Stage("first round")).only_k_hat_fails
 
 
 def test_the_better_round_has_the_better_verdict_then_the_better_elbo():
@@ -207,7 +207,7 @@ def test_chains_go_with_the_flow_that_they_began_at(taken):
     if taken == "a mixture":
         found.sampler = FlowMixture([flow, flow])
     if taken == "a table of coordinates":
-        assert _take(found, Several(location_scale(2, base="normal"), "tables", Stage("tables"), True))
+        assert _take(found, MultimodalCandidate(location_scale(2, base="normal"), "tables", Stage("tables"), True))
     assert found.chains is (chains if taken == "nothing" else None)
 
 

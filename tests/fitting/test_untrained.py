@@ -11,17 +11,17 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows._progress import Bar
+from pyro_flows.correction.fallback import _gone_on
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.microcanonical import microcanonical
-from pyro_flows.correction.rungs import _gone_on
 from pyro_flows.correction.sampler import ROUND, Sampler
 from pyro_flows.correction.search import held_by
-from pyro_flows.correction.untrained import attempt_untrained
+from pyro_flows.correction.untrained import chains_of_gaussian
 from pyro_flows.fitting.selection import begin
-from pyro_flows.flows.parts import location_scale, untrained_twin
+from pyro_flows.flows.parts import affine_base_of, location_scale
 from pyro_flows.flows.recipe import latent_recipe, set_df
-from pyro_flows.modes.lacks import Lack
-from pyro_flows.modes.thin import WANDERED
+from pyro_flows.modes.missed_regions import MissedRegion
+from pyro_flows.modes.under_covered import BY_WALKERS
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import COOL_TRIED, STALLED, Budget, Look, train
 from pyro_flows.training.trainer import Trainer
@@ -53,7 +53,7 @@ def two_sided(masses, aside=0.0):
 def attempted(model, loc, scale, **options):
     density = pf.LogDensity(model)
     names = [f"z[{i}]" for i in range(DIM)]
-    return attempt_untrained(Start("given", loc, scale), density, names, 4000, seed=0, bar=Bar("", False), **options)
+    return chains_of_gaussian(Start("given", loc, scale), density, names, 4000, seed=0, bar=Bar("", False), **options)
 
 
 def test_a_bent_posterior_in_many_dimensions_is_sampled_and_not_trained():
@@ -147,7 +147,7 @@ class Paced:
     def figures(self):
         return replace(self.found, nested_r_hat=self.others)
 
-    def to_come(self, found):
+    def gradients_needed(self, found):
         return 200_000.0 * (1500.0 / found.ess_tail - 1.0)
 
 
@@ -276,11 +276,11 @@ def test_chains_hold_what_they_go_in_and_out_of():
     right.z[..., 0] = 3.0 + (z[..., 0] - 3.0 * side)
     loc, scale = torch.zeros(DIM).double(), ONES.clone()
     loc[0], scale[0] = -3.0, 0.5
-    lack = Lack(loc, Start("climbed", loc, scale))
+    lack = MissedRegion(loc, Start("climbed", loc, scale))
     evidence = math.log(0.5)  # two normals of sd a half, by half of the mass each
     assert held_by(density, both, [lack], evidence, seed=0)
     assert not held_by(density, right, [lack], evidence, seed=0)
-    assert held_by(density, right, [Lack(loc, Start(WANDERED, loc, scale))], evidence, seed=0)
+    assert held_by(density, right, [MissedRegion(loc, Start(BY_WALKERS, loc, scale))], evidence, seed=0)
 
 
 @pytest.mark.parametrize("dim", [3, 250])
@@ -290,7 +290,7 @@ def test_a_look_at_an_untrained_flow_is_one_at_its_affine_map(name, dim):
     recipe = latent_recipe(name, {}, affine="auto", base="student_t", df=15.0)
     flow = recipe.build_for_latents(dim).double()
     start = Start("given", torch.linspace(-1.0, 1.0, dim).double(), torch.linspace(0.5, 2.0, dim).double())
-    twin = untrained_twin(flow)
+    twin = affine_base_of(flow)
     found = []
     for one in (flow, twin):
         begin(set_df(one, 30.0), start)

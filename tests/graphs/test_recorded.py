@@ -11,7 +11,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import LogDensity
-from pyro_flows.graphs.bindings import quicken
+from pyro_flows.graphs.bindings import peephole
 from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.recording import record
 from pyro_flows.training import loop
@@ -34,7 +34,7 @@ def run(function, *inputs: Tensor):
     module = record(function, *inputs)
     others = [part + 0.3 * torch.cos(part) for part in inputs]
     with torch.no_grad():
-        return module(*others), quicken(module)(*others), function(*others), module
+        return module(*others), peephole(module)(*others), function(*others), module
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_parameters_are_no_constants():
     module = record(lambda x: (weight.exp() * x).detach(), torch.ones(2))
     with torch.no_grad():
         weight.fill_(0.0)
-        assert torch.equal(quicken(module)(torch.ones(2)), torch.ones(2))
+        assert torch.equal(peephole(module)(torch.ones(2)), torch.ones(2))
 
 
 def test_draws_are_not_shared():
@@ -144,7 +144,7 @@ def test_draws_are_not_shared():
         return torch.randn_like(x), torch.randn_like(x)
 
     module = record(function, torch.zeros(4))
-    first, second = quicken(module)(torch.zeros(4))
+    first, second = peephole(module)(torch.zeros(4))
     assert not torch.equal(first, second)
 
 
@@ -199,7 +199,7 @@ def test_numbers_that_are_held_as_tensors_change_no_type(dtype):
 
     module = record(function, torch.arange(1, 7).to(dtype))
     x = torch.arange(2, 8).to(dtype)
-    for one, value in zip(quicken(module)(x), function(x), strict=True):
+    for one, value in zip(peephole(module)(x), function(x), strict=True):
         assert one.dtype == value.dtype
         assert torch.equal(one, value)
 

@@ -13,9 +13,9 @@ from torch.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows.modes import climbs as module
-from pyro_flows.modes import doubts
-from pyro_flows.modes.lacks import Lack, to_name
+from pyro_flows.modes import unverified_modes
 from pyro_flows.modes.missed_modes import missed_modes
+from pyro_flows.modes.missed_regions import MissedRegion, to_name
 from pyro_flows.starts.start import Start
 from tests.registry import normal
 
@@ -32,7 +32,7 @@ def apart(places, dim=1):
     return pf.LogDensity(model)
 
 
-def lacking(density, guide, modes=()):
+def missing_mass(density, guide, modes=()):
     z = guide.sample((200,))
     return missed_modes(density, modes, z, guide.log_prob(z), guide.log_prob).failures
 
@@ -47,33 +47,33 @@ def test_a_saddle_says_nothing():
     torch.manual_seed(0)
     one = torch.ones(1, dtype=torch.float64)
     modes = [Start("", at * one, one, evidence=evidence) for at, evidence in ((5.0, 0.9), (-5.0, 0.9), (0.0, -11.6))]
-    assert lacking(apart([-5.0, 5.0]), gauss(0.0, 5.0), modes) == []
+    assert missing_mass(apart([-5.0, 5.0]), gauss(0.0, 5.0), modes) == []
 
 
 def test_a_mode_of_the_portfolio_that_the_guide_lacks_is_named():
     torch.manual_seed(0)
     one = torch.ones(1, dtype=torch.float64)
     modes = [Start("", at * one, one.diag(), evidence=0.9) for at in (5.0, -5.0)]
-    (found,) = lacking(apart([-5.0, 5.0]), gauss(5.0, 1.0), modes)
+    (found,) = missing_mass(apart([-5.0, 5.0]), gauss(5.0, 1.0), modes)
     assert re.search(r"misses a mode near z\[0\] = -(4\.9|5)", found)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 6])
 def test_a_mode_that_nobody_knew_of_is_found_from_outside(dim):
     torch.manual_seed(0)
-    (found,) = lacking(apart([0.0, 10.0], dim), gauss(0.0, 1.0, dim))
+    (found,) = missing_mass(apart([0.0, 10.0], dim), gauss(0.0, 1.0, dim))
     assert found.endswith("misses a mode near z[0] = 10")
 
 
 def test_a_guide_that_is_right_lacks_nothing():
     torch.manual_seed(0)
-    assert lacking(apart([0.0], 4), gauss(0.0, 1.0, 4)) == []
+    assert missing_mass(apart([0.0], 4), gauss(0.0, 1.0, 4)) == []
 
 
 def test_tails_that_are_too_thin_are_no_mode():
     """The guide is half as wide as the density, and has its due at the only maximum."""
     torch.manual_seed(0)
-    (found,) = lacking(apart([0.0]), gauss(0.0, 0.5))
+    (found,) = missing_mass(apart([0.0]), gauss(0.0, 0.5))
     assert re.search(r"has too little mass near z\[0\] = -?[23]", found)
 
 
@@ -88,7 +88,7 @@ def test_the_top_of_what_a_guide_covers_is_no_missed_mode():
 
 def test_a_missed_mode_is_named_before_a_thin_tail():
     place = torch.zeros(2)
-    tail, mode = (Lack(place, Start("mode", place, place), beside=beside) for beside in (True, False))
+    tail, mode = (MissedRegion(place, Start("mode", place, place), beside=beside) for beside in (True, False))
     assert to_name([tail, mode]) == [mode]
     assert to_name([tail]) == [tail]
 
@@ -102,7 +102,7 @@ def test_a_small_mode_does_not_count():
         pyro.factor("modes", torch.logsumexp(ends, 0) + torch.zeros((), dtype=torch.float64))
 
     torch.manual_seed(0)
-    assert lacking(pf.LogDensity(model), gauss(0.0, 1.0)) == []
+    assert missing_mass(pf.LogDensity(model), gauss(0.0, 1.0)) == []
 
 
 def wells(z):
@@ -217,7 +217,7 @@ def test_paths_to_the_guides_own_mode_leave_room_for_others(monkeypatch):
         raise Measured(gaussians.loc)
 
     monkeypatch.setattr(module, "temper", measured)
-    monkeypatch.setattr(doubts, "LOOKED_AT", 1)
+    monkeypatch.setattr(unverified_modes, "LOOKED_AT", 1)
     z = draw(1000) + center
     with pytest.raises(Measured) as caught:
         missed_modes(pf.LogDensity(model), [], z, score(z), score)
@@ -237,7 +237,7 @@ def test_an_image_in_hundreds_of_dimensions_that_only_poor_normals_come_to(both,
     Where Hessians are too dear, the search says that it could not weigh a place.
     """
     if dear:
-        monkeypatch.setattr(doubts, "CURVED_UP_TO", 0)
+        monkeypatch.setattr(unverified_modes, "CURVED_UP_TO", 0)
     dim = 220
     order = torch.cat([torch.arange(dim // 2, dim), torch.arange(dim // 2)])
     root = torch.diag(10.0 ** (0.4 * normal(dim, seed=3))) @ torch.linalg.qr(normal(dim, dim, seed=4))[0]
@@ -261,6 +261,6 @@ def test_an_image_in_hundreds_of_dimensions_that_only_poor_normals_come_to(both,
         z[::2] = z[::2][:, order]
     search = missed_modes(pf.LogDensity(model), [], z, score(z), score)
     assert bool(search.lacks) == (not both and not dear)
-    assert search.notes == ((doubts.UNWEIGHED,) if dear else ())
+    assert search.notes == ((unverified_modes.UNWEIGHED,) if dear else ())
     for lack in search.lacks:
         assert half.log_prob(lack.place[order]) > half.log_prob(center) - 0.1

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows.flows.nested import outer_flow, with_tails
+from pyro_flows.flows.gaussian_conditionals import marginal_flow, with_tails
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.modes.conditionals import conditional
-from pyro_flows.modes.hyper import can_be_nested, held_coordinates
-from pyro_flows.modes.outer import fit_flow, sampled
+from pyro_flows.modes.hyperparameter_marginal import fit_flow, sampled
+from pyro_flows.modes.hyperparameters import can_have_conditionals, hyperparameters_of
 from pyro_flows.transforms import DiagonalAffine
 from pyro_flows.transforms.nested import Nested, Terms
 
@@ -66,7 +66,7 @@ def about(density: pf.LogDensity) -> Tensor:
 
 def held_of(density: pf.LogDensity) -> list[int]:
     torch.manual_seed(0)
-    return held_coordinates(density, about(density))
+    return hyperparameters_of(density, about(density))
 
 
 def given_of(density: pf.LogDensity, held: list[int]):
@@ -75,7 +75,7 @@ def given_of(density: pf.LogDensity, held: list[int]):
 
 
 def test_scales_and_slopes_are_held(density):
-    assert can_be_nested(density)
+    assert can_have_conditionals(density)
     assert held_of(density) == [1, 2, 3]  # tau, b and s, and not mu
     single = pf.LogDensity(errors, (X.float(), Y.float()))
     assert held_of(single) == [1, 2, 3]
@@ -130,7 +130,7 @@ def test_the_flow_is_the_posterior(density):
     torch.manual_seed(3)
     sample = sampled(given.marginal, torch.zeros(3).double(), torch.eye(3).double())
     flow = with_tails(given.flow(4), 6.0)
-    share, k_hat = fit_flow(*outer_flow(flow, sample.loc, sample.root), given.marginal, sample)
+    share, k_hat = fit_flow(*marginal_flow(flow, sample.loc, sample.root), given.marginal, sample)
     z, log_q = flow.draw(4000)
     ratios = (density(z) - log_q).detach()
     weights = torch.softmax(ratios, 0)

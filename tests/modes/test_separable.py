@@ -106,10 +106,10 @@ def test_a_table_is_followed_into_its_tails_and_valleys():
     flow = tabulated(values, log_p)
     near = log_p[0] > log_p.max() - 14.0
     found = flow.log_prob(values[0][near][:, None]).detach()
-    heavier = (log_p[0][near] - found).exp()  # weight of a draw there
-    mass = heavier * found.exp()
-    assert float(heavier[log_p[0][near] > log_p.max() - 9.0].max()) < 1.1
-    assert float((mass * (heavier - 1.0).square()).sum() / mass.sum()) < 1e-3
+    modes_with_mass = (log_p[0][near] - found).exp()  # weight of a draw there
+    mass = modes_with_mass * found.exp()
+    assert float(modes_with_mass[log_p[0][near] > log_p.max() - 9.0].max()) < 1.1
+    assert float((mass * (modes_with_mass - 1.0).square()).sum() / mass.sum()) < 1e-3
     beyond = torch.tensor([[-4.5], [4.5]], dtype=torch.float64)
     assert bool((flow.log_prob(beyond) > log_p[0, [1000, -1001]]).all())  # the tails are heavier
 
@@ -129,7 +129,7 @@ def test_both_are_rebuilt_from_what_files_say(make):
     torch.testing.assert_close(again.log_prob(z), log_q, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow  # eight modes on a line, in fitting/test_several.py, are tabulated too
+@pytest.mark.slow  # eight modes on a line, in fitting/test_multimodal.py, are tabulated too
 def test_many_well_has_65536_modes():
     target = targets.TARGETS["many_well"]
     posterior = pf.fit(target.model, progress=False)

@@ -12,9 +12,9 @@ from torch.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows.modes import climbs
-from pyro_flows.modes.lacks import Guide
 from pyro_flows.modes.missed_modes import missed_modes
-from pyro_flows.modes.population import Parts, begun, fitted, generation
+from pyro_flows.modes.missed_regions import Guide
+from pyro_flows.modes.population_monte_carlo import Parts, begun, fitted, generation
 from pyro_flows.modes.survey import Survey, can_be_surveyed, climbed_from, has_new, survey
 from pyro_flows.starts.prior import prior_draws
 
@@ -35,7 +35,7 @@ def normals(centers, sds, weights=None):
     return pf.LogDensity(model)
 
 
-def scattered(count, dim, distance, seed):
+def tempered_mixture(count, dim, distance, seed):
     """Places at one distance from 0: in a row, on a regular polygon, or in random directions, none near another."""
     if dim == 1:
         return distance * torch.arange(count, dtype=torch.float64)[:, None]
@@ -62,7 +62,7 @@ def test_modes_that_differ_in_one_of_many_coordinates_are_two(dim):
 
 @pytest.mark.parametrize(("count", "dim", "distance"), [(8, 1, 20.0), (7, 2, 10.0), (7, 10, 15.0), (4, 20, 12.0)])
 def test_all_modes_are_met(count, dim, distance):
-    centers = scattered(count, dim, distance, seed=dim)
+    centers = tempered_mixture(count, dim, distance, seed=dim)
     found = met(normals(centers, [1.0] * count))
     apart = torch.cdist(centers, found.modes)
     assert found.over
@@ -99,7 +99,7 @@ def test_what_a_climb_adds_is_new():
 def test_a_survey_goes_on_from_where_its_sampler_is_thin():
     """Two touching normals hid a narrow one: what is known of the pair must not be a normal at its mode alone."""
     centers = torch.zeros(5, 11).double()
-    for number, row in enumerate(scattered(5, 11, 6.0, seed=3)):
+    for number, row in enumerate(tempered_mixture(5, 11, 6.0, seed=3)):
         centers[number] = row
     centers[1] = centers[0] + 1.3 * torch.nn.functional.normalize(centers[0] - centers[2], dim=0)
     density = normals(centers, [0.5, 0.9, 0.45, 0.9, 0.9])
@@ -114,7 +114,7 @@ def test_a_survey_goes_on_from_where_its_sampler_is_thin():
 
 
 def test_it_is_the_same_with_the_same_seed():
-    density = normals(scattered(4, 3, 8.0, seed=0), [1.0] * 4)
+    density = normals(tempered_mixture(4, 3, 8.0, seed=0), [1.0] * 4)
     one, two = met(density, seed=5), met(density, seed=5)
     assert torch.equal(one.modes, two.modes)
     assert one.met.tolist() == two.met.tolist()
@@ -133,7 +133,7 @@ def test_a_model_that_runs_draw_by_draw_is_not_surveyed():
 
 def test_the_search_finds_what_few_paths_do_not():
     """Seven normals, of which the guide has the three that paths had led to: the verdict was ``corrected``."""
-    centers = scattered(7, 10, 15.0, seed=7)
+    centers = tempered_mixture(7, 10, 15.0, seed=7)
     density = normals(centers, [1.4, 0.8, 0.7, 0.9, 0.75, 1.0, 0.85])
     known = [0, 2, 4]
     guide = dist.MixtureSameFamily(

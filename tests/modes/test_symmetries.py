@@ -15,13 +15,13 @@ from pyro.infer import config_enumerate
 from pyro.ops.indexing import Vindex
 
 import pyro_flows as pf
-from pyro_flows.fitting import combine, run
+from pyro_flows.fitting import combine, methods
 from pyro_flows.modes import missed_modes as modes
-from pyro_flows.modes.lacks import Lack
 from pyro_flows.modes.missed_modes import Search, missed_modes
+from pyro_flows.modes.missed_regions import MissedRegion
 from pyro_flows.modes.move import Move, Unit
 from pyro_flows.modes.symmetries import Image, _joining, _moved, group, images, moves, signed_permutation
-from pyro_flows.modes.thin import WANDERED
+from pyro_flows.modes.under_covered import BY_WALKERS
 from pyro_flows.starts.start import Start
 from tests.models import real
 from tests.registry import normal
@@ -235,7 +235,7 @@ def look(density, z, score):
 def exact_moves_alone(monkeypatch):
     """Other searches find nothing: what is found, exact moves have found."""
     monkeypatch.setattr(modes, "climbed", lambda *_, **__: [])
-    monkeypatch.setattr(modes, "too_thin", lambda *_, **__: [])
+    monkeypatch.setattr(modes, "under_covered_region", lambda *_, **__: [])
 
 
 def check_half(dim):
@@ -383,7 +383,7 @@ def test_a_group_may_be_too_large():
 
 def test_a_mirrored_mode_costs_no_second_run(monkeypatch):
     """Both halves, one trained flow; saved and drawn from as any mixture. These coordinates would be tabulated."""
-    monkeypatch.setattr(run, "several", lambda *_, **__: None)
+    monkeypatch.setattr(methods, "multimodal", lambda *_, **__: None)
 
     def model(y):
         a = pyro.sample("a", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
@@ -401,7 +401,7 @@ def test_a_mirrored_mode_costs_no_second_run(monkeypatch):
 
 
 def test_a_move_that_leaves_the_support_at_some_draws_is_no_symmetry(monkeypatch):
-    monkeypatch.setattr(modes, "with_twins", lambda guide, lacks, *_: lacks)
+    monkeypatch.setattr(modes, "with_symmetric_modes", lambda guide, lacks, *_: lacks)
     density, one, _ = mirrored(2)
     for kept, known in ((200, True), (150, False)):
 
@@ -422,7 +422,7 @@ def test_symmetries_that_are_too_many_leave_the_copies_that_there_are(monkeypatc
     searches = [[flip(5, 0)], every, []]
 
     def search(plan, density, found):
-        lacks = tuple(Lack(far, Start("mirrored", far, far), move) for move in searches.pop(0))
+        lacks = tuple(MissedRegion(far, Start("mirrored", far, far), move) for move in searches.pop(0))
         found.search = Search(lacks)
 
     def add(plan, prepared, found, lack):
@@ -443,7 +443,7 @@ def test_symmetries_that_are_too_many_leave_the_copies_that_there_are(monkeypatc
 def test_no_run_is_added_where_a_flow_is_only_thin(monkeypatch):
     """It would begin where the flow is already; a missed mode next to it is another matter."""
     far = torch.full((2,), 3.0)
-    thin, mode = (Lack(far, Start(name, far, far)) for name in (WANDERED, "mode"))
+    thin, mode = (MissedRegion(far, Start(name, far, far)) for name in (BY_WALKERS, "mode"))
     added = []
     monkeypatch.setattr(combine, "_look", lambda plan, density, found: setattr(found, "search", Search()))
     monkeypatch.setattr(combine, "_add_run", lambda plan, prepared, found, start: added.append(start.name))

@@ -14,10 +14,10 @@ import torch
 from torch.distributions import constraints
 
 import pyro_flows as pf
-from pyro_flows.modes.doubts import Doubtful, heavier
-from pyro_flows.modes.lacks import Guide
 from pyro_flows.modes.missed_modes import missed_modes
-from pyro_flows.modes.tempering import Tempered, log_mean, temper, wander
+from pyro_flows.modes.missed_regions import Guide
+from pyro_flows.modes.tempering import Tempered, log_mean, move_walkers, temper
+from pyro_flows.modes.unverified_modes import UnverifiedMode, modes_with_mass
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.start import Start
 from tests.models import real
@@ -96,7 +96,7 @@ def test_a_place_is_compared_with_what_tempering_makes_of_the_guides_own_region(
     ends = real([0.0], [50.0])
     start = Start("mode", ends[1], torch.ones_like(ends[1]))
     walk = Tempered(ends[:, None], density(ends)[:, None], real([base], [there]))
-    found = heavier(guide, ends, [Doubtful(1, 0.0, True, start)], walk)
+    found = modes_with_mass(guide, ends, [UnverifiedMode(1, 0.0, True, start)], walk)
     assert bool(found) is counts
 
 
@@ -108,7 +108,7 @@ def test_points_that_have_not_come_to_rest_are_no_place(short, counts):
     ends = real([0.0, 0.0], [6.0, -3.0])
     start = Start("mode", ends[1], torch.ones_like(ends[1]))
     walk = Tempered(ends[:, None], density(ends)[:, None], real([-short], [5.0 - short]))
-    assert bool(heavier(guide, ends, [Doubtful(1, 0.0, True, start)], walk)) is counts
+    assert bool(modes_with_mass(guide, ends, [UnverifiedMode(1, 0.0, True, start)], walk)) is counts
 
 
 def test_weights_that_are_not_finite_weigh_nothing():
@@ -131,7 +131,7 @@ def test_exact_draws_stay_exact_draws(full):
     z = torch.stack([normal(DRAWS, seed=1), torch.rand(DRAWS, generator=torch.Generator().manual_seed(2)).double()], 1)
     z[:, 1] = (-z[:, 1].log()).log()
     units = torch.tensor([[1.0, 0.0], [0.3, 1.2]]).double() if full else torch.tensor([1.0, 1.2]).double()
-    ends, log_p = wander(flat(skewed, 2), z, units, seed=0)
+    ends, log_p = move_walkers(flat(skewed, 2), z, units, seed=0)
     assert float((ends - z).abs().median()) > 0.1  # they do move
     torch.testing.assert_close(log_p, skewed(ends))
     # standard errors of mean and sd: .026 and .018; 1 / 39 and about .03 for the exponential
@@ -159,12 +159,12 @@ def check_neck():
     def cut_log_q(z):
         return torch.where(z[:, 0] > -0.5, log_q(z) - math.log(len(cut) / 4000), -1e4)
 
-    ends, _ = wander(density, cut[:1000], cut.std(0), seed=0)
+    ends, _ = move_walkers(density, cut[:1000], cut.std(0), seed=0)
     assert float((ends[:, 0] < -0.5).double().mean()) > 0.05
-    lacking = missed_modes(density, [], cut[:1000], cut_log_q(cut[:1000]), cut_log_q)
-    assert len(lacking.failures) == 1
-    assert not lacking.passed
-    assert float(lacking.lacks[0].place[0]) < -0.5
+    missing_mass = missed_modes(density, [], cut[:1000], cut_log_q(cut[:1000]), cut_log_q)
+    assert len(missing_mass.failures) == 1
+    assert not missing_mass.passed
+    assert float(missing_mass.lacks[0].place[0]) < -0.5
     right = missed_modes(density, [], whole[:1000], log_q(whole[:1000]), log_q)
     assert right.failures == []
     assert right.passed

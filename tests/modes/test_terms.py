@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows._progress import Bar
-from pyro_flows.fitting.several import several
+from pyro_flows.fitting.multimodal import several
 from pyro_flows.modes.survey import survey
 from pyro_flows.modes.terms import Terms, tops_of_terms
 from pyro_flows.starts.prior import prior_draws

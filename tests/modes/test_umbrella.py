@@ -16,10 +16,10 @@ from pyro_flows._seeding import seeded
 from pyro_flows.correction import latent
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.starts import NoStart, dispersed_points
-from pyro_flows.flows.sliced import sliced
-from pyro_flows.modes.lacks import PLACES, Guide
-from pyro_flows.modes.thin import BACK, LOOKS, WANDERED, is_usable, level_of, too_thin
+from pyro_flows.flows.laplace_grid import sliced
+from pyro_flows.modes.missed_regions import PLACES, Guide
 from pyro_flows.modes.umbrella import HIGH, excess, walked
+from pyro_flows.modes.under_covered import BACK, BY_WALKERS, LOOKS, is_usable, level_of, under_covered_region
 from pyro_flows.transforms.linear import LowerTriangularAffine
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_WALKERS, WALKERS_OUT_SHARE
 from tests.modes.test_tempering import flat
@@ -104,11 +104,11 @@ def test_a_guide_with_too_light_tails_has_too_little_mass():
     density, flow = flat(student, 4), standard(4, scale=1.2)
     z = 1.2 * normal(1000, 4, seed=5)
     guide, weights, log_q = weighted(density, flow, z)
-    found = too_thin(guide, Latent(flow, density), z, weights, log_q, seed=0)
-    assert {lack.start.name for lack in found} == {WANDERED}
+    found = under_covered_region(guide, Latent(flow, density), z, weights, log_q, seed=0)
+    assert {lack.start.name for lack in found} == {BY_WALKERS}
     assert len(found) == PLACES
     assert all(float(lack.place.abs().max()) > 3.0 for lack in found)
-    assert too_thin(guide, None, z, weights, log_q, seed=0) == []
+    assert under_covered_region(guide, None, z, weights, log_q, seed=0) == []
 
 
 def test_a_guide_that_is_right_is_nowhere_too_thin():
@@ -124,7 +124,7 @@ def test_a_guide_that_is_right_is_nowhere_too_thin():
             looks.append(len(x))
             return super().look(x, k)
 
-    assert too_thin(guide, Counted(flow, density), z, torch.zeros(len(z)), log_q, seed=0) == []
+    assert under_covered_region(guide, Counted(flow, density), z, torch.zeros(len(z)), log_q, seed=0) == []
     assert len(looks) == 81  # the first sixteen moves, of five leaps each: there is no way out
 
 
@@ -142,7 +142,7 @@ def test_where_a_look_is_dear_fewer_points_wander(dim, wanderers):
             return super().look(x, k)
 
     guide = Guide(density, flow.log_prob, 0.0)
-    assert too_thin(guide, Counted(flow, density), z, torch.zeros(len(z)), log_q, seed=0) == []
+    assert under_covered_region(guide, Counted(flow, density), z, torch.zeros(len(z)), log_q, seed=0) == []
     assert looks == {wanderers}
 
 
@@ -165,7 +165,7 @@ def test_the_way_back_ends_where_no_more_are_out_than_draws_know_of():
             looks.append(len(x))
             return super().look(x, k)
 
-    assert too_thin(guide, Counted(flow, density), z, weights, log_q, seed=0) == []
+    assert under_covered_region(guide, Counted(flow, density), z, weights, log_q, seed=0) == []
     back = looks.count(512) - 1
     assert back > 0
     assert back < 5 * BACK

@@ -210,7 +210,7 @@ def test_weights_without_a_tail_and_without_any(chains):
 
 
 def test_the_median_of_the_last_steps_is_the_final_elbo(monkeypatch):
-    monkeypatch.setattr("pyro_flows.fitting.methods.invisible", lambda *_, **__: False)  # the start would do
+    monkeypatch.setattr("pyro_flows.fitting.methods.shift_is_noise", lambda *_, **__: False)  # the start would do
     posterior = pf.fit(schools, Y, max_steps=400, draws=1000, refine=False, progress=False, escalate=False)
     _, median, final = plots.plot_elbo(posterior).axes[0].lines
     assert final.get_ydata()[0] == posterior.elbo

@@ -35,15 +35,15 @@ PHRASES = {
         "Above {starts.curvature.FULL_HESSIAN_UP_TO} dimensions they come from L-BFGS",
         "by more than the Monte Carlo error of {fitting.fit.fit(draws)} draws",
         "If their effective share has not risen by {verdict.thresholds.ESS_SHARE_RISE|gain}",
-        "in up to {modes.slices.UP_TO} dimensions and for models of few operations",
-        "Given up to {modes.hyper.MOST_HELD|word} coordinates",
+        "in up to {modes.laplace_grid.UP_TO} dimensions and for models of few operations",
+        "Given up to {modes.hyperparameters.MOST_HELD|word} coordinates",
         "In up to {fitting.methods.AT_FIRST} dimensions this comes before the parameterization is chosen",
         "In {fitting.methods.AT_FIRST} to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions it is tried if the chains",
         "In {fitting.methods.SAMPLED_FROM} to {fitting.methods.SAMPLED_UP_TO} dimensions a flow takes thousands of "
         "steps",
-        "{correction.rungs.UNTRAINED|comma} gradients at most in up to {correction.rungs.FEW} dimensions, and "
-        "{correction.rungs.ATTEMPT|comma} above",
-        "they get up to {correction.rungs.CHEAPEST|word} times as many",
+        "{correction.fallback.UNTRAINED|comma} gradients at most in up to {correction.fallback.FEW} dimensions, and "
+        "{correction.fallback.ATTEMPT|comma} above",
+        "they get up to {correction.fallback.CHEAPEST|word} times as many",
         "up to {correction.untrained.MOST_COPIES} images under exact symmetries",
         "k-hat is below {verdict.thresholds.K_HAT_GOOD}, training converged",
         "less than {verdict.thresholds.EVIDENCE_GAP_GOOD} nats above it",
@@ -63,12 +63,12 @@ PHRASES = {
         "if {verdict.thresholds.MISSED_MASS_OF_TAILS|percent} more mass than in the draws, and "
         "{verdict.thresholds.MISSED_MASS_ERRORS|word} standard errors, lies beyond one of their "
         "{verdict.thresholds.TAIL_SHARE|percent} quantiles",
-        "are checked in up to {modes.slices.UP_TO} dimensions",
+        "are checked in up to {modes.laplace_grid.UP_TO} dimensions",
         "**changes a mean** by more than {verdict.thresholds.SHIFT_MOST} posterior standard deviations",
         "the logarithm of the ratio is larger than {verdict.thresholds.SHIFT_MOST}",
         "by more than {verdict.thresholds.SHIFT_MOST} and {verdict.thresholds.SHIFT_ERRORS|word} standard errors",
         "names the worst {fitting.agreement.NAMED|word} and counts the others",
-        "(dimensions times data above {modes.doubts.CURVED_UP_TO|million})",
+        "(dimensions times data above {modes.unverified_modes.CURVED_UP_TO|million})",
         "up to a factor of {modes.umbrella.HIGH|tens}",
         "up to {modes.propriety.UP_TO} dimensions and for the first {modes.propriety.MOST} such coordinates",
         "This is tried for up to {modes.propriety.HIDDEN} such coordinates",
@@ -86,8 +86,8 @@ PHRASES = {
         "all others {verdict.thresholds.ESS_OF_CHAINS}, and",
         "**standard deviation** is {verdict.thresholds.SD_ERROR_OF_CHAINS|percent} of it. It has to be "
         "{verdict.thresholds.SD_ERROR_OF_FEW_DRAWS|percent}",
-        "(a kurtosis above {correction.enough.LIGHT}; a normal",
-        "({correction.enough.CLEARLY} times the error)",
+        "(a kurtosis above {correction.stopping.LIGHT}; a normal",
+        "({correction.stopping.CLEARLY} times the error)",
         "with an error above {verdict.thresholds.SD_ERROR_MOST|percent} speaks",
     ],
     "docs/howto/runs.md": [
@@ -135,8 +135,8 @@ PHRASES = {
     "docs/gallery.md": ["trained by Pyro's SVI for {benchmarks.gallery.pictures.STEPS} steps"],
     "docs/design.md": [
         "from {fitting.methods.SAMPLED_FROM} to {fitting.methods.SAMPLED_UP_TO} dimensions",
-        "up to {modes.slices.UP_TO} dimensions: in hierarchical models",
-        "given up to {modes.hyper.MOST_HELD|word} hyperparameters",
+        "up to {modes.laplace_grid.UP_TO} dimensions: in hierarchical models",
+        "given up to {modes.hyperparameters.MOST_HELD|word} hyperparameters",
         "up to {fitting.methods.AT_FIRST} dimensions before chains",
         "above {fitting.methods.AT_FIRST} after them",
         "(diagonal above {flows.recipe.FULL_AFFINE_UP_TO} dimensions)",

@@ -9,7 +9,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import LogDensity
-from pyro_flows.modes.lacks import is_resolved
+from pyro_flows.modes.missed_regions import is_resolved
 from pyro_flows.starts.portfolio import portfolio
 from pyro_flows.starts.resolution import without_noise
 

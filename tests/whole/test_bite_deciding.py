@@ -14,14 +14,23 @@ from pyro_flows.fitting import agreement as runs
 from pyro_flows.fitting import conclude, rounds, selection
 from pyro_flows.flows import recipe
 from pyro_flows.model import charts, noncentered
-from pyro_flows.modes import climbs, lacks, missed_modes, move, symmetries, tempering, twins, valleys
+from pyro_flows.modes import (
+    barriers,
+    climbs,
+    missed_modes,
+    missed_regions,
+    move,
+    symmetric_modes,
+    symmetries,
+    tempering,
+)
 from pyro_flows.results import arviz_groups
 from pyro_flows.starts import matching
 from pyro_flows.training import convergence
 from pyro_flows.verdict import deciding, judging, weighing
 from tests.fitting import test_early_stop, test_rounds
 from tests.model import test_charts
-from tests.modes import test_symmetries, test_tempering, test_twins
+from tests.modes import test_symmetric_modes, test_symmetries, test_tempering
 from tests.posteriors import new_schools_posterior
 from tests.starts import test_coordinates, test_matching
 from tests.verdict import test_own_values, test_verdict
@@ -99,7 +108,7 @@ def systematic(_):
 
 
 def _exact_moves_alone(monkeypatch):
-    for name in ("climbed", "surveyed", "too_thin"):
+    for name in ("climbed", "surveyed", "under_covered_region"):
         monkeypatch.setattr(missed_modes, name, lambda *_, **__: [])
 
 
@@ -131,11 +140,11 @@ def shares(_):
 
 
 def images(_):
-    test_twins.test_any_signed_permutation_between_two_tops_is_found(60)
+    test_symmetric_modes.test_any_signed_permutation_between_two_tops_is_found(60)
 
 
 def valley(_):
-    test_twins.test_a_mode_within_a_wide_region_lies_apart()
+    test_symmetric_modes.test_a_mode_within_a_wide_region_lies_apart()
 
 
 def supports(_):
@@ -290,9 +299,9 @@ BUGS = [
     (missed_modes, "missed_modes", "density(z) - log_q", "density(z)", both_halves),
     (missed_modes, "missed_modes", "lambda: mirrored(guide, *few)", "list", one_half),
     (symmetries, "images", "move(latents) for move", "latents for move", one_half),
-    (lacks, "lacks_of", "> MISSED_MASS_SHARE", "> 1.0", one_half),
-    (lacks.Guide, "is_thin", "- self.score(z[usable])", "+ self.score(z[usable])", one_half),
-    (lacks.Guide, "is_thin", "> by", "< by", both_halves),
+    (missed_regions, "missed_regions_of", "> MISSED_MASS_SHARE", "> 1.0", one_half),
+    (missed_regions.Guide, "is_under_covered", "- self.score(z[usable])", "+ self.score(z[usable])", one_half),
+    (missed_regions.Guide, "is_under_covered", "> by", "< by", both_halves),
     (climbs, "_weighed", "> MISSED_MASS_SHARE", "> 10 * MISSED_MASS_SHARE", a_large_mode),
     (climbs, "_weighed", "> MISSED_MASS_SHARE", "> 0.1 * MISSED_MASS_SHARE", a_small_mode),
     (move.Unit, "apply", "else -value", "else value", one_half),
@@ -304,22 +313,22 @@ BUGS = [
     (symmetries, "signed_permutation", "len({*order}) < len(order)", "False", told_from_draws),
     (symmetries, "product", "order[place] for place in places", "order[place] for place in order", groups),
     (symmetries, "product", "flip * signs[place]", "signs[place]", groups),
-    (twins, "_lacks_at", "image_of(z, twin)", "z[:, list(twin[0])]", images),
-    (valleys, "lie_apart", "- DEEP", "+ 1e9", valley),
+    (symmetric_modes, "_lacks_at", "image_of(z, twin)", "z[:, list(twin[0])]", images),
+    (barriers, "are_separated", "- DEEP", "+ 1e9", valley),
     (tempering._Walk, "heat", "(beta - self.beta)", "beta", mass),
     (tempering._Walk, "heat", "(self.log_p - self.log_g)", "self.log_p", mass),
     (tempering._Walk, "move", "torch.rand_like(chance) < chance", "chance == chance", wandering),
     (tempering._Walk, "_force", "self.beta * slope", "-self.beta * slope", neck),
     # rounds
-    (rounds, "nothing_to_mend", "gap < enough_gap(len(weighing.mean_shift))", "True", enough),
+    (rounds, "passes_strictly", "gap < acceptable_gap(len(weighing.mean_shift))", "True", enough),
     (rounds.Round, "enough", "self.training.converged", "True", enough),
-    (rounds, "nothing_to_mend", "weighing.k_hat < K_HAT_GOOD", "True", enough),
-    (rounds, "nothing_to_mend", "ratio > ESS_SHARE_GOOD", "True", enough),
-    (rounds, "nothing_to_mend", "gap < small", "True", enough),
-    (rounds, "enough_gap", "max(", "min(", enough),
-    (rounds, "invisible", "shift < seen", "True", unseen),
-    (rounds, "invisible", "float(weighing.sd_shift.max())", "0.0", unseen),
-    (rounds, "invisible", "weighing.quantile_shift or 0.0", "0.0", unseen),
+    (rounds, "passes_strictly", "weighing.k_hat < K_HAT_GOOD", "True", enough),
+    (rounds, "passes_strictly", "ratio > ESS_SHARE_GOOD", "True", enough),
+    (rounds, "passes_strictly", "gap < small", "True", enough),
+    (rounds, "acceptable_gap", "max(", "min(", enough),
+    (rounds, "shift_is_noise", "shift < seen", "True", unseen),
+    (rounds, "shift_is_noise", "float(weighing.sd_shift.max())", "0.0", unseen),
+    (rounds, "shift_is_noise", "weighing.quantile_shift or 0.0", "0.0", unseen),
     (rounds.Round, "even", "ratio > ESS_SHARE_EVEN", "True", evenness),
     (convergence.Monitor, "promises", "self.gaps[-1] <= gap", "True", promising),
     (convergence.Monitor, "promises", "sum(after) - sum(before)", "0.0", promising),

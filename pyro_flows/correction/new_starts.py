@@ -1,4 +1,4 @@
-"""Whether chains that begin at places that others seem to lack come to the same distribution as these."""
+"""Whether chains from new starts mix with the others: starts at places that these seem to miss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PERIODS = (16, 16), (32, 64)  # sweeps until the start is forgotten, and sweeps 
 
 
 @torch.no_grad()
-def joins(sampler: Sampler, places: Tensor) -> bool:
+def mixes_with_others(sampler: Sampler, places: Tensor) -> bool:
     r"""Whether chains from the best of some places (N, D) agree with those of a sampler, in the same space and kernel.
 
     A place that chains leave within a hundred sweeps exchanges draws with the rest as often as its mass asks for, since

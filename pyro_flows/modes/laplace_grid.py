@@ -1,4 +1,4 @@
-r"""Slices through a posterior along one coordinate, each about normal: its marginal, and a flow.
+r"""A grid of conditional Laplace approximations along one coordinate: its marginal, and a flow.
 
 With coordinate k held at c, the density over all others is about a normal one at its top. Draws of that normal
 distribution give the mass of the slice without bias,
@@ -29,8 +29,8 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.held import Tops
 from pyro_flows.modes.propriety import finer
 from pyro_flows.modes.tables import OUTSIDE, Table
-from pyro_flows.modes.thin import is_usable
 from pyro_flows.modes.tops import Tails
+from pyro_flows.modes.under_covered import is_usable
 from pyro_flows.starts.curvature import second_derivatives
 from pyro_flows.starts.prior import spread_of
 from pyro_flows.verdict.deciding import resample
@@ -69,20 +69,20 @@ class Marginal(Table):
         return any(part >= OUTSIDE and reached for part, reached in pairs)
 
 
-def can_be_sliced(density: LogDensity) -> bool:
+def can_have_grid(density: LogDensity) -> bool:
     """Whether hundreds of paths, and Hessians at their ends, can be had."""
     return density.batched and 1 < density.dim <= UP_TO
 
 
 @torch.no_grad()
-def all_slices(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int) -> list[Marginal]:
+def all_grids(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int) -> list[Marginal]:
     """Return slices along the coordinates of weighted draws z (S, D) that tell of the spread of others.
 
     Cost: for each of up to four coordinates, 58 paths of up to 60 gradients, 29 Hessians or a few more, 4000 densities;
     up to ten times that where a marginal has not fallen off, and 2048 densities for a noisy slice.
     """
     log_mass = torch.log_softmax(log_weights.double(), 0)
-    if not can_be_sliced(density) or len(z) < FEWEST_DRAWS or not is_usable(log_mass):
+    if not can_have_grid(density) or len(z) < FEWEST_DRAWS or not is_usable(log_mass):
         return []
     sample = finer(density, z[resample(log_mass, LOOKED_AT, seed=derive(seed, "looked at"))])
     coordinates = telling(sample)
@@ -94,12 +94,12 @@ def all_slices(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int
 
 
 @torch.no_grad()
-def slices_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> list[Marginal]:
+def grids_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> list[Marginal]:
     """Return slices along the sites of one coordinate that tell of the spread of others, about a place loc (D,).
 
     Draws z (S, D) tell the units: those of a normal distribution at loc, which know nothing of spreads that change.
 
-    Cost: that of :func:`all_slices` for two coordinates, and 32 Hessians at most.
+    Cost: that of :func:`all_grids` for two coordinates, and 32 Hessians at most.
     """
     coordinates = _bending(density, loc, spread_of(z))
     with seeded(derive(seed, "slices"), density.device):

@@ -14,12 +14,12 @@ from pyro.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows._progress import Bar
-from pyro_flows.correction.untrained import attempt_untrained
-from pyro_flows.modes import valleys
-from pyro_flows.modes.doubts import _apart
-from pyro_flows.modes.lacks import Guide
-from pyro_flows.modes.twins import _assigned, twins_of
-from pyro_flows.modes.valleys import lie_apart
+from pyro_flows.correction.untrained import chains_of_gaussian
+from pyro_flows.modes import barriers
+from pyro_flows.modes.barriers import are_separated
+from pyro_flows.modes.missed_regions import Guide
+from pyro_flows.modes.symmetric_modes import _assigned, symmetric_modes_of
+from pyro_flows.modes.unverified_modes import _apart
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
@@ -75,7 +75,7 @@ def found_by_twins(density, center):
     guide = Guide(density, score, float((density(z) - log_q).median()))
     image = torch.cat([z[:4], normal(24, density.dim, seed=33) * 3.0])
     paths = pathfinder(density, image, z.std(0).expand_as(image), seed=0)
-    return twins_of(guide, paths, 4, z, log_q, z.std(0))
+    return symmetric_modes_of(guide, paths, 4, z, log_q, z.std(0))
 
 
 @pytest.mark.parametrize("dim", [4, 60, 230])
@@ -110,7 +110,7 @@ def test_a_single_draw_tells_of_no_scale_and_ends_in_no_error():
     guide = Guide(density, lambda points: skewed(points - center), 0.0)
     ends = torch.stack([center, center[order]])
     paths = pathfinder(density, ends, torch.ones_like(ends), seed=0)
-    assert len(twins_of(guide, paths, 1, z, guide.score(z), torch.ones(20, dtype=torch.float64))) == 1
+    assert len(symmetric_modes_of(guide, paths, 1, z, guide.score(z), torch.ones(20, dtype=torch.float64))) == 1
 
 
 def test_tops_that_are_no_images_are_no_twins():
@@ -145,7 +145,7 @@ def test_chains_get_copies_at_twins(share):
     z = draws_about(center)
     names = [f"z[{i}]" for i in range(dim)]
     start = Start("given", z.mean(0), z.std(0))
-    found = attempt_untrained(start, density, names, 4000, seed=0, bar=Bar("", False))
+    found = chains_of_gaussian(start, density, names, 4000, seed=0, bar=Bar("", False))
     assert len(found.copies.components) == 2
     assert float((found.chains.z[..., 0] < 0.0).double().mean()) == pytest.approx(share, abs=0.05)
 
@@ -164,10 +164,10 @@ def test_a_mode_within_a_wide_region_lies_apart():
     here = center + torch.distributions.StudentT(torch.tensor(2.0).double()).sample((100, dim))
     there = torch.tensor(signs).double() * center[order]
     assert float((there - center).norm()) < math.sqrt(dim) * float(here.std(0).mean()), "one place, by these units"
-    assert lie_apart(density, there[None], here) == [True]
-    assert lie_apart(density, (center + 0.5)[None], here) == [False]
+    assert are_separated(density, there[None], here) == [True]
+    assert are_separated(density, (center + 0.5)[None], here) == [False]
     both = torch.cat([here[:50], torch.tensor(signs).double() * here[50:, order]])
-    assert lie_apart(density, there[None], both) == [False]
+    assert are_separated(density, there[None], both) == [False]
 
 
 def test_all_places_are_asked_about_in_one_climb(monkeypatch):
@@ -181,8 +181,8 @@ def test_all_places_are_asked_about_in_one_climb(monkeypatch):
     z = torch.cat([here, home])
     near = torch.zeros(3, 200, dtype=torch.bool)
     near[0, :100] = near[1, 100:] = True  # the third is compared with none, which is no answer
-    monkeypatch.setattr(valleys, "climb", lambda *given, **options: climbs.append(1) or climb(*given, **options))
-    assert lie_apart(density, torch.stack([there, there, there]), z, near) == [True, False, False]
+    monkeypatch.setattr(barriers, "climb", lambda *given, **options: climbs.append(1) or climb(*given, **options))
+    assert are_separated(density, torch.stack([there, there, there]), z, near) == [True, False, False]
     assert len(climbs) == 1
 
 
@@ -195,7 +195,7 @@ def test_a_place_without_a_top_does_not_lie_apart():
 
     density = pf.LogDensity(model)
     z = density.unconstrain({"scale": normal(50, seed=1), "x": normal(50, 20, seed=2)})
-    assert lie_apart(density, torch.zeros(1, 21).double(), z) == [False]
+    assert are_separated(density, torch.zeros(1, 21).double(), z) == [False]
 
 
 def test_tops_count_as_apart_and_points_under_way_do_not():

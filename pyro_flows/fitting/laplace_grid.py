@@ -2,7 +2,7 @@
 
 A scale of few groups, the noise of a regression: where the flow is one of slices, nothing has to be trained. They are
 tried before coordinates of hierarchical sites are chosen, since as a rule they are the same in all; at the best start,
-before any training; and where draws come short of a tail. See ``modes/slices.py``.
+before any training; and where draws come short of a tail. See ``modes/laplace_grid.py``.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.judging import covered_by
+from pyro_flows.fitting.multimodal import MultimodalCandidate, is_enough, weighed
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, Round, assess
 from pyro_flows.fitting.selection import begin
-from pyro_flows.fitting.several import Several, is_enough, weighed
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import Guide
+from pyro_flows.modes.laplace_grid import Marginal, can_have_grid, closer, grids_about
 from pyro_flows.modes.missed_modes import Search
-from pyro_flows.modes.short_tails import and_tails
-from pyro_flows.modes.slices import Marginal, can_be_sliced, closer, slices_about
+from pyro_flows.modes.missed_regions import Guide
 from pyro_flows.modes.tables import flow_along
+from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
@@ -44,14 +44,14 @@ LIGHTER = 120.0, 30.0  # degrees of freedom of the base, in turn
 TAIL_DRAWS = 20_000
 
 
-def slices_at_once(plan: Plan, density: LogDensity, start: Start, *, seed: int) -> tuple[Round, Trainer] | None:
+def grid_at_start(plan: Plan, density: LogDensity, start: Start, *, seed: int) -> tuple[Round, Trainer] | None:
     """Try slices about the best start, before any training; None if a verdict on their draws would not be ``ok``."""
     with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), torch.no_grad():
-        if not come_first(plan, density):
+        if not grid_comes_first(plan, density):
             return None
         normal = plan.fresh(density)
         begin(normal, start)
-        found = along(density, slices_about(density, start.loc, normal.draw(LOOKED_AT_DRAWS)[0], seed=seed), seed=seed)
+        found = along(density, grids_about(density, start.loc, normal.draw(LOOKED_AT_DRAWS)[0], seed=seed), seed=seed)
         if found is None or not found.enough:
             return None
         assert isinstance(found.sampler, Flow)
@@ -61,13 +61,15 @@ def slices_at_once(plan: Plan, density: LogDensity, start: Start, *, seed: int) 
     return None
 
 
-def come_first(plan: Plan, density: LogDensity) -> bool:
+def grid_comes_first(plan: Plan, density: LogDensity) -> bool:
     """Whether slices are tried before any training: they are cheap, and nobody has asked for a flow by name."""
     asked = plan.automatic and plan.escalate and plan.runs == 1 and not plan.train_model
-    return asked and can_be_sliced(density) and density.written <= WRITTEN and density.work.operations <= OPERATIONS
+    return asked and can_have_grid(density) and density.written <= WRITTEN and density.work.operations <= OPERATIONS
 
 
-def slices_for(plan: Plan, density: LogDensity, sampler: Flow, slices: Marginal, *, seed: int) -> Several | None:
+def grid_for_tail(
+    plan: Plan, density: LogDensity, sampler: Flow, slices: Marginal, *, seed: int
+) -> MultimodalCandidate | None:
     """Try slices along a coordinate whose tail a flow comes short of; None where they lack what the flow has."""
     with plan.clock.part(STAGE), torch.no_grad():
         found = along(density, [slices], seed=seed)
@@ -76,19 +78,21 @@ def slices_for(plan: Plan, density: LogDensity, sampler: Flow, slices: Marginal,
     return None
 
 
-def _has(density: LogDensity, found: Several, z: Tensor, log_weights: Tensor) -> bool:
+def _has(density: LogDensity, found: MultimodalCandidate, z: Tensor, log_weights: Tensor) -> bool:
     """Whether slices are nowhere thin where weighted draws of a flow have mass: each slice has one top only."""
     guide = Guide(density, found.sampler.log_prob, covered_by(found.sampler, density))
     usable = torch.isfinite(log_weights)
     mass = torch.softmax(log_weights[usable].double(), 0)
-    return float(mass[guide.is_thin(z[usable], density(z[usable]))].sum()) <= MISSED_MASS_OF_TAILS
+    return float(mass[guide.is_under_covered(z[usable], density(z[usable]))].sum()) <= MISSED_MASS_OF_TAILS
 
 
-def short_of(
+def with_tails_checked(
     search: Search, density: LogDensity, sampler: Flow | FlowMixture, *, seed: int
 ) -> tuple[Search, Marginal | None]:  # fmt: skip
     """Go on with a search that has found no mode: look for a tail that draws of a sampler come short of."""
-    return and_tails(search, density, lambda: _weighted(density, sampler, density.affordable(TAIL_DRAWS)), seed=seed)
+    return with_truncated_tails(
+        search, density, lambda: _weighted(density, sampler, density.affordable(TAIL_DRAWS)), seed=seed
+    )
 
 
 def _weighted(density: LogDensity, sampler: Flow | FlowMixture, count: int) -> tuple[Tensor, Tensor]:
@@ -98,23 +102,23 @@ def _weighted(density: LogDensity, sampler: Flow | FlowMixture, count: int) -> t
 
 
 @torch.no_grad()
-def along(density: LogDensity, slices: Sequence[Marginal], *, seed: int) -> Several | None:
+def along(density: LogDensity, slices: Sequence[Marginal], *, seed: int) -> MultimodalCandidate | None:
     """Return the best flow of slices along a coordinate; None where there is none that is worth closer ones."""
     with seeded(derive(seed, SEED), density.device):
-        tried = [(found[0], one) for one in slices if (found := _of_slices(density, one)) is not None]
+        tried = [(found[0], one) for one in slices if (found := _of_grid(density, one)) is not None]
         share, best = max(tried, key=itemgetter(0), default=(0.0, None))
         close = closer(density, best, seed=seed) if best is not None and share >= ESS_SHARE_PROMISING else None
-        found = None if close is None else _of_slices(density, close)
+        found = None if close is None else _of_grid(density, close)
     if close is None or found is None:
         return None
     name = coordinate_names(density.structure)[close.coordinate]
     share, k_hat, sampler = found
     stage = Stage(STAGE, k_hat=k_hat, ess_ratio=share, details={"along": name, "slices": len(close.places)})
     said = f"given {name}, the other latents are approximately Gaussian, so a grid over {name} was used"
-    return Several(sampler, said, stage, is_enough(share, k_hat))
+    return MultimodalCandidate(sampler, said, stage, is_enough(share, k_hat))
 
 
-def _of_slices(density: LogDensity, slices: Marginal) -> tuple[float, float, Flow] | None:
+def _of_grid(density: LogDensity, slices: Marginal) -> tuple[float, float, Flow] | None:
     """Return the effective share of draws of the flow of slices, k-hat, and the flow; None if there is no table.
 
     The base is as light as its weights bear.

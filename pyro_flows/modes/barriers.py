@@ -1,4 +1,4 @@
-"""Valleys between the tops of places and those of draws."""
+"""Density barriers between the modes next to places and those next to draws."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEEP = 2.0  # nats below the lower of two tops
 
 
 @torch.no_grad()
-def lie_apart(density: LogDensity, places: Tensor, z: Tensor, near: Tensor | None = None) -> list[bool]:
+def are_separated(density: LogDensity, places: Tensor, z: Tensor, near: Tensor | None = None) -> list[bool]:
     """Whether places (L, D) have tops of their own: a valley lies between each and the tops to which draws climb.
 
     A ball about a poor normal distribution holds draws that never were near its mode: in 200 dimensions two modes 21

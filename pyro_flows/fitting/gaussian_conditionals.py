@@ -2,7 +2,7 @@
 
 Scales of a hierarchy, of a random walk, of errors of measurement: the posterior then has a neck for each of them, and
 thousands of coordinates in it are integrated out exactly. What is left is a density of a few coordinates. See
-``modes/hyper.py``, ``modes/conditionals.py`` and ``modes/outer.py``.
+``modes/hyperparameters.py``, ``modes/conditionals.py`` and ``modes/hyperparameter_marginal.py``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.rounds import Round, assess, enough_gap
+from pyro_flows.fitting.rounds import Round, acceptable_gap, assess
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.nested import outer_flow, with_tails
+from pyro_flows.flows.gaussian_conditionals import marginal_flow, with_tails
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.conditionals import Conditional, conditional
-from pyro_flows.modes.hyper import can_be_nested, held_coordinates
-from pyro_flows.modes.outer import Sample, fit_flow, sampled
+from pyro_flows.modes.hyperparameter_marginal import Sample, fit_flow, sampled
+from pyro_flows.modes.hyperparameters import can_have_conditionals, hyperparameters_of
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.starts.prior import prior_draws, spread_of
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
@@ -41,13 +41,13 @@ CHECKED = 8  # draws at which they are looked at again
 TRIES = 3
 
 
-def nested_at_once(plan: Plan, density: LogDensity, *, seed: int) -> tuple[Round, Trainer] | None:
+def conditionals_at_start(plan: Plan, density: LogDensity, *, seed: int) -> tuple[Round, Trainer] | None:
     """Hold a few coordinates, before any training; None if others are not normal, or if draws are not good enough."""
     asked = plan.automatic and plan.escalate and plan.runs == 1 and not plan.train_model
-    if not asked or not can_be_nested(density):
+    if not asked or not can_have_conditionals(density):
         return None
     with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), seeded(derive(seed, SEED), density.device):
-        found = nested_flow(density, seed=seed)
+        found = conditionals_flow(density, seed=seed)
         if found is None:
             return None
         flow, held = found
@@ -56,19 +56,21 @@ def nested_at_once(plan: Plan, density: LogDensity, *, seed: int) -> tuple[Round
         names = coordinate_names(density.structure)
         details = {**outcome.stage.details, "held": [names[number] for number in held]}
         outcome = replace(outcome, stage=replace(outcome.stage, details=details))
-        good = outcome.can_be_used and outcome.weighing.log_evidence - outcome.weighing.elbo < enough_gap(density.dim)
+        good = outcome.can_be_used and outcome.weighing.log_evidence - outcome.weighing.elbo < acceptable_gap(
+            density.dim
+        )
         return (outcome, trainer) if good else None
     return None
 
 
-def nested_flow(density: LogDensity, *, seed: int) -> tuple[Flow, list[int]] | None:
+def conditionals_flow(density: LogDensity, *, seed: int) -> tuple[Flow, list[int]] | None:
     """Return a flow of held coordinates and normal others, and these coordinates; None if there are none.
 
     Cost: a hundred Hessians, and ten thousand densities. Randomness is torch's global one.
     """
     draws = prior_draws(density, PRIOR, seed=seed)
     middle, spread = draws.median(0).values, spread_of(draws)
-    held = held_coordinates(density, middle + 0.5 * spread * torch.randn(POINTS, len(middle)).to(middle))
+    held = hyperparameters_of(density, middle + 0.5 * spread * torch.randn(POINTS, len(middle)).to(middle))
     if not held:
         return None
     found = _found(density, held, middle[held].double(), spread[held].double())
@@ -76,7 +78,7 @@ def nested_flow(density: LogDensity, *, seed: int) -> tuple[Flow, list[int]] | N
         return None
     given, sample = found
     flow = given.flow(LAYERS if len(held) > 2 else LAYERS_OF_TWO)
-    fit_flow(*outer_flow(with_tails(flow, DF), sample.loc, sample.root), given.marginal, sample)
+    fit_flow(*marginal_flow(with_tails(flow, DF), sample.loc, sample.root), given.marginal, sample)
     return flow.to(density.dtype), held
 
 

@@ -1,4 +1,4 @@
-"""Tails of marginals that draws come short of, told by slices: what no weight and no chain may tell.
+"""Marginal tails that the draws truncate, estimated on a grid of conditional Laplace approximations.
 
 The scale of a few groups has a long tail. Its effects are pinned down there, so that in non-centered coordinates they
 lie in a neck that narrows as the scale grows; centered ones have a neck at its other end. A flow that was trained on
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.lacks import SHORT_TAIL, Lack
+from pyro_flows.modes.laplace_grid import Marginal, all_grids, can_have_grid, closer
 from pyro_flows.modes.missed_modes import Search, sentence_on
-from pyro_flows.modes.slices import Marginal, all_slices, can_be_sliced, closer
+from pyro_flows.modes.missed_regions import TRUNCATED_TAIL, MissedRegion
 from pyro_flows.modes.tables import roots_of
-from pyro_flows.modes.thin import WANDERED
+from pyro_flows.modes.under_covered import BY_WALKERS
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.thresholds import MISSED_MASS_ERRORS, MISSED_MASS_OF_TAILS, QUARTILE_GAP_OF_GRID, TAIL_SHARE
 from pyro_flows.verdict.weighing import in_order, weighted_quantiles
@@ -29,7 +29,7 @@ from pyro_flows.verdict.weighing import in_order, weighted_quantiles
 QUARTERS = (0.25, 0.5, 0.75)  # of draws between the quantiles of both tails
 
 
-def and_tails(
+def with_truncated_tails(
     search: Search, density: LogDensity, draw: Callable[[], tuple[Tensor, Tensor]], *, worth: float = math.inf,
     seed: int,
 ) -> tuple[Search, Marginal | None]:  # fmt: skip
@@ -37,34 +37,34 @@ def and_tails(
 
     ``draw`` gives draws z (S, D) and their log weights (S,); they are worth so many independent ones at most.
     """
-    modes = [lack for lack in search.lacks if lack.start.name != WANDERED]
-    if modes or not can_be_sliced(density):
+    modes = [lack for lack in search.lacks if lack.start.name != BY_WALKERS]
+    if modes or not can_have_grid(density):
         return search, None
     with torch.no_grad(), seeded(derive(seed, "draws of tails"), density.device):
         z, log_weights = draw()
     usable = torch.isfinite(log_weights) & torch.isfinite(z).all(1)
-    found = short_tail(density, z[usable], log_weights[usable], worth=worth, seed=seed)
+    found = truncated_tail(density, z[usable], log_weights[usable], worth=worth, seed=seed)
     if found is None:
         return search, None
     lack, slices = found
     return replace(search, lacks=(lack,), sentence=sentence_on(density, [lack], z), passed=False), slices
 
 
-def short_tail(
+def truncated_tail(
     density: LogDensity, z: Tensor, log_weights: Tensor, *, worth: float = math.inf, seed: int
-) -> tuple[Lack, Marginal] | None:
+) -> tuple[MissedRegion, Marginal] | None:
     """Return a place in the worst tail that weighted draws z (S, D) come short of, and slices there; None for none."""
-    found = all_slices(density, z, log_weights, seed=seed)
+    found = all_grids(density, z, log_weights, seed=seed)
     mass = torch.softmax(log_weights.double(), 0)
     effective = min(max(worth, 1.0) if worth == worth else 1.0, float(1.0 / mass.square().sum()))
     limit = MISSED_MASS_OF_TAILS + MISSED_MASS_ERRORS * math.sqrt(TAIL_SHARE * (1.0 - TAIL_SHARE) / effective)
-    short = [_short_of(one, z[:, one.coordinate].double(), mass) for one in found]
+    short = [_truncated_by(one, z[:, one.coordinate].double(), mass) for one in found]
     for amount, worst in sorted(zip(short, found, strict=True), key=itemgetter(0), reverse=True):
         if not amount > limit:
             break
         values = z[:, worst.coordinate].double()
         again = closer(density, worst, seed=seed)  # with other draws: slices are known to a few per cent each
-        if again is not None and _short_of(again, values, mass) > limit:
+        if again is not None and _truncated_by(again, values, mass) > limit:
             return _place(again, values, mass), worst
     return None
 
@@ -75,7 +75,7 @@ def _quantiles(values: Tensor, mass: Tensor, levels: Sequence[float]) -> Tensor:
     return weighted_quantiles(rows, in_order(rows), mass, values.new_tensor(levels))[:, 0]
 
 
-def _short_of(marginal: Marginal, values: Tensor, mass: Tensor) -> float:
+def _truncated_by(marginal: Marginal, values: Tensor, mass: Tensor) -> float:
     """Return by how much weighted draws (S,) come short of a tail; -inf if slices disagree about the middle."""
     inner = [TAIL_SHARE + (1.0 - 2.0 * TAIL_SHARE) * part for part in QUARTERS]
     found = _quantiles(values, mass, [TAIL_SHARE, *inner, 1.0 - TAIL_SHARE])
@@ -89,11 +89,11 @@ def _short_of(marginal: Marginal, values: Tensor, mass: Tensor) -> float:
     return short if math.isfinite(short) else -math.inf
 
 
-def _place(marginal: Marginal, values: Tensor, mass: Tensor) -> Lack:
+def _place(marginal: Marginal, values: Tensor, mass: Tensor) -> MissedRegion:
     """Return the top of the slice next to the middle of the mass beyond the tail that is short."""
     low, high = _quantiles(values, mass, (TAIL_SHARE, 1.0 - TAIL_SHARE))
     below = marginal.below(torch.stack([low, high, *marginal.places]))
     target = 0.5 * below[0] if below[0] > 1.0 - below[1] else 0.5 * (1.0 + below[1])
     number = int((below[2:] - target).abs().argmin())
     top, root = (part[number].to(marginal.tails.density.dtype) for part in (marginal.tops, roots_of(marginal)))
-    return Lack(top, Start(SHORT_TAIL, top, root), beside=True)
+    return MissedRegion(top, Start(TRUNCATED_TAIL, top, root), beside=True)

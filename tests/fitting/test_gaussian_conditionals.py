@@ -131,7 +131,7 @@ def test_who_asks_for_a_flow_gets_it():
 def test_large_models_try_chains_first_and_go_back_to_the_coordinates_that_were_read(monkeypatch):
     """Where neither slices nor chains do, a few coordinates are held; the choice of others is dropped."""
     monkeypatch.setattr("pyro_flows.fitting.methods.AT_FIRST", 0)
-    monkeypatch.setattr("pyro_flows.fitting.methods.slices_at_once", lambda *_, **__: None)
+    monkeypatch.setattr("pyro_flows.fitting.methods.grid_at_start", lambda *_, **__: None)
     chosen = []
 
     def choose(density, *given, **options):

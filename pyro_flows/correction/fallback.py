@@ -1,4 +1,4 @@
-"""A sampler inside of a fit: after a round of training that did not suffice, and at the end where nothing else did."""
+"""MCMC as the fallback of a fit: after a round of training that did not suffice, and at the end."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pyro_flows._clock import Clock
 from pyro_flows._ledger import accepted
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
-from pyro_flows.correction.joining import joins
 from pyro_flows.correction.judging import Work, around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.new_starts import mixes_with_others
 from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
-from pyro_flows.correction.search import MISS, lacks_of_chains
+from pyro_flows.correction.search import MISS, missed_by_chains
 from pyro_flows.correction.starts import dispersed_points
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
@@ -53,7 +53,7 @@ def which(refine: Any) -> str | None:
     return _checks.choice("refine", "auto" if refine is True else refine, METHODS)
 
 
-def last_rung(
+def fallback_sampler(
     posterior: Recorded, method: str, clock: Clock, bar: Bar, chains: McmcDraws | None = None, *,
     searched: bool = False, passed: bool = False,
 ) -> Recorded:  # fmt: skip
@@ -101,21 +101,23 @@ def attempt(
     weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0).nan_to_num(nan=0.0)
     if not float(weights.square().sum()) * len(z) * ESS_SHARE_FAR_OFF < 1.0 or not bool(weights.sum() > 0.0):
         return None
-    about: dict[str, Any] = {"seed": seed, "bar": bar, "most": affordable(density, ATTEMPT), "independence": 1}
+    about: dict[str, Any] = {"seed": seed, "bar": bar, "most": gradient_budget(density, ATTEMPT), "independence": 1}
     found = chains_from(Latent(flow, density), names, z, weights.log(), draws, **about)
     return None if found is None else found[1]
 
 
 @torch.no_grad()
-def miss_a_mode(chains: McmcDraws, flow: Flow, density: LogDensity, names: Sequence[str], *, seed: int) -> bool:
+def chains_miss_mode(chains: McmcDraws, flow: Flow, density: LogDensity, names: Sequence[str], *, seed: int) -> bool:
     """Whether chains in the space of a flow miss a mode, though they have converged; a search begins at their draws."""
     sampler = Sampler(Latent(flow, density), names, chains, kept=chains.z.shape[1], seed=int(chains.numbers["seed"]))
     given = (flow.log_prob, covered_by(flow, density), evidence_of(flow, around(chains), chains, density), ())
-    lacking = lacks_of_chains(density, chains, *given, seed=seed, joined=lambda places: joins(sampler, places))
-    return any(said.startswith(MISS) for said in lacking.failures)
+    missed = missed_by_chains(
+        density, chains, *given, seed=seed, joined=lambda places: mixes_with_others(sampler, places)
+    )
+    return any(said.startswith(MISS) for said in missed.failures)
 
 
-def affordable(density: LogDensity, gradients: float) -> float:
+def gradient_budget(density: LogDensity, gradients: float) -> float:
     """Return how many gradients take as long as so many dear ones: training costs the same, whatever they cost.
 
     They are told by the numbers that they write, not by a clock, so that one seed gives one answer.
@@ -138,12 +140,12 @@ def _gone_on(sampler: Sampler, found: McmcDiagnostics, spent: float, bar: Bar, p
     do not tell all standard deviations, go on to that (`ATTEMPT` up to `FEW` dimensions). ``patient`` chains go on for
     this alone.
     """
-    trained, attempted = (affordable(sampler.latent.density, count) for count in (TRAINED, ATTEMPT))
+    trained, attempted = (gradient_budget(sampler.latent.density, count) for count in (TRAINED, ATTEMPT))
     most = trained if sampler.latent.dim > FEW else attempted
     while not sampler.told:
         more = most - spent
         if objections(found):
-            needed = sampler.to_come(found)
+            needed = sampler.gradients_needed(found)
             more = min(max(attempted - spent, LONGER_THAN_THOUGHT * needed), trained - spent)
             if patient or not _only_lacks_draws(found) or needed > more:
                 break
@@ -164,8 +166,8 @@ def chains_from(
     starts = dispersed_points(latent, z, log_weights, CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
     given: dict[str, Any] = {"chains": CHAINS, "kept": math.ceil(draws / CHAINS), "seed": seed}
     sampler = Sampler.begin(latent, names, starts, independence=independence, **given)
-    short_of = SHORT_OF if patient else math.inf
-    found = sampler.run(MAX_STEPS, bar.show, gradients=most, patient=patient, short_of=short_of)
+    with_tails_checked = SHORT_OF if patient else math.inf
+    found = sampler.run(MAX_STEPS, bar.show, gradients=most, patient=patient, with_tails_checked=with_tails_checked)
     if found is not None:
         found = _gone_on(sampler, found, most, bar, patient)
     if found is None or objections(found) or objections(sampler.figures()):  # by some coordinates, and by all

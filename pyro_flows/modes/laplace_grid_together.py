@@ -1,7 +1,7 @@
 """Slices of many posteriors at once, one table for each: tops by Newton's method, masses by normal distributions.
 
-``slices.py`` climbs to the tops of one posterior from far away, and weighs draws there. Here each top is next to a
-start that is known, and what is not normal about a slice shows in the weights of the flow's draws.
+``laplace_grid.py`` climbs to the tops of one posterior from far away, and weighs draws there. Here each top is next to
+a start that is known, and what is not normal about a slice shows in the weights of the flow's draws.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_flows.model.stack import Stack
 from pyro_flows.modes.held import SMALL, roots_of
-from pyro_flows.modes.slices import BENT, DEEP, FEWEST, MOST_ALONE, UP_TO
+from pyro_flows.modes.laplace_grid import BENT, DEEP, FEWEST, MOST_ALONE, UP_TO
 from pyro_flows.modes.tables import Table
 from pyro_flows.starts.start import Start
 
@@ -71,7 +71,7 @@ def bent(stack: Stack, starts: Sequence[Start]) -> Bent | None:
 
 
 @torch.no_grad()
-def slices_together(stack: Stack, starts: Sequence[Start], bent: Bent) -> list[Table | None]:
+def grids_together(stack: Stack, starts: Sequence[Start], bent: Bent) -> list[Table | None]:
     """Return slices of each posterior about its start; None where it is not bent, or few are known.
 
     Paths begin where the others are on average, given the coordinate, under the start's normal distribution. Where the

@@ -32,7 +32,7 @@ def sliced(
 
 
 @torch.no_grad()
-def of_slices(
+def of_grid(
     coordinate: int, table: tuple[Tensor, Tensor], places: Tensor, tops: Tensor, roots: Tensor, *, df: float
 ) -> Flow:  # fmt: skip
     """Return the flow of slices.

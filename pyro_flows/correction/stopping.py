@@ -1,4 +1,4 @@
-"""When chains have draws enough, and when to look at them again."""
+"""The stopping rule of chains: Monte Carlo errors of standard deviations, and when to look at them again."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def allowed(draws: Tensor, *, few: bool) -> Tensor:
     return torch.where(heavy & few, SD_ERROR_OF_FEW_DRAWS, SD_ERROR_OF_CHAINS)
 
 
-def lacking(draws: Tensor, may_be: Tensor) -> float:
+def shortfall(draws: Tensor, may_be: Tensor) -> float:
     """Return the worst ratio of the standard errors of the sds of draws (C, N, D) to those that may be (D,)."""
     return float((_mixing.sd_errors(draws).nan_to_num(nan=0.0) / may_be).max())
 
@@ -53,14 +53,14 @@ def _are_few(found: McmcDiagnostics, gradients: float) -> bool:
 
 
 class Sds(NamedTuple):
-    """Whether all sds are told or nothing more is waited for, whether a first half is warm-up; see :func:`lacking`."""
+    """Whether all sds have reached their Monte Carlo error, and whether to discard the first half as warm-up."""
 
     told: bool
     warm_up: bool
     lack: float
 
 
-def sds_told(found: McmcDiagnostics, draws: Tensor, gradients: float) -> Sds:
+def resolved_sds(found: McmcDiagnostics, draws: Tensor, gradients: float) -> Sds:
     """Return whether draws (C, N, D) tell all standard deviations.
 
     The first half is warm-up if the second half alone tells sds clearly better. Chance makes one of two halves of heavy
@@ -68,15 +68,15 @@ def sds_told(found: McmcDiagnostics, draws: Tensor, gradients: float) -> Sds:
     """
     few = _are_few(found, gradients)
     may_be = allowed(draws, few=few)
-    lack = lacking(draws, may_be)
+    lack = shortfall(draws, may_be)
     if lack <= 1.0:
         return Sds(True, False, lack)
-    warm_up = lacking(draws[:, draws.shape[1] // 2 :], may_be) < CLEARLY * lack
+    warm_up = shortfall(draws[:, draws.shape[1] // 2 :], may_be) < CLEARLY * lack
     waited_for = few or _least(found) < ESS_OF_CHAINS_MOST * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS
     return Sds(not (waited_for or warm_up), warm_up, lack)
 
 
-def untold(z: Tensor, found: McmcDiagnostics, names: Sequence[str]) -> list[str]:
+def unresolved(z: Tensor, found: McmcDiagnostics, names: Sequence[str]) -> list[str]:
     """Say so where draws z (C, N, D) do not tell a standard deviation: a chain is on its way back from far out.
 
     R-hat and effective draws are made of ranks, and do not see how far away a few draws are. Of very many effective

@@ -46,7 +46,7 @@ def nested(
 
 
 @torch.no_grad()
-def outer_flow(flow: Flow, loc: Tensor, scale: Tensor) -> tuple[Flow, list[nn.Parameter]]:
+def marginal_flow(flow: Flow, loc: Tensor, scale: Tensor) -> tuple[Flow, list[nn.Parameter]]:
     """Return the flow of the held coordinates alone, begun at an affine map, and its parameters that can be fitted.
 
     They are those of ``flow``. The scale of tails is none of them, see :func:`with_tails`.

@@ -1,4 +1,4 @@
-"""Where a guide has less than its due, and by how much."""
+"""Regions where q underestimates the posterior mass, and by how much."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pyro_flows.starts.start import Start
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_MODES, MISSED_MASS_ERRORS, MISSED_MASS_SHARE
 
 RESOLUTION = 0.05  # of a coordinate
-SHORT_TAIL = "short tail"  # name of a start where a marginal goes on beyond the draws
+TRUNCATED_TAIL = "short tail"  # name of a start where a marginal goes on beyond the draws
 PLACES = 8  # that wanderers came to, at most
 
 Score = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Lack:
+class MissedRegion:
     """A place that the guide lacks, and a normal distribution there: where another run may start.
 
     ``move`` takes coordinates of the guide's draws there and leaves the density as it is, if there is such a move;
@@ -49,13 +49,13 @@ class Guide:
     covered: float
 
     @torch.no_grad()
-    def lacking(self, z: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def missing_mass(self, z: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Return p / (covered mass) / q (S,) at draws of q where the guide is much too thin, and 0 elsewhere."""
         ratios = (log_p - log_q).double() - self.covered
-        return torch.where(self.is_thin(z, log_p) & torch.isfinite(ratios), ratios, -torch.inf).exp()
+        return torch.where(self.is_under_covered(z, log_p) & torch.isfinite(ratios), ratios, -torch.inf).exp()
 
     @torch.no_grad()
-    def is_thin(self, z: Tensor, log_p: Tensor, *, by: float = DENSITY_GAP_OF_MODES) -> Tensor:
+    def is_under_covered(self, z: Tensor, log_p: Tensor, *, by: float = DENSITY_GAP_OF_MODES) -> Tensor:
         """Whether the guide has less than it ought to have, by some nats, at points (S, D) with these log densities."""
         usable = torch.isfinite(log_p) & torch.isfinite(z).all(1)
         thin = torch.zeros_like(usable)
@@ -64,15 +64,15 @@ class Guide:
         return thin
 
 
-def lacks_of(moved: Tensor, log_p: Tensor, lacking: Tensor, name: str) -> list[Lack]:
+def missed_regions_of(moved: Tensor, log_p: Tensor, missing_mass: Tensor, name: str) -> list[MissedRegion]:
     """Return the region of moved draws if it holds a good part of the mass; each draw counts as one at most."""
-    if not float(lacking.clamp(max=1.0).mean()) > MISSED_MASS_SHARE:
+    if not float(missing_mass.clamp(max=1.0).mean()) > MISSED_MASS_SHARE:
         return []
-    within = lacking > 0.0
-    return [Lack(moved[int(torch.where(within, log_p, -torch.inf).argmax())], moments(moved[within], name))]
+    within = missing_mass > 0.0
+    return [MissedRegion(moved[int(torch.where(within, log_p, -torch.inf).argmax())], moments(moved[within], name))]
 
 
-def to_name(lacks: Sequence[Lack]) -> list[Lack]:
+def to_name(lacks: Sequence[MissedRegion]) -> list[MissedRegion]:
     """Return the modes that are missed, of which words tell first; the other places if none is."""
     return [lack for lack in lacks if not lack.beside] or list(lacks)
 
@@ -110,7 +110,7 @@ def share_error(thin: Tensor, mass: Tensor, there: Tensor) -> tuple[float, float
     return share, known, math.sqrt(max(variance, 0.0))
 
 
-def lack_of(ends: Tensor, thin: Tensor, mass: Tensor, there: Tensor, name: str) -> list[Lack]:
+def regions_of_walkers(ends: Tensor, thin: Tensor, mass: Tensor, there: Tensor, name: str) -> list[MissedRegion]:
     """Return places where wanderers came to and the guide is too thin, if weighted draws know of less.
 
     ``ends`` (N, D) are where they came to; the others are those of :func:`share_error`.
@@ -119,4 +119,4 @@ def lack_of(ends: Tensor, thin: Tensor, mass: Tensor, there: Tensor, name: str) 
     if share - MISSED_MASS_ERRORS * error <= known + MISSED_MASS_SHARE:
         return []
     about = moments(ends[thin], name)
-    return [Lack(end, about, beside=True) for end in ends[thin][:PLACES]]
+    return [MissedRegion(end, about, beside=True) for end in ends[thin][:PLACES]]

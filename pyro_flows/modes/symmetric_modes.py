@@ -1,4 +1,4 @@
-r"""Twins: tops of which one is about the image of the other under exchanges and signs of coordinates.
+r"""Symmetric modes: images of each other under a signed permutation of the coordinates, at least about the tops.
 
 Where f(P z) = f(z) + c for a signed permutation P, at least about a top a, and b = P a, the density about b along one
 axis is that about a along another, maybe the other way round:
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.doubts import TOPS_APART, distinct
-from pyro_flows.modes.lacks import Guide, Lack, lacks_of
+from pyro_flows.modes.missed_regions import Guide, MissedRegion, missed_regions_of
 from pyro_flows.modes.symmetries import SignedPermutation, are_the_same, identity, image_of, product
 from pyro_flows.modes.units import units_of
+from pyro_flows.modes.unverified_modes import TOPS_APART, distinct
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.pathfinder import Paths
 
@@ -30,7 +30,9 @@ FAR_OFF = 20.0  # nats below a top, at which densities count as one, and an imag
 
 
 @torch.no_grad()
-def twins_of(guide: Guide, paths: Paths, own: int, z: Tensor, log_q: Tensor, units: Tensor) -> list[Lack]:
+def symmetric_modes_of(
+    guide: Guide, paths: Paths, own: int, z: Tensor, log_q: Tensor, units: Tensor
+) -> list[MissedRegion]:
     """Return the regions about twins of the guide's own top that hold a good part of the mass and no draws.
 
     The first ``own`` paths began at draws of the guide; ``z`` (S, D) are such, ``log_q`` (S,) their log densities. The
@@ -52,10 +54,10 @@ def twins_of(guide: Guide, paths: Paths, own: int, z: Tensor, log_q: Tensor, uni
 
 
 @torch.no_grad()
-def with_twins(guide: Guide, lacks: Sequence[Lack], z: Tensor, log_q: Tensor) -> list[Lack]:
+def with_symmetric_modes(guide: Guide, lacks: Sequence[MissedRegion], z: Tensor, log_q: Tensor) -> list[MissedRegion]:
     """Return regions that any search found, those that are twins of the guide's own mode with what takes it there.
 
-    Cost: a climb from each of them and from a few draws, beside that of :func:`twins_of`.
+    Cost: a climb from each of them and from a few draws, beside that of :func:`symmetric_modes_of`.
     """
     if all(lack.twin is not None or lack.beside for lack in lacks):
         return list(lacks)
@@ -75,14 +77,14 @@ def with_twins(guide: Guide, lacks: Sequence[Lack], z: Tensor, log_q: Tensor) ->
     return found
 
 
-def _lacks_at(guide: Guide, home: Tensor, top: Tensor, z: Tensor, log_q: Tensor) -> list[Lack]:
+def _lacks_at(guide: Guide, home: Tensor, top: Tensor, z: Tensor, log_q: Tensor) -> list[MissedRegion]:
     """Return the region about a top (D,), if it is a twin of the guide's own one that holds a good part of the mass."""
     twin = _between(guide.density, home, top, units_of(z, full=False))
     if twin is None:
         return []
     moved = image_of(z, twin)
     log_p = guide.density(moved)
-    lacks = lacks_of(moved, log_p, guide.lacking(moved, log_p, log_q), "mirrored")
+    lacks = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, log_q), "mirrored")
     back = (
         bool(lacks)
         and product(twin, twin) == identity(z.shape[1])

@@ -11,7 +11,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import _mixing
-from pyro_flows.correction import enough
+from pyro_flows.correction import stopping
 from pyro_flows.correction.diagnostics import slowest
 from pyro_flows.correction.kept import STATS, Kept
 from pyro_flows.correction.latent import Latent
@@ -96,14 +96,14 @@ def test_heavy_tails_take_more_draws(monkeypatch):
     plenty = 3.0 * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS
     plenty_of_them = replace(GOOD, ess_bulk=plenty, ess_tail=plenty)
     assert not has_enough(sampler_with(draws), plenty_of_them)
-    monkeypatch.setattr(enough, "CHEAP", 0)
+    monkeypatch.setattr(stopping, "CHEAP", 0)
     assert has_enough(sampler_with(draws), plenty_of_them)
     assert not has_enough(sampler_with(draws), plenty_of_them, all_=GOOD), "others have fewer, and are waited for"
 
 
 def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(monkeypatch):
     """A chain far out in the first half, and very many effective draws; chance alone drops nothing."""
-    monkeypatch.setattr(enough, "CHEAP", 0)
+    monkeypatch.setattr(stopping, "CHEAP", 0)
     plenty = 3.0 * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS
     plenty_of_them = replace(GOOD, ess_bulk=plenty, ess_tail=plenty)
     draws = normals()
@@ -114,9 +114,9 @@ def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(m
     draws = normals()
     draws[::8, ::8, 1] *= 12.0
     draws[::8, DRAWS // 2 :: 8, 1] *= 0.9  # a little better by chance
-    may_be = enough.allowed(draws, few=False)
-    error, later = (enough.lacking(part, may_be) for part in (draws, draws[:, DRAWS // 2 :]))
-    assert max(1.0, enough.CLEARLY * error) < later
+    may_be = stopping.allowed(draws, few=False)
+    error, later = (stopping.shortfall(part, may_be) for part in (draws, draws[:, DRAWS // 2 :]))
+    assert max(1.0, stopping.CLEARLY * error) < later
     sampler = sampler_with(draws)
     assert has_enough(sampler, plenty_of_them)
     assert len(sampler.draws) == DRAWS
@@ -137,7 +137,7 @@ def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(m
 def test_cheap_draws_have_to_tell_sds_of_heavy_tails_better(monkeypatch, error, kurtosis, gradients, sweeps, told):
     monkeypatch.setattr(_mixing, "sd_errors", lambda draws: torch.tensor([0.001, error]).double())
     monkeypatch.setattr(_mixing, "kurtoses", lambda draws: torch.tensor([3.0, kurtosis]).double())
-    assert enough.sds_told(replace(GOOD, sweeps=sweeps), normals(), gradients)[:2] == (told, False)
+    assert stopping.resolved_sds(replace(GOOD, sweeps=sweeps), normals(), gradients)[:2] == (told, False)
 
 
 def test_a_half_does_not_go_for_lighter_tails(monkeypatch):
@@ -147,7 +147,7 @@ def test_a_half_does_not_go_for_lighter_tails(monkeypatch):
     kurtosis = {DRAWS: 4.1, half: 3.9}
     monkeypatch.setattr(_mixing, "sd_errors", lambda draws: torch.tensor([errors[draws.shape[1]]]).double())
     monkeypatch.setattr(_mixing, "kurtoses", lambda draws: torch.tensor([kurtosis[draws.shape[1]]]).double())
-    assert enough.sds_told(GOOD, normals(dim=1), 0.0)[:2] == (False, False)
+    assert stopping.resolved_sds(GOOD, normals(dim=1), 0.0)[:2] == (False, False)
 
 
 def test_effective_draws_of_the_values_themselves():
@@ -172,12 +172,12 @@ def test_chains_that_diverge_begin_anew():
     sampler = sampler_with(normals())
     sampler.numbers |= {"sweeps": 100, "fixed_at": 0}
     found = replace(sampler.figures(), sweeps=100, ess_bulk=1500.0, ess_tail=750.0)
-    assert sampler.to_come(found) == sampler._gradients(100.0), "200 sweeps suffice, of which 100 are done"
-    assert sampler.to_come(replace(found, divergences=0.01)) == sampler._gradients(200.0, 0.5)
+    assert sampler.gradients_needed(found) == sampler._gradients(100.0), "200 sweeps suffice, of which 100 are done"
+    assert sampler.gradients_needed(replace(found, divergences=0.01)) == sampler._gradients(200.0, 0.5)
     sampler._begin_halved()
-    assert sampler.to_come(replace(found, divergences=0.01)) == sampler._gradients(200.0), "no second time"
+    assert sampler.gradients_needed(replace(found, divergences=0.01)) == sampler._gradients(200.0), "no second time"
     sampler.numbers |= {"sweeps": 100, "fixed_at": 0, "halved": HALVINGS}
-    assert sampler.to_come(replace(found, divergences=0.01)) == sampler._gradients(100.0)
+    assert sampler.gradients_needed(replace(found, divergences=0.01)) == sampler._gradients(100.0)
 
 
 def test_kurtoses():
@@ -208,8 +208,8 @@ def far_out(draws):
 
 def test_an_sd_that_draws_do_not_tell_speaks_against_chains():
     draws = normals(draws=64)
-    assert enough.untold(draws, GOOD, ["a", "b"]) == []
-    (said,) = enough.untold(far_out(draws), GOOD, ["a", "b"])
+    assert stopping.unresolved(draws, GOOD, ["a", "b"]) == []
+    (said,) = stopping.unresolved(far_out(draws), GOOD, ["a", "b"])
     assert re.fullmatch(r"the sd of the chains at a has a Monte Carlo error of \d+%", said)
     many = replace(GOOD, ess_bulk=10.0 * ESS_OF_CHAINS, ess_tail=10.0 * ESS_OF_CHAINS)  # an sd that may not exist
-    assert enough.untold(far_out(draws), many, ["a", "b"]) == []
+    assert stopping.unresolved(far_out(draws), many, ["a", "b"]) == []

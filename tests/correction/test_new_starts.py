@@ -5,8 +5,8 @@ import pyro.distributions as dist
 import torch
 
 import pyro_flows as pf
-from pyro_flows.correction.joining import joins
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.new_starts import mixes_with_others
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.correction.starts import affine_flow
 from pyro_flows.fitting.combine import MAX_COPIES, _too_many
@@ -31,7 +31,7 @@ def test_chains_join_others_only_if_nothing_is_between():
             given = {"chains": 64, "kept": 64, "seed": 0, "independence": 0}
             sampler = Sampler.begin(Latent(affine_flow(z, torch.zeros(len(z))), density), names, z[:8], **given)
             sampler.run(300)
-        assert joins(sampler, torch.tensor([[apart, 0.0], [apart, 0.5]]).to(z)) == together
+        assert mixes_with_others(sampler, torch.tensor([[apart, 0.0], [apart, 0.5]]).to(z)) == together
 
 
 def test_too_many_equal_modes():

@@ -10,9 +10,9 @@ from torch.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows._progress import Bar
-from pyro_flows.fitting.several import several
+from pyro_flows.fitting.multimodal import multimodal
 from pyro_flows.modes.missed_modes import missed_modes
-from pyro_flows.modes.population import EACH, _power, can_be_scattered, fitted, scattered
+from pyro_flows.modes.population_monte_carlo import EACH, _power, can_be_tempered, fitted, tempered_mixture
 from pyro_flows.starts.prior import prior_draws
 from tests.models import normal, real
 
@@ -68,7 +68,7 @@ def small_modes():
 def test_jumps_need_no_gradient():
     y = series()
     density = pf.LogDensity(change, (y,))
-    found = fitted(density, scattered(density, seed=0), seed=0)
+    found = fitted(density, tempered_mixture(density, seed=0), seed=0)
     assert found.share > 0.5
     assert found.k_hat < 0.5
     weights = found.weights
@@ -79,7 +79,7 @@ def test_jumps_need_no_gradient():
 
 def test_one_seed_gives_one_mixture():
     density = pf.LogDensity(change, (series(),))
-    first, second, other = (scattered(density, seed=seed).loc for seed in (0, 0, 1))
+    first, second, other = (tempered_mixture(density, seed=seed).loc for seed in (0, 0, 1))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
 
@@ -120,7 +120,7 @@ def test_of_two_mixtures_the_better_one_is_taken():
         pyro.factor("corner", torch.where(inside, -0.1 * z.square().sum(-1), -30.0 - z.square().sum(-1)))
 
     density = pf.LogDensity(edges)
-    found = several(density, prior_draws(density, 500, seed=0), seed=0, bar=Bar("", False))
+    found = multimodal(density, prior_draws(density, 500, seed=0), seed=0, bar=Bar("", False))
     assert found.enough
     assert found.stage.ess_ratio > 0.7
 
@@ -136,7 +136,7 @@ def test_weights_are_tempered_until_a_tenth_is_left():
 @pytest.mark.parametrize(("dim", "expected"), [(6, True), (7, False)])
 def test_only_few_dimensions_are_searched_so(dim, expected):
     density = pf.LogDensity(lambda: pyro.sample("z", dist.Normal(torch.zeros(dim).double(), 1.0).to_event(1)))
-    assert can_be_scattered(density) is expected
+    assert can_be_tempered(density) is expected
 
 
 def test_where_the_prior_has_no_spread_there_is_no_way():
@@ -144,4 +144,4 @@ def test_where_the_prior_has_no_spread_there_is_no_way():
         z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
         pyro.factor("nowhere", torch.where(z[..., 0] > 50.0, 0.0, -math.inf))
 
-    assert scattered(pf.LogDensity(model), seed=0) is None
+    assert tempered_mixture(pf.LogDensity(model), seed=0) is None

@@ -1,4 +1,4 @@
-r"""A mixture of Student-t distributions fitted to a density by importance-weighted draws of its own.
+r"""Population Monte Carlo: a mixture of Student-t distributions, fitted by importance-weighted draws of its own.
 
 Each generation draws from the mixture, weights the draws, and moves weights, places and scales of all parts at once to
 where the weighted draws are, by a step of EM:
@@ -113,13 +113,13 @@ def begun(modes: Tensor, roots: Tensor, evidence: Tensor) -> Parts:
     return Parts(modes, roots, weights, max(15.0, 2.0 * modes.shape[1]))
 
 
-def can_be_scattered(density: LogDensity) -> bool:
+def can_be_tempered(density: LogDensity) -> bool:
     """Whether a mixture that comes from the prior is cheap, and may find all modes, edges and ridges."""
     return density.batched and density.dim <= FEW and density.written <= WRITTEN
 
 
 @torch.no_grad()
-def scattered(density: LogDensity, *, seed: int) -> Parts | None:
+def tempered_mixture(density: LogDensity, *, seed: int) -> Parts | None:
     """Return a mixture about draws that went from the prior to the posterior; None where there is no way.
 
     At each temperature, draws of the last mixture are weighted, so that a tenth of them is effective, and drawn anew;

@@ -1,4 +1,4 @@
-r"""Coordinates to hold, so that all others have an exactly normal distribution given these.
+r"""Hyperparameters: coordinates given which all others have an exactly normal distribution.
 
 In a latent Gaussian model the log density is quadratic in all coordinates but a few, :math:`\theta`: scales, and
 slopes of what is latent itself. Then the Hessian over the others does not depend on them. So the others are moved at
@@ -20,18 +20,18 @@ MOVED = 0.5  # spreads
 SAME = {torch.float64: 1e-7, torch.float32: 3e-3}  # change of an entry of a Hessian of units, that is none
 
 
-def can_be_nested(density: LogDensity) -> bool:
+def can_have_conditionals(density: LogDensity) -> bool:
     """Whether a hundred Hessians can be had."""
     cheap = density.dim * density.written <= MOST_NUMBERS
     return density.batched and 2 < density.dim <= FULL_HESSIAN_UP_TO and density.dtype in SAME and cheap
 
 
 @torch.no_grad()
-def held_coordinates(density: LogDensity, points: Tensor) -> list[int]:
+def hyperparameters_of(density: LogDensity, points: Tensor) -> list[int]:
     """Return the coordinates to hold, rising; none if there are more than a few, or if all others are not normal.
 
     Args:
-        density: of few enough numbers for Hessians, see :func:`can_be_nested`.
+        density: of few enough numbers for Hessians, see :func:`can_have_conditionals`.
         points: (N, D), near which the others are moved; randomness is torch's global one.
 
     Cost: up to 14 times 4 N Hessians.

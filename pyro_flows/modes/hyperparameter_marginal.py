@@ -1,4 +1,4 @@
-r"""The marginal of a few held coordinates as a flow: adaptive importance sampling, then a fit to known densities.
+r"""The marginal of the hyperparameters as a flow: adaptive importance sampling, then a fit to known densities.
 
 Student-t distributions are drawn from in turn, and the next one has the moments of all draws so far, weighted by what
 all were drawn from. A flow is then fitted to these weighted draws, and to draws of its own. The log density is known at

@@ -59,14 +59,14 @@ def test_with_escalate_false_a_flow_is_trained():
 
 def test_a_mixture_that_lacks_a_mode_is_not_called_good(monkeypatch):
     """The survey is made to see two of three modes: the search that follows says what is missing."""
-    whole = methods.several
+    whole = methods.multimodal
 
     def blind(density, z, places=None, *, seed, bar, **_):
         far = pf.LogDensity(line_of(2, 12.0))
         return whole(far, z, None, seed=seed, bar=bar)
 
-    monkeypatch.setattr(methods, "several", blind)
-    monkeypatch.setattr(combine, "several", blind)
+    monkeypatch.setattr(methods, "multimodal", blind)
+    monkeypatch.setattr(combine, "multimodal", blind)
     posterior = pf.fit(line_of(3, 12.0), progress=False, draws=1000, refine=False)
     assert posterior.verdict.status == "unreliable"
     assert "misses a mode near z = 24" in str(posterior.verdict)

@@ -7,7 +7,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows._stages import PARAMETERIZATION
-from pyro_flows.fitting.slicing import STAGE
+from pyro_flows.fitting.laplace_grid import STAGE
 from pyro_flows.starts.coordinates import choose_coordinates, climbed
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])

@@ -1,4 +1,4 @@
-"""What a guide lacks next to where it lies: a tail, the neck of a funnel, the far end of a scale of few groups."""
+"""Posterior mass next to the draws of q that q under-represents: a tail, or the neck of a funnel."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.modes.lacks import Guide, Lack, lack_of
-from pyro_flows.modes.tempering import wander
+from pyro_flows.modes.missed_regions import Guide, MissedRegion, regions_of_walkers
+from pyro_flows.modes.tempering import move_walkers
 from pyro_flows.modes.umbrella import HIGH, Point, Space, excess, walked
 from pyro_flows.modes.units import units_of
 from pyro_flows.verdict.deciding import resample
@@ -19,19 +19,21 @@ from pyro_flows.verdict.thresholds import (
     WALKERS_OUT_SHARE,
 )
 
-WANDERERS, FEWER = 256, 64  # the less where a look at one is dear
-WANDERED = "wandered"
+MANY_WALKERS, FEWER = 256, 64  # the less where a look at one is dear
+BY_WALKERS = "wandered"
 FIRST, OUT, BACK = 16, 48, 64  # moves: to see whether there is any way out, farther out, and under the density itself
 LOOKS = 8  # at the way back
 
 
 @torch.no_grad()
-def too_thin(guide: Guide, space: Space | None, z: Tensor, weights: Tensor, log_q: Tensor, *, seed: int) -> list[Lack]:
+def under_covered_region(
+    guide: Guide, space: Space | None, z: Tensor, weights: Tensor, log_q: Tensor, *, seed: int
+) -> list[MissedRegion]:
     """Let weighted draws wander; return a place where the guide is too thin, if more of them come there than before.
 
     Weights know of places where the guide is thin as long as it has a draw there; only what exceeds that counts. Where
     the latent space of the guide is known, and the weights are good enough for a verdict, wanderers are first drawn out
-    to where it is thin; see ``umbrella.py``. Elsewhere they move under the density itself; see :func:`wander`.
+    to where it is thin; see ``umbrella.py``. Elsewhere they move under the density itself; see :func:`move_walkers`.
 
     Args:
         guide: its density, and what it covers.
@@ -42,13 +44,13 @@ def too_thin(guide: Guide, space: Space | None, z: Tensor, weights: Tensor, log_
         seed: of the walk.
     """
     log_mass = torch.log_softmax((weights - guide.covered).double(), 0)
-    count = FEWER if space is not None and space.dear else WANDERERS
+    count = FEWER if space is not None and space.dear else MANY_WALKERS
     chosen = z[resample(log_mass, count, seed=derive(seed, "wanderers"))]
     if space is None or not is_usable(log_mass):
-        ends, log_p = wander(guide.density, chosen, units_of(z), seed=derive(seed, "wandering"))
+        ends, log_p = move_walkers(guide.density, chosen, units_of(z), seed=derive(seed, "wandering"))
         thin, there = (
-            guide.is_thin(ends, log_p, by=DENSITY_GAP_OF_WALKERS),
-            guide.is_thin(z, weights + log_q, by=DENSITY_GAP_OF_WALKERS),
+            guide.is_under_covered(ends, log_p, by=DENSITY_GAP_OF_WALKERS),
+            guide.is_under_covered(z, weights + log_q, by=DENSITY_GAP_OF_WALKERS),
         )
     else:
         over = (weights + log_q - guide.score(z)).double()
@@ -56,7 +58,7 @@ def too_thin(guide: Guide, space: Space | None, z: Tensor, weights: Tensor, log_
         if found is None:
             return []
         ends, thin, there = found
-    return lack_of(ends, thin, log_mass.exp(), there, WANDERED)
+    return regions_of_walkers(ends, thin, log_mass.exp(), there, BY_WALKERS)
 
 
 def is_usable(log_mass: Tensor) -> bool:

@@ -15,14 +15,14 @@ import pyro_flows as pf
 from pyro_flows import AutoFlow, McmcDraws
 from pyro_flows._cubic import between, smooth_slopes
 from pyro_flows.correction.judging import covered_by, evidence_of
-from pyro_flows.correction.search import lacks_of_chains
+from pyro_flows.correction.search import missed_by_chains
 from pyro_flows.correction.starts import affine_flow
-from pyro_flows.fitting.slicing import _has, along
+from pyro_flows.fitting.laplace_grid import _has, along
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
+from pyro_flows.modes.laplace_grid import _around_first, all_grids, closer, grids_about, telling
 from pyro_flows.modes.missed_modes import Search
-from pyro_flows.modes.short_tails import and_tails, short_tail
-from pyro_flows.modes.slices import _around_first, all_slices, closer, slices_about, telling
 from pyro_flows.modes.tables import flow_along
+from pyro_flows.modes.truncated_tails import truncated_tail, with_truncated_tails
 from pyro_flows.transforms.sliced import Sliced
 
 SIGMA, WIDE, SCALE = 0.24, 2.5, 0.6
@@ -79,7 +79,7 @@ def shortened(density: pf.LogDensity) -> Tensor:
 def test_the_marginal_is_exact_far_beyond_the_draws(density):
     z = shortened(density)
     assert telling(z) == [1]
-    (marginal,) = all_slices(density, z, torch.zeros(len(z)), seed=0)
+    (marginal,) = all_grids(density, z, torch.zeros(len(z)), seed=0)
     u, below = exact()
     at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95, 0.99]).double()
     found = marginal.below(u[torch.searchsorted(below, at)])
@@ -90,14 +90,14 @@ def test_the_marginal_is_exact_far_beyond_the_draws(density):
 
 def test_a_tail_is_told_only_where_draws_come_short_of_it(density):
     z = shortened(density)
-    lack, slices = short_tail(density, z, torch.zeros(len(z)), seed=0)
+    lack, slices = truncated_tail(density, z, torch.zeros(len(z)), seed=0)
     assert slices.coordinate == 1
     assert float(lack.place[1]) > float(z[:, 1].quantile(0.95))
     assert lack.place.dtype == lack.start.scale.dtype == density.dtype
     assert lack.beside
     whole = draws(6000, seed=2).to(density.dtype)
-    assert short_tail(density, whole, torch.zeros(len(whole)), seed=0) is None
-    few = short_tail(density, z, torch.zeros(len(z)), worth=50.0, seed=0)  # so few draws may miss as much by chance
+    assert truncated_tail(density, whole, torch.zeros(len(whole)), seed=0) is None
+    few = truncated_tail(density, z, torch.zeros(len(z)), worth=50.0, seed=0)  # so few draws may miss as much by chance
     assert few is None
 
 
@@ -111,8 +111,8 @@ def test_chains_that_never_come_to_a_tail_are_told_so(up_to):
     flow = affine_flow(z.flatten(0, 1), torch.zeros(64 * 200))
     with torch.no_grad():
         given = flow.log_prob, covered_by(flow, density), evidence_of(flow, flow, chains, density), ()
-        lacking = lacks_of_chains(density, chains, *given, seed=0, joined=lambda places: True)
-    said = [failure for failure in lacking.failures if "too little mass near tau" in failure]
+        missing_mass = missed_by_chains(density, chains, *given, seed=0, joined=lambda places: True)
+    said = [failure for failure in missing_mass.failures if "too little mass near tau" in failure]
     assert bool(said) == (up_to < 1.0)
 
 
@@ -121,8 +121,8 @@ def test_weights_that_know_the_tail_excuse_the_draws(density):
     thinned = torch.rand(len(z), generator=torch.Generator().manual_seed(0)) < 0.3
     kept = z[(z[:, 1] < -0.3) | thinned]
     weights = torch.where(kept[:, 1] < -0.3, 0.0, -math.log(0.3)).to(kept)
-    assert short_tail(density, kept, torch.zeros(len(kept)), seed=0) is not None
-    assert short_tail(density, kept, weights, seed=0) is None
+    assert truncated_tail(density, kept, torch.zeros(len(kept)), seed=0) is not None
+    assert truncated_tail(density, kept, weights, seed=0) is None
 
 
 def test_a_search_goes_on_to_tails_unless_it_has_found_modes(density):
@@ -131,16 +131,16 @@ def test_a_search_goes_on_to_tails_unless_it_has_found_modes(density):
     def drawn() -> tuple[Tensor, Tensor]:
         return z, torch.zeros(len(z))
 
-    search, slices = and_tails(Search(), density, drawn, seed=0)
+    search, slices = with_truncated_tails(Search(), density, drawn, seed=0)
     assert slices is not None
     assert search.sentence is not None
     assert search.sentence.startswith("the guide has too little mass near tau = ")
-    assert and_tails(search, density, drawn, seed=0) == (search, None)
+    assert with_truncated_tails(search, density, drawn, seed=0) == (search, None)
 
 
 def test_the_flow_of_slices_is_the_posterior(density):
     z = shortened(density)
-    _, slices = short_tail(density, z, torch.zeros(len(z)), seed=0)
+    _, slices = truncated_tail(density, z, torch.zeros(len(z)), seed=0)
     flow = flow_along(closer(density, slices, seed=0)).to(density.dtype)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -194,15 +194,15 @@ def test_nothing_is_told_of_a_normal_posterior():
     density = pf.LogDensity(normal)
     z = pf.fit(normal, progress=False, refine=False).z
     assert telling(z) == []
-    assert all_slices(density, z, torch.zeros(len(z)), seed=0) == []
-    assert slices_about(density, z.mean(0), z, seed=0) == []
+    assert all_grids(density, z, torch.zeros(len(z)), seed=0) == []
+    assert grids_about(density, z.mean(0), z, seed=0) == []
 
 
 @pytest.mark.parametrize("level", [0.9, 0.96, 0.99])
 def test_a_table_that_ends_before_the_tail_makes_no_flow(density, level):
     """Its draws would all be inside, with even weights: a tenth of the mass was gone, at a k-hat of .37."""
     z = shortened(density)
-    (whole,) = all_slices(density, z, torch.zeros(len(z)), seed=0)
+    (whole,) = all_grids(density, z, torch.zeros(len(z)), seed=0)
     whole = closer(density, whole, seed=0)
     assert whole.beyond() < 1e-3
     short = cut(whole, float(exact_quantile(level)))
@@ -257,31 +257,31 @@ def test_slices_do_not_replace_what_has_more_tops():
         assert float((w[:, number] > 0.0).double().mean()) == pytest.approx(0.5, abs=0.06)
     z = posterior._used[torch.randperm(len(posterior._used), generator=torch.Generator().manual_seed(0))]
     one = density.unconstrain({"scale": torch.tensor([0.4]).double(), "w": torch.tensor([[2.0, 2.0]]).double()})
-    found = along(density, slices_about(density, one.reshape(-1), z, seed=0), seed=0)
+    found = along(density, grids_about(density, one.reshape(-1), z, seed=0), seed=0)
     if found is not None:
         assert not _has(density, found, z, torch.zeros(len(z)))
 
 
 def test_nothing_is_told_by_what_is_not_known(density):
     z = shortened(density)
-    assert short_tail(density, z, torch.zeros(len(z)), worth=math.nan, seed=0) is None
-    assert short_tail(density, z, torch.zeros(len(z)), worth=0.0, seed=0) is None
-    assert short_tail(density, z[:10], torch.zeros(10), seed=0) is None
+    assert truncated_tail(density, z, torch.zeros(len(z)), worth=math.nan, seed=0) is None
+    assert truncated_tail(density, z, torch.zeros(len(z)), worth=0.0, seed=0) is None
+    assert truncated_tail(density, z[:10], torch.zeros(10), seed=0) is None
 
 
 def test_too_many_dimensions_get_no_slices(density, monkeypatch):
     """They would take Hessians of 175 dimensions after a first round that was not enough."""
     z = shortened(density)
-    assert len(all_slices(density, z, torch.zeros(len(z)), seed=0)) == 1
-    monkeypatch.setattr("pyro_flows.modes.slices.UP_TO", 3)
-    assert all_slices(density, z, torch.zeros(len(z)), seed=0) == []
+    assert len(all_grids(density, z, torch.zeros(len(z)), seed=0)) == 1
+    monkeypatch.setattr("pyro_flows.modes.laplace_grid.UP_TO", 3)
+    assert all_grids(density, z, torch.zeros(len(z)), seed=0) == []
 
 
 def test_steps_are_stretched_until_the_marginal_has_fallen_off(density):
     """Spreads may be those of a normal distribution that is a twentieth as wide, such as one in a narrow valley."""
     z = draws(4000, seed=2)
     narrow = z.mean(0) + 0.05 * (z - z.mean(0))
-    (wide, *_) = slices_about(density, z.mean(0).to(density.dtype), narrow.to(density.dtype), seed=0)
+    (wide, *_) = grids_about(density, z.mean(0).to(density.dtype), narrow.to(density.dtype), seed=0)
     assert wide.stretch > 1.0
     assert wide.beyond() < 1e-3
     u, below = exact()
@@ -319,13 +319,13 @@ def test_a_tail_that_never_ends_is_told_short_too():
     level = 0.9 * torch.rand(4000, generator=generator).double()  # without the upper tenth
     a = torch.tan(math.pi * (level - 0.5))
     b = torch.randn(4000, 3, generator=generator).double() * torch.nn.functional.softplus(a)[:, None]
-    lack, _ = short_tail(density, torch.cat([a[:, None], b], 1), torch.zeros(4000), seed=0)
+    lack, _ = truncated_tail(density, torch.cat([a[:, None], b], 1), torch.zeros(4000), seed=0)
     assert float(lack.place[0]) > 3.0
 
 
 def test_a_table_far_from_zero_keeps_its_digits(density):
     z = shortened(density)
-    (marginal,) = all_slices(density, z, torch.zeros(len(z)), seed=0)
+    (marginal,) = all_grids(density, z, torch.zeros(len(z)), seed=0)
     far = replace(marginal, places=marginal.places + 1e7)
     values = z[:99, 1].double()
     torch.testing.assert_close(far.below(values + 1e7), marginal.below(values), rtol=0.0, atol=1e-3)
@@ -349,7 +349,7 @@ def test_a_scale_of_two_groups_has_its_whole_tail(seed):
 def test_a_guide_that_ends_before_a_tail_is_told_so(monkeypatch):
     density = pf.LogDensity(groups, (INDEX, Y.double()))
     z = shortened(density)
-    (whole,) = all_slices(density, z, torch.zeros(len(z)), seed=0)
+    (whole,) = all_grids(density, z, torch.zeros(len(z)), seed=0)
     whole = closer(density, whole, seed=0)
     monkeypatch.setattr("pyro_flows.modes.tables.OUTSIDE", 1.0)
     for slices, status in ((whole, "ok"), (cut(whole, float(z[:, 1].max())), "unreliable")):

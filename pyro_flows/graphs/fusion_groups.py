@@ -50,7 +50,7 @@ _aten = torch.ops.aten
 NUMBERS = torch.float64, torch.float32, torch.bool  # all of them double precision here
 
 
-class Nests:
+class FusionGroups:
     """The tasks and the foreign operations of a graph, and where its results are.
 
     Args:

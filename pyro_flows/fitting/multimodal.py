@@ -20,7 +20,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import student_mixture, tabulated
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.population import Generation, Parts, begun, can_be_scattered, fitted, scattered
+from pyro_flows.modes.population_monte_carlo import Generation, Parts, begun, can_be_tempered, fitted, tempered_mixture
 from pyro_flows.modes.separable import is_separable, marginals
 from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
 from pyro_flows.modes.units import units_of
@@ -49,7 +49,7 @@ WEIGHED = 4000  # draws that tell whether a table is right
 
 
 @dataclass(frozen=True)
-class Several:
+class MultimodalCandidate:
     """The sampler, what it is in words, its entry in the history, and whether its draws are good enough."""
 
     sampler: Flow | FlowMixture
@@ -58,10 +58,10 @@ class Several:
     enough: bool
 
 
-def several(
+def multimodal(
     density: LogDensity, z: Tensor, places: Tensor | None = None,
     *, seed: int, bar: Bar, barrier: float = 0.0, ridges: bool = False,
-) -> Several | None:  # fmt: skip
+) -> MultimodalCandidate | None:  # fmt: skip
     """Survey the modes near and far of draws z (S, D), and fit a sampler to them; None if there is none.
 
     With ``ridges``, points of ridges and edges count as modes. ``places`` (N, D) are climbed from as well. Once there
@@ -103,9 +103,9 @@ def several(
     return tried if tried is not None and (tried.enough or barrier) else _brought(density, tried, seed, bar)
 
 
-def _brought(density: LogDensity, other: Several | None, seed: int, bar: Bar) -> Several | None:
+def _brought(density: LogDensity, other: MultimodalCandidate | None, seed: int, bar: Bar) -> MultimodalCandidate | None:
     """Return a mixture that comes from the prior, in few dimensions, if it is better than another one."""
-    parts = scattered(density, seed=seed) if can_be_scattered(density) else None
+    parts = tempered_mixture(density, seed=seed) if can_be_tempered(density) else None
     best = None if parts is None else _fitted(density, parts, seed, bar)
     if best is None or (other is not None and best.share <= (other.stage.ess_ratio or 0.0)):
         return other
@@ -149,7 +149,7 @@ def _beyond(density: LogDensity, found: Survey, best: Generation, seed: int) -> 
 
 
 @torch.no_grad()
-def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> Several | None:
+def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> MultimodalCandidate | None:
     """Tabulate independent coordinates; None where a table is too coarse, or weights say that they are not."""
     modes, units = found.modes, found.roots[:1].norm(dim=2)[:1].flatten()
     if not len(found):
@@ -170,7 +170,7 @@ def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> Seve
     alone = "the density was tabulated on a grid"
     said = alone if density.dim == 1 else "the coordinates are independent, so the density of each was tabulated"
     said = f"the posterior has several modes: {said}" if len(found) > 1 else said
-    return Several(sampler, said, stage, True) if share >= ESS_SHARE_HIGH and k_hat < K_HAT_MOST else None
+    return MultimodalCandidate(sampler, said, stage, True) if share >= ESS_SHARE_HIGH and k_hat < K_HAT_MOST else None
 
 
 def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
@@ -197,14 +197,14 @@ def _fitted(density: LogDensity, parts: Parts, seed: int, bar: Bar) -> Generatio
     return fitted(density, parts, seed=seed, report=bar.show)
 
 
-def _as_sampler(best: Generation, modes: int, over: bool) -> Several:
+def _as_sampler(best: Generation, modes: int, over: bool) -> MultimodalCandidate:
     count = len(best.parts)
     said = f"the posterior has several modes: a mixture of {count} Student-t distributions was begun at {modes} of them"
     return _mixture(best, said, {"modes": modes, "parts": count, "survey is over": over})
 
 
-def _mixture(best: Generation, said: str, details: dict[str, Any]) -> Several:
+def _mixture(best: Generation, said: str, details: dict[str, Any]) -> MultimodalCandidate:
     parts = best.parts
     sampler = student_mixture(parts.loc, parts.roots, parts.log_weights.tolist(), df=parts.df)
     stage = Stage(STAGE, k_hat=best.k_hat, ess_ratio=best.share, details=details)
-    return Several(sampler, said, stage, is_enough(best.share, best.k_hat))
+    return MultimodalCandidate(sampler, said, stage, is_enough(best.share, best.k_hat))

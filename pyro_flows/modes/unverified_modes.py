@@ -1,4 +1,4 @@
-"""Places at which a guide may lack something, where a path's normal is too poor to tell their mass."""
+"""Unverified modes: places at which a guide may miss mass, where a path's normal distribution cannot estimate it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive
-from pyro_flows.modes.lacks import Guide, Lack, is_resolved
-from pyro_flows.modes.tempering import Tempered, log_mean, wander
+from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved
+from pyro_flows.modes.tempering import Tempered, log_mean, move_walkers
 from pyro_flows.modes.units import in_units
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
@@ -38,7 +38,7 @@ LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
 
 @dataclass(frozen=True)
-class Doubtful:
+class UnverifiedMode:
     """A path at whose end the guide may lack something, and whose normal is too poor to weigh it."""
 
     number: int
@@ -48,9 +48,9 @@ class Doubtful:
     beside: bool = False  # the end is the top of what the guide covers, or covered itself
 
 
-def worth_tempering(
-    guide: Guide, paths: Paths, own: int, doubtful: Sequence[Doubtful], units: Tensor
-) -> tuple[list[int], list[Doubtful]]:
+def worth_measuring(
+    guide: Guide, paths: Paths, own: int, doubtful: Sequence[UnverifiedMode], units: Tensor
+) -> tuple[list[int], list[UnverifiedMode]]:
     """Return the numbers of paths to temper from, one of the guide's own region first, and the doubts on the others."""
     ends = paths.ends
     base = int(paths.elbo[:own].nan_to_num(nan=-torch.inf).argmax())
@@ -63,13 +63,19 @@ def worth_tempering(
 
 
 def by_curvature(
-    guide: Guide, paths: Paths, tempered: Sequence[int], doubtful: Sequence[Doubtful], units: Tensor, untold: list[Lack]
+    guide: Guide,
+    paths: Paths,
+    tempered: Sequence[int],
+    doubtful: Sequence[UnverifiedMode],
+    units: Tensor,
+    unresolved: list[MissedRegion],
 ) -> Paths | None:
     """Return Laplace's normals at the guide's own mode, first, and at places that only poor normals came to.
 
     In hundreds of dimensions a path from afar comes to a mode with a normal that is tens of nats too poor, and the
     place seems to be worth nothing. A few of Newton's steps lead to its top. A Hessian takes D gradients, as much as
-    two steps of all paths. None if there is no such place, or if Hessians are too dear: then places join ``untold``.
+    two steps of all paths. None if there is no such place, or if Hessians cost too much: then places join
+    ``unresolved``.
     Where the normal at the guide's own mode has next to none of its mass, as in funnels, tops tell nothing: None too.
 
     ``tempered`` are the numbers of paths that were tempered from, one to the guide's own mode first.
@@ -84,7 +90,7 @@ def by_curvature(
     poor = [*islice(left, LOOKED_AT)]
     if density.dim * density.numbers > CURVED_UP_TO:
         starts = {path.number: path.start for path in doubtful}
-        untold += [Lack(ends[number], starts[number]) for number in poor]
+        unresolved += [MissedRegion(ends[number], starts[number]) for number in poor]
         return None
     if not poor:
         return None
@@ -124,11 +130,11 @@ def _apart(paths: Paths, numbers: Sequence[int], units: Tensor) -> list[int]:
 
 def _is_spike(guide: Guide, end: Tensor) -> bool:
     """Whether a path ended where the density grows into what numbers cannot resolve, and the guide has no share."""
-    thin = bool(guide.is_thin(end[None], guide.density(end[None]).detach()))
+    thin = bool(guide.is_under_covered(end[None], guide.density(end[None]).detach()))
     return thin and not is_resolved(guide.density, end)
 
 
-def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempered) -> list[Lack]:
+def modes_with_mass(guide: Guide, ends: Tensor, worth: Sequence[UnverifiedMode], walk: Tempered) -> list[MissedRegion]:
     """Return the places with a good part of the mass, by tempering from the guide's own region, first, and there.
 
     Where tempering falls far short of what the guide's own weights say, it has not come to rest. There, what counts as
@@ -138,24 +144,24 @@ def heavier(guide: Guide, ends: Tensor, worth: Sequence[Doubtful], walk: Tempere
     covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
     found = []
     for path, reached, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=True):
-        thin = guide.is_thin(reached, log_p)
+        thin = guide.is_under_covered(reached, log_p)
         log_weights = torch.where(thin, log_weights, -torch.inf)
         if float(log_mean(log_weights)) - covered > math.log(MISSED_MASS_SHARE):
             if guide.covered - covered > MASS_GAP_OF_TEMPERING and not _stay_thin(guide, reached[thin], path):
                 continue
-            thin_end = bool(guide.is_thin(ends[path.number][None], density(ends[path.number][None]).detach()))
+            thin_end = bool(guide.is_under_covered(ends[path.number][None], density(ends[path.number][None]).detach()))
             drawn = reached[int(log_weights.argmax())]
             place = ends[path.number] if thin_end else drawn
-            found.append(Lack(place, path.start, beside=path.beside or not thin_end, drawn=drawn))
+            found.append(MissedRegion(place, path.start, beside=path.beside or not thin_end, drawn=drawn))
     return found
 
 
-def _stay_thin(guide: Guide, points: Tensor, path: Doubtful) -> bool:
+def _stay_thin(guide: Guide, points: Tensor, path: UnverifiedMode) -> bool:
     """Whether most of some points (S, D) are still where the guide is thin after they have wandered about."""
     scale = path.start.scale
     units = scale.norm(dim=1) if scale.dim() == 2 else scale
-    ends, log_p = wander(guide.density, points, units, seed=derive(path.number, "places"))
-    return float(guide.is_thin(ends, log_p).double().mean()) > 0.5
+    ends, log_p = move_walkers(guide.density, points, units, seed=derive(path.number, "places"))
+    return float(guide.is_under_covered(ends, log_p).double().mean()) > 0.5
 
 
 def distinct(places: Sequence[Tensor], units: Tensor, *, by: float | None = None) -> list[int]:
