@@ -26,6 +26,8 @@ _INNER = {"matmul", "__matmul__", "__rmatmul__", "dot", "inner", "mv"}  # of a v
 _TOTALS, _STACKED = {"sum", "mean"}, {"stack", "cat", "hstack"}
 _WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 UNKNOWN = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)  # forms that are not followed
+MOST_TERMS = 64  # of a sum that is followed: a recursion of products and sums doubles them at each step
+_ARITHMETIC = _ADDED | _PRODUCTS | _QUOTIENTS
 _SHAPED = {"reshape", "unsqueeze", "squeeze", "expand", "__getitem__", "flatten", "clone", "to", "double"}
 
 
@@ -36,6 +38,7 @@ class Sums(TorchFunctionMode):
         super().__init__()
         self._logs: dict[int, tuple[Tensor, Tensor]] = {}  # of tensors, by their id: these are kept, and so is it
         self._terms: dict[int, tuple[Tensor, Tensor]] = {}  # logs of terms (..., K) of tensors that are sums
+        self._long: dict[int, Tensor] = {}  # sums of too many terms, and what arithmetic made of them
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
@@ -50,6 +53,10 @@ class Sums(TorchFunctionMode):
             self._logs.pop(id(changed), None)
         if summed is not None:
             return self.take(summed, found)
+        long = terms is not None and terms.shape[-1] > MOST_TERMS
+        if long or (name in _ARITHMETIC and any(id(part) in self._long for part in args)):
+            self._long[id(found)] = found
+            return found
         if terms is not None:
             self._terms[id(found)] = found, _as(terms, found)
         if log is not None:

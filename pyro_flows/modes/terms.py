@@ -19,12 +19,12 @@ from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.faults import Undefined
 from pyro_flows.model.gradients import hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.sums import Counting, Taking
+from pyro_flows.modes.sums import MOST_TERMS, Counting, Taking
 from pyro_flows.modes.units import unit_of_modes, units_of
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.curvature import differences, lower_triangular, roots_of
 
-CHOICES = 64  # of terms, at one sum: of each of its results, if it has several
+CHOICES = MOST_TERMS  # of terms, at one sum: of each of its results, if it has several
 BRANCHES = 128  # densities in all
 SUMS, FEW = 16, 2  # at most, and with several results: with more, a model sums over paths, as those of Markov chains do
 SAME, AS_WIDE = 0.5, 0.3  # units between normals that are one, and log ratio of their widths, a coordinate

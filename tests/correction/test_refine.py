@@ -381,7 +381,7 @@ def test_what_a_fit_cannot_do_is_refined():
 def test_a_fit_tries_chains_after_a_first_round_that_is_not_enough(monkeypatch):
     from pyro_flows.fitting.rounds import Round
 
-    monkeypatch.setattr(Round, "stopping", property(lambda self: False))
+    monkeypatch.setattr(Round, "enough", property(lambda self: False))
     for module in ("methods", "flow_training"):
         monkeypatch.setattr(f"pyro_flows.fitting.{module}.invisible", lambda *_, **__: False)
     found = pf.fit(schools, Y, progress=False, max_steps=800)
@@ -496,7 +496,7 @@ def test_bridge_sampling():
 
 
 @pytest.mark.parametrize(("share", "enough"), [(0.3, True), (0.1, False), (0.0, False)])
-def test_regions_have_to_have_their_mass(share, stopping):
+def test_regions_have_to_have_their_mass(share, enough):
     """.7 N(4, 1) + .3 N(-4, 1): chains that have too little of the smaller mode do not cover it."""
     torch.manual_seed(0)
     density = pf.LogDensity(two, (torch.tensor(4.0, dtype=REAL),))
@@ -506,8 +506,8 @@ def test_regions_have_to_have_their_mass(share, stopping):
     evidence = 0.0  # both halves of the sum are normalized
     regions = _Regions(density, chains, evidence, 0)
     loc, scale = torch.tensor([-4.0, 0.0, 0.0], dtype=REAL), torch.eye(3, dtype=REAL)
-    assert regions.visited(loc, scale) is stopping
-    assert regions.visited(loc, torch.ones(3, dtype=REAL)) is stopping
+    assert regions.visited(loc, scale) is enough
+    assert regions.visited(loc, torch.ones(3, dtype=REAL)) is enough
     assert regions.cover([MissedRegion(loc, Start(BY_WALKERS, loc, scale))]) == [False]
 
 

@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows._progress import Bar
-from pyro_flows.fitting.multimodal import several
+from pyro_flows.fitting.multimodal import multimodal
 from pyro_flows.modes.survey import survey
 from pyro_flows.modes.terms import Terms, tops_of_terms
 from pyro_flows.starts.prior import prior_draws
@@ -253,4 +253,4 @@ def test_scales_at_one_place_are_not_several_modes():
         pyro.factor("scales", torch.logsumexp(-0.5 * (x / sds).square() - sds.log(), 0))
 
     density = pf.LogDensity(model)
-    assert several(density, draws(density), seed=0, bar=Bar("", False), barrier=3.0) is None
+    assert multimodal(density, draws(density), seed=0, bar=Bar("", False), barrier=3.0) is None
