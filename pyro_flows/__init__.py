@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pyro_flows.density_estimation.fitted import DensityFit
     from pyro_flows.priors.fit import prior_from
     from pyro_flows.priors.fitted import FittedPrior
+    from pyro_flows.svi.path_elbo import PathELBO
     from pyro_flows.versions import show_versions
 
 # What a fit does not need is imported when it is asked for: a third of the time that the package takes.
@@ -54,6 +55,7 @@ _LATER = {
     "DensityFit": "density_estimation.fitted",
     "prior_from": "priors.fit",
     "FittedPrior": "priors.fitted",
+    "PathELBO": "svi.path_elbo",
     "show_versions": "versions",
 }
 _MOVED = {"Chain": "transforms.Compose", "Chains": "McmcDraws", "ChainFigures": "McmcDiagnostics"}
@@ -81,6 +83,7 @@ __all__ = [
     "McmcDiagnostics",
     "McmcDraws",
     "NothingObservedWarning",
+    "PathELBO",
     "Posterior",
     "Sensitivity",
     "UnreliableWarning",

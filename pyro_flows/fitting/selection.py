@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_flows import _stages
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import start_at
+from pyro_flows.flows.recipe import begin_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start, divergence
@@ -61,9 +61,8 @@ class Entrant:
 
 
 def begin(flow: Flow, start: Start) -> None:
-    """Put the affine map of a flow at a start, whose scale is in sds: those of the base's draws are another number."""
-    unit = math.sqrt((flow.df - 2.0) / flow.df) if flow.base == "student_t" and flow.df > 2.0 else 1.0
-    start_at(flow, start.loc, unit * start.scale)
+    """Put the affine map of a flow at a start."""
+    begin_at(flow, start.loc, start.scale)
 
 
 def share(max_steps: int) -> int:

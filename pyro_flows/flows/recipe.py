@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -165,6 +166,12 @@ def affine_of(flow: Flow) -> LowerTriangularAffine | DiagonalAffine | None:
     last: nn.Module = flow.bijection
     last = last.layers[-1] if isinstance(last, Compose) else last
     return last if isinstance(last, (LowerTriangularAffine, DiagonalAffine)) else None
+
+
+def begin_at(flow: Flow, loc: Tensor, sds: Tensor) -> None:
+    """Do as :func:`start_at`, with a scale in standard deviations: those of the base's draws are another number."""
+    unit = math.sqrt((flow.df - 2.0) / flow.df) if flow.base == "student_t" and flow.df > 2.0 else 1.0
+    start_at(flow, loc, unit * sds)
 
 
 @torch.no_grad()

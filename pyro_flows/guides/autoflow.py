@@ -51,9 +51,12 @@ class AutoFlow(StoredGuide):
             either), or ``"auto"`` (triangular up to 200 dimensions).
         base: base distribution, see :class:`Flow`; ignored if ``flow`` is a :class:`Flow`, which brings its own.
         df: degrees of freedom of the Student-t base.
-        init_loc_fn: Pyro init function for m; the default is the prior median, and works for improper priors.
-            With ``affine="none"`` there is no m, and the flow starts at its base.
-        init_scale: L at the start, times the identity.
+        init: ``"auto"``: m and L come from the best of the initial Gaussians of :func:`fit`, which takes some hundred
+            gradients, a second or so, when the guide is first run; ``"prior"``: m is the prior median, which works for
+            improper priors, and L the identity. The second is taken too where the log density is random or unknown, as
+            in a model that subsamples. With ``affine="none"`` the flow starts at its base.
+        init_loc_fn: Pyro init function for m, in the place of ``init``.
+        init_scale: L at the start, times the identity, in the place of ``init``.
         noncentered: sites that get non-centered coordinates, see :class:`LogDensity`.
         cautious: train the flow by small steps (:meth:`Flow.slow`), which one draw a step and minibatches need; False
             is for gradients averaged over many draws.

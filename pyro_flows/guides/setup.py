@@ -15,18 +15,25 @@ from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._fallbacks import passed_over
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import (
     FlowLike,
     affine_of,
+    begin_at,
     latent_recipe,
     start_at,
 )
+from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Noncentered, Structure, messages
 from pyro_flows.model.start import initial_value
+from pyro_flows.starts.portfolio import portfolio
+from pyro_flows.starts.start import Start
 from pyro_flows.transforms import DiagonalAffine, LowerTriangularAffine
+
+AUTO, PRIOR = INITS = "auto", "prior"
 
 
 class LatentGuide(AutoContinuous):
@@ -40,8 +47,9 @@ class LatentGuide(AutoContinuous):
         affine: str = "auto",
         base: str = "student_t",
         df: float = 15.0,
-        init_loc_fn: Callable[..., Any] = initial_value,
-        init_scale: float = 1.0,
+        init: str = "auto",
+        init_loc_fn: Callable[..., Any] | None = None,
+        init_scale: float | None = None,
         noncentered: Noncentered = (),
         cautious: bool = True,
         create_plates: Callable[..., Any] | None = None,
@@ -49,7 +57,7 @@ class LatentGuide(AutoContinuous):
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
-        if not callable(init_loc_fn):
+        if init_loc_fn is not None and not callable(init_loc_fn):
             raise ValueError(f"init_loc_fn: expected a function of a site, got a {type(init_loc_fn).__name__}.")
         if create_plates is not None and (isinstance(create_plates, pyro.plate) or not callable(create_plates)):
             raise ValueError(
@@ -58,8 +66,11 @@ class LatentGuide(AutoContinuous):
             )
         AutoGuide.__init__(self, model, create_plates=create_plates)
         self._recipe = latent_recipe(flow, options, affine=affine, base=base, df=df)
-        self._init_loc_fn = init_loc_fn
-        self._init_scale = _checks.positive("init_scale", init_scale)
+        _checks.choice("init", init, INITS)
+        own = init_loc_fn is not None or init_scale is not None
+        self._init = PRIOR if own else init
+        self._init_loc_fn = initial_value if init_loc_fn is None else init_loc_fn
+        self._init_scale = 1.0 if init_scale is None else _checks.positive("init_scale", init_scale)
         self._noncentered = noncentered
         self._cautious = cautious
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -84,9 +95,23 @@ class LatentGuide(AutoContinuous):
         if self.master is not None:
             self.master()._check_prototype(self.prototype_trace)
         like = torch.zeros((), **{"dtype": structure.dtype, "device": structure.device, **self._moved_to})
-        loc = self._init_loc().to(like)
         self.flow = self._build(structure.dim).to(like)
-        self.start_at(loc, self._init_scale * torch.ones_like(loc))
+        start = self._best_start(*args, **kwargs) if self._init == AUTO and self.affine is not None else None
+        if start is None:
+            loc = self._init_loc().to(like)
+            self.start_at(loc, self._init_scale * torch.ones_like(loc))
+        else:
+            begin_at(self._single, start.loc.to(like), start.scale.to(like))
+
+    def _best_start(self, *args: Any, **kwargs: Any) -> Start | None:
+        """Return the best of the starts of a fit; None where the model's density is not known, as with subsampling."""
+        try:
+            with poutine.block():
+                density = LogDensity(self.model, args, kwargs, noncentered=self._noncentered)
+                return portfolio(density, seed=0)[0]
+        except Exception as error:  # a model's own code may raise anything
+            passed_over("the guide starts at the prior", error)
+            return None
 
     def _init_loc(self) -> Tensor:
         """The prototype run's values, unconstrained (D,), without entries that are masked out."""

@@ -1,0 +1,1 @@
+"""Losses for Pyro's own SVI."""

@@ -1,0 +1,194 @@
+"""The ELBO with path gradients, for Pyro's own SVI."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor
+
+from pyro_flows import _checks
+from pyro_flows._cache import Cache
+from pyro_flows._fallbacks import fallback
+from pyro_flows.flows.flow import Flow
+from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.objectives import BasePoints
+from pyro_flows.svi.recorded import Arguments, RecordedStep, eager_step
+
+STEPS_KEPT, MOST_RECORDED = 8, 12  # graphs of one guide, by the shapes of data; that are made in all
+
+
+class PathELBO(ELBO):
+    r"""ELBO whose gradient leaves out the score term ("sticking the landing"), for Pyro's ``SVI``.
+
+    .. math:: \nabla_\theta = -\frac 1S \sum_i \big(\nabla_z \log \tilde p(z_i) - \nabla_z \log q_\theta(z_i)\big)^\top
+              \partial_\theta z_\theta(\epsilon_i), \qquad z_\theta(\epsilon_i) \sim q_\theta
+
+    The term that is left out has mean zero, and noise that does not go away as q comes close to the posterior. A step
+    is recorded once as a graph of tensor operations, with the tensors among the model's arguments as inputs, so that
+    minibatches go through it. A draw whose gradient is a thousand times as long as the median one is shortened, and a
+    draw that is not finite is left out.
+
+    It works with :class:`AutoFlow` and its subclasses, and with any optimizer, scheduler or clipping. Other guides, and
+    models with parameters of their own, random subsampling inside, latents that come and go, or arguments that are
+    neither tensors nor plain numbers and words, get :class:`pyro.infer.Trace_ELBO` with as many particles. ``reason``
+    then says why, and the logger ``pyro_flows`` too.
+
+    A graph holds what the model reads besides its arguments, such as a global tensor, at its value when it was
+    recorded: pass what changes as an argument, and numbers that change at each step as tensors.
+
+    Cost of a step: one pass of the flow each way, and one gradient of the model for each particle.
+
+    Args:
+        num_particles: S, draws of a step.
+
+    Attributes:
+        reason: why the last step was taken by ``Trace_ELBO``, or without a graph; None if it was recorded.
+
+    Raises:
+        ValueError: if ``num_particles`` is no positive number.
+
+    References: Roeder, Wu and Duvenaud 2017 (arXiv 1703.09194); Vaitl et al. 2022 (arXiv 2207.08219).
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y):
+    ...     x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    ...     pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+    >>> guide = pf.AutoRealNVP(model, layers=2)
+    >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=pf.PathELBO(num_particles=8))
+    >>> svi.step(torch.ones(2)) > 0
+    True
+    """
+
+    def __init__(self, num_particles: int = 16) -> None:
+        super().__init__(num_particles=_checks.integer("num_particles", num_particles, 1))
+        self.reason: str | None = None
+        self._kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
+        self._plain = Trace_ELBO(num_particles=num_particles)
+
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """Return an estimate of the negative ELBO in nats, without gradients."""
+        kept = self._kept_of(model, guide, args, kwargs)
+        if kept is None:
+            return float(self._plain.loss(model, guide, *args, **kwargs))
+        return _value(kept.step(self.num_particles, Arguments(args, kwargs))[0])
+
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """Add the gradients to those of the guide's parameters; return an estimate of the negative ELBO in nats."""
+        kept = self._kept_of(model, guide, args, kwargs)
+        if kept is None:
+            return float(self._plain.loss_and_grads(model, guide, *args, **kwargs))
+        assert isinstance(guide, AutoFlow)
+        with guide._pyro_context:  # parameters have names inside
+            guide._register()
+        terms, gradient = kept.step(self.num_particles, Arguments(args, kwargs))
+        self.reason = kept.reason
+        sizes = [parameter.numel() for parameter in kept.parameters]
+        for parameter, part in zip(kept.parameters, gradient.split(sizes), strict=True):
+            own = part.view_as(parameter)
+            parameter.grad = own.clone() if parameter.grad is None else parameter.grad + own
+        return _value(terms)
+
+    def differentiable_loss(self, *_: Any, **__: Any) -> Tensor:
+        """Not available: the path gradient is not the derivative of a loss.
+
+        Raises:
+            NotImplementedError: always; use ``loss_and_grads``, or ``Trace_ELBO``.
+        """
+        raise NotImplementedError(
+            "PathELBO: the path gradient is not the derivative of a loss. Use SVI, loss_and_grads, or Trace_ELBO."
+        )
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        return self._plain._get_trace(model, guide, args, kwargs)
+
+    def _kept_of(self, model: Any, guide: Any, args: Any, kwargs: Any) -> _Kept | None:
+        """Return what is kept of a guide and its model; None, with a reason, where they need Pyro's own ELBO."""
+        kept = self._kept.get(guide)
+        if kept is None or kept.model != model:
+            kept = self._kept[guide] = _Kept(model, guide, args, kwargs)
+        self.reason = kept.unfit
+        return None if kept.unfit else kept
+
+
+class _Kept:
+    """A guide with its model's log density, and the graphs of its steps."""
+
+    def __init__(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+        self.model = model
+        self.reason: str | None = None  # why steps are not recorded
+        self.unfit: str | None = None  # why Pyro's own ELBO is needed
+        try:
+            self._read(model, guide, args, kwargs)
+        except Exception as error:  # a model's own code may raise anything
+            self.unfit = fallback("Trace_ELBO is used", error)
+
+    def _read(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+        if not isinstance(guide, AutoFlow):
+            raise TypeError(f"the guide is a {type(guide).__name__}, and no flow guide")
+        guide.initialize(*args, **kwargs)
+        if not isinstance(guide._flow, Flow):
+            raise TypeError("the guide is a mixture of flows")
+        self.flow, self.noncentered = guide._flow, guide._noncentered
+        self.density = LogDensity(model, args, kwargs, noncentered=self.noncentered)
+        if self.density.parameters():
+            raise ValueError("the model has parameters of its own")
+        if not self.density.batched:
+            raise ValueError(self.density.reason or "the model runs draw by draw")
+        self.parameters = [parameter for parameter in self.flow.parameters() if parameter.requires_grad]
+        self._arguments = Arguments(args, kwargs)
+        self._steps: Cache[Any, RecordedStep | str] = Cache(STEPS_KEPT)
+        self._recorded = 0
+
+    def points(self, count: int) -> Tensor:
+        """Draw base points (S, D)."""
+        return BasePoints(self.flow)(count)[0]
+
+    def step(self, count: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
+        """Return the terms of the ELBO and the gradient, by a graph if there is one for such data."""
+        x, key = self.points(count), (count, arguments.key)
+        found = self._steps.of(key, lambda: self._record(x, arguments))
+        if isinstance(found, RecordedStep) and not found.is_of(self.parameters):
+            found = self._record(x, arguments)
+            self._steps.put(key, found)
+        if isinstance(found, RecordedStep):
+            self.reason = None
+            return found(x, arguments.tensors)
+        self.reason = found
+        return eager_step(self.flow, self._with(arguments), self.parameters, x)
+
+    def _record(self, x: Tensor, arguments: Arguments) -> RecordedStep | str:
+        self._recorded += 1
+        if self._recorded > MOST_RECORDED:
+            return fallback("the step is not recorded: shapes, or arguments that are no tensors, change too often")
+        try:
+            return RecordedStep(self.flow, self._with(arguments), arguments, x)
+        except Exception as error:  # a layer's or a model's own code may raise anything
+            return fallback("the step is not recorded", error)
+
+    def _with(self, arguments: Arguments) -> LogDensity:
+        """Return the density with these data, which is read anew where they are others."""
+        known, (args, kwargs) = self._arguments, arguments.with_tensors(arguments.tensors)
+        if known.key != arguments.key:
+            self.density = LogDensity(self.model, args, kwargs, noncentered=self.noncentered)
+        elif not all(map(_is, known.tensors, arguments.tensors)):
+            self.density = self.density.beside(args, kwargs)
+        if self.density.dim != self.flow.dim:
+            raise ValueError(f"guide: expected {self.flow.dim} coordinates, as at first, got {self.density.dim}.")
+        self._arguments = arguments
+        return self.density
+
+
+def _is(one: Tensor, other: Tensor) -> bool:
+    return one is other
+
+
+def _value(terms: Tensor) -> float:
+    """Return the negative mean of the terms that are finite; NaN if none is."""
+    finite = terms[torch.isfinite(terms)]
+    return -float(finite.mean()) if len(finite) else math.nan

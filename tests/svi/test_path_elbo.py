@@ -1,0 +1,216 @@
+"""The ELBO with path gradients in Pyro's own SVI, and where a guide starts."""
+
+import logging
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+
+import pyro_flows as pf
+from pyro_flows.svi.recorded import Arguments, RecordedStep, eager_step
+from tests.models import normal, real
+
+SD = 0.5
+Y = real(1.3, 0.4, 2.2)
+
+
+def conjugate(y):
+    """Normal means of normal data: the posterior is normal, and the evidence known."""
+    x = pyro.sample("x", dist.Normal(torch.zeros_like(y), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x, SD).to_event(1), obs=y)
+
+
+def log_evidence(y):
+    return float(dist.Normal(0.0, math.sqrt(1.0 + SD * SD)).log_prob(y).sum())
+
+
+def counts(y):
+    """A log rate for each count: the prior's own rates overflow nothing, but are far off."""
+    level = pyro.sample("level", dist.Normal(real(0.0), 10.0))
+    with pyro.plate("rows", len(y)):
+        rate = pyro.sample("rate", dist.Normal(level, 1.0))
+        pyro.sample("y", dist.Poisson(rate.exp()), obs=y)
+
+
+def svi_of(model, guide, particles=16, rate=0.01):
+    loss = pf.PathELBO(num_particles=particles)
+    return SVI(model, guide, pyro.optim.Adam({"lr": rate}), loss=loss), loss
+
+
+def gradients(guide):
+    return torch.cat([parameter.grad.flatten() for parameter in guide.parameters()])
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+@pytest.mark.parametrize("kind", [pf.AutoRealNVP, pf.AutoNICE, pf.AutoPlanar])
+@pytest.mark.parametrize("cautious", [True, False])
+def test_a_recorded_step_is_that_of_autograd(kind, cautious):
+    guide = kind(conjugate, layers=2, cautious=cautious).initialize(Y)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    flow, density, x = guide._flow, pf.LogDensity(conjugate, (Y,)), normal(16, 3, seed=1)
+    parameters = list(guide.parameters())
+    step = RecordedStep(flow, density, Arguments((Y,), {}), x)
+    for one, other in zip(step(x, [Y]), eager_step(flow, density, parameters, x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_other_data_go_through_the_same_graph():
+    guide = pf.AutoRealNVP(conjugate, layers=2)
+    svi, loss = svi_of(conjugate, guide)
+    svi.step(Y)
+    kept = loss._kept[guide]
+    steps = len(kept._steps)
+    for shift in (0.5, -0.5):
+        other, parameters = Y + shift, list(guide.parameters())
+        guide.zero_grad()
+        torch.manual_seed(3)
+        value = loss.loss_and_grads(conjugate, guide, other)
+        torch.manual_seed(3)
+        x = kept.points(16)
+        terms, gradient = eager_step(guide._flow, pf.LogDensity(conjugate, (other,)), parameters, x)
+        assert value == pytest.approx(-float(terms.mean()), rel=1e-9)
+        torch.testing.assert_close(gradients(guide), gradient, rtol=1e-9, atol=1e-9)
+        assert loss.loss(conjugate, guide, other) != loss.loss(conjugate, guide, Y)
+    assert len(kept._steps) == steps
+    svi.step(Y[:2].repeat(2)[:3])
+    assert loss.reason is None
+
+
+def test_the_gradient_vanishes_at_the_posterior():
+    """Without the score term no draw has any, and not only their mean. The Student-t base is nearly normal here."""
+    guide = pf.AutoRealNVP(conjugate, layers=2, base="normal")
+    loss = pf.PathELBO(num_particles=16)
+    loss.loss_and_grads(conjugate, guide, Y)
+    away = float(gradients(guide).abs().max())
+    guide.zero_grad()
+    Trace_ELBO(num_particles=16).loss_and_grads(conjugate, guide, Y)
+    assert away < 1e-3
+    assert float(gradients(guide).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("optimizer", ["pyro", "clipped", "scheduler", "torch"])
+def test_any_optimizer_trains(optimizer):
+    guide = pf.AutoRealNVP(conjugate, layers=2, init="prior")
+    loss = pf.PathELBO(num_particles=16)
+    if optimizer == "torch":
+        guide.initialize(Y)
+        steps = torch.optim.Adam(guide.parameters(), lr=0.03)
+        for _ in range(300):
+            steps.zero_grad()
+            loss.loss_and_grads(conjugate, guide, Y)
+            steps.step()
+    else:
+        made = {
+            "pyro": lambda: pyro.optim.Adam({"lr": 0.03}),
+            "clipped": lambda: pyro.optim.ClippedAdam({"lr": 0.03}),
+            "scheduler": lambda: pyro.optim.ExponentialLR(
+                {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.03}, "gamma": 0.999}
+            ),
+        }
+        svi = SVI(conjugate, guide, made[optimizer](), loss=loss)
+        for _ in range(300):
+            svi.step(Y)
+    assert loss.reason is None
+    elbo = -sum(loss.loss(conjugate, guide, Y) for _ in range(100)) / 100
+    assert log_evidence(Y) - elbo < 0.05
+
+
+def _weighted(y, weight):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
+    with pyro.poutine.scale(scale=weight), pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def test_batches_of_two_sizes_and_a_number_that_changes():
+    data = normal(50, seed=5) + 2.0
+    whole = pf.AutoFlow(_weighted, "planar", layers=2)
+    svi, loss = svi_of(_weighted, whole, particles=64, rate=0.02)
+    for step in range(300):
+        part = data[:32] if step % 2 else data[32:]
+        svi.step(part, torch.tensor(len(data) / len(part)))
+    assert loss.reason is None
+    assert len(loss._kept[whole]._steps) == 2
+    mean = float(data.sum() / (len(data) + 1 / 9))
+    assert float(whole.median()["mu"]) == pytest.approx(mean, abs=0.05)
+
+
+@pytest.mark.falls_back
+@pytest.mark.parametrize("why", ["AutoNormal", "parameters", "draw by draw", "ndarray"])
+def test_what_has_no_path_gradient_gets_the_elbo_of_pyro(why, caplog):
+    def model(y, extra=None):
+        scale = pyro.param("scale", real(1.0)) if why == "parameters" else 1.0
+        x = pyro.sample("x", dist.Normal(torch.zeros_like(y), scale).to_event(1))
+        if why == "draw by draw":
+            float(x.sum())
+        pyro.sample("y", dist.Normal(x, SD).to_event(1), obs=y)
+
+    guide = AutoNormal(model) if why == "AutoNormal" else pf.AutoRealNVP(model, layers=2)
+    unused = {"extra": np.ones(3)} if why == "ndarray" else {}
+    with caplog.at_level(logging.DEBUG, "pyro_flows"):
+        svi, loss = svi_of(model, guide, particles=4)
+        assert math.isfinite(svi.step(Y, **unused))
+    assert loss.reason.startswith("Trace_ELBO is used")
+    assert why.partition(" ")[0] in loss.reason or why == "draw by draw"
+    assert any("Trace_ELBO is used" in record.message for record in caplog.records)
+    assert math.isfinite(svi.evaluate_loss(Y, **unused))
+
+
+def test_a_guide_of_two_models_reads_each():
+    other, guide = pyro.poutine.scale(conjugate, scale=2.0), pf.AutoRealNVP(conjugate, layers=2)
+    loss = pf.PathELBO(num_particles=2000)
+    one, two = loss.loss(conjugate, guide, Y), loss.loss(other, guide, Y)
+    assert two > one + 1.0, "its log density is twice as large"
+    assert loss.loss(conjugate, guide, Y) == pytest.approx(one, abs=0.05)
+
+
+def test_bad_options_and_a_loss_that_is_none():
+    with pytest.raises(ValueError, match="num_particles: expected an integer >= 1, got 0"):
+        pf.PathELBO(num_particles=0)
+    with pytest.raises(NotImplementedError, match="not the derivative of a loss"):
+        pf.PathELBO().differentiable_loss(conjugate, None, Y)
+    with pytest.raises(ValueError, match="init: expected one of 'auto', 'prior', got 'best'"):
+        pf.AutoRealNVP(conjugate, init="best")
+
+
+# where a guide starts -------------------------------------------------------------------------------------------------
+
+
+def test_a_guide_starts_where_a_fit_does():
+    guide, at_prior = (pf.AutoRealNVP(conjugate, layers=2, init=init).initialize(Y) for init in ("auto", "prior"))
+    loss = pf.PathELBO(num_particles=2000)
+    assert log_evidence(Y) + loss.loss(conjugate, guide, Y) < 0.02
+    assert log_evidence(Y) + loss.loss(conjugate, at_prior, Y) > 1.0
+    given = pf.AutoRealNVP(conjugate, layers=2, init_scale=1.0).initialize(Y)
+    assert float(given.affine.scale_tril.diagonal().min()) == 1.0
+
+
+def test_a_start_overflows_nothing():
+    y = torch.poisson(torch.exp(3.0 + normal(60, seed=2)), generator=torch.Generator().manual_seed(0))
+    guide, theirs = pf.AutoRealNVP(counts, layers=2), AutoNormal(counts)
+    ours = pf.PathELBO(num_particles=200).loss(counts, guide, y)
+    theirs(y)
+    assert ours < Trace_ELBO(num_particles=200).loss(counts, theirs, y) - 100.0
+
+
+def test_a_model_that_subsamples_starts_at_the_prior():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 10.0))
+        with pyro.plate("rows", len(y), subsample_size=2) as index:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
+
+    guide = pf.AutoRealNVP(model, layers=2).initialize(Y)
+    assert (
+        float(guide.affine.scale_tril if guide.affine.scale_tril.dim() == 0 else guide.affine.scale_tril[0, 0]) == 1.0
+    )
