@@ -92,8 +92,7 @@ def fit(
             judged.
         refine: run MCMC from the flow's draws (see :meth:`Posterior.refine`) if the first round does not suffice, and
             if the verdict would be ``unreliable``: ``"auto"``, or one of its methods for the latter; False never does.
-            If the flow's weights collapse and chains in its space do not converge, MCMC runs in the original
-            coordinates. MCMC is not tried with ``train_model``.
+            MCMC is not tried with ``train_model``.
         runs: independent runs with seeds and starts of their own, 100 at most. From 2 on, each trains a flow, unless
             the initial Gaussian passes: no grid, no Gaussian conditionals and no tables are tried before. So ``runs``
             changes the method, and is for comparing trainings. If runs disagree, the verdict names the sites, and the

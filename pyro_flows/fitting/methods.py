@@ -104,16 +104,8 @@ def _grid_at_best(at: Attempt) -> str | None:
     return GRID
 
 
-def _conditionals_of_hierarchy(at: Attempt) -> str | None:
-    found = conditionals_at_start(at.plan, at.density, seed=at.seed)
-    if found is None:
-        return None
-    at.run.take(*found)
-    return CONDITIONALS
-
-
 def _conditionals(at: Attempt) -> str | None:
-    """Hold a few coordinates of the model as it was read."""
+    """Hold a few coordinates of the model as it was read; what was chosen since then is dropped."""
     found = conditionals_at_start(at.plan, at.prepared.as_read, seed=at.plan.seed)
     if found is None:
         return None
@@ -262,7 +254,7 @@ def _no_integral(at: Attempt) -> str | None:
 
 METHODS = (
     Method(GRID, AS_READ, _hierarchy_comes_first, _grid_of_hierarchy),
-    Method(CONDITIONALS, AS_READ, _hierarchy_of_few, _conditionals_of_hierarchy),
+    Method(CONDITIONALS, AS_READ, _hierarchy_of_few, _conditionals),
     Method(MIXTURE, AT_MODES, _has_modes, _mixture),
     Method(GAUSSIAN, AT_THE_BEST, lambda at: not at.plan.train_model, _gaussian),
     Method(GRID, AT_THE_BEST, lambda at: at.from_scratch and not _is_hierarchical(at), _grid_at_best),

@@ -32,7 +32,7 @@ class PathELBO(ELBO):
     The term that is left out has mean zero, and noise that does not go away as q comes close to the posterior. A step
     is recorded once as a graph of tensor operations, with the tensors among the model's arguments as inputs, so that
     minibatches go through it. A draw whose gradient is a thousand times as long as the median one is shortened, and a
-    draw that is not finite is left out.
+    draw that is not finite is left out. A step whose gradient is not finite adds none.
 
     It works with :class:`AutoFlow` and its subclasses, and with any optimizer, scheduler or clipping. Other guides, and
     models with parameters of their own, random subsampling inside, latents that come and go, or arguments that are
@@ -88,6 +88,7 @@ class PathELBO(ELBO):
             guide._register()
         terms, gradient = kept.step(self.num_particles, Arguments(args, kwargs))
         self.reason = kept.reason
+        gradient = gradient if bool(torch.isfinite(gradient).all()) else torch.zeros_like(gradient)
         sizes = [parameter.numel() for parameter in kept.parameters]
         for parameter, part in zip(kept.parameters, gradient.split(sizes), strict=True):
             own = part.view_as(parameter)

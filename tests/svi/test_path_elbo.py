@@ -175,6 +175,19 @@ def test_a_guide_of_two_models_reads_each():
     assert loss.loss(conjugate, guide, Y) == pytest.approx(one, abs=0.05)
 
 
+def test_a_step_without_a_finite_gradient_leaves_the_parameters_as_they_are():
+    guide = pf.AutoRealNVP(conjugate, layers=2)
+    svi, loss = svi_of(conjugate, guide)
+    svi.step(Y)
+    with torch.no_grad():
+        kept = [parameter.clone() for parameter in guide.parameters()]
+    guide.zero_grad()
+    value = loss.loss_and_grads(conjugate, guide, torch.full_like(Y, math.nan))
+    assert math.isnan(value)
+    assert not bool(gradients(guide).any())
+    assert all(torch.equal(one, other) for one, other in zip(kept, guide.parameters(), strict=True))
+
+
 def test_bad_options_and_a_loss_that_is_none():
     with pytest.raises(ValueError, match="num_particles: expected an integer >= 1, got 0"):
         pf.PathELBO(num_particles=0)
