@@ -383,7 +383,7 @@ def test_a_fit_tries_chains_after_a_first_round_that_is_not_enough(monkeypatch):
 
     monkeypatch.setattr(Round, "enough", property(lambda self: False))
     for module in ("methods", "flow_training"):
-        monkeypatch.setattr(f"pyro_flows.fitting.{module}.invisible", lambda *_, **__: False)
+        monkeypatch.setattr(f"pyro_flows.fitting.{module}.shift_is_noise", lambda *_, **__: False)
     found = pf.fit(schools, Y, progress=False, max_steps=800)
     assert found.verdict.status == "refined", found.verdict
     assert found.history[-1]["details"]["sweeps"] < 400

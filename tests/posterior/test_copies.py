@@ -68,7 +68,7 @@ def test_a_posterior_is_pickled_without_its_model_and_data():
     assert again.assign_coords({"school": list("abcdefgh")}).summary("theta").index[0] == "theta[a]"
     assert torch.equal(again.resample(9, force=True)["theta"], posterior.resample(9, force=True)["theta"])
     assert posterior.density is not None  # and the original keeps what it has
-    assert torch.equal(posterior.density(z), posterior.log_p[:5])
+    torch.testing.assert_close(posterior.density(z), posterior.log_p[:5])  # a batch of another size rounds differently
     same_draws(again, pickle.loads(pickle.dumps(again)))
 
 

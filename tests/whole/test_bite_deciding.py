@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pyro_flows.fitting import agreement as runs
-from pyro_flows.fitting import conclude, rounds, selection
+from pyro_flows.fitting import conclude, rounds
 from pyro_flows.flows import recipe
 from pyro_flows.model import charts, noncentered
 from pyro_flows.modes import (
@@ -334,7 +334,7 @@ BUGS = [
     (convergence.Monitor, "promises", "sum(after) - sum(before)", "0.0", promising),
     (matching, "_moved", "start.loc + more @ (z - start.loc)", "start.loc", moments),
     (matching, "_moved", "share * known + (more[:, None] * away).mT @ away", "known", moments),
-    (selection, "begin", "unit * start.scale", "start.scale", begun),
+    (recipe, "begin_at", "unit * sds", "sds", begun),
     (recipe, "set_df", "flow.df = df", "pass", begun),
     (rounds, "assess", "copy.deepcopy(flow)", "flow", kept),
     (runs, "compare", "not spread <= EVIDENCE_GAP_OF_RUNS", "spread <= EVIDENCE_GAP_OF_RUNS", agreement),
