@@ -166,8 +166,8 @@ def chains_from(
     starts = dispersed_points(latent, z, log_weights, CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
     given: dict[str, Any] = {"chains": CHAINS, "kept": math.ceil(draws / CHAINS), "seed": seed}
     sampler = Sampler.begin(latent, names, starts, independence=independence, **given)
-    with_tails_checked = SHORT_OF if patient else math.inf
-    found = sampler.run(MAX_STEPS, bar.show, gradients=most, patient=patient, with_tails_checked=with_tails_checked)
+    short_of = SHORT_OF if patient else math.inf
+    found = sampler.run(MAX_STEPS, bar.show, gradients=most, patient=patient, short_of=short_of)
     if found is not None:
         found = _gone_on(sampler, found, most, bar, patient)
     if found is None or objections(found) or objections(sampler.figures()):  # by some coordinates, and by all

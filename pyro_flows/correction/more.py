@@ -12,7 +12,7 @@ from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.sampler import KEPT, Sampler
-from pyro_flows.correction.starts import flow_of
+from pyro_flows.correction.starts import can_be_resumed, flow_of
 from pyro_flows.results.record import Record
 from pyro_flows.results.scoring import score_pool
 from pyro_flows.verdict.chains import McmcDraws
@@ -25,7 +25,7 @@ LEAST = 1000  # draws that a pool is weighed for
 def can_go_on(posterior: Record) -> bool:
     """Whether the draws to use are of chains that can be gone on with."""
     chains = posterior.chains
-    known = chains is not None and "kernel" in chains.numbers
+    known = chains is not None and can_be_resumed(chains)
     return known and posterior.verdict.status == "refined" and posterior.density is not None
 
 
@@ -43,7 +43,8 @@ def more_draws(posterior: Record, count: int, *, seed: int) -> Tensor:
     density = posterior._need_density()
     if posterior.verdict.status == "refined" and posterior.chains is not None:
         if not can_go_on(posterior):
-            raise ValueError("sample: chains of NUTS are not gone on with; refine(method='hmc') can be.")
+            of = "NUTS" if posterior.chains.numbers["method"] == "nuts" else "an earlier version"
+            raise ValueError(f"sample: chains of {of} are not gone on with; refine(method='hmc') can be.")
         each = math.ceil(count / posterior.chains.count)
         return go_on(posterior, posterior.chains, each, seed=seed).transpose(0, 1).flatten(0, 1)[:count]
     flow = posterior.flow

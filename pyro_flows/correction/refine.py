@@ -19,7 +19,7 @@ from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.nuts import nuts
 from pyro_flows.correction.sampler import HAMILTONIAN, MICROCANONICAL, SUBCHAINS, Sampler
 from pyro_flows.correction.smc import anneal
-from pyro_flows.correction.starts import NoStart, dispersed_points, flow_of, starting_points
+from pyro_flows.correction.starts import NoStart, can_be_resumed, dispersed_points, flow_of, starting_points
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.results.record import Recorded
 from pyro_flows.verdict.chains import McmcDraws
@@ -95,7 +95,7 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
     density, names, earlier = posterior._need_density(), posterior.coordinates, posterior.chains
     latent = Latent(flow_of(posterior), density)
     wanted = math.ceil(len(posterior.z) / chains)
-    if earlier is not None and work.method in ("auto", earlier.numbers["method"]) and "kernel" in earlier.numbers:
+    if earlier is not None and work.method in ("auto", earlier.numbers["method"]) and can_be_resumed(earlier):
         work.method = earlier.numbers["method"]
         kept, seed = math.ceil(len(posterior.z) / earlier.count), int(earlier.numbers["seed"])
         work.sampler = Sampler(latent, names, earlier, kept=kept, seed=seed)

@@ -117,11 +117,11 @@ class Sampler:
 
     def run(
         self, sweeps: int, report: Callable[[str], None] = lambda text: None, *, gradients: float = math.inf,
-        patient: bool = True, with_tails_checked: float = math.inf,
+        patient: bool = True, short_of: float = math.inf,
     ) -> McmcDiagnostics | None:  # fmt: skip
         """Go on until the draws are enough, or for ``sweeps`` in all or so many gradients; return the last figures.
 
-        Chains are given up once they would need ``with_tails_checked`` times the gradients that are left.
+        Chains are given up once they would need ``short_of`` times the gradients that are left.
 
         Unless ``patient``, the step size is halved as soon as ten times as many trajectories diverge as may, and chains
         are given up where the gradients would not do for that: each half begins the draws anew, at twice the cost.
@@ -143,7 +143,7 @@ class Sampler:
             if len(self.draws) >= max(self.kept, self.numbers["checked"] + self.numbers.get("pause", self.kept // 2)):
                 found = self._looked_at()
                 left = max(end - self.latent.density.evaluations, 0.0)
-                if self.told or self.gradients_needed(found) > with_tails_checked * left:
+                if self.told or self.gradients_needed(found) > short_of * left:
                     return found
                 if not self._halve(found):
                     self._make_room(found)

@@ -13,6 +13,7 @@ from pyro_flows.modes.umbrella import Point, walked
 from pyro_flows.modes.under_covered import level_of
 from pyro_flows.results.record import Record
 from pyro_flows.transforms.linear import LowerTriangularAffine
+from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import resample
 
 DF = 15.0
@@ -68,6 +69,11 @@ def dispersed_points(latent: Latent, z: Tensor, log_weights: Tensor, count: int,
         usable = torch.isfinite(points.log_pi).nonzero()[:, 0]
         chosen = usable[torch.randperm(len(usable), device=usable.device)[: count // 2]]
     return torch.cat([inside, points.z[chosen], begun[: count // 2 - len(chosen)]])
+
+
+def can_be_resumed(chains: McmcDraws) -> bool:
+    """Whether a sampler can go on with chains: not with those of NUTS, nor of older files in other spaces."""
+    return "kernel" in chains.numbers and "space" not in chains.numbers
 
 
 def _effective(log_weights: Tensor) -> float:

@@ -60,7 +60,7 @@ class Run:
         chains: of a sampler that sufficed where the first round did not, or before it.
         sampled: whether that was before any training: these chains have gone through the search for modes they lack.
         copies: of the flow that these chains began at, at its images under exact symmetries, if there are any.
-        several: a mixture at all modes that were found, tried in the place of training, or after the first round.
+        multimodal: a mixture at all modes that were found, tried in the place of training, or after the first round.
         improper: what tells that the posterior has no finite integral, so that nothing more was done.
     """
 

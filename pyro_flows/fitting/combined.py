@@ -31,7 +31,7 @@ class Combined:
         search: for modes that the sampler lacks, None if there was no time for one.
         copies: how many copies of each flow the sampler holds, moved by exact symmetries, the flow itself included.
         added: how many runs were added since a mode was missed.
-        several: the mixture at all modes that were found, where it is the sampler.
+        multimodal: the mixture at all modes that were found, where it is the sampler.
         surveys: how often it was tried.
         slices: along a coordinate, where the sampler comes short of its tail.
         improper: what tells that the posterior has no finite integral.

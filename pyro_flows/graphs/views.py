@@ -189,7 +189,7 @@ def views_in(value: Any) -> Iterator[View]:
 
 
 class Adding(Protocol):
-    """What operations add their tasks to: see :class:`~pyro_flows.graphs.fusion_groups.Nests`."""
+    """What operations add their tasks to: see :class:`~pyro_flows.graphs.fusion_groups.FusionGroups`."""
 
     views: dict[Any, Any]
     real: dict[Any, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -111,7 +112,7 @@ class PathELBO(ELBO):
     def _kept_of(self, model: Any, guide: Any, args: Any, kwargs: Any) -> _Kept | None:
         """Return what is kept of a guide and its model; None, with a reason, where they need Pyro's own ELBO."""
         kept = self._kept.get(guide)
-        if kept is None or kept.model != model:
+        if kept is None or not kept.is_of(model, guide):
             kept = self._kept[guide] = _Kept(model, guide, args, kwargs)
         self.reason = kept.unfit
         return None if kept.unfit else kept
@@ -146,17 +147,19 @@ class _Kept:
         self._steps: Cache[Any, RecordedStep | str] = Cache(STEPS_KEPT)
         self._recorded = 0
 
+    def is_of(self, model: Any, guide: Any) -> bool:
+        """Whether the guide still has the flow, and is still trained on the model, that this was made for."""
+        return self.model == model and (self.unfit is not None or self.flow is guide._flow)
+
     def points(self, count: int) -> Tensor:
         """Draw base points (S, D)."""
         return BasePoints(self.flow)(count)[0]
 
     def step(self, count: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Return the terms of the ELBO and the gradient, by a graph if there is one for such data."""
-        x, key = self.points(count), (count, arguments.key)
+        places = tuple(parameter.data_ptr() for parameter in self.parameters)  # where a graph reads them
+        x, key = self.points(count), (count, arguments.key, places)
         found = self._steps.of(key, lambda: self._record(x, arguments))
-        if isinstance(found, RecordedStep) and not found.is_of(self.parameters):
-            found = self._record(x, arguments)
-            self._steps.put(key, found)
         if isinstance(found, RecordedStep):
             self.reason = None
             return found(x, arguments.tensors)
@@ -177,16 +180,12 @@ class _Kept:
         known, (args, kwargs) = self._arguments, arguments.with_tensors(arguments.tensors)
         if known.key != arguments.key:
             self.density = LogDensity(self.model, args, kwargs, noncentered=self.noncentered)
-        elif not all(map(_is, known.tensors, arguments.tensors)):
+        elif not all(map(operator.is_, known.tensors, arguments.tensors)):
             self.density = self.density.beside(args, kwargs)
         if self.density.dim != self.flow.dim:
             raise ValueError(f"guide: expected {self.flow.dim} coordinates, as at first, got {self.density.dim}.")
         self._arguments = arguments
         return self.density
-
-
-def _is(one: Tensor, other: Tensor) -> bool:
-    return one is other
 
 
 def _value(terms: Tensor) -> float:

@@ -67,7 +67,6 @@ class RecordedStep:
     def __init__(self, flow: Flow, density: LogDensity, arguments: Arguments, like: Tensor) -> None:
         self.flow, self.density = flow, density
         self.parameters = [parameter for parameter in flow.parameters() if parameter.requires_grad]
-        self.places = [parameter.data_ptr() for parameter in self.parameters]
         self.passes = Passes(flow, like, [parameter.detach() for parameter in self.parameters])
         self._run = Runner(self._graph(arguments))
         self._check(like, arguments.tensors)
@@ -76,10 +75,6 @@ class RecordedStep:
         """Return the terms (S,) at base points (S, D) with these data, and the gradient (W,) of the loss."""
         terms, gradient = self._run(*self.passes.state, x, *tensors)
         return terms, gradient
-
-    def is_of(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether parameters are still where the graph reads them."""
-        return [parameter.data_ptr() for parameter in parameters] == self.places
 
     def _graph(self, arguments: Arguments) -> Any:
         kind, whole, bare = self.passes.kind, Stitcher(), copy.copy(self.density)

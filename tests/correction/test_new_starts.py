@@ -2,13 +2,14 @@
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 
 import pyro_flows as pf
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.new_starts import mixes_with_others
 from pyro_flows.correction.sampler import Sampler
-from pyro_flows.correction.starts import affine_flow
+from pyro_flows.correction.starts import affine_flow, can_be_resumed
 from pyro_flows.fitting.combine import MAX_COPIES, _too_many
 from pyro_flows.results.dims import coordinate_names
 
@@ -44,3 +45,11 @@ def test_too_many_equal_modes():
     assert not _too_many([swap(0, 1), swap(1, 2)])
     assert _too_many([swap(k, k + 1) for k in range(7)])  # 8! = 40,320
     assert MAX_COPIES < 40_320
+
+
+@pytest.mark.parametrize(
+    ("numbers", "resumed"), [({"kernel": {}}, True), ({}, False), ({"kernel": {}, "space": "plain"}, False)]
+)
+def test_chains_of_another_space_are_not_gone_on_with(numbers, resumed):
+    """Earlier versions kept chains in the original coordinates: their state means other points in a flow's space."""
+    assert can_be_resumed(pf.McmcDraws(torch.zeros(8, 10, 2), {}, {}, numbers)) == resumed

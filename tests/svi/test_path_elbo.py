@@ -1,5 +1,6 @@
 """The ELBO with path gradients in Pyro's own SVI, and where a guide starts."""
 
+import copy
 import logging
 import math
 
@@ -186,6 +187,17 @@ def test_a_step_without_a_finite_gradient_leaves_the_parameters_as_they_are():
     assert math.isnan(value)
     assert not bool(gradients(guide).any())
     assert all(torch.equal(one, other) for one, other in zip(kept, guide.parameters(), strict=True))
+
+
+def test_a_guide_with_another_flow_is_read_anew():
+    guide, loss = pf.AutoRealNVP(conjugate, layers=2), pf.PathELBO(num_particles=8)
+    loss.loss_and_grads(conjugate, guide, Y)
+    first = guide.flow
+    guide.flow = copy.deepcopy(first)
+    first.zero_grad()
+    loss.loss_and_grads(conjugate, guide, Y)
+    assert gradients(guide).isfinite().all()
+    assert all(parameter.grad is None for parameter in first.parameters())
 
 
 def test_bad_options_and_a_loss_that_is_none():
