@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pyro_flows.comparison.sensitivity import Sensitivity
     from pyro_flows.density_estimation.fit_density import fit_density
     from pyro_flows.density_estimation.fitted import DensityFit
+    from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
     from pyro_flows.priors.fit import prior_from
     from pyro_flows.priors.fitted import FittedPrior
     from pyro_flows.svi.path_elbo import PathELBO
@@ -42,6 +43,7 @@ _LATER = {
     "datasets": "datasets",
     "plots": "plots",
     "fit_many": "calibration.fit_many",
+    "AutoHierarchicalFlow": "guides.hierarchical",
     "Calibration": "calibration.result",
     "sbc": "calibration.sbc",
     "Comparison": "comparison.compare",
@@ -68,6 +70,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 __all__ = [
     "AutoFlow",
+    "AutoHierarchicalFlow",
     "AutoNICE",
     "AutoPlanar",
     "AutoRealNVP",

@@ -1,0 +1,437 @@
+r"""The latents of plates given the others: a normal approximation whose cost is linear in the rows.
+
+Write y for the unconstrained values of all latents in plates, and :math:`\theta` for the other ones. At a point y0,
+
+.. math:: \log p(y, x \mid \theta) \approx \text{const} + g^\top (y - y_0) - \tfrac12 (y - y_0)^\top H (y - y_0).
+
+Rows of a plate are independent given what stands outside of it. So H couples an element with those of its own row, of
+plates inside, and of plates around it. It is eliminated from the innermost plates outwards, as in a tree of normal
+distributions, and y is drawn from the outermost inwards, each number given those before it. This is the conditional
+distribution itself where everything is linear and normal, and Laplace's approximation elsewhere. y0 is a mode, found by
+Newton steps.
+
+Sources: Tierney and Kadane 1986, doi:10.1080/01621459.1986.10478240 (the approximation of the integral); Rue, Martino
+and Chopin 2009, doi:10.1111/j.1467-9868.2008.00700.x (latents given parameters).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_flows.model.bijections import bijection, real_shape
+from pyro_flows.model.handlers import Place
+from pyro_flows.model.noncentered import location_scale
+from pyro_flows.model.sites import Latent, messages
+
+MOST_STEPS = 25  # Newton steps to a mode
+NEAR = 0.3  # of a standard deviation of a number: how far from the mode the curvature may be taken
+SMALLEST = 1e-12  # curvature
+ROUNDING = 1e-3  # of curvatures, as a part of the largest one
+MEDIAN_DRAWS = 15
+
+Start = Callable[[Any, "At"], Tensor]  # unconstrained value of a site, from its message
+
+
+@dataclass
+class Local:
+    """A latent site in plates, in one run of the model.
+
+    Attributes:
+        name: of the site.
+        value: its unconstrained value (*batch, *event), a leaf.
+        plates: their names, and their axes among the batch axes, negative.
+        event_dim: of the unconstrained value.
+        ladj: log derivative of the map to the constrained value, of each row.
+        scale, mask: of the site's log density, see ``poutine.scale``, ``poutine.mask``.
+    """
+
+    name: str
+    value: Tensor
+    plates: dict[str, int]
+    event_dim: int
+    ladj: Tensor
+    scale: Any = 1.0
+    mask: Any = None
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.value.shape[: self.value.dim() - self.event_dim]
+
+    @property
+    def size(self) -> int:
+        """Numbers of one row."""
+        return self.value.shape[self.value.dim() - self.event_dim :].numel()
+
+    def rows(self, value: Tensor) -> Tensor:
+        """Return values with one axis for the numbers of a row."""
+        return value.reshape(*self.batch, self.size)
+
+    def inside(self, other: Local) -> bool:
+        """Whether its rows are rows of the other's plates, or of plates inside of these."""
+        return other.plates.items() <= self.plates.items()
+
+
+class At(Place):
+    """Run a model with global latents at ``z``, and those in plates at unconstrained values, which are leaves.
+
+    Args:
+        latents: the global sites.
+        z: their coordinates (*batch, D).
+        local: names of the sites in plates.
+        start: gives the unconstrained value of such a site; batch axes are added.
+        chosen: rows of subsampled plates, by the plates' names; others are drawn.
+
+    Attributes:
+        chosen: the rows of all plates of the run.
+        drawn: size, and rows of a run, of the plates whose rows the model draws.
+        locals: the sites in plates.
+    """
+
+    def __init__(
+        self, latents: Sequence[Latent], z: Tensor, local: Sequence[str], start: Start, chosen: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(latents, z)
+        self.names = set(local)
+        self.start = start
+        self.chosen = dict(chosen)
+        self.drawn: dict[str, tuple[int, int]] = {}
+        self.locals: dict[str, Local] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            if msg["value"] is None:
+                self._choose(msg)
+            return
+        super()._pyro_sample(msg)
+        if msg["name"] in self.names and not msg["is_observed"]:
+            self._put(msg)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            self.chosen[msg["name"]] = msg["value"]
+
+    def _choose(self, msg: Any) -> None:
+        """Take the rows of a plate that are given; let the model draw others."""
+        name, fn = msg["name"], msg["fn"]
+        rows = fn.size if fn.subsample_size is None else min(fn.subsample_size, fn.size)
+        if rows < fn.size:
+            self.drawn[name] = fn.size, rows
+        if name in self.chosen:
+            msg["value"] = self.chosen[name]
+
+    def _put(self, msg: Any) -> None:
+        """Put a site in plates at its value."""
+        fn, transform = msg["fn"], bijection(msg["fn"])
+        event_dim = transform.domain.event_dim + fn.event_dim - transform.codomain.event_dim
+        start = self.start(msg, self).detach()
+        batch = torch.broadcast_shapes(start.shape[: start.dim() - event_dim], fn.batch_shape, self.z.shape[:-1])
+        value = start.expand(*batch, *start.shape[start.dim() - event_dim :]).clone().requires_grad_()
+        msg["value"] = transform(value)
+        ladj = transform.log_abs_det_jacobian(value, msg["value"])
+        ladj = ladj.flatten(len(batch)).sum(-1) if ladj.dim() > len(batch) else ladj
+        frames = {frame.name: frame.dim for frame in msg["cond_indep_stack"] if frame.dim is not None}
+        self.locals[msg["name"]] = Local(msg["name"], value, frames, event_dim, ladj)
+
+
+@dataclass
+class Number:
+    """One number of each row of a site.
+
+    Attributes:
+        site: whose number it is.
+        place: among the numbers of a row.
+        raw, curvature: derivative of the log density, and negative second derivative.
+        gradient, own: the same, once the numbers after it are eliminated.
+        couplings: negative mixed derivatives with numbers before it, in this one's rows.
+    """
+
+    site: Local
+    place: int
+    raw: Tensor
+    curvature: Tensor
+    gradient: Tensor
+    own: Tensor
+    couplings: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def sd(self) -> Tensor:
+        """Standard deviations, given the numbers before it."""
+        return (torch.as_tensor(self.site.scale).to(self.own) / self.own).sqrt()
+
+
+@dataclass
+class Conditional:
+    """The normal approximation.
+
+    Attributes:
+        sites: those in plates, the outermost first.
+        numbers: of their rows, in the same order, after elimination.
+        total: log joint density of rows and data at y0, scaled as the plates say.
+        alone: log density of the globals alone.
+        chosen, drawn: see :class:`At`.
+    """
+
+    sites: list[Local]
+    numbers: list[Number]
+    total: Tensor
+    alone: Tensor
+    chosen: dict[str, Tensor]
+    drawn: dict[str, tuple[int, int]]
+
+    def draw(self, noise: Callable[[int, torch.Size], Tensor]) -> list[Tensor]:
+        """Return y - y0 of each number, for standardized draws of the numbers."""
+        steps: list[Tensor] = []
+        for index, number in enumerate(self.numbers):
+            step = self.step(number, steps)
+            steps.append(step + number.sd * noise(index, step.shape))
+        return steps
+
+    def step(self, number: Number, before: Sequence[Tensor]) -> Tensor:
+        """Return the mean of y - y0 of a number, given those before it."""
+        pull = number.gradient
+        for other, coupling in number.couplings.items():
+            pull = pull - coupling * before[other]
+        return pull / number.own
+
+    def steps(self) -> list[Tensor]:
+        """Return the Newton step of each number."""
+        return [step.detach() for step in self.draw(lambda index, shape: torch.zeros(()))]
+
+    @property
+    def decrement(self) -> list[Tensor]:
+        """The Newton step of each number, in its standard deviations."""
+        return [step / number.sd.detach() for step, number in zip(self.steps(), self.numbers, strict=True)]
+
+    @property
+    def near(self) -> bool:
+        """Whether all numbers are near a mode."""
+        return all(bool((length.abs() <= NEAR).all()) for length in self.decrement)
+
+    @property
+    def base(self) -> dict[str, Tensor]:
+        """y0, site by site."""
+        return {site.name: site.value.detach() for site in self.sites}
+
+    def by_site(self, of_numbers: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        """Sort what the numbers have by their sites."""
+        found: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
+        for number, own in zip(self.numbers, of_numbers, strict=True):
+            found[number.site.name].append(own)
+        return found
+
+    def moved(self, base: Mapping[str, Tensor], steps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return unconstrained values of the sites, moved by the steps of their numbers."""
+        sorted_, found = self.by_site(steps), {}
+        for site in self.sites:
+            found[site.name] = base[site.name] + torch.stack(sorted_[site.name], -1).reshape(site.value.shape)
+        return found
+
+    @property
+    def log_integral(self) -> Tensor:
+        """Laplace's approximation of the logarithm of the integral over y, scaled as the plates say."""
+        total = self.total
+        for number in self.numbers:
+            volume = 0.5 * math.log(2.0 * math.pi) + number.sd.log()
+            total = total + scale_and_mask(volume, number.site.scale, number.site.mask).sum()
+            total = total + 0.5 * (number.gradient.square() / number.own).sum()
+        return total
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A model with its data: the global latents, and the names of those in plates."""
+
+    model: Callable[..., Any]
+    latents: Sequence[Latent]
+    local: Sequence[str]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @torch.enable_grad()
+    def run(self, z: Tensor, start: Start, chosen: Mapping[str, Tensor]) -> tuple[At, Tensor, Tensor]:
+        """Run the model; return the handler, the log density of rows and data, and that of the globals alone."""
+        at = At(self.latents, z, self.local, start, chosen)
+        with poutine.block(), pyro.validation_enabled(False), at:
+            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+            trace.compute_log_prob()
+        total, alone = z.new_zeros(()), z.new_zeros(())
+        for name, site in messages(trace).items():
+            if site["type"] != "sample" or site_is_subsample(site):
+                continue
+            if name in at.placed:
+                jacobian = scale_and_mask(at.placed[name].ladj, site["scale"], site["mask"])
+                alone = alone + site["log_prob_sum"] + jacobian.sum()
+                continue
+            total = total + site["log_prob_sum"]
+            if name in at.locals:
+                local = at.locals[name]
+                local.scale, local.mask = site["scale"], site["mask"]
+                total = total + scale_and_mask(local.ladj, site["scale"], site["mask"]).sum()
+        return at, total, alone
+
+    def conditional(
+        self, z: Tensor, start: Start, chosen: Mapping[str, Tensor], *, graph: bool = False
+    ) -> Conditional:  # fmt: skip
+        """Return the approximation at values that ``start`` gives; differentiable in ``z`` with ``graph``."""
+        at, total, alone = self.run(z, start, chosen)
+        sites = sorted(at.locals.values(), key=lambda site: len(site.plates))
+        with torch.enable_grad():
+            numbers = _numbers(sites, total, graph)
+        _eliminate(numbers)
+        return Conditional(sites, numbers, total, alone, at.chosen, at.drawn)
+
+    def near_mode(self, z: Tensor, start: Start, chosen: Mapping[str, Tensor], *, graph: bool = False) -> Conditional:
+        """Return the approximation near a mode. Most often, rows are near one at once, or after one step."""
+        first = now = self.conditional(z, start, chosen, graph=graph)
+        for _ in range(2):
+            if now.near:
+                return now
+            base = now.moved(now.base, now.steps()) if now is first else self.mode(z.detach(), first)
+            now = self.conditional(z, at_values(base), first.chosen, graph=graph)
+        return now
+
+    def mode(self, z: Tensor, first: Conditional) -> dict[str, Tensor]:
+        """Return unconstrained values near a mode, by Newton steps from where ``first`` was taken.
+
+        A number whose next step would be longer, in its standard deviations, goes half of its way from where it was.
+        """
+        base, lengths, steps = first.base, first.decrement, first.steps()
+        for _ in range(MOST_STEPS):
+            now = self.conditional(z, at_values(first.moved(base, steps)), first.chosen)
+            tried = list(zip(now.decrement, now.steps(), lengths, steps, strict=True))
+            good = [torch.isfinite(new) & (new.abs() <= old.abs().clamp_min(NEAR)) for new, _, old, _ in tried]
+            base = first.moved(base, [torch.where(fine, step, 0.0) for fine, step in zip(good, steps, strict=True)])
+            steps = [torch.where(fine, new, 0.5 * old) for fine, (_, new, _, old) in zip(good, tried, strict=True)]
+            lengths = [torch.where(fine, new, old) for fine, (new, _, old, _) in zip(good, tried, strict=True)]
+            if all(bool((length.abs() <= NEAR).all()) for length in lengths):
+                break
+        return base
+
+
+def _numbers(sites: Sequence[Local], total: Tensor, graph: bool) -> list[Number]:
+    """Return gradients and curvatures of the log density, number by number."""
+    if not sites:
+        return []
+    gradients = torch.autograd.grad(total, [site.value for site in sites], create_graph=True, allow_unused=True)
+    numbers: list[Number] = []
+    for site, gradient in zip(sites, gradients, strict=True):
+        rows = site.rows(torch.zeros_like(site.value) if gradient is None else gradient)
+        numbers += [Number(site, k, raw, torch.zeros_like(raw), raw, raw) for k, raw in enumerate(rows.unbind(-1))]
+    for index, number in enumerate(numbers):
+        curved = _curvatures(number, [site for site in sites if site.inside(number.site)], graph)
+        for other, after in enumerate(numbers[index:], index):
+            column = curved.get(after.site.name)
+            if column is not None and other > index:
+                after.couplings[index] = column[..., after.place]
+            elif column is not None:
+                number.curvature = number.own = column[..., number.place]
+    if not graph:
+        for number in numbers:
+            number.gradient, number.own = number.gradient.detach(), number.own.detach()
+            number.couplings = {other: coupling.detach() for other, coupling in number.couplings.items()}
+    return numbers
+
+
+def _curvatures(number: Number, sites: Sequence[Local], graph: bool) -> dict[str, Tensor]:
+    """Return the negative derivatives of a number's gradient with respect to sites in its rows: (*rows, numbers)."""
+    if not number.raw.requires_grad:
+        return {site.name: torch.zeros_like(site.rows(site.value)) for site in sites}
+    values = [site.value for site in sites]
+    found = torch.autograd.grad(number.raw.sum(), values, create_graph=graph, retain_graph=True, allow_unused=True)
+    pairs = zip(sites, found, strict=True)
+    return {site.name: site.rows(torch.zeros_like(site.value) if part is None else -part) for site, part in pairs}
+
+
+def _eliminate(numbers: list[Number]) -> None:
+    """Take the innermost numbers out of the equations of the others."""
+    for number in reversed(numbers):
+        size = number.own.abs()
+        number.own = torch.where(size > SMALLEST, size, torch.as_tensor(number.site.scale).to(size))
+        for other, coupling in number.couplings.items():
+            share, target = coupling / number.own, numbers[other]
+            batch = target.site.batch
+            target.gradient = target.gradient - (share * number.gradient).sum_to_size(batch)
+            target.own = target.own - (share * coupling).sum_to_size(batch)
+            for third, further in number.couplings.items():
+                if third < other and target.site.inside(numbers[third].site):
+                    before = target.couplings.get(third, torch.zeros(()).to(further))
+                    target.couplings[third] = before - (share * further).sum_to_size(batch)
+
+
+# which rows are independent -------------------------------------------------------------------------------------------
+
+
+def coupled(first: Conditional) -> list[Local]:
+    """Return the sites whose rows are not independent given all other latents.
+
+    The products of the curvature with a vector of random signs are those signs times the curvature of each number, if
+    the rows are independent.
+    """
+    found: list[Local] = []
+    for index, number in enumerate(first.numbers):
+        if number.raw.requires_grad and number.site not in found:
+            signs = _signs(number.raw, index)
+            (product,) = torch.autograd.grad((signs * number.raw).sum(), [number.site.value], retain_graph=True)
+            column = number.site.rows(-product)[..., number.place]
+            if not _close(column, signs * number.curvature, number.curvature):
+                found.append(number.site)
+    return found
+
+
+def crossed(first: Conditional) -> list[tuple[Local, Local]]:
+    """Return the pairs of sites that depend on each other given all else, and of which none is inside of the other."""
+    pairs = [pair for pair in itertools.combinations(first.sites, 2) if not pair[1].inside(pair[0])]
+    return [pair for pair in pairs if any(_depends(number, pair) for number in first.numbers)]
+
+
+def _depends(number: Number, pair: tuple[Local, Local]) -> bool:
+    """Whether a number of the first site goes with the second one, given all else."""
+    before, after = pair
+    if number.site is not before or not number.raw.requires_grad:
+        return False
+    signed = (_signs(number.raw, number.place) * number.raw).sum()
+    (product,) = torch.autograd.grad(signed, [after.value], retain_graph=True, allow_unused=True)
+    return product is not None and not _close(product, torch.zeros_like(product), number.curvature)
+
+
+def _signs(like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (2.0 * torch.randint(2, like.shape, generator=generator) - 1.0).to(like)
+
+
+def _close(one: Tensor, other: Tensor, scale: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=ROUNDING, atol=ROUNDING * float(scale.detach().abs().max()))
+
+
+# where rows start -----------------------------------------------------------------------------------------------------
+
+
+def at_values(values: Mapping[str, Tensor]) -> Start:
+    """Return a start at given unconstrained values of the sites."""
+    return lambda msg, at: values[msg["name"]]
+
+
+def beginning(msg: Any, at: At) -> Tensor:
+    """Return unconstrained values in the middle of a site's prior."""
+    fn, transform = msg["fn"], bijection(msg["fn"])
+    shape, known = real_shape(transform, fn.shape()), location_scale(msg["fn"])
+    if known is not None:
+        return known[0].detach().expand(shape)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            middle: Tensor = transform.inv(fn.sample((MEDIAN_DRAWS,))).median(0).values
+    except NotImplementedError:
+        return at.z.new_zeros(shape)
+    return torch.where(torch.isfinite(middle), middle, torch.zeros_like(middle))

@@ -1,0 +1,439 @@
+"""A guide with a model's structure: a flow over global latents, and conditional distributions of those in plates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.effect import AutoMessenger
+from pyro.nn.module import pyro_method
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import Tensor, nn
+
+from pyro_flows import _checks
+from pyro_flows._fallbacks import fallback, passed_over
+from pyro_flows.flows.recipe import FlowLike, begin_at
+from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow
+from pyro_flows.guides.collapsed import start_of_globals
+from pyro_flows.guides.conditional import At, Conditional, Rows, beginning, coupled, crossed
+from pyro_flows.guides.setup import AUTO, INITS
+from pyro_flows.model.bijections import bijection
+from pyro_flows.model.sites import messages
+from pyro_flows.model.start import first_run, initial_value, transform_of
+from pyro_flows.transforms import Compose, DiagonalAffine, SinhArcsinh
+
+MOST_NUMBERS = 64  # of a row: each takes a pass backward
+JOINT_UP_TO = 200  # coordinates of sites that are put into the flow, since their rows are not independent
+DRAWN_AT_ONCE = 4_000_000  # numbers of latents
+
+
+class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
+    r"""Guide :math:`q(\theta, y) = q_\text{flow}(\theta) \prod_i q(y_i \mid \theta, x_i)`, for plates and minibatches.
+
+    A flow is the distribution of the latents outside of plates, :math:`\theta`, as in :class:`AutoFlow`. A latent y in
+    plates has a conditional distribution given :math:`\theta`, the latents of the plates around it, and its data. With
+    gradient g and negative Hessian H of the model's own log density at a mode :math:`y_0` of the latents in plates,
+
+    .. math:: y = y_0 + H^{-1} g + H^{-1/2} t(\epsilon), \qquad \epsilon \sim \mathcal N(0, I).
+
+    t is a trained map of each number of a row, the same for all rows: an affine one and :class:`SinhArcsinh`. H is
+    sparse, since rows are independent given what is outside of their plate, and is factored in time linear in the rows,
+    from the innermost plates outwards. Where the latents in plates are normal with normal data, given
+    :math:`\theta`, this is their exact conditional distribution. Elsewhere it is Laplace's approximation with trained
+    tails.
+
+    Nothing is stored for a row but its last mode, from which the next Newton step begins. So the guide needs no
+    parameters for rows and no encoder: it trains on minibatches (``subsample_size=`` or ``subsample=`` of
+    ``pyro.plate``), and new rows take one pass.
+
+    It is a ``GuideMessenger``: the model runs twice a step, and its own plates are the guide's. Use it in ``SVI`` with
+    ``Trace_ELBO``, vectorized particles too. Minibatches add noise to gradients, so let the learning rate fall.
+
+    Cost of a step: two runs of the model, and one pass backward for each number of a row.
+
+    Args:
+        model: a Pyro model with latents outside of plates. Its plates may be nested. Latents are continuous.
+        flow: of the latents outside of plates, see :class:`AutoFlow`.
+        joint: sites in plates whose latents the flow takes too. Sites whose rows depend on each other given all else,
+            such as increments of a random walk or weights of a regression, are found, and are taken too, up to 200
+            coordinates.
+        init: ``"auto"``: the flow starts at a mode of its latents, those in plates integrated out by Laplace's
+            approximation, and at the curvature there. Up to 256 minibatches are read. ``"prior"``: at the prior's
+            median.
+        create_plates: taken, so that the guide can stand in the place of others; the model's plates are used.
+        options: of :class:`AutoFlow`, such as ``layers=4``, ``affine=``, ``base=``.
+
+    Attributes:
+        local: names of the sites in plates that have conditional distributions.
+        reason: what the guide cannot follow: pairs of sites in crossed plates, which it takes as independent given the
+            flow's latents; None if there is nothing.
+
+    Raises:
+        ValueError: for a model that is not callable; and when the model is first run, for discrete latents, a model
+            without latents outside of plates, more than 64 numbers in a row, latents of a subsampled plate that depend
+            on each other.
+
+    References: Tierney and Kadane 1986 (doi:10.1080/01621459.1986.10478240); Rue, Martino and Chopin 2009
+    (doi:10.1111/j.1467-9868.2008.00700.x); Agrawal and Domke 2021 (arXiv 2111.03144), for the factorization.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y):
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    ...     tau = pyro.sample("tau", dist.HalfNormal(2.0))
+    ...     with pyro.plate("row", len(y), subsample_size=10) as rows:
+    ...         z = pyro.sample("z", dist.Normal(mu, tau))
+    ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y[rows])
+    >>> y = torch.linspace(-2.0, 2.0, 50)
+    >>> guide = pf.AutoHierarchicalFlow(model, layers=2)
+    >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.005}), pyro.infer.Trace_ELBO())
+    >>> svi.step(y) > 0
+    True
+    >>> guide.local, guide.sample_posterior(100, y)["z"].shape
+    (['z'], torch.Size([100, 10]))
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        flow: FlowLike = "realnvp",
+        *,
+        joint: Sequence[str] = (),
+        init: str = AUTO,
+        create_plates: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> None:
+        if not callable(model):
+            raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
+        super().__init__(model)
+        AutoFlow(model, flow, **options)  # wrong options are named here, not at the first step
+        self._joint = tuple(joint)
+        self._init = _checks.choice("init", init, INITS)
+        self._of_globals = flow, options
+        self.local: list[str] = []
+        self.reason: str | None = None
+        self.top: AutoFlow | None = None
+        self._modes: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sizes: dict[str, int] = {}
+        self._events: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
+        self._run: _Run | None = None
+
+    # the structure ---------------------------------------------------------------------------------------------------
+
+    def initialize(self, *args: Any, **kwargs: Any) -> Self:
+        """Run the model on its arguments and make the parameters, so that an optimizer can be built."""
+        if self.top is None:
+            with poutine.block():
+                self._read(args, kwargs)
+        return self
+
+    def _read(self, args: Any, kwargs: Any) -> None:
+        """Read the structure from a run; find which sites are in plates, and where the globals start."""
+        trace = first_run(self.model, args, kwargs, initial_value)
+        sites = [site for site in messages(trace).values() if site["type"] == "sample" and not site_is_subsample(site)]
+        latents = [site for site in sites if not site["is_observed"]]
+        frames = {site["name"]: _frames(site) for site in sites}
+        for site in latents:
+            if site["fn"].support.is_discrete:
+                raise ValueError(
+                    f"site {site['name']!r}: a discrete latent, which has no gradient. Sum it out in the model, for "
+                    "example by a MixtureSameFamily, or use AutoFlow, which sums out enumerated latents."
+                )
+            transform_of(site)
+        for name in self._joint:
+            _checks.choice("joint", name, [site["name"] for site in latents])
+        self._sizes = {frame.name: frame.full_size or frame.size for own in frames.values() for frame in own}
+        self._nesting = max((-frame.dim for own in frames.values() for frame in own), default=0)
+        self._shapes = {site["name"]: (len(site["fn"].batch_shape), site["fn"].event_dim) for site in latents}
+        joint = set(self._joint)
+        for _ in range(len(latents) + 1):  # each round puts one more site into the flow
+            self.local = [site["name"] for site in latents if frames[site["name"]] and site["name"] not in joint]
+            top = self._globals(args, kwargs)
+            z = top._init_loc().to(top._like)
+            first = self._rows(args, kwargs).conditional(z, beginning, {}, graph=True)
+            moved = self._to_join(first)
+            if moved is None:
+                break
+            joint.add(moved)
+        self._events = {site.name: site.event_dim for site in first.sites}
+        self._begin(top, z, args, kwargs)
+        shapes = [Compose([SinhArcsinh(1), DiagonalAffine(1)]) for _ in first.numbers]
+        top._flow.add_module("local", nn.ModuleList(shapes).to(top._like))
+        self.top = top
+
+    def _to_join(self, first: Conditional) -> str | None:
+        """Return a site that the flow has to take, since its rows are not independent given all else.
+
+        Raises:
+            ValueError: if there are too many numbers for the flow, or they are those of a subsample.
+        """
+        for site in first.sites:
+            if site.size > MOST_NUMBERS:
+                raise ValueError(
+                    f"site {site.name!r}: expected at most {MOST_NUMBERS} numbers in a row, got {site.size}."
+                )
+        for site in coupled(first):
+            if site.value.numel() > JOINT_UP_TO or set(site.plates) & set(first.drawn):
+                raise ValueError(
+                    f"site {site.name!r}: its rows depend on each other given all other latents, and are too many for "
+                    f"the flow ({site.value.numel()} numbers, at most {JOINT_UP_TO}, none of a subsample). Write the "
+                    "model with rows that are independent given the latents outside of their plate."
+                )
+            return site.name
+        for pair in crossed(first):
+            small = min(pair, key=lambda site: site.value.numel())
+            if small.value.numel() <= JOINT_UP_TO and not set(small.plates) & set(first.drawn):
+                return small.name
+            names = " and ".join(repr(site.name) for site in pair)
+            self.reason = f"{names} are in crossed plates: taken as independent given the flow's latents"
+            fallback(self.reason)
+        return None
+
+    def _globals(self, args: Any, kwargs: Any) -> AutoFlow:
+        """Return the guide of the latents outside of plates."""
+        flow, options = self._of_globals
+        top = AutoFlow(poutine.block(self.model, hide=self.local), flow, init="prior", **options)
+        try:
+            top.initialize(*args, **kwargs)
+        except ValueError as error:
+            if "at least one continuous latent" not in str(error):
+                raise
+            raise ValueError(
+                "model: expected at least one latent outside of plates, got none. Use AutoFlow, or name sites for the "
+                "flow in joint=."
+            ) from error
+        self._latents = top._known_structure.latents
+        return top
+
+    def _rows(self, args: Any, kwargs: Any) -> Rows:
+        return Rows(self.model, self._latents, self.local, args, kwargs)
+
+    def _begin(self, top: AutoFlow, z: Tensor, args: Any, kwargs: Any) -> None:
+        """Let the flow start at a mode and the curvature there."""
+        if self._init != AUTO or top.affine is None:
+            return
+        try:
+            found = start_of_globals(self._rows(args, kwargs), z, self._remember)
+        except Exception as error:  # a model's own code may raise anything
+            passed_over("the guide starts at the prior", error)
+            return
+        if found is not None:
+            begin_at(top._single, *found)
+
+    # a run -----------------------------------------------------------------------------------------------------------
+
+    @pyro_method
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Draw all latents, and run the model on them; return ``{site: value}``, observed sites too."""
+        self.initialize(*args, **kwargs)
+        self.args_kwargs = args, kwargs
+        try:
+            with self:
+                self._top._register()
+                z = self._top.sample_latent()
+                self._run = self._locals(z, args, kwargs)
+                self.model(*args, **kwargs)
+        finally:
+            self._run = None
+            del self.args_kwargs
+        model_trace, _ = self.get_traces()
+        return {name: site["value"] for name, site in messages(model_trace).items() if site["type"] == "sample"}
+
+    @property
+    def _top(self) -> AutoFlow:
+        if self.top is None:
+            raise RuntimeError(
+                "AutoHierarchicalFlow has no parameters yet: they are made when the model is first run. "
+                "Call guide.initialize(*args) with the model's arguments first."
+            )
+        return self.top
+
+    def _locals(self, z: Tensor, args: Any, kwargs: Any) -> _Run:
+        """Draw unconstrained values of the latents in plates, given the others."""
+        now = self._rows(args, kwargs).near_mode(z, self._start, {}, graph=torch.is_grad_enabled())
+        shapes: Any = self._top._flow.get_submodule("local")
+        self._remember(now)
+        densities: list[Tensor] = []
+
+        def noise(index: int, shape: torch.Size) -> Tensor:
+            eps = torch.randn(shape, dtype=z.dtype, device=z.device)
+            shaped, ladj = shapes[index].forward_and_ladj(eps.unsqueeze(-1))
+            densities.append(dist.Normal(0.0, 1.0).log_prob(eps) - ladj - now.numbers[index].sd.log())
+            return shaped.squeeze(-1)
+
+        values = now.moved(now.base, now.draw(noise))
+        by_site = {name: torch.stack(parts).sum(0) for name, parts in now.by_site(densities).items()}
+        return _Run(z, values, by_site, now.chosen)
+
+    def _start(self, msg: Any, at: At) -> Tensor:
+        """Return the values at which a site's rows were last near their modes; the middle of the prior for others."""
+        kept, event = self._modes.get(msg["name"]), self._events.get(msg["name"], 0)
+        if kept is None:
+            return beginning(msg, at)
+        values, seen = kept
+        for frame in _frames(msg):
+            if frame.full_size != frame.size:
+                rows = at.chosen[frame.name].to(values.device)
+                values = values.index_select(values.dim() + frame.dim - event, rows)
+                seen = seen.index_select(seen.dim() + frame.dim, rows)
+        if bool(seen.all()):
+            return values
+        return torch.where(seen.reshape(*seen.shape, *[1] * event), values, beginning(msg, at))
+
+    @torch.no_grad()
+    def _remember(self, now: Conditional) -> None:
+        """Keep where the rows of this run have their modes, averaged over the particles."""
+        there = now.moved(now.base, now.steps())
+        for site in now.sites:
+            rank = max(-axis for axis in site.plates.values())
+            value = there[site.name]
+            while value.dim() - site.event_dim > rank:
+                value = value.mean(0)
+            kept, seen = self._kept(site.name, site.plates, value, rank)
+            index: list[Any] = [slice(None)] * rank
+            rows = [(axis, now.chosen[name]) for name, axis in site.plates.items() if name in now.chosen]
+            for order, (axis, chosen) in enumerate(rows):
+                index[axis] = chosen.reshape(-1, *[1] * (len(rows) - 1 - order))
+            kept[tuple(index)] = value
+            seen[tuple(index)] = True
+
+    def _kept(self, name: str, plates: Mapping[str, int], value: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the modes of all rows of a site, and which rows have one."""
+        full = [1] * rank
+        for plate, axis in plates.items():
+            full[axis] = self._sizes[plate]
+        kept = self._modes.get(name)
+        if kept is None or kept[0].dtype != value.dtype or list(kept[1].shape) != full:
+            event = value.shape[rank:]
+            kept = self._modes[name] = value.new_zeros(*full, *event), value.new_zeros(full, dtype=torch.bool)
+        return kept
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            chosen = {} if self._run is None else self._run.chosen
+            if msg["value"] is None and msg["name"] in chosen:
+                msg["value"] = chosen[msg["name"]]
+            return
+        if msg["is_observed"] or msg["infer"].get("is_auxiliary"):
+            return
+        prior = msg["infer"]["prior"] = msg["fn"]
+        posterior = self.get_posterior(msg["name"], prior)
+        batch = torch.broadcast_shapes(posterior.batch_shape, prior.batch_shape)  # outer plates come later
+        msg["fn"] = posterior if batch == posterior.batch_shape else posterior.expand(batch)
+
+    def get_posterior(self, name: str, prior: Any) -> Any:
+        """Return a point mass at a site's value of this run, with the guide's log density."""
+        assert self._run is not None
+        if name not in self._run.values:
+            latent = next(latent for latent in self._latents if latent.name == name)
+            placed = latent.place(self._run.z, prior)
+            return dist.Delta(placed.value, log_density=-placed.ladj, event_dim=prior.event_dim)
+        transform, y, density = bijection(prior), self._run.values[name], self._run.densities[name]
+        value = transform(y)
+        ladj = transform.log_abs_det_jacobian(y, value)
+        extra = ladj.dim() - density.dim()
+        density = density - (ladj.flatten(-extra).sum(-1) if extra else ladj)
+        return dist.Delta(value, log_density=density, event_dim=prior.event_dim)
+
+    def get_traces(self) -> tuple[poutine.Trace, poutine.Trace]:
+        """Return the traces of model and guide of the last run."""
+        guide_trace = prune_subsample_sites(self.trace)
+        model_trace = guide_trace.copy()
+        for name, site in list(messages(guide_trace).items()):
+            if site["type"] != "sample" or site["is_observed"]:
+                del guide_trace.nodes[name]
+            elif site["infer"].get("is_auxiliary"):
+                del model_trace.nodes[name]
+            else:
+                messages(model_trace)[name] = {**site, "fn": site["infer"]["prior"]}
+        return model_trace, guide_trace
+
+    # draws -----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw ``n`` times from the guide: ``{name: (n, *shape)}``, constrained; uses torch's global generator.
+
+        Latents of a subsampled plate are those of one subsample, the same for all draws.
+
+        Args:
+            n: how many draws.
+            args: the model's arguments.
+            kwargs: its keyword arguments.
+        """
+        _checks.integer("n", n, 1)
+        self.initialize(*args, **kwargs)
+        with poutine.block():
+            chosen = self._chosen(args, kwargs)
+            rows = max(sum(value.numel() for value in self._run_once(args, kwargs, chosen).values()), 1)
+            size = max(1, DRAWN_AT_ONCE // rows)
+            parts = [min(size, n - first) for first in range(0, n, size)]
+            try:
+                found = [self._many(part, args, kwargs, chosen) for part in parts]
+            except (RuntimeError, ValueError, IndexError) as error:  # a model that is not written for an outer plate
+                fallback("draws are made one by one", error)
+                singles = [self._run_once(args, kwargs, chosen) for _ in range(n)]
+                found = [{name: torch.stack([one[name] for one in singles]) for name in singles[0]}]
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+    def _chosen(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """Return the rows of one run of the model, of plates that it draws."""
+        z = self._top._init_loc().to(self._top._like)
+        at, *_ = self._rows(args, kwargs).run(z, self._start, {})
+        return {name: at.chosen[name] for name in at.drawn}
+
+    def _run_once(self, args: Any, kwargs: Any, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with poutine.condition(data=dict(chosen)) if chosen else poutine.block(hide=[]):
+            found = self(*args, **kwargs)
+        return {name: found[name] for name in self._shapes}
+
+    def _many(self, count: int, args: Any, kwargs: Any, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Draw in an outer plate."""
+        with pyro.plate("_draws", count, dim=-1 - self._nesting):
+            found = self._run_once(args, kwargs, chosen)
+        draws = {}
+        for name, (batch, event_dim) in self._shapes.items():
+            value, rank = found[name], 1 + self._nesting + event_dim
+            value = value.reshape(*[1] * (rank - value.dim()), *value.shape)
+            cut = 1 + self._nesting - batch
+            draws[name] = value.expand(count, *value.shape[1:]).reshape(count, *value.shape[cut:])
+        return draws
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the marginal medians of 4000 draws."""
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return marginal quantiles over 4000 draws, constrained: ``{name: (len(quantiles), *shape)}``.
+
+        Raises:
+            ValueError: for quantiles that are no list of numbers between 0 and 1.
+        """
+        levels = torch.as_tensor(quantiles)
+        if levels.dim() != 1 or not bool(((levels >= 0) & (levels <= 1)).all()):
+            raise ValueError(f"quantiles: expected a list of numbers between 0 and 1, got {quantiles!r}.")
+        self.initialize(*args, **kwargs)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            draws = self.sample_posterior(QUANTILE_DRAWS, *args, **kwargs)
+        return {name: torch.quantile(value, levels.to(value), dim=0) for name, value in draws.items()}
+
+
+@dataclass
+class _Run:
+    """What one run of the guide has drawn."""
+
+    z: Tensor  # of the globals
+    values: dict[str, Tensor]  # of the sites in plates, unconstrained
+    densities: dict[str, Tensor]  # their log densities, of each row
+    chosen: Mapping[str, Tensor]  # rows of the plates
+
+
+def _frames(site: Any) -> list[Any]:
+    """Return the vectorized plates of a site."""
+    return [frame for frame in site["cond_indep_stack"] if frame.dim is not None]
