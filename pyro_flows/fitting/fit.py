@@ -21,10 +21,12 @@ from pyro_flows.fitting.attempt import Attempt, Prepared
 from pyro_flows.fitting.combine import combine, drawn, make_runs
 from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
+from pyro_flows.fitting.hierarchical import fit_hierarchical
 from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
 from pyro_flows.fitting.prepare import prepare
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.arguments import usable
+from pyro_flows.model.faults import Subsampled
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.precision import LostDigits
@@ -193,7 +195,10 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
     """Fit under the plan's clock: the work, which can be cut anywhere, and the judging of what it came to."""
     plan.bar.watch(_stages.READING)
     with counted(_stages.READING):
-        density = LogDensity(plan.model, plan.args, plan.kwargs)
+        try:
+            density = LogDensity(plan.model, plan.args, plan.kwargs)
+        except Subsampled:
+            return fit_hierarchical(plan)
     warn_if_nothing_observed(density.structure, density.trace_at, plan.model, plan.args, plan.kwargs)
     check_memory(density, plan.draws)
     plan = replace(plan, max_steps=default_steps(density.dim)) if grow else plan

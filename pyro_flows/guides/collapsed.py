@@ -33,7 +33,7 @@ class Collapsed:
 
     def __init__(self, rows: Rows, z: Tensor, most: int, remember: Callable[[Conditional], None]) -> None:
         self.rows, self.remember = rows, remember
-        self.parts = _parts(rows.conditional(z, beginning, {}), most)
+        self.parts = [chosen for chosen, _ in parts_of(rows.conditional(z, beginning, {}), most)]
         self.starts: list[Start] = [beginning] * len(self.parts)
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,17 +55,24 @@ class Collapsed:
         del self.parts[most:], self.starts[most:]
 
 
-def _parts(first: Conditional, most: int) -> list[dict[str, Tensor]]:
-    """Return the rows of several runs of the model; of one, if it draws none."""
-    if not first.drawn:
-        return [{}]
-    count = min(most, max(-(-size // rows) for size, rows in first.drawn.values()))
-    chosen: list[dict[str, Tensor]] = [{} for _ in range(count)]
-    for name, (size, rows) in first.drawn.items():
-        orders = [torch.randperm(size, device=first.chosen[name].device) for _ in range(-(-count * rows // size))]
-        for part, own in enumerate(torch.cat(orders)[: count * rows].split(rows)):
-            chosen[part][name] = own
-    return chosen
+def parts_of(first: Conditional, most: int | None) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Return the rows of several runs of the model, and which of them are in no run before; of one, if it draws none.
+
+    Args:
+        first: a run.
+        most: runs, at most; None for as many as have all rows.
+    """
+    drawn, device = first.at.drawn, first.total.device
+    count = max((-(-size // rows) for size, rows in drawn.values()), default=1)
+    count = count if most is None else min(count, most)
+    parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in range(count)]
+    for name, (size, rows) in drawn.items():
+        order = torch.cat([torch.randperm(size, device=device) for _ in range(-(-count * rows // size))])
+        fresh = torch.arange(len(order), device=device) < size
+        for part in range(count):
+            own = slice(part * rows, (part + 1) * rows)
+            parts[part][0][name], parts[part][1][name] = order[own], fresh[own]
+    return parts
 
 
 def start_of_globals(

@@ -93,6 +93,7 @@ class At(Place):
         chosen: rows of subsampled plates, by the plates' names; others are drawn.
 
     Attributes:
+        trace: of the run, with log densities.
         chosen: the rows of all plates of the run.
         drawn: size, and rows of a run, of the plates whose rows the model draws.
         locals: the sites in plates.
@@ -104,6 +105,7 @@ class At(Place):
         super().__init__(latents, z)
         self.names = set(local)
         self.start = start
+        self.trace = poutine.Trace()
         self.chosen = dict(chosen)
         self.drawn: dict[str, tuple[int, int]] = {}
         self.locals: dict[str, Local] = {}
@@ -120,6 +122,19 @@ class At(Place):
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             self.chosen[msg["name"]] = msg["value"]
+
+    def densities(self) -> dict[str, Tensor]:
+        """Return log densities of all sites in unconstrained coordinates (*batch), scaled and masked."""
+        found = {}
+        for name, site in messages(self.trace).items():
+            if site["type"] != "sample" or site_is_subsample(site):
+                continue
+            found[name] = site["log_prob"]
+            ladj = self.placed[name].ladj if name in self.placed else None
+            ladj = self.locals[name].ladj if name in self.locals else ladj
+            if ladj is not None:
+                found[name] = found[name] + scale_and_mask(ladj, site["scale"], site["mask"])
+        return found
 
     def _choose(self, msg: Any) -> None:
         """Take the rows of a plate that are given; let the model draw others."""
@@ -140,7 +155,7 @@ class At(Place):
         msg["value"] = transform(value)
         ladj = transform.log_abs_det_jacobian(value, msg["value"])
         ladj = ladj.flatten(len(batch)).sum(-1) if ladj.dim() > len(batch) else ladj
-        frames = {frame.name: frame.dim for frame in msg["cond_indep_stack"] if frame.dim is not None}
+        frames = {frame.name: frame.dim for frame in vectorized(msg)}
         self.locals[msg["name"]] = Local(msg["name"], value, frames, event_dim, ladj)
 
 
@@ -179,15 +194,14 @@ class Conditional:
         numbers: of their rows, in the same order, after elimination.
         total: log joint density of rows and data at y0, scaled as the plates say.
         alone: log density of the globals alone.
-        chosen, drawn: see :class:`At`.
+        at: the run.
     """
 
     sites: list[Local]
     numbers: list[Number]
     total: Tensor
     alone: Tensor
-    chosen: dict[str, Tensor]
-    drawn: dict[str, tuple[int, int]]
+    at: At
 
     def draw(self, noise: Callable[[int, torch.Size], Tensor]) -> list[Tensor]:
         """Return y - y0 of each number, for standardized draws of the numbers."""
@@ -234,7 +248,11 @@ class Conditional:
         """Return unconstrained values of the sites, moved by the steps of their numbers."""
         sorted_, found = self.by_site(steps), {}
         for site in self.sites:
-            found[site.name] = base[site.name] + torch.stack(sorted_[site.name], -1).reshape(site.value.shape)
+            step = torch.stack(
+                sorted_[site.name], -1
+            )  # with more batch axes than the site has, if there are more draws
+            event = site.value.shape[len(site.batch) :]
+            found[site.name] = base[site.name] + step.reshape(*step.shape[:-1], *event)
         return found
 
     @property
@@ -259,37 +277,30 @@ class Rows:
     kwargs: Mapping[str, Any]
 
     @torch.enable_grad()
-    def run(self, z: Tensor, start: Start, chosen: Mapping[str, Tensor]) -> tuple[At, Tensor, Tensor]:
-        """Run the model; return the handler, the log density of rows and data, and that of the globals alone."""
+    def run(self, z: Tensor, start: Start, chosen: Mapping[str, Tensor]) -> At:
+        """Run the model, and take the log densities of its sites."""
         at = At(self.latents, z, self.local, start, chosen)
         with poutine.block(), pyro.validation_enabled(False), at:
-            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
-            trace.compute_log_prob()
-        total, alone = z.new_zeros(()), z.new_zeros(())
-        for name, site in messages(trace).items():
-            if site["type"] != "sample" or site_is_subsample(site):
-                continue
-            if name in at.placed:
-                jacobian = scale_and_mask(at.placed[name].ladj, site["scale"], site["mask"])
-                alone = alone + site["log_prob_sum"] + jacobian.sum()
-                continue
-            total = total + site["log_prob_sum"]
-            if name in at.locals:
-                local = at.locals[name]
-                local.scale, local.mask = site["scale"], site["mask"]
-                total = total + scale_and_mask(local.ladj, site["scale"], site["mask"]).sum()
-        return at, total, alone
+            at.trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+            at.trace.compute_log_prob()
+        for name, local in at.locals.items():
+            site = messages(at.trace)[name]
+            local.scale, local.mask = site["scale"], site["mask"]
+        return at
 
     def conditional(
         self, z: Tensor, start: Start, chosen: Mapping[str, Tensor], *, graph: bool = False
     ) -> Conditional:  # fmt: skip
         """Return the approximation at values that ``start`` gives; differentiable in ``z`` with ``graph``."""
-        at, total, alone = self.run(z, start, chosen)
+        at = self.run(z, start, chosen)
         sites = sorted(at.locals.values(), key=lambda site: len(site.plates))
         with torch.enable_grad():
+            parts = at.densities()
+            alone = sum((parts.pop(name).sum() for name in at.placed), z.new_zeros(()))
+            total = sum((part.sum() for part in parts.values()), z.new_zeros(()))
             numbers = _numbers(sites, total, graph)
         _eliminate(numbers)
-        return Conditional(sites, numbers, total, alone, at.chosen, at.drawn)
+        return Conditional(sites, numbers, total, alone, at)
 
     def near_mode(self, z: Tensor, start: Start, chosen: Mapping[str, Tensor], *, graph: bool = False) -> Conditional:
         """Return the approximation near a mode. Most often, rows are near one at once, or after one step."""
@@ -298,7 +309,7 @@ class Rows:
             if now.near:
                 return now
             base = now.moved(now.base, now.steps()) if now is first else self.mode(z.detach(), first)
-            now = self.conditional(z, at_values(base), first.chosen, graph=graph)
+            now = self.conditional(z, at_values(base), first.at.chosen, graph=graph)
         return now
 
     def mode(self, z: Tensor, first: Conditional) -> dict[str, Tensor]:
@@ -308,7 +319,7 @@ class Rows:
         """
         base, lengths, steps = first.base, first.decrement, first.steps()
         for _ in range(MOST_STEPS):
-            now = self.conditional(z, at_values(first.moved(base, steps)), first.chosen)
+            now = self.conditional(z, at_values(first.moved(base, steps)), first.at.chosen)
             tried = list(zip(now.decrement, now.steps(), lengths, steps, strict=True))
             good = [torch.isfinite(new) & (new.abs() <= old.abs().clamp_min(NEAR)) for new, _, old, _ in tried]
             base = first.moved(base, [torch.where(fine, step, 0.0) for fine, step in zip(good, steps, strict=True)])
@@ -393,6 +404,36 @@ def crossed(first: Conditional) -> list[tuple[Local, Local]]:
     """Return the pairs of sites that depend on each other given all else, and of which none is inside of the other."""
     pairs = [pair for pair in itertools.combinations(first.sites, 2) if not pair[1].inside(pair[0])]
     return [pair for pair in pairs if any(_depends(number, pair) for number in first.numbers)]
+
+
+def read_elsewhere(first: Conditional) -> list[Local]:
+    """Return the sites outside of subsampled plates on which log densities inside of such plates depend.
+
+    A subsample says too little of them for a conditional distribution.
+    """
+    nodes, parts = messages(first.at.trace), first.at.densities()
+    found = []
+    for site in first.sites:
+        noisy = [
+            parts[name].sum()
+            for name in parts
+            if any(f.full_size != f.size and f.name not in site.plates for f in vectorized(nodes[name]))
+        ]
+        slope = _slope(sum(noisy, torch.zeros(())), site.value)
+        if slope is not None and bool((slope != 0.0).any()):
+            found.append(site)
+    return found
+
+
+def _slope(total: Tensor, value: Tensor) -> Tensor | None:
+    if not total.requires_grad:
+        return None
+    return torch.autograd.grad(total, value, retain_graph=True, allow_unused=True)[0]
+
+
+def vectorized(site: Any) -> list[Any]:
+    """Return the vectorized plates of a site."""
+    return [frame for frame in site["cond_indep_stack"] if frame.dim is not None]
 
 
 def _depends(number: Number, pair: tuple[Local, Local]) -> bool:

@@ -20,7 +20,17 @@ from pyro_flows._fallbacks import fallback, passed_over
 from pyro_flows.flows.recipe import FlowLike, begin_at
 from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow
 from pyro_flows.guides.collapsed import start_of_globals
-from pyro_flows.guides.conditional import At, Conditional, Rows, beginning, coupled, crossed
+from pyro_flows.guides.conditional import (
+    At,
+    Conditional,
+    Local,
+    Rows,
+    beginning,
+    coupled,
+    crossed,
+    read_elsewhere,
+    vectorized,
+)
 from pyro_flows.guides.setup import AUTO, INITS
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.sites import messages
@@ -70,6 +80,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
 
     Attributes:
         local: names of the sites in plates that have conditional distributions.
+        sizes: numbers of each latent site of a run, unconstrained.
+        subsampled: whether a run has a part of the rows of a plate.
         reason: what the guide cannot follow: pairs of sites in crossed plates, which it takes as independent given the
             flow's latents; None if there is nothing.
 
@@ -121,6 +133,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self._sizes: dict[str, int] = {}
         self._events: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
+        self.sizes: dict[str, int] = {}
+        self.subsampled = False
         self._run: _Run | None = None
 
     # the structure ---------------------------------------------------------------------------------------------------
@@ -137,7 +151,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         trace = first_run(self.model, args, kwargs, initial_value)
         sites = [site for site in messages(trace).values() if site["type"] == "sample" and not site_is_subsample(site)]
         latents = [site for site in sites if not site["is_observed"]]
-        frames = {site["name"]: _frames(site) for site in sites}
+        frames = {site["name"]: vectorized(site) for site in sites}
         for site in latents:
             if site["fn"].support.is_discrete:
                 raise ValueError(
@@ -150,6 +164,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self._sizes = {frame.name: frame.full_size or frame.size for own in frames.values() for frame in own}
         self._nesting = max((-frame.dim for own in frames.values() for frame in own), default=0)
         self._shapes = {site["name"]: (len(site["fn"].batch_shape), site["fn"].event_dim) for site in latents}
+        self.sizes = {site["name"]: transform_of(site).inv(site["value"]).numel() for site in latents}
+        self.subsampled = any(f.full_size not in (None, f.size) for own in frames.values() for f in own)
         joint = set(self._joint)
         for _ in range(len(latents) + 1):  # each round puts one more site into the flow
             self.local = [site["name"] for site in latents if frames[site["name"]] and site["name"] not in joint]
@@ -167,7 +183,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self.top = top
 
     def _to_join(self, first: Conditional) -> str | None:
-        """Return a site that the flow has to take, since its rows are not independent given all else.
+        """Return a site that the flow has to take: its rows, or what is read of them, do not stand for themselves.
 
         Raises:
             ValueError: if there are too many numbers for the flow, or they are those of a subsample.
@@ -177,22 +193,28 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 raise ValueError(
                     f"site {site.name!r}: expected at most {MOST_NUMBERS} numbers in a row, got {site.size}."
                 )
-        for site in coupled(first):
-            if site.value.numel() > JOINT_UP_TO or set(site.plates) & set(first.drawn):
+        for site in (*coupled(first), *read_elsewhere(first)):
+            if not self._fits(site):
                 raise ValueError(
-                    f"site {site.name!r}: its rows depend on each other given all other latents, and are too many for "
-                    f"the flow ({site.value.numel()} numbers, at most {JOINT_UP_TO}, none of a subsample). Write the "
-                    "model with rows that are independent given the latents outside of their plate."
+                    f"site {site.name!r}: its rows depend on each other given all other latents, or on a subsample of "
+                    f"the data, and the flow cannot take them ({site.value.numel()} numbers; at most {JOINT_UP_TO}, "
+                    "and not in a subsampled plate). Write the model with rows that are independent given the latents "
+                    "outside of their plate, and their data in the same plate."
                 )
             return site.name
         for pair in crossed(first):
             small = min(pair, key=lambda site: site.value.numel())
-            if small.value.numel() <= JOINT_UP_TO and not set(small.plates) & set(first.drawn):
+            if self._fits(small):
                 return small.name
             names = " and ".join(repr(site.name) for site in pair)
             self.reason = f"{names} are in crossed plates: taken as independent given the flow's latents"
             fallback(self.reason)
         return None
+
+    def _fits(self, site: Local) -> bool:
+        """Whether the flow can take a site."""
+        whole = all(self._sizes[name] == site.batch[axis] for name, axis in site.plates.items())
+        return whole and site.value.numel() <= JOINT_UP_TO
 
     def _globals(self, args: Any, kwargs: Any) -> AutoFlow:
         """Return the guide of the latents outside of plates."""
@@ -253,22 +275,28 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             )
         return self.top
 
-    def _locals(self, z: Tensor, args: Any, kwargs: Any) -> _Run:
+    def _locals(self, z: Tensor, args: Any, kwargs: Any, *, remember: bool = True) -> _Run:
         """Draw unconstrained values of the latents in plates, given the others."""
         now = self._rows(args, kwargs).near_mode(z, self._start, {}, graph=torch.is_grad_enabled())
-        shapes: Any = self._top._flow.get_submodule("local")
-        self._remember(now)
+        if remember:
+            self._remember(now)
         densities: list[Tensor] = []
 
         def noise(index: int, shape: torch.Size) -> Tensor:
             eps = torch.randn(shape, dtype=z.dtype, device=z.device)
-            shaped, ladj = shapes[index].forward_and_ladj(eps.unsqueeze(-1))
+            shaped, ladj = self._shaped(index, eps)
             densities.append(dist.Normal(0.0, 1.0).log_prob(eps) - ladj - now.numbers[index].sd.log())
-            return shaped.squeeze(-1)
+            return shaped
 
         values = now.moved(now.base, now.draw(noise))
         by_site = {name: torch.stack(parts).sum(0) for name, parts in now.by_site(densities).items()}
-        return _Run(z, values, by_site, now.chosen)
+        return _Run(z, values, by_site, now.at.chosen)
+
+    def _shaped(self, index: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the trained map of a number makes of its noise, and the log derivative."""
+        shapes: Any = self._top._flow.get_submodule("local")
+        shaped, ladj = shapes[index].forward_and_ladj(noise.unsqueeze(-1))
+        return shaped.squeeze(-1), ladj
 
     def _start(self, msg: Any, at: At) -> Tensor:
         """Return the values at which a site's rows were last near their modes; the middle of the prior for others."""
@@ -276,7 +304,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if kept is None:
             return beginning(msg, at)
         values, seen = kept
-        for frame in _frames(msg):
+        for frame in vectorized(msg):
             if frame.full_size != frame.size:
                 rows = at.chosen[frame.name].to(values.device)
                 values = values.index_select(values.dim() + frame.dim - event, rows)
@@ -296,7 +324,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 value = value.mean(0)
             kept, seen = self._kept(site.name, site.plates, value, rank)
             index: list[Any] = [slice(None)] * rank
-            rows = [(axis, now.chosen[name]) for name, axis in site.plates.items() if name in now.chosen]
+            rows = [(axis, now.at.chosen[name]) for name, axis in site.plates.items() if name in now.at.chosen]
             for order, (axis, chosen) in enumerate(rows):
                 index[axis] = chosen.reshape(-1, *[1] * (len(rows) - 1 - order))
             kept[tuple(index)] = value
@@ -384,7 +412,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     def _chosen(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
         """Return the rows of one run of the model, of plates that it draws."""
         z = self._top._init_loc().to(self._top._like)
-        at, *_ = self._rows(args, kwargs).run(z, self._start, {})
+        at = self._rows(args, kwargs).run(z, self._start, {})
         return {name: at.chosen[name] for name in at.drawn}
 
     def _run_once(self, args: Any, kwargs: Any, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -432,8 +460,3 @@ class _Run:
     values: dict[str, Tensor]  # of the sites in plates, unconstrained
     densities: dict[str, Tensor]  # their log densities, of each row
     chosen: Mapping[str, Tensor]  # rows of the plates
-
-
-def _frames(site: Any) -> list[Any]:
-    """Return the vectorized plates of a site."""
-    return [frame for frame in site["cond_indep_stack"] if frame.dim is not None]

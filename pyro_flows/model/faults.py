@@ -25,6 +25,10 @@ class Refused(ValueError):
     """A model that cannot be fitted, which is found out at a point."""
 
 
+class Subsampled(Refused):
+    """A model that reads a part of its data at each run, so that its log density is random."""
+
+
 OF_CODE = (NotImplementedError, RecursionError, Refused, torch.OutOfMemoryError)  # that are among these, too
 
 

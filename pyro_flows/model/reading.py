@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows.model.batching import apart, quiet
-from pyro_flows.model.faults import is_about_dtypes, where_it_runs
+from pyro_flows.model.faults import Subsampled, is_about_dtypes, where_it_runs
 from pyro_flows.model.handlers import Place, masks_over
 from pyro_flows.model.masks import coordinates, used
 from pyro_flows.model.noncentered import moves
@@ -102,10 +102,9 @@ def _read_latent(site: Any, offset: int, unmasked: Tensor | None) -> Latent:
     name = site["name"]
     transform = transform_of(site)
     for plate in _subsampled(site):
-        raise ValueError(
+        raise Subsampled(
             f"site {name!r}: a latent in the subsampled plate {plate!r}; a guide over one vector would learn only as "
-            f"many latents as one subsample holds. Give {plate!r} its full size, or write the local latents' guide "
-            "by hand (amortized)."
+            f"many latents as one subsample holds. Use an AutoHierarchicalFlow, or give {plate!r} its full size."
         )
     if site["value"].shape != site["fn"].shape():
         raise ValueError(

@@ -21,7 +21,16 @@ from pyro_flows.model.arguments import usable
 from pyro_flows.model.batching import advice, apart, filled_up, over_rows, pieces, possible_pieces, quiet
 from pyro_flows.model.enumeration import Enumerate, Evaluator
 from pyro_flows.model.factorizations import Factorizations
-from pyro_flows.model.faults import Faults, defined, is_of_a_point, passing_over, place_of, site_of, where_it_runs
+from pyro_flows.model.faults import (
+    Faults,
+    Subsampled,
+    defined,
+    is_of_a_point,
+    passing_over,
+    place_of,
+    site_of,
+    where_it_runs,
+)
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.handlers import Place, Resample, hold, place_all
 from pyro_flows.model.observations import check_values
@@ -67,9 +76,9 @@ class Runs:
             self.model, self._double = doubled(self.model), True
         if self._as_read.subsampled:
             plate = self._as_read.subsampled[0]
-            raise ValueError(
-                f"plate {plate!r}: subsampled, so the log density is random. Give it its full size, or train a guide "
-                "such as AutoRealNVP with Pyro's own SVI."
+            raise Subsampled(
+                f"plate {plate!r}: subsampled, so the log density is random. Give it its full size, or use fit, or "
+                "train an AutoHierarchicalFlow with Pyro's own SVI."
             )
         return self._as_read
 

@@ -1,0 +1,209 @@
+"""``fit`` and ``diagnose`` for models with plates: latents in plates are integrated out, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+from pyro_flows import _stages
+from pyro_flows._progress import Bar
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.fitting.plan import Plan
+from pyro_flows.flows.recipe import AUTO
+from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
+from pyro_flows.guides.marginal import MarginalDensity, WorstRow
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.posterior.draws import from_draws
+from pyro_flows.posterior.posterior import Posterior
+from pyro_flows.results.methods import method_of
+from pyro_flows.results.stage import Stage
+from pyro_flows.verdict.deciding import Draw
+from pyro_flows.verdict.thresholds import ESS_SHARE_UNDOUBTED, K_HAT_GOOD
+from pyro_flows.verdict.weighing import weigh
+
+WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
+MARGINAL_DRAWS = 1000  # of the globals, each of which takes a pass over all rows
+LOOKED_AT, TRIED = 64, 400  # draws at which rows are looked at; by which a round of training is judged
+LAYERS = 4  # couplings, if nothing is said
+ROUND = 500  # steps of the first round; each next one has twice as many
+RATE, LAST_RATE = 5e-3, 0.02  # of Adam, and the part of it at the end of a round
+NAMED = 5  # rows
+
+
+def diagnose_hierarchical(
+    model: Callable[..., Any],
+    guide: AutoHierarchicalFlow,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    draws: int,
+    seed: int,
+    bar: Bar,
+) -> Posterior:
+    """Judge a guide with structure; see :func:`pyro_flows.diagnose`."""
+    with seeded(seed):
+        guide.initialize(*args, **kwargs)
+        whole = _whole_draw(model, guide, args, kwargs)
+        bar.watch(_stages.JUDGING)
+        about: dict[str, Any] = {"settings": {"diagnosed": True}, "losses": torch.zeros(0)}
+        if whole is not None:
+            density, draw = whole
+            notes = ["no search for missed modes was made, since the guide follows the model's plates"]
+            return from_draws(density, draw, draws=draws, seed=seed, guide=guide, notes=notes, **about)
+        return judged_by_rows(guide, _marginal(guide, args, kwargs, seed), draws, seed, about)
+
+
+def fit_hierarchical(plan: Plan) -> Posterior:
+    """Train a guide with structure on minibatches, and judge it by all rows; see :func:`pyro_flows.fit`."""
+    flow = plan.recipe.builder if plan.recipe.builder != AUTO else "realnvp"
+    options = {"layers": LAYERS} if plan.automatic else dict(plan.recipe.options)
+    guide = AutoHierarchicalFlow(plan.model, flow, **options)
+    with _own_parameters(), seeded(derive(plan.seed, "a guide with plates")):
+        plan.bar.watch(_stages.STARTS)
+        guide.initialize(*plan.args, **plan.kwargs)
+        losses: list[float] = []
+        stages: list[Stage] = []
+        steps = ROUND
+        while True:
+            density = _marginal(guide, plan.args, plan.kwargs, plan.seed)
+            good, elbo = _is_good(guide, density)
+            stages.append(
+                Stage(stage=_stages.INITIAL if not stages else _stages.FIRST_ROUND, elbo=elbo, steps=len(losses))
+            )
+            steps = min(steps, plan.max_steps - len(losses))
+            if good or steps <= 0 or plan.clock.over:
+                break
+            plan.bar.watch(_stages.TRAINING)
+            losses += _train(guide, plan, steps)
+            steps = 2 * ROUND
+        plan.bar.watch(_stages.JUDGING)
+        about = {"settings": {"asked": dict(plan.asked), "flow": str(flow)}, "losses": torch.tensor(losses)}
+        return judged_by_rows(guide, density, plan.draws, plan.seed, {**about, "history": stages})
+
+
+def judged_by_rows(
+    guide: AutoHierarchicalFlow, density: MarginalDensity, draws: int, seed: int, about: Mapping[str, Any]
+) -> Posterior:
+    """Return the posterior of the globals, judged with latents in plates integrated out."""
+    draw = _global_draw(guide)
+    z, _ = draw(LOOKED_AT)
+    noise = density.choose_draws(z)
+    worst, rows = density.worst_rows(z)
+    failures = [_said_of(worst, rows)] if worst else []
+    if guide.reason is not None:
+        failures.append(guide.reason)
+    notes = [
+        f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by "
+        f"{density.draws_of_rows} draws of each (error {noise:.2g} nats), and guide.sample_posterior() draws them",
+        "no search for missed modes was made, since the guide follows the model's plates",
+    ]
+    settings = {**about["settings"], "rows": rows, "worst_rows": [[row.plate, row.index, row.k_hat] for row in worst]}
+    count = min(draws, MARGINAL_DRAWS)
+    said = {**about, "settings": settings, "notes": notes, "failures": failures}
+    found = from_draws(density, draw, draws=count, seed=seed, guide=guide, **said)
+    if settings.get("diagnosed"):
+        return found
+    return replace(found, verdict=replace(found.verdict, guide_method=method_of(guide._top._single)))
+
+
+def _said_of(worst: list[WorstRow], rows: int) -> str:
+    named = ", ".join(f"{row.plate}[{row.index}] ({row.k_hat:.2f})" for row in worst[:NAMED])
+    more = f", and {len(worst) - NAMED} more" if len(worst) > NAMED else ""
+    return f"{len(worst)} of {rows:,} rows have a k-hat of 0.7 or more: {named}{more}"
+
+
+def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[bool, float]:
+    """Return whether weights of the globals are good, and the ELBO."""
+    z, log_q = _global_draw(guide)(TRIED)
+    density.choose_draws(z[:LOOKED_AT])
+    found = weigh(z, density(z), log_q)
+    good = found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_UNDOUBTED * len(z)
+    return good, found.elbo
+
+
+def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int) -> list[float]:
+    """Take steps of Adam, whose rate falls; return the losses. The clock may end them."""
+    parameters = [parameter for parameter in guide._top._flow.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, RATE * LAST_RATE)
+    elbo, losses = Trace_ELBO(), []
+    for step in range(steps):
+        if plan.clock.over:
+            break
+        optimizer.zero_grad()
+        losses.append(float(elbo.loss_and_grads(plan.model, guide, *plan.args, **plan.kwargs)))
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            optimizer.step()
+        schedule.step()
+        plan.bar.count(step + 1, steps)
+    return losses
+
+
+@contextmanager
+def _own_parameters() -> Iterator[None]:
+    """Leave Pyro's store, and gradients of the model's own parameters, as they were."""
+    store = pyro.get_param_store()
+    before = {name: (value, value.grad) for name, value in store._params.items()}
+    with store.scope(state=store.get_state()):
+        try:
+            yield
+        finally:
+            for value, gradient in before.values():
+                value.grad = gradient
+
+
+# draws ----------------------------------------------------------------------------------------------------------------
+
+
+def _global_draw(guide: AutoHierarchicalFlow) -> Draw:
+    """Return what draws the globals, and their log density."""
+
+    @torch.no_grad()
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        posterior = guide._top.get_posterior()
+        z: Tensor = posterior.sample((count,))
+        return z, posterior.log_prob(z)
+
+    return draw
+
+
+def _marginal(guide: AutoHierarchicalFlow, args: Any, kwargs: Any, seed: int) -> MarginalDensity:
+    """Return the log density of the globals; see :class:`MarginalDensity`."""
+    middle = _global_draw(guide)(LOOKED_AT)[0].median(0).values
+    return MarginalDensity(guide._rows(args, kwargs), middle, guide._shaped, guide._start, seed)
+
+
+def _whole_draw(
+    model: Callable[..., Any], guide: AutoHierarchicalFlow, args: Any, kwargs: Any
+) -> tuple[LogDensity, Draw] | None:
+    """Return the log density of all latents and what draws them together; None if rows are judged one by one."""
+    if guide.subsampled or sum(guide.sizes.values()) > WHOLE_UP_TO:
+        return None
+    density = LogDensity(model, args, kwargs)
+    latents = density.structure.latents
+    if any(guide.sizes[latent.name] != latent.size for latent in latents):  # masked entries are no coordinates
+        return None
+    own = {latent.name: latent for latent in guide._latents}
+
+    @torch.no_grad()
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        z, log_q = _global_draw(guide)(count)
+        run = guide._locals(z.reshape(count, *[1] * guide._nesting, -1), args, kwargs, remember=False)
+        parts = [
+            run.values[latent.name].reshape(count, -1)
+            if latent.name in run.values
+            else z[:, own[latent.name].offset : own[latent.name].offset + latent.size]
+            for latent in latents
+        ]
+        for density_of_rows in run.densities.values():
+            log_q = log_q + density_of_rows.reshape(count, -1).sum(1)
+        return torch.cat(parts, 1).to(density.dtype), log_q.to(density.dtype)
+
+    return density, draw
