@@ -15,10 +15,11 @@ from torch import Tensor
 from pyro_flows import _stages
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.flows.recipe import AUTO
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
-from pyro_flows.guides.marginal import MarginalDensity, WorstRow
+from pyro_flows.guides.marginal import Marginal, WorstRow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
@@ -93,17 +94,17 @@ def judged_by_rows(
     """Return the posterior of the globals, judged with latents in plates integrated out."""
     draw = _global_draw(guide)
     z, _ = draw(LOOKED_AT)
-    noise = density.choose_draws(z)
-    worst, rows = density.worst_rows(z)
+    noise = density.marginal.choose_count(z)
+    worst, rows = density.marginal.worst_rows(z)
     failures = [_said_of(worst, rows)] if worst else []
     if guide.reason is not None:
         failures.append(guide.reason)
     notes = [
         f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by "
-        f"{density.draws_of_rows} draws of each (error {noise:.2g} nats), and guide.sample_posterior() draws them",
+        f"{density.marginal.count} draws of each (error {noise:.2g} nats), and guide.sample_posterior() draws them",
         "no search for missed modes was made, since the guide follows the model's plates",
     ]
-    settings = {**about["settings"], "rows": rows, "worst_rows": [[row.plate, row.index, row.k_hat] for row in worst]}
+    settings = {**about["settings"], "rows": rows, "worst_rows": [[row.plate, row.row, row.k_hat] for row in worst]}
     count = min(draws, MARGINAL_DRAWS)
     said = {**about, "settings": settings, "notes": notes, "failures": failures}
     found = from_draws(density, draw, draws=count, seed=seed, guide=guide, **said)
@@ -113,7 +114,7 @@ def judged_by_rows(
 
 
 def _said_of(worst: list[WorstRow], rows: int) -> str:
-    named = ", ".join(f"{row.plate}[{row.index}] ({row.k_hat:.2f})" for row in worst[:NAMED])
+    named = ", ".join(f"{row.plate}[{row.row}] ({row.k_hat:.2f})" for row in worst[:NAMED])
     more = f", and {len(worst) - NAMED} more" if len(worst) > NAMED else ""
     return f"{len(worst)} of {rows:,} rows have a k-hat of 0.7 or more: {named}{more}"
 
@@ -121,7 +122,7 @@ def _said_of(worst: list[WorstRow], rows: int) -> str:
 def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[bool, float]:
     """Return whether weights of the globals are good, and the ELBO."""
     z, log_q = _global_draw(guide)(TRIED)
-    density.choose_draws(z[:LOOKED_AT])
+    density.marginal.choose_count(z[:LOOKED_AT])
     found = weigh(z, density(z), log_q)
     good = found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_UNDOUBTED * len(z)
     return good, found.elbo
@@ -177,7 +178,7 @@ def _global_draw(guide: AutoHierarchicalFlow) -> Draw:
 def _marginal(guide: AutoHierarchicalFlow, args: Any, kwargs: Any, seed: int) -> MarginalDensity:
     """Return the log density of the globals; see :class:`MarginalDensity`."""
     middle = _global_draw(guide)(LOOKED_AT)[0].median(0).values
-    return MarginalDensity(guide._rows(args, kwargs), middle, guide._shaped, guide._start, seed)
+    return MarginalDensity(Marginal(guide._rows(args, kwargs), middle, guide._start, seed, shape=guide._shaped))
 
 
 def _whole_draw(

@@ -1,4 +1,4 @@
-"""Where a guide with structure starts: the mode of the globals, latents in plates integrated out approximately."""
+"""Where a guide with structure starts: at a mode of the globals, latents in plates integrated out."""
 
 from __future__ import annotations
 
@@ -9,98 +9,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows.guides.conditional import Conditional, Rows, Start, at_values, beginning
+from pyro_flows.guides.conditional import Conditional, Rows, Start
+from pyro_flows.guides.marginal import Marginal
 
-FEW_PARTS, MOST_PARTS = 8, 256  # subsamples over which the density is averaged: to find a mode, and to mend it
+FEW_PARTS, MOST_PARTS = 8, 256  # minibatches by which a mode is found, and mended
 STEPS, TURNS = 40, 3  # of L-BFGS; that find the length of difference quotients
-MENDING = 12  # steps of BFGS with most of the rows
-NEAR_ENOUGH = 1e-3  # of a mode: gain of a step in nats
+MENDING, NEAR_ENOUGH = 12, 1e-3  # steps of BFGS; gain of a step in nats at which they end
 RUNS = 512  # of the model, for the covariance
+FULL_UP_TO = 200  # dimensions of a full covariance
+PROBES = 16  # random directions, for a diagonal one
 LENGTH = 0.3  # of difference quotients, in standard deviations
-
-
-class Collapsed:
-    """The log density of the globals, latents in plates integrated out, averaged over subsamples; with its gradient.
-
-    Subsamples of plates whose rows the model draws have no row in common, as long as there are rows.
-
-    Args:
-        rows: the model with its data.
-        z: a point (D,) at which it is run first.
-        most: subsamples, at most.
-        remember: is told of each approximation of the rows.
-    """
-
-    def __init__(self, rows: Rows, z: Tensor, most: int, remember: Callable[[Conditional], None]) -> None:
-        self.rows, self.remember = rows, remember
-        self.parts = [chosen for chosen, _ in parts_of(rows.conditional(z, beginning, {}), most)]
-        self.starts: list[Start] = [beginning] * len(self.parts)
-
-    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return value and gradient at ``z`` (D,)."""
-        value, gradient = z.new_zeros(()), torch.zeros_like(z)
-        for index, chosen in enumerate(self.parts):
-            leaf = z.clone().requires_grad_()
-            with torch.enable_grad():
-                now = self.rows.near_mode(leaf, self.starts[index], chosen, graph=True)
-                part = now.log_integral + now.alone
-                (slope,) = torch.autograd.grad(part, leaf)
-            self.starts[index] = at_values(now.moved(now.base, now.steps()))
-            self.remember(now)
-            value, gradient = value + part.detach(), gradient + slope
-        return value / len(self.parts), gradient / len(self.parts)
-
-    def keep(self, most: int) -> None:
-        """Keep so many parts at most."""
-        del self.parts[most:], self.starts[most:]
-
-
-def parts_of(first: Conditional, most: int | None) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Return the rows of several runs of the model, and which of them are in no run before; of one, if it draws none.
-
-    Args:
-        first: a run.
-        most: runs, at most; None for as many as have all rows.
-    """
-    drawn, device = first.at.drawn, first.total.device
-    count = max((-(-size // rows) for size, rows in drawn.values()), default=1)
-    count = count if most is None else min(count, most)
-    parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in range(count)]
-    for name, (size, rows) in drawn.items():
-        order = torch.cat([torch.randperm(size, device=device) for _ in range(-(-count * rows // size))])
-        fresh = torch.arange(len(order), device=device) < size
-        for part in range(count):
-            own = slice(part * rows, (part + 1) * rows)
-            parts[part][0][name], parts[part][1][name] = order[own], fresh[own]
-    return parts
+DRAWS = 8  # of a row
 
 
 def start_of_globals(
-    rows: Rows, z: Tensor, remember: Callable[[Conditional], None]
+    rows: Rows, z: Tensor, start: Start, remember: Callable[[Conditional], None]
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Return a mode (D,) and a triangular root of the covariance there (D, D); None if there is no finite density."""
-    few = Collapsed(rows, z, FEW_PARTS, remember)
+    """Return a mode (D,) and the scale there, (D, D) triangular or (D,); None if there is no finite density."""
+
+    def density_of(parts: int) -> Marginal:
+        density = Marginal(rows, z, start, 0, remember=remember, most=parts)
+        density.count, density.sided = DRAWS, sided
+        return density
+
+    sided = False
+    few = density_of(FEW_PARTS)
     mode = _climb(few, z)
     if mode is None:
         return None
+    if sided := few.adapt(mode.unsqueeze(0)):
+        again = _climb(few, mode)
+        mode = mode if again is None else again
     covariance = _covariance(few, mode)
-    if len(few.parts) > 1:
-        many = Collapsed(rows, mode, MOST_PARTS, remember)
+    if few.first.at.drawn:
+        many = density_of(MOST_PARTS)
         mode = _mend(many, mode, covariance)
-        many.keep(max(FEW_PARTS, RUNS // (2 * len(mode))))
-        covariance = _covariance(many, mode, covariance.diagonal().sqrt())
+        covariance = _covariance(
+            density_of(max(FEW_PARTS, RUNS // (2 * len(mode)))), mode, _diagonal(covariance).sqrt()
+        )
+    if covariance.dim() == 1:
+        return mode, covariance.sqrt()
     root, failed = torch.linalg.cholesky_ex(covariance)
     return mode, torch.diag(covariance.diagonal().sqrt()) if bool(failed) else root
 
 
-def _climb(density: Collapsed, z: Tensor) -> Tensor | None:
+def _at(density: Marginal, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return value and gradient at one point."""
+    value, gradient = density.value_and_grad(z.unsqueeze(0))
+    return value[0], gradient[0].to(z)
+
+
+def _climb(density: Marginal, z: Tensor) -> Tensor | None:
     """Return the best point of a climb by L-BFGS; None if no density is finite."""
     point = z.clone()
     best: list[Any] = [-math.inf, None]
     optimizer = torch.optim.LBFGS([point], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
-        value, gradient = density(point.detach())
+        value, gradient = _at(density, point.detach())
         fine = bool(torch.isfinite(value) & torch.isfinite(gradient).all())
         if fine and float(value) > best[0]:
             best[:] = [float(value), point.detach().clone()]
@@ -108,19 +74,21 @@ def _climb(density: Collapsed, z: Tensor) -> Tensor | None:
         return -value if fine else torch.full_like(value, 1e30)
 
     optimizer.step(closure)
-    return best[1]
+    found: Tensor | None = best[1]
+    return found
 
 
-def _mend(density: Collapsed, mode: Tensor, covariance: Tensor) -> Tensor:
+def _mend(density: Marginal, mode: Tensor, covariance: Tensor) -> Tensor:
     """Climb a density of more rows by BFGS, whose first metric is the covariance."""
-    value, gradient = density(mode)
+    metric = torch.diag(covariance) if covariance.dim() == 1 else covariance
+    value, gradient = _at(density, mode)
     for _ in range(MENDING):
-        step = covariance @ gradient
+        step = metric @ gradient
         if float(gradient @ step) < NEAR_ENOUGH:
             break
         share = 1.0
         while share > 1e-3:
-            there, slope = density(mode + share * step)
+            there, slope = _at(density, mode + share * step)
             if bool(there >= value) and bool(torch.isfinite(slope).all()):
                 break
             share *= 0.5
@@ -131,26 +99,41 @@ def _mend(density: Collapsed, mode: Tensor, covariance: Tensor) -> Tensor:
         along = float(moved @ turned)
         if along > 0.0:
             bent = torch.eye(len(mode)).to(mode) - torch.outer(moved, turned) / along
-            covariance = bent @ covariance @ bent.mT + torch.outer(moved, moved) / along
+            metric = bent @ metric @ bent.mT + torch.outer(moved, moved) / along
     return mode
 
 
-def _covariance(density: Collapsed, mode: Tensor, sds: Tensor | None = None) -> Tensor:
-    """Return the inverse of the negative Hessian, with the sizes of its eigenvalues."""
+def _diagonal(covariance: Tensor) -> Tensor:
+    return covariance if covariance.dim() == 1 else covariance.diagonal()
+
+
+def _covariance(density: Marginal, mode: Tensor, sds: Tensor | None = None) -> Tensor:
+    """Return the inverse of the negative Hessian, or of its diagonal, with the sizes of its eigenvalues."""
+    full = len(mode) <= FULL_UP_TO
     for _ in range(TURNS if sds is None else 1):
         sds = torch.ones_like(mode) if sds is None else sds
-        curvature = _curvature(density, mode, LENGTH * sds)
-        diagonal = curvature.diagonal()
+        curvature = _curvature(density, mode, LENGTH * sds) if full else _curvatures(density, mode, LENGTH * sds)
+        diagonal = _diagonal(curvature)
         sds = torch.where(diagonal > 0, diagonal.clamp_min(1e-12).rsqrt(), sds).clamp(1e-6, 10.0)
+    assert sds is not None
+    if not full:
+        return sds.square()
     values, vectors = torch.linalg.eigh(0.5 * (curvature + curvature.mT))
     return (vectors / values.abs().clamp_min(1e-6)) @ vectors.mT
 
 
-def _curvature(density: Collapsed, at: Tensor, lengths: Tensor) -> Tensor:
+def _curvature(density: Marginal, at: Tensor, lengths: Tensor) -> Tensor:
     """Return the negative Hessian by differences of gradients."""
-    columns = []
-    for index, length in enumerate(lengths):
-        step = torch.zeros_like(at)
-        step[index] = length
-        columns.append((density(at - step)[1] - density(at + step)[1]) / (2.0 * length))
-    return torch.stack(columns)
+    steps = torch.diag(lengths)
+    _, gradients = density.value_and_grad(torch.cat([at - steps, at + steps]))
+    before, after = gradients.to(at).chunk(2)
+    return (before - after) / (2.0 * lengths.unsqueeze(1))
+
+
+def _curvatures(density: Marginal, at: Tensor, lengths: Tensor) -> Tensor:
+    """Return the diagonal of the negative Hessian, from differences along vectors of random signs."""
+    generator = torch.Generator().manual_seed(0)
+    signs = (2.0 * torch.randint(2, (PROBES, len(at)), generator=generator) - 1.0).to(at)
+    _, gradients = density.value_and_grad(torch.cat([at - signs * lengths, at + signs * lengths]))
+    before, after = gradients.to(at).chunk(2)
+    return ((before - after) * signs / (2.0 * lengths)).mean(0)

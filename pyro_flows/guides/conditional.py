@@ -17,7 +17,6 @@ and Chopin 2009, doi:10.1111/j.1467-9868.2008.00700.x (latents given parameters)
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -254,16 +253,6 @@ class Conditional:
             event = site.value.shape[len(site.batch) :]
             found[site.name] = base[site.name] + step.reshape(*step.shape[:-1], *event)
         return found
-
-    @property
-    def log_integral(self) -> Tensor:
-        """Laplace's approximation of the logarithm of the integral over y, scaled as the plates say."""
-        total = self.total
-        for number in self.numbers:
-            volume = 0.5 * math.log(2.0 * math.pi) + number.sd.log()
-            total = total + scale_and_mask(volume, number.site.scale, number.site.mask).sum()
-            total = total + 0.5 * (number.gradient.square() / number.own).sum()
-        return total
 
 
 @dataclass(frozen=True)

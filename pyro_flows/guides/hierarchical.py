@@ -16,7 +16,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
 
 from pyro_flows import _checks
-from pyro_flows._fallbacks import fallback, passed_over
+from pyro_flows._fallbacks import fallback
 from pyro_flows.flows.recipe import FlowLike, begin_at
 from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow
 from pyro_flows.guides.collapsed import start_of_globals
@@ -240,9 +240,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if self._init != AUTO or top.affine is None:
             return
         try:
-            found = start_of_globals(self._rows(args, kwargs), z, self._remember)
+            found = start_of_globals(self._rows(args, kwargs), z, self._start, self._remember)
         except Exception as error:  # a model's own code may raise anything
-            passed_over("the guide starts at the prior", error)
+            fallback("the guide starts at the prior", error)
             return
         if found is not None:
             begin_at(top._single, *found)

@@ -3,32 +3,31 @@ r"""The log density of a model's global latents, those in plates integrated out 
 .. math:: \log \hat p(\theta, x) = \log p(\theta) + \sum_i \log \frac 1K \sum_{k=1}^K
           \frac{p(x_i, y_{ik} \mid \theta)}{q(y_{ik} \mid \theta, x_i)}, \qquad y_{ik} \sim q(\cdot \mid \theta, x_i)
 
-Each factor is an unbiased estimate of a row's likelihood, and so is their product. Weights by it are those of the
-pseudo-marginal method. The random numbers of a row are the same for all :math:`\theta`, which makes differences exact
-to more digits. Two halves of them tell the error.
+Each factor is an unbiased estimate of a row's likelihood, and so is their product: weights by it are those of the
+pseudo-marginal method. The random numbers of a row are the same at all :math:`\theta`, so that differences have little
+noise; two halves of them tell how much. The gradient is that of Fisher's identity, a weighted mean of
+:math:`\nabla_\theta \log p(x_i, y_{ik}, \theta)`.
 
-Source: Andrieu and Roberts 2009, doi:10.1214/07-AOS574 (the pseudo-marginal method); Tran, Scharth, Pitt and Kohn 2013
-(arXiv 1309.3339) for importance weights by an estimated likelihood.
+Where rows are not normal, q is widened to each side of each number, by how far the log density has fallen two and four
+standard deviations out.
+
+Sources: Andrieu and Roberts 2009, doi:10.1214/07-AOS574 (the pseudo-marginal method); Tran, Scharth, Pitt and Kohn 2013
+(arXiv 1309.3339), importance weights by an estimated likelihood; Geweke 1989, doi:10.2307/1913710 (both sides).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.guides.collapsed import parts_of
-from pyro_flows.guides.conditional import Conditional, Number, Rows, Start, at_values, vectorized
-from pyro_flows.model.bijections import bijection
-from pyro_flows.model.log_density import LogDensity
+from pyro_flows.guides.conditional import At, Conditional, Local, Number, Rows, Start, at_values, vectorized
 from pyro_flows.model.sites import messages
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import K_HAT_MOST
@@ -36,203 +35,303 @@ from pyro_flows.verdict.thresholds import K_HAT_MOST
 DRAWS_LEAST, DRAWS_MOST = 4, 64  # of a row, K
 NOISE = 0.1  # nats: error of differences of the log density, from which on K is doubled
 AT_ONCE = 1_000_000  # numbers: draws of rows at once
-POINTS = 64  # at which K is chosen, and rows are looked at
 LOOKED_AT = 200  # rows whose k-hat is estimated: those with the most uneven weights
 UNEVEN = 0.01  # relative variance of an estimate of a row: below it, its k-hat does not matter
+OUT, WIDEST = (2.0, 4.0), 3.0  # sds at which both sides are looked at; most that a side is widened or narrowed by
+NORMAL = 1e-4  # mean relative variance of the weights of a row, below which rows are normal
+ALL = ""  # in the place of a plate: all latents in plates are one row
 
 Shape = Callable[[int, Tensor], tuple[Tensor, Tensor]]  # of a number's noise: the shaped noise, log derivative
 
 
-@dataclass(frozen=True)
-class WorstRow:
+class Part(NamedTuple):
+    """The rows of one run of the model, by plate, and which of them are in no part before."""
+
+    chosen: dict[str, Tensor]
+    fresh: dict[str, Tensor]
+
+
+class WorstRow(NamedTuple):
     """A row whose conditional distribution is poor: its plate, its index there, k-hat of its weights."""
 
     plate: str
-    index: int
+    row: int
     k_hat: float
 
 
 @dataclass
 class _Terms:
-    """What one part of the data says at points: sums, and the log weights of the draws of rows."""
+    """What a part of the data says at points: sums (S,), and densities of the draws of rows (K, S, rows), by plate."""
 
-    total: Tensor  # (S,)
-    weights: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by plate: (K, S, rows), which rows
+    total: Tensor
+    log_p: dict[str, Tensor] = field(default_factory=dict)
+    log_q: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)  # (rows,): rows that count
+
+    def weights(self, plate: str) -> Tensor:
+        return (self.log_p[plate] - self.log_q[plate]).detach().double()
 
 
-class MarginalDensity(LogDensity):
-    """The log density of the globals; see the module.
+class Marginal:
+    """The log density of the globals, at points (S, D) in unconstrained coordinates; see the module.
 
     Args:
         rows: the model with its data.
-        z: a point (D,) in the bulk of the guide.
-        shape: what the guide's trained maps make of noise.
+        z: a point (D,).
         start: where rows start.
         seed: of the random numbers of rows.
+        shape: what trained maps make of the noise of a number.
+        remember: is told of each approximation of the rows.
+        most: parts, of the rows that the model draws; None for all rows. With fewer, sums stand for all rows.
 
     Attributes:
-        draws_of_rows: K.
+        count: K, draws of a row.
+        sided: whether q is widened to each side.
+        first: the approximation at ``z``.
+        parts: the rows of each run.
 
     Raises:
-        ValueError: if rows are not independent given the globals, or the model is given a subsample of them.
+        ValueError: if rows are drawn and are not independent given the globals, or the model is given a part of them.
     """
 
-    def __init__(self, rows: Rows, z: Tensor, shape: Shape, start: Start, seed: int) -> None:
-        self.rows, self._shape, self._start, self._seed = rows, shape, start, seed
-        first = rows.near_mode(z, start, {})
-        self._groups = _groups(first)
-        self._most_numbers = max((site.value.numel() for site in first.sites), default=1)
-        sites = [site for site in messages(first.at.trace).values() if site["type"] == "sample"]
-        self._nesting = max((-frame.dim for site in sites for frame in vectorized(site)), default=0)
-        with seeded(derive(seed, "rows of parts")):
-            self._parts = parts_of(first, None)
-        self.draws_of_rows = DRAWS_LEAST
-        nodes = messages(first.at.trace)
-        values = {name: bijection(nodes[name]["fn"])(value) for name, value in first.base.items()}
-        super().__init__(_globals_alone(rows, first.at.chosen, values), rows.args, rows.kwargs)
+    def __init__(
+        self,
+        rows: Rows,
+        z: Tensor,
+        start: Start,
+        seed: int,
+        *,
+        shape: Shape = lambda index, noise: (noise, torch.zeros_like(noise)),
+        remember: Callable[[Conditional], None] = lambda now: None,
+        most: int | None = None,
+    ) -> None:
+        self.rows, self.start, self.seed, self.shape, self.remember = rows, start, seed, shape, remember
+        self.first = rows.near_mode(z, start, {})
+        self._groups = _groups(self.first)
+        self._numbers = max((site.value.numel() for site in self.first.sites), default=1)
+        sites = [site for site in messages(self.first.at.trace).values() if site["type"] == "sample"]
+        self._nest = max((-frame.dim for site in sites for frame in vectorized(site)), default=0)
+        self.parts = parts_of(self.first, seed, most)
+        self.count, self.sided = DRAWS_LEAST, False
 
-    def affordable(self, draws: int) -> int:
-        """Return how many of so many draws a check may evaluate."""
-        return min(draws, 1000)
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """Return the log density (S,) at ``z`` (S, D), without gradients.
-
-        Raises:
-            ValueError: if gradients are asked for.
-        """
-        z = self._check(z)
-        if z.requires_grad:
-            raise ValueError(NO_GRADIENTS)
-        return self._sums(z, self.draws_of_rows).to(z.dtype)
-
-    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Raise an error: there are no gradients.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(NO_GRADIENTS)
-
-    def choose_draws(self, z: Tensor) -> float:
-        """Double the draws of a row until the error of differences at ``z`` (S, D) is small; return that error."""
-        while True:
-            halves = self._sums(z, self.draws_of_rows, halves=True)
-            apart = halves[0] - halves[1]
-            noise = float(0.5 * apart[torch.isfinite(apart)].std())
-            if noise <= NOISE or self.draws_of_rows >= DRAWS_MOST:
-                return noise
-            self.draws_of_rows *= 2
-
-    def worst_rows(self, z: Tensor) -> tuple[list[WorstRow], int]:
-        """Return the rows whose weights have a k-hat above 0.7, the worst first, and how many rows there are."""
-        found: list[WorstRow] = []
-        count = 0
-        for chosen, fresh in self._parts:
-            terms = self._terms(z, chosen, fresh, DRAWS_MOST // 2, first=chosen is self._parts[0][0])
-            for plate, (weights, kept) in terms.weights.items():
-                index = chosen.get(plate, torch.arange(weights.shape[2]))
-                relative = torch.log_softmax(weights.double(), 0) + math.log(len(weights))
-                uneven = relative.exp().var(0).mean(0) * kept
-                count += int(kept.sum())
-                order = uneven.argsort(descending=True)[: max(1, LOOKED_AT // len(self._parts))]
-                for row in order[uneven[order] > UNEVEN * len(weights)].tolist():
-                    _, k_hat = psis(relative[:, :, row].reshape(-1))
-                    if not k_hat < K_HAT_MOST:
-                        found.append(WorstRow(plate, int(index[row]), float(k_hat)))
-        return sorted(found, key=lambda row: -row.k_hat), count
-
-    def _sums(self, z: Tensor, count: int, *, halves: bool = False) -> Tensor:
-        """Return the log density (S,); with ``halves``, by each half of the draws of rows (2, S)."""
+    def __call__(self, z: Tensor, *, halves: bool = False) -> Tensor:
+        """Return the log density (S,), in double precision; with ``halves``, by each half of the draws (2, S)."""
         pieces = []
-        size = max(1, AT_ONCE // (count * self._most_numbers))
-        for piece in z.split(size):
+        for piece in z.split(self._rows_at_once):
             total = torch.zeros(2 if halves else 1, len(piece), dtype=torch.float64, device=z.device)
-            for number, (chosen, fresh) in enumerate(self._parts):
-                terms = self._terms(piece, chosen, fresh, count, first=number == 0)
+            for number in range(len(self.parts)):
+                with torch.no_grad():
+                    terms = self._terms(piece, number)
                 total += terms.total
-                for weights, kept in terms.weights.values():
-                    for half, own in enumerate(weights.double().chunk(len(total))):
-                        estimate = torch.logsumexp(own, 0) - math.log(len(own))
-                        total[half] += (estimate * kept).sum(-1)
+                for plate, kept in terms.kept.items():
+                    for half, own in enumerate(terms.weights(plate).chunk(len(total))):
+                        total[half] += ((torch.logsumexp(own, 0) - math.log(len(own))) * kept).sum(-1)
             pieces.append(total)
         found = torch.cat(pieces, 1)
         return found if halves else found[0]
 
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log density (S,) and its gradient (S, D)."""
+        values, gradients = [], []
+        for piece in z.split(self._rows_at_once):
+            value = torch.zeros(len(piece), dtype=torch.float64, device=z.device)
+            gradient = torch.zeros_like(piece, dtype=torch.float64)
+            for number in range(len(self.parts)):
+                leaf = piece.detach().clone().requires_grad_()
+                with torch.enable_grad():
+                    terms = self._terms(leaf, number)
+                    objective = terms.total
+                    value += terms.total.detach()
+                    for plate, kept in terms.kept.items():
+                        weights = terms.weights(plate)
+                        value += ((torch.logsumexp(weights, 0) - math.log(len(weights))) * kept).sum(-1)
+                        mean = (torch.softmax(weights, 0) * terms.log_p[plate]).sum(0)
+                        objective = objective + (mean * kept).sum(-1)
+                    gradient += torch.autograd.grad(objective.sum(), leaf)[0]
+            values.append(value)
+            gradients.append(gradient)
+        return torch.cat(values), torch.cat(gradients)
+
+    @property
+    def _rows_at_once(self) -> int:
+        return max(1, AT_ONCE // (self.count * self._numbers))
+
+    def choose_count(self, z: Tensor) -> float:
+        """Double the draws of a row until the error of differences at ``z`` (S, D) is small; return that error."""
+        self.adapt(z)
+        while True:
+            first, second = self(z, halves=True)
+            apart = (first - second)[torch.isfinite(first - second)]
+            noise = float(0.5 * apart.std())
+            if noise <= NOISE or self.count >= DRAWS_MOST:
+                return noise
+            self.count *= 2
+
     @torch.no_grad()
-    def _terms(
-        self, z: Tensor, chosen: Mapping[str, Tensor], fresh: Mapping[str, Tensor], count: int, *, first: bool
-    ) -> _Terms:  # fmt: skip
-        """Return what a part of the data says at points ``z`` (S, D); ``fresh`` rows of it have not come before."""
-        nest = self._nesting
-        points = z.reshape(len(z), *[1] * nest, z.shape[-1])
-        now = self.rows.near_mode(points, self._start, chosen)
-        with seeded(
-            derive(self._seed, f"rows {sorted((name, int(rows[0])) for name, rows in chosen.items())}"), z.device
-        ):
-            steps, densities = self._draw(now, count)
-        at = self.rows.run(points.unsqueeze(0), at_values(now.moved(now.base, steps)), now.at.chosen)
+    def adapt(self, z: Tensor) -> bool:
+        """Look to both sides of each number from now on, if weights of rows at ``z`` (S, D) are uneven."""
+        if not self.sided and ALL not in self._groups.values():
+            terms = self._terms(z, 0)
+            relative = [torch.log_softmax(terms.weights(plate), 0) + math.log(self.count) for plate in terms.kept]
+            self.sided = any(float(part.exp().var(0).mean()) > NORMAL for part in relative)
+        return self.sided
+
+    def worst_rows(self, z: Tensor) -> tuple[list[WorstRow], int]:
+        """Return the rows whose weights have a k-hat of 0.7 or more, the worst first, and how many rows there are."""
+        found: list[WorstRow] = []
+        rows, before, self.count = 0, self.count, DRAWS_MOST // 2
+        for number, part in enumerate(self.parts):
+            with torch.no_grad():
+                terms = self._terms(z, number)
+            for plate, kept in terms.kept.items():
+                weights = terms.weights(plate)
+                index = part.chosen.get(plate, torch.arange(weights.shape[2]))
+                relative = torch.log_softmax(weights, 0) + math.log(len(weights))
+                uneven = relative.exp().var(0).mean(0) * kept
+                rows += int(kept.sum())
+                order = uneven.argsort(descending=True)[: max(1, LOOKED_AT // len(self.parts))]
+                for row in order[uneven[order] > UNEVEN * self.count].tolist():
+                    _, k_hat = psis(relative[:, :, row].reshape(-1))
+                    if not k_hat < K_HAT_MOST:
+                        found.append(WorstRow(plate, int(index[row]), float(k_hat)))
+        self.count = before
+        return sorted(found, key=lambda row: -row.k_hat), rows
+
+    def _terms(self, z: Tensor, number: int) -> _Terms:
+        """Return what a part of the data says at points ``z`` (S, D)."""
+        part = self.parts[number]
+        points = z.reshape(len(z), *[1] * self._nest, z.shape[-1])
+        with torch.no_grad():
+            now = self.rows.near_mode(points.detach(), self.start, part.chosen)
+            self.remember(now)
+            sides = self._sides(now, points) if self.sided else None
+            with seeded(derive(self.seed, f"rows of part {number}"), z.device):
+                steps, log_q = self._draw(now, sides)
+            there = at_values(now.moved(now.base, steps))
+        at = self.rows.run(points.unsqueeze(0), there, now.at.chosen)
         found = _Terms(z.new_zeros(len(z), dtype=torch.float64))
-        joint: dict[str, Tensor] = {}
         for name, density in at.densities().items():
-            site = messages(at.trace)[name]
-            if name in at.placed:
-                found.total += _spread(density, nest).double().sum(tuple(range(2, 2 + nest)))[0] if first else 0.0
-                continue
-            group = self._groups.get(name)
-            drawn = [frame for frame in vectorized(site) if frame.name in fresh]
-            if not first and not drawn:
-                continue  # outside of the plates whose rows are drawn: it counts once
-            ratio = math.prod(frame.full_size / frame.size for frame in drawn)
-            own = _spread(density, nest) / ratio
-            if group is None:
-                for frame in drawn:
-                    shape = [1] * own.dim()
-                    shape[frame.dim] = -1
-                    own = own * fresh[frame.name].to(own).reshape(shape)
-                found.total += own.double().sum(tuple(range(2, 2 + nest)))[0]
-                continue
-            axis = next(frame.dim for frame in vectorized(site) if frame.name == group)
-            joint[group] = joint.get(group, torch.zeros(())) + _of_rows(own, axis, nest)
-        for name, log_q in densities.items():
-            group = self._groups.get(name)
-            if group is not None and group in joint:
-                site = messages(at.trace)[name]
-                axis = at.locals[name].plates[group]
-                own = scale_and_mask(log_q, 1.0, site["mask"])
-                joint[group] = joint[group] - _of_rows(_spread(own, nest), axis, nest)
-        for group, weights in joint.items():
-            kept = fresh.get(group, torch.ones(weights.shape[2], dtype=torch.bool)).to(weights.device)
-            found.weights[group] = weights, kept
+            self._add(found, part, at, name, density, first=number == 0)
+        for name, density in log_q.items():
+            group, site = self._groups[name], messages(at.trace)[name]
+            if group in found.log_p:
+                own = _by_row(self._spread(scale_and_mask(density, 1.0, site["mask"])), site, group, self._nest)
+                found.log_q[group] = found.log_q.get(group, torch.zeros(()).to(own)) + own
         return found
 
-    def _draw(self, now: Conditional, count: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def _add(self, found: _Terms, part: Part, at: At, name: str, density: Tensor, *, first: bool) -> None:
+        """Add the log density of a site to the rows, or the sum, that it belongs to."""
+        site, group = messages(at.trace)[name], self._groups.get(name)
+        drawn = [frame for frame in vectorized(site) if frame.name in part.fresh]
+        if not (first or drawn):
+            return  # outside of the plates whose rows are drawn: it counts once
+        own = self._spread(density) / math.prod(frame.full_size / frame.size for frame in drawn)
+        if group is None:
+            for frame in drawn:
+                shape = [1] * own.dim()
+                shape[frame.dim] = -1
+                own = own * self._count_of(part.fresh[frame.name], frame.name).to(own).reshape(shape)
+            found.total = found.total + _by_row(own.double(), site, ALL, self._nest)[0, :, 0]
+            return
+        own = _by_row(own, site, group, self._nest)
+        found.log_p[group] = found.log_p.get(group, torch.zeros(()).to(own)) + own
+        fresh = part.fresh.get(group, torch.ones(own.shape[2], dtype=torch.bool)).to(own.device)
+        found.kept[group] = self._count_of(fresh, group)
+
+    def _count_of(self, fresh: Tensor, plate: str) -> Tensor:
+        """Return how often each row counts: for all rows, where the parts do not have them all."""
+        if plate not in self.first.at.drawn:
+            return fresh.double()
+        size, _ = self.first.at.drawn[plate]
+        return fresh.double() * size / sum(int(part.fresh[plate].sum()) for part in self.parts)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Return values with an axis for draws of rows, one for points, and all axes of plates."""
+        return values.reshape(*[1] * (2 + self._nest - values.dim()), *values.shape)
+
+    def _draw(
+        self, now: Conditional, sides: Sequence[tuple[Tensor, Tensor]] | None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Return steps of the numbers (K, S, *rows), and the log densities of the sites."""
         densities: list[Tensor] = []
 
         def noise(index: int, _: torch.Size) -> Tensor:
             number: Number = now.numbers[index]
-            eps = torch.randn(count, 1, *number.own.shape[1:]).to(number.own)
-            shaped, ladj = self._shape(index, eps)
-            densities.append(torch.distributions.Normal(0.0, 1.0).log_prob(eps) - ladj - number.sd.log())
+            half = torch.randn(self.count // 2, 1, *number.own.shape[1:]).to(number.own)
+            eps = torch.cat([half, -half])
+            shaped, ladj = self.shape(index, eps)
+            density = torch.distributions.Normal(0.0, 1.0).log_prob(eps) - ladj - number.sd.log()
+            if sides is not None:
+                below, above = sides[index]
+                factor = torch.where(shaped < 0.0, below, above)
+                shaped, density = factor * shaped, density - factor.log()
+            densities.append(density)
             return shaped
 
         return now.draw(noise), {name: torch.stack(parts).sum(0) for name, parts in now.by_site(densities).items()}
 
+    def _sides(self, now: Conditional, points: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return by what each number's standard deviation is multiplied below and above its mean.
 
-NO_GRADIENTS = (
-    "posterior: latents in plates are integrated out by importance sampling, which has no gradients. Train the guide "
-    "for longer, or diagnose a model without subsampling."
-)
+        A normal density falls by d^2 / 2 nats in d standard deviations.
+        """
+
+        def fallen(index: int, way: float) -> Tensor:
+            steps = now.draw(lambda other, _: torch.full((), way if other == index else 0.0).to(points))
+            at = self.rows.run(points, at_values(now.moved(now.base, steps)), now.at.chosen)
+            site = now.numbers[index].site
+            own = [part for name, part in at.densities().items() if _holds(messages(at.trace)[name], site)]
+            total: Tensor = sum(
+                (part.expand(_shape(part, site)).sum_to_size(site.batch) for part in own), torch.zeros(())
+            )
+            return total / torch.as_tensor(site.scale).to(total)
+
+        found = []
+        for index in range(len(now.numbers)):
+            top, sides = fallen(index, 0.0), []
+            for sign in (-1.0, 1.0):
+                falls = [(top - fallen(index, sign * out)).clamp_min(1e-6) for out in OUT]
+                factors = [(0.5 * out * out / fall).sqrt() for out, fall in zip(OUT, falls, strict=True)]
+                widest = torch.stack(factors).max(0).values
+                sides.append(torch.nan_to_num(widest, 1.0).clamp(1.0 / WIDEST, WIDEST))
+            found.append((sides[0], sides[1]))
+        return found
 
 
-def _spread(values: Tensor, nest: int) -> Tensor:
-    """Return values with one axis for draws of rows, one for points, and all axes of plates."""
-    return values.reshape(*[1] * (2 + nest - values.dim()), *values.shape)
+def _holds(site: Any, local: Local) -> bool:
+    """Whether a site's plates hold all of a latent's."""
+    return local.plates.items() <= {frame.name: frame.dim for frame in vectorized(site)}.items()
 
 
-def _of_rows(values: Tensor, axis: int, nest: int) -> Tensor:
-    """Add up what belongs to one row: (K, S, *plates) -> (K, S, rows)."""
+def _shape(part: Tensor, local: Local) -> torch.Size:
+    return torch.broadcast_shapes(part.shape, local.batch)
+
+
+def parts_of(first: Conditional, seed: int, most: int | None) -> list[Part]:
+    """Return the rows of several runs of the model, none in two of them as long as there are others.
+
+    Args:
+        first: a run.
+        seed: of the order of the rows.
+        most: runs, at most; None for as many as have all rows.
+    """
+    drawn, device = first.at.drawn, first.total.device
+    count = max((-(-size // rows) for size, rows in drawn.values()), default=1)
+    count = count if most is None else min(count, most)
+    parts = [Part({}, {}) for _ in range(count)]
+    for name, (size, rows) in drawn.items():
+        with seeded(derive(seed, f"rows of plate {name}"), device):
+            order = torch.cat([torch.randperm(size, device=device) for _ in range(-(-count * rows // size))])
+        fresh = torch.arange(len(order), device=device) < size
+        for number, part in enumerate(parts):
+            own = slice(number * rows, (number + 1) * rows)
+            part.chosen[name], part.fresh[name] = order[own], fresh[own]
+    return parts
+
+
+def _by_row(values: Tensor, site: Any, plate: str, nest: int) -> Tensor:
+    """Add up what belongs to one row of a plate, or to all of it: (K, S, *plates) -> (K, S, rows)."""
+    axis = next((frame.dim for frame in vectorized(site) if frame.name == plate), None)
     others = [dim for dim in range(-nest, 0) if dim != axis]
     found = values.sum(others, keepdim=True) if others else values
     return found.reshape(*found.shape[:2], -1)
@@ -242,24 +341,24 @@ def _groups(first: Conditional) -> dict[str, str]:
     """Return the plate whose rows are integrated out, for each site in plates and the data that depend on it.
 
     Raises:
-        ValueError: if there is no such plate for a site.
+        ValueError: if the model draws rows, and there is no such plate for a site.
     """
-    nodes, parts = messages(first.at.trace), first.at.densities()
+    parts, drawn = first.at.densities(), first.at.drawn
+    nodes = {name: messages(first.at.trace)[name] for name in parts}
     for name, site in nodes.items():
-        if site["type"] == "sample":
-            subsampled = [frame.name for frame in vectorized(site) if frame.full_size not in (None, frame.size)]
-            if given := [plate for plate in subsampled if plate not in first.at.drawn]:
-                raise ValueError(
-                    f"plate {given[0]!r}: the model is given a subsample, and a verdict takes all rows. Pass all of "
-                    "them, for example subsample=torch.arange(size)."
-                )
-            if len(subsampled) > 1:
-                raise ValueError(f"site {name!r}: expected one subsampled plate for a verdict, got {subsampled}.")
+        subsampled = [frame.name for frame in vectorized(site) if frame.full_size not in (None, frame.size)]
+        if given := [plate for plate in subsampled if plate not in drawn]:
+            raise ValueError(
+                f"plate {given[0]!r}: the model is given a subsample, and all rows are needed. Pass all of them, for "
+                "example subsample=torch.arange(size), or let the plate draw them (subsample_size=)."
+            )
+        if len(subsampled) > 1:
+            raise ValueError(f"site {name!r}: expected at most one subsampled plate, got {subsampled}.")
     groups: dict[str, str] = {}
     for site in first.sites:
-        plates = sorted(site.plates, key=lambda name: (name in first.at.drawn, site.batch[site.plates[name]]))
-        outer = [other for other in first.sites if other is not site and site.inside(other)]
-        groups[site.name] = next((groups[other.name] for other in outer if other.name in groups), plates[-1])
+        plates = sorted(site.plates, key=lambda name: (name in drawn, site.batch[site.plates[name]]))
+        outer = [groups[other.name] for other in first.sites if other.name in groups and site.inside(other)]
+        groups[site.name] = outer[0] if outer else plates[-1]
     for name, part in parts.items():
         if name in groups or name in first.at.placed or not part.requires_grad:
             continue
@@ -268,32 +367,12 @@ def _groups(first: Conditional) -> dict[str, str]:
         needed = {groups[site.name] for site, slope in zip(first.sites, slopes, strict=True) if slope is not None}
         plates = [frame.name for frame in vectorized(nodes[name])]
         if len(needed) > 1 or not needed <= set(plates):
-            raise ValueError(
-                f"site {name!r}: expected data in the plate of the latents that they depend on "
-                f"({', '.join(sorted(needed))}), got plates {plates}. Rows cannot be judged one by one."
-            )
+            if drawn:
+                raise ValueError(
+                    f"site {name!r}: expected data in the plate of the latents that they depend on "
+                    f"({', '.join(sorted(needed))}), got plates {plates}. Rows cannot be told apart."
+                )
+            names = [site.name for site in first.sites] + [name for name in parts if name not in first.at.placed]
+            return dict.fromkeys(names, ALL)
         groups |= dict.fromkeys([name], *needed) if needed else {}
     return groups
-
-
-class _Fixed(Messenger):
-    """Run a model with these rows and latents in plates."""
-
-    def __init__(self, chosen: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.fixed = {**chosen, **values}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and msg["name"] in self.fixed:
-            msg["value"] = self.fixed[msg["name"]].detach()
-
-
-def _globals_alone(rows: Rows, chosen: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """Return the model without data and latents in plates."""
-    names = [latent.name for latent in rows.latents]
-
-    def model(*args: Any, **kwargs: Any) -> None:
-        with poutine.block(expose=names), _Fixed(chosen, values):
-            rows.model(*args, **kwargs)
-
-    return model
