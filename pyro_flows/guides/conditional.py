@@ -90,6 +90,7 @@ class At(Place):
         local: names of the sites in plates.
         start: gives the unconstrained value of such a site; batch axes are added.
         chosen: rows of subsampled plates, by the plates' names; others are drawn.
+        through: whether the values are taken as they are, so that gradients go through them, and are no leaves.
 
     Attributes:
         trace: of the run, with log densities.
@@ -99,9 +100,11 @@ class At(Place):
     """
 
     def __init__(
-        self, latents: Sequence[Latent], z: Tensor, local: Sequence[str], start: Start, chosen: Mapping[str, Tensor]
-    ) -> None:
+        self, latents: Sequence[Latent], z: Tensor, local: Sequence[str], start: Start, chosen: Mapping[str, Tensor],
+        through: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(latents, z)
+        self.through = through
         self.names = set(local)
         self.start = start
         self.trace = poutine.Trace()
@@ -148,9 +151,10 @@ class At(Place):
         """Put a site in plates at its value."""
         fn, transform = msg["fn"], bijection(msg["fn"])
         event_dim = transform.domain.event_dim + fn.event_dim - transform.codomain.event_dim
-        start = self.start(msg, self).detach()
+        start = self.start(msg, self)
         batch = torch.broadcast_shapes(start.shape[: start.dim() - event_dim], fn.batch_shape, self.z.shape[:-1])
-        value = start.expand(*batch, *start.shape[start.dim() - event_dim :]).clone().requires_grad_()
+        value = start.expand(*batch, *start.shape[start.dim() - event_dim :])
+        value = value if self.through else value.detach().clone().requires_grad_()
         msg["value"] = transform(value)
         ladj = transform.log_abs_det_jacobian(value, msg["value"])
         ladj = ladj.flatten(len(batch)).sum(-1) if ladj.dim() > len(batch) else ladj
@@ -266,9 +270,9 @@ class Rows:
     kwargs: Mapping[str, Any]
 
     @torch.enable_grad()
-    def run(self, z: Tensor, start: Start, chosen: Mapping[str, Tensor]) -> At:
+    def run(self, z: Tensor, start: Start, chosen: Mapping[str, Tensor], *, through: bool = False) -> At:
         """Run the model, and take the log densities of its sites."""
-        at = At(self.latents, z, self.local, start, chosen)
+        at = At(self.latents, z, self.local, start, chosen, through)
         with poutine.block(), pyro.validation_enabled(False), at:
             at.trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
             at.trace.compute_log_prob()

@@ -5,8 +5,7 @@ r"""The log density of a model's global latents, those in plates integrated out 
 
 Each factor is an unbiased estimate of a row's likelihood, and so is their product: weights by it are those of the
 pseudo-marginal method. The random numbers of a row are the same at all :math:`\theta`, so that differences have little
-noise; two halves of them tell how much. The gradient is that of Fisher's identity, a weighted mean of
-:math:`\nabla_\theta \log p(x_i, y_{ik}, \theta)`.
+noise; two halves of them tell how much. The gradient goes through the draws: it is exact where q is.
 
 Where rows are not normal, q is widened to each side of each number, by how far the log density has fallen two and four
 standard deviations out.
@@ -18,7 +17,7 @@ Sources: Andrieu and Roberts 2009, doi:10.1214/07-AOS574 (the pseudo-marginal me
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,6 +37,7 @@ AT_ONCE = 1_000_000  # numbers: draws of rows at once
 LOOKED_AT = 200  # rows whose k-hat is estimated: those with the most uneven weights
 UNEVEN = 0.01  # relative variance of an estimate of a row: below it, its k-hat does not matter
 OUT, WIDEST = (2.0, 4.0), 3.0  # sds at which both sides are looked at; most that a side is widened or narrowed by
+JITTER = 0.1  # of a point, to tell whether points can be batched
 NORMAL = 1e-4  # mean relative variance of the weights of a row, below which rows are normal
 ALL = ""  # in the place of a plate: all latents in plates are one row
 
@@ -69,7 +69,7 @@ class _Terms:
     kept: dict[str, Tensor] = field(default_factory=dict)  # (rows,): rows that count
 
     def weights(self, plate: str) -> Tensor:
-        return (self.log_p[plate] - self.log_q[plate]).detach().double()
+        return (self.log_p[plate] - self.log_q[plate]).double()
 
 
 class Marginal:
@@ -87,6 +87,7 @@ class Marginal:
     Attributes:
         count: K, draws of a row.
         sided: whether q is widened to each side.
+        batched: whether the model takes many points, and many draws of rows, in axes left of its plates.
         first: the approximation at ``z``.
         parts: the rows of each run.
 
@@ -113,20 +114,13 @@ class Marginal:
         self._nest = max((-frame.dim for site in sites for frame in vectorized(site)), default=0)
         self.parts = parts_of(self.first, seed, most)
         self.count, self.sided = DRAWS_LEAST, False
+        self.batched = True
+        self.batched = self._can_be_batched(z)
 
     def __call__(self, z: Tensor, *, halves: bool = False) -> Tensor:
         """Return the log density (S,), in double precision; with ``halves``, by each half of the draws (2, S)."""
-        pieces = []
-        for piece in z.split(self._rows_at_once):
-            total = torch.zeros(2 if halves else 1, len(piece), dtype=torch.float64, device=z.device)
-            for number in range(len(self.parts)):
-                with torch.no_grad():
-                    terms = self._terms(piece, number)
-                total += terms.total
-                for plate, kept in terms.kept.items():
-                    for half, own in enumerate(terms.weights(plate).chunk(len(total))):
-                        total[half] += ((torch.logsumexp(own, 0) - math.log(len(own))) * kept).sum(-1)
-            pieces.append(total)
+        with torch.no_grad():
+            pieces = [self._summed(piece, halves=halves) for piece in z.split(self._rows_at_once)]
         found = torch.cat(pieces, 1)
         return found if halves else found[0]
 
@@ -134,23 +128,46 @@ class Marginal:
         """Return the log density (S,) and its gradient (S, D)."""
         values, gradients = [], []
         for piece in z.split(self._rows_at_once):
-            value = torch.zeros(len(piece), dtype=torch.float64, device=z.device)
-            gradient = torch.zeros_like(piece, dtype=torch.float64)
-            for number in range(len(self.parts)):
-                leaf = piece.detach().clone().requires_grad_()
-                with torch.enable_grad():
-                    terms = self._terms(leaf, number)
-                    objective = terms.total
-                    value += terms.total.detach()
-                    for plate, kept in terms.kept.items():
-                        weights = terms.weights(plate)
-                        value += ((torch.logsumexp(weights, 0) - math.log(len(weights))) * kept).sum(-1)
-                        mean = (torch.softmax(weights, 0) * terms.log_p[plate]).sum(0)
-                        objective = objective + (mean * kept).sum(-1)
-                    gradient += torch.autograd.grad(objective.sum(), leaf)[0]
+            leaf = piece.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                value, gradient = torch.zeros(len(piece)).to(piece).double(), torch.zeros_like(piece).double()
+                for number in range(len(self.parts)):  # one after the other, so that memory holds one part's graph
+                    part = self._sum_of(leaf, number)[0]
+                    value += part.detach()
+                    gradient += torch.autograd.grad(part.sum(), leaf)[0]
             values.append(value)
             gradients.append(gradient)
         return torch.cat(values), torch.cat(gradients)
+
+    def _summed(self, z: Tensor, *, halves: bool) -> Tensor:
+        return torch.stack([self._sum_of(z, number, 2 if halves else 1) for number in range(len(self.parts))]).sum(0)
+
+    def _sum_of(self, z: Tensor, number: int, shares: int = 1) -> Tensor:
+        """Return what a part of the data adds to the log density, by each share of the draws (shares, S)."""
+        if not self.batched and not self.first.sites:
+            total = torch.func.vmap(lambda row: self._single(row, number).total[0])(z)
+            return total.expand(shares, len(z))
+        terms = self._terms(z, number)
+        found = [terms.total] * shares
+        for plate, kept in terms.kept.items():
+            for share, own in enumerate(terms.weights(plate).chunk(shares)):
+                found[share] = found[share] + ((torch.logsumexp(own, 0) - math.log(len(own))) * kept).sum(-1)
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def _can_be_batched(self, z: Tensor) -> bool:
+        """Whether two points together, and one by one, come to the same."""
+        points = torch.stack([z, z + JITTER])
+        try:
+            together = self._sum_of(points, 0)[0]
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        self.batched = False
+        alone = self._terms(points, 0)
+        total = alone.total
+        for plate, kept in alone.kept.items():
+            total = total + ((torch.logsumexp(alone.weights(plate), 0) - math.log(self.count)) * kept).sum(-1)
+        return torch.allclose(together, total, rtol=1e-4, atol=1e-2)
 
     @property
     def _rows_at_once(self) -> int:
@@ -199,19 +216,45 @@ class Marginal:
 
     def _terms(self, z: Tensor, number: int) -> _Terms:
         """Return what a part of the data says at points ``z`` (S, D)."""
-        part = self.parts[number]
-        points = z.reshape(len(z), *[1] * self._nest, z.shape[-1])
+        if self.batched:
+            points = z.reshape(len(z), *[1] * self._nest, z.shape[-1])
+            now, steps, log_q = self._draws(points, number)
+            at = self.rows.run(points.unsqueeze(0), at_values(now.moved(now.base, steps)), now.at.chosen, through=True)
+            return self._gathered(at, log_q, number)
+        singles = [self._single(row, number) for row in z]
+        found = _Terms(torch.cat([single.total for single in singles]), kept=singles[0].kept)
+        for plate in found.kept:
+            found.log_p[plate] = torch.cat([single.log_p[plate] for single in singles], 1)
+            found.log_q[plate] = torch.cat([single.log_q[plate] for single in singles], 1)
+        return found
+
+    def _single(self, row: Tensor, number: int) -> _Terms:
+        """Return what a part of the data says at a point (D,), by one run for each draw of rows."""
+        now, steps, log_q = self._draws(row, number)
+        found: list[_Terms] = []
+        for draw in range(self.count if now.sites else 1):
+            values = now.moved(now.base, [step[draw] for step in steps])
+            at = self.rows.run(row, at_values(values), now.at.chosen, through=True)
+            found.append(self._gathered(at, {name: part[draw] for name, part in log_q.items()}, number))
+        for plate in found[0].kept:
+            found[0].log_p[plate] = torch.cat([one.log_p[plate] for one in found])
+            found[0].log_q[plate] = torch.cat([one.log_q[plate] for one in found])
+        return found[0]
+
+    def _draws(self, points: Tensor, number: int) -> tuple[Conditional, list[Tensor], dict[str, Tensor]]:
+        """Return the approximation of rows at points, steps of their draws, and the log densities of these."""
+        now = self.rows.near_mode(points, self.start, self.parts[number].chosen, graph=torch.is_grad_enabled())
+        self.remember(now)
         with torch.no_grad():
-            now = self.rows.near_mode(points.detach(), self.start, part.chosen)
-            self.remember(now)
             sides = self._sides(now, points) if self.sided else None
-            with seeded(derive(self.seed, f"rows of part {number}"), z.device):
-                steps, log_q = self._draw(now, sides)
-            there = at_values(now.moved(now.base, steps))
-        at = self.rows.run(points.unsqueeze(0), there, now.at.chosen)
-        found = _Terms(z.new_zeros(len(z), dtype=torch.float64))
+        with seeded(derive(self.seed, f"rows of part {number}"), points.device):
+            return now, *self._noisy(now, sides)
+
+    def _gathered(self, at: At, log_q: Mapping[str, Tensor], number: int) -> _Terms:
+        """Sort the log densities of a run by the rows, or the sum, that they belong to."""
+        found = _Terms(at.z.new_zeros(self._spread(at.z[..., 0]).shape[1], dtype=torch.float64))
         for name, density in at.densities().items():
-            self._add(found, part, at, name, density, first=number == 0)
+            self._add(found, self.parts[number], at, name, density, first=number == 0)
         for name, density in log_q.items():
             group, site = self._groups[name], messages(at.trace)[name]
             if group in found.log_p:
@@ -249,7 +292,7 @@ class Marginal:
         """Return values with an axis for draws of rows, one for points, and all axes of plates."""
         return values.reshape(*[1] * (2 + self._nest - values.dim()), *values.shape)
 
-    def _draw(
+    def _noisy(
         self, now: Conditional, sides: Sequence[tuple[Tensor, Tensor]] | None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Return steps of the numbers (K, S, *rows), and the log densities of the sites."""
@@ -257,7 +300,8 @@ class Marginal:
 
         def noise(index: int, _: torch.Size) -> Tensor:
             number: Number = now.numbers[index]
-            half = torch.randn(self.count // 2, 1, *number.own.shape[1:]).to(number.own)
+            rows = (1, *number.own.shape[1:]) if self.batched else number.own.shape
+            half = torch.randn(self.count // 2, *rows).to(number.own)
             eps = torch.cat([half, -half])
             shaped, ladj = self.shape(index, eps)
             density = torch.distributions.Normal(0.0, 1.0).log_prob(eps) - ladj - number.sd.log()
