@@ -19,14 +19,14 @@ from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.flows.recipe import AUTO
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
-from pyro_flows.guides.marginal import Marginal, WorstRow
+from pyro_flows.guides.marginal import Marginal
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.methods import method_of
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.deciding import Draw
-from pyro_flows.verdict.thresholds import ESS_SHARE_UNDOUBTED, K_HAT_GOOD
+from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, K_HAT_GOOD
 from pyro_flows.verdict.weighing import weigh
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
@@ -96,7 +96,13 @@ def judged_by_rows(
     z, _ = draw(LOOKED_AT)
     noise = density.marginal.choose_count(z)
     worst, rows = density.marginal.worst_rows(z)
-    failures = [_said_of(worst, rows)] if worst else []
+    second = density.marginal.second_modes(z.median(0).values)
+    named = [[row.plate, row.row] for row in worst] + [[plate, row] for plate, row in second]
+    failures = [
+        _said_of([f"{row.plate}[{row.row}] ({row.k_hat:.2f})" for row in worst], rows, "a k-hat of 0.7 or more")
+    ]
+    failures += [_said_of([f"{plate}[{row}]" for plate, row in second], rows, "a second mode")]
+    failures = [failure for failure in failures if failure]
     if guide.reason is not None:
         failures.append(guide.reason)
     notes = [
@@ -104,7 +110,7 @@ def judged_by_rows(
         f"{density.marginal.count} draws of each (error {noise:.2g} nats), and guide.sample_posterior() draws them",
         "no search for missed modes was made, since the guide follows the model's plates",
     ]
-    settings = {**about["settings"], "rows": rows, "worst_rows": [[row.plate, row.row, row.k_hat] for row in worst]}
+    settings = {**about["settings"], "rows": rows, "worst_rows": named}
     count = min(draws, MARGINAL_DRAWS)
     said = {**about, "settings": settings, "notes": notes, "failures": failures}
     found = from_draws(density, draw, draws=count, seed=seed, guide=guide, **said)
@@ -113,19 +119,18 @@ def judged_by_rows(
     return replace(found, verdict=replace(found.verdict, guide_method=method_of(guide._top._single)))
 
 
-def _said_of(worst: list[WorstRow], rows: int) -> str:
-    named = ", ".join(f"{row.plate}[{row.row}] ({row.k_hat:.2f})" for row in worst[:NAMED])
-    more = f", and {len(worst) - NAMED} more" if len(worst) > NAMED else ""
-    return f"{len(worst)} of {rows:,} rows have a k-hat of 0.7 or more: {named}{more}"
+def _said_of(names: list[str], rows: int, what: str) -> str:
+    """Say how many rows have something, and name some; nothing if there are none."""
+    more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{len(names)} of {rows:,} rows have {what}: {', '.join(names[:NAMED])}{more}" if names else ""
 
 
 def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[bool, float]:
-    """Return whether weights of the globals are good, and the ELBO."""
+    """Return whether weights of the globals correct what is wrong with the draws, and the ELBO."""
     z, log_q = _global_draw(guide)(TRIED)
     density.marginal.choose_count(z[:LOOKED_AT])
     found = weigh(z, density(z), log_q)
-    good = found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_UNDOUBTED * len(z)
-    return good, found.elbo
+    return found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_LEAST * len(z), found.elbo
 
 
 def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int) -> list[float]:

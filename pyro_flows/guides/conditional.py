@@ -247,6 +247,10 @@ class Conditional:
             found[number.site.name].append(own)
         return found
 
+    def by_number(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return values of sites number by number."""
+        return [part for site in self.sites for part in site.rows(values[site.name]).unbind(-1)]
+
     def moved(self, base: Mapping[str, Tensor], steps: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return unconstrained values of the sites, moved by the steps of their numbers."""
         sorted_, found = self.by_site(steps), {}
@@ -469,3 +473,12 @@ def beginning(msg: Any, at: At) -> Tensor:
     except NotImplementedError:
         return at.z.new_zeros(shape)
     return torch.where(torch.isfinite(middle), middle, torch.zeros_like(middle))
+
+
+def of_prior(msg: Any, at: At) -> Tensor:
+    """Return unconstrained values that are drawn from a site's prior."""
+    try:
+        drawn: Tensor = bijection(msg["fn"]).inv(msg["fn"].sample())
+    except NotImplementedError:
+        return beginning(msg, at)
+    return torch.where(torch.isfinite(drawn), drawn, torch.zeros_like(drawn))

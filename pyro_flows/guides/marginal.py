@@ -26,7 +26,18 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.guides.conditional import At, Conditional, Local, Number, Rows, Start, at_values, vectorized
+from pyro_flows.guides.conditional import (
+    NEAR,
+    At,
+    Conditional,
+    Local,
+    Number,
+    Rows,
+    Start,
+    at_values,
+    of_prior,
+    vectorized,
+)
 from pyro_flows.model.sites import messages
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import K_HAT_MOST
@@ -39,6 +50,7 @@ UNEVEN = 0.01  # relative variance of an estimate of a row: below it, its k-hat 
 OUT, WIDEST = (2.0, 4.0), 3.0  # sds at which both sides are looked at; most that a side is widened or narrowed by
 JITTER = 0.1  # of a point, to tell whether points can be batched
 NORMAL = 1e-4  # mean relative variance of the weights of a row, below which rows are normal
+TRIES, FAR, SECOND = 4, 3.0, 0.01  # prior draws from which second modes are sought; sds apart; least part of the mass
 ALL = ""  # in the place of a plate: all latents in plates are one row
 
 Shape = Callable[[int, Tensor], tuple[Tensor, Tensor]]  # of a number's noise: the shaped noise, log derivative
@@ -213,6 +225,50 @@ class Marginal:
                         found.append(WorstRow(plate, int(index[row]), float(k_hat)))
         self.count = before
         return sorted(found, key=lambda row: -row.k_hat), rows
+
+    @torch.no_grad()
+    def second_modes(self, z: Tensor) -> list[tuple[str, int]]:
+        """Return plate and index of the rows that have a second mode at a point ``z`` (D,), found from prior draws."""
+        found: set[tuple[str, int]] = set()
+        points = z.reshape(*[1] * (1 + self._nest if self.batched else 0), -1)
+        for number, part in enumerate(self.parts):
+            now = self.rows.near_mode(points, self.start, part.chosen)
+            mass = self._masses(now, points, number)
+            for attempt in range(TRIES):
+                with seeded(derive(self.seed, f"modes of part {number}, {attempt}"), z.device):
+                    first = self.rows.conditional(points, of_prior, part.chosen)
+                base = self.rows.mode(points, first)
+                then = self.rows.conditional(points, at_values(base), part.chosen)
+                steps = zip(then.by_number(then.base), now.by_number(now.base), now.numbers, strict=True)
+                far = [((one - other) / number_.sd).abs() > FAR for one, other, number_ in steps]
+                near = [length.abs() <= NEAR for length in then.decrement]
+                for plate, second in self._masses(then, points, number).items():
+                    index = part.chosen.get(plate, torch.arange(len(second)))
+                    apart = self._any(then, far, plate) & ~self._any(then, [~fine for fine in near], plate)
+                    new = apart & (second - mass[plate] > math.log(SECOND))
+                    found |= {(plate, int(index[row])) for row in new.nonzero().flatten().tolist()}
+        return sorted(found)
+
+    def _masses(self, now: Conditional, points: Tensor, number: int) -> dict[str, Tensor]:
+        """Return the logarithms of the masses at modes of rows, up to a constant."""
+        at = self.rows.run(points, at_values(now.base), now.at.chosen)
+        found = {plate: part[0, 0] for plate, part in self._gathered(at, {}, number).log_p.items()}
+        for one in now.numbers:
+            plate = self._groups[one.site.name]
+            if plate in found:
+                site = messages(at.trace)[one.site.name]
+                found[plate] = found[plate] + _by_row(self._spread(one.sd.log()), site, plate, self._nest)[0, 0]
+        return found
+
+    def _any(self, now: Conditional, marks: Sequence[Tensor], plate: str) -> Tensor:
+        """Return the rows (rows,) of which any number is marked."""
+        sites = messages(now.at.trace)
+        own = [
+            _by_row(self._spread(mark.double()), sites[number.site.name], plate, self._nest)[0, 0]
+            for mark, number in zip(marks, now.numbers, strict=True)
+            if self._groups[number.site.name] == plate
+        ]
+        return torch.stack(own).sum(0) > 0.0
 
     def _terms(self, z: Tensor, number: int) -> _Terms:
         """Return what a part of the data says at points ``z`` (S, D)."""

@@ -1,0 +1,382 @@
+"""The guide with a model's structure: exact conditionals, minibatches, what it cannot follow, and verdicts by rows."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+
+import pyro_flows as pf
+from pyro_flows.guides.conditional import Rows, beginning
+from pyro_flows.guides.marginal import Marginal
+from tests.models import real
+
+SCHOOLS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+LOG_EVIDENCE = -31.31  # of the eight schools, by quadrature
+
+
+def schools(y, sigma):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("school", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def normal_rows(x, batch=None, rows=None):
+    """Normal rows of normal data: given mu and tau, all is known in closed form."""
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    tau = pyro.sample("tau", dist.HalfNormal(real(2.0)))
+    with pyro.plate("row", len(x), subsample_size=batch, subsample=rows) as index:
+        z = pyro.sample("z", dist.Normal(mu, tau))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+
+def nested(x):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    with pyro.plate("group", x.shape[0], dim=-2):
+        u = pyro.sample("u", dist.Normal(mu, 0.8))
+        slope = pyro.sample("slope", dist.Normal(u, 0.5))
+        with pyro.plate("row", x.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Normal(u, 0.7))
+            pyro.sample("x", dist.Normal(z + 0.3 * slope, 1.0), obs=x)
+
+
+def counts(y, batch=None):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.Normal(mu, 0.7))
+        pyro.sample("y", dist.Poisson(z.exp()), obs=y[index])
+
+
+def by_index(x, group, batch=None):
+    """Effects of groups, whose data stand in another plate: no axis is left for batches."""
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    with pyro.plate("group", 4):
+        effect = pyro.sample("effect", dist.Normal(mu, 0.5))
+    with pyro.plate("row", len(x), subsample_size=batch) as index:
+        pyro.sample("x", dist.Normal(effect[group[index]], 1.0), obs=x[index])
+
+
+def walk(y):
+    scale = pyro.sample("scale", dist.HalfNormal(real(1.0)))
+    with pyro.plate("step", len(y)):
+        move = pyro.sample("move", dist.Normal(real(0.0), 1.0))
+        pyro.sample("y", dist.Normal(scale * move.cumsum(-1), 1.0), obs=y)
+
+
+def crossed(y, rows, columns):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    with pyro.plate("row", rows, dim=-2):
+        a = pyro.sample("a", dist.Normal(mu, 1.0))
+    with pyro.plate("column", columns, dim=-1):
+        b = pyro.sample("b", dist.Normal(real(0.0), 1.0))
+    with pyro.plate("row again", rows, dim=-2), pyro.plate("column again", columns, dim=-1):
+        pyro.sample("y", dist.Normal(a + b, 1.0), obs=y)
+
+
+def data(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(2, count, generator=generator, dtype=torch.float64)
+    return 1.0 + 0.5 * noise[0] + noise[1]
+
+
+def exact(x):
+    """Return mean and sd of mu and tau of ``normal_rows``, on a grid."""
+    mu, tau = np.linspace(0.4, 1.6, 401), np.linspace(0.005, 1.2, 401)
+    variance, n, x = 1.0 + tau**2, len(x), x.numpy()
+    squares = (x**2).sum() - 2.0 * mu * x.sum() + n * mu**2
+    log_p = -0.5 * n * np.log(variance) - 0.5 * squares[:, None] / variance - mu[:, None] ** 2 / 50.0 - tau**2 / 8.0
+    p = np.exp(log_p - log_p.max())
+    p /= p.sum()
+    found = {}
+    for name, values, weights in (("mu", mu, p.sum(1)), ("tau", tau, p.sum(0))):
+        mean = (weights * values).sum()
+        found[name] = mean, math.sqrt((weights * values**2).sum() - mean**2)
+    return found
+
+
+def rows_of(model, *args):
+    guide = pf.AutoHierarchicalFlow(model, layers=2, init="prior").initialize(*args)
+    return guide, guide._rows(args, {})
+
+
+# conditional distributions ------------------------------------------------------------------------------------------
+
+
+def test_the_conditional_of_nested_normal_rows_is_exact():
+    """Group effects, slopes that share their data, and rows inside: mean and covariance are those of the joint normal."""
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    _, rows = rows_of(nested, x)
+    z = real(0.4)
+    found = rows.conditional(z, beginning, {})
+
+    def log_joint(y):
+        u, slope, inner = y[:3, None], y[3:6, None], y[6:].reshape(3, 4)
+        terms = [dist.Normal(z, 0.8).log_prob(u), dist.Normal(u, 0.5).log_prob(slope)]
+        terms += [dist.Normal(u, 0.7).log_prob(inner), dist.Normal(inner + 0.3 * slope, 1.0).log_prob(x)]
+        return sum(term.sum() for term in terms)
+
+    start = torch.zeros(18, dtype=torch.float64)
+    hessian = -torch.autograd.functional.hessian(log_joint, start)
+    mean = torch.linalg.solve(hessian, torch.autograd.functional.jacobian(log_joint, start))
+    draws = found.moved(found.base, found.draw(lambda index, shape: torch.zeros(())))
+    got = torch.cat([draws[name].flatten() for name in ("u", "slope", "z")])
+    assert torch.allclose(got, mean, atol=1e-8)
+    columns = []
+    for index, number in enumerate(found.numbers):
+        for place in range(number.own.numel()):
+            unit = torch.zeros(number.own.numel(), dtype=torch.float64)
+            unit[place] = 1.0
+
+            def noise(other, shape, index=index, unit=unit):
+                return unit.reshape(shape) if other == index else torch.zeros(())
+
+            there = found.moved(found.base, found.draw(noise))
+            columns.append(torch.cat([there[name].flatten() for name in ("u", "slope", "z")]) - got)
+    root = torch.stack(columns, 1)
+    assert torch.allclose(root @ root.mT, torch.linalg.inv(hessian), atol=1e-8)
+
+
+@pytest.mark.parametrize("count", [0.0, 3.0, 1e5, 3e6])
+def test_modes_of_far_rows_are_found(count):
+    """From the prior's middle, a Newton step would overflow."""
+    _, rows = rows_of(lambda y: counts_wide(y), real([count, 1.0]))
+    now = rows.near_mode(real(0.0), beginning, {})
+    z = now.base["z"] + torch.stack(now.steps(), -1).reshape(2)
+    slope = (real([count, 1.0]) - z.exp() - z / 100.0) / (z.exp() + 0.01).sqrt()
+    assert float(slope.abs().max()) < 0.1
+
+
+def counts_wide(y):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    with pyro.plate("row", len(y)):
+        z = pyro.sample("z", dist.Normal(mu, 10.0))
+        pyro.sample("y", dist.Poisson(z.exp()), obs=y)
+
+
+# what the guide follows ----------------------------------------------------------------------------------------------
+
+
+def test_weights_of_eight_schools_come_to_the_evidence():
+    pyro.set_rng_seed(0)
+    guide = pf.AutoHierarchicalFlow(schools, layers=2)
+    loss = Trace_ELBO(num_particles=2000, vectorize_particles=True).loss(schools, guide, SCHOOLS, SIGMA)
+    assert guide.local == ["theta"]
+    assert LOG_EVIDENCE - 0.4 < -loss < LOG_EVIDENCE + 0.05
+    posterior = pf.diagnose(schools, guide, SCHOOLS, SIGMA, progress=False)
+    assert posterior.log_evidence == pytest.approx(LOG_EVIDENCE, abs=0.05)
+    assert posterior.samples["theta"].shape == (4000, 8)
+
+
+def test_training_mends_what_is_not_normal():
+    pyro.set_rng_seed(0)
+    guide = pf.AutoHierarchicalFlow(schools, layers=2)
+    many = Trace_ELBO(num_particles=2000, vectorize_particles=True)
+    before = -many.loss(schools, guide, SCHOOLS, SIGMA)
+    loss = Trace_ELBO(num_particles=16, vectorize_particles=True)
+    svi = SVI(schools, guide, pyro.optim.Adam({"lr": 0.01}), loss)
+    for _ in range(60):
+        svi.step(SCHOOLS, SIGMA)
+    assert -many.loss(schools, guide, SCHOOLS, SIGMA) > before + 0.02
+
+
+@pytest.mark.parametrize("model, args", [(walk, (real([0.3, 1.0, 2.0]),)), (crossed, (real([[0.0, 1.0]] * 3), 3, 2))])
+def test_rows_that_depend_on_each_other_are_given_to_the_flow(model, args):
+    guide, _ = rows_of(model, *args)
+    assert guide.local == ([] if model is walk else ["a"])
+
+
+def test_effects_whose_data_are_subsampled_elsewhere_are_given_to_the_flow():
+    """A minibatch says too little of an effect for its conditional distribution."""
+    x, group = data(40), torch.arange(40) % 4
+    assert rows_of(by_index, x, group)[0].local == ["effect"]
+    assert rows_of(by_index, x, group, 10)[0].local == []
+
+
+@pytest.mark.falls_back
+def test_large_crossed_plates_are_said_to_be_taken_as_independent():
+    guide, _ = rows_of(crossed, torch.zeros(201, 202, dtype=torch.float64), 201, 202)
+    assert guide.local == ["a", "b"]
+    assert guide.reason == "'a' and 'b' are in crossed plates: taken as independent given the flow's latents"
+
+
+def test_draws_have_the_shapes_of_the_model():
+    x = data(30)
+    guide = pf.AutoHierarchicalFlow(nested, layers=2)
+    draws = guide.sample_posterior(50, x.reshape(5, 6))
+    assert {name: value.shape for name, value in draws.items()} == {
+        "mu": (50,), "u": (50, 5, 1), "slope": (50, 5, 1), "z": (50, 5, 6)
+    }  # fmt: skip
+    low, high = guide.quantiles([0.05, 0.95], x.reshape(5, 6))["z"]
+    middle = guide.median(x.reshape(5, 6))["z"]
+    assert bool(((low < middle) & (middle < high)).all())
+
+
+@pytest.mark.falls_back
+def test_models_that_take_no_batches_are_drawn_one_by_one():
+    x, group = data(40), torch.arange(40) % 4
+    guide = pf.AutoHierarchicalFlow(by_index, layers=2)
+    assert guide.sample_posterior(3, x, group)["effect"].shape == (3, 4)
+
+
+def discrete(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(y)):
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("y", dist.Normal(mu + k, 1.0), obs=y)
+
+
+def no_globals(y):
+    with pyro.plate("row", len(y)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def long_rows(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(y)):
+        z = pyro.sample("z", dist.Normal(mu, torch.ones(100)).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (discrete, "site 'k': a discrete latent"),
+        (no_globals, "at least one latent outside of plates"),
+        (long_rows, "at most 64 numbers in a row, got 100"),
+    ],
+)
+def test_models_that_it_cannot_follow_are_named(model, message):
+    with pytest.raises(ValueError, match=message):
+        pf.AutoHierarchicalFlow(model).initialize(torch.zeros(3))
+
+
+def test_wrong_options_are_named_at_once():
+    with pytest.raises(ValueError, match="model: expected a callable"):
+        pf.AutoHierarchicalFlow(3)
+    with pytest.raises(TypeError):
+        pf.AutoHierarchicalFlow(schools, wings=2)
+
+
+# the density of the globals ------------------------------------------------------------------------------------------
+
+
+def test_values_and_gradients_are_exact_where_rows_are_normal():
+    x = data(40)
+    guide, rows = rows_of(normal_rows, x, 10)
+    density = Marginal(rows, real([0.5, -0.3]), guide._start, 0)
+    assert len(density.parts) == 4
+    z = real([[0.5, -0.3], [1.2, -1.0]]).requires_grad_()
+    tau = z[:, 1].exp()
+    rows_p = dist.Normal(z[:, :1], (1.0 + tau**2).sqrt()[:, None]).log_prob(x).sum(1)
+    expected = rows_p + dist.Normal(0.0, 5.0).log_prob(z[:, 0]) + dist.HalfNormal(2.0).log_prob(tau) + z[:, 1]
+    value, gradient = density.value_and_grad(z.detach())
+    assert torch.allclose(value, expected.detach(), atol=1e-6)
+    assert torch.allclose(gradient, torch.autograd.grad(expected.sum(), z)[0], atol=1e-5)
+    assert torch.allclose(density(z.detach()), value)
+
+
+def test_the_last_part_counts_rows_once():
+    """With 25 rows in parts of ten, five rows of the last part have come before."""
+    x = data(25)
+    guide, rows = rows_of(normal_rows, x, 10)
+    z = real([[0.5, -0.3]])
+    whole = Marginal(rows_of(normal_rows, x)[1], z[0], guide._start, 0)
+    assert torch.allclose(Marginal(rows, z[0], guide._start, 0)(z), whole(z), atol=1e-6)
+
+
+def test_counts_come_to_the_integral():
+    """Against quadrature, within what the halves of the draws say of the error."""
+    y = real([0.0, 0.0, 1.0, 3.0, 8.0])
+    guide, rows = rows_of(counts, y)
+    density = Marginal(rows, real([0.5]), guide._start, 0)
+    density.count = 64
+    z = real([[0.2], [1.0]])
+    assert density.adapt(z)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    nodes, weights = torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+    rate = (z[:, :, None] + 0.7 * nodes).exp()
+    likelihood = (dist.Poisson(rate).log_prob(y[None, :, None]).exp() * weights).sum(2).log().sum(1)
+    expected = likelihood + dist.Normal(0.0, 5.0).log_prob(z[:, 0])
+    assert torch.allclose(density(z), expected, atol=0.1)
+
+
+def test_models_without_batches_have_the_same_values():
+    """Their runs are those of one point and one draw; without latents in plates they are mapped."""
+    x, group = data(40), torch.arange(40) % 4
+    guide, rows = rows_of(by_index, x, group)
+    density = Marginal(rows, real([0.5]), guide._start, 0)
+    assert not density.batched
+    z = real([[0.2], [1.0]])
+    covariance = 0.25 * (group[:, None] == group).double() + torch.eye(40, dtype=torch.float64)
+    mean = z.expand(2, 40)
+    expected = torch.distributions.MultivariateNormal(mean, covariance).log_prob(x)
+    assert torch.allclose(density(z), expected + dist.Normal(0.0, 5.0).log_prob(z[:, 0]), atol=1e-6)
+    guide, rows = rows_of(by_index, x, group, 10)
+    point = torch.cat([z, z, z, z, z], 1)
+    alone = dist.Normal(point[:, :1], 0.5).log_prob(point[:, 1:]).sum(1)
+    likelihood = dist.Normal(point[:, 1:][:, group], 1.0).log_prob(x).sum(1)
+    expected = alone + likelihood + dist.Normal(0.0, 5.0).log_prob(z[:, 0])
+    assert torch.allclose(Marginal(rows, point[0], guide._start, 0)(point), expected, atol=1e-6)
+
+
+def test_a_given_subsample_is_not_all_rows():
+    x = data(20)
+    guide = pf.AutoHierarchicalFlow(normal_rows, layers=2, init="prior").initialize(x, None, torch.arange(5))
+    with pytest.raises(ValueError, match=r"subsample=torch.arange\(size\)"):
+        pf.diagnose(normal_rows, guide, x, None, torch.arange(5), progress=False)
+
+
+# verdicts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_of_minibatches_is_right_and_leaves_the_store_alone():
+    x = data(600)
+    pyro.clear_param_store()
+    pyro.param("mine", torch.ones(2))
+    posterior = pf.fit(normal_rows, x, 50, progress=False)
+    assert posterior.verdict.status in ("ok", "corrected")
+    assert list(pyro.get_param_store().keys()) == ["mine"]
+    for name, (mean, sd) in exact(x).items():
+        assert abs(float(posterior.samples[name].mean()) - mean) < 0.15 * sd
+        assert float(posterior.samples[name].std()) == pytest.approx(sd, rel=0.12)
+    assert posterior.method == "Gaussian"
+    assert "posterior" in posterior.to_arviz()
+
+
+def with_second_modes(x, squared, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+    with pyro.plate("row", len(x), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(torch.where(squared[index], z * z, z), 0.3), obs=x[index])
+
+
+def test_rows_with_a_second_mode_are_named():
+    squared = torch.arange(60) % 30 == 7
+    x = torch.where(squared, torch.full_like(data(60), 1.5), 0.7 * data(60) - 0.7)
+    posterior = pf.fit(with_second_modes, x, squared, 20, progress=False)
+    assert posterior.verdict.status == "unreliable"
+    assert posterior.settings["worst_rows"] == [["row", 7], ["row", 37]]
+    assert "2 of 60 rows have a second mode: row[7], row[37]" in posterior.verdict.reasons
+
+
+def test_a_guide_that_is_off_is_told_so():
+    x = data(200)
+    guide = pf.AutoHierarchicalFlow(normal_rows, layers=2).initialize(x, 50)
+    assert pf.diagnose(normal_rows, guide, x, 50, progress=False).verdict.status in ("ok", "corrected")
+    with torch.no_grad():
+        guide._top.affine.loc += 0.5
+    posterior = pf.diagnose(normal_rows, guide, x, 50, progress=False)
+    assert posterior.verdict.status == "unreliable"
+
+
+def test_rows_are_a_plain_value():
+    guide, rows = rows_of(normal_rows, data(5))
+    assert isinstance(rows, Rows)
+    assert guide.sizes == {"mu": 1, "tau": 1, "z": 5}
