@@ -33,7 +33,7 @@ from pyro_flows.model.handlers import Place
 from pyro_flows.model.noncentered import location_scale
 from pyro_flows.model.sites import Latent, messages
 
-MOST_STEPS = 25  # Newton steps to a mode
+MOST_STEPS = 60  # Newton steps to a mode
 NEAR = 0.3  # of a standard deviation of a number: how far from the mode the curvature may be taken
 SMALLEST = 1e-12  # curvature
 ROUNDING = 1e-3  # of curvatures, as a part of the largest one

@@ -142,7 +142,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     def initialize(self, *args: Any, **kwargs: Any) -> Self:
         """Run the model on its arguments and make the parameters, so that an optimizer can be built."""
         if self.top is None:
-            with poutine.block():
+            with poutine.block(), torch.enable_grad():
                 self._read(args, kwargs)
         return self
 
@@ -167,6 +167,13 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self.sizes = {site["name"]: transform_of(site).inv(site["value"]).numel() for site in latents}
         self.subsampled = any(f.full_size not in (None, f.size) for own in frames.values() for f in own)
         joint = set(self._joint)
+        for site in latents:
+            size = self.sizes[site["name"]] // max(site["fn"].batch_shape.numel(), 1)
+            if frames[site["name"]] and site["name"] not in joint and size > MOST_NUMBERS:
+                raise ValueError(
+                    f"site {site['name']!r}: expected at most {MOST_NUMBERS} numbers in a row, got {size}. Each takes a "
+                    "pass backward at each step. Put the site into the flow (joint=), or use AutoFlow."
+                )
         for _ in range(len(latents) + 1):  # each round puts one more site into the flow
             self.local = [site["name"] for site in latents if frames[site["name"]] and site["name"] not in joint]
             top = self._globals(args, kwargs)
@@ -188,11 +195,6 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         Raises:
             ValueError: if there are too many numbers for the flow, or they are those of a subsample.
         """
-        for site in first.sites:
-            if site.size > MOST_NUMBERS:
-                raise ValueError(
-                    f"site {site.name!r}: expected at most {MOST_NUMBERS} numbers in a row, got {site.size}."
-                )
         for site in (*coupled(first), *read_elsewhere(first)):
             if not self._fits(site):
                 raise ValueError(

@@ -79,15 +79,15 @@ def crossed(y, rows, columns):
         pyro.sample("y", dist.Normal(a + b, 1.0), obs=y)
 
 
-def data(count, seed=0):
+def data(count, seed=0, spread=0.5):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(2, count, generator=generator, dtype=torch.float64)
-    return 1.0 + 0.5 * noise[0] + noise[1]
+    return 1.0 + spread * noise[0] + noise[1]
 
 
 def exact(x):
     """Return mean and sd of mu and tau of ``normal_rows``, on a grid."""
-    mu, tau = np.linspace(0.4, 1.6, 401), np.linspace(0.005, 1.2, 401)
+    mu, tau = np.linspace(0.4, 1.6, 401), np.linspace(0.005, 2.5, 801)
     variance, n, x = 1.0 + tau**2, len(x), x.numpy()
     squares = (x**2).sum() - 2.0 * mu * x.sum() + n * mu**2
     log_p = -0.5 * n * np.log(variance) - 0.5 * squares[:, None] / variance - mu[:, None] ** 2 / 50.0 - tau**2 / 8.0
@@ -112,7 +112,7 @@ def test_the_conditional_of_nested_normal_rows_is_exact():
     """Group effects, slopes that share their data, and rows inside: mean and covariance are those of the joint normal."""
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     _, rows = rows_of(nested, x)
-    z = real(0.4)
+    z = real([0.4])
     found = rows.conditional(z, beginning, {})
 
     def log_joint(y):
@@ -146,7 +146,7 @@ def test_the_conditional_of_nested_normal_rows_is_exact():
 def test_modes_of_far_rows_are_found(count):
     """From the prior's middle, a Newton step would overflow."""
     _, rows = rows_of(lambda y: counts_wide(y), real([count, 1.0]))
-    now = rows.near_mode(real(0.0), beginning, {})
+    now = rows.near_mode(real([0.0]), beginning, {})
     z = now.base["z"] + torch.stack(now.steps(), -1).reshape(2)
     slope = (real([count, 1.0]) - z.exp() - z / 100.0) / (z.exp() + 0.01).sqrt()
     assert float(slope.abs().max()) < 0.1
@@ -227,7 +227,7 @@ def test_models_that_take_no_batches_are_drawn_one_by_one():
 def discrete(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("row", len(y)):
-        k = pyro.sample("k", dist.Bernoulli(0.5))
+        k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
         pyro.sample("y", dist.Normal(mu + k, 1.0), obs=y)
 
 
@@ -337,10 +337,10 @@ def test_a_given_subsample_is_not_all_rows():
 
 
 def test_a_fit_of_minibatches_is_right_and_leaves_the_store_alone():
-    x = data(600)
+    x = data(1000, spread=1.5)
     pyro.clear_param_store()
     pyro.param("mine", torch.ones(2))
-    posterior = pf.fit(normal_rows, x, 50, progress=False)
+    posterior = pf.fit(normal_rows, x, 250, progress=False)
     assert posterior.verdict.status in ("ok", "corrected")
     assert list(pyro.get_param_store().keys()) == ["mine"]
     for name, (mean, sd) in exact(x).items():
@@ -367,12 +367,12 @@ def test_rows_with_a_second_mode_are_named():
 
 
 def test_a_guide_that_is_off_is_told_so():
-    x = data(200)
-    guide = pf.AutoHierarchicalFlow(normal_rows, layers=2).initialize(x, 50)
-    assert pf.diagnose(normal_rows, guide, x, 50, progress=False).verdict.status in ("ok", "corrected")
+    x = data(1000, spread=1.5)
+    guide = pf.AutoHierarchicalFlow(normal_rows, layers=2).initialize(x, 250)
+    assert pf.diagnose(normal_rows, guide, x, 250, progress=False).verdict.status in ("ok", "corrected")
     with torch.no_grad():
         guide._top.affine.loc += 0.5
-    posterior = pf.diagnose(normal_rows, guide, x, 50, progress=False)
+    posterior = pf.diagnose(normal_rows, guide, x, 250, progress=False)
     assert posterior.verdict.status == "unreliable"
 
 
