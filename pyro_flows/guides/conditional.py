@@ -138,6 +138,16 @@ class At(Place):
                 found[name] = found[name] + scale_and_mask(ladj, site["scale"], site["mask"])
         return found
 
+    @property
+    def given(self) -> dict[str, tuple[int, int]]:
+        """Size, and rows of the run, of the subsampled plates whose rows the caller gives."""
+        sites = [site for site in messages(self.trace).values() if site["type"] == "sample"]
+        frames = [frame for site in sites for frame in vectorized(site)]
+        parts = {
+            frame.name: (frame.full_size, frame.size) for frame in frames if frame.full_size not in (None, frame.size)
+        }
+        return {name: sizes for name, sizes in parts.items() if name not in self.drawn}
+
     def _choose(self, msg: Any) -> None:
         """Take the rows of a plate that are given; let the model draw others."""
         name, fn = msg["name"], msg["fn"]

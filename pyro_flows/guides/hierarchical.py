@@ -39,6 +39,7 @@ from pyro_flows.transforms import Compose, DiagonalAffine, SinhArcsinh
 
 MOST_NUMBERS = 64  # of a row: each takes a pass backward
 JOINT_UP_TO = 200  # coordinates of sites that are put into the flow, since their rows are not independent
+MORE_ROWS = 4  # times the rows by which the flow started, from which on it starts anew
 DRAWN_AT_ONCE = 4_000_000  # numbers of latents
 
 
@@ -136,6 +137,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self.sizes: dict[str, int] = {}
         self.subsampled = False
         self._run: _Run | None = None
+        self._began: tuple[int, tuple[int, ...]] | None = None  # given rows by which the flow started, and its state
 
     # the structure ---------------------------------------------------------------------------------------------------
 
@@ -171,8 +173,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             size = self.sizes[site["name"]] // max(site["fn"].batch_shape.numel(), 1)
             if frames[site["name"]] and site["name"] not in joint and size > MOST_NUMBERS:
                 raise ValueError(
-                    f"site {site['name']!r}: expected at most {MOST_NUMBERS} numbers in a row, got {size}. Each takes a "
-                    "pass backward at each step. Put the site into the flow (joint=), or use AutoFlow."
+                    f"site {site['name']!r}: expected at most {MOST_NUMBERS} numbers in a row, got {size}. Each takes "
+                    "a pass backward at each step. Put the site into the flow (joint=), or use AutoFlow."
                 )
         for _ in range(len(latents) + 1):  # each round puts one more site into the flow
             self.local = [site["name"] for site in latents if frames[site["name"]] and site["name"] not in joint]
@@ -249,6 +251,21 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if found is not None:
             begin_at(top._single, *found)
 
+    def _begin_again(self, now: Conditional, args: Any, kwargs: Any) -> None:
+        """Let the flow start anew, if it did so by a few rows, more are given, and it was not trained since.
+
+        Other packages run a guide first on a batch of two.
+        """
+        given = [site.value.numel() for site in now.sites if not set(site.plates) & set(now.at.drawn)]
+        rows = max(given, default=0) if self.subsampled else 0
+        state = tuple(parameter._version for parameter in self._top._flow.parameters())
+        if self._began is not None and rows > MORE_ROWS * self._began[0] and state == self._began[1]:
+            self._begin(self._top, self._top._init_loc().to(self._top._like), args, kwargs)
+            state = tuple(parameter._version for parameter in self._top._flow.parameters())
+        elif self._began is not None:
+            return
+        self._began = rows, state
+
     # a run -----------------------------------------------------------------------------------------------------------
 
     @pyro_method
@@ -282,6 +299,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         now = self._rows(args, kwargs).near_mode(z, self._start, {}, graph=torch.is_grad_enabled())
         if remember:
             self._remember(now)
+            self._begin_again(now, args, kwargs)
         densities: list[Tensor] = []
 
         def noise(index: int, shape: torch.Size) -> Tensor:

@@ -94,7 +94,7 @@ class Marginal:
         seed: of the random numbers of rows.
         shape: what trained maps make of the noise of a number.
         remember: is told of each approximation of the rows.
-        most: parts, of the rows that the model draws; None for all rows. With fewer, sums stand for all rows.
+        most: parts, of the rows that the model draws, which then stand for all rows; None for all rows.
 
     Attributes:
         count: K, draws of a row.
@@ -104,7 +104,8 @@ class Marginal:
         parts: the rows of each run.
 
     Raises:
-        ValueError: if rows are drawn and are not independent given the globals, or the model is given a part of them.
+        ValueError: if rows are drawn and are not independent given the globals; without ``most``, if the model is
+            given a part of them.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Marginal:
     ) -> None:
         self.rows, self.start, self.seed, self.shape, self.remember = rows, start, seed, shape, remember
         self.first = rows.near_mode(z, start, {})
-        self._groups = _groups(self.first)
+        self._groups = _groups(self.first, whole=most is None)
         self._numbers = max((site.value.numel() for site in self.first.sites), default=1)
         sites = [site for site in messages(self.first.at.trace).values() if site["type"] == "sample"]
         self._nest = max((-frame.dim for site in sites for frame in vectorized(site)), default=0)
@@ -339,9 +340,10 @@ class Marginal:
 
     def _count_of(self, fresh: Tensor, plate: str) -> Tensor:
         """Return how often each row counts: for all rows, where the parts do not have them all."""
-        if plate not in self.first.at.drawn:
+        parts = {**self.first.at.drawn, **self.first.at.given}
+        if plate not in parts:
             return fresh.double()
-        size, _ = self.first.at.drawn[plate]
+        size, _ = parts[plate]
         return fresh.double() * size / sum(int(part.fresh[plate].sum()) for part in self.parts)
 
     def _spread(self, values: Tensor) -> Tensor:
@@ -426,6 +428,9 @@ def parts_of(first: Conditional, seed: int, most: int | None) -> list[Part]:
         for number, part in enumerate(parts):
             own = slice(number * rows, (number + 1) * rows)
             part.chosen[name], part.fresh[name] = order[own], fresh[own]
+    for name, (_, rows) in first.at.given.items():
+        for part in parts:
+            part.fresh[name] = torch.ones(rows, dtype=torch.bool, device=device)
     return parts
 
 
@@ -437,7 +442,7 @@ def _by_row(values: Tensor, site: Any, plate: str, nest: int) -> Tensor:
     return found.reshape(*found.shape[:2], -1)
 
 
-def _groups(first: Conditional) -> dict[str, str]:
+def _groups(first: Conditional, *, whole: bool) -> dict[str, str]:
     """Return the plate whose rows are integrated out, for each site in plates and the data that depend on it.
 
     Raises:
@@ -447,7 +452,7 @@ def _groups(first: Conditional) -> dict[str, str]:
     nodes = {name: messages(first.at.trace)[name] for name in parts}
     for name, site in nodes.items():
         subsampled = [frame.name for frame in vectorized(site) if frame.full_size not in (None, frame.size)]
-        if given := [plate for plate in subsampled if plate not in drawn]:
+        if whole and (given := [plate for plate in subsampled if plate not in drawn]):
             raise ValueError(
                 f"plate {given[0]!r}: the model is given a subsample, and all rows are needed. Pass all of them, for "
                 "example subsample=torch.arange(size), or let the plate draw them (subsample_size=)."
@@ -467,7 +472,7 @@ def _groups(first: Conditional) -> dict[str, str]:
         needed = {groups[site.name] for site, slope in zip(first.sites, slopes, strict=True) if slope is not None}
         plates = [frame.name for frame in vectorized(nodes[name])]
         if len(needed) > 1 or not needed <= set(plates):
-            if drawn:
+            if drawn or first.at.given:
                 raise ValueError(
                     f"site {name!r}: expected data in the plate of the latents that they depend on "
                     f"({', '.join(sorted(needed))}), got plates {plates}. Rows cannot be told apart."

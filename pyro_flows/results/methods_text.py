@@ -108,7 +108,25 @@ def _guide(text: Text, posterior: Record) -> str:
     method, flow = posterior.verdict.guide_method, posterior.flow
     if method == GUIDE:
         return f"the approximation was a guide of the authors' own ({posterior.guide_name})"
+    if "rows" in posterior.settings:
+        return _by_rows(text, posterior)
     return _sampler(text, method, flow, posterior)
+
+
+def _by_rows(text: Text, posterior: Record) -> str:
+    """Say how latents were integrated out, row by row."""
+    steps, method = len(posterior.losses), posterior.verdict.guide_method
+    what = "a Gaussian at a mode of their marginal density"
+    if method != GAUSSIAN or steps:
+        what = f"a normalizing flow, trained on minibatches in {steps} steps of Adam {text.cite('Kingma2015')}"
+    rows = posterior.settings["rows"]
+    if not rows:
+        return f"the approximation was {what}"
+    return (
+        f"the approximation of the latents outside of plates was {what}; the latents of {rows:,} rows were integrated "
+        f"out by importance sampling {text.cite('Andrieu2009')}, from Laplace approximations given the other latents "
+        f"{text.cite('Rue2009')}"
+    )
 
 
 def _sampler(text: Text, method: str, flow: Flow | FlowMixture | None, posterior: Record) -> str:

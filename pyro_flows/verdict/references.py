@@ -15,6 +15,19 @@ WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
         2020,
         {"booktitle": "Advances in Neural Information Processing Systems", "volume": "33", "eprint": "2006.10343"},
     ),
+    "Andrieu2009": (
+        ARTICLE,
+        "Andrieu, Christophe and Roberts, Gareth O.",
+        "The Pseudo-Marginal Approach for Efficient {Monte Carlo} Computations",
+        2009,
+        {
+            "journal": "Annals of Statistics",
+            "volume": "37",
+            "number": "2",
+            "pages": "697--725",
+            "doi": "10.1214/07-AOS574",
+        },
+    ),
     "Bingham2019": (
         ARTICLE,
         "Bingham, Eli and Chen, Jonathan P. and Jankowiak, Martin and Obermeyer, Fritz and Pradhan, Neeraj and "

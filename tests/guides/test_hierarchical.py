@@ -109,7 +109,7 @@ def rows_of(model, *args):
 
 
 def test_the_conditional_of_nested_normal_rows_is_exact():
-    """Group effects, slopes that share their data, and rows inside: mean and covariance are those of the joint normal."""
+    """Group effects, slopes that share their data, rows inside: mean and covariance are those of the joint normal."""
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     _, rows = rows_of(nested, x)
     z = real([0.4])
@@ -185,7 +185,9 @@ def test_training_mends_what_is_not_normal():
     assert -many.loss(schools, guide, SCHOOLS, SIGMA) > before + 0.02
 
 
-@pytest.mark.parametrize("model, args", [(walk, (real([0.3, 1.0, 2.0]),)), (crossed, (real([[0.0, 1.0]] * 3), 3, 2))])
+@pytest.mark.parametrize(
+    ("model", "args"), [(walk, (real([0.3, 1.0, 2.0]),)), (crossed, (real([[0.0, 1.0]] * 3), 3, 2))]
+)
 def test_rows_that_depend_on_each_other_are_given_to_the_flow(model, args):
     guide, _ = rows_of(model, *args)
     assert guide.local == ([] if model is walk else ["a"])
@@ -245,7 +247,7 @@ def long_rows(y):
 
 
 @pytest.mark.parametrize(
-    "model, message",
+    ("model", "message"),
     [
         (discrete, "site 'k': a discrete latent"),
         (no_globals, "at least one latent outside of plates"),
@@ -262,6 +264,21 @@ def test_wrong_options_are_named_at_once():
         pf.AutoHierarchicalFlow(3)
     with pytest.raises(TypeError):
         pf.AutoHierarchicalFlow(schools, wings=2)
+
+
+def test_a_guide_that_began_by_two_rows_begins_anew():
+    """Other packages run a guide on a batch of two before they train it."""
+    x = data(200, spread=1.5)
+    guide = pf.AutoHierarchicalFlow(normal_rows, layers=2)
+    guide(x, None, torch.arange(2))
+    before = guide._top.affine.loc.clone()
+    guide(x, None, torch.arange(100))
+    after = guide._top.affine.loc.clone()
+    assert not torch.equal(before, after)
+    with torch.no_grad():
+        next(guide._top._flow.parameters()).mul_(1.0)  # as a step of an optimizer would
+    guide(x, None, torch.arange(200))
+    assert torch.equal(after, guide._top.affine.loc)
 
 
 # the density of the globals ------------------------------------------------------------------------------------------
@@ -348,6 +365,9 @@ def test_a_fit_of_minibatches_is_right_and_leaves_the_store_alone():
         assert float(posterior.samples[name].std()) == pytest.approx(sd, rel=0.12)
     assert posterior.method == "Gaussian"
     assert "posterior" in posterior.to_arviz()
+    said = "was a Gaussian at a mode of their marginal density; the latents of 1,000 rows were integrated out"
+    assert said in posterior.methods_text()
+    assert "Andrieu2009" in posterior.references()
 
 
 def with_second_modes(x, squared, batch):
