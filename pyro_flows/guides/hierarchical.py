@@ -251,20 +251,23 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if found is not None:
             begin_at(top._single, *found)
 
-    def _begin_again(self, now: Conditional, args: Any, kwargs: Any) -> None:
-        """Let the flow start anew, if it did so by a few rows, more are given, and it was not trained since.
+    def _begin_again(self, args: Any, kwargs: Any) -> None:
+        """Let the flow start anew, if it did so by a few given rows, more are given, and it was not trained since.
 
         Other packages run a guide first on a batch of two.
         """
-        given = [site.value.numel() for site in now.sites if not set(site.plates) & set(now.at.drawn)]
-        rows = max(given, default=0) if self.subsampled else 0
         state = tuple(parameter._version for parameter in self._top._flow.parameters())
-        if self._began is not None and rows > MORE_ROWS * self._began[0] and state == self._began[1]:
-            self._begin(self._top, self._top._init_loc().to(self._top._like), args, kwargs)
-            state = tuple(parameter._version for parameter in self._top._flow.parameters())
-        elif self._began is not None:
+        if not self.subsampled or (self._began is not None and state != self._began[1]):
             return
-        self._began = rows, state
+        z = self._top._init_loc().to(self._top._like)
+        with poutine.block():
+            at = self._rows(args, kwargs).run(z, self._start, {})
+            rows = max((rows for _, rows in at.given.values()), default=0)
+            if self._began is not None and rows > MORE_ROWS * self._began[0]:
+                self._begin(self._top, z, args, kwargs)
+                state = tuple(parameter._version for parameter in self._top._flow.parameters())
+        if self._began is None or rows > MORE_ROWS * self._began[0]:
+            self._began = rows, state
 
     # a run -----------------------------------------------------------------------------------------------------------
 
@@ -272,6 +275,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Draw all latents, and run the model on them; return ``{site: value}``, observed sites too."""
         self.initialize(*args, **kwargs)
+        self._begin_again(args, kwargs)
         self.args_kwargs = args, kwargs
         try:
             with self:
@@ -299,7 +303,6 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         now = self._rows(args, kwargs).near_mode(z, self._start, {}, graph=torch.is_grad_enabled())
         if remember:
             self._remember(now)
-            self._begin_again(now, args, kwargs)
         densities: list[Tensor] = []
 
         def noise(index: int, shape: torch.Size) -> Tensor:
