@@ -48,6 +48,7 @@ SKELETON = """# Performance
 TITLES = {
     "posteriordb": "Posteriors with reference draws",
     "zoo": "Is the verdict right?",
+    "causes": "Three causes of wrong answers",
     "ledger": "What answers",
     "named": "Models that statisticians bring",
     "modes": "Several modes",
@@ -95,6 +96,7 @@ def write_tables(
 
     sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
         ("zoo", zoo_csv, lambda rows: zoo_reporting.section(rows, table, about)),
+        ("causes", zoo_csv.parent / "causes.csv", lambda rows: zoo_reporting.causes_section(rows, table, about)),
         ("ledger", zoo_csv, lambda rows: ledger.section(zoo_csv.parent)),
         ("named", named_csv, lambda rows: named.section(rows, table, about)),
         ("modes", modes_csv, lambda rows: modes.section(rows, table, about)),

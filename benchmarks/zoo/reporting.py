@@ -86,6 +86,18 @@ def section(rows: Sequence[Row], table: Table, about: Callable[[Sequence[Row]], 
     return f"{text}\n\n{table(HEADER, table_rows(rows))}"
 
 
+def causes_section(rows: Sequence[Row], table: Table, about: Callable[[Sequence[Row]], str]) -> str:
+    """Return the section on three causes of wrong answers: more models of these families, and what was wrong."""
+    rows = newest(rows)
+    wrong = [f"Seed {row['seed']}, model {row['number']}: {row['name']}." for row in rows if row["outcome"] == "lie"]
+    text = (
+        f"{plural(len(rows), 'random model')} of the families {', '.join(sorted({row['family'] for row in rows}))}, "
+        f"{_seeds(rows)}: {rate(rows)}. {' '.join(wrong)}\n\n{about(rows)} "
+        f"pyro_flows {', '.join(dict.fromkeys(row['version'] for row in rows))}."
+    )
+    return f"{text}\n\n{table(HEADER, table_rows(rows))}"
+
+
 def _seeds(rows: Sequence[Row]) -> str:
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
