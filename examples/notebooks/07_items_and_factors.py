@@ -53,8 +53,8 @@ people = pf.fit(rasch, y, progress=False).assign_coords({"item": items["item"], 
 print(people.verdict)
 
 # %% [markdown]
-# The verdict covers all 175 latents. It is `refined`: with so many, chains cost less than training a flow. R-hat and the
-# number of effective draws are those of the worst latents.
+# The verdict covers all 175 latents. It is `refined`: with so many, chains cost less than training a flow. R-hat and
+# the number of effective draws are those of the worst latents.
 #
 # Above 200 latents, the guide's affine map is diagonal, because a triangular one would have too many parameters. The
 # flow can still make latents depend on each other.
@@ -155,9 +155,9 @@ signs = pf.fit(rotated, x, progress=False)
 print(signs.verdict)
 
 # %% [markdown]
-# `fit` tried the signs of all sites on its draws, and found that the density is the same. So it fitted one mode, and put
-# copies of it at the other three: the method is a mixture. The draws are right, but a mean loading is near zero, and
-# says nothing. The note counts points at which the covariance could not be factorized. Their density counts as zero.
+# `fit` tried the signs of all sites on its draws, and found that the density is the same. So it fitted one mode, and
+# put copies of it at the other three: the method is a mixture. The note counts points at which the covariance could not
+# be factorized. Their density counts as zero. The draws are right, but a mean loading is near zero, and says nothing:
 
 # %%
 print(signs.samples["loading"].mean(0)[:6])
