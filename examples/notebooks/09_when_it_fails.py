@@ -250,5 +250,5 @@ pd.DataFrame(rows).round(2)
 # 4. **A high k-hat?** Call `posterior.refine()`. If the chains do not converge either, the model is the problem.
 # 5. **Change the model's parameters.** Scale by the group's spread, fix an order, or integrate out latents.
 #
-# Two cases escape every check: a narrow mode far away in ten dimensions or more, and a model that is wrong. Against the
-# first, `runs=4` helps sometimes. Against the second, compare replicates with the data (notebook 5).
+# Two cases escape every check: a mode far away that is much narrower than the others, and a model that is wrong.
+# Against the first, `runs=4` helps sometimes. Against the second, compare replicates with the data (notebook 5).
