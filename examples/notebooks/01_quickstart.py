@@ -48,8 +48,8 @@ def eight_schools(effect, error):
 # %% [markdown]
 # ## The fit
 #
-# One call fits the model. The arguments after the model are those of the model. There is nothing to tune: `fit` chooses
-# starting points, coordinates, learning rate and length of training. The same seed gives the same result.
+# One call fits the model. The arguments after the model are those of the model. There is nothing to tune: `fit` takes
+# the cheapest method that passes its check. The same seed gives the same result.
 
 # %%
 posterior = pf.fit(eight_schools, effect, error, seed=1)
@@ -68,10 +68,13 @@ posterior.verdict
 #
 # | word | meaning |
 # |---|---|
-# | `ok` | the flow's own draws can be used |
+# | `ok` | the method's own draws can be used |
 # | `corrected` | the draws were resampled with importance weights, and can be used |
-# | `refined` | the draws are those of Markov chains that started at the flow, and can be used |
+# | `refined` | the draws are those of Markov chains that converged, and can be used |
 # | `unreliable` | do not use the draws; the verdict names the next step |
+#
+# Then it names the method. Given `tau`, the other latents are approximately normal here. So `fit` took a grid of values
+# of `tau` with a Gaussian for each, and trained no flow.
 #
 # ## The table
 #
@@ -97,8 +100,8 @@ pf.plots.plot_posterior(posterior, ["mu", "tau"])
 pf.plots.plot_forest(posterior, "theta")
 
 # %% [markdown]
-# The next figure shows why this posterior is hard. If `tau` is small, the effects must be close to `mu`. A Gaussian
-# approximation cannot have this shape; a flow can.
+# The next figure shows why this posterior is hard. If `tau` is small, the effects must be close to `mu`. A single
+# Gaussian cannot have this shape. A Gaussian for each value of `tau` can, and so can a flow.
 
 # %%
 pf.plots.plot_pairs(posterior, "theta[Choate]", "tau", transform={"tau": torch.log})
@@ -138,7 +141,7 @@ data = posterior.to_arviz()
 az.ess(data, var_names=["mu", "tau"])
 
 # %% [markdown]
-# For leave-one-out cross-validation, use `posterior.loo()`. It knows that these draws come from a flow.
+# For leave-one-out cross-validation, use `posterior.loo()`. It knows which method made these draws.
 
 # %%
 posterior.loo()

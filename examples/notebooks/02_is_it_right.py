@@ -2,7 +2,8 @@
 # # Is it right?
 #
 # Variational inference always returns an answer. This notebook shows how to find out whether the answer is right. It
-# compares a flow, a mean-field Gaussian, a full-rank Gaussian and NUTS, on two posteriors. One is easy, and one is not.
+# compares `pf.fit`, a mean-field Gaussian, a full-rank Gaussian and NUTS, on two posteriors. One is easy, and one is
+# not.
 
 # %%
 import pandas as pd
@@ -49,9 +50,12 @@ def regression(x, mpg):
 # %% [markdown]
 # ## Three approximations
 #
-# The flow is fitted by `pf.fit`. The two Gaussian guides are Pyro's own. They are trained by Pyro's SVI, and
-# `pf.diagnose` checks them in the same way as a flow. Learning rate and steps of SVI were chosen by hand: with half the
-# learning rate, the second example below ends elsewhere.
+# `pf.fit` chooses its method. Given `sigma`, the other latents are normal here. So it takes a conditional Laplace grid:
+# a table of the marginal of `sigma`, and a Gaussian of all others for each value on a grid. It trains no flow.
+#
+# The two Gaussian guides are Pyro's own. They are trained by Pyro's SVI, and `pf.diagnose` checks them in the same way
+# as the grid. Learning rate and steps of SVI were chosen by hand: with half the learning rate, the second example below
+# ends elsewhere.
 
 # %%
 labels = {"predictor": predictors}
@@ -69,7 +73,7 @@ def gaussian(kind, model, *args, steps=1500):
 
 
 fits = {
-    "flow": pf.fit(regression, x, mpg, progress=False),
+    "fit": pf.fit(regression, x, mpg, progress=False),
     "mean field": gaussian(AutoNormal, regression, x, mpg),
     "full rank": gaussian(AutoMultivariateNormal, regression, x, mpg),
 }
@@ -85,30 +89,31 @@ pf.plots.plot_posterior(fits, "slope")
 pd.DataFrame({name: fit.samples["slope"].std(0) for name, fit in fits.items()}, index=predictors).round(2)
 
 # %%
-pf.plots.plot_pairs(fits["flow"], "slope[weight]", "slope[displacement]", compare=fits["mean field"])
+pf.plots.plot_pairs(fits["fit"], "slope[weight]", "slope[displacement]", compare=fits["mean field"])
 
 # %% [markdown]
 # ## What the verdict says
 #
-# `diagnose` gives a verdict on each guide. No reference is needed for it.
+# Each of the three has a verdict, which begins with its method. No reference is needed for it.
 
 # %%
 for name, fit in fits.items():
     print(f"{name}\n    {fit.verdict}\n")
 
 # %% [markdown]
-# The verdict rests on importance weights $w_s = p(z_s, y) / q(z_s)$ of draws $z_s$ from the guide $q$. If the guide is
-# the posterior, all weights are equal. If the guide is too narrow, a few draws in its tails have very large weights.
+# The verdict rests on importance weights $w_s = p(z_s, y) / q(z_s)$ of draws $z_s$ from an approximation $q$, such as a
+# guide. If $q$ is the posterior, all weights are equal. If $q$ is too narrow, a few draws in its tails have very large
+# weights.
 #
 # - **k-hat** is the shape of the largest weights, which follow a generalized Pareto distribution. Below 0.5 their
 #   variance is finite. Above 0.7 no number of draws in practice is enough.
 # - **ESS/S** is the effective share of the draws. It is 1 if all weights are equal.
-# - **Change by weighting**: if the weights change a mean or a standard deviation, then the guide was wrong there.
+# - **Change by weighting**: if the weights change a mean or a standard deviation, then $q$ was wrong there.
 #
-# The next two figures show the weights of the flow and of the mean-field guide. Compare the axes.
+# The next two figures show the weights of `pf.fit` and of the mean-field guide. Compare the axes.
 
 # %%
-pf.plots.plot_weights(fits["flow"])
+pf.plots.plot_weights(fits["fit"])
 
 # %%
 pf.plots.plot_weights(fits["mean field"])
@@ -116,15 +121,15 @@ pf.plots.plot_weights(fits["mean field"])
 # %% [markdown]
 # ## Correct a guide that is wrong
 #
-# `refine` starts Markov chains at the draws of a guide, and runs them in the guide's own coordinates. A bad start needs
-# longer chains, but if they converge, their draws can be used. The verdict is then `refined`.
+# `refine` starts Markov chains at the draws of a guide and around them, and runs them in the guide's own coordinates. A
+# bad start needs longer chains, but if they converge, their draws can be used. The verdict is then `refined`.
 
 # %%
 refined = fits["mean field"].refine()
 refined.verdict
 
 # %%
-pf.plots.plot_forest({"flow": fits["flow"], "mean field, refined": refined}, "slope")
+pf.plots.plot_forest({"fit": fits["fit"], "mean field": refined}, "slope")
 
 # %% [markdown]
 # ## Eight schools, centered
@@ -157,7 +162,7 @@ draws = mcmc.get_samples(group_by_chain=True)
 draws["theta"] = draws["mu"][..., None] + draws["tau"][..., None] * draws.pop("theta_decentered")
 
 schools = {
-    "flow": pf.fit(eight_schools, effect, error, progress=False),
+    "fit": pf.fit(eight_schools, effect, error, progress=False),
     "NUTS": pf.from_mcmc(draws, eight_schools, effect, error),
     "mean field": gaussian(AutoNormal, eight_schools, effect, error),
     "full rank": gaussian(AutoMultivariateNormal, eight_schools, effect, error),
@@ -165,7 +170,7 @@ schools = {
 pf.plots.plot_posterior(schools, ["mu", "tau"])
 
 # %% [markdown]
-# Flow and NUTS agree. Both Gaussian guides miss the small values of `tau`, and the large ones too. They claim that the
+# `fit` and NUTS agree. Both Gaussian guides miss the small values of `tau`, and the large ones too. They claim that the
 # schools surely differ. The data do not say that: `tau` can be close to zero.
 
 # %%
@@ -193,16 +198,17 @@ table
 #
 # | verdict | it comes if | here |
 # |---|---|---|
-# | `ok` | weights leave nothing to correct | both flows; full rank on the regression |
+# | `ok` | weights leave nothing to correct | `fit` on both; full rank on the regression |
 # | `corrected` | weights change the results, and can be trusted | not seen here |
-# | `refined` | Markov chains from the guide converged | mean field after `refine` |
+# | `refined` | Markov chains from the guide converged | mean field on the regression, after `refine` |
 # | `unreliable` | none of these | mean field on both; full rank on the schools |
 #
 # ## Which leave-one-out?
 #
 # Leave-one-out cross-validation weights the draws again, and the right weights depend on where the draws come from.
-# `posterior.loo()` knows this. Draws of a flow are weighted by $p / q$ too, and draws of chains are not. It refuses
-# draws that are unreliable. `az.loo` cannot: it looks at the draws only, and draws that are too narrow pass its checks.
+# `posterior.loo()` knows this. Draws of an approximation are weighted by $p / q$ too, and draws of chains are not. It
+# refuses draws that are unreliable. `az.loo` cannot: it looks at the draws only, and draws that are too narrow pass its
+# checks.
 
 # %%
 for name, fit in schools.items():
@@ -212,14 +218,14 @@ for name, fit in schools.items():
         print(f"{name}: {str(refused)[:70]} ...\n")
 
 # %% [markdown]
-# Flow and NUTS agree within a fraction of the standard error. The Monte Carlo error of NUTS is larger, because it has
+# `fit` and NUTS agree within a fraction of the standard error. The Monte Carlo error of NUTS is larger, because it has
 # 1500 draws. `az.loo` may warn of a k-hat above 0.7 here. `posterior.loo()` moves draws to where the posterior without
 # an observation lies, so its estimates do not depend on a few draws.
 #
 # ## When it goes wrong
 #
-# - **`unreliable` for a guide of your own.** Call `refine()` on what `diagnose` returned, or fit a flow.
-# - **`unreliable` for a flow.** Follow the next step in the verdict. Then see notebook 9.
-# - **`ok`, and you doubt it.** Figures from draws cannot see a region that the guide never visits. Run `pf.fit(...,
+# - **`unreliable` for a guide of your own.** Call `refine()` on what `diagnose` returned, or call `pf.fit`.
+# - **`unreliable` from `pf.fit`.** Follow the next step in the verdict. Then see notebook 9.
+# - **`ok`, and you doubt it.** Figures from draws cannot see a region without draws. Run `pf.fit(...,
 #   runs=4)`, compare with NUTS as above, or check the calibration with `pf.sbc`.
 # - **NUTS is `unreliable`.** Draw longer chains, raise `target_accept_prob`, or write the model with other parameters.

@@ -70,8 +70,8 @@ posterior.verdict
 posterior.summary(["intercept", "slope of uranium", "effect of floor", "between", "within"])
 
 # %% [markdown]
-# With so many effects, Markov chains often cost less than training a flow. The verdict is then `refined`, and says so.
-# The samples are chains that started at the guide's draws and converged. The table of chains has R-hat.
+# With so many effects, Markov chains often cost less than training a flow. The verdict is then `refined`, by MCMC. The
+# samples are chains that began at draws of a Gaussian, and converged. The table of chains has R-hat.
 #
 # On the log scale, 0.1 is about 10 %. Above the basement there is half as much radon, since exp(-0.66) is 0.52.
 # Counties with more uranium have more radon. Homes of one county differ much more (`within`) than counties do
@@ -171,6 +171,10 @@ sleepers.verdict
 sleepers.summary(["mean", "spread", "noise"])
 
 # %% [markdown]
+# Here `fit` needs no chains. Given the spreads, their correlation and the noise, all other latents are normal. So the
+# method is Gaussian conditionals: a flow of these few latents, and the exact Gaussian of the others. The verdict is
+# `ok`.
+#
 # Each day without enough sleep costs about ten milliseconds, but drivers differ. The correlation of intercept and slope
 # is computed from the draws. The data say little about it:
 

@@ -53,8 +53,8 @@ people = pf.fit(rasch, y, progress=False).assign_coords({"item": items["item"], 
 print(people.verdict)
 
 # %% [markdown]
-# The verdict covers all 175 latents. It is `refined`: with so many, chains cost less than training a flow. Its
-# effective sample sizes are those of the worst latents.
+# The verdict covers all 175 latents. It is `refined`: with so many, chains cost less than training a flow. R-hat and
+# the number of effective draws are those of the worst latents.
 #
 # Above 200 latents, the guide's affine map is diagonal, because a triangular one would have too many parameters. The
 # flow can still make latents depend on each other.
@@ -155,8 +155,9 @@ signs = pf.fit(rotated, x, progress=False)
 print(signs.verdict)
 
 # %% [markdown]
-# `fit` tried the signs of all sites on its draws, and found that the density is the same. So it put copies of the flow
-# at the other modes. The draws are right, but a mean loading is near zero, and says nothing:
+# `fit` tried the signs of all sites on its draws, and found that the density is the same. So it fitted one mode, and
+# put copies of it at the other three: the method is a mixture. The note counts points at which the covariance could not
+# be factorized. Their density counts as zero. The draws are right, but a mean loading is near zero, and says nothing:
 
 # %%
 print(signs.samples["loading"].mean(0)[:6])
@@ -180,8 +181,10 @@ factors = pf.fit(identified, x, progress=False)
 print(factors.verdict)
 
 # %% [markdown]
-# The three posteriors of one item. Left, a ring, of which a short training caught a part. In the middle, four modes.
-# Right, one of them.
+# One mode is nearly normal, so a Gaussian is enough: the verdict is `ok`.
+#
+# The figure shows the three posteriors of one item. Left, a ring, of which a short training caught a part. In the
+# middle, four modes. Right, one of them.
 
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(8.4, 3.0), sharex=True, sharey=True, layout="constrained")

@@ -6,10 +6,10 @@
 #
 # | word | what `samples` holds |
 # |---|---|
-# | `ok` | the flow's own draws |
+# | `ok` | the method's own draws |
 # | `corrected` | draws that were resampled by importance weights |
-# | `refined` | Markov chains that started at the flow's draws, and converged |
-# | `unreliable` | the flow's own draws; do not use them |
+# | `refined` | Markov chains that started at the method's draws, and converged |
+# | `unreliable` | the method's own draws; do not use them |
 
 # %%
 import matplotlib.pyplot as plt
@@ -93,8 +93,10 @@ plt.show()
 # A few of the Gaussian's draws come near to the second mode. Their weights are so large that k-hat is far above its
 # threshold.
 #
-# The next step is in the verdict: `refine`. It starts 64 Markov chains at the guide's draws, after they were resampled
-# by their weights. The verdict is `refined` if the chains agree, have enough effective draws and rarely diverge.
+# The verdict names two next steps. Training longer does not help here, since one Gaussian cannot have two modes. So
+# call `refine`. It runs 64 Markov chains. Half of them begin at draws of the guide that were resampled by their
+# weights, and half begin farther out. The verdict is `refined` if the chains agree, have enough effective draws and
+# rarely diverge.
 
 # %%
 chains = half.refine()
@@ -132,7 +134,7 @@ print(single.verdict)
 # its threshold and ESS/S is high, since no draw of the flow is near another order. Weights say nothing about a region
 # without draws. The search for missed modes began elsewhere, and found some.
 #
-# By default, `fit` adds what it missed:
+# By default, `fit` goes on, and adds what it missed. The method is then a mixture:
 
 # %%
 switching = pf.fit(mixture, v, progress=False)
@@ -176,9 +178,9 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# The labels are fixed now. There are small modes, in which the third group is wide and lies between the others. A
-# mixture of Student-t distributions covers them. Its weights correct the draws; where they cannot, Markov chains finish
-# the work.
+# The labels are fixed now. The third center has a long tail towards the second one: there, the third group is wide.
+# `fit` found several modes here too. The method is again a mixture of Student-t distributions, and importance weights
+# correct its draws.
 #
 # ## A funnel: eight schools, centered
 #
@@ -210,7 +212,7 @@ print(gaussian.verdict)
 # cure is to change the coordinates.
 #
 # `fit` does so by itself. It finds out that `theta` has a location and a scale that are latent, and works in
-# coordinates in which the funnel is gone.
+# coordinates in which the funnel is gone. There, a grid over `tau` with a Gaussian for each value is good enough.
 
 # %%
 direct = pf.fit(schools, effects, errors, progress=False).assign_coords({"school": names})
@@ -222,7 +224,8 @@ compared = {"fit": direct, "Gaussian": gaussian}
 pf.plots.plot_pairs(compared, "theta[Choate]", "tau", transform={"tau": torch.log})
 
 # %% [markdown]
-# Points are the fit's draws. Lines enclose half and nine tenths of the Gaussian's, which miss the funnel's neck.
+# Points are the fit's draws. Lines enclose half and nine tenths of the draws of each. Those of the Gaussian are dashed.
+# They miss the funnel's neck.
 #
 # ## The four words once more
 
@@ -247,5 +250,5 @@ pd.DataFrame(rows).round(2)
 # 4. **A high k-hat?** Call `posterior.refine()`. If the chains do not converge either, the model is the problem.
 # 5. **Change the model's parameters.** Scale by the group's spread, fix an order, or integrate out latents.
 #
-# Two cases escape every check: a narrow mode far away in ten dimensions or more, and a model that is wrong. Against the
-# first, `runs=4` helps sometimes. Against the second, compare replicates with the data (notebook 5).
+# Two cases escape every check: a mode far away that is much narrower than the others, and a model that is wrong.
+# Against the first, `runs=4` helps sometimes. Against the second, compare replicates with the data (notebook 5).

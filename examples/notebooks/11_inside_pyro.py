@@ -148,8 +148,8 @@ columns = {(name, what): values for name, draws in both.items() for what, values
 pd.DataFrame(columns, index=[*names, "spread"]).round(3)
 
 # %% [markdown]
-# A Gaussian for each row does not know how the row's rate depends on the global latents. So standard deviations come
-# out too small. This is the price of mini-batches.
+# A Gaussian for each row does not know how the row's rate depends on the global latents. So the standard deviation of
+# `spread` comes out too small. Those of the slopes differ from those of `fit` by up to 13 %.
 #
 # ## A variational autoencoder with two flows
 #
