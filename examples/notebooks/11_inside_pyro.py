@@ -1,5 +1,5 @@
 # %% [markdown]
-# # A flow inside of Pyro: your own loop, mini-batches, a VAE
+# # A flow inside of Pyro: your own loop, minibatches, a VAE
 #
 # `fit` is one way to use a flow. Its guides are also ordinary Pyro autoguides, and its flows are ordinary Pyro
 # distributions. This notebook trains them in Pyro's own SVI, in three ways.
@@ -10,9 +10,8 @@ import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.optim import ClippedAdam
 from torch import nn
 
@@ -72,13 +71,14 @@ new = Predictive(parabola, guide=guides["flow"], num_samples=500)(None)["y"]
 print(f"new: {new.mean():.2f} ± {new.std():.2f}; data: {y.mean():.2f} ± {y.std():.2f}")
 
 # %% [markdown]
-# ## Mini-batches: `AutoGuideList`
+# ## Minibatches: `AutoHierarchicalFlow`
 #
 # The data are seizures of 59 patients in four periods each. Each count has a rate of its own, a latent for each row.
 # With many rows, one step takes only some of them. Then a flow over all latents is not possible, because the
 # latents change from step to step.
 #
-# The way out is a list of guides: a flow for the few global latents, and a Gaussian for each row.
+# `AutoHierarchicalFlow` is a flow over the few global latents, times a conditional distribution for the latent of each
+# row. The conditional distribution comes from the derivatives of the model's own log density.
 
 # %%
 epil = pd.read_csv("../data/epil.csv")
@@ -96,46 +96,38 @@ rows = len(seizures)
 names = ["log of base", "treatment", "period 4"]
 
 
-def row_plate(covariates, seizures, index):
-    return pyro.plate("row", rows, dim=-1, subsample=index)
-
-
 def counts(covariates, seizures, index):
     intercept = pyro.sample("intercept", dist.Normal(0.0, 3.0))
     slope = pyro.sample("slope", dist.Normal(torch.zeros(3), 1.0).to_event(1))
     spread = pyro.sample("spread", dist.HalfNormal(1.0))
-    with row_plate(covariates, seizures, index):
-        log_rate = pyro.sample("log_rate", dist.Normal(intercept + covariates[index] @ slope, spread))
+    with pyro.plate("row", rows, subsample=index):
+        mean = intercept + (covariates[index] * slope).sum(-1)  # which takes many draws at once, too
+        log_rate = pyro.sample("log_rate", dist.Normal(mean, spread))
         pyro.sample("seizures", dist.Poisson(log_rate.exp()), obs=seizures[index])
 
-
-# %% [markdown]
-# `row_plate` is shared, so that the guide sees the same rows as the model. The list takes it as `create_plates`.
 
 # %%
 pyro.clear_param_store()
 pyro.set_rng_seed(0)
-guide = AutoGuideList(counts, create_plates=row_plate)
-guide.append(pf.AutoRealNVP(poutine.block(counts, expose=["intercept", "slope", "spread"])))
-guide.append(AutoNormal(poutine.block(counts, expose=["log_rate"])))
-STEPS = 2000
-svi = SVI(counts, guide, ClippedAdam({"lr": 0.02, "lrd": 0.01 ** (1 / STEPS)}), Trace_ELBO())
+everything = torch.arange(rows)
+guide = pf.AutoHierarchicalFlow(counts, layers=4).initialize(covariates, seizures, everything)
+STEPS = 300
+svi = SVI(counts, guide, ClippedAdam({"lr": 0.01, "lrd": 0.01 ** (1 / STEPS)}), Trace_ELBO())
 losses = [svi.step(covariates, seizures, torch.randperm(rows)[:118]) for _ in range(STEPS)]
 
+# %% [markdown]
+# Is it right? `diagnose` judges the guide by all rows.
+
 # %%
-with torch.no_grad():
-    everything = torch.arange(rows)
-    drawn = [guide(covariates, seizures, everything) for _ in range(1000)]
-slopes = torch.stack([draw["slope"] for draw in drawn])
-spread = torch.stack([draw["spread"] for draw in drawn])
+judged = pf.diagnose(counts, guide, covariates, seizures, everything, progress=False)
+print(judged.verdict)
 
 # %% [markdown]
-# Is it right? A guide that saw mini-batches has no verdict. With 236 rows, `fit` can still take all of them at once,
-# and is the check. With a million rows, check on a part of the data.
+# With 236 rows, `fit` can take all of them at once, and is the check.
 
 # %%
-whole = pf.fit(counts, covariates, seizures, torch.arange(rows), progress=False)
-print(whole.verdict)
+whole = pf.fit(counts, covariates, seizures, everything, progress=False)
+print(whole.verdict.status, whole.method)
 
 
 def moments(slopes, spread):
@@ -143,13 +135,14 @@ def moments(slopes, spread):
     return {"mean": draws.mean(0).tolist(), "sd": draws.std(0).tolist()}
 
 
-both = {"mini-batches": (slopes, spread), "fit": (whole.samples["slope"], whole.samples["spread"])}
+fits = {"minibatches": judged, "fit": whole}
+both = {name: (fitted.samples["slope"], fitted.samples["spread"]) for name, fitted in fits.items()}
 columns = {(name, what): values for name, draws in both.items() for what, values in moments(*draws).items()}
 pd.DataFrame(columns, index=[*names, "spread"]).round(3)
 
 # %% [markdown]
-# A Gaussian for each row does not know how the row's rate depends on the global latents. So the standard deviation of
-# `spread` comes out too small. Those of the slopes differ from those of `fit` by up to 13 %.
+# Both agree. A flow beside Pyro's `AutoNormal` for the rows would not: its Gaussian for each row does not depend on the
+# global latents, so that the standard deviation of `spread` comes out too small.
 #
 # ## A variational autoencoder with two flows
 #
@@ -260,7 +253,8 @@ plt.show()
 # - **`Parameters are made when the model first runs`.** Call `guide.initialize(*args)` before you create a torch
 #   optimizer.
 # - **A second guide starts from old values.** Call `pyro.clear_param_store()` first.
-# - **A subsampled plate is refused.** A flow cannot hold the latents of a mini-batch. Use `AutoGuideList`, as above.
+# - **A subsampled plate is refused.** A flow cannot hold the latents of a minibatch. Use `AutoHierarchicalFlow`, as
+#   above.
 # - **All latents of a VAE are unused.** The decoder ignores them, if it is too strong. Take a weaker decoder, or weight
 #   the divergence less at first.
 # - **You want a verdict.** Call `pf.diagnose(model, guide, *args)` with all data. It needs a guide with a density for a
