@@ -57,10 +57,10 @@ def _chains(draws: Mapping[str, Tensor], names: set[str]) -> dict[str, np.ndarra
 
 
 def compare(entry: Entry) -> tuple[Figure, dict[str, pf.Posterior]]:
-    """Draw the flow's draws under the regions of the Gaussian guide and, where there are any, of reference draws."""
+    """Draw the fit's draws under the regions of the Gaussian guide and, where there are any, of reference draws."""
     posterior = pf.fit(entry.model, *entry.args, progress=False)
     medians = {name: values.quantile(0.5, dim=0) for name, values in posterior.samples.items()}
-    found = {"flow": posterior, "full-rank Gaussian guide": gaussian(entry, medians)}
+    found = {"fit": posterior, "full-rank Gaussian guide": gaussian(entry, medians)}
     if entry.reference is not None:
         draws = _chains(entry.reference, set(posterior.samples))
         found["reference draws"] = pf.from_mcmc(draws, entry.model, *entry.args)

@@ -68,7 +68,7 @@ def test_errors_are_those_of_the_worst_coordinate():
 def test_a_comparison_names_the_verdict_on_the_guide(monkeypatch):
     monkeypatch.setattr(pictures, "STEPS", 50)
     figure, found = pictures.compare(entry())
-    assert list(found) == ["flow", "full-rank Gaussian guide"]
+    assert list(found) == ["fit", "full-rank Gaussian guide"]
     (legend,) = figure.legends
     status = found["full-rank Gaussian guide"].verdict.status
     assert f"full-rank Gaussian guide ({status})" in legend.get_texts()[1].get_text()
