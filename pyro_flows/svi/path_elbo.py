@@ -17,9 +17,12 @@ from pyro_flows._cache import Cache
 from pyro_flows._fallbacks import fallback
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.guides.setup import AUTO
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.objectives import BasePoints
+from pyro_flows.svi.pace import Pace
 from pyro_flows.svi.recorded import Arguments, RecordedStep, eager_step
+from pyro_flows.transforms.networks import Paced
 
 STEPS_KEPT, MOST_RECORDED = 8, 12  # graphs of one guide, by the shapes of data; that are made in all
 
@@ -32,8 +35,11 @@ class PathELBO(ELBO):
 
     The term that is left out has mean zero, and noise that does not go away as q comes close to the posterior. A step
     is recorded once as a graph of tensor operations, with the tensors among the model's arguments as inputs, so that
-    minibatches go through it. A draw whose gradient is a thousand times as long as the median one is shortened, and a
-    draw that is not finite is left out. A step whose gradient is not finite adds none.
+    minibatches go through it. A draw whose gradient is five times as long as the median one is shortened, and a draw
+    that is not finite is left out. A step whose gradient is not finite adds none.
+
+    Unless the guide has a ``cautious`` of its own, the loss learns how far steps move the flow (:class:`Pace`): the
+    optimizer's learning rate has next to no effect, and steps become short near the optimum.
 
     It works with :class:`AutoFlow` and its subclasses, and with any optimizer, scheduler or clipping. Other guides, and
     models with parameters of their own, random subsampling inside, latents that come and go, or arguments that are
@@ -87,9 +93,14 @@ class PathELBO(ELBO):
         assert isinstance(guide, AutoFlow)
         with guide._pyro_context:  # parameters have names inside
             guide._register()
+        if kept.pace is not None:
+            kept.pace.follow()
         terms, gradient = kept.step(self.num_particles, Arguments(args, kwargs))
         self.reason = kept.reason
         gradient = gradient if bool(torch.isfinite(gradient).all()) else torch.zeros_like(gradient)
+        if kept.pace is not None:
+            gradient = kept.pace(gradient)
+            guide._paced = kept.pace.begun
         sizes = [parameter.numel() for parameter in kept.parameters]
         for parameter, part in zip(kept.parameters, gradient.split(sizes), strict=True):
             own = part.view_as(parameter)
@@ -143,6 +154,9 @@ class _Kept:
         if not self.density.batched:
             raise ValueError(self.density.reason or "the model runs draw by draw")
         self.parameters = [parameter for parameter in self.flow.parameters() if parameter.requires_grad]
+        self.gains = [module for module in self.flow.modules() if isinstance(module, Paced)]
+        paced = guide._cautious == AUTO and any(module.gain is not None for module in self.gains)
+        self.pace = Pace(self.flow, self.parameters, begun=guide._paced) if paced else None
         self._arguments = Arguments(args, kwargs)
         self._steps: Cache[Any, RecordedStep | str] = Cache(STEPS_KEPT)
         self._recorded = 0
@@ -157,7 +171,8 @@ class _Kept:
 
     def step(self, count: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Return the terms of the ELBO and the gradient, by a graph if there is one for such data."""
-        places = tuple(parameter.data_ptr() for parameter in self.parameters)  # where a graph reads them
+        gains = [module.gain for module in self.gains if module.gain is not None]
+        places = tuple(part.data_ptr() for part in (*self.parameters, *gains))  # where a graph reads them
         x, key = self.points(count), (count, arguments.key, places)
         found = self._steps.of(key, lambda: self._record(x, arguments))
         if isinstance(found, RecordedStep):
