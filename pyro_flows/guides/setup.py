@@ -74,6 +74,7 @@ class LatentGuide(AutoContinuous):
         self._init_scale = 1.0 if init_scale is None else _checks.positive("init_scale", init_scale)
         self._noncentered = noncentered
         self._cautious = cautious if isinstance(cautious, bool) else _checks.choice("cautious", cautious, (AUTO,))
+        self._whole: Any = None  # the parameters as one vector, while PathELBO trains them
         self._paced = False  # whether PathELBO has set the unit of steps
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._moved_to: dict[str, Any] = {}
@@ -241,10 +242,12 @@ class LatentGuide(AutoContinuous):
 
     def __getstate__(self) -> dict[str, Any]:
         modules = self.__dict__["_modules"].values()
+        if self._whole is not None:  # or each parameter would be saved with the memory of all
+            self._whole.release()
         for tensor in (tensor for module in modules for tensor in module.state_dict(keep_vars=True).values()):
             tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
         state = self.__dict__.copy()
-        state.update(_model=None, master=None, plates={}, create_plates=None, _arguments=((), {}), _in_store=False)
+        state.update(_model=None, _whole=None, master=None, plates={}, create_plates=None, _arguments=((), {}), _in_store=False)
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
 from pyro_flows import _checks
@@ -22,6 +23,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.objectives import BasePoints
 from pyro_flows.svi.pace import Pace
 from pyro_flows.svi.recorded import Arguments, RecordedStep, eager_step
+from pyro_flows.svi.whole import Whole
 from pyro_flows.transforms.networks import Paced
 
 STEPS_KEPT, MOST_RECORDED = 8, 12  # graphs of one guide, by the shapes of data; that are made in all
@@ -91,8 +93,9 @@ class PathELBO(ELBO):
         if kept is None:
             return float(self._plain.loss_and_grads(model, guide, *args, **kwargs))
         assert isinstance(guide, AutoFlow)
+        whole = kept.whole() if am_i_wrapped() else None  # in SVI, and not beside an optimizer of torch
         with guide._pyro_context:  # parameters have names inside
-            guide._register()
+            guide._register(None if whole is None else whole.vector)
         if kept.pace is not None:
             kept.pace.follow()
         terms, gradient = kept.step(self.num_particles, Arguments(args, kwargs))
@@ -101,6 +104,9 @@ class PathELBO(ELBO):
         if kept.pace is not None:
             gradient = kept.pace(gradient)
             guide._paced = kept.pace.begun
+        if whole is not None:
+            whole.add_gradient(gradient)
+            return _value(terms)
         sizes = [parameter.numel() for parameter in kept.parameters]
         for parameter, part in zip(kept.parameters, gradient.split(sizes), strict=True):
             own = part.view_as(parameter)
@@ -147,6 +153,7 @@ class _Kept:
         guide.initialize(*args, **kwargs)
         if not isinstance(guide._flow, Flow):
             raise TypeError("the guide is a mixture of flows")
+        self.guide = weakref.ref(guide)
         self.flow, self.noncentered = guide._flow, guide._noncentered
         self.density = LogDensity(model, args, kwargs, noncentered=self.noncentered)
         if self.density.parameters():
@@ -160,6 +167,17 @@ class _Kept:
         self._arguments = Arguments(args, kwargs)
         self._steps: Cache[Any, RecordedStep | str] = Cache(STEPS_KEPT)
         self._recorded = 0
+        self._base: tuple[Any, BasePoints] | None = None
+
+    def whole(self) -> Whole | None:
+        """Return the parameters as one vector, which the guide keeps; None if they are of several kinds."""
+        guide = self.guide()
+        if guide is None or not self.parameters:
+            return None
+        if guide._whole is None or guide._whole.parameters[0] is not self.parameters[0] or not guide._whole.hold():
+            kinds = {(part.dtype, part.device) for part in self.parameters}
+            guide._whole = Whole(self.parameters) if len(kinds) == 1 else None
+        return guide._whole
 
     def is_of(self, model: Any, guide: Any) -> bool:
         """Whether the guide still has the flow, and is still trained on the model, that this was made for."""
@@ -167,7 +185,10 @@ class _Kept:
 
     def points(self, count: int) -> Tensor:
         """Draw base points (S, D)."""
-        return BasePoints(self.flow)(count)[0]
+        like = (self.parameters[0].dtype, self.parameters[0].device) if self.parameters else None
+        if self._base is None or self._base[0] != like:
+            self._base = like, BasePoints(self.flow)
+        return self._base[1](count)[0]
 
     def step(self, count: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Return the terms of the ELBO and the gradient, by a graph if there is one for such data."""
