@@ -3,8 +3,8 @@
     python -m benchmarks.guides --models banana gp --guides ours iaf --rates .01 --seconds 10
 
 Adam, 16 particles a step; Pyro's are vectorized. One row of the CSV file is one run, in a process of its own. Seconds
-are those of the processor, from before the guide is made: setting up, a start and recording count. At the end the ELBO is
-estimated by 10,000 draws, which do not count. A run that has a row of the same version is not done again.
+are those of the processor, from before the guide is made: setting up, a start and recording count. At the end the ELBO
+is estimated by 10,000 draws, which do not count. A run that has a row of the same version is not done again.
 """
 
 from __future__ import annotations
@@ -153,7 +153,10 @@ def apart(task: Task) -> Row:
 @functools.cache
 def _import_all() -> None:
     """Let a first step of each loss import what torch and Pyro import late: a second, which no run should pay."""
-    for kind, loss in ((autoguide.AutoNormal, Trace_ELBO()), (functools.partial(pf.AutoPlanar, layers=1), pf.PathELBO())):
+    for kind, loss in (
+        (autoguide.AutoNormal, Trace_ELBO()),
+        (functools.partial(pf.AutoPlanar, layers=1), pf.PathELBO()),
+    ):
         pyro.clear_param_store()
         SVI(funnel, kind(funnel), pyro.optim.Adam({}), loss=loss).step(1)
 

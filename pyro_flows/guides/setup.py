@@ -247,7 +247,9 @@ class LatentGuide(AutoContinuous):
         for tensor in (tensor for module in modules for tensor in module.state_dict(keep_vars=True).values()):
             tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
         state = self.__dict__.copy()
-        state.update(_model=None, _whole=None, master=None, plates={}, create_plates=None, _arguments=((), {}), _in_store=False)
+        state.update(
+            _model=None, _whole=None, master=None, plates={}, create_plates=None, _arguments=((), {}), _in_store=False
+        )
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -110,7 +110,7 @@ class Pace:
 
     def _change(self, factor: float) -> None:
         """Multiply the gains, and divide what they multiply: the map stays."""
-        torch._foreach_mul_([module.gain for module in self.modules], factor)
+        torch._foreach_mul_([module.gain for module in self.modules if module.gain is not None], factor)
         torch._foreach_mul_(self._owned, 1.0 / factor)
 
 
