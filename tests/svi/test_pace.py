@@ -90,9 +90,21 @@ def test_steps_become_longer_along_the_gradient_and_shorter_against_it():
         torch.testing.assert_close(flow.log_prob(x), value, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
 def test_steps_end_short():
-    guide, loss, *_ = trained(1e-2, 250)
-    assert loss._kept[guide].pace.gain < 0.8
+    """Where no flow of this size is exact, gradients keep their noise, which points back on average."""
+
+    def bent():
+        a = pyro.sample("a", dist.Normal(real(0.0), 1.0))
+        pyro.sample("b", dist.Normal(a * a, 0.5))
+
+    guide, loss = pf.AutoRealNVP(bent, layers=2), pf.PathELBO(num_particles=16)
+    svi = SVI(bent, guide, pyro.optim.Adam({"lr": 0.01}), loss=loss)
+    gains = []
+    for _ in range(300):
+        svi.step()
+        gains.append(loss._kept[guide].pace.gain)
+    assert gains[-1] < 0.5 * max(gains)
 
 
 def test_a_copy_a_pickle_and_another_loss_go_on_where_training_was():
