@@ -17,6 +17,8 @@ from benchmarks.calibration.tables import section as calibration_section
 from benchmarks.cold import __main__ as cold
 from benchmarks.density import running as density
 from benchmarks.density import tables as density_tables
+from benchmarks.guides import running as guides
+from benchmarks.guides.tables import guides_section
 from benchmarks.larger import running as larger
 from benchmarks.larger.tables import larger_section
 from benchmarks.markdown import about, table
@@ -61,8 +63,9 @@ TITLES = {
     "cold": "In a new process",
     "stopping": "What the automatic stop costs",
     "density": "Densities of data",
+    "guides": "When is a flow worth its seconds?",
 }
-KINDS = {"speed": "step", "density": "density"}  # what decides about tables that are not of fits
+KINDS = {"speed": "step", "density": "density", "guides": "step"}  # what decides about tables that are not of fits
 
 
 def write_tables(
@@ -81,6 +84,7 @@ def write_tables(
     stopping_csv: Path = stopping.OUT,
     toys_csv: Path = toys.OUT,
     density_csv: Path = density.OUT,
+    guides_csv: Path = guides.OUT,
 ) -> None:
     """Fill the sections whose CSV file is there, each in the page that has its markers.
 
@@ -110,6 +114,7 @@ def write_tables(
         ("stopping", stopping_csv, stopping_section),
         ("toys", toys_csv, toys_section),
         ("density", density_csv, density_section),
+        ("guides", guides_csv, guides_section),
     ]
     if page is None and (rows := records.read(zoo_csv)):
         state(zoo_reporting.claim(rows))

@@ -80,7 +80,7 @@ def path(
 
 def pulled(
     log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, log_importance_ratio: Tensor,
-    *, forward: float | Tensor = 0.0, beta: float = 1.0,
+    *, forward: float | Tensor = 0.0, beta: float = 1.0, steep: float = STEEP,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return what :func:`path`'s loss pulls each draw with, its derivative along z (S, D); the terms and log weights.
 
@@ -93,6 +93,7 @@ def pulled(
             where it is -inf are left out.
         forward: as in :func:`path`; a tensor in recorded code.
         beta: as in :func:`path`.
+        steep: times the median length of a direction: longer ones are shortened to that.
 
     Cost: O(S D).
 
@@ -110,7 +111,7 @@ def pulled(
         weights = torch.softmax(torch.where(good, log_weights, -torch.inf), 0)
         coefficients = coefficients + forward * weights * (1.0 - weights)
     terms = torch.where(log_importance_ratio > -torch.inf, _shares(thinning, log_ratios) * log_ratios, torch.nan)
-    return _pull(_tamed(direction, good), good, coefficients), terms, log_weights
+    return _pull(_tamed(direction, good, steep), good, coefficients), terms, log_weights
 
 
 def _shares(thinning: Tensor, log_ratios: Tensor) -> Tensor:
@@ -122,13 +123,13 @@ def _shares(thinning: Tensor, log_ratios: Tensor) -> Tensor:
     return thinning * counts.sum() / torch.where(counts, thinning, 0.0).sum()
 
 
-def _tamed(direction: Tensor, good: Tensor) -> Tensor:
+def _tamed(direction: Tensor, good: Tensor, steep: float) -> Tensor:
     """Shorten what is far longer than most directions (S, D): one draw in a steep place would drown all others.
 
     Lengths are those of the largest component, which cannot overflow where the direction does not.
     """
     length = direction.abs().amax(-1)
-    limit = STEEP * torch.where(good, length, torch.nan).nanmedian()
+    limit = steep * torch.where(good, length, torch.nan).nanmedian()
     share = torch.where((length > limit) & (limit > 0.0), limit / length, 1.0)  # where most are zero, none is long
     return direction * share[:, None]
 

@@ -58,8 +58,9 @@ class AutoFlow(StoredGuide):
         init_loc_fn: Pyro init function for m, in the place of ``init``.
         init_scale: L at the start, times the identity, in the place of ``init``.
         noncentered: sites that get non-centered coordinates, see :class:`LogDensity`.
-        cautious: train the flow by small steps (:meth:`Flow.slow`), which one draw a step and minibatches need; False
-            is for gradients averaged over many draws.
+        cautious: train the flow by small steps (:meth:`Flow.slow`), which one draw a step and minibatches need. With
+            ``"auto"``, :class:`PathELBO` learns how long steps are, and other losses take small ones. True: small ones
+            with any loss; False: as long as the optimizer makes them.
         create_plates: Pyro's: a function of the model's arguments that returns a plate or several, in which the guide
             then works; for subsampling. In an ``AutoGuideList`` the list takes it.
         options: passed to the builder, e.g. ``layers=8``; only with a builder's name.

@@ -29,7 +29,7 @@ class AutoRealNVP(AutoFlow):
     """
 
     def __init__(
-        self, model: Callable[..., Any], layers: int = 8, *, hidden: Sequence[int] = (32, 32), **options: Any
+        self, model: Callable[..., Any], layers: int = 4, *, hidden: Sequence[int] = (32, 32), **options: Any
     ) -> None:
         super().__init__(model, "realnvp", layers=layers, hidden=hidden, **options)
 

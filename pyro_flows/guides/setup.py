@@ -32,6 +32,7 @@ from pyro_flows.model.start import initial_value
 from pyro_flows.starts.portfolio import portfolio
 from pyro_flows.starts.start import Start
 from pyro_flows.transforms import DiagonalAffine, LowerTriangularAffine
+from pyro_flows.transforms.networks import give_gains
 
 AUTO, PRIOR = INITS = "auto", "prior"
 
@@ -51,7 +52,7 @@ class LatentGuide(AutoContinuous):
         init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float | None = None,
         noncentered: Noncentered = (),
-        cautious: bool = True,
+        cautious: bool | str = AUTO,
         create_plates: Callable[..., Any] | None = None,
         **options: Any,
     ) -> None:
@@ -72,7 +73,9 @@ class LatentGuide(AutoContinuous):
         self._init_loc_fn = initial_value if init_loc_fn is None else init_loc_fn
         self._init_scale = 1.0 if init_scale is None else _checks.positive("init_scale", init_scale)
         self._noncentered = noncentered
-        self._cautious = cautious
+        self._cautious = cautious if isinstance(cautious, bool) else _checks.choice("cautious", cautious, (AUTO,))
+        self._whole: Any = None  # the parameters as one vector, while PathELBO trains them
+        self._paced = False  # whether PathELBO has set the unit of steps
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._moved_to: dict[str, Any] = {}
         self.structure: Structure | None = None
@@ -136,7 +139,11 @@ class LatentGuide(AutoContinuous):
 
     def _build(self, dim: int) -> Flow:
         built = self._recipe.build_for_latents(dim)
-        return built.slow() if self._cautious else built
+        if self._cautious:
+            built.slow()
+        if self._cautious == AUTO:
+            give_gains(built)
+        return built
 
     @classmethod
     def of(
@@ -235,10 +242,14 @@ class LatentGuide(AutoContinuous):
 
     def __getstate__(self) -> dict[str, Any]:
         modules = self.__dict__["_modules"].values()
+        if self._whole is not None:  # or each parameter would be saved with the memory of all
+            self._whole.release()
         for tensor in (tensor for module in modules for tensor in module.state_dict(keep_vars=True).values()):
             tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
         state = self.__dict__.copy()
-        state.update(_model=None, master=None, plates={}, create_plates=None, _arguments=((), {}), _in_store=False)
+        state.update(
+            _model=None, _whole=None, master=None, plates={}, create_plates=None, _arguments=((), {}), _in_store=False
+        )
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

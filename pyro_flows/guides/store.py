@@ -39,8 +39,10 @@ class StoredGuide(LatentGuide):
         self._flow  # noqa: B018
         return super().load_state_dict(*args, **kwargs)
 
-    def _register(self) -> None:
+    def _register(self, whole: nn.Parameter | None = None) -> None:
         """Tell Pyro of the flow's parameters; make the store hold the very tensors of this guide.
+
+        With ``whole``, the parameters as one vector, optimizers get this vector, by the name of the flow.
 
         What the store holds under our names is either another guide's (then ours replaces it) or was loaded into the
         store (then we take its values over). The store holds the buffers too, m and L among them: without them the
@@ -52,7 +54,11 @@ class StoredGuide(LatentGuide):
             for full, tensor in tensors.items():
                 _place(full, tensor)
             self._in_store = True
-        for full, tensor in tensors.items():
+        told: Mapping[str, Tensor] = tensors
+        if whole is not None:
+            told = {self._pyro_get_fullname("flow"): whole}
+            pyro.get_param_store()._param_to_name.update({tensor: name for name, tensor in told.items()})
+        for full, tensor in told.items():
             if isinstance(tensor, nn.Parameter):
                 # a param statement as pyro.param makes it, past the store's look-up and transform of real numbers
                 tensor.unconstrained = weakref.ref(tensor)  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
 from pyro_flows import _checks
@@ -17,9 +18,13 @@ from pyro_flows._cache import Cache
 from pyro_flows._fallbacks import fallback
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.guides.setup import AUTO
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.objectives import BasePoints
+from pyro_flows.svi.pace import Pace
 from pyro_flows.svi.recorded import Arguments, RecordedStep, eager_step
+from pyro_flows.svi.whole import Whole
+from pyro_flows.transforms.networks import Paced
 
 STEPS_KEPT, MOST_RECORDED = 8, 12  # graphs of one guide, by the shapes of data; that are made in all
 
@@ -32,8 +37,11 @@ class PathELBO(ELBO):
 
     The term that is left out has mean zero, and noise that does not go away as q comes close to the posterior. A step
     is recorded once as a graph of tensor operations, with the tensors among the model's arguments as inputs, so that
-    minibatches go through it. A draw whose gradient is a thousand times as long as the median one is shortened, and a
-    draw that is not finite is left out. A step whose gradient is not finite adds none.
+    minibatches go through it. A draw whose gradient is five times as long as the median one is shortened, and a draw
+    that is not finite is left out. A step whose gradient is not finite adds none.
+
+    Unless the guide has a ``cautious`` of its own, the loss learns how far steps move the flow (:class:`Pace`): the
+    optimizer's learning rate has next to no effect, and steps become short near the optimum.
 
     It works with :class:`AutoFlow` and its subclasses, and with any optimizer, scheduler or clipping. Other guides, and
     models with parameters of their own, random subsampling inside, latents that come and go, or arguments that are
@@ -85,11 +93,20 @@ class PathELBO(ELBO):
         if kept is None:
             return float(self._plain.loss_and_grads(model, guide, *args, **kwargs))
         assert isinstance(guide, AutoFlow)
+        whole = kept.whole() if am_i_wrapped() else None  # in SVI, and not beside an optimizer of torch
         with guide._pyro_context:  # parameters have names inside
-            guide._register()
+            guide._register(None if whole is None else whole.vector)
+        if kept.pace is not None:
+            kept.pace.follow()
         terms, gradient = kept.step(self.num_particles, Arguments(args, kwargs))
         self.reason = kept.reason
         gradient = gradient if bool(torch.isfinite(gradient).all()) else torch.zeros_like(gradient)
+        if kept.pace is not None:
+            gradient = kept.pace(gradient)
+            guide._paced = kept.pace.begun
+        if whole is not None:
+            whole.add_gradient(gradient)
+            return _value(terms)
         sizes = [parameter.numel() for parameter in kept.parameters]
         for parameter, part in zip(kept.parameters, gradient.split(sizes), strict=True):
             own = part.view_as(parameter)
@@ -136,6 +153,7 @@ class _Kept:
         guide.initialize(*args, **kwargs)
         if not isinstance(guide._flow, Flow):
             raise TypeError("the guide is a mixture of flows")
+        self.guide = weakref.ref(guide)
         self.flow, self.noncentered = guide._flow, guide._noncentered
         self.density = LogDensity(model, args, kwargs, noncentered=self.noncentered)
         if self.density.parameters():
@@ -143,9 +161,23 @@ class _Kept:
         if not self.density.batched:
             raise ValueError(self.density.reason or "the model runs draw by draw")
         self.parameters = [parameter for parameter in self.flow.parameters() if parameter.requires_grad]
+        self.gains = [module for module in self.flow.modules() if isinstance(module, Paced)]
+        paced = guide._cautious == AUTO and any(module.gain is not None for module in self.gains)
+        self.pace = Pace(self.flow, self.parameters, begun=guide._paced) if paced else None
         self._arguments = Arguments(args, kwargs)
         self._steps: Cache[Any, RecordedStep | str] = Cache(STEPS_KEPT)
         self._recorded = 0
+        self._base: tuple[Any, BasePoints] | None = None
+
+    def whole(self) -> Whole | None:
+        """Return the parameters as one vector, which the guide keeps; None if they are of several kinds."""
+        guide = self.guide()
+        if guide is None or not self.parameters:
+            return None
+        if guide._whole is None or guide._whole.parameters[0] is not self.parameters[0] or not guide._whole.hold():
+            kinds = {(part.dtype, part.device) for part in self.parameters}
+            guide._whole = Whole(self.parameters) if len(kinds) == 1 else None
+        return guide._whole
 
     def is_of(self, model: Any, guide: Any) -> bool:
         """Whether the guide still has the flow, and is still trained on the model, that this was made for."""
@@ -153,11 +185,15 @@ class _Kept:
 
     def points(self, count: int) -> Tensor:
         """Draw base points (S, D)."""
-        return BasePoints(self.flow)(count)[0]
+        like = (self.parameters[0].dtype, self.parameters[0].device) if self.parameters else None
+        if self._base is None or self._base[0] != like:
+            self._base = like, BasePoints(self.flow)
+        return self._base[1](count)[0]
 
     def step(self, count: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Return the terms of the ELBO and the gradient, by a graph if there is one for such data."""
-        places = tuple(parameter.data_ptr() for parameter in self.parameters)  # where a graph reads them
+        gains = [module.gain for module in self.gains if module.gain is not None]
+        places = tuple(part.data_ptr() for part in (*self.parameters, *gains))  # where a graph reads them
         x, key = self.points(count), (count, arguments.key, places)
         found = self._steps.of(key, lambda: self._record(x, arguments))
         if isinstance(found, RecordedStep):

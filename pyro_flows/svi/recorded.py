@@ -18,6 +18,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.objectives import pulled
 from pyro_flows.training.flow_graphs import Passes, gradient_of, points
 
+STEEP = 5.0  # times the median length of a draw's gradient: with few draws, one would decide a step
 Shapes = tuple[Any, ...]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)  # what is compared by how it is written
 
@@ -112,5 +113,6 @@ def eager_step(flow: Flow, density: LogDensity, parameters: Sequence[Tensor], x:
 
 
 def _pull(log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor) -> tuple[Tensor, Tensor]:
-    found = pulled(log_p.to(log_q.dtype), score_p.to(log_q.dtype), log_q, score_q, torch.zeros_like(log_q))
+    none = torch.zeros_like(log_q)
+    found = pulled(log_p.to(log_q.dtype), score_p.to(log_q.dtype), log_q, score_q, none, steep=STEEP)
     return found[0], found[1]

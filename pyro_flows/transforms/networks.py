@@ -66,6 +66,13 @@ class Paced(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def give_gains(module: nn.Module) -> None:
+    """Give each layer that can have a gain, and has none, one of 1."""
+    for layer in module.modules():
+        if isinstance(layer, Paced) and layer.gain is None:
+            Paced.slow(layer, 1.0)
+
+
 class Linear(Paced, nn.Linear):
     """A linear layer within a network; its preactivations are what is paced."""
 

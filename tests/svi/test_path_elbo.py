@@ -68,7 +68,7 @@ def test_a_recorded_step_is_that_of_autograd(kind, cautious):
 
 
 def test_other_data_go_through_the_same_graph():
-    guide = pf.AutoRealNVP(conjugate, layers=2)
+    guide = pf.AutoRealNVP(conjugate, layers=2, cautious=True)
     svi, loss = svi_of(conjugate, guide)
     svi.step(Y)
     kept = loss._kept[guide]
@@ -91,7 +91,7 @@ def test_other_data_go_through_the_same_graph():
 
 def test_the_gradient_vanishes_at_the_posterior():
     """Without the score term no draw has any, and not only their mean. The Student-t base is nearly normal here."""
-    guide = pf.AutoRealNVP(conjugate, layers=2, base="normal")
+    guide = pf.AutoRealNVP(conjugate, layers=2, base="normal", cautious=True)
     loss = pf.PathELBO(num_particles=16)
     loss.loss_and_grads(conjugate, guide, Y)
     away = float(gradients(guide).abs().max())
@@ -177,7 +177,7 @@ def test_a_guide_of_two_models_reads_each():
 
 
 def test_a_step_without_a_finite_gradient_leaves_the_parameters_as_they_are():
-    guide = pf.AutoRealNVP(conjugate, layers=2)
+    guide = pf.AutoRealNVP(conjugate, layers=2, cautious=True)
     svi, loss = svi_of(conjugate, guide)
     svi.step(Y)
     with torch.no_grad():

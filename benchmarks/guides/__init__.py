@@ -1,0 +1,1 @@
+"""Flow guides against Pyro's guides, in Pyro's SVI, at equal seconds."""

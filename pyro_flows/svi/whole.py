@@ -1,0 +1,62 @@
+"""A flow's parameters as one vector for Pyro's optimizers, which make an optimizer for each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Whole:
+    """One vector whose memory is that of all parameters: an optimizer of it moves them.
+
+    Pyro's optimizers take about a tenth of a millisecond for each tensor, however small. Four couplings have 26.
+
+    Args:
+        parameters: of one dtype and device.
+
+    Raises:
+        ValueError: if their dtypes or devices differ.
+
+    Cost: that of a look at each parameter's address.
+
+    >>> import torch
+    >>> from pyro_flows.svi.whole import Whole
+    >>> parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.zeros(1, 1))]
+    >>> whole = Whole(parameters)
+    >>> whole.vector.data.mul_(3.0)
+    tensor([3., 3., 0.])
+    >>> parameters[0].tolist()
+    [3.0, 3.0]
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        if len({(part.dtype, part.device) for part in parameters}) != 1:
+            raise ValueError("parameters: expected one dtype and device.")
+        self.parameters = list(parameters)
+        self.vector = nn.Parameter(torch.cat([part.detach().reshape(-1) for part in parameters]))
+        self.hold()
+
+    @torch.no_grad()
+    def hold(self) -> bool:
+        """Take the memory of parameters that have another one by now; return whether they still fit in."""
+        first = self.parameters[0]
+        if first.dtype != self.vector.dtype or first.device != self.vector.device:
+            return False
+        offset = 0
+        for part in self.parameters:
+            own = self.vector.data[offset : offset + part.numel()].view(part.shape)
+            if part.data_ptr() != own.data_ptr():
+                part.data = own.copy_(part)
+            offset += part.numel()
+        return True
+
+    def release(self) -> None:
+        """Give each parameter memory of its own, for copies and files, until the next :meth:`hold`."""
+        for part in self.parameters:
+            part.data = part.data.clone()
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add to the gradient of the vector."""
+        self.vector.grad = gradient.clone() if self.vector.grad is None else self.vector.grad + gradient
