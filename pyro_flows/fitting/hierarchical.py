@@ -17,7 +17,6 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.flows.recipe import AUTO
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.marginal import Marginal
 from pyro_flows.model.log_density import LogDensity
@@ -32,7 +31,6 @@ from pyro_flows.verdict.weighing import weigh
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
 MARGINAL_DRAWS = 1000  # of the globals, each of which takes a pass over all rows
 LOOKED_AT, TRIED = 64, 400  # draws at which rows are looked at; by which a round of training is judged
-LAYERS = 4  # couplings, if nothing is said
 ROUND = 500  # steps of the first round; each next one has twice as many
 RATE, LAST_RATE = 5e-3, 0.02  # of Adam, and the part of it at the end of a round
 NAMED = 5  # rows
@@ -62,9 +60,8 @@ def diagnose_hierarchical(
 
 def fit_hierarchical(plan: Plan) -> Posterior:
     """Train a guide with structure on minibatches, and judge it by all rows; see :func:`pyro_flows.fit`."""
-    flow = plan.recipe.builder if plan.recipe.builder != AUTO else "realnvp"
-    options = {"layers": LAYERS} if plan.automatic else dict(plan.recipe.options)
-    guide = AutoHierarchicalFlow(plan.model, flow, **options)
+    flow = plan.recipe.builder
+    guide = AutoHierarchicalFlow(plan.model, flow, **dict(plan.recipe.options))
     with _own_parameters(), seeded(derive(plan.seed, "a guide with plates")):
         plan.bar.watch(_stages.STARTS)
         guide.initialize(*plan.args, **plan.kwargs)

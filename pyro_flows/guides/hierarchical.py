@@ -37,6 +37,7 @@ from pyro_flows.model.sites import messages
 from pyro_flows.model.start import first_run, initial_value, transform_of
 from pyro_flows.transforms import Compose, DiagonalAffine, SinhArcsinh
 
+LAYERS = 4  # couplings of the default flow
 MOST_NUMBERS = 64  # of a row: each takes a pass backward
 JOINT_UP_TO = 200  # coordinates of sites that are put into the flow, since their rows are not independent
 MORE_ROWS = 4  # times the rows by which the flow started, from which on it starts anew
@@ -77,7 +78,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             approximation, and at the curvature there. Up to 256 minibatches are read. ``"prior"``: at the prior's
             median.
         create_plates: taken, so that the guide can stand in the place of others; the model's plates are used.
-        options: of :class:`AutoFlow`, such as ``layers=4``, ``affine=``, ``base=``.
+        options: of :class:`AutoFlow`, such as ``layers=`` (4), ``affine=``, ``base=``.
 
     Attributes:
         local: names of the sites in plates that have conditional distributions.
@@ -123,6 +124,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if not callable(model):
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
         super().__init__(model)
+        if flow == "realnvp":
+            options.setdefault("layers", LAYERS)
         AutoFlow(model, flow, **options)  # wrong options are named here, not at the first step
         self._joint = tuple(joint)
         self._init = _checks.choice("init", init, INITS)
