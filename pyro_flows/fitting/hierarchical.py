@@ -17,16 +17,18 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.plan import Plan
+from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.marginal import Marginal
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
+from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.methods import method_of
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.deciding import Draw
 from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, K_HAT_GOOD
-from pyro_flows.verdict.weighing import weigh
+from pyro_flows.verdict.weighing import in_words, weigh
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
 MARGINAL_DRAWS = 1000  # of the globals, each of which takes a pass over all rows
@@ -34,6 +36,7 @@ LOOKED_AT, TRIED = 64, 400  # draws at which rows are looked at; by which a roun
 ROUND = 500  # steps of the first round; each next one has twice as many
 RATE, LAST_RATE = 5e-3, 0.02  # of Adam, and the part of it at the end of a round
 NAMED = 5  # rows
+CLIMBS, APART, LOWER = 3, 8.0, -5.0  # from the prior; sds between modes; nats that a second mode may be lower
 
 
 def diagnose_hierarchical(
@@ -102,10 +105,11 @@ def judged_by_rows(
     failures = [failure for failure in failures if failure]
     if guide.reason is not None:
         failures.append(guide.reason)
+    failures += _second_mode(density, z, seed)
     notes = [
         f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by "
         f"{density.marginal.count} draws of each (error {noise:.2g} nats), and guide.sample_posterior() draws them",
-        "no search for missed modes was made, since the guide follows the model's plates",
+        f"no search for missed modes was made, but for climbs from {CLIMBS} draws of the prior",
     ]
     settings = {**about["settings"], "rows": rows, "worst_rows": named}
     count = min(draws, MARGINAL_DRAWS)
@@ -114,6 +118,28 @@ def judged_by_rows(
     if settings.get("diagnosed"):
         return found
     return replace(found, verdict=replace(found.verdict, guide_method=method_of(guide._top._single)))
+
+
+def _second_mode(density: MarginalDensity, z: Tensor, seed: int) -> list[str]:
+    """Say where climbs from draws of the prior end, if that is far from the draws ``z`` and about as high."""
+    values = density.prior(CLIMBS, seed=seed)
+    if values is None or density.dim > FULL_UP_TO:
+        return []
+    few = density.marginal.with_parts(FEW_PARTS)
+    center, spread = z.mean(0), z.std(0).clamp_min(1e-12)
+    own = climb(few, center)
+    for start in density.unconstrain(values):
+        mode = climb(few, start.to(center))
+        if mode is None or own is None:
+            continue
+        apart = ((mode - own) / spread).abs()
+        heights = few(torch.stack([own, mode]))
+        if float(apart.max()) > APART and float(heights[1] - heights[0]) > LOWER:
+            name = coordinate_names(density.structure)[int(apart.argmax())]
+            return [
+                f"a second mode of the latents outside of plates, {in_words(float(apart.max()))} sds away in {name}"
+            ]
+    return []
 
 
 def _said_of(names: list[str], rows: int, what: str) -> str:

@@ -34,11 +34,11 @@ def start_of_globals(
 
     sided = False
     few = density_of(FEW_PARTS)
-    mode = _climb(few, z)
+    mode = climb(few, z)
     if mode is None:
         return None
     if sided := few.adapt(mode.unsqueeze(0)):
-        again = _climb(few, mode)
+        again = climb(few, mode)
         mode = mode if again is None else again
     covariance = _covariance(few, mode)
     if few.first.at.drawn:
@@ -59,7 +59,7 @@ def _at(density: Marginal, z: Tensor) -> tuple[Tensor, Tensor]:
     return value[0], gradient[0].to(z)
 
 
-def _climb(density: Marginal, z: Tensor) -> Tensor | None:
+def climb(density: Marginal, z: Tensor) -> Tensor | None:
     """Return the best point of a climb by L-BFGS; None if no density is finite."""
     point = z.clone()
     best: list[Any] = [-math.inf, None]

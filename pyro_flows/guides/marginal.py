@@ -16,6 +16,7 @@ Sources: Andrieu and Roberts 2009, doi:10.1214/07-AOS574 (the pseudo-marginal me
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,6 +182,12 @@ class Marginal:
         for plate, kept in alone.kept.items():
             total = total + ((torch.logsumexp(alone.weights(plate), 0) - math.log(self.count)) * kept).sum(-1)
         return torch.allclose(together, total, rtol=1e-4, atol=1e-2)
+
+    def with_parts(self, most: int) -> Marginal:
+        """Return the same log density by so many parts at most, which then stand for all rows."""
+        other = copy.copy(self)
+        other.parts = parts_of(self.first, self.seed, most)
+        return other
 
     @property
     def _rows_at_once(self) -> int:

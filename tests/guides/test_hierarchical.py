@@ -386,6 +386,19 @@ def test_rows_with_a_second_mode_are_named():
     assert "2 of 60 rows have a second mode: row[7], row[37]" in posterior.verdict.reasons
 
 
+def with_two_signs(x, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 2.0))
+    with pyro.plate("row", len(x), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.Normal(mu.abs(), 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x[index])
+
+
+def test_a_second_mode_of_the_globals_is_found_from_the_prior():
+    posterior = pf.fit(with_two_signs, data(200) + 1.0, 50, progress=False)
+    assert posterior.verdict.status == "unreliable"
+    assert "a second mode of the latents outside of plates" in posterior.verdict.reasons[0]
+
+
 def test_a_guide_that_is_off_is_told_so():
     x = data(1000, spread=1.5)
     guide = pf.AutoHierarchicalFlow(normal_rows, layers=2).initialize(x, 250)
