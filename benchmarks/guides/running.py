@@ -49,13 +49,14 @@ def _affine_autoregressive(model: Any) -> Any:
 GUIDES: dict[str, Callable[[Any], Any]] = {
     "ours": pf.AutoRealNVP,
     "ours_trace": pf.AutoRealNVP,
+    "plates": pf.AutoHierarchicalFlow,
     "normal": autoguide.AutoNormal,
     "full_rank": autoguide.AutoMultivariateNormal,
     "low_rank": autoguide.AutoLowRankMultivariateNormal,
     "iaf": functools.partial(autoguide.AutoIAFNormal, num_transforms=2),
     "affine_autoregressive": _affine_autoregressive,
 }
-OURS = ("ours", "ours_trace")
+OURS = ("ours", "ours_trace", "plates")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def train(row: dict[str, Any], task: Task, *, most: int | None = None) -> tuple[
     row["seconds"] = time.process_time() - began
     row["setup"] = since - began if steps >= UNTIMED else row["seconds"]
     row["ms"] = 1e3 * (row["seconds"] - row["setup"]) / (steps - UNTIMED) if steps > UNTIMED else math.nan
-    row["layers"] = guide._recipe.options["layers"] if task.guide in OURS else ""
+    flow = guide._top if task.guide == "plates" else guide
+    row["layers"] = flow._recipe.options["layers"] if task.guide in OURS else ""
     return guide, arguments
 
 

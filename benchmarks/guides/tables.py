@@ -14,6 +14,7 @@ NEAR_BEST, NEAR_RATES = 0.02, 0.1  # nats
 NAMES = {
     "ours": "AutoRealNVP, PathELBO",
     "ours_trace": "AutoRealNVP, Trace_ELBO",
+    "plates": "AutoHierarchicalFlow, Trace_ELBO",
     "normal": "AutoNormal",
     "full_rank": "AutoMultivariateNormal",
     "low_rank": "AutoLowRank",
