@@ -189,8 +189,8 @@ def _mixture(text: Text, flow: FlowMixture, posterior: Record) -> str:
     count, kinds = len(flow.components), {method_of(member): member for member in flow.members}
     if len(flow.members) < count:
         what = (
-            f"a mixture of {count} images of {counted(len(flow.members), 'distribution')} under exact symmetries of the "
-            "posterior"
+            f"a mixture of {count} images of {len(flow.members)} distribution{'s' * (len(flow.members) > 1)} under exact "
+            "symmetries of the posterior"
         )
     else:
         what = f"a mixture of {count} distributions"
