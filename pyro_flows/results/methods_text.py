@@ -187,11 +187,10 @@ def _trained(text: Text, flow: Flow | FlowMixture | None, base: str) -> str:
 
 def _mixture(text: Text, flow: FlowMixture, posterior: Record) -> str:
     count, kinds = len(flow.components), {method_of(member): member for member in flow.members}
-    if len(flow.members) < count:
-        what = (
-            f"a mixture of {count} images of {len(flow.members)} distribution{'s' * (len(flow.members) > 1)} under exact "
-            "symmetries of the posterior"
-        )
+    own = len(flow.members)
+    if own < count:
+        images = f"{count} images of {own} distribution{'s' * (own > 1)}"
+        what = f"a mixture of {images} under exact symmetries of the posterior"
     else:
         what = f"a mixture of {count} distributions"
     if set(kinds) == {GAUSSIAN}:
