@@ -72,6 +72,7 @@ def write_tables(
     page: Path | None = None,
     *,
     zoo_csv: Path = zoo_running.OUT,
+    causes_csv: Path = zoo_reporting.CAUSES,
     named_csv: Path = named.OUT,
     modes_csv: Path = modes.OUT,
     search_csv: Path = search.OUT,
@@ -100,7 +101,7 @@ def write_tables(
 
     sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
         ("zoo", zoo_csv, lambda rows: zoo_reporting.section(rows, table, about)),
-        ("causes", zoo_csv.parent / "causes.csv", lambda rows: zoo_reporting.causes_section(rows, table, about)),
+        ("causes", causes_csv, lambda rows: zoo_reporting.causes_section(rows, table, about)),
         ("ledger", zoo_csv, lambda rows: ledger.section(zoo_csv.parent)),
         ("named", named_csv, lambda rows: named.section(rows, table, about)),
         ("modes", modes_csv, lambda rows: modes.section(rows, table, about)),

@@ -141,8 +141,8 @@ columns = {(name, what): values for name, draws in both.items() for what, values
 pd.DataFrame(columns, index=[*names, "spread"]).round(3)
 
 # %% [markdown]
-# Both agree. A flow beside Pyro's `AutoNormal` for the rows would not: its Gaussian for each row does not depend on the
-# global latents, so that the standard deviation of `spread` comes out too small.
+# Both agree. A flow beside Pyro's `AutoNormal` for the rows would not. Its Gaussian for each row does not depend on the
+# global latents. So the standard deviation of `spread` comes out too small.
 #
 # ## A variational autoencoder with two flows
 #

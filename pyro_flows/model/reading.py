@@ -104,7 +104,7 @@ def _read_latent(site: Any, offset: int, unmasked: Tensor | None) -> Latent:
     for plate in _subsampled(site):
         raise Subsampled(
             f"site {name!r}: a latent in the subsampled plate {plate!r}; a guide over one vector would learn only as "
-            f"many latents as one subsample holds. Use an AutoHierarchicalFlow, or give {plate!r} its full size."
+            f"many latents as one subsample holds. Give {plate!r} its full size, or use an AutoHierarchicalFlow."
         )
     if site["value"].shape != site["fn"].shape():
         raise ValueError(

@@ -455,7 +455,7 @@ def test_the_table_of_toys_has_one_line_a_case(tmp_path):
     rows += [toy_row(target="mixture", flow="realnvp", layers=8, runs=4, error="ValueError: none", status="")]
     records.write(file, toys.FIELDS, rows)
     nothing = tmp_path / "none.csv"
-    tables.write_tables(page, speed_csv=nothing, posteriordb_csv=nothing, toys_csv=file)
+    tables.write_tables(page, speed_csv=nothing, posteriordb_csv=nothing, guides_csv=nothing, toys_csv=file)
     lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     cells = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in lines}
     assert cells["u1"][4:6] == ["0.360", "0.700"]
