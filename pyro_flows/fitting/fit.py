@@ -104,6 +104,11 @@ def fit(
         raise_on_interrupt: let Ctrl-C raise ``KeyboardInterrupt``. By default, once the model has been read, it ends
             the work, and what there is by then is judged and returned, never as ``ok``; a second Ctrl-C raises.
 
+    A model with a subsampled plate is fitted by an :class:`AutoHierarchicalFlow`, on minibatches. The posterior is then
+    that of the latents outside of plates, judged by all rows, with 1000 draws at most. ``flow``, ``layers``, ``draws``,
+    ``seed`` and ``max_steps`` count; ``max_seconds`` bounds the training only, Ctrl-C raises, ``runs`` above 1 and
+    ``train_model`` are refused, and ``escalate`` and ``refine`` change nothing.
+
     Returns:
         A :class:`Posterior`; read its ``verdict`` first.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,12 +16,15 @@ from torch import Tensor
 from pyro_flows import _stages
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
+from pyro_flows._warnings import outside
 from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.marginal import Marginal
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.observations import NothingObservedWarning
+from pyro_flows.model.sites import messages
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
@@ -36,7 +40,8 @@ LOOKED_AT, TRIED = 64, 400  # draws at which rows are looked at; by which a roun
 ROUND = 500  # steps of the first round; each next one has twice as many
 RATE, LAST_RATE = 5e-3, 0.02  # of Adam, and the part of it at the end of a round
 NAMED = 5  # rows
-CLIMBS, APART, LOWER = 3, 8.0, -5.0  # from the prior; sds between modes; nats that a second mode may be lower
+PRIOR_DRAWS, CLIMBS = 256, 3  # of which the best are climbed from
+APART, LOWER = 5.0, -5.0  # sds between modes; nats that a second mode may be lower
 
 
 def diagnose_hierarchical(
@@ -63,6 +68,9 @@ def diagnose_hierarchical(
 
 def fit_hierarchical(plan: Plan) -> Posterior:
     """Train a guide with structure on minibatches, and judge it by all rows; see :func:`pyro_flows.fit`."""
+    if plan.runs > 1 or plan.train_model:
+        name = "train_model" if plan.train_model else "runs"
+        raise ValueError(f"{name}: not available for a model with subsampled plates. Leave it out, or give all rows.")
     flow = plan.recipe.builder
     guide = AutoHierarchicalFlow(plan.model, flow, **dict(plan.recipe.options))
     with _own_parameters(), seeded(derive(plan.seed, "a guide with plates")):
@@ -94,6 +102,10 @@ def judged_by_rows(
     """Return the posterior of the globals, judged with latents in plates integrated out."""
     draw = _global_draw(guide)
     z, _ = draw(LOOKED_AT)
+    sites = messages(density.marginal.first.at.trace).values()
+    if not any(site["type"] == "sample" and site["is_observed"] for site in sites):
+        what = "model: nothing is observed (no obs= with values, no pyro.factor), so the posterior is the prior."
+        warnings.warn(what, NothingObservedWarning, stacklevel=outside())
     noise = density.marginal.choose_count(z)
     worst, rows = density.marginal.worst_rows(z)
     second = density.marginal.second_modes(z.median(0).values)
@@ -109,7 +121,7 @@ def judged_by_rows(
     notes = [
         f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by "
         f"{density.marginal.count} draws of each (error {noise:.2g} nats), and guide.sample_posterior() draws them",
-        f"no search for missed modes was made, but for climbs from {CLIMBS} draws of the prior",
+        f"no search for missed modes was made, but for climbs from {CLIMBS} of {PRIOR_DRAWS} draws of the prior",
     ]
     settings = {**about["settings"], "rows": rows, "worst_rows": named}
     count = min(draws, MARGINAL_DRAWS)
@@ -122,14 +134,16 @@ def judged_by_rows(
 
 def _second_mode(density: MarginalDensity, z: Tensor, seed: int) -> list[str]:
     """Say where climbs from draws of the prior end, if that is far from the draws ``z`` and about as high."""
-    values = density.prior(CLIMBS, seed=seed)
+    values = density.prior(PRIOR_DRAWS, seed=seed)
     if values is None or density.dim > FULL_UP_TO:
         return []
     few = density.marginal.with_parts(FEW_PARTS)
     center, spread = z.mean(0), z.std(0).clamp_min(1e-12)
     own = climb(few, center)
-    for start in density.unconstrain(values):
-        mode = climb(few, start.to(center))
+    starts = density.unconstrain(values).to(center)
+    order = torch.nan_to_num(few(starts), nan=-torch.inf).argsort(descending=True)
+    for start in starts[order[:CLIMBS]]:
+        mode = climb(few, start)
         if mode is None or own is None:
             continue
         apart = ((mode - own) / spread).abs()
@@ -166,9 +180,12 @@ def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int) -> list[float]:
         if plan.clock.over:
             break
         optimizer.zero_grad()
-        losses.append(float(elbo.loss_and_grads(plan.model, guide, *plan.args, **plan.kwargs)))
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        loss = elbo.differentiable_loss(plan.model, guide, *plan.args, **plan.kwargs)
+        losses.append(float(loss))
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)  # none of the model's own parameters
+        if all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
             optimizer.step()
         schedule.step()
         plan.bar.count(step + 1, steps)
@@ -177,15 +194,10 @@ def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int) -> list[float]:
 
 @contextmanager
 def _own_parameters() -> Iterator[None]:
-    """Leave Pyro's store, and gradients of the model's own parameters, as they were."""
+    """Leave Pyro's store as it was."""
     store = pyro.get_param_store()
-    before = {name: (value, value.grad) for name, value in store._params.items()}
     with store.scope(state=store.get_state()):
-        try:
-            yield
-        finally:
-            for value, gradient in before.values():
-                value.grad = gradient
+        yield
 
 
 # draws ----------------------------------------------------------------------------------------------------------------

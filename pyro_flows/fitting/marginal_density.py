@@ -44,6 +44,17 @@ class MarginalDensity(LogDensity):
         value, gradient = self.marginal.value_and_grad(self._check(z).detach())
         return value.to(z.dtype), gradient.to(z.dtype)
 
+    def predictive(self, z: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
+        """Raise an error: the latents of rows are not there.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "predictive: latents of rows were integrated out. Draw them with posterior.guide.sample_posterior, or use "
+            "pyro.infer.Predictive with the guide."
+        )
+
     def graph(self, z: Tensor) -> None:
         """Return None: a pass over parts of the data is no graph."""
 

@@ -19,7 +19,7 @@ from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback
 from pyro_flows.flows.recipe import FlowLike, begin_at
 from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow
-from pyro_flows.guides.collapsed import start_of_globals
+from pyro_flows.guides.collapsed import MOST_PARTS, start_of_globals
 from pyro_flows.guides.conditional import (
     At,
     Conditional,
@@ -31,6 +31,7 @@ from pyro_flows.guides.conditional import (
     read_elsewhere,
     vectorized,
 )
+from pyro_flows.guides.marginal import check_data, parts_of
 from pyro_flows.guides.setup import AUTO, INITS
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.sites import messages
@@ -74,8 +75,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         joint: sites in plates whose latents the flow takes too. Sites whose rows depend on each other given all else,
             such as increments of a random walk or weights of a regression, are found, and are taken too, up to 200
             coordinates.
-        init: ``"auto"``: the flow starts at a mode of its latents, those in plates integrated out by Laplace's
-            approximation, and at the curvature there. Up to 256 minibatches are read. ``"prior"``: at the prior's
+        init: ``"auto"``: the flow starts at a mode of its latents, those in plates integrated out by importance
+            sampling, and at the curvature there. Up to 256 minibatches are read. ``"prior"``: at the prior's
             median.
         create_plates: taken, so that the guide can stand in the place of others; the model's plates are used.
         options: of :class:`AutoFlow`, such as ``layers=`` (4), ``affine=``, ``base=``.
@@ -189,6 +190,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 break
             joint.add(moved)
         self._events = {site.name: site.event_dim for site in first.sites}
+        check_data(self._rows(args, kwargs), z, self._start, parts_of(first, 0, MOST_PARTS))
         self._begin(top, z, args, kwargs)
         shapes = [Compose([SinhArcsinh(1), DiagonalAffine(1)]) for _ in first.numbers]
         top._flow.add_module("local", nn.ModuleList(shapes).to(top._like))

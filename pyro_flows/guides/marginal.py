@@ -3,9 +3,10 @@ r"""The log density of a model's global latents, those in plates integrated out 
 .. math:: \log \hat p(\theta, x) = \log p(\theta) + \sum_i \log \frac 1K \sum_{k=1}^K
           \frac{p(x_i, y_{ik} \mid \theta)}{q(y_{ik} \mid \theta, x_i)}, \qquad y_{ik} \sim q(\cdot \mid \theta, x_i)
 
-Each factor is an unbiased estimate of a row's likelihood, and so is their product: weights by it are those of the
-pseudo-marginal method. The random numbers of a row are the same at all :math:`\theta`, so that differences have little
-noise; two halves of them tell how much. The gradient goes through the draws: it is exact where q is.
+Each factor estimates a row's likelihood; the bias of its logarithm is taken off to the second order. The random numbers
+of a row are the same at all :math:`\theta`, so that differences have little noise; two independent halves of them tell
+how much. The value itself, and so the evidence, has an error beside that. The gradient goes through the draws: it is
+exact where q is.
 
 Where rows are not normal, q is widened to each side of each number, by how far the log density has fallen two and four
 standard deviations out.
@@ -39,7 +40,9 @@ from pyro_flows.guides.conditional import (
     of_prior,
     vectorized,
 )
-from pyro_flows.model.sites import messages
+from pyro_flows.model.handlers import masks_over
+from pyro_flows.model.sites import innermost, is_data, messages
+from pyro_flows.model.supports import inside
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import K_HAT_MOST
 
@@ -122,11 +125,18 @@ class Marginal:
     ) -> None:
         self.rows, self.start, self.seed, self.shape, self.remember = rows, start, seed, shape, remember
         self.first = rows.near_mode(z, start, {})
+        again = rows.run(z, at_values(self.first.base), self.first.at.chosen).densities()
+        if any(
+            not torch.allclose(part, again[name], equal_nan=True) for name, part in self.first.at.densities().items()
+        ):
+            raise ValueError("model: expected one log density at one point, got two: it draws random numbers.")
         self._groups = _groups(self.first, whole=most is None)
         self._numbers = max((site.value.numel() for site in self.first.sites), default=1)
         sites = [site for site in messages(self.first.at.trace).values() if site["type"] == "sample"]
         self._nest = max((-frame.dim for site in sites for frame in vectorized(site)), default=0)
         self.parts = parts_of(self.first, seed, most)
+        if most is None:
+            check_data(rows, z, start, self.parts)
         self.count, self.sided = DRAWS_LEAST, False
         self.batched = True
         self.batched = self._can_be_batched(z)
@@ -165,7 +175,7 @@ class Marginal:
         found = [terms.total] * shares
         for plate, kept in terms.kept.items():
             for share, own in enumerate(terms.weights(plate).chunk(shares)):
-                found[share] = found[share] + ((torch.logsumexp(own, 0) - math.log(len(own))) * kept).sum(-1)
+                found[share] = found[share] + (_log_mean(own) * kept).sum(-1)
         return torch.stack(found)
 
     @torch.no_grad()
@@ -180,7 +190,7 @@ class Marginal:
         alone = self._terms(points, 0)
         total = alone.total
         for plate, kept in alone.kept.items():
-            total = total + ((torch.logsumexp(alone.weights(plate), 0) - math.log(self.count)) * kept).sum(-1)
+            total = total + (_log_mean(alone.weights(plate)) * kept).sum(-1)
         return torch.allclose(together, total, rtol=1e-4, atol=1e-2)
 
     def with_parts(self, most: int) -> Marginal:
@@ -248,7 +258,10 @@ class Marginal:
                 base = self.rows.mode(points, first)
                 then = self.rows.conditional(points, at_values(base), part.chosen)
                 steps = zip(then.by_number(then.base), now.by_number(now.base), now.numbers, strict=True)
-                far = [((one - other) / number_.sd).abs() > FAR for one, other, number_ in steps]
+                far = [
+                    (((one - other) / own.sd).abs() > FAR) & (own.curvature.abs() > 0.0)  # or it is masked
+                    for one, other, own in steps
+                ]
                 near = [length.abs() <= NEAR for length in then.decrement]
                 for plate, second in self._masses(then, points, number).items():
                     index = part.chosen.get(plate, torch.arange(len(second)))
@@ -367,7 +380,7 @@ class Marginal:
             number: Number = now.numbers[index]
             rows = (1, *number.own.shape[1:]) if self.batched else number.own.shape
             half = torch.randn(self.count // 2, *rows).to(number.own)
-            eps = torch.cat([half, -half])
+            eps = torch.stack([half, -half], 1).flatten(0, 1)  # pairs, so that each half of them has both signs
             shaped, ladj = self.shape(index, eps)
             density = torch.distributions.Normal(0.0, 1.0).log_prob(eps) - ladj - number.sd.log()
             if sides is not None:
@@ -439,6 +452,54 @@ def parts_of(first: Conditional, seed: int, most: int | None) -> list[Part]:
         for part in parts:
             part.fresh[name] = torch.ones(rows, dtype=torch.bool, device=device)
     return parts
+
+
+def _log_mean(log_weights: Tensor) -> Tensor:
+    """Return the log of the mean of weights (K, ...), pairs after each other, free of bias to the second order.
+
+    The log of a mean of n is too low by about its relative variance over 2 n.
+    """
+    pairs = torch.logsumexp(log_weights.unflatten(0, (-1, 2)), 1) - math.log(2.0)
+    mean = torch.logsumexp(pairs, 0) - math.log(len(pairs))
+    if len(pairs) < 2:
+        return mean
+    return mean + (pairs - mean).exp().var(0) / (2.0 * len(pairs))
+
+
+@torch.no_grad()
+def check_data(rows: Rows, z: Tensor, start: Start, parts: Sequence[Part]) -> None:
+    """Look at all observed values of some parts.
+
+    Raises:
+        ValueError: for a value that is NaN or outside of the support of its likelihood, with the site and the row.
+    """
+    for part in parts:
+        at = rows.run(z, start, part.chosen)
+        for name, site in messages(at.trace).items():
+            if site["type"] != "sample" or not site["is_observed"] or not is_data(site):
+                continue
+            value = torch.as_tensor(site["value"])
+            fine, axes = inside(site["fn"], value)
+            fine = fine & ~torch.isnan(value)
+            fine = fine.flatten(fine.dim() - axes).all(-1) if axes else fine
+            for mask, own in masks_over(site):
+                fine = fine | ~(mask if not own else mask.flatten(mask.dim() - own).all(-1))
+            if not bool(fine.all()):
+                row = (~fine).nonzero()[0].tolist()
+                raise ValueError(
+                    f"site {name!r}: an observed value is NaN or outside of the support of its distribution "
+                    f"({innermost(site['fn']).__name__}), at {_row_named(site, row, at.chosen)}."
+                )
+
+
+def _row_named(site: Any, index: list[int], chosen: Mapping[str, Tensor]) -> str:
+    """Return the place of a row in the data, by its plates."""
+    frames = {frame.dim: frame.name for frame in vectorized(site)}
+    named = []
+    for axis, place in zip(range(-len(index), 0), index, strict=True):
+        plate = frames.get(axis)
+        named.append(f"{plate}[{int(chosen[plate][place]) if plate in chosen else place}]" if plate else str(place))
+    return ", ".join(named)
 
 
 def _by_row(values: Tensor, site: Any, plate: str, nest: int) -> Tensor:

@@ -399,6 +399,87 @@ def test_a_second_mode_of_the_globals_is_found_from_the_prior():
     assert "a second mode of the latents outside of plates" in posterior.verdict.reasons[0]
 
 
+def bernoulli(y, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 2.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Bernoulli(logits=z), obs=y[index])
+
+
+@pytest.mark.parametrize("value", [2.0, 0.5, math.nan])
+def test_data_outside_of_the_support_are_named_in_any_minibatch(value):
+    y = (data(60) > 1.0).double()
+    y[37] = value
+    with pytest.raises(ValueError, match=r"site 'y': an observed value is NaN or outside .*Bernoulli.*row\[37\]"):
+        pf.fit(bernoulli, y, 20, progress=False)
+
+
+def frequency(y, times, batch):
+    w = pyro.sample("w", dist.Uniform(real(0.1), 20.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        mean = torch.sin((w.unsqueeze(-1) if w.dim() == 1 else w) * times[index])
+        pyro.sample("y", dist.Normal(mean, 0.5), obs=y[index])
+
+
+def test_a_start_at_a_low_mode_is_not_ok():
+    """The start is a low mode of many; the best draws of the prior lie near a higher one."""
+    times = torch.linspace(0.0, 10.0, 200, dtype=torch.float64)
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    posterior = pf.fit(frequency, torch.sin(3.4 * times) + 0.5 * noise, times, 50, progress=False)
+    w = float(posterior.samples["w"].mean())
+    assert posterior.verdict.status == "unreliable" or abs(w - 3.4) < 0.1
+
+
+def masked(y, kept, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 2.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index, pyro.poutine.mask(mask=kept[index]):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+
+def test_rows_that_are_masked_have_no_second_mode():
+    y = data(60)
+    kept = torch.arange(60) % 3 > 0
+    posterior = pf.fit(masked, y, kept, 20, progress=False)
+    precision = 0.25 + int(kept.sum()) / 2.0
+    assert posterior.verdict.status == "ok"
+    assert abs(float(posterior.samples["mu"].mean()) - float(y[kept].sum()) / 2.0 / precision) < 0.15 * precision**-0.5
+
+
+@pytest.mark.parametrize("option", [{"runs": 2}, {"train_model": True}])
+def test_options_that_do_not_go_with_minibatches_are_refused(option):
+    with pytest.raises(ValueError, match="not available for a model with subsampled plates"):
+        pf.fit(normal_rows, data(20), 5, progress=False, **option)
+
+
+def test_training_leaves_gradients_of_the_model_alone():
+    """They belong to the caller's own optimizer."""
+    layer = torch.nn.Linear(1, 1).double()
+    layer.weight.grad = torch.full_like(layer.weight, 7.0)
+
+    def model(x, batch):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+        with pyro.plate("row", len(x), subsample_size=batch) as index:
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.StudentT(1.5, z + layer(real([0.3]))[0], 0.1), obs=x[index])
+
+    pf.fit(model, data(40), 10, progress=False, max_steps=20)
+    assert torch.equal(layer.weight.grad, torch.full_like(layer.weight, 7.0))
+
+
+def random_model(x, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    with pyro.plate("row", len(x), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(z + torch.randn(()), 1.0), obs=x[index])
+
+
+def test_a_model_that_draws_random_numbers_is_refused():
+    guide = pf.AutoHierarchicalFlow(random_model, layers=2, init="prior").initialize(data(20), 5)
+    with pytest.raises(ValueError, match="it draws random numbers"):
+        pf.diagnose(random_model, guide, data(20), 5, progress=False)
+
+
 def test_a_guide_that_is_off_is_told_so():
     x = data(1000, spread=1.5)
     guide = pf.AutoHierarchicalFlow(normal_rows, layers=2).initialize(x, 250)
