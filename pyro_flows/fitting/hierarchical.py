@@ -41,6 +41,7 @@ ROUND = 500  # steps of the first round; each next one has twice as many
 RATE, LAST_RATE = 5e-3, 0.02  # of Adam, and the part of it at the end of a round
 NAMED = 5  # rows
 PRIOR_DRAWS, CLIMBS = 256, 3  # of which the best are climbed from
+SOUGHT = f"no search for missed modes was made, but for climbs from {CLIMBS} of {PRIOR_DRAWS} draws of the prior"
 APART, LOWER = 5.0, -5.0  # sds between modes; nats that a second mode may be lower
 
 
@@ -56,14 +57,17 @@ def diagnose_hierarchical(
     """Judge a guide with structure; see :func:`pyro_flows.diagnose`."""
     with seeded(seed):
         guide.initialize(*args, **kwargs)
-        whole = _whole_draw(model, guide, args, kwargs)
+        whole, marginal = _whole_draw(model, guide, args, kwargs), _marginal(guide, args, kwargs, seed)
         bar.watch(_stages.JUDGING)
         about: dict[str, Any] = {"settings": {"diagnosed": True}, "losses": torch.zeros(0)}
-        if whole is not None:
-            density, draw = whole
-            notes = ["no search for missed modes was made, since the guide follows the model's plates"]
-            return from_draws(density, draw, draws=draws, seed=seed, guide=guide, notes=notes, **about)
-        return judged_by_rows(guide, _marginal(guide, args, kwargs, seed), draws, seed, about)
+        if whole is None:
+            return judged_by_rows(guide, marginal, draws, seed, about)
+        density, draw = whole
+        z, _ = _global_draw(guide)(LOOKED_AT)
+        second = marginal.marginal.second_modes(z.median(0).values)
+        failures = _of_rows(second, marginal.marginal.row_count, guide) + _second_mode(marginal, z, seed)
+        said = {"failures": failures, "notes": [SOUGHT], **about}
+        return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)
 
 
 def fit_hierarchical(plan: Plan) -> Posterior:
@@ -79,8 +83,8 @@ def fit_hierarchical(plan: Plan) -> Posterior:
         losses: list[float] = []
         stages: list[Stage] = []
         steps = ROUND
+        density = _marginal(guide, plan.args, plan.kwargs, plan.seed)
         while True:
-            density = _marginal(guide, plan.args, plan.kwargs, plan.seed)
             good, elbo = _is_good(guide, density)
             stages.append(
                 Stage(stage=_stages.INITIAL if not stages else _stages.FIRST_ROUND, elbo=elbo, steps=len(losses))
@@ -107,21 +111,16 @@ def judged_by_rows(
         what = "model: nothing is observed (no obs= with values, no pyro.factor), so the posterior is the prior."
         warnings.warn(what, NothingObservedWarning, stacklevel=outside())
     noise = density.marginal.choose_count(z)
-    worst, rows = density.marginal.worst_rows(z)
+    worst, rows = density.marginal.worst_rows(z), density.marginal.row_count
     second = density.marginal.second_modes(z.median(0).values)
     named = [[row.plate, row.row] for row in worst] + [[plate, row] for plate, row in second]
-    failures = [
-        _said_of([f"{row.plate}[{row.row}] ({row.k_hat:.2f})" for row in worst], rows, "a k-hat of 0.7 or more")
-    ]
-    failures += [_said_of([f"{plate}[{row}]" for plate, row in second], rows, "a second mode")]
-    failures = [failure for failure in failures if failure]
-    if guide.reason is not None:
-        failures.append(guide.reason)
+    poor = [f"{row.plate}[{row.row}] ({row.k_hat:.2f})" for row in worst]
+    failures = _named(poor, rows, "a k-hat of 0.7 or more") + _of_rows(second, rows, guide)
     failures += _second_mode(density, z, seed)
     notes = [
         f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by "
         f"{density.marginal.count} draws of each (error {noise:.2g} nats), and guide.sample_posterior() draws them",
-        f"no search for missed modes was made, but for climbs from {CLIMBS} of {PRIOR_DRAWS} draws of the prior",
+        SOUGHT,
     ]
     settings = {**about["settings"], "rows": rows, "worst_rows": named}
     count = min(draws, MARGINAL_DRAWS)
@@ -156,10 +155,16 @@ def _second_mode(density: MarginalDensity, z: Tensor, seed: int) -> list[str]:
     return []
 
 
-def _said_of(names: list[str], rows: int, what: str) -> str:
+def _of_rows(second: list[tuple[str, int]], rows: int, guide: AutoHierarchicalFlow) -> list[str]:
+    """Say which rows have a second mode, and what the guide cannot follow."""
+    said = _named([f"{plate}[{row}]" for plate, row in second], rows, "a second mode")
+    return said if guide.reason is None else [*said, guide.reason]
+
+
+def _named(names: list[str], rows: int, what: str) -> list[str]:
     """Say how many rows have something, and name some; nothing if there are none."""
     more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{len(names)} of {rows:,} rows have {what}: {', '.join(names[:NAMED])}{more}" if names else ""
+    return [f"{len(names)} of {rows:,} rows have {what}: {', '.join(names[:NAMED])}{more}"] if names else []
 
 
 def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[bool, float]:

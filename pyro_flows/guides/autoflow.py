@@ -213,8 +213,18 @@ class AutoFlow(StoredGuide):
             ValueError: for quantiles that are no list of numbers between 0 and 1.
         """
         self._initialize_from_store(*args, **kwargs)
-        levels = torch.as_tensor(quantiles)
-        if levels.dim() != 1 or not bool(((levels >= 0) & (levels <= 1)).all()):
-            raise ValueError(f"quantiles: expected a list of numbers between 0 and 1, got {quantiles!r}.")
+        levels = levels_of(quantiles)
         draws = self._constrain(self._draws(), *args, **kwargs)
         return {name: torch.quantile(value, levels.to(value), dim=0) for name, value in draws.items()}
+
+
+def levels_of(quantiles: Sequence[float] | Tensor) -> Tensor:
+    """Return the levels of quantiles.
+
+    Raises:
+        ValueError: for what is no list of numbers between 0 and 1.
+    """
+    levels = torch.as_tensor(quantiles)
+    if levels.dim() != 1 or not bool(((levels >= 0) & (levels <= 1)).all()):
+        raise ValueError(f"quantiles: expected a list of numbers between 0 and 1, got {quantiles!r}.")
+    return levels

@@ -26,27 +26,19 @@ def start_of_globals(
     rows: Rows, z: Tensor, start: Start, remember: Callable[[Conditional], None]
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Return a mode (D,) and the scale there, (D, D) triangular or (D,); None if there is no finite density."""
-
-    def density_of(parts: int) -> Marginal:
-        density = Marginal(rows, z, start, 0, remember=remember, most=parts)
-        density.count, density.sided = DRAWS, sided
-        return density
-
-    sided = False
-    few = density_of(FEW_PARTS)
+    few = Marginal(rows, z, start, 0, remember=remember, most=FEW_PARTS)
+    few.count = DRAWS
     mode = climb(few, z)
     if mode is None:
         return None
-    if sided := few.adapt(mode.unsqueeze(0)):
+    if few.adapt(mode.unsqueeze(0)):
         again = climb(few, mode)
         mode = mode if again is None else again
     covariance = _covariance(few, mode)
     if few.first.at.drawn:
-        many = density_of(MOST_PARTS)
-        mode = _mend(many, mode, covariance)
-        covariance = _covariance(
-            density_of(max(FEW_PARTS, RUNS // (2 * len(mode)))), mode, _diagonal(covariance).sqrt()
-        )
+        mode = _mend(few.with_parts(MOST_PARTS), mode, covariance)
+        some = few.with_parts(max(FEW_PARTS, RUNS // (2 * len(mode))))
+        covariance = _covariance(some, mode, _diagonal(covariance).sqrt())
     if covariance.dim() == 1:
         return mode, covariance.sqrt()
     root, failed = torch.linalg.cholesky_ex(covariance)

@@ -28,16 +28,17 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_flows._seeding import seeded
 from pyro_flows.model.bijections import bijection, real_shape
 from pyro_flows.model.handlers import Place
 from pyro_flows.model.noncentered import location_scale
-from pyro_flows.model.sites import Latent, messages
+from pyro_flows.model.sites import Latent, by_event, messages
+from pyro_flows.model.start import FromPrior, initial_value
 
 MOST_STEPS = 60  # Newton steps to a mode
 NEAR = 0.3  # of a standard deviation of a number: how far from the mode the curvature may be taken
 SMALLEST = 1e-12  # curvature
 ROUNDING = 1e-3  # of curvatures, as a part of the largest one
-MEDIAN_DRAWS = 15
 
 Start = Callable[[Any, "At"], Tensor]  # unconstrained value of a site, from its message
 
@@ -166,8 +167,7 @@ class At(Place):
         value = start.expand(*batch, *start.shape[start.dim() - event_dim :])
         value = value if self.through else value.detach().clone().requires_grad_()
         msg["value"] = transform(value)
-        ladj = transform.log_abs_det_jacobian(value, msg["value"])
-        ladj = ladj.flatten(len(batch)).sum(-1) if ladj.dim() > len(batch) else ladj
+        ladj = by_event(transform.log_abs_det_jacobian(value, msg["value"]), len(batch))
         frames = {frame.name: frame.dim for frame in vectorized(msg)}
         self.locals[msg["name"]] = Local(msg["name"], value, frames, event_dim, ladj)
 
@@ -473,23 +473,15 @@ def at_values(values: Mapping[str, Tensor]) -> Start:
 
 def beginning(msg: Any, at: At) -> Tensor:
     """Return unconstrained values in the middle of a site's prior."""
-    fn, transform = msg["fn"], bijection(msg["fn"])
-    shape, known = real_shape(transform, fn.shape()), location_scale(msg["fn"])
+    transform, known = bijection(msg["fn"]), location_scale(msg["fn"])
     if known is not None:
-        return known[0].detach().expand(shape)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            middle: Tensor = transform.inv(fn.sample((MEDIAN_DRAWS,))).median(0).values
-    except NotImplementedError:
-        return at.z.new_zeros(shape)
-    return torch.where(torch.isfinite(middle), middle, torch.zeros_like(middle))
+        return known[0].detach().expand(real_shape(transform, msg["fn"].shape()))
+    with torch.no_grad(), seeded(0, at.z.device):
+        middle: Tensor = transform.inv(initial_value(msg))
+    return middle
 
 
 def of_prior(msg: Any, at: At) -> Tensor:
     """Return unconstrained values that are drawn from a site's prior."""
-    try:
-        drawn: Tensor = bijection(msg["fn"]).inv(msg["fn"].sample())
-    except NotImplementedError:
-        return beginning(msg, at)
+    drawn: Tensor = bijection(msg["fn"]).inv(FromPrior(at.z).value(msg))
     return torch.where(torch.isfinite(drawn), drawn, torch.zeros_like(drawn))

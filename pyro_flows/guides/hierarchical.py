@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback
 from pyro_flows.flows.recipe import FlowLike, begin_at
-from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow
+from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow, levels_of
 from pyro_flows.guides.collapsed import MOST_PARTS, start_of_globals
 from pyro_flows.guides.conditional import (
     At,
@@ -32,9 +32,9 @@ from pyro_flows.guides.conditional import (
     vectorized,
 )
 from pyro_flows.guides.marginal import check_data, parts_of
-from pyro_flows.guides.setup import AUTO, INITS
+from pyro_flows.guides.setup import AUTO
 from pyro_flows.model.bijections import bijection
-from pyro_flows.model.sites import messages
+from pyro_flows.model.sites import by_event, messages
 from pyro_flows.model.start import first_run, initial_value, transform_of
 from pyro_flows.transforms import Compose, DiagonalAffine, SinhArcsinh
 
@@ -122,14 +122,12 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         create_plates: Callable[..., Any] | None = None,
         **options: Any,
     ) -> None:
-        if not callable(model):
-            raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
         super().__init__(model)
         if flow == "realnvp":
             options.setdefault("layers", LAYERS)
-        AutoFlow(model, flow, **options)  # wrong options are named here, not at the first step
+        AutoFlow(model, flow, init=init, **options)  # what is wrong is named here, not at the first step
         self._joint = tuple(joint)
-        self._init = _checks.choice("init", init, INITS)
+        self._init = init
         self._of_globals = flow, options
         self.local: list[str] = []
         self.reason: str | None = None
@@ -391,9 +389,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             return dist.Delta(placed.value, log_density=-placed.ladj, event_dim=prior.event_dim)
         transform, y, density = bijection(prior), self._run.values[name], self._run.densities[name]
         value = transform(y)
-        ladj = transform.log_abs_det_jacobian(y, value)
-        extra = ladj.dim() - density.dim()
-        density = density - (ladj.flatten(-extra).sum(-1) if extra else ladj)
+        density = density - by_event(transform.log_abs_det_jacobian(y, value), density.dim())
         return dist.Delta(value, log_density=density, event_dim=prior.event_dim)
 
     def get_traces(self) -> tuple[poutine.Trace, poutine.Trace]:
@@ -470,9 +466,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         Raises:
             ValueError: for quantiles that are no list of numbers between 0 and 1.
         """
-        levels = torch.as_tensor(quantiles)
-        if levels.dim() != 1 or not bool(((levels >= 0) & (levels <= 1)).all()):
-            raise ValueError(f"quantiles: expected a list of numbers between 0 and 1, got {quantiles!r}.")
+        levels = levels_of(quantiles)
         self.initialize(*args, **kwargs)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -40,8 +40,9 @@ from pyro_flows.guides.conditional import (
     of_prior,
     vectorized,
 )
-from pyro_flows.model.handlers import masks_over
-from pyro_flows.model.sites import innermost, is_data, messages
+from pyro_flows.model.observations import refuse_outside, support_moves
+from pyro_flows.model.reading import check_observed
+from pyro_flows.model.sites import is_data, messages
 from pyro_flows.model.supports import inside
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import K_HAT_MOST
@@ -86,6 +87,14 @@ class _Terms:
 
     def weights(self, plate: str) -> Tensor:
         return (self.log_p[plate] - self.log_q[plate]).double()
+
+    def summed(self, shares: int) -> Tensor:
+        """Return what the part adds to the log density, by each share of the draws (shares, S)."""
+        found = [self.total] * shares
+        for plate, kept in self.kept.items():
+            for share, own in enumerate(self.weights(plate).chunk(shares)):
+                found[share] = found[share] + (_log_mean(own) * kept).sum(-1)
+        return torch.stack(found)
 
 
 class Marginal:
@@ -133,7 +142,10 @@ class Marginal:
         self._groups = _groups(self.first, whole=most is None)
         self._numbers = max((site.value.numel() for site in self.first.sites), default=1)
         sites = [site for site in messages(self.first.at.trace).values() if site["type"] == "sample"]
-        self._nest = max((-frame.dim for site in sites for frame in vectorized(site)), default=0)
+        frames = [frame for site in sites for frame in vectorized(site)]
+        self._nest = max((-frame.dim for frame in frames), default=0)
+        sizes = {frame.name: frame.full_size or frame.size for frame in frames} | {ALL: 1}
+        self._sizes = {group: sizes[group] for group in set(self._groups.values())}  # rows of each plate
         self.parts = parts_of(self.first, seed, most)
         if most is None:
             check_data(rows, z, start, self.parts)
@@ -171,12 +183,7 @@ class Marginal:
         if not self.batched and not self.first.sites:
             total = torch.func.vmap(lambda row: self._single(row, number).total[0])(z)
             return total.expand(shares, len(z))
-        terms = self._terms(z, number)
-        found = [terms.total] * shares
-        for plate, kept in terms.kept.items():
-            for share, own in enumerate(terms.weights(plate).chunk(shares)):
-                found[share] = found[share] + (_log_mean(own) * kept).sum(-1)
-        return torch.stack(found)
+        return self._terms(z, number).summed(shares)
 
     @torch.no_grad()
     def _can_be_batched(self, z: Tensor) -> bool:
@@ -187,11 +194,7 @@ class Marginal:
         except (RuntimeError, ValueError, IndexError):
             return False
         self.batched = False
-        alone = self._terms(points, 0)
-        total = alone.total
-        for plate, kept in alone.kept.items():
-            total = total + (_log_mean(alone.weights(plate)) * kept).sum(-1)
-        return torch.allclose(together, total, rtol=1e-4, atol=1e-2)
+        return torch.allclose(together, self._terms(points, 0).summed(1)[0], rtol=1e-4, atol=1e-2)
 
     def with_parts(self, most: int) -> Marginal:
         """Return the same log density by so many parts at most, which then stand for all rows."""
@@ -223,10 +226,15 @@ class Marginal:
             self.sided = any(float(part.exp().var(0).mean()) > NORMAL for part in relative)
         return self.sided
 
-    def worst_rows(self, z: Tensor) -> tuple[list[WorstRow], int]:
-        """Return the rows whose weights have a k-hat of 0.7 or more, the worst first, and how many rows there are."""
+    @property
+    def row_count(self) -> int:
+        """How many rows there are, in all plates whose latents are integrated out."""
+        return sum(self._sizes.values())
+
+    def worst_rows(self, z: Tensor) -> list[WorstRow]:
+        """Return the rows whose weights have a k-hat of 0.7 or more, the worst first."""
         found: list[WorstRow] = []
-        rows, before, self.count = 0, self.count, DRAWS_MOST // 2
+        before, self.count = self.count, DRAWS_MOST // 2
         for number, part in enumerate(self.parts):
             with torch.no_grad():
                 terms = self._terms(z, number)
@@ -235,14 +243,13 @@ class Marginal:
                 index = part.chosen.get(plate, torch.arange(weights.shape[2]))
                 relative = torch.log_softmax(weights, 0) + math.log(len(weights))
                 uneven = relative.exp().var(0).mean(0) * kept
-                rows += int(kept.sum())
                 order = uneven.argsort(descending=True)[: max(1, LOOKED_AT // len(self.parts))]
                 for row in order[uneven[order] > UNEVEN * self.count].tolist():
                     _, k_hat = psis(relative[:, :, row].reshape(-1))
                     if not k_hat < K_HAT_MOST:
                         found.append(WorstRow(plate, int(index[row]), float(k_hat)))
         self.count = before
-        return sorted(found, key=lambda row: -row.k_hat), rows
+        return sorted(found, key=lambda row: -row.k_hat)
 
     @torch.no_grad()
     def second_modes(self, z: Tensor) -> list[tuple[str, int]]:
@@ -468,28 +475,26 @@ def _log_mean(log_weights: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_data(rows: Rows, z: Tensor, start: Start, parts: Sequence[Part]) -> None:
-    """Look at all observed values of some parts.
+    """Look at all observed values of some parts. A support that moves with the globals decides at each of their draws.
 
     Raises:
         ValueError: for a value that is NaN or outside of the support of its likelihood, with the site and the row.
     """
     for part in parts:
-        at = rows.run(z, start, part.chosen)
+        at, other = (rows.run(point, start, part.chosen) for point in (z, z + JITTER))
         for name, site in messages(at.trace).items():
             if site["type"] != "sample" or not site["is_observed"] or not is_data(site):
                 continue
-            value = torch.as_tensor(site["value"])
-            fine, axes = inside(site["fn"], value)
-            fine = fine & ~torch.isnan(value)
-            fine = fine.flatten(fine.dim() - axes).all(-1) if axes else fine
-            for mask, own in masks_over(site):
-                fine = fine | ~(mask if not own else mask.flatten(mask.dim() - own).all(-1))
-            if not bool(fine.all()):
+            try:
+                check_observed(site)
+                if not support_moves(site, messages(other.trace)[name]):
+                    refuse_outside(site)
+            except ValueError as error:
+                fine, axes = inside(site["fn"], site["value"])
+                fine = fine & ~torch.isnan(site["value"])
+                fine = fine.flatten(fine.dim() - axes).all(-1) if axes else fine
                 row = (~fine).nonzero()[0].tolist()
-                raise ValueError(
-                    f"site {name!r}: an observed value is NaN or outside of the support of its distribution "
-                    f"({innermost(site['fn']).__name__}), at {_row_named(site, row, at.chosen)}."
-                )
+                raise ValueError(f"{error} In all data, the first is at {_row_named(site, row, at.chosen)}.") from None
 
 
 def _row_named(site: Any, index: list[int], chosen: Mapping[str, Tensor]) -> str:

@@ -68,10 +68,10 @@ def check_values(structure: Structure, run: Run, model: Callable[[], Any]) -> fr
             first, *others = [messages(trace) for trace in where_it_runs(run, structure.points, 2)] or [{}]
         for name in asked:
             site: Any = first.get(name)
-            if not others or _moves(site, others[0][name]) or _varies(site, structure):
+            if not others or support_moves(site, others[0][name]) or _varies(site, structure):
                 guards.add(name)
             else:
-                _refuse(site)
+                refuse_outside(site)
                 guards |= {name} if needs_guard(site["fn"]) else set()
     return frozenset(guards)
 
@@ -97,7 +97,7 @@ def _is_unchecked(fn: Any) -> bool:
     return own or (isinstance(fn, WRAPPERS) and _is_unchecked(fn.base_dist))
 
 
-def _moves(one: Any, other: Any) -> bool:
+def support_moves(one: Any, other: Any) -> bool:
     """Whether the support of an observed site, or its value, differs between two runs."""
     pairs = [[*signature(site["fn"]), site["value"]] for site in (one, other)]
     return len(pairs[0]) != len(pairs[1]) or any(not _same(a, b) for a, b in zip(*pairs, strict=True))
@@ -119,7 +119,7 @@ def _batch_dim(site: Any) -> int:
     return int(site["value"].dim()) - len(site["fn"].event_shape)
 
 
-def _refuse(site: Any) -> None:
+def refuse_outside(site: Any) -> None:
     """Raise an error if observed values lie outside of the support, whatever the latents are."""
     name, fn, value = site["name"], site["fn"], site["value"]
     found, axes = inside(fn, value)

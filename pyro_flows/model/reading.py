@@ -78,7 +78,7 @@ def _structure(trace: poutine.Trace, unmasked: Mapping[str, Tensor]) -> Structur
         )
     data = {site["name"]: site for site in sites if site["is_observed"] and is_data(site)}
     for site in data.values():
-        _check_data(site)
+        check_observed(site)
     seen = [site["value"] for site in (*stochastic, *data.values())]
     seen += [site["fn"].log_factor for site in sites if isinstance(site["fn"], Unit)]
     floats = [value for value in seen if value.is_floating_point()]
@@ -136,7 +136,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, (list, tuple)) and any(_is_text(part) for part in value))
 
 
-def _check_data(site: Any) -> None:
+def check_observed(site: Any) -> None:
+    """Refuse data that are no tensor, or NaN where no mask leaves them out."""
     name, value = site["name"], site["value"]
     if not isinstance(value, Tensor):
         kind = type(value).__name__

@@ -85,8 +85,8 @@ class Latent:
         transform = bijection(fn)
         value = transform(unconstrained)
         ladj = transform.log_abs_det_jacobian(unconstrained, value)
-        ladj = _by_event(ladj, value.dim() - self.event_dim)
-        ladj = ladj if charted is None else ladj + _by_event(charted, value.dim() - self.event_dim)
+        ladj = by_event(ladj, value.dim() - self.event_dim)
+        ladj = ladj if charted is None else ladj + by_event(charted, value.dim() - self.event_dim)
         if spreading is not None:
             ladj, fn = ladj + spreading.ladj, exact(fn, value, spreading)
         return Placed(value, ladj if self.mask is None else torch.where(self.mask.to(ladj.device), ladj, 0.0), fn)
@@ -99,7 +99,7 @@ class Latent:
         return flat if self.free is None else flat[self.free.to(flat.device)]
 
 
-def _by_event(ladj: Tensor, batch: int) -> Tensor:
+def by_event(ladj: Tensor, batch: int) -> Tensor:
     """Sum log derivatives to one number for each of the ``batch`` leading axes' entries."""
     extra = ladj.dim() - batch
     return ladj.flatten(-extra).sum(-1) if extra > 0 else ladj

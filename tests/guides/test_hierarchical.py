@@ -410,7 +410,7 @@ def bernoulli(y, batch):
 def test_data_outside_of_the_support_are_named_in_any_minibatch(value):
     y = (data(60) > 1.0).double()
     y[37] = value
-    with pytest.raises(ValueError, match=r"site 'y': an observed value is NaN or outside .*Bernoulli.*row\[37\]"):
+    with pytest.raises(ValueError, match=r"site 'y': .*(NaN|the support of Bernoulli).*the first is at row\[37\]"):
         pf.fit(bernoulli, y, 20, progress=False)
 
 
@@ -478,6 +478,34 @@ def test_a_model_that_draws_random_numbers_is_refused():
     guide = pf.AutoHierarchicalFlow(random_model, layers=2, init="prior").initialize(data(20), 5)
     with pytest.raises(ValueError, match="it draws random numbers"):
         pf.diagnose(random_model, guide, data(20), 5, progress=False)
+
+
+def test_a_guide_of_all_rows_is_told_of_second_modes():
+    """Weights of draws say nothing of what the guide never draws."""
+    guide = pf.AutoHierarchicalFlow(with_two_signs, layers=2)
+    verdict = pf.diagnose(with_two_signs, guide, data(200) + 1.0, None, progress=False).verdict
+    assert verdict.status == "unreliable"
+    assert "a second mode of the latents outside of plates" in verdict.reasons[0]
+
+
+def moving(x, batch):
+    """Data whose support moves with a latent: what is outside at one draw is inside at others."""
+    top = pyro.sample("top", dist.LogNormal(real(-3.0), 3.0))
+    with pyro.plate("row", len(x), subsample_size=batch) as index:
+        pyro.sample("x", dist.Uniform(0.0, top), obs=x[index])
+
+
+def nan_is_missing(x, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 2.0))
+    with pyro.plate("row", len(x), subsample_size=batch) as index:
+        pyro.sample("x", dist.NanMaskedNormal(mu, 1.0), obs=x[index])
+
+
+@pytest.mark.parametrize("model", [moving, nan_is_missing])
+def test_data_that_may_be_outside_are_not_refused(model):
+    x = torch.linspace(0.1, 3.0, 40, dtype=torch.float64)
+    x = torch.where(torch.arange(40) == 7, math.nan, x) if model is nan_is_missing else x
+    pf.AutoHierarchicalFlow(model, layers=2, init="prior").initialize(x, 10)
 
 
 def test_a_guide_that_is_off_is_told_so():
