@@ -1,9 +1,11 @@
 r"""Sums of positive terms whose logarithm a model takes, found while it runs: :math:`\log \sum_k e^{a_k}`.
 
 ``torch.logsumexp`` and ``torch.logaddexp`` say what their terms are. Where a sum is written by hand, as
-``m + torch.log(torch.exp(a - m) + torch.exp(b - m))`` or ``torch.log1p(torch.exp(-(a - b).abs()))``, the logarithms of
-its terms are carried along from ``exp`` on, through products, quotients, stacks and sums, up to the ``log``. A term
-that underflows keeps its logarithm, so that it can be climbed from anywhere.
+``m + torch.log(torch.exp(a - m) + torch.exp(b - m))``, the logarithms of its terms are carried along from ``exp`` on,
+through products, quotients, stacks and sums, up to the ``log``. A term that underflows keeps its logarithm, so that it
+can be climbed from anywhere. The greater of two numbers counts as a sum of both: it is the limit of one, and a part of
+``torch.maximum(a, b) + torch.log1p(torch.exp(-(a - b).abs()))``. ``softplus`` is not followed: the Jacobian of each
+probability has two of it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 _SUMS = (torch.logsumexp, torch.Tensor.logsumexp, torch.special.logsumexp)
 _PAIRS = (torch.logaddexp, torch.Tensor.logaddexp)
+_GREATER = (torch.maximum, torch.Tensor.maximum, torch.max, torch.Tensor.max)  # the last two of two tensors
 _ADDED = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 _PRODUCTS = {"mul", "__mul__", "__rmul__", "multiply", "__imul__", "mul_"}
 _QUOTIENTS = {"div", "__truediv__", "divide", "true_divide", "__itruediv__", "div_"}
@@ -52,7 +55,7 @@ class Sums(TorchFunctionMode):
             self._terms.pop(id(changed), None)
             self._logs.pop(id(changed), None)
         if summed is not None:
-            return self.take(summed, found)
+            return self.take(summed, found, func in _GREATER)
         long = terms is not None and terms.shape[-1] > MOST_TERMS
         if long or (name in _ARITHMETIC and any(id(part) in self._long for part in args)):
             self._long[id(found)] = found
@@ -63,13 +66,13 @@ class Sums(TorchFunctionMode):
             self._logs[id(found)] = found, log
         return found
 
-    def take(self, terms: Tensor, total: Tensor) -> Tensor:
-        """Return what is to stand for a sum, given the logs of its terms along their last axis."""
+    def take(self, terms: Tensor, total: Tensor, greater: bool) -> Tensor:
+        """Return what is to stand for a sum, or for the ``greater`` of two, given logs of terms along their last axis."""
         raise NotImplementedError
 
     def _summed(self, func: Any, name: str, args: Any, kwargs: Any) -> Tensor | None:
         """Return the logs (..., K) of the terms of a sum whose logarithm a function is about to return."""
-        if func in _PAIRS:
+        if func in _PAIRS or (func in _GREATER and len(args) == 2 and isinstance(args[1], Tensor)):
             return torch.stack(torch.broadcast_tensors(*args[:2]), -1)
         if func in _SUMS:
             return _last(args[0], kwargs.get("dim", args[1] if len(args) > 1 else None))
@@ -153,7 +156,7 @@ class Counting(Sums):
         super().__init__()
         self.sizes: list[tuple[int, int]] = []
 
-    def take(self, terms: Tensor, total: Tensor) -> Tensor:
+    def take(self, terms: Tensor, total: Tensor, greater: bool) -> Tensor:
         positive = terms.dim() > 0 and not bool(terms.isnan().any())
         self.sizes.append((total.numel(), terms.shape[-1]) if positive else (1, 1))
         return total
@@ -169,12 +172,13 @@ class Taking(Sums):
         super().__init__()
         self.branch, self.sums, self.number = branch, sums, -1
 
-    def take(self, terms: Tensor, total: Tensor) -> Tensor:
+    def take(self, terms: Tensor, total: Tensor, greater: bool) -> Tensor:
         self.number += 1
         results = total.numel()
         if self.number not in self.sums:
             return total
-        total = torch.logsumexp(terms, -1).reshape(total.shape)
+        if not greater:
+            total = torch.logsumexp(terms, -1).reshape(total.shape)
         chosen = self.branch[1 : 1 + results, None].clamp_max(terms.shape[-1] - 1)  # of another sum, it may be more
         if len(chosen) < results:
             return total

@@ -94,6 +94,7 @@ BY_HAND = {
     "plain": lambda a, b: torch.log(0.5 * torch.exp(a) + 0.5 * torch.exp(b)),
     "log1p": lambda a, b: a + torch.log1p(torch.exp(b - a)),
     "lesser": lambda a, b: torch.maximum(a, b) + torch.log1p(torch.exp(-(a - b).abs())),
+    "greater": lambda a, b: torch.max(a, b) + torch.log1p(torch.exp(-(a - b).abs())),
     "builtin": lambda a, b: torch.log(sum(x.exp() for x in (a, b)) / 2),
     "stacked": lambda a, b: (torch.tensor([0.5, 0.5]) * torch.stack([a, b]).exp()).sum(0).log(),
     "of stack": lambda a, b: torch.stack([a.exp(), b.exp()]).mean(0, keepdim=True).log()[0],
