@@ -13,7 +13,7 @@ from benchmarks.search.running import WIDTHS
 MARGINS = {"mass": (0.1, 0.3, 0.5, 0.7, 0.9), "distance": (2.0, 4.0, 6.0, 8.0, 10.0)}
 TITLES = {
     "none": "No sum that can be seen (`torch.where(a > b, a, b)` of two log densities)",
-    "by hand": "A sum by hand, in four forms (`m + torch.log(torch.exp(a - m) + torch.exp(b - m))`; `amax`; `log1p`; no shift)",
+    "by hand": "A sum by hand, in four forms (such as `m + torch.log(torch.exp(a - m) + torch.exp(b - m))`)",
     "logsumexp": "`torch.logsumexp`",
 }
 Mode = dict[str, float]
