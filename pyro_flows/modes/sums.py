@@ -67,7 +67,7 @@ class Sums(TorchFunctionMode):
         return found
 
     def take(self, terms: Tensor, total: Tensor, greater: bool) -> Tensor:
-        """Return what is to stand for a sum, or the ``greater`` of two, given the logs of terms along their last axis."""
+        """Return what is to stand for a sum, or the ``greater`` of two, given the logs of terms along a last axis."""
         raise NotImplementedError
 
     def _summed(self, func: Any, name: str, args: Any, kwargs: Any) -> Tensor | None:
