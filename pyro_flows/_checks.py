@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from pyro_flows._arguments import POSITIVE, SECONDS, Range, checks_of, real, whole
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -17,35 +20,55 @@ T = TypeVar("T")
 
 
 def options(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function of the user's, whose error for an unknown keyword lists the options and suggests one.
+    """Return a function of the user's that checks its arguments before any work.
+
+    An unknown keyword lists the options and suggests one. A value of a wrong type or out of its range is refused by the
+    table in ``_arguments.py``.
 
     >>> @options
-    ... def run(*, draws=9):
+    ... def run(*, draws: "int" = 9):
     ...     pass
     >>> run(draw=1)
     Traceback (most recent call last):
     TypeError: run: no option 'draw'. Did you mean 'draws'? Options: draws.
+    >>> run(draws=0)
+    Traceback (most recent call last):
+    ValueError: draws: expected an integer from 1 to 10000000, got 0.
     """
     found = inspect.signature(function).parameters
     kinds = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     named = [name for name, one in found.items() if one.kind in kinds and name != "self"]
+    others = any(one.kind is one.VAR_KEYWORD for one in found.values())
+    said = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
     known = [
         name for name in named if found[name].kind is kinds[0] or found[name].default is not inspect.Parameter.empty
     ]
     data = " Data go by position, or in model_kwargs={...}." if "model_kwargs" in named else ""
+    checks = checks_of(function)
+    places = [name for name, one in found.items() if one.kind is kinds[1]]
+
+    def checked(name: str, value: Any) -> Any:
+        return checks[name](name, value) if name in checks else value
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
-            if name not in named:
+            if name not in named and not others:
                 near = difflib.get_close_matches(name, sorted(named), n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise TypeError(
-                    f"{function.__name__}: no option {name!r}.{hint} Options: {', '.join(known) or 'none'}.{data}"
-                )
-        return function(*args, **kwargs)
+                raise TypeError(f"{said}: no option {name!r}.{hint} Options: {', '.join(known) or 'none'}.{data}")
+        given: list[Any] = [checked(name, value) for name, value in zip(places, args, strict=False)]
+        rest: Any = args[len(given) :]
+        return function(*given, *rest, **{name: checked(name, value) for name, value in kwargs.items()})
 
+    call.checks = checks  # type: ignore[attr-defined]
     return call
+
+
+def constructor(owner: type[T]) -> type[T]:
+    """Apply :func:`options` to how an object of a class is made."""
+    owner.__init__ = options(owner.__init__)  # type: ignore[method-assign]
+    return owner
 
 
 def methods(owner: type[T]) -> type[T]:
@@ -58,27 +81,17 @@ def methods(owner: type[T]) -> type[T]:
 
 def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     """Return ``value`` as an int of at least ``minimum``, or say what is wrong with it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}.")
-    if maximum is not None and value > maximum:
-        raise ValueError(f"{name}: expected an integer from {minimum} to {maximum}, got {value!r}. Take fewer.")
-    return value
+    return whole(name, value, Range(minimum, math.inf if maximum is None else maximum))
 
 
 def seconds(name: str, value: Any) -> float:
     """Return a bound on a time as a float above zero; infinity is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ValueError(
-            f"{name}: expected a number of seconds > 0 (math.inf for no bound), got {value!r}. Pass a number."
-        )
-    return float(value)
+    return real(name, value, SECONDS)
 
 
 def positive(name: str, value: Any) -> float:
     """Return ``value`` as a finite float above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}.")
-    return float(value)
+    return real(name, value, POSITIVE)
 
 
 def choice(name: str, value: Any, choices: Iterable[str]) -> str:
@@ -89,15 +102,6 @@ def choice(name: str, value: Any, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), options, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}.{hint}")
-
-
-def widths(name: str, value: Any) -> tuple[int, ...]:
-    """Return hidden widths as a tuple of positive integers (an empty tuple: a linear map)."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = (value,)
-    if not isinstance(value, (tuple, list)):
-        raise ValueError(f"{name}: expected a sequence of layer widths such as (32, 32), got {value!r}.")
-    return tuple(integer(name, width, 1) for width in value)
 
 
 def size(name: str, value: Any) -> int | tuple[int, int, int]:

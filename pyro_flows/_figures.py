@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from pyro_flows._checks import options
 from pyro_flows._display import new_figure
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ R = TypeVar("R")
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
     """Let a function draw in the package's style; what the caller has set for others is as before when it returns."""
+
+    draw = options(draw)
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -34,6 +34,7 @@ class Split(NamedTuple):
 # two dimensions -------------------------------------------------------------------------------------------------------
 
 
+@_checks.options
 def toy(name: str, count: int, *, seed: int = 0) -> Tensor:
     r"""Draw ``count`` points in the plane from a density whose entropy is known (``ENTROPY``, in nats).
 
@@ -61,7 +62,6 @@ def toy(name: str, count: int, *, seed: int = 0) -> Tensor:
     torch.Size([5, 2])
     """
     _checks.choice("name", name, TOYS)
-    _checks.integer("count", count, 1)
     return TOYS[name](count, torch.Generator().manual_seed(seed))
 
 
@@ -140,6 +140,7 @@ def photographs() -> Tensor:
     return torch.stack([torch.tensor(image) for image in images]).movedim(-1, 1)
 
 
+@_checks.options
 def photo_patches(size: int = 32, *, counts: tuple[int, int, int] = (20000, 2000, 2000), seed: int = 0) -> Split:
     """Cut color patches, ``(count, 3, size, size)`` with values 0 to 255, from the two photographs.
 
@@ -168,6 +169,7 @@ def photo_patches(size: int = 32, *, counts: tuple[int, int, int] = (20000, 2000
     return Split(*parts)
 
 
+@_checks.options
 def gray_patches(*, counts: tuple[int, int, int] = (40000, 5000, 10000), seed: int = 0) -> Split:
     """Make 63-D patches of the photographs by the recipe of the BSDS300 data set, ``(count, 63)``, float32.
 
@@ -185,7 +187,7 @@ def gray_patches(*, counts: tuple[int, int, int] = (40000, 5000, 10000), seed: i
 
     Cost: the two photographs are read, at each call; under a second.
     """
-    generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0) + 1)
+    generator = torch.Generator().manual_seed(seed + 1)
     luminance = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
 
     def finish(patches: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pyro_flows.calibration.batch import FEWEST, coordinates_for, fit_stack, siz
 from pyro_flows.calibration.cases import Case, cases_of, grouped
 from pyro_flows.calibration.processes import check_jobs, fit_each
 from pyro_flows.correction.fallback import which
-from pyro_flows.fitting.fit import MAX_SEED, MAX_STEPS
+from pyro_flows.fitting.fit import MAX_STEPS
 from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.log_density import LogDensity
@@ -24,7 +24,7 @@ from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.stack import NotStackable
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.results.scoring import MAX_DRAWS, check_memory
+from pyro_flows.results.scoring import check_memory
 from pyro_flows.verdict.deciding import CHECKED
 
 CHECKED_EACH = 5  # draws of each data set, at least: invalid arguments are a matter of the model
@@ -138,8 +138,6 @@ class Many:
 
     def __post_init__(self) -> None:
         options = self.options
-        _checks.integer("draws", options["draws"], 100, MAX_DRAWS)
-        _checks.integer("seed", self.seed, 0, MAX_SEED)
         if options["max_steps"] is not None:
             _checks.integer("max_steps", options["max_steps"], 1)
         which(options["refine"])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LEVEL = 0.01
 
 
+@_checks.methods
 @dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
     r"""Ranks of true values among posterior draws, over many simulations.

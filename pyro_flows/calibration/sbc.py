@@ -19,7 +19,6 @@ from pyro_flows.calibration.processes import check_jobs, run_all
 from pyro_flows.calibration.ranks import LOG_DENSITY, GuideTask, Ranked, SamplerTask, ranks_of
 from pyro_flows.calibration.result import Calibration, stacked
 from pyro_flows.calibration.simulating import Simulated, simulate
-from pyro_flows.fitting.fit import MAX_SEED
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.arguments import usable
 from pyro_flows.results.dims import Labels
@@ -155,10 +154,10 @@ def _asked(
     """Return what the caller asked for, if it can be done: plain values."""
     return {
         "kind": _checks.choice("kind", kind, ("prior", "posterior")),
-        "simulations": _checks.integer("simulations", simulations, 10),
-        "draws": _checks.integer("draws", draws, 9),
-        "seed": _checks.integer("seed", seed, 0, MAX_SEED),
-        "steps": _checks.integer("steps", steps, 1),
+        "simulations": simulations,
+        "draws": draws,
+        "seed": seed,
+        "steps": steps,
         "learning_rate": _checks.positive("learning_rate", learning_rate),
         "method": _method(guide, sampler),
     }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@_checks.methods
 @dataclass(frozen=True)
 class DensityFit:
     r"""A density fitted to data: the flow, how it was trained, and how good it is on points that it did not see.
@@ -72,7 +73,6 @@ class DensityFit:
         Raises:
             ValueError: for a count below 1, a temperature that is not positive, or a context that does not fit.
         """
-        _checks.integer("count", count, 1)
         _checks.positive("temperature", temperature)
         about = None if context is None else torch.as_tensor(context).to(like(self.flow))
         if about is not None:

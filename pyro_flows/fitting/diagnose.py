@@ -36,7 +36,6 @@ from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.modes.umbrella import Space
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.results.scoring import MAX_DRAWS
 from pyro_flows.verdict.deciding import Draw
 from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST
 from pyro_flows.verdict.weighing import weigh
@@ -100,7 +99,6 @@ def diagnose(
     chains: Any = guide
     if isinstance(chains, MCMC):
         return from_mcmc(chains, model, *args, model_kwargs=model_kwargs, seed=seed)
-    _checks.integer("draws", draws, 100, MAX_DRAWS)
     with alone(), Bar("diagnose", progress, quick=True) as bar:
         found = _diagnose(model, guide, *usable(model, args, model_kwargs), draws, seed, bar)
         bar.close(found.verdict.status)

@@ -31,11 +31,10 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.results.scoring import MAX_DRAWS, check_memory, seconds_to_judge
+from pyro_flows.results.scoring import check_memory, seconds_to_judge
 
 MAX_STEPS = 6000
 STEPS_GROW_FROM = 50  # dimensions
-MAX_LAYERS, MAX_RUNS, MAX_SEED = 1000, 100, 2**62
 
 
 @_checks.options
@@ -137,10 +136,10 @@ def fit(
     >>> posterior.verdict.status
     'ok'
     """
-    asked, seconds = as_asked(locals()), _check_numbers(draws, max_steps, seed, runs, max_seconds)
+    asked = as_asked(locals())
     options, method = _options(flow, layers), which(refine)
     with alone(), seeded(seed), Bar("fit", progress) as bar:
-        clock = Clock(seconds, raises=raise_on_interrupt, watch=bar.watch)
+        clock = Clock(max_seconds, raises=raise_on_interrupt, watch=bar.watch)
         plan = Plan(
             model,
             *usable(model, args, model_kwargs),
@@ -164,7 +163,6 @@ def _options(flow: FlowLike, layers: int | None) -> dict[str, Any]:
     """Return the options of the builder."""
     if layers is None:
         return {}
-    _checks.integer("layers", layers, 1, MAX_LAYERS)
     if not isinstance(flow, str):
         raise ValueError("layers: goes with a flow given by name; this flow is already built.")
     return {"layers": layers}
@@ -184,16 +182,6 @@ def _closing(bar: Bar, clock: Clock, work: Callable[[], Posterior]) -> Posterior
 def default_steps(dim: int) -> int:
     """Return how many steps a run may take at most, if nothing is said: 6000, and more from 50 dimensions on."""
     return round(MAX_STEPS * min(max(dim / STEPS_GROW_FROM, 1.0), 4.0) ** 0.5)
-
-
-def _check_numbers(draws: int, max_steps: int | None, seed: int, runs: int, max_seconds: float) -> float:
-    """Return the seconds, if all numbers are what they have to be."""
-    _checks.integer("draws", draws, 100, MAX_DRAWS)
-    if max_steps is not None:
-        _checks.integer("max_steps", max_steps, 1)
-    _checks.integer("seed", seed, 0, MAX_SEED)
-    _checks.integer("runs", runs, 1, MAX_RUNS)
-    return _checks.seconds("max_seconds", max_seconds)
 
 
 def _fit(plan: Plan, *, grow: bool) -> Posterior:

@@ -89,10 +89,13 @@ def _has(density: LogDensity, found: MultimodalCandidate, z: Tensor, log_weights
 def with_tails_checked(
     search: Search, density: LogDensity, sampler: Flow | FlowMixture, *, seed: int
 ) -> tuple[Search, Marginal | None]:  # fmt: skip
-    """Go on with a search that has found no mode: look for a tail that draws of a sampler come short of."""
-    return with_truncated_tails(
-        search, density, lambda: _weighted(density, sampler, density.affordable(TAIL_DRAWS)), seed=seed
-    )
+    """Go on with a search that has found no mode: look for a tail that draws of a sampler come short of.
+
+    The draws of the search serve again where no more can be afforded.
+    """
+    count = density.affordable(TAIL_DRAWS)
+    again = search.draws if search.draws is not None and len(search.draws[0]) >= count else None
+    return with_truncated_tails(search, density, lambda: again or _weighted(density, sampler, count), seed=seed)
 
 
 def _weighted(density: LogDensity, sampler: Flow | FlowMixture, count: int) -> tuple[Tensor, Tensor]:

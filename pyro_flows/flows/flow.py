@@ -31,6 +31,7 @@ PIECE = 2**17  # numbers that are drawn together, so that what comes between fit
 BASES = ("logistic", "normal", "student_t", "uniform")
 
 
+@_checks.constructor
 class Flow(nn.Module):
     r"""A base distribution pushed through a bijection: :math:`y = T(x)`, :math:`x \sim q_0`.
 

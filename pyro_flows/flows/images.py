@@ -27,6 +27,7 @@ Shape = tuple[int, int, int]
 
 
 @of_images
+@_checks.options
 def multiscale_realnvp(
     dim: Sequence[int],
     *,
@@ -104,6 +105,7 @@ def multiscale_realnvp(
 
 
 @of_images
+@_checks.options
 def glow(
     dim: Sequence[int],
     *,

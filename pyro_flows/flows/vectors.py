@@ -20,6 +20,7 @@ from pyro_flows.transforms import (
 
 
 @of_vectors
+@_checks.options
 def planar(
     dim: int,
     *,
@@ -60,6 +61,7 @@ def planar(
 
 
 @of_vectors
+@_checks.options
 def nice(
     dim: int,
     *,
@@ -117,6 +119,7 @@ def nice(
 
 
 @of_vectors
+@_checks.options
 def realnvp(
     dim: int,
     *,
@@ -169,6 +172,7 @@ def realnvp(
 
 
 @of_vectors
+@_checks.options
 def spline(
     dim: int,
     *,

@@ -25,6 +25,7 @@ from pyro_flows.transforms import Bound
 QUANTILE_DRAWS = 4000
 
 
+@_checks.constructor
 class AutoFlow(StoredGuide):
     r"""Guide :math:`z = m + L(b + A\,t(f(\epsilon)))` over all continuous latents: any flow f, then tails, then affine.
 

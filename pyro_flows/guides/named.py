@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pyro_flows import _checks
 from pyro_flows.guides.autoflow import AutoFlow
 
 
+@_checks.constructor
 class AutoRealNVP(AutoFlow):
     r""":class:`AutoFlow` with :func:`~pyro_flows.realnvp`: affine couplings :math:`x_M \odot e^{s(x_K)} + t(x_K)`.
 
@@ -34,6 +36,7 @@ class AutoRealNVP(AutoFlow):
         super().__init__(model, "realnvp", layers=layers, hidden=hidden, **options)
 
 
+@_checks.constructor
 class AutoNICE(AutoFlow):
     """:class:`AutoFlow` with :func:`~pyro_flows.nice`: additive couplings :math:`x_M + t(x_K)`.
 
@@ -60,6 +63,7 @@ class AutoNICE(AutoFlow):
         super().__init__(model, "nice", layers=layers, hidden=hidden, **options)
 
 
+@_checks.constructor
 class AutoPlanar(AutoFlow):
     r""":class:`AutoFlow` with :func:`~pyro_flows.planar`: maps :math:`x + \hat u \tanh(w^\top x + b)`.
 

@@ -25,7 +25,7 @@ from pyro_flows.model.site_values import SiteValues
 from pyro_flows.model.sites import Noncentered, Structure
 
 LARGER = 4  # times the numbers of data and coordinates, that a few results may have
-WRITTEN_FOR_A_CHECK, DRAWS_AT_LEAST = 2e9, 1000  # numbers that a check may write, a second or so; and its draws
+WRITTEN_FOR_A_CHECK, DRAWS_AT_LEAST = 2e9, 400  # numbers that a check may write, a second or so; and its draws
 PORTION = 16  # pieces of a recorded graph between two looks at the clock
 
 

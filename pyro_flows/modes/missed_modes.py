@@ -28,12 +28,16 @@ SEEDS = 2  # draws at which exact moves are looked for
 
 @dataclass(frozen=True)
 class Search:
-    """What a search for missed modes found, and what it could not look at."""
+    """What a search for missed modes found, and what it could not look at.
+
+    ``draws`` are draws (S, D) of the guide that it began at, and their log weights (S,).
+    """
 
     lacks: tuple[MissedRegion, ...] = ()
     sentence: str | None = None
     notes: tuple[str, ...] = field(default=())
     passed: bool = False  # all of it was made, and nothing found
+    draws: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
 
     @property
     def failures(self) -> list[str]:
@@ -78,16 +82,17 @@ def missed_modes(
     finite = torch.isfinite(weights)
     if not bool(finite.any()):
         return Search()
-    guide = Guide(density, score, float(weights[finite].median()))
-    few = z[finite][:MOVED_DRAWS], log_q[finite][:MOVED_DRAWS]
+    z, log_q, weights = z[finite], log_q[finite], weights[finite]
+    guide = Guide(density, score, float(weights.median()))
+    few = z[:MOVED_DRAWS], log_q[:MOVED_DRAWS]
     doubts: list[Start] = []
     notes: list[str] = []
     unresolved: list[MissedRegion] = []
     searches: dict[str, Callable[[], list[MissedRegion]]] = {
         "mirrored": lambda: mirrored(guide, *few),
-        "survey": lambda: surveyed(guide, z[finite], doubts, seed=seed),
-        "paths": lambda: climbed(guide, [*modes, *doubts], z[finite], log_q[finite], unresolved, seed=seed),
-        "walks": lambda: under_covered_region(guide, space, z[finite], weights[finite], log_q[finite], seed=seed),
+        "survey": lambda: surveyed(guide, z, doubts, seed=seed),
+        "paths": lambda: climbed(guide, [*modes, *doubts], z, log_q, unresolved, seed=seed),
+        "walks": lambda: under_covered_region(guide, space, z, weights, log_q, seed=seed),
     }
     if not density.batched:
         searches = {"paths": searches["paths"]}
@@ -105,7 +110,7 @@ def missed_modes(
         few_starts = f"the search for missed modes had only {SEARCHES_UNBATCHED} starting points"
         notes.append(f"{few_starts}: the model runs draw by draw")
     if not found:
-        return Search(notes=tuple(notes), passed=density.batched)
+        return Search(notes=tuple(notes), passed=density.batched, draws=(z, weights))
     found = with_symmetric_modes(guide, found, *few) if density.batched else found
     return Search(tuple(found), sentence_on(density, found, few[0]), tuple(notes))
 

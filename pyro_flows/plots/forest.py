@@ -73,7 +73,7 @@ def plot_forest(
     datasets = _stages(first) if everything else {name: used(each) for name, each in posteriors.items()}
     layers = {name: choice.of(draws) for name, draws in datasets.items()}
     labels = common(layers)
-    shown = labels[: _checks.integer("max_rows", max_rows, 1)]
+    shown = labels[:max_rows]
     lines = len(shown) * (len(layers) + 0.8)
     figure, (axes,) = panels(1, size=(width, ROW * lines + 1.0 + 0.2 * len(layers)))
     handles = _rows(axes, [[layer[label] for layer in layers.values()] for label in shown])

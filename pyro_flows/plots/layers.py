@@ -73,7 +73,7 @@ def plot_layers(
     if not all(0 <= layer <= total for layer in shown):
         raise ValueError(f"layers: expected numbers from 0 to {total}, got {list(shown)}.")
     clouds = _clouds(flow, stack, count, seed)
-    columns = grid_of(len(shown), width=_checks.positive("width", width), narrowest=1.6, most=6)
+    columns = grid_of(len(shown), width=width, narrowest=1.6, most=6)
     height = (min(PANEL, width / columns) + 0.2) * math.ceil(len(shown) / columns)
     figure, grid = panels(len(shown), columns=columns, size=(width, height))
     colors = _ramp(clouds[0][:, dims[0]])

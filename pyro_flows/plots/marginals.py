@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_flows import _checks
 from pyro_flows._figures import INK, SHOWN, WIDTH, color_of, grid_of, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, used
@@ -122,10 +121,9 @@ def _grid(
     prior: Mapping[str, np.ndarray] | None = None,
 ) -> Figure:
     """Draw a panel for each scalar that all layers have."""
-    _checks.integer("max_panels", max_panels, 1)
     labels = common(layers if prior is None else {**layers, "prior": prior})
     shown = labels[:max_panels]
-    columns = grid_of(len(shown), width=_checks.positive("width", width), narrowest=NARROWEST, most=COLUMNS)
+    columns = grid_of(len(shown), width=width, narrowest=NARROWEST, most=COLUMNS)
     height = max(HEIGHT, min(HIGHEST, 0.45 * width / columns))
     foot = 0.5 if len(layers) == 1 and prior is None else 0.9
     figure, grid = panels(len(shown), columns=columns, size=(width, height * math.ceil(len(shown) / columns) + foot))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_flows import _checks
 from pyro_flows._figures import FLOW, WIDTH, color_of, limits, opaque, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import (
@@ -98,7 +97,7 @@ def plot_pairs(
     else:
         choice = Choice(var_names, filter_vars, coords)
         layers = {name: _chosen(choice.of(draws), transform) for name, draws in datasets.items()}
-    return _drawn(posteriors, layers, transform, _checks.integer("max_scalars", max_scalars, 2), width)
+    return _drawn(posteriors, layers, transform, max_scalars, width)
 
 
 def _chosen(layer: Layer, transform: Transform | None) -> Layer:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_flows import _arrays, _arviz, _checks
+from pyro_flows import _arrays, _arviz
 from pyro_flows._figures import FLOW, INK, SHOWN, WIDTH, grid_of, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import Names
@@ -66,7 +66,7 @@ def plot_predictive(
     """
     data, replicates = predictive_data(posterior, var_names, filter_vars=filter_vars, coords=coords)
     count = len(data)
-    columns = grid_of(count, width=_checks.positive("width", width), narrowest=3.0, most=3)
+    columns = grid_of(count, width=width, narrowest=3.0, most=3)
     figure, grid = panels(count, columns=columns, size=(width, 2.7 * math.ceil(count / columns) + 0.6))
     for axes, name in zip(grid, data, strict=True):
         handles = _compare(axes, name, data[name], replicates[name])

@@ -64,6 +64,7 @@ def over_grid(latents: Tensor, steps: int) -> Tensor:
 
 
 @torch.no_grad()
+@_checks.options
 def interpolate(flow: Flow, points: Tensor, *, steps: int = 8, context: Tensor | None = None) -> Tensor:
     r"""Walk between four points: encode them, blend their latents over a grid of angles, decode.
 
@@ -149,6 +150,7 @@ def _normal_quantile(log_p: Tensor) -> Tensor:
     return z.to(log_p)
 
 
+@_checks.options
 def inpaint(
     flow: Flow,
     points: Tensor,
@@ -210,6 +212,7 @@ def inpaint(
     return free.detach()
 
 
+@_checks.options
 def nearest(samples: Tensor, training: Tensor, *, count: int = 1) -> Tensor:
     """Return the indices ``(N, count)`` of the training points nearest to each sample, by Euclidean distance.
 
@@ -219,7 +222,6 @@ def nearest(samples: Tensor, training: Tensor, *, count: int = 1) -> Tensor:
     >>> nearest(torch.tensor([[0.9, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]])).tolist()
     [[1]]
     """
-    _checks.integer("count", count, 1)
     rows = training.flatten(1).to(samples)
     found = [torch.cdist(block, rows).topk(count, largest=False).indices for block in samples.flatten(1).split(256)]
     return torch.cat(found)

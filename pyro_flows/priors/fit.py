@@ -42,6 +42,7 @@ CHECKED = 20_000  # draws of the flow
 LOST = 0.01  # of the draws, at the edge of a support by rounding
 
 
+@_checks.options
 def prior_from(
     posterior: Record,
     sites: str | Sequence[str] | None = None,

@@ -14,6 +14,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_flows import _checks
 from pyro_flows._bundles import Bundle, damaged, plain
 from pyro_flows._fallbacks import first_line
 from pyro_flows._seeding import seeded
@@ -27,6 +28,7 @@ TENSORS, TEXT = "prior.pt", "prior.json"
 FILES = Bundle("prior", "pyro_flows prior", TEXT, (TENSORS,))
 
 
+@_checks.methods
 class FittedPrior(nn.Module):
     r"""A flow on the supports of one or several sites; ``prior()`` is a Pyro distribution with one event.
 

@@ -17,7 +17,6 @@ from pyro_flows.verdict.deciding import CHECKED, POOL, Draw
 from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, K_HAT_GOOD
 from pyro_flows.verdict.weighing import weigh
 
-MAX_DRAWS = 10**7
 COPIES = 3  # of the pool that exist at once, and as many numbers beside it for each draw
 JUDGING = "computing importance weights"
 LEAST = 8  # draws, whatever the clock says

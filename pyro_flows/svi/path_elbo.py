@@ -29,6 +29,7 @@ from pyro_flows.transforms.networks import Paced
 STEPS_KEPT, MOST_RECORDED = 8, 12  # graphs of one guide, by the shapes of data; that are made in all
 
 
+@_checks.constructor
 class PathELBO(ELBO):
     r"""ELBO whose gradient leaves out the score term ("sticking the landing"), for Pyro's ``SVI``.
 
@@ -75,7 +76,7 @@ class PathELBO(ELBO):
     """
 
     def __init__(self, num_particles: int = 16) -> None:
-        super().__init__(num_particles=_checks.integer("num_particles", num_particles, 1))
+        super().__init__(num_particles=num_particles)
         self.reason: str | None = None
         self._kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
         self._plain = Trace_ELBO(num_particles=num_particles)

@@ -12,6 +12,7 @@ from pyro_flows.transforms.conditioners import bounded, bounded_back
 from pyro_flows.transforms.coupling import Coupling
 
 
+@_checks.constructor
 class AdditiveCoupling(Coupling):
     r"""NICE's coupling: :math:`y_K = x_K,\ y_M = x_M + t(x_K, \text{context})`; volume is kept, :math:`\log|J| = 0`.
 
@@ -53,6 +54,7 @@ class AdditiveCoupling(Coupling):
         return score, (score,)
 
 
+@_checks.constructor
 class AffineCoupling(Coupling):
     r"""Real-NVP's coupling: :math:`y_K = x_K,\ y_M = x_M \odot e^{s} + t`, with s and t from a network of :math:`x_K`.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows import _checks
+from pyro_flows._arguments import widths
 from pyro_flows.transforms.networks import (
     ACTIVATIONS,
     IMAGE_NETWORKS,
@@ -62,7 +63,7 @@ def conditioner(
         start: the ``out`` numbers that come out before any training (default: zeros).
     """
     _checks.integer("context_dim", context_dim, 0)
-    hidden = _checks.widths("hidden", hidden)
+    hidden = widths("hidden", hidden)
     _checks.choice("activation", activation, ACTIVATIONS)
     kinds = IMAGE_NETWORKS if image else VECTOR_NETWORKS
     kind = kinds[next(iter(kinds)) if network is None else _checks.choice("network", network, kinds)]

@@ -16,6 +16,7 @@ from pyro_flows.transforms.conditioners import conditioner
 from pyro_flows.transforms.networks import adopt_buffer
 
 
+@_checks.constructor
 class DiagonalAffine(Bijection):
     r"""Elementwise affine map relative to its start: :math:`y = m + \ell \odot (b + e^{s} \odot x)`.
 
@@ -121,6 +122,7 @@ class Rescale(DiagonalAffine):
         super().__init__(dim, context_dim=context_dim, hidden=hidden, activation=activation)
 
 
+@_checks.constructor
 class LowerTriangularAffine(Bijection):
     r"""Affine map relative to its start: :math:`y = m + L (b + A x)`, A lower triangular with diagonal :math:`e^{s}`.
 

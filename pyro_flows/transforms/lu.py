@@ -13,6 +13,7 @@ from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.conditioners import conditioner
 
 
+@_checks.constructor
 class LULinear(Bijection):
     r"""Linear map :math:`y = P L U x`: P a permutation, L unit lower, U upper triangular with diagonal :math:`e^{s}`.
 
@@ -88,6 +89,7 @@ class LULinear(Bijection):
         return y, ladj, self._events(carried.index_select(-1, self.permutation))
 
 
+@_checks.constructor
 class Conv1x1(LULinear):
     r"""Glow's convolution: :class:`LULinear` of the channels of each pixel, :math:`\log|J| = H W \sum_c s_c`.
 

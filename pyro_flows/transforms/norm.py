@@ -69,6 +69,7 @@ class _Standardizing(Bijection):
         return mean, (flat - mean).square().mean(0)
 
 
+@_checks.constructor
 class ActNorm(_Standardizing):
     r"""Scale and shift of each coordinate, or channel of an image: :math:`y = m + \ell \odot (b + e^{s} \odot x)`.
 
@@ -122,6 +123,7 @@ class ActNorm(_Standardizing):
         return self.loc + self.scale * shift, log_scale + self.scale.log()
 
 
+@_checks.constructor
 class BatchNorm(_Standardizing):
     r"""Batch normalization, in the direction of the density: :math:`x = b + e^{s} \odot (y - \mu) / \sqrt{v}`.
 

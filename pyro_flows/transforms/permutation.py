@@ -11,6 +11,7 @@ from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
 
 
+@_checks.constructor
 class Permutation(Bijection):
     r"""Reorders the coordinates: :math:`y_i = x_{p(i)}`, :math:`\log|J| = 0`. Both ways cost one gather.
 

@@ -15,6 +15,7 @@ from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.conditioners import bounded, conditioner
 
 
+@_checks.constructor
 class Logit(Bijection):
     r"""Real numbers to the unit interval, elementwise: :math:`\alpha + (1 - 2\alpha)\,y = \sigma(x)`.
 
@@ -87,6 +88,7 @@ class Logit(Bijection):
         return y, ladj, carried
 
 
+@_checks.constructor
 class Dequantize(nn.Module):
     r"""Make whole numbers k = 0 ... n - 1 continuous: :math:`y = (k + u) / n`, with noise :math:`u \in [0, 1)^D`.
 

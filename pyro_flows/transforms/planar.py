@@ -42,6 +42,7 @@ def _root(target: Tensor, gain: Tensor, slope: Tensor) -> Tensor:
     return sign * point
 
 
+@_checks.constructor
 class Planar(Bijection):
     r"""Planar layer: :math:`y = x + \hat u \tanh(a)`, :math:`a = w^\top x + b`.
 

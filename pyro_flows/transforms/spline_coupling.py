@@ -13,6 +13,7 @@ from pyro_flows.transforms.conditioners import bounded
 from pyro_flows.transforms.coupling import Coupling
 
 
+@_checks.constructor
 class SplineCoupling(Coupling):
     r"""Neural spline coupling: :math:`y_K = x_K,\ y_M = e^{s} \odot g(x_M) + t`; g, s and t from a network of x_K.
 
@@ -64,7 +65,7 @@ class SplineCoupling(Coupling):
         network: str | None = None,
         log_scale_bound: float = 8.0,
     ) -> None:
-        self.bins = _checks.integer("bins", bins, 2)
+        self.bins = bins
         if bins > splines.MOST_BINS:
             raise ValueError(f"bins: expected at most {splines.MOST_BINS}, got {bins}.")
         self.per = splines.count(bins) + 2

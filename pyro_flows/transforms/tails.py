@@ -15,6 +15,7 @@ from pyro_flows.transforms.conditioners import bounded, conditioner
 SLOW = 0.1  # three units out, k moves a point by three times itself, and six units out by nine times
 
 
+@_checks.constructor
 class SinhArcsinh(Bijection):
     r"""Two-sided tails: :math:`y_d = c\,\sinh(k\,\mathrm{arcsinh}(x_d / c)) / k`; k and c one number a side of 0 each.
 

@@ -119,10 +119,10 @@ PHRASES = {
     "docs/howto/density.md": ["{density_estimation.fit_density.fit_density(validation)|part} of the data is held out"],
     "docs/howto/priors.md": ["A change of {comparison.sensitivity.THRESHOLD} or more is large"],
     "docs/reference/options.md": [
-        "at most {fitting.fit.MAX_LAYERS}; the default is {flows.vectors.realnvp(layers)} for `realnvp`, "
+        "at most {_arguments.MAX_LAYERS}; the default is {flows.vectors.realnvp(layers)} for `realnvp`, "
         "{flows.vectors.nice(layers)} for `nice`, {flows.vectors.planar(layers)} for `planar`",
         "| `draws` | `{fitting.fit.fit(draws)}` |",
-        "to {results.scoring.MAX_DRAWS|million}; the verdict uses {verdict.deciding.POOL|word} times as many",
+        "to {_arguments.MAX_DRAWS|million}; the verdict uses {verdict.deciding.POOL|word} times as many",
         "| `seed` | `{fitting.fit.fit(seed)}` |",
         "| `runs` | `{fitting.fit.fit(runs)}` |",
         "| `max_steps` | {fitting.fit.MAX_STEPS} up to {fitting.fit.STEPS_GROW_FROM} dimensions,",
@@ -130,7 +130,7 @@ PHRASES = {
     "pyro_flows/fitting/fit.py": [
         "steps of a run, {training.loop.BATCH} gradient evaluations each",
         "by default {fitting.fit.MAX_STEPS}, and more above {fitting.fit.STEPS_GROW_FROM} dimensions",
-        "number of layers, for a flow given by name, {fitting.fit.MAX_LAYERS} at most",
+        "number of layers, for a flow given by name, {_arguments.MAX_LAYERS} at most",
     ],
     "docs/gallery.md": ["trained by Pyro's SVI for {benchmarks.gallery.pictures.STEPS} steps"],
     "docs/design.md": [

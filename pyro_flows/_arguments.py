@@ -1,0 +1,200 @@
+"""What the arguments of public functions may be: types are those of the annotations, ranges stand in one table.
+
+:func:`checks_of` makes a check for each parameter of a function that :func:`pyro_flows._checks.options` runs before any
+work. A check returns the value as the function is to get it (whole numbers of numpy become Python's), or raises a
+sentence with the name, what was expected, and what was got. The default of a parameter is never refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Check = Callable[[str, Any], Any]
+LONGEST = 60  # characters of a value that an error shows
+
+
+class Range(NamedTuple):
+    """The numbers from ``low`` to ``high``, without the ends if it is ``open``; infinity only where it is no bound."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open: bool = False
+    unbounded: bool = False
+
+    def has(self, value: float) -> bool:
+        """Whether the number is in it."""
+        if value == math.inf:
+            return self.unbounded
+        return self.low < value < self.high if self.open else self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            words = ("between", "and") if self.open else ("from", "to")
+            return f" {words[0]} {int(self.low)} {words[1]} {int(self.high)}"
+        more = " (math.inf for no bound)" if self.unbounded else ""
+        return f" {'>' if self.open else '>='} {self.low:g}{more}" if self.low > -math.inf else more
+
+
+POSITIVE, SHARE, SECONDS = Range(0, open=True), Range(0, 1, open=True), Range(0, open=True, unbounded=True)
+MAX_DRAWS, MAX_LAYERS, MAX_RUNS = 10**7, 1000, 100
+# By the name of a parameter; those of one function alone stand under both names. Ends of counts are beyond what fits
+# into memory or ends within a day.
+RANGES: dict[str, Range] = {
+    "alpha": SHARE,
+    "batch": Range(1, 10**9),
+    "bins": Range(2, 1000),
+    "bound": POSITIVE,
+    "chains": Range(1, 10**5),
+    "ci_prob": SHARE,
+    "columns": Range(1, 1000),
+    "context_dim": Range(0, 10**6),
+    "count": Range(1, 10**8),
+    "df": POSITIVE,
+    "draws": Range(1, MAX_DRAWS),
+    "fit_many.draws": Range(100, MAX_DRAWS),
+    "epsilon": POSITIVE,
+    "init_scale": POSITIVE,
+    "jobs": Range(1, 4096),
+    "layers": Range(1, MAX_LAYERS),
+    "learning_rate": POSITIVE,
+    "level": SHARE,
+    "levels": Range(1, 2**16),
+    "log_bound": POSITIVE,
+    "log_scale_bound": POSITIVE,
+    "max_epochs": Range(1, 10**9),
+    "max_panels": Range(1, 1000),
+    "max_rows": Range(1, 10**5),
+    "max_scalars": Range(2, 100),
+    "max_seconds": SECONDS,
+    "max_steps": Range(1, 10**9),
+    "momentum": Range(0, 1),
+    "num_particles": Range(1, 10**6),
+    "prob": SHARE,
+    "runs": Range(1, MAX_RUNS),
+    "seed": Range(0, 2**64 - 1),
+    "step_size": POSITIVE,
+    "steps": Range(1, 10**6),
+    "temperature": Range(0),
+    "weight_decay": Range(0),
+    "width": POSITIVE,
+    "fit.draws": Range(100, MAX_DRAWS),
+    "diagnose.draws": Range(100, MAX_DRAWS),
+    "sbc.draws": Range(9, MAX_DRAWS),
+    "sbc.simulations": Range(10, 10**6),
+    "loo.draws": Range(100, MAX_DRAWS),
+    "plot_interpolation.steps": Range(2, 10**4),
+}
+WIDEST = Range(1, 2**16)  # hidden units of a layer
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: tensors and arrays by shape and dtype, anything long cut short."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"a {type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({type(value).__name__})"
+
+
+def refused(name: str, expected: str, value: Any) -> ValueError:
+    """Return the error for a value that is not what was expected."""
+    return ValueError(f"{name}: expected {expected}, got {shown(value)}.")
+
+
+def whole(name: str, value: Any, bounds: Range) -> int:
+    """Return ``value`` as an int in a range; whole numbers of numpy are taken, floats and booleans are not."""
+    number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not number or not bounds.low <= value <= bounds.high:
+        raise refused(name, f"an integer{bounds}", value)
+    return int(value)
+
+
+def real(name: str, value: Any, bounds: Range) -> float:
+    """Return ``value`` as a float in a range; numbers of numpy are taken, booleans are not."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not bounds.has(value):
+        raise refused(name, f"a {'' if bounds.unbounded else 'finite '}number{bounds}", value)
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise refused(name, "True or False", value)
+    return bool(value)
+
+
+def _of(kinds: type | tuple[type, ...], expected: str) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, kinds):
+            raise refused(name, expected, value)
+        return value
+
+    return check
+
+
+def _function(name: str, value: Any) -> Any:
+    if not callable(value) or (isinstance(value, type) and not issubclass(value, torch.nn.Module)):
+        raise refused(name, "a function, or an object that can be called", value)
+    return value
+
+
+def widths(name: str, value: Any) -> tuple[int, ...]:
+    """Return hidden widths as a tuple of positive integers; an empty one is a linear map."""
+    many = [value] if isinstance(value, (int, np.integer)) else value
+    if not isinstance(many, (tuple, list)):
+        raise refused(name, "a sequence of layer widths such as (32, 32)", value)
+    return tuple(whole(name, width, WIDEST) for width in many)
+
+
+def _names(name: str, value: Any) -> Any:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise refused(name, "a name, or a sequence of names", value)
+    return value
+
+
+OTHERS: dict[str, Check] = {
+    "bool": _flag,
+    "str": _of(str, "a string"),
+    "str | os.PathLike[str]": _of((str, os.PathLike), "a path"),
+    "Callable[..., Any]": _function,
+    "Mapping[str, Any]": _of(Mapping, "a mapping from names to values"),
+    "str | Sequence[str]": _names,
+    "Tensor": _of(Tensor, "a tensor"),
+}
+
+
+def checks_of(function: Callable[..., Any]) -> dict[str, Check]:
+    """Return the checks of the parameters of a function, those that its annotations and the table tell."""
+    found = dict[str, Check]()
+    for name, one in inspect.signature(function).parameters.items():
+        kind = str(one.annotation)
+        optional = kind.endswith(" | None")
+        kind = kind.removesuffix(" | None")
+        check = _hidden(name, kind) or _by_range(function.__name__, name, kind) or OTHERS.get(kind)
+        if check is not None and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
+            found[name] = _or_default(check, None if optional else one.default)
+    return found
+
+
+def _hidden(name: str, kind: str) -> Check | None:
+    return widths if name == "hidden" and kind == "Sequence[int]" else None
+
+
+def _by_range(function: str, name: str, kind: str) -> Check | None:
+    bounds = RANGES.get(f"{function}.{name}", RANGES.get(name, Range()))
+    if kind not in ("int", "float"):
+        return None
+    number = whole if kind == "int" else real
+    return lambda said, value: number(said, value, bounds)
+
+
+def _or_default(check: Check, default: Any) -> Check:
+    return lambda name, value: value if value is default else check(name, value)
