@@ -60,10 +60,12 @@ def plot_elbo(posterior: Record, *, width: float = WIDTH) -> Figure:
     supported = posterior.verdict.supports_evidence and math.isfinite(posterior.elbo)
     if supported:
         axes.axhline(posterior.elbo, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=3, label=_final(posterior))
+    axes.set(xlabel="optimization step", ylabel="ELBO (nats)")
     if len(elbo):
         axes.set_ylim(*elbo_limits(elbo, posterior.elbo if supported else math.nan))
         _rounds(axes, posterior, len(elbo))
-    axes.set(xlabel="optimization step", ylabel="ELBO (nats)")
+    else:
+        axes.set(xticks=[], xlabel="no optimization steps")
     axes.legend(loc="lower right")
     what = "Evidence lower bound" if width > parts.NARROW else "ELBO"
     parts.title(axes, posterior, what if len(elbo) else f"{what}: nothing had to be trained")
