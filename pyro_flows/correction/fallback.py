@@ -39,7 +39,7 @@ FEW = 50  # dimensions; with more, training takes several times as long
 DEAR, BESIDE, CHEAPEST = 80_000, 6000, 4.0
 SHORT_OF = 4.0  # times the gradients that are left; chains that sufficed never needed half of them
 LONGER_THAN_THOUGHT = 1.5  # times the gradients that draws would take at their pace so far
-NOT_ENOUGH = "the guide's own draws were not good enough"
+NOT_ENOUGH = "they were not good enough"
 
 
 def which(refine: Any) -> str | None:
