@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +45,7 @@ class Range(NamedTuple):
 
 
 POSITIVE, SHARE, SECONDS = Range(0, open=True), Range(0, 1, open=True), Range(0, open=True, unbounded=True)
-MAX_DRAWS, MAX_LAYERS, MAX_RUNS = 10**7, 1000, 100
+MAX_DRAWS, MAX_LAYERS, MAX_RUNS, MOST_COORDINATES = 10**7, 1000, 100, 10**7
 # By the name of a parameter; those of one function alone stand under both names. Ends of counts are beyond what fits
 # into memory or ends within a day.
 RANGES: dict[str, Range] = {
@@ -58,6 +59,7 @@ RANGES: dict[str, Range] = {
     "context_dim": Range(0, 10**6),
     "count": Range(1, 10**8),
     "df": POSITIVE,
+    "dim": Range(1, MOST_COORDINATES),
     "draws": Range(1, MAX_DRAWS),
     "fit_many.draws": Range(100, MAX_DRAWS),
     "epsilon": POSITIVE,
@@ -76,6 +78,7 @@ RANGES: dict[str, Range] = {
     "max_seconds": SECONDS,
     "max_steps": Range(1, 10**9),
     "momentum": Range(0, 1),
+    "n": Range(1, 10**8),
     "num_particles": Range(1, 10**6),
     "prob": SHARE,
     "runs": Range(1, MAX_RUNS),
@@ -139,6 +142,30 @@ def _of(kinds: type | tuple[type, ...], expected: str) -> Check:
     return check
 
 
+def _made_by(module: str, kind: str, expected: str) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, getattr(import_module(module), kind)):
+            raise refused(name, expected, value)
+        return value
+
+    return check
+
+
+def dense(name: str, value: Any) -> Tensor:
+    """Return ``value`` if it is a tensor of real numbers that has memory for each of them."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
+        raise refused(name, "a dense tensor of real numbers", value)
+    return value
+
+
+def _numbers(name: str, value: Any) -> Any:
+    try:
+        dense(name, torch.as_tensor(value))
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise refused(name, "a list or a tensor of numbers", value) from None
+    return value
+
+
 def _function(name: str, value: Any) -> Any:
     if not callable(value) or (isinstance(value, type) and not issubclass(value, torch.nn.Module)):
         raise refused(name, "a function, or an object that can be called", value)
@@ -166,8 +193,15 @@ OTHERS: dict[str, Check] = {
     "str | os.PathLike[str]": _of((str, os.PathLike), "a path"),
     "Callable[..., Any]": _function,
     "Mapping[str, Any]": _of(Mapping, "a mapping from names to values"),
+    "Mapping[str, Tensor]": _of(Mapping, "a mapping from names to tensors"),
+    "Transform": _of(Mapping, "a mapping from names to functions"),
     "str | Sequence[str]": _names,
-    "Tensor": _of(Tensor, "a tensor"),
+    "Names": lambda name, value: value if value is None else _names(name, value),
+    "Sequence[str]": _names,
+    "Tensor": dense,
+    "Sequence[float] | Tensor": _numbers,
+    "Record": _made_by("pyro_flows.results.record", "Record", "a Posterior"),
+    "Bijection": _made_by("pyro_flows.transforms.base", "Bijection", "a transform of pyro_flows"),
 }
 
 

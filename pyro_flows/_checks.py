@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_flows._arguments import POSITIVE, SECONDS, Range, checks_of, real, whole
+from pyro_flows._arguments import MOST_COORDINATES, POSITIVE, SECONDS, Range, checks_of, dense, real, whole
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -107,9 +107,10 @@ def choice(name: str, value: Any, choices: Iterable[str]) -> str:
 def size(name: str, value: Any) -> int | tuple[int, int, int]:
     """Return a number of coordinates as it is, or the shape (C, H, W) of an image as a tuple."""
     if isinstance(value, int):
-        return integer(name, value, 1)
+        return integer(name, value, 1, MOST_COORDINATES)
     if isinstance(value, (tuple, list)) and len(value) == 3:
-        channels, height, width = (integer(name, side, 1) for side in value)
+        channels, height, width = (integer(name, side, 1, MOST_COORDINATES) for side in value)
+        integer(f"{name}, coordinates in all", channels * height * width, 1, MOST_COORDINATES)
         return channels, height, width
     raise ValueError(f"{name}: expected an integer >= 1 or the shape (C, H, W) of an image, got {value!r}.")
 
@@ -125,6 +126,7 @@ def image(name: str, value: Any) -> tuple[int, int, int]:
 def event(owner: str, x: Tensor, dim: int | tuple[int, ...]) -> None:
     """Check that the last axis of ``x`` has ``dim`` entries, or its last axes the shape ``dim``."""
     shape = (dim,) if isinstance(dim, int) else dim
+    dense(owner, x)
     if x.shape[-len(shape) :] != shape:
         expected = ", ".join(map(str, shape))
         raise ValueError(f"{owner}: expected a tensor of shape (..., {expected}), got {tuple(x.shape)}.")
@@ -132,6 +134,8 @@ def event(owner: str, x: Tensor, dim: int | tuple[int, ...]) -> None:
 
 def context(owner: str, value: Tensor | None, context_dim: int) -> None:
     """Check that a context is there exactly if one is expected, with the right width."""
+    if value is not None:
+        dense(f"{owner}, context", value)
     if context_dim == 0:
         if value is not None:
             raise ValueError(f"{owner}: takes no context (context_dim=0), got one of shape {tuple(value.shape)}.")

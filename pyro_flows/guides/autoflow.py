@@ -25,6 +25,7 @@ from pyro_flows.transforms import Bound
 QUANTILE_DRAWS = 4000
 
 
+@_checks.methods
 @_checks.constructor
 class AutoFlow(StoredGuide):
     r"""Guide :math:`z = m + L(b + A\,t(f(\epsilon)))` over all continuous latents: any flow f, then tails, then affine.
@@ -128,7 +129,6 @@ class AutoFlow(StoredGuide):
 
         Model arguments are needed only if supports depend on latents and the guide was loaded from a file.
         """
-        _checks.integer("n", n, 1)
         self._catch_up()
         return self._constrain(self._flow().sample((n,)), *args, **kwargs)
 

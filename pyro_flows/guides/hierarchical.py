@@ -45,6 +45,7 @@ MORE_ROWS = 4  # times the rows by which the flow started, from which on it star
 DRAWN_AT_ONCE = 4_000_000  # numbers of latents
 
 
+@_checks.constructor
 class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     r"""Guide :math:`q(\theta, y) = q_\text{flow}(\theta) \prod_i q(y_i \mid \theta, x_i)`, for plates and minibatches.
 

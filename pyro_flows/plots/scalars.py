@@ -44,10 +44,12 @@ def named(posteriors: Posteriors) -> dict[str, Record]:
     Raises:
         ValueError: for anything but a posterior, or a mapping with at least one.
     """
-    found = posteriors if isinstance(posteriors, Mapping) else {label_of(posteriors): posteriors}
+    found = posteriors if isinstance(posteriors, Mapping) else {"": posteriors}
     if not found or not all(isinstance(posterior, Record) for posterior in found.values()):
         kinds = ", ".join(sorted({type(posterior).__name__ for posterior in found.values()})) or "none"
         raise ValueError(f"posterior: expected a Posterior, or several by name, {{'flow': a, 'NUTS': b}}, got {kinds}.")
+    if isinstance(posteriors, Record):
+        return {label_of(posteriors): posteriors}
     return {str(name): posterior for name, posterior in found.items()}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._arguments import MOST_COORDINATES, refused
 from pyro_flows.transforms.base import Bijection
 
 
@@ -34,9 +35,12 @@ class Permutation(Bijection):
     def __init__(self, permutation: Sequence[int] | Tensor | int, *, seed: int = 0) -> None:
         super().__init__()
         if isinstance(permutation, int) and not isinstance(permutation, bool):
-            size = _checks.integer("permutation", permutation, 1)
+            size = _checks.integer("permutation", permutation, 1, MOST_COORDINATES)
             permutation = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-        indices = torch.as_tensor(permutation, dtype=torch.long)
+        try:
+            indices = torch.as_tensor(permutation, dtype=torch.long)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise refused("permutation", "indices, or how many there are", permutation) from None
         if indices.dim() != 1 or sorted(indices.tolist()) != list(range(len(indices))) or not len(indices):
             raise ValueError(f"permutation: expected each of 0 to D - 1 once, got {indices.tolist()}.")
         self.dim = len(indices)

@@ -27,7 +27,14 @@ TAKEN: dict[str, Callable[[Any], bool]] = {  # what a check of a type may let th
     "Callable[..., Any]": callable,
     "Mapping[str, Any]": lambda value: isinstance(value, dict),
     "str | Sequence[str]": lambda value: isinstance(value, str) or _is_empty(value),
-    "Tensor": lambda value: isinstance(value, torch.Tensor),
+    "Mapping[str, Tensor]": lambda value: isinstance(value, dict),
+    "Transform": lambda value: isinstance(value, dict),
+    "Names": lambda value: value is None or isinstance(value, str) or _is_empty(value),
+    "Sequence[str]": lambda value: isinstance(value, str) or _is_empty(value),
+    "Sequence[float] | Tensor": lambda value: _is_dense(value) or _is_number(value) or _is_empty(value),
+    "Record": lambda value: False,
+    "Bijection": lambda value: False,
+    "Tensor": lambda value: isinstance(value, torch.Tensor) and _is_dense(value),
     "Sequence[int]": lambda value: (
         _is_empty(value) or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**16)
     ),
@@ -36,6 +43,16 @@ TAKEN: dict[str, Callable[[Any], bool]] = {  # what a check of a type may let th
 
 def _is_empty(value: Any) -> bool:
     return isinstance(value, list) and not value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, (int, np.integer)) and abs(value) < 2**63)
+
+
+def _is_dense(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype != object
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_complex()
 
 
 def _is_taken(name: str, kind: str, bounds: Range, value: Any) -> bool:
