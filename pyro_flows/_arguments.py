@@ -106,16 +106,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({type(value).__name__})"
 
 
-def refused(name: str, expected: str, value: Any) -> ValueError:
+def refused(name: str, expected: str, value: Any, remedy: str = "") -> ValueError:
     """Return the error for a value that is not what was expected."""
-    return ValueError(f"{name}: expected {expected}, got {shown(value)}.")
+    return ValueError(f"{name}: expected {expected}, got {shown(value)}.{remedy and ' '}{remedy}")
 
 
 def whole(name: str, value: Any, bounds: Range) -> int:
     """Return ``value`` as an int in a range; whole numbers of numpy are taken, floats and booleans are not."""
     number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not number or not bounds.low <= value <= bounds.high:
-        raise refused(name, f"an integer{bounds}", value)
+        if number and value > bounds.high:
+            raise refused(name, f"an integer{bounds}", value, "Take fewer.")
+        raise refused(name, f"an integer{Range(bounds.low)}", value)
     return int(value)
 
 
@@ -123,7 +125,8 @@ def real(name: str, value: Any, bounds: Range) -> float:
     """Return ``value`` as a float in a range; numbers of numpy are taken, booleans are not."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not number or not bounds.has(value):
-        raise refused(name, f"a {'' if bounds.unbounded else 'finite '}number{bounds}", value)
+        finite = "finite " if bounds.high == math.inf and not bounds.unbounded else ""
+        raise refused(name, f"a {finite}number{bounds}", value)
     return float(value)
 
 
@@ -168,7 +171,7 @@ def _numbers(name: str, value: Any) -> Any:
 
 def _function(name: str, value: Any) -> Any:
     if not callable(value) or (isinstance(value, type) and not issubclass(value, torch.nn.Module)):
-        raise refused(name, "a function, or an object that can be called", value)
+        raise refused(name, "a callable Pyro model" if name == "model" else "a function", value)
     return value
 
 

@@ -33,7 +33,7 @@ def options(function: Callable[P, R]) -> Callable[P, R]:
     TypeError: run: no option 'draw'. Did you mean 'draws'? Options: draws.
     >>> run(draws=0)
     Traceback (most recent call last):
-    ValueError: draws: expected an integer from 1 to 10000000, got 0.
+    ValueError: draws: expected an integer >= 1, got 0.
     """
     found = inspect.signature(function).parameters
     kinds = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD

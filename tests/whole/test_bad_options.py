@@ -96,7 +96,7 @@ def test_flows_that_are_none(flow):
 
 @pytest.mark.parametrize("model", [None, "good", 3])
 def test_models_that_cannot_be_called(model):
-    message = "model: expected a callable Pyro model, got a"
+    message = "model: expected a callable Pyro model, got "
     for door in (lambda: pf.LogDensity(model), lambda: pf.AutoRealNVP(model), lambda: pf.fit(model, Y)):
         with pytest.raises(ValueError, match=message):
             door()
