@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -161,11 +161,22 @@ def dense(name: str, value: Any) -> Tensor:
     return value
 
 
-def _numbers(name: str, value: Any) -> Any:
+def numbers(name: str, value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a list, an array or a tensor of real numbers as a dense tensor."""
     try:
-        dense(name, torch.as_tensor(value))
+        return dense(name, torch.as_tensor(value, dtype=dtype))
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise refused(name, "a list or a tensor of numbers", value) from None
+
+
+def _numbers(name: str, value: Any) -> Any:
+    numbers(name, value)
+    return value
+
+
+def _flow(name: str, value: Any) -> Any:
+    if not isinstance(value, str) and not callable(value):
+        raise refused(name, "a name, a Flow, a Bijection or a function", value)
     return value
 
 
@@ -195,6 +206,12 @@ OTHERS: dict[str, Check] = {
     "str": _of(str, "a string"),
     "str | os.PathLike[str]": _of((str, os.PathLike), "a path"),
     "Callable[..., Any]": _function,
+    "Callable[[Any], Any]": _function,
+    "FlowLike": _flow,
+    "Iterable[Bijection]": _of(Iterable, "bijections"),
+    "Comparison": _made_by("pyro_flows.comparison.compare", "Comparison", "a Comparison of compare"),
+    "Mapping[str, Sequence[str]]": _of(Mapping, "a mapping from names to names of axes"),
+    "Sequence[Sequence[float]] | Tensor": _numbers,
     "Mapping[str, Any]": _of(Mapping, "a mapping from names to values"),
     "Mapping[str, Tensor]": _of(Mapping, "a mapping from names to tensors"),
     "Transform": _of(Mapping, "a mapping from names to functions"),

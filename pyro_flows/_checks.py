@@ -126,7 +126,10 @@ def image(name: str, value: Any) -> tuple[int, int, int]:
 def event(owner: str, x: Tensor, dim: int | tuple[int, ...]) -> None:
     """Check that the last axis of ``x`` has ``dim`` entries, or its last axes the shape ``dim``."""
     shape = (dim,) if isinstance(dim, int) else dim
-    dense(owner, x)
+    if dense(owner, x).dtype == torch.bool:
+        raise ValueError(f"{owner}: expected floating-point numbers, got booleans. Convert them first.")
+            f"{owner}: expected a tensor of floating-point numbers, got one of booleans. Convert it first."
+        )
     if x.shape[-len(shape) :] != shape:
         expected = ", ".join(map(str, shape))
         raise ValueError(f"{owner}: expected a tensor of shape (..., {expected}), got {tuple(x.shape)}.")
@@ -150,7 +153,7 @@ def context(owner: str, value: Tensor | None, context_dim: int) -> None:
 
 def floating(name: str, value: Tensor, like: Tensor | torch.dtype) -> Tensor:
     """Return ``value`` if it holds floating-point numbers; whole numbers become exact ones of ``like``'s dtype."""
-    if value.is_floating_point():
+    if dense(name, value).is_floating_point():
         return value
     dtype = like if isinstance(like, torch.dtype) else like.dtype
     limit = int(2 / torch.finfo(dtype).eps)  # up to which all whole numbers are there

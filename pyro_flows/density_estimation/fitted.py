@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks, plots
+from pyro_flows._arguments import numbers
 from pyro_flows._seeding import seeded
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.points import CHUNK, Levels, Source, source
@@ -74,9 +75,9 @@ class DensityFit:
             ValueError: for a count below 1, a temperature that is not positive, or a context that does not fit.
         """
         _checks.positive("temperature", temperature)
-        about = None if context is None else torch.as_tensor(context).to(like(self.flow))
+        about = None if context is None else numbers("context", context).to(like(self.flow))
         if about is not None:
-            if about.shape[:-1] not in ((), (1,), (count,)):
+            if not about.dim() or about.shape[:-1] not in ((), (1,), (count,)):
                 raise ValueError(f"context: expected one row or {count} rows, got shape {tuple(about.shape)}.")
             about = about.expand(count, -1)
         base = self.flow.base_distribution()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyro_flows import _checks
+from pyro_flows._arguments import numbers
 
 CHUNK = 4096
 Batch = tuple[Tensor, Tensor | None]
@@ -184,7 +185,7 @@ def _array(name: str, values: Any, like: Tensor) -> Any:
         return values
     if not isinstance(values, (Tensor, np.ndarray, list, tuple)):
         raise ValueError(f"{name}: expected a tensor, an array or a DataLoader, got a {type(values).__name__}.")
-    tensor = torch.as_tensor(values)
+    tensor = numbers(name, values)
     return tensor.to(like.device) if tensor.element_size() == 1 else _like(tensor, like)  # bytes stay bytes
 
 

@@ -36,7 +36,7 @@ def make(flow: Flow | str, data: Any, context: Any) -> Flow:
     shape = rows("data", data, None, torch.zeros(())).event_shape
     if len(shape) != 1:
         raise ValueError(f"flow: a name makes a flow of vectors, the data have shape {tuple(shape)}; pass a flow.")
-    width = 0 if context is None else torch.as_tensor(context).shape[-1]
+    width = 0 if context is None else rows("context", context, None, torch.zeros(())).event_shape[-1]
     options = {} if flow == "planar" else {"network": "robust"}
     return builder(shape[0], context_dim=width, hidden=(64, 64), activation="relu", base="logistic", **options)
 

@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._arguments import numbers
 from pyro_flows._fallbacks import fallback
 from pyro_flows._turns import turn
 from pyro_flows.guides.store import StoredGuide
@@ -225,7 +226,7 @@ def levels_of(quantiles: Sequence[float] | Tensor) -> Tensor:
     Raises:
         ValueError: for what is no list of numbers between 0 and 1.
     """
-    levels = torch.as_tensor(quantiles)
+    levels = numbers("quantiles", quantiles)
     if levels.dim() != 1 or not bool(((levels >= 0) & (levels <= 1)).all()):
         raise ValueError(f"quantiles: expected a list of numbers between 0 and 1, got {quantiles!r}.")
     return levels

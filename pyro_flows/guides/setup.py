@@ -37,6 +37,7 @@ from pyro_flows.transforms.networks import give_gains
 AUTO, PRIOR = INITS = "auto", "prior"
 
 
+@_checks.methods
 class LatentGuide(AutoContinuous):
     """What a flow guide is made of; see :class:`~pyro_flows.AutoFlow`."""
 

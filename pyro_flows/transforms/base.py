@@ -135,6 +135,7 @@ class _Memo(NamedTuple):
     state: tuple[tuple[int, int, bool], ...]
 
 
+@_checks.constructor
 class Bound(Transform):
     r"""One bijection with one context, as a plain torch ``Transform``: made anew for each trace, never stored.
 

@@ -12,6 +12,7 @@ from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
 
 
+@_checks.constructor
 class Compose(Bijection):
     r"""Bijections one after the other: :math:`y = T_K(\dots T_1(x))`, :math:`\log|J| = \sum_k \log|J_k|`.
 

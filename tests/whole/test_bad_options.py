@@ -90,7 +90,7 @@ def test_flows_of_the_wrong_dimension(form):
 
 @pytest.mark.parametrize("flow", [None, 3, ["realnvp"]])
 def test_flows_that_are_none(flow):
-    with pytest.raises(ValueError, match="flow: expected a name, a Flow, a Bijection or a function, got a"):
+    with pytest.raises(ValueError, match="flow: expected a name, a Flow, a Bijection or a function, got "):
         pf.AutoFlow(good, flow)
 
 
