@@ -128,8 +128,6 @@ def event(owner: str, x: Tensor, dim: int | tuple[int, ...]) -> None:
     shape = (dim,) if isinstance(dim, int) else dim
     if dense(owner, x).dtype == torch.bool:
         raise ValueError(f"{owner}: expected floating-point numbers, got booleans. Convert them first.")
-            f"{owner}: expected a tensor of floating-point numbers, got one of booleans. Convert it first."
-        )
     if x.shape[-len(shape) :] != shape:
         expected = ", ".join(map(str, shape))
         raise ValueError(f"{owner}: expected a tensor of shape (..., {expected}), got {tuple(x.shape)}.")
