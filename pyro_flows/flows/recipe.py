@@ -180,6 +180,10 @@ def start_at(flow: Flow, loc: Tensor, scale: Tensor) -> None:
     affine = affine_of(flow)
     if affine is None:
         return
+    _checks.vector("loc", loc, affine.dim)
+    if scale.shape not in ((affine.dim,), (affine.dim, affine.dim)):
+        sizes = f"({affine.dim},) or ({affine.dim}, {affine.dim})"
+        raise ValueError(f"scale: expected a tensor of shape {sizes}, got {tuple(scale.shape)}.")
     affine.loc.copy_(loc)
     if isinstance(affine, LowerTriangularAffine):
         affine.scale_tril.copy_(torch.diag(scale) if scale.dim() == 1 else scale)
