@@ -70,7 +70,7 @@ def refined(
     posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int, clock: Clock, bar: Bar
 ) -> Recorded:
     """Run the sampler under a clock, and judge what it came to."""
-    density = posterior._need_density()
+    density = posterior._need_model()
     with alone(), seeded(seed, density.device), few_threads(density.numbers, chains), torch.no_grad():
         before = density.evaluations
         density.under(clock)
@@ -92,7 +92,7 @@ def _run(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int
 
 
 def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int, bar: Bar) -> None:
-    density, names, earlier = posterior._need_density(), posterior.coordinates, posterior.chains
+    density, names, earlier = posterior._need_model(), posterior.coordinates, posterior.chains
     latent = Latent(flow_of(posterior), density)
     wanted = math.ceil(len(posterior.z) / chains)
     if earlier is not None and work.method in ("auto", earlier.numbers["method"]) and can_be_resumed(earlier):

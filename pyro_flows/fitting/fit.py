@@ -30,6 +30,7 @@ from pyro_flows.model.faults import Subsampled
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.precision import LostDigits
+from pyro_flows.model.unchanged import own
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS, check_memory, seconds_to_judge
 
@@ -143,7 +144,7 @@ def fit(
         clock = Clock(seconds, raises=raise_on_interrupt, watch=bar.watch)
         plan = Plan(
             model,
-            *usable(model, args, model_kwargs),
+            *usable(model, *own(args, model_kwargs)),
             recipe_for(flow, options),
             draws=draws,
             seed=seed,

@@ -16,6 +16,7 @@ from pyro_flows.model.arguments import usable
 from pyro_flows.model.digits import ALLOWED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
+from pyro_flows.model.unchanged import own
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.verdict.chains import McmcDraws
@@ -75,7 +76,7 @@ def from_mcmc(
     (torch.Size([100]), 'unreliable')
     """
     with alone():
-        args, kwargs = usable(model, args, model_kwargs)
+        args, kwargs = usable(model, *own(args, model_kwargs))
         density = LogDensity(model, args, kwargs)
         warn_if_nothing_observed(density.structure, density.trace_at, model, args, kwargs)
         draws, diverging, sampler = _read(mcmc)

@@ -24,6 +24,7 @@ from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.digits import ALLOWED
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.unchanged import own
 from pyro_flows.results import older
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.labeling import Labeling
@@ -124,7 +125,7 @@ def _read(
         fields = _fields(description, flow)
     stored: tuple[Any, Any] | None = groups, {**attrs, "method": attrs.get("method", fields["verdict"].method)}
     if model is not None:
-        fitted = LogDensity(model, args, kwargs, noncentered=fields["settings"].get("noncentered", []))
+        fitted = LogDensity(model, *own(args, kwargs), noncentered=fields["settings"].get("noncentered", []))
         density = _density(like(fitted, tensors["z"]), description["coordinates"], tensors)
         tensors = _move(tensors, density.device)
         stored = None if description.get("without") else stored  # with the model all can be made
