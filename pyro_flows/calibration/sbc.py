@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 from pyro_flows import _checks
+from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
 from pyro_flows._turns import alone
@@ -98,7 +99,8 @@ def sbc(
         progress: show what is being done, how many simulations are done, and about how long the others will take.
 
     Returns:
-        A :class:`Calibration`. After Ctrl-C it is of the simulations that were finished, if there are any.
+        A :class:`Calibration`. After Ctrl-C, SIGTERM or SIGHUP it is of the simulations that were
+        finished, if there are any.
 
     Raises:
         ValueError: before any work, for a bad option; a model with factors or an improper prior, which cannot be
@@ -106,7 +108,7 @@ def sbc(
             of another run. With ``kind="posterior"``, for a posterior at hand that is unreliable.
 
     Warns:
-        UserWarning: after Ctrl-C, with the number of finished simulations.
+        UserWarning: after these signals, with the number of finished simulations.
 
     Cost: as many fits as simulations, side by side where that can be.
 
@@ -129,22 +131,23 @@ def sbc(
     asked["log_density"] = bool(log_density)
     check_jobs(jobs)
     case = Case(*usable(model, args, model_kwargs))
-    with Bar("sbc", progress) as bar:
+    with interruptible(), Bar("sbc", progress) as bar:
         with alone():
             simulated = simulate(model, case, data, asked, options, bar)
         many = Many(simulated.model, simulated.cases, options, derive(seed, "fits"), together, jobs)
         calibration = _run(simulated, many, asked, {"guide": guide, "sampler": sampler}, checkpoint, bar)
         bar.close(str(calibration))
+        STATE.take()  # all that there is, is there
     _warn_if_cut(calibration, resumes=checkpoint is not None)
     return calibration
 
 
 def _warn_if_cut(calibration: Calibration, *, resumes: bool) -> None:
-    """Say that Ctrl-C came, and how the rest is had."""
+    """Say that a signal came, and how the rest is had."""
     finished, asked = (calibration.settings[name] for name in ("finished", "simulations"))
     if finished < asked:
         rest = " The same call goes on from the checkpoint." if resumes else ""
-        message = f"sbc: interrupted (Ctrl-C) after {finished} of {asked} simulations.{rest}"
+        message = f"sbc: interrupted ({STATE.name}) after {finished} of {asked} simulations.{rest}"
         warnings.warn(message, stacklevel=outside())
 
 
@@ -180,10 +183,13 @@ def _run(
             if final:
                 kept.add(number, ranked)
             bar.count(len(found), count)
+            if STATE.take():
+                break
     except KeyboardInterrupt:
-        if not found:
+        if not found or STATE.count > 1:
             raise
     finally:
+        STATE.hold(True)
         kept.write()
     return _result(simulated, dict(sorted(found.items())), {**asked, "finished": len(kept.done)})
 

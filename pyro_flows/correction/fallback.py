@@ -65,6 +65,8 @@ def fallback_sampler(
     """
     left = clock.end - time.monotonic()
     asked = chains is not None or posterior.verdict.status == "unreliable"
+    if asked:
+        clock.told(_stages.SAMPLER)
     if not asked or clock.interrupted is not None or left <= 0.0:
         return posterior
     if method == "nuts" and isinstance(posterior.flow, FlowMixture):

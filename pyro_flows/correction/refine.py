@@ -10,6 +10,7 @@ import torch
 
 from pyro_flows import _checks, _stages
 from pyro_flows._clock import Clock, unbounded
+from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
@@ -55,8 +56,9 @@ def refine(
     posterior._need_density()
     if method == "nuts" and isinstance(posterior.flow, FlowMixture):
         raise ValueError("method: NUTS walks in the latent space of one flow, and this is a mixture; take 'auto'.")
-    with Bar("refine", progress) as bar:
+    with interruptible(), Bar("refine", progress) as bar:
         work = Work(method, ASKED)
+        STATE.hold(True)
         found = refined(posterior, work, chains, max_steps, seed, Clock(seconds, watch=bar.watch), bar)
         bar.close(f"{found.method}, {found.verdict.status}")
     asked = {"method": method, "chains": chains, "max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
