@@ -33,7 +33,7 @@ class Ending:
         try:
             typer.echo(text)
         except OSError:
-            if not self.interrupts.seen:
+            if not self.interrupts.came():
                 raise
 
 

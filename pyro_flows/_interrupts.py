@@ -35,9 +35,8 @@ class Interrupts:
     held: bool = False
     pending: bool = False
 
-    @property
-    def seen(self) -> bool:
-        """Whether any came."""
+    def came(self) -> bool:
+        """Return whether any came."""
         return self.count > 0
 
     def take(self) -> bool:

@@ -204,7 +204,7 @@ def _read(model: str, data: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 def _code(posterior: Posterior, ending: Ending) -> int:
     """The exit code for results that were written."""
-    if ending.interrupts.seen:
+    if ending.interrupts.came():
         with suppress(OSError):
             typer.echo("pyro-flows: interrupted; these are the best results so far.", err=True)
         return INTERRUPTED
@@ -258,10 +258,10 @@ def demo(target: Path, ending: Ending, *, seed: int, max_steps: int, progress: b
     ending.interrupts.hold(True)
     posterior = fit(eight_schools, y, sigma, seed=seed, max_steps=max_steps, progress=progress)
     _write(posterior, target, ending)
-    if ending.interrupts.seen:
+    if ending.interrupts.came():
         return _code(posterior, ending)
     guide = _gaussian(y, sigma, ending, seed=seed, steps=min(GAUSSIAN_STEPS, max_steps))
-    if ending.interrupts.seen:
+    if ending.interrupts.came():
         return _code(posterior, ending)
     gaussian = diagnose(eight_schools, guide, y, sigma)
     labels = (posterior.method, "full-rank Gaussian guide")
@@ -279,7 +279,7 @@ def _gaussian(y: Tensor, sigma: Tensor, ending: Ending, *, seed: int, steps: int
         svi = SVI(eight_schools, guide, Adam({"lr": 0.01}), Trace_ELBO())
         for _ in range(steps):
             svi.step(y, sigma)
-            if ending.interrupts.seen:
+            if ending.interrupts.came():
                 break
     return guide
 

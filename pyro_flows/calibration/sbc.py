@@ -17,7 +17,7 @@ from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.checkpoint import Checkpoint, key_of
 from pyro_flows.calibration.fit_many import Many
 from pyro_flows.calibration.processes import check_jobs, run_all
-from pyro_flows.calibration.ranks import LOG_DENSITY, GuideTask, Ranked, SamplerTask, ranks_of
+from pyro_flows.calibration.ranks import LOG_DENSITY, STATUSES, GuideTask, Ranked, SamplerTask, ranks_of
 from pyro_flows.calibration.result import Calibration, stacked
 from pyro_flows.calibration.simulating import Simulated, simulate
 from pyro_flows.fitting.fit import MAX_SEED
@@ -174,7 +174,10 @@ def _run(
     """Rank the true values of all simulations that are not finished, and put everything together."""
     about = {**asked, **makers, "model": simulated.model}
     plain = {**asked, "options": {**many.options, "together": many.together}}
-    kept = Checkpoint(checkpoint, key_of(plain, simulated.truths, simulated.data))
+    shapes = {name: tuple(simulated.truths[name].shape[1:]) for name in simulated.density.names}
+    shapes |= {LOG_DENSITY: ()} if about["log_density"] else {}
+    sizes: dict[str, Any] = {"simulations": asked["simulations"], "draws": asked["draws"], "shapes": shapes}
+    kept = Checkpoint(checkpoint, key_of(plain, simulated.truths, simulated.data), **sizes)
     found, count = dict(kept.done), asked["simulations"]
     bar.count(len(found), count)
     try:
@@ -240,7 +243,7 @@ def _result(simulated: Simulated, found: Mapping[int, Ranked], asked: Mapping[st
     if asked["log_density"]:
         names[LOG_DENSITY] = LOG_DENSITY if LOG_DENSITY not in names.values() else f"{LOG_DENSITY}_"
     listed = [one.status for one in found.values()]
-    statuses = {name: listed.count(name) for name in ("ok", "corrected", "refined", "unreliable", "not judged")}
+    statuses = {name: listed.count(name) for name in STATUSES}
     return Calibration(
         ranks=stacked([one.ranks for one in found.values()], layouts, names),
         dims={names[site]: layout.dims for site, layout in layouts.items()},

@@ -64,13 +64,13 @@ def test_the_first_signal_raises_or_is_noted_and_the_second_raises(number):
     with interruptible() as found:
         found.hold(True)
         press(number)
-        assert found.seen
+        assert found.came()
         assert found.take()
         assert not found.take()
         with pytest.raises(KeyboardInterrupt):
             press(number)
     with interruptible() as found:
-        assert not found.seen
+        assert not found.came()
 
 
 def test_the_first_signal_waits_until_contexts_are_left():
@@ -123,7 +123,7 @@ def test_handlers_of_the_program_and_ignored_signals_stay(monkeypatch):
         with interruptible() as found:
             press(signal.SIGTERM)
             press(signal.SIGHUP)
-            assert not found.seen
+            assert not found.came()
         assert seen == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before[0])
