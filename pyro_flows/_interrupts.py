@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -54,6 +55,7 @@ class Interrupts:
 
 
 STATE = Interrupts()
+_handlers: dict[int, Handler] = {}  # that were there before the outermost call
 _leaving: set[CodeType] = {
     contextlib._GeneratorContextManager.__enter__.__code__,
     contextlib._GeneratorContextManager.__exit__.__code__,
@@ -85,11 +87,12 @@ def interruptible() -> Iterator[Interrupts]:
             default = (signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL,)
             if number is not None and signal.getsignal(number) in default:
                 handlers[number] = signal.signal(number, _note)
+        _handlers.update(handlers)
         yield STATE
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        STATE.calls -= 1
+        STATE.calls = max(STATE.calls - 1, 0)
         STATE.held = before
 
 
@@ -101,6 +104,17 @@ def _note(number: int, frame: FrameType | None) -> None:
             STATE.pending = True
             return
     raise KeyboardInterrupt(STATE.name)
+
+
+def _renew() -> None:
+    """Leave signals to a forked process as they were: the call under way is not its own."""
+    for number, handler in _handlers.items() if STATE.calls else ():
+        signal.signal(number, handler)
+    STATE.calls, STATE.held = 0, False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 def _is_leaving(frame: FrameType | None) -> bool:

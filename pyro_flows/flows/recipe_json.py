@@ -56,6 +56,7 @@ def recipe_of(text: Mapping[str, Any]) -> tuple[Recipe, Any]:
     else:
         options = {name: value for name, value in text.items() if name not in ("affine", "preprocess")}
         builder, dim, base, df = (options.pop(name) for name in ("builder", "dim", "base", "df"))
+        _checks.positive("df", df)
         recipe = Recipe(builder, options, base, df)
     if text.get("preprocess") is not None:
         recipe = recipe.then("preprocess", text["preprocess"])

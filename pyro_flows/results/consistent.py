@@ -19,7 +19,7 @@ CHECKED = 8  # draws whose density is computed anew
 ROUNDED, ROUNDED_AT_LEAST = 1e-3, 1e-2  # relative, and nats: between machines and precisions
 
 
-def check_tensors(tensors: Mapping[str, Any], dim: int) -> None:
+def check_tensors(tensors: Mapping[str, Any], dim: int, verdict: Mapping[str, Any]) -> None:
     """Refuse tensors of a posterior with D = ``dim`` coordinates that are of other shapes, or miss draws.
 
     Raises:
@@ -40,6 +40,9 @@ def check_tensors(tensors: Mapping[str, Any], dim: int) -> None:
     require(isinstance(tensors["flow"], dict), "the flow has no tensors")
     if "chains" in tensors:
         _check_chains(tensors["chains"], dim)
+        kept = tensors["chains"]["z"][..., 0].numel()
+        of_chains = verdict["status"] == "refined" or (verdict.get("chains") or {}).get("elsewhere")
+        require(kept == len(used) or not of_chains, f"chains have {kept} draws, and not {len(used)}")
     _check_weights(tensors)
 
 

@@ -117,7 +117,7 @@ def _read(
     with reading(source, TEXT, TENSORS):
         description, tensors = older.present(description, tensors)
         check_texts(description)
-        check_tensors(tensors, len(description["coordinates"]))
+        check_tensors(tensors, len(description["coordinates"]), description["verdict"])
         flow, guide, density = _flow(description["guide"], tensors), None, None
         fields = _fields(description, flow)
     with reading(source, NETCDF):
