@@ -19,6 +19,7 @@ from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.unchanged import own
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
+from pyro_flows.results.scoring import infinite_places
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.mcmc import judge_mcmc
 from pyro_flows.verdict.verdict import Verdict
@@ -84,6 +85,7 @@ def from_mcmc(
         density, z, lost = _with_digits(density, values)
         with torch.no_grad():
             log_p, samples = density(z), density.constrain(z)
+    lost = ([*lost[0], *infinite_places(density, z, log_p)], lost[1])
     names = coordinate_names(density.structure)
     stats = {} if diverging is None else {"diverging": diverging.to(z.device)}
     chains = McmcDraws(z.reshape(count, -1, density.dim), stats, {}, {"method": METHOD})
