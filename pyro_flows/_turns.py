@@ -28,26 +28,27 @@ def turn() -> Iterator[None]:
     Pyro's handlers and its validation, torch's random numbers and number of threads, and the graphs kept here belong to
     the whole process: two threads that used them at once would get wrong numbers. So whatever changes one of them takes
     its turn. A thread that is inside may come in again; one that it waits for must not.
+
+    Raises:
+        RuntimeError: if another thread uses Pyro meanwhile, which no lock can keep out.
     """
     outermost = not _turn._is_owned()
     with _turn:
         if outermost and hasattr(os, "fork"):
             _note()
-        yield
+        try:
+            yield
+        except Disturbed as error:
+            if not outermost:
+                raise
+            raise RuntimeError(str(error)) from error
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Take a turn for a whole call, with gradients switched on whatever the caller switched off.
-
-    Raises:
-        RuntimeError: if another thread uses Pyro meanwhile, which no lock can keep out.
-    """
-    try:
-        with turn(), torch.inference_mode(False), torch.enable_grad():
-            yield
-    except Disturbed as error:
-        raise RuntimeError(str(error)) from error
+    """Take a turn for a whole call, with gradients switched on whatever the caller switched off."""
+    with turn(), torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 # forks ----------------------------------------------------------------------------------------------------------------

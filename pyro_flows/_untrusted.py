@@ -20,7 +20,7 @@ from pyro_flows._fallbacks import first_line
 PLAIN = (bool, int, float, str, type(None))
 SMALL_NUMBER = 1024  # that a description may have, however few numbers there are
 LIST = 64  # entries of a list, if there are fewer tensors
-AROUND = 4  # times the root of the number of tensors: flows around flows, in a mixture too
+AROUND = 16  # flows, each around the next one
 SEEDS = ("seed",)  # entries of a description that are no sizes
 NUMBERS_BUILT = 8  # times those stored, that one operation may write while a flow is built,
 NUMBERS_AT_LEAST = 2**22  # and this many in any case
@@ -126,22 +126,21 @@ def check_numbers(description: Any, state: Mapping[str, Tensor]) -> None:
         Damaged: naming the number.
     """
     numbers = sum(value.numel() for value in state.values())
-    most, left, parts, around = max(numbers, SMALL_NUMBER), [("", description)], 0, 0
+    most, left, parts = max(numbers, SMALL_NUMBER), [("", description, 0)], 0
     while left:
-        name, value = left.pop()
+        name, value, depth = left.pop()
+        require(depth <= AROUND, "flows stand around flows too often")
         if isinstance(value, Mapping):
             parts += "builder" in value
-            around += "inner" in value
-            left += value.items()
+            left += [(part, inner, depth + (part == "inner")) for part, inner in value.items()]
         elif isinstance(value, (list, tuple)):
             longest = numbers if name == "components" else max(len(state), LIST)
             require(len(value) <= longest, f"{name} has {len(value)} entries, with {len(state)} tensors stored")
-            left += [(name, part) for part in value]
+            left += [(name, part, depth) for part in value]
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and name not in SEEDS:
             require(math.isfinite(value) and value >= -most, f"{name} is {value}")
             counts = isinstance(value, int)
             require(not counts or value <= most, f"{name} is {value}, with {numbers} numbers stored")
-    require(around <= AROUND * max(len(state), 1) ** 0.5, f"{around} flows, each around the next one")
     require(parts <= max(len(state), 1) + 1, f"{parts} parts, with {len(state)} tensors stored")
 
 

@@ -28,7 +28,7 @@ def test_a_fit_is_unreliable_and_says_where(limit):
     found = pf.fit(above(limit), Y, draws=1000, max_steps=300, progress=False)
     assert found.verdict.status == "unreliable"
     assert any("+inf" in reason and "spike" in reason for reason in found.verdict.reasons), found.verdict
-    again = found.refine(max_steps=50, progress=False)
+    again = found.refine(max_steps=5, progress=False)
     assert again.verdict.status == "unreliable"
 
 
