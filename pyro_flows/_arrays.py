@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyro_flows import _checks
+from pyro_flows._untrusted import require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 SAMPLE_DIMS = ("chain", "draw")
 SD_DIGITS = 3
+WIDER = 16  # times the bytes of a file, that its arrays may have in memory
 
 
 def relabel(
@@ -97,10 +99,16 @@ def write(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) ->
 
 
 def read(data: bytes) -> tuple[dict[str, xr.Dataset], dict[str, str | float]]:
-    """Read what :func:`write` wrote: groups and attributes, all in memory."""
+    """Read what :func:`write` wrote: groups and attributes, all in memory.
+
+    Raises:
+        Damaged: if arrays are larger than the file.
+    """
     import xarray
 
     with xarray.open_datatree(io.BytesIO(data), engine="h5netcdf") as tree:
+        size = sum(node.dataset.nbytes for node in tree.subtree)
+        require(size <= WIDER * len(data), f"its arrays have {size} bytes, in a file of {len(data)}")
         tree.load()
         groups = {name: node.to_dataset().copy() for name, node in tree.children.items()}
         attrs = {str(name): value.item() if hasattr(value, "item") else value for name, value in tree.attrs.items()}

@@ -125,7 +125,7 @@ class Bundle:
             raise ValueError(f"path: expected the directory of a saved {self.what}, got {shown!r}: {why}.")
         version: Any = description.get("version")
         digests = description.get("digests")
-        if version not in range(1, VERSION + 1):
+        if type(version) is not int or version not in range(1, VERSION + 1):
             raise ValueError(
                 f"path: {shown!r} has format version {version!r}, this release of pyro_flows reads versions 1 to "
                 f"{VERSION}. Read it with the release that wrote it, or fit and save anew."
@@ -162,7 +162,10 @@ def damaged(path: str | os.PathLike[str], names: list[str], why: str) -> str:
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
-    found = json.loads(text.decode("utf-8"))
+    try:
+        found = json.loads(text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("too deeply nested") from error
     if not isinstance(found, dict):
         raise ValueError("no object")
     return found

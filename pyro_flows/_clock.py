@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_flows._interrupts import STATE, undisturbed
 from pyro_flows._ledger import counted
 
 RESERVED_AT_MOST = 0.25  # of all seconds, for judging
@@ -41,7 +42,9 @@ class Clock:
         self.began = time.monotonic()
         self.end = self.began + seconds
         self.stop = self.end  # of the work, and of the part that is under way
-        self.interrupted: str | None = None  # the part that Ctrl-C came in
+        self.interrupted: str | None = None  # the part that Ctrl-C, SIGTERM or SIGHUP came in
+        self.depth = 0  # of the parts that are open
+        self.open = ""  # the innermost part
         self.cut: list[str] = []
         self.needed = 0.0  # seconds, about, for judging
         self.final = False
@@ -74,8 +77,19 @@ class Clock:
         """
         if self.watch is not None:
             self.watch(None)
+        if self.depth and STATE.pending:
+            self.told()
         if self.over and not self.final:
             raise OutOfTime
+
+    def told(self, name: str | None = None) -> None:
+        """Ask whether a signal was held back; if so, it came in this part, or in the one that is open.
+
+        Raises:
+            KeyboardInterrupt: if it is to be raised.
+        """
+        if STATE.take() and not self.interrupt(name or self.open):
+            raise KeyboardInterrupt(STATE.name)
 
     def watching(self) -> AbstractContextManager[Any]:
         """Look at the clock at each of torch's operations inside, if there is a bound: for what takes seconds."""
@@ -125,7 +139,7 @@ class Clock:
             return []
         if self.interrupted is None:
             return [f"stopped at max_seconds={self.asked:g}"]
-        return [f"interrupted (Ctrl-C) during: {self.interrupted}"]
+        return [f"interrupted ({STATE.name}) during: {self.interrupted}"]
 
     def notes(self) -> list[str]:
         """Which parts were cut, in words; that of Ctrl-C is in the reason."""
@@ -140,24 +154,34 @@ class Part:
         self.clock, self.name, self.share, self.noted = clock, name, share, noted
         self.stop = clock.stop
         self._counted: AbstractContextManager[None] = nullcontext()
+        self._around, self._held = clock.open, STATE.held
 
+    @undisturbed
     def __enter__(self) -> None:
         clock = self.clock
+        clock.told(self.name)
+        clock.open, clock.depth = self.name, clock.depth + 1
         self._counted = counted(self.name)
         self._counted.__enter__()
         if clock.finite and self.share < 1.0:
             clock.stop = min(self.stop, time.monotonic() + self.share * max(clock.left, 0.0))
         if clock.watch is not None and not clock.over:
             clock.watch(self.name)
+        self._held = STATE.hold(False)
 
+    @undisturbed
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        self.clock.stop = self.stop
+        STATE.hold(self._held)
+        self.clock.stop, self.clock.open, self.clock.depth = self.stop, self._around, self.clock.depth - 1
         self._counted.__exit__(None, None, None)
         if isinstance(error, OutOfTime):
             if self.noted:
                 self.clock.skip(self.name)
             return True
-        return isinstance(error, KeyboardInterrupt) and not self.clock.final and self.clock.interrupt(self.name)
+        if isinstance(error, KeyboardInterrupt):
+            return not self.clock.final and self.clock.interrupt(self.name)
+        self.clock.told(self.name)
+        return False
 
 
 class _Watch(TorchDispatchMode):

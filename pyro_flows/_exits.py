@@ -1,37 +1,61 @@
-"""How a command ends: exit codes, errors in one line, and Ctrl-C."""
+"""How a command ends: exit codes, errors in one line, and signals."""
 
 from __future__ import annotations
 
-import signal
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import typer
 
 from pyro_flows._fallbacks import first_line
+from pyro_flows._interrupts import STATE, Interrupts, interruptible
 
 DONE, ERROR, UNRELIABLE, INTERRUPTED = 0, 2, 3, 130  # exit codes; 130 is what shells give to Ctrl-C
 
 
-def guarded(work: Callable[[], int], debug: bool, file: Path | None = None) -> None:
+@dataclass
+class Ending:
+    """What a command that is ended at once has come to.
+
+    Attributes:
+        interrupts: the signals that came.
+        left: what is there, in words.
+    """
+
+    interrupts: Interrupts
+    left: str = "no complete results were written"
+
+    def say(self, text: str) -> None:
+        """Print a line. After a signal the terminal may be gone, which is no reason not to go on."""
+        try:
+            typer.echo(text)
+        except OSError:
+            if not self.interrupts.came():
+                raise
+
+
+def guarded(work: Callable[[Ending], int], debug: bool, file: Path | None = None) -> None:
     """Run, and exit with the code that comes back; turn any error into one line, unless a traceback is asked for.
 
+    Ctrl-C, SIGTERM and SIGHUP end the work as :func:`~pyro_flows.fit` says.
+
     Args:
-        work: returns the exit code.
+        work: returns the exit code, and notes what it leaves.
         debug: whether a traceback is shown.
         file: the user's Python file; an error that was raised below it is shown with its kind and line.
     """
+    ending = Ending(STATE)
     try:
-        code = work()
+        with interruptible():
+            code = work(ending)
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
-        typer.echo("pyro-flows: interrupted; no complete results were written.", err=True)
+        with suppress(OSError):
+            typer.echo(f"pyro-flows: interrupted; {ending.left}.", err=True)
         code = INTERRUPTED
     except Exception as error:
         if debug:
@@ -65,31 +89,3 @@ def _line(error: Exception, file: Path | None) -> str:
         return ""
     passed = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file.absolute()]
     return f" ({file.name}, line {passed[-1].lineno})" if passed else ""
-
-
-@dataclass
-class Interrupt:
-    """Whether Ctrl-C was pressed."""
-
-    seen: bool = False
-
-
-@contextmanager
-def interruptible() -> Iterator[Interrupt]:
-    """Note Ctrl-C, which raises ``KeyboardInterrupt`` as always: a fit may catch it and return what it has."""
-    found = Interrupt()
-    before = signal.getsignal(signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
-
-    def note(number: int, frame: FrameType | None) -> None:
-        found.seen = True
-        signal.default_int_handler(number, frame)
-
-    if before is not signal.default_int_handler or not main:  # someone else handles it, or nobody is to
-        yield found
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield found
-    finally:
-        signal.signal(signal.SIGINT, before)

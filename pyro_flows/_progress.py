@@ -8,8 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
+
+from pyro_flows._interrupts import undisturbed
 
 EVERY = {"terminal": 0.1, "notebook": 0.5, "file": 10.0}  # seconds between two lines of one stage, at least,
 BEAT = {"terminal": 1.0, "file": 10.0}  # and at most; in a notebook, outputs of other threads may go astray
@@ -64,6 +67,7 @@ class Bar:
             threading.Thread(target=self._beat, name="pyro_flows progress", daemon=True).start()
         return self
 
+    @undisturbed
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -124,14 +128,14 @@ class Bar:
             if self._over.is_set() and not last:
                 return
             if self._place == "file":
-                print(line, file=sys.stderr, flush=True)
+                _print(line, "\n")
                 return
             line += "" if last else f" {SIGNS[self._turns % len(SIGNS)]}"
             if self._display is not None:
                 self._publish(line)
                 return
             line = line[: shutil.get_terminal_size().columns - 1]
-            print("\r" + line.ljust(self._width), end="\n" if last else "", file=sys.stderr, flush=True)
+            _print("\r" + line.ljust(self._width), "\n" if last else "")
             self._width = len(line)
 
     def _publish(self, line: str) -> None:
@@ -141,6 +145,11 @@ class Bar:
             self._handle = self._display(data, raw=True, display_id=True)
         else:
             self._handle.update(data, raw=True)
+
+
+def _print(line: str, end: str) -> None:
+    with suppress(OSError):  # the terminal is gone, the work goes on
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
 def unseen(stage: str) -> None:

@@ -11,11 +11,14 @@ from typing import TypeVar
 
 import torch
 
+from pyro_flows._turns import drop_after_fork
+
 ONE_THREAD_BELOW = 2**20  # numbers in one batch of likelihood terms
 
 T = TypeVar("T")
 
 _asked: list[int] = []  # threads that callers of ``few_threads`` had asked torch for; the first is the user's
+drop_after_fork(_asked.clear)
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}  # by process: threads do not outlive a fork
 
 

@@ -1,17 +1,20 @@
 """The command ``pyro-flows``.
 
 Exit codes: 0 for a posterior that is ``ok``, ``corrected`` or ``refined``, 3 for one that is ``unreliable`` (it is
-written all the same), 2 for an error, 130 for a run that was interrupted by Ctrl-C.
+written all the same), 2 for an error, 130 for a run that was interrupted by Ctrl-C,
+SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import platform
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +29,8 @@ from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from pyro_flows import plots
-from pyro_flows._exits import DONE, INTERRUPTED, UNRELIABLE, Interrupt, guarded, interruptible
+from pyro_flows._exits import DONE, INTERRUPTED, UNRELIABLE, Ending, guarded
+from pyro_flows._files import replace_file
 from pyro_flows._inputs import match, read_data, read_model
 from pyro_flows._options import (
     ANY_FLOW,
@@ -63,7 +67,7 @@ from pyro_flows.results.files import check_target
 GAUSSIAN_STEPS = 1500
 EXIT_CODES = (
     "Exit codes: 0 if the posterior is ok, corrected or refined, 3 if it is unreliable (its results are written too), "
-    "2 for an error, 130 after Ctrl-C."
+    "2 for an error, 130 after Ctrl-C, SIGTERM or SIGHUP."
 )
 
 app = typer.Typer(
@@ -108,7 +112,7 @@ def demo_command(
     debug: Debug = False,
 ) -> None:
     """Fit the eight schools (Rubin 1981); write posterior.nc and two figures."""
-    guarded(lambda: demo(_target(out), seed=seed, max_steps=max_steps, progress=_shown(progress)), debug)
+    guarded(lambda ending: demo(_target(out), ending, seed=seed, max_steps=max_steps, progress=_shown(progress)), debug)
 
 
 @app.command("fit", epilog=EXIT_CODES)
@@ -132,7 +136,7 @@ def fit_command(
 ) -> None:
     """Fit the posterior of a Pyro model; write posterior.nc and figures."""
 
-    def work() -> int:
+    def work(ending: Ending) -> int:
         target = _target(out, report)
         chosen, arguments = _read(model, data)
         options: dict[str, Any] = {
@@ -147,10 +151,10 @@ def fit_command(
             "refine": "auto" if refine else False,
             "train_model": train_model,
         }
-        with interruptible() as interrupt:
-            posterior = fit(chosen, model_kwargs=arguments, progress=_shown(progress), **options)
-        _write(posterior, target, report=report)
-        return _code(posterior, interrupt)
+        ending.interrupts.hold(True)  # from here on, fit alone lets the first signal through
+        posterior = fit(chosen, model_kwargs=arguments, progress=_shown(progress), **options)
+        _write(posterior, target, ending, report=report)
+        return _code(posterior, ending)
 
     guarded(work, debug, Path(model.rpartition(":")[0]))
 
@@ -166,7 +170,7 @@ def report_command(
 ) -> None:
     """Write a report of a saved posterior: one HTML file to read and to send."""
 
-    def work() -> int:
+    def work(ending: Ending) -> int:
         if (model is None) != (data is None):
             raise ValueError("model: expected --model and --data together, got one of them. Give both or neither.")
         target = check_report(saved / "report.html" if out is None else out)
@@ -198,10 +202,11 @@ def _read(model: str, data: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
     return chosen, match(chosen, read_data(data))
 
 
-def _code(posterior: Posterior, interrupt: Interrupt) -> int:
+def _code(posterior: Posterior, ending: Ending) -> int:
     """The exit code for results that were written."""
-    if interrupt.seen:
-        typer.echo("pyro-flows: interrupted; these are the best results so far.", err=True)
+    if ending.interrupts.came():
+        with suppress(OSError):
+            typer.echo("pyro-flows: interrupted; these are the best results so far.", err=True)
         return INTERRUPTED
     return UNRELIABLE if posterior.verdict.status == "unreliable" else DONE
 
@@ -246,24 +251,27 @@ def eight_schools(y: Tensor, sigma: Tensor) -> None:
         pyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
 
-def demo(target: Path, *, seed: int, max_steps: int, progress: bool) -> int:
+def demo(target: Path, ending: Ending, *, seed: int, max_steps: int, progress: bool) -> int:
     """Fit the eight schools by `fit` and by a full-rank Gaussian; write results and figures to ``target``."""
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-    with interruptible() as interrupt:
-        posterior = fit(eight_schools, y, sigma, seed=seed, max_steps=max_steps, progress=progress)
-    if interrupt.seen:
-        _write(posterior, target)
-        return _code(posterior, interrupt)
-    gaussian = diagnose(eight_schools, _gaussian(y, sigma, seed=seed, steps=min(GAUSSIAN_STEPS, max_steps)), y, sigma)
+    ending.interrupts.hold(True)
+    posterior = fit(eight_schools, y, sigma, seed=seed, max_steps=max_steps, progress=progress)
+    _write(posterior, target, ending)
+    if ending.interrupts.came():
+        return _code(posterior, ending)
+    guide = _gaussian(y, sigma, ending, seed=seed, steps=min(GAUSSIAN_STEPS, max_steps))
+    if ending.interrupts.came():
+        return _code(posterior, ending)
+    gaussian = diagnose(eight_schools, guide, y, sigma)
     labels = (posterior.method, "full-rank Gaussian guide")
     pairs = plots.plot_pairs(posterior, "mu", "tau", compare=gaussian, transform={"tau": torch.log}, labels=labels)
-    _write(posterior, target, {"pairs.png": pairs})
-    typer.echo(f"For comparison, a full-rank Gaussian guide: {gaussian.verdict}")
-    return _code(posterior, interrupt)
+    _draw(pairs, target / "pairs.png")
+    ending.say(f"For comparison, a full-rank Gaussian guide: {gaussian.verdict}")
+    return _code(posterior, ending)
 
 
-def _gaussian(y: Tensor, sigma: Tensor, *, seed: int, steps: int) -> AutoMultivariateNormal:
+def _gaussian(y: Tensor, sigma: Tensor, ending: Ending, *, seed: int, steps: int) -> AutoMultivariateNormal:
     """Train Pyro's full-rank Gaussian guide by Pyro's SVI."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -271,26 +279,33 @@ def _gaussian(y: Tensor, sigma: Tensor, *, seed: int, steps: int) -> AutoMultiva
         svi = SVI(eight_schools, guide, Adam({"lr": 0.01}), Trace_ELBO())
         for _ in range(steps):
             svi.step(y, sigma)
+            if ending.interrupts.came():
+                break
     return guide
 
 
-def _write(
-    posterior: Posterior, out: Path, figures: dict[str, Any] | None = None, *, report: Path | None = None
-) -> None:
-    """Print verdict and table; save posterior and figures, and a report if one is wanted."""
-    typer.echo(str(posterior.verdict))
-    with warnings.catch_warnings():  # the line above says it
+def _write(posterior: Posterior, out: Path, ending: Ending, *, report: Path | None = None) -> None:
+    """Save the posterior; then print verdict and table, and write figures, and a report if one is wanted."""
+    ending.left = f"in {out} is what was there before, or the whole posterior"
+    with warnings.catch_warnings():  # the verdict says it
         warnings.simplefilter("ignore", UnreliableWarning)
-        typer.echo(posterior.summary().to_string())
         posterior.save(out)
-    drawn = {"posterior.png": plots.plot_posterior(posterior), **(figures or {})}
+        ending.left = f"the posterior is in {out}, what goes with it may be missing"
+        ending.say(str(posterior.verdict))
+        ending.say(posterior.summary().to_string())
+    _draw(plots.plot_posterior(posterior), out / "posterior.png")
     if len(posterior.losses):
-        drawn["elbo.png"] = plots.plot_elbo(posterior)
+        _draw(plots.plot_elbo(posterior), out / "elbo.png")
     else:
         (out / "elbo.png").unlink(missing_ok=True)  # of an earlier fit
-        typer.echo(f"No flow was trained ({posterior.method}), so there is no elbo.png.")
-    for name, figure in drawn.items():
-        figure.savefig(out / name)
-    typer.echo(f"Wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}.")
+        ending.say(f"No flow was trained ({posterior.method}), so there is no elbo.png.")
+    ending.say(f"Wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}.")
     if report is not None:
-        typer.echo(f"Wrote the report to {posterior.report(report)}.")
+        ending.say(f"Wrote the report to {posterior.report(report, progress=False)}.")
+
+
+def _draw(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG file, whole or not at all."""
+    stored = io.BytesIO()
+    figure.savefig(stored, format="png")
+    replace_file(path, stored.getvalue())

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import pyro_flows as pf
 from pyro_flows import cli
 from pyro_flows._inputs import match, read_data, read_model
+from pyro_flows._interrupts import interruptible
 from pyro_flows.cli import app
 from tests.registry import FLOWS
 
@@ -391,7 +392,8 @@ def test_version():
 
 def test_ctrl_c_during_a_fit_is_one_line(fitted, tmp_path, monkeypatch):
     def interrupted(*args, **options):
-        os.kill(os.getpid(), signal.SIGINT)
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(cli, "fit", interrupted)
     before = signal.getsignal(signal.SIGINT)
@@ -409,7 +411,8 @@ def test_ctrl_c_in_a_fit_that_returns_its_best_so_far_writes_the_results(fitted,
 
     def interrupted(*args, **options):
         try:
-            os.kill(os.getpid(), signal.SIGINT)
+            with interruptible():
+                os.kill(os.getpid(), signal.SIGINT)
         except KeyboardInterrupt:
             return posterior
         raise AssertionError("no interrupt came")

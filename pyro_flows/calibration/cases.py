@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.unchanged import own as owned
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def cases_of(model: Callable[..., Any], data: Any, model_kwargs: Mapping[str, An
     for own in data:
         args: tuple[Any, ...] = tuple(own) if isinstance(own, tuple) else () if isinstance(own, Mapping) else (own,)
         kwargs = {**shared, **own} if isinstance(own, Mapping) else shared
-        found.append(Case(*usable(model, args, kwargs)))
+        found.append(Case(*usable(model, *owned(args, kwargs))))
     return found
 
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from pyro_flows._bundles import digest
+from pyro_flows._fallbacks import first_line
 from pyro_flows._files import replace_file
-from pyro_flows.calibration.ranks import Ranked
+from pyro_flows._untrusted import require
+from pyro_flows.calibration.ranks import STATUSES, Ranked
 
 FORMAT = "pyro_flows calibration 1"
 EVERY = 10.0  # seconds between two writes of the file
@@ -43,13 +45,25 @@ class Checkpoint:
     Args:
         path: of the file; None keeps nothing.
         key: of the run, see :func:`key_of`.
+        simulations: how many the run has.
+        draws: that true values are ranked among.
+        shapes: of the ranks of a simulation, by name.
 
     Raises:
         ValueError: if the file is damaged, or of another run.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, key: str) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        key: str,
+        *,
+        simulations: int,
+        draws: int,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
         self.path, self.key = None if path is None else Path(path), key
+        self.simulations, self.draws, self.shapes = simulations, draws, shapes
         self.done: dict[int, Ranked] = {}
         self._written = time.monotonic()
         if self.path is not None and self.path.exists():
@@ -60,8 +74,10 @@ class Checkpoint:
             stored = json.loads(path.read_bytes())
             body = stored["body"]
             whole = stored["format"] == FORMAT and stored["digest"] == digest(_text(body))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"checkpoint: {str(path)!r} is no checkpoint of sbc, or is damaged ({error}).") from error
+            require(isinstance(body["key"], str) and isinstance(body["done"], dict), "entries are missing")
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            why = "too deeply nested" if isinstance(error, RecursionError) else first_line(error)
+            raise ValueError(f"checkpoint: {str(path)!r} is no checkpoint of sbc, or is damaged ({why}).") from error
         if not whole:
             raise ValueError(f"checkpoint: {str(path)!r} is damaged, or of another version. Remove it to begin anew.")
         if body["key"] != self.key:
@@ -69,9 +85,22 @@ class Checkpoint:
                 f"checkpoint: {str(path)!r} is of a run with another model, other data or other options. Take another "
                 "file, or remove it."
             )
-        for number, entry in body["done"].items():
-            ranks = {name: torch.tensor(value, dtype=torch.long) for name, value in entry["ranks"].items()}
-            self.done[int(number)] = Ranked(ranks, entry["status"])
+        try:
+            self.done = {int(number): self._ranked(entry) for number, entry in body["done"].items()}
+            require(all(0 <= number < self.simulations for number in self.done), "it has other simulations")
+        except Exception as error:  # whatever a damaged file leads to
+            raise ValueError(f"checkpoint: {str(path)!r} is damaged ({first_line(error)}).") from error
+
+    def _ranked(self, entry: Mapping[str, Any]) -> Ranked:
+        """Return the ranks and the status of one simulation, if they can be such."""
+        found = {name: torch.tensor(value) for name, value in entry["ranks"].items()}
+        require(set(found) == set(self.shapes), f"it has ranks of {', '.join(found)}")
+        for name, ranks in found.items():
+            require(tuple(ranks.shape) == self.shapes[name], f"ranks of {name} have shape {tuple(ranks.shape)}")
+            whole = ranks.dtype == torch.long and bool(((ranks >= 0) & (ranks <= self.draws)).all())
+            require(whole, f"a rank of {name} is none of 0 to {self.draws}")
+        require(entry["status"] in STATUSES, f"a status is {entry['status']!r}")
+        return Ranked(found, entry["status"])
 
     def add(self, number: int, found: Ranked) -> None:
         """Add a finished simulation; write the file if the last time is long ago."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 from pyro_flows import _checks
 from pyro_flows._clock import Clock
 from pyro_flows._fallbacks import fallback
+from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
 from pyro_flows._turns import alone
+from pyro_flows._warnings import outside
 from pyro_flows.calibration.batch import FEWEST, coordinates_for, fit_stack, size_of_batch
 from pyro_flows.calibration.cases import Case, cases_of, grouped
 from pyro_flows.calibration.processes import check_jobs, fit_each
@@ -76,7 +79,9 @@ def fit_many(
 
     Returns:
         Posteriors in the order of ``data``. Verdicts of fits side by side note that the search for missed modes was a
-        shorter one. ``settings["side_by_side"]`` tells with how many others a fit shared its steps.
+        shorter one. ``settings["side_by_side"]`` tells with how many others a fit shared its steps. After Ctrl-C,
+        SIGTERM or SIGHUP, which come with a warning, data sets without a posterior have None. A second signal raises,
+        and so does one that comes before the first posterior.
 
     Raises:
         ValueError: before any work, for a bad option; for data that the model cannot be fitted to, with their number.
@@ -96,16 +101,31 @@ def fit_many(
     options = {"flow": flow, "layers": layers, "draws": draws, "max_steps": max_steps}
     many = Many(model, cases, {**options, "escalate": escalate, "refine": refine}, seed, together, jobs)
     found: dict[int, Posterior] = {}
-    with Bar("fit_many", progress) as bar:
-        finished = 0
-        for numbers in many.batches():
-            for number, posterior, final in many.fits(numbers, bar):
-                found[number] = posterior
-                finished += final
-                bar.count(finished, len(cases))
+    with interruptible(), Bar("fit_many", progress) as bar:
+        try:
+            _fit_all(many, found, bar)
+        except KeyboardInterrupt:
+            if not found or STATE.count > 1:
+                raise
+        STATE.hold(True)
         counts = count(posterior.verdict.status for posterior in found.values())
         bar.close(", ".join(f"{number} {status}" for status, number in counts.items()))
-    return [found[number] for number in range(len(cases))]
+    if len(found) < len(cases):
+        message = f"fit_many: interrupted ({STATE.name}) after {len(found)} of {len(cases)} data sets; others are None."
+        warnings.warn(message, stacklevel=outside())
+    return [found.get(number) for number in range(len(cases))]  # type: ignore[misc]  # None after a signal only
+
+
+def _fit_all(many: Many, found: dict[int, Posterior], bar: Bar) -> None:
+    """Fit all data sets; put what is done into ``found``."""
+    finished = 0
+    for numbers in many.batches():
+        for number, posterior, final in many.fits(numbers, bar):
+            found[number] = posterior
+            finished += final
+            bar.count(finished, len(many.cases))
+            if STATE.take():
+                return
 
 
 def count(statuses: Iterator[str]) -> dict[str, int]:

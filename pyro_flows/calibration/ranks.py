@@ -18,6 +18,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.posterior import Posterior
 
 LOG_DENSITY = "lp"  # ArviZ's name
+STATUSES = ("ok", "corrected", "refined", "unreliable", "not judged")
 
 Truth = dict[str, Tensor]
 

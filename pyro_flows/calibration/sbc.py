@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 from pyro_flows import _checks
+from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
 from pyro_flows._turns import alone
@@ -16,7 +17,7 @@ from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.checkpoint import Checkpoint, key_of
 from pyro_flows.calibration.fit_many import Many
 from pyro_flows.calibration.processes import check_jobs, run_all
-from pyro_flows.calibration.ranks import LOG_DENSITY, GuideTask, Ranked, SamplerTask, ranks_of
+from pyro_flows.calibration.ranks import LOG_DENSITY, STATUSES, GuideTask, Ranked, SamplerTask, ranks_of
 from pyro_flows.calibration.result import Calibration, stacked
 from pyro_flows.calibration.simulating import Simulated, simulate
 from pyro_flows.flows.recipe import AUTO, FlowLike
@@ -97,7 +98,8 @@ def sbc(
         progress: show what is being done, how many simulations are done, and about how long the others will take.
 
     Returns:
-        A :class:`Calibration`. After Ctrl-C it is of the simulations that were finished, if there are any.
+        A :class:`Calibration`. After Ctrl-C, SIGTERM or SIGHUP it is of the simulations that were
+        finished, if there are any.
 
     Raises:
         ValueError: before any work, for a bad option; a model with factors or an improper prior, which cannot be
@@ -105,7 +107,7 @@ def sbc(
             of another run. With ``kind="posterior"``, for a posterior at hand that is unreliable.
 
     Warns:
-        UserWarning: after Ctrl-C, with the number of finished simulations.
+        UserWarning: after these signals, with the number of finished simulations.
 
     Cost: as many fits as simulations, side by side where that can be.
 
@@ -128,22 +130,23 @@ def sbc(
     asked["log_density"] = bool(log_density)
     check_jobs(jobs)
     case = Case(*usable(model, args, model_kwargs))
-    with Bar("sbc", progress) as bar:
+    with interruptible(), Bar("sbc", progress) as bar:
         with alone():
             simulated = simulate(model, case, data, asked, options, bar)
         many = Many(simulated.model, simulated.cases, options, derive(seed, "fits"), together, jobs)
         calibration = _run(simulated, many, asked, {"guide": guide, "sampler": sampler}, checkpoint, bar)
         bar.close(str(calibration))
+        STATE.take()  # all that there is, is there
     _warn_if_cut(calibration, resumes=checkpoint is not None)
     return calibration
 
 
 def _warn_if_cut(calibration: Calibration, *, resumes: bool) -> None:
-    """Say that Ctrl-C came, and how the rest is had."""
+    """Say that a signal came, and how the rest is had."""
     finished, asked = (calibration.settings[name] for name in ("finished", "simulations"))
     if finished < asked:
         rest = " The same call goes on from the checkpoint." if resumes else ""
-        message = f"sbc: interrupted (Ctrl-C) after {finished} of {asked} simulations.{rest}"
+        message = f"sbc: interrupted ({STATE.name}) after {finished} of {asked} simulations.{rest}"
         warnings.warn(message, stacklevel=outside())
 
 
@@ -170,7 +173,10 @@ def _run(
     """Rank the true values of all simulations that are not finished, and put everything together."""
     about = {**asked, **makers, "model": simulated.model}
     plain = {**asked, "options": {**many.options, "together": many.together}}
-    kept = Checkpoint(checkpoint, key_of(plain, simulated.truths, simulated.data))
+    shapes = {name: tuple(simulated.truths[name].shape[1:]) for name in simulated.density.names}
+    shapes |= {LOG_DENSITY: ()} if about["log_density"] else {}
+    sizes: dict[str, Any] = {"simulations": asked["simulations"], "draws": asked["draws"], "shapes": shapes}
+    kept = Checkpoint(checkpoint, key_of(plain, simulated.truths, simulated.data), **sizes)
     found, count = dict(kept.done), asked["simulations"]
     bar.count(len(found), count)
     try:
@@ -179,10 +185,13 @@ def _run(
             if final:
                 kept.add(number, ranked)
             bar.count(len(found), count)
+            if STATE.take():
+                break
     except KeyboardInterrupt:
-        if not found:
+        if not found or STATE.count > 1:
             raise
     finally:
+        STATE.hold(True)
         kept.write()
     return _result(simulated, dict(sorted(found.items())), {**asked, "finished": len(kept.done)})
 
@@ -233,7 +242,7 @@ def _result(simulated: Simulated, found: Mapping[int, Ranked], asked: Mapping[st
     if asked["log_density"]:
         names[LOG_DENSITY] = LOG_DENSITY if LOG_DENSITY not in names.values() else f"{LOG_DENSITY}_"
     listed = [one.status for one in found.values()]
-    statuses = {name: listed.count(name) for name in ("ok", "corrected", "refined", "unreliable", "not judged")}
+    statuses = {name: listed.count(name) for name in STATUSES}
     return Calibration(
         ranks=stacked([one.ranks for one in found.values()], layouts, names),
         dims={names[site]: layout.dims for site, layout in layouts.items()},

@@ -108,7 +108,7 @@ def longer(posterior: Record, count: int, *, seed: int) -> Draws | None:
 @torch.no_grad()
 def more(posterior: Record, count: int, *, seed: int, purpose: str) -> Draws:
     """Draw anew from the guide; draws that the verdict corrects are resampled from a pool four times as large."""
-    draw, density = posterior._raw_draws(), posterior._need_density()
+    draw, density = posterior._raw_draws(), posterior._need_model()
     assert draw is not None  # see `can_draw`
     with seeded(derive(seed, purpose), posterior._used.device):
         z, log_q = draw(count if is_of_guide(posterior) else POOL * count)

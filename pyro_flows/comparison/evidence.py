@@ -125,6 +125,7 @@ def evidence(posterior: Record, *, method: str, seed: int, draws: int | None = N
     count = DRAWS if draws is None else _checks.integer("draws", draws, 100)
     wanted = METHODS if method == "auto" else (method,)
     makers = {"importance": _importance, "bridge": _bridge, "smc": _smc}
+    posterior._check_unchanged()
     numbers = 0 if posterior.density is None else posterior.density.numbers
     device = posterior._used.device
     with alone(), few_threads(numbers), torch.no_grad(), seeded(derive(seed, "evidence"), device):

@@ -181,6 +181,7 @@ def work_for(posterior: Record, sites: Any, draws: int | None, seed: int, bar: B
             f"loo: the verdict on the draws is unreliable ({'; '.join(posterior.verdict.reasons)}), and "
             "cross-validation with them is wrong without a sign of it."
         )
+    posterior._check_unchanged()
     return Work(posterior, sites, seed, bar.watch)
 
 

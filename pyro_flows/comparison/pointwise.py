@@ -113,7 +113,7 @@ def likelihood(posterior: Record, z: Tensor) -> xr.Dataset:
     if posterior.density is None and posterior._stored is not None and "log_likelihood" in posterior._stored[0]:
         found: xr.Dataset = posterior._stored[0]["log_likelihood"]
         return found
-    density = posterior._need_density()
+    density = posterior._need_model()
     if density.structure.enumerated:
         raise ValueError(
             f"model: no pointwise log likelihood, since {', '.join(map(repr, density.structure.enumerated))} are "
@@ -206,7 +206,7 @@ def errors_without(given: Observations, order: Sequence[int], counts: Sequence[i
 
 def moved(posterior: Record, given: Observations, which: Sequence[int]) -> Estimates:
     """Estimate the elpd of some observations from moved draws, where their k-hat is lower or below 1/2."""
-    density = posterior._need_density()
+    density = posterior._need_model()
     space = Space(density, posterior.flow, given.draws.z, given.draws.ratio, given.half)
     entries = [(name, entry) for name, (first, last) in given.places.items() for entry in range(last - first)]
     elpd, k_hat, k_moved = (torch.zeros(len(which), dtype=torch.float64) for _ in range(3))

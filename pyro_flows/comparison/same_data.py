@@ -21,6 +21,8 @@ def check_data(posteriors: Mapping[str, Record]) -> None:
     Raises:
         ValueError: for these; it names two of them, and says how their data differ.
     """
+    for posterior in posteriors.values():
+        posterior._check_unchanged()
     data = {name: _data(posterior) for name, posterior in posteriors.items()}
     first = next(iter(data))
     for name, values in data.items():
@@ -34,9 +36,7 @@ def check_data(posteriors: Mapping[str, Record]) -> None:
 
 def _data(posterior: Record) -> dict[str, np.ndarray[Any, Any]]:
     """Return the observed values by site, those that masks leave out excepted."""
-    group = (
-        posterior._stored[0].get("observed_data") if posterior._stored else observed_group(posterior._need_density())
-    )
+    group = posterior._stored[0].get("observed_data") if posterior._stored else observed_group(posterior._need_model())
     return {} if group is None else {str(name): values.to_numpy() for name, values in group.data_vars.items()}
 
 

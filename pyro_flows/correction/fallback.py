@@ -27,6 +27,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Recorded
+from pyro_flows.results.scoring import INFINITE
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, objections
 from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_OF_CHAINS_NEARLY, ESS_SHARE_FAR_OFF, R_HAT_CONVERGED
 
@@ -65,6 +66,9 @@ def fallback_sampler(
     """
     left = clock.end - time.monotonic()
     asked = chains is not None or posterior.verdict.status == "unreliable"
+    asked = asked and not any(reason.startswith(INFINITE) for reason in posterior.verdict.reasons)
+    if asked:
+        clock.told(_stages.SAMPLER)
     if not asked or clock.interrupted is not None or left <= 0.0:
         return posterior
     if method == "nuts" and isinstance(posterior.flow, FlowMixture):

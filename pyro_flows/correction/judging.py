@@ -24,6 +24,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.under_covered import is_usable
 from pyro_flows.results.record import Record, Recorded
+from pyro_flows.results.scoring import INFINITE
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, objections
 from pyro_flows.verdict.deciding import CHECKED
@@ -67,6 +68,7 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     """Judge the chains, and return the posterior with what they came to."""
     chains, found = _come_to(posterior, work)
     against = [*work.failures, *([] if found is None else objections(found))]
+    against += [reason for reason in posterior.verdict.reasons if reason.startswith(INFINITE)]
     if found is None and not against:
         against = [f"they have fewer than {LEAST_DRAWS} draws each"]
     if not against and found is not None and chains is not None:
@@ -112,7 +114,7 @@ def _come_to(posterior: Record, work: Work) -> tuple[McmcDraws | None, McmcDiagn
 
 def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> MissedByChains:
     """Return what speaks against chains that have converged, in words, and what was not looked at."""
-    density, flow = posterior._need_density(), flow_of(posterior)
+    density, flow = posterior._need_model(), flow_of(posterior)
     lost, rounded = density.lost_digits(chains.z.flatten(0, 1))
     complaint = density.complaint(chains.z.flatten(0, 1)[:: max(1, chains.z[..., 0].numel() // CHECKED)])
     invalid = [] if complaint is None else [f"the model is invalid at some draws: {complaint}"]
@@ -243,7 +245,7 @@ def _with_draws(posterior: Recorded, chains: McmcDraws) -> Recorded:
     log_p = chains.stats["lp"].flatten()
     return replace(
         posterior,
-        samples=posterior._need_density().constrain(used),
+        samples=posterior._need_model().constrain(used),
         _used=used,
         _used_log_p=log_p,
         _used_log_q=log_p - chains.stats["log_weight"].flatten(),
@@ -254,7 +256,7 @@ def _raw(posterior: Recorded) -> Recorded:
     """Put the guide's draws in the place of the draws to use: nothing better can be relied on."""
     return replace(
         posterior,
-        samples=posterior._need_density().constrain(posterior.z),
+        samples=posterior._need_model().constrain(posterior.z),
         _used=posterior.z,
         _used_log_p=posterior.log_p,
         _used_log_q=posterior.log_q,

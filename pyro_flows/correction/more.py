@@ -31,7 +31,7 @@ def can_go_on(posterior: Record) -> bool:
 
 def go_on(posterior: Record, chains: McmcDraws, each: int, *, seed: int) -> Tensor:
     """Return ``each`` further draws (C, n, D) of each chain, spaced as those that there are."""
-    density = posterior._need_density()
+    density = posterior._need_model()
     with alone(), seeded(seed, density.device), few_threads(density.numbers, chains.count), torch.no_grad():
         own = derive(seed, f"more draws {chains.numbers['seed']}")
         latent = Latent(flow_of(posterior), density)

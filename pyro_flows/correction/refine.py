@@ -10,6 +10,7 @@ import torch
 
 from pyro_flows import _checks, _stages
 from pyro_flows._clock import Clock, unbounded
+from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
@@ -55,8 +56,9 @@ def refine(
     posterior._need_density()
     if method == "nuts" and isinstance(posterior.flow, FlowMixture):
         raise ValueError("method: NUTS walks in the latent space of one flow, and this is a mixture; take 'auto'.")
-    with Bar("refine", progress) as bar:
+    with interruptible(), Bar("refine", progress) as bar:
         work = Work(method, ASKED)
+        STATE.hold(True)
         found = refined(posterior, work, chains, max_steps, seed, Clock(seconds, watch=bar.watch), bar)
         bar.close(f"{found.method}, {found.verdict.status}")
     asked = {"method": method, "chains": chains, "max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
@@ -70,7 +72,7 @@ def refined(
     posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int, clock: Clock, bar: Bar
 ) -> Recorded:
     """Run the sampler under a clock, and judge what it came to."""
-    density = posterior._need_density()
+    density = posterior._need_model()
     with alone(), seeded(seed, density.device), few_threads(density.numbers, chains), torch.no_grad():
         before = density.evaluations
         density.under(clock)
@@ -92,7 +94,7 @@ def _run(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int
 
 
 def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int, bar: Bar) -> None:
-    density, names, earlier = posterior._need_density(), posterior.coordinates, posterior.chains
+    density, names, earlier = posterior._need_model(), posterior.coordinates, posterior.chains
     latent = Latent(flow_of(posterior), density)
     wanted = math.ceil(len(posterior.z) / chains)
     if earlier is not None and work.method in ("auto", earlier.numbers["method"]) and can_be_resumed(earlier):

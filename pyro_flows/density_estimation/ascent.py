@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, fields
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_flows._untrusted import require
 from pyro_flows.density_estimation.points import Batch, Source
 from pyro_flows.density_estimation.schedule import State, trapeze
 from pyro_flows.flows.flow import Flow
@@ -174,7 +176,12 @@ class Ascent:
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from what :meth:`checkpoint` returned."""
+        """Go on from what :meth:`checkpoint` returned.
+
+        Raises:
+            Damaged: for anything else.
+        """
+        self._check(saved)
         self.assign(saved["weights"])
         for buffer, value in zip(self.flow.buffers(), saved["buffers"], strict=True):
             buffer.copy_(value)
@@ -184,6 +191,25 @@ class Ascent:
         torch.set_rng_state(saved["random"].cpu())
         if saved["random_cuda"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in saved["random_cuda"]])
+
+    def _check(self, saved: dict[str, Any]) -> None:
+        """Refuse a state of other shapes than those of the flow, before anything is changed."""
+        buffers = list(self.flow.buffers())
+        for name in ("weights", "average", "best_weights", "buffers"):
+            wanted, found = buffers if name == "buffers" else self.parameters, saved[name]
+            require(len(found) == len(wanted), f"{name} has {len(found)} tensors, not {len(wanted)}")
+            for value, like in zip(found, wanted, strict=True):
+                alike = value.shape == like.shape and value.dtype == like.dtype
+                require(alike and not bool(torch.isnan(value).any()), f"{name} has tensors of another run, or NaN")
+        for place, moments in saved["moments"]["state"].items():
+            for value in moments.values():
+                require(value.dim() == 0 or value.shape == self.parameters[place].shape, "moments have other shapes")
+        require(set(saved["state"]) == {one.name for one in fields(State)}, "the state lacks entries")
+        state = State(**saved["state"])
+        for one in fields(State):
+            value, kind = getattr(state, one.name), type(one.default)
+            known = isinstance(value, list) if one.default is MISSING else type(value) in (kind, float)
+            require(known and (kind is not int or value >= 0), f"{one.name} is {value!r}")
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import time
 import warnings
 from collections.abc import Mapping
@@ -23,19 +22,21 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset, TensorDataset
 
-from pyro_flows._bundles import Bundle, damaged, digest, plain
+from pyro_flows._bundles import Bundle, digest, plain
 from pyro_flows._fallbacks import first_line
 from pyro_flows._files import replace_file
 from pyro_flows._seeding import seeded
+from pyro_flows._untrusted import check_tensor, reading, require, unpacked
 from pyro_flows.density_estimation.ascent import Ascent
 from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source
 from pyro_flows.density_estimation.schedule import Plan
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import ending, with_preprocess
-from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
+from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
 from pyro_flows.transforms.fixed import Preprocess
 
 CHECKPOINT = b"pyro_flows density checkpoint 2\n"  # then the digest of the rest, a line, and the tensors
+DAMAGED = "checkpoint: {!r} is damaged ({}). Take a copy of it, or remove it to begin anew."
 TENSORS, TEXT = "density.pt", "density.json"
 FILES = Bundle("density", "pyro_flows density", TEXT, (TENSORS,))
 PROBED = 16  # items of a data set of a loader
@@ -81,20 +82,27 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             flows otherwise.
     """
     text, contents = FILES.read(path)
-    try:
-        tensors = _unpacked(contents[TENSORS])
-        flow = _rebuild(path, text["builder"], tensors["flow"])
+    with reading(path, TENSORS, TEXT):
+        tensors = unpacked(contents[TENSORS])
+        flow = _rebuild(text["builder"], tensors["flow"])
+        check_tensor("losses", tensors["losses"], (None,))
+        check_tensor("checks", tensors["checks"], (None, 2))
+        require(isinstance(text["settings"], dict) and isinstance(text["why"], str), "settings or reason are missing")
         return {
             "flow": flow,
             "losses": tensors["losses"],
             "checks": tensors["checks"],
             "validation": float(text["validation"]),
-            "levels": None if text["levels"] is None else Levels(*text["levels"]),
+            "levels": None if text["levels"] is None else _levels(*text["levels"]),
             "settings": text["settings"],
             "why": text["why"],
         }
-    except (EOFError, LookupError, OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(damaged(path, [TENSORS, TEXT], f"cannot be read: {first_line(error)}")) from error
+
+
+def _levels(count: Any, step: Any) -> Levels:
+    require(type(count) is int and count >= 2, f"levels are {count}")
+    require(isinstance(step, (int, float)) and math.isfinite(step) and step > 0.0, f"levels are {step} apart")
+    return Levels(count, float(step))
 
 
 def _packed(tensors: Any) -> bytes:
@@ -103,26 +111,18 @@ def _packed(tensors: Any) -> bytes:
     return file.getvalue()
 
 
-def _unpacked(data: bytes, device: torch.device | str = "cpu") -> Any:
-    return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+def _rebuild(text: Any, state: Any) -> Flow:
+    """Build the flow of a file; format 1 did not note the map to the scale of data."""
 
-
-def _rebuild(path: str | os.PathLike[str], settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> Flow:
-    try:
-        with seeded(0):
-            flow = from_json(settings)
+    def amend(flow: Flow) -> None:
         found = [name.removesuffix("inverse_scale") for name in state if name.endswith(".inverse_scale")]
-        if found and ending(flow) is None:  # format 1 did not note the map to the scale of data
+        if found and ending(flow) is None:
             loc, scale, slope = (state.get(f"{found[0]}{part}") for part in ("loc", "scale", "slope"))
             with_preprocess(flow, Preprocess(loc, scale, slope))  # type: ignore[arg-type]
-        flow.to(next(value.dtype for value in state.values() if value.is_floating_point()))
-        flow.load_state_dict(state)
-    except (RuntimeError, TypeError, ValueError, LookupError) as error:
-        raise ValueError(
-            f"path: {str(path)!r}: the tensors are not those of pf.{settings.get('builder')} as this release makes "
-            "it; read them by the release that wrote them, or fit anew."
-        ) from error
-    return flow
+
+    found: Flow = restored(text, state, amend)
+    require(isinstance(found, Flow), "it describes a mixture of flows")
+    return found
 
 
 # checkpoints ----------------------------------------------------------------------------------------------------------
@@ -237,11 +237,12 @@ class Keeper:
             raise ValueError(f"checkpoint: {str(self.path)!r} is no checkpoint of this release. Name a new file.")
         found, _, data = whole[len(CHECKPOINT) :].partition(b"\n")
         if found.decode("ascii", "replace") != digest(data):
-            raise ValueError(
-                f"checkpoint: {str(self.path)!r} is damaged (its SHA-256 digest differs). Take a copy of it, or remove "
-                "it to begin anew."
-            )
-        saved = _unpacked(data, self.ascent.parameters[0].device)
+            raise ValueError(DAMAGED.format(str(self.path), "its SHA-256 digest differs"))
+        try:
+            saved = unpacked(data, self.ascent.parameters[0].device)
+            require(isinstance(saved["about"], dict), "it does not say what it is of")
+        except Exception as error:  # whatever a damaged file leads to
+            raise ValueError(DAMAGED.format(str(self.path), first_line(error))) from error
         different = [name for name, value in self.about.items() if not _same(saved["about"].get(name), value)]
         if different != ["data"] and not {"points", "epoch"}.isdisjoint(different):
             different = [name for name in different if name != "data"]  # which goes without saying
@@ -250,7 +251,10 @@ class Keeper:
                 f"checkpoint: {str(self.path)!r} is of another run (different: {', '.join(different)}). "
                 "Name a new file, or pass the same flow, data and options."
             )
-        self.ascent.restore(saved)
+        try:
+            self.ascent.restore(saved)
+        except Exception as error:
+            raise ValueError(DAMAGED.format(str(self.path), first_line(error))) from error
         self.plan = replace(self.plan, began=self.plan.clock() - self.ascent.state.seconds)
         return True
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pyro_flows import _checks
+from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import alone
@@ -128,7 +129,8 @@ def fit_density(
     options = _checked(preprocess, levels, learning_rate, weight_decay, start, max_epochs, seed)
     seconds = math.inf if max_seconds is None else _checks.positive("max_seconds", max_seconds)
     files.check_checkpoint(checkpoint)
-    with alone(), seeded(derive(seed, "fit_density"), like(flow).device if isinstance(flow, Flow) else None):
+    device = like(flow).device if isinstance(flow, Flow) else None
+    with interruptible(), alone(), seeded(derive(seed, "fit_density"), device):
         made = make(flow, data, context)
         train, held_out = sources(made, data, context, validation, levels)
         about = {} if checkpoint is None else identity(made, train, held_out, validation)
@@ -139,8 +141,12 @@ def fit_density(
         ascent = _begin(made, train, held_out, size, start)
         keeper = files.Keeper(checkpoint, ascent, plan, SAVE_EVERY, options, about)
         validated = _train(keeper, held_out, learning_rate, weight_decay, progress)
+        STATE.take()  # there is nothing more to be lost
     options.update(clock=clock, seconds=plan.clock() - keeper.plan.began)
     _warn_of_skipped(ascent)
+    if ascent.state.interrupted:
+        rest = "" if checkpoint is None else " The same call goes on from the last checkpoint."
+        warnings.warn(f"fit_density: {ascent.state.why}. The flow is what it had come to.{rest}", stacklevel=outside())
     return _result(ascent, validated, options)
 
 
@@ -189,10 +195,20 @@ def _train(
     ascent = keeper.ascent
     with Bar("fit_density", progress) as line:
         bar = _Bar(line, flow=ascent.flow, levels=ascent.source.levels)
-        if not keeper.resume():
-            choose(ascent, learning_rate, weight_decay, keeper.plan)
+        start = ascent.keep()
+        try:
+            if not keeper.resume():
+                choose(ascent, learning_rate, weight_decay, keeper.plan)
+        except KeyboardInterrupt:
+            if STATE.count > 1:
+                raise
+            ascent.assign(start)
+            ascent.average = start
+            ascent.state.interrupt()
+        STATE.hold(True)
         climb(ascent, keeper.plan, report=bar.show, save=keeper.save)
-        keeper.save(final=True)
+        if not ascent.state.interrupted:  # the last checkpoint is of an end of an epoch: from there one can go on
+            keeper.save(final=True)
         validated = math.nan if held_out is None else mean_log_prob(ascent.flow, held_out)
         bar.close(validated)
     return validated

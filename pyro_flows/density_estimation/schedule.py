@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pyro_flows._interrupts import STATE
+
 WARM_UP = 40
+INTERRUPTED = "interrupted"  # begins the reason of such an end
 STEADY_SHARE = 0.2  # of what is left of a budget after the race; the rest is for the cool-down
 
 
@@ -48,6 +51,15 @@ class State:
     why: str = ""
     losses: list[float] = field(default_factory=list)
     checks: list[tuple[int, float]] = field(default_factory=list)  # steps, nats on validation
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C or another signal has ended the run."""
+        return self.why.startswith(INTERRUPTED)
+
+    def interrupt(self) -> None:
+        """End the run, since a signal came."""
+        self.done, self.why = True, f"{INTERRUPTED} ({STATE.name}) after {self.steps} steps"
 
 
 def factor(state: State, progress: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from pyro_flows._interrupts import STATE
 from pyro_flows.density_estimation.ascent import Ascent
 from pyro_flows.density_estimation.schedule import WARM_UP, Plan, State, by_budget, factor
 
@@ -31,6 +32,9 @@ def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None
     while not state.done:
         for y, context in ascent.source.shuffled(ascent.batch):
             progress = plan.progress(state.steps)
+            if STATE.take():
+                state.interrupt()
+                break
             share = factor(state, progress)
             if share is None:
                 state.done = True

@@ -30,6 +30,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.sites import Noncentered
+from pyro_flows.model.unchanged import own
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.missed_regions import Score
 from pyro_flows.modes.truncated_tails import with_truncated_tails
@@ -100,7 +101,7 @@ def diagnose(
     if isinstance(chains, MCMC):
         return from_mcmc(chains, model, *args, model_kwargs=model_kwargs, seed=seed)
     with alone(), Bar("diagnose", progress, quick=True) as bar:
-        found = _diagnose(model, guide, *usable(model, args, model_kwargs), draws, seed, bar)
+        found = _diagnose(model, guide, *usable(model, *own(args, model_kwargs)), draws, seed, bar)
         bar.close(found.verdict.status)
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pyro_flows import _checks, _stages
 from pyro_flows._clock import Clock, unbounded
+from pyro_flows._interrupts import STATE, Released, interruptible
 from pyro_flows._ledger import counted, said
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
@@ -30,6 +31,7 @@ from pyro_flows.model.faults import Subsampled
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.precision import LostDigits
+from pyro_flows.model.unchanged import own
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import check_memory, seconds_to_judge
 
@@ -102,10 +104,12 @@ def fit(
             that is one line; anywhere else, one line on stderr for each stage, and one every ten seconds.
         raise_on_interrupt: let Ctrl-C raise ``KeyboardInterrupt``. By default, once the model has been read, it ends
             the work, and what there is by then is judged and returned, never as ``ok``; a second Ctrl-C raises.
+            SIGTERM and SIGHUP, which batch systems and closed terminals send, do the same in the main thread, unless
+            the program handles them itself.
 
     A model with a subsampled plate is fitted by an :class:`AutoHierarchicalFlow`, on minibatches. The posterior is then
     that of the latents outside of plates, judged by all rows, with 1000 draws at most. ``flow``, ``layers``, ``draws``,
-    ``seed`` and ``max_steps`` count; ``max_seconds`` bounds the training only, Ctrl-C raises, ``runs`` above 1 and
+    ``seed`` and ``max_steps`` count; ``max_seconds`` and Ctrl-C end the training only, ``runs`` above 1 and
     ``train_model`` are refused, and ``escalate`` and ``refine`` change nothing.
 
     Returns:
@@ -138,11 +142,11 @@ def fit(
     """
     asked = as_asked(locals())
     options, method = _options(flow, layers), which(refine)
-    with alone(), seeded(seed), Bar("fit", progress) as bar:
+    with interruptible(), alone(), seeded(seed), Bar("fit", progress) as bar:
         clock = Clock(max_seconds, raises=raise_on_interrupt, watch=bar.watch)
         plan = Plan(
             model,
-            *usable(model, args, model_kwargs),
+            *usable(model, *own(args, model_kwargs)),
             recipe_for(flow, options),
             draws=draws,
             seed=seed,
@@ -169,12 +173,16 @@ def _options(flow: FlowLike, layers: int | None) -> dict[str, Any]:
 
 
 def _closing(bar: Bar, clock: Clock, work: Callable[[], Posterior]) -> Posterior:
-    """Return what the work comes to; the line says how it ended. Ctrl-C gets a warning where :func:`fit` was called."""
+    """Return what the work comes to; the line says how it ended. Signals get a warning where :func:`fit` was called."""
     posterior = work()
     said(method=posterior.method, status=posterior.verdict.status, steps=len(posterior.losses))
     steps = f"{len(posterior.losses)} steps, " if len(posterior.losses) else ""
     bar.close(f"{steps}{posterior.method}, {posterior.verdict.status}")
-    if clock.interrupted is not None:
+    if STATE.take():
+        if clock.raises:
+            raise KeyboardInterrupt(STATE.name)
+        warnings.warn(f"fit: {STATE.name} came as all was done; nothing was cut.", stacklevel=outside())
+    elif clock.interrupted is not None:
         warnings.warn(f"fit: {clock.reasons()[0]}. The posterior is what it had come to by then.", stacklevel=outside())
     return posterior
 
@@ -208,6 +216,7 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
     clock = plan.clock
     prepared, found = Prepared(density), Combined()
     density.under(clock)
+    STATE.hold(not clock.raises)  # until the call ends: parts of the work let the first signal through
     try:
         with clock.part(_stages.FIT):
             if clock.finite:
@@ -218,6 +227,7 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
             if not (clock.over or found.improper):
                 with seeded(derive(plan.seed, "digits"), density.device):
                     prepared.density.check_digits(drawn(found))
+        clock.told(_stages.JUDGING)
         clock.judging()
         plan.bar.watch(_stages.JUDGING)
         if clock.interrupted is not None:
@@ -225,7 +235,8 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
         found.history[:0] = prepared.history
         with counted(_stages.JUDGING):
             try:
-                posterior = conclude(plan, prepared.density, found)
+                with Released():
+                    posterior = conclude(plan, prepared.density, found)
             except KeyboardInterrupt:
                 if not clock.interrupt(_stages.JUDGING):
                     raise

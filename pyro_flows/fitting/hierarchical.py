@@ -14,6 +14,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from pyro_flows import _stages
+from pyro_flows._interrupts import STATE
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._warnings import outside
@@ -84,6 +85,7 @@ def fit_hierarchical(plan: Plan) -> Posterior:
         stages: list[Stage] = []
         steps = ROUND
         density = _marginal(guide, plan.args, plan.kwargs, plan.seed)
+        STATE.hold(not plan.clock.raises)
         while True:
             good, elbo = _is_good(guide, density)
             stages.append(
@@ -93,11 +95,13 @@ def fit_hierarchical(plan: Plan) -> Posterior:
             if good or steps <= 0 or plan.clock.over:
                 break
             plan.bar.watch(_stages.TRAINING)
-            losses += _train(guide, plan, steps)
+            with plan.clock.part(_stages.TRAINING):
+                _train(guide, plan, steps, losses)
             steps = 2 * ROUND
         plan.bar.watch(_stages.JUDGING)
         about = {"settings": {"asked": dict(plan.asked), "flow": str(flow)}, "losses": torch.tensor(losses)}
-        return judged_by_rows(guide, density, plan.draws, plan.seed, {**about, "history": stages})
+        about |= {"history": stages, "failures": plan.clock.reasons()}
+        return judged_by_rows(guide, density, plan.draws, plan.seed, about)
 
 
 def judged_by_rows(
@@ -116,7 +120,7 @@ def judged_by_rows(
     named = [[row.plate, row.row] for row in worst] + [[plate, row] for plate, row in second]
     poor = [f"{row.plate}[{row.row}] ({row.k_hat:.2f})" for row in worst]
     failures = _named(poor, rows, "a k-hat of 0.7 or more") + _of_rows(second, rows, guide)
-    failures += _second_mode(density, z, seed)
+    failures += [*_second_mode(density, z, seed), *about.get("failures", ())]
     notes = [
         f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by "
         f"{density.marginal.count} draws of each (error {noise:.2g} nats), and guide.sample_posterior() draws them",
@@ -175,12 +179,12 @@ def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[boo
     return found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_LEAST * len(z), found.elbo
 
 
-def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int) -> list[float]:
-    """Take steps of Adam, whose rate falls; return the losses. The clock may end them."""
+def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int, losses: list[float]) -> None:
+    """Take steps of Adam, whose rate falls; note the losses. The clock may end them."""
     parameters = [parameter for parameter in guide._top._flow.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, RATE * LAST_RATE)
-    elbo, losses = Trace_ELBO(), []
+    elbo = Trace_ELBO()
     for step in range(steps):
         if plan.clock.over:
             break
@@ -194,7 +198,6 @@ def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int) -> list[float]:
             optimizer.step()
         schedule.step()
         plan.bar.count(step + 1, steps)
-    return losses
 
 
 @contextmanager

@@ -16,8 +16,10 @@ from pyro_flows.model.arguments import usable
 from pyro_flows.model.digits import ALLOWED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
+from pyro_flows.model.unchanged import own
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
+from pyro_flows.results.scoring import infinite_places
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.mcmc import judge_mcmc
 from pyro_flows.verdict.verdict import Verdict
@@ -75,7 +77,7 @@ def from_mcmc(
     (torch.Size([100]), 'unreliable')
     """
     with alone():
-        args, kwargs = usable(model, args, model_kwargs)
+        args, kwargs = usable(model, *own(args, model_kwargs))
         density = LogDensity(model, args, kwargs)
         warn_if_nothing_observed(density.structure, density.trace_at, model, args, kwargs)
         draws, diverging, sampler = _read(mcmc)
@@ -83,6 +85,7 @@ def from_mcmc(
         density, z, lost = _with_digits(density, values)
         with torch.no_grad():
             log_p, samples = density(z), density.constrain(z)
+    lost = ([*lost[0], *infinite_places(density, z, log_p)], lost[1])
     names = coordinate_names(density.structure)
     stats = {} if diverging is None else {"diverging": diverging.to(z.device)}
     chains = McmcDraws(z.reshape(count, -1, density.dim), stats, {}, {"method": METHOD})

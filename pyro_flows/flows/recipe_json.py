@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows._fallbacks import first_line
 from pyro_flows._seeding import seeded
+from pyro_flows._untrusted import Building, Damaged, check_numbers, require
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.recipe import BUILDERS, PARTS, Recipe
 
 MIXTURE = "mixture"  # in the place of a builder's name
+AROUND = {"builder", "df", "inner", "preprocess", "affine"}  # entries of a flow with more maps around it
 
 
 def to_json(flow: Flow | FlowMixture) -> dict[str, Any] | None:
@@ -48,10 +50,13 @@ def recipe_of(text: Mapping[str, Any]) -> tuple[Recipe, Any]:
     """Return the recipe that :func:`to_json` wrote down, and the dimension."""
     if "inner" in text:
         recipe, dim = recipe_of(text["inner"])
+        if not set(text) <= AROUND or text.get("builder") != text["inner"].get("builder"):
+            raise ValueError(f"recipe: expected the entries {', '.join(sorted(AROUND))} around a flow, got others.")
         recipe = recipe.with_df(text.get("df", recipe.df))
     else:
         options = {name: value for name, value in text.items() if name not in ("affine", "preprocess")}
         builder, dim, base, df = (options.pop(name) for name in ("builder", "dim", "base", "df"))
+        _checks.positive("df", df)
         recipe = Recipe(builder, options, base, df)
     if text.get("preprocess") is not None:
         recipe = recipe.then("preprocess", text["preprocess"])
@@ -75,12 +80,45 @@ def from_json(text: Mapping[str, Any]) -> Any:
     return recipe.build(dim)
 
 
+def restored(text: Any, state: Any, amend: Callable[[Any], None] = lambda flow: None) -> Any:
+    """Build the flow, or mixture of flows, of a file, which anybody may have written, and give it its state.
+
+    Args:
+        text: what :func:`to_json` wrote.
+        state: tensors by name.
+        amend: changes the flow before it gets its state.
+
+    Raises:
+        Damaged: for sizes beyond those of the tensors, before anything of that size is made; for other tensors than
+            those of the flow, and for NaN.
+    """
+    require(isinstance(text, Mapping) and isinstance(state, Mapping) and state, "a flow has no description or tensors")
+    require(all(isinstance(value, Tensor) for value in state.values()), "a flow's state holds more than tensors")
+    check_numbers(text, state)
+    kinds = {value.dtype for value in state.values() if value.is_floating_point()}
+    require(len(kinds) == 1 and kinds < {torch.float32, torch.float64, None}, "a flow's tensors have dtypes of no flow")
+    try:
+        with seeded(0), Building(state):
+            flow = from_json(text)
+            amend(flow)
+        flow.to(kinds.pop()).load_state_dict(state)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        made = f"the tensors are not those of pf.{text.get('builder')} as this release makes it"
+        raise Damaged(f"{made} ({first_line(error)}); read them by the release that wrote them") from error
+    for name, value in flow.state_dict().items():
+        require(value.dtype == state[name].dtype, f"{name} has dtype {state[name].dtype}, and not {value.dtype}")
+        require(not bool(torch.isnan(value).any()), f"{name} has NaN")
+    return flow
+
+
 @torch.no_grad()
 def not_rebuilt(flow: Flow | FlowMixture) -> str | None:
     """Say why :func:`from_json` does not give this flow back from what is written of it, or None: it does.
 
     Names and shapes of the tensors are compared, then values at two points.
     """
+    if any(value.is_floating_point() and bool(torch.isnan(value).any()) for value in flow.state_dict().values()):
+        return "some of its numbers are NaN"
     text = to_json(flow)
     if text is None:
         return "its bijection is not one of the builders', so it cannot be rebuilt from settings"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -10,17 +11,21 @@ from typing import Any, TypeVar
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.poutine import runtime
+from pyro.poutine.block_messenger import BlockMessenger
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pyro_flows._seeding import BatchedDraws
-from pyro_flows._turns import turn
+from pyro_flows._turns import Disturbed, turn
 from pyro_flows.model.faults import Faults, Undefined, is_of_a_point
 
 Result = TypeVar("Result")
 
+BESIDE = (
+    "Pyro: two threads use it at once, pyro_flows in one and other code in another. Its handlers belong to the whole "
+    "process, so both may have got wrong numbers. Run one after the other, or in processes of their own."
+)
 REDRAWS = 10  # of draws at which a model raises an error
 
 
@@ -116,13 +121,33 @@ def apart() -> Iterator[None]:
     dimensions free. A plate around would move the model's own ones aside, and multiply its density.
     """
     with turn():
-        dims = runtime._DIM_ALLOCATOR
+        dims, around, inner = runtime._DIM_ALLOCATOR, [*runtime._PYRO_STACK], _Apart()
         taken, dims._stack = dims._stack, []
         try:
-            with poutine.block():
+            with inner:
                 yield
+        except Exception as error:
+            if inner.disturbed or around != runtime._PYRO_STACK:
+                raise Disturbed(BESIDE) from error
+            raise
         finally:
             dims._stack = taken
+        if inner.disturbed or around != runtime._PYRO_STACK:
+            raise Disturbed(BESIDE)
+
+
+class _Apart(BlockMessenger):
+    """Hides a model from the handlers around it, and tells whether another thread's sites come to its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.disturbed, self._thread = False, threading.get_ident()
+
+    def _process_message(self, msg: Any) -> None:
+        if threading.get_ident() != self._thread:
+            self.disturbed = True
+            raise RuntimeError(BESIDE)
+        super()._process_message(msg)
 
 
 Note = Callable[[int, int, Exception | None], object]

@@ -100,7 +100,7 @@ def _stages(posterior: Record) -> dict[str, Any]:
     )
     if status == "refined" and posterior.density is not None and bool(posterior.log_weights.isfinite().any()):
         index = resample(posterior.log_weights, len(posterior.z), seed=int(posterior.settings["seed"]))
-        found[CORRECTED] = named_draws(posterior, posterior.density.constrain(posterior.z[index]))
+        found[CORRECTED] = named_draws(posterior, posterior._need_density().constrain(posterior.z[index]))
     if posterior._replaced:
         found[CORRECTED if posterior.resampled else REFINED] = used(posterior)
     return found or {"draws": used(posterior)}

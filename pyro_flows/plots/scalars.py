@@ -85,7 +85,7 @@ def raw(posterior: Record) -> xr.Dataset:
         return found
     if posterior.density is None:
         raise ValueError("posterior: its raw draws need its model; load(path, model, *args) with the fit's arguments.")
-    return named_draws(posterior, posterior.density.constrain(posterior.z))
+    return named_draws(posterior, posterior._need_density().constrain(posterior.z))
 
 
 def common(layers: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:

@@ -123,7 +123,7 @@ class Drawn(Shown):
 
         z = more_draws(self, _checks.integer("draws", draws, 1), seed=_checks.integer("seed", seed, 0))
         self._hand_on("sample()")
-        return self._need_density().constrain(z)
+        return self._need_model().constrain(z)
 
     def predictive(
         self,

@@ -60,6 +60,12 @@ class Posterior(Reported):
         chains: :class:`McmcDraws`, what a sampler came to, if :meth:`refine` was called, by ``fit`` or since: draws of
             each chain, and all that it takes to go on. Or the chains that :func:`from_mcmc` was given.
 
+    Methods that run the model again do so on the data of the fit. Arguments of at most 16 MB in all are copied for
+    that. Larger ones are not: if they have changed since, these methods raise a ``ValueError`` that names the argument.
+    They do so, too, if the log density at a draw is not what it was: the model reads something else that has changed.
+    Not noticed are changes from outside of the arguments, or inside of modules and other objects among them, that leave
+    this density as it is. ``summary`` needs no data.
+
     It can be pickled (joblib, Dask): draws, verdict and flow go along, model, data and guide stay behind.
 
     The weights are :math:`w_i \propto \tilde p(z_i) / q(z_i)`, smoothed as in Vehtari et al. 2024 (arXiv 1507.02646).
@@ -88,7 +94,8 @@ class Posterior(Reported):
         state.update(guide=None, density=None, _drawer=None)
         state["missing"] = {**self.missing, "guide": UNPICKLED, "density": UNPICKLED}
         if self._stored is None:
-            density = self._need_density()
+            density = self._need_model()
+            self._check_unchanged(runs=False)
             groups = self._labeling.applied(arviz_groups.modelless_groups(self, density))
             state["_stored"] = groups, attributes(self)
             state["missing"]["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"

@@ -112,6 +112,7 @@ class Reported(Assessed):
         chosen: dict[str, Any] = {"var_names": var_names, "filter_vars": filter_vars, "coords": coords}
         with Bar("report", progress, quick=True) as bar:
             bar.watch("the table")
+            self._check_unchanged()
             options = Options(title, comparison, predictive, source, chosen, bar.watch)
             target = write(self, path, self._table(**chosen), options)
             bar.close(str(target))

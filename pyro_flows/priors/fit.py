@@ -175,7 +175,7 @@ def _samples(posterior: Record, seed: int) -> dict[str, Tensor]:
     """Return draws to use, constrained: the more there are, the closer is the fit."""
     if not can_draw(posterior) or len(posterior._used) >= DRAWS or posterior.verdict.status == "unreliable":
         return posterior.samples
-    return posterior._need_density().constrain(more(posterior, DRAWS, seed=seed, purpose="prior").z)
+    return posterior._need_model().constrain(more(posterior, DRAWS, seed=seed, purpose="prior").z)
 
 
 def _coordinates(density: LogDensity, samples: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
@@ -201,7 +201,7 @@ def _coordinates(density: LogDensity, samples: Mapping[str, Tensor], names: Sequ
 
 def _own_flow(posterior: Record, names: Sequence[str]) -> Flow | None:
     """Return the posterior's flow where it is the very distribution of the draws to use, on the sites' own supports."""
-    density, flow = posterior._need_density(), posterior.flow
+    density, flow = posterior._need_model(), posterior.flow
     plain = not any(latent.noncentered or latent.chart is not None for latent in density.structure.latents)
     whole = plain and list(names) == list(density.names)
     if not whole or not is_of_guide(posterior) or not isinstance(flow, Flow) or not_rebuilt(flow) is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +14,11 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flows import _checks
-from pyro_flows._bundles import Bundle, damaged, plain
-from pyro_flows._fallbacks import first_line
-from pyro_flows._seeding import seeded
+from pyro_flows._bundles import Bundle, plain
 from pyro_flows._shapes import broadcast
+from pyro_flows._untrusted import check_numbers, reading, require, unpacked
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe_json import from_json as rebuild
-from pyro_flows.flows.recipe_json import not_rebuilt, to_json
+from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
 from pyro_flows.priors.parts import Joint, Part
 
 TENSORS, TEXT = "prior.pt", "prior.json"
@@ -154,17 +151,13 @@ class FittedPrior(nn.Module):
             ValueError: if the directory is no saved prior, is damaged, or of another format version.
         """
         text, contents = FILES.read(path)
-        try:
-            state = torch.load(io.BytesIO(contents[TENSORS]), map_location="cpu", weights_only=True)
-            dtype = next(value.dtype for value in state.values() if value.is_floating_point())
-            with seeded(0):
-                flow = rebuild(text["flow"]).to(dtype)
-            flow.load_state_dict(state)
-            parts = [Part.read(part, dtype) for part in text["parts"]]
+        with reading(path, TENSORS, TEXT):
+            flow = restored(text["flow"], unpacked(contents[TENSORS]))
+            check_numbers(text["parts"], flow.state_dict())
+            parts = [Part.read(part, flow._like.dtype) for part in text["parts"]]
+            require(sum(part.size for part in parts) == flow.dim, "its sites have another number of coordinates")
             figures = {name: float(text[name]) for name in ("mean_shift", "sd_shift")}
-            return cls(flow, parts, status=text["status"], verdict=text["verdict"], **figures)
-        except (EOFError, LookupError, OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
-            raise ValueError(damaged(path, [TENSORS, TEXT], f"cannot be read: {first_line(error)}")) from error
+            return cls(flow, parts, status=str(text["status"]), verdict=str(text["verdict"]), **figures)
 
 
 class PriorDistribution(TorchDistribution):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,18 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arrays
-from pyro_flows._bundles import Bundle, damaged, plain
-from pyro_flows._fallbacks import first_line
+from pyro_flows._bundles import Bundle, plain
 from pyro_flows._seeding import seeded
+from pyro_flows._untrusted import reading, require, unpacked
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
+from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.digits import ALLOWED
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.unchanged import own
 from pyro_flows.results import older
+from pyro_flows.results.consistent import check_flow, check_groups, check_tensors, check_texts
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.labeling import Labeling
 from pyro_flows.results.methods import guide_method
@@ -40,7 +40,6 @@ TENSOR_FIELDS = {field.removeprefix("_"): field for field in FIELDS}  # nothing 
 NUMBER_FIELDS = ("k_hat", "ess", "elbo", "log_evidence")
 CHECKED_DRAWS = 8
 FILES = Bundle("posterior", "pyro_flows posterior", TEXT, (NETCDF, TENSORS))
-DAMAGE = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
@@ -112,19 +111,22 @@ def _read(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> dict[str, Any]:
-    with _reading(source, TENSORS):
-        tensors = torch.load(io.BytesIO(contents[TENSORS]), map_location="cpu", weights_only=True)
-    with _reading(source, TEXT):
+    with reading(source, TENSORS):
+        tensors = unpacked(contents[TENSORS])
+        require(isinstance(tensors, dict), "it holds no tensors by name")
+    with reading(source, TEXT, TENSORS):
         description, tensors = older.present(description, tensors)
-    with _reading(source, NETCDF):
+        check_texts(description)
+        check_tensors(tensors, len(description["coordinates"]), description["verdict"])
+        flow, guide, density = _flow(description["guide"], tensors), None, None
+        fields = _fields(description, flow)
+    with reading(source, NETCDF):
         groups, attrs = _arrays.read(contents[NETCDF])
         attrs = older.attributes(attrs, description)
-    flow, guide, density = _flow(source, description["guide"], tensors), None, None
-    with _reading(source, TEXT):
-        fields = _fields(description, flow)
+        check_groups(groups, tensors)
     stored: tuple[Any, Any] | None = groups, {**attrs, "method": attrs.get("method", fields["verdict"].method)}
     if model is not None:
-        fitted = LogDensity(model, args, kwargs, noncentered=fields["settings"].get("noncentered", []))
+        fitted = LogDensity(model, *own(args, kwargs), noncentered=fields["settings"].get("noncentered", []))
         density = _density(like(fitted, tensors["z"]), description["coordinates"], tensors)
         tensors = _move(tensors, density.device)
         stored = None if description.get("without") else stored  # with the model all can be made
@@ -157,15 +159,12 @@ def _fields(description: Mapping[str, Any], flow: Flow | FlowMixture | None) -> 
     }
 
 
-def _flow(source: Path, about: Mapping[str, Any], tensors: Mapping[str, Any]) -> Flow | FlowMixture | None:
+def _flow(about: Mapping[str, Any], tensors: Mapping[str, Any]) -> Flow | FlowMixture | None:
     """Build the flow that was saved, if one was."""
     if about["flow"] is None:
         return None
-    with _reading(source, TENSORS, TEXT):
-        state = tensors["flow"]
-        dtype = next(value.dtype for value in state.values() if value.is_floating_point())
-        flow = from_json(about["flow"]).to(dtype)
-        flow.load_state_dict(state)
+    flow: Flow | FlowMixture = restored(about["flow"], tensors["flow"])
+    check_flow(flow, tensors)
     return flow
 
 
@@ -180,15 +179,6 @@ def _missing(description: Mapping[str, Any], with_model: bool) -> dict[str, str]
     if description.get("without") and not with_model:
         found["groups"] = description["without"]
     return found
-
-
-@contextmanager
-def _reading(source: Path, *names: str) -> Iterator[None]:
-    """Turn what a damaged file raises into one line that names it."""
-    try:
-        yield
-    except DAMAGE as error:
-        raise ValueError(damaged(source, list(names), f"cannot be read: {first_line(error)}")) from error
 
 
 def _revived(value: Any) -> Any:

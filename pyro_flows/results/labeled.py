@@ -32,7 +32,7 @@ def posterior_group(posterior: Record) -> xr.Dataset:
 
 def named_draws(posterior: Record, samples: Mapping[str, Tensor], chains: int = 1) -> xr.Dataset:
     """Other draws of a posterior's latent and deterministic sites, labeled as its own are."""
-    group = draws_group(Labels(posterior._need_density().structure), samples, chains)
+    group = draws_group(Labels(posterior._need_model().structure), samples, chains)
     return posterior._labeling.applied({"posterior": group})["posterior"]
 
 
@@ -96,6 +96,6 @@ def structural_groups(posterior: Record) -> dict[str, xr.Dataset]:
     """Those groups that have all dimensions which a user may name, and take no evaluation of the model."""
     if posterior._stored is not None:
         return dict(posterior._stored[0])
-    density = posterior._need_density()
+    density = posterior._need_model()
     draws = draws_group(Labels(density.structure), posterior.samples, posterior.chain_count)
     return {"posterior": draws, "observed_data": observed_group(density), "constant_data": constants(density)}

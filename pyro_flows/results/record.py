@@ -13,6 +13,7 @@ from pyro_flows._warnings import warn_unreliable
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.unchanged import Digests, check_unchanged, digests
 from pyro_flows.results.labeling import Labeling
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import Draw
@@ -50,6 +51,11 @@ class Record:
     chains: McmcDraws | None = field(repr=False, default=None)
     _drawer: Draw | None = field(repr=False, default=None)  # more raw draws of a guide without a flow
     _labeling: Labeling = field(repr=False, default_factory=Labeling)  # what assign_coords was told
+    _data: Digests | None = field(repr=False, default=None)  # of the model's arguments, when this was made
+
+    def __post_init__(self) -> None:
+        if self._data is None and self.density is not None:
+            object.__setattr__(self, "_data", digests(self.density))
 
     def _raw_draws(self) -> Draw | None:
         """Return how to draw from the guide anew, n -> z (n, D), log q (n,); None without a guide or a model."""
@@ -126,6 +132,21 @@ class Record:
         return float(self.settings.get("seconds", math.nan))
 
     def _need_density(self) -> LogDensity:
+        """Return the model as a log density, for it to be run again, on the data of the fit.
+
+        Raises:
+            ValueError: if there is no model, or its data have changed since.
+        """
+        found = self._need_model()
+        self._check_unchanged()
+        return found
+
+    def _need_model(self) -> LogDensity:
+        """Return the model as a log density, for its structure, or where its data have been checked already.
+
+        Raises:
+            ValueError: if there is no model.
+        """
         if self.density is None:
             why = self.missing.get("density", "loaded without a model")
             raise ValueError(
@@ -135,6 +156,11 @@ class Record:
                 "load(path, model, *args) with the arguments of the fit."
             )
         return self.density
+
+    def _check_unchanged(self, *, runs: bool = True) -> None:
+        """Refuse a model whose data have changed since, without running it if need be; with no model, do nothing."""
+        if self.density is not None and self._data is not None:
+            check_unchanged(self.density, self._data, self.z if runs else self.z[:0], self.log_p)
 
 
 def counted(posterior: Record) -> str:

@@ -19,6 +19,7 @@ from pyro_flows.verdict.weighing import weigh
 
 COPIES = 3  # of the pool that exist at once, and as many numbers beside it for each draw
 JUDGING = "computing importance weights"
+INFINITE = "the log density is +inf at"  # begins a reason that no sampler takes away
 LEAST = 8  # draws, whatever the clock says
 SCORING = 0.7  # of the time left: the rest is for checks and for the constrained values
 SHORT = 0.05  # of the time left, for which a piece may be taken twice as large
@@ -122,6 +123,24 @@ def score_pool(density: LogDensity, draw: Draw, count: int) -> Pool:
     done -= done % POOL if done < count else 0
     z, log_q = (torch.cat(list(parts))[:done] for parts in zip(*drawn, strict=True))
     return Pool(z, log_q, torch.cat(scored)[:done], checked, count)
+
+
+def infinite_places(density: LogDensity, z: Tensor, log_p: Tensor) -> list[str]:
+    """Say that draws ``z`` (S, D) lie where the model's density is infinite; nothing if none does.
+
+    Values that rounding has put onto the edge of their support, where a density may be infinite, do not count.
+    """
+    rows = z[torch.isposinf(log_p)]
+    if not len(rows):
+        return []
+    some = rows[:CHECKED]
+    with torch.no_grad():
+        back = density.unconstrain(density.constrain(some))
+    inside = some[torch.isclose(back.to(some), some, rtol=1e-3, atol=1e-3).all(1)]
+    if not len(inside):
+        return []
+    count = f"{len(rows):,} of {len(z):,} draws"
+    return [f"{INFINITE} {count} ({density.explain(inside[0])}), so the posterior cannot be normalized"]
 
 
 def _is_slow(density: LogDensity, draw: Draw, count: int) -> bool:

@@ -1,0 +1,222 @@
+"""A model's arguments and outcome at a point, as they were: copies of small arguments, digests of all."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import marshal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pyro_flows._fallbacks import first_line
+from pyro_flows._seeding import seeded
+from pyro_flows._tensors import storage_of
+from pyro_flows._turns import alone
+from pyro_flows.model.batching import quiet
+from pyro_flows.model.log_density import LogDensity
+
+COPIED = 2**24  # bytes of all arguments of a call; more are not copied
+ROUNDED = {torch.float32: 1e-3, torch.float64: 1e-6}  # relative differences of one log density, by other operations
+ROUNDED_AT_LEAST = 1e-2  # nats
+SCALAR = 32  # bytes of a number of Python in a list, about
+MARSHAL = 2  # the last version whose bytes do not depend on how often an object is referred to
+
+Digests = Mapping[str, str]
+
+
+def own(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments whose numbers are the caller's no more, if they are at most 16 MB: what is given, otherwise.
+
+    Tensors without gradients, arrays, tables and the lists, tuples and dicts that hold them are copied. Modules,
+    functions and other objects are not, nor are empty lists and dicts, which a model may fill.
+    """
+    given = tuple(args), dict(kwargs or {})
+    leaves = tree_leaves(given, is_leaf=_is_empty)
+    if sum(map(_size, leaves)) > COPIED:
+        return given
+    copies: dict[int, Any] = {}
+    for leaf in leaves:  # one object that is given twice stays one
+        if id(leaf) not in copies:
+            copies[id(leaf)] = _copy(leaf)
+    found: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(lambda leaf: copies[id(leaf)], given, is_leaf=_is_empty)
+    return found
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, (list, dict)) and not value
+
+
+def _size(value: Any) -> int:
+    """Return about how many bytes an argument has."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if _is_table(value):
+        return int(np.sum(value.memory_usage()))
+    return int(getattr(value, "nbytes", SCALAR))
+
+
+def _is_table(value: Any) -> bool:
+    known = hasattr(value, "iloc") or hasattr(value, "to_frame")  # tables, series, and indices
+    return known and type(value).__module__.partition(".")[0] == "pandas"
+
+
+def _copy(value: Any) -> Any:
+    if type(value) is Tensor and not value.requires_grad:
+        return value.clone()
+    if isinstance(value, np.ndarray):
+        return np.array(value, order="K", subok=True)
+    return value.copy() if _is_table(value) else value
+
+
+# digests --------------------------------------------------------------------------------------------------------------
+
+
+def digests(density: LogDensity) -> dict[str, str]:
+    """Return a SHA-256 digest of each argument of a model, and of observed values that are not among the arguments.
+
+    Numbers, text, tensors, arrays, tables, data classes, and lists, tuples and dicts of these are looked at; modules,
+    functions and other objects are not. Cost: 10 million numbers take about a tenth of a second.
+    """
+    args, kwargs = density.args, density.kwargs
+    names = [*_names(density.model), *map(str, range(len(args)))][: len(args)]
+    given = [*zip(names, args, strict=False), *kwargs.items()]
+    found = {f"argument {name!r}": _digest(value) for name, value in given}
+    known = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if _is_strided(leaf)}
+    for name, value in density.structure.observed.items():
+        if not _is_strided(value) or storage_of(value) not in known:
+            found[f"the observed value of site {name!r}"] = _digest(value)
+    return found
+
+
+def _is_strided(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def _names(model: Callable[..., Any]) -> list[str]:
+    """Return the names of the parameters that positional arguments go to, as far as they have names of their own."""
+    with suppress(TypeError, ValueError):
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return [name for name, one in inspect.signature(model).parameters.items() if one.kind in positional]
+    return []
+
+
+def _digest(value: Any) -> str:
+    total = hashlib.sha256()
+    _feed(total, value)
+    return total.hexdigest()
+
+
+def _feed(total: Any, value: Any) -> None:
+    """Feed a digest with all that is in a value."""
+    total.update(type(value).__qualname__.encode())
+    if isinstance(value, Tensor):
+        _feed_tensor(total, value)
+    elif _is_table(value):
+        _feed_table(total, value)
+    elif isinstance(value, np.ndarray):
+        _feed_array(total, value)
+    elif _plain(total, value):
+        return
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            _feed(total, name)
+            _feed(total, part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _feed(total, part)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for one in fields(value):
+            _feed(total, getattr(value, one.name))
+    elif hasattr(type(value), "__array__"):
+        _feed_array(total, np.asarray(value))
+
+
+def _plain(total: Any, value: Any) -> bool:
+    """Feed a digest with numbers, text, and lists and dicts of them alone; return whether it is such a value."""
+    try:
+        total.update(marshal.dumps(value, MARSHAL))
+    except ValueError:
+        return False
+    return True
+
+
+def _feed_tensor(total: Any, value: Tensor) -> None:
+    total.update(f"{value.dtype} {tuple(value.shape)}".encode())
+    value = value if _is_strided(value) else value.to_dense()
+    whole = value.detach().cpu().contiguous().resolve_conj().resolve_neg()
+    total.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _feed_array(total: Any, value: np.ndarray[Any, Any]) -> None:
+    total.update(f"{value.dtype} {value.shape}".encode())
+    if value.dtype.hasobject:
+        _feed(total, value.tolist())
+        return
+    total.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    if isinstance(value, np.ma.MaskedArray):
+        total.update(np.ascontiguousarray(np.ma.getmaskarray(value)).data)
+
+
+def _feed_table(total: Any, value: Any) -> None:
+    import pandas as pd
+
+    total.update(repr([*getattr(value, "columns", ())]).encode())
+    with suppress(TypeError):  # cells that are lists or other objects
+        _feed_array(total, pd.util.hash_pandas_object(value).to_numpy())
+
+
+# comparison -----------------------------------------------------------------------------------------------------------
+
+
+def check_unchanged(density: LogDensity, before: Digests, z: Tensor, log_p: Tensor) -> None:
+    """Refuse a model whose arguments are not what they were, or that has another log density at a draw.
+
+    Args:
+        density: the model with its arguments.
+        before: their digests at the time of the fit.
+        z: draws (S, D); none, for the model not to be run.
+        log_p: their log densities (S,) at that time, nats.
+
+    Raises:
+        ValueError: naming what has changed.
+
+    Cost: that of :func:`digests`, and one run of the model.
+    """
+    now = digests(density)
+    changed = [name for name, value in before.items() if now.get(name) != value]
+    if changed:
+        verb = "have" if len(changed) > 1 else "has"
+        raise ValueError(
+            f"model: {' and '.join(changed)} {verb} changed since the fit, so that its results would be of other data "
+            "than the draws. Fit again; or undo the change, and give the fit a copy (.clone(), .copy()) next time."
+        )
+    why = _differs(density, z, log_p) if type(density) is LogDensity else None
+    if why is not None:
+        raise ValueError(
+            f"model: {why}. Something has changed that the model reads from outside of its arguments: data, parameters "
+            "of its own, a module, a global name. Put it back as it was, or fit again."
+        )
+
+
+@torch.no_grad()
+def _differs(density: LogDensity, z: Tensor, log_p: Tensor) -> str | None:
+    """Say how the log density at one draw is another one than it was; None if it is the same."""
+    finite = torch.isfinite(log_p[: len(z)]).nonzero()
+    if not len(finite):
+        return None
+    row = int(finite[0])
+    saved = float(log_p[row])
+    try:
+        with alone(), torch.no_grad(), seeded(0, density.device), quiet():
+            value = float(density.single(z[row].to(density.dtype)))
+    except Exception as error:  # code of the user's, which may raise anything
+        return f"it raises an error at a draw, and raised none in the fit ({first_line(error)})"
+    allowed = ROUNDED_AT_LEAST + ROUNDED.get(density.dtype, 1e-3) * abs(saved)
+    return None if abs(value - saved) <= allowed else f"its log density at a draw is {value:.6g}, and was {saved:.6g}"
