@@ -106,6 +106,8 @@ class Tally:
 def likelihood(posterior: Record, z: Tensor) -> xr.Dataset:
     """Return the pointwise log likelihood at draws z, one variable for each observed site.
 
+    Where latents of rows are integrated out, a row is one observation, and there is one variable for each plate.
+
     Raises:
         ValueError: for models with enumerated latents or without data, and for posteriors without their model whose
             files lack the group.
@@ -114,6 +116,8 @@ def likelihood(posterior: Record, z: Tensor) -> xr.Dataset:
         found: xr.Dataset = posterior._stored[0]["log_likelihood"]
         return found
     density = posterior._need_model()
+    if density.by_rows:
+        return export.rows_group(density, z)
     if density.structure.enumerated:
         raise ValueError(
             f"model: no pointwise log likelihood, since {', '.join(map(repr, density.structure.enumerated))} are "

@@ -129,7 +129,7 @@ class Work:
         found = self.judged(given)
         goal = goal_of(found.elpd) if goal is None else goal
         high = _high(found)
-        if not (high or found.error > goal):
+        if not (high or found.error > goal) or self._is_dear():
             return found
         if not self._can_move(given):
             return self._by_draws(found, goal, [])
@@ -233,7 +233,11 @@ class Work:
         return min(max(FEW, Space.fewest(given.draws.z.shape[1])), len(given.values))
 
     def _can_move(self, given: Observations) -> bool:
-        return self.posterior.density is not None and Space.can_be(given.draws.z)
+        return self.posterior.density is not None and not self._is_dear() and Space.can_be(given.draws.z)
+
+    def _is_dear(self) -> bool:
+        """Whether each further draw takes a pass over all rows."""
+        return self.posterior.density is not None and self.posterior.density.by_rows
 
     def _most(self, given: Observations) -> int:
         """Return for how many observations draws can be moved."""

@@ -118,6 +118,8 @@ def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> Mis
     lost, rounded = density.lost_digits(chains.z.flatten(0, 1))
     complaint = density.complaint(chains.z.flatten(0, 1)[:: max(1, chains.z[..., 0].numel() // CHECKED)])
     invalid = [] if complaint is None else [f"the model is invalid at some draws: {complaint}"]
+    if density.by_rows:  # a search takes thousands of passes over all rows
+        return MissedByChains([*invalid, *lost, *disagreements(posterior, chains)], rounded)
     invalid += [*lost, *improper_tails(density, lambda: chains.z.flatten(0, 1), seed=seed)]
     if work.passed:
         return MissedByChains([*invalid, *disagreements(posterior, chains)], rounded)

@@ -96,7 +96,7 @@ class Latent:
         self.log_w = torch.log_softmax(self.log_w, 0)
         self.stacked = stacked(self.flows, self.parts)
         numbers = max(density.numbers, len(self.parts) * max(map(_widest, self.flows)))
-        recordable = density.batched and not self._by_parts
+        recordable = density.batched and not self._by_parts and not density.by_rows
         # Graphs of their own, so that chains that go on repeat themselves.
         self._recorder = Recorder(self._single, numbers, own=True, before=self._prepare) if recordable else None
         self.leaps: Cache[Any, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
@@ -112,7 +112,7 @@ class Latent:
     @property
     def walkable(self) -> bool:
         """Whether a look costs little more than one of a flow: each part is scored by all of them."""
-        return len(self.parts) <= WALKED_PARTS
+        return len(self.parts) <= WALKED_PARTS and not self.density.by_rows
 
     @property
     def _by_parts(self) -> bool:

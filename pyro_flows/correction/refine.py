@@ -57,7 +57,7 @@ def refine(
     if method == "nuts" and isinstance(posterior.flow, FlowMixture):
         raise ValueError("method: NUTS walks in the latent space of one flow, and this is a mixture; take 'auto'.")
     with interruptible(), Bar("refine", progress) as bar:
-        work = Work(method, ASKED)
+        work = Work(method, ASKED, most=posterior._need_density().most_gradients)
         STATE.hold(True)
         found = refined(posterior, work, chains, max_steps, seed, Clock(seconds, watch=bar.watch), bar)
         bar.close(f"{found.method}, {found.verdict.status}")

@@ -108,9 +108,9 @@ def fit(
             the program handles them itself.
 
     A model with a subsampled plate is fitted by an :class:`AutoHierarchicalFlow`, on minibatches. The posterior is then
-    that of the latents outside of plates, judged by all rows, with 1000 draws at most. ``flow``, ``layers``, ``draws``,
-    ``seed`` and ``max_steps`` count; ``max_seconds`` and Ctrl-C end the training only, ``runs`` above 1 and
-    ``train_model`` are refused, and ``escalate`` and ``refine`` change nothing.
+    that of the latents outside of plates, judged by all rows, with 1000 draws at most; :meth:`Posterior.local_samples`
+    draws the others. ``flow``, ``layers``, ``draws``, ``seed``, ``max_steps``, ``max_seconds`` and Ctrl-C count;
+    ``runs`` above 1 and ``train_model`` are refused, and ``escalate`` and ``refine`` change nothing.
 
     Returns:
         A :class:`Posterior`; read its ``verdict`` first.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from time import monotonic
 from typing import Any
 
 import pyro
@@ -14,6 +15,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from pyro_flows import _stages
+from pyro_flows._clock import Clock, unbounded
 from pyro_flows._interrupts import STATE
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
@@ -30,18 +32,21 @@ from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.methods import method_of
+from pyro_flows.results.scoring import JUDGING
 from pyro_flows.results.stage import Stage
-from pyro_flows.verdict.deciding import Draw
-from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, K_HAT_GOOD
+from pyro_flows.verdict.deciding import POOL, Draw
+from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, K_HAT_GOOD, ROW_ERROR_MOST
 from pyro_flows.verdict.weighing import in_words, weigh
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
 MARGINAL_DRAWS = 1000  # of the globals, each of which takes a pass over all rows
 LOOKED_AT, TRIED = 64, 400  # draws at which rows are looked at; by which a round of training is judged
+TIMED = 4  # draws that tell how long judging takes
 ROUND = 500  # steps of the first round; each next one has twice as many
 RATE, LAST_RATE = 5e-3, 0.02  # of Adam, and the part of it at the end of a round
 NAMED = 5  # rows
 PRIOR_DRAWS, CLIMBS = 256, 3  # of which the best are climbed from
+NOT_SOUGHT = "no search for missed modes was made"
 SOUGHT = f"no search for missed modes was made, but for climbs from {CLIMBS} of {PRIOR_DRAWS} draws of the prior"
 APART, LOWER = 5.0, -5.0  # sds between modes; nats that a second mode may be lower
 
@@ -62,7 +67,7 @@ def diagnose_hierarchical(
         bar.watch(_stages.JUDGING)
         about: dict[str, Any] = {"settings": {"diagnosed": True}, "losses": torch.zeros(0)}
         if whole is None:
-            return judged_by_rows(guide, marginal, draws, seed, about)
+            return _posterior(guide, marginal, _checked(guide, marginal, seed, unbounded()), draws, seed, about)
         density, draw = whole
         z, _ = _global_draw(guide)(LOOKED_AT)
         second = marginal.marginal.second_modes(z.median(0).values)
@@ -76,61 +81,168 @@ def fit_hierarchical(plan: Plan) -> Posterior:
     if plan.runs > 1 or plan.train_model:
         name = "train_model" if plan.train_model else "runs"
         raise ValueError(f"{name}: not available for a model with subsampled plates. Leave it out, or give all rows.")
-    flow = plan.recipe.builder
-    guide = AutoHierarchicalFlow(plan.model, flow, **dict(plan.recipe.options))
+    clock, trained = plan.clock, _Trained()
     with _own_parameters(), seeded(derive(plan.seed, "a guide with plates")):
-        plan.bar.watch(_stages.STARTS)
-        guide.initialize(*plan.args, **plan.kwargs)
-        losses: list[float] = []
-        stages: list[Stage] = []
-        steps = ROUND
+        guide = _begun(plan)
         density = _marginal(guide, plan.args, plan.kwargs, plan.seed)
-        STATE.hold(not plan.clock.raises)
-        while True:
-            good, elbo = _is_good(guide, density)
-            stages.append(
-                Stage(stage=_stages.INITIAL if not stages else _stages.FIRST_ROUND, elbo=elbo, steps=len(losses))
-            )
-            steps = min(steps, plan.max_steps - len(losses))
-            if good or steps <= 0 or plan.clock.over:
-                break
-            plan.bar.watch(_stages.TRAINING)
-            with plan.clock.part(_stages.TRAINING):
-                _train(guide, plan, steps, losses)
-            steps = 2 * ROUND
-        plan.bar.watch(_stages.JUDGING)
-        about = {"settings": {"asked": dict(plan.asked), "flow": str(flow)}, "losses": torch.tensor(losses)}
-        about |= {"history": stages, "failures": plan.clock.reasons()}
-        return judged_by_rows(guide, density, plan.draws, plan.seed, about)
+        if clock.finite:
+            clock.reserve(_seconds_to_judge(guide, density, plan.draws))
+        density.under(clock)
+        STATE.hold(not clock.raises)  # until the call ends
+        try:
+            with clock.part(_stages.TRAINING):
+                _fitted(guide, density, plan, trained)
+            checks = _checked(guide, density, plan.seed, clock)
+            clock.judging()
+            plan.bar.watch(_stages.JUDGING)
+            if clock.interrupted is not None:
+                clock.reserve(_seconds_to_judge(guide, density, plan.draws))
+            return _concluded(guide, density, checks, plan, trained)
+        finally:
+            density.under(unbounded())
 
 
-def judged_by_rows(
-    guide: AutoHierarchicalFlow, density: MarginalDensity, draws: int, seed: int, about: Mapping[str, Any]
+@dataclass
+class _Trained:
+    """What training has come to so far."""
+
+    losses: list[float] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+    good: bool = False
+
+
+def _begun(plan: Plan) -> AutoHierarchicalFlow:
+    """Return a guide at its start; at the prior, if the time is over before, or Ctrl-C comes."""
+    options = dict(plan.recipe.options)
+    guide = AutoHierarchicalFlow(plan.model, plan.recipe.builder, **options)
+    with plan.clock.part(_stages.STARTS), plan.clock.watching():
+        guide.initialize(*plan.args, **plan.kwargs)
+    if guide.top is None:
+        guide = AutoHierarchicalFlow(plan.model, plan.recipe.builder, init="prior", **options)
+        guide.initialize(*plan.args, **plan.kwargs)
+    return guide
+
+
+def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity, plan: Plan, trained: _Trained) -> None:
+    """Train by rounds until the draws of the globals can be corrected by weights."""
+    steps = ROUND
+    while True:
+        trained.good, elbo = _is_good(guide, density)
+        stage = _stages.FIRST_ROUND if trained.stages else _stages.INITIAL
+        trained.stages.append(Stage(stage=stage, elbo=elbo, steps=len(trained.losses)))
+        steps = min(steps, plan.max_steps - len(trained.losses))
+        if trained.good or steps <= 0:
+            return
+        plan.bar.watch(_stages.TRAINING)
+        _train(guide, plan, steps, trained.losses)
+        steps = 2 * ROUND
+
+
+def _seconds_to_judge(guide: AutoHierarchicalFlow, density: MarginalDensity, draws: int) -> float:
+    """Time a few evaluations, and return about how many seconds judging takes at most."""
+    began = monotonic()
+    density.marginal(_global_draw(guide)(TIMED)[0])
+    return (monotonic() - began) / TIMED * POOL * min(draws, MARGINAL_DRAWS) + 0.1
+
+
+def _concluded(
+    guide: AutoHierarchicalFlow, density: MarginalDensity, checks: _Checks, plan: Plan, trained: _Trained
+) -> Posterior:
+    """Judge what the work came to; Ctrl-C may come once more."""
+    clock, chosen = plan.clock, plan.asked.get("flow", plan.recipe.builder)
+    asked = {"asked": dict(plan.asked), "flow": chosen, "max_seconds": clock.seconds if clock.finite else None}
+    stopped = clock.cut and not trained.good
+    about: dict[str, Any] = {
+        "losses": torch.tensor(trained.losses),
+        "history": trained.stages,
+        "stopped": ("during training" if trained.losses else "before training") if stopped else "",
+        "moving": bool(stopped),
+    }
+
+    def conclude() -> Posterior:
+        about["settings"] = {**asked, "seconds": clock.elapsed}
+        return _posterior(guide, density, checks, plan.draws, plan.seed, about)
+
+    try:
+        return conclude()
+    except KeyboardInterrupt:
+        if not clock.interrupt(JUDGING):
+            raise
+        return conclude()
+
+
+# what is to be judged -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Checks:
+    """What was found of the rows and of other modes: what speaks against the draws, notes, and figures."""
+
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def _checked(guide: AutoHierarchicalFlow, density: MarginalDensity, seed: int, clock: Clock) -> _Checks:
+    """Look at the rows, and for second modes; what the clock cuts speaks against the draws."""
+    found = _Checks()
+    z, _ = _global_draw(guide)(LOOKED_AT)
+    checked = False
+    with clock.part(_stages.ROWS):
+        _check_rows(found, guide, density, z)
+        checked = True
+    if not checked:
+        found.failures.append("no time for a check of all rows")
+    sought = NOT_SOUGHT
+    with clock.part(_stages.MISSED):
+        found.failures += _second_mode(density, z, seed)
+        sought = SOUGHT
+    found.notes.append(sought)
+    return found
+
+
+def _check_rows(found: _Checks, guide: AutoHierarchicalFlow, density: MarginalDensity, z: Tensor) -> None:
+    """Choose the draws of a row, and look for rows whose likelihoods are poor."""
+    marginal = density.marginal
+    rows, errors = marginal.row_count, marginal.choose_count(z)
+    density.level_error = errors.level
+    worst, second = marginal.worst_rows(z), marginal.second_modes(z.median(0).values)
+    poor = [f"{row.plate}[{row.row}] ({row.k_hat:.2f})" for row in worst]
+    found.failures += _named(poor, rows, "a k-hat of 0.7 or more") + _of_rows(second, rows, guide)
+    if not errors.differences <= ROW_ERROR_MOST:
+        found.failures.append(
+            f"the likelihoods of rows are too rough: an error of {errors.differences:.2g} nats between draws of the "
+            f"other latents, with {marginal.count} draws of each row"
+        )
+    found.settings |= {
+        "rows": rows,
+        "worst_rows": [[row.plate, row.row] for row in worst] + [list(row) for row in second],
+    }
+    found.notes.append(
+        f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by {marginal.count} "
+        f"draws of each (error {errors.differences:.2g} nats, of the log evidence {errors.level:.2g} nats), and "
+        "local_samples() draws them"
+    )
+
+
+def _posterior(
+    guide: AutoHierarchicalFlow,
+    density: MarginalDensity,
+    checks: _Checks,
+    draws: int,
+    seed: int,
+    about: Mapping[str, Any],
 ) -> Posterior:
     """Return the posterior of the globals, judged with latents in plates integrated out."""
-    draw = _global_draw(guide)
-    z, _ = draw(LOOKED_AT)
     sites = messages(density.marginal.first.at.trace).values()
     if not any(site["type"] == "sample" and site["is_observed"] for site in sites):
         what = "model: nothing is observed (no obs= with values, no pyro.factor), so the posterior is the prior."
         warnings.warn(what, NothingObservedWarning, stacklevel=outside())
-    noise = density.marginal.choose_count(z)
-    worst, rows = density.marginal.worst_rows(z), density.marginal.row_count
-    second = density.marginal.second_modes(z.median(0).values)
-    named = [[row.plate, row.row] for row in worst] + [[plate, row] for plate, row in second]
-    poor = [f"{row.plate}[{row.row}] ({row.k_hat:.2f})" for row in worst]
-    failures = _named(poor, rows, "a k-hat of 0.7 or more") + _of_rows(second, rows, guide)
-    failures += [*_second_mode(density, z, seed), *about.get("failures", ())]
-    notes = [
-        f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by "
-        f"{density.marginal.count} draws of each (error {noise:.2g} nats), and guide.sample_posterior() draws them",
-        SOUGHT,
-    ]
-    settings = {**about["settings"], "rows": rows, "worst_rows": named}
+    said = {**about, "settings": {**about["settings"], **checks.settings}}
+    said |= {"notes": checks.notes, "failures": checks.failures}
     count = min(draws, MARGINAL_DRAWS)
-    said = {**about, "settings": settings, "notes": notes, "failures": failures}
-    found = from_draws(density, draw, draws=count, seed=seed, guide=guide, **said)
-    if settings.get("diagnosed"):
+    found = from_draws(density, _global_draw(guide), draws=count, seed=seed, guide=guide, **said)
+    if said["settings"].get("diagnosed"):
         return found
     return replace(found, verdict=replace(found.verdict, guide_method=method_of(guide._top._single)))
 
@@ -180,14 +292,13 @@ def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[boo
 
 
 def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int, losses: list[float]) -> None:
-    """Take steps of Adam, whose rate falls; note the losses. The clock may end them."""
+    """Take steps of Adam, whose rate falls, and add the losses to those before. The clock may end them."""
     parameters = [parameter for parameter in guide._top._flow.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, RATE * LAST_RATE)
     elbo = Trace_ELBO()
     for step in range(steps):
-        if plan.clock.over:
-            break
+        plan.clock.look()
         optimizer.zero_grad()
         loss = elbo.differentiable_loss(plan.model, guide, *plan.args, **plan.kwargs)
         losses.append(float(loss))
@@ -217,7 +328,7 @@ def _global_draw(guide: AutoHierarchicalFlow) -> Draw:
     @torch.no_grad()
     def draw(count: int) -> tuple[Tensor, Tensor]:
         posterior = guide._top.get_posterior()
-        z: Tensor = posterior.sample((count,))
+        z: Tensor = guide.finite(posterior.sample((count,)))
         return z, posterior.log_prob(z)
 
     return draw
@@ -226,7 +337,7 @@ def _global_draw(guide: AutoHierarchicalFlow) -> Draw:
 def _marginal(guide: AutoHierarchicalFlow, args: Any, kwargs: Any, seed: int) -> MarginalDensity:
     """Return the log density of the globals; see :class:`MarginalDensity`."""
     middle = _global_draw(guide)(LOOKED_AT)[0].median(0).values
-    return MarginalDensity(Marginal(guide._rows(args, kwargs), middle, guide._start, seed, shape=guide._shaped))
+    return MarginalDensity(Marginal(guide._rows(args, kwargs), middle, guide._start, seed))
 
 
 def _whole_draw(

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_flows import _checks
+from pyro_flows._clock import Clock
 from pyro_flows.guides.conditional import Rows
-from pyro_flows.guides.marginal import Marginal
+from pyro_flows.guides.marginal import ALL, Marginal
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import messages
+
+LEAST_GRADIENTS, WRITTEN = 5000.0, 3e8  # gradients of a run of chains; draws of rows in all of them
 
 
 class MarginalDensity(LogDensity):
@@ -21,14 +27,75 @@ class MarginalDensity(LogDensity):
 
     Args:
         marginal: the log density at points.
+
+    Attributes:
+        level_error: standard error of the log density, nats, that all points have in common.
     """
+
+    by_rows = True
+    level_error = 0.0
 
     def __init__(self, marginal: Marginal) -> None:
         self.marginal = marginal
         nodes, first = messages(marginal.first.at.trace), marginal.first
         values = {name: bijection(nodes[name]["fn"])(value) for name, value in first.base.items()}
+        values = {name: value for name, value in values.items() if bool(torch.isfinite(value).all())}  # else drawn anew
         rows = marginal.rows
         super().__init__(_globals_alone(rows, first.at.chosen, values), rows.args, rows.kwargs)
+
+    @property
+    def most_gradients(self) -> float:  # type: ignore[override]
+        """How many gradients one run of chains may take: some minutes."""
+        return max(LEAST_GRADIENTS, WRITTEN / max(self.marginal.count * self.marginal.row_count, 1))
+
+    def under(self, clock: Clock) -> None:
+        """Look at ``clock`` as evaluations go on."""
+        super().under(clock)
+        self.marginal.clock = clock
+
+    def known_rounding(self, z: Tensor) -> float:
+        """Return what rounding and the likelihoods of rows do to the log density at all points alike, nats."""
+        return math.hypot(super().known_rounding(z), self.level_error)
+
+    def local_samples(
+        self,
+        z: Tensor,
+        names: Sequence[str] | None = None,
+        rows: Tensor | Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        """Draw latents of rows at points ``z`` (S, D); see :meth:`pyro_flows.Posterior.local_samples`."""
+        marginal, z = self.marginal, self._check(z).detach()
+        sites = [site.name for site in marginal.first.sites]
+        names = sites if names is None else [_checks.choice("names", name, sites) for name in names]
+        found: dict[str, Tensor] = {}
+        for plate in dict.fromkeys(marginal.plate_of(name) for name in names):
+            own = [name for name in names if marginal.plate_of(name) == plate]
+            found |= marginal.local_draws(z, own, self._indices(plate, rows), seed)
+        return {name: found[name] for name in names}
+
+    def row_likelihoods(self, z: Tensor) -> dict[str, Tensor]:
+        """Return the log likelihoods of rows at ``z`` (S, D), their latents integrated out: ``{plate: (S, rows)}``."""
+        return {plate or "data": own for plate, own in self.marginal.row_likelihoods(self._check(z).detach()).items()}
+
+    def _indices(self, plate: str, rows: Tensor | Sequence[int] | None) -> Tensor:
+        """Return indices of rows of a plate, all of them by default."""
+        size = self.marginal.rows_of(plate)
+        if rows is None:
+            return torch.arange(size)
+        if plate == ALL:
+            raise ValueError("rows: not available, since the latents in plates are drawn together. Leave it out.")
+        index = torch.as_tensor(rows)
+        if (
+            index.dim() != 1
+            or index.is_floating_point()
+            or not len(index)
+            or int(index.min()) < 0
+            or int(index.max()) >= size
+        ):
+            raise ValueError(f"rows: expected a list of indices from 0 to {size - 1} of plate {plate!r}, got {rows!r}.")
+        return index.long()
 
     def affordable(self, draws: int) -> int:
         """Return how many of so many draws a check may evaluate, each by a pass over all rows."""
@@ -44,6 +111,10 @@ class MarginalDensity(LogDensity):
         value, gradient = self.marginal.value_and_grad(self._check(z).detach())
         return value.to(z.dtype), gradient.to(z.dtype)
 
+    def unrecorded(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`value_and_grad` returns: there is no graph."""
+        return self.value_and_grad(z)
+
     def predictive(self, z: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
         """Raise an error: the latents of rows are not there.
 
@@ -51,8 +122,8 @@ class MarginalDensity(LogDensity):
             ValueError: always.
         """
         raise ValueError(
-            "predictive: latents of rows were integrated out. Draw them with posterior.guide.sample_posterior, or use "
-            "pyro.infer.Predictive with the guide."
+            "predictive: latents of rows were integrated out. Draw them with posterior.local_samples(), and new data "
+            "with pyro.infer.Predictive and these draws."
         )
 
     def graph(self, z: Tensor) -> None:

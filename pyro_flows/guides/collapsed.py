@@ -39,6 +39,8 @@ def start_of_globals(
         mode = _mend(few.with_parts(MOST_PARTS), mode, covariance)
         some = few.with_parts(max(FEW_PARTS, RUNS // (2 * len(mode))))
         covariance = _covariance(some, mode, _diagonal(covariance).sqrt())
+    if not bool(torch.isfinite(covariance).all()):
+        return None
     if covariance.dim() == 1:
         return mode, covariance.sqrt()
     root, failed = torch.linalg.cholesky_ex(covariance)

@@ -38,6 +38,8 @@ from pyro_flows.model.start import FromPrior, initial_value
 MOST_STEPS = 60  # Newton steps to a mode
 NEAR = 0.3  # of a standard deviation of a number: how far from the mode the curvature may be taken
 SMALLEST = 1e-12  # curvature
+STUCK = 1e-3  # of the longest step, below which a step ends a climb
+FARTHER = 4.0  # times as long as steps before; also what a step is divided by
 ROUNDING = 1e-3  # of curvatures, as a part of the largest one
 
 Start = Callable[[Any, "At"], Tensor]  # unconstrained value of a site, from its message
@@ -182,6 +184,7 @@ class Number:
         raw, curvature: derivative of the log density, and negative second derivative.
         gradient, own: the same, once the numbers after it are eliminated.
         couplings: negative mixed derivatives with numbers before it, in this one's rows.
+        flat: where there is no curvature, and ``own`` is a stand-in.
     """
 
     site: Local
@@ -191,6 +194,7 @@ class Number:
     gradient: Tensor
     own: Tensor
     couplings: dict[int, Tensor] = field(default_factory=dict)
+    flat: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
 
     @property
     def sd(self) -> Tensor:
@@ -237,8 +241,34 @@ class Conditional:
 
     @property
     def decrement(self) -> list[Tensor]:
-        """The Newton step of each number, in its standard deviations."""
-        return [step / number.sd.detach() for step, number in zip(self.steps(), self.numbers, strict=True)]
+        """The Newton step of each number, in its standard deviations; infinite on a slope without curvature."""
+        pairs = zip(self.steps(), self.numbers, strict=True)
+        return [torch.where(own.flat & (step != 0.0), torch.inf, step / own.sd.detach()) for step, own in pairs]
+
+    @torch.enable_grad()  # else sums of densities do not say what they depend on
+    def heights(self) -> list[Tensor]:
+        """Return for each number the log density of the rows of its outermost plate, of all rows if need be.
+
+        Rows that are moved together stand or fall together: an outer row, and what is inside of it.
+        """
+        nodes, parts = messages(self.at.trace), self.at.densities()
+        frames = {name: {frame.name: frame.dim for frame in vectorized(nodes[name])} for name in parts}
+        roots = [next(other for other in self.sites if number.site.inside(other)) for number in self.numbers]
+        moved = {
+            name: part.detach() for name, part in parts.items() if name not in self.at.placed and part.requires_grad
+        }
+        if any(not any(root.plates.items() <= frames[name].items() for root in roots) for name in moved):
+            lead = self.at.z.shape[:-1]
+            total = sum(
+                part.expand(torch.broadcast_shapes(part.shape, lead)).sum_to_size(lead) for part in moved.values()
+            )
+            return [torch.as_tensor(total) for _ in self.numbers]
+        found = []
+        for root in roots:
+            own = [part for name, part in moved.items() if root.plates.items() <= frames[name].items()]
+            spread = [part.expand(torch.broadcast_shapes(part.shape, root.batch)) for part in own]
+            found.append(torch.as_tensor(sum(part.sum_to_size(root.batch) for part in spread)))
+        return found
 
     @property
     def near(self) -> bool:
@@ -311,30 +341,48 @@ class Rows:
 
     def near_mode(self, z: Tensor, start: Start, chosen: Mapping[str, Tensor], *, graph: bool = False) -> Conditional:
         """Return the approximation near a mode. Most often, rows are near one at once, or after one step."""
-        first = now = self.conditional(z, start, chosen, graph=graph)
-        for _ in range(2):
-            if now.near:
-                return now
-            base = now.moved(now.base, now.steps()) if now is first else self.mode(z.detach(), first)
-            now = self.conditional(z, at_values(base), first.at.chosen, graph=graph)
-        return now
+        first = self.conditional(z, start, chosen, graph=graph)
+        if first.near:
+            return first
+        now = self.conditional(z, at_values(first.moved(first.base, first.steps())), first.at.chosen, graph=graph)
+        if now.near and all(map(_all_above, now.heights(), first.heights())):
+            return now
+        return self.conditional(z, at_values(self.mode(z.detach(), first)), first.at.chosen, graph=graph)
 
     def mode(self, z: Tensor, first: Conditional) -> dict[str, Tensor]:
         """Return unconstrained values near a mode, by Newton steps from where ``first`` was taken.
 
-        A number whose next step would be longer, in its standard deviations, goes half of its way from where it was.
+        Rows whose log density would fall go a quarter of their way from where they were. Where there is hardly any
+        curvature, steps are four times as long as those before at most.
         """
-        base, lengths, steps = first.base, first.decrement, first.steps()
+        base, lengths, steps, heights = first.base, first.decrement, first.steps(), first.heights()
+        reach = [number.sd.detach() for number in first.numbers]
         for _ in range(MOST_STEPS):
             now = self.conditional(z, at_values(first.moved(base, steps)), first.at.chosen)
-            tried = list(zip(now.decrement, now.steps(), lengths, steps, strict=True))
-            good = [torch.isfinite(new) & (new.abs() <= old.abs().clamp_min(NEAR)) for new, _, old, _ in tried]
+            good = [_above(new, old) for new, old in zip(now.heights(), heights, strict=True)]
             base = first.moved(base, [torch.where(fine, step, 0.0) for fine, step in zip(good, steps, strict=True)])
-            steps = [torch.where(fine, new, 0.5 * old) for fine, (_, new, _, old) in zip(good, tried, strict=True)]
-            lengths = [torch.where(fine, new, old) for fine, (new, _, old, _) in zip(good, tried, strict=True)]
-            if all(bool((length.abs() <= NEAR).all()) for length in lengths):
+            tried = list(zip(good, now.steps(), steps, reach, strict=True))
+            reach = [torch.where(fine, torch.maximum(most, old.abs()), most) for fine, _, old, most in tried]
+            most = [FARTHER * length for length in reach]
+            new = [torch.maximum(torch.minimum(step, m), -m) for (_, step, _, _), m in zip(tried, most, strict=True)]
+            steps = [torch.where(fine, step, old / FARTHER) for (fine, _, old, _), step in zip(tried, new, strict=True)]
+            lengths = [torch.where(fine, new, old) for fine, new, old in zip(good, now.decrement, lengths, strict=True)]
+            heights = [torch.where(fine, new, old) for fine, new, old in zip(good, now.heights(), heights, strict=True)]
+            left = zip(lengths, steps, reach, strict=True)
+            if not any(
+                bool(((length.abs() > NEAR) & (step.abs() > STUCK * most)).any()) for length, step, most in left
+            ):
                 break
         return base
+
+
+def _above(new: Tensor, old: Tensor) -> Tensor:
+    """Whether log densities are finite, and as high as others but for rounding, if these are finite."""
+    return torch.isfinite(new) & ((new >= old - ROUNDING * (1.0 + ROUNDING * old.abs())) | ~torch.isfinite(old))
+
+
+def _all_above(new: Tensor, old: Tensor) -> bool:
+    return bool(_above(new, old).all())
 
 
 def _numbers(sites: Sequence[Local], total: Tensor, graph: bool) -> list[Number]:
@@ -375,7 +423,8 @@ def _eliminate(numbers: list[Number]) -> None:
     """Take the innermost numbers out of the equations of the others."""
     for number in reversed(numbers):
         size = number.own.abs()
-        number.own = torch.where(size > SMALLEST, size, torch.as_tensor(number.site.scale).to(size))
+        number.flat = ~(size > SMALLEST)
+        number.own = torch.where(number.flat, torch.as_tensor(number.site.scale).to(size), size)
         for other, coupling in number.couplings.items():
             share, target = coupling / number.own, numbers[other]
             batch = target.site.batch
@@ -461,6 +510,31 @@ def _signs(like: Tensor, seed: int) -> Tensor:
 def _close(one: Tensor, other: Tensor, scale: Tensor) -> bool:
     sizes = scale.detach().abs()
     return torch.allclose(one, other, rtol=ROUNDING, atol=ROUNDING * float(sizes.median()) + 1e-6 * float(sizes.max()))
+
+
+def check_plates(site: Any) -> None:
+    """Check that a site has the rows of its subsampled plates, all at once.
+
+    Raises:
+        ValueError: naming the site and the plate, for a loop over a subsampled plate, and for data of other rows.
+    """
+    for frame in site["cond_indep_stack"]:
+        if frame.full_size in (None, frame.size):
+            continue
+        if frame.dim is None:
+            raise ValueError(
+                f"site {site['name']!r}: expected a vectorized plate, got a loop over the subsampled plate "
+                f"{frame.name!r}. Write `with pyro.plate(...) as rows:`, and pass the data of these rows, as in "
+                "`obs=y[rows]`."
+            )
+        shape = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+        got = shape[frame.dim] if len(shape) >= -frame.dim else 1
+        if site["is_observed"] and got not in (1, frame.size):
+            raise ValueError(
+                f"site {site['name']!r}: expected data of the {frame.size} rows that plate {frame.name!r} takes of "
+                f"{frame.full_size}, got data of {got} rows. Write `with pyro.plate(...) as rows:`, and pass the data "
+                "of these rows, as in `obs=y[rows]`."
+            )
 
 
 # where rows start -----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from pyro_flows.guides.conditional import (
     Local,
     Rows,
     beginning,
+    check_plates,
     coupled,
     crossed,
     read_elsewhere,
@@ -155,6 +156,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         """Read the structure from a run; find which sites are in plates, and where the globals start."""
         trace = first_run(self.model, args, kwargs, initial_value)
         sites = [site for site in messages(trace).values() if site["type"] == "sample" and not site_is_subsample(site)]
+        for site in sites:
+            check_plates(site)
         latents = [site for site in sites if not site["is_observed"]]
         frames = {site["name"]: vectorized(site) for site in sites}
         for site in latents:
@@ -284,7 +287,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         try:
             with self:
                 self._top._register()
-                z = self._top.sample_latent()
+                z = self.finite(self._top.sample_latent())
                 self._run = self._locals(z, args, kwargs)
                 self.model(*args, **kwargs)
         finally:
@@ -301,6 +304,26 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 "Call guide.initialize(*args) with the model's arguments first."
             )
         return self.top
+
+    def finite(self, z: Tensor) -> Tensor:
+        """Return draws (*batch, D) of the flow.
+
+        Raises:
+            ValueError: if they are not finite, with the site, and the parameter of the flow that is not.
+        """
+        broken = ~torch.isfinite(z).reshape(-1, z.shape[-1]).all(0)
+        if not bool(broken.any()):
+            return z
+        place = int(broken.nonzero()[0])
+        site = next(latent.name for latent in reversed(self._latents) if latent.offset <= place)
+        named = self._top._flow.named_parameters()
+        lost = [name for name, parameter in named if not bool(torch.isfinite(parameter).all())]
+        cause = f", since its parameter {lost[0]!r} is not finite" if lost else ""
+        got = float(z[..., place].detach().flatten()[0])
+        raise ValueError(
+            f"site {site!r}: expected finite draws from the guide's flow, got {got}{cause}. "
+            "Train a new guide with a lower learning rate, or with clipped gradients."
+        )
 
     def _locals(self, z: Tensor, args: Any, kwargs: Any, *, remember: bool = True) -> _Run:
         """Draw unconstrained values of the latents in plates, given the others."""

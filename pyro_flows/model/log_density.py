@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -72,6 +73,8 @@ class LogDensity(SiteValues):
     (1, torch.Size([3]))
     """
 
+    most_gradients = math.inf  # that one run of chains may take
+    by_rows = False  # whether an evaluation is a pass over all rows of a plate, whose latents are integrated out
     proper = False  # whether all tails along improper priors were told to fall fast enough for a finite integral
 
     def _settle(self, structure: Structure, like: Runs | None = None) -> None:

@@ -151,6 +151,25 @@ class SiteValues(Digits):
         with torch.no_grad(), seeded(derive(seed, "posterior predictive"), self.device):
             return self.map(draw, z, randomness="different")
 
+    def local_samples(
+        self,
+        z: Tensor,
+        names: Sequence[str] | None = None,
+        rows: Tensor | Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        """Raise an error: no latents were integrated out.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("local_samples: no latents of rows were integrated out. All latents are in samples.")
+
+    def row_likelihoods(self, z: Tensor) -> dict[str, Tensor]:
+        """Return log likelihoods of rows whose latents are integrated out, ``{plate: (S, rows)}``: there are none."""
+        return {}
+
     def prior(self, draws: int, *, seed: int = 0) -> dict[str, Tensor] | None:
         """Draw all sites from the prior, observed ones too: ``{name: (draws, *shape)}``; None if there are none.
 

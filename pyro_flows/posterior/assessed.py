@@ -77,8 +77,11 @@ class Assessed(Drawn):
         not below its limit, and where it is the cheaper way to that target, draws are moved to where the posterior
         without the observation lies, and weighted there.
 
+        After a fit of minibatches, an observation is a row of the plate whose latents are integrated out, with all its
+        data: :math:`p(y_i \mid z)` is its likelihood given the other latents. The draws in hand are used.
+
         Args:
-            sites: observed sites to leave observations out of; all by default.
+            sites: observed sites, or plates after a fit of minibatches, to leave observations out of; all by default.
             draws: new draws of the flow or guide, resampled if the verdict is corrected. By default those in hand, or
                 as many new ones as bring the Monte Carlo error down, 64 000 at most, and fewer where they are moved:
                 two million for all observations together. Our own chains are gone on with, for two million gradients

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._turns import alone
 from pyro_flows.model.arguments import usable
 from pyro_flows.posterior.shown import Shown
 from pyro_flows.results import arviz_groups
@@ -124,6 +126,55 @@ class Drawn(Shown):
         z = more_draws(self, _checks.integer("draws", draws, 1), seed=_checks.integer("seed", seed, 0))
         self._hand_on("sample()")
         return self._need_model().constrain(z)
+
+    def local_samples(
+        self,
+        names: str | Sequence[str] | None = None,
+        *,
+        rows: Tensor | Sequence[int] | None = None,
+        draws: int | None = None,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        r"""Draw latents of rows that a fit of minibatches has integrated out: ``{name: (draws, *shape)}``, constrained.
+
+        .. math:: \theta_s \sim p(\theta \mid x), \qquad y_{is} \sim p(y_i \mid \theta_s, x_i)
+
+        :math:`\theta_s` are the first draws to use, so that the two belong together. Each :math:`y_{is}` is resampled
+        by importance weights from draws around the mode of the row given :math:`\theta_s`. Rows are independent of each
+        other given :math:`\theta_s`, so that a few rows, or one chunk after the other, can be asked for.
+
+        Args:
+            names: sites in plates; all by default.
+            rows: indices of rows in the plate that was integrated out row by row; all by default.
+            draws: how many of the draws to use, from the first on; all by default.
+            seed: of the drawing: the same seed gives the same values.
+
+        Raises:
+            ValueError: if no latents were integrated out, for a name that is no site in a plate, rows that are not
+                there, more draws than there are, or if a loaded posterior has no model.
+
+        Cost: one pass over the rows for each draw; memory: the values that are returned.
+
+        Source: Rubin 1988 (sampling-importance resampling, in *Bayesian Statistics 3*).
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model(x):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        ...     with pyro.plate("row", len(x), subsample_size=20) as index:
+        ...         z = pyro.sample("z", dist.Normal(mu, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+        >>> posterior = pf.fit(model, torch.linspace(-2.0, 4.0, 60), draws=200, progress=False)
+        >>> posterior.local_samples("z", rows=[0, 59])["z"].shape
+        torch.Size([200, 2])
+        """
+        density = self._need_density()
+        count = len(self._used) if draws is None else _checks.integer("draws", draws, 1)
+        if count > len(self._used):
+            raise ValueError(f"draws: expected at most {len(self._used)}, the draws that there are, got {count}.")
+        self._hand_on("local_samples()")
+        wanted = [names] if isinstance(names, str) else names
+        with alone(), torch.no_grad():
+            return density.local_samples(self._used[:count], wanted, rows, seed=_checks.integer("seed", seed, 0))
 
     def predictive(
         self,

@@ -78,6 +78,13 @@ def likelihood_group(density: LogDensity, z: Tensor, chains: int = 1) -> xr.Data
     return stack(labels, values, lambda name: labels.observed(name).without_event(), chains)
 
 
+def rows_group(density: LogDensity, z: Tensor) -> xr.Dataset:
+    """The log likelihoods of rows at draws z (S, D), their latents integrated out; one variable for each plate."""
+    arrays = {plate: _in_chains(own.cpu().numpy(), 1) for plate, own in density.row_likelihoods(z).items()}
+    dims = {plate: (f"{plate}_dim",) for plate in arrays}
+    return _arviz.dataset(arrays, dims, coords={}, sample_dims=_arrays.SAMPLE_DIMS)
+
+
 def likelihood_entry(density: LogDensity, variable: str, entry: int) -> Callable[[Tensor], Tensor]:
     """The log likelihood (S,) of one entry of :func:`likelihood_group` as a function of z (S, D)."""
     labels = Labels(density.structure)

@@ -177,6 +177,10 @@ EVIDENCE_GAP_OF_TRIALS = 1.0
 # Runs of a fit: between the largest and the smallest log evidence, at most. Source: chosen.
 EVIDENCE_GAP_OF_RUNS = 0.3
 
+# Rows of a plate: standard error of differences of the log density, from which on the draws are not used. Source:
+# chosen; an error of this size moves a mean by as many sds at most.
+ROW_ERROR_MOST = 0.2
+
 # ---- missed mass, and density gaps -----------------------------------------------------------------------------------
 
 # Missed mode: share of the mass that the guide covers; a region with more is missed. Source: chosen.

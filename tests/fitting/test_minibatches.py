@@ -1,0 +1,432 @@
+"""Fits of minibatches: rows that are far from normal, latents of rows, leave-one-row-out, limits of time, sentences."""
+
+import itertools
+import math
+import sys
+import time
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows.fitting import hierarchical
+from pyro_flows.guides.marginal import Marginal
+from pyro_flows.posterior import draws
+from tests.models import real
+
+SD = 1.2  # of normal rows
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(count, seed=0):
+    return 1.0 + 1.5 * torch.randn(count, generator=generator(seed), dtype=torch.float64)
+
+
+def normal_rows(x, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    with pyro.plate("row", len(x), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.Normal(mu, SD))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+
+def of_mu(x):
+    """Return the exact mean and sd of mu."""
+    variance = 1.0 / (len(x) / (1.0 + SD**2) + 1.0 / 25.0)
+    return variance * x.sum() / (1.0 + SD**2), math.sqrt(variance)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    x = normal(30)
+    return x, pf.fit(normal_rows, x, 10, progress=False)
+
+
+# rows that are far from normal ----------------------------------------------------------------------------------------
+
+
+def gamma_poisson(y, batch):
+    mean = pyro.sample("mean", dist.LogNormal(real(0.0), 1.0))
+    shape = pyro.sample("shape", dist.LogNormal(real(0.0), 1.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        rate = pyro.sample("rate", dist.Gamma(shape, shape / mean))
+        pyro.sample("y", dist.Poisson(rate), obs=y[index])
+
+
+def negative_binomial(z, y):
+    mean, shape = z.exp().split(1, 1)
+    return dist.NegativeBinomial(shape, logits=(mean / shape).log()).log_prob(y)
+
+
+def beta_binomial(y, batch):
+    a = pyro.sample("a", dist.LogNormal(real(0.0), 1.0))
+    b = pyro.sample("b", dist.LogNormal(real(0.0), 1.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        p = pyro.sample("p", dist.Beta(a, b))
+        pyro.sample("y", dist.Binomial(8, p), obs=y[index])
+
+
+def two_betas(z, y):
+    a, b = z.exp().split(1, 1)
+    return dist.BetaBinomial(a, b, 8).log_prob(y)
+
+
+def scales(y, batch):
+    """Local scales of a horseshoe, their effects integrated out."""
+    shift = pyro.sample("shift", dist.Normal(real(0.0), 1.0))
+    tau = pyro.sample("tau", dist.LogNormal(real(0.0), 1.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        own = pyro.sample("own", dist.HalfCauchy(real(1.0)))
+        pyro.sample("y", dist.Normal(shift, (1.0 + (tau * own) ** 2).sqrt()), obs=y[index])
+
+
+def by_quadrature(density):
+    nodes = torch.linspace(-40.0, 40.0, 4001, dtype=torch.float64)[:, None, None]
+
+    def rows(z, y):
+        return torch.logsumexp(density(nodes, z, y), 0) + math.log(80.0 / 4000.0)
+
+    return rows
+
+
+@by_quadrature
+def scaled(node, z, y):
+    own = node.exp()
+    sd = (1.0 + (z[:, 1:].exp() * own) ** 2).sqrt()
+    return dist.Normal(z[:, :1], sd).log_prob(y) + dist.HalfCauchy(real(1.0)).log_prob(own) + node
+
+
+def students(y, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+    tau = pyro.sample("tau", dist.LogNormal(real(0.0), 1.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.StudentT(real(1.5), mu, tau))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+
+@by_quadrature
+def with_students(node, z, y):
+    return dist.StudentT(real(1.5), z[:, :1], z[:, 1:].exp()).log_prob(node) + dist.Normal(node, 1.0).log_prob(y)
+
+
+def bernoullis(y, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+    tau = pyro.sample("tau", dist.LogNormal(real(0.0), 1.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.Normal(mu, 5.0 * tau))
+        pyro.sample("y", dist.Bernoulli(logits=z), obs=y[index])
+
+
+@by_quadrature
+def with_bernoullis(node, z, y):
+    return dist.Normal(z[:, :1], 5.0 * z[:, 1:].exp()).log_prob(node) + dist.Bernoulli(logits=node).log_prob(y)
+
+
+COUNTS = torch.arange(30, dtype=torch.float64) % 6
+FAR = {
+    gamma_poisson: (negative_binomial, torch.where(COUNTS > 3, 3.0 * COUNTS, torch.zeros(()).double())),
+    beta_binomial: (two_betas, torch.tensor([0.0, 0.0, 0.0, 1.0, 2.0, 8.0]).double().repeat(5)),
+    scales: (scaled, torch.tensor([0.1, -0.7, 1.1, 0.3, -9.0, 25.0]).double().repeat(5)),
+    students: (with_students, torch.tensor([0.1, -0.7, 1.1, 0.3, -7.0, 15.0]).double().repeat(5)),
+    bernoullis: (with_bernoullis, (COUNTS > 3).double()),
+}
+
+
+@pytest.mark.parametrize("model", FAR)
+def test_likelihoods_of_rows_come_to_the_integral(model):
+    """Within what is said of the errors, which is little, at points of which some are far from the first."""
+    exact, y = FAR[model]
+    guide = pf.AutoHierarchicalFlow(model, layers=2, init="prior").initialize(y, 10)
+    middle = real([-0.5, -0.3])
+    density = Marginal(guide._rows((y, 10), {}), middle, guide._start, 0)
+    z = middle + 0.3 * torch.randn(16, 2, generator=generator(1), dtype=torch.float64)
+    errors = density.choose_count(z)
+    assert density.wide
+    assert errors.differences <= 0.05
+    off = density.row_likelihoods(z)["row"].sum(1) - exact(z, y).sum(1)
+    assert float(off.std()) < 3.0 * errors.differences + 1e-4
+    assert float(off.mean().abs()) < 3.0 * errors.level + 1e-4
+    density.count = 256
+    assert torch.allclose(density.row_likelihoods(z)["row"], exact(z, y), atol=2e-3)
+    _, gradient = density.value_and_grad(z)
+    ahead, behind = density(z + real([1e-4, 0.0])), density(z - real([1e-4, 0.0]))
+    assert torch.allclose(gradient[:, 0], (ahead - behind) / 2e-4, atol=2e-3)
+    assert not density.worst_rows(z)
+    assert not density.second_modes(middle)
+
+
+@pytest.mark.slow
+def test_a_fit_of_rows_far_from_normal_is_right():
+    """Against a grid of the negative binomial distribution."""
+    rate = torch._standard_gamma(torch.full((60,), 0.4, dtype=torch.float64), generator=generator(5)) * 6.0
+    y = torch.poisson(rate, generator=generator(6))
+    posterior = pf.fit(gamma_poisson, y, 20, progress=False)
+    assert posterior.verdict.status in ("ok", "corrected")
+    sides = torch.linspace(-4.0, 4.0, 161, dtype=torch.float64)
+    z = torch.cartesian_prod(sides, sides)
+    log_p = negative_binomial(z, y).sum(1) - 0.5 * z.square().sum(1) - math.log(2.0 * math.pi)
+    weights = torch.softmax(log_p, 0)
+    for name, value in zip(("mean", "shape"), z.T, strict=True):
+        mean = (weights * value).sum()
+        sd = (weights * (value - mean).square()).sum().sqrt()
+        own = posterior.samples[name].log()
+        assert abs(float(own.mean() - mean)) < 0.15 * float(sd)
+        assert float(own.std()) == pytest.approx(float(sd), rel=0.12)
+    evidence = posterior.evidence(draws=1000)
+    exact = float(torch.logsumexp(log_p, 0)) + 2.0 * math.log(0.05)
+    assert posterior.density.level_error > 0.0
+    assert posterior.density.level_error < evidence.standard_error < 0.3
+    assert abs(evidence.value - exact) < 3.0 * evidence.standard_error
+
+
+def two_numbers(y, x, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        a = pyro.sample("a", dist.Normal(mu, 2.0))
+        b = pyro.sample("b", dist.Exponential(real(1.0)))
+        slope = b.unsqueeze(-1) * x[index]
+        pyro.sample("y", dist.Bernoulli(logits=a.unsqueeze(-1) + slope).to_event(1), obs=y[index])
+
+
+def test_rows_of_two_numbers_come_to_the_integral():
+    x = torch.randn(12, 4, generator=generator(0), dtype=torch.float64)
+    y = (x + torch.randn(12, 4, generator=generator(1), dtype=torch.float64) > 0.0).double()
+    guide = pf.AutoHierarchicalFlow(two_numbers, layers=2, init="prior").initialize(y, x, 4)
+    density = Marginal(guide._rows((y, x, 4), {}), real([0.2]), guide._start, 0)
+    z = real([[0.2], [-0.5], [1.0]])
+    errors = density.choose_count(z)
+    nodes = torch.linspace(-14.0, 14.0, 281, dtype=torch.float64)
+    a, log_b = nodes[:, None, None, None], nodes[:, None, None]
+    inside = dist.Bernoulli(logits=a[..., None] + log_b[..., None].exp() * x).log_prob(y).sum(-1)
+    of_b = dist.Exponential(real(1.0)).log_prob(log_b.exp()) + log_b
+    exact = [
+        torch.logsumexp(inside + of_b + dist.Normal(mu, 2.0).log_prob(a), (0, 1)) + 2.0 * math.log(0.1)
+        for mu in z[:, 0]
+    ]
+    off = density.row_likelihoods(z)["row"].sum(1) - torch.stack(exact).reshape(3, -1).sum(1)
+    assert errors.differences <= 0.05
+    assert float(off.abs().max()) < 3.0 * errors.level + 0.01
+
+
+# latents of rows ------------------------------------------------------------------------------------------------------
+
+
+def test_draws_of_rows_are_those_of_their_posterior(fitted):
+    x, posterior = fitted
+    z = posterior.local_samples("z", seed=1)["z"]
+    (mean, sd), variance = of_mu(x), 1.0 / (1.0 / SD**2 + 1.0)
+    means = variance * (x + mean / SD**2)
+    sds = math.sqrt(variance + (variance / SD**2 * sd) ** 2)
+    assert z.shape == (1000, 30)
+    assert float(((z.mean(0) - means) / sds).abs().max()) < 0.12
+    assert float((z.std(0) / sds - 1.0).abs().max()) < 0.1
+    together = torch.stack([z[:, 4], posterior.samples["mu"]])
+    assert float(torch.corrcoef(together)[0, 1]) == pytest.approx(variance / SD**2 * sd / sds, abs=0.1)
+    some = posterior.local_samples(rows=[29, 3, 29], draws=400, seed=2)["z"]
+    assert some.shape == (400, 3)
+    assert float(((some.mean(0) - means[[29, 3, 29]]) / sds).abs().max()) < 0.2
+    assert torch.equal(some, posterior.local_samples("z", rows=torch.tensor([29, 3, 29]), draws=400, seed=2)["z"])
+
+
+def test_draws_of_rows_that_are_not_normal():
+    """Given the others, rates have gamma distributions: the probability transform of draws is uniform."""
+    y = FAR[gamma_poisson][1]
+    posterior = pf.fit(gamma_poisson, y, 10, progress=False, max_steps=1)
+    rate = posterior.local_samples("rate", draws=500)["rate"]
+    shape, mean = posterior.samples["shape"][:500, None], posterior.samples["mean"][:500, None]
+    uniform = torch.distributions.Gamma(shape + y, shape / mean + 1.0).cdf(rate)
+    assert float((uniform.mean(0) - 0.5).abs().max()) < 4.0 / math.sqrt(12.0 * 500)
+    assert float((uniform.std(0) * math.sqrt(12.0) - 1.0).abs().max()) < 0.12
+
+
+def grouped(x, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    with pyro.plate("group", len(x), subsample_size=batch, dim=-2) as index:
+        u = pyro.sample("u", dist.Normal(mu, 1.0))
+        with pyro.plate("row", x.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Normal(u, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+
+def test_draws_of_nested_rows_belong_together():
+    x = normal(24).reshape(8, 3)
+    posterior = pf.fit(grouped, x, 4, progress=False)
+    drawn = posterior.local_samples(rows=[6, 1])
+    assert {name: value.shape for name, value in drawn.items()} == {"u": (1000, 2, 1), "z": (1000, 2, 3)}
+    given = (x[[6, 1]] + drawn["u"]) / 2.0
+    assert float((drawn["z"] - given).mean(0).abs().max()) < 4.0 * math.sqrt(0.5 / 1000)
+    assert float((drawn["z"] - given).std(0).square().mean()) == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"names": "y"}, "names: expected one of 'z'"),
+        ({"rows": [30]}, "rows: expected a list of indices from 0 to 29 of plate 'row'"),
+        ({"rows": 0.5}, "rows: expected a list of indices"),
+        ({"draws": 2000}, "draws: expected at most 1000"),
+    ],
+)
+def test_latents_that_are_not_there_are_named(fitted, asked, message):
+    with pytest.raises(ValueError, match=message):
+        fitted[1].local_samples(**asked)
+
+
+def test_other_posteriors_have_all_latents_in_their_samples():
+    def guide(x):
+        pyro.sample("mu", dist.Normal(x.mean(), 0.5))
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("row", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    posterior = pf.diagnose(model, guide, torch.tensor([0.3, 0.9, -0.2, 0.8]), draws=200)
+    with pytest.raises(ValueError, match="All latents are in samples"):
+        posterior.local_samples()
+
+
+# what a posterior does with rows --------------------------------------------------------------------------------------
+
+
+def test_leave_one_row_out_is_exact(fitted):
+    x, posterior = fitted
+    precision = torch.linalg.inv((1.0 + SD**2) * torch.eye(30).double() + 25.0)
+    conditional = precision.diagonal()
+    exact = 0.5 * (conditional / (2.0 * math.pi)).log() - 0.5 * (precision @ x).square() / conditional
+    found = posterior.loo(progress=False)
+    assert torch.allclose(found.pointwise, exact, atol=0.01)
+    assert found.labels[7] == "row[7]"
+    assert found.high == ()
+
+
+@pytest.mark.slow
+def test_chains_move_in_the_marginal_density(fitted):
+    x, posterior = fitted
+    refined = posterior.refine(progress=False, chains=16, max_steps=150)
+    chains = refined.chains.z.flatten()
+    mean, sd = of_mu(x)
+    assert abs(float(chains.mean() - mean)) < 0.15 * sd
+    assert float(chains.std()) == pytest.approx(sd, rel=0.15)
+    assert refined.verdict.status == "refined"
+
+
+# limits of time -------------------------------------------------------------------------------------------------------
+
+
+def slow_rows(x, batch):
+    time.sleep(0.002)
+    normal_rows(x, batch)
+
+
+def test_seconds_bound_the_whole_fit():
+    began = time.monotonic()
+    posterior = pf.fit(slow_rows, normal(4000), 20, progress=False, max_seconds=3.0)
+    assert time.monotonic() - began < 20.0  # beside other work; without the limit, it takes minutes
+    assert posterior.verdict.status == "unreliable"
+    assert "max_seconds=3" in str(posterior.verdict)
+    assert posterior.settings["max_seconds"] == 3.0
+
+
+def interrupting(monkeypatch, owner, name, at):
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def function(*args, **kwargs):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, function)
+
+
+PARTS = {
+    "finding starting points": ("pyro_flows.guides.hierarchical", "start_of_globals", 1),
+    "training": ("pyro_flows.fitting.hierarchical", "_is_good", 1),
+    "checking rows": ("pyro_flows.fitting.hierarchical", "_check_rows", 1),
+    "searching for missed modes": ("pyro_flows.fitting.hierarchical", "_second_mode", 1),
+    "computing importance weights": ("pyro_flows.posterior.draws", "decide", 1),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_ctrl_c_ends_the_work_with_a_verdict(monkeypatch, part):
+    owner, name, at = PARTS[part]
+    interrupting(monkeypatch, sys.modules[owner], name, at)
+    x = normal(20)
+    with pytest.warns(UserWarning, match=f"interrupted \\(Ctrl-C\\) during: {part}"):
+        posterior = pf.fit(normal_rows, x, 10, progress=False, draws=200)
+    assert posterior.verdict.status != "ok"
+    assert any(f"during: {part}" in reason for reason in posterior.verdict.reasons)
+    assert posterior.samples["mu"].shape == (200,)
+
+
+def test_a_second_ctrl_c_raises(monkeypatch):
+    interrupting(monkeypatch, hierarchical, "_check_rows", 1)
+    interrupting(monkeypatch, draws, "decide", 1)
+    with pytest.raises(KeyboardInterrupt):
+        pf.fit(normal_rows, normal(20), 10, progress=False, draws=200)
+
+
+def test_ctrl_c_raises_where_that_is_asked_for(monkeypatch):
+    interrupting(monkeypatch, hierarchical, "_check_rows", 1)
+    with pytest.raises(KeyboardInterrupt):
+        pf.fit(normal_rows, normal(20), 10, progress=False, draws=200, raise_on_interrupt=True)
+
+
+# sentences ------------------------------------------------------------------------------------------------------------
+
+
+def all_data(x):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    with pyro.plate("row", len(x), subsample_size=5):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def all_data_alone(x):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    with pyro.plate("row", len(x), subsample_size=5):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+def a_loop(x):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    for row in pyro.plate("row", len(x), subsample_size=5):
+        z = pyro.sample(f"z_{row}", dist.Normal(mu, 1.0))
+        pyro.sample(f"x_{row}", dist.Normal(z, 1.0), obs=x[row])
+
+
+def a_loop_of_data(x):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    for row in pyro.plate("row", len(x), subsample_size=5):
+        pyro.sample(f"x_{row}", dist.Normal(mu, 1.0), obs=x[row])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (all_data, "site 'x': expected data of the 5 rows that plate 'row' takes of 20, got data of 20 rows"),
+        (all_data_alone, "site 'x': expected data of the 5 rows that plate 'row' takes of 20, got data of 20 rows"),
+        (a_loop, "site 'z_.*': expected a vectorized plate, got a loop over the subsampled plate 'row'"),
+        (a_loop_of_data, "site 'x_.*': expected a vectorized plate, got a loop over the subsampled plate 'row'"),
+    ],
+)
+def test_models_that_read_other_rows_are_told_what_to_write(model, message):
+    with pytest.raises(ValueError, match=message):
+        pf.fit(model, normal(20), progress=False)
+    with pytest.raises(ValueError, match=message):
+        pf.AutoHierarchicalFlow(model).initialize(normal(20))
+
+
+def test_a_flow_that_is_not_finite_is_named():
+    x = normal(20)
+    guide = pf.AutoHierarchicalFlow(normal_rows, layers=2, init="prior").initialize(x, 10)
+    with torch.no_grad():
+        next(guide._top._flow.parameters()).fill_(math.nan)
+    for call in (lambda: guide(x, 10), lambda: pf.diagnose(normal_rows, guide, x, 10, progress=False)):
+        with pytest.raises(ValueError, match="site 'mu': expected finite draws from the guide's flow, got nan, since"):
+            call()
