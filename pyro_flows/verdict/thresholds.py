@@ -177,6 +177,12 @@ EVIDENCE_GAP_OF_TRIALS = 1.0
 # Runs of a fit: between the largest and the smallest log evidence, at most. Source: chosen.
 EVIDENCE_GAP_OF_RUNS = 0.3
 
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+# Amortized posterior: share of simulated data sets that may be as far out, at either end, as data that count as
+# predicted by the prior. Source: chosen.
+PREDICTIVE_TAIL = 0.001
+
 # ---- missed mass, and density gaps -----------------------------------------------------------------------------------
 
 # Missed mode: share of the mass that the guide covers; a region with more is missed. Source: chosen.

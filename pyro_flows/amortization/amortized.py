@@ -1,0 +1,266 @@
+"""The answer to any data set of a form: draws of one flow, weighed and judged by the model's density at these data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _checks
+from pyro_flows._seeding import derive, seeded
+from pyro_flows._threads import few_threads
+from pyro_flows._turns import alone
+from pyro_flows.amortization.form import Form, Scale, bound, log_mean
+from pyro_flows.amortization.networks import Conditional
+from pyro_flows.calibration.cases import Case
+from pyro_flows.flows.flow import Flow
+from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.stack import NotStackable, Stack
+from pyro_flows.posterior.draws import from_draws
+from pyro_flows.posterior.posterior import Posterior
+from pyro_flows.results.scoring import MAX_DRAWS
+from pyro_flows.verdict.thresholds import PREDICTIVE_TAIL
+
+TRIED = 32  # draws of the flow that estimate the density of a data set
+CHECKED = 4  # draws of each data set that are run with Pyro's checks: these are a matter of the model
+UNSEARCHED = "no search for missed modes was made, since the flow learned from draws of parameters and data together"
+OUTSIDE = "the data are outside of what the prior predicts"
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What simulated data sets come to: the log density of each on the common scale, and its farthest entry."""
+
+    log_density: Tensor
+    farthest: Tensor
+
+    def limits(self) -> tuple[float, float, float]:
+        """Return the log densities between which, and the distance within which, data are as the prior predicts."""
+        low, high = (float(self.log_density.quantile(level)) for level in (PREDICTIVE_TAIL, 1.0 - PREDICTIVE_TAIL))
+        return low, high, float(self.farthest.quantile(1.0 - PREDICTIVE_TAIL))
+
+
+@_checks.methods
+@dataclass(frozen=True, eq=False, repr=False)
+class Amortized:
+    r"""A conditional flow :math:`q(\theta \mid y)` for all data sets of one form; :func:`amortize` trains it.
+
+    Called with the arguments of a data set, it returns a :class:`Posterior`, as :meth:`posterior` does.
+
+    Attributes:
+        model: the Pyro model.
+        losses: of the training, negative mean log density of each minibatch, nats.
+        validation: mean log density of held-out parameters given their data, nats.
+        settings: what :func:`amortize` was told, and how the training ended.
+
+    Cost of an answer: one pass of the encoder, and four times ``draws`` evaluations of flow and model.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y):
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("row", len(y)):
+    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> options = {"simulations": 2000, "max_epochs": 5, "progress": False}
+    >>> amortized = pf.amortize(model, torch.zeros(4), **options)
+    >>> amortized(torch.tensor([0.3, 1.4, -0.2, 0.9])).samples["mu"].shape
+    torch.Size([1000])
+    """
+
+    model: Callable[..., Any]
+    losses: Tensor
+    validation: float
+    settings: dict[str, Any]
+    _form: Form
+    _scale: Scale
+    _conditional: Conditional
+    _lead: LogDensity
+    _stack: Stack | None
+    _predicted: Predicted
+    _limits: tuple[float, float, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_limits", self._predicted.limits())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Posterior:
+        """Return the posterior of a data set, given as the model takes it."""
+        return self.posterior(*args, model_kwargs=kwargs)
+
+    def posterior(
+        self,
+        *args: Any,
+        model_kwargs: Mapping[str, Any] | None = None,
+        draws: int = 1000,
+        seed: int = 0,
+        escalate: bool = False,
+    ) -> Posterior:
+        r"""Return the judged posterior of a data set.
+
+        Draws of :math:`q(\theta \mid y)` are weighted by :math:`p(\theta, y) / q(\theta \mid y)`. They are used as they
+        are, resampled by these weights, or called unreliable, by the rules of :func:`diagnose`. Missed modes are not
+        searched for, and the verdict notes this. Data that are outside of what the prior predicts are named in the
+        verdict, which is then never ``ok``.
+
+        Args:
+            args: the arguments of the model, as :func:`amortize` was given them, with other data.
+            model_kwargs: its keyword arguments.
+            draws: how many, 100 at least; four times as many are weighed.
+            seed: of the draws.
+            escalate: let Markov chains go on from the draws (:meth:`Posterior.refine`) where the verdict is unreliable.
+
+        Raises:
+            ValueError: for data of another shape, an argument that differs and is no data, values outside of the
+                support of the likelihood.
+
+        Source: Li et al. 2024, *Amortized Bayesian Workflow* (arXiv 2409.04332).
+        """
+        _checks.integer("draws", draws, 100, MAX_DRAWS)
+        case = bound(self.model, args, dict(model_kwargs or {}))
+        features = self._features({name: value[None] for name, value in self._form.read(case).items()})
+        with alone(), few_threads(self._lead.numbers), seeded(derive(seed, "amortized"), self._lead.device):
+            density = self._density(case)
+            flow = self._conditional.given(features[0], density.dtype)
+            found = from_draws(
+                density,
+                flow.draw,
+                draws=draws,
+                seed=seed,
+                guide=AutoFlow.of(flow, density.structure, self.model, density.args, density.kwargs),
+                losses=self.losses,
+                settings={"amortized": self.settings},
+                doubts=self._outside(features, density, flow),
+                notes=(UNSEARCHED,),
+                checked=CHECKED,
+            )
+        if escalate and found.verdict.status == "unreliable":
+            found = found.refine(progress=False)
+        return found
+
+    def samples(
+        self, data: Mapping[str, Tensor], draws: int = 1000, *, seed: int = 0
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        r"""Return draws of the flow for many data sets at once, and their importance weights. Nothing is judged.
+
+        Args:
+            data: values of the observed sites of K data sets, ``{site: (K, *shape)}``.
+            draws: of each data set.
+            seed: of the draws.
+
+        Returns:
+            Draws ``{name: (K, draws, *shape)}``, and log weights (K, draws), :math:`\log p(\theta, y) - \log q(\theta
+            \mid y)` in unconstrained coordinates, nats, neither smoothed nor normalized.
+
+        Raises:
+            ValueError: for data of another shape, or a model that takes numbers out of its data: call
+                :meth:`posterior` for each data set then.
+        """
+        if self._stack is None:
+            raise ValueError("samples: this model does not take many data sets at once. Call posterior() for each.")
+        _checks.integer("draws", draws, 1, MAX_DRAWS)
+        for name, keep in self._form.keep.items():
+            got = tuple(data[name].shape[1:]) if name in data else "nothing"
+            if got != tuple(keep.shape):
+                raise ValueError(f"data[{name!r}]: expected shape (K, *{tuple(keep.shape)}), got {got}.")
+        with alone(), seeded(derive(seed, "many data sets"), self._lead.device):
+            z, log_weights = weighed(self._stack, self._form, self._conditional.flow, data, self._features(data), draws)
+            found = self._lead.constrain(z.flatten(0, 1))
+        names = self._lead.names
+        return {name: found[name].unflatten(0, z.shape[:2]) for name in names}, log_weights
+
+    def outside(self, *args: Any, model_kwargs: Mapping[str, Any] | None = None, seed: int = 0) -> tuple[str, ...]:
+        r"""Say in which ways a data set is outside of what the prior predicts; nothing if it is not.
+
+        Two figures are compared with those of 4096 simulated data sets: the distance of the farthest entry from its
+        median, and :math:`\log p(u)`, the density of the data on a common scale u, by importance sampling. A data set
+        is outside if one in a thousand simulated ones is as extreme.
+
+        Args:
+            args: as for :meth:`posterior`.
+            model_kwargs: likewise.
+            seed: of the draws.
+
+        Source: Box 1980, *Sampling and Bayes' Inference in Scientific Modelling and Robustness* (doi:10.2307/2982063).
+        """
+        case = bound(self.model, args, dict(model_kwargs or {}))
+        features = self._features({name: value[None] for name, value in self._form.read(case).items()})
+        with alone(), seeded(derive(seed, "outside"), self._lead.device):
+            density = self._density(case)
+            return self._outside(features, density, self._conditional.given(features[0], density.dtype))
+
+    # parts ----------------------------------------------------------------------------------------------------------
+
+    def _features(self, values: Mapping[str, Tensor]) -> Tensor:
+        found: Tensor = self._scale(self._form.rows(values))
+        return found
+
+    def _density(self, case: Case) -> LogDensity:
+        """Return the model's log density of a data set, which takes the graphs of all others where it can."""
+        density = self._lead.beside(case.args, case.kwargs)
+        if self._stack is not None:
+            try:
+                self._stack.join(density)
+            except NotStackable:  # its own graph is recorded
+                pass
+        return density
+
+    @torch.no_grad()
+    def _outside(self, features: Tensor, density: LogDensity, flow: Flow) -> tuple[str, ...]:
+        """Say in which ways features (1, n) of a data set are outside of what the prior predicts."""
+        low, high, far = self._limits
+        away, number = features.abs().max(1)
+        found = []
+        if not float(away) <= far:
+            found.append(f"{OUTSIDE}: {self._form.entry(int(number))} is farther out than in {_all_but()}")
+        z, log_q = flow.draw(TRIED)
+        value = float(log_mean(density(z) - log_q) - self._scale.log_slope(features))
+        if not low <= value <= high:
+            than = "lower" if not value >= low else "higher"
+            found.append(f"{OUTSIDE}: their density is {than} than in {_all_but()}")
+        return tuple(found[:1])
+
+    def __repr__(self) -> str:
+        name = getattr(self.model, "__name__", type(self.model).__name__)
+        return f"Amortized({name}, {', '.join(f'{key}={value!r}' for key, value in self.settings.items())})"
+
+
+def _all_but() -> str:
+    return f"{1.0 - PREDICTIVE_TAIL:.1%} of simulated data sets"
+
+
+@torch.no_grad()
+def weighed(
+    stack: Stack, form: Form, flow: Flow, data: Mapping[str, Tensor], features: Tensor, draws: int
+) -> tuple[Tensor, Tensor]:
+    """Return draws z (K, draws, D) for K data sets, and their log importance weights (K, draws)."""
+    cases = [form.wiring({name: values[number] for name, values in data.items()}) for number in range(len(features))]
+    like = next(flow.parameters())
+    z, log_q = flow.rsample_and_log_prob((draws,), features.to(like))
+    z, log_q = z.transpose(0, 1).to(stack.dtype).contiguous(), log_q.T
+    return z, stack.at(z, [(case.args, case.kwargs) for case in cases]) - log_q
+
+
+def predicted(
+    stack: Stack | None, form: Form, scale: Scale, flow: Flow, data: Mapping[str, Tensor], chunk: int
+) -> Predicted:
+    """Return what simulated data sets ``{site: (K, *shape)}`` come to, with their densities where these can be had."""
+    features: Tensor = scale(form.rows(data))
+    farthest = features.abs().amax(1)
+    if stack is None:
+        return Predicted(torch.tensor([-torch.inf, torch.inf], dtype=torch.float64), farthest)
+    found = []
+    for part in torch.arange(len(features)).split(chunk):
+        own = {name: values[part] for name, values in data.items()}
+        found.append(log_mean(weighed(stack, form, flow, own, features[part], TRIED)[1]))
+    log_density = torch.cat(found).double() - scale.log_slope(features)
+    return Predicted(log_density[torch.isfinite(log_density)], farthest)
+
+
+def rows_exchange(density: LogDensity, form: Form, observed: Mapping[str, Tensor], z: Tensor, order: Sequence[int]) -> bool:
+    """Whether the density at points ``z`` stays the same if the rows of all observed sites are permuted alike."""
+    case = form.wiring({name: value[list(order)] for name, value in observed.items()})
+    with torch.no_grad():
+        one, other = density(z), density.beside(case.args, case.kwargs)(z)
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-4, equal_nan=True)
