@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows.amortization.form import Form, Scale, bound, log_mean
-from pyro_flows.amortization.networks import Conditional
+from pyro_flows.amortization.networks import Conditional, match
 from pyro_flows.calibration.cases import Case
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
@@ -23,10 +24,12 @@ from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import MAX_DRAWS
-from pyro_flows.verdict.thresholds import PREDICTIVE_TAIL
+from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_LEAST, PREDICTIVE_TAIL
+from pyro_flows.verdict.weighing import weigh
 
-TRIED = 32  # draws of the flow that estimate the density of a data set
-CHECKED = 4  # draws of each data set that are run with Pyro's checks: these are a matter of the model
+TRIED = 32  # draws of the flow that estimate the density of a simulated data set,
+PILOT = 512  # and of one in hand: these also tell how to move the flow
+CHECKED = 1  # draws of each data set that are run with Pyro's checks: these are a matter of the model
 UNSEARCHED = "no search for missed modes was made, since the flow learned from draws of parameters and data together"
 OUTSIDE = "the data are outside of what the prior predicts"
 
@@ -122,7 +125,7 @@ class Amortized:
         features = self._features({name: value[None] for name, value in self._form.read(case).items()})
         with alone(), few_threads(self._lead.numbers), seeded(derive(seed, "amortized"), self._lead.device):
             density = self._density(case)
-            flow = self._conditional.given(features[0], density.dtype)
+            flow, doubts = self._flow(features, density)
             found = from_draws(
                 density,
                 flow.draw,
@@ -131,7 +134,7 @@ class Amortized:
                 guide=AutoFlow.of(flow, density.structure, self.model, density.args, density.kwargs),
                 losses=self.losses,
                 settings={"amortized": self.settings},
-                doubts=self._outside(features, density, flow),
+                doubts=doubts,
                 notes=(UNSEARCHED,),
                 checked=CHECKED,
             )
@@ -187,8 +190,7 @@ class Amortized:
         case = bound(self.model, args, dict(model_kwargs or {}))
         features = self._features({name: value[None] for name, value in self._form.read(case).items()})
         with alone(), seeded(derive(seed, "outside"), self._lead.device):
-            density = self._density(case)
-            return self._outside(features, density, self._conditional.given(features[0], density.dtype))
+            return self._flow(features, self._density(case))[1]
 
     # parts ----------------------------------------------------------------------------------------------------------
 
@@ -200,22 +202,31 @@ class Amortized:
         """Return the model's log density of a data set, which takes the graphs of all others where it can."""
         density = self._lead.beside(case.args, case.kwargs)
         if self._stack is not None:
-            try:
+            with suppress(NotStackable):  # its own graph is recorded then
                 self._stack.join(density)
-            except NotStackable:  # its own graph is recorded
-                pass
         return density
 
     @torch.no_grad()
-    def _outside(self, features: Tensor, density: LogDensity, flow: Flow) -> tuple[str, ...]:
+    def _flow(self, features: Tensor, density: LogDensity) -> tuple[Flow, tuple[str, ...]]:
+        """Return the flow of a data set with features (1, n), and what speaks against the data.
+
+        Where the weights of some draws are uneven, and tell moments, the flow is moved to these.
+        """
+        flow = self._conditional.given(features[0], density.dtype)
+        z, log_q = flow.draw(PILOT)
+        weighing = weigh(z, density(z), log_q)
+        if ESS_SHARE_LEAST * PILOT <= weighing.ess < ESS_SHARE_EVEN * PILOT:
+            match(flow, z, weighing)
+        return flow, self._outside(features, weighing.log_evidence)
+
+    def _outside(self, features: Tensor, log_evidence: float) -> tuple[str, ...]:
         """Say in which ways features (1, n) of a data set are outside of what the prior predicts."""
         low, high, far = self._limits
         away, number = features.abs().max(1)
         found = []
         if not float(away) <= far:
             found.append(f"{OUTSIDE}: {self._form.entry(int(number))} is farther out than in {_all_but()}")
-        z, log_q = flow.draw(TRIED)
-        value = float(log_mean(density(z) - log_q) - self._scale.log_slope(features))
+        value = log_evidence - float(self._scale.log_slope(features))
         if not low <= value <= high:
             than = "lower" if not value >= low else "higher"
             found.append(f"{OUTSIDE}: their density is {than} than in {_all_but()}")
@@ -258,7 +269,9 @@ def predicted(
     return Predicted(log_density[torch.isfinite(log_density)], farthest)
 
 
-def rows_exchange(density: LogDensity, form: Form, observed: Mapping[str, Tensor], z: Tensor, order: Sequence[int]) -> bool:
+def rows_exchange(
+    density: LogDensity, form: Form, observed: Mapping[str, Tensor], z: Tensor, order: Sequence[int]
+) -> bool:
     """Whether the density at points ``z`` stays the same if the rows of all observed sites are permuted alike."""
     case = form.wiring({name: value[list(order)] for name, value in observed.items()})
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Encoders of data sets, a bijection that is conditional on what they make of the data, and the flow of one data set."""
+"""Encoders of data sets, a bijection that is conditional on them, and the flow of one data set."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Recipe
-from pyro_flows.transforms import Bijection
+from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 from pyro_flows.transforms.fixed import Preprocess
 from pyro_flows.transforms.networks import Free, Network
+from pyro_flows.verdict.weighing import Weighing
 
 WIDTH = 64  # numbers that an encoder makes of a data set
 HIDDEN = 128  # units of a hidden layer of an encoder
+DRAWS_A_DIM = 10  # with weight, from which on correlations are matched too
+TRIANGULAR_UP_TO = 50  # dimensions in which the affine map of the data is triangular; diagonal above
 FLOW: Mapping[str, Any] = {"hidden": (64, 64), "activation": "relu", "network": "robust", "base": "student_t"}
 
 
@@ -93,48 +97,104 @@ class Encoded(Bijection):
 
 
 class Conditional:
-    """The trained flow, and the flow of one data set, which is an ordinary one.
+    r"""The flow to train, :math:`z = m + B u + S\,(b(h) + A(h)\, t(f(\epsilon; h)))`, and the flow of one data set.
 
-    The context of a coupling enters its network by one linear layer, so that for one data set it is part of the bias.
+    f are couplings whose context is h(u), what an encoder makes of the data u; t are tails of each coordinate; a
+    network gives the affine map b, A of h. m, B and S, the linear regression of the latents on the data and what it
+    leaves, are measured. For one data set this is an ordinary flow: the context enters the network of a coupling by one
+    linear layer, so that it is part of the bias there, and all that depends on the data alone is a constant.
 
     Args:
-        inner: the flow as its builder made it.
-        encoder: what makes its context of the data.
+        inner: couplings as a builder made them.
+        encoder: what makes their context of the data.
+        entries: how many numbers the data are.
     """
 
     def __init__(self, inner: Flow, encoder: nn.Module, entries: int) -> None:
+        dim, width = inner.dim, inner.context_dim
+        self.affine = "tril" if dim <= TRIANGULAR_UP_TO else "diagonal"
+        kind = LowerTriangularAffine if self.affine == "tril" else DiagonalAffine
         self.recipe: Recipe = inner.recipe
-        self.flow = Flow(Encoded(encoder, inner.bijection, entries), dim=inner.dim, base=inner.base, df=inner.df)
+        stack = [inner.bijection, SinhArcsinh(dim), kind(dim, context_dim=width, hidden=FLOW["hidden"])]
+        self.flow = Flow(Encoded(encoder, Compose(stack), entries), dim=dim, base=inner.base, df=inner.df)
         self._plain: Flow | None = None
 
     def trained(self, flow: Flow) -> None:
-        """Take the trained flow: its encoder and couplings, and the map to the scale of the latents after them."""
+        """Take the trained flow, which ends in the map to the scale of the latents."""
         self.flow = flow.eval().requires_grad_(False)
-        self._plain = None
-
-    def _parts(self) -> tuple[Encoded, Preprocess]:
-        encoded, preprocess = self.flow.bijection.layers  # type: ignore[union-attr]
-        return encoded, preprocess  # type: ignore[return-value]
 
     @torch.no_grad()
     def given(self, features: Tensor, dtype: torch.dtype) -> Flow:
         """Return the flow of one data set (n,), without a context."""
-        encoded, preprocess = self._parts()
-        features = features.to(preprocess.loc)
+        encoded, scale = _layers(self.flow.bijection)
+        features = features.to(scale.loc)
         context = encoded.encoder(features[None])[0]
+        couplings, tails, affine = _layers(encoded.bijection)
+        found: Flow = _cloned(self._without_context())
+        own_couplings, own_tails, own_affine, own_scale = _layers(found.bijection)
+        for layer, own in zip(_layers(couplings), _layers(own_couplings), strict=True):
+            _fold(layer.conditioner, own.conditioner, context)
+        own_tails.load_state_dict(tails.state_dict())
+        _fold(affine.conditioner, own_affine.conditioner, context)
+        shift = 0.0 if scale.slope is None else features @ scale.slope
+        place(own_scale, scale.loc + shift, scale.scale.diag())
+        return found.to(dtype)
+
+    def _without_context(self) -> Flow:
+        """Return a flow of this kind without a context, which takes over the weights of others."""
         if self._plain is None:
             options = {**self.recipe.options, "context_dim": 0}
-            around = ("preprocess", {"full": preprocess.full, "context": False})
-            self._plain = replace(self.recipe, options=options).then(*around).build(self.flow.dim)
+            around = (("affine", self.affine), ("preprocess", {"full": True, "context": False}))
+            with seeded(0):
+                self._plain = replace(self.recipe, options=options, around=around).build(self.flow.dim)
             self._plain.requires_grad_(False)
-        found = copy.deepcopy(self._plain)
-        *couplings, last = found.bijection.layers  # type: ignore[union-attr]
-        for layer, own in zip(couplings, encoded.bijection.layers, strict=True):  # type: ignore[arg-type]
-            _fold(own.conditioner, layer.conditioner, context)  # type: ignore[arg-type]
-        last.load_state_dict({name: value for name, value in preprocess.state_dict().items() if name != "slope"})
-        if preprocess.slope is not None:
-            last.loc.add_(features @ preprocess.slope)
-        return found.to(dtype)
+        return self._plain
+
+
+def place(last: Preprocess, loc: Tensor, scale: Tensor) -> None:
+    """Give the last map of a flow another place (D,) and matrix (D, D)."""
+    last.load_state_dict(Preprocess(loc, scale).state_dict())
+
+
+@torch.no_grad()
+def match(flow: Flow, z: Tensor, weighing: Weighing) -> None:
+    r"""Let the draws z (S, D) of a flow have the moments that their weights give them, by an affine map.
+
+    .. math:: z' = \bar z_w + L_w L^{-1} (z - \bar z)
+
+    L and L_w are roots of the covariances without and with weights; of variances alone, if few draws have weight.
+
+    Reference: Paananen, Piironen, Bürkner and Vehtari 2021 (arXiv 1906.08850).
+    """
+    last, weights = _layers(flow.bijection)[-1], weighing.log_weights.exp()[:, None].to(z)
+    mean, weighted = z.mean(0), (weights * z).sum(0)
+    raw, own = z - mean, z - weighted
+    before, after = raw.T @ raw / len(z), (weights * own).T @ own
+    if weighing.ess < DRAWS_A_DIM * z.shape[1]:
+        before, after = before.diagonal().diag(), after.diagonal().diag()
+    root, fault = torch.linalg.cholesky_ex(after)
+    own_root, own_fault = torch.linalg.cholesky_ex(before)
+    if int(fault) or int(own_fault):
+        return
+    move = torch.linalg.solve_triangular(own_root, root, upper=False, left=False)
+    place(last, weighted + move @ (last.loc - mean), move @ last.scale)
+
+
+def _layers(bijection: Any) -> list[Any]:
+    return list(bijection.layers)
+
+
+def _cloned(module: Any) -> Any:
+    """Return a copy of a module with tensors of its own; ``copy.deepcopy`` takes twenty times as long."""
+    new = copy.copy(module)
+    new._parameters = {name: _own(value) for name, value in module._parameters.items()}
+    new._buffers = {name: None if value is None else value.clone() for name, value in module._buffers.items()}
+    new._modules = {name: None if child is None else _cloned(child) for name, child in module._modules.items()}
+    return new
+
+
+def _own(value: nn.Parameter | None) -> nn.Parameter | None:
+    return None if value is None else nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
 
 
 def _fold(conditional: Free | Network, plain: Free | Network, context: Tensor) -> None:
@@ -143,7 +203,7 @@ def _fold(conditional: Free | Network, plain: Free | Network, context: Tensor) -
         plain.values.copy_(conditional(None, context))
         return
     state = conditional.state_dict()
-    weight, kept = state["layers.0.weight"], plain.layers[0].weight.shape[1]
+    weight, kept = state["layers.0.weight"], plain.layers[0].in_features
     state["layers.0.bias"] = state["layers.0.bias"] + weight[:, kept:] @ context
     state["layers.0.weight"] = weight[:, :kept]
     plain.load_state_dict(state)

@@ -9,7 +9,17 @@ import torch
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.verdict.methods import AMORTIZED, CONDITIONALS, GAUSSIAN, GRID, GUIDE, INDEPENDENT, MIXTURE, TABULATED, TRAINED
+from pyro_flows.verdict.methods import (
+    AMORTIZED,
+    CONDITIONALS,
+    GAUSSIAN,
+    GRID,
+    GUIDE,
+    INDEPENDENT,
+    MIXTURE,
+    TABULATED,
+    TRAINED,
+)
 
 OF_BUILDERS = {"sliced": GRID, "nested": CONDITIONALS, "marginals": INDEPENDENT}
 PAIRS = 8  # of points, at whose middles an affine map is known
