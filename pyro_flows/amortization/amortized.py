@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from pyro_flows.results.scoring import MAX_DRAWS
 from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_LEAST, PREDICTIVE_TAIL
 from pyro_flows.verdict.weighing import weigh
 
+TOGETHER = 2**19  # numbers of data and draws that are handled at once
 TRIED = 32  # draws of the flow that estimate the density of a simulated data set,
 PILOT = 512  # and of one in hand: these also tell how to move the flow
 CHECKED = 1  # draws of each data set that are run with Pyro's checks: these are a matter of the model
@@ -41,10 +43,57 @@ class Predicted:
     log_density: Tensor
     farthest: Tensor
 
+    @cached_property
     def limits(self) -> tuple[float, float, float]:
         """Return the log densities between which, and the distance within which, data are as the prior predicts."""
         low, high = (float(self.log_density.quantile(level)) for level in (PREDICTIVE_TAIL, 1.0 - PREDICTIVE_TAIL))
         return low, high, float(self.farthest.quantile(1.0 - PREDICTIVE_TAIL))
+
+
+class Parts(NamedTuple):
+    """What an answer is made of.
+
+    Attributes:
+        form: the arguments of the model, and which of them are data.
+        scale: of the data, as networks take them.
+        conditional: the trained flow.
+        lead: the model's log density of the first data set.
+        stack: graphs that all data sets share; None if each has its own.
+    """
+
+    form: Form
+    scale: Scale
+    conditional: Conditional
+    lead: LogDensity
+    stack: Stack | None
+
+    def features(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return K data sets ``{site: (K, *shape)}`` as networks take them, (K, n)."""
+        found: Tensor = self.scale(self.form.rows(values))
+        return found
+
+    @torch.no_grad()
+    def weighed(self, data: Mapping[str, Tensor], features: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+        """Return draws z (K, draws, D) for K data sets, and their log importance weights (K, draws)."""
+        assert self.stack is not None
+        wiring, flow = self.form.wiring, self.conditional.flow
+        cases = [wiring({name: values[number] for name, values in data.items()}) for number in range(len(features))]
+        z, log_q = flow.rsample_and_log_prob((draws,), features.to(next(flow.parameters())))
+        z = z.transpose(0, 1).to(self.stack.dtype).contiguous()
+        return z, self.stack.at(z, [(case.args, case.kwargs) for case in cases]) - log_q.T
+
+    def predict(self, data: Mapping[str, Tensor]) -> Predicted:
+        """Return what simulated data sets ``{site: (K, *shape)}`` come to, as far as their densities can be had."""
+        features = self.features(data)
+        farthest = features.abs().amax(1)
+        if self.stack is None:
+            return Predicted(torch.tensor([-torch.inf, torch.inf], dtype=torch.float64), farthest)
+        found = []
+        for part in torch.arange(len(features)).split(max(1, TOGETHER // (TRIED * self.stack.numbers))):
+            own = {name: values[part] for name, values in data.items()}
+            found.append(log_mean(self.weighed(own, features[part], TRIED)[1]))
+        log_density = torch.cat(found).double() - self.scale.log_slope(features)
+        return Predicted(log_density[torch.isfinite(log_density)], farthest)
 
 
 @_checks.methods
@@ -77,16 +126,8 @@ class Amortized:
     losses: Tensor
     validation: float
     settings: dict[str, Any]
-    _form: Form
-    _scale: Scale
-    _conditional: Conditional
-    _lead: LogDensity
-    _stack: Stack | None
+    _parts: Parts
     _predicted: Predicted
-    _limits: tuple[float, float, float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_limits", self._predicted.limits())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Posterior:
         """Return the posterior of a data set, given as the model takes it."""
@@ -122,8 +163,8 @@ class Amortized:
         """
         _checks.integer("draws", draws, 100, MAX_DRAWS)
         case = bound(self.model, args, dict(model_kwargs or {}))
-        features = self._features({name: value[None] for name, value in self._form.read(case).items()})
-        with alone(), few_threads(self._lead.numbers), seeded(derive(seed, "amortized"), self._lead.device):
+        features = self._parts.features({name: value[None] for name, value in self._parts.form.read(case).items()})
+        with alone(), few_threads(self._parts.lead.numbers), seeded(derive(seed, "amortized"), self._parts.lead.device):
             density = self._density(case)
             flow, doubts = self._flow(features, density)
             found = from_draws(
@@ -160,18 +201,18 @@ class Amortized:
             ValueError: for data of another shape, or a model that takes numbers out of its data: call
                 :meth:`posterior` for each data set then.
         """
-        if self._stack is None:
+        parts = self._parts
+        if parts.stack is None:
             raise ValueError("samples: this model does not take many data sets at once. Call posterior() for each.")
         _checks.integer("draws", draws, 1, MAX_DRAWS)
-        for name, keep in self._form.keep.items():
+        for name, keep in parts.form.keep.items():
             got = tuple(data[name].shape[1:]) if name in data else "nothing"
             if got != tuple(keep.shape):
                 raise ValueError(f"data[{name!r}]: expected shape (K, *{tuple(keep.shape)}), got {got}.")
-        with alone(), seeded(derive(seed, "many data sets"), self._lead.device):
-            z, log_weights = weighed(self._stack, self._form, self._conditional.flow, data, self._features(data), draws)
-            found = self._lead.constrain(z.flatten(0, 1))
-        names = self._lead.names
-        return {name: found[name].unflatten(0, z.shape[:2]) for name in names}, log_weights
+        with alone(), seeded(derive(seed, "many data sets"), parts.lead.device):
+            z, log_weights = parts.weighed(data, parts.features(data), draws)
+            found = parts.lead.constrain(z.flatten(0, 1))
+        return {name: found[name].unflatten(0, z.shape[:2]) for name in parts.lead.names}, log_weights
 
     def outside(self, *args: Any, model_kwargs: Mapping[str, Any] | None = None, seed: int = 0) -> tuple[str, ...]:
         r"""Say in which ways a data set is outside of what the prior predicts; nothing if it is not.
@@ -188,22 +229,18 @@ class Amortized:
         Source: Box 1980, *Sampling and Bayes' Inference in Scientific Modelling and Robustness* (doi:10.2307/2982063).
         """
         case = bound(self.model, args, dict(model_kwargs or {}))
-        features = self._features({name: value[None] for name, value in self._form.read(case).items()})
-        with alone(), seeded(derive(seed, "outside"), self._lead.device):
+        features = self._parts.features({name: value[None] for name, value in self._parts.form.read(case).items()})
+        with alone(), seeded(derive(seed, "outside"), self._parts.lead.device):
             return self._flow(features, self._density(case))[1]
 
     # parts ----------------------------------------------------------------------------------------------------------
 
-    def _features(self, values: Mapping[str, Tensor]) -> Tensor:
-        found: Tensor = self._scale(self._form.rows(values))
-        return found
-
     def _density(self, case: Case) -> LogDensity:
         """Return the model's log density of a data set, which takes the graphs of all others where it can."""
-        density = self._lead.beside(case.args, case.kwargs)
-        if self._stack is not None:
+        density = self._parts.lead.beside(case.args, case.kwargs)
+        if self._parts.stack is not None:
             with suppress(NotStackable):  # its own graph is recorded then
-                self._stack.join(density)
+                self._parts.stack.join(density)
         return density
 
     @torch.no_grad()
@@ -212,7 +249,7 @@ class Amortized:
 
         Where the weights of some draws are uneven, and tell moments, the flow is moved to these.
         """
-        flow = self._conditional.given(features[0], density.dtype)
+        flow = self._parts.conditional.given(features[0], density.dtype)
         z, log_q = flow.draw(PILOT)
         weighing = weigh(z, density(z), log_q)
         if ESS_SHARE_LEAST * PILOT <= weighing.ess < ESS_SHARE_EVEN * PILOT:
@@ -221,12 +258,12 @@ class Amortized:
 
     def _outside(self, features: Tensor, log_evidence: float) -> tuple[str, ...]:
         """Say in which ways features (1, n) of a data set are outside of what the prior predicts."""
-        low, high, far = self._limits
+        low, high, far = self._predicted.limits
         away, number = features.abs().max(1)
         found = []
         if not float(away) <= far:
-            found.append(f"{OUTSIDE}: {self._form.entry(int(number))} is farther out than in {_all_but()}")
-        value = log_evidence - float(self._scale.log_slope(features))
+            found.append(f"{OUTSIDE}: {self._parts.form.entry(int(number))} is farther out than in {_all_but()}")
+        value = log_evidence - float(self._parts.scale.log_slope(features))
         if not low <= value <= high:
             than = "lower" if not value >= low else "higher"
             found.append(f"{OUTSIDE}: their density is {than} than in {_all_but()}")
@@ -239,41 +276,3 @@ class Amortized:
 
 def _all_but() -> str:
     return f"{1.0 - PREDICTIVE_TAIL:.1%} of simulated data sets"
-
-
-@torch.no_grad()
-def weighed(
-    stack: Stack, form: Form, flow: Flow, data: Mapping[str, Tensor], features: Tensor, draws: int
-) -> tuple[Tensor, Tensor]:
-    """Return draws z (K, draws, D) for K data sets, and their log importance weights (K, draws)."""
-    cases = [form.wiring({name: values[number] for name, values in data.items()}) for number in range(len(features))]
-    like = next(flow.parameters())
-    z, log_q = flow.rsample_and_log_prob((draws,), features.to(like))
-    z, log_q = z.transpose(0, 1).to(stack.dtype).contiguous(), log_q.T
-    return z, stack.at(z, [(case.args, case.kwargs) for case in cases]) - log_q
-
-
-def predicted(
-    stack: Stack | None, form: Form, scale: Scale, flow: Flow, data: Mapping[str, Tensor], chunk: int
-) -> Predicted:
-    """Return what simulated data sets ``{site: (K, *shape)}`` come to, with their densities where these can be had."""
-    features: Tensor = scale(form.rows(data))
-    farthest = features.abs().amax(1)
-    if stack is None:
-        return Predicted(torch.tensor([-torch.inf, torch.inf], dtype=torch.float64), farthest)
-    found = []
-    for part in torch.arange(len(features)).split(chunk):
-        own = {name: values[part] for name, values in data.items()}
-        found.append(log_mean(weighed(stack, form, flow, own, features[part], TRIED)[1]))
-    log_density = torch.cat(found).double() - scale.log_slope(features)
-    return Predicted(log_density[torch.isfinite(log_density)], farthest)
-
-
-def rows_exchange(
-    density: LogDensity, form: Form, observed: Mapping[str, Tensor], z: Tensor, order: Sequence[int]
-) -> bool:
-    """Whether the density at points ``z`` stays the same if the rows of all observed sites are permuted alike."""
-    case = form.wiring({name: value[list(order)] for name, value in observed.items()})
-    with torch.no_grad():
-        one, other = density(z), density.beside(case.args, case.kwargs)(z)
-    return torch.allclose(one, other, rtol=1e-5, atol=1e-4, equal_nan=True)

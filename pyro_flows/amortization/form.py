@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
@@ -80,6 +81,11 @@ class Form:
         """Return the entries that are not missing of K data sets ``{site: (K, *shape)}`` as rows (K, n)."""
         return torch.cat([values[name][:, keep].double() for name, keep in self.keep.items()], 1)
 
+    @property
+    def sizes(self) -> list[int]:
+        """How many columns of :meth:`rows` each site has."""
+        return [int(keep.sum()) for keep in self.keep.values()]
+
     def entry(self, number: int) -> str:
         """Return the name of a column of :meth:`rows`."""
         for name, keep in self.keep.items():
@@ -105,9 +111,11 @@ def _equal(leaf: Any, first: Any) -> bool:
     if isinstance(first, Tensor):
         same = torch.is_tensor(leaf) and leaf.shape == first.shape
         return same and torch.allclose(leaf.double(), first.double(), rtol=0.0, atol=0.0, equal_nan=True)
+    if isinstance(first, np.ndarray):
+        return np.array_equal(leaf, first)
     try:
         return leaf is first or bool(leaf == first)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # of tables and the like
         return False
 
 

@@ -22,7 +22,8 @@ WIDTH = 64  # numbers that an encoder makes of a data set
 HIDDEN = 128  # units of a hidden layer of an encoder
 DRAWS_A_DIM = 10  # with weight, from which on correlations are matched too
 TRIANGULAR_UP_TO = 50  # dimensions in which the affine map of the data is triangular; diagonal above
-FLOW: Mapping[str, Any] = {"hidden": (64, 64), "activation": "relu", "network": "robust", "base": "student_t"}
+FLOW: Mapping[str, Any] = {"hidden": (64, 64), "activation": "relu", "network": "robust"}
+BASE: Mapping[str, Any] = {"base": "student_t", "df": 7.0}  # draws that are weighed need tails
 
 
 def perceptron(entries: int, out: int = WIDTH) -> nn.Sequential:
@@ -121,7 +122,7 @@ class Conditional:
 
     def trained(self, flow: Flow) -> None:
         """Take the trained flow, which ends in the map to the scale of the latents."""
-        self.flow = flow.eval().requires_grad_(False)
+        self.flow, self._plain = flow.eval().requires_grad_(False), None
 
     @torch.no_grad()
     def given(self, features: Tensor, dtype: torch.dtype) -> Flow:
@@ -129,26 +130,44 @@ class Conditional:
         encoded, scale = _layers(self.flow.bijection)
         features = features.to(scale.loc)
         context = encoded.encoder(features[None])[0]
-        couplings, tails, affine = _layers(encoded.bijection)
+        couplings, _, affine = _layers(encoded.bijection)
         found: Flow = _cloned(self._without_context())
-        own_couplings, own_tails, own_affine, own_scale = _layers(found.bijection)
-        for layer, own in zip(_layers(couplings), _layers(own_couplings), strict=True):
+        own_couplings, _, own_affine, own_scale = _layers(found.bijection)
+        pairs = zip([*_layers(couplings), affine], [*_layers(own_couplings), own_affine], strict=True)
+        for layer, own in pairs:
             _fold(layer.conditioner, own.conditioner, context)
-        own_tails.load_state_dict(tails.state_dict())
-        _fold(affine.conditioner, own_affine.conditioner, context)
-        shift = 0.0 if scale.slope is None else features @ scale.slope
-        place(own_scale, scale.loc + shift, scale.scale.diag())
+        own_scale.loc = scale.loc if scale.slope is None else scale.loc + features @ scale.slope
         return found.to(dtype)
 
     def _without_context(self) -> Flow:
-        """Return a flow of this kind without a context, which takes over the weights of others."""
+        """Return the flow at a context of zeros, to which that of a data set is added."""
         if self._plain is None:
+            encoded, scale = _layers(self.flow.bijection)
+            couplings, tails, _ = _layers(encoded.bijection)
             options = {**self.recipe.options, "context_dim": 0}
             around = (("affine", self.affine), ("preprocess", {"full": True, "context": False}))
             with seeded(0):
-                self._plain = replace(self.recipe, options=options, around=around).build(self.flow.dim)
-            self._plain.requires_grad_(False)
+                plain = replace(self.recipe, options=options, around=around).build(self.flow.dim)
+            plain = plain.to(scale.loc).requires_grad_(False)
+            own_couplings, own_tails, _, own_scale = _layers(plain.bijection)
+            for layer, own in zip(_layers(couplings), _layers(own_couplings), strict=True):
+                state, first = layer.conditioner.state_dict(), "layers.0.weight"
+                if isinstance(own.conditioner, Network):
+                    state[first] = state[first][:, : _layers(own.conditioner)[0].in_features]
+                    own.conditioner.load_state_dict(state)
+            own_tails.load_state_dict(tails.state_dict())
+            place(own_scale, scale.loc, scale.scale.diag())
+            self._plain = plain
         return self._plain
+
+
+def _fold(conditional: Free | Network, plain: Free | Network, context: Tensor) -> None:
+    """Add what a context contributes to a network, of its first layer, to the bias there."""
+    if isinstance(plain, Free):
+        plain.values.copy_(conditional(None, context))
+        return
+    first, own = _layers(conditional)[0], _layers(plain)[0]
+    own.bias.add_(first.weight[:, own.in_features :] @ context)
 
 
 def place(last: Preprocess, loc: Tensor, scale: Tensor) -> None:
@@ -180,8 +199,8 @@ def match(flow: Flow, z: Tensor, weighing: Weighing) -> None:
     place(last, weighted + move @ (last.loc - mean), move @ last.scale)
 
 
-def _layers(bijection: Any) -> list[Any]:
-    return list(bijection.layers)
+def _layers(module: Any) -> list[Any]:
+    return list(module.layers)
 
 
 def _cloned(module: Any) -> Any:
@@ -195,15 +214,3 @@ def _cloned(module: Any) -> Any:
 
 def _own(value: nn.Parameter | None) -> nn.Parameter | None:
     return None if value is None else nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
-
-
-def _fold(conditional: Free | Network, plain: Free | Network, context: Tensor) -> None:
-    """Give a network without a context the weights of one with a context, at one value of it."""
-    if isinstance(plain, Free):
-        plain.values.copy_(conditional(None, context))
-        return
-    state = conditional.state_dict()
-    weight, kept = state["layers.0.weight"], plain.layers[0].in_features
-    state["layers.0.bias"] = state["layers.0.bias"] + weight[:, kept:] @ context
-    state["layers.0.weight"] = weight[:, :kept]
-    plain.load_state_dict(state)
