@@ -12,9 +12,19 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import alone
 from pyro_flows.amortization.amortized import Amortized, Parts
-from pyro_flows.amortization.building import BUILDERS, exchangeable_rows, networks, scale_of, simulate, stacked
+from pyro_flows.amortization.building import (
+    BUILDERS,
+    exchangeable_rows,
+    measured,
+    networks,
+    scale_of,
+    simulate,
+    stacked,
+)
+from pyro_flows.amortization.files import probe
 from pyro_flows.amortization.form import bound
 from pyro_flows.density_estimation.fit_density import fit_density
+from pyro_flows.flows.recipe import with_preprocess
 
 BATCH = 512  # pairs a step: twice as many as of fewer take little more time
 REFERENCE = 4096  # simulated data sets that others are compared with
@@ -102,10 +112,15 @@ def amortize(
         features = scale(read.form.rows(read.observed)).float()
         parts = Parts(read.form, scale, conditional, read.density, stacked(read))
         bar.close("simulated")
-    options: dict[str, Any] = {"max_epochs": max_epochs, "max_seconds": max_seconds, "batch": BATCH, "seed": seed}
-    fitted = fit_density(
-        conditional.flow, read.z[REFERENCE:].float(), context=features[REFERENCE:], progress=progress, **options
-    )
+    start = with_preprocess(conditional.flow, measured(read, features, rows))
+    options: dict[str, Any] = {
+        "preprocess": None,
+        "max_epochs": max_epochs,
+        "max_seconds": max_seconds,
+        "batch": BATCH,
+        "seed": seed,
+    }
+    fitted = fit_density(start, read.z[REFERENCE:].float(), context=features[REFERENCE:], progress=progress, **options)
     conditional.trained(fitted.flow)
     with alone(), seeded(derive(seed, "what the prior predicts"), read.density.device):
         held = {name: value[:REFERENCE] for name, value in read.observed.items()}
@@ -114,4 +129,4 @@ def amortize(
     settings |= {"flow": conditional.recipe.builder, "layers": conditional.recipe.options["layers"]}
     settings |= {name: fitted.settings[name] for name in ("steps", "epochs", "seconds")} | {"why": fitted.why}
     settings |= {"rows": rows, "encoder": "default" if encoder is None else type(encoder).__name__}
-    return Amortized(model, fitted.losses, fitted.validation, settings, parts, reference)
+    return Amortized(model, fitted.losses, fitted.validation, settings, parts, reference, probe(read))

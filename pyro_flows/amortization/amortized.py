@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
+from pyro_flows.amortization import files
+from pyro_flows.amortization.building import simulate, stacked
 from pyro_flows.amortization.form import Form, Scale, bound, log_mean
 from pyro_flows.amortization.networks import Conditional, match
 from pyro_flows.calibration.cases import Case
@@ -29,6 +31,7 @@ from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_LEAST, PREDI
 from pyro_flows.verdict.weighing import weigh
 
 TOGETHER = 2**19  # numbers of data and draws that are handled at once
+FEW = 64  # simulations that a loaded model is read with
 TRIED = 32  # draws of the flow that estimate the density of a simulated data set,
 PILOT = 512  # and of one in hand: these also tell how to move the flow
 CHECKED = 1  # draws of each data set that are run with Pyro's checks: these are a matter of the model
@@ -36,14 +39,13 @@ UNSEARCHED = "no search for missed modes was made, since the flow learned from d
 OUTSIDE = "the data are outside of what the prior predicts"
 
 
-@dataclass(frozen=True)
-class Predicted:
+class Predicted(NamedTuple):
     """What simulated data sets come to: the log density of each on the common scale, and its farthest entry."""
 
     log_density: Tensor
     farthest: Tensor
 
-    @cached_property
+    @property
     def limits(self) -> tuple[float, float, float]:
         """Return the log densities between which, and the distance within which, data are as the prior predicts."""
         low, high = (float(self.log_density.quantile(level)) for level in (PREDICTIVE_TAIL, 1.0 - PREDICTIVE_TAIL))
@@ -128,6 +130,7 @@ class Amortized:
     settings: dict[str, Any]
     _parts: Parts
     _predicted: Predicted
+    _probe: dict[str, Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Posterior:
         """Return the posterior of a data set, given as the model takes it."""
@@ -232,6 +235,48 @@ class Amortized:
         features = self._parts.features({name: value[None] for name, value in self._parts.form.read(case).items()})
         with alone(), seeded(derive(seed, "outside"), self._parts.lead.device):
             return self._flow(features, self._density(case))[1]
+
+    # files ----------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a directory of tensors and JSON; neither the model nor its data, nor an encoder of your own.
+
+        Raises:
+            ValueError: if ``path`` holds other files.
+            OSError: if it cannot be written.
+        """
+        parts = self._parts
+        states = {"flow": parts.conditional.flow.state_dict(), "scale": parts.scale.state_dict()}
+        curves = {"losses": self.losses, **self._predicted._asdict()}
+        text = {"settings": self.settings, "validation": self.validation}
+        files.write(path, {**states, **curves, "probe": self._probe}, text)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Callable[..., Any],
+        *args: Any,
+        model_kwargs: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+        encoder: nn.Module | None = None,
+    ) -> Self:
+        """Read what :meth:`save` wrote, given the model and all that :func:`amortize` was given.
+
+        Raises:
+            ValueError: if it is no saved amortized posterior, or a damaged one; if the model, its arguments or the
+                encoder are not those of the training.
+        """
+        tensors, text = files.read(path)
+        with alone():
+            case = bound(model, args, dict(model_kwargs or {}))
+            read = simulate(model, case, data, FEW, seed=0)
+            files.check_probe(read, tensors["probe"])
+            scale, conditional = files.rebuilt(read, tensors, text["settings"], encoder)
+            parts = Parts(read.form, scale, conditional, read.density, stacked(read))
+        predicted = Predicted(tensors["log_density"], tensors["farthest"])
+        about = tensors["losses"], float(text["validation"]), text["settings"]
+        return cls(model, *about, parts, predicted, tensors["probe"])
 
     # parts ----------------------------------------------------------------------------------------------------------
 

@@ -16,16 +16,19 @@ from pyro_flows.amortization.networks import BASE, FLOW, Conditional, Pooled, Sh
 from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.simulating import check_model
 from pyro_flows.calibration.wiring import check_wiring, filled, wire
+from pyro_flows.density_estimation.standardizing import preprocess
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.vectors import realnvp, spline
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.stack import NotStackable, Stack
+from pyro_flows.transforms.fixed import Preprocess
 
 BUILDERS = {"spline": (spline, 4), "realnvp": (realnvp, 6)}  # with how many layers
 SPLINES_UP_TO = 2  # dimensions: a spline bends a single one too, and takes three times as long
 STACKED = 8  # data sets that tell which arguments are inputs of the recorded graph
 SET = 16  # rows, from which on exchangeable ones are pooled
+MEASURED = 50_000  # simulations that the regression is made with
 COMPARED = 8  # points at which rows are exchanged
 LOST_SHARE = 0.05  # of the simulations that may have parameters or data that are not finite
 DIGITS = 64  # draws at which precisions are compared
@@ -118,6 +121,20 @@ def couplings(flow: str, dim: int, layers: int | None, width: int) -> Flow:
 def scale_of(read: Read, rows: int) -> Scale:
     """Measure the scale of simulated data."""
     return Scale(read.form.rows(read.observed), read.form.sizes, exchangeable=rows)
+
+
+def measured(read: Read, features: Tensor, rows: int) -> Preprocess:
+    """Return the linear regression of the latents on data (N, n), and the scale of what it leaves.
+
+    Rows that may come in any order have the same slopes, or their order would matter.
+    """
+    z, given = read.z[:MEASURED].to(features), features[:MEASURED]
+    found = preprocess("standardize", [(z, given)])
+    assert found.slope is not None
+    parts = [part.unflatten(0, (rows, -1)) for part in found.slope.split(read.form.sizes)]
+    slope = torch.cat([part.mean(0, keepdim=True).expand_as(part).flatten(0, 1) for part in parts])
+    slope = slope if rows > 1 else found.slope
+    return Preprocess(found.loc + given.mean(0) @ (found.slope - slope), found.scale, slope)
 
 
 def stacked(read: Read) -> Stack | None:

@@ -106,6 +106,22 @@ def test_answers_are_calibrated(amortized):
     assert found.statuses.get("unreliable", 0) <= 3
 
 
+def test_a_saved_flow_answers_as_before(amortized, tmp_path):
+    amortized.save(tmp_path / "saved")
+    again = pf.Amortized.load(tmp_path / "saved", regression, X, torch.zeros(5))
+    assert again.settings == amortized.settings
+    one, other = amortized(X, DATA), again(X, DATA)
+    assert torch.allclose(one.z, other.z, atol=1e-5)
+    assert one.verdict.status == other.verdict.status
+    with pytest.raises(ValueError, match="log density is not that of the saved one"):
+        pf.Amortized.load(tmp_path / "saved", regression, X + 0.1, torch.zeros(5))
+    with pytest.raises(ValueError, match="encoder: expected the one of the training, which was 'default'"):
+        pf.Amortized.load(tmp_path / "saved", regression, X, torch.zeros(5), encoder=Own())
+    (tmp_path / "saved" / "amortized.pt").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="damaged"):
+        pf.Amortized.load(tmp_path / "saved", regression, X, torch.zeros(5))
+
+
 class Sometimes:
     """An amortized flow whose answers to some data are unreliable."""
 
