@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -40,7 +41,7 @@ OUTSIDE = "the data are outside of what the prior predicts"
 
 
 class Predicted(NamedTuple):
-    """What simulated data sets come to: the log density of each on the common scale, and its farthest entry."""
+    """What simulated data sets come to: log densities on the common scale, if there are any, and farthest entries."""
 
     log_density: Tensor
     farthest: Tensor
@@ -48,8 +49,11 @@ class Predicted(NamedTuple):
     @property
     def limits(self) -> tuple[float, float, float]:
         """Return the log densities between which, and the distance within which, data are as the prior predicts."""
+        far = float(self.farthest.quantile(1.0 - PREDICTIVE_TAIL))
+        if not len(self.log_density):
+            return -math.inf, math.inf, far
         low, high = (float(self.log_density.quantile(level)) for level in (PREDICTIVE_TAIL, 1.0 - PREDICTIVE_TAIL))
-        return low, high, float(self.farthest.quantile(1.0 - PREDICTIVE_TAIL))
+        return low, high, far
 
 
 class Parts(NamedTuple):
@@ -89,7 +93,7 @@ class Parts(NamedTuple):
         features = self.features(data)
         farthest = features.abs().amax(1)
         if self.stack is None:
-            return Predicted(torch.tensor([-torch.inf, torch.inf], dtype=torch.float64), farthest)
+            return Predicted(farthest[:0], farthest)
         found = []
         for part in torch.arange(len(features)).split(max(1, TOGETHER // (TRIED * self.stack.numbers))):
             own = {name: values[part] for name, values in data.items()}

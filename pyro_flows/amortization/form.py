@@ -47,8 +47,9 @@ class Form:
 
     @classmethod
     def of(cls, wiring: Wiring, observed: Mapping[str, Tensor]) -> Form:
-        """Return the form of data sets like this one."""
-        return cls(wiring, {name: ~value.isnan() for name, value in observed.items()})
+        """Return the form of data sets like this one, whose sites have these values."""
+        found = cls(wiring, dict(observed))._placed(tree_flatten((wiring.case.args, wiring.case.kwargs))[0])
+        return cls(wiring, {name: ~value.isnan() for name, value in found.items()})
 
     def read(self, case: Case) -> dict[str, Tensor]:
         """Return the values of the observed sites of a data set.
@@ -69,12 +70,18 @@ class Form:
                     f"args: argument {number} is no data, and differs from the one that amortize was given. "
                     "The flow knows the model with that one only: amortize once more, or use fit."
                 )
+        found = self._placed(leaves)
+        for name, value in found.items():
+            if not torch.equal(value.isnan(), ~self.keep[name]):
+                raise ValueError(f"site {name!r}: expected missing values (NaN) where amortize was given them.")
+        return found
+
+    def _placed(self, leaves: Sequence[Any]) -> dict[str, Tensor]:
+        """Return the values of the observed sites in the arguments."""
         found = {}
         for place in self.wiring.places:
             value = leaves[place.leaf] if place.part is None else torch.as_strided(leaves[place.leaf], *place.part)
             found[place.site] = value.reshape(self.keep[place.site].shape)
-            if not torch.equal(found[place.site].isnan(), ~self.keep[place.site]):
-                raise ValueError(f"site {place.site!r}: expected missing values (NaN) where amortize was given them.")
         return found
 
     def rows(self, values: Mapping[str, Tensor]) -> Tensor:

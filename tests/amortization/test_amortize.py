@@ -18,7 +18,7 @@ from pyro_flows.flows.recipe import with_preprocess
 from pyro_flows.flows.recipe_json import not_rebuilt
 from pyro_flows.transforms.fixed import Preprocess
 from pyro_flows.verdict.weighing import weigh
-from tests.calibration.models import NOISE, X, exact, regression, two_modes
+from tests.calibration.models import NOISE, X, branching, exact, regression, two_modes
 
 FAST = {"simulations": 6000, "max_epochs": 12, "progress": False}
 DATA = torch.tensor([0.4, -1.1, 0.3, 1.2, -0.2])
@@ -100,7 +100,7 @@ def test_many_data_sets_at_once(amortized, data_sets):
 
 
 def test_answers_are_calibrated(amortized):
-    found = pf.sbc(regression, X, DATA, sampler=amortized, simulations=60, seed=1, progress=False)
+    found = pf.sbc(regression, X, DATA, sampler=amortized, simulations=40, seed=1, progress=False)
     assert found.is_uniform(0.01)
     assert found.method == "Amortized"
     assert found.statuses.get("unreliable", 0) <= 3
@@ -261,6 +261,35 @@ def test_an_encoder_of_the_callers_gets_the_data():
         pf.amortize(regression, X, DATA, encoder=Own(0), simulations=1000, progress=False)
     with pytest.raises(ValueError, match="encoder: expected a torch module"):
         pf.amortize(regression, X, DATA, encoder=len, progress=False)
+
+
+@pytest.mark.falls_back
+def test_a_model_that_takes_numbers_out_of_its_data():
+    amortized = pf.amortize(branching, torch.arange(4.0), simulations=2000, max_epochs=8, progress=False)
+    y = torch.tensor([0.5, -1.0, 1.5, 0.0])
+    assert amortized.outside(y) == ()
+    posterior = amortized(y)
+    precision = 4.0 + 0.25
+    assert float(posterior.samples["mu"].mean()) == pytest.approx(float(y.sum()) / precision, abs=0.1)
+    assert amortized.outside(y + 1000.0)
+    with pytest.raises(ValueError, match="does not take many data sets at once"):
+        amortized.samples({"y": torch.zeros(2, 4)})
+
+
+def with_gaps(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(y)), pyro.poutine.mask(mask=~y.isnan()):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def test_missing_values_stay_where_they_are():
+    y = torch.tensor([0.3, math.nan, 1.1, -0.4])
+    amortized = pf.amortize(with_gaps, y, simulations=2000, max_epochs=8, progress=False)
+    posterior = amortized(y)
+    assert float(posterior.samples["mu"].mean()) == pytest.approx(1.0 / 4.0, abs=0.1)
+    assert float(posterior.samples["mu"].std()) == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(ValueError, match="expected missing values"):
+        amortized(torch.zeros(4))
 
 
 def factored(y):
