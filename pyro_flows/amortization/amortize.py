@@ -39,7 +39,7 @@ def amortize(
     encoder: nn.Module | None = None,
     flow: str = "auto",
     layers: int | None = None,
-    simulations: int = 200_000,
+    simulations: int | None = None,
     max_epochs: int = 10,
     max_seconds: float | None = None,
     seed: int = 0,
@@ -68,7 +68,8 @@ def amortize(
             matter.
         flow: the couplings, ``"spline"``, ``"realnvp"``, or ``"auto"``: splines in one or two dimensions.
         layers: how many; 4 splines or 6 affine ones by default.
-        simulations: how many pairs of parameters and data to learn from.
+        simulations: how many pairs of parameters and data to learn from; by default 200 000, or fewer if that were more
+            than 1e8 numbers of data, and 10 000 at least.
         max_epochs: passes through these at most; the training ends earlier where held-out pairs do not gain any more.
         max_seconds: of the training, at most.
         seed: of all randomness.
@@ -99,14 +100,15 @@ def amortize(
     """
     _checks.choice("flow", flow, ("auto", *BUILDERS))
     layers = None if layers is None else _checks.integer("layers", layers, 1)
-    _checks.integer("simulations", simulations, 1000)
+    if simulations is not None:
+        _checks.integer("simulations", simulations, 1000)
     _checks.integer("seed", seed, 0)
     if encoder is not None and not isinstance(encoder, nn.Module):
         raise ValueError(f"encoder: expected a torch module, got a {type(encoder).__name__}.")
     with alone(), Bar("amortize", progress) as bar:
         bar.watch("simulating")
         case = bound(model, args, dict(model_kwargs or {}))
-        read = simulate(model, case, data, simulations + REFERENCE, seed=seed)
+        read = simulate(model, case, data, simulations, REFERENCE, seed=seed)
         rows = exchangeable_rows(read)
         scale, conditional = scale_of(read, rows), networks(read, encoder, rows, flow, layers, seed=seed)
         features = scale(read.form.rows(read.observed)).float()
@@ -125,7 +127,7 @@ def amortize(
     with alone(), seeded(derive(seed, "what the prior predicts"), read.density.device):
         held = {name: value[:REFERENCE] for name, value in read.observed.items()}
         reference = parts.predict(held)
-    settings: dict[str, Any] = {"simulations": simulations, "max_epochs": max_epochs, "seed": seed}
+    settings: dict[str, Any] = {"simulations": len(read.z) - REFERENCE, "max_epochs": max_epochs, "seed": seed}
     settings |= {"flow": conditional.recipe.builder, "layers": conditional.recipe.options["layers"]}
     settings |= {name: fitted.settings[name] for name in ("steps", "epochs", "seconds")} | {"why": fitted.why}
     settings |= {"rows": rows, "encoder": "default" if encoder is None else type(encoder).__name__}

@@ -195,14 +195,15 @@ class Amortized:
     ) -> tuple[dict[str, Tensor], Tensor]:
         r"""Return draws of the flow for many data sets at once, and their importance weights. Nothing is judged.
 
+        The log weights are :math:`\log p(\theta, y) - \log q(\theta \mid y)`, in unconstrained coordinates.
+
         Args:
             data: values of the observed sites of K data sets, ``{site: (K, *shape)}``.
             draws: of each data set.
             seed: of the draws.
 
         Returns:
-            Draws ``{name: (K, draws, *shape)}``, and log weights (K, draws), :math:`\log p(\theta, y) - \log q(\theta
-            \mid y)` in unconstrained coordinates, nats, neither smoothed nor normalized.
+            Draws ``{name: (K, draws, *shape)}``, and log weights (K, draws) in nats, neither smoothed nor normalized.
 
         Raises:
             ValueError: for data of another shape, or a model that takes numbers out of its data: call
@@ -274,7 +275,7 @@ class Amortized:
         tensors, text = files.read(path)
         with alone():
             case = bound(model, args, dict(model_kwargs or {}))
-            read = simulate(model, case, data, FEW, seed=0)
+            read = simulate(model, case, data, FEW, 0, seed=0)
             files.check_probe(read, tensors["probe"])
             scale, conditional = files.rebuilt(read, tensors, text["settings"], encoder)
             parts = Parts(read.form, scale, conditional, read.density, stacked(read))

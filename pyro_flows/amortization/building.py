@@ -26,6 +26,8 @@ from pyro_flows.transforms.fixed import Preprocess
 
 BUILDERS = {"spline": (spline, 4), "realnvp": (realnvp, 6)}  # with how many layers
 SPLINES_UP_TO = 2  # dimensions: a spline bends a single one too, and takes three times as long
+SIMULATIONS, SIMULATIONS_LEAST = 200_000, 10_000  # by default: as many as make so many numbers of data
+NUMBERS = 10**8
 STACKED = 8  # data sets that tell which arguments are inputs of the recorded graph
 SET = 16  # rows, from which on exchangeable ones are pooled
 MEASURED = 50_000  # simulations that the regression is made with
@@ -43,8 +45,10 @@ class Read(NamedTuple):
     observed: dict[str, Tensor]
 
 
-def simulate(model: Callable[..., Any], case: Case, data: Mapping[str, Any] | None, count: int, *, seed: int) -> Read:
-    """Read a model, and draw parameters and data from it, as far as all of them are finite.
+def simulate(
+    model: Callable[..., Any], case: Case, data: Mapping[str, Any] | None, count: int | None, more: int, *, seed: int
+) -> Read:
+    """Read a model, and draw ``count + more`` parameters and data from it, as far as all of them are finite.
 
     Raises:
         ValueError: for a model that cannot draw its data, or draws that are often not finite.
@@ -54,7 +58,9 @@ def simulate(model: Callable[..., Any], case: Case, data: Mapping[str, Any] | No
     check_model(density, "prior")
     wiring = wire(density, case, data)
     form = Form.of(wiring, density.structure.observed)
-    drawn = density.prior(count, seed=derive(seed, "simulations"))
+    if count is None:
+        count = max(SIMULATIONS_LEAST, min(SIMULATIONS, NUMBERS // sum(form.sizes)))
+    drawn = density.prior(count + more, seed=derive(seed, "simulations"))
     if drawn is None:
         raise ValueError("model: expected proper priors that can be drawn from, so that data can be simulated.")
     check_wiring(density, wiring, {name: values[0] for name, values in drawn.items()})
