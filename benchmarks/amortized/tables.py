@@ -9,7 +9,7 @@ from benchmarks.markdown import about, table
 
 HEADER = (
     *("model", "data sets", "usable and right", "wrong and usable", "verdicts", "ESS/S", "ms each, median (95 %)"),
-    *("training, CPU s", "p of SBC", "named: as predicted", "named: changed", "`ok`: changed"),
+    *("training, CPU s", "p of ranks", "named: as predicted", "named: changed", "`ok`: changed"),
 )
 
 

@@ -63,9 +63,9 @@ def amortize(
         model_kwargs: its keyword arguments.
         data: which argument holds the data of which site, as for :func:`sbc`, where that is not found.
         encoder: a module that gets data in the shape of their site, ``(K, *shape)``, on a common scale, or a dict of
-            these for several sites, and returns ``(K, width)``. By default a perceptron; where rows are exchangeable,
-            16 or more, a perceptron of each row, their mean, and another one, for which the order of rows does not
-            matter.
+            these for several sites, and returns ``(K, width)``. It is copied, and trained with the flow. By default a
+            perceptron; where rows are exchangeable, 16 or more, a perceptron of each row, their mean, and another one,
+            for which the order of rows does not matter.
         flow: the couplings, ``"spline"``, ``"realnvp"``, or ``"auto"``: splines in one or two dimensions.
         layers: how many; 4 splines or 6 affine ones by default.
         simulations: how many pairs of parameters and data to learn from; by default 200 000, or fewer if that were more

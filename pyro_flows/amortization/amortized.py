@@ -115,7 +115,7 @@ class Amortized:
         validation: mean log density of held-out parameters given their data, nats.
         settings: what :func:`amortize` was told, and how the training ended.
 
-    Cost of an answer: one pass of the encoder, and four times ``draws`` evaluations of flow and model.
+    Cost of an answer: one pass of the encoder, and ``draws`` evaluations of flow and model.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
@@ -125,7 +125,7 @@ class Amortized:
     >>> options = {"simulations": 2000, "max_epochs": 5, "progress": False}
     >>> amortized = pf.amortize(model, torch.zeros(4), **options)
     >>> amortized(torch.tensor([0.3, 1.4, -0.2, 0.9])).samples["mu"].shape
-    torch.Size([1000])
+    torch.Size([4000])
     """
 
     model: Callable[..., Any]
@@ -144,7 +144,7 @@ class Amortized:
         self,
         *args: Any,
         model_kwargs: Mapping[str, Any] | None = None,
-        draws: int = 1000,
+        draws: int = 4000,
         seed: int = 0,
         escalate: bool = False,
     ) -> Posterior:
@@ -158,7 +158,7 @@ class Amortized:
         Args:
             args: the arguments of the model, as :func:`amortize` was given them, with other data.
             model_kwargs: its keyword arguments.
-            draws: how many, 100 at least; four times as many are weighed.
+            draws: how many, 100 at least; all of them are weighed.
             seed: of the draws.
             escalate: let Markov chains go on from the draws (:meth:`Posterior.refine`) where the verdict is unreliable.
 
@@ -185,6 +185,7 @@ class Amortized:
                 doubts=doubts,
                 notes=(UNSEARCHED,),
                 checked=CHECKED,
+                times=1,
             )
         if escalate and found.verdict.status == "unreliable":
             found = found.refine(progress=False)
@@ -223,7 +224,7 @@ class Amortized:
         return {name: found[name].unflatten(0, z.shape[:2]) for name in parts.lead.names}, log_weights
 
     def outside(self, *args: Any, model_kwargs: Mapping[str, Any] | None = None, seed: int = 0) -> tuple[str, ...]:
-        r"""Say in which ways a data set is outside of what the prior predicts; nothing if it is not.
+        r"""Say in which way a data set is outside of what the prior predicts; nothing if it is not.
 
         Two figures are compared with those of 4096 simulated data sets: the distance of the farthest entry from its
         median, and :math:`\log p(u)`, the density of the data on a common scale u, by importance sampling. A data set
@@ -307,22 +308,18 @@ class Amortized:
         return flow, self._outside(features, weighing.log_evidence)
 
     def _outside(self, features: Tensor, log_evidence: float) -> tuple[str, ...]:
-        """Say in which ways features (1, n) of a data set are outside of what the prior predicts."""
+        """Say in which way features (1, n) of a data set are outside of what the prior predicts."""
         low, high, far = self._predicted.limits
         away, number = features.abs().max(1)
-        found = []
+        share = f"{1.0 - PREDICTIVE_TAIL:.1%} of simulated data sets"
         if not float(away) <= far:
-            found.append(f"{OUTSIDE}: {self._parts.form.entry(int(number))} is farther out than in {_all_but()}")
+            return (f"{OUTSIDE}: {self._parts.form.entry(int(number))} is farther out than in {share}",)
         value = log_evidence - float(self._parts.scale.log_slope(features))
         if not low <= value <= high:
             than = "lower" if not value >= low else "higher"
-            found.append(f"{OUTSIDE}: their density is {than} than in {_all_but()}")
-        return tuple(found[:1])
+            return (f"{OUTSIDE}: their density is {than} than in {share}",)
+        return ()
 
     def __repr__(self) -> str:
         name = getattr(self.model, "__name__", type(self.model).__name__)
         return f"Amortized({name}, {', '.join(f'{key}={value!r}' for key, value in self.settings.items())})"
-
-
-def _all_but() -> str:
-    return f"{1.0 - PREDICTIVE_TAIL:.1%} of simulated data sets"

@@ -136,7 +136,7 @@ class Conditional:
         pairs = zip([*_layers(couplings), affine], [*_layers(own_couplings), own_affine], strict=True)
         for layer, own in pairs:
             _fold(layer.conditioner, own.conditioner, context)
-        own_scale.loc = scale.loc if scale.slope is None else scale.loc + features @ scale.slope
+        own_scale.loc = scale.loc + features @ scale.slope
         return found.to(dtype)
 
     def _without_context(self) -> Flow:
@@ -193,9 +193,9 @@ def match(flow: Flow, z: Tensor, weighing: Weighing) -> None:
         before, after = before.diagonal().diag(), after.diagonal().diag()
     root, fault = torch.linalg.cholesky_ex(after)
     own_root, own_fault = torch.linalg.cholesky_ex(before)
-    if int(fault) or int(own_fault):
-        return
     move = torch.linalg.solve_triangular(own_root, root, upper=False, left=False)
+    if int(fault) or int(own_fault) or not bool(torch.isfinite(move).all()):
+        return
     place(last, weighted + move @ (last.loc - mean), move @ last.scale)
 
 

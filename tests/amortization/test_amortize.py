@@ -256,7 +256,7 @@ def test_an_encoder_of_the_callers_gets_the_data():
     encoder = Own()
     found = pf.amortize(regression, X, DATA, encoder=encoder, simulations=1000, max_epochs=1, progress=False)
     assert encoder.shapes == {(5,)}
-    assert found(X, DATA).samples["b"].shape == (1000, 2)
+    assert found(X, DATA).samples["b"].shape == (4000, 2)
     with pytest.raises(ValueError, match="encoder: expected a tensor of shape"):
         pf.amortize(regression, X, DATA, encoder=Own(0), simulations=1000, progress=False)
     with pytest.raises(ValueError, match="encoder: expected a torch module"):
