@@ -8,7 +8,16 @@ from benchmarks import records
 from benchmarks.markdown import about, table
 
 HEADER = (
-    *("model", "data sets", "usable and right", "wrong and usable", "verdicts", "ESS/S", "ms each, median (95 %)"),
+    *(
+        "model",
+        "simulations",
+        "data sets",
+        "usable and right",
+        "wrong and usable",
+        "verdicts",
+        "ESS/S",
+        "ms each, median (95 %)",
+    ),
     *("training, CPU s", "p of ranks", "named: as predicted", "named: changed", "`ok`: changed"),
 )
 
@@ -16,12 +25,23 @@ HEADER = (
 def section(rows: Sequence[records.Row]) -> str:
     """Return the text and the table."""
     rows = list({row["model"]: row for row in rows}.values())
-    return "\n\n".join([_text(rows), about(rows), table(HEADER, [_line(row) for row in rows])])
+    versions = ", ".join(dict.fromkeys(row["version"] for row in rows))
+    where = f"{about(rows)} pyro_flows {versions}."
+    return "\n\n".join([_text(rows), where, table(HEADER, [_line(row) for row in rows])])
 
 
 def _line(row: records.Row) -> list[str]:
     times = f"{row['ms_median']} ({row['ms_95']})"
-    first = [row["model"], row["data_sets"], row["right"], row["lies"], row["verdicts"], row["ess_median"], times]
+    first = [
+        row["model"],
+        f"{int(row['simulations']):,}",
+        row["data_sets"],
+        row["right"],
+        row["lies"],
+        row["verdicts"],
+        row["ess_median"],
+        times,
+    ]
     named = [f"{row['false_alarms']} of {row['data_sets']}", f"{row['named']} of {row['changed']}", row["changed_ok"]]
     return [*first, row["train_cpu_seconds"], row["p_value"], *named]
 

@@ -204,7 +204,7 @@ class Amortized:
             seed: of the draws.
 
         Returns:
-            Draws ``{name: (K, draws, *shape)}``, and log weights (K, draws) in nats, neither smoothed nor normalized.
+            Draws of each latent site (K, draws, ...), and log weights (K, draws) in nats, as they are.
 
         Raises:
             ValueError: for data of another shape, or a model that takes numbers out of its data: call

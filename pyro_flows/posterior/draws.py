@@ -47,9 +47,8 @@ def from_draws(
     """Draw, score, weigh and judge. ``draw(n)`` gives unconstrained draws and their log density under the guide.
 
     ``checked`` draws at most are run with Pyro's checks of arguments on. ``times`` as many draws as asked for are
-    judged. Where the clock of ``density`` ends the
-    scoring, the draws scored so far are all that there are. ``stopped`` says where it ended the training before,
-    ``moving`` that means or sds still changed a lot there.
+    judged. Where the clock of ``density`` ends the scoring, the draws scored so far are all that there are. ``stopped``
+    says where it ended the training before, ``moving`` that means or sds still changed a lot there.
     """
     _checks.integer("draws", draws, 100)
     check_memory(density, draws)

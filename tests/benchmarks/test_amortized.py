@@ -15,7 +15,14 @@ from benchmarks.amortized.tables import section
 FILES = [name for name in inspect.signature(tables.write_tables).parameters if name.endswith("_csv")]
 ROW = {
     **dict.fromkeys(running.FIELDS, "1"),
-    **{"model": "eight schools", "data_sets": "200", "verdicts": "200 ok", "right": "198", "p_value": "0.4"},
+    **{
+        "model": "eight schools",
+        "data_sets": "200",
+        "simulations": "200000",
+        "verdicts": "200 ok",
+        "right": "198",
+        "p_value": "0.4",
+    },
     **{"changed": "200", "named": "200", "compared_with_fit": "10", "agree_with_fit": "9"},
 }
 
@@ -35,14 +42,14 @@ def test_a_row_says_what_was_measured(tmp_path):
 def test_the_table_has_a_line_for_each_model(tmp_path):
     text = section([ROW, {**ROW, "model": "counts", "named": "199"}])
     assert "18 agree with it" in text
-    assert "| eight schools | 200 | 198 |" in text
+    assert "| eight schools | 200,000 | 200 | 198 |" in text
     assert "199 of 200" in text
     file, page = tmp_path / "rows.csv", tmp_path / "page.md"
     records.start(file, running.FIELDS)
     records.append(file, running.FIELDS, ROW)
     page.write_text("# A\n\n<!-- amortized: begin -->\n<!-- amortized: end -->\n", encoding="utf-8")
     tables.write_tables(page, **{**dict.fromkeys(FILES, tmp_path / "none.csv"), "amortized_csv": file})
-    assert "| eight schools | 200 | 198 |" in page.read_text(encoding="utf-8")
+    assert "| eight schools | 200,000 | 200 | 198 |" in page.read_text(encoding="utf-8")
 
 
 def test_the_exact_answer_is_that_of_the_model():
