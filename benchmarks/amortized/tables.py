@@ -54,5 +54,5 @@ def _text(rows: Sequence[records.Row]) -> str:
         "within 0.1 standard deviations of the reference, and whose standard deviations are within 10 %. Seconds are "
         "processor time of one thread. Changed data sets have all values, one, or every other one a thousand robust "
         "standard deviations away, which the prior does not predict. "
-        f"Of the {compared} answers that were compared with `pf.fit` too, {agree} agree with it in this sense."
+        f"Compared with `pf.fit` too: {compared}, of which {agree} agree in this sense."
     )

@@ -134,12 +134,12 @@ WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
         },
     ),
     "Li2024": (
-        ARTICLE,
+        "misc",
         "Li, Chengkun and Vehtari, Aki and Bürkner, Paul-Christian and Radev, Stefan T. and Acerbi, Luigi and "
         "Schmitt, Marvin",
         "Amortized {Bayesian} Workflow",
         2024,
-        {"journal": "arXiv preprint", "eprint": "2409.04332"},
+        {"eprint": "2409.04332"},
     ),
     "Margossian2024": (
         ARTICLE,

@@ -41,7 +41,7 @@ def test_a_row_says_what_was_measured(tmp_path):
 
 def test_the_table_has_a_line_for_each_model(tmp_path):
     text = section([ROW, {**ROW, "model": "counts", "named": "199"}])
-    assert "18 agree with it" in text
+    assert "20, of which 18 agree" in text
     assert "| eight schools | 200,000 | 200 | 198 |" in text
     assert "199 of 200" in text
     file, page = tmp_path / "rows.csv", tmp_path / "page.md"
