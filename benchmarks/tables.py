@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import fingerprints, records
+from benchmarks.amortized import running as amortized
+from benchmarks.amortized.tables import section as amortized_section
 from benchmarks.calibration import running as calibration
 from benchmarks.calibration.tables import section as calibration_section
 from benchmarks.cold import __main__ as cold
@@ -59,6 +61,7 @@ TITLES = {
     "nuts": "Against NUTS",
     "larger": "Larger models against NUTS",
     "calibration": "Calibration",
+    "amortized": "Amortized posteriors",
     "speed": "Speed",
     "cold": "In a new process",
     "stopping": "What the automatic stop costs",
@@ -82,6 +85,7 @@ def write_tables(
     nuts_csv: Path = nuts.OUT,
     larger_csv: Path = larger.OUT,
     calibration_csv: Path = calibration.OUT,
+    amortized_csv: Path = amortized.OUT,
     stopping_csv: Path = stopping.OUT,
     toys_csv: Path = toys.OUT,
     density_csv: Path = density.OUT,
@@ -112,6 +116,7 @@ def write_tables(
         ("nuts", nuts_csv, nuts_section),
         ("larger", larger_csv, larger_section),
         ("calibration", calibration_csv, calibration_section),
+        ("amortized", amortized_csv, amortized_section),
         ("stopping", stopping_csv, stopping_section),
         ("toys", toys_csv, toys_section),
         ("density", density_csv, density_section),

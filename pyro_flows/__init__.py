@@ -22,6 +22,8 @@ from pyro_flows.verdict.verdict import Verdict
 
 if TYPE_CHECKING:
     from pyro_flows import datasets, plots
+    from pyro_flows.amortization.amortize import amortize
+    from pyro_flows.amortization.amortized import Amortized
     from pyro_flows.calibration.fit_many import fit_many
     from pyro_flows.calibration.result import Calibration
     from pyro_flows.calibration.sbc import sbc
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 _LATER = {
     "datasets": "datasets",
     "plots": "plots",
+    "Amortized": "amortization.amortized",
+    "amortize": "amortization.amortize",
     "fit_many": "calibration.fit_many",
     "AutoHierarchicalFlow": "guides.hierarchical",
     "Calibration": "calibration.result",
@@ -69,6 +73,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Amortized",
     "AutoFlow",
     "AutoHierarchicalFlow",
     "AutoNICE",
@@ -91,6 +96,7 @@ __all__ = [
     "Sensitivity",
     "UnreliableWarning",
     "Verdict",
+    "amortize",
     "compare",
     "datasets",
     "diagnose",

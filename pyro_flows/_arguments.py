@@ -90,6 +90,7 @@ RANGES: dict[str, Range] = {
     "width": POSITIVE,
     "fit.draws": Range(100, MAX_DRAWS),
     "diagnose.draws": Range(100, MAX_DRAWS),
+    "amortize.simulations": Range(1000, 10**7),
     "sbc.draws": Range(9, MAX_DRAWS),
     "sbc.simulations": Range(10, 10**6),
     "loo.draws": Range(100, MAX_DRAWS),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pyro_flows import _checks
 from pyro_flows._clock import Clock
@@ -29,8 +29,17 @@ from pyro_flows.model.stack import NotStackable
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import check_memory
 from pyro_flows.verdict.deciding import CHECKED
+from pyro_flows.verdict.methods import AMORTIZED
 
 CHECKED_EACH = 5  # draws of each data set, at least: invalid arguments are a matter of the model
+
+
+class Answers(Protocol):
+    """What answers before any fit: an :class:`~pyro_flows.Amortized`."""
+
+    def posterior(self, *args: Any, model_kwargs: Mapping[str, Any] | None, draws: int, seed: int) -> Posterior:
+        """Return the judged posterior of a data set."""
+        ...
 
 
 @_checks.options
@@ -48,6 +57,7 @@ def fit_many(
     refine: str | bool = "auto",
     together: bool = True,
     jobs: int | None = None,
+    amortized: Answers | None = None,
     progress: bool = True,
 ) -> list[Posterior]:
     r"""Fit one model to many data sets; return a judged posterior for each.
@@ -75,6 +85,8 @@ def fit_many(
         together: whether data sets go side by side where they can.
         jobs: processes for fits one by one, by joblib (the extra ``parallel``); -1 for one a processor. With None, what
             ``joblib.parallel_config`` says, if it was called (Dask, Ray), else this process.
+        amortized: what :func:`amortize` returned for this model: it answers first, and only data sets to which its
+            answer is unreliable are fitted. Their draws are then :math:`q(\theta \mid y)` of one flow for all.
         progress: show what is being done, how many are done, and about how long the others will take.
 
     Returns:
@@ -99,7 +111,7 @@ def fit_many(
     """
     cases = cases_of(model, data, model_kwargs)
     options = {"flow": flow, "layers": layers, "draws": draws, "max_steps": max_steps}
-    many = Many(model, cases, {**options, "escalate": escalate, "refine": refine}, seed, together, jobs)
+    many = Many(model, cases, {**options, "escalate": escalate, "refine": refine}, seed, together, jobs, amortized)
     found: dict[int, Posterior] = {}
     with interruptible(), Bar("fit_many", progress) as bar:
         try:
@@ -145,6 +157,7 @@ class Many:
         seed: of all randomness.
         together: whether data sets go side by side where they can.
         jobs: processes for fits one by one.
+        amortized: what answers first, if anything.
         reason: why data sets do not go side by side, once that is known.
     """
 
@@ -154,6 +167,7 @@ class Many:
     seed: int
     together: bool
     jobs: int | None
+    amortized: Answers | None = None
     reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -186,6 +200,14 @@ class Many:
         One that would be unreliable is fitted once more, by itself, and yielded again; those ``done`` are not.
         """
         again = [number for number in numbers if number not in done]
+        if self.amortized is not None:
+            bar.watch(AMORTIZED)
+            for number in list(again):
+                answer = self._answered(self.amortized, number)
+                if answer.verdict.status != "unreliable":
+                    again.remove(number)
+                    yield number, answer, True
+            numbers = again
         if self.together and len(numbers) >= FEWEST and self.reason is None:
             for number, posterior in zip(numbers, self._side_by_side(numbers, bar), strict=False):
                 if posterior is None:
@@ -200,6 +222,11 @@ class Many:
         options = {name: value for name, value in self.options.items() if value is not None}
         for number, posterior in fit_each(self.model, cases, options, seeds, self.jobs):
             yield number, posterior, True
+
+    def _answered(self, amortized: Answers, number: int) -> Posterior:
+        """Return what the amortized flow answers to a data set."""
+        case, seed = self.cases[number], derive(self.seed, f"data set {number}")
+        return amortized.posterior(*case.args, model_kwargs=case.kwargs, draws=self.options["draws"], seed=seed)
 
     def _side_by_side(self, numbers: Sequence[int], bar: Bar) -> list[Posterior | None]:
         """Fit a batch side by side, or those of it that can be; nothing if that cannot be done."""

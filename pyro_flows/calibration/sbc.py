@@ -15,7 +15,7 @@ from pyro_flows._turns import alone
 from pyro_flows._warnings import outside
 from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.checkpoint import Checkpoint, key_of
-from pyro_flows.calibration.fit_many import Many
+from pyro_flows.calibration.fit_many import Answers, Many
 from pyro_flows.calibration.processes import check_jobs, run_all
 from pyro_flows.calibration.ranks import LOG_DENSITY, STATUSES, GuideTask, Ranked, SamplerTask, ranks_of
 from pyro_flows.calibration.result import Calibration, stacked
@@ -48,6 +48,7 @@ def sbc(
     refine: str | bool = "auto",
     together: bool = True,
     jobs: int | None = None,
+    amortized: Answers | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -92,6 +93,8 @@ def sbc(
         refine: likewise.
         together: likewise.
         jobs: processes, as in :func:`fit_many`; for guides and samplers too.
+        amortized: as in :func:`fit_many`, with ``kind="prior"`` only. As a ``sampler`` it is checked by itself, without
+            fits in the place of its unreliable answers.
         seed: of all randomness.
         checkpoint: a file that keeps finished simulations: a call that was stopped goes on from there, and comes to the
             same ranks. It belongs to one model, its data and options. It is written every ten seconds and at the end.
@@ -128,12 +131,14 @@ def sbc(
     options |= {"escalate": escalate, "refine": refine, "draws": max(draws, FIT_DRAWS)}
     asked = _asked(kind, simulations, draws, seed, steps, learning_rate, guide, sampler)
     asked["log_density"] = bool(log_density)
+    if amortized is not None and kind != "prior":
+        raise ValueError("amortized: expected kind='prior', for it knows the model with one data set, not with two.")
     check_jobs(jobs)
     case = Case(*usable(model, args, model_kwargs))
     with interruptible(), Bar("sbc", progress) as bar:
         with alone():
             simulated = simulate(model, case, data, asked, options, bar)
-        many = Many(simulated.model, simulated.cases, options, derive(seed, "fits"), together, jobs)
+        many = Many(simulated.model, simulated.cases, options, derive(seed, "fits"), together, jobs, amortized)
         calibration = _run(simulated, many, asked, {"guide": guide, "sampler": sampler}, checkpoint, bar)
         bar.close(str(calibration))
         STATE.take()  # all that there is, is there
@@ -173,6 +178,7 @@ def _run(
     """Rank the true values of all simulations that are not finished, and put everything together."""
     about = {**asked, **makers, "model": simulated.model}
     plain = {**asked, "options": {**many.options, "together": many.together}}
+    plain |= {} if many.amortized is None else {"amortized": many.amortized}
     shapes = {name: tuple(simulated.truths[name].shape[1:]) for name in simulated.density.names}
     shapes |= {LOG_DENSITY: ()} if about["log_density"] else {}
     sizes: dict[str, Any] = {"simulations": asked["simulations"], "draws": asked["draws"], "shapes": shapes}

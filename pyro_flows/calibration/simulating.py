@@ -43,7 +43,7 @@ def simulate(
     bar.watch("simulating")
     case = filled(model, case, data)
     density = LogDensity(model, case.args, case.kwargs)
-    _check_model(density, asked["kind"])
+    check_model(density, asked["kind"])
     wiring = wire(density, case, data)
     count, seed = asked["simulations"], asked["seed"]
     if asked["kind"] == "prior":
@@ -61,7 +61,7 @@ def simulate(
     return Simulated(fitted, density, cases, truths, drawn)
 
 
-def _check_model(density: LogDensity, kind: str) -> None:
+def check_model(density: LogDensity, kind: str) -> None:
     """Refuse models whose data cannot be simulated."""
     structure = density.structure
     factors = [name for name, site in messages(structure.trace).items() if isinstance(site.get("fn"), Unit)]

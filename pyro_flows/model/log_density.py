@@ -80,6 +80,10 @@ class LogDensity(SiteValues):
     def _settle(self, structure: Structure, like: Runs | None = None) -> None:
         super()._settle(structure, like)
         self.evaluations = 0
+        self._take_own()
+
+    def _take_own(self) -> None:
+        """Evaluate by recorders of one's own, whose graphs have the data as constants."""
         (unit, large), numbers = self.work.rows(2), max(self.numbers, self.work.largest // (2 * LARGER))
         self._with_gradients = Recorder(self._gradients, numbers, unit=unit)
         self._values = Recorder(self._plain_values, numbers, unit=unit, large=large, whole=self._with_gradients)
@@ -221,6 +225,8 @@ class LogDensity(SiteValues):
         Raises:
             torch.linalg.LinAlgError: if it is to be recorded now, and a factorization fails at ``z``.
         """
+        if self._with_gradients.given:  # the graph of many data sets has their data as inputs
+            self._take_own()
         return self._with_gradients.graph(z) if self.batched else None
 
     def unrecorded(self, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,11 @@ class Stack:
         self.given = [torch.stack(parts) for parts in zip(*self._given, strict=True)]
         self._bare = copy.copy(first)
         self._leaves = tree_flatten((first.args, first.kwargs))[0]
+        unit, large = first.work.rows(2)
+        self._recorders = (
+            Recorder(self._quietly, self.numbers, unit=unit, large=large),
+            Recorder(self._quiet_gradients, self.numbers, unit=unit),
+        )
         self._runners: Cache[Any, Runner] = Cache(KINDS_KEPT)
         self._calls: Counter[Any] = Counter()
         self._check()
@@ -198,11 +203,28 @@ class Stack:
 
     def _share(self) -> None:
         """Let the densities of all data sets take the same graphs."""
-        unit, large = self.densities[0].work.rows(2)
-        values = Recorder(self._quietly, self.numbers, unit=unit, large=large)
-        gradients = Recorder(self._quiet_gradients, self.numbers, unit=unit)
         for density, given in zip(self.densities, self._given, strict=True):
-            density.take(values.sharing(given), gradients.sharing(given))
+            density.take(*(recorder.sharing(given) for recorder in self._recorders))
+
+    # further data sets ----------------------------------------------------------------------------------------------
+
+    def join(self, density: LogDensity) -> None:
+        """Let the density of a further data set take these graphs; it differs where those of the stack differ only.
+
+        Raises:
+            NotStackable: if its coordinates, or its arguments, are of another kind.
+        """
+        _check_alike(density, self.densities[0])
+        leaves = tree_flatten((density.args, density.kwargs))[0]
+        given = [leaves[place] for place in self._where]
+        density.take(*(recorder.sharing(given) for recorder in self._recorders))
+
+    def at(self, z: Tensor, arguments: Sequence[tuple[Any, Any]]) -> Tensor:
+        """Return the log densities (K, m) of groups of points (K, m, D), each with arguments ``(args, kwargs)``."""
+        leaves = [tree_flatten(each)[0] for each in arguments]
+        given = [torch.stack([each[place] for each in leaves]) for place in self._where]
+        with torch.no_grad(), quiet():
+            return self._all(z, given)
 
     def _quietly(self, z: Tensor, *given: Tensor) -> tuple[Tensor]:
         with quiet():
@@ -241,17 +263,21 @@ def _sorted_out(densities: Sequence[LogDensity]) -> tuple[Any, list[int], list[t
         raise NotStackable(densities[0].reason or "the model runs draw by draw")
     if any(density.parameters() for density in densities):
         raise NotStackable("the model has parameters of its own")
-    key = signature(first)
     for density in densities:
-        if signature(density) != key:
-            raise NotStackable("data sets differ in shapes, or in values that are no tensors")
-        for one, other in zip(density.structure.latents, first.structure.latents, strict=True):
-            if one.mask is not None and other.mask is not None and not torch.equal(one.mask, other.mask):
-                raise NotStackable(f"masks leave other entries of {one.name!r} in different data sets")
+        _check_alike(density, first)
     leaves = [tree_flatten((density.args, density.kwargs))[0] for density in densities]
     form = tree_flatten((first.args, first.kwargs))[1]
     where = [place for place, parts in enumerate(zip(*leaves, strict=True)) if _differ(parts)]
     return form, where, [tuple(parts[place] for place in where) for parts in leaves]
+
+
+def _check_alike(density: LogDensity, first: LogDensity) -> None:
+    """Refuse a data set whose coordinates or arguments are of another kind than those of the first."""
+    if signature(density) != signature(first):
+        raise NotStackable("data sets differ in shapes, or in values that are no tensors")
+    for one, other in zip(density.structure.latents, first.structure.latents, strict=True):
+        if one.mask is not None and other.mask is not None and not torch.equal(one.mask, other.mask):
+            raise NotStackable(f"masks leave other entries of {one.name!r} in different data sets")
 
 
 def _differ(parts: Sequence[Any]) -> bool:

@@ -40,19 +40,20 @@ def from_draws(
     notes: Sequence[str] = (),
     doubts: Sequence[str] = (),
     checked: int = CHECKED,
+    times: int = POOL,
     stopped: str = "",
     moving: bool = False,
 ) -> Posterior:
     """Draw, score, weigh and judge. ``draw(n)`` gives unconstrained draws and their log density under the guide.
 
-    ``checked`` draws at most are run with Pyro's checks of arguments on. Where the clock of ``density`` ends the
-    scoring, the draws scored so far are all that there are. ``stopped`` says where it ended the training before,
-    ``moving`` that means or sds still changed a lot there.
+    ``checked`` draws at most are run with Pyro's checks of arguments on. ``times`` as many draws as asked for are
+    judged. Where the clock of ``density`` ends the scoring, the draws scored so far are all that there are. ``stopped``
+    says where it ended the training before, ``moving`` that means or sds still changed a lot there.
     """
     _checks.integer("draws", draws, 100)
     check_memory(density, draws)
     with torch.no_grad():
-        pool = pool_of(density, draw, draws)
+        pool = pool_of(density, draw, draws, times)
         scored = len(pool.log_p)
         failed, cut = _cut(density.clock, scored, pool.wanted, stopped, moving=moving)
         draws, (lost, rounded) = scored * draws // pool.wanted, density.lost_digits(pool.z, most=pool.checked)
@@ -60,7 +61,7 @@ def from_draws(
         said: dict[str, Any] = {"failures": [*failed, *failures, *lost], "doubts": doubts}
         notes, pool = [*notes, *rounded, *_met(density)], pool._replace(checked=min(checked, pool.checked))
         said |= {"notes": notes, "warnings": [*warnings, *cut]}
-        found, samples = _decided(density, draw, pool, draws=draws, seed=seed, **said)
+        found, samples = _decided(density, draw, pool, draws=draws, times=times, seed=seed, **said)
     about = {
         "draws": draws,
         "judged_draws": scored,
@@ -95,7 +96,7 @@ def _cut(clock: Clock, scored: int, wanted: int, stopped: str, *, moving: bool) 
 
 
 def _decided(
-    density: LogDensity, draw: Draw, pool: Pool, *, draws: int, seed: int, **said: Any
+    density: LogDensity, draw: Draw, pool: Pool, *, draws: int, times: int, seed: int, **said: Any
 ) -> tuple[Decision, dict[str, Tensor]]:
     """Decide by the pool that is there; return the model's own values of the draws to use, too.
 
@@ -108,7 +109,7 @@ def _decided(
         coordinate_names(density.structure),
         draws=draws,
         seed=seed,
-        again=lambda: _weighed_again(density, draw, POOL * draws),
+        again=lambda: _weighed_again(density, draw, times * draws),
         complaint=lambda z: density.complaint(z[: pool.checked]),
         changed=lambda z, log_weights: _changed(density, z, log_weights, draws, values),
         **said,

@@ -9,7 +9,17 @@ import torch
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, GUIDE, INDEPENDENT, MIXTURE, TABULATED, TRAINED
+from pyro_flows.verdict.methods import (
+    AMORTIZED,
+    CONDITIONALS,
+    GAUSSIAN,
+    GRID,
+    GUIDE,
+    INDEPENDENT,
+    MIXTURE,
+    TABULATED,
+    TRAINED,
+)
 
 OF_BUILDERS = {"sliced": GRID, "nested": CONDITIONALS, "marginals": INDEPENDENT}
 PAIRS = 8  # of points, at whose middles an affine map is known
@@ -17,12 +27,14 @@ STRAIGHT = 1e-4  # of the distance between the images of a pair: training moves 
 
 
 def guide_method(flow: Flow | FlowMixture | None, settings: Mapping[str, Any]) -> str:
-    """Return what made a guide's own draws; ``settings`` tell whether the guide is the caller's.
+    """Return what made a guide's own draws; ``settings`` tell whether the guide is the caller's, or amortized.
 
     A flow that could not be stored was one that the caller gave to a fit.
     """
     if settings.get("diagnosed"):
         return GUIDE
+    if settings.get("amortized"):
+        return AMORTIZED
     return TRAINED if flow is None else method_of(flow)
 
 

@@ -14,6 +14,7 @@ from pyro_flows.results.record import Record, counted
 from pyro_flows.verdict.deciding import POOL
 from pyro_flows.verdict.judging import MENDED
 from pyro_flows.verdict.methods import (
+    AMORTIZED,
     CONDITIONALS,
     GAUSSIAN,
     GRID,
@@ -108,9 +109,22 @@ def _guide(text: Text, posterior: Record) -> str:
     method, flow = posterior.verdict.guide_method, posterior.flow
     if method == GUIDE:
         return f"the approximation was a guide of the authors' own ({posterior.guide_name})"
+    if method == AMORTIZED:
+        return _amortized(text, posterior)
     if "rows" in posterior.settings:
         return _by_rows(text, posterior)
     return _sampler(text, method, flow, posterior)
+
+
+def _amortized(text: Text, posterior: Record) -> str:
+    """Say how the flow for all data sets was trained."""
+    about = posterior.settings["amortized"]
+    density, flows, workflow = METHODS[AMORTIZED].cites
+    return (
+        f"the approximation was a conditional normalizing flow {text.cite(density, flows)}, trained by maximum "
+        f"likelihood on {about['simulations']:,} simulations of the model, in {about['steps']:,} steps of Adam "
+        f"{text.cite('Kingma2015')}, and weighed at these data {text.cite(workflow)}"
+    )
 
 
 def _by_rows(text: Text, posterior: Record) -> str:

@@ -71,20 +71,20 @@ def seconds_to_judge(density: LogDensity, draws: int) -> float:
     return (time.monotonic() - began) / rows * (POOL * draws + draws) + 0.1
 
 
-def pool_of(density: LogDensity, draw: Draw, draws: int) -> Pool:
-    """Score four times as many draws as asked for; as many only if their weights are nearly even and more cost much.
+def pool_of(density: LogDensity, draw: Draw, draws: int, times: int = POOL) -> Pool:
+    """Score four times as many draws as asked for, or ``times``; as many only if weights are even and more cost much.
 
     More draws make k-hat more exact, and are there to be resampled from. Even weights leave nothing of either to do.
     """
-    if density.affordable(POOL * draws) == POOL * draws or density.clock.finite:
-        return score_pool(density, draw, POOL * draws)
+    if times == 1 or density.affordable(times * draws) == times * draws or density.clock.finite:
+        return score_pool(density, draw, times * draws)
     first = score_pool(density, draw, draws)
     weighing = weigh(first.z, first.log_p, first.log_q)
     if weighing.ess > ESS_SHARE_EVEN * draws and weighing.k_hat < K_HAT_GOOD and not weighing.broken:
         return first
-    rest = score_pool(density, draw, (POOL - 1) * draws)
+    rest = score_pool(density, draw, (times - 1) * draws)
     z, log_q, log_p = (torch.cat([getattr(part, name) for part in (first, rest)]) for name in ("z", "log_q", "log_p"))
-    return Pool(z, log_q, log_p, first.checked, POOL * draws)
+    return Pool(z, log_q, log_p, first.checked, times * draws)
 
 
 def score_pool(density: LogDensity, draw: Draw, count: int) -> Pool:

@@ -12,6 +12,7 @@ MIXTURE = "mixture"
 INDEPENDENT = "independent coordinates"
 TABULATED = "tabulated density"  # of a single coordinate
 MCMC = "MCMC"
+AMORTIZED = "amortized flow"  # trained on simulations, for all data sets of a form
 GUIDE = "guide"  # of the caller's own, judged by ``diagnose``
 
 
@@ -45,6 +46,11 @@ METHODS = {
     MIXTURE: Method("a mixture of Student-t distributions, or of flows, at several modes", "the mixture's", ()),
     INDEPENDENT: Method("a table of the density of each coordinate", "the tables'", ()),
     TABULATED: Method("a table of the density of the only coordinate", "the table's", ()),
+    AMORTIZED: Method(
+        "a conditional flow for all data sets of a form, trained on the model's simulations",
+        "the amortized flow's",
+        ("Papamakarios2016", "Radev2022", "Li2024"),
+    ),
     MCMC: Method("Markov chains that converged", "the chains'", ()),
     GUIDE: Method("a guide of your own", "the guide's", ()),
 }

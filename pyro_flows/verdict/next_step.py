@@ -37,6 +37,14 @@ OF_GUIDES = (
 )
 OF_TRAINING = "train the guide longer, or call refine()"
 
+OF_AMORTIZED = (
+    DIGITS,
+    INVALID,
+    (("outside of what the prior predicts",), "check data and priors; for these data, call refine() or fit()"),
+    *OF_CHAINS,
+)
+OF_LEARNING = "call refine() or fit() for these data, or amortize with more simulations"
+
 OF_MCMC = (
     (("rounding changes",), "sample with data and parameters in double precision"),
     (("no finite log density",), "check the data and the priors"),
@@ -54,6 +62,11 @@ def next_step(reasons: Sequence[str]) -> str:
 def next_step_of_guide(reasons: Sequence[str]) -> str:
     """Return what helps against the reasons for which a guide of the caller's is unreliable."""
     return _first(OF_GUIDES, reasons, OF_TRAINING)
+
+
+def next_step_of_amortized(reasons: Sequence[str]) -> str:
+    """Return what helps against the reasons for which the answer of an amortized flow is unreliable."""
+    return _first(OF_AMORTIZED, reasons, OF_LEARNING)
 
 
 def next_step_of_mcmc(reasons: Sequence[str]) -> str:

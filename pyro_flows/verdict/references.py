@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 ARTICLE, PAPER = "article", "inproceedings"
-LATEX = str.maketrans({"å": r"{\aa}", "é": r"{\'e}", "š": r"{\v{s}}", "ü": r"{\"u}"})  # BibTeX sorts ASCII only
+LATEX = str.maketrans(
+    {"å": r"{\aa}", "é": r"{\'e}", "ö": r"{\"o}", "š": r"{\v{s}}", "ü": r"{\"u}"}
+)  # BibTeX sorts ASCII only
 # key: kind, authors, title, year, and where it appeared
 WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
     "Agrawal2020": (
@@ -131,6 +133,14 @@ WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
             "doi": "10.21105/joss.01143",
         },
     ),
+    "Li2024": (
+        "misc",
+        "Li, Chengkun and Vehtari, Aki and Bürkner, Paul-Christian and Radev, Stefan T. and Acerbi, Luigi and "
+        "Schmitt, Marvin",
+        "Amortized {Bayesian} Workflow",
+        2024,
+        {"eprint": "2409.04332"},
+    ),
     "Margossian2024": (
         ARTICLE,
         "Margossian, Charles C. and Hoffman, Matthew D. and Sountsov, Pavel and Riou-Durand, Lionel and Vehtari, Aki "
@@ -152,12 +162,33 @@ WORKS: dict[str, tuple[str, str, str, int, Mapping[str, str]]] = {
             "eprint": "1206.1901",
         },
     ),
+    "Papamakarios2016": (
+        PAPER,
+        "Papamakarios, George and Murray, Iain",
+        "Fast {$\\varepsilon$}-Free Inference of Simulation Models with {Bayesian} Conditional Density Estimation",
+        2016,
+        {"booktitle": "Advances in Neural Information Processing Systems", "volume": "29", "eprint": "1605.06376"},
+    ),
     "Paszke2019": (
         PAPER,
         "Paszke, Adam and Gross, Sam and Massa, Francisco and others",
         "{PyTorch}: An Imperative Style, High-Performance Deep Learning Library",
         2019,
         {"booktitle": "Advances in Neural Information Processing Systems", "volume": "32", "eprint": "1912.01703"},
+    ),
+    "Radev2022": (
+        ARTICLE,
+        "Radev, Stefan T. and Mertens, Ulf K. and Voss, Andreas and Ardizzone, Lynton and Köthe, Ullrich",
+        "{BayesFlow}: Learning Complex Stochastic Models with Invertible Neural Networks",
+        2022,
+        {
+            "journal": "IEEE Transactions on Neural Networks and Learning Systems",
+            "volume": "33",
+            "number": "4",
+            "pages": "1452--1466",
+            "doi": "10.1109/TNNLS.2020.3042395",
+            "eprint": "2003.06281",
+        },
     ),
     "Rezende2015": (
         PAPER,

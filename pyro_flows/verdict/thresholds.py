@@ -181,6 +181,12 @@ EVIDENCE_GAP_OF_RUNS = 0.3
 # chosen; an error of this size moves a mean by as many sds at most.
 ROW_ERROR_MOST = 0.2
 
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+# Amortized posterior: share of simulated data sets that may be as far out, at either end, as data that count as
+# predicted by the prior. Source: chosen.
+PREDICTIVE_TAIL = 0.001
+
 # ---- missed mass, and density gaps -----------------------------------------------------------------------------------
 
 # Missed mode: share of the mass that the guide covers; a region with more is missed. Source: chosen.

@@ -18,7 +18,7 @@ import pyro_flows as pf
 # What raises nothing by itself, or only holds what others made.
 NO_ERRORS = {
     *("Calibration", "McmcDiagnostics", "McmcDraws", "Comparison", "DensityFit", "Estimate", "Evidence", "FittedPrior"),
-    *("Loo", "Posterior", "Sensitivity", "Verdict", "transforms.Bound", "transforms.Inverse"),
+    *("Amortized", "Loo", "Posterior", "Sensitivity", "Verdict", "transforms.Bound", "transforms.Inverse"),
     *("NothingObservedWarning", "UnreliableWarning", "show_versions"),
     *("plots.nearest", "objectives.path", "objectives.pulled", "objectives.BasePoints", "objectives.elbo"),
     *("objectives.Loss", "datasets.Split"),
@@ -36,7 +36,7 @@ FROM_A_PAPER = {
     *("transforms.Planar", "transforms.SinhArcsinh", "transforms.SplineCoupling", "transforms.Squeeze"),
     *("transforms.MultiScale", "transforms.Rescale"),
     *("AutoNICE", "AutoPlanar", "AutoRealNVP", "glow", "multiscale_realnvp", "nice", "planar", "realnvp", "spline"),
-    *("fit", "diagnose", "from_mcmc", "sbc", "compare", "fit_density"),
+    *("amortize", "fit", "diagnose", "from_mcmc", "sbc", "compare", "fit_density"),
     *("Calibration", "McmcDiagnostics", "Comparison", "Evidence", "Loo", "Posterior", "Sensitivity", "Verdict"),
     *("plots.blend", "plots.inpaint", "plots.scale_spectrum", "plots.plot_spectrum"),
     *("objectives.path", "objectives.importance_weighted", "objectives.BasePoints"),
@@ -52,7 +52,18 @@ WITH_AN_EQUATION = {
     *("Calibration", "McmcDiagnostics", "Comparison", "DensityFit", "Estimate", "Evidence", "FittedPrior", "Loo"),
     *("Posterior", "Sensitivity", "Verdict", "AutoNICE", "AutoPlanar", "AutoRealNVP", "transforms.MultiScale"),
     *("glow", "multiscale_realnvp", "realnvp", "spline", "compare", "fit_density"),
-    *("diagnose", "fit", "fit_many", "nice", "planar", "prior_from", "prior_predictive", "sbc"),
+    *(
+        "Amortized",
+        "amortize",
+        "diagnose",
+        "fit",
+        "fit_many",
+        "nice",
+        "planar",
+        "prior_from",
+        "prior_predictive",
+        "sbc",
+    ),
     *("plots.blend", "plots.interpolate", "plots.to_normal", "plots.from_normal"),
     *("plots.inpaint", "plots.scale_spectrum", "plots.plot_spectrum", "plots.plot_weights"),
     *("objectives.path", "objectives.importance_weighted", "objectives.elbo", "objectives.BasePoints"),
@@ -60,7 +71,7 @@ WITH_AN_EQUATION = {
 # What gives a figure that is no pure number, or takes one.
 WITH_UNITS = {
     *("transforms.AffineCoupling", "Comparison", "DensityFit", "Estimate", "Evidence", "FittedPrior", "Flow"),
-    *("LogDensity", "Loo"),
+    *("Amortized", "LogDensity", "Loo"),
     *("Posterior", "transforms.SplineCoupling", "Verdict", "compare", "diagnose", "fit", "fit_density"),
     *("glow", "multiscale_realnvp"),
     *("realnvp", "spline", "datasets.toy", "objectives.path", "objectives.Loss", "objectives.elbo"),

@@ -1,0 +1,325 @@
+"""The answer to any data set of a form: draws of one flow, weighed and judged by the model's density at these data."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows import _checks
+from pyro_flows._arguments import MAX_DRAWS
+from pyro_flows._seeding import derive, seeded
+from pyro_flows._threads import few_threads
+from pyro_flows._turns import alone
+from pyro_flows.amortization import files
+from pyro_flows.amortization.building import simulate, stacked
+from pyro_flows.amortization.form import Form, Scale, bound, log_mean
+from pyro_flows.amortization.networks import Conditional, match
+from pyro_flows.calibration.cases import Case
+from pyro_flows.flows.flow import Flow
+from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.stack import NotStackable, Stack
+from pyro_flows.posterior.draws import from_draws
+from pyro_flows.posterior.posterior import Posterior
+from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_LEAST, PREDICTIVE_TAIL
+from pyro_flows.verdict.weighing import weigh
+
+TOGETHER = 2**19  # numbers of data and draws that are handled at once
+FEW = 64  # simulations that a loaded model is read with
+TRIED = 32  # draws of the flow that estimate the density of a simulated data set,
+PILOT = 512  # and of one in hand: these also tell how to move the flow
+CHECKED = 1  # draws of each data set that are run with Pyro's checks: these are a matter of the model
+UNSEARCHED = "no search for missed modes was made, since the flow learned from draws of parameters and data together"
+OUTSIDE = "the data are outside of what the prior predicts"
+
+
+class Predicted(NamedTuple):
+    """What simulated data sets come to: log densities on the common scale, if there are any, and farthest entries."""
+
+    log_density: Tensor
+    farthest: Tensor
+
+    @property
+    def limits(self) -> tuple[float, float, float]:
+        """Return the log densities between which, and the distance within which, data are as the prior predicts."""
+        far = float(self.farthest.quantile(1.0 - PREDICTIVE_TAIL))
+        if not len(self.log_density):
+            return -math.inf, math.inf, far
+        low, high = (float(self.log_density.quantile(level)) for level in (PREDICTIVE_TAIL, 1.0 - PREDICTIVE_TAIL))
+        return low, high, far
+
+
+class Parts(NamedTuple):
+    """What an answer is made of.
+
+    Attributes:
+        form: the arguments of the model, and which of them are data.
+        scale: of the data, as networks take them.
+        conditional: the trained flow.
+        lead: the model's log density of the first data set.
+        stack: graphs that all data sets share; None if each has its own.
+    """
+
+    form: Form
+    scale: Scale
+    conditional: Conditional
+    lead: LogDensity
+    stack: Stack | None
+
+    def features(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return K data sets ``{site: (K, *shape)}`` as networks take them, (K, n)."""
+        found: Tensor = self.scale(self.form.rows(values))
+        return found
+
+    @torch.no_grad()
+    def weighed(self, data: Mapping[str, Tensor], features: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+        """Return draws z (K, draws, D) for K data sets, and their log importance weights (K, draws)."""
+        assert self.stack is not None
+        wiring, flow = self.form.wiring, self.conditional.flow
+        cases = [wiring({name: values[number] for name, values in data.items()}) for number in range(len(features))]
+        z, log_q = flow.rsample_and_log_prob((draws,), features.to(next(flow.parameters())))
+        z = z.transpose(0, 1).to(self.stack.dtype).contiguous()
+        return z, self.stack.at(z, [(case.args, case.kwargs) for case in cases]) - log_q.T
+
+    def predict(self, data: Mapping[str, Tensor]) -> Predicted:
+        """Return what simulated data sets ``{site: (K, *shape)}`` come to, as far as their densities can be had."""
+        features = self.features(data)
+        farthest = features.abs().amax(1)
+        if self.stack is None:
+            return Predicted(farthest[:0], farthest)
+        found = []
+        for part in torch.arange(len(features)).split(max(1, TOGETHER // (TRIED * self.stack.numbers))):
+            own = {name: values[part] for name, values in data.items()}
+            found.append(log_mean(self.weighed(own, features[part], TRIED)[1]))
+        log_density = torch.cat(found).double() - self.scale.log_slope(features)
+        return Predicted(log_density[torch.isfinite(log_density)], farthest)
+
+
+@_checks.methods
+@dataclass(frozen=True, eq=False, repr=False)
+class Amortized:
+    r"""A conditional flow :math:`q(\theta \mid y)` for all data sets of one form; :func:`amortize` trains it.
+
+    Called with the arguments of a data set, it returns a :class:`Posterior`, as :meth:`posterior` does.
+
+    Attributes:
+        model: the Pyro model.
+        losses: of the training, negative mean log density of each minibatch, nats.
+        validation: mean log density of held-out parameters given their data, nats.
+        settings: what :func:`amortize` was told, and how the training ended.
+
+    Cost of an answer: one pass of the encoder, and ``draws`` evaluations of flow and model.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y):
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("row", len(y)):
+    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> options = {"simulations": 2000, "max_epochs": 5, "progress": False}
+    >>> amortized = pf.amortize(model, torch.zeros(4), **options)
+    >>> amortized(torch.tensor([0.3, 1.4, -0.2, 0.9])).samples["mu"].shape
+    torch.Size([4000])
+    """
+
+    model: Callable[..., Any]
+    losses: Tensor
+    validation: float
+    settings: dict[str, Any]
+    _parts: Parts
+    _predicted: Predicted
+    _probe: dict[str, Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Posterior:
+        """Return the posterior of a data set, given as the model takes it."""
+        return self.posterior(*args, model_kwargs=kwargs)
+
+    def posterior(
+        self,
+        *args: Any,
+        model_kwargs: Mapping[str, Any] | None = None,
+        draws: int = 4000,
+        seed: int = 0,
+        escalate: bool = False,
+    ) -> Posterior:
+        r"""Return the judged posterior of a data set.
+
+        Draws of :math:`q(\theta \mid y)` are weighted by :math:`p(\theta, y) / q(\theta \mid y)`. They are used as they
+        are, resampled by these weights, or called unreliable, by the rules of :func:`diagnose`. Missed modes are not
+        searched for, and the verdict notes this. Data that are outside of what the prior predicts are named in the
+        verdict, which is then never ``ok``.
+
+        Args:
+            args: the arguments of the model, as :func:`amortize` was given them, with other data.
+            model_kwargs: its keyword arguments.
+            draws: how many, 100 at least; all of them are weighed.
+            seed: of the draws.
+            escalate: let Markov chains go on from the draws (:meth:`Posterior.refine`) where the verdict is unreliable.
+
+        Raises:
+            ValueError: for data of another shape, an argument that differs and is no data, values outside of the
+                support of the likelihood.
+
+        Source: Li et al. 2024, *Amortized Bayesian Workflow* (arXiv 2409.04332).
+        """
+        _checks.integer("draws", draws, 100, MAX_DRAWS)
+        case = bound(self.model, args, dict(model_kwargs or {}))
+        features = self._parts.features({name: value[None] for name, value in self._parts.form.read(case).items()})
+        with alone(), few_threads(self._parts.lead.numbers), seeded(derive(seed, "amortized"), self._parts.lead.device):
+            density = self._density(case)
+            flow, doubts = self._flow(features, density)
+            found = from_draws(
+                density,
+                flow.draw,
+                draws=draws,
+                seed=seed,
+                guide=AutoFlow.of(flow, density.structure, self.model, density.args, density.kwargs),
+                losses=self.losses,
+                settings={"amortized": self.settings},
+                doubts=doubts,
+                notes=(UNSEARCHED,),
+                checked=CHECKED,
+                times=1,
+            )
+        if escalate and found.verdict.status == "unreliable":
+            found = found.refine(progress=False)
+        return found
+
+    def samples(
+        self, data: Mapping[str, Tensor], draws: int = 1000, *, seed: int = 0
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        r"""Return draws of the flow for many data sets at once, and their importance weights. Nothing is judged.
+
+        The log weights are :math:`\log p(\theta, y) - \log q(\theta \mid y)`, in unconstrained coordinates.
+
+        Args:
+            data: values of the observed sites of K data sets, ``{site: (K, *shape)}``.
+            draws: of each data set.
+            seed: of the draws.
+
+        Returns:
+            Draws of each latent site (K, draws, ...), and log weights (K, draws) in nats, as they are.
+
+        Raises:
+            ValueError: for data of another shape, or a model that takes numbers out of its data: call
+                :meth:`posterior` for each data set then.
+        """
+        parts = self._parts
+        if parts.stack is None:
+            raise ValueError("samples: this model does not take many data sets at once. Call posterior() for each.")
+        _checks.integer("draws", draws, 1, MAX_DRAWS)
+        for name, keep in parts.form.keep.items():
+            got = tuple(data[name].shape[1:]) if name in data else "nothing"
+            if got != tuple(keep.shape):
+                raise ValueError(f"data[{name!r}]: expected shape (K, *{tuple(keep.shape)}), got {got}.")
+        with alone(), seeded(derive(seed, "many data sets"), parts.lead.device):
+            z, log_weights = parts.weighed(data, parts.features(data), draws)
+            found = parts.lead.constrain(z.flatten(0, 1))
+        return {name: found[name].unflatten(0, z.shape[:2]) for name in parts.lead.names}, log_weights
+
+    def outside(self, *args: Any, model_kwargs: Mapping[str, Any] | None = None, seed: int = 0) -> tuple[str, ...]:
+        r"""Say in which way a data set is outside of what the prior predicts; nothing if it is not.
+
+        Two figures are compared with those of 4096 simulated data sets: the distance of the farthest entry from its
+        median, and :math:`\log p(u)`, the density of the data on a common scale u, by importance sampling. A data set
+        is outside if one in a thousand simulated ones is as extreme.
+
+        Args:
+            args: as for :meth:`posterior`.
+            model_kwargs: likewise.
+            seed: of the draws.
+
+        Source: Box 1980, *Sampling and Bayes' Inference in Scientific Modelling and Robustness* (doi:10.2307/2982063).
+        """
+        case = bound(self.model, args, dict(model_kwargs or {}))
+        features = self._parts.features({name: value[None] for name, value in self._parts.form.read(case).items()})
+        with alone(), seeded(derive(seed, "outside"), self._parts.lead.device):
+            return self._flow(features, self._density(case))[1]
+
+    # files ----------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a directory of tensors and JSON; neither the model nor its data, nor an encoder of your own.
+
+        Raises:
+            ValueError: if ``path`` holds other files.
+            OSError: if it cannot be written.
+        """
+        parts = self._parts
+        states = {"flow": parts.conditional.flow.state_dict(), "scale": parts.scale.state_dict()}
+        curves = {"losses": self.losses, **self._predicted._asdict()}
+        text = {"settings": self.settings, "validation": self.validation}
+        files.write(path, {**states, **curves, "probe": self._probe}, text)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Callable[..., Any],
+        *args: Any,
+        model_kwargs: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+        encoder: nn.Module | None = None,
+    ) -> Self:
+        """Read what :meth:`save` wrote, given the model and all that :func:`amortize` was given.
+
+        Raises:
+            ValueError: if it is no saved amortized posterior, or a damaged one; if the model, its arguments or the
+                encoder are not those of the training.
+        """
+        tensors, text = files.read(path)
+        with alone():
+            case = bound(model, args, dict(model_kwargs or {}))
+            read = simulate(model, case, data, FEW, 0, seed=0)
+            files.check_probe(read, tensors["probe"])
+            scale, conditional = files.rebuilt(read, tensors, text["settings"], encoder)
+            parts = Parts(read.form, scale, conditional, read.density, stacked(read))
+        predicted = Predicted(tensors["log_density"], tensors["farthest"])
+        about = tensors["losses"], float(text["validation"]), text["settings"]
+        return cls(model, *about, parts, predicted, tensors["probe"])
+
+    # parts ----------------------------------------------------------------------------------------------------------
+
+    def _density(self, case: Case) -> LogDensity:
+        """Return the model's log density of a data set, which takes the graphs of all others where it can."""
+        density = self._parts.lead.beside(case.args, case.kwargs)
+        if self._parts.stack is not None:
+            with suppress(NotStackable):  # its own graph is recorded then
+                self._parts.stack.join(density)
+        return density
+
+    @torch.no_grad()
+    def _flow(self, features: Tensor, density: LogDensity) -> tuple[Flow, tuple[str, ...]]:
+        """Return the flow of a data set with features (1, n), and what speaks against the data.
+
+        Where the weights of some draws are uneven, and tell moments, the flow is moved to these.
+        """
+        flow = self._parts.conditional.given(features[0], density.dtype)
+        z, log_q = flow.draw(PILOT)
+        weighing = weigh(z, density(z), log_q)
+        if ESS_SHARE_LEAST * PILOT <= weighing.ess < ESS_SHARE_EVEN * PILOT:
+            match(flow, z, weighing)
+        return flow, self._outside(features, weighing.log_evidence)
+
+    def _outside(self, features: Tensor, log_evidence: float) -> tuple[str, ...]:
+        """Say in which way features (1, n) of a data set are outside of what the prior predicts."""
+        low, high, far = self._predicted.limits
+        away, number = features.abs().max(1)
+        share = f"{1.0 - PREDICTIVE_TAIL:.1%} of simulated data sets"
+        if not float(away) <= far:
+            return (f"{OUTSIDE}: {self._parts.form.entry(int(number))} is farther out than in {share}",)
+        value = log_evidence - float(self._parts.scale.log_slope(features))
+        if not low <= value <= high:
+            than = "lower" if not value >= low else "higher"
+            return (f"{OUTSIDE}: their density is {than} than in {share}",)
+        return ()
+
+    def __repr__(self) -> str:
+        name = getattr(self.model, "__name__", type(self.model).__name__)
+        return f"Amortized({name}, {', '.join(f'{key}={value!r}' for key, value in self.settings.items())})"

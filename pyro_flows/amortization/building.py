@@ -1,0 +1,155 @@
+"""The parts of an amortized posterior that are there before any training: form, simulations, scale and networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows._fallbacks import fallback
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.amortization.form import Form, Scale
+from pyro_flows.amortization.networks import BASE, FLOW, Conditional, Pooled, Shaped, perceptron
+from pyro_flows.calibration.cases import Case
+from pyro_flows.calibration.simulating import check_model
+from pyro_flows.calibration.wiring import check_wiring, filled, wire
+from pyro_flows.density_estimation.standardizing import preprocess
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.vectors import realnvp, spline
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.precision import LostDigits
+from pyro_flows.model.stack import NotStackable, Stack
+from pyro_flows.transforms.fixed import Preprocess
+
+BUILDERS = {"spline": (spline, 4), "realnvp": (realnvp, 6)}  # with how many layers
+SPLINES_UP_TO = 2  # dimensions: a spline bends a single one too, and takes three times as long
+SIMULATIONS, SIMULATIONS_LEAST = 200_000, 10_000  # by default: as many as make so many numbers of data
+NUMBERS = 10**8
+STACKED = 8  # data sets that tell which arguments are inputs of the recorded graph
+SET = 16  # rows, from which on exchangeable ones are pooled
+MEASURED = 50_000  # simulations that the regression is made with
+COMPARED = 8  # points at which rows are exchanged
+LOST_SHARE = 0.05  # of the simulations that may have parameters or data that are not finite
+DIGITS = 64  # draws at which precisions are compared
+
+
+class Read(NamedTuple):
+    """A model with data of one form: its density, their form, and draws of parameters z (N, D) and data from it."""
+
+    density: LogDensity
+    form: Form
+    z: Tensor
+    observed: dict[str, Tensor]
+
+
+def simulate(
+    model: Callable[..., Any], case: Case, data: Mapping[str, Any] | None, count: int | None, more: int, *, seed: int
+) -> Read:
+    """Read a model, and draw ``count + more`` parameters and data from it, as far as all of them are finite.
+
+    Raises:
+        ValueError: for a model that cannot draw its data, or draws that are often not finite.
+    """
+    case = filled(model, case, data)
+    density = LogDensity(model, case.args, case.kwargs, noncentered=True)
+    check_model(density, "prior")
+    wiring = wire(density, case, data)
+    form = Form.of(wiring, density.structure.observed)
+    if count is None:
+        count = max(SIMULATIONS_LEAST, min(SIMULATIONS, NUMBERS // sum(form.sizes)))
+    drawn = density.prior(count + more, seed=derive(seed, "simulations"))
+    if drawn is None:
+        raise ValueError("model: expected proper priors that can be drawn from, so that data can be simulated.")
+    check_wiring(density, wiring, {name: values[0] for name, values in drawn.items()})
+    z = density.unconstrain(drawn)
+    fine = torch.isfinite(z).all(1) & torch.isfinite(form.rows(drawn)).all(1)
+    lost = 1.0 - float(fine.double().mean())
+    if lost > LOST_SHARE:
+        raise ValueError(
+            f"model: {lost:.0%} of the simulations have parameters or data that are not finite. Its priors are too "
+            "wide to learn from: give narrower ones."
+        )
+    z = z[fine]
+    try:
+        density.check_digits(z[:DIGITS])
+    except LostDigits:
+        density = density.in_double()
+    return Read(density, form, z.to(density.dtype), {name: drawn[name][fine] for name in form.keep})
+
+
+def exchangeable_rows(read: Read) -> int:
+    """Return how many rows the data have, if these are 16 or more, and may come in any order; else 1."""
+    density, form = read.density, read.form
+    observed = density.structure.observed
+    sizes = {len(value) if value.dim() else 0 for value in observed.values()}
+    rows = max(sizes)
+    if len(sizes) > 1 or rows < SET or not all(bool(keep.all()) for keep in form.keep.values()):
+        return 1
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    case = form.wiring({name: value[order] for name, value in observed.items()})
+    z = read.z[:COMPARED]
+    with torch.no_grad():
+        one, other = density(z), density.beside(case.args, case.kwargs)(z)
+    return rows if torch.allclose(one, other, rtol=1e-5, atol=1e-4, equal_nan=True) else 1
+
+
+def networks(
+    read: Read, encoder: nn.Module | None, rows: int, flow: str, layers: int | None, *, seed: int
+) -> Conditional:
+    """Return an encoder and a flow, both untrained.
+
+    Raises:
+        ValueError: for an encoder that returns another shape than ``(K, width)``.
+    """
+    sizes = read.form.sizes
+    with seeded(derive(seed, "networks"), read.density.device):
+        made = _encoder(encoder, read.form, sizes, rows).to(read.density.device)
+        width = made(torch.zeros(2, sum(sizes), device=read.density.device)).shape[-1]
+        return Conditional(couplings(flow, read.density.dim, layers, width), made, sum(sizes))
+
+
+def _encoder(encoder: nn.Module | None, form: Form, sizes: Sequence[int], rows: int) -> nn.Module:
+    if encoder is not None:
+        return Shaped(encoder, form.keep)
+    return perceptron(sum(sizes)) if rows == 1 else Pooled(rows, [size // rows for size in sizes])
+
+
+def couplings(flow: str, dim: int, layers: int | None, width: int) -> Flow:
+    """Return couplings with a context of this width."""
+    name = ("spline" if dim <= SPLINES_UP_TO else "realnvp") if flow == "auto" else flow
+    builder, own = BUILDERS[name]
+    return builder(dim, layers=layers or own, context_dim=width, **FLOW, **BASE)
+
+
+def scale_of(read: Read, rows: int) -> Scale:
+    """Measure the scale of simulated data."""
+    return Scale(read.form.rows(read.observed), read.form.sizes, exchangeable=rows)
+
+
+def measured(read: Read, features: Tensor, rows: int) -> Preprocess:
+    """Return the linear regression of the latents on data (N, n), and the scale of what it leaves.
+
+    Rows that may come in any order have the same slopes, or their order would matter.
+    """
+    z, given = read.z[:MEASURED].to(features), features[:MEASURED]
+    found = preprocess("standardize", [(z, given)])
+    assert found.slope is not None
+    parts = [part.unflatten(0, (rows, -1)) for part in found.slope.split(read.form.sizes)]
+    slope = torch.cat([part.mean(0, keepdim=True).expand_as(part).flatten(0, 1) for part in parts])
+    slope = slope if rows > 1 else found.slope
+    return Preprocess(found.loc + given.mean(0) @ (found.slope - slope), found.scale, slope)
+
+
+def stacked(read: Read) -> Stack | None:
+    """Return the densities of some simulated data sets side by side; None where the model cannot do that."""
+    every = range(min(STACKED, len(read.z)))
+    cases = [read.form.wiring({name: value[number] for name, value in read.observed.items()}) for number in every]
+    found = None
+    with suppress(NotStackable):
+        found = Stack([read.density.beside(case.args, case.kwargs) for case in cases])
+    if found is None:
+        fallback("each data set has a graph of its own")
+    return found

@@ -1,0 +1,107 @@
+"""Amortized posteriors as directories of tensors and JSON. Reading them runs no code but the model's own."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows._bundles import Bundle, damaged, plain
+from pyro_flows._fallbacks import first_line
+from pyro_flows.amortization.building import Read, exchangeable_rows, networks, scale_of
+from pyro_flows.amortization.form import Scale
+from pyro_flows.amortization.networks import Conditional
+from pyro_flows.flows.recipe import with_preprocess
+from pyro_flows.transforms.fixed import Preprocess
+
+TENSORS, TEXT = "amortized.pt", "amortized.json"
+FILES = Bundle("amortized posterior", "pyro_flows amortized posterior", TEXT, (TENSORS,))
+COMPARED = 8  # simulations at which a loaded model is compared with the one that was saved
+DAMAGE = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, pickle.UnpicklingError)
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Write a trained flow and what belongs to it: all of it, or nothing.
+
+    Raises:
+        ValueError: if ``path`` holds other files.
+        OSError: if it cannot be written.
+    """
+    target, stored = FILES.check_target(path), io.BytesIO()
+    torch.save(dict(tensors), stored)
+    FILES.write(target, plain(dict(text)), {TENSORS: stored.getvalue()})
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tensors and the text of a saved amortized posterior.
+
+    Raises:
+        ValueError: if it is none, a damaged one, or of another format version.
+    """
+    text, contents = FILES.read(path)
+    try:
+        return torch.load(io.BytesIO(contents[TENSORS]), map_location="cpu", weights_only=True), text
+    except DAMAGE as error:
+        raise ValueError(damaged(path, [TENSORS], f"cannot be read: {first_line(error)}")) from error
+
+
+def rebuilt(
+    found: Read, tensors: Mapping[str, Any], settings: Mapping[str, Any], encoder: nn.Module | None
+) -> tuple[Scale, Conditional]:
+    """Return the scale of the data and the trained flow.
+
+    Raises:
+        ValueError: if the model, its arguments or the encoder are not those of the training.
+    """
+    if (settings["encoder"] == "default") != (encoder is None):
+        raise ValueError(f"encoder: expected the one of the training, which was {settings['encoder']!r}.")
+    rows = settings["rows"]
+    if rows > 1 and exchangeable_rows(found) != rows:
+        raise ValueError(f"model: expected {rows} rows in any order, as in the training.")
+    scale = scale_of(found, rows)
+    made = networks(found, encoder, rows, settings["flow"], settings["layers"], seed=0)
+    dim, entries = found.density.dim, sum(found.form.sizes)
+    blank = Preprocess(torch.zeros(dim), torch.ones(dim), torch.zeros(entries, dim))
+    flow = with_preprocess(made.flow, blank).to(found.density.device)
+    try:
+        scale.load_state_dict(tensors["scale"])
+        flow.load_state_dict(tensors["flow"])
+    except (LookupError, RuntimeError) as error:
+        raise ValueError(
+            f"model: expected the model, arguments and encoder of the training; the tensors do not fit: "
+            f"{first_line(error)}"
+        ) from error
+    made.trained(flow)
+    return scale, made
+
+
+def probe(found: Read) -> dict[str, Any]:
+    """Return log densities of some simulations, by which the model is known again."""
+    log_p = []
+    for number in range(COMPARED):
+        case = found.form.wiring({name: value[number] for name, value in found.observed.items()})
+        with torch.no_grad():
+            log_p.append(found.density.beside(case.args, case.kwargs)(found.z[number : number + 1]))
+    data = {name: value[:COMPARED].cpu() for name, value in found.observed.items()}
+    return {"z": found.z[:COMPARED].cpu(), "data": data, "log_p": torch.cat(log_p).cpu()}
+
+
+def check_probe(found: Read, probed: Mapping[str, Any]) -> None:
+    """Compare log densities with those of the model that was saved.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    device = found.density.device
+    same = probed["z"].shape[1:] == found.z.shape[1:]
+    if same:
+        data: dict[str, Tensor] = {name: value.to(device) for name, value in probed["data"].items()}
+        now = probe(found._replace(z=probed["z"].to(found.z), observed=data))["log_p"]
+        same = torch.allclose(now.double(), probed["log_p"].double(), rtol=1e-4, atol=1e-2, equal_nan=True)
+    if not same:
+        raise ValueError("model: its log density is not that of the saved one. Pass what amortize was given.")

@@ -1,0 +1,176 @@
+"""What data sets of one form have in common, and a data set as one row of numbers that a network takes."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from pyro_flows.calibration.cases import Case
+from pyro_flows.calibration.wiring import Wiring
+from pyro_flows.model.arguments import usable
+
+FAR = 10.0  # robust standard deviations, beyond which the data of a site count as heavy-tailed,
+FAR_SHARE = 1e-3  # if this share of the simulated values is there
+NORMAL = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
+
+
+def bound(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Case:
+    """Return arguments with which the model runs, in one form however the caller passed them."""
+    args, found = usable(model, args, kwargs)
+    try:
+        given = inspect.signature(model).bind(*args, **found)
+    except (TypeError, ValueError):
+        return Case(args, found)
+    given.apply_defaults()
+    return Case(given.args, given.kwargs)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The arguments of a model, of which the data may change, and nothing else.
+
+    Attributes:
+        wiring: which argument holds which observed site.
+        keep: the entries of each observed site that are not missing (NaN).
+    """
+
+    wiring: Wiring
+    keep: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, wiring: Wiring, observed: Mapping[str, Tensor]) -> Form:
+        """Return the form of data sets like this one, whose sites have these values."""
+        found = cls(wiring, dict(observed))._placed(tree_flatten((wiring.case.args, wiring.case.kwargs))[0])
+        return cls(wiring, {name: ~value.isnan() for name, value in found.items()})
+
+    def read(self, case: Case) -> dict[str, Tensor]:
+        """Return the values of the observed sites of a data set.
+
+        Raises:
+            ValueError: naming the argument that has another form, or that is no data and differs.
+        """
+        leaves, structure = tree_flatten((case.args, case.kwargs))
+        own, known = tree_flatten((self.wiring.case.args, self.wiring.case.kwargs))
+        if structure != known:
+            raise ValueError("args: expected arguments of the same form as those that amortize was given.")
+        held = {place.leaf for place in self.wiring.places}
+        for number, (leaf, first) in enumerate(zip(leaves, own, strict=True)):
+            if number in held:
+                leaves[number] = _like(leaf, first, number)
+            elif not _equal(leaf, first):
+                raise ValueError(
+                    f"args: argument {number} is no data, and differs from the one that amortize was given. "
+                    "The flow knows the model with that one only: amortize once more, or use fit."
+                )
+        found = self._placed(leaves)
+        for name, value in found.items():
+            if not torch.equal(value.isnan(), ~self.keep[name]):
+                raise ValueError(f"site {name!r}: expected missing values (NaN) where amortize was given them.")
+        return found
+
+    def _placed(self, leaves: Sequence[Any]) -> dict[str, Tensor]:
+        """Return the values of the observed sites in the arguments."""
+        found = {}
+        for place in self.wiring.places:
+            value = leaves[place.leaf] if place.part is None else torch.as_strided(leaves[place.leaf], *place.part)
+            found[place.site] = value.reshape(self.keep[place.site].shape)
+        return found
+
+    def rows(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the entries that are not missing of K data sets ``{site: (K, *shape)}`` as rows (K, n)."""
+        return torch.cat([values[name][:, keep].double() for name, keep in self.keep.items()], 1)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many columns of :meth:`rows` each site has."""
+        return [int(keep.sum()) for keep in self.keep.values()]
+
+    def entry(self, number: int) -> str:
+        """Return the name of a column of :meth:`rows`."""
+        for name, keep in self.keep.items():
+            places = keep.nonzero()
+            if number < len(places):
+                return f"{name}[{', '.join(map(str, places[number].tolist()))}]" if keep.dim() else name
+            number -= len(places)
+        raise IndexError(number)
+
+
+def _like(leaf: Any, first: Tensor, number: int) -> Tensor:
+    """Return an argument as the first one was: its strides, dtype and device."""
+    value = torch.as_tensor(leaf)
+    if value.shape != first.shape:
+        raise ValueError(
+            f"args: expected argument {number} of shape {tuple(first.shape)}, as amortize was given, got "
+            f"{tuple(value.shape)}. Data sets of another size need a flow of their own."
+        )
+    return first.clone().copy_(value)
+
+
+def _equal(leaf: Any, first: Any) -> bool:
+    if isinstance(first, Tensor):
+        same = torch.is_tensor(leaf) and leaf.shape == first.shape
+        return same and torch.allclose(leaf.double(), first.double(), rtol=0.0, atol=0.0, equal_nan=True)
+    if isinstance(first, np.ndarray):
+        return np.array_equal(leaf, first)
+    try:
+        return leaf is first or bool(leaf == first)
+    except (TypeError, ValueError):  # of tables and the like
+        return False
+
+
+class Scale(torch.nn.Module):
+    r"""Rows of data on a common scale: :math:`u = (y - m) / s`, and asinh(u) of what has heavy tails.
+
+    m is the median of simulated values and s their median absolute deviation, of each entry, or of all entries of a
+    site if these are exchangeable. Heavy-tailed is a site of which a thousandth of the values is ten s away.
+
+    Args:
+        rows: simulated data (N, n).
+        sites: how many columns each site has.
+        exchangeable: how many rows a site has that have one scale; 1 if each entry has its own.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    heavy: Tensor
+
+    def __init__(self, rows: Tensor, sites: Sequence[int], *, exchangeable: int) -> None:
+        super().__init__()
+        found = [_measured(part, exchangeable) for part in rows.split(list(sites), 1)]
+        for name, parts in zip(("loc", "scale", "heavy"), zip(*found, strict=True), strict=True):
+            self.register_buffer(name, torch.cat(parts))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return the data on the common scale (K, n)."""
+        units = (rows - self.loc) / self.scale
+        return torch.where(self.heavy, units.asinh(), units)
+
+    def log_slope(self, features: Tensor) -> Tensor:
+        """Return the log absolute determinant (K,) of the map to ``features`` (K, n)."""
+        bend = torch.where(self.heavy, features.cosh().log(), 0.0)
+        return -(bend + self.scale.log()).sum(1)
+
+
+def _measured(part: Tensor, exchangeable: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return place, scale and whether the tails are heavy, for each column (N, m) of a site."""
+    pooled = part.reshape(len(part) * exchangeable, -1)
+    loc = pooled.median(0).values
+    away = (pooled - loc).abs()
+    scale, mean = NORMAL * away.median(0).values, away.mean(0)
+    scale = torch.where(scale > 0.0, scale, torch.where(mean > 0.0, mean, 1.0))  # most counts may be equal
+    heavy = ((away > FAR * scale).double().mean() > FAR_SHARE).expand(part.shape[1])
+    return loc.repeat(exchangeable), scale.repeat(exchangeable), heavy
+
+
+def log_mean(log_weights: Tensor) -> Tensor:
+    """Return the log of the mean of weights along the last axis; -inf for those that are not finite."""
+    finite = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
+    return finite.logsumexp(-1) - math.log(log_weights.shape[-1])

@@ -1,0 +1,319 @@
+"""One flow for all data sets of a form: its answers are exact where they say so, and name data that it cannot know."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyro_flows as pf
+from pyro_flows.amortization.building import couplings
+from pyro_flows.amortization.form import Scale, log_mean
+from pyro_flows.amortization.networks import Conditional, Pooled, match, perceptron
+from pyro_flows.flows.recipe import with_preprocess
+from pyro_flows.flows.recipe_json import not_rebuilt
+from pyro_flows.transforms.fixed import Preprocess
+from pyro_flows.verdict.weighing import weigh
+from tests.calibration.models import NOISE, X, branching, exact, regression, two_modes
+
+FAST = {"simulations": 6000, "max_epochs": 12, "progress": False}
+DATA = torch.tensor([0.4, -1.1, 0.3, 1.2, -0.2])
+
+
+@pytest.fixture(scope="module")
+def amortized():
+    return pf.amortize(regression, X, torch.zeros(5), **FAST)
+
+
+@pytest.fixture(scope="module")
+def data_sets():
+    return pf.LogDensity(regression, (X, torch.zeros(5))).prior(12, seed=3)["y"]
+
+
+def test_answers_are_those_of_the_closed_form(amortized, data_sets):
+    for y in data_sets:
+        posterior = amortized(X, y)
+        assert posterior.verdict.status in ("ok", "corrected")
+        mean, covariance = exact(X, y)
+        sds = covariance.diagonal().sqrt()
+        draws = posterior.samples["b"]
+        assert ((draws.mean(0) - mean).abs() < 0.15 * sds).all()
+        assert ((draws.std(0) / sds).log().abs() < 0.12).all()
+        evidence = dist.MultivariateNormal(torch.zeros(5), X @ X.T + NOISE**2 * torch.eye(5)).log_prob(y)
+        assert posterior.log_evidence == pytest.approx(float(evidence), abs=0.05)
+
+
+def test_an_answer_is_an_ordinary_posterior(amortized, tmp_path):
+    posterior = amortized.posterior(X, DATA, draws=400, seed=1)
+    assert posterior.method == "amortized flow"
+    assert posterior.samples["b"].shape == (400, 2)
+    assert any("no search for missed modes" in note for note in posterior.verdict.notes)
+    assert "trained by maximum likelihood on 6,000 simulations" in posterior.methods_text()
+    assert "eprint = {2409.04332}" in posterior.references()
+    posterior.save(tmp_path / "saved")
+    again = pf.load(tmp_path / "saved", regression, X, DATA)
+    assert again.method == "amortized flow"
+    assert torch.allclose(again.flow.log_prob(posterior.z), posterior.log_q, atol=1e-4)
+    same = amortized.posterior(X, DATA, draws=400, seed=1)
+    assert torch.equal(same.z, posterior.z)
+    assert not torch.equal(amortized.posterior(X, DATA, draws=400, seed=2).z, posterior.z)
+
+
+def test_arguments_come_by_name_and_as_arrays(amortized):
+    one, other = amortized(X, DATA), amortized(x=X, y=DATA.numpy())
+    assert torch.equal(one.z, other.z)
+
+
+@pytest.mark.slow
+def test_chains_go_on_where_an_answer_is_unreliable(amortized):
+    far = DATA + torch.tensor([30.0, -30.0, 25.0, 40.0, -20.0])
+    posterior = amortized.posterior(X, far, escalate=True)
+    assert posterior.verdict.status in ("corrected", "refined")
+    mean, covariance = exact(X, far)
+    assert ((posterior.samples["b"].mean(0) - mean).abs() < 0.2 * covariance.diagonal().sqrt()).all()
+
+
+def test_data_outside_of_the_prior_predictive_are_named_and_never_ok(amortized, data_sets):
+    assert sum(bool(amortized.outside(X, y)) for y in data_sets) == 0
+    for y in data_sets:
+        for change in (torch.full((5,), 50.0), torch.tensor([0.0, 30.0, 0.0, 0.0, 0.0]), 8.0 * X[:, 1].sign()):
+            (said,) = amortized.outside(X, y + change)
+            assert said.startswith("the data are outside of what the prior predicts")
+            verdict = amortized(X, y + change).verdict
+            assert verdict.status != "ok"
+            assert said in verdict.reasons
+    assert "y[1] is farther out" in amortized.outside(X, DATA + torch.tensor([0.0, 300.0, 0.0, 0.0, 0.0]))[0]
+
+
+def test_many_data_sets_at_once(amortized, data_sets):
+    samples, log_weights = amortized.samples({"y": data_sets}, 500)
+    assert samples["b"].shape == (12, 500, 2)
+    for number, y in enumerate(data_sets):
+        evidence = dist.MultivariateNormal(torch.zeros(5), X @ X.T + NOISE**2 * torch.eye(5)).log_prob(y)
+        assert float(log_mean(log_weights[number])) == pytest.approx(float(evidence), abs=0.2)
+    with pytest.raises(ValueError, match=r"data\['y'\]: expected shape \(K, \*\(5,\)\)"):
+        amortized.samples({"y": torch.zeros(3, 4)})
+
+
+def test_answers_are_calibrated(amortized):
+    found = pf.sbc(regression, X, DATA, sampler=amortized, simulations=40, seed=1, progress=False)
+    assert found.is_uniform(0.01)
+    assert found.method == "Amortized"
+    assert found.statuses.get("unreliable", 0) <= 3
+
+
+def test_a_saved_flow_answers_as_before(amortized, tmp_path):
+    amortized.save(tmp_path / "saved")
+    again = pf.Amortized.load(tmp_path / "saved", regression, X, torch.zeros(5))
+    assert again.settings == amortized.settings
+    one, other = amortized(X, DATA), again(X, DATA)
+    assert torch.allclose(one.z, other.z, atol=1e-5)
+    assert one.verdict.status == other.verdict.status
+    with pytest.raises(ValueError, match="log density is not that of the saved one"):
+        pf.Amortized.load(tmp_path / "saved", regression, X + 0.1, torch.zeros(5))
+    with pytest.raises(ValueError, match="encoder: expected the one of the training, which was 'default'"):
+        pf.Amortized.load(tmp_path / "saved", regression, X, torch.zeros(5), encoder=Own())
+    (tmp_path / "saved" / "amortized.pt").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="damaged"):
+        pf.Amortized.load(tmp_path / "saved", regression, X, torch.zeros(5))
+
+
+class Sometimes:
+    """An amortized flow whose answers to some data are unreliable."""
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def posterior(self, *args, **options):
+        if float(args[1][0]) < 0.0:
+            return pf.diagnose(regression, narrow, *args, draws=200, progress=False)
+        return self.answers.posterior(*args, **options)
+
+
+def narrow(x, y):
+    pyro.sample("b", dist.Normal(5.0 * torch.ones(2), 0.01).to_event(1))
+
+
+def test_many_fits_begin_with_the_answers_of_the_flow(amortized):
+    sets = [(X, DATA), (X, -DATA), (X, 0.5 * DATA)]
+    found = pf.fit_many(regression, sets, draws=500, amortized=Sometimes(amortized), progress=False)
+    methods = [posterior.method for posterior in found]
+    assert methods[0] == methods[2] == "amortized flow"
+    assert methods[1] not in ("amortized flow", "guide")
+    assert all(posterior.verdict.status != "unreliable" for posterior in found)
+    options = {"amortized": amortized, "simulations": 10, "progress": False}
+    assert pf.sbc(regression, X, DATA, **options).statuses.keys() <= {"ok", "corrected"}
+    with pytest.raises(ValueError, match="amortized: expected kind='prior'"):
+        pf.sbc(regression, X, DATA, kind="posterior", **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((X, torch.zeros(4)), r"argument 1 of shape \(5,\)"),
+        ((X + 1.0, DATA), "argument 0 is no data, and differs"),
+        ((X, torch.tensor([0.0, math.nan, 0.0, 0.0, 0.0])), "site 'y': expected missing values"),
+    ],
+    ids=["shape", "covariates", "missing"],
+)
+def test_other_data_are_refused(amortized, args, message):
+    with pytest.raises(ValueError, match=message):
+        amortized(*args)
+
+
+# what is trained ------------------------------------------------------------------------------------------------------
+
+
+def conditional(flow, dim, encoder=None, entries=6):
+    """A flow with random weights everywhere, as if it were trained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(dim)
+        found = Conditional(couplings(flow, dim, 2, 64), encoder or perceptron(entries), entries)
+        for parameter in found.flow.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+        last = Preprocess(torch.randn(dim), 0.5 + torch.rand(dim), torch.randn(entries, dim))
+    found.trained(with_preprocess(found.flow, last).double())
+    return found
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5, 60])
+@pytest.mark.parametrize("flow", ["realnvp", "spline"])
+def test_the_flow_of_one_data_set_is_the_conditional_flow_there(flow, dim):
+    made = conditional(flow, dim)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(6, generator=generator, dtype=torch.float64)
+    plain = made.given(features, torch.float64)
+    z = plain.draw(7)[0]
+    assert plain.context_dim == 0
+    assert torch.allclose(plain.log_prob(z), made.flow.log_prob(z, features.expand(7, -1)), atol=1e-8)
+    assert not_rebuilt(plain) is None
+    other = made.given(features + 1.0, torch.float64)
+    assert not torch.allclose(other.log_prob(z), plain.log_prob(z))
+
+
+def test_a_flow_is_moved_to_the_moments_of_weighted_draws():
+    flow = conditional("realnvp", 3).given(torch.zeros(6, dtype=torch.float64), torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        z, log_q = flow.draw(4000)
+    mean, spread = z.mean(0), z.std(0)
+    tilted = log_q + ((z - mean) / spread) @ torch.tensor([0.3, 0.0, -0.3], dtype=torch.float64)
+    weighing = weigh(z, tilted, log_q)
+    weights = weighing.log_weights.exp()[:, None]
+    match(flow, z, weighing)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        again = flow.draw(4000)[0]
+    wanted = (weights * z).sum(0)
+    assert torch.allclose(again.mean(0), wanted, atol=1e-6)
+    assert torch.allclose(again.T.cov(correction=0), (weights * (z - wanted)).T @ (z - wanted), atol=1e-5)
+
+
+def test_data_of_heavy_tails_come_by_asinh():
+    rows = torch.cat([torch.distributions.StudentT(1.0).sample((4000, 3)), torch.randn(4000, 2)], 1).double()
+    scale = Scale(rows, [3, 2], exchangeable=1)
+    assert scale.heavy.tolist() == [True, True, True, False, False]
+    point = rows[7].clone().requires_grad_()
+    jacobian = torch.func.jacrev(lambda row: scale(row[None])[0])(point)
+    assert torch.allclose(jacobian.slogdet().logabsdet, scale.log_slope(scale(point[None]))[0])
+    counts = torch.zeros(100, 2, dtype=torch.float64)
+    counts[0] = 1.0
+    assert torch.isfinite(Scale(counts, [2], exchangeable=1)(counts)).all()
+
+
+def iid(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def test_rows_that_are_exchangeable_are_pooled():
+    amortized = pf.amortize(iid, torch.linspace(-1.0, 1.0, 20), simulations=1000, max_epochs=1, progress=False)
+    assert amortized.settings["rows"] == 20
+    y = torch.linspace(-2.0, 1.0, 20)
+    one, other = (amortized.posterior(value, draws=100).z for value in (y, y.flip(0)))
+    assert torch.allclose(one, other, atol=1e-4)
+    assert not conditional("realnvp", 2, Pooled(3, [2]), 6).given(torch.zeros(6), torch.float32).context_dim
+
+
+class Own(nn.Module):
+    """An encoder that is told the shape that it gets."""
+
+    def __init__(self, width=3):
+        super().__init__()
+        self.width, self.layer, self.shapes = width, nn.Linear(5, 3), set()
+
+    def forward(self, y):
+        self.shapes.add(tuple(y.shape[1:]))
+        return self.layer(y)[:, : self.width] if self.width else self.layer(y).sum()
+
+
+def test_an_encoder_of_the_callers_gets_the_data():
+    encoder = Own()
+    found = pf.amortize(regression, X, DATA, encoder=encoder, simulations=1000, max_epochs=1, progress=False)
+    assert encoder.shapes == {(5,)}
+    assert found(X, DATA).samples["b"].shape == (4000, 2)
+    with pytest.raises(ValueError, match="encoder: expected a tensor of shape"):
+        pf.amortize(regression, X, DATA, encoder=Own(0), simulations=1000, progress=False)
+    with pytest.raises(ValueError, match="encoder: expected a torch module"):
+        pf.amortize(regression, X, DATA, encoder=len, progress=False)
+
+
+@pytest.mark.falls_back
+def test_a_model_that_takes_numbers_out_of_its_data():
+    amortized = pf.amortize(branching, torch.arange(4.0), simulations=2000, max_epochs=8, progress=False)
+    y = torch.tensor([0.5, -1.0, 1.5, 0.0])
+    assert amortized.outside(y) == ()
+    posterior = amortized(y)
+    precision = 4.0 + 0.25
+    assert float(posterior.samples["mu"].mean()) == pytest.approx(float(y.sum()) / precision, abs=0.1)
+    assert amortized.outside(y + 1000.0)
+    with pytest.raises(ValueError, match="does not take many data sets at once"):
+        amortized.samples({"y": torch.zeros(2, 4)})
+
+
+def with_gaps(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(y)), pyro.poutine.mask(mask=~y.isnan()):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def test_missing_values_stay_where_they_are():
+    y = torch.tensor([0.3, math.nan, 1.1, -0.4])
+    amortized = pf.amortize(with_gaps, y, simulations=2000, max_epochs=8, progress=False)
+    posterior = amortized(y)
+    assert float(posterior.samples["mu"].mean()) == pytest.approx(1.0 / 4.0, abs=0.1)
+    assert float(posterior.samples["mu"].std()) == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(ValueError, match="expected missing values"):
+        amortized(torch.zeros(4))
+
+
+def factored(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    pyro.factor("more", -mu.square())
+
+
+def improper(y):
+    mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+    pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(("model", "message"), [(factored, "a factor"), (improper, "expected proper priors")])
+def test_models_that_cannot_draw_their_data_are_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        pf.amortize(model, torch.tensor(0.0), progress=False)
+
+
+@pytest.mark.slow
+def test_one_dimension_with_two_modes():
+    amortized = pf.amortize(two_modes, torch.tensor(1.0), simulations=30_000, max_epochs=20, progress=False)
+    posterior = amortized(torch.tensor(9.0))
+    assert posterior.verdict.status in ("ok", "corrected")
+    x = posterior.samples["x"]
+    assert 0.4 < float((x > 0.0).float().mean()) < 0.6
+    assert float((x.abs() - 3.0).abs().quantile(0.99)) < 0.4

@@ -1,0 +1,82 @@
+"""The benchmark of amortized posteriors makes rows, and a table of them."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from benchmarks import records, tables
+from benchmarks.amortized import running
+from benchmarks.amortized.models import TASKS, exact, values
+from benchmarks.amortized.tables import section
+
+FILES = [name for name in inspect.signature(tables.write_tables).parameters if name.endswith("_csv")]
+ROW = {
+    **dict.fromkeys(running.FIELDS, "1"),
+    **{
+        "model": "eight schools",
+        "data_sets": "200",
+        "simulations": "200000",
+        "verdicts": "200 ok",
+        "right": "198",
+        "p_value": "0.4",
+    },
+    **{"changed": "200", "named": "200", "compared_with_fit": "10", "agree_with_fit": "9"},
+}
+
+
+@pytest.mark.slow
+def test_a_row_says_what_was_measured(tmp_path):
+    file = tmp_path / "rows.csv"
+    options = ["--only", "conjugate regression", "--sets", "10", "--simulations", "3000", "--out", str(file)]
+    running.main(options)
+    (row,) = records.read(file)
+    assert int(row["right"]) + int(row["lies"]) == int(row["usable"])
+    assert int(row["named"]) == int(row["changed"]) == 10
+    running.main(options)
+    assert records.read(file) == [row]
+
+
+def test_the_table_has_a_line_for_each_model(tmp_path):
+    text = section([ROW, {**ROW, "model": "counts", "named": "199"}])
+    assert "20, of which 18 agree" in text
+    assert "| eight schools | 200,000 | 200 | 198 |" in text
+    assert "199 of 200" in text
+    file, page = tmp_path / "rows.csv", tmp_path / "page.md"
+    records.start(file, running.FIELDS)
+    records.append(file, running.FIELDS, ROW)
+    page.write_text("# A\n\n<!-- amortized: begin -->\n<!-- amortized: end -->\n", encoding="utf-8")
+    tables.write_tables(page, **{**dict.fromkeys(FILES, tmp_path / "none.csv"), "amortized_csv": file})
+    assert "| eight schools | 200,000 | 200 | 198 |" in page.read_text(encoding="utf-8")
+
+
+def test_the_exact_answer_is_that_of_the_model():
+    task = TASKS["conjugate regression"]
+    y = torch.linspace(-1.0, 2.0, 40)
+    generator = torch.Generator().manual_seed(0)
+    shape, (mean, sd) = 3.0 + 20.0, exact(y)
+    x, y = task.args[0].double(), y.double()
+    precision = x.T @ x + torch.eye(3).to(x)
+    center = torch.linalg.solve(precision, x.T @ y)
+    rate = float(3.0 + 0.5 * (y @ y - center @ precision @ center))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tau = torch.distributions.Gamma(shape, rate).sample((200_000,)).double()
+    noise = torch.randn(200_000, 3, generator=generator, dtype=torch.float64)
+    b = center + tau[:, None] ** -0.5 * noise @ torch.linalg.cholesky(torch.linalg.inv(precision)).T
+    found = running.moments(values({"tau": tau, "b": b}, ["b", "tau"]))
+    assert torch.allclose(found[0], mean, atol=0.01)
+    assert torch.allclose(found[1], sd, rtol=0.01)
+    assert running.is_right(found, (mean, sd))
+    assert not running.is_right((found[0] + 0.2 * sd, found[1]), (mean, sd))
+    assert not running.is_right((found[0], 1.2 * found[1]), (mean, sd))
+
+
+def test_changed_data_stay_counts():
+    y = torch.arange(6.0)
+    all_, one, other = (running.changed(y, 0.6, kind, 2) for kind in running.CHANGES)
+    assert (all_ - y).tolist() == [600.0] * 6
+    assert (one - y).tolist() == [0.0, 0.0, 600.0, 0.0, 0.0, 0.0]
+    assert (other - y).tolist() == [600.0, 0.0] * 3
