@@ -99,9 +99,6 @@ def amortize(
     'amortized flow'
     """
     _checks.choice("flow", flow, ("auto", *BUILDERS))
-    layers = None if layers is None else _checks.integer("layers", layers, 1)
-    if simulations is not None:
-        _checks.integer("simulations", simulations, 1000)
     if encoder is not None and not isinstance(encoder, nn.Module):
         raise ValueError(f"encoder: expected a torch module, got a {type(encoder).__name__}.")
     with alone(), Bar("amortize", progress) as bar:
