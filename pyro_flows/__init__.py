@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pyro_flows.density_estimation.fit_density import fit_density
     from pyro_flows.density_estimation.fitted import DensityFit
     from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
+    from pyro_flows.guides.messenger import AutoFlowMessenger
     from pyro_flows.priors.fit import prior_from
     from pyro_flows.priors.fitted import FittedPrior
     from pyro_flows.svi.path_elbo import PathELBO
@@ -43,6 +44,7 @@ _LATER = {
     "datasets": "datasets",
     "plots": "plots",
     "fit_many": "calibration.fit_many",
+    "AutoFlowMessenger": "guides.messenger",
     "AutoHierarchicalFlow": "guides.hierarchical",
     "Calibration": "calibration.result",
     "sbc": "calibration.sbc",
@@ -70,6 +72,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 __all__ = [
     "AutoFlow",
+    "AutoFlowMessenger",
     "AutoHierarchicalFlow",
     "AutoNICE",
     "AutoPlanar",

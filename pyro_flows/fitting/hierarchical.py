@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import Trace_ELBO
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_flows import _stages
 from pyro_flows._progress import Bar
@@ -19,6 +20,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows._warnings import outside
 from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.marginal import Marginal
@@ -83,18 +85,20 @@ def fit_hierarchical(plan: Plan) -> Posterior:
         losses: list[float] = []
         stages: list[Stage] = []
         steps = ROUND
-        density = _marginal(guide, plan.args, plan.kwargs, plan.seed)
+        density = _marginal(guide, plan.args, plan.kwargs, plan.seed) if ranks().first else None
         while True:
-            good, elbo = _is_good(guide, density)
+            good, elbo = (False, math.nan) if density is None else _is_good(guide, density)
             stages.append(
                 Stage(stage=_stages.INITIAL if not stages else _stages.FIRST_ROUND, elbo=elbo, steps=len(losses))
             )
             steps = min(steps, plan.max_steps - len(losses))
-            if good or steps <= 0 or plan.clock.over:
+            if ranks().agreed(good or steps <= 0 or plan.clock.over):
                 break
             plan.bar.watch(_stages.TRAINING)
-            losses += _train(guide, plan, steps)
+            losses += _train(guide, plan, steps, len(losses))
             steps = 2 * ROUND
+        if density is None:
+            raise Followed
         plan.bar.watch(_stages.JUDGING)
         about = {"settings": {"asked": dict(plan.asked), "flow": str(flow)}, "losses": torch.tensor(losses)}
         return judged_by_rows(guide, density, plan.draws, plan.seed, {**about, "history": stages})
@@ -175,22 +179,41 @@ def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[boo
     return found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_LEAST * len(z), found.elbo
 
 
-def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int) -> list[float]:
-    """Take steps of Adam, whose rate falls; return the losses. The clock may end them."""
+class _Loss(nn.Module):
+    """The negative ELBO of a minibatch. Only the guide's parameters are its own: the model's are not trained."""
+
+    def __init__(self, guide: AutoHierarchicalFlow, plan: Plan, rows: RowsOfRank) -> None:
+        super().__init__()
+        self.flow = guide._top._flow
+        self.guide, self.plan, self.rows, self.elbo = (guide,), plan, rows, Trace_ELBO()
+
+    def forward(self) -> Tensor:
+        with self.rows:
+            (guide,), plan = self.guide, self.plan
+            loss: Tensor = self.elbo.differentiable_loss(plan.model, guide, *plan.args, **plan.kwargs)
+        return loss
+
+
+def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int, before: int) -> list[float]:
+    """Take steps of Adam, whose rate falls; return the losses. The clock may end them.
+
+    Each process of several has rows and noise of its own, and the gradient is the mean over all.
+    """
     parameters = [parameter for parameter in guide._top._flow.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, RATE * LAST_RATE)
-    elbo, losses = Trace_ELBO(), []
+    if ranks().size > 1:
+        torch.manual_seed(derive(plan.seed, f"noise of process {ranks().rank} after {before} steps"))
+    rows = RowsOfRank(ranks(), derive(plan.seed, f"rows after {before} steps"))
+    loss_of, losses = ranks().averaged(_Loss(guide, plan, rows)), []
     for step in range(steps):
-        if plan.clock.over:
+        if plan.clock.finite and ranks().agreed(plan.clock.over):
             break
         optimizer.zero_grad()
-        loss = elbo.differentiable_loss(plan.model, guide, *plan.args, **plan.kwargs)
-        losses.append(float(loss))
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)  # none of the model's own parameters
-        if all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+        loss = loss_of()
+        losses.append(float(loss.detach()))
+        loss.backward(inputs=parameters)  # none of the model's own parameters
+        if all(part.grad is None or bool(torch.isfinite(part.grad).all()) for part in parameters):
             optimizer.step()
         schedule.step()
         plan.bar.count(step + 1, steps)

@@ -36,8 +36,9 @@ from pyro_flows.model.sites import Latent, by_event, messages
 from pyro_flows.model.start import FromPrior, initial_value
 
 MOST_STEPS = 60  # Newton steps to a mode
-NEAR = 0.3  # of a standard deviation of a number: how far from the mode the curvature may be taken
+NEAR = 0.3  # of a standard deviation: how far from the mode the curvature may be taken
 SMALLEST = 1e-12  # curvature
+HEIGHT = 1e-6  # of a log density: what it may fall by rounding
 ROUNDING = 1e-3  # of curvatures, as a part of the largest one
 
 Start = Callable[[Any, "At"], Tensor]  # unconstrained value of a site, from its message
@@ -207,6 +208,7 @@ class Conditional:
         numbers: of their rows, in the same order, after elimination.
         total: log joint density of rows and data at y0, scaled as the plates say.
         alone: log density of the globals alone.
+        heights: log density of the rows of each site, with all that is inside of its plates.
         at: the run.
     """
 
@@ -214,6 +216,7 @@ class Conditional:
     numbers: list[Number]
     total: Tensor
     alone: Tensor
+    heights: dict[str, Tensor]
     at: At
 
     def draw(self, noise: Callable[[int, torch.Size], Tensor]) -> list[Tensor]:
@@ -237,13 +240,15 @@ class Conditional:
 
     @property
     def decrement(self) -> list[Tensor]:
-        """The Newton step of each number, in its standard deviations."""
-        return [step / number.sd.detach() for step, number in zip(self.steps(), self.numbers, strict=True)]
+        r"""Length of the Newton step of each number's row, in standard deviations: :math:`(g^\top H^{-1} g)^{1/2}`."""
+        lengths = [number.gradient * number.sd / torch.as_tensor(number.site.scale) for number in self.numbers]
+        rows = {name: torch.stack(parts).detach().norm(dim=0) for name, parts in self.by_site(lengths).items() if parts}
+        return [rows[number.site.name] for number in self.numbers]
 
     @property
     def near(self) -> bool:
-        """Whether all numbers are near a mode."""
-        return all(bool((length.abs() <= NEAR).all()) for length in self.decrement)
+        """Whether all rows are near a mode."""
+        return all(bool((length <= NEAR).all()) for length in self.decrement)
 
     @property
     def base(self) -> dict[str, Tensor]:
@@ -307,11 +312,13 @@ class Rows:
             total = sum((part.sum() for part in parts.values()), z.new_zeros(()))
             numbers = _numbers(sites, total, graph)
         _eliminate(numbers)
-        return Conditional(sites, numbers, total, alone, at)
+        return Conditional(sites, numbers, total, alone, _heights(at, parts), at)
 
     def near_mode(self, z: Tensor, start: Start, chosen: Mapping[str, Tensor], *, graph: bool = False) -> Conditional:
         """Return the approximation near a mode. Most often, rows are near one at once, or after one step."""
         first = now = self.conditional(z, start, chosen, graph=graph)
+        if not all(bool(torch.isfinite(length).all()) for length in now.decrement):
+            first = now = self.conditional(z, _mended(now), first.at.chosen, graph=graph)
         for _ in range(2):
             if now.near:
                 return now
@@ -322,19 +329,34 @@ class Rows:
     def mode(self, z: Tensor, first: Conditional) -> dict[str, Tensor]:
         """Return unconstrained values near a mode, by Newton steps from where ``first`` was taken.
 
-        A number whose next step would be longer, in its standard deviations, goes half of its way from where it was.
+        A row whose log density would fall goes half of its way from where it was.
         """
-        base, lengths, steps = first.base, first.decrement, first.steps()
+        base, lengths, steps, heights = first.base, first.decrement, first.steps(), first.heights
         for _ in range(MOST_STEPS):
             now = self.conditional(z, at_values(first.moved(base, steps)), first.at.chosen)
-            tried = list(zip(now.decrement, now.steps(), lengths, steps, strict=True))
-            good = [torch.isfinite(new) & (new.abs() <= old.abs().clamp_min(NEAR)) for new, _, old, _ in tried]
+            higher = {name: now.heights[name] >= old - HEIGHT * old.abs() for name, old in heights.items()}
+            heights = {name: torch.where(higher[name], now.heights[name], old) for name, old in heights.items()}
+            tried = list(zip(now.decrement, now.steps(), now.numbers, strict=True))
+            good = [torch.isfinite(length) & higher[number.site.name] for length, _, number in tried]
             base = first.moved(base, [torch.where(fine, step, 0.0) for fine, step in zip(good, steps, strict=True)])
-            steps = [torch.where(fine, new, 0.5 * old) for fine, (_, new, _, old) in zip(good, tried, strict=True)]
-            lengths = [torch.where(fine, new, old) for fine, (new, _, old, _) in zip(good, tried, strict=True)]
-            if all(bool((length.abs() <= NEAR).all()) for length in lengths):
+            pairs = list(zip(good, tried, steps, lengths, strict=True))
+            steps = [torch.where(fine, new, 0.5 * old) for fine, (_, new, _), old, _ in pairs]
+            lengths = [torch.where(fine, new, old) for fine, (new, _, _), _, old in pairs]
+            if all(bool((length <= NEAR).all()) for length in lengths):
                 break
         return base
+
+
+def _heights(at: At, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the log density of each site's rows: of all sites in its plates, and in plates inside of these."""
+    nodes, found = messages(at.trace), {}
+    for name, site in at.locals.items():
+        found[name] = site.value.new_zeros(site.batch)
+        for other, part in parts.items():
+            if site.plates.items() <= {frame.name: frame.dim for frame in vectorized(nodes[other])}.items():
+                shape = torch.broadcast_shapes(part.shape, site.batch)
+                found[name] = found[name] + part.detach().expand(shape).sum_to_size(site.batch)
+    return found
 
 
 def _numbers(sites: Sequence[Local], total: Tensor, graph: bool) -> list[Number]:
@@ -479,6 +501,20 @@ def beginning(msg: Any, at: At) -> Tensor:
     with torch.no_grad(), seeded(0, at.z.device):
         middle: Tensor = transform.inv(initial_value(msg))
     return middle
+
+
+def _mended(now: Conditional) -> Start:
+    """Return a start in the middle of the prior for rows whose log density has no derivatives where they were."""
+    lengths = zip(now.numbers, now.decrement, strict=True)
+    fine = {number.site.name: torch.isfinite(length) for number, length in lengths}
+    events = {site.name: site.value.dim() - len(site.batch) for site in now.sites}
+
+    def start(msg: Any, at: At) -> Tensor:
+        name = msg["name"]
+        rows = fine[name].reshape(*fine[name].shape, *[1] * events[name])
+        return torch.where(rows, now.base[name], beginning(msg, at))
+
+    return start
 
 
 def of_prior(msg: Any, at: At) -> Tensor:
