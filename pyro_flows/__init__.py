@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pyro_flows.density_estimation.fit_density import fit_density
     from pyro_flows.density_estimation.fitted import DensityFit
     from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
+    from pyro_flows.guides.messenger import AutoFlowMessenger
     from pyro_flows.priors.fit import prior_from
     from pyro_flows.priors.fitted import FittedPrior
     from pyro_flows.svi.path_elbo import PathELBO
@@ -47,6 +48,7 @@ _LATER = {
     "Amortized": "amortization.amortized",
     "amortize": "amortization.amortize",
     "fit_many": "calibration.fit_many",
+    "AutoFlowMessenger": "guides.messenger",
     "AutoHierarchicalFlow": "guides.hierarchical",
     "Calibration": "calibration.result",
     "sbc": "calibration.sbc",
@@ -75,6 +77,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 __all__ = [
     "Amortized",
     "AutoFlow",
+    "AutoFlowMessenger",
     "AutoHierarchicalFlow",
     "AutoNICE",
     "AutoPlanar",

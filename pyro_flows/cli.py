@@ -60,6 +60,7 @@ from pyro_flows._options import (
 from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import MAX_STEPS, fit
+from pyro_flows.fitting.ranks import Followed, joined
 from pyro_flows.posterior.posterior import Posterior, load
 from pyro_flows.report.page import check_target as check_report
 from pyro_flows.results.files import check_target
@@ -134,7 +135,10 @@ def fit_command(
     progress: Progress = None,
     debug: Debug = False,
 ) -> None:
-    """Fit the posterior of a Pyro model; write posterior.nc and figures."""
+    """Fit the posterior of a Pyro model; write posterior.nc and figures.
+
+    Under torchrun, processes train together a model that has a subsampled plate, and the first one judges and writes.
+    """
 
     def work(ending: Ending) -> int:
         target = _target(out, report)
@@ -152,7 +156,12 @@ def fit_command(
             "train_model": train_model,
         }
         ending.interrupts.hold(True)  # from here on, fit alone lets the first signal through
-        posterior = fit(chosen, model_kwargs=arguments, progress=_shown(progress), **options)
+        with joined() as ranks:
+            try:
+                shown = _shown(progress) and ranks.first
+                posterior = fit(chosen, model_kwargs=arguments, progress=shown, **options)
+            except Followed:
+                return DONE
         _write(posterior, target, ending, report=report)
         return _code(posterior, ending)
 

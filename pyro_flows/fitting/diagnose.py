@@ -117,7 +117,10 @@ def _diagnose(
 ) -> Posterior:
     bar.watch(_stages.READING)
     if isinstance(guide, AutoHierarchicalFlow):
-        return diagnose_hierarchical(model, guide, args, kwargs, draws, seed, bar)
+        with seeded(seed):
+            guide.initialize(*args, **kwargs)
+        if not guide.has_own:
+            return diagnose_hierarchical(model, guide, args, kwargs, draws, seed, bar)
     noncentered: Noncentered = ()
     if isinstance(guide, AutoFlow):
         with seeded(seed):

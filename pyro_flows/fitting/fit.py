@@ -25,6 +25,7 @@ from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.hierarchical import fit_hierarchical
 from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
 from pyro_flows.fitting.prepare import prepare
+from pyro_flows.fitting.ranks import check_alone
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.faults import Subsampled
@@ -200,6 +201,7 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
             density = LogDensity(plan.model, plan.args, plan.kwargs)
         except Subsampled:
             return fit_hierarchical(plan)
+    check_alone()
     warn_if_nothing_observed(density.structure, density.trace_at, plan.model, plan.args, plan.kwargs)
     check_memory(density, plan.draws)
     plan = replace(plan, max_steps=default_steps(density.dim)) if grow else plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,16 +13,17 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import Trace_ELBO
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_flows import _stages
-from pyro_flows._clock import Clock, unbounded
+from pyro_flows._clock import Clock, OutOfTime, unbounded
 from pyro_flows._interrupts import STATE
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._warnings import outside
 from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.marginal import Marginal
@@ -84,6 +86,9 @@ def fit_hierarchical(plan: Plan) -> Posterior:
     clock, trained = plan.clock, _Trained()
     with _own_parameters(), seeded(derive(plan.seed, "a guide with plates")):
         guide = _begun(plan)
+        if not ranks().first:
+            _fitted(guide, None, plan, trained)
+            raise Followed
         density = _marginal(guide, plan.args, plan.kwargs, plan.seed)
         if clock.finite:
             clock.reserve(_seconds_to_judge(guide, density, plan.draws))
@@ -123,15 +128,21 @@ def _begun(plan: Plan) -> AutoHierarchicalFlow:
     return guide
 
 
-def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity, plan: Plan, trained: _Trained) -> None:
-    """Train by rounds until the draws of the globals can be corrected by weights."""
+def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: Plan, trained: _Trained) -> None:
+    """Train by rounds until draws of the globals can be corrected by weights: the process with a density says so."""
     steps = ROUND
     while True:
-        trained.good, elbo = _is_good(guide, density)
+        over, elbo = False, math.nan
+        try:
+            trained.good, elbo = (False, math.nan) if density is None else _is_good(guide, density)
+        except OutOfTime:
+            if ranks().size == 1:
+                raise
+            over = True  # the other processes wait for what this one says
         stage = _stages.FIRST_ROUND if trained.stages else _stages.INITIAL
         trained.stages.append(Stage(stage=stage, elbo=elbo, steps=len(trained.losses)))
         steps = min(steps, plan.max_steps - len(trained.losses))
-        if trained.good or steps <= 0:
+        if ranks().agreed(trained.good or over or steps <= 0):
             return
         plan.bar.watch(_stages.TRAINING)
         _train(guide, plan, steps, trained.losses)
@@ -291,21 +302,43 @@ def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[boo
     return found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_LEAST * len(z), found.elbo
 
 
+class _Loss(nn.Module):
+    """The negative ELBO of a minibatch. Only the guide's parameters are its own: the model's are not trained."""
+
+    def __init__(self, guide: AutoHierarchicalFlow, plan: Plan, rows: RowsOfRank) -> None:
+        super().__init__()
+        self.flow = guide._top._flow
+        self.guide, self.plan, self.rows, self.elbo = (guide,), plan, rows, Trace_ELBO()
+
+    def forward(self) -> Tensor:
+        with self.rows:
+            (guide,), plan = self.guide, self.plan
+            loss: Tensor = self.elbo.differentiable_loss(plan.model, guide, *plan.args, **plan.kwargs)
+        return loss
+
+
 def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int, losses: list[float]) -> None:
-    """Take steps of Adam, whose rate falls, and add the losses to those before. The clock may end them."""
+    """Take steps of Adam, whose rate falls, and add the losses to those before. The clock may end them.
+
+    Each process of several has rows and noise of its own, and the gradient is the mean over all.
+    """
     parameters = [parameter for parameter in guide._top._flow.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, RATE * LAST_RATE)
-    elbo = Trace_ELBO()
+    if ranks().size > 1:
+        torch.manual_seed(derive(plan.seed, f"noise of process {ranks().rank} after {len(losses)} steps"))
+    rows = RowsOfRank(ranks(), derive(plan.seed, f"rows after {len(losses)} steps"))
+    loss_of = ranks().averaged(_Loss(guide, plan, rows))
     for step in range(steps):
-        plan.clock.look()
+        if ranks().size == 1:
+            plan.clock.look()
+        elif plan.clock.finite and ranks().agreed(plan.clock.over):
+            return
         optimizer.zero_grad()
-        loss = elbo.differentiable_loss(plan.model, guide, *plan.args, **plan.kwargs)
-        losses.append(float(loss))
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)  # none of the model's own parameters
-        if all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+        loss = loss_of()
+        losses.append(float(loss.detach()))
+        loss.backward(inputs=parameters)  # none of the model's own parameters
+        if all(part.grad is None or bool(torch.isfinite(part.grad).all()) for part in parameters):
             optimizer.step()
         schedule.step()
         plan.bar.count(step + 1, steps)

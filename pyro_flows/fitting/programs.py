@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_flows._fallbacks import fallback
+from pyro_flows.guides.known import Drawn
 from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import messages
@@ -59,7 +60,12 @@ def check_sites(guide: Any, trace: poutine.Trace, density: LogDensity) -> None:
         if sites[latent.name]["value"].shape != latent.shape:
             got = tuple(sites[latent.name]["value"].shape)
             raise ValueError(f"guide: site {latent.name!r} has shape {got}, in the model {tuple(latent.shape)}.")
-    points = [latent for latent in density.structure.latents if isinstance(_innermost(sites[latent.name]["fn"]), Delta)]
+    kinds = {latent.name: _innermost(sites[latent.name]["fn"]) for latent in density.structure.latents}
+    points = [
+        latent
+        for latent in density.structure.latents
+        if isinstance(kinds[latent.name], Delta) and not isinstance(kinds[latent.name], Drawn)
+    ]
     own = sum(
         sites[name]["value"].numel() for name in auxiliary if not isinstance(_innermost(sites[name]["fn"]), Delta)
     )

@@ -17,6 +17,7 @@ from pyro_flows import _checks
 from pyro_flows._arguments import numbers
 from pyro_flows._fallbacks import fallback
 from pyro_flows._turns import turn
+from pyro_flows.guides.known import Known
 from pyro_flows.guides.store import StoredGuide
 from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.handlers import flatten_all, place_all
@@ -118,7 +119,7 @@ class AutoFlow(StoredGuide):
             with ExitStack() as stack:
                 for frame in self._cond_indep_stacks[latent.name]:
                     stack.enter_context(plates[frame.name])
-                delta = dist.Delta(value, log_density=density, event_dim=latent.event_dim)
+                delta = Known(value, log_density=density, event_dim=latent.event_dim)
                 result[latent.name] = pyro.sample(latent.name, delta)
         return result
 

@@ -32,8 +32,10 @@ from pyro_flows.guides.conditional import (
     read_elsewhere,
     vectorized,
 )
+from pyro_flows.guides.known import Drawn, Known
 from pyro_flows.guides.marginal import check_data, parts_of
 from pyro_flows.guides.setup import AUTO
+from pyro_flows.model.batching import apart
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.sites import by_event, messages
 from pyro_flows.model.start import first_run, initial_value, transform_of
@@ -114,6 +116,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     (['z'], torch.Size([100, 10]))
     """
 
+    _option = "joint"  # that names the sites of the flow
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -129,6 +133,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             options.setdefault("layers", LAYERS)
         AutoFlow(model, flow, init=init, **options)  # what is wrong is named here, not at the first step
         self._joint = tuple(joint)
+        self._own: list[str] = []  # sites whose posteriors a subclass makes
         self._init = init
         self._of_globals = flow, options
         self.local: list[str] = []
@@ -140,8 +145,14 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self._shapes: dict[str, tuple[int, int]] = {}
         self.sizes: dict[str, int] = {}
         self.subsampled = False
+        self._z: Tensor | None = None  # the globals of this run
         self._run: _Run | None = None
         self._began: tuple[int, tuple[int, ...]] | None = None  # given rows by which the flow started, and its state
+
+    @property
+    def has_own(self) -> bool:
+        """Whether some sites have other posteriors than this class gives them."""
+        return bool(self._own)
 
     # the structure ---------------------------------------------------------------------------------------------------
 
@@ -167,8 +178,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                     "example by a MixtureSameFamily, or use AutoFlow, which sums out enumerated latents."
                 )
             transform_of(site)
-        for name in self._joint:
-            _checks.choice("joint", name, [site["name"] for site in latents])
+        for option, names in ((self._option, self._joint), ("normal", self._own)):
+            for name in names:
+                _checks.choice(option, name, [site["name"] for site in latents])
         self._sizes = {frame.name: frame.full_size or frame.size for own in frames.values() for frame in own}
         self._nesting = max((-frame.dim for own in frames.values() for frame in own), default=0)
         self._shapes = {site["name"]: (len(site["fn"].batch_shape), site["fn"].event_dim) for site in latents}
@@ -177,20 +189,23 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         joint = set(self._joint)
         for site in latents:
             size = self.sizes[site["name"]] // max(site["fn"].batch_shape.numel(), 1)
-            if frames[site["name"]] and site["name"] not in joint and size > MOST_NUMBERS:
-                raise ValueError(
+            if frames[site["name"]] and site["name"] not in (*joint, *self._own) and size > MOST_NUMBERS:
+                self._give_up(
+                    site["name"],
                     f"site {site['name']!r}: expected at most {MOST_NUMBERS} numbers in a row, got {size}. Each takes "
-                    "a pass backward at each step. Put the site into the flow (joint=), or use AutoFlow."
+                    "a pass backward at each step. Put the site into the flow (joint=), or use AutoFlow.",
                 )
         for _ in range(len(latents) + 1):  # each round puts one more site into the flow
-            self.local = [site["name"] for site in latents if frames[site["name"]] and site["name"] not in joint]
+            there = [site["name"] for site in latents if site["name"] not in (*joint, *self._own)]
+            self.local = [name for name in there if frames[name]]
             top = self._globals(args, kwargs)
             z = top._init_loc().to(top._like)
             first = self._rows(args, kwargs).conditional(z, beginning, {}, graph=True)
             moved = self._to_join(first)
             if moved is None:
                 break
-            joint.add(moved)
+            if moved not in self._own:
+                joint.add(moved)
         self._events = {site.name: site.event_dim for site in first.sites}
         check_data(self._rows(args, kwargs), z, self._start, parts_of(first, 0, MOST_PARTS))
         self._begin(top, z, args, kwargs)
@@ -206,11 +221,12 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         """
         for site in (*coupled(first), *read_elsewhere(first)):
             if not self._fits(site):
-                raise ValueError(
+                self._give_up(
+                    site.name,
                     f"site {site.name!r}: its rows depend on each other given all other latents, or on a subsample of "
                     f"the data, and the flow cannot take them ({site.value.numel()} numbers; at most {JOINT_UP_TO}, "
                     "and not in a subsampled plate). Write the model with rows that are independent given the latents "
-                    "outside of their plate, and their data in the same plate."
+                    "outside of their plate, and their data in the same plate.",
                 )
             return site.name
         for pair in crossed(first):
@@ -222,6 +238,10 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             fallback(self.reason)
         return None
 
+    def _give_up(self, name: str, reason: str) -> None:
+        """Refuse a site in plates that has no conditional distribution. Subclasses may give it one of their own."""
+        raise ValueError(reason)
+
     def _fits(self, site: Local) -> bool:
         """Whether the flow can take a site."""
         whole = all(self._sizes[name] == site.batch[axis] for name, axis in site.plates.items())
@@ -229,9 +249,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
 
     def _globals(self, args: Any, kwargs: Any) -> AutoFlow:
         """Return the guide of the latents outside of plates."""
-        flow, options = self._of_globals
-        top = AutoFlow(poutine.block(self.model, hide=self.local), flow, init="prior", **options)
         try:
+            top = self._made(poutine.block(self.model, hide=[*self.local, *self._own]), args, kwargs)
             top.initialize(*args, **kwargs)
         except ValueError as error:
             if "at least one continuous latent" not in str(error):
@@ -242,6 +261,10 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             ) from error
         self._latents = top._known_structure.latents
         return top
+
+    def _made(self, model: Callable[..., Any], args: Any, kwargs: Any) -> AutoFlow:
+        flow, options = self._of_globals
+        return AutoFlow(model, flow, init="prior", **options)
 
     def _rows(self, args: Any, kwargs: Any) -> Rows:
         return Rows(self.model, self._latents, self.local, args, kwargs)
@@ -287,11 +310,10 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         try:
             with self:
                 self._top._register()
-                z = self.finite(self._top.sample_latent())
-                self._run = self._locals(z, args, kwargs)
+                self._z = self.finite(self._top.sample_latent())
                 self.model(*args, **kwargs)
         finally:
-            self._run = None
+            self._z = self._run = None
             del self.args_kwargs
         model_trace, _ = self.get_traces()
         return {name: site["value"] for name, site in messages(model_trace).items() if site["type"] == "sample"}
@@ -325,9 +347,22 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             "Train a new guide with a lower learning rate, or with clipped gradients."
         )
 
-    def _locals(self, z: Tensor, args: Any, kwargs: Any, *, remember: bool = True) -> _Run:
+    def _drawn(self, z: Tensor) -> _Run:
+        """Return what this run draws of the latents in plates, for the rows that its plates have by now."""
+        if self._run is None:
+            sites = messages(self.trace).items()
+            chosen = {
+                name: site["value"] for name, site in sites if site["type"] == "sample" and site_is_subsample(site)
+            }
+            with apart():
+                self._run = self._locals(z, *self.args_kwargs, chosen=chosen)
+        return self._run
+
+    def _locals(
+        self, z: Tensor, args: Any, kwargs: Any, *, remember: bool = True, chosen: Mapping[str, Tensor] | None = None
+    ) -> _Run:
         """Draw unconstrained values of the latents in plates, given the others."""
-        now = self._rows(args, kwargs).near_mode(z, self._start, {}, graph=torch.is_grad_enabled())
+        now = self._rows(args, kwargs).near_mode(z, self._start, chosen or {}, graph=torch.is_grad_enabled())
         if remember:
             self._remember(now)
         densities: list[Tensor] = []
@@ -340,7 +375,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
 
         values = now.moved(now.base, now.draw(noise))
         by_site = {name: torch.stack(parts).sum(0) for name, parts in now.by_site(densities).items()}
-        return _Run(z, values, by_site, now.at.chosen)
+        return _Run(values, by_site, now.at.chosen)
 
     def _shaped(self, index: int, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the trained map of a number makes of its noise, and the log derivative."""
@@ -401,20 +436,23 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             return
         prior = msg["infer"]["prior"] = msg["fn"]
         posterior = self.get_posterior(msg["name"], prior)
+        if isinstance(posterior, Tensor):
+            posterior = dist.Delta(posterior, event_dim=prior.event_dim)
         batch = torch.broadcast_shapes(posterior.batch_shape, prior.batch_shape)  # outer plates come later
         msg["fn"] = posterior if batch == posterior.batch_shape else posterior.expand(batch)
 
     def get_posterior(self, name: str, prior: Any) -> Any:
         """Return a point mass at a site's value of this run, with the guide's log density."""
-        assert self._run is not None
-        if name not in self._run.values:
+        assert self._z is not None
+        if name not in self.local:
             latent = next(latent for latent in self._latents if latent.name == name)
-            placed = latent.place(self._run.z, prior)
-            return dist.Delta(placed.value, log_density=-placed.ladj, event_dim=prior.event_dim)
-        transform, y, density = bijection(prior), self._run.values[name], self._run.densities[name]
+            placed = latent.place(self._z, prior)
+            return Known(placed.value, log_density=-placed.ladj, event_dim=prior.event_dim)
+        run = self._drawn(self._z)
+        transform, y, density = bijection(prior), run.values[name], run.densities[name]
         value = transform(y)
         density = density - by_event(transform.log_abs_det_jacobian(y, value), density.dim())
-        return dist.Delta(value, log_density=density, event_dim=prior.event_dim)
+        return Drawn(value, log_density=density, event_dim=prior.event_dim)
 
     def get_traces(self) -> tuple[poutine.Trace, poutine.Trace]:
         """Return the traces of model and guide of the last run."""
@@ -502,7 +540,6 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
 class _Run:
     """What one run of the guide has drawn."""
 
-    z: Tensor  # of the globals
     values: dict[str, Tensor]  # of the sites in plates, unconstrained
     densities: dict[str, Tensor]  # their log densities, of each row
     chosen: Mapping[str, Tensor]  # rows of the plates

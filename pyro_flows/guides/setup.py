@@ -82,6 +82,7 @@ class LatentGuide(AutoContinuous):
         self.structure: Structure | None = None
         self.plates: dict[str, Any] = {}
         self._in_store = False
+        self._named: Any = None  # the tensors by their names in Pyro's store
 
     def initialize(self, *args: Any, **kwargs: Any) -> Self:
         """Run the model once on its arguments and make the parameters, so that an optimizer can be built."""
@@ -249,7 +250,14 @@ class LatentGuide(AutoContinuous):
             tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
         state = self.__dict__.copy()
         state.update(
-            _model=None, _whole=None, master=None, plates={}, create_plates=None, _arguments=((), {}), _in_store=False
+            _model=None,
+            _whole=None,
+            _named=None,
+            master=None,
+            plates={},
+            create_plates=None,
+            _arguments=((), {}),
+            _in_store=False,
         )
         return state
 

@@ -23,6 +23,30 @@ UNSLOWED = {"gain": 1.0, "relative": 0.0}  # buffers of small steps, as they lea
 _placed: dict[str, tuple[weakref.ref[Tensor], dict[str, Any]]] = {}
 
 
+class Named:
+    """The tensors of a flow by their names, and where the modules have them: to name them anew at each step takes long.
+
+    Args:
+        prefix: of the names.
+        flow: whose tensors they are.
+        tensors: by name.
+    """
+
+    def __init__(self, prefix: str, flow: nn.Module, tensors: dict[str, Tensor]) -> None:
+        self.prefix, self.flow, self.tensors = prefix, flow, tensors
+        owners = [owner for module in flow.modules() for owner in (module._parameters, module._buffers)]
+        self._places = [(owner, dict(owner)) for owner in owners]
+
+    def still(self, prefix: str, flow: nn.Module) -> bool:
+        """Whether the flow has these very tensors, under this name."""
+        if prefix != self.prefix or flow is not self.flow:
+            return False
+        return all(
+            len(owner) == len(kept) and all(owner.get(name) is tensor for name, tensor in kept.items())
+            for owner, kept in self._places
+        )
+
+
 class StoredGuide(LatentGuide):
     """A flow guide whose tensors Pyro's store holds; see :class:`~pyro_flows.AutoFlow`."""
 
@@ -50,9 +74,11 @@ class StoredGuide(LatentGuide):
         """
         tensors = self._named_tensors()
         if not _is_module_local_param_enabled():
-            self._take_over(tensors)
-            for full, tensor in tensors.items():
-                _place(full, tensor)
+            stored = pyro.get_param_store()._params
+            if any(stored.get(full) is not tensor for full, tensor in tensors.items()):
+                self._take_over(tensors)
+                for full, tensor in tensors.items():
+                    _place(full, tensor)
             self._in_store = True
         told: Mapping[str, Tensor] = tensors
         if whole is not None:
@@ -66,9 +92,12 @@ class StoredGuide(LatentGuide):
 
     def _named_tensors(self) -> dict[str, Tensor]:
         """Return the flow's parameters and buffers by their names in Pyro's store."""
-        prefix = self._pyro_get_fullname("flow")
-        state = self._flow.state_dict(keep_vars=True)
-        return {param_with_module_name(prefix, name): tensor for name, tensor in state.items()}
+        prefix, flow = self._pyro_get_fullname("flow"), self._flow
+        if self._named is None or not self._named.still(prefix, flow):
+            state = flow.state_dict(keep_vars=True)
+            tensors = {param_with_module_name(prefix, name): tensor for name, tensor in state.items()}
+            self._named = Named(prefix, flow, tensors)
+        return self._named.tensors
 
     def _take_over(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the values that were loaded into the store under these names, and put the tensors there.

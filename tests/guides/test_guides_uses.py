@@ -132,3 +132,36 @@ def test_both_ways_of_pyro_to_hold_and_train_parameters(torch_loop, local):
                 svi.step(*case.args)
         assert all((parameter != before[name]).any() for name, parameter in guide.named_parameters())
         assert any("AutoRealNVP" in name for name in pyro.get_param_store()) is not local
+
+
+def trial(count, treated=None, y=None):
+    """A randomized trial, whose treatment another package may set."""
+    effect = pyro.sample("effect", dist.Normal(0.0, 2.0))
+    base = pyro.sample("base", dist.Normal(0.0, 2.0))
+    with pyro.plate("unit", count):
+        arm = pyro.sample("treated", dist.Bernoulli(0.5 * torch.ones(count)), obs=treated)
+        pyro.sample("y", dist.Normal(base + effect * arm, 1.0), obs=y)
+
+
+def test_a_posterior_draws_from_the_model_after_an_intervention():
+    """As chirho's ``do`` changes it; Pyro's own does the same. The exact mean follows from the normal equations."""
+    generator = torch.Generator().manual_seed(0)
+    treated = (torch.rand(40, generator=generator) < 0.5).float()
+    y = 1.0 + 2.0 * treated + torch.randn(40, generator=generator)
+    posterior = pf.fit(trial, 40, treated, y, progress=False)
+    draws = {name: posterior.samples[name] for name in ("effect", "base")}
+    changed = poutine.do(trial, data={"treated": torch.ones(5)})
+    found = Predictive(changed, posterior_samples=draws)(5)["y"]
+    design = torch.stack([torch.ones(40), treated], 1)
+    base, effect = torch.linalg.solve(design.mT @ design + 0.25 * torch.eye(2), design.mT @ y)
+    assert found.shape == (4000, 5)
+    assert float(found.mean()) == pytest.approx(float(base + effect), abs=0.06)
+
+
+def test_a_guide_draws_after_an_intervention_inside_of_the_model():
+    """A handler around the model, inside of the guide: what follows reads the value, and the site keeps its prior."""
+    fixed = poutine.do(trial, data={"base": torch.tensor(1.0)})
+    guide = pf.AutoFlowMessenger(fixed, layers=2).initialize(4, torch.ones(4), torch.full((4,), 3.0))
+    middle = guide.median(4, torch.ones(4), torch.full((4,), 3.0))
+    assert float(middle["effect"]) == pytest.approx(8.0 / 4.25, abs=0.1)
+    assert float(middle["base"]) == pytest.approx(0.0, abs=0.3)

@@ -1,0 +1,111 @@
+"""One fit by several processes, as ``torchrun`` starts them: rows and noise of each, one gradient, one judge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import distributed, nn
+
+from pyro_flows._fallbacks import fallback
+
+
+class Followed(Exception):
+    """This process has done its part: the first one judges the fit and has the result."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The number of this process, and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process judges and writes."""
+        return self.rank == 0
+
+    def averaged(self, module: nn.Module) -> nn.Module:
+        """Return a module whose gradients are the means over all processes, which begin with the same parameters."""
+        if self.size == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(module)
+
+    def agreed(self, value: bool) -> bool:
+        """Return what the first process says."""
+        if self.size == 1:
+            return value
+        said = torch.tensor(int(value))
+        distributed.broadcast(said, 0)
+        return bool(said)
+
+
+class RowsOfRank(Messenger):
+    """Let each process draw other rows of subsampled plates: together, one minibatch without replacement.
+
+    All processes draw the same orders of the rows, and each takes its own part of them. Where the parts have more rows
+    than there are, the last ones begin anew.
+
+    Args:
+        ranks: the processes.
+        seed: of the orders, the same for all.
+    """
+
+    def __init__(self, ranks: Ranks, seed: int) -> None:
+        super().__init__()
+        self.ranks = ranks
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.ranks.size == 1 or not site_is_subsample(msg) or msg["value"] is not None:
+            return
+        size, rows = msg["fn"].size, msg["fn"].subsample_size
+        if rows is not None and rows < size:
+            order = torch.randperm(size, generator=self.generator)
+            places = (self.ranks.rank * rows + torch.arange(rows)) % size
+            msg["value"] = order[places].to(msg["fn"].device)
+
+
+ALONE = Ranks()
+_CURRENT: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
+
+
+def ranks() -> Ranks:
+    """Return the processes of this fit: one alone, outside of :func:`joined`."""
+    return _CURRENT.get()
+
+
+def check_alone() -> None:
+    """See to it that a fit that does not train on minibatches is made by the first process only.
+
+    Raises:
+        Followed: in the others.
+    """
+    if not ranks().first:
+        raise Followed
+    if ranks().size > 1:
+        fallback(f"one process fits, the other {ranks().size - 1} end: no plate of the model is subsampled")
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Let fits inside be those of all processes that ``torchrun`` has started; of this one alone, without it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or not distributed.is_torchelastic_launched():
+        yield ranks()
+        return
+    distributed.init_process_group()
+    token = _CURRENT.set(Ranks(distributed.get_rank(), distributed.get_world_size()))
+    try:
+        yield ranks()
+    finally:
+        _CURRENT.reset(token)
+        distributed.destroy_process_group()
