@@ -336,3 +336,10 @@ def test_walls_are_those_of_each_data_set():
         assert float(posterior.samples["top"].mean()) == pytest.approx(mean, rel=0.03)
         assert posterior.settings["noncentered"]["top"]["wall_below"] == pytest.approx(float(y.max().log()), abs=1e-7)
         assert bool((posterior.samples["top"] > y.max()).all())
+
+
+def test_a_posterior_of_many_can_be_refined():
+    """Its graph has the data as inputs; chains need one of its own."""
+    posterior = pf.fit_many(regression, data_sets(4), draws=200, progress=False)[2]
+    refined = posterior.refine(max_steps=20, progress=False)
+    assert refined.chains is not None
