@@ -202,12 +202,19 @@ def _names(name: str, value: Any) -> Any:
     return value
 
 
+def _guide(name: str, value: Any) -> Any:
+    if not callable(value) and not hasattr(value, "get_samples"):
+        raise refused(name, "a guide, or an MCMC that has run", value)
+    return value
+
+
 OTHERS: dict[str, Check] = {
     "bool": _flag,
     "str": _of(str, "a string"),
     "str | os.PathLike[str]": _of((str, os.PathLike), "a path"),
     "Callable[..., Any]": _function,
     "Callable[[Any], Any]": _function,
+    "Callable[..., Any] | MCMC": _guide,
     "FlowLike": _flow,
     "Iterable[Bijection]": _of(Iterable, "bijections"),
     "Comparison": _made_by("pyro_flows.comparison.compare", "Comparison", "a Comparison of compare"),

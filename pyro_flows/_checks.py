@@ -151,7 +151,7 @@ def context(owner: str, value: Tensor | None, context_dim: int) -> None:
 
 def floating(name: str, value: Tensor, like: Tensor | torch.dtype) -> Tensor:
     """Return ``value`` if it holds floating-point numbers; whole numbers become exact ones of ``like``'s dtype."""
-    if dense(name, value).is_floating_point():
+    if not (isinstance(value, Tensor) and value.is_complex()) and dense(name, value).is_floating_point():
         return value
     dtype = like if isinstance(like, torch.dtype) else like.dtype
     limit = int(2 / torch.finfo(dtype).eps)  # up to which all whole numbers are there

@@ -49,7 +49,7 @@ THIN = "no search for missed modes was made, since a first sample had poor weigh
 @_checks.options
 def diagnose(
     model: Callable[..., Any],
-    guide: Callable[..., Any],
+    guide: Callable[..., Any] | MCMC,
     *args: Any,
     model_kwargs: Mapping[str, Any] | None = None,
     draws: int = 4000,
@@ -97,9 +97,8 @@ def diagnose(
     >>> posterior.verdict.status, posterior.samples["x"].shape
     ('ok', torch.Size([1000]))
     """
-    chains: Any = guide
-    if isinstance(chains, MCMC):
-        return from_mcmc(chains, model, *args, model_kwargs=model_kwargs, seed=seed)
+    if isinstance(guide, MCMC):
+        return from_mcmc(guide, model, *args, model_kwargs=model_kwargs, seed=seed)
     with alone(), Bar("diagnose", progress, quick=True) as bar:
         found = _diagnose(model, guide, *usable(model, *own(args, model_kwargs)), draws, seed, bar)
         bar.close(found.verdict.status)

@@ -14,6 +14,7 @@ from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.nn.module import pyro_method
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
+from torch._C import _functorch
 
 from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback
@@ -333,6 +334,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         Raises:
             ValueError: if they are not finite, with the site, and the parameter of the flow that is not.
         """
+        if _functorch.is_batchedtensor(z):  # none has a value there
+            return z
         broken = ~torch.isfinite(z).reshape(-1, z.shape[-1]).all(0)
         if not bool(broken.any()):
             return z

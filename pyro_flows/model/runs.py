@@ -13,7 +13,6 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._arguments import dense
 from pyro_flows._batches import rows_for
 from pyro_flows._clock import unbounded
 from pyro_flows._fallbacks import fallback, first_line
@@ -275,9 +274,9 @@ class Runs:
 
     def _check(self, z: Tensor) -> Tensor:
         """Return ``z`` (S, D), whole numbers as floating-point ones: results have its dtype."""
-        if dense("z", z).dim() != 2 or z.shape[1] != self.dim:
-            raise ValueError(f"z: expected shape (S, {self.dim}), got {tuple(z.shape)}.")
         z = _checks.floating("z", z, self.dtype)
+        if z.dim() != 2 or z.shape[1] != self.dim:
+            raise ValueError(f"z: expected shape (S, {self.dim}), got {tuple(z.shape)}.")
         return z.to(torch.promote_types(z.dtype, self.dtype))  # single precision would round the result
 
     def parameters(self) -> dict[str, Tensor]:

@@ -57,11 +57,12 @@ def trained(monkeypatch, averaged):
     """Twenty steps of the training of a fit; return losses and parameters."""
     monkeypatch.setattr(Ranks, "averaged", lambda self, module: averaged(module))
     x = data(40)
-    clock, bar = SimpleNamespace(finite=False, over=False), SimpleNamespace(count=lambda *_: None)
+    clock, bar = SimpleNamespace(finite=False, over=False, look=lambda: None), SimpleNamespace(count=lambda *_: None)
     plan = SimpleNamespace(model=normal_rows, args=(x, 10), kwargs={}, seed=0, clock=clock, bar=bar)
     with seeded(0):
         guide = pf.AutoHierarchicalFlow(normal_rows, layers=2, init="prior").initialize(x, 10)
-        losses = hierarchical._train(guide, plan, 20, 0)
+        losses: list[float] = []
+        hierarchical._train(guide, plan, 20, losses)
     return torch.tensor(losses), torch.cat([part.detach().flatten() for part in guide.parameters()])
 
 

@@ -28,6 +28,7 @@ TAKEN: dict[str, Callable[[Any], bool]] = {  # what a check of a type may let th
     "Mapping[str, Any]": lambda value: isinstance(value, dict),
     "str | Sequence[str]": lambda value: isinstance(value, str) or _is_empty(value),
     "Callable[[Any], Any]": callable,
+    "Callable[..., Any] | MCMC": callable,
     "FlowLike": lambda value: isinstance(value, str) or callable(value),
     "Iterable[Bijection]": lambda value: hasattr(value, "__iter__"),
     "Comparison": lambda value: False,
