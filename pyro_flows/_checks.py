@@ -26,7 +26,7 @@ def options(function: Callable[P, R]) -> Callable[P, R]:
     table in ``_arguments.py``.
 
     >>> @options
-    ... def run(*, draws: "int" = 9):
+    ... def run(*, draws: int = 9):
     ...     pass
     >>> run(draw=1)
     Traceback (most recent call last):

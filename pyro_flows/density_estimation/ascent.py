@@ -201,9 +201,10 @@ class Ascent:
             for value, like in zip(found, wanted, strict=True):
                 alike = value.shape == like.shape and value.dtype == like.dtype
                 require(alike and not bool(torch.isnan(value).any()), f"{name} has tensors of another run, or NaN")
+        ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for place, moments in saved["moments"]["state"].items():
             for value in moments.values():
-                require(value.dim() == 0 or value.shape == self.parameters[place].shape, "moments have other shapes")
+                require(value.dim() == 0 or value.shape == ordered[place].shape, "moments have other shapes")
         require(set(saved["state"]) == {one.name for one in fields(State)}, "the state lacks entries")
         state = State(**saved["state"])
         for one in fields(State):

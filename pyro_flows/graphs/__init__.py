@@ -6,6 +6,7 @@ Other rooms import these names, and nothing else of this room:
 * :class:`Runner` runs a graph: block by block by the interpreter in C, or by torch.
 * :class:`Recorder` does both for a function of a batch of points: it keeps graphs for few batch sizes, compares each
   with the function, and calls the function itself where there is no graph.
+* :func:`refuse_recording` lets code say, while it is recorded, that it is not worth a graph.
 * :func:`agree` compares results but for rounding: check a graph at points where it was not recorded.
 * :class:`Stitcher` joins graphs into one.
 * :func:`partition` splits a joint graph of two passes into forward and backward.
@@ -27,7 +28,7 @@ from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.native import interpreter_is_built
 from pyro_flows.graphs.partitioning import partition
 from pyro_flows.graphs.recorder import Recorder
-from pyro_flows.graphs.recording import record
+from pyro_flows.graphs.recording import record, refuse_recording
 from pyro_flows.graphs.rounding import agree
 from pyro_flows.graphs.runner import Runner
 from pyro_flows.graphs.stacking import stacked
@@ -40,5 +41,6 @@ __all__ = [
     "interpreter_is_built",
     "partition",
     "record",
+    "refuse_recording",
     "stacked",
 ]

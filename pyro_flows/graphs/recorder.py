@@ -13,7 +13,7 @@ from pyro_flows._batches import ROWS_AT_LEAST, nearby, rows_for
 from pyro_flows._cache import Cache
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.graph import first_results, is_pure
-from pyro_flows.graphs.recording import record
+from pyro_flows.graphs.recording import Unrecordable, record
 from pyro_flows.graphs.rounding import DIGITS, agree, moved_by
 from pyro_flows.graphs.runner import Runner
 
@@ -182,6 +182,9 @@ class Recorder:
             recorded = runner(fresh, *self.given)
         except torch.linalg.LinAlgError:
             raise  # of these points, not of the function
+        except Unrecordable as error:
+            self.reason = str(error)
+            return False
         except Exception as error:  # a model's own code may raise anything
             self.reason = fallback("not recorded", error)
             return False

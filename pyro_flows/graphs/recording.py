@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from pyro_flows import _stages
 from pyro_flows._ledger import counted
@@ -31,6 +31,20 @@ _TAG = "_pyro_flows_recorded"
 
 class DependsOnValues(RuntimeError):
     """A number was taken out of a tensor that depends on the inputs of what is recorded."""
+
+
+class Unrecordable(RuntimeError):
+    """What runs is not worth a graph, as it says itself."""
+
+
+def refuse_recording(reason: str) -> None:
+    """End a recording that is under way: the function is then called as it is, from the first time on.
+
+    Raises:
+        Unrecordable: if one is.
+    """
+    if isinstance(_get_current_dispatch_mode(), _Tape):
+        raise Unrecordable(reason)
 
 
 class _ChangesConstants(RuntimeError):

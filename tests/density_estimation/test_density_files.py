@@ -135,7 +135,9 @@ def test_a_density_of_format_1_is_read(tmp_path):
     file.write_text(json.dumps({**text, "version": 1}))
     assert torch.equal(pf.DensityFit.load(tmp_path / "fit").log_prob(cloud()), fit.log_prob(cloud()))
     (tmp_path / "fit" / "density.pt").write_bytes(b"words")
-    with pytest.raises(ValueError, match=r"path: '.*fit' is damaged \(density.pt, density.json cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"path: '.*fit' is damaged \(density.pt, density.json cannot be what was saved"
+    ):
         pf.DensityFit.load(tmp_path / "fit")
 
 

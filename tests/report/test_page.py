@@ -229,7 +229,7 @@ def test_a_comparison(tmp_path):
     assert "Comparison" in found.text["h2"]
     assert {"narrow", "wide"} <= set(found.text["th"])
     assert f"elpd of {comparison.names[0]} above that of {comparison.names[1]} by" in text
-    with pytest.raises(ValueError, match="expected what compare\\(\\) returns, got a dict"):
+    with pytest.raises(ValueError, match="comparison: expected a Comparison of compare, got"):
         both["wide"].report(tmp_path / "other.html", comparison=both)
     assert not (tmp_path / "other.html").exists()
 

@@ -172,7 +172,7 @@ def test_a_guide_of_double_precision_for_a_model_of_single(tmp_path):
 
 def test_numbers_of_history_and_settings_come_back_as_numbers(tmp_path):
     posterior = schools_posterior(draws=200)
-    history = ({"elbo": -math.inf, "k_hat": math.inf, "label": "inf", "steps": [1, 2.5]},)
+    history = ({"stage": "first round", "elbo": -math.inf, "k_hat": math.inf, "label": "inf", "steps": [1, 2.5]},)
     changed = type(posterior)(**{**vars(posterior), "history": history})
     changed.save(tmp_path / "saved")
     again = pf.load(tmp_path / "saved")

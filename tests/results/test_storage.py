@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import warnings
 import zipfile
 
@@ -272,9 +271,10 @@ def test_code_in_the_tensor_file_is_not_run(saved, tmp_path):
     copy_with(saved, copy)
     torch.save({"z": bomb}, copy / TENSORS)
     assert zipfile.is_zipfile(copy / TENSORS)
-    with pytest.raises(ValueError, match=r"guide\.pt cannot be read: UnpicklingError") as caught:
+    with pytest.raises(
+        ValueError, match=r"guide\.pt cannot be what was saved: it holds something else than tensors"
+    ) as caught:
         pf.load(resealed(copy))
-    assert isinstance(caught.value.__cause__, pickle.UnpicklingError)
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "harm").exists()
 
