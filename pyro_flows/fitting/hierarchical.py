@@ -90,7 +90,7 @@ def fit_hierarchical(plan: Plan) -> Posterior:
             _fitted(guide, None, plan, trained)
             raise Followed
         density = _marginal(guide, plan.args, plan.kwargs, plan.seed)
-        if clock.finite:
+        if clock.finite and not clock.over:
             clock.reserve(_seconds_to_judge(guide, density, plan.draws))
         density.under(clock)
         STATE.hold(not clock.raises)  # until the call ends

@@ -260,15 +260,16 @@ class LogDensity(SiteValues):
                 values.append(value.detach())
         return torch.stack(values).to(z.dtype), torch.stack(grads)
 
-    def complaint(self, z: Tensor) -> str | None:
+    def complaint(self, z: Tensor, finite: Tensor | None = None) -> str | None:
         """Return what Pyro's own argument checks say at the first row of ``z`` where they object, or None.
 
         An invalid parameter can have a finite density (a Beta with a negative concentration has one), and for speed
-        everything else here runs without these checks. Rows whose density is not finite are left out.
+        everything else here runs without these checks. Rows whose density is not ``finite`` are left out; which ones
+        these are is computed where it is not known.
         """
         z = self._check(z)
         with torch.no_grad():
-            rows = z[torch.isfinite(self(z))]
+            rows = z[torch.isfinite(self(z)) if finite is None else finite]
         with turn(), torch.no_grad():
             for row in self._pieces(rows, one_by_one=True):
                 said = self._objection(row)

@@ -110,7 +110,7 @@ def _decided(
         draws=draws,
         seed=seed,
         again=lambda: _weighed_again(density, draw, times * draws),
-        complaint=lambda z: density.complaint(z[: pool.checked]),
+        complaint=lambda z: density.complaint(z[: pool.checked], torch.isfinite(pool.log_p[: len(z)][: pool.checked])),
         changed=lambda z, log_weights: _changed(density, z, log_weights, draws, values),
         **said,
     )
