@@ -32,8 +32,8 @@ class Range(NamedTuple):
 
     def has(self, value: float) -> bool:
         """Whether the number is in it."""
-        if value == math.inf:
-            return self.unbounded
+        if value in (math.inf, -math.inf):
+            return self.unbounded and value > 0
         return self.low < value < self.high if self.open else self.low <= value <= self.high
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ RANGES: dict[str, Range] = {
     "num_particles": Range(1, 10**6),
     "prob": SHARE,
     "runs": Range(1, MAX_RUNS),
-    "seed": Range(0, 2**64 - 1),
+    "seed": Range(0, 2**62),  # runs add their numbers to it, and torch takes 64 bits
     "step_size": POSITIVE,
     "steps": Range(1, 10**6),
     "temperature": Range(0),
@@ -162,10 +162,10 @@ def dense(name: str, value: Any) -> Tensor:
     return value
 
 
-def numbers(name: str, value: Any, dtype: torch.dtype | None = None) -> Tensor:
+def numbers(name: str, value: Any) -> Tensor:
     """Return a list, an array or a tensor of real numbers as a dense tensor."""
     try:
-        return dense(name, torch.as_tensor(value, dtype=dtype))
+        return dense(name, torch.as_tensor(value))
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise refused(name, "a list or a tensor of numbers", value) from None
 

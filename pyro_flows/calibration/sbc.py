@@ -166,7 +166,7 @@ def _asked(
         "draws": draws,
         "seed": seed,
         "steps": steps,
-        "learning_rate": _checks.positive("learning_rate", learning_rate),
+        "learning_rate": learning_rate,
         "method": _method(guide, sampler),
     }
 

@@ -57,10 +57,6 @@ class LatentGuide(AutoContinuous):
         create_plates: Callable[..., Any] | None = None,
         **options: Any,
     ) -> None:
-        if not callable(model):
-            raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
-        if init_loc_fn is not None and not callable(init_loc_fn):
-            raise ValueError(f"init_loc_fn: expected a function of a site, got a {type(init_loc_fn).__name__}.")
         if create_plates is not None and (isinstance(create_plates, pyro.plate) or not callable(create_plates)):
             raise ValueError(
                 "create_plates: expected a function of the model's arguments that returns plates, "

@@ -40,7 +40,7 @@ class Drawn(Shown):
                 f"resample: the importance weights cannot be relied on ({'; '.join(self.verdict.reasons)}). "
                 "Pass force=True to resample all the same."
             )
-        count = len(self.z) if draws is None else _checks.integer("draws", draws, 1)
+        count = len(self.z) if draws is None else draws
         self._hand_on("resample()")
         weights = self._used_log_weights if self.verdict.status == "refined" else self.log_weights
         index = resample(weights, count, seed=seed)
@@ -123,7 +123,7 @@ class Drawn(Shown):
         """
         from pyro_flows.correction.more import more_draws
 
-        z = more_draws(self, _checks.integer("draws", draws, 1), seed=_checks.integer("seed", seed, 0))
+        z = more_draws(self, draws, seed=seed)
         self._hand_on("sample()")
         return self._need_model().constrain(z)
 

@@ -104,14 +104,7 @@ def _checks(posterior: Record) -> tuple[Picture, tables.Table | None, str]:
 
 
 def _comparison(comparison: Any) -> dict[str, Any]:
-    """Return a comparison as table and sentences.
-
-    Raises:
-        ValueError: for anything but what :func:`~pyro_flows.compare` returns.
-    """
-    if not all(hasattr(comparison, name) for name in ("table", "names", "difference", "notes")):
-        kind = type(comparison).__name__
-        raise ValueError(f"comparison: expected what compare() returns, got a {kind}. Call pf.compare first.")
+    """Return a comparison as table and sentences."""
     frame = comparison.table.round(3)
     best, *others = comparison.names
     said = [(name, *comparison.difference(best, name)) for name in others]

@@ -28,6 +28,7 @@ from pyro_flows.results.scoring import JUDGING
 from pyro_flows.starts import portfolio
 from pyro_flows.training import loop
 from pyro_flows.training.trainer import Trainer
+from tests.interrupts import interrupting
 
 Y = torch.tensor([0.3, -1.2, 2.0])
 QUICK = {"max_steps": 120, "draws": 500, "layers": 2, "escalate": False, "progress": False}
@@ -209,18 +210,6 @@ def test_parts_end_quietly_and_are_noted():
 
 
 # Ctrl-C -------------------------------------------------------------------------------------------------------------
-
-
-def interrupting(monkeypatch, owner, name, *, at=1, instead=True):
-    """Let the ``at``-th call of a function raise KeyboardInterrupt."""
-    original, calls = getattr(owner, name), itertools.count(1)
-
-    def function(*args, **kwargs):
-        if next(calls) == at:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, function)
 
 
 STAGES = {

@@ -1,6 +1,5 @@
 """Fits of minibatches: rows that are far from normal, latents of rows, leave-one-row-out, limits of time, sentences."""
 
-import itertools
 import math
 import sys
 import time
@@ -14,6 +13,7 @@ import pyro_flows as pf
 from pyro_flows.fitting import hierarchical
 from pyro_flows.guides.marginal import Marginal
 from pyro_flows.posterior import draws
+from tests.interrupts import interrupting
 from tests.models import real
 
 SD = 1.2  # of normal rows
@@ -332,17 +332,6 @@ def test_seconds_bound_the_whole_fit():
     assert posterior.settings["max_seconds"] == 3.0
 
 
-def interrupting(monkeypatch, owner, name, at):
-    original, calls = getattr(owner, name), itertools.count(1)
-
-    def function(*args, **kwargs):
-        if next(calls) == at:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, function)
-
-
 PARTS = {
     "finding starting points": ("pyro_flows.guides.hierarchical", "start_of_globals", 1),
     "training": ("pyro_flows.fitting.hierarchical", "_is_good", 1),
@@ -355,7 +344,7 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_ctrl_c_ends_the_work_with_a_verdict(monkeypatch, part):
     owner, name, at = PARTS[part]
-    interrupting(monkeypatch, sys.modules[owner], name, at)
+    interrupting(monkeypatch, sys.modules[owner], name, at=at)
     x = normal(20)
     with pytest.warns(UserWarning, match=f"interrupted \\(Ctrl-C\\) during: {part}"):
         posterior = pf.fit(normal_rows, x, 10, progress=False, draws=200)
@@ -365,14 +354,14 @@ def test_ctrl_c_ends_the_work_with_a_verdict(monkeypatch, part):
 
 
 def test_a_second_ctrl_c_raises(monkeypatch):
-    interrupting(monkeypatch, hierarchical, "_check_rows", 1)
-    interrupting(monkeypatch, draws, "decide", 1)
+    interrupting(monkeypatch, hierarchical, "_check_rows")
+    interrupting(monkeypatch, draws, "decide")
     with pytest.raises(KeyboardInterrupt):
         pf.fit(normal_rows, normal(20), 10, progress=False, draws=200)
 
 
 def test_ctrl_c_raises_where_that_is_asked_for(monkeypatch):
-    interrupting(monkeypatch, hierarchical, "_check_rows", 1)
+    interrupting(monkeypatch, hierarchical, "_check_rows")
     with pytest.raises(KeyboardInterrupt):
         pf.fit(normal_rows, normal(20), 10, progress=False, draws=200, raise_on_interrupt=True)
 
