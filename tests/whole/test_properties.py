@@ -97,3 +97,13 @@ def test_many_densities_are_those_of_pyros_trace(program, seed):
 @given(programs(), SEEDS)
 def test_many_stacks_are_their_densities(program, seed):
     check_stack(program, seed)
+
+
+@pytest.mark.slow
+@settings(USUAL, max_examples=int(os.environ.get("PROPERTIES", "40")))
+@given(st.integers(0, 2**20), st.integers(0, zoo.MODELS - 1))
+def test_no_verdict_is_a_lie(seed, number):
+    task = Task(seed, number, "", "")
+    row = blank(task)
+    fill(row, task)
+    assert row["outcome"] != "lie", row
