@@ -211,7 +211,6 @@ def correlated(p_scale, chains, draws, rho):
     return p_scale * x
 
 
-@pytest.mark.slow
 def test_bridge_counts_effective_draws_of_chains():
     """At an autocorrelation of .9, draws are worth a 19th: in random order, they seem worth as many as they are."""
     p, q = dist.Normal(torch.zeros(()).double(), 1.0), dist.Normal(torch.tensor(0.5).double(), 1.0)
