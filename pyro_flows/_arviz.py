@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._arrays import SAMPLE_DIMS, as_tree, rounded, with_attrs
+from pyro_flows._arrays import SAMPLE_DIMS, Coords, as_tree, rounded, with_attrs
 from pyro_flows._display import verdict_html
 from pyro_flows._mixing import chain_diagnostics as chain_diagnostics
 
@@ -38,7 +38,7 @@ def dataset(
     values: Mapping[str, np.ndarray],
     dims: Mapping[str, Sequence[str]],
     *,
-    coords: Mapping[str, Any] | None = None,
+    coords: Coords = None,
     sample_dims: Sequence[str] = SAMPLE_DIMS,
 ) -> xr.Dataset:
     """Label arrays; their leading axes are ``sample_dims``. Empty arrays are left out."""
@@ -238,11 +238,7 @@ def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) 
 
 
 def select(draws: xr.Dataset, var_names: str | Sequence[str] | None, filter_vars: str | None) -> xr.Dataset:
-    """Choose variables as ArviZ does: by name, ``"~name"``, a part of a name, or a regular expression.
-
-    Raises:
-        ValueError: naming what is not there.
-    """
+    """Choose variables as ArviZ does: by name, ``"~name"``, a part of a name, or a regular expression."""
     import xarray
     from arviz_base import extract
 

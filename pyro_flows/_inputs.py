@@ -28,16 +28,12 @@ NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 PRIVATE = "_pyro_flows_model_{}"  # the package that holds a file of the user's
 
 
-def read_model(spec: str) -> Callable[..., Any]:
+def read_model(spec: str) -> Callable[..., object]:
     """Run a Python file and return one of its names: ``"models.py:eight_schools"``.
 
     The file becomes a module under a private name, so that one called ``statistics.py`` or ``torch.py`` replaces no
     other module. It may import files beside it: as ``from .helper import x``, or as ``import helper`` if no installed
     module has that name, since its folder is put at the end of ``sys.path``. Pickles of the model load in this process.
-
-    Raises:
-        ValueError: if there is no such file or name, if the name is not a model, or if the file ends the program.
-        Exception: what the file itself raises when it is run.
     """
     file, _, name = spec.rpartition(":")
     if not file or not name or "/" in name or "\\" in name:
@@ -64,7 +60,7 @@ def read_model(spec: str) -> Callable[..., Any]:
         )
     if not callable(model):
         raise ValueError(f"model: expected a callable, {name!r} in {file} is a {type(model).__name__}.")
-    found: Callable[..., Any] = model
+    found: Callable[..., object] = model
     return found
 
 
@@ -122,9 +118,6 @@ def read_data(file: str | Path) -> dict[str, Any]:
 
     JSON: an object of numbers and (nested) lists. CSV: a header and rows of numbers; one tensor a column. npz: arrays.
     Floats get torch's default dtype, integers and booleans keep their kind.
-
-    Raises:
-        ValueError: naming the file and field, for what cannot be read, is not a number, ragged, missing or NaN.
     """
     path = Path(file)
     if path.is_dir():
@@ -252,12 +245,8 @@ def _filled(value: Any) -> Any:
     return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
-def match(model: Callable[..., Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model's keyword arguments, by name.
-
-    Raises:
-        ValueError: naming the fields that the model lacks, and the parameters that the data lack.
-    """
+def match(model: Callable[..., object], fields: Mapping[str, object]) -> dict[str, Any]:
+    """Return the model's keyword arguments, by name."""
     target = model.forward if isinstance(model, torch.nn.Module) else model
     parameters = inspect.signature(target).parameters
     fixed = [name for name, parameter in parameters.items() if parameter.kind is Parameter.POSITIONAL_ONLY]

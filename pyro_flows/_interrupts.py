@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 NAMES = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., object])
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 

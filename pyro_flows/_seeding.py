@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import dirichlet
 from torch.overrides import TorchFunctionMode
 
+from pyro_flows._tensors import Args, Function, Kwargs
 from pyro_flows._turns import turn
 
 
@@ -66,7 +67,7 @@ class BatchedDraws(TorchFunctionMode):
         dirichlet._Dirichlet = self._drawn_by  # type: ignore[misc]
         super().__exit__(*error)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
         draw = OUT_OF_PLACE.get(func)
         return (draw or func)(*args, **(kwargs or {}))
 
@@ -80,7 +81,7 @@ class _Dirichlet:
     def apply(cls, concentration: Tensor) -> Tensor:
         if torch._C._are_functorch_transforms_active():
             return torch._sample_dirichlet(concentration)
-        return cls._torch.apply(concentration)  # type: ignore[no-any-return]
+        return cls._torch.apply(concentration)
 
 
 def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:

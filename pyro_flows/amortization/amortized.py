@@ -57,21 +57,13 @@ class Predicted(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What an answer is made of.
+    """What an answer is made of."""
 
-    Attributes:
-        form: the arguments of the model, and which of them are data.
-        scale: of the data, as networks take them.
-        conditional: the trained flow.
-        lead: the model's log density of the first data set.
-        stack: graphs that all data sets share; None if each has its own.
-    """
-
-    form: Form
-    scale: Scale
-    conditional: Conditional
-    lead: LogDensity
-    stack: Stack | None
+    form: Form  # the arguments of the model, and which of them are data
+    scale: Scale  # of the data, as networks take them
+    conditional: Conditional  # the trained flow
+    lead: LogDensity  # the model's log density of the first data set
+    stack: Stack | None  # graphs that all data sets share; None if each has its own
 
     def features(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return K data sets ``{site: (K, *shape)}`` as networks take them, (K, n)."""
@@ -128,7 +120,7 @@ class Amortized:
     torch.Size([4000])
     """
 
-    model: Callable[..., Any]
+    model: Callable[..., object]
     losses: Tensor
     validation: float
     settings: dict[str, Any]
@@ -136,14 +128,14 @@ class Amortized:
     _predicted: Predicted
     _probe: dict[str, Any]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Posterior:
+    def __call__(self, *args: object, **kwargs: object) -> Posterior:
         """Return the posterior of a data set, given as the model takes it."""
         return self.posterior(*args, model_kwargs=kwargs)
 
     def posterior(
         self,
-        *args: Any,
-        model_kwargs: Mapping[str, Any] | None = None,
+        *args: object,
+        model_kwargs: Mapping[str, object] | None = None,
         draws: int = 4000,
         seed: int = 0,
         escalate: bool = False,
@@ -223,7 +215,9 @@ class Amortized:
             found = parts.lead.constrain(z.flatten(0, 1))
         return {name: found[name].unflatten(0, z.shape[:2]) for name in parts.lead.names}, log_weights
 
-    def outside(self, *args: Any, model_kwargs: Mapping[str, Any] | None = None, seed: int = 0) -> tuple[str, ...]:
+    def outside(
+        self, *args: object, model_kwargs: Mapping[str, object] | None = None, seed: int = 0
+    ) -> tuple[str, ...]:
         r"""Say in which way a data set is outside of what the prior predicts; nothing if it is not.
 
         Two figures are compared with those of 4096 simulated data sets: the distance of the farthest entry from its
@@ -261,10 +255,10 @@ class Amortized:
     def load(
         cls,
         path: str | os.PathLike[str],
-        model: Callable[..., Any],
-        *args: Any,
-        model_kwargs: Mapping[str, Any] | None = None,
-        data: Mapping[str, Any] | None = None,
+        model: Callable[..., object],
+        *args: object,
+        model_kwargs: Mapping[str, object] | None = None,
+        data: Mapping[str, str | int] | None = None,
         encoder: nn.Module | None = None,
     ) -> Self:
         """Read what :meth:`save` wrote, given the model and all that :func:`amortize` was given.

@@ -92,12 +92,7 @@ def of_gradients(density: LogDensity, z: Tensor, chains: int, log_weights: Tenso
 
 
 class Regression:
-    """What controls (S, K) explain of what draws add to estimates, each half of the draws by itself.
-
-    Args:
-        columns: the controls; None for none.
-        half: which draws (S,) make the first half.
-    """
+    """What controls (S, K) explain of what draws add to estimates, each half of the draws (S,) by itself."""
 
     def __init__(self, columns: Tensor | None, half: Tensor) -> None:
         self.shifts: Tensor | None = None

@@ -169,11 +169,7 @@ def loo(posterior: Record, *, sites: Any, draws: int | None, seed: int, progress
 
 
 def work_for(posterior: Record, sites: Any, draws: int | None, seed: int, bar: Bar) -> Work:
-    """Return what does the work, unless the draws are not to be used.
-
-    Raises:
-        ValueError: for an unreliable posterior, or too few draws.
-    """
+    """Return what does the work, unless the draws are not to be used."""
     if draws is not None:
         _checks.integer("draws", draws, 100)
     if posterior.verdict.status == "unreliable":

@@ -107,10 +107,6 @@ def likelihood(posterior: Record, z: Tensor) -> xr.Dataset:
     """Return the pointwise log likelihood at draws z, one variable for each observed site.
 
     Where latents of rows are integrated out, a row is one observation, and there is one variable for each plate.
-
-    Raises:
-        ValueError: for models with enumerated latents or without data, and for posteriors without their model whose
-            files lack the group.
     """
     if posterior.density is None and posterior._stored is not None and "log_likelihood" in posterior._stored[0]:
         found: xr.Dataset = posterior._stored[0]["log_likelihood"]

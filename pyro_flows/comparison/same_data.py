@@ -16,11 +16,7 @@ SAME = 1e-5  # relative: data in single precision and in double
 
 
 def check_data(posteriors: Mapping[str, Record]) -> None:
-    """Refuse posteriors whose models observe other values.
-
-    Raises:
-        ValueError: for these; it names two of them, and says how their data differ.
-    """
+    """Refuse posteriors whose models observe other values."""
     for posterior in posteriors.values():
         posterior._check_unchanged()
     data = {name: _data(posterior) for name, posterior in posteriors.items()}
@@ -55,11 +51,7 @@ def _differ(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
 
 def check_observations(found: Mapping[str, Whole]) -> None:
-    """Refuse models that group the data into other observations.
-
-    Raises:
-        ValueError: for these; it names two of them.
-    """
+    """Refuse models that group the data into other observations."""
     for one, other in itertools.pairwise(found):
         sizes = len(found[one].elpd), len(found[other].elpd)
         if sizes[0] != sizes[1]:

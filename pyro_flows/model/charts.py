@@ -107,12 +107,8 @@ def _replaced(values: Any, by: Callable[[Any], Any]) -> Any:
     return [_replaced(part, by) for part in values] if isinstance(values, list) else by(values)
 
 
-def read_chart(given: Mapping[str, Any], shape: torch.Size, like: Tensor) -> Chart | None:
-    """Make a chart from plain numbers, with a site's shape, and dtype and device of ``like``; None if there is none.
-
-    Raises:
-        KeyError, RuntimeError, TypeError: for numbers that are missing or do not fit.
-    """
+def read_chart(given: Mapping[str, object], shape: torch.Size, like: Tensor) -> Chart | None:
+    """Make a chart from plain numbers, with a site's shape, and dtype and device of ``like``; None if there is none."""
 
     def numbers(name: str, missing: float = math.nan) -> Tensor:
         values = _replaced(given[name], lambda value: missing if value is None else value)
@@ -125,7 +121,7 @@ def read_chart(given: Mapping[str, Any], shape: torch.Size, like: Tensor) -> Cha
     return Heavy(numbers("heavy_about"), numbers("heavy_scale")) if "heavy_scale" in given else None
 
 
-def write_chart(chart: Chart | None) -> dict[str, Any]:
+def write_chart(chart: Chart | None) -> dict[str, object]:
     """Return a chart as plain numbers, as :func:`read_chart` takes them."""
     if isinstance(chart, Circle):
         return {"turn_about": chart.center.tolist()}

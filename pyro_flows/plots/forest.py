@@ -29,7 +29,7 @@ def plot_forest(
     var_names: Names = None,
     *,
     filter_vars: str | None = None,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, object] | None = None,
     draws: str = "used",
     max_rows: int = 40,
     width: float = WIDTH,

@@ -31,7 +31,7 @@ def plot_posterior(
     var_names: Names = None,
     *,
     filter_vars: str | None = None,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, object] | None = None,
     max_panels: int = 24,
     width: float = WIDTH,
 ) -> Figure:
@@ -72,7 +72,7 @@ def plot_prior_posterior(
     var_names: Names = None,
     *,
     filter_vars: str | None = None,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, object] | None = None,
     max_panels: int = 24,
     width: float = WIDTH,
 ) -> Figure:

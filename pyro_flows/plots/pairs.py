@@ -45,7 +45,7 @@ def plot_pairs(
     *scalars: str,
     var_names: Names = None,
     filter_vars: str | None = None,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, object] | None = None,
     compare: Record | None = None,
     transform: Transform | None = None,
     labels: Sequence[str] | None = None,

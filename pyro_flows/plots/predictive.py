@@ -30,7 +30,7 @@ def plot_predictive(
     var_names: Names = None,
     *,
     filter_vars: str | None = None,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, object] | None = None,
     width: float = WIDTH,
 ) -> Figure:
     """Draw the distribution function of the data (line) over those of replicates drawn from the posterior (bands).
@@ -81,7 +81,7 @@ def predictive_data(
     var_names: Names = None,
     *,
     filter_vars: str | None = None,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, object] | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the data (N,) and replicates (R, N) of each observed site, the same entries of both."""
     observed, replicates = predictive_groups(posterior, REPLICATES)

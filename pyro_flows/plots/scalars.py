@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class Choice:
 
     var_names: Names = None
     filter_vars: str | None = None
-    coords: Mapping[str, Any] | None = None
+    coords: Mapping[str, object] | None = None
 
     def of(self, draws: xr.Dataset) -> dict[str, np.ndarray]:
         """Return the draws (S,) of each scalar by its label, ``theta[Choate]``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -132,7 +132,7 @@ class Assessed(Drawn):
         var_names: str | Sequence[str] | None = None,
         *,
         filter_vars: str | None = None,
-        coords: Mapping[str, Any] | None = None,
+        coords: Mapping[str, object] | None = None,
         prior_sites: str | Sequence[str] | None = None,
     ) -> Sensitivity:
         r"""Tell how much the posterior hangs on the prior and on the likelihood, by power scaling, without a refit.

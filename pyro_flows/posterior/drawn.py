@@ -178,10 +178,10 @@ class Drawn(Shown):
 
     def predictive(
         self,
-        *args: Any,
+        *args: object,
         draws: int | None = None,
         seed: int = 0,
-        model_kwargs: Mapping[str, Any] | None = None,
+        model_kwargs: Mapping[str, object] | None = None,
     ) -> dict[str, Tensor]:
         """Draw from the posterior predictive distribution: ``{name: (draws, *shape)}`` for each observed site.
 

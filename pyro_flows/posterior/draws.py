@@ -34,7 +34,7 @@ def from_draws(
     guide: Any,
     losses: Tensor,
     history: Sequence[Stage] = (),
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
     notes: Sequence[str] = (),

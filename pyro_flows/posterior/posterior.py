@@ -144,9 +144,9 @@ def _compact(value: Any) -> Any:
 @_checks.options
 def load(
     path: str | os.PathLike[str],
-    model: Callable[..., Any] | None = None,
-    *args: Any,
-    model_kwargs: Mapping[str, Any] | None = None,
+    model: Callable[..., object] | None = None,
+    *args: object,
+    model_kwargs: Mapping[str, object] | None = None,
 ) -> Posterior:
     """Read a posterior that :meth:`Posterior.save` wrote. Tensors and JSON only: nothing in the files is run.
 

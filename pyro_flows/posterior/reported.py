@@ -61,7 +61,7 @@ class Reported(Assessed):
         title: str | None = None,
         var_names: str | Sequence[str] | None = None,
         filter_vars: str | None = None,
-        coords: Mapping[str, Any] | None = None,
+        coords: Mapping[str, object] | None = None,
         comparison: Comparison | None = None,
         predictive: bool = True,
         source: bool = True,

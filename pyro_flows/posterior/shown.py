@@ -49,7 +49,7 @@ class Shown(Record):
         var_names: str | Sequence[str] | None = None,
         *,
         filter_vars: str | None = None,
-        coords: Mapping[str, Any] | None = None,
+        coords: Mapping[str, object] | None = None,
         ci_kind: str | None = None,
         ci_prob: float | None = None,
         round_to: int | str = "auto",
@@ -91,7 +91,7 @@ class Shown(Record):
         var_names: str | Sequence[str] | None = None,
         *,
         filter_vars: str | None = None,
-        coords: Mapping[str, Any] | None = None,
+        coords: Mapping[str, object] | None = None,
         ci_kind: str | None = None,
         ci_prob: float | None = None,
         round_to: int | str = "auto",
@@ -110,7 +110,7 @@ class Shown(Record):
         return labeled.posterior_group(self)
 
     def assign_coords(
-        self, coords: Mapping[str, Any] | None = None, *, dims: Mapping[str, Sequence[str]] | None = None
+        self, coords: Mapping[str, object] | None = None, *, dims: Mapping[str, Sequence[str]] | None = None
     ) -> Self:
         """Return the same posterior with labels, which tables, figures, ArviZ objects, reports and files then have.
 
@@ -144,7 +144,7 @@ class Shown(Record):
     def to_arviz(
         self,
         *,
-        coords: Mapping[str, Any] | None = None,
+        coords: Mapping[str, object] | None = None,
         dims: Mapping[str, Sequence[str]] | None = None,
         predictive: bool = True,
     ) -> Any:

@@ -174,7 +174,7 @@ class PriorDistribution(TorchDistribution):
         super().__init__(torch.Size(batch_shape), torch.Size(event), validate_args=False)
 
     @property
-    def support(self) -> constraints.Constraint:  # type: ignore[override]
+    def support(self) -> constraints.Constraint:
         """The site's own support, or all sites' one after the other."""
         return self._support
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.distributions import constraints, transform_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
+from pyro_flows._bundles import Entries
 from pyro_flows.model.bijections import biject_to
 
 PLAIN: dict[str, Any] = {
@@ -38,19 +39,12 @@ BOUNDED: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """One site of a fitted prior.
+    """One site of a fitted prior."""
 
-    Attributes:
-        name: of the site.
-        shape: of its value, plates included.
-        support: of the whole value, as one event.
-        dims: a name for each axis that a plate had, None for others.
-    """
-
-    name: str
-    shape: torch.Size
-    support: Constraint
-    dims: tuple[str | None, ...]
+    name: str  # of the site
+    shape: torch.Size  # of its value, plates included
+    support: Constraint  # of the whole value, as one event
+    dims: tuple[str | None, ...]  # a name for each axis that a plate had, None for others
 
     @property
     def transform(self) -> Transform:
@@ -86,7 +80,7 @@ class Part:
         return {"name": self.name, "shape": list(self.shape), "support": support, "dims": list(self.dims)}
 
     @classmethod
-    def read(cls, text: Mapping[str, Any], dtype: torch.dtype) -> Part:
+    def read(cls, text: Entries, dtype: torch.dtype) -> Part:
         """Make a part of what :meth:`describe` gave."""
         dims = tuple(None if dim is None else str(dim) for dim in text["dims"])
         return cls(str(text["name"]), torch.Size(text["shape"]), restore(text["support"], dtype), dims)
@@ -96,11 +90,7 @@ class Part:
 
 
 def describe(support: Any) -> dict[str, Any]:
-    """Return a support as JSON has it.
-
-    Raises:
-        NotImplementedError: for one that is none of torch's and Pyro's common ones.
-    """
+    """Return a support as JSON has it."""
     if isinstance(support, constraints.independent):
         return {
             "kind": "independent",
@@ -122,12 +112,8 @@ def _kin(kind: str) -> tuple[type, ...]:
     return (type(constants[kind]),) if kind in constants else ()
 
 
-def restore(text: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """Make the support that :func:`describe` told of.
-
-    Raises:
-        ValueError: for an unknown kind.
-    """
+def restore(text: Entries, dtype: torch.dtype) -> Any:
+    """Make the support that :func:`describe` told of."""
     kind = text["kind"]
     if kind == "independent":
         return constraints.independent(restore(text["base"], dtype), int(text["axes"]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_flows._bundles import plain
+from pyro_flows._bundles import Entries, plain
 from pyro_flows._progress import UNTOLD
 
 if TYPE_CHECKING:
@@ -49,23 +49,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that can be sorted.
+    """A table that can be sorted."""
 
-    Attributes:
-        name: for identifiers.
-        caption: what it holds.
-        first: the heading of the names of the rows.
-        columns: headings, with what each means.
-        rows: name and cells of each.
-        left_out: how many rows are not shown.
-    """
-
-    name: str
-    caption: str
-    first: str
-    columns: tuple[tuple[str, str], ...]
-    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
-    left_out: int = 0
+    name: str  # for identifiers
+    caption: str  # what it holds
+    first: str  # the heading of the names of the rows
+    columns: tuple[tuple[str, str], ...]  # headings, with what each means
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]  # name and cells of each
+    left_out: int = 0  # how many rows are not shown
 
 
 def of_frame(frame: pd.DataFrame, name: str, caption: str, first: str) -> Table:
@@ -128,7 +119,7 @@ def not_reproduced(table: Table) -> str:
     return f"The model does not reproduce the {', the '.join(extreme)}: p is below {EXTREME} or above {1 - EXTREME}."
 
 
-def flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+def flat(values: Entries) -> list[tuple[str, str]]:
     """Return settings as names and texts, nested ones with points between the names."""
     found: list[tuple[str, str]] = []
     for name, value in plain(dict(values)).items():
@@ -146,7 +137,7 @@ def _text(value: Any, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def stages(history: Sequence[Mapping[str, Any]]) -> Table:
+def stages(history: Sequence[Entries]) -> Table:
     """Return what happened during the fit, a row a stage."""
     names = ("run", "start", "elbo", "k_hat", "ess_ratio", "steps", "why")
     titles = ("run", "start", "ELBO (nats)", "k-hat", "ESS/S", "steps", "how it ended")

@@ -18,7 +18,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart
 from pyro_flows.model.handlers import Place, Resample
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import Latent, Placed, is_data, is_deterministic, messages
+from pyro_flows.model.sites import Keywords, Latent, Placed, Positional, is_data, is_deterministic, messages
 from pyro_flows.results.dims import Labels, Layout
 from pyro_flows.results.record import Record
 
@@ -215,9 +215,7 @@ class _CarryOver(Place):
         return self.values[latent.name]._replace(prior=fn)
 
 
-def predict(
-    density: LogDensity, z: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], *, seed: int
-) -> dict[str, Tensor]:
+def predict(density: LogDensity, z: Tensor, args: Positional, kwargs: Keywords, *, seed: int) -> dict[str, Tensor]:
     """Run the model on other arguments with its latents at ``z`` (S, D); return all other sites, drawn anew."""
     structure = density.structure
 
@@ -242,8 +240,7 @@ def predict(
             found = messages(run(row))
             return {name: found[name]["value"] for name in wanted}
 
-        drawn: dict[str, Tensor] = density.map(draw, z, randomness="different")
-        return drawn
+        return density.map(draw, z, randomness="different")
 
 
 def constants(density: LogDensity) -> xr.Dataset:

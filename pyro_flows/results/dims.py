@@ -30,19 +30,12 @@ def coordinate_names(structure: Structure) -> list[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How values ``(S, *batch, *event)`` of a site become an array: phantom axes dropped, masked entries left out.
+    """How values ``(S, *batch, *event)`` of a site become an array: phantom axes dropped, masked entries left out."""
 
-    Attributes:
-        dims: names of the axes that stay.
-        batch: how many batch axes the value has.
-        phantom: singleton axes that belong to no plate, counted from the first batch axis.
-        keep: the entries that count, if some are masked out: a boolean mask over the batch axes.
-    """
-
-    dims: tuple[str, ...]
-    batch: int
-    phantom: tuple[int, ...] = ()
-    keep: Tensor | None = None
+    dims: tuple[str, ...]  # names of the axes that stay
+    batch: int  # how many batch axes the value has
+    phantom: tuple[int, ...] = ()  # singleton axes that belong to no plate, counted from the first batch axis
+    keep: Tensor | None = None  # the entries that count, if some are masked out: a boolean mask over the batch axes
 
     def __call__(self, values: Tensor) -> np.ndarray:
         if self.keep is not None:

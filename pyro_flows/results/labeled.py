@@ -37,11 +37,7 @@ def named_draws(posterior: Record, samples: Mapping[str, Tensor], chains: int = 
 
 
 def prior_group(posterior: Record, draws: int = PRIOR_SHOWN) -> xr.Dataset:
-    """Draws of the prior of all latent and deterministic sites, labeled as the posterior's.
-
-    Raises:
-        ValueError: if a prior cannot be drawn from, or if there is neither a model nor a stored prior.
-    """
+    """Draws of the prior of all latent and deterministic sites, labeled as the posterior's."""
     if posterior.density is None and posterior._stored is not None and "prior" in posterior._stored[0]:
         found: xr.Dataset = posterior._stored[0]["prior"]
         return found
@@ -64,11 +60,7 @@ def _density(posterior: Record) -> LogDensity:
 
 
 def predictive_groups(posterior: Record, draws: int) -> tuple[xr.Dataset, xr.Dataset]:
-    """The data, and replicates of them at draws to use, which are taken from all chains alike.
-
-    Raises:
-        ValueError: if there is neither a model nor a stored group, or if the model cannot draw its data.
-    """
+    """The data, and replicates of them at draws to use, which are taken from all chains alike."""
     stored = {} if posterior._stored is None else posterior._stored[0]
     if "posterior_predictive" in stored and "observed_data" in stored:
         found = stored["posterior_predictive"]

@@ -14,28 +14,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Labeling:
-    """What :meth:`~pyro_flows.Posterior.assign_coords` was told.
+    """What :meth:`~pyro_flows.Posterior.assign_coords` was told."""
 
-    Attributes:
-        coords: labels of dimensions, numbers or strings.
-        dims: names of the dimensions of variables.
-    """
+    coords: dict[str, list[Any]] = field(default_factory=dict)  # labels of dimensions, numbers or strings
+    dims: dict[str, list[str]] = field(default_factory=dict)  # names of the dimensions of variables
 
-    coords: dict[str, list[Any]] = field(default_factory=dict)
-    dims: dict[str, list[str]] = field(default_factory=dict)
-
-    def joined(self, coords: Mapping[str, Any] | None, dims: Mapping[str, Sequence[str]] | None) -> Labeling:
+    def joined(self, coords: _arrays.Coords, dims: Mapping[str, Sequence[str]] | None) -> Labeling:
         """Return these and further ones, which count where both say something."""
         entries = {str(dim): [_plain(label) for label in labels] for dim, labels in (coords or {}).items()}
         names = {name: [names] if isinstance(names, str) else list(names) for name, names in (dims or {}).items()}
         return Labeling({**self.coords, **entries}, {**self.dims, **names})
 
     def applied(self, groups: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
-        """Label those dimensions and variables that these groups have.
-
-        Raises:
-            ValueError: for another number of labels or names than there are entries or dimensions.
-        """
+        """Label those dimensions and variables that these groups have."""
         if not self.coords and not self.dims:
             return dict(groups)
         there = {str(name) for group in groups.values() for name in group.data_vars}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
+from pyro_flows._bundles import Entries
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.verdict.methods import (
@@ -26,7 +24,7 @@ PAIRS = 8  # of points, at whose middles an affine map is known
 STRAIGHT = 1e-4  # of the distance between the images of a pair: training moves images by a hundred times as much
 
 
-def guide_method(flow: Flow | FlowMixture | None, settings: Mapping[str, Any]) -> str:
+def guide_method(flow: Flow | FlowMixture | None, settings: Entries) -> str:
     """Return what made a guide's own draws; ``settings`` tell whether the guide is the caller's, or amortized.
 
     A flow that could not be stored was one that the caller gave to a fit.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
+from pyro_flows._bundles import Entries
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.results.attributes import attributes_of
@@ -148,7 +147,7 @@ def _sampler(text: Text, method: str, flow: Flow | FlowMixture | None, posterior
     if isinstance(flow, FlowMixture) and method == MIXTURE:
         return _mixture(text, flow, posterior)
     cites = METHODS[method].cites
-    options: Mapping[str, Any] = flow.recipe.options if isinstance(flow, Flow) and flow.recipe is not None else {}
+    options: Entries = flow.recipe.options if isinstance(flow, Flow) and flow.recipe is not None else {}
     names = posterior.coordinates
     if method == GRID:
         of, about = names[options["coordinate"]], f"a grid of {options['slices']} values"

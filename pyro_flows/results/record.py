@@ -142,11 +142,7 @@ class Record:
         return found
 
     def _need_model(self) -> LogDensity:
-        """Return the model as a log density, for its structure, or where its data have been checked already.
-
-        Raises:
-            ValueError: if there is no model.
-        """
+        """Return the model as a log density, for its structure, or where its data have been checked already."""
         if self.density is None:
             why = self.missing.get("density", "loaded without a model")
             raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._cache import Cache
-from pyro_flows._fallbacks import fallback
+from pyro_flows._fallbacks import Tried, fallback
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.guides.setup import AUTO
@@ -26,6 +26,7 @@ from pyro_flows.svi.recorded import Arguments, RecordedStep, eager_step
 from pyro_flows.svi.whole import Whole
 from pyro_flows.transforms.networks import Paced
 
+Program = Callable[..., object]  # a model or a guide
 STEPS_KEPT, MOST_RECORDED = 8, 12  # graphs of one guide, by the shapes of data; that are made in all
 
 
@@ -81,14 +82,18 @@ class PathELBO(ELBO):
         self._kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
         self._plain = Trace_ELBO(num_particles=num_particles)
 
-    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    def loss(
+        self, model: Callable[..., object], guide: Callable[..., object], *args: object, **kwargs: object
+    ) -> float:
         """Return an estimate of the negative ELBO in nats, without gradients."""
         kept = self._kept_of(model, guide, args, kwargs)
         if kept is None:
             return float(self._plain.loss(model, guide, *args, **kwargs))
         return _value(kept.step(self.num_particles, Arguments(args, kwargs))[0])
 
-    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(
+        self, model: Callable[..., object], guide: Callable[..., object], *args: object, **kwargs: object
+    ) -> float:
         """Add the gradients to those of the guide's parameters; return an estimate of the negative ELBO in nats."""
         kept = self._kept_of(model, guide, args, kwargs)
         if kept is None:
@@ -143,10 +148,10 @@ class _Kept:
         self.model = model
         self.reason: str | None = None  # why steps are not recorded
         self.unfit: str | None = None  # why Pyro's own ELBO is needed
-        try:
+        with Tried() as tried:
             self._read(model, guide, args, kwargs)
-        except Exception as error:  # a model's own code may raise anything
-            self.unfit = fallback("Trace_ELBO is used", error)
+        if tried.error is not None:
+            self.unfit = fallback("Trace_ELBO is used", tried.error)
 
     def _read(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         if not isinstance(guide, AutoFlow):
@@ -207,10 +212,9 @@ class _Kept:
         self._recorded += 1
         if self._recorded > MOST_RECORDED:
             return fallback("the step is not recorded: shapes, or arguments that are no tensors, change too often")
-        try:
+        with Tried() as tried:
             return RecordedStep(self.flow, self._with(arguments), arguments, x)
-        except Exception as error:  # a layer's or a model's own code may raise anything
-            return fallback("the step is not recorded", error)
+        return fallback("the step is not recorded", tried.error)
 
     def _with(self, arguments: Arguments) -> LogDensity:
         """Return the density with these data, which is read anew where they are others."""
