@@ -95,6 +95,9 @@ RANGES: dict[str, Range] = {
     "sbc.simulations": Range(10, 10**6),
     "loo.draws": Range(100, MAX_DRAWS),
     "plot_interpolation.steps": Range(2, 10**4),
+    "interpolate.steps": Range(2, 10**6),
+    "evidence.draws": Range(100, MAX_DRAWS),
+    "posterior.draws": Range(100, MAX_DRAWS),
 }
 WIDEST = Range(1, 2**16)  # hidden units of a layer
 

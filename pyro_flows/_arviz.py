@@ -255,5 +255,4 @@ def select(draws: xr.Dataset, var_names: str | Sequence[str] | None, filter_vars
         found: Any = extract(tree, var_names=wanted, **options)
     if not found.data_vars:
         raise ValueError(f"var_names: expected some of {', '.join(map(repr, known))}, but {var_names!r} leaves none.")
-    chosen: xr.Dataset = found
-    return chosen
+    return found

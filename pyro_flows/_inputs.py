@@ -60,8 +60,7 @@ def read_model(spec: str) -> Callable[..., object]:
         )
     if not callable(model):
         raise ValueError(f"model: expected a callable, {name!r} in {file} is a {type(model).__name__}.")
-    found: Callable[..., object] = model
-    return found
+    return model
 
 
 def _run_file(path: Path) -> ModuleType:
@@ -224,8 +223,7 @@ def _value(where: str, value: Any) -> Tensor | int | bool:
             "them in and tell the model by a mask (obs_mask)."
         )
     if array.ndim == 0 and array.dtype.kind != "f":
-        single: int | bool = array.item()
-        return single
+        return array.item()
     dtype = {"f": torch.get_default_dtype(), "b": torch.bool}.get(array.dtype.kind, torch.int64)
     return torch.as_tensor(array.astype(np.float64) if array.dtype.kind == "f" else array.astype(np.int64)).to(dtype)
 

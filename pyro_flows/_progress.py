@@ -180,5 +180,4 @@ def _display() -> Callable[..., object] | None:
     shell = ipython.get_ipython() if ipython is not None else None
     if shell is None or not hasattr(shell, "kernel"):
         return None
-    found: Callable[..., object] = importlib.import_module("IPython.display").display
-    return found
+    return importlib.import_module("IPython.display").display

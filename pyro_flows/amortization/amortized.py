@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows import _checks
-from pyro_flows._arguments import MAX_DRAWS
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
@@ -67,8 +66,7 @@ class Parts(NamedTuple):
 
     def features(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return K data sets ``{site: (K, *shape)}`` as networks take them, (K, n)."""
-        found: Tensor = self.scale(self.form.rows(values))
-        return found
+        return self.scale(self.form.rows(values))
 
     @torch.no_grad()
     def weighed(self, data: Mapping[str, Tensor], features: Tensor, draws: int) -> tuple[Tensor, Tensor]:
@@ -160,7 +158,6 @@ class Amortized:
 
         Source: Li et al. 2024, *Amortized Bayesian Workflow* (arXiv 2409.04332).
         """
-        _checks.integer("draws", draws, 100, MAX_DRAWS)
         case = bound(self.model, args, dict(model_kwargs or {}))
         features = self._parts.features({name: value[None] for name, value in self._parts.form.read(case).items()})
         with alone(), few_threads(self._parts.lead.numbers), seeded(derive(seed, "amortized"), self._parts.lead.device):
@@ -205,7 +202,6 @@ class Amortized:
         parts = self._parts
         if parts.stack is None:
             raise ValueError("samples: this model does not take many data sets at once. Call posterior() for each.")
-        _checks.integer("draws", draws, 1, MAX_DRAWS)
         for name, keep in parts.form.keep.items():
             got = tuple(data[name].shape[1:]) if name in data else "nothing"
             if got != tuple(keep.shape):

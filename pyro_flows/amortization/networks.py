@@ -48,8 +48,7 @@ class Pooled(nn.Module):
         """Return (K, WIDTH) for K sets, given as rows of their sites, one site after the other."""
         parts = features.split([self.rows * size for size in self.sizes], -1)
         sets = torch.cat([part.unflatten(-1, (self.rows, -1)) for part in parts], -1)
-        found: Tensor = self.rho(self.phi(sets).mean(-2))
-        return found
+        return self.rho(self.phi(sets).mean(-2))
 
 
 class Shaped(nn.Module):

@@ -14,11 +14,12 @@ from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
-from pyro_flows.comparison.bridge import bridge
+from pyro_flows.comparison.bridge import Bridged, bridge
 from pyro_flows.comparison.proposal import DF, Latent, enough, fit_proposal
 from pyro_flows.verdict.psis import largest_k, psis
 
 if TYPE_CHECKING:
+    from pyro_flows.model.log_density import LogDensity
     from pyro_flows.results.record import Record
 
 METHODS = ("importance", "bridge", "smc")
@@ -122,7 +123,7 @@ class Evidence:
 def evidence(posterior: Record, *, method: str, seed: int, draws: int | None = None) -> Evidence:
     """Estimate the evidence by all methods that the posterior allows; see :meth:`Posterior.evidence`."""
     _checks.choice("method", method, ("auto", *METHODS))
-    count = DRAWS if draws is None else _checks.integer("draws", draws, 100)
+    count = DRAWS if draws is None else draws
     wanted = METHODS if method == "auto" else (method,)
     makers = {"importance": _importance, "bridge": _bridge, "smc": _smc}
     posterior._check_unchanged()
@@ -130,19 +131,19 @@ def evidence(posterior: Record, *, method: str, seed: int, draws: int | None = N
     device = posterior._used.device
     with alone(), few_threads(numbers), torch.no_grad(), seeded(derive(seed, "evidence"), device):
         rounding = 0.0 if posterior.density is None else posterior.density.known_rounding(posterior._used)
-        estimates = tuple(_rounded(makers[name](posterior, count), rounding) for name in wanted)
+        found = [makers[name](posterior, count) for name in wanted]
+    # draws have in common what rounding does to the log density
+    estimates = [replace(one, standard_error=math.hypot(one.standard_error, rounding)) for one in found]
     if posterior.verdict.status == "unreliable":
-        estimates = tuple(_doubted(estimate) for estimate in estimates)
+        estimates = [_doubted(estimate) for estimate in estimates]
     usable = [estimate for estimate in estimates if not math.isnan(estimate.value)]
     if not usable:
         raise ValueError(f"evidence: {'; '.join(map(str, estimates))}.")
     best = min(usable, key=lambda estimate: estimate.standard_error)
-    return Evidence(best.value, best.standard_error, best.method, estimates, _notes(posterior))
-
-
-def _rounded(estimate: Estimate, rounding: float) -> Estimate:
-    """Add to the error what rounding does to the log density (nats), which draws have in common."""
-    return replace(estimate, standard_error=math.hypot(estimate.standard_error, rounding))
+    improper, notes = ", ".join(improper_priors(posterior)), tuple[str, ...]()
+    if improper:
+        notes = (f"the prior of {improper} is improper, so the evidence has an arbitrary factor",)
+    return Evidence(best.value, best.standard_error, best.method, tuple(estimates), notes)
 
 
 def _doubted(estimate: Estimate) -> Estimate:
@@ -150,13 +151,6 @@ def _doubted(estimate: Estimate) -> Estimate:
     if math.isnan(estimate.value) or estimate.method == "smc":
         return estimate
     return Estimate(estimate.method, estimate.value, math.inf, "the verdict on the draws is unreliable")
-
-
-def _notes(posterior: Record) -> tuple[str, ...]:
-    improper = improper_priors(posterior)
-    if not improper:
-        return ()
-    return (f"the prior of {', '.join(improper)} is improper, so the evidence has an arbitrary factor",)
 
 
 def improper_priors(posterior: Record) -> list[str]:
@@ -273,7 +267,7 @@ def _bridge(posterior: Record, count: int) -> Estimate:
     return Estimate("bridge", found.value, found.standard_error)
 
 
-def _bridge_by_halves(posterior: Record, density: Any, count: int) -> Any:
+def _bridge_by_halves(posterior: Record, density: LogDensity, count: int) -> Bridged:
     """Bridge to a Student t that is fitted to the first half of each chain, from the second halves."""
     chains, dim = posterior.chain_count, posterior._used.shape[1]
     draws = posterior._used.reshape(chains, -1, dim)

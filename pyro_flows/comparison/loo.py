@@ -103,13 +103,11 @@ class Loo:
             f"by {METHODS[self.method]} ({self.draws} draws, {self.status}); Monte Carlo error "
             f"{_known(self.mcse, 3)}."
         )
-        return "\n".join([f"{first} {self._about_k()}", *(self._about_sites() if len(self.sites) > 1 else ())])
-
-    def _about_sites(self) -> list[str]:
-        rows = self.by_site()[["elpd", "se", "observations"]].itertuples()
-        return [
-            f"- {site}: elpd {elpd:.2f}, standard error {_known(se, 2)}, of {count}" for site, elpd, se, count in rows
-        ]
+        lines = [f"{first} {self._about_k()}"]
+        if len(self.sites) > 1:
+            for site, elpd, se, count in self.by_site()[["elpd", "se", "observations"]].itertuples():
+                lines.append(f"- {site}: elpd {elpd:.2f}, standard error {_known(se, 2)}, of {count}")
+        return "\n".join(lines)
 
     def _about_k(self) -> str:
         if self.joint and len(self.joint) == len(self.labels):
@@ -170,8 +168,6 @@ def loo(posterior: Record, *, sites: Any, draws: int | None, seed: int, progress
 
 def work_for(posterior: Record, sites: Any, draws: int | None, seed: int, bar: Bar) -> Work:
     """Return what does the work, unless the draws are not to be used."""
-    if draws is not None:
-        _checks.integer("draws", draws, 100)
     if posterior.verdict.status == "unreliable":
         raise ValueError(
             f"loo: the verdict on the draws is unreliable ({'; '.join(posterior.verdict.reasons)}), and "

@@ -109,8 +109,7 @@ def likelihood(posterior: Record, z: Tensor) -> xr.Dataset:
     Where latents of rows are integrated out, a row is one observation, and there is one variable for each plate.
     """
     if posterior.density is None and posterior._stored is not None and "log_likelihood" in posterior._stored[0]:
-        found: xr.Dataset = posterior._stored[0]["log_likelihood"]
-        return found
+        return posterior._stored[0]["log_likelihood"]
     density = posterior._need_model()
     if density.by_rows:
         return export.rows_group(density, z)

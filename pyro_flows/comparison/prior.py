@@ -57,11 +57,7 @@ def prior_predictive(
     >>> drawn["rate"].shape, drawn["y"].shape
     (torch.Size([500]), torch.Size([500, 3]))
     """
-    if not callable(model):
-        raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
-    _checks.integer("draws", draws, 1)
     args, kwargs = usable(model, args, model_kwargs)
-
     seen = _Last()
 
     def one(_: Tensor) -> dict[str, Tensor]:

@@ -150,8 +150,7 @@ def _exactly(kind: type[Distribution]) -> type[Distribution]:
 
         def log_prob(self, value: Tensor) -> Tensor:
             known, found = self._placed
-            log_prob: Tensor = _log_prob(self, found) if value is known else super().log_prob(value)
-            return log_prob
+            return _log_prob(self, found) if value is known else super().log_prob(value)
 
     return Exactly
 

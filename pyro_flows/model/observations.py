@@ -68,7 +68,13 @@ def check_values(structure: Structure, run: Run, model: Callable[[], object]) ->
         with torch.no_grad(), pyro.validation_enabled(False):
             first, *others = [messages(trace) for trace in where_it_runs(run, structure.points, 2)] or [{}]
         for name in asked:
-            if not others or support_moves(first[name], others[0][name]) or _varies(first[name], structure):
+            if not others or support_moves(first[name], others[0][name]):
+                guards.add(name)
+                continue
+            # between values of enumerated latents, which lie along axes left of all plates
+            found, axes = inside(first[name]["fn"], first[name]["value"])
+            varies = found.dim() - axes > max(structure.plate_nesting, _batch_dim(first[name]))
+            if structure.enumerated and varies:
                 guards.add(name)
             else:
                 refuse_outside(first[name])
@@ -105,12 +111,6 @@ def _same(one: object, other: object) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
     return type(one) is type(other) and bool(one == other)
-
-
-def _varies(site: Site, structure: Structure) -> bool:
-    """Whether the support differs between values of enumerated latents, which lie along axes left of all plates."""
-    found, axes = inside(site["fn"], site["value"])
-    return bool(structure.enumerated) and found.dim() - axes > max(structure.plate_nesting, _batch_dim(site))
 
 
 def _batch_dim(site: Site) -> int:

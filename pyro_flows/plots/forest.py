@@ -10,8 +10,9 @@ import numpy as np
 from pyro_flows import _checks
 from pyro_flows._figures import INK, LINE, WIDTH, color_of, panels, styled
 from pyro_flows.plots import parts
-from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, raw, raw_label, used
+from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, raw, raw_label
 from pyro_flows.results.labeled import named_draws
+from pyro_flows.results.labeled import posterior_group as used
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.deciding import resample
 
@@ -83,8 +84,7 @@ def plot_forest(
     axes.tick_params(axis="y", length=0)
     names = list(layers) if everything else parts.with_status(posteriors)
     parts.foot(figure, "dot: mean; lines: central 50 % and 89 %", handles, names, columns=1)
-    note = f" · {len(shown)} of {len(labels)} scalars" if len(shown) < len(labels) else ""
-    parts.heading(figure, posteriors, f"Forest{note}")
+    parts.heading(figure, posteriors, "Forest" + parts.cut(shown, labels))
     return figure
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from pyro_flows._figures import INK, SHOWN, WIDTH, color_of, grid_of, panels, styled
 from pyro_flows.plots import parts
-from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, used
+from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named
+from pyro_flows.results.labeled import posterior_group as used
 from pyro_flows.results.labeled import prior_group
 from pyro_flows.results.record import Record
 
@@ -134,8 +135,7 @@ def _grid(
         handles = found or handles
     names = parts.with_status(posteriors) if prior is None else ["posterior", "prior"]
     parts.foot(figure, "bar: central 89 %; dot: mean", handles, names, columns=int(width / 1.8))
-    note = f" · {len(shown)} of {len(labels)} scalars" if len(shown) < len(labels) else ""
-    parts.heading(figure, posteriors, text + note)
+    parts.heading(figure, posteriors, text + parts.cut(shown, labels))
     return figure
 
 

@@ -23,9 +23,9 @@ from pyro_flows.plots.scalars import (
     raw_label,
     scalar,
     transformed,
-    used,
     variable,
 )
+from pyro_flows.results.labeled import posterior_group as used
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ def _drawn(
     if len(shown) == 2:
         figure = _single(posteriors, layers, titles, width)
     else:
-        note = f" · {len(shown)} of {len(labels)} scalars" if len(shown) < len(labels) else ""
-        figure = _triangle(posteriors, layers, titles, width, f"Pairs{note}")
+        figure = _triangle(posteriors, layers, titles, width, "Pairs" + parts.cut(shown, labels))
     return figure
 
 

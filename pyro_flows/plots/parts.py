@@ -41,6 +41,11 @@ def heading(figure: Figure, posteriors: Mapping[str, Record], text: str) -> None
     figure.suptitle(said, color=color, fontweight="bold")
 
 
+def cut(shown: Sequence[str], labels: Sequence[str]) -> str:
+    """Say in a heading how many scalars are shown, if these are not all."""
+    return f" · {len(shown)} of {len(labels)} scalars" if len(shown) < len(labels) else ""
+
+
 def with_status(posteriors: Mapping[str, Record]) -> list[str]:
     """Return the names of posteriors, each with the status of its verdict."""
     return [plain(f"{name} ({posterior.verdict.status})") for name, posterior in posteriors.items()]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
 from pyro_flows._clock import Clock
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
@@ -50,7 +49,6 @@ def from_draws(
     judged. Where the clock of ``density`` ends the scoring, the draws scored so far are all that there are. ``stopped``
     says where it ended the training before, ``moving`` that means or sds still changed a lot there.
     """
-    _checks.integer("draws", draws, 100)
     check_memory(density, draws)
     with torch.no_grad():
         pool = pool_of(density, draw, draws, times)
@@ -59,7 +57,13 @@ def from_draws(
         draws, (lost, rounded) = scored * draws // pool.wanted, density.lost_digits(pool.z, most=pool.checked)
         lost += infinite_places(density, pool.z, pool.log_p)
         said: dict[str, Any] = {"failures": [*failed, *failures, *lost], "doubts": doubts}
-        notes, pool = [*notes, *rounded, *_met(density)], pool._replace(checked=min(checked, pool.checked))
+        notes = [
+            *notes,
+            *rounded,
+            *density.faults.notes(),
+            *density.clock.notes(),
+        ]  # what the model raised, what was cut
+        pool = pool._replace(checked=min(checked, pool.checked))
         said |= {"notes": notes, "warnings": [*warnings, *cut]}
         found, samples = _decided(density, draw, pool, draws=draws, times=times, seed=seed, **said)
     about = {
@@ -79,11 +83,6 @@ def from_draws(
         **_of_guide(guide, draw),
         density=density,
     )
-
-
-def _met(density: LogDensity) -> tuple[str, ...]:
-    """Say what the model raised, and what time did not allow."""
-    return (*density.faults.notes(), *density.clock.notes())
 
 
 def _cut(clock: Clock, scored: int, wanted: int, stopped: str, *, moving: bool) -> tuple[list[str], list[str]]:

@@ -96,7 +96,7 @@ class Posterior(Reported):
         if self._stored is None:
             density = self._need_model()
             self._check_unchanged(runs=False)
-            groups = self._labeling.applied(arviz_groups.modelless_groups(self, density))
+            groups = self._labeling.applied(arviz_groups.all_groups(self, density, predictive=False, runs=False))
             state["_stored"] = groups, attributes(self)
             state["missing"]["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"
         if isinstance(self.flow, Flow) and self.flow.recipe is None:  # the user's own, of a class that may be local

@@ -101,8 +101,6 @@ class Shown(Record):
         kind, prob = (ci_kind, ci_prob) if ci_kind and ci_prob else _arviz.default_interval()
         kind = _checks.choice("ci_kind", ci_kind or kind, ("eti", "hdi"))
         prob = prob if ci_prob is None else ci_prob
-        if prob is None or not 0 < prob < 1:
-            raise ValueError(f"ci_prob: expected a number between 0 and 1, got {prob!r}.")
         ess = None if self._by_chains else self.effective
         return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)
 

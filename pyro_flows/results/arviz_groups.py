@@ -93,45 +93,24 @@ def likelihood_entry(density: LogDensity, variable: str, entry: int) -> Callable
     return lambda z: torch.as_tensor(layout(density.log_likelihood(z)[site])).double().reshape(len(z), -1)[:, entry]
 
 
-def all_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
-    """All groups of the ArviZ object, in its usual order."""
+def all_groups(posterior: Record, density: LogDensity, *, predictive: bool, runs: bool = True) -> dict[str, xr.Dataset]:
+    """All groups of the ArviZ object, in its usual order; without ``runs``, those that take neither model nor data."""
     labels = Labels(density.structure)
     latents = {latent.name: latent for latent in density.structure.latents}
-    chains = posterior.chain_count
-    groups = {"posterior": draws_group(labels, posterior.samples, chains)}
-    groups["sample_stats"] = _used_stats(posterior)
-    prior = density.log_prior(posterior._used)
-    groups["log_likelihood"] = likelihood_group(density, posterior._used, chains)
-    groups["log_prior"] = stack(
-        labels, _double(prior), lambda name: labels.latent(latents[name]).without_event(), chains
-    )
-    if predictive:
-        seed = int(posterior.settings["seed"])
-        groups |= _predictive(labels, density, posterior._used, seed, chains)
-    groups["observed_data"] = observed_group(density)
-    groups["constant_data"] = constants(density)
-    cut = {latent.name: _cut(latent, posterior._used) for latent in density.structure.latents}
+    chains, used = posterior.chain_count, posterior._used
+    groups = {"posterior": draws_group(labels, posterior.samples, chains), "sample_stats": _used_stats(posterior)}
+    if runs:
+        prior = _double(density.log_prior(used))
+        groups["log_likelihood"] = likelihood_group(density, used, chains)
+        groups["log_prior"] = stack(labels, prior, lambda name: labels.latent(latents[name]).without_event(), chains)
+        groups |= _predictive(labels, density, used, int(posterior.settings["seed"]), chains) if predictive else {}
+        groups |= {"observed_data": observed_group(density), "constant_data": constants(density)}
+    cut = {latent.name: _cut(latent, used) for latent in density.structure.latents}
     groups["unconstrained_posterior"] = stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains)
     if posterior._replaced:
-        groups["raw_posterior"] = draws_group(labels, density.constrain(posterior.z))
+        groups |= {"raw_posterior": draws_group(labels, density.constrain(posterior.z))} if runs else {}
         groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
     groups["fit"] = _fit(posterior)
-    return {name: group for name, group in groups.items() if group.data_vars}
-
-
-def modelless_groups(posterior: Record, density: LogDensity) -> dict[str, xr.Dataset]:
-    """Those groups that take neither a run of the model nor its data."""
-    labels = Labels(density.structure)
-    latents = {latent.name: latent for latent in density.structure.latents}
-    cut, chains = {latent.name: _cut(latent, posterior._used) for latent in latents.values()}, posterior.chain_count
-    groups = {
-        "posterior": draws_group(labels, posterior.samples, chains),
-        "sample_stats": _used_stats(posterior),
-        "unconstrained_posterior": stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains),
-        "fit": _fit(posterior),
-    }
-    if posterior._replaced:
-        groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
     return {name: group for name, group in groups.items() if group.data_vars}
 
 

@@ -153,8 +153,7 @@ class Labels:
     def data(self, site: str) -> Tensor:
         """The observed values of a site, one for each density that the model evaluates."""
         node = messages(self.structure.trace)[site]
-        values: Tensor = node["value"]
-        return values.expand(broadcast(values.shape, node["fn"].shape()))
+        return node["value"].expand(broadcast(node["value"].shape, node["fn"].shape()))
 
     def deterministic(self, site: str) -> Layout:
         """The layout of a deterministic site.
