@@ -102,7 +102,7 @@ RANGES: dict[str, Range] = {
 WIDEST = Range(1, 2**16)  # hidden units of a layer
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value as an error shows it: tensors and arrays by shape and dtype, anything long cut short."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"a {type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
@@ -110,7 +110,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({type(value).__name__})"
 
 
-def refused(name: str, expected: str, value: Any, remedy: str = "") -> ValueError:
+def refused(name: str, expected: str, value: object, remedy: str = "") -> ValueError:
     """Return the error for a value that is not what was expected."""
     return ValueError(f"{name}: expected {expected}, got {shown(value)}.{remedy and ' '}{remedy}")
 
@@ -134,14 +134,14 @@ def real(name: str, value: Any, bounds: Range) -> float:
     return float(value)
 
 
-def _flag(name: str, value: Any) -> bool:
+def _flag(name: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise refused(name, "True or False", value)
     return bool(value)
 
 
 def _of(kinds: type | tuple[type, ...], expected: str) -> Check:
-    def check(name: str, value: Any) -> Any:
+    def check(name: str, value: object) -> object:
         if not isinstance(value, kinds):
             raise refused(name, expected, value)
         return value
@@ -150,7 +150,7 @@ def _of(kinds: type | tuple[type, ...], expected: str) -> Check:
 
 
 def _made_by(module: str, kind: str, expected: str) -> Check:
-    def check(name: str, value: Any) -> Any:
+    def check(name: str, value: object) -> object:
         if not isinstance(value, getattr(import_module(module), kind)):
             raise refused(name, expected, value)
         return value
@@ -158,14 +158,14 @@ def _made_by(module: str, kind: str, expected: str) -> Check:
     return check
 
 
-def dense(name: str, value: Any) -> Tensor:
+def dense(name: str, value: object) -> Tensor:
     """Return ``value`` if it is a tensor of real numbers that has memory for each of them."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
         raise refused(name, "a dense tensor of real numbers", value)
     return value
 
 
-def numbers(name: str, value: Any) -> Tensor:
+def numbers(name: str, value: object) -> Tensor:
     """Return a list, an array or a tensor of real numbers as a dense tensor."""
     try:
         return dense(name, torch.as_tensor(value))
@@ -173,18 +173,18 @@ def numbers(name: str, value: Any) -> Tensor:
         raise refused(name, "a list or a tensor of numbers", value) from None
 
 
-def _numbers(name: str, value: Any) -> Any:
+def _numbers(name: str, value: object) -> object:
     numbers(name, value)
     return value
 
 
-def _flow(name: str, value: Any) -> Any:
+def _flow(name: str, value: object) -> object:
     if not isinstance(value, str) and not callable(value):
         raise refused(name, "a name, a Flow, a Bijection or a function", value)
     return value
 
 
-def _function(name: str, value: Any) -> Any:
+def _function(name: str, value: object) -> object:
     if not callable(value) or (isinstance(value, type) and not issubclass(value, torch.nn.Module)):
         raise refused(name, "a callable Pyro model" if name == "model" else "a function", value)
     return value
@@ -198,14 +198,14 @@ def widths(name: str, value: Any) -> tuple[int, ...]:
     return tuple(whole(name, width, WIDEST) for width in many)
 
 
-def _names(name: str, value: Any) -> Any:
+def _names(name: str, value: object) -> object:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise refused(name, "a name, or a sequence of names", value)
     return value
 
 
-def _guide(name: str, value: Any) -> Any:
+def _guide(name: str, value: object) -> object:
     if not callable(value) and not hasattr(value, "get_samples"):
         raise refused(name, "a guide, or an MCMC that has run", value)
     return value
@@ -239,7 +239,7 @@ OTHERS: dict[str, Check] = {
 }
 
 
-def checks_of(function: Callable[..., Any]) -> dict[str, Check]:
+def checks_of(function: Callable[..., object]) -> dict[str, Check]:
     """Return the checks of the parameters of a function, those that its annotations and the table tell."""
     found = dict[str, Check]()
     for name, one in inspect.signature(function).parameters.items():
@@ -264,5 +264,5 @@ def _by_range(function: str, name: str, kind: str) -> Check | None:
     return lambda said, value: number(said, value, bounds)
 
 
-def _or_default(check: Check, default: Any) -> Check:
+def _or_default(check: Check, default: object) -> Check:
     return lambda name, value: value if value is default else check(name, value)

@@ -106,7 +106,7 @@ def read(data: bytes) -> tuple[dict[str, xr.Dataset], dict[str, str | float]]:
     return groups, attrs
 
 
-def as_tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> Any:
+def as_tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> xr.DataTree:
     import xarray
 
     tree = xarray.DataTree.from_dict(with_attrs(groups, attrs))

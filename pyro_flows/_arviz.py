@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ def dataset(
     from arviz_base import dict_to_dataset
 
     filled = {name: value for name, value in values.items() if value.size}
-    names: dict[Any, Any] = {name: list(dims.get(name, ())) for name in filled}
+    names: dict[Hashable, Sequence[Hashable]] = {name: list(dims.get(name, ())) for name in filled}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=MANY_CHAINS)
         found = dict_to_dataset(filled, dims=names, coords=dict(coords or {}), sample_dims=sample_dims)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 NEW, OLD = ".new", ".old"  # endings of what a save makes beside its target
 TOKEN = 6  # random bytes in these names
@@ -136,7 +135,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _link(source: str | os.PathLike[str], target: str | os.PathLike[str], **_: Any) -> None:
+def _link(source: str | os.PathLike[str], target: str | os.PathLike[str], **_: object) -> None:
     if os.path.isdir(source) and not os.path.islink(source):
         shutil.copytree(source, target, symlinks=True, copy_function=_link)
         return

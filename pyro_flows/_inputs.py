@@ -112,7 +112,7 @@ def _beside(folder: Path, error: ImportError) -> bool:
     return any(file.is_file() and file.resolve() != found for file in beside)
 
 
-def read_data(file: str | Path) -> dict[str, Any]:
+def read_data(file: str | Path) -> dict[str, object]:
     """Read named values: tensors, and plain integers where a JSON or npz file has single ones.
 
     JSON: an object of numbers and (nested) lists. CSV: a header and rows of numbers; one tensor a column. npz: arrays.
@@ -128,16 +128,18 @@ def read_data(file: str | Path) -> dict[str, Any]:
         found = READERS[kind](path)
     except OSError as error:
         raise ValueError(f"data: {str(file)!r} cannot be read: {error.strerror or error}.") from None
-    fields = {name: _value(f"data, {path.name}, field {name!r}", value) for name, value in found.items()}
+    fields: dict[str, object] = {
+        name: _value(f"data, {path.name}, field {name!r}", value) for name, value in found.items()
+    }
     if not fields:
         raise ValueError(f"data: {path.name} has no fields.")
     return fields
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, object]:
     text, twice = _text(path), set[str]()
 
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def collect(pairs: list[tuple[str, object]]) -> dict[str, object]:
         names = [name for name, _ in pairs]
         twice.update(name for name in names if names.count(name) > 1)
         return dict(pairs)
@@ -162,7 +164,7 @@ def _text(path: Path) -> str:
         raise ValueError(f"data: expected UTF-8 text in {path.name}: {error}. Save it with that encoding.") from None
 
 
-def _read_csv(path: Path) -> dict[str, Any]:
+def _read_csv(path: Path) -> dict[str, object]:
     try:
         rows = [row for row in csv.reader(io.StringIO(_text(path), newline="")) if row]
     except csv.Error as error:
@@ -179,7 +181,7 @@ def _read_csv(path: Path) -> dict[str, Any]:
     return {name: _column(path, name, column) for name, column in zip(header, columns, strict=True)}
 
 
-def _column(path: Path, name: str, cells: tuple[str, ...]) -> list[Any]:
+def _column(path: Path, name: str, cells: tuple[str, ...]) -> list[int] | list[float]:
     for kind in (int, float):
         try:
             return [kind(cell) for cell in cells]
@@ -194,7 +196,7 @@ def _column(path: Path, name: str, cells: tuple[str, ...]) -> list[Any]:
     raise AssertionError("a column of numbers is read above")
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
+def _read_npz(path: Path) -> dict[str, object]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"data: {path.name} is not an npz file of plain arrays. Write one with numpy.savez.")
     try:
@@ -204,7 +206,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
         raise ValueError(f"data: {path.name} is not an npz file of plain arrays: {error}") from None
 
 
-READERS: dict[str, Callable[[Path], dict[str, Any]]] = {"csv": _read_csv, "json": _read_json, "npz": _read_npz}
+READERS: dict[str, Callable[[Path], dict[str, object]]] = {"csv": _read_csv, "json": _read_json, "npz": _read_npz}
 
 
 def _value(where: str, value: Any) -> Tensor | int | bool:
@@ -228,7 +230,7 @@ def _value(where: str, value: Any) -> Tensor | int | bool:
     return torch.as_tensor(array.astype(np.float64) if array.dtype.kind == "f" else array.astype(np.int64)).to(dtype)
 
 
-def _too_large(array: np.ndarray[Any, Any]) -> bool:
+def _too_large(array: np.ndarray) -> bool:
     """Whether these are integers, some of which do not fit into 64 bits with a sign."""
     if array.dtype.kind == "u":
         return bool(array.size) and int(array.max()) >= 2**63
@@ -243,7 +245,7 @@ def _filled(value: Any) -> Any:
     return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
-def match(model: Callable[..., object], fields: Mapping[str, object]) -> dict[str, Any]:
+def match(model: Callable[..., object], fields: Mapping[str, object]) -> dict[str, object]:
     """Return the model's keyword arguments, by name."""
     target = model.forward if isinstance(model, torch.nn.Module) else model
     parameters = inspect.signature(target).parameters

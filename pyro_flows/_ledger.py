@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 Parts = tuple[str, ...]
 
@@ -30,7 +29,7 @@ class Ledger:
         self.gradients: Counter[Parts] = Counter()
         self.found: Counter[str] = Counter()
         self.accepted: list[str] = []
-        self.said: dict[str, Any] = {}
+        self.said: dict[str, object] = {}
         self.open: Parts = ()
         self._since = used_seconds()
 
@@ -108,7 +107,7 @@ def accepted(test: str) -> None:
         kept.accepted.append(test)
 
 
-def said(**values: Any) -> None:
+def said(**values: object) -> None:
     """Note what is known at the end."""
     kept = _kept.get()
     if kept is not None:

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -58,12 +58,12 @@ class BatchedDraws(TorchFunctionMode):
     calls is called, and there are no gradients of these draws.
     """
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         self._drawn_by = dirichlet._Dirichlet
         dirichlet._Dirichlet = _Dirichlet  # type: ignore[misc,assignment]
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         dirichlet._Dirichlet = self._drawn_by  # type: ignore[misc]
         super().__exit__(*error)
 
@@ -107,7 +107,7 @@ def _new(x: Tensor, *given: Any, **options: Any) -> Tensor:
     return x.new_zeros(sizes) if sized else x.new(*given, **options)
 
 
-OUT_OF_PLACE: dict[Any, Callable[..., Tensor]] = {
+OUT_OF_PLACE: dict[Function, Callable[..., Tensor]] = {
     torch.Tensor.normal_: _normal,
     torch.Tensor.uniform_: _uniform,
     torch.Tensor.exponential_: _exponential,

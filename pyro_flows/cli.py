@@ -181,7 +181,7 @@ def main() -> None:
 # before and after a fit -----------------------------------------------------------------------------------------------
 
 
-def _read(model: str, data: Path) -> tuple[Callable[..., object], dict[str, Any]]:
+def _read(model: str, data: Path) -> tuple[Callable[..., object], dict[str, object]]:
     """Return a model and its arguments, from their files."""
     chosen = read_model(model)
     return chosen, match(chosen, read_data(data))

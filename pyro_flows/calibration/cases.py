@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
@@ -20,7 +19,7 @@ class Case:
     """The arguments of a model for one data set."""
 
     args: tuple[object, ...]
-    kwargs: dict[str, Any]
+    kwargs: dict[str, object]
 
     def density(self, model: Model, number: int, lead: LogDensity | None = None) -> LogDensity:
         """Return the model's log density: how the model runs is taken from ``lead``, that of data of equal shapes."""
@@ -39,7 +38,7 @@ class Case:
         return (str(form), *parts)
 
 
-def cases_of(model: Model, data: Any, model_kwargs: Keywords | None) -> list[Case]:
+def cases_of(model: Model, data: object, model_kwargs: Keywords | None) -> list[Case]:
     """Return the arguments of each data set: a tuple, a dict of keyword arguments, or a single argument."""
     if isinstance(data, (str, bytes, Mapping, Tensor)) or not isinstance(data, Sequence):
         raise ValueError(

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ def key_of(options: Entries, *values: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _named(value: Any) -> str:
+def _named(value: object) -> str:
     """Return a function's name, which is the same in another process, or what an object says of itself."""
     return str(getattr(value, "__qualname__", repr(value)))
 

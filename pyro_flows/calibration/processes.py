@@ -64,7 +64,7 @@ class FitTask:
     model: Model
     number: int
     case: Case
-    options: Mapping[str, Any]
+    options: Entries
     seed: int
 
     def __call__(self) -> Posterior:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +98,7 @@ def _rank(draws: Tensor, truth: Tensor, *, seed: int) -> Tensor:
 class Task:
     """A data set that something else than :func:`fit_many` makes draws for, and the true values behind it."""
 
-    about: Mapping[str, Any]
+    about: Entries
     case: Case
     truth: Truth
     seed: int

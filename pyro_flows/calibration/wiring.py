@@ -73,7 +73,7 @@ def wire(density: LogDensity, case: Case, data: Names) -> Wiring:
 
 
 def _told(
-    site: str, value: Tensor, argument: Any, names: list[str], positions: Mapping[int, str], leaves: list[Any]
+    site: str, value: Tensor, argument: str | int, names: list[str], positions: Mapping[int, str], leaves: list[Any]
 ) -> Place:
     """Return the place that the caller named: an argument's name, or the number of a positional one."""
     wanted = positions.get(argument) if isinstance(argument, int) else str(argument)

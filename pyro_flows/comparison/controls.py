@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ DEPENDENT = 1e-10  # eigenvalue of the controls' correlations, below which one o
 
 
 @torch.no_grad()
-def controls(flow: Any, z: Tensor) -> Tensor | None:
+def controls(flow: object, z: Tensor) -> Tensor | None:
     r"""Return functions (S, K) of draws z (S, D) of a flow with expectation zero; None for what is no single flow.
 
     They are :math:`s_i`, :math:`s_i^2 - \text{E} s^2` and :math:`s_i s_j` of a bounded, odd function s of each base

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -77,21 +77,12 @@ class Evidence:
     (1996), as in Gronau et al. 2017 (arXiv 1703.05984). Cost: 16 000 evaluations of the density, and as many of the
     guide; bridge sampling takes as many again.
 
-    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
-    >>> def model(y):
-    ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-    ...     with pyro.plate("row", len(y)):
-    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> def guide(y):
-    ...     precision = len(y) + 0.01
-    ...     pyro.sample("mu", dist.Normal(y.sum() / precision, precision**-0.5))
-    >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
-    >>> posterior = pf.diagnose(model, guide, y, draws=400)
-
-    >>> value, error, method = posterior.evidence()
-    >>> exact = dist.MultivariateNormal(torch.zeros(4), torch.eye(4) + 100.0).log_prob(y)
-    >>> abs(value - float(exact)) < 0.001, method
-    (True, 'importance')
+    >>> from pyro_flows import Estimate, Evidence
+    >>> found = Evidence(-31.3113, 0.0006, "importance", (Estimate("importance", -31.3113, 0.0006),))
+    >>> value, error, method = found
+    >>> print(found)
+    log evidence -31.3113 nats by importance sampling, standard error 0.0006, 95 % interval -31.3125 to -31.3101.
+    - importance sampling: -31.3113, standard error 0.0006
     """
 
     value: float
@@ -100,7 +91,7 @@ class Evidence:
     estimates: tuple[Estimate, ...]
     notes: tuple[str, ...] = ()
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[float | str]:
         return iter((self.value, self.standard_error, self.method))
 
     @property

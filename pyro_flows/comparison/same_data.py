@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -30,13 +29,13 @@ def check_data(posteriors: Mapping[str, Record]) -> None:
             )
 
 
-def _data(posterior: Record) -> dict[str, np.ndarray[Any, Any]]:
+def _data(posterior: Record) -> dict[str, np.ndarray]:
     """Return the observed values by site, those that masks leave out excepted."""
     group = posterior._stored[0].get("observed_data") if posterior._stored else observed_group(posterior._need_model())
     return {} if group is None else {str(name): values.to_numpy() for name, values in group.data_vars.items()}
 
 
-def _differ(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+def _differ(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str | None:
     """Return in words how data differ; sites may have other names, if they come in the same order."""
     pairs = [(name, name) for name in one] if set(one) == set(other) else list(zip(one, other, strict=False))
     if len(one) != len(other):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from pyro_flows.comparison.moving import Space
 from pyro_flows.comparison.pointwise import (
     Estimates,
     Observations,
+    Sites,
     Tally,
     errors_without,
     moved,
@@ -89,7 +90,7 @@ class Whole:
 class Work:
     """Estimates of one posterior, from one set of draws or another."""
 
-    def __init__(self, posterior: Record, sites: Any, seed: int, watch: Callable[[str], None] = unseen) -> None:
+    def __init__(self, posterior: Record, sites: Sites, seed: int, watch: Callable[[str], None] = unseen) -> None:
         self.posterior, self.sites, self.seed, self.watch = posterior, sites, seed, watch
 
     def given(self, draws: Draws) -> Observations:

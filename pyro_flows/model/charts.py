@@ -47,7 +47,6 @@ class Heavy:
     scale: Tensor
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return values and the log derivatives."""
         chosen = self.scale > 0.0
         inner = torch.where(chosen, u, 0.0)
         scale = torch.where(chosen, self.scale, 1.0)
@@ -58,7 +57,6 @@ class Heavy:
         )
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the coordinates of values."""
         chosen = self.scale > 0.0
         scale = torch.where(chosen, self.scale, 1.0)
         return torch.where(chosen, torch.asinh((y - self.loc) / scale), y)
@@ -77,7 +75,6 @@ class Walls:
         return below, above, torch.where(below, self.low, 0.0), torch.where(above, self.high, 1.0)
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return values and the log derivatives."""
         below, above, low, high = self._sides()
         both, one = below & above, below ^ above
         sign = torch.where(above, -1.0, 1.0).to(u)

@@ -17,6 +17,8 @@ from pyro_flows.results.record import Record
 from pyro_flows.verdict.deciding import resample
 
 if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -60,8 +62,7 @@ def plot_forest(
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
     ...     with pyro.plate("row", len(y)):
     ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> def guide(y):
-    ...     pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
     >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3, -0.2]), draws=400)
     >>> len(pf.plots.plot_forest(posterior).axes)
     1
@@ -88,7 +89,7 @@ def plot_forest(
     return figure
 
 
-def _stages(posterior: Record) -> dict[str, Any]:
+def _stages(posterior: Record) -> dict[str, xr.Dataset]:
     """Return the draws of one posterior before and after what corrected them."""
     status = posterior.verdict.status
     if posterior.density is None and posterior._replaced and "raw_posterior" not in (posterior._stored or ({},))[0]:
@@ -106,9 +107,9 @@ def _stages(posterior: Record) -> dict[str, Any]:
     return found or {"draws": used(posterior)}
 
 
-def _rows(axes: Axes, rows: list[list[np.ndarray]]) -> list[Any]:
+def _rows(axes: Axes, rows: list[list[np.ndarray]]) -> list[Artist]:
     """Draw the intervals of each scalar, one line a layer; return what a legend needs."""
-    handles: dict[int, Any] = {}
+    handles: dict[int, Artist] = {}
     for place, layers in enumerate(rows):
         for number, values in enumerate(layers):
             finite = values[np.isfinite(values)]

@@ -16,6 +16,7 @@ from pyro_flows.results.labeled import prior_group
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -100,8 +101,7 @@ def plot_prior_posterior(
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
     ...     with pyro.plate("row", len(y)):
     ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> def guide(y):
-    ...     pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
     >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3, -0.2]), draws=400)
     >>> len(pf.plots.plot_prior_posterior(posterior, "mu").axes)
     1
@@ -128,7 +128,7 @@ def _grid(
     height = max(HEIGHT, min(HIGHEST, 0.45 * width / columns))
     foot = 0.5 if len(layers) == 1 and prior is None else 0.9
     figure, grid = panels(len(shown), columns=columns, size=(width, height * math.ceil(len(shown) / columns) + foot))
-    handles: list[Any] = []
+    handles: list[Artist] = []
     for axes, label in zip(grid, shown, strict=True):
         values = [layer[label] for layer in layers.values()]
         found = _marginal(axes, label, values, None if prior is None else prior[label])
@@ -139,7 +139,7 @@ def _grid(
     return figure
 
 
-def _marginal(axes: Axes, label: str, layers: list[np.ndarray], prior: np.ndarray | None) -> list[Any]:
+def _marginal(axes: Axes, label: str, layers: list[np.ndarray], prior: np.ndarray | None) -> list[Artist]:
     """Draw one scalar of all layers; return what a legend needs."""
     layers = [values[np.isfinite(values)] for values in layers]
     axes.set_title(parts.plain(label), loc="left", pad=3)
@@ -176,7 +176,7 @@ def _range(layers: list[np.ndarray], prior: np.ndarray | None) -> tuple[float, f
     return low, high
 
 
-def _outline(axes: Axes, prior: np.ndarray, bins: np.ndarray) -> Any:
+def _outline(axes: Axes, prior: np.ndarray, bins: np.ndarray) -> Artist:
     """Draw the prior, of which few draws may lie in the range, by wider bins."""
     wider = bins if parts.whole([prior]) else np.linspace(bins[0], bins[-1], BINS // 2)
     heights, _ = np.histogram(prior, bins=wider)

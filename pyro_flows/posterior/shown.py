@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pyro_flows import _arrays, _arviz, _checks
 from pyro_flows.results import labeled
-from pyro_flows.results.attributes import attributes
-from pyro_flows.results.labeling import Labeling
-from pyro_flows.results.record import Record, counted
+from pyro_flows.results.dims import Labeling
+from pyro_flows.results.record import Record, attributes, counted
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
 
 ROWS_SHOWN = 30
 FAR_BELOW = 1000.0  # nats below the log evidence, from which on a single draw has made the ELBO
@@ -104,7 +104,7 @@ class Shown(Record):
         ess = None if self._by_chains else self.effective
         return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)
 
-    def _draws(self) -> Any:
+    def _draws(self) -> xr.Dataset:
         return labeled.posterior_group(self)
 
     def assign_coords(

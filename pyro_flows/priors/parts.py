@@ -18,7 +18,7 @@ from torch.distributions.transforms import Transform
 from pyro_flows._bundles import Entries
 from pyro_flows.model.bijections import biject_to
 
-PLAIN: dict[str, Any] = {
+PLAIN: dict[str, Constraint] = {
     "real": constraints.real,
     "simplex": constraints.simplex,
     "lower_cholesky": constraints.lower_cholesky,
@@ -112,7 +112,7 @@ def _kin(kind: str) -> tuple[type, ...]:
     return (type(constants[kind]),) if kind in constants else ()
 
 
-def restore(text: Entries, dtype: torch.dtype) -> Any:
+def restore(text: Entries, dtype: torch.dtype) -> Constraint:
     """Make the support that :func:`describe` told of."""
     kind = text["kind"]
     if kind == "independent":
@@ -167,7 +167,7 @@ class JointTransform(Transform):
         self.support = support
 
     @property
-    def codomain(self) -> Any:  # type: ignore[override]
+    def codomain(self) -> Constraint:  # type: ignore[override]
         return self.support
 
     @property
@@ -186,10 +186,10 @@ class JointTransform(Transform):
         pieces = zip(self.support.parts, x.split(self._sizes, -1), strict=True)
         return sum((part.forward(piece)[1] for part, piece in pieces), x.new_zeros(x.shape[:-1]))
 
-    def forward_shape(self, shape: Any) -> torch.Size:
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size((*shape[:-1], sum(math.prod(part.shape) for part in self.support.parts)))
 
-    def inverse_shape(self, shape: Any) -> torch.Size:
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size((*shape[:-1], sum(self._sizes)))
 
 

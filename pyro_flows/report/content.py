@@ -17,9 +17,8 @@ from pyro_flows.plots.predictive import predictive_data
 from pyro_flows.report import tables
 from pyro_flows.report.figures import Picture, graph, pictures, replicates
 from pyro_flows.report.words import figures
-from pyro_flows.results.attributes import attributes_of
 from pyro_flows.results.methods_text import methods_text, references
-from pyro_flows.results.record import Record
+from pyro_flows.results.record import Record, attributes_of
 from pyro_flows.verdict.coverage import searched
 from pyro_flows.verdict.methods import METHODS
 

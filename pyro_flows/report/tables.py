@@ -75,7 +75,7 @@ def _meaning(column: str) -> str:
     return MEANINGS.get(column, column)
 
 
-def _cell(value: Any) -> Cell:
+def _cell(value: object) -> Cell:
     if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
         number = float(value)
         text = f"{int(number)}" if number.is_integer() and abs(number) < 1e15 else f"{number:.6g}"
@@ -130,7 +130,7 @@ def flat(values: Entries) -> list[tuple[str, str]]:
     return found
 
 
-def _text(value: Any, most: int = 200) -> str:
+def _text(value: object, most: int = 200) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = "none" if value is None or value == {} or value == [] else str(value)
@@ -148,10 +148,10 @@ def stages(history: Sequence[Entries]) -> Table:
     return Table("history", "What happened during the fit", "stage", tuple((t, t) for t in titles), tuple(rows))
 
 
-def _is_untold(value: Any) -> bool:
+def _is_untold(value: object) -> bool:
     """Whether a stage has no such figure, or one that a few draws beyond all mass have made."""
     return value is None or (isinstance(value, float) and abs(value) > UNTOLD)
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: object) -> object:
     return round(value, 3) if isinstance(value, float) and math.isfinite(value) else value

@@ -6,11 +6,12 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_flows import _arrays, _arviz
@@ -185,7 +186,7 @@ class _CarryOver(Place):
         super().__init__(latents, z)
         self.values = values
 
-    def _place(self, latent: Latent, fn: Any) -> Placed:
+    def _place(self, latent: Latent, fn: TorchDistribution) -> Placed:
         if fn.shape() != latent.shape:
             raise ValueError(
                 f"site {latent.name!r}: shape {tuple(latent.shape)} in the fit, {tuple(fn.shape())} with these "

@@ -87,7 +87,7 @@ def check_texts(description: Entries) -> None:
     require(lists, "labels are no lists")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return value in ("nan", "inf", "-inf") or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 

@@ -26,8 +26,7 @@ from pyro_flows.model.sites import Keywords, Model, Positional
 from pyro_flows.model.unchanged import own
 from pyro_flows.results import older
 from pyro_flows.results.consistent import check_flow, check_groups, check_tensors, check_texts
-from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.labeling import Labeling
+from pyro_flows.results.dims import Labeling, coordinate_names
 from pyro_flows.results.methods import guide_method
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws

@@ -7,9 +7,8 @@ import math
 from pyro_flows._bundles import Entries
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.results.attributes import attributes_of
 from pyro_flows.results.methods import method_of
-from pyro_flows.results.record import Record, counted
+from pyro_flows.results.record import Record, attributes_of, counted
 from pyro_flows.verdict import methods as made
 from pyro_flows.verdict.deciding import POOL
 from pyro_flows.verdict.judging import MENDED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from pyro_flows.svi.whole import Whole
 from pyro_flows.transforms.networks import Paced
 
 Program = Callable[..., object]  # a model or a guide
+Keywords = dict[str, object]
 STEPS_KEPT, MOST_RECORDED = 8, 12  # graphs of one guide, by the shapes of data; that are made in all
 
 
@@ -79,7 +80,7 @@ class PathELBO(ELBO):
     def __init__(self, num_particles: int = 16) -> None:
         super().__init__(num_particles=num_particles)
         self.reason: str | None = None
-        self._kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
+        self._kept: weakref.WeakKeyDictionary[Program, _Kept] = weakref.WeakKeyDictionary()
         self._plain = Trace_ELBO(num_particles=num_particles)
 
     def loss(
@@ -119,7 +120,7 @@ class PathELBO(ELBO):
             parameter.grad = own.clone() if parameter.grad is None else parameter.grad + own
         return _value(terms)
 
-    def differentiable_loss(self, *_: Any, **__: Any) -> Tensor:
+    def differentiable_loss(self, *_: object, **__: object) -> Tensor:
         """Not available: the path gradient is not the derivative of a loss.
 
         Raises:
@@ -129,10 +130,10 @@ class PathELBO(ELBO):
             "PathELBO: the path gradient is not the derivative of a loss. Use SVI, loss_and_grads, or Trace_ELBO."
         )
 
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+    def _get_trace(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> Any:
         return self._plain._get_trace(model, guide, args, kwargs)
 
-    def _kept_of(self, model: Any, guide: Any, args: Any, kwargs: Any) -> _Kept | None:
+    def _kept_of(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> _Kept | None:
         """Return what is kept of a guide and its model; None, with a reason, where they need Pyro's own ELBO."""
         kept = self._kept.get(guide)
         if kept is None or not kept.is_of(model, guide):
@@ -144,7 +145,7 @@ class PathELBO(ELBO):
 class _Kept:
     """A guide with its model's log density, and the graphs of its steps."""
 
-    def __init__(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+    def __init__(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> None:
         self.model = model
         self.reason: str | None = None  # why steps are not recorded
         self.unfit: str | None = None  # why Pyro's own ELBO is needed
@@ -153,7 +154,7 @@ class _Kept:
         if tried.error is not None:
             self.unfit = fallback("Trace_ELBO is used", tried.error)
 
-    def _read(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+    def _read(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> None:
         if not isinstance(guide, AutoFlow):
             raise TypeError(f"the guide is a {type(guide).__name__}, and no flow guide")
         guide.initialize(*args, **kwargs)
@@ -171,9 +172,9 @@ class _Kept:
         paced = guide._cautious == AUTO and any(module.gain is not None for module in self.gains)
         self.pace = Pace(self.flow, self.parameters, begun=guide._paced) if paced else None
         self._arguments = Arguments(args, kwargs)
-        self._steps: Cache[Any, RecordedStep | str] = Cache(STEPS_KEPT)
+        self._steps: Cache[tuple[object, ...], RecordedStep | str] = Cache(STEPS_KEPT)
         self._recorded = 0
-        self._base: tuple[Any, BasePoints] | None = None
+        self._base: tuple[object, BasePoints] | None = None
 
     def whole(self) -> Whole | None:
         """Return the parameters as one vector, which the guide keeps; None if they are of several kinds."""
@@ -185,7 +186,7 @@ class _Kept:
             guide._whole = Whole(self.parameters) if len(kinds) == 1 else None
         return guide._whole
 
-    def is_of(self, model: Any, guide: Any) -> bool:
+    def is_of(self, model: Program, guide: Any) -> bool:
         """Whether the guide still has the flow, and is still trained on the model, that this was made for."""
         return self.model == model and (self.unfit is not None or self.flow is guide._flow)
 

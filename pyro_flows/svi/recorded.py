@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pyro_flows.flows.flow import Flow
@@ -26,7 +25,7 @@ PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)  # what i
 class Arguments:
     """A model's arguments: their tensors, which are inputs of a graph, and all else, which a graph depends on."""
 
-    def __init__(self, args: Sequence[object], kwargs: dict[str, Any]) -> None:
+    def __init__(self, args: Sequence[object], kwargs: dict[str, object]) -> None:
         leaves, self.form = tree_flatten((tuple(args), kwargs))
         self.where = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.tensors = [leaves[place] for place in self.where]
@@ -41,7 +40,7 @@ class Arguments:
         shapes = tuple((part.shape, part.dtype, part.device) for part in self.tensors)
         return (str(self.form), shapes, tuple(map(repr, self.rest)))
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[object, ...], dict[str, Any]]:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
         """Return arguments and keyword arguments with other tensors in the place of these."""
         leaves = list(self.rest)
         for place, value in zip(self.where, tensors, strict=True):
@@ -71,7 +70,7 @@ class RecordedStep:
         terms, gradient = self._run(*self.passes.state, x, *tensors)
         return terms, gradient
 
-    def _graph(self, arguments: Arguments) -> Any:
+    def _graph(self, arguments: Arguments) -> fx.GraphModule:
         kind, whole, bare = self.passes.kind, Stitcher(), copy.copy(self.density)
 
         def scored(z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
