@@ -67,8 +67,8 @@ class Bundle:
         return names <= known | {name + UNFINISHED for name in known} and any(n.endswith(UNFINISHED) for n in names)
 
     def write(self, path: Path, description: Mapping[str, object], contents: Mapping[str, bytes]) -> None:
-        """Write the object at what :meth:`check_target` returned: all of it, or nothing if anything fails or the
-        process is killed.
+        """Write the object at what :meth:`check_target` returned: all of it, or nothing if anything fails or kills the
+        process.
         """
         digests = {**{name: digest(data) for name, data in contents.items()}, self.text: ZEROS}
         whole = {"format": self.format, "version": VERSION, "digests": digests, **description}

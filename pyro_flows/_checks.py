@@ -61,7 +61,7 @@ def options(function: Callable[P, R]) -> Callable[P, R]:
         rest: Any = args[len(given) :]
         return function(*given, *rest, **{name: checked(name, value) for name, value in kwargs.items()})
 
-    call.checks = checks  # type: ignore[attr-defined]
+    vars(call)["checks"] = checks
     return call
 
 

@@ -50,7 +50,7 @@ def replace_directory(path: Path, files: Mapping[str, bytes], *, gone: frozenset
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file beside ``path``, sync it to the disk and put it in place in one step; an OSError leaves the earlier
+    """Write a file beside ``path``, sync it to the disk and put it in place in one step; an error leaves the earlier
     one.
     """
     with _beside(path) as (target, fresh):

@@ -113,7 +113,8 @@ def _scores(draws: Tensor) -> tuple[Tensor, Tensor]:
     bulk, middle = _by_rank(flat)
     folded = _by_rank((flat - middle[:, None]).abs())[0]
     usable = torch.isfinite(flat).all(1)[:, None]
-    return tuple(torch.where(usable, part, torch.nan).reshape(halves.shape) for part in (bulk, folded))  # type: ignore[return-value]
+    both = [torch.where(usable, part, torch.nan).reshape(halves.shape) for part in (bulk, folded)]
+    return both[0], both[1]
 
 
 def _by_rank(flat: Tensor) -> tuple[Tensor, Tensor]:

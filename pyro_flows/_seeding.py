@@ -60,11 +60,11 @@ class BatchedDraws(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         self._drawn_by = dirichlet._Dirichlet
-        dirichlet._Dirichlet = _Dirichlet  # type: ignore[misc,assignment]
+        vars(dirichlet)["_Dirichlet"] = _Dirichlet
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
-        dirichlet._Dirichlet = self._drawn_by  # type: ignore[misc]
+        vars(dirichlet)["_Dirichlet"] = self._drawn_by
         super().__exit__(*error)
 
     def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:

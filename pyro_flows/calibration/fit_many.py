@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from pyro_flows import _checks
 from pyro_flows._bundles import Entries
@@ -127,7 +127,7 @@ def fit_many(
     if len(found) < len(cases):
         message = f"fit_many: interrupted ({STATE.name}) after {len(found)} of {len(cases)} data sets; others are None."
         warnings.warn(message, stacklevel=outside())
-    return [found.get(number) for number in range(len(cases))]  # type: ignore[misc]  # None after a signal only
+    return cast(list[Posterior], [found.get(number) for number in range(len(cases))])  # None after a signal only
 
 
 def _fit_all(many: Many, found: dict[int, Posterior], bar: Bar) -> None:
@@ -235,9 +235,7 @@ class Many:
                 return []
 
     def _stacked(self, lead: LogDensity, numbers: Sequence[int], bar: Bar) -> list[Posterior | None]:
-        """Fit a batch side by side, in the precision and the coordinates of ``lead``, unless LostDigits says that these
-        are others.
-        """
+        """Fit a batch side by side, in the precision and the coordinates of ``lead``, unless that is LostDigits."""
         densities = [self.cases[number].density(self.model, number, lead) for number in numbers]
         first = densities[0]
         warn_if_nothing_observed(first.structure, first.trace_at, self.model, first.args, first.kwargs)

@@ -36,13 +36,13 @@ def run_all(tasks: Sequence[Task], jobs: int | None) -> Iterator[Any]:
     With ``jobs`` None, a backend that ``joblib.parallel_config`` has set is taken (Dask and Ray have some), and else
     this process.
     """
-    joblib: Any = sys.modules.get("joblib")
-    if jobs is None and (joblib is None or not _is_configured(joblib)):
+    loaded = sys.modules.get("joblib")
+    if jobs is None and (loaded is None or not _is_configured(loaded)):
         jobs = 1
     if jobs == 1 or len(tasks) < 2:
         yield from (task() for task in tasks)
         return
-    import joblib  # type: ignore[import-untyped,no-redef]
+    import joblib
 
     with joblib.Parallel(n_jobs=jobs, return_as="generator") as parallel:
         yield from parallel(joblib.delayed(task)() for task in tasks)

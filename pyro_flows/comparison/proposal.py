@@ -67,9 +67,7 @@ def fit_proposal(z: Tensor, df: float = DF, log_weights: Tensor | None = None) -
 
 
 class Latent:
-    """A log density in the latent space of a flow; in its own coordinates for what is no single flow. ``like`` is some
-    z.
-    """
+    """A log density in the latent space of a flow; in its own coordinates for what is no single flow, as ``like``."""
 
     def __init__(self, density: LogDensity, flow: object, like: Tensor) -> None:
         self.density, self.like = density, like

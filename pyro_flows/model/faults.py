@@ -113,19 +113,12 @@ def where_it_runs(
 
 
 class Faults:
-    """Counts the points at which a log density was not defined.
-
-    Attributes:
-        points: that were looked at.
-        undefined: points among them.
-        said: the first error of the model, and where it was raised; None as long as there was none.
-        looks: how often it is still to be found out whether the model raises an error where a graph gives NaN.
-    """
+    """Counts the points at which a log density was not defined."""
 
     def __init__(self) -> None:
-        self.points = self.undefined = 0
-        self.looks = LOOKS
-        self.said: str | None = None
+        self.points = self.undefined = 0  # that were looked at, and those among them
+        self.looks = LOOKS  # still to be made, where a graph gives NaN, whether the model raises an error there
+        self.said: str | None = None  # the first error of the model, and where it was raised
 
     def add(self, points: int, undefined: int, error: BaseException | None = None) -> None:
         """Add so many points, and the error that the model raised at one of them."""
@@ -150,13 +143,11 @@ _CHOLESKY = (torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky)
 
 
 class Factorizations(TorchFunctionMode):
-    """While it is entered, matrices that are not positive definite have factors of NaN.
+    """While it is entered, matrices that are not positive definite have factors of NaN; ``met`` tells whether there
+    were any.
 
     torch raises an error for a whole batch if one matrix of it has no factor. Then whoever evaluates a model at many
     points has to look for that point, half by half.
-
-    Attributes:
-        met: whether there was a factorization.
 
     >>> import torch
     >>> with Factorizations():

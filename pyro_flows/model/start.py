@@ -100,12 +100,7 @@ def transform_of(site: Site) -> Transform:
 
 
 class _Begin(Messenger):
-    """Give latent sites values, and remember the site that the model came to last.
-
-    Attributes:
-        last: the name of that site; None before the first one.
-        refused: whether a site is none that can be fitted, which is no error of the model.
-    """
+    """Give latent sites values; remember the site that the model came to last, and whether it is none to be fitted."""
 
     def __init__(self) -> None:
         super().__init__()

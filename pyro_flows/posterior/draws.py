@@ -102,13 +102,18 @@ def _decided(
     ``said`` goes to the judge.
     """
     values: dict[str, Tensor] = {}  # of the whole pool, if they are needed
+
+    def again() -> Weighing:
+        second = score_pool(density, draw, times * draws)
+        return weigh(second.z, second.log_p, second.log_q)
+
     found = decide(
         lambda n: (pool.z[:n], pool.log_q[:n]),
         lambda z: pool.log_p[: len(z)],
         coordinate_names(density.structure),
         draws=draws,
         seed=seed,
-        again=lambda: _weighed_again(density, draw, times * draws),
+        again=again,
         complaint=lambda z: density.complaint(z[: pool.checked], torch.isfinite(pool.log_p[: len(z)][: pool.checked])),
         changed=lambda z, log_weights: _changed(density, z, log_weights, draws, values),
         **said,
@@ -153,9 +158,3 @@ def _of_guide(guide: Any, draw: Draw) -> dict[str, Any]:
     missing = {} if flow is not None else {"flow": f"the guide ({name}) is not a flow guide of pyro_flows"}
     drawer = None if flow is not None else draw
     return {"guide": guide, "guide_name": name, "flow": flow, "missing": missing, "_drawer": drawer}
-
-
-def _weighed_again(density: LogDensity, draw: Draw, count: int) -> Weighing:
-    """Weigh a second pool of draws."""
-    pool = score_pool(density, draw, count)
-    return weigh(pool.z, pool.log_p, pool.log_q)

@@ -35,6 +35,7 @@ BOUNDED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "interval": (constraints.interval, ("lower_bound", "upper_bound")),
     "half_open_interval": (constraints.half_open_interval, ("lower_bound", "upper_bound")),
 }
+CONSTANTS = {"greater_than": constraints.positive, "greater_than_eq": constraints.nonnegative}  # of types of their own
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,9 @@ def describe(support: Any) -> dict[str, Any]:
         if type(support) is type(plain):
             return {"kind": kind}
     for kind, (cls, names) in BOUNDED.items():
-        if type(support) in (cls, *_kin(kind)):
+        if type(support) in (cls, type(CONSTANTS.get(kind))):
             return {"kind": kind, **{name: torch.as_tensor(getattr(support, name)).tolist() for name in names}}
     raise NotImplementedError(f"the support {support}")
-
-
-def _kin(kind: str) -> tuple[type, ...]:
-    """Types of torch's constants that differ from the classes that users call."""
-    constants = {"greater_than": constraints.positive, "greater_than_eq": constraints.nonnegative}
-    return (type(constants[kind]),) if kind in constants else ()
 
 
 def restore(text: Entries, dtype: torch.dtype) -> Constraint:

@@ -143,15 +143,13 @@ def stages(history: Sequence[Entries]) -> Table:
     titles = ("run", "start", "ELBO (nats)", "k-hat", "ESS/S", "steps", "how it ended")
     rows = []
     for number, stage in enumerate(history, 1):
-        cells = [Cell("–") if _is_untold(stage.get(name)) else _cell(_rounded(stage[name])) for name in names]
+        cells = [_figure(stage.get(name)) for name in names]
         rows.append((f"{number}. {stage['stage']}", tuple(cells)))
     return Table("history", "What happened during the fit", "stage", tuple((t, t) for t in titles), tuple(rows))
 
 
-def _is_untold(value: object) -> bool:
-    """Whether a stage has no such figure, or one that a few draws beyond all mass have made."""
-    return value is None or (isinstance(value, float) and abs(value) > UNTOLD)
-
-
-def _rounded(value: object) -> object:
-    return round(value, 3) if isinstance(value, float) and math.isfinite(value) else value
+def _figure(value: object) -> Cell:
+    """Return a figure of a stage; nothing where there is none, or a few draws beyond all mass have made it."""
+    if value is None or (isinstance(value, float) and abs(value) > UNTOLD):
+        return Cell("–")
+    return _cell(round(value, 3) if isinstance(value, float) and math.isfinite(value) else value)
