@@ -124,17 +124,16 @@ def evidence(posterior: Record, *, method: str, seed: int, draws: int | None = N
         rounding = 0.0 if posterior.density is None else posterior.density.known_rounding(posterior._used)
         found = [makers[name](posterior, count) for name in wanted]
     # draws have in common what rounding does to the log density
-    estimates = [replace(one, standard_error=math.hypot(one.standard_error, rounding)) for one in found]
-    if posterior.verdict.status == "unreliable":
-        estimates = [_doubted(estimate) for estimate in estimates]
+    found = [replace(estimate, standard_error=math.hypot(estimate.standard_error, rounding)) for estimate in found]
+    estimates = tuple(map(_doubted, found) if posterior.verdict.status == "unreliable" else found)
     usable = [estimate for estimate in estimates if not math.isnan(estimate.value)]
     if not usable:
         raise ValueError(f"evidence: {'; '.join(map(str, estimates))}.")
-    best = min(usable, key=lambda estimate: estimate.standard_error)
     improper, notes = ", ".join(improper_priors(posterior)), tuple[str, ...]()
     if improper:
         notes = (f"the prior of {improper} is improper, so the evidence has an arbitrary factor",)
-    return Evidence(best.value, best.standard_error, best.method, tuple(estimates), notes)
+    best = min(usable, key=lambda estimate: estimate.standard_error)
+    return Evidence(best.value, best.standard_error, best.method, estimates, notes)
 
 
 def _doubted(estimate: Estimate) -> Estimate:

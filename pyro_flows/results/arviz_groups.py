@@ -109,7 +109,8 @@ def all_groups(posterior: Record, density: LogDensity, *, predictive: bool, runs
     cut = {latent.name: _cut(latent, used) for latent in density.structure.latents}
     groups["unconstrained_posterior"] = stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains)
     if posterior._replaced:
-        groups |= {"raw_posterior": draws_group(labels, density.constrain(posterior.z))} if runs else {}
+        if runs:
+            groups["raw_posterior"] = draws_group(labels, density.constrain(posterior.z))
         groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
     groups["fit"] = _fit(posterior)
     return {name: group for name, group in groups.items() if group.data_vars}
